@@ -1,0 +1,3526 @@
+#!/usr/bin/env python3
+"""Haineko, HTTP API into ESMTP: takes a mail as JSON by HTTP POST, relays it, answers with every recipient's reply.
+
+The way of a mail is the order of this page: each section takes the value of the section above and makes the next one.
+
+    HTTP body -> Submission -> (checks) -> Message -> Route per recipient -> Job per route -> Reply per recipient -> JSON
+                 understand()  CHECKS      compose()  choose()               RELAYS
+
+     1  Replies and jobs          8  Routes
+     2  JSON into dataclasses     9  DNS
+     3  Settings                 10  SMTP sessions
+     4  Log                      11  Relays
+     5  Submissions              12  Queue
+     6  Policy                   13  The way of a mail
+     7  Messages                 14  HTTP
+                                 15  Commands
+
+Rules of the file. A section refers to the sections above it, never below; inside a section the caller stands above its
+helpers. Sockets are opened in SMTP sessions, relays and HTTP only; clock and chance are arguments. Errors of the other
+side are values (Reply); Refused carries one out of depth. Every recipient has a reply. What may be extended is a closed
+table: REPLIES, CHARSETS, CHECKS, RELAYS, PAGES, COMMANDS. Standard library only.
+
+Spoken here: RFC 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS),
+3461 (DSN), 3463 (status codes), 4954 (AUTH), 6152 (8BITMIME), 8314 (TLS on 465), 9110 and 9112 (HTTP/1.1), 7617 (Basic).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import codecs
+import errno
+import functools
+import hashlib
+import hmac
+import http.server
+import ipaddress
+import json
+import os
+import queue
+import re
+import selectors
+import signal
+import smtplib
+import socket
+import ssl
+import sys
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field, fields, replace
+from email.utils import formatdate, getaddresses
+from typing import Any, Callable, NamedTuple
+
+__version__ = "1.0.0"
+
+# ======================================================================================================================
+# 1. Replies and jobs
+#    The values that pass from section to section, and every reply that Haineko gives in its own name. They know nothing
+#    of settings, sockets or JSON.
+# ======================================================================================================================
+
+
+class Reply(NamedTuple):
+    """What was said about one recipient: an SMTP reply and who gave it at which command."""
+
+    code: str  # three digits, RFC 5321 4.2
+    dsn: str | None  # enhanced status code, RFC 3463; None where none was given
+    command: str  # the command that decided: CONN EHLO STARTTLS AUTH MAIL RCPT DATA, or HTTP
+    message: tuple  # lines of text without the code
+    mailer: str | None = None  # name of the relay; None for a refusal before delivery
+    host: str | None = None
+    port: int | None = None
+    status: int = 0  # HTTP status of a refusal before delivery
+    unsure: bool = False  # the end of the text was sent and no reply came: the mail may have arrived
+    wait: int = 0  # seconds after which to try again, where the other side said so
+
+    @property
+    def accepted(self) -> bool:
+        return self.code[0] == "2"
+
+    @property
+    def temporary(self) -> bool:
+        return self.code[0] == "4"
+
+
+class Refused(Exception):  # noqa: N818 -- the word that postmasters use
+    """Carries a Reply out of depth; its one argument."""
+
+    @property
+    def reply(self) -> Reply:
+        return self.args[0]
+
+
+class Message(NamedTuple):
+    """A finished message (RFC 5322, CRLF). Three parts have room between them for the recipient and the copy's number."""
+
+    parts: tuple  # (all of it,) or (up to "To: ", up to "Message-Id: <QUEUEID.", the rest)
+    eight: bool = False  # has octets over 127: needs 8BITMIME (RFC 6152)
+
+    def copy(self, recipient: str, number: int) -> bytes:
+        """The octets of one recipient's copy."""
+        if len(self.parts) == 1:
+            return self.parts[0]
+        return b"%b%b%b%d%b" % (self.parts[0], recipient.encode(), self.parts[1], number, self.parts[2])
+
+
+class Job(NamedTuple):
+    """One message for the recipients of one transaction by one route."""
+
+    route: Any  # a Route
+    hostname: str  # our own name, for EHLO
+    queueid: str
+    sender: str  # "" is the null sender
+    recipients: tuple
+    message: Message
+    number: int = 1  # of the copy
+
+    def octets(self) -> bytes:
+        return self.message.copy(self.recipients[0], self.number)
+
+
+def reply(slug: str, *lines: str, word: str = "", **place) -> Reply:
+    """The reply of that name in REPLIES; `word` goes into its text, `lines` follow it, `place` says mailer, host, port."""
+    status, code, dsn, command, text = REPLIES[slug]
+    values = {"command": command, "status": status, **place}
+    return Reply(code, dsn, message=(text % word if "%s" in text else text, *lines), **values)
+
+
+# slug: (HTTP status of a refusal, code, dsn, command, text)
+REPLIES = {
+    # HTTP itself
+    "method": (405, "421", None, "HTTP", "%s method not supported"),
+    "not-found": (404, "421", None, "HTTP", "Not found"),
+    "forbidden": (403, "421", None, "HTTP", "Forbidden"),
+    "origin": (403, "421", None, "HTTP", "Cross-origin request is not permitted"),
+    "bad-request": (400, "421", None, "HTTP", "Bad request"),
+    "request-timeout": (408, "421", None, "HTTP", "Request timeout"),
+    "length-required": (411, "421", None, "HTTP", "Content-Length required"),
+    "body-too-large": (413, "421", None, "HTTP", "Request body is too large"),
+    "expectation": (417, "421", None, "HTTP", "Expectation failed"),
+    "head-too-large": (431, "421", None, "HTTP", "Request header fields are too large"),
+    "not-implemented": (501, "421", None, "HTTP", "Transfer-Encoding not implemented"),
+    "busy": (503, "421", None, "HTTP", "Too many connections"),
+    "http-version": (505, "421", None, "HTTP", "HTTP version not supported"),
+    # a submission against policy
+    "login": (401, "535", "5.7.0", "AUTH", "authentication failed"),
+    "client": (403, "500", "5.7.1", "AUTH", "Access denied"),
+    "json": (400, "421", None, "HTTP", "Malformed JSON string"),
+    "loop": (400, "421", "5.4.6", "CONN", "Detected message loop"),
+    "ehlo": (400, "501", "5.0.0", "EHLO", "Invalid domain name"),
+    "mail-empty": (400, "501", "5.5.2", "MAIL", 'Syntax error in parameters scanning "FROM"'),
+    "mail-form": (400, "553", "5.5.4", "MAIL", "Domain name required for sender address"),
+    "mail-ascii": (400, "553", "5.6.7", "MAIL", "non-ASCII address is not permitted"),
+    "rcpt-none": (400, "553", "5.0.0", "RCPT", "User address required"),
+    "rcpt-many": (403, "452", "4.5.3", "RCPT", "Too many recipients"),
+    "rcpt-form": (400, "553", "5.1.5", "RCPT", "Recipient address is invalid"),
+    "rcpt-ascii": (400, "553", "5.6.7", "RCPT", "non-ASCII address is not permitted"),
+    "rcpt-policy": (400, "553", "5.7.1", "RCPT", "Recipient address is not permitted"),
+    "body-empty": (400, "500", "5.6.0", "DATA", "Message body is empty"),
+    "too-big": (413, "552", "5.3.4", "DATA", "Message size exceeds fixed maximum message size"),
+    "subject-empty": (400, "500", "5.6.0", "DATA", "Subject header is empty"),
+    "our-fault": (500, "451", "4.3.0", "HTTP", "Internal Server Error"),
+    # delivery
+    "connect": (0, "421", "4.4.1", "CONN", "Cannot connect SMTP Server"),
+    "lost": (0, "421", "4.4.2", "", "Connection to SMTP Server lost"),
+    "unsure": (0, "421", "4.4.2", "DATA", "Connection lost after the end of the message, which may have arrived"),
+    "rubbish": (0, "421", "4.5.0", "", "SMTP Server broke the protocol"),
+    "no-starttls": (0, "454", "4.7.4", "STARTTLS", "STARTTLS is required, but was not offered"),
+    "tls": (0, "421", "4.7.5", "STARTTLS", "TLS handshake failed"),
+    "no-auth": (0, "454", "4.7.0", "AUTH", "AUTH is required, but no mechanism known here was offered"),
+    "clear-auth": (0, "454", "4.7.11", "AUTH", "Credentials are not sent over a connection without TLS"),
+    "file": (0, "451", "4.3.0", "DATA", "Cannot save the message"),
+    "relay-fault": (0, "451", "4.3.0", "DATA", "Internal error of the relay"),
+    "saved": (0, "200", "2.0.0", "DATA", "%s"),
+    "printed": (0, "200", "2.0.0", "DATA", "Printed"),
+    "discarded": (0, "200", "2.0.0", "DATA", "Discarded"),
+}
+
+# ======================================================================================================================
+# 2. JSON into dataclasses
+#    Takes what a JSON decoder gave, gives frozen dataclasses, and a list of every fault with its path. Settings and
+#    submissions are read by the same functions. A parser is called as parse(value, where, faults); after a fault its
+#    result is not used.
+# ======================================================================================================================
+
+
+class Twice(dict):
+    """A JSON object in which a key stood more than once; `keys_twice` names them."""
+
+    keys_twice: tuple = ()
+
+
+def decode(octets: bytes) -> Any:
+    """The JSON value (RFC 8259) in UTF-8 octets; ValueError says what is wrong and where."""
+    try:
+        return DECODER.decode(octets.decode("utf-8-sig"))
+    except UnicodeDecodeError as fault:
+        raise ValueError(f"not UTF-8 at octet {fault.start}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _unique(pairs: list) -> dict:
+    result = dict(pairs)
+    if len(result) == len(pairs):
+        return result
+    twice = Twice(result)
+    keys = [key for key, _ in pairs]
+    twice.keys_twice = tuple(key for key in result if keys.count(key) > 1)
+    return twice
+
+
+def _no_constant(name: str):
+    raise ValueError(f"{name} is not JSON")
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+ENCODER = json.JSONEncoder(ensure_ascii=False)
+
+
+def setting(default: Any, parse: Callable, doc: str = "", key: str = "", secret: bool = False) -> Any:
+    """A dataclass field that read() fills: its default, parser, keys in JSON ("a|b" are aliases), and its meaning."""
+    meaning = {"parse": parse, "doc": doc, "keys": tuple(key.split("|")) if key else (), "secret": secret}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=meaning)
+    return field(default=default, metadata=meaning)
+
+
+def read(cls: type, raw: Any, where: str, faults: list) -> Any:
+    """A `cls` from a JSON object; unknown, doubled and wrong entries are appended to `faults` with their path."""
+    if not isinstance(raw, dict):
+        faults.append(f"{where or 'the top'}: an object is wanted, not {kind(raw)}")
+        return cls()
+    known, values, dot = keys(cls), {}, where and where + "."
+    if type(raw) is Twice:
+        faults.extend(f"{dot}{printable(key)}: stands more than once" for key in raw.keys_twice)
+    for key, value in raw.items():
+        if key not in known:
+            faults.append(f"{dot}{printable(key)}: unknown key{did_you_mean(key, known)}")
+        elif value is not None:
+            name, parse = known[key]
+            if name in values:
+                faults.append(f"{dot}{key}: says again what another key says already")
+            values[name] = parse(value, dot + key, faults)
+    return cls(**values)
+
+
+@functools.lru_cache(maxsize=None)
+def keys(cls: type) -> dict:
+    """{key in JSON: (attribute, parser)} of a dataclass whose fields are settings."""
+    table = {}
+    for item in fields(cls):
+        if "parse" in item.metadata:
+            for key in item.metadata["keys"] or (item.name,):
+                table[key] = (item.name, item.metadata["parse"])
+    return table
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    for types, word in (
+        (bool, "true or false"),
+        (str, "a string"),
+        ((int, float), "a number"),
+        (list, "a list"),
+        (dict, "an object"),
+    ):
+        if isinstance(value, types):
+            return word
+    return "null"
+
+
+def did_you_mean(word: str, words: Any) -> str:
+    """'; did you mean "..."?' where one of the words is close, else nothing."""
+    import difflib
+
+    close = difflib.get_close_matches(word[:64].lower(), words, n=1, cutoff=0.6)
+    return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """The text fit for a line of a log or a terminal: unprintables as "?", cut at `limit` characters."""
+    text = text if len(text) <= limit else text[:limit] + "..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
+def text(value: Any, where: str, faults: list) -> str:
+    """A string without control characters."""
+    if type(value) is not str:
+        faults.append(f"{where}: a string is wanted, not {kind(value)}")
+    elif not value.isprintable():
+        faults.append(f"{where}: has a character that can't be printed")
+    else:
+        return value
+    return ""
+
+
+def flag(value: Any, where: str, faults: list) -> bool:
+    """true or false; 1 or 0 mean the same."""
+    if value not in (0, 1) or isinstance(value, float):
+        faults.append(f"{where}: true or false is wanted, not {kind(value)}")
+    return bool(value)
+
+
+def number(low: int, high: int) -> Callable:
+    """A parser of whole numbers from low to high."""
+
+    def parse(value: Any, where: str, faults: list) -> int:
+        if type(value) is not int or not low <= value <= high:
+            faults.append(f"{where}: a whole number from {low} to {high} is wanted, not {printable(str(value))}")
+            return low
+        return value
+
+    return parse
+
+
+def list_of(parse: Callable) -> Callable:
+    """A parser of lists, or of one value for a list of one; gives a tuple."""
+
+    def parse_all(value: Any, where: str, faults: list) -> tuple:
+        if type(value) is not list:
+            return (parse(value, where, faults),)
+        return tuple(parse(item, f"{where}[{i}]", faults) for i, item in enumerate(value))
+
+    return parse_all
+
+
+def table_of(parse: Callable, fold: Callable = str) -> Callable:
+    """A parser of objects whose keys are names; `fold` makes the name that counts."""
+
+    def parse_all(value: Any, where: str, faults: list) -> dict:
+        if not isinstance(value, dict):
+            faults.append(f"{where}: an object is wanted, not {kind(value)}")
+            return {}
+        twice = getattr(value, "keys_twice", ())
+        faults.extend(f"{where}.{printable(key)}: stands more than once" for key in twice)
+        result = {fold(key): parse(item, f"{where}.{printable(key)}", faults) for key, item in value.items()}
+        if len(result) < len(value):
+            faults.append(f"{where}: two keys differ in case only")
+        return result
+
+    return parse_all
+
+
+def section(cls: type) -> Callable:
+    """A parser of nested objects."""
+    return functools.partial(read, cls)
+
+
+# ======================================================================================================================
+# 3. Settings
+#    Takes the path of haineko.json, gives one frozen Settings with everything in it that can be computed once, and a list
+#    of faults. Each field says its default, its limits and its meaning; the example file is made from them. Knows nothing
+#    of a mail.
+# ======================================================================================================================
+
+MAX_LISTEN = 16  # addresses; more is a mistake
+
+
+class Networks:
+    """A set of IP networks. `address in networks` costs the same for ten of them as for 100,000."""
+
+    def __init__(self, texts: tuple = ()) -> None:
+        self.texts = texts
+        groups: dict = {}
+        for item in map(functools.partial(ipaddress.ip_network, strict=False), texts):
+            shift = item.max_prefixlen - item.prefixlen
+            groups.setdefault((item.version, shift), set()).add(int(item.network_address) >> shift)
+        self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
+
+    def __contains__(self, address: Any) -> bool:
+        value = int(address)
+        return any(v == address.version and value >> shift in members for v, shift, members in self.groups)
+
+
+def networks(value: Any, where: str, faults: list) -> Networks:
+    good = []
+    for item in list_of(text)(value, where, faults):
+        try:
+            ipaddress.ip_network(item, strict=False)
+            good.append(item)
+        except ValueError:
+            faults.append(f'{where}: "{item}" is no IP address or network')
+    return Networks(tuple(good))
+
+
+def listen_address(value: Any, where: str, faults: list) -> str:
+    """ "host:port", "[v6]:port" or "unix:/path"."""
+    value = text(value, where, faults)
+    if not value.startswith("unix:/"):
+        host, colon, port = value.rpartition(":")
+        if not (host and colon and port.isascii() and port.isdigit() and int(port) < 65536):
+            faults.append(f'{where}: "host:port", "[v6]:port" or "unix:/path" is wanted, not "{value}"')
+        elif ":" in host and not (host.startswith("[") and host.endswith("]")):
+            faults.append(f'{where}: an IPv6 address stands in brackets, "[{host}]:{port}"')
+    return value
+
+
+DOMAIN = re.compile(
+    r"(?=.{1,255}\Z)(?:[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?)(?:\.[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?)*"
+)
+
+
+def host(value: Any, where: str, faults: list) -> str:
+    """A domain or an IP address, or a folder for the relay File."""
+    value = text(value, where, faults)
+    if not (DOMAIN.fullmatch(value) or value.startswith("/")):
+        try:
+            ipaddress.ip_address(value)
+        except ValueError:
+            faults.append(f'{where}: a host name or an IP address is wanted, not "{value}"')
+    return value
+
+
+def name_or_nothing(value: Any, where: str, faults: list) -> str:
+    value = text(value, where, faults)
+    if value and not DOMAIN.fullmatch(value):
+        faults.append(f'{where}: a host name is wanted, not "{value}"')
+    return value
+
+
+def origin(value: Any, where: str, faults: list) -> str:
+    value = text(value, where, faults).lower()
+    if not re.fullmatch(r"https?://[a-z0-9.\[\]:_-]+", value):
+        faults.append(f'{where}: a web origin like "https://www.example.org" is wanted, not "{value}"')
+    return value
+
+
+def facility(value: Any, where: str, faults: list) -> str:
+    value = text(value, where, faults)
+    if value.lower() not in FACILITIES:
+        faults.append(f'{where}: "{value}" is no syslog facility{did_you_mean(value, FACILITIES)}')
+    return value
+
+
+FACILITIES = ("kern user mail daemon auth lpr news uucp cron syslog".split()) + [f"local{n}" for n in range(8)]
+
+
+def mailer(value: Any, where: str, faults: list) -> str:
+    value = text(value, where, faults)
+    known = {name.lower(): name for name in MAILERS}
+    if value.startswith("/"):
+        return value
+    if value.lower() not in known:
+        faults.append(f'{where}: "{value}" is no relay known here{did_you_mean(value, MAILERS)}')
+    return known.get(value.lower(), value)
+
+
+MAILERS = ("ESMTP", "File", "Screen", "Discard")  # one row of RELAYS each
+
+
+def secret(value: Any, where: str, faults: list) -> Any:
+    """A string, {"file": path} or {"env": NAME}."""
+    if isinstance(value, dict):
+        if len(value) != 1 or not set(value) <= {"file", "env"}:
+            faults.append(f'{where}: a string, {{"file": path}} or {{"env": NAME}} is wanted')
+            return ""
+        return {key: text(item, f"{where}.{key}", faults) for key, item in value.items()}
+    return text(value, where, faults)
+
+
+class Gate:
+    """The section `password`: who may log in. Who was right is remembered for a while, since scrypt is slow by design."""
+
+    REMEMBERED = 600  # seconds
+    AT_ONCE = 2  # scrypt takes 16 MiB and a core each
+
+    def __init__(self, hashes: dict) -> None:
+        self.hashes = hashes
+        self.right: dict = {}  # digest of user and password: monotonic time until which they count as right
+        self.key = os.urandom(32)  # so that memory holds no plain digest of a password
+        self.turn = threading.Semaphore(self.AT_ONCE)
+
+    def admits(self, user: str, password: str, now: float) -> bool:
+        """True where the password is that user's."""
+        mark = hmac.digest(self.key, f"{user}\0{password}".encode(), "sha256")
+        if self.right.get(mark, 0) > now:
+            return True
+        with self.turn:
+            right = verify(self.hashes.get(user, NOBODY), password) and user in self.hashes
+        if right:
+            self.right = {m: until for m, until in self.right.items() if until > now}
+            self.right[mark] = now + self.REMEMBERED
+        return right
+
+
+def passwords(value: Any, where: str, faults: list) -> Gate:
+    return Gate(table_of(password_hash)(value, where, faults))
+
+
+def verify(line: str, password: str) -> bool:
+    """True where `line` (scrypt or {SSHA}) is the hash of the password; takes as long for both answers."""
+    found = SCRYPT.fullmatch(line)
+    if not found:
+        digest, salt = _ssha(line)
+        return hmac.compare_digest(hashlib.sha1(password.encode() + salt).digest(), digest)  # noqa: S324
+    cost, block, parallel = (int(n) for n in found.groups()[:3])
+    salt, digest = (base64.b64decode(item) for item in found.groups()[3:])
+    return hmac.compare_digest(scrypt(password, salt, cost, block, parallel), digest)
+
+
+def scrypt(password: str, salt: bytes, cost: int = 14, block: int = 8, parallel: int = 1) -> bytes:
+    """RFC 7914 with N = 2**cost; the defaults take some 50 ms and 16 MiB."""
+    memory = 128 * block * ((1 << cost) + parallel + 2)
+    return hashlib.scrypt(password.encode(), salt=salt, n=1 << cost, r=block, p=parallel, maxmem=memory + (1 << 20))
+
+
+NOBODY = "$scrypt$ln=14,r=8,p=1$" + "A" * 22 + "==$" + "A" * 86 + "=="  # an unknown user costs what a known one costs
+
+
+def password_hash(value: Any, where: str, faults: list) -> str:
+    value = text(value, where, faults)
+    if not (SCRYPT.fullmatch(value) or (value.startswith("{SSHA}") and _ssha(value))):
+        faults.append(f"{where}: a hash as `haineko.py pw` prints it, or {{SSHA}}, is wanted")
+    return value
+
+
+SCRYPT = re.compile(r"\$scrypt\$ln=(1[0-9]|20),r=([1-9]|1[0-6]),p=([1-9])\$([A-Za-z0-9+/=]+)\$([A-Za-z0-9+/=]+)")
+
+
+def _ssha(line: str) -> tuple:
+    """(SHA-1 of password and salt, salt) of an {SSHA} line; () if it isn't one."""
+    try:
+        octets = base64.b64decode(line[6:], validate=True)
+    except ValueError:
+        return ()
+    return (octets[:20], octets[20:]) if len(octets) > 20 else ()
+
+
+@dataclass(frozen=True)
+class Tls:
+    certificate: str = setting("", text, "PEM file of the certificate chain")
+    key: str = setting("", text, "PEM file of its private key")
+
+
+@dataclass(frozen=True)
+class Httpd:
+    listen: tuple = setting(
+        ("127.0.0.1:2794",), list_of(listen_address), "host:port, [v6]:port or unix:/path, or a list"
+    )
+    workers: int = setting(0, number(0, 256), "processes; 0 means one per core")
+    max_connections: int = setting(512, number(1, 65536), "open connections per worker")
+    timeout: int = setting(30, number(1, 3600), "seconds for a whole request to arrive, and for an idle connection")
+    trusted_proxies: Networks = setting(Networks(), networks, "networks whose X-Forwarded-For is believed")
+    allowed_origins: tuple = setting((), list_of(origin), "web origins that may POST from a browser")
+    tls: Tls | None = setting(None, section(Tls), "certificate and key: serve HTTPS")
+
+
+@dataclass(frozen=True)
+class Syslog:
+    disabled: bool = setting(True, flag, "1: the log goes to stderr")
+    facility: str = setting("local2", facility, "syslog facility")
+
+
+@dataclass(frozen=True)
+class Smtpd:
+    hostname: str = setting("", name_or_nothing, "name in EHLO, Received and Message-Id; empty means this machine's")
+    max_message_size: int = setting(4194304, number(0, 1 << 40), "octets of the finished message; 0 means no limit")
+    max_rcpts_per_message: int = setting(4, number(0, 1 << 20), "recipients; 0 means no limit")
+    max_workers: int = setting(4, number(1, 256), "deliveries of one request at a time")
+    syslog: Syslog = setting(Syslog(), section(Syslog), "the log")
+
+
+LOOPBACK = Networks(("127.0.0.0/8", "::1"))
+
+
+@dataclass(frozen=True)
+class Relayhosts:
+    open_relay: bool = setting(False, flag, "1: everybody may POST", key="open-relay")
+    relayhosts: Networks = setting(Networks(("127.0.0.1", "::1")), networks, "networks that may POST")
+
+
+def folded(value: Any, where: str, faults: list) -> frozenset:
+    """A list of domains or addresses, in lower case."""
+    return frozenset(item.lower() for item in list_of(text)(value, where, faults))
+
+
+@dataclass(frozen=True)
+class Recipients:
+    open_relay: bool = setting(False, flag, "1: mail may go to every address", key="open-relay")
+    domainpart: frozenset = setting(frozenset(), folded, "domains that may be written to")
+    recipients: frozenset = setting(frozenset(), folded, "addresses that may be written to")
+
+
+@dataclass(frozen=True)
+class Login:
+    username: str = setting("", text, "name to log in with")
+    password: Any = setting("", secret, 'a string, {"file": path} or {"env": NAME}', secret=True)
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where mail goes; `login` is (username, password) once the settings are whole."""
+
+    mailer: str = setting("ESMTP", mailer, "the relay, or a folder for File")
+    host: str = setting("127.0.0.1", host, "name or address of the next server; the folder, for File")
+    port: int = setting(25, number(1, 65535), "465 means TLS from the first byte")
+    auth: str = setting("", text, "a name in authinfo")
+    starttls: bool = setting(False, flag, "1: STARTTLS or no delivery")
+    tls_verify: bool = setting(True, flag, "check the server's certificate and name")
+    ca_file: str = setting("", text, "PEM file of one more certificate authority")
+    timeout: int = setting(30, number(1, 3600), "seconds for each step of the dialogue")
+    retry: int = setting(0, number(0, 100), "more tries after a temporary failure while the client waits")
+    sleep: int = setting(5, number(0, 3600), "seconds between them")
+    disabled: bool = setting(False, flag, "1: as if this route were not there")
+    login: tuple = field(default=(), repr=False)
+
+    @property
+    def relay(self) -> str:
+        """Name of the relay in RELAYS."""
+        return "File" if self.mailer.startswith("/") else self.mailer
+
+    @property
+    def folder(self) -> str:
+        """Where the relay File puts its files."""
+        import tempfile
+
+        return next((p for p in (self.mailer, self.host) if p.startswith("/")), "") or tempfile.gettempdir()
+
+
+def domain_key(name: str) -> str:
+    """A key of mailertable as it is looked up: in lower case, in ASCII (RFC 5890)."""
+    dot = "." if name.startswith(".") else ""
+    return dot + (ascii_domain(name[len(dot) :]) or name).lower()
+
+
+def ascii_domain(name: str) -> str:
+    """The domain in ASCII (IDNA 2003), or "" where it can't be or where IDNA 2008 means another domain."""
+    if name.isascii():
+        return name
+    if any(c in name for c in "ßς\u200c\u200d"):  # on these four the two standards differ, RFC 5894 7.2
+        return ""
+    try:
+        return name.encode("idna").decode()
+    except UnicodeError:
+        return ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All of haineko.json, every value checked."""
+
+    httpd: Httpd = setting(Httpd(), section(Httpd))
+    smtpd: Smtpd = setting(Smtpd(), section(Smtpd))
+    relayhosts: Relayhosts = setting(Relayhosts(), section(Relayhosts))
+    recipients: Recipients | None = setting(None, section(Recipients))
+    mailertable: dict = setting({}, table_of(section(Route), domain_key))
+    sendermt: dict = setting({}, table_of(section(Route), domain_key))
+    authinfo: dict = setting({}, table_of(section(Login)))
+    password: Gate = setting(Gate({}), passwords)
+    path: str | None = None
+    files: tuple = ()  # (path, signature) of all that was read
+
+    @property
+    def hostname(self) -> str:
+        return self.smtpd.hostname
+
+
+def load(path: str | None) -> tuple:
+    """(Settings, faults) of a settings file; None gives the settings that harm nobody: all mail is printed."""
+    if path is None:
+        screen = {"default": Route(mailer="Screen")}
+        return settled(Settings(recipients=Recipients(open_relay=True), mailertable=screen), [])
+    faults: list = []
+    files = {path: signature(path)}
+    raw = read_file(path, faults)
+    for name, value in raw.items():
+        if isinstance(value, str) and name in keys(Settings):
+            aside = os.path.join(os.path.dirname(path), value)
+            files[aside] = signature(aside)
+            raw[name] = read_file(aside, faults, name)
+    settings = read(Settings, raw, "", faults)
+    if faults:
+        return settings, faults
+    settings, faults = settled(replace(settings, path=path), faults)
+    files.update((name, signature(name)) for name in aside_files(settings))
+    return replace(settings, files=tuple(files.items())), faults
+
+
+def signature(path: str) -> tuple | None:
+    """What changes when a file is written anew; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def read_file(path: str, faults: list, name: str = "") -> dict:
+    """The JSON object in a file, {} with a fault where there is none. `name`: the section, where it has only one."""
+    try:
+        with open(path, "rb") as stream:
+            everybody = os.fstat(stream.fileno()).st_mode & 0o004
+            raw = decode(stream.read())
+    except (OSError, ValueError) as fault:
+        faults.append(f"{path}: {getattr(fault, 'strerror', None) or fault}")
+        return {}
+    if not isinstance(raw, dict):
+        faults.append(f"{path}: an object is wanted, not {kind(raw)}")
+        return {}
+    if everybody and holds_secrets({name: raw} if name else raw):
+        faults.append(f"{path}: holds secrets and can be read by everybody; chmod 600 {path}")
+    return raw
+
+
+def holds_secrets(raw: dict) -> bool:
+    logins = raw.get("authinfo")
+    logins = logins.values() if isinstance(logins, dict) else ()
+    hashes = raw.get("password")
+    written = any(
+        isinstance(login, dict) and login.get("password") and type(login["password"]) is str for login in logins
+    )
+    return written or bool(isinstance(hashes, dict) and hashes)
+
+
+def aside_files(settings: Settings) -> list:
+    """Files that the settings name and that are read with them."""
+    base = os.path.dirname(settings.path or "")
+    routes = (*settings.mailertable.values(), *settings.sendermt.values())
+    tls = settings.httpd.tls
+    named = [login.password["file"] for login in settings.authinfo.values() if "file" in login.password]
+    named += [route.ca_file for route in routes if route.ca_file]
+    return [os.path.join(base, name) for name in named + ([tls.certificate, tls.key] if tls else [])]
+
+
+def settled(settings: Settings, faults: list) -> tuple:
+    """(Settings, faults) with names, secrets and files looked up, so that a mail finds all of it ready."""
+    base = os.path.dirname(settings.path or "")
+    logins = {name: _login(login, base, f"authinfo.{name}", faults) for name, login in settings.authinfo.items()}
+    tables = {
+        table: {
+            key: _route(route, logins, base, f"{table}.{key}", faults)
+            for key, route in getattr(settings, table).items()
+            if not route.disabled
+        }
+        for table in ("mailertable", "sendermt")
+    }
+    name = settings.smtpd.hostname or machine_name()
+    if settings.httpd.tls:
+        try:
+            server_context(settings.httpd.tls, base)
+        except (OSError, ValueError) as fault:
+            faults.append(f"httpd.tls: {fault}")
+    recipients = settings.recipients or Recipients(domainpart=frozenset([name.lower()]))
+    smtpd = replace(settings.smtpd, hostname=name)
+    return replace(settings, smtpd=smtpd, recipients=recipients, **tables), faults
+
+
+def _login(login: Login, base: str, where: str, faults: list) -> tuple:
+    """(username, password) with the password looked up."""
+    word, source = "", login.password
+    try:
+        if isinstance(source, str):
+            word = source
+        elif "file" in source:
+            with open(os.path.join(base, source["file"]), encoding="utf-8") as stream:
+                if os.fstat(stream.fileno()).st_mode & 0o004:
+                    faults.append(f"{where}.password.file: can be read by everybody; chmod 600 {source['file']}")
+                word = stream.read().rstrip("\r\n")
+        else:
+            word = os.environ[source["env"]]
+    except (OSError, ValueError) as fault:
+        faults.append(f"{where}.password.file: {source['file']}: {getattr(fault, 'strerror', None) or fault}")
+    except KeyError:
+        faults.append(f"{where}.password.env: no environment variable {source['env']}")
+    if not (login.username + word).isascii():
+        faults.append(f"{where}: AUTH takes ASCII only")
+    return login.username, word
+
+
+def _route(route: Route, logins: dict, base: str, where: str, faults: list) -> Route:
+    if route.auth and route.auth not in logins:
+        faults.append(f'{where}.auth: "{route.auth}" is not in authinfo{did_you_mean(route.auth, logins)}')
+    if route.relay == "File" and not (os.path.isdir(route.folder) and os.access(route.folder, os.W_OK | os.X_OK)):
+        faults.append(f"{where}.mailer: {route.folder} is no folder that can be written")
+    ca_file = os.path.join(base, route.ca_file) if route.ca_file else ""
+    try:
+        client_context(route.tls_verify, ca_file, signature(ca_file)) if ca_file else None
+    except OSError as fault:
+        faults.append(f"{where}.ca_file: {ca_file}: {fault.strerror or fault}")
+    if route.relay != "File" and route.host.startswith("/"):
+        faults.append(f'{where}.host: "{route.host}" is no host name')
+    return replace(route, ca_file=ca_file, login=logins.get(route.auth, ()))
+
+
+def machine_name() -> str:
+    """This machine's name, or its address literal where the name is no domain."""
+    name = socket.gethostname()
+    return name if DOMAIN.fullmatch(name) else "localhost"
+
+
+def server_context(tls: Tls, base: str) -> ssl.SSLContext:
+    """TLS 1.2 and later with the certificate; raises OSError."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(os.path.join(base, tls.certificate), os.path.join(base, tls.key))
+    return context
+
+
+@functools.lru_cache(maxsize=64)
+def client_context(verify: bool, ca_file: str, _signature: tuple | None = None) -> ssl.SSLContext:
+    """TLS towards a server; made once, since loading the certificate authorities takes tens of milliseconds."""
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if ca_file:
+        context.load_verify_locations(ca_file)
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def shown(value: Any, masked: bool = False) -> Any:
+    """Settings as JSON values, each secret as ********."""
+    if masked and value:
+        return "********"
+    if isinstance(value, Gate):
+        return {user: "********" for user in value.hashes}
+    if isinstance(value, Networks):
+        return list(value.texts)
+    if isinstance(value, dict):
+        return {key: shown(item) for key, item in value.items()}
+    if isinstance(value, (tuple, frozenset)):
+        return sorted(value) if isinstance(value, frozenset) else list(value)
+    if hasattr(value, "__dataclass_fields__"):
+        items = [item for item in fields(value) if "parse" in item.metadata]
+        keyed = [(item, (item.metadata["keys"] or (item.name,))[0]) for item in items]
+        return {key: shown(getattr(value, item.name), item.metadata["secret"]) for item, key in keyed}
+    return value
+
+
+def example() -> dict:
+    """The settings of the example file: complete, valid, and three lines short of a smart host."""
+    route = {"mailer": "ESMTP", "host": "smtp.example.org", "port": 587, "starttls": True, "auth": "relay"}
+    settings = shown(Settings(recipients=Recipients(open_relay=True)))
+    settings["mailertable"] = {
+        "default": route,
+        "example.com": {"mailer": "Discard", "disabled": True},
+        ".example.net": {"mailer": "/var/spool/haineko", "disabled": True},
+    }
+    settings["sendermt"] = {"example.net": {"mailer": "Screen", "disabled": True}}
+    settings["authinfo"] = {"relay": {"username": "", "password": ""}}
+    return settings
+
+
+# ======================================================================================================================
+# 4. Log
+#    One line for each event, on stderr or to syslog, with nothing in it that a terminal or a log reader could trip over.
+#    The only state that the whole file shares.
+# ======================================================================================================================
+
+
+class Log:
+    """Where lines go; `devel` shows SMTP dialogues too."""
+
+    def __init__(self) -> None:
+        self.devel = False
+        self.syslog: Any = None
+
+    def open(self, settings: Syslog) -> None:
+        """From now on lines go where the settings say."""
+        self.syslog = None
+        if not settings.disabled:
+            import syslog
+
+            syslog.openlog("haineko", syslog.LOG_PID, getattr(syslog, "LOG_" + settings.facility.upper()))
+            self.syslog = syslog
+
+    def lines(self, *lines: str) -> None:
+        """Written by one call, so that lines of several processes don't mix."""
+        if self.syslog:
+            for line in lines:
+                self.syslog.syslog(line)
+            return
+        head = f"{timestamp(int(time.time()))} haineko[{os.getpid()}]: "
+        self.raw("".join([f"{head}{line}\n" for line in lines]).encode("utf-8", "backslashreplace"))
+
+    def raw(self, octets: bytes) -> None:
+        """Octets for stderr; a stderr that is gone or full must not cost a mail."""
+        try:
+            while octets:
+                octets = octets[os.write(2, octets) :]
+        except OSError:
+            pass
+
+    def dialogue(self, who: str, direction: str, line: str) -> None:
+        if self.devel:
+            self.raw(f"{who} {direction} {printable(line, 1000)}\n".encode())
+
+
+@functools.lru_cache(maxsize=2)
+def timestamp(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(second))
+
+
+log = Log()
+
+
+def pairs(**values: Any) -> str:
+    """key=value for a log line; values with spaces or quotes in quotes, unprintables as "?", None left out."""
+    return " ".join([f"{key}={_value(value)}" for key, value in values.items() if value is not None])
+
+
+def _value(value: Any) -> str:
+    value = printable(str(value), 500)
+    return json.dumps(value, ensure_ascii=False) if value == "" or " " in value or '"' in value else value
+
+
+# ======================================================================================================================
+# 5. Submissions
+#    Takes the octets of a request's body, gives a Submission in which every string is Unicode, free of CR, LF and NUL
+#    where a header is meant, and every address of a header is one. Knows nothing of policy.
+# ======================================================================================================================
+
+
+class Request(NamedTuple):
+    """One HTTP request, whole."""
+
+    method: str
+    path: str
+    headers: dict  # by name in lower case
+    body: bytes
+    client: Any  # IP address of the client, an ipaddress object; None for none
+    peer: Any  # IP address of the connection: the client's or a proxy's
+    port: int | None  # of the client
+    now: float  # seconds since the epoch
+
+
+class Address(NamedTuple):
+    """One mailbox: as the client wrote it, its local part, and its domain in ASCII."""
+
+    given: str
+    local: str
+    domain: str
+
+    @property
+    def wire(self) -> str:
+        return f"{self.local}@{self.domain}"
+
+    @property
+    def key(self) -> tuple:
+        """The same for two addresses that are the same: domains compare without case (RFC 5321 2.4)."""
+        return self.local, self.domain.lower()
+
+
+def address(text: str) -> Address | None:
+    """The mailbox (RFC 5321 4.1.2, no display name, no brackets), or None. The local part may be other than ASCII."""
+    found = MAILBOX.fullmatch(text)
+    if not found or len(text) > MAX_PATH:
+        return None
+    local, domain = found.groups()
+    if not domain.isascii():
+        domain = ascii_domain(domain)
+    if DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_literal(domain)):
+        return Address(text, local, domain)
+    return None
+
+
+MAX_PATH = 254  # characters, RFC 5321 4.5.3.1.3 less the brackets
+_ATOM = r"[^\x00-\x20\x7f-\x9f\ud800-\udfff()<>@,;:\\\".\[\]]+"
+MAILBOX = re.compile(
+    rf'({_ATOM}(?:\.{_ATOM})*|"(?:[^\x00-\x1f\x7f-\x9f\ud800-\udfff"\\]|\\[\x20-\x7e])*")'
+    r"@([^\x00-\x20\x7f-\x9f\ud800-\udfff@<>\[\]]+|\[[0-9A-Za-z:.]+\])"
+)
+
+
+def is_literal(text: str) -> bool:
+    """True for an address literal of RFC 5321 4.1.3: [192.0.2.1] or [IPv6:2001:db8::1]."""
+    inner = text[1:-1]
+    try:
+        if inner[:5].lower() == "ipv6:":
+            return bool(ipaddress.IPv6Address(inner[5:])) or True
+        return bool(ipaddress.IPv4Address(inner)) or True
+    except ValueError:
+        return False
+
+
+def one_line(value: Any, where: str, faults: list) -> str:
+    """A string for a header: neither CR, LF nor NUL, no lone surrogate."""
+    value = prose(value, where, faults)
+    if "\r" in value or "\n" in value or "\0" in value:
+        faults.append(f"{where}: has a CR, LF or NUL")
+    return value
+
+
+def prose(value: Any, where: str, faults: list) -> str:
+    """A string of Unicode characters, whatever they are."""
+    if type(value) is not str:
+        faults.append(f"{where}: a string is wanted, not {kind(value)}")
+        return ""
+    try:
+        value.isascii() or value.encode()
+    except UnicodeEncodeError as fault:
+        faults.append(f"{where}: has half a surrogate pair at character {fault.start}")
+    return value
+
+
+def mailboxes(value: Any, where: str, faults: list) -> tuple:
+    """((display name, Address), ...) of a header like From."""
+    value = one_line(value, where, faults)
+    found = parse_mailboxes(value)
+    if value and not found:
+        faults.append(f'{where}: "name <address>" is wanted, not "{printable(value, 80)}"')
+    return found
+
+
+@functools.lru_cache(maxsize=512)
+def parse_mailboxes(text: str) -> tuple:
+    """((display name, Address), ...); () where one of them is none. RFC 5322 3.4; email.utils reads the quoting."""
+    simple = re.fullmatch(r"([^<>\"\\]*?)\s*<([^<>\s]+)>\s*", text)  # a comma or bracket in the name harms nobody here
+    named = [simple.groups()] if simple else getaddresses([text])
+    found = tuple((name.strip(), address(spec)) for name, spec in named)
+    return found if all(item and item.local.isascii() for _, item in found) else ()
+
+
+def passed(value: Any, where: str, faults: list) -> tuple:
+    """Names that a mail has passed: a list, or one string with commas."""
+    names = ",".join(list_of(one_line)(value, where, faults)).split(",")
+    names = tuple(name.strip() for name in names if name.strip())
+    for name in names:
+        if not DOMAIN.fullmatch(name):
+            faults.append(f'{where}: "{printable(name, 80)}" is no name of a Haineko')
+    return names
+
+
+def charset(value: Any, where: str, faults: list) -> str:
+    """The name of a charset as mail readers know it (IANA's)."""
+    value = one_line(value, where, faults)
+    name = charset_name(value)
+    if not name:
+        faults.append(f'{where}: "{printable(value, 80)}" is no charset for mail that is known here')
+    return name or "UTF-8"
+
+
+@functools.lru_cache(maxsize=64)
+def charset_name(name: str) -> str:
+    """IANA's spelling of a charset's name, "" for none that Python knows or that text in mail can have."""
+    try:
+        codec = codecs.lookup(name).name
+        as_ascii = "Az0 =?<@>\\~\r\n".encode(codec) == b"Az0 =?<@>\\~\r\n"
+    except (LookupError, ValueError, TypeError):
+        return ""
+    if not as_ascii or codec in (
+        "utf-7",
+        "idna",
+        "punycode",
+        "unicode_escape",
+        "raw_unicode_escape",
+        "charmap",
+        "mbcs",
+    ):
+        return ""
+    if codec in IANA_NAMES:
+        return IANA_NAMES[codec]
+    codec = re.sub(r"^iso8859-", "ISO-8859-", re.sub(r"^cp(125\d|874)$", r"windows-\1", codec))
+    return codec.replace("_", "-")
+
+
+IANA_NAMES = {
+    "ascii": "US-ASCII",
+    "utf-8": "UTF-8",
+    "iso2022_jp": "ISO-2022-JP",
+    "shift_jis": "Shift_JIS",
+    "cp932": "Windows-31J",
+    "euc_jp": "EUC-JP",
+    "euc_kr": "EUC-KR",
+    "cp949": "ks_c_5601-1987",
+    "big5": "Big5",
+    "gb2312": "GB2312",
+    "gbk": "GBK",
+    "koi8-r": "KOI8-R",
+    "koi8-u": "KOI8-U",
+}
+
+
+@dataclass(frozen=True)
+class Header:
+    from_: tuple = setting((), mailboxes, "From; absent: the envelope sender", key="from")
+    subject: str = setting("", one_line, "required")
+    replyto: tuple = setting((), mailboxes, "Reply-To", key="replyto|reply-to")
+    charset: str = setting("UTF-8", charset, "of headers and body")
+    loop: tuple = setting((), passed, "names of the Hainekos it has passed", key="x-haineko-loop")
+
+
+@dataclass(frozen=True)
+class Submission:
+    ehlo: str | None = setting(None, prose, "the client's name", key="ehlo|helo")
+    mail: str = setting("", prose, "envelope sender", key="mail|send|from")
+    rcpt: tuple = setting((), list_of(prose), "envelope recipients", key="rcpt|recv|to")
+    header: Header = setting(Header(), section(Header))
+    body: str = setting("", prose, "the text")
+
+
+def understand(body: bytes) -> tuple:
+    """(Submission, faults) of a request's body."""
+    faults: list = []
+    try:
+        raw = decode(body.replace(b"\x1b", b"\\u001b"))  # raw escapes are ISO-2022-JP of old clients
+        if isinstance(raw, dict) and isinstance(raw.get("header"), dict):
+            raw = from_jis(raw)
+    except ValueError as fault:
+        return Submission(), [printable(str(fault))]
+    return read(Submission, raw, "", faults), faults
+
+
+def from_jis(raw: dict) -> dict:
+    """The submission with strings that hold ISO-2022-JP itself decoded, where that is its charset."""
+    header = raw["header"]
+    asked = header.get("charset")
+    if not (type(asked) is str and charset_name(asked) == "ISO-2022-JP"):
+        return raw
+    header.update((key, jis_text(value)) for key, value in header.items() if type(value) is str)
+    raw.update((key, jis_text(value)) for key, value in raw.items() if type(value) is str and key == "body")
+    return raw
+
+
+def jis_text(text: str) -> str:
+    """Text of ISO-2022-JP octets (RFC 1468, and the rows and kana that CP50220 adds) held in a string."""
+    if "\x1b" not in text or not text.isascii():
+        return text
+    head, *segments = re.split(r"\x1b(\$[@B]|\([BJI])", text)
+    parts = [head]
+    for escape, segment in zip(segments[::2], segments[1::2]):
+        if escape[0] == "$":
+            parts.append(jis_octets_to_text(segment.encode()))
+        elif escape == "(I":
+            parts.append("".join(chr(ord(c) + 0xFF40) if "!" <= c <= "_" else c for c in segment))
+        else:
+            parts.append(segment)
+    return "".join(parts)
+
+
+def jis_octets_to_text(octets: bytes) -> str:
+    """JIS X 0208 with NEC's and IBM's rows, two octets a character; ValueError where it isn't that."""
+    shifted = bytearray()
+    for high, low in zip(octets[::2], octets[1::2]):
+        if not (0x21 <= high <= 0x7E and 0x21 <= low <= 0x7E):
+            raise ValueError("a string says that it is ISO-2022-JP and isn't")
+        lead = (high + 1) // 2 + (0x70 if high < 0x5F else 0xB0)
+        trail = low + (0x1F if low < 0x60 else 0x20) if high % 2 else low + 0x7E
+        shifted += bytes((lead, trail))
+    if len(octets) % 2:
+        raise ValueError("a string says that it is ISO-2022-JP and ends within a character")
+    try:
+        return shifted.decode("cp932")
+    except UnicodeDecodeError:
+        raise ValueError("a string in ISO-2022-JP has a character that nobody knows") from None
+
+
+# ======================================================================================================================
+# 6. Policy
+#    Takes a request, its submission and the settings; each check gives the Reply that refuses, or None. A check acts on
+#    nothing. The order of the tables is the order in which faults are told.
+# ======================================================================================================================
+
+
+def first_refusal(checks: tuple, *values: Any) -> Reply | None:
+    """What the first check that fails says."""
+    for check in checks:
+        refusal = check(*values)
+        if refusal:
+            return refusal
+    return None
+
+
+def check_login(request: Request, settings: Settings) -> Reply | None:
+    """HTTP Basic, RFC 7617; asked for where the section `password` has a user."""
+    if not settings.password.hashes:
+        return None
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    try:
+        user, colon, word = base64.b64decode(token.strip(), validate=True).decode().partition(":")
+    except ValueError:
+        return reply("login")
+    right = scheme.lower() == "basic" and colon and settings.password.admits(user, word, time.monotonic())
+    return None if right else reply("login")
+
+
+def check_client(request: Request, settings: Settings) -> Reply | None:
+    policy = settings.relayhosts
+    if settings.password.hashes or policy.open_relay:
+        return None
+    return None if request.client in policy.relayhosts else reply("client")
+
+
+DOOR = (check_login, check_client)  # asked before the body is read
+
+
+def check_loop(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    names = submission.header.loop
+    return reply("loop") if len(names) > MAX_PASSED or settings.hostname.lower() in map(str.lower, names) else None
+
+
+MAX_PASSED = 25  # Hainekos on the way of one mail; more is a loop through others' names
+
+
+def check_ehlo(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    name = submission.ehlo
+    if name is None or DOMAIN.fullmatch(name) or (name[:1] == "[" and name[-1:] == "]" and is_literal(name)):
+        return None
+    return reply("ehlo")
+
+
+def check_mail(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    if not submission.mail:
+        return reply("mail-empty")
+    sender = address(submission.mail)
+    if not sender:
+        return reply("mail-form")
+    return None if sender.local.isascii() else reply("mail-ascii")
+
+
+def check_rcpt_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    if not submission.rcpt or submission.rcpt == ("",):
+        return reply("rcpt-none")
+    most = settings.smtpd.max_rcpts_per_message
+    return reply("rcpt-many") if most and len(recipients(submission)) > most else None
+
+
+def check_body(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    return None if submission.body else reply("body-empty")
+
+
+CHECKS = (check_loop, check_ehlo, check_mail, check_rcpt_count)
+CHECKS_OF_TEXT = (check_body,)
+
+
+def recipients(submission: Submission) -> dict:
+    """{recipient as written: its Address, or None where it is none}, in order, the same address once."""
+    found: dict = {}
+    for given in submission.rcpt:
+        mailbox = address(given)
+        found.setdefault(mailbox.key if mailbox else given, (given, mailbox))
+    return dict(found.values())
+
+
+def check_rcpt(mailbox: Address | None, settings: Settings) -> Reply | None:
+    """What refuses one recipient."""
+    if not mailbox:
+        return reply("rcpt-form")
+    if not mailbox.local.isascii():
+        return reply("rcpt-ascii")
+    policy = settings.recipients
+    if policy.open_relay or mailbox.domain.lower() in policy.domainpart or mailbox.wire.lower() in policy.recipients:
+        return None
+    return reply("rcpt-policy")
+
+
+def check_size(octets: int, settings: Settings) -> Reply | None:
+    most = settings.smtpd.max_message_size
+    return reply("too-big") if most and octets > most else None
+
+
+def check_subject(submission: Submission) -> Reply | None:
+    return None if submission.header.subject else reply("subject-empty")
+
+
+# ======================================================================================================================
+# 7. Messages
+#    Takes a submission, gives a Message: headers and body as octets, ready for any relay. Knows the charsets, MIME and the
+#    limits on lines; knows nothing of who gets it. The clock and the queue id are arguments.
+# ======================================================================================================================
+
+
+def compose(submission: Submission, queueid: str, client: Any, hostname: str, now: float) -> Message:
+    """The message of a submission, in the charset asked for, or in UTF-8 where that can't hold every character."""
+    try:
+        return _compose(submission, submission.header.charset, queueid, client, hostname, now)
+    except UnicodeEncodeError:
+        return _compose(submission, "UTF-8", queueid, client, hostname, now)
+
+
+def _compose(submission: Submission, charset: str, queueid: str, client: Any, hostname: str, now: float) -> Message:
+    header, sender = submission.header, address(submission.mail)
+    author = header.from_ or (("", sender),)
+    date = rfc5322_date(int(now))
+    encoding, body = encode_body(submission.body, charset)
+    lines = [received(submission.ehlo, client, hostname, queueid, date), address_field("From", author, charset)]
+    if len(author) > 1 or author[0][1].key != sender.key:
+        lines.append(f"Sender: {sender.wire}")
+    before = "\r\n".join(lines) + "\r\nTo: "
+    lines = ["", address_field("Reply-To", header.replyto, charset)] if header.replyto else [""]
+    lines += [text_field("Subject", header.subject, charset), f"Date: {date}", f"Message-Id: <{queueid}."]
+    between = "\r\n".join(lines)
+    loop = fold("X-Haineko-Loop:", [name + "," for name in header.loop] + [hostname])
+    after = (
+        f"@{hostname}>\r\n{loop}\r\nMIME-Version: 1.0\r\nContent-Type: text/plain; charset={charset}\r\n"
+        f"Content-Transfer-Encoding: {encoding}\r\n\r\n"
+    )
+    return Message((before.encode("ascii"), between.encode("ascii"), after.encode("ascii") + body))
+
+
+@functools.lru_cache(maxsize=4)
+def rfc5322_date(second: int) -> str:
+    return formatdate(second, localtime=True)
+
+
+def received(ehlo: str | None, client: Any, hostname: str, queueid: str, date: str, protocol: str = "HTTP") -> str:
+    """The trace field of RFC 5321 4.4."""
+    literal = f"[IPv6:{client}]" if client and client.version == 6 else f"[{client or '127.0.0.1'}]"
+    return f"Received: from {ehlo or literal} ({literal})\r\n\tby {hostname} with {protocol} id {queueid};\r\n\t{date}"
+
+
+def address_field(name: str, mailboxes: tuple, charset: str) -> str:
+    """A field of mailboxes; the addresses stay outside the encoded words (RFC 2047 5)."""
+    tokens: list = []
+    for i, (shown, item) in enumerate(mailboxes):
+        comma = "," if i < len(mailboxes) - 1 else ""
+        if not shown:
+            tokens.append(item.wire + comma)
+            continue
+        if re.fullmatch(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}", shown) and "=?" not in shown and "  " not in shown:
+            tokens.extend(shown.split(" "))
+        elif re.fullmatch(r"[\x20-\x7e]{1,60}", shown) and "=?" not in shown:
+            tokens.append('"' + re.sub(r'(["\\])', r"\\\1", shown) + '"')
+        else:
+            tokens.extend(encoded_words(shown, charset, len(name) + 2))
+        tokens.append(f"<{item.wire}>{comma}")
+    return fold(f"{name}:", tokens)
+
+
+def text_field(name: str, value: str, charset: str) -> str:
+    """An unstructured field: as it is where a reader would get the same text back, else in encoded words."""
+    if PLAIN.fullmatch(value) and "=?" not in value:
+        whole = f"{name}: {value}"
+        return whole if len(whole) <= 78 else fold(f"{name}:", value.split(" "))
+    return fold(f"{name}:", encoded_words(value, charset, len(name) + 2))
+
+
+PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable ASCII, words with one space between
+
+
+def fold(line: str, tokens: list) -> str:
+    """Tokens behind the field's name, with a new line before each that would pass column 78 (RFC 5322 2.2.3)."""
+    lines, column = [line], len(line)
+    for token in tokens:
+        column += 1 + len(token)
+        if column > 78 and len(lines) > 1:
+            lines.append("\r\n ")
+            column = 1 + len(token)
+        else:
+            lines.append(" ")
+        lines.append(token)
+    return "".join(lines)
+
+
+def encoded_words(value: str, charset: str, used: int) -> list:
+    """RFC 2047: each word whole characters, none over 75 columns, the first leaves room for `used` columns of its line."""
+    encode, words, room = encoder(charset), [], 76 - used
+    overhead = len(charset) + 7
+    while value or not words:
+        size = min(len(value), room)
+        coded = encode(value[:size])
+        while overhead + (len(coded) + 2) // 3 * 4 > room and size > 1:
+            size = max(1, min(size - 1, size * (room - overhead) * 3 // (4 * len(coded)) + 1))
+            coded = encode(value[:size])
+        words.append(f"=?{charset}?B?{binascii.b2a_base64(coded, newline=False).decode()}?=")
+        value, room = value[size:], 75
+    return words
+
+
+def encode_body(text: str, charset: str) -> tuple:
+    """(Content-Transfer-Encoding, octets): lines end with CRLF, none is longer than 998 octets (RFC 5322 2.1.1)."""
+    text = text if "\r" not in text else text.replace("\r\n", "\n").replace("\r", "\n")
+    text = (text if text.endswith("\n") else text + "\n").replace("\n", "\r\n")
+    octets = encoder(charset)(text)
+    if not LONG_OR_ODD.search(octets):
+        return "7bit", octets
+    if charset == "ISO-2022-JP" and not octets.translate(None, JIS_OCTETS) and not TOO_LONG.search(octets):
+        return "7bit", octets
+    quoted = len(octets) + 2 * len(octets.translate(None, QUOTED_AS_IS))
+    if quoted * 77 // 74 < len(octets) * 4 // 3 * 78 // 76:
+        return "quoted-printable", binascii.b2a_qp(octets, istext=True)
+    return "base64", base64_lines(octets)
+
+
+LONG_OR_ODD = re.compile(rb"[^\x20-\x7e\t\r\n]|[^\n]{79}[^\r]|[^\n]{79}\r[^\n]")
+TOO_LONG = re.compile(rb"[^\r\n]{999}")
+JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
+QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
+
+
+def base64_lines(octets: bytes) -> bytes:
+    """Base64 in lines of 76 characters and CRLF (RFC 2045 6.8)."""
+    line = binascii.b2a_base64
+    return b"".join([line(octets[i : i + 57], newline=False) + b"\r\n" for i in range(0, len(octets), 57)])
+
+
+@functools.lru_cache(maxsize=64)
+def encoder(charset: str) -> Callable:
+    """A function from text to octets; it raises UnicodeEncodeError for a character that the charset can't hold."""
+    return CHARSETS.get(charset) or functools.partial(_encode, charset)
+
+
+def _encode(charset: str, text: str) -> bytes:
+    return text.encode(charset)
+
+
+def encode_jis(text: str) -> bytes:
+    """ISO-2022-JP as CP50220 writes it: half-width kana full-width, NEC's and IBM's characters kept."""
+    try:
+        return text.translate(LIKE_WINDOWS).encode("iso2022_jp")
+    except UnicodeEncodeError:
+        return _encode_jis(text)
+
+
+def _encode_jis(text: str) -> bytes:
+    import unicodedata
+
+    text = re.sub("[\uff61-\uff9f]+", lambda kana: unicodedata.normalize("NFKC", kana[0]), text)
+    text = text.replace("\u3099", "゛").replace("\u309a", "゜").translate(LIKE_WINDOWS)
+    table, octets = jis_extensions(), []
+    for run in re.split(f"([{''.join(table)}]+)", text):
+        if run and run[0] in table:
+            octets.append(b"\x1b$B%b\x1b(B" % b"".join(table[c] for c in run))
+        else:
+            octets.append(run.encode("iso2022_jp"))
+    return b"".join(octets)
+
+
+@functools.lru_cache(maxsize=1)
+def jis_extensions() -> dict:
+    """{character: its two octets} of NEC's row 13 and the rows 89 to 92 that hold IBM's, where JIS X 0208 has none."""
+    table: dict = {}
+    for row in (13, 89, 90, 91, 92):
+        for cell in range(1, 95):
+            octets = bytes((row + 0x20, cell + 0x20))
+            try:
+                character = jis_octets_to_text(octets)
+                character.encode("iso2022_jp")
+            except UnicodeEncodeError:
+                table.setdefault(character, octets)
+            except ValueError:
+                pass
+    return table
+
+
+def parse_message(octets: bytes) -> tuple:
+    """([(name in lower case, octets of the field)], body) of an RFC 5322 message with any line ends; both with LF.
+    ValueError for a CR or NUL within the header."""
+    octets = octets.replace(b"\r\n", b"\n")
+    octets = re.sub(rb"\A(?:From |>From )[^\n]*\n", b"", octets)  # of an mbox
+    fields: list = []
+    while True:
+        found = RAW_FIELD.match(octets)
+        if not found:
+            break
+        if b"\r" in found[0] or b"\0" in found[0]:
+            raise ValueError(f"header {printable(found[1].decode())}: has a CR or NUL")
+        fields.append((found[1].decode().lower(), found[0]))
+        octets = octets[found.end() :]
+    return fields, (octets[1:] if octets.startswith(b"\n") else octets).replace(b"\r", b"\n")
+
+
+RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t]+[^\n]*)*(?:\n|\Z)")
+
+
+def header_recipients(fields: list) -> list:
+    """The addresses in To, Cc and Bcc."""
+    texts = [value.partition(b":")[2].decode("utf-8", "replace") for key, value in fields if key in ("to", "cc", "bcc")]
+    return [spec for _, spec in getaddresses([text.replace("\n", "") for text in texts]) if spec]
+
+
+def finish_message(
+    fields: list, body: bytes, sender: str, loop: list, queueid: str, hostname: str, now: float
+) -> Message:
+    """A finished message made ready for relays: trace and loop fields put on, what is missing added, Bcc taken out."""
+    date, names = rfc5322_date(int(now)), {name for name, _ in fields}
+    head = [f"Received: by {hostname} (Haineko, from uid {os.getuid()}) id {queueid};\r\n\t{date}\r\n".encode()]
+    dropped = ("bcc", "resent-bcc", "return-path", "x-haineko-loop")
+    head += [field.rstrip(b"\n").replace(b"\n", b"\r\n") + b"\r\n" for name, field in fields if name not in dropped]
+    if not {"mime-version", "content-type", "content-transfer-encoding"} & names:
+        encoding, body = encode_body(
+            body.decode("utf-8", "replace") if is_utf8(body) else body.decode("latin-1"), "UTF-8"
+        )
+        kind_ = (
+            f"MIME-Version: 1.0\r\nContent-Type: text/plain; charset=UTF-8\r\nContent-Transfer-Encoding: {encoding}\r\n"
+        )
+        head += [kind_.encode()]
+    else:
+        body = body.replace(b"\n", b"\r\n")
+    missing = {"from": f"<{sender}>", "date": date, "message-id": f"<{queueid}.1@{hostname}>"}
+    head += [f"{name.title()}: {value}\r\n".encode() for name, value in missing.items() if name not in names]
+    head.append(fold("X-Haineko-Loop:", [name + "," for name in loop] + [hostname]).encode() + b"\r\n")
+    octets = b"".join(head) + b"\r\n" + body
+    if TOO_LONG.search(octets):
+        raise ValueError("a line is longer than 998 octets (RFC 5322 2.1.1)")
+    return Message((octets if octets.endswith(b"\r\n") else octets + b"\r\n",), eight=not octets.isascii())
+
+
+def is_utf8(octets: bytes) -> bool:
+    try:
+        return octets.decode() is not None
+    except UnicodeDecodeError:
+        return False
+
+
+def seven_bit(octets: bytes) -> bytes:
+    """A message with octets over 127 re-encoded for a server without 8BITMIME (RFC 6152 3)."""
+    import email
+    import email.policy
+
+    policy = email.policy.compat32.clone(cte_type="7bit", linesep="\r\n")
+    return email.message_from_bytes(octets, policy=policy).as_bytes(policy=policy)
+
+
+# What Windows calls these characters of JIS X 0208 and what Unicode's own tables call them. Python's codec knows the latter.
+LIKE_WINDOWS = str.maketrans("～∥－￠￡￢―", "〜‖−¢£¬—")
+
+CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis}  # others by Python's codecs
+
+# ======================================================================================================================
+# 8. Routes
+#    Takes a recipient's domain, gives the Route of the settings and the word why. Knows the tables, not what a relay does.
+# ======================================================================================================================
+
+
+def choose(domain: str, sender_domain: str, settings: Settings) -> tuple:
+    """(Route, why) for mail to `domain`; the look-up costs as much as the domain has labels."""
+    for name, table, key in (
+        ("mailertable", settings.mailertable, domain),
+        ("sendermt", settings.sendermt, sender_domain),
+    ):
+        for entry in entries(key.lower()) if table else ():
+            if entry in table:
+                return table[entry], f'{name}["{entry}"]'
+    for name in ("mailertable", "sendermt"):
+        if "default" in getattr(settings, name):
+            return getattr(settings, name)["default"], f"{name}.default"
+    return NO_ROUTE, "no route matches"
+
+
+NO_ROUTE = Route()
+
+
+def entries(domain: str) -> list:
+    """The keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
+    labels = domain.split(".")
+    return [domain] + ["." + ".".join(labels[i:]) for i in range(1, len(labels))]
+
+
+# ======================================================================================================================
+# 9. DNS
+#    Empty as yet: the place of the look-up that the relay MX needs.
+# ======================================================================================================================
+
+# ======================================================================================================================
+# 10. SMTP sessions
+#     Takes a Job, gives a Reply for each of its recipients. smtplib opens, secures and logs in; the transaction is ours,
+#     since smtplib neither pipelines nor can say whether the end of a message was lost. The script of a transaction is
+#     data, cut into flights; one loop serves servers with PIPELINING and without.
+# ======================================================================================================================
+
+
+class Heard(NamedTuple):
+    """One reply of a server, RFC 5321 4.2."""
+
+    code: str
+    dsn: str | None
+    lines: tuple
+
+
+class Rubbish(ConnectionError):
+    """The other side said something that is no SMTP reply, or not one that can stand there."""
+
+
+def parse_line(line: bytes) -> tuple:
+    """(code, whether more lines follow, text) of one line of a reply; Rubbish where it is none."""
+    found = REPLY_LINE.fullmatch(line)
+    if not found:
+        raise Rubbish(f"unexpected: {printable(line[:200].decode('utf-8', 'replace'))}")
+    code, more, words = found.groups()
+    return code.decode(), more == b"-", printable(words.decode("utf-8", "replace"), MAX_LINE)
+
+
+REPLY_LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ -])(.*?))?\s*\r?\n", re.DOTALL)
+DSN = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?:\s|$)")
+MAX_LINE = 2048  # octets of a line; RFC 5321 4.5.3.1.5 says 512
+MAX_LINES = 128  # of a reply
+BLOCK = 262144  # octets of text in one step
+FLIGHT = 100  # commands that wait for their replies, so that neither side's buffer fills up (RFC 2920 3.1)
+
+
+class Session(smtplib.SMTP):
+    """A connection to one next hop. `step` names the command under way; `alive` says that it may be used again."""
+
+    def __init__(self, route: Route, hostname: str) -> None:
+        super().__init__(local_hostname=hostname, timeout=route.timeout)
+        self._host = route.host  # the name that smtplib has the certificate checked for
+        self.route, self.step, self.unread, self.masked = route, "CONN", b"", False
+        self.alive = self.dirty = self.in_text = self.ended = False
+        self.born = self.last_used = time.monotonic()
+
+    # -- opened, secured, logged in
+
+    def establish(self) -> None:
+        """Ready for transactions, or Refused with what the other side said."""
+        try:
+            for step in (self._greet, self._hello, self._secure, self._log_in):
+                step()
+        except OSError as fault:
+            self.close()
+            raise Refused(self._broken(fault)) from None
+        except Refused:
+            self.leave()
+            raise
+        self.alive = True
+
+    def _greet(self) -> None:
+        self._expect("CONN", self.connect(self.route.host, self.route.port))
+
+    def _hello(self) -> None:
+        self.step = "EHLO"
+        code, words = self.ehlo()
+        if 500 <= code <= 599:  # RFC 5321 3.2: an old server
+            code, words = self.helo()
+        self._expect("EHLO", (code, words))
+
+    def _secure(self) -> None:
+        route, self.step = self.route, "STARTTLS"
+        if not route.starttls or route.port == SMTPS:
+            return
+        if not self.has_extn("starttls"):
+            raise Refused(reply("no-starttls", **self._place()))
+        code, words = self.docmd("STARTTLS")
+        self._expect("STARTTLS", (code, words))
+        if self.unread:  # words in clear that pretend to be said under TLS
+            raise Rubbish("octets behind the reply to STARTTLS")
+        self.sock = self._wrapped(self.sock)
+        self.ehlo_resp, self.esmtp_features, self.does_esmtp = None, {}, False  # RFC 3207 4.2
+        self._hello()
+
+    def _wrapped(self, sock: socket.socket) -> ssl.SSLSocket:
+        route = self.route
+        context = client_context(route.tls_verify, route.ca_file, signature(route.ca_file) if route.ca_file else None)
+        return context.wrap_socket(sock, server_hostname=route.host)
+
+    def _log_in(self) -> None:
+        if not self.route.auth:
+            return
+        self.step = "AUTH"
+        if not (isinstance(self.sock, ssl.SSLSocket) or self._peer_is_loopback()):
+            raise Refused(reply("clear-auth", **self._place()))
+        self.masked = True
+        try:
+            self.login(*self.route.login)
+        except smtplib.SMTPResponseException as fault:
+            self._expect("AUTH", (fault.smtp_code, fault.smtp_error))
+        except (smtplib.SMTPNotSupportedError, smtplib.SMTPException) as fault:
+            if isinstance(fault, smtplib.SMTPServerDisconnected):
+                raise
+            raise Refused(reply("no-auth", **self._place())) from None
+        finally:
+            self.masked = False
+
+    def _peer_is_loopback(self) -> bool:
+        return ipaddress.ip_address(self.sock.getpeername()[0].partition("%")[0]).is_loopback
+
+    def _expect(self, step: str, said: tuple) -> None:
+        """Refused with the server's own words unless they are a 2xx."""
+        self.step, (code, words) = step, said
+        if not 200 <= code <= 299:
+            if not 400 <= code <= 599:
+                raise Rubbish(f"unexpected: {code} {printable(str(words))}")
+            lines = words.decode("utf-8", "replace") if isinstance(words, bytes) else words
+            raise Refused(self._told(step, heard(str(code), lines.split("\n"))))
+
+    # -- one transaction
+
+    def transact(self, job: Job) -> list:
+        """A Reply for every recipient of the job, whatever happens (RFC 5321 3.3)."""
+        self.in_text = self.ended = False
+        octets = job.octets()
+        if job.message.eight and not self.has_extn("8bitmime"):
+            octets = seven_bit(octets)
+        script = envelope(job, len(octets), self.esmtp_features)
+        said: list = []
+        try:
+            self._converse(script, said, self.has_extn("pipelining"))
+            outcome = None
+            if len(said) == len(script) and said[-1].code[0] == "3":
+                wanted = any(item.code[0] == "2" for item in said[1:-1])
+                outcome = self._text(octets if wanted else b"")
+            lost = None
+        except OSError as fault:
+            self.alive, outcome, lost = False, None, self._broken(fault)
+        self.last_used = time.monotonic()
+        replies = settle(said, outcome, lost, len(job.recipients))
+        self.dirty = not (outcome and outcome.code[0] == "2")
+        self.alive = self.alive and not any(item.code == "421" for item in [*said, *([outcome] if outcome else [])])
+        return [item if isinstance(item, Reply) else self._told(*item) for item in replies]
+
+    def _converse(self, script: list, said: list, pipelining: bool) -> None:
+        """Sends the script and appends each reply to `said`, until it is over or there is no sense in going on."""
+        if self.dirty:
+            self.step = "MAIL"
+            self._send(b"RSET\r\n")
+            self._hear()
+            self.dirty = False
+        for flight in flights(script, pipelining):
+            if len(said) and (said[0].code[0] != "2" or (flight[0][0] == "DATA" and not accepted_any(said))):
+                break
+            self._send(b"".join([line for _, line in flight]))
+            for self.step, _ in flight:
+                item = self._hear()
+                if item.code[0] == ("2" if self.step == "DATA" else "3"):
+                    raise Rubbish(f"unexpected: {item.code} to {self.step}")
+                said.append(item)
+                if item.code == "421":  # RFC 5321 3.8: it closes; what it would say of the rest will not come
+                    return
+
+    def _text(self, octets: bytes) -> Heard:
+        """The reply to the end of the text; for no octets that to a lone dot (RFC 2920 3.1)."""
+        self.in_text = bool(octets)
+        if octets.startswith(b".") or b"\n." in octets:  # RFC 5321 4.5.2
+            octets = b"." * octets.startswith(b".") + octets.replace(b"\n.", b"\n..")
+        last = (len(octets) - 1) // BLOCK * BLOCK if octets else 0
+        try:
+            for start in range(0, last, BLOCK):
+                self._send(octets[start : start + BLOCK])
+            self.ended = self.in_text
+            self._send(octets[last:] + b".\r\n" if last else octets + b".\r\n")
+        except (BrokenPipeError, ConnectionResetError):
+            item = self._hear()  # it may have said why it hung up
+            if item.code[0] not in "45":
+                raise
+            return item
+        item = self._hear()
+        if item.code[0] == "3":
+            raise Rubbish(f"{item.code} to the end of the message")
+        return item
+
+    # -- lines
+
+    def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
+        sock = super()._get_socket(host, port, timeout)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return self._wrapped(sock) if port == SMTPS else sock
+
+    def send(self, s: Any) -> None:
+        """smtplib's way out."""
+        self._send(s.encode("ascii") if isinstance(s, str) else s)
+
+    def _send(self, octets: bytes) -> None:
+        if log.devel:
+            shown = [b"********"] if self.masked else octets.splitlines() if len(octets) < BLOCK else [octets[:80]]
+            for line in shown:
+                log.dialogue(self.route.host, ">", line.decode("utf-8", "replace"))
+        self.sock.sendall(octets)
+
+    def getreply(self) -> tuple:
+        """smtplib's way in: (code, text)."""
+        item = self._hear()
+        return int(item.code), "\n".join(item.lines).encode()
+
+    def _hear(self) -> Heard:
+        """The next reply, whole, within the step's deadline."""
+        lines, deadline = [], 0.0
+        while True:
+            end = self.unread.find(b"\n") + 1
+            if not end:
+                deadline = self._more(deadline)
+                continue
+            line, self.unread = self.unread[:end], self.unread[end:]
+            code, more, words = parse_line(line)
+            if lines and code != first or len(lines) >= MAX_LINES:
+                raise Rubbish(f"unexpected: {code} {words}" if len(lines) < MAX_LINES else "a reply without end")
+            first = code
+            lines.append(words)
+            log.dialogue(self.route.host, "<", f"{code}{'-' if more else ' '}{words}")
+            if not more:
+                return heard(code, lines)
+
+    def _more(self, deadline: float) -> float:
+        """Reads on. Gives the deadline: the first wait has the socket's own timeout, the ones after it what is left."""
+        if len(self.unread) > MAX_LINE:
+            raise Rubbish("a line without end")
+        began = time.monotonic()
+        if deadline:
+            if began >= deadline:
+                raise socket.timeout("timed out")
+            self.sock.settimeout(deadline - began)
+        octets = self.sock.recv(65536)
+        if deadline:
+            self.sock.settimeout(self.timeout)
+        if not octets:
+            raise ConnectionError("Connection closed by the other side")
+        self.unread += octets
+        return deadline or began + self.timeout
+
+    def leave(self) -> None:
+        """QUIT, said and not waited for long (RFC 5321 4.1.1.10)."""
+        self.alive = False
+        try:
+            self.sock.settimeout(FAREWELL)
+            self._send(b"QUIT\r\n")
+            self._hear()
+        except (OSError, AttributeError):
+            pass
+        self.close()
+
+    # -- words
+
+    def _place(self) -> dict:
+        return {"mailer": self.route.mailer, "host": self.route.host, "port": self.route.port}
+
+    def _told(self, step: str, item: Heard) -> Reply:
+        return Reply(item.code, item.dsn, step, item.lines, self.route.mailer, self.route.host, self.route.port)
+
+    def _broken(self, fault: OSError) -> Reply:
+        """What is said of recipients whose reply never came."""
+        reason = printable(str(fault) if isinstance(fault, (Rubbish, socket.timeout)) else fault.strerror or str(fault))
+        place = self._place()
+        if self.ended:
+            return reply("unsure", reason, **place)._replace(unsure=True)
+        if isinstance(fault, Rubbish):
+            return reply("rubbish", reason, command=self.step, **place)
+        if self.step == "CONN":
+            return reply("connect", reason, **place)
+        if isinstance(fault, ssl.SSLError) and self.step == "STARTTLS":
+            return reply("tls", reason, **place)
+        return reply("lost", reason, command=self.step, **place)
+
+
+SMTPS = 465  # RFC 8314: TLS from the first byte
+FAREWELL = 1.0  # seconds for the reply to QUIT
+
+
+def heard(code: str, lines: list) -> Heard:
+    found = DSN.match(lines[0])
+    return Heard(code, found[1] if found else None, tuple(lines))
+
+
+def envelope(job: Job, size: int, features: dict) -> list:
+    """The script [(command, line)] of a transaction, up to DATA, with the parameters that the server offers."""
+    mail, rcpt = f"MAIL FROM:<{job.sender}>", ""
+    if "size" in features:
+        mail += f" SIZE={size}"  # RFC 1870
+    if "8bitmime" in features and job.message.eight:
+        mail += " BODY=8BITMIME"  # RFC 6152
+    if "dsn" in features:
+        mail += " RET=FULL"  # RFC 3461
+        rcpt = " NOTIFY=FAILURE,DELAY"
+    lines = [("MAIL", mail), *[("RCPT", f"RCPT TO:<{to}>{rcpt}") for to in job.recipients], ("DATA", "DATA")]
+    return [(step, line.encode("ascii") + b"\r\n") for step, line in lines]
+
+
+def flights(script: list, pipelining: bool) -> list:
+    """The script in groups that are sent without waiting: many commands with PIPELINING, else one each."""
+    size = FLIGHT if pipelining else 1
+    return [script[i : i + size] for i in range(0, len(script), size)]
+
+
+def accepted_any(said: list) -> bool:
+    return any(item.code[0] == "2" for item in said[1:])
+
+
+def settle(said: list, outcome: Heard | None, lost: Reply | None, count: int) -> list:
+    """For each of `count` recipients (command, Heard), or a Reply: what decided. `said` are the replies to the script as
+    far as they came, `outcome` the one to the text, `lost` what broke it off."""
+    steps = ["MAIL", *["RCPT"] * count, "DATA"]
+    final = lost or (("DATA", outcome) if outcome else None)
+    goodbye = next(((step, item) for step, item in zip(steps, said) if item.code == "421"), None)
+    if said and said[0].code[0] != "2":
+        return [("MAIL", said[0])] * count
+    refused = [("RCPT", item) if item.code[0] in "45" and item.code != "421" else None for item in said[1 : count + 1]]
+    refused += [None] * (count - len(refused))
+    if not lost and len(said) == count + 2 and said[-1].code[0] in "45":
+        final = ("DATA", said[-1])
+    return [own or goodbye or final for own in refused]
+
+
+class Sessions:
+    """The open sessions of this process, kept to be used again; the most recently used one first."""
+
+    IDLE = 20  # seconds after which a session is given up; servers wait for minutes
+    AGE = 300  # seconds after which it is not used again
+    KEPT = 256  # sessions of one route
+
+    def __init__(self) -> None:
+        self.idle: dict = {}  # (hostname, route): sessions, the most recently used last
+
+    def take(self, route: Route, hostname: str) -> tuple:
+        """(a session, whether it was kept); Refused where none can be opened."""
+        kept = self.idle.get((hostname, route))
+        while kept:
+            try:
+                session = kept.pop()
+            except IndexError:  # another thread was faster
+                break
+            if time.monotonic() - session.last_used < self.IDLE:
+                return session, True
+            session.leave()
+        return self.fresh(route, hostname), False
+
+    def fresh(self, route: Route, hostname: str) -> Session:
+        session = Session(route, hostname)
+        session.establish()
+        return session
+
+    def give(self, session: Session) -> None:
+        """Kept, or closed where it can't be used again."""
+        kept = self.idle.setdefault((session.local_hostname, session.route), [])
+        if session.alive and len(kept) < self.KEPT and session.last_used - session.born < self.AGE:
+            kept.append(session)
+        elif session.alive:
+            session.leave()
+        else:
+            session.close()
+
+    def sweep(self, everything: bool = False) -> None:
+        """Gives up the sessions that nobody used for a while, or all."""
+        now, old = time.monotonic(), []
+        for kept in list(self.idle.values()):
+            while kept and (everything or now - kept[0].last_used >= self.IDLE):
+                try:
+                    old.append(kept.pop(0))
+                except IndexError:
+                    break
+        for session in old:
+            threading.Thread(target=session.leave, daemon=True).start() if everything else session.leave()
+
+
+# ======================================================================================================================
+# 11. Relays
+#     Each takes (job, sessions) and gives a Reply for every recipient of the job, in order. A relay may raise Refused or
+#     OSError: then that is the reply of all of them.
+# ======================================================================================================================
+
+
+def relay_esmtp(job: Job, sessions: Sessions) -> list:
+    """By SMTP to the route's host. A kept session that died before the text is replaced once."""
+    session, kept = sessions.take(job.route, job.hostname)
+    replies = session.transact(job)
+    if kept and not session.alive and not session.in_text:
+        session.close()
+        session = sessions.fresh(job.route, job.hostname)
+        replies = session.transact(job)
+    sessions.give(session)
+    return replies
+
+
+def relay_file(job: Job, sessions: Sessions) -> list:
+    """Into a folder, complete or not at all: written aside, on disk, then renamed."""
+    import tempfile
+
+    folder = job.route.folder
+    name = f"haineko.{time.strftime('%Y-%m-%d-%H%M%S')}.{job.queueid}.{job.number}.eml"
+    path, place = os.path.join(folder, name), {"mailer": "File"}
+    try:
+        handle, aside = tempfile.mkstemp(prefix=".haineko.", dir=folder)  # mode 0600
+        try:
+            with open(handle, "wb") as stream:
+                stream.write(job.octets())
+                stream.flush()
+                os.fsync(handle)
+            os.rename(aside, path)
+        except BaseException:
+            os.unlink(aside)
+            raise
+        sync_folder(folder)
+    except OSError as fault:
+        return [reply("file", f"{folder}: {fault.strerror or fault}", **place)] * len(job.recipients)
+    return [reply("saved", word=path, **place)] * len(job.recipients)
+
+
+def sync_folder(folder: str) -> None:
+    """A renamed file survives a power cut only when its folder is on disk too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def relay_screen(job: Job, sessions: Sessions) -> list:
+    """On stderr."""
+    rule = f"--- {job.queueid}.{job.number} from <{job.sender}> to <{'>, <'.join(job.recipients)}>"
+    log.raw(rule.encode() + b"\n" + job.octets().replace(b"\r\n", b"\n") + b"---\n")
+    return [reply("printed", mailer="Screen")] * len(job.recipients)
+
+
+def relay_discard(job: Job, sessions: Sessions) -> list:
+    """Nowhere."""
+    return [reply("discarded", mailer="Discard")] * len(job.recipients)
+
+
+RELAYS = {"ESMTP": relay_esmtp, "File": relay_file, "Screen": relay_screen, "Discard": relay_discard}
+
+# ======================================================================================================================
+# 12. Queue
+#     Empty as yet: the place of mail that could not be delivered at once.
+# ======================================================================================================================
+
+# ======================================================================================================================
+# 13. The way of a mail
+#     submit() takes a request and names every stage in order; deliver() is where relays are called and where whatever they
+#     raise becomes a reply.
+# ======================================================================================================================
+
+
+class Service:
+    """What a process works with: the settings in force, open SMTP sessions, whether it is stopping."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.sessions = Sessions()
+        self.stopping = False
+        self.take(settings)
+
+    def take(self, settings: Settings) -> None:
+        """From the next request on, these settings are in force."""
+        tls, base = settings.httpd.tls, os.path.dirname(settings.path or "")
+        self.tls = server_context(tls, base) if tls else None
+        log.open(settings.smtpd.syslog)
+        self.settings = settings
+
+
+class Answer(NamedTuple):
+    """What goes back by HTTP."""
+
+    status: int
+    body: bytes
+    headers: tuple = ()  # of (name, value)
+    type: str = "application/json; charset=utf-8"
+
+
+class Outcome(NamedTuple):
+    """What came of one job."""
+
+    job: Job
+    replies: list  # of Reply, one for each recipient of the job
+    ms: float
+
+
+def submit(request: Request, service: Service) -> Answer:
+    """POST /submit: the way of a mail from its JSON to the replies of the other side."""
+    settings, queueid = service.settings, new_queueid(request.now)
+    submission, verdicts, status = None, {}, 0
+    try:
+        submission, faults = understand(request.body)
+        if faults:
+            submission = None
+            raise Refused(reply("json", *faults[:MAX_FAULTS]))
+        insist(first_refusal(CHECKS, request, submission, settings))
+        mailboxes = recipients(submission)
+        verdicts = {given: check_rcpt(mailbox, settings) for given, mailbox in mailboxes.items()}
+        good = [mailbox for given, mailbox in mailboxes.items() if not verdicts[given]]
+        if good:
+            message = finished(request, submission, settings, queueid, good)
+            outcomes = deliver(plan(submission, message, good, settings, queueid), service.sessions, settings)
+            verdicts.update((mailbox.given, outcome.replies[0]) for mailbox, outcome in zip(good, outcomes))
+            log_outcomes(request, outcomes)
+            status = status_of(verdicts.values())
+        else:
+            status = 400
+    except Refused as refused:
+        verdicts, status = {None: refused.reply}, refused.reply.status
+    if not any(item.mailer for item in verdicts.values()):
+        log_refusal(request, queueid, status, submission, verdicts)
+    return answer(request, status, verdicts, queueid, submission)
+
+
+MAX_FAULTS = 10  # told of one submission
+
+
+def insist(refusal: Reply | None) -> None:
+    if refusal:
+        raise Refused(refusal)
+
+
+def new_queueid(now: float) -> str:
+    """16 letters and digits: the millisecond, and chance. Unique across processes and restarts; sorts by time."""
+    milliseconds, digits = int(now * 1000), []
+    for _ in range(7):
+        milliseconds, digit = divmod(milliseconds, 62)
+        digits.append(ALPHABET[digit])
+    return "".join(digits[::-1]) + os.urandom(9).translate(LETTERS).decode()
+
+
+ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+LETTERS = bytes(ord(ALPHABET[i % 62]) for i in range(256))
+
+
+def finished(request: Request, submission: Submission, settings: Settings, queueid: str, good: list) -> Message:
+    """The message, after the checks that need it; they refuse the whole submission."""
+    insist(first_refusal(CHECKS_OF_TEXT, request, submission, settings))
+    message = compose(submission, queueid, request.client, settings.hostname, request.now)
+    longest = max((mailbox.wire for mailbox in good), key=len)
+    insist(check_size(sum(map(len, message.parts)) + len(longest) + len(str(len(good))), settings))
+    insist(check_subject(submission))
+    return message
+
+
+def plan(submission: Submission, message: Message, good: list, settings: Settings, queueid: str) -> list:
+    """One job for each recipient: each gets a copy of its own."""
+    sender = address(submission.mail)
+    routes = [choose(mailbox.domain, sender.domain, settings)[0] for mailbox in good]
+    return [
+        Job(route, settings.hostname, queueid, sender.wire, (mailbox.wire,), message, i)
+        for i, (route, mailbox) in enumerate(zip(routes, good), 1)
+    ]
+
+
+def plan_shared(sender: Address, message: Message, good: list, settings: Settings, queueid: str) -> list:
+    """One job for each route: all its recipients get the same message in one transaction."""
+    routes: dict = {}
+    for mailbox in good:
+        routes.setdefault(choose(mailbox.domain, sender.domain, settings)[0], []).append(mailbox.wire)
+    source = sender.wire if sender.given else ""
+    return [
+        Job(route, settings.hostname, queueid, source, tuple(tos), message, i)
+        for i, (route, tos) in enumerate(routes.items(), 1)
+    ]
+
+
+def deliver(jobs: list, sessions: Sessions, settings: Settings) -> list:
+    """An Outcome for each job, in order; up to `max_workers` of them side by side."""
+    if len(jobs) == 1:
+        return [carry_out(jobs[0], sessions)]
+    outcomes: dict = {}
+    waiting = list(enumerate(jobs))[::-1]
+
+    def lane() -> None:
+        while waiting:
+            try:
+                i, job = waiting.pop()
+            except IndexError:
+                return
+            outcomes[i] = carry_out(job, sessions)
+
+    lanes = [threading.Thread(target=lane) for _ in range(min(settings.smtpd.max_workers, len(jobs)) - 1)]
+    for thread in lanes:
+        thread.start()
+    lane()
+    for thread in lanes:
+        thread.join()
+    return [outcomes[i] for i in range(len(jobs))]
+
+
+def carry_out(job: Job, sessions: Sessions) -> Outcome:
+    """The job tried, and tried again as its route says for the recipients that failed for now."""
+    began, route = time.monotonic(), job.route
+    replies = attempt(job, sessions)
+    for _ in range(route.retry):
+        waiting = [i for i, item in enumerate(replies) if item.temporary and not item.unsure]
+        if not waiting:
+            break
+        time.sleep(route.sleep)
+        again = attempt(job._replace(recipients=tuple(job.recipients[i] for i in waiting)), sessions)
+        for i, item in zip(waiting, again):
+            replies[i] = item
+    return Outcome(job, replies, (time.monotonic() - began) * 1000)
+
+
+def attempt(job: Job, sessions: Sessions) -> list:
+    """A reply for every recipient, whatever the relay does."""
+    place = {"mailer": job.route.mailer, "host": job.route.host, "port": job.route.port}
+    try:
+        return RELAYS[job.route.relay](job, sessions)
+    except Refused as refused:
+        said = refused.reply
+    except OSError as fault:
+        said = reply("lost", printable(str(fault)), command="CONN", **place)
+    except Exception:
+        log_bug(job.queueid)
+        said = reply("relay-fault", **place)
+    return [said] * len(job.recipients)
+
+
+def log_bug(queueid: str | None) -> None:
+    """The traceback of a fault of our own, a line each."""
+    import traceback
+
+    log.lines(*[f"{queueid or '-'}: {printable(line, 500)}" for line in traceback.format_exc().splitlines()])
+
+
+def status_of(replies: Any) -> int:
+    """HTTP status of a submission that went to its relays."""
+    accepted = [item.accepted for item in replies]
+    if all(accepted):
+        return 200
+    if any(accepted):
+        return 207
+    return 503 if any(item.temporary for item in replies) else 502
+
+
+def log_outcomes(request: Request, outcomes: list) -> None:
+    """One line for each transaction."""
+    lines = []
+    for job, replies, ms in outcomes:
+        for said in dict.fromkeys(replies):
+            to = ">,<".join([to for to, item in zip(job.recipients, replies) if item == said])
+            relay = f"{said.mailer}:{said.host}:{said.port}" if said.host else said.mailer
+            lines.append(
+                f"{job.queueid}: client={request.client} from=<{job.sender}> to=<{to}> relay={relay} code={said.code} "
+                f"dsn={said.dsn} command={said.command} ms={ms:.1f} message={_value(' '.join(said.message))}"
+            )
+    log.lines(*lines)
+
+
+def log_refusal(
+    request: Request, queueid: str | None, status: int, submission: Submission | None, verdicts: dict
+) -> None:
+    """One line for each refusal before delivery."""
+    sender = submission and f"<{submission.mail}>"
+    given = [to for to in verdicts if to is not None] or (submission and submission.rcpt) or None
+    to = given and ",".join(f"<{to}>" for to in given)
+    for said in dict.fromkeys(verdicts.values()):
+        line = pairs(client=request.client, http=status, **{"from": sender}, to=to, code=said.code, dsn=said.dsn)
+        log.lines(f"{queueid or '-'}: refused {line} {pairs(command=said.command, message=' '.join(said.message))}")
+
+
+def answer(request: Request, status: int, verdicts: dict, queueid: str | None, submission: Submission | None) -> Answer:
+    """The document of an answer: one item for each recipient in `verdicts`, a key None where none is meant."""
+    passed = [to for to, said in verdicts.items() if to is not None and not (said.status and not said.mailer)]
+    document = {
+        "queueid": queueid,
+        "addresser": submission.mail if submission else None,
+        "recipient": passed if submission else None,
+        "response": [item(to, said) for to, said in verdicts.items()],
+        "remoteaddr": str(request.client) if request.client else None,
+        "remoteport": request.port,
+        "useragent": words_of(request.headers.get("user-agent")),
+        "referer": words_of(request.headers.get("referer")),
+        "timestamp": {"datetime": time.ctime(request.now), "unixtime": str(int(request.now))},
+    }
+    headers: tuple = ()
+    if status == 503:
+        headers = (("Retry-After", str(max([RETRY_AFTER, *[said.wait for said in verdicts.values()]]))),)
+    elif status == 401:
+        headers = (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),)
+    return Answer(status, to_json(document), headers)
+
+
+RETRY_AFTER = 60  # seconds
+
+
+def item(recipient: str | None, said: Reply) -> dict:
+    """One recipient's part of the answer."""
+    return {
+        "rcpt": recipient,
+        "error": 0 if said.accepted else 1,
+        "code": said.code,
+        "dsn": said.dsn,
+        "command": said.command,
+        "message": said.message,
+        "mailer": said.mailer,
+        "host": said.host,
+        "port": said.port,
+    }
+
+
+def words_of(value: str | None) -> str | None:
+    """A header's value, which HTTP hands over as Latin-1, as the UTF-8 that it most often is."""
+    if value is None or value.isascii():
+        return value
+    return value.encode("latin-1").decode("utf-8", "replace")
+
+
+def to_json(document: Any) -> bytes:
+    return ENCODER.encode(document).encode("utf-8", "replace") + b"\n"
+
+
+# ======================================================================================================================
+# 14. HTTP
+#     Takes octets from a socket, gives a Request to a page and its Answer back (RFC 9110, 9112). One master process binds
+#     and watches, workers forked by it accept. In a worker the main thread waits for all idle connections at once; a
+#     thread serves a connection only while there is a request.
+# ======================================================================================================================
+
+MAX_HEAD = 65536  # octets of request line and headers
+MAX_HEADERS = 100  # lines
+MAX_BODY = 256 << 20  # octets of a body where max_message_size sets no limit
+LINGER = 0.05  # seconds for which a thread waits for the next request before it lets go of the connection
+DRAIN = 2.0  # seconds for a client to read a refusal before its connection is closed
+STOPPING = 30.0  # seconds for requests in flight to be answered
+SWITCH = 0.0005  # seconds between switches of threads; Python's own 5 ms would make short requests wait for long ones
+
+
+class Head(NamedTuple):
+    """The head of a request."""
+
+    method: str
+    path: str
+    headers: dict  # by name in lower case; the same name twice is joined by ", "
+    keep: bool  # the client wants to go on using the connection
+    old: bool  # HTTP/1.0
+
+
+REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
+FIELD = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\0]*?)[ \t]*\r$", re.MULTILINE)
+
+
+def parse_head(octets: bytes) -> Head:
+    """The head of a request from its octets, without the empty line; Refused for what RFC 9112 calls bad."""
+    line, _, rest = octets.decode("latin-1").partition("\r\n")
+    found = REQUEST_LINE.fullmatch(line)
+    if not found:
+        raise Refused(reply("bad-request", "request line"))
+    method, target, major, minor = found.groups()
+    if major != "1":
+        raise Refused(reply("http-version"))
+    pairs = FIELD.findall(rest)
+    if len(pairs) != rest.count("\n"):
+        raise Refused(reply("bad-request", "header line"))
+    if len(pairs) > MAX_HEADERS:
+        raise Refused(reply("head-too-large"))
+    headers: dict = {}
+    for name, value in pairs:
+        name = name.lower()
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    if target[0] != "/" and "://" in target:
+        target = "/" + target.split("://", 1)[1].partition("/")[2]  # absolute form, RFC 9112 3.2.2
+    wish = headers.get("connection", "").lower()
+    keep = "close" not in wish if minor != "0" else "keep-alive" in wish
+    return Head(method, target.partition("?")[0], headers, keep, minor == "0")
+
+
+CHUNKED = -1
+
+
+def body_length(head: Head) -> int:
+    """Octets of the body, or CHUNKED; Refused where the two sides could read it differently (RFC 9112 6.3)."""
+    length, coding = head.headers.get("content-length"), head.headers.get("transfer-encoding")
+    if coding is not None:
+        if length is not None or head.old:
+            raise Refused(reply("bad-request", "Transfer-Encoding"))
+        if coding.lower() != "chunked":
+            raise Refused(reply("not-implemented"))
+        return CHUNKED
+    if length is None:
+        if head.method == "POST":
+            raise Refused(reply("length-required"))
+        return 0
+    values = {value.strip() for value in length.split(",")}
+    if len(values) > 1 or not re.fullmatch(r"[0-9]{1,18}", length.split(",")[0].strip()):
+        raise Refused(reply("bad-request", "Content-Length"))
+    return int(values.pop())
+
+
+def client_of(peer: Any, port: int | None, headers: dict, settings: Settings) -> tuple:
+    """(address, port) of the client: the peer's, or, from trusted proxies, the first other one in X-Forwarded-For."""
+    trusted, forwarded = settings.httpd.trusted_proxies, headers.get("x-forwarded-for")
+    if forwarded is None or peer not in trusted:
+        return peer, port
+    for text in reversed(forwarded.split(",")):
+        try:
+            peer, port = plain_address(text.strip()), None
+        except ValueError:
+            break
+        if peer not in trusted:
+            break
+    return peer, port
+
+
+@functools.lru_cache(maxsize=1024)
+def plain_address(text: str) -> Any:
+    """An IP address; an IPv4 one in IPv6 clothes without them."""
+    found = ipaddress.ip_address(text.partition("%")[0])
+    return getattr(found, "ipv4_mapped", None) or found
+
+
+class Page(NamedTuple):
+    """A row of PAGES: what answers, and the checks before the body is read."""
+
+    answer: Callable  # (request, service) -> Answer
+    door: tuple = ()  # of (request, settings) -> Reply or None
+
+
+def page_root(request: Request, service: Service) -> Answer:
+    return Answer(200, to_json({"name": "Haineko", "version": __version__}))
+
+
+def page_health(request: Request, service: Service) -> Answer:
+    if service.stopping:
+        return Answer(503, to_json({"status": "stopping"}), (("Retry-After", "5"),))
+    return Answer(200, to_json({"status": "ok"}))
+
+
+def page_conf(request: Request, service: Service) -> Answer:
+    return Answer(200, to_json(shown(service.settings)))
+
+
+def check_loopback(request: Request, settings: Settings) -> Reply | None:
+    return None if request.client in LOOPBACK and request.peer in LOOPBACK else reply("forbidden")
+
+
+def page_sample(request: Request, service: Service) -> Answer:
+    return Answer(200, to_json(SAMPLES))
+
+
+SAMPLES = [
+    {
+        "ehlo": "[127.0.0.1]",
+        "mail": "kijitora@example.org",
+        "rcpt": ["mikeneko@example.jp"],
+        "header": {
+            "from": "キジトラ <kijitora@example.com>",
+            "subject": "謹賀新年",
+            "replyto": "straycats@cat-ml.example.org",
+            "charset": "UTF-8",
+        },
+        "body": "あとでお年玉貰いに行きます",
+    },
+    {
+        "mail": "cron@example.org",
+        "rcpt": ["root@example.jp", "ops@example.jp"],
+        "header": {"subject": "Backup done"},
+        "body": "42 files, 0 errors\n",
+    },
+]
+
+
+def page_neko(request: Request, service: Service) -> Answer:
+    return Answer(200, b"Nyaaaaa", type="text/plain; charset=utf-8")
+
+
+PAGES = {
+    ("POST", "/submit"): Page(submit, DOOR),
+    ("GET", "/"): Page(page_root),
+    ("GET", "/health"): Page(page_health),
+    ("GET", "/conf"): Page(page_conf, (check_loopback,)),
+    ("GET", "/sample/mail"): Page(page_sample),
+    ("GET", "/neko"): Page(page_neko),
+}
+
+
+def allowed(path: str) -> list:
+    """Methods for a path; [] where there is no such page."""
+    methods = [method for method, known in PAGES if known == path]
+    return [*methods, *(["HEAD"] if "GET" in methods else []), *(["OPTIONS"] if methods else [])]
+
+
+def cors(origin: str | None, settings: Settings, head: Head) -> tuple:
+    """(allowed, headers): whether a page of that origin may POST, and what tells its browser so (Fetch standard)."""
+    if origin is None:
+        return True, ()
+    if origin.lower() in settings.httpd.allowed_origins:
+        return True, (
+            ("Access-Control-Allow-Origin", origin),
+            ("Access-Control-Allow-Methods", "POST, GET, OPTIONS"),
+            ("Access-Control-Allow-Headers", "Content-Type, Authorization"),
+            ("Access-Control-Max-Age", "600"),
+            ("Vary", "Origin"),
+        )
+    place = origin.partition("://")[2].lower()
+    name = place.rpartition(":")[0] if re.search(r":\d+$", place) else place
+    own = name in ("localhost", settings.hostname.lower()) or re.fullmatch(r"[\d.]+|\[[\da-f:.]+\]", name)
+    return bool(
+        own and place == head.headers.get("host", "").lower()
+    ), ()  # any other name may have been rebound in DNS
+
+
+class Connection(http.server.BaseHTTPRequestHandler):
+    """One connection of a client. http.server gives the words of HTTP; reading and writing are ours: by deadline, in one
+    piece, and without a thread while the connection is idle."""
+
+    def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
+        self.connection, self.worker, self.service = sock, worker, worker.service
+        self.buffer, self.secured = b"", self.service.tls is None
+        named = isinstance(peer, tuple)
+        self.peer = plain_address(peer[0] if named else "127.0.0.1")  # who may open our socket file is on this machine
+        self.port = peer[1] if named else None
+
+    def handle(self) -> bool:
+        """Serves requests until there is none for a moment; True where the connection may go on."""
+        try:
+            if not self.secured:
+                self._secure()
+            while True:
+                if not self.buffer and not self._wait():
+                    return bool(self.connection)
+                if not self.handle_one_request():
+                    break
+        except (OSError, ValueError):  # the client is gone
+            pass
+        self.close()
+        return False
+
+    def _secure(self) -> None:
+        self.connection.settimeout(self.service.settings.httpd.timeout)
+        self.connection = self.service.tls.wrap_socket(self.connection, server_side=True)
+        self.secured = True
+
+    def _wait(self) -> bool:
+        """True when a request begins; closes where the client did."""
+        self.connection.settimeout(LINGER)
+        try:
+            self.buffer = self.connection.recv(65536)
+        except socket.timeout:
+            return False
+        if not self.buffer:
+            self.close()
+        return bool(self.buffer)
+
+    def handle_one_request(self) -> bool:
+        """Reads a request and answers it; True where the next may follow."""
+        deadline = time.monotonic() + self.service.settings.httpd.timeout
+        request, head, left = Request("", "", {}, b"", self.peer, self.peer, self.port, time.time()), None, 1
+        try:
+            head = parse_head(self._head(deadline))
+            left = body_length(head)
+            request = self._request(head)
+            page, extra = self._page(head, request)
+            body = self._body(head, left, deadline)
+            left = 0
+            result = page.answer(request._replace(body=body), self.service)
+        except Refused as refused:
+            said, extra = refused.reply, refused.args[1] if len(refused.args) > 1 else ()
+            result = self._refusal(request, said)
+        except Exception as fault:
+            if isinstance(fault, OSError):
+                raise
+            log_bug(None)
+            extra, result = (), self._refusal(request, reply("our-fault"))
+        keep = bool(head and head.keep and not left and not self.service.stopping)
+        self._answer(result._replace(headers=result.headers + extra), head, keep)
+        if not keep and left:
+            self._drain()
+        return keep
+
+    def _request(self, head: Head) -> Request:
+        client, port = client_of(self.peer, self.port, head.headers, self.service.settings)
+        return Request(head.method, head.path, head.headers, b"", client, self.peer, port, time.time())
+
+    def _page(self, head: Head, request: Request) -> tuple:
+        """(page, headers to add) for a request that may be read on; Refused for all others."""
+        page = PAGES.get(("GET" if head.method == "HEAD" else head.method, head.path))
+        settings = self.service.settings
+        welcome, extra = cors(head.headers.get("origin"), settings, head)
+        if not page:
+            methods = allowed(head.path) or (head.path == "*" and ["GET", "HEAD", "POST", "OPTIONS"])
+            if not methods:
+                raise Refused(reply("not-found"))
+            extra += (("Allow", ", ".join(methods)),)
+            if head.method == "OPTIONS":
+                return Page(lambda request, service: Answer(204, b"")), extra
+            raise Refused(reply("method", word=head.method), extra)
+        if head.method == "POST" and not welcome:
+            raise Refused(reply("origin"))
+        refusal = first_refusal(page.door, request, settings)
+        if refusal:
+            raise Refused(refusal, extra)
+        return page, extra
+
+    def _refusal(self, request: Request, said: Reply) -> Answer:
+        queueid = new_queueid(request.now) if said.command != "HTTP" else None
+        log_refusal(request, queueid, said.status, None, {None: said})
+        return answer(request, said.status, {None: said}, queueid, None)
+
+    def _head(self, deadline: float) -> bytes:
+        """The octets before the empty line; what follows stays in the buffer."""
+        self.buffer = self.buffer.lstrip(b"\r\n")  # RFC 9112 2.2
+        while True:
+            end = self.buffer.find(b"\r\n\r\n")
+            if end > MAX_HEAD or (end < 0 and len(self.buffer) > MAX_HEAD):
+                raise Refused(reply("head-too-large"))
+            if end >= 0:
+                head, self.buffer = self.buffer[: end + 2], self.buffer[end + 4 :]
+                return head
+            if b"\n\n" in self.buffer or b"\n\r\n" in self.buffer.replace(b"\r\n", b""):
+                raise Refused(reply("bad-request", "line ends with LF alone"))
+            self.buffer += self._more(deadline)
+
+    def _more(self, deadline: float, most: int = 65536) -> bytes:
+        """More octets from the client, by the deadline."""
+        try:
+            self.connection.settimeout(max(deadline - time.monotonic(), 0.001))
+            octets = self.connection.recv(most)
+        except socket.timeout:
+            raise Refused(reply("request-timeout")) from None
+        if not octets:
+            raise ConnectionError("closed within a request")
+        return octets
+
+    def _body(self, head: Head, length: int, deadline: float) -> bytes:
+        """The body, whole."""
+        size = self.service.settings.smtpd.max_message_size
+        limit = 2 * size + 65536 if size else MAX_BODY
+        if length > limit:
+            raise Refused(reply("body-too-large"))
+        expected = head.headers.get("expect")
+        if expected:
+            if expected.lower() != "100-continue":
+                raise Refused(reply("expectation"))
+            if not head.old and (length == CHUNKED or len(self.buffer) < length):
+                self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if length == CHUNKED:
+            return self._chunks(limit, deadline)
+        return self._exactly(length, deadline)
+
+    def _exactly(self, length: int, deadline: float) -> bytes:
+        """So many octets."""
+        parts, missing = [self.buffer[:length]], length - len(self.buffer)
+        self.buffer = self.buffer[length:]
+        while missing > 0:
+            parts.append(self._more(deadline, min(missing, 1 << 20)))
+            missing -= len(parts[-1])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _chunks(self, limit: int, deadline: float) -> bytes:
+        """A chunked body, RFC 9112 7.1."""
+        parts, total = [], 0
+        while True:
+            found = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?", self._line(deadline))
+            if not found:
+                raise Refused(reply("bad-request", "chunk size"))
+            size = int(found[1], 16)
+            total += size
+            if total > limit:
+                raise Refused(reply("body-too-large"))
+            if not size:
+                break
+            parts.append(self._exactly(size, deadline))
+            if self._exactly(2, deadline) != b"\r\n":
+                raise Refused(reply("bad-request", "end of chunk"))
+        for _ in range(MAX_HEADERS):
+            if not self._line(deadline):
+                return b"".join(parts)
+        raise Refused(reply("head-too-large"))
+
+    def _line(self, deadline: float) -> bytes:
+        while b"\r\n" not in self.buffer:
+            if len(self.buffer) > 4096:
+                raise Refused(reply("bad-request", "chunk line"))
+            self.buffer += self._more(deadline)
+        line, _, self.buffer = self.buffer.partition(b"\r\n")
+        return line
+
+    def _answer(self, result: Answer, head: Head | None, keep: bool) -> None:
+        """Written by one call, so that no packet waits for another."""
+        lines = [
+            f"HTTP/1.1 {result.status} {self.responses[result.status][0]}\r\nServer: Haineko\r\n{http_date(int(time.time()))}"
+        ]
+        if result.status != 204:
+            lines.append(f"Content-Type: {result.type}\r\nContent-Length: {len(result.body)}")
+        lines += [f"{name}: {value}" for name, value in result.headers]
+        if not keep:
+            lines.append("Connection: close")
+        elif head.old:
+            lines.append("Connection: keep-alive")
+        body = b"" if head and head.method == "HEAD" else result.body
+        self.connection.settimeout(self.service.settings.httpd.timeout)
+        self.connection.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
+
+    def _drain(self) -> None:
+        """Reads what the client still sends, so that it gets to read the refusal before the connection is reset."""
+        deadline = time.monotonic() + DRAIN
+        try:
+            self.connection.shutdown(socket.SHUT_WR)
+            while time.monotonic() < deadline:
+                self.connection.settimeout(DRAIN)
+                if not self.connection.recv(1 << 18):
+                    break
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        self.connection.close()
+        self.connection = None
+
+
+@functools.lru_cache(maxsize=2)
+def http_date(second: int) -> str:
+    return f"Date: {formatdate(second, usegmt=True)}"
+
+
+class Worker:
+    """One process that serves. Its main thread accepts, and waits for all idle connections; threads serve the others."""
+
+    SPARE = 10.0  # seconds after which a thread without work ends
+
+    def __init__(self, listeners: list, settings: Settings, lifeline: int) -> None:
+        self.service = Service(settings)
+        self.listeners, self.lifeline = listeners, lifeline
+        self.selector = selectors.DefaultSelector()
+        self.connections: set = set()
+        self.parked: OrderedDict = OrderedDict()  # idle connections, the longest-idle first: time since when
+        self.ready: queue.SimpleQueue = queue.SimpleQueue()
+        self.spare = 0  # threads that wait for work which nobody has promised them
+        self.lock = threading.Lock()
+        self.reload = False
+
+    def run(self) -> None:
+        """Serves until told to stop and all requests in flight are answered."""
+        sys.setswitchinterval(SWITCH)
+        self._listen_to_signals()
+        for listener in self.listeners:
+            listener.setblocking(False)
+            self.selector.register(listener, selectors.EVENT_READ, self._accept)
+        self.selector.register(self.lifeline, selectors.EVENT_READ, self._orphaned)
+        deadline, tick = 0.0, 0.0
+        while not self.service.stopping or (self.connections and time.monotonic() < deadline):
+            for key, _ in self.selector.select(0.05 if self.service.stopping else 1.0):
+                key.data(key.fileobj)
+            if self.service.stopping and not deadline:
+                deadline = time.monotonic() + STOPPING
+                self._stop_accepting()
+            if time.monotonic() >= tick:
+                self._housekeeping()
+                tick = time.monotonic() + 1
+        self.service.sessions.sweep(everything=True)
+
+    def _listen_to_signals(self) -> None:
+        self.alarm, wake = socket.socketpair()
+        self.alarm.setblocking(False)
+        wake.setblocking(False)
+        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        self.wake = wake
+        self.selector.register(self.alarm, selectors.EVENT_READ, lambda alarm: alarm.recv(4096))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        signal.signal(signal.SIGHUP, self._reload)
+
+    def _stop(self, *_: Any) -> None:
+        self.service.stopping = True
+
+    def _reload(self, *_: Any) -> None:
+        self.reload = True
+
+    def _orphaned(self, lifeline: int) -> None:
+        """The master is gone without a word: nobody would replace or stop this process."""
+        self.service.stopping = True
+        self.selector.unregister(lifeline)
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, peer = listener.accept()
+        except OSError as fault:  # another worker was faster, the client is gone, or no file is left
+            if fault.errno in (errno.EMFILE, errno.ENFILE) and not self._close_idlest():
+                time.sleep(0.05)
+            return
+        if listener.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if len(self.connections) >= self.service.settings.httpd.max_connections and not self._close_idlest():
+            self._turn_away(sock)
+            return
+        connection = Connection(sock, peer, self)
+        self.connections.add(connection)
+        self.park(connection)
+
+    def _turn_away(self, sock: socket.socket) -> None:
+        """503 for a connection too many."""
+        said = reply("busy")
+        request = Request("", "", {}, b"", None, None, None, time.time())
+        body = answer(request, 503, {None: said}, None, None).body
+        head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        sock.setblocking(False)
+        try:
+            sock.send(f"{head}Retry-After: 5\r\nConnection: close\r\n\r\n".encode() + body)
+            sock.shutdown(socket.SHUT_WR)
+            sock.recv(65536)
+        except OSError:
+            pass
+        sock.close()
+
+    def park(self, connection: Connection) -> None:
+        """An idle connection waits with the others and holds no thread."""
+        with self.lock:
+            self.parked[connection] = time.monotonic()
+            self.selector.register(connection.connection, selectors.EVENT_READ, lambda _: self._resume(connection))
+
+    def _unpark(self, connection: Connection) -> bool:
+        with self.lock:
+            if self.parked.pop(connection, None) is None:
+                return False
+            self.selector.unregister(connection.connection)
+            return True
+
+    def _resume(self, connection: Connection) -> None:
+        """A request begins on an idle connection: a thread takes it."""
+        if not self._unpark(connection):
+            return
+        with self.lock:
+            new = not self.spare
+            self.spare -= not new
+        self.ready.put(connection)
+        if new:
+            threading.Thread(target=self._attend, daemon=True).start()
+
+    def _attend(self) -> None:
+        """A thread: serves one connection after the other."""
+        while True:
+            try:
+                connection = self.ready.get(timeout=self.SPARE)
+            except queue.Empty:
+                with self.lock:
+                    if self.spare:  # nobody has promised this thread anything
+                        self.spare -= 1
+                        return
+                continue
+            if connection.handle() and not self.service.stopping:
+                self.park(connection)
+            else:
+                self._forget(connection)
+            with self.lock:
+                self.spare += 1
+
+    def _forget(self, connection: Connection) -> None:
+        if connection.connection:
+            connection.close()
+        self.connections.discard(connection)
+
+    def _close_idlest(self) -> bool:
+        """Closes the connection that has been idle longest; False where none is idle."""
+        idlest = next(iter(self.parked.copy()), None)
+        if idlest is None or not self._unpark(idlest):
+            return False
+        self._forget(idlest)
+        return True
+
+    def _stop_accepting(self) -> None:
+        for listener in self.listeners:
+            self.selector.unregister(listener)
+            listener.close()
+        while self._close_idlest():
+            pass
+
+    def _housekeeping(self) -> None:
+        """Once a second: connections idle for too long, SMTP sessions nobody uses, settings that changed."""
+        before = time.monotonic() - self.service.settings.httpd.timeout
+        while self.parked and (self.service.stopping or next(iter(self.parked.copy().values()), before + 1) <= before):
+            self._close_idlest()
+        self.service.sessions.sweep()
+        if self.reload:
+            self.reload = False
+            settings, faults = load(self.service.settings.path)
+            if not faults:
+                self.service.take(settings)
+
+
+class Master:
+    """The process that binds, forks workers, replaces those that die, and watches the settings."""
+
+    def __init__(self, settings: Settings, listeners: list) -> None:
+        self.settings, self.listeners = settings, listeners
+        self.workers: dict = {}  # pid: monotonic time of its start
+        self.stopping = self.asked = False
+        self.faulty: tuple = ()  # signatures of settings that were told to be faulty
+
+    def run(self, ready: Callable) -> int:
+        """Until SIGTERM or SIGINT; then 0."""
+        alarm, wake = socket.socketpair()
+        wake.setblocking(False)
+        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, self._signalled)
+        self.lifeline, self.held = os.pipe()
+        alarm.settimeout(1.0)
+        self._replace()
+        ready()
+        while not self.stopping:
+            try:
+                alarm.recv(4096)
+            except socket.timeout:
+                pass
+            self._reap()
+            if not self.stopping:
+                self._replace()
+                self._watch()
+        return self._stop(alarm)
+
+    def _signalled(self, number: int, _: Any) -> None:
+        self.stopping = self.stopping or number in (signal.SIGTERM, signal.SIGINT)
+        self.asked = self.asked or number == signal.SIGHUP
+
+    def _replace(self) -> None:
+        """As many workers as there should be; one that died young is replaced a second later."""
+        wanted = self.settings.httpd.workers or os.cpu_count() or 1
+        while len(self.workers) < wanted and not self.stopping:
+            if time.monotonic() < getattr(self, "patience", 0.0):
+                return
+            sys.stderr.flush()
+            pid = os.fork()
+            if not pid:
+                self._become_worker()
+            self.workers[pid] = time.monotonic()
+
+    def _become_worker(self) -> None:
+        code = 1
+        try:
+            os.close(self.held)
+            for number in (signal.SIGCHLD, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            Worker(self.listeners, self.settings, self.lifeline).run()
+            code = 0
+        except BaseException:
+            log_bug("worker")
+        finally:
+            os._exit(code)  # without the threads that are still at work, and without the master's cleaning up
+
+    def _reap(self) -> None:
+        while self.workers:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            born = self.workers.pop(pid, None)
+            if born is not None and not self.stopping:
+                log.lines(f"worker {pid} ended ({how(status)}); a new one takes its place")
+                if time.monotonic() - born < 1:
+                    self.patience = time.monotonic() + 1
+
+    def _watch(self) -> None:
+        """Takes settings that changed, or tells each fault of them once."""
+        settings = self.settings
+        if not settings.path:
+            return
+        now = tuple((path, signature(path)) for path, _ in settings.files)
+        if not self.asked and now in (settings.files, self.faulty):
+            return
+        self.asked = False
+        fresh, faults = load(settings.path)
+        if faults:
+            self.faulty = now
+            log.lines("settings not taken, the old ones stay in force:", *[f"  {printable(fault)}" for fault in faults])
+            return
+        self.faulty = ()
+        for part in ("listen", "workers"):
+            if getattr(fresh.httpd, part) != getattr(settings.httpd, part):
+                log.lines(f"httpd.{part}: takes effect at the next start")
+        fresh = replace(fresh, httpd=replace(fresh.httpd, listen=settings.httpd.listen, workers=settings.httpd.workers))
+        self.settings = fresh
+        log.open(fresh.smtpd.syslog)
+        log.lines(f"settings read again from {settings.path}")
+        self._tell(signal.SIGHUP)
+
+    def _tell(self, number: int) -> None:
+        for pid in self.workers:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
+
+    def _stop(self, alarm: socket.socket) -> int:
+        """Waits for the workers, which answer what is in flight; who takes too long is killed."""
+        for listener in self.listeners:
+            unlink_socket(listener)
+            listener.close()
+        self._tell(signal.SIGTERM)
+        deadline = time.monotonic() + STOPPING + 3
+        while self.workers and time.monotonic() < deadline:
+            try:
+                alarm.recv(4096)
+            except socket.timeout:
+                pass
+            self._reap()
+        self._tell(signal.SIGKILL)
+        log.lines("stopped")
+        return 0
+
+
+def how(status: int) -> str:
+    """How a process ended, in words."""
+    return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
+
+
+def bind(listen: str) -> socket.socket:
+    """A listening socket; OSError says why there is none."""
+    if listen.startswith("unix:"):
+        return bind_unix(listen[5:])
+    name, _, port = listen.rpartition(":")
+    family, kind_, proto, _, place = socket.getaddrinfo(
+        name.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind_, proto)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    try:
+        listener.bind(place)
+    except OSError:
+        listener.close()
+        raise
+    listener.listen(BACKLOG)
+    return listener
+
+
+BACKLOG = 1024
+
+
+def bind_unix(path: str) -> socket.socket:
+    """A listening socket in the file system; one left over by a server that is gone is replaced."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.connect(path)
+    except ConnectionRefusedError:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    else:
+        listener.close()
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    listener.close()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(path)
+    listener.listen(BACKLOG)
+    return listener
+
+
+def unlink_socket(listener: socket.socket) -> None:
+    try:
+        if listener.family == socket.AF_UNIX:
+            os.unlink(listener.getsockname())
+    except OSError:
+        pass
+
+
+def url_of(listener: socket.socket, tls: bool) -> str:
+    """Where a listener is reached."""
+    place = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{place}"
+    name = f"[{place[0]}]" if ":" in place[0] else place[0]
+    return f"{'https' if tls else 'http'}://{name}:{place[1]}/"
+
+
+# ======================================================================================================================
+# 15. Commands
+#     Takes the words of a command line, gives an exit code. What is meant for a person goes to stderr, results to stdout.
+# ======================================================================================================================
+
+
+class Usage(Exception):
+    """A command that can't be carried out as it was asked: its message and exit code."""
+
+
+def main(argv: list) -> int:
+    """Carries out one command; gives its exit code: 0 fine, 1 failed, 2 wrong usage or settings."""
+    if os.path.basename(sys.argv[0]) == "sendmail":  # a link with that name
+        argv = ["sendmail", *argv]
+    if argv[:1] == ["sendmail"] and "-h" not in argv and "--help" not in argv:
+        return command_sendmail(argv[1:])
+    options = parser().parse_args(argv)
+    try:
+        return COMMANDS[options.command][0](options)
+    except Usage as fault:
+        print(f"haineko: {fault.args[0]}", file=sys.stderr)
+        return fault.args[1]
+    except KeyboardInterrupt:
+        return 130
+
+
+def parser() -> Any:
+    import argparse
+
+    top = argparse.ArgumentParser(
+        prog="haineko.py", description="HTTP API into ESMTP: takes a mail as JSON by HTTP POST and relays it."
+    )
+    top.add_argument("--version", action="version", version=f"Haineko {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, about, flags) in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about)
+        for words, details in flags:
+            command.add_argument(*words, **details)
+    return top
+
+
+def settings_path(given: str | None) -> str | None:
+    """-c, else $HAINEKO_CONF, else haineko.json beside this file, else none."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "haineko.json")
+    named = given or os.environ.get("HAINEKO_CONF")
+    return os.path.abspath(named) if named else beside if os.path.exists(beside) else None
+
+
+def usable_settings(given: str | None) -> Settings:
+    """The settings; Usage with every fault where they can't be used."""
+    settings, faults = load(settings_path(given))
+    if faults:
+        raise Usage("\n".join(["the settings can't be used:", *[f"  {fault}" for fault in faults]]), 2)
+    return settings
+
+
+def command_serve(options: Any) -> int:
+    settings, listeners = prepared(options)
+    log.devel = options.devel
+    return Master(settings, listeners).run(lambda: announce(settings, listeners))
+
+
+def prepared(options: Any) -> tuple:
+    """(Settings, listening sockets) of a server."""
+    settings = usable_settings(options.config)
+    faults: list = []
+    changes = {}
+    if options.listen:
+        changes["listen"] = list_of(listen_address)(options.listen, "--listen", faults)
+    if options.workers is not None:
+        changes["workers"] = number(0, 256)(options.workers, "--workers", faults)
+    if faults:
+        raise Usage("; ".join(faults), 2)
+    settings = replace(settings, httpd=replace(settings.httpd, **changes))
+    listeners = []
+    for place in settings.httpd.listen:
+        try:
+            listeners.append(bind(place))
+        except OSError as fault:
+            raise Usage(f"can't listen at {place}: {fault.strerror or fault}", 1) from None
+    return settings, listeners
+
+
+def announce(settings: Settings, listeners: list) -> None:
+    if not settings.path:
+        log.raw(b"haineko: NO SETTINGS FILE: for this machine only, and all mail is printed here instead of sent\n")
+    places = " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
+    log.raw(f"haineko {__version__} listens at {places}\n".encode())
+
+
+def command_start(options: Any) -> int:
+    """`serve` as a daemon; ends when it listens."""
+    pid_file = pid_path(options)
+    if running(pid_file):
+        raise Usage(f"runs already (pid {running(pid_file)})", 1)
+    settings, listeners = prepared(options)
+    told, tell = os.pipe()
+    sys.stderr.flush()
+    if os.fork():
+        os.close(tell)
+        word = os.read(told, 4096).decode()
+        print(word or "haineko: did not start; see the log", end="" if word else "\n", file=sys.stderr)
+        return 0 if word else 1
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    code = 1
+    try:
+        code = daemon(settings, listeners, pid_file, tell)
+    finally:
+        os._exit(code)
+
+
+def daemon(settings: Settings, listeners: list, pid_file: str, tell: int) -> int:
+    """The daemon's own life; `tell` takes a line when it listens."""
+    import fcntl
+
+    log_file = "/dev/null" if not settings.smtpd.syslog.disabled else re.sub(r"(\.pid)?$", ".log", pid_file, count=1)
+    output = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    handle = os.open(pid_file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held for life; tells `status` that this is no old file
+    except OSError:
+        os.write(tell, b"haineko: runs already\n")
+        return 1
+    os.ftruncate(handle, 0)
+    os.write(handle, f"{os.getpid()}\n".encode())
+    os.chdir("/")
+    for number, target in ((0, os.open("/dev/null", os.O_RDONLY)), (1, output), (2, output)):
+        os.dup2(target, number)
+    places = " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
+
+    def ready() -> None:
+        announce(settings, listeners)
+        os.write(tell, f"haineko {__version__} listens at {places} (pid {os.getpid()}, log {log_file})\n".encode())
+        os.close(tell)
+
+    code = Master(settings, listeners).run(ready)
+    os.unlink(pid_file)
+    return code
+
+
+def pid_path(options: Any) -> str:
+    """--pid-file, else haineko.pid beside the settings or this file."""
+    beside = settings_path(options.config) or os.path.abspath(__file__)
+    return os.path.abspath(options.pid_file or os.path.join(os.path.dirname(beside), "haineko.pid"))
+
+
+def running(pid_file: str) -> int:
+    """The pid of the daemon that holds the file, 0 where none does."""
+    import fcntl
+
+    try:
+        with open(pid_file, "r+", encoding="ascii") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return 0
+            except OSError:
+                return int(stream.read() or 0)
+    except (OSError, ValueError):
+        return 0
+
+
+def command_stop(options: Any) -> int:
+    pid_file = pid_path(options)
+    pid = running(pid_file)
+    if not pid:
+        raise Usage("does not run", 1)
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + STOPPING + 10
+    while running(pid_file):
+        if time.monotonic() > deadline:
+            raise Usage(f"pid {pid} does not stop", 1)
+        time.sleep(0.05)
+    print("haineko: stopped", file=sys.stderr)
+    return 0
+
+
+def command_restart(options: Any) -> int:
+    usable_settings(options.config)  # rather the old server than none
+    if running(pid_path(options)):
+        command_stop(options)
+    return command_start(options)
+
+
+def command_status(options: Any) -> int:
+    pid = running(pid_path(options))
+    print(f"haineko runs (pid {pid})" if pid else "haineko does not run")
+    return 0 if pid else 1
+
+
+def command_reload(options: Any) -> int:
+    usable_settings(options.config)
+    pid = running(pid_path(options))
+    if not pid:
+        raise Usage("does not run", 1)
+    os.kill(pid, signal.SIGHUP)
+    return 0
+
+
+def command_check(options: Any) -> int:
+    path = settings_path(options.config)
+    settings, faults = load(path)
+    for fault in faults:
+        print(fault)
+    if faults:
+        return 1
+    route, why = choose("", "", settings)
+    routes = len(settings.mailertable) + len(settings.sendermt)
+    more = "; printed" if not path else f"; {routes} route{'s' * (routes != 1)} in all" if routes > 1 else ""
+    print(f"{path or 'no settings file'}: fine; mail goes to {described(route)} ({why}){more}")
+    return 0
+
+
+def described(route: Route) -> str:
+    """A route in words."""
+    if route.relay == "File":
+        return f"File {route.folder}"
+    if route.relay != "ESMTP":
+        return route.mailer
+    tls = ", TLS" if route.port == SMTPS else ", STARTTLS" if route.starttls else ""
+    return f"{route.mailer} {route.host}:{route.port}{tls}{', AUTH as ' + route.auth if route.auth else ''}"
+
+
+def command_route(options: Any) -> int:
+    settings = usable_settings(options.config)
+    to, sender = address(options.address), address(options.sender or "")
+    if not to or (options.sender and not sender):
+        raise Usage(f'"{options.address if not to else options.sender}" is no mail address', 2)
+    refusal = check_rcpt(to, settings)
+    route, why = choose(to.domain, sender.domain if sender else "", settings)
+    print(f"{options.address}: {described(route)} ({why})")
+    if refusal:
+        print(f"{options.address}: would be refused: {refusal.code} {refusal.dsn} {refusal.message[0]}")
+    return 1 if refusal else 0
+
+
+def command_send(options: Any) -> int:
+    """Posts a mail to a running Haineko; 0 where every recipient was accepted."""
+    import http.client
+    import urllib.parse
+
+    url = urllib.parse.urlsplit(options.url)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise Usage(f'"{options.url}" is no URL of a Haineko', 2)
+    body = submission_from(options)
+    kind_ = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    headers = {"Content-Type": "application/json", "User-Agent": f"haineko/{__version__}"}
+    if options.user:
+        headers["Authorization"] = (
+            "Basic " + base64.b64encode(f"{options.user}:{password_for(options.user)}".encode()).decode()
+        )
+    path = url.path if url.path.endswith("/submit") else url.path.rstrip("/") + "/submit"
+    try:
+        connection = kind_(url.hostname, url.port, timeout=300)
+        connection.request("POST", path, body, headers)
+        text = connection.getresponse().read()
+        document = decode(text)
+        accepted = [entry["error"] == 0 for entry in document["response"]]
+    except (OSError, http.client.HTTPException) as fault:
+        raise Usage(f"{options.url}: {fault}", 1) from None
+    except (ValueError, KeyError, TypeError):
+        raise Usage(
+            f"{options.url}: not the answer of a Haineko: {printable(text.decode('utf-8', 'replace'))}", 1
+        ) from None
+    print(json.dumps(document, ensure_ascii=False, indent=2))
+    return 0 if accepted and all(accepted) else 1
+
+
+def submission_from(options: Any) -> bytes:
+    """The JSON of a submission: a file, stdin, or made from flags."""
+    if not options.to:
+        if options.file in (None, "-"):
+            return sys.stdin.buffer.read()
+        try:
+            with open(options.file, "rb") as stream:
+                return stream.read()
+        except OSError as fault:
+            raise Usage(f"{options.file}: {fault.strerror}", 2) from None
+    import getpass
+
+    text = options.body
+    if text is None:
+        text = sys.stdin.buffer.read().decode("utf-8", "replace")
+    header = {
+        "subject": options.subject or "",
+        "from": options.header_from,
+        "replyto": options.reply_to,
+        "charset": options.charset,
+    }
+    sender = options.sender or f"{getpass.getuser()}@{machine_name()}"
+    return to_json(
+        {"mail": sender, "rcpt": options.to, "header": {k: v for k, v in header.items() if v is not None}, "body": text}
+    )
+
+
+def password_for(user: str) -> str:
+    """From $HAINEKO_PASSWORD, or asked for: never from the command line, which everybody can read."""
+    import getpass
+
+    return os.environ.get("HAINEKO_PASSWORD") or getpass.getpass(f"Password of {user}: ")
+
+
+def command_pw(options: Any) -> int:
+    import getpass
+
+    if sys.stdin.isatty():
+        word = getpass.getpass()
+        if word != getpass.getpass("Again: "):
+            raise Usage("the two are not the same", 1)
+    else:
+        word = sys.stdin.readline().rstrip("\r\n")
+    if not word:
+        raise Usage("no password", 1)
+    salt = os.urandom(16)
+    digest = scrypt(word, salt)
+    line = "$scrypt$ln=14,r=8,p=1$" + "$".join(base64.b64encode(octets).decode() for octets in (salt, digest))
+    print(f"{json.dumps(options.user or getpass.getuser(), ensure_ascii=False)}: {json.dumps(line)}")
+    return 0
+
+
+def command_setup(options: Any) -> int:
+    folder = os.path.abspath(options.dest)
+    code, unit = 0, UNIT.format(python=sys.executable, program=os.path.abspath(__file__), folder=folder)
+    for name, mode, content in (
+        ("haineko.json", 0o600, json.dumps(example(), indent=2) + "\n"),
+        ("haineko.service", 0o644, unit),
+    ):
+        path = os.path.join(folder, name)
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as stream:
+                stream.write(content)
+            print(path)
+        except OSError as fault:
+            print(f"haineko: {path}: {fault.strerror}", file=sys.stderr)
+            code = 1
+    return code
+
+
+UNIT = """\
+[Unit]
+Description=Haineko, HTTP API into ESMTP
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+# useradd --system haineko; chown haineko {folder}/haineko.json
+User=haineko
+ExecStart={python} {program} serve -c {folder}/haineko.json
+ExecReload=/bin/kill -HUP $MAINPID
+Restart=on-failure
+TimeoutStopSec=40
+NoNewPrivileges=yes
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectSystem=full
+ProtectHome=read-only
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+RestrictSUIDSGID=yes
+LimitNOFILE=8192
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def command_sendmail(argv: list) -> int:
+    """Like /usr/sbin/sendmail: relays the message on stdin; exit codes of sysexits.h."""
+    import getopt
+    import getpass
+
+    try:
+        pairs_, named = getopt.gnu_getopt(argv, "C:f:r:F:o:b:B:h:L:N:O:p:R:V:X:tivmnUG")
+    except getopt.GetoptError as fault:
+        return complain(f"usage: {fault}", EX_USAGE)
+    flags = dict(pairs_)
+    if flags.get("-b", "m") != "m" or any(flag_ in flags for flag_ in ("-q",)):
+        return complain(f"usage: -b{flags['-b']} is not known here", EX_USAGE)
+    settings, faults = load(settings_path(flags.get("-C")))
+    if faults:
+        return complain("\n".join(faults), EX_CONFIG)
+    octets = sys.stdin.buffer.read()
+    if "-i" not in flags and ("-o", "i") not in pairs_:
+        octets = re.split(rb"(?m)^\.\r?\n", octets, maxsplit=1)[0]
+    sender = flags.get("-f", flags.get("-r", f"{getpass.getuser()}@{settings.hostname}")).strip("<>")
+    try:
+        return sendmail(settings, octets, sender, named, "-t" in flags)
+    except ValueError as fault:
+        return complain(str(fault), EX_DATAERR)
+
+
+EX_OK, EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG = 0, 64, 65, 69, 75, 77, 78
+
+
+def complain(text: str, code: int) -> int:
+    print(f"haineko: {text}", file=sys.stderr)
+    return code
+
+
+def sendmail(settings: Settings, octets: bytes, sender: str, named: list, from_header: bool) -> int:
+    """Relays a finished message; ValueError says what is bad about it."""
+    now = time.time()
+    queueid = new_queueid(now)
+    source = address(sender) if sender else None
+    fields_, body = parse_message(octets)
+    if not source:
+        source = Address("", "", "")
+        if sender:
+            return complain(f'usage: "{sender}" is no mail address', EX_USAGE)
+    wanted = [*named, *(header_recipients(fields_) if from_header else [])]
+    mailboxes = recipients(Submission(rcpt=tuple(wanted)))
+    if not mailboxes:
+        return complain("usage: no recipient", EX_USAGE)
+    loop = [
+        name
+        for key, value in fields_
+        if key == "x-haineko-loop"
+        for name in passed(value.partition(b":")[2].decode("ascii", "replace"), "", [])
+    ]
+    if len(loop) > MAX_PASSED or settings.hostname.lower() in map(str.lower, loop):
+        return complain(REPLIES["loop"][-1], EX_UNAVAILABLE)
+    message = finish_message(fields_, body, sender, loop, queueid, settings.hostname, now)
+    if check_size(len(message.parts[0]), settings):
+        return complain(REPLIES["too-big"][-1], EX_DATAERR)
+    verdicts = {given: check_rcpt(mailbox, settings) for given, mailbox in mailboxes.items()}
+    good = [mailbox for given, mailbox in mailboxes.items() if not verdicts[given]]
+    jobs = plan_shared(source, message, good, settings, queueid)
+    outcomes = deliver(jobs, Sessions(), settings) if jobs else []
+    verdicts.update((to, said) for job, replies, _ in outcomes for to, said in zip(job.recipients, replies))
+    return told(verdicts)
+
+
+def told(verdicts: dict) -> int:
+    """Names the recipients that failed; gives the exit code."""
+    codes = {EX_OK}
+    for to, said in verdicts.items():
+        if not (said and said.accepted) and said:
+            codes.add(EX_NOPERM if said.status else EX_TEMPFAIL if said.temporary else EX_UNAVAILABLE)
+            complain(f"<{to}>: {said.code} {said.command}: {' '.join(said.message)}", 0)
+    return next(code for code in (EX_TEMPFAIL, EX_UNAVAILABLE, EX_NOPERM, EX_OK) if code in codes)
+
+
+CONFIG = (("-c", "--config"), {"metavar": "FILE", "help": "settings file"})
+PID_FILE = (("--pid-file",), {"metavar": "F", "help": "where the daemon's pid stands"})
+LISTEN = (("--listen",), {"metavar": "ADDR", "help": "host:port, [v6]:port or unix:/path"})
+WORKERS = (("--workers",), {"metavar": "N", "type": int, "help": "processes; 0 means one per core"})
+DEVEL = (("-d", "--devel"), {"action": "store_true", "help": "every SMTP dialogue on stderr, secrets masked"})
+DAEMON = (CONFIG, PID_FILE, LISTEN, WORKERS)
+
+# name: (function, what it does, its flags)
+COMMANDS = {
+    "serve": (command_serve, "run the server in the foreground", (CONFIG, LISTEN, WORKERS, DEVEL)),
+    "start": (command_start, "run the server as a daemon", DAEMON),
+    "stop": (command_stop, "stop the daemon when all mail in flight is answered", (CONFIG, PID_FILE)),
+    "restart": (command_restart, "stop the daemon and start it", DAEMON),
+    "status": (command_status, "say whether the daemon runs", (CONFIG, PID_FILE)),
+    "reload": (command_reload, "have the daemon read its settings again", (CONFIG, PID_FILE)),
+    "check": (command_check, "read the settings and print every fault", (CONFIG,)),
+    "route": (
+        command_route,
+        "say which relay a recipient would take and why",
+        (CONFIG, (("address",), {"metavar": "ADDRESS"}), (("--sender",), {"metavar": "ADDRESS"})),
+    ),
+    "send": (
+        command_send,
+        "post a mail to a running Haineko",
+        (
+            (("file",), {"metavar": "FILE", "nargs": "?", "help": "JSON of a submission; - or nothing: stdin"}),
+            (("--url",), {"default": "http://127.0.0.1:2794/", "help": "the server's root, or its /submit"}),
+            (("--user",), {"help": "log in; the password is $HAINEKO_PASSWORD or asked for"}),
+            (("--to",), {"action": "append", "metavar": "A", "help": "recipient; again for more"}),
+            (("--mail", "--sender"), {"dest": "sender", "metavar": "A", "help": "envelope sender"}),
+            (("--from",), {"dest": "header_from", "metavar": "A", "help": "From"}),
+            (("--reply-to",), {"metavar": "A"}),
+            (("--subject",), {"metavar": "S"}),
+            (("--charset",), {"metavar": "C"}),
+            (("--body",), {"metavar": "TEXT", "help": "absent: stdin"}),
+        ),
+    ),
+    "sendmail": (
+        command_sendmail,
+        "relay the message on stdin, like /usr/sbin/sendmail",
+        (
+            (("-C",), {"metavar": "FILE", "help": "settings file"}),
+            (("-t",), {"action": "store_true", "help": "recipients from To, Cc and Bcc"}),
+            (("-i",), {"action": "store_true", "help": "a line with a dot alone doesn't end the message"}),
+            (("-f",), {"metavar": "SENDER", "help": "envelope sender"}),
+            (("address",), {"metavar": "ADDRESS", "nargs": "*"}),
+        ),
+    ),
+    "pw": (
+        command_pw,
+        "ask for a password, print its line for the section password",
+        ((("-u", "--user"), {"metavar": "USER"}),),
+    ),
+    "setup": (
+        command_setup,
+        "write haineko.json and haineko.service, never over an existing file",
+        ((("--dest",), {"metavar": "DIR", "required": True}),),
+    ),
+}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
