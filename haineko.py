@@ -32,13 +32,16 @@ import codecs
 import errno
 import functools
 import hashlib
+import heapq
 import hmac
 import http.server
 import ipaddress
+import itertools
 import json
 import os
 import queue
 import re
+import select
 import selectors
 import signal
 import smtplib
@@ -47,7 +50,8 @@ import ssl
 import sys
 import threading
 import time
-from collections import OrderedDict
+import types
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate, getaddresses
 from typing import Any, Callable, NamedTuple
@@ -259,14 +263,14 @@ def keys(cls: type) -> dict:
 
 def kind(value: Any) -> str:
     """What a JSON value is, in words."""
-    for types, word in (
+    for family, word in (
         (bool, "true or false"),
         (str, "a string"),
         ((int, float), "a number"),
         (list, "a list"),
         (dict, "an object"),
     ):
-        if isinstance(value, types):
+        if isinstance(value, family):
             return word
     return "null"
 
@@ -468,21 +472,35 @@ class Gate:
 
     def __init__(self, hashes: dict) -> None:
         self.hashes = hashes
-        self.right: dict = {}  # digest of user and password: monotonic time until which they count as right
+        self.right: dict = {}  # digest of credentials: monotonic time until which they count as right
         self.key = os.urandom(32)  # so that memory holds no plain digest of a password
         self.turn = threading.Semaphore(self.AT_ONCE)
 
-    def admits(self, user: str, password: str, now: float) -> bool:
-        """True where the password is that user's."""
-        mark = hmac.digest(self.key, f"{user}\0{password}".encode(), "sha256")
-        if self.right.get(mark, 0) > now:
+    def remembers(self, credentials: str | None) -> bool:
+        """True where these credentials, an Authorization header, were right a while ago."""
+        return bool(self.right) and self.right.get(self._mark(credentials or ""), 0) > time.monotonic()
+
+    def admits(self, credentials: str) -> bool:
+        """True where they are right. RFC 7617; takes tens of milliseconds unless they are remembered."""
+        if self.remembers(credentials):
             return True
+        scheme, _, token = credentials.partition(" ")
+        try:
+            user, colon, word = base64.b64decode(token.strip(), validate=True).decode().partition(":")
+        except ValueError:
+            return False
+        if scheme.lower() != "basic" or not colon:
+            return False
         with self.turn:
-            right = verify(self.hashes.get(user, NOBODY), password) and user in self.hashes
+            right = verify(self.hashes.get(user, NOBODY), word) and user in self.hashes
         if right:
-            self.right = {m: until for m, until in self.right.items() if until > now}
-            self.right[mark] = now + self.REMEMBERED
+            now = time.monotonic()
+            self.right = {mark: until for mark, until in self.right.items() if until > now}
+            self.right[self._mark(credentials)] = now + self.REMEMBERED
         return right
+
+    def _mark(self, credentials: str) -> bytes:
+        return hmac.digest(self.key, credentials.encode(), "sha256")
 
 
 def passwords(value: Any, where: str, faults: list) -> Gate:
@@ -897,6 +915,13 @@ def timestamp(second: int) -> str:
 log = Log()
 
 
+def log_bug(queueid: str | None) -> None:
+    """The traceback of a fault of our own, a line each."""
+    import traceback
+
+    log.lines(*[f"{queueid or '-'}: {printable(line, 500)}" for line in traceback.format_exc().splitlines()])
+
+
 def pairs(**values: Any) -> str:
     """key=value for a log line; values with spaces or quotes in quotes, unprintables as "?", None left out."""
     return " ".join([f"{key}={_value(value)}" for key, value in values.items() if value is not None])
@@ -1168,13 +1193,7 @@ def check_login(request: Request, settings: Settings) -> Reply | None:
     """HTTP Basic, RFC 7617; asked for where the section `password` has a user."""
     if not settings.password.hashes:
         return None
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    try:
-        user, colon, word = base64.b64decode(token.strip(), validate=True).decode().partition(":")
-    except ValueError:
-        return reply("login")
-    right = scheme.lower() == "basic" and colon and settings.password.admits(user, word, time.monotonic())
-    return None if right else reply("login")
+    return None if settings.password.admits(request.headers.get("authorization", "")) else reply("login")
 
 
 def check_client(request: Request, settings: Settings) -> Reply | None:
@@ -1541,12 +1560,263 @@ def entries(domain: str) -> list:
 
 
 # ======================================================================================================================
-# 9. DNS
+# 9. Waiting
+#    Takes coroutines and runs each until it waits: for a socket with a deadline, for a while, for others, or for a function
+#    that blocks and therefore runs in a thread. Ten thousand of them wait as cheaply as ten, and none holds a thread.
+#    Knows nothing of what they do.
+# ======================================================================================================================
+
+
+@types.coroutine
+def readiness(sock: Any, deadline: float, writing: bool = False) -> Any:
+    """Waits until the socket can be read (or written); socket.timeout at the deadline (monotonic)."""
+    yield Loop.wait, sock, deadline, writing
+
+
+@types.coroutine
+def sleep(seconds: float) -> Any:
+    yield Loop.sleep, seconds
+
+
+@types.coroutine
+def in_thread(function: Callable, *values: Any) -> Any:
+    """What a function that blocks returns, or raises."""
+    return (yield Loop.start_thread, function, values)
+
+
+@types.coroutine
+def all_of(coroutines: list) -> Any:
+    """Waits until all have ended; they run side by side."""
+    yield Loop.join, coroutines
+
+
+async def receive(sock: Any, most: int, deadline: float) -> bytes:
+    """Octets as they come, b"" at the end; raises OSError, socket.timeout among them."""
+    while True:
+        try:
+            return sock.recv(most)
+        except WOULD_WAIT as fault:
+            await readiness(sock, deadline, isinstance(fault, ssl.SSLWantWriteError))
+
+
+async def send(sock: Any, octets: bytes, deadline: float) -> None:
+    """All octets, by the deadline."""
+    sent = 0
+    while True:
+        try:
+            sent += sock.send(memoryview(octets)[sent:] if sent else octets)
+        except WOULD_WAIT as fault:
+            await readiness(sock, deadline, not isinstance(fault, ssl.SSLWantReadError))
+        if sent == len(octets):
+            return
+
+
+WOULD_WAIT = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+def run(coroutine: Any) -> Any:
+    """What a coroutine returns, run by a loop of its own."""
+    loop, result = Loop(), []
+
+    async def main() -> None:
+        result.append(await coroutine)
+
+    loop.spawn(main())
+    while not result:
+        loop.turn()
+    return result[0]
+
+
+class Loop:
+    """Runs coroutines. Each yields (method of the loop, values) where it waits; that method sees to its going on."""
+
+    def __init__(self) -> None:
+        self.poller = Epoll() if hasattr(select, "epoll") else Selector()
+        self.ready: deque = deque()  # (coroutine, value to go on with; an exception is raised in it)
+        self.waiting: dict = {}  # file descriptor: (coroutine, deadline)
+        self.sleeping: list = []  # heap of (time, number, coroutine)
+        self.sweep = 0.0  # no deadline lies before this time
+        self.numbers = itertools.count()
+        self.threads = Threads()
+        self.spawn(self._hear_threads())
+
+    def spawn(self, coroutine: Any) -> None:
+        self.ready.append((coroutine, None))
+
+    def turn(self, most: float = 1.0) -> None:
+        """Runs what can run, then waits for the next event, `most` seconds at the most."""
+        for _ in range(len(self.ready)):
+            self.step(*self.ready.popleft())
+        now = time.monotonic()
+        until = min(self.sweep, self.sleeping[0][0] if self.sleeping else now + most, now + most)
+        for descriptor in self.poller.poll(0 if self.ready else max(until - now, 0)):
+            found = self.waiting.pop(descriptor, None)
+            if found:
+                self.step(found[0], None)
+        now = time.monotonic()
+        if now >= self.sweep:
+            self._expire(now)
+        while self.sleeping and self.sleeping[0][0] <= now:
+            self.ready.append((heapq.heappop(self.sleeping)[2], None))
+
+    def step(self, coroutine: Any, value: Any) -> None:
+        """Goes on with a coroutine until it waits or ends."""
+        try:
+            method, *values = coroutine.throw(value) if isinstance(value, BaseException) else coroutine.send(value)
+        except StopIteration:
+            return
+        except Exception:
+            log_bug("loop")
+            return
+        method(self, coroutine, *values)
+
+    def _expire(self, now: float) -> None:
+        """Ends the waits whose deadline has come."""
+        self.sweep = now + 1
+        for descriptor, (coroutine, deadline) in list(self.waiting.items()):
+            if deadline <= now:
+                del self.waiting[descriptor]
+                self.poller.forget(descriptor)
+                self.ready.append((coroutine, socket.timeout("timed out")))
+            elif deadline < self.sweep:
+                self.sweep = deadline
+
+    def wait(self, coroutine: Any, sock: Any, deadline: float, writing: bool) -> None:
+        self.poller.watch(sock, writing)
+        self.waiting[sock.fileno()] = coroutine, deadline
+        if deadline < self.sweep:
+            self.sweep = deadline
+
+    def interrupt(self, sock: Any, fault: Exception) -> None:
+        """Raises the fault in the coroutine that waits for this socket."""
+        found = self.waiting.pop(sock.fileno(), None)
+        if found:
+            self.poller.forget(sock.fileno())
+            self.ready.append((found[0], fault))
+
+    def sleep(self, coroutine: Any, seconds: float) -> None:
+        heapq.heappush(self.sleeping, (time.monotonic() + seconds, next(self.numbers), coroutine))
+
+    def join(self, coroutine: Any, others: list) -> None:
+        missing = [len(others)]
+
+        async def one(other: Any) -> None:
+            try:
+                await other
+            finally:
+                missing[0] -= 1
+                if not missing[0]:
+                    self.ready.append((coroutine, None))
+
+        for other in others:
+            self.spawn(one(other))
+
+    def start_thread(self, coroutine: Any, function: Callable, values: tuple) -> None:
+        self.threads.start(coroutine, function, values)
+
+    async def _hear_threads(self) -> None:
+        """Goes on with the coroutines whose functions have ended."""
+        while True:
+            await receive(self.threads.bell, 4096, float("inf"))
+            while self.threads.ended:
+                self.ready.append(self.threads.ended.popleft())
+
+
+class Threads:
+    """Threads for functions that block, as many as block at the time; each is used again for a while."""
+
+    SPARE = 10.0  # seconds after which a thread without work ends
+
+    def __init__(self) -> None:
+        self.ended: deque = deque()  # (coroutine, result or exception)
+        self.bell, self.clapper = socket.socketpair()  # an octet for each ended function, and for each signal
+        self.bell.setblocking(False)
+        self.clapper.setblocking(False)
+        self.work: queue.SimpleQueue = queue.SimpleQueue()
+        self.lock, self.spare = threading.Lock(), 0  # threads that wait for work which nobody has promised them
+
+    def start(self, coroutine: Any, function: Callable, values: tuple) -> None:
+        with self.lock:
+            new = not self.spare
+            self.spare -= not new
+        self.work.put((coroutine, function, values))
+        if new:
+            threading.Thread(target=self._live, daemon=True).start()
+
+    def _live(self) -> None:
+        while True:
+            try:
+                coroutine, function, values = self.work.get(timeout=self.SPARE)
+            except queue.Empty:
+                with self.lock:
+                    if self.spare:
+                        self.spare -= 1
+                        return
+                continue
+            try:
+                result = function(*values)
+            except BaseException as fault:
+                result = fault
+            with self.lock:
+                self.spare += 1
+            self.ended.append((coroutine, result))
+            del coroutine, function, values, result
+            try:
+                self.clapper.send(b"\0")
+            except OSError:  # rung often enough
+                pass
+
+
+class Epoll:
+    """Linux: a socket is watched once and for all, since edges are told and not levels; who waits has tried before."""
+
+    def __init__(self) -> None:
+        self.epoll = select.epoll()
+        self.watched: dict = {}  # file descriptor: the socket that had it
+
+    def watch(self, sock: Any, writing: bool) -> None:
+        descriptor = sock.fileno()
+        if self.watched.get(descriptor) is not sock:
+            self.watched[descriptor] = sock
+            mask = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+            try:
+                self.epoll.register(descriptor, mask)
+            except FileExistsError:  # the same connection in another object, with TLS
+                self.epoll.modify(descriptor, mask)
+
+    def forget(self, descriptor: int) -> None:
+        """Nobody waits any more; the next one tries before it waits."""
+
+    def poll(self, seconds: float) -> list:
+        return [descriptor for descriptor, _ in self.epoll.poll(seconds)]
+
+
+class Selector:
+    """Other systems: a socket is watched from one wait to its event."""
+
+    def __init__(self) -> None:
+        self.selector = selectors.DefaultSelector()
+
+    def watch(self, sock: Any, writing: bool) -> None:
+        self.selector.register(sock.fileno(), selectors.EVENT_WRITE if writing else selectors.EVENT_READ)
+
+    def forget(self, descriptor: int) -> None:
+        self.selector.unregister(descriptor)
+
+    def poll(self, seconds: float) -> list:
+        events = self.selector.select(seconds)
+        for key, _ in events:
+            self.selector.unregister(key.fd)
+        return [key.fd for key, _ in events]
+
+
+# ======================================================================================================================
+# 10. DNS
 #    Empty as yet: the place of the look-up that the relay MX needs.
 # ======================================================================================================================
 
 # ======================================================================================================================
-# 10. SMTP sessions
+# 11. SMTP sessions
 #     Takes a Job, gives a Reply for each of its recipients. smtplib opens, secures and logs in; the transaction is ours,
 #     since smtplib neither pipelines nor can say whether the end of a message was lost. The script of a transaction is
 #     data, cut into flights; one loop serves servers with PIPELINING and without.
@@ -1565,16 +1835,28 @@ class Rubbish(ConnectionError):
     """The other side said something that is no SMTP reply, or not one that can stand there."""
 
 
-def parse_line(line: bytes) -> tuple:
-    """(code, whether more lines follow, text) of one line of a reply; Rubbish where it is none."""
-    found = REPLY_LINE.fullmatch(line)
-    if not found:
-        raise Rubbish(f"unexpected: {printable(line[:200].decode('utf-8', 'replace'))}")
-    code, more, words = found.groups()
-    return code.decode(), more == b"-", printable(words.decode("utf-8", "replace"), MAX_LINE)
+def parse_reply(octets: bytes) -> tuple:
+    """(the first reply in the octets or None where it isn't whole yet, what follows it); Rubbish where it is none."""
+    lines, start, first = [], 0, None
+    while True:
+        end = octets.find(b"\n", start)
+        if end < 0:
+            if len(octets) - start > MAX_LINE:
+                raise Rubbish("a line without end")
+            return None, octets
+        found = REPLY_LINE.fullmatch(octets, start, end)
+        if not found or (first and found[1] != first):
+            raise Rubbish(f"unexpected: {printable(octets[start:end][:200].decode('utf-8', 'replace'))}")
+        first, more, words = found.groups()
+        lines.append(printable(words.decode("utf-8", "replace"), MAX_LINE) if words else "")
+        if len(lines) > MAX_LINES:
+            raise Rubbish("a reply without end")
+        start = end + 1
+        if more != b"-":
+            return heard(first.decode(), lines), octets[start:]
 
 
-REPLY_LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ -])(.*?))?\s*\r?\n", re.DOTALL)
+REPLY_LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ -])([^\r\n]*))?\s*\r?")
 DSN = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?:\s|$)")
 MAX_LINE = 2048  # octets of a line; RFC 5321 4.5.3.1.5 says 512
 MAX_LINES = 128  # of a reply
@@ -1605,6 +1887,7 @@ class Session(smtplib.SMTP):
         except Refused:
             self.leave()
             raise
+        self.sock.setblocking(False)
         self.alive = True
 
     def _greet(self) -> None:
@@ -1668,68 +1951,80 @@ class Session(smtplib.SMTP):
 
     # -- one transaction
 
-    def transact(self, job: Job) -> list:
+    async def transact(self, job: Job) -> list:
         """A Reply for every recipient of the job, whatever happens (RFC 5321 3.3)."""
         self.in_text = self.ended = False
         octets = job.octets()
         if job.message.eight and not self.has_extn("8bitmime"):
-            octets = seven_bit(octets)
+            octets = await in_thread(seven_bit, octets)
         script = envelope(job, len(octets), self.esmtp_features)
         said: list = []
+        outcome = lost = None
         try:
-            self._converse(script, said, self.has_extn("pipelining"))
-            outcome = None
+            await self._converse(script, said)
             if len(said) == len(script) and said[-1].code[0] == "3":
-                wanted = any(item.code[0] == "2" for item in said[1:-1])
-                outcome = self._text(octets if wanted else b"")
-            lost = None
+                outcome = await self._text(octets if accepted_any(said[:-1]) else b"")
         except OSError as fault:
-            self.alive, outcome, lost = False, None, self._broken(fault)
+            self.alive, lost = False, self._broken(fault)
         self.last_used = time.monotonic()
-        replies = settle(said, outcome, lost, len(job.recipients))
         self.dirty = not (outcome and outcome.code[0] == "2")
-        self.alive = self.alive and not any(item.code == "421" for item in [*said, *([outcome] if outcome else [])])
+        if any(item.code == "421" for item in (*said, outcome or said[0])) if said else False:
+            self.alive = False
+        replies = settle(said, outcome, lost, len(job.recipients))
         return [item if isinstance(item, Reply) else self._told(*item) for item in replies]
 
-    def _converse(self, script: list, said: list, pipelining: bool) -> None:
+    async def _converse(self, script: list, said: list) -> None:
         """Sends the script and appends each reply to `said`, until it is over or there is no sense in going on."""
         if self.dirty:
             self.step = "MAIL"
-            self._send(b"RSET\r\n")
-            self._hear()
+            await self._write(b"RSET\r\n")
+            await self._reply()
             self.dirty = False
-        for flight in flights(script, pipelining):
-            if len(said) and (said[0].code[0] != "2" or (flight[0][0] == "DATA" and not accepted_any(said))):
-                break
-            self._send(b"".join([line for _, line in flight]))
+        for flight in flights(script, self.has_extn("pipelining")):
+            if said and (said[0].code[0] != "2" or (flight[0][0] == "DATA" and not accepted_any(said))):
+                return
+            await self._write(b"".join([line for _, line in flight]))
             for self.step, _ in flight:
-                item = self._hear()
+                item = await self._reply()
                 if item.code[0] == ("2" if self.step == "DATA" else "3"):
                     raise Rubbish(f"unexpected: {item.code} to {self.step}")
                 said.append(item)
                 if item.code == "421":  # RFC 5321 3.8: it closes; what it would say of the rest will not come
                     return
 
-    def _text(self, octets: bytes) -> Heard:
+    async def _text(self, octets: bytes) -> Heard:
         """The reply to the end of the text; for no octets that to a lone dot (RFC 2920 3.1)."""
         self.in_text = bool(octets)
         if octets.startswith(b".") or b"\n." in octets:  # RFC 5321 4.5.2
             octets = b"." * octets.startswith(b".") + octets.replace(b"\n.", b"\n..")
-        last = (len(octets) - 1) // BLOCK * BLOCK if octets else 0
+        last = max(len(octets) - 1, 0) // BLOCK * BLOCK
         try:
             for start in range(0, last, BLOCK):
-                self._send(octets[start : start + BLOCK])
+                await self._write(octets[start : start + BLOCK])
             self.ended = self.in_text
-            self._send(octets[last:] + b".\r\n" if last else octets + b".\r\n")
+            await self._write((octets[last:] if last else octets) + b".\r\n")
         except (BrokenPipeError, ConnectionResetError):
-            item = self._hear()  # it may have said why it hung up
+            item = await self._reply()  # it may have said why it hung up
             if item.code[0] not in "45":
                 raise
             return item
-        item = self._hear()
+        item = await self._reply()
         if item.code[0] == "3":
-            raise Rubbish(f"{item.code} to the end of the message")
+            raise Rubbish(f"unexpected: {item.code} to the end of the message")
         return item
+
+    async def _write(self, octets: bytes) -> None:
+        self._trace(octets)
+        await send(self.sock, octets, time.monotonic() + self.timeout)
+
+    async def _reply(self) -> Heard:
+        """The next reply, whole, within the step's deadline."""
+        deadline = time.monotonic() + self.timeout
+        while True:
+            item = self._parsed()
+            if item:
+                return item
+            self._more(await receive(self.sock, 65536, deadline))
 
     # -- lines
 
@@ -1740,62 +2035,46 @@ class Session(smtplib.SMTP):
 
     def send(self, s: Any) -> None:
         """smtplib's way out."""
-        self._send(s.encode("ascii") if isinstance(s, str) else s)
-
-    def _send(self, octets: bytes) -> None:
-        if log.devel:
-            shown = [b"********"] if self.masked else octets.splitlines() if len(octets) < BLOCK else [octets[:80]]
-            for line in shown:
-                log.dialogue(self.route.host, ">", line.decode("utf-8", "replace"))
+        octets = s.encode("ascii") if isinstance(s, str) else s
+        self._trace(b"********\r\n" if self.masked else octets)
         self.sock.sendall(octets)
 
     def getreply(self) -> tuple:
         """smtplib's way in: (code, text)."""
-        item = self._hear()
-        return int(item.code), "\n".join(item.lines).encode()
-
-    def _hear(self) -> Heard:
-        """The next reply, whole, within the step's deadline."""
-        lines, deadline = [], 0.0
+        deadline = time.monotonic() + self.timeout
         while True:
-            end = self.unread.find(b"\n") + 1
-            if not end:
-                deadline = self._more(deadline)
-                continue
-            line, self.unread = self.unread[:end], self.unread[end:]
-            code, more, words = parse_line(line)
-            if lines and code != first or len(lines) >= MAX_LINES:
-                raise Rubbish(f"unexpected: {code} {words}" if len(lines) < MAX_LINES else "a reply without end")
-            first = code
-            lines.append(words)
-            log.dialogue(self.route.host, "<", f"{code}{'-' if more else ' '}{words}")
-            if not more:
-                return heard(code, lines)
+            item = self._parsed()
+            if item:
+                return int(item.code), "\n".join(item.lines).encode()
+            self.sock.settimeout(max(deadline - time.monotonic(), 0.001))
+            self._more(self.sock.recv(65536))
 
-    def _more(self, deadline: float) -> float:
-        """Reads on. Gives the deadline: the first wait has the socket's own timeout, the ones after it what is left."""
-        if len(self.unread) > MAX_LINE:
-            raise Rubbish("a line without end")
-        began = time.monotonic()
-        if deadline:
-            if began >= deadline:
-                raise socket.timeout("timed out")
-            self.sock.settimeout(deadline - began)
-        octets = self.sock.recv(65536)
-        if deadline:
-            self.sock.settimeout(self.timeout)
+    def _parsed(self) -> Heard | None:
+        """The next reply, if it is here."""
+        item, self.unread = parse_reply(self.unread)
+        if item and log.devel:
+            for i, line in enumerate(item.lines, 1):
+                log.dialogue(self.route.host, "<", f"{item.code}{' ' if i == len(item.lines) else '-'}{line}")
+        return item
+
+    def _more(self, octets: bytes) -> None:
         if not octets:
             raise ConnectionError("Connection closed by the other side")
         self.unread += octets
-        return deadline or began + self.timeout
+
+    def _trace(self, octets: bytes) -> None:
+        if log.devel:
+            for line in octets.splitlines():
+                log.dialogue(self.route.host, ">", line.decode("utf-8", "replace"))
 
     def leave(self) -> None:
         """QUIT, said and not waited for long (RFC 5321 4.1.1.10)."""
         self.alive = False
         try:
+            self.timeout = FAREWELL
             self.sock.settimeout(FAREWELL)
-            self._send(b"QUIT\r\n")
-            self._hear()
+            self.send("QUIT\r\n")
+            self.getreply()
         except (OSError, AttributeError):
             pass
         self.close()
@@ -1880,23 +2159,19 @@ class Sessions:
 
     def __init__(self) -> None:
         self.idle: dict = {}  # (hostname, route): sessions, the most recently used last
+        self.leaving: list = []  # sessions to say goodbye on
 
-    def take(self, route: Route, hostname: str) -> tuple:
+    async def take(self, route: Route, hostname: str) -> tuple:
         """(a session, whether it was kept); Refused where none can be opened."""
         kept = self.idle.get((hostname, route))
-        while kept:
-            try:
-                session = kept.pop()
-            except IndexError:  # another thread was faster
-                break
-            if time.monotonic() - session.last_used < self.IDLE:
-                return session, True
-            session.leave()
-        return self.fresh(route, hostname), False
+        if kept:
+            return kept.pop(), True
+        return await self.fresh(route, hostname), False
 
-    def fresh(self, route: Route, hostname: str) -> Session:
+    async def fresh(self, route: Route, hostname: str) -> Session:
+        """A new session; opened in a thread, since smtplib blocks."""
         session = Session(route, hostname)
-        session.establish()
+        await in_thread(session.establish)
         return session
 
     def give(self, session: Session) -> None:
@@ -1905,44 +2180,48 @@ class Sessions:
         if session.alive and len(kept) < self.KEPT and session.last_used - session.born < self.AGE:
             kept.append(session)
         elif session.alive:
-            session.leave()
+            self.leaving.append(session)
         else:
             session.close()
 
-    def sweep(self, everything: bool = False) -> None:
-        """Gives up the sessions that nobody used for a while, or all."""
-        now, old = time.monotonic(), []
-        for kept in list(self.idle.values()):
-            while kept and (everything or now - kept[0].last_used >= self.IDLE):
-                try:
-                    old.append(kept.pop(0))
-                except IndexError:
-                    break
-        for session in old:
-            threading.Thread(target=session.leave, daemon=True).start() if everything else session.leave()
+    async def sweep(self, everything: bool = False) -> None:
+        """Says goodbye on the sessions that nobody used for a while, or on all; waits a second for the answers."""
+        before = time.monotonic() - (-1 if everything else self.IDLE)
+        for key, kept in list(self.idle.items()):
+            while kept and kept[0].last_used <= before:
+                self.leaving.append(kept.pop(0))
+            if not kept:
+                del self.idle[key]
+        leaving, self.leaving = self.leaving, []
+        if leaving:
+            await all_of([in_thread(session.leave) for session in leaving])
 
 
 # ======================================================================================================================
-# 11. Relays
+# 12. Relays
 #     Each takes (job, sessions) and gives a Reply for every recipient of the job, in order. A relay may raise Refused or
 #     OSError: then that is the reply of all of them.
 # ======================================================================================================================
 
 
-def relay_esmtp(job: Job, sessions: Sessions) -> list:
+async def relay_esmtp(job: Job, sessions: Sessions) -> list:
     """By SMTP to the route's host. A kept session that died before the text is replaced once."""
-    session, kept = sessions.take(job.route, job.hostname)
-    replies = session.transact(job)
+    session, kept = await sessions.take(job.route, job.hostname)
+    replies = await session.transact(job)
     if kept and not session.alive and not session.in_text:
         session.close()
-        session = sessions.fresh(job.route, job.hostname)
-        replies = session.transact(job)
+        session = await sessions.fresh(job.route, job.hostname)
+        replies = await session.transact(job)
     sessions.give(session)
     return replies
 
 
-def relay_file(job: Job, sessions: Sessions) -> list:
+async def relay_file(job: Job, sessions: Sessions) -> list:
     """Into a folder, complete or not at all: written aside, on disk, then renamed."""
+    return await in_thread(save, job)
+
+
+def save(job: Job) -> list:
     import tempfile
 
     folder = job.route.folder
@@ -1974,14 +2253,14 @@ def sync_folder(folder: str) -> None:
         os.close(handle)
 
 
-def relay_screen(job: Job, sessions: Sessions) -> list:
+async def relay_screen(job: Job, sessions: Sessions) -> list:
     """On stderr."""
     rule = f"--- {job.queueid}.{job.number} from <{job.sender}> to <{'>, <'.join(job.recipients)}>"
     log.raw(rule.encode() + b"\n" + job.octets().replace(b"\r\n", b"\n") + b"---\n")
     return [reply("printed", mailer="Screen")] * len(job.recipients)
 
 
-def relay_discard(job: Job, sessions: Sessions) -> list:
+async def relay_discard(job: Job, sessions: Sessions) -> list:
     """Nowhere."""
     return [reply("discarded", mailer="Discard")] * len(job.recipients)
 
@@ -1989,12 +2268,12 @@ def relay_discard(job: Job, sessions: Sessions) -> list:
 RELAYS = {"ESMTP": relay_esmtp, "File": relay_file, "Screen": relay_screen, "Discard": relay_discard}
 
 # ======================================================================================================================
-# 12. Queue
+# 13. Queue
 #     Empty as yet: the place of mail that could not be delivered at once.
 # ======================================================================================================================
 
 # ======================================================================================================================
-# 13. The way of a mail
+# 14. The way of a mail
 #     submit() takes a request and names every stage in order; deliver() is where relays are called and where whatever they
 #     raise becomes a reply.
 # ======================================================================================================================
@@ -2033,7 +2312,7 @@ class Outcome(NamedTuple):
     ms: float
 
 
-def submit(request: Request, service: Service) -> Answer:
+async def submit(request: Request, service: Service) -> Answer:
     """POST /submit: the way of a mail from its JSON to the replies of the other side."""
     settings, queueid = service.settings, new_queueid(request.now)
     submission, verdicts, status = None, {}, 0
@@ -2048,7 +2327,7 @@ def submit(request: Request, service: Service) -> Answer:
         good = [mailbox for given, mailbox in mailboxes.items() if not verdicts[given]]
         if good:
             message = finished(request, submission, settings, queueid, good)
-            outcomes = deliver(plan(submission, message, good, settings, queueid), service.sessions, settings)
+            outcomes = await deliver(plan(submission, message, good, settings, queueid), service.sessions, settings)
             verdicts.update((mailbox.given, outcome.replies[0]) for mailbox, outcome in zip(good, outcomes))
             log_outcomes(request, outcomes)
             status = status_of(verdicts.values())
@@ -2114,50 +2393,41 @@ def plan_shared(sender: Address, message: Message, good: list, settings: Setting
     ]
 
 
-def deliver(jobs: list, sessions: Sessions, settings: Settings) -> list:
+async def deliver(jobs: list, sessions: Sessions, settings: Settings) -> list:
     """An Outcome for each job, in order; up to `max_workers` of them side by side."""
     if len(jobs) == 1:
-        return [carry_out(jobs[0], sessions)]
+        return [await carry_out(jobs[0], sessions)]
     outcomes: dict = {}
-    waiting = list(enumerate(jobs))[::-1]
+    waiting = iter(enumerate(jobs))
 
-    def lane() -> None:
-        while waiting:
-            try:
-                i, job = waiting.pop()
-            except IndexError:
-                return
-            outcomes[i] = carry_out(job, sessions)
+    async def lane() -> None:
+        for i, job in waiting:
+            outcomes[i] = await carry_out(job, sessions)
 
-    lanes = [threading.Thread(target=lane) for _ in range(min(settings.smtpd.max_workers, len(jobs)) - 1)]
-    for thread in lanes:
-        thread.start()
-    lane()
-    for thread in lanes:
-        thread.join()
+    await all_of([lane() for _ in range(min(settings.smtpd.max_workers, len(jobs)))])
     return [outcomes[i] for i in range(len(jobs))]
 
 
-def carry_out(job: Job, sessions: Sessions) -> Outcome:
+async def carry_out(job: Job, sessions: Sessions) -> Outcome:
     """The job tried, and tried again as its route says for the recipients that failed for now."""
     began, route = time.monotonic(), job.route
-    replies = attempt(job, sessions)
+    replies = await attempt(job, sessions)
     for _ in range(route.retry):
         waiting = [i for i, item in enumerate(replies) if item.temporary and not item.unsure]
         if not waiting:
             break
-        time.sleep(route.sleep)
-        again = attempt(job._replace(recipients=tuple(job.recipients[i] for i in waiting)), sessions)
+        await sleep(route.sleep)
+        again = await attempt(job._replace(recipients=tuple(job.recipients[i] for i in waiting)), sessions)
         for i, item in zip(waiting, again):
             replies[i] = item
     return Outcome(job, replies, (time.monotonic() - began) * 1000)
 
 
-def attempt(job: Job, sessions: Sessions) -> list:
+async def attempt(job: Job, sessions: Sessions) -> list:
     """A reply for every recipient, whatever the relay does."""
     place = {"mailer": job.route.mailer, "host": job.route.host, "port": job.route.port}
     try:
-        return RELAYS[job.route.relay](job, sessions)
+        return await RELAYS[job.route.relay](job, sessions)
     except Refused as refused:
         said = refused.reply
     except OSError as fault:
@@ -2166,13 +2436,6 @@ def attempt(job: Job, sessions: Sessions) -> list:
         log_bug(job.queueid)
         said = reply("relay-fault", **place)
     return [said] * len(job.recipients)
-
-
-def log_bug(queueid: str | None) -> None:
-    """The traceback of a fault of our own, a line each."""
-    import traceback
-
-    log.lines(*[f"{queueid or '-'}: {printable(line, 500)}" for line in traceback.format_exc().splitlines()])
 
 
 def status_of(replies: Any) -> int:
@@ -2263,7 +2526,7 @@ def to_json(document: Any) -> bytes:
 
 
 # ======================================================================================================================
-# 14. HTTP
+# 15. HTTP
 #     Takes octets from a socket, gives a Request to a page and its Answer back (RFC 9110, 9112). One master process binds
 #     and watches, workers forked by it accept. In a worker the main thread waits for all idle connections at once; a
 #     thread serves a connection only while there is a request.
@@ -2272,10 +2535,8 @@ def to_json(document: Any) -> bytes:
 MAX_HEAD = 65536  # octets of request line and headers
 MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body where max_message_size sets no limit
-LINGER = 0.05  # seconds for which a thread waits for the next request before it lets go of the connection
 DRAIN = 2.0  # seconds for a client to read a refusal before its connection is closed
 STOPPING = 30.0  # seconds for requests in flight to be answered
-SWITCH = 0.0005  # seconds between switches of threads; Python's own 5 ms would make short requests wait for long ones
 
 
 class Head(NamedTuple):
@@ -2368,17 +2629,17 @@ class Page(NamedTuple):
     door: tuple = ()  # of (request, settings) -> Reply or None
 
 
-def page_root(request: Request, service: Service) -> Answer:
+async def page_root(request: Request, service: Service) -> Answer:
     return Answer(200, to_json({"name": "Haineko", "version": __version__}))
 
 
-def page_health(request: Request, service: Service) -> Answer:
+async def page_health(request: Request, service: Service) -> Answer:
     if service.stopping:
         return Answer(503, to_json({"status": "stopping"}), (("Retry-After", "5"),))
     return Answer(200, to_json({"status": "ok"}))
 
 
-def page_conf(request: Request, service: Service) -> Answer:
+async def page_conf(request: Request, service: Service) -> Answer:
     return Answer(200, to_json(shown(service.settings)))
 
 
@@ -2386,7 +2647,7 @@ def check_loopback(request: Request, settings: Settings) -> Reply | None:
     return None if request.client in LOOPBACK and request.peer in LOOPBACK else reply("forbidden")
 
 
-def page_sample(request: Request, service: Service) -> Answer:
+async def page_sample(request: Request, service: Service) -> Answer:
     return Answer(200, to_json(SAMPLES))
 
 
@@ -2412,8 +2673,12 @@ SAMPLES = [
 ]
 
 
-def page_neko(request: Request, service: Service) -> Answer:
+async def page_neko(request: Request, service: Service) -> Answer:
     return Answer(200, b"Nyaaaaa", type="text/plain; charset=utf-8")
+
+
+async def page_options(request: Request, service: Service) -> Answer:
+    return Answer(204, b"")
 
 
 PAGES = {
@@ -2454,58 +2719,62 @@ def cors(origin: str | None, settings: Settings, head: Head) -> tuple:
 
 class Connection(http.server.BaseHTTPRequestHandler):
     """One connection of a client. http.server gives the words of HTTP; reading and writing are ours: by deadline, in one
-    piece, and without a thread while the connection is idle."""
+    piece, and without a thread."""
 
     def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
         self.connection, self.worker, self.service = sock, worker, worker.service
-        self.buffer, self.secured = b"", self.service.tls is None
+        self.buffer = b""
         named = isinstance(peer, tuple)
         self.peer = plain_address(peer[0] if named else "127.0.0.1")  # who may open our socket file is on this machine
         self.port = peer[1] if named else None
 
-    def handle(self) -> bool:
-        """Serves requests until there is none for a moment; True where the connection may go on."""
+    async def handle(self) -> None:
+        """Serves requests, one after the other, until one side has enough."""
         try:
-            if not self.secured:
-                self._secure()
-            while True:
-                if not self.buffer and not self._wait():
-                    return bool(self.connection)
-                if not self.handle_one_request():
+            await self._secure()
+            while self.buffer or await self._begun():
+                if not await self.handle_one_request():
                     break
         except (OSError, ValueError):  # the client is gone
             pass
-        self.close()
-        return False
+        finally:
+            self.connection.close()
+            self.worker.connections.discard(self)
 
-    def _secure(self) -> None:
-        self.connection.settimeout(self.service.settings.httpd.timeout)
-        self.connection = self.service.tls.wrap_socket(self.connection, server_side=True)
-        self.secured = True
+    async def _secure(self) -> None:
+        """TLS, where the settings have a certificate."""
+        if not self.service.tls:
+            return
+        deadline = time.monotonic() + self.service.settings.httpd.timeout
+        self.connection = self.service.tls.wrap_socket(self.connection, server_side=True, do_handshake_on_connect=False)
+        while True:
+            try:
+                return self.connection.do_handshake()
+            except WOULD_WAIT as fault:
+                await readiness(self.connection, deadline, isinstance(fault, ssl.SSLWantWriteError))
 
-    def _wait(self) -> bool:
-        """True when a request begins; closes where the client did."""
-        self.connection.settimeout(LINGER)
+    async def _begun(self) -> bool:
+        """True when a request begins, False where the client closed or took too long."""
+        self.worker.idle[self] = None
         try:
-            self.buffer = self.connection.recv(65536)
-        except socket.timeout:
-            return False
-        if not self.buffer:
-            self.close()
+            deadline = time.monotonic() + self.service.settings.httpd.timeout
+            self.buffer = await receive(self.connection, 65536, deadline)
+        finally:
+            del self.worker.idle[self]
         return bool(self.buffer)
 
-    def handle_one_request(self) -> bool:
+    async def handle_one_request(self) -> bool:
         """Reads a request and answers it; True where the next may follow."""
         deadline = time.monotonic() + self.service.settings.httpd.timeout
         request, head, left = Request("", "", {}, b"", self.peer, self.peer, self.port, time.time()), None, 1
         try:
-            head = parse_head(self._head(deadline))
+            head = parse_head(await self._head(deadline))
             left = body_length(head)
             request = self._request(head)
-            page, extra = self._page(head, request)
-            body = self._body(head, left, deadline)
+            page, extra = await self._page(head, request)
+            body = await self._body(head, left, deadline)
             left = 0
-            result = page.answer(request._replace(body=body), self.service)
+            result = await page.answer(request._replace(body=body), self.service)
         except Refused as refused:
             said, extra = refused.reply, refused.args[1] if len(refused.args) > 1 else ()
             result = self._refusal(request, said)
@@ -2515,16 +2784,16 @@ class Connection(http.server.BaseHTTPRequestHandler):
             log_bug(None)
             extra, result = (), self._refusal(request, reply("our-fault"))
         keep = bool(head and head.keep and not left and not self.service.stopping)
-        self._answer(result._replace(headers=result.headers + extra), head, keep)
+        await self._answer(result._replace(headers=result.headers + extra), head, keep)
         if not keep and left:
-            self._drain()
+            await self._drain()
         return keep
 
     def _request(self, head: Head) -> Request:
         client, port = client_of(self.peer, self.port, head.headers, self.service.settings)
         return Request(head.method, head.path, head.headers, b"", client, self.peer, port, time.time())
 
-    def _page(self, head: Head, request: Request) -> tuple:
+    async def _page(self, head: Head, request: Request) -> tuple:
         """(page, headers to add) for a request that may be read on; Refused for all others."""
         page = PAGES.get(("GET" if head.method == "HEAD" else head.method, head.path))
         settings = self.service.settings
@@ -2535,11 +2804,13 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 raise Refused(reply("not-found"))
             extra += (("Allow", ", ".join(methods)),)
             if head.method == "OPTIONS":
-                return Page(lambda request, service: Answer(204, b"")), extra
+                return Page(page_options), extra
             raise Refused(reply("method", word=head.method), extra)
         if head.method == "POST" and not welcome:
             raise Refused(reply("origin"))
-        refusal = first_refusal(page.door, request, settings)
+        slow = settings.password.hashes and not settings.password.remembers(request.headers.get("authorization"))
+        ask = (first_refusal, page.door, request, settings)
+        refusal = await in_thread(*ask) if slow else ask[0](*ask[1:])
         if refusal:
             raise Refused(refusal, extra)
         return page, extra
@@ -2549,7 +2820,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         log_refusal(request, queueid, said.status, None, {None: said})
         return answer(request, said.status, {None: said}, queueid, None)
 
-    def _head(self, deadline: float) -> bytes:
+    async def _head(self, deadline: float) -> bytes:
         """The octets before the empty line; what follows stays in the buffer."""
         self.buffer = self.buffer.lstrip(b"\r\n")  # RFC 9112 2.2
         while True:
@@ -2561,20 +2832,19 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 return head
             if b"\n\n" in self.buffer or b"\n\r\n" in self.buffer.replace(b"\r\n", b""):
                 raise Refused(reply("bad-request", "line ends with LF alone"))
-            self.buffer += self._more(deadline)
+            self.buffer += await self._more(deadline)
 
-    def _more(self, deadline: float, most: int = 65536) -> bytes:
+    async def _more(self, deadline: float, most: int = 65536) -> bytes:
         """More octets from the client, by the deadline."""
         try:
-            self.connection.settimeout(max(deadline - time.monotonic(), 0.001))
-            octets = self.connection.recv(most)
+            octets = await receive(self.connection, most, deadline)
         except socket.timeout:
             raise Refused(reply("request-timeout")) from None
         if not octets:
             raise ConnectionError("closed within a request")
         return octets
 
-    def _body(self, head: Head, length: int, deadline: float) -> bytes:
+    async def _body(self, head: Head, length: int, deadline: float) -> bytes:
         """The body, whole."""
         size = self.service.settings.smtpd.max_message_size
         limit = 2 * size + 65536 if size else MAX_BODY
@@ -2585,25 +2855,25 @@ class Connection(http.server.BaseHTTPRequestHandler):
             if expected.lower() != "100-continue":
                 raise Refused(reply("expectation"))
             if not head.old and (length == CHUNKED or len(self.buffer) < length):
-                self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                await send(self.connection, b"HTTP/1.1 100 Continue\r\n\r\n", deadline)
         if length == CHUNKED:
-            return self._chunks(limit, deadline)
-        return self._exactly(length, deadline)
+            return await self._chunks(limit, deadline)
+        return await self._exactly(length, deadline)
 
-    def _exactly(self, length: int, deadline: float) -> bytes:
+    async def _exactly(self, length: int, deadline: float) -> bytes:
         """So many octets."""
         parts, missing = [self.buffer[:length]], length - len(self.buffer)
         self.buffer = self.buffer[length:]
         while missing > 0:
-            parts.append(self._more(deadline, min(missing, 1 << 20)))
+            parts.append(await self._more(deadline, min(missing, 1 << 20)))
             missing -= len(parts[-1])
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _chunks(self, limit: int, deadline: float) -> bytes:
+    async def _chunks(self, limit: int, deadline: float) -> bytes:
         """A chunked body, RFC 9112 7.1."""
         parts, total = [], 0
         while True:
-            found = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?", self._line(deadline))
+            found = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?", await self._line(deadline))
             if not found:
                 raise Refused(reply("bad-request", "chunk size"))
             size = int(found[1], 16)
@@ -2612,23 +2882,23 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 raise Refused(reply("body-too-large"))
             if not size:
                 break
-            parts.append(self._exactly(size, deadline))
-            if self._exactly(2, deadline) != b"\r\n":
+            parts.append(await self._exactly(size, deadline))
+            if await self._exactly(2, deadline) != b"\r\n":
                 raise Refused(reply("bad-request", "end of chunk"))
         for _ in range(MAX_HEADERS):
-            if not self._line(deadline):
+            if not await self._line(deadline):
                 return b"".join(parts)
         raise Refused(reply("head-too-large"))
 
-    def _line(self, deadline: float) -> bytes:
+    async def _line(self, deadline: float) -> bytes:
         while b"\r\n" not in self.buffer:
             if len(self.buffer) > 4096:
                 raise Refused(reply("bad-request", "chunk line"))
-            self.buffer += self._more(deadline)
+            self.buffer += await self._more(deadline)
         line, _, self.buffer = self.buffer.partition(b"\r\n")
         return line
 
-    def _answer(self, result: Answer, head: Head | None, keep: bool) -> None:
+    async def _answer(self, result: Answer, head: Head | None, keep: bool) -> None:
         """Written by one call, so that no packet waits for another."""
         lines = [
             f"HTTP/1.1 {result.status} {self.responses[result.status][0]}\r\nServer: Haineko\r\n{http_date(int(time.time()))}"
@@ -2641,24 +2911,18 @@ class Connection(http.server.BaseHTTPRequestHandler):
         elif head.old:
             lines.append("Connection: keep-alive")
         body = b"" if head and head.method == "HEAD" else result.body
-        self.connection.settimeout(self.service.settings.httpd.timeout)
-        self.connection.sendall("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
+        octets = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+        await send(self.connection, octets, time.monotonic() + self.service.settings.httpd.timeout)
 
-    def _drain(self) -> None:
+    async def _drain(self) -> None:
         """Reads what the client still sends, so that it gets to read the refusal before the connection is reset."""
         deadline = time.monotonic() + DRAIN
         try:
             self.connection.shutdown(socket.SHUT_WR)
-            while time.monotonic() < deadline:
-                self.connection.settimeout(DRAIN)
-                if not self.connection.recv(1 << 18):
-                    break
+            while await receive(self.connection, 1 << 18, deadline):
+                pass
         except OSError:
             pass
-
-    def close(self) -> None:
-        self.connection.close()
-        self.connection = None
 
 
 @functools.lru_cache(maxsize=2)
@@ -2667,48 +2931,39 @@ def http_date(second: int) -> str:
 
 
 class Worker:
-    """One process that serves. Its main thread accepts, and waits for all idle connections; threads serve the others."""
+    """One process that serves all its connections in one thread."""
 
-    SPARE = 10.0  # seconds after which a thread without work ends
-
-    def __init__(self, listeners: list, settings: Settings, lifeline: int) -> None:
+    def __init__(self, listeners: list, settings: Settings, lifeline: socket.socket) -> None:
         self.service = Service(settings)
         self.listeners, self.lifeline = listeners, lifeline
-        self.selector = selectors.DefaultSelector()
+        self.loop = Loop()
         self.connections: set = set()
-        self.parked: OrderedDict = OrderedDict()  # idle connections, the longest-idle first: time since when
-        self.ready: queue.SimpleQueue = queue.SimpleQueue()
-        self.spare = 0  # threads that wait for work which nobody has promised them
-        self.lock = threading.Lock()
+        self.idle: OrderedDict = OrderedDict()  # connections without a request, the longest-idle first
         self.reload = False
 
     def run(self) -> None:
         """Serves until told to stop and all requests in flight are answered."""
-        sys.setswitchinterval(SWITCH)
         self._listen_to_signals()
         for listener in self.listeners:
             listener.setblocking(False)
-            self.selector.register(listener, selectors.EVENT_READ, self._accept)
-        self.selector.register(self.lifeline, selectors.EVENT_READ, self._orphaned)
-        deadline, tick = 0.0, 0.0
-        while not self.service.stopping or (self.connections and time.monotonic() < deadline):
-            for key, _ in self.selector.select(0.05 if self.service.stopping else 1.0):
-                key.data(key.fileobj)
-            if self.service.stopping and not deadline:
-                deadline = time.monotonic() + STOPPING
-                self._stop_accepting()
-            if time.monotonic() >= tick:
-                self._housekeeping()
-                tick = time.monotonic() + 1
-        self.service.sessions.sweep(everything=True)
+            self.loop.spawn(self._accept(listener))
+        self.lifeline.setblocking(False)
+        self.loop.spawn(self._orphaned())
+        self.loop.spawn(self._housekeeping())
+        while not self.service.stopping:
+            self.loop.turn()
+        deadline = time.monotonic() + STOPPING
+        for listener in self.listeners:
+            listener.close()
+        while self.connections and time.monotonic() < deadline:
+            while self._close_idlest():
+                pass
+            self.loop.turn(0.05)
+        leaving = self.service.sessions.sweep(everything=True)
+        run(leaving)
 
     def _listen_to_signals(self) -> None:
-        self.alarm, wake = socket.socketpair()
-        self.alarm.setblocking(False)
-        wake.setblocking(False)
-        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-        self.wake = wake
-        self.selector.register(self.alarm, selectors.EVENT_READ, lambda alarm: alarm.recv(4096))
+        signal.set_wakeup_fd(self.loop.threads.clapper.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         signal.signal(signal.SIGHUP, self._reload)
@@ -2719,115 +2974,69 @@ class Worker:
     def _reload(self, *_: Any) -> None:
         self.reload = True
 
-    def _orphaned(self, lifeline: int) -> None:
+    async def _orphaned(self) -> None:
         """The master is gone without a word: nobody would replace or stop this process."""
+        await receive(self.lifeline, 1, float("inf"))
         self.service.stopping = True
-        self.selector.unregister(lifeline)
 
-    def _accept(self, listener: socket.socket) -> None:
-        try:
-            sock, peer = listener.accept()
-        except OSError as fault:  # another worker was faster, the client is gone, or no file is left
-            if fault.errno in (errno.EMFILE, errno.ENFILE) and not self._close_idlest():
-                time.sleep(0.05)
-            return
-        if listener.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if len(self.connections) >= self.service.settings.httpd.max_connections and not self._close_idlest():
-            self._turn_away(sock)
-            return
-        connection = Connection(sock, peer, self)
-        self.connections.add(connection)
-        self.park(connection)
-
-    def _turn_away(self, sock: socket.socket) -> None:
-        """503 for a connection too many."""
-        said = reply("busy")
-        request = Request("", "", {}, b"", None, None, None, time.time())
-        body = answer(request, 503, {None: said}, None, None).body
-        head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-        sock.setblocking(False)
-        try:
-            sock.send(f"{head}Retry-After: 5\r\nConnection: close\r\n\r\n".encode() + body)
-            sock.shutdown(socket.SHUT_WR)
-            sock.recv(65536)
-        except OSError:
-            pass
-        sock.close()
-
-    def park(self, connection: Connection) -> None:
-        """An idle connection waits with the others and holds no thread."""
-        with self.lock:
-            self.parked[connection] = time.monotonic()
-            self.selector.register(connection.connection, selectors.EVENT_READ, lambda _: self._resume(connection))
-
-    def _unpark(self, connection: Connection) -> bool:
-        with self.lock:
-            if self.parked.pop(connection, None) is None:
-                return False
-            self.selector.unregister(connection.connection)
-            return True
-
-    def _resume(self, connection: Connection) -> None:
-        """A request begins on an idle connection: a thread takes it."""
-        if not self._unpark(connection):
-            return
-        with self.lock:
-            new = not self.spare
-            self.spare -= not new
-        self.ready.put(connection)
-        if new:
-            threading.Thread(target=self._attend, daemon=True).start()
-
-    def _attend(self) -> None:
-        """A thread: serves one connection after the other."""
-        while True:
+    async def _accept(self, listener: socket.socket) -> None:
+        while not self.service.stopping:
             try:
-                connection = self.ready.get(timeout=self.SPARE)
-            except queue.Empty:
-                with self.lock:
-                    if self.spare:  # nobody has promised this thread anything
-                        self.spare -= 1
-                        return
+                sock, peer = listener.accept()
+            except BlockingIOError:
+                await readiness(listener, float("inf"))
                 continue
-            if connection.handle() and not self.service.stopping:
-                self.park(connection)
-            else:
-                self._forget(connection)
-            with self.lock:
-                self.spare += 1
-
-    def _forget(self, connection: Connection) -> None:
-        if connection.connection:
-            connection.close()
-        self.connections.discard(connection)
+            except OSError as fault:  # the client is gone, or no file is left
+                if fault.errno in (errno.EMFILE, errno.ENFILE) and not self._close_idlest():
+                    await sleep(0.05)
+                continue
+            sock.setblocking(False)
+            if listener.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if len(self.connections) >= self.service.settings.httpd.max_connections and not self._close_idlest():
+                self.loop.spawn(turn_away(sock))
+                continue
+            connection = Connection(sock, peer, self)
+            self.connections.add(connection)
+            self.loop.spawn(connection.handle())
+            await sleep(0)  # so that other workers get their share
 
     def _close_idlest(self) -> bool:
         """Closes the connection that has been idle longest; False where none is idle."""
-        idlest = next(iter(self.parked.copy()), None)
-        if idlest is None or not self._unpark(idlest):
+        idlest = next(iter(self.idle), None)
+        if not idlest:
             return False
-        self._forget(idlest)
+        self.connections.discard(idlest)
+        self.loop.interrupt(idlest.connection, ConnectionAbortedError("closed for another"))
+        self.loop.turn(0)
         return True
 
-    def _stop_accepting(self) -> None:
-        for listener in self.listeners:
-            self.selector.unregister(listener)
-            listener.close()
-        while self._close_idlest():
-            pass
+    async def _housekeeping(self) -> None:
+        """Once a second: SMTP sessions nobody uses, settings that changed."""
+        while True:
+            await sleep(1.0)
+            await self.service.sessions.sweep()
+            if self.reload:
+                self.reload = False
+                settings, faults = load(self.service.settings.path)
+                if not faults:
+                    self.service.take(settings)
 
-    def _housekeeping(self) -> None:
-        """Once a second: connections idle for too long, SMTP sessions nobody uses, settings that changed."""
-        before = time.monotonic() - self.service.settings.httpd.timeout
-        while self.parked and (self.service.stopping or next(iter(self.parked.copy().values()), before + 1) <= before):
-            self._close_idlest()
-        self.service.sessions.sweep()
-        if self.reload:
-            self.reload = False
-            settings, faults = load(self.service.settings.path)
-            if not faults:
-                self.service.take(settings)
+
+async def turn_away(sock: socket.socket) -> None:
+    """503 for a connection too many."""
+    request = Request("", "", {}, b"", None, None, None, time.time())
+    body = answer(request, 503, {None: reply("busy")}, None, None).body
+    head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    deadline = time.monotonic() + DRAIN
+    try:
+        await send(sock, f"{head}Retry-After: 5\r\nConnection: close\r\n\r\n".encode() + body, deadline)
+        sock.shutdown(socket.SHUT_WR)
+        while await receive(sock, 65536, deadline):
+            pass
+    except OSError:
+        pass
+    sock.close()
 
 
 class Master:
@@ -2846,7 +3055,7 @@ class Master:
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, self._signalled)
-        self.lifeline, self.held = os.pipe()
+        self.lifeline, self.held = socket.socketpair()
         alarm.settimeout(1.0)
         self._replace()
         ready()
@@ -2880,7 +3089,7 @@ class Master:
     def _become_worker(self) -> None:
         code = 1
         try:
-            os.close(self.held)
+            self.held.close()
             for number in (signal.SIGCHLD, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             Worker(self.listeners, self.settings, self.lifeline).run()
@@ -3019,7 +3228,7 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 
 
 # ======================================================================================================================
-# 15. Commands
+# 16. Commands
 #     Takes the words of a command line, gives an exit code. What is meant for a person goes to stderr, results to stdout.
 # ======================================================================================================================
 
@@ -3447,9 +3656,16 @@ def sendmail(settings: Settings, octets: bytes, sender: str, named: list, from_h
     verdicts = {given: check_rcpt(mailbox, settings) for given, mailbox in mailboxes.items()}
     good = [mailbox for given, mailbox in mailboxes.items() if not verdicts[given]]
     jobs = plan_shared(source, message, good, settings, queueid)
-    outcomes = deliver(jobs, Sessions(), settings) if jobs else []
+    outcomes = run(deliver_and_leave(jobs, settings)) if jobs else []
     verdicts.update((to, said) for job, replies, _ in outcomes for to, said in zip(job.recipients, replies))
     return told(verdicts)
+
+
+async def deliver_and_leave(jobs: list, settings: Settings) -> list:
+    sessions = Sessions()
+    outcomes = await deliver(jobs, sessions, settings)
+    await sessions.sweep(everything=True)
+    return outcomes
 
 
 def told(verdicts: dict) -> int:
