@@ -3,7 +3,7 @@
 
 The way of a mail is the order of this page: each section takes the value of the section above and makes the next one.
 
-    HTTP body -> Submission -> (checks) -> Message -> Route per recipient -> Job per route -> Reply per recipient -> JSON
+    HTTP body -> Submission -> (checks) -> Message -> Route per recipient -> Job per route -> Reply each -> JSON
                  understand()  CHECKS      compose()  choose()               RELAYS
 
      1  Replies and jobs          8  Routes
@@ -21,7 +21,7 @@ side are values (Reply); Refused carries one out of depth. Every recipient has a
 table: REPLIES, CHARSETS, CHECKS, RELAYS, PAGES, COMMANDS. Standard library only.
 
 Spoken here: RFC 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS),
-3461 (DSN), 3463 (status codes), 4954 (AUTH), 6152 (8BITMIME), 8314 (TLS on 465), 9110 and 9112 (HTTP/1.1), 7617 (Basic).
+3461 (DSN), 3463 (status codes), 4954 (AUTH), 6152 (8BITMIME), 8314 (TLS on 465), 9110, 9112 (HTTP/1.1), 7617 (Basic).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Refused(Exception):  # noqa: N818 -- the word that postmasters use
 
 
 class Message(NamedTuple):
-    """A finished message (RFC 5322, CRLF). Three parts have room between them for the recipient and the copy's number."""
+    """A finished message (RFC 5322, CRLF); between three parts go the recipient and the copy's number."""
 
     parts: tuple  # (all of it,) or (up to "To: ", up to "Message-Id: <QUEUEID.", the rest)
     eight: bool = False  # has octets over 127: needs 8BITMIME (RFC 6152)
@@ -125,7 +125,7 @@ class Job(NamedTuple):
 
 
 def reply(slug: str, *lines: str, word: str = "", **place) -> Reply:
-    """The reply of that name in REPLIES; `word` goes into its text, `lines` follow it, `place` says mailer, host, port."""
+    """The reply of that name in REPLIES; `word` goes into its text, `lines` follow, `place` says mailer, host, port."""
     status, code, dsn, command, text = REPLIES[slug]
     values = {"command": command, "status": status, **place}
     return Reply(code, dsn, message=(text % word if "%s" in text else text, *lines), **values)
@@ -354,9 +354,9 @@ def section(cls: type) -> Callable:
 
 # ======================================================================================================================
 # 3. Settings
-#    Takes the path of haineko.json, gives one frozen Settings with everything in it that can be computed once, and a list
-#    of faults. Each field says its default, its limits and its meaning; the example file is made from them. Knows nothing
-#    of a mail.
+#    Takes the path of haineko.json, gives one frozen Settings with everything in it that can be computed once, and a
+#    list of faults. Each field says its default, its limits and its meaning; the example file is made from them. Knows
+#    nothing of a mail.
 # ======================================================================================================================
 
 MAX_LISTEN = 16  # addresses; more is a mistake
@@ -401,9 +401,8 @@ def listen_address(value: Any, where: str, faults: list) -> str:
     return value
 
 
-DOMAIN = re.compile(
-    r"(?=.{1,255}\Z)(?:[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?)(?:\.[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?)*"
-)
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+DOMAIN = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(?:\.{_LABEL})*")
 
 
 def host(value: Any, where: str, faults: list) -> str:
@@ -438,7 +437,8 @@ def facility(value: Any, where: str, faults: list) -> str:
     return value
 
 
-FACILITIES = ("kern user mail daemon auth lpr news uucp cron syslog".split()) + [f"local{n}" for n in range(8)]
+FACILITIES = ["kern", "user", "mail", "daemon", "auth", "lpr", "news", "uucp", "cron", "syslog"]
+FACILITIES += [f"local{n}" for n in range(8)]
 
 
 def mailer(value: Any, where: str, faults: list) -> str:
@@ -465,7 +465,7 @@ def secret(value: Any, where: str, faults: list) -> Any:
 
 
 class Gate:
-    """The section `password`: who may log in. Who was right is remembered for a while, since scrypt is slow by design."""
+    """The section `password`: who may log in. Who was right is remembered for a while: scrypt is slow by design."""
 
     REMEMBERED = 600  # seconds
     AT_ONCE = 2  # scrypt takes 16 MiB and a core each
@@ -512,7 +512,7 @@ def verify(line: str, password: str) -> bool:
     found = SCRYPT.fullmatch(line)
     if not found:
         digest, salt = _ssha(line)
-        return hmac.compare_digest(hashlib.sha1(password.encode() + salt).digest(), digest)  # noqa: S324
+        return hmac.compare_digest(hashlib.sha1(password.encode() + salt).digest(), digest)
     cost, block, parallel = (int(n) for n in found.groups()[:3])
     salt, digest = (base64.b64decode(item) for item in found.groups()[3:])
     return hmac.compare_digest(scrypt(password, salt, cost, block, parallel), digest)
@@ -834,7 +834,7 @@ def shown(value: Any, masked: bool = False) -> Any:
     if masked and value:
         return "********"
     if isinstance(value, Gate):
-        return {user: "********" for user in value.hashes}
+        return dict.fromkeys(value.hashes, "********")
     if isinstance(value, Networks):
         return list(value.texts)
     if isinstance(value, dict):
@@ -864,8 +864,8 @@ def example() -> dict:
 
 # ======================================================================================================================
 # 4. Log
-#    One line for each event, on stderr or to syslog, with nothing in it that a terminal or a log reader could trip over.
-#    The only state that the whole file shares.
+#    One line for each event, on stderr or to syslog, with nothing in it that a terminal or a log reader could trip
+#    over. The only state that the whole file shares.
 # ======================================================================================================================
 
 
@@ -1277,8 +1277,8 @@ def check_subject(submission: Submission) -> Reply | None:
 
 # ======================================================================================================================
 # 7. Messages
-#    Takes a submission, gives a Message: headers and body as octets, ready for any relay. Knows the charsets, MIME and the
-#    limits on lines; knows nothing of who gets it. The clock and the queue id are arguments.
+#    Takes a submission, gives a Message: headers and body as octets, ready for any relay. Knows the charsets, MIME
+#    and the limits on lines; knows nothing of who gets it. The clock and the queue id are arguments.
 # ======================================================================================================================
 
 
@@ -1365,7 +1365,7 @@ def fold(line: str, tokens: list) -> str:
 
 
 def encoded_words(value: str, charset: str, used: int) -> list:
-    """RFC 2047: each word whole characters, none over 75 columns, the first leaves room for `used` columns of its line."""
+    """RFC 2047: words of whole characters, none over 75 columns; before the first are `used` columns of its line."""
     encode, words, room = encoder(charset), [], 76 - used
     overhead = len(charset) + 7
     while value or not words:
@@ -1524,14 +1524,15 @@ def seven_bit(octets: bytes) -> bytes:
     return email.message_from_bytes(octets, policy=policy).as_bytes(policy=policy)
 
 
-# What Windows calls these characters of JIS X 0208 and what Unicode's own tables call them. Python's codec knows the latter.
+# What Windows and what Unicode's own tables call some characters of JIS X 0208; Python's codec knows the latter.
 LIKE_WINDOWS = str.maketrans("～∥－￠￡￢―", "〜‖−¢£¬—")
 
 CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis}  # others by Python's codecs
 
 # ======================================================================================================================
 # 8. Routes
-#    Takes a recipient's domain, gives the Route of the settings and the word why. Knows the tables, not what a relay does.
+#    Takes a recipient's domain, gives the Route of the settings and the word why. Knows the tables, not what a relay
+#    does.
 # ======================================================================================================================
 
 
@@ -1561,9 +1562,9 @@ def entries(domain: str) -> list:
 
 # ======================================================================================================================
 # 9. Waiting
-#    Takes coroutines and runs each until it waits: for a socket with a deadline, for a while, for others, or for a function
-#    that blocks and therefore runs in a thread. Ten thousand of them wait as cheaply as ten, and none holds a thread.
-#    Knows nothing of what they do.
+#    Takes coroutines and runs each until it waits: for a socket with a deadline, for a while, for others, or for a
+#    function that blocks and therefore runs in a thread. Ten thousand of them wait as cheaply as ten, and none holds
+#    a thread. Knows nothing of what they do.
 # ======================================================================================================================
 
 
@@ -1817,9 +1818,9 @@ class Selector:
 
 # ======================================================================================================================
 # 11. SMTP sessions
-#     Takes a Job, gives a Reply for each of its recipients. smtplib opens, secures and logs in; the transaction is ours,
-#     since smtplib neither pipelines nor can say whether the end of a message was lost. The script of a transaction is
-#     data, cut into flights; one loop serves servers with PIPELINING and without.
+#     Takes a Job, gives a Reply for each of its recipients. smtplib opens, secures and logs in; the transaction is
+#     ours, since smtplib neither pipelines nor can say whether the end of a message was lost. The script of a
+#     transaction is data, cut into flights; one loop serves servers with PIPELINING and without.
 # ======================================================================================================================
 
 
@@ -1831,7 +1832,7 @@ class Heard(NamedTuple):
     lines: tuple
 
 
-class Rubbish(ConnectionError):
+class Rubbish(ConnectionError):  # noqa: N818
     """The other side said something that is no SMTP reply, or not one that can stand there."""
 
 
@@ -2136,7 +2137,7 @@ def accepted_any(said: list) -> bool:
 
 
 def settle(said: list, outcome: Heard | None, lost: Reply | None, count: int) -> list:
-    """For each of `count` recipients (command, Heard), or a Reply: what decided. `said` are the replies to the script as
+    """(command, Heard) or a Reply for each of `count` recipients: what decided. `said` are the replies to the script, as
     far as they came, `outcome` the one to the text, `lost` what broke it off."""
     steps = ["MAIL", *["RCPT"] * count, "DATA"]
     final = lost or (("DATA", outcome) if outcome else None)
@@ -2199,8 +2200,8 @@ class Sessions:
 
 # ======================================================================================================================
 # 12. Relays
-#     Each takes (job, sessions) and gives a Reply for every recipient of the job, in order. A relay may raise Refused or
-#     OSError: then that is the reply of all of them.
+#     Each takes (job, sessions) and gives a Reply for every recipient of the job, in order. A relay may raise Refused
+#     or OSError: then that is the reply of all of them.
 # ======================================================================================================================
 
 
@@ -2274,8 +2275,8 @@ RELAYS = {"ESMTP": relay_esmtp, "File": relay_file, "Screen": relay_screen, "Dis
 
 # ======================================================================================================================
 # 14. The way of a mail
-#     submit() takes a request and names every stage in order; deliver() is where relays are called and where whatever they
-#     raise becomes a reply.
+#     submit() takes a request and names every stage in order; deliver() is where relays are called and where whatever
+#     they raise becomes a reply.
 # ======================================================================================================================
 
 
@@ -2527,9 +2528,9 @@ def to_json(document: Any) -> bytes:
 
 # ======================================================================================================================
 # 15. HTTP
-#     Takes octets from a socket, gives a Request to a page and its Answer back (RFC 9110, 9112). One master process binds
-#     and watches, workers forked by it accept. In a worker the main thread waits for all idle connections at once; a
-#     thread serves a connection only while there is a request.
+#     Takes octets from a socket, gives a Request to a page and its Answer back (RFC 9110, 9112). One master process
+#     binds and watches, workers forked by it accept. In a worker the main thread waits for all idle connections at
+#     once; a thread serves a connection only while there is a request.
 # ======================================================================================================================
 
 MAX_HEAD = 65536  # octets of request line and headers
@@ -2568,8 +2569,8 @@ def parse_head(octets: bytes) -> Head:
     if len(pairs) > MAX_HEADERS:
         raise Refused(reply("head-too-large"))
     headers: dict = {}
-    for name, value in pairs:
-        name = name.lower()
+    for spelt, value in pairs:
+        name = spelt.lower()
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if target[0] != "/" and "://" in target:
         target = "/" + target.split("://", 1)[1].partition("/")[2]  # absolute form, RFC 9112 3.2.2
@@ -2718,8 +2719,8 @@ def cors(origin: str | None, settings: Settings, head: Head) -> tuple:
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
-    """One connection of a client. http.server gives the words of HTTP; reading and writing are ours: by deadline, in one
-    piece, and without a thread."""
+    """One connection of a client. http.server gives the words of HTTP; reading and writing are ours: by deadline, in
+    one piece, and without a thread."""
 
     def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
         self.connection, self.worker, self.service = sock, worker, worker.service
@@ -2749,7 +2750,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.connection = self.service.tls.wrap_socket(self.connection, server_side=True, do_handshake_on_connect=False)
         while True:
             try:
-                return self.connection.do_handshake()
+                self.connection.do_handshake()
+                return
             except WOULD_WAIT as fault:
                 await readiness(self.connection, deadline, isinstance(fault, ssl.SSLWantWriteError))
 
@@ -2900,9 +2902,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     async def _answer(self, result: Answer, head: Head | None, keep: bool) -> None:
         """Written by one call, so that no packet waits for another."""
-        lines = [
-            f"HTTP/1.1 {result.status} {self.responses[result.status][0]}\r\nServer: Haineko\r\n{http_date(int(time.time()))}"
-        ]
+        lines = [f"HTTP/1.1 {result.status} {self.responses[result.status][0]}", http_date(int(time.time()))]
         if result.status != 204:
             lines.append(f"Content-Type: {result.type}\r\nContent-Length: {len(result.body)}")
         lines += [f"{name}: {value}" for name, value in result.headers]
@@ -2927,7 +2927,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
 @functools.lru_cache(maxsize=2)
 def http_date(second: int) -> str:
-    return f"Date: {formatdate(second, usegmt=True)}"
+    return f"Server: Haineko\r\nDate: {formatdate(second, usegmt=True)}"
 
 
 class Worker:
@@ -3229,11 +3229,12 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 
 # ======================================================================================================================
 # 16. Commands
-#     Takes the words of a command line, gives an exit code. What is meant for a person goes to stderr, results to stdout.
+#     Takes the words of a command line, gives an exit code. What is meant for a person goes to stderr, results to
+#     stdout.
 # ======================================================================================================================
 
 
-class Usage(Exception):
+class Usage(Exception):  # noqa: N818
     """A command that can't be carried out as it was asked: its message and exit code."""
 
 
