@@ -31,6 +31,7 @@ import binascii
 import codecs
 import errno
 import functools
+import gc
 import hashlib
 import heapq
 import hmac
@@ -198,7 +199,7 @@ class Twice(dict):
 def decode(octets: bytes) -> Any:
     """The JSON value (RFC 8259) in UTF-8 octets; ValueError says what is wrong and where."""
     try:
-        return DECODER.decode(octets.decode("utf-8-sig"))
+        return DECODER.decode((octets[3:] if octets.startswith(codecs.BOM_UTF8) else octets).decode())
     except UnicodeDecodeError as fault:
         raise ValueError(f"not UTF-8 at octet {fault.start}") from None
     except RecursionError:
@@ -362,6 +363,22 @@ def section(cls: type) -> Callable:
 MAX_LISTEN = 16  # addresses; more is a mistake
 
 
+class Client(NamedTuple):
+    """An IP address, with what is asked of it at every request ready."""
+
+    text: str
+    version: int
+    number: int
+
+
+@functools.lru_cache(maxsize=4096)
+def plain_address(text: str) -> Client:
+    """The IP address in a string, an IPv4 one in IPv6 clothes without them; ValueError where it is none."""
+    found = ipaddress.ip_address(text.partition("%")[0])
+    found = getattr(found, "ipv4_mapped", None) or found
+    return Client(str(found), found.version, int(found))
+
+
 class Networks:
     """A set of IP networks. `address in networks` costs the same for ten of them as for 100,000."""
 
@@ -373,9 +390,11 @@ class Networks:
             groups.setdefault((item.version, shift), set()).add(int(item.network_address) >> shift)
         self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
 
-    def __contains__(self, address: Any) -> bool:
-        value = int(address)
-        return any(v == address.version and value >> shift in members for v, shift, members in self.groups)
+    def __contains__(self, client: Client) -> bool:
+        for version, shift, members in self.groups:
+            if version == client.version and client.number >> shift in members:
+                return True
+        return False
 
 
 def networks(value: Any, where: str, faults: list) -> Networks:
@@ -946,8 +965,8 @@ class Request(NamedTuple):
     path: str
     headers: dict  # by name in lower case
     body: bytes
-    client: Any  # IP address of the client, an ipaddress object; None for none
-    peer: Any  # IP address of the connection: the client's or a proxy's
+    client: Client | None  # None where nothing was read
+    peer: Client | None  # of the connection: the client's or a proxy's
     port: int | None  # of the client
     now: float  # seconds since the epoch
 
@@ -969,6 +988,7 @@ class Address(NamedTuple):
         return self.local, self.domain.lower()
 
 
+@functools.lru_cache(maxsize=4096)
 def address(text: str) -> Address | None:
     """The mailbox (RFC 5321 4.1.2, no display name, no brackets), or None. The local part may be other than ASCII."""
     found = MAILBOX.fullmatch(text)
@@ -990,6 +1010,7 @@ MAILBOX = re.compile(
 )
 
 
+@functools.lru_cache(maxsize=1024)
 def is_literal(text: str) -> bool:
     """True for an address literal of RFC 5321 4.1.3: [192.0.2.1] or [IPv6:2001:db8::1]."""
     inner = text[1:-1]
@@ -1282,7 +1303,7 @@ def check_subject(submission: Submission) -> Reply | None:
 # ======================================================================================================================
 
 
-def compose(submission: Submission, queueid: str, client: Any, hostname: str, now: float) -> Message:
+def compose(submission: Submission, queueid: str, client: Client, hostname: str, now: float) -> Message:
     """The message of a submission, in the charset asked for, or in UTF-8 where that can't hold every character."""
     try:
         return _compose(submission, submission.header.charset, queueid, client, hostname, now)
@@ -1315,12 +1336,17 @@ def rfc5322_date(second: int) -> str:
     return formatdate(second, localtime=True)
 
 
-def received(ehlo: str | None, client: Any, hostname: str, queueid: str, date: str, protocol: str = "HTTP") -> str:
+def received(
+    ehlo: str | None, client: Client | None, hostname: str, queueid: str, date: str, protocol: str = "HTTP"
+) -> str:
     """The trace field of RFC 5321 4.4."""
-    literal = f"[IPv6:{client}]" if client and client.version == 6 else f"[{client or '127.0.0.1'}]"
+    literal = (
+        f"[IPv6:{client.text}]" if client and client.version == 6 else f"[{client.text if client else '127.0.0.1'}]"
+    )
     return f"Received: from {ehlo or literal} ({literal})\r\n\tby {hostname} with {protocol} id {queueid};\r\n\t{date}"
 
 
+@functools.lru_cache(maxsize=512)
 def address_field(name: str, mailboxes: tuple, charset: str) -> str:
     """A field of mailboxes; the addresses stay outside the encoded words (RFC 2047 5)."""
     tokens: list = []
@@ -1402,8 +1428,8 @@ QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != o
 
 def base64_lines(octets: bytes) -> bytes:
     """Base64 in lines of 76 characters and CRLF (RFC 2045 6.8)."""
-    line = binascii.b2a_base64
-    return b"".join([line(octets[i : i + 57], newline=False) + b"\r\n" for i in range(0, len(octets), 57)])
+    coded = binascii.b2a_base64(octets, newline=False)
+    return b"\r\n".join([coded[i : i + 76] for i in range(0, len(coded), 76)]) + b"\r\n"
 
 
 @functools.lru_cache(maxsize=64)
@@ -1726,7 +1752,7 @@ class Loop:
 class Threads:
     """Threads for functions that block, as many as block at the time; each is used again for a while."""
 
-    SPARE = 10.0  # seconds after which a thread without work ends
+    SPARE = 2.0  # seconds after which a thread without work ends
 
     def __init__(self) -> None:
         self.ended: deque = deque()  # (coroutine, result or exception)
@@ -1845,16 +1871,26 @@ def parse_reply(octets: bytes) -> tuple:
             if len(octets) - start > MAX_LINE:
                 raise Rubbish("a line without end")
             return None, octets
-        found = REPLY_LINE.fullmatch(octets, start, end)
-        if not found or (first and found[1] != first):
-            raise Rubbish(f"unexpected: {printable(octets[start:end][:200].decode('utf-8', 'replace'))}")
-        first, more, words = found.groups()
-        lines.append(printable(words.decode("utf-8", "replace"), MAX_LINE) if words else "")
+        code, more, words = parse_line(octets[start:end])
+        if first not in (None, code):
+            raise Rubbish(f"unexpected: {code} {words[:200]}")
+        first = code
+        lines.append(words)
         if len(lines) > MAX_LINES:
             raise Rubbish("a reply without end")
         start = end + 1
-        if more != b"-":
-            return heard(first.decode(), lines), octets[start:]
+        if not more:
+            return heard(code, tuple(lines)), octets[start:]
+
+
+@functools.lru_cache(maxsize=256)  # servers repeat themselves
+def parse_line(line: bytes) -> tuple:
+    """(code, whether more lines follow, text) of one line of a reply."""
+    found = REPLY_LINE.fullmatch(line)
+    if not found:
+        raise Rubbish(f"unexpected: {printable(line[:200].decode('utf-8', 'replace'))}")
+    code, more, words = found.groups(b"")
+    return code.decode(), more == b"-", printable(words.decode("utf-8", "replace"), MAX_LINE)
 
 
 REPLY_LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ -])([^\r\n]*))?\s*\r?")
@@ -1948,7 +1984,7 @@ class Session(smtplib.SMTP):
             if not 400 <= code <= 599:
                 raise Rubbish(f"unexpected: {code} {printable(str(words))}")
             lines = words.decode("utf-8", "replace") if isinstance(words, bytes) else words
-            raise Refused(self._told(step, heard(str(code), lines.split("\n"))))
+            raise Refused(self._told(step, heard(str(code), tuple(lines.split("\n")))))
 
     # -- one transaction
 
@@ -2107,9 +2143,10 @@ SMTPS = 465  # RFC 8314: TLS from the first byte
 FAREWELL = 1.0  # seconds for the reply to QUIT
 
 
-def heard(code: str, lines: list) -> Heard:
+@functools.lru_cache(maxsize=256)
+def heard(code: str, lines: tuple) -> Heard:
     found = DSN.match(lines[0])
-    return Heard(code, found[1] if found else None, tuple(lines))
+    return Heard(code, found[1] if found else None, lines)
 
 
 def envelope(job: Job, size: int, features: dict) -> list:
@@ -2137,7 +2174,7 @@ def accepted_any(said: list) -> bool:
 
 
 def settle(said: list, outcome: Heard | None, lost: Reply | None, count: int) -> list:
-    """(command, Heard) or a Reply for each of `count` recipients: what decided. `said` are the replies to the script, as
+    """(command, Heard) or a Reply for each of `count` recipients: what decided. `said` are the replies to the script as
     far as they came, `outcome` the one to the text, `lost` what broke it off."""
     steps = ["MAIL", *["RCPT"] * count, "DATA"]
     final = lost or (("DATA", outcome) if outcome else None)
@@ -2350,12 +2387,14 @@ def insist(refusal: Reply | None) -> None:
 
 
 def new_queueid(now: float) -> str:
-    """16 letters and digits: the millisecond, and chance. Unique across processes and restarts; sorts by time."""
-    milliseconds, digits = int(now * 1000), []
-    for _ in range(7):
-        milliseconds, digit = divmod(milliseconds, 62)
-        digits.append(ALPHABET[digit])
-    return "".join(digits[::-1]) + os.urandom(9).translate(LETTERS).decode()
+    """16 letters and digits: the second, and chance. Unique across processes and restarts; sorts by time."""
+    return _digits(int(now)) + os.urandom(10).translate(LETTERS).decode()
+
+
+@functools.lru_cache(maxsize=2)
+def _digits(second: int) -> str:
+    """Six digits to the base 62."""
+    return "".join(ALPHABET[second // 62**place % 62] for place in range(5, -1, -1))
 
 
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -2457,8 +2496,9 @@ def log_outcomes(request: Request, outcomes: list) -> None:
             to = ">,<".join([to for to, item in zip(job.recipients, replies) if item == said])
             relay = f"{said.mailer}:{said.host}:{said.port}" if said.host else said.mailer
             lines.append(
-                f"{job.queueid}: client={request.client} from=<{job.sender}> to=<{to}> relay={relay} code={said.code} "
-                f"dsn={said.dsn} command={said.command} ms={ms:.1f} message={_value(' '.join(said.message))}"
+                f"{job.queueid}: client={request.client.text} from=<{job.sender}> to=<{to}> relay={relay} "
+                f"code={said.code} dsn={said.dsn} command={said.command} ms={ms:.1f} "
+                f"message={_value(' '.join(said.message))}"
             )
     log.lines(*lines)
 
@@ -2471,7 +2511,14 @@ def log_refusal(
     given = [to for to in verdicts if to is not None] or (submission and submission.rcpt) or None
     to = given and ",".join(f"<{to}>" for to in given)
     for said in dict.fromkeys(verdicts.values()):
-        line = pairs(client=request.client, http=status, **{"from": sender}, to=to, code=said.code, dsn=said.dsn)
+        line = pairs(
+            client=request.client and request.client.text,
+            http=status,
+            **{"from": sender},
+            to=to,
+            code=said.code,
+            dsn=said.dsn,
+        )
         log.lines(f"{queueid or '-'}: refused {line} {pairs(command=said.command, message=' '.join(said.message))}")
 
 
@@ -2483,7 +2530,7 @@ def answer(request: Request, status: int, verdicts: dict, queueid: str | None, s
         "addresser": submission.mail if submission else None,
         "recipient": passed if submission else None,
         "response": [item(to, said) for to, said in verdicts.items()],
-        "remoteaddr": str(request.client) if request.client else None,
+        "remoteaddr": request.client.text if request.client else None,
         "remoteport": request.port,
         "useragent": words_of(request.headers.get("user-agent")),
         "referer": words_of(request.headers.get("referer")),
@@ -2614,13 +2661,6 @@ def client_of(peer: Any, port: int | None, headers: dict, settings: Settings) ->
         if peer not in trusted:
             break
     return peer, port
-
-
-@functools.lru_cache(maxsize=1024)
-def plain_address(text: str) -> Any:
-    """An IP address; an IPv4 one in IPv6 clothes without them."""
-    found = ipaddress.ip_address(text.partition("%")[0])
-    return getattr(found, "ipv4_mapped", None) or found
 
 
 class Page(NamedTuple):
@@ -2786,7 +2826,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             log_bug(None)
             extra, result = (), self._refusal(request, reply("our-fault"))
         keep = bool(head and head.keep and not left and not self.service.stopping)
-        await self._answer(result._replace(headers=result.headers + extra), head, keep)
+        await self._answer(result, extra, head, keep)
         if not keep and left:
             await self._drain()
         return keep
@@ -2900,12 +2940,13 @@ class Connection(http.server.BaseHTTPRequestHandler):
         line, _, self.buffer = self.buffer.partition(b"\r\n")
         return line
 
-    async def _answer(self, result: Answer, head: Head | None, keep: bool) -> None:
+    async def _answer(self, result: Answer, extra: tuple, head: Head | None, keep: bool) -> None:
         """Written by one call, so that no packet waits for another."""
         lines = [f"HTTP/1.1 {result.status} {self.responses[result.status][0]}", http_date(int(time.time()))]
         if result.status != 204:
             lines.append(f"Content-Type: {result.type}\r\nContent-Length: {len(result.body)}")
-        lines += [f"{name}: {value}" for name, value in result.headers]
+        for name, value in (*result.headers, *extra):
+            lines.append(f"{name}: {value}")
         if not keep:
             lines.append("Connection: close")
         elif head.old:
@@ -3092,6 +3133,8 @@ class Master:
             self.held.close()
             for number in (signal.SIGCHLD, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
+            gc.freeze()
+            gc.set_threshold(20000, 50, 50)
             Worker(self.listeners, self.settings, self.lifeline).run()
             code = 0
         except BaseException:
