@@ -94,6 +94,7 @@ class Refused(Exception):  # noqa: N818 -- the word that postmasters use
 
     @property
     def reply(self) -> Reply:
+        """What was said."""
         return self.args[0]
 
 
@@ -210,9 +211,8 @@ def _unique(pairs: list) -> dict:
     result = dict(pairs)
     if len(result) == len(pairs):
         return result
-    twice = Twice(result)
-    keys = [key for key, _ in pairs]
-    twice.keys_twice = tuple(key for key in result if keys.count(key) > 1)
+    twice, seen = Twice(result), set()
+    twice.keys_twice = tuple(dict.fromkeys(key for key, _ in pairs if key in seen or seen.add(key)))
     return twice
 
 
@@ -242,13 +242,17 @@ def read(cls: type, raw: Any, where: str, faults: list) -> Any:
         faults.extend(f"{dot}{printable(key)}: stands more than once" for key in raw.keys_twice)
     for key, value in raw.items():
         if key not in known:
-            faults.append(f"{dot}{printable(key)}: unknown key{did_you_mean(key, known)}")
+            hint = did_you_mean(key, known) if len(faults) < MAX_HINTS else ""
+            faults.append(f"{dot}{printable(key)}: unknown key{hint}")
         elif value is not None:
             name, parse = known[key]
             if name in values:
                 faults.append(f"{dot}{key}: says again what another key says already")
             values[name] = parse(value, dot + key, faults)
     return cls(**values)
+
+
+MAX_HINTS = 50  # a hint takes some 50 us, and a hostile body has a million keys
 
 
 @functools.lru_cache(maxsize=None)
@@ -565,13 +569,13 @@ def _ssha(line: str) -> tuple:
     return (octets[:20], octets[20:]) if len(octets) > 20 else ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Tls:
     certificate: str = setting("", text, "PEM file of the certificate chain")
     key: str = setting("", text, "PEM file of its private key")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Httpd:
     listen: tuple = setting(
         ("127.0.0.1:2794",), list_of(listen_address), "host:port, [v6]:port or unix:/path, or a list"
@@ -584,13 +588,13 @@ class Httpd:
     tls: Tls | None = setting(None, section(Tls), "certificate and key: serve HTTPS")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Syslog:
     disabled: bool = setting(True, flag, "1: the log goes to stderr")
     facility: str = setting("local2", facility, "syslog facility")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Smtpd:
     hostname: str = setting("", name_or_nothing, "name in EHLO, Received and Message-Id; empty means this machine's")
     max_message_size: int = setting(4194304, number(0, 1 << 40), "octets of the finished message; 0 means no limit")
@@ -602,7 +606,7 @@ class Smtpd:
 LOOPBACK = Networks(("127.0.0.0/8", "::1"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Relayhosts:
     open_relay: bool = setting(False, flag, "1: everybody may POST", key="open-relay")
     relayhosts: Networks = setting(Networks(("127.0.0.1", "::1")), networks, "networks that may POST")
@@ -613,20 +617,20 @@ def folded(value: Any, where: str, faults: list) -> frozenset:
     return frozenset(item.lower() for item in list_of(text)(value, where, faults))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Recipients:
     open_relay: bool = setting(False, flag, "1: mail may go to every address", key="open-relay")
     domainpart: frozenset = setting(frozenset(), folded, "domains that may be written to")
     recipients: frozenset = setting(frozenset(), folded, "addresses that may be written to")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Login:
     username: str = setting("", text, "name to log in with")
     password: Any = setting("", secret, 'a string, {"file": path} or {"env": NAME}', secret=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Route:
     """Where mail goes; `login` is (username, password) once the settings are whole."""
 
@@ -674,7 +678,7 @@ def ascii_domain(name: str) -> str:
         return ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Settings:
     """All of haineko.json, every value checked."""
 
@@ -1120,7 +1124,7 @@ IANA_NAMES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Header:
     from_: tuple = setting((), mailboxes, "From; absent: the envelope sender", key="from")
     subject: str = setting("", one_line, "required")
@@ -1129,7 +1133,7 @@ class Header:
     loop: tuple = setting((), passed, "names of the Hainekos it has passed", key="x-haineko-loop")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Submission:
     ehlo: str | None = setting(None, prose, "the client's name", key="ehlo|helo")
     mail: str = setting("", prose, "envelope sender", key="mail|send|from")
@@ -1420,8 +1424,8 @@ def encode_body(text: str, charset: str) -> tuple:
     return "base64", base64_lines(octets)
 
 
-LONG_OR_ODD = re.compile(rb"[^\x20-\x7e\t\r\n]|[^\n]{79}[^\r]|[^\n]{79}\r[^\n]")
-TOO_LONG = re.compile(rb"[^\r\n]{999}")
+LONG_OR_ODD = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
+TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)
 JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
 QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
 
@@ -1453,8 +1457,10 @@ def encode_jis(text: str) -> bytes:
 def _encode_jis(text: str) -> bytes:
     import unicodedata
 
-    text = re.sub("[\uff61-\uff9f]+", lambda kana: unicodedata.normalize("NFKC", kana[0]), text)
-    text = text.replace("\u3099", "゛").replace("\u309a", "゜").translate(LIKE_WINDOWS)
+    def wide(kana: re.Match) -> str:
+        return unicodedata.normalize("NFKC", kana[0]).replace("\u3099", "゛").replace("\u309a", "゜")
+
+    text = re.sub("[\uff61-\uff9f]+", wide, text).translate(LIKE_WINDOWS)
     table, octets = jis_extensions(), []
     for run in re.split(f"([{''.join(table)}]+)", text):
         if run and run[0] in table:
@@ -1551,7 +1557,7 @@ def seven_bit(octets: bytes) -> bytes:
 
 
 # What Windows and what Unicode's own tables call some characters of JIS X 0208; Python's codec knows the latter.
-LIKE_WINDOWS = str.maketrans("～∥－￠￡￢―", "〜‖−¢£¬—")
+LIKE_WINDOWS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
 
 CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis}  # others by Python's codecs
 
@@ -1726,6 +1732,8 @@ class Loop:
 
     def join(self, coroutine: Any, others: list) -> None:
         missing = [len(others)]
+        if not others:
+            self.ready.append((coroutine, None))
 
         async def one(other: Any) -> None:
             try:
@@ -2355,7 +2363,7 @@ async def submit(request: Request, service: Service) -> Answer:
     settings, queueid = service.settings, new_queueid(request.now)
     submission, verdicts, status = None, {}, 0
     try:
-        submission, faults = understand(request.body)
+        submission, faults = await worked_out(len(request.body), understand, request.body)
         if faults:
             submission = None
             raise Refused(reply("json", *faults[:MAX_FAULTS]))
@@ -2364,7 +2372,7 @@ async def submit(request: Request, service: Service) -> Answer:
         verdicts = {given: check_rcpt(mailbox, settings) for given, mailbox in mailboxes.items()}
         good = [mailbox for given, mailbox in mailboxes.items() if not verdicts[given]]
         if good:
-            message = finished(request, submission, settings, queueid, good)
+            message = await worked_out(len(request.body), finished, request, submission, settings, queueid, good)
             outcomes = await deliver(plan(submission, message, good, settings, queueid), service.sessions, settings)
             verdicts.update((mailbox.given, outcome.replies[0]) for mailbox, outcome in zip(good, outcomes))
             log_outcomes(request, outcomes)
@@ -2379,6 +2387,14 @@ async def submit(request: Request, service: Service) -> Answer:
 
 
 MAX_FAULTS = 10  # told of one submission
+
+
+async def worked_out(size: int, function: Callable, *values: Any) -> Any:
+    """What the function returns; for a mail of some size in a thread, so that small ones need not wait for it."""
+    return function(*values) if size < LARGE else await in_thread(function, *values)
+
+
+LARGE = 262144  # octets; work of some milliseconds
 
 
 def insist(refusal: Reply | None) -> None:
@@ -2719,7 +2735,7 @@ async def page_neko(request: Request, service: Service) -> Answer:
 
 
 async def page_options(request: Request, service: Service) -> Answer:
-    return Answer(204, b"")
+    return Answer(204, b"", (("Allow", ", ".join(allowed(request.path))),))
 
 
 PAGES = {
@@ -2734,6 +2750,8 @@ PAGES = {
 
 def allowed(path: str) -> list:
     """Methods for a path; [] where there is no such page."""
+    if path == "*":  # OPTIONS for the whole server, RFC 9110 9.3.7
+        return ["GET", "HEAD", "POST", "OPTIONS"]
     methods = [method for method, known in PAGES if known == path]
     return [*methods, *(["HEAD"] if "GET" in methods else []), *(["OPTIONS"] if methods else [])]
 
@@ -2802,29 +2820,32 @@ class Connection(http.server.BaseHTTPRequestHandler):
             deadline = time.monotonic() + self.service.settings.httpd.timeout
             self.buffer = await receive(self.connection, 65536, deadline)
         finally:
-            del self.worker.idle[self]
+            self.worker.idle.pop(self, None)
         return bool(self.buffer)
 
     async def handle_one_request(self) -> bool:
         """Reads a request and answers it; True where the next may follow."""
         deadline = time.monotonic() + self.service.settings.httpd.timeout
         request, head, left = Request("", "", {}, b"", self.peer, self.peer, self.port, time.time()), None, 1
+        extra: tuple = ()
         try:
             head = parse_head(await self._head(deadline))
             left = body_length(head)
             request = self._request(head)
-            page, extra = await self._page(head, request)
-            body = await self._body(head, left, deadline)
+            welcome, extra = cors(head.headers.get("origin"), self.service.settings, head)
+            page = await self._page(request, welcome)
+            request = request._replace(body=await self._body(head, left, deadline))
             left = 0
-            result = await page.answer(request._replace(body=body), self.service)
+            result = await page.answer(request, self.service)
         except Refused as refused:
-            said, extra = refused.reply, refused.args[1] if len(refused.args) > 1 else ()
-            result = self._refusal(request, said)
-        except Exception as fault:
-            if isinstance(fault, OSError):
-                raise
+            result = self._refusal(request, refused.reply)
+        except OSError:
+            raise
+        except Exception:
             log_bug(None)
-            extra, result = (), self._refusal(request, reply("our-fault"))
+            result = self._refusal(request, reply("our-fault"))
+        if 0 < left <= len(self.buffer) and head and request.method:  # a refused body that is here already
+            self.buffer, left = self.buffer[left:], 0
         keep = bool(head and head.keep and not left and not self.service.stopping)
         await self._answer(result, extra, head, keep)
         if not keep and left:
@@ -2835,32 +2856,30 @@ class Connection(http.server.BaseHTTPRequestHandler):
         client, port = client_of(self.peer, self.port, head.headers, self.service.settings)
         return Request(head.method, head.path, head.headers, b"", client, self.peer, port, time.time())
 
-    async def _page(self, head: Head, request: Request) -> tuple:
-        """(page, headers to add) for a request that may be read on; Refused for all others."""
-        page = PAGES.get(("GET" if head.method == "HEAD" else head.method, head.path))
-        settings = self.service.settings
-        welcome, extra = cors(head.headers.get("origin"), settings, head)
+    async def _page(self, request: Request, welcome: bool) -> Page:
+        """The page for a request that may be read on; Refused for all others."""
+        page = PAGES.get(("GET" if request.method == "HEAD" else request.method, request.path))
         if not page:
-            methods = allowed(head.path) or (head.path == "*" and ["GET", "HEAD", "POST", "OPTIONS"])
-            if not methods:
+            if not allowed(request.path):
                 raise Refused(reply("not-found"))
-            extra += (("Allow", ", ".join(methods)),)
-            if head.method == "OPTIONS":
-                return Page(page_options), extra
-            raise Refused(reply("method", word=head.method), extra)
-        if head.method == "POST" and not welcome:
+            if request.method == "OPTIONS":
+                return Page(page_options)
+            raise Refused(reply("method", word=request.method))
+        if request.method == "POST" and not welcome:
             raise Refused(reply("origin"))
+        settings = self.service.settings
         slow = settings.password.hashes and not settings.password.remembers(request.headers.get("authorization"))
         ask = (first_refusal, page.door, request, settings)
-        refusal = await in_thread(*ask) if slow else ask[0](*ask[1:])
-        if refusal:
-            raise Refused(refusal, extra)
-        return page, extra
+        insist(await in_thread(*ask) if slow and page.door else ask[0](*ask[1:]))
+        return page
 
     def _refusal(self, request: Request, said: Reply) -> Answer:
         queueid = new_queueid(request.now) if said.command != "HTTP" else None
         log_refusal(request, queueid, said.status, None, {None: said})
-        return answer(request, said.status, {None: said}, queueid, None)
+        result = answer(request, said.status, {None: said}, queueid, None)
+        if said.status == 405:
+            result = result._replace(headers=(("Allow", ", ".join(allowed(request.path))),))
+        return result
 
     async def _head(self, deadline: float) -> bytes:
         """The octets before the empty line; what follows stays in the buffer."""
@@ -2984,6 +3003,7 @@ class Worker:
 
     def run(self) -> None:
         """Serves until told to stop and all requests in flight are answered."""
+        sys.setswitchinterval(0.001)  # a thread at work on a large mail must not hold up the small ones for longer
         self._listen_to_signals()
         for listener in self.listeners:
             listener.setblocking(False)
@@ -3028,7 +3048,8 @@ class Worker:
                 await readiness(listener, float("inf"))
                 continue
             except OSError as fault:  # the client is gone, or no file is left
-                if fault.errno in (errno.EMFILE, errno.ENFILE) and not self._close_idlest():
+                if fault.errno in (errno.EMFILE, errno.ENFILE):
+                    self._close_idlest()
                     await sleep(0.05)
                 continue
             sock.setblocking(False)
@@ -3044,12 +3065,11 @@ class Worker:
 
     def _close_idlest(self) -> bool:
         """Closes the connection that has been idle longest; False where none is idle."""
-        idlest = next(iter(self.idle), None)
-        if not idlest:
+        if not self.idle:
             return False
+        idlest, _ = self.idle.popitem(last=False)
         self.connections.discard(idlest)
         self.loop.interrupt(idlest.connection, ConnectionAbortedError("closed for another"))
-        self.loop.turn(0)
         return True
 
     async def _housekeeping(self) -> None:
@@ -3249,6 +3269,7 @@ def bind_unix(path: str) -> socket.socket:
     listener.close()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
+    os.chmod(path, 0o666)  # who may come is said by the folder, as for other servers' sockets
     listener.listen(BACKLOG)
     return listener
 
