@@ -6,14 +6,14 @@ The way of a mail is the order of this page: each section takes the value of the
     HTTP body -> Submission -> (checks) -> Message -> Route per recipient -> Job per route -> Reply each -> JSON
                  understand()  CHECKS      compose()  choose()               RELAYS
 
-     1  Replies and jobs          8  Routes
-     2  JSON into dataclasses     9  DNS
-     3  Settings                 10  SMTP sessions
-     4  Log                      11  Relays
-     5  Submissions              12  Queue
-     6  Policy                   13  The way of a mail
-     7  Messages                 14  HTTP
-                                 15  Commands
+     1  Replies and jobs          9  Waiting
+     2  JSON into dataclasses    10  DNS
+     3  Settings                 11  SMTP sessions
+     4  Log                      12  Relays
+     5  Submissions              13  Queue
+     6  Policy                   14  The way of a mail
+     7  Messages                 15  HTTP
+     8  Routes                   16  Commands
 
 Rules of the file. A section refers to the sections above it, never below; inside a section the caller stands above its
 helpers. Sockets are opened in SMTP sessions, relays and HTTP only; clock and chance are arguments. Errors of the other
@@ -284,8 +284,9 @@ def did_you_mean(word: str, words: Any) -> str:
     """'; did you mean "..."?' where one of the words is close, else nothing."""
     import difflib
 
-    close = difflib.get_close_matches(word[:64].lower(), words, n=1, cutoff=0.6)
-    return f'; did you mean "{close[0]}"?' if close else ""
+    spelt = {known.lower(): known for known in words}
+    close = difflib.get_close_matches(word[:64].lower(), spelt, n=1, cutoff=0.6)
+    return f'; did you mean "{spelt[close[0]]}"?' if close else ""
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -363,8 +364,6 @@ def section(cls: type) -> Callable:
 #    list of faults. Each field says its default, its limits and its meaning; the example file is made from them. Knows
 #    nothing of a mail.
 # ======================================================================================================================
-
-MAX_LISTEN = 16  # addresses; more is a mistake
 
 
 class Client(NamedTuple):
@@ -995,8 +994,8 @@ class Address(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def address(text: str) -> Address | None:
     """The mailbox (RFC 5321 4.1.2, no display name, no brackets), or None. The local part may be other than ASCII."""
-    found = MAILBOX.fullmatch(text)
-    if not found or len(text) > MAX_PATH:
+    found = MAILBOX.fullmatch(text) if len(text) <= MAX_PATH else None
+    if not found:
         return None
     local, domain = found.groups()
     if not domain.isascii():
@@ -1018,6 +1017,8 @@ MAILBOX = re.compile(
 def is_literal(text: str) -> bool:
     """True for an address literal of RFC 5321 4.1.3: [192.0.2.1] or [IPv6:2001:db8::1]."""
     inner = text[1:-1]
+    if "%" in inner:  # ipaddress takes anything behind it for a zone, CR and LF too
+        return False
     try:
         if inner[:5].lower() == "ipv6:":
             return bool(ipaddress.IPv6Address(inner[5:])) or True
@@ -1049,17 +1050,23 @@ def prose(value: Any, where: str, faults: list) -> str:
 def mailboxes(value: Any, where: str, faults: list) -> tuple:
     """((display name, Address), ...) of a header like From."""
     value = one_line(value, where, faults)
-    found = parse_mailboxes(value)
+    found = parse_mailboxes(value) if len(value) <= MAX_MAILBOXES else ()
     if value and not found:
         faults.append(f'{where}: "name <address>" is wanted, not "{printable(value, 80)}"')
     return found
 
 
+MAX_MAILBOXES = 32768  # characters of one field; what was read is remembered
+
+
 @functools.lru_cache(maxsize=512)
 def parse_mailboxes(text: str) -> tuple:
     """((display name, Address), ...); () where one of them is none. RFC 5322 3.4; email.utils reads the quoting."""
-    simple = re.fullmatch(r"([^<>\"\\]*?)\s*<([^<>\s]+)>\s*", text)  # a comma or bracket in the name harms nobody here
-    named = [simple.groups()] if simple else getaddresses([text])
+    simple = re.fullmatch(r"([^<>\"\\]*)<([^<>\s]+)>\s*", text)  # a comma or bracket in the name harms nobody here
+    try:
+        named = [simple.groups()] if simple else getaddresses([text])
+    except RecursionError:  # comments in comments in comments
+        return ()
     found = tuple((name.strip(), address(spec)) for name, spec in named)
     return found if all(item and item.local.isascii() for _, item in found) else ()
 
@@ -1086,6 +1093,8 @@ def charset(value: Any, where: str, faults: list) -> str:
 @functools.lru_cache(maxsize=64)
 def charset_name(name: str) -> str:
     """IANA's spelling of a charset's name, "" for none that Python knows or that text in mail can have."""
+    if not re.fullmatch(r"[A-Za-z0-9_.:()+-]{1,40}", name):  # codecs remembers whatever it was asked for
+        return ""
     try:
         codec = codecs.lookup(name).name
         as_ascii = "Az0 =?<@>\\~\r\n".encode(codec) == b"Az0 =?<@>\\~\r\n"
@@ -1160,8 +1169,12 @@ def from_jis(raw: dict) -> dict:
     asked = header.get("charset")
     if not (type(asked) is str and charset_name(asked) == "ISO-2022-JP"):
         return raw
-    header.update((key, jis_text(value)) for key, value in header.items() if type(value) is str)
-    raw.update((key, jis_text(value)) for key, value in raw.items() if type(value) is str and key == "body")
+    for table, key in [*((header, key) for key in header), (raw, "body")]:
+        if type(table.get(key)) is str:
+            try:
+                table[key] = jis_text(table[key])
+            except ValueError as fault:
+                raise ValueError(f"{'' if table is raw else 'header.'}{key}: {fault}") from None
     return raw
 
 
@@ -1178,6 +1191,8 @@ def jis_text(text: str) -> str:
             parts.append("".join(chr(ord(c) + 0xFF40) if "!" <= c <= "_" else c for c in segment))
         else:
             parts.append(segment)
+    if re.search(r"\x1b[$(]", "".join(parts)):
+        raise ValueError("has an escape sequence that is not ISO-2022-JP's")
     return "".join(parts)
 
 
@@ -1186,16 +1201,16 @@ def jis_octets_to_text(octets: bytes) -> str:
     shifted = bytearray()
     for high, low in zip(octets[::2], octets[1::2]):
         if not (0x21 <= high <= 0x7E and 0x21 <= low <= 0x7E):
-            raise ValueError("a string says that it is ISO-2022-JP and isn't")
+            raise ValueError("says that it is ISO-2022-JP and isn't")
         lead = (high + 1) // 2 + (0x70 if high < 0x5F else 0xB0)
         trail = low + (0x1F if low < 0x60 else 0x20) if high % 2 else low + 0x7E
         shifted += bytes((lead, trail))
     if len(octets) % 2:
-        raise ValueError("a string says that it is ISO-2022-JP and ends within a character")
+        raise ValueError("says that it is ISO-2022-JP and ends within a character")
     try:
         return shifted.decode("cp932")
     except UnicodeDecodeError:
-        raise ValueError("a string in ISO-2022-JP has a character that nobody knows") from None
+        raise ValueError("has a character of ISO-2022-JP that nobody knows") from None
 
 
 # ======================================================================================================================
@@ -1396,17 +1411,20 @@ def fold(line: str, tokens: list) -> str:
 
 def encoded_words(value: str, charset: str, used: int) -> list:
     """RFC 2047: words of whole characters, none over 75 columns; before the first are `used` columns of its line."""
-    encode, words, room = encoder(charset), [], 76 - used
+    encode, words, room, start = encoder(charset), [], 76 - used, 0
     overhead = len(charset) + 7
-    while value or not words:
-        size = min(len(value), room)
-        coded = encode(value[:size])
-        while overhead + (len(coded) + 2) // 3 * 4 > room and size > 1:
+    while start < len(value) or not words:
+        size = min(len(value) - start, room)
+        coded = encode(value[start : start + size])
+        while size > 1 and (overhead + (len(coded) + 2) // 3 * 4 > room or value.startswith(VOICED, start + size)):
             size = max(1, min(size - 1, size * (room - overhead) * 3 // (4 * len(coded)) + 1))
-            coded = encode(value[:size])
+            coded = encode(value[start : start + size])
         words.append(f"=?{charset}?B?{binascii.b2a_base64(coded, newline=False).decode()}?=")
-        value, room = value[size:], 75
+        start, room = start + size, 75
     return words
+
+
+VOICED = ("ﾞ", "ﾟ")  # with the kana before it, one character of ISO-2022-JP
 
 
 def encode_body(text: str, charset: str) -> tuple:
@@ -1448,6 +1466,8 @@ def _encode(charset: str, text: str) -> bytes:
 
 def encode_jis(text: str) -> bytes:
     """ISO-2022-JP as CP50220 writes it: half-width kana full-width, NEC's and IBM's characters kept."""
+    if "\x1b" in text:  # a reader would take it for the start of a sequence
+        raise UnicodeEncodeError("iso2022_jp", text, text.index("\x1b"), text.index("\x1b") + 1, "no character")
     try:
         return text.translate(LIKE_WINDOWS).encode("iso2022_jp")
     except UnicodeEncodeError:
@@ -1652,12 +1672,18 @@ def run(coroutine: Any) -> Any:
     loop, result = Loop(), []
 
     async def main() -> None:
-        result.append(await coroutine)
+        try:
+            result.append((await coroutine, None))
+        except BaseException as fault:
+            result.append((None, fault))
 
     loop.spawn(main())
     while not result:
         loop.turn()
-    return result[0]
+    value, fault = result[0]
+    if fault:
+        raise fault
+    return value
 
 
 class Loop:
@@ -1677,9 +1703,7 @@ class Loop:
         self.ready.append((coroutine, None))
 
     def turn(self, most: float = 1.0) -> None:
-        """Runs what can run, then waits for the next event, `most` seconds at the most."""
-        for _ in range(len(self.ready)):
-            self.step(*self.ready.popleft())
+        """Waits for the next event where nothing can run, `most` seconds at the most; then runs what can run."""
         now = time.monotonic()
         until = min(self.sweep, self.sleeping[0][0] if self.sleeping else now + most, now + most)
         for descriptor in self.poller.poll(0 if self.ready else max(until - now, 0)):
@@ -1691,6 +1715,8 @@ class Loop:
             self._expire(now)
         while self.sleeping and self.sleeping[0][0] <= now:
             self.ready.append((heapq.heappop(self.sleeping)[2], None))
+        for _ in range(len(self.ready)):
+            self.step(*self.ready.popleft())
 
     def step(self, coroutine: Any, value: Any) -> None:
         """Goes on with a coroutine until it waits or ends."""

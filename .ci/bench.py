@@ -1,0 +1,270 @@
+#!/usr/bin/env python3
+"""How the cost of a mail grows, on this machine, in one table and under two minutes.
+
+    python3 .ci/bench.py            # all of it
+    python3 .ci/bench.py clients    # the rows that begin so
+
+Needs Debian's wrk and postfix (for smtp-sink). Ratios within a run can be trusted, figures of two runs can't.
+"""
+
+import json
+import os
+import platform
+import re
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = """
+local f = assert(io.open(os.getenv("PAYLOAD"), "rb"))
+wrk.method, wrk.body = "POST", f:read("*a")
+wrk.headers["Content-Type"] = "application/json"
+done = function(summary, latency)
+  local e = summary.errors
+  io.write(string.format("RESULT %.3f %.3f %.3f %d\\n", summary.requests / (summary.duration / 1e6),
+    latency:percentile(50) / 1000, latency:percentile(99) / 1000, e.status + e.connect + e.read + e.write + e.timeout))
+end
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+        return True
+    except OSError:
+        return False
+
+
+class Sink:
+    """Postfix's smtp-sink: takes everything."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        command = ["/usr/sbin/smtp-sink", "-u", "nobody", "-m", "2048", f"127.0.0.1:{self.port}", "1024"]
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while not answers(self.port):
+            time.sleep(0.01)
+
+
+class Server:
+    """A Haineko with these changes to its settings, ready when it has answered."""
+
+    def __init__(self, folder: str, sink: Sink, workers: int = 0, **changes: dict) -> None:
+        self.port, path = free_port(), Path(folder, "haineko.json")
+        settings = {
+            "httpd": {"workers": workers, "max_connections": 4096},
+            "smtpd": {"hostname": "haineko.example.org", "max_message_size": 0, "max_rcpts_per_message": 0},
+            "recipients": {"domainpart": ["example.jp"]},
+            "mailertable": {"default": {"mailer": "ESMTP", "host": "127.0.0.1", "port": sink.port}},
+        }
+        settings.update(changes)
+        path.write_text(json.dumps(settings))
+        path.chmod(0o600)
+        began = time.monotonic()
+        command = [
+            sys.executable,
+            str(ROOT / "haineko.py"),
+            "serve",
+            "-c",
+            str(path),
+            "--listen",
+            f"127.0.0.1:{self.port}",
+        ]
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while not self._ready():
+            time.sleep(0.002)
+        self.ready_ms = (time.monotonic() - began) * 1000
+
+    def _ready(self) -> bool:
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    def family(self) -> list:
+        children = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False)
+        return [self.process.pid, *map(int, children.stdout.split())]
+
+    def memory_mib(self, what: str = "Pss") -> float:
+        found = [
+            re.search(rf"^{what}:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
+            for pid in self.family()
+        ]
+        return sum(int(item[1]) for item in found) / 1024
+
+    def load(self, folder: str, mail: dict, clients: int, seconds: int = 2) -> tuple:
+        """(requests a second, p50 ms, p99 ms, bad ones)"""
+        payload, script = Path(folder, "payload.json"), Path(folder, "submit.lua")
+        payload.write_text(json.dumps(mail, ensure_ascii=False))
+        script.write_text(SCRIPT)
+        command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", "--timeout", "20s", "-s", str(script)]
+        env = {**os.environ, "PAYLOAD": str(payload)}
+        url = f"http://127.0.0.1:{self.port}/submit"
+        out = subprocess.run([*command, url], env=env, capture_output=True, text=True, check=True).stdout
+        return tuple(float(item) for item in re.search(r"RESULT (\S+) (\S+) (\S+) (\d+)", out).groups())
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+def mail(recipients: int = 1, octets: int = 1024) -> dict:
+    line = "新年明けましておめでとうございます。\n"
+    return {
+        "ehlo": "[127.0.0.1]",
+        "mail": "kijitora@example.org",
+        "rcpt": [f"neko{i}@example.jp" for i in range(recipients)],
+        "header": {"from": "Kijitora <kijitora@example.org>", "subject": "謹賀新年"},
+        "body": line * max(1, octets // len(line.encode())),
+    }
+
+
+def row(what: str, rate: float, p99: float, bad: float, mib: float, note: str = "") -> None:
+    print(
+        f"{what:34}{rate:>10.0f}{1e6 / rate if rate else 0:>12.0f}{p99:>10.1f}{bad:>6.0f}{mib:>8.0f}  {note}",
+        flush=True,
+    )
+
+
+def bench_clients(folder: str, sink: Sink) -> None:
+    server = Server(folder, sink)
+    for clients in (1, 8, 64, 256, 1024):
+        rate, _, p99, bad = server.load(folder, mail(), clients)
+        row(f"clients {clients}", rate, p99, bad, server.memory_mib())
+    server.stop()
+
+
+def bench_idle(folder: str, sink: Sink) -> None:
+    server, rates = Server(folder, sink), []
+    server.load(folder, mail(), 8, 1)
+    for idle in (0, 1000, 0, 1000):
+        socks = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(idle)]
+        for sock in socks:
+            sock.sendall(b"GET /neko HTTP/1.1\r\nHost: x\r\n\r\n")
+        for sock in socks:
+            sock.recv(4096)
+        rate, _, p99, bad = server.load(folder, mail(), 8)
+        rates.append(rate)
+        row(f"idle connections {idle}, clients 8", rate, p99, bad, server.memory_mib())
+        for sock in socks:
+            sock.close()
+    print(f"{'':34}kept with 1000 idle: {(rates[1] + rates[3]) / (rates[0] + rates[2]):.2f}")
+    server.stop()
+
+
+def bench_recipients(folder: str, sink: Sink) -> None:
+    server = Server(folder, sink)
+    for count in (1, 4, 16, 64):
+        rate, _, p99, bad = server.load(folder, mail(count), 2)
+        row(f"recipients {count}", rate * count, p99, bad, server.memory_mib(), "rate and time per recipient")
+    server.stop()
+
+
+def bench_bodies(folder: str, sink: Sink) -> None:
+    server = Server(folder, sink)
+    for octets in (1 << 10, 10 << 10, 100 << 10, 1 << 20, 10 << 20):
+        rate, _, p99, bad = server.load(folder, mail(octets=octets), 2, 2 if octets < 1 << 20 else 4)
+        row(f"body {octets >> 10} KiB", rate, p99, bad, server.memory_mib(), f"{rate * octets / 1e6:.1f} MB/s")
+    server.stop()
+
+
+def bench_tables(folder: str, sink: Sink) -> None:
+    route = {"mailer": "ESMTP", "host": "127.0.0.1", "port": sink.port}
+    for count in (1, 1000, 100_000):
+        table = {f"d{i}.example.com": {"mailer": "Discard"} for i in range(count)}
+        server = Server(folder, sink, mailertable={**table, ".example.jp": route, "default": route})
+        server.load(folder, mail(), 8, 1)
+        rate, _, p99, bad = server.load(folder, mail(), 8)
+        row(f"routes {count}", rate, p99, bad, server.memory_mib(), f"ready in {server.ready_ms:.0f} ms")
+        server.stop()
+    for count in (10, 1000, 100_000):
+        hosts = [f"10.{i >> 16}.{i >> 8 & 255}.{i & 255}" for i in range(count)]
+        domains = [f"d{i}.example.com" for i in range(count)]
+        server = Server(
+            folder,
+            sink,
+            relayhosts={"relayhosts": [*hosts, "127.0.0.0/8"]},
+            recipients={"domainpart": [*domains, "example.jp"], "recipients": [f"a@{d}" for d in domains]},
+        )
+        server.load(folder, mail(), 8, 1)
+        rate, _, p99, bad = server.load(folder, mail(), 8)
+        row(
+            f"relayhosts, recipients {count}", rate, p99, bad, server.memory_mib(), f"ready in {server.ready_ms:.0f} ms"
+        )
+        server.stop()
+
+
+def bench_workers(folder: str, sink: Sink) -> None:
+    for workers in (1, 2, 4, 8):
+        server = Server(folder, sink, workers)
+        server.load(folder, mail(), 64, 1)
+        rate, _, p99, bad = server.load(folder, mail(), 64)
+        row(f"workers {workers}, clients 64", rate, p99, bad, server.memory_mib())
+        server.stop()
+
+
+def seconds_of(code: str) -> float:
+    """Of a new Python that runs the code; the median of nine."""
+    env, times = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": ""}, []
+    for _ in range(9):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], env=env, check=True)
+        times.append(time.perf_counter() - began)
+    return sorted(times)[4]
+
+
+def bench_start(folder: str, sink: Sink) -> None:
+    nothing, base, ours = (seconds_of(code) for code in ("pass", "import http.server, smtplib, json", "import haineko"))
+    print(f"import: nothing {nothing * 1000:.0f} ms, http.server smtplib json {base * 1000:.0f} ms, ", end="")
+    alone = (ours - nothing) / (base - nothing)
+    print(f"haineko {ours * 1000:.0f} ms ({ours / base:.2f} x; less the interpreter: {alone:.2f} x)")
+    ready = []
+    for _ in range(5):
+        server = Server(folder, sink)
+        ready.append(server.ready_ms)
+        server.stop()
+    middle = sorted(ready)[2]
+    print(f"ready after start: {middle:.0f} ms, {middle - nothing * 1000:.0f} ms more than `python3 -c pass`")
+
+
+BENCHES = {
+    "start": bench_start,
+    "clients": bench_clients,
+    "idle": bench_idle,
+    "recipients": bench_recipients,
+    "bodies": bench_bodies,
+    "tables": bench_tables,
+    "workers": bench_workers,
+}
+
+
+def main() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (8192, 8192))
+    print(
+        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    )
+    print(f"{'':34}{'a second':>10}{'us a mail':>12}{'p99 ms':>10}{'bad':>6}{'MiB':>8}")
+    with tempfile.TemporaryDirectory() as folder:
+        sink = Sink()
+        try:
+            for name, bench in BENCHES.items():
+                if name.startswith(tuple(sys.argv[1:]) or ""):
+                    bench(folder, sink)
+        finally:
+            sink.process.terminate()
+
+
+if __name__ == "__main__":
+    main()
