@@ -39,6 +39,7 @@ import http.server
 import ipaddress
 import itertools
 import json
+import mmap
 import os
 import queue
 import re
@@ -556,7 +557,8 @@ def password_hash(value: Any, where: str, faults: list) -> str:
     return value
 
 
-SCRYPT = re.compile(r"\$scrypt\$ln=(1[0-9]|20),r=([1-9]|1[0-6]),p=([1-9])\$([A-Za-z0-9+/=]+)\$([A-Za-z0-9+/=]+)")
+_BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==))"
+SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at the most
 
 
 def _ssha(line: str) -> tuple:
@@ -612,8 +614,9 @@ class Relayhosts:
 
 
 def folded(value: Any, where: str, faults: list) -> frozenset:
-    """A list of domains or addresses, in lower case."""
-    return frozenset(item.lower() for item in list_of(text)(value, where, faults))
+    """A list of domains or addresses, in lower case, domains in ASCII."""
+    parts = [item.rpartition("@") for item in list_of(text)(value, where, faults)]
+    return frozenset(local.lower() + at + domain_key(domain) for local, at, domain in parts)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -951,7 +954,9 @@ def pairs(**values: Any) -> str:
 
 def _value(value: Any) -> str:
     value = printable(str(value), 500)
-    return json.dumps(value, ensure_ascii=False) if value == "" or " " in value or '"' in value else value
+    if value and " " not in value and '"' not in value:
+        return value
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 # ======================================================================================================================
@@ -1680,6 +1685,7 @@ def run(coroutine: Any) -> Any:
     loop.spawn(main())
     while not result:
         loop.turn()
+    loop.close()
     value, fault = result[0]
     if fault:
         raise fault
@@ -1701,6 +1707,12 @@ class Loop:
 
     def spawn(self, coroutine: Any) -> None:
         self.ready.append((coroutine, None))
+
+    def close(self) -> None:
+        """Gives its files back; no coroutine goes on."""
+        self.poller.close()
+        self.threads.bell.close()
+        self.threads.clapper.close()
 
     def turn(self, most: float = 1.0) -> None:
         """Waits for the next event where nothing can run, `most` seconds at the most; then runs what can run."""
@@ -1851,6 +1863,9 @@ class Epoll:
     def poll(self, seconds: float) -> list:
         return [descriptor for descriptor, _ in self.epoll.poll(seconds)]
 
+    def close(self) -> None:
+        self.epoll.close()
+
 
 class Selector:
     """Other systems: a socket is watched from one wait to its event."""
@@ -1869,6 +1884,9 @@ class Selector:
         for key, _ in events:
             self.selector.unregister(key.fd)
         return [key.fd for key, _ in events]
+
+    def close(self) -> None:
+        self.selector.close()
 
 
 # ======================================================================================================================
@@ -2576,7 +2594,7 @@ def answer(request: Request, status: int, verdicts: dict, queueid: str | None, s
         "remoteport": request.port,
         "useragent": words_of(request.headers.get("user-agent")),
         "referer": words_of(request.headers.get("referer")),
-        "timestamp": {"datetime": time.ctime(request.now), "unixtime": str(int(request.now))},
+        "timestamp": {"datetime": local_time(int(request.now)), "unixtime": str(int(request.now))},
     }
     headers: tuple = ()
     if status == 503:
@@ -2584,6 +2602,11 @@ def answer(request: Request, status: int, verdicts: dict, queueid: str | None, s
     elif status == 401:
         headers = (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),)
     return Answer(status, to_json(document), headers)
+
+
+@functools.lru_cache(maxsize=2)
+def local_time(second: int) -> str:
+    return time.ctime(second)
 
 
 RETRY_AFTER = 60  # seconds
@@ -2824,7 +2847,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             pass
         finally:
             self.connection.close()
-            self.worker.connections.discard(self)
+            self.worker.forget(self)
 
     async def _secure(self) -> None:
         """TLS, where the settings have a certificate."""
@@ -3019,9 +3042,14 @@ def http_date(second: int) -> str:
 class Worker:
     """One process that serves all its connections in one thread."""
 
-    def __init__(self, listeners: list, settings: Settings, lifeline: socket.socket) -> None:
+    PAUSE = 0.001  # seconds for which a worker with more connections than another leaves a new one to it
+
+    def __init__(
+        self, listeners: list, settings: Settings, lifeline: socket.socket, loads: Any = None, slot: int = 0
+    ) -> None:
         self.service = Service(settings)
         self.listeners, self.lifeline = listeners, lifeline
+        self.loads, self.slot = loads or [0], slot  # connections of every worker, shared memory; our place in it
         self.loop = Loop()
         self.connections: set = set()
         self.idle: OrderedDict = OrderedDict()  # connections without a request, the longest-idle first
@@ -3068,6 +3096,8 @@ class Worker:
 
     async def _accept(self, listener: socket.socket) -> None:
         while not self.service.stopping:
+            if len(self.connections) > min(self.loads):
+                await sleep(self.PAUSE)
             try:
                 sock, peer = listener.accept()
             except BlockingIOError:
@@ -3086,8 +3116,13 @@ class Worker:
                 continue
             connection = Connection(sock, peer, self)
             self.connections.add(connection)
+            self.loads[self.slot] = len(self.connections)
             self.loop.spawn(connection.handle())
-            await sleep(0)  # so that other workers get their share
+
+    def forget(self, connection: Connection) -> None:
+        """A connection that is closed."""
+        self.connections.discard(connection)
+        self.loads[self.slot] = len(self.connections)
 
     def _close_idlest(self) -> bool:
         """Closes the connection that has been idle longest; False where none is idle."""
@@ -3131,9 +3166,11 @@ class Master:
 
     def __init__(self, settings: Settings, listeners: list) -> None:
         self.settings, self.listeners = settings, listeners
-        self.workers: dict = {}  # pid: monotonic time of its start
+        self.workers: dict = {}  # pid: (monotonic time of its start, its place in loads)
+        self.loads: Any = [0]
         self.stopping = self.asked = False
         self.faulty: tuple = ()  # signatures of settings that were told to be faulty
+        self.patience = 0.0  # no worker is started before this time
 
     def run(self, ready: Callable) -> int:
         """Until SIGTERM or SIGINT; then 0."""
@@ -3143,6 +3180,8 @@ class Master:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, self._signalled)
         self.lifeline, self.held = socket.socketpair()
+        wanted = self.settings.httpd.workers or os.cpu_count() or 1
+        self.loads = memoryview(mmap.mmap(-1, 4 * wanted)).cast("I")  # shared by all that are forked
         alarm.settimeout(1.0)
         self._replace()
         ready()
@@ -3163,17 +3202,18 @@ class Master:
 
     def _replace(self) -> None:
         """As many workers as there should be; one that died young is replaced a second later."""
-        wanted = self.settings.httpd.workers or os.cpu_count() or 1
-        while len(self.workers) < wanted and not self.stopping:
-            if time.monotonic() < getattr(self, "patience", 0.0):
+        free = set(range(len(self.loads))) - {slot for _, slot in self.workers.values()}
+        for slot in sorted(free):
+            if time.monotonic() < self.patience:
                 return
             sys.stderr.flush()
+            self.loads[slot] = 0
             pid = os.fork()
             if not pid:
-                self._become_worker()
-            self.workers[pid] = time.monotonic()
+                self._become_worker(slot)
+            self.workers[pid] = time.monotonic(), slot
 
-    def _become_worker(self) -> None:
+    def _become_worker(self, slot: int) -> None:
         code = 1
         try:
             self.held.close()
@@ -3181,7 +3221,7 @@ class Master:
                 signal.signal(number, signal.SIG_DFL)
             gc.freeze()
             gc.set_threshold(20000, 50, 50)
-            Worker(self.listeners, self.settings, self.lifeline).run()
+            Worker(self.listeners, self.settings, self.lifeline, self.loads, slot).run()
             code = 0
         except BaseException:
             log_bug("worker")
@@ -3196,7 +3236,7 @@ class Master:
                 return
             if not pid:
                 return
-            born = self.workers.pop(pid, None)
+            born, _ = self.workers.pop(pid, (None, 0))
             if born is not None and not self.stopping:
                 log.lines(f"worker {pid} ended ({how(status)}); a new one takes its place")
                 if time.monotonic() - born < 1:

@@ -1,0 +1,746 @@
+"""Haineko against servers and readers that nobody here wrote: aiosmtpd, smtp-sink, postfix, nginx, email.policy.
+
+Run as `python .ci/foreign.py` where aiosmtpd and hypothesis are installed; what else a class needs stands at its top. All
+of it talks to 127.0.0.1 only and ends what it started.
+"""
+
+import contextlib
+import email
+import email.policy
+import http.client
+import json
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import SMTP, AuthResult, LoginPassword
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import haineko  # noqa: E402
+
+
+def setUpModule():
+    global FOLDER
+    FOLDER = tempfile.mkdtemp(prefix="haineko-foreign.")
+    unittest.addModuleCleanup(shutil.rmtree, FOLDER, True)
+    os.chmod(FOLDER, 0o755)  # postfix and smtp-sink give up root
+    certificate("tls")
+    certificate("other", "DNS:somewhere.else.example")
+
+
+def certificate(name, names="IP:127.0.0.1,DNS:localhost"):
+    """A certificate that signed itself, FOLDER/NAME.pem and .key."""
+    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    new += ["-subj", "/CN=foreign", "-addext", f"subjectAltName={names}"]
+    new += ["-addext", "keyUsage=critical,digitalSignature,keyCertSign", "-addext", "extendedKeyUsage=serverAuth"]
+    subprocess.run([*new, "-keyout", at(f"{name}.key"), "-out", at(f"{name}.pem")], check=True, capture_output=True)
+
+
+def at(name):
+    return os.path.join(FOLDER, name)
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def wait_for(condition, what, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds} s: {what}")
+        time.sleep(0.01)
+
+
+def listens(port):
+    with contextlib.closing(socket.socket()) as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+class Server:
+    """A running Haineko; `settings` are its routes and what else differs from: everybody may be written to."""
+
+    def __init__(self, test, mailertable, **sections):
+        path = at(f"haineko.{id(self)}.json")
+        document = {"httpd": {"workers": 1}, "recipients": {"open-relay": True}, "mailertable": mailertable, **sections}
+        document.setdefault("smtpd", {"hostname": "haineko.example.org", "max_rcpts_per_message": 0})
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as stream:
+            json.dump(document, stream)
+        self.log = path + ".log"
+        command = [sys.executable, os.path.join(ROOT, "haineko.py"), "serve", "-c", path, "--listen", "127.0.0.1:0"]
+        with open(self.log, "wb") as log:
+            process = subprocess.Popen(command, stderr=log)
+        test.addClassCleanup(process.wait)
+        test.addClassCleanup(process.terminate)
+        wait_for(lambda: "listens at" in self.said() or process.poll() is not None, "haineko listens")
+        found = re.search(r"listens at http://127.0.0.1:(\d+)/", self.said())
+        if not found:
+            raise AssertionError(self.said())
+        self.port = int(found[1])
+
+    def said(self):
+        with open(self.log, encoding="utf-8") as stream:
+            return stream.read()
+
+    def post(self, rcpt, body="Meow.\n", mail="kijitora@example.org", subject="Nyaaaa", **header):
+        """(HTTP status, answer)."""
+        header.setdefault("subject", subject)
+        document = {"mail": mail, "rcpt": rcpt, "header": header, "body": body}
+        return request(self.port, "POST", "/submit", json.dumps(document).encode())
+
+
+def request(port, method, path, body=None, source="127.0.0.1", context=None, **headers):
+    """(HTTP status, JSON) of one request."""
+    kind = http.client.HTTPSConnection if context else http.client.HTTPConnection
+    more = {"context": context} if context else {}
+    connection = kind("127.0.0.1", port, timeout=30, source_address=(source, 0), **more)
+    with contextlib.closing(connection):
+        connection.request(method, path, body, {key.replace("_", "-"): value for key, value in headers.items()})
+        response = connection.getresponse()
+        text = response.read()
+        return response.status, json.loads(text) if text[:1] in b"{[" else text
+
+
+def outcome(answer):
+    """[(recipient, code, command)] of an answer; true of the contract in all its items."""
+    for item in answer["response"]:
+        keys = ["rcpt", "error", "code", "dsn", "command", "message", "mailer", "host", "port"]
+        assert list(item) == keys, item
+        assert item["error"] == (item["code"][0] != "2"), item
+        assert item["message"], item
+    return [(item["rcpt"], item["code"], item["command"]) for item in answer["response"]]
+
+
+CATS = ["mikeneko@example.jp", "kuroneko@example.jp", "sabineko@example.jp"]
+
+
+class Mailbox:
+    """What aiosmtpd asks at each command."""
+
+    def __init__(self):
+        self.mails = []
+
+    async def handle_RCPT(self, server, session, envelope, address, options):  # noqa: N802
+        words = {"nobody": "550 5.1.1 User unknown", "later": "450 4.2.1 Try again", "cannot": "252 Cannot VRFY"}
+        answer = words.get(address.partition("@")[0], "250 2.1.5 OK")
+        if answer[0] == "2":
+            envelope.rcpt_tos.append(address)
+        return answer
+
+    async def handle_DATA(self, server, session, envelope):  # noqa: N802
+        self.mails.append((envelope.mail_from, envelope.rcpt_tos, envelope.content, session.ssl is not None))
+        return "250 2.0.0 Taken"
+
+
+class Choosy(SMTP):
+    """aiosmtpd with a limit on nothing and no look-up of this machine's name."""
+
+
+class Aiosmtpd(unittest.TestCase):
+    """STARTTLS, TLS from the first byte, AUTH, and refusals of single recipients."""
+
+    LOGINS = {"kijitora": "nyan nyan"}
+
+    @classmethod
+    def setUpClass(cls):
+        cls.box = Mailbox()
+        secure = {"require_starttls": True, "auth_required": True}
+        ports = {
+            "plain": cls.start("tls", auth_exclude_mechanism=["LOGIN"], **secure),
+            "login": cls.start("tls", auth_exclude_mechanism=["PLAIN"], **secure),
+            "other": cls.start("other", **secure),
+            "clear": cls.start(),
+        }
+        route = {"starttls": True, "auth": "right", "ca_file": at("tls.pem"), "timeout": 5}
+        table = {f"{name}.example": {**route, "port": port} for name, port in ports.items()}
+        table["other.example"]["ca_file"] = at("other.pem")
+        table["wrong.example"] = {**table["plain.example"], "auth": "wrong"}
+        table["wronglogin.example"] = {**table["login.example"], "auth": "wrong"}
+        table["noauth.example"] = {**table["plain.example"], "auth": ""}
+        table["unknown.example"] = {**table["plain.example"], "ca_file": ""}
+        table["unchecked.example"] = {**table["unknown.example"], "tls_verify": False}
+        table["open.example"] = {"port": ports["clear"], "timeout": 5}
+        cls.smtps = not listens(465) and os.getuid() == 0
+        if cls.smtps:
+            cls.start("tls", 465, implicit=True)
+            table["smtps.example"] = {"port": 465, "ca_file": at("tls.pem")}
+            table["smtpsauth.example"] = {**table["smtps.example"], "auth": "right"}
+        word = cls.LOGINS["kijitora"]
+        logins = {name: {"username": "kijitora", "password": text} for name, text in (("right", word), ("wrong", "wan"))}
+        cls.server = Server(cls, table, authinfo=logins)
+
+    @classmethod
+    def start(cls, name=None, port=None, implicit=False, **options):
+        """The port of a server with that certificate."""
+        port = port or free_port()
+        context = None
+        if name:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(at(f"{name}.pem"), at(f"{name}.key"))
+        options["ssl_context" if implicit else "tls_context"] = context
+        if implicit:
+            options["auth_require_tls"] = False  # aiosmtpd takes only STARTTLS for TLS
+        cls.box.hostname = "127.0.0.1"
+        controller = Controller(
+            cls.box, hostname="127.0.0.1", port=port, server_hostname="aiosmtpd.example", authenticator=cls.knows, **options
+        )
+        controller.start()
+        cls.addClassCleanup(controller.stop)
+        return port
+
+    @classmethod
+    def knows(cls, server, session, envelope, mechanism, login):
+        right = isinstance(login, LoginPassword) and cls.LOGINS.get(login.login.decode()) == login.password.decode()
+        return AuthResult(success=right, handled=right)
+
+    def test_secured_and_logged_in(self):
+        names = ["plain", "login", "unchecked"] + (["smtps", "smtpsauth"] if self.smtps else [])
+        for name in names * 2:  # the second one over the kept session
+            with self.subTest(name):
+                self.box.mails.clear()
+                status, answer = self.server.post([f"neko@{name}.example"], "Miau.\n.dot\n", subject="吾輩は猫である")
+                self.assertEqual((status, outcome(answer)), (200, [(f"neko@{name}.example", "250", "DATA")]))
+                self.assertEqual(answer["response"][0]["message"], ["2.0.0 Taken"])
+                ((sender, tos, content, secured),) = self.box.mails
+                self.assertEqual((sender, tos), ("kijitora@example.org", [f"neko@{name}.example"]))
+                self.assertTrue(secured or name.startswith("smtps"))
+                message = email.message_from_bytes(content, policy=email.policy.default)
+                self.assertEqual(message["subject"], "吾輩は猫である")
+                self.assertEqual(message.get_content().replace("\r\n", "\n"), "Miau.\n.dot\n")
+
+    def test_refused(self):
+        for name, code, command in (
+            ("wrong", "535", "AUTH"),
+            ("wronglogin", "535", "AUTH"),
+            ("noauth", "530", "MAIL"),
+            ("unknown", "421", "STARTTLS"),
+            ("other", "421", "STARTTLS"),
+            ("clear", "454", "STARTTLS"),
+        ):
+            with self.subTest(name):
+                self.box.mails.clear()
+                status, answer = self.server.post([f"neko@{name}.example"])
+                self.assertEqual(outcome(answer), [(f"neko@{name}.example", code, command)])
+                self.assertEqual((status, self.box.mails), (503 if code[0] == "4" else 502, []))
+        self.assertNotIn(self.LOGINS["kijitora"], self.server.said())
+
+    def test_single_recipients(self):
+        rcpt = [f"{name}@open.example" for name in ("mikeneko", "nobody", "later", "cannot", "kuroneko")]
+        for _ in range(3):
+            self.box.mails.clear()
+            status, answer = self.server.post(rcpt)
+            told = list(zip(rcpt, ("250", "550", "450", "250", "250"), ("DATA", "RCPT", "RCPT", "DATA", "DATA")))
+            self.assertEqual((status, outcome(answer)), (207, told))
+            self.assertEqual(sorted(to for _, tos, _, _ in self.box.mails for to in tos), sorted(rcpt[:1] + rcpt[3:]))
+
+
+@unittest.skipUnless(shutil.which("smtp-sink"), "no smtp-sink on this machine")
+class SmtpSink(unittest.TestCase):
+    """Every switch of smtp-sink that changes what it says."""
+
+    VERBS = ("CONNECT", "EHLO", "MAIL", "RCPT", "DATA", ".")
+    FINE = ("250", "DATA")
+    CASES = [  # (switches, (code, command) of each recipient)
+        ((), FINE),
+        (("-8",), FINE),
+        (("-a",), FINE),
+        (("-e",), FINE),
+        (("-E",), FINE),
+        (("-N",), FINE),
+        (("-p",), FINE),
+        (("-P",), FINE),
+        (("-8", "-a", "-E", "-N", "-p"), FINE),
+        (("-w", "1"), FINE),
+        (("-W", "RCPT:1"), FINE),
+        (("-s", "CONNECT,EHLO,MAIL,RCPT,DATA,QUIT"), FINE),
+        (("-T", "1024"), FINE),
+        (("-f", "EHLO"), FINE),  # then HELO is tried
+        (("-f", "HELO"), FINE),
+        (("-f", "EHLO,HELO"), ("500", "EHLO")),
+        (("-f", "RSET,QUIT"), FINE),
+        (("-q", "RSET,QUIT"), FINE),
+        (("-q", "."), ("421", "DATA")),
+        (("-A", "0"), ("550", "DATA")),
+        *[(("-f", verb), ("500", command)) for verb, command in (("CONNECT", "CONN"), ("MAIL", "MAIL"))],
+        *[(("-f", verb), ("500", command)) for verb, command in (("RCPT", "RCPT"), ("DATA", "DATA"), (".", "DATA"))],
+        *[
+            ((switch, verb), (code, {"CONNECT": "CONN", ".": "DATA"}.get(verb, verb)))
+            for switch, code in (("-r", "450"), ("-Q", "421"))
+            for verb in ("CONNECT", "EHLO", "MAIL", "RCPT", "DATA", ".")
+        ],
+        *[(("-q", verb), ("421", verb)) for verb in ("EHLO", "MAIL", "RCPT", "DATA")],
+        (("-q", "CONNECT"), ("421", "CONN")),
+        (("-p", "-q", "RCPT"), ("421", "RCPT")),
+        (("-p", "-Q", "RCPT"), ("421", "RCPT")),
+    ]
+
+    @classmethod
+    def setUpClass(cls):
+        table = {}
+        for i, (switches, _) in enumerate(cls.CASES):
+            port = cls.sink(*switches)
+            table[f"c{i}.example"] = {"port": port, "timeout": 5}
+        os.mkdir(at("dump"))
+        os.chmod(at("dump"), 0o777)
+        table["dump.example"] = {"port": cls.sink("-d", at("dump/mail.")), "timeout": 5}
+        cls.server = Server(cls, table)
+
+    @classmethod
+    def sink(cls, *switches):
+        """The port of a sink."""
+        port = free_port()
+        user = ["-u", "nobody"] if os.getuid() == 0 else []
+        process = subprocess.Popen(
+            ["smtp-sink", "-4", *user, *switches, f"127.0.0.1:{port}", "100"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        cls.addClassCleanup(process.wait)
+        cls.addClassCleanup(process.terminate)
+        wait_for(lambda: listens(port) or process.poll() is not None, f"smtp-sink {switches}")
+        return port
+
+    def test_every_recipient_has_a_true_reply(self):
+        for i, (switches, wanted) in enumerate(self.CASES):
+            rcpt = [f"{name}@c{i}.example" for name in ("a", "b", "c")]
+            for body in ("Meow.\n", "Meow meow meow.\n" * 20000):
+                with self.subTest(" ".join(switches), size=len(body)):
+                    status, answer = self.server.post(rcpt, body)
+                    self.assertEqual(outcome(answer), [(to, *wanted) for to in rcpt])
+                    self.assertEqual(status, {"2": 200, "4": 503, "5": 502}[wanted[0][0]])
+
+    def test_lost_after_the_dot_is_said_to_be_unsure(self):
+        i = next(i for i, (switches, _) in enumerate(self.CASES) if switches == ("-q", "."))
+        _, answer = self.server.post([f"a@c{i}.example"])
+        self.assertIn("may have arrived", answer["response"][0]["message"][0])
+
+    def test_octets_arrive_as_they_are(self):
+        lines = [".", "..", ".dot", "", "plain", "x" * 78, "x" * 79, "x" * 2000, "日本語", "\ttab ", "trailing ", ".\r."]
+        for body in [*lines, "\n".join(lines), "\r\n".join(lines), ".\n" * 40000]:
+            with self.subTest(body[:20], size=len(body)):
+                status, _ = self.server.post(["neko@dump.example"], body)
+                (name,) = os.listdir(at("dump"))
+                with open(at(f"dump/{name}"), "rb") as stream:
+                    text = stream.read().partition(b"\n\tby ")[2].partition(b"\n\t")[2].partition(b"\n")[2]
+                os.unlink(at(f"dump/{name}"))
+                message = email.message_from_bytes(text, policy=email.policy.default)
+                wanted = body.replace("\r\n", "\n").replace("\r", "\n")
+                got = message.get_content().replace("\r\n", "\n")
+                self.assertEqual((status, got.rstrip("\n")), (200, wanted.rstrip("\n")))
+
+
+MASTER_CF = """\
+{clear} inet n - n - - smtpd
+{submission} inet n - n - - smtpd
+  -o smtpd_tls_security_level=encrypt
+{small} inet n - n - - smtpd
+  -o message_size_limit=2000
+{strict} inet n - n - - smtpd
+  -o smtpd_end_of_data_restrictions=reject
+{greylist} inet n - n - - smtpd
+  -o smtpd_recipient_restrictions=defer
+{oneatatime} inet n - n - - smtpd
+  -o smtpd_discard_ehlo_keywords=pipelining,dsn,8bitmime,size,enhancedstatuscodes
+cleanup unix n - n - 0 cleanup
+qmgr unix n - n 300 1 qmgr
+tlsmgr unix - - n 1000? 1 tlsmgr
+rewrite unix - - n - - trivial-rewrite
+bounce unix - - n - 0 bounce
+defer unix - - n - 0 bounce
+trace unix - - n - 0 bounce
+verify unix - - n - 1 verify
+flush unix n - n 1000? 0 flush
+proxymap unix - - n - - proxymap
+error unix - - n - - error
+retry unix - - n - - error
+discard unix - - n - - discard
+virtual unix - n n - - virtual
+anvil unix - - n - 1 anvil
+scache unix - - n - 1 scache
+postlog unix-dgram n - n - 1 postlogd
+"""
+
+MAIN_CF = """\
+compatibility_level = 3.6
+queue_directory = {folder}/queue
+data_directory = {folder}/data
+maillog_file = {folder}/log/mail.log
+maillog_file_prefixes = {folder}
+inet_interfaces = 127.0.0.1
+inet_protocols = ipv4
+myhostname = postfix.example
+mydestination =
+mynetworks =
+alias_maps =
+alias_database =
+default_transport = error:no way out
+virtual_mailbox_domains = example.jp
+virtual_mailbox_base = {folder}/mail
+virtual_mailbox_maps = inline:{{ {{mikeneko@example.jp = mikeneko/}}, {{sabineko@example.jp = sabineko/}} }}
+virtual_uid_maps = static:65534
+virtual_gid_maps = static:65534
+smtpd_relay_restrictions = reject_unauth_destination
+smtpd_data_restrictions = reject_unauth_pipelining
+smtpd_tls_security_level = may
+smtpd_tls_cert_file = {tls}.pem
+smtpd_tls_key_file = {tls}.key
+smtpd_tls_session_cache_database =
+smtpd_soft_error_limit = 1000
+smtpd_hard_error_limit = 2000
+smtpd_client_connection_count_limit = 0
+smtpd_peername_lookup = no
+strict_rfc821_envelopes = yes
+disable_vrfy_command = yes
+message_size_limit = 20000000
+mailbox_size_limit = 0
+virtual_mailbox_limit = 0
+"""
+
+
+@unittest.skipUnless(shutil.which("postfix") and os.getuid() == 0, "no postfix on this machine, or not root")
+class Postfix(unittest.TestCase):
+    """A postfix of its own, with Maildirs at the end."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = at("postfix")
+        for name in ("etc", "queue", "data", "log", "mail"):
+            os.makedirs(os.path.join(cls.folder, name))
+        shutil.chown(os.path.join(cls.folder, "data"), "postfix")
+        shutil.chown(os.path.join(cls.folder, "mail"), "nobody")
+        names = re.findall(r"^\{(\w+)\}", MASTER_CF, re.MULTILINE)
+        ports = {name: free_port() for name in names}
+        cls.write("master.cf", MASTER_CF.format(**{name: f"127.0.0.1:{port}" for name, port in ports.items()}))
+        cls.write("main.cf", MAIN_CF.format(folder=cls.folder, tls=at("tls")))
+        cls.postfix("start")
+        cls.addClassCleanup(cls.postfix, "stop")
+        wait_for(lambda: all(map(listens, ports.values())), "postfix listens")
+        routes = {name: {"port": port, "timeout": 10} for name, port in ports.items()}
+        routes["submission"].update(starttls=True, ca_file=at("tls.pem"))
+        table = {f"{name}.test": route for name, route in routes.items()}
+        cls.server = Server(cls, {"default": routes["submission"]}, sendermt=table)
+
+    @classmethod
+    def write(cls, name, text):
+        with open(os.path.join(cls.folder, "etc", name), "w") as stream:
+            stream.write(text)
+
+    @classmethod
+    def postfix(cls, word):
+        done = subprocess.run(
+            ["postfix", "-c", os.path.join(cls.folder, "etc"), word], capture_output=True, text=True, timeout=60
+        )
+        if done.returncode:
+            raise AssertionError(f"postfix {word}: {done.stdout}{done.stderr}")
+
+    def delivered(self, queueid, copies):
+        """The messages of a transaction, when they have arrived."""
+        found = {}
+
+        def look():
+            for folder, _, names in os.walk(os.path.join(self.folder, "mail")):
+                for name in names:
+                    with open(os.path.join(folder, name), "rb") as stream:
+                        octets = stream.read()
+                    if os.path.basename(folder) == "new" and queueid.encode() in octets:
+                        found[os.path.join(folder, name)] = octets
+            return len(found) >= copies
+
+        wait_for(look, f"{copies} copies of {queueid}", 20)
+        return list(found.values())
+
+    def test_what_is_accepted_arrives(self):
+        for name in ("submission", "clear", "oneatatime"):
+            for charset in ("UTF-8", "ISO-2022-JP"):
+                for _ in range(2):
+                    with self.subTest(name, charset=charset):
+                        self.accepted(name, charset)
+
+    def accepted(self, name, charset):
+        subject, body = "謹賀新年", "あとで\n.お年玉\n\n貰いに行きます\n"
+        rcpt = [CATS[0], CATS[2]]
+        status, answer = self.server.post(rcpt, body, f"kijitora@{name}.test", subject, charset=charset)
+        self.assertEqual((status, outcome(answer)), (200, [(to, "250", "DATA") for to in rcpt]))
+        for item in answer["response"]:
+            self.assertRegex(item["message"][0], r"(2\.0\.0 )?Ok: queued as \w+")
+        for octets in self.delivered(answer["queueid"], 2):
+            message = email.message_from_bytes(octets, policy=email.policy.default)
+            self.assertEqual((message["subject"], message.get_content()), (subject, body))
+            self.assertEqual(message.get_content_charset(), charset.lower())
+            self.assertIn(message["delivered-to"], rcpt)
+            self.assertEqual(message["to"], message["delivered-to"])
+            trace = message.get_all("received")[0]
+            self.assertIn("TLSv1.3" if name == "submission" else "with ESMTP id", trace)
+
+    def test_refusals(self):
+        large = "Meow.\n" * 1000
+        for name, code, command, body in (
+            ("small", "552", "MAIL", large),
+            ("strict", "554", "DATA", "Meow."),
+            ("strict", "554", "DATA", large * 100),
+            ("greylist", "450", "RCPT", "Meow."),
+        ):
+            with self.subTest(name, size=len(body)):
+                _, answer = self.server.post([CATS[0], CATS[2]], body, f"kijitora@{name}.test")
+                told = [(to, code, command) for to in (CATS[0], CATS[2])]
+                self.assertEqual(outcome(answer)[0][1:], told[0][1:])
+                self.assertEqual(outcome(answer), told)
+
+    def test_one_recipient_is_unknown(self):
+        rcpt = [*CATS, "neko@elsewhere.example"]
+        for name in ("submission", "oneatatime"):
+            with self.subTest(name):
+                status, answer = self.server.post(rcpt, mail=f"kijitora@{name}.test")
+                told = [("250", "DATA"), ("550", "RCPT"), ("250", "DATA"), ("554", "RCPT")]
+                self.assertEqual((status, outcome(answer)), (207, [(to, *what) for to, what in zip(rcpt, told)]))
+
+    def test_sendmail(self):
+        """The command, with several recipients in one transaction."""
+        path = at("sendmail.json")
+        port = self.server_port("oneatatime")
+        with open(path, "w") as stream:
+            json.dump({"recipients": {"open-relay": True}, "mailertable": {"default": {"port": port}}}, stream)
+        text = f"To: {', '.join(CATS)}\nBcc: {CATS[2]}\nSubject: Nyan\n\nMeow\n..\n.x\n"
+        done = subprocess.run(
+            [sys.executable, os.path.join(ROOT, "haineko.py"), "sendmail", "-C", path, "-t", "-i", "-f", "a@clear.test"],
+            input=text.encode(),
+            capture_output=True,
+            timeout=30,
+        )
+        self.assertEqual(done.returncode, 69)
+        self.assertIn(f"<{CATS[1]}>: 550 RCPT:".encode(), done.stderr)
+        self.assertNotIn(CATS[0].encode(), done.stderr)
+        wait_for(lambda: len(self.mailed("Subject: Nyan")) == 2, "two copies")
+        for octets in self.mailed("Subject: Nyan"):
+            self.assertTrue(octets.endswith(b"\n\nMeow\n..\n.x\n"), octets)
+            self.assertNotIn(b"Bcc", octets)
+
+    def server_port(self, name):
+        with open(os.path.join(self.folder, "etc", "master.cf")) as stream:
+            index = re.findall(r"^\{(\w+)\}", MASTER_CF, re.MULTILINE).index(name)
+            return int(re.findall(r"^127\.0\.0\.1:(\d+)", stream.read(), re.MULTILINE)[index])
+
+    def mailed(self, words):
+        found = []
+        for folder, _, names in os.walk(os.path.join(self.folder, "mail")):
+            for name in names if os.path.basename(folder) == "new" else ():
+                with open(os.path.join(folder, name), "rb") as stream:
+                    found.append(stream.read())
+        return [octets for octets in found if words.encode() in octets]
+
+
+@unittest.skipUnless(shutil.which("nginx"), "no nginx on this machine")
+class Nginx(unittest.TestCase):
+    """In front of Haineko, as README.md has it."""
+
+    @classmethod
+    def setUpClass(cls):
+        with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as stream:
+            readme = stream.read()
+        behind = readme[readme.index("### Behind nginx") :]
+        sections = json.loads(re.search(r"^```json settings\n(.*?)^```$", behind, re.MULTILINE | re.DOTALL)[1])
+        block = re.search(r"^```nginx\n(.*?)^```$", behind, re.MULTILINE | re.DOTALL)[1]
+        discard = {"default": {"mailer": "Discard"}}
+        cls.server = Server(cls, discard, **{**sections, "httpd": {**sections["httpd"], "workers": 1}})
+        careless = {**sections, "httpd": {"workers": 1}, "relayhosts": {}}
+        cls.careless = Server(cls, discard, **careless)
+        cls.port, cls.careless_port = cls.front(block, cls.server.port), cls.front(block, cls.careless.port)
+        cls.trust = ssl.create_default_context(cafile=at("tls.pem"))
+
+    @classmethod
+    def front(cls, block, behind):
+        """The port of an nginx in front of that one."""
+        port = free_port()
+        folder = at(f"nginx{port}")
+        os.mkdir(folder)
+        block = block.replace("127.0.0.1:2794", f"127.0.0.1:{behind}").replace("listen 443", f"listen 127.0.0.1:{port}")
+        block = re.sub(r"(ssl_certificate +)[^;]+", rf"\1{at('tls.pem')}", block)
+        block = re.sub(r"(ssl_certificate_key +)[^;]+", rf"\1{at('tls.key')}", block)
+        places = "".join(
+            f"{name}_temp_path {folder}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        with open(os.path.join(folder, "nginx.conf"), "w") as stream:
+            stream.write(f"daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log;\n")
+            stream.write(f"events {{}}\nhttp {{ access_log off; {places}\n{block}\n}}\n")
+        process = subprocess.Popen(
+            ["nginx", "-e", f"{folder}/error.log", "-p", folder, "-c", f"{folder}/nginx.conf"], stderr=subprocess.DEVNULL
+        )
+        cls.addClassCleanup(process.wait)
+        cls.addClassCleanup(process.terminate)
+        wait_for(lambda: listens(port) or process.poll() is not None, "nginx listens")
+        return port
+
+    def ask(self, method="POST", path="/submit", port=None, body="Meow.", **more):
+        document = {"mail": "a@example.org", "rcpt": ["neko@example.org"], "header": {"subject": "Nyan"}, "body": body}
+        octets = json.dumps(document).encode() if method == "POST" else None
+        return request(port or self.port, method, path, octets, context=self.trust, **more)
+
+    def test_the_client_is_the_one_that_nginx_saw(self):
+        for source, forwarded, status, client in (
+            ("127.0.0.1", "192.0.2.9", 200, "192.0.2.9"),  # 127.0.0.1 is trusted: its word counts
+            ("127.0.0.1", "198.51.100.1", 403, "198.51.100.1"),
+            ("127.0.0.1", "192.0.2.9, 198.51.100.1", 403, "198.51.100.1"),  # from right to left
+            ("127.0.0.2", "192.0.2.9", 403, "127.0.0.2"),  # not trusted: what it says of others doesn't count
+            ("127.0.0.2", "127.0.0.1", 403, "127.0.0.2"),
+            ("127.0.0.1", "nonsense", 403, "127.0.0.1"),
+        ):
+            with self.subTest(source=source, forwarded=forwarded):
+                got, answer = self.ask(source=source, X_Forwarded_For=forwarded)
+                self.assertEqual((got, answer["remoteaddr"]), (status, client))
+
+    def test_conf_is_not_for_strangers(self):
+        self.assertEqual(self.ask("GET", "/conf", X_Forwarded_For="198.51.100.1")[0], 403)
+        self.assertEqual(self.ask("GET", "/health", X_Forwarded_For="198.51.100.1"), (200, {"status": "ok"}))
+
+    def test_without_trusted_proxies_everybody_is_loopback(self):
+        """What README.md warns of is so."""
+        stranger = {"port": self.careless_port, "X_Forwarded_For": "198.51.100.1"}
+        self.assertEqual(self.ask(**stranger)[0], 200)
+        self.assertEqual(self.ask("GET", "/conf", **stranger)[0], 200)
+
+    def test_many_requests_over_kept_connections(self):
+        connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=30, context=self.trust)
+        document = {"mail": "a@example.org", "rcpt": ["neko@example.org"], "header": {"subject": "Nyan"}, "body": "Meow."}
+        with contextlib.closing(connection):
+            for i in range(300):
+                document["body"] = "Meow.\n" * (i % 7) * 500 or "Meow."
+                connection.request("POST", "/submit", json.dumps(document), {"X-Forwarded-For": "192.0.2.9"})
+                response = connection.getresponse()
+                self.assertEqual((response.status, json.load(response)["response"][0]["code"]), (200, "200"))
+
+    def test_sizes(self):
+        for octets, status in ((4_000_000, 200), (4_300_000, 413), (12_000_000, 413)):
+            with self.subTest(octets=octets):
+                try:
+                    got = self.ask(body="Meow.\n" * (octets // 6), X_Forwarded_For="192.0.2.9")[0]
+                except (BrokenPipeError, ConnectionResetError, ssl.SSLError):  # nginx answers and hangs up
+                    got = 413 if octets > 9_000_000 else None
+                self.assertEqual(got, status)
+
+
+CHARSETS = ("UTF-8", "ISO-2022-JP", "ISO-8859-1", "US-ASCII", "Shift_JIS", "EUC-JP", "KOI8-R", "windows-1252", "GB2312")
+ALPHABETS = st.one_of(
+    st.characters(min_codepoint=32, max_codepoint=126),
+    st.sampled_from('"\\<>@,;:=?_ \t().\r\n\0\x1b\x0b\x0c\x1c\x7f\x85\u2028\u3000\ufeff\ud83d\ude00'),
+    st.sampled_from("あいう漢字カナｶﾅﾞ①髙～㈱é ÄßЖ猫🐱"),
+    st.characters(),
+)
+TEXT = st.text(ALPHABETS, max_size=120)
+LONG = st.one_of(TEXT, st.builds(lambda text, n: text * n, TEXT, st.integers(1, 40)))
+NAMED = st.builds(lambda name, quoted: f'"{name}" <a@example.org>' if quoted else f"{name} <a@example.org>", TEXT, st.booleans())
+# the same character in the tables of Windows, which Haineko writes, and in those of Python's codec
+ALIKE = str.maketrans("〜‖−¢£¬—", "～∥－￠￡￢―")
+
+
+class Reader(unittest.TestCase):
+    """Any strings in any fields: a fault names the field, or the message says exactly what was put in."""
+
+    @settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(LONG, st.one_of(TEXT, NAMED), st.one_of(TEXT, NAMED), LONG, st.sampled_from(CHARSETS))
+    def test_compose(self, subject, author, replyto, body, charset):
+        header = {"subject": subject, "from": author, "replyto": replyto, "charset": charset}
+        raw = {"mail": "sender@example.org", "rcpt": ["neko@example.jp"], "header": header, "body": body}
+        submission, faults = haineko.understand(json.dumps(raw).encode())
+        if faults:
+            keys = {fault.partition(":")[0] for fault in faults}
+            escape = charset == "ISO-2022-JP" and "\x1b" in subject + author + replyto + body
+            self.assertTrue(escape or keys <= {"header.subject", "header.from", "header.replyto", "body"}, faults)
+            for key, value in (("subject", subject), ("body", body)):
+                wrong = key == "subject" and set(value) & set("\r\n\0")
+                surrogates = any("\ud800" <= c <= "\udfff" for c in value)
+                self.assertTrue(escape or bool(wrong or surrogates) or f"header.{key}" not in keys | {f"header.{k}" for k in keys}, faults)
+            return
+        client = haineko.plain_address("192.0.2.1")
+        message = haineko.compose(submission, "0" * 16, client, "haineko.example.org", 1388741758.0)
+        octets = message.copy("neko@example.jp", 1)
+        self.form(octets)
+        self.content(octets, submission)
+
+    def form(self, octets):
+        octets.decode("ascii")
+        self.assertNotIn(b"\0", octets)
+        self.assertTrue(octets.endswith(b"\r\n"))
+        for line in octets.split(b"\r\n"):
+            self.assertLessEqual(len(line), 998)
+            self.assertFalse(set(line) & {10, 13})
+        head = octets.partition(b"\r\n\r\n")[0].decode()
+        names = [line.partition(":")[0] for line in head.split("\r\n") if line[:1] not in (" ", "\t")]
+        order = "Received From Sender To Reply-To Subject Date Message-Id X-Haineko-Loop MIME-Version Content-Type"
+        order = [*order.split(), "Content-Transfer-Encoding"]
+        optional = {name for name in ("Sender", "Reply-To") if name not in names}
+        self.assertEqual(names, [name for name in order if name not in optional])
+        for line in head.split("\r\n"):
+            self.assertTrue(line.strip(), "a line of blanks in the header ends it for some")
+
+    def content(self, octets, submission):
+        message = email.message_from_bytes(octets, policy=email.policy.default)
+        header = submission.header
+        self.assertEqual(alike(header_text(message, "subject")), alike(header.subject))
+        for name, mailboxes in (("from", header.from_), ("reply-to", header.replyto)):
+            if mailboxes:
+                got = addresses(message, name)
+                self.assertEqual([spec for _, spec in got], [item.wire for _, item in mailboxes])
+                self.assertEqual([alike(shown) for shown, _ in got], [alike(shown) for shown, _ in mailboxes])
+        body = submission.body.replace("\r\n", "\n").replace("\r", "\n")
+        payload = message.get_payload(decode=True)
+        got = decoded(payload, message.get_content_charset()).replace("\r\n", "\n")
+        self.assertEqual(alike(got), alike(body if body.endswith("\n") else body + "\n"))
+
+
+def alike(text):
+    """Text without the differences that a charset of Japanese mail has no room for."""
+    import unicodedata
+
+    text = re.sub("[\uff61-\uff9f]+", lambda kana: unicodedata.normalize("NFKC", kana[0]), text)
+    return text.translate(ALIKE)
+
+
+def decoded(octets, charset):
+    """ISO-2022-JP as mail readers know it: with the rows that Python's codec lacks."""
+    if charset.lower() != "iso-2022-jp":
+        return octets.decode(charset)
+    return haineko.jis_text(octets.decode("ascii"))
+
+
+def header_text(message, name):
+    """An unstructured field, its encoded words decoded by the book (RFC 2047 6.2) and nothing else changed."""
+    raw = dict((key.lower(), value) for key, value in message.raw_items())[name]
+    return words(re.sub(r"\r\n(?=[ \t])", "", str(raw)))
+
+
+def words(text):
+    word = r"=\?([^?\s]+)\?([bBqQ])\?([^?\s]*)\?="
+    text = re.sub(rf"({word})\s+(?={word})", r"\1", text)
+
+    def one(found):
+        import base64
+        import quopri
+
+        coded = found[3].encode()
+        octets = base64.b64decode(coded) if found[2] in "bB" else quopri.decodestring(coded, header=True)
+        return decoded(octets, found[1])
+
+    return re.sub(word, one, text)
+
+
+def addresses(message, name):
+    """[(display name, address)] as email's own parser finds them; names decoded by the book."""
+    raw = re.sub(r"\r\n(?=[ \t])", "", str(dict((key.lower(), value) for key, value in message.raw_items())[name]))
+    return [(words(shown), spec) for shown, spec in email.utils.getaddresses([raw])]
+
+
+if __name__ == "__main__":
+    unittest.main()
