@@ -2057,7 +2057,7 @@ class Session(smtplib.SMTP):
             self.alive, lost = False, self._broken(fault)
         self.last_used = time.monotonic()
         self.dirty = not (outcome and outcome.code[0] == "2")
-        if any(item.code == "421" for item in (*said, outcome or said[0])) if said else False:
+        if self.unread or any(item and item.code == "421" for item in (*said, outcome)):
             self.alive = False
         replies = settle(said, outcome, lost, len(job.recipients))
         return [item if isinstance(item, Reply) else self._told(*item) for item in replies]
@@ -2083,6 +2083,8 @@ class Session(smtplib.SMTP):
 
     async def _text(self, octets: bytes) -> Heard:
         """The reply to the end of the text; for no octets that to a lone dot (RFC 2920 3.1)."""
+        if self.unread:  # it would pass for the reply to the text
+            raise Rubbish("a reply that nothing asked for")
         self.in_text = bool(octets)
         if octets.startswith(b".") or b"\n." in octets:  # RFC 5321 4.5.2
             octets = b"." * octets.startswith(b".") + octets.replace(b"\n.", b"\n..")
