@@ -919,13 +919,14 @@ class Log:
         head = f"{timestamp(int(time.time()))} haineko[{os.getpid()}]: "
         self.raw("".join([f"{head}{line}\n" for line in lines]).encode("utf-8", "backslashreplace"))
 
-    def raw(self, octets: bytes) -> None:
-        """Octets for stderr; a stderr that is gone or full must not cost a mail."""
+    def raw(self, octets: bytes) -> bool:
+        """Octets for stderr; False where it is gone or full, which must not cost a mail."""
         try:
             while octets:
                 octets = octets[os.write(2, octets) :]
         except OSError:
-            pass
+            return False
+        return True
 
     def dialogue(self, who: str, direction: str, line: str) -> None:
         if self.devel:
@@ -2348,8 +2349,9 @@ def sync_folder(folder: str) -> None:
 async def relay_screen(job: Job, sessions: Sessions) -> list:
     """On stderr."""
     rule = f"--- {job.queueid}.{job.number} from <{job.sender}> to <{'>, <'.join(job.recipients)}>"
-    log.raw(rule.encode() + b"\n" + job.octets().replace(b"\r\n", b"\n") + b"---\n")
-    return [reply("printed", mailer="Screen")] * len(job.recipients)
+    if log.raw(rule.encode() + b"\n" + job.octets().replace(b"\r\n", b"\n") + b"---\n"):
+        return [reply("printed", mailer="Screen")] * len(job.recipients)
+    return [reply("file", "stderr cannot be written", mailer="Screen")] * len(job.recipients)
 
 
 async def relay_discard(job: Job, sessions: Sessions) -> list:
