@@ -1070,7 +1070,7 @@ def parse_mailboxes(text: str) -> tuple:
     """((display name, Address), ...); () where one of them is none. RFC 5322 3.4; email.utils reads the quoting."""
     simple = re.fullmatch(r"([^<>\"\\]*)<([^<>\s]+)>\s*", text)  # a comma or bracket in the name harms nobody here
     try:
-        named = [simple.groups()] if simple else getaddresses([text])
+        named = [simple.groups()] if simple else [("", text.strip())] if address(text.strip()) else getaddresses([text])
     except RecursionError:  # comments in comments in comments
         return ()
     found = tuple((name.strip(), address(spec)) for name, spec in named)
@@ -1106,15 +1106,7 @@ def charset_name(name: str) -> str:
         as_ascii = "Az0 =?<@>\\~\r\n".encode(codec) == b"Az0 =?<@>\\~\r\n"
     except (LookupError, ValueError, TypeError):
         return ""
-    if not as_ascii or codec in (
-        "utf-7",
-        "idna",
-        "punycode",
-        "unicode_escape",
-        "raw_unicode_escape",
-        "charmap",
-        "mbcs",
-    ):
+    if not as_ascii or codec.replace("_", "-") in NO_CHARSETS:
         return ""
     if codec in IANA_NAMES:
         return IANA_NAMES[codec]
@@ -1122,6 +1114,7 @@ def charset_name(name: str) -> str:
     return codec.replace("_", "-")
 
 
+NO_CHARSETS = ("utf-7", "idna", "punycode", "unicode-escape", "raw-unicode-escape", "charmap", "mbcs", "oem")
 IANA_NAMES = {
     "ascii": "US-ASCII",
     "utf-8": "UTF-8",
@@ -1195,8 +1188,8 @@ def jis_text(text: str) -> str:
             parts.append(jis_octets_to_text(segment.encode()))
         elif escape == "(I":
             parts.append("".join(chr(ord(c) + 0xFF40) if "!" <= c <= "_" else c for c in segment))
-        else:
-            parts.append(segment)
+        else:  # (J is JIS X 0201, which has two characters that ASCII has not (RFC 1468)
+            parts.append(segment.replace("\\", "¥").replace("~", "‾") if escape == "(J" else segment)
     if re.search(r"\x1b[$(]", "".join(parts)):
         raise ValueError("has an escape sequence that is not ISO-2022-JP's")
     return "".join(parts)
@@ -1402,11 +1395,11 @@ PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable A
 
 
 def fold(line: str, tokens: list) -> str:
-    """Tokens behind the field's name, with a new line before each that would pass column 78 (RFC 5322 2.2.3)."""
+    """Tokens behind the field's name, with a new line before each that would pass column 76 (RFC 2047 2)."""
     lines, column = [line], len(line)
     for token in tokens:
         column += 1 + len(token)
-        if column > 78 and len(lines) > 1:
+        if column > 76 and len(lines) > 1:
             lines.append("\r\n ")
             column = 1 + len(token)
         else:
@@ -1443,7 +1436,7 @@ def encode_body(text: str, charset: str) -> tuple:
     if charset == "ISO-2022-JP" and not octets.translate(None, JIS_OCTETS) and not TOO_LONG.search(octets):
         return "7bit", octets
     quoted = len(octets) + 2 * len(octets.translate(None, QUOTED_AS_IS))
-    if quoted * 77 // 74 < len(octets) * 4 // 3 * 78 // 76:
+    if quoted * 77 // 74 < (len(octets) + 2) // 3 * 4 + (len(octets) + 56) // 57 * 2:
         return "quoted-printable", binascii.b2a_qp(octets, istext=True)
     return "base64", base64_lines(octets)
 
@@ -1579,7 +1572,16 @@ def seven_bit(octets: bytes) -> bytes:
     import email.policy
 
     policy = email.policy.compat32.clone(cte_type="7bit", linesep="\r\n")
-    return email.message_from_bytes(octets, policy=policy).as_bytes(policy=policy)
+    message, name = email.message_from_bytes(octets, policy=policy), "Content-Transfer-Encoding"
+    for part in message.walk():  # email itself trips over a charset that is absent or unknown
+        coding = str(part.get(name, "")).strip().lower()
+        if coding not in ("base64", "quoted-printable"):
+            text = b"" if part.is_multipart() else part.get_payload(decode=True)
+            del part[name]
+            if not text.isascii():
+                part[name] = "base64"
+                part.set_payload(base64_lines(text).decode())
+    return message.as_bytes(policy=policy)
 
 
 # What Windows and what Unicode's own tables call some characters of JIS X 0208; Python's codec knows the latter.
@@ -2000,6 +2002,7 @@ class Session(smtplib.SMTP):
         self._expect("STARTTLS", (code, words))
         if self.unread:  # words in clear that pretend to be said under TLS
             raise Rubbish("octets behind the reply to STARTTLS")
+        self.sock.settimeout(self.timeout)  # the handshake is a step of its own
         self.sock = self._wrapped(self.sock)
         self.ehlo_resp, self.esmtp_features, self.does_esmtp = None, {}, False  # RFC 3207 4.2
         self._hello()
@@ -2024,6 +2027,8 @@ class Session(smtplib.SMTP):
             if isinstance(fault, smtplib.SMTPServerDisconnected):
                 raise
             raise Refused(reply("no-auth", **self._place())) from None
+        except ValueError as fault:  # a challenge that isn't base64
+            raise Rubbish(f"unexpected challenge: {fault}") from None
         finally:
             self.masked = False
 
@@ -2084,7 +2089,10 @@ class Session(smtplib.SMTP):
 
     async def _text(self, octets: bytes) -> Heard:
         """The reply to the end of the text; for no octets that to a lone dot (RFC 2920 3.1)."""
-        if self.unread:  # it would pass for the reply to the text
+        if self.unread:  # a refusal said at once counts; anything else would pass for the reply to the text
+            self.alive, item = False, await self._reply()
+            if item.code[0] in "45":
+                return item
             raise Rubbish("a reply that nothing asked for")
         self.in_text = bool(octets)
         if octets.startswith(b".") or b"\n." in octets:  # RFC 5321 4.5.2
@@ -2225,7 +2233,8 @@ def flights(script: list, pipelining: bool) -> list:
 
 
 def accepted_any(said: list) -> bool:
-    return any(item.code[0] == "2" for item in said[1:])
+    """True where the sender and one recipient at least were taken."""
+    return said[0].code[0] == "2" and any(item.code[0] == "2" for item in said[1:])
 
 
 def settle(said: list, outcome: Heard | None, lost: Reply | None, count: int) -> list:
