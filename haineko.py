@@ -347,7 +347,10 @@ def table_of(parse: Callable, fold: Callable = str) -> Callable:
         twice = getattr(value, "keys_twice", ())
         faults.extend(f"{where}.{printable(key)}: stands more than once" for key in twice)
         result = {fold(key): parse(item, f"{where}.{printable(key)}", faults) for key, item in value.items()}
-        if len(result) < len(value):
+        if "" in result:
+            bad = next(key for key in value if not fold(key))
+            faults.append(f'{where}.{printable(bad)}: "example.jp", ".example.jp" or "default" is wanted')
+        elif len(result) < len(value):
             faults.append(f"{where}: two keys differ in case only")
         return result
 
@@ -613,17 +616,27 @@ class Relayhosts:
     relayhosts: Networks = setting(Networks(("127.0.0.1", "::1")), networks, "networks that may POST")
 
 
-def folded(value: Any, where: str, faults: list) -> frozenset:
-    """A list of domains or addresses, in lower case, domains in ASCII."""
-    parts = [item.rpartition("@") for item in list_of(text)(value, where, faults)]
-    return frozenset(local.lower() + at + domain_key(domain) for local, at, domain in parts)
+def folded(address: bool) -> Callable:
+    """A parser of a list of domains, or of addresses; gives them in lower case, domains in ASCII."""
+
+    def parse(value: Any, where: str, faults: list) -> frozenset:
+        found = set()
+        for item in list_of(text)(value, where, faults):
+            local, at, domain = item.rpartition("@")
+            key = domain_key(domain)
+            if not key or key[0] == "." or bool(local) != address:
+                faults.append(f'{where}: "{item}" is no {"address" if address else "domain"}')
+            found.add(local.lower() + at + key)
+        return frozenset(found)
+
+    return parse
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Recipients:
     open_relay: bool = setting(False, flag, "1: mail may go to every address", key="open-relay")
-    domainpart: frozenset = setting(frozenset(), folded, "domains that may be written to")
-    recipients: frozenset = setting(frozenset(), folded, "addresses that may be written to")
+    domainpart: frozenset = setting(frozenset(), folded(address=False), "domains that may be written to")
+    recipients: frozenset = setting(frozenset(), folded(address=True), "addresses that may be written to")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -663,9 +676,10 @@ class Route:
 
 
 def domain_key(name: str) -> str:
-    """A key of mailertable as it is looked up: in lower case, in ASCII (RFC 5890)."""
+    """A key of mailertable as it is looked up: in lower case, in ASCII (RFC 5890); "" where it can match nothing."""
     dot = "." if name.startswith(".") else ""
-    return dot + (ascii_domain(name[len(dot) :]) or name).lower()
+    domain = ascii_domain(name[len(dot) :]).lower()
+    return dot + domain if DOMAIN.fullmatch(domain) or re.fullmatch(r"\[[0-9a-z:.]+\]", domain) else ""
 
 
 def ascii_domain(name: str) -> str:
@@ -978,6 +992,7 @@ class Request(NamedTuple):
     peer: Client | None  # of the connection: the client's or a proxy's
     port: int | None  # of the client
     now: float  # seconds since the epoch
+    settings: Settings | None = None  # in force when it began
 
 
 class Address(NamedTuple):
@@ -1273,7 +1288,8 @@ def check_rcpt_count(request: Request, submission: Submission, settings: Setting
     if not submission.rcpt or submission.rcpt == ("",):
         return reply("rcpt-none")
     most = settings.smtpd.max_rcpts_per_message
-    return reply("rcpt-many") if most and len(recipients(submission)) > most else None
+    far_too_many = len(submission.rcpt) > 100 * most + 1000  # so many that looking for the same ones would take long
+    return reply("rcpt-many") if most and (far_too_many or len(recipients(submission)) > most) else None
 
 
 def check_body(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -2417,7 +2433,7 @@ class Outcome(NamedTuple):
 
 async def submit(request: Request, service: Service) -> Answer:
     """POST /submit: the way of a mail from its JSON to the replies of the other side."""
-    settings, queueid = service.settings, new_queueid(request.now)
+    settings, queueid = request.settings or service.settings, new_queueid(request.now)
     submission, verdicts, status = None, {}, 0
     try:
         submission, faults = await worked_out(len(request.body), understand, request.body)
@@ -2654,8 +2670,7 @@ def to_json(document: Any) -> bytes:
 # ======================================================================================================================
 # 15. HTTP
 #     Takes octets from a socket, gives a Request to a page and its Answer back (RFC 9110, 9112). One master process
-#     binds and watches, workers forked by it accept. In a worker the main thread waits for all idle connections at
-#     once; a thread serves a connection only while there is a request.
+#     binds and watches, workers forked by it accept. In a worker one loop serves all connections.
 # ======================================================================================================================
 
 MAX_HEAD = 65536  # octets of request line and headers
@@ -2887,14 +2902,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     async def handle_one_request(self) -> bool:
         """Reads a request and answers it; True where the next may follow."""
-        deadline = time.monotonic() + self.service.settings.httpd.timeout
+        self.settings = self.service.settings  # one set from beginning to end
+        deadline = time.monotonic() + self.settings.httpd.timeout
         request, head, left = Request("", "", {}, b"", self.peer, self.peer, self.port, time.time()), None, 1
         extra: tuple = ()
         try:
             head = parse_head(await self._head(deadline))
             left = body_length(head)
             request = self._request(head)
-            welcome, extra = cors(head.headers.get("origin"), self.service.settings, head)
+            welcome, extra = cors(head.headers.get("origin"), self.settings, head)
             page = await self._page(request, welcome)
             request = request._replace(body=await self._body(head, left, deadline))
             left = 0
@@ -2915,8 +2931,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         return keep
 
     def _request(self, head: Head) -> Request:
-        client, port = client_of(self.peer, self.port, head.headers, self.service.settings)
-        return Request(head.method, head.path, head.headers, b"", client, self.peer, port, time.time())
+        client, port = client_of(self.peer, self.port, head.headers, self.settings)
+        return Request(head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings)
 
     async def _page(self, request: Request, welcome: bool) -> Page:
         """The page for a request that may be read on; Refused for all others."""
@@ -2929,7 +2945,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise Refused(reply("method", word=request.method))
         if request.method == "POST" and not welcome:
             raise Refused(reply("origin"))
-        settings = self.service.settings
+        settings = self.settings
         slow = settings.password.hashes and not settings.password.remembers(request.headers.get("authorization"))
         ask = (first_refusal, page.door, request, settings)
         insist(await in_thread(*ask) if slow and page.door else ask[0](*ask[1:]))
@@ -2969,7 +2985,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     async def _body(self, head: Head, length: int, deadline: float) -> bytes:
         """The body, whole."""
-        size = self.service.settings.smtpd.max_message_size
+        size = self.settings.smtpd.max_message_size
         limit = 2 * size + 65536 if size else MAX_BODY
         if length > limit:
             raise Refused(reply("body-too-large"))
@@ -3124,9 +3140,11 @@ class Worker:
             sock.setblocking(False)
             if listener.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if len(self.connections) >= self.service.settings.httpd.max_connections and not self._close_idlest():
-                self.loop.spawn(turn_away(sock))
-                continue
+            if len(self.connections) >= self.service.settings.httpd.max_connections:
+                await sleep(0)  # so that those accepted just now are known to be idle
+                if not self._close_idlest():
+                    self.loop.spawn(turn_away(sock))
+                    continue
             connection = Connection(sock, peer, self)
             self.connections.add(connection)
             self.loads[self.slot] = len(self.connections)

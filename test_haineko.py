@@ -602,6 +602,21 @@ class SettingsFile(Folder):
         self.assertEqual((route.mailer, route.host, route.port, route.starttls), ("ESMTP", "127.0.0.1", 25, False))
         self.assertEqual((route.tls_verify, route.timeout, route.retry, route.sleep), (True, 30, 0, 5))
 
+    def test_entries_that_can_match_nothing_are_faults(self):
+        for content, fault in (
+            ({"recipients": {"domainpart": ["*.example.jp"]}}, 'recipients.domainpart: "*.example.jp" is no domain'),
+            ({"recipients": {"domainpart": ["@example.jp"]}}, 'recipients.domainpart: "@example.jp" is no domain'),
+            ({"recipients": {"domainpart": [".example.jp"]}}, 'recipients.domainpart: ".example.jp" is no domain'),
+            ({"recipients": {"domainpart": ["a@example.jp"]}}, 'recipients.domainpart: "a@example.jp" is no domain'),
+            ({"recipients": {"recipients": ["example.jp"]}}, 'recipients.recipients: "example.jp" is no address'),
+            (
+                {"mailertable": {"*.example.jp": {}}},
+                'mailertable.*.example.jp: "example.jp", ".example.jp" or "default" is wanted',
+            ),
+        ):
+            with self.subTest(content=content):
+                self.assertEqual(self.faults(content), [fault])
+
     def test_all_faults_are_told_at_once(self):
         content = {
             "htpd": {},
