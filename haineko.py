@@ -624,7 +624,7 @@ def folded(address: bool) -> Callable:
         for item in list_of(text)(value, where, faults):
             local, at, domain = item.rpartition("@")
             key = domain_key(domain)
-            if not key or key[0] == "." or bool(local) != address:
+            if not key or key[0] == "." or (bool(local), bool(at)) != (address, address):
                 faults.append(f'{where}: "{item}" is no {"address" if address else "domain"}')
             found.add(local.lower() + at + key)
         return frozenset(found)

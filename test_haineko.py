@@ -18,14 +18,18 @@ import itertools
 import json
 import os
 import re
+import shutil
+import signal
 import socket
 import statistics
+import subprocess
 import symtable
 import sys
 import sysconfig
 import tempfile
 import time
 import unittest
+import urllib.request
 from dataclasses import fields
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -2168,6 +2172,282 @@ class Routes(unittest.TestCase):
             return time.process_time() - began
 
         self.assertLess(min(cost(large) for _ in range(3)), 5 * min(cost(small) for _ in range(3)))
+
+
+ROOT = os.path.dirname(os.path.abspath(haineko.__file__))
+
+
+class Readme(unittest.TestCase):
+    """What README.md says is so: each fenced block is run, and each name that a reader may need stands in a table."""
+
+    URL = "http://127.0.0.1:2794/"  # as README.md has it; replaced by a test's own
+    ALL = os.environ.get("HAINEKO_ALL") == "1"  # what takes seconds to start, too
+
+    @classmethod
+    def setUpClass(cls):
+        with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as stream:
+            cls.text = stream.read()
+        cls.blocks = re.findall(r"^```(\w+) ?([\w ]*)\n(.*?)^```$", cls.text, re.MULTILINE | re.DOTALL)
+        cls.folder = tempfile.mkdtemp(prefix="haineko-readme.")
+        cls.addClassCleanup(shutil.rmtree, cls.folder, True)
+        for name in ("haineko.py", "haineko.json.example"):
+            shutil.copy(os.path.join(ROOT, name), cls.folder)
+        for language, mark, name in (("json", "settings", "settings.json"), ("json", "faulty", "faulty.json")):
+            cls.write(name, cls.marked(language, mark)[0])
+        cls.logs = []
+        cls.url = cls.serve()
+        nobody = {"httpd": {"listen": "127.0.0.1:0", "workers": 1}, "recipients": {}}
+        cls.refusing = cls.serve("-c", cls.write("nobody.json", json.dumps(nobody)))
+
+    @classmethod
+    def marked(cls, language, mark):
+        """The blocks of that language and mark."""
+        return [text for word, words, text in cls.blocks if (word, words) == (language, mark)]
+
+    @classmethod
+    def write(cls, name, text):
+        """A file in the folder, readable by its owner only; gives its path."""
+        path = os.path.join(cls.folder, name)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
+            stream.write(text)
+        return path
+
+    @classmethod
+    def environment(cls, url=None):
+        values = {key: value for key, value in os.environ.items() if not key.startswith("HAINEKO_")}
+        path = os.path.dirname(sys.executable) + os.pathsep + values.get("PATH", "")
+        values.update(PATH=path, PYTHONDONTWRITEBYTECODE="1", no_proxy="*", **({"HAINEKO_URL": url} if url else {}))
+        return values
+
+    @classmethod
+    def serve(cls, *flags):
+        """Starts a server until the class is done; gives its URL."""
+        command = [sys.executable, "haineko.py", "serve", *(flags or ("--listen", "127.0.0.1:0", "--workers", "1"))]
+        cls.logs.append(os.path.join(cls.folder, f"log{len(cls.logs)}"))
+        with open(cls.logs[-1], "w+b") as log:
+            server = subprocess.Popen(command, cwd=cls.folder, env=cls.environment(), stderr=log)
+            cls.addClassCleanup(server.wait)
+            cls.addClassCleanup(server.send_signal, signal.SIGTERM)
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                log.seek(0)
+                found = re.search(rb"listens at (\S+)", log.read())
+                if found:
+                    return found[1].decode()
+                if server.poll() is not None:
+                    break
+                time.sleep(0.01)
+            raise AssertionError(f"the server did not start: {command}")
+
+    def printed(self):
+        """What the server without settings has printed."""
+        with open(self.logs[0], encoding="utf-8") as stream:
+            return stream.read()
+
+    def run_it(self, command, url=None, stdin="", expect=0, **variables):
+        """Output of a command, in the folder, with the server's URL in place of README's."""
+        command = [word.replace(self.URL, url or self.url) for word in command]
+        done = subprocess.run(
+            command,
+            input=stdin.encode(),
+            cwd=self.folder,
+            env={**self.environment((url or self.url) + "submit"), **variables},
+            check=False,
+            capture_output=True,
+            timeout=120,
+        )
+        output = done.stdout.decode() + done.stderr.decode()
+        self.assertEqual(done.returncode, expect, f"{command}\n{output}")
+        return done.stdout.decode() + (done.stderr.decode() if expect else "")
+
+    def test_every_block_is_tested(self):
+        known = {
+            *[("sh", mark) for mark in ("first", "curl", "smarthost", "client", "root", "")],
+            *[("json", mark) for mark in ("answer", "faulty", "settings", "submission")],
+            *[(name, "client") for name in ("python", "javascript", "php", "ruby", "perl", "go", "java", "html")],
+            ("console", ""),
+            ("nginx", ""),
+            ("nginx", "two"),
+        }
+        self.assertEqual({(language, mark) for language, mark, _ in self.blocks}, known)
+        self.assertEqual(len(self.blocks) * 2, len(re.findall(r"^```", self.text, re.MULTILINE)))
+
+    def test_the_first_minute(self):
+        (first,), (curl,), (shown,) = (self.marked(*at) for at in (("sh", "first"), ("sh", "curl"), ("json", "answer")))
+        commands = [line.partition("#")[0].split() for line in first.splitlines()]
+        self.assertEqual(commands, [["python3", "haineko.py", "serve"], ["python3", "-m", "unittest"]])
+        self.assertIn(self.URL, first)
+        told, meant = json.loads(self.run_it(["sh", "-euc", curl])), json.loads(shown)
+        self.assertEqual(list(told), list(meant))
+        for key in ("addresser", "recipient", "response", "remoteaddr", "referer"):
+            self.assertEqual(told[key], meant[key])
+        self.assertIn("Subject: Nyaaaa", self.printed())
+
+    def test_the_smart_host(self):
+        (commands,) = self.marked("sh", "smarthost")
+        lines = (("host", "smtp.example.org", "smtp.example.net"), ("username", "", "me"), ("password", "", "nyan"))
+        edits = " ".join(f'-e \'s/"{key}": "{old}"/"{key}": "{new}"/\'' for key, old, new in lines)
+        editor = self.write("editor", f'#!/bin/sh\nsed {edits} "$1" >"$1.new" && cat "$1.new" >"$1"\n')
+        os.chmod(editor, 0o700)
+        self.addCleanup(lambda: os.unlink(os.path.join(self.folder, "haineko.json")))
+        output = self.run_it(["sh", "-euc", commands], EDITOR=editor)
+        self.assertIn("fine; mail goes to ESMTP smtp.example.net:587, STARTTLS, AUTH as relay", output)
+        settings, faults = haineko.load(os.path.join(self.folder, "haineko.json"))
+        self.assertEqual((faults, settings.mailertable["default"].login), ([], ("me", "nyan")))
+        self.assertEqual(os.stat(os.path.join(self.folder, "haineko.json")).st_mode & 0o777, 0o600)
+
+    def test_shell_commands(self):
+        for commands in self.marked("sh", ""):
+            with self.subTest(commands):
+                self.run_it(["sh", "-euc", commands])
+        for commands in self.marked("sh", "root"):  # not on this machine, but each must be a command
+            self.run_it(["sh", "-n"], stdin=commands)
+
+    def test_what_commands_print(self):
+        for session in self.marked("console", ""):
+            command, _, wanted = session[2:].partition("\n")
+            with self.subTest(command):
+                self.assertEqual(self.run_it(["sh", "-c", f"{command} || true"]), wanted)
+
+    def test_settings(self):
+        for i, text in enumerate(self.marked("json", "settings")):
+            with self.subTest(text):
+                os.environ["PROVIDER_PASSWORD"] = "nyan"
+                self.addCleanup(os.environ.pop, "PROVIDER_PASSWORD", None)
+                self.assertEqual(haineko.load(self.write(f"settings{i}.json", text))[1], [])
+        for text in self.marked("json", "faulty"):
+            self.assertNotEqual(haineko.load(self.write("faulty.json", text))[1], [])
+
+    def test_submissions(self):
+        for text in self.marked("json", "submission"):
+            request = urllib.request.Request(self.url + "submit", text.encode())
+            with urllib.request.urlopen(request, timeout=10) as response:
+                self.assertEqual((response.status, json.load(response)["response"][0]["error"]), (200, 0))
+
+    CLIENTS = (  # (language, file, command, whether it is slow to start)
+        ("sh", "client.sh", ["sh", "-eu"], False),
+        ("python", "client.py", ["python3"], False),
+        ("javascript", "client.mjs", ["node"], False),
+        ("php", "client.php", ["php"], False),
+        ("ruby", "client.rb", ["ruby"], False),
+        ("perl", "client.pl", ["perl"], False),
+        ("go", "client.go", ["go", "run"], True),
+        ("java", "Mail.java", ["java"], True),
+    )
+
+    def test_clients(self):
+        for language, name, command, slow in self.CLIENTS:
+            with self.subTest(language):
+                if slow and not self.ALL:
+                    self.skipTest("slow to start; HAINEKO_ALL=1 runs it")
+                tools = [command[0], "curl"] if language == "sh" else command[:1]
+                missing = [tool for tool in tools if not shutil.which(tool, path=self.environment()["PATH"])]
+                if missing:
+                    self.skipTest(f"no {missing[0]} on this machine")
+                (text,) = self.marked(language, "client")
+                subject = re.search(r"Hello from \w+", text)[0]
+                program = [*command, self.write(name, text)]
+                accepted = self.run_it(program)
+                self.assertIn("mikeneko@example.jp", accepted)
+                self.assertIn("200", accepted)
+                self.assertIn(f"Subject: {subject}\n", self.printed())
+                refused = self.run_it(program, self.refusing, expect=1)
+                self.assertIn("553", refused)
+                self.assertIn("Recipient address is not permitted", refused)
+
+    def test_web_page(self):
+        browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        if not (browser and self.ALL):
+            self.skipTest("slow to start; HAINEKO_ALL=1 runs it" if browser else "no Chromium on this machine")
+        (page,) = self.marked("html", "client")
+        folder = os.path.join(self.folder, "pages")
+        os.mkdir(folder)
+        port = self.web_server(folder)
+        origin = f"http://127.0.0.1:{port}"
+        settings = {"httpd": {"listen": "127.0.0.1:0", "workers": 1, "allowed_origins": [origin]}}
+        settings.update(recipients={"open-relay": True}, mailertable={"default": {"mailer": "Discard"}})
+        welcome = self.serve("-c", self.write("web.json", json.dumps(settings)), "--workers", "1")
+        for url, wanted in ((welcome, "Sent."), (self.url, "No connection.")):  # the latter allows no origin
+            with self.subTest(wanted):
+                submit = "<script>document.forms[0].requestSubmit()</script>\n"
+                self.write("pages/page.html", page.replace(self.URL, url) + submit)
+                flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile"]
+                flags += ["--virtual-time-budget=5000", "--dump-dom"]
+                self.assertIn(f"<output>{wanted}</output>", self.run_it([browser, *flags, f"{origin}/page.html"]))
+
+    def web_server(self, folder):
+        """The port of a web server for the folder, until the test is done."""
+        command = [sys.executable, "-um", "http.server", "--bind", "127.0.0.1", "--directory", folder, "0"]
+        web = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.addCleanup(web.stdout.close)
+        self.addCleanup(web.wait)
+        self.addCleanup(web.terminate)
+        return int(re.search(rb"port (\d+)", web.stdout.readline())[1])
+
+    def test_nginx(self):
+        if not (shutil.which("nginx") and shutil.which("openssl")):
+            self.skipTest("no nginx or openssl on this machine")
+        certificate, key = (os.path.join(self.folder, name) for name in ("tls.pem", "tls.key"))
+        new = [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+            "-days",
+            "2",
+        ]
+        self.run_it([*new, "-subj", "/CN=mail.example.org", "-keyout", key, "-out", certificate])
+        for shown in [text for language, _, text in self.blocks if language == "nginx"]:
+            block = shown.replace("listen 443", f"listen unix:{self.folder}/nginx.sock")  # -t binds it for a moment
+            for word, path in (("ssl_certificate", certificate), ("ssl_certificate_key", key)):
+                block = re.sub(rf"({word} +)[^;]+", rf"\1{path}", block)
+            place = f"access_log off; client_body_temp_path {self.folder}/body; proxy_temp_path {self.folder}/proxy;"
+            place += "".join(f"{name}_temp_path {self.folder}/{name};" for name in ("fastcgi", "uwsgi", "scgi"))
+            path = self.write("nginx.conf", f"pid {self.folder}/pid; events {{}} http {{ {place}\n{block} }}")
+            self.run_it(["nginx", "-t", "-q", "-e", "stderr", "-p", self.folder, "-c", path])
+
+    def test_systemd(self):
+        output = self.run_it(["python3", "haineko.py", "setup", "--dest", "etc"])
+        paths = [os.path.join(self.folder, "etc", name) for name in ("haineko.json", "haineko.service")]
+        self.assertEqual(output.split(), paths)
+        self.assertEqual(haineko.load(paths[0])[1], [])
+        if not shutil.which("systemd-analyze"):
+            self.skipTest("no systemd-analyze on this machine")
+        self.assertEqual(self.run_it(["systemd-analyze", "verify", "--man=no", paths[1]]), "")
+
+    def test_every_setting_stands_in_a_table(self):
+        """With its default."""
+        classes = (haineko.Httpd, haineko.Tls, haineko.Smtpd, haineko.Syslog, haineko.Relayhosts, haineko.Recipients)
+        for cls in (*classes, haineko.Route, haineko.Login):
+            for key, default in haineko.shown(cls()).items():
+                wanted = default[0] if key == "listen" else default
+                wanted = "see below" if key == "syslog" else f"`{json.dumps(wanted)}`"
+                with self.subTest(key):
+                    self.assertIn(f"\n| `{key}` | {wanted} |", self.text)
+        for name in haineko.keys(haineko.Settings):
+            with self.subTest(name):
+                self.assertRegex(self.text, rf"(?m)^### .*\b{name}\b")
+
+    def test_every_row_of_a_table_stands_in_a_table(self):
+        for name in haineko.COMMANDS:
+            self.assertRegex(self.text, rf"(?m)^\|.*`{name}[ `].*\|", name)
+        for name in haineko.RELAYS:
+            self.assertIn(f"\n| `{name}` |", self.text)
+        for method, path in haineko.PAGES:
+            self.assertIn(f"`{method} {path}`", self.text)
+        for slug, (status, code, dsn, _, line) in haineko.REPLIES.items():
+            with self.subTest(slug):
+                words = re.escape(line).replace("%s", ".+" if line == "%s" else "GET")
+                if words != ".+" and code != "200":
+                    head = rf"{code} \| {re.escape(dsn or '')} ?\|.*" if dsn or slug == "json" else f"{status} .*"
+                    self.assertRegex(self.text, rf"(?m)^\|.*{head}\| {words}[ |(]")
+        for key in (*haineko.keys(haineko.Submission), *(f"header.{key}" for key in haineko.keys(haineko.Header))):
+            if key not in ("header", "header.reply-to"):
+                self.assertRegex(self.text, rf"(?m)^\|.*`{re.escape(key)}`.*\|", key)
 
 
 if __name__ == "__main__":
