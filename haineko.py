@@ -2678,6 +2678,7 @@ MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body where max_message_size sets no limit
 DRAIN = 2.0  # seconds for a client to read a refusal before its connection is closed
 STOPPING = 30.0  # seconds for requests in flight to be answered
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that a worker is told by
 
 
 class Head(NamedTuple):
@@ -3111,6 +3112,7 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         signal.signal(signal.SIGHUP, self._reload)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came since the fork is heard now
 
     def _stop(self, *_: Any) -> None:
         self.service.stopping = True
@@ -3239,17 +3241,18 @@ class Master:
                 return
             sys.stderr.flush()
             self.loads[slot] = 0
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the worker listens to them
             pid = os.fork()
             if not pid:
                 self._become_worker(slot)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             self.workers[pid] = time.monotonic(), slot
 
     def _become_worker(self, slot: int) -> None:
         code = 1
         try:
             self.held.close()
-            for number in (signal.SIGCHLD, signal.SIGHUP):
-                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             gc.freeze()
             gc.set_threshold(20000, 50, 50)
             Worker(self.listeners, self.settings, self.lifeline, self.loads, slot).run()
