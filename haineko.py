@@ -858,6 +858,8 @@ def _login(login: Login, base: str, where: str, faults: list) -> tuple:
 def _route(route: Route, logins: dict, base: str, where: str, faults: list) -> Route:
     if route.auth and route.auth not in logins:
         faults.append(f'{where}.auth: "{route.auth}" is not in authinfo{did_you_mean(route.auth, logins)}')
+    if route.relay == "MX" and route.auth:
+        faults.append(f"{where}.auth: MX logs in nowhere")
     if route.relay == "File" and not (os.path.isdir(route.folder) and os.access(route.folder, os.W_OK | os.X_OK)):
         faults.append(f"{where}.mailer: {route.folder} is no folder that can be written")
     ca_file = os.path.join(base, route.ca_file) if route.ca_file else ""
@@ -2008,8 +2010,8 @@ def chance() -> float:
 class Resolver:
     """Asks name servers and keeps their answers; the servers given, or those of resolv.conf."""
 
-    PATIENCE = 2.0  # seconds for one server to answer
-    ROUNDS = 2  # times that each is asked
+    PATIENCE = 3.0  # seconds for one server to answer
+    ROUNDS = 3  # times that each is asked
     LONGEST = 86400  # seconds that an answer is kept, whatever it says
 
     def __init__(self, given: tuple = (), dice: Callable = chance, clock: Callable = time.monotonic) -> None:
@@ -2274,11 +2276,11 @@ async def addresses(host: str, resolver: Resolver, private: bool, deadline: floa
         found = [value for answer in both for value in answer.values]
         if not found and SERVFAIL in (both[0].code, both[1].code):
             why = both[0].why or both[1].why
-            raise Refused(reply("dns", f"{host}: {why}", mailer="MX", host=host)) from None
+            raise Refused(reply("dns", f"{host}: {why}", mailer="MX")) from None
     good = [address for address in found if private or is_public(address)]
     if not good:
         why = f"{host}: {found[0]} is not a public address" if found else f"{host}: no address"
-        raise Refused(reply("no-address", why, mailer="MX", host=host))
+        raise Refused(reply("no-address", why, mailer="MX"))
     return good
 
 
@@ -2321,7 +2323,8 @@ class Policies:
         try:
             policy = await self._fetch(domain, route, deadline)
         except (OSError, ValueError, Refused) as fault:
-            log.lines(f"MTA-STS policy of {domain} can't be had: {printable(str(fault))}")
+            why = ": ".join(fault.reply.message) if isinstance(fault, Refused) else str(fault)
+            log.lines(f"MTA-STS policy of {domain} can't be had: {printable(why)}")
             self.failed.put((domain, number), True, self.AGAIN)
             return kept[1]
         self.kept.put(domain, (number, policy), policy.max_age)
@@ -2869,7 +2872,7 @@ async def hops(host: str, route: Route, policy: Policy | None, resolver: Resolve
         found = await addresses(host, resolver, route.private, time.monotonic() + route.timeout)
     except Refused as refused:
         return [refused.reply]
-    hop = replace(route, host=host, auth="", login=())  # what is meant for one server is not for strangers
+    hop = replace(route, host=host)
     if policy and policy.mode == "enforce":
         hop = replace(hop, starttls=True, tls_verify=True)
     elif not route.starttls:
@@ -4349,7 +4352,7 @@ def probes_of(settings: Settings, domain: str) -> dict:
 
 async def sender_findings(domain: str, selector: str | None, resolver: Resolver) -> list:
     """What a large receiver reads in DNS of a sender's domain, and why it would refuse the mail: SPF, DKIM, DMARC."""
-    patience = 2 * Resolver.PATIENCE * Resolver.ROUNDS
+    patience = Resolver.PATIENCE * Resolver.ROUNDS
 
     async def texts(name: str) -> tuple:
         found = await resolver.look_up(name, TXT, time.monotonic() + patience)
