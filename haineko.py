@@ -3012,7 +3012,7 @@ def session_findings(session: Session) -> list:
     place = session.sock.getpeername()
     findings = [Finding("TCP", True, f"connected to {place[0]}:{place[1]}")]
     if session.ehlo_resp:
-        words = [f"{name.upper()} {value}".strip() for name, value in session.esmtp_features.items()]
+        words = [" ".join([name.upper(), *value.split()]) for name, value in session.esmtp_features.items()]
         findings.append(Finding("EHLO", True, printable(", ".join(words) or "no extensions", 500)))
     if isinstance(session.sock, ssl.SSLSocket):
         findings.append(Finding("TLS", True, certificate_words(session.sock)))

@@ -183,13 +183,12 @@ class MailHost:
     """An SMTP server on each of several addresses with one port; `manners` tells by address what is said to a verb, in
     place of the usual: a reply, None to hang up. `mails` are (address, TLS, recipients, text)."""
 
-    def __init__(self, *places: str, tls: ssl.SSLContext | None = None, **_) -> None:
+    def __init__(self, *places: str, tls: ssl.SSLContext | None = None) -> None:
         self.mails, self.manners, self.opened, self.tls = [], {}, [], tls
         self.listeners: dict = {}
         while len(self.listeners) < len(places):
             self._bind(places)
-        self.threads: list = []
-        self.sockets: list = []
+        self.threads, self.sockets = [], []
         for place, listener in self.listeners.items():
             threading.Thread(target=self._accept, args=(place, listener), daemon=True).start()
 
@@ -200,10 +199,12 @@ class MailHost:
             try:
                 self.listeners[place] = socket.create_server((place, self.port), family=family)
             except OSError as fault:
-                if fault.errno != errno.EADDRINUSE:
-                    raise
                 for listener in self.listeners.values():
                     listener.close()
+                if fault.errno == errno.EADDRNOTAVAIL:
+                    raise unittest.SkipTest(f"{place} is no address of this machine") from None
+                if fault.errno != errno.EADDRINUSE:
+                    raise
                 return
             self.port = self.listeners[place].getsockname()[1]
 
@@ -619,7 +620,7 @@ class NameServers(WithFiles):
             ("zero.example", [(0, 1), (0, 1)]),
             ("alias.example", [(0, 1), (49, 0), (51, 1)]),
             ("none.example", [(0, 1), (29, 0), (31, 1)]),  # as the SOA says
-            ("fails.example", [(0, 2), (0, 2)]),
+            ("fails.example", [(0, haineko.Resolver.ROUNDS)] * 2),
             ("years.example", [(0, 1), (86399, 0), (86401, 1)]),
         ):
             for at, wanted in times:
@@ -896,16 +897,12 @@ class RelayMx(MxPeers):
                 self.assertEqual(said.mailer, "MX")
 
     def test_ipv6(self):
-        with contextlib.ExitStack() as stack:
-            try:
-                six = stack.enter_context(MailHost("::1"))
-            except OSError:
-                self.skipTest("no IPv6 here")
-            self.dns.zone["six.example"] = {haineko.AAAA: ["::1"]}
-            for to, host in (("a@six.example", "six.example"), ("a@[IPv6:::1]", "::1")):
-                with self.subTest(to):
-                    said = self.relay(mail_to(to, port=six.port))[0]
-                    self.assertEqual((said.code, said.host), ("250", host))
+        six = self.enter(MailHost("::1"))
+        self.dns.zone["six.example"] = {haineko.AAAA: ["::1"]}
+        for to, host in (("a@six.example", "six.example"), ("a@[IPv6:::1]", "::1")):
+            with self.subTest(to):
+                said = self.relay(mail_to(to, port=six.port))[0]
+                self.assertEqual((said.code, said.host), ("250", host))
 
     def test_private_addresses_are_out_of_reach(self):
         self.domain((10, 2), (20, 3))
