@@ -2024,7 +2024,7 @@ class Resolver:
         found = self.kept.get(key)
         if not found:
             found, ttl = await self._ask_along(*key, deadline)
-            self.kept.put(key, found, min(ttl, self.LONGEST))
+            self.kept.put(key, found, ttl)
         return found
 
     def servers(self) -> tuple:
