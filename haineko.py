@@ -3082,7 +3082,8 @@ async def probe_nothing(probe: Probe, sessions: Sessions) -> list:
     return [Finding("NONE", True, "nothing to connect to")]
 
 
-# One row for each of RELAYS: what tries (Probe, Sessions), without sending a mail, and gives a Finding for each step.
+# One row for each of RELAYS: takes (Probe, Sessions), sends no mail, gives a Finding for each step; it may raise what a
+# relay may.
 PROBES = {
     "ESMTP": probe_esmtp,
     "MX": probe_mx,
@@ -4328,7 +4329,7 @@ async def _tried(settings: Settings, sender: Address | None, selector: str | Non
     if connect:
         domain = sender.domain if sender else ""
         probes = probes_of(settings, domain)
-        work += [(where, PROBES[probe.route.relay](probe, sessions)) for where, probe in probes.items()]
+        work += [(where, probed(probe, sessions)) for where, probe in probes.items()]
     if sender:
         work.append((sender.domain, sender_findings(sender.domain.lower(), selector, sessions.resolver)))
     for where, finding in work:
@@ -4336,6 +4337,17 @@ async def _tried(settings: Settings, sender: Address | None, selector: str | Non
             failed = failed or not fine
             print(f"{where}: {step}: {'' if fine else 'FAILED: '}{words}", flush=True)
     return int(failed)
+
+
+async def probed(probe: Probe, sessions: Sessions) -> list:
+    """The findings of one route, whatever its probe raises."""
+    try:
+        return await PROBES[probe.route.relay](probe, sessions)
+    except Refused as refused:
+        said = refused.reply
+        return [Finding(said.command, False, f"{said.code} {': '.join(said.message)}")]
+    except OSError as fault:
+        return [Finding("CONN", False, printable(fault.strerror or str(fault)))]
 
 
 def probes_of(settings: Settings, domain: str) -> dict:
