@@ -21,7 +21,8 @@ other side are values (Reply); Refused carries one out of depth. Every recipient
 closed table: REPLIES, CHARSETS, CHECKS, RELAYS, PROBES, PAGES, COMMANDS. Standard library only.
 
 Spoken here: RFC 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS),
-3461 (DSN), 3463 (status codes), 4954 (AUTH), 6152 (8BITMIME), 8314 (TLS on 465), 9110, 9112 (HTTP/1.1), 7617 (Basic).
+3461 (DSN), 3463 (status codes), 4954 (AUTH), 6152 (8BITMIME), 8314 (TLS on 465), 1035 (DNS), 6891 (EDNS), 7505 (null
+MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic).
 """
 
 from __future__ import annotations
