@@ -573,6 +573,10 @@ class NameServers(WithFiles):
                 self.assertEqual(found.code, haineko.NOERROR if values is not None else haineko.SERVFAIL)
                 self.assertEqual(bool(found.why), values is None)
 
+    def test_a_flood_ends(self):
+        server = self.enter(NameServer({"a.example": lambda q, _: [b"x"] * 100}))
+        self.assertIn("nobody asked for", self.look_up(server, "a.example", haineko.A).why)
+
     def test_the_next_server_is_asked(self):
         first, second = self.enter(NameServer({})), self.enter(NameServer({"a.example": {haineko.A: ["192.0.2.1"]}}))
         for what, manner in (("silence", lambda q, _: []), ("SERVFAIL", lambda q, _: [q.answer(code=2)])):
@@ -1346,6 +1350,29 @@ class CheckConnect(WithFiles):
                 )
                 self.assertEqual(found, code, lines)
                 self.assert_lines(lines, *wanted)
+
+    def test_what_the_readme_shows(self):
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as stream:
+            shown = re.findall(
+                r"(?s)```console connect\n\$ python3 haineko.py check (.*?)\n.*?\n(.*?)```", stream.read()
+            )
+        (flags, wanted), zone = shown[0], {haineko.TXT: ["v=spf1 include:spf.example.net -all"]}
+        host = self.enter(MailHost("127.0.0.1", tls=self.tls))
+        offers = ("PIPELINING", "SIZE 35882577", "STARTTLS")
+        words = "".join(f"250-{word}\r\n" for word in ("mx", *offers)) + "250 AUTH PLAIN LOGIN"
+        host.manners = {"127.0.0.1": {"EHLO": words, "AUTH": "235 2.7.0 fine"}}
+        inner = {haineko.TXT: ["v=spf1 ip4:192.0.2.0/24 -all"]}
+        dns = self.enter(NameServer({"example.org": zone, "spf.example.net": inner}))
+        route = {"host": "localhost", "port": host.port, "starttls": 1, "ca_file": self.ca, "auth": "provider"}
+        login = {"authinfo": {"provider": {"username": "kijitora", "password": "nyan"}}}
+        code, lines = self.check({"default": route}, *flags.split(), resolver=dns.place, **login)
+
+        def alike(line: str) -> str:
+            """Without what is another server's."""
+            line = re.sub(r"(localhost|smtp.example.net|mx.sts.example)\b", "HOST", re.sub(r"until .*", "until", line))
+            return re.sub(r"(?<= to )\S+|(?<=HOST is ).*|TLSv1..", "", line)
+
+        self.assertEqual((code, list(map(alike, lines))), (1, list(map(alike, wanted.splitlines()))))
 
     def test_wrong_usage(self):
         for flags in (
