@@ -16,12 +16,13 @@ The way of a mail is the order of this page: each section takes the value of the
      8  Routes                   16  Commands
 
 Rules of the file. A section refers to the sections above it, never below; inside a section the caller stands above its
-helpers. Sockets are opened in SMTP sessions, relays and HTTP only; clock and chance are arguments. Errors of the other
-side are values (Reply); Refused carries one out of depth. Every recipient has a reply. What may be extended is a closed
-table: REPLIES, CHARSETS, CHECKS, RELAYS, PAGES, COMMANDS. Standard library only.
+helpers. Sockets are opened in DNS, SMTP sessions, relays and HTTP only; clock and chance are arguments. Errors of the
+other side are values (Reply); Refused carries one out of depth. Every recipient has a reply. What may be extended is a
+closed table: REPLIES, CHARSETS, CHECKS, RELAYS, PROBES, PAGES, COMMANDS. Standard library only.
 
 Spoken here: RFC 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS),
-3461 (DSN), 3463 (status codes), 4954 (AUTH), 6152 (8BITMIME), 8314 (TLS on 465), 9110, 9112 (HTTP/1.1), 7617 (Basic).
+3461 (DSN), 3463 (status codes), 4954 (AUTH), 6152 (8BITMIME), 8314 (TLS on 465), 1035 (DNS), 6891 (EDNS), 7505 (null
+MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic).
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ import signal
 import smtplib
 import socket
 import ssl
+import struct
 import sys
 import threading
 import time
@@ -173,6 +175,12 @@ REPLIES = {
     "lost": (0, "421", "4.4.2", "", "Connection to SMTP Server lost"),
     "unsure": (0, "421", "4.4.2", "DATA", "Connection lost after the end of the message, which may have arrived"),
     "rubbish": (0, "421", "4.5.0", "", "SMTP Server broke the protocol"),
+    "dns": (0, "451", "4.4.3", "CONN", "DNS gives no answer"),
+    "no-domain": (0, "550", "5.1.2", "CONN", "Domain does not exist"),
+    "null-mx": (0, "556", "5.1.10", "CONN", "Domain takes no mail"),
+    "mx-loop": (0, "554", "5.4.6", "CONN", "Domain names this host as the one to bring its mail to"),
+    "no-address": (0, "550", "5.4.4", "CONN", "Host of the domain can't be connected to"),
+    "mta-sts": (0, "451", "4.7.5", "STARTTLS", "MTA-STS policy of the domain admits none of its hosts"),
     "no-starttls": (0, "454", "4.7.4", "STARTTLS", "STARTTLS is required, but was not offered"),
     "tls": (0, "421", "4.7.5", "STARTTLS", "TLS handshake failed"),
     "no-auth": (0, "454", "4.7.0", "AUTH", "AUTH is required, but no mechanism known here was offered"),
@@ -442,6 +450,24 @@ def host(value: Any, where: str, faults: list) -> str:
     return value
 
 
+def resolver_address(value: Any, where: str, faults: list) -> str:
+    value = text(value, where, faults)
+    if value and not name_server(value):
+        faults.append(f'{where}: "address", "address:port" or "[v6]:port" is wanted, not "{value}"')
+    return value
+
+
+def name_server(text: str) -> tuple:
+    """(IP address, port) of "address", "address:port" or "[v6]:port"; () where it is none of them."""
+    found = re.fullmatch(r"\[([^]]+)\]:(\d{1,5})|([^:]+):(\d{1,5})|(\S+)", text)
+    name, port = (found[1] or found[3] or found[5], int(found[2] or found[4] or 53)) if found else ("", 0)
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return ()
+    return (name, port) if 0 < port < 65536 else ()
+
+
 def name_or_nothing(value: Any, where: str, faults: list) -> str:
     value = text(value, where, faults)
     if value and not DOMAIN.fullmatch(value):
@@ -477,7 +503,7 @@ def mailer(value: Any, where: str, faults: list) -> str:
     return known.get(value.lower(), value)
 
 
-MAILERS = ("ESMTP", "File", "Screen", "Discard")  # one row of RELAYS each
+MAILERS = ("ESMTP", "MX", "File", "Screen", "Discard")  # one row of RELAYS each
 
 
 def secret(value: Any, where: str, faults: list) -> Any:
@@ -604,6 +630,7 @@ class Smtpd:
     max_message_size: int = setting(4194304, number(0, 1 << 40), "octets of the finished message; 0 means no limit")
     max_rcpts_per_message: int = setting(4, number(0, 1 << 20), "recipients; 0 means no limit")
     max_workers: int = setting(4, number(1, 256), "deliveries of one request at a time")
+    resolver: tuple = setting((), list_of(resolver_address), "name servers, address:port; none: those of resolv.conf")
     syslog: Syslog = setting(Syslog(), section(Syslog), "the log")
 
 
@@ -647,7 +674,7 @@ class Login:
 
 @dataclass(frozen=True, repr=False)
 class Route:
-    """Where mail goes; `login` is (username, password) once the settings are whole."""
+    """Where mail goes; `login` is (username, password) once the settings are whole. MX sets the last two."""
 
     mailer: str = setting("ESMTP", mailer, "the relay, or a folder for File")
     host: str = setting("127.0.0.1", host, "name or address of the next server; the folder, for File")
@@ -656,11 +683,14 @@ class Route:
     starttls: bool = setting(False, flag, "1: STARTTLS or no delivery")
     tls_verify: bool = setting(True, flag, "check the server's certificate and name")
     ca_file: str = setting("", text, "PEM file of one more certificate authority")
+    private: bool = setting(False, flag, "MX: 1 allows hosts with loopback and private addresses")
     timeout: int = setting(30, number(1, 3600), "seconds for each step of the dialogue")
     retry: int = setting(0, number(0, 100), "more tries after a temporary failure while the client waits")
     sleep: int = setting(5, number(0, 3600), "seconds between them")
     disabled: bool = setting(False, flag, "1: as if this route were not there")
     login: tuple = field(default=(), repr=False)
+    address: str = ""  # to connect to, where it is not to be looked up again
+    tls_if_offered: bool = False  # STARTTLS where the server has it
 
     @property
     def relay(self) -> str:
@@ -829,6 +859,8 @@ def _login(login: Login, base: str, where: str, faults: list) -> tuple:
 def _route(route: Route, logins: dict, base: str, where: str, faults: list) -> Route:
     if route.auth and route.auth not in logins:
         faults.append(f'{where}.auth: "{route.auth}" is not in authinfo{did_you_mean(route.auth, logins)}')
+    if route.relay == "MX" and route.auth:
+        faults.append(f"{where}.auth: MX logs in nowhere")
     if route.relay == "File" and not (os.path.isdir(route.folder) and os.access(route.folder, os.W_OK | os.X_OK)):
         faults.append(f"{where}.mailer: {route.folder} is no folder that can be written")
     ca_file = os.path.join(base, route.ca_file) if route.ca_file else ""
@@ -1910,8 +1942,452 @@ class Selector:
 
 # ======================================================================================================================
 # 10. DNS
-#    Empty as yet: the place of the look-up that the relay MX needs.
+#     Takes a name and a kind of record, gives what the name servers say of it (RFC 1035), and from that the hosts of a
+#     domain's mail (RFC 5321 5.1) and its MTA-STS policy (RFC 8461). A message is built and read by functions that know
+#     no socket. Nothing of what comes in is believed before it is checked; nothing is followed without end.
 # ======================================================================================================================
+
+A, CNAME, SOA, MX, TXT, AAAA, OPT = 1, 5, 6, 15, 16, 28, 41  # kinds of records
+NOERROR, FORMERR, SERVFAIL, NXDOMAIN = 0, 1, 2, 3  # RFC 1035 4.1.1, "RCODE"
+MAX_NAME = 253  # characters
+MAX_JUMPS = 127  # of a compressed name; as many as it can have labels
+MAX_RECORDS = 512  # of one message
+MAX_ALIASES = 8  # on the way to one answer
+MAX_STRAYS = 64  # datagrams that answer nothing
+MAX_DATAGRAM = 1232  # octets; what passes everywhere in one piece
+
+
+class Found(NamedTuple):
+    """What DNS says of a name."""
+
+    code: int  # NOERROR, NXDOMAIN, or SERVFAIL where nobody gave an answer
+    values: tuple = ()  # A, AAAA: address; MX: (preference, host); TXT: text. Empty where there is no such record
+    why: str = ""  # nobody gave an answer
+
+
+class Record(NamedTuple):
+    name: str
+    kind: int
+    ttl: int  # seconds
+    value: Any  # as in Found; CNAME: name; SOA: seconds for which "no" may be kept; None for other kinds
+
+
+class Response(NamedTuple):
+    """One message of a name server."""
+
+    code: int
+    truncated: bool
+    answers: list  # of Record
+    authority: list
+
+
+class Kept:
+    """Values kept for a while; where there are too many, those that nobody asked for longest go first."""
+
+    def __init__(self, most: int, clock: Callable) -> None:
+        self.most, self.clock, self.table = most, clock, OrderedDict()
+
+    def get(self, key: Any) -> Any:
+        """The value, None where there is none or its time is over."""
+        value, until = self.table.get(key, (None, 0.0))
+        if until <= self.clock():
+            self.table.pop(key, None)
+            return None
+        self.table.move_to_end(key)
+        return value
+
+    def put(self, key: Any, value: Any, seconds: float) -> None:
+        if seconds > 0:
+            self.table[key] = value, self.clock() + seconds
+            if len(self.table) > self.most:
+                self.table.popitem(last=False)
+
+
+def chance() -> float:
+    """A number from 0 up to 1 that nobody can foresee."""
+    return (int.from_bytes(os.urandom(7), "big") >> 3) / (1 << 53)
+
+
+class Resolver:
+    """Asks name servers and keeps their answers; the servers given, or those of resolv.conf."""
+
+    PATIENCE = 3.0  # seconds for one server to answer
+    ROUNDS = 3  # times that each is asked
+    LONGEST = 86400  # seconds that an answer is kept, whatever it says
+
+    def __init__(self, given: tuple = (), dice: Callable = chance, clock: Callable = time.monotonic) -> None:
+        self.given, self.dice = given, dice
+        self.kept = Kept(4096, clock)
+
+    async def look_up(self, name: str, kind: int, deadline: float) -> Found:
+        """The records of that kind, along aliases (CNAME), by the deadline (monotonic)."""
+        key = name.lower().rstrip("."), kind
+        found = self.kept.get(key)
+        if not found:
+            found, ttl = await self._ask_along(*key, deadline)
+            self.kept.put(key, found, ttl)
+        return found
+
+    def servers(self) -> tuple:
+        """(address, port) of each, in the order in which they are asked."""
+        return tuple(map(name_server, self.given)) or listed_servers(RESOLV_CONF, signature(RESOLV_CONF))
+
+    async def _ask_along(self, name: str, kind: int, deadline: float) -> tuple:
+        """(Found, seconds for which it holds). A server that resolves gives the whole chain of aliases at once."""
+        ttl, aliases = self.LONGEST, 0
+        while aliases <= MAX_ALIASES:
+            response = await self._ask(name, kind, deadline)
+            if isinstance(response, str):
+                return Found(SERVFAIL, (), response), 0
+            chain, values = follow(response.answers, name, kind)
+            ttl, aliases = min([ttl, *[record.ttl for record in chain + values]]), aliases + len(chain)
+            if values:
+                return Found(NOERROR, tuple(record.value for record in values)), ttl
+            no = [min(record.ttl, record.value) for record in response.authority if record.kind == SOA]  # RFC 2308 5
+            if not chain or no or response.code == NXDOMAIN:
+                return Found(response.code), min([ttl, *no]) if no else 0
+            name = chain[-1].value
+        return Found(SERVFAIL, (), f"more than {MAX_ALIASES} aliases"), 0
+
+    async def _ask(self, name: str, kind: int, deadline: float) -> Any:
+        """The first answer, be it yes or no, or in words why there is none."""
+        if len(name) > MAX_NAME:
+            return Response(NXDOMAIN, False, [], [])
+        why = "no name server is known"
+        for server in self.servers() * self.ROUNDS:
+            until = min(deadline, time.monotonic() + self.PATIENCE)
+            try:
+                response = await self._exchange(server, name, kind, until)
+                if response.code in (NOERROR, NXDOMAIN):
+                    return response
+                why = f"{server[0]} answers {RCODES.get(response.code, response.code)}"
+            except OSError as fault:
+                why = f"{server[0]}: {fault.strerror or fault}"
+            except ValueError as fault:
+                why = f"{server[0]}: {fault}"
+            if time.monotonic() >= deadline:
+                break
+        return why
+
+    async def _exchange(self, server: tuple, name: str, kind: int, until: float) -> Response:
+        """The server's answer by UDP; by TCP where it doesn't fit (RFC 7766 5); without EDNS where it knows none."""
+        for edns in (True, False):
+            number = int(self.dice() * 65536)
+            query = build_query(number, name, kind, edns)
+            response = await by_udp(server, query, (number, name, kind), until)
+            if response.truncated:
+                response = await by_tcp(server, query, (number, name, kind), until)
+            if response.code != FORMERR:
+                break
+        return response
+
+
+RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED"}
+RESOLV_CONF = "/etc/resolv.conf"
+
+
+@functools.lru_cache(maxsize=8)
+def listed_servers(path: str, _signature: tuple | None) -> tuple:
+    """(address, port) of each name server in resolv.conf, three at the most; this machine's where there is none."""
+    try:
+        with open(path, encoding="ascii", errors="replace") as stream:
+            named = re.findall(r"(?m)^nameserver[ \t]+(\S+)", stream.read())
+    except OSError:
+        named = []
+    good = [name for name in named if name_server(name)]
+    return tuple(map(name_server, good[:3])) or (("127.0.0.1", 53),)
+
+
+async def by_udp(server: tuple, query: bytes, asked: tuple, until: float) -> Response:
+    """The datagram that answers the query; what others send in between is ignored (RFC 5452 9.1)."""
+    with socket.socket(family_of(server[0]), socket.SOCK_DGRAM) as sock:
+        sock.setblocking(False)
+        sock.connect(server)  # from a port of chance; the kernel drops what comes from elsewhere
+        await send(sock, query, until)
+        for _ in range(MAX_STRAYS):
+            octets = await receive(sock, 65535, until)
+            try:
+                return parse_response(octets, *asked)
+            except ValueError:  # forged, late or garbled: the real answer may still come
+                pass
+        raise ValueError("answers that nobody asked for")
+
+
+async def by_tcp(server: tuple, query: bytes, asked: tuple, until: float) -> Response:
+    """The same over a connection, each message with its length before it (RFC 1035 4.2.2)."""
+    with socket.socket(family_of(server[0]), socket.SOCK_STREAM) as sock:
+        sock.setblocking(False)
+        code = sock.connect_ex(server)
+        if code == errno.EINPROGRESS:
+            await readiness(sock, until, writing=True)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
+        await send(sock, len(query).to_bytes(2, "big") + query, until)
+        octets = b""
+        while len(octets) < 2 or len(octets) < 2 + int.from_bytes(octets[:2], "big"):
+            more = await receive(sock, 65537 - len(octets), until)
+            if not more:
+                raise ConnectionError("closed within an answer")
+            octets += more
+        return parse_response(octets[2:], *asked)
+
+
+def family_of(address: str) -> int:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def build_query(number: int, name: str, kind: int, edns: bool = True) -> bytes:
+    """A question to a server that resolves (RFC 1035 4.1), which may answer by a larger datagram (RFC 6891)."""
+    labels = [label.encode("ascii") for label in name.split(".")] if name else []
+    wire = b"".join([bytes((len(label),)) + label for label in labels])
+    option = b"\0" + struct.pack(">HHIH", OPT, MAX_DATAGRAM, 0, 0) if edns else b""
+    return struct.pack(">6H", number, 0x0100, 1, 0, 0, int(edns)) + wire + b"\0" + struct.pack(">HH", kind, 1) + option
+
+
+def parse_response(octets: bytes, number: int, name: str, kind: int) -> Response:
+    """The answer to that question; ValueError where it is none, or is broken."""
+    try:
+        found, flags, questions, answers, authority, _ = struct.unpack_from(">6H", octets)
+        if (found, flags >> 15, questions, flags & 15) == (
+            number,
+            1,
+            0,
+            FORMERR,
+        ):  # it doesn't even repeat the question
+            return Response(FORMERR, False, [], [])
+        asked, at = read_name(octets, 12)
+        if (found, flags >> 15, questions, asked) != (number, 1, 1, name.lower()):
+            raise ValueError("not an answer to this question")
+        if struct.unpack_from(">HH", octets, at) != (kind, 1):
+            raise ValueError("an answer to another question")
+        truncated = bool(flags & 0x0200)
+        if truncated or answers + authority > MAX_RECORDS:
+            return Response(flags & 15 if truncated else SERVFAIL, truncated, [], [])
+        records, at = [], at + 4
+        for _ in range(answers + authority):
+            record, at = read_record(octets, at)
+            records.append(record)
+    except (struct.error, IndexError):
+        raise ValueError("broken off") from None
+    return Response(flags & 15, False, records[:answers], records[answers:])
+
+
+def read_record(octets: bytes, at: int) -> tuple:
+    """(Record, where the next one begins)."""
+    name, at = read_name(octets, at)
+    kind, family, ttl, length = struct.unpack_from(">HHIH", octets, at)
+    at += 10
+    data, after = octets[at : at + length], at + length
+    if len(data) < length:
+        raise ValueError("a record broken off")
+    value: Any = None
+    if kind == A and length == 4:
+        value = socket.inet_ntop(socket.AF_INET, data)
+    elif kind == AAAA and length == 16:
+        value = socket.inet_ntop(socket.AF_INET6, data)
+    elif kind == CNAME:
+        value = read_name(octets, at)[0]
+    elif kind == MX:
+        value = int.from_bytes(data[:2], "big"), read_name(octets, at + 2)[0]
+    elif kind == TXT:
+        value = read_text(data)
+    elif kind == SOA:
+        value = int.from_bytes(data[-4:], "big")
+    if family != 1 or value is None:
+        kind = 0
+    return Record(name, kind, ttl if ttl < 1 << 31 else 0, value), after  # RFC 2181 8
+
+
+def read_name(octets: bytes, at: int) -> tuple:
+    """(name in lower case without the last dot, where what follows it begins). RFC 1035 4.1.4"""
+    labels, after, jumps = [], 0, 0
+    while octets[at]:
+        length = octets[at]
+        if length >= 0xC0:
+            after, jumps = after or at + 2, jumps + 1
+            target = int.from_bytes(octets[at : at + 2], "big") & 0x3FFF
+            if target >= at or jumps > MAX_JUMPS:  # only what stands before can be meant; so no loop has no end
+                raise ValueError("a name that points nowhere")
+            at = target
+            continue
+        label = octets[at + 1 : at + 1 + length]
+        if length > 63 or len(label) < length:
+            raise ValueError("a label broken off")
+        labels.append(label.decode("latin-1").lower().replace(".", "\\."))
+        at += 1 + length
+        if len(labels) > MAX_JUMPS:
+            raise ValueError("a name without end")
+    return ".".join(labels), after or at + 1
+
+
+def read_text(data: bytes) -> str:
+    """The strings of a TXT record, put together (RFC 7208 3.3)."""
+    parts, at = [], 0
+    while at < len(data):
+        parts.append(data[at + 1 : at + 1 + data[at]])
+        at += 1 + data[at]
+    return b"".join(parts).decode("utf-8", "replace")
+
+
+def follow(answers: list, name: str, kind: int) -> tuple:
+    """([aliases on the way], [records of that kind at its end])."""
+    chain: list = []
+    while len(chain) <= MAX_ALIASES:
+        values = [record for record in answers if (record.name, record.kind) == (name, kind)]
+        alias = next((record for record in answers if (record.name, record.kind) == (name, CNAME)), None)
+        if values or not alias:
+            return chain, values
+        chain.append(alias)
+        name = alias.value
+    return chain, []
+
+
+async def mail_hosts(domain: str, resolver: Resolver, hostname: str, deadline: float) -> list:
+    """The hosts that take mail for a domain, the best first (RFC 5321 5.1); Refused where there are none."""
+    if domain.startswith("["):  # an address literal
+        return [domain[1:-1].partition(":")[2] if domain[:6].lower() == "[ipv6:" else domain[1:-1]]
+    found = await resolver.look_up(domain, MX, deadline)
+    if found.code == SERVFAIL:
+        raise Refused(reply("dns", f"{domain}: {found.why}", mailer="MX"))
+    if found.code == NXDOMAIN:
+        raise Refused(reply("no-domain", domain, mailer="MX"))
+    if found.values and all(not host for _, host in found.values):
+        raise Refused(reply("null-mx", domain, mailer="MX"))
+    hosts = by_preference(found.values, hostname, resolver.dice) if found.values else [domain]
+    if not hosts:
+        raise Refused(reply("mx-loop", domain, mailer="MX"))
+    return hosts
+
+
+def by_preference(values: tuple, hostname: str, dice: Callable) -> list:
+    """Host names, equal ones in an order of chance; this host and what stands behind it left out (RFC 5321 5.1)."""
+    own = min([preference for preference, host in values if host == hostname.lower()], default=1 << 16)
+    usable = [(preference, dice(), host) for preference, host in values if preference < own and DOMAIN.fullmatch(host)]
+    return list(dict.fromkeys(host for _, _, host in sorted(usable)))
+
+
+async def addresses(host: str, resolver: Resolver, private: bool, deadline: float) -> list:
+    """IP addresses of a host, where `private` is not set only public ones; Refused where there are none."""
+    try:
+        found = [str(ipaddress.ip_address(host))]
+    except ValueError:
+        # IPv4 first: of senders by IPv6 the large receivers ask more
+        both = [await resolver.look_up(host, kind, deadline) for kind in (A, AAAA)]
+        found = [value for answer in both for value in answer.values]
+        if not found and SERVFAIL in (both[0].code, both[1].code):
+            why = both[0].why or both[1].why
+            raise Refused(reply("dns", f"{host}: {why}", mailer="MX")) from None
+    good = [address for address in found if private or is_public(address)]
+    if not good:
+        why = f"{host}: {found[0]} is not a public address" if found else f"{host}: no address"
+        raise Refused(reply("no-address", why, mailer="MX"))
+    return good
+
+
+def is_public(text: str) -> bool:
+    """True for an address that anybody in the internet may have; in IPv6 clothes an IPv4 address is what counts."""
+    found = ipaddress.ip_address(text)
+    found = getattr(found, "ipv4_mapped", None) or getattr(found, "sixtofour", None) or found
+    return found.is_global and not found.is_multicast
+
+
+class Policy(NamedTuple):
+    """MTA-STS: which hosts a domain wants its mail to be brought to (RFC 8461 3.2)."""
+
+    mode: str  # enforce, testing or none
+    hosts: tuple  # names; "*." stands for one label
+    max_age: int  # seconds
+
+    def admits(self, host: str) -> bool:
+        return self.mode != "enforce" or host in self.hosts or "*." + host.partition(".")[2] in self.hosts
+
+
+class Policies:
+    """The MTA-STS policies of domains, kept as long as they say."""
+
+    PATIENCE = 10.0  # seconds to get one
+    AGAIN = 300  # seconds until it is asked for again where it could not be had (RFC 8461 3.3)
+
+    def __init__(self, resolver: Resolver, port: int = 443, clock: Callable = time.monotonic) -> None:
+        self.resolver, self.port = resolver, port
+        self.kept, self.failed = Kept(4096, clock), Kept(4096, clock)
+
+    async def of(self, domain: str, route: Route) -> Policy | None:
+        """The domain's policy; the one kept where DNS or the web server fail, since who attacks could see to that."""
+        number, kept = "", self.kept.get(domain) or ("", None)
+        deadline = time.monotonic() + min(route.timeout, self.PATIENCE)
+        if not domain.startswith("["):
+            number = sts_id((await self.resolver.look_up(f"_mta-sts.{domain}", TXT, deadline)).values)
+        if number in ("", kept[0]) or self.failed.get((domain, number)):
+            return kept[1]
+        try:
+            policy = await self._fetch(domain, route, deadline)
+        except (OSError, ValueError, Refused) as fault:
+            why = ": ".join(fault.reply.message) if isinstance(fault, Refused) else str(fault)
+            log.lines(f"MTA-STS policy of {domain} can't be had: {printable(why)}")
+            self.failed.put((domain, number), True, self.AGAIN)
+            return kept[1]
+        self.kept.put(domain, (number, policy), policy.max_age)
+        return policy
+
+    async def _fetch(self, domain: str, route: Route, deadline: float) -> Policy:
+        host = f"mta-sts.{domain}"
+        place = (await addresses(host, self.resolver, route.private, deadline))[0], self.port
+        context = client_context(True, route.ca_file, signature(route.ca_file) if route.ca_file else None)
+        return parse_policy(await in_thread(fetch_policy, host, place, context, deadline))
+
+
+def sts_id(texts: tuple) -> str:
+    """The number of a domain's policy, "" where it has none: there must be exactly one record (RFC 8461 3.1)."""
+    records = [text for text in texts if text.startswith("v=STSv1")]
+    found = re.fullmatch(r"v=STSv1\s*;(?:.*;)?\s*id=([A-Za-z0-9]{1,32})\s*(?:;.*)?", records[0] if records else "")
+    return found[1] if found and len(records) == 1 else ""
+
+
+def fetch_policy(host: str, place: tuple, context: ssl.SSLContext, deadline: float) -> str:
+    """The text of a policy by HTTPS; raises OSError or ValueError. No redirection is followed (RFC 8461 3.3)."""
+    import http.client
+    import io
+
+    octets = b""
+    head = f"GET /.well-known/mta-sts.txt HTTP/1.1\r\nHost: {host}\r\nUser-Agent: haineko/{__version__}\r\n"
+    with socket.create_connection(place, max(deadline - time.monotonic(), 0.1)) as plain:
+        sock = context.wrap_socket(plain, server_hostname=host)  # takes the connection over
+    with sock:
+        sock.sendall(f"{head}Connection: close\r\n\r\n".encode())
+        while len(octets) <= MAX_POLICY:
+            sock.settimeout(max(deadline - time.monotonic(), 0.001))
+            more = sock.recv(65536)
+            if not more:
+                break
+            octets += more
+    try:
+        response = http.client.HTTPResponse(types.SimpleNamespace(makefile=lambda *_: io.BytesIO(octets)))
+        response.begin()
+        text = response.read()
+    except http.client.HTTPException as fault:
+        raise ValueError(f"not HTTP: {fault!r}") from None
+    if response.status != 200 or len(octets) > MAX_POLICY:
+        raise ValueError(f"HTTP status {response.status}" if response.status != 200 else "too large")
+    return text.decode("utf-8", "replace")
+
+
+MAX_POLICY = 65536  # octets
+
+
+def parse_policy(text: str) -> Policy:
+    """The policy in a text of "key: value" lines; ValueError where it is none (RFC 8461 3.2)."""
+    pairs_ = [[part.strip() for part in line.partition(":")[::2]] for line in text.splitlines() if line.strip()]
+    values = dict(reversed(pairs_))  # of a key that stands twice, the first counts
+    hosts = tuple(value.lower().rstrip(".") for key, value in pairs_ if key == "mx")
+    mode, age = values.get("mode", ""), values.get("max_age", "")
+    if values.get("version") != "STSv1" or mode not in ("enforce", "testing", "none") or (mode != "none" and not hosts):
+        raise ValueError("not an MTA-STS policy")
+    if not re.fullmatch(r"[0-9]{1,10}", age):
+        raise ValueError("max_age is no number")
+    return Policy(mode, hosts, min(int(age), 31557600))
+
 
 # ======================================================================================================================
 # 11. SMTP sessions
@@ -1987,7 +2463,7 @@ class Session(smtplib.SMTP):
     def establish(self) -> None:
         """Ready for transactions, or Refused with what the other side said."""
         try:
-            for step in (self._greet, self._hello, self._secure, self._log_in):
+            for step in self.steps():
                 step()
         except OSError as fault:
             self.close()
@@ -1998,8 +2474,12 @@ class Session(smtplib.SMTP):
         self.sock.setblocking(False)
         self.alive = True
 
+    def steps(self) -> tuple:
+        """The steps of establish(), in order."""
+        return self._greet, self._hello, self._secure, self._log_in
+
     def _greet(self) -> None:
-        self._expect("CONN", self.connect(self.route.host, self.route.port))
+        self._expect("CONN", self.connect(self.route.address or self.route.host, self.route.port))
 
     def _hello(self) -> None:
         self.step = "EHLO"
@@ -2010,7 +2490,8 @@ class Session(smtplib.SMTP):
 
     def _secure(self) -> None:
         route, self.step = self.route, "STARTTLS"
-        if not route.starttls or route.port == SMTPS:
+        wanted = route.starttls or (route.tls_if_offered and self.has_extn("starttls"))
+        if not wanted or route.port == SMTPS:
             return
         if not self.has_extn("starttls"):
             raise Refused(reply("no-starttls", **self._place()))
@@ -2269,15 +2750,22 @@ def settle(said: list, outcome: Heard | None, lost: Reply | None, count: int) ->
 
 
 class Sessions:
-    """The open sessions of this process, kept to be used again; the most recently used one first."""
+    """What the deliveries of this process share: the open sessions, kept to be used again, the most recently used one
+    first; the resolver and the policies of domains."""
 
     IDLE = 20  # seconds after which a session is given up; servers wait for minutes
     AGE = 300  # seconds after which it is not used again
     KEPT = 256  # sessions of one route
 
-    def __init__(self) -> None:
+    def __init__(self, name_servers: tuple = ()) -> None:
         self.idle: dict = {}  # (hostname, route): sessions, the most recently used last
         self.leaving: list = []  # sessions to say goodbye on
+        self.ask(name_servers)
+
+    def ask(self, name_servers: tuple) -> None:
+        """From now on these name servers are asked; () means those of resolv.conf."""
+        self.resolver = Resolver(name_servers)
+        self.policies = Policies(self.resolver)
 
     async def take(self, route: Route, hostname: str) -> tuple:
         """(a session, whether it was kept); Refused where none can be opened."""
@@ -2334,6 +2822,81 @@ async def relay_esmtp(job: Job, sessions: Sessions) -> list:
     return replies
 
 
+async def relay_mx(job: Job, sessions: Sessions) -> list:
+    """By SMTP to the hosts of each recipient's domain (RFC 5321 5.1); a shared message may be for several domains."""
+    domains: dict = {}
+    for recipient in job.recipients:
+        domains.setdefault(recipient.rpartition("@")[2].lower(), []).append(recipient)
+    said: dict = {}
+    for domain, its in domains.items():
+        try:
+            said.update(await to_domain(domain, job._replace(recipients=tuple(its)), sessions))
+        except Refused as refused:
+            said.update(dict.fromkeys(its, refused.reply))
+    return [said[recipient] for recipient in job.recipients]
+
+
+async def to_domain(domain: str, job: Job, sessions: Sessions) -> dict:
+    """{recipient: Reply} from the first host that works; Refused where the domain has none."""
+    route, waiting, tries = job.route, job.recipients, 0
+    hosts = await mail_hosts(domain, sessions.resolver, job.hostname, time.monotonic() + route.timeout)
+    policy = await sessions.policies.of(domain, route)
+    said: dict = {}
+    for host in admitted_hosts(hosts, policy):
+        for hop in await hops(host, route, policy, sessions.resolver):
+            replies = [hop] * len(waiting)
+            if isinstance(hop, Route):
+                replies = await to_host(job._replace(route=hop, recipients=waiting), sessions)
+            for recipient, item in zip(waiting, replies):
+                if recipient not in said or item.temporary or not elsewhere(item):
+                    said[recipient] = item
+            waiting, tries = tuple(to for to in waiting if elsewhere(said[to])), tries + 1
+            if not waiting or tries == MAX_HOPS:
+                return said
+    return said
+
+
+MAX_HOPS = 8  # addresses tried for one mail; each may take its time
+
+
+def admitted_hosts(hosts: list, policy: Policy | None) -> list:
+    """Those to which the domain's policy lets its mail go; Refused where that is none."""
+    admitted = [host for host in hosts if not policy or policy.admits(host)]
+    if not admitted:
+        raise Refused(reply("mta-sts", *hosts, mailer="MX"))
+    return admitted
+
+
+async def hops(host: str, route: Route, policy: Policy | None, resolver: Resolver) -> list:
+    """A Route to each address of the host; or the one Reply that says why there is none."""
+    try:
+        found = await addresses(host, resolver, route.private, time.monotonic() + route.timeout)
+    except Refused as refused:
+        return [refused.reply]
+    hop = replace(route, host=host)
+    if policy and policy.mode == "enforce":
+        hop = replace(hop, starttls=True, tls_verify=True)
+    elif not route.starttls:
+        hop = replace(hop, tls_if_offered=True, tls_verify=False)  # RFC 7435: encrypted by anybody is better than clear
+    return [replace(hop, address=address) for address in found]
+
+
+async def to_host(job: Job, sessions: Sessions) -> list:
+    """A Reply for each recipient from one address; by clear text where TLS fails on which nobody insists."""
+    try:
+        return await relay_esmtp(job, sessions)
+    except Refused as refused:
+        said = refused.reply
+    if said.command == "STARTTLS" and job.route.tls_if_offered:
+        return await to_host(job._replace(route=replace(job.route, tls_if_offered=False)), sessions)
+    return [said] * len(job.recipients)
+
+
+def elsewhere(said: Reply) -> bool:
+    """True where the mail was not yet spoken of, or the host said goodbye before the text: the next one may take it."""
+    return said.command in ("CONN", "EHLO", "STARTTLS") or (said.code == "421" and said.command != "DATA")
+
+
 async def relay_file(job: Job, sessions: Sessions) -> list:
     """Into a folder, complete or not at all: written aside, on disk, then renamed."""
     return await in_thread(save, job)
@@ -2384,7 +2947,151 @@ async def relay_discard(job: Job, sessions: Sessions) -> list:
     return [reply("discarded", mailer="Discard")] * len(job.recipients)
 
 
-RELAYS = {"ESMTP": relay_esmtp, "File": relay_file, "Screen": relay_screen, "Discard": relay_discard}
+RELAYS = {
+    "ESMTP": relay_esmtp,
+    "MX": relay_mx,
+    "File": relay_file,
+    "Screen": relay_screen,
+    "Discard": relay_discard,
+}
+
+
+class Probe(NamedTuple):
+    """What `check --connect` tries: a route, and for MX the domain of a recipient."""
+
+    route: Route
+    hostname: str  # our own name, for EHLO
+    domain: str = ""  # "" where the route stands for many
+
+
+class Finding(NamedTuple):
+    """What came of one step."""
+
+    step: str
+    fine: bool
+    words: str
+
+
+async def probe_esmtp(probe: Probe, sessions: Sessions) -> list:
+    """Looks the host up as a delivery would, and opens a session."""
+    findings = await in_thread(probe_name, probe.route)
+    return findings + (await probe_session(probe) if findings[-1].fine else [])
+
+
+def probe_name(route: Route) -> list:
+    try:
+        found = socket.getaddrinfo(route.host, route.port, type=socket.SOCK_STREAM)
+    except OSError as fault:
+        return [Finding("DNS", False, f"{route.host}: {fault.strerror}")]
+    return [Finding("DNS", True, f"{route.host} is {', '.join(dict.fromkeys(item[4][0] for item in found))}")]
+
+
+async def probe_session(probe: Probe) -> list:
+    """Every step to a session that could take a mail; the last one tells where it failed."""
+    return await in_thread(_probe_session, probe.route, probe.hostname)
+
+
+def _probe_session(route: Route, hostname: str) -> list:
+    session, findings = Session(route, hostname), []
+    try:
+        for step in session.steps():
+            step()
+            findings = session_findings(session)
+    except (OSError, Refused) as fault:
+        session.close()
+        said = fault.reply if isinstance(fault, Refused) else session._broken(fault)
+        name = {"CONN": "TCP", "STARTTLS": "TLS"}.get(said.command, said.command)
+        place = f"{route.address or route.host}:{route.port}"
+        done = [item for item in findings if item.step != name]
+        return [*done, Finding(name, False, f"{place}: {said.code} {': '.join(said.message)}")]
+    session.leave()
+    return findings + ([Finding("AUTH", True, f"logged in as {route.login[0]}")] if route.auth else [])
+
+
+def session_findings(session: Session) -> list:
+    """What is known of a session so far."""
+    place = session.sock.getpeername()
+    findings = [Finding("TCP", True, f"connected to {place[0]}:{place[1]}")]
+    if session.ehlo_resp:
+        words = [" ".join([name.upper(), *value.split()]) for name, value in session.esmtp_features.items()]
+        findings.append(Finding("EHLO", True, printable(", ".join(words) or "no extensions", 500)))
+    if isinstance(session.sock, ssl.SSLSocket):
+        findings.append(Finding("TLS", True, certificate_words(session.sock)))
+    elif session.step in ("STARTTLS", "AUTH"):
+        findings.append(Finding("TLS", True, "none" + ", though it is offered" * session.has_extn("starttls")))
+    return findings
+
+
+def certificate_words(sock: ssl.SSLSocket) -> str:
+    """TLS version, and subject and end of the server's certificate where it was verified."""
+    certificate = sock.getpeercert()
+    if not certificate:
+        return f"{sock.version()}, certificate not verified"
+    subject = ", ".join(f"{key}={value}" for item in certificate["subject"] for key, value in item)
+    names = ", ".join(value for _, value in certificate.get("subjectAltName", ()))
+    left = int((ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()) // 86400)
+    until = f"until {certificate['notAfter']} ({left} days)"
+    return printable(f"{sock.version()}, certificate of {subject or names}, {until}", 500)
+
+
+async def probe_mx(probe: Probe, sessions: Sessions) -> list:
+    """Asks the name servers, then opens a session to the first host of the domain that works."""
+    route, deadline = probe.route, time.monotonic() + probe.route.timeout
+    if not probe.domain:
+        found = await sessions.resolver.look_up(probe.hostname, MX, deadline)
+        return [Finding("DNS", found.code != SERVFAIL, found.why or "name servers answer")]
+    try:
+        hosts = await mail_hosts(probe.domain, sessions.resolver, probe.hostname, deadline)
+        findings = [Finding("DNS", True, f"{probe.domain} takes mail at {', '.join(hosts)}")]
+        policy = await sessions.policies.of(probe.domain, route)
+        if policy:
+            findings.append(Finding("MTA-STS", True, f"mode {policy.mode}: {', '.join(policy.hosts)}"))
+        for host in admitted_hosts(hosts, policy):
+            for hop in await hops(host, route, policy, sessions.resolver):
+                if not isinstance(hop, Route):
+                    findings.append(Finding("DNS", False, ": ".join(hop.message)))
+                    continue
+                findings += await probe_hop(probe._replace(route=hop))
+                if findings[-1].fine:
+                    return findings
+    except Refused as refused:
+        return [Finding("DNS", False, f"{refused.reply.code} {': '.join(refused.reply.message)}")]
+    return findings
+
+
+async def probe_hop(probe: Probe) -> list:
+    """One host of a domain. Where any certificate will do, it is told whether this one would have passed."""
+    route = probe.route
+    strict = replace(route, tls_verify=True, starttls=route.starttls)
+    findings = await probe_session(probe._replace(route=strict))
+    if findings[-1].fine or findings[-1].step != "TLS" or not route.tls_if_offered:
+        return findings
+    loose = await probe_session(probe)
+    if loose[-1].fine:
+        return [*loose, Finding("TLS", True, f"not verified: {findings[-1].words}")]
+    clear = await probe_session(probe._replace(route=replace(route, tls_if_offered=False)))
+    return [*clear, Finding("TLS", True, f"mail goes in clear text: {loose[-1].words}")] if clear[-1].fine else loose
+
+
+async def probe_folder(probe: Probe, sessions: Sessions) -> list:
+    folder = probe.route.folder
+    fine = os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
+    return [Finding("FILE", fine, folder if fine else f"{folder} is no folder that can be written")]
+
+
+async def probe_nothing(probe: Probe, sessions: Sessions) -> list:
+    return [Finding("NONE", True, "nothing to connect to")]
+
+
+# One row for each of RELAYS: takes (Probe, Sessions), sends no mail, gives a Finding for each step; it may raise what a
+# relay may.
+PROBES = {
+    "ESMTP": probe_esmtp,
+    "MX": probe_mx,
+    "File": probe_folder,
+    "Screen": probe_nothing,
+    "Discard": probe_nothing,
+}
 
 # ======================================================================================================================
 # 13. Queue
@@ -2411,6 +3118,8 @@ class Service:
         tls, base = settings.httpd.tls, os.path.dirname(settings.path or "")
         self.tls = server_context(tls, base) if tls else None
         log.open(settings.smtpd.syslog)
+        if settings.smtpd.resolver != self.sessions.resolver.given:
+            self.sessions.ask(settings.smtpd.resolver)
         self.settings = settings
 
 
@@ -2511,14 +3220,16 @@ def plan(submission: Submission, message: Message, good: list, settings: Setting
 
 
 def plan_shared(sender: Address, message: Message, good: list, settings: Settings, queueid: str) -> list:
-    """One job for each route: all its recipients get the same message in one transaction."""
+    """One job for each route, for MX for each domain: its recipients get the same message in one transaction."""
     routes: dict = {}
     for mailbox in good:
-        routes.setdefault(choose(mailbox.domain, sender.domain, settings)[0], []).append(mailbox.wire)
+        route = choose(mailbox.domain, sender.domain, settings)[0]
+        domain = mailbox.domain.lower() if route.relay == "MX" else ""
+        routes.setdefault((route, domain), []).append(mailbox.wire)
     source = sender.wire if sender.given else ""
     return [
         Job(route, settings.hostname, queueid, source, tuple(tos), message, i)
-        for i, (route, tos) in enumerate(routes.items(), 1)
+        for i, ((route, _), tos) in enumerate(routes.items(), 1)
     ]
 
 
@@ -3603,7 +4314,189 @@ def command_check(options: Any) -> int:
     routes = len(settings.mailertable) + len(settings.sendermt)
     more = "; printed" if not path else f"; {routes} route{'s' * (routes != 1)} in all" if routes > 1 else ""
     print(f"{path or 'no settings file'}: fine; mail goes to {described(route)} ({why}){more}")
-    return 0
+    return tried(settings, options)
+
+
+def tried(settings: Settings, options: Any) -> int:
+    """Prints a line for each step that routes and a sender's domain need to go well; 1 where one of them doesn't."""
+    sender = address(options.sender or "")
+    if options.sender and not (sender and sender.domain[0] != "["):
+        raise Usage(f'"{options.sender}" is no mail address of a domain', 2)
+    if options.selector and not DOMAIN.fullmatch(options.selector):
+        raise Usage(f'"{options.selector}" is no selector', 2)
+    return run(_tried(settings, sender, options.selector, options.connect))
+
+
+async def _tried(settings: Settings, sender: Address | None, selector: str | None, connect: bool) -> int:
+    sessions, failed = Sessions(settings.smtpd.resolver), False
+    work = []
+    if connect:
+        domain = sender.domain if sender else ""
+        probes = probes_of(settings, domain)
+        work += [(where, probed(probe, sessions)) for where, probe in probes.items()]
+    if sender:
+        work.append((sender.domain, sender_findings(sender.domain.lower(), selector, sessions.resolver)))
+    for where, finding in work:
+        for step, fine, words in await finding:
+            failed = failed or not fine
+            print(f"{where}: {step}: {'' if fine else 'FAILED: '}{words}", flush=True)
+    return int(failed)
+
+
+async def probed(probe: Probe, sessions: Sessions) -> list:
+    """The findings of one route, whatever its probe raises."""
+    try:
+        return await PROBES[probe.route.relay](probe, sessions)
+    except Refused as refused:
+        said = refused.reply
+        return [Finding(said.command, False, f"{said.code} {': '.join(said.message)}")]
+    except OSError as fault:
+        return [Finding("CONN", False, printable(fault.strerror or str(fault)))]
+
+
+def probes_of(settings: Settings, domain: str) -> dict:
+    """{path in the settings: Probe} of every route that mail could take; `domain` for those that don't name one."""
+    routes: dict = {}
+    for name in ("mailertable", "sendermt"):
+        for key, route in getattr(settings, name).items():
+            named = name == "mailertable" and key != "default" and not key.startswith(".")
+            routes[f"{name}.{key}"] = Probe(route, settings.hostname, key if named else domain)
+    if not {"mailertable.default", "sendermt.default"} & set(routes):
+        routes["no route"] = Probe(NO_ROUTE, settings.hostname)
+    return routes
+
+
+async def sender_findings(domain: str, selector: str | None, resolver: Resolver) -> list:
+    """What a large receiver reads in DNS of a sender's domain, and why it would refuse the mail: SPF, DKIM, DMARC."""
+    patience = Resolver.PATIENCE * Resolver.ROUNDS
+
+    async def texts(name: str) -> tuple:
+        found = await resolver.look_up(name, TXT, time.monotonic() + patience)
+        if found.code == SERVFAIL:
+            raise Refused(reply("dns", f"{name}: {found.why}"))
+        return found.values
+
+    findings = []
+    for step, look in (
+        ("SPF", spf(domain, texts)),
+        ("DKIM", dkim(domain, selector, texts)),
+        ("DMARC", dmarc(domain, texts)),
+    ):
+        try:
+            findings.append(Finding(step, *await look))
+        except Refused as refused:
+            findings.append(Finding(step, False, ": ".join(refused.reply.message)))
+    return findings
+
+
+async def spf(domain: str, texts: Callable) -> tuple:
+    """(fine, words) of the domain's SPF record (RFC 7208)."""
+    record, fault = spf_record(await texts(domain))
+    if fault:
+        return False, f"{domain}: {fault}"
+    looked_up, ahead, seen = 0, [record], {domain}
+    while ahead:
+        for lead, name in SPF_LOOK_UP.findall(ahead.pop(0)):
+            looked_up += 1
+            if looked_up > MAX_SPF:
+                return (
+                    False,
+                    f"{domain}: more than {MAX_SPF} look-ups (RFC 7208 4.6.4): receivers stop there and refuse",
+                )
+            if lead.lower() in ("include:", "redirect=") and "%" not in name and name.lower() not in seen:
+                seen.add(name.lower())
+                inner, fault = spf_record(await texts(name.lower()), partial=True)
+                if fault:
+                    return False, f"{domain}: {lead}{name}: {fault}"
+                ahead.append(inner)
+    return True, f"{printable(record)} ({looked_up} of {MAX_SPF} look-ups)"
+
+
+MAX_SPF = 10  # look-ups, RFC 7208 4.6.4
+SPF_LOOK_UP = re.compile(r"(?i)(?<=\s)[+?~-]?(include:|redirect=|exists:|(?:a|mx|ptr)(?![^\s:/]):?)([^\s/]*)")
+SPF_TERM = re.compile(
+    r"(?i)[+?~-]?(?:all|include:\S+|exists:\S+|(?:a|mx)(?::[^\s/]+)?(?:/\d+)?(?://\d+)?|ptr(?::\S+)?"
+    r"|ip4:[\d.]+(?:/\d+)?|ip6:[\da-f:.]+(?:/\d+)?)|[a-z][\w.-]*=\S*"
+)
+
+
+def spf_record(texts: tuple, partial: bool = False) -> tuple:
+    """(the record, why receivers refuse by it); `partial` where it is a piece of another."""
+    records = [text for text in texts if re.match(r"(?i)v=spf1(?:\s|$)", text)]
+    if len(records) != 1:
+        return "", "no SPF record: nobody vouches for its mail" if not records else "two SPF records: neither counts"
+    terms = records[0].split()[1:]
+    odd = [term for term in terms if not SPF_TERM.fullmatch(term)]
+    if odd:
+        return "", f'"{printable(odd[0], 80)}" is no term of SPF: the record does not count'
+    words = [term.lower() for term in terms]
+    if not partial and "-all" in words[:1]:
+        return "", "v=spf1 -all says that the domain sends no mail at all"
+    if {"all", "+all"} & set(words):
+        return "", "+all lets everybody send in its name: receivers treat it as spam"
+    return records[0], ""
+
+
+async def dkim(domain: str, selector: str | None, texts: Callable) -> tuple:
+    """(fine, words) of the DKIM key with that selector (RFC 6376)."""
+    if not selector:
+        return True, "not looked at; --selector names the key"
+    name = f"{selector}._domainkey.{domain}"
+    fault, words = dkim_key(await texts(name))
+    return not fault, f"{name}: {fault or words}"
+
+
+def dkim_key(texts: tuple) -> tuple:
+    """(why receivers can't verify by this key, what it is)."""
+    if len(texts) != 1:
+        return "no key: signatures by it can't be verified" if not texts else "more than one record: none counts", ""
+    tags = tags_of(texts[0])
+    if tags.get("v", "DKIM1") != "DKIM1" or "p" not in tags:
+        return "not a DKIM key", ""
+    try:
+        key = base64.b64decode(re.sub(r"\s", "", tags["p"]), validate=True)
+    except ValueError:
+        return "the key is no base64", ""
+    if not key:
+        return "the key is revoked (p= is empty)", ""
+    if tags.get("k", "rsa") == "ed25519":
+        return ("", "ed25519") if len(key) == ED25519 else (f"an ed25519 key has {ED25519} octets", "")
+    modulus = re.search(rb"\x02(?:\x82(..)|\x81(.))\x00", key, re.DOTALL)  # the first INTEGER, RFC 8017 A.1.1
+    bits = (int.from_bytes(modulus[1] or modulus[2], "big") - 1) * 8 if modulus else 0
+    if bits < SHORTEST_RSA:
+        return f"RSA key of {bits or 'unknown'} bits: receivers want {SHORTEST_RSA} at the least (RFC 8301)", ""
+    return "", f"RSA, {bits} bits" + (
+        "; t=y: under test, so a failure counts as no signature" * ("y" in tags.get("t", ""))
+    )
+
+
+ED25519 = 32  # octets of a key
+SHORTEST_RSA = 1024  # bits
+
+
+async def dmarc(domain: str, texts: Callable) -> tuple:
+    """(fine, words) of the DMARC policy for the domain: its own or that of a domain above (RFC 7489 6.6.3)."""
+    labels = domain.split(".")
+    for i in range(max(len(labels) - 1, 1)):
+        name = "_dmarc." + ".".join(labels[i:])
+        records = [text for text in await texts(name) if re.match(r"v=DMARC1\s*(?:;|$)", text)]
+        if len(records) > 1:
+            return False, f"{name}: more than one record: none counts"
+        if records:
+            tags = tags_of(records[0])
+            wish = tags.get("sp", tags.get("p", "")) if i else tags.get("p", "")
+            fine = wish.lower() in ("none", "quarantine", "reject")
+            return (
+                fine,
+                f"{name}: {printable(records[0])}" if fine else f"{name}: p= names no policy: it does not count",
+            )
+    return False, f"_dmarc.{domain}: no DMARC record: Gmail, Yahoo and Outlook refuse a sender of many mails without"
+
+
+def tags_of(record: str) -> dict:
+    """{tag: value} of a list "a=b; c=d" (RFC 6376 3.2)."""
+    pairs_ = [part.partition("=")[::2] for part in record.split(";") if "=" in part]
+    return {key.strip().lower(): value.strip() for key, value in pairs_}
 
 
 def described(route: Route) -> str:
@@ -3827,7 +4720,7 @@ def sendmail(settings: Settings, octets: bytes, sender: str, named: list, from_h
 
 
 async def deliver_and_leave(jobs: list, settings: Settings) -> list:
-    sessions = Sessions()
+    sessions = Sessions(settings.smtpd.resolver)
     outcomes = await deliver(jobs, sessions, settings)
     await sessions.sweep(everything=True)
     return outcomes
@@ -3858,7 +4751,19 @@ COMMANDS = {
     "restart": (command_restart, "stop the daemon and start it", DAEMON),
     "status": (command_status, "say whether the daemon runs", (CONFIG, PID_FILE)),
     "reload": (command_reload, "have the daemon read its settings again", (CONFIG, PID_FILE)),
-    "check": (command_check, "read the settings and print every fault", (CONFIG,)),
+    "check": (
+        command_check,
+        "read the settings and print every fault",
+        (
+            CONFIG,
+            (("--connect",), {"action": "store_true", "help": "try what each route would use; no mail is sent"}),
+            (
+                ("--sender",),
+                {"metavar": "A", "help": "read what receivers ask in DNS of this address: SPF, DKIM, DMARC"},
+            ),
+            (("--selector",), {"metavar": "S", "help": "of the sender's DKIM key"}),
+        ),
+    ),
     "route": (
         command_route,
         "say which relay a recipient would take and why",

@@ -2266,6 +2266,7 @@ class Readme(unittest.TestCase):
             *[("json", mark) for mark in ("answer", "faulty", "settings", "submission")],
             *[(name, "client") for name in ("python", "javascript", "php", "ruby", "perl", "go", "java", "html")],
             ("console", ""),
+            ("console", "connect"),
             ("nginx", ""),
             ("nginx", "two"),
         }
