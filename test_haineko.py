@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -28,6 +29,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import traceback
 import unittest
 import urllib.request
 from dataclasses import fields
@@ -2449,6 +2451,79 @@ class Readme(unittest.TestCase):
         for key in (*haineko.keys(haineko.Submission), *(f"header.{key}" for key in haineko.keys(haineko.Header))):
             if key not in ("header", "header.reply-to"):
                 self.assertRegex(self.text, rf"(?m)^\|.*`{re.escape(key)}`.*\|", key)
+
+
+class SideBySide(unittest.TestSuite):
+    """Runs each class of tests in a process of its own, several at a time: most of them wait for deadlines."""
+
+    AT_ONCE = 6
+
+    def run(self, result, debug=False):
+        waiting, running = list(self), {}
+        while waiting or running:
+            while waiting and len(running) < self.AT_ONCE:
+                suite = waiting.pop(0)
+                reader, writer = os.pipe()
+                pid = os.fork()
+                if not pid:
+                    self.report(suite, writer)
+                os.close(writer)
+                running[reader] = (pid, suite, [])
+            for reader in select.select(list(running), [], [])[0]:
+                octets = os.read(reader, 1 << 16)
+                running[reader][2].append(octets)
+                if not octets:
+                    pid, suite, parts = running.pop(reader)
+                    os.close(reader)
+                    self.add(result, suite, os.waitpid(pid, 0)[1], b"".join(parts))
+        return result
+
+    @staticmethod
+    def report(suite, writer):
+        """In the new process: runs the suite and sends what came of it."""
+        result = unittest.TestResult()
+        try:
+            suite.run(result)
+            told = {kind: [(str(test), text) for test, text in getattr(result, kind)] for kind in KINDS}
+            with open(writer, "w", encoding="utf-8") as stream:
+                json.dump({"run": result.testsRun, **told}, stream)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        finally:
+            os._exit(code)
+
+    @staticmethod
+    def add(result, suite, status, octets):
+        """In the first process: adds what another one sent."""
+        if status or not octets:
+            name = str(next(iter(suite)))
+            result.errors.append(
+                (unittest.FunctionTestCase(print, description=name), f"its process ended: status {status}")
+            )
+            return
+        told = json.loads(octets)
+        result.testsRun += told["run"]
+        for kind in KINDS:
+            getattr(result, kind).extend(
+                (unittest.FunctionTestCase(print, description=name), text) for name, text in told[kind]
+            )
+        if hasattr(result, "stream"):
+            bad = len(told["failures"]) + len(told["errors"])
+            result.stream.write(
+                "F" * bad + "s" * len(told["skipped"]) + "." * max(0, told["run"] - bad - len(told["skipped"]))
+            )
+            result.stream.flush()
+
+
+KINDS = ("failures", "errors", "skipped")
+
+
+def load_tests(loader, classes, pattern):
+    """The whole module: its classes side by side, those that take longest first."""
+    suites = [suite for suite in classes if suite.countTestCases()]
+    return SideBySide(sorted(suites, key=lambda suite: -suite.countTestCases()))
 
 
 if __name__ == "__main__":
