@@ -8,17 +8,18 @@ The way of a mail is the order of this page: each section takes the value of the
 
      1  Replies and jobs          9  Waiting
      2  JSON into dataclasses    10  DNS
-     3  Settings                 11  SMTP sessions
-     4  Log                      12  Relays
-     5  Submissions              13  Queue
-     6  Policy                   14  The way of a mail
-     7  Messages                 15  HTTP
-     8  Routes                   16  Commands
+     3  Settings                 11  Web sessions
+     4  Log                      12  SMTP sessions
+     5  Submissions              13  Relays
+     6  Policy                   14  Queue
+     7  Messages                 15  The way of a mail
+     8  Routes                   16  HTTP
+                                 17  Commands
 
 Rules of the file. A section refers to the sections above it, never below; inside a section the caller stands above its
-helpers. Sockets are opened in DNS, SMTP sessions, relays and HTTP only; clock and chance are arguments. Errors of the
-other side are values (Reply); Refused carries one out of depth. Every recipient has a reply. What may be extended is a
-closed table: REPLIES, CHARSETS, CHECKS, RELAYS, PROBES, PAGES, COMMANDS. Standard library only.
+helpers. Sockets are opened in DNS, web and SMTP sessions, relays and HTTP only; clock and chance are arguments. Errors
+of the other side are values (Reply); Refused carries one out of depth. Every recipient has a reply. What may be extended
+is a closed table: REPLIES, CHARSETS, CHECKS, RELAYS, PROBES, PAGES, COMMANDS. Standard library only.
 
 Spoken here: RFC 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS),
 3461 (DSN), 3463 (status codes), 4954 (AUTH), 6152 (8BITMIME), 8314 (TLS on 465), 1035 (DNS), 6891 (EDNS), 7505 (null
@@ -36,7 +37,9 @@ import gc
 import hashlib
 import heapq
 import hmac
+import http.client
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -187,6 +190,15 @@ REPLIES = {
     "clear-auth": (0, "454", "4.7.11", "AUTH", "Credentials are not sent over a connection without TLS"),
     "file": (0, "451", "4.3.0", "DATA", "Cannot save the message"),
     "relay-fault": (0, "451", "4.3.0", "DATA", "Internal error of the relay"),
+    "web-connect": (0, "451", "4.4.1", "CONN", "Cannot connect to %s"),
+    "web-tls": (0, "451", "4.7.5", "CONN", "TLS handshake with %s failed"),
+    "web-lost": (0, "451", "4.4.2", "DATA", "Connection to %s lost before the request was sent"),
+    "web-unsure": (0, "451", "4.4.2", "DATA", "No answer of %s to a request that was sent: the mail may have arrived"),
+    "web-rubbish": (0, "451", "4.5.0", "DATA", "The answer is not what the API of %s promises"),
+    "web-accepted": (0, "250", "2.0.0", "DATA", "%s"),
+    "web-later": (0, "451", "4.3.0", "DATA", "%s"),
+    "web-refused": (0, "550", "5.0.0", "DATA", "%s"),
+    "inexpressible": (0, "550", "5.6.3", "DATA", "The API of %s can't express this message"),
     "saved": (0, "200", "2.0.0", "DATA", "%s"),
     "printed": (0, "200", "2.0.0", "DATA", "Printed"),
     "discarded": (0, "200", "2.0.0", "DATA", "Discarded"),
@@ -493,6 +505,25 @@ FACILITIES = ["kern", "user", "mail", "daemon", "auth", "lpr", "news", "uucp", "
 FACILITIES += [f"local{n}" for n in range(8)]
 
 
+def base_url(value: Any, where: str, faults: list) -> str:
+    value = text(value, where, faults)
+    found = BASE_URL.fullmatch(value)
+    if value and not (found and 0 < int(found[1] or 1) < 65536):
+        faults.append(f'{where}: a URL like "https://api.example.org" is wanted, not "{value}"')
+        return ""
+    return value.rstrip("/")
+
+
+BASE_URL = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?(?:/[A-Za-z0-9/._~-]*)?")
+
+
+def region(value: Any, where: str, faults: list) -> str:
+    value = text(value, where, faults)
+    if value and not re.fullmatch(r"[a-z0-9-]{1,32}", value):
+        faults.append(f'{where}: a region like "eu-west-1" is wanted, not "{value}"')
+    return value
+
+
 def mailer(value: Any, where: str, faults: list) -> str:
     value = text(value, where, faults)
     known = {name.lower(): name for name in MAILERS}
@@ -503,7 +534,15 @@ def mailer(value: Any, where: str, faults: list) -> str:
     return known.get(value.lower(), value)
 
 
-MAILERS = ("ESMTP", "MX", "File", "Screen", "Discard")  # one row of RELAYS each
+MAILERS = ("ESMTP", "MX", "Haineko", "SendGrid", "AmazonSES", "Mandrill", "File", "Screen", "Discard")
+WEB_APIS = {  # where the relays by HTTP post to, unless base_url says otherwise
+    "Haineko": "{scheme}://{host}:{port}",
+    "SendGrid": "https://api.sendgrid.com",
+    "AmazonSES": "https://email.{region}.amazonaws.com",
+    "Mandrill": "https://mandrillapp.com",
+}
+NEEDED = {"SendGrid": ("auth",), "AmazonSES": ("auth", "region"), "Mandrill": ("auth",)}  # settings of their routes
+PORTS = {"Haineko": 2794}  # of a route that says none; 25 for the others
 
 
 def secret(value: Any, where: str, faults: list) -> Any:
@@ -670,6 +709,7 @@ class Recipients:
 class Login:
     username: str = setting("", text, "name to log in with")
     password: Any = setting("", secret, 'a string, {"file": path} or {"env": NAME}', secret=True)
+    token: Any = setting("", secret, "session token of temporary credentials of Amazon, like password", secret=True)
 
 
 @dataclass(frozen=True, repr=False)
@@ -678,7 +718,7 @@ class Route:
 
     mailer: str = setting("ESMTP", mailer, "the relay, or a folder for File")
     host: str = setting("127.0.0.1", host, "name or address of the next server; the folder, for File")
-    port: int = setting(25, number(1, 65535), "465 means TLS from the first byte")
+    port: int = setting(0, number(1, 65535), "25, Haineko 2794; 465 means TLS from the first byte")
     auth: str = setting("", text, "a name in authinfo")
     starttls: bool = setting(False, flag, "1: STARTTLS or no delivery")
     tls_verify: bool = setting(True, flag, "check the server's certificate and name")
@@ -688,14 +728,29 @@ class Route:
     retry: int = setting(0, number(0, 100), "more tries after a temporary failure while the client waits")
     sleep: int = setting(5, number(0, 3600), "seconds between them")
     disabled: bool = setting(False, flag, "1: as if this route were not there")
+    https: bool = setting(False, flag, "Haineko: 1 means TLS")
+    base_url: str = setting("", base_url, "relays by HTTP: where the API is, if not at its usual place")
+    region: str = setting("", region, "AmazonSES: the region")
     login: tuple = field(default=(), repr=False)
     address: str = ""  # to connect to, where it is not to be looked up again
     tls_if_offered: bool = False  # STARTTLS where the server has it
+    token: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.port:
+            object.__setattr__(self, "port", PORTS.get(self.relay, 25))
 
     @property
     def relay(self) -> str:
         """Name of the relay in RELAYS."""
         return "File" if self.mailer.startswith("/") else self.mailer
+
+    @property
+    def url(self) -> str:
+        """Where the API of a relay by HTTP is; "" for the other relays."""
+        name = f"[{self.host}]" if ":" in self.host else self.host
+        values = {"scheme": "https" if self.https else "http", "host": name, "port": self.port, "region": self.region}
+        return self.base_url or WEB_APIS.get(self.relay, "").format(**values)
 
     @property
     def folder(self) -> str:
@@ -795,9 +850,8 @@ def holds_secrets(raw: dict) -> bool:
     logins = raw.get("authinfo")
     logins = logins.values() if isinstance(logins, dict) else ()
     hashes = raw.get("password")
-    written = any(
-        isinstance(login, dict) and login.get("password") and type(login["password"]) is str for login in logins
-    )
+    given = [login.get(key) for login in logins if isinstance(login, dict) for key in ("password", "token")]
+    written = any(word and type(word) is str for word in given)
     return written or bool(isinstance(hashes, dict) and hashes)
 
 
@@ -806,7 +860,8 @@ def aside_files(settings: Settings) -> list:
     base = os.path.dirname(settings.path or "")
     routes = (*settings.mailertable.values(), *settings.sendermt.values())
     tls = settings.httpd.tls
-    named = [login.password["file"] for login in settings.authinfo.values() if "file" in login.password]
+    secrets = [word for login in settings.authinfo.values() for word in (login.password, login.token)]
+    named = [word["file"] for word in secrets if isinstance(word, dict) and "file" in word]
     named += [route.ca_file for route in routes if route.ca_file]
     return [os.path.join(base, name) for name in named + ([tls.certificate, tls.key] if tls else [])]
 
@@ -835,25 +890,30 @@ def settled(settings: Settings, faults: list) -> tuple:
 
 
 def _login(login: Login, base: str, where: str, faults: list) -> tuple:
-    """(username, password) with the password looked up."""
-    word, source = "", login.password
+    """(username, password, token) with the secrets looked up."""
+    password = _secret(login.password, base, f"{where}.password", faults)
+    token = _secret(login.token, base, f"{where}.token", faults)
+    if not (login.username + password + token).isascii():
+        faults.append(f"{where}: AUTH takes ASCII only")
+    return login.username, password, token
+
+
+def _secret(source: Any, base: str, where: str, faults: list) -> str:
+    """The secret itself, from a file or the environment where it stands there."""
     try:
         if isinstance(source, str):
-            word = source
-        elif "file" in source:
-            with open(os.path.join(base, source["file"]), encoding="utf-8") as stream:
-                if os.fstat(stream.fileno()).st_mode & 0o004:
-                    faults.append(f"{where}.password.file: can be read by everybody; chmod 600 {source['file']}")
-                word = stream.read().rstrip("\r\n")
-        else:
-            word = os.environ[source["env"]]
+            return source
+        if "env" in source:
+            return os.environ[source["env"]]
+        with open(os.path.join(base, source["file"]), encoding="utf-8") as stream:
+            if os.fstat(stream.fileno()).st_mode & 0o004:
+                faults.append(f"{where}.file: can be read by everybody; chmod 600 {source['file']}")
+            return stream.read().rstrip("\r\n")
     except (OSError, ValueError) as fault:
-        faults.append(f"{where}.password.file: {source['file']}: {getattr(fault, 'strerror', None) or fault}")
+        faults.append(f"{where}.file: {source['file']}: {getattr(fault, 'strerror', None) or fault}")
     except KeyError:
-        faults.append(f"{where}.password.env: no environment variable {source['env']}")
-    if not (login.username + word).isascii():
-        faults.append(f"{where}: AUTH takes ASCII only")
-    return login.username, word
+        faults.append(f"{where}.env: no environment variable {source['env']}")
+    return ""
 
 
 def _route(route: Route, logins: dict, base: str, where: str, faults: list) -> Route:
@@ -870,7 +930,39 @@ def _route(route: Route, logins: dict, base: str, where: str, faults: list) -> R
         faults.append(f"{where}.ca_file: {ca_file}: {fault.strerror or fault}")
     if route.relay != "File" and route.host.startswith("/"):
         faults.append(f'{where}.host: "{route.host}" is no host name')
-    return replace(route, ca_file=ca_file, login=logins.get(route.auth, ()))
+    *login, token = logins.get(route.auth, ("",))
+    route = replace(route, ca_file=ca_file, login=tuple(login), token=token)
+    return _web_route(route, where, faults) if route.relay in WEB_APIS else route
+
+
+def _web_route(route: Route, where: str, faults: list) -> Route:
+    """The route of a relay by HTTP, with the host and port that it really goes to."""
+    missing = [key for key in NEEDED.get(route.relay, ()) if not getattr(route, key)]
+    faults += [f"{where}.{key}: {route.relay} needs it" for key in missing]
+    if route.login and not (route.login[1] and (route.login[0] or route.relay in ("SendGrid", "Mandrill"))):
+        faults.append(f"{where}.auth: authinfo.{route.auth} needs a username and a password")
+    site = site_of(route.url)
+    return replace(route, host=site.host, port=site.port)
+
+
+class Site(NamedTuple):
+    """A base URL in parts."""
+
+    tls: bool
+    host: str
+    port: int
+    path: str  # that stands before every path of the API
+    name: str  # as the header Host wants it, RFC 9110 7.2
+
+
+@functools.lru_cache(maxsize=1024)
+def site_of(url: str) -> Site:
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url)
+    host, usual = parts.hostname or "", 443 if parts.scheme == "https" else 80
+    name, port = f"[{host}]" if ":" in host else host, parts.port or usual
+    return Site(parts.scheme == "https", host, port, parts.path, name if port == usual else f"{name}:{port}")
 
 
 def machine_name() -> str:
@@ -2390,7 +2482,237 @@ def parse_policy(text: str) -> Policy:
 
 
 # ======================================================================================================================
-# 11. SMTP sessions
+# 11. Web sessions
+#     Takes a Call, gives what the other side Said, or Refused where nothing of use came. http.client speaks HTTP, in
+#     threads, since it blocks; deadlines, limits and the question whether a request may have arrived are ours. Knows
+#     nothing of mail.
+# ======================================================================================================================
+
+
+class Call(NamedTuple):
+    """One request to a web API."""
+
+    method: str
+    path: str  # behind the path of the base URL
+    body: bytes = b""
+    headers: tuple = ()  # of (name, value)
+    type: str = "application/json"
+
+
+class Said(NamedTuple):
+    """An answer by HTTP."""
+
+    status: int
+    reason: str
+    headers: Any  # .get(name) without case
+    body: bytes  # b"" where it never came, or was without end
+
+    def document(self) -> Any:
+        """The JSON in the body, None where it is none."""
+        try:
+            return decode(self.body)
+        except ValueError:
+            return None
+
+
+class Web:
+    """The open connections to web APIs of this process, kept to be used again; the most recently used one first."""
+
+    IDLE = 15.0  # seconds after which a connection is given up; servers do so after 20 and more
+    AGE = 300.0  # seconds after which it is not used again
+    KEPT = 64  # connections of one route
+
+    def __init__(self) -> None:
+        self.idle: dict = {}  # route: lines, the most recently used last
+
+    async def call(self, route: Route, call: Call) -> Said:
+        """The answer to the call. A kept connection that died before all of the request was sent is replaced once."""
+        line, kept = self._take(route)
+        try:
+            said = await in_thread(line.exchange, call)
+        except Refused:
+            if line.sent or not kept:
+                raise
+            line = Line(route)
+            said = await in_thread(line.exchange, call)
+        self._give(line)
+        return said
+
+    def _take(self, route: Route) -> tuple:
+        """(a connection, whether it was kept)."""
+        kept, now = self.idle.get(route, []), time.monotonic()
+        while kept:
+            line = kept.pop()
+            if now < line.until and not line.spoken_to():
+                return line, True
+            line.close()
+        return Line(route), False
+
+    def _give(self, line: Line) -> None:
+        """Kept, or closed where it can't be used again."""
+        kept, now = self.idle.setdefault(line.route, []), time.monotonic()
+        if line.sock and len(kept) < self.KEPT and now - line.born < self.AGE:
+            line.until = now + min(self.IDLE, line.patience)
+            kept.append(line)
+        else:
+            line.close()
+
+    def sweep(self, everything: bool = False) -> None:
+        """Closes the connections that nobody used for a while, or all."""
+        now = time.monotonic()
+        for route, kept in list(self.idle.items()):
+            staying = [line for line in kept if now < line.until and not everything]
+            for line in kept:
+                if line not in staying:
+                    line.close()
+            self.idle[route] = staying
+            if not staying:
+                del self.idle[route]
+
+
+class Line(http.client.HTTPConnection):
+    """One connection to the API of a route. `sent` says that all of a request was sent, which may therefore count."""
+
+    def __init__(self, route: Route) -> None:
+        self.site = site_of(route.url)
+        super().__init__(self.site.host, self.site.port)
+        self.route, self.seconds, self.deadline, self.sent = route, route.timeout, 0.0, False
+        self.born, self.until, self.patience = time.monotonic(), 0.0, Web.IDLE
+
+    def exchange(self, call: Call) -> Said:
+        """The answer to the call; Refused where there is none."""
+        said, self.sent = None, False
+        if not self.sock:
+            self.open()
+        try:
+            self._ask(call)
+            said = self._answer()
+        except (OSError, http.client.HTTPException) as fault:
+            raise Refused(self._broken(fault)) from None
+        finally:
+            if not (said and self.sent):
+                self.close()
+        log.dialogue(self.site.name, "<", f"{said.status} {said.reason}, {len(said.body)} octets")
+        return said
+
+    def spoken_to(self) -> bool:
+        """True where the other side has closed, or said something that nobody asked for."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def open(self) -> None:
+        """Connected, with TLS where the URL says so; credentials go over TLS or stay on this machine."""
+        route, site = self.route, self.site
+        try:
+            self.sock = socket.create_connection((site.host, site.port), self.seconds)
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if site.tls:
+                trusted = signature(route.ca_file) if route.ca_file else None
+                context = client_context(route.tls_verify, route.ca_file, trusted)
+                self.sock = context.wrap_socket(self.sock, server_hostname=site.host)
+            elif route.login and plain_address(self.sock.getpeername()[0]) not in LOOPBACK:
+                raise Refused(reply("clear-auth", **place_of(route)))
+        except OSError as fault:
+            connected = bool(self.sock)
+            self.close()
+            place = {"word": site.name, **place_of(route)}
+            raise Refused(reply("web-tls" if connected else "web-connect", reason_of(fault), **place)) from None
+        except Refused:
+            self.close()
+            raise
+
+    def _ask(self, call: Call) -> None:
+        """Sends the request."""
+        log.dialogue(self.site.name, ">", f"{call.method} {self.site.path}{call.path}, {len(call.body)} octets")
+        self.deadline = time.monotonic() + self.seconds
+        self.putrequest(call.method, self.site.path + call.path, skip_host=True, skip_accept_encoding=True)
+        fixed = (("Host", self.site.name), ("User-Agent", f"Haineko/{__version__}"), ("Accept", "application/json"))
+        for name, value in (*fixed, *call.headers):
+            self.putheader(name, value)
+        if call.method == "POST":
+            self.putheader("Content-Type", call.type)
+            self.putheader("Content-Length", str(len(call.body)))
+        try:
+            self.endheaders(call.body or None)
+            self.sent = True
+        except (BrokenPipeError, ConnectionResetError):  # it may have said why it hung up
+            pass
+
+    def send(self, octets: bytes) -> None:
+        """http.client's way out, by the deadline."""
+        for start in range(0, len(octets), PIECE):
+            self.sock.settimeout(max(self.deadline - time.monotonic(), 0.001))
+            self.sock.sendall(octets[start : start + PIECE])
+
+    def _answer(self) -> Said:
+        self.deadline = time.monotonic() + self.seconds
+        response, body, piece = self.getresponse(), b"", b" "
+        try:
+            while piece and len(body) <= MAX_ANSWER:
+                piece = response.read(PIECE)
+                body += piece
+        except (OSError, http.client.HTTPException):  # the status is here, and may be all that is needed
+            piece = b" "
+        if piece:
+            response.close()
+            self.close()
+            body = b""
+        found = re.search(r"timeout=(\d{1,6})", response.headers.get("Keep-Alive", ""))
+        self.patience = int(found[1]) - 1 if found else Web.IDLE
+        return Said(response.status, printable(response.reason, 100), response.headers, body)
+
+    def response_class(self, sock: Any, *args: Any, **named: Any) -> http.client.HTTPResponse:
+        """http.client's way in, by the deadline."""
+        response = http.client.HTTPResponse(sock, *args, **named)
+        response.fp = io.BufferedReader(Timed(self, response.fp.detach()))
+        return response
+
+    def _broken(self, fault: Exception) -> Reply:
+        """What is said where no answer came."""
+        place = place_of(self.route)
+        if not self.sent:
+            return reply("web-lost", reason_of(fault), word=self.site.name, **place)
+        if isinstance(fault, OSError):
+            return reply("web-unsure", reason_of(fault), word=self.site.name, **place)._replace(unsure=True)
+        return reply("web-rubbish", reason_of(fault), word=self.route.relay, **place)._replace(unsure=True)
+
+
+class Timed(io.RawIOBase):
+    """A connection's octets, none later than the deadline of the answer: who drips has no more time than others."""
+
+    def __init__(self, line: Line, raw: Any) -> None:
+        self.line, self.raw, self.sock = line, raw, line.sock
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, room: Any) -> int:
+        self.sock.settimeout(max(self.line.deadline - time.monotonic(), 0.001))
+        return self.raw.readinto(room)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+PIECE = 65536  # octets sent in one step
+MAX_ANSWER = 1 << 20  # octets of an answer
+
+
+def place_of(route: Route) -> dict:
+    """Who gave a reply."""
+    site = site_of(route.url)
+    return {"mailer": route.mailer, "host": site.host, "port": site.port}
+
+
+def reason_of(fault: Exception) -> str:
+    """What went wrong, in words."""
+    return printable(getattr(fault, "strerror", None) or str(fault) or type(fault).__name__)
+
+
+# ======================================================================================================================
+# 12. SMTP sessions
 #     Takes a Job, gives a Reply for each of its recipients. smtplib opens, secures and logs in; the transaction is
 #     ours, since smtplib neither pipelines nor can say whether the end of a message was lost. The script of a
 #     transaction is data, cut into flights; one loop serves servers with PIPELINING and without.
@@ -2751,7 +3073,7 @@ def settle(said: list, outcome: Heard | None, lost: Reply | None, count: int) ->
 
 class Sessions:
     """What the deliveries of this process share: the open sessions, kept to be used again, the most recently used one
-    first; the resolver and the policies of domains."""
+    first; `web`, those by HTTP; the resolver and the policies of domains."""
 
     IDLE = 20  # seconds after which a session is given up; servers wait for minutes
     AGE = 300  # seconds after which it is not used again
@@ -2760,6 +3082,7 @@ class Sessions:
     def __init__(self, name_servers: tuple = ()) -> None:
         self.idle: dict = {}  # (hostname, route): sessions, the most recently used last
         self.leaving: list = []  # sessions to say goodbye on
+        self.web = Web()
         self.ask(name_servers)
 
     def ask(self, name_servers: tuple) -> None:
@@ -2792,6 +3115,7 @@ class Sessions:
 
     async def sweep(self, everything: bool = False) -> None:
         """Says goodbye on the sessions that nobody used for a while, or on all; waits a second for the answers."""
+        self.web.sweep(everything)
         before = time.monotonic() - (-1 if everything else self.IDLE)
         for key, kept in list(self.idle.items()):
             while kept and kept[0].last_used <= before:
@@ -2804,7 +3128,7 @@ class Sessions:
 
 
 # ======================================================================================================================
-# 12. Relays
+# 13. Relays
 #     Each takes (job, sessions) and gives a Reply for every recipient of the job, in order. A relay may raise Refused
 #     or OSError: then that is the reply of all of them.
 # ======================================================================================================================
@@ -2947,9 +3271,476 @@ async def relay_discard(job: Job, sessions: Sessions) -> list:
     return [reply("discarded", mailer="Discard")] * len(job.recipients)
 
 
+# -- by HTTP: each posts to a web API; `web_reply` says what the answers have in common
+
+
+async def relay_haineko(job: Job, sessions: Sessions) -> list:
+    """To another Haineko, of this kind or of the old one in Perl; what it says of each recipient is handed on."""
+    said = await sessions.web.call(job.route, await in_thread(haineko_call, job))
+    return haineko_replies(job, said)
+
+
+def haineko_call(job: Job) -> Call:
+    """The submission: by header and body where that says all, since old ones know nothing else; else the message."""
+    octets = job.octets()
+    try:
+        document = plain_submission(job, octets)
+    except ValueError:
+        raw = octets.decode() if octets.isascii() else {"base64": base64.b64encode(octets).decode()}
+        document = {"mail": job.sender, "rcpt": job.recipients, "raw": raw}
+    return Call("POST", "/submit", ENCODER.encode(document).encode(), basic(job.route.login))
+
+
+def basic(login: tuple) -> tuple:
+    """The header of HTTP Basic, RFC 7617; none without a login."""
+    return (("Authorization", "Basic " + base64.b64encode(":".join(login).encode()).decode()),) if login else ()
+
+
+def plain_submission(job: Job, octets: bytes) -> dict:
+    """The submission from which compose() made these octets; ValueError where it made them from more than old
+    Hainekos know, or where others wrote them."""
+    listed, body = parse_message(octets)
+    lines = {name: unfolded(value) for name, value in listed}
+    kind_ = re.fullmatch(r"text/plain; charset=(\S+)", lines.get("content-type", ""))
+    made = re.fullmatch(r"from .*\sby \S+ with [A-Z]+ id (\w+);\s+(.*)", lines.get("received", ""))
+    ours = (job.queueid, lines.get("date"), *job.recipients, f"<{job.queueid}.{job.number}@{job.hostname}>")
+    written = (*(made.groups() if made else ()), lines.get("to"), lines.get("message-id"))
+    if not kind_ or written != ours or len(lines) < len(listed) or not COMPOSED.issuperset(lines):
+        raise ValueError("not composed here from plain text")
+    charset = kind_[1]
+    subject = decoded_words(lines.get("subject", ""))
+    header = {"from": people_text(lines["from"]), "subject": subject, "charset": charset}
+    if "reply-to" in lines:
+        header["replyto"] = people_text(lines["reply-to"])
+    again = [address_field("From", parse_mailboxes(header["from"]), charset)]
+    again += [address_field("Reply-To", parse_mailboxes(header["replyto"]), charset)] if "replyto" in header else []
+    again += [text_field("Subject", subject, charset)]
+    text_ = decoded(transfer_decoded(body, lines["content-transfer-encoding"]), charset).replace("\r\n", "\n")
+    if encode_body(text_, charset) != (lines["content-transfer-encoding"], body.replace(b"\n", b"\r\n")):
+        raise ValueError("the body would come out otherwise")
+    if any(field.encode() + b"\r\n" not in octets for field in again):
+        raise ValueError("the header would come out otherwise")
+    header["x-haineko-loop"] = [name.strip() for name in lines["x-haineko-loop"].split(",")]
+    return {"ehlo": job.hostname, "mail": job.sender, "rcpt": job.recipients, "header": header, "body": text_}
+
+
+COMPOSED = {"received", "from", "sender", "to", "reply-to", "subject", "date", "message-id", "x-haineko-loop"}
+COMPOSED |= {"mime-version", "content-type", "content-transfer-encoding"}  # the fields of a message of plain text
+
+
+def haineko_replies(job: Job, said: Said) -> list:
+    """A reply for each recipient, from the items of the far end; one without recipient is meant for all."""
+    document = said.document()
+    items = document.get("response") if isinstance(document, dict) else None
+    if not (isinstance(items, list) and items and all(isinstance(item, dict) for item in items)):
+        return [web_reply(job.route, said, None)] * len(job.recipients)
+    replies = {address_key(item.get("rcpt")): haineko_reply(job.route, said, item) for item in items}
+    missing = replies.get(None) or web_reply(job.route, said, None)
+    return [replies.get(address_key(to), missing) for to in job.recipients]
+
+
+def address_key(given: Any) -> Any:
+    """The same for two spellings of one address; None for what is none."""
+    mailbox = address(given) if type(given) is str else None
+    return mailbox and mailbox.key
+
+
+def haineko_reply(route: Route, said: Said, item: dict) -> Reply:
+    """One item of the far end as reply. An old one says 221 and QUIT, its last word, where the mail is relayed."""
+    code, dsn, lines = str(item.get("code")), item.get("dsn"), item.get("message")
+    lines = [lines] if isinstance(lines, str) else lines if isinstance(lines, list) else []
+    if not re.fullmatch(r"[245][0-9][0-9]", code) or (code[0] == "2") == bool(item.get("error")):
+        return web_reply(route, said, None)
+    dsn = dsn if isinstance(dsn, str) and re.fullmatch(r"[245]\.\d{1,3}\.\d{1,3}", dsn) else None
+    command = item.get("command") if item.get("command") in FAR_COMMANDS else "DATA"
+    words = told_words(lines) or (f"HTTP {said.status} {said.reason}",)
+    unsure = code[0] == "4" and words[0].endswith("may have arrived")  # as in REPLIES
+    wait = 0 if code[0] == "2" else retry_after(said)
+    return Reply(code, dsn, command, words, **place_of(route), unsure=unsure, wait=wait)
+
+
+FAR_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE")
+
+
+async def relay_sendgrid(job: Job, sessions: Sessions) -> list:
+    """By SendGrid's v3 mail/send, which takes a message in pieces."""
+    body = await in_thread(sendgrid_body, job)
+    said = await sessions.web.call(job.route, Call("POST", "/v3/mail/send", body, bearer(job.route)))
+    return [sendgrid_reply(job.route, said)] * len(job.recipients)
+
+
+def sendgrid_reply(route: Route, said: Said) -> Reply:
+    if said.status != 202:  # 200 means that it is valid and will not be sent
+        return web_reply(route, said, sendgrid_words(said))
+    number = said.headers.get("X-Message-Id")
+    return web_accepted(route, said, *([f"X-Message-Id: {number}"] if number else []))
+
+
+def bearer(route: Route) -> tuple:
+    return (("Authorization", f"Bearer {route.login[1]}"),)
+
+
+def sendgrid_words(said: Said) -> list | None:
+    """What its errors say."""
+    document = said.document()
+    errors = document.get("errors") if isinstance(document, dict) else None
+    if not (isinstance(errors, list) and errors and all(isinstance(error, dict) for error in errors)):
+        return None
+    return [": ".join(str(error[key]) for key in ("field", "message") if error.get(key)) for error in errors]
+
+
+def sendgrid_body(job: Job) -> bytes:
+    """The request, https://www.twilio.com/docs/sendgrid/api-reference/mail-send; Refused for a message that it can't
+    express: nothing is left out but the trace, and nothing is changed but the charset, which SendGrid chooses."""
+    octets = job.octets()
+    try:
+        fields, _ = parse_message(octets)
+        document = sendgrid_people(job, fields)
+        document["subject"] = decoded_words(only(fields, "subject"))
+        document["headers"] = sendgrid_headers(fields)
+        document.update(sendgrid_parts(octets))
+        if not document["subject"]:
+            raise ValueError("the subject is empty")
+    except (ValueError, LookupError) as fault:
+        raise Refused(reply("inexpressible", printable(str(fault)), word="SendGrid", **place_of(job.route))) from None
+    return ENCODER.encode({key: value for key, value in document.items() if value}).encode()
+
+
+def sendgrid_people(job: Job, fields: list) -> dict:
+    """Who it is from, and to whom: SendGrid shows whom it delivers to, and delivers to whom it shows."""
+    shown = {name: sendgrid_mailboxes(only(fields, name)) for name in ("from", "to", "cc", "reply-to")}
+    if len(shown["from"]) != 1:
+        raise ValueError("From has several addresses")
+    missing = {address_key(to): to for to in job.recipients}
+    for name in ("to", "cc"):
+        for mailbox in shown[name]:
+            if not missing.pop(address_key(mailbox["email"]), None):
+                raise ValueError(f"{name.title()} has {mailbox['email']}, which gets this mail another way or twice")
+    if not shown["to"]:
+        raise ValueError("To has none of the recipients")
+    people = {"to": shown["to"], "cc": shown["cc"], "bcc": [{"email": to} for to in missing.values()]}
+    document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": shown["from"][0]}
+    answers = shown["reply-to"]
+    return {**document, **({"reply_to_list": answers} if len(answers) > 1 else {"reply_to": answers and answers[0]})}
+
+
+def sendgrid_mailboxes(text: str) -> list:
+    named = [(name, spec) for name, spec in getaddresses([text]) if spec]
+    return [{"email": spec, "name": decoded_words(name)} if name else {"email": spec} for name, spec in named]
+
+
+def sendgrid_headers(fields: list) -> dict:
+    """The fields that SendGrid takes as they are, still encoded."""
+    headers: dict = {}
+    for name, octets in fields:
+        if name in SENDGRID_RESERVED:
+            raise ValueError(f"the header {name} can't be set")
+        if name in SENDGRID_OWN or name.startswith("content-"):
+            continue
+        if name in map(str.lower, headers):
+            raise ValueError(f"the header {name} stands more than once")
+        if not octets.isascii():
+            raise ValueError(f"the header {name} is not ASCII")
+        headers[octets.partition(b":")[0].decode().strip()] = unfolded(octets)
+    return headers
+
+
+SENDGRID_RESERVED = ("x-sg-id", "x-sg-eid", "dkim-signature", "bcc")
+SENDGRID_OWN = ("received", "mime-version", "from", "to", "cc", "subject", "reply-to")  # it makes them from the rest
+
+
+def sendgrid_parts(octets: bytes) -> dict:
+    """Its content and attachments."""
+    import email
+
+    message = email.message_from_bytes(octets)
+    content: list = []
+    attachments: list = []
+    for part in leaves(message):
+        named = part.get_content_disposition() == "attachment" or part.get_filename() or part["Content-ID"]
+        if part.get_content_maintype() == "text" and not named:
+            content.append({"type": part.get_content_type(), "value": part_text(part)})
+        else:
+            attachments.append(sendgrid_attachment(part))
+    alternative = any(part.get_content_subtype() == "alternative" for part in message.walk())
+    kinds = [item["type"] for item in content]
+    if kinds not in (["text/plain"], ["text/html"]) and not (alternative and kinds == ["text/plain", "text/html"]):
+        raise ValueError(f"its texts are {', '.join(kinds) or 'none'}, not a plain one, an HTML one, or these two")
+    return {"content": content, "attachments": attachments}
+
+
+def leaves(part: Any, outer: str = "") -> list:
+    """The parts that are no multipart; ValueError for a structure whose meaning would be lost."""
+    if part.get_content_maintype() != "multipart":
+        return [part]
+    kind_ = part.get_content_subtype()
+    if kind_ not in NESTED[outer] or not part.is_multipart():
+        raise ValueError(f"multipart/{kind_} {f'in multipart/{outer} ' if outer else ''}can't be kept")
+    return [leaf for inner in part.get_payload() for leaf in leaves(inner, kind_)]
+
+
+NESTED = {
+    "": ("mixed", "alternative", "related"),
+    "mixed": ("alternative", "related"),
+    "alternative": ("related",),
+    "related": ("alternative",),
+}
+
+
+def part_text(part: Any) -> str:
+    value = decoded(part.get_payload(decode=True), part.get_content_charset("us-ascii")).replace("\r\n", "\n")
+    if not value:
+        raise ValueError("a text is empty")
+    return value
+
+
+def sendgrid_attachment(part: Any) -> dict:
+    charset, mark = part.get_content_charset("utf-8"), (part["Content-ID"] or "").strip("<> ")
+    if part.get_content_maintype() == "message":
+        octets = part.as_bytes(policy=part.policy.clone(linesep="\r\n")).partition(b"\r\n\r\n")[2]
+    else:
+        octets = part.get_payload(decode=True)
+    name = decoded_words(part.get_filename() or mark)
+    if not (name and octets):
+        raise ValueError("an attachment has no name" if octets else f"the attachment {name} is empty")
+    if part.get_content_maintype() == "text" and charset not in ("utf-8", "us-ascii"):
+        raise ValueError(f"the charset of the attachment {name} can't be told")
+    values = {"content": base64.b64encode(octets).decode(), "type": part.get_content_type(), "filename": name}
+    inline = part.get_content_disposition() == "inline" or (mark and not part.get_content_disposition())
+    values["disposition"] = "inline" if inline else "attachment"
+    return {**values, "content_id": mark} if mark else values
+
+
+async def relay_amazonses(job: Job, sessions: Sessions) -> list:
+    """By version 2 of Amazon SES, which takes the message as it is, for 50 recipients at a time."""
+    replies: list = []
+    for start in range(0, len(job.recipients), AMAZONSES_RECIPIENTS):
+        part = job._replace(recipients=job.recipients[start : start + AMAZONSES_RECIPIENTS])
+        try:
+            call = await in_thread(amazonses_call, part, time.time())
+            said = amazonses_reply(job.route, await sessions.web.call(job.route, call))
+        except Refused as refused:
+            said = refused.reply
+        replies += [said] * len(part.recipients)
+    return replies
+
+
+AMAZONSES_RECIPIENTS = 50  # https://docs.aws.amazon.com/ses/latest/dg/quotas.html
+
+
+def amazonses_call(job: Job, now: float) -> Call:
+    octets = seven(job)
+    author = only(parse_message(octets)[0], "from")
+    _, spec = getaddresses([author])[0]
+    document = {
+        "FromEmailAddress": author,
+        "Destination": {"ToAddresses": job.recipients},
+        "Content": {"Raw": {"Data": base64.b64encode(octets).decode()}},
+    }
+    if job.sender and address_key(spec) != address_key(job.sender):
+        document["FeedbackForwardingEmailAddress"] = job.sender
+    call = Call("POST", "/v2/email/outbound-emails", ENCODER.encode(document).encode())
+    return signed(call, job.route, now)
+
+
+def amazonses_reply(route: Route, said: Said) -> Reply:
+    document = said.document()
+    document = document if isinstance(document, dict) else {}
+    if said.status == 200 and isinstance(document.get("MessageId"), str):
+        return web_accepted(route, said, f"MessageId: {document['MessageId']}")
+    name = str(said.headers.get("x-amzn-ErrorType") or document.get("__type") or "")
+    name = name.partition(":")[0].rpartition("#")[2]  # some have a namespace before, or a URL behind
+    words = [str(value) for value in (name, document.get("message") or document.get("Message")) if value]
+    return web_reply(route, said, words or None, later=name in AMAZONSES_LATER)
+
+
+AMAZONSES_LATER = (  # said with a 400, and over after a while
+    "TooManyRequestsException",
+    "ThrottlingException",
+    "Throttling",
+    "LimitExceededException",
+    "SendingPausedException",
+)
+
+
+def signed(call: Call, route: Route, now: float) -> Call:
+    """The call with Amazon's signature, version 4, for the service `ses`.
+    https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html"""
+    site, moment = site_of(route.url), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
+    scope = f"{moment[:8]}/{route.region}/ses/aws4_request"
+    headers = {"host": site.name, "x-amz-date": moment}
+    if call.method == "POST":
+        headers["content-type"] = call.type
+    if route.token:
+        headers["x-amz-security-token"] = route.token
+    names = ";".join(sorted(headers))
+    lines = [f"{name}:{headers[name]}" for name in sorted(headers)]
+    lines = [call.method, site.path + call.path, "", *lines, "", names]
+    canonical = "\n".join([*lines, hashlib.sha256(call.body).hexdigest()])
+    text = f"AWS4-HMAC-SHA256\n{moment}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
+    key = b"AWS4" + route.login[1].encode()
+    for word in scope.split("/"):
+        key = hmac.digest(key, word.encode(), "sha256")
+    mark = hmac.new(key, text.encode(), "sha256").hexdigest()
+    words = f"AWS4-HMAC-SHA256 Credential={route.login[0]}/{scope}, SignedHeaders={names}, Signature={mark}"
+    sent = [(name, headers[name]) for name in ("x-amz-date", "x-amz-security-token") if name in headers]
+    return call._replace(headers=(*call.headers, *sent, ("Authorization", words)))
+
+
+async def relay_mandrill(job: Job, sessions: Sessions) -> list:
+    """By Mandrill's messages/send-raw, which takes the message as it is and says what became of each recipient."""
+    body = await in_thread(mandrill_body, job)
+    said = await sessions.web.call(job.route, Call("POST", "/api/1.0/messages/send-raw.json", body))
+    return mandrill_replies(job, said)
+
+
+def mandrill_body(job: Job) -> bytes:
+    document = {
+        "key": job.route.login[1],
+        "raw_message": seven(job).decode(),
+        "from_email": job.sender or None,
+        "to": job.recipients,
+        "async": False,
+    }
+    return ENCODER.encode(document).encode()
+
+
+def mandrill_replies(job: Job, said: Said) -> list:
+    """A reply for each recipient, from the list in the answer; a list without one of them is not what was promised."""
+    document = said.document()
+    if isinstance(document, dict) and document.get("status") == "error":
+        words = [f"{document.get('name')}: {document.get('message')}"]
+        return [web_reply(job.route, said, words)] * len(job.recipients)
+    listed = document if said.status == 200 and isinstance(document, list) else []
+    items = {address_key(item.get("email")): item for item in listed if isinstance(item, dict)}
+    return [mandrill_reply(job.route, said, items.get(address_key(to), {})) for to in job.recipients]
+
+
+def mandrill_reply(route: Route, said: Said, item: dict) -> Reply:
+    status, words = item.get("status"), [str(item.get("status"))]
+    if item.get("reject_reason"):
+        words.append(f"reject_reason: {item['reject_reason']}")
+    if item.get("_id"):
+        words.append(f"_id: {item['_id']}")
+    if status in ("sent", "queued", "scheduled"):
+        return web_accepted(route, said, *words)
+    if status in ("rejected", "invalid"):
+        dsn = "5.1.3" if status == "invalid" else "5.7.1"
+        return reply("web-refused", *told_words(words[1:]), word=status, **place_of(route))._replace(dsn=dsn)
+    return web_reply(route, said, None)
+
+
+def web_accepted(route: Route, said: Said, *words: str) -> Reply:
+    status = f"HTTP {said.status} {said.reason}".strip()
+    return reply("web-accepted", *told_words(words), word=status, **place_of(route))
+
+
+def web_reply(route: Route, said: Said, words: list | None, later: bool = False) -> Reply:
+    """What an answer means that is no success. `words` are the cloud's own, None where it has none."""
+    status, place = f"HTTP {said.status} {said.reason}".strip(), place_of(route)
+    later = later or said.status == 429 or said.status >= 500
+    if said.status == 413:  # proxies say this too, in their own words; it will be as big the next time
+        return reply("web-refused", *told_words(words or []), word=status, **place)._replace(dsn="5.3.4")
+    if words is None or not (later or said.status >= 400):
+        excerpt = printable(said.body[:400].decode("utf-8", "replace"), 100)
+        rubbish = reply("web-rubbish", status, *([excerpt] if excerpt else []), word=route.relay, **place)
+        return rubbish._replace(unsure=200 <= said.status < 300, wait=retry_after(said))
+    said_so = reply("web-later" if later else "web-refused", *told_words(words), word=status, **place)
+    if later:
+        return said_so._replace(dsn="4.3.0" if said.status >= 500 else "4.4.5", wait=retry_after(said))
+    return said_so._replace(dsn=FINAL_DSN.get(said.status, said_so.dsn))
+
+
+FINAL_DSN = {401: "5.7.8", 403: "5.7.1"}
+
+
+def retry_after(said: Said) -> int:
+    """Seconds after which to try again, RFC 9110 10.2.3; 0 where it doesn't say."""
+    import email.utils
+
+    text, now = said.headers.get("Retry-After", "").strip(), time.time()
+    reset = said.headers.get("X-RateLimit-Reset", "") if said.status == 429 else ""  # SendGrid's, seconds of the epoch
+    try:
+        if re.fullmatch(r"[0-9]{1,9}", text):
+            wait = int(text)
+        elif text:
+            wait = email.utils.parsedate_to_datetime(text).timestamp() - now
+        else:
+            wait = int(reset) - now if re.fullmatch(r"[0-9]{1,10}", reset) else 0
+    except (TypeError, ValueError, OverflowError):
+        wait = 0
+    return min(max(int(wait), 0), 86400)
+
+
+def told_words(lines: Any) -> tuple:
+    """Lines of the other side, fit for a reply."""
+    return tuple(printable(str(line), 500) for line in lines)[:20]
+
+
+def seven(job: Job) -> bytes:
+    """The message in ASCII, as the web APIs want it."""
+    octets = seven_bit(job.octets()) if job.message.eight else job.octets()
+    if not octets.isascii():
+        raise Refused(reply("inexpressible", "it has octets over 127", word=job.route.relay, **place_of(job.route)))
+    return octets
+
+
+def unfolded(octets: bytes) -> str:
+    """The value of a field, on one line."""
+    return re.sub(r"\r?\n", "", octets.decode("utf-8", "replace").partition(":")[2]).strip()
+
+
+def only(fields: list, name: str) -> str:
+    """The value of that field, "" where there is none; ValueError where it stands more than once."""
+    values = [unfolded(octets) for key, octets in fields if key == name]
+    if len(values) > 1:
+        raise ValueError(f"the header {name} stands more than once")
+    return values[0] if values else ""
+
+
+def decoded_words(text: str) -> str:
+    """Text with its encoded words (RFC 2047) as what they mean; ValueError or LookupError where that can't be known."""
+    text = re.sub(r"(?<=\?=)\s+(?==\?)", "", text)
+    return ENCODED_WORD.sub(_decoded_word, text)
+
+
+def _decoded_word(found: Any) -> str:
+    charset, way, octets = found[1], found[2].upper(), found[3].encode()
+    return decoded(binascii.a2b_base64(octets) if way == "B" else binascii.a2b_qp(octets, header=True), charset)
+
+
+ENCODED_WORD = re.compile(r"=\?([^?*\s]+)(?:\*[^?\s]*)?\?([BbQq])\?([^?\s]*)\?=")
+
+
+def decoded(octets: bytes, charset: str) -> str:
+    """Text of octets in a charset of mail."""
+    return jis_text(octets.decode("ascii")) if charset.upper() == "ISO-2022-JP" else octets.decode(charset)
+
+
+def transfer_decoded(body: bytes, encoding: str) -> bytes:
+    """RFC 2045 6."""
+    if encoding == "base64":
+        return binascii.a2b_base64(body)
+    return binascii.a2b_qp(body) if encoding == "quoted-printable" else body
+
+
+def people_text(text: str) -> str:
+    """A field of mailboxes as it is written in a submission."""
+    people = []
+    for coded, spec in getaddresses([text]):
+        name = decoded_words(coded)
+        quoted = '"' + re.sub(r'(["\\])', r"\\\1", name) + '"' if re.search(r'[()<>@,;:\\".\[\]]', name) else name
+        people.append(f"{quoted} <{spec}>" if name else spec)
+    return ", ".join(people)
+
+
 RELAYS = {
     "ESMTP": relay_esmtp,
     "MX": relay_mx,
+    "Haineko": relay_haineko,
+    "SendGrid": relay_sendgrid,
+    "AmazonSES": relay_amazonses,
+    "Mandrill": relay_mandrill,
     "File": relay_file,
     "Screen": relay_screen,
     "Discard": relay_discard,
@@ -3083,23 +3874,115 @@ async def probe_nothing(probe: Probe, sessions: Sessions) -> list:
     return [Finding("NONE", True, "nothing to connect to")]
 
 
+async def probe_web(route: Route, call: Call, judge: Callable) -> list:
+    """Every step to the answer of an API to a call that changes nothing; judge(route, said) tells in a line of text that
+    the credentials are good, or raises Refused."""
+    return await in_thread(_probe_web, route, call, judge)
+
+
+def _probe_web(route: Route, call: Call, judge: Callable) -> list:
+    findings = probe_name(route)
+    if not findings[-1].fine:
+        return findings
+    line, place = Line(route), f"{route.host}:{route.port}"
+    try:
+        line.open()
+        findings.append(Finding("TCP", True, f"connected to {place}"))
+        words = certificate_words(line.sock) if line.site.tls else "none"
+        findings.append(Finding("TLS", True, words))
+        findings.append(Finding("AUTH", True, judge(route, line.exchange(call))))
+    except Refused as refused:
+        said = refused.reply
+        step = {"CONN": "TLS" if said.dsn == "4.7.5" else "TCP"}.get(said.command, "AUTH")
+        findings.append(Finding(step, False, f"{place}: {said.code} {': '.join(said.message)}"))
+    finally:
+        line.close()
+    return findings
+
+
+async def probe_haineko(probe: Probe, sessions: Sessions) -> list:
+    """An empty submission, which gets past the door and no further."""
+    return await probe_web(probe.route, Call("POST", "/submit", b"{}", basic(probe.route.login)), judge_haineko)
+
+
+def judge_haineko(route: Route, said: Said) -> str:
+    document = said.document()
+    items = document.get("response") if isinstance(document, dict) else None
+    if not (isinstance(items, list) and items and isinstance(items[0], dict)):
+        raise Refused(web_reply(route, said, None))
+    if items[0].get("command") == "AUTH" or said.status in (401, 403, 404):
+        raise Refused(haineko_reply(route, said, items[0]))
+    return "a Haineko that takes our login" if route.login else "a Haineko that wants no login"
+
+
+async def probe_sendgrid(probe: Probe, sessions: Sessions) -> list:
+    """What the key may do."""
+    return await probe_web(probe.route, Call("GET", "/v3/scopes", headers=bearer(probe.route)), judge_sendgrid)
+
+
+def judge_sendgrid(route: Route, said: Said) -> str:
+    document = said.document()
+    scopes = document.get("scopes") if said.status == 200 and isinstance(document, dict) else None
+    if not isinstance(scopes, list):
+        raise Refused(web_reply(route, said, sendgrid_words(said)))
+    if "mail.send" not in scopes:
+        raise Refused(reply("web-refused", word="the API key lacks the permission mail.send", **place_of(route)))
+    return "the API key may send"
+
+
+async def probe_amazonses(probe: Probe, sessions: Sessions) -> list:
+    """The state of the account."""
+    call = signed(Call("GET", "/v2/email/account"), probe.route, time.time())
+    return await probe_web(probe.route, call, judge_amazonses)
+
+
+def judge_amazonses(route: Route, said: Said) -> str:
+    document, refusal = said.document(), amazonses_reply(route, said)
+    if said.status == 403 and any("AccessDenied" in line for line in refusal.message):
+        return "the key is good; it may not read the account, so whether it may send is not known"
+    if said.status != 200 or not isinstance(document, dict) or "SendingEnabled" not in document:
+        raise Refused(refusal)
+    if not document["SendingEnabled"]:
+        raise Refused(reply("web-refused", word="sending is switched off for this account", **place_of(route)))
+    sandbox = "" if document.get("ProductionAccessEnabled", True) else ", in the sandbox: to verified recipients only"
+    return f"the key is good, the account may send{sandbox}"
+
+
+async def probe_mandrill(probe: Probe, sessions: Sessions) -> list:
+    """A ping with the key."""
+    body = ENCODER.encode({"key": probe.route.login[1]}).encode()
+    return await probe_web(probe.route, Call("POST", "/api/1.0/users/ping2.json", body), judge_mandrill)
+
+
+def judge_mandrill(route: Route, said: Said) -> str:
+    document = said.document()
+    if said.status == 200 and isinstance(document, dict) and document.get("PING") == "PONG!":
+        return "the key is good"
+    words = [f"{document.get('name')}: {document.get('message')}"] if isinstance(document, dict) else None
+    raise Refused(web_reply(route, said, words))
+
+
 # One row for each of RELAYS: takes (Probe, Sessions), sends no mail, gives a Finding for each step; it may raise what a
 # relay may.
 PROBES = {
     "ESMTP": probe_esmtp,
     "MX": probe_mx,
+    "Haineko": probe_haineko,
+    "SendGrid": probe_sendgrid,
+    "AmazonSES": probe_amazonses,
+    "Mandrill": probe_mandrill,
     "File": probe_folder,
     "Screen": probe_nothing,
     "Discard": probe_nothing,
 }
 
 # ======================================================================================================================
-# 13. Queue
+# 14. Queue
 #     Empty as yet: the place of mail that could not be delivered at once.
 # ======================================================================================================================
 
 # ======================================================================================================================
-# 14. The way of a mail
+# 15. The way of a mail
 #     submit() takes a request and names every stage in order; deliver() is where relays are called and where whatever
 #     they raise becomes a reply.
 # ======================================================================================================================
@@ -3256,11 +4139,17 @@ async def carry_out(job: Job, sessions: Sessions) -> Outcome:
         waiting = [i for i, item in enumerate(replies) if item.temporary and not item.unsure]
         if not waiting:
             break
-        await sleep(route.sleep)
+        pause = max([route.sleep, *[replies[i].wait for i in waiting]])
+        if pause > max(route.sleep, PATIENCE):
+            break  # the client reads Retry-After
+        await sleep(pause)
         again = await attempt(job._replace(recipients=tuple(job.recipients[i] for i in waiting)), sessions)
         for i, item in zip(waiting, again):
             replies[i] = item
     return Outcome(job, replies, (time.monotonic() - began) * 1000)
+
+
+PATIENCE = 60  # seconds that a cloud may ask for while the client waits
 
 
 async def attempt(job: Job, sessions: Sessions) -> list:
@@ -3379,7 +4268,7 @@ def to_json(document: Any) -> bytes:
 
 
 # ======================================================================================================================
-# 15. HTTP
+# 16. HTTP
 #     Takes octets from a socket, gives a Request to a page and its Answer back (RFC 9110, 9112). One master process
 #     binds and watches, workers forked by it accept. In a worker one loop serves all connections.
 # ======================================================================================================================
@@ -4103,7 +4992,7 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 
 
 # ======================================================================================================================
-# 16. Commands
+# 17. Commands
 #     Takes the words of a command line, gives an exit code. What is meant for a person goes to stderr, results to
 #     stdout.
 # ======================================================================================================================
@@ -4503,6 +5392,8 @@ def described(route: Route) -> str:
     """A route in words."""
     if route.relay == "File":
         return f"File {route.folder}"
+    if route.url:
+        return f"{route.mailer} {route.url}{', as ' + route.auth if route.auth else ''}"
     if route.relay != "ESMTP":
         return route.mailer
     tls = ", TLS" if route.port == SMTPS else ", STARTTLS" if route.starttls else ""
