@@ -18,8 +18,8 @@ The way of a mail is the order of this page: each section takes the value of the
 
 Rules of the file. A section refers to the sections above it, never below; inside a section the caller stands above its
 helpers. Sockets are opened in DNS, web and SMTP sessions, relays and HTTP only; clock and chance are arguments. Errors
-of the other side are values (Reply); Refused carries one out of depth. Every recipient has a reply. What may be extended
-is a closed table: REPLIES, CHARSETS, CHECKS, RELAYS, PROBES, PAGES, COMMANDS. Standard library only.
+of the other side are values (Reply); Refused carries one out of depth. Every recipient has a reply. What may be
+extended is a closed table: REPLIES, CHARSETS, CHECKS, RELAYS, PROBES, PAGES, COMMANDS. Standard library only.
 
 Spoken here: RFC 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS),
 3461 (DSN), 3463 (status codes), 4954 (AUTH), 6152 (8BITMIME), 8314 (TLS on 465), 1035 (DNS), 6891 (EDNS), 7505 (null
@@ -190,15 +190,15 @@ REPLIES = {
     "clear-auth": (0, "454", "4.7.11", "AUTH", "Credentials are not sent over a connection without TLS"),
     "file": (0, "451", "4.3.0", "DATA", "Cannot save the message"),
     "relay-fault": (0, "451", "4.3.0", "DATA", "Internal error of the relay"),
-    "web-connect": (0, "451", "4.4.1", "CONN", "Cannot connect to %s"),
-    "web-tls": (0, "451", "4.7.5", "CONN", "TLS handshake with %s failed"),
-    "web-lost": (0, "451", "4.4.2", "DATA", "Connection to %s lost before the request was sent"),
-    "web-unsure": (0, "451", "4.4.2", "DATA", "No answer of %s to a request that was sent: the mail may have arrived"),
-    "web-rubbish": (0, "451", "4.5.0", "DATA", "The answer is not what the API of %s promises"),
+    "web-connect": (0, "451", "4.4.1", "CONN", "Cannot connect to HTTP server"),
+    "web-tls": (0, "451", "4.7.5", "CONN", "TLS handshake with HTTP server failed"),
+    "web-lost": (0, "451", "4.4.2", "DATA", "Connection to HTTP server lost before the request was sent"),
+    "web-unsure": (0, "451", "4.4.2", "DATA", "No answer to a request that was sent; the mail may have arrived"),
+    "web-rubbish": (0, "451", "4.5.0", "DATA", "The answer is not what the API promises"),
     "web-accepted": (0, "250", "2.0.0", "DATA", "%s"),
     "web-later": (0, "451", "4.3.0", "DATA", "%s"),
     "web-refused": (0, "550", "5.0.0", "DATA", "%s"),
-    "inexpressible": (0, "550", "5.6.3", "DATA", "The API of %s can't express this message"),
+    "inexpressible": (0, "550", "5.6.3", "DATA", "The API can't express this message"),
     "saved": (0, "200", "2.0.0", "DATA", "%s"),
     "printed": (0, "200", "2.0.0", "DATA", "Printed"),
     "discarded": (0, "200", "2.0.0", "DATA", "Discarded"),
@@ -2616,8 +2616,8 @@ class Line(http.client.HTTPConnection):
         except OSError as fault:
             connected = bool(self.sock)
             self.close()
-            place = {"word": site.name, **place_of(route)}
-            raise Refused(reply("web-tls" if connected else "web-connect", reason_of(fault), **place)) from None
+            said = reply("web-tls" if connected else "web-connect", reason_of(fault), **place_of(route))
+            raise Refused(said) from None
         except Refused:
             self.close()
             raise
@@ -2672,10 +2672,10 @@ class Line(http.client.HTTPConnection):
         """What is said where no answer came."""
         place = place_of(self.route)
         if not self.sent:
-            return reply("web-lost", reason_of(fault), word=self.site.name, **place)
+            return reply("web-lost", reason_of(fault), **place)
         if isinstance(fault, OSError):
-            return reply("web-unsure", reason_of(fault), word=self.site.name, **place)._replace(unsure=True)
-        return reply("web-rubbish", reason_of(fault), word=self.route.relay, **place)._replace(unsure=True)
+            return reply("web-unsure", reason_of(fault), **place)._replace(unsure=True)
+        return reply("web-rubbish", reason_of(fault), **place)._replace(unsure=True)
 
 
 class Timed(io.RawIOBase):
@@ -3402,7 +3402,7 @@ def sendgrid_body(job: Job) -> bytes:
         if not document["subject"]:
             raise ValueError("the subject is empty")
     except (ValueError, LookupError) as fault:
-        raise Refused(reply("inexpressible", printable(str(fault)), word="SendGrid", **place_of(job.route))) from None
+        raise Refused(reply("inexpressible", printable(str(fault)), **place_of(job.route))) from None
     return ENCODER.encode({key: value for key, value in document.items() if value}).encode()
 
 
@@ -3643,7 +3643,7 @@ def web_reply(route: Route, said: Said, words: list | None, later: bool = False)
         return reply("web-refused", *told_words(words or []), word=status, **place)._replace(dsn="5.3.4")
     if words is None or not (later or said.status >= 400):
         excerpt = printable(said.body[:400].decode("utf-8", "replace"), 100)
-        rubbish = reply("web-rubbish", status, *([excerpt] if excerpt else []), word=route.relay, **place)
+        rubbish = reply("web-rubbish", status, *([excerpt] if excerpt else []), **place)
         return rubbish._replace(unsure=200 <= said.status < 300, wait=retry_after(said))
     said_so = reply("web-later" if later else "web-refused", *told_words(words), word=status, **place)
     if later:
@@ -3681,7 +3681,7 @@ def seven(job: Job) -> bytes:
     """The message in ASCII, as the web APIs want it."""
     octets = seven_bit(job.octets()) if job.message.eight else job.octets()
     if not octets.isascii():
-        raise Refused(reply("inexpressible", "it has octets over 127", word=job.route.relay, **place_of(job.route)))
+        raise Refused(reply("inexpressible", "it has octets over 127", **place_of(job.route)))
     return octets
 
 
@@ -3875,8 +3875,8 @@ async def probe_nothing(probe: Probe, sessions: Sessions) -> list:
 
 
 async def probe_web(route: Route, call: Call, judge: Callable) -> list:
-    """Every step to the answer of an API to a call that changes nothing; judge(route, said) tells in a line of text that
-    the credentials are good, or raises Refused."""
+    """Every step to the answer of an API to a call that changes nothing; judge(route, said) tells in a line of text
+    that the credentials are good, or raises Refused."""
     return await in_thread(_probe_web, route, call, judge)
 
 

@@ -1098,7 +1098,7 @@ class FarHaineko(unittest.TestCase):
             with self.subTest(what), WebPeer(lambda asked, items=items: (200, {"response": items})) as peer:
                 said = first_reply(composed_job(web_route("Haineko", peer.url)))
                 self.assertEqual((said.code, said.unsure), ("451", True))
-                self.assertIn("not what the API of Haineko promises", said.message[0])
+                self.assertIn("not what the API promises", said.message[0])
 
     def test_odd_items(self):
         good = {
@@ -1408,7 +1408,7 @@ class SendGridBody(unittest.TestCase):
                 said = first_reply(raw_job(web_route("SendGrid", peer.url), octets, to))
                 self.assertEqual(
                     (said.code, said.dsn, said.message[0]),
-                    ("550", "5.6.3", "The API of SendGrid can't express this message"),
+                    ("550", "5.6.3", "The API can't express this message"),
                 )
                 self.assertIn(words, said.message[1])
                 self.assertEqual(peer.asked, [])

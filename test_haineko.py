@@ -917,7 +917,7 @@ class SettingsFile(Folder):
         for word in ("hush-1", self.KIJITORA, self.KIJITORA[6:]):
             self.assertNotIn(word, text)
         shown = json.loads(text)
-        self.assertEqual(shown["authinfo"]["relay"], {"username": "mikeneko", "password": "********"})
+        self.assertEqual(shown["authinfo"]["relay"], {"username": "mikeneko", "password": "********", "token": ""})
         self.assertEqual(shown["authinfo"]["none"]["password"], "")
         self.assertEqual(shown["password"], {"kijitora": "********"})
         self.assertEqual(shown["relayhosts"], {"open-relay": False, "relayhosts": ["192.0.2.0/24"]})
@@ -2315,8 +2315,9 @@ class Readme(unittest.TestCase):
     def test_settings(self):
         for i, text in enumerate(self.marked("json", "settings")):
             with self.subTest(text):
-                os.environ["PROVIDER_PASSWORD"] = "nyan"
-                self.addCleanup(os.environ.pop, "PROVIDER_PASSWORD", None)
+                for name in re.findall(r'"env": "(\w+)"', text):
+                    os.environ[name] = "nyan"
+                    self.addCleanup(os.environ.pop, name, None)
                 self.assertEqual(haineko.load(self.write(f"settings{i}.json", text))[1], [])
         for text in self.marked("json", "faulty"):
             self.assertNotEqual(haineko.load(self.write("faulty.json", text))[1], [])
