@@ -31,6 +31,7 @@ from __future__ import annotations
 import base64
 import binascii
 import codecs
+import contextlib
 import errno
 import functools
 import gc
@@ -53,6 +54,7 @@ import signal
 import smtplib
 import socket
 import ssl
+import stat
 import struct
 import sys
 import threading
@@ -260,8 +262,10 @@ def read(cls: type, raw: Any, where: str, faults: list) -> Any:
         return cls()
     known, values, dot = keys(cls), {}, where and where + "."
     if type(raw) is Twice:
-        faults.extend(f"{dot}{printable(key)}: stands more than once" for key in raw.keys_twice)
+        faults.extend(f"{dot}{printable(key)}: stands more than once" for key in raw.keys_twice[:ENOUGH])
     for key, value in raw.items():
+        if len(faults) >= ENOUGH:
+            break
         if key not in known:
             hint = did_you_mean(key, known) if len(faults) < MAX_HINTS else ""
             faults.append(f"{dot}{printable(key)}: unknown key{hint}")
@@ -274,6 +278,7 @@ def read(cls: type, raw: Any, where: str, faults: list) -> Any:
 
 
 MAX_HINTS = 50  # a hint takes some 50 us, and a hostile body has a million keys
+ENOUGH = 1000  # faults, behind which nobody reads on: told of each item, a hostile body takes a hundred times its size
 
 
 @functools.lru_cache(maxsize=None)
@@ -352,7 +357,7 @@ def list_of(parse: Callable) -> Callable:
     def parse_all(value: Any, where: str, faults: list) -> tuple:
         if type(value) is not list:
             return (parse(value, where, faults),)
-        return tuple(parse(item, f"{where}[{i}]", faults) for i, item in enumerate(value))
+        return tuple(parse(item, f"{where}[{i}]", faults) for i, item in enumerate(value) if len(faults) < ENOUGH)
 
     return parse_all
 
@@ -1136,10 +1141,14 @@ class Address(NamedTuple):
         return self.local, self.domain.lower()
 
 
-@functools.lru_cache(maxsize=4096)
 def address(text: str) -> Address | None:
     """The mailbox (RFC 5321 4.1.2, no display name, no brackets), or None. The local part may be other than ASCII."""
-    found = MAILBOX.fullmatch(text) if len(text) <= MAX_PATH else None
+    return _address(text) if len(text) <= MAX_PATH else None
+
+
+@functools.lru_cache(maxsize=4096)  # of nothing long: what was asked is kept
+def _address(text: str) -> Address | None:
+    found = MAILBOX.fullmatch(text)
     if not found:
         return None
     local, domain = found.groups()
@@ -1195,13 +1204,15 @@ def prose(value: Any, where: str, faults: list) -> str:
 def mailboxes(value: Any, where: str, faults: list) -> tuple:
     """((display name, Address), ...) of a header like From."""
     value = one_line(value, where, faults)
-    found = parse_mailboxes(value) if len(value) <= MAX_MAILBOXES else ()
+    parse = parse_mailboxes if len(value) <= REMEMBERED else parse_mailboxes.__wrapped__
+    found = parse(value) if len(value) <= MAX_MAILBOXES else ()
     if value and not found:
         faults.append(f'{where}: "name <address>" is wanted, not "{printable(value, 80)}"')
     return found
 
 
-MAX_MAILBOXES = 32768  # characters of one field; what was read is remembered
+MAX_MAILBOXES = 32768  # characters of one field
+REMEMBERED = 512  # characters of a field that is remembered: long ones would fill the memory
 
 
 @functools.lru_cache(maxsize=512)
@@ -1221,7 +1232,7 @@ def passed(value: Any, where: str, faults: list) -> tuple:
     names = ",".join(list_of(one_line)(value, where, faults)).split(",")
     names = tuple(name.strip() for name in names if name.strip())
     for name in names:
-        if not DOMAIN.fullmatch(name):
+        if not DOMAIN.fullmatch(name) and len(faults) < ENOUGH:
             faults.append(f'{where}: "{printable(name, 80)}" is no name of a Haineko')
     return names
 
@@ -1235,11 +1246,13 @@ def charset(value: Any, where: str, faults: list) -> str:
     return name or "UTF-8"
 
 
-@functools.lru_cache(maxsize=64)
 def charset_name(name: str) -> str:
     """IANA's spelling of a charset's name, "" for none that Python knows or that text in mail can have."""
-    if not re.fullmatch(r"[A-Za-z0-9_.:()+-]{1,40}", name):  # codecs remembers whatever it was asked for
-        return ""
+    return _charset_name(name) if re.fullmatch(r"[A-Za-z0-9_.:()+-]{1,40}", name) else ""
+
+
+@functools.lru_cache(maxsize=64)
+def _charset_name(name: str) -> str:
     try:
         codec = codecs.lookup(name).name
         as_ascii = "Az0 =?<@>\\~\r\n".encode(codec) == b"Az0 =?<@>\\~\r\n"
@@ -1394,9 +1407,10 @@ MAX_PASSED = 25  # Hainekos on the way of one mail; more is a loop through other
 
 def check_ehlo(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     name = submission.ehlo
-    if name is None or DOMAIN.fullmatch(name) or (name[:1] == "[" and name[-1:] == "]" and is_literal(name)):
+    if name is None or DOMAIN.fullmatch(name):
         return None
-    return reply("ehlo")
+    literal = name[:1] == "[" and name[-1:] == "]" and len(name) <= MAX_PATH and is_literal(name)
+    return None if literal else reply("ehlo")
 
 
 def check_mail(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -1504,9 +1518,14 @@ def received(
     return f"Received: from {ehlo or literal} ({literal})\r\n\tby {hostname} with {protocol} id {queueid};\r\n\t{date}"
 
 
-@functools.lru_cache(maxsize=512)
 def address_field(name: str, mailboxes: tuple, charset: str) -> str:
     """A field of mailboxes; the addresses stay outside the encoded words (RFC 2047 5)."""
+    known = sum(len(shown) for shown, _ in mailboxes) <= REMEMBERED and len(mailboxes) <= 8
+    return (_address_field if known else _address_field.__wrapped__)(name, mailboxes, charset)
+
+
+@functools.lru_cache(maxsize=512)
+def _address_field(name: str, mailboxes: tuple, charset: str) -> str:
     tokens: list = []
     for i, (shown, item) in enumerate(mailboxes):
         comma = "," if i < len(mailboxes) - 1 else ""
@@ -1555,7 +1574,7 @@ def encoded_words(value: str, charset: str, used: int) -> list:
     while start < len(value) or not words:
         size = min(len(value) - start, room)
         coded = encode(value[start : start + size])
-        while size > 1 and (overhead + (len(coded) + 2) // 3 * 4 > room or value.startswith(VOICED, start + size)):
+        while size > 1 and (overhead + (len(coded) + 2) // 3 * 4 > room or splits(value, start + size)):
             size = max(1, min(size - 1, size * (room - overhead) * 3 // (4 * len(coded)) + 1))
             coded = encode(value[start : start + size])
         words.append(f"=?{charset}?B?{binascii.b2a_base64(coded, newline=False).decode()}?=")
@@ -1563,7 +1582,12 @@ def encoded_words(value: str, charset: str, used: int) -> list:
     return words
 
 
-VOICED = ("ﾞ", "ﾟ")  # with the kana before it, one character of ISO-2022-JP
+def splits(value: str, at: int) -> bool:
+    """True where a word that ends there would part a voice mark from its kana: two are one character of ISO-2022-JP."""
+    return value.startswith(VOICED, at) and not value.startswith(VOICED, at - 1)
+
+
+VOICED = ("ﾞ", "ﾟ")
 
 
 def encode_body(text: str, charset: str) -> tuple:
@@ -1882,7 +1906,10 @@ class Loop:
         except Exception:
             log_bug("loop")
             return
-        method(self, coroutine, *values)
+        try:
+            method(self, coroutine, *values)
+        except Exception as fault:  # no thread or no memory is left: it is the coroutine's, not everybody's
+            self.ready.append((coroutine, fault))
 
     def _expire(self, now: float) -> None:
         """Ends the waits whose deadline has come."""
@@ -1955,9 +1982,9 @@ class Threads:
         with self.lock:
             new = not self.spare
             self.spare -= not new
-        self.work.put((coroutine, function, values))
         if new:
-            threading.Thread(target=self._live, daemon=True).start()
+            threading.Thread(target=self._live, daemon=True).start()  # RuntimeError where the machine has no more
+        self.work.put((coroutine, function, values))
 
     def _live(self) -> None:
         while True:
@@ -2762,7 +2789,7 @@ def parse_line(line: bytes) -> tuple:
     return code.decode(), more == b"-", printable(words.decode("utf-8", "replace"), MAX_LINE)
 
 
-REPLY_LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ -])([^\r\n]*))?\s*\r?")
+REPLY_LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ -])([^\r\n]*)|[^\S\r]*)\r*")
 DSN = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?:\s|$)")
 MAX_LINE = 2048  # octets of a line; RFC 5321 4.5.3.1.5 says 512
 MAX_LINES = 128  # of a reply
@@ -4198,7 +4225,7 @@ def log_refusal(
     """One line for each refusal before delivery."""
     sender = submission and f"<{submission.mail}>"
     given = [to for to in verdicts if to is not None] or (submission and submission.rcpt) or None
-    to = given and ",".join(f"<{to}>" for to in given)
+    to = given and ",".join(f"<{to}>" for to in given[:100])  # the line is cut anyway
     for said in dict.fromkeys(verdicts.values()):
         line = pairs(
             client=request.client and request.client.text,
@@ -4292,7 +4319,7 @@ class Head(NamedTuple):
 
 
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
-FIELD = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\0]*?)[ \t]*\r$", re.MULTILINE)
+FIELD = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*)\r$", re.MULTILINE)
 
 
 def parse_head(octets: bytes) -> Head:
@@ -4310,8 +4337,8 @@ def parse_head(octets: bytes) -> Head:
     if len(pairs) > MAX_HEADERS:
         raise Refused(reply("head-too-large"))
     headers: dict = {}
-    for spelt, value in pairs:
-        name = spelt.lower()
+    for spelt, padded in pairs:
+        name, value = spelt.lower(), padded.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if target[0] != "/" and "://" in target:
         target = "/" + target.split("://", 1)[1].partition("/")[2]  # absolute form, RFC 9112 3.2.2
@@ -4336,8 +4363,8 @@ def body_length(head: Head) -> int:
         if head.method == "POST":
             raise Refused(reply("length-required"))
         return 0
-    values = {value.strip() for value in length.split(",")}
-    if len(values) > 1 or not re.fullmatch(r"[0-9]{1,18}", length.split(",")[0].strip()):
+    values = {value.strip(" \t") for value in length.split(",")}
+    if len(values) > 1 or not re.fullmatch(r"[0-9]{1,18}", min(values)):
         raise Refused(reply("bad-request", "Content-Length"))
     return int(values.pop())
 
@@ -4472,6 +4499,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
             while self.buffer or await self._begun():
                 if not await self.handle_one_request():
                     break
+                if self.buffer:
+                    await sleep(0)  # who asks many things at once must not keep the others waiting
         except (OSError, ValueError):  # the client is gone
             pass
         finally:
@@ -4588,6 +4617,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """The body, whole."""
         size = self.settings.smtpd.max_message_size
         limit = 2 * size + 65536 if size else MAX_BODY
+        if head.method != "POST":
+            limit = MAX_HEAD  # no page reads it, and nobody was asked who it is
         if length > limit:
             raise Refused(reply("body-too-large"))
         expected = head.headers.get("expect")
@@ -4611,23 +4642,24 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     async def _chunks(self, limit: int, deadline: float) -> bytes:
         """A chunked body, RFC 9112 7.1."""
-        parts, total = [], 0
+        body, total = bytearray(), 0
         while True:
-            found = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?", await self._line(deadline))
+            line = await self._line(deadline)
+            found = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?", line)
             if not found:
                 raise Refused(reply("bad-request", "chunk size"))
             size = int(found[1], 16)
-            total += size
+            total += len(line) + size  # a body of chunks of one octet costs by its lines
             if total > limit:
                 raise Refused(reply("body-too-large"))
             if not size:
                 break
-            parts.append(await self._exactly(size, deadline))
+            body += await self._exactly(size, deadline)
             if await self._exactly(2, deadline) != b"\r\n":
                 raise Refused(reply("bad-request", "end of chunk"))
         for _ in range(MAX_HEADERS):
             if not await self._line(deadline):
-                return b"".join(parts)
+                return bytes(body)
         raise Refused(reply("head-too-large"))
 
     async def _line(self, deadline: float) -> bytes:
@@ -4635,6 +4667,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             if len(self.buffer) > 4096:
                 raise Refused(reply("bad-request", "chunk line"))
             self.buffer += await self._more(deadline)
+            await sleep(0)  # who sends faster than we read must not keep the others waiting
         line, _, self.buffer = self.buffer.partition(b"\r\n")
         return line
 
@@ -4691,10 +4724,10 @@ class Worker:
         self._listen_to_signals()
         for listener in self.listeners:
             listener.setblocking(False)
-            self.loop.spawn(self._accept(listener))
+            self.loop.spawn(self._vital(self._accept(listener)))
         self.lifeline.setblocking(False)
         self.loop.spawn(self._orphaned())
-        self.loop.spawn(self._housekeeping())
+        self.loop.spawn(self._vital(self._housekeeping()))
         while not self.service.stopping:
             self.loop.turn()
         deadline = time.monotonic() + STOPPING
@@ -4725,6 +4758,14 @@ class Worker:
         await receive(self.lifeline, 1, float("inf"))
         self.service.stopping = True
 
+    async def _vital(self, coroutine: Any) -> None:
+        """Without this coroutine the worker is of no use: where it fails, another worker takes the place."""
+        try:
+            await coroutine
+        except Exception:
+            log_bug("worker")
+            self.service.stopping = True
+
     async def _accept(self, listener: socket.socket) -> None:
         while not self.service.stopping:
             if len(self.connections) > min(self.loads):
@@ -4735,13 +4776,14 @@ class Worker:
                 await readiness(listener, float("inf"))
                 continue
             except OSError as fault:  # the client is gone, or no file is left
-                if fault.errno in (errno.EMFILE, errno.ENFILE):
+                if fault.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     self._close_idlest()
                     await sleep(0.05)
                 continue
             sock.setblocking(False)
             if listener.family != socket.AF_UNIX:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                with contextlib.suppress(OSError):  # a Mac says so where the client is gone already
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if len(self.connections) >= self.service.settings.httpd.max_connections:
                 await sleep(0)  # so that those accepted just now are known to be idle
                 if not self._close_idlest():
@@ -4842,11 +4884,16 @@ class Master:
             sys.stderr.flush()
             self.loads[slot] = 0
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the worker listens to them
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError as fault:  # the machine has no more processes: those that run must not suffer
+                log.lines(f"a worker can't be started: {fault.strerror}")
+                pid, self.patience = -1, time.monotonic() + 1
             if not pid:
                 self._become_worker(slot)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            self.workers[pid] = time.monotonic(), slot
+            if pid > 0:
+                self.workers[pid] = time.monotonic(), slot
 
     def _become_worker(self, slot: int) -> None:
         code = 1
@@ -4960,6 +5007,9 @@ def bind_unix(path: str) -> socket.socket:
     try:
         listener.connect(path)
     except ConnectionRefusedError:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):  # a file that is no socket is refused alike
+            listener.close()
+            raise OSError(errno.EEXIST, "a file that is no socket stands there") from None
         os.unlink(path)
     except FileNotFoundError:
         pass
