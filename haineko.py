@@ -837,7 +837,7 @@ def signature(path: str) -> tuple | None:
 def read_file(path: str, faults: list, name: str = "") -> dict:
     """The JSON object in a file, {} with a fault where there is none. `name`: the section, where it has only one."""
     try:
-        with open(path, "rb") as stream:
+        with opened(path) as stream:
             everybody = os.fstat(stream.fileno()).st_mode & 0o004
             raw = decode(stream.read())
     except (OSError, ValueError) as fault:
@@ -849,6 +849,15 @@ def read_file(path: str, faults: list, name: str = "") -> dict:
     if everybody and holds_secrets({name: raw} if name else raw):
         faults.append(f"{path}: holds secrets and can be read by everybody; chmod 600 {path}")
     return raw
+
+
+def opened(path: str) -> Any:
+    """The file, open for reading; OSError for what is none: a FIFO would keep us waiting, a device has no end."""
+    stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise OSError(errno.EINVAL, "is no file")
+    return stream
 
 
 def holds_secrets(raw: dict) -> bool:
@@ -980,7 +989,8 @@ def server_context(tls: Tls, base: str) -> ssl.SSLContext:
     """TLS 1.2 and later with the certificate; raises OSError."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(os.path.join(base, tls.certificate), os.path.join(base, tls.key))
+    files = os.path.join(base, tls.certificate), os.path.join(base, tls.key)
+    context.load_cert_chain(*files, password=lambda: "")  # or OpenSSL would ask the terminal for it
     return context
 
 
@@ -4375,10 +4385,11 @@ def client_of(peer: Any, port: int | None, headers: dict, settings: Settings) ->
     if forwarded is None or peer not in trusted:
         return peer, port
     for text in reversed(forwarded.split(",")):
+        found = re.fullmatch(r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)", text.strip(" \t"))  # some proxies add the port
         try:
-            peer, port = plain_address(text.strip()), None
-        except ValueError:
-            break
+            peer, port = plain_address(found[1] or found[2] or found[3]), None
+        except ValueError:  # it must not pass for the proxy's own request
+            raise Refused(reply("bad-request", "X-Forwarded-For")) from None
         if peer not in trusted:
             break
     return peer, port
@@ -4406,7 +4417,17 @@ async def page_conf(request: Request, service: Service) -> Answer:
 
 
 def check_loopback(request: Request, settings: Settings) -> Reply | None:
-    return None if request.client in LOOPBACK and request.peer in LOOPBACK else reply("forbidden")
+    """A program on this machine, and no page in a browser on it that came by a name rebound in DNS."""
+    asked = request.headers.get("host", "").lower()
+    near = request.client in LOOPBACK and request.peer in LOOPBACK
+    by_name = asked and request.port is not None and not own_name(asked, settings)
+    return None if near and not by_name else reply("forbidden")
+
+
+def own_name(place: str, settings: Settings) -> bool:
+    """True where host:port names this machine in a way that nobody can rebind in DNS."""
+    name = place.rpartition(":")[0] if re.search(r":\d+$", place) else place
+    return bool(name in ("localhost", settings.hostname.lower()) or re.fullmatch(r"[\d.]+|\[[\da-f:.]+\]", name))
 
 
 async def page_sample(request: Request, service: Service) -> Answer:
@@ -5144,13 +5165,15 @@ def command_start(options: Any) -> int:
         os.close(tell)
         word = os.read(told, 4096).decode()
         print(word or "haineko: did not start; see the log", end="" if word else "\n", file=sys.stderr)
-        return 0 if word else 1
+        return 0 if " listens at " in word else 1
     os.setsid()
     if os.fork():
         os._exit(0)
     code = 1
     try:
         code = daemon(settings, listeners, pid_file, tell)
+    except OSError as fault:
+        os.write(tell, f"haineko: can't start: {fault}\n".encode())
     finally:
         os._exit(code)
 
@@ -5195,7 +5218,7 @@ def running(pid_file: str) -> int:
     import fcntl
 
     try:
-        with open(pid_file, "r+", encoding="ascii") as stream:
+        with open(pid_file, encoding="ascii") as stream:  # to read: everybody may ask
             try:
                 fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return 0
@@ -5210,7 +5233,7 @@ def command_stop(options: Any) -> int:
     pid = running(pid_file)
     if not pid:
         raise Usage("does not run", 1)
-    os.kill(pid, signal.SIGTERM)
+    tell_daemon(pid, signal.SIGTERM)
     deadline = time.monotonic() + STOPPING + 10
     while running(pid_file):
         if time.monotonic() > deadline:
@@ -5238,8 +5261,18 @@ def command_reload(options: Any) -> int:
     pid = running(pid_path(options))
     if not pid:
         raise Usage("does not run", 1)
-    os.kill(pid, signal.SIGHUP)
+    tell_daemon(pid, signal.SIGHUP)
     return 0
+
+
+def tell_daemon(pid: int, number: int) -> None:
+    """The signal sent, where there is still who hears it: workers outlive a master that was killed for a while."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+    except PermissionError:
+        raise Usage(f"pid {pid} is another user's", 1) from None
 
 
 def command_check(options: Any) -> int:
@@ -5468,8 +5501,12 @@ def command_send(options: Any) -> int:
     import http.client
     import urllib.parse
 
-    url = urllib.parse.urlsplit(options.url)
-    if url.scheme not in ("http", "https") or not url.hostname:
+    try:
+        url = urllib.parse.urlsplit(options.url)
+        port, good = url.port, url.scheme in ("http", "https") and url.hostname and url.path.isascii()
+    except ValueError:  # of a port or brackets
+        good = False
+    if not good:
         raise Usage(f'"{options.url}" is no URL of a Haineko', 2)
     body = submission_from(options)
     kind_ = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
@@ -5480,9 +5517,9 @@ def command_send(options: Any) -> int:
         )
     path = url.path if url.path.endswith("/submit") else url.path.rstrip("/") + "/submit"
     try:
-        connection = kind_(url.hostname, url.port, timeout=300)
+        connection = kind_(url.hostname, port, timeout=300)
         connection.request("POST", path, body, headers)
-        text = connection.getresponse().read()
+        text = connection.getresponse().read(MAX_BODY)
         document = decode(text)
         accepted = [entry["error"] == 0 for entry in document["response"]]
     except (OSError, http.client.HTTPException) as fault:
@@ -5491,8 +5528,13 @@ def command_send(options: Any) -> int:
         raise Usage(
             f"{options.url}: not the answer of a Haineko: {printable(text.decode('utf-8', 'replace'))}", 1
         ) from None
-    print(json.dumps(document, ensure_ascii=False, indent=2))
+    print(on_terminal(json.dumps(document, ensure_ascii=False, indent=2)))
     return 0 if accepted and all(accepted) else 1
+
+
+def on_terminal(text: str) -> str:
+    """JSON with what a terminal would act on, or can't show, as escapes."""
+    return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1], text)
 
 
 def submission_from(options: Any) -> bytes:
@@ -5505,8 +5547,6 @@ def submission_from(options: Any) -> bytes:
                 return stream.read()
         except OSError as fault:
             raise Usage(f"{options.file}: {fault.strerror}", 2) from None
-    import getpass
-
     text = options.body
     if text is None:
         text = sys.stdin.buffer.read().decode("utf-8", "replace")
@@ -5516,7 +5556,7 @@ def submission_from(options: Any) -> bytes:
         "replyto": options.reply_to,
         "charset": options.charset,
     }
-    sender = options.sender or f"{getpass.getuser()}@{machine_name()}"
+    sender = options.sender or f"{user_name()}@{machine_name()}"
     return to_json(
         {"mail": sender, "rcpt": options.to, "header": {k: v for k, v in header.items() if v is not None}, "body": text}
     )
@@ -5543,8 +5583,18 @@ def command_pw(options: Any) -> int:
     salt = os.urandom(16)
     digest = scrypt(word, salt)
     line = "$scrypt$ln=14,r=8,p=1$" + "$".join(base64.b64encode(octets).decode() for octets in (salt, digest))
-    print(f"{json.dumps(options.user or getpass.getuser(), ensure_ascii=False)}: {json.dumps(line)}")
+    print(f"{json.dumps(options.user or user_name(), ensure_ascii=False)}: {json.dumps(line)}")
     return 0
+
+
+def user_name() -> str:
+    """Name of who runs this; a container may have numbers only."""
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid{os.getuid()}"
 
 
 def command_setup(options: Any) -> int:
@@ -5597,7 +5647,6 @@ WantedBy=multi-user.target
 def command_sendmail(argv: list) -> int:
     """Like /usr/sbin/sendmail: relays the message on stdin; exit codes of sysexits.h."""
     import getopt
-    import getpass
 
     try:
         pairs_, named = getopt.gnu_getopt(argv, "C:f:r:F:o:b:B:h:L:N:O:p:R:V:X:tivmnUG")
@@ -5609,10 +5658,10 @@ def command_sendmail(argv: list) -> int:
     settings, faults = load(settings_path(flags.get("-C")))
     if faults:
         return complain("\n".join(faults), EX_CONFIG)
-    octets = sys.stdin.buffer.read()
+    octets = sys.stdin.buffer.read() if sys.stdin else b""
     if "-i" not in flags and ("-o", "i") not in pairs_:
         octets = re.split(rb"(?m)^\.\r?\n", octets, maxsplit=1)[0]
-    sender = flags.get("-f", flags.get("-r", f"{getpass.getuser()}@{settings.hostname}")).strip("<>")
+    sender = flags.get("-f", flags.get("-r", f"{user_name()}@{settings.hostname}")).strip("<>")
     try:
         return sendmail(settings, octets, sender, named, "-t" in flags)
     except ValueError as fault:
@@ -5631,7 +5680,7 @@ def sendmail(settings: Settings, octets: bytes, sender: str, named: list, from_h
     """Relays a finished message; ValueError says what is bad about it."""
     now = time.time()
     queueid = new_queueid(now)
-    source = address(sender) if sender else None
+    source = address(sender) if sender.isascii() else None
     fields_, body = parse_message(octets)
     if not source:
         source = Address("", "", "")
