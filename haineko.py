@@ -4332,8 +4332,8 @@ def post_event(parcel: Parcel, secret: bytes, now: float) -> list:
         return [reply("webhook-later", word=printable(repr(fault)), **place)]
     finally:
         connection.close()
-    slug = "webhook" if 200 <= status <= 299 else "webhook-never" if status == 410 else "webhook-later"
-    return [reply(slug, word=str(status), **place)]  # 410 Gone: nobody wants them any more
+    taken, gone = 200 <= status <= 299, status == 410  # Gone: nobody wants them any more
+    return [reply("webhook" if taken else "webhook-never" if gone else "webhook-later", word=str(status), **place)]
 
 
 WEBHOOK_TIMEOUT = 15.0  # seconds

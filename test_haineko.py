@@ -388,7 +388,7 @@ class RepliesAndJobs(unittest.TestCase):
                 self.assertTrue(status == 0 or 400 <= status < 600)
                 self.assertRegex(code, r"\A[245]\d\d\Z")
                 self.assertRegex(dsn or "0.0.0", r"\A[0245]\.\d{1,3}\.\d{1,3}\Z")
-                self.assertIn(command, ("CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "HTTP", ""))
+                self.assertIn(command, ("CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE", "HTTP", ""))
                 self.assertTrue(text)
                 said = haineko.reply(slug, "more", word="50% of it")
                 self.assertEqual(said.message, (text.replace("%s", "50% of it"), "more"))
