@@ -4351,6 +4351,8 @@ class Store:
 
     def __init__(self, policy: Queue, ringer: socket.socket | None = None) -> None:
         self.policy, self.ringer = policy, ringer
+        if ringer:
+            ringer.setblocking(False)
         self.waiting: queue.SimpleQueue = queue.SimpleQueue()  # of (operation, values, done)
         self.owed: deque = deque()  # of (operation, values) that must be done, as soon as the file can be used again
         self.thread: Any = None
