@@ -4423,10 +4423,12 @@ class Store:
 
     def commit(self, batch: list) -> list:
         """What the operations give, all of them on disk in one transaction; a Refused each where that can't be."""
+        import fcntl
         import sqlite3
 
         try:
             db = self._opened()
+            fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite's own waiting is a sleep, and a long one by chance
             db.execute("BEGIN IMMEDIATE")
             results = [operation(db, self.slot, *values) for operation, values in batch]
             db.execute("COMMIT")
@@ -4440,6 +4442,9 @@ class Store:
                 return [self.commit([work])[0] for work in batch]
             log_bug("queue")
             return [fault]
+        finally:
+            if self.locks:
+                fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, 0)
         self._tell("")
         return results
 
@@ -4450,7 +4455,7 @@ class Store:
         self.db = None
         if for_good and self.slot:
             os.close(self.locks)
-            self.slot = 0
+            self.slot = self.locks = 0
 
     def _tell(self, fault: str) -> None:
         if fault != self.fault:
