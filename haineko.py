@@ -5045,16 +5045,16 @@ def entry_of(request: Request, jobs: list, good: list, wish: Wish) -> Entry:
 
 async def fulfil(request: Request, jobs: list, good: list, wish: Wish, service: Service) -> tuple:
     """(a Reply for each recipient, its fate for the queue: (Reply, Step, entries that tell of it))."""
-    queueid, store = jobs[0].queueid, service.store
+    queueid, store, settings = jobs[0].queueid, service.store, request.settings or service.settings
     if wish.later:
         return [queued(queueid)] * len(good), []
-    outcomes = await deliver(jobs, service.sessions, service.settings)
+    outcomes = await deliver(jobs, service.sessions, settings)
     log_outcomes(request, outcomes)
     replies = [said for outcome in outcomes for said in outcome.replies]
     if not store or not (wish.key or any(said.temporary for said in replies)):
         return replies, []
     entry, now = entry_of(request, jobs, good, wish), time.time()
-    fates = [fate_of(entry, row, said, service.settings, now) for row, said in zip(entry.recipients, replies)]
+    fates = [fate_of(entry, row, said, settings, now) for row, said in zip(entry.recipients, replies)]
     if not wish.key:  # with one it is in the file already
         waiting = [i for i, (_, step, _) in enumerate(fates) if step.state == "open"]
         some = entry._replace(recipients=tuple(entry.recipients[i] for i in waiting))
