@@ -185,7 +185,7 @@ REPLIES = {
     "key-form": (400, "421", None, "HTTP", "Idempotency-Key is malformed"),
     "key-running": (409, "421", None, "HTTP", "The first request with this Idempotency-Key is still running"),
     "key-reused": (422, "421", None, "HTTP", "Idempotency-Key was used with another body"),
-    "no-queue": (400, "421", None, "HTTP", '%s needs a queue: set "queue": {"path": "haineko.db"} in the settings'),
+    "no-queue": (400, "421", None, "HTTP", 'No queue here: set "queue": {"path": "haineko.db"} in the settings'),
     "not-implemented": (501, "421", None, "HTTP", "Transfer-Encoding not implemented"),
     "busy": (503, "421", None, "HTTP", "Too many connections"),
     "http-version": (505, "421", None, "HTTP", "HTTP version not supported"),
@@ -4474,7 +4474,7 @@ class Store:
         self.close()
         if not os.path.exists(path):
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # the mails in it are nobody else's business
-        db = self.db = sqlite3.connect(path, self.BUSY, isolation_level=None, check_same_thread=False)
+        db = self.db = sqlite3.connect(path, timeout=self.BUSY, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
         db.execute("PRAGMA foreign_keys=ON")
@@ -4994,7 +4994,7 @@ def wish_of(request: Request, submission: Submission, settings: Settings) -> Wis
     given = request.headers.get("idempotency-key")
     if not settings.queue:
         if given is not None or submission.later:  # silence would break the client's trust; Prefer may be ignored
-            raise Refused(reply("no-queue", word='"async"' if given is None else "Idempotency-Key"))
+            raise Refused(reply("no-queue", "async" if given is None else "Idempotency-Key"))
         return Wish()
     login = user_of(request.headers.get("authorization", "")) if settings.password.hashes else ""
     later = submission.later or prefers_async(request.headers.get("prefer", ""))

@@ -537,16 +537,15 @@ class QueueStore(unittest.TestCase):
         self.store.close(for_good=True)
         os.chmod(self.folder, 0o555)
         os.chmod(self.policy.path, 0o444)
-        pid = os.fork()
-        if not pid:
-            code = 1
-            try:
-                os.setuid(65534) if os.getuid() == 0 else None
-                (result,) = haineko.Store(self.policy).commit([(haineko.put, (entry(), None))])
-                code = 0 if isinstance(result, haineko.Refused) else 1
-            finally:
-                os._exit(code)
-        self.assertEqual(os.waitpid(pid, 0)[1], 0)
+        code = (
+            "import os, sys, fcntl, sqlite3, traceback, haineko, test_queue;"
+            "os.getuid() or os.setuid(65534);"
+            f"store = haineko.Store(haineko.Queue(path={self.policy.path!r}, min_free=0));"
+            "(result,) = store.commit([(haineko.put, (test_queue.entry(), None))]);"
+            "sys.exit(0 if isinstance(result, haineko.Refused) else 1)"
+        )
+        found = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=20)
+        self.assertEqual((found.returncode, found.stderr.count("readonly database")), (0, 1), found.stderr)
 
     def test_a_bug_costs_its_own_work_only(self):
         def bug(db, slot):
@@ -888,6 +887,29 @@ class QueueAlone(unittest.TestCase):
         server.kill()
         self.assertEqual(server.command("retry", "--all").stdout, "0 recipients to be tried at once\n")
         self.assertIn('"dropped"', server.command("show", two).stdout)
+
+    def test_readme(self):
+        """What it says of the queue is so."""
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as stream:
+            text = stream.read()
+        commands = re.findall(r"(?ms)^```sh queue\n(.*?)^```$", text)
+        (shown,) = re.findall(r"(?ms)^```json event\n(.*?)^```$", text)
+        peer, hook = self.peer(), HookPeer()
+        self.addCleanup(hook.close)
+        server = self.served(peer.port, {"webhook": hook.url, "webhook_secret": WHSEC}, workers=1)
+        document = {"mail": "a@example.org", "rcpt": ["cat@example.jp"], "header": {"subject": "x"}, "body": "Nyaa"}
+        with open(os.path.join(server.folder, "mail.json"), "w") as stream:
+            json.dump(document, stream)
+        answers = []
+        for command in [*commands, commands[-1]]:
+            command = command.replace("127.0.0.1:2794", f"127.0.0.1:{server.port}")
+            found = subprocess.run(["sh", "-eu", "-c", command], cwd=server.folder, capture_output=True, timeout=20)
+            answers.append(json.loads(found.stdout))
+        self.assertEqual([item["response"][0]["command"] for item in answers], ["QUEUE", "DATA", "DATA"])
+        self.assertEqual(answers[1], answers[2])
+        until(lambda: hook.events)
+        event = json.loads(hook.events[0][1])
+        self.assertEqual([set(event), set(event["data"])], [set(json.loads(shown)), set(json.loads(shown)["data"])])
 
     def test_newer_file(self):
         with tempfile.TemporaryDirectory() as folder:
