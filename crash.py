@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Two hundred rounds of the queue's crash test: load, peers that fail, SIGKILL; prints what was counted, exit 1 for a loss.
+"""Two hundred rounds of the crash test of the queue: load, peers that fail, SIGKILL; exit 1 where a mail was lost.
 
 .ci/crash.py [ROUNDS [SEED]]
 """

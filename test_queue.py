@@ -205,7 +205,9 @@ class Served:
 
     def children(self):
         """{pid: whether it is the queue process}: that one has no listening socket."""
-        pids = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout.split()
+        pids = subprocess.run(
+            ["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, check=False
+        ).stdout.split()
         return [int(pid) for pid in pids]
 
     def request(self, method, path, body=None, headers=None, timeout=20):
@@ -233,7 +235,11 @@ class Served:
 
     def command(self, *words):
         return subprocess.run(
-            [sys.executable, PROGRAM, "queue", *words, "-c", self.config], capture_output=True, text=True, timeout=20
+            [sys.executable, PROGRAM, "queue", *words, "-c", self.config],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
         )
 
     def idle(self):
@@ -463,7 +469,7 @@ class QueueStore(unittest.TestCase):
 
         def other():
             words = [sys.executable, "-c", code]
-            return subprocess.run(words, capture_output=True, text=True, cwd=HERE, timeout=20)
+            return subprocess.run(words, capture_output=True, text=True, cwd=HERE, timeout=20, check=False)
 
         self.assertEqual(other().stdout, "2 0\n")  # we live
         self.store.close(for_good=True)
@@ -544,7 +550,9 @@ class QueueStore(unittest.TestCase):
             "(result,) = store.commit([(haineko.put, (test_queue.entry(), None))]);"
             "sys.exit(0 if isinstance(result, haineko.Refused) else 1)"
         )
-        found = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=20)
+        found = subprocess.run(
+            [sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=20, check=False
+        )
         self.assertEqual((found.returncode, found.stderr.count("readonly database")), (0, 1), found.stderr)
 
     def test_a_bug_costs_its_own_work_only(self):
@@ -903,7 +911,9 @@ class QueueAlone(unittest.TestCase):
         answers = []
         for command in [*commands, commands[-1]]:
             command = command.replace("127.0.0.1:2794", f"127.0.0.1:{server.port}")
-            found = subprocess.run(["sh", "-eu", "-c", command], cwd=server.folder, capture_output=True, timeout=20)
+            found = subprocess.run(
+                ["sh", "-eu", "-c", command], cwd=server.folder, capture_output=True, timeout=20, check=False
+            )
             answers.append(json.loads(found.stdout))
         self.assertEqual([item["response"][0]["command"] for item in answers], ["QUEUE", "DATA", "DATA"])
         self.assertEqual(answers[1], answers[2])
@@ -920,7 +930,7 @@ class QueueAlone(unittest.TestCase):
             with open(config, "w") as stream:
                 json.dump({"queue": {"path": "haineko.db"}}, stream)
             words = [sys.executable, PROGRAM, "serve", "-c", config, "--listen", "127.0.0.1:0"]
-            found = subprocess.run(words, capture_output=True, text=True, timeout=10)
+            found = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False)
             self.assertEqual(found.returncode, 2)
             self.assertIn("newer version", found.stderr)
 
