@@ -4866,6 +4866,8 @@ class Courier:
     async def _attempt(self, parcel: Parcel, job: Job | None, policy: Queue) -> Reply:
         if job:
             return (await attempt(job, self.service.sessions))[0]
+        if not policy.secret:
+            return reply("webhook-never", word="the settings name no webhook any more", mailer="Webhook")
         try:
             return (await in_thread(post_event, parcel, policy.secret, time.time()))[0]
         except OSError as fault:
