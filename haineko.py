@@ -141,6 +141,36 @@ def reply(slug: str, *lines: str, word: str = "", **place) -> Reply:
     return Reply(code, dsn, message=(text % word if "%s" in text else text, *lines), **values)
 
 
+def item(recipient: str | None, said: Reply) -> dict:
+    """One recipient's part of the answer."""
+    return {
+        "rcpt": recipient,
+        "error": 0 if said.accepted else 1,
+        "code": said.code,
+        "dsn": said.dsn,
+        "command": said.command,
+        "message": said.message,
+        "mailer": said.mailer,
+        "host": said.host,
+        "port": said.port,
+    }
+
+
+def new_queueid(now: float) -> str:
+    """16 letters and digits: the second, and chance. Unique across processes and restarts; sorts by time."""
+    return _digits(int(now)) + os.urandom(10).translate(LETTERS).decode()
+
+
+@functools.lru_cache(maxsize=2)
+def _digits(second: int) -> str:
+    """Six digits to the base 62."""
+    return "".join(ALPHABET[second // 62**place % 62] for place in range(5, -1, -1))
+
+
+ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+LETTERS = bytes(ord(ALPHABET[i % 62]) for i in range(256))
+
+
 # slug: (HTTP status of a refusal, code, dsn, command, text)
 REPLIES = {
     # HTTP itself
@@ -154,6 +184,10 @@ REPLIES = {
     "body-too-large": (413, "421", None, "HTTP", "Request body is too large"),
     "expectation": (417, "421", None, "HTTP", "Expectation failed"),
     "head-too-large": (431, "421", None, "HTTP", "Request header fields are too large"),
+    "key-form": (400, "421", None, "HTTP", "Idempotency-Key is malformed"),
+    "key-running": (409, "421", None, "HTTP", "The first request with this Idempotency-Key is still running"),
+    "key-reused": (422, "421", None, "HTTP", "Idempotency-Key was used with another body"),
+    "no-queue": (400, "421", None, "HTTP", 'No queue here: set "queue": {"path": "haineko.db"} in the settings'),
     "not-implemented": (501, "421", None, "HTTP", "Transfer-Encoding not implemented"),
     "busy": (503, "421", None, "HTTP", "Too many connections"),
     "http-version": (505, "421", None, "HTTP", "HTTP version not supported"),
@@ -191,6 +225,12 @@ REPLIES = {
     "no-auth": (0, "454", "4.7.0", "AUTH", "AUTH is required, but no mechanism known here was offered"),
     "clear-auth": (0, "454", "4.7.11", "AUTH", "Credentials are not sent over a connection without TLS"),
     "file": (0, "451", "4.3.0", "DATA", "Cannot save the message"),
+    "store": (503, "451", "4.3.0", "QUEUE", "Cannot store the mail"),
+    "queued": (0, "250", "2.0.0", "QUEUE", "Queued as %s"),
+    "interrupted": (0, "421", "4.4.2", "DATA", "The process ended within the delivery; the message may have arrived"),
+    "webhook": (0, "250", None, "HTTP", "%s"),
+    "webhook-later": (0, "451", None, "HTTP", "%s"),
+    "webhook-never": (0, "550", None, "HTTP", "%s"),
     "relay-fault": (0, "451", "4.3.0", "DATA", "Internal error of the relay"),
     "web-connect": (0, "451", "4.4.1", "CONN", "Cannot connect to HTTP server"),
     "web-tls": (0, "451", "4.7.5", "CONN", "TLS handshake with HTTP server failed"),
@@ -560,6 +600,16 @@ def secret(value: Any, where: str, faults: list) -> Any:
     return text(value, where, faults)
 
 
+def webhook_url(value: Any, where: str, faults: list) -> str:
+    value = text(value, where, faults)
+    if value and not WEBHOOK_URL.fullmatch(value):
+        faults.append(f'{where}: a URL like "https://www.example.org/hook" is wanted')
+    return value
+
+
+WEBHOOK_URL = re.compile(r"(https?)://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(/[!-~]*)?")
+
+
 class Gate:
     """The section `password`: who may log in. Who was right is remembered for a while: scrypt is slow by design."""
 
@@ -597,6 +647,14 @@ class Gate:
 
     def _mark(self, credentials: str) -> bytes:
         return hmac.digest(self.key, credentials.encode(), "sha256")
+
+
+def user_of(credentials: str) -> str:
+    """The name in an Authorization header of HTTP Basic, "" for none."""
+    try:
+        return base64.b64decode(credentials.partition(" ")[2].strip(), validate=True).decode().partition(":")[0]
+    except ValueError:
+        return ""
 
 
 def passwords(value: Any, where: str, faults: list) -> Gate:
@@ -676,6 +734,23 @@ class Smtpd:
     max_workers: int = setting(4, number(1, 256), "deliveries of one request at a time")
     resolver: tuple = setting((), list_of(resolver_address), "name servers, address:port; none: those of resolv.conf")
     syslog: Syslog = setting(Syslog(), section(Syslog), "the log")
+
+
+@dataclass(frozen=True)
+class Queue:
+    path: str = setting("", text, "the file, relative to this one")
+    lifetime: int = setting(432000, number(1, 31536000), "seconds until a mail is given up")
+    retry_after: tuple = setting(
+        (60, 300, 900, 1800, 3600, 7200, 14400),
+        list_of(number(0, 604800)),
+        "seconds between the attempts, each give or take a fifth; the last one again and again",
+    )
+    min_free: int = setting(100 << 20, number(0, 1 << 50), "octets that must be free on its disk")
+    webhook: str = setting("", webhook_url, "URL to which the fate of each queued recipient is POSTed")
+    webhook_secret: Any = setting(
+        "", secret, 'signs it: "whsec_" and base64 of 24 to 64 octets; or {"file": path} or {"env": NAME}', secret=True
+    )
+    secret: bytes = field(default=b"", repr=False)  # the octets of webhook_secret once the settings are whole
 
 
 LOOPBACK = Networks(("127.0.0.0/8", "::1"))
@@ -796,6 +871,7 @@ class Settings:
     sendermt: dict = setting({}, table_of(section(Route), domain_key))
     authinfo: dict = setting({}, table_of(section(Login)))
     password: Gate = setting(Gate({}), passwords)
+    queue: Queue | None = setting(None, section(Queue))
     path: str | None = None
     files: tuple = ()  # (path, signature) of all that was read
 
@@ -865,6 +941,8 @@ def holds_secrets(raw: dict) -> bool:
     logins = logins.values() if isinstance(logins, dict) else ()
     hashes = raw.get("password")
     given = [login.get(key) for login in logins if isinstance(login, dict) for key in ("password", "token")]
+    waiting = raw.get("queue")
+    given += [waiting.get("webhook_secret")] if isinstance(waiting, dict) else []
     written = any(word and type(word) is str for word in given)
     return written or bool(isinstance(hashes, dict) and hashes)
 
@@ -877,6 +955,8 @@ def aside_files(settings: Settings) -> list:
     secrets = [word for login in settings.authinfo.values() for word in (login.password, login.token)]
     named = [word["file"] for word in secrets if isinstance(word, dict) and "file" in word]
     named += [route.ca_file for route in routes if route.ca_file]
+    signs = settings.queue and settings.queue.webhook_secret
+    named += [signs["file"]] if signs and "file" in signs and isinstance(signs, dict) else []
     return [os.path.join(base, name) for name in named + ([tls.certificate, tls.key] if tls else [])]
 
 
@@ -900,7 +980,8 @@ def settled(settings: Settings, faults: list) -> tuple:
             faults.append(f"httpd.tls: {fault}")
     recipients = settings.recipients or Recipients(domainpart=frozenset([name.lower()]))
     smtpd = replace(settings.smtpd, hostname=name)
-    return replace(settings, smtpd=smtpd, recipients=recipients, **tables), faults
+    waiting = settings.queue and _queue(settings.queue, base, faults)
+    return replace(settings, smtpd=smtpd, recipients=recipients, queue=waiting, **tables), faults
 
 
 def _login(login: Login, base: str, where: str, faults: list) -> tuple:
@@ -919,15 +1000,34 @@ def _secret(source: Any, base: str, where: str, faults: list) -> str:
             return source
         if "env" in source:
             return os.environ[source["env"]]
-        with open(os.path.join(base, source["file"]), encoding="utf-8") as stream:
+        with opened(os.path.join(base, source["file"])) as stream:
             if os.fstat(stream.fileno()).st_mode & 0o004:
                 faults.append(f"{where}.file: can be read by everybody; chmod 600 {source['file']}")
-            return stream.read().rstrip("\r\n")
+            return stream.read().decode().rstrip("\r\n")
     except (OSError, ValueError) as fault:
         faults.append(f"{where}.file: {source['file']}: {getattr(fault, 'strerror', None) or fault}")
     except KeyError:
         faults.append(f"{where}.env: no environment variable {source['env']}")
     return ""
+
+
+def _queue(policy: Queue, base: str, faults: list) -> Queue:
+    path = os.path.abspath(os.path.join(base, policy.path))
+    folder = os.path.dirname(path)
+    if not policy.path or os.path.isdir(path):
+        faults.append("queue.path: the name of a file is wanted")
+    elif not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+        faults.append(f"queue.path: {folder} is no folder that can be written")
+    if not policy.retry_after:
+        faults.append("queue.retry_after: one number at least is wanted")
+    word = _secret(policy.webhook_secret, base, "queue.webhook_secret", faults)
+    try:
+        octets = base64.b64decode(word[6:], validate=True) if word.startswith("whsec_") else b""
+    except ValueError:
+        octets = b""
+    if (policy.webhook or word) and not 24 <= len(octets) <= 64:
+        faults.append('queue.webhook_secret: "whsec_" and base64 of 24 to 64 octets is wanted')
+    return replace(policy, path=path, secret=octets)
 
 
 def _route(route: Route, logins: dict, base: str, where: str, faults: list) -> Route:
@@ -977,6 +1077,11 @@ def site_of(url: str) -> Site:
     host, usual = parts.hostname or "", 443 if parts.scheme == "https" else 80
     name, port = f"[{host}]" if ":" in host else host, parts.port or usual
     return Site(parts.scheme == "https", host, port, parts.path, name if port == usual else f"{name}:{port}")
+
+
+def in_same_file(fresh: Settings, policy: Queue | None) -> Settings:
+    """Settings read anew with the queue in the file that it is in: another one takes effect at the next start."""
+    return replace(fresh, queue=policy and replace(fresh.queue or policy, path=policy.path))
 
 
 def machine_name() -> str:
@@ -1029,7 +1134,7 @@ def shown(value: Any, masked: bool = False) -> Any:
 def example() -> dict:
     """The settings of the example file: complete, valid, and three lines short of a smart host."""
     route = {"mailer": "ESMTP", "host": "smtp.example.org", "port": 587, "starttls": True, "auth": "relay"}
-    settings = shown(Settings(recipients=Recipients(open_relay=True)))
+    settings = shown(Settings(recipients=Recipients(open_relay=True), queue=Queue(path="haineko.db")))
     settings["mailertable"] = {
         "default": route,
         "example.com": {"mailer": "Discard", "disabled": True},
@@ -1310,6 +1415,7 @@ class Submission:
     rcpt: tuple = setting((), list_of(prose), "envelope recipients", key="rcpt|recv|to")
     header: Header = setting(Header(), section(Header))
     body: str = setting("", prose, "the text")
+    later: bool = setting(False, flag, "true: answered at once, delivered from the queue", key="async")
 
 
 def understand(body: bytes) -> tuple:
@@ -1820,6 +1926,12 @@ def in_thread(function: Callable, *values: Any) -> Any:
 
 
 @types.coroutine
+def answered_by(function: Callable, *values: Any) -> Any:
+    """What is passed to done(), at once or later, by function(done, *values); an exception is raised."""
+    return (yield Loop.lend, function, values)
+
+
+@types.coroutine
 def all_of(coroutines: list) -> Any:
     """Waits until all have ended; they run side by side."""
     yield Loop.join, coroutines
@@ -1967,6 +2079,9 @@ class Loop:
     def start_thread(self, coroutine: Any, function: Callable, values: tuple) -> None:
         self.threads.start(coroutine, function, values)
 
+    def lend(self, coroutine: Any, function: Callable, values: tuple) -> None:
+        function(functools.partial(self.threads.end, coroutine), *values)
+
     async def _hear_threads(self) -> None:
         """Goes on with the coroutines whose functions have ended."""
         while True:
@@ -2012,12 +2127,16 @@ class Threads:
                 result = fault
             with self.lock:
                 self.spare += 1
-            self.ended.append((coroutine, result))
+            self.end(coroutine, result)
             del coroutine, function, values, result
-            try:
-                self.clapper.send(b"\0")
-            except OSError:  # rung often enough
-                pass
+
+    def end(self, coroutine: Any, result: Any) -> None:
+        """The coroutine goes on with the result; may be called in any thread."""
+        self.ended.append((coroutine, result))
+        try:
+            self.clapper.send(b"\0")
+        except OSError:  # rung often enough
+            pass
 
 
 class Epoll:
@@ -3008,10 +3127,18 @@ class Session(smtplib.SMTP):
     def _parsed(self) -> Heard | None:
         """The next reply, if it is here."""
         item, self.unread = parse_reply(self.unread)
+        if item and self.masked:
+            item = item._replace(lines=tuple(self._censored(line) for line in item.lines))
         if item and log.devel:
             for i, line in enumerate(item.lines, 1):
                 log.dialogue(self.route.host, "<", f"{item.code}{' ' if i == len(item.lines) else '-'}{line}")
         return item
+
+    def _censored(self, line: str) -> str:
+        """The line without our credentials: some servers repeat a command that they don't understand."""
+        for word in secret_forms(*self.route.login):
+            line = line.replace(word, "********")
+        return line
 
     def _more(self, octets: bytes) -> None:
         if not octets:
@@ -3056,6 +3183,13 @@ class Session(smtplib.SMTP):
         if isinstance(fault, ssl.SSLError) and self.step == "STARTTLS":
             return reply("tls", reason, **place)
         return reply("lost", reason, command=self.step, **place)
+
+
+def secret_forms(user: str, word: str) -> list:
+    """A password as AUTH sends it (RFC 4616, and LOGIN) and as it is, the longest first; too short ones hide nothing."""
+    plain = (f"\0{user}\0{word}", word)
+    forms = [base64.b64encode(text.encode()).decode() for text in plain]
+    return [form for form in (*forms, word) if len(word) > 3]
 
 
 SMTPS = 465  # RFC 8314: TLS from the first byte
@@ -3169,6 +3303,21 @@ class Sessions:
 #     Each takes (job, sessions) and gives a Reply for every recipient of the job, in order. A relay may raise Refused
 #     or OSError: then that is the reply of all of them.
 # ======================================================================================================================
+
+
+async def attempt(job: Job, sessions: Sessions) -> list:
+    """A reply for every recipient, whatever the relay does."""
+    place = {"mailer": job.route.mailer, "host": job.route.host, "port": job.route.port}
+    try:
+        return await RELAYS[job.route.relay](job, sessions)
+    except Refused as refused:
+        said = refused.reply
+    except OSError as fault:
+        said = reply("lost", printable(str(fault)), command="CONN", **place)
+    except Exception:
+        log_bug(job.queueid)
+        said = reply("relay-fault", **place)
+    return [said] * len(job.recipients)
 
 
 async def relay_esmtp(job: Job, sessions: Sessions) -> list:
@@ -4015,8 +4164,788 @@ PROBES = {
 
 # ======================================================================================================================
 # 14. Queue
-#     Empty as yet: the place of mail that could not be delivered at once.
+#     Keeps on disk the mail that waits, and delivers it. What comes after a reply, bounces and events are functions of
+#     values; Store is the file (SQLite); Courier delivers, in one process. Nothing is answered 2xx before its commit is
+#     on disk. Where a process can be killed, and what that costs:
+#      - before a mail is in the file: its client has no answer and tries again. What a relay took meanwhile then goes
+#        twice, unless the client sent an Idempotency-Key: with one the mail is in the file before anything is sent.
+#      - within a delivery from the file: each attempt begins with a lease, on disk, and a process holds a lock for as
+#        long as it lives, so that leases of the dead are seen. The recipient is tried again: no relay and no disk can
+#        say whether it took the mail. The log says that it may arrive twice.
+#      - after a recipient's fate is in the file, in one commit with the bounce and the event that tell of it: nothing.
+#        An event may be POSTed twice, with the same webhook-id.
 # ======================================================================================================================
+
+
+class Step(NamedTuple):
+    """What comes next for a recipient."""
+
+    state: str  # "open", "delivered" or "failed"
+    pause: float = 0.0  # seconds until the next attempt, where it is open
+
+
+def next_step(said: Reply, attempts: int, age: float, dice: float, policy: Queue) -> Step:
+    """What comes after that reply to so many attempts for a mail `age` seconds old; dice: 0 to 1, by chance."""
+    if said.accepted:
+        return Step("delivered")
+    if not said.temporary or age >= policy.lifetime:
+        return Step("failed")
+    pause = policy.retry_after[min(attempts, len(policy.retry_after)) - 1] * (0.8 + 0.4 * dice)
+    return Step(
+        "open", min(max(pause, said.wait), max(policy.lifetime - age, 1.0))
+    )  # the last one at the end of its life
+
+
+def dice() -> float:
+    return int.from_bytes(os.urandom(2), "big") / 65535
+
+
+class Entry(NamedTuple):
+    """A mail, or an event for the webhook, on its way into the store."""
+
+    queueid: str
+    kind: str  # "mail" or "event"
+    sender: str  # "" is the null sender
+    login: str  # who sent it; "" where nobody had to log in
+    born: float
+    message: Message
+    recipients: tuple  # of (as it was given, on the wire, number of its copy, lane)
+    key: bytes | None = None  # of the request, from its login, path and Idempotency-Key
+    body: bytes | None = None  # digest of the request's body
+
+
+class Parcel(NamedTuple):
+    """One recipient that is leased to this process, with all that its delivery needs."""
+
+    id: int
+    queueid: str
+    kind: str
+    sender: str
+    login: str
+    born: float
+    message: Message
+    given: str
+    recipient: str
+    number: int
+    lane: str
+    attempts: int
+    history: tuple  # of (time, Reply), the attempts so far
+
+
+def lane_of(route: Route, domain: str) -> str:
+    """What mail shares a next hop: a host that is dead delays its own lane only."""
+    if route.relay == "File":
+        return f"File {route.folder}"
+    return f"MX {domain.lower()}" if route.relay == "MX" else f"{route.relay} {route.host}:{route.port}"
+
+
+def queued(queueid: str, said: Reply | None = None) -> Reply:
+    """What the client reads of a recipient that waits."""
+    return reply("queued", *(said.message if said else ()), word=queueid, mailer="Queue")
+
+
+# -- what is told at the end
+
+
+def reports(parcel: Parcel, said: Reply, step: Step, settings: Settings, now: float) -> list:
+    """Entries that tell of a recipient's fate: an event for the webhook, a bounce for the sender; most often none."""
+    if parcel.kind != "mail":
+        return []
+    entries, word = [], step.state if step.state != "open" else "deferred" if not parcel.attempts else ""
+    if word and settings.queue.webhook:
+        entries.append(event(f"message.{word}", parcel, said, settings.queue.webhook, now))
+    if word == "failed" and parcel.sender:
+        queueid, mailbox = new_queueid(now), address(parcel.sender)
+        message = bounce(parcel, said, settings.hostname, queueid, now)
+        lane = lane_of(choose(mailbox.domain, "", settings)[0], mailbox.domain)
+        to = (parcel.sender, parcel.sender, 1, lane)
+        entries.append(Entry(queueid, "mail", "", parcel.login, now, message, (to,)))
+    return entries
+
+
+def event(word: str, parcel: Parcel, said: Reply, url: str, now: float) -> Entry:
+    """An event in the form of Standard Webhooks; its queue id is the webhook-id."""
+    data = {"queueid": parcel.queueid, "addresser": parcel.sender, **item(parcel.given, said)}
+    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
+    body = ENCODER.encode({"type": word, "timestamp": moment, "data": {**data, "attempts": parcel.attempts + 1}})
+    lane = f"Webhook {WEBHOOK_URL.fullmatch(url)[2]}"
+    return Entry(new_queueid(now), "event", "", "", now, Message((body.encode(),)), ((url, url, 1, lane),))
+
+
+def signature_of_event(secret: bytes, webhook_id: str, second: int, body: bytes) -> str:
+    """webhook-signature as Standard Webhooks 1.0 has it: HMAC-SHA256 of "id.timestamp.body"."""
+    digest = hmac.digest(secret, b"%b.%d.%b" % (webhook_id.encode(), second, body), "sha256")
+    return "v1," + base64.b64encode(digest).decode()
+
+
+def bounce(parcel: Parcel, said: Reply, hostname: str, queueid: str, now: float) -> Message:
+    """The report to the sender (RFC 3464) that a recipient's mail won't arrive."""
+    date, edge = rfc5322_date(int(now)), f"{queueid}/{hostname}"
+    place = f" ({said.host})" if said.host else ""
+    words = "\r\n".join([f"    {line}" for line in quotable(said)])
+    head = parcel.message.copy(parcel.recipient, parcel.number).partition(b"\r\n\r\n")[0] + b"\r\n"
+    text = BOUNCE.format(
+        date=date, hostname=hostname, sender=parcel.sender, queueid=queueid, edge=edge, age=in_words(now - parcel.born),
+        original=parcel.queueid, recipient=parcel.recipient, place=place, words=words, status=status_code(said),
+        kind="rfc822" if parcel.recipient.isascii() else "utf-8", arrived=rfc5322_date(int(parcel.born)),
+        tried=parcel.attempts + 1, code=said.code, diagnostic="\r\n    ".join(quotable(said)),
+        remote=f"Remote-MTA: dns; {said.host}\r\n" if said.host else "", coding="7bit" if head.isascii() else "8bit",
+    )  # fmt: skip
+    octets = text.encode() + head + f"\r\n--{edge}--\r\n".encode()
+    return Message((octets,), eight=not octets.isascii())
+
+
+BOUNCE = """\
+Received: by {hostname} (Haineko) id {queueid};
+	{date}
+From: Mail Delivery System <MAILER-DAEMON@{hostname}>
+To: {sender}
+Subject: Undelivered Mail Returned to Sender
+Date: {date}
+Message-Id: <{queueid}.1@{hostname}>
+Auto-Submitted: auto-replied
+X-Haineko-Loop: {hostname}
+MIME-Version: 1.0
+Content-Type: multipart/report; report-type=delivery-status;
+ boundary="{edge}"
+
+--{edge}
+Content-Type: text/plain; charset=UTF-8
+Content-Transfer-Encoding: {coding}
+
+This is the mail system at {hostname}.
+
+Your mail could not be delivered to
+
+    {recipient}
+
+It was tried {tried} time(s) in {age}. The last reply{place} was:
+
+{words}
+
+Its headers are attached. It will not be tried again.
+
+--{edge}
+Content-Type: message/delivery-status
+
+Reporting-MTA: dns; {hostname}
+X-Haineko-Queueid: {original}
+Arrival-Date: {arrived}
+
+Final-Recipient: {kind}; {recipient}
+Action: failed
+Status: {status}
+{remote}Diagnostic-Code: smtp; {diagnostic}
+
+--{edge}
+Content-Type: text/rfc822-headers
+Content-Transfer-Encoding: {coding}
+
+""".replace("\n", "\r\n")
+
+
+def quotable(said: Reply) -> list:
+    """A reply's lines fit for a message: ASCII, short, with their code."""
+    lines = [printable(line, 500).encode("ascii", "replace").decode() for line in said.message[:MAX_WORDS]]
+    return [f"{said.code} {line}".rstrip() for line in lines or [""]]
+
+
+def status_code(said: Reply) -> str:
+    """RFC 3463; of a mail whose life is over and where nobody said more, that its delivery time expired."""
+    return said.dsn or ("4.4.7" if said.temporary else "5.0.0")
+
+
+def in_words(seconds: float) -> str:
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}s"
+    return f"{seconds:.0f} seconds"
+
+
+def post_event(parcel: Parcel, secret: bytes, now: float) -> list:
+    """POSTs an event to its webhook; blocks. A reply as a relay gives it."""
+    import http.client
+
+    scheme, name, port, path = WEBHOOK_URL.fullmatch(parcel.recipient).groups()
+    place = {"mailer": "Webhook", "host": name, "port": int(port or (443 if scheme == "https" else 80))}
+    body, ident = parcel.message.parts[0], f"msg_{parcel.queueid}"
+    headers = {"Content-Type": "application/json", "User-Agent": f"haineko/{__version__}"}
+    headers.update({"webhook-id": ident, "webhook-timestamp": str(int(now))})
+    headers["webhook-signature"] = signature_of_event(secret, ident, int(now), body)
+    if scheme == "https":
+        connection = http.client.HTTPSConnection(name.strip("[]"), place["port"], WEBHOOK_TIMEOUT,
+                                                 context=client_context(True, ""))  # fmt: skip
+    else:
+        connection = http.client.HTTPConnection(name.strip("[]"), place["port"], WEBHOOK_TIMEOUT)
+    try:
+        connection.request("POST", path or "/", body, headers)
+        status = connection.getresponse().status
+    except http.client.HTTPException as fault:
+        return [reply("webhook-later", word=printable(repr(fault)), **place)]
+    finally:
+        connection.close()
+    taken, gone = 200 <= status <= 299, status == 410  # Gone: nobody wants them any more
+    return [reply("webhook" if taken else "webhook-never" if gone else "webhook-later", word=str(status), **place)]
+
+
+WEBHOOK_TIMEOUT = 15.0  # seconds
+
+
+# -- the file
+
+
+class Store:
+    """The file of the queue as one process uses it. One thread does all work in it and puts whatever waits into one
+    transaction, so that many mails share the disk's one flush."""
+
+    BUSY = 5.0  # seconds to wait for another process's lock
+    BATCH = 256  # operations of one transaction
+
+    def __init__(self, policy: Queue, ringer: socket.socket | None = None) -> None:
+        self.policy, self.ringer = policy, ringer
+        if ringer:
+            ringer.setblocking(False)
+        self.waiting: queue.SimpleQueue = queue.SimpleQueue()  # of (operation, values, done)
+        self.owed: deque = deque()  # of (operation, values) that must be done, as soon as the file can be used again
+        self.thread: Any = None
+        self.db: Any = None
+        self.inode = self.slot = self.locks = 0
+        self.fault = ""  # why the file can't be used; told once
+
+    async def do(self, operation: Callable, *values: Any) -> Any:
+        """What operation(db, slot, *values) gives, once its changes are on disk; Refused where that can't be."""
+        return await answered_by(self._queue, operation, values)
+
+    async def add(self, entry: Entry, fates: list | None = None, held: bool = False) -> tuple | None:
+        """Stores an entry, see put(); Refused where the disk is too full."""
+        if not self.room():
+            raise Refused(reply("store", f"less than {self.policy.min_free} octets are free", mailer="Queue"))
+        return await self.do(put, entry, fates, held)
+
+    async def surely(self, operation: Callable, *values: Any) -> None:
+        """The same for what has happened already: put off, not forgotten, while the file can't be used."""
+        try:
+            await self.do(operation, *values)
+        except Refused:
+            self.owed.append((operation, values))
+
+    def ring(self) -> None:
+        """Tells the courier that something is due."""
+        try:
+            self.ringer.send(b"\0")
+        except (OSError, AttributeError):  # rung often enough, or there is none: it looks once a second
+            pass
+
+    def room(self) -> bool:
+        """True where the disk has as much free space as it should."""
+        try:
+            disk = os.statvfs(os.path.dirname(self.policy.path))
+        except OSError:
+            return False
+        return disk.f_bavail * disk.f_frsize >= self.policy.min_free
+
+    def trouble(self) -> str:
+        """What is wrong with the file or its disk, "" for nothing."""
+        return "the queue can't be used" if self.fault else "" if self.room() else "disk full"
+
+    def _queue(self, done: Callable, operation: Callable, values: tuple) -> None:
+        self.waiting.put((operation, values, done))
+        if not self.thread:
+            self.thread = threading.Thread(target=self._work, daemon=True)
+            self.thread.start()
+
+    def _work(self) -> None:
+        while True:
+            batch, owed = self._batch(), [self.owed.popleft() for _ in range(len(self.owed))]
+            results = self.commit([*owed, *[(operation, values) for operation, values, _ in batch]])
+            self.owed.extend(work for work, result in zip(owed, results) if isinstance(result, Refused))
+            for (_, _, done), result in zip(batch, results[len(owed) :]):
+                done(result)
+
+    def _batch(self) -> list:
+        """The work that waits; waits for some."""
+        batch: list = []
+        try:
+            batch.append(self.waiting.get(timeout=1.0 if self.owed else None))
+            while len(batch) < self.BATCH:
+                batch.append(self.waiting.get_nowait())
+        except queue.Empty:
+            pass
+        return batch
+
+    def commit(self, batch: list) -> list:
+        """What the operations give, all of them on disk in one transaction; a Refused each where that can't be."""
+        import fcntl
+        import sqlite3
+
+        try:
+            db = self._opened()
+            fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite's own waiting is a sleep, and a long one by chance
+            db.execute("BEGIN IMMEDIATE")
+            results = [operation(db, self.slot, *values) for operation, values in batch]
+            db.execute("COMMIT")
+        except (sqlite3.Error, OSError) as fault:
+            self.close()
+            self._tell(f"{self.policy.path}: {fault}")
+            return [Refused(reply("store", mailer="Queue")) for _ in batch]
+        except Exception as fault:  # a bug must not take the others' work with it
+            self.close()
+            if len(batch) > 1:
+                return [self.commit([work])[0] for work in batch]
+            log_bug("queue")
+            return [fault]
+        finally:
+            if self.locks:
+                fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, 0)
+        self._tell("")
+        return results
+
+    def close(self, for_good: bool = False) -> None:
+        """Undoes what isn't on disk yet; the next commit opens the file anew."""
+        if self.db:
+            self.db.close()
+        self.db = None
+        if for_good and self.slot:
+            os.close(self.locks)
+            self.slot = self.locks = 0
+
+    def _tell(self, fault: str) -> None:
+        if fault != self.fault:
+            log.lines(
+                f"queue: {printable(fault)}; nothing is accepted into it" if fault else "queue: can be used again"
+            )
+        self.fault = fault
+
+    def _opened(self) -> Any:
+        """The connection; raises sqlite3.Error or OSError."""
+        import sqlite3
+
+        path = self.policy.path
+        if self.db and signature(path) and os.stat(path).st_ino == self.inode:  # nobody took the file away
+            return self.db
+        self.close()
+        if not os.path.exists(path):
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # the mails in it are nobody else's business
+        db = self.db = sqlite3.connect(path, timeout=self.BUSY, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")
+        db.execute("PRAGMA foreign_keys=ON")
+        upgrade(db)
+        self.inode = os.stat(path).st_ino
+        if not self.slot:
+            self.locks, self.slot = take_slot(path + ".lock")
+            db.execute("BEGIN IMMEDIATE")
+            release(db, self.slot, self.policy, time.time())  # of the last one that had it
+            db.execute("COMMIT")
+        return db
+
+
+def take_slot(path: str) -> tuple:
+    """(open lock file, number of the first octet in it that nobody had locked). The kernel unlocks it when the process
+    ends, however it ends; so who holds a lease is known to be alive. No process may open the file twice."""
+    import fcntl
+
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    for slot in range(1, MAX_SLOTS):
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, slot)
+            return handle, slot
+        except OSError:
+            continue
+    raise OSError(errno.EAGAIN, "too many processes use it")
+
+
+MAX_SLOTS = 4096  # processes
+
+
+# Each upgrades the file from the version before (PRAGMA user_version) to its own, the first one is version 1.
+VERSIONS = (
+    """
+    CREATE TABLE messages (
+        id INTEGER PRIMARY KEY,
+        queueid TEXT NOT NULL UNIQUE,
+        kind TEXT NOT NULL,          -- mail, or event for the webhook
+        sender TEXT NOT NULL,
+        login TEXT NOT NULL,
+        born REAL NOT NULL,          -- seconds since the epoch, as all times
+        open INTEGER NOT NULL,       -- recipients whose fate is not known
+        done REAL,                   -- when there was none left
+        owner INTEGER,               -- slot of the process that has yet to answer its client
+        key BLOB UNIQUE,             -- with Idempotency-Key: digest of login, path and key
+        body BLOB,                   -- digest of the request's body
+        answer TEXT,                 -- what was answered: JSON of status, headers, body
+        size INTEGER NOT NULL,       -- octets of the message
+        parts TEXT NOT NULL,         -- JSON: whether it is of 8 bits, lengths of the parts
+        octets BLOB NOT NULL         -- the parts; empty when all is done
+    );
+    CREATE INDEX messages_by_owner ON messages(owner) WHERE owner IS NOT NULL;
+    CREATE INDEX messages_by_done ON messages(done) WHERE done IS NOT NULL;
+    CREATE TABLE recipients (
+        id INTEGER PRIMARY KEY,
+        message INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
+        given TEXT NOT NULL,         -- as the client wrote it
+        recipient TEXT NOT NULL,     -- as relays are told
+        number INTEGER NOT NULL,     -- of the copy
+        lane TEXT NOT NULL,
+        state TEXT NOT NULL,         -- open, delivered, failed or dropped
+        born REAL NOT NULL,
+        due REAL,                    -- open and not leased: when it is tried next; 0 is at once, whatever its lane does
+        owner INTEGER,               -- leased: slot of the process that tries it
+        attempts INTEGER NOT NULL,
+        history TEXT NOT NULL        -- JSON: a list for each attempt
+    );
+    CREATE INDEX recipients_by_message ON recipients(message);
+    CREATE INDEX recipients_by_owner ON recipients(owner) WHERE owner IS NOT NULL;
+    CREATE INDEX recipients_by_due ON recipients(lane, due) WHERE due IS NOT NULL;
+    CREATE INDEX recipients_by_age ON recipients(lane, born) WHERE due IS NOT NULL
+    """,
+)
+
+
+def upgrade(db: Any, versions: tuple = VERSIONS) -> None:
+    """The file brought to the newest version in one transaction; a newer one is refused."""
+    import sqlite3
+
+    newest = len(versions)
+    if db.execute("PRAGMA user_version").fetchone()[0] == newest:
+        return
+    db.execute("BEGIN IMMEDIATE")
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > newest:
+        raise sqlite3.DatabaseError(f"{NEWER} {version}; this Haineko knows {newest}")
+    for script in versions[version:]:
+        for statement in re.sub(r" *--[^\n]*", "", script).split(";"):
+            db.execute(statement)
+    db.execute(f"PRAGMA user_version={newest}")
+    db.execute("COMMIT")
+
+
+NEWER = "is of a newer version,"
+KEPT = 86400  # seconds for which a mail's fate and the answer to an Idempotency-Key are kept
+HISTORY = 50  # attempts kept of one recipient: the first one and the last ones
+MAX_WORDS = 10  # lines of a reply kept
+
+
+# -- operations on the file; each is called as operation(db, slot, *values) within a transaction
+
+
+def put(db: Any, slot: int, entry: Entry, fates: list | None, held: bool = False) -> tuple | None:
+    """Stores an entry, recipient by recipient as their fates (Reply, Step) say; without fates they are due at once, or
+    leased to this process where it is `held`. Gives the earlier message with the same key instead, if there is one."""
+    if entry.key:
+        db.execute("UPDATE messages SET key=NULL WHERE key=? AND born<=?", (entry.key, entry.born - KEPT))
+        earlier = db.execute("SELECT queueid, body, owner, answer FROM messages WHERE key=?", (entry.key,)).fetchone()
+        if earlier:
+            return earlier
+    octets, parts = b"".join(entry.message.parts), [entry.message.eight, *map(len, entry.message.parts)]
+    row = (entry.queueid, entry.kind, entry.sender, entry.login, entry.born, len(entry.recipients),
+           slot if held else None, entry.key, entry.body, len(octets), json.dumps(parts), octets)  # fmt: skip
+    message = db.execute(
+        "INSERT INTO messages (queueid, kind, sender, login, born, open, owner, key, body, size, parts, octets)"
+        " VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", row
+    ).lastrowid  # fmt: skip
+    for given, recipient, number, lane in entry.recipients:
+        due, owner = (None, slot) if held or fates else (entry.born, None)
+        row = (message, given, recipient, number, lane, entry.born, due, owner)
+        db.execute(
+            "INSERT INTO recipients (message, given, recipient, number, lane, born, due, owner, state, attempts,"
+            " history) VALUES (?,?,?,?,?,?,?,?,'open',0,'[]')", row
+        )  # fmt: skip
+    if fates:
+        conclude(db, slot, entry.queueid, fates, None, entry.born)
+    return None
+
+
+def conclude(db: Any, slot: int, queueid: str, fates: list, answer: str | None, now: float) -> None:
+    """What became of all recipients of a mail while its client waited, and what the client was answered."""
+    found = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone()
+    if not found:  # somebody put another file in its place
+        return
+    (message,) = found
+    rows = db.execute("SELECT id, lane FROM recipients WHERE message=? ORDER BY id", (message,)).fetchall()
+    for (ident, lane), (said, step, notes) in zip(rows, fates):
+        record(db, slot, ident, lane, said, step, notes, now)
+    db.execute("UPDATE messages SET owner=NULL, answer=? WHERE id=?", (answer, message))
+
+
+def record(db: Any, slot: int, ident: int, lane: str, said: Reply | None, step: Step, notes: list, now: float) -> None:
+    """One leased recipient after an attempt (said None: after its life); what tells of its fate is stored with it."""
+    found = db.execute("SELECT message, history FROM recipients WHERE id=? AND owner=?", (ident, slot)).fetchone()
+    if not found:  # its message was dropped
+        return
+    message, history = found
+    if said:
+        history = add_attempt(history, now, said)
+    due = now + step.pause if step.state == "open" else None
+    db.execute(
+        "UPDATE recipients SET lane=?, state=?, due=?, owner=NULL, attempts=attempts+?, history=? WHERE id=?",
+        (lane, step.state, due, said is not None, history, ident),
+    )
+    if step.state != "open":
+        close_one(db, message, now)
+    for note in notes:
+        put(db, slot, note, None)
+
+
+def close_one(db: Any, message: int, now: float) -> None:
+    """One recipient less is open; of a message that has none left, the octets go and the fate stays for a while."""
+    db.execute("UPDATE messages SET open=open-1 WHERE id=?", (message,))
+    db.execute("UPDATE messages SET done=?, octets=x'' WHERE id=? AND open<=0", (now, message))
+
+
+def add_attempt(history: str, now: float, said: Reply) -> str:
+    words = [printable(line, 500) for line in said.message[:MAX_WORDS]]
+    attempts = json.loads(history)
+    attempts.append([round(now, 3), said.code, said.dsn, said.command, words, said.mailer, said.host, said.port])
+    return ENCODER.encode(attempts[:1] + attempts[1:][1 - HISTORY :])
+
+
+def attempts_of(history: str) -> tuple:
+    """((time, Reply), ...) as add_attempt() wrote them."""
+    return tuple((when, Reply(code, dsn, command, tuple(words), *place))
+                 for when, code, dsn, command, words, *place in json.loads(history))  # fmt: skip
+
+
+def take(db: Any, slot: int, now: float, most: int, busy: dict, asleep: dict, old: float) -> list:
+    """Parcels of what is due, leased to this process: `most` of a lane less those that are `busy` in it; of a lane that
+    is asleep only what is wanted at once, and what was born before `old`, whose life is over."""
+    room, parcels = MAX_TAKEN - sum(busy.values()), []
+    for (lane,) in db.execute(LANES).fetchall():
+        free = min(most - busy.get(lane, 0), room)
+        if free <= 0 or not lane:
+            continue
+        until = now if lane not in asleep else 0
+        idents = [row[0] for row in db.execute(DUE, (lane, until, free))]
+        if lane in asleep:
+            idents += [row[0] for row in db.execute(OVERDUE, (lane, old, MAX_OVERDUE))]
+        for ident in dict.fromkeys(idents):
+            parcels.append(parcel(db, ident))
+            db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, ident))
+        room -= len(idents)
+    return parcels
+
+
+MAX_TAKEN = 256  # deliveries under way
+MAX_OVERDUE = 64  # mails given up in one go
+LANES = """
+    WITH RECURSIVE lanes(lane) AS (
+        SELECT min(lane) FROM recipients WHERE due IS NOT NULL
+        UNION ALL SELECT (SELECT min(lane) FROM recipients WHERE due IS NOT NULL AND lane > lanes.lane)
+                  FROM lanes WHERE lane IS NOT NULL)
+    SELECT lane FROM lanes WHERE lane IS NOT NULL"""  # each by one look into the index, however many wait in it
+DUE = "SELECT id FROM recipients WHERE lane=? AND due IS NOT NULL AND due<=? ORDER BY due LIMIT ?"
+OVERDUE = "SELECT id FROM recipients WHERE lane=? AND due IS NOT NULL AND born<=? ORDER BY born LIMIT ?"
+
+
+def parcel(db: Any, ident: int) -> Parcel:
+    *head, parts, octets, given, recipient, number, lane, attempts, history = db.execute(
+        "SELECT r.id, queueid, kind, sender, login, m.born, parts, octets, given, recipient, number,"
+        " lane, attempts, history FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (ident,)
+    ).fetchone()  # fmt: skip
+    eight, *lengths = json.loads(parts)
+    ends = list(itertools.accumulate(lengths))
+    message = Message(tuple(octets[end - length : end] for end, length in zip(ends, lengths)), eight)
+    return Parcel(*head, message, given, recipient, number, lane, attempts, attempts_of(history))
+
+
+def recover(db: Any, slot: int, locks: int, policy: Queue, now: float) -> None:
+    """What processes that are gone had leased is due again."""
+    import fcntl
+
+    found = db.execute(
+        "SELECT owner FROM recipients WHERE owner IS NOT NULL AND owner<>?"
+        " UNION SELECT owner FROM messages WHERE owner IS NOT NULL AND owner<>?", (slot, slot)
+    ).fetchall()  # fmt: skip
+    for (owner,) in found:
+        try:
+            fcntl.lockf(locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, owner)
+        except OSError:  # alive
+            continue
+        release(db, owner, policy, now)
+        fcntl.lockf(locks, fcntl.LOCK_UN, 1, owner)  # who takes it now has to wait for our commit
+
+
+def release(db: Any, owner: int, policy: Queue, now: float) -> None:
+    """What the slot's last process had leased is due again. Each may have been sent, or else have been about to be."""
+    said = reply("interrupted", mailer="Queue")
+    rows = db.execute(
+        "SELECT r.id, r.recipient, r.attempts, r.history, r.born, m.queueid FROM recipients r"
+        " JOIN messages m ON m.id=r.message WHERE r.owner=?", (owner,)
+    ).fetchall()  # fmt: skip
+    for ident, recipient, attempts, history, born, queueid in rows:
+        log.lines(f"{queueid}: to=<{recipient}> interrupted; it is tried again and may arrive twice")
+        due = now + next_step(said, attempts + 1, min(now - born, policy.lifetime - 1), dice(), policy).pause
+        db.execute("UPDATE recipients SET due=?, owner=NULL, attempts=attempts+1, history=? WHERE id=?",
+                   (due, add_attempt(history, now, said), ident))  # fmt: skip
+    db.execute("UPDATE messages SET owner=NULL WHERE owner=?", (owner,))
+
+
+def purge(db: Any, slot: int, now: float) -> None:
+    """Forgets what was done long ago, some of it at a time."""
+    db.execute("DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE done<? LIMIT 500)", (now - KEPT,))
+
+
+def fate(db: Any, slot: int, queueid: str) -> tuple | None:
+    """(row of the message, rows of its recipients) of a mail, None for none: see FATE."""
+    found = db.execute(
+        f"SELECT {', '.join(FATE[0])} FROM messages WHERE queueid=? AND kind='mail'", (queueid,)
+    ).fetchone()
+    if not found:
+        return None
+    rows = db.execute(
+        f"SELECT {', '.join(FATE[1])} FROM recipients WHERE message=? ORDER BY id", (found[0],)
+    ).fetchall()
+    return dict(zip(FATE[0], found)), [dict(zip(FATE[1], row)) for row in rows]
+
+
+FATE = (
+    ("id", "queueid", "sender", "login", "born", "size"),
+    ("given", "state", "due", "attempts", "history"),
+)
+
+
+def census(db: Any, slot: int, now: float) -> dict:
+    """How many recipients wait and are being sent, in all and in each lane, and the age of the oldest."""
+    lanes: dict = {}
+    for lane, count, born in db.execute(
+        "SELECT lane, count(*), min(born) FROM recipients WHERE due IS NOT NULL GROUP BY lane"
+    ):
+        lanes[lane] = {"waiting": count, "sending": 0, "oldest": round(now - born)}
+    for lane, count, born in db.execute(
+        "SELECT lane, count(*), min(born) FROM recipients WHERE owner IS NOT NULL GROUP BY lane"
+    ):
+        known = lanes.setdefault(lane, {"waiting": 0, "oldest": 0})
+        known.update(sending=count, oldest=max(known["oldest"], round(now - born)))
+    total = {key: sum(row[key] for row in lanes.values()) for key in ("waiting", "sending")}
+    return {**total, "oldest": max([row["oldest"] for row in lanes.values()], default=None), "routes": lanes}
+
+
+def waiting_after(db: Any, slot: int, ident: int, most: int) -> list:
+    """The next recipients that are open, in the order in which they came."""
+    return db.execute(
+        "SELECT r.id, queueid, size, m.born, due, sender, recipient, history FROM recipients r"
+        " JOIN messages m ON m.id=r.message WHERE r.id>? AND r.state='open' ORDER BY r.id LIMIT ?",
+        (ident, most),
+    ).fetchall()
+
+
+def hurry(db: Any, slot: int, queueid: str | None) -> int:
+    """What waits, of one mail or of all, is due at once, even in a lane that is asleep; gives how many that are."""
+    one, values = (" AND message=(SELECT id FROM messages WHERE queueid=?)", (queueid,)) if queueid else ("", ())
+    return db.execute(f"UPDATE recipients SET due=0 WHERE due IS NOT NULL{one}", values).rowcount
+
+
+def drop(db: Any, slot: int, queueid: str, now: float) -> int:
+    """Gives up what waits of a mail, without a word to anybody; gives how many recipients that are."""
+    found = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone() or (0,)
+    rows = db.execute("SELECT id FROM recipients WHERE due IS NOT NULL AND message=?", found).fetchall()
+    for (ident,) in rows:
+        db.execute("UPDATE recipients SET state='dropped', due=NULL WHERE id=?", (ident,))
+        close_one(db, found[0], now)
+    return len(rows)
+
+
+# -- the process that delivers
+
+
+class Courier:
+    """Delivers what is due: of each lane a few at a time, so that one dead host delays nobody else."""
+
+    def __init__(self, service: Any, bell: socket.socket, loop: Loop) -> None:
+        self.service, self.store, self.bell, self.loop = service, service.store, bell, loop
+        self.busy: dict = {}  # lane: deliveries under way
+        self.settings: Settings | None = None  # when it looked last
+        self.asleep: dict = {}  # lane: (time until which it is, failures to connect in a row)
+
+    async def run(self) -> None:
+        """Until the service stops."""
+        bell, looked = self.bell, 0.0
+        bell.setblocking(False)
+        while not self.service.stopping:
+            now = time.time()
+            try:
+                if now - looked > 1:
+                    looked = now
+                    await self.store.do(recover, self.store.locks, self.store.policy, now)
+                    await self.store.do(purge, now)
+                await self._round(now)
+                await receive(bell, 65536, time.monotonic() + 1)
+            except socket.timeout:
+                pass
+            except Refused:  # the store told why
+                await sleep(1.0)
+
+    async def _round(self, now: float) -> None:
+        """Begins to deliver what is due and may go."""
+        settings = self.service.settings
+        if settings is not self.settings:  # a lane may lead elsewhere now
+            self.settings, self.asleep = settings, {}
+        asleep = {lane: until for lane, (until, _) in self.asleep.items() if until > now}
+        busy = {lane: count for lane, count in self.busy.items() if count}
+        old = now - settings.queue.lifetime
+        for found in await self.store.do(take, now, settings.smtpd.max_workers, busy, asleep, old):
+            self.busy[found.lane] = self.busy.get(found.lane, 0) + 1
+            self.loop.spawn(self._deliver(found, found.lane in asleep and found.born <= old and found.attempts > 0))
+
+    async def _deliver(self, parcel: Parcel, over: bool) -> None:
+        """One attempt, and what follows from it, on disk. `over`: its life is, and its lane dead; no attempt then."""
+        settings, policy = self.service.settings, self.service.settings.queue
+        began, lane = time.monotonic(), parcel.lane
+        try:
+            job, lane = self._job(parcel, settings)
+            said = parcel.history[-1][1] if over else await self._attempt(parcel, job, policy)
+        except Exception:
+            log_bug(parcel.queueid)
+            over, said = False, reply("relay-fault", mailer="Queue")
+        now = time.time()
+        step = next_step(said, parcel.attempts + (not over), now - parcel.born, dice(), policy)
+        self._lull(parcel.lane, said, now, policy)
+        log_attempt(parcel, said, step, (time.monotonic() - began) * 1000)
+        notes = reports(parcel, said, step, settings, now)
+        await self.store.surely(record, parcel.id, lane, None if over else said, step, notes, now)
+        self.busy[parcel.lane] -= 1
+        self.store.ring()
+
+    def _job(self, parcel: Parcel, settings: Settings) -> tuple:
+        """(Job, lane) by the settings that are in force now; no job for an event."""
+        if parcel.kind == "event":
+            return None, parcel.lane
+        to, sender = address(parcel.recipient), address(parcel.sender)
+        route = choose(to.domain, sender.domain if sender else "", settings)[0]
+        job = Job(route, settings.hostname, parcel.queueid, parcel.sender, (parcel.recipient,), parcel.message)
+        return job._replace(number=parcel.number), lane_of(route, to.domain)
+
+    async def _attempt(self, parcel: Parcel, job: Job | None, policy: Queue) -> Reply:
+        if job:
+            return (await attempt(job, self.service.sessions))[0]
+        if not policy.secret:
+            return reply("webhook-never", word="the settings name no webhook any more", mailer="Webhook")
+        try:
+            return (await in_thread(post_event, parcel, policy.secret, time.time()))[0]
+        except OSError as fault:
+            return reply("lost", printable(str(fault)), command="CONN", mailer="Webhook")
+
+    def _lull(self, lane: str, said: Reply, now: float, policy: Queue) -> None:
+        """After a failure to connect the lane waits, no longer than the third pause: others in it may be fresh."""
+        until, failures = self.asleep.get(lane, (0, 0))
+        if not (said.temporary and said.command == "CONN"):
+            self.asleep.pop(lane, None)
+        elif until <= now:
+            pause = next_step(said, min(failures + 1, 3), 0, dice(), policy).pause
+            self.asleep[lane] = now + pause, failures + 1
+
+
+def log_attempt(parcel: Parcel, said: Reply, step: Step, ms: float) -> None:
+    """One line for each attempt."""
+    relay = f"{said.mailer}:{said.host}:{said.port}" if said.host else said.mailer
+    again = f" again_in={step.pause:.0f}s" if step.state == "open" else ""
+    twice = "; it may arrive twice" if said.unsure else ""
+    log.lines(
+        f"{parcel.queueid}: queue from=<{parcel.sender}> to=<{parcel.recipient}> relay={relay} code={said.code} "
+        f"dsn={said.dsn} command={said.command} ms={ms:.1f} {step.state}{again} "
+        f"message={_value(' '.join(said.message) + twice)}"
+    )
+
 
 # ======================================================================================================================
 # 15. The way of a mail
@@ -4026,15 +4955,22 @@ PROBES = {
 
 
 class Service:
-    """What a process works with: the settings in force, open SMTP sessions, whether it is stopping."""
+    """What a process works with: the settings in force, open SMTP sessions, the store of the queue, whether it is
+    stopping."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, ringer: socket.socket | None = None) -> None:
         self.sessions = Sessions()
         self.stopping = False
+        self.store = Store(settings.queue, ringer) if settings.queue else None
         self.take(settings)
 
     def take(self, settings: Settings) -> None:
-        """From the next request on, these settings are in force."""
+        """From the next request on, these settings are in force; but the file of the queue stays what it was."""
+        if self.store:
+            settings = in_same_file(settings, self.store.policy)
+            self.store.policy = settings.queue
+        else:
+            settings = in_same_file(settings, None)
         tls, base = settings.httpd.tls, os.path.dirname(settings.path or "")
         self.tls = server_context(tls, base) if tls else None
         log.open(settings.smtpd.syslog)
@@ -4063,21 +4999,25 @@ class Outcome(NamedTuple):
 async def submit(request: Request, service: Service) -> Answer:
     """POST /submit: the way of a mail from its JSON to the replies of the other side."""
     settings, queueid = request.settings or service.settings, new_queueid(request.now)
-    submission, verdicts, status = None, {}, 0
+    submission, verdicts, status, kept, fates = None, {}, 0, None, []
     try:
         submission, faults = await worked_out(len(request.body), understand, request.body)
         if faults:
             submission = None
             raise Refused(reply("json", *faults[:MAX_FAULTS]))
         insist(first_refusal(CHECKS, request, submission, settings))
+        wish = wish_of(request, submission, settings)
         mailboxes = recipients(submission)
         verdicts = {given: check_rcpt(mailbox, settings) for given, mailbox in mailboxes.items()}
         good = [mailbox for given, mailbox in mailboxes.items() if not verdicts[given]]
         if good:
             message = await worked_out(len(request.body), finished, request, submission, settings, queueid, good)
-            outcomes = await deliver(plan(submission, message, good, settings, queueid), service.sessions, settings)
-            verdicts.update((mailbox.given, outcome.replies[0]) for mailbox, outcome in zip(good, outcomes))
-            log_outcomes(request, outcomes)
+            jobs = plan(submission, message, good, settings, queueid)
+            kept, earlier = await keep(request, jobs, good, wish, service)
+            if earlier:
+                return await replayed(request, submission, verdicts, earlier, wish, service)
+            replies, fates = await fulfil(request, jobs, good, wish, service)
+            verdicts.update(zip([mailbox.given for mailbox in good], replies))
             status = status_of(verdicts.values())
         else:
             status = 400
@@ -4085,10 +5025,144 @@ async def submit(request: Request, service: Service) -> Answer:
         verdicts, status = {None: refused.reply}, refused.reply.status
     if not any(item.mailer for item in verdicts.values()):
         log_refusal(request, queueid, status, submission, verdicts)
-    return answer(request, status, verdicts, queueid, submission)
+    result = answer(request, status, verdicts, queueid, submission)
+    if kept:
+        await service.store.surely(conclude, queueid, fates, remembered(result), time.time())
+    return result
 
 
 MAX_FAULTS = 10  # told of one submission
+
+
+class Wish(NamedTuple):
+    """What a client asks of the queue."""
+
+    later: bool = False  # an answer at once, and delivery from the queue
+    key: bytes | None = None  # digest of login, path and Idempotency-Key
+    body: bytes | None = None  # digest of the body
+    login: str = ""
+
+
+def wish_of(request: Request, submission: Submission, settings: Settings) -> Wish:
+    """The client's wishes; Refused for one that needs a queue where there is none."""
+    given = request.headers.get("idempotency-key")
+    if not settings.queue:
+        if given is not None or submission.later:  # silence would break the client's trust; Prefer may be ignored
+            raise Refused(reply("no-queue", "async" if given is None else "Idempotency-Key"))
+        return Wish()
+    login = user_of(request.headers.get("authorization", "")) if settings.password.hashes else ""
+    later = submission.later or prefers_async(request.headers.get("prefer", ""))
+    if given is None:
+        return Wish(later, login=login)
+    found = IDEMPOTENCY_KEY.fullmatch(given)
+    if not found:
+        raise Refused(reply("key-form"))
+    key = hashlib.sha256("\0".join((login, request.path, found[1] or found[2])).encode()).digest()
+    return Wish(later, key, hashlib.sha256(request.body).digest(), login)
+
+
+# A string of RFC 8941 3.3.3, or what most clients send: a word without quotes.
+IDEMPOTENCY_KEY = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\]){1,255})"|([!#-+\--~]{1,255})')
+
+
+def prefers_async(value: str) -> bool:
+    """RFC 7240 4.1."""
+    return any(part.partition(";")[0].strip().lower() == "respond-async" for part in value.split(","))
+
+
+async def keep(request: Request, jobs: list, good: list, wish: Wish, service: Service) -> tuple:
+    """(whether its answer is to be remembered, the earlier mail with its key): on disk before anything is sent."""
+    if not (wish.later or wish.key):
+        return False, None
+    entry = entry_of(request, jobs, good, wish)
+    earlier = await service.store.add(entry, held=not wish.later)
+    if wish.later and not earlier:
+        log.lines(
+            f"{entry.queueid}: client={request.client.text} from=<{entry.sender}> queued, to be delivered at once"
+        )
+        service.store.ring()
+    return bool(wish.key), earlier
+
+
+def entry_of(request: Request, jobs: list, good: list, wish: Wish) -> Entry:
+    """The mail as the queue keeps it."""
+    first, places = jobs[0], {mailbox.wire: mailbox for mailbox in good}
+    rows = [
+        (places[to].given, to, job.number, lane_of(job.route, places[to].domain))
+        for job in jobs
+        for to in job.recipients
+    ]
+    return Entry(
+        first.queueid, "mail", first.sender, wish.login, request.now, first.message, tuple(rows), wish.key, wish.body
+    )
+
+
+async def fulfil(request: Request, jobs: list, good: list, wish: Wish, service: Service) -> tuple:
+    """(a Reply for each recipient, its fate for the queue: (Reply, Step, entries that tell of it))."""
+    queueid, store, settings = jobs[0].queueid, service.store, request.settings or service.settings
+    if wish.later:
+        return [queued(queueid)] * len(good), []
+    outcomes = await deliver(jobs, service.sessions, settings)
+    log_outcomes(request, outcomes)
+    replies = [said for outcome in outcomes for said in outcome.replies]
+    if not store or not (wish.key or any(said.temporary for said in replies)):
+        return replies, []
+    entry, now = entry_of(request, jobs, good, wish), time.time()
+    fates = [fate_of(entry, row, said, settings, now) for row, said in zip(entry.recipients, replies)]
+    if not wish.key:  # with one it is in the file already
+        waiting = [i for i, (_, step, _) in enumerate(fates) if step.state == "open"]
+        some = entry._replace(recipients=tuple(entry.recipients[i] for i in waiting))
+        try:
+            await store.add(some, [fates[i] for i in waiting])
+        except Refused:  # the client is told the truth: it failed for now, and nobody keeps it
+            return replies, []
+    log_queued(entry, fates)
+    return [queued(queueid, said) if step.state == "open" else said for said, step, _ in fates], fates
+
+
+def fate_of(entry: Entry, row: tuple, said: Reply, settings: Settings, now: float) -> tuple:
+    """(Reply, Step, entries that tell of it) of a first attempt; all but a delay is told in the answer."""
+    step = next_step(said, 1, 0.0, dice(), settings.queue)
+    first = Parcel(0, entry.queueid, "mail", entry.sender, entry.login, entry.born, entry.message, *row, 0, ())
+    return said, step, reports(first, said, step, settings, now) if step.state == "open" else []
+
+
+def log_queued(entry: Entry, fates: list) -> None:
+    """One line for each recipient that waits."""
+    for (_, to, *_), (said, step, _) in zip(entry.recipients, fates):
+        if step.state == "open":
+            unsure = "; it may arrive twice" if said.unsure else ""
+            log.lines(f"{entry.queueid}: to=<{to}> queued again_in={step.pause:.0f}s{unsure}")
+
+
+async def replayed(
+    request: Request, submission: Submission, verdicts: dict, earlier: tuple, wish: Wish, service: Service
+) -> Answer:
+    """The answer to the first request with this key; Refused where there is none yet, or its body was another."""
+    queueid, body, owner, answered = earlier
+    if body != wish.body:
+        raise Refused(reply("key-reused"))
+    if answered is None and owner is not None:
+        raise Refused(reply("key-running"))
+    if answered is None:  # its process ended before it could answer; the queue has taken the mail over
+        _, rows = await service.store.do(fate, queueid)
+        verdicts.update((row["given"], now_of(queueid, row)) for row in rows)
+        answered = remembered(answer(request, status_of(verdicts.values()), verdicts, queueid, submission))
+        await service.store.do(conclude, queueid, [], answered, request.now)
+    status, headers, text = json.loads(answered)
+    return Answer(status, text.encode(), (*map(tuple, headers), ("Idempotency-Replayed", "true")))
+
+
+def remembered(result: Answer) -> str:
+    """An answer as the queue keeps it."""
+    return ENCODER.encode([result.status, result.headers, result.body.decode()])
+
+
+def now_of(queueid: str, row: dict) -> Reply:
+    """What is to be said now of a recipient that is in the queue."""
+    attempts = attempts_of(row["history"])
+    said = attempts[-1][1] if attempts else None
+    return said if said and row["state"] != "open" else queued(queueid, said)
 
 
 async def worked_out(size: int, function: Callable, *values: Any) -> Any:
@@ -4102,21 +5176,6 @@ LARGE = 262144  # octets; work of some milliseconds
 def insist(refusal: Reply | None) -> None:
     if refusal:
         raise Refused(refusal)
-
-
-def new_queueid(now: float) -> str:
-    """16 letters and digits: the second, and chance. Unique across processes and restarts; sorts by time."""
-    return _digits(int(now)) + os.urandom(10).translate(LETTERS).decode()
-
-
-@functools.lru_cache(maxsize=2)
-def _digits(second: int) -> str:
-    """Six digits to the base 62."""
-    return "".join(ALPHABET[second // 62**place % 62] for place in range(5, -1, -1))
-
-
-ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-LETTERS = bytes(ord(ALPHABET[i % 62]) for i in range(256))
 
 
 def finished(request: Request, submission: Submission, settings: Settings, queueid: str, good: list) -> Message:
@@ -4189,26 +5248,11 @@ async def carry_out(job: Job, sessions: Sessions) -> Outcome:
 PATIENCE = 60  # seconds that a cloud may ask for while the client waits
 
 
-async def attempt(job: Job, sessions: Sessions) -> list:
-    """A reply for every recipient, whatever the relay does."""
-    place = {"mailer": job.route.mailer, "host": job.route.host, "port": job.route.port}
-    try:
-        return await RELAYS[job.route.relay](job, sessions)
-    except Refused as refused:
-        said = refused.reply
-    except OSError as fault:
-        said = reply("lost", printable(str(fault)), command="CONN", **place)
-    except Exception:
-        log_bug(job.queueid)
-        said = reply("relay-fault", **place)
-    return [said] * len(job.recipients)
-
-
 def status_of(replies: Any) -> int:
     """HTTP status of a submission that went to its relays."""
     accepted = [item.accepted for item in replies]
     if all(accepted):
-        return 200
+        return 202 if any(item.command == "QUEUE" for item in replies) else 200
     if any(accepted):
         return 207
     return 503 if any(item.temporary for item in replies) else 502
@@ -4263,7 +5307,13 @@ def answer(request: Request, status: int, verdicts: dict, queueid: str | None, s
         "timestamp": {"datetime": local_time(int(request.now)), "unixtime": str(int(request.now))},
     }
     headers: tuple = ()
-    if status == 503:
+    if status == 202:
+        headers = (("Location", f"/queue/{queueid}"),)
+        if prefers_async(request.headers.get("prefer", "")):
+            headers += (("Preference-Applied", "respond-async"),)
+    elif status == 409:
+        headers = (("Retry-After", "2"),)
+    elif status == 503:
         headers = (("Retry-After", str(max([RETRY_AFTER, *[said.wait for said in verdicts.values()]]))),)
     elif status == 401:
         headers = (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),)
@@ -4276,21 +5326,6 @@ def local_time(second: int) -> str:
 
 
 RETRY_AFTER = 60  # seconds
-
-
-def item(recipient: str | None, said: Reply) -> dict:
-    """One recipient's part of the answer."""
-    return {
-        "rcpt": recipient,
-        "error": 0 if said.accepted else 1,
-        "code": said.code,
-        "dsn": said.dsn,
-        "command": said.command,
-        "message": said.message,
-        "mailer": said.mailer,
-        "host": said.host,
-        "port": said.port,
-    }
 
 
 def words_of(value: str | None) -> str | None:
@@ -4407,8 +5442,9 @@ async def page_root(request: Request, service: Service) -> Answer:
 
 
 async def page_health(request: Request, service: Service) -> Answer:
-    if service.stopping:
-        return Answer(503, to_json({"status": "stopping"}), (("Retry-After", "5"),))
+    fault = "stopping" if service.stopping else service.store and service.store.trouble()
+    if fault:
+        return Answer(503, to_json({"status": fault}), (("Retry-After", "5"),))
     return Answer(200, to_json({"status": "ok"}))
 
 
@@ -4428,6 +5464,56 @@ def own_name(place: str, settings: Settings) -> bool:
     """True where host:port names this machine in a way that nobody can rebind in DNS."""
     name = place.rpartition(":")[0] if re.search(r":\d+$", place) else place
     return bool(name in ("localhost", settings.hostname.lower()) or re.fullmatch(r"[\d.]+|\[[\da-f:.]+\]", name))
+
+
+def check_reader(request: Request, settings: Settings) -> Reply | None:
+    if not check_loopback(request, settings):
+        return None
+    return check_login(request, settings) if settings.password.hashes else reply("forbidden")
+
+
+async def page_queue(request: Request, service: Service) -> Answer:
+    """GET /queue: what waits, in all and in each lane."""
+    if not service.store:
+        raise Refused(reply("not-found"))
+    return Answer(200, to_json(await service.store.do(census, request.now)))
+
+
+async def page_queued(request: Request, service: Service) -> Answer:
+    """GET /queue/QUEUEID: what has become of a mail, to who sent it and to this machine."""
+    found = service.store and await service.store.do(fate, request.path.rpartition("/")[2])
+    if not found:
+        raise Refused(reply("not-found"))
+    here = not check_loopback(request, service.settings)
+    if not here and found[0]["login"] != user_of(request.headers.get("authorization", "")):
+        raise Refused(reply("forbidden"))
+    return Answer(200, to_json(fate_document(*found)))
+
+
+def fate_document(message: dict, rows: list) -> dict:
+    """A mail in the queue: every recipient with its state, its reply, when it is tried next, and every attempt."""
+    queueid, response = message["queueid"], []
+    for row in rows:
+        attempts = attempts_of(row["history"])
+        waits = row["state"] == "open"
+        more = {
+            "state": row["state"] if not waits else "sending" if row["due"] is None else "waiting",
+            "next": moment(row["due"]),
+            "attempts": [{"time": moment(when), **item(row["given"], said)} for when, said in attempts],
+        }
+        response.append({**item(row["given"], now_of(queueid, row)), **more})
+    return {
+        "queueid": queueid,
+        "addresser": message["sender"],
+        "recipient": [row["given"] for row in rows],
+        "response": response,
+        "size": message["size"],
+        "timestamp": moment(message["born"]),
+    }
+
+
+def moment(seconds: float | None) -> dict | None:
+    return None if seconds is None else {"datetime": time.ctime(seconds), "unixtime": str(int(seconds))}
 
 
 async def page_sample(request: Request, service: Service) -> Answer:
@@ -4469,16 +5555,23 @@ PAGES = {
     ("GET", "/"): Page(page_root),
     ("GET", "/health"): Page(page_health),
     ("GET", "/conf"): Page(page_conf, (check_loopback,)),
+    ("GET", "/queue"): Page(page_queue, (check_loopback,)),
+    ("GET", "/queue/"): Page(page_queued, (check_reader,)),  # and a name
     ("GET", "/sample/mail"): Page(page_sample),
     ("GET", "/neko"): Page(page_neko),
 }
+
+
+def row_of(path: str) -> str:
+    """The path as PAGES has it: without the name behind /queue/."""
+    return "/queue/" if re.fullmatch(r"/queue/[0-9A-Za-z]{1,64}", path) else "" if path == "/queue/" else path
 
 
 def allowed(path: str) -> list:
     """Methods for a path; [] where there is no such page."""
     if path == "*":  # OPTIONS for the whole server, RFC 9110 9.3.7
         return ["GET", "HEAD", "POST", "OPTIONS"]
-    methods = [method for method, known in PAGES if known == path]
+    methods = [method for method, known in PAGES if known == row_of(path)]
     return [*methods, *(["HEAD"] if "GET" in methods else []), *(["OPTIONS"] if methods else [])]
 
 
@@ -4490,16 +5583,12 @@ def cors(origin: str | None, settings: Settings, head: Head) -> tuple:
         return True, (
             ("Access-Control-Allow-Origin", origin),
             ("Access-Control-Allow-Methods", "POST, GET, OPTIONS"),
-            ("Access-Control-Allow-Headers", "Content-Type, Authorization"),
+            ("Access-Control-Allow-Headers", "Content-Type, Authorization, Idempotency-Key, Prefer"),
             ("Access-Control-Max-Age", "600"),
             ("Vary", "Origin"),
         )
     place = origin.partition("://")[2].lower()
-    name = place.rpartition(":")[0] if re.search(r":\d+$", place) else place
-    own = name in ("localhost", settings.hostname.lower()) or re.fullmatch(r"[\d.]+|\[[\da-f:.]+\]", name)
-    return bool(
-        own and place == head.headers.get("host", "").lower()
-    ), ()  # any other name may have been rebound in DNS
+    return own_name(place, settings) and place == head.headers.get("host", "").lower(), ()
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
@@ -4587,7 +5676,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     async def _page(self, request: Request, welcome: bool) -> Page:
         """The page for a request that may be read on; Refused for all others."""
-        page = PAGES.get(("GET" if request.method == "HEAD" else request.method, request.path))
+        page = PAGES.get(("GET" if request.method == "HEAD" else request.method, row_of(request.path)))
         if not page:
             if not allowed(request.path):
                 raise Refused(reply("not-found"))
@@ -4724,17 +5813,24 @@ def http_date(second: int) -> str:
 
 
 class Worker:
-    """One process that serves all its connections in one thread."""
+    """One process that serves all its connections in one thread; or the one that delivers from the queue."""
 
     PAUSE = 0.001  # seconds for which a worker with more connections than another leaves a new one to it
 
     def __init__(
-        self, listeners: list, settings: Settings, lifeline: socket.socket, loads: Any = None, slot: int = 0
+        self,
+        listeners: list,
+        settings: Settings,
+        lifeline: socket.socket,
+        loads: Any = None,
+        slot: int | None = 0,
+        bells: tuple = (None, None),
     ) -> None:
-        self.service = Service(settings)
+        self.service = Service(settings, bells[1])
         self.listeners, self.lifeline = listeners, lifeline
         self.loads, self.slot = loads or [0], slot  # connections of every worker, shared memory; our place in it
         self.loop = Loop()
+        self.courier = Courier(self.service, bells[0], self.loop) if slot is None else None
         self.connections: set = set()
         self.idle: OrderedDict = OrderedDict()  # connections without a request, the longest-idle first
         self.reload = False
@@ -4749,12 +5845,14 @@ class Worker:
         self.lifeline.setblocking(False)
         self.loop.spawn(self._orphaned())
         self.loop.spawn(self._vital(self._housekeeping()))
+        if self.courier:
+            self.loop.spawn(self._vital(self.courier.run()))
         while not self.service.stopping:
             self.loop.turn()
         deadline = time.monotonic() + STOPPING
         for listener in self.listeners:
             listener.close()
-        while self.connections and time.monotonic() < deadline:
+        while (self.connections or (self.courier and any(self.courier.busy.values()))) and time.monotonic() < deadline:
             while self._close_idlest():
                 pass
             self.loop.turn(0.05)
@@ -4862,8 +5960,9 @@ class Master:
 
     def __init__(self, settings: Settings, listeners: list) -> None:
         self.settings, self.listeners = settings, listeners
-        self.workers: dict = {}  # pid: (monotonic time of its start, its place in loads)
+        self.workers: dict = {}  # pid: (monotonic time of its start, its place in loads; None: the queue's)
         self.loads: Any = [0]
+        self.bells = socket.socketpair() if settings.queue else (None, None)  # rung where something is due
         self.stopping = self.asked = False
         self.faulty: tuple = ()  # signatures of settings that were told to be faulty
         self.patience = 0.0  # no worker is started before this time
@@ -4899,11 +5998,13 @@ class Master:
     def _replace(self) -> None:
         """As many workers as there should be; one that died young is replaced a second later."""
         free = set(range(len(self.loads))) - {slot for _, slot in self.workers.values()}
-        for slot in sorted(free):
+        missing = self.settings.queue and None not in [slot for _, slot in self.workers.values()]
+        for slot in (*([None] if missing else []), *sorted(free)):
             if time.monotonic() < self.patience:
                 return
             sys.stderr.flush()
-            self.loads[slot] = 0
+            if slot is not None:
+                self.loads[slot] = 0
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the worker listens to them
             try:
                 pid = os.fork()
@@ -4916,14 +6017,17 @@ class Master:
             if pid > 0:
                 self.workers[pid] = time.monotonic(), slot
 
-    def _become_worker(self, slot: int) -> None:
+    def _become_worker(self, slot: int | None) -> None:
         code = 1
         try:
             self.held.close()
+            for listener in self.listeners if slot is None else ():
+                listener.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             gc.freeze()
             gc.set_threshold(20000, 50, 50)
-            Worker(self.listeners, self.settings, self.lifeline, self.loads, slot).run()
+            listeners = [] if slot is None else self.listeners
+            Worker(listeners, self.settings, self.lifeline, self.loads, slot, self.bells).run()
             code = 0
         except BaseException:
             log_bug("worker")
@@ -4938,9 +6042,10 @@ class Master:
                 return
             if not pid:
                 return
-            born, _ = self.workers.pop(pid, (None, 0))
+            born, slot = self.workers.pop(pid, (None, 0))
             if born is not None and not self.stopping:
-                log.lines(f"worker {pid} ended ({how(status)}); a new one takes its place")
+                name = "queue process" if slot is None else "worker"
+                log.lines(f"{name} {pid} ended ({how(status)}); a new one takes its place")
                 if time.monotonic() - born < 1:
                     self.patience = time.monotonic() + 1
 
@@ -4963,7 +6068,9 @@ class Master:
             if getattr(fresh.httpd, part) != getattr(settings.httpd, part):
                 log.lines(f"httpd.{part}: takes effect at the next start")
         fresh = replace(fresh, httpd=replace(fresh.httpd, listen=settings.httpd.listen, workers=settings.httpd.workers))
-        self.settings = fresh
+        if (fresh.queue and fresh.queue.path) != (settings.queue and settings.queue.path):
+            log.lines("queue.path: takes effect at the next start")
+        self.settings = fresh = in_same_file(fresh, settings.queue)
         log.open(fresh.smtpd.syslog)
         log.lines(f"settings read again from {settings.path}")
         self._tell(signal.SIGHUP)
@@ -5137,6 +6244,12 @@ def prepared(options: Any) -> tuple:
     if faults:
         raise Usage("; ".join(faults), 2)
     settings = replace(settings, httpd=replace(settings.httpd, **changes))
+    store = settings.queue and Store(settings.queue)
+    if store:
+        store.commit([])
+        store.close(for_good=True)
+        if NEWER in store.fault:
+            raise Usage(f"the queue can't be used: {store.fault}", 2)
     listeners = []
     for place in settings.httpd.listen:
         try:
@@ -5569,6 +6682,72 @@ def password_for(user: str) -> str:
     return os.environ.get("HAINEKO_PASSWORD") or getpass.getpass(f"Password of {user}: ")
 
 
+def command_queue(options: Any) -> int:
+    """Works on the file itself, with the server running or not."""
+    policy = usable_settings(options.config).queue
+    if not policy:
+        raise Usage('the settings have no "queue"', 2)
+    one = options.action in ("show", "drop") or (options.action == "retry" and not options.all)
+    if one != bool(options.id):
+        raise Usage(f"queue {options.action}: a queue id is {'wanted' if one else 'not wanted'}", 2)
+    if not os.path.exists(policy.path):
+        raise Usage(f"{policy.path}: does not exist; nothing was ever queued", 1)
+    return QUEUE_ACTIONS[options.action](Store(policy), options.id)
+
+
+def now_done(store: Store, operation: Callable, *values: Any) -> Any:
+    """What the operation on the file gives; Usage where the file can't be used."""
+    (result,) = store.commit([(operation, values)])
+    if isinstance(result, Refused):
+        raise Usage(store.fault, 1)
+    return result
+
+
+def queue_list(store: Store, _: str) -> int:
+    last = 0
+    while True:
+        rows = now_done(store, waiting_after, last, 500)  # some at a time, so that the server's work goes on
+        for _, queueid, size, born, due, sender, recipient, history in rows:
+            when = "sending" if due is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(due, born)))
+            attempts = attempts_of(history)
+            said = f"{attempts[-1][1].code} {' '.join(attempts[-1][1].message)}" if attempts else ""
+            came = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(born))
+            print(f"{queueid}  {size:>9}  {came}  next {when}  <{sender}> -> <{recipient}>  {printable(said)}")
+        if not rows:
+            return 0
+        last = rows[-1][0]
+
+
+def queue_show(store: Store, queueid: str) -> int:
+    found = now_done(store, fate, queueid)
+    if not found:
+        raise Usage(f"{printable(queueid)}: not in the queue", 1)
+    print(json.dumps(fate_document(*found), ensure_ascii=False, indent=2))
+    return 0
+
+
+def queue_retry(store: Store, queueid: str | None) -> int:
+    return told_count(now_done(store, hurry, queueid), "to be tried at once", not queueid)
+
+
+def queue_drop(store: Store, queueid: str) -> int:
+    return told_count(now_done(store, drop, queueid, time.time()), "dropped", False)
+
+
+def told_count(count: int, what: str, fine: bool) -> int:
+    print(f"{count} recipient{'s' * (count != 1)} {what}")
+    return 0 if count or fine else 1
+
+
+QUEUE_ACTIONS = {
+    "list": queue_list,
+    "show": queue_show,
+    "retry": queue_retry,
+    "drop": queue_drop,
+    "flush": queue_retry,
+}
+
+
 def command_pw(options: Any) -> int:
     import getpass
 
@@ -5625,6 +6804,8 @@ Wants=network-online.target
 [Service]
 # useradd --system haineko; chown haineko {folder}/haineko.json
 User=haineko
+# the queue is written beside the settings: chown haineko {folder}
+ReadWritePaths={folder}
 ExecStart={python} {program} serve -c {folder}/haineko.json
 ExecReload=/bin/kill -HUP $MAINPID
 Restart=on-failure
@@ -5784,6 +6965,16 @@ COMMANDS = {
             (("-i",), {"action": "store_true", "help": "a line with a dot alone doesn't end the message"}),
             (("-f",), {"metavar": "SENDER", "help": "envelope sender"}),
             (("address",), {"metavar": "ADDRESS", "nargs": "*"}),
+        ),
+    ),
+    "queue": (
+        command_queue,
+        "list the mail that waits, show one, try it now, drop it",
+        (
+            CONFIG,
+            (("action",), {"nargs": "?", "choices": tuple(QUEUE_ACTIONS), "default": "list"}),
+            (("id",), {"metavar": "QUEUEID", "nargs": "?"}),
+            (("--all",), {"action": "store_true", "help": "retry: all that waits, as flush does"}),
         ),
     ),
     "pw": (

@@ -396,7 +396,9 @@ class RepliesAndJobs(unittest.TestCase):
                 self.assertTrue(status == 0 or 400 <= status < 600)
                 self.assertRegex(code, r"\A[245]\d\d\Z")
                 self.assertRegex(dsn or "0.0.0", r"\A[0245]\.\d{1,3}\.\d{1,3}\Z")
-                self.assertIn(command, ("CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "HTTP", ""))
+                self.assertIn(
+                    command, ("CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE", "HTTP", "")
+                )
                 self.assertTrue(text)
                 said = haineko.reply(slug, "more", word="50% of it")
                 self.assertEqual(said.message, (text.replace("%s", "50% of it"), "more"))
@@ -2274,8 +2276,8 @@ class Readme(unittest.TestCase):
 
     def test_every_block_is_tested(self):
         known = {
-            *[("sh", mark) for mark in ("first", "curl", "smarthost", "client", "root", "")],
-            *[("json", mark) for mark in ("answer", "faulty", "settings", "submission")],
+            *[("sh", mark) for mark in ("first", "curl", "smarthost", "client", "root", "queue", "")],
+            *[("json", mark) for mark in ("answer", "faulty", "settings", "submission", "event")],
             *[(name, "client") for name in ("python", "javascript", "php", "ruby", "perl", "go", "java", "html")],
             ("console", ""),
             ("console", "connect"),
@@ -2455,7 +2457,7 @@ class Readme(unittest.TestCase):
             self.assertIn(f"`{method} {path}`", self.text)
         for slug, (status, code, dsn, _, line) in haineko.REPLIES.items():
             with self.subTest(slug):
-                words = re.escape(line).replace("%s", ".+" if line == "%s" else "GET")
+                words = re.escape(line).replace("%s", "GET" if slug == "method" else ".+")
                 if words != ".+" and code != "200":
                     head = rf"{code} \| {re.escape(dsn or '')} ?\|.*" if dsn or slug == "json" else f"{status} .*"
                     self.assertRegex(self.text, rf"(?m)^\|.*{head}\| {words}[ |(]")
