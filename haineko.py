@@ -929,7 +929,7 @@ def read_file(path: str, faults: list, name: str = "") -> dict:
 
 def opened(path: str) -> Any:
     """The file, open for reading; OSError for what is none: a FIFO would keep us waiting, a device has no end."""
-    stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
         raise OSError(errno.EINVAL, "is no file")
@@ -3186,7 +3186,7 @@ class Session(smtplib.SMTP):
 
 
 def secret_forms(user: str, word: str) -> list:
-    """A password as AUTH sends it (RFC 4616, and LOGIN) and as it is, the longest first; too short ones hide nothing."""
+    """A password as AUTH sends it (RFC 4616, and LOGIN) and as it is, the longest first; short ones hide nothing."""
     plain = (f"\0{user}\0{word}", word)
     forms = [base64.b64encode(text.encode()).decode() for text in plain]
     return [form for form in (*forms, word) if len(word) > 3]

@@ -630,7 +630,7 @@ class Nginx(unittest.TestCase):
             ("127.0.0.1", "192.0.2.9, 198.51.100.1", 403, "198.51.100.1"),  # from right to left
             ("127.0.0.2", "192.0.2.9", 403, "127.0.0.2"),  # not trusted: what it says of others doesn't count
             ("127.0.0.2", "127.0.0.1", 403, "127.0.0.2"),
-            ("127.0.0.1", "nonsense", 403, "127.0.0.1"),
+            ("127.0.0.1", "nonsense", 400, "127.0.0.1"),
         ):
             with self.subTest(source=source, forwarded=forwarded):
                 got, answer = self.ask(source=source, X_Forwarded_For=forwarded)
