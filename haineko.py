@@ -22,8 +22,8 @@ of the other side are values (Reply); Refused carries one out of depth. Every re
 extended is a closed table: REPLIES, CHARSETS, CHECKS, RELAYS, PROBES, PAGES, COMMANDS. Standard library only.
 
 Spoken here: RFC 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS),
-3461 (DSN), 3463 (status codes), 4954 (AUTH), 6152 (8BITMIME), 8314 (TLS on 465), 1035 (DNS), 6891 (EDNS), 7505 (null
-MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic).
+3461 (DSN), 3463 (status codes), 4954 (AUTH), 6152 (8BITMIME), 6531 (SMTPUTF8), 8314 (TLS on 465), 2183, 2231, 2387,
+2392 (files in mail), 1035 (DNS), 6891 (EDNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic).
 """
 
 from __future__ import annotations
@@ -60,9 +60,10 @@ import sys
 import threading
 import time
 import types
+import urllib.parse
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field, fields, replace
-from email.utils import formatdate, getaddresses
+from email.utils import formatdate, getaddresses, parsedate_to_datetime
 from typing import Any, Callable, NamedTuple
 
 __version__ = "1.0.0"
@@ -107,16 +108,17 @@ class Refused(Exception):  # noqa: N818 -- the word that postmasters use
 
 
 class Message(NamedTuple):
-    """A finished message (RFC 5322, CRLF); between three parts go the recipient and the copy's number."""
+    """A finished message (RFC 5322, CRLF); between its parts go the recipient and the copy's number."""
 
-    parts: tuple  # (all of it,) or (up to "To: ", up to "Message-Id: <QUEUEID.", the rest)
+    parts: tuple  # (all of it,) or (up to "To: ", up to "Message-Id: <QUEUEID.", the rest) or (up to "To: ", the rest)
     eight: bool = False  # has octets over 127: needs 8BITMIME (RFC 6152)
+    utf8: bool = False  # has them in its header: needs SMTPUTF8 (RFC 6531)
 
     def copy(self, recipient: str, number: int) -> bytes:
         """The octets of one recipient's copy."""
-        if len(self.parts) == 1:
-            return self.parts[0]
-        return b"%b%b%b%d%b" % (self.parts[0], recipient.encode(), self.parts[1], number, self.parts[2])
+        if len(self.parts) == 3:
+            return b"%b%b%b%d%b" % (self.parts[0], recipient.encode(), self.parts[1], number, self.parts[2])
+        return recipient.encode().join(self.parts)
 
 
 class Job(NamedTuple):
@@ -132,6 +134,11 @@ class Job(NamedTuple):
 
     def octets(self) -> bytes:
         return self.message.copy(self.recipients[0], self.number)
+
+    @property
+    def utf8(self) -> bool:
+        """True where the envelope or the header is other than ASCII (RFC 6531)."""
+        return self.message.utf8 or not (self.sender.isascii() and all(map(str.isascii, self.recipients)))
 
 
 def reply(slug: str, *lines: str, word: str = "", **place) -> Reply:
@@ -199,17 +206,19 @@ REPLIES = {
     "ehlo": (400, "501", "5.0.0", "EHLO", "Invalid domain name"),
     "mail-empty": (400, "501", "5.5.2", "MAIL", 'Syntax error in parameters scanning "FROM"'),
     "mail-form": (400, "553", "5.5.4", "MAIL", "Domain name required for sender address"),
-    "mail-ascii": (400, "553", "5.6.7", "MAIL", "non-ASCII address is not permitted"),
     "rcpt-none": (400, "553", "5.0.0", "RCPT", "User address required"),
     "rcpt-many": (403, "452", "4.5.3", "RCPT", "Too many recipients"),
     "rcpt-form": (400, "553", "5.1.5", "RCPT", "Recipient address is invalid"),
-    "rcpt-ascii": (400, "553", "5.6.7", "RCPT", "non-ASCII address is not permitted"),
     "rcpt-policy": (400, "553", "5.7.1", "RCPT", "Recipient address is not permitted"),
+    "line-length": (400, "554", "5.6.0", "DATA", "Message has a NUL, or a line longer than 998 octets"),
     "body-empty": (400, "500", "5.6.0", "DATA", "Message body is empty"),
     "too-big": (413, "552", "5.3.4", "DATA", "Message size exceeds fixed maximum message size"),
     "subject-empty": (400, "500", "5.6.0", "DATA", "Subject header is empty"),
     "our-fault": (500, "451", "4.3.0", "HTTP", "Internal Server Error"),
     # delivery
+    "mail-ascii": (0, "553", "5.6.7", "MAIL", "non-ASCII address is not permitted"),
+    "rcpt-ascii": (0, "553", "5.6.7", "RCPT", "non-ASCII address is not permitted"),
+    "header-ascii": (0, "554", "5.6.9", "MAIL", "UTF-8 header, and SMTPUTF8 was not offered"),
     "connect": (0, "421", "4.4.1", "CONN", "Cannot connect SMTP Server"),
     "lost": (0, "421", "4.4.2", "", "Connection to SMTP Server lost"),
     "unsure": (0, "421", "4.4.2", "DATA", "Connection lost after the end of the message, which may have arrived"),
@@ -851,12 +860,15 @@ def ascii_domain(name: str) -> str:
     """The domain in ASCII (IDNA 2003), or "" where it can't be or where IDNA 2008 means another domain."""
     if name.isascii():
         return name
-    if any(c in name for c in "ßς\u200c\u200d"):  # on these four the two standards differ, RFC 5894 7.2
+    if any(c in name for c in TWO_READINGS):
         return ""
     try:
         return name.encode("idna").decode()
     except UnicodeError:
         return ""
+
+
+TWO_READINGS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 make different domains of them, RFC 5894 7.2
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -1266,6 +1278,8 @@ def _address(text: str) -> Address | None:
     found = MAILBOX.fullmatch(text)
     if not found:
         return None
+    if not text.isascii() and (not text.isprintable() or len(text.encode()) > MAX_PATH):
+        return None
     local, domain = found.groups()
     if not domain.isascii():
         domain = ascii_domain(domain)
@@ -1274,12 +1288,20 @@ def _address(text: str) -> Address | None:
     return None
 
 
-MAX_PATH = 254  # characters, RFC 5321 4.5.3.1.3 less the brackets
+MAX_PATH = 254  # octets, RFC 5321 4.5.3.1.3 less the brackets
 _ATOM = r"[^\x00-\x20\x7f-\x9f\ud800-\udfff()<>@,;:\\\".\[\]]+"
 MAILBOX = re.compile(
     rf'({_ATOM}(?:\.{_ATOM})*|"(?:[^\x00-\x1f\x7f-\x9f\ud800-\udfff"\\]|\\[\x20-\x7e])*")'
     r"@([^\x00-\x20\x7f-\x9f\ud800-\udfff@<>\[\]]+|\[[0-9A-Za-z:.]+\])"
 )
+
+
+def doubts(text: str) -> tuple:
+    """A line on the character for which a domain is refused, () where there is none."""
+    found = re.search(f"@[^@ ,>]*([{TWO_READINGS}])", text)
+    if not found:
+        return ()
+    return (f"U+{ord(found[1]):04X} has two readings in a domain (IDNA 2003 and 2008); write the domain as xn--...",)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1322,12 +1344,17 @@ def mailboxes(value: Any, where: str, faults: list) -> tuple:
     parse = parse_mailboxes if len(value) <= REMEMBERED else parse_mailboxes.__wrapped__
     found = parse(value) if len(value) <= MAX_MAILBOXES else ()
     if value and not found:
-        faults.append(f'{where}: "name <address>" is wanted, not "{printable(value, 80)}"')
+        faults.append("; ".join([f'{where}: "name <address>" is wanted, not "{printable(value, 80)}"', *doubts(value)]))
     return found
 
 
 MAX_MAILBOXES = 32768  # characters of one field
 REMEMBERED = 512  # characters of a field that is remembered: long ones would fill the memory
+
+
+def mailbox_list(value: Any, where: str, faults: list) -> tuple:
+    """The same of a list of such strings, or of one."""
+    return tuple(itertools.chain.from_iterable(list_of(mailboxes)(value, where, faults)))
 
 
 @functools.lru_cache(maxsize=512)
@@ -1339,7 +1366,7 @@ def parse_mailboxes(text: str) -> tuple:
     except RecursionError:  # comments in comments in comments
         return ()
     found = tuple((name.strip(), address(spec)) for name, spec in named)
-    return found if all(item and item.local.isascii() for _, item in found) else ()
+    return found if all(item for _, item in found) else ()
 
 
 def passed(value: Any, where: str, faults: list) -> tuple:
@@ -1399,23 +1426,338 @@ IANA_NAMES = {
 }
 
 
-@dataclass(frozen=True, repr=False, eq=False)
+def message_id(value: Any, where: str, faults: list) -> str:
+    """One message id, RFC 5322 3.6.4."""
+    value = one_line(value, where, faults)
+    if value and not MESSAGE_ID.fullmatch(value):
+        faults.append(f'{where}: "<left@right>" is wanted, not "{printable(value, 80)}"')
+    return value
+
+
+def message_ids(value: Any, where: str, faults: list) -> str:
+    """Message ids with white space between, or a list of them."""
+    return " ".join(
+        message_id(item, where, faults) for text in list_of(one_line)(value, where, faults) for item in text.split()
+    )
+
+
+MESSAGE_ID = re.compile(r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>")
+
+
+def date(value: Any, where: str, faults: list) -> str:
+    """A date of RFC 5322 3.3."""
+    value = one_line(value, where, faults)
+    try:
+        good = not value or (DATE.fullmatch(value) and parsedate_to_datetime(value))
+    except (ValueError, TypeError):  # the 31st of February
+        good = False
+    if not good:
+        faults.append(f'{where}: a date like "{formatdate(0)}" is wanted, not "{printable(value, 80)}"')
+    return value
+
+
+DATE = re.compile(
+    r"(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), )?[0-9]{1,2} (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) [0-9]{4} "
+    r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
+)
+
+
+def ascii_words(value: Any, where: str, faults: list) -> str:
+    """Printable ASCII with single spaces, for fields in which nothing can be encoded."""
+    value = one_line(value, where, faults)
+    if value and not PLAIN.fullmatch(value):
+        faults.append(f'{where}: printable ASCII is wanted, in words of 900 characters, not "{printable(value, 80)}"')
+    return value
+
+
+PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable ASCII, words with one space between
+
+
+def one_of(*words: str) -> Callable:
+    """A parser of one of these words."""
+
+    def parse(value: Any, where: str, faults: list) -> str:
+        value = one_line(value, where, faults)
+        if value and value.lower() not in words:
+            faults.append(f'{where}: one of {", ".join(words)} is wanted, not "{printable(value, 80)}"')
+        return value
+
+    return parse
+
+
+# Fields that are handed on, beside those of Header and X-anything. What one_line reads is text and may be encoded
+# (RFC 2047), what mailboxes reads is a field of addresses, all others go as they are.
+FIELDS = {
+    "Message-Id": message_id,
+    "In-Reply-To": message_ids,
+    "References": message_ids,
+    "Date": date,
+    "Auto-Submitted": ascii_words,  # RFC 3834
+    "Precedence": ascii_words,
+    "Importance": one_of("high", "normal", "low"),  # RFC 4021 2.1.44
+    "Priority": one_of("urgent", "normal", "non-urgent"),
+    "Sensitivity": one_of("personal", "private", "company-confidential"),
+    "List-Id": one_line,  # RFC 2919
+    "List-Archive": ascii_words,  # RFC 2369
+    "List-Help": ascii_words,
+    "List-Owner": ascii_words,
+    "List-Post": ascii_words,
+    "List-Subscribe": ascii_words,
+    "List-Unsubscribe": ascii_words,
+    "List-Unsubscribe-Post": ascii_words,  # RFC 8058
+    "Organization": one_line,
+    "Comments": one_line,
+    "Keywords": one_line,
+    "Feedback-Id": ascii_words,
+    "Disposition-Notification-To": mailboxes,  # RFC 8098
+}
+OURS = re.compile(r"received|sender|returnpath|dkimsignature|mime.*|content.*")  # fields that Haineko itself makes
+X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
+
+
+def spelled(key: str) -> str:
+    """A key of a header in the one spelling of all that mean the same: replyto for Reply-To, reply_to and replyTo."""
+    return key.lower().replace("-", "").replace("_", "")
+
+
+SPELLINGS = {spelled(name): name for name in FIELDS}
+
+
+@dataclass(repr=False, eq=False)  # made for each mail, and a frozen one takes four times as long
 class Header:
     from_: tuple = setting((), mailboxes, "From; absent: the envelope sender", key="from")
     subject: str = setting("", one_line, "required")
     replyto: tuple = setting((), mailboxes, "Reply-To", key="replyto|reply-to")
     charset: str = setting("UTF-8", charset, "of headers and body")
     loop: tuple = setting((), passed, "names of the Hainekos it has passed", key="x-haineko-loop")
+    to: tuple = setting((), mailbox_list, "To; with it all recipients get the same message")
+    cc: tuple = setting((), mailbox_list, "Cc; the same")
+    bcc: tuple = setting((), mailbox_list, "more recipients, in no header")
+    others: tuple = ()  # ((name, value, parser), ...) of further fields
+
+    @property
+    def shared(self) -> bool:
+        """True where every recipient gets the same message."""
+        return bool(self.to or self.cc)
+
+
+def header(value: Any, where: str, faults: list) -> Header:
+    """A Header whose keys may be spelled in any way, with the further fields in `others`."""
+    own = keys(Header)
+    if not isinstance(value, dict) or value.keys() <= own.keys():  # as most programs spell it
+        return read(Header, value, where, faults)
+    rows = {spelled(key): row for key, row in own.items()}
+    values, others, seen = {}, [], {}
+    faults.extend(f"{where}.{printable(key)}: stands more than once" for key in getattr(value, "keys_twice", ()))
+    for key, item in value.items():
+        name, place = spelled(key), f"{where}.{printable(key)}"
+        if seen.setdefault(name, key) != key:
+            faults.append(f"{place}: says again what {printable(seen[name])} says already")
+        elif name in rows:
+            attribute, parse = rows[name]
+            values.update({} if item is None else {attribute: parse(item, place, faults)})
+        else:
+            others += further(key, item, place, faults)
+    return Header(**values, others=tuple(others))
+
+
+def further(key: str, value: Any, where: str, faults: list) -> list:
+    """[(name, value, parser), ...] of a field that is no row of Header; [] with a fault where it can't be."""
+    name = SPELLINGS.get(spelled(key))
+    if name and value is not None:
+        return [(name, item, FIELDS[name]) for item in (FIELDS[name](value, where, faults),) if item]
+    if X_FIELD.fullmatch(key) and value is not None:
+        name = "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
+        return [(name, item, one_line) for item in list_of(one_line)(value, where, faults) if item]
+    if name or X_FIELD.fullmatch(key):
+        return []
+    if OURS.fullmatch(spelled(key)):
+        faults.append(f"{where}: this field is made by Haineko itself")
+    else:
+        words = [*keys(Header), *map(str.lower, FIELDS)]
+        faults.append(f"{where}: unknown key{did_you_mean(key, words) if len(faults) < MAX_HINTS else ''}")
+    return []
+
+
+def base64_octets(value: Any, where: str, faults: list) -> bytes:
+    """The octets that a string of base64 (RFC 4648 4) stands for; white space in it means nothing."""
+    if type(value) is not str:
+        faults.append(f"{where}: a string is wanted, not {kind(value)}")
+        return b""
+    for text in (value, "".join(value.split())) if "\n" in value or " " in value else (value,):
+        try:
+            octets = binascii.a2b_base64(text)
+        except ValueError:
+            continue
+        if len(octets) == len(text) // 4 * 3 - text[-2:].count("=") and len(text) % 4 == 0:  # a2b leaves out the rest
+            return octets
+    faults.append(f"{where}: is not base64")
+    return b""
+
+
+def file_name(value: Any, where: str, faults: list) -> str:
+    """A name for the reader's disk: no path, nothing that doesn't show."""
+    value = prose(value, where, faults).strip()
+    if UNSEEN.search(value):
+        faults.append(f"{where}: has a control character")
+    elif "/" in value or "\\" in value or value in (".", ".."):
+        faults.append(f'{where}: a name without a path is wanted, not "{printable(value, 80)}"')
+    elif len(value) > MAX_FILE_NAME:
+        faults.append(f"{where}: is longer than {MAX_FILE_NAME} characters")
+    return value
+
+
+UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
+)  # the latter turn fdp.exe into exe.pdf
+MAX_FILE_NAME = 255
+
+
+def media_type(value: Any, where: str, faults: list) -> str:
+    """A media type with its parameters (RFC 2045 5.1), in the form in which it goes out."""
+    value = one_line(value, where, faults)
+    found = MEDIA_TYPE.fullmatch(value) if len(value) <= MAX_MEDIA_TYPE else None
+    if value and not found:
+        faults.append(f'{where}: a media type like "application/pdf" is wanted, not "{printable(value, 80)}"')
+    if not found:
+        return ""
+    name, parameters = found[1].lower(), MEDIA_PARAMETER.findall(found[2])
+    if name.startswith(("multipart/", "message/")) and name != "message/rfc822":
+        faults.append(f"{where}: {name} can't be attached; application/octet-stream can")
+    return name + "".join(f";\r\n {key}={word}" for key, word in parameters if key.lower().rstrip("*") != "name")
+
+
+_TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
+MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
+MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*);?[ \t]*")
+MAX_MEDIA_TYPE = 255
+
+
+def content_id(value: Any, where: str, faults: list) -> str:
+    """What a link "cid:..." in the HTML says (RFC 2392), without brackets."""
+    value = one_line(value, where, faults)
+    if value.startswith("<") and value.endswith(">"):
+        value = value[1:-1]
+    if value and not CONTENT_ID.fullmatch(value):
+        faults.append(f'{where}: letters, digits and @._+- are wanted, not "{printable(value, 80)}"')
+    return value
+
+
+CONTENT_ID = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
+class Attachment:
+    filename: str = setting("", file_name, "its name; absent: none")
+    type: str = setting("", media_type, "media type; absent: guessed from the name")
+    content: bytes | None = setting(None, base64_octets, "base64; required")
+    cid: str = setting("", content_id, 'shown in the HTML where that says "cid:..."')
+    inline: bool = setting(False, flag, "shown with the text, not offered as a file")
+
+
+def attachments(value: Any, where: str, faults: list) -> tuple:
+    """Attachments, from a list of objects or one."""
+    if type(value) is list and len(value) > MAX_ATTACHMENTS:
+        faults.append(f"{where}: are more than {MAX_ATTACHMENTS}")
+        return ()
+    before = len(faults)
+    found = list_of(section(Attachment))(value, where, faults)
+    cids: set = set()
+    for i, item in enumerate(found if len(faults) == before else ()):
+        if item.content is None:
+            faults.append(f"{where}[{i}].content: is missing")
+        elif item.type.startswith("message/") and NOT_7BIT.search(item.content):
+            faults.append(
+                f"{where}[{i}].type: a message/rfc822 is 7bit in lines of 998; application/octet-stream is not"
+            )
+        if item.cid and item.cid in cids:
+            faults.append(f"{where}[{i}].cid: another attachment has it already")
+        cids.add(item.cid)
+    return found
+
+
+MAX_ATTACHMENTS = 1000
+NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # what RFC 2045 2.7 keeps out
+
+
+class Raw(NamedTuple):
+    """A finished message, line ends LF."""
+
+    fields: list  # of (name in lower case, octets of the field)
+    body: bytes
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Packed:
+    base64: bytes = setting(b"", base64_octets, "octets of a message")
+
+
+def raw_message(value: Any, where: str, faults: list) -> Raw:
+    """A message of RFC 5322 as a string, or as {"base64": its octets}."""
+    if isinstance(value, dict):
+        octets = read(Packed, value, where, faults).base64
+    else:
+        octets = prose(value, where, faults).encode("utf-8", "replace")
+    try:
+        found = parse_message(octets)
+        if found.body and not found.fields:
+            raise ValueError("has no header")
+    except ValueError as fault:
+        faults.append(f"{where}: {fault}")
+        return Raw([], b"")
+    return found
+
+
+def parse_message(octets: bytes) -> Raw:
+    """The fields and the body of a message with any line ends; ValueError says what is wrong in its header."""
+    octets = octets.replace(b"\r\n", b"\n")
+    found = re.match(rb">?From [^\n]*\n", octets)  # of an mbox
+    place, fields = found.end() if found else 0, []
+    while True:
+        found = RAW_FIELD.match(octets, place)
+        if not found:
+            break
+        if b"\r" in found[0] or b"\0" in found[0]:
+            raise ValueError(f"header {printable(found[1].decode())}: has a CR or NUL")
+        if TOO_LONG.search(found[0]):
+            raise ValueError(f"header {printable(found[1].decode())}: has a line longer than 998 octets")
+        fields.append((found[1].decode().lower(), found[0]))
+        place = found.end()
+    return Raw(fields, octets[place + octets.startswith(b"\n", place) :].replace(b"\r", b"\n"))
+
+
+RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t]+[^\n]*)*(?:\n|\Z)")
+TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
+
+
+def header_recipients(fields: list) -> list:
+    """The addresses in To, Cc and Bcc."""
+    texts = [value.partition(b":")[2].decode("utf-8", "replace") for key, value in fields if key in ("to", "cc", "bcc")]
+    return [spec for _, spec in getaddresses([text.replace("\n", "") for text in texts]) if spec]
+
+
+def names_passed(fields: list) -> tuple:
+    """The Hainekos that a finished message has passed."""
+    texts = [value.partition(b":")[2].decode("ascii", "replace") for key, value in fields if key == "x-haineko-loop"]
+    return passed([text.replace("\n", "") for text in texts], "", [])
+
+
+@dataclass(repr=False, eq=False)  # made for each mail, and a frozen one takes four times as long
 class Submission:
     ehlo: str | None = setting(None, prose, "the client's name", key="ehlo|helo")
     mail: str = setting("", prose, "envelope sender", key="mail|send|from")
-    rcpt: tuple = setting((), list_of(prose), "envelope recipients", key="rcpt|recv|to")
-    header: Header = setting(Header(), section(Header))
+    rcpt: tuple | None = setting(None, list_of(prose), "envelope recipients", key="rcpt|recv|to")
+    header: Header = setting(Header(), header)
     body: str = setting("", prose, "the text")
     later: bool = setting(False, flag, "true: answered at once, delivered from the queue", key="async")
+    html: str = setting("", prose, "the same in HTML")
+    attachments: tuple = setting((), attachments, "files")
+    raw: Raw | None = setting(None, raw_message, "a finished message instead of header, body, html and attachments")
+
+    @property
+    def shared(self) -> bool:
+        """True where every recipient gets the same message."""
+        return bool(self.raw or self.header.shared)
 
 
 def understand(body: bytes) -> tuple:
@@ -1423,26 +1765,47 @@ def understand(body: bytes) -> tuple:
     faults: list = []
     try:
         raw = decode(body.replace(b"\x1b", b"\\u001b"))  # raw escapes are ISO-2022-JP of old clients
-        if isinstance(raw, dict) and isinstance(raw.get("header"), dict):
-            raw = from_jis(raw)
+        if isinstance(raw, dict) and isinstance(raw.get("header"), dict) and (b"\\u001" in body or b"\x1b" in body):
+            from_jis(raw)
     except ValueError as fault:
         return Submission(), [printable(str(fault))]
-    return read(Submission, raw, "", faults), faults
+    found = read(Submission, raw, "", faults)
+    if found.rcpt is None or found.header.bcc or found.raw:
+        found = addressed(found, raw, faults)
+    return found, faults
 
 
-def from_jis(raw: dict) -> dict:
-    """The submission with strings that hold ISO-2022-JP itself decoded, where that is its charset."""
-    header = raw["header"]
-    asked = header.get("charset")
-    if not (type(asked) is str and charset_name(asked) == "ISO-2022-JP"):
-        return raw
-    for table, key in [*((header, key) for key in header), (raw, "body")]:
-        if type(table.get(key)) is str:
+def addressed(found: Submission, raw: Any, faults: list) -> Submission:
+    """The submission with the recipients that only its header names, and with the loop field of a finished message."""
+    header, rcpt = found.header, found.rcpt
+    if found.raw:
+        both = [key for key in ("header", "body", "html", "attachments") if raw.get(key) is not None]
+        faults.extend(f"{key}: can't stand beside raw" for key in both)
+        header = Header(loop=names_passed(found.raw.fields))
+        if rcpt is None:
+            rcpt = tuple(header_recipients(found.raw.fields))
+    if rcpt is None:
+        rcpt = tuple(mailbox.given for _, mailbox in header.to + header.cc)
+    return replace(found, header=header, rcpt=rcpt + tuple(mailbox.given for _, mailbox in header.bcc))
+
+
+def from_jis(raw: dict) -> None:
+    """Decodes the strings that hold ISO-2022-JP itself, where that is the charset asked for."""
+    asked = next((value for key, value in raw["header"].items() if spelled(key) == "charset"), None)
+    if type(asked) is str and charset_name(asked) == "ISO-2022-JP":
+        texts_from_jis(raw, "")
+
+
+def texts_from_jis(table: Any, where: str) -> None:
+    for key, value in table.items() if isinstance(table, dict) else enumerate(table):
+        place = f"{where}[{key}]" if isinstance(table, list) else f"{where}.{printable(key)}" if where else key
+        if type(value) is str:
             try:
-                table[key] = jis_text(table[key])
+                table[key] = jis_text(value)
             except ValueError as fault:
-                raise ValueError(f"{'' if table is raw else 'header.'}{key}: {fault}") from None
-    return raw
+                raise ValueError(f"{place}: {fault}") from None
+        elif isinstance(value, (dict, list)):
+            texts_from_jis(value, place)
 
 
 def jis_text(text: str) -> str:
@@ -1532,10 +1895,7 @@ def check_ehlo(request: Request, submission: Submission, settings: Settings) -> 
 def check_mail(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.mail:
         return reply("mail-empty")
-    sender = address(submission.mail)
-    if not sender:
-        return reply("mail-form")
-    return None if sender.local.isascii() else reply("mail-ascii")
+    return None if address(submission.mail) else reply("mail-form", *doubts(submission.mail))
 
 
 def check_rcpt_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -1547,7 +1907,8 @@ def check_rcpt_count(request: Request, submission: Submission, settings: Setting
 
 
 def check_body(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    return None if submission.body else reply("body-empty")
+    raw = submission.raw
+    return None if submission.body or submission.html or (raw and raw.fields) else reply("body-empty")
 
 
 CHECKS = (check_loop, check_ehlo, check_mail, check_rcpt_count)
@@ -1563,12 +1924,10 @@ def recipients(submission: Submission) -> dict:
     return dict(found.values())
 
 
-def check_rcpt(mailbox: Address | None, settings: Settings) -> Reply | None:
+def check_rcpt(mailbox: Address | None, settings: Settings, given: str = "") -> Reply | None:
     """What refuses one recipient."""
     if not mailbox:
-        return reply("rcpt-form")
-    if not mailbox.local.isascii():
-        return reply("rcpt-ascii")
+        return reply("rcpt-form", *doubts(given))
     policy = settings.recipients
     if policy.open_relay or mailbox.domain.lower() in policy.domainpart or mailbox.wire.lower() in policy.recipients:
         return None
@@ -1581,7 +1940,7 @@ def check_size(octets: int, settings: Settings) -> Reply | None:
 
 
 def check_subject(submission: Submission) -> Reply | None:
-    return None if submission.header.subject else reply("subject-empty")
+    return None if submission.header.subject or submission.raw else reply("subject-empty")
 
 
 # ======================================================================================================================
@@ -1593,6 +1952,9 @@ def check_subject(submission: Submission) -> Reply | None:
 
 def compose(submission: Submission, queueid: str, client: Client, hostname: str, now: float) -> Message:
     """The message of a submission, in the charset asked for, or in UTF-8 where that can't hold every character."""
+    if submission.raw:
+        trace = received(submission.ehlo, client, hostname, queueid, rfc5322_date(int(now)))
+        return finish_message(submission.raw, submission.mail, submission.header.loop, trace, queueid, hostname, now)
     try:
         return _compose(submission, submission.header.charset, queueid, client, hostname, now)
     except UnicodeEncodeError:
@@ -1600,23 +1962,283 @@ def compose(submission: Submission, queueid: str, client: Client, hostname: str,
 
 
 def _compose(submission: Submission, charset: str, queueid: str, client: Any, hostname: str, now: float) -> Message:
-    header, sender = submission.header, address(submission.mail)
+    header, sender, date = submission.header, address(submission.mail), rfc5322_date(int(now))
     author = header.from_ or (("", sender),)
-    date = rfc5322_date(int(now))
-    encoding, body = encode_body(submission.body, charset)
-    lines = [received(submission.ehlo, client, hostname, queueid, date), address_field("From", author, charset)]
+    if submission.html or submission.attachments:
+        content = several_parts(submission, charset, queueid)
+    else:
+        content = text_part("plain", submission.body, charset)
+    top = [received(submission.ehlo, client, hostname, queueid, date), address_field("From", author, charset)]
     if len(author) > 1 or author[0][1].key != sender.key:
-        lines.append(f"Sender: {sender.wire}")
-    before = "\r\n".join(lines) + "\r\nTo: "
-    lines = ["", address_field("Reply-To", header.replyto, charset)] if header.replyto else [""]
-    lines += [text_field("Subject", header.subject, charset), f"Date: {date}", f"Message-Id: <{queueid}."]
-    between = "\r\n".join(lines)
-    loop = fold("X-Haineko-Loop:", [name + "," for name in header.loop] + [hostname])
-    after = (
-        f"@{hostname}>\r\n{loop}\r\nMIME-Version: 1.0\r\nContent-Type: text/plain; charset={charset}\r\n"
-        f"Content-Transfer-Encoding: {encoding}\r\n\r\n"
+        top.append(f"Sender: {sender.wire}")
+    further = further_fields(header.others, charset) if header.others else {}
+    middle = [address_field("Reply-To", header.replyto, charset)] if header.replyto else []
+    middle += [text_field("Subject", header.subject, charset), *further.pop("Date", (f"Date: {date}",))]
+    identity = further.pop("Message-Id", ())
+    end = [line for lines in further.values() for line in lines] if further else []
+    end += loop_field(header.loop, hostname), "MIME-Version: 1.0", ""
+    if header.shared:
+        shown = [address_field(name, item, charset) for name, item in (("To", header.to), ("Cc", header.cc)) if item]
+        pieces = [[*top, *shown, *middle, *(identity or (f"Message-Id: <{queueid}.1@{hostname}>",)), *end]]
+    elif identity:
+        pieces = [[*top, "To: "], ["", *middle, *identity, *end]]
+    else:
+        pieces = [[*top, "To: "], ["", *middle, f"Message-Id: <{queueid}."], [f"@{hostname}>", *end]]
+    *parts, last = ["\r\n".join(piece).encode() for piece in pieces]
+    utf8 = not (last.isascii() and all(map(bytes.isascii, parts)))  # only an address can be other than ASCII
+    return Message((*parts, b"".join((last, *content))), utf8, utf8)
+
+
+@functools.lru_cache(maxsize=64)
+def loop_field(names: tuple, hostname: str) -> str:
+    return fold("X-Haineko-Loop:", [name + "," for name in names] + [hostname])
+
+
+def further_fields(others: tuple, charset: str) -> dict:
+    """{name: its lines} of fields of FIELDS and X- ones."""
+    lines: dict = {}
+    for name, value, parse in others:
+        if parse is mailboxes:
+            line = address_field(name, value, charset)
+        else:
+            line = text_field(name, value, charset) if parse is one_line else fold(f"{name}:", value.split(" "))
+        lines.setdefault(name, []).append(line)
+    return lines
+
+
+def text_part(kind_: str, text: str, charset: str) -> list:
+    """Octets of a part that is text: its two fields, and its body."""
+    encoding, body = encode_body(text, charset)
+    head = f"Content-Type: text/{kind_}; charset={charset}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
+    return [head.encode(), body]
+
+
+def several_parts(submission: Submission, charset: str, queueid: str) -> list:
+    """Octets of HTML and attachments, in pieces, from Content-Type on: the best last (RFC 2046 5.1.4), files behind."""
+    frame, html = Frame(queueid), submission.html
+    pictures = [item for item in submission.attachments if html and item.cid]
+    files = [item for item in submission.attachments if item not in pictures]
+    whole = frame.part(text_part("plain", submission.body or text_of(html), charset))
+    if html:
+        shown = frame.part(text_part("html", html, charset))
+        if pictures:
+            shown = frame.multipart("related", shown, *[frame.part(file_part(item, charset)) for item in pictures])
+        whole = frame.multipart("alternative", whole, shown)
+    if files:
+        whole = frame.multipart("mixed", whole, *[frame.part(file_part(item, charset)) for item in files])
+    return frame.octets(whole)
+
+
+class Frame:
+    """Parts of a message. email writes what stands around their bodies; these are put in afterwards, since its
+    generator would hold each in memory four times over. Its policy folds nothing: the fields come folded."""
+
+    def __init__(self, queueid: str) -> None:
+        import email.message
+        import email.policy
+
+        self.queueid, self.bodies = queueid, []
+        self.policy = email.policy.SMTP.clone(refold_source="none")
+        self.new = email.message.MIMEPart
+
+    def part(self, octets: list) -> Any:
+        """A part made of the octets of its fields, then those of its body."""
+        part = self.new(self.policy)
+        for field_ in octets[0].decode("ascii").replace("\r\n ", "\n ").split("\r\n")[:-2]:
+            part.set_raw(*field_.split(": ", 1))
+        part.set_payload(f"<{self.queueid}/{len(self.bodies)}>")
+        self.bodies.append(octets[1:])
+        return part
+
+    def multipart(self, kind_: str, *parts: Any) -> Any:
+        """A part made of parts. The queue id makes a boundary that stands in none of them."""
+        whole = self.new(self.policy)
+        first = '; type="text/html"' if kind_ == "related" else ""  # RFC 2387 3.1
+        whole.set_raw("Content-Type", f'multipart/{kind_}{first};\n boundary="=_{self.queueid}.{kind_}"')
+        for part in parts:
+            whole.attach(part)
+        return whole
+
+    def octets(self, whole: Any) -> list:
+        """All of it, in pieces."""
+        pieces = re.split(f"<{self.queueid}/([0-9]+)>".encode(), whole.as_bytes())
+        for place in range(1, len(pieces), 2):
+            pieces[place] = b"".join(self.bodies[int(pieces[place])])
+        return pieces
+
+
+def file_part(item: Attachment, charset: str) -> list:
+    """Octets of a part that is a file: its fields, and its body, block by block; never changed on its way."""
+    in_type, in_disposition = name_parameters(item.filename, charset) if item.filename else ("", "")
+    kind_ = item.type or guessed_type(item.filename)
+    shown = "inline" if item.cid or item.inline else "attachment"
+    encoding, body = "base64", base64_blocks(item.content)
+    if kind_.startswith("message/"):  # RFC 2046 5.2.1: no encoding; attachments() has seen that it needs none
+        encoding, body = "7bit", [item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")]
+    lines = [f"Content-Type: {kind_}{in_type}", f"Content-Transfer-Encoding: {encoding}"]
+    lines += [f"Content-Disposition: {shown}{in_disposition}", *([f"Content-ID: <{item.cid}>"] if item.cid else [])]
+    return ["\r\n".join([*lines, "", ""]).encode("ascii"), *body]
+
+
+def name_parameters(name: str, charset: str) -> tuple:
+    """(parameter of Content-Type, parameter of Content-Disposition) for the name of a file. Where it isn't ASCII, the
+    latter is for readers that keep to RFC 2231, the former, in RFC 2047's words, for those that never did."""
+    if name.isascii() and "=?" not in name:
+        quoted = name.replace('"', '\\"')  # there is no backslash in it
+        return f';\r\n name="{quoted}"', f';\r\n filename="{quoted}"'
+    words = "\r\n ".join(encoded_words(name, charset, 7))
+    coded = f"{charset}''{urllib.parse.quote_from_bytes(encoder(charset)(name), safe='')}"
+    if len(coded) <= SEGMENT:
+        return f';\r\n name="{words}"', f";\r\n filename*={coded}"
+    segments = re.findall(f"(?:%..|[^%]){{1,{SEGMENT // 3}}}", coded)
+    numbered = "".join(f";\r\n filename*{i}*={segment}" for i, segment in enumerate(segments))  # RFC 2231 3
+    return f';\r\n name="{words}"', numbered
+
+
+SEGMENT = 60  # characters of a parameter in one line
+
+
+def guessed_type(name: str) -> str:
+    """The media type that goes with the end of a file's name."""
+    import mimetypes
+
+    end = os.path.splitext(name)[1].lower()
+    kind_, coding = mimetypes.guess_type("x" + end)
+    kind_ = TYPES.get(end) or (f"application/{coding}" if coding == "gzip" else "" if coding else kind_)
+    return kind_ if kind_ and not kind_.startswith(("message/", "multipart/")) else "application/octet-stream"
+
+
+_OFFICE = "application/vnd.openxmlformats-officedocument."
+TYPES = {  # which not every system's table has
+    ".docx": _OFFICE + "wordprocessingml.document",
+    ".xlsx": _OFFICE + "spreadsheetml.sheet",
+    ".pptx": _OFFICE + "presentationml.presentation",
+    ".ics": "text/calendar",
+    ".md": "text/markdown",
+    ".webp": "image/webp",
+    ".zip": "application/zip",
+}
+
+
+def text_of(html: str) -> str:
+    """What HTML says, as plain text: words and lines, where links go, what pictures show."""
+    from html.parser import HTMLParser
+
+    reading, parser = Reading(), HTMLParser()
+    parser.handle_starttag, parser.handle_endtag, parser.handle_data = reading.opens, reading.closes, reading.says
+    # Sections like <![if ...]> say nothing, and some versions of the parser stumble over them. There is no close():
+    # what never ends is shown nowhere.
+    parser.feed(re.sub(r"<!\[(?:[^>-]|-(?!->))*>?", "<! >", html) + "\n")
+    return reading.text()
+
+
+class Reading:
+    """What html.parser tells, written down as plain text."""
+
+    HIDDEN = ("script", "style", "title", "template")
+    LINES = (
+        "address",
+        "dd",
+        "div",
+        "dl",
+        "dt",
+        "figcaption",
+        "footer",
+        "form",
+        "header",
+        "li",
+        "main",
+        "nav",
+        "section",
+        "tr",
     )
-    return Message((before.encode("ascii"), between.encode("ascii"), after.encode("ascii") + body))
+    PARAGRAPHS = (
+        "article",
+        "blockquote",
+        "figure",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "ol",
+        "p",
+        "pre",
+        "table",
+        "ul",
+    )
+
+    def __init__(self) -> None:
+        self.out: list = []
+        self.gap = 2  # line ends behind the last word
+        self.space = ""  # due before the next word
+        self.hidden, self.kept = "", 0  # the tag that hides; depth of <pre>
+        self.links: list = []  # (where it goes, how much was written before it)
+
+    def opens(self, tag: str, attributes: list) -> None:
+        if self.hidden:
+            return
+        if tag in self.HIDDEN:
+            self.hidden = tag
+        self._break(tag)
+        values = dict(attributes)
+        if tag == "br":
+            self._line(self.gap + 1)
+        elif tag == "li":
+            self.says("* ")
+        elif tag == "hr":
+            self._line(1)
+            self.says("-----")
+            self._line(1)
+        elif tag in ("td", "th") and not self.gap:
+            self.space = "  "
+        elif tag == "img":
+            self.says(values.get("alt") or "")
+        elif tag == "a":
+            self.links.append((values.get("href") or "", len(self.out)))
+        self.kept += tag == "pre"
+
+    def closes(self, tag: str) -> None:
+        if self.hidden:
+            self.hidden = "" if tag == self.hidden else self.hidden
+            return
+        self._break(tag)
+        self.kept -= tag == "pre" and self.kept > 0
+        if tag == "a" and self.links:
+            link, start = self.links.pop()
+            words = "".join(self.out[start:]).strip()
+            if link.startswith(("http:", "https:", "mailto:")) and link.partition("mailto:")[2] != words != link:
+                self.says(f" <{link}>")
+
+    def says(self, words: str) -> None:
+        """Words with single spaces between them, as a browser shows them."""
+        if self.hidden:
+            return
+        if self.kept:
+            self.out.append(words)
+            self.gap = int(words.endswith("\n")) if words else self.gap
+            return
+        inner = re.sub(r"[ \t\r\n\f]+", " ", words).strip(" ").replace("\xa0", " ")
+        if words[:1].isspace():
+            self.space = self.space or " "
+        if inner:
+            self.out.append((self.space if not self.gap else "") + inner)
+            self.gap, self.space = 0, " " if words[-1:].isspace() else ""
+
+    def _break(self, tag: str) -> None:
+        if tag in self.LINES or tag in self.PARAGRAPHS:
+            self._line(2 if tag in self.PARAGRAPHS else 1)
+
+    def _line(self, ends: int) -> None:
+        """At least so many line ends behind the last word."""
+        if self.gap < ends:
+            self.out.append("\n" * (ends - self.gap))
+            self.gap = ends
+        self.space = ""
+
+    def text(self) -> str:
+        return "".join(self.out).strip("\n") + "\n"
 
 
 @functools.lru_cache(maxsize=4)
@@ -1664,9 +2286,6 @@ def text_field(name: str, value: str, charset: str) -> str:
         whole = f"{name}: {value}"
         return whole if len(whole) <= 78 else fold(f"{name}:", value.split(" "))
     return fold(f"{name}:", encoded_words(value, charset, len(name) + 2))
-
-
-PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable ASCII, words with one space between
 
 
 def fold(line: str, tokens: list) -> str:
@@ -1722,15 +2341,23 @@ def encode_body(text: str, charset: str) -> tuple:
 
 
 LONG_OR_ODD = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
-TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)
 JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
 QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
 
 
-def base64_lines(octets: bytes) -> bytes:
+def base64_lines(octets: Any) -> bytes:
     """Base64 in lines of 76 characters and CRLF (RFC 2045 6.8)."""
     coded = binascii.b2a_base64(octets, newline=False)
     return b"\r\n".join([coded[i : i + 76] for i in range(0, len(coded), 76)]) + b"\r\n"
+
+
+def base64_blocks(octets: bytes) -> list:
+    """The same block by block, since the list of the lines of a large attachment takes more memory than they do."""
+    view = memoryview(octets)
+    return [base64_lines(view[start : start + BASE64_BLOCK]) for start in range(0, len(view), BASE64_BLOCK)]
+
+
+BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
 
 
 @functools.lru_cache(maxsize=64)
@@ -1786,57 +2413,34 @@ def jis_extensions() -> dict:
     return table
 
 
-def parse_message(octets: bytes) -> tuple:
-    """([(name in lower case, octets of the field)], body) of an RFC 5322 message with any line ends; both with LF.
-    ValueError for a CR or NUL within the header."""
-    octets = octets.replace(b"\r\n", b"\n")
-    octets = re.sub(rb"\A(?:From |>From )[^\n]*\n", b"", octets)  # of an mbox
-    fields: list = []
-    while True:
-        found = RAW_FIELD.match(octets)
-        if not found:
-            break
-        if b"\r" in found[0] or b"\0" in found[0]:
-            raise ValueError(f"header {printable(found[1].decode())}: has a CR or NUL")
-        fields.append((found[1].decode().lower(), found[0]))
-        octets = octets[found.end() :]
-    return fields, (octets[1:] if octets.startswith(b"\n") else octets).replace(b"\r", b"\n")
-
-
-RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t]+[^\n]*)*(?:\n|\Z)")
-
-
-def header_recipients(fields: list) -> list:
-    """The addresses in To, Cc and Bcc."""
-    texts = [value.partition(b":")[2].decode("utf-8", "replace") for key, value in fields if key in ("to", "cc", "bcc")]
-    return [spec for _, spec in getaddresses([text.replace("\n", "") for text in texts]) if spec]
-
-
-def finish_message(
-    fields: list, body: bytes, sender: str, loop: list, queueid: str, hostname: str, now: float
-) -> Message:
-    """A finished message made ready for relays: trace and loop fields put on, what is missing added, Bcc taken out."""
-    date, names = rfc5322_date(int(now)), {name for name, _ in fields}
-    head = [f"Received: by {hostname} (Haineko, from uid {os.getuid()}) id {queueid};\r\n\t{date}\r\n".encode()]
+def finish_message(raw: Raw, sender: str, loop: tuple, trace: str, queueid: str, hostname: str, now: float) -> Message:
+    """A finished message made ready for relays: trace and loop fields put on, what is missing added, Bcc taken out.
+    Refused where it has a line or an octet that can't be sent."""
+    names = {name for name, _ in raw.fields}
     dropped = ("bcc", "resent-bcc", "return-path", "x-haineko-loop")
-    head += [field.rstrip(b"\n").replace(b"\n", b"\r\n") + b"\r\n" for name, field in fields if name not in dropped]
-    if not {"mime-version", "content-type", "content-transfer-encoding"} & names:
-        encoding, body = encode_body(
-            body.decode("utf-8", "replace") if is_utf8(body) else body.decode("latin-1"), "UTF-8"
-        )
-        kind_ = (
-            f"MIME-Version: 1.0\r\nContent-Type: text/plain; charset=UTF-8\r\nContent-Transfer-Encoding: {encoding}\r\n"
-        )
-        head += [kind_.encode()]
+    head = [trace.encode() + b"\r\n"]
+    head += [
+        octets.rstrip(b"\n").replace(b"\n", b"\r\n") + b"\r\n" for name, octets in raw.fields if name not in dropped
+    ]
+    author = sender or f"MAILER-DAEMON@{hostname}"
+    missing = {"From": f"<{author}>", "Date": rfc5322_date(int(now)), "Message-Id": f"<{queueid}.1@{hostname}>"}
+    head += [f"{name}: {value}\r\n".encode() for name, value in missing.items() if name.lower() not in names]
+    head.append(loop_field(loop, hostname).encode() + b"\r\n")
+    if {"mime-version", "content-type", "content-transfer-encoding"} & names:
+        body = [b"\r\n", raw.body.replace(b"\n", b"\r\n")]
     else:
-        body = body.replace(b"\n", b"\r\n")
-    missing = {"from": f"<{sender}>", "date": date, "message-id": f"<{queueid}.1@{hostname}>"}
-    head += [f"{name.title()}: {value}\r\n".encode() for name, value in missing.items() if name not in names]
-    head.append(fold("X-Haineko-Loop:", [name + "," for name in loop] + [hostname]).encode() + b"\r\n")
-    octets = b"".join(head) + b"\r\n" + body
-    if TOO_LONG.search(octets):
-        raise ValueError("a line is longer than 998 octets (RFC 5322 2.1.1)")
-    return Message((octets if octets.endswith(b"\r\n") else octets + b"\r\n",), eight=not octets.isascii())
+        text = raw.body.decode("utf-8" if is_utf8(raw.body) else "latin-1")
+        body = [b"MIME-Version: 1.0\r\n", *text_part("plain", text, "UTF-8")]
+    octets = b"".join([*head, *body, b"" if body[-1].endswith(b"\n") else b"\r\n"])
+    if UNSENDABLE.search(octets) or not is_utf8(b"".join(head)):
+        octets = seven_bit(octets)
+        if UNSENDABLE.search(octets):
+            raise Refused(reply("line-length"))
+    utf8 = not octets[: octets.index(b"\r\n\r\n")].isascii()
+    return Message((octets,), eight=not octets.isascii(), utf8=utf8)
+
+
+UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
 
 
 def is_utf8(octets: bytes) -> bool:
@@ -1847,21 +2451,61 @@ def is_utf8(octets: bytes) -> bool:
 
 
 def seven_bit(octets: bytes) -> bytes:
-    """A message with octets over 127 re-encoded for a server without 8BITMIME (RFC 6152 3)."""
+    """The message with every part encoded that is not in 7bit and in lines of 998 octets (RFC 6152 3, RFC 2045 2.7)."""
     import email
     import email.policy
 
-    policy = email.policy.compat32.clone(cte_type="7bit", linesep="\r\n")
-    message, name = email.message_from_bytes(octets, policy=policy), "Content-Transfer-Encoding"
-    for part in message.walk():  # email itself trips over a charset that is absent or unknown
+    message, name = email.message_from_bytes(octets, policy=email.policy.compat32), "Content-Transfer-Encoding"
+    for part in message.walk():
+        ascii_header(part)
         coding = str(part.get(name, "")).strip().lower()
-        if coding not in ("base64", "quoted-printable"):
-            text = b"" if part.is_multipart() else part.get_payload(decode=True)
-            del part[name]
-            if not text.isascii():
-                part[name] = "base64"
-                part.set_payload(base64_lines(text).decode())
-    return message.as_bytes(policy=policy)
+        if part.is_multipart():
+            part.preamble = part.preamble if (part.preamble or "").isascii() else None
+            part.epilogue = part.epilogue if (part.epilogue or "").isascii() else None
+        elif not is_7bit(part, coding):
+            body = part.get_payload(decode=True)
+            coding = "quoted-printable" if part.get_content_maintype() == "text" else "base64"
+            coded = binascii.b2a_qp(body, istext=True) if coding != "base64" else base64_lines(body)
+            part.set_payload(coded.decode("ascii"))
+        del part[name]
+        if coding not in ("", "8bit", "binary"):
+            part[name] = coding
+    return message.as_bytes(policy=email.policy.SMTP.clone(refold_source="none", cte_type="8bit"))
+
+
+def is_7bit(part: Any, coding: str) -> bool:
+    """True where the body of a part, as it stands in the message, is what RFC 2045 2.7 calls 7bit."""
+    if coding in ("base64", "quoted-printable"):
+        return not NOT_7BIT.search(part.get_payload().encode("utf-8", "replace"))
+    return not NOT_7BIT.search(part.get_payload(decode=True))
+
+
+def ascii_header(part: Any) -> None:
+    """Encodes the fields of a part that are other than ASCII; an address that is stays."""
+    fields_ = list(part.raw_items())
+    if all(value.isascii() for _, value in fields_):
+        return
+    for name in set(part.keys()):
+        del part[name]
+    for name, value in fields_:
+        part.set_raw(name, value if value.isascii() else ascii_field(name, value))
+
+
+def ascii_field(name: str, value: str) -> str:
+    """The value of a field in encoded words or parameters (RFC 2047, 2231); octets that aren't UTF-8 are Latin-1."""
+    octets = value.encode("utf-8", "surrogateescape")
+    text = octets.decode("utf-8" if is_utf8(octets) else "latin-1")
+    text = re.sub(r"[\r\n]+[ \t]*", " ", text).strip()
+    if name.lower() in ("content-type", "content-disposition"):
+        return NAME_PARAMETER.sub(lambda found: f"{found[1]}*=UTF-8''{urllib.parse.quote(found[2], safe='')}", text)
+    if name.lower() not in ("from", "sender", "to", "cc", "reply-to", "resent-from", "resent-to", "resent-cc"):
+        return text_field(name, text, "UTF-8").partition(": ")[2]
+    found = parse_mailboxes(text)
+    field_ = address_field(name, found, "UTF-8").partition(": ")[2] if found else text
+    return field_.encode().decode("ascii", "surrogateescape")
+
+
+NAME_PARAMETER = re.compile(r'([A-Za-z0-9-]+)="([^"]*[^\x00-\x7f"][^"]*)"')
 
 
 # What Windows and what Unicode's own tables call some characters of JIS X 0208; Python's codec knows the latter.
@@ -3023,6 +3667,8 @@ class Session(smtplib.SMTP):
 
     async def transact(self, job: Job) -> list:
         """A Reply for every recipient of the job, whatever happens (RFC 5321 3.3)."""
+        if job.utf8 and not self.has_extn("smtputf8"):
+            return await self._transact_in_ascii(job)
         self.in_text = self.ended = False
         octets = job.octets()
         if job.message.eight and not self.has_extn("8bitmime"):
@@ -3042,6 +3688,20 @@ class Session(smtplib.SMTP):
             self.alive = False
         replies = settle(said, outcome, lost, len(job.recipients))
         return [item if isinstance(item, Reply) else self._told(*item) for item in replies]
+
+    async def _transact_in_ascii(self, job: Job) -> list:
+        """The same with a server that knows ASCII only: who and what can't be said to it is refused (RFC 6531 3.2)."""
+        place, refused = self._place(), "rcpt-ascii"
+        heard = [to for to in job.recipients if to.isascii()]
+        message = job.message
+        if message.utf8:
+            octets = await in_thread(seven_bit, job.octets())
+            message = Message((octets,), utf8=not octets.isascii())
+        if not job.sender.isascii() or message.utf8:
+            return [reply("header-ascii" if job.sender.isascii() else "mail-ascii", **place)] * len(job.recipients)
+        job_ = job._replace(recipients=tuple(heard), message=message)
+        replies = iter(await self.transact(job_) if heard else ())
+        return [next(replies) if to.isascii() else reply(refused, **place) for to in job.recipients]
 
     async def _converse(self, script: list, said: list) -> None:
         """Sends the script and appends each reply to `said`, until it is over or there is no sense in going on."""
@@ -3207,13 +3867,15 @@ def envelope(job: Job, size: int, features: dict) -> list:
     mail, rcpt = f"MAIL FROM:<{job.sender}>", ""
     if "size" in features:
         mail += f" SIZE={size}"  # RFC 1870
-    if "8bitmime" in features and job.message.eight:
+    if "8bitmime" in features and (job.message.eight or job.utf8):
         mail += " BODY=8BITMIME"  # RFC 6152
+    if job.utf8:
+        mail += " SMTPUTF8"  # RFC 6531; who doesn't offer it got another job
     if "dsn" in features:
         mail += " RET=FULL"  # RFC 3461
         rcpt = " NOTIFY=FAILURE,DELAY"
     lines = [("MAIL", mail), *[("RCPT", f"RCPT TO:<{to}>{rcpt}") for to in job.recipients], ("DATA", "DATA")]
-    return [(step, line.encode("ascii") + b"\r\n") for step, line in lines]
+    return [(step, line.encode() + b"\r\n") for step, line in lines]
 
 
 def flights(script: list, pipelining: bool) -> list:
@@ -4575,7 +5237,7 @@ VERSIONS = (
         body BLOB,                   -- digest of the request's body
         answer TEXT,                 -- what was answered: JSON of status, headers, body
         size INTEGER NOT NULL,       -- octets of the message
-        parts TEXT NOT NULL,         -- JSON: whether it is of 8 bits, lengths of the parts
+        parts TEXT NOT NULL,         -- JSON: 1 for 8 bits, 2 for SMTPUTF8; lengths of the parts
         octets BLOB NOT NULL         -- the parts; empty when all is done
     );
     CREATE INDEX messages_by_owner ON messages(owner) WHERE owner IS NOT NULL;
@@ -4637,7 +5299,8 @@ def put(db: Any, slot: int, entry: Entry, fates: list | None, held: bool = False
         earlier = db.execute("SELECT queueid, body, owner, answer FROM messages WHERE key=?", (entry.key,)).fetchone()
         if earlier:
             return earlier
-    octets, parts = b"".join(entry.message.parts), [entry.message.eight, *map(len, entry.message.parts)]
+    flags = entry.message.eight + 2 * entry.message.utf8
+    octets, parts = b"".join(entry.message.parts), [flags, *map(len, entry.message.parts)]
     row = (entry.queueid, entry.kind, entry.sender, entry.login, entry.born, len(entry.recipients),
            slot if held else None, entry.key, entry.body, len(octets), json.dumps(parts), octets)  # fmt: skip
     message = db.execute(
@@ -4742,9 +5405,9 @@ def parcel(db: Any, ident: int) -> Parcel:
         "SELECT r.id, queueid, kind, sender, login, m.born, parts, octets, given, recipient, number,"
         " lane, attempts, history FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (ident,)
     ).fetchone()  # fmt: skip
-    eight, *lengths = json.loads(parts)
+    flags, *lengths = json.loads(parts)
     ends = list(itertools.accumulate(lengths))
-    message = Message(tuple(octets[end - length : end] for end, length in zip(ends, lengths)), eight)
+    message = Message(tuple(octets[end - length : end] for end, length in zip(ends, lengths)), bool(flags & 1), flags > 1)
     return Parcel(*head, message, given, recipient, number, lane, attempts, attempts_of(history))
 
 
@@ -5000,19 +5663,23 @@ async def submit(request: Request, service: Service) -> Answer:
     """POST /submit: the way of a mail from its JSON to the replies of the other side."""
     settings, queueid = request.settings or service.settings, new_queueid(request.now)
     submission, verdicts, status, kept, fates = None, {}, 0, None, []
+    size = len(request.body)
     try:
-        submission, faults = await worked_out(len(request.body), understand, request.body)
+        submission, faults = await worked_out(size, understand, request.body)
         if faults:
             submission = None
             raise Refused(reply("json", *faults[:MAX_FAULTS]))
         insist(first_refusal(CHECKS, request, submission, settings))
         wish = wish_of(request, submission, settings)
+        if size >= LARGE:
+            request = request._replace(body=b"")  # its memory is needed for the message
         mailboxes = recipients(submission)
-        verdicts = {given: check_rcpt(mailbox, settings) for given, mailbox in mailboxes.items()}
+        verdicts = {given: check_rcpt(mailbox, settings, given) for given, mailbox in mailboxes.items()}
         good = [mailbox for given, mailbox in mailboxes.items() if not verdicts[given]]
         if good:
-            message = await worked_out(len(request.body), finished, request, submission, settings, queueid, good)
-            jobs = plan(submission, message, good, settings, queueid)
+            message = await worked_out(size, finished, request, submission, settings, queueid, good)
+            submission = without_text(submission)
+            jobs, good = plan(submission, message, good, settings, queueid)
             kept, earlier = await keep(request, jobs, good, wish, service)
             if earlier:
                 return await replayed(request, submission, verdicts, earlier, wish, service)
@@ -5173,6 +5840,13 @@ async def worked_out(size: int, function: Callable, *values: Any) -> Any:
 LARGE = 262144  # octets; work of some milliseconds
 
 
+def without_text(submission: Submission) -> Submission:
+    """What of a submission is needed once its message is composed; the rest of a large one would only fill memory."""
+    if not (submission.attachments or submission.raw):
+        return submission
+    return replace(submission, body="", html="", attachments=(), raw=submission.raw and Raw([], b""))
+
+
 def insist(refusal: Reply | None) -> None:
     if refusal:
         raise Refused(refusal)
@@ -5188,14 +5862,18 @@ def finished(request: Request, submission: Submission, settings: Settings, queue
     return message
 
 
-def plan(submission: Submission, message: Message, good: list, settings: Settings, queueid: str) -> list:
-    """One job for each recipient: each gets a copy of its own."""
+def plan(submission: Submission, message: Message, good: list, settings: Settings, queueid: str) -> tuple:
+    """(jobs, the recipients in their order): one for each recipient, who gets a copy of its own, or one for each route."""
     sender = address(submission.mail)
+    if submission.shared:
+        jobs = plan_shared(sender, message, good, settings, queueid)
+        places = {mailbox.wire: mailbox for mailbox in good}
+        return jobs, [places[to] for job in jobs for to in job.recipients]
     routes = [choose(mailbox.domain, sender.domain, settings)[0] for mailbox in good]
     return [
         Job(route, settings.hostname, queueid, sender.wire, (mailbox.wire,), message, i)
         for i, (route, mailbox) in enumerate(zip(routes, good), 1)
-    ]
+    ], good
 
 
 def plan_shared(sender: Address, message: Message, good: list, settings: Settings, queueid: str) -> list:
@@ -5210,6 +5888,12 @@ def plan_shared(sender: Address, message: Message, good: list, settings: Setting
         Job(route, settings.hostname, queueid, source, tuple(tos), message, i)
         for i, ((route, _), tos) in enumerate(routes.items(), 1)
     ]
+
+
+def told_of(good: list, outcomes: list) -> list:
+    """[(recipient as the client wrote it, Reply), ...] in the order of the recipients."""
+    replies = {to: said for job, replies, _ in outcomes for to, said in zip(job.recipients, replies)}
+    return [(mailbox.given, replies[mailbox.wire]) for mailbox in good]
 
 
 async def deliver(jobs: list, sessions: Sessions, settings: Settings) -> list:
@@ -5652,9 +6336,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
             request = self._request(head)
             welcome, extra = cors(head.headers.get("origin"), self.settings, head)
             page = await self._page(request, welcome)
-            request = request._replace(body=await self._body(head, left, deadline))
-            left = 0
-            result = await page.answer(request, self.service)
+            answering = page.answer(request._replace(body=await self._body(head, left, deadline)), self.service)
+            left = 0  # and the body, which may be large, is the page's alone
+            result = await answering
         except Refused as refused:
             result = self._refusal(request, refused.reply)
         except OSError:
@@ -6612,7 +7296,6 @@ def command_route(options: Any) -> int:
 def command_send(options: Any) -> int:
     """Posts a mail to a running Haineko; 0 where every recipient was accepted."""
     import http.client
-    import urllib.parse
 
     try:
         url = urllib.parse.urlsplit(options.url)
@@ -6861,32 +7544,27 @@ def sendmail(settings: Settings, octets: bytes, sender: str, named: list, from_h
     """Relays a finished message; ValueError says what is bad about it."""
     now = time.time()
     queueid = new_queueid(now)
-    source = address(sender) if sender.isascii() else None
-    fields_, body = parse_message(octets)
+    source = address(sender) if sender else Address("", "", "")
     if not source:
-        source = Address("", "", "")
-        if sender:
-            return complain(f'usage: "{sender}" is no mail address', EX_USAGE)
-    wanted = [*named, *(header_recipients(fields_) if from_header else [])]
-    mailboxes = recipients(Submission(rcpt=tuple(wanted)))
+        return complain(f'usage: "{sender}" is no mail address', EX_USAGE)
+    raw = parse_message(octets)
+    mailboxes = recipients(Submission(rcpt=(*named, *(header_recipients(raw.fields) if from_header else []))))
     if not mailboxes:
         return complain("usage: no recipient", EX_USAGE)
-    loop = [
-        name
-        for key, value in fields_
-        if key == "x-haineko-loop"
-        for name in passed(value.partition(b":")[2].decode("ascii", "replace"), "", [])
-    ]
-    if len(loop) > MAX_PASSED or settings.hostname.lower() in map(str.lower, loop):
+    loop = names_passed(raw.fields)
+    if check_loop(None, Submission(header=Header(loop=loop)), settings):
         return complain(REPLIES["loop"][-1], EX_UNAVAILABLE)
-    message = finish_message(fields_, body, sender, loop, queueid, settings.hostname, now)
-    if check_size(len(message.parts[0]), settings):
-        return complain(REPLIES["too-big"][-1], EX_DATAERR)
-    verdicts = {given: check_rcpt(mailbox, settings) for given, mailbox in mailboxes.items()}
+    place = f"Received: by {settings.hostname} (Haineko, from uid {os.getuid()}) id {queueid}"
+    trace = f"{place};\r\n\t{rfc5322_date(int(now))}"
+    try:
+        message = finish_message(raw, sender, loop, trace, queueid, settings.hostname, now)
+        insist(check_size(len(message.parts[0]), settings))
+    except Refused as refused:
+        return complain(refused.reply.message[0], EX_DATAERR)
+    verdicts = {given: check_rcpt(mailbox, settings, given) for given, mailbox in mailboxes.items()}
     good = [mailbox for given, mailbox in mailboxes.items() if not verdicts[given]]
     jobs = plan_shared(source, message, good, settings, queueid)
-    outcomes = run(deliver_and_leave(jobs, settings)) if jobs else []
-    verdicts.update((to, said) for job, replies, _ in outcomes for to, said in zip(job.recipients, replies))
+    verdicts.update(told_of(good, run(deliver_and_leave(jobs, settings)) if jobs else []))
     return told(verdicts)
 
 
