@@ -2174,7 +2174,7 @@ class Reading:
         self.gap = 2  # line ends behind the last word
         self.space = ""  # due before the next word
         self.hidden, self.kept = "", 0  # the tag that hides; depth of <pre>
-        self.links: list = []  # (where it goes, how much was written before it)
+        self.link, self.start = "", 0  # where the link under way goes, and how much was written before it
 
     def opens(self, tag: str, attributes: list) -> None:
         if self.hidden:
@@ -2196,7 +2196,7 @@ class Reading:
         elif tag == "img":
             self.says(values.get("alt") or "")
         elif tag == "a":
-            self.links.append((values.get("href") or "", len(self.out)))
+            self.link, self.start = values.get("href") or "", len(self.out)
         self.kept += tag == "pre"
 
     def closes(self, tag: str) -> None:
@@ -2205,9 +2205,9 @@ class Reading:
             return
         self._break(tag)
         self.kept -= tag == "pre" and self.kept > 0
-        if tag == "a" and self.links:
-            link, start = self.links.pop()
-            words = "".join(self.out[start:]).strip()
+        if tag == "a":
+            link, self.link = self.link, ""
+            words = "".join(self.out[self.start :]).strip() if link else ""
             if link.startswith(("http:", "https:", "mailto:")) and link.partition("mailto:")[2] != words != link:
                 self.says(f" <{link}>")
 
@@ -2470,7 +2470,7 @@ def seven_bit(octets: bytes) -> bytes:
         del part[name]
         if coding not in ("", "8bit", "binary"):
             part[name] = coding
-    return message.as_bytes(policy=email.policy.SMTP.clone(refold_source="none", cte_type="8bit"))
+    return message.as_bytes(policy=email.policy.SMTPUTF8.clone(refold_source="none", cte_type="8bit"))
 
 
 def is_7bit(part: Any, coding: str) -> bool:
@@ -3691,17 +3691,18 @@ class Session(smtplib.SMTP):
 
     async def _transact_in_ascii(self, job: Job) -> list:
         """The same with a server that knows ASCII only: who and what can't be said to it is refused (RFC 6531 3.2)."""
-        place, refused = self._place(), "rcpt-ascii"
-        heard = [to for to in job.recipients if to.isascii()]
-        message = job.message
+        place, message = self._place(), job.message
+        if not job.sender.isascii():
+            return [reply("mail-ascii", **place)] * len(job.recipients)
         if message.utf8:
             octets = await in_thread(seven_bit, job.octets())
-            message = Message((octets,), utf8=not octets.isascii())
-        if not job.sender.isascii() or message.utf8:
-            return [reply("header-ascii" if job.sender.isascii() else "mail-ascii", **place)] * len(job.recipients)
-        job_ = job._replace(recipients=tuple(heard), message=message)
-        replies = iter(await self.transact(job_) if heard else ())
-        return [next(replies) if to.isascii() else reply(refused, **place) for to in job.recipients]
+            message = Message((octets,))
+            if not octets.isascii():  # an address in the header
+                return [reply("header-ascii", **place)] * len(job.recipients)
+        ascii_only = tuple(to for to in job.recipients if to.isascii())
+        said = await self.transact(job._replace(recipients=ascii_only, message=message)) if ascii_only else []
+        replies = dict(zip(ascii_only, said))
+        return [replies.get(to) or reply("rcpt-ascii", **place) for to in job.recipients]
 
     async def _converse(self, script: list, said: list) -> None:
         """Sends the script and appends each reply to `said`, until it is over or there is no sense in going on."""
