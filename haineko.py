@@ -121,6 +121,9 @@ class Message(NamedTuple):
         return recipient.encode().join(self.parts)
 
 
+LARGE = 262144  # octets; work of some milliseconds
+
+
 class Job(NamedTuple):
     """One message for the recipients of one transaction by one route."""
 
@@ -134,6 +137,13 @@ class Job(NamedTuple):
 
     def octets(self) -> bytes:
         return self.message.copy(self.recipients[0], self.number)
+
+    def pieces(self) -> tuple:
+        """The same, with what is large in a piece of its own, so that copies which go out at once share its memory."""
+        *head, last = self.message.parts
+        if len(last) < LARGE or not head:
+            return (self.octets(),)
+        return (self._replace(message=Message((*head, b""))).octets(), last)
 
     @property
     def utf8(self) -> bool:
@@ -1243,7 +1253,7 @@ class Request(NamedTuple):
     method: str
     path: str
     headers: dict  # by name in lower case
-    body: bytes
+    body: Any  # bytes, or a bytearray
     client: Client | None  # None where nothing was read
     peer: Client | None  # of the connection: the client's or a proxy's
     port: int | None  # of the client
@@ -1760,12 +1770,14 @@ class Submission:
         return bool(self.raw or self.header.shared)
 
 
-def understand(body: bytes) -> tuple:
-    """(Submission, faults) of a request's body."""
+def understand(body: Any) -> tuple:
+    """(Submission, faults) of a request's body, bytes or a bytearray."""
     faults: list = []
+    if b"\x1b" in body:  # a raw escape is ISO-2022-JP of an old client
+        body = body.replace(b"\x1b", b"\\u001b")
     try:
-        raw = decode(body.replace(b"\x1b", b"\\u001b"))  # raw escapes are ISO-2022-JP of old clients
-        if isinstance(raw, dict) and isinstance(raw.get("header"), dict) and (b"\\u001" in body or b"\x1b" in body):
+        raw = decode(body)
+        if b"\\u001" in body and isinstance(raw, dict) and isinstance(raw.get("header"), dict):
             from_jis(raw)
     except ValueError as fault:
         return Submission(), [printable(str(fault))]
@@ -1986,7 +1998,17 @@ def _compose(submission: Submission, charset: str, queueid: str, client: Any, ho
         pieces = [[*top, "To: "], ["", *middle, f"Message-Id: <{queueid}."], [f"@{hostname}>", *end]]
     *parts, last = ["\r\n".join(piece).encode() for piece in pieces]
     utf8 = not (last.isascii() and all(map(bytes.isascii, parts)))  # only an address can be other than ASCII
-    return Message((*parts, b"".join((last, *content))), utf8, utf8)
+    return Message((*parts, joined(last, content)), utf8, utf8)
+
+
+def joined(first: bytes, pieces: Any) -> bytes:
+    """Octets of pieces; those that are made one after the other are never all in memory beside the whole."""
+    if type(pieces) is list:
+        return b"".join((first, *pieces))
+    stream = io.BytesIO(first)
+    stream.seek(0, io.SEEK_END)
+    stream.writelines(pieces)
+    return stream.getvalue()
 
 
 @functools.lru_cache(maxsize=64)
@@ -2013,19 +2035,19 @@ def text_part(kind_: str, text: str, charset: str) -> list:
     return [head.encode(), body]
 
 
-def several_parts(submission: Submission, charset: str, queueid: str) -> list:
+def several_parts(submission: Submission, charset: str, queueid: str) -> Any:
     """Octets of HTML and attachments, in pieces, from Content-Type on: the best last (RFC 2046 5.1.4), files behind."""
-    frame, html = Frame(queueid), submission.html
+    frame, html = Frame(queueid, charset), submission.html
     pictures = [item for item in submission.attachments if html and item.cid]
-    files = [item for item in submission.attachments if item not in pictures]
-    whole = frame.part(text_part("plain", submission.body or text_of(html), charset))
+    files = [item for item in submission.attachments if not (html and item.cid)]
+    whole = frame.text("plain", submission.body or text_of(html))
     if html:
-        shown = frame.part(text_part("html", html, charset))
+        shown = frame.text("html", html)
         if pictures:
-            shown = frame.multipart("related", shown, *[frame.part(file_part(item, charset)) for item in pictures])
+            shown = frame.multipart("related", shown, *map(frame.file, pictures))
         whole = frame.multipart("alternative", whole, shown)
     if files:
-        whole = frame.multipart("mixed", whole, *[frame.part(file_part(item, charset)) for item in files])
+        whole = frame.multipart("mixed", whole, *map(frame.file, files))
     return frame.octets(whole)
 
 
@@ -2033,21 +2055,37 @@ class Frame:
     """Parts of a message. email writes what stands around their bodies; these are put in afterwards, since its
     generator would hold each in memory four times over. Its policy folds nothing: the fields come folded."""
 
-    def __init__(self, queueid: str) -> None:
+    def __init__(self, queueid: str, charset: str) -> None:
         import email.message
         import email.policy
 
-        self.queueid, self.bodies = queueid, []
+        self.queueid, self.charset = queueid, charset
         self.policy = email.policy.SMTP.clone(refold_source="none")
         self.new = email.message.MIMEPart
+        self.bodies: list = []  # of iterables of octets
 
-    def part(self, octets: list) -> Any:
-        """A part made of the octets of its fields, then those of its body."""
+    def text(self, kind_: str, text: str) -> Any:
+        head, body = text_part(kind_, text, self.charset)
+        return self._part(head.decode("ascii").split("\r\n")[:-2], [body])
+
+    def file(self, item: Attachment) -> Any:
+        """A file, which is never changed on its way."""
+        kind_ = item.type or guessed_type(item.filename)
+        in_type, in_disposition = name_parameters(item.filename, self.charset) if item.filename else ("", "")
+        shown = "inline" if item.cid or item.inline else "attachment"
+        encoding, body = "base64", base64_blocks(item.content)
+        if kind_.startswith("message/"):  # RFC 2046 5.2.1: no encoding; attachments() has seen that it needs none
+            encoding, body = "7bit", [item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")]
+        fields_ = [f"Content-Type: {kind_}{in_type}", f"Content-Transfer-Encoding: {encoding}"]
+        fields_ += [f"Content-Disposition: {shown}{in_disposition}"]
+        return self._part(fields_ + ([f"Content-ID: <{item.cid}>"] if item.cid else []), body)
+
+    def _part(self, fields_: list, body: Any) -> Any:
         part = self.new(self.policy)
-        for field_ in octets[0].decode("ascii").replace("\r\n ", "\n ").split("\r\n")[:-2]:
-            part.set_raw(*field_.split(": ", 1))
+        for line in fields_:
+            part.set_raw(*line.split(": ", 1))
         part.set_payload(f"<{self.queueid}/{len(self.bodies)}>")
-        self.bodies.append(octets[1:])
+        self.bodies.append(body)
         return part
 
     def multipart(self, kind_: str, *parts: Any) -> Any:
@@ -2059,25 +2097,10 @@ class Frame:
             whole.attach(part)
         return whole
 
-    def octets(self, whole: Any) -> list:
+    def octets(self, whole: Any) -> Any:
         """All of it, in pieces."""
-        pieces = re.split(f"<{self.queueid}/([0-9]+)>".encode(), whole.as_bytes())
-        for place in range(1, len(pieces), 2):
-            pieces[place] = b"".join(self.bodies[int(pieces[place])])
-        return pieces
-
-
-def file_part(item: Attachment, charset: str) -> list:
-    """Octets of a part that is a file: its fields, and its body, block by block; never changed on its way."""
-    in_type, in_disposition = name_parameters(item.filename, charset) if item.filename else ("", "")
-    kind_ = item.type or guessed_type(item.filename)
-    shown = "inline" if item.cid or item.inline else "attachment"
-    encoding, body = "base64", base64_blocks(item.content)
-    if kind_.startswith("message/"):  # RFC 2046 5.2.1: no encoding; attachments() has seen that it needs none
-        encoding, body = "7bit", [item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")]
-    lines = [f"Content-Type: {kind_}{in_type}", f"Content-Transfer-Encoding: {encoding}"]
-    lines += [f"Content-Disposition: {shown}{in_disposition}", *([f"Content-ID: <{item.cid}>"] if item.cid else [])]
-    return ["\r\n".join([*lines, "", ""]).encode("ascii"), *body]
+        for i, piece in enumerate(re.split(f"<{self.queueid}/([0-9]+)>".encode(), whole.as_bytes())):
+            yield from self.bodies[int(piece)] if i % 2 else (piece,)
 
 
 def name_parameters(name: str, charset: str) -> tuple:
@@ -2351,10 +2374,10 @@ def base64_lines(octets: Any) -> bytes:
     return b"\r\n".join([coded[i : i + 76] for i in range(0, len(coded), 76)]) + b"\r\n"
 
 
-def base64_blocks(octets: bytes) -> list:
+def base64_blocks(octets: bytes) -> Any:
     """The same block by block, since the list of the lines of a large attachment takes more memory than they do."""
-    view = memoryview(octets)
-    return [base64_lines(view[start : start + BASE64_BLOCK]) for start in range(0, len(view), BASE64_BLOCK)]
+    for start in range(0, len(octets), BASE64_BLOCK):
+        yield base64_lines(octets[start : start + BASE64_BLOCK])
 
 
 BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
@@ -3670,16 +3693,16 @@ class Session(smtplib.SMTP):
         if job.utf8 and not self.has_extn("smtputf8"):
             return await self._transact_in_ascii(job)
         self.in_text = self.ended = False
-        octets = job.octets()
+        pieces = job.pieces()
         if job.message.eight and not self.has_extn("8bitmime"):
-            octets = await in_thread(seven_bit, octets)
-        script = envelope(job, len(octets), self.esmtp_features)
+            pieces = (await in_thread(seven_bit, job.octets()),)
+        script = envelope(job, sum(map(len, pieces)), self.esmtp_features)
         said: list = []
         outcome = lost = None
         try:
             await self._converse(script, said)
             if len(said) == len(script) and said[-1].code[0] == "3":
-                outcome = await self._text(octets if accepted_any(said[:-1]) else b"")
+                outcome = await self._text(pieces if accepted_any(said[:-1]) else ())
         except OSError as fault:
             self.alive, lost = False, self._broken(fault)
         self.last_used = time.monotonic()
@@ -3723,22 +3746,21 @@ class Session(smtplib.SMTP):
                 if item.code == "421":  # RFC 5321 3.8: it closes; what it would say of the rest will not come
                     return
 
-    async def _text(self, octets: bytes) -> Heard:
-        """The reply to the end of the text; for no octets that to a lone dot (RFC 2920 3.1)."""
+    async def _text(self, pieces: tuple) -> Heard:
+        """The reply to the end of the text; where there is none, that to a lone dot (RFC 2920 3.1)."""
         if self.unread:  # a refusal said at once counts; anything else would pass for the reply to the text
             self.alive, item = False, await self._reply()
             if item.code[0] in "45":
                 return item
             raise Rubbish("a reply that nothing asked for")
-        self.in_text = bool(octets)
-        if octets.startswith(b".") or b"\n." in octets:  # RFC 5321 4.5.2
-            octets = b"." * octets.startswith(b".") + octets.replace(b"\n.", b"\n..")
-        last = max(len(octets) - 1, 0) // BLOCK * BLOCK
+        self.in_text, last = bool(pieces), b""
         try:
-            for start in range(0, last, BLOCK):
-                await self._write(octets[start : start + BLOCK])
+            for block in stuffed(pieces):
+                if last:
+                    await self._write(last)
+                last = block
             self.ended = self.in_text
-            await self._write((octets[last:] if last else octets) + b".\r\n")
+            await self._write(last + b".\r\n")
         except (BrokenPipeError, ConnectionResetError):
             item = await self._reply()  # it may have said why it hung up
             if item.code[0] not in "45":
@@ -3883,6 +3905,19 @@ def flights(script: list, pipelining: bool) -> list:
     """The script in groups that are sent without waiting: many commands with PIPELINING, else one each."""
     size = FLIGHT if pipelining else 1
     return [script[i : i + size] for i in range(0, len(script), size)]
+
+
+def stuffed(pieces: tuple) -> Any:
+    """The octets of a text in blocks, with one dot more before each line that begins with a dot (RFC 5321 4.5.2)."""
+    end = b"\n"
+    for piece in pieces:
+        for start in range(0, len(piece), BLOCK):
+            block = piece[start : start + BLOCK]
+            first = end == b"\n" and block.startswith(b".")
+            if first or b"\n." in block:
+                block = b"." * first + block.replace(b"\n.", b"\n..")
+            end = block[-1:]
+            yield block
 
 
 def accepted_any(said: list) -> bool:
@@ -5838,9 +5873,6 @@ async def worked_out(size: int, function: Callable, *values: Any) -> Any:
     return function(*values) if size < LARGE else await in_thread(function, *values)
 
 
-LARGE = 262144  # octets; work of some milliseconds
-
-
 def without_text(submission: Submission) -> Submission:
     """What of a submission is needed once its message is composed; the rest of a large one would only fill memory."""
     if not (submission.attachments or submission.raw):
@@ -6427,13 +6459,14 @@ class Connection(http.server.BaseHTTPRequestHandler):
         return await self._exactly(length, deadline)
 
     async def _exactly(self, length: int, deadline: float) -> bytes:
-        """So many octets."""
-        parts, missing = [self.buffer[:length]], length - len(self.buffer)
-        self.buffer = self.buffer[length:]
-        while missing > 0:
-            parts.append(await self._more(deadline, min(missing, 1 << 20)))
-            missing -= len(parts[-1])
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        """So many octets; a bytearray where they are so many that to join them would take room twice."""
+        octets, self.buffer = self.buffer[:length], self.buffer[length:]
+        if len(octets) == length:
+            return octets
+        whole = bytearray(octets)
+        while len(whole) < length:
+            whole += await self._more(deadline, min(length - len(whole), 1 << 18))
+        return whole if length >= LARGE else bytes(whole)
 
     async def _chunks(self, limit: int, deadline: float) -> bytes:
         """A chunked body, RFC 9112 7.1."""
@@ -6454,7 +6487,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 raise Refused(reply("bad-request", "end of chunk"))
         for _ in range(MAX_HEADERS):
             if not await self._line(deadline):
-                return bytes(body)
+                return body if len(body) >= LARGE else bytes(body)
         raise Refused(reply("head-too-large"))
 
     async def _line(self, deadline: float) -> bytes:
