@@ -2104,11 +2104,10 @@ class Frame:
 
 
 def name_parameters(name: str, charset: str) -> tuple:
-    """(parameter of Content-Type, parameter of Content-Disposition) for the name of a file. Where it isn't ASCII, the
+    """(parameter of Content-Type, parameter of Content-Disposition) for the name of a file. Where it isn't plain, the
     latter is for readers that keep to RFC 2231, the former, in RFC 2047's words, for those that never did."""
-    if name.isascii() and "=?" not in name:
-        quoted = name.replace('"', '\\"')  # there is no backslash in it
-        return f';\r\n name="{quoted}"', f';\r\n filename="{quoted}"'
+    if PLAIN_NAME.fullmatch(name) and "=?" not in name:
+        return f';\r\n name="{name}"', f';\r\n filename="{name}"'
     words = "\r\n ".join(encoded_words(name, charset, 7))
     coded = f"{charset}''{urllib.parse.quote_from_bytes(encoder(charset)(name), safe='')}"
     if len(coded) <= SEGMENT:
@@ -2118,6 +2117,7 @@ def name_parameters(name: str, charset: str) -> tuple:
     return f';\r\n name="{words}"', numbered
 
 
+PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers take off twice
 SEGMENT = 60  # characters of a parameter in one line
 
 

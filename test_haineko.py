@@ -1046,7 +1046,8 @@ class Submissions(unittest.TestCase):
 
     def test_null_is_as_if_absent_and_empty_is_empty(self):
         names = dict.fromkeys(["ehlo", "helo", "mail", "send", "from", "rcpt", "recv", "to", "header", "body"])
-        found, absent = self.understood(names), haineko.Submission()
+        found, absent = self.understood(names), haineko.Submission(rcpt=())
+        absent.header = found.header
         self.assertEqual(
             [getattr(found, item.name) for item in fields(found)],
             [getattr(absent, item.name) for item in fields(found)],
@@ -1066,9 +1067,9 @@ class Submissions(unittest.TestCase):
             ({"header": "x"}, ["header: an object is wanted, not a string"]),
             ({"rcptt": "a"}, ['rcptt: unknown key; did you mean "rcpt"?']),
             ({"subject": "a"}, ["subject: unknown key"]),
-            ({"header": {"reply_to": "a"}}, ['header.reply_to: unknown key; did you mean "replyto"?']),
-            ({"header": {"Subject": "a"}}, ['header.Subject: unknown key; did you mean "subject"?']),
-            ({"header": {"cc": "a"}}, ["header.cc: unknown key"]),
+            ({"header": {"reply_too": "a"}}, ['header.reply_too: unknown key; did you mean "replyto"?']),
+            ({"header": {"reply_to": "a"}}, [f'header.reply_to: {wanted}"a"']),
+            ({"header": {"Subjekt": "a"}}, ['header.Subjekt: unknown key; did you mean "subject"?']),
             ({"a\r\nb": 1}, ["a??b: unknown key"]),
             ({"mail": 1}, ["mail: a string is wanted, not a number"]),
             ({"mail": ["a@example.jp"]}, ["mail: a string is wanted, not a list"]),
@@ -1172,7 +1173,8 @@ class Submissions(unittest.TestCase):
     def test_headers_that_hold_no_mailbox(self):
         for text in (
             " ", "Neko", "Neko <>", "Neko <neko>", "neko at example.jp", "Neko neko@example.jp>",
-            "<neko@example.jp> Neko", "ねこ@example.jp", "ねこ <ねこ@example.jp>", "a@example.jp b@example.jp",
+            "<neko@example.jp> Neko", "ね\u202eこ@example.jp", "ねこ <ね\u2028こ@example.jp>",
+            "a@example.jp b@example.jp",
             "a@b@c.jp",
             "A <a@example.jp>, B", '"Neko <neko@example.jp>', "Neko <a b@example.jp>", "neko@faß.de", "()", ",",
             "a" * 99999,
@@ -1322,11 +1324,9 @@ LOOP = (400, "421", "5.4.6", "CONN", "Detected message loop")
 EHLO = (400, "501", "5.0.0", "EHLO", "Invalid domain name")
 MAIL_EMPTY = (400, "501", "5.5.2", "MAIL", 'Syntax error in parameters scanning "FROM"')
 MAIL_FORM = (400, "553", "5.5.4", "MAIL", "Domain name required for sender address")
-MAIL_ASCII = (400, "553", "5.6.7", "MAIL", "non-ASCII address is not permitted")
 RCPT_NONE = (400, "553", "5.0.0", "RCPT", "User address required")
 RCPT_MANY = (403, "452", "4.5.3", "RCPT", "Too many recipients")
 RCPT_FORM = (400, "553", "5.1.5", "RCPT", "Recipient address is invalid")
-RCPT_ASCII = (400, "553", "5.6.7", "RCPT", "non-ASCII address is not permitted")
 RCPT_POLICY = (400, "553", "5.7.1", "RCPT", "Recipient address is not permitted")
 BODY_EMPTY = (400, "500", "5.6.0", "DATA", "Message body is empty")
 TOO_BIG = (413, "552", "5.3.4", "DATA", "Message size exceeds fixed maximum message size")
@@ -1354,7 +1354,7 @@ REFUSALS = [
         Row("a key twice", *MALFORMED, raw=b'{"body": "a", "body": "a"}'),
         Row("half a surrogate pair", *MALFORMED, raw=b'{"body": "\\ud800"}'),
         Row("an unknown key", *MALFORMED, replyto="a@example.jp"),
-        Row("an unknown key of header", *MALFORMED, header={"x-mailer": "a"}),
+        Row("an unknown key of header", *MALFORMED, header={"xmailer": "a"}),
         Row("a wrong type", *MALFORMED, body=1),
         Row("an unknown charset", *MALFORMED, header={"charset": "klingon"}),
         Row("LF in the subject", *MALFORMED, header={"subject": "a\nX-Evil: b"}),
@@ -1378,7 +1378,6 @@ REFUSALS = [
                      " ",
                      "a@example.jp\r\nRCPT TO:<b@example.jp>", "a@example.jp> SIZE=1", "a@faß.de", "a\0@example.jp")
     ],
-    [Row("mail not ASCII", *MAIL_ASCII, mail="ねこ@example.jp")],
     [Row(f"rcpt {value!r}", *RCPT_NONE, rcpt=value) for value in ([], "", [""], None)],
     [
         Row("five recipients", *RCPT_MANY, rcpt=[f"r{i}@example.jp" for i in range(5)]),
@@ -1390,7 +1389,6 @@ REFUSALS = [
         for text in ("mikeneko", "<a@example.jp>", "a@example.jp,b@example.jp", "a@example.jp\nX: y", "a@ex ample.jp",
                      "a\0")
     ],
-    [Row("rcpt not ASCII", *RCPT_ASCII, rcpt=["ねこ@example.jp"])],
     [
         Row("rcpt not permitted", *RCPT_POLICY, rcpt=["a@example.jp"], force={"recipients": {"domainpart": ["a.jp"]}}),
         Row("rcpt elsewhere", *RCPT_POLICY, rcpt=["neko@a.jp"], force={"recipients": {"recipients": ["a@a.jp"]}}),
@@ -1495,14 +1493,14 @@ class Policy(Quiet):
 
     def test_refused_recipients_do_not_stop_the_others(self):
         force = settings(recipients={"domainpart": ["example.jp"]})
-        given = ["no", "a@example.jp", "ねこ@example.jp", "b@example.org"]
+        given = ["no", "a@example.jp", "ねこ@faß.de", "b@example.org"]
         status, found = posted(document(rcpt=given), force)
         self.assertEqual(status, 207)
         self.assertEqual(found["recipient"], ["a@example.jp"])
         wanted = [
             ("no", 1, "5.1.5"),
             ("a@example.jp", 0, "2.0.0"),
-            ("ねこ@example.jp", 1, "5.6.7"),
+            ("ねこ@faß.de", 1, "5.1.5"),
             ("b@example.org", 1, "5.7.1"),
         ]
         self.assertEqual([(item["rcpt"], item["error"], item["dsn"]) for item in found["response"]], wanted)
@@ -2021,8 +2019,10 @@ class Messages(unittest.TestCase):
         self.assertEqual(found, ["a@example.jp", "b@example.jp", "c@example.jp", "d@example.jp"])
 
     def finish(self, octets: bytes, loop: tuple = ()) -> haineko.Message:
-        fields_, body = haineko.parse_message(octets)
-        return haineko.finish_message(fields_, body, "s@example.org", list(loop), "Q" * 16, NAME, NOW)
+        trace = f"Received: by {NAME} id {'Q' * 16}"
+        return haineko.finish_message(
+            haineko.parse_message(octets), "s@example.org", tuple(loop), trace, "Q" * 16, NAME, NOW
+        )
 
     def test_a_finished_message_is_made_ready(self):
         message = self.finish(
@@ -2036,8 +2036,9 @@ class Messages(unittest.TestCase):
         found = raw_fields(octets)
         self.assertEqual(
             [name for name, _ in found],
-            ["Received", "To", "Subject", "MIME-Version", "Content-Type", "Content-Transfer-Encoding", "From", "Date",
-             "Message-Id", "X-Haineko-Loop"],
+            ["Received", "To", "Subject", "From", "Date", "Message-Id", "X-Haineko-Loop", "MIME-Version",
+            "Content-Type",
+             "Content-Transfer-Encoding"],
         )  # fmt: skip
         table = dict(found)
         self.assertEqual((table["Subject"], table["From"]), ("a\r\n b", "<s@example.org>"))
@@ -2067,11 +2068,12 @@ class Messages(unittest.TestCase):
                 self.assertFalse(message.eight)
                 self.assertEqual(decoded_body(message.copy("", 1)), meant)
 
-    def test_a_finished_message_with_lines_too_long_is_refused(self):
-        for octets in (b"A: " + b"x" * 996 + b"\n\nb\n", b"MIME-Version: 1.0\n\n" + b"x" * 999 + b"\n"):
-            with self.assertRaises(ValueError):
-                self.finish(octets)
+    def test_lines_too_long_of_a_finished_message(self):
+        with self.assertRaises(ValueError):
+            self.finish(b"A: " + b"x" * 996 + b"\n\nb\n")
         self.finish(b"A: " + b"x" * 995 + b"\n\nb\n")
+        octets = self.finish(b"MIME-Version: 1.0\n\n" + b"x" * 999 + b"\n").copy("", 1)
+        self.assertEqual(email.message_from_bytes(octets).get_payload(decode=True), b"x" * 999 + b"\r\n")
 
     def test_a_message_in_seven_bits(self):
         text = "ねこ\r\nFrom here\r\n.\r\n" + "x" * 200 + "\r\n"
