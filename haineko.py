@@ -5443,7 +5443,9 @@ def parcel(db: Any, ident: int) -> Parcel:
     ).fetchone()  # fmt: skip
     flags, *lengths = json.loads(parts)
     ends = list(itertools.accumulate(lengths))
-    message = Message(tuple(octets[end - length : end] for end, length in zip(ends, lengths)), bool(flags & 1), flags > 1)
+    message = Message(
+        tuple(octets[end - length : end] for end, length in zip(ends, lengths)), bool(flags & 1), flags > 1
+    )
     return Parcel(*head, message, given, recipient, number, lane, attempts, attempts_of(history))
 
 
@@ -5896,7 +5898,7 @@ def finished(request: Request, submission: Submission, settings: Settings, queue
 
 
 def plan(submission: Submission, message: Message, good: list, settings: Settings, queueid: str) -> tuple:
-    """(jobs, the recipients in their order): one for each recipient, who gets a copy of its own, or one for each route."""
+    """(jobs, the recipients in their order): one for each recipient, who gets a copy, or one for each route."""
     sender = address(submission.mail)
     if submission.shared:
         jobs = plan_shared(sender, message, good, settings, queueid)
