@@ -6616,8 +6616,7 @@ class Worker:
                 continue
             except OSError as fault:  # the client is gone, or no file is left
                 if fault.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    self._close_idlest()
-                    await sleep(0.05)
+                    await sleep(0 if self._close_idlest() else 0.05)
                 continue
             sock.setblocking(False)
             if listener.family != socket.AF_UNIX:

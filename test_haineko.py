@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import ast
 import base64
+import concurrent.futures
 import contextlib
 import email
+import email.header
 import email.policy
 import email.utils
 import errno
+import gc
 import hashlib
 import hmac
 import http.client
@@ -32,6 +35,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import statistics
 import struct
 import subprocess
@@ -6434,6 +6438,3174 @@ class QueueCrash(unittest.TestCase):
         self.assertEqual(self.accepted - set(arrived) - bounced, set(), "lost")
         self.assertEqual(twice - unsure, set(), "twice without a word")
         self.assertGreater(len(self.accepted), 2 * self.rounds)
+
+
+# ======================================================================================================================
+# Peers: a next hop, a client, a server, the certificate they share
+# ======================================================================================================================
+
+PROGRAM = os.path.abspath(haineko.__file__)
+SILENCE, HANG_UP = "(says nothing more)", "(hangs up)"
+CERTIFICATES: dict = {}  # name: path of a PEM file with certificate and key
+
+
+def setUpModule() -> None:
+    folder = tempfile.TemporaryDirectory(prefix="haineko-test-")
+    unittest.addModuleCleanup(folder.cleanup)
+    names = {"here": "DNS:localhost,IP:127.0.0.1,IP:127.0.0.46,IP:::1", "elsewhere": "DNS:elsewhere.example"}
+    for name, alternatives in names.items() if shutil.which("openssl") else ():
+        path = os.path.join(folder.name, f"{name}.pem")
+        command = f"openssl req -x509 -nodes -days 2 -subj /CN={name} -newkey ec -pkeyopt ec_paramgen_curve:prime256v1"
+        command += f" -addext subjectAltName={alternatives} -keyout {path}.key -out {path}.crt"
+        if subprocess.run(command.split(), capture_output=True, check=False).returncode:
+            return
+        with open(path, "wb") as whole:
+            for part in (".key", ".crt"):
+                with open(path + part, "rb") as stream:
+                    whole.write(stream.read())
+        os.chmod(path, 0o600)
+        CERTIFICATES[name] = path
+
+
+def certificate(name: str = "here") -> str:
+    """Path of a certificate with its key; skips the test where there is no openssl to make one."""
+    if name not in CERTIFICATES:
+        raise unittest.SkipTest("no openssl here that makes certificates")
+    return CERTIFICATES[name]
+
+
+def eventually(condition, what: str = "", seconds: float = 10.0):
+    """The first true thing that condition() gives; AssertionError where none comes in time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = condition()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise AssertionError(f"did not come in {seconds} s: {what or condition}")
+        time.sleep(0.01)
+
+
+WELL = {
+    "CONN": "220 peer.example ESMTP",
+    "HELO": "250 peer.example",
+    "STARTTLS": "220 2.0.0 go on",
+    "MAIL": "250 2.1.0 sender fine",
+    "RCPT": "250 2.1.5 recipient fine",
+    "DATA": "354 go on",
+    ".": "250 2.0.0 taken",
+    "RSET": "250 2.0.0 forgotten",
+    "QUIT": "221 2.0.0 bye",
+}
+
+
+class SmtpPeer:
+    """A next hop on a free port that says to each verb what it is told, and remembers what it was told.
+
+    says: {verb: what}. Verbs: CONN (the greeting), EHLO ... QUIT, TLS (the handshake), TEXT (after the first octets of
+    a text) and "." (its end). What: a reply (its lines divided by LF), octets to be sent as they are, SILENCE, HANG_UP;
+    a list of these, one for each time it comes to it, the last one for ever; or a function (talk, line) -> one of them.
+    """
+
+    def __init__(self, says=None, offers=(), tls="", smtps=False, logins=None, host="127.0.0.1", port=0) -> None:
+        self.says, self.offers, self.smtps, self.logins = dict(says or {}), offers, smtps, logins or {}
+        self.context = None
+        if tls:
+            self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            self.context.load_cert_chain(tls)
+        self.talks: list = []  # one Talk for each connection
+        self.mails: list = []  # (MAIL line, RCPT lines, octets of the text as they came)
+        self.lone = 0  # texts without a line
+        self.lock = threading.Lock()
+        self.now = self.most = 0  # texts that wait for their reply; the most at once
+        self.listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.host, self.port = self.listener.getsockname()[:2]
+        self.threads = [threading.Thread(target=self._accept, daemon=True)]
+        self.threads[0].start()
+
+    def _accept(self) -> None:
+        while True:
+            sock, _ = self.listener.accept()
+            if self.closing:
+                sock.close()
+                return
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            talk = Talk(self, sock)
+            self.talks.append(talk)
+            self.threads.append(threading.Thread(target=talk.run, daemon=True))
+            self.threads[-1].start()
+
+    closing = False
+
+    def close(self) -> None:
+        self.closing = True
+        with contextlib.suppress(OSError):
+            socket.create_connection((self.host, self.port), 1).close()
+        for talk in self.talks:
+            talk.cut()
+        for thread in self.threads:
+            thread.join(5)
+        self.listener.close()
+
+    def __enter__(self) -> SmtpPeer:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    @property
+    def lines(self) -> list:
+        """Every line that came, of all connections."""
+        return [line for talk in self.talks for line in talk.lines]
+
+    def what(self, verb: str, talk: Talk, line: str):
+        with self.lock:
+            found = self.says.get(verb)
+            if isinstance(found, list):
+                found = found.pop(0) if len(found) > 1 else found[0]
+        return found(talk, line) if callable(found) else found
+
+
+class Talk:
+    """One connection to an SmtpPeer."""
+
+    def __init__(self, peer: SmtpPeer, sock: socket.socket) -> None:
+        self.peer, self.sock, self.unread = peer, sock, b""
+        self.lines: list = []
+        self.sender, self.recipients = "", []
+        self.secure, self.user = False, None
+
+    def run(self) -> None:
+        try:
+            if self.peer.smtps:
+                self.secured()
+            self.say("CONN")
+            while True:
+                line = self.line()
+                self.lines.append(line)
+                self.hear(re.split("[ :]", line)[0].upper(), line)
+        except (OSError, EOFError):
+            pass
+        finally:
+            self.sock.close()
+
+    def cut(self) -> None:
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+    def secured(self) -> None:
+        if self.peer.says.get("TLS") == SILENCE:
+            self.silent()
+        self.sock = self.peer.context.wrap_socket(self.sock, server_side=True)
+        self.secure = True
+
+    def hear(self, verb: str, line: str) -> None:
+        said = self.say(verb, line)
+        if verb == "STARTTLS" and said == "2":
+            self.secured()
+        elif verb in ("MAIL", "RSET"):
+            self.sender, self.recipients = line, []
+        elif verb == "RCPT" and said == "2":
+            self.recipients.append(line)
+        elif verb == "DATA" and said == "3":
+            self.text()
+        elif verb == "QUIT":
+            raise EOFError
+
+    def say(self, verb: str, line: str = "") -> str:
+        """First digit of what was said."""
+        what = self.peer.what(verb, self, line)
+        if what is None and verb == "EHLO":
+            offers = [offer for offer in self.peer.offers if not (self.secure and offer == "STARTTLS")]
+            what = "\n".join(["250-peer.example", *[f"250-{offer}" for offer in offers], "250 HELP"])
+        elif what is None and verb == "AUTH":
+            what = self.authenticate(line)
+        elif what is None:
+            what = WELL.get(verb, "500 5.5.2 what?")
+        if what == HANG_UP:
+            raise EOFError
+        if what == SILENCE:
+            self.silent()
+        self.sock.sendall(what if isinstance(what, bytes) else what.replace("\n", "\r\n").encode() + b"\r\n")
+        if what[:3] == "421":
+            self.sock.shutdown(socket.SHUT_WR)
+            self.silent()
+        return what[:1] if isinstance(what, str) else what[:1].decode()
+
+    def silent(self) -> None:
+        while self.sock.recv(65536):
+            pass
+        raise EOFError
+
+    def more(self) -> None:
+        octets = self.sock.recv(65536)
+        if not octets:
+            raise EOFError
+        self.unread += octets
+
+    def line(self) -> str:
+        while b"\r\n" not in self.unread:
+            self.more()
+        line, _, self.unread = self.unread.partition(b"\r\n")
+        return line.decode("utf-8", "replace")
+
+    def text(self) -> None:
+        octets = bytearray()
+        if "TEXT" in self.peer.says:
+            self.more()
+            self.say("TEXT")
+        while not (octets.startswith(b".\r\n") or octets.find(b"\r\n.\r\n", max(len(octets) - 65540, 0)) >= 0):
+            if not self.unread:
+                self.more()
+            octets += self.unread
+            self.unread = b""
+        end = 0 if octets.startswith(b".\r\n") else octets.find(b"\r\n.\r\n") + 2
+        octets, self.unread = bytes(octets[:end]), bytes(octets[end + 3 :])
+        with self.peer.lock:
+            self.peer.now += 1
+            self.peer.most = max(self.peer.most, self.peer.now)
+            if octets:
+                self.peer.mails.append((self.sender, self.recipients, octets))
+            else:
+                self.peer.lone += 1
+        try:
+            self.say(".")
+        finally:
+            with self.peer.lock:
+                self.peer.now -= 1
+
+    def authenticate(self, line: str) -> str:
+        mechanism, _, first = line[5:].partition(" ")
+        if mechanism == "PLAIN":
+            _, user, word = base64.b64decode(first).decode().split("\0")
+            right = self.peer.logins.get(user) == word
+        elif mechanism == "LOGIN":
+            user = base64.b64decode(first or self.asked(b"Username:")).decode()
+            right = self.peer.logins.get(user) == base64.b64decode(self.asked(b"Password:")).decode()
+        else:
+            challenge = b"<17.1@peer.example>"
+            user, digest = base64.b64decode(self.asked(challenge)).decode().split(" ")
+            word = self.peer.logins.get(user, "").encode()
+            right = hmac.new(word, challenge, hashlib.md5).hexdigest() == digest
+        self.user = user if right else None
+        return "235 2.7.0 welcome" if right else "535 5.7.8 who are you?"
+
+    def asked(self, challenge: bytes) -> str:
+        self.sock.sendall(b"334 " + base64.b64encode(challenge) + b"\r\n")
+        return self.line()
+
+
+class Wire:
+    """A client's connection to an HTTP server: octets out, answers in."""
+
+    def __init__(self, place, context: ssl.SSLContext | None = None) -> None:
+        family = socket.AF_UNIX if isinstance(place, str) else socket.AF_INET6 if ":" in place[0] else socket.AF_INET
+        self.sock = socket.socket(family)
+        self.sock.settimeout(10)
+        self.sock.connect(place)
+        if context:
+            self.sock = context.wrap_socket(self.sock, server_hostname="localhost")
+        self.unread = b""
+
+    def send(self, octets) -> Wire:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the answer may still be read
+            self.sock.sendall(octets if isinstance(octets, bytes) else octets.encode())
+        return self
+
+    def more(self) -> bool:
+        octets = self.sock.recv(65536)
+        self.unread += octets
+        return bool(octets)
+
+    def head(self) -> tuple:
+        """(status, headers) of the next answer."""
+        while b"\r\n\r\n" not in self.unread:
+            if not self.more():
+                raise EOFError(self.unread)
+        head, _, self.unread = self.unread.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        return int(first.split(" ")[1]), dict(line.split(": ", 1) for line in lines)
+
+    def answer(self, method: str = "") -> tuple:
+        """(status, headers, body as JSON or text) of the next answer."""
+        status, headers = self.head()
+        length = 0 if method == "HEAD" or status in (100, 204) else int(headers["Content-Length"])
+        while len(self.unread) < length:
+            if not self.more():
+                raise EOFError(self.unread)
+        body, self.unread = self.unread[:length].decode(), self.unread[length:]
+        return status, headers, json.loads(body) if "json" in headers.get("Content-Type", "") and body else body
+
+    def ask(self, octets, method: str = "") -> tuple:
+        return self.send(octets).answer(method)
+
+    def ended(self) -> bool:
+        """True when the server has closed and nothing is unread; waits for it."""
+        try:
+            return not self.more() and not self.unread
+        except ConnectionResetError:
+            return True
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def post(submission=None, *headers: str, path: str = "/submit", version: str = "1.1") -> bytes:
+    """The octets of a POST."""
+    body = as_body(document() if submission is None else submission)
+    lines = [f"POST {path} HTTP/{version}", "Host: x", *headers, f"Content-Length: {len(body)}"]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+def get(path: str, *headers: str, method: str = "GET", version: str = "1.1", host: str = "x") -> bytes:
+    return "\r\n".join([f"{method} {path} HTTP/{version}", f"Host: {host}", *headers]).encode("latin-1") + b"\r\n\r\n"
+
+
+def environment(**changes: str) -> dict:
+    """For a process: as here, without what would lead it to other settings."""
+    found = {name: value for name, value in os.environ.items() if not name.startswith("HAINEKO")}
+    return {**found, "PYTHONDONTWRITEBYTECODE": "1", **changes}
+
+
+class Server:
+    """A real `haineko.py serve` with settings in a folder of its own."""
+
+    def __init__(self, force: dict | None, *options: str) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="haineko-test-")
+        self.path, log = os.path.join(self.folder.name, "haineko.json"), os.path.join(self.folder.name, "log")
+        if force is not None:
+            self.write(force)
+            options = ("-c", self.path, *options)
+        self.output = open(log, "w+b")  # noqa: SIM115 -- as long as the server runs
+        self.process = subprocess.Popen(
+            [sys.executable, PROGRAM, "serve", *options],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self.output,
+            cwd=self.folder.name,
+            env=environment(),
+        )
+        try:
+            eventually(lambda: self.process.poll() is not None or " listens at " in self.log(), "a server", 20)
+        except AssertionError:
+            self.close()
+            raise
+        found = re.search(r" listens at (.*)\n", self.log())
+        self.urls = found[1].split() if found else []
+        self.places = [place_of(url) for url in self.urls]
+
+    def write(self, force: dict) -> None:
+        """New settings, put there whole as careful administrators do."""
+        sections = {
+            "smtpd": {"hostname": NAME},
+            "recipients": {"open-relay": 1},
+            "mailertable": {"default": {"mailer": "Discard"}},
+            **force,
+        }
+        sections["httpd"] = {"listen": "127.0.0.1:0", "workers": 1, "timeout": 5, **force.get("httpd", {})}
+        aside = self.path + ".new"
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
+            json.dump(sections, stream)
+        os.rename(aside, self.path)
+
+    def log(self) -> str:
+        return os.pread(self.output.fileno(), 1 << 24, 0).decode()
+
+    def wire(self, i: int = 0, context: ssl.SSLContext | None = None) -> Wire:
+        return Wire(self.places[i], context)
+
+    def ask(self, octets, method: str = "", i: int = 0) -> tuple:
+        """The answer to one request on a connection of its own."""
+        with self.wire(i) as wire:
+            return wire.ask(octets, method)
+
+    def workers(self) -> set:
+        """Process ids of its workers."""
+        table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+        pairs = [line.split() for line in table.splitlines()]
+        return {int(pid) for pid, parent in pairs if parent == str(self.process.pid)}
+
+    def stop(self) -> int:
+        """Exit code."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            return self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait(10)
+
+    def close(self) -> None:
+        self.stop()
+        self.output.close()
+        self.folder.cleanup()
+
+
+def place_of(url: str):
+    """Where to connect to."""
+    if url.startswith("unix:"):
+        return url[5:]
+    host, _, port = url.split("/")[2].rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+class Peers(Quiet):
+    """A test with next hops."""
+
+    def peer(self, says: dict | None = None, *offers: str, **more) -> SmtpPeer:
+        found = SmtpPeer(says, **{"offers": offers, **more})
+        self.addCleanup(found.close)
+        return found
+
+
+TEXT = b"From: kijitora@example.org\r\nTo: a@example.jp, b@example.jp, c@example.jp\r\nSubject: Nya\r\n\r\nMeow.\r\n"
+TO = ("a@example.jp", "b@example.jp", "c@example.jp")
+
+
+def job(peer: SmtpPeer, to: tuple = TO[:1], text: bytes = TEXT, eight: bool = False, **more) -> haineko.Job:
+    """Mail for a peer; the timeout is that of a step."""
+    more = {"host": peer.host, "port": peer.port, "timeout": 1.0, **more}
+    message = haineko.Message((text,), eight)
+    return haineko.Job(haineko.Route(**more), NAME, "Q" * 16, "kijitora@example.org", tuple(to), message)
+
+
+def carried(*jobs: haineko.Job) -> list:
+    """The replies to each job, one after the other with the same sessions, which are closed at the end."""
+    return side_by_side(jobs)[0][0]
+
+
+def side_by_side(*groups: tuple) -> list:
+    """For each group of jobs, of which one follows the other: (their replies, seconds until they were there)."""
+    found: dict = {}
+
+    async def one(i: int, jobs: tuple) -> None:
+        began, sessions = time.monotonic(), haineko.Sessions(("127.0.0.1:9",))  # where no name server is
+        replies = [await haineko.attempt(item, sessions) for item in jobs]
+        found[i] = replies, time.monotonic() - began
+        await sessions.sweep(everything=True)
+
+    haineko.run(haineko.all_of([one(i, jobs) for i, jobs in enumerate(groups)]))
+    return [found[i] for i in range(len(groups))]
+
+
+def refuses(**by_name: str):
+    """What an SmtpPeer says to RCPT: the reply of the recipient's local part, else a 250."""
+    return lambda talk, line: by_name.get(line[9:10], WELL["RCPT"])
+
+
+def held(gate: threading.Event | threading.Barrier):
+    """What an SmtpPeer says to the end of a text: a 250, when the gate opens."""
+
+    def say(talk: Talk, line: str) -> str:
+        gate.wait(8)
+        return WELL["."]
+
+    return say
+
+
+def sockets_open() -> int:
+    """Number of this process's sockets; 0 where the system has no list."""
+    gc.collect()
+    try:
+        names = os.listdir("/proc/self/fd")
+    except OSError:
+        return 0
+    return sum(_links_to_socket(name) for name in names)
+
+
+def _links_to_socket(name: str) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{name}").startswith("socket:")
+    except OSError:
+        return False
+
+
+# ======================================================================================================================
+# 9. Waiting
+# ======================================================================================================================
+
+POLLERS = ([haineko.Epoll] if hasattr(select, "epoll") else []) + [haineko.Selector]
+
+
+class Waiting(Quiet):
+    def each(self):
+        """A loop for each poller, closed behind it."""
+        for poller in POLLERS:
+            loop = haineko.Loop()
+            loop.poller.close()
+            loop.poller = poller()
+            try:
+                yield loop
+            finally:
+                loop.close()
+
+    def run_all(self, loop: haineko.Loop, *coroutines, most: float = 5.0) -> list:
+        """What each returned or raised, and the seconds it took."""
+        found: dict = {}
+
+        async def one(i: int, coroutine) -> None:
+            try:
+                value = await coroutine
+            except Exception as fault:
+                value = fault
+            found[i] = value, time.monotonic() - began
+
+        began = time.monotonic()
+        for i, coroutine in enumerate(coroutines):
+            loop.spawn(one(i, coroutine))
+        while len(found) < len(coroutines):
+            self.assertLess(time.monotonic() - began, most, "the loop does not end")
+            loop.turn()
+        return [found[i] for i in range(len(coroutines))]
+
+    def pair(self) -> tuple:
+        here, there = socket.socketpair()
+        for sock in (here, there):
+            sock.setblocking(False)
+            self.addCleanup(sock.close)
+        return here, there
+
+    def test_sleepers_wake_in_the_order_of_their_times(self) -> None:
+        async def sleeper(seconds: float) -> None:
+            await haineko.sleep(seconds)
+            woken.append(seconds)
+
+        for loop in self.each():
+            woken: list = []
+            self.run_all(loop, *[sleeper(seconds) for seconds in (0.09, 0, 0.03, 0.06)])
+            self.assertEqual(woken, [0, 0.03, 0.06, 0.09])
+
+    def test_what_waits_for_a_socket_ends_at_its_deadline(self) -> None:
+        for loop in self.each():
+            late = []
+            for _ in range(3):  # a busy machine may be late once
+                now, ends = time.monotonic(), (0.1, 0.03, 0.06)
+                waits = [haineko.receive(self.pair()[0], 10, now + seconds) for seconds in ends]
+                found = self.run_all(loop, *waits)
+                self.assertEqual({type(value) for value, _ in found}, {socket.timeout})
+                late.append(max(abs(took - wanted) for (_, took), wanted in zip(found, ends)))
+            self.assertLess(min(late), 0.03)
+
+    def test_a_deadline_that_comes_later_and_lies_sooner_is_kept(self) -> None:
+        async def late() -> None:
+            await haineko.sleep(0.05)
+            await haineko.receive(self.pair()[0], 10, time.monotonic() + 0.05)
+
+        for loop in self.each():
+            far = haineko.receive(self.pair()[0], 10, time.monotonic() + 0.4)
+            (_, long), (value, short) = self.run_all(loop, far, late())
+            self.assertIsInstance(value, socket.timeout)
+            self.assertLess(short, long)
+            self.assertGreater(long, 0.39)
+
+    def test_after_a_deadline_the_same_socket_is_waited_for_again(self) -> None:
+        async def twice(here, there) -> bytes:
+            with contextlib.suppress(socket.timeout):
+                await haineko.receive(here, 10, time.monotonic() + 0.02)
+            there.send(b"late")
+            return await haineko.receive(here, 10, time.monotonic() + 1)
+
+        for loop in self.each():
+            self.assertEqual(self.run_all(loop, twice(*self.pair()))[0][0], b"late")
+
+    def test_octets_that_came_between_two_waits_are_not_overlooked(self) -> None:
+        async def reader(sock) -> bytes:
+            found = b""
+            while len(found) < 6:
+                found += await haineko.receive(sock, 1, time.monotonic() + 1)
+                await haineko.sleep(0.01)
+            return found
+
+        async def writer(sock) -> None:
+            for part in (b"ab", b"cde", b"f"):
+                await haineko.send(sock, part, time.monotonic() + 1)
+                await haineko.sleep(0.015)
+
+        for loop in self.each():
+            here, there = self.pair()
+            self.assertEqual(self.run_all(loop, reader(here), writer(there))[0][0], b"abcdef")
+
+    def test_more_than_a_buffer_goes_through_a_reader_that_is_slow(self) -> None:
+        octets = os.urandom(1 << 16) * 64
+
+        async def reader(sock) -> bytes:
+            parts = [b"-"]
+            while parts[-1]:
+                parts.append(await haineko.receive(sock, 1 << 18, time.monotonic() + 1))
+                await haineko.sleep(0.001)
+            return b"".join(parts[1:])
+
+        async def writer(sock) -> None:
+            await haineko.send(sock, octets, time.monotonic() + 5)
+            sock.close()
+
+        for loop in self.each():
+            here, there = self.pair()
+            self.assertEqual(self.run_all(loop, reader(here), writer(there))[0][0], octets)
+
+    def test_who_reads_nothing_ends_a_send_at_its_deadline(self) -> None:
+        for loop in self.each():
+            here, _there = self.pair()
+            [(value, took)] = self.run_all(loop, haineko.send(here, bytes(1 << 23), time.monotonic() + 0.1))
+            self.assertIsInstance(value, socket.timeout)
+            self.assertLess(took, 0.5)
+
+    def test_a_file_descriptor_used_again_is_another_connection(self) -> None:
+        async def twice() -> list:
+            found = []
+            for octet in (b"1", b"2"):
+                here, there = socket.socketpair()
+                here.setblocking(False)
+                answer = haineko.in_thread(lambda there=there, octet=octet: (time.sleep(0.02), there.sendall(octet)))
+                await haineko.all_of([answer, reader(here, found)])
+                numbers.append(here.fileno())
+                here.close()
+                there.close()
+            return found
+
+        async def reader(sock, found: list) -> None:
+            found.append(await haineko.receive(sock, 10, time.monotonic() + 1))
+
+        for loop in self.each():
+            numbers: list = []
+            self.assertEqual(self.run_all(loop, twice())[0][0], [b"1", b"2"])
+            self.assertEqual(numbers[0], numbers[1])
+
+    def test_interrupt_raises_in_the_one_that_waits_and_in_nobody_else(self) -> None:
+        async def interrupter(sock) -> None:
+            await haineko.sleep(0.02)
+            loop.interrupt(sock, ConnectionAbortedError("for another"))
+            loop.interrupt(self.pair()[0], ConnectionAbortedError("nobody waits for this one"))
+
+        for loop in self.each():
+            here, other = self.pair()[0], self.pair()[0]
+            now = time.monotonic()
+            found = self.run_all(
+                loop,
+                haineko.receive(here, 1, now + 2),
+                haineko.receive(other, 1, now + 0.1),
+                interrupter(here),
+            )
+            self.assertIsInstance(found[0][0], ConnectionAbortedError)
+            self.assertIsInstance(found[1][0], socket.timeout)
+
+    def test_functions_that_block_run_side_by_side_in_threads_used_again(self) -> None:
+        def block(barrier: threading.Barrier) -> int:
+            barrier.wait(2)
+            return threading.get_ident()
+
+        async def all_in_threads(count: int) -> set:
+            barrier, found = threading.Barrier(count), set()
+
+            async def one() -> None:
+                found.add(await haineko.in_thread(block, barrier))
+
+            await haineko.all_of([one() for _ in range(count)])
+            return found
+
+        for loop in self.each():
+            [(first, _)] = self.run_all(loop, all_in_threads(20))
+            self.assertEqual(len(first), 20)
+            [(second, _)] = self.run_all(loop, all_in_threads(5))
+            self.assertLessEqual(second, first)
+
+    def test_what_is_raised_comes_back(self) -> None:
+        async def raiser() -> None:
+            raise KeyError("in the coroutine")
+
+        for coroutine, wanted in ((haineko.in_thread(int, "no number"), ValueError), (raiser(), KeyError)):
+            with self.assertRaises(wanted):
+                haineko.run(coroutine)
+
+    def test_one_that_raises_ends_alone_and_is_logged(self) -> None:
+        async def raiser() -> None:
+            raise RuntimeError("a fault of our own")
+
+        async def both() -> str:
+            await haineko.all_of([raiser(), haineko.sleep(0.01)])
+            return "went on"
+
+        for loop in self.each():
+            self.assertEqual(self.run_all(loop, both())[0][0], "went on")
+            self.assertIn("a fault of our own", "\n".join(self.logged()))
+
+    def test_all_of_nothing_is_over_at_once(self) -> None:
+        self.assertIsNone(haineko.run(haineko.all_of([])))
+
+    def test_a_thousand_wait_without_a_thread(self) -> None:
+        before = threading.active_count()
+
+        async def waiter(sock) -> bytes:
+            return await haineko.receive(sock, 1, time.monotonic() + 2)
+
+        async def waker(socks: list) -> int:
+            await haineko.sleep(0.05)
+            threads = threading.active_count()
+            for sock in socks:
+                sock.send(b"x")
+            return threads
+
+        for loop in self.each():
+            pairs = [self.pair() for _ in range(200)]
+            waits = [waiter(here) for here, _ in pairs] + [haineko.sleep(0.1) for _ in range(800)]
+            *found, (threads, _) = self.run_all(loop, *waits, waker([there for _, there in pairs]))
+            self.assertEqual({value for value, _ in found[:200]}, {b"x"})
+            self.assertLessEqual(threads, before)
+
+    def test_run_leaves_no_file_open(self) -> None:
+        before = sockets_open()
+        haineko.run(haineko.sleep(0))
+        self.assertEqual(sockets_open(), before)
+
+
+# ======================================================================================================================
+# 11. SMTP sessions
+# ======================================================================================================================
+
+FINE = ("250", "2.0.0", "DATA")
+
+
+# what the server says, to three recipients (what it says, what each is told); the same with PIPELINING and without
+DIALOGUES = {
+    "well": ({}, [FINE] * 3),
+    "one of three refused": (
+        {"RCPT": refuses(b="550 5.1.1 nobody of that name")},
+        [FINE, ("550", "5.1.1", "RCPT"), FINE],
+    ),
+    "two for now": (
+        {"RCPT": refuses(a="452 4.2.2 full", c="450 later")},
+        [("452", "4.2.2", "RCPT"), FINE, ("450", None, "RCPT")],
+    ),
+    "all refused": ({"RCPT": "550 5.1.1 nobody"}, [("550", "5.1.1", "RCPT")] * 3),
+    "all refused, and DATA too": (
+        {"RCPT": "550 5.1.1 nobody", "DATA": "503 5.5.1 no recipient"},
+        [("550", "5.1.1", "RCPT")] * 3,
+    ),
+    "421 on the first RCPT": ({"RCPT": "421 4.3.2 closing"}, [("421", "4.3.2", "RCPT")] * 3),
+    "421 on the second": ({"RCPT": refuses(b="421 4.3.2 closing")}, [("421", "4.3.2", "RCPT")] * 3),
+    "refused, then 421": (
+        {"RCPT": refuses(a="550 5.1.1 no", b="421 4.3.2 closing")},
+        [("550", "5.1.1", "RCPT"), ("421", "4.3.2", "RCPT"), ("421", "4.3.2", "RCPT")],
+    ),
+    "252 to RCPT": ({"RCPT": "252 2.5.2 cannot verify"}, [FINE] * 3),
+    "251 to RCPT": ({"RCPT": "251 2.1.5 will forward"}, [FINE] * 3),
+    "251 after the dot": ({".": "251 2.6.0 forwarded"}, [("251", "2.6.0", "DATA")] * 3),
+    "no enhanced code": ({".": "250 ok"}, [("250", None, "DATA")] * 3),
+    "MAIL refused": ({"MAIL": "550 5.7.1 not you"}, [("550", "5.7.1", "MAIL")] * 3),
+    "MAIL refused for now": ({"MAIL": "452 4.3.1 no space"}, [("452", "4.3.1", "MAIL")] * 3),
+    "MAIL 421": ({"MAIL": "421 4.3.2 closing"}, [("421", "4.3.2", "MAIL")] * 3),
+    "DATA refused": (
+        {"RCPT": refuses(b="550 5.1.1 no"), "DATA": "554 5.5.1 no valid recipients"},
+        [("554", "5.5.1", "DATA"), ("550", "5.1.1", "RCPT"), ("554", "5.5.1", "DATA")],
+    ),
+    "DATA 421": ({"DATA": "421 4.3.2 closing"}, [("421", "4.3.2", "DATA")] * 3),
+    "text refused": (
+        {"RCPT": refuses(c="550 5.1.1 no"), ".": "552 5.3.4 too big"},
+        [("552", "5.3.4", "DATA"), ("552", "5.3.4", "DATA"), ("550", "5.1.1", "RCPT")],
+    ),
+    "text refused for now": ({".": "451 4.7.1 greylisted"}, [("451", "4.7.1", "DATA")] * 3),
+    "421 after the dot": ({".": "421 4.3.2 closing"}, [("421", "4.3.2", "DATA")] * 3),
+    "greeting 554": ({"CONN": "554 5.3.2 not today"}, [("554", "5.3.2", "CONN")] * 3),
+    "greeting 421": ({"CONN": "421 4.3.2 too busy"}, [("421", "4.3.2", "CONN")] * 3),
+    "EHLO 421": ({"EHLO": "421 4.3.2 too busy"}, [("421", "4.3.2", "EHLO")] * 3),
+    "EHLO and HELO refused": ({"EHLO": "502 what", "HELO": "550 5.7.1 no"}, [("550", "5.7.1", "EHLO")] * 3),
+    "a 3xx to RCPT": ({"RCPT": "354 go on"}, [("421", "4.5.0", "RCPT")] * 3),
+    "a 2xx to DATA": ({"DATA": "250 2.0.0 ok"}, [("421", "4.5.0", "DATA")] * 3),
+    "a 3xx after the dot": ({".": "354 more"}, [("421", "4.4.2", "DATA")] * 3),
+    "two codes in one reply": ({"MAIL": "250-one\n251 two"}, [("421", "4.5.0", "MAIL")] * 3),
+    "a code out of range": ({"MAIL": "650 6.0.0 no such code"}, [("421", "4.5.0", "MAIL")] * 3),
+}
+
+
+class SmtpSessions(Peers):
+    def told(self, replies: list) -> list:
+        return [(item.code, item.dsn, item.command) for item in replies]
+
+    def test_every_recipient_is_told_what_the_server_said(self) -> None:
+        for offers in ((), ("PIPELINING", "SIZE 1000000", "DSN")):
+            for name, (says, wanted) in DIALOGUES.items():
+                with self.subTest(name, offers=offers), SmtpPeer(says, offers) as peer:
+                    [replies] = carried(job(peer, TO))
+                    self.assertEqual(self.told(replies), wanted)
+                    self.assertEqual({(r.mailer, r.host, r.port) for r in replies}, {("ESMTP", "127.0.0.1", peer.port)})
+                    self.assertEqual(len(peer.talks), 1)
+                    some = "DATA" in {command for _, _, command in wanted} and says.get("DATA", "354")[0] == "3"
+                    self.assertEqual(len(peer.mails), some)
+
+    def test_who_was_refused_does_not_stop_the_others(self) -> None:
+        for offers in ((), ("PIPELINING",)):
+            peer = self.peer({"RCPT": refuses(b="550 5.1.1 no")}, *offers)
+            carried(job(peer, TO))
+            [(_, recipients, octets)] = peer.mails
+            self.assertEqual(recipients, ["RCPT TO:<a@example.jp>", "RCPT TO:<c@example.jp>"])
+            self.assertEqual(octets, TEXT)
+
+    def test_a_go_ahead_with_no_valid_recipient_gets_a_lone_dot(self) -> None:
+        for says in ({"RCPT": "550 5.1.1 no"}, {"MAIL": "550 5.7.1 not you"}):
+            with self.subTest(says=says):
+                peer = self.peer(says, "PIPELINING")
+                first, _ = carried(job(peer, TO), job(peer, TO))
+                self.assertEqual({item.code for item in first}, {"550"})
+                self.assertEqual((peer.lone, peer.mails, len(peer.talks)), (2, [], 1))
+
+    def test_without_pipelining_no_text_is_begun_for_nobody(self) -> None:
+        peer = self.peer({"RCPT": "550 5.1.1 no"})
+        carried(job(peer, TO))
+        self.assertNotIn("DATA", peer.lines)
+
+    def test_the_text_waits_for_its_go_ahead(self) -> None:
+        def early(talk, line) -> str:
+            hasty.append(bool(talk.unread or select.select([talk.sock], [], [], 0.05)[0]))
+            return "354 go on"
+
+        for offers in ((), ("PIPELINING",)):
+            hasty: list = []
+            peer = self.peer({"DATA": early}, *offers)
+            carried(job(peer))
+            self.assertEqual(hasty, [False])
+            self.assertEqual(len(peer.mails), 1)
+
+    def test_with_pipelining_the_envelope_is_one_flight(self) -> None:
+        def together(talk, line) -> str:
+            flights.append(talk.unread.count(b"\r\n"))
+            return "250 2.1.0 ok"
+
+        for offers, wanted in (((), 0), (("PIPELINING",), 4)):
+            flights: list = []
+            carried(job(self.peer({"MAIL": together}, *offers), TO))
+            self.assertEqual(flights, [wanted])
+
+    def test_many_recipients_are_cut_into_flights_that_fill_no_buffer(self) -> None:
+        to = tuple(f"{name}{i}@example.jp" for i, name in enumerate("ab" * 400))
+        peer = self.peer({"RCPT": refuses(b="550 5.1.1 no")}, "PIPELINING")
+        [replies] = carried(job(peer, to))
+        self.assertEqual([item.code for item in replies], ["250", "550"] * 400)
+        self.assertEqual(len(peer.mails[0][1]), 400)
+
+    def test_all_lines_of_a_reply_are_handed_on(self) -> None:
+        peer = self.peer({".": "250-2.0.0 one\n250-2.0.0 two\x1b[1m\n250 2.0.0 ok \N{SNOWMAN}"})
+        [[said]] = carried(job(peer))
+        self.assertEqual(said.message, ("2.0.0 one", "2.0.0 two?[1m", "2.0.0 ok \N{SNOWMAN}"))
+
+    def test_an_old_server_is_greeted_with_helo(self) -> None:
+        peer = self.peer({"EHLO": "502 5.5.1 what?"})
+        [[said]] = carried(job(peer))
+        self.assertEqual(said.code, "250")
+        self.assertEqual(peer.lines[:2], [f"ehlo {NAME}", f"helo {NAME}"])
+
+    def test_parameters_are_those_that_are_offered(self) -> None:
+        mail, rcpt, size = "MAIL FROM:<kijitora@example.org>", "RCPT TO:<a@example.jp>", f" SIZE={len(TEXT)}"
+        cases = (
+            ((), mail, rcpt),
+            (("SIZE",), mail + size, rcpt),
+            (("DSN", "SIZE 5000000"), mail + size + " RET=FULL", rcpt + " NOTIFY=FAILURE,DELAY"),
+            (("8BITMIME",), mail, rcpt),
+        )
+        for offers, *wanted in cases:
+            with self.subTest(offers=offers):
+                peer = self.peer({}, *offers)
+                carried(job(peer))
+                self.assertEqual([peer.mails[0][0], *peer.mails[0][1]], wanted)
+
+    def test_eight_bit_text_goes_as_it_is_where_offered_and_is_encoded_elsewhere(self) -> None:
+        head = b"Content-Type: text/plain; charset=UTF-8\r\nContent-Transfer-Encoding: 8bit\r\nMIME-Version: 1.0\r\n"
+        text = head + "Subject: Nya\r\n\r\nにゃあ\r\n".encode()
+        for offers in (("8BITMIME",), ()):
+            peer = self.peer({}, *offers)
+            [[said]] = carried(job(peer, text=text, eight=True))
+            self.assertEqual(said.code, "250")
+            sender, _, octets = peer.mails[0]
+            self.assertEqual("BODY=8BITMIME" in sender, bool(offers))
+            self.assertEqual(octets == text, bool(offers))
+            self.assertEqual(octets.isascii(), not offers)
+            parsed = email.message_from_bytes(octets)
+            self.assertEqual(parsed.get_payload(decode=True).decode().rstrip(), "にゃあ")
+
+    def test_dots_are_stuffed(self) -> None:
+        text = b".first\r\n.\r\n..two\r\nin.side\r\n.\r\n"
+        peer = self.peer()
+        carried(job(peer, text=text))
+        self.assertEqual(peer.mails[0][2], b"..first\r\n..\r\n...two\r\nin.side\r\n..\r\n")
+
+    def test_a_large_text_arrives_octet_for_octet(self) -> None:
+        text = b"Subject: large\r\n\r\n" + b"".join(b".%d\r\n" % i * 9 for i in range(30000))
+        peer = self.peer({}, "PIPELINING")
+        [[said]] = carried(job(peer, text=text))
+        self.assertEqual(said.code, "250")
+        self.assertTrue(re.sub(rb"(?m)^\.", b"", peer.mails[0][2]) == text)
+
+    def test_a_next_hop_by_ipv6(self) -> None:
+        try:
+            peer = self.peer({}, "AUTH PLAIN", host="::1", logins={"a": "b"})
+        except OSError as fault:
+            self.skipTest(f"no IPv6 here: {fault}")
+        self.assertEqual(self.told(carried(job(peer, auth="x", login=("a", "b")))[0]), [FINE])
+
+    # -- what goes wrong
+
+    def test_nobody_listens(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        route = haineko.Route(host="127.0.0.1", port=port)
+        [replies] = carried(haineko.Job(route, NAME, "Q", "a@example.org", TO, haineko.Message((TEXT,))))
+        self.assertEqual(self.told(replies), [("421", "4.4.1", "CONN")] * 3)
+        self.assertEqual(replies[0].message, ("Cannot connect SMTP Server", "Connection refused"))
+
+    def test_a_peer_that_ends_each_step_badly(self) -> None:
+        steps = {"CONN": "CONN", "EHLO": "EHLO", "MAIL": "MAIL", "RCPT": "RCPT", "DATA": "DATA", ".": "DATA"}
+        rubbish = (b"what?\r\n", b"\0\xff\xfe\r\n", b"x" * 9000, b"".join(b"250-%d\r\n" % i for i in range(9999)))
+        peers = [self.peer({step: says}, "PIPELINING") for step in steps for says in (HANG_UP, SILENCE, *rubbish)]
+        results = side_by_side(*[(job(peer, TO, timeout=0.7),) for peer in peers])
+        for peer, ([replies], seconds) in zip(peers, results):
+            [(step, says)] = peer.says.items()
+            with self.subTest(step=step, says=says[:20]):
+                self.assertLess(seconds, 2.5)
+                self.assertEqual({(item.code, item.command) for item in replies}, {("421", steps[step])})
+                self.assertEqual(replies[0].unsure, step == ".")
+                if step == ".":
+                    self.assertIn("may have arrived", replies[0].message[0])
+                    self.assertEqual(len(peer.mails), 1)
+
+    def test_nothing_is_waited_for_after_a_421(self) -> None:
+        for offers in ((), ("PIPELINING",)):
+            peer = self.peer({"RCPT": [b"421 4.3.2 closing, and does not\r\n", SILENCE]}, *offers)
+            [([replies], seconds)] = side_by_side((job(peer, TO, timeout=4),))
+            self.assertEqual(self.told(replies), [("421", "4.3.2", "RCPT")] * 3)
+            self.assertLess(seconds, 3)
+
+    def test_octet_by_octet_is_no_way_around_a_deadline(self) -> None:
+        def dribble(talk, line):
+            with contextlib.suppress(OSError):
+                for octet in b"250-" + b"x" * 100:
+                    talk.sock.sendall(bytes([octet]))
+                    time.sleep(0.05)
+            return HANG_UP
+
+        peers = [self.peer({step: dribble}) for step in ("CONN", "EHLO", "MAIL", ".")]
+        for peer, ([[said]], seconds) in zip(peers, side_by_side(*[(job(peer, timeout=0.5),) for peer in peers])):
+            with self.subTest(says=peer.says):
+                self.assertEqual(said.code, "421")
+                self.assertLess(seconds, 2.5)
+
+    def test_lost_before_the_end_of_the_text_is_certain(self) -> None:
+        text = b"Subject: large\r\n\r\n" + (b"y" * 998 + b"\r\n") * 30000
+        released = threading.Event()
+        ends = (
+            lambda talk, line: HANG_UP,
+            lambda talk, line: released.wait(8) and HANG_UP,  # reads nothing more
+            lambda talk, line: talk.sock.sendall(b"452 4.3.1 disk full\r\n") or HANG_UP,
+        )
+        peers = [self.peer({"TEXT": end}) for end in ends]
+        results = side_by_side(*[(job(peer, text=text, timeout=1),) for peer in peers])
+        released.set()
+        for i, ([[said]], _) in enumerate(results):
+            with self.subTest(i):
+                self.assertFalse(said.unsure, said)
+                self.assertEqual((said.code[0], said.command), ("4", "DATA"))
+
+    # -- TLS
+
+    def test_starttls_is_done_and_verified_or_nothing_is_sent(self) -> None:
+        here, elsewhere = certificate("here"), certificate("elsewhere")
+        done, refused = FINE, ("421", "4.7.5", "STARTTLS")
+        cases = (
+            # what it is, certificate, more of the peer, more of the route, what is told
+            ("verified", here, {}, {"ca_file": here}, done),
+            ("nobody knows who made it", here, {}, {}, refused),
+            ("another's name", elsewhere, {}, {"ca_file": elsewhere}, refused),
+            ("another's name, not checked", elsewhere, {}, {"tls_verify": False}, done),
+            ("not offered", here, {"offers": ()}, {"ca_file": here}, ("454", "4.7.4", "STARTTLS")),
+            ("refused", here, {"says": {"STARTTLS": "454 4.7.0 later"}}, {}, ("454", "4.7.0", "STARTTLS")),
+            ("hangs up", here, {"says": {"STARTTLS": HANG_UP}}, {}, ("421", "4.4.2", "STARTTLS")),
+            ("says nothing", here, {"says": {"STARTTLS": SILENCE}}, {}, ("421", "4.4.2", "STARTTLS")),
+            ("no handshake", here, {"says": {"TLS": SILENCE}}, {}, ("421", "4.4.2", "STARTTLS")),
+            (
+                "words in clear behind the reply",
+                here,
+                {"says": {"STARTTLS": b"220 go\r\n250-peer\r\n250 AUTH PLAIN\r\n"}},
+                {"ca_file": here},
+                ("421", "4.5.0", "STARTTLS"),
+            ),
+            ("refused under TLS", here, {"says": {"EHLO": [None, "550 5.7.1 no"], "HELO": "550 5.7.1 no"}},
+             {"ca_file": here}, ("550", "5.7.1", "EHLO")),
+        )  # fmt: skip
+        peers = [self.peer(**{"offers": ("STARTTLS", "SIZE"), "tls": pem, **more}) for _, pem, more, *_ in cases]
+        jobs = [(job(peer, starttls=True, timeout=0.7, **case[3]),) for peer, case in zip(peers, cases)]
+        for (name, *_, wanted), peer, ([[said]], _) in zip(cases, peers, side_by_side(*jobs)):
+            with self.subTest(name):
+                self.assertEqual((said.code, said.dsn, said.command), wanted)
+                self.assertEqual(any(line.startswith("MAIL") for line in peer.lines), wanted == done)
+                if wanted == done:
+                    self.assertTrue(peer.talks[0].secure)
+                    self.assertEqual([line[:8] for line in peer.lines[:3]], ["ehlo rel", "STARTTLS", "ehlo rel"])
+
+    def test_what_was_offered_in_clear_does_not_count_under_tls(self) -> None:
+        pem = certificate()
+        peer = self.peer({"EHLO": ["250-peer\n250-STARTTLS\n250 DSN", "250 peer"]}, tls=pem)
+        carried(job(peer, starttls=True, ca_file=pem))
+        self.assertEqual(peer.mails[0][0], "MAIL FROM:<kijitora@example.org>")
+
+    def test_no_starttls_where_nobody_asked(self) -> None:
+        peer = self.peer({}, "STARTTLS", tls=certificate())
+        self.assertEqual(self.told(carried(job(peer))[0]), [FINE])
+        self.assertNotIn("STARTTLS", peer.lines)
+
+    def test_port_465_is_tls_from_the_first_octet(self) -> None:
+        pem, place = certificate(), "127.0.0.46"
+        try:
+            peer = self.peer({}, "SIZE", tls=pem, smtps=True, host=place, port=haineko.SMTPS)
+        except OSError as fault:
+            self.skipTest(f"port 465 of {place}: {fault}")
+        self.assertEqual(self.told(carried(job(peer, ca_file=pem))[0]), [FINE])
+        self.assertEqual(self.told(carried(job(peer))[0]), [("421", "4.4.1", "CONN")])
+        peer.says["TLS"] = SILENCE
+        self.assertEqual(self.told(carried(job(peer, ca_file=pem, timeout=0.3))[0]), [("421", "4.4.1", "CONN")])
+        self.assertEqual(len(peer.mails), 1)
+
+    # -- AUTH
+
+    def test_the_strongest_mechanism_that_is_offered_logs_in(self) -> None:
+        wrong, none = ("535", "5.7.8", "AUTH"), ("454", "4.7.0", "AUTH")
+        cases = (
+            ("AUTH PLAIN LOGIN CRAM-MD5", "nyaa", {}, "AUTH CRAM-MD5", FINE),
+            ("AUTH LOGIN PLAIN", "nyaa", {}, "AUTH PLAIN", FINE),
+            ("AUTH=LOGIN", "nyaa", {}, "AUTH LOGIN", FINE),
+            ("AUTH LOGIN", "nyaa", {}, "AUTH LOGIN", FINE),
+            ("AUTH CRAM-MD5", "wrong", {}, "AUTH CRAM-MD5", wrong),
+            ("AUTH PLAIN", "wrong", {}, "AUTH PLAIN", wrong),
+            ("AUTH LOGIN", "wrong", {}, "AUTH LOGIN", wrong),
+            ("AUTH PLAIN", "nyaa", {"AUTH": "454 4.7.0 no answer"}, "AUTH PLAIN", none),
+            ("AUTH PLAIN", "nyaa", {"AUTH": HANG_UP}, "AUTH PLAIN", ("421", "4.4.2", "AUTH")),
+            ("AUTH PLAIN", "nyaa", {"AUTH": SILENCE}, "AUTH PLAIN", ("421", "4.4.2", "AUTH")),
+            ("AUTH PLAIN", "nyaa", {"AUTH": b"welcome!\r\n"}, "AUTH PLAIN", ("421", "4.5.0", "AUTH")),
+            ("AUTH CRAM-MD5", "nyaa", {"AUTH": b"334 a\r\n"}, "AUTH CRAM-MD5", ("421", "4.5.0", "AUTH")),
+            ("AUTH LOGIN", "nyaa", {"AUTH": b"334 \r\n" * 50}, "AUTH LOGIN", None),
+            ("AUTH GSSAPI NTLM", "nyaa", {}, None, none),
+            ("SIZE", "nyaa", {}, None, none),
+        )
+        peers = [self.peer(says, offer, logins={"kijitora": "nyaa"}) for offer, _, says, *_ in cases]
+        words = [word for _, word, *_ in cases]
+        jobs = [(job(peer, auth="x", login=("kijitora", word), timeout=0.7),) for peer, word in zip(peers, words)]
+        for (offer, _, says, first, wanted), peer, ([[said]], _) in zip(cases, peers, side_by_side(*jobs)):
+            with self.subTest(offer, says=says):
+                told = (said.code, said.dsn, said.command)
+                self.assertEqual(told, wanted or told)
+                self.assertEqual(told == FINE, wanted == FINE)
+                auth = [line for line in peer.lines if line.startswith("AUTH")]
+                self.assertEqual(" ".join(auth[0].split()[:2]) if auth else None, first)
+                self.assertEqual(len(peer.mails), wanted == FINE)
+                self.assertNotIn("nyaa", str(said))
+        self.assertEqual([line for line in self.logged() if "Traceback" in line], [])
+
+    def test_credentials_do_not_cross_a_network_in_clear(self) -> None:
+        with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
+            try:
+                sock.connect(("192.0.2.1", 9))  # sends nothing
+                place = sock.getsockname()[0]
+                peer = self.peer({}, "STARTTLS", "AUTH PLAIN", host=place, logins={"a": "b"}, tls=certificate())
+            except OSError:
+                place = "127.0.0.1"
+        if place.startswith("127."):
+            self.skipTest("this machine has no address but loopback")
+        login = {"auth": "x", "login": ("a", "b")}
+        self.assertEqual(self.told(carried(job(peer, **login))[0]), [("454", "4.7.11", "AUTH")])
+        self.assertEqual([line[:4] for line in peer.lines], ["ehlo", "QUIT"])
+        self.assertEqual(self.told(carried(job(peer, **login, starttls=True, tls_verify=False))[0]), [FINE])
+
+    def test_the_log_of_a_dialogue_shows_no_secret(self) -> None:
+        haineko.log.devel = True
+        self.addCleanup(setattr, haineko.log, "devel", False)
+        for offer in ("AUTH CRAM-MD5", "AUTH PLAIN", "AUTH LOGIN"):
+            carried(job(self.peer({}, offer, logins={"kijitora": "n-y-a-a"}), auth="x", login=("kijitora", "n-y-a-a")))
+        lines = self.logged()
+        self.assertIn("127.0.0.1 > MAIL FROM:<kijitora@example.org>", lines)
+        self.assertIn("127.0.0.1 < 250 2.0.0 taken", lines)
+        self.assertIn("127.0.0.1 > ********", lines)
+        secrets = {"n-y-a-a", *[base64.b64encode(x).decode() for x in (b"n-y-a-a", b"\0kijitora\0n-y-a-a")]}
+        for line in lines:
+            self.assertFalse([secret for secret in secrets if secret in line], line)
+
+    # -- sessions kept
+
+    def test_a_session_is_kept_and_used_again_until_quit(self) -> None:
+        for offers in ((), ("PIPELINING",)):
+            peer = self.peer({}, *offers)
+            replies = carried(*[job(peer)] * 3)
+            self.assertEqual([said.code for [said] in replies], ["250"] * 3)
+            self.assertEqual((len(peer.talks), len(peer.mails)), (1, 3))
+            self.assertEqual(peer.lines[-1], "QUIT")
+            self.assertNotIn("RSET", peer.lines)
+
+    def test_after_a_refusal_the_session_is_cleared_first(self) -> None:
+        peer = self.peer({"RCPT": ["550 5.1.1 no", "250 2.1.5 yes"]})
+        replies = carried(job(peer), job(peer))
+        self.assertEqual([said.code for [said] in replies], ["550", "250"])
+        verbs = " ".join(line[:4] for line in peer.lines[1:])
+        self.assertEqual(verbs, "MAIL RCPT RSET MAIL RCPT DATA QUIT")
+
+    def test_a_kept_session_that_died_is_replaced_once_and_never_after_the_text(self) -> None:
+        well, goodbye = None, "421 4.4.2 idle for too long"
+        twice = [well, HANG_UP, HANG_UP, well]
+        cases = (
+            # what it says, what the second of two mails is told, connections, mails that came
+            ({"MAIL": [well, HANG_UP, well]}, FINE, 2, 2),
+            ({"MAIL": [well, goodbye, well]}, FINE, 2, 2),
+            ({"RCPT": [well, goodbye, well]}, FINE, 2, 2),
+            ({"DATA": [well, goodbye, well]}, FINE, 2, 2),
+            ({"DATA": [well, b"rubbish\r\n", well]}, FINE, 2, 2),
+            ({"DATA": [well, SILENCE, well]}, FINE, 2, 2),
+            ({"MAIL": twice}, ("421", "4.4.2", "MAIL"), 2, 1),
+            ({"MAIL": [well, HANG_UP], "CONN": [well, "554 5.3.2 no"]}, ("554", "5.3.2", "CONN"), 2, 1),
+            ({".": [well, goodbye, well]}, ("421", "4.4.2", "DATA"), 1, 2),
+            ({".": [well, HANG_UP, well]}, ("421", "4.4.2", "DATA"), 1, 2),
+            ({".": [well, SILENCE, well]}, ("421", "4.4.2", "DATA"), 1, 2),
+        )
+        table = [(offers, *case) for offers in ((), ("PIPELINING",)) for case in cases]
+        peers = []
+        for offers, says, *_ in table:
+            whole = {verb: [item or WELL[verb] for item in said] for verb, said in says.items()}
+            peers.append(self.peer(whole, *offers))
+        results = side_by_side(*[(job(peer, timeout=0.7), job(peer, timeout=0.7)) for peer in peers])
+        for (offers, says, wanted, connections, mails), peer, ([[first], [second]], _) in zip(table, peers, results):
+            with self.subTest(says=says, offers=offers):
+                self.assertEqual(first.code, "250")
+                self.assertEqual((second.code, second.dsn, second.command), wanted)
+                self.assertEqual((len(peer.talks), len(peer.mails)), (connections, mails))
+
+    def test_a_new_session_that_dies_is_not_replaced(self) -> None:
+        peer = self.peer({"MAIL": [HANG_UP, WELL["MAIL"]]})
+        self.assertEqual(self.told(carried(job(peer))[0]), [("421", "4.4.2", "MAIL")])
+        self.assertEqual(len(peer.talks), 1)
+
+    def test_sessions_of_other_credentials_are_others(self) -> None:
+        peer = self.peer({}, "AUTH PLAIN", logins={"a": "1", "b": "2"})
+        carried(job(peer, auth="x", login=("a", "1")), job(peer, auth="x", login=("b", "2")))
+        self.assertEqual([talk.user for talk in peer.talks], ["a", "b"])
+
+    def test_sessions_that_nobody_uses_are_left(self) -> None:
+        class Short(haineko.Sessions):
+            IDLE = 0.05
+
+        async def idle_for_a_while() -> None:
+            sessions = Short()
+            await haineko.attempt(job(peer), sessions)
+            await sessions.sweep()
+            self.assertEqual(len(peer.talks[0].lines), 4)
+            await haineko.sleep(0.1)
+            await sessions.sweep()
+            self.assertEqual(sessions.idle, {})
+
+        peer = self.peer()
+        haineko.run(idle_for_a_while())
+        self.assertEqual(peer.lines[-1], "QUIT")
+
+
+# ======================================================================================================================
+# 12. Relays
+# ======================================================================================================================
+
+
+SITUATIONS = [{}] + [
+    {verb: says}
+    for verb in ("CONN", "EHLO", "MAIL", "RCPT", "DATA", ".", "QUIT")
+    for says in ("550 5.0.0 no", "421 4.3.2 closing", HANG_UP, SILENCE, b"\0rubbish\xff\r\n", b"x" * 5000)
+]
+
+
+class Relays(Folder, Peers):
+    def setUp(self) -> None:
+        Folder.setUp(self)
+        Peers.setUp(self)
+
+    def test_every_relay_has_a_reply_for_every_recipient_whatever_the_peer_does(self) -> None:
+        self.addCleanup(setattr, haineko.Threads, "SPARE", haineko.Threads.SPARE)
+        haineko.Threads.SPARE = 0.1
+        sockets, threads = sockets_open(), threading.active_count()
+        peers = [SmtpPeer(says, offers) for offers in ((), ("PIPELINING",)) for says in SITUATIONS]
+        count = {"ESMTP": 2 * len(SITUATIONS), "File": 1, "Screen": 1, "Discard": 1}
+        cases = [(name, peer) for name in haineko.RELAYS for peer in peers[: count.get(name, len(SITUATIONS))]]
+        groups = [(self.to_relay(name, peer, timeout=0.8),) for name, peer in cases]
+        results: list = []
+        while len(results) < len(groups):
+            results += side_by_side(*groups[len(results) : len(results) + 110])
+        for peer in peers:
+            peer.close()
+        for (name, peer), ([replies], seconds) in zip(cases, results):
+            with self.subTest(name, says=peer.says, offers=peer.offers):
+                self.assertEqual(len(replies), len(TO))
+                for said in replies:
+                    self.assertRegex(said.code, r"\A[245]\d\d\Z")
+                    self.assertIn(said.command, ("CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA"))
+                    self.assertTrue(all(type(line) is str and line.isprintable() for line in said.message))
+                    self.assertEqual(said.mailer, name)
+                self.assertLess(seconds, 5)
+        self.assertEqual([line for line in self.logged() if "Traceback" in line], [])
+        self.assertEqual(sockets_open(), sockets)
+        eventually(lambda: threading.active_count() <= threads, "an end of all threads")
+
+    def to_relay(self, name: str, peer: SmtpPeer, **more) -> haineko.Job:
+        """Mail by that relay to the peer."""
+        web = {"base_url": f"http://127.0.0.1:{peer.port}", "auth": "x", "login": ("a", "b"), "region": "eu-west-1"}
+        places = {"File": {"host": self.folder}, "MX": {"private": True}, "SendGrid": web, "Mandrill": web}
+        to = [item.replace("example.jp", "[127.0.0.1]") for item in TO] if name == "MX" else TO
+        return job(peer, to, mailer=name, **{"AmazonSES": web, **places}.get(name, {}), **more)
+
+    def test_the_well_meaning_peer_is_believed(self) -> None:
+        for name, code in (("ESMTP", "250"), ("MX", "250"), ("File", "200"), ("Screen", "200"), ("Discard", "200")):
+            with self.subTest(name), SmtpPeer() as peer:
+                [replies] = carried(self.to_relay(name, peer))
+                self.assertEqual({(said.code, said.dsn, said.command) for said in replies}, {(code, "2.0.0", "DATA")})
+                self.assertEqual(len(peer.mails), code == "250")
+
+    def test_a_fault_of_our_own_is_a_reply_too(self) -> None:
+        peer = self.peer()
+        [[said]] = carried(job(peer)._replace(message=None))
+        self.assertEqual((said.code, said.dsn, said.command), ("451", "4.3.0", "DATA"))
+        self.assertIn("Traceback", "\n".join(self.logged()))
+
+    # -- File
+
+    def saved(self, to: tuple = TO[:1], **more) -> list:
+        route = haineko.Route(**{"mailer": self.folder, **more})
+        return carried(haineko.Job(route, NAME, "Q" * 16, "a@example.org", to, haineko.Message((TEXT,)), 7))[0]
+
+    def test_a_file_is_complete_and_its_owners_alone(self) -> None:
+        for more in ({}, {"mailer": "File", "host": self.folder}):
+            with self.subTest(more=more):
+                [said] = self.saved(**more)
+                self.assertEqual((said.code, said.dsn, said.command, said.mailer), ("200", "2.0.0", "DATA", "File"))
+                [path] = said.message
+                self.assertEqual([os.path.basename(path)], os.listdir(self.folder))
+                self.assertRegex(os.path.basename(path), r"\Ahaineko\.\d{4}-\d\d-\d\d-\d{6}\.Q{16}\.7\.eml\Z")
+                self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
+                with open(path, "rb") as stream:
+                    self.assertEqual(stream.read(), TEXT)
+                os.unlink(path)
+
+    def test_a_folder_that_is_gone_is_a_reply(self) -> None:
+        gone = os.path.join(self.folder, "gone")
+        with open(os.path.join(self.folder, "file"), "w"):
+            pass
+        for folder, reason in ((gone, "No such file or directory"), (self.folder + "/file", "Not a directory")):
+            replies = self.saved(TO, mailer=folder)
+            self.assertEqual([(r.code, r.dsn, r.command) for r in replies], [("451", "4.3.0", "DATA")] * 3)
+            self.assertEqual(replies[0].message, ("Cannot save the message", f"{folder}: {reason}"))
+
+    def test_no_room_for_the_whole_leaves_nothing(self) -> None:
+        force = self.write("haineko.json", {"recipients": {"open-relay": 1}, "mailertable": {"default": {
+            "mailer": os.path.join(self.folder, "out")}}})  # fmt: skip
+        os.mkdir(os.path.join(self.folder, "out"))
+        program = (
+            "import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (999, 999)); "
+            f"sys.argv = ['haineko.py', 'sendmail', '-C', {force!r}, 'a@example.jp']; "
+            f"runpy.run_path({PROGRAM!r}, run_name='__main__')"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], input=b"Subject: x\n\n" + b"much\n" * 999, capture_output=True, check=False
+        )
+        self.assertEqual((done.returncode, os.listdir(os.path.join(self.folder, "out"))), (75, []))
+        self.assertIn(b"Cannot save the message", done.stderr)
+
+    def test_copies_do_not_overwrite_each_other(self) -> None:
+        force = settings(mailertable={"default": {"mailer": self.folder}})
+        request = haineko.Request("POST", "/submit", {}, as_body(document(rcpt=list(TO))), *[None] * 3, 1e9)
+        address = haineko.plain_address("127.0.0.1")
+        request = request._replace(client=address, peer=address)
+        answer = haineko.run(haineko.submit(request, haineko.Service(force)))
+        paths = [item["message"][0] for item in json.loads(answer.body)["response"]]
+        self.assertEqual(sorted(map(os.path.basename, paths)), sorted(os.listdir(self.folder)))
+        found = []
+        for path in paths:
+            with open(path, "rb") as stream:
+                found.append(email.message_from_bytes(stream.read())["To"])
+        self.assertEqual(found, list(TO))
+
+    # -- Screen, Discard
+
+    def test_a_message_is_shown_and_nothing_is_not(self) -> None:
+        for name, word in (("Screen", "Printed"), ("Discard", "Discarded")):
+            route = haineko.Route(mailer=name)
+            carried_job = haineko.Job(route, NAME, "Q" * 16, "a@example.org", TO, haineko.Message((TEXT,)))
+            [replies] = carried(carried_job)
+            self.assertEqual(replies, [haineko.Reply("200", "2.0.0", "DATA", (word,), name)] * 3)
+            shown = "\n".join(self.logged())
+            self.assertEqual("Meow." in shown, name == "Screen")
+
+
+# ======================================================================================================================
+# 14. The way of a mail
+# ======================================================================================================================
+
+
+def esmtp(peer: SmtpPeer, **more) -> dict:
+    """A route to that peer, as settings have it."""
+    return {"mailer": "ESMTP", "host": peer.host, "port": peer.port, "timeout": 2, **more}
+
+
+class WayOfAMail(Peers):
+    def submitted(self, table: dict, rcpt: list, **sections) -> tuple:
+        """(HTTP status, headers, document) of one mail to those recipients, by those routes."""
+        service = haineko.Service(settings(mailertable=table, **sections))
+        client = haineko.plain_address("192.0.2.7")
+        request = haineko.Request(
+            "POST", "/submit", {"user-agent": "test/1"}, as_body(document(rcpt=rcpt)), client, client, 50320, 1e9
+        )
+
+        async def one() -> haineko.Answer:
+            answer = await haineko.submit(request, service)
+            await service.sessions.sweep(everything=True)
+            return answer
+
+        answer = haineko.run(one())
+        return answer.status, dict(answer.headers), json.loads(answer.body)
+
+    def test_several_are_delivered_side_by_side_up_to_max_workers(self) -> None:
+        for most, count in ((1, 3), (2, 6), (3, 6)):
+            with self.subTest(max_workers=most):
+                barrier = threading.Barrier(most)
+                peer = self.peer({".": held(barrier)})
+                rcpt = [f"r{i}@example.jp" for i in range(count)]
+                smtpd = {"hostname": NAME, "max_workers": most, "max_rcpts_per_message": 0}
+                status, _, found = self.submitted({"default": esmtp(peer)}, rcpt, smtpd=smtpd)
+                self.assertEqual((status, [item["rcpt"] for item in found["response"]]), (200, rcpt))
+                self.assertEqual((peer.most, len(peer.mails)), (most, count))
+                self.assertLessEqual(len(peer.talks), most)
+
+    def test_each_copy_has_its_own_recipient(self) -> None:
+        peer = self.peer()
+        rcpt = [f"r{i}@example.jp" for i in range(4)]
+        self.submitted({"default": esmtp(peer)}, rcpt)
+        found = {lines[0]: email.message_from_bytes(octets) for _, lines, octets in peer.mails}
+        self.assertEqual({f"RCPT TO:<{to}>" for to in rcpt}, set(found))
+        self.assertEqual([found[f"RCPT TO:<{to}>"]["To"] for to in rcpt], rcpt)
+        self.assertEqual(len({message["Message-Id"] for message in found.values()}), 4)
+
+    def test_replies_stand_in_the_order_of_the_request(self) -> None:
+        def in_reverse(talk, line) -> str:
+            number = int(talk.recipients[0][10])
+            eventually(lambda: number == 3 or events[number + 1].is_set(), "the one after it", 3)
+            events[number].set()
+            return f"250 2.0.0 number {number}"
+
+        events = [threading.Event() for _ in range(4)]
+        peer = self.peer({".": in_reverse})
+        rcpt = ["r0@example.jp", "x@bad@", "r1@example.jp", "r2@example.jp", "r3@example.jp"]
+        most = {"hostname": NAME, "max_rcpts_per_message": 9}
+        _, _, found = self.submitted({"default": esmtp(peer)}, rcpt, smtpd=most)
+        self.assertEqual([item["rcpt"] for item in found["response"]], rcpt)
+        self.assertEqual(found["recipient"], [to for to in rcpt if to != "x@bad@"])
+        told = [item["message"] for item in found["response"]]
+        self.assertEqual(told[:1] + told[2:], [[f"2.0.0 number {i}"] for i in range(4)])
+        self.assertEqual(told[1], ["Recipient address is invalid"])
+
+    def test_the_status_sums_up(self) -> None:
+        good, later, never = self.peer(), self.peer({"RCPT": "450 4.2.0 later"}), self.peer({"RCPT": "550 5.1.1 no"})
+        lost = self.peer({"CONN": HANG_UP})
+        table = {"good": esmtp(good), "later": esmtp(later), "never": esmtp(never), "lost": esmtp(lost)}
+        cases = (
+            (["a@good"], 200),
+            (["a@good", "b@good"], 200),
+            (["a@good", "a@later"], 207),
+            (["a@never", "a@good"], 207),
+            (["a@good", "no address"], 207),
+            (["a@never"], 502),
+            (["a@never", "b@never", "no address"], 502),
+            (["a@never", "a@later"], 503),
+            (["a@lost"], 503),
+            (["no address"], 400),
+        )
+        for rcpt, wanted in cases:
+            with self.subTest(rcpt):
+                status, headers, found = self.submitted(table, rcpt)
+                self.assertEqual(status, wanted)
+                self.assertEqual("Retry-After" in headers, wanted == 503)
+                self.assertEqual([item["rcpt"] for item in found["response"]], rcpt)
+                errors = [item["error"] for item in found["response"]]
+                self.assertEqual(wanted == 200, not any(errors))
+        self.assertRegex(self.submitted(table, ["a@lost"])[1]["Retry-After"], r"\A[1-9]\d*\Z")
+
+    def test_tries_again_after_a_temporary_failure_only(self) -> None:
+        later, well = "450 4.2.0 later", WELL["RCPT"]
+        cases = (
+            # what it says, retry, code, transactions
+            ({"RCPT": [later, well]}, 0, "450", 1),
+            ({"RCPT": [later, well]}, 1, "250", 2),
+            ({"RCPT": [later, later, well]}, 1, "450", 2),
+            ({"RCPT": [later, later, well]}, 5, "250", 3),
+            ({"RCPT": "550 5.1.1 no"}, 5, "550", 1),
+            ({"CONN": ["421 4.3.2 busy", WELL["CONN"]]}, 1, "250", 1),
+            ({".": ["451 4.3.0 oops", "250 2.0.0 ok"]}, 1, "250", 2),
+            ({".": HANG_UP}, 5, "421", 1),
+        )
+        for says, retry, code, transactions in cases:
+            with self.subTest(says=says, retry=retry):
+                peer = self.peer({verb: list(said) if isinstance(said, list) else said for verb, said in says.items()})
+                _, _, found = self.submitted({"default": esmtp(peer, retry=retry, sleep=0)}, ["a@example.jp"])
+                self.assertEqual(found["response"][0]["code"], code)
+                self.assertEqual(sum(line.startswith("MAIL") for line in peer.lines), transactions)
+
+    def test_sleeps_between_tries_while_others_go_on(self) -> None:
+        lost = self.peer({"CONN": ["421 4.3.2 busy", WELL["CONN"]]})
+        well, force = self.peer(), settings(smtpd={"hostname": NAME, "max_workers": 2})
+        jobs = [job(lost, retry=1, sleep=0.4), *[job(well)] * 9]
+        began = time.monotonic()
+        outcomes = haineko.run(haineko.deliver(jobs, haineko.Sessions(), force))
+        self.assertTrue(0.4 <= time.monotonic() - began < 2)
+        self.assertEqual([item.replies[0].code for item in outcomes], ["250"] * 10)
+        self.assertGreaterEqual(outcomes[0].ms, 400)
+        self.assertLess(max(item.ms for item in outcomes[1:]), 400)
+
+    def test_a_line_for_each_transaction_and_refusal_without_body_or_secret(self) -> None:
+        peer = self.peer({"RCPT": refuses(b="550 5.1.1 no\x07body")}, "AUTH PLAIN", logins={"kijitora": "n-y-a-a"})
+        authinfo = {"x": {"username": "kijitora", "password": "n-y-a-a"}}
+        rcpt = ["a@example.jp", "b@example.jp", "line\nfeed@example.jp"]
+        _, _, found = self.submitted({"default": esmtp(peer, auth="x")}, rcpt, authinfo=authinfo)
+        queueid = found["queueid"]
+        self.assertRegex(queueid, r"\A[0-9A-Za-z]{16}\Z")
+        lines = [line.partition("]: ")[2] for line in self.logged()]
+        self.assertEqual(len(lines), 2, lines)
+        for line, to, code in ((lines[0], "a", "250"), (lines[1], "b", "550")):
+            for part in (queueid, "client=192.0.2.7", "from=<kijitora@example.org>", f"to=<{to}@example.jp>"):
+                self.assertIn(part, line)
+            self.assertRegex(line, rf" relay=ESMTP:127\.0\.0\.1:{peer.port} code={code} dsn=\S+ command=\S+ ms=[\d.]+ ")
+        self.assertNotRegex("\n".join(lines), "Meow|n-y-a-a|\x07")
+        self.submitted({}, ["line\nfeed@example.jp", "evil\x1b[2J@example.jp"])
+        lines = self.logged()
+        self.assertTrue(lines)
+        self.assertTrue(all("refused" in line and line.isprintable() for line in lines), lines)
+        self.assertNotIn("Meow", "\n".join(lines))
+
+    def test_queue_id_is_the_same_in_answer_log_and_message(self) -> None:
+        peer = self.peer()
+        _, _, found = self.submitted({"default": esmtp(peer)}, ["a@example.jp"])
+        message = email.message_from_bytes(peer.mails[0][2])
+        self.assertIn(f" id {found['queueid']};", message["Received"])
+        self.assertTrue(message["Message-Id"].startswith(f"<{found['queueid']}."))
+        self.assertIn(f" {found['queueid']}: ", self.logged()[0])
+
+    def test_queue_ids_are_unique(self) -> None:
+        found = {haineko.new_queueid(1388741758.0) for _ in range(20000)}
+        self.assertEqual(len(found), 20000)
+        self.assertTrue(all(re.fullmatch("[0-9A-Za-z]{16}", item) for item in found))
+
+
+# ======================================================================================================================
+# 15. HTTP
+# ======================================================================================================================
+
+TOP = {"queueid", "addresser", "recipient", "response", "remoteaddr", "remoteport", "useragent", "referer", "timestamp"}
+ITEM = {"rcpt", "error", "code", "dsn", "command", "message", "mailer", "host", "port"}
+CHUNKS = "POST /submit HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def chunked(octets: bytes, size: int = 7, tail: str = "0\r\n\r\n", extra: str = "") -> bytes:
+    """A body in chunks."""
+    parts = [octets[i : i + size] for i in range(0, len(octets), size)]
+    return b"".join(b"%x%b\r\n%b\r\n" % (len(part), extra.encode(), part) for part in parts) + tail.encode()
+
+
+def posting(*lines: str, body: str = "") -> bytes:
+    """A POST with these header lines and nothing added."""
+    return "\r\n".join(["POST /submit HTTP/1.1", "Host: x", *lines, "", body]).encode("latin-1")
+
+
+# what it is: (octets, status, whether the connection goes on, words of the answer)
+REQUESTS = {
+    "HEAD where GET works": (get("/neko", method="HEAD"), 200, True, ""),
+    "OPTIONS": (get("/submit", method="OPTIONS"), 204, True, ""),
+    "OPTIONS *": (get("*", method="OPTIONS"), 204, True, ""),
+    "unknown path": (get("/nothing"), 404, True, "Not found"),
+    "unknown path, with a body": (post(path="/nothing"), 404, True, "Not found"),
+    "GET /submit": (get("/submit"), 405, True, "GET method not supported"),
+    "DELETE": (get("/submit", method="DELETE"), 405, True, "DELETE method not supported"),
+    "made-up method": (get("/", method="NYAA"), 405, True, "NYAA method not supported"),
+    "POST /": (post(path="/"), 405, True, "POST method not supported"),
+    "HEAD /submit": (get("/submit", method="HEAD"), 405, True, ""),
+    "no length": (posting(), 411, False, "Content-Length required"),
+    "too long a body": (posting("Content-Length: 105537"), 413, False, "too large"),
+    "far too long": (posting(f"Content-Length: {10**17}"), 413, False, "too large"),
+    "a GET with a body": (get("/neko", "Content-Length: 3") + b"abc", 200, True, ""),
+    "chunks": (CHUNKS.encode() + chunked(as_body(document())), 200, True, ""),
+    "chunks with extensions": (CHUNKS.encode() + chunked(as_body(document()), extra=" ;a=b"), 200, True, ""),
+    "chunks with trailers": (
+        CHUNKS.encode() + chunked(as_body(document()), tail="0\r\nX-Sum: 1\r\nY: 2\r\n\r\n"),
+        200,
+        True,
+        "",
+    ),
+    "chunks by another name": (
+        CHUNKS.replace("chunked", "CHUNKED").encode() + chunked(as_body(document())),
+        200,
+        True,
+        "",
+    ),
+    "chunk of no number": (CHUNKS + "zz\r\n{}\r\n0\r\n\r\n", 400, False, "chunk"),
+    "chunk of a negative number": (CHUNKS + "-2\r\n{}\r\n0\r\n\r\n", 400, False, "chunk"),
+    "chunk of 0x": (CHUNKS + "0x2\r\n{}\r\n0\r\n\r\n", 400, False, "chunk"),
+    "chunk size with a number too long": (CHUNKS + "000000002\r\n{}\r\n0\r\n\r\n", 400, False, "chunk"),
+    "chunk without its end": (CHUNKS + "2\r\n{}0\r\n\r\n", 400, False, "chunk"),
+    "chunk line without end": (CHUNKS + "2;" + "x" * 9000, 400, False, "chunk"),
+    "chunk too long": (CHUNKS + "fffffff\r\n", 413, False, "too large"),
+    "chunks too long together": (CHUNKS.encode() + chunked(bytes(200000), 50000), 413, False, "too large"),
+    "trailers without end": (CHUNKS + "0\r\n" + "X: y\r\n" * 200, 431, False, "too large"),
+    "another coding": (posting("Transfer-Encoding: gzip, chunked", body="{}"), 501, False, "not implemented"),
+    "another coding alone": (posting("Transfer-Encoding: gzip"), 501, False, "not implemented"),
+    "chunked twice": (posting("Transfer-Encoding: chunked, chunked"), 501, False, "not implemented"),
+    "chunks in HTTP/1.0": (CHUNKS.replace("1.1", "1.0") + "0\r\n\r\n", 400, False, "Transfer-Encoding"),
+    "length and coding": (posting("Content-Length: 2", "Transfer-Encoding: chunked", body="{}"), 400, False, ""),
+    "coding and length": (posting("Transfer-Encoding: chunked", "Content-Length: 2", body="{}"), 400, False, ""),
+    "two lengths": (posting("Content-Length: 2", "Content-Length: 3", body="{}"), 400, False, "Content-Length"),
+    "two in one": (posting("Content-Length: 2, 3", body="{}"), 400, False, "Content-Length"),
+    "signed length": (posting("Content-Length: +2", body="{}"), 400, False, "Content-Length"),
+    "negative length": (posting("Content-Length: -2", body="{}"), 400, False, "Content-Length"),
+    "length in hex": (posting("Content-Length: 0x2", body="{}"), 400, False, "Content-Length"),
+    "length of letters": (posting("Content-Length: two", body="{}"), 400, False, "Content-Length"),
+    "length in Arabic digits": (posting("Content-Length: \xb2", body="{}"), 400, False, "Content-Length"),
+    "empty length": (posting("Content-Length: ", body="{}"), 400, False, "Content-Length"),
+    "bare CR": (get("/neko", "X: a\rb"), 400, False, "header line"),
+    "bare CR at the end": (get("/neko", "X: a\r"), 400, False, "header line"),
+    "NUL": (get("/neko", "X: a\0b"), 400, False, "header line"),
+    "NUL in a name": (get("/neko", "X\0: a"), 400, False, "header line"),
+    "NUL in the path": (get("/ne\0ko"), 400, False, "request line"),
+    "no colon": (get("/neko", "nothing"), 400, False, "header line"),
+    "space before the colon": (get("/neko", "Content-Length : 2"), 400, False, "header line"),
+    "no name": (get("/neko", ": value"), 400, False, "header line"),
+    "folded line": (get("/neko", "X: a\r\n b"), 400, False, "header line"),
+    "LF alone": (b"GET /neko HTTP/1.1\nHost: x\n\n", 400, False, "LF alone"),
+    "LF within": (b"GET /neko HTTP/1.1\r\nHost: x\nX: y\r\n\r\n", 400, False, "header line"),
+    "too many headers": (get("/neko", *["X: y"] * 101), 431, False, "too large"),
+    "as many as there may be": (get("/neko", *["X: y"] * 99), 200, True, ""),
+    "too long a head": (get("/neko", "X: " + "y" * 70000), 431, False, "too large"),
+    "too long a path": (get("/" + "y" * 70000), 431, False, "too large"),
+    "a head without end": (b"GET /neko HTTP/1.1\r\n" + b"X: y\r\n" * 20000, 431, False, "too large"),
+    "no request line": (b"nyaa\r\n\r\n", 400, False, "request line"),
+    "two spaces": (b"GET  /neko HTTP/1.1\r\n\r\n", 400, False, "request line"),
+    "HTTP/0.9": (b"GET /neko\r\n\r\n", 400, False, "request line"),
+    "http in lower case": (b"GET /neko http/1.1\r\n\r\n", 400, False, "request line"),
+    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, False, "version"),
+    "HTTP/1.0": (get("/neko", version="1.0"), 200, False, ""),
+    "HTTP/1.0 that goes on": (get("/neko", "Connection: Keep-Alive", version="1.0"), 200, True, ""),
+    "close": (get("/neko", "Connection: close"), 200, False, ""),
+    "empty lines before": (b"\r\n\r\n" + get("/neko"), 200, True, ""),
+    "expects what nobody knows": (post(None, "Expect: nyaa"), 417, True, "Expectation"),
+    "foreign origin": (post(None, "Origin: https://evil.example"), 403, True, "Cross-origin"),
+    "origin null": (post(None, "Origin: null"), 403, True, "Cross-origin"),
+    "allowed origin": (post(None, "Origin: https://www.example.org"), 200, True, ""),
+    "own origin": (post(None, "Origin: http://127.0.0.1").replace(b"Host: x", b"Host: 127.0.0.1"), 200, True, ""),
+    "not JSON": (post(b"nyaa"), 400, True, "Malformed JSON string"),
+    "empty body": (post(b""), 400, True, "Malformed JSON string"),
+    "deep": (post(b"[" * 50000), 400, True, "Malformed JSON string"),
+    "NaN": (post(b'{"mail": NaN}'), 400, True, "Malformed JSON string"),
+    "no UTF-8": (post(b'{"mail": "\xff"}'), 400, True, "Malformed JSON string"),
+    "half a surrogate pair": (post(b'{"mail": "\\ud800@example.org"}'), 400, True, "Malformed JSON string"),
+    "a number of many digits": (post(b'{"mail": ' + b"9" * 9000 + b"}"), 400, True, "Malformed JSON string"),
+}
+
+
+class Http(Peers):
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.gate = threading.Event()  # open: the next hop "gated" takes mail
+        cls.next_hop = SmtpPeer({".": held(cls.gate)})
+        cls.addClassCleanup(cls.next_hop.close)
+        cls.folder = tempfile.TemporaryDirectory(prefix="haineko-test-")
+        cls.addClassCleanup(cls.folder.cleanup)
+        listen = ["127.0.0.1:0", f"unix:{cls.folder.name}/socket", *(["[::1]:0"] if has_ipv6() else [])]
+        cls.server = Server({
+            "httpd": {
+                "listen": listen,
+                "timeout": 1,
+                "trusted_proxies": ["::1", "10.0.0.0/8"],
+                "allowed_origins": ["https://www.example.org"],
+            },
+            "smtpd": {"hostname": NAME, "max_message_size": 20000},
+            "relayhosts": {"relayhosts": ["127.0.0.1", "::1", "198.51.100.7"]},
+            "mailertable": {"default": {"mailer": "Discard"}, "gated.example.jp": esmtp(cls.next_hop, timeout=9)},
+        })  # fmt: skip
+        cls.addClassCleanup(cls.server.close)
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.gate.set()
+
+    def tearDown(self) -> None:
+        self.assertNotIn("Traceback", self.server.log())
+        self.assertEqual(self.server.process.poll(), None)
+
+    def has_form(self, found: dict, **wanted) -> None:
+        """The form of every answer: nine keys at the top, nine in each item."""
+        self.assertEqual(set(found), TOP)
+        self.assertEqual(set(found["timestamp"]), {"datetime", "unixtime"})
+        self.assertIsInstance(found["timestamp"]["unixtime"], str)
+        self.assertTrue(found["response"])
+        for item in found["response"]:
+            self.assertEqual(set(item), ITEM)
+            self.assertRegex(item["code"], r"\A[245]\d\d\Z")
+            self.assertIn(item["error"], (0, 1))
+            self.assertTrue(item["message"] and all(type(line) is str for line in item["message"]))
+        for key, value in wanted.items():
+            self.assertEqual(found["response"][0][key], value)
+
+    def test_a_submission_is_answered_in_full(self) -> None:
+        status, headers, found = self.server.ask(post(None, "User-Agent: test/1", "Referer: http://x.example/"))
+        self.assertEqual((status, headers["Content-Type"]), (200, "application/json; charset=utf-8"))
+        self.has_form(found, code="200", dsn="2.0.0", error=0, mailer="Discard", host=None, port=None)
+        self.assertRegex(found["queueid"], r"\A[0-9A-Za-z]{16}\Z")
+        self.assertEqual((found["remoteaddr"], found["useragent"]), ("127.0.0.1", "test/1"))
+        self.assertEqual(found["referer"], "http://x.example/")
+        self.assertIsInstance(found["remoteport"], int)
+        self.assertEqual((found["addresser"], found["recipient"]), ("kijitora@example.org", ["mikeneko@example.jp"]))
+
+    def test_any_content_type_is_json(self) -> None:
+        for kind in ("application/x-www-form-urlencoded", "text/plain", "application/json; charset=x", "nonsense"):
+            self.assertEqual(self.server.ask(post(None, f"Content-Type: {kind}"))[0], 200)
+
+    def test_pages(self) -> None:
+        cases = (
+            ("/", {"name": "Haineko", "version": haineko.__version__}),
+            ("/health", {"status": "ok"}),
+            ("/neko", "Nyaaaaa"),
+            ("/neko?a=b", "Nyaaaaa"),
+            ("http://x.example/neko", "Nyaaaaa"),
+        )
+        for path, wanted in cases:
+            with self.subTest(path):
+                status, headers, body = self.server.ask(get(path))
+                self.assertEqual((status, body), (200, wanted))
+                raw = body.encode() if path.endswith(("neko", "b")) else json.dumps(wanted).encode() + b"\n"
+                self.assertEqual(headers["Content-Length"], str(len(raw)))
+                again = self.server.ask(get(path, method="HEAD"), "HEAD")
+                self.assertEqual((again[0], again[1]["Content-Length"], again[2]), (200, str(len(raw)), ""))
+        self.assertTrue(self.server.ask(get("/neko"))[1]["Content-Type"].startswith("text/plain"))
+
+    def test_samples_are_valid_submissions(self) -> None:
+        _, _, samples = self.server.ask(get("/sample/mail"))
+        self.assertGreaterEqual(len(samples), 2)
+        for sample in samples:
+            self.assertEqual(self.server.ask(post(sample))[0], 200)
+
+    def test_conf_shows_the_settings_to_this_machine_only(self) -> None:
+        for host in ("127.0.0.1", "127.0.0.1:2794", "[::1]:2794", "localhost", NAME):
+            status, _, found = self.server.ask(get("/conf", host=host))
+            self.assertEqual((status, found["smtpd"]["max_message_size"]), (200, 20000))
+        strangers = [(get("/conf", host="rebound.example"), 0)]  # a web page whose name is now that of this machine
+        if len(self.server.places) > 2:
+            strangers.append((get("/conf", "X-Forwarded-For: 198.51.100.7", host="[::1]"), 2))
+        for octets, i in strangers:
+            status, _, found = self.server.ask(octets, i=i)
+            self.assertEqual(status, 403)
+            self.has_form(found, code="421", command="HTTP")
+
+    def test_requests_are_answered_and_the_connection_kept_or_closed(self) -> None:
+        for name, (octets, status, goes_on, words) in REQUESTS.items():
+            with self.subTest(name), self.server.wire() as wire:
+                method = "HEAD" if octets[:4] == b"HEAD" else ""
+                found, headers, body = wire.ask(octets, method)
+                self.assertEqual(found, status, body)
+                if status >= 400 and not method:
+                    self.has_form(body, **({"command": "HTTP", "code": "421"} if "origin" not in name else {}))
+                    self.assertIn(words, "\n".join(body["response"][0]["message"]))
+                self.assertEqual(headers.get("Connection") != "close", goes_on or "1.0 that" in name)
+                if goes_on:
+                    self.assertEqual(wire.ask(get("/neko"))[2], "Nyaaaaa")
+                else:
+                    wire.sock.shutdown(socket.SHUT_WR)
+                    self.assertTrue(wire.ended())
+
+    def test_allow_names_what_may_be_done(self) -> None:
+        cases = (
+            (get("/submit"), "POST, OPTIONS"),
+            (get("/submit", method="OPTIONS"), "POST, OPTIONS"),
+            (post(path="/neko"), "GET, HEAD, OPTIONS"),
+            (get("/neko", method="OPTIONS"), "GET, HEAD, OPTIONS"),
+        )
+        for octets, wanted in cases:
+            self.assertEqual(self.server.ask(octets)[1].get("Allow"), wanted)
+
+    def test_a_browsers_page_may_post_from_an_allowed_origin_only(self) -> None:
+        name = "Access-Control-Allow-Origin"
+        for origin, wanted in (("https://www.example.org", "https://www.example.org"), ("https://evil.example", None)):
+            asking = get("/submit", f"Origin: {origin}", "Access-Control-Request-Method: POST", method="OPTIONS")
+            status, headers, _ = self.server.ask(asking)
+            self.assertEqual((status, headers.get(name)), (204, wanted))
+            self.assertEqual("POST" in headers.get("Access-Control-Allow-Methods", ""), bool(wanted))
+            self.assertEqual(self.server.ask(post(None, f"Origin: {origin}"))[1].get(name), wanted)
+            self.assertEqual(self.server.ask(post(b"{", f"Origin: {origin}"))[1].get(name), wanted)
+
+    def test_keep_alive_and_pipelining(self) -> None:
+        with self.server.wire() as wire:
+            ids = [wire.ask(post())[2]["queueid"] for _ in range(5)]
+            self.assertEqual(len(set(ids)), 5)
+            wire.send(get("/neko") + post() + get("/nothing") + post(None, "Connection: close") + get("/neko"))
+            answers = [wire.answer() for _ in range(4)]
+            self.assertEqual([status for status, *_ in answers], [200, 200, 404, 200])
+            self.assertEqual(answers[3][1]["Connection"], "close")
+            self.assertTrue(wire.ended())
+
+    def test_a_request_in_single_octets_is_a_request(self) -> None:
+        with self.server.wire() as wire:
+            for octet in post({"body": "x"}):
+                wire.send(bytes([octet]))
+            self.assertEqual(wire.answer()[0], 400)
+
+    def test_go_on_is_said_to_who_waits_for_it(self) -> None:
+        head, _, body = post(None, "Expect: 100-continue").partition(b"\r\n\r\n")
+        with self.server.wire() as wire:
+            self.assertEqual(wire.ask(head + b"\r\n\r\n")[0], 100)
+            self.assertEqual(wire.ask(body)[0], 200)
+        for more in ("Content-Length: 999999", "Content-Length: 2, 3"):  # refused without a go-ahead
+            with self.server.wire() as wire:
+                self.assertIn(wire.ask(posting("Expect: 100-continue", more))[0], (400, 413))
+
+    def test_who_is_slow_or_idle_is_let_go_by_the_deadline(self) -> None:
+        begun = {
+            "idle": b"",
+            "half a head": b"GET /neko HT",
+            "half a body": posting("Content-Length: 100", body="{"),
+            "half a chunk": CHUNKS + "20\r\n{",
+            "idle after an answer": get("/neko"),
+        }
+        wires = {name: self.server.wire().send(octets) for name, octets in begun.items()}
+        wires["idle after an answer"].answer()
+        with self.server.wire() as dribbling:
+            began = time.monotonic()
+            for octet in get("/neko"):
+                dribbling.send(bytes([octet]))
+                if select.select([dribbling.sock], [], [], 0.1)[0]:
+                    break
+            self.assertLess(time.monotonic() - began, 3)
+            self.assertEqual(dribbling.answer()[0], 408)
+        for name, wire in wires.items():
+            with self.subTest(name), wire:
+                if "half" in name:
+                    status, _, found = wire.answer()
+                    self.assertEqual(status, 408)
+                    self.has_form(found, code="421", command="HTTP", message=["Request timeout"])
+                else:
+                    self.assertTrue(wire.ended())
+        self.assertLess(time.monotonic() - began, 5)
+
+    def test_many_slow_clients_keep_nobody_waiting(self) -> None:
+        with contextlib.ExitStack() as stack:
+            for _ in range(100):
+                stack.enter_context(self.server.wire()).send(b"POST /submit HTTP/1.1\r\n")
+            began = time.monotonic()
+            self.assertEqual(self.server.ask(post())[0], 200)
+            self.assertLess(time.monotonic() - began, 0.9)
+
+    def test_a_slow_next_hop_keeps_nobody_else_waiting(self) -> None:
+        self.gate.clear()
+        with self.server.wire() as slow:
+            slow.send(post(document(rcpt=["a@gated.example.jp"])))
+            eventually(lambda: self.next_hop.now, "the mail at its next hop")
+            self.assertEqual(self.server.ask(post())[0], 200)
+            self.gate.set()
+            self.assertEqual(slow.answer()[0], 200)
+
+    def test_a_client_that_disappears_has_its_mail_delivered(self) -> None:
+        before = len(self.next_hop.mails)
+        for count, linger in ((1, b"\0" * 8), (2, b"\1" + b"\0" * 7)):  # an end, a reset
+            self.gate.clear()
+            with self.server.wire() as wire:
+                wire.send(post(document(rcpt=["a@gated.example.jp"])))
+                eventually(lambda: self.next_hop.now, "the mail at its next hop")
+                wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.gate.set()
+            eventually(lambda: not self.next_hop.now, "its reply")
+            self.assertEqual(len(self.next_hop.mails), before + count)
+        self.assertEqual(self.server.ask(get("/health"))[0], 200)
+
+    def test_the_client_behind_trusted_proxies_is_the_first_untrusted_from_the_right(self) -> None:
+        if len(self.server.places) < 3:
+            self.skipTest("no IPv6 here")
+        cases = (
+            # through ::1, which is trusted
+            (2, "198.51.100.7", "198.51.100.7", 200),
+            (2, "192.0.2.9", "192.0.2.9", 403),
+            (2, "192.0.2.9, 198.51.100.7", "198.51.100.7", 200),
+            (2, "198.51.100.7, 192.0.2.9", "192.0.2.9", 403),
+            (2, "192.0.2.9, 198.51.100.7, 10.1.2.3", "198.51.100.7", 200),
+            (2, "10.1.2.3", "10.1.2.3", 403),
+            (2, "127.0.0.1", "127.0.0.1", 200),
+            (2, "nonsense", "::1", 400),  # must not pass for the proxy's own
+            (2, "198.51.100.7, nonsense, 10.1.2.3", "::1", 400),
+            (2, "nonsense, 198.51.100.7", "198.51.100.7", 200),
+            (2, "198.51.100.7:1234", "198.51.100.7", 200),
+            (2, "[2001:db8::1]:1234", "2001:db8::1", 403),
+            (2, "::ffff:198.51.100.7", "198.51.100.7", 200),
+            (2, None, "::1", 200),
+            (0, "192.0.2.9", "127.0.0.1", 200),
+        )
+        for i, forwarded, client, wanted in cases:
+            with self.subTest(forwarded, i=i):
+                lines = [f"X-Forwarded-For: {forwarded}"] if forwarded else []
+                status, _, found = self.server.ask(post(None, *lines), i=i)
+                self.assertEqual((status, found["remoteaddr"]), (wanted, client))
+                if wanted == 403:
+                    self.has_form(found, code="500", dsn="5.7.1", command="AUTH", message=["Access denied"])
+
+    def test_a_socket_in_the_file_system(self) -> None:
+        status, _, found = self.server.ask(post(), i=1)
+        self.assertEqual((status, found["remoteaddr"], found["remoteport"]), (200, "127.0.0.1", None))
+
+    def test_words_of_the_client_stay_out_of_the_answers_head(self) -> None:
+        _, headers, found = self.server.ask(post(None, "User-Agent: n\xffy\xe7a", "Referer: \xe3\x81\xab"))
+        self.assertEqual(found["referer"], "に")
+        self.assertEqual(set(headers), {"Server", "Date", "Content-Type", "Content-Length"})
+
+
+class HttpLogin(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        command = [sys.executable, PROGRAM, "pw", "-u", "sabatora"]
+        made = subprocess.run(command, input="sk\xf8yt\n".encode(), capture_output=True, check=True).stdout.decode()
+        hashes = {"kijitora": "{SSHA}9p2euyteR33mp0TYKjmYhTlIt1ctxuRn", **json.loads("{" + made + "}")}
+        relayhosts, recipients = {"relayhosts": []}, {"domainpart": ["example.jp"]}
+        cls.server = Server({"password": hashes, "relayhosts": relayhosts, "recipients": recipients})
+        cls.addClassCleanup(cls.server.close)
+
+    def test_who_logs_in_may_post(self) -> None:
+        cases = (
+            (None, 401),
+            ("Basic", 401),
+            ("Basic !!!", 401),
+            ("Basic " + base64.b64encode(b"nocolon").decode(), 401),
+            ("Bearer abc", 401),
+            ("kijitora:wrong", 401),
+            ("nobody:kijitora", 401),
+            (":", 401),
+            ("kijitora:", 401),
+            ("sabatora:sk\xf8yt", 200),
+            ("sabatora:skoyt", 401),
+            ("kijitora:kijitora", 200),
+            ("kijitora:kijitora", 200),
+            ("kijitora:kijitora2", 401),
+        )
+        for credentials, wanted in cases:
+            with self.subTest(credentials):
+                basic = "Basic " + base64.b64encode((credentials or "").encode()).decode()
+                line = f"Authorization: {basic if ':' in (credentials or '') else credentials}"
+                lines = [line] if credentials else []
+                status, headers, found = self.server.ask(post(None, *lines))
+                self.assertEqual(status, wanted)
+                self.assertEqual(headers.get("WWW-Authenticate", "").startswith("Basic realm="), wanted == 401)
+                if wanted == 401:
+                    [item] = found["response"]
+                    self.assertEqual((item["code"], item["dsn"], item["command"]), ("535", "5.7.0", "AUTH"))
+                    self.assertEqual((set(found), set(item)), (TOP, ITEM))
+        self.assertNotIn("kijitora2", self.server.log())
+
+    def test_the_second_time_costs_little(self) -> None:
+        line = "Authorization: Basic " + base64.b64encode("sabatora:sk\xf8yt".encode()).decode()
+        with self.server.wire() as wire:
+            wire.ask(post(None, line))
+            times = []
+            for _ in range(5):
+                began = time.monotonic()
+                self.assertEqual(wire.ask(post(None, line))[0], 200)
+                times.append(time.monotonic() - began)
+        self.assertLess(min(times), 0.015)
+
+    def test_a_login_opens_no_other_recipients(self) -> None:
+        line = "Authorization: Basic " + base64.b64encode(b"kijitora:kijitora").decode()
+        status, _, found = self.server.ask(post(document(rcpt=["a@example.net"]), line))
+        self.assertEqual((status, found["response"][0]["dsn"]), (400, "5.7.1"))
+
+    def test_other_pages_need_none_and_conf_masks_all(self) -> None:
+        self.assertEqual(self.server.ask(get("/health"))[0], 200)
+        status, _, found = self.server.ask(get("/conf", host="localhost"))
+        self.assertEqual((status, set(found["password"].values())), (200, {"********"}))
+
+
+class HttpOverTls(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        pem = certificate()
+        cls.server = Server({"httpd": {"tls": {"certificate": pem, "key": pem}, "timeout": 1}})
+        cls.addClassCleanup(cls.server.close)
+        cls.context = ssl.create_default_context(cafile=pem)
+
+    def test_the_same_over_tls(self) -> None:
+        self.assertTrue(self.server.urls[0].startswith("https://"))
+        with self.server.wire(0, self.context) as wire:
+            self.assertEqual(wire.ask(post())[0], 200)
+            wire.send(post() + post(document(body="x" * 100000)))
+            self.assertEqual([wire.answer()[0] for _ in range(2)], [200, 200])
+            self.assertIn(wire.sock.version(), ("TLSv1.2", "TLSv1.3"))
+
+    def test_who_speaks_no_tls_is_let_go(self) -> None:
+        silent = self.server.wire()
+        with self.server.wire() as clear, contextlib.suppress(ConnectionResetError):
+            self.assertNotIn(b"HTTP/1.1 200", clear.send(get("/neko")).sock.recv(100))
+        with self.server.wire(0, self.context) as wire:
+            self.assertEqual(wire.ask(get("/neko"))[0], 200)
+        with silent:
+            self.assertTrue(silent.ended())
+        self.assertNotIn("Traceback", self.server.log())
+
+
+class Workers(Peers):
+    def server(self, force: dict, *options: str) -> Server:
+        found = Server(force, *options)
+        self.addCleanup(found.close)
+        return found
+
+    def gated(self) -> tuple:
+        """(an event, a next hop that takes mail when it is set)."""
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        return gate, self.peer({".": held(gate)})
+
+    def test_past_max_connections_the_idlest_goes_or_503(self) -> None:
+        gate, peer = self.gated()
+        server = self.server({"httpd": {"max_connections": 3}, "mailertable": {"default": esmtp(peer, timeout=9)}})
+        idle = [server.wire() for _ in range(3)]
+        for wire in idle:
+            self.addCleanup(wire.close)
+            self.assertEqual(wire.ask(get("/neko"))[0], 200)
+        self.assertEqual(idle[0].ask(get("/neko"))[0], 200)  # now the second is the idlest
+        self.assertEqual(server.ask(get("/neko"))[0], 200)
+        self.assertTrue(idle[1].ended())
+        self.assertEqual(idle[2].ask(get("/neko"))[0], 200)
+        busy = [server.wire().send(post()) for _ in range(3)]
+        eventually(lambda: peer.now == 3, "three mails at their next hop")
+        for _ in range(3):
+            with server.wire() as wire:
+                status, headers, found = wire.ask(get("/neko"))
+                self.assertEqual((status, set(found)), (503, TOP))
+                self.assertIn("Retry-After", headers)
+                self.assertEqual(found["response"][0]["message"], ["Too many connections"])
+        gate.set()
+        for wire in busy:
+            with wire:
+                self.assertEqual(wire.answer()[0], 200)
+        self.assertEqual(server.ask(get("/neko"))[0], 200)
+
+    def test_a_crowd_past_the_limit_harms_nobody(self) -> None:
+        server = self.server({"httpd": {"max_connections": 8}})
+        wires = [server.wire() for _ in range(60)]
+        for wire in wires:
+            self.addCleanup(wire.close)
+        self.assertEqual(wires[-1].ask(get("/neko"))[0], 200)
+        self.assertEqual(server.ask(post())[0], 200)
+        self.assertNotIn("Traceback", server.log())
+        self.assertNotIn("a new one takes its place", server.log())
+
+    def test_a_worker_that_dies_is_replaced_and_the_other_goes_on(self) -> None:
+        gate, peer = self.gated()
+        force = {"httpd": {"workers": 2}, "mailertable": {"default": {"mailer": "Discard"}, "gated": esmtp(peer)}}
+        server = self.server(force)
+        before = eventually(lambda: len(server.workers()) == 2 and server.workers(), "two workers")
+        with server.wire() as wire:
+            queueid = wire.ask(post())[2]["queueid"]
+            mine = int(re.search(rf"haineko\[(\d+)\]: {queueid}", server.log())[1])
+            wire.send(post(document(rcpt=["a@gated"])))
+            eventually(lambda: peer.now, "the mail at its next hop")
+            [other] = before - {mine}
+            os.kill(other, signal.SIGKILL)
+            after = eventually(
+                lambda: len(server.workers() - {other}) == 2 and server.workers() - {other}, "a new worker"
+            )
+            self.assertEqual(len(after - before), 1)
+            self.assertEqual([server.ask(post())[0] for _ in range(8)], [200] * 8)
+            gate.set()
+            self.assertEqual(wire.answer()[0], 200)
+        self.assertIn(f"worker {other} ended (signal 9)", server.log())
+
+    def test_a_stopping_server_answers_what_is_in_flight(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number):
+                gate, peer = self.gated()
+                server = self.server({"httpd": {"workers": 2}, "mailertable": {"default": esmtp(peer)}})
+                idle, half = server.wire(), server.wire().send(get("/health")[:-1])
+                self.assertEqual(idle.ask(get("/health"))[0], 200)
+                with server.wire() as wire, idle, half:
+                    wire.send(post())
+                    eventually(lambda peer=peer: peer.now, "the mail at its next hop")
+                    server.process.send_signal(number)
+                    self.assertTrue(idle.ended())
+                    self.assertEqual(half.ask("\n")[::2], (503, {"status": "stopping"}))
+                    self.assertRaises(OSError, eventually, lambda server=server: server.wire().close(), "no connection")
+                    self.assertIsNone(server.process.poll())
+                    gate.set()
+                    status, headers, _ = wire.answer()
+                    self.assertEqual((status, headers["Connection"]), (200, "close"))
+                    self.assertEqual(server.process.wait(15), 0)
+                self.assertEqual(peer.lines[-1], "QUIT")
+
+    def test_a_signal_right_after_the_start_is_not_overheard(self) -> None:
+        for _ in range(3):
+            server = self.server({"httpd": {"workers": 4}})
+            server.process.terminate()
+            self.assertEqual(server.process.wait(15), 0)
+            self.assertNotIn("Traceback", server.log())
+
+    def test_workers_do_not_outlive_their_master(self) -> None:
+        server = self.server({"httpd": {"workers": 2}})
+        workers = eventually(lambda: len(server.workers()) == 2 and server.workers())
+        server.process.kill()
+        eventually(lambda: not any(alive(pid) for pid in workers), "an end of the workers")
+
+    def wire_to_each_worker(self, server: Server) -> list:
+        """Connections that stay open, one at least for each worker."""
+        workers, found, wires = eventually(lambda: len(server.workers()) == 2 and server.workers()), set(), []
+        while found != workers:
+            self.assertLess(len(wires), 50)
+            wires.append(server.wire())
+            self.addCleanup(wires[-1].close)
+            queueid = wires[-1].ask(post())[2]["queueid"]
+            found.add(int(re.search(rf"haineko\[(\d+)\]: {queueid}", server.log())[1]))
+        return wires
+
+    def test_settings_are_read_again_when_they_change_or_on_sighup(self) -> None:
+        server = self.server({"httpd": {"workers": 2, "timeout": 20}})
+        whole, begun = post(document(rcpt=["a@example.net"])), server.wire()
+        self.addCleanup(begun.close)
+        begun.send(whole[:-20])
+        wires = self.wire_to_each_worker(server)
+        codes = lambda: {wire.ask(whole)[2]["response"][0]["code"] for wire in wires}  # noqa: E731
+        self.assertEqual(codes(), {"200"})
+        closed = {"httpd": {"workers": 2, "timeout": 20}, "recipients": {"domainpart": ["example.jp"]}}
+        server.write(closed)
+        eventually(lambda: codes() == {"553"}, "the new settings in all workers")
+        self.assertEqual(begun.ask(whole[-20:])[0], 200, "a request that began before uses one set to its end")
+        server.write({"recipients": {"domainparts": ["x"]}, "mailertable": {"default": {"mailer": "ESNTP"}}})
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: "settings not taken" in server.log(), "a word about the faults")
+        self.assertIn('recipients.domainparts: unknown key; did you mean "domainpart"?', server.log())
+        self.assertIn('mailertable.default.mailer: "ESNTP" is no relay known here; did you mean "ESMTP"?', server.log())
+        self.assertEqual(codes(), {"553"})
+        server.write({**closed, "recipients": {"open-relay": 1}})
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: codes() == {"200"}, "the newest settings in all workers")
+        self.assertIn("settings read again", server.log())
+        self.assertNotIn("a new one takes its place", server.log())
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stream:
+            return stream.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return os.path.isdir("/proc") is False
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+# ======================================================================================================================
+# 16. Commands
+# ======================================================================================================================
+
+
+class Commands(Folder, Peers):
+    def setUp(self) -> None:
+        Folder.setUp(self)
+        Peers.setUp(self)
+
+    def haineko(self, *words: str, given: bytes | str = b"", **variables: str) -> tuple:
+        """(exit code, stdout, stderr) of a command."""
+        done = subprocess.run(
+            [sys.executable, PROGRAM, *words],
+            input=given if isinstance(given, bytes) else given.encode(),
+            capture_output=True,
+            timeout=20,
+            cwd=self.folder,
+            env=environment(**variables),
+            check=False,
+        )
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    def called(self, *words: str) -> tuple:
+        """The same without a process, for a command that needs none of its own."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            return haineko.main(list(words)), out.getvalue(), err.getvalue()
+
+    def each(self, *cases: tuple, given: tuple = (), **variables: str) -> list:
+        """The results of several commands, run side by side."""
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            running = [
+                pool.submit(self.haineko, *words, given=text, **variables)
+                for words, text in itertools.zip_longest(cases, given, fillvalue="")
+            ]
+            return [item.result() for item in running]
+
+    def settings(self, **sections) -> str:
+        """Path of a settings file."""
+        sections = {
+            "smtpd": {"hostname": NAME},
+            "recipients": {"open-relay": 1},
+            "mailertable": {"default": {"mailer": "Discard"}},
+            **sections,
+        }
+        return self.write("haineko.json", sections)
+
+    def test_usage(self) -> None:
+        self.assertEqual(self.haineko("--version"), (0, f"Haineko {haineko.__version__}\n", ""))
+        cases = ((), ("nyaa",), ("serve", "--nyaa"), ("route",))
+        for words, (code, out, err) in zip(cases, self.each(*cases)):
+            with self.subTest(words):
+                self.assertEqual((code, out), (2, ""))
+                self.assertIn("usage:", err)
+        code, out, _ = self.haineko("-h")
+        self.assertEqual(code, 0)
+        for name in haineko.COMMANDS:
+            self.assertIn(f"    {name} ", out)
+            with self.assertRaises(SystemExit) as ended, contextlib.redirect_stdout(None):
+                haineko.main([name, "-h"])
+            self.assertEqual(ended.exception.code, 0)
+
+    def test_serve_without_settings_harms_nobody_and_says_so(self) -> None:
+        server = Server(None, "--listen", "127.0.0.1:0", "--workers", "1", "-d")
+        self.addCleanup(server.close)
+        self.assertRegex(server.urls[0], r"\Ahttp://127\.0\.0\.1:[1-9]\d*/\Z")
+        self.assertRegex(server.log(), "(?m)^haineko: NO SETTINGS FILE")
+        status, _, found = server.ask(post(document(rcpt=["anybody@anywhere.example"])))
+        self.assertEqual((status, found["response"][0]["mailer"]), (200, "Screen"))
+        self.assertIn("Subject: Nyaaaa\n", server.log())
+        self.assertEqual(server.stop(), 0)
+
+    def test_serve_shows_dialogues_without_secrets(self) -> None:
+        peer = self.peer({}, "AUTH PLAIN", logins={"kijitora": "n-y-a-a"})
+        route = esmtp(peer, auth="x")
+        force = {"authinfo": {"x": {"username": "kijitora", "password": "n-y-a-a"}}, "mailertable": {"default": route}}
+        server = Server(force, "--devel")
+        self.addCleanup(server.close)
+        self.assertEqual(server.ask(post())[0], 200)
+        self.assertIn("127.0.0.1 > RCPT TO:<mikeneko@example.jp>\n127.0.0.1 < 250 2.1.5 recipient fine\n", server.log())
+        self.assertNotRegex(server.log(), "n-y-a-a|" + base64.b64encode(b"\0kijitora\0n-y-a-a").decode())
+
+    def test_serve_says_why_it_does_not_start(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            place = f"127.0.0.1:{taken.getsockname()[1]}"
+            fine = self.settings()
+            bad = self.write("bad.json", {"httpd": {"lissen": "x"}, "mailertable": {"default": {"mailer": "ESNTP"}}})
+            cases = (
+                (("serve", "--listen", place, "-c", fine), 1, f"can't listen at {place}: Address already in use"),
+                (("serve", "--listen", "nonsense"), 2, '"host:port", "[v6]:port" or "unix:/path" is wanted'),
+                (("serve", "--workers", "-1"), 2, "a whole number from 0 to 256"),
+                (("serve", "--workers", "x"), 2, "invalid int value"),
+                (("serve", "-c", bad), 2, 'httpd.lissen: unknown key; did you mean "listen"?'),
+                (("serve", "-c", "/nowhere.json"), 2, "/nowhere.json: No such file or directory"),
+            )
+            results = self.each(*[words for words, *_ in cases])
+            for (words, wanted, reason), (code, out, err) in zip(cases, results):
+                with self.subTest(words):
+                    self.assertEqual((code, out), (wanted, ""))
+                    self.assertIn(reason, err)
+                    self.assertNotIn("Traceback", err)
+            code, _, err = self.haineko("serve", HAINEKO_CONF=bad)
+            self.assertEqual(code, 2)
+            self.assertIn('mailertable.default.mailer: "ESNTP" is no relay known here', err)
+
+    def test_the_daemon_starts_stops_restarts_and_says_how_it_is(self) -> None:
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        peer = self.peer({".": held(gate)})
+        force = self.settings(
+            httpd={"listen": "127.0.0.1:0", "workers": 1}, mailertable={"default": esmtp(peer, timeout=9)}
+        )
+        options = ("-c", force, "--pid-file", os.path.join(self.folder, "x.pid"))
+        self.addCleanup(self.haineko, "stop", *options)
+        self.addCleanup(gate.set)
+
+        def placed(err: str):
+            return place_of(re.search(r"http://\S+", err)[0])
+
+        for command in ("status", "stop", "reload"):
+            self.assertEqual(self.haineko(command, *options)[0], 1, command)
+        code, out, err = self.haineko("start", *options)
+        self.assertEqual((code, out), (0, ""), err)
+        self.assertEqual(self.haineko("start", *options)[0], 1)
+        code, out, _ = self.haineko("status", *options)
+        self.assertEqual((code, int(re.search(r"pid (\d+)", out)[1])), (0, int(re.search(r"pid (\d+)", err)[1])))
+        self.assertEqual(self.haineko("reload", *options)[0], 0)
+        with Wire(placed(err)) as wire:
+            wire.send(post())
+            eventually(lambda: peer.now, "the mail at its next hop")
+            stopping = threading.Thread(target=lambda: found.append(self.haineko("restart", *options)))
+            found: list = []
+            stopping.start()
+            self.assertRaises(OSError, eventually, lambda: Wire(placed(err)).close(), "no connection")
+            self.assertEqual(found, [])
+            gate.set()
+            self.assertEqual(wire.answer()[0], 200)
+            stopping.join()
+        [(code, _, err)] = found
+        self.assertEqual(code, 0)
+        with Wire(placed(err)) as wire:
+            self.assertEqual(wire.ask(post())[0], 200)
+        self.write("haineko.json", {"httpd": {"lissen": 1}})
+        for command in ("reload", "restart"):  # rather the old one than none
+            self.assertEqual(self.haineko(command, *options)[0], 2, command)
+        self.assertEqual(self.haineko("stop", *options)[0], 0)
+        self.assertEqual(self.haineko("status", *options)[:2], (1, "haineko does not run\n"))
+        self.assertFalse(os.path.exists(os.path.join(self.folder, "x.pid")))
+        with open(os.path.join(self.folder, "x.log"), encoding="utf-8") as stream:
+            text = stream.read()
+        self.assertIn("settings read again", text)
+        self.assertNotIn("Traceback", text)
+
+    def test_start_says_why_it_does_not(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            force = self.settings(httpd={"listen": f"127.0.0.1:{taken.getsockname()[1]}"})
+            code, _, err = self.haineko("start", "-c", force, "--pid-file", os.path.join(self.folder, "x.pid"))
+        self.assertEqual(code, 1)
+        self.assertIn("Address already in use", err)
+
+    def test_check_prints_every_fault_or_where_mail_would_go(self) -> None:
+        smart = {"host": "smtp.example.org", "port": 587, "starttls": 1, "auth": "relay"}
+        login = {"relay": {"username": "a", "password": "b"}}
+        cases = (
+            ({"mailertable": {"default": smart}, "authinfo": login}, "smtp.example.org:587, STARTTLS, AUTH as relay"),
+            ({"mailertable": {"default": {"mailer": "Discard"}}}, "Discard"),
+            ({"mailertable": {"default": {"mailer": self.folder}}}, f"File {self.folder}"),
+            ({}, "ESMTP 127.0.0.1:25"),
+        )
+        paths = [self.write(f"{i}.json", sections) for i, (sections, _) in enumerate(cases)]
+        results = [self.called("check", "-c", path) for path in paths]
+        for (sections, wanted), (code, out, err) in zip(cases, results):
+            with self.subTest(sections):
+                self.assertEqual((code, err, out.count("\n")), (0, "", 1))
+                self.assertIn(wanted, out)
+        faulty = {
+            "htpd": {},
+            "smtpd": {"max_workers": 0, "max_message_sise": 1},
+            "mailertable": {"default": {"auth": "relai"}, "example.jp": {"port": "25"}},
+            "authinfo": login,
+        }
+        code, out, err = self.haineko("check", HAINEKO_CONF=self.write("haineko.json", faulty))
+        self.assertEqual((code, err), (1, ""))
+        for path, hint in (
+            ("htpd", '"httpd"'),
+            ("smtpd.max_workers", "1 to 256"),
+            ("smtpd.max_message_sise", '"max_message_size"'),
+            ("mailertable.example.jp.port", "1 to 65535"),
+        ):
+            self.assertRegex(out, rf"(?m)^{re.escape(path)}: .*{re.escape(hint)}")
+        code, out, _ = self.called("check", "-c", self.write("haineko.json", {"authinfo": login}, mode=0o644))
+        self.assertEqual(code, 1)
+        self.assertIn("chmod 600", out)
+        self.assertEqual(self.called("check", "-c", os.path.join(self.folder, "none"))[0], 1)
+
+    def test_the_example_is_fine(self) -> None:
+        example = os.path.join(os.path.dirname(PROGRAM), "haineko.json.example")
+        code, out, _ = self.called("check", "-c", example)
+        self.assertEqual((code, out.count("\n")), (0, 1), out)
+
+    def test_route_says_which_and_why(self) -> None:
+        force = self.settings(
+            recipients={"domainpart": ["example.jp", "a.example.jp", "example.net"]},
+            mailertable={"example.jp": {"mailer": "Screen"}, ".example.jp": {"host": "192.0.2.1", "port": 465}},
+            sendermt={"example.org": {"mailer": "Discard"}},
+        )
+        cases = (
+            (("a@example.jp",), 0, 'Screen (mailertable["example.jp"])'),
+            (("a@A.Example.JP",), 0, 'ESMTP 192.0.2.1:465, TLS (mailertable[".example.jp"])'),
+            (("a@example.net", "--sender", "b@example.org"), 0, 'Discard (sendermt["example.org"])'),
+            (("a@example.net",), 0, "ESMTP 127.0.0.1:25 (no route matches)"),
+            (("a@example.com",), 1, "would be refused: 553 5.7.1"),
+            (("nonsense",), 2, "is no mail address"),
+            (("a@example.jp", "--sender", "nonsense"), 2, "is no mail address"),
+        )
+        run = [self.called] * (len(cases) - 2) + [self.haineko] * 2
+        results = [call("route", *words, "-c", force) for call, (words, *_) in zip(run, cases)]
+        for (words, wanted, part), (code, out, err) in zip(cases, results):
+            with self.subTest(words):
+                self.assertEqual(code, wanted)
+                self.assertIn(part, out + err)
+
+    def test_send_posts_and_says_whether_all_was_accepted(self) -> None:
+        peer = self.peer({"RCPT": refuses(b="550 5.1.1 no")})
+        hashed = {"kijitora": "{SSHA}9p2euyteR33mp0TYKjmYhTlIt1ctxuRn"}
+        server = Server({"mailertable": {"default": esmtp(peer)}, "password": hashed})
+        self.addCleanup(server.close)
+        root = server.urls[0]
+        login, flags = ("--user", "kijitora"), ("--subject", "謹賀新年", "--body", "にゃあ", "--mail", "a@example.org")
+        whole, some = json.dumps(document()), json.dumps(document(rcpt=["a@example.jp", "b@example.jp"]))
+        path = self.write("mail.json", whole)
+        cases = (
+            # words, on stdin, exit code, codes of the recipients
+            ((path, "--url", root, *login), "", 0, ["250"]),
+            ((path, "--url", root + "submit", *login), "", 0, ["250"]),
+            (("--url", root.rstrip("/"), *login), whole, 0, ["250"]),
+            (("-", "--url", root, *login), some, 1, ["250", "550"]),
+            (("--url", root), whole, 1, ["535"]),
+            (("-", "--url", root, *login), "{", 1, ["421"]),
+            (("--url", root, *login, "--to", "a@example.jp", *flags), "", 0, ["250"]),
+            (("--url", root, *login, "--to", "a@example.jp", "--to", "b@example.jp", *flags), "", 1, ["250", "550"]),
+            (("--url", root, *login, "--to", "a@example.jp", "--subject", "x"), "from stdin\n", 0, ["250"]),
+            (("--url", "http://127.0.0.1:1/", *login), whole, 1, None),
+            (("--url", "nonsense", *login), whole, 2, None),
+            (("/nowhere.json", "--url", root, *login), "", 2, None),
+        )
+        commands = [("send", *words) for words, *_ in cases]
+        results = self.each(*commands, given=[text for _, text, *_ in cases], HAINEKO_PASSWORD="kijitora")
+        for (words, _, wanted, codes), (code, out, err) in zip(cases, results):
+            with self.subTest(words):
+                self.assertEqual(code, wanted, err)
+                self.assertEqual([item["code"] for item in json.loads(out)["response"]] if out else None, codes)
+                self.assertEqual(bool(err), codes is None)
+                self.assertNotIn("Traceback", err)
+        [found] = [message for message in map(email.message_from_bytes, [octets for *_, octets in peer.mails])
+                   if message["To"] == "a@example.jp" and "=?" in message["Subject"]][:1]  # fmt: skip
+        self.assertEqual(email.header.make_header(email.header.decode_header(found["Subject"])), "謹賀新年")
+        self.assertEqual(found.get_payload(decode=True).decode(), "にゃあ\r\n")
+
+    def test_sendmail(self) -> None:
+        peer = self.peer({"RCPT": refuses(n="550 5.1.1 no", l="450 4.2.0 later")})
+        force = self.settings(
+            recipients={"domainpart": ["example.jp"]}, mailertable={"default": esmtp(peer), "x": {"mailer": "Discard"}}
+        )
+        text = "From: a@example.org\nTo: One <1@example.jp>,\n 2@example.jp\nCc: 3@example.jp\nBcc: 4@example.jp\n"
+        text += "Subject: Nya\n\nMeow.\n.\nmore\n"
+        to = lambda *names: [f"RCPT TO:<{name}@example.jp>" for name in names]  # noqa: E731
+        cases = (
+            # words, message, exit code, envelope recipients that were taken
+            (("a@example.jp",), text, 0, to("a")),
+            (("a@example.jp", "b@example.jp"), text, 0, to("a", "b")),
+            (("-i", "-t"), text, 0, to("1", "2", "3", "4")),
+            (("-oi", "-f", "b@example.org", "--", "a@example.jp"), text, 0, to("a")),
+            (("-i", "-f", "", "a@example.jp"), text, 0, to("a")),
+            (("-t",), "Subject: x\n\nx\n", 64, None),
+            ((), text, 64, None),
+            (("-Z", "a@example.jp"), text, 64, None),
+            (("-bs",), text, 64, None),
+            (("-f", "nonsense", "a@example.jp"), text, 64, None),
+            (("a@example.jp",), "Subject: bare\rCR\n\nx\n", 65, None),
+            (("n@example.jp",), text, 69, None),
+            (("l@example.jp",), text, 75, None),
+            (("n@example.jp", "a@example.jp"), text, 69, to("a")),
+            (("n@example.jp", "l@example.jp"), text, 75, None),
+            (("a@example.net",), text, 77, None),
+            (("a@example.net", "a@example.jp"), text, 77, to("a")),
+            (("a@example.jp",), f"X-Haineko-Loop: {NAME}\n" + text, 69, None),
+        )
+        commands = [("sendmail", "-C", force, *words) for words, *_ in cases]
+        results = self.each(*commands, given=[f"X-Case: {i}\n{case[1]}" for i, case in enumerate(cases)])
+        mails = {int(email.message_from_bytes(mail[2])["X-Case"]): mail for mail in peer.mails}
+        for i, ((words, given, wanted, recipients), (code, out, err)) in enumerate(zip(cases, results)):
+            with self.subTest(words=words, given=given[:30]):
+                self.assertEqual((code, out), (wanted, ""), err)
+                self.assertEqual(bool(err), bool(wanted))
+                self.assertNotIn("Traceback", err)
+                self.assertEqual(mails[i][1] if i in mails else None, recipients)
+        self.assertEqual(mails[3][0], "MAIL FROM:<b@example.org>")
+        self.assertEqual(mails[4][0], "MAIL FROM:<>")
+        for octets, dots in ((mails[0][2], False), (mails[2][2], True)):
+            found = email.message_from_bytes(octets)
+            self.assertEqual((found["Bcc"], found["Subject"], found["X-Haineko-Loop"]), (None, "Nya", NAME))
+            self.assertEqual(b"\r\n..\r\nmore\r\n" in octets, dots)
+            self.assertTrue(found["Received"] and found["Date"] and found["Message-Id"])
+        bad = self.write("bad.json", {"x": 1})
+        self.assertEqual(self.haineko("sendmail", "-C", bad, "a@example.jp", given=text)[0], 78)
+
+    def test_a_password_through_a_pipe_logs_in(self) -> None:
+        code, out, err = self.haineko("pw", "-u", 'kiji"tora', given="にゃあ secret\n")
+        self.assertEqual((code, err), (0, ""))
+        [(user, line)] = json.loads("{" + out + "}").items()
+        self.assertEqual(user, 'kiji"tora')
+        self.assertTrue(haineko.verify(line, "にゃあ secret"))
+        self.assertFalse(haineko.verify(line, "にゃあ secret\n"))
+        server = Server({"password": {"kiji": line}})
+        self.addCleanup(server.close)
+        for word, wanted in (("にゃあ secret", 200), ("nyaa", 401)):
+            credentials = base64.b64encode(f"kiji:{word}".encode()).decode()
+            self.assertEqual(server.ask(post(None, f"Authorization: Basic {credentials}"))[0], wanted)
+        self.assertEqual(self.haineko("pw", given="")[0], 1)
+
+    def test_setup_writes_what_is_not_there(self) -> None:
+        folder = os.path.join(self.folder, "new", "folder")
+        code, out, err = self.haineko("setup", "--dest", folder)
+        names = [os.path.join(folder, name) for name in ("haineko.json", "haineko.service")]
+        self.assertEqual((code, out.splitlines(), err), (0, names, ""))
+        self.assertEqual(stat.S_IMODE(os.stat(names[0]).st_mode), 0o600)
+        self.assertEqual(self.called("check", "-c", names[0])[0], 0)
+        with open(names[1], encoding="utf-8") as stream:
+            self.assertIn(f"ExecStart={sys.executable} {PROGRAM} serve -c {folder}/haineko.json\n", stream.read())
+        with open(names[0], "w") as stream:
+            stream.write("mine")
+        os.unlink(names[1])
+        code, out, err = self.haineko("setup", "--dest", folder)
+        self.assertEqual((code, out.splitlines()), (1, names[1:]))
+        self.assertIn("File exists", err)
+        with open(names[0]) as stream:
+            self.assertEqual(stream.read(), "mine")
+        self.assertEqual(self.haineko("setup")[0], 2)
+
+
+# ======================================================================================================================
+# Parts: mail of several parts, further fields, finished messages (sections 5 and 7)
+# ======================================================================================================================
+
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII=")
+ALL_OCTETS = bytes(range(256)) * 5
+PDF, OCTETS = "application/pdf", "application/octet-stream"
+HTML = '<p>Gr&uuml;&szlig;e <b>猫</b></p><img src="cid:logo">'
+OF_HTML = "Grüße 猫\n"
+CATS = "猫" * 90 + ".pdf"
+
+
+def file(filename: str | None = None, octets: bytes = b"%PDF-1.4 \0\r\n", **more) -> dict:
+    """An attachment as JSON."""
+    named = {} if filename is None else {"filename": filename}
+    return {**named, "content": base64.b64encode(octets).decode(), **more}
+
+
+def understood(submission) -> haineko.Submission:
+    found, faults = haineko.understand(as_body(submission))
+    if faults:
+        raise ValueError(faults)
+    return found
+
+
+def parsed(octets: bytes) -> email.message.EmailMessage:
+    return email.message_from_bytes(octets, policy=email.policy.default)
+
+
+def shape(part) -> str:
+    """A message's structure in a line: alternative(plain, related(html, png))."""
+    inner = ", ".join(shape(item) for item in part.iter_parts()) if part.is_multipart() else ""
+    return part.get_content_subtype() + (f"({inner})" if inner else "")
+
+
+def text_in(part) -> str:
+    """What a part of text says, with LF."""
+    octets, charset = part.get_payload(decode=True), part.get_content_charset()
+    text = as_in_jis(octets) if charset == "iso-2022-jp" else octets.decode(charset)
+    return text.replace("\r\n", "\n")
+
+
+def files_in(message) -> list:
+    """[(name, type, octets, disposition, content id)] of the parts that are files."""
+    return [
+        (part.get_filename(), part.get_content_type(), part.get_payload(decode=True) if not part.is_multipart() else
+         part.get_payload(0).as_bytes(), part.get_content_disposition(), part.get("content-id"))
+        for part in message.walk()
+        if part.get_content_disposition()
+    ]  # fmt: skip
+
+
+def ends(text: str) -> str:
+    """Text as it comes out: LF, one behind the last line."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text if text.endswith("\n") else text + "\n"
+
+
+class Mail:
+    """A row of the corpus: what it is, changes to a submission, and what a reader finds beyond them."""
+
+    def __init__(
+        self, what: str, shape_: str = "plain", plain: str | None = None, files: tuple = (), **changes
+    ) -> None:
+        self.what, self.shape, self.changes = what, shape_, changes
+        self.submission = document(**changes)
+        self.plain = ends(self.submission.get("body", "")) if plain is None else plain
+        self.files = files  # of (type, disposition) for each file
+
+
+NAMED = {"a b.pdf": PDF, 'say "x".pdf': PDF, "a;b=c.pdf": PDF, "100%.pdf": PDF, "it's.pdf": PDF,
+    "=?UTF-8?B?44Kt?=.pdf": PDF,
+         "請求書.pdf": PDF, "請求書　2024年.pdf": PDF, "Rechnung für Müller.pdf": PDF, "😺.png": "image/png", CATS: PDF,
+         "x" * 251 + ".pdf": PDF, "ｶﾞ①.pdf": PDF, "README": OCTETS, "a.unheard-of": OCTETS,
+         "a.tar.gz": "application/gzip",
+         "a.TXT": "text/plain", "b.csv": "text/csv", "a.docx": haineko.TYPES[".docx"], "mail.eml": OCTETS,
+         "data:text,x.png": "image/png", ".profile": OCTETS, "a.pdf ": PDF, "👨‍👩‍👧.jpg": "image/jpeg"}  # fmt: skip
+ATTACHED = [("attachment",)]
+CORPUS = [
+    Mail("text"),
+    Mail("text in Japanese", body="あとで\r\nお年玉\n"),
+    Mail("HTML beside text", "alternative(plain, html)", html="<p>x</p>", body="other words"),
+    Mail("HTML alone", "alternative(plain, html)", OF_HTML, html=HTML, body=None),
+    Mail("HTML alone, body empty", "alternative(plain, html)", OF_HTML, html=HTML, body=""),
+    Mail("HTML that says nothing", "alternative(plain, html)", "\n", html="<p></p>", body=None),
+    Mail("HTML with long lines", "alternative(plain, html)", html="<p>" + "x" * 5000 + "</p>"),
+    Mail("HTML in ISO-2022-JP", "alternative(plain, html)", html="<p>髙①ガ～</p>", header={"charset": "ISO-2022-JP"}),
+    Mail("HTML in ISO-8859-1", "alternative(plain, html)", html="<p>für</p>", header={"charset": "ISO-8859-1"}),
+    Mail("HTML that the charset can't hold", "alternative(plain, html)", html="猫", header={"charset": "ISO-8859-1"}),
+    Mail("lines with dots and From", "alternative(plain, html)", body=".\n..\nFrom me\n.", html=".\nFrom me\n.\n--x"),
+    Mail("HTML with every line end", "alternative(plain, html)", html="a\rb\nc\r\nd\n\n", body="a\rb\nc\r\nd\n\n"),
+    Mail("text and a file", "mixed(plain, pdf)", attachments=[file("a.pdf")], files=((PDF, "attachment"),)),
+    Mail("one attachment, not in a list", "mixed(plain, pdf)", attachments=file("a.pdf"), files=((PDF, "attachment"),)),
+    Mail("no attachments", attachments=[]),
+    Mail("null for attachments", attachments=None),
+    Mail("an empty file", "mixed(plain, pdf)", attachments=[file("a.pdf", b"")], files=((PDF, "attachment"),)),
+    Mail("all octets", "mixed(plain, octet-stream)", attachments=[file("a", ALL_OCTETS)], files=((OCTETS,
+    "attachment"),)),
+    Mail("a file of many lines", "mixed(plain, plain)", attachments=[file("a.txt", b"a\nb\r\nc\rd\0 \t\n.\n" * 9999)],
+         files=(("text/plain", "attachment"),)),
+    Mail("a file in Latin-1", "mixed(plain, csv)", attachments=[file("a.csv", "Grüße\n".encode("latin-1"))],
+         files=(("text/csv", "attachment"),)),
+    Mail("three files", "mixed(plain, pdf, pdf, png)", attachments=[file("a.pdf"), file("a.pdf"), file("b.png", PNG)],
+         files=((PDF, "attachment"), (PDF, "attachment"), ("image/png", "attachment"))),
+    Mail("a file without a name", "mixed(plain, octet-stream)", attachments=[file()], files=((OCTETS, "attachment"),)),
+    Mail("a file with a type", "mixed(plain, x-cat)", attachments=[file("a.pdf", type="Application/X-Cat")],
+         files=(("application/x-cat", "attachment"),)),
+    Mail("a type with parameters", "mixed(plain, calendar)", attachments=[
+        file("a.ics", type='text/calendar; charset=utf-8; method="REQUEST" ;name=x.ics')],
+        files=(("text/calendar", "attachment"),)),
+    Mail("a file shown in line", "mixed(plain, png)", attachments=[file("a.png", PNG, inline=True)],
+         files=(("image/png", "inline"),)),
+    Mail("inline as a number", "mixed(plain, png)", attachments=[file("a.png", PNG, inline=0)],
+         files=(("image/png", "attachment"),)),
+    Mail("base64 in lines", "mixed(plain, pdf)", attachments=[
+        {"filename": "a.pdf", "content": "JVBE\r\nRi0x\nLjQg AA0K"}], files=((PDF, "attachment"),)),
+    Mail("a picture in HTML", "alternative(plain, related(html, png))", html=HTML, attachments=[
+        file("l.png", PNG, cid="logo")], files=(("image/png", "inline"),)),
+    Mail("a cid in brackets", "alternative(plain, related(html, png))", html=HTML, attachments=[
+        file("l.png", PNG, cid="<logo@x>")], files=(("image/png", "inline"),)),
+    Mail("a cid without HTML", "mixed(plain, png)", attachments=[file("l.png", PNG, cid="logo")],
+         files=(("image/png", "inline"),)),
+    Mail("two pictures in HTML", "alternative(plain, related(html, png, png))", html=HTML, attachments=[
+        file("l.png", PNG, cid="logo"), file("m.png", PNG, cid="LOGO")],
+        files=(("image/png", "inline"), ("image/png", "inline"))),
+    Mail("a receipt", "mixed(alternative(plain, related(html, png)), pdf)", html=HTML, attachments=[
+        file("領収書.pdf"), file("logo.png", PNG, cid="logo")], files=(("image/png", "inline"), (PDF, "attachment"))),
+    Mail("a receipt, HTML alone", "mixed(alternative(plain, related(html, png)), pdf)", OF_HTML, body=None, html=HTML,
+         attachments=[file("logo.png", PNG, cid="logo"), file("a.pdf")], files=(("image/png", "inline"), (PDF,
+         "attachment"))),
+    Mail("HTML and a file", "mixed(alternative(plain, html), pdf)", html=HTML, attachments=[file("a.pdf")],
+         files=((PDF, "attachment"),)),
+    Mail("a receipt in ISO-2022-JP", "mixed(alternative(plain, related(html, png)), pdf)", html="<p>領収書</p>",
+    attachments=[
+        file("領収書.pdf"), file("logo.png", PNG, cid="logo")], header={"charset": "iso-2022-jp", "subject": "領収書"},
+        files=(("image/png", "inline"), (PDF, "attachment"))),
+    Mail("a forwarded message", "mixed(plain, rfc822(plain))", attachments=[
+        file("a.eml", b"From: a@b.example\nSubject: x\n\nMeow.\n", type="message/rfc822")],
+        files=(("message/rfc822", "attachment"),)),
+    *[Mail(f"a file called {name[:30]}", f"mixed(plain, {kind.partition('/')[2]})", attachments=[file(name)],
+           files=((kind, "attachment"),)) for name, kind in NAMED.items()],
+    Mail("shown recipients", header={"to": "A <a@example.jp>, b@example.jp", "cc": ["c@example.jp"]}),
+    Mail("shown recipients in Japanese", header={"to": ["猫 <a@example.jp>", '"B, C" <b@example.jp>'], "cc": None}),
+    Mail("further fields", header={
+        "Message-ID": "<1@example.org>", "in-reply-to": "<2@example.org>", "references": ["<2@x>", "<3@y>"],
+        "date": "Fri, 03 Jan 2014 18:35:58 +0900", "organization": "猫の会", "X-Campaign": "spring",
+        "x_long": "meow " * 99}),
+    Mail("a comment like an encoded word", header={"comments": "=?UTF-8?B?44Kt?=", "Keywords": "a, b"}),
+]  # fmt: skip
+
+
+class Parts(unittest.TestCase):
+    maxDiff = None
+
+    def check_form(self, octets: bytes) -> None:
+        """What holds for every message, whatever is in it."""
+        self.assertTrue(octets.endswith(b"\r\n"))
+        self.assertIsNone(re.search(rb"\r(?!\n)|(?<!\r)\n|\0", octets))
+        self.assertTrue(octets.isascii())
+        self.assertLessEqual(max(map(len, octets.split(b"\r\n"))), 998)
+
+    def test_the_corpus(self):
+        self.assertGreaterEqual(len(CORPUS), 60)
+        for mail in CORPUS:
+            with self.subTest(mail.what):
+                octets = composed(mail.submission)
+                self.check_form(octets)
+                found = parsed(octets)
+                self.assertEqual([part.defects for part in found.walk() if part.defects], [])
+                self.assertEqual(shape(found), mail.shape)
+                self.check_texts(mail, found)
+                self.check_files(mail, found)
+                self.check_fields(mail, found)
+
+    def check_texts(self, mail: Mail, found) -> None:
+        texts = [part for part in found.walk() if part.get_content_maintype() == "text"]
+        texts = [part for part in texts if not part.get_content_disposition()][: 2 if "html" in mail.shape else 1]
+        self.assertEqual(text_in(texts[0]), mail.plain)
+        if "html" in mail.shape:
+            self.assertEqual(text_in(texts[1]), ends(mail.submission["html"]))
+        asked = mail.submission["header"].get("charset", "UTF-8").lower()
+        held = "can't hold" not in mail.what
+        self.assertEqual({part.get_content_charset() for part in texts}, {asked if held else "utf-8"})
+
+    def check_files(self, mail: Mail, found) -> None:
+        given = mail.submission.get("attachments", [])
+        given = [given] if isinstance(given, dict) else given
+        given = sorted(given, key=lambda item: not ("html" in mail.shape and item.get("cid")))
+        wanted = []
+        for item, (kind, disposition) in zip(given, mail.files):
+            name = item.get("filename", "").strip().replace("ｶﾞ", "ガ" if "2022" in str(mail.submission) else "ｶﾞ")
+            cid = item.get("cid")
+            wanted.append(
+                (name or None, kind, base64.b64decode(item["content"]), disposition, cid and f"<{cid.strip('<>')}>")
+            )
+        self.assertEqual(len(given), len(mail.files))
+        self.assertEqual(files_in(found), wanted)
+
+    def check_fields(self, mail: Mail, found) -> None:
+        header = mail.submission["header"]
+        self.assertEqual(found["subject"], header["subject"])
+        self.assertEqual(found["mime-version"], "1.0")
+        for key, value in header.items():
+            if key not in ("from", "subject", "charset", "to", "cc"):
+                given = " ".join(value) if isinstance(value, list) else value
+                self.assertEqual(str(found[key.replace("_", "-")]), given)
+        for name in ("to", "cc") if "to" in header else ():
+            given = header.get(name)
+            texts = given if isinstance(given, list) else [given] if given else []
+            wanted = [pair for text in texts for pair in email.utils.getaddresses([text])]
+            shown = [(item.display_name, item.addr_spec) for item in (found[name].addresses if found[name] else ())]
+            self.assertEqual(shown, wanted)
+
+    def test_text_alone_is_no_affair_of_email(self):
+        code = "import sys, haineko; s, _ = haineko.understand(sys.stdin.buffer.read());"
+        code += " haineko.compose(s, 'Q' * 16, None, 'x', 0.0); print('email.policy' in sys.modules)"
+        for changes, wanted in (
+            ({}, b"False"),
+            ({"header": {"to": "a@example.jp", "x-a": "猫"}}, b"False"),
+            ({"html": "x"}, b"True"),
+        ):
+            found = subprocess.run([sys.executable, "-c", code], input=as_body(document(**changes)),
+                capture_output=True,
+                                   check=True, cwd=os.path.dirname(PROGRAM), env=environment())  # fmt: skip
+            self.assertEqual(found.stdout.strip(), wanted, found.stderr)
+
+    def test_order_of_the_header(self):
+        submission = document(
+            mail="other@example.org", html="x",
+            header={"X-b": ["1", "2"], "references": "<r@x>", "in_reply_to": "<i@x>", "ListId": "cats <l.example.org>",
+                    "ORGANIZATION": "Cats", "to": "a@example.jp", "cc": "b@example.jp", "reply-to": "c@example.jp"},
+        )  # fmt: skip
+        head = composed(submission).partition(b"\r\n\r\n")[0].decode()
+        names = [line.partition(":")[0] for line in re.split("\r\n(?![ \t])", head)]
+        self.assertEqual(names, [
+            "Received", "From", "Sender", "To", "Cc", "Reply-To", "Subject", "Date", "Message-Id", "X-B", "X-B",
+                "References",
+            "In-Reply-To", "List-Id", "Organization", "X-Haineko-Loop", "MIME-Version", "Content-Type"])  # fmt: skip
+
+    def test_keys_of_a_header_in_any_spelling(self):
+        for key in ("replyto", "reply-to", "Reply_To", "REPLY-TO", "replyTo", "Reply-to"):
+            with self.subTest(key):
+                found = understood(document(header={key: "a@example.jp"}))
+                self.assertEqual(found.header.replyto[0][1].wire, "a@example.jp")
+        for key, name in (("X_Mailer", "X-Mailer"), ("x-ses-configuration-set", "X-Ses-Configuration-Set"),
+                          ("X-SMTPAPI", "X-SMTPAPI"), ("list_unsubscribe_post", "List-Unsubscribe-Post"),
+                          ("inReplyTo", "In-Reply-To"), ("FEEDBACK-ID", "Feedback-Id")):  # fmt: skip
+            with self.subTest(key):
+                value = "<a@b>" if key == "inReplyTo" else "a"
+                self.assertIn(f"\r\n{name}: {value}\r\n".encode(), composed(document(header={key: value})))
+        found = understood(document(header={"Charset": "iso-2022-jp", "SUBJECT": "\x1b$BG-\x1b(B", "subject": None}))
+        self.assertEqual((found.header.charset, found.header.subject), ("ISO-2022-JP", "猫"))
+
+    def test_a_message_id_of_the_client_is_that_of_every_copy(self):
+        found = understood(document(header={"message-id": "<a@b>"}))
+        message = haineko.compose(found, "Q" * 16, None, NAME, NOW)
+        for number, to in enumerate(("x@example.jp", "猫@example.jp"), 1):
+            head = parsed(message.copy(to, number))
+            self.assertEqual((head["message-id"], head.get_all("to")), ("<a@b>", [to]))
+
+    def test_nothing_null_or_empty_makes_a_field(self):
+        header = {
+            "to": "",
+            "cc": [],
+            "bcc": None,
+            "x-a": "",
+            "x-b": None,
+            "date": "",
+            "organization": None,
+            "references": [],
+        }
+        octets = composed(document(header=header))
+        self.assertEqual(octets, composed(document()))
+
+
+FAULTS = [
+    ({"html": 1}, "html: a string is wanted, not a number"),
+    ({"attachments": "x"}, "attachments: an object is wanted, not a string"),
+    ({"attachments": [file(), "x"]}, "attachments[1]: an object is wanted, not a string"),
+    ({"attachments": [{"filename": "a"}]}, "attachments[0].content: is missing"),
+    ({"attachments": [{"content": None}]}, "attachments[0].content: is missing"),
+    ({"attachments": [file(), file(), {"content": "a*b="}]}, "attachments[2].content: is not base64"),
+    ({"attachments": [{"content": 1}]}, "attachments[0].content: a string is wanted, not a number"),
+    *[({"attachments": [{"content": text}]}, "attachments[0].content: is not base64") for text in
+      ("a", "ab", "abc", "ab=c", "a===", "====", "abcd=", "ab==cdef", "YWJj-_==", "猫猫猫猫", "abcd!!!!", "=abc",
+       "ab\0c")],
+    ({"attachments": [file(name="a.pdf")]}, 'attachments[0].name: unknown key; did you mean "filename"?'),
+    *[({"attachments": [file(name)]}, f'attachments[0].filename: a name without a path is wanted, not "{name}"')
+      for name in ("a/b", "../x", "C:\\x", "..", ".", "/")],
+    *[({"attachments": [file(f"a{odd}b")]}, "attachments[0].filename: has a control character")
+      for odd in "\0\r\n\t\x1b\x7f\x85\u2028\u202e\u2066"],
+    ({"attachments": [file("a\r\nBcc: x@example.jp")]}, "attachments[0].filename: has a control character"),
+    ({"attachments": [file("x" * 256)]}, "attachments[0].filename: is longer than 255 characters"),
+    *[({"attachments": [file(type=kind)]}, "attachments[0].type: a media type like")
+      for kind in ("pdf", "a/b/c", "a/b; c", "a/b; c=é", "text/plain; a=\"", "a /b", "a/", "/b", "猫/b", "a/b;c=d e",
+          "a/b" * 99)],
+    ({"attachments": [file(type="a/b\r\nBcc: x@example.jp")]}, "attachments[0].type: has a CR, LF or NUL"),
+    ({"attachments": [file(type="multipart/mixed; boundary=x")]},
+     "attachments[0].type: multipart/mixed can't be attached"),
+    ({"attachments": [file(type="message/partial")]}, "attachments[0].type: message/partial can't be attached"),
+    ({"attachments": [file(octets="猫".encode(), type="message/rfc822")]},
+     "attachments[0].type: a message/rfc822 is 7bit"),
+    ({"attachments": [file(octets=b"x" * 999, type="message/rfc822")]},
+     "attachments[0].type: a message/rfc822 is 7bit"),
+    ({"attachments": [file(octets=b"x\ry", type="message/rfc822")]}, "attachments[0].type: a message/rfc822 is 7bit"),
+    *[({"attachments": [file(cid=cid)]}, "attachments[0].cid: ") for cid in ("a b", "a>b", "猫", "<a", "a\r\nBcc: x",
+      "x" * 201, 1)],
+    ({"attachments": [file(cid="a"), file(cid="<a>")]}, "attachments[1].cid: another attachment has it already"),
+    ({"attachments": [file(inline="yes")]}, "attachments[0].inline: true or false is wanted, not a string"),
+    ({"attachments": [file()] * 1001}, "attachments: are more than 1000"),
+    *[({"header": {key.partition("[")[0]: value}}, f"header.{key}: {said}") for key, value, said in [
+        ("to", "a", '"name <address>" is wanted'), ("cc[1]", ["a@example.jp", 1], "a string is wanted"),
+        ("to", "a@straße.de", '"name <address>" is wanted, not "a@straße.de"; U+00DF has two readings in a domain'),
+        ("from", "A <a@x>\r\nBcc: b@x", "has a CR, LF or NUL"),
+        ("bcc", {"a": 1}, "a string is wanted, not an object"), ("message-id", "a@b", '"<left@right>" is wanted'),
+        ("Message_ID", "<a b@c>", '"<left@right>" is wanted'), ("message-id", "<a@b> <c@d>",
+         '"<left@right>" is wanted'),
+        ("references", ["<a@b>", "c"], '"<left@right>" is wanted'), ("in-reply-to", 1, "a string is wanted"),
+        ("date", "2014-01-03", "a date like"), ("date", "Fri, 31 Feb 2014 18:35:58 +0900", "a date like"),
+        ("date", "Fri, 03 Jan 2014 18:35:58 +0900\n", "has a CR, LF or NUL"), ("importance", "urgent",
+         "one of high, normal, low"),
+        ("auto-submitted", "猫", "printable ASCII is wanted"), ("List-Unsubscribe", "<https://x/猫>",
+         "printable ASCII is wanted"),
+        ("precedence", "bulk\0", "has a CR, LF or NUL"), ("organization", "a\nb", "has a CR, LF or NUL"),
+        ("x-a", 1, "a string is wanted, not a number"), ("x-a[1]", ["a", "b\r\nBcc: c"], "has a CR, LF or NUL"),
+        ("x-a", {"b": 1}, "a string is wanted, not an object"), ("disposition-notification-to", "a",
+         '"name <address>" is wanted'),
+        ("resent-to", "a@example.jp", "unknown key"), ("x-", "a", "unknown key"), ("x-a b", "a", "unknown key"),
+        ("x-a:", "a", "unknown key"), ("x-" + "a" * 73, "a", "unknown key"), ("X-猫", "a", "unknown key"),
+        ("mail", "a", "unknown key"), ("organisation", "a", 'unknown key; did you mean "organization"?'),
+        *[(key, "a", "this field is made by Haineko itself") for key in (
+            "received", "Sender", "Return-Path", "return_path", "MIME-Version", "Content-Type", "content_disposition",
+            "Content-Transfer-Encoding", "DKIM-Signature", "Content-猫")],
+    ]],
+    ({"header": {"x-a\r\nbcc": "a"}}, "header.x-a??bcc: unknown key"),
+    ({"header": {"replyto": "a@example.jp", "Reply-To": "b@example.jp"}},
+     "header.Reply-To: says again what replyto says already"),
+    ({"header": {"x-a": "1", "X_A": "1"}}, "header.X_A: says again what x-a says already"),
+    ({"raw": "From: a@example.jp\n\nx", "header": {"subject": "x"}}, "header: can't stand beside raw"),
+    *[({"raw": "A: b\n\nx", key: value}, f"{key}: can't stand beside raw")
+      for key, value in (("body", "x"), ("html", "x"), ("attachments", []))],
+    *[({"raw": raw}, said) for raw, said in [
+        (1, "raw: a string is wanted, not a number"), ({"base64": "*"}, "raw.base64: is not base64"),
+        ({"base64": 1}, "raw.base64: a string is wanted"), ({"bas64": ""},
+         'raw.bas64: unknown key; did you mean "base64"?'),
+        ("no header\n", "raw: has no header"), ("A: b\rBcc: c\n\nx", "raw: header A: has a CR or NUL"),
+        ("A: b\0\n\nx", "raw: header A: has a CR or NUL"), ("A: " + "x" * 996 + "\n\nx",
+         "raw: header A: has a line longer than 998"),
+        ("\ud800", "raw: has half a surrogate pair at character 0")]],
+]  # fmt: skip
+
+
+class PartsRefused(Quiet):
+    def test_faults(self):
+        for changes, wanted in FAULTS:
+            submission = document() if "raw" not in changes else {"mail": "a@example.org", "rcpt": "b@example.jp"}
+            submission = {
+                **submission,
+                **changes,
+                "header": {**submission.get("header", {}), **(changes.get("header") or {})},
+            }
+            submission["header"] = submission["header"] or None
+            with self.subTest(str(changes)[:100]):
+                _, faults = haineko.understand(as_body(submission))
+                self.assertTrue(faults)
+                self.assertIn(wanted, faults[0])
+                self.assertEqual({fault.partition(":")[0] for fault in faults}, {faults[0].partition(":")[0]})
+                self.assertNotRegex("".join(faults), r"[\r\n\0]")
+
+    def test_a_key_twice_and_a_key_unknown_are_both_named(self):
+        body = b'{"mail": "a@b", "rcpt": ["c@d"], "header": {"subject": "1", "subject": "2", "Foo": 1, "X-a": "1"}}'
+        self.assertEqual(
+            haineko.understand(body)[1], ["header.subject: stands more than once", "header.Foo: unknown key"]
+        )
+
+    def test_what_is_empty(self):
+        for changes, wanted in [
+            ({"body": None, "html": ""}, "Message body is empty"), ({"body": None, "attachments": [file()]},
+             "Message body is empty"),
+            ({"html": "x", "header": {"subject": ""}}, "Subject header is empty"), ({"rcpt": [],
+             "header": {"to": "a@b.jp"}},
+             "User address required"), ({"rcpt": None}, "User address required"),
+            ({"rcpt": None, "header": {"bcc": "a@straße.de"}}, "Malformed JSON string"),
+        ]:  # fmt: skip
+            with self.subTest(wanted):
+                status, answer = posted(document(**changes))
+                self.assertEqual((status, answer["response"][0]["message"][0]), (400, wanted))
+        status, answer = posted({"mail": "a@example.org", "rcpt": "b@example.jp", "raw": ""})
+        self.assertEqual((status, answer["response"][0]["message"]), (400, ["Message body is empty"]))
+
+    def test_the_size_is_that_of_the_finished_message(self):
+        submission = document(attachments=[file("a.bin", b"x" * 30000)])
+        size = len(composed(submission))
+        for limit, status in ((size, 200), (size - 1, 413)):
+            force = settings(smtpd={"hostname": NAME, "max_message_size": limit})
+            self.assertEqual(posted(submission, force)[0], status)
+
+
+DERIVED = [
+    ("words", "a  <b>b</b>\n c", "a b c"),
+    ("nothing", "", ""),
+    ("entities", "&lt;a&gt; &amp; &nbsp;&eacute;&#29483;", "<a> &  é猫"),
+    ("lines", "a<br>b<br/>c<br><br>d", "a\nb\nc\n\nd"),
+    ("paragraphs", "<p>a</p><p>b</p>c<div>d</div>e", "a\n\nb\n\nc\nd\ne"),
+    ("a heading", "<h1>A</h1>b", "A\n\nb"),
+    ("a list", "<ul><li>a</li><li> b</ul>c", "* a\n* b\n\nc"),
+    ("a table", "<table><tr><td>Cat</td><td> 1 </td></tr><tr><th>Sum<th>2</table>", "Cat  1\nSum  2"),
+    ("a link", '<a href="https://x/y">here</a>.', "here <https://x/y>."),
+    ("a link that says where", '<a href="https://x/y">https://x/y</a> <a href="mailto:a@b">a@b</a>', "https://x/y a@b"),
+    ("links to nowhere", '<a href="#x">a</a> <a>b</a> <a href="javascript:x">c</a></a>', "a b c"),
+    ("a link to write", '<a href="mailto:a@b">Write</a>', "Write <mailto:a@b>"),
+    ("pictures", 'a <img src="cid:x" alt="Logo"> <img src="y"><img alt>', "a Logo"),
+    ("what is not shown",
+     "<head><title>T</title><style>p {}</style></head><script>x<p></script><template>y</template>b", "b"),
+    ("a comment", "a<!-- b <p> -->c", "ac"),
+    ("a comment for Outlook",
+     "a<!--[if mso]><p>b</p><![endif]-->c<![if !mso]>d<![endif]>e<!--[if !mso]><!-->f<!--<![endif]-->g",
+     "acdefg"),
+    ("text as it is", "<pre>a\n  b\n</pre>c", "a\n  b\n\nc"),
+    ("a rule", "a<hr>b", "a\n-----\nb"),
+    ("what never ends", "a<b>c<p", "ac"),
+    ("a lone angle", "1 < 2 and 3 > 2 & so on", "1 < 2 and 3 > 2 & so on"),
+    ("full-width spaces", "<p>　猫　猫</p>", "　猫　猫"),
+    ("a declaration", "<!DOCTYPE html><html><body>a</body></html>", "a"),
+    ("sections that html.parser trips over", "a<![CDATA[b]]>c<![x[y]]>d<![", "acd"),
+]  # fmt: skip
+
+
+class DerivedText(unittest.TestCase):
+    def test_text_of_html(self):
+        for what, html, wanted in DERIVED:
+            with self.subTest(what):
+                self.assertEqual(haineko.text_of(html), wanted + "\n")
+
+    def test_what_costs_much(self):
+        for piece in ("<a ", "<", "<!--", "<![", "</", "&", "<a a='", "<p>", "<!", "<?", "<a href='https://x'>",
+            "</a>", "<pre>",
+                      "<script>", "<![if]", "<a b=", "<a/", "<textarea>", "&#x", " "):  # fmt: skip
+            with self.subTest(piece):
+                began = time.process_time()
+                haineko.text_of(piece * (200000 // len(piece)))
+                self.assertLess(time.process_time() - began, 2)
+
+
+class RawMessages(Quiet):
+    HEAD = (
+        "From: a@example.org\nTo: A <a@example.jp>,\n b@example.jp\nCc: c@example.jp\nBcc: d@example.jp\nSubject: Nya\n"
+    )
+
+    def raw(self, message, **more) -> dict:
+        return {"mail": "kijitora@example.org", "raw": message, **more}
+
+    def test_what_is_put_on_and_what_is_taken_off(self):
+        octets = composed(
+            self.raw(self.HEAD + "Return-Path: <x>\nX-Haineko-Loop: r1,\n r2\n\nMeow.\n.\n", rcpt="z@example.jp")
+        )
+        names = [line.partition(b":")[0] for line in re.split(rb"\r\n(?![ \t])", octets.partition(b"\r\n\r\n")[0])]
+        self.assertEqual(names, [b"Received", b"From", b"To", b"Cc", b"Subject", b"Date", b"Message-Id",
+            b"X-Haineko-Loop",
+                                 b"MIME-Version", b"Content-Type", b"Content-Transfer-Encoding"])  # fmt: skip
+        self.assertIn(f"\r\nX-Haineko-Loop: r1, r2, {NAME}\r\n".encode(), octets)
+        self.assertIn(b" with HTTP id QQQQQQQQQQQQQQQQ;", octets)
+        self.assertTrue(octets.endswith(b"\r\n\r\nMeow.\r\n.\r\n"))
+
+    def test_what_it_says_itself_stays(self):
+        head = (
+            "Received: x\nMessage-ID: <a@b>\nDate: Fri, 3 Jan 2014 18:35:58 +0900\nFrom: a@example.org\nX-Odd:  y  \n"
+        )
+        head += "Subject: " + "s " * 60 + "\nMIME-Version: 1.0\nContent-Type: multipart/mixed; boundary=XX\n\n"
+        body = "--XX\nContent-Type: text/plain\n\nFrom a\n\n--XX--\n"
+        for form in (
+            head + body,
+            (head + body).replace("\n", "\r\n"),
+            {"base64": base64.b64encode((head + body).encode()).decode()},
+        ):
+            octets = composed(self.raw(form, rcpt="z@example.jp"))
+            for line in head.split("\n")[:-2]:
+                self.assertIn(f"\r\n{line}\r\n".encode(), octets)
+            self.assertTrue(octets.endswith(b"\r\n\r\n" + body.replace("\n", "\r\n").encode()))
+            self.assertEqual((octets.lower().count(b"\r\nmessage-id:"), octets.count(b"\r\nDate:")), (1, 1))
+
+    def test_bodies_that_no_line_can_hold(self):
+        kinds = ["text/html; charset=UTF-8", "text/plain", "application/x-cat", "text/html; charset=bogus"]
+        for kind in kinds:
+            for coding in ("", "Content-Transfer-Encoding: 8bit\n", "Content-Transfer-Encoding: binary\n"):
+                for body in ("x" * 2000 + "\n", "猫\n" + "y" * 999 + "\n", "a\0b\n"):
+                    with self.subTest(kind, coding=coding, body=body[:3]):
+                        octets = composed(self.raw(f"{self.HEAD}Content-Type: {kind}\n{coding}\n{body}"))
+                        self.assertLessEqual(max(map(len, octets.split(b"\r\n"))), 998)
+                        self.assertNotIn(b"\0", octets)
+                        found = email.message_from_bytes(octets)
+                        self.assertEqual(found.get_payload(decode=True), body.replace("\n", "\r\n").encode())
+                        self.assertEqual((found["subject"], found.get_content_type()), ("Nya", kind.partition(";")[0]))
+
+    def test_a_line_that_nothing_can_shorten_is_refused(self):
+        body = "--XX\nContent-Type: text/plain\nX-Long: " + "x" * 999 + "\n\na\n--XX--\n"
+        status, answer = posted(self.raw(f"{self.HEAD}Content-Type: multipart/mixed; boundary=XX\n\n{body}"))
+        self.assertEqual((status, answer["response"][0]["code"], answer["response"][0]["message"]),
+                         (400, "554", ["Message has a NUL, or a line longer than 998 octets"]))  # fmt: skip
+
+    def test_recipients_and_loops(self):
+        found = understood(self.raw(self.HEAD + "\nx"))
+        self.assertEqual(found.rcpt, ("a@example.jp", "b@example.jp", "c@example.jp", "d@example.jp"))
+        self.assertEqual(understood(self.raw(self.HEAD + "\nx", rcpt=["z@example.jp"])).rcpt, ("z@example.jp",))
+        for value, status in ((NAME, 400), (", ".join(f"r{i}" for i in range(26)), 400), ("r1", 200)):
+            self.assertEqual(posted(self.raw(f"A: b\nX-Haineko-Loop: {value}\n\nx", rcpt="a@example.jp"))[0], status)
+
+    def test_in_seven_bits(self):
+        """What is said to a server that knows ASCII only is what was given."""
+        head = "From: 猫 <a@example.org>\nTo: =?UTF-8?B?54yr?= <b@example.jp>\nSubject: 謹賀新年\nX-A: b\n"
+        head += "MIME-Version: 1.0\n"
+        part = (
+            'Content-Type: application/pdf; name="猫.pdf"\nContent-Disposition: attachment; filename="猫.pdf"\n\n%PDF\n'
+        )
+        text = "Content-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n\n猫\n"
+        body = f"--XX\n{text}--XX\n{part}--XX--\n"
+        octets = (head + "Content-Type: multipart/mixed; boundary=XX\n\n" + body).replace("\n", "\r\n").encode()
+        found = haineko.seven_bit(octets)
+        self.assertTrue(found.isascii())
+        message = parsed(found)
+        self.assertEqual((message["from"], message["to"], message["subject"], message["x-a"]),
+                         ("猫 <a@example.org>", "猫 <b@example.jp>", "謹賀新年", "b"))  # fmt: skip
+        self.assertEqual(text_in(message.get_payload(0)), "猫")
+        self.assertEqual(message.get_payload(1).get_filename(), "猫.pdf")
+        self.assertEqual(message.get_payload(1).get_payload(decode=True), b"%PDF")
+        for field in ("From: 猫@example.org", "Cc: A <猫@example.org>, b@example.jp"):
+            self.assertFalse(haineko.seven_bit(f"{field}\r\n\r\nx\r\n".encode()).isascii())
+
+    def test_octets_that_are_not_utf8_in_a_header(self):
+        octets = b"From: a@example.org\nSubject: caf\xe9\n\nx\n"
+        found = composed(self.raw({"base64": base64.b64encode(octets).decode()}, rcpt="a@example.jp"))
+        self.assertEqual(parsed(found)["subject"], "café")
+
+
+class Shared(Peers):
+    """Recipients in the header, end to end."""
+
+    def route(self, peer: SmtpPeer, **more) -> dict:
+        return {"host": peer.host, "port": peer.port, "timeout": 2, **more}
+
+    def test_recipients_of_one_route_share_a_transaction(self):
+        one, two = (
+            self.peer(None, "PIPELINING"),
+            self.peer({"RCPT": lambda talk, line: "550 5.1.1 who?" if "b@" in line else None}),
+        )
+        one.says, two.says = {"RCPT": "250 2.1.5 fine"}, {"RCPT": ["250 2.1.5 fine", "550 5.1.1 who?"]}
+        force = settings(mailertable={"one.example": self.route(one), "default": self.route(two)})
+        header = {"to": "A <a@one.example>, a@two.example", "cc": "b@two.example", "bcc": "猫 <c@one.example>"}
+        status, answer = posted(document(rcpt=None, header=header, html="<p>x</p>"), force)
+        self.assertEqual(
+            (status, answer["recipient"]), (207, ["a@one.example", "a@two.example", "b@two.example", "c@one.example"])
+        )
+        self.assertEqual([item["rcpt"] for item in answer["response"]], answer["recipient"])
+        self.assertEqual([item["code"] for item in answer["response"]], ["250", "250", "550", "250"])
+        self.assertEqual([len(peer.mails) for peer in (one, two)], [1, 1])
+        self.assertEqual(one.mails[0][1], ["RCPT TO:<a@one.example>", "RCPT TO:<c@one.example>"])
+        self.assertEqual(one.mails[0][2], two.mails[0][2])
+        message = parsed(one.mails[0][2])
+        self.assertEqual(
+            (message["to"], message["cc"], message["bcc"]), ("A <a@one.example>, a@two.example", "b@two.example", None)
+        )
+        self.assertNotIn(b"c@one.example", one.mails[0][2])
+
+    def test_who_gets_it(self):
+        for rcpt, header, wanted in [
+            (["a@x.jp"], {"to": "b@x.jp"}, "a"), (["a@x.jp"], {"bcc": "b@x.jp"}, "ab"), (None, {"cc": "c@x.jp"}, "c"),
+            (None, {"to": "a@x.jp", "cc": "A@x.jp, a@X.JP", "bcc": ["b@x.jp", "a@x.jp"]}, "aAb"), (None,
+             {"bcc": "b@x.jp"}, "b"),
+        ]:  # fmt: skip
+            with self.subTest(header):
+                _, answer = posted(document(rcpt=rcpt, header=header))
+                self.assertEqual("".join(to[0] for to in answer["recipient"]), wanted)
+
+    def test_separate_copies_without_to(self):
+        peer = self.peer()
+        posted(
+            document(rcpt=["a@x.jp", "b@x.jp"], header={"bcc": "c@x.jp"}),
+            settings(mailertable={"default": self.route(peer)}),
+        )
+        found = sorted((rcpt, parsed(text)["to"]) for _, (rcpt,), text in peer.mails)
+        self.assertEqual(found, [(f"RCPT TO:<{name}@x.jp>", f"{name}@x.jp") for name in "abc"])
+
+
+class BeyondAscii(Peers):
+    """Addresses, 8-bit octets and large files through a real process to a next hop."""
+
+    NEKO, PLAIN = "ねこ@example.jp", "a@example.jp"
+
+    def sent(self, submission, *offers: str) -> tuple:
+        """(HTTP status, replies, mails, MAIL and RCPT lines) of a submission; the next hop offers so much."""
+        peer = self.peer(None, *offers)
+        force = {"mailertable": {"default": {"host": peer.host, "port": peer.port, "timeout": 2}}}
+        server = Server({**force, "smtpd": {"hostname": NAME, "max_rcpts_per_message": 9}})
+        self.addCleanup(server.close)
+        status, _, answer = server.ask(post(submission))
+        found = answer["response"]
+        lines = [line for line in peer.lines if line[:4] in ("MAIL", "RCPT")]
+        return status, [(item["code"], item["dsn"], item["command"]) for item in found], peer.mails, lines
+
+    FINE, NO_RCPT = ("250", "2.0.0", "DATA"), ("553", "5.6.7", "RCPT")
+    UTF8 = ("8BITMIME", "SMTPUTF8", "PIPELINING")
+
+    def test_a_recipient(self):
+        submission = document(rcpt=[self.NEKO, self.PLAIN])
+        status, said, mails, lines = self.sent(submission, *self.UTF8)
+        self.assertEqual((status, said), (200, [self.FINE] * 2))
+        self.assertEqual(sorted(lines), sorted([
+            "MAIL FROM:<kijitora@example.org> BODY=8BITMIME SMTPUTF8", f"RCPT TO:<{self.NEKO}>",
+            "MAIL FROM:<kijitora@example.org>", f"RCPT TO:<{self.PLAIN}>"]))  # fmt: skip
+        self.assertEqual(
+            {text.decode().partition("\r\nTo: ")[2].partition("\r\n")[0] for _, _, text in mails},
+            {self.NEKO, self.PLAIN},
+        )
+        status, said, mails, lines = self.sent(submission, "8BITMIME")
+        self.assertEqual((status, said, len(mails)), (207, [self.NO_RCPT, self.FINE], 1))
+        status, said, mails, lines = self.sent(document(rcpt=[self.NEKO]), "8BITMIME")
+        self.assertEqual((status, said, mails, lines), (502, [self.NO_RCPT], [], []))
+
+    def test_recipients_of_one_message(self):
+        header = {"to": self.PLAIN, "bcc": [self.NEKO, "b@example.jp"]}
+        submission = document(rcpt=None, header=header)
+        self.assertEqual(self.sent(submission, *self.UTF8)[1], [self.FINE] * 3)
+        status, said, mails, _ = self.sent(submission)
+        self.assertEqual((status, said), (207, [self.FINE, self.NO_RCPT, self.FINE]))
+        self.assertEqual(mails[0][1], [f"RCPT TO:<{self.PLAIN}>", "RCPT TO:<b@example.jp>"])
+
+    def test_a_sender(self):
+        submission = document(mail=self.NEKO, header={"from": None})
+        status, said, mails, lines = self.sent(submission, *self.UTF8)
+        self.assertEqual(
+            (status, said, lines[0]), (200, [self.FINE], f"MAIL FROM:<{self.NEKO}> BODY=8BITMIME SMTPUTF8")
+        )
+        self.assertIn(f"\r\nFrom: {self.NEKO}\r\n".encode(), mails[0][2])
+        status, said, mails, lines = self.sent(submission, "8BITMIME")
+        self.assertEqual((status, said, lines), (502, [("553", "5.6.7", "MAIL")], []))
+
+    def test_an_address_in_the_header(self):
+        submission = document(header={"replyto": f"ねこ <{self.NEKO}>", "subject": "猫"})
+        status, said, mails, _ = self.sent(submission, *self.UTF8)
+        self.assertEqual((status, said), (200, [self.FINE]))
+        self.assertIn(f" <{self.NEKO}>\r\n".encode(), mails[0][2])
+        self.assertNotIn("猫".encode(), mails[0][2])
+        self.assertEqual(self.sent(submission)[:2], (502, [("554", "5.6.9", "MAIL")]))
+
+    def test_domains(self):
+        status, said, _, lines = self.sent(
+            document(mail="a@例え.jp", rcpt=["b@日本語.jp", "c@straße.de"], header={"from": None})
+        )
+        self.assertEqual((status, said), (207, [self.FINE, ("553", "5.1.5", "RCPT")]))
+        self.assertEqual(lines, ["MAIL FROM:<a@xn--r8jz45g.jp>", "RCPT TO:<b@xn--wgv71a119e.jp>"])
+        for given, slug in (({"mail": "a@faß.de"}, "5.5.4"), ({"rcpt": ["a@faß.de"]}, "5.1.5")):
+            _, answer = posted(document(**given))
+            self.assertEqual(answer["response"][0]["dsn"], slug)
+            self.assertIn("U+00DF has two readings in a domain", answer["response"][0]["message"][1])
+
+    def test_a_finished_message_with_octets_over_127(self):
+        text = "MIME-Version: 1.0\nContent-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n"
+        submission = {"mail": "a@example.org", "rcpt": [self.PLAIN], "raw": f"From: a@example.org\n{text}\n猫\n"}
+        for offers, parameters, coding in [
+            (self.UTF8, " BODY=8BITMIME", "8bit"), (("8BITMIME",), " BODY=8BITMIME", "8bit"), ((), "",
+             "quoted-printable"),
+        ]:  # fmt: skip
+            with self.subTest(offers):
+                status, said, mails, lines = self.sent(submission, *offers)
+                self.assertEqual((status, said, lines[0]), (200, [self.FINE], f"MAIL FROM:<a@example.org>{parameters}"))
+                found = parsed(mails[0][2])
+                self.assertEqual((found["content-transfer-encoding"], text_in(found)), (coding, "猫\n"))
+                self.assertEqual(mails[0][2].isascii(), not parameters)
+
+    def test_a_finished_message_with_a_header_in_utf8(self):
+        submission = {
+            "mail": "a@example.org",
+            "rcpt": [self.PLAIN],
+            "raw": "From: ねこ <a@example.org>\nSubject: 猫\n\nx\n",
+        }
+        for offers in (self.UTF8, ("8BITMIME",), ()):
+            with self.subTest(offers):
+                status, said, mails, lines = self.sent(submission, *offers)
+                self.assertEqual((status, said), (200, [self.FINE]))
+                self.assertEqual(lines[0].endswith(" BODY=8BITMIME SMTPUTF8"), "SMTPUTF8" in offers)
+                self.assertEqual("Subject: 猫\r\n".encode() in mails[0][2], "SMTPUTF8" in offers)
+                self.assertEqual(mails[0][2].isascii(), "SMTPUTF8" not in offers)
+                self.assertEqual(parsed(mails[0][2])["subject"], "猫")
+
+    @unittest.skipUnless(os.path.exists("/proc/self/clear_refs"), "needs Linux")
+    def test_a_large_file(self):
+        """25 MB: four times the size of the message in memory at most, and others are served meanwhile."""
+        peer = self.peer(None, "SIZE")
+        route = {"host": peer.host, "port": peer.port, "timeout": 10}
+        server = Server({"mailertable": {"default": route, "small.example": {"mailer": "Discard"}},
+                         "smtpd": {"hostname": NAME, "max_message_size": 40 << 20}})  # fmt: skip
+        self.addCleanup(server.close)
+        octets = os.urandom(1 << 20) * 25
+        large, small = post(document(attachments=[file("a.bin", octets)])), post(document(rcpt="a@small.example"))
+        self.assertEqual(server.ask(post(document(html="x", attachments=[file("b")])))[0], 200)
+        (worker,) = server.workers()
+        before = memory(worker, "VmRSS")
+        with server.wire() as big, server.wire() as wire:
+            big.send(large)
+            slowest = 0.0
+            while len(peer.mails) < 2:
+                began = time.monotonic()
+                self.assertEqual(wire.ask(small)[0], 200)
+                slowest = max(slowest, time.monotonic() - began)
+            self.assertEqual(big.answer()[0], 200)
+        size = len(peer.mails[-1][2])
+        self.assertEqual(files_in(parsed(peer.mails[-1][2]))[0][2], octets)
+        self.assertLess(memory(worker, "VmHWM") - before, 4 * size)
+        self.assertLess(slowest, 1.0)
+
+
+def memory(pid: int, what: str) -> int:
+    """Octets, by the kernel's count."""
+    with open(f"/proc/{pid}/status", encoding="ascii") as stream:
+        return int(re.search(rf"{what}:\s+(\d+) kB", stream.read())[1]) * 1024
+
+
+class SendmailShares(Folder, Peers):
+    """`sendmail` and `raw` make the same of a finished message."""
+
+    def setUp(self) -> None:
+        Folder.setUp(self)
+        Peers.setUp(self)
+
+    def test_the_same_message(self):
+        peer = self.peer(None, "8BITMIME")
+        force = {"smtpd": {"hostname": NAME}, "recipients": {"open-relay": 1},
+                 "mailertable": {"default": {"host": peer.host, "port": peer.port, "timeout": 2}}}  # fmt: skip
+        path = self.write("haineko.json", force)
+        text = "From: a@example.org\nTo: b@example.jp, d@example.jp\nBcc: ねこ <c@日本語.jp>\n"
+        text += (
+            "Date: Fri, 3 Jan 2014 18:35:58 +0900\nMessage-ID: <a@b>\nSubject: x\nContent-Type: text/html\n\n猫\n"
+            + "y" * 1200
+            + "\n"
+        )
+        command = [sys.executable, PROGRAM, "sendmail", "-C", path, "-t", "-i", "-f", "a@example.org"]
+        ended = subprocess.run(command, input=text.encode(), capture_output=True, check=False, env=environment())
+        self.assertEqual((ended.returncode, ended.stderr), (0, b""))
+        status, _ = posted({"mail": "a@example.org", "raw": text}, settings(**force))
+        self.assertEqual(status, 200)
+        (_, rcpt, one), (_, rcpt_too, two) = peer.mails
+        self.assertEqual((rcpt, len(rcpt)), (rcpt_too, 3))
+        self.assertIn("RCPT TO:<c@xn--wgv71a119e.jp>", rcpt)
+        self.assertEqual(*[re.sub(rb"\AReceived: .*(?:\r\n[ \t].*)*\r\n", b"", octets) for octets in (one, two)])
+        self.assertNotIn(b"Bcc", one)
+
+    def test_the_null_sender_and_a_recipient_refused(self):
+        peer = self.peer({"RCPT": "550 5.1.1 who?"})
+        path = self.write("haineko.json", {"recipients": {"open-relay": 1}, "smtpd": {"hostname": NAME},
+                          "mailertable": {"default": {"host": peer.host, "port": peer.port,
+                          "timeout": 2}}})  # fmt: skip
+        command = [sys.executable, PROGRAM, "sendmail", "-C", path, "-f", "<>", "c@日本語.jp"]
+        ended = subprocess.run(command, input=b"Subject: x\n\ny\n", capture_output=True, check=False, env=environment())
+        self.assertEqual(ended.returncode, 69)
+        self.assertIn("<c@日本語.jp>: 550 RCPT".encode(), ended.stderr)
+        self.assertIn("MAIL FROM:<>", peer.lines)
 
 
 class SideBySide(unittest.TestSuite):
