@@ -28,6 +28,28 @@ Spoken here: RFC 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 29
 
 from __future__ import annotations
 
+import os
+import sys
+
+# Compiling a file of this size takes as much memory as a server and all its workers, and Python keeps it. So a server
+# starts over with its code as it is then in memory; `over` is set the second time.
+if __name__ == "__main__" and sys.argv[1:2] in (["serve"], ["start"], ["restart"]) and "over" not in globals():
+    if hasattr(os, "memfd_create") and __spec__ is None:
+        import marshal
+
+        try:
+            memory = os.memfd_create("haineko", 0)
+            with open(memory, "wb", closefd=False) as code:
+                marshal.dump(sys._getframe().f_code, code)
+                code.seek(0)
+            stub = "__file__ = {!r}; import marshal, sys; over = sys.argv.pop(0)"
+            stub += "; sys.path = [p or {!r} for p in sys.path]; exec(marshal.load(open({}, 'rb')))"
+            stub = stub.format(__file__, sys.path[0], memory)
+            flags = getattr(sys, "orig_argv", sys.argv)[1 : -len(sys.argv)]
+            os.execv(sys.executable, [sys.executable, *flags, "-c", stub, *sys.argv])
+        except OSError:  # then it takes more memory
+            pass
+
 import base64
 import binascii
 import codecs
@@ -45,7 +67,6 @@ import ipaddress
 import itertools
 import json
 import mmap
-import os
 import queue
 import re
 import select
@@ -56,7 +77,6 @@ import socket
 import ssl
 import stat
 import struct
-import sys
 import threading
 import time
 import types
@@ -1447,7 +1467,10 @@ def message_id(value: Any, where: str, faults: list) -> str:
 def message_ids(value: Any, where: str, faults: list) -> str:
     """Message ids with white space between, or a list of them."""
     return " ".join(
-        message_id(item, where, faults) for text in list_of(one_line)(value, where, faults) for item in text.split()
+        message_id(item, where, faults)
+        for text in list_of(one_line)(value, where, faults)
+        for item in text.split()
+        if len(faults) < ENOUGH
     )
 
 
@@ -1558,8 +1581,11 @@ def header(value: Any, where: str, faults: list) -> Header:
         return read(Header, value, where, faults)
     rows = {spelled(key): row for key, row in own.items()}
     values, others, seen = {}, [], {}
-    faults.extend(f"{where}.{printable(key)}: stands more than once" for key in getattr(value, "keys_twice", ()))
+    twice = getattr(value, "keys_twice", ())[:ENOUGH]
+    faults.extend(f"{where}.{printable(key)}: stands more than once" for key in twice)
     for key, item in value.items():
+        if len(faults) >= ENOUGH:
+            break
         name, place = spelled(key), f"{where}.{printable(key)}"
         if seen.setdefault(name, key) != key:
             faults.append(f"{place}: says again what {printable(seen[name])} says already")
