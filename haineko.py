@@ -6206,9 +6206,10 @@ def check_loopback(request: Request, settings: Settings) -> Reply | None:
 
 
 def own_name(place: str, settings: Settings) -> bool:
-    """True where host:port names this machine in a way that nobody can rebind in DNS."""
+    """True where host:port names this machine in a way that nobody can rebind in DNS: by an address, its own name, or a
+    single label, which no stranger's domain is."""
     name = place.rpartition(":")[0] if re.search(r":\d+$", place) else place
-    return bool(name in ("localhost", settings.hostname.lower()) or re.fullmatch(r"[\d.]+|\[[\da-f:.]+\]", name))
+    return "." not in name or name == settings.hostname.lower() or bool(re.fullmatch(r"[\d.]+", name))
 
 
 def check_reader(request: Request, settings: Settings) -> Reply | None:

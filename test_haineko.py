@@ -46,6 +46,7 @@ import tempfile
 import threading
 import time
 import traceback
+import tracemalloc
 import unittest
 import urllib.request
 from dataclasses import fields, replace
@@ -9606,6 +9607,188 @@ class SendmailShares(Folder, Peers):
         self.assertEqual(ended.returncode, 69)
         self.assertIn("<c@日本語.jp>: 550 RCPT".encode(), ended.stderr)
         self.assertIn("MAIL FROM:<>", peer.lines)
+
+
+class Attacks(Quiet):
+    """What a hostile client, server or machine does, with a bound on what it may cost."""
+
+    def test_patterns_take_time_by_length_only(self):
+        spaces = b" " * 60000
+        head = b"GET / HTTP/1.1\r\n"
+        for what, function, octets in (
+            ("spaces within a value", haineko.parse_head, head + b"A: x" + spaces + b"y\r\n"),
+            ("spaces and a NUL", haineko.parse_head, head + b"A:" + spaces + b"\0\r\n"),
+            ("spaces in a reply", haineko.parse_line, b"250 " + spaces + b"\rx"),
+            ("white space in a reply", haineko.parse_line, b"250" + b"\t" * 60000 + b"x"),
+        ):
+            with self.subTest(what):
+                began = time.process_time()
+                with contextlib.suppress(haineko.Refused, haineko.Rubbish):
+                    function(octets)
+                self.assertLess(time.process_time() - began, 0.2)
+
+    def test_white_space_around_values(self):
+        found = haineko.parse_head(b"GET / HTTP/1.1\r\nA: \t b \t\r\nB:\r\nC:\xa0c\x0b\r\n").headers
+        self.assertEqual(found, {"a": "b", "b": "", "c": "\xa0c\x0b"})
+        for line, wanted in ((b"250 a b \r", "a b "), (b"250\t\r", ""), (b"250", ""), (b"250-\r\r", "")):
+            self.assertEqual(haineko.parse_line(line)[2], wanted)
+        odd = haineko.parse_head(b"POST / HTTP/1.1\r\nContent-Length: 5\xa0\r\n")
+        with self.assertRaises(haineko.Refused):
+            haineko.body_length(odd)
+
+    def test_a_subject_of_voice_marks(self):
+        for charset in ("UTF-8", "ISO-2022-JP"):
+            began = time.process_time()
+            field = haineko.text_field("Subject", "ﾞ" * 4000, charset)
+            self.assertLess(time.process_time() - began, 0.5, charset)
+            self.assertLess(max(map(len, field.split("\r\n"))), 77)
+
+    def test_a_body_for_a_page_that_reads_none_is_small(self):
+        for length, status in ((65536, 200), (65537, 413)):
+            octets = f"GET /neko HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode() + b"x" * length
+            with self.subTest(length), contextlib.suppress(json.JSONDecodeError):  # of Nyaaaaa
+                self.assertEqual(over_http(octets, settings())[0], status)
+
+    def test_chunks_of_one_octet_count_by_their_lines(self):
+        body = json.dumps(document()).encode()
+        for lead, status in ((b"", 200), (b";" + b"x" * 600, 413)):
+            chunks = b"".join(b"1%b\r\n%c\r\n" % (lead, octet) for octet in body)
+            octets = b"POST /submit HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
+            with self.subTest(status):
+                small = settings(smtpd={"hostname": "relay.example.org", "max_message_size": 2000})
+                self.assertEqual(over_http(octets, small)[0], status)
+
+    def test_what_is_remembered_is_short(self):
+        long = "a" * 500000
+        many = ", ".join(f"a{i}@example.jp" for i in range(2000))
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        for i in range(12):
+            for submission in (
+                document(mail=f"{i}{long}"),
+                document(rcpt=[f"{i}{long}"]),
+                document(ehlo=f"[{i}{long}]"),
+                document(header={"charset": f"{i}{long}"}),
+                document(header={"from": f"b{i}@example.jp, {many}"}),
+                document(header={"replyto": f"c{i}@example.jp, {many}"}),
+            ):
+                posted(submission)
+        self.assertLess(tracemalloc.get_traced_memory()[0], 3 << 20)
+
+    def test_faults_behind_which_nobody_reads_on(self):
+        many = range(20000)
+        for body in (
+            {"header": {"subject": "x", **{f"odd{i}": 1 for i in many}}},
+            {"header": {"references": " ".join("x" for _ in many)}},
+            {"rcpt": [1 for _ in many]},
+        ):
+            self.assertEqual(len(haineko.understand(json.dumps(body).encode())[1]), haineko.ENOUGH)
+
+    def test_the_client_behind_a_proxy(self):
+        behind = settings(
+            httpd={"trusted_proxies": ["127.0.0.1"]}, relayhosts={"relayhosts": ["127.0.0.1", "192.0.2.9"]}
+        )
+        for forwarded, status in (
+            ("192.0.2.9", 200),
+            ("192.0.2.9:4711", 200),
+            ("198.51.100.1:4711", 403),
+            ("[2001:db8::1]:4711", 403),
+            ("127.0.0.1, 198.51.100.1", 403),
+            ("unknown", 400),  # must not pass for the proxy's own
+            ("", 400),
+            ("192.0.2.9, nonsense", 400),
+        ):
+            with self.subTest(forwarded):
+                octets = http_post(json.dumps(document()).encode(), **{"X-Forwarded-For": forwarded})
+                self.assertEqual(over_http(octets, behind)[0], status)
+
+    def test_settings_are_not_for_a_page_whose_name_was_rebound(self):
+        for host, status in (
+            ("Host: evil.example:2794\r\n", 403),
+            ("Host: 127.0.0.1.evil.example\r\n", 403),
+            ("Host: localhost:2794\r\n", 200),
+            ("Host: 127.0.0.1:2794\r\n", 200),
+            ("Host: [::1]:2794\r\n", 200),
+            ("Host: relay.example.org\r\n", 200),
+            ("", 200),
+        ):
+            with self.subTest(host):
+                octets = f"GET /conf HTTP/1.1\r\n{host}\r\n".encode()
+                self.assertEqual(over_http(octets, settings())[0], status)
+
+    def test_a_server_that_repeats_our_password(self):
+        plain = base64.b64encode(b"\0neko\0hunter2secret").decode()
+        word = base64.b64encode(b"hunter2secret").decode()
+        route = haineko.Route(login=("neko", "hunter2secret"))
+        session = haineko.Session(route, "relay.example.org")
+        session.masked, session.unread = True, f"500 unknown: {plain} {word} hunter2secret\r\n".encode()
+        self.assertEqual(session._parsed().lines, ("unknown: ******** ******** ********",))
+
+    def test_a_coroutine_that_can_not_wait_harms_no_other(self):
+        loop, told = haineko.Loop(), []
+
+        async def waits_for_a_closed_socket():
+            sock = socket.socket()
+            sock.close()
+            try:
+                await haineko.readiness(sock, time.monotonic() + 5)
+            except (OSError, ValueError) as fault:
+                told.append(fault)
+
+        loop.spawn(waits_for_a_closed_socket())
+        for _ in range(3):
+            loop.turn(0)
+        loop.close()
+        self.assertEqual(len(told), 1)
+
+
+class AttacksOnFiles(Folder):
+    """What stands where a file should be."""
+
+    def test_no_file_there(self):
+        path = os.path.join(self.folder, "haineko.json")
+        for what, make in (
+            ("is no file", lambda: os.mkfifo(path)),  # would be waited for
+            ("is no file", lambda: os.symlink("/dev/zero", path)),  # has no end
+            ("Is a directory", lambda: os.mkdir(path)),
+            ("symbolic links", lambda: os.symlink(path, path)),
+        ):
+            make()
+            with self.subTest(what):
+                self.assertIn(what, haineko.load(path)[1][0])
+            (os.rmdir if os.path.isdir(path) else os.unlink)(path)
+
+    def test_a_listening_socket_takes_no_file_s_place(self):
+        path = self.write("precious", "neko")
+        with self.assertRaises(OSError):
+            haineko.bind(f"unix:{path}")
+        with open(path) as stream:
+            self.assertEqual(stream.read(), "neko")
+        place = os.path.join(self.folder, "left-over")
+        with socket.socket(socket.AF_UNIX) as old:
+            old.bind(place)
+        haineko.bind(f"unix:{place}").close()
+
+    def test_send_to_a_place_that_is_none(self):
+        for url in ("http://127.0.0.1:99999/", "http://[::1", "http://127.0.0.1:9/ねこ", "ftp://127.0.0.1/", "neko"):
+            with self.subTest(url):
+                words = [sys.executable, SOURCE, "send", "--url", url]
+                done = subprocess.run(words, input=b"{}", capture_output=True, timeout=20, check=False)
+                self.assertEqual((done.returncode, done.stdout), (2, b""))
+                self.assertIn(b"is no URL of a Haineko", done.stderr)
+
+    def test_an_answer_with_what_a_terminal_would_obey(self):
+        shown = haineko.on_terminal(json.dumps(["\ud800\x9b2J\u202e\x1b", "ねこ🐈"], ensure_ascii=False))
+        self.assertEqual(shown, r'["\ud800\u009b2J\u202e\u001b", "ねこ🐈"]')
+        shown.encode()
+
+    def test_sendmail_without_stdin(self):
+        config = self.write(
+            "c.json", {"recipients": {"open-relay": 1}, "mailertable": {"default": {"mailer": "Discard"}}}
+        )
+        words = f'exec "{sys.executable}" "{SOURCE}" sendmail -C "{config}" -f neko@example.org a@example.jp <&-'
+        done = subprocess.run(words, shell=True, stderr=subprocess.PIPE, timeout=20, check=False)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
 
 
 class SideBySide(unittest.TestSuite):
