@@ -519,6 +519,13 @@ def networks(value: Any, where: str, faults: list) -> Networks:
     return Networks(tuple(good))
 
 
+def listen_addresses(value: Any, where: str, faults: list) -> tuple:
+    """One listen address, or a list of some."""
+    if value == []:
+        faults.append(f"{where}: at least one address is wanted")
+    return list_of(listen_address)(value, where, faults)
+
+
 def listen_address(value: Any, where: str, faults: list) -> str:
     """ "host:port", "[v6]:port" or "unix:/path"."""
     value = text(value, where, faults)
@@ -748,9 +755,7 @@ class Tls:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Httpd:
-    listen: tuple = setting(
-        ("127.0.0.1:2794",), list_of(listen_address), "host:port, [v6]:port or unix:/path, or a list"
-    )
+    listen: tuple = setting(("127.0.0.1:2794",), listen_addresses, "host:port, [v6]:port or unix:/path, or a list")
     workers: int = setting(0, number(0, 256), "processes; 0 means one per core")
     max_connections: int = setting(512, number(1, 65536), "open connections per worker")
     timeout: int = setting(30, number(1, 3600), "seconds for a whole request to arrive, and for an idle connection")

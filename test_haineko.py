@@ -635,6 +635,7 @@ class SettingsFile(Folder):
 
     def test_entries_that_can_match_nothing_are_faults(self):
         for content, fault in (
+            ({"httpd": {"listen": []}}, "httpd.listen: at least one address is wanted"),
             ({"recipients": {"domainpart": ["*.example.jp"]}}, 'recipients.domainpart: "*.example.jp" is no domain'),
             ({"recipients": {"domainpart": ["@example.jp"]}}, 'recipients.domainpart: "@example.jp" is no domain'),
             ({"recipients": {"domainpart": [".example.jp"]}}, 'recipients.domainpart: ".example.jp" is no domain'),
@@ -4625,6 +4626,9 @@ class KeptLines(unittest.TestCase):
                 sock.close()
 
         with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.setsockopt(
+                socket.SOL_SOCKET, socket.SO_RCVBUF, 65536
+            )  # so that the request does not fit into buffers
             threading.Thread(target=serve, args=(listener,), daemon=True).start()
             route = web_route("Mandrill", f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=5)
             replies = relayed(composed_job(route, web_submission(body="y" * (8 << 20))), times=2)
