@@ -17,13 +17,15 @@ The way of a mail is the order of this page: each section takes the value of the
                                  17  Commands
 
 Rules of the file. A section refers to the sections above it, never below; inside a section the caller stands above its
-helpers. Sockets are opened in DNS, web and SMTP sessions, relays and HTTP only; clock and chance are arguments. Errors
-of the other side are values (Reply); Refused carries one out of depth. Every recipient has a reply. What may be
-extended is a closed table: REPLIES, CHARSETS, CHECKS, RELAYS, PROBES, PAGES, COMMANDS. Standard library only.
+helpers. Connections are opened in DNS, web and SMTP sessions, relays, queue and HTTP, and by the command `send`; clock
+and chance are arguments. Errors of the other side are values (Reply); Refused carries one out of depth. Every recipient
+has a reply. What may be extended is a closed table: REPLIES, CHARSETS, CHECKS, RELAYS, PROBES, PAGES, COMMANDS.
+Standard library only.
 
 Spoken here: RFC 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS),
-3461 (DSN), 3463 (status codes), 4954 (AUTH), 6152 (8BITMIME), 6531 (SMTPUTF8), 8314 (TLS on 465), 2183, 2231, 2387,
-2392 (files in mail), 1035 (DNS), 6891 (EDNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic).
+3461 (DSN), 3463 (status codes), 3464 (bounces), 4954 (AUTH), 6152 (8BITMIME), 6531 (SMTPUTF8), 8314 (TLS on 465),
+2183, 2231, 2387, 2392 (files in mail), 1035 (DNS), 6891 (EDNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1),
+7617 (Basic).
 """
 
 from __future__ import annotations
@@ -116,6 +118,11 @@ class Reply(NamedTuple):
     @property
     def temporary(self) -> bool:
         return self.code[0] == "4"
+
+    @property
+    def relay(self) -> str | None:
+        """Who gave it, for a line of the log."""
+        return f"{self.mailer}:{self.host}:{self.port}" if self.host else self.mailer
 
 
 class Refused(Exception):  # noqa: N818 -- the word that postmasters use
@@ -1003,7 +1010,7 @@ def aside_files(settings: Settings) -> list:
     named = [word["file"] for word in secrets if isinstance(word, dict) and "file" in word]
     named += [route.ca_file for route in routes if route.ca_file]
     signs = settings.queue and settings.queue.webhook_secret
-    named += [signs["file"]] if signs and "file" in signs and isinstance(signs, dict) else []
+    named += [signs["file"]] if isinstance(signs, dict) and "file" in signs else []
     return [os.path.join(base, name) for name in named + ([tls.certificate, tls.key] if tls else [])]
 
 
@@ -1118,9 +1125,7 @@ class Site(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def site_of(url: str) -> Site:
-    from urllib.parse import urlsplit
-
-    parts = urlsplit(url)
+    parts = urllib.parse.urlsplit(url)
     host, usual = parts.hostname or "", 443 if parts.scheme == "https" else 80
     name, port = f"[{host}]" if ":" in host else host, parts.port or usual
     return Site(parts.scheme == "https", host, port, parts.path, name if port == usual else f"{name}:{port}")
@@ -1132,7 +1137,7 @@ def in_same_file(fresh: Settings, policy: Queue | None) -> Settings:
 
 
 def machine_name() -> str:
-    """This machine's name, or its address literal where the name is no domain."""
+    """This machine's name, "localhost" where that is no domain."""
     name = socket.gethostname()
     return name if DOMAIN.fullmatch(name) else "localhost"
 
@@ -1648,9 +1653,7 @@ def file_name(value: Any, where: str, faults: list) -> str:
     return value
 
 
-UNSEEN = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
-)  # the latter turn fdp.exe into exe.pdf
+UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # the last ones turn fdp.exe into exe.pdf
 MAX_FILE_NAME = 255
 
 
@@ -2190,38 +2193,10 @@ class Reading:
     """What html.parser tells, written down as plain text."""
 
     HIDDEN = ("script", "style", "title", "template")
-    LINES = (
-        "address",
-        "dd",
-        "div",
-        "dl",
-        "dt",
-        "figcaption",
-        "footer",
-        "form",
-        "header",
-        "li",
-        "main",
-        "nav",
-        "section",
-        "tr",
-    )
-    PARAGRAPHS = (
-        "article",
-        "blockquote",
-        "figure",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "ol",
-        "p",
-        "pre",
-        "table",
-        "ul",
-    )
+    LINES = ("address", "dd", "div", "dl", "dt", "figcaption", "footer", "form", "header", "li", "main", "nav",
+             "section", "tr")  # fmt: skip
+    PARAGRAPHS = ("article", "blockquote", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "ol", "p", "pre", "table",
+                  "ul")  # fmt: skip
 
     def __init__(self) -> None:
         self.out: list = []
@@ -2300,14 +2275,11 @@ def rfc5322_date(second: int) -> str:
     return formatdate(second, localtime=True)
 
 
-def received(
-    ehlo: str | None, client: Client | None, hostname: str, queueid: str, date: str, protocol: str = "HTTP"
-) -> str:
+def received(ehlo: str | None, client: Client | None, hostname: str, queueid: str, date: str) -> str:
     """The trace field of RFC 5321 4.4."""
-    literal = (
-        f"[IPv6:{client.text}]" if client and client.version == 6 else f"[{client.text if client else '127.0.0.1'}]"
-    )
-    return f"Received: from {ehlo or literal} ({literal})\r\n\tby {hostname} with {protocol} id {queueid};\r\n\t{date}"
+    near = client.text if client else "127.0.0.1"
+    literal = f"[IPv6:{near}]" if ":" in near else f"[{near}]"
+    return f"Received: from {ehlo or literal} ({literal})\r\n\tby {hostname} with HTTP id {queueid};\r\n\t{date}"
 
 
 def address_field(name: str, mailboxes: tuple, charset: str) -> str:
@@ -3095,12 +3067,8 @@ def parse_response(octets: bytes, number: int, name: str, kind: int) -> Response
     """The answer to that question; ValueError where it is none, or is broken."""
     try:
         found, flags, questions, answers, authority, _ = struct.unpack_from(">6H", octets)
-        if (found, flags >> 15, questions, flags & 15) == (
-            number,
-            1,
-            0,
-            FORMERR,
-        ):  # it doesn't even repeat the question
+        # Who knows no EDNS may answer without even repeating the question (RFC 6891 7).
+        if (found, flags >> 15, questions, flags & 15) == (number, 1, 0, FORMERR):
             return Response(FORMERR, False, [], [])
         asked, at = read_name(octets, 12)
         if (found, flags >> 15, questions, asked) != (number, 1, 1, name.lower()):
@@ -3280,7 +3248,8 @@ class Policies:
     async def _fetch(self, domain: str, route: Route, deadline: float) -> Policy:
         host = f"mta-sts.{domain}"
         place = (await addresses(host, self.resolver, route.private, deadline))[0], self.port
-        context = client_context(True, route.ca_file, signature(route.ca_file) if route.ca_file else None)
+        trusted = signature(route.ca_file) if route.ca_file else None
+        context = await in_thread(client_context, True, route.ca_file, trusted)
         return parse_policy(await in_thread(fetch_policy, host, place, context, deadline))
 
 
@@ -3293,9 +3262,6 @@ def sts_id(texts: tuple) -> str:
 
 def fetch_policy(host: str, place: tuple, context: ssl.SSLContext, deadline: float) -> str:
     """The text of a policy by HTTPS; raises OSError or ValueError. No redirection is followed (RFC 8461 3.3)."""
-    import http.client
-    import io
-
     octets = b""
     head = f"GET /.well-known/mta-sts.txt HTTP/1.1\r\nHost: {host}\r\nUser-Agent: haineko/{__version__}\r\n"
     with socket.create_connection(place, max(deadline - time.monotonic(), 0.1)) as plain:
@@ -3886,8 +3852,7 @@ class Session(smtplib.SMTP):
 
     def _broken(self, fault: OSError) -> Reply:
         """What is said of recipients whose reply never came."""
-        reason = printable(str(fault) if isinstance(fault, (Rubbish, socket.timeout)) else fault.strerror or str(fault))
-        place = self._place()
+        reason, place = reason_of(fault), self._place()
         if self.ended:
             return reply("unsure", reason, **place)._replace(unsure=True)
         if isinstance(fault, Rubbish):
@@ -4042,7 +4007,7 @@ async def attempt(job: Job, sessions: Sessions) -> list:
     except Refused as refused:
         said = refused.reply
     except OSError as fault:
-        said = reply("lost", printable(str(fault)), command="CONN", **place)
+        said = reply("lost", reason_of(fault), command="CONN", **place)
     except Exception:
         log_bug(job.queueid)
         said = reply("relay-fault", **place)
@@ -4571,15 +4536,13 @@ FINAL_DSN = {401: "5.7.8", 403: "5.7.1"}
 
 def retry_after(said: Said) -> int:
     """Seconds after which to try again, RFC 9110 10.2.3; 0 where it doesn't say."""
-    import email.utils
-
     text, now = said.headers.get("Retry-After", "").strip(), time.time()
     reset = said.headers.get("X-RateLimit-Reset", "") if said.status == 429 else ""  # SendGrid's, seconds of the epoch
     try:
         if re.fullmatch(r"[0-9]{1,9}", text):
             wait = int(text)
         elif text:
-            wait = email.utils.parsedate_to_datetime(text).timestamp() - now
+            wait = parsedate_to_datetime(text).timestamp() - now
         else:
             wait = int(reset) - now if re.fullmatch(r"[0-9]{1,10}", reset) else 0
     except (TypeError, ValueError, OverflowError):
@@ -4920,13 +4883,8 @@ def next_step(said: Reply, attempts: int, age: float, dice: float, policy: Queue
     if not said.temporary or age >= policy.lifetime:
         return Step("failed")
     pause = policy.retry_after[min(attempts, len(policy.retry_after)) - 1] * (0.8 + 0.4 * dice)
-    return Step(
-        "open", min(max(pause, said.wait), max(policy.lifetime - age, 1.0))
-    )  # the last one at the end of its life
-
-
-def dice() -> float:
-    return int.from_bytes(os.urandom(2), "big") / 65535
+    end = max(policy.lifetime - age, 1.0)  # of its life: then is the last attempt
+    return Step("open", min(max(pause, said.wait), end))
 
 
 class Entry(NamedTuple):
@@ -5013,12 +4971,13 @@ def bounce(parcel: Parcel, said: Reply, hostname: str, queueid: str, now: float)
     place = f" ({said.host})" if said.host else ""
     words = "\r\n".join([f"    {line}" for line in quotable(said)])
     head = parcel.message.copy(parcel.recipient, parcel.number).partition(b"\r\n\r\n")[0] + b"\r\n"
+    coding = "7bit" if head.isascii() and parcel.recipient.isascii() else "8bit"
     text = BOUNCE.format(
         date=date, hostname=hostname, sender=parcel.sender, queueid=queueid, edge=edge, age=in_words(now - parcel.born),
         original=parcel.queueid, recipient=parcel.recipient, place=place, words=words, status=status_code(said),
         kind="rfc822" if parcel.recipient.isascii() else "utf-8", arrived=rfc5322_date(int(parcel.born)),
         tried=parcel.attempts + 1, code=said.code, diagnostic="\r\n    ".join(quotable(said)),
-        remote=f"Remote-MTA: dns; {said.host}\r\n" if said.host else "", coding="7bit" if head.isascii() else "8bit",
+        remote=f"Remote-MTA: dns; {said.host}\r\n" if said.host else "", coding=coding,
     )  # fmt: skip
     octets = text.encode() + head + f"\r\n--{edge}--\r\n".encode()
     return Message((octets,), eight=not octets.isascii())
@@ -5093,8 +5052,6 @@ def in_words(seconds: float) -> str:
 
 def post_event(parcel: Parcel, secret: bytes, now: float) -> list:
     """POSTs an event to its webhook; blocks. A reply as a relay gives it."""
-    import http.client
-
     scheme, name, port, path = WEBHOOK_URL.fullmatch(parcel.recipient).groups()
     place = {"mailer": "Webhook", "host": name, "port": int(port or (443 if scheme == "https" else 80))}
     body, ident = parcel.message.parts[0], f"msg_{parcel.queueid}"
@@ -5140,6 +5097,8 @@ class Store:
         self.db: Any = None
         self.inode = self.slot = self.locks = 0
         self.fault = ""  # why the file can't be used; told once
+        self.rung = False  # since the last commit
+        self.looked, self.roomy = 0.0, False  # when the disk was looked at, and whether it had room
 
     async def do(self, operation: Callable, *values: Any) -> Any:
         """What operation(db, slot, *values) gives, once its changes are on disk; Refused where that can't be."""
@@ -5159,19 +5118,24 @@ class Store:
             self.owed.append((operation, values))
 
     def ring(self) -> None:
-        """Tells the courier that something is due."""
+        """Tells the courier that something is due; once after each commit will do."""
+        if self.rung:
+            return
+        self.rung = True
         try:
             self.ringer.send(b"\0")
         except (OSError, AttributeError):  # rung often enough, or there is none: it looks once a second
             pass
 
     def room(self) -> bool:
-        """True where the disk has as much free space as it should."""
-        try:
-            disk = os.statvfs(os.path.dirname(self.policy.path))
-        except OSError:
-            return False
-        return disk.f_bavail * disk.f_frsize >= self.policy.min_free
+        """True where the disk has as much free space as it should, or had a moment ago."""
+        now = time.monotonic()
+        if now - self.looked > 0.1:
+            self.looked, self.roomy = now, False
+            with contextlib.suppress(OSError):
+                disk = os.statvfs(os.path.dirname(self.policy.path))
+                self.roomy = disk.f_bavail * disk.f_frsize >= self.policy.min_free
+        return self.roomy
 
     def trouble(self) -> str:
         """What is wrong with the file or its disk, "" for nothing."""
@@ -5186,41 +5150,53 @@ class Store:
     def _work(self) -> None:
         while True:
             batch, owed = self._batch(), [self.owed.popleft() for _ in range(len(self.owed))]
-            results = self.commit([*owed, *[(operation, values) for operation, values, _ in batch]])
+            work = [*owed, *[(operation, values) for operation, values, _ in batch]]
+            results = self.commit(work, batch)
             self.owed.extend(work for work, result in zip(owed, results) if isinstance(result, Refused))
+            self.rung = False
             for (_, _, done), result in zip(batch, results[len(owed) :]):
                 done(result)
 
     def _batch(self) -> list:
         """The work that waits; waits for some."""
-        batch: list = []
         try:
-            batch.append(self.waiting.get(timeout=1.0 if self.owed else None))
-            while len(batch) < self.BATCH:
-                batch.append(self.waiting.get_nowait())
+            batch = [self.waiting.get(timeout=1.0 if self.owed else None)]
         except queue.Empty:
-            pass
+            return []
+        self._fill(batch)
         return batch
 
-    def commit(self, batch: list) -> list:
-        """What the operations give, all of them on disk in one transaction; a Refused each where that can't be."""
+    def _fill(self, batch: list) -> list:
+        """What else waits, put into the batch."""
+        more: list = []
+        with contextlib.suppress(queue.Empty):
+            while len(batch) + len(more) < self.BATCH:
+                more.append(self.waiting.get_nowait())
+        batch += more
+        return more
+
+    def commit(self, work: list, batch: list | None = None) -> list:
+        """What the operations give, all of them on disk in one transaction; a Refused each where that can't be. With
+        the `batch` that they are from, what comes into it while another process has the lock is done with them."""
         import fcntl
         import sqlite3
 
         try:
             db = self._opened()
             fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite's own waiting is a sleep, and a long one by chance
+            if batch is not None:
+                work += [(operation, values) for operation, values, _ in self._fill(batch)]
             db.execute("BEGIN IMMEDIATE")
-            results = [operation(db, self.slot, *values) for operation, values in batch]
+            results = [operation(db, self.slot, *values) for operation, values in work]
             db.execute("COMMIT")
         except (sqlite3.Error, OSError) as fault:
             self.close()
             self._tell(f"{self.policy.path}: {fault}")
-            return [Refused(reply("store", mailer="Queue")) for _ in batch]
+            return [Refused(reply("store", mailer="Queue")) for _ in work]
         except Exception as fault:  # a bug must not take the others' work with it
             self.close()
-            if len(batch) > 1:
-                return [self.commit([work])[0] for work in batch]
+            if len(work) > 1:
+                return [self.commit([one])[0] for one in work]
             log_bug("queue")
             return [fault]
         finally:
@@ -5506,7 +5482,7 @@ def release(db: Any, owner: int, policy: Queue, now: float) -> None:
     ).fetchall()  # fmt: skip
     for ident, recipient, attempts, history, born, queueid in rows:
         log.lines(f"{queueid}: to=<{recipient}> interrupted; it is tried again and may arrive twice")
-        due = now + next_step(said, attempts + 1, min(now - born, policy.lifetime - 1), dice(), policy).pause
+        due = now + next_step(said, attempts + 1, min(now - born, policy.lifetime - 1), chance(), policy).pause
         db.execute("UPDATE recipients SET due=?, owner=NULL, attempts=attempts+1, history=? WHERE id=?",
                    (due, add_attempt(history, now, said), ident))  # fmt: skip
     db.execute("UPDATE messages SET owner=NULL WHERE owner=?", (owner,))
@@ -5630,12 +5606,14 @@ class Courier:
             log_bug(parcel.queueid)
             over, said = False, reply("relay-fault", mailer="Queue")
         now = time.time()
-        step = next_step(said, parcel.attempts + (not over), now - parcel.born, dice(), policy)
+        step = next_step(said, parcel.attempts + (not over), now - parcel.born, chance(), policy)
         self._lull(parcel.lane, said, now, policy)
         log_attempt(parcel, said, step, (time.monotonic() - began) * 1000)
-        notes = reports(parcel, said, step, settings, now)
-        await self.store.surely(record, parcel.id, lane, None if over else said, step, notes, now)
-        self.busy[parcel.lane] -= 1
+        try:
+            notes = reports(parcel, said, step, settings, now)
+            await self.store.surely(record, parcel.id, lane, None if over else said, step, notes, now)
+        finally:  # or a bug of ours would stop its lane for good
+            self.busy[parcel.lane] -= 1
         self.store.ring()
 
     def _job(self, parcel: Parcel, settings: Settings) -> tuple:
@@ -5655,7 +5633,7 @@ class Courier:
         try:
             return (await in_thread(post_event, parcel, policy.secret, time.time()))[0]
         except OSError as fault:
-            return reply("lost", printable(str(fault)), command="CONN", mailer="Webhook")
+            return reply("lost", reason_of(fault), command="CONN", mailer="Webhook")
 
     def _lull(self, lane: str, said: Reply, now: float, policy: Queue) -> None:
         """After a failure to connect the lane waits, no longer than the third pause: others in it may be fresh."""
@@ -5663,17 +5641,16 @@ class Courier:
         if not (said.temporary and said.command == "CONN"):
             self.asleep.pop(lane, None)
         elif until <= now:
-            pause = next_step(said, min(failures + 1, 3), 0, dice(), policy).pause
+            pause = next_step(said, min(failures + 1, 3), 0, chance(), policy).pause
             self.asleep[lane] = now + pause, failures + 1
 
 
 def log_attempt(parcel: Parcel, said: Reply, step: Step, ms: float) -> None:
     """One line for each attempt."""
-    relay = f"{said.mailer}:{said.host}:{said.port}" if said.host else said.mailer
     again = f" again_in={step.pause:.0f}s" if step.state == "open" else ""
     twice = "; it may arrive twice" if said.unsure else ""
     log.lines(
-        f"{parcel.queueid}: queue from=<{parcel.sender}> to=<{parcel.recipient}> relay={relay} code={said.code} "
+        f"{parcel.queueid}: queue from=<{parcel.sender}> to=<{parcel.recipient}> relay={said.relay} code={said.code} "
         f"dsn={said.dsn} command={said.command} ms={ms:.1f} {step.state}{again} "
         f"message={_value(' '.join(said.message) + twice)}"
     )
@@ -5858,7 +5835,7 @@ async def fulfil(request: Request, jobs: list, good: list, wish: Wish, service: 
 
 def fate_of(entry: Entry, row: tuple, said: Reply, settings: Settings, now: float) -> tuple:
     """(Reply, Step, entries that tell of it) of a first attempt; all but a delay is told in the answer."""
-    step = next_step(said, 1, 0.0, dice(), settings.queue)
+    step = next_step(said, 1, 0.0, chance(), settings.queue)
     first = Parcel(0, entry.queueid, "mail", entry.sender, entry.login, entry.born, entry.message, *row, 0, ())
     return said, step, reports(first, said, step, settings, now) if step.state == "open" else []
 
@@ -6014,9 +5991,8 @@ def log_outcomes(request: Request, outcomes: list) -> None:
     for job, replies, ms in outcomes:
         for said in dict.fromkeys(replies):
             to = ">,<".join([to for to, item in zip(job.recipients, replies) if item == said])
-            relay = f"{said.mailer}:{said.host}:{said.port}" if said.host else said.mailer
             lines.append(
-                f"{job.queueid}: client={request.client.text} from=<{job.sender}> to=<{to}> relay={relay} "
+                f"{job.queueid}: client={request.client.text} from=<{job.sender}> to=<{to}> relay={said.relay} "
                 f"code={said.code} dsn={said.dsn} command={said.command} ms={ms:.1f} "
                 f"message={_value(' '.join(said.message))}"
             )
@@ -6044,11 +6020,11 @@ def log_refusal(
 
 def answer(request: Request, status: int, verdicts: dict, queueid: str | None, submission: Submission | None) -> Answer:
     """The document of an answer: one item for each recipient in `verdicts`, a key None where none is meant."""
-    passed = [to for to, said in verdicts.items() if to is not None and not (said.status and not said.mailer)]
+    taken = [to for to, said in verdicts.items() if to is not None and not (said.status and not said.mailer)]
     document = {
         "queueid": queueid,
         "addresser": submission.mail if submission else None,
-        "recipient": passed if submission else None,
+        "recipient": taken if submission else None,
         "response": [item(to, said) for to, said in verdicts.items()],
         "remoteaddr": request.client.text if request.client else None,
         "remoteport": request.port,
@@ -6126,13 +6102,13 @@ def parse_head(octets: bytes) -> Head:
     method, target, major, minor = found.groups()
     if major != "1":
         raise Refused(reply("http-version"))
-    pairs = FIELD.findall(rest)
-    if len(pairs) != rest.count("\n"):
+    lines = FIELD.findall(rest)
+    if len(lines) != rest.count("\n"):
         raise Refused(reply("bad-request", "header line"))
-    if len(pairs) > MAX_HEADERS:
+    if len(lines) > MAX_HEADERS:
         raise Refused(reply("head-too-large"))
     headers: dict = {}
-    for spelt, padded in pairs:
+    for spelt, padded in lines:
         name, value = spelt.lower(), padded.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if target[0] != "/" and "://" in target:
@@ -6289,6 +6265,20 @@ SAMPLES = [
         "rcpt": ["root@example.jp", "ops@example.jp"],
         "header": {"subject": "Backup done"},
         "body": "42 files, 0 errors\n",
+    },
+    {
+        "mail": "shop@example.org",
+        "header": {"from": "ねこ屋 <shop@example.org>", "to": "三毛猫 <mikeneko@example.jp>", "subject": "領収書 42"},
+        "html": '<p><img src="cid:logo" alt="ねこ屋"></p><p>合計 <b>1,980円</b></p>',
+        "attachments": [
+            {
+                "filename": "logo.png",
+                "cid": "logo",
+                "content": "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAA"
+                "SUVORK5CYII=",
+            },
+            {"filename": "領収書 42.csv", "content": "c3VtLDE5ODAK"},
+        ],
     },
 ]
 
@@ -6685,7 +6675,7 @@ class Worker:
             await self.service.sessions.sweep()
             if self.reload:
                 self.reload = False
-                settings, faults = load(self.service.settings.path)
+                settings, faults = await in_thread(load, self.service.settings.path)
                 if not faults:
                     self.service.take(settings)
 
@@ -7187,7 +7177,7 @@ async def probed(probe: Probe, sessions: Sessions) -> list:
         said = refused.reply
         return [Finding(said.command, False, f"{said.code} {': '.join(said.message)}")]
     except OSError as fault:
-        return [Finding("CONN", False, printable(fault.strerror or str(fault)))]
+        return [Finding("CONN", False, reason_of(fault))]
 
 
 def probes_of(settings: Settings, domain: str) -> dict:
@@ -7322,10 +7312,7 @@ async def dmarc(domain: str, texts: Callable) -> tuple:
             tags = tags_of(records[0])
             wish = tags.get("sp", tags.get("p", "")) if i else tags.get("p", "")
             fine = wish.lower() in ("none", "quarantine", "reject")
-            return (
-                fine,
-                f"{name}: {printable(records[0])}" if fine else f"{name}: p= names no policy: it does not count",
-            )
+            return fine, f"{name}: {printable(records[0]) if fine else 'p= names no policy: it does not count'}"
     return False, f"_dmarc.{domain}: no DMARC record: Gmail, Yahoo and Outlook refuse a sender of many mails without"
 
 
@@ -7362,8 +7349,6 @@ def command_route(options: Any) -> int:
 
 def command_send(options: Any) -> int:
     """Posts a mail to a running Haineko; 0 where every recipient was accepted."""
-    import http.client
-
     try:
         url = urllib.parse.urlsplit(options.url)
         port, good = url.port, url.scheme in ("http", "https") and url.hostname and url.path.isascii()
@@ -7375,9 +7360,7 @@ def command_send(options: Any) -> int:
     kind_ = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
     headers = {"Content-Type": "application/json", "User-Agent": f"haineko/{__version__}"}
     if options.user:
-        headers["Authorization"] = (
-            "Basic " + base64.b64encode(f"{options.user}:{password_for(options.user)}".encode()).decode()
-        )
+        headers.update(basic((options.user, password_for(options.user))))
     path = url.path if url.path.endswith("/submit") else url.path.rstrip("/") + "/submit"
     try:
         connection = kind_(url.hostname, port, timeout=300)
@@ -7403,26 +7386,41 @@ def on_terminal(text: str) -> str:
 def submission_from(options: Any) -> bytes:
     """The JSON of a submission: a file, stdin, or made from flags."""
     if not options.to:
-        if options.file in (None, "-"):
-            return sys.stdin.buffer.read()
-        try:
-            with open(options.file, "rb") as stream:
-                return stream.read()
-        except OSError as fault:
-            raise Usage(f"{options.file}: {fault.strerror}", 2) from None
-    text = options.body
-    if text is None:
-        text = sys.stdin.buffer.read().decode("utf-8", "replace")
+        if options.html or options.attach:
+            raise Usage("--html and --attach want --to: a FILE has its own", 2)
+        return octets_of(options.file or "-")
+    text, html = options.body, options.html and octets_of(options.html).decode("utf-8", "replace")
+    if text is None and html is None:
+        text = octets_of("-").decode("utf-8", "replace")
     header = {
         "subject": options.subject or "",
         "from": options.header_from,
         "replyto": options.reply_to,
         "charset": options.charset,
     }
-    sender = options.sender or f"{user_name()}@{machine_name()}"
-    return to_json(
-        {"mail": sender, "rcpt": options.to, "header": {k: v for k, v in header.items() if v is not None}, "body": text}
-    )
+    files = [attachment_of(path) for path in options.attach or ()] or None
+    document = {
+        "mail": options.sender or f"{user_name()}@{machine_name()}",
+        "rcpt": options.to,
+        "header": {key: value for key, value in header.items() if value is not None},
+    }
+    parts = {"body": text, "html": html, "attachments": files}
+    return to_json({**document, **{key: value for key, value in parts.items() if value is not None}})
+
+
+def attachment_of(path: str) -> dict:
+    return {"filename": os.path.basename(path), "content": base64.b64encode(octets_of(path)).decode()}
+
+
+def octets_of(path: str) -> bytes:
+    """What stands in a file; of "-" what comes on stdin."""
+    if path == "-":
+        return sys.stdin.buffer.read()
+    try:
+        with open(path, "rb") as stream:
+            return stream.read()
+    except OSError as fault:
+        raise Usage(f"{path}: {fault.strerror}", 2) from None
 
 
 def password_for(user: str) -> str:
@@ -7584,7 +7582,7 @@ def command_sendmail(argv: list) -> int:
     except getopt.GetoptError as fault:
         return complain(f"usage: {fault}", EX_USAGE)
     flags = dict(pairs_)
-    if flags.get("-b", "m") != "m" or any(flag_ in flags for flag_ in ("-q",)):
+    if flags.get("-b", "m") != "m":
         return complain(f"usage: -b{flags['-b']} is not known here", EX_USAGE)
     settings, faults = load(settings_path(flags.get("-C")))
     if faults:
@@ -7646,7 +7644,7 @@ def told(verdicts: dict) -> int:
     """Names the recipients that failed; gives the exit code."""
     codes = {EX_OK}
     for to, said in verdicts.items():
-        if not (said and said.accepted) and said:
+        if said and not said.accepted:
             codes.add(EX_NOPERM if said.status else EX_TEMPFAIL if said.temporary else EX_UNAVAILABLE)
             complain(f"<{to}>: {said.code} {said.command}: {' '.join(said.message)}", 0)
     return next(code for code in (EX_TEMPFAIL, EX_UNAVAILABLE, EX_NOPERM, EX_OK) if code in codes)
@@ -7698,7 +7696,9 @@ COMMANDS = {
             (("--reply-to",), {"metavar": "A"}),
             (("--subject",), {"metavar": "S"}),
             (("--charset",), {"metavar": "C"}),
-            (("--body",), {"metavar": "TEXT", "help": "absent: stdin"}),
+            (("--body",), {"metavar": "TEXT", "help": "absent, and no --html: stdin"}),
+            (("--html",), {"metavar": "FILE", "help": "the mail in HTML, in UTF-8"}),
+            (("--attach",), {"action": "append", "metavar": "FILE", "help": "a file to attach; again for more"}),
         ),
     ),
     "sendmail": (

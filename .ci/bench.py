@@ -4,20 +4,27 @@
     python3 .ci/bench.py            # all of it
     python3 .ci/bench.py clients    # the rows that begin so
 
-Needs Debian's wrk and postfix (for smtp-sink). Ratios within a run can be trusted, figures of two runs can't.
+Needs Debian's wrk and postfix; beside swaks and nodemailer where these are (npm puts the latter into the folder for
+temporary files, once). Postfix takes mail into a queue of its own where this is run by root.
+Ratios within a run can be trusted, figures of two runs can't.
 """
 
+import base64
+import contextlib
 import json
 import os
 import platform
 import re
 import resource
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -239,6 +246,207 @@ def bench_start(folder: str, sink: Sink) -> None:
     print(f"ready after start: {middle:.0f} ms, {middle - nothing * 1000:.0f} ms more than `python3 -c pass`")
 
 
+ATTACHMENT = 25_000_000  # octets
+NODEMAILER = """
+const [port, path] = process.argv.slice(1);
+const transport = require("nodemailer").createTransport({host: "127.0.0.1", port: Number(port), ignoreTLS: true});
+(async () => {
+  for (let i = 0; i < 3; i++) {
+    const began = process.hrtime.bigint();
+    await transport.sendMail({from: "a@example.org", to: "b@example.jp", text: "Nyaa", attachments: [{path}]});
+    console.log(Number(process.hrtime.bigint() - began) / 1e9);
+  }
+})();
+"""
+
+
+def bench_attachments(folder: str, sink: Sink) -> None:
+    """One of 25 MB, from its client until the sink has it."""
+    path = Path(folder, "neko.bin")
+    path.write_bytes(os.urandom(1 << 20) * (ATTACHMENT >> 20))
+    size = path.stat().st_size
+    content = base64.b64encode(path.read_bytes())
+    message = len(content) / 76 * 78
+    server = Server(folder, sink, 1)
+    server.load(folder, mail(), 2, 1)
+    worker = server.family()[1]
+    before = status_of(worker, "VmRSS")
+    Path(f"/proc/{worker}/clear_refs").write_text("5")  # VmHWM starts over
+    payload = json.dumps({**mail(), "attachments": [{"filename": "neko.bin", "content": content.decode()}]}).encode()
+    ours = sorted(seconds_of_post(server.port, payload) for _ in range(3))[1]
+    above = status_of(worker, "VmHWM") - before
+    server.stop()
+    rates = {"haineko": size / ours, **rates_of_others(path, size, sink)}
+    for name, rate in rates.items():
+        print(f"{f'attachment of 25 MB, {name}':34}{rate / 1e6:>10.1f} MB/s")
+    print(f"{'':34}{above / message:.1f} x the finished message of {message / 1e6:.1f} MB: peak of a worker above idle")
+
+
+def seconds_of_post(port: int, payload: bytes) -> float:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/submit", payload, {"Content-Type": "application/json"})
+    began = time.perf_counter()
+    urllib.request.urlopen(request, timeout=60).read()
+    return time.perf_counter() - began
+
+
+def status_of(pid: int, what: str) -> int:
+    """Octets."""
+    return int(re.search(rf"^{what}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M)[1]) * 1024
+
+
+def rates_of_others(path: Path, size: int, sink: Sink) -> dict:
+    """{name: octets a second} of those that are here, with the same file and sink."""
+    rates = {}
+    if shutil.which("swaks"):
+        command = ["swaks", "--server", f"127.0.0.1:{sink.port}", "--from", "a@example.org", "--to", "b@example.jp"]
+        began = time.perf_counter()
+        subprocess.run([*command, "--attach", f"@{path}", "--suppress-data", "--silent", "2"], check=True)
+        rates["swaks --attach"] = size / (time.perf_counter() - began)
+    else:
+        print("no swaks here")
+    packages = Path(tempfile.gettempdir(), "haineko-bench-nodemailer")
+    install = ["npm", "install", "--silent", "--no-fund", "--no-audit", "--prefix", str(packages), "nodemailer@7"]
+    if not shutil.which("npm"):
+        print("no npm here, so no nodemailer")
+    elif (packages / "node_modules").is_dir() or not subprocess.run(install, check=False).returncode:
+        command = ["node", "-e", NODEMAILER, str(sink.port), str(path)]
+        env = {**os.environ, "NODE_PATH": str(packages / "node_modules")}
+        times = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
+        rates["nodemailer"] = size / sorted(map(float, times))[1]
+    else:
+        print("nodemailer can't be installed")
+    return rates
+
+
+def bench_queue(folder: str, sink: Sink) -> None:
+    rates = {}
+    dead = {"mailertable": {"default": {"port": 1}}}
+    for name, later, changes in (
+        ("direct, no queue", False, {}),
+        ("direct, with the queue", False, {"queue": {"path": "direct.db"}}),
+        ("async", True, {"queue": {"path": "async.db"}}),
+        ("next hop dead", False, {"queue": {"path": "dead.db", "retry_after": [3600]}, **dead}),
+    ):
+        server = Server(folder, sink, **changes)
+        rates[name], _, p99, bad = server.load(folder, {**mail(), **({"async": True} if later else {})}, 64)
+        row(f"queue, {name}", rates[name], p99, bad, server.memory_mib())
+        server.stop()
+    if os.getuid() == 0:
+        with postfix(folder) as port:
+            rates["postfix"] = source(port, 12000)
+        row("queue, postfix takes it", rates["postfix"], 0, 0, 0, f"async is {rates['async'] / rates['postfix']:.2f} x")
+    else:
+        print("not root, so no postfix")
+    direct = rates["direct, no queue"]
+    print(f"{'':34}async: {rates['async'] / direct:.2f} x direct; direct with it: ", end="")
+    print(f"{rates['direct, with the queue'] / direct:.2f} x direct without")
+    waiting(folder, sink, 100_000)
+
+
+def source(port: int, count: int) -> float:
+    """Messages a second that postfix's own client puts into a server over 64 kept connections."""
+    command = ["/usr/sbin/smtp-source", "-d", "-s", "64", "-l", "1024", "-f", "a@example.org", "-t", "b@example.jp"]
+    began = time.monotonic()
+    subprocess.run([*command, "-m", str(count), f"127.0.0.1:{port}"], check=True)
+    return count / (time.monotonic() - began)
+
+
+MAIN_CF = """\
+compatibility_level = 3.6
+queue_directory = {folder}/queue
+data_directory = {folder}/data
+maillog_file = {folder}/log/mail.log
+maillog_file_prefixes = {folder}
+inet_interfaces = 127.0.0.1
+inet_protocols = ipv4
+myhostname = postfix.example
+mydestination =
+mynetworks = 127.0.0.0/8
+alias_maps =
+alias_database =
+smtpd_relay_restrictions = permit_mynetworks, reject
+smtpd_sender_restrictions = check_sender_access static:HOLD
+smtpd_client_connection_count_limit = 0
+smtpd_peername_lookup = no
+"""
+MASTER_CF = """\
+127.0.0.1:{port} inet n - n - 200 smtpd
+cleanup unix n - n - 0 cleanup
+qmgr unix n - n 300 1 qmgr
+tlsmgr unix - - n 1000? 1 tlsmgr
+rewrite unix - - n - - trivial-rewrite
+bounce unix - - n - 0 bounce
+defer unix - - n - 0 bounce
+flush unix n - n 1000? 0 flush
+proxymap unix - - n - - proxymap
+smtp unix - - n - - error
+anvil unix - - n - 1 anvil
+postlog unix-dgram n - n - 1 postlogd
+"""
+
+
+@contextlib.contextmanager
+def postfix(folder: str) -> Iterator[int]:
+    """The port of a postfix that takes everything into its queue and leaves it there."""
+    home, port = Path(folder, "postfix"), free_port()
+    for name in ("etc", "queue", "data", "log"):
+        (home / name).mkdir(parents=True)
+    Path(folder).chmod(0o755)  # postfix gives up root
+    shutil.chown(home / "data", "postfix")
+    (home / "etc" / "main.cf").write_text(MAIN_CF.format(folder=home))
+    (home / "etc" / "master.cf").write_text(MASTER_CF.format(port=port))
+    command = ["/usr/sbin/postfix", "-c", str(home / "etc")]
+    subprocess.run([*command, "start"], check=True, capture_output=True)
+    try:
+        while not answers(port):
+            time.sleep(0.01)
+        yield port
+    finally:
+        subprocess.run([*command, "stop"], check=True, capture_output=True)
+
+
+def waiting(folder: str, sink: Sink, count: int) -> None:
+    """What a queue costs in which so many mails wait."""
+    settings, began = {"path": "waiting.db", "min_free": 0}, time.monotonic()
+    empty = Server(folder, sink)
+    memory = empty.memory_mib()
+    empty.stop()
+    fill(str(Path(folder, settings["path"])), count)
+    filled = time.monotonic() - began
+    server = Server(folder, sink, queue=settings, mailertable={"default": {"port": 1}})
+    began = time.monotonic()
+    counted = json.load(urllib.request.urlopen(f"http://127.0.0.1:{server.port}/queue", timeout=20))["waiting"]
+    asked = time.monotonic() - began
+    above, began = server.memory_mib() - memory, time.monotonic()
+    command = [sys.executable, str(ROOT / "haineko.py"), "queue", "list", "-c", str(Path(folder, "haineko.json"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as listing:
+        listing.stdout.readline()
+        first = time.monotonic() - began
+        listing.kill()
+    server.stop()
+    print(f"{counted} mails wait (filled in {filled:.1f} s): ready in {server.ready_ms:.0f} ms, {above:.1f} MiB more, ")
+    print(f"{'':34}GET /queue {asked * 1000:.0f} ms, `queue list | head -1` {first * 1000:.0f} ms")
+
+
+def fill(path: str, count: int) -> None:
+    """Mails in the file as if each had been tried once."""
+    sys.path.insert(0, str(ROOT))
+    import haineko
+
+    store, now = haineko.Store(haineko.Queue(path=path)), time.time()
+    message = haineko.Message((b"Subject: Nyaa\r\nTo: ", b"\r\nMessage-Id: <", b"@x>\r\n\r\n" + b"x" * 1024 + b"\r\n"))
+    place = {"mailer": "ESMTP", "host": "127.0.0.1", "port": 1}
+    fate = haineko.reply("lost", "Connection refused", command="CONN", **place), haineko.Step("open", 3600), []
+    for begin in range(0, count, 10000):
+        work = []
+        for i in range(begin, min(count, begin + 10000)):
+            to = (f"neko{i}@example.jp",) * 2 + (1, f"ESMTP 127.0.0.{i % 5}:1")
+            entry = haineko.Entry(f"{i:016d}", "mail", "kijitora@example.org", "", now, message, (to,))
+            work.append((haineko.put, (entry, [fate])))
+        store.commit(work)
+    store.close(True)
+
+
 BENCHES = {
     "start": bench_start,
     "clients": bench_clients,
@@ -247,6 +455,8 @@ BENCHES = {
     "bodies": bench_bodies,
     "tables": bench_tables,
     "workers": bench_workers,
+    "attachments": bench_attachments,
+    "queue": bench_queue,
 }
 
 
