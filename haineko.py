@@ -1263,8 +1263,8 @@ def pairs(**values: Any) -> str:
     return " ".join([f"{key}={_value(value)}" for key, value in values.items() if value is not None])
 
 
-def _value(value: Any) -> str:
-    value = printable(str(value), 500)
+def _value(value: Any, limit: int = 500) -> str:
+    value = printable(str(value), limit)
     if value and " " not in value and '"' not in value:
         return value
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
@@ -5650,7 +5650,8 @@ def log_attempt(parcel: Parcel, said: Reply, step: Step, ms: float) -> None:
     again = f" again_in={step.pause:.0f}s" if step.state == "open" else ""
     twice = "; it may arrive twice" if said.unsure else ""
     log.lines(
-        f"{parcel.queueid}: queue from=<{parcel.sender}> to=<{parcel.recipient}> relay={said.relay} code={said.code} "
+        f"{parcel.queueid}: queue from={_value(f'<{parcel.sender}>')} to={_value(f'<{parcel.recipient}>')} "
+        f"relay={said.relay} code={said.code} "
         f"dsn={said.dsn} command={said.command} ms={ms:.1f} {step.state}{again} "
         f"message={_value(' '.join(said.message) + twice)}"
     )
@@ -5791,7 +5792,8 @@ async def keep(request: Request, jobs: list, good: list, wish: Wish, service: Se
     earlier = await service.store.add(entry, held=not wish.later)
     if wish.later and not earlier:
         log.lines(
-            f"{entry.queueid}: client={request.client.text} from=<{entry.sender}> queued, to be delivered at once"
+            f"{entry.queueid}: client={request.client.text} from={_value(f'<{entry.sender}>')} "
+            "queued, to be delivered at once"
         )
         service.store.ring()
     return bool(wish.key), earlier
@@ -5816,7 +5818,7 @@ async def fulfil(request: Request, jobs: list, good: list, wish: Wish, service: 
     if wish.later:
         return [queued(queueid)] * len(good), []
     outcomes = await deliver(jobs, service.sessions, settings)
-    log_outcomes(request, outcomes)
+    log.lines(*outcome_lines(request, outcomes))
     replies = [said for outcome in outcomes for said in outcome.replies]
     if not store or not (wish.key or any(said.temporary for said in replies)):
         return replies, []
@@ -5985,18 +5987,18 @@ def status_of(replies: Any) -> int:
     return 503 if any(item.temporary for item in replies) else 502
 
 
-def log_outcomes(request: Request, outcomes: list) -> None:
-    """One line for each transaction."""
+def outcome_lines(request: Request, outcomes: list) -> list:
+    """One line of the log for each transaction."""
     lines = []
     for job, replies, ms in outcomes:
         for said in dict.fromkeys(replies):
-            to = ">,<".join([to for to, item in zip(job.recipients, replies) if item == said])
+            to = f"<{'>,<'.join([to for to, item in zip(job.recipients, replies) if item == said])}>"
             lines.append(
-                f"{job.queueid}: client={request.client.text} from=<{job.sender}> to=<{to}> relay={said.relay} "
-                f"code={said.code} dsn={said.dsn} command={said.command} ms={ms:.1f} "
-                f"message={_value(' '.join(said.message))}"
+                f"{job.queueid}: client={request.client.text} from={_value(f'<{job.sender}>')} "
+                f"to={_value(to, len(to))} relay={said.relay} code={said.code} dsn={said.dsn} command={said.command} "
+                f"ms={ms:.1f} message={_value(' '.join(said.message))}"
             )
-    log.lines(*lines)
+    return lines
 
 
 def log_refusal(

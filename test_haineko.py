@@ -9740,6 +9740,15 @@ class Attacks(Quiet):
                 octets = f"GET /conf HTTP/1.1\r\n{host}\r\n".encode()
                 self.assertEqual(over_http(octets, settings())[0], status)
 
+    def test_an_address_can_not_forge_a_field_of_the_log(self):
+        route = haineko.Route(mailer="Discard")
+        job = haineko.Job(route, NAME, "q", '"a> code=250"@x.jp', ('"b> dsn=2.0.0"@x.jp',), haineko.Message((b"",)))
+        asked = haineko.Request("", "", {}, b"", haineko.plain_address("127.0.0.1"), None, None, NOW, settings())
+        lines = haineko.outcome_lines(
+            asked, [haineko.Outcome(job, [haineko.reply("discarded", mailer="Discard")], 1.0)]
+        )
+        self.assertIn(r'from="<\"a> code=250\"@x.jp>" to="<\"b> dsn=2.0.0\"@x.jp>" relay=Discard code=200 ', lines[0])
+
     def test_a_server_that_repeats_our_password(self):
         plain = base64.b64encode(b"\0neko\0hunter2secret").decode()
         word = base64.b64encode(b"hunter2secret").decode()
