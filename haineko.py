@@ -6593,6 +6593,9 @@ class Worker:
             self.loop.spawn(self._vital(self.courier.run()))
         while not self.service.stopping:
             self.loop.turn()
+            if self.reload:
+                self.reload = False
+                self.loop.spawn(self._reread())
         deadline = time.monotonic() + STOPPING
         for listener in self.listeners:
             listener.close()
@@ -6671,15 +6674,16 @@ class Worker:
         return True
 
     async def _housekeeping(self) -> None:
-        """Once a second: SMTP sessions nobody uses, settings that changed."""
+        """Once a second: SMTP sessions nobody uses."""
         while True:
             await sleep(1.0)
             await self.service.sessions.sweep()
-            if self.reload:
-                self.reload = False
-                settings, faults = await in_thread(load, self.service.settings.path)
-                if not faults:
-                    self.service.take(settings)
+
+    async def _reread(self) -> None:
+        """Takes settings that changed; the master has told their faults."""
+        settings, faults = await in_thread(load, self.service.settings.path)
+        if not faults:
+            self.service.take(settings)
 
 
 async def turn_away(sock: socket.socket) -> None:

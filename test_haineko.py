@@ -1337,7 +1337,6 @@ RCPT_POLICY = (400, "553", "5.7.1", "RCPT", "Recipient address is not permitted"
 BODY_EMPTY = (400, "500", "5.6.0", "DATA", "Message body is empty")
 TOO_BIG = (413, "552", "5.3.4", "DATA", "Message size exceeds fixed maximum message size")
 SUBJECT_EMPTY = (400, "500", "5.6.0", "DATA", "Subject header is empty")
-
 # In the order in which faults are told; of one fault, several forms.
 REFUSALS = [
     [Row("unknown path", 404, "421", None, "HTTP", "Not found", http={"path": "/submitt"})],
@@ -1408,6 +1407,7 @@ REFUSALS = [
     [Row("subject empty", *SUBJECT_EMPTY, header={"subject": ""}),
      Row("subject null", *SUBJECT_EMPTY, header={"subject": None})],
 ]  # fmt: skip
+ITEM = {"rcpt", "error", "code", "dsn", "command", "message", "mailer", "host", "port"}
 
 
 class Policy(Quiet):
@@ -2123,6 +2123,534 @@ class Messages(unittest.TestCase):
 # ======================================================================================================================
 # 8. Routes
 # ======================================================================================================================
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII=")
+ALL_OCTETS = bytes(range(256)) * 5
+PDF, OCTETS = "application/pdf", "application/octet-stream"
+HTML = '<p>Gr&uuml;&szlig;e <b>猫</b></p><img src="cid:logo">'
+OF_HTML = "Grüße 猫\n"
+CATS = "猫" * 90 + ".pdf"
+
+
+def file(filename: str | None = None, octets: bytes = b"%PDF-1.4 \0\r\n", **more) -> dict:
+    """An attachment as JSON."""
+    named = {} if filename is None else {"filename": filename}
+    return {**named, "content": base64.b64encode(octets).decode(), **more}
+
+
+def understood(submission) -> haineko.Submission:
+    found, faults = haineko.understand(as_body(submission))
+    if faults:
+        raise ValueError(faults)
+    return found
+
+
+def parsed(octets: bytes) -> email.message.EmailMessage:
+    return email.message_from_bytes(octets, policy=email.policy.default)
+
+
+def shape(part) -> str:
+    """A message's structure in a line: alternative(plain, related(html, png))."""
+    inner = ", ".join(shape(item) for item in part.iter_parts()) if part.is_multipart() else ""
+    return part.get_content_subtype() + (f"({inner})" if inner else "")
+
+
+def text_in(part) -> str:
+    """What a part of text says, with LF."""
+    octets, charset = part.get_payload(decode=True), part.get_content_charset()
+    text = as_in_jis(octets) if charset == "iso-2022-jp" else octets.decode(charset)
+    return text.replace("\r\n", "\n")
+
+
+def files_in(message) -> list:
+    """[(name, type, octets, disposition, content id)] of the parts that are files."""
+    return [
+        (part.get_filename(), part.get_content_type(), part.get_payload(decode=True) if not part.is_multipart() else
+         part.get_payload(0).as_bytes(), part.get_content_disposition(), part.get("content-id"))
+        for part in message.walk()
+        if part.get_content_disposition()
+    ]  # fmt: skip
+
+
+def ends(text: str) -> str:
+    """Text as it comes out: LF, one behind the last line."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text if text.endswith("\n") else text + "\n"
+
+
+class Mail:
+    """A row of the corpus: what it is, changes to a submission, and what a reader finds beyond them."""
+
+    def __init__(
+        self, what: str, shape_: str = "plain", plain: str | None = None, files: tuple = (), **changes
+    ) -> None:
+        self.what, self.shape, self.changes = what, shape_, changes
+        self.submission = document(**changes)
+        self.plain = ends(self.submission.get("body", "")) if plain is None else plain
+        self.files = files  # of (type, disposition) for each file
+
+
+NAMED = {"a b.pdf": PDF, 'say "x".pdf': PDF, "a;b=c.pdf": PDF, "100%.pdf": PDF, "it's.pdf": PDF,
+    "=?UTF-8?B?44Kt?=.pdf": PDF,
+         "請求書.pdf": PDF, "請求書　2024年.pdf": PDF, "Rechnung für Müller.pdf": PDF, "😺.png": "image/png", CATS: PDF,
+         "x" * 251 + ".pdf": PDF, "ｶﾞ①.pdf": PDF, "README": OCTETS, "a.unheard-of": OCTETS,
+         "a.tar.gz": "application/gzip",
+         "a.TXT": "text/plain", "b.csv": "text/csv", "a.docx": haineko.TYPES[".docx"], "mail.eml": OCTETS,
+         "data:text,x.png": "image/png", ".profile": OCTETS, "a.pdf ": PDF, "👨‍👩‍👧.jpg": "image/jpeg"}  # fmt: skip
+ATTACHED = [("attachment",)]
+CORPUS = [
+    Mail("text"),
+    Mail("text in Japanese", body="あとで\r\nお年玉\n"),
+    Mail("HTML beside text", "alternative(plain, html)", html="<p>x</p>", body="other words"),
+    Mail("HTML alone", "alternative(plain, html)", OF_HTML, html=HTML, body=None),
+    Mail("HTML alone, body empty", "alternative(plain, html)", OF_HTML, html=HTML, body=""),
+    Mail("HTML that says nothing", "alternative(plain, html)", "\n", html="<p></p>", body=None),
+    Mail("HTML with long lines", "alternative(plain, html)", html="<p>" + "x" * 5000 + "</p>"),
+    Mail("HTML in ISO-2022-JP", "alternative(plain, html)", html="<p>髙①ガ～</p>", header={"charset": "ISO-2022-JP"}),
+    Mail("HTML in ISO-8859-1", "alternative(plain, html)", html="<p>für</p>", header={"charset": "ISO-8859-1"}),
+    Mail("HTML that the charset can't hold", "alternative(plain, html)", html="猫", header={"charset": "ISO-8859-1"}),
+    Mail("lines with dots and From", "alternative(plain, html)", body=".\n..\nFrom me\n.", html=".\nFrom me\n.\n--x"),
+    Mail("HTML with every line end", "alternative(plain, html)", html="a\rb\nc\r\nd\n\n", body="a\rb\nc\r\nd\n\n"),
+    Mail("text and a file", "mixed(plain, pdf)", attachments=[file("a.pdf")], files=((PDF, "attachment"),)),
+    Mail("one attachment, not in a list", "mixed(plain, pdf)", attachments=file("a.pdf"), files=((PDF, "attachment"),)),
+    Mail("no attachments", attachments=[]),
+    Mail("null for attachments", attachments=None),
+    Mail("an empty file", "mixed(plain, pdf)", attachments=[file("a.pdf", b"")], files=((PDF, "attachment"),)),
+    Mail("all octets", "mixed(plain, octet-stream)", attachments=[file("a", ALL_OCTETS)], files=((OCTETS,
+    "attachment"),)),
+    Mail("a file of many lines", "mixed(plain, plain)", attachments=[file("a.txt", b"a\nb\r\nc\rd\0 \t\n.\n" * 9999)],
+         files=(("text/plain", "attachment"),)),
+    Mail("a file in Latin-1", "mixed(plain, csv)", attachments=[file("a.csv", "Grüße\n".encode("latin-1"))],
+         files=(("text/csv", "attachment"),)),
+    Mail("three files", "mixed(plain, pdf, pdf, png)", attachments=[file("a.pdf"), file("a.pdf"), file("b.png", PNG)],
+         files=((PDF, "attachment"), (PDF, "attachment"), ("image/png", "attachment"))),
+    Mail("a file without a name", "mixed(plain, octet-stream)", attachments=[file()], files=((OCTETS, "attachment"),)),
+    Mail("a file with a type", "mixed(plain, x-cat)", attachments=[file("a.pdf", type="Application/X-Cat")],
+         files=(("application/x-cat", "attachment"),)),
+    Mail("a type with parameters", "mixed(plain, calendar)", attachments=[
+        file("a.ics", type='text/calendar; charset=utf-8; method="REQUEST" ;name=x.ics')],
+        files=(("text/calendar", "attachment"),)),
+    Mail("a file shown in line", "mixed(plain, png)", attachments=[file("a.png", PNG, inline=True)],
+         files=(("image/png", "inline"),)),
+    Mail("inline as a number", "mixed(plain, png)", attachments=[file("a.png", PNG, inline=0)],
+         files=(("image/png", "attachment"),)),
+    Mail("base64 in lines", "mixed(plain, pdf)", attachments=[
+        {"filename": "a.pdf", "content": "JVBE\r\nRi0x\nLjQg AA0K"}], files=((PDF, "attachment"),)),
+    Mail("a picture in HTML", "alternative(plain, related(html, png))", html=HTML, attachments=[
+        file("l.png", PNG, cid="logo")], files=(("image/png", "inline"),)),
+    Mail("a cid in brackets", "alternative(plain, related(html, png))", html=HTML, attachments=[
+        file("l.png", PNG, cid="<logo@x>")], files=(("image/png", "inline"),)),
+    Mail("a cid without HTML", "mixed(plain, png)", attachments=[file("l.png", PNG, cid="logo")],
+         files=(("image/png", "inline"),)),
+    Mail("two pictures in HTML", "alternative(plain, related(html, png, png))", html=HTML, attachments=[
+        file("l.png", PNG, cid="logo"), file("m.png", PNG, cid="LOGO")],
+        files=(("image/png", "inline"), ("image/png", "inline"))),
+    Mail("a receipt", "mixed(alternative(plain, related(html, png)), pdf)", html=HTML, attachments=[
+        file("領収書.pdf"), file("logo.png", PNG, cid="logo")], files=(("image/png", "inline"), (PDF, "attachment"))),
+    Mail("a receipt, HTML alone", "mixed(alternative(plain, related(html, png)), pdf)", OF_HTML, body=None, html=HTML,
+         attachments=[file("logo.png", PNG, cid="logo"), file("a.pdf")], files=(("image/png", "inline"), (PDF,
+         "attachment"))),
+    Mail("HTML and a file", "mixed(alternative(plain, html), pdf)", html=HTML, attachments=[file("a.pdf")],
+         files=((PDF, "attachment"),)),
+    Mail("a receipt in ISO-2022-JP", "mixed(alternative(plain, related(html, png)), pdf)", html="<p>領収書</p>",
+    attachments=[
+        file("領収書.pdf"), file("logo.png", PNG, cid="logo")], header={"charset": "iso-2022-jp", "subject": "領収書"},
+        files=(("image/png", "inline"), (PDF, "attachment"))),
+    Mail("a forwarded message", "mixed(plain, rfc822(plain))", attachments=[
+        file("a.eml", b"From: a@b.example\nSubject: x\n\nMeow.\n", type="message/rfc822")],
+        files=(("message/rfc822", "attachment"),)),
+    *[Mail(f"a file called {name[:30]}", f"mixed(plain, {kind.partition('/')[2]})", attachments=[file(name)],
+           files=((kind, "attachment"),)) for name, kind in NAMED.items()],
+    Mail("shown recipients", header={"to": "A <a@example.jp>, b@example.jp", "cc": ["c@example.jp"]}),
+    Mail("shown recipients in Japanese", header={"to": ["猫 <a@example.jp>", '"B, C" <b@example.jp>'], "cc": None}),
+    Mail("further fields", header={
+        "Message-ID": "<1@example.org>", "in-reply-to": "<2@example.org>", "references": ["<2@x>", "<3@y>"],
+        "date": "Fri, 03 Jan 2014 18:35:58 +0900", "organization": "猫の会", "X-Campaign": "spring",
+        "x_long": "meow " * 99}),
+    Mail("a comment like an encoded word", header={"comments": "=?UTF-8?B?44Kt?=", "Keywords": "a, b"}),
+]  # fmt: skip
+
+
+class Parts(unittest.TestCase):
+    maxDiff = None
+
+    def check_form(self, octets: bytes) -> None:
+        """What holds for every message, whatever is in it."""
+        self.assertTrue(octets.endswith(b"\r\n"))
+        self.assertIsNone(re.search(rb"\r(?!\n)|(?<!\r)\n|\0", octets))
+        self.assertTrue(octets.isascii())
+        self.assertLessEqual(max(map(len, octets.split(b"\r\n"))), 998)
+
+    def test_the_corpus(self):
+        self.assertGreaterEqual(len(CORPUS), 60)
+        for mail in CORPUS:
+            with self.subTest(mail.what):
+                octets = composed(mail.submission)
+                self.check_form(octets)
+                found = parsed(octets)
+                self.assertEqual([part.defects for part in found.walk() if part.defects], [])
+                self.assertEqual(shape(found), mail.shape)
+                self.check_texts(mail, found)
+                self.check_files(mail, found)
+                self.check_fields(mail, found)
+
+    def check_texts(self, mail: Mail, found) -> None:
+        texts = [part for part in found.walk() if part.get_content_maintype() == "text"]
+        texts = [part for part in texts if not part.get_content_disposition()][: 2 if "html" in mail.shape else 1]
+        self.assertEqual(text_in(texts[0]), mail.plain)
+        if "html" in mail.shape:
+            self.assertEqual(text_in(texts[1]), ends(mail.submission["html"]))
+        asked = mail.submission["header"].get("charset", "UTF-8").lower()
+        held = "can't hold" not in mail.what
+        self.assertEqual({part.get_content_charset() for part in texts}, {asked if held else "utf-8"})
+
+    def check_files(self, mail: Mail, found) -> None:
+        given = mail.submission.get("attachments", [])
+        given = [given] if isinstance(given, dict) else given
+        given = sorted(given, key=lambda item: not ("html" in mail.shape and item.get("cid")))
+        wanted = []
+        for item, (kind, disposition) in zip(given, mail.files):
+            name = item.get("filename", "").strip().replace("ｶﾞ", "ガ" if "2022" in str(mail.submission) else "ｶﾞ")
+            cid = item.get("cid")
+            wanted.append(
+                (name or None, kind, base64.b64decode(item["content"]), disposition, cid and f"<{cid.strip('<>')}>")
+            )
+        self.assertEqual(len(given), len(mail.files))
+        self.assertEqual(files_in(found), wanted)
+
+    def check_fields(self, mail: Mail, found) -> None:
+        header = mail.submission["header"]
+        self.assertEqual(found["subject"], header["subject"])
+        self.assertEqual(found["mime-version"], "1.0")
+        for key, value in header.items():
+            if key not in ("from", "subject", "charset", "to", "cc"):
+                given = " ".join(value) if isinstance(value, list) else value
+                self.assertEqual(str(found[key.replace("_", "-")]), given)
+        for name in ("to", "cc") if "to" in header else ():
+            given = header.get(name)
+            texts = given if isinstance(given, list) else [given] if given else []
+            wanted = [pair for text in texts for pair in email.utils.getaddresses([text])]
+            shown = [(item.display_name, item.addr_spec) for item in (found[name].addresses if found[name] else ())]
+            self.assertEqual(shown, wanted)
+
+    def test_text_alone_is_no_affair_of_email(self):
+        code = "import sys, haineko; s, _ = haineko.understand(sys.stdin.buffer.read());"
+        code += " haineko.compose(s, 'Q' * 16, None, 'x', 0.0); print('email.policy' in sys.modules)"
+        for changes, wanted in (
+            ({}, b"False"),
+            ({"header": {"to": "a@example.jp", "x-a": "猫"}}, b"False"),
+            ({"html": "x"}, b"True"),
+        ):
+            found = subprocess.run([sys.executable, "-c", code], input=as_body(document(**changes)),
+                capture_output=True,
+                                   check=True, cwd=os.path.dirname(PROGRAM), env=environment())  # fmt: skip
+            self.assertEqual(found.stdout.strip(), wanted, found.stderr)
+
+    def test_order_of_the_header(self):
+        submission = document(
+            mail="other@example.org", html="x",
+            header={"X-b": ["1", "2"], "references": "<r@x>", "in_reply_to": "<i@x>", "ListId": "cats <l.example.org>",
+                    "ORGANIZATION": "Cats", "to": "a@example.jp", "cc": "b@example.jp", "reply-to": "c@example.jp"},
+        )  # fmt: skip
+        head = composed(submission).partition(b"\r\n\r\n")[0].decode()
+        names = [line.partition(":")[0] for line in re.split("\r\n(?![ \t])", head)]
+        self.assertEqual(names, [
+            "Received", "From", "Sender", "To", "Cc", "Reply-To", "Subject", "Date", "Message-Id", "X-B", "X-B",
+                "References",
+            "In-Reply-To", "List-Id", "Organization", "X-Haineko-Loop", "MIME-Version", "Content-Type"])  # fmt: skip
+
+    def test_keys_of_a_header_in_any_spelling(self):
+        for key in ("replyto", "reply-to", "Reply_To", "REPLY-TO", "replyTo", "Reply-to"):
+            with self.subTest(key):
+                found = understood(document(header={key: "a@example.jp"}))
+                self.assertEqual(found.header.replyto[0][1].wire, "a@example.jp")
+        for key, name in (("X_Mailer", "X-Mailer"), ("x-ses-configuration-set", "X-Ses-Configuration-Set"),
+                          ("X-SMTPAPI", "X-SMTPAPI"), ("list_unsubscribe_post", "List-Unsubscribe-Post"),
+                          ("inReplyTo", "In-Reply-To"), ("FEEDBACK-ID", "Feedback-Id")):  # fmt: skip
+            with self.subTest(key):
+                value = "<a@b>" if key == "inReplyTo" else "a"
+                self.assertIn(f"\r\n{name}: {value}\r\n".encode(), composed(document(header={key: value})))
+        found = understood(document(header={"Charset": "iso-2022-jp", "SUBJECT": "\x1b$BG-\x1b(B", "subject": None}))
+        self.assertEqual((found.header.charset, found.header.subject), ("ISO-2022-JP", "猫"))
+
+    def test_a_message_id_of_the_client_is_that_of_every_copy(self):
+        found = understood(document(header={"message-id": "<a@b>"}))
+        message = haineko.compose(found, "Q" * 16, None, NAME, NOW)
+        for number, to in enumerate(("x@example.jp", "猫@example.jp"), 1):
+            head = parsed(message.copy(to, number))
+            self.assertEqual((head["message-id"], head.get_all("to")), ("<a@b>", [to]))
+
+    def test_nothing_null_or_empty_makes_a_field(self):
+        header = {
+            "to": "",
+            "cc": [],
+            "bcc": None,
+            "x-a": "",
+            "x-b": None,
+            "date": "",
+            "organization": None,
+            "references": [],
+        }
+        octets = composed(document(header=header))
+        self.assertEqual(octets, composed(document()))
+
+
+FAULTS = [
+    ({"html": 1}, "html: a string is wanted, not a number"),
+    ({"attachments": "x"}, "attachments: an object is wanted, not a string"),
+    ({"attachments": [file(), "x"]}, "attachments[1]: an object is wanted, not a string"),
+    ({"attachments": [{"filename": "a"}]}, "attachments[0].content: is missing"),
+    ({"attachments": [{"content": None}]}, "attachments[0].content: is missing"),
+    ({"attachments": [file(), file(), {"content": "a*b="}]}, "attachments[2].content: is not base64"),
+    ({"attachments": [{"content": 1}]}, "attachments[0].content: a string is wanted, not a number"),
+    *[({"attachments": [{"content": text}]}, "attachments[0].content: is not base64") for text in
+      ("a", "ab", "abc", "ab=c", "a===", "====", "abcd=", "ab==cdef", "YWJj-_==", "猫猫猫猫", "abcd!!!!", "=abc",
+       "ab\0c")],
+    ({"attachments": [file(name="a.pdf")]}, 'attachments[0].name: unknown key; did you mean "filename"?'),
+    *[({"attachments": [file(name)]}, f'attachments[0].filename: a name without a path is wanted, not "{name}"')
+      for name in ("a/b", "../x", "C:\\x", "..", ".", "/")],
+    *[({"attachments": [file(f"a{odd}b")]}, "attachments[0].filename: has a control character")
+      for odd in "\0\r\n\t\x1b\x7f\x85\u2028\u202e\u2066"],
+    ({"attachments": [file("a\r\nBcc: x@example.jp")]}, "attachments[0].filename: has a control character"),
+    ({"attachments": [file("x" * 256)]}, "attachments[0].filename: is longer than 255 characters"),
+    *[({"attachments": [file(type=kind)]}, "attachments[0].type: a media type like")
+      for kind in ("pdf", "a/b/c", "a/b; c", "a/b; c=é", "text/plain; a=\"", "a /b", "a/", "/b", "猫/b", "a/b;c=d e",
+          "a/b" * 99)],
+    ({"attachments": [file(type="a/b\r\nBcc: x@example.jp")]}, "attachments[0].type: has a CR, LF or NUL"),
+    ({"attachments": [file(type="multipart/mixed; boundary=x")]},
+     "attachments[0].type: multipart/mixed can't be attached"),
+    ({"attachments": [file(type="message/partial")]}, "attachments[0].type: message/partial can't be attached"),
+    ({"attachments": [file(octets="猫".encode(), type="message/rfc822")]},
+     "attachments[0].type: a message/rfc822 is 7bit"),
+    ({"attachments": [file(octets=b"x" * 999, type="message/rfc822")]},
+     "attachments[0].type: a message/rfc822 is 7bit"),
+    ({"attachments": [file(octets=b"x\ry", type="message/rfc822")]}, "attachments[0].type: a message/rfc822 is 7bit"),
+    *[({"attachments": [file(cid=cid)]}, "attachments[0].cid: ") for cid in ("a b", "a>b", "猫", "<a", "a\r\nBcc: x",
+      "x" * 201, 1)],
+    ({"attachments": [file(cid="a"), file(cid="<a>")]}, "attachments[1].cid: another attachment has it already"),
+    ({"attachments": [file(inline="yes")]}, "attachments[0].inline: true or false is wanted, not a string"),
+    ({"attachments": [file()] * 1001}, "attachments: are more than 1000"),
+    *[({"header": {key.partition("[")[0]: value}}, f"header.{key}: {said}") for key, value, said in [
+        ("to", "a", '"name <address>" is wanted'), ("cc[1]", ["a@example.jp", 1], "a string is wanted"),
+        ("to", "a@straße.de", '"name <address>" is wanted, not "a@straße.de"; U+00DF has two readings in a domain'),
+        ("from", "A <a@x>\r\nBcc: b@x", "has a CR, LF or NUL"),
+        ("bcc", {"a": 1}, "a string is wanted, not an object"), ("message-id", "a@b", '"<left@right>" is wanted'),
+        ("Message_ID", "<a b@c>", '"<left@right>" is wanted'), ("message-id", "<a@b> <c@d>",
+         '"<left@right>" is wanted'),
+        ("references", ["<a@b>", "c"], '"<left@right>" is wanted'), ("in-reply-to", 1, "a string is wanted"),
+        ("date", "2014-01-03", "a date like"), ("date", "Fri, 31 Feb 2014 18:35:58 +0900", "a date like"),
+        ("date", "Fri, 03 Jan 2014 18:35:58 +0900\n", "has a CR, LF or NUL"), ("importance", "urgent",
+         "one of high, normal, low"),
+        ("auto-submitted", "猫", "printable ASCII is wanted"), ("List-Unsubscribe", "<https://x/猫>",
+         "printable ASCII is wanted"),
+        ("precedence", "bulk\0", "has a CR, LF or NUL"), ("organization", "a\nb", "has a CR, LF or NUL"),
+        ("x-a", 1, "a string is wanted, not a number"), ("x-a[1]", ["a", "b\r\nBcc: c"], "has a CR, LF or NUL"),
+        ("x-a", {"b": 1}, "a string is wanted, not an object"), ("disposition-notification-to", "a",
+         '"name <address>" is wanted'),
+        ("resent-to", "a@example.jp", "unknown key"), ("x-", "a", "unknown key"), ("x-a b", "a", "unknown key"),
+        ("x-a:", "a", "unknown key"), ("x-" + "a" * 73, "a", "unknown key"), ("X-猫", "a", "unknown key"),
+        ("mail", "a", "unknown key"), ("organisation", "a", 'unknown key; did you mean "organization"?'),
+        *[(key, "a", "this field is made by Haineko itself") for key in (
+            "received", "Sender", "Return-Path", "return_path", "MIME-Version", "Content-Type", "content_disposition",
+            "Content-Transfer-Encoding", "DKIM-Signature", "Content-猫")],
+    ]],
+    ({"header": {"x-a\r\nbcc": "a"}}, "header.x-a??bcc: unknown key"),
+    ({"header": {"replyto": "a@example.jp", "Reply-To": "b@example.jp"}},
+     "header.Reply-To: says again what replyto says already"),
+    ({"header": {"x-a": "1", "X_A": "1"}}, "header.X_A: says again what x-a says already"),
+    ({"raw": "From: a@example.jp\n\nx", "header": {"subject": "x"}}, "header: can't stand beside raw"),
+    *[({"raw": "A: b\n\nx", key: value}, f"{key}: can't stand beside raw")
+      for key, value in (("body", "x"), ("html", "x"), ("attachments", []))],
+    *[({"raw": raw}, said) for raw, said in [
+        (1, "raw: a string is wanted, not a number"), ({"base64": "*"}, "raw.base64: is not base64"),
+        ({"base64": 1}, "raw.base64: a string is wanted"), ({"bas64": ""},
+         'raw.bas64: unknown key; did you mean "base64"?'),
+        ("no header\n", "raw: has no header"), ("A: b\rBcc: c\n\nx", "raw: header A: has a CR or NUL"),
+        ("A: b\0\n\nx", "raw: header A: has a CR or NUL"), ("A: " + "x" * 996 + "\n\nx",
+         "raw: header A: has a line longer than 998"),
+        ("\ud800", "raw: has half a surrogate pair at character 0")]],
+]  # fmt: skip
+
+
+class PartsRefused(Quiet):
+    def test_faults(self):
+        for changes, wanted in FAULTS:
+            submission = document() if "raw" not in changes else {"mail": "a@example.org", "rcpt": "b@example.jp"}
+            submission = {
+                **submission,
+                **changes,
+                "header": {**submission.get("header", {}), **(changes.get("header") or {})},
+            }
+            submission["header"] = submission["header"] or None
+            with self.subTest(str(changes)[:100]):
+                _, faults = haineko.understand(as_body(submission))
+                self.assertTrue(faults)
+                self.assertIn(wanted, faults[0])
+                self.assertEqual({fault.partition(":")[0] for fault in faults}, {faults[0].partition(":")[0]})
+                self.assertNotRegex("".join(faults), r"[\r\n\0]")
+
+    def test_a_key_twice_and_a_key_unknown_are_both_named(self):
+        body = b'{"mail": "a@b", "rcpt": ["c@d"], "header": {"subject": "1", "subject": "2", "Foo": 1, "X-a": "1"}}'
+        self.assertEqual(
+            haineko.understand(body)[1], ["header.subject: stands more than once", "header.Foo: unknown key"]
+        )
+
+    def test_what_is_empty(self):
+        for changes, wanted in [
+            ({"body": None, "html": ""}, "Message body is empty"), ({"body": None, "attachments": [file()]},
+             "Message body is empty"),
+            ({"html": "x", "header": {"subject": ""}}, "Subject header is empty"), ({"rcpt": [],
+             "header": {"to": "a@b.jp"}},
+             "User address required"), ({"rcpt": None}, "User address required"),
+            ({"rcpt": None, "header": {"bcc": "a@straße.de"}}, "Malformed JSON string"),
+        ]:  # fmt: skip
+            with self.subTest(wanted):
+                status, answer = posted(document(**changes))
+                self.assertEqual((status, answer["response"][0]["message"][0]), (400, wanted))
+        status, answer = posted({"mail": "a@example.org", "rcpt": "b@example.jp", "raw": ""})
+        self.assertEqual((status, answer["response"][0]["message"]), (400, ["Message body is empty"]))
+
+    def test_the_size_is_that_of_the_finished_message(self):
+        submission = document(attachments=[file("a.bin", b"x" * 30000)])
+        size = len(composed(submission))
+        for limit, status in ((size, 200), (size - 1, 413)):
+            force = settings(smtpd={"hostname": NAME, "max_message_size": limit})
+            self.assertEqual(posted(submission, force)[0], status)
+
+
+DERIVED = [
+    ("words", "a  <b>b</b>\n c", "a b c"),
+    ("nothing", "", ""),
+    ("entities", "&lt;a&gt; &amp; &nbsp;&eacute;&#29483;", "<a> &  é猫"),
+    ("lines", "a<br>b<br/>c<br><br>d", "a\nb\nc\n\nd"),
+    ("paragraphs", "<p>a</p><p>b</p>c<div>d</div>e", "a\n\nb\n\nc\nd\ne"),
+    ("a heading", "<h1>A</h1>b", "A\n\nb"),
+    ("a list", "<ul><li>a</li><li> b</ul>c", "* a\n* b\n\nc"),
+    ("a table", "<table><tr><td>Cat</td><td> 1 </td></tr><tr><th>Sum<th>2</table>", "Cat  1\nSum  2"),
+    ("a link", '<a href="https://x/y">here</a>.', "here <https://x/y>."),
+    ("a link that says where", '<a href="https://x/y">https://x/y</a> <a href="mailto:a@b">a@b</a>', "https://x/y a@b"),
+    ("links to nowhere", '<a href="#x">a</a> <a>b</a> <a href="javascript:x">c</a></a>', "a b c"),
+    ("a link to write", '<a href="mailto:a@b">Write</a>', "Write <mailto:a@b>"),
+    ("pictures", 'a <img src="cid:x" alt="Logo"> <img src="y"><img alt>', "a Logo"),
+    ("what is not shown",
+     "<head><title>T</title><style>p {}</style></head><script>x<p></script><template>y</template>b", "b"),
+    ("a comment", "a<!-- b <p> -->c", "ac"),
+    ("a comment for Outlook",
+     "a<!--[if mso]><p>b</p><![endif]-->c<![if !mso]>d<![endif]>e<!--[if !mso]><!-->f<!--<![endif]-->g",
+     "acdefg"),
+    ("text as it is", "<pre>a\n  b\n</pre>c", "a\n  b\n\nc"),
+    ("a rule", "a<hr>b", "a\n-----\nb"),
+    ("what never ends", "a<b>c<p", "ac"),
+    ("a lone angle", "1 < 2 and 3 > 2 & so on", "1 < 2 and 3 > 2 & so on"),
+    ("full-width spaces", "<p>　猫　猫</p>", "　猫　猫"),
+    ("a declaration", "<!DOCTYPE html><html><body>a</body></html>", "a"),
+    ("sections that html.parser trips over", "a<![CDATA[b]]>c<![x[y]]>d<![", "acd"),
+]  # fmt: skip
+
+
+class DerivedText(unittest.TestCase):
+    def test_text_of_html(self):
+        for what, html, wanted in DERIVED:
+            with self.subTest(what):
+                self.assertEqual(haineko.text_of(html), wanted + "\n")
+
+    def test_what_costs_much(self):
+        for piece in ("<a ", "<", "<!--", "<![", "</", "&", "<a a='", "<p>", "<!", "<?", "<a href='https://x'>",
+            "</a>", "<pre>",
+                      "<script>", "<![if]", "<a b=", "<a/", "<textarea>", "&#x", " "):  # fmt: skip
+            with self.subTest(piece):
+                began = time.process_time()
+                haineko.text_of(piece * (200000 // len(piece)))
+                self.assertLess(time.process_time() - began, 2)
+
+
+class RawMessages(Quiet):
+    HEAD = (
+        "From: a@example.org\nTo: A <a@example.jp>,\n b@example.jp\nCc: c@example.jp\nBcc: d@example.jp\nSubject: Nya\n"
+    )
+
+    def raw(self, message, **more) -> dict:
+        return {"mail": "kijitora@example.org", "raw": message, **more}
+
+    def test_what_is_put_on_and_what_is_taken_off(self):
+        octets = composed(
+            self.raw(self.HEAD + "Return-Path: <x>\nX-Haineko-Loop: r1,\n r2\n\nMeow.\n.\n", rcpt="z@example.jp")
+        )
+        names = [line.partition(b":")[0] for line in re.split(rb"\r\n(?![ \t])", octets.partition(b"\r\n\r\n")[0])]
+        self.assertEqual(names, [b"Received", b"From", b"To", b"Cc", b"Subject", b"Date", b"Message-Id",
+            b"X-Haineko-Loop",
+                                 b"MIME-Version", b"Content-Type", b"Content-Transfer-Encoding"])  # fmt: skip
+        self.assertIn(f"\r\nX-Haineko-Loop: r1, r2, {NAME}\r\n".encode(), octets)
+        self.assertIn(b" with HTTP id QQQQQQQQQQQQQQQQ;", octets)
+        self.assertTrue(octets.endswith(b"\r\n\r\nMeow.\r\n.\r\n"))
+
+    def test_what_it_says_itself_stays(self):
+        head = (
+            "Received: x\nMessage-ID: <a@b>\nDate: Fri, 3 Jan 2014 18:35:58 +0900\nFrom: a@example.org\nX-Odd:  y  \n"
+        )
+        head += "Subject: " + "s " * 60 + "\nMIME-Version: 1.0\nContent-Type: multipart/mixed; boundary=XX\n\n"
+        body = "--XX\nContent-Type: text/plain\n\nFrom a\n\n--XX--\n"
+        for form in (
+            head + body,
+            (head + body).replace("\n", "\r\n"),
+            {"base64": base64.b64encode((head + body).encode()).decode()},
+        ):
+            octets = composed(self.raw(form, rcpt="z@example.jp"))
+            for line in head.split("\n")[:-2]:
+                self.assertIn(f"\r\n{line}\r\n".encode(), octets)
+            self.assertTrue(octets.endswith(b"\r\n\r\n" + body.replace("\n", "\r\n").encode()))
+            self.assertEqual((octets.lower().count(b"\r\nmessage-id:"), octets.count(b"\r\nDate:")), (1, 1))
+
+    def test_bodies_that_no_line_can_hold(self):
+        kinds = ["text/html; charset=UTF-8", "text/plain", "application/x-cat", "text/html; charset=bogus"]
+        for kind in kinds:
+            for coding in ("", "Content-Transfer-Encoding: 8bit\n", "Content-Transfer-Encoding: binary\n"):
+                for body in ("x" * 2000 + "\n", "猫\n" + "y" * 999 + "\n", "a\0b\n"):
+                    with self.subTest(kind, coding=coding, body=body[:3]):
+                        octets = composed(self.raw(f"{self.HEAD}Content-Type: {kind}\n{coding}\n{body}"))
+                        self.assertLessEqual(max(map(len, octets.split(b"\r\n"))), 998)
+                        self.assertNotIn(b"\0", octets)
+                        found = email.message_from_bytes(octets)
+                        self.assertEqual(found.get_payload(decode=True), body.replace("\n", "\r\n").encode())
+                        self.assertEqual((found["subject"], found.get_content_type()), ("Nya", kind.partition(";")[0]))
+
+    def test_a_line_that_nothing_can_shorten_is_refused(self):
+        body = "--XX\nContent-Type: text/plain\nX-Long: " + "x" * 999 + "\n\na\n--XX--\n"
+        status, answer = posted(self.raw(f"{self.HEAD}Content-Type: multipart/mixed; boundary=XX\n\n{body}"))
+        self.assertEqual((status, answer["response"][0]["code"], answer["response"][0]["message"]),
+                         (400, "554", ["Message has a NUL, or a line longer than 998 octets"]))  # fmt: skip
+
+    def test_recipients_and_loops(self):
+        found = understood(self.raw(self.HEAD + "\nx"))
+        self.assertEqual(found.rcpt, ("a@example.jp", "b@example.jp", "c@example.jp", "d@example.jp"))
+        self.assertEqual(understood(self.raw(self.HEAD + "\nx", rcpt=["z@example.jp"])).rcpt, ("z@example.jp",))
+        for value, status in ((NAME, 400), (", ".join(f"r{i}" for i in range(26)), 400), ("r1", 200)):
+            self.assertEqual(posted(self.raw(f"A: b\nX-Haineko-Loop: {value}\n\nx", rcpt="a@example.jp"))[0], status)
+
+    def test_in_seven_bits(self):
+        """What is said to a server that knows ASCII only is what was given."""
+        head = "From: 猫 <a@example.org>\nTo: =?UTF-8?B?54yr?= <b@example.jp>\nSubject: 謹賀新年\nX-A: b\n"
+        head += "MIME-Version: 1.0\n"
+        part = (
+            'Content-Type: application/pdf; name="猫.pdf"\nContent-Disposition: attachment; filename="猫.pdf"\n\n%PDF\n'
+        )
+        text = "Content-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n\n猫\n"
+        body = f"--XX\n{text}--XX\n{part}--XX--\n"
+        octets = (head + "Content-Type: multipart/mixed; boundary=XX\n\n" + body).replace("\n", "\r\n").encode()
+        found = haineko.seven_bit(octets)
+        self.assertTrue(found.isascii())
+        message = parsed(found)
+        self.assertEqual((message["from"], message["to"], message["subject"], message["x-a"]),
+                         ("猫 <a@example.org>", "猫 <b@example.jp>", "謹賀新年", "b"))  # fmt: skip
+        self.assertEqual(text_in(message.get_payload(0)), "猫")
+        self.assertEqual(message.get_payload(1).get_filename(), "猫.pdf")
+        self.assertEqual(message.get_payload(1).get_payload(decode=True), b"%PDF")
+        for field in ("From: 猫@example.org", "Cc: A <猫@example.org>, b@example.jp"):
+            self.assertFalse(haineko.seven_bit(f"{field}\r\n\r\nx\r\n".encode()).isascii())
+
+    def test_octets_that_are_not_utf8_in_a_header(self):
+        octets = b"From: a@example.org\nSubject: caf\xe9\n\nx\n"
+        found = composed(self.raw({"base64": base64.b64encode(octets).decode()}, rcpt="a@example.jp"))
+        self.assertEqual(parsed(found)["subject"], "café")
 
 
 class Routes(unittest.TestCase):
@@ -2204,284 +2732,730 @@ class Routes(unittest.TestCase):
         self.assertLess(min(cost(large) for _ in range(3)), 5 * min(cost(small) for _ in range(3)))
 
 
-ROOT = os.path.dirname(os.path.abspath(haineko.__file__))
+HERE = os.path.dirname(os.path.abspath(haineko.__file__))
+PROGRAM = os.path.join(HERE, "haineko.py")
+PROGRAM = os.path.abspath(haineko.__file__)
+SILENCE, HANG_UP = "(says nothing more)", "(hangs up)"
+CERTIFICATES: dict = {}  # name: path of a PEM file with certificate and key
 
 
-class Readme(unittest.TestCase):
-    """What README.md says is so: each fenced block is run, and each name that a reader may need stands in a table."""
+def setUpModule() -> None:
+    folder = tempfile.TemporaryDirectory(prefix="haineko-test-")
+    unittest.addModuleCleanup(folder.cleanup)
+    names = {"here": "DNS:localhost,IP:127.0.0.1,IP:127.0.0.46,IP:::1", "elsewhere": "DNS:elsewhere.example"}
+    for name, alternatives in names.items() if shutil.which("openssl") else ():
+        path = os.path.join(folder.name, f"{name}.pem")
+        command = f"openssl req -x509 -nodes -days 2 -subj /CN={name} -newkey ec -pkeyopt ec_paramgen_curve:prime256v1"
+        command += f" -addext subjectAltName={alternatives} -keyout {path}.key -out {path}.crt"
+        if subprocess.run(command.split(), capture_output=True, check=False).returncode:
+            return
+        with open(path, "wb") as whole:
+            for part in (".key", ".crt"):
+                with open(path + part, "rb") as stream:
+                    whole.write(stream.read())
+        os.chmod(path, 0o600)
+        CERTIFICATES[name] = path
 
-    URL = "http://127.0.0.1:2794/"  # as README.md has it; replaced by a test's own
-    ALL = os.environ.get("HAINEKO_ALL") == "1"  # what takes seconds to start, too
 
-    @classmethod
-    def setUpClass(cls):
-        with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as stream:
-            cls.text = stream.read()
-        cls.blocks = re.findall(r"^```(\w+) ?([\w ]*)\n(.*?)^```$", cls.text, re.MULTILINE | re.DOTALL)
-        cls.folder = tempfile.mkdtemp(prefix="haineko-readme.")
-        cls.addClassCleanup(shutil.rmtree, cls.folder, True)
-        for name in ("haineko.py", "haineko.json.example"):
-            shutil.copy(os.path.join(ROOT, name), cls.folder)
-        for language, mark, name in (("json", "settings", "settings.json"), ("json", "faulty", "faulty.json")):
-            cls.write(name, cls.marked(language, mark)[0])
-        cls.logs = []
-        cls.url = cls.serve()
-        nobody = {"httpd": {"listen": "127.0.0.1:0", "workers": 1}, "recipients": {}}
-        cls.refusing = cls.serve("-c", cls.write("nobody.json", json.dumps(nobody)))
+def certificate(name: str = "here") -> str:
+    """Path of a certificate with its key; skips the test where there is no openssl to make one."""
+    if name not in CERTIFICATES:
+        raise unittest.SkipTest("no openssl here that makes certificates")
+    return CERTIFICATES[name]
 
-    @classmethod
-    def marked(cls, language, mark):
-        """The blocks of that language and mark."""
-        return [text for word, words, text in cls.blocks if (word, words) == (language, mark)]
 
-    @classmethod
-    def write(cls, name, text):
-        """A file in the folder, readable by its owner only; gives its path."""
-        path = os.path.join(cls.folder, name)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
-            stream.write(text)
-        return path
+def eventually(condition, what: str = "", seconds: float = 10.0):
+    """The first true thing that condition() gives; AssertionError where none comes in time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = condition()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise AssertionError(f"did not come in {seconds} s: {what or condition}")
+        time.sleep(0.01)
 
-    @classmethod
-    def environment(cls, url=None):
-        values = {key: value for key, value in os.environ.items() if not key.startswith("HAINEKO_")}
-        path = os.path.dirname(sys.executable) + os.pathsep + values.get("PATH", "")
-        values.update(PATH=path, PYTHONDONTWRITEBYTECODE="1", no_proxy="*", **({"HAINEKO_URL": url} if url else {}))
-        return values
 
-    @classmethod
-    def serve(cls, *flags):
-        """Starts a server until the class is done; gives its URL."""
-        command = [sys.executable, "haineko.py", "serve", *(flags or ("--listen", "127.0.0.1:0", "--workers", "1"))]
-        cls.logs.append(os.path.join(cls.folder, f"log{len(cls.logs)}"))
-        with open(cls.logs[-1], "w+b") as log:
-            server = subprocess.Popen(command, cwd=cls.folder, env=cls.environment(), stderr=log)
-            cls.addClassCleanup(server.wait)
-            cls.addClassCleanup(server.send_signal, signal.SIGTERM)
-            deadline = time.monotonic() + 10
-            while time.monotonic() < deadline:
-                log.seek(0)
-                found = re.search(rb"listens at (\S+)", log.read())
-                if found:
-                    return found[1].decode()
-                if server.poll() is not None:
-                    break
-                time.sleep(0.01)
-            raise AssertionError(f"the server did not start: {command}")
+WELL = {
+    "CONN": "220 peer.example ESMTP",
+    "HELO": "250 peer.example",
+    "STARTTLS": "220 2.0.0 go on",
+    "MAIL": "250 2.1.0 sender fine",
+    "RCPT": "250 2.1.5 recipient fine",
+    "DATA": "354 go on",
+    ".": "250 2.0.0 taken",
+    "RSET": "250 2.0.0 forgotten",
+    "QUIT": "221 2.0.0 bye",
+}
 
-    def printed(self):
-        """What the server without settings has printed."""
-        with open(self.logs[0], encoding="utf-8") as stream:
-            return stream.read()
 
-    def run_it(self, command, url=None, stdin="", expect=0, **variables):
-        """Output of a command, in the folder, with the server's URL in place of README's."""
-        command = [word.replace(self.URL, url or self.url) for word in command]
-        done = subprocess.run(
-            command,
-            input=stdin.encode(),
-            cwd=self.folder,
-            env={**self.environment((url or self.url) + "submit"), **variables},
-            check=False,
-            capture_output=True,
-            timeout=120,
+class SmtpPeer:
+    """A next hop on a free port that says to each verb what it is told, and remembers what it was told.
+
+    says: {verb: what}. Verbs: CONN (the greeting), EHLO ... QUIT, TLS (the handshake), TEXT (after the first octets of
+    a text) and "." (its end). What: a reply (its lines divided by LF), octets to be sent as they are, SILENCE, HANG_UP;
+    a list of these, one for each time it comes to it, the last one for ever; or a function (talk, line) -> one of them.
+    """
+
+    def __init__(self, says=None, offers=(), tls="", smtps=False, logins=None, host="127.0.0.1", port=0) -> None:
+        self.says, self.offers, self.smtps, self.logins = dict(says or {}), offers, smtps, logins or {}
+        self.context = None
+        if tls:
+            self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            self.context.load_cert_chain(tls)
+        self.talks: list = []  # one Talk for each connection
+        self.mails: list = []  # (MAIL line, RCPT lines, octets of the text as they came)
+        self.lone = 0  # texts without a line
+        self.lock = threading.Lock()
+        self.now = self.most = 0  # texts that wait for their reply; the most at once
+        self.listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.host, self.port = self.listener.getsockname()[:2]
+        self.threads = [threading.Thread(target=self._accept, daemon=True)]
+        self.threads[0].start()
+
+    def _accept(self) -> None:
+        while True:
+            sock, _ = self.listener.accept()
+            if self.closing:
+                sock.close()
+                return
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            talk = Talk(self, sock)
+            self.talks.append(talk)
+            self.threads.append(threading.Thread(target=talk.run, daemon=True))
+            self.threads[-1].start()
+
+    closing = False
+
+    def close(self) -> None:
+        self.closing = True
+        with contextlib.suppress(OSError):
+            socket.create_connection((self.host, self.port), 1).close()
+        for talk in self.talks:
+            talk.cut()
+        for thread in self.threads:
+            thread.join(5)
+        self.listener.close()
+
+    def __enter__(self) -> SmtpPeer:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    @property
+    def lines(self) -> list:
+        """Every line that came, of all connections."""
+        return [line for talk in self.talks for line in talk.lines]
+
+    def what(self, verb: str, talk: Talk, line: str):
+        with self.lock:
+            found = self.says.get(verb)
+            if isinstance(found, list):
+                found = found.pop(0) if len(found) > 1 else found[0]
+        return found(talk, line) if callable(found) else found
+
+
+class Talk:
+    """One connection to an SmtpPeer."""
+
+    def __init__(self, peer: SmtpPeer, sock: socket.socket) -> None:
+        self.peer, self.sock, self.unread = peer, sock, b""
+        self.lines: list = []
+        self.sender, self.recipients = "", []
+        self.secure, self.user = False, None
+
+    def run(self) -> None:
+        try:
+            if self.peer.smtps:
+                self.secured()
+            self.say("CONN")
+            while True:
+                line = self.line()
+                self.lines.append(line)
+                self.hear(re.split("[ :]", line)[0].upper(), line)
+        except (OSError, EOFError):
+            pass
+        finally:
+            self.sock.close()
+
+    def cut(self) -> None:
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+    def secured(self) -> None:
+        if self.peer.says.get("TLS") == SILENCE:
+            self.silent()
+        self.sock = self.peer.context.wrap_socket(self.sock, server_side=True)
+        self.secure = True
+
+    def hear(self, verb: str, line: str) -> None:
+        said = self.say(verb, line)
+        if verb == "STARTTLS" and said == "2":
+            self.secured()
+        elif verb in ("MAIL", "RSET"):
+            self.sender, self.recipients = line, []
+        elif verb == "RCPT" and said == "2":
+            self.recipients.append(line)
+        elif verb == "DATA" and said == "3":
+            self.text()
+        elif verb == "QUIT":
+            raise EOFError
+
+    def say(self, verb: str, line: str = "") -> str:
+        """First digit of what was said."""
+        what = self.peer.what(verb, self, line)
+        if what is None and verb == "EHLO":
+            offers = [offer for offer in self.peer.offers if not (self.secure and offer == "STARTTLS")]
+            what = "\n".join(["250-peer.example", *[f"250-{offer}" for offer in offers], "250 HELP"])
+        elif what is None and verb == "AUTH":
+            what = self.authenticate(line)
+        elif what is None:
+            what = WELL.get(verb, "500 5.5.2 what?")
+        if what == HANG_UP:
+            raise EOFError
+        if what == SILENCE:
+            self.silent()
+        self.sock.sendall(what if isinstance(what, bytes) else what.replace("\n", "\r\n").encode() + b"\r\n")
+        if what[:3] == "421":
+            self.sock.shutdown(socket.SHUT_WR)
+            self.silent()
+        return what[:1] if isinstance(what, str) else what[:1].decode()
+
+    def silent(self) -> None:
+        while self.sock.recv(65536):
+            pass
+        raise EOFError
+
+    def more(self) -> None:
+        octets = self.sock.recv(65536)
+        if not octets:
+            raise EOFError
+        self.unread += octets
+
+    def line(self) -> str:
+        while b"\r\n" not in self.unread:
+            self.more()
+        line, _, self.unread = self.unread.partition(b"\r\n")
+        return line.decode("utf-8", "replace")
+
+    def text(self) -> None:
+        octets = bytearray()
+        if "TEXT" in self.peer.says:
+            self.more()
+            self.say("TEXT")
+        while not (octets.startswith(b".\r\n") or octets.find(b"\r\n.\r\n", max(len(octets) - 65540, 0)) >= 0):
+            if not self.unread:
+                self.more()
+            octets += self.unread
+            self.unread = b""
+        end = 0 if octets.startswith(b".\r\n") else octets.find(b"\r\n.\r\n") + 2
+        octets, self.unread = bytes(octets[:end]), bytes(octets[end + 3 :])
+        with self.peer.lock:
+            self.peer.now += 1
+            self.peer.most = max(self.peer.most, self.peer.now)
+            if octets:
+                self.peer.mails.append((self.sender, self.recipients, octets))
+            else:
+                self.peer.lone += 1
+        try:
+            self.say(".")
+        finally:
+            with self.peer.lock:
+                self.peer.now -= 1
+
+    def authenticate(self, line: str) -> str:
+        mechanism, _, first = line[5:].partition(" ")
+        if mechanism == "PLAIN":
+            _, user, word = base64.b64decode(first).decode().split("\0")
+            right = self.peer.logins.get(user) == word
+        elif mechanism == "LOGIN":
+            user = base64.b64decode(first or self.asked(b"Username:")).decode()
+            right = self.peer.logins.get(user) == base64.b64decode(self.asked(b"Password:")).decode()
+        else:
+            challenge = b"<17.1@peer.example>"
+            user, digest = base64.b64decode(self.asked(challenge)).decode().split(" ")
+            word = self.peer.logins.get(user, "").encode()
+            right = hmac.new(word, challenge, hashlib.md5).hexdigest() == digest
+        self.user = user if right else None
+        return "235 2.7.0 welcome" if right else "535 5.7.8 who are you?"
+
+    def asked(self, challenge: bytes) -> str:
+        self.sock.sendall(b"334 " + base64.b64encode(challenge) + b"\r\n")
+        return self.line()
+
+
+class Wire:
+    """A client's connection to an HTTP server: octets out, answers in."""
+
+    def __init__(self, place, context: ssl.SSLContext | None = None) -> None:
+        family = socket.AF_UNIX if isinstance(place, str) else socket.AF_INET6 if ":" in place[0] else socket.AF_INET
+        self.sock = socket.socket(family)
+        self.sock.settimeout(10)
+        self.sock.connect(place)
+        if context:
+            self.sock = context.wrap_socket(self.sock, server_hostname="localhost")
+        self.unread = b""
+
+    def send(self, octets) -> Wire:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the answer may still be read
+            self.sock.sendall(octets if isinstance(octets, bytes) else octets.encode())
+        return self
+
+    def more(self) -> bool:
+        octets = self.sock.recv(65536)
+        self.unread += octets
+        return bool(octets)
+
+    def head(self) -> tuple:
+        """(status, headers) of the next answer."""
+        while b"\r\n\r\n" not in self.unread:
+            if not self.more():
+                raise EOFError(self.unread)
+        head, _, self.unread = self.unread.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        return int(first.split(" ")[1]), dict(line.split(": ", 1) for line in lines)
+
+    def answer(self, method: str = "") -> tuple:
+        """(status, headers, body as JSON or text) of the next answer."""
+        status, headers = self.head()
+        length = 0 if method == "HEAD" or status in (100, 204) else int(headers["Content-Length"])
+        while len(self.unread) < length:
+            if not self.more():
+                raise EOFError(self.unread)
+        body, self.unread = self.unread[:length].decode(), self.unread[length:]
+        return status, headers, json.loads(body) if "json" in headers.get("Content-Type", "") and body else body
+
+    def ask(self, octets, method: str = "") -> tuple:
+        return self.send(octets).answer(method)
+
+    def ended(self) -> bool:
+        """True when the server has closed and nothing is unread; waits for it."""
+        try:
+            return not self.more() and not self.unread
+        except ConnectionResetError:
+            return True
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def post(submission=None, *headers: str, path: str = "/submit", version: str = "1.1") -> bytes:
+    """The octets of a POST."""
+    body = as_body(document() if submission is None else submission)
+    lines = [f"POST {path} HTTP/{version}", "Host: x", *headers, f"Content-Length: {len(body)}"]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+def get(path: str, *headers: str, method: str = "GET", version: str = "1.1", host: str = "x") -> bytes:
+    return "\r\n".join([f"{method} {path} HTTP/{version}", f"Host: {host}", *headers]).encode("latin-1") + b"\r\n\r\n"
+
+
+def environment(**changes: str) -> dict:
+    """For a process: as here, without what would lead it to other settings."""
+    found = {name: value for name, value in os.environ.items() if not name.startswith("HAINEKO")}
+    return {**found, "PYTHONDONTWRITEBYTECODE": "1", **changes}
+
+
+class Server:
+    """A real `haineko.py serve` with settings in a folder of its own."""
+
+    def __init__(self, force: dict | None, *options: str) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="haineko-test-")
+        self.path, log = os.path.join(self.folder.name, "haineko.json"), os.path.join(self.folder.name, "log")
+        if force is not None:
+            self.write(force)
+            options = ("-c", self.path, *options)
+        self.output = open(log, "w+b")  # noqa: SIM115 -- as long as the server runs
+        self.process = subprocess.Popen(
+            [sys.executable, PROGRAM, "serve", *options],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self.output,
+            cwd=self.folder.name,
+            env=environment(),
         )
-        output = done.stdout.decode() + done.stderr.decode()
-        self.assertEqual(done.returncode, expect, f"{command}\n{output}")
-        return done.stdout.decode() + (done.stderr.decode() if expect else "")
+        try:
+            eventually(lambda: self.process.poll() is not None or " listens at " in self.log(), "a server", 20)
+        except AssertionError:
+            self.close()
+            raise
+        found = re.search(r" listens at (.*)\n", self.log())
+        self.urls = found[1].split() if found else []
+        self.places = [place_of(url) for url in self.urls]
 
-    def test_every_block_is_tested(self):
-        known = {
-            *[("sh", mark) for mark in ("first", "curl", "smarthost", "client", "root", "queue", "")],
-            *[("json", mark) for mark in ("answer", "faulty", "settings", "submission", "event")],
-            *[(name, "client") for name in ("python", "javascript", "php", "ruby", "perl", "go", "java", "html")],
-            ("console", ""),
-            ("console", "connect"),
-            ("nginx", ""),
-            ("nginx", "two"),
+    def write(self, force: dict) -> None:
+        """New settings, put there whole as careful administrators do."""
+        sections = {
+            "smtpd": {"hostname": NAME},
+            "recipients": {"open-relay": 1},
+            "mailertable": {"default": {"mailer": "Discard"}},
+            **force,
         }
-        self.assertEqual({(language, mark) for language, mark, _ in self.blocks}, known)
-        self.assertEqual(len(self.blocks) * 2, len(re.findall(r"^```", self.text, re.MULTILINE)))
+        sections["httpd"] = {"listen": "127.0.0.1:0", "workers": 1, "timeout": 5, **force.get("httpd", {})}
+        aside = self.path + ".new"
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
+            json.dump(sections, stream)
+        os.rename(aside, self.path)
 
-    def test_the_first_minute(self):
-        (first,), (curl,), (shown,) = (self.marked(*at) for at in (("sh", "first"), ("sh", "curl"), ("json", "answer")))
-        commands = [line.partition("#")[0].split() for line in first.splitlines()]
-        self.assertEqual(commands, [["python3", "haineko.py", "serve"], ["python3", "-m", "unittest"]])
-        self.assertIn(self.URL, first)
-        told, meant = json.loads(self.run_it(["sh", "-euc", curl])), json.loads(shown)
-        self.assertEqual(list(told), list(meant))
-        for key in ("addresser", "recipient", "response", "remoteaddr", "referer"):
-            self.assertEqual(told[key], meant[key])
-        self.assertIn("Subject: Nyaaaa", self.printed())
+    def log(self) -> str:
+        return os.pread(self.output.fileno(), 1 << 24, 0).decode()
 
-    def test_the_smart_host(self):
-        (commands,) = self.marked("sh", "smarthost")
-        lines = (("host", "smtp.example.org", "smtp.example.net"), ("username", "", "me"), ("password", "", "nyan"))
-        edits = " ".join(f'-e \'s/"{key}": "{old}"/"{key}": "{new}"/\'' for key, old, new in lines)
-        editor = self.write("editor", f'#!/bin/sh\nsed {edits} "$1" >"$1.new" && cat "$1.new" >"$1"\n')
-        os.chmod(editor, 0o700)
-        self.addCleanup(lambda: os.unlink(os.path.join(self.folder, "haineko.json")))
-        output = self.run_it(["sh", "-euc", commands], EDITOR=editor)
-        self.assertIn("fine; mail goes to ESMTP smtp.example.net:587, STARTTLS, AUTH as relay", output)
-        settings, faults = haineko.load(os.path.join(self.folder, "haineko.json"))
-        self.assertEqual((faults, settings.mailertable["default"].login), ([], ("me", "nyan")))
-        self.assertEqual(os.stat(os.path.join(self.folder, "haineko.json")).st_mode & 0o777, 0o600)
+    def wire(self, i: int = 0, context: ssl.SSLContext | None = None) -> Wire:
+        return Wire(self.places[i], context)
 
-    def test_shell_commands(self):
-        for commands in self.marked("sh", ""):
-            with self.subTest(commands):
-                self.run_it(["sh", "-euc", commands])
-        for commands in self.marked("sh", "root"):  # not on this machine, but each must be a command
-            self.run_it(["sh", "-n"], stdin=commands)
+    def ask(self, octets, method: str = "", i: int = 0) -> tuple:
+        """The answer to one request on a connection of its own."""
+        with self.wire(i) as wire:
+            return wire.ask(octets, method)
 
-    def test_what_commands_print(self):
-        for session in self.marked("console", ""):
-            command, _, wanted = session[2:].partition("\n")
-            with self.subTest(command):
-                self.assertEqual(self.run_it(["sh", "-c", f"{command} || true"]), wanted)
+    def workers(self) -> set:
+        """Process ids of its workers."""
+        table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+        pairs = [line.split() for line in table.splitlines()]
+        return {int(pid) for pid, parent in pairs if parent == str(self.process.pid)}
 
-    def test_settings(self):
-        for i, text in enumerate(self.marked("json", "settings")):
-            with self.subTest(text):
-                for name in re.findall(r'"env": "(\w+)"', text):
-                    os.environ[name] = "nyan"
-                    self.addCleanup(os.environ.pop, name, None)
-                self.assertEqual(haineko.load(self.write(f"settings{i}.json", text))[1], [])
-        for text in self.marked("json", "faulty"):
-            self.assertNotEqual(haineko.load(self.write("faulty.json", text))[1], [])
+    def stop(self) -> int:
+        """Exit code."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            return self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait(10)
 
-    def test_submissions(self):
-        for text in self.marked("json", "submission"):
-            request = urllib.request.Request(self.url + "submit", text.encode())
-            with urllib.request.urlopen(request, timeout=10) as response:
-                self.assertEqual((response.status, json.load(response)["response"][0]["error"]), (200, 0))
-
-    CLIENTS = (  # (language, file, command, whether it is slow to start)
-        ("sh", "client.sh", ["sh", "-eu"], False),
-        ("python", "client.py", ["python3"], False),
-        ("javascript", "client.mjs", ["node"], False),
-        ("php", "client.php", ["php"], False),
-        ("ruby", "client.rb", ["ruby"], False),
-        ("perl", "client.pl", ["perl"], False),
-        ("go", "client.go", ["go", "run"], True),
-        ("java", "Mail.java", ["java"], True),
-    )
-
-    def test_clients(self):
-        for language, name, command, slow in self.CLIENTS:
-            with self.subTest(language):
-                if slow and not self.ALL:
-                    self.skipTest("slow to start; HAINEKO_ALL=1 runs it")
-                tools = [command[0], "curl"] if language == "sh" else command[:1]
-                missing = [tool for tool in tools if not shutil.which(tool, path=self.environment()["PATH"])]
-                if missing:
-                    self.skipTest(f"no {missing[0]} on this machine")
-                (text,) = self.marked(language, "client")
-                subject = re.search(r"Hello from \w+", text)[0]
-                program = [*command, self.write(name, text)]
-                accepted = self.run_it(program)
-                self.assertIn("mikeneko@example.jp", accepted)
-                self.assertIn("200", accepted)
-                self.assertIn(f"Subject: {subject}\n", self.printed())
-                refused = self.run_it(program, self.refusing, expect=1)
-                self.assertIn("553", refused)
-                self.assertIn("Recipient address is not permitted", refused)
-
-    def test_web_page(self):
-        browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-        if not (browser and self.ALL):
-            self.skipTest("slow to start; HAINEKO_ALL=1 runs it" if browser else "no Chromium on this machine")
-        (page,) = self.marked("html", "client")
-        folder = os.path.join(self.folder, "pages")
-        os.mkdir(folder)
-        port = self.web_server(folder)
-        origin = f"http://127.0.0.1:{port}"
-        settings = {"httpd": {"listen": "127.0.0.1:0", "workers": 1, "allowed_origins": [origin]}}
-        settings.update(recipients={"open-relay": True}, mailertable={"default": {"mailer": "Discard"}})
-        welcome = self.serve("-c", self.write("web.json", json.dumps(settings)), "--workers", "1")
-        for url, wanted in ((welcome, "Sent."), (self.url, "No connection.")):  # the latter allows no origin
-            with self.subTest(wanted):
-                submit = "<script>document.forms[0].requestSubmit()</script>\n"
-                self.write("pages/page.html", page.replace(self.URL, url) + submit)
-                flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile"]
-                flags += ["--virtual-time-budget=5000", "--dump-dom"]
-                self.assertIn(f"<output>{wanted}</output>", self.run_it([browser, *flags, f"{origin}/page.html"]))
-
-    def web_server(self, folder):
-        """The port of a web server for the folder, until the test is done."""
-        command = [sys.executable, "-um", "http.server", "--bind", "127.0.0.1", "--directory", folder, "0"]
-        web = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        self.addCleanup(web.stdout.close)
-        self.addCleanup(web.wait)
-        self.addCleanup(web.terminate)
-        return int(re.search(rb"port (\d+)", web.stdout.readline())[1])
-
-    def test_nginx(self):
-        if not (shutil.which("nginx") and shutil.which("openssl")):
-            self.skipTest("no nginx or openssl on this machine")
-        certificate, key = (os.path.join(self.folder, name) for name in ("tls.pem", "tls.key"))
-        new = [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:P-256",
-            "-nodes",
-            "-days",
-            "2",
-        ]
-        self.run_it([*new, "-subj", "/CN=mail.example.org", "-keyout", key, "-out", certificate])
-        for shown in [text for language, _, text in self.blocks if language == "nginx"]:
-            block = shown.replace("listen 443", f"listen unix:{self.folder}/nginx.sock")  # -t binds it for a moment
-            for word, path in (("ssl_certificate", certificate), ("ssl_certificate_key", key)):
-                block = re.sub(rf"({word} +)[^;]+", rf"\1{path}", block)
-            place = f"access_log off; client_body_temp_path {self.folder}/body; proxy_temp_path {self.folder}/proxy;"
-            place += "".join(f"{name}_temp_path {self.folder}/{name};" for name in ("fastcgi", "uwsgi", "scgi"))
-            path = self.write("nginx.conf", f"pid {self.folder}/pid; events {{}} http {{ {place}\n{block} }}")
-            self.run_it(["nginx", "-t", "-q", "-e", "stderr", "-p", self.folder, "-c", path])
-
-    def test_systemd(self):
-        output = self.run_it(["python3", "haineko.py", "setup", "--dest", "etc"])
-        paths = [os.path.join(self.folder, "etc", name) for name in ("haineko.json", "haineko.service")]
-        self.assertEqual(output.split(), paths)
-        self.assertEqual(haineko.load(paths[0])[1], [])
-        if not shutil.which("systemd-analyze"):
-            self.skipTest("no systemd-analyze on this machine")
-        self.assertEqual(self.run_it(["systemd-analyze", "verify", "--man=no", paths[1]]), "")
-
-    def test_every_setting_stands_in_a_table(self):
-        """With its default."""
-        classes = (haineko.Httpd, haineko.Tls, haineko.Smtpd, haineko.Syslog, haineko.Relayhosts, haineko.Recipients)
-        for cls in (*classes, haineko.Route, haineko.Login):
-            for key, default in haineko.shown(cls()).items():
-                wanted = default[0] if key == "listen" else default
-                wanted = "see below" if key == "syslog" else f"`{json.dumps(wanted)}`"
-                with self.subTest(key):
-                    self.assertIn(f"\n| `{key}` | {wanted} |", self.text)
-        for name in haineko.keys(haineko.Settings):
-            with self.subTest(name):
-                self.assertRegex(self.text, rf"(?m)^### .*\b{name}\b")
-
-    def test_every_row_of_a_table_stands_in_a_table(self):
-        for name in haineko.COMMANDS:
-            self.assertRegex(self.text, rf"(?m)^\|.*`{name}[ `].*\|", name)
-        for name in haineko.RELAYS:
-            self.assertIn(f"\n| `{name}` |", self.text)
-        for method, path in haineko.PAGES:
-            self.assertIn(f"`{method} {path}`", self.text)
-        for slug, (status, code, dsn, _, line) in haineko.REPLIES.items():
-            with self.subTest(slug):
-                words = re.escape(line).replace("%s", "GET" if slug == "method" else ".+")
-                if words != ".+" and code != "200":
-                    head = rf"{code} \| {re.escape(dsn or '')} ?\|.*" if dsn or slug == "json" else f"{status} .*"
-                    self.assertRegex(self.text, rf"(?m)^\|.*{head}\| {words}[ |(]")
-        for key in (*haineko.keys(haineko.Submission), *(f"header.{key}" for key in haineko.keys(haineko.Header))):
-            if key not in ("header", "header.reply-to"):
-                self.assertRegex(self.text, rf"(?m)^\|.*`{re.escape(key)}`.*\|", key)
+    def close(self) -> None:
+        self.stop()
+        self.output.close()
+        self.folder.cleanup()
 
 
+def place_of(url: str):
+    """Where to connect to."""
+    if url.startswith("unix:"):
+        return url[5:]
+    host, _, port = url.split("/")[2].rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+class Peers(Quiet):
+    """A test with next hops."""
+
+    def peer(self, says: dict | None = None, *offers: str, **more) -> SmtpPeer:
+        found = SmtpPeer(says, **{"offers": offers, **more})
+        self.addCleanup(found.close)
+        return found
+
+
+TEXT = b"From: kijitora@example.org\r\nTo: a@example.jp, b@example.jp, c@example.jp\r\nSubject: Nya\r\n\r\nMeow.\r\n"
+TO = ("a@example.jp", "b@example.jp", "c@example.jp")
+
+
+def job(peer: SmtpPeer, to: tuple = TO[:1], text: bytes = TEXT, eight: bool = False, **more) -> haineko.Job:
+    """Mail for a peer; the timeout is that of a step."""
+    more = {"host": peer.host, "port": peer.port, "timeout": 1.0, **more}
+    message = haineko.Message((text,), eight)
+    return haineko.Job(haineko.Route(**more), NAME, "Q" * 16, "kijitora@example.org", tuple(to), message)
+
+
+def carried(*jobs: haineko.Job) -> list:
+    """The replies to each job, one after the other with the same sessions, which are closed at the end."""
+    return side_by_side(jobs)[0][0]
+
+
+def side_by_side(*groups: tuple) -> list:
+    """For each group of jobs, of which one follows the other: (their replies, seconds until they were there)."""
+    found: dict = {}
+
+    async def one(i: int, jobs: tuple) -> None:
+        began, sessions = time.monotonic(), haineko.Sessions(("127.0.0.1:9",))  # where no name server is
+        replies = [await haineko.attempt(item, sessions) for item in jobs]
+        found[i] = replies, time.monotonic() - began
+        await sessions.sweep(everything=True)
+
+    haineko.run(haineko.all_of([one(i, jobs) for i, jobs in enumerate(groups)]))
+    return [found[i] for i in range(len(groups))]
+
+
+def refuses(**by_name: str):
+    """What an SmtpPeer says to RCPT: the reply of the recipient's local part, else a 250."""
+    return lambda talk, line: by_name.get(line[9:10], WELL["RCPT"])
+
+
+def held(gate: threading.Event | threading.Barrier):
+    """What an SmtpPeer says to the end of a text: a 250, when the gate opens."""
+
+    def say(talk: Talk, line: str) -> str:
+        gate.wait(8)
+        return WELL["."]
+
+    return say
+
+
+def sockets_open() -> int:
+    """Number of this process's sockets; 0 where the system has no list."""
+    gc.collect()
+    try:
+        names = os.listdir("/proc/self/fd")
+    except OSError:
+        return 0
+    return sum(_links_to_socket(name) for name in names)
+
+
+def _links_to_socket(name: str) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{name}").startswith("socket:")
+    except OSError:
+        return False
+
+
+# ======================================================================================================================
+# 9. Waiting
+# ======================================================================================================================
+POLLERS = ([haineko.Epoll] if hasattr(select, "epoll") else []) + [haineko.Selector]
+
+
+class Waiting(Quiet):
+    def each(self):
+        """A loop for each poller, closed behind it."""
+        for poller in POLLERS:
+            loop = haineko.Loop()
+            loop.poller.close()
+            loop.poller = poller()
+            try:
+                yield loop
+            finally:
+                loop.close()
+
+    def run_all(self, loop: haineko.Loop, *coroutines, most: float = 5.0) -> list:
+        """What each returned or raised, and the seconds it took."""
+        found: dict = {}
+
+        async def one(i: int, coroutine) -> None:
+            try:
+                value = await coroutine
+            except Exception as fault:
+                value = fault
+            found[i] = value, time.monotonic() - began
+
+        began = time.monotonic()
+        for i, coroutine in enumerate(coroutines):
+            loop.spawn(one(i, coroutine))
+        while len(found) < len(coroutines):
+            self.assertLess(time.monotonic() - began, most, "the loop does not end")
+            loop.turn()
+        return [found[i] for i in range(len(coroutines))]
+
+    def pair(self) -> tuple:
+        here, there = socket.socketpair()
+        for sock in (here, there):
+            sock.setblocking(False)
+            self.addCleanup(sock.close)
+        return here, there
+
+    def test_sleepers_wake_in_the_order_of_their_times(self) -> None:
+        async def sleeper(seconds: float) -> None:
+            await haineko.sleep(seconds)
+            woken.append(seconds)
+
+        for loop in self.each():
+            woken: list = []
+            self.run_all(loop, *[sleeper(seconds) for seconds in (0.09, 0, 0.03, 0.06)])
+            self.assertEqual(woken, [0, 0.03, 0.06, 0.09])
+
+    def test_what_waits_for_a_socket_ends_at_its_deadline(self) -> None:
+        for loop in self.each():
+            late = []
+            for _ in range(3):  # a busy machine may be late once
+                now, ends = time.monotonic(), (0.1, 0.03, 0.06)
+                waits = [haineko.receive(self.pair()[0], 10, now + seconds) for seconds in ends]
+                found = self.run_all(loop, *waits)
+                self.assertEqual({type(value) for value, _ in found}, {socket.timeout})
+                late.append(max(abs(took - wanted) for (_, took), wanted in zip(found, ends)))
+            self.assertLess(min(late), 0.03)
+
+    def test_a_deadline_that_comes_later_and_lies_sooner_is_kept(self) -> None:
+        async def late() -> None:
+            await haineko.sleep(0.05)
+            await haineko.receive(self.pair()[0], 10, time.monotonic() + 0.05)
+
+        for loop in self.each():
+            far = haineko.receive(self.pair()[0], 10, time.monotonic() + 0.4)
+            (_, long), (value, short) = self.run_all(loop, far, late())
+            self.assertIsInstance(value, socket.timeout)
+            self.assertLess(short, long)
+            self.assertGreater(long, 0.39)
+
+    def test_after_a_deadline_the_same_socket_is_waited_for_again(self) -> None:
+        async def twice(here, there) -> bytes:
+            with contextlib.suppress(socket.timeout):
+                await haineko.receive(here, 10, time.monotonic() + 0.02)
+            there.send(b"late")
+            return await haineko.receive(here, 10, time.monotonic() + 1)
+
+        for loop in self.each():
+            self.assertEqual(self.run_all(loop, twice(*self.pair()))[0][0], b"late")
+
+    def test_octets_that_came_between_two_waits_are_not_overlooked(self) -> None:
+        async def reader(sock) -> bytes:
+            found = b""
+            while len(found) < 6:
+                found += await haineko.receive(sock, 1, time.monotonic() + 1)
+                await haineko.sleep(0.01)
+            return found
+
+        async def writer(sock) -> None:
+            for part in (b"ab", b"cde", b"f"):
+                await haineko.send(sock, part, time.monotonic() + 1)
+                await haineko.sleep(0.015)
+
+        for loop in self.each():
+            here, there = self.pair()
+            self.assertEqual(self.run_all(loop, reader(here), writer(there))[0][0], b"abcdef")
+
+    def test_more_than_a_buffer_goes_through_a_reader_that_is_slow(self) -> None:
+        octets = os.urandom(1 << 16) * 64
+
+        async def reader(sock) -> bytes:
+            parts = [b"-"]
+            while parts[-1]:
+                parts.append(await haineko.receive(sock, 1 << 18, time.monotonic() + 1))
+                await haineko.sleep(0.001)
+            return b"".join(parts[1:])
+
+        async def writer(sock) -> None:
+            await haineko.send(sock, octets, time.monotonic() + 5)
+            sock.close()
+
+        for loop in self.each():
+            here, there = self.pair()
+            self.assertEqual(self.run_all(loop, reader(here), writer(there))[0][0], octets)
+
+    def test_who_reads_nothing_ends_a_send_at_its_deadline(self) -> None:
+        for loop in self.each():
+            here, _there = self.pair()
+            [(value, took)] = self.run_all(loop, haineko.send(here, bytes(1 << 23), time.monotonic() + 0.1))
+            self.assertIsInstance(value, socket.timeout)
+            self.assertLess(took, 0.5)
+
+    def test_a_file_descriptor_used_again_is_another_connection(self) -> None:
+        async def twice() -> list:
+            found = []
+            for octet in (b"1", b"2"):
+                here, there = socket.socketpair()
+                here.setblocking(False)
+                answer = haineko.in_thread(lambda there=there, octet=octet: (time.sleep(0.02), there.sendall(octet)))
+                await haineko.all_of([answer, reader(here, found)])
+                numbers.append(here.fileno())
+                here.close()
+                there.close()
+            return found
+
+        async def reader(sock, found: list) -> None:
+            found.append(await haineko.receive(sock, 10, time.monotonic() + 1))
+
+        for loop in self.each():
+            numbers: list = []
+            self.assertEqual(self.run_all(loop, twice())[0][0], [b"1", b"2"])
+            self.assertEqual(numbers[0], numbers[1])
+
+    def test_interrupt_raises_in_the_one_that_waits_and_in_nobody_else(self) -> None:
+        async def interrupter(sock) -> None:
+            await haineko.sleep(0.02)
+            loop.interrupt(sock, ConnectionAbortedError("for another"))
+            loop.interrupt(self.pair()[0], ConnectionAbortedError("nobody waits for this one"))
+
+        for loop in self.each():
+            here, other = self.pair()[0], self.pair()[0]
+            now = time.monotonic()
+            found = self.run_all(
+                loop,
+                haineko.receive(here, 1, now + 2),
+                haineko.receive(other, 1, now + 0.1),
+                interrupter(here),
+            )
+            self.assertIsInstance(found[0][0], ConnectionAbortedError)
+            self.assertIsInstance(found[1][0], socket.timeout)
+
+    def test_functions_that_block_run_side_by_side_in_threads_used_again(self) -> None:
+        def block(barrier: threading.Barrier) -> int:
+            barrier.wait(2)
+            return threading.get_ident()
+
+        async def all_in_threads(count: int) -> set:
+            barrier, found = threading.Barrier(count), set()
+
+            async def one() -> None:
+                found.add(await haineko.in_thread(block, barrier))
+
+            await haineko.all_of([one() for _ in range(count)])
+            return found
+
+        for loop in self.each():
+            [(first, _)] = self.run_all(loop, all_in_threads(20))
+            self.assertEqual(len(first), 20)
+            [(second, _)] = self.run_all(loop, all_in_threads(5))
+            self.assertLessEqual(second, first)
+
+    def test_what_is_raised_comes_back(self) -> None:
+        async def raiser() -> None:
+            raise KeyError("in the coroutine")
+
+        for coroutine, wanted in ((haineko.in_thread(int, "no number"), ValueError), (raiser(), KeyError)):
+            with self.assertRaises(wanted):
+                haineko.run(coroutine)
+
+    def test_one_that_raises_ends_alone_and_is_logged(self) -> None:
+        async def raiser() -> None:
+            raise RuntimeError("a fault of our own")
+
+        async def both() -> str:
+            await haineko.all_of([raiser(), haineko.sleep(0.01)])
+            return "went on"
+
+        for loop in self.each():
+            self.assertEqual(self.run_all(loop, both())[0][0], "went on")
+            self.assertIn("a fault of our own", "\n".join(self.logged()))
+
+    def test_all_of_nothing_is_over_at_once(self) -> None:
+        self.assertIsNone(haineko.run(haineko.all_of([])))
+
+    def test_a_thousand_wait_without_a_thread(self) -> None:
+        before = threading.active_count()
+
+        async def waiter(sock) -> bytes:
+            return await haineko.receive(sock, 1, time.monotonic() + 2)
+
+        async def waker(socks: list) -> int:
+            await haineko.sleep(0.05)
+            threads = threading.active_count()
+            for sock in socks:
+                sock.send(b"x")
+            return threads
+
+        for loop in self.each():
+            pairs = [self.pair() for _ in range(200)]
+            waits = [waiter(here) for here, _ in pairs] + [haineko.sleep(0.1) for _ in range(800)]
+            *found, (threads, _) = self.run_all(loop, *waits, waker([there for _, there in pairs]))
+            self.assertEqual({value for value, _ in found[:200]}, {b"x"})
+            self.assertLessEqual(threads, before)
+
+    def test_run_leaves_no_file_open(self) -> None:
+        before = sockets_open()
+        haineko.run(haineko.sleep(0))
+        self.assertEqual(sockets_open(), before)
+
+
+# ======================================================================================================================
+# 11. SMTP sessions
+# ======================================================================================================================
 # A certificate authority of the tests, and what it signed for mx.sts.example, mta-sts.sts.example and localhost.
 TEST_CA = """\
 -----BEGIN CERTIFICATE-----
@@ -3243,6 +4217,892 @@ class PoliciesOfDomains(unittest.TestCase):
 # ======================================================================================================================
 
 
+def outside_address() -> str:
+    """An address of this machine that is not loopback, "" where it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("192.0.2.1", 9))
+            found = sock.getsockname()[0]
+        except OSError:
+            return ""
+    return "" if found.startswith(("127.", "0.")) else found
+
+
+class KeptLines(unittest.TestCase):
+    """Connections that are used again."""
+
+    def test_one_connection_serves_many_mails(self):
+        for mailer, answer in PEERS.items():
+            with self.subTest(mailer), WebPeer(answer) as peer:
+                relayed(composed_job(web_route(mailer, peer.url)), times=4)
+                self.assertEqual([asked.line for asked in peer.asked], [1, 1, 1, 1])
+
+    def test_chunked_and_closing_answers(self):
+        body = b'{"MessageId": "1"}'
+        chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"%x\r\n%b\r\n0\r\n\r\n" % (
+            len(body),
+            body,
+        )
+        closing = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + body
+        for what, wire, lines in (("chunked", chunked, [1, 1]), ("closing", closing, [1, 2])):
+            with self.subTest(what), WebPeer(lambda asked, wire=wire: wire) as peer:
+                replies = relayed(composed_job(web_route("AmazonSES", peer.url)), times=2)
+                self.assertEqual([said.code for (said,) in replies], ["250", "250"])
+                self.assertEqual([asked.line for asked in peer.asked], lines)
+
+    def test_a_kept_connection_that_was_closed_is_replaced(self):
+        with WebPeer(as_mandrill) as peer:
+            job = composed_job(web_route("Mandrill", peer.url))
+
+            def hang_up() -> None:
+                peer.hang_up()
+                wait_for(lambda: not peer.open)
+
+            replies = relayed(job, times=3, between=hang_up)
+            self.assertEqual([said.code for (said,) in replies], ["250"] * 3)
+            self.assertEqual([asked.line for asked in peer.asked], [1, 2, 3])
+
+    def test_a_kept_connection_is_not_replaced_once_the_request_was_sent(self):
+        def answer(asked):
+            return as_mandrill(asked) if len(peer.asked) == 1 else "close"
+
+        with WebPeer(answer) as peer:
+            (first,), (second,) = relayed(composed_job(web_route("Mandrill", peer.url)), times=2)
+            self.assertEqual((first.code, second.code, second.unsure), ("250", "451", True))
+            self.assertEqual(len(peer.asked), 2)
+
+    def test_a_kept_connection_that_dies_while_the_request_is_sent_is_replaced_once(self):
+        seen = []
+
+        def serve(listener) -> None:
+            for number in range(3):
+                sock, _ = listener.accept()
+                stream = sock.makefile("rb")
+                for turn in range(2):
+                    head = b"".join(iter(lambda stream=stream: WebPeer._line(stream), b""))
+                    if number == 0 and turn == 1:
+                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                        break  # in the middle of the body, with a reset
+                    if not head:
+                        break
+                    stream.read(int(re.search(rb"(?i)content-length: *(\d+)", head)[1]))
+                    seen.append(number)
+                    sock.sendall(on_the_wire(200, [{"email": "mikeneko@example.jp", "status": "sent", "_id": "x"}]))
+                stream.close()
+                sock.close()
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.setsockopt(
+                socket.SOL_SOCKET, socket.SO_RCVBUF, 65536
+            )  # so that the request does not fit into buffers
+            threading.Thread(target=serve, args=(listener,), daemon=True).start()
+            route = web_route("Mandrill", f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=5)
+            replies = relayed(composed_job(route, web_submission(body="y" * (8 << 20))), times=2)
+        self.assertEqual([said.code for (said,) in replies], ["250", "250"], replies)
+        self.assertEqual(seen, [0, 1])
+
+    def test_idle_connections_are_closed_and_bounded(self):
+        async def story(route, peer) -> None:
+            web = haineko.Web()
+            call = haineko.Call("GET", "/v3/scopes", headers=haineko.bearer(route))
+            await haineko.all_of([web.call(route, call) for _ in range(5)])
+            self.assertEqual((peer.lines, len(web.idle[route])), (5, 5))
+            web.KEPT = 2
+            web.idle.clear()
+            await haineko.all_of([web.call(route, call) for _ in range(5)])
+            self.assertEqual(len(web.idle[route]), 2)
+            for line in web.idle[route]:
+                line.until = 0.0
+            web.sweep()
+            self.assertEqual(web.idle, {})
+
+        with WebPeer(as_sendgrid) as peer:
+            haineko.run(story(web_route("SendGrid", peer.url), peer))
+
+    def test_a_server_says_how_long_it_keeps(self):
+        def answer(asked):
+            return 200, {"MessageId": "1"}, (("Keep-Alive", "timeout=1"),)
+
+        with WebPeer(answer) as peer:
+            relayed(composed_job(web_route("AmazonSES", peer.url)), times=2)
+            self.assertEqual([asked.line for asked in peer.asked], [1, 2])
+
+    def test_a_slow_cloud_delays_nobody_else(self):
+        async def story(slow, quick) -> float:
+            sessions, began = haineko.Sessions(), time.monotonic()
+            took: list = []
+
+            async def timed(job) -> None:
+                await haineko.attempt(job, sessions)
+                took.append(time.monotonic() - began)
+
+            await haineko.all_of([timed(slow), *[timed(quick) for _ in range(5)]])
+            return sorted(took)[4]
+
+        with WebPeer(lambda asked: "hang") as hanging, WebPeer(as_mandrill) as peer:
+            jobs = composed_job(web_route("Mandrill", hanging.url)), composed_job(web_route("Mandrill", peer.url))
+            self.assertLess(haineko.run(story(*jobs)), 0.9)
+
+    def test_retries_wait_as_long_as_the_cloud_says(self):
+        def answer(asked):
+            if len(peer.asked) == 1:
+                return 429, {"errors": [{"message": "slow"}]}, (("Retry-After", wait),)
+            return as_sendgrid(asked)
+
+        for wait, code, least in (("1", "250", 1.0), ("120", "451", 0.0)):
+            with self.subTest(wait), WebPeer(answer) as peer:
+                began = time.monotonic()
+                route = web_route("SendGrid", peer.url, retry=1, sleep=0)
+                outcome = haineko.run(haineko.carry_out(composed_job(route), haineko.Sessions()))
+                self.assertEqual(outcome.replies[0].code, code)
+                self.assertTrue(least <= time.monotonic() - began < least + 3)
+
+
+def wait_for(condition, seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError("waited in vain")
+        time.sleep(0.005)
+
+
+@unittest.skipUnless(shutil.which("openssl"), "needs openssl for certificates")
+class WebTls(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.certificate, cls.key = (os.path.join(folder.name, name) for name in ("cert.pem", "key.pem"))
+        words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+        words += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", cls.key, "-out", cls.certificate]
+        subprocess.run(words, check=True, capture_output=True)
+        cls.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        cls.context.load_cert_chain(cls.certificate, cls.key)
+
+    def test_the_certificate_is_checked(self):
+        for what, more, code, dsn in (
+            ("unknown authority", {}, "451", "4.7.5"),
+            ("known authority", {"ca_file": self.certificate}, "250", "2.0.0"),
+            ("not checked", {"tls_verify": False}, "250", "2.0.0"),
+        ):
+            with self.subTest(what), WebPeer(as_amazonses, self.context) as peer:
+                route = web_route("AmazonSES", peer.url, timeout=5, **more)
+                replies = relayed(composed_job(route), times=2)
+                self.assertEqual([(said.code, said.dsn) for (said,) in replies], [(code, dsn)] * 2, replies)
+                self.assertEqual([asked.line for asked in peer.asked], [1, 1] if code == "250" else [])
+
+    def test_https_of_a_haineko(self):
+        with WebPeer(as_haineko, self.context) as peer:
+            route = web_route("Haineko", host="127.0.0.1", port=peer.port, https=1, ca_file=self.certificate, timeout=5)
+            self.assertEqual(first_reply(composed_job(route)).code, "250")
+
+    def test_no_tls_there(self):
+        with WebPeer(as_haineko) as peer:
+            route = web_route("Haineko", host="127.0.0.1", port=peer.port, https=1)
+            self.assertEqual(first_reply(composed_job(route))[:3], ("451", "4.7.5", "CONN"))
+
+
+FINE = ("250", "2.0.0", "DATA")
+# what the server says, to three recipients (what it says, what each is told); the same with PIPELINING and without
+DIALOGUES = {
+    "well": ({}, [FINE] * 3),
+    "one of three refused": (
+        {"RCPT": refuses(b="550 5.1.1 nobody of that name")},
+        [FINE, ("550", "5.1.1", "RCPT"), FINE],
+    ),
+    "two for now": (
+        {"RCPT": refuses(a="452 4.2.2 full", c="450 later")},
+        [("452", "4.2.2", "RCPT"), FINE, ("450", None, "RCPT")],
+    ),
+    "all refused": ({"RCPT": "550 5.1.1 nobody"}, [("550", "5.1.1", "RCPT")] * 3),
+    "all refused, and DATA too": (
+        {"RCPT": "550 5.1.1 nobody", "DATA": "503 5.5.1 no recipient"},
+        [("550", "5.1.1", "RCPT")] * 3,
+    ),
+    "421 on the first RCPT": ({"RCPT": "421 4.3.2 closing"}, [("421", "4.3.2", "RCPT")] * 3),
+    "421 on the second": ({"RCPT": refuses(b="421 4.3.2 closing")}, [("421", "4.3.2", "RCPT")] * 3),
+    "refused, then 421": (
+        {"RCPT": refuses(a="550 5.1.1 no", b="421 4.3.2 closing")},
+        [("550", "5.1.1", "RCPT"), ("421", "4.3.2", "RCPT"), ("421", "4.3.2", "RCPT")],
+    ),
+    "252 to RCPT": ({"RCPT": "252 2.5.2 cannot verify"}, [FINE] * 3),
+    "251 to RCPT": ({"RCPT": "251 2.1.5 will forward"}, [FINE] * 3),
+    "251 after the dot": ({".": "251 2.6.0 forwarded"}, [("251", "2.6.0", "DATA")] * 3),
+    "no enhanced code": ({".": "250 ok"}, [("250", None, "DATA")] * 3),
+    "MAIL refused": ({"MAIL": "550 5.7.1 not you"}, [("550", "5.7.1", "MAIL")] * 3),
+    "MAIL refused for now": ({"MAIL": "452 4.3.1 no space"}, [("452", "4.3.1", "MAIL")] * 3),
+    "MAIL 421": ({"MAIL": "421 4.3.2 closing"}, [("421", "4.3.2", "MAIL")] * 3),
+    "DATA refused": (
+        {"RCPT": refuses(b="550 5.1.1 no"), "DATA": "554 5.5.1 no valid recipients"},
+        [("554", "5.5.1", "DATA"), ("550", "5.1.1", "RCPT"), ("554", "5.5.1", "DATA")],
+    ),
+    "DATA 421": ({"DATA": "421 4.3.2 closing"}, [("421", "4.3.2", "DATA")] * 3),
+    "text refused": (
+        {"RCPT": refuses(c="550 5.1.1 no"), ".": "552 5.3.4 too big"},
+        [("552", "5.3.4", "DATA"), ("552", "5.3.4", "DATA"), ("550", "5.1.1", "RCPT")],
+    ),
+    "text refused for now": ({".": "451 4.7.1 greylisted"}, [("451", "4.7.1", "DATA")] * 3),
+    "421 after the dot": ({".": "421 4.3.2 closing"}, [("421", "4.3.2", "DATA")] * 3),
+    "greeting 554": ({"CONN": "554 5.3.2 not today"}, [("554", "5.3.2", "CONN")] * 3),
+    "greeting 421": ({"CONN": "421 4.3.2 too busy"}, [("421", "4.3.2", "CONN")] * 3),
+    "EHLO 421": ({"EHLO": "421 4.3.2 too busy"}, [("421", "4.3.2", "EHLO")] * 3),
+    "EHLO and HELO refused": ({"EHLO": "502 what", "HELO": "550 5.7.1 no"}, [("550", "5.7.1", "EHLO")] * 3),
+    "a 3xx to RCPT": ({"RCPT": "354 go on"}, [("421", "4.5.0", "RCPT")] * 3),
+    "a 2xx to DATA": ({"DATA": "250 2.0.0 ok"}, [("421", "4.5.0", "DATA")] * 3),
+    "a 3xx after the dot": ({".": "354 more"}, [("421", "4.4.2", "DATA")] * 3),
+    "two codes in one reply": ({"MAIL": "250-one\n251 two"}, [("421", "4.5.0", "MAIL")] * 3),
+    "a code out of range": ({"MAIL": "650 6.0.0 no such code"}, [("421", "4.5.0", "MAIL")] * 3),
+}
+
+
+class SmtpSessions(Peers):
+    def told(self, replies: list) -> list:
+        return [(item.code, item.dsn, item.command) for item in replies]
+
+    def test_every_recipient_is_told_what_the_server_said(self) -> None:
+        for offers in ((), ("PIPELINING", "SIZE 1000000", "DSN")):
+            for name, (says, wanted) in DIALOGUES.items():
+                with self.subTest(name, offers=offers), SmtpPeer(says, offers) as peer:
+                    [replies] = carried(job(peer, TO))
+                    self.assertEqual(self.told(replies), wanted)
+                    self.assertEqual({(r.mailer, r.host, r.port) for r in replies}, {("ESMTP", "127.0.0.1", peer.port)})
+                    self.assertEqual(len(peer.talks), 1)
+                    some = "DATA" in {command for _, _, command in wanted} and says.get("DATA", "354")[0] == "3"
+                    self.assertEqual(len(peer.mails), some)
+
+    def test_who_was_refused_does_not_stop_the_others(self) -> None:
+        for offers in ((), ("PIPELINING",)):
+            peer = self.peer({"RCPT": refuses(b="550 5.1.1 no")}, *offers)
+            carried(job(peer, TO))
+            [(_, recipients, octets)] = peer.mails
+            self.assertEqual(recipients, ["RCPT TO:<a@example.jp>", "RCPT TO:<c@example.jp>"])
+            self.assertEqual(octets, TEXT)
+
+    def test_a_go_ahead_with_no_valid_recipient_gets_a_lone_dot(self) -> None:
+        for says in ({"RCPT": "550 5.1.1 no"}, {"MAIL": "550 5.7.1 not you"}):
+            with self.subTest(says=says):
+                peer = self.peer(says, "PIPELINING")
+                first, _ = carried(job(peer, TO), job(peer, TO))
+                self.assertEqual({item.code for item in first}, {"550"})
+                self.assertEqual((peer.lone, peer.mails, len(peer.talks)), (2, [], 1))
+
+    def test_without_pipelining_no_text_is_begun_for_nobody(self) -> None:
+        peer = self.peer({"RCPT": "550 5.1.1 no"})
+        carried(job(peer, TO))
+        self.assertNotIn("DATA", peer.lines)
+
+    def test_the_text_waits_for_its_go_ahead(self) -> None:
+        def early(talk, line) -> str:
+            hasty.append(bool(talk.unread or select.select([talk.sock], [], [], 0.05)[0]))
+            return "354 go on"
+
+        for offers in ((), ("PIPELINING",)):
+            hasty: list = []
+            peer = self.peer({"DATA": early}, *offers)
+            carried(job(peer))
+            self.assertEqual(hasty, [False])
+            self.assertEqual(len(peer.mails), 1)
+
+    def test_with_pipelining_the_envelope_is_one_flight(self) -> None:
+        def together(talk, line) -> str:
+            flights.append(talk.unread.count(b"\r\n"))
+            return "250 2.1.0 ok"
+
+        for offers, wanted in (((), 0), (("PIPELINING",), 4)):
+            flights: list = []
+            carried(job(self.peer({"MAIL": together}, *offers), TO))
+            self.assertEqual(flights, [wanted])
+
+    def test_many_recipients_are_cut_into_flights_that_fill_no_buffer(self) -> None:
+        to = tuple(f"{name}{i}@example.jp" for i, name in enumerate("ab" * 400))
+        peer = self.peer({"RCPT": refuses(b="550 5.1.1 no")}, "PIPELINING")
+        [replies] = carried(job(peer, to))
+        self.assertEqual([item.code for item in replies], ["250", "550"] * 400)
+        self.assertEqual(len(peer.mails[0][1]), 400)
+
+    def test_all_lines_of_a_reply_are_handed_on(self) -> None:
+        peer = self.peer({".": "250-2.0.0 one\n250-2.0.0 two\x1b[1m\n250 2.0.0 ok \N{SNOWMAN}"})
+        [[said]] = carried(job(peer))
+        self.assertEqual(said.message, ("2.0.0 one", "2.0.0 two?[1m", "2.0.0 ok \N{SNOWMAN}"))
+
+    def test_an_old_server_is_greeted_with_helo(self) -> None:
+        peer = self.peer({"EHLO": "502 5.5.1 what?"})
+        [[said]] = carried(job(peer))
+        self.assertEqual(said.code, "250")
+        self.assertEqual(peer.lines[:2], [f"ehlo {NAME}", f"helo {NAME}"])
+
+    def test_parameters_are_those_that_are_offered(self) -> None:
+        mail, rcpt, size = "MAIL FROM:<kijitora@example.org>", "RCPT TO:<a@example.jp>", f" SIZE={len(TEXT)}"
+        cases = (
+            ((), mail, rcpt),
+            (("SIZE",), mail + size, rcpt),
+            (("DSN", "SIZE 5000000"), mail + size + " RET=FULL", rcpt + " NOTIFY=FAILURE,DELAY"),
+            (("8BITMIME",), mail, rcpt),
+        )
+        for offers, *wanted in cases:
+            with self.subTest(offers=offers):
+                peer = self.peer({}, *offers)
+                carried(job(peer))
+                self.assertEqual([peer.mails[0][0], *peer.mails[0][1]], wanted)
+
+    def test_eight_bit_text_goes_as_it_is_where_offered_and_is_encoded_elsewhere(self) -> None:
+        head = b"Content-Type: text/plain; charset=UTF-8\r\nContent-Transfer-Encoding: 8bit\r\nMIME-Version: 1.0\r\n"
+        text = head + "Subject: Nya\r\n\r\nにゃあ\r\n".encode()
+        for offers in (("8BITMIME",), ()):
+            peer = self.peer({}, *offers)
+            [[said]] = carried(job(peer, text=text, eight=True))
+            self.assertEqual(said.code, "250")
+            sender, _, octets = peer.mails[0]
+            self.assertEqual("BODY=8BITMIME" in sender, bool(offers))
+            self.assertEqual(octets == text, bool(offers))
+            self.assertEqual(octets.isascii(), not offers)
+            parsed = email.message_from_bytes(octets)
+            self.assertEqual(parsed.get_payload(decode=True).decode().rstrip(), "にゃあ")
+
+    def test_dots_are_stuffed(self) -> None:
+        text = b".first\r\n.\r\n..two\r\nin.side\r\n.\r\n"
+        peer = self.peer()
+        carried(job(peer, text=text))
+        self.assertEqual(peer.mails[0][2], b"..first\r\n..\r\n...two\r\nin.side\r\n..\r\n")
+
+    def test_a_large_text_arrives_octet_for_octet(self) -> None:
+        text = b"Subject: large\r\n\r\n" + b"".join(b".%d\r\n" % i * 9 for i in range(30000))
+        peer = self.peer({}, "PIPELINING")
+        [[said]] = carried(job(peer, text=text))
+        self.assertEqual(said.code, "250")
+        self.assertTrue(re.sub(rb"(?m)^\.", b"", peer.mails[0][2]) == text)
+
+    def test_a_next_hop_by_ipv6(self) -> None:
+        try:
+            peer = self.peer({}, "AUTH PLAIN", host="::1", logins={"a": "b"})
+        except OSError as fault:
+            self.skipTest(f"no IPv6 here: {fault}")
+        self.assertEqual(self.told(carried(job(peer, auth="x", login=("a", "b")))[0]), [FINE])
+
+    # -- what goes wrong
+
+    def test_nobody_listens(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        route = haineko.Route(host="127.0.0.1", port=port)
+        [replies] = carried(haineko.Job(route, NAME, "Q", "a@example.org", TO, haineko.Message((TEXT,))))
+        self.assertEqual(self.told(replies), [("421", "4.4.1", "CONN")] * 3)
+        self.assertEqual(replies[0].message, ("Cannot connect SMTP Server", "Connection refused"))
+
+    def test_a_peer_that_ends_each_step_badly(self) -> None:
+        steps = {"CONN": "CONN", "EHLO": "EHLO", "MAIL": "MAIL", "RCPT": "RCPT", "DATA": "DATA", ".": "DATA"}
+        rubbish = (b"what?\r\n", b"\0\xff\xfe\r\n", b"x" * 9000, b"".join(b"250-%d\r\n" % i for i in range(9999)))
+        peers = [self.peer({step: says}, "PIPELINING") for step in steps for says in (HANG_UP, SILENCE, *rubbish)]
+        results = side_by_side(*[(job(peer, TO, timeout=0.7),) for peer in peers])
+        for peer, ([replies], seconds) in zip(peers, results):
+            [(step, says)] = peer.says.items()
+            with self.subTest(step=step, says=says[:20]):
+                self.assertLess(seconds, 2.5)
+                self.assertEqual({(item.code, item.command) for item in replies}, {("421", steps[step])})
+                self.assertEqual(replies[0].unsure, step == ".")
+                if step == ".":
+                    self.assertIn("may have arrived", replies[0].message[0])
+                    self.assertEqual(len(peer.mails), 1)
+
+    def test_nothing_is_waited_for_after_a_421(self) -> None:
+        for offers in ((), ("PIPELINING",)):
+            peer = self.peer({"RCPT": [b"421 4.3.2 closing, and does not\r\n", SILENCE]}, *offers)
+            [([replies], seconds)] = side_by_side((job(peer, TO, timeout=4),))
+            self.assertEqual(self.told(replies), [("421", "4.3.2", "RCPT")] * 3)
+            self.assertLess(seconds, 3)
+
+    def test_octet_by_octet_is_no_way_around_a_deadline(self) -> None:
+        def dribble(talk, line):
+            with contextlib.suppress(OSError):
+                for octet in b"250-" + b"x" * 100:
+                    talk.sock.sendall(bytes([octet]))
+                    time.sleep(0.05)
+            return HANG_UP
+
+        peers = [self.peer({step: dribble}) for step in ("CONN", "EHLO", "MAIL", ".")]
+        for peer, ([[said]], seconds) in zip(peers, side_by_side(*[(job(peer, timeout=0.5),) for peer in peers])):
+            with self.subTest(says=peer.says):
+                self.assertEqual(said.code, "421")
+                self.assertLess(seconds, 2.5)
+
+    def test_lost_before_the_end_of_the_text_is_certain(self) -> None:
+        text = b"Subject: large\r\n\r\n" + (b"y" * 998 + b"\r\n") * 30000
+        released = threading.Event()
+        ends = (
+            lambda talk, line: HANG_UP,
+            lambda talk, line: released.wait(8) and HANG_UP,  # reads nothing more
+            lambda talk, line: talk.sock.sendall(b"452 4.3.1 disk full\r\n") or HANG_UP,
+        )
+        peers = [self.peer({"TEXT": end}) for end in ends]
+        results = side_by_side(*[(job(peer, text=text, timeout=1),) for peer in peers])
+        released.set()
+        for i, ([[said]], _) in enumerate(results):
+            with self.subTest(i):
+                self.assertFalse(said.unsure, said)
+                self.assertEqual((said.code[0], said.command), ("4", "DATA"))
+
+    # -- TLS
+
+    def test_starttls_is_done_and_verified_or_nothing_is_sent(self) -> None:
+        here, elsewhere = certificate("here"), certificate("elsewhere")
+        done, refused = FINE, ("421", "4.7.5", "STARTTLS")
+        cases = (
+            # what it is, certificate, more of the peer, more of the route, what is told
+            ("verified", here, {}, {"ca_file": here}, done),
+            ("nobody knows who made it", here, {}, {}, refused),
+            ("another's name", elsewhere, {}, {"ca_file": elsewhere}, refused),
+            ("another's name, not checked", elsewhere, {}, {"tls_verify": False}, done),
+            ("not offered", here, {"offers": ()}, {"ca_file": here}, ("454", "4.7.4", "STARTTLS")),
+            ("refused", here, {"says": {"STARTTLS": "454 4.7.0 later"}}, {}, ("454", "4.7.0", "STARTTLS")),
+            ("hangs up", here, {"says": {"STARTTLS": HANG_UP}}, {}, ("421", "4.4.2", "STARTTLS")),
+            ("says nothing", here, {"says": {"STARTTLS": SILENCE}}, {}, ("421", "4.4.2", "STARTTLS")),
+            ("no handshake", here, {"says": {"TLS": SILENCE}}, {}, ("421", "4.4.2", "STARTTLS")),
+            (
+                "words in clear behind the reply",
+                here,
+                {"says": {"STARTTLS": b"220 go\r\n250-peer\r\n250 AUTH PLAIN\r\n"}},
+                {"ca_file": here},
+                ("421", "4.5.0", "STARTTLS"),
+            ),
+            ("refused under TLS", here, {"says": {"EHLO": [None, "550 5.7.1 no"], "HELO": "550 5.7.1 no"}},
+             {"ca_file": here}, ("550", "5.7.1", "EHLO")),
+        )  # fmt: skip
+        peers = [self.peer(**{"offers": ("STARTTLS", "SIZE"), "tls": pem, **more}) for _, pem, more, *_ in cases]
+        jobs = [(job(peer, starttls=True, timeout=0.7, **case[3]),) for peer, case in zip(peers, cases)]
+        for (name, *_, wanted), peer, ([[said]], _) in zip(cases, peers, side_by_side(*jobs)):
+            with self.subTest(name):
+                self.assertEqual((said.code, said.dsn, said.command), wanted)
+                self.assertEqual(any(line.startswith("MAIL") for line in peer.lines), wanted == done)
+                if wanted == done:
+                    self.assertTrue(peer.talks[0].secure)
+                    self.assertEqual([line[:8] for line in peer.lines[:3]], ["ehlo rel", "STARTTLS", "ehlo rel"])
+
+    def test_what_was_offered_in_clear_does_not_count_under_tls(self) -> None:
+        pem = certificate()
+        peer = self.peer({"EHLO": ["250-peer\n250-STARTTLS\n250 DSN", "250 peer"]}, tls=pem)
+        carried(job(peer, starttls=True, ca_file=pem))
+        self.assertEqual(peer.mails[0][0], "MAIL FROM:<kijitora@example.org>")
+
+    def test_no_starttls_where_nobody_asked(self) -> None:
+        peer = self.peer({}, "STARTTLS", tls=certificate())
+        self.assertEqual(self.told(carried(job(peer))[0]), [FINE])
+        self.assertNotIn("STARTTLS", peer.lines)
+
+    def test_port_465_is_tls_from_the_first_octet(self) -> None:
+        pem, place = certificate(), "127.0.0.46"
+        try:
+            peer = self.peer({}, "SIZE", tls=pem, smtps=True, host=place, port=haineko.SMTPS)
+        except OSError as fault:
+            self.skipTest(f"port 465 of {place}: {fault}")
+        self.assertEqual(self.told(carried(job(peer, ca_file=pem))[0]), [FINE])
+        self.assertEqual(self.told(carried(job(peer))[0]), [("421", "4.4.1", "CONN")])
+        peer.says["TLS"] = SILENCE
+        self.assertEqual(self.told(carried(job(peer, ca_file=pem, timeout=0.3))[0]), [("421", "4.4.1", "CONN")])
+        self.assertEqual(len(peer.mails), 1)
+
+    # -- AUTH
+
+    def test_the_strongest_mechanism_that_is_offered_logs_in(self) -> None:
+        wrong, none = ("535", "5.7.8", "AUTH"), ("454", "4.7.0", "AUTH")
+        cases = (
+            ("AUTH PLAIN LOGIN CRAM-MD5", "nyaa", {}, "AUTH CRAM-MD5", FINE),
+            ("AUTH LOGIN PLAIN", "nyaa", {}, "AUTH PLAIN", FINE),
+            ("AUTH=LOGIN", "nyaa", {}, "AUTH LOGIN", FINE),
+            ("AUTH LOGIN", "nyaa", {}, "AUTH LOGIN", FINE),
+            ("AUTH CRAM-MD5", "wrong", {}, "AUTH CRAM-MD5", wrong),
+            ("AUTH PLAIN", "wrong", {}, "AUTH PLAIN", wrong),
+            ("AUTH LOGIN", "wrong", {}, "AUTH LOGIN", wrong),
+            ("AUTH PLAIN", "nyaa", {"AUTH": "454 4.7.0 no answer"}, "AUTH PLAIN", none),
+            ("AUTH PLAIN", "nyaa", {"AUTH": HANG_UP}, "AUTH PLAIN", ("421", "4.4.2", "AUTH")),
+            ("AUTH PLAIN", "nyaa", {"AUTH": SILENCE}, "AUTH PLAIN", ("421", "4.4.2", "AUTH")),
+            ("AUTH PLAIN", "nyaa", {"AUTH": b"welcome!\r\n"}, "AUTH PLAIN", ("421", "4.5.0", "AUTH")),
+            ("AUTH CRAM-MD5", "nyaa", {"AUTH": b"334 a\r\n"}, "AUTH CRAM-MD5", ("421", "4.5.0", "AUTH")),
+            ("AUTH LOGIN", "nyaa", {"AUTH": b"334 \r\n" * 50}, "AUTH LOGIN", None),
+            ("AUTH GSSAPI NTLM", "nyaa", {}, None, none),
+            ("SIZE", "nyaa", {}, None, none),
+        )
+        peers = [self.peer(says, offer, logins={"kijitora": "nyaa"}) for offer, _, says, *_ in cases]
+        words = [word for _, word, *_ in cases]
+        jobs = [(job(peer, auth="x", login=("kijitora", word), timeout=0.7),) for peer, word in zip(peers, words)]
+        for (offer, _, says, first, wanted), peer, ([[said]], _) in zip(cases, peers, side_by_side(*jobs)):
+            with self.subTest(offer, says=says):
+                told = (said.code, said.dsn, said.command)
+                self.assertEqual(told, wanted or told)
+                self.assertEqual(told == FINE, wanted == FINE)
+                auth = [line for line in peer.lines if line.startswith("AUTH")]
+                self.assertEqual(" ".join(auth[0].split()[:2]) if auth else None, first)
+                self.assertEqual(len(peer.mails), wanted == FINE)
+                self.assertNotIn("nyaa", str(said))
+        self.assertEqual([line for line in self.logged() if "Traceback" in line], [])
+
+    def test_credentials_do_not_cross_a_network_in_clear(self) -> None:
+        with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
+            try:
+                sock.connect(("192.0.2.1", 9))  # sends nothing
+                place = sock.getsockname()[0]
+                peer = self.peer({}, "STARTTLS", "AUTH PLAIN", host=place, logins={"a": "b"}, tls=certificate())
+            except OSError:
+                place = "127.0.0.1"
+        if place.startswith("127."):
+            self.skipTest("this machine has no address but loopback")
+        login = {"auth": "x", "login": ("a", "b")}
+        self.assertEqual(self.told(carried(job(peer, **login))[0]), [("454", "4.7.11", "AUTH")])
+        self.assertEqual([line[:4] for line in peer.lines], ["ehlo", "QUIT"])
+        self.assertEqual(self.told(carried(job(peer, **login, starttls=True, tls_verify=False))[0]), [FINE])
+
+    def test_the_log_of_a_dialogue_shows_no_secret(self) -> None:
+        haineko.log.devel = True
+        self.addCleanup(setattr, haineko.log, "devel", False)
+        for offer in ("AUTH CRAM-MD5", "AUTH PLAIN", "AUTH LOGIN"):
+            carried(job(self.peer({}, offer, logins={"kijitora": "n-y-a-a"}), auth="x", login=("kijitora", "n-y-a-a")))
+        lines = self.logged()
+        self.assertIn("127.0.0.1 > MAIL FROM:<kijitora@example.org>", lines)
+        self.assertIn("127.0.0.1 < 250 2.0.0 taken", lines)
+        self.assertIn("127.0.0.1 > ********", lines)
+        secrets = {"n-y-a-a", *[base64.b64encode(x).decode() for x in (b"n-y-a-a", b"\0kijitora\0n-y-a-a")]}
+        for line in lines:
+            self.assertFalse([secret for secret in secrets if secret in line], line)
+
+    # -- sessions kept
+
+    def test_a_session_is_kept_and_used_again_until_quit(self) -> None:
+        for offers in ((), ("PIPELINING",)):
+            peer = self.peer({}, *offers)
+            replies = carried(*[job(peer)] * 3)
+            self.assertEqual([said.code for [said] in replies], ["250"] * 3)
+            self.assertEqual((len(peer.talks), len(peer.mails)), (1, 3))
+            self.assertEqual(peer.lines[-1], "QUIT")
+            self.assertNotIn("RSET", peer.lines)
+
+    def test_after_a_refusal_the_session_is_cleared_first(self) -> None:
+        peer = self.peer({"RCPT": ["550 5.1.1 no", "250 2.1.5 yes"]})
+        replies = carried(job(peer), job(peer))
+        self.assertEqual([said.code for [said] in replies], ["550", "250"])
+        verbs = " ".join(line[:4] for line in peer.lines[1:])
+        self.assertEqual(verbs, "MAIL RCPT RSET MAIL RCPT DATA QUIT")
+
+    def test_a_kept_session_that_died_is_replaced_once_and_never_after_the_text(self) -> None:
+        well, goodbye = None, "421 4.4.2 idle for too long"
+        twice = [well, HANG_UP, HANG_UP, well]
+        cases = (
+            # what it says, what the second of two mails is told, connections, mails that came
+            ({"MAIL": [well, HANG_UP, well]}, FINE, 2, 2),
+            ({"MAIL": [well, goodbye, well]}, FINE, 2, 2),
+            ({"RCPT": [well, goodbye, well]}, FINE, 2, 2),
+            ({"DATA": [well, goodbye, well]}, FINE, 2, 2),
+            ({"DATA": [well, b"rubbish\r\n", well]}, FINE, 2, 2),
+            ({"DATA": [well, SILENCE, well]}, FINE, 2, 2),
+            ({"MAIL": twice}, ("421", "4.4.2", "MAIL"), 2, 1),
+            ({"MAIL": [well, HANG_UP], "CONN": [well, "554 5.3.2 no"]}, ("554", "5.3.2", "CONN"), 2, 1),
+            ({".": [well, goodbye, well]}, ("421", "4.4.2", "DATA"), 1, 2),
+            ({".": [well, HANG_UP, well]}, ("421", "4.4.2", "DATA"), 1, 2),
+            ({".": [well, SILENCE, well]}, ("421", "4.4.2", "DATA"), 1, 2),
+        )
+        table = [(offers, *case) for offers in ((), ("PIPELINING",)) for case in cases]
+        peers = []
+        for offers, says, *_ in table:
+            whole = {verb: [item or WELL[verb] for item in said] for verb, said in says.items()}
+            peers.append(self.peer(whole, *offers))
+        results = side_by_side(*[(job(peer, timeout=0.7), job(peer, timeout=0.7)) for peer in peers])
+        for (offers, says, wanted, connections, mails), peer, ([[first], [second]], _) in zip(table, peers, results):
+            with self.subTest(says=says, offers=offers):
+                self.assertEqual(first.code, "250")
+                self.assertEqual((second.code, second.dsn, second.command), wanted)
+                self.assertEqual((len(peer.talks), len(peer.mails)), (connections, mails))
+
+    def test_a_new_session_that_dies_is_not_replaced(self) -> None:
+        peer = self.peer({"MAIL": [HANG_UP, WELL["MAIL"]]})
+        self.assertEqual(self.told(carried(job(peer))[0]), [("421", "4.4.2", "MAIL")])
+        self.assertEqual(len(peer.talks), 1)
+
+    def test_sessions_of_other_credentials_are_others(self) -> None:
+        peer = self.peer({}, "AUTH PLAIN", logins={"a": "1", "b": "2"})
+        carried(job(peer, auth="x", login=("a", "1")), job(peer, auth="x", login=("b", "2")))
+        self.assertEqual([talk.user for talk in peer.talks], ["a", "b"])
+
+    def test_sessions_that_nobody_uses_are_left(self) -> None:
+        class Short(haineko.Sessions):
+            IDLE = 0.05
+
+        async def idle_for_a_while() -> None:
+            sessions = Short()
+            await haineko.attempt(job(peer), sessions)
+            await sessions.sweep()
+            self.assertEqual(len(peer.talks[0].lines), 4)
+            await haineko.sleep(0.1)
+            await sessions.sweep()
+            self.assertEqual(sessions.idle, {})
+
+        peer = self.peer()
+        haineko.run(idle_for_a_while())
+        self.assertEqual(peer.lines[-1], "QUIT")
+
+
+# ======================================================================================================================
+# 12. Relays
+# ======================================================================================================================
+
+
+class BeyondAscii(Peers):
+    """Addresses, 8-bit octets and large files through a real process to a next hop."""
+
+    NEKO, PLAIN = "ねこ@example.jp", "a@example.jp"
+
+    def sent(self, submission, *offers: str) -> tuple:
+        """(HTTP status, replies, mails, MAIL and RCPT lines) of a submission; the next hop offers so much."""
+        peer = self.peer(None, *offers)
+        force = {"mailertable": {"default": {"host": peer.host, "port": peer.port, "timeout": 2}}}
+        server = Server({**force, "smtpd": {"hostname": NAME, "max_rcpts_per_message": 9}})
+        self.addCleanup(server.close)
+        status, _, answer = server.ask(post(submission))
+        found = answer["response"]
+        lines = [line for line in peer.lines if line[:4] in ("MAIL", "RCPT")]
+        return status, [(item["code"], item["dsn"], item["command"]) for item in found], peer.mails, lines
+
+    FINE, NO_RCPT = ("250", "2.0.0", "DATA"), ("553", "5.6.7", "RCPT")
+    UTF8 = ("8BITMIME", "SMTPUTF8", "PIPELINING")
+
+    def test_a_recipient(self):
+        submission = document(rcpt=[self.NEKO, self.PLAIN])
+        status, said, mails, lines = self.sent(submission, *self.UTF8)
+        self.assertEqual((status, said), (200, [self.FINE] * 2))
+        self.assertEqual(sorted(lines), sorted([
+            "MAIL FROM:<kijitora@example.org> BODY=8BITMIME SMTPUTF8", f"RCPT TO:<{self.NEKO}>",
+            "MAIL FROM:<kijitora@example.org>", f"RCPT TO:<{self.PLAIN}>"]))  # fmt: skip
+        self.assertEqual(
+            {text.decode().partition("\r\nTo: ")[2].partition("\r\n")[0] for _, _, text in mails},
+            {self.NEKO, self.PLAIN},
+        )
+        status, said, mails, lines = self.sent(submission, "8BITMIME")
+        self.assertEqual((status, said, len(mails)), (207, [self.NO_RCPT, self.FINE], 1))
+        status, said, mails, lines = self.sent(document(rcpt=[self.NEKO]), "8BITMIME")
+        self.assertEqual((status, said, mails, lines), (502, [self.NO_RCPT], [], []))
+
+    def test_recipients_of_one_message(self):
+        header = {"to": self.PLAIN, "bcc": [self.NEKO, "b@example.jp"]}
+        submission = document(rcpt=None, header=header)
+        self.assertEqual(self.sent(submission, *self.UTF8)[1], [self.FINE] * 3)
+        status, said, mails, _ = self.sent(submission)
+        self.assertEqual((status, said), (207, [self.FINE, self.NO_RCPT, self.FINE]))
+        self.assertEqual(mails[0][1], [f"RCPT TO:<{self.PLAIN}>", "RCPT TO:<b@example.jp>"])
+
+    def test_a_sender(self):
+        submission = document(mail=self.NEKO, header={"from": None})
+        status, said, mails, lines = self.sent(submission, *self.UTF8)
+        self.assertEqual(
+            (status, said, lines[0]), (200, [self.FINE], f"MAIL FROM:<{self.NEKO}> BODY=8BITMIME SMTPUTF8")
+        )
+        self.assertIn(f"\r\nFrom: {self.NEKO}\r\n".encode(), mails[0][2])
+        status, said, mails, lines = self.sent(submission, "8BITMIME")
+        self.assertEqual((status, said, lines), (502, [("553", "5.6.7", "MAIL")], []))
+
+    def test_an_address_in_the_header(self):
+        submission = document(header={"replyto": f"ねこ <{self.NEKO}>", "subject": "猫"})
+        status, said, mails, _ = self.sent(submission, *self.UTF8)
+        self.assertEqual((status, said), (200, [self.FINE]))
+        self.assertIn(f" <{self.NEKO}>\r\n".encode(), mails[0][2])
+        self.assertNotIn("猫".encode(), mails[0][2])
+        self.assertEqual(self.sent(submission)[:2], (502, [("554", "5.6.9", "MAIL")]))
+
+    def test_domains(self):
+        status, said, _, lines = self.sent(
+            document(mail="a@例え.jp", rcpt=["b@日本語.jp", "c@straße.de"], header={"from": None})
+        )
+        self.assertEqual((status, said), (207, [self.FINE, ("553", "5.1.5", "RCPT")]))
+        self.assertEqual(lines, ["MAIL FROM:<a@xn--r8jz45g.jp>", "RCPT TO:<b@xn--wgv71a119e.jp>"])
+        for given, slug in (({"mail": "a@faß.de"}, "5.5.4"), ({"rcpt": ["a@faß.de"]}, "5.1.5")):
+            _, answer = posted(document(**given))
+            self.assertEqual(answer["response"][0]["dsn"], slug)
+            self.assertIn("U+00DF has two readings in a domain", answer["response"][0]["message"][1])
+
+    def test_a_finished_message_with_octets_over_127(self):
+        text = "MIME-Version: 1.0\nContent-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n"
+        submission = {"mail": "a@example.org", "rcpt": [self.PLAIN], "raw": f"From: a@example.org\n{text}\n猫\n"}
+        for offers, parameters, coding in [
+            (self.UTF8, " BODY=8BITMIME", "8bit"), (("8BITMIME",), " BODY=8BITMIME", "8bit"), ((), "",
+             "quoted-printable"),
+        ]:  # fmt: skip
+            with self.subTest(offers):
+                status, said, mails, lines = self.sent(submission, *offers)
+                self.assertEqual((status, said, lines[0]), (200, [self.FINE], f"MAIL FROM:<a@example.org>{parameters}"))
+                found = parsed(mails[0][2])
+                self.assertEqual((found["content-transfer-encoding"], text_in(found)), (coding, "猫\n"))
+                self.assertEqual(mails[0][2].isascii(), not parameters)
+
+    def test_a_finished_message_with_a_header_in_utf8(self):
+        submission = {
+            "mail": "a@example.org",
+            "rcpt": [self.PLAIN],
+            "raw": "From: ねこ <a@example.org>\nSubject: 猫\n\nx\n",
+        }
+        for offers in (self.UTF8, ("8BITMIME",), ()):
+            with self.subTest(offers):
+                status, said, mails, lines = self.sent(submission, *offers)
+                self.assertEqual((status, said), (200, [self.FINE]))
+                self.assertEqual(lines[0].endswith(" BODY=8BITMIME SMTPUTF8"), "SMTPUTF8" in offers)
+                self.assertEqual("Subject: 猫\r\n".encode() in mails[0][2], "SMTPUTF8" in offers)
+                self.assertEqual(mails[0][2].isascii(), "SMTPUTF8" not in offers)
+                self.assertEqual(parsed(mails[0][2])["subject"], "猫")
+
+    @unittest.skipUnless(os.path.exists("/proc/self/clear_refs"), "needs Linux")
+    def test_a_large_file(self):
+        """25 MB: four times the size of the message in memory at most, and others are served meanwhile."""
+        peer = self.peer(None, "SIZE")
+        route = {"host": peer.host, "port": peer.port, "timeout": 10}
+        server = Server({"mailertable": {"default": route, "small.example": {"mailer": "Discard"}},
+                         "smtpd": {"hostname": NAME, "max_message_size": 40 << 20}})  # fmt: skip
+        self.addCleanup(server.close)
+        octets = os.urandom(1 << 20) * 25
+        large, small = post(document(attachments=[file("a.bin", octets)])), post(document(rcpt="a@small.example"))
+        self.assertEqual(server.ask(post(document(html="x", attachments=[file("b")])))[0], 200)
+        (worker,) = server.workers()
+        before = memory(worker, "VmRSS")
+        with server.wire() as big, server.wire() as wire:
+            big.send(large)
+            slowest = 0.0
+            while len(peer.mails) < 2:
+                began = time.monotonic()
+                self.assertEqual(wire.ask(small)[0], 200)
+                slowest = max(slowest, time.monotonic() - began)
+            self.assertEqual(big.answer()[0], 200)
+        size = len(peer.mails[-1][2])
+        self.assertEqual(files_in(parsed(peer.mails[-1][2]))[0][2], octets)
+        self.assertLess(memory(worker, "VmHWM") - before, 4 * size)
+        self.assertLess(slowest, 1.0)
+
+
+SITUATIONS = [{}] + [
+    {verb: says}
+    for verb in ("CONN", "EHLO", "MAIL", "RCPT", "DATA", ".", "QUIT")
+    for says in ("550 5.0.0 no", "421 4.3.2 closing", HANG_UP, SILENCE, b"\0rubbish\xff\r\n", b"x" * 5000)
+]
+
+
+class Relays(Folder, Peers):
+    def setUp(self) -> None:
+        Folder.setUp(self)
+        Peers.setUp(self)
+
+    def test_every_relay_has_a_reply_for_every_recipient_whatever_the_peer_does(self) -> None:
+        self.addCleanup(setattr, haineko.Threads, "SPARE", haineko.Threads.SPARE)
+        haineko.Threads.SPARE = 0.1
+        sockets, threads = sockets_open(), threading.active_count()
+        peers = [SmtpPeer(says, offers) for offers in ((), ("PIPELINING",)) for says in SITUATIONS]
+        count = {"ESMTP": 2 * len(SITUATIONS), "File": 1, "Screen": 1, "Discard": 1}
+        cases = [(name, peer) for name in haineko.RELAYS for peer in peers[: count.get(name, len(SITUATIONS))]]
+        groups = [(self.to_relay(name, peer, timeout=0.8),) for name, peer in cases]
+        results: list = []
+        while len(results) < len(groups):
+            results += side_by_side(*groups[len(results) : len(results) + 110])
+        for peer in peers:
+            peer.close()
+        for (name, peer), ([replies], seconds) in zip(cases, results):
+            with self.subTest(name, says=peer.says, offers=peer.offers):
+                self.assertEqual(len(replies), len(TO))
+                for said in replies:
+                    self.assertRegex(said.code, r"\A[245]\d\d\Z")
+                    self.assertIn(said.command, ("CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA"))
+                    self.assertTrue(all(type(line) is str and line.isprintable() for line in said.message))
+                    self.assertEqual(said.mailer, name)
+                self.assertLess(seconds, 5)
+        self.assertEqual([line for line in self.logged() if "Traceback" in line], [])
+        self.assertEqual(sockets_open(), sockets)
+        eventually(lambda: threading.active_count() <= threads, "an end of all threads")
+
+    def to_relay(self, name: str, peer: SmtpPeer, **more) -> haineko.Job:
+        """Mail by that relay to the peer."""
+        web = {"base_url": f"http://127.0.0.1:{peer.port}", "auth": "x", "login": ("a", "b"), "region": "eu-west-1"}
+        places = {"File": {"host": self.folder}, "MX": {"private": True}, "SendGrid": web, "Mandrill": web}
+        to = [item.replace("example.jp", "[127.0.0.1]") for item in TO] if name == "MX" else TO
+        return job(peer, to, mailer=name, **{"AmazonSES": web, **places}.get(name, {}), **more)
+
+    def test_the_well_meaning_peer_is_believed(self) -> None:
+        for name, code in (("ESMTP", "250"), ("MX", "250"), ("File", "200"), ("Screen", "200"), ("Discard", "200")):
+            with self.subTest(name), SmtpPeer() as peer:
+                [replies] = carried(self.to_relay(name, peer))
+                self.assertEqual({(said.code, said.dsn, said.command) for said in replies}, {(code, "2.0.0", "DATA")})
+                self.assertEqual(len(peer.mails), code == "250")
+
+    def test_a_fault_of_our_own_is_a_reply_too(self) -> None:
+        peer = self.peer()
+        [[said]] = carried(job(peer)._replace(message=None))
+        self.assertEqual((said.code, said.dsn, said.command), ("451", "4.3.0", "DATA"))
+        self.assertIn("Traceback", "\n".join(self.logged()))
+
+    # -- File
+
+    def saved(self, to: tuple = TO[:1], **more) -> list:
+        route = haineko.Route(**{"mailer": self.folder, **more})
+        return carried(haineko.Job(route, NAME, "Q" * 16, "a@example.org", to, haineko.Message((TEXT,)), 7))[0]
+
+    def test_a_file_is_complete_and_its_owners_alone(self) -> None:
+        for more in ({}, {"mailer": "File", "host": self.folder}):
+            with self.subTest(more=more):
+                [said] = self.saved(**more)
+                self.assertEqual((said.code, said.dsn, said.command, said.mailer), ("200", "2.0.0", "DATA", "File"))
+                [path] = said.message
+                self.assertEqual([os.path.basename(path)], os.listdir(self.folder))
+                self.assertRegex(os.path.basename(path), r"\Ahaineko\.\d{4}-\d\d-\d\d-\d{6}\.Q{16}\.7\.eml\Z")
+                self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
+                with open(path, "rb") as stream:
+                    self.assertEqual(stream.read(), TEXT)
+                os.unlink(path)
+
+    def test_a_folder_that_is_gone_is_a_reply(self) -> None:
+        gone = os.path.join(self.folder, "gone")
+        with open(os.path.join(self.folder, "file"), "w"):
+            pass
+        for folder, reason in ((gone, "No such file or directory"), (self.folder + "/file", "Not a directory")):
+            replies = self.saved(TO, mailer=folder)
+            self.assertEqual([(r.code, r.dsn, r.command) for r in replies], [("451", "4.3.0", "DATA")] * 3)
+            self.assertEqual(replies[0].message, ("Cannot save the message", f"{folder}: {reason}"))
+
+    def test_no_room_for_the_whole_leaves_nothing(self) -> None:
+        force = self.write("haineko.json", {"recipients": {"open-relay": 1}, "mailertable": {"default": {
+            "mailer": os.path.join(self.folder, "out")}}})  # fmt: skip
+        os.mkdir(os.path.join(self.folder, "out"))
+        program = (
+            "import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (999, 999)); "
+            f"sys.argv = ['haineko.py', 'sendmail', '-C', {force!r}, 'a@example.jp']; "
+            f"runpy.run_path({PROGRAM!r}, run_name='__main__')"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], input=b"Subject: x\n\n" + b"much\n" * 999, capture_output=True, check=False
+        )
+        self.assertEqual((done.returncode, os.listdir(os.path.join(self.folder, "out"))), (75, []))
+        self.assertIn(b"Cannot save the message", done.stderr)
+
+    def test_copies_do_not_overwrite_each_other(self) -> None:
+        force = settings(mailertable={"default": {"mailer": self.folder}})
+        request = haineko.Request("POST", "/submit", {}, as_body(document(rcpt=list(TO))), *[None] * 3, 1e9)
+        address = haineko.plain_address("127.0.0.1")
+        request = request._replace(client=address, peer=address)
+        answer = haineko.run(haineko.submit(request, haineko.Service(force)))
+        paths = [item["message"][0] for item in json.loads(answer.body)["response"]]
+        self.assertEqual(sorted(map(os.path.basename, paths)), sorted(os.listdir(self.folder)))
+        found = []
+        for path in paths:
+            with open(path, "rb") as stream:
+                found.append(email.message_from_bytes(stream.read())["To"])
+        self.assertEqual(found, list(TO))
+
+    # -- Screen, Discard
+
+    def test_a_message_is_shown_and_nothing_is_not(self) -> None:
+        for name, word in (("Screen", "Printed"), ("Discard", "Discarded")):
+            route = haineko.Route(mailer=name)
+            carried_job = haineko.Job(route, NAME, "Q" * 16, "a@example.org", TO, haineko.Message((TEXT,)))
+            [replies] = carried(carried_job)
+            self.assertEqual(replies, [haineko.Reply("200", "2.0.0", "DATA", (word,), name)] * 3)
+            shown = "\n".join(self.logged())
+            self.assertEqual("Meow." in shown, name == "Screen")
+
+
+# ======================================================================================================================
+# 14. The way of a mail
+# ======================================================================================================================
+
+
 class MxPeers(WithFiles):
     """A test with mail hosts on several addresses, and a name server that knows them as mx2.example and so on."""
 
@@ -3644,283 +5504,6 @@ class RelayMxByPolicy(MxPeers):
 # ======================================================================================================================
 # 16. Commands: check --connect
 # ======================================================================================================================
-
-
-class CheckConnect(WithFiles):
-    def check(self, mailertable: dict, *flags: str, resolver: str = "127.0.0.1:1", **sections) -> tuple:
-        """(exit code, lines) of `check` with these routes."""
-        path = os.path.join(self.folder, "haineko.json")
-        smtpd = {"hostname": "relay.example.org", "resolver": resolver}
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
-            json.dump({"smtpd": smtpd, "mailertable": mailertable, **sections}, stream)
-        line = [sys.executable, SOURCE, "check", "-c", path, *flags]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=30, check=False)
-        self.assertEqual(done.stderr, "")
-        return done.returncode, done.stdout.splitlines()[1:]
-
-    def assert_lines(self, lines: list, *wanted: str) -> None:
-        """Each line begins as wanted, or has that after the step."""
-        self.assertEqual(len(lines), len(wanted), lines)
-        for line, words in zip(lines, wanted):
-            self.assertRegex(line, words)
-
-    def test_esmtp(self):
-        host = self.enter(MailHost("127.0.0.1", tls=self.tls))
-        route = {"mailer": "ESMTP", "host": "localhost", "port": host.port, "timeout": 2}
-        strict = {**route, "starttls": 1, "ca_file": self.ca}
-        code, lines = self.check({"default": strict}, "--connect")
-        self.assertEqual(code, 0, lines)
-        self.assert_lines(
-            lines,
-            "^mailertable.default: DNS: localhost is .*127.0.0.1",
-            "TCP: connected to 127.0.0.1:",
-            "EHLO: ",
-            r"TLS: TLSv1\.[23], certificate of commonName=mx.sts.example, until Jan  1 .* 2120 ",
-        )
-        code, lines = self.check({"default": {**strict, "ca_file": ""}}, "--connect")
-        self.assertEqual(code, 1)
-        self.assert_lines(lines, "DNS: ", "TCP: ", "EHLO: ", "TLS: FAILED: .*421 TLS handshake failed: .*certificate")
-        code, lines = self.check({"default": route}, "--connect")
-        self.assertEqual(code, 0)
-        self.assert_lines(lines, "DNS: ", "TCP: ", "EHLO: STARTTLS", "TLS: none, though it is offered")
-        self.assertEqual(host.mails, [])
-
-    def test_esmtp_that_fails(self):
-        host = self.enter(MailHost("127.0.0.1"))
-        closed = socket.create_server(("127.0.0.1", 0))
-        nobody = closed.getsockname()[1]
-        closed.close()
-        login = {"authinfo": {"relay": {"username": "neko", "password": "nyan"}}}
-        route = {"host": "127.0.0.1", "port": host.port, "timeout": 2}
-        offer = {"EHLO": "250-mx\r\n250 AUTH PLAIN"}
-        cases = [
-            (
-                "nobody listens",
-                {"port": nobody},
-                {},
-                "TCP: FAILED: .*421 Cannot connect SMTP Server: Connection refused",
-            ),
-            ("a name that is none", {"host": "nowhere.invalid"}, {}, "DNS: FAILED: nowhere.invalid: "),
-            ("a greeting of 5xx", {}, {"CONN": "554 5.7.1 go away"}, "TCP: FAILED: .*554 5.7.1 go away"),
-            ("EHLO refused", {}, {"EHLO": "550 no", "HELO": "550 no"}, "EHLO: FAILED: .*550 no"),
-            ("no STARTTLS", {"starttls": 1}, {}, "TLS: FAILED: .*454 STARTTLS is required"),
-            ("AUTH refused", {"auth": "relay"}, {**offer, "AUTH": "535 5.7.8 who?"}, "AUTH: FAILED: .*535 5.7.8 who"),
-            ("AUTH not offered", {"auth": "relay"}, {}, "AUTH: FAILED: .*454 AUTH is required"),
-            ("logged in", {"auth": "relay"}, {**offer, "AUTH": "235 2.7.0 fine"}, "AUTH: logged in as neko"),
-        ]
-        for what, changes, manner, words in cases:
-            with self.subTest(what):
-                host.manners = {"127.0.0.1": manner}
-                code, lines = self.check({"default": {**route, **changes}}, "--connect", **login)
-                self.assertEqual(
-                    (code, len([line for line in lines if "FAILED" in line])), (int("FAILED" in words),) * 2
-                )
-                self.assertRegex(lines[-1], words)
-                self.assertNotIn("nyan", "\n".join(lines))
-
-    def test_mx(self):
-        host = self.enter(MailHost("127.0.0.2", "127.0.0.3", tls=self.tls))
-        zone = {
-            "neko.example": {haineko.MX: [(10, "mx4.example"), (20, "mx2.example")]},
-            "mx2.example": {haineko.A: ["127.0.0.2"]},
-            "mx4.example": {haineko.A: ["127.0.0.4"]},
-            "sts.example": {haineko.MX: [(10, "mx.sts.example")]},
-            "mx.sts.example": {haineko.A: ["127.0.0.2"]},
-            "null.example": {haineko.MX: [(0, "")]},
-        }
-        dns = self.enter(NameServer(zone))
-        route = {"mailer": "MX", "port": host.port, "private": 1, "timeout": 2, "ca_file": self.ca}
-        table = dict.fromkeys(("neko.example", "sts.example", "null.example", "default"), route)
-        code, lines = self.check(table, "--connect", resolver=dns.place)
-        self.assertEqual(code, 1)
-        self.assert_lines(
-            lines,
-            "^mailertable.neko.example: DNS: neko.example takes mail at mx4.example, mx2.example",
-            "TCP: FAILED: 127.0.0.4:.*Connection refused",
-            "TCP: connected to 127.0.0.2",
-            "EHLO: ",
-            "TLS: TLSv1.[23], certificate not verified",
-            "TLS: not verified: .*(ostname|doesn't match)",
-            "^mailertable.sts.example: DNS: ",
-            "TCP: connected",
-            "EHLO: ",
-            "TLS: TLSv1.[23], certificate of commonName=mx.sts.example",
-            "^mailertable.null.example: DNS: FAILED: 556 Domain takes no mail",
-            "^mailertable.default: DNS: name servers answer",
-        )
-        code, lines = self.check({"default": route}, "--connect", resolver="127.0.0.1:1")
-        self.assertEqual(code, 1)
-        self.assert_lines(lines, "^mailertable.default: DNS: FAILED: 127.0.0.1: ")
-
-    def test_relays_that_connect_to_nothing(self):
-        code, lines = self.check({"default": {"mailer": "Screen"}, "a.example": {"mailer": self.folder}}, "--connect")
-        self.assertEqual(code, 0)
-        self.assert_lines(lines, "^mailertable.default: NONE: nothing", f"^mailertable.a.example: FILE: {self.folder}$")
-
-    def test_every_relay_can_be_tried(self):
-        self.assertEqual(set(haineko.PROBES), set(haineko.RELAYS))
-
-    def test_nothing_is_tried_unasked(self):
-        self.assertEqual(self.check({"default": {"mailer": "MX"}}), (0, []))
-
-    def test_records_of_a_sender(self):
-        key = base64.b64encode(
-            b"0\x5c0\x0d..\x03\x4b\x00\x30\x48\x02\x41\x00" + b"\xaa" * 64 + b"\x02\x03\x01\x00\x01"
-        ).decode()
-        dns = self.enter(NameServer({
-            "good.example": {haineko.TXT: ["other", "v=spf1 mx include:spf.good.example -all"]},
-            "spf.good.example": {haineko.TXT: ["v=spf1 ip4:192.0.2.0/24 ~all"]},
-            "_dmarc.good.example": {haineko.TXT: ["v=DMARC1; p=reject"]},
-            "s1._domainkey.good.example": {haineko.TXT: ["v=DKIM1; k=ed25519; p=" + "A" * 43 + "="]},
-            "s1._domainkey.bad.example": {haineko.TXT: [f"p={key}"]},
-            "bad.example": {haineko.TXT: ["nothing"]},
-            "fails.example": lambda q, _: [q.answer(code=2)],
-        }))  # fmt: skip
-        fine = (
-            "good.example: SPF: v=spf1 mx include",
-            "good.example: DKIM: s1._domainkey.good.example: ed25519",
-            "good.example: DMARC: _dmarc.good.example: v=DMARC1; p=reject",
-        )
-        for sender, flags, code, wanted in (
-            ("a@good.example", ("--selector", "s1"), 0, fine),
-            ("a@good.example", (), 0, (fine[0], "DKIM: not looked at; --selector", fine[2])),
-            (
-                "a@sub.good.example",
-                (),
-                1,
-                ("SPF: FAILED: .*no SPF", "DKIM: not", fine[2].replace("good.example: DMARC", "DMARC")),
-            ),
-            (
-                "a@bad.example",
-                ("--selector", "s1"),
-                1,
-                ("SPF: FAILED: .*no SPF record", "DKIM: FAILED: .*RSA key of", "DMARC: FAILED: .*no DMARC record"),
-            ),
-            ("a@fails.example", (), 1, ("SPF: FAILED: DNS gives no answer", "DKIM: not", "DMARC: FAILED: .*no DMARC")),
-        ):
-            with self.subTest(sender, flags=flags):
-                found, lines = self.check(
-                    {"default": {"mailer": "Discard"}}, "--sender", sender, *flags, resolver=dns.place
-                )
-                self.assertEqual(found, code, lines)
-                self.assert_lines(lines, *wanted)
-
-    def test_what_the_readme_shows(self):
-        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as stream:
-            shown = re.findall(
-                r"(?s)```console connect\n\$ python3 haineko.py check (.*?)\n.*?\n(.*?)```", stream.read()
-            )
-        (flags, wanted), zone = shown[0], {haineko.TXT: ["v=spf1 include:spf.example.net -all"]}
-        host = self.enter(MailHost("127.0.0.1", tls=self.tls))
-        offers = ("PIPELINING", "SIZE 35882577", "STARTTLS")
-        words = "".join(f"250-{word}\r\n" for word in ("mx", *offers)) + "250 AUTH PLAIN LOGIN"
-        host.manners = {"127.0.0.1": {"EHLO": words, "AUTH": "235 2.7.0 fine"}}
-        inner = {haineko.TXT: ["v=spf1 ip4:192.0.2.0/24 -all"]}
-        dns = self.enter(NameServer({"example.org": zone, "spf.example.net": inner}))
-        route = {"host": "localhost", "port": host.port, "starttls": 1, "ca_file": self.ca, "auth": "provider"}
-        login = {"authinfo": {"provider": {"username": "kijitora", "password": "nyan"}}}
-        code, lines = self.check({"default": route}, *flags.split(), resolver=dns.place, **login)
-
-        def alike(line: str) -> str:
-            """Without what is another server's."""
-            line = re.sub(r"(localhost|smtp.example.net|mx.sts.example)\b", "HOST", re.sub(r"until .*", "until", line))
-            return re.sub(r"(?<= to )\S+|(?<=HOST is ).*|TLSv1..", "", line)
-
-        self.assertEqual((code, list(map(alike, lines))), (1, list(map(alike, wanted.splitlines()))))
-
-    def test_wrong_usage(self):
-        for flags in (
-            ("--sender", "nobody"),
-            ("--sender", "a@[127.0.0.1]"),
-            ("--sender", "a@b.example", "--selector", "a b"),
-        ):
-            with self.subTest(flags):
-                line = [sys.executable, SOURCE, "check", "-c", os.path.join(self.folder, "none.json"), *flags]
-                done = subprocess.run(line, capture_output=True, text=True, timeout=30, check=False)
-                self.assertEqual(done.returncode, 1)  # no such file
-        options = haineko.parser().parse_args(["check", "--sender", "a@b.example", "--selector", "a b"])
-        with self.assertRaises(haineko.Usage):
-            haineko.tried(haineko.Settings(), options)
-
-
-class RecordsOfASender(unittest.TestCase):
-    """What is read in the records, without a name server."""
-
-    def look(self, function, zone: dict, *values) -> tuple:
-        async def texts(name: str) -> tuple:
-            return zone.get(name, ())
-
-        return haineko.run(function("a.example", *values, texts))
-
-    def test_spf(self):
-        chain = {f"i{i}.example": (f"v=spf1 include:i{i + 1}.example ~all",) for i in range(20)}
-        cases = [
-            ("v=spf1 -all", "sends no mail at all"),
-            ("v=spf1 a mx -all", ""),
-            ("V=SPF1 ip4:192.0.2.1 ip6:2001:db8::/32 ?all", ""),
-            ("v=spf1 redirect=b.example", ""),
-            ("v=spf1 exists:%{i}.x.example include:%{d}.example -all", ""),
-            ("v=spf1 +all", "lets everybody"),
-            ("v=spf1 all", "lets everybody"),
-            ("v=spf1 ip4=192.0.2.1 -all", ""),  # an unknown modifier is no fault, RFC 7208 6
-            ("v=spf1 ipv4:192.0.2.1 -all", '"ipv4:192.0.2.1" is no term'),
-            ("v=spf1 include:none.example -all", "include:none.example: no SPF record"),
-            ("v=spf1 include:i0.example -all", "more than 10 look-ups"),
-            ("v=spf1 " + "a mx " * 6 + "-all", "more than 10 look-ups"),
-            ("v=spf1 include:a.example -all", ""),
-            ("v=spf10 -all", "no SPF record"),
-        ]
-        for record, words in cases:
-            with self.subTest(record):
-                zone = {"a.example": (record,), "b.example": ("v=spf1 mx -all",), **chain}
-                fine, told = self.look(haineko.spf, zone)
-                self.assertEqual(fine, not words, told)
-                self.assertIn(words, told)
-        self.assertIn("two SPF", self.look(haineko.spf, {"a.example": ("v=spf1 -all", "v=spf1 mx -all")})[1])
-        self.assertIn(
-            "(2 of 10", self.look(haineko.spf, {"a.example": ("v=spf1 a:b.example/24 mx//64 ip4:192.0.2.1 ~all",)})[1]
-        )
-
-    def test_dkim(self):
-        def rsa(octets: int) -> str:
-            modulus = b"\x02\x82" + struct.pack(">H", octets + 1) + b"\0" + b"\xaa" * octets + b"\x02\x03\x01\0\x01"
-            return base64.b64encode(b"0\x82\0\0" + modulus).decode()
-
-        for texts, words, fine in (
-            ((f"v=DKIM1; k=rsa; p={rsa(256)}",), "RSA, 2048 bits", True),
-            ((f"p={rsa(128)}",), "RSA, 1024 bits", True),
-            ((f"p={rsa(256)[:80]} {rsa(256)[80:]}; t=y",), "under test", True),
-            ((f"p={rsa(64)}",), "RSA key of", False),
-            (("v=DKIM1; p=",), "revoked", False),
-            (("v=DKIM2; p=AAAA",), "not a DKIM key", False),
-            (("v=DKIM1; k=rsa",), "not a DKIM key", False),
-            (("p=***",), "no base64", False),
-            (("k=ed25519; p=AAAA",), "32 octets", False),
-            (("p=AAAA", "p=BBBB"), "more than one", False),
-            ((), "no key", False),
-        ):
-            with self.subTest(texts):
-                found, told = self.look(haineko.dkim, {"s._domainkey.a.example": texts}, "s")
-                self.assertEqual(found, fine, told)
-                self.assertIn(words, told)
-
-    def test_dmarc(self):
-        for zone, fine, words in (
-            ({"_dmarc.a.example": ("v=DMARC1; p=none",)}, True, "p=none"),
-            ({"_dmarc.a.example": ("v=DMARC1;p=Quarantine; rua=mailto:a@a.example",)}, True, "Quarantine"),
-            ({"_dmarc.a.example": ("v=DMARC1; p=all",)}, False, "names no policy"),
-            ({"_dmarc.a.example": ("v=DMARC1; rua=x",)}, False, "names no policy"),
-            ({"_dmarc.a.example": ("v=DMARC1; p=none", "v=DMARC1; p=none")}, False, "more than one"),
-            ({"_dmarc.a.example": ("v=DMARC10; p=none",)}, False, "no DMARC record"),
-            ({"_dmarc.example": ("v=DMARC1; p=none",)}, False, "no DMARC record"),
-            ({}, False, "no DMARC record"),
-        ):
-            with self.subTest(zone):
-                found, told = self.look(haineko.dmarc, zone)
-                self.assertEqual(found, fine, told)
-                self.assertIn(words, told)
-
-
 HAINEKO = os.path.abspath(haineko.__file__)
 
 
@@ -4549,191 +6132,6 @@ class WebRelays(unittest.TestCase):
                     sock, _ = listener.accept()
                     with sock:
                         self.assertEqual(sock.recv(100), b"")
-
-
-def outside_address() -> str:
-    """An address of this machine that is not loopback, "" where it has none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.connect(("192.0.2.1", 9))
-            found = sock.getsockname()[0]
-        except OSError:
-            return ""
-    return "" if found.startswith(("127.", "0.")) else found
-
-
-class KeptLines(unittest.TestCase):
-    """Connections that are used again."""
-
-    def test_one_connection_serves_many_mails(self):
-        for mailer, answer in PEERS.items():
-            with self.subTest(mailer), WebPeer(answer) as peer:
-                relayed(composed_job(web_route(mailer, peer.url)), times=4)
-                self.assertEqual([asked.line for asked in peer.asked], [1, 1, 1, 1])
-
-    def test_chunked_and_closing_answers(self):
-        body = b'{"MessageId": "1"}'
-        chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"%x\r\n%b\r\n0\r\n\r\n" % (
-            len(body),
-            body,
-        )
-        closing = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + body
-        for what, wire, lines in (("chunked", chunked, [1, 1]), ("closing", closing, [1, 2])):
-            with self.subTest(what), WebPeer(lambda asked, wire=wire: wire) as peer:
-                replies = relayed(composed_job(web_route("AmazonSES", peer.url)), times=2)
-                self.assertEqual([said.code for (said,) in replies], ["250", "250"])
-                self.assertEqual([asked.line for asked in peer.asked], lines)
-
-    def test_a_kept_connection_that_was_closed_is_replaced(self):
-        with WebPeer(as_mandrill) as peer:
-            job = composed_job(web_route("Mandrill", peer.url))
-
-            def hang_up() -> None:
-                peer.hang_up()
-                wait_for(lambda: not peer.open)
-
-            replies = relayed(job, times=3, between=hang_up)
-            self.assertEqual([said.code for (said,) in replies], ["250"] * 3)
-            self.assertEqual([asked.line for asked in peer.asked], [1, 2, 3])
-
-    def test_a_kept_connection_is_not_replaced_once_the_request_was_sent(self):
-        def answer(asked):
-            return as_mandrill(asked) if len(peer.asked) == 1 else "close"
-
-        with WebPeer(answer) as peer:
-            (first,), (second,) = relayed(composed_job(web_route("Mandrill", peer.url)), times=2)
-            self.assertEqual((first.code, second.code, second.unsure), ("250", "451", True))
-            self.assertEqual(len(peer.asked), 2)
-
-    def test_a_kept_connection_that_dies_while_the_request_is_sent_is_replaced_once(self):
-        seen = []
-
-        def serve(listener) -> None:
-            for number in range(3):
-                sock, _ = listener.accept()
-                stream = sock.makefile("rb")
-                for turn in range(2):
-                    head = b"".join(iter(lambda stream=stream: WebPeer._line(stream), b""))
-                    if number == 0 and turn == 1:
-                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-                        break  # in the middle of the body, with a reset
-                    if not head:
-                        break
-                    stream.read(int(re.search(rb"(?i)content-length: *(\d+)", head)[1]))
-                    seen.append(number)
-                    sock.sendall(on_the_wire(200, [{"email": "mikeneko@example.jp", "status": "sent", "_id": "x"}]))
-                stream.close()
-                sock.close()
-
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            listener.setsockopt(
-                socket.SOL_SOCKET, socket.SO_RCVBUF, 65536
-            )  # so that the request does not fit into buffers
-            threading.Thread(target=serve, args=(listener,), daemon=True).start()
-            route = web_route("Mandrill", f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=5)
-            replies = relayed(composed_job(route, web_submission(body="y" * (8 << 20))), times=2)
-        self.assertEqual([said.code for (said,) in replies], ["250", "250"], replies)
-        self.assertEqual(seen, [0, 1])
-
-    def test_idle_connections_are_closed_and_bounded(self):
-        async def story(route, peer) -> None:
-            web = haineko.Web()
-            call = haineko.Call("GET", "/v3/scopes", headers=haineko.bearer(route))
-            await haineko.all_of([web.call(route, call) for _ in range(5)])
-            self.assertEqual((peer.lines, len(web.idle[route])), (5, 5))
-            web.KEPT = 2
-            web.idle.clear()
-            await haineko.all_of([web.call(route, call) for _ in range(5)])
-            self.assertEqual(len(web.idle[route]), 2)
-            for line in web.idle[route]:
-                line.until = 0.0
-            web.sweep()
-            self.assertEqual(web.idle, {})
-
-        with WebPeer(as_sendgrid) as peer:
-            haineko.run(story(web_route("SendGrid", peer.url), peer))
-
-    def test_a_server_says_how_long_it_keeps(self):
-        def answer(asked):
-            return 200, {"MessageId": "1"}, (("Keep-Alive", "timeout=1"),)
-
-        with WebPeer(answer) as peer:
-            relayed(composed_job(web_route("AmazonSES", peer.url)), times=2)
-            self.assertEqual([asked.line for asked in peer.asked], [1, 2])
-
-    def test_a_slow_cloud_delays_nobody_else(self):
-        async def story(slow, quick) -> float:
-            sessions, began = haineko.Sessions(), time.monotonic()
-            took: list = []
-
-            async def timed(job) -> None:
-                await haineko.attempt(job, sessions)
-                took.append(time.monotonic() - began)
-
-            await haineko.all_of([timed(slow), *[timed(quick) for _ in range(5)]])
-            return sorted(took)[4]
-
-        with WebPeer(lambda asked: "hang") as hanging, WebPeer(as_mandrill) as peer:
-            jobs = composed_job(web_route("Mandrill", hanging.url)), composed_job(web_route("Mandrill", peer.url))
-            self.assertLess(haineko.run(story(*jobs)), 0.9)
-
-    def test_retries_wait_as_long_as_the_cloud_says(self):
-        def answer(asked):
-            if len(peer.asked) == 1:
-                return 429, {"errors": [{"message": "slow"}]}, (("Retry-After", wait),)
-            return as_sendgrid(asked)
-
-        for wait, code, least in (("1", "250", 1.0), ("120", "451", 0.0)):
-            with self.subTest(wait), WebPeer(answer) as peer:
-                began = time.monotonic()
-                route = web_route("SendGrid", peer.url, retry=1, sleep=0)
-                outcome = haineko.run(haineko.carry_out(composed_job(route), haineko.Sessions()))
-                self.assertEqual(outcome.replies[0].code, code)
-                self.assertTrue(least <= time.monotonic() - began < least + 3)
-
-
-def wait_for(condition, seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError("waited in vain")
-        time.sleep(0.005)
-
-
-@unittest.skipUnless(shutil.which("openssl"), "needs openssl for certificates")
-class WebTls(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls) -> None:
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        cls.certificate, cls.key = (os.path.join(folder.name, name) for name in ("cert.pem", "key.pem"))
-        words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
-        words += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", cls.key, "-out", cls.certificate]
-        subprocess.run(words, check=True, capture_output=True)
-        cls.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        cls.context.load_cert_chain(cls.certificate, cls.key)
-
-    def test_the_certificate_is_checked(self):
-        for what, more, code, dsn in (
-            ("unknown authority", {}, "451", "4.7.5"),
-            ("known authority", {"ca_file": self.certificate}, "250", "2.0.0"),
-            ("not checked", {"tls_verify": False}, "250", "2.0.0"),
-        ):
-            with self.subTest(what), WebPeer(as_amazonses, self.context) as peer:
-                route = web_route("AmazonSES", peer.url, timeout=5, **more)
-                replies = relayed(composed_job(route), times=2)
-                self.assertEqual([(said.code, said.dsn) for (said,) in replies], [(code, dsn)] * 2, replies)
-                self.assertEqual([asked.line for asked in peer.asked], [1, 1] if code == "250" else [])
-
-    def test_https_of_a_haineko(self):
-        with WebPeer(as_haineko, self.context) as peer:
-            route = web_route("Haineko", host="127.0.0.1", port=peer.port, https=1, ca_file=self.certificate, timeout=5)
-            self.assertEqual(first_reply(composed_job(route)).code, "250")
-
-    def test_no_tls_there(self):
-        with WebPeer(as_haineko) as peer:
-            route = web_route("Haineko", host="127.0.0.1", port=peer.port, https=1)
-            self.assertEqual(first_reply(composed_job(route))[:3], ("451", "4.7.5", "CONN"))
 
 
 class WebRoutes(unittest.TestCase):
@@ -5454,8 +6852,6 @@ class WholeWay(unittest.TestCase):
                 self.assertNotIn(SECRET, answer_.body.decode())
 
 
-HERE = os.path.dirname(os.path.abspath(haineko.__file__))
-PROGRAM = os.path.join(HERE, "haineko.py")
 HOOK_SECRET = b"0123456789abcdef0123456789abcdef"
 WHSEC = "whsec_" + base64.b64encode(HOOK_SECRET).decode()
 
@@ -6459,1304 +7855,6 @@ class QueueCrash(unittest.TestCase):
 # Peers: a next hop, a client, a server, the certificate they share
 # ======================================================================================================================
 
-PROGRAM = os.path.abspath(haineko.__file__)
-SILENCE, HANG_UP = "(says nothing more)", "(hangs up)"
-CERTIFICATES: dict = {}  # name: path of a PEM file with certificate and key
-
-
-def setUpModule() -> None:
-    folder = tempfile.TemporaryDirectory(prefix="haineko-test-")
-    unittest.addModuleCleanup(folder.cleanup)
-    names = {"here": "DNS:localhost,IP:127.0.0.1,IP:127.0.0.46,IP:::1", "elsewhere": "DNS:elsewhere.example"}
-    for name, alternatives in names.items() if shutil.which("openssl") else ():
-        path = os.path.join(folder.name, f"{name}.pem")
-        command = f"openssl req -x509 -nodes -days 2 -subj /CN={name} -newkey ec -pkeyopt ec_paramgen_curve:prime256v1"
-        command += f" -addext subjectAltName={alternatives} -keyout {path}.key -out {path}.crt"
-        if subprocess.run(command.split(), capture_output=True, check=False).returncode:
-            return
-        with open(path, "wb") as whole:
-            for part in (".key", ".crt"):
-                with open(path + part, "rb") as stream:
-                    whole.write(stream.read())
-        os.chmod(path, 0o600)
-        CERTIFICATES[name] = path
-
-
-def certificate(name: str = "here") -> str:
-    """Path of a certificate with its key; skips the test where there is no openssl to make one."""
-    if name not in CERTIFICATES:
-        raise unittest.SkipTest("no openssl here that makes certificates")
-    return CERTIFICATES[name]
-
-
-def eventually(condition, what: str = "", seconds: float = 10.0):
-    """The first true thing that condition() gives; AssertionError where none comes in time."""
-    deadline = time.monotonic() + seconds
-    while True:
-        found = condition()
-        if found:
-            return found
-        if time.monotonic() > deadline:
-            raise AssertionError(f"did not come in {seconds} s: {what or condition}")
-        time.sleep(0.01)
-
-
-WELL = {
-    "CONN": "220 peer.example ESMTP",
-    "HELO": "250 peer.example",
-    "STARTTLS": "220 2.0.0 go on",
-    "MAIL": "250 2.1.0 sender fine",
-    "RCPT": "250 2.1.5 recipient fine",
-    "DATA": "354 go on",
-    ".": "250 2.0.0 taken",
-    "RSET": "250 2.0.0 forgotten",
-    "QUIT": "221 2.0.0 bye",
-}
-
-
-class SmtpPeer:
-    """A next hop on a free port that says to each verb what it is told, and remembers what it was told.
-
-    says: {verb: what}. Verbs: CONN (the greeting), EHLO ... QUIT, TLS (the handshake), TEXT (after the first octets of
-    a text) and "." (its end). What: a reply (its lines divided by LF), octets to be sent as they are, SILENCE, HANG_UP;
-    a list of these, one for each time it comes to it, the last one for ever; or a function (talk, line) -> one of them.
-    """
-
-    def __init__(self, says=None, offers=(), tls="", smtps=False, logins=None, host="127.0.0.1", port=0) -> None:
-        self.says, self.offers, self.smtps, self.logins = dict(says or {}), offers, smtps, logins or {}
-        self.context = None
-        if tls:
-            self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            self.context.load_cert_chain(tls)
-        self.talks: list = []  # one Talk for each connection
-        self.mails: list = []  # (MAIL line, RCPT lines, octets of the text as they came)
-        self.lone = 0  # texts without a line
-        self.lock = threading.Lock()
-        self.now = self.most = 0  # texts that wait for their reply; the most at once
-        self.listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-        self.host, self.port = self.listener.getsockname()[:2]
-        self.threads = [threading.Thread(target=self._accept, daemon=True)]
-        self.threads[0].start()
-
-    def _accept(self) -> None:
-        while True:
-            sock, _ = self.listener.accept()
-            if self.closing:
-                sock.close()
-                return
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            talk = Talk(self, sock)
-            self.talks.append(talk)
-            self.threads.append(threading.Thread(target=talk.run, daemon=True))
-            self.threads[-1].start()
-
-    closing = False
-
-    def close(self) -> None:
-        self.closing = True
-        with contextlib.suppress(OSError):
-            socket.create_connection((self.host, self.port), 1).close()
-        for talk in self.talks:
-            talk.cut()
-        for thread in self.threads:
-            thread.join(5)
-        self.listener.close()
-
-    def __enter__(self) -> SmtpPeer:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    @property
-    def lines(self) -> list:
-        """Every line that came, of all connections."""
-        return [line for talk in self.talks for line in talk.lines]
-
-    def what(self, verb: str, talk: Talk, line: str):
-        with self.lock:
-            found = self.says.get(verb)
-            if isinstance(found, list):
-                found = found.pop(0) if len(found) > 1 else found[0]
-        return found(talk, line) if callable(found) else found
-
-
-class Talk:
-    """One connection to an SmtpPeer."""
-
-    def __init__(self, peer: SmtpPeer, sock: socket.socket) -> None:
-        self.peer, self.sock, self.unread = peer, sock, b""
-        self.lines: list = []
-        self.sender, self.recipients = "", []
-        self.secure, self.user = False, None
-
-    def run(self) -> None:
-        try:
-            if self.peer.smtps:
-                self.secured()
-            self.say("CONN")
-            while True:
-                line = self.line()
-                self.lines.append(line)
-                self.hear(re.split("[ :]", line)[0].upper(), line)
-        except (OSError, EOFError):
-            pass
-        finally:
-            self.sock.close()
-
-    def cut(self) -> None:
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
-
-    def secured(self) -> None:
-        if self.peer.says.get("TLS") == SILENCE:
-            self.silent()
-        self.sock = self.peer.context.wrap_socket(self.sock, server_side=True)
-        self.secure = True
-
-    def hear(self, verb: str, line: str) -> None:
-        said = self.say(verb, line)
-        if verb == "STARTTLS" and said == "2":
-            self.secured()
-        elif verb in ("MAIL", "RSET"):
-            self.sender, self.recipients = line, []
-        elif verb == "RCPT" and said == "2":
-            self.recipients.append(line)
-        elif verb == "DATA" and said == "3":
-            self.text()
-        elif verb == "QUIT":
-            raise EOFError
-
-    def say(self, verb: str, line: str = "") -> str:
-        """First digit of what was said."""
-        what = self.peer.what(verb, self, line)
-        if what is None and verb == "EHLO":
-            offers = [offer for offer in self.peer.offers if not (self.secure and offer == "STARTTLS")]
-            what = "\n".join(["250-peer.example", *[f"250-{offer}" for offer in offers], "250 HELP"])
-        elif what is None and verb == "AUTH":
-            what = self.authenticate(line)
-        elif what is None:
-            what = WELL.get(verb, "500 5.5.2 what?")
-        if what == HANG_UP:
-            raise EOFError
-        if what == SILENCE:
-            self.silent()
-        self.sock.sendall(what if isinstance(what, bytes) else what.replace("\n", "\r\n").encode() + b"\r\n")
-        if what[:3] == "421":
-            self.sock.shutdown(socket.SHUT_WR)
-            self.silent()
-        return what[:1] if isinstance(what, str) else what[:1].decode()
-
-    def silent(self) -> None:
-        while self.sock.recv(65536):
-            pass
-        raise EOFError
-
-    def more(self) -> None:
-        octets = self.sock.recv(65536)
-        if not octets:
-            raise EOFError
-        self.unread += octets
-
-    def line(self) -> str:
-        while b"\r\n" not in self.unread:
-            self.more()
-        line, _, self.unread = self.unread.partition(b"\r\n")
-        return line.decode("utf-8", "replace")
-
-    def text(self) -> None:
-        octets = bytearray()
-        if "TEXT" in self.peer.says:
-            self.more()
-            self.say("TEXT")
-        while not (octets.startswith(b".\r\n") or octets.find(b"\r\n.\r\n", max(len(octets) - 65540, 0)) >= 0):
-            if not self.unread:
-                self.more()
-            octets += self.unread
-            self.unread = b""
-        end = 0 if octets.startswith(b".\r\n") else octets.find(b"\r\n.\r\n") + 2
-        octets, self.unread = bytes(octets[:end]), bytes(octets[end + 3 :])
-        with self.peer.lock:
-            self.peer.now += 1
-            self.peer.most = max(self.peer.most, self.peer.now)
-            if octets:
-                self.peer.mails.append((self.sender, self.recipients, octets))
-            else:
-                self.peer.lone += 1
-        try:
-            self.say(".")
-        finally:
-            with self.peer.lock:
-                self.peer.now -= 1
-
-    def authenticate(self, line: str) -> str:
-        mechanism, _, first = line[5:].partition(" ")
-        if mechanism == "PLAIN":
-            _, user, word = base64.b64decode(first).decode().split("\0")
-            right = self.peer.logins.get(user) == word
-        elif mechanism == "LOGIN":
-            user = base64.b64decode(first or self.asked(b"Username:")).decode()
-            right = self.peer.logins.get(user) == base64.b64decode(self.asked(b"Password:")).decode()
-        else:
-            challenge = b"<17.1@peer.example>"
-            user, digest = base64.b64decode(self.asked(challenge)).decode().split(" ")
-            word = self.peer.logins.get(user, "").encode()
-            right = hmac.new(word, challenge, hashlib.md5).hexdigest() == digest
-        self.user = user if right else None
-        return "235 2.7.0 welcome" if right else "535 5.7.8 who are you?"
-
-    def asked(self, challenge: bytes) -> str:
-        self.sock.sendall(b"334 " + base64.b64encode(challenge) + b"\r\n")
-        return self.line()
-
-
-class Wire:
-    """A client's connection to an HTTP server: octets out, answers in."""
-
-    def __init__(self, place, context: ssl.SSLContext | None = None) -> None:
-        family = socket.AF_UNIX if isinstance(place, str) else socket.AF_INET6 if ":" in place[0] else socket.AF_INET
-        self.sock = socket.socket(family)
-        self.sock.settimeout(10)
-        self.sock.connect(place)
-        if context:
-            self.sock = context.wrap_socket(self.sock, server_hostname="localhost")
-        self.unread = b""
-
-    def send(self, octets) -> Wire:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the answer may still be read
-            self.sock.sendall(octets if isinstance(octets, bytes) else octets.encode())
-        return self
-
-    def more(self) -> bool:
-        octets = self.sock.recv(65536)
-        self.unread += octets
-        return bool(octets)
-
-    def head(self) -> tuple:
-        """(status, headers) of the next answer."""
-        while b"\r\n\r\n" not in self.unread:
-            if not self.more():
-                raise EOFError(self.unread)
-        head, _, self.unread = self.unread.partition(b"\r\n\r\n")
-        first, *lines = head.decode("latin-1").split("\r\n")
-        return int(first.split(" ")[1]), dict(line.split(": ", 1) for line in lines)
-
-    def answer(self, method: str = "") -> tuple:
-        """(status, headers, body as JSON or text) of the next answer."""
-        status, headers = self.head()
-        length = 0 if method == "HEAD" or status in (100, 204) else int(headers["Content-Length"])
-        while len(self.unread) < length:
-            if not self.more():
-                raise EOFError(self.unread)
-        body, self.unread = self.unread[:length].decode(), self.unread[length:]
-        return status, headers, json.loads(body) if "json" in headers.get("Content-Type", "") and body else body
-
-    def ask(self, octets, method: str = "") -> tuple:
-        return self.send(octets).answer(method)
-
-    def ended(self) -> bool:
-        """True when the server has closed and nothing is unread; waits for it."""
-        try:
-            return not self.more() and not self.unread
-        except ConnectionResetError:
-            return True
-
-    def close(self) -> None:
-        self.sock.close()
-
-    def __enter__(self) -> Wire:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-
-def post(submission=None, *headers: str, path: str = "/submit", version: str = "1.1") -> bytes:
-    """The octets of a POST."""
-    body = as_body(document() if submission is None else submission)
-    lines = [f"POST {path} HTTP/{version}", "Host: x", *headers, f"Content-Length: {len(body)}"]
-    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
-
-
-def get(path: str, *headers: str, method: str = "GET", version: str = "1.1", host: str = "x") -> bytes:
-    return "\r\n".join([f"{method} {path} HTTP/{version}", f"Host: {host}", *headers]).encode("latin-1") + b"\r\n\r\n"
-
-
-def environment(**changes: str) -> dict:
-    """For a process: as here, without what would lead it to other settings."""
-    found = {name: value for name, value in os.environ.items() if not name.startswith("HAINEKO")}
-    return {**found, "PYTHONDONTWRITEBYTECODE": "1", **changes}
-
-
-class Server:
-    """A real `haineko.py serve` with settings in a folder of its own."""
-
-    def __init__(self, force: dict | None, *options: str) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="haineko-test-")
-        self.path, log = os.path.join(self.folder.name, "haineko.json"), os.path.join(self.folder.name, "log")
-        if force is not None:
-            self.write(force)
-            options = ("-c", self.path, *options)
-        self.output = open(log, "w+b")  # noqa: SIM115 -- as long as the server runs
-        self.process = subprocess.Popen(
-            [sys.executable, PROGRAM, "serve", *options],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self.output,
-            cwd=self.folder.name,
-            env=environment(),
-        )
-        try:
-            eventually(lambda: self.process.poll() is not None or " listens at " in self.log(), "a server", 20)
-        except AssertionError:
-            self.close()
-            raise
-        found = re.search(r" listens at (.*)\n", self.log())
-        self.urls = found[1].split() if found else []
-        self.places = [place_of(url) for url in self.urls]
-
-    def write(self, force: dict) -> None:
-        """New settings, put there whole as careful administrators do."""
-        sections = {
-            "smtpd": {"hostname": NAME},
-            "recipients": {"open-relay": 1},
-            "mailertable": {"default": {"mailer": "Discard"}},
-            **force,
-        }
-        sections["httpd"] = {"listen": "127.0.0.1:0", "workers": 1, "timeout": 5, **force.get("httpd", {})}
-        aside = self.path + ".new"
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
-            json.dump(sections, stream)
-        os.rename(aside, self.path)
-
-    def log(self) -> str:
-        return os.pread(self.output.fileno(), 1 << 24, 0).decode()
-
-    def wire(self, i: int = 0, context: ssl.SSLContext | None = None) -> Wire:
-        return Wire(self.places[i], context)
-
-    def ask(self, octets, method: str = "", i: int = 0) -> tuple:
-        """The answer to one request on a connection of its own."""
-        with self.wire(i) as wire:
-            return wire.ask(octets, method)
-
-    def workers(self) -> set:
-        """Process ids of its workers."""
-        table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-        pairs = [line.split() for line in table.splitlines()]
-        return {int(pid) for pid, parent in pairs if parent == str(self.process.pid)}
-
-    def stop(self) -> int:
-        """Exit code."""
-        if self.process.poll() is None:
-            self.process.terminate()
-        try:
-            return self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait(10)
-
-    def close(self) -> None:
-        self.stop()
-        self.output.close()
-        self.folder.cleanup()
-
-
-def place_of(url: str):
-    """Where to connect to."""
-    if url.startswith("unix:"):
-        return url[5:]
-    host, _, port = url.split("/")[2].rpartition(":")
-    return host.strip("[]"), int(port)
-
-
-class Peers(Quiet):
-    """A test with next hops."""
-
-    def peer(self, says: dict | None = None, *offers: str, **more) -> SmtpPeer:
-        found = SmtpPeer(says, **{"offers": offers, **more})
-        self.addCleanup(found.close)
-        return found
-
-
-TEXT = b"From: kijitora@example.org\r\nTo: a@example.jp, b@example.jp, c@example.jp\r\nSubject: Nya\r\n\r\nMeow.\r\n"
-TO = ("a@example.jp", "b@example.jp", "c@example.jp")
-
-
-def job(peer: SmtpPeer, to: tuple = TO[:1], text: bytes = TEXT, eight: bool = False, **more) -> haineko.Job:
-    """Mail for a peer; the timeout is that of a step."""
-    more = {"host": peer.host, "port": peer.port, "timeout": 1.0, **more}
-    message = haineko.Message((text,), eight)
-    return haineko.Job(haineko.Route(**more), NAME, "Q" * 16, "kijitora@example.org", tuple(to), message)
-
-
-def carried(*jobs: haineko.Job) -> list:
-    """The replies to each job, one after the other with the same sessions, which are closed at the end."""
-    return side_by_side(jobs)[0][0]
-
-
-def side_by_side(*groups: tuple) -> list:
-    """For each group of jobs, of which one follows the other: (their replies, seconds until they were there)."""
-    found: dict = {}
-
-    async def one(i: int, jobs: tuple) -> None:
-        began, sessions = time.monotonic(), haineko.Sessions(("127.0.0.1:9",))  # where no name server is
-        replies = [await haineko.attempt(item, sessions) for item in jobs]
-        found[i] = replies, time.monotonic() - began
-        await sessions.sweep(everything=True)
-
-    haineko.run(haineko.all_of([one(i, jobs) for i, jobs in enumerate(groups)]))
-    return [found[i] for i in range(len(groups))]
-
-
-def refuses(**by_name: str):
-    """What an SmtpPeer says to RCPT: the reply of the recipient's local part, else a 250."""
-    return lambda talk, line: by_name.get(line[9:10], WELL["RCPT"])
-
-
-def held(gate: threading.Event | threading.Barrier):
-    """What an SmtpPeer says to the end of a text: a 250, when the gate opens."""
-
-    def say(talk: Talk, line: str) -> str:
-        gate.wait(8)
-        return WELL["."]
-
-    return say
-
-
-def sockets_open() -> int:
-    """Number of this process's sockets; 0 where the system has no list."""
-    gc.collect()
-    try:
-        names = os.listdir("/proc/self/fd")
-    except OSError:
-        return 0
-    return sum(_links_to_socket(name) for name in names)
-
-
-def _links_to_socket(name: str) -> bool:
-    try:
-        return os.readlink(f"/proc/self/fd/{name}").startswith("socket:")
-    except OSError:
-        return False
-
-
-# ======================================================================================================================
-# 9. Waiting
-# ======================================================================================================================
-
-POLLERS = ([haineko.Epoll] if hasattr(select, "epoll") else []) + [haineko.Selector]
-
-
-class Waiting(Quiet):
-    def each(self):
-        """A loop for each poller, closed behind it."""
-        for poller in POLLERS:
-            loop = haineko.Loop()
-            loop.poller.close()
-            loop.poller = poller()
-            try:
-                yield loop
-            finally:
-                loop.close()
-
-    def run_all(self, loop: haineko.Loop, *coroutines, most: float = 5.0) -> list:
-        """What each returned or raised, and the seconds it took."""
-        found: dict = {}
-
-        async def one(i: int, coroutine) -> None:
-            try:
-                value = await coroutine
-            except Exception as fault:
-                value = fault
-            found[i] = value, time.monotonic() - began
-
-        began = time.monotonic()
-        for i, coroutine in enumerate(coroutines):
-            loop.spawn(one(i, coroutine))
-        while len(found) < len(coroutines):
-            self.assertLess(time.monotonic() - began, most, "the loop does not end")
-            loop.turn()
-        return [found[i] for i in range(len(coroutines))]
-
-    def pair(self) -> tuple:
-        here, there = socket.socketpair()
-        for sock in (here, there):
-            sock.setblocking(False)
-            self.addCleanup(sock.close)
-        return here, there
-
-    def test_sleepers_wake_in_the_order_of_their_times(self) -> None:
-        async def sleeper(seconds: float) -> None:
-            await haineko.sleep(seconds)
-            woken.append(seconds)
-
-        for loop in self.each():
-            woken: list = []
-            self.run_all(loop, *[sleeper(seconds) for seconds in (0.09, 0, 0.03, 0.06)])
-            self.assertEqual(woken, [0, 0.03, 0.06, 0.09])
-
-    def test_what_waits_for_a_socket_ends_at_its_deadline(self) -> None:
-        for loop in self.each():
-            late = []
-            for _ in range(3):  # a busy machine may be late once
-                now, ends = time.monotonic(), (0.1, 0.03, 0.06)
-                waits = [haineko.receive(self.pair()[0], 10, now + seconds) for seconds in ends]
-                found = self.run_all(loop, *waits)
-                self.assertEqual({type(value) for value, _ in found}, {socket.timeout})
-                late.append(max(abs(took - wanted) for (_, took), wanted in zip(found, ends)))
-            self.assertLess(min(late), 0.03)
-
-    def test_a_deadline_that_comes_later_and_lies_sooner_is_kept(self) -> None:
-        async def late() -> None:
-            await haineko.sleep(0.05)
-            await haineko.receive(self.pair()[0], 10, time.monotonic() + 0.05)
-
-        for loop in self.each():
-            far = haineko.receive(self.pair()[0], 10, time.monotonic() + 0.4)
-            (_, long), (value, short) = self.run_all(loop, far, late())
-            self.assertIsInstance(value, socket.timeout)
-            self.assertLess(short, long)
-            self.assertGreater(long, 0.39)
-
-    def test_after_a_deadline_the_same_socket_is_waited_for_again(self) -> None:
-        async def twice(here, there) -> bytes:
-            with contextlib.suppress(socket.timeout):
-                await haineko.receive(here, 10, time.monotonic() + 0.02)
-            there.send(b"late")
-            return await haineko.receive(here, 10, time.monotonic() + 1)
-
-        for loop in self.each():
-            self.assertEqual(self.run_all(loop, twice(*self.pair()))[0][0], b"late")
-
-    def test_octets_that_came_between_two_waits_are_not_overlooked(self) -> None:
-        async def reader(sock) -> bytes:
-            found = b""
-            while len(found) < 6:
-                found += await haineko.receive(sock, 1, time.monotonic() + 1)
-                await haineko.sleep(0.01)
-            return found
-
-        async def writer(sock) -> None:
-            for part in (b"ab", b"cde", b"f"):
-                await haineko.send(sock, part, time.monotonic() + 1)
-                await haineko.sleep(0.015)
-
-        for loop in self.each():
-            here, there = self.pair()
-            self.assertEqual(self.run_all(loop, reader(here), writer(there))[0][0], b"abcdef")
-
-    def test_more_than_a_buffer_goes_through_a_reader_that_is_slow(self) -> None:
-        octets = os.urandom(1 << 16) * 64
-
-        async def reader(sock) -> bytes:
-            parts = [b"-"]
-            while parts[-1]:
-                parts.append(await haineko.receive(sock, 1 << 18, time.monotonic() + 1))
-                await haineko.sleep(0.001)
-            return b"".join(parts[1:])
-
-        async def writer(sock) -> None:
-            await haineko.send(sock, octets, time.monotonic() + 5)
-            sock.close()
-
-        for loop in self.each():
-            here, there = self.pair()
-            self.assertEqual(self.run_all(loop, reader(here), writer(there))[0][0], octets)
-
-    def test_who_reads_nothing_ends_a_send_at_its_deadline(self) -> None:
-        for loop in self.each():
-            here, _there = self.pair()
-            [(value, took)] = self.run_all(loop, haineko.send(here, bytes(1 << 23), time.monotonic() + 0.1))
-            self.assertIsInstance(value, socket.timeout)
-            self.assertLess(took, 0.5)
-
-    def test_a_file_descriptor_used_again_is_another_connection(self) -> None:
-        async def twice() -> list:
-            found = []
-            for octet in (b"1", b"2"):
-                here, there = socket.socketpair()
-                here.setblocking(False)
-                answer = haineko.in_thread(lambda there=there, octet=octet: (time.sleep(0.02), there.sendall(octet)))
-                await haineko.all_of([answer, reader(here, found)])
-                numbers.append(here.fileno())
-                here.close()
-                there.close()
-            return found
-
-        async def reader(sock, found: list) -> None:
-            found.append(await haineko.receive(sock, 10, time.monotonic() + 1))
-
-        for loop in self.each():
-            numbers: list = []
-            self.assertEqual(self.run_all(loop, twice())[0][0], [b"1", b"2"])
-            self.assertEqual(numbers[0], numbers[1])
-
-    def test_interrupt_raises_in_the_one_that_waits_and_in_nobody_else(self) -> None:
-        async def interrupter(sock) -> None:
-            await haineko.sleep(0.02)
-            loop.interrupt(sock, ConnectionAbortedError("for another"))
-            loop.interrupt(self.pair()[0], ConnectionAbortedError("nobody waits for this one"))
-
-        for loop in self.each():
-            here, other = self.pair()[0], self.pair()[0]
-            now = time.monotonic()
-            found = self.run_all(
-                loop,
-                haineko.receive(here, 1, now + 2),
-                haineko.receive(other, 1, now + 0.1),
-                interrupter(here),
-            )
-            self.assertIsInstance(found[0][0], ConnectionAbortedError)
-            self.assertIsInstance(found[1][0], socket.timeout)
-
-    def test_functions_that_block_run_side_by_side_in_threads_used_again(self) -> None:
-        def block(barrier: threading.Barrier) -> int:
-            barrier.wait(2)
-            return threading.get_ident()
-
-        async def all_in_threads(count: int) -> set:
-            barrier, found = threading.Barrier(count), set()
-
-            async def one() -> None:
-                found.add(await haineko.in_thread(block, barrier))
-
-            await haineko.all_of([one() for _ in range(count)])
-            return found
-
-        for loop in self.each():
-            [(first, _)] = self.run_all(loop, all_in_threads(20))
-            self.assertEqual(len(first), 20)
-            [(second, _)] = self.run_all(loop, all_in_threads(5))
-            self.assertLessEqual(second, first)
-
-    def test_what_is_raised_comes_back(self) -> None:
-        async def raiser() -> None:
-            raise KeyError("in the coroutine")
-
-        for coroutine, wanted in ((haineko.in_thread(int, "no number"), ValueError), (raiser(), KeyError)):
-            with self.assertRaises(wanted):
-                haineko.run(coroutine)
-
-    def test_one_that_raises_ends_alone_and_is_logged(self) -> None:
-        async def raiser() -> None:
-            raise RuntimeError("a fault of our own")
-
-        async def both() -> str:
-            await haineko.all_of([raiser(), haineko.sleep(0.01)])
-            return "went on"
-
-        for loop in self.each():
-            self.assertEqual(self.run_all(loop, both())[0][0], "went on")
-            self.assertIn("a fault of our own", "\n".join(self.logged()))
-
-    def test_all_of_nothing_is_over_at_once(self) -> None:
-        self.assertIsNone(haineko.run(haineko.all_of([])))
-
-    def test_a_thousand_wait_without_a_thread(self) -> None:
-        before = threading.active_count()
-
-        async def waiter(sock) -> bytes:
-            return await haineko.receive(sock, 1, time.monotonic() + 2)
-
-        async def waker(socks: list) -> int:
-            await haineko.sleep(0.05)
-            threads = threading.active_count()
-            for sock in socks:
-                sock.send(b"x")
-            return threads
-
-        for loop in self.each():
-            pairs = [self.pair() for _ in range(200)]
-            waits = [waiter(here) for here, _ in pairs] + [haineko.sleep(0.1) for _ in range(800)]
-            *found, (threads, _) = self.run_all(loop, *waits, waker([there for _, there in pairs]))
-            self.assertEqual({value for value, _ in found[:200]}, {b"x"})
-            self.assertLessEqual(threads, before)
-
-    def test_run_leaves_no_file_open(self) -> None:
-        before = sockets_open()
-        haineko.run(haineko.sleep(0))
-        self.assertEqual(sockets_open(), before)
-
-
-# ======================================================================================================================
-# 11. SMTP sessions
-# ======================================================================================================================
-
-FINE = ("250", "2.0.0", "DATA")
-
-
-# what the server says, to three recipients (what it says, what each is told); the same with PIPELINING and without
-DIALOGUES = {
-    "well": ({}, [FINE] * 3),
-    "one of three refused": (
-        {"RCPT": refuses(b="550 5.1.1 nobody of that name")},
-        [FINE, ("550", "5.1.1", "RCPT"), FINE],
-    ),
-    "two for now": (
-        {"RCPT": refuses(a="452 4.2.2 full", c="450 later")},
-        [("452", "4.2.2", "RCPT"), FINE, ("450", None, "RCPT")],
-    ),
-    "all refused": ({"RCPT": "550 5.1.1 nobody"}, [("550", "5.1.1", "RCPT")] * 3),
-    "all refused, and DATA too": (
-        {"RCPT": "550 5.1.1 nobody", "DATA": "503 5.5.1 no recipient"},
-        [("550", "5.1.1", "RCPT")] * 3,
-    ),
-    "421 on the first RCPT": ({"RCPT": "421 4.3.2 closing"}, [("421", "4.3.2", "RCPT")] * 3),
-    "421 on the second": ({"RCPT": refuses(b="421 4.3.2 closing")}, [("421", "4.3.2", "RCPT")] * 3),
-    "refused, then 421": (
-        {"RCPT": refuses(a="550 5.1.1 no", b="421 4.3.2 closing")},
-        [("550", "5.1.1", "RCPT"), ("421", "4.3.2", "RCPT"), ("421", "4.3.2", "RCPT")],
-    ),
-    "252 to RCPT": ({"RCPT": "252 2.5.2 cannot verify"}, [FINE] * 3),
-    "251 to RCPT": ({"RCPT": "251 2.1.5 will forward"}, [FINE] * 3),
-    "251 after the dot": ({".": "251 2.6.0 forwarded"}, [("251", "2.6.0", "DATA")] * 3),
-    "no enhanced code": ({".": "250 ok"}, [("250", None, "DATA")] * 3),
-    "MAIL refused": ({"MAIL": "550 5.7.1 not you"}, [("550", "5.7.1", "MAIL")] * 3),
-    "MAIL refused for now": ({"MAIL": "452 4.3.1 no space"}, [("452", "4.3.1", "MAIL")] * 3),
-    "MAIL 421": ({"MAIL": "421 4.3.2 closing"}, [("421", "4.3.2", "MAIL")] * 3),
-    "DATA refused": (
-        {"RCPT": refuses(b="550 5.1.1 no"), "DATA": "554 5.5.1 no valid recipients"},
-        [("554", "5.5.1", "DATA"), ("550", "5.1.1", "RCPT"), ("554", "5.5.1", "DATA")],
-    ),
-    "DATA 421": ({"DATA": "421 4.3.2 closing"}, [("421", "4.3.2", "DATA")] * 3),
-    "text refused": (
-        {"RCPT": refuses(c="550 5.1.1 no"), ".": "552 5.3.4 too big"},
-        [("552", "5.3.4", "DATA"), ("552", "5.3.4", "DATA"), ("550", "5.1.1", "RCPT")],
-    ),
-    "text refused for now": ({".": "451 4.7.1 greylisted"}, [("451", "4.7.1", "DATA")] * 3),
-    "421 after the dot": ({".": "421 4.3.2 closing"}, [("421", "4.3.2", "DATA")] * 3),
-    "greeting 554": ({"CONN": "554 5.3.2 not today"}, [("554", "5.3.2", "CONN")] * 3),
-    "greeting 421": ({"CONN": "421 4.3.2 too busy"}, [("421", "4.3.2", "CONN")] * 3),
-    "EHLO 421": ({"EHLO": "421 4.3.2 too busy"}, [("421", "4.3.2", "EHLO")] * 3),
-    "EHLO and HELO refused": ({"EHLO": "502 what", "HELO": "550 5.7.1 no"}, [("550", "5.7.1", "EHLO")] * 3),
-    "a 3xx to RCPT": ({"RCPT": "354 go on"}, [("421", "4.5.0", "RCPT")] * 3),
-    "a 2xx to DATA": ({"DATA": "250 2.0.0 ok"}, [("421", "4.5.0", "DATA")] * 3),
-    "a 3xx after the dot": ({".": "354 more"}, [("421", "4.4.2", "DATA")] * 3),
-    "two codes in one reply": ({"MAIL": "250-one\n251 two"}, [("421", "4.5.0", "MAIL")] * 3),
-    "a code out of range": ({"MAIL": "650 6.0.0 no such code"}, [("421", "4.5.0", "MAIL")] * 3),
-}
-
-
-class SmtpSessions(Peers):
-    def told(self, replies: list) -> list:
-        return [(item.code, item.dsn, item.command) for item in replies]
-
-    def test_every_recipient_is_told_what_the_server_said(self) -> None:
-        for offers in ((), ("PIPELINING", "SIZE 1000000", "DSN")):
-            for name, (says, wanted) in DIALOGUES.items():
-                with self.subTest(name, offers=offers), SmtpPeer(says, offers) as peer:
-                    [replies] = carried(job(peer, TO))
-                    self.assertEqual(self.told(replies), wanted)
-                    self.assertEqual({(r.mailer, r.host, r.port) for r in replies}, {("ESMTP", "127.0.0.1", peer.port)})
-                    self.assertEqual(len(peer.talks), 1)
-                    some = "DATA" in {command for _, _, command in wanted} and says.get("DATA", "354")[0] == "3"
-                    self.assertEqual(len(peer.mails), some)
-
-    def test_who_was_refused_does_not_stop_the_others(self) -> None:
-        for offers in ((), ("PIPELINING",)):
-            peer = self.peer({"RCPT": refuses(b="550 5.1.1 no")}, *offers)
-            carried(job(peer, TO))
-            [(_, recipients, octets)] = peer.mails
-            self.assertEqual(recipients, ["RCPT TO:<a@example.jp>", "RCPT TO:<c@example.jp>"])
-            self.assertEqual(octets, TEXT)
-
-    def test_a_go_ahead_with_no_valid_recipient_gets_a_lone_dot(self) -> None:
-        for says in ({"RCPT": "550 5.1.1 no"}, {"MAIL": "550 5.7.1 not you"}):
-            with self.subTest(says=says):
-                peer = self.peer(says, "PIPELINING")
-                first, _ = carried(job(peer, TO), job(peer, TO))
-                self.assertEqual({item.code for item in first}, {"550"})
-                self.assertEqual((peer.lone, peer.mails, len(peer.talks)), (2, [], 1))
-
-    def test_without_pipelining_no_text_is_begun_for_nobody(self) -> None:
-        peer = self.peer({"RCPT": "550 5.1.1 no"})
-        carried(job(peer, TO))
-        self.assertNotIn("DATA", peer.lines)
-
-    def test_the_text_waits_for_its_go_ahead(self) -> None:
-        def early(talk, line) -> str:
-            hasty.append(bool(talk.unread or select.select([talk.sock], [], [], 0.05)[0]))
-            return "354 go on"
-
-        for offers in ((), ("PIPELINING",)):
-            hasty: list = []
-            peer = self.peer({"DATA": early}, *offers)
-            carried(job(peer))
-            self.assertEqual(hasty, [False])
-            self.assertEqual(len(peer.mails), 1)
-
-    def test_with_pipelining_the_envelope_is_one_flight(self) -> None:
-        def together(talk, line) -> str:
-            flights.append(talk.unread.count(b"\r\n"))
-            return "250 2.1.0 ok"
-
-        for offers, wanted in (((), 0), (("PIPELINING",), 4)):
-            flights: list = []
-            carried(job(self.peer({"MAIL": together}, *offers), TO))
-            self.assertEqual(flights, [wanted])
-
-    def test_many_recipients_are_cut_into_flights_that_fill_no_buffer(self) -> None:
-        to = tuple(f"{name}{i}@example.jp" for i, name in enumerate("ab" * 400))
-        peer = self.peer({"RCPT": refuses(b="550 5.1.1 no")}, "PIPELINING")
-        [replies] = carried(job(peer, to))
-        self.assertEqual([item.code for item in replies], ["250", "550"] * 400)
-        self.assertEqual(len(peer.mails[0][1]), 400)
-
-    def test_all_lines_of_a_reply_are_handed_on(self) -> None:
-        peer = self.peer({".": "250-2.0.0 one\n250-2.0.0 two\x1b[1m\n250 2.0.0 ok \N{SNOWMAN}"})
-        [[said]] = carried(job(peer))
-        self.assertEqual(said.message, ("2.0.0 one", "2.0.0 two?[1m", "2.0.0 ok \N{SNOWMAN}"))
-
-    def test_an_old_server_is_greeted_with_helo(self) -> None:
-        peer = self.peer({"EHLO": "502 5.5.1 what?"})
-        [[said]] = carried(job(peer))
-        self.assertEqual(said.code, "250")
-        self.assertEqual(peer.lines[:2], [f"ehlo {NAME}", f"helo {NAME}"])
-
-    def test_parameters_are_those_that_are_offered(self) -> None:
-        mail, rcpt, size = "MAIL FROM:<kijitora@example.org>", "RCPT TO:<a@example.jp>", f" SIZE={len(TEXT)}"
-        cases = (
-            ((), mail, rcpt),
-            (("SIZE",), mail + size, rcpt),
-            (("DSN", "SIZE 5000000"), mail + size + " RET=FULL", rcpt + " NOTIFY=FAILURE,DELAY"),
-            (("8BITMIME",), mail, rcpt),
-        )
-        for offers, *wanted in cases:
-            with self.subTest(offers=offers):
-                peer = self.peer({}, *offers)
-                carried(job(peer))
-                self.assertEqual([peer.mails[0][0], *peer.mails[0][1]], wanted)
-
-    def test_eight_bit_text_goes_as_it_is_where_offered_and_is_encoded_elsewhere(self) -> None:
-        head = b"Content-Type: text/plain; charset=UTF-8\r\nContent-Transfer-Encoding: 8bit\r\nMIME-Version: 1.0\r\n"
-        text = head + "Subject: Nya\r\n\r\nにゃあ\r\n".encode()
-        for offers in (("8BITMIME",), ()):
-            peer = self.peer({}, *offers)
-            [[said]] = carried(job(peer, text=text, eight=True))
-            self.assertEqual(said.code, "250")
-            sender, _, octets = peer.mails[0]
-            self.assertEqual("BODY=8BITMIME" in sender, bool(offers))
-            self.assertEqual(octets == text, bool(offers))
-            self.assertEqual(octets.isascii(), not offers)
-            parsed = email.message_from_bytes(octets)
-            self.assertEqual(parsed.get_payload(decode=True).decode().rstrip(), "にゃあ")
-
-    def test_dots_are_stuffed(self) -> None:
-        text = b".first\r\n.\r\n..two\r\nin.side\r\n.\r\n"
-        peer = self.peer()
-        carried(job(peer, text=text))
-        self.assertEqual(peer.mails[0][2], b"..first\r\n..\r\n...two\r\nin.side\r\n..\r\n")
-
-    def test_a_large_text_arrives_octet_for_octet(self) -> None:
-        text = b"Subject: large\r\n\r\n" + b"".join(b".%d\r\n" % i * 9 for i in range(30000))
-        peer = self.peer({}, "PIPELINING")
-        [[said]] = carried(job(peer, text=text))
-        self.assertEqual(said.code, "250")
-        self.assertTrue(re.sub(rb"(?m)^\.", b"", peer.mails[0][2]) == text)
-
-    def test_a_next_hop_by_ipv6(self) -> None:
-        try:
-            peer = self.peer({}, "AUTH PLAIN", host="::1", logins={"a": "b"})
-        except OSError as fault:
-            self.skipTest(f"no IPv6 here: {fault}")
-        self.assertEqual(self.told(carried(job(peer, auth="x", login=("a", "b")))[0]), [FINE])
-
-    # -- what goes wrong
-
-    def test_nobody_listens(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = listener.getsockname()[1]
-        route = haineko.Route(host="127.0.0.1", port=port)
-        [replies] = carried(haineko.Job(route, NAME, "Q", "a@example.org", TO, haineko.Message((TEXT,))))
-        self.assertEqual(self.told(replies), [("421", "4.4.1", "CONN")] * 3)
-        self.assertEqual(replies[0].message, ("Cannot connect SMTP Server", "Connection refused"))
-
-    def test_a_peer_that_ends_each_step_badly(self) -> None:
-        steps = {"CONN": "CONN", "EHLO": "EHLO", "MAIL": "MAIL", "RCPT": "RCPT", "DATA": "DATA", ".": "DATA"}
-        rubbish = (b"what?\r\n", b"\0\xff\xfe\r\n", b"x" * 9000, b"".join(b"250-%d\r\n" % i for i in range(9999)))
-        peers = [self.peer({step: says}, "PIPELINING") for step in steps for says in (HANG_UP, SILENCE, *rubbish)]
-        results = side_by_side(*[(job(peer, TO, timeout=0.7),) for peer in peers])
-        for peer, ([replies], seconds) in zip(peers, results):
-            [(step, says)] = peer.says.items()
-            with self.subTest(step=step, says=says[:20]):
-                self.assertLess(seconds, 2.5)
-                self.assertEqual({(item.code, item.command) for item in replies}, {("421", steps[step])})
-                self.assertEqual(replies[0].unsure, step == ".")
-                if step == ".":
-                    self.assertIn("may have arrived", replies[0].message[0])
-                    self.assertEqual(len(peer.mails), 1)
-
-    def test_nothing_is_waited_for_after_a_421(self) -> None:
-        for offers in ((), ("PIPELINING",)):
-            peer = self.peer({"RCPT": [b"421 4.3.2 closing, and does not\r\n", SILENCE]}, *offers)
-            [([replies], seconds)] = side_by_side((job(peer, TO, timeout=4),))
-            self.assertEqual(self.told(replies), [("421", "4.3.2", "RCPT")] * 3)
-            self.assertLess(seconds, 3)
-
-    def test_octet_by_octet_is_no_way_around_a_deadline(self) -> None:
-        def dribble(talk, line):
-            with contextlib.suppress(OSError):
-                for octet in b"250-" + b"x" * 100:
-                    talk.sock.sendall(bytes([octet]))
-                    time.sleep(0.05)
-            return HANG_UP
-
-        peers = [self.peer({step: dribble}) for step in ("CONN", "EHLO", "MAIL", ".")]
-        for peer, ([[said]], seconds) in zip(peers, side_by_side(*[(job(peer, timeout=0.5),) for peer in peers])):
-            with self.subTest(says=peer.says):
-                self.assertEqual(said.code, "421")
-                self.assertLess(seconds, 2.5)
-
-    def test_lost_before_the_end_of_the_text_is_certain(self) -> None:
-        text = b"Subject: large\r\n\r\n" + (b"y" * 998 + b"\r\n") * 30000
-        released = threading.Event()
-        ends = (
-            lambda talk, line: HANG_UP,
-            lambda talk, line: released.wait(8) and HANG_UP,  # reads nothing more
-            lambda talk, line: talk.sock.sendall(b"452 4.3.1 disk full\r\n") or HANG_UP,
-        )
-        peers = [self.peer({"TEXT": end}) for end in ends]
-        results = side_by_side(*[(job(peer, text=text, timeout=1),) for peer in peers])
-        released.set()
-        for i, ([[said]], _) in enumerate(results):
-            with self.subTest(i):
-                self.assertFalse(said.unsure, said)
-                self.assertEqual((said.code[0], said.command), ("4", "DATA"))
-
-    # -- TLS
-
-    def test_starttls_is_done_and_verified_or_nothing_is_sent(self) -> None:
-        here, elsewhere = certificate("here"), certificate("elsewhere")
-        done, refused = FINE, ("421", "4.7.5", "STARTTLS")
-        cases = (
-            # what it is, certificate, more of the peer, more of the route, what is told
-            ("verified", here, {}, {"ca_file": here}, done),
-            ("nobody knows who made it", here, {}, {}, refused),
-            ("another's name", elsewhere, {}, {"ca_file": elsewhere}, refused),
-            ("another's name, not checked", elsewhere, {}, {"tls_verify": False}, done),
-            ("not offered", here, {"offers": ()}, {"ca_file": here}, ("454", "4.7.4", "STARTTLS")),
-            ("refused", here, {"says": {"STARTTLS": "454 4.7.0 later"}}, {}, ("454", "4.7.0", "STARTTLS")),
-            ("hangs up", here, {"says": {"STARTTLS": HANG_UP}}, {}, ("421", "4.4.2", "STARTTLS")),
-            ("says nothing", here, {"says": {"STARTTLS": SILENCE}}, {}, ("421", "4.4.2", "STARTTLS")),
-            ("no handshake", here, {"says": {"TLS": SILENCE}}, {}, ("421", "4.4.2", "STARTTLS")),
-            (
-                "words in clear behind the reply",
-                here,
-                {"says": {"STARTTLS": b"220 go\r\n250-peer\r\n250 AUTH PLAIN\r\n"}},
-                {"ca_file": here},
-                ("421", "4.5.0", "STARTTLS"),
-            ),
-            ("refused under TLS", here, {"says": {"EHLO": [None, "550 5.7.1 no"], "HELO": "550 5.7.1 no"}},
-             {"ca_file": here}, ("550", "5.7.1", "EHLO")),
-        )  # fmt: skip
-        peers = [self.peer(**{"offers": ("STARTTLS", "SIZE"), "tls": pem, **more}) for _, pem, more, *_ in cases]
-        jobs = [(job(peer, starttls=True, timeout=0.7, **case[3]),) for peer, case in zip(peers, cases)]
-        for (name, *_, wanted), peer, ([[said]], _) in zip(cases, peers, side_by_side(*jobs)):
-            with self.subTest(name):
-                self.assertEqual((said.code, said.dsn, said.command), wanted)
-                self.assertEqual(any(line.startswith("MAIL") for line in peer.lines), wanted == done)
-                if wanted == done:
-                    self.assertTrue(peer.talks[0].secure)
-                    self.assertEqual([line[:8] for line in peer.lines[:3]], ["ehlo rel", "STARTTLS", "ehlo rel"])
-
-    def test_what_was_offered_in_clear_does_not_count_under_tls(self) -> None:
-        pem = certificate()
-        peer = self.peer({"EHLO": ["250-peer\n250-STARTTLS\n250 DSN", "250 peer"]}, tls=pem)
-        carried(job(peer, starttls=True, ca_file=pem))
-        self.assertEqual(peer.mails[0][0], "MAIL FROM:<kijitora@example.org>")
-
-    def test_no_starttls_where_nobody_asked(self) -> None:
-        peer = self.peer({}, "STARTTLS", tls=certificate())
-        self.assertEqual(self.told(carried(job(peer))[0]), [FINE])
-        self.assertNotIn("STARTTLS", peer.lines)
-
-    def test_port_465_is_tls_from_the_first_octet(self) -> None:
-        pem, place = certificate(), "127.0.0.46"
-        try:
-            peer = self.peer({}, "SIZE", tls=pem, smtps=True, host=place, port=haineko.SMTPS)
-        except OSError as fault:
-            self.skipTest(f"port 465 of {place}: {fault}")
-        self.assertEqual(self.told(carried(job(peer, ca_file=pem))[0]), [FINE])
-        self.assertEqual(self.told(carried(job(peer))[0]), [("421", "4.4.1", "CONN")])
-        peer.says["TLS"] = SILENCE
-        self.assertEqual(self.told(carried(job(peer, ca_file=pem, timeout=0.3))[0]), [("421", "4.4.1", "CONN")])
-        self.assertEqual(len(peer.mails), 1)
-
-    # -- AUTH
-
-    def test_the_strongest_mechanism_that_is_offered_logs_in(self) -> None:
-        wrong, none = ("535", "5.7.8", "AUTH"), ("454", "4.7.0", "AUTH")
-        cases = (
-            ("AUTH PLAIN LOGIN CRAM-MD5", "nyaa", {}, "AUTH CRAM-MD5", FINE),
-            ("AUTH LOGIN PLAIN", "nyaa", {}, "AUTH PLAIN", FINE),
-            ("AUTH=LOGIN", "nyaa", {}, "AUTH LOGIN", FINE),
-            ("AUTH LOGIN", "nyaa", {}, "AUTH LOGIN", FINE),
-            ("AUTH CRAM-MD5", "wrong", {}, "AUTH CRAM-MD5", wrong),
-            ("AUTH PLAIN", "wrong", {}, "AUTH PLAIN", wrong),
-            ("AUTH LOGIN", "wrong", {}, "AUTH LOGIN", wrong),
-            ("AUTH PLAIN", "nyaa", {"AUTH": "454 4.7.0 no answer"}, "AUTH PLAIN", none),
-            ("AUTH PLAIN", "nyaa", {"AUTH": HANG_UP}, "AUTH PLAIN", ("421", "4.4.2", "AUTH")),
-            ("AUTH PLAIN", "nyaa", {"AUTH": SILENCE}, "AUTH PLAIN", ("421", "4.4.2", "AUTH")),
-            ("AUTH PLAIN", "nyaa", {"AUTH": b"welcome!\r\n"}, "AUTH PLAIN", ("421", "4.5.0", "AUTH")),
-            ("AUTH CRAM-MD5", "nyaa", {"AUTH": b"334 a\r\n"}, "AUTH CRAM-MD5", ("421", "4.5.0", "AUTH")),
-            ("AUTH LOGIN", "nyaa", {"AUTH": b"334 \r\n" * 50}, "AUTH LOGIN", None),
-            ("AUTH GSSAPI NTLM", "nyaa", {}, None, none),
-            ("SIZE", "nyaa", {}, None, none),
-        )
-        peers = [self.peer(says, offer, logins={"kijitora": "nyaa"}) for offer, _, says, *_ in cases]
-        words = [word for _, word, *_ in cases]
-        jobs = [(job(peer, auth="x", login=("kijitora", word), timeout=0.7),) for peer, word in zip(peers, words)]
-        for (offer, _, says, first, wanted), peer, ([[said]], _) in zip(cases, peers, side_by_side(*jobs)):
-            with self.subTest(offer, says=says):
-                told = (said.code, said.dsn, said.command)
-                self.assertEqual(told, wanted or told)
-                self.assertEqual(told == FINE, wanted == FINE)
-                auth = [line for line in peer.lines if line.startswith("AUTH")]
-                self.assertEqual(" ".join(auth[0].split()[:2]) if auth else None, first)
-                self.assertEqual(len(peer.mails), wanted == FINE)
-                self.assertNotIn("nyaa", str(said))
-        self.assertEqual([line for line in self.logged() if "Traceback" in line], [])
-
-    def test_credentials_do_not_cross_a_network_in_clear(self) -> None:
-        with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
-            try:
-                sock.connect(("192.0.2.1", 9))  # sends nothing
-                place = sock.getsockname()[0]
-                peer = self.peer({}, "STARTTLS", "AUTH PLAIN", host=place, logins={"a": "b"}, tls=certificate())
-            except OSError:
-                place = "127.0.0.1"
-        if place.startswith("127."):
-            self.skipTest("this machine has no address but loopback")
-        login = {"auth": "x", "login": ("a", "b")}
-        self.assertEqual(self.told(carried(job(peer, **login))[0]), [("454", "4.7.11", "AUTH")])
-        self.assertEqual([line[:4] for line in peer.lines], ["ehlo", "QUIT"])
-        self.assertEqual(self.told(carried(job(peer, **login, starttls=True, tls_verify=False))[0]), [FINE])
-
-    def test_the_log_of_a_dialogue_shows_no_secret(self) -> None:
-        haineko.log.devel = True
-        self.addCleanup(setattr, haineko.log, "devel", False)
-        for offer in ("AUTH CRAM-MD5", "AUTH PLAIN", "AUTH LOGIN"):
-            carried(job(self.peer({}, offer, logins={"kijitora": "n-y-a-a"}), auth="x", login=("kijitora", "n-y-a-a")))
-        lines = self.logged()
-        self.assertIn("127.0.0.1 > MAIL FROM:<kijitora@example.org>", lines)
-        self.assertIn("127.0.0.1 < 250 2.0.0 taken", lines)
-        self.assertIn("127.0.0.1 > ********", lines)
-        secrets = {"n-y-a-a", *[base64.b64encode(x).decode() for x in (b"n-y-a-a", b"\0kijitora\0n-y-a-a")]}
-        for line in lines:
-            self.assertFalse([secret for secret in secrets if secret in line], line)
-
-    # -- sessions kept
-
-    def test_a_session_is_kept_and_used_again_until_quit(self) -> None:
-        for offers in ((), ("PIPELINING",)):
-            peer = self.peer({}, *offers)
-            replies = carried(*[job(peer)] * 3)
-            self.assertEqual([said.code for [said] in replies], ["250"] * 3)
-            self.assertEqual((len(peer.talks), len(peer.mails)), (1, 3))
-            self.assertEqual(peer.lines[-1], "QUIT")
-            self.assertNotIn("RSET", peer.lines)
-
-    def test_after_a_refusal_the_session_is_cleared_first(self) -> None:
-        peer = self.peer({"RCPT": ["550 5.1.1 no", "250 2.1.5 yes"]})
-        replies = carried(job(peer), job(peer))
-        self.assertEqual([said.code for [said] in replies], ["550", "250"])
-        verbs = " ".join(line[:4] for line in peer.lines[1:])
-        self.assertEqual(verbs, "MAIL RCPT RSET MAIL RCPT DATA QUIT")
-
-    def test_a_kept_session_that_died_is_replaced_once_and_never_after_the_text(self) -> None:
-        well, goodbye = None, "421 4.4.2 idle for too long"
-        twice = [well, HANG_UP, HANG_UP, well]
-        cases = (
-            # what it says, what the second of two mails is told, connections, mails that came
-            ({"MAIL": [well, HANG_UP, well]}, FINE, 2, 2),
-            ({"MAIL": [well, goodbye, well]}, FINE, 2, 2),
-            ({"RCPT": [well, goodbye, well]}, FINE, 2, 2),
-            ({"DATA": [well, goodbye, well]}, FINE, 2, 2),
-            ({"DATA": [well, b"rubbish\r\n", well]}, FINE, 2, 2),
-            ({"DATA": [well, SILENCE, well]}, FINE, 2, 2),
-            ({"MAIL": twice}, ("421", "4.4.2", "MAIL"), 2, 1),
-            ({"MAIL": [well, HANG_UP], "CONN": [well, "554 5.3.2 no"]}, ("554", "5.3.2", "CONN"), 2, 1),
-            ({".": [well, goodbye, well]}, ("421", "4.4.2", "DATA"), 1, 2),
-            ({".": [well, HANG_UP, well]}, ("421", "4.4.2", "DATA"), 1, 2),
-            ({".": [well, SILENCE, well]}, ("421", "4.4.2", "DATA"), 1, 2),
-        )
-        table = [(offers, *case) for offers in ((), ("PIPELINING",)) for case in cases]
-        peers = []
-        for offers, says, *_ in table:
-            whole = {verb: [item or WELL[verb] for item in said] for verb, said in says.items()}
-            peers.append(self.peer(whole, *offers))
-        results = side_by_side(*[(job(peer, timeout=0.7), job(peer, timeout=0.7)) for peer in peers])
-        for (offers, says, wanted, connections, mails), peer, ([[first], [second]], _) in zip(table, peers, results):
-            with self.subTest(says=says, offers=offers):
-                self.assertEqual(first.code, "250")
-                self.assertEqual((second.code, second.dsn, second.command), wanted)
-                self.assertEqual((len(peer.talks), len(peer.mails)), (connections, mails))
-
-    def test_a_new_session_that_dies_is_not_replaced(self) -> None:
-        peer = self.peer({"MAIL": [HANG_UP, WELL["MAIL"]]})
-        self.assertEqual(self.told(carried(job(peer))[0]), [("421", "4.4.2", "MAIL")])
-        self.assertEqual(len(peer.talks), 1)
-
-    def test_sessions_of_other_credentials_are_others(self) -> None:
-        peer = self.peer({}, "AUTH PLAIN", logins={"a": "1", "b": "2"})
-        carried(job(peer, auth="x", login=("a", "1")), job(peer, auth="x", login=("b", "2")))
-        self.assertEqual([talk.user for talk in peer.talks], ["a", "b"])
-
-    def test_sessions_that_nobody_uses_are_left(self) -> None:
-        class Short(haineko.Sessions):
-            IDLE = 0.05
-
-        async def idle_for_a_while() -> None:
-            sessions = Short()
-            await haineko.attempt(job(peer), sessions)
-            await sessions.sweep()
-            self.assertEqual(len(peer.talks[0].lines), 4)
-            await haineko.sleep(0.1)
-            await sessions.sweep()
-            self.assertEqual(sessions.idle, {})
-
-        peer = self.peer()
-        haineko.run(idle_for_a_while())
-        self.assertEqual(peer.lines[-1], "QUIT")
-
-
-# ======================================================================================================================
-# 12. Relays
-# ======================================================================================================================
-
-
-SITUATIONS = [{}] + [
-    {verb: says}
-    for verb in ("CONN", "EHLO", "MAIL", "RCPT", "DATA", ".", "QUIT")
-    for says in ("550 5.0.0 no", "421 4.3.2 closing", HANG_UP, SILENCE, b"\0rubbish\xff\r\n", b"x" * 5000)
-]
-
-
-class Relays(Folder, Peers):
-    def setUp(self) -> None:
-        Folder.setUp(self)
-        Peers.setUp(self)
-
-    def test_every_relay_has_a_reply_for_every_recipient_whatever_the_peer_does(self) -> None:
-        self.addCleanup(setattr, haineko.Threads, "SPARE", haineko.Threads.SPARE)
-        haineko.Threads.SPARE = 0.1
-        sockets, threads = sockets_open(), threading.active_count()
-        peers = [SmtpPeer(says, offers) for offers in ((), ("PIPELINING",)) for says in SITUATIONS]
-        count = {"ESMTP": 2 * len(SITUATIONS), "File": 1, "Screen": 1, "Discard": 1}
-        cases = [(name, peer) for name in haineko.RELAYS for peer in peers[: count.get(name, len(SITUATIONS))]]
-        groups = [(self.to_relay(name, peer, timeout=0.8),) for name, peer in cases]
-        results: list = []
-        while len(results) < len(groups):
-            results += side_by_side(*groups[len(results) : len(results) + 110])
-        for peer in peers:
-            peer.close()
-        for (name, peer), ([replies], seconds) in zip(cases, results):
-            with self.subTest(name, says=peer.says, offers=peer.offers):
-                self.assertEqual(len(replies), len(TO))
-                for said in replies:
-                    self.assertRegex(said.code, r"\A[245]\d\d\Z")
-                    self.assertIn(said.command, ("CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA"))
-                    self.assertTrue(all(type(line) is str and line.isprintable() for line in said.message))
-                    self.assertEqual(said.mailer, name)
-                self.assertLess(seconds, 5)
-        self.assertEqual([line for line in self.logged() if "Traceback" in line], [])
-        self.assertEqual(sockets_open(), sockets)
-        eventually(lambda: threading.active_count() <= threads, "an end of all threads")
-
-    def to_relay(self, name: str, peer: SmtpPeer, **more) -> haineko.Job:
-        """Mail by that relay to the peer."""
-        web = {"base_url": f"http://127.0.0.1:{peer.port}", "auth": "x", "login": ("a", "b"), "region": "eu-west-1"}
-        places = {"File": {"host": self.folder}, "MX": {"private": True}, "SendGrid": web, "Mandrill": web}
-        to = [item.replace("example.jp", "[127.0.0.1]") for item in TO] if name == "MX" else TO
-        return job(peer, to, mailer=name, **{"AmazonSES": web, **places}.get(name, {}), **more)
-
-    def test_the_well_meaning_peer_is_believed(self) -> None:
-        for name, code in (("ESMTP", "250"), ("MX", "250"), ("File", "200"), ("Screen", "200"), ("Discard", "200")):
-            with self.subTest(name), SmtpPeer() as peer:
-                [replies] = carried(self.to_relay(name, peer))
-                self.assertEqual({(said.code, said.dsn, said.command) for said in replies}, {(code, "2.0.0", "DATA")})
-                self.assertEqual(len(peer.mails), code == "250")
-
-    def test_a_fault_of_our_own_is_a_reply_too(self) -> None:
-        peer = self.peer()
-        [[said]] = carried(job(peer)._replace(message=None))
-        self.assertEqual((said.code, said.dsn, said.command), ("451", "4.3.0", "DATA"))
-        self.assertIn("Traceback", "\n".join(self.logged()))
-
-    # -- File
-
-    def saved(self, to: tuple = TO[:1], **more) -> list:
-        route = haineko.Route(**{"mailer": self.folder, **more})
-        return carried(haineko.Job(route, NAME, "Q" * 16, "a@example.org", to, haineko.Message((TEXT,)), 7))[0]
-
-    def test_a_file_is_complete_and_its_owners_alone(self) -> None:
-        for more in ({}, {"mailer": "File", "host": self.folder}):
-            with self.subTest(more=more):
-                [said] = self.saved(**more)
-                self.assertEqual((said.code, said.dsn, said.command, said.mailer), ("200", "2.0.0", "DATA", "File"))
-                [path] = said.message
-                self.assertEqual([os.path.basename(path)], os.listdir(self.folder))
-                self.assertRegex(os.path.basename(path), r"\Ahaineko\.\d{4}-\d\d-\d\d-\d{6}\.Q{16}\.7\.eml\Z")
-                self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
-                with open(path, "rb") as stream:
-                    self.assertEqual(stream.read(), TEXT)
-                os.unlink(path)
-
-    def test_a_folder_that_is_gone_is_a_reply(self) -> None:
-        gone = os.path.join(self.folder, "gone")
-        with open(os.path.join(self.folder, "file"), "w"):
-            pass
-        for folder, reason in ((gone, "No such file or directory"), (self.folder + "/file", "Not a directory")):
-            replies = self.saved(TO, mailer=folder)
-            self.assertEqual([(r.code, r.dsn, r.command) for r in replies], [("451", "4.3.0", "DATA")] * 3)
-            self.assertEqual(replies[0].message, ("Cannot save the message", f"{folder}: {reason}"))
-
-    def test_no_room_for_the_whole_leaves_nothing(self) -> None:
-        force = self.write("haineko.json", {"recipients": {"open-relay": 1}, "mailertable": {"default": {
-            "mailer": os.path.join(self.folder, "out")}}})  # fmt: skip
-        os.mkdir(os.path.join(self.folder, "out"))
-        program = (
-            "import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (999, 999)); "
-            f"sys.argv = ['haineko.py', 'sendmail', '-C', {force!r}, 'a@example.jp']; "
-            f"runpy.run_path({PROGRAM!r}, run_name='__main__')"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", program], input=b"Subject: x\n\n" + b"much\n" * 999, capture_output=True, check=False
-        )
-        self.assertEqual((done.returncode, os.listdir(os.path.join(self.folder, "out"))), (75, []))
-        self.assertIn(b"Cannot save the message", done.stderr)
-
-    def test_copies_do_not_overwrite_each_other(self) -> None:
-        force = settings(mailertable={"default": {"mailer": self.folder}})
-        request = haineko.Request("POST", "/submit", {}, as_body(document(rcpt=list(TO))), *[None] * 3, 1e9)
-        address = haineko.plain_address("127.0.0.1")
-        request = request._replace(client=address, peer=address)
-        answer = haineko.run(haineko.submit(request, haineko.Service(force)))
-        paths = [item["message"][0] for item in json.loads(answer.body)["response"]]
-        self.assertEqual(sorted(map(os.path.basename, paths)), sorted(os.listdir(self.folder)))
-        found = []
-        for path in paths:
-            with open(path, "rb") as stream:
-                found.append(email.message_from_bytes(stream.read())["To"])
-        self.assertEqual(found, list(TO))
-
-    # -- Screen, Discard
-
-    def test_a_message_is_shown_and_nothing_is_not(self) -> None:
-        for name, word in (("Screen", "Printed"), ("Discard", "Discarded")):
-            route = haineko.Route(mailer=name)
-            carried_job = haineko.Job(route, NAME, "Q" * 16, "a@example.org", TO, haineko.Message((TEXT,)))
-            [replies] = carried(carried_job)
-            self.assertEqual(replies, [haineko.Reply("200", "2.0.0", "DATA", (word,), name)] * 3)
-            shown = "\n".join(self.logged())
-            self.assertEqual("Meow." in shown, name == "Screen")
-
-
-# ======================================================================================================================
-# 14. The way of a mail
-# ======================================================================================================================
-
 
 def esmtp(peer: SmtpPeer, **more) -> dict:
     """A route to that peer, as settings have it."""
@@ -7914,8 +8012,57 @@ class WayOfAMail(Peers):
 # 15. HTTP
 # ======================================================================================================================
 
+
+class Shared(Peers):
+    """Recipients in the header, end to end."""
+
+    def route(self, peer: SmtpPeer, **more) -> dict:
+        return {"host": peer.host, "port": peer.port, "timeout": 2, **more}
+
+    def test_recipients_of_one_route_share_a_transaction(self):
+        one, two = (
+            self.peer(None, "PIPELINING"),
+            self.peer({"RCPT": lambda talk, line: "550 5.1.1 who?" if "b@" in line else None}),
+        )
+        one.says, two.says = {"RCPT": "250 2.1.5 fine"}, {"RCPT": ["250 2.1.5 fine", "550 5.1.1 who?"]}
+        force = settings(mailertable={"one.example": self.route(one), "default": self.route(two)})
+        header = {"to": "A <a@one.example>, a@two.example", "cc": "b@two.example", "bcc": "猫 <c@one.example>"}
+        status, answer = posted(document(rcpt=None, header=header, html="<p>x</p>"), force)
+        self.assertEqual(
+            (status, answer["recipient"]), (207, ["a@one.example", "a@two.example", "b@two.example", "c@one.example"])
+        )
+        self.assertEqual([item["rcpt"] for item in answer["response"]], answer["recipient"])
+        self.assertEqual([item["code"] for item in answer["response"]], ["250", "250", "550", "250"])
+        self.assertEqual([len(peer.mails) for peer in (one, two)], [1, 1])
+        self.assertEqual(one.mails[0][1], ["RCPT TO:<a@one.example>", "RCPT TO:<c@one.example>"])
+        self.assertEqual(one.mails[0][2], two.mails[0][2])
+        message = parsed(one.mails[0][2])
+        self.assertEqual(
+            (message["to"], message["cc"], message["bcc"]), ("A <a@one.example>, a@two.example", "b@two.example", None)
+        )
+        self.assertNotIn(b"c@one.example", one.mails[0][2])
+
+    def test_who_gets_it(self):
+        for rcpt, header, wanted in [
+            (["a@x.jp"], {"to": "b@x.jp"}, "a"), (["a@x.jp"], {"bcc": "b@x.jp"}, "ab"), (None, {"cc": "c@x.jp"}, "c"),
+            (None, {"to": "a@x.jp", "cc": "A@x.jp, a@X.JP", "bcc": ["b@x.jp", "a@x.jp"]}, "aAb"), (None,
+             {"bcc": "b@x.jp"}, "b"),
+        ]:  # fmt: skip
+            with self.subTest(header):
+                _, answer = posted(document(rcpt=rcpt, header=header))
+                self.assertEqual("".join(to[0] for to in answer["recipient"]), wanted)
+
+    def test_separate_copies_without_to(self):
+        peer = self.peer()
+        posted(
+            document(rcpt=["a@x.jp", "b@x.jp"], header={"bcc": "c@x.jp"}),
+            settings(mailertable={"default": self.route(peer)}),
+        )
+        found = sorted((rcpt, parsed(text)["to"]) for _, (rcpt,), text in peer.mails)
+        self.assertEqual(found, [(f"RCPT TO:<{name}@x.jp>", f"{name}@x.jp") for name in "abc"])
+
+
 TOP = {"queueid", "addresser", "recipient", "response", "remoteaddr", "remoteport", "useragent", "referer", "timestamp"}
-ITEM = {"rcpt", "error", "code", "dsn", "command", "message", "mailer", "host", "port"}
 CHUNKS = "POST /submit HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -8879,711 +9026,280 @@ class Commands(Folder, Peers):
 # Parts: mail of several parts, further fields, finished messages (sections 5 and 7)
 # ======================================================================================================================
 
-PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII=")
-ALL_OCTETS = bytes(range(256)) * 5
-PDF, OCTETS = "application/pdf", "application/octet-stream"
-HTML = '<p>Gr&uuml;&szlig;e <b>猫</b></p><img src="cid:logo">'
-OF_HTML = "Grüße 猫\n"
-CATS = "猫" * 90 + ".pdf"
 
+class CheckConnect(WithFiles):
+    def check(self, mailertable: dict, *flags: str, resolver: str = "127.0.0.1:1", **sections) -> tuple:
+        """(exit code, lines) of `check` with these routes."""
+        path = os.path.join(self.folder, "haineko.json")
+        smtpd = {"hostname": "relay.example.org", "resolver": resolver}
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
+            json.dump({"smtpd": smtpd, "mailertable": mailertable, **sections}, stream)
+        line = [sys.executable, SOURCE, "check", "-c", path, *flags]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=30, check=False)
+        self.assertEqual(done.stderr, "")
+        return done.returncode, done.stdout.splitlines()[1:]
 
-def file(filename: str | None = None, octets: bytes = b"%PDF-1.4 \0\r\n", **more) -> dict:
-    """An attachment as JSON."""
-    named = {} if filename is None else {"filename": filename}
-    return {**named, "content": base64.b64encode(octets).decode(), **more}
+    def assert_lines(self, lines: list, *wanted: str) -> None:
+        """Each line begins as wanted, or has that after the step."""
+        self.assertEqual(len(lines), len(wanted), lines)
+        for line, words in zip(lines, wanted):
+            self.assertRegex(line, words)
 
-
-def understood(submission) -> haineko.Submission:
-    found, faults = haineko.understand(as_body(submission))
-    if faults:
-        raise ValueError(faults)
-    return found
-
-
-def parsed(octets: bytes) -> email.message.EmailMessage:
-    return email.message_from_bytes(octets, policy=email.policy.default)
-
-
-def shape(part) -> str:
-    """A message's structure in a line: alternative(plain, related(html, png))."""
-    inner = ", ".join(shape(item) for item in part.iter_parts()) if part.is_multipart() else ""
-    return part.get_content_subtype() + (f"({inner})" if inner else "")
-
-
-def text_in(part) -> str:
-    """What a part of text says, with LF."""
-    octets, charset = part.get_payload(decode=True), part.get_content_charset()
-    text = as_in_jis(octets) if charset == "iso-2022-jp" else octets.decode(charset)
-    return text.replace("\r\n", "\n")
-
-
-def files_in(message) -> list:
-    """[(name, type, octets, disposition, content id)] of the parts that are files."""
-    return [
-        (part.get_filename(), part.get_content_type(), part.get_payload(decode=True) if not part.is_multipart() else
-         part.get_payload(0).as_bytes(), part.get_content_disposition(), part.get("content-id"))
-        for part in message.walk()
-        if part.get_content_disposition()
-    ]  # fmt: skip
-
-
-def ends(text: str) -> str:
-    """Text as it comes out: LF, one behind the last line."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return text if text.endswith("\n") else text + "\n"
-
-
-class Mail:
-    """A row of the corpus: what it is, changes to a submission, and what a reader finds beyond them."""
-
-    def __init__(
-        self, what: str, shape_: str = "plain", plain: str | None = None, files: tuple = (), **changes
-    ) -> None:
-        self.what, self.shape, self.changes = what, shape_, changes
-        self.submission = document(**changes)
-        self.plain = ends(self.submission.get("body", "")) if plain is None else plain
-        self.files = files  # of (type, disposition) for each file
-
-
-NAMED = {"a b.pdf": PDF, 'say "x".pdf': PDF, "a;b=c.pdf": PDF, "100%.pdf": PDF, "it's.pdf": PDF,
-    "=?UTF-8?B?44Kt?=.pdf": PDF,
-         "請求書.pdf": PDF, "請求書　2024年.pdf": PDF, "Rechnung für Müller.pdf": PDF, "😺.png": "image/png", CATS: PDF,
-         "x" * 251 + ".pdf": PDF, "ｶﾞ①.pdf": PDF, "README": OCTETS, "a.unheard-of": OCTETS,
-         "a.tar.gz": "application/gzip",
-         "a.TXT": "text/plain", "b.csv": "text/csv", "a.docx": haineko.TYPES[".docx"], "mail.eml": OCTETS,
-         "data:text,x.png": "image/png", ".profile": OCTETS, "a.pdf ": PDF, "👨‍👩‍👧.jpg": "image/jpeg"}  # fmt: skip
-ATTACHED = [("attachment",)]
-CORPUS = [
-    Mail("text"),
-    Mail("text in Japanese", body="あとで\r\nお年玉\n"),
-    Mail("HTML beside text", "alternative(plain, html)", html="<p>x</p>", body="other words"),
-    Mail("HTML alone", "alternative(plain, html)", OF_HTML, html=HTML, body=None),
-    Mail("HTML alone, body empty", "alternative(plain, html)", OF_HTML, html=HTML, body=""),
-    Mail("HTML that says nothing", "alternative(plain, html)", "\n", html="<p></p>", body=None),
-    Mail("HTML with long lines", "alternative(plain, html)", html="<p>" + "x" * 5000 + "</p>"),
-    Mail("HTML in ISO-2022-JP", "alternative(plain, html)", html="<p>髙①ガ～</p>", header={"charset": "ISO-2022-JP"}),
-    Mail("HTML in ISO-8859-1", "alternative(plain, html)", html="<p>für</p>", header={"charset": "ISO-8859-1"}),
-    Mail("HTML that the charset can't hold", "alternative(plain, html)", html="猫", header={"charset": "ISO-8859-1"}),
-    Mail("lines with dots and From", "alternative(plain, html)", body=".\n..\nFrom me\n.", html=".\nFrom me\n.\n--x"),
-    Mail("HTML with every line end", "alternative(plain, html)", html="a\rb\nc\r\nd\n\n", body="a\rb\nc\r\nd\n\n"),
-    Mail("text and a file", "mixed(plain, pdf)", attachments=[file("a.pdf")], files=((PDF, "attachment"),)),
-    Mail("one attachment, not in a list", "mixed(plain, pdf)", attachments=file("a.pdf"), files=((PDF, "attachment"),)),
-    Mail("no attachments", attachments=[]),
-    Mail("null for attachments", attachments=None),
-    Mail("an empty file", "mixed(plain, pdf)", attachments=[file("a.pdf", b"")], files=((PDF, "attachment"),)),
-    Mail("all octets", "mixed(plain, octet-stream)", attachments=[file("a", ALL_OCTETS)], files=((OCTETS,
-    "attachment"),)),
-    Mail("a file of many lines", "mixed(plain, plain)", attachments=[file("a.txt", b"a\nb\r\nc\rd\0 \t\n.\n" * 9999)],
-         files=(("text/plain", "attachment"),)),
-    Mail("a file in Latin-1", "mixed(plain, csv)", attachments=[file("a.csv", "Grüße\n".encode("latin-1"))],
-         files=(("text/csv", "attachment"),)),
-    Mail("three files", "mixed(plain, pdf, pdf, png)", attachments=[file("a.pdf"), file("a.pdf"), file("b.png", PNG)],
-         files=((PDF, "attachment"), (PDF, "attachment"), ("image/png", "attachment"))),
-    Mail("a file without a name", "mixed(plain, octet-stream)", attachments=[file()], files=((OCTETS, "attachment"),)),
-    Mail("a file with a type", "mixed(plain, x-cat)", attachments=[file("a.pdf", type="Application/X-Cat")],
-         files=(("application/x-cat", "attachment"),)),
-    Mail("a type with parameters", "mixed(plain, calendar)", attachments=[
-        file("a.ics", type='text/calendar; charset=utf-8; method="REQUEST" ;name=x.ics')],
-        files=(("text/calendar", "attachment"),)),
-    Mail("a file shown in line", "mixed(plain, png)", attachments=[file("a.png", PNG, inline=True)],
-         files=(("image/png", "inline"),)),
-    Mail("inline as a number", "mixed(plain, png)", attachments=[file("a.png", PNG, inline=0)],
-         files=(("image/png", "attachment"),)),
-    Mail("base64 in lines", "mixed(plain, pdf)", attachments=[
-        {"filename": "a.pdf", "content": "JVBE\r\nRi0x\nLjQg AA0K"}], files=((PDF, "attachment"),)),
-    Mail("a picture in HTML", "alternative(plain, related(html, png))", html=HTML, attachments=[
-        file("l.png", PNG, cid="logo")], files=(("image/png", "inline"),)),
-    Mail("a cid in brackets", "alternative(plain, related(html, png))", html=HTML, attachments=[
-        file("l.png", PNG, cid="<logo@x>")], files=(("image/png", "inline"),)),
-    Mail("a cid without HTML", "mixed(plain, png)", attachments=[file("l.png", PNG, cid="logo")],
-         files=(("image/png", "inline"),)),
-    Mail("two pictures in HTML", "alternative(plain, related(html, png, png))", html=HTML, attachments=[
-        file("l.png", PNG, cid="logo"), file("m.png", PNG, cid="LOGO")],
-        files=(("image/png", "inline"), ("image/png", "inline"))),
-    Mail("a receipt", "mixed(alternative(plain, related(html, png)), pdf)", html=HTML, attachments=[
-        file("領収書.pdf"), file("logo.png", PNG, cid="logo")], files=(("image/png", "inline"), (PDF, "attachment"))),
-    Mail("a receipt, HTML alone", "mixed(alternative(plain, related(html, png)), pdf)", OF_HTML, body=None, html=HTML,
-         attachments=[file("logo.png", PNG, cid="logo"), file("a.pdf")], files=(("image/png", "inline"), (PDF,
-         "attachment"))),
-    Mail("HTML and a file", "mixed(alternative(plain, html), pdf)", html=HTML, attachments=[file("a.pdf")],
-         files=((PDF, "attachment"),)),
-    Mail("a receipt in ISO-2022-JP", "mixed(alternative(plain, related(html, png)), pdf)", html="<p>領収書</p>",
-    attachments=[
-        file("領収書.pdf"), file("logo.png", PNG, cid="logo")], header={"charset": "iso-2022-jp", "subject": "領収書"},
-        files=(("image/png", "inline"), (PDF, "attachment"))),
-    Mail("a forwarded message", "mixed(plain, rfc822(plain))", attachments=[
-        file("a.eml", b"From: a@b.example\nSubject: x\n\nMeow.\n", type="message/rfc822")],
-        files=(("message/rfc822", "attachment"),)),
-    *[Mail(f"a file called {name[:30]}", f"mixed(plain, {kind.partition('/')[2]})", attachments=[file(name)],
-           files=((kind, "attachment"),)) for name, kind in NAMED.items()],
-    Mail("shown recipients", header={"to": "A <a@example.jp>, b@example.jp", "cc": ["c@example.jp"]}),
-    Mail("shown recipients in Japanese", header={"to": ["猫 <a@example.jp>", '"B, C" <b@example.jp>'], "cc": None}),
-    Mail("further fields", header={
-        "Message-ID": "<1@example.org>", "in-reply-to": "<2@example.org>", "references": ["<2@x>", "<3@y>"],
-        "date": "Fri, 03 Jan 2014 18:35:58 +0900", "organization": "猫の会", "X-Campaign": "spring",
-        "x_long": "meow " * 99}),
-    Mail("a comment like an encoded word", header={"comments": "=?UTF-8?B?44Kt?=", "Keywords": "a, b"}),
-]  # fmt: skip
-
-
-class Parts(unittest.TestCase):
-    maxDiff = None
-
-    def check_form(self, octets: bytes) -> None:
-        """What holds for every message, whatever is in it."""
-        self.assertTrue(octets.endswith(b"\r\n"))
-        self.assertIsNone(re.search(rb"\r(?!\n)|(?<!\r)\n|\0", octets))
-        self.assertTrue(octets.isascii())
-        self.assertLessEqual(max(map(len, octets.split(b"\r\n"))), 998)
-
-    def test_the_corpus(self):
-        self.assertGreaterEqual(len(CORPUS), 60)
-        for mail in CORPUS:
-            with self.subTest(mail.what):
-                octets = composed(mail.submission)
-                self.check_form(octets)
-                found = parsed(octets)
-                self.assertEqual([part.defects for part in found.walk() if part.defects], [])
-                self.assertEqual(shape(found), mail.shape)
-                self.check_texts(mail, found)
-                self.check_files(mail, found)
-                self.check_fields(mail, found)
-
-    def check_texts(self, mail: Mail, found) -> None:
-        texts = [part for part in found.walk() if part.get_content_maintype() == "text"]
-        texts = [part for part in texts if not part.get_content_disposition()][: 2 if "html" in mail.shape else 1]
-        self.assertEqual(text_in(texts[0]), mail.plain)
-        if "html" in mail.shape:
-            self.assertEqual(text_in(texts[1]), ends(mail.submission["html"]))
-        asked = mail.submission["header"].get("charset", "UTF-8").lower()
-        held = "can't hold" not in mail.what
-        self.assertEqual({part.get_content_charset() for part in texts}, {asked if held else "utf-8"})
-
-    def check_files(self, mail: Mail, found) -> None:
-        given = mail.submission.get("attachments", [])
-        given = [given] if isinstance(given, dict) else given
-        given = sorted(given, key=lambda item: not ("html" in mail.shape and item.get("cid")))
-        wanted = []
-        for item, (kind, disposition) in zip(given, mail.files):
-            name = item.get("filename", "").strip().replace("ｶﾞ", "ガ" if "2022" in str(mail.submission) else "ｶﾞ")
-            cid = item.get("cid")
-            wanted.append(
-                (name or None, kind, base64.b64decode(item["content"]), disposition, cid and f"<{cid.strip('<>')}>")
-            )
-        self.assertEqual(len(given), len(mail.files))
-        self.assertEqual(files_in(found), wanted)
-
-    def check_fields(self, mail: Mail, found) -> None:
-        header = mail.submission["header"]
-        self.assertEqual(found["subject"], header["subject"])
-        self.assertEqual(found["mime-version"], "1.0")
-        for key, value in header.items():
-            if key not in ("from", "subject", "charset", "to", "cc"):
-                given = " ".join(value) if isinstance(value, list) else value
-                self.assertEqual(str(found[key.replace("_", "-")]), given)
-        for name in ("to", "cc") if "to" in header else ():
-            given = header.get(name)
-            texts = given if isinstance(given, list) else [given] if given else []
-            wanted = [pair for text in texts for pair in email.utils.getaddresses([text])]
-            shown = [(item.display_name, item.addr_spec) for item in (found[name].addresses if found[name] else ())]
-            self.assertEqual(shown, wanted)
-
-    def test_text_alone_is_no_affair_of_email(self):
-        code = "import sys, haineko; s, _ = haineko.understand(sys.stdin.buffer.read());"
-        code += " haineko.compose(s, 'Q' * 16, None, 'x', 0.0); print('email.policy' in sys.modules)"
-        for changes, wanted in (
-            ({}, b"False"),
-            ({"header": {"to": "a@example.jp", "x-a": "猫"}}, b"False"),
-            ({"html": "x"}, b"True"),
-        ):
-            found = subprocess.run([sys.executable, "-c", code], input=as_body(document(**changes)),
-                capture_output=True,
-                                   check=True, cwd=os.path.dirname(PROGRAM), env=environment())  # fmt: skip
-            self.assertEqual(found.stdout.strip(), wanted, found.stderr)
-
-    def test_order_of_the_header(self):
-        submission = document(
-            mail="other@example.org", html="x",
-            header={"X-b": ["1", "2"], "references": "<r@x>", "in_reply_to": "<i@x>", "ListId": "cats <l.example.org>",
-                    "ORGANIZATION": "Cats", "to": "a@example.jp", "cc": "b@example.jp", "reply-to": "c@example.jp"},
-        )  # fmt: skip
-        head = composed(submission).partition(b"\r\n\r\n")[0].decode()
-        names = [line.partition(":")[0] for line in re.split("\r\n(?![ \t])", head)]
-        self.assertEqual(names, [
-            "Received", "From", "Sender", "To", "Cc", "Reply-To", "Subject", "Date", "Message-Id", "X-B", "X-B",
-                "References",
-            "In-Reply-To", "List-Id", "Organization", "X-Haineko-Loop", "MIME-Version", "Content-Type"])  # fmt: skip
-
-    def test_keys_of_a_header_in_any_spelling(self):
-        for key in ("replyto", "reply-to", "Reply_To", "REPLY-TO", "replyTo", "Reply-to"):
-            with self.subTest(key):
-                found = understood(document(header={key: "a@example.jp"}))
-                self.assertEqual(found.header.replyto[0][1].wire, "a@example.jp")
-        for key, name in (("X_Mailer", "X-Mailer"), ("x-ses-configuration-set", "X-Ses-Configuration-Set"),
-                          ("X-SMTPAPI", "X-SMTPAPI"), ("list_unsubscribe_post", "List-Unsubscribe-Post"),
-                          ("inReplyTo", "In-Reply-To"), ("FEEDBACK-ID", "Feedback-Id")):  # fmt: skip
-            with self.subTest(key):
-                value = "<a@b>" if key == "inReplyTo" else "a"
-                self.assertIn(f"\r\n{name}: {value}\r\n".encode(), composed(document(header={key: value})))
-        found = understood(document(header={"Charset": "iso-2022-jp", "SUBJECT": "\x1b$BG-\x1b(B", "subject": None}))
-        self.assertEqual((found.header.charset, found.header.subject), ("ISO-2022-JP", "猫"))
-
-    def test_a_message_id_of_the_client_is_that_of_every_copy(self):
-        found = understood(document(header={"message-id": "<a@b>"}))
-        message = haineko.compose(found, "Q" * 16, None, NAME, NOW)
-        for number, to in enumerate(("x@example.jp", "猫@example.jp"), 1):
-            head = parsed(message.copy(to, number))
-            self.assertEqual((head["message-id"], head.get_all("to")), ("<a@b>", [to]))
-
-    def test_nothing_null_or_empty_makes_a_field(self):
-        header = {
-            "to": "",
-            "cc": [],
-            "bcc": None,
-            "x-a": "",
-            "x-b": None,
-            "date": "",
-            "organization": None,
-            "references": [],
-        }
-        octets = composed(document(header=header))
-        self.assertEqual(octets, composed(document()))
-
-
-FAULTS = [
-    ({"html": 1}, "html: a string is wanted, not a number"),
-    ({"attachments": "x"}, "attachments: an object is wanted, not a string"),
-    ({"attachments": [file(), "x"]}, "attachments[1]: an object is wanted, not a string"),
-    ({"attachments": [{"filename": "a"}]}, "attachments[0].content: is missing"),
-    ({"attachments": [{"content": None}]}, "attachments[0].content: is missing"),
-    ({"attachments": [file(), file(), {"content": "a*b="}]}, "attachments[2].content: is not base64"),
-    ({"attachments": [{"content": 1}]}, "attachments[0].content: a string is wanted, not a number"),
-    *[({"attachments": [{"content": text}]}, "attachments[0].content: is not base64") for text in
-      ("a", "ab", "abc", "ab=c", "a===", "====", "abcd=", "ab==cdef", "YWJj-_==", "猫猫猫猫", "abcd!!!!", "=abc",
-       "ab\0c")],
-    ({"attachments": [file(name="a.pdf")]}, 'attachments[0].name: unknown key; did you mean "filename"?'),
-    *[({"attachments": [file(name)]}, f'attachments[0].filename: a name without a path is wanted, not "{name}"')
-      for name in ("a/b", "../x", "C:\\x", "..", ".", "/")],
-    *[({"attachments": [file(f"a{odd}b")]}, "attachments[0].filename: has a control character")
-      for odd in "\0\r\n\t\x1b\x7f\x85\u2028\u202e\u2066"],
-    ({"attachments": [file("a\r\nBcc: x@example.jp")]}, "attachments[0].filename: has a control character"),
-    ({"attachments": [file("x" * 256)]}, "attachments[0].filename: is longer than 255 characters"),
-    *[({"attachments": [file(type=kind)]}, "attachments[0].type: a media type like")
-      for kind in ("pdf", "a/b/c", "a/b; c", "a/b; c=é", "text/plain; a=\"", "a /b", "a/", "/b", "猫/b", "a/b;c=d e",
-          "a/b" * 99)],
-    ({"attachments": [file(type="a/b\r\nBcc: x@example.jp")]}, "attachments[0].type: has a CR, LF or NUL"),
-    ({"attachments": [file(type="multipart/mixed; boundary=x")]},
-     "attachments[0].type: multipart/mixed can't be attached"),
-    ({"attachments": [file(type="message/partial")]}, "attachments[0].type: message/partial can't be attached"),
-    ({"attachments": [file(octets="猫".encode(), type="message/rfc822")]},
-     "attachments[0].type: a message/rfc822 is 7bit"),
-    ({"attachments": [file(octets=b"x" * 999, type="message/rfc822")]},
-     "attachments[0].type: a message/rfc822 is 7bit"),
-    ({"attachments": [file(octets=b"x\ry", type="message/rfc822")]}, "attachments[0].type: a message/rfc822 is 7bit"),
-    *[({"attachments": [file(cid=cid)]}, "attachments[0].cid: ") for cid in ("a b", "a>b", "猫", "<a", "a\r\nBcc: x",
-      "x" * 201, 1)],
-    ({"attachments": [file(cid="a"), file(cid="<a>")]}, "attachments[1].cid: another attachment has it already"),
-    ({"attachments": [file(inline="yes")]}, "attachments[0].inline: true or false is wanted, not a string"),
-    ({"attachments": [file()] * 1001}, "attachments: are more than 1000"),
-    *[({"header": {key.partition("[")[0]: value}}, f"header.{key}: {said}") for key, value, said in [
-        ("to", "a", '"name <address>" is wanted'), ("cc[1]", ["a@example.jp", 1], "a string is wanted"),
-        ("to", "a@straße.de", '"name <address>" is wanted, not "a@straße.de"; U+00DF has two readings in a domain'),
-        ("from", "A <a@x>\r\nBcc: b@x", "has a CR, LF or NUL"),
-        ("bcc", {"a": 1}, "a string is wanted, not an object"), ("message-id", "a@b", '"<left@right>" is wanted'),
-        ("Message_ID", "<a b@c>", '"<left@right>" is wanted'), ("message-id", "<a@b> <c@d>",
-         '"<left@right>" is wanted'),
-        ("references", ["<a@b>", "c"], '"<left@right>" is wanted'), ("in-reply-to", 1, "a string is wanted"),
-        ("date", "2014-01-03", "a date like"), ("date", "Fri, 31 Feb 2014 18:35:58 +0900", "a date like"),
-        ("date", "Fri, 03 Jan 2014 18:35:58 +0900\n", "has a CR, LF or NUL"), ("importance", "urgent",
-         "one of high, normal, low"),
-        ("auto-submitted", "猫", "printable ASCII is wanted"), ("List-Unsubscribe", "<https://x/猫>",
-         "printable ASCII is wanted"),
-        ("precedence", "bulk\0", "has a CR, LF or NUL"), ("organization", "a\nb", "has a CR, LF or NUL"),
-        ("x-a", 1, "a string is wanted, not a number"), ("x-a[1]", ["a", "b\r\nBcc: c"], "has a CR, LF or NUL"),
-        ("x-a", {"b": 1}, "a string is wanted, not an object"), ("disposition-notification-to", "a",
-         '"name <address>" is wanted'),
-        ("resent-to", "a@example.jp", "unknown key"), ("x-", "a", "unknown key"), ("x-a b", "a", "unknown key"),
-        ("x-a:", "a", "unknown key"), ("x-" + "a" * 73, "a", "unknown key"), ("X-猫", "a", "unknown key"),
-        ("mail", "a", "unknown key"), ("organisation", "a", 'unknown key; did you mean "organization"?'),
-        *[(key, "a", "this field is made by Haineko itself") for key in (
-            "received", "Sender", "Return-Path", "return_path", "MIME-Version", "Content-Type", "content_disposition",
-            "Content-Transfer-Encoding", "DKIM-Signature", "Content-猫")],
-    ]],
-    ({"header": {"x-a\r\nbcc": "a"}}, "header.x-a??bcc: unknown key"),
-    ({"header": {"replyto": "a@example.jp", "Reply-To": "b@example.jp"}},
-     "header.Reply-To: says again what replyto says already"),
-    ({"header": {"x-a": "1", "X_A": "1"}}, "header.X_A: says again what x-a says already"),
-    ({"raw": "From: a@example.jp\n\nx", "header": {"subject": "x"}}, "header: can't stand beside raw"),
-    *[({"raw": "A: b\n\nx", key: value}, f"{key}: can't stand beside raw")
-      for key, value in (("body", "x"), ("html", "x"), ("attachments", []))],
-    *[({"raw": raw}, said) for raw, said in [
-        (1, "raw: a string is wanted, not a number"), ({"base64": "*"}, "raw.base64: is not base64"),
-        ({"base64": 1}, "raw.base64: a string is wanted"), ({"bas64": ""},
-         'raw.bas64: unknown key; did you mean "base64"?'),
-        ("no header\n", "raw: has no header"), ("A: b\rBcc: c\n\nx", "raw: header A: has a CR or NUL"),
-        ("A: b\0\n\nx", "raw: header A: has a CR or NUL"), ("A: " + "x" * 996 + "\n\nx",
-         "raw: header A: has a line longer than 998"),
-        ("\ud800", "raw: has half a surrogate pair at character 0")]],
-]  # fmt: skip
-
-
-class PartsRefused(Quiet):
-    def test_faults(self):
-        for changes, wanted in FAULTS:
-            submission = document() if "raw" not in changes else {"mail": "a@example.org", "rcpt": "b@example.jp"}
-            submission = {
-                **submission,
-                **changes,
-                "header": {**submission.get("header", {}), **(changes.get("header") or {})},
-            }
-            submission["header"] = submission["header"] or None
-            with self.subTest(str(changes)[:100]):
-                _, faults = haineko.understand(as_body(submission))
-                self.assertTrue(faults)
-                self.assertIn(wanted, faults[0])
-                self.assertEqual({fault.partition(":")[0] for fault in faults}, {faults[0].partition(":")[0]})
-                self.assertNotRegex("".join(faults), r"[\r\n\0]")
-
-    def test_a_key_twice_and_a_key_unknown_are_both_named(self):
-        body = b'{"mail": "a@b", "rcpt": ["c@d"], "header": {"subject": "1", "subject": "2", "Foo": 1, "X-a": "1"}}'
-        self.assertEqual(
-            haineko.understand(body)[1], ["header.subject: stands more than once", "header.Foo: unknown key"]
+    def test_esmtp(self):
+        host = self.enter(MailHost("127.0.0.1", tls=self.tls))
+        route = {"mailer": "ESMTP", "host": "localhost", "port": host.port, "timeout": 2}
+        strict = {**route, "starttls": 1, "ca_file": self.ca}
+        code, lines = self.check({"default": strict}, "--connect")
+        self.assertEqual(code, 0, lines)
+        self.assert_lines(
+            lines,
+            "^mailertable.default: DNS: localhost is .*127.0.0.1",
+            "TCP: connected to 127.0.0.1:",
+            "EHLO: ",
+            r"TLS: TLSv1\.[23], certificate of commonName=mx.sts.example, until Jan  1 .* 2120 ",
         )
+        code, lines = self.check({"default": {**strict, "ca_file": ""}}, "--connect")
+        self.assertEqual(code, 1)
+        self.assert_lines(lines, "DNS: ", "TCP: ", "EHLO: ", "TLS: FAILED: .*421 TLS handshake failed: .*certificate")
+        code, lines = self.check({"default": route}, "--connect")
+        self.assertEqual(code, 0)
+        self.assert_lines(lines, "DNS: ", "TCP: ", "EHLO: STARTTLS", "TLS: none, though it is offered")
+        self.assertEqual(host.mails, [])
 
-    def test_what_is_empty(self):
-        for changes, wanted in [
-            ({"body": None, "html": ""}, "Message body is empty"), ({"body": None, "attachments": [file()]},
-             "Message body is empty"),
-            ({"html": "x", "header": {"subject": ""}}, "Subject header is empty"), ({"rcpt": [],
-             "header": {"to": "a@b.jp"}},
-             "User address required"), ({"rcpt": None}, "User address required"),
-            ({"rcpt": None, "header": {"bcc": "a@straße.de"}}, "Malformed JSON string"),
-        ]:  # fmt: skip
-            with self.subTest(wanted):
-                status, answer = posted(document(**changes))
-                self.assertEqual((status, answer["response"][0]["message"][0]), (400, wanted))
-        status, answer = posted({"mail": "a@example.org", "rcpt": "b@example.jp", "raw": ""})
-        self.assertEqual((status, answer["response"][0]["message"]), (400, ["Message body is empty"]))
-
-    def test_the_size_is_that_of_the_finished_message(self):
-        submission = document(attachments=[file("a.bin", b"x" * 30000)])
-        size = len(composed(submission))
-        for limit, status in ((size, 200), (size - 1, 413)):
-            force = settings(smtpd={"hostname": NAME, "max_message_size": limit})
-            self.assertEqual(posted(submission, force)[0], status)
-
-
-DERIVED = [
-    ("words", "a  <b>b</b>\n c", "a b c"),
-    ("nothing", "", ""),
-    ("entities", "&lt;a&gt; &amp; &nbsp;&eacute;&#29483;", "<a> &  é猫"),
-    ("lines", "a<br>b<br/>c<br><br>d", "a\nb\nc\n\nd"),
-    ("paragraphs", "<p>a</p><p>b</p>c<div>d</div>e", "a\n\nb\n\nc\nd\ne"),
-    ("a heading", "<h1>A</h1>b", "A\n\nb"),
-    ("a list", "<ul><li>a</li><li> b</ul>c", "* a\n* b\n\nc"),
-    ("a table", "<table><tr><td>Cat</td><td> 1 </td></tr><tr><th>Sum<th>2</table>", "Cat  1\nSum  2"),
-    ("a link", '<a href="https://x/y">here</a>.', "here <https://x/y>."),
-    ("a link that says where", '<a href="https://x/y">https://x/y</a> <a href="mailto:a@b">a@b</a>', "https://x/y a@b"),
-    ("links to nowhere", '<a href="#x">a</a> <a>b</a> <a href="javascript:x">c</a></a>', "a b c"),
-    ("a link to write", '<a href="mailto:a@b">Write</a>', "Write <mailto:a@b>"),
-    ("pictures", 'a <img src="cid:x" alt="Logo"> <img src="y"><img alt>', "a Logo"),
-    ("what is not shown",
-     "<head><title>T</title><style>p {}</style></head><script>x<p></script><template>y</template>b", "b"),
-    ("a comment", "a<!-- b <p> -->c", "ac"),
-    ("a comment for Outlook",
-     "a<!--[if mso]><p>b</p><![endif]-->c<![if !mso]>d<![endif]>e<!--[if !mso]><!-->f<!--<![endif]-->g",
-     "acdefg"),
-    ("text as it is", "<pre>a\n  b\n</pre>c", "a\n  b\n\nc"),
-    ("a rule", "a<hr>b", "a\n-----\nb"),
-    ("what never ends", "a<b>c<p", "ac"),
-    ("a lone angle", "1 < 2 and 3 > 2 & so on", "1 < 2 and 3 > 2 & so on"),
-    ("full-width spaces", "<p>　猫　猫</p>", "　猫　猫"),
-    ("a declaration", "<!DOCTYPE html><html><body>a</body></html>", "a"),
-    ("sections that html.parser trips over", "a<![CDATA[b]]>c<![x[y]]>d<![", "acd"),
-]  # fmt: skip
-
-
-class DerivedText(unittest.TestCase):
-    def test_text_of_html(self):
-        for what, html, wanted in DERIVED:
+    def test_esmtp_that_fails(self):
+        host = self.enter(MailHost("127.0.0.1"))
+        closed = socket.create_server(("127.0.0.1", 0))
+        nobody = closed.getsockname()[1]
+        closed.close()
+        login = {"authinfo": {"relay": {"username": "neko", "password": "nyan"}}}
+        route = {"host": "127.0.0.1", "port": host.port, "timeout": 2}
+        offer = {"EHLO": "250-mx\r\n250 AUTH PLAIN"}
+        cases = [
+            (
+                "nobody listens",
+                {"port": nobody},
+                {},
+                "TCP: FAILED: .*421 Cannot connect SMTP Server: Connection refused",
+            ),
+            ("a name that is none", {"host": "nowhere.invalid"}, {}, "DNS: FAILED: nowhere.invalid: "),
+            ("a greeting of 5xx", {}, {"CONN": "554 5.7.1 go away"}, "TCP: FAILED: .*554 5.7.1 go away"),
+            ("EHLO refused", {}, {"EHLO": "550 no", "HELO": "550 no"}, "EHLO: FAILED: .*550 no"),
+            ("no STARTTLS", {"starttls": 1}, {}, "TLS: FAILED: .*454 STARTTLS is required"),
+            ("AUTH refused", {"auth": "relay"}, {**offer, "AUTH": "535 5.7.8 who?"}, "AUTH: FAILED: .*535 5.7.8 who"),
+            ("AUTH not offered", {"auth": "relay"}, {}, "AUTH: FAILED: .*454 AUTH is required"),
+            ("logged in", {"auth": "relay"}, {**offer, "AUTH": "235 2.7.0 fine"}, "AUTH: logged in as neko"),
+        ]
+        for what, changes, manner, words in cases:
             with self.subTest(what):
-                self.assertEqual(haineko.text_of(html), wanted + "\n")
+                host.manners = {"127.0.0.1": manner}
+                code, lines = self.check({"default": {**route, **changes}}, "--connect", **login)
+                self.assertEqual(
+                    (code, len([line for line in lines if "FAILED" in line])), (int("FAILED" in words),) * 2
+                )
+                self.assertRegex(lines[-1], words)
+                self.assertNotIn("nyan", "\n".join(lines))
 
-    def test_what_costs_much(self):
-        for piece in ("<a ", "<", "<!--", "<![", "</", "&", "<a a='", "<p>", "<!", "<?", "<a href='https://x'>",
-            "</a>", "<pre>",
-                      "<script>", "<![if]", "<a b=", "<a/", "<textarea>", "&#x", " "):  # fmt: skip
-            with self.subTest(piece):
-                began = time.process_time()
-                haineko.text_of(piece * (200000 // len(piece)))
-                self.assertLess(time.process_time() - began, 2)
-
-
-class RawMessages(Quiet):
-    HEAD = (
-        "From: a@example.org\nTo: A <a@example.jp>,\n b@example.jp\nCc: c@example.jp\nBcc: d@example.jp\nSubject: Nya\n"
-    )
-
-    def raw(self, message, **more) -> dict:
-        return {"mail": "kijitora@example.org", "raw": message, **more}
-
-    def test_what_is_put_on_and_what_is_taken_off(self):
-        octets = composed(
-            self.raw(self.HEAD + "Return-Path: <x>\nX-Haineko-Loop: r1,\n r2\n\nMeow.\n.\n", rcpt="z@example.jp")
-        )
-        names = [line.partition(b":")[0] for line in re.split(rb"\r\n(?![ \t])", octets.partition(b"\r\n\r\n")[0])]
-        self.assertEqual(names, [b"Received", b"From", b"To", b"Cc", b"Subject", b"Date", b"Message-Id",
-            b"X-Haineko-Loop",
-                                 b"MIME-Version", b"Content-Type", b"Content-Transfer-Encoding"])  # fmt: skip
-        self.assertIn(f"\r\nX-Haineko-Loop: r1, r2, {NAME}\r\n".encode(), octets)
-        self.assertIn(b" with HTTP id QQQQQQQQQQQQQQQQ;", octets)
-        self.assertTrue(octets.endswith(b"\r\n\r\nMeow.\r\n.\r\n"))
-
-    def test_what_it_says_itself_stays(self):
-        head = (
-            "Received: x\nMessage-ID: <a@b>\nDate: Fri, 3 Jan 2014 18:35:58 +0900\nFrom: a@example.org\nX-Odd:  y  \n"
-        )
-        head += "Subject: " + "s " * 60 + "\nMIME-Version: 1.0\nContent-Type: multipart/mixed; boundary=XX\n\n"
-        body = "--XX\nContent-Type: text/plain\n\nFrom a\n\n--XX--\n"
-        for form in (
-            head + body,
-            (head + body).replace("\n", "\r\n"),
-            {"base64": base64.b64encode((head + body).encode()).decode()},
-        ):
-            octets = composed(self.raw(form, rcpt="z@example.jp"))
-            for line in head.split("\n")[:-2]:
-                self.assertIn(f"\r\n{line}\r\n".encode(), octets)
-            self.assertTrue(octets.endswith(b"\r\n\r\n" + body.replace("\n", "\r\n").encode()))
-            self.assertEqual((octets.lower().count(b"\r\nmessage-id:"), octets.count(b"\r\nDate:")), (1, 1))
-
-    def test_bodies_that_no_line_can_hold(self):
-        kinds = ["text/html; charset=UTF-8", "text/plain", "application/x-cat", "text/html; charset=bogus"]
-        for kind in kinds:
-            for coding in ("", "Content-Transfer-Encoding: 8bit\n", "Content-Transfer-Encoding: binary\n"):
-                for body in ("x" * 2000 + "\n", "猫\n" + "y" * 999 + "\n", "a\0b\n"):
-                    with self.subTest(kind, coding=coding, body=body[:3]):
-                        octets = composed(self.raw(f"{self.HEAD}Content-Type: {kind}\n{coding}\n{body}"))
-                        self.assertLessEqual(max(map(len, octets.split(b"\r\n"))), 998)
-                        self.assertNotIn(b"\0", octets)
-                        found = email.message_from_bytes(octets)
-                        self.assertEqual(found.get_payload(decode=True), body.replace("\n", "\r\n").encode())
-                        self.assertEqual((found["subject"], found.get_content_type()), ("Nya", kind.partition(";")[0]))
-
-    def test_a_line_that_nothing_can_shorten_is_refused(self):
-        body = "--XX\nContent-Type: text/plain\nX-Long: " + "x" * 999 + "\n\na\n--XX--\n"
-        status, answer = posted(self.raw(f"{self.HEAD}Content-Type: multipart/mixed; boundary=XX\n\n{body}"))
-        self.assertEqual((status, answer["response"][0]["code"], answer["response"][0]["message"]),
-                         (400, "554", ["Message has a NUL, or a line longer than 998 octets"]))  # fmt: skip
-
-    def test_recipients_and_loops(self):
-        found = understood(self.raw(self.HEAD + "\nx"))
-        self.assertEqual(found.rcpt, ("a@example.jp", "b@example.jp", "c@example.jp", "d@example.jp"))
-        self.assertEqual(understood(self.raw(self.HEAD + "\nx", rcpt=["z@example.jp"])).rcpt, ("z@example.jp",))
-        for value, status in ((NAME, 400), (", ".join(f"r{i}" for i in range(26)), 400), ("r1", 200)):
-            self.assertEqual(posted(self.raw(f"A: b\nX-Haineko-Loop: {value}\n\nx", rcpt="a@example.jp"))[0], status)
-
-    def test_in_seven_bits(self):
-        """What is said to a server that knows ASCII only is what was given."""
-        head = "From: 猫 <a@example.org>\nTo: =?UTF-8?B?54yr?= <b@example.jp>\nSubject: 謹賀新年\nX-A: b\n"
-        head += "MIME-Version: 1.0\n"
-        part = (
-            'Content-Type: application/pdf; name="猫.pdf"\nContent-Disposition: attachment; filename="猫.pdf"\n\n%PDF\n'
-        )
-        text = "Content-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n\n猫\n"
-        body = f"--XX\n{text}--XX\n{part}--XX--\n"
-        octets = (head + "Content-Type: multipart/mixed; boundary=XX\n\n" + body).replace("\n", "\r\n").encode()
-        found = haineko.seven_bit(octets)
-        self.assertTrue(found.isascii())
-        message = parsed(found)
-        self.assertEqual((message["from"], message["to"], message["subject"], message["x-a"]),
-                         ("猫 <a@example.org>", "猫 <b@example.jp>", "謹賀新年", "b"))  # fmt: skip
-        self.assertEqual(text_in(message.get_payload(0)), "猫")
-        self.assertEqual(message.get_payload(1).get_filename(), "猫.pdf")
-        self.assertEqual(message.get_payload(1).get_payload(decode=True), b"%PDF")
-        for field in ("From: 猫@example.org", "Cc: A <猫@example.org>, b@example.jp"):
-            self.assertFalse(haineko.seven_bit(f"{field}\r\n\r\nx\r\n".encode()).isascii())
-
-    def test_octets_that_are_not_utf8_in_a_header(self):
-        octets = b"From: a@example.org\nSubject: caf\xe9\n\nx\n"
-        found = composed(self.raw({"base64": base64.b64encode(octets).decode()}, rcpt="a@example.jp"))
-        self.assertEqual(parsed(found)["subject"], "café")
-
-
-class Shared(Peers):
-    """Recipients in the header, end to end."""
-
-    def route(self, peer: SmtpPeer, **more) -> dict:
-        return {"host": peer.host, "port": peer.port, "timeout": 2, **more}
-
-    def test_recipients_of_one_route_share_a_transaction(self):
-        one, two = (
-            self.peer(None, "PIPELINING"),
-            self.peer({"RCPT": lambda talk, line: "550 5.1.1 who?" if "b@" in line else None}),
-        )
-        one.says, two.says = {"RCPT": "250 2.1.5 fine"}, {"RCPT": ["250 2.1.5 fine", "550 5.1.1 who?"]}
-        force = settings(mailertable={"one.example": self.route(one), "default": self.route(two)})
-        header = {"to": "A <a@one.example>, a@two.example", "cc": "b@two.example", "bcc": "猫 <c@one.example>"}
-        status, answer = posted(document(rcpt=None, header=header, html="<p>x</p>"), force)
-        self.assertEqual(
-            (status, answer["recipient"]), (207, ["a@one.example", "a@two.example", "b@two.example", "c@one.example"])
-        )
-        self.assertEqual([item["rcpt"] for item in answer["response"]], answer["recipient"])
-        self.assertEqual([item["code"] for item in answer["response"]], ["250", "250", "550", "250"])
-        self.assertEqual([len(peer.mails) for peer in (one, two)], [1, 1])
-        self.assertEqual(one.mails[0][1], ["RCPT TO:<a@one.example>", "RCPT TO:<c@one.example>"])
-        self.assertEqual(one.mails[0][2], two.mails[0][2])
-        message = parsed(one.mails[0][2])
-        self.assertEqual(
-            (message["to"], message["cc"], message["bcc"]), ("A <a@one.example>, a@two.example", "b@two.example", None)
-        )
-        self.assertNotIn(b"c@one.example", one.mails[0][2])
-
-    def test_who_gets_it(self):
-        for rcpt, header, wanted in [
-            (["a@x.jp"], {"to": "b@x.jp"}, "a"), (["a@x.jp"], {"bcc": "b@x.jp"}, "ab"), (None, {"cc": "c@x.jp"}, "c"),
-            (None, {"to": "a@x.jp", "cc": "A@x.jp, a@X.JP", "bcc": ["b@x.jp", "a@x.jp"]}, "aAb"), (None,
-             {"bcc": "b@x.jp"}, "b"),
-        ]:  # fmt: skip
-            with self.subTest(header):
-                _, answer = posted(document(rcpt=rcpt, header=header))
-                self.assertEqual("".join(to[0] for to in answer["recipient"]), wanted)
-
-    def test_separate_copies_without_to(self):
-        peer = self.peer()
-        posted(
-            document(rcpt=["a@x.jp", "b@x.jp"], header={"bcc": "c@x.jp"}),
-            settings(mailertable={"default": self.route(peer)}),
-        )
-        found = sorted((rcpt, parsed(text)["to"]) for _, (rcpt,), text in peer.mails)
-        self.assertEqual(found, [(f"RCPT TO:<{name}@x.jp>", f"{name}@x.jp") for name in "abc"])
-
-
-class BeyondAscii(Peers):
-    """Addresses, 8-bit octets and large files through a real process to a next hop."""
-
-    NEKO, PLAIN = "ねこ@example.jp", "a@example.jp"
-
-    def sent(self, submission, *offers: str) -> tuple:
-        """(HTTP status, replies, mails, MAIL and RCPT lines) of a submission; the next hop offers so much."""
-        peer = self.peer(None, *offers)
-        force = {"mailertable": {"default": {"host": peer.host, "port": peer.port, "timeout": 2}}}
-        server = Server({**force, "smtpd": {"hostname": NAME, "max_rcpts_per_message": 9}})
-        self.addCleanup(server.close)
-        status, _, answer = server.ask(post(submission))
-        found = answer["response"]
-        lines = [line for line in peer.lines if line[:4] in ("MAIL", "RCPT")]
-        return status, [(item["code"], item["dsn"], item["command"]) for item in found], peer.mails, lines
-
-    FINE, NO_RCPT = ("250", "2.0.0", "DATA"), ("553", "5.6.7", "RCPT")
-    UTF8 = ("8BITMIME", "SMTPUTF8", "PIPELINING")
-
-    def test_a_recipient(self):
-        submission = document(rcpt=[self.NEKO, self.PLAIN])
-        status, said, mails, lines = self.sent(submission, *self.UTF8)
-        self.assertEqual((status, said), (200, [self.FINE] * 2))
-        self.assertEqual(sorted(lines), sorted([
-            "MAIL FROM:<kijitora@example.org> BODY=8BITMIME SMTPUTF8", f"RCPT TO:<{self.NEKO}>",
-            "MAIL FROM:<kijitora@example.org>", f"RCPT TO:<{self.PLAIN}>"]))  # fmt: skip
-        self.assertEqual(
-            {text.decode().partition("\r\nTo: ")[2].partition("\r\n")[0] for _, _, text in mails},
-            {self.NEKO, self.PLAIN},
-        )
-        status, said, mails, lines = self.sent(submission, "8BITMIME")
-        self.assertEqual((status, said, len(mails)), (207, [self.NO_RCPT, self.FINE], 1))
-        status, said, mails, lines = self.sent(document(rcpt=[self.NEKO]), "8BITMIME")
-        self.assertEqual((status, said, mails, lines), (502, [self.NO_RCPT], [], []))
-
-    def test_recipients_of_one_message(self):
-        header = {"to": self.PLAIN, "bcc": [self.NEKO, "b@example.jp"]}
-        submission = document(rcpt=None, header=header)
-        self.assertEqual(self.sent(submission, *self.UTF8)[1], [self.FINE] * 3)
-        status, said, mails, _ = self.sent(submission)
-        self.assertEqual((status, said), (207, [self.FINE, self.NO_RCPT, self.FINE]))
-        self.assertEqual(mails[0][1], [f"RCPT TO:<{self.PLAIN}>", "RCPT TO:<b@example.jp>"])
-
-    def test_a_sender(self):
-        submission = document(mail=self.NEKO, header={"from": None})
-        status, said, mails, lines = self.sent(submission, *self.UTF8)
-        self.assertEqual(
-            (status, said, lines[0]), (200, [self.FINE], f"MAIL FROM:<{self.NEKO}> BODY=8BITMIME SMTPUTF8")
-        )
-        self.assertIn(f"\r\nFrom: {self.NEKO}\r\n".encode(), mails[0][2])
-        status, said, mails, lines = self.sent(submission, "8BITMIME")
-        self.assertEqual((status, said, lines), (502, [("553", "5.6.7", "MAIL")], []))
-
-    def test_an_address_in_the_header(self):
-        submission = document(header={"replyto": f"ねこ <{self.NEKO}>", "subject": "猫"})
-        status, said, mails, _ = self.sent(submission, *self.UTF8)
-        self.assertEqual((status, said), (200, [self.FINE]))
-        self.assertIn(f" <{self.NEKO}>\r\n".encode(), mails[0][2])
-        self.assertNotIn("猫".encode(), mails[0][2])
-        self.assertEqual(self.sent(submission)[:2], (502, [("554", "5.6.9", "MAIL")]))
-
-    def test_domains(self):
-        status, said, _, lines = self.sent(
-            document(mail="a@例え.jp", rcpt=["b@日本語.jp", "c@straße.de"], header={"from": None})
-        )
-        self.assertEqual((status, said), (207, [self.FINE, ("553", "5.1.5", "RCPT")]))
-        self.assertEqual(lines, ["MAIL FROM:<a@xn--r8jz45g.jp>", "RCPT TO:<b@xn--wgv71a119e.jp>"])
-        for given, slug in (({"mail": "a@faß.de"}, "5.5.4"), ({"rcpt": ["a@faß.de"]}, "5.1.5")):
-            _, answer = posted(document(**given))
-            self.assertEqual(answer["response"][0]["dsn"], slug)
-            self.assertIn("U+00DF has two readings in a domain", answer["response"][0]["message"][1])
-
-    def test_a_finished_message_with_octets_over_127(self):
-        text = "MIME-Version: 1.0\nContent-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n"
-        submission = {"mail": "a@example.org", "rcpt": [self.PLAIN], "raw": f"From: a@example.org\n{text}\n猫\n"}
-        for offers, parameters, coding in [
-            (self.UTF8, " BODY=8BITMIME", "8bit"), (("8BITMIME",), " BODY=8BITMIME", "8bit"), ((), "",
-             "quoted-printable"),
-        ]:  # fmt: skip
-            with self.subTest(offers):
-                status, said, mails, lines = self.sent(submission, *offers)
-                self.assertEqual((status, said, lines[0]), (200, [self.FINE], f"MAIL FROM:<a@example.org>{parameters}"))
-                found = parsed(mails[0][2])
-                self.assertEqual((found["content-transfer-encoding"], text_in(found)), (coding, "猫\n"))
-                self.assertEqual(mails[0][2].isascii(), not parameters)
-
-    def test_a_finished_message_with_a_header_in_utf8(self):
-        submission = {
-            "mail": "a@example.org",
-            "rcpt": [self.PLAIN],
-            "raw": "From: ねこ <a@example.org>\nSubject: 猫\n\nx\n",
+    def test_mx(self):
+        host = self.enter(MailHost("127.0.0.2", "127.0.0.3", tls=self.tls))
+        zone = {
+            "neko.example": {haineko.MX: [(10, "mx4.example"), (20, "mx2.example")]},
+            "mx2.example": {haineko.A: ["127.0.0.2"]},
+            "mx4.example": {haineko.A: ["127.0.0.4"]},
+            "sts.example": {haineko.MX: [(10, "mx.sts.example")]},
+            "mx.sts.example": {haineko.A: ["127.0.0.2"]},
+            "null.example": {haineko.MX: [(0, "")]},
         }
-        for offers in (self.UTF8, ("8BITMIME",), ()):
-            with self.subTest(offers):
-                status, said, mails, lines = self.sent(submission, *offers)
-                self.assertEqual((status, said), (200, [self.FINE]))
-                self.assertEqual(lines[0].endswith(" BODY=8BITMIME SMTPUTF8"), "SMTPUTF8" in offers)
-                self.assertEqual("Subject: 猫\r\n".encode() in mails[0][2], "SMTPUTF8" in offers)
-                self.assertEqual(mails[0][2].isascii(), "SMTPUTF8" not in offers)
-                self.assertEqual(parsed(mails[0][2])["subject"], "猫")
+        dns = self.enter(NameServer(zone))
+        route = {"mailer": "MX", "port": host.port, "private": 1, "timeout": 2, "ca_file": self.ca}
+        table = dict.fromkeys(("neko.example", "sts.example", "null.example", "default"), route)
+        code, lines = self.check(table, "--connect", resolver=dns.place)
+        self.assertEqual(code, 1)
+        self.assert_lines(
+            lines,
+            "^mailertable.neko.example: DNS: neko.example takes mail at mx4.example, mx2.example",
+            "TCP: FAILED: 127.0.0.4:.*Connection refused",
+            "TCP: connected to 127.0.0.2",
+            "EHLO: ",
+            "TLS: TLSv1.[23], certificate not verified",
+            "TLS: not verified: .*(ostname|doesn't match)",
+            "^mailertable.sts.example: DNS: ",
+            "TCP: connected",
+            "EHLO: ",
+            "TLS: TLSv1.[23], certificate of commonName=mx.sts.example",
+            "^mailertable.null.example: DNS: FAILED: 556 Domain takes no mail",
+            "^mailertable.default: DNS: name servers answer",
+        )
+        code, lines = self.check({"default": route}, "--connect", resolver="127.0.0.1:1")
+        self.assertEqual(code, 1)
+        self.assert_lines(lines, "^mailertable.default: DNS: FAILED: 127.0.0.1: ")
 
-    @unittest.skipUnless(os.path.exists("/proc/self/clear_refs"), "needs Linux")
-    def test_a_large_file(self):
-        """25 MB: four times the size of the message in memory at most, and others are served meanwhile."""
-        peer = self.peer(None, "SIZE")
-        route = {"host": peer.host, "port": peer.port, "timeout": 10}
-        server = Server({"mailertable": {"default": route, "small.example": {"mailer": "Discard"}},
-                         "smtpd": {"hostname": NAME, "max_message_size": 40 << 20}})  # fmt: skip
-        self.addCleanup(server.close)
-        octets = os.urandom(1 << 20) * 25
-        large, small = post(document(attachments=[file("a.bin", octets)])), post(document(rcpt="a@small.example"))
-        self.assertEqual(server.ask(post(document(html="x", attachments=[file("b")])))[0], 200)
-        (worker,) = server.workers()
-        before = memory(worker, "VmRSS")
-        with server.wire() as big, server.wire() as wire:
-            big.send(large)
-            slowest = 0.0
-            while len(peer.mails) < 2:
-                began = time.monotonic()
-                self.assertEqual(wire.ask(small)[0], 200)
-                slowest = max(slowest, time.monotonic() - began)
-            self.assertEqual(big.answer()[0], 200)
-        size = len(peer.mails[-1][2])
-        self.assertEqual(files_in(parsed(peer.mails[-1][2]))[0][2], octets)
-        self.assertLess(memory(worker, "VmHWM") - before, 4 * size)
-        self.assertLess(slowest, 1.0)
+    def test_relays_that_connect_to_nothing(self):
+        code, lines = self.check({"default": {"mailer": "Screen"}, "a.example": {"mailer": self.folder}}, "--connect")
+        self.assertEqual(code, 0)
+        self.assert_lines(lines, "^mailertable.default: NONE: nothing", f"^mailertable.a.example: FILE: {self.folder}$")
+
+    def test_every_relay_can_be_tried(self):
+        self.assertEqual(set(haineko.PROBES), set(haineko.RELAYS))
+
+    def test_nothing_is_tried_unasked(self):
+        self.assertEqual(self.check({"default": {"mailer": "MX"}}), (0, []))
+
+    def test_records_of_a_sender(self):
+        key = base64.b64encode(
+            b"0\x5c0\x0d..\x03\x4b\x00\x30\x48\x02\x41\x00" + b"\xaa" * 64 + b"\x02\x03\x01\x00\x01"
+        ).decode()
+        dns = self.enter(NameServer({
+            "good.example": {haineko.TXT: ["other", "v=spf1 mx include:spf.good.example -all"]},
+            "spf.good.example": {haineko.TXT: ["v=spf1 ip4:192.0.2.0/24 ~all"]},
+            "_dmarc.good.example": {haineko.TXT: ["v=DMARC1; p=reject"]},
+            "s1._domainkey.good.example": {haineko.TXT: ["v=DKIM1; k=ed25519; p=" + "A" * 43 + "="]},
+            "s1._domainkey.bad.example": {haineko.TXT: [f"p={key}"]},
+            "bad.example": {haineko.TXT: ["nothing"]},
+            "fails.example": lambda q, _: [q.answer(code=2)],
+        }))  # fmt: skip
+        fine = (
+            "good.example: SPF: v=spf1 mx include",
+            "good.example: DKIM: s1._domainkey.good.example: ed25519",
+            "good.example: DMARC: _dmarc.good.example: v=DMARC1; p=reject",
+        )
+        for sender, flags, code, wanted in (
+            ("a@good.example", ("--selector", "s1"), 0, fine),
+            ("a@good.example", (), 0, (fine[0], "DKIM: not looked at; --selector", fine[2])),
+            (
+                "a@sub.good.example",
+                (),
+                1,
+                ("SPF: FAILED: .*no SPF", "DKIM: not", fine[2].replace("good.example: DMARC", "DMARC")),
+            ),
+            (
+                "a@bad.example",
+                ("--selector", "s1"),
+                1,
+                ("SPF: FAILED: .*no SPF record", "DKIM: FAILED: .*RSA key of", "DMARC: FAILED: .*no DMARC record"),
+            ),
+            ("a@fails.example", (), 1, ("SPF: FAILED: DNS gives no answer", "DKIM: not", "DMARC: FAILED: .*no DMARC")),
+        ):
+            with self.subTest(sender, flags=flags):
+                found, lines = self.check(
+                    {"default": {"mailer": "Discard"}}, "--sender", sender, *flags, resolver=dns.place
+                )
+                self.assertEqual(found, code, lines)
+                self.assert_lines(lines, *wanted)
+
+    def test_what_the_readme_shows(self):
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as stream:
+            shown = re.findall(
+                r"(?s)```console connect\n\$ python3 haineko.py check (.*?)\n.*?\n(.*?)```", stream.read()
+            )
+        (flags, wanted), zone = shown[0], {haineko.TXT: ["v=spf1 include:spf.example.net -all"]}
+        host = self.enter(MailHost("127.0.0.1", tls=self.tls))
+        offers = ("PIPELINING", "SIZE 35882577", "STARTTLS")
+        words = "".join(f"250-{word}\r\n" for word in ("mx", *offers)) + "250 AUTH PLAIN LOGIN"
+        host.manners = {"127.0.0.1": {"EHLO": words, "AUTH": "235 2.7.0 fine"}}
+        inner = {haineko.TXT: ["v=spf1 ip4:192.0.2.0/24 -all"]}
+        dns = self.enter(NameServer({"example.org": zone, "spf.example.net": inner}))
+        route = {"host": "localhost", "port": host.port, "starttls": 1, "ca_file": self.ca, "auth": "provider"}
+        login = {"authinfo": {"provider": {"username": "kijitora", "password": "nyan"}}}
+        code, lines = self.check({"default": route}, *flags.split(), resolver=dns.place, **login)
+
+        def alike(line: str) -> str:
+            """Without what is another server's."""
+            line = re.sub(r"(localhost|smtp.example.net|mx.sts.example)\b", "HOST", re.sub(r"until .*", "until", line))
+            return re.sub(r"(?<= to )\S+|(?<=HOST is ).*|TLSv1..", "", line)
+
+        self.assertEqual((code, list(map(alike, lines))), (1, list(map(alike, wanted.splitlines()))))
+
+    def test_wrong_usage(self):
+        for flags in (
+            ("--sender", "nobody"),
+            ("--sender", "a@[127.0.0.1]"),
+            ("--sender", "a@b.example", "--selector", "a b"),
+        ):
+            with self.subTest(flags):
+                line = [sys.executable, SOURCE, "check", "-c", os.path.join(self.folder, "none.json"), *flags]
+                done = subprocess.run(line, capture_output=True, text=True, timeout=30, check=False)
+                self.assertEqual(done.returncode, 1)  # no such file
+        options = haineko.parser().parse_args(["check", "--sender", "a@b.example", "--selector", "a b"])
+        with self.assertRaises(haineko.Usage):
+            haineko.tried(haineko.Settings(), options)
+
+
+class RecordsOfASender(unittest.TestCase):
+    """What is read in the records, without a name server."""
+
+    def look(self, function, zone: dict, *values) -> tuple:
+        async def texts(name: str) -> tuple:
+            return zone.get(name, ())
+
+        return haineko.run(function("a.example", *values, texts))
+
+    def test_spf(self):
+        chain = {f"i{i}.example": (f"v=spf1 include:i{i + 1}.example ~all",) for i in range(20)}
+        cases = [
+            ("v=spf1 -all", "sends no mail at all"),
+            ("v=spf1 a mx -all", ""),
+            ("V=SPF1 ip4:192.0.2.1 ip6:2001:db8::/32 ?all", ""),
+            ("v=spf1 redirect=b.example", ""),
+            ("v=spf1 exists:%{i}.x.example include:%{d}.example -all", ""),
+            ("v=spf1 +all", "lets everybody"),
+            ("v=spf1 all", "lets everybody"),
+            ("v=spf1 ip4=192.0.2.1 -all", ""),  # an unknown modifier is no fault, RFC 7208 6
+            ("v=spf1 ipv4:192.0.2.1 -all", '"ipv4:192.0.2.1" is no term'),
+            ("v=spf1 include:none.example -all", "include:none.example: no SPF record"),
+            ("v=spf1 include:i0.example -all", "more than 10 look-ups"),
+            ("v=spf1 " + "a mx " * 6 + "-all", "more than 10 look-ups"),
+            ("v=spf1 include:a.example -all", ""),
+            ("v=spf10 -all", "no SPF record"),
+        ]
+        for record, words in cases:
+            with self.subTest(record):
+                zone = {"a.example": (record,), "b.example": ("v=spf1 mx -all",), **chain}
+                fine, told = self.look(haineko.spf, zone)
+                self.assertEqual(fine, not words, told)
+                self.assertIn(words, told)
+        self.assertIn("two SPF", self.look(haineko.spf, {"a.example": ("v=spf1 -all", "v=spf1 mx -all")})[1])
+        self.assertIn(
+            "(2 of 10", self.look(haineko.spf, {"a.example": ("v=spf1 a:b.example/24 mx//64 ip4:192.0.2.1 ~all",)})[1]
+        )
+
+    def test_dkim(self):
+        def rsa(octets: int) -> str:
+            modulus = b"\x02\x82" + struct.pack(">H", octets + 1) + b"\0" + b"\xaa" * octets + b"\x02\x03\x01\0\x01"
+            return base64.b64encode(b"0\x82\0\0" + modulus).decode()
+
+        for texts, words, fine in (
+            ((f"v=DKIM1; k=rsa; p={rsa(256)}",), "RSA, 2048 bits", True),
+            ((f"p={rsa(128)}",), "RSA, 1024 bits", True),
+            ((f"p={rsa(256)[:80]} {rsa(256)[80:]}; t=y",), "under test", True),
+            ((f"p={rsa(64)}",), "RSA key of", False),
+            (("v=DKIM1; p=",), "revoked", False),
+            (("v=DKIM2; p=AAAA",), "not a DKIM key", False),
+            (("v=DKIM1; k=rsa",), "not a DKIM key", False),
+            (("p=***",), "no base64", False),
+            (("k=ed25519; p=AAAA",), "32 octets", False),
+            (("p=AAAA", "p=BBBB"), "more than one", False),
+            ((), "no key", False),
+        ):
+            with self.subTest(texts):
+                found, told = self.look(haineko.dkim, {"s._domainkey.a.example": texts}, "s")
+                self.assertEqual(found, fine, told)
+                self.assertIn(words, told)
+
+    def test_dmarc(self):
+        for zone, fine, words in (
+            ({"_dmarc.a.example": ("v=DMARC1; p=none",)}, True, "p=none"),
+            ({"_dmarc.a.example": ("v=DMARC1;p=Quarantine; rua=mailto:a@a.example",)}, True, "Quarantine"),
+            ({"_dmarc.a.example": ("v=DMARC1; p=all",)}, False, "names no policy"),
+            ({"_dmarc.a.example": ("v=DMARC1; rua=x",)}, False, "names no policy"),
+            ({"_dmarc.a.example": ("v=DMARC1; p=none", "v=DMARC1; p=none")}, False, "more than one"),
+            ({"_dmarc.a.example": ("v=DMARC10; p=none",)}, False, "no DMARC record"),
+            ({"_dmarc.example": ("v=DMARC1; p=none",)}, False, "no DMARC record"),
+            ({}, False, "no DMARC record"),
+        ):
+            with self.subTest(zone):
+                found, told = self.look(haineko.dmarc, zone)
+                self.assertEqual(found, fine, told)
+                self.assertIn(words, told)
 
 
 def memory(pid: int, what: str) -> int:
@@ -9822,6 +9538,284 @@ class AttacksOnFiles(Folder):
         words = f'exec "{sys.executable}" "{SOURCE}" sendmail -C "{config}" -f neko@example.org a@example.jp <&-'
         done = subprocess.run(words, shell=True, stderr=subprocess.PIPE, timeout=20, check=False)
         self.assertEqual((done.returncode, done.stderr), (0, b""))
+
+
+ROOT = os.path.dirname(os.path.abspath(haineko.__file__))
+
+
+class Readme(unittest.TestCase):
+    """What README.md says is so: each fenced block is run, and each name that a reader may need stands in a table."""
+
+    URL = "http://127.0.0.1:2794/"  # as README.md has it; replaced by a test's own
+    ALL = os.environ.get("HAINEKO_ALL") == "1"  # what takes seconds to start, too
+
+    @classmethod
+    def setUpClass(cls):
+        with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as stream:
+            cls.text = stream.read()
+        cls.blocks = re.findall(r"^```(\w+) ?([\w ]*)\n(.*?)^```$", cls.text, re.MULTILINE | re.DOTALL)
+        cls.folder = tempfile.mkdtemp(prefix="haineko-readme.")
+        cls.addClassCleanup(shutil.rmtree, cls.folder, True)
+        for name in ("haineko.py", "haineko.json.example"):
+            shutil.copy(os.path.join(ROOT, name), cls.folder)
+        for language, mark, name in (("json", "settings", "settings.json"), ("json", "faulty", "faulty.json")):
+            cls.write(name, cls.marked(language, mark)[0])
+        cls.logs = []
+        cls.url = cls.serve()
+        nobody = {"httpd": {"listen": "127.0.0.1:0", "workers": 1}, "recipients": {}}
+        cls.refusing = cls.serve("-c", cls.write("nobody.json", json.dumps(nobody)))
+
+    @classmethod
+    def marked(cls, language, mark):
+        """The blocks of that language and mark."""
+        return [text for word, words, text in cls.blocks if (word, words) == (language, mark)]
+
+    @classmethod
+    def write(cls, name, text):
+        """A file in the folder, readable by its owner only; gives its path."""
+        path = os.path.join(cls.folder, name)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
+            stream.write(text)
+        return path
+
+    @classmethod
+    def environment(cls, url=None):
+        values = {key: value for key, value in os.environ.items() if not key.startswith("HAINEKO_")}
+        path = os.path.dirname(sys.executable) + os.pathsep + values.get("PATH", "")
+        values.update(PATH=path, PYTHONDONTWRITEBYTECODE="1", no_proxy="*", **({"HAINEKO_URL": url} if url else {}))
+        return values
+
+    @classmethod
+    def serve(cls, *flags):
+        """Starts a server until the class is done; gives its URL."""
+        command = [sys.executable, "haineko.py", "serve", *(flags or ("--listen", "127.0.0.1:0", "--workers", "1"))]
+        cls.logs.append(os.path.join(cls.folder, f"log{len(cls.logs)}"))
+        with open(cls.logs[-1], "w+b") as log:
+            server = subprocess.Popen(command, cwd=cls.folder, env=cls.environment(), stderr=log)
+            cls.addClassCleanup(server.wait)
+            cls.addClassCleanup(server.send_signal, signal.SIGTERM)
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                log.seek(0)
+                found = re.search(rb"listens at (\S+)", log.read())
+                if found:
+                    return found[1].decode()
+                if server.poll() is not None:
+                    break
+                time.sleep(0.01)
+            raise AssertionError(f"the server did not start: {command}")
+
+    def printed(self):
+        """What the server without settings has printed."""
+        with open(self.logs[0], encoding="utf-8") as stream:
+            return stream.read()
+
+    def run_it(self, command, url=None, stdin="", expect=0, **variables):
+        """Output of a command, in the folder, with the server's URL in place of README's."""
+        command = [word.replace(self.URL, url or self.url) for word in command]
+        done = subprocess.run(
+            command,
+            input=stdin.encode(),
+            cwd=self.folder,
+            env={**self.environment((url or self.url) + "submit"), **variables},
+            check=False,
+            capture_output=True,
+            timeout=120,
+        )
+        output = done.stdout.decode() + done.stderr.decode()
+        self.assertEqual(done.returncode, expect, f"{command}\n{output}")
+        return done.stdout.decode() + (done.stderr.decode() if expect else "")
+
+    def test_every_block_is_tested(self):
+        known = {
+            *[("sh", mark) for mark in ("first", "curl", "smarthost", "client", "root", "queue", "")],
+            *[("json", mark) for mark in ("answer", "faulty", "settings", "submission", "event")],
+            *[(name, "client") for name in ("python", "javascript", "php", "ruby", "perl", "go", "java", "html")],
+            ("console", ""),
+            ("console", "connect"),
+            ("nginx", ""),
+            ("nginx", "two"),
+        }
+        self.assertEqual({(language, mark) for language, mark, _ in self.blocks}, known)
+        self.assertEqual(len(self.blocks) * 2, len(re.findall(r"^```", self.text, re.MULTILINE)))
+
+    def test_the_first_minute(self):
+        (first,), (curl,), (shown,) = (self.marked(*at) for at in (("sh", "first"), ("sh", "curl"), ("json", "answer")))
+        commands = [line.partition("#")[0].split() for line in first.splitlines()]
+        self.assertEqual(commands, [["python3", "haineko.py", "serve"], ["python3", "-m", "unittest"]])
+        self.assertIn(self.URL, first)
+        told, meant = json.loads(self.run_it(["sh", "-euc", curl])), json.loads(shown)
+        self.assertEqual(list(told), list(meant))
+        for key in ("addresser", "recipient", "response", "remoteaddr", "referer"):
+            self.assertEqual(told[key], meant[key])
+        self.assertIn("Subject: Nyaaaa", self.printed())
+
+    def test_the_smart_host(self):
+        (commands,) = self.marked("sh", "smarthost")
+        lines = (("host", "smtp.example.org", "smtp.example.net"), ("username", "", "me"), ("password", "", "nyan"))
+        edits = " ".join(f'-e \'s/"{key}": "{old}"/"{key}": "{new}"/\'' for key, old, new in lines)
+        editor = self.write("editor", f'#!/bin/sh\nsed {edits} "$1" >"$1.new" && cat "$1.new" >"$1"\n')
+        os.chmod(editor, 0o700)
+        self.addCleanup(lambda: os.unlink(os.path.join(self.folder, "haineko.json")))
+        output = self.run_it(["sh", "-euc", commands], EDITOR=editor)
+        self.assertIn("fine; mail goes to ESMTP smtp.example.net:587, STARTTLS, AUTH as relay", output)
+        settings, faults = haineko.load(os.path.join(self.folder, "haineko.json"))
+        self.assertEqual((faults, settings.mailertable["default"].login), ([], ("me", "nyan")))
+        self.assertEqual(os.stat(os.path.join(self.folder, "haineko.json")).st_mode & 0o777, 0o600)
+
+    def test_shell_commands(self):
+        for commands in self.marked("sh", ""):
+            with self.subTest(commands):
+                self.run_it(["sh", "-euc", commands])
+        for commands in self.marked("sh", "root"):  # not on this machine, but each must be a command
+            self.run_it(["sh", "-n"], stdin=commands)
+
+    def test_what_commands_print(self):
+        for session in self.marked("console", ""):
+            command, _, wanted = session[2:].partition("\n")
+            with self.subTest(command):
+                self.assertEqual(self.run_it(["sh", "-c", f"{command} || true"]), wanted)
+
+    def test_settings(self):
+        for i, text in enumerate(self.marked("json", "settings")):
+            with self.subTest(text):
+                for name in re.findall(r'"env": "(\w+)"', text):
+                    os.environ[name] = "nyan"
+                    self.addCleanup(os.environ.pop, name, None)
+                self.assertEqual(haineko.load(self.write(f"settings{i}.json", text))[1], [])
+        for text in self.marked("json", "faulty"):
+            self.assertNotEqual(haineko.load(self.write("faulty.json", text))[1], [])
+
+    def test_submissions(self):
+        for text in self.marked("json", "submission"):
+            request = urllib.request.Request(self.url + "submit", text.encode())
+            with urllib.request.urlopen(request, timeout=10) as response:
+                self.assertEqual((response.status, json.load(response)["response"][0]["error"]), (200, 0))
+
+    CLIENTS = (  # (language, file, command, whether it is slow to start)
+        ("sh", "client.sh", ["sh", "-eu"], False),
+        ("python", "client.py", ["python3"], False),
+        ("javascript", "client.mjs", ["node"], False),
+        ("php", "client.php", ["php"], False),
+        ("ruby", "client.rb", ["ruby"], False),
+        ("perl", "client.pl", ["perl"], False),
+        ("go", "client.go", ["go", "run"], True),
+        ("java", "Mail.java", ["java"], True),
+    )
+
+    def test_clients(self):
+        for language, name, command, slow in self.CLIENTS:
+            with self.subTest(language):
+                if slow and not self.ALL:
+                    self.skipTest("slow to start; HAINEKO_ALL=1 runs it")
+                tools = [command[0], "curl"] if language == "sh" else command[:1]
+                missing = [tool for tool in tools if not shutil.which(tool, path=self.environment()["PATH"])]
+                if missing:
+                    self.skipTest(f"no {missing[0]} on this machine")
+                (text,) = self.marked(language, "client")
+                subject = re.search(r"Hello from \w+", text)[0]
+                program = [*command, self.write(name, text)]
+                accepted = self.run_it(program)
+                self.assertIn("mikeneko@example.jp", accepted)
+                self.assertIn("200", accepted)
+                self.assertIn(f"Subject: {subject}\n", self.printed())
+                refused = self.run_it(program, self.refusing, expect=1)
+                self.assertIn("553", refused)
+                self.assertIn("Recipient address is not permitted", refused)
+
+    def test_web_page(self):
+        browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        if not (browser and self.ALL):
+            self.skipTest("slow to start; HAINEKO_ALL=1 runs it" if browser else "no Chromium on this machine")
+        (page,) = self.marked("html", "client")
+        folder = os.path.join(self.folder, "pages")
+        os.mkdir(folder)
+        port = self.web_server(folder)
+        origin = f"http://127.0.0.1:{port}"
+        settings = {"httpd": {"listen": "127.0.0.1:0", "workers": 1, "allowed_origins": [origin]}}
+        settings.update(recipients={"open-relay": True}, mailertable={"default": {"mailer": "Discard"}})
+        welcome = self.serve("-c", self.write("web.json", json.dumps(settings)), "--workers", "1")
+        for url, wanted in ((welcome, "Sent."), (self.url, "No connection.")):  # the latter allows no origin
+            with self.subTest(wanted):
+                submit = "<script>document.forms[0].requestSubmit()</script>\n"
+                self.write("pages/page.html", page.replace(self.URL, url) + submit)
+                flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/profile"]
+                flags += ["--virtual-time-budget=5000", "--dump-dom"]
+                self.assertIn(f"<output>{wanted}</output>", self.run_it([browser, *flags, f"{origin}/page.html"]))
+
+    def web_server(self, folder):
+        """The port of a web server for the folder, until the test is done."""
+        command = [sys.executable, "-um", "http.server", "--bind", "127.0.0.1", "--directory", folder, "0"]
+        web = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.addCleanup(web.stdout.close)
+        self.addCleanup(web.wait)
+        self.addCleanup(web.terminate)
+        return int(re.search(rb"port (\d+)", web.stdout.readline())[1])
+
+    def test_nginx(self):
+        if not (shutil.which("nginx") and shutil.which("openssl")):
+            self.skipTest("no nginx or openssl on this machine")
+        certificate, key = (os.path.join(self.folder, name) for name in ("tls.pem", "tls.key"))
+        new = [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+            "-days",
+            "2",
+        ]
+        self.run_it([*new, "-subj", "/CN=mail.example.org", "-keyout", key, "-out", certificate])
+        for shown in [text for language, _, text in self.blocks if language == "nginx"]:
+            block = shown.replace("listen 443", f"listen unix:{self.folder}/nginx.sock")  # -t binds it for a moment
+            for word, path in (("ssl_certificate", certificate), ("ssl_certificate_key", key)):
+                block = re.sub(rf"({word} +)[^;]+", rf"\1{path}", block)
+            place = f"access_log off; client_body_temp_path {self.folder}/body; proxy_temp_path {self.folder}/proxy;"
+            place += "".join(f"{name}_temp_path {self.folder}/{name};" for name in ("fastcgi", "uwsgi", "scgi"))
+            path = self.write("nginx.conf", f"pid {self.folder}/pid; events {{}} http {{ {place}\n{block} }}")
+            self.run_it(["nginx", "-t", "-q", "-e", "stderr", "-p", self.folder, "-c", path])
+
+    def test_systemd(self):
+        output = self.run_it(["python3", "haineko.py", "setup", "--dest", "etc"])
+        paths = [os.path.join(self.folder, "etc", name) for name in ("haineko.json", "haineko.service")]
+        self.assertEqual(output.split(), paths)
+        self.assertEqual(haineko.load(paths[0])[1], [])
+        if not shutil.which("systemd-analyze"):
+            self.skipTest("no systemd-analyze on this machine")
+        self.assertEqual(self.run_it(["systemd-analyze", "verify", "--man=no", paths[1]]), "")
+
+    def test_every_setting_stands_in_a_table(self):
+        """With its default."""
+        classes = (haineko.Httpd, haineko.Tls, haineko.Smtpd, haineko.Syslog, haineko.Relayhosts, haineko.Recipients)
+        for cls in (*classes, haineko.Route, haineko.Login):
+            for key, default in haineko.shown(cls()).items():
+                wanted = default[0] if key == "listen" else default
+                wanted = "see below" if key == "syslog" else f"`{json.dumps(wanted)}`"
+                with self.subTest(key):
+                    self.assertIn(f"\n| `{key}` | {wanted} |", self.text)
+        for name in haineko.keys(haineko.Settings):
+            with self.subTest(name):
+                self.assertRegex(self.text, rf"(?m)^### .*\b{name}\b")
+
+    def test_every_row_of_a_table_stands_in_a_table(self):
+        for name in haineko.COMMANDS:
+            self.assertRegex(self.text, rf"(?m)^\|.*`{name}[ `].*\|", name)
+        for name in haineko.RELAYS:
+            self.assertIn(f"\n| `{name}` |", self.text)
+        for method, path in haineko.PAGES:
+            self.assertIn(f"`{method} {path}`", self.text)
+        for slug, (status, code, dsn, _, line) in haineko.REPLIES.items():
+            with self.subTest(slug):
+                words = re.escape(line).replace("%s", "GET" if slug == "method" else ".+")
+                if words != ".+" and code != "200":
+                    head = rf"{code} \| {re.escape(dsn or '')} ?\|.*" if dsn or slug == "json" else f"{status} .*"
+                    self.assertRegex(self.text, rf"(?m)^\|.*{head}\| {words}[ |(]")
+        for key in (*haineko.keys(haineko.Submission), *(f"header.{key}" for key in haineko.keys(haineko.Header))):
+            if key not in ("header", "header.reply-to"):
+                self.assertRegex(self.text, rf"(?m)^\|.*`{re.escape(key)}`.*\|", key)
 
 
 class SideBySide(unittest.TestSuite):
