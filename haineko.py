@@ -2728,7 +2728,10 @@ class Loop:
             self.ready.append((found[0], fault))
 
     def sleep(self, coroutine: Any, seconds: float) -> None:
-        heapq.heappush(self.sleeping, (time.monotonic() + seconds, next(self.numbers), coroutine))
+        if seconds:
+            heapq.heappush(self.sleeping, (time.monotonic() + seconds, next(self.numbers), coroutine))
+        else:
+            self.ready.append((coroutine, None))
 
     def join(self, coroutine: Any, others: list) -> None:
         missing = [len(others)]
@@ -6352,8 +6355,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             while self.buffer or await self._begun():
                 if not await self.handle_one_request():
                     break
-                if self.buffer:
-                    await sleep(0)  # who asks many things at once must not keep the others waiting
+                await sleep(0)  # who has the next request here already must not keep the others waiting
         except (OSError, ValueError):  # the client is gone
             pass
         finally:

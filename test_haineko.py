@@ -3260,6 +3260,19 @@ class Waiting(Quiet):
             self.addCleanup(sock.close)
         return here, there
 
+    def test_who_could_go_on_lets_the_others_go_first(self) -> None:
+        async def count(name: str, seen: list) -> None:
+            for _ in range(3):
+                seen.append(name)
+                await haineko.sleep(0)
+
+        async def both() -> list:
+            seen: list = []
+            await haineko.all_of([count("a", seen), count("b", seen)])
+            return seen
+
+        self.assertEqual(haineko.run(both()), ["a", "b", "a", "b", "a", "b"])
+
     def test_sleepers_wake_in_the_order_of_their_times(self) -> None:
         async def sleeper(seconds: float) -> None:
             await haineko.sleep(seconds)
