@@ -6377,12 +6377,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     async def _begun(self) -> bool:
         """True when a request begins, False where the client closed or took too long."""
-        self.worker.idle[self] = None
+        self.worker.rests(self)
         try:
             deadline = time.monotonic() + self.service.settings.httpd.timeout
             self.buffer = await receive(self.connection, 65536, deadline)
         finally:
-            self.worker.idle.pop(self, None)
+            self.worker.rises(self)
         return bool(self.buffer)
 
     async def handle_one_request(self) -> bool:
@@ -6561,7 +6561,7 @@ def http_date(second: int) -> str:
 class Worker:
     """One process that serves all its connections in one thread; or the one that delivers from the queue."""
 
-    PAUSE = 0.001  # seconds for which a worker with more connections than another leaves a new one to it
+    PAUSE = 0.001  # seconds for which a worker that is busier than another leaves a new connection to it
 
     def __init__(
         self,
@@ -6574,7 +6574,7 @@ class Worker:
     ) -> None:
         self.service = Service(settings, bells[1])
         self.listeners, self.lifeline = listeners, lifeline
-        self.loads, self.slot = loads or [0], slot  # connections of every worker, shared memory; our place in it
+        self.loads, self.slot = loads or [0], slot  # busy connections of every worker; our place in it
         self.loop = Loop()
         self.courier = Courier(self.service, bells[0], self.loop) if slot is None else None
         self.connections: set = set()
@@ -6636,7 +6636,7 @@ class Worker:
 
     async def _accept(self, listener: socket.socket) -> None:
         while not self.service.stopping:
-            if len(self.connections) > min(self.loads):
+            if len(self.connections) - len(self.idle) > min(self.loads):
                 await sleep(self.PAUSE)
             try:
                 sock, peer = listener.accept()
@@ -6658,13 +6658,23 @@ class Worker:
                     continue
             connection = Connection(sock, peer, self)
             self.connections.add(connection)
-            self.loads[self.slot] = len(self.connections)
+            self.loads[self.slot] = len(self.connections) - len(self.idle)
             self.loop.spawn(connection.handle())
+
+    def rests(self, connection: Connection) -> None:
+        """A connection that waits for its next request."""
+        self.idle[connection] = None
+        self.loads[self.slot] = max(len(self.connections) - len(self.idle), 0)
+
+    def rises(self, connection: Connection) -> None:
+        """A connection that waits no longer."""
+        self.idle.pop(connection, None)
+        self.loads[self.slot] = max(len(self.connections) - len(self.idle), 0)
 
     def forget(self, connection: Connection) -> None:
         """A connection that is closed."""
         self.connections.discard(connection)
-        self.loads[self.slot] = len(self.connections)
+        self.rises(connection)
 
     def _close_idlest(self) -> bool:
         """Closes the connection that has been idle longest; False where none is idle."""

@@ -189,14 +189,14 @@ def bench_bodies(folder: str, sink: Sink) -> None:
 
 def bench_tables(folder: str, sink: Sink) -> None:
     route = {"mailer": "ESMTP", "host": "127.0.0.1", "port": sink.port}
-    for count in (1, 1000, 100_000):
+    for count in (1, 100_000):
         table = {f"d{i}.example.com": {"mailer": "Discard"} for i in range(count)}
         server = Server(folder, sink, mailertable={**table, ".example.jp": route, "default": route})
         server.load(folder, mail(), 8, 1)
         rate, _, p99, bad = server.load(folder, mail(), 8)
         row(f"routes {count}", rate, p99, bad, server.memory_mib(), f"ready in {server.ready_ms:.0f} ms")
         server.stop()
-    for count in (10, 1000, 100_000):
+    for count in (10, 100_000):
         hosts = [f"10.{i >> 16}.{i >> 8 & 255}.{i & 255}" for i in range(count)]
         domains = [f"d{i}.example.com" for i in range(count)]
         server = Server(
