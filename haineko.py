@@ -48,6 +48,7 @@ if __name__ == "__main__" and sys.argv[1:2] in (["serve"], ["start"], ["restart"
             stub += "; sys.path = [p or {!r} for p in sys.path]; exec(marshal.load(open({}, 'rb')))"
             stub = stub.format(__file__, sys.path[0], memory)
             flags = getattr(sys, "orig_argv", sys.argv)[1 : -len(sys.argv)]
+            os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1048576")  # glibc then gives large mails' memory back
             os.execv(sys.executable, [sys.executable, *flags, "-c", stub, *sys.argv])
         except OSError:  # then it takes more memory
             pass
