@@ -2586,6 +2586,13 @@ def readiness(sock: Any, deadline: float, writing: bool = False) -> Any:
 
 
 @types.coroutine
+def departure(sock: Any, octets: Any) -> Any:
+    """What the socket did not take of the octets. They leave at the end of the loop's turn, together with those of all
+    others: who hears us then wakes up once for many."""
+    return (yield Loop.depart, sock, octets)
+
+
+@types.coroutine
 def sleep(seconds: float) -> Any:
     yield Loop.sleep, seconds
 
@@ -2619,14 +2626,12 @@ async def receive(sock: Any, most: int, deadline: float) -> bytes:
 
 async def send(sock: Any, octets: bytes, deadline: float) -> None:
     """All octets, by the deadline."""
-    sent = 0
-    while True:
+    left: Any = octets
+    while left:
         try:
-            sent += sock.send(memoryview(octets)[sent:] if sent else octets)
+            left = await departure(sock, left)
         except WOULD_WAIT as fault:
             await readiness(sock, deadline, not isinstance(fault, ssl.SSLWantReadError))
-        if sent == len(octets):
-            return
 
 
 WOULD_WAIT = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -2659,6 +2664,7 @@ class Loop:
         self.poller = Epoll() if hasattr(select, "epoll") else Selector()
         self.ready: deque = deque()  # (coroutine, value to go on with; an exception is raised in it)
         self.waiting: dict = {}  # file descriptor: (coroutine, deadline)
+        self.leaving: list = []  # (coroutine, socket, octets)
         self.sleeping: list = []  # heap of (time, number, coroutine)
         self.sweep = 0.0  # no deadline lies before this time
         self.numbers = itertools.count()
@@ -2675,7 +2681,8 @@ class Loop:
         self.threads.clapper.close()
 
     def turn(self, most: float = 1.0) -> None:
-        """Waits for the next event where nothing can run, `most` seconds at the most; then runs what can run."""
+        """Waits for the next event where nothing can run, `most` seconds at the most; runs what can run; sends what came
+        of it."""
         now = time.monotonic()
         until = min(self.sweep, self.sleeping[0][0] if self.sleeping else now + most, now + most)
         for descriptor in self.poller.poll(0 if self.ready else max(until - now, 0)):
@@ -2689,6 +2696,13 @@ class Loop:
             self.ready.append((heapq.heappop(self.sleeping)[2], None))
         for _ in range(len(self.ready)):
             self.step(*self.ready.popleft())
+        leaving, self.leaving = self.leaving, []
+        for coroutine, sock, octets in leaving:
+            try:
+                sent = sock.send(octets)
+                self.ready.append((coroutine, memoryview(octets)[sent:] if sent < len(octets) else None))
+            except Exception as fault:
+                self.ready.append((coroutine, fault))
 
     def step(self, coroutine: Any, value: Any) -> None:
         """Goes on with a coroutine until it waits or ends."""
@@ -2720,6 +2734,9 @@ class Loop:
         self.waiting[sock.fileno()] = coroutine, deadline
         if deadline < self.sweep:
             self.sweep = deadline
+
+    def depart(self, coroutine: Any, sock: Any, octets: Any) -> None:
+        self.leaving.append((coroutine, sock, octets))
 
     def interrupt(self, sock: Any, fault: Exception) -> None:
         """Raises the fault in the coroutine that waits for this socket."""
@@ -6356,7 +6373,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
             while self.buffer or await self._begun():
                 if not await self.handle_one_request():
                     break
-                await sleep(0)  # who has the next request here already must not keep the others waiting
         except (OSError, ValueError):  # the client is gone
             pass
         finally:
