@@ -331,7 +331,7 @@ def _no_constant(name: str):
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
-ENCODER = json.JSONEncoder(ensure_ascii=False)
+ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
 
 
 def setting(default: Any, parse: Callable, doc: str = "", key: str = "", secret: bool = False) -> Any:
@@ -351,16 +351,17 @@ def read(cls: type, raw: Any, where: str, faults: list) -> Any:
     if type(raw) is Twice:
         faults.extend(f"{dot}{printable(key)}: stands more than once" for key in raw.keys_twice[:ENOUGH])
     for key, value in raw.items():
-        if len(faults) >= ENOUGH:
-            break
-        if key not in known:
-            hint = did_you_mean(key, known) if len(faults) < MAX_HINTS else ""
-            faults.append(f"{dot}{printable(key)}: unknown key{hint}")
-        elif value is not None:
-            name, parse = known[key]
+        row = known.get(key)
+        if row and value is not None:
+            name, parse = row
             if name in values:
                 faults.append(f"{dot}{key}: says again what another key says already")
             values[name] = parse(value, dot + key, faults)
+        elif not row:
+            if len(faults) >= ENOUGH:
+                break
+            hint = did_you_mean(key, known) if len(faults) < MAX_HINTS else ""
+            faults.append(f"{dot}{printable(key)}: unknown key{hint}")
     return cls(**values)
 
 
@@ -876,6 +877,11 @@ class Route:
     def relay(self) -> str:
         """Name of the relay in RELAYS."""
         return "File" if self.mailer.startswith("/") else self.mailer
+
+    @property
+    def place(self) -> dict:
+        """Who gives its replies: what reply() takes, and a Reply has."""
+        return {"mailer": self.mailer, "host": self.host, "port": self.port}
 
     @property
     def url(self) -> str:
@@ -3574,33 +3580,38 @@ class Rubbish(ConnectionError):  # noqa: N818
 
 def parse_reply(octets: bytes) -> tuple:
     """(the first reply in the octets or None where it isn't whole yet, what follows it); Rubbish where it is none."""
-    lines, start, first = [], 0, None
+    whole, start = None, 0
     while True:
         end = octets.find(b"\n", start)
         if end < 0:
             if len(octets) - start > MAX_LINE:
                 raise Rubbish("a line without end")
             return None, octets
-        code, more, words = parse_line(octets[start:end])
-        if first not in (None, code):
-            raise Rubbish(f"unexpected: {code} {words[:200]}")
-        first = code
-        lines.append(words)
-        if len(lines) > MAX_LINES:
-            raise Rubbish("a reply without end")
-        start = end + 1
+        item, more = parse_line(octets[start:end])
+        if whole:
+            if item.code != whole.code:
+                raise Rubbish(f"unexpected: {item.code} {item.lines[0][:200]}")
+            if len(whole.lines) == MAX_LINES:
+                raise Rubbish("a reply without end")
+            item = whole._replace(lines=whole.lines + item.lines)
+        whole, start = item, end + 1
         if not more:
-            return heard(code, tuple(lines)), octets[start:]
+            return whole, octets[start:]
 
 
 @functools.lru_cache(maxsize=256)  # servers repeat themselves
 def parse_line(line: bytes) -> tuple:
-    """(code, whether more lines follow, text) of one line of a reply."""
+    """(one line of a reply as if it were the whole, whether more lines follow)."""
     found = REPLY_LINE.fullmatch(line)
     if not found:
         raise Rubbish(f"unexpected: {printable(line[:200].decode('utf-8', 'replace'))}")
     code, more, words = found.groups(b"")
-    return code.decode(), more == b"-", printable(words.decode("utf-8", "replace"), MAX_LINE)
+    return heard(code.decode(), (printable(words.decode("utf-8", "replace"), MAX_LINE),)), more == b"-"
+
+
+def heard(code: str, lines: tuple) -> Heard:
+    found = DSN.match(lines[0])
+    return Heard(code, found[1] if found else None, lines)
 
 
 REPLY_LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ -])([^\r\n]*)|[^\S\r]*)\r*")
@@ -3657,7 +3668,7 @@ class Session(smtplib.SMTP):
         if not wanted or route.port == SMTPS:
             return
         if not self.has_extn("starttls"):
-            raise Refused(reply("no-starttls", **self._place()))
+            raise Refused(reply("no-starttls", **self.route.place))
         code, words = self.docmd("STARTTLS")
         self._expect("STARTTLS", (code, words))
         if self.unread:  # words in clear that pretend to be said under TLS
@@ -3677,7 +3688,7 @@ class Session(smtplib.SMTP):
             return
         self.step = "AUTH"
         if not (isinstance(self.sock, ssl.SSLSocket) or self._peer_is_loopback()):
-            raise Refused(reply("clear-auth", **self._place()))
+            raise Refused(reply("clear-auth", **self.route.place))
         self.masked = True
         try:
             self.login(*self.route.login)
@@ -3686,7 +3697,7 @@ class Session(smtplib.SMTP):
         except (smtplib.SMTPNotSupportedError, smtplib.SMTPException) as fault:
             if isinstance(fault, smtplib.SMTPServerDisconnected):
                 raise
-            raise Refused(reply("no-auth", **self._place())) from None
+            raise Refused(reply("no-auth", **self.route.place)) from None
         except ValueError as fault:  # a challenge that isn't base64
             raise Rubbish(f"unexpected challenge: {fault}") from None
         finally:
@@ -3732,7 +3743,7 @@ class Session(smtplib.SMTP):
 
     async def _transact_in_ascii(self, job: Job) -> list:
         """The same with a server that knows ASCII only: who and what can't be said to it is refused (RFC 6531 3.2)."""
-        place, message = self._place(), job.message
+        place, message = self.route.place, job.message
         if not job.sender.isascii():
             return [reply("mail-ascii", **place)] * len(job.recipients)
         if message.utf8:
@@ -3797,7 +3808,7 @@ class Session(smtplib.SMTP):
         """The next reply, whole, within the step's deadline."""
         deadline = time.monotonic() + self.timeout
         while True:
-            item = self._parsed()
+            item = self._parsed() if self.unread else None
             if item:
                 return item
             self._more(await receive(self.sock, 65536, deadline))
@@ -3865,15 +3876,12 @@ class Session(smtplib.SMTP):
 
     # -- words
 
-    def _place(self) -> dict:
-        return {"mailer": self.route.mailer, "host": self.route.host, "port": self.route.port}
-
     def _told(self, step: str, item: Heard) -> Reply:
         return Reply(item.code, item.dsn, step, item.lines, self.route.mailer, self.route.host, self.route.port)
 
     def _broken(self, fault: OSError) -> Reply:
         """What is said of recipients whose reply never came."""
-        reason, place = reason_of(fault), self._place()
+        reason, place = reason_of(fault), self.route.place
         if self.ended:
             return reply("unsure", reason, **place)._replace(unsure=True)
         if isinstance(fault, Rubbish):
@@ -3896,20 +3904,14 @@ SMTPS = 465  # RFC 8314: TLS from the first byte
 FAREWELL = 1.0  # seconds for the reply to QUIT
 
 
-@functools.lru_cache(maxsize=256)
-def heard(code: str, lines: tuple) -> Heard:
-    found = DSN.match(lines[0])
-    return Heard(code, found[1] if found else None, lines)
-
-
 def envelope(job: Job, size: int, features: dict) -> list:
     """The script [(command, line)] of a transaction, up to DATA, with the parameters that the server offers."""
-    mail, rcpt = f"MAIL FROM:<{job.sender}>", ""
+    mail, rcpt, utf8 = f"MAIL FROM:<{job.sender}>", "", job.utf8
     if "size" in features:
         mail += f" SIZE={size}"  # RFC 1870
-    if "8bitmime" in features and (job.message.eight or job.utf8):
+    if "8bitmime" in features and (utf8 or job.message.eight):
         mail += " BODY=8BITMIME"  # RFC 6152
-    if job.utf8:
+    if utf8:
         mail += " SMTPUTF8"  # RFC 6531; who doesn't offer it got another job
     if "dsn" in features:
         mail += " RET=FULL"  # RFC 3461
@@ -4022,16 +4024,15 @@ class Sessions:
 
 async def attempt(job: Job, sessions: Sessions) -> list:
     """A reply for every recipient, whatever the relay does."""
-    place = {"mailer": job.route.mailer, "host": job.route.host, "port": job.route.port}
     try:
         return await RELAYS[job.route.relay](job, sessions)
     except Refused as refused:
         said = refused.reply
     except OSError as fault:
-        said = reply("lost", reason_of(fault), command="CONN", **place)
+        said = reply("lost", reason_of(fault), command="CONN", **job.route.place)
     except Exception:
         log_bug(job.queueid)
-        said = reply("relay-fault", **place)
+        said = reply("relay-fault", **job.route.place)
     return [said] * len(job.recipients)
 
 
@@ -5922,8 +5923,8 @@ def finished(request: Request, submission: Submission, settings: Settings, queue
     """The message, after the checks that need it; they refuse the whole submission."""
     insist(first_refusal(CHECKS_OF_TEXT, request, submission, settings))
     message = compose(submission, queueid, request.client, settings.hostname, request.now)
-    longest = max((mailbox.wire for mailbox in good), key=len)
-    insist(check_size(sum(map(len, message.parts)) + len(longest) + len(str(len(good))), settings))
+    longest = max([len(mailbox.wire) for mailbox in good])
+    insist(check_size(sum(map(len, message.parts)) + longest + len(str(len(good))), settings))
     insist(check_subject(submission))
     return message
 
@@ -6157,10 +6158,13 @@ def body_length(head: Head) -> int:
         if head.method == "POST":
             raise Refused(reply("length-required"))
         return 0
-    values = {value.strip(" \t") for value in length.split(",")}
-    if len(values) > 1 or not re.fullmatch(r"[0-9]{1,18}", min(values)):
+    found = LENGTH.fullmatch(length)
+    if not found:
         raise Refused(reply("bad-request", "Content-Length"))
-    return int(values.pop())
+    return int(found[1])
+
+
+LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # or the same one, again and again
 
 
 def client_of(peer: Any, port: int | None, headers: dict, settings: Settings) -> tuple:
@@ -6328,7 +6332,9 @@ PAGES = {
 
 def row_of(path: str) -> str:
     """The path as PAGES has it: without the name behind /queue/."""
-    return "/queue/" if re.fullmatch(r"/queue/[0-9A-Za-z]{1,64}", path) else "" if path == "/queue/" else path
+    if not path.startswith("/queue/"):
+        return path
+    return "/queue/" if re.fullmatch(r"/queue/[0-9A-Za-z]{1,64}", path) else ""
 
 
 def allowed(path: str) -> list:
@@ -6406,8 +6412,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Reads a request and answers it; True where the next may follow."""
         self.settings = self.service.settings  # one set from beginning to end
         deadline = time.monotonic() + self.settings.httpd.timeout
-        request, head, left = Request("", "", {}, b"", self.peer, self.peer, self.port, time.time()), None, 1
-        extra: tuple = ()
+        request = head = None
+        left, extra = 1, ()
         try:
             head = parse_head(await self._head(deadline))
             left = body_length(head)
@@ -6424,7 +6430,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         except Exception:
             log_bug(None)
             result = self._refusal(request, reply("our-fault"))
-        if 0 < left <= len(self.buffer) and head and request.method:  # a refused body that is here already
+        if 0 < left <= len(self.buffer) and request:  # a refused body that is here already
             self.buffer, left = self.buffer[left:], 0
         keep = bool(head and head.keep and not left and not self.service.stopping)
         await self._answer(result, extra, head, keep)
@@ -6453,7 +6459,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         insist(await in_thread(*ask) if slow and page.door else ask[0](*ask[1:]))
         return page
 
-    def _refusal(self, request: Request, said: Reply) -> Answer:
+    def _refusal(self, request: Request | None, said: Reply) -> Answer:
+        request = request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
         queueid = new_queueid(request.now) if said.command != "HTTP" else None
         log_refusal(request, queueid, said.status, None, {None: said})
         result = answer(request, said.status, {None: said}, queueid, None)
