@@ -1954,9 +1954,11 @@ def check_mail(request: Request, submission: Submission, settings: Settings) -> 
 def check_rcpt_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.rcpt or submission.rcpt == ("",):
         return reply("rcpt-none")
-    most = settings.smtpd.max_rcpts_per_message
-    far_too_many = len(submission.rcpt) > 100 * most + 1000  # so many that looking for the same ones would take long
-    return reply("rcpt-many") if most and (far_too_many or len(recipients(submission)) > most) else None
+    most, count = settings.smtpd.max_rcpts_per_message, len(submission.rcpt)
+    if not most or count <= most:
+        return None
+    far_too_many = count > 100 * most + 1000  # so many that looking for the same ones would take long
+    return reply("rcpt-many") if far_too_many or len(recipients(submission)) > most else None
 
 
 def check_body(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -2571,10 +2573,13 @@ def choose(domain: str, sender_domain: str, settings: Settings) -> tuple:
 NO_ROUTE = Route()
 
 
-def entries(domain: str) -> list:
+def entries(domain: str) -> Any:
     """The keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
-    labels = domain.split(".")
-    return [domain] + ["." + ".".join(labels[i:]) for i in range(1, len(labels))]
+    yield domain
+    dot = domain.find(".")
+    while dot >= 0:
+        yield domain[dot:]
+        dot = domain.find(".", dot + 1)
 
 
 # ======================================================================================================================
@@ -2687,11 +2692,9 @@ class Loop:
         self.threads.clapper.close()
 
     def turn(self, most: float = 1.0) -> None:
-        """Waits for the next event where nothing can run, `most` seconds at the most; runs what can run; sends what came
-        of it."""
-        now = time.monotonic()
-        until = min(self.sweep, self.sleeping[0][0] if self.sleeping else now + most, now + most)
-        for descriptor in self.poller.poll(0 if self.ready else max(until - now, 0)):
+        """Waits for the next event where nothing can run, `most` seconds at the most; runs what can; sends what came of
+        it."""
+        for descriptor in self.poller.poll(0 if self.ready else self._pause(most)):
             found = self.waiting.pop(descriptor, None)
             if found:
                 self.step(found[0], None)
@@ -2709,6 +2712,11 @@ class Loop:
                 self.ready.append((coroutine, memoryview(octets)[sent:] if sent < len(octets) else None))
             except Exception as fault:
                 self.ready.append((coroutine, fault))
+
+    def _pause(self, most: float) -> float:
+        """Seconds until something is to be done even without an event."""
+        now = time.monotonic()
+        return max(min(self.sweep, self.sleeping[0][0] if self.sleeping else self.sweep, now + most) - now, 0)
 
     def step(self, coroutine: Any, value: Any) -> None:
         """Goes on with a coroutine until it waits or ends."""
@@ -3736,7 +3744,7 @@ class Session(smtplib.SMTP):
             self.alive, lost = False, self._broken(fault)
         self.last_used = time.monotonic()
         self.dirty = not (outcome and outcome.code[0] == "2")
-        if self.unread or any(item and item.code == "421" for item in (*said, outcome)):
+        if self.unread:
             self.alive = False
         replies = settle(said, outcome, lost, len(job.recipients))
         return [item if isinstance(item, Reply) else self._told(*item) for item in replies]
@@ -3772,7 +3780,7 @@ class Session(smtplib.SMTP):
                 if item.code[0] == ("2" if self.step == "DATA" else "3"):
                     raise Rubbish(f"unexpected: {item.code} to {self.step}")
                 said.append(item)
-                if item.code == "421":  # RFC 5321 3.8: it closes; what it would say of the rest will not come
+                if item.code == "421":  # it closes; what it would say of the rest will not come
                     return
 
     async def _text(self, pieces: tuple) -> Heard:
@@ -3810,6 +3818,7 @@ class Session(smtplib.SMTP):
         while True:
             item = self._parsed() if self.unread else None
             if item:
+                self.alive = self.alive and item.code != "421"  # RFC 5321 3.8
                 return item
             self._more(await receive(self.sock, 65536, deadline))
 
@@ -3941,17 +3950,19 @@ def stuffed(pieces: tuple) -> Any:
 
 def accepted_any(said: list) -> bool:
     """True where the sender and one recipient at least were taken."""
-    return said[0].code[0] == "2" and any(item.code[0] == "2" for item in said[1:])
+    return said[0].code[0] == "2" and "2" in [item.code[0] for item in said[1:]]
 
 
 def settle(said: list, outcome: Heard | None, lost: Reply | None, count: int) -> list:
     """(command, Heard) or a Reply for each of `count` recipients: what decided. `said` are the replies to the script as
     far as they came, `outcome` the one to the text, `lost` what broke it off."""
-    steps = ["MAIL", *["RCPT"] * count, "DATA"]
-    final = lost or (("DATA", outcome) if outcome else None)
-    goodbye = next(((step, item) for step, item in zip(steps, said) if item.code == "421"), None)
     if said and said[0].code[0] != "2":
         return [("MAIL", said[0])] * count
+    final = lost or (("DATA", outcome) if outcome else None)
+    codes, goodbye = [item.code for item in said], None
+    if "421" in codes:
+        at = codes.index("421")
+        goodbye = "RCPT" if at <= count else "DATA", said[at]
     refused = [("RCPT", item) if item.code[0] in "45" and item.code != "421" else None for item in said[1 : count + 1]]
     refused += [None] * (count - len(refused))
     if not lost and len(said) == count + 2 and said[-1].code[0] in "45":
@@ -6688,12 +6699,12 @@ class Worker:
     def rests(self, connection: Connection) -> None:
         """A connection that waits for its next request."""
         self.idle[connection] = None
-        self.loads[self.slot] = max(len(self.connections) - len(self.idle), 0)
+        self.loads[self.slot] = len(self.connections) - len(self.idle)
 
     def rises(self, connection: Connection) -> None:
         """A connection that waits no longer."""
         self.idle.pop(connection, None)
-        self.loads[self.slot] = max(len(self.connections) - len(self.idle), 0)
+        self.loads[self.slot] = len(self.connections) - len(self.idle)
 
     def forget(self, connection: Connection) -> None:
         """A connection that is closed."""
@@ -6759,7 +6770,7 @@ class Master:
             signal.signal(number, self._signalled)
         self.lifeline, self.held = socket.socketpair()
         wanted = self.settings.httpd.workers or os.cpu_count() or 1
-        self.loads = memoryview(mmap.mmap(-1, 4 * wanted)).cast("I")  # shared by all that are forked
+        self.loads = memoryview(mmap.mmap(-1, 4 * wanted)).cast("i")  # shared by all that are forked
         alarm.settimeout(1.0)
         self._replace()
         ready()

@@ -2716,7 +2716,7 @@ class Routes(unittest.TestCase):
         ]
         for domain, wanted in cases:
             with self.subTest(domain):
-                self.assertEqual(haineko.entries(domain), wanted)
+                self.assertEqual(list(haineko.entries(domain)), wanted)
 
     def test_a_look_up_costs_the_same_in_a_large_table(self):
         route = haineko.Route(host="m1")
