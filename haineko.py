@@ -3820,7 +3820,7 @@ class Session(smtplib.SMTP):
             if item:
                 self.alive = self.alive and item.code != "421"  # RFC 5321 3.8
                 return item
-            self._more(await receive(self.sock, 65536, deadline))
+            self._more(await receive(self.sock, 4096, deadline))
 
     # -- lines
 
@@ -6414,7 +6414,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.worker.rests(self)
         try:
             deadline = time.monotonic() + self.service.settings.httpd.timeout
-            self.buffer = await receive(self.connection, 65536, deadline)
+            self.buffer = await receive(self.connection, 16384, deadline)
         finally:
             self.worker.rises(self)
         return bool(self.buffer)
