@@ -3472,11 +3472,11 @@ class Line(http.client.HTTPConnection):
                 context = client_context(route.tls_verify, route.ca_file, trusted)
                 self.sock = context.wrap_socket(self.sock, server_hostname=site.host)
             elif route.login and plain_address(self.sock.getpeername()[0]) not in LOOPBACK:
-                raise Refused(reply("clear-auth", **place_of(route)))
+                raise Refused(reply("clear-auth", **route.place))
         except OSError as fault:
             connected = bool(self.sock)
             self.close()
-            said = reply("web-tls" if connected else "web-connect", reason_of(fault), **place_of(route))
+            said = reply("web-tls" if connected else "web-connect", reason_of(fault), **route.place)
             raise Refused(said) from None
         except Refused:
             self.close()
@@ -3530,7 +3530,7 @@ class Line(http.client.HTTPConnection):
 
     def _broken(self, fault: Exception) -> Reply:
         """What is said where no answer came."""
-        place = place_of(self.route)
+        place = self.route.place
         if not self.sent:
             return reply("web-lost", reason_of(fault), **place)
         if isinstance(fault, OSError):
@@ -3558,12 +3558,6 @@ class Timed(io.RawIOBase):
 
 PIECE = 65536  # octets sent in one step
 MAX_ANSWER = 1 << 20  # octets of an answer
-
-
-def place_of(route: Route) -> dict:
-    """Who gave a reply."""
-    site = site_of(route.url)
-    return {"mailer": route.mailer, "host": site.host, "port": site.port}
 
 
 def reason_of(fault: Exception) -> str:
@@ -4274,7 +4268,7 @@ def haineko_reply(route: Route, said: Said, item: dict) -> Reply:
     words = told_words(lines) or (f"HTTP {said.status} {said.reason}",)
     unsure = code[0] == "4" and words[0].endswith("may have arrived")  # as in REPLIES
     wait = 0 if code[0] == "2" else retry_after(said)
-    return Reply(code, dsn, command, words, **place_of(route), unsure=unsure, wait=wait)
+    return Reply(code, dsn, command, words, **route.place, unsure=unsure, wait=wait)
 
 
 FAR_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE")
@@ -4320,7 +4314,7 @@ def sendgrid_body(job: Job) -> bytes:
         if not document["subject"]:
             raise ValueError("the subject is empty")
     except (ValueError, LookupError) as fault:
-        raise Refused(reply("inexpressible", printable(str(fault)), **place_of(job.route))) from None
+        raise Refused(reply("inexpressible", printable(str(fault)), **job.route.place)) from None
     return ENCODER.encode({key: value for key, value in document.items() if value}).encode()
 
 
@@ -4544,18 +4538,18 @@ def mandrill_reply(route: Route, said: Said, item: dict) -> Reply:
         return web_accepted(route, said, *words)
     if status in ("rejected", "invalid"):
         dsn = "5.1.3" if status == "invalid" else "5.7.1"
-        return reply("web-refused", *told_words(words[1:]), word=status, **place_of(route))._replace(dsn=dsn)
+        return reply("web-refused", *told_words(words[1:]), word=status, **route.place)._replace(dsn=dsn)
     return web_reply(route, said, None)
 
 
 def web_accepted(route: Route, said: Said, *words: str) -> Reply:
     status = f"HTTP {said.status} {said.reason}".strip()
-    return reply("web-accepted", *told_words(words), word=status, **place_of(route))
+    return reply("web-accepted", *told_words(words), word=status, **route.place)
 
 
 def web_reply(route: Route, said: Said, words: list | None, later: bool = False) -> Reply:
     """What an answer means that is no success. `words` are the cloud's own, None where it has none."""
-    status, place = f"HTTP {said.status} {said.reason}".strip(), place_of(route)
+    status, place = f"HTTP {said.status} {said.reason}".strip(), route.place
     later = later or said.status == 429 or said.status >= 500
     if said.status == 413:  # proxies say this too, in their own words; it will be as big the next time
         return reply("web-refused", *told_words(words or []), word=status, **place)._replace(dsn="5.3.4")
@@ -4597,7 +4591,7 @@ def seven(job: Job) -> bytes:
     """The message in ASCII, as the web APIs want it."""
     octets = seven_bit(job.octets()) if job.message.eight else job.octets()
     if not octets.isascii():
-        raise Refused(reply("inexpressible", "it has octets over 127", **place_of(job.route)))
+        raise Refused(reply("inexpressible", "it has octets over 127", **job.route.place))
     return octets
 
 
@@ -4842,7 +4836,7 @@ def judge_sendgrid(route: Route, said: Said) -> str:
     if not isinstance(scopes, list):
         raise Refused(web_reply(route, said, sendgrid_words(said)))
     if "mail.send" not in scopes:
-        raise Refused(reply("web-refused", word="the API key lacks the permission mail.send", **place_of(route)))
+        raise Refused(reply("web-refused", word="the API key lacks the permission mail.send", **route.place))
     return "the API key may send"
 
 
@@ -4859,7 +4853,7 @@ def judge_amazonses(route: Route, said: Said) -> str:
     if said.status != 200 or not isinstance(document, dict) or "SendingEnabled" not in document:
         raise Refused(refusal)
     if not document["SendingEnabled"]:
-        raise Refused(reply("web-refused", word="sending is switched off for this account", **place_of(route)))
+        raise Refused(reply("web-refused", word="sending is switched off for this account", **route.place))
     sandbox = "" if document.get("ProductionAccessEnabled", True) else ", in the sandbox: to verified recipients only"
     return f"the key is good, the account may send{sandbox}"
 
