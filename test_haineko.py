@@ -96,9 +96,21 @@ def request(body: bytes, client: str = "127.0.0.1", **headers: str) -> haineko.R
     return haineko.Request("POST", "/submit", headers, body, place, place, 50320, NOW)
 
 
+async def and_closed(coroutine, sessions: haineko.Sessions):
+    """What the coroutine returns; then no session stays open."""
+    try:
+        return await coroutine
+    finally:
+        await sessions.sweep(everything=True)
+
+
+def answered(asked: haineko.Request, service: haineko.Service) -> haineko.Answer:
+    return haineko.run(and_closed(haineko.submit(asked, service), service.sessions))
+
+
 def posted(submission, force: haineko.Settings | None = None, client: str = "127.0.0.1") -> tuple:
     """(HTTP status, document) of a submission given to submit()."""
-    answer = haineko.run(haineko.submit(request(as_body(submission), client), haineko.Service(force or settings())))
+    answer = answered(request(as_body(submission), client), haineko.Service(force or settings()))
     return answer.status, json.loads(answer.body)
 
 
@@ -4321,7 +4333,7 @@ class KeptLines(unittest.TestCase):
             await haineko.all_of([web.call(route, call) for _ in range(5)])
             self.assertEqual((peer.lines, len(web.idle[route])), (5, 5))
             web.KEPT = 2
-            web.idle.clear()
+            web.sweep(everything=True)
             await haineko.all_of([web.call(route, call) for _ in range(5)])
             self.assertEqual(len(web.idle[route]), 2)
             for line in web.idle[route]:
@@ -4349,7 +4361,7 @@ class KeptLines(unittest.TestCase):
                 await haineko.attempt(job, sessions)
                 took.append(time.monotonic() - began)
 
-            await haineko.all_of([timed(slow), *[timed(quick) for _ in range(5)]])
+            await and_closed(haineko.all_of([timed(slow), *[timed(quick) for _ in range(5)]]), sessions)
             return sorted(took)[4]
 
         with WebPeer(lambda asked: "hang") as hanging, WebPeer(as_mandrill) as peer:
@@ -4366,7 +4378,8 @@ class KeptLines(unittest.TestCase):
             with self.subTest(wait), WebPeer(answer) as peer:
                 began = time.monotonic()
                 route = web_route("SendGrid", peer.url, retry=1, sleep=0)
-                outcome = haineko.run(haineko.carry_out(composed_job(route), haineko.Sessions()))
+                sessions = haineko.Sessions()
+                outcome = haineko.run(and_closed(haineko.carry_out(composed_job(route), sessions), sessions))
                 self.assertEqual(outcome.replies[0].code, code)
                 self.assertTrue(least <= time.monotonic() - began < least + 3)
 
@@ -5090,7 +5103,7 @@ class Relays(Folder, Peers):
         request = haineko.Request("POST", "/submit", {}, as_body(document(rcpt=list(TO))), *[None] * 3, 1e9)
         address = haineko.plain_address("127.0.0.1")
         request = request._replace(client=address, peer=address)
-        answer = haineko.run(haineko.submit(request, haineko.Service(force)))
+        answer = answered(request, haineko.Service(force))
         paths = [item["message"][0] for item in json.loads(answer.body)["response"]]
         self.assertEqual(sorted(map(os.path.basename, paths)), sorted(os.listdir(self.folder)))
         found = []
@@ -6087,8 +6100,8 @@ class WebRelays(unittest.TestCase):
                 replies: list = []
 
                 async def one(mailer: str, peer=peer, replies=replies) -> None:
-                    job = composed_job(web_route(mailer, peer.url))
-                    replies.extend(await haineko.attempt(job, haineko.Sessions()))
+                    job, sessions = composed_job(web_route(mailer, peer.url)), haineko.Sessions()
+                    replies.extend(await and_closed(haineko.attempt(job, sessions), sessions))
 
                 began = time.monotonic()
                 haineko.run(haineko.all_of([one(mailer) for mailer in PEERS]))
@@ -6801,7 +6814,8 @@ class WebProbes(unittest.TestCase):
 
     def findings(self, route: haineko.Route) -> list:
         probe = haineko.Probe(route, "here.example")
-        return haineko.run(haineko.PROBES[route.mailer](probe, haineko.Sessions()))
+        sessions = haineko.Sessions()
+        return haineko.run(and_closed(haineko.PROBES[route.mailer](probe, sessions), sessions))
 
     def test_good_credentials(self):
         for mailer, words in (
@@ -6857,7 +6871,7 @@ class WholeWay(unittest.TestCase):
                 client = haineko.plain_address("127.0.0.1")
                 body = json.dumps(web_submission(rcpt=["mikeneko@example.jp", "tama@example.jp"])).encode()
                 request = haineko.Request("POST", "/submit", {}, body, client, client, 5, 1700000000.0)
-                answer_ = haineko.run(haineko.submit(request, service))
+                answer_ = answered(request, service)
                 document = json.loads(answer_.body)
                 self.assertEqual(answer_.status, 200, document)
                 self.assertEqual([item["mailer"] for item in document["response"]], [mailer] * 2)
@@ -7981,7 +7995,8 @@ class WayOfAMail(Peers):
         well, force = self.peer(), settings(smtpd={"hostname": NAME, "max_workers": 2})
         jobs = [job(lost, retry=1, sleep=0.4), *[job(well)] * 9]
         began = time.monotonic()
-        outcomes = haineko.run(haineko.deliver(jobs, haineko.Sessions(), force))
+        sessions = haineko.Sessions()
+        outcomes = haineko.run(and_closed(haineko.deliver(jobs, sessions, force), sessions))
         self.assertTrue(0.4 <= time.monotonic() - began < 2)
         self.assertEqual([item.replies[0].code for item in outcomes], ["250"] * 10)
         self.assertGreaterEqual(outcomes[0].ms, 400)
