@@ -874,7 +874,7 @@ class Route:
             object.__setattr__(self, "port", PORTS.get(self.relay, 25))
 
     def __hash__(self) -> int:
-        return hash((self.mailer, self.host, self.port, self.address))  # enough to tell routes apart; sessions are by it
+        return hash((self.mailer, self.host, self.port, self.address))  # enough to tell them apart; sessions are by it
 
     @property
     def relay(self) -> str:
@@ -2710,13 +2710,7 @@ class Loop:
             self.ready.append((heapq.heappop(self.sleeping)[2], None))
         for _ in range(len(self.ready)):
             self.step(*self.ready.popleft())
-        leaving, self.leaving = self.leaving, []
-        for coroutine, sock, octets in leaving:
-            try:
-                sent = sock.send(octets)
-                self.ready.append((coroutine, memoryview(octets)[sent:] if sent < len(octets) else None))
-            except Exception as fault:
-                self.ready.append((coroutine, fault))
+        self._see_off()
 
     def _pause(self, most: float) -> float:
         """Seconds until something is to be done even without an event."""
@@ -2756,6 +2750,18 @@ class Loop:
 
     def depart(self, coroutine: Any, sock: Any, octets: Any) -> None:
         self.leaving.append((coroutine, sock, octets))
+        if len(self.leaving) == BURST:
+            self._see_off()
+
+    def _see_off(self) -> None:
+        """Sends what waits for it; who can't send all of it goes on with the rest, or with the fault."""
+        leaving, self.leaving = self.leaving, []
+        for coroutine, sock, octets in leaving:
+            try:
+                sent = sock.send(octets)
+                self.ready.append((coroutine, memoryview(octets)[sent:] if sent < len(octets) else None))
+            except Exception as fault:
+                self.ready.append((coroutine, fault))
 
     def interrupt(self, sock: Any, fault: Exception) -> None:
         """Raises the fault in the coroutine that waits for this socket."""
@@ -2798,6 +2804,9 @@ class Loop:
             await receive(self.threads.bell, 4096, float("inf"))
             while self.threads.ended:
                 self.ready.append(self.threads.ended.popleft())
+
+
+BURST = 32  # sent together at the most, so that the first of many does not wait for the last
 
 
 class Threads:

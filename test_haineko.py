@@ -3363,6 +3363,32 @@ class Waiting(Quiet):
             here, there = self.pair()
             self.assertEqual(self.run_all(loop, reader(here), writer(there))[0][0], octets)
 
+    def test_what_is_sent_leaves_when_all_have_had_their_turn(self) -> None:
+        async def look(sock) -> None:
+            try:
+                seen.append(sock.recv(10))
+            except BlockingIOError:
+                seen.append(b"")
+
+        for loop in self.each():
+            for count, wanted in ((1, b""), (haineko.BURST - 1, b""), (haineko.BURST, b"x"), (haineko.BURST + 1, b"x")):
+                with self.subTest(count):
+                    seen: list = []
+                    pairs = [self.pair() for _ in range(count)]
+                    writers = [haineko.send(here, b"x", time.monotonic() + 1) for here, _ in pairs]
+                    self.run_all(loop, *writers, look(pairs[0][1]))
+                    self.assertEqual(seen, [wanted])
+                    late = [there.recv(10) for _, there in pairs[1 if wanted else 0 :]]
+                    self.assertEqual(late, [b"x"] * len(late))
+
+    def test_who_can_t_send_is_told_so_and_nobody_else(self) -> None:
+        for loop in self.each():
+            pairs = [self.pair() for _ in range(3)]
+            pairs[1][1].close()
+            found = self.run_all(loop, *[haineko.send(here, b"x", time.monotonic() + 1) for here, _ in pairs])
+            self.assertEqual([type(value) for value, _ in found], [type(None), BrokenPipeError, type(None)])
+            self.assertEqual([there.recv(10) for _, there in pairs[::2]], [b"x", b"x"])
+
     def test_who_reads_nothing_ends_a_send_at_its_deadline(self) -> None:
         for loop in self.each():
             here, _there = self.pair()
@@ -9383,7 +9409,13 @@ class Attacks(Quiet):
     def test_patterns_take_time_by_length_only(self):
         spaces = b" " * 60000
         head = b"GET / HTTP/1.1\r\n"
+
+        def length_of(value: bytes) -> int:
+            return haineko.body_length(haineko.parse_head(b"POST / HTTP/1.1\r\nContent-Length: " + value + b"\r\n"))
+
         for what, function, octets in (
+            ("spaces in a length", length_of, b"1" + spaces + b",1" + spaces + b"x"),
+            ("a length again and again", length_of, b"111111111111111111" + b",111111111111111111" * 3000 + b",1"),
             ("spaces within a value", haineko.parse_head, head + b"A: x" + spaces + b"y\r\n"),
             ("spaces and a NUL", haineko.parse_head, head + b"A:" + spaces + b"\0\r\n"),
             ("spaces in a reply", haineko.parse_line, b"250 " + spaces + b"\rx"),
