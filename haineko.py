@@ -2699,7 +2699,7 @@ class Loop:
     def turn(self, most: float = 1.0) -> None:
         """Waits for the next event where nothing can run, `most` seconds at the most; runs what can; sends what came of
         it."""
-        for descriptor in self.poller.poll(0 if self.ready else self._pause(most)):
+        for descriptor in self.poller.poll(0 if self.ready or self.leaving else self._pause(most)):
             found = self.waiting.pop(descriptor, None)
             if found:
                 self.step(found[0], None)
@@ -2754,14 +2754,16 @@ class Loop:
             self._see_off()
 
     def _see_off(self) -> None:
-        """Sends what waits for it; who can't send all of it goes on with the rest, or with the fault."""
+        """Sends what is to leave; each goes on in the next turn with what is left of it, and with a fault at once: who is
+        to wait then does so before the poller tells that the wait is over."""
         leaving, self.leaving = self.leaving, []
         for coroutine, sock, octets in leaving:
             try:
                 sent = sock.send(octets)
-                self.ready.append((coroutine, memoryview(octets)[sent:] if sent < len(octets) else None))
             except Exception as fault:
-                self.ready.append((coroutine, fault))
+                self.step(coroutine, fault)
+            else:
+                self.ready.append((coroutine, memoryview(octets)[sent:] if sent < len(octets) else None))
 
     def interrupt(self, sock: Any, fault: Exception) -> None:
         """Raises the fault in the coroutine that waits for this socket."""

@@ -3381,6 +3381,31 @@ class Waiting(Quiet):
                     late = [there.recv(10) for _, there in pairs[1 if wanted else 0 :]]
                     self.assertEqual(late, [b"x"] * len(late))
 
+    def test_a_reader_that_is_quicker_than_the_loop_is_not_overlooked(self) -> None:
+        octets = os.urandom(1 << 16) * 64
+
+        async def writer(sock, ended: list) -> None:
+            try:
+                ended.append(await haineko.send(sock, octets, time.monotonic() + 1))
+            except OSError as fault:
+                ended.append(fault)
+
+        for stride in (1, 2, 3):  # turns until the reader has taken all that is here
+            for loop in self.each():
+                (here, there), ended, found, turns = self.pair(), [], bytearray(), 0
+                loop.spawn(writer(here, ended))
+                while not ended:
+                    loop.turn(0.001)
+                    turns += 1
+                    while turns % stride == 0:
+                        try:
+                            found += there.recv(1 << 20)
+                        except BlockingIOError:
+                            break
+                self.assertEqual((stride, ended), (stride, [None]))
+                found += there.recv(1 << 20) if len(found) < len(octets) else b""
+                self.assertEqual(len(octets) - len(found), 0)
+
     def test_who_can_t_send_is_told_so_and_nobody_else(self) -> None:
         for loop in self.each():
             pairs = [self.pair() for _ in range(3)]
