@@ -1217,9 +1217,13 @@ def example() -> dict:
 class Log:
     """Where lines go; `devel` shows SMTP dialogues too."""
 
+    PATIENCE = 1000  # milliseconds for a reader of stderr to read on; from then on none, until it does
+
     def __init__(self) -> None:
         self.devel = False
         self.syslog: Any = None
+        self.stderr, self.lost = select.poll(), 0  # lines since its reader stopped reading
+        self.stderr.register(2, select.POLLOUT)
 
     def open(self, settings: Syslog) -> None:
         """From now on lines go where the settings say."""
@@ -1240,10 +1244,20 @@ class Log:
         self.raw("".join([f"{head}{line}\n" for line in lines]).encode("utf-8", "backslashreplace"))
 
     def raw(self, octets: bytes) -> bool:
-        """Octets for stderr; False where it is gone or full, which must not cost a mail."""
+        """Octets for stderr; False where it is gone, full, or a pipe that nobody reads, which must not cost a mail."""
+        start = 0
         try:
-            while octets:
-                octets = octets[os.write(2, octets) :]
+            while start < len(octets):
+                if not self.stderr.poll(0 if self.lost else self.PATIENCE):
+                    self.lost += 1
+                    return False
+                if self.lost:
+                    os.write(
+                        2, f"\nhaineko[{os.getpid()}]: {self.lost} lines were lost, since nobody read them\n".encode()
+                    )
+                    self.lost = 0
+                end = octets.rfind(b"\n", start, start + select.PIPE_BUF) + 1  # so much never blocks
+                start += os.write(2, octets[start : end or start + select.PIPE_BUF])
         except OSError:
             return False
         return True
@@ -2754,8 +2768,8 @@ class Loop:
             self._see_off()
 
     def _see_off(self) -> None:
-        """Sends what is to leave; each goes on in the next turn with what is left of it, and with a fault at once: who is
-        to wait then does so before the poller tells that the wait is over."""
+        """Sends what is to leave. Each goes on in the next turn with what is left of it, with a fault at once: who has
+        to wait must do so before the poller tells that it need not."""
         leaving, self.leaving = self.leaving, []
         for coroutine, sock, octets in leaving:
             try:
@@ -6119,7 +6133,8 @@ def to_json(document: Any) -> bytes:
 MAX_HEAD = 65536  # octets of request line and headers
 MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body where max_message_size sets no limit
-DRAIN = 2.0  # seconds for a client to read a refusal before its connection is closed
+DRAIN = 2.0  # seconds for a client to read our last words before its connection is closed
+TURNED_AWAY = 64  # connections too many that are told so at a time
 STOPPING = 30.0  # seconds for requests in flight to be answered
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that a worker is told by
 
@@ -6135,6 +6150,7 @@ class Head(NamedTuple):
 
 
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
+BARE_LF = re.compile(rb"\n\r?\n")  # where no CR LF CR LF was found: an end that some servers take for one
 FIELD = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*)\r$", re.MULTILINE)
 
 
@@ -6399,6 +6415,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             await self._secure()
             while self.buffer or await self._begun():
                 if not await self.handle_one_request():
+                    await drain(self.connection)
                     break
         except (OSError, ValueError):  # the client is gone
             pass
@@ -6417,17 +6434,21 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 self.connection.do_handshake()
                 return
             except WOULD_WAIT as fault:
-                await readiness(self.connection, deadline, isinstance(fault, ssl.SSLWantWriteError))
+                await self._at_rest(readiness(self.connection, deadline, isinstance(fault, ssl.SSLWantWriteError)))
 
     async def _begun(self) -> bool:
         """True when a request begins, False where the client closed or took too long."""
+        deadline = time.monotonic() + self.service.settings.httpd.timeout
+        self.buffer = await self._at_rest(receive(self.connection, 16384, deadline))
+        return bool(self.buffer)
+
+    async def _at_rest(self, waiting: Any) -> Any:
+        """What is waited for, by a connection without a whole head: it may be closed for another."""
         self.worker.rests(self)
         try:
-            deadline = time.monotonic() + self.service.settings.httpd.timeout
-            self.buffer = await receive(self.connection, 16384, deadline)
+            return await waiting
         finally:
             self.worker.rises(self)
-        return bool(self.buffer)
 
     async def handle_one_request(self) -> bool:
         """Reads a request and answers it; True where the next may follow."""
@@ -6455,8 +6476,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.buffer, left = self.buffer[left:], 0
         keep = bool(head and head.keep and not left and not self.service.stopping)
         await self._answer(result, extra, head, keep)
-        if not keep and left:
-            await self._drain()
         return keep
 
     def _request(self, head: Head) -> Request:
@@ -6491,21 +6510,25 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     async def _head(self, deadline: float) -> bytes:
         """The octets before the empty line; what follows stays in the buffer."""
-        self.buffer = self.buffer.lstrip(b"\r\n")  # RFC 9112 2.2
+        self.buffer, seen = self.buffer.lstrip(b"\r\n"), 0  # RFC 9112 2.2
         while True:
-            end = self.buffer.find(b"\r\n\r\n")
+            end = self.buffer.find(b"\r\n\r\n", seen)
             if end > MAX_HEAD or (end < 0 and len(self.buffer) > MAX_HEAD):
                 raise Refused(reply("head-too-large"))
             if end >= 0:
                 head, self.buffer = self.buffer[: end + 2], self.buffer[end + 4 :]
                 return head
-            if b"\n\n" in self.buffer or b"\n\r\n" in self.buffer.replace(b"\r\n", b""):
+            if BARE_LF.search(self.buffer, seen):
                 raise Refused(reply("bad-request", "line ends with LF alone"))
-            self.buffer += await self._more(deadline)
+            seen = max(len(self.buffer) - 3, 0)
+            self.buffer += await self._at_rest(self._more(deadline))
 
     async def _more(self, deadline: float, most: int = 65536) -> bytes:
         """More octets from the client, by the deadline."""
         try:
+            await sleep(0)  # who sends faster than we read must not keep the others waiting
+            if time.monotonic() >= deadline:
+                raise socket.timeout
             octets = await receive(self.connection, most, deadline)
         except socket.timeout:
             raise Refused(reply("request-timeout")) from None
@@ -6556,6 +6579,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             if not size:
                 break
             body += await self._exactly(size, deadline)
+            await sleep(0)  # a chunk may be one octet, and thousands of them be here already
             if await self._exactly(2, deadline) != b"\r\n":
                 raise Refused(reply("bad-request", "end of chunk"))
         for _ in range(MAX_HEADERS):
@@ -6567,8 +6591,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         while b"\r\n" not in self.buffer:
             if len(self.buffer) > 4096:
                 raise Refused(reply("bad-request", "chunk line"))
-            self.buffer += await self._more(deadline)
-            await sleep(0)  # who sends faster than we read must not keep the others waiting
+            self.buffer += await self._more(deadline, 4096)
         line, _, self.buffer = self.buffer.partition(b"\r\n")
         return line
 
@@ -6587,15 +6610,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
         octets = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
         await send(self.connection, octets, time.monotonic() + self.service.settings.httpd.timeout)
 
-    async def _drain(self) -> None:
-        """Reads what the client still sends, so that it gets to read the refusal before the connection is reset."""
-        deadline = time.monotonic() + DRAIN
-        try:
-            self.connection.shutdown(socket.SHUT_WR)
-            while await receive(self.connection, 1 << 18, deadline):
-                pass
-        except OSError:
-            pass
+
+async def drain(sock: Any) -> None:
+    """Says that nothing more comes, and reads what still does: a connection closed with octets unread is reset, and the
+    client might never see what was said last (RFC 9112 9.6)."""
+    deadline = time.monotonic() + DRAIN
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_WR)
+        while time.monotonic() < deadline and await receive(sock, 1 << 18, deadline):
+            await sleep(0)
 
 
 @functools.lru_cache(maxsize=2)
@@ -6624,6 +6647,7 @@ class Worker:
         self.courier = Courier(self.service, bells[0], self.loop) if slot is None else None
         self.connections: set = set()
         self.idle: OrderedDict = OrderedDict()  # connections without a request, the longest-idle first
+        self.turned_away = 0  # of them, now
         self.reload = False
 
     def run(self) -> None:
@@ -6643,13 +6667,14 @@ class Worker:
             if self.reload:
                 self.reload = False
                 self.loop.spawn(self._reread())
-        deadline = time.monotonic() + STOPPING
+        began = now = time.monotonic()
         for listener in self.listeners:
             listener.close()
-        while (self.connections or (self.courier and any(self.courier.busy.values()))) and time.monotonic() < deadline:
-            while self._close_idlest():
-                pass
+        while (self.connections or (self.courier and any(self.courier.busy.values()))) and now < began + STOPPING:
+            for connection in [one for one in self.idle if not one.buffer or now > began + DRAIN]:  # no request yet
+                self._close(connection)
             self.loop.turn(0.05)
+            now = time.monotonic()
         leaving = self.service.sessions.sweep(everything=True)
         run(leaving)
 
@@ -6699,7 +6724,7 @@ class Worker:
             if len(self.connections) >= self.service.settings.httpd.max_connections:
                 await sleep(0)  # so that those accepted just now are known to be idle
                 if not self._close_idlest():
-                    self.loop.spawn(turn_away(sock))
+                    self.loop.spawn(self._turn_away(sock))
                     continue
             connection = Connection(sock, peer, self)
             self.connections.add(connection)
@@ -6721,14 +6746,35 @@ class Worker:
         self.connections.discard(connection)
         self.rises(connection)
 
+    async def _turn_away(self, sock: socket.socket) -> None:
+        """503 for a connection too many; it just ends where TLS would come first, or where many are being told so."""
+        if not self.service.tls and self.turned_away < TURNED_AWAY:
+            self.turned_away += 1
+            request = Request("", "", {}, b"", None, None, None, time.time())
+            body = answer(request, 503, {None: reply("busy")}, None, None).body
+            head = (
+                f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            )
+            with contextlib.suppress(OSError):
+                await send(
+                    sock, f"{head}Retry-After: 5\r\nConnection: close\r\n\r\n".encode() + body, time.monotonic() + DRAIN
+                )
+                await drain(sock)
+            self.turned_away -= 1
+        sock.close()
+
     def _close_idlest(self) -> bool:
         """Closes the connection that has been idle longest; False where none is idle."""
         if not self.idle:
             return False
-        idlest, _ = self.idle.popitem(last=False)
-        self.connections.discard(idlest)
-        self.loop.interrupt(idlest.connection, ConnectionAbortedError("closed for another"))
+        self._close(next(iter(self.idle)))
         return True
+
+    def _close(self, connection: Connection) -> None:
+        """Ends a connection that is at rest."""
+        del self.idle[connection]
+        self.connections.discard(connection)
+        self.loop.interrupt(connection.connection, ConnectionAbortedError("closed for another"))
 
     async def _housekeeping(self) -> None:
         """Once a second: SMTP sessions nobody uses."""
@@ -6741,22 +6787,6 @@ class Worker:
         settings, faults = await in_thread(load, self.service.settings.path)
         if not faults:
             self.service.take(settings)
-
-
-async def turn_away(sock: socket.socket) -> None:
-    """503 for a connection too many."""
-    request = Request("", "", {}, b"", None, None, None, time.time())
-    body = answer(request, 503, {None: reply("busy")}, None, None).body
-    head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    deadline = time.monotonic() + DRAIN
-    try:
-        await send(sock, f"{head}Retry-After: 5\r\nConnection: close\r\n\r\n".encode() + body, deadline)
-        sock.shutdown(socket.SHUT_WR)
-        while await receive(sock, 65536, deadline):
-            pass
-    except OSError:
-        pass
-    sock.close()
 
 
 class Master:
@@ -7048,6 +7078,7 @@ def prepared(options: Any) -> tuple:
     if faults:
         raise Usage("; ".join(faults), 2)
     settings = replace(settings, httpd=replace(settings.httpd, **changes))
+    allow_files()
     store = settings.queue and Store(settings.queue)
     if store:
         store.commit([])
@@ -7061,6 +7092,20 @@ def prepared(options: Any) -> tuple:
         except OSError as fault:
             raise Usage(f"can't listen at {place}: {fault.strerror or fault}", 1) from None
     return settings, listeners
+
+
+def allow_files() -> None:
+    """As many open files as the machine lets us have: a client has one, and one more for each of its deliveries."""
+    import resource
+
+    with contextlib.suppress(OSError, ValueError):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+FILES = 65536  # nobody needs more; some systems have no end of them, and refuse to be asked for that
 
 
 def announce(settings: Settings, listeners: list) -> None:

@@ -8325,6 +8325,28 @@ class Http(Peers):
                 self.assertEqual((again[0], again[1]["Content-Length"], again[2]), (200, str(len(raw)), ""))
         self.assertTrue(self.server.ask(get("/neko"))[1]["Content-Type"].startswith("text/plain"))
 
+    def test_the_last_answer_is_read_to_its_end_whatever_was_sent_behind(self) -> None:
+        for first, status in (
+            (get("/neko", "Connection: close"), 200),
+            (get("/neko", version="1.0"), 200),
+            (b"x\r\n\r\n", 400),
+        ):
+            with self.subTest(first), self.server.wire() as wire:
+                wire.send(first + b"x" * 300000)
+                self.assertEqual(wire.answer()[0], status)
+                wire.sock.shutdown(socket.SHUT_WR)
+                self.assertEqual(wire.sock.recv(1), b"")  # and no reset
+
+    def test_an_end_of_lf_alone_is_told_wherever_the_packets_part(self) -> None:
+        for end in (b"\n\n", b"\n\r\n"):
+            octets = b"GET /neko HTTP/1.1\r\nHost: x" + end
+            for at in range(len(octets) - 4, len(octets)):
+                with self.subTest((end, at)), self.server.wire() as wire:
+                    wire.send(octets[:at])
+                    self.assertEqual(self.server.ask(get("/neko"))[0], 200)  # so these octets were read
+                    status, _, found = wire.ask(octets[at:])
+                    self.assertEqual((status, found["response"][0]["message"][1]), (400, "line ends with LF alone"))
+
     def test_samples_are_valid_submissions(self) -> None:
         _, _, samples = self.server.ask(get("/sample/mail"))
         self.assertTrue(any("html" in sample and "attachments" in sample for sample in samples))
@@ -8590,6 +8612,15 @@ class HttpOverTls(unittest.TestCase):
             self.assertTrue(silent.ended())
         self.assertNotIn("Traceback", self.server.log())
 
+    def test_who_says_nothing_delays_no_end(self) -> None:
+        pem = certificate()
+        server = Server({"httpd": {"tls": {"certificate": pem, "key": pem}, "timeout": 30}})
+        self.addCleanup(server.close)
+        with server.wire(), server.wire(0, self.context) as wire:
+            self.assertEqual(wire.ask(get("/neko"))[0], 200)  # and the silent one was accepted before
+            server.process.terminate()
+            self.assertEqual(server.process.wait(9), 0)
+
 
 class Workers(Peers):
     def server(self, force: dict, *options: str) -> Server:
@@ -8679,6 +8710,70 @@ class Workers(Peers):
                     self.assertEqual((status, headers["Connection"]), (200, "close"))
                     self.assertEqual(server.process.wait(15), 0)
                 self.assertEqual(peer.lines[-1], "QUIT")
+
+    def test_half_a_head_delays_an_end_for_a_moment_only(self) -> None:
+        server = self.server({"httpd": {"timeout": 30}})
+        with server.wire().send(get("/neko")[:-1]), server.wire() as wire:
+            self.assertEqual(wire.ask(get("/neko"))[0], 200)
+            server.process.terminate()
+            self.assertEqual(server.process.wait(9), 0)
+
+    def test_where_many_are_turned_away_they_are_so_without_a_word(self) -> None:
+        gate, peer = self.gated()
+        server = self.server({"httpd": {"max_connections": 1}, "mailertable": {"default": esmtp(peer, timeout=9)}})
+        with server.wire() as busy:
+            busy.send(post())
+            eventually(lambda: peer.now, "the mail at its next hop")
+            crowd = [server.wire() for _ in range(haineko.TURNED_AWAY + 6)]
+            words = []
+            for wire in crowd:
+                words.append(b"503" in wire.sock.recv(4096))
+            for wire in crowd:
+                wire.close()
+            self.assertEqual(words, [True] * haineko.TURNED_AWAY + [False] * 6)
+            eventually(lambda: server.ask(get("/neko"))[0] == 503, "room for words")
+            gate.set()
+            self.assertEqual(busy.answer()[0], 200)
+
+    def test_a_log_that_nobody_reads_costs_no_mail(self) -> None:
+        folder = tempfile.TemporaryDirectory(prefix="haineko-test-")
+        self.addCleanup(folder.cleanup)
+        path = os.path.join(folder.name, "haineko.json")
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as stream:
+            json.dump({"recipients": {"open-relay": 1}, "mailertable": {"default": {"mailer": "Discard"}}}, stream)
+        command = [sys.executable, PROGRAM, "serve", "-c", path, "--listen", "127.0.0.1:0", "--workers", "1"]
+        server = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment())
+        self.addCleanup(server.stderr.close)
+        self.addCleanup(server.wait)
+        self.addCleanup(server.kill)
+        seen = b""
+        while b" listens at " not in seen:
+            seen += os.read(server.stderr.fileno(), 4096)
+        with Wire(place_of(re.search(rb"http://\S+", seen)[0].decode())) as wire:
+            slow = 0
+            for _ in range(900):  # more than a pipe holds
+                began = time.monotonic()
+                self.assertEqual(wire.ask(post())[0], 200)
+                slow += time.monotonic() - began > 0.5
+            self.assertLess(slow, 3)
+            os.set_blocking(server.stderr.fileno(), False)
+            while b"lines were lost" not in seen:
+                self.assertEqual(wire.ask(post())[0], 200)
+                with contextlib.suppress(BlockingIOError):
+                    seen = seen[-99:] + os.read(server.stderr.fileno(), 65536)
+            server.terminate()
+            self.assertEqual(server.wait(9), 0)
+
+    def test_as_many_files_as_the_machine_allows(self) -> None:
+        code = (
+            "import resource, haineko; _, hard = resource.getrlimit(resource.RLIMIT_NOFILE); "
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard)); haineko.allow_files(); "
+            "print(resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, haineko.FILES), hard), hard)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=HERE, capture_output=True, env=environment(), check=False
+        )
+        self.assertTrue(done.stdout.startswith(b"True") or done.stdout.endswith(b" -1\n"), done)
 
     def test_a_signal_right_after_the_start_is_not_overheard(self) -> None:
         for _ in range(3):
