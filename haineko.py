@@ -432,7 +432,8 @@ def number(low: int, high: int) -> Callable:
 
     def parse(value: Any, where: str, faults: list) -> int:
         if type(value) is not int or not low <= value <= high:
-            faults.append(f"{where}: a whole number from {low} to {high} is wanted, not {printable(str(value))}")
+            given = printable(str(value)) if isinstance(value, (int, float)) else kind(value)
+            faults.append(f"{where}: a whole number from {low} to {high} is wanted, not {given}")
             return low
         return value
 
@@ -959,7 +960,7 @@ def load(path: str | None) -> tuple:
             raw[name] = read_file(aside, faults, name)
     settings = read(Settings, raw, "", faults)
     if faults:
-        return settings, faults
+        return replace(settings, files=tuple(files.items())), faults
     settings, faults = settled(replace(settings, path=path), faults)
     files.update((name, signature(name)) for name in aside_files(settings))
     return replace(settings, files=tuple(files.items())), faults
@@ -969,9 +970,9 @@ def signature(path: str) -> tuple | None:
     """What changes when a file is written anew; None where there is none."""
     try:
         found = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # or a NUL in the name
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode, found.st_uid
 
 
 def read_file(path: str, faults: list, name: str = "") -> dict:
@@ -1059,11 +1060,18 @@ def _login(login: Login, base: str, where: str, faults: list) -> tuple:
 
 def _secret(source: Any, base: str, where: str, faults: list) -> str:
     """The secret itself, from a file or the environment where it stands there."""
+    word = _secret_text(source, base, where, faults)
+    if not word.isprintable():  # told without it
+        faults.append(f"{where}: has a line end, or another character that can't be printed")
+    return word
+
+
+def _secret_text(source: Any, base: str, where: str, faults: list) -> str:
     try:
         if isinstance(source, str):
             return source
         if "env" in source:
-            return os.environ[source["env"]]
+            return os.environ[source["env"]].rstrip("\r\n")
         with opened(os.path.join(base, source["file"])) as stream:
             if os.fstat(stream.fileno()).st_mode & 0o004:
                 faults.append(f"{where}.file: can be read by everybody; chmod 600 {source['file']}")
@@ -1347,9 +1355,10 @@ def _address(text: str) -> Address | None:
     local, domain = found.groups()
     if not domain.isascii():
         domain = ascii_domain(domain)
-    if DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_literal(domain)):
-        return Address(text, local, domain)
-    return None
+    found = Address(text, local, domain)
+    if len(found.wire.encode()) > MAX_PATH:
+        return None
+    return found if DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_literal(domain)) else None
 
 
 MAX_PATH = 254  # octets, RFC 5321 4.5.3.1.3 less the brackets
@@ -1405,8 +1414,7 @@ def prose(value: Any, where: str, faults: list) -> str:
 def mailboxes(value: Any, where: str, faults: list) -> tuple:
     """((display name, Address), ...) of a header like From."""
     value = one_line(value, where, faults)
-    parse = parse_mailboxes if len(value) <= REMEMBERED else parse_mailboxes.__wrapped__
-    found = parse(value) if len(value) <= MAX_MAILBOXES else ()
+    found = parse_mailboxes(value) if len(value) <= MAX_MAILBOXES else ()
     if value and not found:
         faults.append("; ".join([f'{where}: "name <address>" is wanted, not "{printable(value, 80)}"', *doubts(value)]))
     return found
@@ -1421,10 +1429,16 @@ def mailbox_list(value: Any, where: str, faults: list) -> tuple:
     return tuple(itertools.chain.from_iterable(list_of(mailboxes)(value, where, faults)))
 
 
-@functools.lru_cache(maxsize=512)
 def parse_mailboxes(text: str) -> tuple:
     """((display name, Address), ...); () where one of them is none. RFC 5322 3.4; email.utils reads the quoting."""
+    return (_parse_mailboxes if len(text) <= REMEMBERED else _parse_mailboxes.__wrapped__)(text)
+
+
+@functools.lru_cache(maxsize=512)
+def _parse_mailboxes(text: str) -> tuple:
     simple = re.fullmatch(r"([^<>\"\\]*)<([^<>\s]+)>\s*", text)  # a comma or bracket in the name harms nobody here
+    if simple and "@" in simple[1] and re.search("[,;]", simple[1]):  # another mailbox, and no name
+        simple = None
     try:
         named = [simple.groups()] if simple else [("", text.strip())] if address(text.strip()) else getaddresses([text])
     except RecursionError:  # comments in comments in comments
@@ -1460,7 +1474,7 @@ def charset_name(name: str) -> str:
 @functools.lru_cache(maxsize=64)
 def _charset_name(name: str) -> str:
     try:
-        codec = codecs.lookup(name).name
+        codec = codecs.lookup(codec_of(name)).name
         as_ascii = "Az0 =?<@>\\~\r\n".encode(codec) == b"Az0 =?<@>\\~\r\n"
     except (LookupError, ValueError, TypeError):
         return ""
@@ -1470,6 +1484,12 @@ def _charset_name(name: str) -> str:
         return IANA_NAMES[codec]
     codec = re.sub(r"^iso8859-", "ISO-8859-", re.sub(r"^cp(125\d|874)$", r"windows-\1", codec))
     return codec.replace("_", "-")
+
+
+def codec_of(charset: str) -> str:
+    """Python's name of a charset of mail; it does not know all of IANA's."""
+    known = {name.lower(): codec for codec, name in IANA_NAMES.items()}
+    return known.get(charset.lower()) or re.sub("^windows-", "cp", charset.lower())
 
 
 NO_CHARSETS = ("utf-7", "idna", "punycode", "unicode-escape", "raw-unicode-escape", "charmap", "mbcs", "oem")
@@ -1800,14 +1820,22 @@ TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
 
 def header_recipients(fields: list) -> list:
     """The addresses in To, Cc and Bcc."""
-    texts = [value.partition(b":")[2].decode("utf-8", "replace") for key, value in fields if key in ("to", "cc", "bcc")]
-    return [spec for _, spec in getaddresses([text.replace("\n", "") for text in texts]) if spec]
+    found: list = []
+    for key, value in fields:
+        if key in ("to", "cc", "bcc"):
+            text = value.partition(b":")[2].decode("utf-8", "replace").replace("\n", "").strip()
+            known = [mailbox.given for _, mailbox in parse_mailboxes(text)]
+            known = known or [spec for _, spec in getaddresses([text]) if spec]
+            found += known or (
+                [] if re.fullmatch(r"(?:[^:;@<>]*:\s*;)?", text) else [text]
+            )  # who reads it is told of it
+    return found
 
 
 def names_passed(fields: list) -> tuple:
     """The Hainekos that a finished message has passed."""
     texts = [value.partition(b":")[2].decode("ascii", "replace") for key, value in fields if key == "x-haineko-loop"]
-    return passed([text.replace("\n", "") for text in texts], "", [])
+    return tuple(name for name in passed([text.replace("\n", "") for text in texts], "", []) if DOMAIN.fullmatch(name))
 
 
 @dataclass(repr=False, eq=False)  # made for each mail, and a frozen one takes four times as long
@@ -1839,6 +1867,8 @@ def understand(body: Any) -> tuple:
             from_jis(raw)
     except ValueError as fault:
         return Submission(), [printable(str(fault))]
+    except RecursionError:
+        return Submission(), ["nested too deeply"]
     found = read(Submission, raw, "", faults)
     if found.rcpt is None or found.header.bcc or found.raw:
         found = addressed(found, raw, faults)
@@ -2337,6 +2367,8 @@ def text_field(name: str, value: str, charset: str) -> str:
     if PLAIN.fullmatch(value) and "=?" not in value:
         whole = f"{name}: {value}"
         return whole if len(whole) <= 78 else fold(f"{name}:", value.split(" "))
+    if len(name) + len(charset) > 60:  # no room for a word in the first line
+        return "\r\n ".join([f"{name}:", *encoded_words(value, charset, 1)])
     return fold(f"{name}:", encoded_words(value, charset, len(name) + 2))
 
 
@@ -2417,11 +2449,14 @@ BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
 @functools.lru_cache(maxsize=64)
 def encoder(charset: str) -> Callable:
     """A function from text to octets; it raises UnicodeEncodeError for a character that the charset can't hold."""
-    return CHARSETS.get(charset) or functools.partial(_encode, charset)
+    return CHARSETS.get(charset) or functools.partial(_encode, codec_of(charset))
 
 
-def _encode(charset: str, text: str) -> bytes:
-    return text.encode(charset)
+def _encode(codec: str, text: str) -> bytes:
+    octets = text.encode(codec)
+    if octets.decode(codec) != text:  # EUC-JP writes a backslash for a yen sign
+        raise UnicodeEncodeError(codec, text, 0, len(text), "no such character")
+    return octets
 
 
 def encode_jis(text: str) -> bytes:
@@ -3268,7 +3303,12 @@ def is_public(text: str) -> bool:
     """True for an address that anybody in the internet may have; in IPv6 clothes an IPv4 address is what counts."""
     found = ipaddress.ip_address(text)
     found = getattr(found, "ipv4_mapped", None) or getattr(found, "sixtofour", None) or found
-    return found.is_global and not found.is_multicast
+    if found in NAT64:
+        found = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
+    return found.is_global and not found.is_multicast and not getattr(found, "is_site_local", False)
+
+
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
 
 
 class Policy(NamedTuple):
@@ -4222,7 +4262,7 @@ def haineko_call(job: Job) -> Call:
     octets = job.octets()
     try:
         document = plain_submission(job, octets)
-    except ValueError:
+    except (ValueError, LookupError):
         raw = octets.decode() if octets.isascii() else {"base64": base64.b64encode(octets).decode()}
         document = {"mail": job.sender, "rcpt": job.recipients, "raw": raw}
     return Call("POST", "/submit", ENCODER.encode(document).encode(), basic(job.route.login))
@@ -4245,6 +4285,8 @@ def plain_submission(job: Job, octets: bytes) -> dict:
     if not kind_ or written != ours or len(lines) < len(listed) or not COMPOSED.issuperset(lines):
         raise ValueError("not composed here from plain text")
     charset = kind_[1]
+    if charset_name(charset) != charset:
+        raise ValueError("the charset is spelt otherwise")
     subject = decoded_words(lines.get("subject", ""))
     header = {"from": people_text(lines["from"]), "subject": subject, "charset": charset}
     if "reply-to" in lines:
@@ -4467,8 +4509,11 @@ AMAZONSES_RECIPIENTS = 50  # https://docs.aws.amazon.com/ses/latest/dg/quotas.ht
 
 def amazonses_call(job: Job, now: float) -> Call:
     octets = seven(job)
-    author = only(parse_message(octets)[0], "from")
-    _, spec = getaddresses([author])[0]
+    try:
+        author = only(parse_message(octets)[0], "from")
+        _, spec = getaddresses([author])[0]
+    except (ValueError, IndexError):
+        raise Refused(reply("inexpressible", "one header From is wanted", **job.route.place)) from None
     document = {
         "FromEmailAddress": author,
         "Destination": {"ToAddresses": job.recipients},
@@ -4649,7 +4694,7 @@ ENCODED_WORD = re.compile(r"=\?([^?*\s]+)(?:\*[^?\s]*)?\?([BbQq])\?([^?\s]*)\?="
 
 def decoded(octets: bytes, charset: str) -> str:
     """Text of octets in a charset of mail."""
-    return jis_text(octets.decode("ascii")) if charset.upper() == "ISO-2022-JP" else octets.decode(charset)
+    return jis_text(octets.decode("ascii")) if charset.upper() == "ISO-2022-JP" else octets.decode(codec_of(charset))
 
 
 def transfer_decoded(body: bytes, encoding: str) -> bytes:
@@ -5024,7 +5069,7 @@ def signature_of_event(secret: bytes, webhook_id: str, second: int, body: bytes)
 
 def bounce(parcel: Parcel, said: Reply, hostname: str, queueid: str, now: float) -> Message:
     """The report to the sender (RFC 3464) that a recipient's mail won't arrive."""
-    date, edge = rfc5322_date(int(now)), f"{queueid}/{hostname}"
+    date, edge = rfc5322_date(int(now)), f"{queueid}/report"
     place = f" ({said.host})" if said.host else ""
     words = "\r\n".join([f"    {line}" for line in quotable(said)])
     head = parcel.message.copy(parcel.recipient, parcel.number).partition(b"\r\n\r\n")[0] + b"\r\n"
@@ -5538,7 +5583,7 @@ def release(db: Any, owner: int, policy: Queue, now: float) -> None:
         " JOIN messages m ON m.id=r.message WHERE r.owner=?", (owner,)
     ).fetchall()  # fmt: skip
     for ident, recipient, attempts, history, born, queueid in rows:
-        log.lines(f"{queueid}: to=<{recipient}> interrupted; it is tried again and may arrive twice")
+        log.lines(f"{queueid}: to={_value(f'<{recipient}>')} interrupted; it is tried again and may arrive twice")
         due = now + next_step(said, attempts + 1, min(now - born, policy.lifetime - 1), chance(), policy).pause
         db.execute("UPDATE recipients SET due=?, owner=NULL, attempts=attempts+1, history=? WHERE id=?",
                    (due, add_attempt(history, now, said), ident))  # fmt: skip
@@ -5794,8 +5839,9 @@ async def submit(request: Request, service: Service) -> Answer:
             status = 400
     except Refused as refused:
         verdicts, status = {None: refused.reply}, refused.reply.status
-    if not any(item.mailer for item in verdicts.values()):
-        log_refusal(request, queueid, status, submission, verdicts)
+    refused = {to: said for to, said in verdicts.items() if said.status and not said.mailer}
+    if refused:
+        log_refusal(request, queueid, status, submission, refused)
     result = answer(request, status, verdicts, queueid, submission)
     if kept:
         await service.store.surely(conclude, queueid, fates, remembered(result), time.time())
@@ -5904,7 +5950,7 @@ def log_queued(entry: Entry, fates: list) -> None:
     for (_, to, *_), (said, step, _) in zip(entry.recipients, fates):
         if step.state == "open":
             unsure = "; it may arrive twice" if said.unsure else ""
-            log.lines(f"{entry.queueid}: to=<{to}> queued again_in={step.pause:.0f}s{unsure}")
+            log.lines(f"{entry.queueid}: to={_value(f'<{to}>')} queued again_in={step.pause:.0f}s{unsure}")
 
 
 async def replayed(
@@ -6888,13 +6934,13 @@ class Master:
         settings = self.settings
         if not settings.path:
             return
-        now = tuple((path, signature(path)) for path, _ in settings.files)
-        if not self.asked and now in (settings.files, self.faulty):
+        seen = self.faulty or settings.files
+        if not self.asked and seen == tuple((path, signature(path)) for path, _ in seen):
             return
         self.asked = False
         fresh, faults = load(settings.path)
         if faults:
-            self.faulty = now
+            self.faulty = fresh.files
             log.lines("settings not taken, the old ones stay in force:", *[f"  {printable(fault)}" for fault in faults])
             return
         self.faulty = ()
@@ -7089,8 +7135,8 @@ def prepared(options: Any) -> tuple:
     for place in settings.httpd.listen:
         try:
             listeners.append(bind(place))
-        except OSError as fault:
-            raise Usage(f"can't listen at {place}: {fault.strerror or fault}", 1) from None
+        except (OSError, UnicodeError) as fault:
+            raise Usage(f"can't listen at {place}: {getattr(fault, 'strerror', None) or fault}", 1) from None
     return settings, listeners
 
 
@@ -7493,9 +7539,10 @@ def on_terminal(text: str) -> str:
 
 def submission_from(options: Any) -> bytes:
     """The JSON of a submission: a file, stdin, or made from flags."""
+    flags = ("to", "sender", "header_from", "reply_to", "subject", "charset", "body", "html", "attach")
+    if any(getattr(options, flag) for flag in flags) and (options.file or not options.to):
+        raise Usage("flags that say what to send want --to, and no FILE, which says all of it", 2)
     if not options.to:
-        if options.html or options.attach:
-            raise Usage("--html and --attach want --to: a FILE has its own", 2)
         return octets_of(options.file or "-")
     text, html = options.body, options.html and octets_of(options.html).decode("utf-8", "replace")
     if text is None and html is None:
@@ -7692,7 +7739,10 @@ def command_sendmail(argv: list) -> int:
     flags = dict(pairs_)
     if flags.get("-b", "m") != "m":
         return complain(f"usage: -b{flags['-b']} is not known here", EX_USAGE)
-    settings, faults = load(settings_path(flags.get("-C")))
+    path = settings_path(flags.get("-C"))
+    if not path:  # to print the mail instead, as `serve` does, would lose it
+        return complain("no settings file: name one with -C or in $HAINEKO_CONF", EX_CONFIG)
+    settings, faults = load(path)
     if faults:
         return complain("\n".join(faults), EX_CONFIG)
     octets = sys.stdin.buffer.read() if sys.stdin else b""
@@ -7713,15 +7763,21 @@ def complain(text: str, code: int) -> int:
     return code
 
 
+def of_this_host(name: str, settings: Settings) -> str:
+    """An address, where cron and its like give a user's name only."""
+    return f"{name}@{settings.hostname}" if re.fullmatch("[A-Za-z0-9._+-]+", name) else name
+
+
 def sendmail(settings: Settings, octets: bytes, sender: str, named: list, from_header: bool) -> int:
     """Relays a finished message; ValueError says what is bad about it."""
     now = time.time()
     queueid = new_queueid(now)
-    source = address(sender) if sender else Address("", "", "")
+    source = address(of_this_host(sender, settings)) if sender else Address("", "", "")
     if not source:
         return complain(f'usage: "{sender}" is no mail address', EX_USAGE)
     raw = parse_message(octets)
-    mailboxes = recipients(Submission(rcpt=(*named, *(header_recipients(raw.fields) if from_header else []))))
+    wanted = (*named, *(header_recipients(raw.fields) if from_header else []))
+    mailboxes = recipients(Submission(rcpt=tuple(of_this_host(name, settings) for name in wanted)))
     if not mailboxes:
         return complain("usage: no recipient", EX_USAGE)
     loop = names_passed(raw.fields)
