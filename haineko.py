@@ -608,14 +608,23 @@ FACILITIES += [f"local{n}" for n in range(8)]
 
 def base_url(value: Any, where: str, faults: list) -> str:
     value = text(value, where, faults)
-    found = BASE_URL.fullmatch(value)
-    if value and not (found and 0 < int(found[1] or 1) < 65536):
+    if value and not (BASE_URL.fullmatch(value) and names_host(value)):
         faults.append(f'{where}: a URL like "https://api.example.org" is wanted, not "{value}"')
         return ""
     return value.rstrip("/")
 
 
-BASE_URL = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?(?:/[A-Za-z0-9/._~-]*)?")
+def names_host(url: str) -> bool:
+    """True where host and port of a URL can be asked for."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        name, port = parts.hostname or "", parts.port
+        return port != 0 and bool(DOMAIN.fullmatch(name) or ipaddress.IPv6Address(name))
+    except ValueError:
+        return False
+
+
+BASE_URL = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?(?:/[A-Za-z0-9/._~-]*)?")
 
 
 def region(value: Any, where: str, faults: list) -> str:
@@ -658,7 +667,7 @@ def secret(value: Any, where: str, faults: list) -> Any:
 
 def webhook_url(value: Any, where: str, faults: list) -> str:
     value = text(value, where, faults)
-    if value and not WEBHOOK_URL.fullmatch(value):
+    if value and not (WEBHOOK_URL.fullmatch(value) and names_host(value)):
         faults.append(f'{where}: a URL like "https://www.example.org/hook" is wanted')
     return value
 
@@ -5460,7 +5469,7 @@ def put(db: Any, slot: int, entry: Entry, fates: list | None, held: bool = False
             " history) VALUES (?,?,?,?,?,?,?,?,'open',0,'[]')", row
         )  # fmt: skip
     if fates:
-        conclude(db, slot, entry.queueid, fates, None, entry.born)
+        conclude(db, slot, entry.queueid, fates, None, max(time.time(), entry.born))  # the first attempt took its time
     return None
 
 
@@ -7515,7 +7524,7 @@ def command_send(options: Any) -> int:
     headers = {"Content-Type": "application/json", "User-Agent": f"haineko/{__version__}"}
     if options.user:
         headers.update(basic((options.user, password_for(options.user))))
-    path = url.path if url.path.endswith("/submit") else url.path.rstrip("/") + "/submit"
+    path, text = url.path if url.path.endswith("/submit") else url.path.rstrip("/") + "/submit", b""
     try:
         connection = kind_(url.hostname, port, timeout=300)
         connection.request("POST", path, body, headers)

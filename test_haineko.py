@@ -6321,6 +6321,8 @@ class WebRoutes(unittest.TestCase):
                     "http://x:70000",
                     "http://x/?a",
                     "https://u@x",
+                    "https://[::::]",
+                    "https://a..b",
                     "x",
                     5,
                 ),
@@ -7356,6 +7358,8 @@ class QueuePure(unittest.TestCase):
                 ("misspelt", {"path": "q.db", "lifetme": 3}, "lifetime"),
                 ("webhook without secret", {"path": "q.db", "webhook": "https://example.org/"}, "webhook_secret"),
                 ("webhook that is none", {"path": "q.db", "webhook": "ftp://x"}, "queue.webhook"),
+                ("webhook without host", {"path": "q.db", "webhook": "https://a..b/h"}, "queue.webhook"),
+                ("webhook at no port", {"path": "q.db", "webhook": "https://x.example:99999/h"}, "queue.webhook"),
                 ("short secret", {"path": "q.db", "webhook_secret": "whsec_AAAA"}, "webhook_secret"),
                 ("no pauses", {"path": "q.db", "retry_after": []}, "retry_after"),
                 ("all", {"path": "q.db", "webhook": "https://example.org/x", "webhook_secret": WHSEC}, None),
@@ -9792,6 +9796,18 @@ class AttacksOnFiles(Folder):
                 done = subprocess.run(words, input=b"{}", capture_output=True, timeout=20, check=False)
                 self.assertEqual((done.returncode, done.stdout), (2, b""))
                 self.assertIn(b"is no URL of a Haineko", done.stderr)
+
+    def test_send_to_a_host_that_can_have_no_name(self):
+        words = [sys.executable, SOURCE, "send", "--url", "http://a..b/"]
+        done = subprocess.run(words, input=b"{}", capture_output=True, timeout=20, check=False)
+        self.assertEqual((done.returncode, b"Traceback" in done.stderr), (1, False), done.stderr)
+
+    def test_send_by_a_file_and_by_flags_at_once(self):
+        for words in (["mail.json", "--to", "a@b.jp"], ["mail.json", "--subject", "x"], ["--sender", "a@b.jp"]):
+            done = subprocess.run(
+                [sys.executable, SOURCE, "send", *words], capture_output=True, timeout=20, check=False
+            )
+            self.assertEqual((done.returncode, b"want --to, and no FILE" in done.stderr), (2, True), done.stderr)
 
     def test_an_answer_with_what_a_terminal_would_obey(self):
         shown = haineko.on_terminal(json.dumps(["\ud800\x9b2J\u202e\x1b", "ねこ🐈"], ensure_ascii=False))
