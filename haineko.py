@@ -4520,8 +4520,8 @@ def amazonses_call(job: Job, now: float) -> Call:
     octets = seven(job)
     try:
         author = only(parse_message(octets)[0], "from")
-        _, spec = getaddresses([author])[0]
-    except (ValueError, IndexError):
+        spec = next(spec for _, spec in getaddresses([author]) if spec)
+    except (ValueError, StopIteration):
         raise Refused(reply("inexpressible", "one header From is wanted", **job.route.place)) from None
     document = {
         "FromEmailAddress": author,
@@ -6776,15 +6776,18 @@ class Worker:
             if listener.family != socket.AF_UNIX:
                 with contextlib.suppress(OSError):  # a Mac says so where the client is gone already
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if len(self.connections) >= self.service.settings.httpd.max_connections:
-                await sleep(0)  # so that those accepted just now are known to be idle
-                if not self._close_idlest():
-                    self.loop.spawn(self._turn_away(sock))
-                    continue
+            if self._full():
+                await sleep(0)  # so that who was accepted just now is known to be idle, and who has ended is gone
+            if self._full() and not self._close_idlest():
+                self.loop.spawn(self._turn_away(sock))
+                continue
             connection = Connection(sock, peer, self)
             self.connections.add(connection)
             self.loads[self.slot] = len(self.connections) - len(self.idle)
             self.loop.spawn(connection.handle())
+
+    def _full(self) -> bool:
+        return len(self.connections) >= self.service.settings.httpd.max_connections
 
     def rests(self, connection: Connection) -> None:
         """A connection that waits for its next request."""
