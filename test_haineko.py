@@ -4464,6 +4464,18 @@ class KeptLines(unittest.TestCase):
             relayed(composed_job(web_route("AmazonSES", peer.url)), times=2)
             self.assertEqual([asked.line for asked in peer.asked], [1, 2])
 
+    def test_messages_by_others_go_to_another_haineko_as_they_are(self):
+        head = "From: a@example.org\nTo: b@example.jp\nSubject: x\nMIME-Version: 1.0\n"
+        for more in (
+            'Content-Type: text/plain; charset="utf-8"\nContent-Transfer-Encoding: 7bit\n',
+            "Content-Type: text/plain; charset=utf-8\n",
+            "Content-Type: text/plain; charset=UTF-8\nSubject: =?x-nyaa?B?bnlhYQ==?=\n",
+        ):
+            form = {"mail": "a@example.org", "rcpt": "b@example.jp", "raw": f"{head}{more}\nMeow\n"}
+            call = haineko.haineko_call(composed_job(web_route("Haineko", "http://127.0.0.1:1"), form))
+            self.assertIn("raw", json.loads(call.body), more)
+            self.assertEqual(haineko.understand(call.body)[1], [])
+
     def test_two_authors_or_none_are_more_than_amazon_takes(self):
         for head in ("From: a@example.org\nFrom: b@example.org\n", "From:\n"):
             form = {"mail": "a@example.org", "rcpt": "b@example.jp", "raw": f"{head}Subject: x\n\nMeow\n"}
