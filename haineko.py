@@ -1269,10 +1269,10 @@ class Log:
                     self.lost += 1
                     return False
                 if self.lost:
-                    os.write(
-                        2, f"\nhaineko[{os.getpid()}]: {self.lost} lines were lost, since nobody read them\n".encode()
-                    )
+                    note = f"\nhaineko[{os.getpid()}]: {self.lost} lines were lost, since nobody read them\n"
+                    os.write(2, note.encode())
                     self.lost = 0
+                    continue  # there may have been room for this only
                 end = octets.rfind(b"\n", start, start + select.PIPE_BUF) + 1  # so much never blocks
                 start += os.write(2, octets[start : end or start + select.PIPE_BUF])
         except OSError:
@@ -1828,16 +1828,18 @@ TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
 
 
 def header_recipients(fields: list) -> list:
-    """The addresses in To, Cc and Bcc."""
+    """The addresses in To, Cc and Bcc. A field that can't be read stands for itself: it is refused, and not lost."""
     found: list = []
     for key, value in fields:
         if key in ("to", "cc", "bcc"):
             text = value.partition(b":")[2].decode("utf-8", "replace").replace("\n", "").strip()
-            known = [mailbox.given for _, mailbox in parse_mailboxes(text)]
-            known = known or [spec for _, spec in getaddresses([text]) if spec]
-            found += known or (
-                [] if re.fullmatch(r"(?:[^:;@<>]*:\s*;)?", text) else [text]
-            )  # who reads it is told of it
+            try:
+                known = [mailbox.given for _, mailbox in parse_mailboxes(text)]
+                known = known or [spec for _, spec in getaddresses([text]) if spec]
+            except RecursionError:  # comments in comments in comments
+                known = []
+            empty = re.fullmatch(r"(?:[^:;@<>]*:\s*;)?", text)  # nothing, or a group of nobody
+            found += known or ([] if empty else [text])
     return found
 
 
@@ -2441,9 +2443,7 @@ QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != o
 def base64_lines(octets: Any) -> bytes:
     """Base64 in lines of 76 characters and CRLF (RFC 2045 6.8)."""
     coded = binascii.b2a_base64(octets, newline=False)
-    whole, rest = divmod(len(coded), 76)
-    lines = struct.unpack("76s" * whole + f"{rest}s" * bool(rest), coded)  # faster than slices
-    return b"\r\n".join(lines) + b"\r\n"
+    return b"\r\n".join([coded[i : i + 76] for i in range(0, len(coded), 76)]) + b"\r\n"
 
 
 def base64_blocks(octets: bytes) -> Any:
@@ -6810,13 +6810,10 @@ class Worker:
             self.turned_away += 1
             request = Request("", "", {}, b"", None, None, None, time.time())
             body = answer(request, 503, {None: reply("busy")}, None, None).body
-            head = (
-                f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-            )
+            head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+            head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
             with contextlib.suppress(OSError):
-                await send(
-                    sock, f"{head}Retry-After: 5\r\nConnection: close\r\n\r\n".encode() + body, time.monotonic() + DRAIN
-                )
+                await send(sock, head.encode() + body, time.monotonic() + DRAIN)
                 await drain(sock)
             self.turned_away -= 1
         sock.close()

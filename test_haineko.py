@@ -1264,6 +1264,11 @@ class Submissions(unittest.TestCase):
         self.assertEqual(rcpt[0], "a@example.jp")
         self.assertGreater(len(rcpt), 1)
 
+    def test_a_field_of_comments_in_comments_is_refused_and_not_lost(self):
+        deep = "\n ".join(["(" * 900] * 20)
+        rcpt = understood({"mail": "x@example.org", "raw": f"To: a@example.jp\nCc: {deep}\nSubject: x\n\nMeow\n"}).rcpt
+        self.assertEqual((rcpt[0], len(rcpt)), ("a@example.jp", 2))
+
     def test_what_is_too_long_in_ascii_is_no_address(self):
         self.assertIsNone(haineko.address("a" * 150 + "@" + "é." * 20 + "jp"))
         found = haineko.address("a" * 50 + "@" + "é." * 15 + "jp")
