@@ -2656,37 +2656,37 @@ def entries(domain: str) -> Any:
 @types.coroutine
 def readiness(sock: Any, deadline: float, writing: bool = False) -> Any:
     """Waits until the socket can be read (or written); socket.timeout at the deadline (monotonic)."""
-    yield Loop.wait, sock, deadline, writing
+    yield Loop.wait, (sock, deadline, writing)
 
 
 @types.coroutine
 def departure(sock: Any, octets: Any) -> Any:
     """What the socket did not take of the octets. They leave at the end of the loop's turn, together with those of all
     others: who hears us then wakes up once for many."""
-    return (yield Loop.depart, sock, octets)
+    return (yield Loop.depart, (sock, octets))
 
 
 @types.coroutine
 def sleep(seconds: float) -> Any:
-    yield Loop.sleep, seconds
+    yield Loop.sleep, (seconds,)
 
 
 @types.coroutine
 def in_thread(function: Callable, *values: Any) -> Any:
     """What a function that blocks returns, or raises."""
-    return (yield Loop.start_thread, function, values)
+    return (yield Loop.start_thread, (function, values))
 
 
 @types.coroutine
 def answered_by(function: Callable, *values: Any) -> Any:
     """What is passed to done(), at once or later, by function(done, *values); an exception is raised."""
-    return (yield Loop.lend, function, values)
+    return (yield Loop.lend, (function, values))
 
 
 @types.coroutine
 def all_of(coroutines: list) -> Any:
     """Waits until all have ended; they run side by side."""
-    yield Loop.join, coroutines
+    yield Loop.join, (coroutines,)
 
 
 async def receive(sock: Any, most: int, deadline: float) -> bytes:
@@ -2778,7 +2778,7 @@ class Loop:
     def step(self, coroutine: Any, value: Any) -> None:
         """Goes on with a coroutine until it waits or ends."""
         try:
-            method, *values = coroutine.throw(value) if isinstance(value, BaseException) else coroutine.send(value)
+            method, values = coroutine.throw(value) if isinstance(value, BaseException) else coroutine.send(value)
         except StopIteration:
             return
         except Exception:
@@ -2801,8 +2801,7 @@ class Loop:
                 self.sweep = deadline
 
     def wait(self, coroutine: Any, sock: Any, deadline: float, writing: bool) -> None:
-        self.poller.watch(sock, writing)
-        self.waiting[sock.fileno()] = coroutine, deadline
+        self.waiting[self.poller.watch(sock, writing)] = coroutine, deadline
         if deadline < self.sweep:
             self.sweep = deadline
 
@@ -2925,7 +2924,8 @@ class Epoll:
         self.epoll = select.epoll()
         self.watched: dict = {}  # file descriptor: the socket that had it
 
-    def watch(self, sock: Any, writing: bool) -> None:
+    def watch(self, sock: Any, writing: bool) -> int:
+        """The file descriptor for which an event will be told."""
         descriptor = sock.fileno()
         if self.watched.get(descriptor) is not sock:
             self.watched[descriptor] = sock
@@ -2934,6 +2934,7 @@ class Epoll:
                 self.epoll.register(descriptor, mask)
             except FileExistsError:  # the same connection in another object, with TLS
                 self.epoll.modify(descriptor, mask)
+        return descriptor
 
     def forget(self, descriptor: int) -> None:
         """Nobody waits any more; the next one tries before it waits."""
@@ -2951,8 +2952,8 @@ class Selector:
     def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
 
-    def watch(self, sock: Any, writing: bool) -> None:
-        self.selector.register(sock.fileno(), selectors.EVENT_WRITE if writing else selectors.EVENT_READ)
+    def watch(self, sock: Any, writing: bool) -> int:
+        return self.selector.register(sock, selectors.EVENT_WRITE if writing else selectors.EVENT_READ).fd
 
     def forget(self, descriptor: int) -> None:
         self.selector.unregister(descriptor)
@@ -3887,13 +3888,13 @@ class Session(smtplib.SMTP):
 
     async def _reply(self) -> Heard:
         """The next reply, whole, within the step's deadline."""
-        deadline = time.monotonic() + self.timeout
-        while True:
-            item = self._parsed() if self.unread else None
-            if item:
-                self.alive = self.alive and item.code != "421"  # RFC 5321 3.8
-                return item
+        deadline, item = 0.0, self._parsed() if self.unread else None
+        while not item:
+            deadline = deadline or time.monotonic() + self.timeout
             self._more(await receive(self.sock, 4096, deadline))
+            item = self._parsed()
+        self.alive = self.alive and item.code != "421"  # RFC 5321 3.8
+        return item
 
     # -- lines
 
@@ -4015,7 +4016,7 @@ def stuffed(pieces: tuple) -> Any:
         for start in range(0, len(piece), BLOCK):
             block = piece[start : start + BLOCK]
             first = end == b"\n" and block.startswith(b".")
-            if first or b"\n." in block:
+            if first or (b"." in block and b"\n." in block):  # one octet is looked for much faster than two
                 block = b"." * first + block.replace(b"\n.", b"\n..")
             end = block[-1:]
             yield block
@@ -4031,16 +4032,11 @@ def settle(said: list, outcome: Heard | None, lost: Reply | None, count: int) ->
     far as they came, `outcome` the one to the text, `lost` what broke it off."""
     if said and said[0].code[0] != "2":
         return [("MAIL", said[0])] * count
-    final = lost or (("DATA", outcome) if outcome else None)
-    codes, goodbye = [item.code for item in said], None
-    if "421" in codes:
-        at = codes.index("421")
-        goodbye = "RCPT" if at <= count else "DATA", said[at]
-    refused = [("RCPT", item) if item.code[0] in "45" and item.code != "421" else None for item in said[1 : count + 1]]
-    refused += [None] * (count - len(refused))
-    if not lost and len(said) == count + 2 and said[-1].code[0] in "45":
-        final = ("DATA", said[-1])
-    return [own or goodbye or final for own in refused]
+    rest = lost or ("DATA", outcome)
+    if not (lost or outcome):  # it ended with a refusal of DATA, or of all recipients, or with a 421
+        rest = "DATA" if len(said) == count + 2 else "RCPT", said[-1]
+    replies = [("RCPT", item) if item.code[0] in "45" else rest for item in said[1 : count + 1]]
+    return replies + [rest] * (count - len(replies))
 
 
 class Sessions:
@@ -6206,32 +6202,50 @@ class Head(NamedTuple):
 
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
 BARE_LF = re.compile(rb"\n\r?\n")  # where no CR LF CR LF was found: an end that some servers take for one
-FIELD = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*)\r$", re.MULTILINE)
+FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*)")
 
 
 def parse_head(octets: bytes) -> Head:
     """The head of a request from its octets, without the empty line; Refused for what RFC 9112 calls bad."""
-    line, _, rest = octets.decode("latin-1").partition("\r\n")
-    found = REQUEST_LINE.fullmatch(line)
+    line, *lines, _ = octets.split(b"\r\n")
+    method, path, old = known_line(request_line, line)
+    if len(lines) > MAX_HEADERS:
+        raise Refused(reply("head-too-large"))
+    headers: dict = {}
+    for line in lines:
+        name, value = known_line(header_line, line)
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    wish = headers.get("connection", "").lower()
+    keep = "close" not in wish if not old else "keep-alive" in wish
+    return Head(method, path, headers, keep, old)
+
+
+def known_line(parse: Callable, line: bytes) -> tuple:
+    """What the parser, which remembers, gives for a line: clients say most of theirs again and again."""
+    return parse(line) if len(line) <= REMEMBERED else parse.__wrapped__(line)
+
+
+@functools.lru_cache(maxsize=256)
+def request_line(line: bytes) -> tuple:
+    """(method, path without its query, True for HTTP/1.0)."""
+    found = REQUEST_LINE.fullmatch(line.decode("latin-1"))
     if not found:
         raise Refused(reply("bad-request", "request line"))
     method, target, major, minor = found.groups()
     if major != "1":
         raise Refused(reply("http-version"))
-    lines = FIELD.findall(rest)
-    if len(lines) != rest.count("\n"):
-        raise Refused(reply("bad-request", "header line"))
-    if len(lines) > MAX_HEADERS:
-        raise Refused(reply("head-too-large"))
-    headers: dict = {}
-    for spelt, padded in lines:
-        name, value = spelt.lower(), padded.strip(" \t")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if target[0] != "/" and "://" in target:
         target = "/" + target.split("://", 1)[1].partition("/")[2]  # absolute form, RFC 9112 3.2.2
-    wish = headers.get("connection", "").lower()
-    keep = "close" not in wish if minor != "0" else "keep-alive" in wish
-    return Head(method, target.partition("?")[0], headers, keep, minor == "0")
+    return method, target.partition("?")[0], minor == "0"
+
+
+@functools.lru_cache(maxsize=1024)
+def header_line(line: bytes) -> tuple:
+    """(name in lower case, value)."""
+    found = FIELD.fullmatch(line.decode("latin-1"))
+    if not found:
+        raise Refused(reply("bad-request", "header line"))
+    return found[1].lower(), found[2].strip(" \t")
 
 
 CHUNKED = -1
