@@ -3999,8 +3999,8 @@ def envelope(job: Job, size: int, features: dict) -> list:
     if "dsn" in features:
         mail += " RET=FULL"  # RFC 3461
         rcpt = " NOTIFY=FAILURE,DELAY"
-    lines = [("MAIL", mail), *[("RCPT", f"RCPT TO:<{to}>{rcpt}") for to in job.recipients], ("DATA", "DATA")]
-    return [(step, line.encode() + b"\r\n") for step, line in lines]
+    rcpts = [("RCPT", f"RCPT TO:<{to}>{rcpt}\r\n".encode()) for to in job.recipients]
+    return [("MAIL", f"{mail}\r\n".encode()), *rcpts, ("DATA", b"DATA\r\n")]
 
 
 def flights(script: list, pipelining: bool) -> list:
@@ -6089,7 +6089,7 @@ def status_of(replies: Any) -> int:
     """HTTP status of a submission that went to its relays."""
     accepted = [item.accepted for item in replies]
     if all(accepted):
-        return 202 if any(item.command == "QUEUE" for item in replies) else 200
+        return 202 if "QUEUE" in [item.command for item in replies] else 200
     if any(accepted):
         return 207
     return 503 if any(item.temporary for item in replies) else 502
