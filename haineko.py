@@ -948,6 +948,7 @@ class Settings:
     queue: Queue | None = setting(None, section(Queue))
     path: str | None = None
     files: tuple = ()  # (path, signature) of all that was read
+    chosen: dict = field(default_factory=dict, init=False)  # (domain, sender's): what choose() has found
 
     @property
     def hostname(self) -> str:
@@ -1232,13 +1233,15 @@ def example() -> dict:
 
 
 class Log:
-    """Where lines go; `devel` shows SMTP dialogues too."""
+    """Where lines go; `devel` shows SMTP dialogues too. Who calls hold() calls flush() too, again and again: then the
+    lines of many mails are written by one call."""
 
     PATIENCE = 1000  # milliseconds for a reader of stderr to read on; from then on none, until it does
 
     def __init__(self) -> None:
         self.devel = False
         self.syslog: Any = None
+        self.held: list | None = None  # texts that wait for flush()
         self.stderr, self.lost = select.poll(), 0  # lines since its reader stopped reading
         self.stderr.register(2, select.POLLOUT)
 
@@ -1258,7 +1261,22 @@ class Log:
                 self.syslog.syslog(line)
             return
         head = f"{timestamp(int(time.time()))} haineko[{os.getpid()}]: "
-        self.raw("".join([f"{head}{line}\n" for line in lines]).encode("utf-8", "backslashreplace"))
+        text = "".join([f"{head}{line}\n" for line in lines])
+        if self.held is None:
+            self.raw(text.encode("utf-8", "backslashreplace"))
+        else:
+            self.held.append(text)
+
+    def hold(self) -> None:
+        """From now on lines wait for flush()."""
+        self.held = []
+
+    def flush(self) -> None:
+        """Writes the lines that wait."""
+        if self.held:
+            texts = self.held[:]
+            del self.held[: len(texts)]  # a thread may have added to them meanwhile
+            self.raw("".join(texts).encode("utf-8", "backslashreplace"))
 
     def raw(self, octets: bytes) -> bool:
         """Octets for stderr; False where it is gone, full, or a pipe that nobody reads, which must not cost a mail."""
@@ -1305,7 +1323,9 @@ def pairs(**values: Any) -> str:
 
 
 def _value(value: Any, limit: int = 500) -> str:
-    value = printable(str(value), limit)
+    value = str(value)
+    if len(value) > limit or not value.isprintable():
+        value = printable(value, limit)
     if value and " " not in value and '"' not in value:
         return value
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
@@ -1318,8 +1338,9 @@ def _value(value: Any, limit: int = 500) -> str:
 # ======================================================================================================================
 
 
-class Request(NamedTuple):
-    """One HTTP request, whole."""
+@dataclass(repr=False, eq=False)  # made for each request, and a frozen one takes four times as long
+class Request:
+    """One HTTP request; its body comes after its head was found good."""
 
     method: str
     path: str
@@ -1338,15 +1359,8 @@ class Address(NamedTuple):
     given: str
     local: str
     domain: str
-
-    @property
-    def wire(self) -> str:
-        return f"{self.local}@{self.domain}"
-
-    @property
-    def key(self) -> tuple:
-        """The same for two addresses that are the same: domains compare without case (RFC 5321 2.4)."""
-        return self.local, self.domain.lower()
+    wire: str  # local part and domain
+    key: tuple  # the same for two addresses that are the same: domains compare without case (RFC 5321 2.4)
 
 
 def address(text: str) -> Address | None:
@@ -1364,7 +1378,7 @@ def _address(text: str) -> Address | None:
     local, domain = found.groups()
     if not domain.isascii():
         domain = ascii_domain(domain)
-    found = Address(text, local, domain)
+    found = Address(text, local, domain, f"{local}@{domain}", (local, domain.lower()))
     if len(found.wire.encode()) > MAX_PATH:
         return None
     return found if DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_literal(domain)) else None
@@ -1376,6 +1390,9 @@ MAILBOX = re.compile(  # what of it is other than ASCII has to be printable too
     rf'({_ATOM}(?:\.{_ATOM})*|"(?:[^\x00-\x1f\x7f"\\]|\\[\x20-\x7e])*")'
     r"@([^\x00-\x20\x7f@<>\[\]]+|\[[0-9A-Za-z:.]+\])"
 )
+
+
+NULL_SENDER = Address("", "", "", "", ("", ""))  # of bounces, RFC 5321 4.5.5
 
 
 def doubts(text: str) -> tuple:
@@ -1403,7 +1420,7 @@ def is_literal(text: str) -> bool:
 def one_line(value: Any, where: str, faults: list) -> str:
     """A string for a header: neither CR, LF nor NUL, no lone surrogate."""
     value = prose(value, where, faults)
-    if "\r" in value or "\n" in value or "\0" in value:
+    if not value.isprintable() and ("\r" in value or "\n" in value or "\0" in value):
         faults.append(f"{where}: has a CR, LF or NUL")
     return value
 
@@ -1413,8 +1430,10 @@ def prose(value: Any, where: str, faults: list) -> str:
     if type(value) is not str:
         faults.append(f"{where}: a string is wanted, not {kind(value)}")
         return ""
+    if value.isascii():
+        return value
     try:
-        value.isascii() or value.encode()
+        value.encode("utf-16")  # finds them, and is quicker than UTF-8
     except UnicodeEncodeError as fault:
         faults.append(f"{where}: has half a surrogate pair at character {fault.start}")
     return value
@@ -2429,9 +2448,10 @@ def encode_body(text: str, charset: str) -> tuple:
         return "7bit", octets
     if charset == "ISO-2022-JP" and not octets.translate(None, JIS_OCTETS) and not TOO_LONG.search(octets):
         return "7bit", octets
-    quoted = len(octets) + 2 * len(octets.translate(None, QUOTED_AS_IS))
-    if quoted * 77 // 74 < (len(octets) + 2) // 3 * 4 + (len(octets) + 56) // 57 * 2:
-        return "quoted-printable", binascii.b2a_qp(octets, istext=True)
+    if charset != "UTF-8" or len(octets) < 2 * len(text):  # else most characters are other than ASCII
+        quoted = len(octets) + 2 * len(octets.translate(None, QUOTED_AS_IS))
+        if quoted * 77 // 74 < (len(octets) + 2) // 3 * 4 + (len(octets) + 56) // 57 * 2:
+            return "quoted-printable", binascii.b2a_qp(octets, istext=True)
     return "base64", base64_lines(octets)
 
 
@@ -2442,8 +2462,10 @@ QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != o
 
 def base64_lines(octets: Any) -> bytes:
     """Base64 in lines of 76 characters and CRLF (RFC 2045 6.8)."""
-    coded = binascii.b2a_base64(octets, newline=False)
-    return b"\r\n".join([coded[i : i + 76] for i in range(0, len(coded), 76)]) + b"\r\n"
+    return b"\r\n".join(BASE64_LINE.findall(binascii.b2a_base64(octets, newline=False))) + b"\r\n"
+
+
+BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # without looking at each octet
 
 
 def base64_blocks(octets: bytes) -> Any:
@@ -2619,7 +2641,20 @@ CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis}  # others by Python'
 
 
 def choose(domain: str, sender_domain: str, settings: Settings) -> tuple:
-    """(Route, why) for mail to `domain`; the look-up costs as much as the domain has labels."""
+    """(Route, why) for mail to `domain`; the look-up costs as much as the domain has labels, once."""
+    chosen = settings.chosen
+    found = chosen.get((domain, sender_domain))
+    if not found:
+        if len(chosen) >= MAX_CHOSEN:
+            chosen.clear()
+        found = chosen[domain, sender_domain] = _choose(domain, sender_domain, settings)
+    return found
+
+
+MAX_CHOSEN = 4096  # pairs of domains, remembered with the settings
+
+
+def _choose(domain: str, sender_domain: str, settings: Settings) -> tuple:
     for name, table, key in (
         ("mailertable", settings.mailertable, domain),
         ("sendermt", settings.sendermt, sender_domain),
@@ -2660,13 +2695,6 @@ def readiness(sock: Any, deadline: float, writing: bool = False) -> Any:
 
 
 @types.coroutine
-def departure(sock: Any, octets: Any) -> Any:
-    """What the socket did not take of the octets. They leave at the end of the loop's turn, together with those of all
-    others: who hears us then wakes up once for many."""
-    return (yield Loop.depart, (sock, octets))
-
-
-@types.coroutine
 def sleep(seconds: float) -> Any:
     yield Loop.sleep, (seconds,)
 
@@ -2689,23 +2717,26 @@ def all_of(coroutines: list) -> Any:
     yield Loop.join, (coroutines,)
 
 
-async def receive(sock: Any, most: int, deadline: float) -> bytes:
+@types.coroutine
+def receive(sock: Any, most: int, deadline: float) -> Any:
     """Octets as they come, b"" at the end; raises OSError, socket.timeout among them."""
     while True:
         try:
             return sock.recv(most)
         except WOULD_WAIT as fault:
-            await readiness(sock, deadline, isinstance(fault, ssl.SSLWantWriteError))
+            yield Loop.wait, (sock, deadline, isinstance(fault, ssl.SSLWantWriteError))
 
 
-async def send(sock: Any, octets: bytes, deadline: float) -> None:
-    """All octets, by the deadline."""
+@types.coroutine
+def send(sock: Any, octets: bytes, deadline: float) -> Any:
+    """All octets, by the deadline. They leave at the end of the loop's turn, together with those of all others: who
+    hears us then wakes up once for many."""
     left: Any = octets
     while left:
         try:
-            left = await departure(sock, left)
+            left = yield Loop.depart, (sock, left)
         except WOULD_WAIT as fault:
-            await readiness(sock, deadline, not isinstance(fault, ssl.SSLWantReadError))
+            yield Loop.wait, (sock, deadline, not isinstance(fault, ssl.SSLWantReadError))
 
 
 WOULD_WAIT = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -2811,8 +2842,9 @@ class Loop:
             self._see_off()
 
     def _see_off(self) -> None:
-        """Sends what is to leave. Each goes on in the next turn with what is left of it, with a fault at once: who has
-        to wait must do so before the poller tells that it need not."""
+        """Sends what is to leave, once the log has what is told of it. Each goes on in the next turn with what is left
+        of it, with a fault at once: who has to wait must do so before the poller tells that it need not."""
+        log.flush()
         leaving, self.leaving = self.leaving, []
         for coroutine, sock, octets in leaving:
             try:
@@ -2822,12 +2854,13 @@ class Loop:
             else:
                 self.ready.append((coroutine, memoryview(octets)[sent:] if sent < len(octets) else None))
 
-    def interrupt(self, sock: Any, fault: Exception) -> None:
-        """Raises the fault in the coroutine that waits for this socket."""
+    def interrupt(self, sock: Any, fault: Exception) -> bool:
+        """Raises the fault in the coroutine that waits for this socket; False where none does."""
         found = self.waiting.pop(sock.fileno(), None)
         if found:
             self.poller.forget(sock.fileno())
             self.ready.append((found[0], fault))
+        return bool(found)
 
     def sleep(self, coroutine: Any, seconds: float) -> None:
         if seconds:
@@ -2956,7 +2989,8 @@ class Selector:
         return self.selector.register(sock, selectors.EVENT_WRITE if writing else selectors.EVENT_READ).fd
 
     def forget(self, descriptor: int) -> None:
-        self.selector.unregister(descriptor)
+        with contextlib.suppress(KeyError):  # its event is told in this very turn
+            self.selector.unregister(descriptor)
 
     def poll(self, seconds: float) -> list:
         events = self.selector.select(seconds)
@@ -3660,6 +3694,27 @@ class Rubbish(ConnectionError):  # noqa: N818
     """The other side said something that is no SMTP reply, or not one that can stand there."""
 
 
+def replies_in(octets: bytes) -> tuple:
+    """(the whole replies in the octets, what follows them, whether a 421 is among them); Rubbish where the first one is
+    none."""
+    return (_replies_in if len(octets) <= REMEMBERED else _replies_in.__wrapped__)(octets)
+
+
+@functools.lru_cache(maxsize=256)  # servers repeat themselves
+def _replies_in(octets: bytes) -> tuple:
+    found: list = []
+    try:
+        item, rest = parse_reply(octets)
+        while item:
+            found.append(item)
+            octets = rest
+            item, rest = parse_reply(octets)
+    except Rubbish:  # told to who comes to it
+        if not found:
+            raise
+    return tuple(found), octets, "421" in [item.code for item in found]
+
+
 def parse_reply(octets: bytes) -> tuple:
     """(the first reply in the octets or None where it isn't whole yet, what follows it); Rubbish where it is none."""
     whole, start = None, 0
@@ -3681,7 +3736,6 @@ def parse_reply(octets: bytes) -> tuple:
             return whole, octets[start:]
 
 
-@functools.lru_cache(maxsize=256)  # servers repeat themselves
 def parse_line(line: bytes) -> tuple:
     """(one line of a reply as if it were the whole, whether more lines follow)."""
     found = REPLY_LINE.fullmatch(line)
@@ -3710,7 +3764,8 @@ class Session(smtplib.SMTP):
     def __init__(self, route: Route, hostname: str) -> None:
         super().__init__(local_hostname=hostname, timeout=route.timeout)
         self._host = route.host  # the name that smtplib has the certificate checked for
-        self.route, self.step, self.unread, self.masked = route, "CONN", b"", False
+        self.route, self.step, self.masked = route, "CONN", False
+        self.unread, self.heard = b"", deque()  # octets, and replies, that nobody has asked for yet
         self.alive = self.dirty = self.in_text = self.ended = False
         self.born = self.last_used = time.monotonic()
 
@@ -3753,7 +3808,7 @@ class Session(smtplib.SMTP):
             raise Refused(reply("no-starttls", **self.route.place))
         code, words = self.docmd("STARTTLS")
         self._expect("STARTTLS", (code, words))
-        if self.unread:  # words in clear that pretend to be said under TLS
+        if self.ahead:  # words in clear that pretend to be said under TLS
             raise Rubbish("octets behind the reply to STARTTLS")
         self.sock.settimeout(self.timeout)  # the handshake is a step of its own
         self.sock = self._wrapped(self.sock)
@@ -3801,13 +3856,14 @@ class Session(smtplib.SMTP):
 
     async def transact(self, job: Job) -> list:
         """A Reply for every recipient of the job, whatever happens (RFC 5321 3.3)."""
-        if job.utf8 and not self.has_extn("smtputf8"):
+        utf8 = job.utf8
+        if utf8 and not self.has_extn("smtputf8"):
             return await self._transact_in_ascii(job)
         self.in_text = self.ended = False
         pieces = job.pieces()
         if job.message.eight and not self.has_extn("8bitmime"):
             pieces = (await in_thread(seven_bit, job.octets()),)
-        script = envelope(job, sum(map(len, pieces)), self.esmtp_features)
+        script = envelope(job, utf8, sum(map(len, pieces)), self.esmtp_features)
         said: list = []
         outcome = lost = None
         try:
@@ -3818,7 +3874,7 @@ class Session(smtplib.SMTP):
             self.alive, lost = False, self._broken(fault)
         self.last_used = time.monotonic()
         self.dirty = not (outcome and outcome.code[0] == "2")
-        if self.unread:
+        if self.ahead:
             self.alive = False
         replies = settle(said, outcome, lost, len(job.recipients))
         return [item if isinstance(item, Reply) else self._told(*item) for item in replies]
@@ -3848,9 +3904,10 @@ class Session(smtplib.SMTP):
         for flight in flights(script, self.has_extn("pipelining")):
             if said and (said[0].code[0] != "2" or (flight[0][0] == "DATA" and not accepted_any(said))):
                 return
+            self.step = flight[0][0]
             await self._write(b"".join([line for _, line in flight]))
             for self.step, _ in flight:
-                item = await self._reply()
+                item = self.heard.popleft() if self.heard else await self._reply()
                 if item.code[0] == ("2" if self.step == "DATA" else "3"):
                     raise Rubbish(f"unexpected: {item.code} to {self.step}")
                 said.append(item)
@@ -3859,7 +3916,7 @@ class Session(smtplib.SMTP):
 
     async def _text(self, pieces: tuple) -> Heard:
         """The reply to the end of the text; where there is none, that to a lone dot (RFC 2920 3.1)."""
-        if self.unread:  # a refusal said at once counts; anything else would pass for the reply to the text
+        if self.ahead:  # a refusal said at once counts; anything else would pass for the reply to the text
             self.alive, item = False, await self._reply()
             if item.code[0] in "45":
                 return item
@@ -3882,21 +3939,25 @@ class Session(smtplib.SMTP):
             raise Rubbish(f"unexpected: {item.code} to the end of the message")
         return item
 
-    async def _write(self, octets: bytes) -> None:
+    def _write(self, octets: bytes) -> Any:
+        """To be awaited: the octets are sent."""
         self._trace(octets)
-        await send(self.sock, octets, time.monotonic() + self.timeout)
+        return send(self.sock, octets, time.monotonic() + self.timeout)
 
     async def _reply(self) -> Heard:
         """The next reply, whole, within the step's deadline."""
-        deadline, item = 0.0, self._parsed() if self.unread else None
-        while not item:
+        deadline = 0.0
+        while not (self.heard or self._understood()):
             deadline = deadline or time.monotonic() + self.timeout
             self._more(await receive(self.sock, 4096, deadline))
-            item = self._parsed()
-        self.alive = self.alive and item.code != "421"  # RFC 5321 3.8
-        return item
+        return self.heard.popleft()
 
     # -- lines
+
+    @property
+    def ahead(self) -> bool:
+        """True where the server has said more than it was asked."""
+        return bool(self.unread or self.heard)
 
     def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
         sock = super()._get_socket(host, port, timeout)
@@ -3912,22 +3973,26 @@ class Session(smtplib.SMTP):
     def getreply(self) -> tuple:
         """smtplib's way in: (code, text)."""
         deadline = time.monotonic() + self.timeout
-        while True:
-            item = self._parsed()
-            if item:
-                return int(item.code), "\n".join(item.lines).encode()
+        while not (self.heard or self._understood()):
             self.sock.settimeout(max(deadline - time.monotonic(), 0.001))
             self._more(self.sock.recv(65536))
+        item = self.heard.popleft()
+        return int(item.code), "\n".join(item.lines).encode()
 
-    def _parsed(self) -> Heard | None:
-        """The next reply, if it is here."""
-        item, self.unread = parse_reply(self.unread)
-        if item and self.masked:
-            item = item._replace(lines=tuple(self._censored(line) for line in item.lines))
-        if item and log.devel:
+    def _understood(self) -> bool:
+        """True where whole replies were in `unread`, and are now in `heard`."""
+        if not self.unread:
+            return False
+        found, self.unread, closes = replies_in(self.unread)
+        if closes:  # RFC 5321 3.8
+            self.alive = False
+        if self.masked:
+            found = [item._replace(lines=tuple(map(self._censored, item.lines))) for item in found]
+        for item in found if log.devel else ():
             for i, line in enumerate(item.lines, 1):
                 log.dialogue(self.route.host, "<", f"{item.code}{' ' if i == len(item.lines) else '-'}{line}")
-        return item
+        self.heard.extend(found)
+        return bool(found)
 
     def _censored(self, line: str) -> str:
         """The line without our credentials: some servers repeat a command that they don't understand."""
@@ -3987,9 +4052,9 @@ SMTPS = 465  # RFC 8314: TLS from the first byte
 FAREWELL = 1.0  # seconds for the reply to QUIT
 
 
-def envelope(job: Job, size: int, features: dict) -> list:
+def envelope(job: Job, utf8: bool, size: int, features: dict) -> list:
     """The script [(command, line)] of a transaction, up to DATA, with the parameters that the server offers."""
-    mail, rcpt, utf8 = f"MAIL FROM:<{job.sender}>", "", job.utf8
+    mail, rcpt = f"MAIL FROM:<{job.sender}>", ""
     if "size" in features:
         mail += f" SIZE={size}"  # RFC 1870
     if "8bitmime" in features and (utf8 or job.message.eight):
@@ -4015,8 +4080,8 @@ def stuffed(pieces: tuple) -> Any:
     for piece in pieces:
         for start in range(0, len(piece), BLOCK):
             block = piece[start : start + BLOCK]
-            first = end == b"\n" and block.startswith(b".")
-            if first or (b"." in block and b"\n." in block):  # one octet is looked for much faster than two
+            first, last = end == b"\n" and block.startswith(b"."), block.rfind(b".")
+            if first or block.find(b"\n.", 0, last + 1) >= 0:  # one octet is looked for much faster than two
                 block = b"." * first + block.replace(b"\n.", b"\n..")
             end = block[-1:]
             yield block
@@ -4058,15 +4123,13 @@ class Sessions:
         self.resolver = Resolver(name_servers)
         self.policies = Policies(self.resolver)
 
-    async def take(self, route: Route, hostname: str) -> tuple:
-        """(a session, whether it was kept); Refused where none can be opened."""
+    def take(self, route: Route, hostname: str) -> Session | None:
+        """The session of this route that was used last, None where there is none."""
         kept = self.idle.get((hostname, route))
-        if kept:
-            return kept.pop(), True
-        return await self.fresh(route, hostname), False
+        return kept.pop() if kept else None
 
     async def fresh(self, route: Route, hostname: str) -> Session:
-        """A new session; opened in a thread, since smtplib blocks."""
+        """A new session, or Refused; opened in a thread, since smtplib blocks."""
         session = Session(route, hostname)
         await in_thread(session.establish)
         return session
@@ -4118,7 +4181,8 @@ async def attempt(job: Job, sessions: Sessions) -> list:
 
 async def relay_esmtp(job: Job, sessions: Sessions) -> list:
     """By SMTP to the route's host. A kept session that died before the text is replaced once."""
-    session, kept = await sessions.take(job.route, job.hostname)
+    kept = sessions.take(job.route, job.hostname)
+    session = kept or await sessions.fresh(job.route, job.hostname)
     replies = await session.transact(job)
     if kept and not session.alive and not session.in_text:
         session.close()
@@ -5816,7 +5880,7 @@ class Outcome(NamedTuple):
 async def submit(request: Request, service: Service) -> Answer:
     """POST /submit: the way of a mail from its JSON to the replies of the other side."""
     settings, queueid = request.settings or service.settings, new_queueid(request.now)
-    submission, verdicts, status, kept, fates = None, {}, 0, None, []
+    submission, verdicts, status, kept, fates = None, {}, 0, False, []
     size = len(request.body)
     try:
         submission, faults = await worked_out(size, understand, request.body)
@@ -5826,7 +5890,7 @@ async def submit(request: Request, service: Service) -> Answer:
         insist(first_refusal(CHECKS, request, submission, settings))
         wish = wish_of(request, submission, settings)
         if size >= LARGE:
-            request = request._replace(body=b"")  # its memory is needed for the message
+            request.body = b""  # its memory is needed for the message
         mailboxes = recipients(submission)
         verdicts = {given: check_rcpt(mailbox, settings, given) for given, mailbox in mailboxes.items()}
         good = [mailbox for given, mailbox in mailboxes.items() if not verdicts[given]]
@@ -5834,9 +5898,11 @@ async def submit(request: Request, service: Service) -> Answer:
             message = await worked_out(size, finished, request, submission, settings, queueid, good)
             submission = without_text(submission)
             jobs, good = plan(submission, message, good, settings, queueid)
-            kept, earlier = await keep(request, jobs, good, wish, service)
-            if earlier:
-                return await replayed(request, submission, verdicts, earlier, wish, service)
+            if wish.later or wish.key:
+                earlier = await keep(request, jobs, good, wish, service)
+                if earlier:
+                    return await replayed(request, submission, verdicts, earlier, wish, service)
+                kept = bool(wish.key)
             replies, fates = await fulfil(request, jobs, good, wish, service)
             verdicts.update(zip([mailbox.given for mailbox in good], replies))
             status = status_of(verdicts.values())
@@ -5892,10 +5958,8 @@ def prefers_async(value: str) -> bool:
     return any(part.partition(";")[0].strip().lower() == "respond-async" for part in value.split(","))
 
 
-async def keep(request: Request, jobs: list, good: list, wish: Wish, service: Service) -> tuple:
-    """(whether its answer is to be remembered, the earlier mail with its key): on disk before anything is sent."""
-    if not (wish.later or wish.key):
-        return False, None
+async def keep(request: Request, jobs: list, good: list, wish: Wish, service: Service) -> tuple | None:
+    """The earlier mail with its key, if there is one; else this one is on disk now, before anything is sent."""
     entry = entry_of(request, jobs, good, wish)
     earlier = await service.store.add(entry, held=not wish.later)
     if wish.later and not earlier:
@@ -5904,7 +5968,7 @@ async def keep(request: Request, jobs: list, good: list, wish: Wish, service: Se
             "queued, to be delivered at once"
         )
         service.store.ring()
-    return bool(wish.key), earlier
+    return earlier
 
 
 def entry_of(request: Request, jobs: list, good: list, wish: Wish) -> Entry:
@@ -6036,9 +6100,8 @@ def plan_shared(sender: Address, message: Message, good: list, settings: Setting
         route = choose(mailbox.domain, sender.domain, settings)[0]
         domain = mailbox.domain.lower() if route.relay == "MX" else ""
         routes.setdefault((route, domain), []).append(mailbox.wire)
-    source = sender.wire if sender.given else ""
     return [
-        Job(route, settings.hostname, queueid, source, tuple(tos), message, i)
+        Job(route, settings.hostname, queueid, sender.wire, tuple(tos), message, i)
         for i, ((route, _), tos) in enumerate(routes.items(), 1)
     ]
 
@@ -6099,8 +6162,11 @@ def outcome_lines(request: Request, outcomes: list) -> list:
     """One line of the log for each transaction."""
     lines = []
     for job, replies, ms in outcomes:
-        for said in dict.fromkeys(replies):
-            to = f"<{'>,<'.join([to for to, item in zip(job.recipients, replies) if item == said])}>"
+        told: dict = {}
+        for to, said in zip(job.recipients, replies):
+            told.setdefault(said, []).append(to)
+        for said, tos in told.items():
+            to = f"<{'>,<'.join(tos)}>"
             lines.append(
                 f"{job.queueid}: client={request.client.text} from={_value(f'<{job.sender}>')} "
                 f"to={_value(to, len(to))} relay={said.relay} code={said.code} dsn={said.dsn} command={said.command} "
@@ -6207,22 +6273,20 @@ FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*)")
 
 def parse_head(octets: bytes) -> Head:
     """The head of a request from its octets, without the empty line; Refused for what RFC 9112 calls bad."""
-    line, *lines, _ = octets.split(b"\r\n")
-    method, path, old = known_line(request_line, line)
+    known = len(octets) <= MAX_KNOWN  # clients say most of their lines again and again
+    first, *lines, _ = octets.split(b"\r\n")
+    method, path, old = (request_line if known else request_line.__wrapped__)(first)
     if len(lines) > MAX_HEADERS:
         raise Refused(reply("head-too-large"))
     headers: dict = {}
-    for line in lines:
-        name, value = known_line(header_line, line)
+    for name, value in map(header_line if known else header_line.__wrapped__, lines):
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     wish = headers.get("connection", "").lower()
     keep = "close" not in wish if not old else "keep-alive" in wish
     return Head(method, path, headers, keep, old)
 
 
-def known_line(parse: Callable, line: bytes) -> tuple:
-    """What the parser, which remembers, gives for a line: clients say most of theirs again and again."""
-    return parse(line) if len(line) <= REMEMBERED else parse.__wrapped__(line)
+MAX_KNOWN = 2048  # octets of a head whose lines are remembered: long ones would fill the memory
 
 
 @functools.lru_cache(maxsize=256)
@@ -6526,14 +6590,16 @@ class Connection(http.server.BaseHTTPRequestHandler):
         request = head = None
         left, extra = 1, ()
         try:
-            head = parse_head(await self._head(deadline))
+            head = parse_head(self._head_here() or await self._head(deadline))
             left = body_length(head)
             request = self._request(head)
             welcome, extra = cors(head.headers.get("origin"), self.settings, head)
-            page = await self._page(request, welcome)
-            answering = page.answer(request._replace(body=await self._body(head, left, deadline)), self.service)
-            left = 0  # and the body, which may be large, is the page's alone
-            result = await answering
+            page = self._page(request, welcome)
+            ask = first_refusal, page.door, request, self.settings
+            insist(await in_thread(*ask) if self._takes_long(page, request) else ask[0](*ask[1:]))
+            request.body = await self._body(head, left, deadline)
+            left = 0
+            result = await page.answer(request, self.service)
         except Refused as refused:
             result = self._refusal(request, refused.reply)
         except OSError:
@@ -6551,8 +6617,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         client, port = client_of(self.peer, self.port, head.headers, self.settings)
         return Request(head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings)
 
-    async def _page(self, request: Request, welcome: bool) -> Page:
-        """The page for a request that may be read on; Refused for all others."""
+    def _page(self, request: Request, welcome: bool) -> Page:
+        """The page for a request; Refused where there is none."""
         page = PAGES.get(("GET" if request.method == "HEAD" else request.method, row_of(request.path)))
         if not page:
             if not allowed(request.path):
@@ -6562,11 +6628,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise Refused(reply("method", word=request.method))
         if request.method == "POST" and not welcome:
             raise Refused(reply("origin"))
-        settings = self.settings
-        slow = settings.password.hashes and not settings.password.remembers(request.headers.get("authorization"))
-        ask = (first_refusal, page.door, request, settings)
-        insist(await in_thread(*ask) if slow and page.door else ask[0](*ask[1:]))
         return page
+
+    def _takes_long(self, page: Page, request: Request) -> bool:
+        """True where a password has to be looked at anew."""
+        gate = self.settings.password
+        return bool(gate.hashes and page.door and not gate.remembers(request.headers.get("authorization")))
 
     def _refusal(self, request: Request | None, said: Reply) -> Answer:
         request = request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
@@ -6577,20 +6644,29 @@ class Connection(http.server.BaseHTTPRequestHandler):
             result = result._replace(headers=(("Allow", ", ".join(allowed(request.path))),))
         return result
 
-    async def _head(self, deadline: float) -> bytes:
-        """The octets before the empty line; what follows stays in the buffer."""
-        self.buffer, seen = self.buffer.lstrip(b"\r\n"), 0  # RFC 9112 2.2
-        while True:
-            end = self.buffer.find(b"\r\n\r\n", seen)
-            if end > MAX_HEAD or (end < 0 and len(self.buffer) > MAX_HEAD):
-                raise Refused(reply("head-too-large"))
-            if end >= 0:
-                head, self.buffer = self.buffer[: end + 2], self.buffer[end + 4 :]
-                return head
+    def _head_here(self, seen: int = 0) -> bytes:
+        """The octets before the empty line, b"" where that is not here yet; what follows stays in the buffer. `seen` of
+        them were looked at before."""
+        if not seen:
+            self.buffer = self.buffer.lstrip(b"\r\n")  # RFC 9112 2.2
+        end = self.buffer.find(b"\r\n\r\n", seen)
+        if end > MAX_HEAD or (end < 0 and len(self.buffer) > MAX_HEAD):
+            raise Refused(reply("head-too-large"))
+        if end < 0:
             if BARE_LF.search(self.buffer, seen):
                 raise Refused(reply("bad-request", "line ends with LF alone"))
+            return b""
+        head, self.buffer = self.buffer[: end + 2], self.buffer[end + 4 :]
+        return head
+
+    async def _head(self, deadline: float) -> bytes:
+        """The same, waited for."""
+        head = b""
+        while not head:
             seen = max(len(self.buffer) - 3, 0)
             self.buffer += await self._at_rest(self._more(deadline))
+            head = self._head_here(seen)
+        return head
 
     async def _more(self, deadline: float, most: int = 65536) -> bytes:
         """More octets from the client, by the deadline."""
@@ -6621,14 +6697,16 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 await send(self.connection, b"HTTP/1.1 100 Continue\r\n\r\n", deadline)
         if length == CHUNKED:
             return await self._chunks(limit, deadline)
-        return await self._exactly(length, deadline)
+        return self._taken(length) if length <= len(self.buffer) else await self._exactly(length, deadline)
+
+    def _taken(self, length: int) -> bytes:
+        """So many octets, or as many as are here."""
+        octets, self.buffer = self.buffer[:length], self.buffer[length:]
+        return octets
 
     async def _exactly(self, length: int, deadline: float) -> bytes:
         """So many octets; a bytearray where they are so many that to join them would take room twice."""
-        octets, self.buffer = self.buffer[:length], self.buffer[length:]
-        if len(octets) == length:
-            return octets
-        whole = bytearray(octets)
+        whole = bytearray(self._taken(length))
         while len(whole) < length:
             whole += await self._more(deadline, min(length - len(whole), 1 << 18))
         return whole if length >= LARGE else bytes(whole)
@@ -6721,6 +6799,7 @@ class Worker:
 
     def run(self) -> None:
         """Serves until told to stop and all requests in flight are answered."""
+        log.hold()
         sys.setswitchinterval(0.001)  # a thread at work on a large mail must not hold up the small ones for longer
         self._listen_to_signals()
         for listener in self.listeners:
@@ -6741,7 +6820,7 @@ class Worker:
             listener.close()
         while (self.connections or (self.courier and any(self.courier.busy.values()))) and now < began + STOPPING:
             for connection in [one for one in self.idle if not one.buffer or now > began + DRAIN]:  # no request yet
-                self._close(connection)
+                self._interrupt(connection)
             self.loop.turn(0.05)
             now = time.monotonic()
         leaving = self.service.sessions.sweep(everything=True)
@@ -6834,16 +6913,15 @@ class Worker:
 
     def _close_idlest(self) -> bool:
         """Closes the connection that has been idle longest; False where none is idle."""
-        if not self.idle:
-            return False
-        self._close(next(iter(self.idle)))
-        return True
+        return any(self._interrupt(connection) for connection in self.idle)
 
-    def _close(self, connection: Connection) -> None:
-        """Ends a connection that is at rest."""
-        del self.idle[connection]
-        self.connections.discard(connection)
-        self.loop.interrupt(connection.connection, ConnectionAbortedError("closed for another"))
+    def _interrupt(self, connection: Connection) -> bool:
+        """Ends a connection that is at rest; False where it has just been told something."""
+        found = self.loop.interrupt(connection.connection, ConnectionAbortedError("closed for another"))
+        if found:
+            del self.idle[connection]
+            self.connections.discard(connection)
+        return found
 
     async def _housekeeping(self) -> None:
         """Once a second: SMTP sessions nobody uses."""
@@ -6935,6 +7013,7 @@ class Master:
         except BaseException:
             log_bug("worker")
         finally:
+            log.flush()
             os._exit(code)  # without the threads that are still at work, and without the master's cleaning up
 
     def _reap(self) -> None:
@@ -7795,7 +7874,7 @@ def sendmail(settings: Settings, octets: bytes, sender: str, named: list, from_h
     """Relays a finished message; ValueError says what is bad about it."""
     now = time.time()
     queueid = new_queueid(now)
-    source = address(of_this_host(sender, settings)) if sender else Address("", "", "")
+    source = address(of_this_host(sender, settings)) if sender else NULL_SENDER
     if not source:
         return complain(f'usage: "{sender}" is no mail address', EX_USAGE)
     raw = parse_message(octets)
