@@ -179,6 +179,14 @@ class Job(NamedTuple):
         return self.message.utf8 or not (self.sender.isascii() and all(map(str.isascii, self.recipients)))
 
 
+class Outcome(NamedTuple):
+    """What came of one job."""
+
+    job: Job
+    replies: list  # of Reply, one for each recipient of the job
+    ms: float
+
+
 def reply(slug: str, *lines: str, word: str = "", **place) -> Reply:
     """The reply of that name in REPLIES; `word` goes into its text, `lines` follow, `place` says mailer, host, port."""
     status, code, dsn, command, text = REPLIES[slug]
@@ -332,6 +340,23 @@ def _no_constant(name: str):
 
 DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
+
+
+def json_of(value: Any) -> str:
+    """The JSON of a string, a whole number, None, or a tuple of these."""
+    if type(value) is str:
+        return quoted(value) if len(value) <= REMEMBERED else ENCODER.encode(value)
+    if type(value) is tuple:
+        return "[" + ", ".join(map(json_of, value)) + "]"
+    return "null" if value is None else str(value)
+
+
+@functools.lru_cache(maxsize=1024)  # most of what is said in answers was said before
+def quoted(text: str) -> str:
+    return ENCODER.encode(text)
+
+
+REMEMBERED = 512  # characters of what is remembered: long ones would fill the memory
 
 
 def setting(default: Any, parse: Callable, doc: str = "", key: str = "", secret: bool = False) -> Any:
@@ -1449,7 +1474,6 @@ def mailboxes(value: Any, where: str, faults: list) -> tuple:
 
 
 MAX_MAILBOXES = 32768  # characters of one field
-REMEMBERED = 512  # characters of a field that is remembered: long ones would fill the memory
 
 
 def mailbox_list(value: Any, where: str, faults: list) -> tuple:
@@ -1887,7 +1911,7 @@ class Submission:
 
 
 def understand(body: Any) -> tuple:
-    """(Submission, faults) of a request's body, bytes or a bytearray."""
+    """(Submission, faults) of a request's body, bytes or a bytearray; None where there are faults."""
     faults: list = []
     if b"\x1b" in body:  # a raw escape is ISO-2022-JP of an old client
         body = body.replace(b"\x1b", b"\\u001b")
@@ -1896,13 +1920,13 @@ def understand(body: Any) -> tuple:
         if b"\\u001" in body and isinstance(raw, dict) and isinstance(raw.get("header"), dict):
             from_jis(raw)
     except ValueError as fault:
-        return Submission(), [printable(str(fault))]
+        return None, [printable(str(fault))]
     except RecursionError:
-        return Submission(), ["nested too deeply"]
+        return None, ["nested too deeply"]
     found = read(Submission, raw, "", faults)
     if found.rcpt is None or found.header.bcc or found.raw:
         found = addressed(found, raw, faults)
-    return found, faults
+    return None if faults else found, faults
 
 
 def addressed(found: Submission, raw: Any, faults: list) -> Submission:
@@ -2465,7 +2489,7 @@ def base64_lines(octets: Any) -> bytes:
     return b"\r\n".join(BASE64_LINE.findall(binascii.b2a_base64(octets, newline=False))) + b"\r\n"
 
 
-BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # without looking at each octet
+BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
 
 
 def base64_blocks(octets: bytes) -> Any:
@@ -4165,18 +4189,19 @@ class Sessions:
 # ======================================================================================================================
 
 
-async def attempt(job: Job, sessions: Sessions) -> list:
+async def attempt(job: Job, sessions: Sessions) -> Outcome:
     """A reply for every recipient, whatever the relay does."""
+    began = time.monotonic()
     try:
-        return await RELAYS[job.route.relay](job, sessions)
+        replies = await RELAYS[job.route.relay](job, sessions)
     except Refused as refused:
-        said = refused.reply
+        replies = [refused.reply] * len(job.recipients)
     except OSError as fault:
-        said = reply("lost", reason_of(fault), command="CONN", **job.route.place)
+        replies = [reply("lost", reason_of(fault), command="CONN", **job.route.place)] * len(job.recipients)
     except Exception:
         log_bug(job.queueid)
-        said = reply("relay-fault", **job.route.place)
-    return [said] * len(job.recipients)
+        replies = [reply("relay-fault", **job.route.place)] * len(job.recipients)
+    return Outcome(job, replies, (time.monotonic() - began) * 1000)
 
 
 async def relay_esmtp(job: Job, sessions: Sessions) -> list:
@@ -5798,7 +5823,7 @@ class Courier:
 
     async def _attempt(self, parcel: Parcel, job: Job | None, policy: Queue) -> Reply:
         if job:
-            return (await attempt(job, self.service.sessions))[0]
+            return (await attempt(job, self.service.sessions)).replies[0]
         if not policy.secret:
             return reply("webhook-never", word="the settings name no webhook any more", mailer="Webhook")
         try:
@@ -5869,33 +5894,25 @@ class Answer(NamedTuple):
     type: str = "application/json; charset=utf-8"
 
 
-class Outcome(NamedTuple):
-    """What came of one job."""
-
-    job: Job
-    replies: list  # of Reply, one for each recipient of the job
-    ms: float
-
-
 async def submit(request: Request, service: Service) -> Answer:
     """POST /submit: the way of a mail from its JSON to the replies of the other side."""
     settings, queueid = request.settings or service.settings, new_queueid(request.now)
-    submission, verdicts, status, kept, fates = None, {}, 0, False, []
-    size = len(request.body)
+    submission, verdicts, status, kept, fates = None, {}, 400, False, []
+    large = len(request.body) >= LARGE  # worked at in a thread, so that small ones need not wait for it
     try:
-        submission, faults = await worked_out(size, understand, request.body)
+        submission, faults = await in_thread(understand, request.body) if large else understand(request.body)
         if faults:
-            submission = None
             raise Refused(reply("json", *faults[:MAX_FAULTS]))
         insist(first_refusal(CHECKS, request, submission, settings))
         wish = wish_of(request, submission, settings)
-        if size >= LARGE:
+        if large:
             request.body = b""  # its memory is needed for the message
         mailboxes = recipients(submission)
         verdicts = {given: check_rcpt(mailbox, settings, given) for given, mailbox in mailboxes.items()}
         good = [mailbox for given, mailbox in mailboxes.items() if not verdicts[given]]
         if good:
-            message = await worked_out(size, finished, request, submission, settings, queueid, good)
+            values = request, submission, settings, queueid, good
+            message = await in_thread(finished, *values) if large else finished(*values)
             submission = without_text(submission)
             jobs, good = plan(submission, message, good, settings, queueid)
             if wish.later or wish.key:
@@ -5903,20 +5920,28 @@ async def submit(request: Request, service: Service) -> Answer:
                 if earlier:
                     return await replayed(request, submission, verdicts, earlier, wish, service)
                 kept = bool(wish.key)
-            replies, fates = await fulfil(request, jobs, good, wish, service)
+            if wish.later:
+                replies = [queued(queueid)] * len(good)
+            else:
+                replies = logged(request, await deliver(jobs, service.sessions, settings))
+                if service.store:
+                    replies, fates = await put_off(request, jobs, good, wish, replies, service)
             verdicts.update(zip([mailbox.given for mailbox in good], replies))
             status = status_of(verdicts.values())
-        else:
-            status = 400
     except Refused as refused:
         verdicts, status = {None: refused.reply}, refused.reply.status
-    refused = {to: said for to, said in verdicts.items() if said.status and not said.mailer}
-    if refused:
-        log_refusal(request, queueid, status, submission, refused)
-    result = answer(request, status, verdicts, queueid, submission)
+    result = answered(request, status, verdicts, queueid, submission)
     if kept:
         await service.store.surely(conclude, queueid, fates, remembered(result), time.time())
     return result
+
+
+def answered(request: Request, status: int, verdicts: dict, queueid: str, submission: Submission | None) -> Answer:
+    """The answer, and a line of the log for each refusal before delivery."""
+    refused = {to: said for to, said in verdicts.items() if said.status and not said.mailer}
+    if refused:
+        log_refusal(request, queueid, status, submission, refused)
+    return answer(request, status, verdicts, queueid, submission)
 
 
 MAX_FAULTS = 10  # told of one submission
@@ -5984,15 +6009,11 @@ def entry_of(request: Request, jobs: list, good: list, wish: Wish) -> Entry:
     )
 
 
-async def fulfil(request: Request, jobs: list, good: list, wish: Wish, service: Service) -> tuple:
-    """(a Reply for each recipient, its fate for the queue: (Reply, Step, entries that tell of it))."""
+async def put_off(request: Request, jobs: list, good: list, wish: Wish, replies: list, service: Service) -> tuple:
+    """The replies after a first attempt, "queued" for who failed for now; and each recipient's fate for the queue:
+    (Reply, Step, entries that tell of it)."""
     queueid, store, settings = jobs[0].queueid, service.store, request.settings or service.settings
-    if wish.later:
-        return [queued(queueid)] * len(good), []
-    outcomes = await deliver(jobs, service.sessions, settings)
-    log.lines(*outcome_lines(request, outcomes))
-    replies = [said for outcome in outcomes for said in outcome.replies]
-    if not store or not (wish.key or any(said.temporary for said in replies)):
+    if not (wish.key or any(said.temporary for said in replies)):
         return replies, []
     entry, now = entry_of(request, jobs, good, wish), time.time()
     fates = [fate_of(entry, row, said, settings, now) for row, said in zip(entry.recipients, replies)]
@@ -6050,11 +6071,6 @@ def now_of(queueid: str, row: dict) -> Reply:
     attempts = attempts_of(row["history"])
     said = attempts[-1][1] if attempts else None
     return said if said and row["state"] != "open" else queued(queueid, said)
-
-
-async def worked_out(size: int, function: Callable, *values: Any) -> Any:
-    """What the function returns; for a mail of some size in a thread, so that small ones need not wait for it."""
-    return function(*values) if size < LARGE else await in_thread(function, *values)
 
 
 def without_text(submission: Submission) -> Submission:
@@ -6127,10 +6143,15 @@ async def deliver(jobs: list, sessions: Sessions, settings: Settings) -> list:
     return [outcomes[i] for i in range(len(jobs))]
 
 
-async def carry_out(job: Job, sessions: Sessions) -> Outcome:
+def carry_out(job: Job, sessions: Sessions) -> Any:
+    """To be awaited: the Outcome of a job."""
+    return insisting(job, sessions) if job.route.retry else attempt(job, sessions)
+
+
+async def insisting(job: Job, sessions: Sessions) -> Outcome:
     """The job tried, and tried again as its route says for the recipients that failed for now."""
     began, route = time.monotonic(), job.route
-    replies = await attempt(job, sessions)
+    replies = (await attempt(job, sessions)).replies
     for _ in range(route.retry):
         waiting = [i for i, item in enumerate(replies) if item.temporary and not item.unsure]
         if not waiting:
@@ -6140,7 +6161,7 @@ async def carry_out(job: Job, sessions: Sessions) -> Outcome:
             break  # the client reads Retry-After
         await sleep(pause)
         again = await attempt(job._replace(recipients=tuple(job.recipients[i] for i in waiting)), sessions)
-        for i, item in zip(waiting, again):
+        for i, item in zip(waiting, again.replies):
             replies[i] = item
     return Outcome(job, replies, (time.monotonic() - began) * 1000)
 
@@ -6156,6 +6177,12 @@ def status_of(replies: Any) -> int:
     if any(accepted):
         return 207
     return 503 if any(item.temporary for item in replies) else 502
+
+
+def logged(request: Request, outcomes: list) -> list:
+    """The replies of all outcomes, which the log has now."""
+    log.lines(*outcome_lines(request, outcomes))
+    return [said for outcome in outcomes for said in outcome.replies]
 
 
 def outcome_lines(request: Request, outcomes: list) -> list:
@@ -6197,17 +6224,15 @@ def log_refusal(
 def answer(request: Request, status: int, verdicts: dict, queueid: str | None, submission: Submission | None) -> Answer:
     """The document of an answer: one item for each recipient in `verdicts`, a key None where none is meant."""
     taken = [to for to, said in verdicts.items() if to is not None and not (said.status and not said.mailer)]
-    document = {
-        "queueid": queueid,
-        "addresser": submission.mail if submission else None,
-        "recipient": taken if submission else None,
-        "response": [item(to, said) for to, said in verdicts.items()],
-        "remoteaddr": request.client.text if request.client else None,
-        "remoteport": request.port,
-        "useragent": words_of(request.headers.get("user-agent")),
-        "referer": words_of(request.headers.get("referer")),
-        "timestamp": {"datetime": local_time(int(request.now)), "unixtime": str(int(request.now))},
-    }
+    said_of_itself = [json_of(words_of(request.headers.get(name))) for name in ("user-agent", "referer")]
+    document = (  # written down, since the encoder takes twice as long for it
+        f'{{"queueid": {json_of(queueid)}, "addresser": {json_of(submission.mail if submission else None)}, '
+        f'"recipient": {json_of(tuple(taken) if submission else None)}, '
+        f'"response": [{", ".join([item_json(to, said) for to, said in verdicts.items()])}], '
+        f'"remoteaddr": {json_of(request.client.text if request.client else None)}, '
+        f'"remoteport": {json_of(request.port)}, "useragent": {said_of_itself[0]}, "referer": {said_of_itself[1]}, '
+        f'"timestamp": {moment_json(int(request.now))}}}\n'
+    )
     headers: tuple = ()
     if status == 202:
         headers = (("Location", f"/queue/{queueid}"),)
@@ -6219,12 +6244,33 @@ def answer(request: Request, status: int, verdicts: dict, queueid: str | None, s
         headers = (("Retry-After", str(max([RETRY_AFTER, *[said.wait for said in verdicts.values()]]))),)
     elif status == 401:
         headers = (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),)
-    return Answer(status, to_json(document), headers)
+    return Answer(status, document.encode("utf-8", "replace"), headers)
+
+
+def item_json(recipient: str | None, said: Reply) -> str:
+    """The JSON of item()."""
+    form = item_form(said.code, said.dsn, said.command, said.mailer, said.host, said.port)
+    return form % (json_of(recipient), json_of(said.message))
+
+
+@functools.lru_cache(maxsize=1024)  # who answers says the same most of the time
+def item_form(code: str, *others: Any) -> str:
+    """The same with %s for recipient and message."""
+    dsn, command, *place = others
+    known = item(None, Reply(code, dsn, command, (), *place))
+    shown = {key: json_of(value).replace("%", "%%") for key, value in known.items()}
+    shown.update(rcpt="%s", message="%s")
+    return "{" + ", ".join(f'"{key}": {value}' for key, value in shown.items()) + "}"
 
 
 @functools.lru_cache(maxsize=2)
-def local_time(second: int) -> str:
-    return time.ctime(second)
+def moment_json(second: int) -> str:
+    return ENCODER.encode(moment(second))
+
+
+def moment(seconds: float | None) -> dict | None:
+    """A time as answers tell it."""
+    return None if seconds is None else {"datetime": time.ctime(seconds), "unixtime": str(int(seconds))}
 
 
 RETRY_AFTER = 60  # seconds
@@ -6436,10 +6482,6 @@ def fate_document(message: dict, rows: list) -> dict:
     }
 
 
-def moment(seconds: float | None) -> dict | None:
-    return None if seconds is None else {"datetime": time.ctime(seconds), "unixtime": str(int(seconds))}
-
-
 async def page_sample(request: Request, service: Service) -> Answer:
     return Answer(200, to_json(SAMPLES))
 
@@ -6547,7 +6589,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
         try:
             await self._secure()
             while self.buffer or await self._begun():
-                if not await self.handle_one_request():
+                answer, keep = await self.handle_one_request()
+                await send(self.connection, answer, time.monotonic() + self.settings.httpd.timeout)
+                if not keep:
                     await drain(self.connection)
                     break
         except (OSError, ValueError):  # the client is gone
@@ -6583,8 +6627,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         finally:
             self.worker.rises(self)
 
-    async def handle_one_request(self) -> bool:
-        """Reads a request and answers it; True where the next may follow."""
+    async def handle_one_request(self) -> tuple:
+        """(octets of the answer, whether the next request may follow) to the request that has begun."""
         self.settings = self.service.settings  # one set from beginning to end
         deadline = time.monotonic() + self.settings.httpd.timeout
         request = head = None
@@ -6610,8 +6654,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if 0 < left <= len(self.buffer) and request:  # a refused body that is here already
             self.buffer, left = self.buffer[left:], 0
         keep = bool(head and head.keep and not left and not self.service.stopping)
-        await self._answer(result, extra, head, keep)
-        return keep
+        return self._octets(result, extra, head, keep), keep
 
     def _request(self, head: Head) -> Request:
         client, port = client_of(self.peer, self.port, head.headers, self.settings)
@@ -6742,8 +6785,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         line, _, self.buffer = self.buffer.partition(b"\r\n")
         return line
 
-    async def _answer(self, result: Answer, extra: tuple, head: Head | None, keep: bool) -> None:
-        """Written by one call, so that no packet waits for another."""
+    def _octets(self, result: Answer, extra: tuple, head: Head | None, keep: bool) -> bytes:
+        """The answer as it goes out, by one call, so that no packet waits for another."""
         lines = [f"HTTP/1.1 {result.status} {self.responses[result.status][0]}", http_date(int(time.time()))]
         if result.status != 204:
             lines.append(f"Content-Type: {result.type}\r\nContent-Length: {len(result.body)}")
@@ -6754,8 +6797,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         elif head.old:
             lines.append("Connection: keep-alive")
         body = b"" if head and head.method == "HEAD" else result.body
-        octets = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
-        await send(self.connection, octets, time.monotonic() + self.service.settings.httpd.timeout)
+        return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 
 async def drain(sock: Any) -> None:

@@ -3254,7 +3254,7 @@ def side_by_side(*groups: tuple) -> list:
 
     async def one(i: int, jobs: tuple) -> None:
         began, sessions = time.monotonic(), haineko.Sessions(("127.0.0.1:9",))  # where no name server is
-        replies = [await haineko.attempt(item, sessions) for item in jobs]
+        replies = [(await haineko.attempt(item, sessions)).replies for item in jobs]
         found[i] = replies, time.monotonic() - began
         await sessions.sweep(everything=True)
 
@@ -5282,7 +5282,7 @@ class MxPeers(WithFiles):
 
         async def relayed() -> list:
             own = sessions or haineko.Sessions((self.dns.place,))
-            said = await haineko.attempt(job, own)
+            said = (await haineko.attempt(job, own)).replies
             if not sessions:
                 await own.sweep(everything=True)
             return said
@@ -5432,7 +5432,7 @@ class RelayMx(MxPeers):
         async def several() -> list:
             said = [await haineko.attempt(mail_to("a@neko.example", port=self.host.port), sessions) for _ in range(3)]
             await sessions.sweep(everything=True)
-            return [item.code for replies in said for item in replies]
+            return [item.code for outcome in said for item in outcome.replies]
 
         self.assertEqual(haineko.run(several()), ["250"] * 3)
         self.assertEqual((self.host.opened, len(self.host.mails)), (["127.0.0.2"], 3))
@@ -5558,7 +5558,7 @@ class RelayMxByPolicy(MxPeers):
         job = mail_to("a@sts.example", port=self.host.port, ca_file=self.ca if ca else "")
 
         async def delivered() -> list:
-            said = await haineko.attempt(job, sessions)
+            said = (await haineko.attempt(job, sessions)).replies
             await sessions.sweep(everything=True)
             return said
 
@@ -5847,7 +5847,7 @@ def relayed(job: haineko.Job, times: int = 1, between=lambda: None) -> list:
         for i in range(times):
             if i:
                 between()
-            outcomes.append(await haineko.attempt(job, sessions))
+            outcomes.append((await haineko.attempt(job, sessions)).replies)
         await sessions.sweep(everything=True)
         assert not sessions.web.idle
         return outcomes
@@ -6237,7 +6237,7 @@ class WebRelays(unittest.TestCase):
 
                 async def one(mailer: str, peer=peer, replies=replies) -> None:
                     job, sessions = composed_job(web_route(mailer, peer.url)), haineko.Sessions()
-                    replies.extend(await and_closed(haineko.attempt(job, sessions), sessions))
+                    replies.extend((await and_closed(haineko.attempt(job, sessions), sessions)).replies)
 
                 began = time.monotonic()
                 haineko.run(haineko.all_of([one(mailer) for mailer in PEERS]))
