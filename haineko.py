@@ -34,7 +34,8 @@ import os
 import sys
 
 # Compiling a file of this size takes as much memory as a server and all its workers, and Python keeps it. So a server
-# starts over with its code as it is then in memory; `over` is set the second time.
+# starts over with its code as it is then in memory; `over` is set the second time. -S: without a look for packages, of
+# which it uses none.
 if __name__ == "__main__" and sys.argv[1:2] in (["serve"], ["start"], ["restart"]) and "over" not in globals():
     if hasattr(os, "memfd_create") and __spec__ is None:
         import marshal
@@ -49,7 +50,7 @@ if __name__ == "__main__" and sys.argv[1:2] in (["serve"], ["start"], ["restart"
             stub = stub.format(__file__, sys.path[0], memory)
             flags = getattr(sys, "orig_argv", sys.argv)[1 : -len(sys.argv)]
             os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1048576")  # glibc then gives large mails' memory back
-            os.execv(sys.executable, [sys.executable, *flags, "-c", stub, *sys.argv])
+            os.execv(sys.executable, [sys.executable, *flags, "-S", "-c", stub, *sys.argv])
         except OSError:  # then it takes more memory
             pass
 
@@ -3984,7 +3985,8 @@ class Session(smtplib.SMTP):
         return bool(self.unread or self.heard)
 
     def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
-        sock = super()._get_socket(host, port, timeout)
+        octets = host.encode("ascii")  # for a string Python loads the tables of IDNA, half a megabyte for each worker
+        sock = super()._get_socket(octets, port, timeout)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return self._wrapped(sock) if port == SMTPS else sock
 
@@ -7135,7 +7137,7 @@ def bind(listen: str) -> socket.socket:
         return bind_unix(listen[5:])
     name, _, port = listen.rpartition(":")
     family, kind_, proto, _, place = socket.getaddrinfo(
-        name.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        name.strip("[]").encode("ascii"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
     listener = socket.socket(family, kind_, proto)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -7210,7 +7212,7 @@ def main(argv: list) -> int:
         argv = ["sendmail", *argv]
     if argv[:1] == ["sendmail"] and "-h" not in argv and "--help" not in argv:
         return command_sendmail(argv[1:])
-    options = parser().parse_args(argv)
+    options = parser(argv[:1] if argv[:1] and argv[0] in COMMANDS else COMMANDS).parse_args(argv)
     try:
         return COMMANDS[options.command][0](options)
     except Usage as fault:
@@ -7220,7 +7222,8 @@ def main(argv: list) -> int:
         return 130
 
 
-def parser() -> Any:
+def parser(names: Any) -> Any:
+    """An argparse.ArgumentParser that knows these commands."""
     import argparse
 
     top = argparse.ArgumentParser(
@@ -7228,7 +7231,8 @@ def parser() -> Any:
     )
     top.add_argument("--version", action="version", version=f"Haineko {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (_, about, flags) in COMMANDS.items():
+    for name in names:
+        _, about, flags = COMMANDS[name]
         command = commands.add_parser(name, help=about, description=about)
         for words, details in flags:
             command.add_argument(*words, **details)

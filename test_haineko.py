@@ -9501,7 +9501,7 @@ class CheckConnect(WithFiles):
                 line = [sys.executable, SOURCE, "check", "-c", os.path.join(self.folder, "none.json"), *flags]
                 done = subprocess.run(line, capture_output=True, text=True, timeout=30, check=False)
                 self.assertEqual(done.returncode, 1)  # no such file
-        options = haineko.parser().parse_args(["check", "--sender", "a@b.example", "--selector", "a b"])
+        options = haineko.parser(haineko.COMMANDS).parse_args(["check", "--sender", "a@b.example", "--selector", "a b"])
         with self.assertRaises(haineko.Usage):
             haineko.tried(haineko.Settings(), options)
 
