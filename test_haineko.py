@@ -991,6 +991,30 @@ class LogLines(Quiet):
             self.assertRegex(line, rf"\A\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{{4}} haineko\[{os.getpid()}\]: ")
             self.assertTrue(line.endswith(": " + wanted), line)
 
+    def test_lines_that_are_held_are_written_by_flush_in_their_order(self):
+        self.addCleanup(setattr, haineko.log, "held", None)
+        haineko.log.hold()
+        writers = [threading.Thread(target=self._write, args=(name,)) for name in "ab"]
+        for writer in writers:
+            writer.start()
+        haineko.log.lines("first", "second")
+        self.assertEqual(self.logged(), [])
+        lines: list = []
+        while any(writer.is_alive() for writer in writers):
+            haineko.log.flush()
+            lines += self.logged()
+        haineko.log.flush()
+        lines = [line.rpartition(": ")[2] for line in lines + self.logged()]
+        self.assertEqual([line for line in lines if line.isalpha()], ["first", "second"])
+        for name in "ab":
+            self.assertEqual([line for line in lines if line[0] == name], [f"{name}{i}" for i in range(300)])
+        haineko.log.flush()
+        self.assertEqual(self.logged(), [])
+
+    def _write(self, name: str):
+        for i in range(300):
+            haineko.log.lines(f"{name}{i}")
+
     def test_pairs(self):
         cases = [
             ({"a": "b", "c": 1}, "a=b c=1"),
@@ -2732,6 +2756,15 @@ class RawMessages(Quiet):
 
 
 class Routes(unittest.TestCase):
+    def test_what_was_chosen_is_remembered_and_not_without_end(self):
+        force = settings(mailertable={"a.example": {"host": "a"}, "default": {"host": "b"}})
+        for i in range(haineko.MAX_CHOSEN + 9):
+            for domain, host in ((f"{i}.example", "b"), ("a.example", "a")):
+                self.assertEqual(haineko.choose(domain, "example.org", force)[0].host, host)
+        self.assertLessEqual(len(force.chosen), haineko.MAX_CHOSEN)
+        other = replace(force, mailertable={"default": haineko.Route(host="c")})
+        self.assertEqual(haineko.choose("a.example", "example.org", other)[0].host, "c")
+
     def route(self, recipient: str, sender: str, **tables) -> tuple:
         """(host, why) of the route chosen by tables of {key: host}."""
         tables = {name: {key: {"host": host} for key, host in table.items()} for name, table in tables.items()}
@@ -3511,11 +3544,11 @@ class Waiting(Quiet):
     def test_interrupt_raises_in_the_one_that_waits_and_in_nobody_else(self) -> None:
         async def interrupter(sock) -> None:
             await haineko.sleep(0.02)
-            loop.interrupt(sock, ConnectionAbortedError("for another"))
-            loop.interrupt(self.pair()[0], ConnectionAbortedError("nobody waits for this one"))
+            told.append(loop.interrupt(sock, ConnectionAbortedError("for another")))
+            told.append(loop.interrupt(self.pair()[0], ConnectionAbortedError("nobody waits for this one")))
 
         for loop in self.each():
-            here, other = self.pair()[0], self.pair()[0]
+            here, other, told = self.pair()[0], self.pair()[0], []
             now = time.monotonic()
             found = self.run_all(
                 loop,
@@ -3525,6 +3558,25 @@ class Waiting(Quiet):
             )
             self.assertIsInstance(found[0][0], ConnectionAbortedError)
             self.assertIsInstance(found[1][0], socket.timeout)
+            self.assertEqual(told, [True, False])
+
+    def test_who_is_interrupted_when_its_event_is_here_already_is_told_so_once(self) -> None:
+        async def reader(sock, other) -> bytes:
+            octets = await haineko.receive(sock, 1, time.monotonic() + 2)
+            loop.interrupt(other, ConnectionAbortedError("for another"))
+            return octets
+
+        async def writer(*socks) -> None:
+            await haineko.sleep(0.02)
+            for sock in socks:
+                sock.send(b"xy")
+
+        for loop in self.each():
+            (here, there), (other, far) = self.pair(), self.pair()
+            found = self.run_all(loop, reader(here, other), reader(other, here), writer(there, far))
+            self.assertEqual([type(value) for value, _ in found[:2]].count(ConnectionAbortedError), 1)
+            rest = self.run_all(loop, *[haineko.receive(sock, 2, time.monotonic() + 2) for sock in (here, other)])
+            self.assertEqual(sorted(value for value, _ in rest), [b"xy", b"y"])
 
     def test_functions_that_block_run_side_by_side_in_threads_used_again(self) -> None:
         def block(barrier: threading.Barrier) -> int:
@@ -4631,6 +4683,32 @@ class SmtpSessions(Peers):
                     self.assertEqual(len(peer.talks), 1)
                     some = "DATA" in {command for _, _, command in wanted} and says.get("DATA", "354")[0] == "3"
                     self.assertEqual(len(peer.mails), some)
+
+    def test_replies_that_came_together(self) -> None:
+        ok, go = haineko.Heard("250", "2.1.0", ("2.1.0 ok",)), haineko.Heard("354", None, ("go on",))
+        bye = haineko.Heard("421", "4.3.2", ("4.3.2 bye", "see you"))
+        cases = [
+            (b"250 2.1.0 ok\r\n", (ok,), b"", False),
+            (b"250 2.1.0 ok\r\n250 2.1.0 ok\n354 go on\r\n", (ok, ok, go), b"", False),
+            (b"250 2.1.0 ok\r\n354 go", (ok,), b"354 go", False),
+            (b"250 2.1.0 ok\r\n421-4.3.2 bye\r\n421 see you\r\n", (ok, bye), b"", True),
+            (b"250 2.1.0 ok\r\n421-4.3.2 bye\r\n", (ok,), b"421-4.3.2 bye\r\n", False),
+            (b"250 2.1.0 ok\r\nrubbish\r\n354 go on\r\n", (ok,), b"rubbish\r\n354 go on\r\n", False),
+            (b"250 2.1.0 ok\r\n" * 99, (ok,) * 99, b"", False),
+            (b"25", (), b"25", False),
+        ]
+        for octets, *wanted in cases:
+            with self.subTest(octets):
+                for _ in range(2):  # the second time it is remembered
+                    self.assertEqual(list(haineko.replies_in(octets)), wanted)
+        for octets in (b"rubbish\r\n250 ok\r\n", b"250-a\r\n251 b\r\n", b"x" * 3000):
+            with self.subTest(octets), self.assertRaises(haineko.Rubbish):
+                haineko.replies_in(octets)
+
+    def test_what_was_said_before_rubbish_counts(self) -> None:
+        peer = self.peer({"RCPT": refuses(a="550 5.1.1 no"), "DATA": "rubbish"}, "PIPELINING")
+        [replies] = carried(job(peer, TO))
+        self.assertEqual([(item.code, item.command) for item in replies], [("550", "RCPT"), *[("421", "DATA")] * 2])
 
     def test_who_was_refused_does_not_stop_the_others(self) -> None:
         for offers in ((), ("PIPELINING",)):
@@ -8171,6 +8249,27 @@ class WayOfAMail(Peers):
         self.assertTrue(message["Message-Id"].startswith(f"<{found['queueid']}."))
         self.assertIn(f" {found['queueid']}: ", self.logged()[0])
 
+    def test_an_item_is_written_as_the_encoder_would(self) -> None:
+        words = ("plain", 'a "quote" \\', "100% %s %d {x}", "ねこ\u2028", "x" * 600, "", "\x1b[2J")
+        for word in words:
+            for said in (
+                haineko.Reply("250", "2.0.0", "DATA", (word, word), "ESMTP", "mx.example.jp", 25),
+                haineko.Reply("550", None, "RCPT", (), f"/var/{word}", word, None),
+                haineko.reply("queued", word, word=word, mailer="Queue"),
+            ):
+                for recipient in (None, f"{word}@example.jp"):
+                    with self.subTest(word=word, said=said):
+                        written = haineko.item_json(recipient, said)
+                        self.assertEqual(written, haineko.ENCODER.encode(haineko.item(recipient, said)))
+
+    def test_a_client_that_says_odd_things_of_itself_reads_them_again(self) -> None:
+        service = haineko.Service(settings())
+        for word in ('a "quote" \\', "100% %s {x}", "y" * 3000, "Ã¤"):
+            asked = request(as_body(document()), **{"user-agent": word, "referer": word})
+            found = json.loads(answered(asked, service).body)
+            wanted = "ä" if word == "Ã¤" else word
+            self.assertEqual((set(found), found["useragent"], found["referer"]), (TOP, wanted, wanted))
+
     def test_queue_ids_are_unique(self) -> None:
         found = {haineko.new_queueid(1388741758.0) for _ in range(20000)}
         self.assertEqual(len(found), 20000)
@@ -8723,6 +8822,15 @@ class Workers(Peers):
         gate = threading.Event()
         self.addCleanup(gate.set)
         return gate, self.peer({".": held(gate)})
+
+    def test_the_log_has_what_a_client_has_been_told(self) -> None:
+        server = self.server({})
+        with server.wire() as wire:
+            for submission in [document(), document(rcpt=["nobody"]), document()] * 5:
+                _, _, found = wire.ask(post(submission))
+                self.assertIn(f" {found['queueid']}: ", server.log())
+        refused = server.ask(get("/nowhere"))[2]["response"][0]
+        self.assertIn(refused["message"][0], server.log())
 
     def test_past_max_connections_the_idlest_goes_or_503(self) -> None:
         gate, peer = self.gated()
