@@ -4137,9 +4137,12 @@ class Sessions:
     IDLE = 20  # seconds after which a session is given up; servers wait for minutes
     AGE = 300  # seconds after which it is not used again
     KEPT = 256  # sessions of one route
+    OPENING = 16  # sessions of one route that are opened at a time, each in a thread
 
     def __init__(self, name_servers: tuple = ()) -> None:
         self.idle: dict = {}  # (hostname, route): sessions, the most recently used last
+        self.opening: dict = {}  # (hostname, route): how many are
+        self.wanted: dict = {}  # (hostname, route): who waits: functions that take a session, or None for "open one"
         self.leaving: list = []  # sessions to say goodbye on
         self.web = Web()
         self.ask(name_servers)
@@ -4154,6 +4157,38 @@ class Sessions:
         kept = self.idle.get((hostname, route))
         return kept.pop() if kept else None
 
+    async def another(self, route: Route, hostname: str) -> tuple:
+        """(a new session, False), or Refused; or (one that was given back meanwhile, True), for who has to wait since
+        many are being opened. Where one can't be opened, nobody waits on."""
+        key = hostname, route
+        if self.opening.get(key, 0) >= self.OPENING:
+            session = await answered_by(self.wanted.setdefault(key, deque()).append)
+            if session:
+                return session, True
+        self.opening[key] = self.opening.get(key, 0) + 1
+        try:
+            session = await self.fresh(route, hostname)
+        except BaseException:
+            while self._hand_on(key, None):
+                pass
+            raise
+        finally:
+            self.opening[key] -= 1
+            if not self.opening[key]:
+                del self.opening[key]
+        self._hand_on(key, None)
+        return session, False
+
+    def _hand_on(self, key: tuple, session: Session | None) -> bool:
+        """Gives it to who has waited longest; False where nobody does."""
+        wanted = self.wanted.get(key)
+        if not wanted:
+            return False
+        wanted.popleft()(session)
+        if not wanted:
+            del self.wanted[key]
+        return True
+
     async def fresh(self, route: Route, hostname: str) -> Session:
         """A new session, or Refused; opened in a thread, since smtplib blocks."""
         session = Session(route, hostname)
@@ -4162,9 +4197,11 @@ class Sessions:
 
     def give(self, session: Session) -> None:
         """Kept, or closed where it can't be used again."""
-        kept = self.idle.setdefault((session.local_hostname, session.route), [])
+        key = session.local_hostname, session.route
+        kept = self.idle.setdefault(key, [])
         if session.alive and len(kept) < self.KEPT and session.last_used - session.born < self.AGE:
-            kept.append(session)
+            if not (self.wanted and self._hand_on(key, session)):
+                kept.append(session)
         elif session.alive:
             self.leaving.append(session)
         else:
@@ -4208,10 +4245,11 @@ async def attempt(job: Job, sessions: Sessions) -> Outcome:
 
 async def relay_esmtp(job: Job, sessions: Sessions) -> list:
     """By SMTP to the route's host. A kept session that died before the text is replaced once."""
-    kept = sessions.take(job.route, job.hostname)
-    session = kept or await sessions.fresh(job.route, job.hostname)
+    session, used = sessions.take(job.route, job.hostname), True
+    if not session:
+        session, used = await sessions.another(job.route, job.hostname)
     replies = await session.transact(job)
-    if kept and not session.alive and not session.in_text:
+    if used and not session.alive and not session.in_text:
         session.close()
         session = await sessions.fresh(job.route, job.hostname)
         replies = await session.transact(job)
@@ -6898,7 +6936,8 @@ class Worker:
 
     async def _accept(self, listener: socket.socket) -> None:
         while not self.service.stopping:
-            if len(self.connections) - len(self.idle) > min(self.loads):
+            least = min(self.loads)
+            if len(self.connections) - len(self.idle) > least + least // 4:  # of many, some more make no difference
                 await sleep(self.PAUSE)
             try:
                 sock, peer = listener.accept()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import collections
 import concurrent.futures
 import contextlib
 import email
@@ -5054,6 +5055,70 @@ class SmtpSessions(Peers):
         peer = self.peer({"MAIL": [HANG_UP, WELL["MAIL"]]})
         self.assertEqual(self.told(carried(job(peer))[0]), [("421", "4.4.2", "MAIL")])
         self.assertEqual(len(peer.talks), 1)
+
+    def at_once(self, peer: SmtpPeer, count: int) -> collections.Counter:
+        """How often each (code, command) was said to so many mails that come at the same moment."""
+        sessions, found = haineko.Sessions(), collections.Counter()
+
+        async def one(i: int) -> None:
+            outcome = await haineko.attempt(job(peer, (f"r{i}@example.jp",), timeout=9.0), sessions)
+            found.update((item.code, item.command) for item in outcome.replies)
+
+        async def all_() -> None:
+            await haineko.all_of([one(i) for i in range(count)])
+            await sessions.sweep(everything=True)
+
+        haineko.run(all_())
+        self.assertEqual((sessions.opening, sessions.wanted), ({}, {}))
+        return found
+
+    def test_a_few_sessions_are_opened_at_a_time(self) -> None:
+        most, count = haineko.Sessions.OPENING, haineko.Sessions.OPENING * 2 + 8
+        greeted = threading.Barrier(most)
+
+        def greet(talk: Talk, line: str) -> str:
+            if len(peer.talks) <= most:
+                greeted.wait(9)  # for all that may come
+                early.append(len(peer.talks))
+            return "220 here"
+
+        early: list = []
+        peer = self.peer({"CONN": greet})
+        self.assertEqual(self.at_once(peer, count), {("250", "DATA"): count})
+        self.assertEqual(early[:1], [most])
+        self.assertEqual(len(peer.mails), count)
+
+    def test_who_waits_to_open_a_session_gets_one_that_is_given_back(self) -> None:
+        most = haineko.Sessions.OPENING
+        count, gate = most * 3, threading.Event()
+        self.addCleanup(gate.set)
+
+        def greet(talk: Talk, line: str) -> str:
+            if peer.talks.index(talk) >= most:
+                gate.wait(9)
+            return "220 here"
+
+        def taken(talk: Talk, line: str) -> str:
+            if len(peer.mails) + 1 >= count - most:  # all but those whose sessions are being opened
+                gate.set()
+            return WELL["."]
+
+        peer = self.peer({"CONN": greet, ".": taken})
+        self.assertEqual(self.at_once(peer, count), {("250", "DATA"): count})
+        self.assertLessEqual(len(peer.talks), 2 * most)
+
+    def test_where_a_session_can_not_be_opened_nobody_waits_on(self) -> None:
+        most = haineko.Sessions.OPENING
+        count = most * 2 + 8
+        busy = ["421 4.3.2 busy"] * most + ["220 here"]
+        for says, wanted in (
+            ({"CONN": busy}, {("421", "CONN"): most, ("250", "DATA"): count - most}),
+            ({"CONN": HANG_UP}, {("421", "CONN"): count}),
+            ({"EHLO": "421 4.3.2 closing"}, {("421", "EHLO"): count}),
+            ({".": "421 4.3.2 one mail a session"}, {("421", "DATA"): count}),
+        ):
+            with self.subTest(says):
+                self.assertEqual(self.at_once(self.peer(says), count), wanted)
 
     def test_sessions_of_other_credentials_are_others(self) -> None:
         peer = self.peer({}, "AUTH PLAIN", logins={"a": "1", "b": "2"})
