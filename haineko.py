@@ -3761,6 +3761,7 @@ def parse_reply(octets: bytes) -> tuple:
             return whole, octets[start:]
 
 
+@functools.lru_cache(maxsize=256)
 def parse_line(line: bytes) -> tuple:
     """(one line of a reply as if it were the whole, whether more lines follow)."""
     found = REPLY_LINE.fullmatch(line)
@@ -5953,7 +5954,7 @@ async def submit(request: Request, service: Service) -> Answer:
         if good:
             values = request, submission, settings, queueid, good
             message = await in_thread(finished, *values) if large else finished(*values)
-            submission = without_text(submission)
+            submission, values = without_text(submission), ()  # what is large of it would only fill memory
             jobs, good = plan(submission, message, good, settings, queueid)
             if wish.later or wish.key:
                 earlier = await keep(request, jobs, good, wish, service)
@@ -6114,7 +6115,7 @@ def now_of(queueid: str, row: dict) -> Reply:
 
 
 def without_text(submission: Submission) -> Submission:
-    """What of a submission is needed once its message is composed; the rest of a large one would only fill memory."""
+    """What of a submission is needed once its message is composed."""
     if not (submission.attachments or submission.raw):
         return submission
     return replace(submission, body="", html="", attachments=(), raw=submission.raw and Raw([], b""))
@@ -6265,8 +6266,9 @@ def answer(request: Request, status: int, verdicts: dict, queueid: str | None, s
     """The document of an answer: one item for each recipient in `verdicts`, a key None where none is meant."""
     taken = [to for to, said in verdicts.items() if to is not None and not (said.status and not said.mailer)]
     said_of_itself = [json_of(words_of(request.headers.get(name))) for name in ("user-agent", "referer")]
+    name = f'"{queueid}"' if queueid else "null"
     document = (  # written down, since the encoder takes twice as long for it
-        f'{{"queueid": {json_of(queueid)}, "addresser": {json_of(submission.mail if submission else None)}, '
+        f'{{"queueid": {name}, "addresser": {json_of(submission.mail if submission else None)}, '
         f'"recipient": {json_of(tuple(taken) if submission else None)}, '
         f'"response": [{", ".join([item_json(to, said) for to, said in verdicts.items()])}], '
         f'"remoteaddr": {json_of(request.client.text if request.client else None)}, '

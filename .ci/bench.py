@@ -18,6 +18,7 @@ import re
 import resource
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -182,7 +183,7 @@ def bench_recipients(folder: str, sink: Sink) -> None:
 def bench_bodies(folder: str, sink: Sink) -> None:
     server = Server(folder, sink)
     for octets in (1 << 10, 10 << 10, 100 << 10, 1 << 20, 10 << 20):
-        rate, _, p99, bad = server.load(folder, mail(octets=octets), 2, 2 if octets < 1 << 20 else 4)
+        rate, _, p99, bad = server.load(folder, mail(octets=octets), 2, 2 if octets < 10 << 20 else 3)
         row(f"body {octets >> 10} KiB", rate, p99, bad, server.memory_mib(), f"{rate * octets / 1e6:.1f} MB/s")
     server.stop()
 
@@ -429,22 +430,31 @@ def waiting(folder: str, sink: Sink, count: int) -> None:
 
 
 def fill(path: str, count: int) -> None:
-    """Mails in the file as if each had been tried once."""
+    """Mails in the file as if each had been tried once: a thousand by Haineko, copies of them by SQLite."""
     sys.path.insert(0, str(ROOT))
     import haineko
 
-    store, now = haineko.Store(haineko.Queue(path=path)), time.time()
+    store, now, first = haineko.Store(haineko.Queue(path=path)), time.time(), 1000
     message = haineko.Message((b"Subject: Nyaa\r\nTo: ", b"\r\nMessage-Id: <", b"@x>\r\n\r\n" + b"x" * 1024 + b"\r\n"))
     place = {"mailer": "ESMTP", "host": "127.0.0.1", "port": 1}
     fate = haineko.reply("lost", "Connection refused", command="CONN", **place), haineko.Step("open", 3600), []
-    for begin in range(0, count, 10000):
-        work = []
-        for i in range(begin, min(count, begin + 10000)):
-            to = (f"neko{i}@example.jp",) * 2 + (1, f"ESMTP 127.0.0.{i % 5}:1")
-            entry = haineko.Entry(f"{i:016d}", "mail", "kijitora@example.org", "", now, message, (to,))
-            work.append((haineko.put, (entry, [fate])))
-        store.commit(work)
+    work = []
+    for i in range(first):
+        to = (f"neko{i}@example.jp",) * 2 + (1, f"ESMTP 127.0.0.{i % 5}:1")
+        entry = haineko.Entry(f"{i:016d}", "mail", "kijitora@example.org", "", now, message, (to,))
+        work.append((haineko.put, (entry, [fate])))
+    store.commit(work)
+    store.commit([(copy, (first, count // first))])
     store.close(True)
+
+
+def copy(db: sqlite3.Connection, slot: int, first: int, times: int) -> None:
+    for table, other in (("messages", "queueid"), ("recipients", "message")):
+        names = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+        changed = {"id": "id + :more", other: "message + :more" if other == "message" else "queueid || :more"}
+        columns = ", ".join(changed.get(name, name) for name in names)
+        for i in range(1, times):
+            db.execute(f"INSERT INTO {table} SELECT {columns} FROM {table} WHERE id <= {first}", {"more": i * first})
 
 
 BENCHES = {
