@@ -344,12 +344,14 @@ ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
 
 
 def json_of(value: Any) -> str:
-    """The JSON of a string, a whole number, None, or a tuple of these."""
-    if type(value) is str:
-        return quoted(value) if len(value) <= REMEMBERED else ENCODER.encode(value)
+    """The JSON of a value; strings, whole numbers, None and tuples of these take the short ways."""
+    if type(value) is str and len(value) <= REMEMBERED:
+        return quoted(value)
     if type(value) is tuple:
         return "[" + ", ".join(map(json_of, value)) + "]"
-    return "null" if value is None else str(value)
+    if value is None:
+        return "null"
+    return str(value) if type(value) is int else ENCODER.encode(value)
 
 
 @functools.lru_cache(maxsize=1024)  # most of what is said in answers was said before
@@ -1288,13 +1290,18 @@ class Log:
             return
         head = f"{timestamp(int(time.time()))} haineko[{os.getpid()}]: "
         text = "".join([f"{head}{line}\n" for line in lines])
+        self._add(text)
+
+    def _add(self, text: str) -> None:
+        """Now or later: where lines are held, one thread writes them all."""
         if self.held is None:
             self.raw(text.encode("utf-8", "backslashreplace"))
         else:
             self.held.append(text)
 
     def hold(self) -> None:
-        """From now on lines wait for flush()."""
+        """From now on lines wait for flush(). A process that is killed loses those of its turn, of which no client has
+        an answer yet."""
         self.held = []
 
     def flush(self) -> None:
@@ -1310,7 +1317,7 @@ class Log:
         try:
             while start < len(octets):
                 if not self.stderr.poll(0 if self.lost else self.PATIENCE):
-                    self.lost += 1
+                    self.lost += octets.count(b"\n", start)
                     return False
                 if self.lost:
                     note = f"\nhaineko[{os.getpid()}]: {self.lost} lines were lost, since nobody read them\n"
@@ -1325,7 +1332,7 @@ class Log:
 
     def dialogue(self, who: str, direction: str, line: str) -> None:
         if self.devel:
-            self.raw(f"{who} {direction} {printable(line, 1000)}\n".encode())
+            self._add(f"{who} {direction} {printable(line, 1000)}\n")
 
 
 @functools.lru_cache(maxsize=2)
@@ -3809,7 +3816,7 @@ class Session(smtplib.SMTP):
             self.leave()
             raise
         self.sock.setblocking(False)
-        self.alive = True
+        self.alive = not self.ahead
 
     def steps(self) -> tuple:
         """The steps of establish(), in order."""
@@ -4131,6 +4138,11 @@ def settle(said: list, outcome: Heard | None, lost: Reply | None, count: int) ->
     return replies + [rest] * (count - len(replies))
 
 
+def greeted(said: Reply) -> bool:
+    """True for the words of a server that takes no session, False where none was heard."""
+    return said.command == "CONN" and said.dsn != REPLIES["connect"][2]
+
+
 class Sessions:
     """What the deliveries of this process share: the open sessions, kept to be used again, the most recently used one
     first; `web`, those by HTTP; the resolver and the policies of domains."""
@@ -4138,12 +4150,12 @@ class Sessions:
     IDLE = 20  # seconds after which a session is given up; servers wait for minutes
     AGE = 300  # seconds after which it is not used again
     KEPT = 256  # sessions of one route
-    OPENING = 16  # sessions of one route that are opened at a time, each in a thread
+    OPENING = 32  # sessions of one route that are opened at a time, each in a thread
 
     def __init__(self, name_servers: tuple = ()) -> None:
         self.idle: dict = {}  # (hostname, route): sessions, the most recently used last
         self.opening: dict = {}  # (hostname, route): how many are
-        self.wanted: dict = {}  # (hostname, route): who waits: functions that take a session, or None for "open one"
+        self.wanted: dict = {}  # (hostname, route): who waits: functions that take a session, None or a Refused
         self.leaving: list = []  # sessions to say goodbye on
         self.web = Web()
         self.ask(name_servers)
@@ -4159,33 +4171,39 @@ class Sessions:
         return kept.pop() if kept else None
 
     async def another(self, route: Route, hostname: str) -> tuple:
-        """(a new session, False), or Refused; or (one that was given back meanwhile, True), for who has to wait since
-        many are being opened. Where one can't be opened, nobody waits on."""
+        """(a new session, False), or Refused. Who has to wait, since many are being opened, may get (one that was given
+        back meanwhile, True)."""
         key = hostname, route
-        if self.opening.get(key, 0) >= self.OPENING:
+        if self.opening.get(key, 0) < self.OPENING:
+            self.opening[key] = self.opening.get(key, 0) + 1
+        else:
             session = await answered_by(self.wanted.setdefault(key, deque()).append)
             if session:
                 return session, True
-        self.opening[key] = self.opening.get(key, 0) + 1
         try:
             session = await self.fresh(route, hostname)
-        except BaseException:
-            while self._hand_on(key, None):
-                pass
+        except BaseException as fault:
+            self._opened(key, fault.reply if isinstance(fault, Refused) else None)
             raise
-        finally:
+        self._opened(key)
+        return session, False
+
+    def _opened(self, key: tuple, said: Reply | None = None) -> None:
+        """Who waits longest opens a session next. A fault is everybody's, but for a greeting, which may say that the
+        server has enough of us: sessions that it took go on, and are given back."""
+        while said and not greeted(said) and self._hand_on(key, Refused(said)):
+            pass
+        if not self._hand_on(key, None):
             self.opening[key] -= 1
             if not self.opening[key]:
                 del self.opening[key]
-        self._hand_on(key, None)
-        return session, False
 
-    def _hand_on(self, key: tuple, session: Session | None) -> bool:
-        """Gives it to who has waited longest; False where nobody does."""
+    def _hand_on(self, key: tuple, found: Any) -> bool:
+        """Gives a session, None or a Refused to who has waited longest; False where nobody does."""
         wanted = self.wanted.get(key)
         if not wanted:
             return False
-        wanted.popleft()(session)
+        wanted.popleft()(found)
         if not wanted:
             del self.wanted[key]
         return True
@@ -4225,7 +4243,7 @@ class Sessions:
 # ======================================================================================================================
 # 13. Relays
 #     Each takes (job, sessions) and gives a Reply for every recipient of the job, in order. A relay may raise Refused
-#     or OSError: then that is the reply of all of them.
+#     or OSError: then attempt() makes that the reply of all of them.
 # ======================================================================================================================
 
 
@@ -5896,8 +5914,7 @@ def log_attempt(parcel: Parcel, said: Reply, step: Step, ms: float) -> None:
 
 # ======================================================================================================================
 # 15. The way of a mail
-#     submit() takes a request and names every stage in order; deliver() is where relays are called and where whatever
-#     they raise becomes a reply.
+#     submit() takes a request and names every stage in order; deliver() has its jobs carried out side by side.
 # ======================================================================================================================
 
 
@@ -6266,9 +6283,9 @@ def answer(request: Request, status: int, verdicts: dict, queueid: str | None, s
     """The document of an answer: one item for each recipient in `verdicts`, a key None where none is meant."""
     taken = [to for to, said in verdicts.items() if to is not None and not (said.status and not said.mailer)]
     said_of_itself = [json_of(words_of(request.headers.get(name))) for name in ("user-agent", "referer")]
-    name = f'"{queueid}"' if queueid else "null"
+    ident = f'"{queueid}"' if queueid else "null"
     document = (  # written down, since the encoder takes twice as long for it
-        f'{{"queueid": {name}, "addresser": {json_of(submission.mail if submission else None)}, '
+        f'{{"queueid": {ident}, "addresser": {json_of(submission.mail if submission else None)}, '
         f'"recipient": {json_of(tuple(taken) if submission else None)}, '
         f'"response": [{", ".join([item_json(to, said) for to, said in verdicts.items()])}], '
         f'"remoteaddr": {json_of(request.client.text if request.client else None)}, '
@@ -6631,8 +6648,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
         try:
             await self._secure()
             while self.buffer or await self._begun():
-                answer, keep = await self.handle_one_request()
-                await send(self.connection, answer, time.monotonic() + self.settings.httpd.timeout)
+                octets, keep = await self.handle_one_request()
+                await send(self.connection, octets, time.monotonic() + self.settings.httpd.timeout)
+                del octets
                 if not keep:
                     await drain(self.connection)
                     break
@@ -6681,8 +6699,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
             request = self._request(head)
             welcome, extra = cors(head.headers.get("origin"), self.settings, head)
             page = self._page(request, welcome)
-            ask = first_refusal, page.door, request, self.settings
-            insist(await in_thread(*ask) if self._takes_long(page, request) else ask[0](*ask[1:]))
+            ask = page.door, request, self.settings
+            slow = self._takes_long(page, request)
+            insist(await in_thread(first_refusal, *ask) if slow else first_refusal(*ask))
             request.body = await self._body(head, left, deadline)
             left = 0
             result = await page.answer(request, self.service)
@@ -6998,7 +7017,7 @@ class Worker:
 
     def _close_idlest(self) -> bool:
         """Closes the connection that has been idle longest; False where none is idle."""
-        return any(self._interrupt(connection) for connection in self.idle)
+        return any(self._interrupt(connection) for connection in self.idle)  # the first that can be, and no more
 
     def _interrupt(self, connection: Connection) -> bool:
         """Ends a connection that is at rest; False where it has just been told something."""
@@ -7178,7 +7197,7 @@ def bind(listen: str) -> socket.socket:
         return bind_unix(listen[5:])
     name, _, port = listen.rpartition(":")
     family, kind_, proto, _, place = socket.getaddrinfo(
-        name.strip("[]").encode("ascii"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ascii_domain(name.strip("[]")).encode(), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
     listener = socket.socket(family, kind_, proto)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

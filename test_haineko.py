@@ -1012,6 +1012,33 @@ class LogLines(Quiet):
         haineko.log.flush()
         self.assertEqual(self.logged(), [])
 
+    def test_lines_that_nobody_reads_are_counted(self):
+        reading, writing = os.pipe()
+        self.addCleanup(os.close, reading)
+        os.dup2(writing, 2)
+        os.close(writing)
+        self.addCleanup(setattr, haineko.log, "held", None)
+        self.addCleanup(vars(haineko.log).pop, "PATIENCE")
+        haineko.log.hold()
+        haineko.log.PATIENCE = 20
+        os.set_blocking(2, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(2, b"." * 4096)
+        os.set_blocking(2, True)
+        for count in (1, 30, 60):
+            haineko.log.lines(*["x"] * count)
+            haineko.log.flush()
+        os.set_blocking(reading, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.read(reading, 65536)
+        haineko.log.lines("here again")
+        haineko.log.flush()
+        found = os.read(reading, 65536).decode()
+        self.assertIn(": 91 lines were lost", found)
+        self.assertTrue(found.endswith(": here again\n"), found)
+
     def _write(self, name: str):
         for i in range(300):
             haineko.log.lines(f"{name}{i}")
@@ -5056,12 +5083,12 @@ class SmtpSessions(Peers):
         self.assertEqual(self.told(carried(job(peer))[0]), [("421", "4.4.2", "MAIL")])
         self.assertEqual(len(peer.talks), 1)
 
-    def at_once(self, peer: SmtpPeer, count: int) -> collections.Counter:
+    def at_once(self, peer: SmtpPeer, count: int, timeout: float = 9.0) -> collections.Counter:
         """How often each (code, command) was said to so many mails that come at the same moment."""
         sessions, found = haineko.Sessions(), collections.Counter()
 
         async def one(i: int) -> None:
-            outcome = await haineko.attempt(job(peer, (f"r{i}@example.jp",), timeout=9.0), sessions)
+            outcome = await haineko.attempt(job(peer, (f"r{i}@example.jp",), timeout=timeout), sessions)
             found.update((item.code, item.command) for item in outcome.replies)
 
         async def all_() -> None:
@@ -5119,6 +5146,23 @@ class SmtpSessions(Peers):
         ):
             with self.subTest(says):
                 self.assertEqual(self.at_once(self.peer(says), count), wanted)
+
+    def test_a_host_that_is_silent_costs_its_timeout_once(self) -> None:
+        most = haineko.Sessions.OPENING
+        for verb in ("CONN", "EHLO"):
+            took = []
+            for _ in range(3):  # a busy machine may be late once
+                peer, began = self.peer({verb: SILENCE}), time.monotonic()
+                self.assertEqual(self.at_once(peer, most * 3, timeout=0.5), {("421", verb): most * 3})
+                took.append(time.monotonic() - began)
+                self.assertLessEqual(len(peer.talks), most)
+            self.assertLess(min(took), 0.95)
+
+    def test_who_says_goodbye_while_a_session_is_opened_is_not_kept(self) -> None:
+        peer = self.peer({"EHLO": b"250-here\r\n250 PIPELINING\r\n421 4.3.2 closing\r\n"})
+        first, _ = carried(job(peer), job(peer))
+        self.assertEqual(self.told(first), [("421", "4.3.2", "MAIL")])
+        self.assertEqual(len(peer.talks), 2)
 
     def test_sessions_of_other_credentials_are_others(self) -> None:
         peer = self.peer({}, "AUTH PLAIN", logins={"a": "1", "b": "2"})
@@ -9193,6 +9237,18 @@ class Commands(Folder, Peers):
         self.assertEqual((status, found["response"][0]["mailer"]), (200, "Screen"))
         self.assertIn("Subject: Nyaaaa\n", server.log())
         self.assertEqual(server.stop(), 0)
+
+    def test_dialogues_of_many_sessions_cost_no_mail(self) -> None:
+        peer = self.peer({".": "421 2.0.0 no, but see you again"})
+        server = Server({"mailertable": {"default": esmtp(peer)}}, "-d")
+        self.addCleanup(server.close)
+        before = server.workers()
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: server.ask(post(document())), range(64)))
+        said = collections.Counter(item["message"][0] for _, _, found in answers for item in found["response"])
+        self.assertEqual(said, {"2.0.0 no, but see you again": 64})
+        self.assertEqual(server.workers(), before)
+        eventually(lambda: server.log().count(" < 421 2.0.0 no") == 64, "the dialogues")
 
     def test_serve_shows_dialogues_without_secrets(self) -> None:
         peer = self.peer({}, "AUTH PLAIN", logins={"kijitora": "n-y-a-a"})
