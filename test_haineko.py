@@ -5163,6 +5163,7 @@ class SmtpSessions(Peers):
         first, _ = carried(job(peer), job(peer))
         self.assertEqual(self.told(first), [("421", "4.3.2", "MAIL")])
         self.assertEqual(len(peer.talks), 2)
+        self.assertNotIn("RSET", peer.lines)
 
     def test_sessions_of_other_credentials_are_others(self) -> None:
         peer = self.peer({}, "AUTH PLAIN", logins={"a": "1", "b": "2"})
