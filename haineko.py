@@ -1264,14 +1264,16 @@ class Log:
     """Where lines go; `devel` shows SMTP dialogues too. Who calls hold() calls flush() too, again and again: then the
     lines of many mails are written by one call."""
 
-    PATIENCE = 1000  # milliseconds for a reader of stderr to read on; from then on none, until it does
+    PATIENCE = 1.0  # seconds of a minute for a reader of stderr to read on
 
     def __init__(self) -> None:
         self.devel = False
         self.syslog: Any = None
         self.held: list | None = None  # texts that wait for flush()
-        self.stderr, self.lost = select.poll(), 0  # lines since its reader stopped reading
-        self.stderr.register(2, select.POLLOUT)
+        self.stderr, self.lost = 2, 0  # a file descriptor; lines since its reader stopped reading
+        self.room = select.poll()
+        self.room.register(2, select.POLLOUT)
+        self.patience, self.waited = self.PATIENCE, 0.0  # what is left of it; monotonic time when that was so
 
     def open(self, settings: Syslog) -> None:
         """From now on lines go where the settings say."""
@@ -1303,6 +1305,11 @@ class Log:
         """From now on lines wait for flush(). A process that is killed loses those of its turn, of which no client has
         an answer yet."""
         self.held = []
+        with contextlib.suppress(OSError):  # a pipe of one's own: of others', another process may have taken the room
+            if stat.S_ISFIFO(os.fstat(2).st_mode):
+                self.stderr = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                self.room.register(self.stderr, select.POLLOUT)
+                self.room.unregister(2)
 
     def flush(self) -> None:
         """Writes the lines that wait."""
@@ -1316,19 +1323,33 @@ class Log:
         start = 0
         try:
             while start < len(octets):
-                if not self.stderr.poll(0 if self.lost else self.PATIENCE):
+                if not self._room():
                     self.lost += octets.count(b"\n", start)
                     return False
                 if self.lost:
                     note = f"\nhaineko[{os.getpid()}]: {self.lost} lines were lost, since nobody read them\n"
-                    os.write(2, note.encode())
+                    os.write(self.stderr, note.encode())
                     self.lost = 0
                     continue  # there may have been room for this only
                 end = octets.rfind(b"\n", start, start + select.PIPE_BUF) + 1  # so much never blocks
-                start += os.write(2, octets[start : end or start + select.PIPE_BUF])
+                with contextlib.suppress(BlockingIOError):
+                    start += os.write(self.stderr, octets[start : end or start + select.PIPE_BUF])
         except OSError:
             return False
         return True
+
+    def _room(self) -> bool:
+        """True where stderr takes a line. It is waited for, a second of each minute, until lines are lost."""
+        if self.room.poll(0):
+            return True
+        if self.lost:
+            return False
+        now = time.monotonic()
+        patience = min(self.patience + (now - self.waited) * self.PATIENCE / 60, self.PATIENCE)
+        found = self.room.poll(patience * 1000)
+        self.waited = time.monotonic()
+        self.patience = max(patience - (self.waited - now), 0)
+        return bool(found)
 
     def dialogue(self, who: str, direction: str, line: str) -> None:
         if self.devel:
@@ -3987,6 +4008,15 @@ class Session(smtplib.SMTP):
 
     # -- lines
 
+    def silent(self) -> bool:
+        """True where the server has not said, while nobody asked, that it has waited long enough: whatever it said
+        would pass for the reply to the next command."""
+        if time.monotonic() - self.last_used < RESTLESS:
+            return True
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return not poll.poll(0)
+
     @property
     def ahead(self) -> bool:
         """True where the server has said more than it was asked."""
@@ -4084,6 +4114,7 @@ def secret_forms(user: str, word: str) -> list:
 
 SMTPS = 465  # RFC 8314: TLS from the first byte
 FAREWELL = 1.0  # seconds for the reply to QUIT
+RESTLESS = 0.5  # seconds within which no server says that it has waited long enough
 
 
 def envelope(job: Job, utf8: bool, size: int, features: dict) -> list:
@@ -4168,7 +4199,12 @@ class Sessions:
     def take(self, route: Route, hostname: str) -> Session | None:
         """The session of this route that was used last, None where there is none."""
         kept = self.idle.get((hostname, route))
-        return kept.pop() if kept else None
+        while kept:
+            session = kept.pop()
+            if session.silent():
+                return session
+            session.close()
+        return None
 
     async def another(self, route: Route, hostname: str) -> tuple:
         """(a new session, False), or Refused. Who has to wait, since many are being opened, may get (one that was given
@@ -6251,13 +6287,17 @@ def outcome_lines(request: Request, outcomes: list) -> list:
         for to, said in zip(job.recipients, replies):
             told.setdefault(said, []).append(to)
         for said, tos in told.items():
-            to = f"<{'>,<'.join(tos)}>"
-            lines.append(
-                f"{job.queueid}: client={request.client.text} from={_value(f'<{job.sender}>')} "
-                f"to={_value(to, len(to))} relay={said.relay} code={said.code} dsn={said.dsn} command={said.command} "
-                f"ms={ms:.1f} message={_value(' '.join(said.message))}"
-            )
+            for i in range(0, len(tos), LISTED):
+                to = f"<{'>,<'.join(tos[i : i + LISTED])}>"
+                lines.append(
+                    f"{job.queueid}: client={request.client.text} from={_value(f'<{job.sender}>')} "
+                    f"to={_value(to, len(to))} relay={said.relay} code={said.code} dsn={said.dsn} "
+                    f"command={said.command} ms={ms:.1f} message={_value(' '.join(said.message))}"
+                )
     return lines
+
+
+LISTED = 8  # recipients of one line, so that a pipe takes it whole (PIPE_BUF)
 
 
 def log_refusal(
@@ -6356,7 +6396,7 @@ MAX_HEAD = 65536  # octets of request line and headers
 MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body where max_message_size sets no limit
 DRAIN = 2.0  # seconds for a client to read our last words before its connection is closed
-TURNED_AWAY = 64  # connections too many that are told so at a time
+TURNED_AWAY = 64  # connections too many that are told so, and waited for until they have read it, at a time
 STOPPING = 30.0  # seconds for requests in flight to be answered
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that a worker is told by
 
@@ -6647,7 +6687,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Serves requests, one after the other, until one side has enough."""
         try:
             await self._secure()
-            while self.buffer or await self._begun():
+            while self._rest() or await self._begun():
                 octets, keep = await self.handle_one_request()
                 await send(self.connection, octets, time.monotonic() + self.settings.httpd.timeout)
                 del octets
@@ -6676,8 +6716,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
     async def _begun(self) -> bool:
         """True when a request begins, False where the client closed or took too long."""
         deadline = time.monotonic() + self.service.settings.httpd.timeout
-        self.buffer = await self._at_rest(receive(self.connection, 16384, deadline))
-        return bool(self.buffer)
+        while True:
+            self.buffer = await self._at_rest(receive(self.connection, 16384, deadline))
+            if not self.buffer or self._rest():
+                return bool(self.buffer)
+
+    def _rest(self) -> bytes:
+        """What is here of the next request; line ends before it are none of it (RFC 9112 2.2)."""
+        self.buffer = self.buffer.lstrip(b"\r\n")
+        return self.buffer
 
     async def _at_rest(self, waiting: Any) -> Any:
         """What is waited for, by a connection without a whole head: it may be closed for another."""
@@ -6751,8 +6798,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def _head_here(self, seen: int = 0) -> bytes:
         """The octets before the empty line, b"" where that is not here yet; what follows stays in the buffer. `seen` of
         them were looked at before."""
-        if not seen:
-            self.buffer = self.buffer.lstrip(b"\r\n")  # RFC 9112 2.2
         end = self.buffer.find(b"\r\n\r\n", seen)
         if end > MAX_HEAD or (end < 0 and len(self.buffer) > MAX_HEAD):
             raise Refused(reply("head-too-large"))
@@ -6898,7 +6943,7 @@ class Worker:
         self.connections: set = set()
         self.idle: OrderedDict = OrderedDict()  # connections without a request, the longest-idle first
         self.turned_away = 0  # of them, now
-        self.reload = False
+        self.reload = self.rereading = False  # asked for; under way
 
     def run(self) -> None:
         """Serves until told to stop and all requests in flight are answered."""
@@ -6915,9 +6960,7 @@ class Worker:
             self.loop.spawn(self._vital(self.courier.run()))
         while not self.service.stopping:
             self.loop.turn()
-            if self.reload:
-                self.reload = False
-                self.loop.spawn(self._reread())
+            self._reread_if_asked()
         began = now = time.monotonic()
         for listener in self.listeners:
             listener.close()
@@ -6976,7 +7019,7 @@ class Worker:
             if self._full():
                 await sleep(0)  # so that who was accepted just now is known to be idle, and who has ended is gone
             if self._full() and not self._close_idlest():
-                self.loop.spawn(self._turn_away(sock))
+                self.loop.spawn(self._turn_away(sock, peer))
                 continue
             connection = Connection(sock, peer, self)
             self.connections.add(connection)
@@ -7001,18 +7044,24 @@ class Worker:
         self.connections.discard(connection)
         self.rises(connection)
 
-    async def _turn_away(self, sock: socket.socket) -> None:
-        """503 for a connection too many; it just ends where TLS would come first, or where many are being told so."""
-        if not self.service.tls and self.turned_away < TURNED_AWAY:
-            self.turned_away += 1
-            request = Request("", "", {}, b"", None, None, None, time.time())
-            body = answer(request, 503, {None: reply("busy")}, None, None).body
-            head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-            head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
-            with contextlib.suppress(OSError):
+    async def _turn_away(self, sock: socket.socket, peer: tuple | str) -> None:
+        """503 for a connection too many, by one call where many are being told so; it just ends where TLS would come
+        first."""
+        client = plain_address(peer[0]) if isinstance(peer, tuple) else None
+        request, said = Request("", "", {}, b"", client, client, None, time.time()), {None: reply("busy")}
+        log_refusal(request, None, 503, None, said)
+        body = answer(request, 503, said, None, None).body
+        head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
+        patient = self.turned_away < TURNED_AWAY
+        self.turned_away += 1
+        with contextlib.suppress(OSError):
+            if not self.service.tls and not patient:
+                sock.send(head.encode() + body)
+            elif not self.service.tls:
                 await send(sock, head.encode() + body, time.monotonic() + DRAIN)
                 await drain(sock)
-            self.turned_away -= 1
+        self.turned_away -= 1
         sock.close()
 
     def _close_idlest(self) -> bool:
@@ -7033,11 +7082,17 @@ class Worker:
             await sleep(1.0)
             await self.service.sessions.sweep()
 
+    def _reread_if_asked(self) -> None:
+        if self.reload and not self.rereading:
+            self.reload, self.rereading = False, True
+            self.loop.spawn(self._reread())
+
     async def _reread(self) -> None:
-        """Takes settings that changed; the master has told their faults."""
+        """Takes settings that changed; the master has told their faults. One after the other: the last ones count."""
         settings, faults = await in_thread(load, self.service.settings.path)
         if not faults:
             self.service.take(settings)
+        self.rereading = False
 
 
 class Master:

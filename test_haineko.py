@@ -1012,15 +1012,28 @@ class LogLines(Quiet):
         haineko.log.flush()
         self.assertEqual(self.logged(), [])
 
+    @unittest.skipUnless(os.path.exists("/proc/self/fd"), "a pipe can't be opened again here")
+    def test_a_pipe_is_written_without_waiting_for_others_that_write_into_it(self):
+        reading, writing = os.pipe()
+        self.addCleanup(os.close, reading)
+        os.dup2(writing, 2)
+        os.close(writing)
+        log = haineko.Log()
+        log.hold()
+        self.addCleanup(os.close, log.stderr)
+        self.assertEqual([os.get_blocking(number) for number in (log.stderr, 2)], [False, True])
+        log.lines("one")
+        log.flush()
+        self.assertTrue(os.read(reading, 4096).endswith(b": one\n"))
+
     def test_lines_that_nobody_reads_are_counted(self):
         reading, writing = os.pipe()
         self.addCleanup(os.close, reading)
         os.dup2(writing, 2)
         os.close(writing)
         self.addCleanup(setattr, haineko.log, "held", None)
-        self.addCleanup(vars(haineko.log).pop, "PATIENCE")
-        haineko.log.hold()
-        haineko.log.PATIENCE = 20
+        self.addCleanup(setattr, haineko.log, "patience", haineko.log.PATIENCE)
+        haineko.log.held, haineko.log.patience, haineko.log.waited = [], 0.02, time.monotonic()
         os.set_blocking(2, False)
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -5158,6 +5171,28 @@ class SmtpSessions(Peers):
                 self.assertLessEqual(len(peer.talks), most)
             self.assertLess(min(took), 0.95)
 
+    def test_what_a_server_says_to_a_kept_session_is_no_reply_to_the_next_mail(self) -> None:
+        self.addCleanup(setattr, haineko, "RESTLESS", haineko.RESTLESS)
+        haineko.RESTLESS = 0.0
+        for goodbye in (b"554 5.4.7 idle for too long\r\n", b"451 4.7.0 timeout\r\n", b""):
+            with self.subTest(goodbye):
+                peer, sessions = self.peer(), haineko.Sessions()
+
+                async def twice(peer: SmtpPeer = peer, sessions=sessions, goodbye: bytes = goodbye) -> list:
+                    first = await haineko.attempt(job(peer), sessions)
+                    if goodbye:
+                        peer.talks[0].sock.sendall(goodbye)
+                    else:
+                        peer.talks[0].cut()
+                    [kept] = [session for kept in sessions.idle.values() for session in kept]
+                    await haineko.readiness(kept.sock, time.monotonic() + 5)
+                    second = await haineko.attempt(job(peer), sessions)
+                    await sessions.sweep(everything=True)
+                    return [item.code for outcome in (first, second) for item in outcome.replies]
+
+                self.assertEqual(haineko.run(twice()), ["250", "250"])
+                self.assertEqual(len(peer.talks), 2)
+
     def test_who_says_goodbye_while_a_session_is_opened_is_not_kept(self) -> None:
         peer = self.peer({"EHLO": b"250-here\r\n250 PIPELINING\r\n421 4.3.2 closing\r\n"})
         first, _ = carried(job(peer), job(peer))
@@ -8822,6 +8857,22 @@ class Http(Peers):
         self.assertEqual(set(headers), {"Server", "Date", "Content-Type", "Content-Length"})
 
 
+class HttpAtRest(Peers):
+    def test_line_ends_behind_a_body_are_no_request(self) -> None:
+        server = Server({"httpd": {"timeout": 1}})
+        self.addCleanup(server.close)
+        for ends in (b"\r\n", b"\n", b"\r\n\r\n\r\n"):
+            for together in (True, False):
+                with self.subTest(ends, together=together), server.wire() as wire:
+                    wire.send(post() + (ends if together else b""))
+                    self.assertEqual(wire.answer()[0], 200)
+                    wire.send(ends)
+                    self.assertEqual(wire.ask(post())[0], 200)
+                    wire.send(ends)
+                    self.assertTrue(wire.ended())  # without a word
+        self.assertNotIn("Request timeout", server.log())
+
+
 class HttpLogin(unittest.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
@@ -8942,6 +8993,26 @@ class Workers(Peers):
         refused = server.ask(get("/nowhere"))[2]["response"][0]
         self.assertIn(refused["message"][0], server.log())
 
+    def test_of_settings_that_are_read_at_once_the_last_ones_count(self) -> None:
+        server = self.server({})
+        lifeline, other = socket.socketpair()
+        self.addCleanup(other.close)
+        self.addCleanup(lifeline.close)
+        force, faults = haineko.load(server.path)
+        self.assertEqual(faults, [])
+        worker = haineko.Worker([], force, lifeline)
+        self.addCleanup(worker.loop.close)
+        server.write({"mailertable": {f"{i}.example": {"mailer": "Discard"} for i in range(5000)}})
+        worker.reload = True
+        worker._reread_if_asked()
+        worker.loop.turn(0)  # its thread reads the large ones
+        server.write({"mailertable": {"default": {"mailer": "Screen"}}})
+        worker.reload = True
+        while worker.reload or worker.rereading:
+            worker._reread_if_asked()
+            worker.loop.turn(0.01)
+        self.assertEqual(list(worker.service.settings.mailertable), ["default"])
+
     def test_past_max_connections_the_idlest_goes_or_503(self) -> None:
         gate, peer = self.gated()
         server = self.server({"httpd": {"max_connections": 3}, "mailertable": {"default": esmtp(peer, timeout=9)}})
@@ -9040,7 +9111,7 @@ class Workers(Peers):
             server.process.terminate()
             self.assertEqual(server.process.wait(9), 0)
 
-    def test_where_many_are_turned_away_they_are_so_without_a_word(self) -> None:
+    def test_where_many_are_turned_away_each_is_told_so_and_the_log_too(self) -> None:
         gate, peer = self.gated()
         server = self.server({"httpd": {"max_connections": 1}, "mailertable": {"default": esmtp(peer, timeout=9)}})
         with server.wire() as busy:
@@ -9052,7 +9123,8 @@ class Workers(Peers):
                 words.append(b"503" in wire.sock.recv(4096))
             for wire in crowd:
                 wire.close()
-            self.assertEqual(words, [True] * haineko.TURNED_AWAY + [False] * 6)
+            self.assertEqual(words, [True] * len(crowd))
+            self.assertEqual(server.log().count('message="Too many connections"'), len(crowd))
             eventually(lambda: server.ask(get("/neko"))[0] == 503, "room for words")
             gate.set()
             self.assertEqual(busy.answer()[0], 200)
@@ -9973,6 +10045,15 @@ class Attacks(Quiet):
             with self.subTest(host):
                 octets = f"GET /conf HTTP/1.1\r\n{host}\r\n".encode()
                 self.assertEqual(over_http(octets, settings())[0], status)
+
+    def test_a_long_list_of_recipients_makes_lines_that_a_pipe_takes_whole(self):
+        to = [f"{'x' * 200}{i}@{'y' * 40}.example" for i in range(20)]
+        mail = haineko.Job(haineko.Route(), NAME, "Q" * 16, "a@example.org", tuple(to), haineko.Message((b"",)))
+        said = haineko.Reply("250", "2.0.0", "DATA", ("ok " * 300,), "ESMTP", "127.0.0.1", 25)
+        lines = haineko.outcome_lines(request(b""), [haineko.Outcome(mail, [said] * 20, 1.0)])
+        self.assertEqual([line.count("@") - 1 for line in lines], [8, 8, 4])
+        self.assertLess(max(map(len, lines)), select.PIPE_BUF - 60)
+        self.assertEqual(re.findall("<(x[^>]*)>", "".join(lines)), to)
 
     def test_an_address_can_not_forge_a_field_of_the_log(self):
         route = haineko.Route(mailer="Discard")
