@@ -7045,7 +7045,7 @@ class Worker:
         self.rises(connection)
 
     async def _turn_away(self, sock: socket.socket, peer: tuple | str) -> None:
-        """503 for a connection too many, by one call where many are being told so; it just ends where TLS would come
+        """503 for a connection too many, not waited for where many are being told so; it just ends where TLS would come
         first."""
         client = plain_address(peer[0]) if isinstance(peer, tuple) else None
         request, said = Request("", "", {}, b"", client, client, None, time.time()), {None: reply("busy")}
@@ -7056,11 +7056,10 @@ class Worker:
         patient = self.turned_away < TURNED_AWAY
         self.turned_away += 1
         with contextlib.suppress(OSError):
-            if not self.service.tls and not patient:
-                sock.send(head.encode() + body)
-            elif not self.service.tls:
+            if not self.service.tls:
                 await send(sock, head.encode() + body, time.monotonic() + DRAIN)
-                await drain(sock)
+                if patient:
+                    await drain(sock)
         self.turned_away -= 1
         sock.close()
 

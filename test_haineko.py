@@ -5344,16 +5344,17 @@ class BeyondAscii(Peers):
         before = memory(worker, "VmRSS")
         with server.wire() as big, server.wire() as wire:
             big.send(large)
-            slowest = 0.0
+            slowest, start = 0.0, time.monotonic()
             while len(peer.mails) < 2:
                 began = time.monotonic()
                 self.assertEqual(wire.ask(small)[0], 200)
                 slowest = max(slowest, time.monotonic() - began)
             self.assertEqual(big.answer()[0], 200)
+            whole = time.monotonic() - start
         size = len(peer.mails[-1][2])
         self.assertEqual(files_in(parsed(peer.mails[-1][2]))[0][2], octets)
         self.assertLess(memory(worker, "VmHWM") - before, 4 * size)
-        self.assertLess(slowest, 1.0)
+        self.assertLess(slowest, max(1.0, whole / 2))  # seconds
 
 
 SITUATIONS = [{}] + [
