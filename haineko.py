@@ -1326,13 +1326,13 @@ class Log:
                 if not self._room():
                     self.lost += octets.count(b"\n", start)
                     return False
-                if self.lost:
-                    note = f"\nhaineko[{os.getpid()}]: {self.lost} lines were lost, since nobody read them\n"
-                    os.write(self.stderr, note.encode())
-                    self.lost = 0
-                    continue  # there may have been room for this only
-                end = octets.rfind(b"\n", start, start + select.PIPE_BUF) + 1  # so much never blocks
-                with contextlib.suppress(BlockingIOError):
+                with contextlib.suppress(BlockingIOError):  # another process was quicker
+                    if self.lost:
+                        note = f"\nhaineko[{os.getpid()}]: {self.lost} lines were lost, since nobody read them\n"
+                        os.write(self.stderr, note.encode())
+                        self.lost = 0
+                        continue  # there may have been room for this only
+                    end = octets.rfind(b"\n", start, start + select.PIPE_BUF) + 1  # so much never blocks
                     start += os.write(self.stderr, octets[start : end or start + select.PIPE_BUF])
         except OSError:
             return False
@@ -4169,11 +4169,6 @@ def settle(said: list, outcome: Heard | None, lost: Reply | None, count: int) ->
     return replies + [rest] * (count - len(replies))
 
 
-def greeted(said: Reply) -> bool:
-    """True for the words of a server that takes no session, False where none was heard."""
-    return said.command == "CONN" and said.dsn != REPLIES["connect"][2]
-
-
 class Sessions:
     """What the deliveries of this process share: the open sessions, kept to be used again, the most recently used one
     first; `web`, those by HTTP; the resolver and the policies of domains."""
@@ -4274,6 +4269,11 @@ class Sessions:
         leaving, self.leaving = self.leaving, []
         if leaving:
             await all_of([in_thread(session.leave) for session in leaving])
+
+
+def greeted(said: Reply) -> bool:
+    """True for the words of a server that takes no session, False where none was heard."""
+    return said.command == "CONN" and said.dsn != REPLIES["connect"][2]
 
 
 # ======================================================================================================================
@@ -6280,15 +6280,16 @@ def logged(request: Request, outcomes: list) -> list:
 
 
 def outcome_lines(request: Request, outcomes: list) -> list:
-    """One line of the log for each transaction."""
+    """One line of the log for each transaction; more for recipients that heard otherwise, or don't fit into one."""
     lines = []
     for job, replies, ms in outcomes:
         told: dict = {}
         for to, said in zip(job.recipients, replies):
             told.setdefault(said, []).append(to)
         for said, tos in told.items():
-            for i in range(0, len(tos), LISTED):
-                to = f"<{'>,<'.join(tos[i : i + LISTED])}>"
+            most = 8 if len(tos) <= 8 else LISTED // max([len(to.encode()) + 3 for to in tos])
+            for i in range(0, len(tos), most):
+                to = f"<{'>,<'.join(tos[i : i + most])}>"
                 lines.append(
                     f"{job.queueid}: client={request.client.text} from={_value(f'<{job.sender}>')} "
                     f"to={_value(to, len(to))} relay={said.relay} code={said.code} dsn={said.dsn} "
@@ -6297,7 +6298,7 @@ def outcome_lines(request: Request, outcomes: list) -> list:
     return lines
 
 
-LISTED = 8  # recipients of one line, so that a pipe takes it whole (PIPE_BUF)
+LISTED = 8 * (MAX_PATH + 3)  # octets of recipients in one line, so that a pipe takes it whole (PIPE_BUF)
 
 
 def log_refusal(
@@ -6716,10 +6717,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
     async def _begun(self) -> bool:
         """True when a request begins, False where the client closed or took too long."""
         deadline = time.monotonic() + self.service.settings.httpd.timeout
-        while True:
+        while time.monotonic() < deadline:
             self.buffer = await self._at_rest(receive(self.connection, 16384, deadline))
             if not self.buffer or self._rest():
                 return bool(self.buffer)
+            await sleep(0)  # who sends line ends without end must not keep the others waiting
+        return False
 
     def _rest(self) -> bytes:
         """What is here of the next request; line ends before it are none of it (RFC 9112 2.2)."""
@@ -7088,10 +7091,12 @@ class Worker:
 
     async def _reread(self) -> None:
         """Takes settings that changed; the master has told their faults. One after the other: the last ones count."""
-        settings, faults = await in_thread(load, self.service.settings.path)
-        if not faults:
-            self.service.take(settings)
-        self.rereading = False
+        try:
+            settings, faults = await in_thread(load, self.service.settings.path)
+            if not faults:
+                self.service.take(settings)
+        finally:
+            self.rereading = False
 
 
 class Master:

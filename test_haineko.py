@@ -8873,6 +8873,27 @@ class HttpAtRest(Peers):
                     self.assertTrue(wire.ended())  # without a word
         self.assertNotIn("Request timeout", server.log())
 
+    def test_line_ends_without_end_end_and_keep_nobody_waiting(self) -> None:
+        server = Server({"httpd": {"timeout": 2}})
+        self.addCleanup(server.close)
+        with server.wire() as wire:
+            began = time.monotonic()
+            flood = threading.Thread(target=self._flood, args=(wire.sock,))
+            flood.start()
+            slowest = 0.0
+            while flood.is_alive() and time.monotonic() - began < 20:
+                asked = time.monotonic()
+                self.assertEqual(server.ask(get("/neko"))[0], 200)
+                slowest = max(slowest, time.monotonic() - asked)
+            self.assertFalse(flood.is_alive(), "it goes on and on")
+            flood.join()
+            self.assertLess(slowest, 1.0)
+
+    def _flood(self, sock) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock.sendall(b"\r\n" * 32768)
+
 
 class HttpLogin(unittest.TestCase):
     @classmethod
@@ -9014,6 +9035,11 @@ class Workers(Peers):
             worker.loop.turn(0.01)
         worker.loop.turn(0)
         self.assertEqual(list(worker.service.settings.mailertable), ["default"])
+        worker.service, worker.reload = None, True  # a fault of our own: it is logged, and the next one is not the last
+        worker._reread_if_asked()
+        worker.loop.turn(0)
+        self.assertIn("AttributeError", self.logged()[-1])
+        self.assertFalse(worker.rereading)
 
     def test_past_max_connections_the_idlest_goes_or_503(self) -> None:
         gate, peer = self.gated()
@@ -10049,13 +10075,19 @@ class Attacks(Quiet):
                 self.assertEqual(over_http(octets, settings())[0], status)
 
     def test_a_long_list_of_recipients_makes_lines_that_a_pipe_takes_whole(self):
-        to = [f"{'x' * 200}{i}@{'y' * 40}.example" for i in range(20)]
-        mail = haineko.Job(haineko.Route(), NAME, "Q" * 16, "a@example.org", tuple(to), haineko.Message((b"",)))
         said = haineko.Reply("250", "2.0.0", "DATA", ("ok " * 300,), "ESMTP", "127.0.0.1", 25)
-        lines = haineko.outcome_lines(request(b""), [haineko.Outcome(mail, [said] * 20, 1.0)])
-        self.assertEqual([line.count("@") - 1 for line in lines], [8, 8, 4])
-        self.assertLess(max(map(len, lines)), select.PIPE_BUF - 60)
-        self.assertEqual(re.findall("<(x[^>]*)>", "".join(lines)), to)
+        for name, domain, counts in (
+            ("x" * 200, "y" * 40, [8, 8, 4]),
+            ("x", "y", [20]),
+            ("x" + "猫" * 78, "y", [8, 8, 4]),
+        ):
+            to = [f"{name}{i}@{domain}.example" for i in range(20)]
+            mail = haineko.Job(haineko.Route(), NAME, "Q" * 16, "a@example.org", tuple(to), haineko.Message((b"",)))
+            lines = haineko.outcome_lines(request(b""), [haineko.Outcome(mail, [said] * 20, 1.0)])
+            with self.subTest(name[:3]):
+                self.assertEqual([line.count("@") - 1 for line in lines], counts)
+                self.assertLess(max(len(line.encode()) for line in lines), select.PIPE_BUF - 60)
+                self.assertEqual(re.findall("<(x[^>]*)>", "".join(lines)), to)
 
     def test_an_address_can_not_forge_a_field_of_the_log(self):
         route = haineko.Route(mailer="Discard")
