@@ -7455,7 +7455,8 @@ class Served:
         )
 
     def idle(self):
-        return self.get("/queue")[1]["waiting"] == self.get("/queue")[1]["sending"] == 0
+        found = self.get("/queue")[1]  # one look: between two, what was sent may have come to wait
+        return found["waiting"] == found["sending"] == 0
 
     def kill(self):
         try:
