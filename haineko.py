@@ -43,10 +43,10 @@ if __name__ == "__main__" and sys.argv[1:2] in (["serve"], ["start"], ["restart"
         try:
             memory = os.memfd_create("haineko", 0)
             with open(memory, "wb", closefd=False) as code:
-                marshal.dump(sys._getframe().f_code, code)
+                code.write(marshal.dumps(sys._getframe().f_code))
                 code.seek(0)
             stub = "__file__ = {!r}; import marshal, sys; over = sys.argv.pop(0)"
-            stub += "; sys.path = [p or {!r} for p in sys.path]; exec(marshal.load(open({}, 'rb')))"
+            stub += "; sys.path = [p or {!r} for p in sys.path]; exec(marshal.loads(open({}, 'rb').read()))"
             stub = stub.format(__file__, sys.path[0], memory)
             flags = getattr(sys, "orig_argv", sys.argv)[1 : -len(sys.argv)]
             os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1048576")  # glibc then gives large mails' memory back
