@@ -3819,6 +3819,7 @@ class Session(smtplib.SMTP):
         super().__init__(local_hostname=hostname, timeout=route.timeout)
         self._host = route.host  # the name that smtplib has the certificate checked for
         self.route, self.step, self.masked = route, "CONN", False
+        self.pool: Any = None  # among whose sessions it is
         self.unread, self.heard = b"", deque()  # octets, and replies, that nobody has asked for yet
         self.alive = self.dirty = self.in_text = self.ended = False
         self.born = self.last_used = time.monotonic()
@@ -4169,6 +4170,75 @@ def settle(said: list, outcome: Heard | None, lost: Reply | None, count: int) ->
     return replies + [rest] * (count - len(replies))
 
 
+class Pool:
+    """The sessions of one route. A server that greets with 4xx while it has others of ours takes no more: who hears it
+    waits for one of those, until the deadline."""
+
+    OPENING = 32  # are opened at a time, each in a thread
+    ENOUGH = 5  # seconds for which a server that takes no more sessions is not asked for another
+
+    def __init__(self) -> None:
+        self.idle: list = []  # the most recently used last
+        self.lent = self.opening = 0  # how many are in use, and being opened
+        self.waiting: deque = deque()  # (function that takes a session, None or a Refused; deadline; what it was told)
+        self.most, self.full_until = self.OPENING, 0.0  # may be opened at a time; but none until then
+        self.refusal: Reply | None = None  # the last one
+
+    @property
+    def full(self) -> bool:
+        """True where the server takes no more, and a session that it took, or may have taken, will come back."""
+        return self.lent + self.opening > 0 and time.monotonic() < self.full_until
+
+    def may_open(self, room: bool = False) -> bool:
+        """True where another session may be opened now; `room` means that the server has lost one."""
+        return self.opening < self.OPENING if room else self.opening < self.most and not self.full
+
+    def wait(self, done: Callable, deadline: float, said: Reply | None) -> None:
+        self.waiting.append((done, deadline, said))
+
+    def hand_on(self, session: Session | None) -> None:
+        """To who has waited longest; None means that it is to open one."""
+        self.waiting.popleft()[0](session)
+
+    def go_on(self, room: bool = False) -> None:
+        """Who waits opens sessions, as many as may be."""
+        while self.waiting and self.may_open(room):
+            self.opening += 1
+            self.hand_on(None)
+            room = False
+
+    def opened(self) -> None:
+        """A session was opened, and is lent."""
+        self.opening, self.lent, self.most = self.opening - 1, self.lent + 1, min(self.most * 2, self.OPENING)
+        self.go_on()
+
+    def refused(self, said: Reply | None) -> bool:
+        """None was opened; True where it is worth waiting for another one. What isn't the word of a server is told to
+        everybody who waits."""
+        self.opening -= 1
+        hopeless = not (self.idle or self.lent or self.opening)
+        full = bool(said and said.temporary and greeted(said) and not hopeless)
+        if full:
+            self.refusal, self.most, self.full_until = said, 1, time.monotonic() + self.ENOUGH
+        elif said and not greeted(said):
+            self.tell(list(self.waiting), said)
+        elif hopeless:
+            self.tell([one for one in self.waiting if one[2]])
+        self.go_on()
+        return full
+
+    def tell(self, those: list, said: Reply | None = None) -> None:
+        for one in those:
+            self.waiting.remove(one)
+            one[0](Refused(said or one[2] or self.refusal))
+
+    def sweep(self, now: float) -> None:
+        """Who has waited for too long is told what the server said."""
+        if self.full:
+            self.tell([one for one in self.waiting if one[1] <= now])
+        self.go_on()
+
+
 class Sessions:
     """What the deliveries of this process share: the open sessions, kept to be used again, the most recently used one
     first; `web`, those by HTTP; the resolver and the policies of domains."""
@@ -4176,12 +4246,9 @@ class Sessions:
     IDLE = 20  # seconds after which a session is given up; servers wait for minutes
     AGE = 300  # seconds after which it is not used again
     KEPT = 256  # sessions of one route
-    OPENING = 32  # sessions of one route that are opened at a time, each in a thread
 
     def __init__(self, name_servers: tuple = ()) -> None:
-        self.idle: dict = {}  # (hostname, route): sessions, the most recently used last
-        self.opening: dict = {}  # (hostname, route): how many are
-        self.wanted: dict = {}  # (hostname, route): who waits: functions that take a session, None or a Refused
+        self.pools: dict = {}  # (hostname, route): Pool
         self.leaving: list = []  # sessions to say goodbye on
         self.web = Web()
         self.ask(name_servers)
@@ -4191,53 +4258,44 @@ class Sessions:
         self.resolver = Resolver(name_servers)
         self.policies = Policies(self.resolver)
 
+    def pool(self, route: Route, hostname: str) -> Pool:
+        found = self.pools.get((hostname, route))
+        if not found:
+            found = self.pools[hostname, route] = Pool()
+        return found
+
     def take(self, route: Route, hostname: str) -> Session | None:
-        """The session of this route that was used last, None where there is none."""
-        kept = self.idle.get((hostname, route))
-        while kept:
-            session = kept.pop()
+        """The session of this route that was used last, None where there is none; to be given back."""
+        pool = self.pool(route, hostname)
+        while pool.idle:
+            session = pool.idle.pop()
             if session.silent():
+                pool.lent += 1
                 return session
             session.close()
         return None
 
     async def another(self, route: Route, hostname: str) -> tuple:
-        """(a new session, False), or Refused. Who has to wait, since many are being opened, may get (one that was given
-        back meanwhile, True)."""
-        key = hostname, route
-        if self.opening.get(key, 0) < self.OPENING:
-            self.opening[key] = self.opening.get(key, 0) + 1
-        else:
-            session = await answered_by(self.wanted.setdefault(key, deque()).append)
-            if session:
-                return session, True
-        try:
-            session = await self.fresh(route, hostname)
-        except BaseException as fault:
-            self._opened(key, fault.reply if isinstance(fault, Refused) else None)
-            raise
-        self._opened(key)
-        return session, False
-
-    def _opened(self, key: tuple, said: Reply | None = None) -> None:
-        """Who waits longest opens a session next. A fault is everybody's, but for a greeting, which may say that the
-        server has enough of us: sessions that it took go on, and are given back."""
-        while said and not greeted(said) and self._hand_on(key, Refused(said)):
-            pass
-        if not self._hand_on(key, None):
-            self.opening[key] -= 1
-            if not self.opening[key]:
-                del self.opening[key]
-
-    def _hand_on(self, key: tuple, found: Any) -> bool:
-        """Gives a session, None or a Refused to who has waited longest; False where nobody does."""
-        wanted = self.wanted.get(key)
-        if not wanted:
-            return False
-        wanted.popleft()(found)
-        if not wanted:
-            del self.wanted[key]
-        return True
+        """(a new session, False), or Refused. Who has to wait may get (one that was given back meanwhile, True). To be
+        given back."""
+        pool, deadline, said = self.pool(route, hostname), time.monotonic() + route.timeout, None
+        while True:
+            if pool.may_open():
+                pool.opening += 1
+            elif kept := await answered_by(pool.wait, deadline, said):
+                return kept, True
+            try:
+                session = await self.fresh(route, hostname)
+            except BaseException as fault:
+                said = fault.reply if isinstance(fault, Refused) else None
+                if not pool.refused(said):
+                    raise
+                if kept := self.take(route, hostname):  # given back before this server said no
+                    return kept, True
+            else:
+                session.pool = pool
+                pool.opened()
+                return session, False
 
     async def fresh(self, route: Route, hostname: str) -> Session:
         """A new session, or Refused; opened in a thread, since smtplib blocks."""
@@ -4246,26 +4304,31 @@ class Sessions:
         return session
 
     def give(self, session: Session) -> None:
-        """Kept, or closed where it can't be used again."""
-        key = session.local_hostname, session.route
-        kept = self.idle.setdefault(key, [])
-        if session.alive and len(kept) < self.KEPT and session.last_used - session.born < self.AGE:
-            if not (self.wanted and self._hand_on(key, session)):
-                kept.append(session)
-        elif session.alive:
-            self.leaving.append(session)
-        else:
+        """Handed on or kept, or closed where it can't be used again."""
+        pool = session.pool
+        if session.alive and pool.waiting:
+            pool.hand_on(session)
+            return
+        pool.lent -= 1
+        if not session.alive:
             session.close()
+            pool.go_on(room=True)
+        elif len(pool.idle) < self.KEPT and session.last_used - session.born < self.AGE:
+            pool.idle.append(session)
+        else:
+            self.leaving.append(session)
 
     async def sweep(self, everything: bool = False) -> None:
         """Says goodbye on the sessions that nobody used for a while, or on all; waits a second for the answers."""
         self.web.sweep(everything)
-        before = time.monotonic() - (-1 if everything else self.IDLE)
-        for key, kept in list(self.idle.items()):
-            while kept and kept[0].last_used <= before:
-                self.leaving.append(kept.pop(0))
-            if not kept:
-                del self.idle[key]
+        now = time.monotonic()
+        before = now - (-1 if everything else self.IDLE)
+        for key, pool in list(self.pools.items()):
+            while pool.idle and pool.idle[0].last_used <= before:
+                self.leaving.append(pool.idle.pop(0))
+            pool.sweep(now)
+            if not (pool.idle or pool.lent or pool.opening or pool.waiting):
+                del self.pools[key]
         leaving, self.leaving = self.leaving, []
         if leaving:
             await all_of([in_thread(session.leave) for session in leaving])
@@ -4303,13 +4366,22 @@ async def relay_esmtp(job: Job, sessions: Sessions) -> list:
     session, used = sessions.take(job.route, job.hostname), True
     if not session:
         session, used = await sessions.another(job.route, job.hostname)
-    replies = await session.transact(job)
+    replies = await transacted(job, session, sessions)
     if used and not session.alive and not session.in_text:
-        session.close()
-        session = await sessions.fresh(job.route, job.hostname)
-        replies = await session.transact(job)
-    sessions.give(session)
+        session, _ = await sessions.another(job.route, job.hostname)
+        replies = await transacted(job, session, sessions)
     return replies
+
+
+async def transacted(job: Job, session: Session, sessions: Sessions) -> list:
+    """A Reply for each recipient by this session, which is given back."""
+    try:
+        return await session.transact(job)
+    except BaseException:
+        session.alive = False
+        raise
+    finally:
+        sessions.give(session)
 
 
 async def relay_mx(job: Job, sessions: Sessions) -> list:

@@ -5109,11 +5109,11 @@ class SmtpSessions(Peers):
             await sessions.sweep(everything=True)
 
         haineko.run(all_())
-        self.assertEqual((sessions.opening, sessions.wanted), ({}, {}))
+        self.assertEqual(sessions.pools, {})
         return found
 
     def test_a_few_sessions_are_opened_at_a_time(self) -> None:
-        most, count = haineko.Sessions.OPENING, haineko.Sessions.OPENING * 2 + 8
+        most, count = haineko.Pool.OPENING, haineko.Pool.OPENING * 2 + 8
         greeted = threading.Barrier(most)
 
         def greet(talk: Talk, line: str) -> str:
@@ -5129,7 +5129,7 @@ class SmtpSessions(Peers):
         self.assertEqual(len(peer.mails), count)
 
     def test_who_waits_to_open_a_session_gets_one_that_is_given_back(self) -> None:
-        most = haineko.Sessions.OPENING
+        most = haineko.Pool.OPENING
         count, gate = most * 3, threading.Event()
         self.addCleanup(gate.set)
 
@@ -5147,8 +5147,100 @@ class SmtpSessions(Peers):
         self.assertEqual(self.at_once(peer, count), {("250", "DATA"): count})
         self.assertLessEqual(len(peer.talks), 2 * most)
 
+    def crowded(self, places: int, ends: bool = False) -> SmtpPeer:
+        """A peer that takes so many sessions at a time, and ends each after a mail or not."""
+        lock, taken = threading.Lock(), []
+
+        def greet(talk: Talk, line: str) -> str:
+            with lock:
+                if len(taken) >= places:
+                    return "421 4.7.0 too many of you"
+                taken.append(talk)
+                return "220 here"
+
+        def end(talk: Talk, line: str) -> bytes:
+            with lock:
+                taken.remove(talk)
+                return b"250 2.0.0 taken\r\n421 4.3.2 one mail a session\r\n"
+
+        return self.peer({"CONN": greet, ".": end if ends else None})
+
+    def test_a_server_that_takes_few_sessions_gets_all_mail(self) -> None:
+        for places, ends in ((1, False), (3, False), (1, True), (3, True)):
+            with self.subTest(places=places, ends=ends):
+                peer, count = self.crowded(places, ends), 40
+                self.assertEqual(self.at_once(peer, count), {("250", "DATA"): count})
+                self.assertEqual(len(peer.mails), count)
+                self.assertLessEqual(len(peer.talks), haineko.Pool.OPENING + (count if ends else places))
+
+    def test_who_is_refused_takes_a_session_that_was_given_back_meanwhile(self) -> None:
+        gate, codes = threading.Event(), []
+        self.addCleanup(gate.set)
+
+        def greet(talk: Talk, line: str) -> str:
+            if talk is peer.talks[0]:
+                return "220 here"
+            gate.wait(9)
+            return "421 4.7.0 too many of you"
+
+        async def one(sessions: haineko.Sessions) -> None:
+            codes.extend(item.code for item in (await haineko.attempt(job(peer), sessions)).replies)
+            gate.set()
+
+        async def both() -> None:
+            sessions = haineko.Sessions()
+            await haineko.all_of([one(sessions), one(sessions)])
+            await sessions.sweep(everything=True)
+
+        peer = self.peer({"CONN": greet})
+        haineko.run(both())
+        self.assertEqual(codes, ["250", "250"])
+        self.assertEqual([len(peer.talks), len(peer.mails)], [2, 2])
+
+    def test_who_waits_for_a_session_in_use_waits_until_the_deadline(self) -> None:
+        words = haineko.Reply("421", "4.7.0", "CONN", ("4.7.0 too many",), "ESMTP", "peer.example", 25)
+        pool, told = haineko.Pool(), []
+        pool.opening = 2
+        pool.opened()
+        self.assertTrue(pool.refused(words))
+        self.assertFalse(pool.may_open())
+        pool.wait(told.append, 10.0, words)
+        pool.wait(told.append, 11.0, None)  # came later, and was not refused itself
+        for now, count in ((9.9, 0), (10.0, 1), (11.0, 2)):
+            pool.sweep(now)
+            self.assertEqual([fault.reply for fault in told], [words] * count)
+
+    def test_where_a_session_ends_one_who_waits_opens_another(self) -> None:
+        words = haineko.Reply("421", "4.7.0", "CONN", ("4.7.0 too many",), "ESMTP", "peer.example", 25)
+        sessions, route, told = haineko.Sessions(), haineko.Route(), []
+        pool, session = sessions.pool(route, "here.example"), haineko.Session(route, "here.example")
+        session.pool, pool.opening = pool, 4
+        pool.opened()
+        pool.opened()
+        for _ in range(2):
+            self.assertTrue(pool.refused(words))
+            pool.wait(told.append, float("inf"), words)
+        sessions.give(session)  # it was never connected
+        self.assertEqual((told, pool.opening, pool.lent), ([None], 1, 1))
+
+    def test_a_server_that_had_enough_is_asked_again_by_one_after_a_while(self) -> None:
+        words = haineko.Reply("421", "4.7.0", "CONN", ("4.7.0 too many",), "ESMTP", "peer.example", 25)
+        pool, told = haineko.Pool(), []
+        pool.opening = 4
+        pool.opened()
+        for _ in range(3):
+            self.assertTrue(pool.refused(words))
+            pool.wait(told.append, float("inf"), words)
+        pool.sweep(0.0)
+        self.assertEqual(told, [])
+        pool.full_until = 0.0
+        pool.sweep(0.0)
+        self.assertEqual((told, pool.opening), ([None], 1))
+        pool.opened()
+        self.assertEqual((told, pool.opening), ([None] * 3, 2))
+
     def test_where_a_session_can_not_be_opened_nobody_waits_on(self) -> None:
-        most = haineko.Sessions.OPENING
+        most = haineko.Pool.OPENING
         count = most * 2 + 8
         busy = ["421 4.3.2 busy"] * most + ["220 here"]
         for says, wanted in (
@@ -5161,7 +5253,7 @@ class SmtpSessions(Peers):
                 self.assertEqual(self.at_once(self.peer(says), count), wanted)
 
     def test_a_host_that_is_silent_costs_its_timeout_once(self) -> None:
-        most = haineko.Sessions.OPENING
+        most = haineko.Pool.OPENING
         for verb in ("CONN", "EHLO"):
             took = []
             for _ in range(3):  # a busy machine may be late once
@@ -5184,7 +5276,7 @@ class SmtpSessions(Peers):
                         peer.talks[0].sock.sendall(goodbye)
                     else:
                         peer.talks[0].cut()
-                    [kept] = [session for kept in sessions.idle.values() for session in kept]
+                    [[kept]] = [pool.idle for pool in sessions.pools.values()]
                     await haineko.readiness(kept.sock, time.monotonic() + 5)
                     second = await haineko.attempt(job(peer), sessions)
                     await sessions.sweep(everything=True)
@@ -5198,7 +5290,7 @@ class SmtpSessions(Peers):
         sessions = haineko.Sessions()
         outcome = haineko.run(haineko.attempt(job(peer), sessions))
         self.assertEqual(self.told(outcome.replies), [("421", "4.3.2", "MAIL")])
-        self.assertEqual([kept for kept in sessions.idle.values() if kept], [])
+        self.assertEqual([pool.idle for pool in sessions.pools.values()], [[]])
 
     def test_sessions_of_other_credentials_are_others(self) -> None:
         peer = self.peer({}, "AUTH PLAIN", logins={"a": "1", "b": "2"})
@@ -5216,7 +5308,7 @@ class SmtpSessions(Peers):
             self.assertEqual(len(peer.talks[0].lines), 4)
             await haineko.sleep(0.1)
             await sessions.sweep()
-            self.assertEqual(sessions.idle, {})
+            self.assertEqual(sessions.pools, {})
 
         peer = self.peer()
         haineko.run(idle_for_a_while())
