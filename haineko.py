@@ -4363,25 +4363,21 @@ async def attempt(job: Job, sessions: Sessions) -> Outcome:
 
 async def relay_esmtp(job: Job, sessions: Sessions) -> list:
     """By SMTP to the route's host. A kept session that died before the text is replaced once."""
-    session, used = sessions.take(job.route, job.hostname), True
-    if not session:
-        session, used = await sessions.another(job.route, job.hostname)
-    replies = await transacted(job, session, sessions)
-    if used and not session.alive and not session.in_text:
-        session, _ = await sessions.another(job.route, job.hostname)
-        replies = await transacted(job, session, sessions)
+    session, used, replies = sessions.take(job.route, job.hostname), True, []
+    for final in (False, True):
+        if not session:
+            session, used = await sessions.another(job.route, job.hostname)
+        try:
+            replies = await session.transact(job)
+        except BaseException:
+            session.alive = False
+            raise
+        finally:
+            sessions.give(session)
+        if final or not used or session.alive or session.in_text:
+            break
+        session = None
     return replies
-
-
-async def transacted(job: Job, session: Session, sessions: Sessions) -> list:
-    """A Reply for each recipient by this session, which is given back."""
-    try:
-        return await session.transact(job)
-    except BaseException:
-        session.alive = False
-        raise
-    finally:
-        sessions.give(session)
 
 
 async def relay_mx(job: Job, sessions: Sessions) -> list:
