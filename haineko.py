@@ -4244,6 +4244,7 @@ class Sessions:
     first; `web`, those by HTTP; the resolver and the policies of domains."""
 
     IDLE = 20  # seconds after which a session is given up; servers wait for minutes
+    SCARCE = 1  # the same where the server takes few: other processes of ours may need one
     AGE = 300  # seconds after which it is not used again
     KEPT = 256  # sessions of one route
 
@@ -4322,9 +4323,9 @@ class Sessions:
         """Says goodbye on the sessions that nobody used for a while, or on all; waits a second for the answers."""
         self.web.sweep(everything)
         now = time.monotonic()
-        before = now - (-1 if everything else self.IDLE)
         for key, pool in list(self.pools.items()):
-            while pool.idle and pool.idle[0].last_used <= before:
+            idle = self.SCARCE if pool.most < pool.OPENING else self.IDLE
+            while pool.idle and (everything or pool.idle[0].last_used <= now - idle):
                 self.leaving.append(pool.idle.pop(0))
             pool.sweep(now)
             if not (pool.idle or pool.lent or pool.opening or pool.waiting):

@@ -5299,20 +5299,25 @@ class SmtpSessions(Peers):
 
     def test_sessions_that_nobody_uses_are_left(self) -> None:
         class Short(haineko.Sessions):
-            IDLE = 0.05
+            IDLE, SCARCE = 9, 9
 
-        async def idle_for_a_while() -> None:
+        async def idle_for_a_while(limit: str, most: int) -> None:
             sessions = Short()
             await haineko.attempt(job(peer), sessions)
+            for pool in sessions.pools.values():
+                pool.most = most
             await sessions.sweep()
             self.assertEqual(len(peer.talks[0].lines), 4)
+            setattr(sessions, limit, 0.05)
             await haineko.sleep(0.1)
             await sessions.sweep()
             self.assertEqual(sessions.pools, {})
 
-        peer = self.peer()
-        haineko.run(idle_for_a_while())
-        self.assertEqual(peer.lines[-1], "QUIT")
+        for limit, most in (("IDLE", haineko.Pool.OPENING), ("SCARCE", 1)):
+            with self.subTest(limit):
+                peer = self.peer()
+                haineko.run(idle_for_a_while(limit, most))
+                self.assertEqual(peer.lines[-1], "QUIT")
 
 
 # ======================================================================================================================
