@@ -1264,31 +1264,32 @@ class Log:
     """Where lines go; `devel` shows SMTP dialogues too. Who calls hold() calls flush() too, again and again: then the
     lines of many mails are written by one call."""
 
-    PATIENCE = 1.0  # seconds of a minute for a reader of stderr to read on
+    PATIENCE = 1.0  # seconds of a minute for a reader to read on
+    SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
 
     def __init__(self) -> None:
         self.devel = False
-        self.syslog: Any = None
+        self.priority: int | None = None  # of lines for syslog; None: they go to stderr
+        self.syslog: socket.socket | None = None
         self.held: list | None = None  # texts that wait for flush()
-        self.stderr, self.lost = 2, 0  # a file descriptor; lines since its reader stopped reading
+        self.stderr, self.lost = 2, 0  # a file descriptor; lines since the reader stopped reading
         self.room = select.poll()
         self.room.register(2, select.POLLOUT)
         self.patience, self.waited = self.PATIENCE, 0.0  # what is left of it; monotonic time when that was so
 
     def open(self, settings: Syslog) -> None:
         """From now on lines go where the settings say."""
-        self.syslog = None
+        self.priority = None
         if not settings.disabled:
             import syslog
 
-            syslog.openlog("haineko", syslog.LOG_PID, getattr(syslog, "LOG_" + settings.facility.upper()))
-            self.syslog = syslog
+            self.priority = syslog.LOG_INFO | getattr(syslog, "LOG_" + settings.facility.upper())
 
     def lines(self, *lines: str) -> None:
         """Written by one call, so that lines of several processes don't mix."""
-        if self.syslog:
+        if self.priority is not None:
             for line in lines:
-                self.syslog.syslog(line)
+                self._to_syslog(line)
             return
         head = f"{timestamp(int(time.time()))} haineko[{os.getpid()}]: "
         text = "".join([f"{head}{line}\n" for line in lines])
@@ -1318,12 +1319,47 @@ class Log:
             del self.held[: len(texts)]  # a thread may have added to them meanwhile
             self.raw("".join(texts).encode("utf-8", "backslashreplace"))
 
+    def _to_syslog(self, line: str) -> None:
+        """A line for syslog (RFC 3164), whose daemon may not be there, be another one, or no longer read; the function
+        of that name would wait for it for ever."""
+        head = f"<{self.priority}>{time.strftime('%b %e %H:%M:%S')} haineko[{os.getpid()}]: "
+        note = [f"{self.lost} lines were lost, since nobody read them"] if self.lost else []
+        for _ in range(2):
+            try:
+                self.syslog = self.syslog or self._syslog_socket()
+                room = select.poll()
+                room.register(self.syslog, select.POLLOUT)
+                if not self._room(room):
+                    break
+                for text in (*note, line):
+                    self.syslog.send((head + text).encode("utf-8", "backslashreplace"))
+                self.lost = 0
+                return
+            except BlockingIOError:
+                break
+            except OSError:
+                if self.syslog:
+                    self.syslog.close()
+                self.syslog = None
+        self.lost += 1
+
+    def _syslog_socket(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        sock.setblocking(False)
+        path = next((path for path in self.SYSLOG if os.path.exists(path)), self.SYSLOG[0])
+        try:
+            sock.connect(path)
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
     def raw(self, octets: bytes) -> bool:
         """Octets for stderr; False where it is gone, full, or a pipe that nobody reads, which must not cost a mail."""
         start = 0
         try:
             while start < len(octets):
-                if not self._room():
+                if not self._room(self.room):
                     self.lost += octets.count(b"\n", start)
                     return False
                 with contextlib.suppress(BlockingIOError):  # another process was quicker
@@ -1338,15 +1374,15 @@ class Log:
             return False
         return True
 
-    def _room(self) -> bool:
-        """True where stderr takes a line. It is waited for, a second of each minute, until lines are lost."""
-        if self.room.poll(0):
+    def _room(self, room: Any) -> bool:
+        """True where the reader takes a line. It is waited for, a second of each minute, until lines are lost."""
+        if room.poll(0):
             return True
         if self.lost:
             return False
         now = time.monotonic()
         patience = min(self.patience + (now - self.waited) * self.PATIENCE / 60, self.PATIENCE)
-        found = self.room.poll(patience * 1000)
+        found = room.poll(patience * 1000)
         self.waited = time.monotonic()
         self.patience = max(patience - (self.waited - now), 0)
         return bool(found)
@@ -2560,8 +2596,8 @@ def _encode_jis(text: str) -> bytes:
         return unicodedata.normalize("NFKC", kana[0]).replace("\u3099", "゛").replace("\u309a", "゜")
 
     text = re.sub("[\uff61-\uff9f]+", wide, text).translate(LIKE_WINDOWS)
-    table, octets = jis_extensions(), []
-    for run in re.split(f"([{''.join(table)}]+)", text):
+    (table, runs), octets = jis_extensions(), []
+    for run in runs.split(text):
         if run and run[0] in table:
             octets.append(b"\x1b$B%b\x1b(B" % b"".join(table[c] for c in run))
         else:
@@ -2570,8 +2606,9 @@ def _encode_jis(text: str) -> bytes:
 
 
 @functools.lru_cache(maxsize=1)
-def jis_extensions() -> dict:
-    """{character: its two octets} of NEC's row 13 and the rows 89 to 92 that hold IBM's, where JIS X 0208 has none."""
+def jis_extensions() -> tuple:
+    """({character: its two octets}, pattern that splits a text into runs of these and others) of NEC's row 13 and the
+    rows 89 to 92 that hold IBM's, where JIS X 0208 has none."""
     table: dict = {}
     for row in (13, 89, 90, 91, 92):
         for cell in range(1, 95):
@@ -2583,7 +2620,7 @@ def jis_extensions() -> dict:
                 table.setdefault(character, octets)
             except ValueError:
                 pass
-    return table
+    return table, re.compile(f"([{''.join(table)}]+)")
 
 
 def finish_message(raw: Raw, sender: str, loop: tuple, trace: str, queueid: str, hostname: str, now: float) -> Message:
@@ -3796,7 +3833,7 @@ def parse_line(line: bytes) -> tuple:
     if not found:
         raise Rubbish(f"unexpected: {printable(line[:200].decode('utf-8', 'replace'))}")
     code, more, words = found.groups(b"")
-    return heard(code.decode(), (printable(words.decode("utf-8", "replace"), MAX_LINE),)), more == b"-"
+    return heard(code.decode(), (printable(words.decode("utf-8", "replace"), MAX_TEXT),)), more == b"-"
 
 
 def heard(code: str, lines: tuple) -> Heard:
@@ -3804,9 +3841,10 @@ def heard(code: str, lines: tuple) -> Heard:
     return Heard(code, found[1] if found else None, lines)
 
 
-REPLY_LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ -])([^\r\n]*)|[^\S\r]*)\r*")
+REPLY_LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ \t-])(.*?)|\s*)\r*")  # the code decides, whatever the text is
 DSN = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?:\s|$)")
-MAX_LINE = 2048  # octets of a line; RFC 5321 4.5.3.1.5 says 512
+MAX_LINE = 8192  # octets of a line; RFC 5321 4.5.3.1.5 says 512
+MAX_TEXT = 2048  # characters of it that are told
 MAX_LINES = 128  # of a reply
 BLOCK = 262144  # octets of text in one step
 FLIGHT = 100  # commands that wait for their replies, so that neither side's buffer fills up (RFC 2920 3.1)
@@ -3821,6 +3859,7 @@ class Session(smtplib.SMTP):
         self.route, self.step, self.masked = route, "CONN", False
         self.pool: Any = None  # among whose sessions it is
         self.unread, self.heard = b"", deque()  # octets, and replies, that nobody has asked for yet
+        self.ripe = False  # there may be a whole reply in `unread`
         self.alive = self.dirty = self.in_text = self.ended = False
         self.born = self.last_used = time.monotonic()
 
@@ -4010,10 +4049,8 @@ class Session(smtplib.SMTP):
     # -- lines
 
     def silent(self) -> bool:
-        """True where the server has not said, while nobody asked, that it has waited long enough: whatever it said
+        """True where the server has said nothing while nobody asked, that it has waited long enough, for instance: it
         would pass for the reply to the next command."""
-        if time.monotonic() - self.last_used < RESTLESS:
-            return True
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
         return not poll.poll(0)
@@ -4046,9 +4083,10 @@ class Session(smtplib.SMTP):
 
     def _understood(self) -> bool:
         """True where whole replies were in `unread`, and are now in `heard`."""
-        if not self.unread:
+        if not self.ripe:
             return False
         found, self.unread, closes = replies_in(self.unread)
+        self.ripe = bool(found and self.unread)  # rubbish, perhaps
         if closes:  # RFC 5321 3.8
             self.alive = False
         if self.masked:
@@ -4069,6 +4107,7 @@ class Session(smtplib.SMTP):
         if not octets:
             raise ConnectionError("Connection closed by the other side")
         self.unread += octets
+        self.ripe = b"\n" in octets or len(self.unread) - self.unread.rfind(b"\n") > MAX_LINE
 
     def _trace(self, octets: bytes) -> None:
         if log.devel:
@@ -4115,7 +4154,6 @@ def secret_forms(user: str, word: str) -> list:
 
 SMTPS = 465  # RFC 8314: TLS from the first byte
 FAREWELL = 1.0  # seconds for the reply to QUIT
-RESTLESS = 0.5  # seconds within which no server says that it has waited long enough
 
 
 def envelope(job: Job, utf8: bool, size: int, features: dict) -> list:
@@ -7034,6 +7072,7 @@ class Worker:
             self.loop.turn()
             self._reread_if_asked()
         began = now = time.monotonic()
+        self.loop.turn(0)  # who has sent a request, or is at the door with one, is heard
         for listener in self.listeners:
             listener.close()
         while (self.connections or (self.courier and any(self.courier.busy.values()))) and now < began + STOPPING:

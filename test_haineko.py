@@ -1012,6 +1012,53 @@ class LogLines(Quiet):
         haineko.log.flush()
         self.assertEqual(self.logged(), [])
 
+    def syslogd(self, folder: str) -> socket.socket:
+        path = os.path.join(folder, "log")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        daemon = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(daemon.close)
+        daemon.bind(path)
+        daemon.setblocking(False)
+        return daemon
+
+    def read(self, daemon: socket.socket) -> list:
+        lines = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                lines.append(daemon.recv(4096).decode())
+        return lines
+
+    def test_syslog_may_come_go_and_stop_reading(self):
+        with tempfile.TemporaryDirectory(prefix="haineko.") as folder:
+            log, path = haineko.Log(), os.path.join(folder, "log")
+            log.SYSLOG, log.PATIENCE, log.patience = (path + "not", path), 0.05, 0.05
+            log.open(haineko.Syslog(disabled=False, facility="mail"))
+            log.lines("nobody is there")
+            daemon = self.syslogd(folder)
+            log.lines("a: one", "b: two ねこ \ud800")
+            lines = self.read(daemon)
+            self.assertEqual(
+                [line.partition("]: ")[2] for line in lines],
+                ["1 lines were lost, since nobody read them", "a: one", "b: two ねこ \\ud800"],
+            )
+            self.assertRegex(
+                lines[1], rf"\A<22>[A-Z][a-z]{{2}} [ \d]\d \d\d:\d\d:\d\d haineko\[{os.getpid()}\]: a: one\Z"
+            )
+            log.lines(*["unread"] * 3000)
+            count = len(self.read(daemon))
+            self.assertEqual((count > 0, log.lost), (True, 3000 - count))
+            log.lines("read again")
+            self.assertEqual(
+                [line.partition("]: ")[2] for line in self.read(daemon)],
+                [f"{3000 - count} lines were lost, since nobody read them", "read again"],
+            )
+            daemon.close()
+            again = self.syslogd(folder)
+            log.lines("another daemon")
+            self.assertEqual([line.partition("]: ")[2] for line in self.read(again)], ["another daemon"])
+            log.syslog.close()
+
     @unittest.skipUnless(os.path.exists("/proc/self/fd"), "a pipe can't be opened again here")
     def test_a_pipe_is_written_without_waiting_for_others_that_write_into_it(self):
         reading, writing = os.pipe()
@@ -4742,9 +4789,25 @@ class SmtpSessions(Peers):
             with self.subTest(octets):
                 for _ in range(2):  # the second time it is remembered
                     self.assertEqual(list(haineko.replies_in(octets)), wanted)
-        for octets in (b"rubbish\r\n250 ok\r\n", b"250-a\r\n251 b\r\n", b"x" * 3000):
-            with self.subTest(octets), self.assertRaises(haineko.Rubbish):
+        for octets in (b"rubbish\r\n250 ok\r\n", b"250-a\r\n251 b\r\n", b"x" * (haineko.MAX_LINE + 1)):
+            with self.subTest(octets[:30]), self.assertRaises(haineko.Rubbish):
                 haineko.replies_in(octets)
+
+    def test_the_code_of_a_reply_decides_whatever_its_text_is(self) -> None:
+        for octets in (b"250\tok", b"250 a\rb", b"250 ok\r", b"250", b"250 \xff\x00", b"250 " + b"x" * 6000):
+            with self.subTest(octets[:30]):
+                [(code, _, [line])], rest, _ = haineko.replies_in(octets + b"\r\n")
+                self.assertEqual((code, rest), ("250", b""))
+                self.assertTrue(line.isprintable() and len(line) <= haineko.MAX_TEXT + len("..."))
+
+    def test_a_reply_that_comes_in_single_octets_is_read_once(self) -> None:
+        session, octets = haineko.Session(haineko.Route(), "here.example"), b"250 2.0.0 once and for all\r\n"
+        before = haineko._replies_in.cache_info().misses
+        found = [session._more(octets[i : i + 1]) or session._understood() for i in range(len(octets))]
+        self.assertEqual(found, [False] * (len(octets) - 1) + [True])
+        self.assertEqual(haineko._replies_in.cache_info().misses - before, 1)
+        session._more(b"2" * (haineko.MAX_LINE + 1))
+        self.assertRaises(haineko.Rubbish, session._understood)
 
     def test_what_was_said_before_rubbish_counts(self) -> None:
         peer = self.peer({"RCPT": refuses(a="550 5.1.1 no"), "DATA": "rubbish"}, "PIPELINING")
@@ -5264,8 +5327,6 @@ class SmtpSessions(Peers):
             self.assertLess(min(took), 0.95)
 
     def test_what_a_server_says_to_a_kept_session_is_no_reply_to_the_next_mail(self) -> None:
-        self.addCleanup(setattr, haineko, "RESTLESS", haineko.RESTLESS)
-        haineko.RESTLESS = 0.0
         for goodbye in (b"554 5.4.7 idle for too long\r\n", b"451 4.7.0 timeout\r\n", b""):
             with self.subTest(goodbye):
                 peer, sessions = self.peer(), haineko.Sessions()
