@@ -150,7 +150,7 @@ class Message(NamedTuple):
         return recipient.encode().join(self.parts)
 
 
-LARGE = 262144  # octets; work of some milliseconds
+LARGE = 65536  # octets; work of some milliseconds
 
 
 class Job(NamedTuple):
@@ -6534,6 +6534,8 @@ def parse_head(octets: bytes) -> Head:
     headers: dict = {}
     for name, value in map(header_line if known else header_line.__wrapped__, lines):
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    if "," in headers.get("host", ""):  # two of them, RFC 9112 3.2
+        raise Refused(reply("bad-request", "Host"))
     wish = headers.get("connection", "").lower()
     keep = "close" not in wish if not old else "keep-alive" in wish
     return Head(method, path, headers, keep, old)

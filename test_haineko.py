@@ -8703,6 +8703,7 @@ REQUESTS = {
     "length of letters": (posting("Content-Length: two", body="{}"), 400, False, "Content-Length"),
     "length in Arabic digits": (posting("Content-Length: \xb2", body="{}"), 400, False, "Content-Length"),
     "empty length": (posting("Content-Length: ", body="{}"), 400, False, "Content-Length"),
+    "two hosts": (get("/neko", "Host: b.example"), 400, False, "Host"),
     "bare CR": (get("/neko", "X: a\rb"), 400, False, "header line"),
     "bare CR at the end": (get("/neko", "X: a\r"), 400, False, "header line"),
     "NUL": (get("/neko", "X: a\0b"), 400, False, "header line"),
@@ -10262,7 +10263,8 @@ class Attacks(Quiet):
         word = base64.b64encode(b"hunter2secret").decode()
         route = haineko.Route(login=("neko", "hunter2secret"))
         session = haineko.Session(route, "relay.example.org")
-        session.masked, session.unread = True, f"500 unknown: {plain} {word} hunter2secret\r\n".encode()
+        session.masked = True
+        session._more(f"500 unknown: {plain} {word} hunter2secret\r\n".encode())
         self.assertTrue(session._understood())
         self.assertEqual(session.heard.popleft().lines, ("unknown: ******** ******** ********",))
 
