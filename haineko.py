@@ -1260,11 +1260,37 @@ def example() -> dict:
 # ======================================================================================================================
 
 
+class Reader:
+    """Who reads the log, and may be slow or gone: waited for, a second of each minute, until lines are lost."""
+
+    PATIENCE = 1.0  # seconds of a minute
+
+    def __init__(self) -> None:
+        self.lost = 0  # lines, since it stopped reading
+        self.patience, self.waited = self.PATIENCE, 0.0  # what is left of it; monotonic time when that was so
+
+    def takes(self, room: Any) -> bool:
+        """True where `room`, a poll object, says that a line can be written."""
+        if room.poll(0):
+            return True
+        if self.lost:
+            return False
+        now = time.monotonic()
+        patience = min(self.patience + (now - self.waited) * self.PATIENCE / 60, self.PATIENCE)
+        found = room.poll(patience * 1000)
+        self.waited = time.monotonic()
+        self.patience = max(patience - (self.waited - now), 0)
+        return bool(found)
+
+    @property
+    def note(self) -> str:
+        return f"{self.lost} lines were lost, since nobody read them"
+
+
 class Log:
     """Where lines go; `devel` shows SMTP dialogues too. Who calls hold() calls flush() too, again and again: then the
     lines of many mails are written by one call."""
 
-    PATIENCE = 1.0  # seconds of a minute for a reader to read on
     SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
 
     def __init__(self) -> None:
@@ -1272,10 +1298,10 @@ class Log:
         self.priority: int | None = None  # of lines for syslog; None: they go to stderr
         self.syslog: socket.socket | None = None
         self.held: list | None = None  # texts that wait for flush()
-        self.stderr, self.lost = 2, 0  # a file descriptor; lines since the reader stopped reading
+        self.stderr = 2  # a file descriptor
         self.room = select.poll()
         self.room.register(2, select.POLLOUT)
-        self.patience, self.waited = self.PATIENCE, 0.0  # what is left of it; monotonic time when that was so
+        self.reader, self.daemon = Reader(), Reader()  # of stderr, and of syslog
 
     def open(self, settings: Syslog) -> None:
         """From now on lines go where the settings say."""
@@ -1323,25 +1349,24 @@ class Log:
         """A line for syslog (RFC 3164), whose daemon may not be there, be another one, or no longer read; the function
         of that name would wait for it for ever."""
         head = f"<{self.priority}>{time.strftime('%b %e %H:%M:%S')} haineko[{os.getpid()}]: "
-        note = [f"{self.lost} lines were lost, since nobody read them"] if self.lost else []
         for _ in range(2):
             try:
                 self.syslog = self.syslog or self._syslog_socket()
                 room = select.poll()
                 room.register(self.syslog, select.POLLOUT)
-                if not self._room(room):
+                if not self.daemon.takes(room):
                     break
-                for text in (*note, line):
+                for text in (self.daemon.note, line) if self.daemon.lost else (line,):
                     self.syslog.send((head + text).encode("utf-8", "backslashreplace"))
-                self.lost = 0
+                self.daemon.lost = 0
                 return
-            except BlockingIOError:
+            except BlockingIOError:  # another process was quicker
                 break
             except OSError:
                 if self.syslog:
                     self.syslog.close()
                 self.syslog = None
-        self.lost += 1
+        self.daemon.lost += 1
 
     def _syslog_socket(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -1356,36 +1381,22 @@ class Log:
 
     def raw(self, octets: bytes) -> bool:
         """Octets for stderr; False where it is gone, full, or a pipe that nobody reads, which must not cost a mail."""
-        start = 0
+        start, reader = 0, self.reader
         try:
             while start < len(octets):
-                if not self._room(self.room):
-                    self.lost += octets.count(b"\n", start)
+                if not reader.takes(self.room):
+                    reader.lost += octets.count(b"\n", start)
                     return False
                 with contextlib.suppress(BlockingIOError):  # another process was quicker
-                    if self.lost:
-                        note = f"\nhaineko[{os.getpid()}]: {self.lost} lines were lost, since nobody read them\n"
-                        os.write(self.stderr, note.encode())
-                        self.lost = 0
+                    if reader.lost:
+                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {reader.note}\n".encode())
+                        reader.lost = 0
                         continue  # there may have been room for this only
                     end = octets.rfind(b"\n", start, start + select.PIPE_BUF) + 1  # so much never blocks
                     start += os.write(self.stderr, octets[start : end or start + select.PIPE_BUF])
         except OSError:
             return False
         return True
-
-    def _room(self, room: Any) -> bool:
-        """True where the reader takes a line. It is waited for, a second of each minute, until lines are lost."""
-        if room.poll(0):
-            return True
-        if self.lost:
-            return False
-        now = time.monotonic()
-        patience = min(self.patience + (now - self.waited) * self.PATIENCE / 60, self.PATIENCE)
-        found = room.poll(patience * 1000)
-        self.waited = time.monotonic()
-        self.patience = max(patience - (self.waited - now), 0)
-        return bool(found)
 
     def dialogue(self, who: str, direction: str, line: str) -> None:
         if self.devel:
@@ -4208,6 +4219,14 @@ def settle(said: list, outcome: Heard | None, lost: Reply | None, count: int) ->
     return replies + [rest] * (count - len(replies))
 
 
+class Waiting(NamedTuple):
+    """Who waits for a session."""
+
+    done: Callable  # takes a session, None or a Refused
+    deadline: float
+    said: Reply | None  # what it was told where it was refused itself
+
+
 class Pool:
     """The sessions of one route. A server that greets with 4xx while it has others of ours takes no more: who hears it
     waits for one of those, until the deadline."""
@@ -4218,7 +4237,7 @@ class Pool:
     def __init__(self) -> None:
         self.idle: list = []  # the most recently used last
         self.lent = self.opening = 0  # how many are in use, and being opened
-        self.waiting: deque = deque()  # (function that takes a session, None or a Refused; deadline; what it was told)
+        self.waiting: deque = deque()  # of Waiting, the longest first
         self.most, self.full_until = self.OPENING, 0.0  # may be opened at a time; but none until then
         self.refusal: Reply | None = None  # the last one
 
@@ -4232,11 +4251,11 @@ class Pool:
         return self.opening < self.OPENING if room else self.opening < self.most and not self.full
 
     def wait(self, done: Callable, deadline: float, said: Reply | None) -> None:
-        self.waiting.append((done, deadline, said))
+        self.waiting.append(Waiting(done, deadline, said))
 
     def hand_on(self, session: Session | None) -> None:
         """To who has waited longest; None means that it is to open one."""
-        self.waiting.popleft()[0](session)
+        self.waiting.popleft().done(session)
 
     def go_on(self, room: bool = False) -> None:
         """Who waits opens sessions, as many as may be."""
@@ -4261,19 +4280,19 @@ class Pool:
         elif said and not greeted(said):
             self.tell(list(self.waiting), said)
         elif hopeless:
-            self.tell([one for one in self.waiting if one[2]])
+            self.tell([one for one in self.waiting if one.said])
         self.go_on()
         return full
 
     def tell(self, those: list, said: Reply | None = None) -> None:
         for one in those:
             self.waiting.remove(one)
-            one[0](Refused(said or one[2] or self.refusal))
+            one.done(Refused(said or one.said or self.refusal))
 
     def sweep(self, now: float) -> None:
         """Who has waited for too long is told what the server said."""
         if self.full:
-            self.tell([one for one in self.waiting if one[1] <= now])
+            self.tell([one for one in self.waiting if one.deadline <= now])
         self.go_on()
 
 

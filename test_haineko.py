@@ -1032,7 +1032,7 @@ class LogLines(Quiet):
     def test_syslog_may_come_go_and_stop_reading(self):
         with tempfile.TemporaryDirectory(prefix="haineko.") as folder:
             log, path = haineko.Log(), os.path.join(folder, "log")
-            log.SYSLOG, log.PATIENCE, log.patience = (path + "not", path), 0.05, 0.05
+            log.SYSLOG, log.daemon.patience, log.daemon.waited = (path + "not", path), 0.05, time.monotonic()
             log.open(haineko.Syslog(disabled=False, facility="mail"))
             log.lines("nobody is there")
             daemon = self.syslogd(folder)
@@ -1047,7 +1047,7 @@ class LogLines(Quiet):
             )
             log.lines(*["unread"] * 3000)
             count = len(self.read(daemon))
-            self.assertEqual((count > 0, log.lost), (True, 3000 - count))
+            self.assertEqual((count > 0, log.daemon.lost, log.reader.lost), (True, 3000 - count, 0))
             log.lines("read again")
             self.assertEqual(
                 [line.partition("]: ")[2] for line in self.read(daemon)],
@@ -1079,8 +1079,8 @@ class LogLines(Quiet):
         os.dup2(writing, 2)
         os.close(writing)
         self.addCleanup(setattr, haineko.log, "held", None)
-        self.addCleanup(setattr, haineko.log, "patience", haineko.log.PATIENCE)
-        haineko.log.held, haineko.log.patience, haineko.log.waited = [], 0.02, time.monotonic()
+        self.addCleanup(setattr, haineko.log, "reader", haineko.Reader())
+        haineko.log.held, haineko.log.reader.patience, haineko.log.reader.waited = [], 0.02, time.monotonic()
         os.set_blocking(2, False)
         with contextlib.suppress(BlockingIOError):
             while True:

@@ -18,6 +18,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 import warnings
@@ -373,6 +374,9 @@ MASTER_CF = """\
   -o smtpd_recipient_restrictions=defer
 {oneatatime} inet n - n - - smtpd
   -o smtpd_discard_ehlo_keywords=pipelining,dsn,8bitmime,size,enhancedstatuscodes
+{few} inet n - n - - smtpd
+  -o smtpd_client_connection_count_limit=3
+  -o smtpd_client_event_limit_exceptions=
 cleanup unix n - n - 0 cleanup
 qmgr unix n - n 300 1 qmgr
 tlsmgr unix - - n 1000? 1 tlsmgr
@@ -521,6 +525,21 @@ class Postfix(unittest.TestCase):
                 told = [(to, code, command) for to in (CATS[0], CATS[2])]
                 self.assertEqual(outcome(answer)[0][1:], told[0][1:])
                 self.assertEqual(outcome(answer), told)
+
+    def test_it_takes_three_sessions_at_a_time(self):
+        told, count = [], 40
+
+        def post():
+            told.append(self.server.post([CATS[0]], mail="kijitora@few.test"))
+
+        threads = [threading.Thread(target=post) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual([status for status, _ in told], [200] * count, told)
+        with open(os.path.join(self.folder, "log", "mail.log"), encoding="utf-8") as log:
+            self.assertIn("Connection concurrency limit exceeded: 4 from", log.read())
 
     def test_one_recipient_is_unknown(self):
         rcpt = [*CATS, "neko@elsewhere.example"]
