@@ -1256,7 +1256,7 @@ def example() -> dict:
 # ======================================================================================================================
 # 4. Log
 #    One line for each event, on stderr or to syslog, with nothing in it that a terminal or a log reader could trip
-#    over. The only state that the whole file shares.
+#    over. A reader that has stopped costs lines, never a mail. The only state that the whole file shares.
 # ======================================================================================================================
 
 
@@ -3779,7 +3779,8 @@ def reason_of(fault: Exception) -> str:
 # 12. SMTP sessions
 #     Takes a Job, gives a Reply for each of its recipients. smtplib opens, secures and logs in; the transaction is
 #     ours, since smtplib neither pipelines nor can say whether the end of a message was lost. The script of a
-#     transaction is data, cut into flights; one loop serves servers with PIPELINING and without.
+#     transaction is data, cut into flights; one loop serves servers with PIPELINING and without. Sessions are kept
+#     in a pool for each route; where a server takes no more of them, mails wait for one.
 # ======================================================================================================================
 
 
@@ -7093,7 +7094,7 @@ class Worker:
             self.loop.turn()
             self._reread_if_asked()
         began = now = time.monotonic()
-        self.loop.turn(0)  # who has sent a request, or is at the door with one, is heard
+        self.loop.turn(0)  # who has sent a request meanwhile is heard
         for listener in self.listeners:
             listener.close()
         while (self.connections or (self.courier and any(self.courier.busy.values()))) and now < began + STOPPING:
