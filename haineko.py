@@ -4,7 +4,7 @@
 The way of a mail is the order of this page: each section takes the value of the section above and makes the next one.
 
     HTTP body -> Submission -> (checks) -> Message -> Route per recipient -> Job per route -> Reply each -> JSON
-                 understand()  CHECKS      compose()  choose()               RELAYS
+                 parse_submission()  CHECKS      compose()  resolve_route()               RELAYS
 
      1  Replies and jobs          9  Waiting
      2  JSON into dataclasses    10  DNS
@@ -110,8 +110,8 @@ class Reply(NamedTuple):
     host: str | None = None
     port: int | None = None
     status: int = 0  # HTTP status of a refusal before delivery
-    unsure: bool = False  # the end of the text was sent and no reply came: the mail may have arrived
-    wait: int = 0  # seconds after which to try again, where the other side said so
+    maybe_delivered: bool = False  # the end of the text was sent and no reply came: the mail may have arrived
+    retry_after: int = 0  # seconds after which to try again, where the other side said so
 
     @property
     def accepted(self) -> bool:
@@ -127,7 +127,7 @@ class Reply(NamedTuple):
         return f"{self.mailer}:{self.host}:{self.port}" if self.host else self.mailer
 
 
-class Refused(Exception):  # noqa: N818 -- the word that postmasters use
+class Rejected(Exception):  # noqa: N818 -- the word that postmasters use
     """Carries a Reply out of depth; its one argument."""
 
     @property
@@ -140,8 +140,8 @@ class Message(NamedTuple):
     """A finished message (RFC 5322, CRLF); between its parts go the recipient and the copy's number."""
 
     parts: tuple  # (all of it,) or (up to "To: ", up to "Message-Id: <QUEUEID.", the rest) or (up to "To: ", the rest)
-    eight: bool = False  # has octets over 127: needs 8BITMIME (RFC 6152)
-    utf8: bool = False  # has them in its header: needs SMTPUTF8 (RFC 6531)
+    needs_8bitmime: bool = False  # has octets over 127: needs 8BITMIME (RFC 6152)
+    needs_smtputf8: bool = False  # has them in its header: needs SMTPUTF8 (RFC 6531)
 
     def copy(self, recipient: str, number: int) -> bytes:
         """The octets of one recipient's copy."""
@@ -153,7 +153,7 @@ class Message(NamedTuple):
 LARGE = 65536  # octets; work of some milliseconds
 
 
-class Job(NamedTuple):
+class Transaction(NamedTuple):
     """One message for the recipients of one transaction by one route."""
 
     route: Any  # a Route
@@ -167,7 +167,7 @@ class Job(NamedTuple):
     def octets(self) -> bytes:
         return self.message.copy(self.recipients[0], self.number)
 
-    def pieces(self) -> tuple:
+    def chunks(self) -> tuple:
         """The same, with what is large in a piece of its own, so that copies which go out at once share its memory."""
         *head, last = self.message.parts
         if len(last) < LARGE or not head:
@@ -175,38 +175,38 @@ class Job(NamedTuple):
         return (self._replace(message=Message((*head, b""))).octets(), last)
 
     @property
-    def utf8(self) -> bool:
+    def needs_smtputf8(self) -> bool:
         """True where the envelope or the header is other than ASCII (RFC 6531)."""
-        return self.message.utf8 or not (self.sender.isascii() and all(map(str.isascii, self.recipients)))
+        return self.message.needs_smtputf8 or not (self.sender.isascii() and all(map(str.isascii, self.recipients)))
 
 
-class Outcome(NamedTuple):
+class TransactionResult(NamedTuple):
     """What came of one job."""
 
-    job: Job
+    transaction: Transaction
     replies: list  # of Reply, one for each recipient of the job
     ms: float
 
 
-def reply(slug: str, *lines: str, word: str = "", **place) -> Reply:
+def make_reply(slug: str, *lines: str, word: str = "", **place) -> Reply:
     """The reply of that name in REPLIES; `word` goes into its text, `lines` follow, `place` says mailer, host, port."""
     status, code, dsn, command, text = REPLIES[slug]
     values = {"command": command, "status": status, **place}
     return Reply(code, dsn, message=(text % word if "%s" in text else text, *lines), **values)
 
 
-def item(recipient: str | None, said: Reply) -> dict:
+def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
     """One recipient's part of the answer."""
     return {
         "rcpt": recipient,
-        "error": 0 if said.accepted else 1,
-        "code": said.code,
-        "dsn": said.dsn,
-        "command": said.command,
-        "message": said.message,
-        "mailer": said.mailer,
-        "host": said.host,
-        "port": said.port,
+        "error": 0 if reply.accepted else 1,
+        "code": reply.code,
+        "dsn": reply.dsn,
+        "command": reply.command,
+        "message": reply.message,
+        "mailer": reply.mailer,
+        "host": reply.host,
+        "port": reply.port,
     }
 
 
@@ -310,28 +310,28 @@ REPLIES = {
 # ======================================================================================================================
 
 
-class Twice(dict):
-    """A JSON object in which a key stood more than once; `keys_twice` names them."""
+class DuplicateKeyDict(dict):
+    """A JSON object in which a key stood more than once; `duplicate_keys` names them."""
 
-    keys_twice: tuple = ()
+    duplicate_keys: tuple = ()
 
 
-def decode(octets: bytes) -> Any:
+def parse_json(octets: bytes) -> Any:
     """The JSON value (RFC 8259) in UTF-8 octets; ValueError says what is wrong and where."""
     try:
         return DECODER.decode((octets[3:] if octets.startswith(codecs.BOM_UTF8) else octets).decode())
-    except UnicodeDecodeError as fault:
-        raise ValueError(f"not UTF-8 at octet {fault.start}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at octet {error.start}") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def _unique(pairs: list) -> dict:
+def _unique_pairs(pairs: list) -> dict:
     result = dict(pairs)
     if len(result) == len(pairs):
         return result
-    twice, seen = Twice(result), set()
-    twice.keys_twice = tuple(dict.fromkeys(key for key, _ in pairs if key in seen or seen.add(key)))
+    twice, seen = DuplicateKeyDict(result), set()
+    twice.duplicate_keys = tuple(dict.fromkeys(key for key, _ in pairs if key in seen or seen.add(key)))
     return twice
 
 
@@ -339,14 +339,14 @@ def _no_constant(name: str):
     raise ValueError(f"{name} is not JSON")
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+DECODER = json.JSONDecoder(object_pairs_hook=_unique_pairs, parse_constant=_no_constant)
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
 
 
 def json_of(value: Any) -> str:
     """The JSON of a value; strings, whole numbers, None and tuples of these take the short ways."""
-    if type(value) is str and len(value) <= REMEMBERED:
-        return quoted(value)
+    if type(value) is str and len(value) <= CACHE_MAX_CHARS:
+        return json_string(value)
     if type(value) is tuple:
         return "[" + ", ".join(map(json_of, value)) + "]"
     if value is None:
@@ -355,50 +355,52 @@ def json_of(value: Any) -> str:
 
 
 @functools.lru_cache(maxsize=1024)  # most of what is said in answers was said before
-def quoted(text: str) -> str:
+def json_string(text: str) -> str:
     return ENCODER.encode(text)
 
 
-REMEMBERED = 512  # characters of what is remembered: long ones would fill the memory
+CACHE_MAX_CHARS = 512  # characters of what is remembered: long ones would fill the memory
 
 
-def setting(default: Any, parse: Callable, doc: str = "", key: str = "", secret: bool = False) -> Any:
-    """A dataclass field that read() fills: its default, parser, keys in JSON ("a|b" are aliases), and its meaning."""
+def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", secret: bool = False) -> Any:
+    """A dataclass field that from_dict() fills: its default, parser, keys in JSON ("a|b" are aliases), and its meaning."""
     meaning = {"parse": parse, "doc": doc, "keys": tuple(key.split("|")) if key else (), "secret": secret}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=meaning)
     return field(default=default, metadata=meaning)
 
 
-def read(cls: type, raw: Any, where: str, faults: list) -> Any:
+def from_dict(cls: type, raw: Any, json_path: str, errors: list) -> Any:
     """A `cls` from a JSON object; unknown, doubled and wrong entries are appended to `faults` with their path."""
     if not isinstance(raw, dict):
-        faults.append(f"{where or 'the top'}: an object is wanted, not {kind(raw)}")
+        errors.append(f"{json_path or 'the top'}: an object is wanted, not {json_type_name(raw)}")
         return cls()
-    known, values, dot = keys(cls), {}, where and where + "."
-    if type(raw) is Twice:
-        faults.extend(f"{dot}{printable(key)}: stands more than once" for key in raw.keys_twice[:ENOUGH])
+    known, values, dot = key_table(cls), {}, json_path and json_path + "."
+    if type(raw) is DuplicateKeyDict:
+        errors.extend(f"{dot}{sanitize(key)}: stands more than once" for key in raw.duplicate_keys[:MAX_ERRORS])
     for key, value in raw.items():
         row = known.get(key)
         if row and value is not None:
             name, parse = row
             if name in values:
-                faults.append(f"{dot}{key}: says again what another key says already")
-            values[name] = parse(value, dot + key, faults)
+                errors.append(f"{dot}{key}: says again what another key says already")
+            values[name] = parse(value, dot + key, errors)
         elif not row:
-            if len(faults) >= ENOUGH:
+            if len(errors) >= MAX_ERRORS:
                 break
-            hint = did_you_mean(key, known) if len(faults) < MAX_HINTS else ""
-            faults.append(f"{dot}{printable(key)}: unknown key{hint}")
+            hint = did_you_mean(key, known) if len(errors) < MAX_HINTS else ""
+            errors.append(f"{dot}{sanitize(key)}: unknown key{hint}")
     return cls(**values)
 
 
 MAX_HINTS = 50  # a hint takes some 50 us, and a hostile body has a million keys
-ENOUGH = 1000  # faults, behind which nobody reads on: told of each item, a hostile body takes a hundred times its size
+MAX_ERRORS = (
+    1000  # faults, behind which nobody reads on: told of each item, a hostile body takes a hundred times its size
+)
 
 
 @functools.lru_cache(maxsize=None)
-def keys(cls: type) -> dict:
+def key_table(cls: type) -> dict:
     """{key in JSON: (attribute, parser)} of a dataclass whose fields are settings."""
     table = {}
     for item in fields(cls):
@@ -408,7 +410,7 @@ def keys(cls: type) -> dict:
     return table
 
 
-def kind(value: Any) -> str:
+def json_type_name(value: Any) -> str:
     """What a JSON value is, in words."""
     for family, word in (
         (bool, "true or false"),
@@ -431,37 +433,37 @@ def did_you_mean(word: str, words: Any) -> str:
     return f'; did you mean "{spelt[close[0]]}"?' if close else ""
 
 
-def printable(text: str, limit: int = 200) -> str:
+def sanitize(text: str, limit: int = 200) -> str:
     """The text fit for a line of a log or a terminal: unprintables as "?", cut at `limit` characters."""
     text = text if len(text) <= limit else text[:limit] + "..."
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
-def text(value: Any, where: str, faults: list) -> str:
+def parse_text(value: Any, json_path: str, errors: list) -> str:
     """A string without control characters."""
     if type(value) is not str:
-        faults.append(f"{where}: a string is wanted, not {kind(value)}")
+        errors.append(f"{json_path}: a string is wanted, not {json_type_name(value)}")
     elif not value.isprintable():
-        faults.append(f"{where}: has a character that can't be printed")
+        errors.append(f"{json_path}: has a character that can't be printed")
     else:
         return value
     return ""
 
 
-def flag(value: Any, where: str, faults: list) -> bool:
+def parse_boolean(value: Any, json_path: str, errors: list) -> bool:
     """true or false; 1 or 0 mean the same."""
     if value not in (0, 1) or isinstance(value, float):
-        faults.append(f"{where}: true or false is wanted, not {kind(value)}")
+        errors.append(f"{json_path}: true or false is wanted, not {json_type_name(value)}")
     return bool(value)
 
 
-def number(low: int, high: int) -> Callable:
+def integer(low: int, high: int) -> Callable:
     """A parser of whole numbers from low to high."""
 
-    def parse(value: Any, where: str, faults: list) -> int:
+    def parse(value: Any, json_path: str, errors: list) -> int:
         if type(value) is not int or not low <= value <= high:
-            given = printable(str(value)) if isinstance(value, (int, float)) else kind(value)
-            faults.append(f"{where}: a whole number from {low} to {high} is wanted, not {given}")
+            given = sanitize(str(value)) if isinstance(value, (int, float)) else json_type_name(value)
+            errors.append(f"{json_path}: a whole number from {low} to {high} is wanted, not {given}")
             return low
         return value
 
@@ -471,37 +473,39 @@ def number(low: int, high: int) -> Callable:
 def list_of(parse: Callable) -> Callable:
     """A parser of lists, or of one value for a list of one; gives a tuple."""
 
-    def parse_all(value: Any, where: str, faults: list) -> tuple:
+    def parse_all(value: Any, json_path: str, errors: list) -> tuple:
         if type(value) is not list:
-            return (parse(value, where, faults),)
-        return tuple(parse(item, f"{where}[{i}]", faults) for i, item in enumerate(value) if len(faults) < ENOUGH)
+            return (parse(value, json_path, errors),)
+        return tuple(
+            parse(item, f"{json_path}[{i}]", errors) for i, item in enumerate(value) if len(errors) < MAX_ERRORS
+        )
 
     return parse_all
 
 
-def table_of(parse: Callable, fold: Callable = str) -> Callable:
+def mapping_of(parse: Callable, fold: Callable = str) -> Callable:
     """A parser of objects whose keys are names; `fold` makes the name that counts."""
 
-    def parse_all(value: Any, where: str, faults: list) -> dict:
+    def parse_all(value: Any, json_path: str, errors: list) -> dict:
         if not isinstance(value, dict):
-            faults.append(f"{where}: an object is wanted, not {kind(value)}")
+            errors.append(f"{json_path}: an object is wanted, not {json_type_name(value)}")
             return {}
-        twice = getattr(value, "keys_twice", ())
-        faults.extend(f"{where}.{printable(key)}: stands more than once" for key in twice)
-        result = {fold(key): parse(item, f"{where}.{printable(key)}", faults) for key, item in value.items()}
+        twice = getattr(value, "duplicate_keys", ())
+        errors.extend(f"{json_path}.{sanitize(key)}: stands more than once" for key in twice)
+        result = {fold(key): parse(item, f"{json_path}.{sanitize(key)}", errors) for key, item in value.items()}
         if "" in result:
             bad = next(key for key in value if not fold(key))
-            faults.append(f'{where}.{printable(bad)}: "example.jp", ".example.jp" or "default" is wanted')
+            errors.append(f'{json_path}.{sanitize(bad)}: "example.jp", ".example.jp" or "default" is wanted')
         elif len(result) < len(value):
-            faults.append(f"{where}: two keys differ in case only")
+            errors.append(f"{json_path}: two keys differ in case only")
         return result
 
     return parse_all
 
 
-def section(cls: type) -> Callable:
+def nested(cls: type) -> Callable:
     """A parser of nested objects."""
-    return functools.partial(read, cls)
+    return functools.partial(from_dict, cls)
 
 
 # ======================================================================================================================
@@ -512,7 +516,7 @@ def section(cls: type) -> Callable:
 # ======================================================================================================================
 
 
-class Client(NamedTuple):
+class IPAddress(NamedTuple):
     """An IP address, with what is asked of it at every request ready."""
 
     text: str
@@ -521,11 +525,11 @@ class Client(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def plain_address(text: str) -> Client:
+def parse_ip(text: str) -> IPAddress:
     """The IP address in a string, an IPv4 one in IPv6 clothes without them; ValueError where it is none."""
     found = ipaddress.ip_address(text.partition("%")[0])
     found = getattr(found, "ipv4_mapped", None) or found
-    return Client(str(found), found.version, int(found))
+    return IPAddress(str(found), found.version, int(found))
 
 
 class Networks:
@@ -539,40 +543,40 @@ class Networks:
             groups.setdefault((item.version, shift), set()).add(int(item.network_address) >> shift)
         self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
 
-    def __contains__(self, client: Client) -> bool:
+    def __contains__(self, client: IPAddress) -> bool:
         for version, shift, members in self.groups:
             if version == client.version and client.number >> shift in members:
                 return True
         return False
 
 
-def networks(value: Any, where: str, faults: list) -> Networks:
+def parse_networks(value: Any, json_path: str, errors: list) -> Networks:
     good = []
-    for item in list_of(text)(value, where, faults):
+    for item in list_of(parse_text)(value, json_path, errors):
         try:
             ipaddress.ip_network(item, strict=False)
             good.append(item)
         except ValueError:
-            faults.append(f'{where}: "{item}" is no IP address or network')
+            errors.append(f'{json_path}: "{item}" is no IP address or network')
     return Networks(tuple(good))
 
 
-def listen_addresses(value: Any, where: str, faults: list) -> tuple:
+def parse_listen_addresses(value: Any, json_path: str, errors: list) -> tuple:
     """One listen address, or a list of some."""
     if value == []:
-        faults.append(f"{where}: at least one address is wanted")
-    return list_of(listen_address)(value, where, faults)
+        errors.append(f"{json_path}: at least one address is wanted")
+    return list_of(parse_listen_address)(value, json_path, errors)
 
 
-def listen_address(value: Any, where: str, faults: list) -> str:
+def parse_listen_address(value: Any, json_path: str, errors: list) -> str:
     """ "host:port", "[v6]:port" or "unix:/path"."""
-    value = text(value, where, faults)
+    value = parse_text(value, json_path, errors)
     if not value.startswith("unix:/"):
         host, colon, port = value.rpartition(":")
         if not (host and colon and port.isascii() and port.isdigit() and int(port) < 65536):
-            faults.append(f'{where}: "host:port", "[v6]:port" or "unix:/path" is wanted, not "{value}"')
+            errors.append(f'{json_path}: "host:port", "[v6]:port" or "unix:/path" is wanted, not "{value}"')
         elif ":" in host and not (host.startswith("[") and host.endswith("]")):
-            faults.append(f'{where}: an IPv6 address stands in brackets, "[{host}]:{port}"')
+            errors.append(f'{json_path}: an IPv6 address stands in brackets, "[{host}]:{port}"')
     return value
 
 
@@ -580,25 +584,25 @@ _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 DOMAIN = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(?:\.{_LABEL})*")
 
 
-def host(value: Any, where: str, faults: list) -> str:
+def parse_host(value: Any, json_path: str, errors: list) -> str:
     """A domain or an IP address, or a folder for the relay File."""
-    value = text(value, where, faults)
+    value = parse_text(value, json_path, errors)
     if not (DOMAIN.fullmatch(value) or value.startswith("/")):
         try:
             ipaddress.ip_address(value)
         except ValueError:
-            faults.append(f'{where}: a host name or an IP address is wanted, not "{value}"')
+            errors.append(f'{json_path}: a host name or an IP address is wanted, not "{value}"')
     return value
 
 
-def resolver_address(value: Any, where: str, faults: list) -> str:
-    value = text(value, where, faults)
-    if value and not name_server(value):
-        faults.append(f'{where}: "address", "address:port" or "[v6]:port" is wanted, not "{value}"')
+def parse_resolver_address(value: Any, json_path: str, errors: list) -> str:
+    value = parse_text(value, json_path, errors)
+    if value and not name_server_endpoint(value):
+        errors.append(f'{json_path}: "address", "address:port" or "[v6]:port" is wanted, not "{value}"')
     return value
 
 
-def name_server(text: str) -> tuple:
+def name_server_endpoint(text: str) -> tuple:
     """(IP address, port) of "address", "address:port" or "[v6]:port"; () where it is none of them."""
     found = re.fullmatch(r"\[([^]]+)\]:(\d{1,5})|([^:]+):(\d{1,5})|(\S+)", text)
     name, port = (found[1] or found[3] or found[5], int(found[2] or found[4] or 53)) if found else ("", 0)
@@ -609,24 +613,24 @@ def name_server(text: str) -> tuple:
     return (name, port) if 0 < port < 65536 else ()
 
 
-def name_or_nothing(value: Any, where: str, faults: list) -> str:
-    value = text(value, where, faults)
+def parse_optional_hostname(value: Any, json_path: str, errors: list) -> str:
+    value = parse_text(value, json_path, errors)
     if value and not DOMAIN.fullmatch(value):
-        faults.append(f'{where}: a host name is wanted, not "{value}"')
+        errors.append(f'{json_path}: a host name is wanted, not "{value}"')
     return value
 
 
-def origin(value: Any, where: str, faults: list) -> str:
-    value = text(value, where, faults).lower()
+def parse_origin(value: Any, json_path: str, errors: list) -> str:
+    value = parse_text(value, json_path, errors).lower()
     if not re.fullmatch(r"https?://[a-z0-9.\[\]:_-]+", value):
-        faults.append(f'{where}: a web origin like "https://www.example.org" is wanted, not "{value}"')
+        errors.append(f'{json_path}: a web origin like "https://www.example.org" is wanted, not "{value}"')
     return value
 
 
-def facility(value: Any, where: str, faults: list) -> str:
-    value = text(value, where, faults)
+def parse_facility(value: Any, json_path: str, errors: list) -> str:
+    value = parse_text(value, json_path, errors)
     if value.lower() not in FACILITIES:
-        faults.append(f'{where}: "{value}" is no syslog facility{did_you_mean(value, FACILITIES)}')
+        errors.append(f'{json_path}: "{value}" is no syslog facility{did_you_mean(value, FACILITIES)}')
     return value
 
 
@@ -634,15 +638,15 @@ FACILITIES = ["kern", "user", "mail", "daemon", "auth", "lpr", "news", "uucp", "
 FACILITIES += [f"local{n}" for n in range(8)]
 
 
-def base_url(value: Any, where: str, faults: list) -> str:
-    value = text(value, where, faults)
-    if value and not (BASE_URL.fullmatch(value) and names_host(value)):
-        faults.append(f'{where}: a URL like "https://api.example.org" is wanted, not "{value}"')
+def parse_base_url(value: Any, json_path: str, errors: list) -> str:
+    value = parse_text(value, json_path, errors)
+    if value and not (BASE_URL.fullmatch(value) and has_valid_host(value)):
+        errors.append(f'{json_path}: a URL like "https://api.example.org" is wanted, not "{value}"')
         return ""
     return value.rstrip("/")
 
 
-def names_host(url: str) -> bool:
+def has_valid_host(url: str) -> bool:
     """True where host and port of a URL can be asked for."""
     try:
         parts = urllib.parse.urlsplit(url)
@@ -655,20 +659,20 @@ def names_host(url: str) -> bool:
 BASE_URL = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?(?:/[A-Za-z0-9/._~-]*)?")
 
 
-def region(value: Any, where: str, faults: list) -> str:
-    value = text(value, where, faults)
+def parse_region(value: Any, json_path: str, errors: list) -> str:
+    value = parse_text(value, json_path, errors)
     if value and not re.fullmatch(r"[a-z0-9-]{1,32}", value):
-        faults.append(f'{where}: a region like "eu-west-1" is wanted, not "{value}"')
+        errors.append(f'{json_path}: a region like "eu-west-1" is wanted, not "{value}"')
     return value
 
 
-def mailer(value: Any, where: str, faults: list) -> str:
-    value = text(value, where, faults)
+def parse_mailer(value: Any, json_path: str, errors: list) -> str:
+    value = parse_text(value, json_path, errors)
     known = {name.lower(): name for name in MAILERS}
     if value.startswith("/"):
         return value
     if value.lower() not in known:
-        faults.append(f'{where}: "{value}" is no relay known here{did_you_mean(value, MAILERS)}')
+        errors.append(f'{json_path}: "{value}" is no relay known here{did_you_mean(value, MAILERS)}')
     return known.get(value.lower(), value)
 
 
@@ -683,45 +687,45 @@ NEEDED = {"SendGrid": ("auth",), "AmazonSES": ("auth", "region"), "Mandrill": ("
 PORTS = {"Haineko": 2794}  # of a route that says none; 25 for the others
 
 
-def secret(value: Any, where: str, faults: list) -> Any:
+def parse_secret(value: Any, json_path: str, errors: list) -> Any:
     """A string, {"file": path} or {"env": NAME}."""
     if isinstance(value, dict):
         if len(value) != 1 or not set(value) <= {"file", "env"}:
-            faults.append(f'{where}: a string, {{"file": path}} or {{"env": NAME}} is wanted')
+            errors.append(f'{json_path}: a string, {{"file": path}} or {{"env": NAME}} is wanted')
             return ""
-        return {key: text(item, f"{where}.{key}", faults) for key, item in value.items()}
-    return text(value, where, faults)
+        return {key: parse_text(item, f"{json_path}.{key}", errors) for key, item in value.items()}
+    return parse_text(value, json_path, errors)
 
 
-def webhook_url(value: Any, where: str, faults: list) -> str:
-    value = text(value, where, faults)
-    if value and not (WEBHOOK_URL.fullmatch(value) and names_host(value)):
-        faults.append(f'{where}: a URL like "https://www.example.org/hook" is wanted')
+def parse_webhook_url(value: Any, json_path: str, errors: list) -> str:
+    value = parse_text(value, json_path, errors)
+    if value and not (WEBHOOK_URL.fullmatch(value) and has_valid_host(value)):
+        errors.append(f'{json_path}: a URL like "https://www.example.org/hook" is wanted')
     return value
 
 
 WEBHOOK_URL = re.compile(r"(https?)://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(/[!-~]*)?")
 
 
-class Gate:
+class Authenticator:
     """The section `password`: who may log in. Who was right is remembered for a while: scrypt is slow by design."""
 
-    REMEMBERED = 600  # seconds
-    AT_ONCE = 2  # scrypt takes 16 MiB and a core each
+    CACHE_TTL = 600  # seconds
+    MAX_CONCURRENT_HASHES = 2  # scrypt takes 16 MiB and a core each
 
     def __init__(self, hashes: dict) -> None:
         self.hashes = hashes
-        self.right: dict = {}  # digest of credentials: monotonic time until which they count as right
+        self.verified: dict = {}  # digest of credentials: monotonic time until which they count as right
         self.key = os.urandom(32)  # so that memory holds no plain digest of a password
-        self.turn = threading.Semaphore(self.AT_ONCE)
+        self.semaphore = threading.Semaphore(self.MAX_CONCURRENT_HASHES)
 
-    def remembers(self, credentials: str | None) -> bool:
+    def is_cached(self, credentials: str | None) -> bool:
         """True where these credentials, an Authorization header, were right a while ago."""
-        return bool(self.right) and self.right.get(self._mark(credentials or ""), 0) > time.monotonic()
+        return bool(self.verified) and self.verified.get(self._cache_key(credentials or ""), 0) > time.monotonic()
 
-    def admits(self, credentials: str) -> bool:
+    def authenticate(self, credentials: str) -> bool:
         """True where they are right. RFC 7617; takes tens of milliseconds unless they are remembered."""
-        if self.remembers(credentials):
+        if self.is_cached(credentials):
             return True
         scheme, _, token = credentials.partition(" ")
         try:
@@ -730,19 +734,19 @@ class Gate:
             return False
         if scheme.lower() != "basic" or not colon:
             return False
-        with self.turn:
-            right = verify(self.hashes.get(user, NOBODY), word) and user in self.hashes
+        with self.semaphore:
+            right = verify_password(self.hashes.get(user, DUMMY_HASH), word) and user in self.hashes
         if right:
             now = time.monotonic()
-            self.right = {mark: until for mark, until in self.right.items() if until > now}
-            self.right[self._mark(credentials)] = now + self.REMEMBERED
+            self.verified = {mark: until for mark, until in self.verified.items() if until > now}
+            self.verified[self._cache_key(credentials)] = now + self.CACHE_TTL
         return right
 
-    def _mark(self, credentials: str) -> bytes:
+    def _cache_key(self, credentials: str) -> bytes:
         return hmac.digest(self.key, credentials.encode(), "sha256")
 
 
-def user_of(credentials: str) -> str:
+def username_of(credentials: str) -> str:
     """The name in an Authorization header of HTTP Basic, "" for none."""
     try:
         return base64.b64decode(credentials.partition(" ")[2].strip(), validate=True).decode().partition(":")[0]
@@ -750,11 +754,11 @@ def user_of(credentials: str) -> str:
         return ""
 
 
-def passwords(value: Any, where: str, faults: list) -> Gate:
-    return Gate(table_of(password_hash)(value, where, faults))
+def parse_passwords(value: Any, json_path: str, errors: list) -> Authenticator:
+    return Authenticator(mapping_of(parse_password_hash)(value, json_path, errors))
 
 
-def verify(line: str, password: str) -> bool:
+def verify_password(line: str, password: str) -> bool:
     """True where `line` (scrypt or {SSHA}) is the hash of the password; takes as long for both answers."""
     found = SCRYPT.fullmatch(line)
     if not found:
@@ -771,13 +775,15 @@ def scrypt(password: str, salt: bytes, cost: int = 14, block: int = 8, parallel:
     return hashlib.scrypt(password.encode(), salt=salt, n=1 << cost, r=block, p=parallel, maxmem=memory + (1 << 20))
 
 
-NOBODY = "$scrypt$ln=14,r=8,p=1$" + "A" * 22 + "==$" + "A" * 86 + "=="  # an unknown user costs what a known one costs
+DUMMY_HASH = (
+    "$scrypt$ln=14,r=8,p=1$" + "A" * 22 + "==$" + "A" * 86 + "=="
+)  # an unknown user costs what a known one costs
 
 
-def password_hash(value: Any, where: str, faults: list) -> str:
-    value = text(value, where, faults)
+def parse_password_hash(value: Any, json_path: str, errors: list) -> str:
+    value = parse_text(value, json_path, errors)
     if not (SCRYPT.fullmatch(value) or (value.startswith("{SSHA}") and _ssha(value))):
-        faults.append(f"{where}: a hash as `haineko.py pw` prints it, or {{SSHA}}, is wanted")
+        errors.append(f"{json_path}: a hash as `haineko.py pw` prints it, or {{SSHA}}, is wanted")
     return value
 
 
@@ -796,50 +802,63 @@ def _ssha(line: str) -> tuple:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Tls:
-    certificate: str = setting("", text, "PEM file of the certificate chain")
-    key: str = setting("", text, "PEM file of its private key")
+    certificate: str = config_field("", parse_text, "PEM file of the certificate chain")
+    key: str = config_field("", parse_text, "PEM file of its private key")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Httpd:
-    listen: tuple = setting(("127.0.0.1:2794",), listen_addresses, "host:port, [v6]:port or unix:/path, or a list")
-    workers: int = setting(0, number(0, 256), "processes; 0 means one per core")
-    max_connections: int = setting(512, number(1, 65536), "open connections per worker")
-    timeout: int = setting(30, number(1, 3600), "seconds for a whole request to arrive, and for an idle connection")
-    trusted_proxies: Networks = setting(Networks(), networks, "networks whose X-Forwarded-For is believed")
-    allowed_origins: tuple = setting((), list_of(origin), "web origins that may POST from a browser")
-    tls: Tls | None = setting(None, section(Tls), "certificate and key: serve HTTPS")
+    listen: tuple = config_field(
+        ("127.0.0.1:2794",), parse_listen_addresses, "host:port, [v6]:port or unix:/path, or a list"
+    )
+    workers: int = config_field(0, integer(0, 256), "processes; 0 means one per core")
+    max_connections: int = config_field(512, integer(1, 65536), "open connections per worker")
+    timeout: int = config_field(
+        30, integer(1, 3600), "seconds for a whole request to arrive, and for an idle connection"
+    )
+    trusted_proxies: Networks = config_field(Networks(), parse_networks, "networks whose X-Forwarded-For is believed")
+    allowed_origins: tuple = config_field((), list_of(parse_origin), "web origins that may POST from a browser")
+    tls: Tls | None = config_field(None, nested(Tls), "certificate and key: serve HTTPS")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Syslog:
-    disabled: bool = setting(True, flag, "1: the log goes to stderr")
-    facility: str = setting("local2", facility, "syslog facility")
+    disabled: bool = config_field(True, parse_boolean, "1: the log goes to stderr")
+    facility: str = config_field("local2", parse_facility, "syslog facility")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Smtpd:
-    hostname: str = setting("", name_or_nothing, "name in EHLO, Received and Message-Id; empty means this machine's")
-    max_message_size: int = setting(4194304, number(0, 1 << 40), "octets of the finished message; 0 means no limit")
-    max_rcpts_per_message: int = setting(4, number(0, 1 << 20), "recipients; 0 means no limit")
-    max_workers: int = setting(4, number(1, 256), "deliveries of one request at a time")
-    resolver: tuple = setting((), list_of(resolver_address), "name servers, address:port; none: those of resolv.conf")
-    syslog: Syslog = setting(Syslog(), section(Syslog), "the log")
+    hostname: str = config_field(
+        "", parse_optional_hostname, "name in EHLO, Received and Message-Id; empty means this machine's"
+    )
+    max_message_size: int = config_field(
+        4194304, integer(0, 1 << 40), "octets of the finished message; 0 means no limit"
+    )
+    max_rcpts_per_message: int = config_field(4, integer(0, 1 << 20), "recipients; 0 means no limit")
+    max_workers: int = config_field(4, integer(1, 256), "deliveries of one request at a time")
+    resolver: tuple = config_field(
+        (), list_of(parse_resolver_address), "name servers, address:port; none: those of resolv.conf"
+    )
+    syslog: Syslog = config_field(Syslog(), nested(Syslog), "the log")
 
 
 @dataclass(frozen=True)
-class Queue:
-    path: str = setting("", text, "the file, relative to this one")
-    lifetime: int = setting(432000, number(1, 31536000), "seconds until a mail is given up")
-    retry_after: tuple = setting(
+class QueueSettings:
+    path: str = config_field("", parse_text, "the file, relative to this one")
+    lifetime: int = config_field(432000, integer(1, 31536000), "seconds until a mail is given up")
+    retry_after: tuple = config_field(
         (60, 300, 900, 1800, 3600, 7200, 14400),
-        list_of(number(0, 604800)),
+        list_of(integer(0, 604800)),
         "seconds between the attempts, each give or take a fifth; the last one again and again",
     )
-    min_free: int = setting(100 << 20, number(0, 1 << 50), "octets that must be free on its disk")
-    webhook: str = setting("", webhook_url, "URL to which the fate of each queued recipient is POSTed")
-    webhook_secret: Any = setting(
-        "", secret, 'signs it: "whsec_" and base64 of 24 to 64 octets; or {"file": path} or {"env": NAME}', secret=True
+    min_free: int = config_field(100 << 20, integer(0, 1 << 50), "octets that must be free on its disk")
+    webhook: str = config_field("", parse_webhook_url, "URL to which the fate of each queued recipient is POSTed")
+    webhook_secret: Any = config_field(
+        "",
+        parse_secret,
+        'signs it: "whsec_" and base64 of 24 to 64 octets; or {"file": path} or {"env": NAME}',
+        secret=True,
     )
     secret: bytes = field(default=b"", repr=False)  # the octets of webhook_secret once the settings are whole
 
@@ -849,20 +868,20 @@ LOOPBACK = Networks(("127.0.0.0/8", "::1"))
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Relayhosts:
-    open_relay: bool = setting(False, flag, "1: everybody may POST", key="open-relay")
-    relayhosts: Networks = setting(Networks(("127.0.0.1", "::1")), networks, "networks that may POST")
+    open_relay: bool = config_field(False, parse_boolean, "1: everybody may POST", key="open-relay")
+    relayhosts: Networks = config_field(Networks(("127.0.0.1", "::1")), parse_networks, "networks that may POST")
 
 
-def folded(address: bool) -> Callable:
+def casefolded_set(address: bool) -> Callable:
     """A parser of a list of domains, or of addresses; gives them in lower case, domains in ASCII."""
 
-    def parse(value: Any, where: str, faults: list) -> frozenset:
+    def parse(value: Any, json_path: str, errors: list) -> frozenset:
         found = set()
-        for item in list_of(text)(value, where, faults):
+        for item in list_of(parse_text)(value, json_path, errors):
             local, at, domain = item.rpartition("@")
             key = domain_key(domain)
             if not key or key[0] == "." or (bool(local), bool(at)) != (address, address):
-                faults.append(f'{where}: "{item}" is no {"address" if address else "domain"}')
+                errors.append(f'{json_path}: "{item}" is no {"address" if address else "domain"}')
             found.add(local.lower() + at + key)
         return frozenset(found)
 
@@ -871,38 +890,40 @@ def folded(address: bool) -> Callable:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Recipients:
-    open_relay: bool = setting(False, flag, "1: mail may go to every address", key="open-relay")
-    domainpart: frozenset = setting(frozenset(), folded(address=False), "domains that may be written to")
-    recipients: frozenset = setting(frozenset(), folded(address=True), "addresses that may be written to")
+    open_relay: bool = config_field(False, parse_boolean, "1: mail may go to every address", key="open-relay")
+    domainpart: frozenset = config_field(frozenset(), casefolded_set(address=False), "domains that may be written to")
+    recipients: frozenset = config_field(frozenset(), casefolded_set(address=True), "addresses that may be written to")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Login:
-    username: str = setting("", text, "name to log in with")
-    password: Any = setting("", secret, 'a string, {"file": path} or {"env": NAME}', secret=True)
-    token: Any = setting("", secret, "session token of temporary credentials of Amazon, like password", secret=True)
+class Credentials:
+    username: str = config_field("", parse_text, "name to log in with")
+    password: Any = config_field("", parse_secret, 'a string, {"file": path} or {"env": NAME}', secret=True)
+    token: Any = config_field(
+        "", parse_secret, "session token of temporary credentials of Amazon, like password", secret=True
+    )
 
 
 @dataclass(frozen=True, repr=False)
 class Route:
     """Where mail goes; `login` is (username, password) once the settings are whole. MX sets the last two."""
 
-    mailer: str = setting("ESMTP", mailer, "the relay, or a folder for File")
-    host: str = setting("127.0.0.1", host, "name or address of the next server; the folder, for File")
-    port: int = setting(0, number(1, 65535), "25, Haineko 2794; 465 means TLS from the first byte")
-    auth: str = setting("", text, "a name in authinfo")
-    starttls: bool = setting(False, flag, "1: STARTTLS or no delivery")
-    tls_verify: bool = setting(True, flag, "check the server's certificate and name")
-    ca_file: str = setting("", text, "PEM file of one more certificate authority")
-    private: bool = setting(False, flag, "MX: 1 allows hosts with loopback and private addresses")
-    timeout: int = setting(30, number(1, 3600), "seconds for each step of the dialogue")
-    retry: int = setting(0, number(0, 100), "more tries after a temporary failure while the client waits")
-    sleep: int = setting(5, number(0, 3600), "seconds between them")
-    disabled: bool = setting(False, flag, "1: as if this route were not there")
-    https: bool = setting(False, flag, "Haineko: 1 means TLS")
-    base_url: str = setting("", base_url, "relays by HTTP: where the API is, if not at its usual place")
-    region: str = setting("", region, "AmazonSES: the region")
-    login: tuple = field(default=(), repr=False)
+    mailer: str = config_field("ESMTP", parse_mailer, "the relay, or a folder for File")
+    host: str = config_field("127.0.0.1", parse_host, "name or address of the next server; the folder, for File")
+    port: int = config_field(0, integer(1, 65535), "25, Haineko 2794; 465 means TLS from the first byte")
+    auth: str = config_field("", parse_text, "a name in authinfo")
+    starttls: bool = config_field(False, parse_boolean, "1: STARTTLS or no delivery")
+    tls_verify: bool = config_field(True, parse_boolean, "check the server's certificate and name")
+    ca_file: str = config_field("", parse_text, "PEM file of one more certificate authority")
+    private: bool = config_field(False, parse_boolean, "MX: 1 allows hosts with loopback and private addresses")
+    timeout: int = config_field(30, integer(1, 3600), "seconds for each step of the dialogue")
+    retry: int = config_field(0, integer(0, 100), "more tries after a temporary failure while the client waits")
+    sleep: int = config_field(5, integer(0, 3600), "seconds between them")
+    disabled: bool = config_field(False, parse_boolean, "1: as if this route were not there")
+    https: bool = config_field(False, parse_boolean, "Haineko: 1 means TLS")
+    base_url: str = config_field("", parse_base_url, "relays by HTTP: where the API is, if not at its usual place")
+    region: str = config_field("", parse_region, "AmazonSES: the region")
+    credentials: tuple = field(default=(), repr=False)
     address: str = ""  # to connect to, where it is not to be looked up again
     tls_if_offered: bool = False  # STARTTLS where the server has it
     token: str = field(default="", repr=False)
@@ -920,8 +941,8 @@ class Route:
         return "File" if self.mailer.startswith("/") else self.mailer
 
     @property
-    def place(self) -> dict:
-        """Who gives its replies: what reply() takes, and a Reply has."""
+    def endpoint(self) -> dict:
+        """Who gives its replies: what make_reply() takes, and a Reply has."""
         return {"mailer": self.mailer, "host": self.host, "port": self.port}
 
     @property
@@ -950,7 +971,7 @@ def ascii_domain(name: str) -> str:
     """The domain in ASCII (IDNA 2003), or "" where it can't be or where IDNA 2008 means another domain."""
     if name.isascii():
         return name
-    if any(c in name for c in TWO_READINGS):
+    if any(c in name for c in IDNA_DEVIATIONS):
         return ""
     try:
         return name.encode("idna").decode()
@@ -958,53 +979,53 @@ def ascii_domain(name: str) -> str:
         return ""
 
 
-TWO_READINGS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 make different domains of them, RFC 5894 7.2
+IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 make different domains of them, RFC 5894 7.2
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Settings:
     """All of haineko.json, every value checked."""
 
-    httpd: Httpd = setting(Httpd(), section(Httpd))
-    smtpd: Smtpd = setting(Smtpd(), section(Smtpd))
-    relayhosts: Relayhosts = setting(Relayhosts(), section(Relayhosts))
-    recipients: Recipients | None = setting(None, section(Recipients))
-    mailertable: dict = setting({}, table_of(section(Route), domain_key))
-    sendermt: dict = setting({}, table_of(section(Route), domain_key))
-    authinfo: dict = setting({}, table_of(section(Login)))
-    password: Gate = setting(Gate({}), passwords)
-    queue: Queue | None = setting(None, section(Queue))
+    httpd: Httpd = config_field(Httpd(), nested(Httpd))
+    smtpd: Smtpd = config_field(Smtpd(), nested(Smtpd))
+    relayhosts: Relayhosts = config_field(Relayhosts(), nested(Relayhosts))
+    recipients: Recipients | None = config_field(None, nested(Recipients))
+    mailertable: dict = config_field({}, mapping_of(nested(Route), domain_key))
+    sendermt: dict = config_field({}, mapping_of(nested(Route), domain_key))
+    authinfo: dict = config_field({}, mapping_of(nested(Credentials)))
+    password: Authenticator = config_field(Authenticator({}), parse_passwords)
+    queue: QueueSettings | None = config_field(None, nested(QueueSettings))
     path: str | None = None
     files: tuple = ()  # (path, signature) of all that was read
-    chosen: dict = field(default_factory=dict, init=False)  # (domain, sender's): what choose() has found
+    route_cache: dict = field(default_factory=dict, init=False)  # (domain, sender's): what resolve_route() has found
 
     @property
     def hostname(self) -> str:
         return self.smtpd.hostname
 
 
-def load(path: str | None) -> tuple:
+def load_settings(path: str | None) -> tuple:
     """(Settings, faults) of a settings file; None gives the settings that harm nobody: all mail is printed."""
     if path is None:
         screen = {"default": Route(mailer="Screen")}
-        return settled(Settings(recipients=Recipients(open_relay=True), mailertable=screen), [])
-    faults: list = []
-    files = {path: signature(path)}
-    raw = read_file(path, faults)
+        return resolve_settings(Settings(recipients=Recipients(open_relay=True), mailertable=screen), [])
+    errors: list = []
+    files = {path: stat_key(path)}
+    raw = read_json_file(path, errors)
     for name, value in raw.items():
-        if isinstance(value, str) and name in keys(Settings):
+        if isinstance(value, str) and name in key_table(Settings):
             aside = os.path.join(os.path.dirname(path), value)
-            files[aside] = signature(aside)
-            raw[name] = read_file(aside, faults, name)
-    settings = read(Settings, raw, "", faults)
-    if faults:
-        return replace(settings, files=tuple(files.items())), faults
-    settings, faults = settled(replace(settings, path=path), faults)
-    files.update((name, signature(name)) for name in aside_files(settings))
-    return replace(settings, files=tuple(files.items())), faults
+            files[aside] = stat_key(aside)
+            raw[name] = read_json_file(aside, errors, name)
+    settings = from_dict(Settings, raw, "", errors)
+    if errors:
+        return replace(settings, files=tuple(files.items())), errors
+    settings, errors = resolve_settings(replace(settings, path=path), errors)
+    files.update((name, stat_key(name)) for name in referenced_files(settings))
+    return replace(settings, files=tuple(files.items())), errors
 
 
-def signature(path: str) -> tuple | None:
+def stat_key(path: str) -> tuple | None:
     """What changes when a file is written anew; None where there is none."""
     try:
         found = os.stat(path)
@@ -1013,24 +1034,24 @@ def signature(path: str) -> tuple | None:
     return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode, found.st_uid
 
 
-def read_file(path: str, faults: list, name: str = "") -> dict:
+def read_json_file(path: str, errors: list, name: str = "") -> dict:
     """The JSON object in a file, {} with a fault where there is none. `name`: the section, where it has only one."""
     try:
-        with opened(path) as stream:
+        with open_regular(path) as stream:
             everybody = os.fstat(stream.fileno()).st_mode & 0o004
-            raw = decode(stream.read())
-    except (OSError, ValueError) as fault:
-        faults.append(f"{path}: {getattr(fault, 'strerror', None) or fault}")
+            raw = parse_json(stream.read())
+    except (OSError, ValueError) as error:
+        errors.append(f"{path}: {getattr(error, 'strerror', None) or error}")
         return {}
     if not isinstance(raw, dict):
-        faults.append(f"{path}: an object is wanted, not {kind(raw)}")
+        errors.append(f"{path}: an object is wanted, not {json_type_name(raw)}")
         return {}
     if everybody and holds_secrets({name: raw} if name else raw):
-        faults.append(f"{path}: holds secrets and can be read by everybody; chmod 600 {path}")
+        errors.append(f"{path}: holds secrets and can be read by everybody; chmod 600 {path}")
     return raw
 
 
-def opened(path: str) -> Any:
+def open_regular(path: str) -> Any:
     """The file, open for reading; OSError for what is none: a FIFO would keep us waiting, a device has no end."""
     stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
@@ -1050,7 +1071,7 @@ def holds_secrets(raw: dict) -> bool:
     return written or bool(isinstance(hashes, dict) and hashes)
 
 
-def aside_files(settings: Settings) -> list:
+def referenced_files(settings: Settings) -> list:
     """Files that the settings name and that are read with them."""
     base = os.path.dirname(settings.path or "")
     routes = (*settings.mailertable.values(), *settings.sendermt.values())
@@ -1063,136 +1084,138 @@ def aside_files(settings: Settings) -> list:
     return [os.path.join(base, name) for name in named + ([tls.certificate, tls.key] if tls else [])]
 
 
-def settled(settings: Settings, faults: list) -> tuple:
+def resolve_settings(settings: Settings, errors: list) -> tuple:
     """(Settings, faults) with names, secrets and files looked up, so that a mail finds all of it ready."""
     base = os.path.dirname(settings.path or "")
-    logins = {name: _login(login, base, f"authinfo.{name}", faults) for name, login in settings.authinfo.items()}
+    logins = {name: _login(login, base, f"authinfo.{name}", errors) for name, login in settings.authinfo.items()}
     tables = {
         table: {
-            key: _route(route, logins, base, f"{table}.{key}", faults)
+            key: _route(route, logins, base, f"{table}.{key}", errors)
             for key, route in getattr(settings, table).items()
             if not route.disabled
         }
         for table in ("mailertable", "sendermt")
     }
-    name = settings.smtpd.hostname or machine_name()
+    name = settings.smtpd.hostname or local_hostname()
     if settings.httpd.tls:
         try:
             server_context(settings.httpd.tls, base)
-        except (OSError, ValueError) as fault:
-            faults.append(f"httpd.tls: {fault}")
+        except (OSError, ValueError) as error:
+            errors.append(f"httpd.tls: {error}")
     recipients = settings.recipients or Recipients(domainpart=frozenset([name.lower()]))
     smtpd = replace(settings.smtpd, hostname=name)
-    waiting = settings.queue and _queue(settings.queue, base, faults)
-    return replace(settings, smtpd=smtpd, recipients=recipients, queue=waiting, **tables), faults
+    waiting = settings.queue and _queue(settings.queue, base, errors)
+    return replace(settings, smtpd=smtpd, recipients=recipients, queue=waiting, **tables), errors
 
 
-def _login(login: Login, base: str, where: str, faults: list) -> tuple:
+def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple:
     """(username, password, token) with the secrets looked up."""
-    password = _secret(login.password, base, f"{where}.password", faults)
-    token = _secret(login.token, base, f"{where}.token", faults)
+    password = _secret(login.password, base, f"{json_path}.password", errors)
+    token = _secret(login.token, base, f"{json_path}.token", errors)
     if not (login.username + password + token).isascii():
-        faults.append(f"{where}: AUTH takes ASCII only")
+        errors.append(f"{json_path}: AUTH takes ASCII only")
     return login.username, password, token
 
 
-def _secret(source: Any, base: str, where: str, faults: list) -> str:
+def _secret(source: Any, base: str, json_path: str, errors: list) -> str:
     """The secret itself, from a file or the environment where it stands there."""
-    word = _secret_text(source, base, where, faults)
+    word = _secret_text(source, base, json_path, errors)
     if not word.isprintable():  # told without it
-        faults.append(f"{where}: has a line end, or another character that can't be printed")
+        errors.append(f"{json_path}: has a line end, or another character that can't be printed")
     return word
 
 
-def _secret_text(source: Any, base: str, where: str, faults: list) -> str:
+def _secret_text(source: Any, base: str, json_path: str, errors: list) -> str:
     try:
         if isinstance(source, str):
             return source
         if "env" in source:
             return os.environ[source["env"]].rstrip("\r\n")
-        with opened(os.path.join(base, source["file"])) as stream:
+        with open_regular(os.path.join(base, source["file"])) as stream:
             if os.fstat(stream.fileno()).st_mode & 0o004:
-                faults.append(f"{where}.file: can be read by everybody; chmod 600 {source['file']}")
+                errors.append(f"{json_path}.file: can be read by everybody; chmod 600 {source['file']}")
             return stream.read().decode().rstrip("\r\n")
-    except (OSError, ValueError) as fault:
-        faults.append(f"{where}.file: {source['file']}: {getattr(fault, 'strerror', None) or fault}")
+    except (OSError, ValueError) as error:
+        errors.append(f"{json_path}.file: {source['file']}: {getattr(error, 'strerror', None) or error}")
     except KeyError:
-        faults.append(f"{where}.env: no environment variable {source['env']}")
+        errors.append(f"{json_path}.env: no environment variable {source['env']}")
     return ""
 
 
-def _queue(policy: Queue, base: str, faults: list) -> Queue:
+def _queue(policy: QueueSettings, base: str, errors: list) -> QueueSettings:
     path = os.path.abspath(os.path.join(base, policy.path))
     folder = os.path.dirname(path)
     if not policy.path or os.path.isdir(path):
-        faults.append("queue.path: the name of a file is wanted")
+        errors.append("queue.path: the name of a file is wanted")
     elif not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
-        faults.append(f"queue.path: {folder} is no folder that can be written")
+        errors.append(f"queue.path: {folder} is no folder that can be written")
     if not policy.retry_after:
-        faults.append("queue.retry_after: one number at least is wanted")
-    word = _secret(policy.webhook_secret, base, "queue.webhook_secret", faults)
+        errors.append("queue.retry_after: one number at least is wanted")
+    word = _secret(policy.webhook_secret, base, "queue.webhook_secret", errors)
     try:
         octets = base64.b64decode(word[6:], validate=True) if word.startswith("whsec_") else b""
     except ValueError:
         octets = b""
     if (policy.webhook or word) and not 24 <= len(octets) <= 64:
-        faults.append('queue.webhook_secret: "whsec_" and base64 of 24 to 64 octets is wanted')
+        errors.append('queue.webhook_secret: "whsec_" and base64 of 24 to 64 octets is wanted')
     return replace(policy, path=path, secret=octets)
 
 
-def _route(route: Route, logins: dict, base: str, where: str, faults: list) -> Route:
+def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
     if route.auth and route.auth not in logins:
-        faults.append(f'{where}.auth: "{route.auth}" is not in authinfo{did_you_mean(route.auth, logins)}')
+        errors.append(f'{json_path}.auth: "{route.auth}" is not in authinfo{did_you_mean(route.auth, logins)}')
     if route.relay == "MX" and route.auth:
-        faults.append(f"{where}.auth: MX logs in nowhere")
+        errors.append(f"{json_path}.auth: MX logs in nowhere")
     if route.relay == "File" and not (os.path.isdir(route.folder) and os.access(route.folder, os.W_OK | os.X_OK)):
-        faults.append(f"{where}.mailer: {route.folder} is no folder that can be written")
+        errors.append(f"{json_path}.mailer: {route.folder} is no folder that can be written")
     ca_file = os.path.join(base, route.ca_file) if route.ca_file else ""
     try:
-        client_context(route.tls_verify, ca_file, signature(ca_file)) if ca_file else None
-    except OSError as fault:
-        faults.append(f"{where}.ca_file: {ca_file}: {fault.strerror or fault}")
+        client_context(route.tls_verify, ca_file, stat_key(ca_file)) if ca_file else None
+    except OSError as error:
+        errors.append(f"{json_path}.ca_file: {ca_file}: {error.strerror or error}")
     if route.relay != "File" and route.host.startswith("/"):
-        faults.append(f'{where}.host: "{route.host}" is no host name')
+        errors.append(f'{json_path}.host: "{route.host}" is no host name')
     *login, token = logins.get(route.auth, ("",))
-    route = replace(route, ca_file=ca_file, login=tuple(login), token=token)
-    return _web_route(route, where, faults) if route.relay in WEB_APIS else route
+    route = replace(route, ca_file=ca_file, credentials=tuple(login), token=token)
+    return _web_route(route, json_path, errors) if route.relay in WEB_APIS else route
 
 
-def _web_route(route: Route, where: str, faults: list) -> Route:
+def _web_route(route: Route, json_path: str, errors: list) -> Route:
     """The route of a relay by HTTP, with the host and port that it really goes to."""
     missing = [key for key in NEEDED.get(route.relay, ()) if not getattr(route, key)]
-    faults += [f"{where}.{key}: {route.relay} needs it" for key in missing]
-    if route.login and not (route.login[1] and (route.login[0] or route.relay in ("SendGrid", "Mandrill"))):
-        faults.append(f"{where}.auth: authinfo.{route.auth} needs a username and a password")
-    site = site_of(route.url)
+    errors += [f"{json_path}.{key}: {route.relay} needs it" for key in missing]
+    if route.credentials and not (
+        route.credentials[1] and (route.credentials[0] or route.relay in ("SendGrid", "Mandrill"))
+    ):
+        errors.append(f"{json_path}.auth: authinfo.{route.auth} needs a username and a password")
+    site = split_base_url(route.url)
     return replace(route, host=site.host, port=site.port)
 
 
-class Site(NamedTuple):
+class BaseURL(NamedTuple):
     """A base URL in parts."""
 
     tls: bool
     host: str
     port: int
     path: str  # that stands before every path of the API
-    name: str  # as the header Host wants it, RFC 9110 7.2
+    host_header: str  # as the header Host wants it, RFC 9110 7.2
 
 
 @functools.lru_cache(maxsize=1024)
-def site_of(url: str) -> Site:
+def split_base_url(url: str) -> BaseURL:
     parts = urllib.parse.urlsplit(url)
     host, usual = parts.hostname or "", 443 if parts.scheme == "https" else 80
     name, port = f"[{host}]" if ":" in host else host, parts.port or usual
-    return Site(parts.scheme == "https", host, port, parts.path, name if port == usual else f"{name}:{port}")
+    return BaseURL(parts.scheme == "https", host, port, parts.path, name if port == usual else f"{name}:{port}")
 
 
-def in_same_file(fresh: Settings, policy: Queue | None) -> Settings:
+def pin_queue_path(fresh: Settings, policy: QueueSettings | None) -> Settings:
     """Settings read anew with the queue in the file that it is in: another one takes effect at the next start."""
     return replace(fresh, queue=policy and replace(fresh.queue or policy, path=policy.path))
 
 
-def machine_name() -> str:
+def local_hostname() -> str:
     """This machine's name, "localhost" where that is no domain."""
     name = socket.gethostname()
     return name if DOMAIN.fullmatch(name) else "localhost"
@@ -1220,29 +1243,29 @@ def client_context(verify: bool, ca_file: str, _signature: tuple | None = None) 
     return context
 
 
-def shown(value: Any, masked: bool = False) -> Any:
+def redacted(value: Any, masked: bool = False) -> Any:
     """Settings as JSON values, each secret as ********."""
     if masked and value:
         return "********"
-    if isinstance(value, Gate):
+    if isinstance(value, Authenticator):
         return dict.fromkeys(value.hashes, "********")
     if isinstance(value, Networks):
         return list(value.texts)
     if isinstance(value, dict):
-        return {key: shown(item) for key, item in value.items()}
+        return {key: redacted(item) for key, item in value.items()}
     if isinstance(value, (tuple, frozenset)):
         return sorted(value) if isinstance(value, frozenset) else list(value)
     if hasattr(value, "__dataclass_fields__"):
         items = [item for item in fields(value) if "parse" in item.metadata]
         keyed = [(item, (item.metadata["keys"] or (item.name,))[0]) for item in items]
-        return {key: shown(getattr(value, item.name), item.metadata["secret"]) for item, key in keyed}
+        return {key: redacted(getattr(value, item.name), item.metadata["secret"]) for item, key in keyed}
     return value
 
 
-def example() -> dict:
+def example_settings() -> dict:
     """The settings of the example file: complete, valid, and three lines short of a smart host."""
     route = {"mailer": "ESMTP", "host": "smtp.example.org", "port": 587, "starttls": True, "auth": "relay"}
-    settings = shown(Settings(recipients=Recipients(open_relay=True), queue=Queue(path="haineko.db")))
+    settings = redacted(Settings(recipients=Recipients(open_relay=True), queue=QueueSettings(path="haineko.db")))
     settings["mailertable"] = {
         "default": route,
         "example.com": {"mailer": "Discard", "disabled": True},
@@ -1260,30 +1283,30 @@ def example() -> dict:
 # ======================================================================================================================
 
 
-class Reader:
+class LogSink:
     """Who reads the log, and may be slow or gone: waited for, a second of each minute, until lines are lost."""
 
-    PATIENCE = 1.0  # seconds of a minute
+    WAIT_BUDGET = 1.0  # seconds of a minute
 
     def __init__(self) -> None:
         self.lost = 0  # lines, since it stopped reading
-        self.patience, self.waited = self.PATIENCE, 0.0  # what is left of it; monotonic time when that was so
+        self.budget, self.waited = self.WAIT_BUDGET, 0.0  # what is left of it; monotonic time when that was so
 
-    def takes(self, room: Any) -> bool:
+    def wait_writable(self, room: Any) -> bool:
         """True where `room`, a poll object, says that a line can be written."""
         if room.poll(0):
             return True
         if self.lost:
             return False
         now = time.monotonic()
-        patience = min(self.patience + (now - self.waited) * self.PATIENCE / 60, self.PATIENCE)
+        patience = min(self.budget + (now - self.waited) * self.WAIT_BUDGET / 60, self.WAIT_BUDGET)
         found = room.poll(patience * 1000)
         self.waited = time.monotonic()
-        self.patience = max(patience - (self.waited - now), 0)
+        self.budget = max(patience - (self.waited - now), 0)
         return bool(found)
 
     @property
-    def note(self) -> str:
+    def lost_note(self) -> str:
         return f"{self.lost} lines were lost, since nobody read them"
 
 
@@ -1297,11 +1320,11 @@ class Log:
         self.devel = False
         self.priority: int | None = None  # of lines for syslog; None: they go to stderr
         self.syslog: socket.socket | None = None
-        self.held: list | None = None  # texts that wait for flush()
+        self.buffer: list | None = None  # texts that wait for flush()
         self.stderr = 2  # a file descriptor
-        self.room = select.poll()
-        self.room.register(2, select.POLLOUT)
-        self.reader, self.daemon = Reader(), Reader()  # of stderr, and of syslog
+        self.poller = select.poll()
+        self.poller.register(2, select.POLLOUT)
+        self.stderr_sink, self.syslog_sink = LogSink(), LogSink()  # of stderr, and of syslog
 
     def open(self, settings: Syslog) -> None:
         """From now on lines go where the settings say."""
@@ -1323,27 +1346,27 @@ class Log:
 
     def _add(self, text: str) -> None:
         """Now or later: where lines are held, one thread writes them all."""
-        if self.held is None:
-            self.raw(text.encode("utf-8", "backslashreplace"))
+        if self.buffer is None:
+            self.write_bytes(text.encode("utf-8", "backslashreplace"))
         else:
-            self.held.append(text)
+            self.buffer.append(text)
 
-    def hold(self) -> None:
+    def start_buffering(self) -> None:
         """From now on lines wait for flush(). A process that is killed loses those of its turn, of which no client has
         an answer yet."""
-        self.held = []
+        self.buffer = []
         with contextlib.suppress(OSError):  # a pipe of one's own: of others', another process may have taken the room
             if stat.S_ISFIFO(os.fstat(2).st_mode):
                 self.stderr = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-                self.room.register(self.stderr, select.POLLOUT)
-                self.room.unregister(2)
+                self.poller.register(self.stderr, select.POLLOUT)
+                self.poller.unregister(2)
 
     def flush(self) -> None:
         """Writes the lines that wait."""
-        if self.held:
-            texts = self.held[:]
-            del self.held[: len(texts)]  # a thread may have added to them meanwhile
-            self.raw("".join(texts).encode("utf-8", "backslashreplace"))
+        if self.buffer:
+            texts = self.buffer[:]
+            del self.buffer[: len(texts)]  # a thread may have added to them meanwhile
+            self.write_bytes("".join(texts).encode("utf-8", "backslashreplace"))
 
     def _to_syslog(self, line: str) -> None:
         """A line for syslog (RFC 3164), whose daemon may not be there, be another one, or no longer read; the function
@@ -1354,11 +1377,11 @@ class Log:
                 self.syslog = self.syslog or self._syslog_socket()
                 room = select.poll()
                 room.register(self.syslog, select.POLLOUT)
-                if not self.daemon.takes(room):
+                if not self.syslog_sink.wait_writable(room):
                     break
-                for text in (self.daemon.note, line) if self.daemon.lost else (line,):
+                for text in (self.syslog_sink.lost_note, line) if self.syslog_sink.lost else (line,):
                     self.syslog.send((head + text).encode("utf-8", "backslashreplace"))
-                self.daemon.lost = 0
+                self.syslog_sink.lost = 0
                 return
             except BlockingIOError:  # another process was quicker
                 break
@@ -1366,7 +1389,7 @@ class Log:
                 if self.syslog:
                     self.syslog.close()
                 self.syslog = None
-        self.daemon.lost += 1
+        self.syslog_sink.lost += 1
 
     def _syslog_socket(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -1379,17 +1402,17 @@ class Log:
             raise
         return sock
 
-    def raw(self, octets: bytes) -> bool:
+    def write_bytes(self, octets: bytes) -> bool:
         """Octets for stderr; False where it is gone, full, or a pipe that nobody reads, which must not cost a mail."""
-        start, reader = 0, self.reader
+        start, reader = 0, self.stderr_sink
         try:
             while start < len(octets):
-                if not reader.takes(self.room):
+                if not reader.wait_writable(self.poller):
                     reader.lost += octets.count(b"\n", start)
                     return False
                 with contextlib.suppress(BlockingIOError):  # another process was quicker
                     if reader.lost:
-                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {reader.note}\n".encode())
+                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {reader.lost_note}\n".encode())
                         reader.lost = 0
                         continue  # there may have been room for this only
                     end = octets.rfind(b"\n", start, start + select.PIPE_BUF) + 1  # so much never blocks
@@ -1400,7 +1423,7 @@ class Log:
 
     def dialogue(self, who: str, direction: str, line: str) -> None:
         if self.devel:
-            self._add(f"{who} {direction} {printable(line, 1000)}\n")
+            self._add(f"{who} {direction} {sanitize(line, 1000)}\n")
 
 
 @functools.lru_cache(maxsize=2)
@@ -1411,22 +1434,22 @@ def timestamp(second: int) -> str:
 log = Log()
 
 
-def log_bug(queueid: str | None) -> None:
+def log_exception(queueid: str | None) -> None:
     """The traceback of a fault of our own, a line each."""
     import traceback
 
-    log.lines(*[f"{queueid or '-'}: {printable(line, 500)}" for line in traceback.format_exc().splitlines()])
+    log.lines(*[f"{queueid or '-'}: {sanitize(line, 500)}" for line in traceback.format_exc().splitlines()])
 
 
-def pairs(**values: Any) -> str:
+def log_pairs(**values: Any) -> str:
     """key=value for a log line; values with spaces or quotes in quotes, unprintables as "?", None left out."""
-    return " ".join([f"{key}={_value(value)}" for key, value in values.items() if value is not None])
+    return " ".join([f"{key}={log_value(value)}" for key, value in values.items() if value is not None])
 
 
-def _value(value: Any, limit: int = 500) -> str:
+def log_value(value: Any, limit: int = 500) -> str:
     value = str(value)
     if len(value) > limit or not value.isprintable():
-        value = printable(value, limit)
+        value = sanitize(value, limit)
     if value and " " not in value and '"' not in value:
         return value
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
@@ -1447,30 +1470,30 @@ class Request:
     path: str
     headers: dict  # by name in lower case
     body: Any  # bytes, or a bytearray
-    client: Client | None  # None where nothing was read
-    peer: Client | None  # of the connection: the client's or a proxy's
+    client: IPAddress | None  # None where nothing was read
+    peer: IPAddress | None  # of the connection: the client's or a proxy's
     port: int | None  # of the client
     now: float  # seconds since the epoch
     settings: Settings | None = None  # in force when it began
 
 
-class Address(NamedTuple):
+class Mailbox(NamedTuple):
     """One mailbox: as the client wrote it, its local part, and its domain in ASCII."""
 
-    given: str
+    as_written: str
     local: str
     domain: str
-    wire: str  # local part and domain
+    addr_spec: str  # local part and domain
     key: tuple  # the same for two addresses that are the same: domains compare without case (RFC 5321 2.4)
 
 
-def address(text: str) -> Address | None:
+def parse_address(text: str) -> Mailbox | None:
     """The mailbox (RFC 5321 4.1.2, no display name, no brackets), or None. The local part may be other than ASCII."""
-    return _address(text) if len(text) <= MAX_PATH else None
+    return _parse_address(text) if len(text) <= MAX_PATH else None
 
 
 @functools.lru_cache(maxsize=4096)  # of nothing long: what was asked is kept
-def _address(text: str) -> Address | None:
+def _parse_address(text: str) -> Mailbox | None:
     found = MAILBOX.fullmatch(text)
     if not found:
         return None
@@ -1479,10 +1502,10 @@ def _address(text: str) -> Address | None:
     local, domain = found.groups()
     if not domain.isascii():
         domain = ascii_domain(domain)
-    found = Address(text, local, domain, f"{local}@{domain}", (local, domain.lower()))
-    if len(found.wire.encode()) > MAX_PATH:
+    found = Mailbox(text, local, domain, f"{local}@{domain}", (local, domain.lower()))
+    if len(found.addr_spec.encode()) > MAX_PATH:
         return None
-    return found if DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_literal(domain)) else None
+    return found if DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_address_literal(domain)) else None
 
 
 MAX_PATH = 254  # octets, RFC 5321 4.5.3.1.3 less the brackets
@@ -1493,19 +1516,19 @@ MAILBOX = re.compile(  # what of it is other than ASCII has to be printable too
 )
 
 
-NULL_SENDER = Address("", "", "", "", ("", ""))  # of bounces, RFC 5321 4.5.5
+NULL_SENDER = Mailbox("", "", "", "", ("", ""))  # of bounces, RFC 5321 4.5.5
 
 
-def doubts(text: str) -> tuple:
+def idna_hint(text: str) -> tuple:
     """A line on the character for which a domain is refused, () where there is none."""
-    found = re.search(f"@[^@ ,>]*([{TWO_READINGS}])", text)
+    found = re.search(f"@[^@ ,>]*([{IDNA_DEVIATIONS}])", text)
     if not found:
         return ()
     return (f"U+{ord(found[1]):04X} has two readings in a domain (IDNA 2003 and 2008); write the domain as xn--...",)
 
 
 @functools.lru_cache(maxsize=1024)
-def is_literal(text: str) -> bool:
+def is_address_literal(text: str) -> bool:
     """True for an address literal of RFC 5321 4.1.3: [192.0.2.1] or [IPv6:2001:db8::1]."""
     inner = text[1:-1]
     if "%" in inner:  # ipaddress takes anything behind it for a zone, CR and LF too
@@ -1518,48 +1541,50 @@ def is_literal(text: str) -> bool:
         return False
 
 
-def one_line(value: Any, where: str, faults: list) -> str:
+def parse_header_text(value: Any, json_path: str, errors: list) -> str:
     """A string for a header: neither CR, LF nor NUL, no lone surrogate."""
-    value = prose(value, where, faults)
+    value = parse_unicode_text(value, json_path, errors)
     if not value.isprintable() and ("\r" in value or "\n" in value or "\0" in value):
-        faults.append(f"{where}: has a CR, LF or NUL")
+        errors.append(f"{json_path}: has a CR, LF or NUL")
     return value
 
 
-def prose(value: Any, where: str, faults: list) -> str:
+def parse_unicode_text(value: Any, json_path: str, errors: list) -> str:
     """A string of Unicode characters, whatever they are."""
     if type(value) is not str:
-        faults.append(f"{where}: a string is wanted, not {kind(value)}")
+        errors.append(f"{json_path}: a string is wanted, not {json_type_name(value)}")
         return ""
     if value.isascii():
         return value
     try:
         value.encode("utf-16")  # finds them, and is quicker than UTF-8
-    except UnicodeEncodeError as fault:
-        faults.append(f"{where}: has half a surrogate pair at character {fault.start}")
+    except UnicodeEncodeError as error:
+        errors.append(f"{json_path}: has half a surrogate pair at character {error.start}")
     return value
 
 
-def mailboxes(value: Any, where: str, faults: list) -> tuple:
+def parse_mailbox_field(value: Any, json_path: str, errors: list) -> tuple:
     """((display name, Address), ...) of a header like From."""
-    value = one_line(value, where, faults)
+    value = parse_header_text(value, json_path, errors)
     found = parse_mailboxes(value) if len(value) <= MAX_MAILBOXES else ()
     if value and not found:
-        faults.append("; ".join([f'{where}: "name <address>" is wanted, not "{printable(value, 80)}"', *doubts(value)]))
+        errors.append(
+            "; ".join([f'{json_path}: "name <address>" is wanted, not "{sanitize(value, 80)}"', *idna_hint(value)])
+        )
     return found
 
 
 MAX_MAILBOXES = 32768  # characters of one field
 
 
-def mailbox_list(value: Any, where: str, faults: list) -> tuple:
+def parse_mailbox_list(value: Any, json_path: str, errors: list) -> tuple:
     """The same of a list of such strings, or of one."""
-    return tuple(itertools.chain.from_iterable(list_of(mailboxes)(value, where, faults)))
+    return tuple(itertools.chain.from_iterable(list_of(parse_mailbox_field)(value, json_path, errors)))
 
 
 def parse_mailboxes(text: str) -> tuple:
     """((display name, Address), ...); () where one of them is none. RFC 5322 3.4; email.utils reads the quoting."""
-    return (_parse_mailboxes if len(text) <= REMEMBERED else _parse_mailboxes.__wrapped__)(text)
+    return (_parse_mailboxes if len(text) <= CACHE_MAX_CHARS else _parse_mailboxes.__wrapped__)(text)
 
 
 @functools.lru_cache(maxsize=512)
@@ -1568,41 +1593,47 @@ def _parse_mailboxes(text: str) -> tuple:
     if simple and "@" in simple[1] and re.search("[,;]", simple[1]):  # another mailbox, and no name
         simple = None
     try:
-        named = [simple.groups()] if simple else [("", text.strip())] if address(text.strip()) else getaddresses([text])
+        named = (
+            [simple.groups()]
+            if simple
+            else [("", text.strip())]
+            if parse_address(text.strip())
+            else getaddresses([text])
+        )
     except RecursionError:  # comments in comments in comments
         return ()
-    found = tuple((name.strip(), address(spec)) for name, spec in named)
+    found = tuple((name.strip(), parse_address(spec)) for name, spec in named)
     return found if all(item for _, item in found) else ()
 
 
-def passed(value: Any, where: str, faults: list) -> tuple:
+def parse_loop_names(value: Any, json_path: str, errors: list) -> tuple:
     """Names that a mail has passed: a list, or one string with commas."""
-    names = ",".join(list_of(one_line)(value, where, faults)).split(",")
+    names = ",".join(list_of(parse_header_text)(value, json_path, errors)).split(",")
     names = tuple(name.strip() for name in names if name.strip())
     for name in names:
-        if not DOMAIN.fullmatch(name) and len(faults) < ENOUGH:
-            faults.append(f'{where}: "{printable(name, 80)}" is no name of a Haineko')
+        if not DOMAIN.fullmatch(name) and len(errors) < MAX_ERRORS:
+            errors.append(f'{json_path}: "{sanitize(name, 80)}" is no name of a Haineko')
     return names
 
 
-def charset(value: Any, where: str, faults: list) -> str:
+def parse_charset(value: Any, json_path: str, errors: list) -> str:
     """The name of a charset as mail readers know it (IANA's)."""
-    value = one_line(value, where, faults)
-    name = charset_name(value)
+    value = parse_header_text(value, json_path, errors)
+    name = iana_charset(value)
     if not name:
-        faults.append(f'{where}: "{printable(value, 80)}" is no charset for mail that is known here')
+        errors.append(f'{json_path}: "{sanitize(value, 80)}" is no charset for mail that is known here')
     return name or "UTF-8"
 
 
-def charset_name(name: str) -> str:
+def iana_charset(name: str) -> str:
     """IANA's spelling of a charset's name, "" for none that Python knows or that text in mail can have."""
-    return _charset_name(name) if re.fullmatch(r"[A-Za-z0-9_.:()+-]{1,40}", name) else ""
+    return _iana_charset(name) if re.fullmatch(r"[A-Za-z0-9_.:()+-]{1,40}", name) else ""
 
 
 @functools.lru_cache(maxsize=64)
-def _charset_name(name: str) -> str:
+def _iana_charset(name: str) -> str:
     try:
-        codec = codecs.lookup(codec_of(name)).name
+        codec = codecs.lookup(codec_name(name)).name
         as_ascii = "Az0 =?<@>\\~\r\n".encode(codec) == b"Az0 =?<@>\\~\r\n"
     except (LookupError, ValueError, TypeError):
         return ""
@@ -1614,7 +1645,7 @@ def _charset_name(name: str) -> str:
     return codec.replace("_", "-")
 
 
-def codec_of(charset: str) -> str:
+def codec_name(charset: str) -> str:
     """Python's name of a charset of mail; it does not know all of IANA's."""
     known = {name.lower(): codec for codec, name in IANA_NAMES.items()}
     return known.get(charset.lower()) or re.sub("^windows-", "cp", charset.lower())
@@ -1638,36 +1669,36 @@ IANA_NAMES = {
 }
 
 
-def message_id(value: Any, where: str, faults: list) -> str:
+def parse_message_id(value: Any, json_path: str, errors: list) -> str:
     """One message id, RFC 5322 3.6.4."""
-    value = one_line(value, where, faults)
+    value = parse_header_text(value, json_path, errors)
     if value and not MESSAGE_ID.fullmatch(value):
-        faults.append(f'{where}: "<left@right>" is wanted, not "{printable(value, 80)}"')
+        errors.append(f'{json_path}: "<left@right>" is wanted, not "{sanitize(value, 80)}"')
     return value
 
 
-def message_ids(value: Any, where: str, faults: list) -> str:
+def parse_message_ids(value: Any, json_path: str, errors: list) -> str:
     """Message ids with white space between, or a list of them."""
     return " ".join(
-        message_id(item, where, faults)
-        for text in list_of(one_line)(value, where, faults)
+        parse_message_id(item, json_path, errors)
+        for text in list_of(parse_header_text)(value, json_path, errors)
         for item in text.split()
-        if len(faults) < ENOUGH
+        if len(errors) < MAX_ERRORS
     )
 
 
 MESSAGE_ID = re.compile(r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>")
 
 
-def date(value: Any, where: str, faults: list) -> str:
+def parse_date(value: Any, json_path: str, errors: list) -> str:
     """A date of RFC 5322 3.3."""
-    value = one_line(value, where, faults)
+    value = parse_header_text(value, json_path, errors)
     try:
         good = not value or (DATE.fullmatch(value) and parsedate_to_datetime(value))
     except (ValueError, TypeError):  # the 31st of February
         good = False
     if not good:
-        faults.append(f'{where}: a date like "{formatdate(0)}" is wanted, not "{printable(value, 80)}"')
+        errors.append(f'{json_path}: a date like "{formatdate(0)}" is wanted, not "{sanitize(value, 80)}"')
     return value
 
 
@@ -1677,11 +1708,13 @@ DATE = re.compile(
 )
 
 
-def ascii_words(value: Any, where: str, faults: list) -> str:
+def parse_ascii_text(value: Any, json_path: str, errors: list) -> str:
     """Printable ASCII with single spaces, for fields in which nothing can be encoded."""
-    value = one_line(value, where, faults)
+    value = parse_header_text(value, json_path, errors)
     if value and not PLAIN.fullmatch(value):
-        faults.append(f'{where}: printable ASCII is wanted, in words of 900 characters, not "{printable(value, 80)}"')
+        errors.append(
+            f'{json_path}: printable ASCII is wanted, in words of 900 characters, not "{sanitize(value, 80)}"'
+        )
     return value
 
 
@@ -1691,10 +1724,10 @@ PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable A
 def one_of(*words: str) -> Callable:
     """A parser of one of these words."""
 
-    def parse(value: Any, where: str, faults: list) -> str:
-        value = one_line(value, where, faults)
+    def parse(value: Any, json_path: str, errors: list) -> str:
+        value = parse_header_text(value, json_path, errors)
         if value and value.lower() not in words:
-            faults.append(f'{where}: one of {", ".join(words)} is wanted, not "{printable(value, 80)}"')
+            errors.append(f'{json_path}: one of {", ".join(words)} is wanted, not "{sanitize(value, 80)}"')
         return value
 
     return parse
@@ -1702,53 +1735,55 @@ def one_of(*words: str) -> Callable:
 
 # Fields that are handed on, beside those of Header and X-anything. What one_line reads is text and may be encoded
 # (RFC 2047), what mailboxes reads is a field of addresses, all others go as they are.
-FIELDS = {
-    "Message-Id": message_id,
-    "In-Reply-To": message_ids,
-    "References": message_ids,
-    "Date": date,
-    "Auto-Submitted": ascii_words,  # RFC 3834
-    "Precedence": ascii_words,
+EXTRA_FIELDS = {
+    "Message-Id": parse_message_id,
+    "In-Reply-To": parse_message_ids,
+    "References": parse_message_ids,
+    "Date": parse_date,
+    "Auto-Submitted": parse_ascii_text,  # RFC 3834
+    "Precedence": parse_ascii_text,
     "Importance": one_of("high", "normal", "low"),  # RFC 4021 2.1.44
     "Priority": one_of("urgent", "normal", "non-urgent"),
     "Sensitivity": one_of("personal", "private", "company-confidential"),
-    "List-Id": one_line,  # RFC 2919
-    "List-Archive": ascii_words,  # RFC 2369
-    "List-Help": ascii_words,
-    "List-Owner": ascii_words,
-    "List-Post": ascii_words,
-    "List-Subscribe": ascii_words,
-    "List-Unsubscribe": ascii_words,
-    "List-Unsubscribe-Post": ascii_words,  # RFC 8058
-    "Organization": one_line,
-    "Comments": one_line,
-    "Keywords": one_line,
-    "Feedback-Id": ascii_words,
-    "Disposition-Notification-To": mailboxes,  # RFC 8098
+    "List-Id": parse_header_text,  # RFC 2919
+    "List-Archive": parse_ascii_text,  # RFC 2369
+    "List-Help": parse_ascii_text,
+    "List-Owner": parse_ascii_text,
+    "List-Post": parse_ascii_text,
+    "List-Subscribe": parse_ascii_text,
+    "List-Unsubscribe": parse_ascii_text,
+    "List-Unsubscribe-Post": parse_ascii_text,  # RFC 8058
+    "Organization": parse_header_text,
+    "Comments": parse_header_text,
+    "Keywords": parse_header_text,
+    "Feedback-Id": parse_ascii_text,
+    "Disposition-Notification-To": parse_mailbox_field,  # RFC 8098
 }
-OURS = re.compile(r"received|sender|returnpath|dkimsignature|mime.*|content.*")  # fields that Haineko itself makes
+RESERVED_FIELDS = re.compile(
+    r"received|sender|returnpath|dkimsignature|mime.*|content.*"
+)  # fields that Haineko itself makes
 X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
 
 
-def spelled(key: str) -> str:
+def normalize_key(key: str) -> str:
     """A key of a header in the one spelling of all that mean the same: replyto for Reply-To, reply_to and replyTo."""
     return key.lower().replace("-", "").replace("_", "")
 
 
-SPELLINGS = {spelled(name): name for name in FIELDS}
+FIELD_BY_KEY = {normalize_key(name): name for name in EXTRA_FIELDS}
 
 
 @dataclass(repr=False, eq=False)  # made for each mail, and a frozen one takes four times as long
 class Header:
-    from_: tuple = setting((), mailboxes, "From; absent: the envelope sender", key="from")
-    subject: str = setting("", one_line, "required")
-    replyto: tuple = setting((), mailboxes, "Reply-To", key="replyto|reply-to")
-    charset: str = setting("UTF-8", charset, "of headers and body")
-    loop: tuple = setting((), passed, "names of the Hainekos it has passed", key="x-haineko-loop")
-    to: tuple = setting((), mailbox_list, "To; with it all recipients get the same message")
-    cc: tuple = setting((), mailbox_list, "Cc; the same")
-    bcc: tuple = setting((), mailbox_list, "more recipients, in no header")
-    others: tuple = ()  # ((name, value, parser), ...) of further fields
+    from_: tuple = config_field((), parse_mailbox_field, "From; absent: the envelope sender", key="from")
+    subject: str = config_field("", parse_header_text, "required")
+    replyto: tuple = config_field((), parse_mailbox_field, "Reply-To", key="replyto|reply-to")
+    charset: str = config_field("UTF-8", parse_charset, "of headers and body")
+    loop: tuple = config_field((), parse_loop_names, "names of the Hainekos it has passed", key="x-haineko-loop")
+    to: tuple = config_field((), parse_mailbox_list, "To; with it all recipients get the same message")
+    cc: tuple = config_field((), parse_mailbox_list, "Cc; the same")
+    bcc: tuple = config_field((), parse_mailbox_list, "more recipients, in no header")
+    extra_fields: tuple = ()  # ((name, value, parser), ...) of further fields
 
     @property
     def shared(self) -> bool:
@@ -1756,51 +1791,53 @@ class Header:
         return bool(self.to or self.cc)
 
 
-def header(value: Any, where: str, faults: list) -> Header:
+def parse_header(value: Any, json_path: str, errors: list) -> Header:
     """A Header whose keys may be spelled in any way, with the further fields in `others`."""
-    own = keys(Header)
+    own = key_table(Header)
     if not isinstance(value, dict) or value.keys() <= own.keys():  # as most programs spell it
-        return read(Header, value, where, faults)
-    rows = {spelled(key): row for key, row in own.items()}
+        return from_dict(Header, value, json_path, errors)
+    rows = {normalize_key(key): row for key, row in own.items()}
     values, others, seen = {}, [], {}
-    twice = getattr(value, "keys_twice", ())[:ENOUGH]
-    faults.extend(f"{where}.{printable(key)}: stands more than once" for key in twice)
+    twice = getattr(value, "duplicate_keys", ())[:MAX_ERRORS]
+    errors.extend(f"{json_path}.{sanitize(key)}: stands more than once" for key in twice)
     for key, item in value.items():
-        if len(faults) >= ENOUGH:
+        if len(errors) >= MAX_ERRORS:
             break
-        name, place = spelled(key), f"{where}.{printable(key)}"
+        name, place = normalize_key(key), f"{json_path}.{sanitize(key)}"
         if seen.setdefault(name, key) != key:
-            faults.append(f"{place}: says again what {printable(seen[name])} says already")
+            errors.append(f"{place}: says again what {sanitize(seen[name])} says already")
         elif name in rows:
             attribute, parse = rows[name]
-            values.update({} if item is None else {attribute: parse(item, place, faults)})
+            values.update({} if item is None else {attribute: parse(item, place, errors)})
         else:
-            others += further(key, item, place, faults)
-    return Header(**values, others=tuple(others))
+            others += extra_field(key, item, place, errors)
+    return Header(**values, extra_fields=tuple(others))
 
 
-def further(key: str, value: Any, where: str, faults: list) -> list:
+def extra_field(key: str, value: Any, json_path: str, errors: list) -> list:
     """[(name, value, parser), ...] of a field that is no row of Header; [] with a fault where it can't be."""
-    name = SPELLINGS.get(spelled(key))
+    name = FIELD_BY_KEY.get(normalize_key(key))
     if name and value is not None:
-        return [(name, item, FIELDS[name]) for item in (FIELDS[name](value, where, faults),) if item]
+        return [(name, item, EXTRA_FIELDS[name]) for item in (EXTRA_FIELDS[name](value, json_path, errors),) if item]
     if X_FIELD.fullmatch(key) and value is not None:
         name = "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
-        return [(name, item, one_line) for item in list_of(one_line)(value, where, faults) if item]
+        return [
+            (name, item, parse_header_text) for item in list_of(parse_header_text)(value, json_path, errors) if item
+        ]
     if name or X_FIELD.fullmatch(key):
         return []
-    if OURS.fullmatch(spelled(key)):
-        faults.append(f"{where}: this field is made by Haineko itself")
+    if RESERVED_FIELDS.fullmatch(normalize_key(key)):
+        errors.append(f"{json_path}: this field is made by Haineko itself")
     else:
-        words = [*keys(Header), *map(str.lower, FIELDS)]
-        faults.append(f"{where}: unknown key{did_you_mean(key, words) if len(faults) < MAX_HINTS else ''}")
+        words = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)]
+        errors.append(f"{json_path}: unknown key{did_you_mean(key, words) if len(errors) < MAX_HINTS else ''}")
     return []
 
 
-def base64_octets(value: Any, where: str, faults: list) -> bytes:
+def parse_base64(value: Any, json_path: str, errors: list) -> bytes:
     """The octets that a string of base64 (RFC 4648 4) stands for; white space in it means nothing."""
     if type(value) is not str:
-        faults.append(f"{where}: a string is wanted, not {kind(value)}")
+        errors.append(f"{json_path}: a string is wanted, not {json_type_name(value)}")
         return b""
     for text in (value, "".join(value.split())) if "\n" in value or " " in value else (value,):
         try:
@@ -1809,37 +1846,39 @@ def base64_octets(value: Any, where: str, faults: list) -> bytes:
             continue
         if len(octets) == len(text) // 4 * 3 - text[-2:].count("=") and len(text) % 4 == 0:  # a2b leaves out the rest
             return octets
-    faults.append(f"{where}: is not base64")
+    errors.append(f"{json_path}: is not base64")
     return b""
 
 
-def file_name(value: Any, where: str, faults: list) -> str:
+def parse_file_name(value: Any, json_path: str, errors: list) -> str:
     """A name for the reader's disk: no path, nothing that doesn't show."""
-    value = prose(value, where, faults).strip()
-    if UNSEEN.search(value):
-        faults.append(f"{where}: has a control character")
+    value = parse_unicode_text(value, json_path, errors).strip()
+    if CONTROL_OR_BIDI.search(value):
+        errors.append(f"{json_path}: has a control character")
     elif "/" in value or "\\" in value or value in (".", ".."):
-        faults.append(f'{where}: a name without a path is wanted, not "{printable(value, 80)}"')
+        errors.append(f'{json_path}: a name without a path is wanted, not "{sanitize(value, 80)}"')
     elif len(value) > MAX_FILE_NAME:
-        faults.append(f"{where}: is longer than {MAX_FILE_NAME} characters")
+        errors.append(f"{json_path}: is longer than {MAX_FILE_NAME} characters")
     return value
 
 
-UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # the last ones turn fdp.exe into exe.pdf
+CONTROL_OR_BIDI = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
+)  # the last ones turn fdp.exe into exe.pdf
 MAX_FILE_NAME = 255
 
 
-def media_type(value: Any, where: str, faults: list) -> str:
+def parse_media_type(value: Any, json_path: str, errors: list) -> str:
     """A media type with its parameters (RFC 2045 5.1), in the form in which it goes out."""
-    value = one_line(value, where, faults)
+    value = parse_header_text(value, json_path, errors)
     found = MEDIA_TYPE.fullmatch(value) if len(value) <= MAX_MEDIA_TYPE else None
     if value and not found:
-        faults.append(f'{where}: a media type like "application/pdf" is wanted, not "{printable(value, 80)}"')
+        errors.append(f'{json_path}: a media type like "application/pdf" is wanted, not "{sanitize(value, 80)}"')
     if not found:
         return ""
     name, parameters = found[1].lower(), MEDIA_PARAMETER.findall(found[2])
     if name.startswith(("multipart/", "message/")) and name != "message/rfc822":
-        faults.append(f"{where}: {name} can't be attached; application/octet-stream can")
+        errors.append(f"{json_path}: {name} can't be attached; application/octet-stream can")
     return name + "".join(f";\r\n {key}={word}" for key, word in parameters if key.lower().rstrip("*") != "name")
 
 
@@ -1849,13 +1888,13 @@ MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern
 MAX_MEDIA_TYPE = 255
 
 
-def content_id(value: Any, where: str, faults: list) -> str:
+def parse_content_id(value: Any, json_path: str, errors: list) -> str:
     """What a link "cid:..." in the HTML says (RFC 2392), without brackets."""
-    value = one_line(value, where, faults)
+    value = parse_header_text(value, json_path, errors)
     if value.startswith("<") and value.endswith(">"):
         value = value[1:-1]
     if value and not CONTENT_ID.fullmatch(value):
-        faults.append(f'{where}: letters, digits and @._+- are wanted, not "{printable(value, 80)}"')
+        errors.append(f'{json_path}: letters, digits and @._+- are wanted, not "{sanitize(value, 80)}"')
     return value
 
 
@@ -1864,30 +1903,30 @@ CONTENT_ID = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}")
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Attachment:
-    filename: str = setting("", file_name, "its name; absent: none")
-    type: str = setting("", media_type, "media type; absent: guessed from the name")
-    content: bytes | None = setting(None, base64_octets, "base64; required")
-    cid: str = setting("", content_id, 'shown in the HTML where that says "cid:..."')
-    inline: bool = setting(False, flag, "shown with the text, not offered as a file")
+    filename: str = config_field("", parse_file_name, "its name; absent: none")
+    type: str = config_field("", parse_media_type, "media type; absent: guessed from the name")
+    content: bytes | None = config_field(None, parse_base64, "base64; required")
+    cid: str = config_field("", parse_content_id, 'shown in the HTML where that says "cid:..."')
+    inline: bool = config_field(False, parse_boolean, "shown with the text, not offered as a file")
 
 
-def attachments(value: Any, where: str, faults: list) -> tuple:
+def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
     """Attachments, from a list of objects or one."""
     if type(value) is list and len(value) > MAX_ATTACHMENTS:
-        faults.append(f"{where}: are more than {MAX_ATTACHMENTS}")
+        errors.append(f"{json_path}: are more than {MAX_ATTACHMENTS}")
         return ()
-    before = len(faults)
-    found = list_of(section(Attachment))(value, where, faults)
+    before = len(errors)
+    found = list_of(nested(Attachment))(value, json_path, errors)
     cids: set = set()
-    for i, item in enumerate(found if len(faults) == before else ()):
+    for i, item in enumerate(found if len(errors) == before else ()):
         if item.content is None:
-            faults.append(f"{where}[{i}].content: is missing")
+            errors.append(f"{json_path}[{i}].content: is missing")
         elif item.type.startswith("message/") and NOT_7BIT.search(item.content):
-            faults.append(
-                f"{where}[{i}].type: a message/rfc822 is 7bit in lines of 998; application/octet-stream is not"
+            errors.append(
+                f"{json_path}[{i}].type: a message/rfc822 is 7bit in lines of 998; application/octet-stream is not"
             )
         if item.cid and item.cid in cids:
-            faults.append(f"{where}[{i}].cid: another attachment has it already")
+            errors.append(f"{json_path}[{i}].cid: another attachment has it already")
         cids.add(item.cid)
     return found
 
@@ -1896,7 +1935,7 @@ MAX_ATTACHMENTS = 1000
 NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # what RFC 2045 2.7 keeps out
 
 
-class Raw(NamedTuple):
+class ParsedMessage(NamedTuple):
     """A finished message, line ends LF."""
 
     fields: list  # of (name in lower case, octets of the field)
@@ -1904,27 +1943,27 @@ class Raw(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Packed:
-    base64: bytes = setting(b"", base64_octets, "octets of a message")
+class Base64Message:
+    base64: bytes = config_field(b"", parse_base64, "octets of a message")
 
 
-def raw_message(value: Any, where: str, faults: list) -> Raw:
+def parse_raw(value: Any, json_path: str, errors: list) -> ParsedMessage:
     """A message of RFC 5322 as a string, or as {"base64": its octets}."""
     if isinstance(value, dict):
-        octets = read(Packed, value, where, faults).base64
+        octets = from_dict(Base64Message, value, json_path, errors).base64
     else:
-        octets = prose(value, where, faults).encode("utf-8", "replace")
+        octets = parse_unicode_text(value, json_path, errors).encode("utf-8", "replace")
     try:
         found = parse_message(octets)
         if found.body and not found.fields:
             raise ValueError("has no header")
-    except ValueError as fault:
-        faults.append(f"{where}: {fault}")
-        return Raw([], b"")
+    except ValueError as error:
+        errors.append(f"{json_path}: {error}")
+        return ParsedMessage([], b"")
     return found
 
 
-def parse_message(octets: bytes) -> Raw:
+def parse_message(octets: bytes) -> ParsedMessage:
     """The fields and the body of a message with any line ends; ValueError says what is wrong in its header."""
     octets = octets.replace(b"\r\n", b"\n")
     found = re.match(rb">?From [^\n]*\n", octets)  # of an mbox
@@ -1934,12 +1973,12 @@ def parse_message(octets: bytes) -> Raw:
         if not found:
             break
         if b"\r" in found[0] or b"\0" in found[0]:
-            raise ValueError(f"header {printable(found[1].decode())}: has a CR or NUL")
+            raise ValueError(f"header {sanitize(found[1].decode())}: has a CR or NUL")
         if TOO_LONG.search(found[0]):
-            raise ValueError(f"header {printable(found[1].decode())}: has a line longer than 998 octets")
+            raise ValueError(f"header {sanitize(found[1].decode())}: has a line longer than 998 octets")
         fields.append((found[1].decode().lower(), found[0]))
         place = found.end()
-    return Raw(fields, octets[place + octets.startswith(b"\n", place) :].replace(b"\r", b"\n"))
+    return ParsedMessage(fields, octets[place + octets.startswith(b"\n", place) :].replace(b"\r", b"\n"))
 
 
 RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t]+[^\n]*)*(?:\n|\Z)")
@@ -1953,7 +1992,7 @@ def header_recipients(fields: list) -> list:
         if key in ("to", "cc", "bcc"):
             text = value.partition(b":")[2].decode("utf-8", "replace").replace("\n", "").strip()
             try:
-                known = [mailbox.given for _, mailbox in parse_mailboxes(text)]
+                known = [mailbox.as_written for _, mailbox in parse_mailboxes(text)]
                 known = known or [spec for _, spec in getaddresses([text]) if spec]
             except RecursionError:  # comments in comments in comments
                 known = []
@@ -1962,23 +2001,27 @@ def header_recipients(fields: list) -> list:
     return found
 
 
-def names_passed(fields: list) -> tuple:
+def loop_names(fields: list) -> tuple:
     """The Hainekos that a finished message has passed."""
     texts = [value.partition(b":")[2].decode("ascii", "replace") for key, value in fields if key == "x-haineko-loop"]
-    return tuple(name for name in passed([text.replace("\n", "") for text in texts], "", []) if DOMAIN.fullmatch(name))
+    return tuple(
+        name for name in parse_loop_names([text.replace("\n", "") for text in texts], "", []) if DOMAIN.fullmatch(name)
+    )
 
 
 @dataclass(repr=False, eq=False)  # made for each mail, and a frozen one takes four times as long
 class Submission:
-    ehlo: str | None = setting(None, prose, "the client's name", key="ehlo|helo")
-    mail: str = setting("", prose, "envelope sender", key="mail|send|from")
-    rcpt: tuple | None = setting(None, list_of(prose), "envelope recipients", key="rcpt|recv|to")
-    header: Header = setting(Header(), header)
-    body: str = setting("", prose, "the text")
-    later: bool = setting(False, flag, "true: answered at once, delivered from the queue", key="async")
-    html: str = setting("", prose, "the same in HTML")
-    attachments: tuple = setting((), attachments, "files")
-    raw: Raw | None = setting(None, raw_message, "a finished message instead of header, body, html and attachments")
+    ehlo: str | None = config_field(None, parse_unicode_text, "the client's name", key="ehlo|helo")
+    mail: str = config_field("", parse_unicode_text, "envelope sender", key="mail|send|from")
+    rcpt: tuple | None = config_field(None, list_of(parse_unicode_text), "envelope recipients", key="rcpt|recv|to")
+    header: Header = config_field(Header(), parse_header)
+    body: str = config_field("", parse_unicode_text, "the text")
+    async_: bool = config_field(False, parse_boolean, "true: answered at once, delivered from the queue", key="async")
+    html: str = config_field("", parse_unicode_text, "the same in HTML")
+    attachments: tuple = config_field((), parse_attachments, "files")
+    raw: ParsedMessage | None = config_field(
+        None, parse_raw, "a finished message instead of header, body, html and attachments"
+    )
 
     @property
     def shared(self) -> bool:
@@ -1986,59 +2029,59 @@ class Submission:
         return bool(self.raw or self.header.shared)
 
 
-def understand(body: Any) -> tuple:
+def parse_submission(body: Any) -> tuple:
     """(Submission, faults) of a request's body, bytes or a bytearray; None where there are faults."""
-    faults: list = []
+    errors: list = []
     if b"\x1b" in body:  # a raw escape is ISO-2022-JP of an old client
         body = body.replace(b"\x1b", b"\\u001b")
     try:
-        raw = decode(body)
+        raw = parse_json(body)
         if b"\\u001" in body and isinstance(raw, dict) and isinstance(raw.get("header"), dict):
-            from_jis(raw)
-    except ValueError as fault:
-        return None, [printable(str(fault))]
+            decode_jis_strings(raw)
+    except ValueError as error:
+        return None, [sanitize(str(error))]
     except RecursionError:
         return None, ["nested too deeply"]
-    found = read(Submission, raw, "", faults)
+    found = from_dict(Submission, raw, "", errors)
     if found.rcpt is None or found.header.bcc or found.raw:
-        found = addressed(found, raw, faults)
-    return None if faults else found, faults
+        found = add_header_recipients(found, raw, errors)
+    return None if errors else found, errors
 
 
-def addressed(found: Submission, raw: Any, faults: list) -> Submission:
+def add_header_recipients(found: Submission, raw: Any, errors: list) -> Submission:
     """The submission with the recipients that only its header names, and with the loop field of a finished message."""
     header, rcpt = found.header, found.rcpt
     if found.raw:
         both = [key for key in ("header", "body", "html", "attachments") if raw.get(key) is not None]
-        faults.extend(f"{key}: can't stand beside raw" for key in both)
-        header = Header(loop=names_passed(found.raw.fields))
+        errors.extend(f"{key}: can't stand beside raw" for key in both)
+        header = Header(loop=loop_names(found.raw.fields))
         if rcpt is None:
             rcpt = tuple(header_recipients(found.raw.fields))
     if rcpt is None:
-        rcpt = tuple(mailbox.given for _, mailbox in header.to + header.cc)
-    return replace(found, header=header, rcpt=rcpt + tuple(mailbox.given for _, mailbox in header.bcc))
+        rcpt = tuple(mailbox.as_written for _, mailbox in header.to + header.cc)
+    return replace(found, header=header, rcpt=rcpt + tuple(mailbox.as_written for _, mailbox in header.bcc))
 
 
-def from_jis(raw: dict) -> None:
+def decode_jis_strings(raw: dict) -> None:
     """Decodes the strings that hold ISO-2022-JP itself, where that is the charset asked for."""
-    asked = next((value for key, value in raw["header"].items() if spelled(key) == "charset"), None)
-    if type(asked) is str and charset_name(asked) == "ISO-2022-JP":
-        texts_from_jis(raw, "")
+    asked = next((value for key, value in raw["header"].items() if normalize_key(key) == "charset"), None)
+    if type(asked) is str and iana_charset(asked) == "ISO-2022-JP":
+        _decode_jis_in(raw, "")
 
 
-def texts_from_jis(table: Any, where: str) -> None:
+def _decode_jis_in(table: Any, where: str) -> None:
     for key, value in table.items() if isinstance(table, dict) else enumerate(table):
-        place = f"{where}[{key}]" if isinstance(table, list) else f"{where}.{printable(key)}" if where else key
+        place = f"{where}[{key}]" if isinstance(table, list) else f"{where}.{sanitize(key)}" if where else key
         if type(value) is str:
             try:
-                table[key] = jis_text(value)
-            except ValueError as fault:
-                raise ValueError(f"{place}: {fault}") from None
+                table[key] = jis_to_text(value)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from None
         elif isinstance(value, (dict, list)):
-            texts_from_jis(value, place)
+            _decode_jis_in(value, place)
 
 
-def jis_text(text: str) -> str:
+def jis_to_text(text: str) -> str:
     """Text of ISO-2022-JP octets (RFC 1468, and the rows and kana that CP50220 adds) held in a string."""
     if "\x1b" not in text or not text.isascii():
         return text
@@ -2046,7 +2089,7 @@ def jis_text(text: str) -> str:
     parts = [head]
     for escape, segment in zip(segments[::2], segments[1::2]):
         if escape[0] == "$":
-            parts.append(jis_octets_to_text(segment.encode()))
+            parts.append(jis_bytes_to_text(segment.encode()))
         elif escape == "(I":
             parts.append("".join(chr(ord(c) + 0xFF40) if "!" <= c <= "_" else c for c in segment))
         else:  # (J is JIS X 0201, which has two characters that ASCII has not (RFC 1468)
@@ -2056,7 +2099,7 @@ def jis_text(text: str) -> str:
     return "".join(parts)
 
 
-def jis_octets_to_text(octets: bytes) -> str:
+def jis_bytes_to_text(octets: bytes) -> str:
     """JIS X 0208 with NEC's and IBM's rows, two octets a character; ValueError where it isn't that."""
     shifted = bytearray()
     for high, low in zip(octets[::2], octets[1::2]):
@@ -2080,7 +2123,7 @@ def jis_octets_to_text(octets: bytes) -> str:
 # ======================================================================================================================
 
 
-def first_refusal(checks: tuple, *values: Any) -> Reply | None:
+def first_rejection(checks: tuple, *values: Any) -> Reply | None:
     """What the first check that fails says."""
     for check in checks:
         refusal = check(*values)
@@ -2093,86 +2136,94 @@ def check_login(request: Request, settings: Settings) -> Reply | None:
     """HTTP Basic, RFC 7617; asked for where the section `password` has a user."""
     if not settings.password.hashes:
         return None
-    return None if settings.password.admits(request.headers.get("authorization", "")) else reply("login")
+    return None if settings.password.authenticate(request.headers.get("authorization", "")) else make_reply("login")
 
 
 def check_client(request: Request, settings: Settings) -> Reply | None:
     policy = settings.relayhosts
     if settings.password.hashes or policy.open_relay:
         return None
-    return None if request.client in policy.relayhosts else reply("client")
+    return None if request.client in policy.relayhosts else make_reply("client")
 
 
-DOOR = (check_login, check_client)  # asked before the body is read
+PRE_BODY_CHECKS = (check_login, check_client)  # asked before the body is read
 
 
 def check_loop(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     names = submission.header.loop
-    return reply("loop") if len(names) > MAX_PASSED or settings.hostname.lower() in map(str.lower, names) else None
+    return (
+        make_reply("loop")
+        if len(names) > MAX_LOOP_NAMES or settings.hostname.lower() in map(str.lower, names)
+        else None
+    )
 
 
-MAX_PASSED = 25  # Hainekos on the way of one mail; more is a loop through others' names
+MAX_LOOP_NAMES = 25  # Hainekos on the way of one mail; more is a loop through others' names
 
 
 def check_ehlo(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     name = submission.ehlo
     if name is None or DOMAIN.fullmatch(name):
         return None
-    literal = name[:1] == "[" and name[-1:] == "]" and len(name) <= MAX_PATH and is_literal(name)
-    return None if literal else reply("ehlo")
+    literal = name[:1] == "[" and name[-1:] == "]" and len(name) <= MAX_PATH and is_address_literal(name)
+    return None if literal else make_reply("ehlo")
 
 
 def check_mail(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.mail:
-        return reply("mail-empty")
-    return None if address(submission.mail) else reply("mail-form", *doubts(submission.mail))
+        return make_reply("mail-empty")
+    return None if parse_address(submission.mail) else make_reply("mail-form", *idna_hint(submission.mail))
 
 
 def check_rcpt_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.rcpt or submission.rcpt == ("",):
-        return reply("rcpt-none")
+        return make_reply("rcpt-none")
     most, count = settings.smtpd.max_rcpts_per_message, len(submission.rcpt)
     if not most or count <= most:
         return None
     far_too_many = count > 100 * most + 1000  # so many that looking for the same ones would take long
-    return reply("rcpt-many") if far_too_many or len(recipients(submission)) > most else None
+    return make_reply("rcpt-many") if far_too_many or len(unique_recipients(submission)) > most else None
 
 
 def check_body(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     raw = submission.raw
-    return None if submission.body or submission.html or (raw and raw.fields) else reply("body-empty")
+    return None if submission.body or submission.html or (raw and raw.fields) else make_reply("body-empty")
 
 
 CHECKS = (check_loop, check_ehlo, check_mail, check_rcpt_count)
-CHECKS_OF_TEXT = (check_body,)
+CONTENT_CHECKS = (check_body,)
 
 
-def recipients(submission: Submission) -> dict:
+def unique_recipients(submission: Submission) -> dict:
     """{recipient as written: its Address, or None where it is none}, in order, the same address once."""
     found: dict = {}
     for given in submission.rcpt:
-        mailbox = address(given)
+        mailbox = parse_address(given)
         found.setdefault(mailbox.key if mailbox else given, (given, mailbox))
     return dict(found.values())
 
 
-def check_rcpt(mailbox: Address | None, settings: Settings, given: str = "") -> Reply | None:
+def check_rcpt(mailbox: Mailbox | None, settings: Settings, given: str = "") -> Reply | None:
     """What refuses one recipient."""
     if not mailbox:
-        return reply("rcpt-form", *doubts(given))
+        return make_reply("rcpt-form", *idna_hint(given))
     policy = settings.recipients
-    if policy.open_relay or mailbox.domain.lower() in policy.domainpart or mailbox.wire.lower() in policy.recipients:
+    if (
+        policy.open_relay
+        or mailbox.domain.lower() in policy.domainpart
+        or mailbox.addr_spec.lower() in policy.recipients
+    ):
         return None
-    return reply("rcpt-policy")
+    return make_reply("rcpt-policy")
 
 
 def check_size(octets: int, settings: Settings) -> Reply | None:
     most = settings.smtpd.max_message_size
-    return reply("too-big") if most and octets > most else None
+    return make_reply("too-big") if most and octets > most else None
 
 
 def check_subject(submission: Submission) -> Reply | None:
-    return None if submission.header.subject or submission.raw else reply("subject-empty")
+    return None if submission.header.subject or submission.raw else make_reply("subject-empty")
 
 
 # ======================================================================================================================
@@ -2182,11 +2233,13 @@ def check_subject(submission: Submission) -> Reply | None:
 # ======================================================================================================================
 
 
-def compose(submission: Submission, queueid: str, client: Client, hostname: str, now: float) -> Message:
+def compose(submission: Submission, queueid: str, client: IPAddress, hostname: str, now: float) -> Message:
     """The message of a submission, in the charset asked for, or in UTF-8 where that can't hold every character."""
     if submission.raw:
-        trace = received(submission.ehlo, client, hostname, queueid, rfc5322_date(int(now)))
-        return finish_message(submission.raw, submission.mail, submission.header.loop, trace, queueid, hostname, now)
+        trace = received_field(submission.ehlo, client, hostname, queueid, rfc5322_date(int(now)))
+        return complete_raw_message(
+            submission.raw, submission.mail, submission.header.loop, trace, queueid, hostname, now
+        )
     try:
         return _compose(submission, submission.header.charset, queueid, client, hostname, now)
     except UnicodeEncodeError:
@@ -2194,16 +2247,16 @@ def compose(submission: Submission, queueid: str, client: Client, hostname: str,
 
 
 def _compose(submission: Submission, charset: str, queueid: str, client: Any, hostname: str, now: float) -> Message:
-    header, sender, date = submission.header, address(submission.mail), rfc5322_date(int(now))
+    header, sender, date = submission.header, parse_address(submission.mail), rfc5322_date(int(now))
     author = header.from_ or (("", sender),)
     if submission.html or submission.attachments:
-        content = several_parts(submission, charset, queueid)
+        content = multipart_body(submission, charset, queueid)
     else:
         content = text_part("plain", submission.body, charset)
-    top = [received(submission.ehlo, client, hostname, queueid, date), address_field("From", author, charset)]
+    top = [received_field(submission.ehlo, client, hostname, queueid, date), address_field("From", author, charset)]
     if len(author) > 1 or author[0][1].key != sender.key:
-        top.append(f"Sender: {sender.wire}")
-    further = further_fields(header.others, charset) if header.others else {}
+        top.append(f"Sender: {sender.addr_spec}")
+    further = extra_field_lines(header.extra_fields, charset) if header.extra_fields else {}
     middle = [address_field("Reply-To", header.replyto, charset)] if header.replyto else []
     middle += [text_field("Subject", header.subject, charset), *further.pop("Date", (f"Date: {date}",))]
     identity = further.pop("Message-Id", ())
@@ -2218,10 +2271,10 @@ def _compose(submission: Submission, charset: str, queueid: str, client: Any, ho
         pieces = [[*top, "To: "], ["", *middle, f"Message-Id: <{queueid}."], [f"@{hostname}>", *end]]
     *parts, last = ["\r\n".join(piece).encode() for piece in pieces]
     utf8 = not (last.isascii() and all(map(bytes.isascii, parts)))  # only an address can be other than ASCII
-    return Message((*parts, joined(last, content)), utf8, utf8)
+    return Message((*parts, join_pieces(last, content)), utf8, utf8)
 
 
-def joined(first: bytes, pieces: Any) -> bytes:
+def join_pieces(first: bytes, pieces: Any) -> bytes:
     """Octets of pieces; those that are made one after the other are never all in memory beside the whole."""
     if type(pieces) is list:
         return b"".join((first, *pieces))
@@ -2236,31 +2289,33 @@ def loop_field(names: tuple, hostname: str) -> str:
     return fold("X-Haineko-Loop:", [name + "," for name in names] + [hostname])
 
 
-def further_fields(others: tuple, charset: str) -> dict:
+def extra_field_lines(others: tuple, charset: str) -> dict:
     """{name: its lines} of fields of FIELDS and X- ones."""
     lines: dict = {}
     for name, value, parse in others:
-        if parse is mailboxes:
+        if parse is parse_mailbox_field:
             line = address_field(name, value, charset)
         else:
-            line = text_field(name, value, charset) if parse is one_line else fold(f"{name}:", value.split(" "))
+            line = (
+                text_field(name, value, charset) if parse is parse_header_text else fold(f"{name}:", value.split(" "))
+            )
         lines.setdefault(name, []).append(line)
     return lines
 
 
-def text_part(kind_: str, text: str, charset: str) -> list:
+def text_part(kind: str, text: str, charset: str) -> list:
     """Octets of a part that is text: its two fields, and its body."""
     encoding, body = encode_body(text, charset)
-    head = f"Content-Type: text/{kind_}; charset={charset}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
+    head = f"Content-Type: text/{kind}; charset={charset}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
     return [head.encode(), body]
 
 
-def several_parts(submission: Submission, charset: str, queueid: str) -> Any:
+def multipart_body(submission: Submission, charset: str, queueid: str) -> Any:
     """Octets of HTML and attachments, in pieces, from Content-Type on: the best last (RFC 2046 5.1.4), files behind."""
-    frame, html = Frame(queueid, charset), submission.html
+    frame, html = MIMEBuilder(queueid, charset), submission.html
     pictures = [item for item in submission.attachments if html and item.cid]
     files = [item for item in submission.attachments if not (html and item.cid)]
-    whole = frame.text("plain", submission.body or text_of(html))
+    whole = frame.text("plain", submission.body or html_to_text(html))
     if html:
         shown = frame.text("html", html)
         if pictures:
@@ -2271,7 +2326,7 @@ def several_parts(submission: Submission, charset: str, queueid: str) -> Any:
     return frame.octets(whole)
 
 
-class Frame:
+class MIMEBuilder:
     """Parts of a message. email writes what stands around their bodies; these are put in afterwards, since its
     generator would hold each in memory four times over. Its policy folds nothing: the fields come folded."""
 
@@ -2284,19 +2339,19 @@ class Frame:
         self.new = email.message.MIMEPart
         self.bodies: list = []  # of iterables of octets
 
-    def text(self, kind_: str, text: str) -> Any:
-        head, body = text_part(kind_, text, self.charset)
+    def text(self, kind: str, text: str) -> Any:
+        head, body = text_part(kind, text, self.charset)
         return self._part(head.decode("ascii").split("\r\n")[:-2], [body])
 
     def file(self, item: Attachment) -> Any:
         """A file, which is never changed on its way."""
-        kind_ = item.type or guessed_type(item.filename)
+        kind = item.type or guess_media_type(item.filename)
         in_type, in_disposition = name_parameters(item.filename, self.charset) if item.filename else ("", "")
         shown = "inline" if item.cid or item.inline else "attachment"
         encoding, body = "base64", base64_blocks(item.content)
-        if kind_.startswith("message/"):  # RFC 2046 5.2.1: no encoding; attachments() has seen that it needs none
+        if kind.startswith("message/"):  # RFC 2046 5.2.1: no encoding; parse_attachments() has seen that it needs none
             encoding, body = "7bit", [item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")]
-        fields_ = [f"Content-Type: {kind_}{in_type}", f"Content-Transfer-Encoding: {encoding}"]
+        fields_ = [f"Content-Type: {kind}{in_type}", f"Content-Transfer-Encoding: {encoding}"]
         fields_ += [f"Content-Disposition: {shown}{in_disposition}"]
         return self._part(fields_ + ([f"Content-ID: <{item.cid}>"] if item.cid else []), body)
 
@@ -2308,11 +2363,11 @@ class Frame:
         self.bodies.append(body)
         return part
 
-    def multipart(self, kind_: str, *parts: Any) -> Any:
+    def multipart(self, kind: str, *parts: Any) -> Any:
         """A part made of parts. The queue id makes a boundary that stands in none of them."""
         whole = self.new(self.policy)
-        first = '; type="text/html"' if kind_ == "related" else ""  # RFC 2387 3.1
-        whole.set_raw("Content-Type", f'multipart/{kind_}{first};\n boundary="=_{self.queueid}.{kind_}"')
+        first = '; type="text/html"' if kind == "related" else ""  # RFC 2387 3.1
+        whole.set_raw("Content-Type", f'multipart/{kind}{first};\n boundary="=_{self.queueid}.{kind}"')
         for part in parts:
             whole.attach(part)
         return whole
@@ -2329,30 +2384,30 @@ def name_parameters(name: str, charset: str) -> tuple:
     if PLAIN_NAME.fullmatch(name) and "=?" not in name:
         return f';\r\n name="{name}"', f';\r\n filename="{name}"'
     words = "\r\n ".join(encoded_words(name, charset, 7))
-    coded = f"{charset}''{urllib.parse.quote_from_bytes(encoder(charset)(name), safe='')}"
-    if len(coded) <= SEGMENT:
+    coded = f"{charset}''{urllib.parse.quote_from_bytes(charset_encoder(charset)(name), safe='')}"
+    if len(coded) <= RFC2231_SEGMENT:
         return f';\r\n name="{words}"', f";\r\n filename*={coded}"
-    segments = re.findall(f"(?:%..|[^%]){{1,{SEGMENT // 3}}}", coded)
+    segments = re.findall(f"(?:%..|[^%]){{1,{RFC2231_SEGMENT // 3}}}", coded)
     numbered = "".join(f";\r\n filename*{i}*={segment}" for i, segment in enumerate(segments))  # RFC 2231 3
     return f';\r\n name="{words}"', numbered
 
 
 PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers take off twice
-SEGMENT = 60  # characters of a parameter in one line
+RFC2231_SEGMENT = 60  # characters of a parameter in one line
 
 
-def guessed_type(name: str) -> str:
+def guess_media_type(name: str) -> str:
     """The media type that goes with the end of a file's name."""
     import mimetypes
 
     end = os.path.splitext(name)[1].lower()
-    kind_, coding = mimetypes.guess_type("x" + end)
-    kind_ = TYPES.get(end) or (f"application/{coding}" if coding == "gzip" else "" if coding else kind_)
-    return kind_ if kind_ and not kind_.startswith(("message/", "multipart/")) else "application/octet-stream"
+    kind, coding = mimetypes.guess_type("x" + end)
+    kind = EXTRA_MEDIA_TYPES.get(end) or (f"application/{coding}" if coding == "gzip" else "" if coding else kind)
+    return kind if kind and not kind.startswith(("message/", "multipart/")) else "application/octet-stream"
 
 
 _OFFICE = "application/vnd.openxmlformats-officedocument."
-TYPES = {  # which not every system's table has
+EXTRA_MEDIA_TYPES = {  # which not every system's table has
     ".docx": _OFFICE + "wordprocessingml.document",
     ".xlsx": _OFFICE + "spreadsheetml.sheet",
     ".pptx": _OFFICE + "presentationml.presentation",
@@ -2363,19 +2418,23 @@ TYPES = {  # which not every system's table has
 }
 
 
-def text_of(html: str) -> str:
+def html_to_text(html: str) -> str:
     """What HTML says, as plain text: words and lines, where links go, what pictures show."""
     from html.parser import HTMLParser
 
-    reading, parser = Reading(), HTMLParser()
-    parser.handle_starttag, parser.handle_endtag, parser.handle_data = reading.opens, reading.closes, reading.says
+    reading, parser = HTMLTextExtractor(), HTMLParser()
+    parser.handle_starttag, parser.handle_endtag, parser.handle_data = (
+        reading.handle_starttag,
+        reading.handle_endtag,
+        reading.handle_data,
+    )
     # Sections like <![if ...]> say nothing, and some versions of the parser stumble over them. There is no close():
     # what never ends is shown nowhere.
     parser.feed(re.sub(r"<!\[(?:[^>-]|-(?!->))*>?", "<! >", html) + "\n")
     return reading.text()
 
 
-class Reading:
+class HTMLTextExtractor:
     """What html.parser tells, written down as plain text."""
 
     HIDDEN = ("script", "style", "title", "template")
@@ -2388,10 +2447,10 @@ class Reading:
         self.out: list = []
         self.gap = 2  # line ends behind the last word
         self.space = ""  # due before the next word
-        self.hidden, self.kept = "", 0  # the tag that hides; depth of <pre>
+        self.hidden, self.pre_depth = "", 0  # the tag that hides; depth of <pre>
         self.link, self.start = "", 0  # where the link under way goes, and how much was written before it
 
-    def opens(self, tag: str, attributes: list) -> None:
+    def handle_starttag(self, tag: str, attributes: list) -> None:
         if self.hidden:
             return
         if tag in self.HIDDEN:
@@ -2401,36 +2460,36 @@ class Reading:
         if tag == "br":
             self._line(self.gap + 1)
         elif tag == "li":
-            self.says("* ")
+            self.handle_data("* ")
         elif tag == "hr":
             self._line(1)
-            self.says("-----")
+            self.handle_data("-----")
             self._line(1)
         elif tag in ("td", "th") and not self.gap:
             self.space = "  "
         elif tag == "img":
-            self.says(values.get("alt") or "")
+            self.handle_data(values.get("alt") or "")
         elif tag == "a":
             self.link, self.start = values.get("href") or "", len(self.out)
-        self.kept += tag == "pre"
+        self.pre_depth += tag == "pre"
 
-    def closes(self, tag: str) -> None:
+    def handle_endtag(self, tag: str) -> None:
         if self.hidden:
             self.hidden = "" if tag == self.hidden else self.hidden
             return
         self._break(tag)
-        self.kept -= tag == "pre" and self.kept > 0
+        self.pre_depth -= tag == "pre" and self.pre_depth > 0
         if tag == "a":
             link, self.link = self.link, ""
             words = "".join(self.out[self.start :]).strip() if link else ""
             if link.startswith(("http:", "https:", "mailto:")) and link.partition("mailto:")[2] != words != link:
-                self.says(f" <{link}>")
+                self.handle_data(f" <{link}>")
 
-    def says(self, words: str) -> None:
+    def handle_data(self, words: str) -> None:
         """Words with single spaces between them, as a browser shows them."""
         if self.hidden:
             return
-        if self.kept:
+        if self.pre_depth:
             self.out.append(words)
             self.gap = int(words.endswith("\n")) if words else self.gap
             return
@@ -2461,7 +2520,7 @@ def rfc5322_date(second: int) -> str:
     return formatdate(second, localtime=True)
 
 
-def received(ehlo: str | None, client: Client | None, hostname: str, queueid: str, date: str) -> str:
+def received_field(ehlo: str | None, client: IPAddress | None, hostname: str, queueid: str, date: str) -> str:
     """The trace field of RFC 5321 4.4."""
     near = client.text if client else "127.0.0.1"
     literal = f"[IPv6:{near}]" if ":" in near else f"[{near}]"
@@ -2470,7 +2529,7 @@ def received(ehlo: str | None, client: Client | None, hostname: str, queueid: st
 
 def address_field(name: str, mailboxes: tuple, charset: str) -> str:
     """A field of mailboxes; the addresses stay outside the encoded words (RFC 2047 5)."""
-    known = sum(len(shown) for shown, _ in mailboxes) <= REMEMBERED and len(mailboxes) <= 8
+    known = sum(len(shown) for shown, _ in mailboxes) <= CACHE_MAX_CHARS and len(mailboxes) <= 8
     return (_address_field if known else _address_field.__wrapped__)(name, mailboxes, charset)
 
 
@@ -2480,7 +2539,7 @@ def _address_field(name: str, mailboxes: tuple, charset: str) -> str:
     for i, (shown, item) in enumerate(mailboxes):
         comma = "," if i < len(mailboxes) - 1 else ""
         if not shown:
-            tokens.append(item.wire + comma)
+            tokens.append(item.addr_spec + comma)
             continue
         if re.fullmatch(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}", shown) and "=?" not in shown and "  " not in shown:
             tokens.extend(shown.split(" "))
@@ -2488,7 +2547,7 @@ def _address_field(name: str, mailboxes: tuple, charset: str) -> str:
             tokens.append('"' + re.sub(r'(["\\])', r"\\\1", shown) + '"')
         else:
             tokens.extend(encoded_words(shown, charset, len(name) + 2))
-        tokens.append(f"<{item.wire}>{comma}")
+        tokens.append(f"<{item.addr_spec}>{comma}")
     return fold(f"{name}:", tokens)
 
 
@@ -2518,12 +2577,12 @@ def fold(line: str, tokens: list) -> str:
 
 def encoded_words(value: str, charset: str, used: int) -> list:
     """RFC 2047: words of whole characters, none over 75 columns; before the first are `used` columns of its line."""
-    encode, words, room, start = encoder(charset), [], 76 - used, 0
+    encode, words, room, start = charset_encoder(charset), [], 76 - used, 0
     overhead = len(charset) + 7
     while start < len(value) or not words:
         size = min(len(value) - start, room)
         coded = encode(value[start : start + size])
-        while size > 1 and (overhead + (len(coded) + 2) // 3 * 4 > room or splits(value, start + size)):
+        while size > 1 and (overhead + (len(coded) + 2) // 3 * 4 > room or splits_cluster(value, start + size)):
             size = max(1, min(size - 1, size * (room - overhead) * 3 // (4 * len(coded)) + 1))
             coded = encode(value[start : start + size])
         words.append(f"=?{charset}?B?{binascii.b2a_base64(coded, newline=False).decode()}?=")
@@ -2531,20 +2590,20 @@ def encoded_words(value: str, charset: str, used: int) -> list:
     return words
 
 
-def splits(value: str, at: int) -> bool:
+def splits_cluster(value: str, at: int) -> bool:
     """True where a word that ends there would part a voice mark from its kana: two are one character of ISO-2022-JP."""
-    return value.startswith(VOICED, at) and not value.startswith(VOICED, at - 1)
+    return value.startswith(SOUND_MARKS, at) and not value.startswith(SOUND_MARKS, at - 1)
 
 
-VOICED = ("ﾞ", "ﾟ")
+SOUND_MARKS = ("ﾞ", "ﾟ")
 
 
 def encode_body(text: str, charset: str) -> tuple:
     """(Content-Transfer-Encoding, octets): lines end with CRLF, none is longer than 998 octets (RFC 5322 2.1.1)."""
     text = text if "\r" not in text else text.replace("\r\n", "\n").replace("\r", "\n")
     text = (text if text.endswith("\n") else text + "\n").replace("\n", "\r\n")
-    octets = encoder(charset)(text)
-    if not LONG_OR_ODD.search(octets):
+    octets = charset_encoder(charset)(text)
+    if not NEEDS_ENCODING.search(octets):
         return "7bit", octets
     if charset == "ISO-2022-JP" and not octets.translate(None, JIS_OCTETS) and not TOO_LONG.search(octets):
         return "7bit", octets
@@ -2555,7 +2614,7 @@ def encode_body(text: str, charset: str) -> tuple:
     return "base64", base64_lines(octets)
 
 
-LONG_OR_ODD = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
+NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
 JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
 QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
 
@@ -2578,9 +2637,9 @@ BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
 
 
 @functools.lru_cache(maxsize=64)
-def encoder(charset: str) -> Callable:
+def charset_encoder(charset: str) -> Callable:
     """A function from text to octets; it raises UnicodeEncodeError for a character that the charset can't hold."""
-    return CHARSETS.get(charset) or functools.partial(_encode, codec_of(charset))
+    return CHARSETS.get(charset) or functools.partial(_encode, codec_name(charset))
 
 
 def _encode(codec: str, text: str) -> bytes:
@@ -2595,7 +2654,7 @@ def encode_jis(text: str) -> bytes:
     if "\x1b" in text:  # a reader would take it for the start of a sequence
         raise UnicodeEncodeError("iso2022_jp", text, text.index("\x1b"), text.index("\x1b") + 1, "no character")
     try:
-        return text.translate(LIKE_WINDOWS).encode("iso2022_jp")
+        return text.translate(CP932_TO_JIS).encode("iso2022_jp")
     except UnicodeEncodeError:
         return _encode_jis(text)
 
@@ -2606,7 +2665,7 @@ def _encode_jis(text: str) -> bytes:
     def wide(kana: re.Match) -> str:
         return unicodedata.normalize("NFKC", kana[0]).replace("\u3099", "゛").replace("\u309a", "゜")
 
-    text = re.sub("[\uff61-\uff9f]+", wide, text).translate(LIKE_WINDOWS)
+    text = re.sub("[\uff61-\uff9f]+", wide, text).translate(CP932_TO_JIS)
     (table, runs), octets = jis_extensions(), []
     for run in runs.split(text):
         if run and run[0] in table:
@@ -2625,7 +2684,7 @@ def jis_extensions() -> tuple:
         for cell in range(1, 95):
             octets = bytes((row + 0x20, cell + 0x20))
             try:
-                character = jis_octets_to_text(octets)
+                character = jis_bytes_to_text(octets)
                 character.encode("iso2022_jp")
             except UnicodeEncodeError:
                 table.setdefault(character, octets)
@@ -2634,7 +2693,9 @@ def jis_extensions() -> tuple:
     return table, re.compile(f"([{''.join(table)}]+)")
 
 
-def finish_message(raw: Raw, sender: str, loop: tuple, trace: str, queueid: str, hostname: str, now: float) -> Message:
+def complete_raw_message(
+    raw: ParsedMessage, sender: str, loop: tuple, trace: str, queueid: str, hostname: str, now: float
+) -> Message:
     """A finished message made ready for relays: trace and loop fields put on, what is missing added, Bcc taken out.
     Refused where it has a line or an octet that can't be sent."""
     names = {name for name, _ in raw.fields}
@@ -2654,11 +2715,11 @@ def finish_message(raw: Raw, sender: str, loop: tuple, trace: str, queueid: str,
         body = [b"MIME-Version: 1.0\r\n", *text_part("plain", text, "UTF-8")]
     octets = b"".join([*head, *body, b"" if body[-1].endswith(b"\n") else b"\r\n"])
     if UNSENDABLE.search(octets) or not is_utf8(b"".join(head)):
-        octets = seven_bit(octets)
+        octets = downgrade_8bit(octets)
         if UNSENDABLE.search(octets):
-            raise Refused(reply("line-length"))
+            raise Rejected(make_reply("line-length"))
     utf8 = not octets[: octets.index(b"\r\n\r\n")].isascii()
-    return Message((octets,), eight=not octets.isascii(), utf8=utf8)
+    return Message((octets,), needs_8bitmime=not octets.isascii(), needs_smtputf8=utf8)
 
 
 UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
@@ -2671,14 +2732,14 @@ def is_utf8(octets: bytes) -> bool:
         return False
 
 
-def seven_bit(octets: bytes) -> bytes:
+def downgrade_8bit(octets: bytes) -> bytes:
     """The message with every part encoded that is not in 7bit and in lines of 998 octets (RFC 6152 3, RFC 2045 2.7)."""
     import email
     import email.policy
 
     message, name = email.message_from_bytes(octets, policy=email.policy.compat32), "Content-Transfer-Encoding"
     for part in message.walk():
-        ascii_header(part)
+        encode_part_header(part)
         coding = str(part.get(name, "")).strip().lower()
         if part.is_multipart():
             part.preamble = part.preamble if (part.preamble or "").isascii() else None
@@ -2701,7 +2762,7 @@ def is_7bit(part: Any, coding: str) -> bool:
     return not NOT_7BIT.search(part.get_payload(decode=True))
 
 
-def ascii_header(part: Any) -> None:
+def encode_part_header(part: Any) -> None:
     """Encodes the fields of a part that are other than ASCII; an address that is stays."""
     fields_ = list(part.raw_items())
     if all(value.isascii() for _, value in fields_):
@@ -2709,10 +2770,10 @@ def ascii_header(part: Any) -> None:
     for name in set(part.keys()):
         del part[name]
     for name, value in fields_:
-        part.set_raw(name, value if value.isascii() else ascii_field(name, value))
+        part.set_raw(name, value if value.isascii() else encode_field_value(name, value))
 
 
-def ascii_field(name: str, value: str) -> str:
+def encode_field_value(name: str, value: str) -> str:
     """The value of a field in encoded words or parameters (RFC 2047, 2231); octets that aren't UTF-8 are Latin-1."""
     octets = value.encode("utf-8", "surrogateescape")
     text = octets.decode("utf-8" if is_utf8(octets) else "latin-1")
@@ -2730,7 +2791,7 @@ NAME_PARAMETER = re.compile(r'([A-Za-z0-9-]+)="([^"]*[^\x00-\x7f"][^"]*)"')
 
 
 # What Windows and what Unicode's own tables call some characters of JIS X 0208; Python's codec knows the latter.
-LIKE_WINDOWS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
+CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
 
 CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis}  # others by Python's codecs
 
@@ -2741,38 +2802,38 @@ CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis}  # others by Python'
 # ======================================================================================================================
 
 
-def choose(domain: str, sender_domain: str, settings: Settings) -> tuple:
+def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
     """(Route, why) for mail to `domain`; the look-up costs as much as the domain has labels, once."""
-    chosen = settings.chosen
+    chosen = settings.route_cache
     found = chosen.get((domain, sender_domain))
     if not found:
-        if len(chosen) >= MAX_CHOSEN:
+        if len(chosen) >= ROUTE_CACHE_SIZE:
             chosen.clear()
-        found = chosen[domain, sender_domain] = _choose(domain, sender_domain, settings)
+        found = chosen[domain, sender_domain] = _find_route(domain, sender_domain, settings)
     return found
 
 
-MAX_CHOSEN = 4096  # pairs of domains, remembered with the settings
+ROUTE_CACHE_SIZE = 4096  # pairs of domains, remembered with the settings
 
 
-def _choose(domain: str, sender_domain: str, settings: Settings) -> tuple:
+def _find_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
     for name, table, key in (
         ("mailertable", settings.mailertable, domain),
         ("sendermt", settings.sendermt, sender_domain),
     ):
-        for entry in entries(key.lower()) if table else ():
-            if entry in table:
-                return table[entry], f'{name}["{entry}"]'
+        for queue_item in lookup_keys(key.lower()) if table else ():
+            if queue_item in table:
+                return table[queue_item], f'{name}["{queue_item}"]'
     for name in ("mailertable", "sendermt"):
         if "default" in getattr(settings, name):
             return getattr(settings, name)["default"], f"{name}.default"
-    return NO_ROUTE, "no route matches"
+    return FALLBACK_ROUTE, "no route matches"
 
 
-NO_ROUTE = Route()
+FALLBACK_ROUTE = Route()
 
 
-def entries(domain: str) -> Any:
+def lookup_keys(domain: str) -> Any:
     """The keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
     yield domain
     dot = domain.find(".")
@@ -2790,7 +2851,7 @@ def entries(domain: str) -> Any:
 
 
 @types.coroutine
-def readiness(sock: Any, deadline: float, writing: bool = False) -> Any:
+def wait_ready(sock: Any, deadline: float, writing: bool = False) -> Any:
     """Waits until the socket can be read (or written); socket.timeout at the deadline (monotonic)."""
     yield Loop.wait, (sock, deadline, writing)
 
@@ -2801,7 +2862,7 @@ def sleep(seconds: float) -> Any:
 
 
 @types.coroutine
-def in_thread(function: Callable, *values: Any) -> Any:
+def to_thread(function: Callable, *values: Any) -> Any:
     """What a function that blocks returns, or raises."""
     return (yield Loop.start_thread, (function, values))
 
@@ -2813,34 +2874,34 @@ def answered_by(function: Callable, *values: Any) -> Any:
 
 
 @types.coroutine
-def all_of(coroutines: list) -> Any:
+def gather(coroutines: list) -> Any:
     """Waits until all have ended; they run side by side."""
     yield Loop.join, (coroutines,)
 
 
 @types.coroutine
-def receive(sock: Any, most: int, deadline: float) -> Any:
+def sock_recv(sock: Any, most: int, deadline: float) -> Any:
     """Octets as they come, b"" at the end; raises OSError, socket.timeout among them."""
     while True:
         try:
             return sock.recv(most)
-        except WOULD_WAIT as fault:
-            yield Loop.wait, (sock, deadline, isinstance(fault, ssl.SSLWantWriteError))
+        except WOULD_BLOCK as error:
+            yield Loop.wait, (sock, deadline, isinstance(error, ssl.SSLWantWriteError))
 
 
 @types.coroutine
-def send(sock: Any, octets: bytes, deadline: float) -> Any:
+def sock_sendall(sock: Any, octets: bytes, deadline: float) -> Any:
     """All octets, by the deadline. They leave at the end of the loop's turn, together with those of all others: who
     hears us then wakes up once for many."""
     left: Any = octets
     while left:
         try:
             left = yield Loop.depart, (sock, left)
-        except WOULD_WAIT as fault:
-            yield Loop.wait, (sock, deadline, not isinstance(fault, ssl.SSLWantReadError))
+        except WOULD_BLOCK as error:
+            yield Loop.wait, (sock, deadline, not isinstance(error, ssl.SSLWantReadError))
 
 
-WOULD_WAIT = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 def run(coroutine: Any) -> Any:
@@ -2850,16 +2911,16 @@ def run(coroutine: Any) -> Any:
     async def main() -> None:
         try:
             result.append((await coroutine, None))
-        except BaseException as fault:
-            result.append((None, fault))
+        except BaseException as error:
+            result.append((None, error))
 
     loop.spawn(main())
     while not result:
         loop.turn()
     loop.close()
-    value, fault = result[0]
-    if fault:
-        raise fault
+    value, error = result[0]
+    if error:
+        raise error
     return value
 
 
@@ -2914,12 +2975,12 @@ class Loop:
         except StopIteration:
             return
         except Exception:
-            log_bug("loop")
+            log_exception("loop")
             return
         try:
             method(self, coroutine, *values)
-        except Exception as fault:  # no thread or no memory is left: it is the coroutine's, not everybody's
-            self.ready.append((coroutine, fault))
+        except Exception as error:  # no thread or no memory is left: it is the coroutine's, not everybody's
+            self.ready.append((coroutine, error))
 
     def _expire(self, now: float) -> None:
         """Ends the waits whose deadline has come."""
@@ -2950,17 +3011,17 @@ class Loop:
         for coroutine, sock, octets in leaving:
             try:
                 sent = sock.send(octets)
-            except Exception as fault:
-                self.step(coroutine, fault)
+            except Exception as error:
+                self.step(coroutine, error)
             else:
                 self.ready.append((coroutine, memoryview(octets)[sent:] if sent < len(octets) else None))
 
-    def interrupt(self, sock: Any, fault: Exception) -> bool:
+    def interrupt(self, sock: Any, error: Exception) -> bool:
         """Raises the fault in the coroutine that waits for this socket; False where none does."""
         found = self.waiting.pop(sock.fileno(), None)
         if found:
             self.poller.forget(sock.fileno())
-            self.ready.append((found[0], fault))
+            self.ready.append((found[0], error))
         return bool(found)
 
     def sleep(self, coroutine: Any, seconds: float) -> None:
@@ -2994,7 +3055,7 @@ class Loop:
     async def _hear_threads(self) -> None:
         """Goes on with the coroutines whose functions have ended."""
         while True:
-            await receive(self.threads.bell, 4096, float("inf"))
+            await sock_recv(self.threads.bell, 4096, float("inf"))
             while self.threads.ended:
                 self.ready.append(self.threads.ended.popleft())
 
@@ -3035,8 +3096,8 @@ class Threads:
                 continue
             try:
                 result = function(*values)
-            except BaseException as fault:
-                result = fault
+            except BaseException as error:
+                result = error
             with self.lock:
                 self.spare += 1
             self.end(coroutine, result)
@@ -3113,14 +3174,14 @@ class Selector:
 A, CNAME, SOA, MX, TXT, AAAA, OPT = 1, 5, 6, 15, 16, 28, 41  # kinds of records
 NOERROR, FORMERR, SERVFAIL, NXDOMAIN = 0, 1, 2, 3  # RFC 1035 4.1.1, "RCODE"
 MAX_NAME = 253  # characters
-MAX_JUMPS = 127  # of a compressed name; as many as it can have labels
+MAX_POINTERS = 127  # of a compressed name; as many as it can have labels
 MAX_RECORDS = 512  # of one message
 MAX_ALIASES = 8  # on the way to one answer
-MAX_STRAYS = 64  # datagrams that answer nothing
+MAX_STRAY_DATAGRAMS = 64  # datagrams that answer nothing
 MAX_DATAGRAM = 1232  # octets; what passes everywhere in one piece
 
 
-class Found(NamedTuple):
+class DNSAnswer(NamedTuple):
     """What DNS says of a name."""
 
     code: int  # NOERROR, NXDOMAIN, or SERVFAIL where nobody gave an answer
@@ -3128,14 +3189,14 @@ class Found(NamedTuple):
     why: str = ""  # nobody gave an answer
 
 
-class Record(NamedTuple):
+class ResourceRecord(NamedTuple):
     name: str
     kind: int
     ttl: int  # seconds
     value: Any  # as in Found; CNAME: name; SOA: seconds for which "no" may be kept; None for other kinds
 
 
-class Response(NamedTuple):
+class DNSMessage(NamedTuple):
     """One message of a name server."""
 
     code: int
@@ -3144,11 +3205,11 @@ class Response(NamedTuple):
     authority: list
 
 
-class Kept:
+class TTLCache:
     """Values kept for a while; where there are too many, those that nobody asked for longest go first."""
 
     def __init__(self, most: int, clock: Callable) -> None:
-        self.most, self.clock, self.table = most, clock, OrderedDict()
+        self.limit, self.clock, self.table = most, clock, OrderedDict()
 
     def get(self, key: Any) -> Any:
         """The value, None where there is none or its time is over."""
@@ -3162,11 +3223,11 @@ class Kept:
     def put(self, key: Any, value: Any, seconds: float) -> None:
         if seconds > 0:
             self.table[key] = value, self.clock() + seconds
-            if len(self.table) > self.most:
+            if len(self.table) > self.limit:
                 self.table.popitem(last=False)
 
 
-def chance() -> float:
+def random_unit() -> float:
     """A number from 0 up to 1 that nobody can foresee."""
     return (int.from_bytes(os.urandom(7), "big") >> 3) / (1 << 53)
 
@@ -3174,72 +3235,74 @@ def chance() -> float:
 class Resolver:
     """Asks name servers and keeps their answers; the servers given, or those of resolv.conf."""
 
-    PATIENCE = 3.0  # seconds for one server to answer
-    ROUNDS = 3  # times that each is asked
-    LONGEST = 86400  # seconds that an answer is kept, whatever it says
+    QUERY_TIMEOUT = 3.0  # seconds for one server to answer
+    ATTEMPTS = 3  # times that each is asked
+    MAX_TTL = 86400  # seconds that an answer is kept, whatever it says
 
-    def __init__(self, given: tuple = (), dice: Callable = chance, clock: Callable = time.monotonic) -> None:
-        self.given, self.dice = given, dice
-        self.kept = Kept(4096, clock)
+    def __init__(self, given: tuple = (), rng: Callable = random_unit, clock: Callable = time.monotonic) -> None:
+        self.nameservers, self.rng = given, rng
+        self.cache = TTLCache(4096, clock)
 
-    async def look_up(self, name: str, kind: int, deadline: float) -> Found:
+    async def lookup(self, name: str, kind: int, deadline: float) -> DNSAnswer:
         """The records of that kind, along aliases (CNAME), by the deadline (monotonic)."""
         key = name.lower().rstrip("."), kind
-        found = self.kept.get(key)
+        found = self.cache.get(key)
         if not found:
-            found, ttl = await self._ask_along(*key, deadline)
-            self.kept.put(key, found, ttl)
+            found, ttl = await self._resolve_chain(*key, deadline)
+            self.cache.put(key, found, ttl)
         return found
 
     def servers(self) -> tuple:
         """(address, port) of each, in the order in which they are asked."""
-        return tuple(map(name_server, self.given)) or listed_servers(RESOLV_CONF, signature(RESOLV_CONF))
+        return tuple(map(name_server_endpoint, self.nameservers)) or resolv_conf_servers(
+            RESOLV_CONF, stat_key(RESOLV_CONF)
+        )
 
-    async def _ask_along(self, name: str, kind: int, deadline: float) -> tuple:
+    async def _resolve_chain(self, name: str, kind: int, deadline: float) -> tuple:
         """(Found, seconds for which it holds). A server that resolves gives the whole chain of aliases at once."""
-        ttl, aliases = self.LONGEST, 0
+        ttl, aliases = self.MAX_TTL, 0
         while aliases <= MAX_ALIASES:
-            response = await self._ask(name, kind, deadline)
+            response = await self._query(name, kind, deadline)
             if isinstance(response, str):
-                return Found(SERVFAIL, (), response), 0
-            chain, values = follow(response.answers, name, kind)
+                return DNSAnswer(SERVFAIL, (), response), 0
+            chain, values = follow_cnames(response.answers, name, kind)
             ttl, aliases = min([ttl, *[record.ttl for record in chain + values]]), aliases + len(chain)
             if values:
-                return Found(NOERROR, tuple(record.value for record in values)), ttl
+                return DNSAnswer(NOERROR, tuple(record.value for record in values)), ttl
             no = [min(record.ttl, record.value) for record in response.authority if record.kind == SOA]  # RFC 2308 5
             if not chain or no or response.code == NXDOMAIN:
-                return Found(response.code), min([ttl, *no]) if no else 0
+                return DNSAnswer(response.code), min([ttl, *no]) if no else 0
             name = chain[-1].value
-        return Found(SERVFAIL, (), f"more than {MAX_ALIASES} aliases"), 0
+        return DNSAnswer(SERVFAIL, (), f"more than {MAX_ALIASES} aliases"), 0
 
-    async def _ask(self, name: str, kind: int, deadline: float) -> Any:
+    async def _query(self, name: str, kind: int, deadline: float) -> Any:
         """The first answer, be it yes or no, or in words why there is none."""
         if len(name) > MAX_NAME:
-            return Response(NXDOMAIN, False, [], [])
+            return DNSMessage(NXDOMAIN, False, [], [])
         why = "no name server is known"
-        for server in self.servers() * self.ROUNDS:
-            until = min(deadline, time.monotonic() + self.PATIENCE)
+        for server in self.servers() * self.ATTEMPTS:
+            until = min(deadline, time.monotonic() + self.QUERY_TIMEOUT)
             try:
                 response = await self._exchange(server, name, kind, until)
                 if response.code in (NOERROR, NXDOMAIN):
                     return response
                 why = f"{server[0]} answers {RCODES.get(response.code, response.code)}"
-            except OSError as fault:
-                why = f"{server[0]}: {fault.strerror or fault}"
-            except ValueError as fault:
-                why = f"{server[0]}: {fault}"
+            except OSError as error:
+                why = f"{server[0]}: {error.strerror or error}"
+            except ValueError as error:
+                why = f"{server[0]}: {error}"
             if time.monotonic() >= deadline:
                 break
         return why
 
-    async def _exchange(self, server: tuple, name: str, kind: int, until: float) -> Response:
+    async def _exchange(self, server: tuple, name: str, kind: int, until: float) -> DNSMessage:
         """The server's answer by UDP; by TCP where it doesn't fit (RFC 7766 5); without EDNS where it knows none."""
         for edns in (True, False):
-            number = int(self.dice() * 65536)
+            number = int(self.rng() * 65536)
             query = build_query(number, name, kind, edns)
-            response = await by_udp(server, query, (number, name, kind), until)
+            response = await query_udp(server, query, (number, name, kind), until)
             if response.truncated:
-                response = await by_tcp(server, query, (number, name, kind), until)
+                response = await query_tcp(server, query, (number, name, kind), until)
             if response.code != FORMERR:
                 break
         return response
@@ -3250,25 +3313,25 @@ RESOLV_CONF = "/etc/resolv.conf"
 
 
 @functools.lru_cache(maxsize=8)
-def listed_servers(path: str, _signature: tuple | None) -> tuple:
+def resolv_conf_servers(path: str, _signature: tuple | None) -> tuple:
     """(address, port) of each name server in resolv.conf, three at the most; this machine's where there is none."""
     try:
         with open(path, encoding="ascii", errors="replace") as stream:
             named = re.findall(r"(?m)^nameserver[ \t]+(\S+)", stream.read())
     except OSError:
         named = []
-    good = [name for name in named if name_server(name)]
-    return tuple(map(name_server, good[:3])) or (("127.0.0.1", 53),)
+    good = [name for name in named if name_server_endpoint(name)]
+    return tuple(map(name_server_endpoint, good[:3])) or (("127.0.0.1", 53),)
 
 
-async def by_udp(server: tuple, query: bytes, asked: tuple, until: float) -> Response:
+async def query_udp(server: tuple, query: bytes, asked: tuple, until: float) -> DNSMessage:
     """The datagram that answers the query; what others send in between is ignored (RFC 5452 9.1)."""
-    with socket.socket(family_of(server[0]), socket.SOCK_DGRAM) as sock:
+    with socket.socket(address_family(server[0]), socket.SOCK_DGRAM) as sock:
         sock.setblocking(False)
         sock.connect(server)  # from a port of chance; the kernel drops what comes from elsewhere
-        await send(sock, query, until)
-        for _ in range(MAX_STRAYS):
-            octets = await receive(sock, 65535, until)
+        await sock_sendall(sock, query, until)
+        for _ in range(MAX_STRAY_DATAGRAMS):
+            octets = await sock_recv(sock, 65535, until)
             try:
                 return parse_response(octets, *asked)
             except ValueError:  # forged, late or garbled: the real answer may still come
@@ -3276,27 +3339,27 @@ async def by_udp(server: tuple, query: bytes, asked: tuple, until: float) -> Res
         raise ValueError("answers that nobody asked for")
 
 
-async def by_tcp(server: tuple, query: bytes, asked: tuple, until: float) -> Response:
+async def query_tcp(server: tuple, query: bytes, asked: tuple, until: float) -> DNSMessage:
     """The same over a connection, each message with its length before it (RFC 1035 4.2.2)."""
-    with socket.socket(family_of(server[0]), socket.SOCK_STREAM) as sock:
+    with socket.socket(address_family(server[0]), socket.SOCK_STREAM) as sock:
         sock.setblocking(False)
         code = sock.connect_ex(server)
         if code == errno.EINPROGRESS:
-            await readiness(sock, until, writing=True)
+            await wait_ready(sock, until, writing=True)
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             raise OSError(code, os.strerror(code))
-        await send(sock, len(query).to_bytes(2, "big") + query, until)
+        await sock_sendall(sock, len(query).to_bytes(2, "big") + query, until)
         octets = b""
         while len(octets) < 2 or len(octets) < 2 + int.from_bytes(octets[:2], "big"):
-            more = await receive(sock, 65537 - len(octets), until)
+            more = await sock_recv(sock, 65537 - len(octets), until)
             if not more:
                 raise ConnectionError("closed within an answer")
             octets += more
         return parse_response(octets[2:], *asked)
 
 
-def family_of(address: str) -> int:
+def address_family(address: str) -> int:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
@@ -3308,13 +3371,13 @@ def build_query(number: int, name: str, kind: int, edns: bool = True) -> bytes:
     return struct.pack(">6H", number, 0x0100, 1, 0, 0, int(edns)) + wire + b"\0" + struct.pack(">HH", kind, 1) + option
 
 
-def parse_response(octets: bytes, number: int, name: str, kind: int) -> Response:
+def parse_response(octets: bytes, number: int, name: str, kind: int) -> DNSMessage:
     """The answer to that question; ValueError where it is none, or is broken."""
     try:
         found, flags, questions, answers, authority, _ = struct.unpack_from(">6H", octets)
         # Who knows no EDNS may answer without even repeating the question (RFC 6891 7).
         if (found, flags >> 15, questions, flags & 15) == (number, 1, 0, FORMERR):
-            return Response(FORMERR, False, [], [])
+            return DNSMessage(FORMERR, False, [], [])
         asked, at = read_name(octets, 12)
         if (found, flags >> 15, questions, asked) != (number, 1, 1, name.lower()):
             raise ValueError("not an answer to this question")
@@ -3322,14 +3385,14 @@ def parse_response(octets: bytes, number: int, name: str, kind: int) -> Response
             raise ValueError("an answer to another question")
         truncated = bool(flags & 0x0200)
         if truncated or answers + authority > MAX_RECORDS:
-            return Response(flags & 15 if truncated else SERVFAIL, truncated, [], [])
+            return DNSMessage(flags & 15 if truncated else SERVFAIL, truncated, [], [])
         records, at = [], at + 4
         for _ in range(answers + authority):
             record, at = read_record(octets, at)
             records.append(record)
     except (struct.error, IndexError):
         raise ValueError("broken off") from None
-    return Response(flags & 15, False, records[:answers], records[answers:])
+    return DNSMessage(flags & 15, False, records[:answers], records[answers:])
 
 
 def read_record(octets: bytes, at: int) -> tuple:
@@ -3355,7 +3418,7 @@ def read_record(octets: bytes, at: int) -> tuple:
         value = int.from_bytes(data[-4:], "big")
     if family != 1 or value is None:
         kind = 0
-    return Record(name, kind, ttl if ttl < 1 << 31 else 0, value), after  # RFC 2181 8
+    return ResourceRecord(name, kind, ttl if ttl < 1 << 31 else 0, value), after  # RFC 2181 8
 
 
 def read_name(octets: bytes, at: int) -> tuple:
@@ -3366,7 +3429,7 @@ def read_name(octets: bytes, at: int) -> tuple:
         if length >= 0xC0:
             after, jumps = after or at + 2, jumps + 1
             target = int.from_bytes(octets[at : at + 2], "big") & 0x3FFF
-            if target >= at or jumps > MAX_JUMPS:  # only what stands before can be meant; so no loop has no end
+            if target >= at or jumps > MAX_POINTERS:  # only what stands before can be meant; so no loop has no end
                 raise ValueError("a name that points nowhere")
             at = target
             continue
@@ -3375,7 +3438,7 @@ def read_name(octets: bytes, at: int) -> tuple:
             raise ValueError("a label broken off")
         labels.append(label.decode("latin-1").lower().replace(".", "\\."))
         at += 1 + length
-        if len(labels) > MAX_JUMPS:
+        if len(labels) > MAX_POINTERS:
             raise ValueError("a name without end")
     return ".".join(labels), after or at + 1
 
@@ -3389,7 +3452,7 @@ def read_text(data: bytes) -> str:
     return b"".join(parts).decode("utf-8", "replace")
 
 
-def follow(answers: list, name: str, kind: int) -> tuple:
+def follow_cnames(answers: list, name: str, kind: int) -> tuple:
     """([aliases on the way], [records of that kind at its end])."""
     chain: list = []
     while len(chain) <= MAX_ALIASES:
@@ -3402,45 +3465,45 @@ def follow(answers: list, name: str, kind: int) -> tuple:
     return chain, []
 
 
-async def mail_hosts(domain: str, resolver: Resolver, hostname: str, deadline: float) -> list:
+async def mx_hosts(domain: str, resolver: Resolver, hostname: str, deadline: float) -> list:
     """The hosts that take mail for a domain, the best first (RFC 5321 5.1); Refused where there are none."""
     if domain.startswith("["):  # an address literal
         return [domain[1:-1].partition(":")[2] if domain[:6].lower() == "[ipv6:" else domain[1:-1]]
-    found = await resolver.look_up(domain, MX, deadline)
+    found = await resolver.lookup(domain, MX, deadline)
     if found.code == SERVFAIL:
-        raise Refused(reply("dns", f"{domain}: {found.why}", mailer="MX"))
+        raise Rejected(make_reply("dns", f"{domain}: {found.why}", mailer="MX"))
     if found.code == NXDOMAIN:
-        raise Refused(reply("no-domain", domain, mailer="MX"))
+        raise Rejected(make_reply("no-domain", domain, mailer="MX"))
     if found.values and all(not host for _, host in found.values):
-        raise Refused(reply("null-mx", domain, mailer="MX"))
-    hosts = by_preference(found.values, hostname, resolver.dice) if found.values else [domain]
+        raise Rejected(make_reply("null-mx", domain, mailer="MX"))
+    hosts = by_preference(found.values, hostname, resolver.rng) if found.values else [domain]
     if not hosts:
-        raise Refused(reply("mx-loop", domain, mailer="MX"))
+        raise Rejected(make_reply("mx-loop", domain, mailer="MX"))
     return hosts
 
 
-def by_preference(values: tuple, hostname: str, dice: Callable) -> list:
+def by_preference(values: tuple, hostname: str, rng: Callable) -> list:
     """Host names, equal ones in an order of chance; this host and what stands behind it left out (RFC 5321 5.1)."""
     own = min([preference for preference, host in values if host == hostname.lower()], default=1 << 16)
-    usable = [(preference, dice(), host) for preference, host in values if preference < own and DOMAIN.fullmatch(host)]
+    usable = [(preference, rng(), host) for preference, host in values if preference < own and DOMAIN.fullmatch(host)]
     return list(dict.fromkeys(host for _, _, host in sorted(usable)))
 
 
-async def addresses(host: str, resolver: Resolver, private: bool, deadline: float) -> list:
+async def resolve_addresses(host: str, resolver: Resolver, private: bool, deadline: float) -> list:
     """IP addresses of a host, where `private` is not set only public ones; Refused where there are none."""
     try:
         found = [str(ipaddress.ip_address(host))]
     except ValueError:
         # IPv4 first: of senders by IPv6 the large receivers ask more
-        both = [await resolver.look_up(host, kind, deadline) for kind in (A, AAAA)]
+        both = [await resolver.lookup(host, kind, deadline) for kind in (A, AAAA)]
         found = [value for answer in both for value in answer.values]
         if not found and SERVFAIL in (both[0].code, both[1].code):
             why = both[0].why or both[1].why
-            raise Refused(reply("dns", f"{host}: {why}", mailer="MX")) from None
+            raise Rejected(make_reply("dns", f"{host}: {why}", mailer="MX")) from None
     good = [address for address in found if private or is_public(address)]
     if not good:
         why = f"{host}: {found[0]} is not a public address" if found else f"{host}: no address"
-        raise Refused(reply("no-address", why, mailer="MX"))
+        raise Rejected(make_reply("no-address", why, mailer="MX"))
     return good
 
 
@@ -3456,61 +3519,61 @@ def is_public(text: str) -> bool:
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
 
 
-class Policy(NamedTuple):
+class MTASTSPolicy(NamedTuple):
     """MTA-STS: which hosts a domain wants its mail to be brought to (RFC 8461 3.2)."""
 
     mode: str  # enforce, testing or none
     hosts: tuple  # names; "*." stands for one label
     max_age: int  # seconds
 
-    def admits(self, host: str) -> bool:
+    def allows(self, host: str) -> bool:
         return self.mode != "enforce" or host in self.hosts or "*." + host.partition(".")[2] in self.hosts
 
 
-class Policies:
+class MTASTSCache:
     """The MTA-STS policies of domains, kept as long as they say."""
 
-    PATIENCE = 10.0  # seconds to get one
-    AGAIN = 300  # seconds until it is asked for again where it could not be had (RFC 8461 3.3)
+    FETCH_TIMEOUT = 10.0  # seconds to get one
+    NEGATIVE_TTL = 300  # seconds until it is asked for again where it could not be had (RFC 8461 3.3)
 
     def __init__(self, resolver: Resolver, port: int = 443, clock: Callable = time.monotonic) -> None:
         self.resolver, self.port = resolver, port
-        self.kept, self.failed = Kept(4096, clock), Kept(4096, clock)
+        self.cache, self.failed = TTLCache(4096, clock), TTLCache(4096, clock)
 
-    async def of(self, domain: str, route: Route) -> Policy | None:
+    async def policy_for(self, domain: str, route: Route) -> MTASTSPolicy | None:
         """The domain's policy; the one kept where DNS or the web server fail, since who attacks could see to that."""
-        number, kept = "", self.kept.get(domain) or ("", None)
-        deadline = time.monotonic() + min(route.timeout, self.PATIENCE)
+        number, kept = "", self.cache.get(domain) or ("", None)
+        deadline = time.monotonic() + min(route.timeout, self.FETCH_TIMEOUT)
         if not domain.startswith("["):
-            number = sts_id((await self.resolver.look_up(f"_mta-sts.{domain}", TXT, deadline)).values)
+            number = mta_sts_id((await self.resolver.lookup(f"_mta-sts.{domain}", TXT, deadline)).values)
         if number in ("", kept[0]) or self.failed.get((domain, number)):
             return kept[1]
         try:
             policy = await self._fetch(domain, route, deadline)
-        except (OSError, ValueError, Refused) as fault:
-            why = ": ".join(fault.reply.message) if isinstance(fault, Refused) else str(fault)
-            log.lines(f"MTA-STS policy of {domain} can't be had: {printable(why)}")
-            self.failed.put((domain, number), True, self.AGAIN)
+        except (OSError, ValueError, Rejected) as error:
+            why = ": ".join(error.reply.message) if isinstance(error, Rejected) else str(error)
+            log.lines(f"MTA-STS policy of {domain} can't be had: {sanitize(why)}")
+            self.failed.put((domain, number), True, self.NEGATIVE_TTL)
             return kept[1]
-        self.kept.put(domain, (number, policy), policy.max_age)
+        self.cache.put(domain, (number, policy), policy.max_age)
         return policy
 
-    async def _fetch(self, domain: str, route: Route, deadline: float) -> Policy:
+    async def _fetch(self, domain: str, route: Route, deadline: float) -> MTASTSPolicy:
         host = f"mta-sts.{domain}"
-        place = (await addresses(host, self.resolver, route.private, deadline))[0], self.port
-        trusted = signature(route.ca_file) if route.ca_file else None
-        context = await in_thread(client_context, True, route.ca_file, trusted)
-        return parse_policy(await in_thread(fetch_policy, host, place, context, deadline))
+        place = (await resolve_addresses(host, self.resolver, route.private, deadline))[0], self.port
+        trusted = stat_key(route.ca_file) if route.ca_file else None
+        context = await to_thread(client_context, True, route.ca_file, trusted)
+        return parse_mta_sts_policy(await to_thread(fetch_mta_sts_policy, host, place, context, deadline))
 
 
-def sts_id(texts: tuple) -> str:
+def mta_sts_id(texts: tuple) -> str:
     """The number of a domain's policy, "" where it has none: there must be exactly one record (RFC 8461 3.1)."""
     records = [text for text in texts if text.startswith("v=STSv1")]
     found = re.fullmatch(r"v=STSv1\s*;(?:.*;)?\s*id=([A-Za-z0-9]{1,32})\s*(?:;.*)?", records[0] if records else "")
     return found[1] if found and len(records) == 1 else ""
 
 
-def fetch_policy(host: str, place: tuple, context: ssl.SSLContext, deadline: float) -> str:
+def fetch_mta_sts_policy(host: str, place: tuple, context: ssl.SSLContext, deadline: float) -> str:
     """The text of a policy by HTTPS; raises OSError or ValueError. No redirection is followed (RFC 8461 3.3)."""
     octets = b""
     head = f"GET /.well-known/mta-sts.txt HTTP/1.1\r\nHost: {host}\r\nUser-Agent: haineko/{__version__}\r\n"
@@ -3528,8 +3591,8 @@ def fetch_policy(host: str, place: tuple, context: ssl.SSLContext, deadline: flo
         response = http.client.HTTPResponse(types.SimpleNamespace(makefile=lambda *_: io.BytesIO(octets)))
         response.begin()
         text = response.read()
-    except http.client.HTTPException as fault:
-        raise ValueError(f"not HTTP: {fault!r}") from None
+    except http.client.HTTPException as error:
+        raise ValueError(f"not HTTP: {error!r}") from None
     if response.status != 200 or len(octets) > MAX_POLICY:
         raise ValueError(f"HTTP status {response.status}" if response.status != 200 else "too large")
     return text.decode("utf-8", "replace")
@@ -3538,17 +3601,17 @@ def fetch_policy(host: str, place: tuple, context: ssl.SSLContext, deadline: flo
 MAX_POLICY = 65536  # octets
 
 
-def parse_policy(text: str) -> Policy:
+def parse_mta_sts_policy(text: str) -> MTASTSPolicy:
     """The policy in a text of "key: value" lines; ValueError where it is none (RFC 8461 3.2)."""
-    pairs_ = [[part.strip() for part in line.partition(":")[::2]] for line in text.splitlines() if line.strip()]
-    values = dict(reversed(pairs_))  # of a key that stands twice, the first counts
-    hosts = tuple(value.lower().rstrip(".") for key, value in pairs_ if key == "mx")
+    pairs = [[part.strip() for part in line.partition(":")[::2]] for line in text.splitlines() if line.strip()]
+    values = dict(reversed(pairs))  # of a key that stands twice, the first counts
+    hosts = tuple(value.lower().rstrip(".") for key, value in pairs if key == "mx")
     mode, age = values.get("mode", ""), values.get("max_age", "")
     if values.get("version") != "STSv1" or mode not in ("enforce", "testing", "none") or (mode != "none" and not hosts):
         raise ValueError("not an MTA-STS policy")
     if not re.fullmatch(r"[0-9]{1,10}", age):
         raise ValueError("max_age is no number")
-    return Policy(mode, hosts, min(int(age), 31557600))
+    return MTASTSPolicy(mode, hosts, min(int(age), 31557600))
 
 
 # ======================================================================================================================
@@ -3559,7 +3622,7 @@ def parse_policy(text: str) -> Policy:
 # ======================================================================================================================
 
 
-class Call(NamedTuple):
+class HTTPRequest(NamedTuple):
     """One request to a web API."""
 
     method: str
@@ -3569,7 +3632,7 @@ class Call(NamedTuple):
     type: str = "application/json"
 
 
-class Said(NamedTuple):
+class HTTPResponse(NamedTuple):
     """An answer by HTTP."""
 
     status: int
@@ -3580,49 +3643,49 @@ class Said(NamedTuple):
     def document(self) -> Any:
         """The JSON in the body, None where it is none."""
         try:
-            return decode(self.body)
+            return parse_json(self.body)
         except ValueError:
             return None
 
 
-class Web:
+class HTTPConnectionPool:
     """The open connections to web APIs of this process, kept to be used again; the most recently used one first."""
 
     IDLE = 15.0  # seconds after which a connection is given up; servers do so after 20 and more
     AGE = 300.0  # seconds after which it is not used again
-    KEPT = 64  # connections of one route
+    MAX_IDLE = 64  # connections of one route
 
     def __init__(self) -> None:
         self.idle: dict = {}  # route: lines, the most recently used last
 
-    async def call(self, route: Route, call: Call) -> Said:
+    async def request(self, route: Route, call: HTTPRequest) -> HTTPResponse:
         """The answer to the call. A kept connection that died before all of the request was sent is replaced once."""
-        line, kept = self._take(route)
+        line, kept = self._acquire(route)
         try:
-            said = await in_thread(line.exchange, call)
-        except Refused:
+            reply = await to_thread(line.exchange, call)
+        except Rejected:
             if line.sent or not kept:
                 raise
-            line = Line(route)
-            said = await in_thread(line.exchange, call)
-        self._give(line)
-        return said
+            line = KeepAliveConnection(route)
+            reply = await to_thread(line.exchange, call)
+        self._release(line)
+        return reply
 
-    def _take(self, route: Route) -> tuple:
+    def _acquire(self, route: Route) -> tuple:
         """(a connection, whether it was kept)."""
         kept, now = self.idle.get(route, []), time.monotonic()
         while kept:
             line = kept.pop()
-            if now < line.until and not line.spoken_to():
+            if now < line.expires and not line.is_stale():
                 return line, True
             line.close()
-        return Line(route), False
+        return KeepAliveConnection(route), False
 
-    def _give(self, line: Line) -> None:
+    def _release(self, line: KeepAliveConnection) -> None:
         """Kept, or closed where it can't be used again."""
         kept, now = self.idle.setdefault(line.route, []), time.monotonic()
-        if line.sock and len(kept) < self.KEPT and now - line.born < self.AGE:
-            line.until = now + min(self.IDLE, line.patience)
+        if line.sock and len(kept) < self.MAX_IDLE and now - line.created_at < self.AGE:
+            line.expires = now + min(self.IDLE, line.keepalive_timeout)
             kept.append(line)
         else:
             line.close()
@@ -3631,7 +3694,7 @@ class Web:
         """Closes the connections that nobody used for a while, or all."""
         now = time.monotonic()
         for route, kept in list(self.idle.items()):
-            staying = [line for line in kept if now < line.until and not everything]
+            staying = [line for line in kept if now < line.expires and not everything]
             for line in kept:
                 if line not in staying:
                     line.close()
@@ -3640,32 +3703,32 @@ class Web:
                 del self.idle[route]
 
 
-class Line(http.client.HTTPConnection):
+class KeepAliveConnection(http.client.HTTPConnection):
     """One connection to the API of a route. `sent` says that all of a request was sent, which may therefore count."""
 
     def __init__(self, route: Route) -> None:
-        self.site = site_of(route.url)
-        super().__init__(self.site.host, self.site.port)
+        self.url = split_base_url(route.url)
+        super().__init__(self.url.host, self.url.port)
         self.route, self.seconds, self.deadline, self.sent = route, route.timeout, 0.0, False
-        self.born, self.until, self.patience = time.monotonic(), 0.0, Web.IDLE
+        self.created_at, self.expires, self.keepalive_timeout = time.monotonic(), 0.0, HTTPConnectionPool.IDLE
 
-    def exchange(self, call: Call) -> Said:
+    def exchange(self, call: HTTPRequest) -> HTTPResponse:
         """The answer to the call; Refused where there is none."""
-        said, self.sent = None, False
+        reply, self.sent = None, False
         if not self.sock:
             self.open()
         try:
-            self._ask(call)
-            said = self._answer()
-        except (OSError, http.client.HTTPException) as fault:
-            raise Refused(self._broken(fault)) from None
+            self._send_request(call)
+            reply = self._read_response()
+        except (OSError, http.client.HTTPException) as error:
+            raise Rejected(self._broken(error)) from None
         finally:
-            if not (said and self.sent):
+            if not (reply and self.sent):
                 self.close()
-        log.dialogue(self.site.name, "<", f"{said.status} {said.reason}, {len(said.body)} octets")
-        return said
+        log.dialogue(self.url.host_header, "<", f"{reply.status} {reply.reason}, {len(reply.body)} octets")
+        return reply
 
-    def spoken_to(self) -> bool:
+    def is_stale(self) -> bool:
         """True where the other side has closed, or said something that nobody asked for."""
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
@@ -3673,31 +3736,35 @@ class Line(http.client.HTTPConnection):
 
     def open(self) -> None:
         """Connected, with TLS where the URL says so; credentials go over TLS or stay on this machine."""
-        route, site = self.route, self.site
+        route, site = self.route, self.url
         try:
             self.sock = socket.create_connection((site.host, site.port), self.seconds)
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if site.tls:
-                trusted = signature(route.ca_file) if route.ca_file else None
+                trusted = stat_key(route.ca_file) if route.ca_file else None
                 context = client_context(route.tls_verify, route.ca_file, trusted)
                 self.sock = context.wrap_socket(self.sock, server_hostname=site.host)
-            elif route.login and plain_address(self.sock.getpeername()[0]) not in LOOPBACK:
-                raise Refused(reply("clear-auth", **route.place))
-        except OSError as fault:
+            elif route.credentials and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
+                raise Rejected(make_reply("clear-auth", **route.endpoint))
+        except OSError as error:
             connected = bool(self.sock)
             self.close()
-            said = reply("web-tls" if connected else "web-connect", reason_of(fault), **route.place)
-            raise Refused(said) from None
-        except Refused:
+            said = make_reply("web-tls" if connected else "web-connect", error_text(error), **route.endpoint)
+            raise Rejected(said) from None
+        except Rejected:
             self.close()
             raise
 
-    def _ask(self, call: Call) -> None:
+    def _send_request(self, call: HTTPRequest) -> None:
         """Sends the request."""
-        log.dialogue(self.site.name, ">", f"{call.method} {self.site.path}{call.path}, {len(call.body)} octets")
+        log.dialogue(self.url.host_header, ">", f"{call.method} {self.url.path}{call.path}, {len(call.body)} octets")
         self.deadline = time.monotonic() + self.seconds
-        self.putrequest(call.method, self.site.path + call.path, skip_host=True, skip_accept_encoding=True)
-        fixed = (("Host", self.site.name), ("User-Agent", f"Haineko/{__version__}"), ("Accept", "application/json"))
+        self.putrequest(call.method, self.url.path + call.path, skip_host=True, skip_accept_encoding=True)
+        fixed = (
+            ("Host", self.url.host_header),
+            ("User-Agent", f"Haineko/{__version__}"),
+            ("Accept", "application/json"),
+        )
         for name, value in (*fixed, *call.headers):
             self.putheader(name, value)
         if call.method == "POST":
@@ -3711,16 +3778,16 @@ class Line(http.client.HTTPConnection):
 
     def send(self, octets: bytes) -> None:
         """http.client's way out, by the deadline."""
-        for start in range(0, len(octets), PIECE):
+        for start in range(0, len(octets), CHUNK):
             self.sock.settimeout(max(self.deadline - time.monotonic(), 0.001))
-            self.sock.sendall(octets[start : start + PIECE])
+            self.sock.sendall(octets[start : start + CHUNK])
 
-    def _answer(self) -> Said:
+    def _read_response(self) -> HTTPResponse:
         self.deadline = time.monotonic() + self.seconds
         response, body, piece = self.getresponse(), b"", b" "
         try:
-            while piece and len(body) <= MAX_ANSWER:
-                piece = response.read(PIECE)
+            while piece and len(body) <= MAX_RESPONSE:
+                piece = response.read(CHUNK)
                 body += piece
         except (OSError, http.client.HTTPException):  # the status is here, and may be all that is needed
             piece = b" "
@@ -3729,36 +3796,36 @@ class Line(http.client.HTTPConnection):
             self.close()
             body = b""
         found = re.search(r"timeout=(\d{1,6})", response.headers.get("Keep-Alive", ""))
-        self.patience = int(found[1]) - 1 if found else Web.IDLE
-        return Said(response.status, printable(response.reason, 100), response.headers, body)
+        self.keepalive_timeout = int(found[1]) - 1 if found else HTTPConnectionPool.IDLE
+        return HTTPResponse(response.status, sanitize(response.reason, 100), response.headers, body)
 
     def response_class(self, sock: Any, *args: Any, **named: Any) -> http.client.HTTPResponse:
         """http.client's way in, by the deadline."""
         response = http.client.HTTPResponse(sock, *args, **named)
-        response.fp = io.BufferedReader(Timed(self, response.fp.detach()))
+        response.fp = io.BufferedReader(DeadlineReader(self, response.fp.detach()))
         return response
 
-    def _broken(self, fault: Exception) -> Reply:
+    def _broken(self, error: Exception) -> Reply:
         """What is said where no answer came."""
-        place = self.route.place
+        place = self.route.endpoint
         if not self.sent:
-            return reply("web-lost", reason_of(fault), **place)
-        if isinstance(fault, OSError):
-            return reply("web-unsure", reason_of(fault), **place)._replace(unsure=True)
-        return reply("web-rubbish", reason_of(fault), **place)._replace(unsure=True)
+            return make_reply("web-lost", error_text(error), **place)
+        if isinstance(error, OSError):
+            return make_reply("web-unsure", error_text(error), **place)._replace(maybe_delivered=True)
+        return make_reply("web-rubbish", error_text(error), **place)._replace(maybe_delivered=True)
 
 
-class Timed(io.RawIOBase):
+class DeadlineReader(io.RawIOBase):
     """A connection's octets, none later than the deadline of the answer: who drips has no more time than others."""
 
-    def __init__(self, line: Line, raw: Any) -> None:
-        self.line, self.raw, self.sock = line, raw, line.sock
+    def __init__(self, line: KeepAliveConnection, raw: Any) -> None:
+        self.connection, self.raw, self.sock = line, raw, line.sock
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, room: Any) -> int:
-        self.sock.settimeout(max(self.line.deadline - time.monotonic(), 0.001))
+        self.sock.settimeout(max(self.connection.deadline - time.monotonic(), 0.001))
         return self.raw.readinto(room)
 
     def close(self) -> None:
@@ -3766,13 +3833,13 @@ class Timed(io.RawIOBase):
         super().close()
 
 
-PIECE = 65536  # octets sent in one step
-MAX_ANSWER = 1 << 20  # octets of an answer
+CHUNK = 65536  # octets sent in one step
+MAX_RESPONSE = 1 << 20  # octets of an answer
 
 
-def reason_of(fault: Exception) -> str:
+def error_text(error: Exception) -> str:
     """What went wrong, in words."""
-    return printable(getattr(fault, "strerror", None) or str(fault) or type(fault).__name__)
+    return sanitize(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
 # ======================================================================================================================
@@ -3784,7 +3851,7 @@ def reason_of(fault: Exception) -> str:
 # ======================================================================================================================
 
 
-class Heard(NamedTuple):
+class SMTPReply(NamedTuple):
     """One reply of a server, RFC 5321 4.2."""
 
     code: str
@@ -3792,18 +3859,18 @@ class Heard(NamedTuple):
     lines: tuple
 
 
-class Rubbish(ConnectionError):  # noqa: N818
+class ProtocolError(ConnectionError):  # noqa: N818
     """The other side said something that is no SMTP reply, or not one that can stand there."""
 
 
-def replies_in(octets: bytes) -> tuple:
+def parse_replies(octets: bytes) -> tuple:
     """(the whole replies in the octets, what follows them, whether a 421 is among them); Rubbish where the first one is
     none."""
-    return (_replies_in if len(octets) <= REMEMBERED else _replies_in.__wrapped__)(octets)
+    return (_parse_replies if len(octets) <= CACHE_MAX_CHARS else _parse_replies.__wrapped__)(octets)
 
 
 @functools.lru_cache(maxsize=256)  # servers repeat themselves
-def _replies_in(octets: bytes) -> tuple:
+def _parse_replies(octets: bytes) -> tuple:
     found: list = []
     try:
         item, rest = parse_reply(octets)
@@ -3811,7 +3878,7 @@ def _replies_in(octets: bytes) -> tuple:
             found.append(item)
             octets = rest
             item, rest = parse_reply(octets)
-    except Rubbish:  # told to who comes to it
+    except ProtocolError:  # told to who comes to it
         if not found:
             raise
     return tuple(found), octets, "421" in [item.code for item in found]
@@ -3824,14 +3891,14 @@ def parse_reply(octets: bytes) -> tuple:
         end = octets.find(b"\n", start)
         if end < 0:
             if len(octets) - start > MAX_LINE:
-                raise Rubbish("a line without end")
+                raise ProtocolError("a line without end")
             return None, octets
-        item, more = parse_line(octets[start:end])
+        item, more = parse_reply_line(octets[start:end])
         if whole:
             if item.code != whole.code:
-                raise Rubbish(f"unexpected: {item.code} {item.lines[0][:200]}")
+                raise ProtocolError(f"unexpected: {item.code} {item.lines[0][:200]}")
             if len(whole.lines) == MAX_LINES:
-                raise Rubbish("a reply without end")
+                raise ProtocolError("a reply without end")
             item = whole._replace(lines=whole.lines + item.lines)
         whole, start = item, end + 1
         if not more:
@@ -3839,18 +3906,18 @@ def parse_reply(octets: bytes) -> tuple:
 
 
 @functools.lru_cache(maxsize=256)
-def parse_line(line: bytes) -> tuple:
+def parse_reply_line(line: bytes) -> tuple:
     """(one line of a reply as if it were the whole, whether more lines follow)."""
     found = REPLY_LINE.fullmatch(line)
     if not found:
-        raise Rubbish(f"unexpected: {printable(line[:200].decode('utf-8', 'replace'))}")
+        raise ProtocolError(f"unexpected: {sanitize(line[:200].decode('utf-8', 'replace'))}")
     code, more, words = found.groups(b"")
-    return heard(code.decode(), (printable(words.decode("utf-8", "replace"), MAX_TEXT),)), more == b"-"
+    return smtp_reply(code.decode(), (sanitize(words.decode("utf-8", "replace"), MAX_TEXT),)), more == b"-"
 
 
-def heard(code: str, lines: tuple) -> Heard:
+def smtp_reply(code: str, lines: tuple) -> SMTPReply:
     found = DSN.match(lines[0])
-    return Heard(code, found[1] if found else None, lines)
+    return SMTPReply(code, found[1] if found else None, lines)
 
 
 REPLY_LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ \t-])(.*?)|\s*)\r*")  # the code decides, whatever the text is
@@ -3858,8 +3925,8 @@ DSN = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?:\s|$)")
 MAX_LINE = 8192  # octets of a line; RFC 5321 4.5.3.1.5 says 512
 MAX_TEXT = 2048  # characters of it that are told
 MAX_LINES = 128  # of a reply
-BLOCK = 262144  # octets of text in one step
-FLIGHT = 100  # commands that wait for their replies, so that neither side's buffer fills up (RFC 2920 3.1)
+SEND_BLOCK = 262144  # octets of text in one step
+PIPELINE_WINDOW = 100  # commands that wait for their replies, so that neither side's buffer fills up (RFC 2920 3.1)
 
 
 class Session(smtplib.SMTP):
@@ -3870,30 +3937,30 @@ class Session(smtplib.SMTP):
         self._host = route.host  # the name that smtplib has the certificate checked for
         self.route, self.step, self.masked = route, "CONN", False
         self.pool: Any = None  # among whose sessions it is
-        self.unread, self.heard = b"", deque()  # octets, and replies, that nobody has asked for yet
-        self.ripe = False  # there may be a whole reply in `unread`
-        self.alive = self.dirty = self.in_text = self.ended = False
-        self.born = self.last_used = time.monotonic()
+        self.recv_buffer, self.replies = b"", deque()  # octets, and replies, that nobody has asked for yet
+        self.maybe_complete = False  # there may be a whole reply in `unread`
+        self.alive = self.needs_rset = self.in_data = self.eod_sent = False
+        self.created_at = self.last_used = time.monotonic()
 
     # -- opened, secured, logged in
 
-    def establish(self) -> None:
+    def open(self) -> None:
         """Ready for transactions, or Refused with what the other side said."""
         try:
             for step in self.steps():
                 step()
-        except OSError as fault:
+        except OSError as error:
             self.close()
-            raise Refused(self._broken(fault)) from None
-        except Refused:
-            self.leave()
+            raise Rejected(self._broken(error)) from None
+        except Rejected:
+            self.quit()
             raise
         self.sock.setblocking(False)
-        self.alive = not self.ahead
+        self.alive = not self.has_unsolicited
 
     def steps(self) -> tuple:
         """The steps of establish(), in order."""
-        return self._greet, self._hello, self._secure, self._log_in
+        return self._greet, self._hello, self._starttls, self._log_in
 
     def _greet(self) -> None:
         self._expect("CONN", self.connect(self.route.address or self.route.host, self.route.port))
@@ -3905,17 +3972,17 @@ class Session(smtplib.SMTP):
             code, words = self.helo()
         self._expect("EHLO", (code, words))
 
-    def _secure(self) -> None:
+    def _starttls(self) -> None:
         route, self.step = self.route, "STARTTLS"
         wanted = route.starttls or (route.tls_if_offered and self.has_extn("starttls"))
         if not wanted or route.port == SMTPS:
             return
         if not self.has_extn("starttls"):
-            raise Refused(reply("no-starttls", **self.route.place))
+            raise Rejected(make_reply("no-starttls", **self.route.endpoint))
         code, words = self.docmd("STARTTLS")
         self._expect("STARTTLS", (code, words))
-        if self.ahead:  # words in clear that pretend to be said under TLS
-            raise Rubbish("octets behind the reply to STARTTLS")
+        if self.has_unsolicited:  # words in clear that pretend to be said under TLS
+            raise ProtocolError("octets behind the reply to STARTTLS")
         self.sock.settimeout(self.timeout)  # the handshake is a step of its own
         self.sock = self._wrapped(self.sock)
         self.ehlo_resp, self.esmtp_features, self.does_esmtp = None, {}, False  # RFC 3207 4.2
@@ -3923,7 +3990,7 @@ class Session(smtplib.SMTP):
 
     def _wrapped(self, sock: socket.socket) -> ssl.SSLSocket:
         route = self.route
-        context = client_context(route.tls_verify, route.ca_file, signature(route.ca_file) if route.ca_file else None)
+        context = client_context(route.tls_verify, route.ca_file, stat_key(route.ca_file) if route.ca_file else None)
         return context.wrap_socket(sock, server_hostname=route.host)
 
     def _log_in(self) -> None:
@@ -3931,109 +3998,109 @@ class Session(smtplib.SMTP):
             return
         self.step = "AUTH"
         if not (isinstance(self.sock, ssl.SSLSocket) or self._peer_is_loopback()):
-            raise Refused(reply("clear-auth", **self.route.place))
+            raise Rejected(make_reply("clear-auth", **self.route.endpoint))
         self.masked = True
         try:
-            self.login(*self.route.login)
-        except smtplib.SMTPResponseException as fault:
-            self._expect("AUTH", (fault.smtp_code, fault.smtp_error))
-        except (smtplib.SMTPNotSupportedError, smtplib.SMTPException) as fault:
-            if isinstance(fault, smtplib.SMTPServerDisconnected):
+            self.login(*self.route.credentials)
+        except smtplib.SMTPResponseException as error:
+            self._expect("AUTH", (error.smtp_code, error.smtp_error))
+        except (smtplib.SMTPNotSupportedError, smtplib.SMTPException) as error:
+            if isinstance(error, smtplib.SMTPServerDisconnected):
                 raise
-            raise Refused(reply("no-auth", **self.route.place)) from None
-        except ValueError as fault:  # a challenge that isn't base64
-            raise Rubbish(f"unexpected challenge: {fault}") from None
+            raise Rejected(make_reply("no-auth", **self.route.endpoint)) from None
+        except ValueError as error:  # a challenge that isn't base64
+            raise ProtocolError(f"unexpected challenge: {error}") from None
         finally:
             self.masked = False
 
     def _peer_is_loopback(self) -> bool:
         return ipaddress.ip_address(self.sock.getpeername()[0].partition("%")[0]).is_loopback
 
-    def _expect(self, step: str, said: tuple) -> None:
+    def _expect(self, step: str, reply: tuple) -> None:
         """Refused with the server's own words unless they are a 2xx."""
-        self.step, (code, words) = step, said
+        self.step, (code, words) = step, reply
         if not 200 <= code <= 299:
             if not 400 <= code <= 599:
-                raise Rubbish(f"unexpected: {code} {printable(str(words))}")
+                raise ProtocolError(f"unexpected: {code} {sanitize(str(words))}")
             lines = words.decode("utf-8", "replace") if isinstance(words, bytes) else words
-            raise Refused(self._told(step, heard(str(code), tuple(lines.split("\n")))))
+            raise Rejected(self._to_reply(step, smtp_reply(str(code), tuple(lines.split("\n")))))
 
     # -- one transaction
 
-    async def transact(self, job: Job) -> list:
+    async def transact(self, transaction: Transaction) -> list:
         """A Reply for every recipient of the job, whatever happens (RFC 5321 3.3)."""
-        utf8 = job.utf8
+        utf8 = transaction.needs_smtputf8
         if utf8 and not self.has_extn("smtputf8"):
-            return await self._transact_in_ascii(job)
-        self.in_text = self.ended = False
-        pieces = job.pieces()
-        if job.message.eight and not self.has_extn("8bitmime"):
-            pieces = (await in_thread(seven_bit, job.octets()),)
-        script = envelope(job, utf8, sum(map(len, pieces)), self.esmtp_features)
-        said: list = []
-        outcome = lost = None
+            return await self._transact_in_ascii(transaction)
+        self.in_data = self.eod_sent = False
+        pieces = transaction.chunks()
+        if transaction.message.needs_8bitmime and not self.has_extn("8bitmime"):
+            pieces = (await to_thread(downgrade_8bit, transaction.octets()),)
+        script = envelope_commands(transaction, utf8, sum(map(len, pieces)), self.esmtp_features)
+        reply: list = []
+        result = lost = None
         try:
-            await self._converse(script, said)
-            if len(said) == len(script) and said[-1].code[0] == "3":
-                outcome = await self._text(pieces if accepted_any(said[:-1]) else ())
-        except OSError as fault:
-            self.alive, lost = False, self._broken(fault)
+            await self._send_envelope(script, reply)
+            if len(reply) == len(script) and reply[-1].code[0] == "3":
+                result = await self._send_data(pieces if any_accepted(reply[:-1]) else ())
+        except OSError as error:
+            self.alive, lost = False, self._broken(error)
         self.last_used = time.monotonic()
-        self.dirty = not (outcome and outcome.code[0] == "2")
-        if self.ahead:
+        self.needs_rset = not (result and result.code[0] == "2")
+        if self.has_unsolicited:
             self.alive = False
-        replies = settle(said, outcome, lost, len(job.recipients))
-        return [item if isinstance(item, Reply) else self._told(*item) for item in replies]
+        replies = recipient_replies(reply, result, lost, len(transaction.recipients))
+        return [item if isinstance(item, Reply) else self._to_reply(*item) for item in replies]
 
-    async def _transact_in_ascii(self, job: Job) -> list:
+    async def _transact_in_ascii(self, transaction: Transaction) -> list:
         """The same with a server that knows ASCII only: who and what can't be said to it is refused (RFC 6531 3.2)."""
-        place, message = self.route.place, job.message
-        if not job.sender.isascii():
-            return [reply("mail-ascii", **place)] * len(job.recipients)
-        if message.utf8:
-            octets = await in_thread(seven_bit, job.octets())
+        place, message = self.route.endpoint, transaction.message
+        if not transaction.sender.isascii():
+            return [make_reply("mail-ascii", **place)] * len(transaction.recipients)
+        if message.needs_smtputf8:
+            octets = await to_thread(downgrade_8bit, transaction.octets())
             message = Message((octets,))
             if not octets.isascii():  # an address in the header
-                return [reply("header-ascii", **place)] * len(job.recipients)
-        ascii_only = tuple(to for to in job.recipients if to.isascii())
-        said = await self.transact(job._replace(recipients=ascii_only, message=message)) if ascii_only else []
+                return [make_reply("header-ascii", **place)] * len(transaction.recipients)
+        ascii_only = tuple(to for to in transaction.recipients if to.isascii())
+        said = await self.transact(transaction._replace(recipients=ascii_only, message=message)) if ascii_only else []
         replies = dict(zip(ascii_only, said))
-        return [replies.get(to) or reply("rcpt-ascii", **place) for to in job.recipients]
+        return [replies.get(to) or make_reply("rcpt-ascii", **place) for to in transaction.recipients]
 
-    async def _converse(self, script: list, said: list) -> None:
+    async def _send_envelope(self, script: list, replies: list) -> None:
         """Sends the script and appends each reply to `said`, until it is over or there is no sense in going on."""
-        if self.dirty:
+        if self.needs_rset:
             self.step = "MAIL"
             await self._write(b"RSET\r\n")
             await self._reply()
-            self.dirty = False
-        for flight in flights(script, self.has_extn("pipelining")):
-            if said and (said[0].code[0] != "2" or (flight[0][0] == "DATA" and not accepted_any(said))):
+            self.needs_rset = False
+        for flight in pipeline_batches(script, self.has_extn("pipelining")):
+            if replies and (replies[0].code[0] != "2" or (flight[0][0] == "DATA" and not any_accepted(replies))):
                 return
             self.step = flight[0][0]
             await self._write(b"".join([line for _, line in flight]))
             for self.step, _ in flight:
-                item = self.heard.popleft() if self.heard else await self._reply()
+                item = self.replies.popleft() if self.replies else await self._reply()
                 if item.code[0] == ("2" if self.step == "DATA" else "3"):
-                    raise Rubbish(f"unexpected: {item.code} to {self.step}")
-                said.append(item)
+                    raise ProtocolError(f"unexpected: {item.code} to {self.step}")
+                replies.append(item)
                 if item.code == "421":  # it closes; what it would say of the rest will not come
                     return
 
-    async def _text(self, pieces: tuple) -> Heard:
+    async def _send_data(self, pieces: tuple) -> SMTPReply:
         """The reply to the end of the text; where there is none, that to a lone dot (RFC 2920 3.1)."""
-        if self.ahead:  # a refusal said at once counts; anything else would pass for the reply to the text
+        if self.has_unsolicited:  # a refusal said at once counts; anything else would pass for the reply to the text
             self.alive, item = False, await self._reply()
             if item.code[0] in "45":
                 return item
-            raise Rubbish("a reply that nothing asked for")
-        self.in_text, last = bool(pieces), b""
+            raise ProtocolError("a reply that nothing asked for")
+        self.in_data, last = bool(pieces), b""
         try:
-            for block in stuffed(pieces):
+            for block in dot_stuff(pieces):
                 if last:
                     await self._write(last)
                 last = block
-            self.ended = self.in_text
+            self.eod_sent = self.in_data
             await self._write(last + b".\r\n")
         except (BrokenPipeError, ConnectionResetError):
             item = await self._reply()  # it may have said why it hung up
@@ -4042,25 +4109,25 @@ class Session(smtplib.SMTP):
             return item
         item = await self._reply()
         if item.code[0] == "3":
-            raise Rubbish(f"unexpected: {item.code} to the end of the message")
+            raise ProtocolError(f"unexpected: {item.code} to the end of the message")
         return item
 
     def _write(self, octets: bytes) -> Any:
         """To be awaited: the octets are sent."""
-        self._trace(octets)
-        return send(self.sock, octets, time.monotonic() + self.timeout)
+        self._log_sent(octets)
+        return sock_sendall(self.sock, octets, time.monotonic() + self.timeout)
 
-    async def _reply(self) -> Heard:
+    async def _reply(self) -> SMTPReply:
         """The next reply, whole, within the step's deadline."""
         deadline = 0.0
-        while not (self.heard or self._understood()):
+        while not (self.replies or self._parse_buffer()):
             deadline = deadline or time.monotonic() + self.timeout
-            self._more(await receive(self.sock, 4096, deadline))
-        return self.heard.popleft()
+            self._feed(await sock_recv(self.sock, 4096, deadline))
+        return self.replies.popleft()
 
     # -- lines
 
-    def silent(self) -> bool:
+    def is_reusable(self) -> bool:
         """True where the server has said nothing while nobody asked, that it has waited long enough, for instance: it
         would pass for the reply to the next command."""
         poll = select.poll()
@@ -4068,9 +4135,9 @@ class Session(smtplib.SMTP):
         return not poll.poll(0)
 
     @property
-    def ahead(self) -> bool:
+    def has_unsolicited(self) -> bool:
         """True where the server has said more than it was asked."""
-        return bool(self.unread or self.heard)
+        return bool(self.recv_buffer or self.replies)
 
     def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
         octets = host.encode("ascii")  # for a string Python loads the tables of IDNA, half a megabyte for each worker
@@ -4081,57 +4148,57 @@ class Session(smtplib.SMTP):
     def send(self, s: Any) -> None:
         """smtplib's way out."""
         octets = s.encode("ascii") if isinstance(s, str) else s
-        self._trace(b"********\r\n" if self.masked else octets)
+        self._log_sent(b"********\r\n" if self.masked else octets)
         self.sock.sendall(octets)
 
     def getreply(self) -> tuple:
         """smtplib's way in: (code, text)."""
         deadline = time.monotonic() + self.timeout
-        while not (self.heard or self._understood()):
+        while not (self.replies or self._parse_buffer()):
             self.sock.settimeout(max(deadline - time.monotonic(), 0.001))
-            self._more(self.sock.recv(65536))
-        item = self.heard.popleft()
+            self._feed(self.sock.recv(65536))
+        item = self.replies.popleft()
         return int(item.code), "\n".join(item.lines).encode()
 
-    def _understood(self) -> bool:
+    def _parse_buffer(self) -> bool:
         """True where whole replies were in `unread`, and are now in `heard`."""
-        if not self.ripe:
+        if not self.maybe_complete:
             return False
-        found, self.unread, closes = replies_in(self.unread)
-        self.ripe = bool(found and self.unread)  # rubbish, perhaps
+        found, self.recv_buffer, closes = parse_replies(self.recv_buffer)
+        self.maybe_complete = bool(found and self.recv_buffer)  # rubbish, perhaps
         if closes:  # RFC 5321 3.8
             self.alive = False
         if self.masked:
-            found = [item._replace(lines=tuple(map(self._censored, item.lines))) for item in found]
+            found = [item._replace(lines=tuple(map(self._mask_credentials, item.lines))) for item in found]
         for item in found if log.devel else ():
             for i, line in enumerate(item.lines, 1):
                 log.dialogue(self.route.host, "<", f"{item.code}{' ' if i == len(item.lines) else '-'}{line}")
-        self.heard.extend(found)
+        self.replies.extend(found)
         return bool(found)
 
-    def _censored(self, line: str) -> str:
+    def _mask_credentials(self, line: str) -> str:
         """The line without our credentials: some servers repeat a command that they don't understand."""
-        for word in secret_forms(*self.route.login):
+        for word in secret_forms(*self.route.credentials):
             line = line.replace(word, "********")
         return line
 
-    def _more(self, octets: bytes) -> None:
+    def _feed(self, octets: bytes) -> None:
         if not octets:
             raise ConnectionError("Connection closed by the other side")
-        self.unread += octets
-        self.ripe = b"\n" in octets or len(self.unread) - self.unread.rfind(b"\n") > MAX_LINE
+        self.recv_buffer += octets
+        self.maybe_complete = b"\n" in octets or len(self.recv_buffer) - self.recv_buffer.rfind(b"\n") > MAX_LINE
 
-    def _trace(self, octets: bytes) -> None:
+    def _log_sent(self, octets: bytes) -> None:
         if log.devel:
             for line in octets.splitlines():
                 log.dialogue(self.route.host, ">", line.decode("utf-8", "replace"))
 
-    def leave(self) -> None:
+    def quit(self) -> None:
         """QUIT, said and not waited for long (RFC 5321 4.1.1.10)."""
         self.alive = False
         try:
-            self.timeout = FAREWELL
-            self.sock.settimeout(FAREWELL)
+            self.timeout = QUIT_TIMEOUT
+            self.sock.settimeout(QUIT_TIMEOUT)
             self.send("QUIT\r\n")
             self.getreply()
         except (OSError, AttributeError):
@@ -4140,21 +4207,21 @@ class Session(smtplib.SMTP):
 
     # -- words
 
-    def _told(self, step: str, item: Heard) -> Reply:
+    def _to_reply(self, step: str, item: SMTPReply) -> Reply:
         return Reply(item.code, item.dsn, step, item.lines, self.route.mailer, self.route.host, self.route.port)
 
-    def _broken(self, fault: OSError) -> Reply:
+    def _broken(self, error: OSError) -> Reply:
         """What is said of recipients whose reply never came."""
-        reason, place = reason_of(fault), self.route.place
-        if self.ended:
-            return reply("unsure", reason, **place)._replace(unsure=True)
-        if isinstance(fault, Rubbish):
-            return reply("rubbish", reason, command=self.step, **place)
+        reason, place = error_text(error), self.route.endpoint
+        if self.eod_sent:
+            return make_reply("unsure", reason, **place)._replace(maybe_delivered=True)
+        if isinstance(error, ProtocolError):
+            return make_reply("rubbish", reason, command=self.step, **place)
         if self.step == "CONN":
-            return reply("connect", reason, **place)
-        if isinstance(fault, ssl.SSLError) and self.step == "STARTTLS":
-            return reply("tls", reason, **place)
-        return reply("lost", reason, command=self.step, **place)
+            return make_reply("connect", reason, **place)
+        if isinstance(error, ssl.SSLError) and self.step == "STARTTLS":
+            return make_reply("tls", reason, **place)
+        return make_reply("lost", reason, command=self.step, **place)
 
 
 def secret_forms(user: str, word: str) -> list:
@@ -4165,37 +4232,37 @@ def secret_forms(user: str, word: str) -> list:
 
 
 SMTPS = 465  # RFC 8314: TLS from the first byte
-FAREWELL = 1.0  # seconds for the reply to QUIT
+QUIT_TIMEOUT = 1.0  # seconds for the reply to QUIT
 
 
-def envelope(job: Job, utf8: bool, size: int, features: dict) -> list:
+def envelope_commands(transaction: Transaction, utf8: bool, size: int, features: dict) -> list:
     """The script [(command, line)] of a transaction, up to DATA, with the parameters that the server offers."""
-    mail, rcpt = f"MAIL FROM:<{job.sender}>", ""
+    mail, rcpt = f"MAIL FROM:<{transaction.sender}>", ""
     if "size" in features:
         mail += f" SIZE={size}"  # RFC 1870
-    if "8bitmime" in features and (utf8 or job.message.eight):
+    if "8bitmime" in features and (utf8 or transaction.message.needs_8bitmime):
         mail += " BODY=8BITMIME"  # RFC 6152
     if utf8:
         mail += " SMTPUTF8"  # RFC 6531; who doesn't offer it got another job
     if "dsn" in features:
         mail += " RET=FULL"  # RFC 3461
         rcpt = " NOTIFY=FAILURE,DELAY"
-    rcpts = [("RCPT", f"RCPT TO:<{to}>{rcpt}\r\n".encode()) for to in job.recipients]
+    rcpts = [("RCPT", f"RCPT TO:<{to}>{rcpt}\r\n".encode()) for to in transaction.recipients]
     return [("MAIL", f"{mail}\r\n".encode()), *rcpts, ("DATA", b"DATA\r\n")]
 
 
-def flights(script: list, pipelining: bool) -> list:
+def pipeline_batches(script: list, pipelining: bool) -> list:
     """The script in groups that are sent without waiting: many commands with PIPELINING, else one each."""
-    size = FLIGHT if pipelining else 1
+    size = PIPELINE_WINDOW if pipelining else 1
     return [script[i : i + size] for i in range(0, len(script), size)]
 
 
-def stuffed(pieces: tuple) -> Any:
+def dot_stuff(pieces: tuple) -> Any:
     """The octets of a text in blocks, with one dot more before each line that begins with a dot (RFC 5321 4.5.2)."""
     end = b"\n"
     for piece in pieces:
-        for start in range(0, len(piece), BLOCK):
-            block = piece[start : start + BLOCK]
+        for start in range(0, len(piece), SEND_BLOCK):
+            block = piece[start : start + SEND_BLOCK]
             first, last = end == b"\n" and block.startswith(b"."), block.rfind(b".")
             if first or block.find(b"\n.", 0, last + 1) >= 0:  # one octet is looked for much faster than two
                 block = b"." * first + block.replace(b"\n.", b"\n..")
@@ -4203,292 +4270,298 @@ def stuffed(pieces: tuple) -> Any:
             yield block
 
 
-def accepted_any(said: list) -> bool:
+def any_accepted(replies: list) -> bool:
     """True where the sender and one recipient at least were taken."""
-    return said[0].code[0] == "2" and "2" in [item.code[0] for item in said[1:]]
+    return replies[0].code[0] == "2" and "2" in [item.code[0] for item in replies[1:]]
 
 
-def settle(said: list, outcome: Heard | None, lost: Reply | None, count: int) -> list:
+def recipient_replies(said: list, result: SMTPReply | None, lost: Reply | None, count: int) -> list:
     """(command, Heard) or a Reply for each of `count` recipients: what decided. `said` are the replies to the script as
     far as they came, `outcome` the one to the text, `lost` what broke it off."""
     if said and said[0].code[0] != "2":
         return [("MAIL", said[0])] * count
-    rest = lost or ("DATA", outcome)
-    if not (lost or outcome):  # it ended with a refusal of DATA, or of all recipients, or with a 421
+    rest = lost or ("DATA", result)
+    if not (lost or result):  # it ended with a refusal of DATA, or of all recipients, or with a 421
         rest = "DATA" if len(said) == count + 2 else "RCPT", said[-1]
     replies = [("RCPT", item) if item.code[0] in "45" else rest for item in said[1 : count + 1]]
     return replies + [rest] * (count - len(replies))
 
 
-class Waiting(NamedTuple):
+class SessionWaiter(NamedTuple):
     """Who waits for a session."""
 
     done: Callable  # takes a session, None or a Refused
     deadline: float
-    said: Reply | None  # what it was told where it was refused itself
+    reply: Reply | None  # what it was told where it was refused itself
 
 
-class Pool:
+class SessionPool:
     """The sessions of one route. A server that greets with 4xx while it has others of ours takes no more: who hears it
     waits for one of those, until the deadline."""
 
     OPENING = 32  # are opened at a time, each in a thread
-    ENOUGH = 5  # seconds for which a server that takes no more sessions is not asked for another
+    FULL_BACKOFF = 5  # seconds for which a server that takes no more sessions is not asked for another
 
     def __init__(self) -> None:
         self.idle: list = []  # the most recently used last
-        self.lent = self.opening = 0  # how many are in use, and being opened
-        self.waiting: deque = deque()  # of Waiting, the longest first
-        self.most, self.full_until = self.OPENING, 0.0  # may be opened at a time; but none until then
+        self.in_use = self.opening = 0  # how many are in use, and being opened
+        self.waiters: deque = deque()  # of Waiting, the longest first
+        self.open_limit, self.full_until = self.OPENING, 0.0  # may be opened at a time; but none until then
         self.refusal: Reply | None = None  # the last one
 
     @property
     def full(self) -> bool:
         """True where the server takes no more, and a session that it took, or may have taken, will come back."""
-        return self.lent + self.opening > 0 and time.monotonic() < self.full_until
+        return self.in_use + self.opening > 0 and time.monotonic() < self.full_until
 
     def may_open(self, room: bool = False) -> bool:
         """True where another session may be opened now; `room` means that the server has lost one."""
-        return self.opening < self.OPENING if room else self.opening < self.most and not self.full
+        return self.opening < self.OPENING if room else self.opening < self.open_limit and not self.full
 
-    def wait(self, done: Callable, deadline: float, said: Reply | None) -> None:
-        self.waiting.append(Waiting(done, deadline, said))
+    def wait(self, done: Callable, deadline: float, reply: Reply | None) -> None:
+        self.waiters.append(SessionWaiter(done, deadline, reply))
 
-    def hand_on(self, session: Session | None) -> None:
+    def hand_over(self, session: Session | None) -> None:
         """To who has waited longest; None means that it is to open one."""
-        self.waiting.popleft().done(session)
+        self.waiters.popleft().done(session)
 
-    def go_on(self, room: bool = False) -> None:
+    def wake_waiters(self, room: bool = False) -> None:
         """Who waits opens sessions, as many as may be."""
-        while self.waiting and self.may_open(room):
+        while self.waiters and self.may_open(room):
             self.opening += 1
-            self.hand_on(None)
+            self.hand_over(None)
             room = False
 
     def opened(self) -> None:
         """A session was opened, and is lent."""
-        self.opening, self.lent, self.most = self.opening - 1, self.lent + 1, min(self.most * 2, self.OPENING)
-        self.go_on()
+        self.opening, self.in_use, self.open_limit = (
+            self.opening - 1,
+            self.in_use + 1,
+            min(self.open_limit * 2, self.OPENING),
+        )
+        self.wake_waiters()
 
-    def refused(self, said: Reply | None) -> bool:
+    def refused(self, reply: Reply | None) -> bool:
         """None was opened; True where it is worth waiting for another one. What isn't the word of a server is told to
         everybody who waits."""
         self.opening -= 1
-        hopeless = not (self.idle or self.lent or self.opening)
-        full = bool(said and said.temporary and greeted(said) and not hopeless)
+        hopeless = not (self.idle or self.in_use or self.opening)
+        full = bool(reply and reply.temporary and is_server_greeting(reply) and not hopeless)
         if full:
-            self.refusal, self.most, self.full_until = said, 1, time.monotonic() + self.ENOUGH
-        elif said and not greeted(said):
-            self.tell(list(self.waiting), said)
+            self.refusal, self.open_limit, self.full_until = reply, 1, time.monotonic() + self.FULL_BACKOFF
+        elif reply and not is_server_greeting(reply):
+            self.fail_waiters(list(self.waiters), reply)
         elif hopeless:
-            self.tell([one for one in self.waiting if one.said])
-        self.go_on()
+            self.fail_waiters([one for one in self.waiters if one.reply])
+        self.wake_waiters()
         return full
 
-    def tell(self, those: list, said: Reply | None = None) -> None:
+    def fail_waiters(self, those: list, reply: Reply | None = None) -> None:
         for one in those:
-            self.waiting.remove(one)
-            one.done(Refused(said or one.said or self.refusal))
+            self.waiters.remove(one)
+            one.done(Rejected(reply or one.reply or self.refusal))
 
     def sweep(self, now: float) -> None:
         """Who has waited for too long is told what the server said."""
         if self.full:
-            self.tell([one for one in self.waiting if one.deadline <= now])
-        self.go_on()
+            self.fail_waiters([one for one in self.waiters if one.deadline <= now])
+        self.wake_waiters()
 
 
-class Sessions:
+class TransportContext:
     """What the deliveries of this process share: the open sessions, kept to be used again, the most recently used one
     first; `web`, those by HTTP; the resolver and the policies of domains."""
 
     IDLE = 20  # seconds after which a session is given up; servers wait for minutes
-    SCARCE = 1  # the same where the server takes few: other processes of ours may need one
+    IDLE_WHEN_FULL = 1  # the same where the server takes few: other processes of ours may need one
     AGE = 300  # seconds after which it is not used again
-    KEPT = 256  # sessions of one route
+    MAX_IDLE = 256  # sessions of one route
 
     def __init__(self, name_servers: tuple = ()) -> None:
         self.pools: dict = {}  # (hostname, route): Pool
-        self.leaving: list = []  # sessions to say goodbye on
-        self.web = Web()
-        self.ask(name_servers)
+        self.closing: list = []  # sessions to say goodbye on
+        self.http = HTTPConnectionPool()
+        self.set_nameservers(name_servers)
 
-    def ask(self, name_servers: tuple) -> None:
+    def set_nameservers(self, name_servers: tuple) -> None:
         """From now on these name servers are asked; () means those of resolv.conf."""
         self.resolver = Resolver(name_servers)
-        self.policies = Policies(self.resolver)
+        self.mta_sts = MTASTSCache(self.resolver)
 
-    def pool(self, route: Route, hostname: str) -> Pool:
+    def pool(self, route: Route, hostname: str) -> SessionPool:
         found = self.pools.get((hostname, route))
         if not found:
-            found = self.pools[hostname, route] = Pool()
+            found = self.pools[hostname, route] = SessionPool()
         return found
 
-    def take(self, route: Route, hostname: str) -> Session | None:
+    def acquire_idle(self, route: Route, hostname: str) -> Session | None:
         """The session of this route that was used last, None where there is none; to be given back."""
         pool = self.pool(route, hostname)
         while pool.idle:
             session = pool.idle.pop()
-            if session.silent():
-                pool.lent += 1
+            if session.is_reusable():
+                pool.in_use += 1
                 return session
             session.close()
         return None
 
-    async def another(self, route: Route, hostname: str) -> tuple:
+    async def acquire(self, route: Route, hostname: str) -> tuple:
         """(a new session, False), or Refused. Who has to wait may get (one that was given back meanwhile, True). To be
         given back."""
-        pool, deadline, said = self.pool(route, hostname), time.monotonic() + route.timeout, None
+        pool, deadline, reply = self.pool(route, hostname), time.monotonic() + route.timeout, None
         while True:
             if pool.may_open():
                 pool.opening += 1
-            elif kept := await answered_by(pool.wait, deadline, said):
+            elif kept := await answered_by(pool.wait, deadline, reply):
                 return kept, True
             try:
-                session = await self.fresh(route, hostname)
-            except BaseException as fault:
-                said = fault.reply if isinstance(fault, Refused) else None
-                if not pool.refused(said):
+                session = await self.connect(route, hostname)
+            except BaseException as error:
+                reply = error.reply if isinstance(error, Rejected) else None
+                if not pool.refused(reply):
                     raise
-                if kept := self.take(route, hostname):  # given back before this server said no
+                if kept := self.acquire_idle(route, hostname):  # given back before this server said no
                     return kept, True
             else:
                 session.pool = pool
                 pool.opened()
                 return session, False
 
-    async def fresh(self, route: Route, hostname: str) -> Session:
+    async def connect(self, route: Route, hostname: str) -> Session:
         """A new session, or Refused; opened in a thread, since smtplib blocks."""
         session = Session(route, hostname)
-        await in_thread(session.establish)
+        await to_thread(session.open)
         return session
 
-    def give(self, session: Session) -> None:
+    def release(self, session: Session) -> None:
         """Handed on or kept, or closed where it can't be used again."""
         pool = session.pool
-        if session.alive and pool.waiting:
-            pool.hand_on(session)
+        if session.alive and pool.waiters:
+            pool.hand_over(session)
             return
-        pool.lent -= 1
+        pool.in_use -= 1
         if not session.alive:
             session.close()
-            pool.go_on(room=True)
-        elif len(pool.idle) < self.KEPT and session.last_used - session.born < self.AGE:
+            pool.wake_waiters(room=True)
+        elif len(pool.idle) < self.MAX_IDLE and session.last_used - session.created_at < self.AGE:
             pool.idle.append(session)
         else:
-            self.leaving.append(session)
+            self.closing.append(session)
 
     async def sweep(self, everything: bool = False) -> None:
         """Says goodbye on the sessions that nobody used for a while, or on all; waits a second for the answers."""
-        self.web.sweep(everything)
+        self.http.sweep(everything)
         now = time.monotonic()
         for key, pool in list(self.pools.items()):
-            idle = self.SCARCE if pool.most < pool.OPENING else self.IDLE
+            idle = self.IDLE_WHEN_FULL if pool.open_limit < pool.OPENING else self.IDLE
             while pool.idle and (everything or pool.idle[0].last_used <= now - idle):
-                self.leaving.append(pool.idle.pop(0))
+                self.closing.append(pool.idle.pop(0))
             pool.sweep(now)
-            if not (pool.idle or pool.lent or pool.opening or pool.waiting):
+            if not (pool.idle or pool.in_use or pool.opening or pool.waiters):
                 del self.pools[key]
-        leaving, self.leaving = self.leaving, []
+        leaving, self.closing = self.closing, []
         if leaving:
-            await all_of([in_thread(session.leave) for session in leaving])
+            await gather([to_thread(session.quit) for session in leaving])
 
 
-def greeted(said: Reply) -> bool:
+def is_server_greeting(reply: Reply) -> bool:
     """True for the words of a server that takes no session, False where none was heard."""
-    return said.command == "CONN" and said.dsn != REPLIES["connect"][2]
+    return reply.command == "CONN" and reply.dsn != REPLIES["connect"][2]
 
 
 # ======================================================================================================================
 # 13. Relays
 #     Each takes (job, sessions) and gives a Reply for every recipient of the job, in order. A relay may raise Refused
-#     or OSError: then attempt() makes that the reply of all of them.
+#     or OSError: then attempt_transaction() makes that the reply of all of them.
 # ======================================================================================================================
 
 
-async def attempt(job: Job, sessions: Sessions) -> Outcome:
+async def attempt_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
     """A reply for every recipient, whatever the relay does."""
     began = time.monotonic()
     try:
-        replies = await RELAYS[job.route.relay](job, sessions)
-    except Refused as refused:
-        replies = [refused.reply] * len(job.recipients)
-    except OSError as fault:
-        replies = [reply("lost", reason_of(fault), command="CONN", **job.route.place)] * len(job.recipients)
+        replies = await RELAYS[transaction.route.relay](transaction, transport)
+    except Rejected as refused:
+        replies = [refused.reply] * len(transaction.recipients)
+    except OSError as error:
+        replies = [make_reply("lost", error_text(error), command="CONN", **transaction.route.endpoint)] * len(
+            transaction.recipients
+        )
     except Exception:
-        log_bug(job.queueid)
-        replies = [reply("relay-fault", **job.route.place)] * len(job.recipients)
-    return Outcome(job, replies, (time.monotonic() - began) * 1000)
+        log_exception(transaction.queueid)
+        replies = [make_reply("relay-fault", **transaction.route.endpoint)] * len(transaction.recipients)
+    return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
 
 
-async def relay_esmtp(job: Job, sessions: Sessions) -> list:
+async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> list:
     """By SMTP to the route's host. A kept session that died before the text is replaced once."""
-    session, used, replies = sessions.take(job.route, job.hostname), True, []
+    session, used, replies = transport.acquire_idle(transaction.route, transaction.hostname), True, []
     for final in (False, True):
         if not session:
-            session, used = await sessions.another(job.route, job.hostname)
+            session, used = await transport.acquire(transaction.route, transaction.hostname)
         try:
-            replies = await session.transact(job)
+            replies = await session.transact(transaction)
         except BaseException:
             session.alive = False
             raise
         finally:
-            sessions.give(session)
-        if final or not used or session.alive or session.in_text:
+            transport.release(session)
+        if final or not used or session.alive or session.in_data:
             break
         session = None
     return replies
 
 
-async def relay_mx(job: Job, sessions: Sessions) -> list:
+async def relay_mx(transaction: Transaction, transport: TransportContext) -> list:
     """By SMTP to the hosts of each recipient's domain (RFC 5321 5.1); a shared message may be for several domains."""
     domains: dict = {}
-    for recipient in job.recipients:
+    for recipient in transaction.recipients:
         domains.setdefault(recipient.rpartition("@")[2].lower(), []).append(recipient)
-    said: dict = {}
+    reply: dict = {}
     for domain, its in domains.items():
         try:
-            said.update(await to_domain(domain, job._replace(recipients=tuple(its)), sessions))
-        except Refused as refused:
-            said.update(dict.fromkeys(its, refused.reply))
-    return [said[recipient] for recipient in job.recipients]
+            reply.update(await deliver_to_domain(domain, transaction._replace(recipients=tuple(its)), transport))
+        except Rejected as refused:
+            reply.update(dict.fromkeys(its, refused.reply))
+    return [reply[recipient] for recipient in transaction.recipients]
 
 
-async def to_domain(domain: str, job: Job, sessions: Sessions) -> dict:
+async def deliver_to_domain(domain: str, transaction: Transaction, transport: TransportContext) -> dict:
     """{recipient: Reply} from the first host that works; Refused where the domain has none."""
-    route, waiting, tries = job.route, job.recipients, 0
-    hosts = await mail_hosts(domain, sessions.resolver, job.hostname, time.monotonic() + route.timeout)
-    policy = await sessions.policies.of(domain, route)
-    said: dict = {}
+    route, waiting, tries = transaction.route, transaction.recipients, 0
+    hosts = await mx_hosts(domain, transport.resolver, transaction.hostname, time.monotonic() + route.timeout)
+    policy = await transport.mta_sts.policy_for(domain, route)
+    reply: dict = {}
     for host in admitted_hosts(hosts, policy):
-        for hop in await hops(host, route, policy, sessions.resolver):
+        for hop in await next_hops(host, route, policy, transport.resolver):
             replies = [hop] * len(waiting)
             if isinstance(hop, Route):
-                replies = await to_host(job._replace(route=hop, recipients=waiting), sessions)
+                replies = await deliver_to_host(transaction._replace(route=hop, recipients=waiting), transport)
             for recipient, item in zip(waiting, replies):
-                if recipient not in said or item.temporary or not elsewhere(item):
-                    said[recipient] = item
-            waiting, tries = tuple(to for to in waiting if elsewhere(said[to])), tries + 1
-            if not waiting or tries == MAX_HOPS:
-                return said
-    return said
+                if recipient not in reply or item.temporary or not try_next_host(item):
+                    reply[recipient] = item
+            waiting, tries = tuple(to for to in waiting if try_next_host(reply[to])), tries + 1
+            if not waiting or tries == MAX_MX_ATTEMPTS:
+                return reply
+    return reply
 
 
-MAX_HOPS = 8  # addresses tried for one mail; each may take its time
+MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take its time
 
 
-def admitted_hosts(hosts: list, policy: Policy | None) -> list:
+def admitted_hosts(hosts: list, policy: MTASTSPolicy | None) -> list:
     """Those to which the domain's policy lets its mail go; Refused where that is none."""
-    admitted = [host for host in hosts if not policy or policy.admits(host)]
+    admitted = [host for host in hosts if not policy or policy.allows(host)]
     if not admitted:
-        raise Refused(reply("mta-sts", *hosts, mailer="MX"))
+        raise Rejected(make_reply("mta-sts", *hosts, mailer="MX"))
     return admitted
 
 
-async def hops(host: str, route: Route, policy: Policy | None, resolver: Resolver) -> list:
+async def next_hops(host: str, route: Route, policy: MTASTSPolicy | None, resolver: Resolver) -> list:
     """A Route to each address of the host; or the one Reply that says why there is none."""
     try:
-        found = await addresses(host, resolver, route.private, time.monotonic() + route.timeout)
-    except Refused as refused:
+        found = await resolve_addresses(host, resolver, route.private, time.monotonic() + route.timeout)
+    except Rejected as refused:
         return [refused.reply]
     hop = replace(route, host=host)
     if policy and policy.mode == "enforce":
@@ -4498,38 +4571,40 @@ async def hops(host: str, route: Route, policy: Policy | None, resolver: Resolve
     return [replace(hop, address=address) for address in found]
 
 
-async def to_host(job: Job, sessions: Sessions) -> list:
+async def deliver_to_host(transaction: Transaction, transport: TransportContext) -> list:
     """A Reply for each recipient from one address; by clear text where TLS fails on which nobody insists."""
     try:
-        return await relay_esmtp(job, sessions)
-    except Refused as refused:
-        said = refused.reply
-    if said.command == "STARTTLS" and job.route.tls_if_offered:
-        return await to_host(job._replace(route=replace(job.route, tls_if_offered=False)), sessions)
-    return [said] * len(job.recipients)
+        return await relay_esmtp(transaction, transport)
+    except Rejected as refused:
+        reply = refused.reply
+    if reply.command == "STARTTLS" and transaction.route.tls_if_offered:
+        return await deliver_to_host(
+            transaction._replace(route=replace(transaction.route, tls_if_offered=False)), transport
+        )
+    return [reply] * len(transaction.recipients)
 
 
-def elsewhere(said: Reply) -> bool:
+def try_next_host(reply: Reply) -> bool:
     """True where the mail was not yet spoken of, or the host said goodbye before the text: the next one may take it."""
-    return said.command in ("CONN", "EHLO", "STARTTLS") or (said.code == "421" and said.command != "DATA")
+    return reply.command in ("CONN", "EHLO", "STARTTLS") or (reply.code == "421" and reply.command != "DATA")
 
 
-async def relay_file(job: Job, sessions: Sessions) -> list:
+async def relay_file(transaction: Transaction, transport: TransportContext) -> list:
     """Into a folder, complete or not at all: written aside, on disk, then renamed."""
-    return await in_thread(save, job)
+    return await to_thread(save_message, transaction)
 
 
-def save(job: Job) -> list:
+def save_message(transaction: Transaction) -> list:
     import tempfile
 
-    folder = job.route.folder
-    name = f"haineko.{time.strftime('%Y-%m-%d-%H%M%S')}.{job.queueid}.{job.number}.eml"
+    folder = transaction.route.folder
+    name = f"haineko.{time.strftime('%Y-%m-%d-%H%M%S')}.{transaction.queueid}.{transaction.number}.eml"
     path, place = os.path.join(folder, name), {"mailer": "File"}
     try:
         handle, aside = tempfile.mkstemp(prefix=".haineko.", dir=folder)  # mode 0600
         try:
             with open(handle, "wb") as stream:
-                stream.write(job.octets())
+                stream.write(transaction.octets())
                 stream.flush()
                 os.fsync(handle)
             os.rename(aside, path)
@@ -4537,9 +4612,9 @@ def save(job: Job) -> list:
             os.unlink(aside)
             raise
         sync_folder(folder)
-    except OSError as fault:
-        return [reply("file", f"{folder}: {fault.strerror or fault}", **place)] * len(job.recipients)
-    return [reply("saved", word=path, **place)] * len(job.recipients)
+    except OSError as error:
+        return [make_reply("file", f"{folder}: {error.strerror or error}", **place)] * len(transaction.recipients)
+    return [make_reply("saved", word=path, **place)] * len(transaction.recipients)
 
 
 def sync_folder(folder: str) -> None:
@@ -4551,162 +4626,183 @@ def sync_folder(folder: str) -> None:
         os.close(handle)
 
 
-async def relay_screen(job: Job, sessions: Sessions) -> list:
+async def relay_screen(transaction: Transaction, transport: TransportContext) -> list:
     """On stderr."""
-    rule = f"--- {job.queueid}.{job.number} from <{job.sender}> to <{'>, <'.join(job.recipients)}>"
-    if log.raw(rule.encode() + b"\n" + job.octets().replace(b"\r\n", b"\n") + b"---\n"):
-        return [reply("printed", mailer="Screen")] * len(job.recipients)
-    return [reply("file", "stderr cannot be written", mailer="Screen")] * len(job.recipients)
+    rule = f"--- {transaction.queueid}.{transaction.number} from <{transaction.sender}> to <{'>, <'.join(transaction.recipients)}>"
+    if log.write_bytes(rule.encode() + b"\n" + transaction.octets().replace(b"\r\n", b"\n") + b"---\n"):
+        return [make_reply("printed", mailer="Screen")] * len(transaction.recipients)
+    return [make_reply("file", "stderr cannot be written", mailer="Screen")] * len(transaction.recipients)
 
 
-async def relay_discard(job: Job, sessions: Sessions) -> list:
+async def relay_discard(transaction: Transaction, transport: TransportContext) -> list:
     """Nowhere."""
-    return [reply("discarded", mailer="Discard")] * len(job.recipients)
+    return [make_reply("discarded", mailer="Discard")] * len(transaction.recipients)
 
 
 # -- by HTTP: each posts to a web API; `web_reply` says what the answers have in common
 
 
-async def relay_haineko(job: Job, sessions: Sessions) -> list:
+async def relay_haineko(transaction: Transaction, transport: TransportContext) -> list:
     """To another Haineko, of this kind or of the old one in Perl; what it says of each recipient is handed on."""
-    said = await sessions.web.call(job.route, await in_thread(haineko_call, job))
-    return haineko_replies(job, said)
+    response = await transport.http.request(transaction.route, await to_thread(haineko_request, transaction))
+    return haineko_replies(transaction, response)
 
 
-def haineko_call(job: Job) -> Call:
+def haineko_request(transaction: Transaction) -> HTTPRequest:
     """The submission: by header and body where that says all, since old ones know nothing else; else the message."""
-    octets = job.octets()
+    octets = transaction.octets()
     try:
-        document = plain_submission(job, octets)
+        document = as_plain_submission(transaction, octets)
     except (ValueError, LookupError):
         raw = octets.decode() if octets.isascii() else {"base64": base64.b64encode(octets).decode()}
-        document = {"mail": job.sender, "rcpt": job.recipients, "raw": raw}
-    return Call("POST", "/submit", ENCODER.encode(document).encode(), basic(job.route.login))
+        document = {"mail": transaction.sender, "rcpt": transaction.recipients, "raw": raw}
+    return HTTPRequest(
+        "POST", "/submit", ENCODER.encode(document).encode(), basic_auth_header(transaction.route.credentials)
+    )
 
 
-def basic(login: tuple) -> tuple:
+def basic_auth_header(login: tuple) -> tuple:
     """The header of HTTP Basic, RFC 7617; none without a login."""
     return (("Authorization", "Basic " + base64.b64encode(":".join(login).encode()).decode()),) if login else ()
 
 
-def plain_submission(job: Job, octets: bytes) -> dict:
+def as_plain_submission(transaction: Transaction, octets: bytes) -> dict:
     """The submission from which compose() made these octets; ValueError where it made them from more than old
     Hainekos know, or where others wrote them."""
     listed, body = parse_message(octets)
-    lines = {name: unfolded(value) for name, value in listed}
-    kind_ = re.fullmatch(r"text/plain; charset=(\S+)", lines.get("content-type", ""))
+    lines = {name: unfold(value) for name, value in listed}
+    kind = re.fullmatch(r"text/plain; charset=(\S+)", lines.get("content-type", ""))
     made = re.fullmatch(r"from .*\sby \S+ with [A-Z]+ id (\w+);\s+(.*)", lines.get("received", ""))
-    ours = (job.queueid, lines.get("date"), *job.recipients, f"<{job.queueid}.{job.number}@{job.hostname}>")
+    ours = (
+        transaction.queueid,
+        lines.get("date"),
+        *transaction.recipients,
+        f"<{transaction.queueid}.{transaction.number}@{transaction.hostname}>",
+    )
     written = (*(made.groups() if made else ()), lines.get("to"), lines.get("message-id"))
-    if not kind_ or written != ours or len(lines) < len(listed) or not COMPOSED.issuperset(lines):
+    if not kind or written != ours or len(lines) < len(listed) or not COMPOSED_FIELDS.issuperset(lines):
         raise ValueError("not composed here from plain text")
-    charset = kind_[1]
-    if charset_name(charset) != charset:
+    charset = kind[1]
+    if iana_charset(charset) != charset:
         raise ValueError("the charset is spelt otherwise")
-    subject = decoded_words(lines.get("subject", ""))
-    header = {"from": people_text(lines["from"]), "subject": subject, "charset": charset}
+    subject = decode_encoded_words(lines.get("subject", ""))
+    header = {"from": format_mailboxes(lines["from"]), "subject": subject, "charset": charset}
     if "reply-to" in lines:
-        header["replyto"] = people_text(lines["reply-to"])
+        header["replyto"] = format_mailboxes(lines["reply-to"])
     again = [address_field("From", parse_mailboxes(header["from"]), charset)]
     again += [address_field("Reply-To", parse_mailboxes(header["replyto"]), charset)] if "replyto" in header else []
     again += [text_field("Subject", subject, charset)]
-    text_ = decoded(transfer_decoded(body, lines["content-transfer-encoding"]), charset).replace("\r\n", "\n")
-    if encode_body(text_, charset) != (lines["content-transfer-encoding"], body.replace(b"\n", b"\r\n")):
+    text = decode_charset(decode_transfer_encoding(body, lines["content-transfer-encoding"]), charset).replace(
+        "\r\n", "\n"
+    )
+    if encode_body(text, charset) != (lines["content-transfer-encoding"], body.replace(b"\n", b"\r\n")):
         raise ValueError("the body would come out otherwise")
     if any(field.encode() + b"\r\n" not in octets for field in again):
         raise ValueError("the header would come out otherwise")
     header["x-haineko-loop"] = [name.strip() for name in lines["x-haineko-loop"].split(",")]
-    return {"ehlo": job.hostname, "mail": job.sender, "rcpt": job.recipients, "header": header, "body": text_}
+    return {
+        "ehlo": transaction.hostname,
+        "mail": transaction.sender,
+        "rcpt": transaction.recipients,
+        "header": header,
+        "body": text,
+    }
 
 
-COMPOSED = {"received", "from", "sender", "to", "reply-to", "subject", "date", "message-id", "x-haineko-loop"}
-COMPOSED |= {"mime-version", "content-type", "content-transfer-encoding"}  # the fields of a message of plain text
+COMPOSED_FIELDS = {"received", "from", "sender", "to", "reply-to", "subject", "date", "message-id", "x-haineko-loop"}
+COMPOSED_FIELDS |= {
+    "mime-version",
+    "content-type",
+    "content-transfer-encoding",
+}  # the fields of a message of plain text
 
 
-def haineko_replies(job: Job, said: Said) -> list:
+def haineko_replies(transaction: Transaction, response: HTTPResponse) -> list:
     """A reply for each recipient, from the items of the far end; one without recipient is meant for all."""
-    document = said.document()
+    document = response.document()
     items = document.get("response") if isinstance(document, dict) else None
     if not (isinstance(items, list) and items and all(isinstance(item, dict) for item in items)):
-        return [web_reply(job.route, said, None)] * len(job.recipients)
-    replies = {address_key(item.get("rcpt")): haineko_reply(job.route, said, item) for item in items}
-    missing = replies.get(None) or web_reply(job.route, said, None)
-    return [replies.get(address_key(to), missing) for to in job.recipients]
+        return [http_failure(transaction.route, response, None)] * len(transaction.recipients)
+    replies = {address_key(item.get("rcpt")): haineko_reply(transaction.route, response, item) for item in items}
+    missing = replies.get(None) or http_failure(transaction.route, response, None)
+    return [replies.get(address_key(to), missing) for to in transaction.recipients]
 
 
 def address_key(given: Any) -> Any:
     """The same for two spellings of one address; None for what is none."""
-    mailbox = address(given) if type(given) is str else None
+    mailbox = parse_address(given) if type(given) is str else None
     return mailbox and mailbox.key
 
 
-def haineko_reply(route: Route, said: Said, item: dict) -> Reply:
+def haineko_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
     """One item of the far end as reply. An old one says 221 and QUIT, its last word, where the mail is relayed."""
     code, dsn, lines = str(item.get("code")), item.get("dsn"), item.get("message")
     lines = [lines] if isinstance(lines, str) else lines if isinstance(lines, list) else []
     if not re.fullmatch(r"[245][0-9][0-9]", code) or (code[0] == "2") == bool(item.get("error")):
-        return web_reply(route, said, None)
+        return http_failure(route, response, None)
     dsn = dsn if isinstance(dsn, str) and re.fullmatch(r"[245]\.\d{1,3}\.\d{1,3}", dsn) else None
-    command = item.get("command") if item.get("command") in FAR_COMMANDS else "DATA"
-    words = told_words(lines) or (f"HTTP {said.status} {said.reason}",)
+    command = item.get("command") if item.get("command") in KNOWN_COMMANDS else "DATA"
+    words = sanitize_lines(lines) or (f"HTTP {response.status} {response.reason}",)
     unsure = code[0] == "4" and words[0].endswith("may have arrived")  # as in REPLIES
-    wait = 0 if code[0] == "2" else retry_after(said)
-    return Reply(code, dsn, command, words, **route.place, unsure=unsure, wait=wait)
+    wait = 0 if code[0] == "2" else parse_retry_after(response)
+    return Reply(code, dsn, command, words, **route.endpoint, maybe_delivered=unsure, retry_after=wait)
 
 
-FAR_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE")
+KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE")
 
 
-async def relay_sendgrid(job: Job, sessions: Sessions) -> list:
+async def relay_sendgrid(transaction: Transaction, transport: TransportContext) -> list:
     """By SendGrid's v3 mail/send, which takes a message in pieces."""
-    body = await in_thread(sendgrid_body, job)
-    said = await sessions.web.call(job.route, Call("POST", "/v3/mail/send", body, bearer(job.route)))
-    return [sendgrid_reply(job.route, said)] * len(job.recipients)
+    body = await to_thread(sendgrid_body, transaction)
+    response = await transport.http.request(
+        transaction.route, HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route))
+    )
+    return [sendgrid_reply(transaction.route, response)] * len(transaction.recipients)
 
 
-def sendgrid_reply(route: Route, said: Said) -> Reply:
-    if said.status != 202:  # 200 means that it is valid and will not be sent
-        return web_reply(route, said, sendgrid_words(said))
-    number = said.headers.get("X-Message-Id")
-    return web_accepted(route, said, *([f"X-Message-Id: {number}"] if number else []))
+def sendgrid_reply(route: Route, response: HTTPResponse) -> Reply:
+    if response.status != 202:  # 200 means that it is valid and will not be sent
+        return http_failure(route, response, sendgrid_errors(response))
+    number = response.headers.get("X-Message-Id")
+    return http_accepted(route, response, *([f"X-Message-Id: {number}"] if number else []))
 
 
-def bearer(route: Route) -> tuple:
-    return (("Authorization", f"Bearer {route.login[1]}"),)
+def bearer_header(route: Route) -> tuple:
+    return (("Authorization", f"Bearer {route.credentials[1]}"),)
 
 
-def sendgrid_words(said: Said) -> list | None:
+def sendgrid_errors(response: HTTPResponse) -> list | None:
     """What its errors say."""
-    document = said.document()
+    document = response.document()
     errors = document.get("errors") if isinstance(document, dict) else None
     if not (isinstance(errors, list) and errors and all(isinstance(error, dict) for error in errors)):
         return None
     return [": ".join(str(error[key]) for key in ("field", "message") if error.get(key)) for error in errors]
 
 
-def sendgrid_body(job: Job) -> bytes:
+def sendgrid_body(transaction: Transaction) -> bytes:
     """The request, https://www.twilio.com/docs/sendgrid/api-reference/mail-send; Refused for a message that it can't
     express: nothing is left out but the trace, and nothing is changed but the charset, which SendGrid chooses."""
-    octets = job.octets()
+    octets = transaction.octets()
     try:
         fields, _ = parse_message(octets)
-        document = sendgrid_people(job, fields)
-        document["subject"] = decoded_words(only(fields, "subject"))
+        document = sendgrid_addresses(transaction, fields)
+        document["subject"] = decode_encoded_words(single_field(fields, "subject"))
         document["headers"] = sendgrid_headers(fields)
         document.update(sendgrid_parts(octets))
         if not document["subject"]:
             raise ValueError("the subject is empty")
-    except (ValueError, LookupError) as fault:
-        raise Refused(reply("inexpressible", printable(str(fault)), **job.route.place)) from None
+    except (ValueError, LookupError) as error:
+        raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
     return ENCODER.encode({key: value for key, value in document.items() if value}).encode()
 
 
-def sendgrid_people(job: Job, fields: list) -> dict:
+def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
     """Who it is from, and to whom: SendGrid shows whom it delivers to, and delivers to whom it shows."""
-    shown = {name: sendgrid_mailboxes(only(fields, name)) for name in ("from", "to", "cc", "reply-to")}
+    shown = {name: sendgrid_mailboxes(single_field(fields, name)) for name in ("from", "to", "cc", "reply-to")}
     if len(shown["from"]) != 1:
         raise ValueError("From has several addresses")
-    missing = {address_key(to): to for to in job.recipients}
+    missing = {address_key(to): to for to in transaction.recipients}
     for name in ("to", "cc"):
         for mailbox in shown[name]:
             if not missing.pop(address_key(mailbox["email"]), None):
@@ -4721,7 +4817,7 @@ def sendgrid_people(job: Job, fields: list) -> dict:
 
 def sendgrid_mailboxes(text: str) -> list:
     named = [(name, spec) for name, spec in getaddresses([text]) if spec]
-    return [{"email": spec, "name": decoded_words(name)} if name else {"email": spec} for name, spec in named]
+    return [{"email": spec, "name": decode_encoded_words(name)} if name else {"email": spec} for name, spec in named]
 
 
 def sendgrid_headers(fields: list) -> dict:
@@ -4736,7 +4832,7 @@ def sendgrid_headers(fields: list) -> dict:
             raise ValueError(f"the header {name} stands more than once")
         if not octets.isascii():
             raise ValueError(f"the header {name} is not ASCII")
-        headers[octets.partition(b":")[0].decode().strip()] = unfolded(octets)
+        headers[octets.partition(b":")[0].decode().strip()] = unfold(octets)
     return headers
 
 
@@ -4751,7 +4847,7 @@ def sendgrid_parts(octets: bytes) -> dict:
     message = email.message_from_bytes(octets)
     content: list = []
     attachments: list = []
-    for part in leaves(message):
+    for part in leaf_parts(message):
         named = part.get_content_disposition() == "attachment" or part.get_filename() or part["Content-ID"]
         if part.get_content_maintype() == "text" and not named:
             content.append({"type": part.get_content_type(), "value": part_text(part)})
@@ -4764,17 +4860,17 @@ def sendgrid_parts(octets: bytes) -> dict:
     return {"content": content, "attachments": attachments}
 
 
-def leaves(part: Any, outer: str = "") -> list:
+def leaf_parts(part: Any, outer: str = "") -> list:
     """The parts that are no multipart; ValueError for a structure whose meaning would be lost."""
     if part.get_content_maintype() != "multipart":
         return [part]
-    kind_ = part.get_content_subtype()
-    if kind_ not in NESTED[outer] or not part.is_multipart():
-        raise ValueError(f"multipart/{kind_} {f'in multipart/{outer} ' if outer else ''}can't be kept")
-    return [leaf for inner in part.get_payload() for leaf in leaves(inner, kind_)]
+    kind = part.get_content_subtype()
+    if kind not in ALLOWED_NESTING[outer] or not part.is_multipart():
+        raise ValueError(f"multipart/{kind} {f'in multipart/{outer} ' if outer else ''}can't be kept")
+    return [leaf for inner in part.get_payload() for leaf in leaf_parts(inner, kind)]
 
 
-NESTED = {
+ALLOWED_NESTING = {
     "": ("mixed", "alternative", "related"),
     "mixed": ("alternative", "related"),
     "alternative": ("related",),
@@ -4783,7 +4879,7 @@ NESTED = {
 
 
 def part_text(part: Any) -> str:
-    value = decoded(part.get_payload(decode=True), part.get_content_charset("us-ascii")).replace("\r\n", "\n")
+    value = decode_charset(part.get_payload(decode=True), part.get_content_charset("us-ascii")).replace("\r\n", "\n")
     if not value:
         raise ValueError("a text is empty")
     return value
@@ -4795,7 +4891,7 @@ def sendgrid_attachment(part: Any) -> dict:
         octets = part.as_bytes(policy=part.policy.clone(linesep="\r\n")).partition(b"\r\n\r\n")[2]
     else:
         octets = part.get_payload(decode=True)
-    name = decoded_words(part.get_filename() or mark)
+    name = decode_encoded_words(part.get_filename() or mark)
     if not (name and octets):
         raise ValueError("an attachment has no name" if octets else f"the attachment {name} is empty")
     if part.get_content_maintype() == "text" and charset not in ("utf-8", "us-ascii"):
@@ -4806,50 +4902,50 @@ def sendgrid_attachment(part: Any) -> dict:
     return {**values, "content_id": mark} if mark else values
 
 
-async def relay_amazonses(job: Job, sessions: Sessions) -> list:
+async def relay_amazonses(transaction: Transaction, transport: TransportContext) -> list:
     """By version 2 of Amazon SES, which takes the message as it is, for 50 recipients at a time."""
     replies: list = []
-    for start in range(0, len(job.recipients), AMAZONSES_RECIPIENTS):
-        part = job._replace(recipients=job.recipients[start : start + AMAZONSES_RECIPIENTS])
+    for start in range(0, len(transaction.recipients), AMAZONSES_RECIPIENTS):
+        part = transaction._replace(recipients=transaction.recipients[start : start + AMAZONSES_RECIPIENTS])
         try:
-            call = await in_thread(amazonses_call, part, time.time())
-            said = amazonses_reply(job.route, await sessions.web.call(job.route, call))
-        except Refused as refused:
-            said = refused.reply
-        replies += [said] * len(part.recipients)
+            call = await to_thread(amazonses_request, part, time.time())
+            response = amazonses_reply(transaction.route, await transport.http.request(transaction.route, call))
+        except Rejected as refused:
+            response = refused.reply
+        replies += [response] * len(part.recipients)
     return replies
 
 
 AMAZONSES_RECIPIENTS = 50  # https://docs.aws.amazon.com/ses/latest/dg/quotas.html
 
 
-def amazonses_call(job: Job, now: float) -> Call:
-    octets = seven(job)
+def amazonses_request(transaction: Transaction, now: float) -> HTTPRequest:
+    octets = ascii_message(transaction)
     try:
-        author = only(parse_message(octets)[0], "from")
+        author = single_field(parse_message(octets)[0], "from")
         spec = next(spec for _, spec in getaddresses([author]) if spec)
     except (ValueError, StopIteration):
-        raise Refused(reply("inexpressible", "one header From is wanted", **job.route.place)) from None
+        raise Rejected(make_reply("inexpressible", "one header From is wanted", **transaction.route.endpoint)) from None
     document = {
         "FromEmailAddress": author,
-        "Destination": {"ToAddresses": job.recipients},
+        "Destination": {"ToAddresses": transaction.recipients},
         "Content": {"Raw": {"Data": base64.b64encode(octets).decode()}},
     }
-    if job.sender and address_key(spec) != address_key(job.sender):
-        document["FeedbackForwardingEmailAddress"] = job.sender
-    call = Call("POST", "/v2/email/outbound-emails", ENCODER.encode(document).encode())
-    return signed(call, job.route, now)
+    if transaction.sender and address_key(spec) != address_key(transaction.sender):
+        document["FeedbackForwardingEmailAddress"] = transaction.sender
+    call = HTTPRequest("POST", "/v2/email/outbound-emails", ENCODER.encode(document).encode())
+    return sign_sigv4(call, transaction.route, now)
 
 
-def amazonses_reply(route: Route, said: Said) -> Reply:
-    document = said.document()
+def amazonses_reply(route: Route, response: HTTPResponse) -> Reply:
+    document = response.document()
     document = document if isinstance(document, dict) else {}
-    if said.status == 200 and isinstance(document.get("MessageId"), str):
-        return web_accepted(route, said, f"MessageId: {document['MessageId']}")
-    name = str(said.headers.get("x-amzn-ErrorType") or document.get("__type") or "")
+    if response.status == 200 and isinstance(document.get("MessageId"), str):
+        return http_accepted(route, response, f"MessageId: {document['MessageId']}")
+    name = str(response.headers.get("x-amzn-ErrorType") or document.get("__type") or "")
     name = name.partition(":")[0].rpartition("#")[2]  # some have a namespace before, or a URL behind
     words = [str(value) for value in (name, document.get("message") or document.get("Message")) if value]
-    return web_reply(route, said, words or None, later=name in AMAZONSES_LATER)
+    return http_failure(route, response, words or None, later=name in AMAZONSES_LATER)
 
 
 AMAZONSES_LATER = (  # said with a 400, and over after a while
@@ -4861,12 +4957,12 @@ AMAZONSES_LATER = (  # said with a 400, and over after a while
 )
 
 
-def signed(call: Call, route: Route, now: float) -> Call:
+def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
     """The call with Amazon's signature, version 4, for the service `ses`.
     https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html"""
-    site, moment = site_of(route.url), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
+    site, moment = split_base_url(route.url), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
     scope = f"{moment[:8]}/{route.region}/ses/aws4_request"
-    headers = {"host": site.name, "x-amz-date": moment}
+    headers = {"host": site.host_header, "x-amz-date": moment}
     if call.method == "POST":
         headers["content-type"] = call.type
     if route.token:
@@ -4876,86 +4972,94 @@ def signed(call: Call, route: Route, now: float) -> Call:
     lines = [call.method, site.path + call.path, "", *lines, "", names]
     canonical = "\n".join([*lines, hashlib.sha256(call.body).hexdigest()])
     text = f"AWS4-HMAC-SHA256\n{moment}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
-    key = b"AWS4" + route.login[1].encode()
+    key = b"AWS4" + route.credentials[1].encode()
     for word in scope.split("/"):
         key = hmac.digest(key, word.encode(), "sha256")
     mark = hmac.new(key, text.encode(), "sha256").hexdigest()
-    words = f"AWS4-HMAC-SHA256 Credential={route.login[0]}/{scope}, SignedHeaders={names}, Signature={mark}"
+    words = f"AWS4-HMAC-SHA256 Credential={route.credentials[0]}/{scope}, SignedHeaders={names}, Signature={mark}"
     sent = [(name, headers[name]) for name in ("x-amz-date", "x-amz-security-token") if name in headers]
     return call._replace(headers=(*call.headers, *sent, ("Authorization", words)))
 
 
-async def relay_mandrill(job: Job, sessions: Sessions) -> list:
+async def relay_mandrill(transaction: Transaction, transport: TransportContext) -> list:
     """By Mandrill's messages/send-raw, which takes the message as it is and says what became of each recipient."""
-    body = await in_thread(mandrill_body, job)
-    said = await sessions.web.call(job.route, Call("POST", "/api/1.0/messages/send-raw.json", body))
-    return mandrill_replies(job, said)
+    body = await to_thread(mandrill_body, transaction)
+    response = await transport.http.request(
+        transaction.route, HTTPRequest("POST", "/api/1.0/messages/send-raw.json", body)
+    )
+    return mandrill_replies(transaction, response)
 
 
-def mandrill_body(job: Job) -> bytes:
+def mandrill_body(transaction: Transaction) -> bytes:
     document = {
-        "key": job.route.login[1],
-        "raw_message": seven(job).decode(),
-        "from_email": job.sender or None,
-        "to": job.recipients,
+        "key": transaction.route.credentials[1],
+        "raw_message": ascii_message(transaction).decode(),
+        "from_email": transaction.sender or None,
+        "to": transaction.recipients,
         "async": False,
     }
     return ENCODER.encode(document).encode()
 
 
-def mandrill_replies(job: Job, said: Said) -> list:
+def mandrill_replies(transaction: Transaction, response: HTTPResponse) -> list:
     """A reply for each recipient, from the list in the answer; a list without one of them is not what was promised."""
-    document = said.document()
+    document = response.document()
     if isinstance(document, dict) and document.get("status") == "error":
         words = [f"{document.get('name')}: {document.get('message')}"]
-        return [web_reply(job.route, said, words)] * len(job.recipients)
-    listed = document if said.status == 200 and isinstance(document, list) else []
+        return [http_failure(transaction.route, response, words)] * len(transaction.recipients)
+    listed = document if response.status == 200 and isinstance(document, list) else []
     items = {address_key(item.get("email")): item for item in listed if isinstance(item, dict)}
-    return [mandrill_reply(job.route, said, items.get(address_key(to), {})) for to in job.recipients]
+    return [
+        mandrill_reply(transaction.route, response, items.get(address_key(to), {})) for to in transaction.recipients
+    ]
 
 
-def mandrill_reply(route: Route, said: Said, item: dict) -> Reply:
+def mandrill_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
     status, words = item.get("status"), [str(item.get("status"))]
     if item.get("reject_reason"):
         words.append(f"reject_reason: {item['reject_reason']}")
     if item.get("_id"):
         words.append(f"_id: {item['_id']}")
     if status in ("sent", "queued", "scheduled"):
-        return web_accepted(route, said, *words)
+        return http_accepted(route, response, *words)
     if status in ("rejected", "invalid"):
         dsn = "5.1.3" if status == "invalid" else "5.7.1"
-        return reply("web-refused", *told_words(words[1:]), word=status, **route.place)._replace(dsn=dsn)
-    return web_reply(route, said, None)
+        return make_reply("web-refused", *sanitize_lines(words[1:]), word=status, **route.endpoint)._replace(dsn=dsn)
+    return http_failure(route, response, None)
 
 
-def web_accepted(route: Route, said: Said, *words: str) -> Reply:
-    status = f"HTTP {said.status} {said.reason}".strip()
-    return reply("web-accepted", *told_words(words), word=status, **route.place)
+def http_accepted(route: Route, response: HTTPResponse, *words: str) -> Reply:
+    status = f"HTTP {response.status} {response.reason}".strip()
+    return make_reply("web-accepted", *sanitize_lines(words), word=status, **route.endpoint)
 
 
-def web_reply(route: Route, said: Said, words: list | None, later: bool = False) -> Reply:
+def http_failure(route: Route, response: HTTPResponse, words: list | None, later: bool = False) -> Reply:
     """What an answer means that is no success. `words` are the cloud's own, None where it has none."""
-    status, place = f"HTTP {said.status} {said.reason}".strip(), route.place
-    later = later or said.status == 429 or said.status >= 500
-    if said.status == 413:  # proxies say this too, in their own words; it will be as big the next time
-        return reply("web-refused", *told_words(words or []), word=status, **place)._replace(dsn="5.3.4")
-    if words is None or not (later or said.status >= 400):
-        excerpt = printable(said.body[:400].decode("utf-8", "replace"), 100)
-        rubbish = reply("web-rubbish", status, *([excerpt] if excerpt else []), **place)
-        return rubbish._replace(unsure=200 <= said.status < 300, wait=retry_after(said))
-    said_so = reply("web-later" if later else "web-refused", *told_words(words), word=status, **place)
+    status, place = f"HTTP {response.status} {response.reason}".strip(), route.endpoint
+    later = later or response.status == 429 or response.status >= 500
+    if response.status == 413:  # proxies say this too, in their own words; it will be as big the next time
+        return make_reply("web-refused", *sanitize_lines(words or []), word=status, **place)._replace(dsn="5.3.4")
+    if words is None or not (later or response.status >= 400):
+        excerpt = sanitize(response.body[:400].decode("utf-8", "replace"), 100)
+        rubbish = make_reply("web-rubbish", status, *([excerpt] if excerpt else []), **place)
+        return rubbish._replace(maybe_delivered=200 <= response.status < 300, retry_after=parse_retry_after(response))
+    said_so = make_reply("web-later" if later else "web-refused", *sanitize_lines(words), word=status, **place)
     if later:
-        return said_so._replace(dsn="4.3.0" if said.status >= 500 else "4.4.5", wait=retry_after(said))
-    return said_so._replace(dsn=FINAL_DSN.get(said.status, said_so.dsn))
+        return said_so._replace(
+            dsn="4.3.0" if response.status >= 500 else "4.4.5", retry_after=parse_retry_after(response)
+        )
+    return said_so._replace(dsn=DSN_BY_STATUS.get(response.status, said_so.dsn))
 
 
-FINAL_DSN = {401: "5.7.8", 403: "5.7.1"}
+DSN_BY_STATUS = {401: "5.7.8", 403: "5.7.1"}
 
 
-def retry_after(said: Said) -> int:
+def parse_retry_after(response: HTTPResponse) -> int:
     """Seconds after which to try again, RFC 9110 10.2.3; 0 where it doesn't say."""
-    text, now = said.headers.get("Retry-After", "").strip(), time.time()
-    reset = said.headers.get("X-RateLimit-Reset", "") if said.status == 429 else ""  # SendGrid's, seconds of the epoch
+    text, now = response.headers.get("Retry-After", "").strip(), time.time()
+    reset = (
+        response.headers.get("X-RateLimit-Reset", "") if response.status == 429 else ""
+    )  # SendGrid's, seconds of the epoch
     try:
         if re.fullmatch(r"[0-9]{1,9}", text):
             wait = int(text)
@@ -4968,63 +5072,65 @@ def retry_after(said: Said) -> int:
     return min(max(int(wait), 0), 86400)
 
 
-def told_words(lines: Any) -> tuple:
+def sanitize_lines(lines: Any) -> tuple:
     """Lines of the other side, fit for a reply."""
-    return tuple(printable(str(line), 500) for line in lines)[:20]
+    return tuple(sanitize(str(line), 500) for line in lines)[:20]
 
 
-def seven(job: Job) -> bytes:
+def ascii_message(transaction: Transaction) -> bytes:
     """The message in ASCII, as the web APIs want it."""
-    octets = seven_bit(job.octets()) if job.message.eight else job.octets()
+    octets = downgrade_8bit(transaction.octets()) if transaction.message.needs_8bitmime else transaction.octets()
     if not octets.isascii():
-        raise Refused(reply("inexpressible", "it has octets over 127", **job.route.place))
+        raise Rejected(make_reply("inexpressible", "it has octets over 127", **transaction.route.endpoint))
     return octets
 
 
-def unfolded(octets: bytes) -> str:
+def unfold(octets: bytes) -> str:
     """The value of a field, on one line."""
     return re.sub(r"\r?\n", "", octets.decode("utf-8", "replace").partition(":")[2]).strip()
 
 
-def only(fields: list, name: str) -> str:
+def single_field(fields: list, name: str) -> str:
     """The value of that field, "" where there is none; ValueError where it stands more than once."""
-    values = [unfolded(octets) for key, octets in fields if key == name]
+    values = [unfold(octets) for key, octets in fields if key == name]
     if len(values) > 1:
         raise ValueError(f"the header {name} stands more than once")
     return values[0] if values else ""
 
 
-def decoded_words(text: str) -> str:
+def decode_encoded_words(text: str) -> str:
     """Text with its encoded words (RFC 2047) as what they mean; ValueError or LookupError where that can't be known."""
     text = re.sub(r"(?<=\?=)\s+(?==\?)", "", text)
-    return ENCODED_WORD.sub(_decoded_word, text)
+    return ENCODED_WORD.sub(_decode_encoded_word, text)
 
 
-def _decoded_word(found: Any) -> str:
+def _decode_encoded_word(found: Any) -> str:
     charset, way, octets = found[1], found[2].upper(), found[3].encode()
-    return decoded(binascii.a2b_base64(octets) if way == "B" else binascii.a2b_qp(octets, header=True), charset)
+    return decode_charset(binascii.a2b_base64(octets) if way == "B" else binascii.a2b_qp(octets, header=True), charset)
 
 
 ENCODED_WORD = re.compile(r"=\?([^?*\s]+)(?:\*[^?\s]*)?\?([BbQq])\?([^?\s]*)\?=")
 
 
-def decoded(octets: bytes, charset: str) -> str:
+def decode_charset(octets: bytes, charset: str) -> str:
     """Text of octets in a charset of mail."""
-    return jis_text(octets.decode("ascii")) if charset.upper() == "ISO-2022-JP" else octets.decode(codec_of(charset))
+    return (
+        jis_to_text(octets.decode("ascii")) if charset.upper() == "ISO-2022-JP" else octets.decode(codec_name(charset))
+    )
 
 
-def transfer_decoded(body: bytes, encoding: str) -> bytes:
+def decode_transfer_encoding(body: bytes, encoding: str) -> bytes:
     """RFC 2045 6."""
     if encoding == "base64":
         return binascii.a2b_base64(body)
     return binascii.a2b_qp(body) if encoding == "quoted-printable" else body
 
 
-def people_text(text: str) -> str:
+def format_mailboxes(text: str) -> str:
     """A field of mailboxes as it is written in a submission."""
     people = []
     for coded, spec in getaddresses([text]):
-        name = decoded_words(coded)
+        name = decode_encoded_words(coded)
         quoted = '"' + re.sub(r'(["\\])', r"\\\1", name) + '"' if re.search(r'[()<>@,;:\\".\[\]]', name) else name
         people.append(f"{quoted} <{spec}>" if name else spec)
     return ", ".join(people)
@@ -5043,7 +5149,7 @@ RELAYS = {
 }
 
 
-class Probe(NamedTuple):
+class ConnectivityProbe(NamedTuple):
     """What `check --connect` tries: a route, and for MX the domain of a recipient."""
 
     route: Route
@@ -5051,65 +5157,65 @@ class Probe(NamedTuple):
     domain: str = ""  # "" where the route stands for many
 
 
-class Finding(NamedTuple):
+class CheckResult(NamedTuple):
     """What came of one step."""
 
     step: str
-    fine: bool
-    words: str
+    ok: bool
+    text: str
 
 
-async def probe_esmtp(probe: Probe, sessions: Sessions) -> list:
+async def probe_esmtp(probe: ConnectivityProbe, transport: TransportContext) -> list:
     """Looks the host up as a delivery would, and opens a session."""
-    findings = await in_thread(probe_name, probe.route)
-    return findings + (await probe_session(probe) if findings[-1].fine else [])
+    results = await to_thread(probe_dns, probe.route)
+    return results + (await probe_session(probe) if results[-1].ok else [])
 
 
-def probe_name(route: Route) -> list:
+def probe_dns(route: Route) -> list:
     try:
         found = socket.getaddrinfo(route.host, route.port, type=socket.SOCK_STREAM)
-    except OSError as fault:
-        return [Finding("DNS", False, f"{route.host}: {fault.strerror}")]
-    return [Finding("DNS", True, f"{route.host} is {', '.join(dict.fromkeys(item[4][0] for item in found))}")]
+    except OSError as error:
+        return [CheckResult("DNS", False, f"{route.host}: {error.strerror}")]
+    return [CheckResult("DNS", True, f"{route.host} is {', '.join(dict.fromkeys(item[4][0] for item in found))}")]
 
 
-async def probe_session(probe: Probe) -> list:
+async def probe_session(probe: ConnectivityProbe) -> list:
     """Every step to a session that could take a mail; the last one tells where it failed."""
-    return await in_thread(_probe_session, probe.route, probe.hostname)
+    return await to_thread(_probe_session, probe.route, probe.hostname)
 
 
 def _probe_session(route: Route, hostname: str) -> list:
-    session, findings = Session(route, hostname), []
+    session, results = Session(route, hostname), []
     try:
         for step in session.steps():
             step()
-            findings = session_findings(session)
-    except (OSError, Refused) as fault:
+            results = session_results(session)
+    except (OSError, Rejected) as error:
         session.close()
-        said = fault.reply if isinstance(fault, Refused) else session._broken(fault)
-        name = {"CONN": "TCP", "STARTTLS": "TLS"}.get(said.command, said.command)
+        reply = error.reply if isinstance(error, Rejected) else session._broken(error)
+        name = {"CONN": "TCP", "STARTTLS": "TLS"}.get(reply.command, reply.command)
         place = f"{route.address or route.host}:{route.port}"
-        done = [item for item in findings if item.step != name]
-        return [*done, Finding(name, False, f"{place}: {said.code} {': '.join(said.message)}")]
-    session.leave()
-    return findings + ([Finding("AUTH", True, f"logged in as {route.login[0]}")] if route.auth else [])
+        done = [item for item in results if item.step != name]
+        return [*done, CheckResult(name, False, f"{place}: {reply.code} {': '.join(reply.message)}")]
+    session.quit()
+    return results + ([CheckResult("AUTH", True, f"logged in as {route.credentials[0]}")] if route.auth else [])
 
 
-def session_findings(session: Session) -> list:
+def session_results(session: Session) -> list:
     """What is known of a session so far."""
     place = session.sock.getpeername()
-    findings = [Finding("TCP", True, f"connected to {place[0]}:{place[1]}")]
+    results = [CheckResult("TCP", True, f"connected to {place[0]}:{place[1]}")]
     if session.ehlo_resp:
         words = [" ".join([name.upper(), *value.split()]) for name, value in session.esmtp_features.items()]
-        findings.append(Finding("EHLO", True, printable(", ".join(words) or "no extensions", 500)))
+        results.append(CheckResult("EHLO", True, sanitize(", ".join(words) or "no extensions", 500)))
     if isinstance(session.sock, ssl.SSLSocket):
-        findings.append(Finding("TLS", True, certificate_words(session.sock)))
+        results.append(CheckResult("TLS", True, describe_certificate(session.sock)))
     elif session.step in ("STARTTLS", "AUTH"):
-        findings.append(Finding("TLS", True, "none" + ", though it is offered" * session.has_extn("starttls")))
-    return findings
+        results.append(CheckResult("TLS", True, "none" + ", though it is offered" * session.has_extn("starttls")))
+    return results
 
 
-def certificate_words(sock: ssl.SSLSocket) -> str:
+def describe_certificate(sock: ssl.SSLSocket) -> str:
     """TLS version, and subject and end of the server's certificate where it was verified."""
     certificate = sock.getpeercert()
     if not certificate:
@@ -5118,144 +5224,152 @@ def certificate_words(sock: ssl.SSLSocket) -> str:
     names = ", ".join(value for _, value in certificate.get("subjectAltName", ()))
     left = int((ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()) // 86400)
     until = f"until {certificate['notAfter']} ({left} days)"
-    return printable(f"{sock.version()}, certificate of {subject or names}, {until}", 500)
+    return sanitize(f"{sock.version()}, certificate of {subject or names}, {until}", 500)
 
 
-async def probe_mx(probe: Probe, sessions: Sessions) -> list:
+async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> list:
     """Asks the name servers, then opens a session to the first host of the domain that works."""
     route, deadline = probe.route, time.monotonic() + probe.route.timeout
     if not probe.domain:
-        found = await sessions.resolver.look_up(probe.hostname, MX, deadline)
-        return [Finding("DNS", found.code != SERVFAIL, found.why or "name servers answer")]
+        found = await transport.resolver.lookup(probe.hostname, MX, deadline)
+        return [CheckResult("DNS", found.code != SERVFAIL, found.why or "name servers answer")]
     try:
-        hosts = await mail_hosts(probe.domain, sessions.resolver, probe.hostname, deadline)
-        findings = [Finding("DNS", True, f"{probe.domain} takes mail at {', '.join(hosts)}")]
-        policy = await sessions.policies.of(probe.domain, route)
+        hosts = await mx_hosts(probe.domain, transport.resolver, probe.hostname, deadline)
+        results = [CheckResult("DNS", True, f"{probe.domain} takes mail at {', '.join(hosts)}")]
+        policy = await transport.mta_sts.policy_for(probe.domain, route)
         if policy:
-            findings.append(Finding("MTA-STS", True, f"mode {policy.mode}: {', '.join(policy.hosts)}"))
+            results.append(CheckResult("MTA-STS", True, f"mode {policy.mode}: {', '.join(policy.hosts)}"))
         for host in admitted_hosts(hosts, policy):
-            for hop in await hops(host, route, policy, sessions.resolver):
+            for hop in await next_hops(host, route, policy, transport.resolver):
                 if not isinstance(hop, Route):
-                    findings.append(Finding("DNS", False, ": ".join(hop.message)))
+                    results.append(CheckResult("DNS", False, ": ".join(hop.message)))
                     continue
-                findings += await probe_hop(probe._replace(route=hop))
-                if findings[-1].fine:
-                    return findings
-    except Refused as refused:
-        return [Finding("DNS", False, f"{refused.reply.code} {': '.join(refused.reply.message)}")]
-    return findings
+                results += await probe_mx_host(probe._replace(route=hop))
+                if results[-1].ok:
+                    return results
+    except Rejected as refused:
+        return [CheckResult("DNS", False, f"{refused.reply.code} {': '.join(refused.reply.message)}")]
+    return results
 
 
-async def probe_hop(probe: Probe) -> list:
+async def probe_mx_host(probe: ConnectivityProbe) -> list:
     """One host of a domain. Where any certificate will do, it is told whether this one would have passed."""
     route = probe.route
     strict = replace(route, tls_verify=True, starttls=route.starttls)
-    findings = await probe_session(probe._replace(route=strict))
-    if findings[-1].fine or findings[-1].step != "TLS" or not route.tls_if_offered:
-        return findings
+    results = await probe_session(probe._replace(route=strict))
+    if results[-1].ok or results[-1].step != "TLS" or not route.tls_if_offered:
+        return results
     loose = await probe_session(probe)
-    if loose[-1].fine:
-        return [*loose, Finding("TLS", True, f"not verified: {findings[-1].words}")]
+    if loose[-1].ok:
+        return [*loose, CheckResult("TLS", True, f"not verified: {results[-1].text}")]
     clear = await probe_session(probe._replace(route=replace(route, tls_if_offered=False)))
-    return [*clear, Finding("TLS", True, f"mail goes in clear text: {loose[-1].words}")] if clear[-1].fine else loose
+    return [*clear, CheckResult("TLS", True, f"mail goes in clear text: {loose[-1].text}")] if clear[-1].ok else loose
 
 
-async def probe_folder(probe: Probe, sessions: Sessions) -> list:
+async def probe_folder(probe: ConnectivityProbe, transport: TransportContext) -> list:
     folder = probe.route.folder
     fine = os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
-    return [Finding("FILE", fine, folder if fine else f"{folder} is no folder that can be written")]
+    return [CheckResult("FILE", fine, folder if fine else f"{folder} is no folder that can be written")]
 
 
-async def probe_nothing(probe: Probe, sessions: Sessions) -> list:
-    return [Finding("NONE", True, "nothing to connect to")]
+async def probe_none(probe: ConnectivityProbe, transport: TransportContext) -> list:
+    return [CheckResult("NONE", True, "nothing to connect to")]
 
 
-async def probe_web(route: Route, call: Call, judge: Callable) -> list:
+async def probe_http(route: Route, call: HTTPRequest, judge: Callable) -> list:
     """Every step to the answer of an API to a call that changes nothing; judge(route, said) tells in a line of text
     that the credentials are good, or raises Refused."""
-    return await in_thread(_probe_web, route, call, judge)
+    return await to_thread(_probe_http, route, call, judge)
 
 
-def _probe_web(route: Route, call: Call, judge: Callable) -> list:
-    findings = probe_name(route)
-    if not findings[-1].fine:
-        return findings
-    line, place = Line(route), f"{route.host}:{route.port}"
+def _probe_http(route: Route, call: HTTPRequest, judge: Callable) -> list:
+    results = probe_dns(route)
+    if not results[-1].ok:
+        return results
+    line, place = KeepAliveConnection(route), f"{route.host}:{route.port}"
     try:
         line.open()
-        findings.append(Finding("TCP", True, f"connected to {place}"))
-        words = certificate_words(line.sock) if line.site.tls else "none"
-        findings.append(Finding("TLS", True, words))
-        findings.append(Finding("AUTH", True, judge(route, line.exchange(call))))
-    except Refused as refused:
-        said = refused.reply
-        step = {"CONN": "TLS" if said.dsn == "4.7.5" else "TCP"}.get(said.command, "AUTH")
-        findings.append(Finding(step, False, f"{place}: {said.code} {': '.join(said.message)}"))
+        results.append(CheckResult("TCP", True, f"connected to {place}"))
+        words = describe_certificate(line.sock) if line.url.tls else "none"
+        results.append(CheckResult("TLS", True, words))
+        results.append(CheckResult("AUTH", True, judge(route, line.exchange(call))))
+    except Rejected as refused:
+        reply = refused.reply
+        step = {"CONN": "TLS" if reply.dsn == "4.7.5" else "TCP"}.get(reply.command, "AUTH")
+        results.append(CheckResult(step, False, f"{place}: {reply.code} {': '.join(reply.message)}"))
     finally:
         line.close()
-    return findings
+    return results
 
 
-async def probe_haineko(probe: Probe, sessions: Sessions) -> list:
+async def probe_haineko(probe: ConnectivityProbe, transport: TransportContext) -> list:
     """An empty submission, which gets past the door and no further."""
-    return await probe_web(probe.route, Call("POST", "/submit", b"{}", basic(probe.route.login)), judge_haineko)
+    return await probe_http(
+        probe.route,
+        HTTPRequest("POST", "/submit", b"{}", basic_auth_header(probe.route.credentials)),
+        interpret_haineko_probe,
+    )
 
 
-def judge_haineko(route: Route, said: Said) -> str:
-    document = said.document()
+def interpret_haineko_probe(route: Route, response: HTTPResponse) -> str:
+    document = response.document()
     items = document.get("response") if isinstance(document, dict) else None
     if not (isinstance(items, list) and items and isinstance(items[0], dict)):
-        raise Refused(web_reply(route, said, None))
-    if items[0].get("command") == "AUTH" or said.status in (401, 403, 404):
-        raise Refused(haineko_reply(route, said, items[0]))
-    return "a Haineko that takes our login" if route.login else "a Haineko that wants no login"
+        raise Rejected(http_failure(route, response, None))
+    if items[0].get("command") == "AUTH" or response.status in (401, 403, 404):
+        raise Rejected(haineko_reply(route, response, items[0]))
+    return "a Haineko that takes our login" if route.credentials else "a Haineko that wants no login"
 
 
-async def probe_sendgrid(probe: Probe, sessions: Sessions) -> list:
+async def probe_sendgrid(probe: ConnectivityProbe, transport: TransportContext) -> list:
     """What the key may do."""
-    return await probe_web(probe.route, Call("GET", "/v3/scopes", headers=bearer(probe.route)), judge_sendgrid)
+    return await probe_http(
+        probe.route, HTTPRequest("GET", "/v3/scopes", headers=bearer_header(probe.route)), interpret_sendgrid_probe
+    )
 
 
-def judge_sendgrid(route: Route, said: Said) -> str:
-    document = said.document()
-    scopes = document.get("scopes") if said.status == 200 and isinstance(document, dict) else None
+def interpret_sendgrid_probe(route: Route, response: HTTPResponse) -> str:
+    document = response.document()
+    scopes = document.get("scopes") if response.status == 200 and isinstance(document, dict) else None
     if not isinstance(scopes, list):
-        raise Refused(web_reply(route, said, sendgrid_words(said)))
+        raise Rejected(http_failure(route, response, sendgrid_errors(response)))
     if "mail.send" not in scopes:
-        raise Refused(reply("web-refused", word="the API key lacks the permission mail.send", **route.place))
+        raise Rejected(make_reply("web-refused", word="the API key lacks the permission mail.send", **route.endpoint))
     return "the API key may send"
 
 
-async def probe_amazonses(probe: Probe, sessions: Sessions) -> list:
+async def probe_amazonses(probe: ConnectivityProbe, transport: TransportContext) -> list:
     """The state of the account."""
-    call = signed(Call("GET", "/v2/email/account"), probe.route, time.time())
-    return await probe_web(probe.route, call, judge_amazonses)
+    call = sign_sigv4(HTTPRequest("GET", "/v2/email/account"), probe.route, time.time())
+    return await probe_http(probe.route, call, interpret_amazonses_probe)
 
 
-def judge_amazonses(route: Route, said: Said) -> str:
-    document, refusal = said.document(), amazonses_reply(route, said)
-    if said.status == 403 and any("AccessDenied" in line for line in refusal.message):
+def interpret_amazonses_probe(route: Route, response: HTTPResponse) -> str:
+    document, refusal = response.document(), amazonses_reply(route, response)
+    if response.status == 403 and any("AccessDenied" in line for line in refusal.message):
         return "the key is good; it may not read the account, so whether it may send is not known"
-    if said.status != 200 or not isinstance(document, dict) or "SendingEnabled" not in document:
-        raise Refused(refusal)
+    if response.status != 200 or not isinstance(document, dict) or "SendingEnabled" not in document:
+        raise Rejected(refusal)
     if not document["SendingEnabled"]:
-        raise Refused(reply("web-refused", word="sending is switched off for this account", **route.place))
+        raise Rejected(make_reply("web-refused", word="sending is switched off for this account", **route.endpoint))
     sandbox = "" if document.get("ProductionAccessEnabled", True) else ", in the sandbox: to verified recipients only"
     return f"the key is good, the account may send{sandbox}"
 
 
-async def probe_mandrill(probe: Probe, sessions: Sessions) -> list:
+async def probe_mandrill(probe: ConnectivityProbe, transport: TransportContext) -> list:
     """A ping with the key."""
-    body = ENCODER.encode({"key": probe.route.login[1]}).encode()
-    return await probe_web(probe.route, Call("POST", "/api/1.0/users/ping2.json", body), judge_mandrill)
+    body = ENCODER.encode({"key": probe.route.credentials[1]}).encode()
+    return await probe_http(
+        probe.route, HTTPRequest("POST", "/api/1.0/users/ping2.json", body), interpret_mandrill_probe
+    )
 
 
-def judge_mandrill(route: Route, said: Said) -> str:
-    document = said.document()
-    if said.status == 200 and isinstance(document, dict) and document.get("PING") == "PONG!":
+def interpret_mandrill_probe(route: Route, response: HTTPResponse) -> str:
+    document = response.document()
+    if response.status == 200 and isinstance(document, dict) and document.get("PING") == "PONG!":
         return "the key is good"
     words = [f"{document.get('name')}: {document.get('message')}"] if isinstance(document, dict) else None
-    raise Refused(web_reply(route, said, words))
+    raise Rejected(http_failure(route, response, words))
 
 
 # One row for each of RELAYS: takes (Probe, Sessions), sends no mail, gives a Finding for each step; it may raise what a
@@ -5268,8 +5382,8 @@ PROBES = {
     "AmazonSES": probe_amazonses,
     "Mandrill": probe_mandrill,
     "File": probe_folder,
-    "Screen": probe_nothing,
-    "Discard": probe_nothing,
+    "Screen": probe_none,
+    "Discard": probe_none,
 }
 
 # ======================================================================================================================
@@ -5287,39 +5401,39 @@ PROBES = {
 # ======================================================================================================================
 
 
-class Step(NamedTuple):
+class Disposition(NamedTuple):
     """What comes next for a recipient."""
 
     state: str  # "open", "delivered" or "failed"
     pause: float = 0.0  # seconds until the next attempt, where it is open
 
 
-def next_step(said: Reply, attempts: int, age: float, dice: float, policy: Queue) -> Step:
+def next_disposition(reply: Reply, attempts: int, age: float, rng: float, policy: QueueSettings) -> Disposition:
     """What comes after that reply to so many attempts for a mail `age` seconds old; dice: 0 to 1, by chance."""
-    if said.accepted:
-        return Step("delivered")
-    if not said.temporary or age >= policy.lifetime:
-        return Step("failed")
-    pause = policy.retry_after[min(attempts, len(policy.retry_after)) - 1] * (0.8 + 0.4 * dice)
+    if reply.accepted:
+        return Disposition("delivered")
+    if not reply.temporary or age >= policy.lifetime:
+        return Disposition("failed")
+    pause = policy.retry_after[min(attempts, len(policy.retry_after)) - 1] * (0.8 + 0.4 * rng)
     end = max(policy.lifetime - age, 1.0)  # of its life: then is the last attempt
-    return Step("open", min(max(pause, said.wait), end))
+    return Disposition("open", min(max(pause, reply.retry_after), end))
 
 
-class Entry(NamedTuple):
+class NewQueueItem(NamedTuple):
     """A mail, or an event for the webhook, on its way into the store."""
 
     queueid: str
     kind: str  # "mail" or "event"
     sender: str  # "" is the null sender
     login: str  # who sent it; "" where nobody had to log in
-    born: float
+    created_at: float
     message: Message
     recipients: tuple  # of (as it was given, on the wire, number of its copy, lane)
     key: bytes | None = None  # of the request, from its login, path and Idempotency-Key
     body: bytes | None = None  # digest of the request's body
 
 
-class Parcel(NamedTuple):
+class LeasedRecipient(NamedTuple):
     """One recipient that is leased to this process, with all that its delivery needs."""
 
     id: int
@@ -5327,81 +5441,83 @@ class Parcel(NamedTuple):
     kind: str
     sender: str
     login: str
-    born: float
+    created_at: float
     message: Message
-    given: str
+    as_written: str
     recipient: str
     number: int
-    lane: str
+    destination: str
     attempts: int
     history: tuple  # of (time, Reply), the attempts so far
 
 
-def lane_of(route: Route, domain: str) -> str:
+def destination_key(route: Route, domain: str) -> str:
     """What mail shares a next hop: a host that is dead delays its own lane only."""
     if route.relay == "File":
         return f"File {route.folder}"
     return f"MX {domain.lower()}" if route.relay == "MX" else f"{route.relay} {route.host}:{route.port}"
 
 
-def queued(queueid: str, said: Reply | None = None) -> Reply:
+def queued_reply(queueid: str, said: Reply | None = None) -> Reply:
     """What the client reads of a recipient that waits."""
-    return reply("queued", *(said.message if said else ()), word=queueid, mailer="Queue")
+    return make_reply("queued", *(said.message if said else ()), word=queueid, mailer="Queue")
 
 
 # -- what is told at the end
 
 
-def reports(parcel: Parcel, said: Reply, step: Step, settings: Settings, now: float) -> list:
+def notifications(leased: LeasedRecipient, reply: Reply, step: Disposition, settings: Settings, now: float) -> list:
     """Entries that tell of a recipient's fate: an event for the webhook, a bounce for the sender; most often none."""
-    if parcel.kind != "mail":
+    if leased.kind != "mail":
         return []
-    entries, word = [], step.state if step.state != "open" else "deferred" if not parcel.attempts else ""
+    entries, word = [], step.state if step.state != "open" else "deferred" if not leased.attempts else ""
     if word and settings.queue.webhook:
-        entries.append(event(f"message.{word}", parcel, said, settings.queue.webhook, now))
-    if word == "failed" and parcel.sender:
-        queueid, mailbox = new_queueid(now), address(parcel.sender)
-        message = bounce(parcel, said, settings.hostname, queueid, now)
-        lane = lane_of(choose(mailbox.domain, "", settings)[0], mailbox.domain)
-        to = (parcel.sender, parcel.sender, 1, lane)
-        entries.append(Entry(queueid, "mail", "", parcel.login, now, message, (to,)))
+        entries.append(webhook_event(f"message.{word}", leased, reply, settings.queue.webhook, now))
+    if word == "failed" and leased.sender:
+        queueid, mailbox = new_queueid(now), parse_address(leased.sender)
+        message = bounce_message(leased, reply, settings.hostname, queueid, now)
+        destination = destination_key(resolve_route(mailbox.domain, "", settings)[0], mailbox.domain)
+        to = (leased.sender, leased.sender, 1, destination)
+        entries.append(NewQueueItem(queueid, "mail", "", leased.login, now, message, (to,)))
     return entries
 
 
-def event(word: str, parcel: Parcel, said: Reply, url: str, now: float) -> Entry:
+def webhook_event(word: str, leased: LeasedRecipient, reply: Reply, url: str, now: float) -> NewQueueItem:
     """An event in the form of Standard Webhooks; its queue id is the webhook-id."""
-    data = {"queueid": parcel.queueid, "addresser": parcel.sender, **item(parcel.given, said)}
+    data = {"queueid": leased.queueid, "addresser": leased.sender, **reply_to_dict(leased.as_written, reply)}
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
-    body = ENCODER.encode({"type": word, "timestamp": moment, "data": {**data, "attempts": parcel.attempts + 1}})
-    lane = f"Webhook {WEBHOOK_URL.fullmatch(url)[2]}"
-    return Entry(new_queueid(now), "event", "", "", now, Message((body.encode(),)), ((url, url, 1, lane),))
+    body = ENCODER.encode({"type": word, "timestamp": moment, "data": {**data, "attempts": leased.attempts + 1}})
+    destination = f"Webhook {WEBHOOK_URL.fullmatch(url)[2]}"
+    return NewQueueItem(
+        new_queueid(now), "event", "", "", now, Message((body.encode(),)), ((url, url, 1, destination),)
+    )
 
 
-def signature_of_event(secret: bytes, webhook_id: str, second: int, body: bytes) -> str:
+def sign_webhook(secret: bytes, webhook_id: str, second: int, body: bytes) -> str:
     """webhook-signature as Standard Webhooks 1.0 has it: HMAC-SHA256 of "id.timestamp.body"."""
     digest = hmac.digest(secret, b"%b.%d.%b" % (webhook_id.encode(), second, body), "sha256")
     return "v1," + base64.b64encode(digest).decode()
 
 
-def bounce(parcel: Parcel, said: Reply, hostname: str, queueid: str, now: float) -> Message:
+def bounce_message(leased: LeasedRecipient, reply: Reply, hostname: str, queueid: str, now: float) -> Message:
     """The report to the sender (RFC 3464) that a recipient's mail won't arrive."""
     date, edge = rfc5322_date(int(now)), f"{queueid}/report"
-    place = f" ({said.host})" if said.host else ""
-    words = "\r\n".join([f"    {line}" for line in quotable(said)])
-    head = parcel.message.copy(parcel.recipient, parcel.number).partition(b"\r\n\r\n")[0] + b"\r\n"
-    coding = "7bit" if head.isascii() and parcel.recipient.isascii() else "8bit"
-    text = BOUNCE.format(
-        date=date, hostname=hostname, sender=parcel.sender, queueid=queueid, edge=edge, age=in_words(now - parcel.born),
-        original=parcel.queueid, recipient=parcel.recipient, place=place, words=words, status=status_code(said),
-        kind="rfc822" if parcel.recipient.isascii() else "utf-8", arrived=rfc5322_date(int(parcel.born)),
-        tried=parcel.attempts + 1, code=said.code, diagnostic="\r\n    ".join(quotable(said)),
-        remote=f"Remote-MTA: dns; {said.host}\r\n" if said.host else "", coding=coding,
+    place = f" ({reply.host})" if reply.host else ""
+    words = "\r\n".join([f"    {line}" for line in diagnostic_lines(reply)])
+    head = leased.message.copy(leased.recipient, leased.number).partition(b"\r\n\r\n")[0] + b"\r\n"
+    coding = "7bit" if head.isascii() and leased.recipient.isascii() else "8bit"
+    text = BOUNCE_TEMPLATE.format(
+        date=date, hostname=hostname, sender=leased.sender, queueid=queueid, edge=edge, age=format_duration(now - leased.created_at),
+        original=leased.queueid, recipient=leased.recipient, place=place, words=words, status=bounce_status(reply),
+        kind="rfc822" if leased.recipient.isascii() else "utf-8", arrived=rfc5322_date(int(leased.created_at)),
+        tried=leased.attempts + 1, code=reply.code, diagnostic="\r\n    ".join(diagnostic_lines(reply)),
+        remote=f"Remote-MTA: dns; {reply.host}\r\n" if reply.host else "", coding=coding,
     )  # fmt: skip
     octets = text.encode() + head + f"\r\n--{edge}--\r\n".encode()
-    return Message((octets,), eight=not octets.isascii())
+    return Message((octets,), needs_8bitmime=not octets.isascii())
 
 
-BOUNCE = """\
+BOUNCE_TEMPLATE = """\
 Received: by {hostname} (Haineko) id {queueid};
 	{date}
 From: Mail Delivery System <MAILER-DAEMON@{hostname}>
@@ -5450,32 +5566,32 @@ Content-Transfer-Encoding: {coding}
 """.replace("\n", "\r\n")
 
 
-def quotable(said: Reply) -> list:
+def diagnostic_lines(reply: Reply) -> list:
     """A reply's lines fit for a message: ASCII, short, with their code."""
-    lines = [printable(line, 500).encode("ascii", "replace").decode() for line in said.message[:MAX_WORDS]]
-    return [f"{said.code} {line}".rstrip() for line in lines or [""]]
+    lines = [sanitize(line, 500).encode("ascii", "replace").decode() for line in reply.message[:MAX_REPLY_LINES]]
+    return [f"{reply.code} {line}".rstrip() for line in lines or [""]]
 
 
-def status_code(said: Reply) -> str:
+def bounce_status(reply: Reply) -> str:
     """RFC 3463; of a mail whose life is over and where nobody said more, that its delivery time expired."""
-    return said.dsn or ("4.4.7" if said.temporary else "5.0.0")
+    return reply.dsn or ("4.4.7" if reply.temporary else "5.0.0")
 
 
-def in_words(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}s"
     return f"{seconds:.0f} seconds"
 
 
-def post_event(parcel: Parcel, secret: bytes, now: float) -> list:
+def post_webhook(leased: LeasedRecipient, secret: bytes, now: float) -> list:
     """POSTs an event to its webhook; blocks. A reply as a relay gives it."""
-    scheme, name, port, path = WEBHOOK_URL.fullmatch(parcel.recipient).groups()
+    scheme, name, port, path = WEBHOOK_URL.fullmatch(leased.recipient).groups()
     place = {"mailer": "Webhook", "host": name, "port": int(port or (443 if scheme == "https" else 80))}
-    body, ident = parcel.message.parts[0], f"msg_{parcel.queueid}"
+    body, row_id = leased.message.parts[0], f"msg_{leased.queueid}"
     headers = {"Content-Type": "application/json", "User-Agent": f"haineko/{__version__}"}
-    headers.update({"webhook-id": ident, "webhook-timestamp": str(int(now))})
-    headers["webhook-signature"] = signature_of_event(secret, ident, int(now), body)
+    headers.update({"webhook-id": row_id, "webhook-timestamp": str(int(now))})
+    headers["webhook-signature"] = sign_webhook(secret, row_id, int(now), body)
     if scheme == "https":
         connection = http.client.HTTPSConnection(name.strip("[]"), place["port"], WEBHOOK_TIMEOUT,
                                                  context=client_context(True, ""))  # fmt: skip
@@ -5484,12 +5600,12 @@ def post_event(parcel: Parcel, secret: bytes, now: float) -> list:
     try:
         connection.request("POST", path or "/", body, headers)
         status = connection.getresponse().status
-    except http.client.HTTPException as fault:
-        return [reply("webhook-later", word=printable(repr(fault)), **place)]
+    except http.client.HTTPException as error:
+        return [make_reply("webhook-later", word=sanitize(repr(error)), **place)]
     finally:
         connection.close()
     taken, gone = 200 <= status <= 299, status == 410  # Gone: nobody wants them any more
-    return [reply("webhook" if taken else "webhook-never" if gone else "webhook-later", word=str(status), **place)]
+    return [make_reply("webhook" if taken else "webhook-never" if gone else "webhook-later", word=str(status), **place)]
 
 
 WEBHOOK_TIMEOUT = 15.0  # seconds
@@ -5498,66 +5614,68 @@ WEBHOOK_TIMEOUT = 15.0  # seconds
 # -- the file
 
 
-class Store:
+class QueueDB:
     """The file of the queue as one process uses it. One thread does all work in it and puts whatever waits into one
     transaction, so that many mails share the disk's one flush."""
 
     BUSY = 5.0  # seconds to wait for another process's lock
     BATCH = 256  # operations of one transaction
 
-    def __init__(self, policy: Queue, ringer: socket.socket | None = None) -> None:
-        self.policy, self.ringer = policy, ringer
+    def __init__(self, policy: QueueSettings, ringer: socket.socket | None = None) -> None:
+        self.settings, self.wake_socket = policy, ringer
         if ringer:
             ringer.setblocking(False)
         self.waiting: queue.SimpleQueue = queue.SimpleQueue()  # of (operation, values, done)
-        self.owed: deque = deque()  # of (operation, values) that must be done, as soon as the file can be used again
+        self.deferred_writes: deque = (
+            deque()
+        )  # of (operation, values) that must be done, as soon as the file can be used again
         self.thread: Any = None
         self.db: Any = None
         self.inode = self.slot = self.locks = 0
         self.fault = ""  # why the file can't be used; told once
         self.rung = False  # since the last commit
-        self.looked, self.roomy = 0.0, False  # when the disk was looked at, and whether it had room
+        self.disk_checked_at, self.disk_ok = 0.0, False  # when the disk was looked at, and whether it had room
 
     async def do(self, operation: Callable, *values: Any) -> Any:
         """What operation(db, slot, *values) gives, once its changes are on disk; Refused where that can't be."""
         return await answered_by(self._queue, operation, values)
 
-    async def add(self, entry: Entry, fates: list | None = None, held: bool = False) -> tuple | None:
-        """Stores an entry, see put(); Refused where the disk is too full."""
-        if not self.room():
-            raise Refused(reply("store", f"less than {self.policy.min_free} octets are free", mailer="Queue"))
-        return await self.do(put, entry, fates, held)
+    async def add(self, queue_item: NewQueueItem, fates: list | None = None, held: bool = False) -> tuple | None:
+        """Stores an entry, see enqueue(); Refused where the disk is too full."""
+        if not self.has_free_space():
+            raise Rejected(make_reply("store", f"less than {self.settings.min_free} octets are free", mailer="Queue"))
+        return await self.do(enqueue, queue_item, fates, held)
 
-    async def surely(self, operation: Callable, *values: Any) -> None:
+    async def do_eventually(self, operation: Callable, *values: Any) -> None:
         """The same for what has happened already: put off, not forgotten, while the file can't be used."""
         try:
             await self.do(operation, *values)
-        except Refused:
-            self.owed.append((operation, values))
+        except Rejected:
+            self.deferred_writes.append((operation, values))
 
-    def ring(self) -> None:
+    def wake_manager(self) -> None:
         """Tells the courier that something is due; once after each commit will do."""
         if self.rung:
             return
         self.rung = True
         try:
-            self.ringer.send(b"\0")
+            self.wake_socket.send(b"\0")
         except (OSError, AttributeError):  # rung often enough, or there is none: it looks once a second
             pass
 
-    def room(self) -> bool:
+    def has_free_space(self) -> bool:
         """True where the disk has as much free space as it should, or had a moment ago."""
         now = time.monotonic()
-        if now - self.looked > 0.1:
-            self.looked, self.roomy = now, False
+        if now - self.disk_checked_at > 0.1:
+            self.disk_checked_at, self.disk_ok = now, False
             with contextlib.suppress(OSError):
-                disk = os.statvfs(os.path.dirname(self.policy.path))
-                self.roomy = disk.f_bavail * disk.f_frsize >= self.policy.min_free
-        return self.roomy
+                disk = os.statvfs(os.path.dirname(self.settings.path))
+                self.disk_ok = disk.f_bavail * disk.f_frsize >= self.settings.min_free
+        return self.disk_ok
 
-    def trouble(self) -> str:
+    def health_error(self) -> str:
         """What is wrong with the file or its disk, "" for nothing."""
-        return "the queue can't be used" if self.fault else "" if self.room() else "disk full"
+        return "the queue can't be used" if self.fault else "" if self.has_free_space() else "disk full"
 
     def _queue(self, done: Callable, operation: Callable, values: tuple) -> None:
         self.waiting.put((operation, values, done))
@@ -5567,10 +5685,10 @@ class Store:
 
     def _work(self) -> None:
         while True:
-            batch, owed = self._batch(), [self.owed.popleft() for _ in range(len(self.owed))]
+            batch, owed = self._batch(), [self.deferred_writes.popleft() for _ in range(len(self.deferred_writes))]
             work = [*owed, *[(operation, values) for operation, values, _ in batch]]
             results = self.commit(work, batch)
-            self.owed.extend(work for work, result in zip(owed, results) if isinstance(result, Refused))
+            self.deferred_writes.extend(work for work, result in zip(owed, results) if isinstance(result, Rejected))
             self.rung = False
             for (_, _, done), result in zip(batch, results[len(owed) :]):
                 done(result)
@@ -5578,13 +5696,13 @@ class Store:
     def _batch(self) -> list:
         """The work that waits; waits for some."""
         try:
-            batch = [self.waiting.get(timeout=1.0 if self.owed else None)]
+            batch = [self.waiting.get(timeout=1.0 if self.deferred_writes else None)]
         except queue.Empty:
             return []
-        self._fill(batch)
+        self._drain_waiting(batch)
         return batch
 
-    def _fill(self, batch: list) -> list:
+    def _drain_waiting(self, batch: list) -> list:
         """What else waits, put into the batch."""
         more: list = []
         with contextlib.suppress(queue.Empty):
@@ -5603,24 +5721,24 @@ class Store:
             db = self._opened()
             fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite's own waiting is a sleep, and a long one by chance
             if batch is not None:
-                work += [(operation, values) for operation, values, _ in self._fill(batch)]
+                work += [(operation, values) for operation, values, _ in self._drain_waiting(batch)]
             db.execute("BEGIN IMMEDIATE")
             results = [operation(db, self.slot, *values) for operation, values in work]
             db.execute("COMMIT")
-        except (sqlite3.Error, OSError) as fault:
+        except (sqlite3.Error, OSError) as error:
             self.close()
-            self._tell(f"{self.policy.path}: {fault}")
-            return [Refused(reply("store", mailer="Queue")) for _ in work]
-        except Exception as fault:  # a bug must not take the others' work with it
+            self._log_fault(f"{self.settings.path}: {error}")
+            return [Rejected(make_reply("store", mailer="Queue")) for _ in work]
+        except Exception as error:  # a bug must not take the others' work with it
             self.close()
             if len(work) > 1:
                 return [self.commit([one])[0] for one in work]
-            log_bug("queue")
-            return [fault]
+            log_exception("queue")
+            return [error]
         finally:
             if self.locks:
                 fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, 0)
-        self._tell("")
+        self._log_fault("")
         return results
 
     def close(self, for_good: bool = False) -> None:
@@ -5632,19 +5750,17 @@ class Store:
             os.close(self.locks)
             self.slot = self.locks = 0
 
-    def _tell(self, fault: str) -> None:
-        if fault != self.fault:
-            log.lines(
-                f"queue: {printable(fault)}; nothing is accepted into it" if fault else "queue: can be used again"
-            )
-        self.fault = fault
+    def _log_fault(self, error: str) -> None:
+        if error != self.fault:
+            log.lines(f"queue: {sanitize(error)}; nothing is accepted into it" if error else "queue: can be used again")
+        self.fault = error
 
     def _opened(self) -> Any:
         """The connection; raises sqlite3.Error or OSError."""
         import sqlite3
 
-        path = self.policy.path
-        if self.db and signature(path) and os.stat(path).st_ino == self.inode:  # nobody took the file away
+        path = self.settings.path
+        if self.db and stat_key(path) and os.stat(path).st_ino == self.inode:  # nobody took the file away
             return self.db
         self.close()
         if not os.path.exists(path):
@@ -5653,17 +5769,17 @@ class Store:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
         db.execute("PRAGMA foreign_keys=ON")
-        upgrade(db)
+        migrate(db)
         self.inode = os.stat(path).st_ino
         if not self.slot:
-            self.locks, self.slot = take_slot(path + ".lock")
+            self.locks, self.slot = lock_slot(path + ".lock")
             db.execute("BEGIN IMMEDIATE")
-            release(db, self.slot, self.policy, time.time())  # of the last one that had it
+            release_leases(db, self.slot, self.settings, time.time())  # of the last one that had it
             db.execute("COMMIT")
         return db
 
 
-def take_slot(path: str) -> tuple:
+def lock_slot(path: str) -> tuple:
     """(open lock file, number of the first octet in it that nobody had locked). The kernel unlocks it when the process
     ends, however it ends; so who holds a lease is known to be alive. No process may open the file twice."""
     import fcntl
@@ -5682,7 +5798,7 @@ MAX_SLOTS = 4096  # processes
 
 
 # Each upgrades the file from the version before (PRAGMA user_version) to its own, the first one is version 1.
-VERSIONS = (
+MIGRATIONS = (
     """
     CREATE TABLE messages (
         id INTEGER PRIMARY KEY,
@@ -5725,7 +5841,7 @@ VERSIONS = (
 )
 
 
-def upgrade(db: Any, versions: tuple = VERSIONS) -> None:
+def migrate(db: Any, versions: tuple = MIGRATIONS) -> None:
     """The file brought to the newest version in one transaction; a newer one is refused."""
     import sqlite3
 
@@ -5735,7 +5851,7 @@ def upgrade(db: Any, versions: tuple = VERSIONS) -> None:
     db.execute("BEGIN IMMEDIATE")
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > newest:
-        raise sqlite3.DatabaseError(f"{NEWER} {version}; this Haineko knows {newest}")
+        raise sqlite3.DatabaseError(f"{NEWER_VERSION} {version}; this Haineko knows {newest}")
     for script in versions[version:]:
         for statement in re.sub(r" *--[^\n]*", "", script).split(";"):
             db.execute(statement)
@@ -5743,138 +5859,146 @@ def upgrade(db: Any, versions: tuple = VERSIONS) -> None:
     db.execute("COMMIT")
 
 
-NEWER = "is of a newer version,"
-KEPT = 86400  # seconds for which a mail's fate and the answer to an Idempotency-Key are kept
-HISTORY = 50  # attempts kept of one recipient: the first one and the last ones
-MAX_WORDS = 10  # lines of a reply kept
+NEWER_VERSION = "is of a newer version,"
+RETENTION = 86400  # seconds for which a mail's fate and the answer to an Idempotency-Key are kept
+MAX_HISTORY = 50  # attempts kept of one recipient: the first one and the last ones
+MAX_REPLY_LINES = 10  # lines of a reply kept
 
 
 # -- operations on the file; each is called as operation(db, slot, *values) within a transaction
 
 
-def put(db: Any, slot: int, entry: Entry, fates: list | None, held: bool = False) -> tuple | None:
+def enqueue(db: Any, slot: int, queue_item: NewQueueItem, fates: list | None, held: bool = False) -> tuple | None:
     """Stores an entry, recipient by recipient as their fates (Reply, Step) say; without fates they are due at once, or
     leased to this process where it is `held`. Gives the earlier message with the same key instead, if there is one."""
-    if entry.key:
-        db.execute("UPDATE messages SET key=NULL WHERE key=? AND born<=?", (entry.key, entry.born - KEPT))
-        earlier = db.execute("SELECT queueid, body, owner, answer FROM messages WHERE key=?", (entry.key,)).fetchone()
+    if queue_item.key:
+        db.execute(
+            "UPDATE messages SET key=NULL WHERE key=? AND born<=?", (queue_item.key, queue_item.created_at - RETENTION)
+        )
+        earlier = db.execute(
+            "SELECT queueid, body, owner, answer FROM messages WHERE key=?", (queue_item.key,)
+        ).fetchone()
         if earlier:
             return earlier
-    flags = entry.message.eight + 2 * entry.message.utf8
-    octets, parts = b"".join(entry.message.parts), [flags, *map(len, entry.message.parts)]
-    row = (entry.queueid, entry.kind, entry.sender, entry.login, entry.born, len(entry.recipients),
-           slot if held else None, entry.key, entry.body, len(octets), json.dumps(parts), octets)  # fmt: skip
+    flags = queue_item.message.needs_8bitmime + 2 * queue_item.message.needs_smtputf8
+    octets, parts = b"".join(queue_item.message.parts), [flags, *map(len, queue_item.message.parts)]
+    row = (queue_item.queueid, queue_item.kind, queue_item.sender, queue_item.login, queue_item.created_at, len(queue_item.recipients),
+           slot if held else None, queue_item.key, queue_item.body, len(octets), json.dumps(parts), octets)  # fmt: skip
     message = db.execute(
         "INSERT INTO messages (queueid, kind, sender, login, born, open, owner, key, body, size, parts, octets)"
         " VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", row
     ).lastrowid  # fmt: skip
-    for given, recipient, number, lane in entry.recipients:
-        due, owner = (None, slot) if held or fates else (entry.born, None)
-        row = (message, given, recipient, number, lane, entry.born, due, owner)
+    for given, recipient, number, destination in queue_item.recipients:
+        due, owner = (None, slot) if held or fates else (queue_item.created_at, None)
+        row = (message, given, recipient, number, destination, queue_item.created_at, due, owner)
         db.execute(
             "INSERT INTO recipients (message, given, recipient, number, lane, born, due, owner, state, attempts,"
             " history) VALUES (?,?,?,?,?,?,?,?,'open',0,'[]')", row
         )  # fmt: skip
     if fates:
-        conclude(db, slot, entry.queueid, fates, None, max(time.time(), entry.born))  # the first attempt took its time
+        finish_request(
+            db, slot, queue_item.queueid, fates, None, max(time.time(), queue_item.created_at)
+        )  # the first attempt took its time
     return None
 
 
-def conclude(db: Any, slot: int, queueid: str, fates: list, answer: str | None, now: float) -> None:
+def finish_request(db: Any, slot: int, queueid: str, fates: list, answer: str | None, now: float) -> None:
     """What became of all recipients of a mail while its client waited, and what the client was answered."""
     found = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone()
     if not found:  # somebody put another file in its place
         return
     (message,) = found
     rows = db.execute("SELECT id, lane FROM recipients WHERE message=? ORDER BY id", (message,)).fetchall()
-    for (ident, lane), (said, step, notes) in zip(rows, fates):
-        record(db, slot, ident, lane, said, step, notes, now)
+    for (row_id, destination), (reply, step, notes) in zip(rows, fates):
+        finish_attempt(db, slot, row_id, destination, reply, step, notes, now)
     db.execute("UPDATE messages SET owner=NULL, answer=? WHERE id=?", (answer, message))
 
 
-def record(db: Any, slot: int, ident: int, lane: str, said: Reply | None, step: Step, notes: list, now: float) -> None:
+def finish_attempt(
+    db: Any, slot: int, row_id: int, destination: str, reply: Reply | None, step: Disposition, notes: list, now: float
+) -> None:
     """One leased recipient after an attempt (said None: after its life); what tells of its fate is stored with it."""
-    found = db.execute("SELECT message, history FROM recipients WHERE id=? AND owner=?", (ident, slot)).fetchone()
+    found = db.execute("SELECT message, history FROM recipients WHERE id=? AND owner=?", (row_id, slot)).fetchone()
     if not found:  # its message was dropped
         return
     message, history = found
-    if said:
-        history = add_attempt(history, now, said)
+    if reply:
+        history = add_attempt(history, now, reply)
     due = now + step.pause if step.state == "open" else None
     db.execute(
         "UPDATE recipients SET lane=?, state=?, due=?, owner=NULL, attempts=attempts+?, history=? WHERE id=?",
-        (lane, step.state, due, said is not None, history, ident),
+        (destination, step.state, due, reply is not None, history, row_id),
     )
     if step.state != "open":
-        close_one(db, message, now)
+        close_recipient(db, message, now)
     for note in notes:
-        put(db, slot, note, None)
+        enqueue(db, slot, note, None)
 
 
-def close_one(db: Any, message: int, now: float) -> None:
+def close_recipient(db: Any, message: int, now: float) -> None:
     """One recipient less is open; of a message that has none left, the octets go and the fate stays for a while."""
     db.execute("UPDATE messages SET open=open-1 WHERE id=?", (message,))
     db.execute("UPDATE messages SET done=?, octets=x'' WHERE id=? AND open<=0", (now, message))
 
 
-def add_attempt(history: str, now: float, said: Reply) -> str:
-    words = [printable(line, 500) for line in said.message[:MAX_WORDS]]
+def add_attempt(history: str, now: float, reply: Reply) -> str:
+    words = [sanitize(line, 500) for line in reply.message[:MAX_REPLY_LINES]]
     attempts = json.loads(history)
-    attempts.append([round(now, 3), said.code, said.dsn, said.command, words, said.mailer, said.host, said.port])
-    return ENCODER.encode(attempts[:1] + attempts[1:][1 - HISTORY :])
+    attempts.append([round(now, 3), reply.code, reply.dsn, reply.command, words, reply.mailer, reply.host, reply.port])
+    return ENCODER.encode(attempts[:1] + attempts[1:][1 - MAX_HISTORY :])
 
 
-def attempts_of(history: str) -> tuple:
+def parse_history(history: str) -> tuple:
     """((time, Reply), ...) as add_attempt() wrote them."""
     return tuple((when, Reply(code, dsn, command, tuple(words), *place))
                  for when, code, dsn, command, words, *place in json.loads(history))  # fmt: skip
 
 
-def take(db: Any, slot: int, now: float, most: int, busy: dict, asleep: dict, old: float) -> list:
+def lease_due(db: Any, slot: int, now: float, most: int, busy: dict, asleep: dict, old: float) -> list:
     """Parcels of what is due, leased to this process: `most` of a lane less those that are `busy` in it; of a lane that
     is asleep only what is wanted at once, and what was born before `old`, whose life is over."""
-    room, parcels = MAX_TAKEN - sum(busy.values()), []
-    for (lane,) in db.execute(LANES).fetchall():
-        free = min(most - busy.get(lane, 0), room)
-        if free <= 0 or not lane:
+    room, parcels = MAX_ACTIVE - sum(busy.values()), []
+    for (destination,) in db.execute(DESTINATIONS_SQL).fetchall():
+        free = min(most - busy.get(destination, 0), room)
+        if free <= 0 or not destination:
             continue
-        until = now if lane not in asleep else 0
-        idents = [row[0] for row in db.execute(DUE, (lane, until, free))]
-        if lane in asleep:
-            idents += [row[0] for row in db.execute(OVERDUE, (lane, old, MAX_OVERDUE))]
-        for ident in dict.fromkeys(idents):
-            parcels.append(parcel(db, ident))
-            db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, ident))
+        until = now if destination not in asleep else 0
+        idents = [row[0] for row in db.execute(DUE_SQL, (destination, until, free))]
+        if destination in asleep:
+            idents += [row[0] for row in db.execute(EXPIRED_SQL, (destination, old, MAX_OVERDUE))]
+        for row_id in dict.fromkeys(idents):
+            parcels.append(read_leased(db, row_id))
+            db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row_id))
         room -= len(idents)
     return parcels
 
 
-MAX_TAKEN = 256  # deliveries under way
+MAX_ACTIVE = 256  # deliveries under way
 MAX_OVERDUE = 64  # mails given up in one go
-LANES = """
+DESTINATIONS_SQL = """
     WITH RECURSIVE lanes(lane) AS (
         SELECT min(lane) FROM recipients WHERE due IS NOT NULL
         UNION ALL SELECT (SELECT min(lane) FROM recipients WHERE due IS NOT NULL AND lane > lanes.lane)
                   FROM lanes WHERE lane IS NOT NULL)
     SELECT lane FROM lanes WHERE lane IS NOT NULL"""  # each by one look into the index, however many wait in it
-DUE = "SELECT id FROM recipients WHERE lane=? AND due IS NOT NULL AND due<=? ORDER BY due LIMIT ?"
-OVERDUE = "SELECT id FROM recipients WHERE lane=? AND due IS NOT NULL AND born<=? ORDER BY born LIMIT ?"
+DUE_SQL = "SELECT id FROM recipients WHERE lane=? AND due IS NOT NULL AND due<=? ORDER BY due LIMIT ?"
+EXPIRED_SQL = "SELECT id FROM recipients WHERE lane=? AND due IS NOT NULL AND born<=? ORDER BY born LIMIT ?"
 
 
-def parcel(db: Any, ident: int) -> Parcel:
-    *head, parts, octets, given, recipient, number, lane, attempts, history = db.execute(
+def read_leased(db: Any, row_id: int) -> LeasedRecipient:
+    *head, parts, octets, given, recipient, number, destination, attempts, history = db.execute(
         "SELECT r.id, queueid, kind, sender, login, m.born, parts, octets, given, recipient, number,"
-        " lane, attempts, history FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (ident,)
+        " lane, attempts, history FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (row_id,)
     ).fetchone()  # fmt: skip
     flags, *lengths = json.loads(parts)
     ends = list(itertools.accumulate(lengths))
     message = Message(
         tuple(octets[end - length : end] for end, length in zip(ends, lengths)), bool(flags & 1), flags > 1
     )
-    return Parcel(*head, message, given, recipient, number, lane, attempts, attempts_of(history))
+    return LeasedRecipient(*head, message, given, recipient, number, destination, attempts, parse_history(history))
 
 
-def recover(db: Any, slot: int, locks: int, policy: Queue, now: float) -> None:
+def reclaim_dead_leases(db: Any, slot: int, locks: int, policy: QueueSettings, now: float) -> None:
     """What processes that are gone had leased is due again."""
     import fcntl
 
@@ -5887,191 +6011,200 @@ def recover(db: Any, slot: int, locks: int, policy: Queue, now: float) -> None:
             fcntl.lockf(locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, owner)
         except OSError:  # alive
             continue
-        release(db, owner, policy, now)
+        release_leases(db, owner, policy, now)
         fcntl.lockf(locks, fcntl.LOCK_UN, 1, owner)  # who takes it now has to wait for our commit
 
 
-def release(db: Any, owner: int, policy: Queue, now: float) -> None:
+def release_leases(db: Any, owner: int, policy: QueueSettings, now: float) -> None:
     """What the slot's last process had leased is due again. Each may have been sent, or else have been about to be."""
-    said = reply("interrupted", mailer="Queue")
+    said = make_reply("interrupted", mailer="Queue")
     rows = db.execute(
         "SELECT r.id, r.recipient, r.attempts, r.history, r.born, m.queueid FROM recipients r"
         " JOIN messages m ON m.id=r.message WHERE r.owner=?", (owner,)
     ).fetchall()  # fmt: skip
-    for ident, recipient, attempts, history, born, queueid in rows:
-        log.lines(f"{queueid}: to={_value(f'<{recipient}>')} interrupted; it is tried again and may arrive twice")
-        due = now + next_step(said, attempts + 1, min(now - born, policy.lifetime - 1), chance(), policy).pause
+    for row_id, recipient, attempts, history, born, queueid in rows:
+        log.lines(f"{queueid}: to={log_value(f'<{recipient}>')} interrupted; it is tried again and may arrive twice")
+        due = (
+            now
+            + next_disposition(said, attempts + 1, min(now - born, policy.lifetime - 1), random_unit(), policy).pause
+        )
         db.execute("UPDATE recipients SET due=?, owner=NULL, attempts=attempts+1, history=? WHERE id=?",
-                   (due, add_attempt(history, now, said), ident))  # fmt: skip
+                   (due, add_attempt(history, now, said), row_id))  # fmt: skip
     db.execute("UPDATE messages SET owner=NULL WHERE owner=?", (owner,))
 
 
 def purge(db: Any, slot: int, now: float) -> None:
     """Forgets what was done long ago, some of it at a time."""
-    db.execute("DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE done<? LIMIT 500)", (now - KEPT,))
+    db.execute("DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE done<? LIMIT 500)", (now - RETENTION,))
 
 
-def fate(db: Any, slot: int, queueid: str) -> tuple | None:
+def message_status(db: Any, slot: int, queueid: str) -> tuple | None:
     """(row of the message, rows of its recipients) of a mail, None for none: see FATE."""
     found = db.execute(
-        f"SELECT {', '.join(FATE[0])} FROM messages WHERE queueid=? AND kind='mail'", (queueid,)
+        f"SELECT {', '.join(STATUS_COLUMNS[0])} FROM messages WHERE queueid=? AND kind='mail'", (queueid,)
     ).fetchone()
     if not found:
         return None
     rows = db.execute(
-        f"SELECT {', '.join(FATE[1])} FROM recipients WHERE message=? ORDER BY id", (found[0],)
+        f"SELECT {', '.join(STATUS_COLUMNS[1])} FROM recipients WHERE message=? ORDER BY id", (found[0],)
     ).fetchall()
-    return dict(zip(FATE[0], found)), [dict(zip(FATE[1], row)) for row in rows]
+    return dict(zip(STATUS_COLUMNS[0], found)), [dict(zip(STATUS_COLUMNS[1], row)) for row in rows]
 
 
-FATE = (
+STATUS_COLUMNS = (
     ("id", "queueid", "sender", "login", "born", "size"),
     ("given", "state", "due", "attempts", "history"),
 )
 
 
-def census(db: Any, slot: int, now: float) -> dict:
+def queue_stats(db: Any, slot: int, now: float) -> dict:
     """How many recipients wait and are being sent, in all and in each lane, and the age of the oldest."""
     lanes: dict = {}
-    for lane, count, born in db.execute(
+    for destination, count, born in db.execute(
         "SELECT lane, count(*), min(born) FROM recipients WHERE due IS NOT NULL GROUP BY lane"
     ):
-        lanes[lane] = {"waiting": count, "sending": 0, "oldest": round(now - born)}
-    for lane, count, born in db.execute(
+        lanes[destination] = {"waiting": count, "sending": 0, "oldest": round(now - born)}
+    for destination, count, born in db.execute(
         "SELECT lane, count(*), min(born) FROM recipients WHERE owner IS NOT NULL GROUP BY lane"
     ):
-        known = lanes.setdefault(lane, {"waiting": 0, "oldest": 0})
+        known = lanes.setdefault(destination, {"waiting": 0, "oldest": 0})
         known.update(sending=count, oldest=max(known["oldest"], round(now - born)))
     total = {key: sum(row[key] for row in lanes.values()) for key in ("waiting", "sending")}
     return {**total, "oldest": max([row["oldest"] for row in lanes.values()], default=None), "routes": lanes}
 
 
-def waiting_after(db: Any, slot: int, ident: int, most: int) -> list:
+def open_recipients_after(db: Any, slot: int, row_id: int, most: int) -> list:
     """The next recipients that are open, in the order in which they came."""
     return db.execute(
         "SELECT r.id, queueid, size, m.born, due, sender, recipient, history FROM recipients r"
         " JOIN messages m ON m.id=r.message WHERE r.id>? AND r.state='open' ORDER BY r.id LIMIT ?",
-        (ident, most),
+        (row_id, most),
     ).fetchall()
 
 
-def hurry(db: Any, slot: int, queueid: str | None) -> int:
+def flush_queue(db: Any, slot: int, queueid: str | None) -> int:
     """What waits, of one mail or of all, is due at once, even in a lane that is asleep; gives how many that are."""
     one, values = (" AND message=(SELECT id FROM messages WHERE queueid=?)", (queueid,)) if queueid else ("", ())
     return db.execute(f"UPDATE recipients SET due=0 WHERE due IS NOT NULL{one}", values).rowcount
 
 
-def drop(db: Any, slot: int, queueid: str, now: float) -> int:
+def drop_message(db: Any, slot: int, queueid: str, now: float) -> int:
     """Gives up what waits of a mail, without a word to anybody; gives how many recipients that are."""
     found = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone() or (0,)
     rows = db.execute("SELECT id FROM recipients WHERE due IS NOT NULL AND message=?", found).fetchall()
-    for (ident,) in rows:
-        db.execute("UPDATE recipients SET state='dropped', due=NULL WHERE id=?", (ident,))
-        close_one(db, found[0], now)
+    for (row_id,) in rows:
+        db.execute("UPDATE recipients SET state='dropped', due=NULL WHERE id=?", (row_id,))
+        close_recipient(db, found[0], now)
     return len(rows)
 
 
 # -- the process that delivers
 
 
-class Courier:
+class QueueManager:
     """Delivers what is due: of each lane a few at a time, so that one dead host delays nobody else."""
 
-    def __init__(self, service: Any, bell: socket.socket, loop: Loop) -> None:
-        self.service, self.store, self.bell, self.loop = service, service.store, bell, loop
-        self.busy: dict = {}  # lane: deliveries under way
+    def __init__(self, app: Any, bell: socket.socket, loop: Loop) -> None:
+        self.app, self.db, self.wake_socket, self.loop = app, app.queue, bell, loop
+        self.in_flight: dict = {}  # lane: deliveries under way
         self.settings: Settings | None = None  # when it looked last
-        self.asleep: dict = {}  # lane: (time until which it is, failures to connect in a row)
+        self.throttled: dict = {}  # lane: (time until which it is, failures to connect in a row)
 
     async def run(self) -> None:
         """Until the service stops."""
-        bell, looked = self.bell, 0.0
+        bell, looked = self.wake_socket, 0.0
         bell.setblocking(False)
-        while not self.service.stopping:
+        while not self.app.stopping:
             now = time.time()
             try:
                 if now - looked > 1:
                     looked = now
-                    await self.store.do(recover, self.store.locks, self.store.policy, now)
-                    await self.store.do(purge, now)
-                await self._round(now)
-                await receive(bell, 65536, time.monotonic() + 1)
+                    await self.db.do(reclaim_dead_leases, self.db.locks, self.db.settings, now)
+                    await self.db.do(purge, now)
+                await self._schedule(now)
+                await sock_recv(bell, 65536, time.monotonic() + 1)
             except socket.timeout:
                 pass
-            except Refused:  # the store told why
+            except Rejected:  # the store told why
                 await sleep(1.0)
 
-    async def _round(self, now: float) -> None:
+    async def _schedule(self, now: float) -> None:
         """Begins to deliver what is due and may go."""
-        settings = self.service.settings
+        settings = self.app.settings
         if settings is not self.settings:  # a lane may lead elsewhere now
-            self.settings, self.asleep = settings, {}
-        asleep = {lane: until for lane, (until, _) in self.asleep.items() if until > now}
-        busy = {lane: count for lane, count in self.busy.items() if count}
+            self.settings, self.throttled = settings, {}
+        asleep = {destination: until for destination, (until, _) in self.throttled.items() if until > now}
+        busy = {destination: count for destination, count in self.in_flight.items() if count}
         old = now - settings.queue.lifetime
-        for found in await self.store.do(take, now, settings.smtpd.max_workers, busy, asleep, old):
-            self.busy[found.lane] = self.busy.get(found.lane, 0) + 1
-            self.loop.spawn(self._deliver(found, found.lane in asleep and found.born <= old and found.attempts > 0))
+        for found in await self.db.do(lease_due, now, settings.smtpd.max_workers, busy, asleep, old):
+            self.in_flight[found.destination] = self.in_flight.get(found.destination, 0) + 1
+            self.loop.spawn(
+                self._deliver(found, found.destination in asleep and found.created_at <= old and found.attempts > 0)
+            )
 
-    async def _deliver(self, parcel: Parcel, over: bool) -> None:
+    async def _deliver(self, leased: LeasedRecipient, over: bool) -> None:
         """One attempt, and what follows from it, on disk. `over`: its life is, and its lane dead; no attempt then."""
-        settings, policy = self.service.settings, self.service.settings.queue
-        began, lane = time.monotonic(), parcel.lane
+        settings, policy = self.app.settings, self.app.settings.queue
+        began, destination = time.monotonic(), leased.destination
         try:
-            job, lane = self._job(parcel, settings)
-            said = parcel.history[-1][1] if over else await self._attempt(parcel, job, policy)
+            transaction, destination = self._transaction(leased, settings)
+            said = leased.history[-1][1] if over else await self._attempt(leased, transaction, policy)
         except Exception:
-            log_bug(parcel.queueid)
-            over, said = False, reply("relay-fault", mailer="Queue")
+            log_exception(leased.queueid)
+            over, said = False, make_reply("relay-fault", mailer="Queue")
         now = time.time()
-        step = next_step(said, parcel.attempts + (not over), now - parcel.born, chance(), policy)
-        self._lull(parcel.lane, said, now, policy)
-        log_attempt(parcel, said, step, (time.monotonic() - began) * 1000)
+        step = next_disposition(said, leased.attempts + (not over), now - leased.created_at, random_unit(), policy)
+        self._throttle(leased.destination, said, now, policy)
+        log_attempt(leased, said, step, (time.monotonic() - began) * 1000)
         try:
-            notes = reports(parcel, said, step, settings, now)
-            await self.store.surely(record, parcel.id, lane, None if over else said, step, notes, now)
+            notes = notifications(leased, said, step, settings, now)
+            await self.db.do_eventually(
+                finish_attempt, leased.id, destination, None if over else said, step, notes, now
+            )
         finally:  # or a bug of ours would stop its lane for good
-            self.busy[parcel.lane] -= 1
-        self.store.ring()
+            self.in_flight[leased.destination] -= 1
+        self.db.wake_manager()
 
-    def _job(self, parcel: Parcel, settings: Settings) -> tuple:
+    def _transaction(self, leased: LeasedRecipient, settings: Settings) -> tuple:
         """(Job, lane) by the settings that are in force now; no job for an event."""
-        if parcel.kind == "event":
-            return None, parcel.lane
-        to, sender = address(parcel.recipient), address(parcel.sender)
-        route = choose(to.domain, sender.domain if sender else "", settings)[0]
-        job = Job(route, settings.hostname, parcel.queueid, parcel.sender, (parcel.recipient,), parcel.message)
-        return job._replace(number=parcel.number), lane_of(route, to.domain)
+        if leased.kind == "event":
+            return None, leased.destination
+        to, sender = parse_address(leased.recipient), parse_address(leased.sender)
+        route = resolve_route(to.domain, sender.domain if sender else "", settings)[0]
+        transaction = Transaction(
+            route, settings.hostname, leased.queueid, leased.sender, (leased.recipient,), leased.message
+        )
+        return transaction._replace(number=leased.number), destination_key(route, to.domain)
 
-    async def _attempt(self, parcel: Parcel, job: Job | None, policy: Queue) -> Reply:
-        if job:
-            return (await attempt(job, self.service.sessions)).replies[0]
+    async def _attempt(self, leased: LeasedRecipient, transaction: Transaction | None, policy: QueueSettings) -> Reply:
+        if transaction:
+            return (await attempt_transaction(transaction, self.app.transport)).replies[0]
         if not policy.secret:
-            return reply("webhook-never", word="the settings name no webhook any more", mailer="Webhook")
+            return make_reply("webhook-never", word="the settings name no webhook any more", mailer="Webhook")
         try:
-            return (await in_thread(post_event, parcel, policy.secret, time.time()))[0]
-        except OSError as fault:
-            return reply("lost", reason_of(fault), command="CONN", mailer="Webhook")
+            return (await to_thread(post_webhook, leased, policy.secret, time.time()))[0]
+        except OSError as error:
+            return make_reply("lost", error_text(error), command="CONN", mailer="Webhook")
 
-    def _lull(self, lane: str, said: Reply, now: float, policy: Queue) -> None:
+    def _throttle(self, destination: str, reply: Reply, now: float, policy: QueueSettings) -> None:
         """After a failure to connect the lane waits, no longer than the third pause: others in it may be fresh."""
-        until, failures = self.asleep.get(lane, (0, 0))
-        if not (said.temporary and said.command == "CONN"):
-            self.asleep.pop(lane, None)
+        until, failures = self.throttled.get(destination, (0, 0))
+        if not (reply.temporary and reply.command == "CONN"):
+            self.throttled.pop(destination, None)
         elif until <= now:
-            pause = next_step(said, min(failures + 1, 3), 0, chance(), policy).pause
-            self.asleep[lane] = now + pause, failures + 1
+            pause = next_disposition(reply, min(failures + 1, 3), 0, random_unit(), policy).pause
+            self.throttled[destination] = now + pause, failures + 1
 
 
-def log_attempt(parcel: Parcel, said: Reply, step: Step, ms: float) -> None:
+def log_attempt(leased: LeasedRecipient, reply: Reply, step: Disposition, ms: float) -> None:
     """One line for each attempt."""
     again = f" again_in={step.pause:.0f}s" if step.state == "open" else ""
-    twice = "; it may arrive twice" if said.unsure else ""
+    twice = "; it may arrive twice" if reply.maybe_delivered else ""
     log.lines(
-        f"{parcel.queueid}: queue from={_value(f'<{parcel.sender}>')} to={_value(f'<{parcel.recipient}>')} "
-        f"relay={said.relay} code={said.code} "
-        f"dsn={said.dsn} command={said.command} ms={ms:.1f} {step.state}{again} "
-        f"message={_value(' '.join(said.message) + twice)}"
+        f"{leased.queueid}: queue from={log_value(f'<{leased.sender}>')} to={log_value(f'<{leased.recipient}>')} "
+        f"relay={reply.relay} code={reply.code} "
+        f"dsn={reply.dsn} command={reply.command} ms={ms:.1f} {step.state}{again} "
+        f"message={log_value(' '.join(reply.message) + twice)}"
     )
 
 
@@ -6081,32 +6214,32 @@ def log_attempt(parcel: Parcel, said: Reply, step: Step, ms: float) -> None:
 # ======================================================================================================================
 
 
-class Service:
+class App:
     """What a process works with: the settings in force, open SMTP sessions, the store of the queue, whether it is
     stopping."""
 
     def __init__(self, settings: Settings, ringer: socket.socket | None = None) -> None:
-        self.sessions = Sessions()
+        self.transport = TransportContext()
         self.stopping = False
-        self.store = Store(settings.queue, ringer) if settings.queue else None
-        self.take(settings)
+        self.queue = QueueDB(settings.queue, ringer) if settings.queue else None
+        self.apply(settings)
 
-    def take(self, settings: Settings) -> None:
+    def apply(self, settings: Settings) -> None:
         """From the next request on, these settings are in force; but the file of the queue stays what it was."""
-        if self.store:
-            settings = in_same_file(settings, self.store.policy)
-            self.store.policy = settings.queue
+        if self.queue:
+            settings = pin_queue_path(settings, self.queue.settings)
+            self.queue.settings = settings.queue
         else:
-            settings = in_same_file(settings, None)
+            settings = pin_queue_path(settings, None)
         tls, base = settings.httpd.tls, os.path.dirname(settings.path or "")
         self.tls = server_context(tls, base) if tls else None
         log.open(settings.smtpd.syslog)
-        if settings.smtpd.resolver != self.sessions.resolver.given:
-            self.sessions.ask(settings.smtpd.resolver)
+        if settings.smtpd.resolver != self.transport.resolver.nameservers:
+            self.transport.set_nameservers(settings.smtpd.resolver)
         self.settings = settings
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     """What goes back by HTTP."""
 
     status: int
@@ -6115,84 +6248,86 @@ class Answer(NamedTuple):
     type: str = "application/json; charset=utf-8"
 
 
-async def submit(request: Request, service: Service) -> Answer:
+async def submit(request: Request, app: App) -> Response:
     """POST /submit: the way of a mail from its JSON to the replies of the other side."""
-    settings, queueid = request.settings or service.settings, new_queueid(request.now)
+    settings, queueid = request.settings or app.settings, new_queueid(request.now)
     submission, verdicts, status, kept, fates = None, {}, 400, False, []
     large = len(request.body) >= LARGE  # worked at in a thread, so that small ones need not wait for it
     try:
-        submission, faults = await in_thread(understand, request.body) if large else understand(request.body)
-        if faults:
-            raise Refused(reply("json", *faults[:MAX_FAULTS]))
-        insist(first_refusal(CHECKS, request, submission, settings))
-        wish = wish_of(request, submission, settings)
+        submission, errors = (
+            await to_thread(parse_submission, request.body) if large else parse_submission(request.body)
+        )
+        if errors:
+            raise Rejected(make_reply("json", *errors[:MAX_FAULTS]))
+        raise_if_rejected(first_rejection(CHECKS, request, submission, settings))
+        options = queue_options(request, submission, settings)
         if large:
             request.body = b""  # its memory is needed for the message
-        mailboxes = recipients(submission)
+        mailboxes = unique_recipients(submission)
         verdicts = {given: check_rcpt(mailbox, settings, given) for given, mailbox in mailboxes.items()}
         good = [mailbox for given, mailbox in mailboxes.items() if not verdicts[given]]
         if good:
             values = request, submission, settings, queueid, good
-            message = await in_thread(finished, *values) if large else finished(*values)
-            submission, values = without_text(submission), ()  # what is large of it would only fill memory
-            jobs, good = plan(submission, message, good, settings, queueid)
-            if wish.later or wish.key:
-                earlier = await keep(request, jobs, good, wish, service)
+            message = await to_thread(build_and_check, *values) if large else build_and_check(*values)
+            submission, values = without_content(submission), ()  # what is large of it would only fill memory
+            transactions, good = plan_transactions(submission, message, good, settings, queueid)
+            if options.async_ or options.key:
+                earlier = await enqueue_before_sending(request, transactions, good, options, app)
                 if earlier:
-                    return await replayed(request, submission, verdicts, earlier, wish, service)
-                kept = bool(wish.key)
-            if wish.later:
-                replies = [queued(queueid)] * len(good)
+                    return await replay_response(request, submission, verdicts, earlier, options, app)
+                kept = bool(options.key)
+            if options.async_:
+                replies = [queued_reply(queueid)] * len(good)
             else:
-                replies = logged(request, await deliver(jobs, service.sessions, settings))
-                if service.store:
-                    replies, fates = await put_off(request, jobs, good, wish, replies, service)
-            verdicts.update(zip([mailbox.given for mailbox in good], replies))
-            status = status_of(verdicts.values())
-    except Refused as refused:
+                replies = log_results(request, await deliver(transactions, app.transport, settings))
+                if app.queue:
+                    replies, fates = await queue_deferred(request, transactions, good, options, replies, app)
+            verdicts.update(zip([mailbox.as_written for mailbox in good], replies))
+            status = http_status(verdicts.values())
+    except Rejected as refused:
         verdicts, status = {None: refused.reply}, refused.reply.status
-    result = answered(request, status, verdicts, queueid, submission)
+    result = respond(request, status, verdicts, queueid, submission)
     if kept:
-        await service.store.surely(conclude, queueid, fates, remembered(result), time.time())
+        await app.queue.do_eventually(finish_request, queueid, fates, serialize_response(result), time.time())
     return result
 
 
-def answered(request: Request, status: int, verdicts: dict, queueid: str, submission: Submission | None) -> Answer:
+def respond(request: Request, status: int, replies: dict, queueid: str, submission: Submission | None) -> Response:
     """The answer, and a line of the log for each refusal before delivery."""
-    refused = {to: said for to, said in verdicts.items() if said.status and not said.mailer}
+    refused = {to: reply for to, reply in replies.items() if reply.status and not reply.mailer}
     if refused:
-        log_refusal(request, queueid, status, submission, refused)
-    return answer(request, status, verdicts, queueid, submission)
+        log_rejection(request, queueid, status, submission, refused)
+    return answer_document(request, status, replies, queueid, submission)
 
 
 MAX_FAULTS = 10  # told of one submission
 
 
-class Wish(NamedTuple):
+class QueueOptions(NamedTuple):
     """What a client asks of the queue."""
 
-    later: bool = False  # an answer at once, and delivery from the queue
+    async_: bool = False  # an answer at once, and delivery from the queue
     key: bytes | None = None  # digest of login, path and Idempotency-Key
-    body: bytes | None = None  # digest of the body
+    body_digest: bytes | None = None  # digest of the body
     login: str = ""
 
 
-def wish_of(request: Request, submission: Submission, settings: Settings) -> Wish:
+def queue_options(request: Request, submission: Submission, settings: Settings) -> QueueOptions:
     """The client's wishes; Refused for one that needs a queue where there is none."""
     given = request.headers.get("idempotency-key")
     if not settings.queue:
-        if given is not None or submission.later:  # silence would break the client's trust; Prefer may be ignored
-            raise Refused(reply("no-queue", "async" if given is None else "Idempotency-Key"))
-        return Wish()
-    login = user_of(request.headers.get("authorization", "")) if settings.password.hashes else ""
-    later = submission.later or prefers_async(request.headers.get("prefer", ""))
+        if given is not None or submission.async_:  # silence would break the client's trust; Prefer may be ignored
+            raise Rejected(make_reply("no-queue", "async" if given is None else "Idempotency-Key"))
+        return QueueOptions()
+    login = username_of(request.headers.get("authorization", "")) if settings.password.hashes else ""
+    later = submission.async_ or prefers_async(request.headers.get("prefer", ""))
     if given is None:
-        return Wish(later, login=login)
+        return QueueOptions(later, login=login)
     found = IDEMPOTENCY_KEY.fullmatch(given)
     if not found:
-        raise Refused(reply("key-form"))
+        raise Rejected(make_reply("key-form"))
     key = hashlib.sha256("\0".join((login, request.path, found[1] or found[2])).encode()).digest()
-    return Wish(later, key, hashlib.sha256(request.body).digest(), login)
+    return QueueOptions(later, key, hashlib.sha256(request.body).digest(), login)
 
 
 # A string of RFC 8941 3.3.3, or what most clients send: a word without quotes.
@@ -6204,193 +6339,227 @@ def prefers_async(value: str) -> bool:
     return any(part.partition(";")[0].strip().lower() == "respond-async" for part in value.split(","))
 
 
-async def keep(request: Request, jobs: list, good: list, wish: Wish, service: Service) -> tuple | None:
+async def enqueue_before_sending(
+    request: Request, transactions: list, good: list, options: QueueOptions, app: App
+) -> tuple | None:
     """The earlier mail with its key, if there is one; else this one is on disk now, before anything is sent."""
-    entry = entry_of(request, jobs, good, wish)
-    earlier = await service.store.add(entry, held=not wish.later)
-    if wish.later and not earlier:
+    queue_item = new_queue_item(request, transactions, good, options)
+    earlier = await app.queue.add(queue_item, held=not options.async_)
+    if options.async_ and not earlier:
         log.lines(
-            f"{entry.queueid}: client={request.client.text} from={_value(f'<{entry.sender}>')} "
+            f"{queue_item.queueid}: client={request.client.text} from={log_value(f'<{queue_item.sender}>')} "
             "queued, to be delivered at once"
         )
-        service.store.ring()
+        app.queue.wake_manager()
     return earlier
 
 
-def entry_of(request: Request, jobs: list, good: list, wish: Wish) -> Entry:
+def new_queue_item(request: Request, transactions: list, good: list, options: QueueOptions) -> NewQueueItem:
     """The mail as the queue keeps it."""
-    first, places = jobs[0], {mailbox.wire: mailbox for mailbox in good}
+    first, places = transactions[0], {mailbox.addr_spec: mailbox for mailbox in good}
     rows = [
-        (places[to].given, to, job.number, lane_of(job.route, places[to].domain))
-        for job in jobs
-        for to in job.recipients
+        (places[to].as_written, to, transaction.number, destination_key(transaction.route, places[to].domain))
+        for transaction in transactions
+        for to in transaction.recipients
     ]
-    return Entry(
-        first.queueid, "mail", first.sender, wish.login, request.now, first.message, tuple(rows), wish.key, wish.body
+    return NewQueueItem(
+        first.queueid,
+        "mail",
+        first.sender,
+        options.login,
+        request.now,
+        first.message,
+        tuple(rows),
+        options.key,
+        options.body_digest,
     )
 
 
-async def put_off(request: Request, jobs: list, good: list, wish: Wish, replies: list, service: Service) -> tuple:
+async def queue_deferred(
+    request: Request, transactions: list, good: list, options: QueueOptions, replies: list, app: App
+) -> tuple:
     """The replies after a first attempt, "queued" for who failed for now; and each recipient's fate for the queue:
     (Reply, Step, entries that tell of it)."""
-    queueid, store, settings = jobs[0].queueid, service.store, request.settings or service.settings
-    if not (wish.key or any(said.temporary for said in replies)):
+    queueid, store, settings = transactions[0].queueid, app.queue, request.settings or app.settings
+    if not (options.key or any(reply.temporary for reply in replies)):
         return replies, []
-    entry, now = entry_of(request, jobs, good, wish), time.time()
-    fates = [fate_of(entry, row, said, settings, now) for row, said in zip(entry.recipients, replies)]
-    if not wish.key:  # with one it is in the file already
+    queue_item, now = new_queue_item(request, transactions, good, options), time.time()
+    fates = [
+        first_attempt_result(queue_item, row, reply, settings, now)
+        for row, reply in zip(queue_item.recipients, replies)
+    ]
+    if not options.key:  # with one it is in the file already
         waiting = [i for i, (_, step, _) in enumerate(fates) if step.state == "open"]
-        some = entry._replace(recipients=tuple(entry.recipients[i] for i in waiting))
+        some = queue_item._replace(recipients=tuple(queue_item.recipients[i] for i in waiting))
         try:
             await store.add(some, [fates[i] for i in waiting])
-        except Refused:  # the client is told the truth: it failed for now, and nobody keeps it
+        except Rejected:  # the client is told the truth: it failed for now, and nobody keeps it
             return replies, []
-    log_queued(entry, fates)
-    return [queued(queueid, said) if step.state == "open" else said for said, step, _ in fates], fates
+    log_queued(queue_item, fates)
+    return [queued_reply(queueid, reply) if step.state == "open" else reply for reply, step, _ in fates], fates
 
 
-def fate_of(entry: Entry, row: tuple, said: Reply, settings: Settings, now: float) -> tuple:
+def first_attempt_result(queue_item: NewQueueItem, row: tuple, reply: Reply, settings: Settings, now: float) -> tuple:
     """(Reply, Step, entries that tell of it) of a first attempt; all but a delay is told in the answer."""
-    step = next_step(said, 1, 0.0, chance(), settings.queue)
-    first = Parcel(0, entry.queueid, "mail", entry.sender, entry.login, entry.born, entry.message, *row, 0, ())
-    return said, step, reports(first, said, step, settings, now) if step.state == "open" else []
+    step = next_disposition(reply, 1, 0.0, random_unit(), settings.queue)
+    first = LeasedRecipient(
+        0,
+        queue_item.queueid,
+        "mail",
+        queue_item.sender,
+        queue_item.login,
+        queue_item.created_at,
+        queue_item.message,
+        *row,
+        0,
+        (),
+    )
+    return reply, step, notifications(first, reply, step, settings, now) if step.state == "open" else []
 
 
-def log_queued(entry: Entry, fates: list) -> None:
+def log_queued(queue_item: NewQueueItem, fates: list) -> None:
     """One line for each recipient that waits."""
-    for (_, to, *_), (said, step, _) in zip(entry.recipients, fates):
+    for (_, to, *_), (reply, step, _) in zip(queue_item.recipients, fates):
         if step.state == "open":
-            unsure = "; it may arrive twice" if said.unsure else ""
-            log.lines(f"{entry.queueid}: to={_value(f'<{to}>')} queued again_in={step.pause:.0f}s{unsure}")
+            unsure = "; it may arrive twice" if reply.maybe_delivered else ""
+            log.lines(f"{queue_item.queueid}: to={log_value(f'<{to}>')} queued again_in={step.pause:.0f}s{unsure}")
 
 
-async def replayed(
-    request: Request, submission: Submission, verdicts: dict, earlier: tuple, wish: Wish, service: Service
-) -> Answer:
+async def replay_response(
+    request: Request, submission: Submission, replies: dict, earlier: tuple, options: QueueOptions, app: App
+) -> Response:
     """The answer to the first request with this key; Refused where there is none yet, or its body was another."""
     queueid, body, owner, answered = earlier
-    if body != wish.body:
-        raise Refused(reply("key-reused"))
+    if body != options.body_digest:
+        raise Rejected(make_reply("key-reused"))
     if answered is None and owner is not None:
-        raise Refused(reply("key-running"))
+        raise Rejected(make_reply("key-running"))
     if answered is None:  # its process ended before it could answer; the queue has taken the mail over
-        _, rows = await service.store.do(fate, queueid)
-        verdicts.update((row["given"], now_of(queueid, row)) for row in rows)
-        answered = remembered(answer(request, status_of(verdicts.values()), verdicts, queueid, submission))
-        await service.store.do(conclude, queueid, [], answered, request.now)
+        _, rows = await app.queue.do(message_status, queueid)
+        replies.update((row["given"], current_reply(queueid, row)) for row in rows)
+        answered = serialize_response(
+            answer_document(request, http_status(replies.values()), replies, queueid, submission)
+        )
+        await app.queue.do(finish_request, queueid, [], answered, request.now)
     status, headers, text = json.loads(answered)
-    return Answer(status, text.encode(), (*map(tuple, headers), ("Idempotency-Replayed", "true")))
+    return Response(status, text.encode(), (*map(tuple, headers), ("Idempotency-Replayed", "true")))
 
 
-def remembered(result: Answer) -> str:
+def serialize_response(result: Response) -> str:
     """An answer as the queue keeps it."""
     return ENCODER.encode([result.status, result.headers, result.body.decode()])
 
 
-def now_of(queueid: str, row: dict) -> Reply:
+def current_reply(queueid: str, row: dict) -> Reply:
     """What is to be said now of a recipient that is in the queue."""
-    attempts = attempts_of(row["history"])
-    said = attempts[-1][1] if attempts else None
-    return said if said and row["state"] != "open" else queued(queueid, said)
+    attempts = parse_history(row["history"])
+    reply = attempts[-1][1] if attempts else None
+    return reply if reply and row["state"] != "open" else queued_reply(queueid, reply)
 
 
-def without_text(submission: Submission) -> Submission:
+def without_content(submission: Submission) -> Submission:
     """What of a submission is needed once its message is composed."""
     if not (submission.attachments or submission.raw):
         return submission
-    return replace(submission, body="", html="", attachments=(), raw=submission.raw and Raw([], b""))
+    return replace(submission, body="", html="", attachments=(), raw=submission.raw and ParsedMessage([], b""))
 
 
-def insist(refusal: Reply | None) -> None:
+def raise_if_rejected(refusal: Reply | None) -> None:
     if refusal:
-        raise Refused(refusal)
+        raise Rejected(refusal)
 
 
-def finished(request: Request, submission: Submission, settings: Settings, queueid: str, good: list) -> Message:
+def build_and_check(request: Request, submission: Submission, settings: Settings, queueid: str, good: list) -> Message:
     """The message, after the checks that need it; they refuse the whole submission."""
-    insist(first_refusal(CHECKS_OF_TEXT, request, submission, settings))
+    raise_if_rejected(first_rejection(CONTENT_CHECKS, request, submission, settings))
     message = compose(submission, queueid, request.client, settings.hostname, request.now)
-    longest = max([len(mailbox.wire) for mailbox in good])
-    insist(check_size(sum(map(len, message.parts)) + longest + len(str(len(good))), settings))
-    insist(check_subject(submission))
+    longest = max([len(mailbox.addr_spec) for mailbox in good])
+    raise_if_rejected(check_size(sum(map(len, message.parts)) + longest + len(str(len(good))), settings))
+    raise_if_rejected(check_subject(submission))
     return message
 
 
-def plan(submission: Submission, message: Message, good: list, settings: Settings, queueid: str) -> tuple:
+def plan_transactions(submission: Submission, message: Message, good: list, settings: Settings, queueid: str) -> tuple:
     """(jobs, the recipients in their order): one for each recipient, who gets a copy, or one for each route."""
-    sender = address(submission.mail)
+    sender = parse_address(submission.mail)
     if submission.shared:
-        jobs = plan_shared(sender, message, good, settings, queueid)
-        places = {mailbox.wire: mailbox for mailbox in good}
-        return jobs, [places[to] for job in jobs for to in job.recipients]
-    routes = [choose(mailbox.domain, sender.domain, settings)[0] for mailbox in good]
+        transactions = plan_shared(sender, message, good, settings, queueid)
+        places = {mailbox.addr_spec: mailbox for mailbox in good}
+        return transactions, [places[to] for transaction in transactions for to in transaction.recipients]
+    routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in good]
     return [
-        Job(route, settings.hostname, queueid, sender.wire, (mailbox.wire,), message, i)
+        Transaction(route, settings.hostname, queueid, sender.addr_spec, (mailbox.addr_spec,), message, i)
         for i, (route, mailbox) in enumerate(zip(routes, good), 1)
     ], good
 
 
-def plan_shared(sender: Address, message: Message, good: list, settings: Settings, queueid: str) -> list:
+def plan_shared(sender: Mailbox, message: Message, good: list, settings: Settings, queueid: str) -> list:
     """One job for each route, for MX for each domain: its recipients get the same message in one transaction."""
     routes: dict = {}
     for mailbox in good:
-        route = choose(mailbox.domain, sender.domain, settings)[0]
+        route = resolve_route(mailbox.domain, sender.domain, settings)[0]
         domain = mailbox.domain.lower() if route.relay == "MX" else ""
-        routes.setdefault((route, domain), []).append(mailbox.wire)
+        routes.setdefault((route, domain), []).append(mailbox.addr_spec)
     return [
-        Job(route, settings.hostname, queueid, sender.wire, tuple(tos), message, i)
+        Transaction(route, settings.hostname, queueid, sender.addr_spec, tuple(tos), message, i)
         for i, ((route, _), tos) in enumerate(routes.items(), 1)
     ]
 
 
-def told_of(good: list, outcomes: list) -> list:
+def replies_by_recipient(good: list, results: list) -> list:
     """[(recipient as the client wrote it, Reply), ...] in the order of the recipients."""
-    replies = {to: said for job, replies, _ in outcomes for to, said in zip(job.recipients, replies)}
-    return [(mailbox.given, replies[mailbox.wire]) for mailbox in good]
+    replies = {to: reply for transaction, replies, _ in results for to, reply in zip(transaction.recipients, replies)}
+    return [(mailbox.as_written, replies[mailbox.addr_spec]) for mailbox in good]
 
 
-async def deliver(jobs: list, sessions: Sessions, settings: Settings) -> list:
+async def deliver(transactions: list, transport: TransportContext, settings: Settings) -> list:
     """An Outcome for each job, in order; up to `max_workers` of them side by side."""
-    if len(jobs) == 1:
-        return [await carry_out(jobs[0], sessions)]
-    outcomes: dict = {}
-    waiting = iter(enumerate(jobs))
+    if len(transactions) == 1:
+        return [await run_transaction(transactions[0], transport)]
+    results: dict = {}
+    waiting = iter(enumerate(transactions))
 
-    async def lane() -> None:
-        for i, job in waiting:
-            outcomes[i] = await carry_out(job, sessions)
+    async def destination() -> None:
+        for i, transaction in waiting:
+            results[i] = await run_transaction(transaction, transport)
 
-    await all_of([lane() for _ in range(min(settings.smtpd.max_workers, len(jobs)))])
-    return [outcomes[i] for i in range(len(jobs))]
+    await gather([destination() for _ in range(min(settings.smtpd.max_workers, len(transactions)))])
+    return [results[i] for i in range(len(transactions))]
 
 
-def carry_out(job: Job, sessions: Sessions) -> Any:
+def run_transaction(transaction: Transaction, transport: TransportContext) -> Any:
     """To be awaited: the Outcome of a job."""
-    return insisting(job, sessions) if job.route.retry else attempt(job, sessions)
+    return (
+        attempt_with_retries(transaction, transport)
+        if transaction.route.retry
+        else attempt_transaction(transaction, transport)
+    )
 
 
-async def insisting(job: Job, sessions: Sessions) -> Outcome:
+async def attempt_with_retries(transaction: Transaction, transport: TransportContext) -> TransactionResult:
     """The job tried, and tried again as its route says for the recipients that failed for now."""
-    began, route = time.monotonic(), job.route
-    replies = (await attempt(job, sessions)).replies
+    began, route = time.monotonic(), transaction.route
+    replies = (await attempt_transaction(transaction, transport)).replies
     for _ in range(route.retry):
-        waiting = [i for i, item in enumerate(replies) if item.temporary and not item.unsure]
+        waiting = [i for i, item in enumerate(replies) if item.temporary and not item.maybe_delivered]
         if not waiting:
             break
-        pause = max([route.sleep, *[replies[i].wait for i in waiting]])
-        if pause > max(route.sleep, PATIENCE):
+        pause = max([route.sleep, *[replies[i].retry_after for i in waiting]])
+        if pause > max(route.sleep, MAX_INLINE_WAIT):
             break  # the client reads Retry-After
         await sleep(pause)
-        again = await attempt(job._replace(recipients=tuple(job.recipients[i] for i in waiting)), sessions)
+        again = await attempt_transaction(
+            transaction._replace(recipients=tuple(transaction.recipients[i] for i in waiting)), transport
+        )
         for i, item in zip(waiting, again.replies):
             replies[i] = item
-    return Outcome(job, replies, (time.monotonic() - began) * 1000)
+    return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
 
 
-PATIENCE = 60  # seconds that a cloud may ask for while the client waits
+MAX_INLINE_WAIT = 60  # seconds that a cloud may ask for while the client waits
 
 
-def status_of(replies: Any) -> int:
+def http_status(replies: Any) -> int:
     """HTTP status of a submission that went to its relays."""
     accepted = [item.accepted for item in replies]
     if all(accepted):
@@ -6400,65 +6569,69 @@ def status_of(replies: Any) -> int:
     return 503 if any(item.temporary for item in replies) else 502
 
 
-def logged(request: Request, outcomes: list) -> list:
+def log_results(request: Request, results: list) -> list:
     """The replies of all outcomes, which the log has now."""
-    log.lines(*outcome_lines(request, outcomes))
-    return [said for outcome in outcomes for said in outcome.replies]
+    log.lines(*result_lines(request, results))
+    return [reply for result in results for reply in result.replies]
 
 
-def outcome_lines(request: Request, outcomes: list) -> list:
+def result_lines(request: Request, results: list) -> list:
     """One line of the log for each transaction; more for recipients that heard otherwise, or don't fit into one."""
     lines = []
-    for job, replies, ms in outcomes:
+    for transaction, replies, ms in results:
         told: dict = {}
-        for to, said in zip(job.recipients, replies):
-            told.setdefault(said, []).append(to)
-        for said, tos in told.items():
-            most = 8 if len(tos) <= 8 else LISTED // max([len(to.encode()) + 3 for to in tos])
+        for to, reply in zip(transaction.recipients, replies):
+            told.setdefault(reply, []).append(to)
+        for reply, tos in told.items():
+            most = 8 if len(tos) <= 8 else MAX_RCPT_OCTETS // max([len(to.encode()) + 3 for to in tos])
             for i in range(0, len(tos), most):
                 to = f"<{'>,<'.join(tos[i : i + most])}>"
                 lines.append(
-                    f"{job.queueid}: client={request.client.text} from={_value(f'<{job.sender}>')} "
-                    f"to={_value(to, len(to))} relay={said.relay} code={said.code} dsn={said.dsn} "
-                    f"command={said.command} ms={ms:.1f} message={_value(' '.join(said.message))}"
+                    f"{transaction.queueid}: client={request.client.text} from={log_value(f'<{transaction.sender}>')} "
+                    f"to={log_value(to, len(to))} relay={reply.relay} code={reply.code} dsn={reply.dsn} "
+                    f"command={reply.command} ms={ms:.1f} message={log_value(' '.join(reply.message))}"
                 )
     return lines
 
 
-LISTED = 8 * (MAX_PATH + 3)  # octets of recipients in one line, so that a pipe takes it whole (PIPE_BUF)
+MAX_RCPT_OCTETS = 8 * (MAX_PATH + 3)  # octets of recipients in one line, so that a pipe takes it whole (PIPE_BUF)
 
 
-def log_refusal(
-    request: Request, queueid: str | None, status: int, submission: Submission | None, verdicts: dict
+def log_rejection(
+    request: Request, queueid: str | None, status: int, submission: Submission | None, replies: dict
 ) -> None:
     """One line for each refusal before delivery."""
     sender = submission and f"<{submission.mail}>"
-    given = [to for to in verdicts if to is not None] or (submission and submission.rcpt) or None
+    given = [to for to in replies if to is not None] or (submission and submission.rcpt) or None
     to = given and ",".join(f"<{to}>" for to in given[:100])  # the line is cut anyway
-    for said in dict.fromkeys(verdicts.values()):
-        line = pairs(
+    for reply in dict.fromkeys(replies.values()):
+        line = log_pairs(
             client=request.client and request.client.text,
             http=status,
             **{"from": sender},
             to=to,
-            code=said.code,
-            dsn=said.dsn,
+            code=reply.code,
+            dsn=reply.dsn,
         )
-        log.lines(f"{queueid or '-'}: refused {line} {pairs(command=said.command, message=' '.join(said.message))}")
+        log.lines(
+            f"{queueid or '-'}: refused {line} {log_pairs(command=reply.command, message=' '.join(reply.message))}"
+        )
 
 
-def answer(request: Request, status: int, verdicts: dict, queueid: str | None, submission: Submission | None) -> Answer:
+def answer_document(
+    request: Request, status: int, replies: dict, queueid: str | None, submission: Submission | None
+) -> Response:
     """The document of an answer: one item for each recipient in `verdicts`, a key None where none is meant."""
-    taken = [to for to, said in verdicts.items() if to is not None and not (said.status and not said.mailer)]
-    said_of_itself = [json_of(words_of(request.headers.get(name))) for name in ("user-agent", "referer")]
-    ident = f'"{queueid}"' if queueid else "null"
+    taken = [to for to, reply in replies.items() if to is not None and not (reply.status and not reply.mailer)]
+    said_of_itself = [json_of(header_to_text(request.headers.get(name))) for name in ("user-agent", "referer")]
+    row_id = f'"{queueid}"' if queueid else "null"
     document = (  # written down, since the encoder takes twice as long for it
-        f'{{"queueid": {ident}, "addresser": {json_of(submission.mail if submission else None)}, '
+        f'{{"queueid": {row_id}, "addresser": {json_of(submission.mail if submission else None)}, '
         f'"recipient": {json_of(tuple(taken) if submission else None)}, '
-        f'"response": [{", ".join([item_json(to, said) for to, said in verdicts.items()])}], '
+        f'"response": [{", ".join([reply_json(to, reply) for to, reply in replies.items()])}], '
         f'"remoteaddr": {json_of(request.client.text if request.client else None)}, '
         f'"remoteport": {json_of(request.port)}, "useragent": {said_of_itself[0]}, "referer": {said_of_itself[1]}, '
-        f'"timestamp": {moment_json(int(request.now))}}}\n'
+        f'"timestamp": {time_json(int(request.now))}}}\n'
     )
     headers: tuple = ()
     if status == 202:
@@ -6468,42 +6641,44 @@ def answer(request: Request, status: int, verdicts: dict, queueid: str | None, s
     elif status == 409:
         headers = (("Retry-After", "2"),)
     elif status == 503:
-        headers = (("Retry-After", str(max([RETRY_AFTER, *[said.wait for said in verdicts.values()]]))),)
+        headers = (
+            ("Retry-After", str(max([DEFAULT_RETRY_AFTER, *[reply.retry_after for reply in replies.values()]]))),
+        )
     elif status == 401:
         headers = (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),)
-    return Answer(status, document.encode("utf-8", "replace"), headers)
+    return Response(status, document.encode("utf-8", "replace"), headers)
 
 
-def item_json(recipient: str | None, said: Reply) -> str:
-    """The JSON of item()."""
-    form = item_form(said.code, said.dsn, said.command, said.mailer, said.host, said.port)
-    return form % (json_of(recipient), json_of(said.message))
+def reply_json(recipient: str | None, reply: Reply) -> str:
+    """The JSON of reply_to_dict()."""
+    form = reply_template(reply.code, reply.dsn, reply.command, reply.mailer, reply.host, reply.port)
+    return form % (json_of(recipient), json_of(reply.message))
 
 
 @functools.lru_cache(maxsize=1024)  # who answers says the same most of the time
-def item_form(code: str, *others: Any) -> str:
+def reply_template(code: str, *others: Any) -> str:
     """The same with %s for recipient and message."""
     dsn, command, *place = others
-    known = item(None, Reply(code, dsn, command, (), *place))
+    known = reply_to_dict(None, Reply(code, dsn, command, (), *place))
     shown = {key: json_of(value).replace("%", "%%") for key, value in known.items()}
     shown.update(rcpt="%s", message="%s")
     return "{" + ", ".join(f'"{key}": {value}' for key, value in shown.items()) + "}"
 
 
 @functools.lru_cache(maxsize=2)
-def moment_json(second: int) -> str:
-    return ENCODER.encode(moment(second))
+def time_json(second: int) -> str:
+    return ENCODER.encode(time_to_dict(second))
 
 
-def moment(seconds: float | None) -> dict | None:
+def time_to_dict(seconds: float | None) -> dict | None:
     """A time as answers tell it."""
     return None if seconds is None else {"datetime": time.ctime(seconds), "unixtime": str(int(seconds))}
 
 
-RETRY_AFTER = 60  # seconds
+DEFAULT_RETRY_AFTER = 60  # seconds
 
 
-def words_of(value: str | None) -> str | None:
+def header_to_text(value: str | None) -> str | None:
     """A header's value, which HTTP hands over as Latin-1, as the UTF-8 that it most often is."""
     if value is None or value.isascii():
         return value
@@ -6523,20 +6698,20 @@ def to_json(document: Any) -> bytes:
 MAX_HEAD = 65536  # octets of request line and headers
 MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body where max_message_size sets no limit
-DRAIN = 2.0  # seconds for a client to read our last words before its connection is closed
-TURNED_AWAY = 64  # connections too many that are told so, and waited for until they have read it, at a time
-STOPPING = 30.0  # seconds for requests in flight to be answered
+LINGER_TIMEOUT = 2.0  # seconds for a client to read our last words before its connection is closed
+MAX_LINGERING_503 = 64  # connections too many that are told so, and waited for until they have read it, at a time
+SHUTDOWN_TIMEOUT = 30.0  # seconds for requests in flight to be answered
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that a worker is told by
 
 
-class Head(NamedTuple):
+class RequestHead(NamedTuple):
     """The head of a request."""
 
     method: str
     path: str
     headers: dict  # by name in lower case; the same name twice is joined by ", "
-    keep: bool  # the client wants to go on using the connection
-    old: bool  # HTTP/1.0
+    keep_alive: bool  # the client wants to go on using the connection
+    is_http10: bool  # HTTP/1.0
 
 
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
@@ -6544,75 +6719,75 @@ BARE_LF = re.compile(rb"\n\r?\n")  # where no CR LF CR LF was found: an end that
 FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*)")
 
 
-def parse_head(octets: bytes) -> Head:
+def parse_head(octets: bytes) -> RequestHead:
     """The head of a request from its octets, without the empty line; Refused for what RFC 9112 calls bad."""
-    known = len(octets) <= MAX_KNOWN  # clients say most of their lines again and again
+    known = len(octets) <= CACHED_HEAD_MAX  # clients say most of their lines again and again
     first, *lines, _ = octets.split(b"\r\n")
-    method, path, old = (request_line if known else request_line.__wrapped__)(first)
+    method, path, old = (parse_request_line if known else parse_request_line.__wrapped__)(first)
     if len(lines) > MAX_HEADERS:
-        raise Refused(reply("head-too-large"))
+        raise Rejected(make_reply("head-too-large"))
     headers: dict = {}
-    for name, value in map(header_line if known else header_line.__wrapped__, lines):
+    for name, value in map(parse_header_line if known else parse_header_line.__wrapped__, lines):
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if "," in headers.get("host", ""):  # two of them, RFC 9112 3.2
-        raise Refused(reply("bad-request", "Host"))
-    wish = headers.get("connection", "").lower()
-    keep = "close" not in wish if not old else "keep-alive" in wish
-    return Head(method, path, headers, keep, old)
+        raise Rejected(make_reply("bad-request", "Host"))
+    options = headers.get("connection", "").lower()
+    keep = "close" not in options if not old else "keep-alive" in options
+    return RequestHead(method, path, headers, keep, old)
 
 
-MAX_KNOWN = 2048  # octets of a head whose lines are remembered: long ones would fill the memory
+CACHED_HEAD_MAX = 2048  # octets of a head whose lines are remembered: long ones would fill the memory
 
 
 @functools.lru_cache(maxsize=256)
-def request_line(line: bytes) -> tuple:
+def parse_request_line(line: bytes) -> tuple:
     """(method, path without its query, True for HTTP/1.0)."""
     found = REQUEST_LINE.fullmatch(line.decode("latin-1"))
     if not found:
-        raise Refused(reply("bad-request", "request line"))
+        raise Rejected(make_reply("bad-request", "request line"))
     method, target, major, minor = found.groups()
     if major != "1":
-        raise Refused(reply("http-version"))
+        raise Rejected(make_reply("http-version"))
     if target[0] != "/" and "://" in target:
         target = "/" + target.split("://", 1)[1].partition("/")[2]  # absolute form, RFC 9112 3.2.2
     return method, target.partition("?")[0], minor == "0"
 
 
 @functools.lru_cache(maxsize=1024)
-def header_line(line: bytes) -> tuple:
+def parse_header_line(line: bytes) -> tuple:
     """(name in lower case, value)."""
     found = FIELD.fullmatch(line.decode("latin-1"))
     if not found:
-        raise Refused(reply("bad-request", "header line"))
+        raise Rejected(make_reply("bad-request", "header line"))
     return found[1].lower(), found[2].strip(" \t")
 
 
 CHUNKED = -1
 
 
-def body_length(head: Head) -> int:
+def body_length(head: RequestHead) -> int:
     """Octets of the body, or CHUNKED; Refused where the two sides could read it differently (RFC 9112 6.3)."""
     length, coding = head.headers.get("content-length"), head.headers.get("transfer-encoding")
     if coding is not None:
-        if length is not None or head.old:
-            raise Refused(reply("bad-request", "Transfer-Encoding"))
+        if length is not None or head.is_http10:
+            raise Rejected(make_reply("bad-request", "Transfer-Encoding"))
         if coding.lower() != "chunked":
-            raise Refused(reply("not-implemented"))
+            raise Rejected(make_reply("not-implemented"))
         return CHUNKED
     if length is None:
         if head.method == "POST":
-            raise Refused(reply("length-required"))
+            raise Rejected(make_reply("length-required"))
         return 0
     found = LENGTH.fullmatch(length)
     if not found:
-        raise Refused(reply("bad-request", "Content-Length"))
+        raise Rejected(make_reply("bad-request", "Content-Length"))
     return int(found[1])
 
 
 LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # or the same one, again and again
 
 
-def client_of(peer: Any, port: int | None, headers: dict, settings: Settings) -> tuple:
+def client_address(peer: Any, port: int | None, headers: dict, settings: Settings) -> tuple:
     """(address, port) of the client: the peer's, or, from trusted proxies, the first other one in X-Forwarded-For."""
     trusted, forwarded = settings.httpd.trusted_proxies, headers.get("x-forwarded-for")
     if forwarded is None or peer not in trusted:
@@ -6620,99 +6795,101 @@ def client_of(peer: Any, port: int | None, headers: dict, settings: Settings) ->
     for text in reversed(forwarded.split(",")):
         found = re.fullmatch(r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)", text.strip(" \t"))  # some proxies add the port
         try:
-            peer, port = plain_address(found[1] or found[2] or found[3]), None
+            peer, port = parse_ip(found[1] or found[2] or found[3]), None
         except ValueError:  # it must not pass for the proxy's own request
-            raise Refused(reply("bad-request", "X-Forwarded-For")) from None
+            raise Rejected(make_reply("bad-request", "X-Forwarded-For")) from None
         if peer not in trusted:
             break
     return peer, port
 
 
-class Page(NamedTuple):
+class Endpoint(NamedTuple):
     """A row of PAGES: what answers, and the checks before the body is read."""
 
-    answer: Callable  # (request, service) -> Answer
-    door: tuple = ()  # of (request, settings) -> Reply or None
+    handler: Callable  # (request, service) -> Answer
+    pre_body_checks: tuple = ()  # of (request, settings) -> Reply or None
 
 
-async def page_root(request: Request, service: Service) -> Answer:
-    return Answer(200, to_json({"name": "Haineko", "version": __version__}))
+async def get_root(request: Request, app: App) -> Response:
+    return Response(200, to_json({"name": "Haineko", "version": __version__}))
 
 
-async def page_health(request: Request, service: Service) -> Answer:
-    fault = "stopping" if service.stopping else service.store and service.store.trouble()
-    if fault:
-        return Answer(503, to_json({"status": fault}), (("Retry-After", "5"),))
-    return Answer(200, to_json({"status": "ok"}))
+async def get_health(request: Request, app: App) -> Response:
+    error = "stopping" if app.stopping else app.queue and app.queue.health_error()
+    if error:
+        return Response(503, to_json({"status": error}), (("Retry-After", "5"),))
+    return Response(200, to_json({"status": "ok"}))
 
 
-async def page_conf(request: Request, service: Service) -> Answer:
-    return Answer(200, to_json(shown(service.settings)))
+async def get_conf(request: Request, app: App) -> Response:
+    return Response(200, to_json(redacted(app.settings)))
 
 
 def check_loopback(request: Request, settings: Settings) -> Reply | None:
     """A program on this machine, and no page in a browser on it that came by a name rebound in DNS."""
     asked = request.headers.get("host", "").lower()
     near = request.client in LOOPBACK and request.peer in LOOPBACK
-    by_name = asked and request.port is not None and not own_name(asked, settings)
-    return None if near and not by_name else reply("forbidden")
+    by_name = asked and request.port is not None and not is_own_host(asked, settings)
+    return None if near and not by_name else make_reply("forbidden")
 
 
-def own_name(place: str, settings: Settings) -> bool:
+def is_own_host(place: str, settings: Settings) -> bool:
     """True where host:port names this machine in a way that nobody can rebind in DNS: by an address, its own name, or a
     single label, which no stranger's domain is."""
     name = place.rpartition(":")[0] if re.search(r":\d+$", place) else place
     return "." not in name or name == settings.hostname.lower() or bool(re.fullmatch(r"[\d.]+", name))
 
 
-def check_reader(request: Request, settings: Settings) -> Reply | None:
+def check_queue_access(request: Request, settings: Settings) -> Reply | None:
     if not check_loopback(request, settings):
         return None
-    return check_login(request, settings) if settings.password.hashes else reply("forbidden")
+    return check_login(request, settings) if settings.password.hashes else make_reply("forbidden")
 
 
-async def page_queue(request: Request, service: Service) -> Answer:
+async def get_queue(request: Request, app: App) -> Response:
     """GET /queue: what waits, in all and in each lane."""
-    if not service.store:
-        raise Refused(reply("not-found"))
-    return Answer(200, to_json(await service.store.do(census, request.now)))
+    if not app.queue:
+        raise Rejected(make_reply("not-found"))
+    return Response(200, to_json(await app.queue.do(queue_stats, request.now)))
 
 
-async def page_queued(request: Request, service: Service) -> Answer:
+async def get_queued_mail(request: Request, app: App) -> Response:
     """GET /queue/QUEUEID: what has become of a mail, to who sent it and to this machine."""
-    found = service.store and await service.store.do(fate, request.path.rpartition("/")[2])
+    found = app.queue and await app.queue.do(message_status, request.path.rpartition("/")[2])
     if not found:
-        raise Refused(reply("not-found"))
-    here = not check_loopback(request, service.settings)
-    if not here and found[0]["login"] != user_of(request.headers.get("authorization", "")):
-        raise Refused(reply("forbidden"))
-    return Answer(200, to_json(fate_document(*found)))
+        raise Rejected(make_reply("not-found"))
+    here = not check_loopback(request, app.settings)
+    if not here and found[0]["login"] != username_of(request.headers.get("authorization", "")):
+        raise Rejected(make_reply("forbidden"))
+    return Response(200, to_json(fate_document(*found)))
 
 
 def fate_document(message: dict, rows: list) -> dict:
     """A mail in the queue: every recipient with its state, its reply, when it is tried next, and every attempt."""
     queueid, response = message["queueid"], []
     for row in rows:
-        attempts = attempts_of(row["history"])
+        attempts = parse_history(row["history"])
         waits = row["state"] == "open"
         more = {
             "state": row["state"] if not waits else "sending" if row["due"] is None else "waiting",
-            "next": moment(row["due"]),
-            "attempts": [{"time": moment(when), **item(row["given"], said)} for when, said in attempts],
+            "next": time_to_dict(row["due"]),
+            "attempts": [
+                {"time": time_to_dict(when), **reply_to_dict(row["given"], reply)} for when, reply in attempts
+            ],
         }
-        response.append({**item(row["given"], now_of(queueid, row)), **more})
+        response.append({**reply_to_dict(row["given"], current_reply(queueid, row)), **more})
     return {
         "queueid": queueid,
         "addresser": message["sender"],
         "recipient": [row["given"] for row in rows],
         "response": response,
         "size": message["size"],
-        "timestamp": moment(message["born"]),
+        "timestamp": time_to_dict(message["born"]),
     }
 
 
-async def page_sample(request: Request, service: Service) -> Answer:
-    return Answer(200, to_json(SAMPLES))
+async def get_sample(request: Request, app: App) -> Response:
+    return Response(200, to_json(SAMPLES))
 
 
 SAMPLES = [
@@ -6751,42 +6928,42 @@ SAMPLES = [
 ]
 
 
-async def page_neko(request: Request, service: Service) -> Answer:
-    return Answer(200, b"Nyaaaaa", type="text/plain; charset=utf-8")
+async def get_neko(request: Request, app: App) -> Response:
+    return Response(200, b"Nyaaaaa", type="text/plain; charset=utf-8")
 
 
-async def page_options(request: Request, service: Service) -> Answer:
-    return Answer(204, b"", (("Allow", ", ".join(allowed(request.path))),))
+async def answer_options(request: Request, app: App) -> Response:
+    return Response(204, b"", (("Allow", ", ".join(allowed_methods(request.path))),))
 
 
-PAGES = {
-    ("POST", "/submit"): Page(submit, DOOR),
-    ("GET", "/"): Page(page_root),
-    ("GET", "/health"): Page(page_health),
-    ("GET", "/conf"): Page(page_conf, (check_loopback,)),
-    ("GET", "/queue"): Page(page_queue, (check_loopback,)),
-    ("GET", "/queue/"): Page(page_queued, (check_reader,)),  # and a name
-    ("GET", "/sample/mail"): Page(page_sample),
-    ("GET", "/neko"): Page(page_neko),
+ENDPOINTS = {
+    ("POST", "/submit"): Endpoint(submit, PRE_BODY_CHECKS),
+    ("GET", "/"): Endpoint(get_root),
+    ("GET", "/health"): Endpoint(get_health),
+    ("GET", "/conf"): Endpoint(get_conf, (check_loopback,)),
+    ("GET", "/queue"): Endpoint(get_queue, (check_loopback,)),
+    ("GET", "/queue/"): Endpoint(get_queued_mail, (check_queue_access,)),  # and a name
+    ("GET", "/sample/mail"): Endpoint(get_sample),
+    ("GET", "/neko"): Endpoint(get_neko),
 }
 
 
-def row_of(path: str) -> str:
+def route_key(path: str) -> str:
     """The path as PAGES has it: without the name behind /queue/."""
     if not path.startswith("/queue/"):
         return path
     return "/queue/" if re.fullmatch(r"/queue/[0-9A-Za-z]{1,64}", path) else ""
 
 
-def allowed(path: str) -> list:
+def allowed_methods(path: str) -> list:
     """Methods for a path; [] where there is no such page."""
     if path == "*":  # OPTIONS for the whole server, RFC 9110 9.3.7
         return ["GET", "HEAD", "POST", "OPTIONS"]
-    methods = [method for method, known in PAGES if known == row_of(path)]
+    methods = [method for method, known in ENDPOINTS if known == route_key(path)]
     return [*methods, *(["HEAD"] if "GET" in methods else []), *(["OPTIONS"] if methods else [])]
 
 
-def cors(origin: str | None, settings: Settings, head: Head) -> tuple:
+def cors_policy(origin: str | None, settings: Settings, head: RequestHead) -> tuple:
     """(allowed, headers): whether a page of that origin may POST, and what tells its browser so (Fetch standard)."""
     if origin is None:
         return True, ()
@@ -6799,7 +6976,7 @@ def cors(origin: str | None, settings: Settings, head: Head) -> tuple:
             ("Vary", "Origin"),
         )
     place = origin.partition("://")[2].lower()
-    return own_name(place, settings) and place == head.headers.get("host", "").lower(), ()
+    return is_own_host(place, settings) and place == head.headers.get("host", "").lower(), ()
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
@@ -6807,22 +6984,22 @@ class Connection(http.server.BaseHTTPRequestHandler):
     one piece, and without a thread."""
 
     def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
-        self.connection, self.worker, self.service = sock, worker, worker.service
+        self.connection, self.worker, self.app = sock, worker, worker.app
         self.buffer = b""
         named = isinstance(peer, tuple)
-        self.peer = plain_address(peer[0] if named else "127.0.0.1")  # who may open our socket file is on this machine
+        self.peer = parse_ip(peer[0] if named else "127.0.0.1")  # who may open our socket file is on this machine
         self.port = peer[1] if named else None
 
     async def handle(self) -> None:
         """Serves requests, one after the other, until one side has enough."""
         try:
-            await self._secure()
-            while self._rest() or await self._begun():
+            await self._tls_handshake()
+            while self._skip_blank_lines() or await self._wait_request():
                 octets, keep = await self.handle_one_request()
-                await send(self.connection, octets, time.monotonic() + self.settings.httpd.timeout)
+                await sock_sendall(self.connection, octets, time.monotonic() + self.settings.httpd.timeout)
                 del octets
                 if not keep:
-                    await drain(self.connection)
+                    await lingering_close(self.connection)
                     break
         except (OSError, ValueError):  # the client is gone
             pass
@@ -6830,45 +7007,45 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.connection.close()
             self.worker.forget(self)
 
-    async def _secure(self) -> None:
+    async def _tls_handshake(self) -> None:
         """TLS, where the settings have a certificate."""
-        if not self.service.tls:
+        if not self.app.tls:
             return
-        deadline = time.monotonic() + self.service.settings.httpd.timeout
-        self.connection = self.service.tls.wrap_socket(self.connection, server_side=True, do_handshake_on_connect=False)
+        deadline = time.monotonic() + self.app.settings.httpd.timeout
+        self.connection = self.app.tls.wrap_socket(self.connection, server_side=True, do_handshake_on_connect=False)
         while True:
             try:
                 self.connection.do_handshake()
                 return
-            except WOULD_WAIT as fault:
-                await self._at_rest(readiness(self.connection, deadline, isinstance(fault, ssl.SSLWantWriteError)))
+            except WOULD_BLOCK as error:
+                await self._while_idle(wait_ready(self.connection, deadline, isinstance(error, ssl.SSLWantWriteError)))
 
-    async def _begun(self) -> bool:
+    async def _wait_request(self) -> bool:
         """True when a request begins, False where the client closed or took too long."""
-        deadline = time.monotonic() + self.service.settings.httpd.timeout
+        deadline = time.monotonic() + self.app.settings.httpd.timeout
         while time.monotonic() < deadline:
-            self.buffer = await self._at_rest(receive(self.connection, 16384, deadline))
-            if not self.buffer or self._rest():
+            self.buffer = await self._while_idle(sock_recv(self.connection, 16384, deadline))
+            if not self.buffer or self._skip_blank_lines():
                 return bool(self.buffer)
             await sleep(0)  # who sends line ends without end must not keep the others waiting
         return False
 
-    def _rest(self) -> bytes:
+    def _skip_blank_lines(self) -> bytes:
         """What is here of the next request; line ends before it are none of it (RFC 9112 2.2)."""
         self.buffer = self.buffer.lstrip(b"\r\n")
         return self.buffer
 
-    async def _at_rest(self, waiting: Any) -> Any:
+    async def _while_idle(self, waiting: Any) -> Any:
         """What is waited for, by a connection without a whole head: it may be closed for another."""
-        self.worker.rests(self)
+        self.worker.mark_idle(self)
         try:
             return await waiting
         finally:
-            self.worker.rises(self)
+            self.worker.mark_busy(self)
 
     async def handle_one_request(self) -> tuple:
         """(octets of the answer, whether the next request may follow) to the request that has begun."""
-        self.settings = self.service.settings  # one set from beginning to end
+        self.settings = self.app.settings  # one set from beginning to end
         deadline = time.monotonic() + self.settings.httpd.timeout
         request = head = None
         left, extra = 1, ()
@@ -6876,55 +7053,55 @@ class Connection(http.server.BaseHTTPRequestHandler):
             head = parse_head(self._head_here() or await self._head(deadline))
             left = body_length(head)
             request = self._request(head)
-            welcome, extra = cors(head.headers.get("origin"), self.settings, head)
-            page = self._page(request, welcome)
-            ask = page.door, request, self.settings
-            slow = self._takes_long(page, request)
-            insist(await in_thread(first_refusal, *ask) if slow else first_refusal(*ask))
+            welcome, extra = cors_policy(head.headers.get("origin"), self.settings, head)
+            page = self._endpoint(request, welcome)
+            ask = page.pre_body_checks, request, self.settings
+            slow = self._needs_password_check(page, request)
+            raise_if_rejected(await to_thread(first_rejection, *ask) if slow else first_rejection(*ask))
             request.body = await self._body(head, left, deadline)
             left = 0
-            result = await page.answer(request, self.service)
-        except Refused as refused:
-            result = self._refusal(request, refused.reply)
+            result = await page.handler(request, self.app)
+        except Rejected as refused:
+            result = self._rejection(request, refused.reply)
         except OSError:
             raise
         except Exception:
-            log_bug(None)
-            result = self._refusal(request, reply("our-fault"))
+            log_exception(None)
+            result = self._rejection(request, make_reply("our-fault"))
         if 0 < left <= len(self.buffer) and request:  # a refused body that is here already
             self.buffer, left = self.buffer[left:], 0
-        keep = bool(head and head.keep and not left and not self.service.stopping)
+        keep = bool(head and head.keep_alive and not left and not self.app.stopping)
         return self._octets(result, extra, head, keep), keep
 
-    def _request(self, head: Head) -> Request:
-        client, port = client_of(self.peer, self.port, head.headers, self.settings)
+    def _request(self, head: RequestHead) -> Request:
+        client, port = client_address(self.peer, self.port, head.headers, self.settings)
         return Request(head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings)
 
-    def _page(self, request: Request, welcome: bool) -> Page:
+    def _endpoint(self, request: Request, welcome: bool) -> Endpoint:
         """The page for a request; Refused where there is none."""
-        page = PAGES.get(("GET" if request.method == "HEAD" else request.method, row_of(request.path)))
+        page = ENDPOINTS.get(("GET" if request.method == "HEAD" else request.method, route_key(request.path)))
         if not page:
-            if not allowed(request.path):
-                raise Refused(reply("not-found"))
+            if not allowed_methods(request.path):
+                raise Rejected(make_reply("not-found"))
             if request.method == "OPTIONS":
-                return Page(page_options)
-            raise Refused(reply("method", word=request.method))
+                return Endpoint(answer_options)
+            raise Rejected(make_reply("method", word=request.method))
         if request.method == "POST" and not welcome:
-            raise Refused(reply("origin"))
+            raise Rejected(make_reply("origin"))
         return page
 
-    def _takes_long(self, page: Page, request: Request) -> bool:
+    def _needs_password_check(self, page: Endpoint, request: Request) -> bool:
         """True where a password has to be looked at anew."""
         gate = self.settings.password
-        return bool(gate.hashes and page.door and not gate.remembers(request.headers.get("authorization")))
+        return bool(gate.hashes and page.pre_body_checks and not gate.is_cached(request.headers.get("authorization")))
 
-    def _refusal(self, request: Request | None, said: Reply) -> Answer:
+    def _rejection(self, request: Request | None, response: Reply) -> Response:
         request = request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
-        queueid = new_queueid(request.now) if said.command != "HTTP" else None
-        log_refusal(request, queueid, said.status, None, {None: said})
-        result = answer(request, said.status, {None: said}, queueid, None)
-        if said.status == 405:
-            result = result._replace(headers=(("Allow", ", ".join(allowed(request.path))),))
+        queueid = new_queueid(request.now) if response.command != "HTTP" else None
+        log_rejection(request, queueid, response.status, None, {None: response})
+        result = answer_document(request, response.status, {None: response}, queueid, None)
+        if response.status == 405:
+            result = result._replace(headers=(("Allow", ", ".join(allowed_methods(request.path))),))
         return result
 
     def _head_here(self, seen: int = 0) -> bytes:
@@ -6932,10 +7109,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
         them were looked at before."""
         end = self.buffer.find(b"\r\n\r\n", seen)
         if end > MAX_HEAD or (end < 0 and len(self.buffer) > MAX_HEAD):
-            raise Refused(reply("head-too-large"))
+            raise Rejected(make_reply("head-too-large"))
         if end < 0:
             if BARE_LF.search(self.buffer, seen):
-                raise Refused(reply("bad-request", "line ends with LF alone"))
+                raise Rejected(make_reply("bad-request", "line ends with LF alone"))
             return b""
         head, self.buffer = self.buffer[: end + 2], self.buffer[end + 4 :]
         return head
@@ -6945,7 +7122,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         head = b""
         while not head:
             seen = max(len(self.buffer) - 3, 0)
-            self.buffer += await self._at_rest(self._more(deadline))
+            self.buffer += await self._while_idle(self._more(deadline))
             head = self._head_here(seen)
         return head
 
@@ -6955,27 +7132,27 @@ class Connection(http.server.BaseHTTPRequestHandler):
             await sleep(0)  # who sends faster than we read must not keep the others waiting
             if time.monotonic() >= deadline:
                 raise socket.timeout
-            octets = await receive(self.connection, most, deadline)
+            octets = await sock_recv(self.connection, most, deadline)
         except socket.timeout:
-            raise Refused(reply("request-timeout")) from None
+            raise Rejected(make_reply("request-timeout")) from None
         if not octets:
             raise ConnectionError("closed within a request")
         return octets
 
-    async def _body(self, head: Head, length: int, deadline: float) -> bytes:
+    async def _body(self, head: RequestHead, length: int, deadline: float) -> bytes:
         """The body, whole."""
         size = self.settings.smtpd.max_message_size
         limit = 2 * size + 65536 if size else MAX_BODY
         if head.method != "POST":
             limit = MAX_HEAD  # no page reads it, and nobody was asked who it is
         if length > limit:
-            raise Refused(reply("body-too-large"))
+            raise Rejected(make_reply("body-too-large"))
         expected = head.headers.get("expect")
         if expected:
             if expected.lower() != "100-continue":
-                raise Refused(reply("expectation"))
-            if not head.old and (length == CHUNKED or len(self.buffer) < length):
-                await send(self.connection, b"HTTP/1.1 100 Continue\r\n\r\n", deadline)
+                raise Rejected(make_reply("expectation"))
+            if not head.is_http10 and (length == CHUNKED or len(self.buffer) < length):
+                await sock_sendall(self.connection, b"HTTP/1.1 100 Continue\r\n\r\n", deadline)
         if length == CHUNKED:
             return await self._chunks(limit, deadline)
         return self._taken(length) if length <= len(self.buffer) else await self._exactly(length, deadline)
@@ -6999,64 +7176,64 @@ class Connection(http.server.BaseHTTPRequestHandler):
             line = await self._line(deadline)
             found = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?", line)
             if not found:
-                raise Refused(reply("bad-request", "chunk size"))
+                raise Rejected(make_reply("bad-request", "chunk size"))
             size = int(found[1], 16)
             total += len(line) + size  # a body of chunks of one octet costs by its lines
             if total > limit:
-                raise Refused(reply("body-too-large"))
+                raise Rejected(make_reply("body-too-large"))
             if not size:
                 break
             body += await self._exactly(size, deadline)
             await sleep(0)  # a chunk may be one octet, and thousands of them be here already
             if await self._exactly(2, deadline) != b"\r\n":
-                raise Refused(reply("bad-request", "end of chunk"))
+                raise Rejected(make_reply("bad-request", "end of chunk"))
         for _ in range(MAX_HEADERS):
             if not await self._line(deadline):
                 return body if len(body) >= LARGE else bytes(body)
-        raise Refused(reply("head-too-large"))
+        raise Rejected(make_reply("head-too-large"))
 
     async def _line(self, deadline: float) -> bytes:
         while b"\r\n" not in self.buffer:
             if len(self.buffer) > 4096:
-                raise Refused(reply("bad-request", "chunk line"))
+                raise Rejected(make_reply("bad-request", "chunk line"))
             self.buffer += await self._more(deadline, 4096)
         line, _, self.buffer = self.buffer.partition(b"\r\n")
         return line
 
-    def _octets(self, result: Answer, extra: tuple, head: Head | None, keep: bool) -> bytes:
+    def _octets(self, result: Response, extra: tuple, head: RequestHead | None, keep: bool) -> bytes:
         """The answer as it goes out, by one call, so that no packet waits for another."""
-        lines = [f"HTTP/1.1 {result.status} {self.responses[result.status][0]}", http_date(int(time.time()))]
+        lines = [f"HTTP/1.1 {result.status} {self.responses[result.status][0]}", date_header(int(time.time()))]
         if result.status != 204:
             lines.append(f"Content-Type: {result.type}\r\nContent-Length: {len(result.body)}")
         for name, value in (*result.headers, *extra):
             lines.append(f"{name}: {value}")
         if not keep:
             lines.append("Connection: close")
-        elif head.old:
+        elif head.is_http10:
             lines.append("Connection: keep-alive")
         body = b"" if head and head.method == "HEAD" else result.body
         return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 
-async def drain(sock: Any) -> None:
+async def lingering_close(sock: Any) -> None:
     """Says that nothing more comes, and reads what still does: a connection closed with octets unread is reset, and the
     client might never see what was said last (RFC 9112 9.6)."""
-    deadline = time.monotonic() + DRAIN
+    deadline = time.monotonic() + LINGER_TIMEOUT
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_WR)
-        while time.monotonic() < deadline and await receive(sock, 1 << 18, deadline):
+        while time.monotonic() < deadline and await sock_recv(sock, 1 << 18, deadline):
             await sleep(0)
 
 
 @functools.lru_cache(maxsize=2)
-def http_date(second: int) -> str:
+def date_header(second: int) -> str:
     return f"Server: Haineko\r\nDate: {formatdate(second, usegmt=True)}"
 
 
 class Worker:
     """One process that serves all its connections in one thread; or the one that delivers from the queue."""
 
-    PAUSE = 0.001  # seconds for which a worker that is busier than another leaves a new connection to it
+    ACCEPT_DELAY = 0.001  # seconds for which a worker that is busier than another leaves a new connection to it
 
     def __init__(
         self,
@@ -7067,42 +7244,46 @@ class Worker:
         slot: int | None = 0,
         bells: tuple = (None, None),
     ) -> None:
-        self.service = Service(settings, bells[1])
-        self.listeners, self.lifeline = listeners, lifeline
-        self.loads, self.slot = loads or [0], slot  # busy connections of every worker; our place in it
+        self.app = App(settings, bells[1])
+        self.listeners, self.parent_pipe = listeners, lifeline
+        self.busy_counts, self.slot = loads or [0], slot  # busy connections of every worker; our place in it
         self.loop = Loop()
-        self.courier = Courier(self.service, bells[0], self.loop) if slot is None else None
+        self.queue_manager = QueueManager(self.app, bells[0], self.loop) if slot is None else None
         self.connections: set = set()
         self.idle: OrderedDict = OrderedDict()  # connections without a request, the longest-idle first
-        self.turned_away = 0  # of them, now
+        self.lingering_503s = 0  # of them, now
         self.reload = self.rereading = False  # asked for; under way
 
     def run(self) -> None:
         """Serves until told to stop and all requests in flight are answered."""
-        log.hold()
+        log.start_buffering()
         sys.setswitchinterval(0.001)  # a thread at work on a large mail must not hold up the small ones for longer
         self._listen_to_signals()
         for listener in self.listeners:
             listener.setblocking(False)
-            self.loop.spawn(self._vital(self._accept(listener)))
-        self.lifeline.setblocking(False)
-        self.loop.spawn(self._orphaned())
-        self.loop.spawn(self._vital(self._housekeeping()))
-        if self.courier:
-            self.loop.spawn(self._vital(self.courier.run()))
-        while not self.service.stopping:
+            self.loop.spawn(self._stop_on_error(self._accept(listener)))
+        self.parent_pipe.setblocking(False)
+        self.loop.spawn(self._watch_parent())
+        self.loop.spawn(self._stop_on_error(self._housekeeping()))
+        if self.queue_manager:
+            self.loop.spawn(self._stop_on_error(self.queue_manager.run()))
+        while not self.app.stopping:
             self.loop.turn()
             self._reread_if_asked()
         began = now = time.monotonic()
         self.loop.turn(0)  # who has sent a request meanwhile is heard
         for listener in self.listeners:
             listener.close()
-        while (self.connections or (self.courier and any(self.courier.busy.values()))) and now < began + STOPPING:
-            for connection in [one for one in self.idle if not one.buffer or now > began + DRAIN]:  # no request yet
+        while (
+            self.connections or (self.queue_manager and any(self.queue_manager.in_flight.values()))
+        ) and now < began + SHUTDOWN_TIMEOUT:
+            for connection in [
+                one for one in self.idle if not one.buffer or now > began + LINGER_TIMEOUT
+            ]:  # no request yet
                 self._interrupt(connection)
             self.loop.turn(0.05)
             now = time.monotonic()
-        leaving = self.service.sessions.sweep(everything=True)
+        leaving = self.app.transport.sweep(everything=True)
         run(leaving)
 
     def _listen_to_signals(self) -> None:
@@ -7113,36 +7294,36 @@ class Worker:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came since the fork is heard now
 
     def _stop(self, *_: Any) -> None:
-        self.service.stopping = True
+        self.app.stopping = True
 
     def _reload(self, *_: Any) -> None:
         self.reload = True
 
-    async def _orphaned(self) -> None:
+    async def _watch_parent(self) -> None:
         """The master is gone without a word: nobody would replace or stop this process."""
-        await receive(self.lifeline, 1, float("inf"))
-        self.service.stopping = True
+        await sock_recv(self.parent_pipe, 1, float("inf"))
+        self.app.stopping = True
 
-    async def _vital(self, coroutine: Any) -> None:
+    async def _stop_on_error(self, coroutine: Any) -> None:
         """Without this coroutine the worker is of no use: where it fails, another worker takes the place."""
         try:
             await coroutine
         except Exception:
-            log_bug("worker")
-            self.service.stopping = True
+            log_exception("worker")
+            self.app.stopping = True
 
     async def _accept(self, listener: socket.socket) -> None:
-        while not self.service.stopping:
-            least = min(self.loads)
+        while not self.app.stopping:
+            least = min(self.busy_counts)
             if len(self.connections) - len(self.idle) > least + least // 4:  # of many, some more make no difference
-                await sleep(self.PAUSE)
+                await sleep(self.ACCEPT_DELAY)
             try:
                 sock, peer = listener.accept()
             except BlockingIOError:
-                await readiness(listener, float("inf"))
+                await wait_ready(listener, float("inf"))
                 continue
-            except OSError as fault:  # the client is gone, or no file is left
-                if fault.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            except OSError as error:  # the client is gone, or no file is left
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     await sleep(0 if self._close_idlest() else 0.05)
                 continue
             sock.setblocking(False)
@@ -7152,48 +7333,48 @@ class Worker:
             if self._full():
                 await sleep(0)  # so that who was accepted just now is known to be idle, and who has ended is gone
             if self._full() and not self._close_idlest():
-                self.loop.spawn(self._turn_away(sock, peer))
+                self.loop.spawn(self._reject_503(sock, peer))
                 continue
             connection = Connection(sock, peer, self)
             self.connections.add(connection)
-            self.loads[self.slot] = len(self.connections) - len(self.idle)
+            self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
             self.loop.spawn(connection.handle())
 
     def _full(self) -> bool:
-        return len(self.connections) >= self.service.settings.httpd.max_connections
+        return len(self.connections) >= self.app.settings.httpd.max_connections
 
-    def rests(self, connection: Connection) -> None:
+    def mark_idle(self, connection: Connection) -> None:
         """A connection that waits for its next request."""
         self.idle[connection] = None
-        self.loads[self.slot] = len(self.connections) - len(self.idle)
+        self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
 
-    def rises(self, connection: Connection) -> None:
+    def mark_busy(self, connection: Connection) -> None:
         """A connection that waits no longer."""
         self.idle.pop(connection, None)
-        self.loads[self.slot] = len(self.connections) - len(self.idle)
+        self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
 
     def forget(self, connection: Connection) -> None:
         """A connection that is closed."""
         self.connections.discard(connection)
-        self.rises(connection)
+        self.mark_busy(connection)
 
-    async def _turn_away(self, sock: socket.socket, peer: tuple | str) -> None:
+    async def _reject_503(self, sock: socket.socket, peer: tuple | str) -> None:
         """503 for a connection too many, not waited for where many are being told so; it just ends where TLS would come
         first."""
-        client = plain_address(peer[0]) if isinstance(peer, tuple) else None
-        request, said = Request("", "", {}, b"", client, client, None, time.time()), {None: reply("busy")}
-        log_refusal(request, None, 503, None, said)
-        body = answer(request, 503, said, None, None).body
+        client = parse_ip(peer[0]) if isinstance(peer, tuple) else None
+        request, said = Request("", "", {}, b"", client, client, None, time.time()), {None: make_reply("busy")}
+        log_rejection(request, None, 503, None, said)
+        body = answer_document(request, 503, said, None, None).body
         head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
-        patient = self.turned_away < TURNED_AWAY
-        self.turned_away += 1
+        patient = self.lingering_503s < MAX_LINGERING_503
+        self.lingering_503s += 1
         with contextlib.suppress(OSError):
-            if not self.service.tls:
-                await send(sock, head.encode() + body, time.monotonic() + DRAIN)
+            if not self.app.tls:
+                await sock_sendall(sock, head.encode() + body, time.monotonic() + LINGER_TIMEOUT)
                 if patient:
-                    await drain(sock)
-        self.turned_away -= 1
+                    await lingering_close(sock)
+        self.lingering_503s -= 1
         sock.close()
 
     def _close_idlest(self) -> bool:
@@ -7212,7 +7393,7 @@ class Worker:
         """Once a second: SMTP sessions nobody uses."""
         while True:
             await sleep(1.0)
-            await self.service.sessions.sweep()
+            await self.app.transport.sweep()
 
     def _reread_if_asked(self) -> None:
         if self.reload and not self.rereading:
@@ -7222,24 +7403,24 @@ class Worker:
     async def _reread(self) -> None:
         """Takes settings that changed; the master has told their faults. One after the other: the last ones count."""
         try:
-            settings, faults = await in_thread(load, self.service.settings.path)
-            if not faults:
-                self.service.take(settings)
+            settings, errors = await to_thread(load_settings, self.app.settings.path)
+            if not errors:
+                self.app.apply(settings)
         finally:
             self.rereading = False
 
 
-class Master:
+class Supervisor:
     """The process that binds, forks workers, replaces those that die, and watches the settings."""
 
     def __init__(self, settings: Settings, listeners: list) -> None:
         self.settings, self.listeners = settings, listeners
         self.workers: dict = {}  # pid: (monotonic time of its start, its place in loads; None: the queue's)
-        self.loads: Any = [0]
-        self.bells = socket.socketpair() if settings.queue else (None, None)  # rung where something is due
-        self.stopping = self.asked = False
-        self.faulty: tuple = ()  # signatures of settings that were told to be faulty
-        self.patience = 0.0  # no worker is started before this time
+        self.busy_counts: Any = [0]
+        self.wakeup_pair = socket.socketpair() if settings.queue else (None, None)  # rung where something is due
+        self.stopping = self.reload_requested = False
+        self.bad_stat_keys: tuple = ()  # signatures of settings that were told to be faulty
+        self.respawn_not_before = 0.0  # no worker is started before this time
 
     def run(self, ready: Callable) -> int:
         """Until SIGTERM or SIGINT; then 0."""
@@ -7248,9 +7429,9 @@ class Master:
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, self._signalled)
-        self.lifeline, self.held = socket.socketpair()
+        self.parent_pipe, self.child_pipe_end = socket.socketpair()
         wanted = self.settings.httpd.workers or os.cpu_count() or 1
-        self.loads = memoryview(mmap.mmap(-1, 4 * wanted)).cast("i")  # shared by all that are forked
+        self.busy_counts = memoryview(mmap.mmap(-1, 4 * wanted)).cast("i")  # shared by all that are forked
         alarm.settimeout(1.0)
         self._replace()
         ready()
@@ -7267,24 +7448,24 @@ class Master:
 
     def _signalled(self, number: int, _: Any) -> None:
         self.stopping = self.stopping or number in (signal.SIGTERM, signal.SIGINT)
-        self.asked = self.asked or number == signal.SIGHUP
+        self.reload_requested = self.reload_requested or number == signal.SIGHUP
 
     def _replace(self) -> None:
         """As many workers as there should be; one that died young is replaced a second later."""
-        free = set(range(len(self.loads))) - {slot for _, slot in self.workers.values()}
+        free = set(range(len(self.busy_counts))) - {slot for _, slot in self.workers.values()}
         missing = self.settings.queue and None not in [slot for _, slot in self.workers.values()]
         for slot in (*([None] if missing else []), *sorted(free)):
-            if time.monotonic() < self.patience:
+            if time.monotonic() < self.respawn_not_before:
                 return
             sys.stderr.flush()
             if slot is not None:
-                self.loads[slot] = 0
+                self.busy_counts[slot] = 0
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the worker listens to them
             try:
                 pid = os.fork()
-            except OSError as fault:  # the machine has no more processes: those that run must not suffer
-                log.lines(f"a worker can't be started: {fault.strerror}")
-                pid, self.patience = -1, time.monotonic() + 1
+            except OSError as error:  # the machine has no more processes: those that run must not suffer
+                log.lines(f"a worker can't be started: {error.strerror}")
+                pid, self.respawn_not_before = -1, time.monotonic() + 1
             if not pid:
                 self._become_worker(slot)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -7294,17 +7475,17 @@ class Master:
     def _become_worker(self, slot: int | None) -> None:
         code = 1
         try:
-            self.held.close()
+            self.child_pipe_end.close()
             for listener in self.listeners if slot is None else ():
                 listener.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             gc.freeze()
             gc.set_threshold(20000, 50, 50)
             listeners = [] if slot is None else self.listeners
-            Worker(listeners, self.settings, self.lifeline, self.loads, slot, self.bells).run()
+            Worker(listeners, self.settings, self.parent_pipe, self.busy_counts, slot, self.wakeup_pair).run()
             code = 0
         except BaseException:
-            log_bug("worker")
+            log_exception("worker")
         finally:
             log.flush()
             os._exit(code)  # without the threads that are still at work, and without the master's cleaning up
@@ -7320,37 +7501,37 @@ class Master:
             born, slot = self.workers.pop(pid, (None, 0))
             if born is not None and not self.stopping:
                 name = "queue process" if slot is None else "worker"
-                log.lines(f"{name} {pid} ended ({how(status)}); a new one takes its place")
+                log.lines(f"{name} {pid} ended ({exit_reason(status)}); a new one takes its place")
                 if time.monotonic() - born < 1:
-                    self.patience = time.monotonic() + 1
+                    self.respawn_not_before = time.monotonic() + 1
 
     def _watch(self) -> None:
         """Takes settings that changed, or tells each fault of them once."""
         settings = self.settings
         if not settings.path:
             return
-        seen = self.faulty or settings.files
-        if not self.asked and seen == tuple((path, signature(path)) for path, _ in seen):
+        seen = self.bad_stat_keys or settings.files
+        if not self.reload_requested and seen == tuple((path, stat_key(path)) for path, _ in seen):
             return
-        self.asked = False
-        fresh, faults = load(settings.path)
-        if faults:
-            self.faulty = fresh.files
-            log.lines("settings not taken, the old ones stay in force:", *[f"  {printable(fault)}" for fault in faults])
+        self.reload_requested = False
+        fresh, errors = load_settings(settings.path)
+        if errors:
+            self.bad_stat_keys = fresh.files
+            log.lines("settings not taken, the old ones stay in force:", *[f"  {sanitize(error)}" for error in errors])
             return
-        self.faulty = ()
+        self.bad_stat_keys = ()
         for part in ("listen", "workers"):
             if getattr(fresh.httpd, part) != getattr(settings.httpd, part):
                 log.lines(f"httpd.{part}: takes effect at the next start")
         fresh = replace(fresh, httpd=replace(fresh.httpd, listen=settings.httpd.listen, workers=settings.httpd.workers))
         if (fresh.queue and fresh.queue.path) != (settings.queue and settings.queue.path):
             log.lines("queue.path: takes effect at the next start")
-        self.settings = fresh = in_same_file(fresh, settings.queue)
+        self.settings = fresh = pin_queue_path(fresh, settings.queue)
         log.open(fresh.smtpd.syslog)
         log.lines(f"settings read again from {settings.path}")
-        self._tell(signal.SIGHUP)
+        self._signal_workers(signal.SIGHUP)
 
-    def _tell(self, number: int) -> None:
+    def _signal_workers(self, number: int) -> None:
         for pid in self.workers:
             try:
                 os.kill(pid, number)
@@ -7362,20 +7543,20 @@ class Master:
         for listener in self.listeners:
             unlink_socket(listener)
             listener.close()
-        self._tell(signal.SIGTERM)
-        deadline = time.monotonic() + STOPPING + 3
+        self._signal_workers(signal.SIGTERM)
+        deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 3
         while self.workers and time.monotonic() < deadline:
             try:
                 alarm.recv(4096)
             except socket.timeout:
                 pass
             self._reap()
-        self._tell(signal.SIGKILL)
+        self._signal_workers(signal.SIGKILL)
         log.lines("stopped")
         return 0
 
 
-def how(status: int) -> str:
+def exit_reason(status: int) -> str:
     """How a process ended, in words."""
     return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
 
@@ -7385,10 +7566,10 @@ def bind(listen: str) -> socket.socket:
     if listen.startswith("unix:"):
         return bind_unix(listen[5:])
     name, _, port = listen.rpartition(":")
-    family, kind_, proto, _, place = socket.getaddrinfo(
+    family, kind, proto, _, place = socket.getaddrinfo(
         ascii_domain(name.strip("[]")).encode(), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
-    listener = socket.socket(family, kind_, proto)
+    listener = socket.socket(family, kind, proto)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if family == socket.AF_INET6:
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -7451,7 +7632,7 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 # ======================================================================================================================
 
 
-class Usage(Exception):  # noqa: N818
+class CommandError(Exception):  # noqa: N818
     """A command that can't be carried out as it was asked: its message and exit code."""
 
 
@@ -7464,9 +7645,9 @@ def main(argv: list) -> int:
     options = parser(argv[:1] if argv[:1] and argv[0] in COMMANDS else COMMANDS).parse_args(argv)
     try:
         return COMMANDS[options.command][0](options)
-    except Usage as fault:
-        print(f"haineko: {fault.args[0]}", file=sys.stderr)
-        return fault.args[1]
+    except CommandError as error:
+        print(f"haineko: {error.args[0]}", file=sys.stderr)
+        return error.args[1]
     except KeyboardInterrupt:
         return 130
 
@@ -7497,73 +7678,75 @@ def settings_path(given: str | None) -> str | None:
 
 def usable_settings(given: str | None) -> Settings:
     """The settings; Usage with every fault where they can't be used."""
-    settings, faults = load(settings_path(given))
-    if faults:
-        raise Usage("\n".join(["the settings can't be used:", *[f"  {fault}" for fault in faults]]), 2)
+    settings, errors = load_settings(settings_path(given))
+    if errors:
+        raise CommandError("\n".join(["the settings can't be used:", *[f"  {error}" for error in errors]]), 2)
     return settings
 
 
 def command_serve(options: Any) -> int:
-    settings, listeners = prepared(options)
+    settings, listeners = prepare_server(options)
     log.devel = options.devel
-    return Master(settings, listeners).run(lambda: announce(settings, listeners))
+    return Supervisor(settings, listeners).run(lambda: announce(settings, listeners))
 
 
-def prepared(options: Any) -> tuple:
+def prepare_server(options: Any) -> tuple:
     """(Settings, listening sockets) of a server."""
     settings = usable_settings(options.config)
-    faults: list = []
+    errors: list = []
     changes = {}
     if options.listen:
-        changes["listen"] = list_of(listen_address)(options.listen, "--listen", faults)
+        changes["listen"] = list_of(parse_listen_address)(options.listen, "--listen", errors)
     if options.workers is not None:
-        changes["workers"] = number(0, 256)(options.workers, "--workers", faults)
-    if faults:
-        raise Usage("; ".join(faults), 2)
+        changes["workers"] = integer(0, 256)(options.workers, "--workers", errors)
+    if errors:
+        raise CommandError("; ".join(errors), 2)
     settings = replace(settings, httpd=replace(settings.httpd, **changes))
-    allow_files()
-    store = settings.queue and Store(settings.queue)
+    raise_nofile_limit()
+    store = settings.queue and QueueDB(settings.queue)
     if store:
         store.commit([])
         store.close(for_good=True)
-        if NEWER in store.fault:
-            raise Usage(f"the queue can't be used: {store.fault}", 2)
+        if NEWER_VERSION in store.fault:
+            raise CommandError(f"the queue can't be used: {store.fault}", 2)
     listeners = []
     for place in settings.httpd.listen:
         try:
             listeners.append(bind(place))
-        except (OSError, UnicodeError) as fault:
-            raise Usage(f"can't listen at {place}: {getattr(fault, 'strerror', None) or fault}", 1) from None
+        except (OSError, UnicodeError) as error:
+            raise CommandError(f"can't listen at {place}: {getattr(error, 'strerror', None) or error}", 1) from None
     return settings, listeners
 
 
-def allow_files() -> None:
+def raise_nofile_limit() -> None:
     """As many open files as the machine lets us have: a client has one, and one more for each of its deliveries."""
     import resource
 
     with contextlib.suppress(OSError, ValueError):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
+        most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
         if soft != resource.RLIM_INFINITY and soft < most:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-FILES = 65536  # nobody needs more; some systems have no end of them, and refuse to be asked for that
+MAX_OPEN_FILES = 65536  # nobody needs more; some systems have no end of them, and refuse to be asked for that
 
 
 def announce(settings: Settings, listeners: list) -> None:
     if not settings.path:
-        log.raw(b"haineko: NO SETTINGS FILE: for this machine only, and all mail is printed here instead of sent\n")
+        log.write_bytes(
+            b"haineko: NO SETTINGS FILE: for this machine only, and all mail is printed here instead of sent\n"
+        )
     places = " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
-    log.raw(f"haineko {__version__} listens at {places}\n".encode())
+    log.write_bytes(f"haineko {__version__} listens at {places}\n".encode())
 
 
 def command_start(options: Any) -> int:
     """`serve` as a daemon; ends when it listens."""
-    pid_file = pid_path(options)
-    if running(pid_file):
-        raise Usage(f"runs already (pid {running(pid_file)})", 1)
-    settings, listeners = prepared(options)
+    pid_file = pid_file_path(options)
+    if running_pid(pid_file):
+        raise CommandError(f"runs already (pid {running_pid(pid_file)})", 1)
+    settings, listeners = prepare_server(options)
     told, tell = os.pipe()
     sys.stderr.flush()
     if os.fork():
@@ -7576,14 +7759,14 @@ def command_start(options: Any) -> int:
         os._exit(0)
     code = 1
     try:
-        code = daemon(settings, listeners, pid_file, tell)
-    except OSError as fault:
-        os.write(tell, f"haineko: can't start: {fault}\n".encode())
+        code = run_daemon(settings, listeners, pid_file, tell)
+    except OSError as error:
+        os.write(tell, f"haineko: can't start: {error}\n".encode())
     finally:
         os._exit(code)
 
 
-def daemon(settings: Settings, listeners: list, pid_file: str, tell: int) -> int:
+def run_daemon(settings: Settings, listeners: list, pid_file: str, tell: int) -> int:
     """The daemon's own life; `tell` takes a line when it listens."""
     import fcntl
 
@@ -7607,18 +7790,18 @@ def daemon(settings: Settings, listeners: list, pid_file: str, tell: int) -> int
         os.write(tell, f"haineko {__version__} listens at {places} (pid {os.getpid()}, log {log_file})\n".encode())
         os.close(tell)
 
-    code = Master(settings, listeners).run(ready)
+    code = Supervisor(settings, listeners).run(ready)
     os.unlink(pid_file)
     return code
 
 
-def pid_path(options: Any) -> str:
+def pid_file_path(options: Any) -> str:
     """--pid-file, else haineko.pid beside the settings or this file."""
     beside = settings_path(options.config) or os.path.abspath(__file__)
     return os.path.abspath(options.pid_file or os.path.join(os.path.dirname(beside), "haineko.pid"))
 
 
-def running(pid_file: str) -> int:
+def running_pid(pid_file: str) -> int:
     """The pid of the daemon that holds the file, 0 where none does."""
     import fcntl
 
@@ -7634,15 +7817,15 @@ def running(pid_file: str) -> int:
 
 
 def command_stop(options: Any) -> int:
-    pid_file = pid_path(options)
-    pid = running(pid_file)
+    pid_file = pid_file_path(options)
+    pid = running_pid(pid_file)
     if not pid:
-        raise Usage("does not run", 1)
-    tell_daemon(pid, signal.SIGTERM)
-    deadline = time.monotonic() + STOPPING + 10
-    while running(pid_file):
+        raise CommandError("does not run", 1)
+    signal_daemon(pid, signal.SIGTERM)
+    deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 10
+    while running_pid(pid_file):
         if time.monotonic() > deadline:
-            raise Usage(f"pid {pid} does not stop", 1)
+            raise CommandError(f"pid {pid} does not stop", 1)
         time.sleep(0.05)
     print("haineko: stopped", file=sys.stderr)
     return 0
@@ -7650,69 +7833,69 @@ def command_stop(options: Any) -> int:
 
 def command_restart(options: Any) -> int:
     usable_settings(options.config)  # rather the old server than none
-    if running(pid_path(options)):
+    if running_pid(pid_file_path(options)):
         command_stop(options)
     return command_start(options)
 
 
 def command_status(options: Any) -> int:
-    pid = running(pid_path(options))
+    pid = running_pid(pid_file_path(options))
     print(f"haineko runs (pid {pid})" if pid else "haineko does not run")
     return 0 if pid else 1
 
 
 def command_reload(options: Any) -> int:
     usable_settings(options.config)
-    pid = running(pid_path(options))
+    pid = running_pid(pid_file_path(options))
     if not pid:
-        raise Usage("does not run", 1)
-    tell_daemon(pid, signal.SIGHUP)
+        raise CommandError("does not run", 1)
+    signal_daemon(pid, signal.SIGHUP)
     return 0
 
 
-def tell_daemon(pid: int, number: int) -> None:
+def signal_daemon(pid: int, number: int) -> None:
     """The signal sent, where there is still who hears it: workers outlive a master that was killed for a while."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:
         pass
     except PermissionError:
-        raise Usage(f"pid {pid} is another user's", 1) from None
+        raise CommandError(f"pid {pid} is another user's", 1) from None
 
 
 def command_check(options: Any) -> int:
     path = settings_path(options.config)
-    settings, faults = load(path)
-    for fault in faults:
-        print(fault)
-    if faults:
+    settings, errors = load_settings(path)
+    for error in errors:
+        print(error)
+    if errors:
         return 1
-    route, why = choose("", "", settings)
+    route, why = resolve_route("", "", settings)
     routes = len(settings.mailertable) + len(settings.sendermt)
     more = "; printed" if not path else f"; {routes} route{'s' * (routes != 1)} in all" if routes > 1 else ""
-    print(f"{path or 'no settings file'}: fine; mail goes to {described(route)} ({why}){more}")
-    return tried(settings, options)
+    print(f"{path or 'no settings file'}: fine; mail goes to {describe_route(route)} ({why}){more}")
+    return run_checks(settings, options)
 
 
-def tried(settings: Settings, options: Any) -> int:
+def run_checks(settings: Settings, options: Any) -> int:
     """Prints a line for each step that routes and a sender's domain need to go well; 1 where one of them doesn't."""
-    sender = address(options.sender or "")
+    sender = parse_address(options.sender or "")
     if options.sender and not (sender and sender.domain[0] != "["):
-        raise Usage(f'"{options.sender}" is no mail address of a domain', 2)
+        raise CommandError(f'"{options.sender}" is no mail address of a domain', 2)
     if options.selector and not DOMAIN.fullmatch(options.selector):
-        raise Usage(f'"{options.selector}" is no selector', 2)
-    return run(_tried(settings, sender, options.selector, options.connect))
+        raise CommandError(f'"{options.selector}" is no selector', 2)
+    return run(_run_checks(settings, sender, options.selector, options.connect))
 
 
-async def _tried(settings: Settings, sender: Address | None, selector: str | None, connect: bool) -> int:
-    sessions, failed = Sessions(settings.smtpd.resolver), False
+async def _run_checks(settings: Settings, sender: Mailbox | None, selector: str | None, connect: bool) -> int:
+    transport, failed = TransportContext(settings.smtpd.resolver), False
     work = []
     if connect:
         domain = sender.domain if sender else ""
-        probes = probes_of(settings, domain)
-        work += [(where, probed(probe, sessions)) for where, probe in probes.items()]
+        probes = connectivity_probes(settings, domain)
+        work += [(where, run_probe(probe, transport)) for where, probe in probes.items()]
     if sender:
-        work.append((sender.domain, sender_findings(sender.domain.lower(), selector, sessions.resolver)))
+        work.append((sender.domain, check_sender_domain(sender.domain.lower(), selector, transport.resolver)))
     for where, finding in work:
         for step, fine, words in await finding:
             failed = failed or not fine
@@ -7720,57 +7903,57 @@ async def _tried(settings: Settings, sender: Address | None, selector: str | Non
     return int(failed)
 
 
-async def probed(probe: Probe, sessions: Sessions) -> list:
+async def run_probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
     """The findings of one route, whatever its probe raises."""
     try:
-        return await PROBES[probe.route.relay](probe, sessions)
-    except Refused as refused:
-        said = refused.reply
-        return [Finding(said.command, False, f"{said.code} {': '.join(said.message)}")]
-    except OSError as fault:
-        return [Finding("CONN", False, reason_of(fault))]
+        return await PROBES[probe.route.relay](probe, transport)
+    except Rejected as refused:
+        reply = refused.reply
+        return [CheckResult(reply.command, False, f"{reply.code} {': '.join(reply.message)}")]
+    except OSError as error:
+        return [CheckResult("CONN", False, error_text(error))]
 
 
-def probes_of(settings: Settings, domain: str) -> dict:
+def connectivity_probes(settings: Settings, domain: str) -> dict:
     """{path in the settings: Probe} of every route that mail could take; `domain` for those that don't name one."""
     routes: dict = {}
     for name in ("mailertable", "sendermt"):
         for key, route in getattr(settings, name).items():
             named = name == "mailertable" and key != "default" and not key.startswith(".")
-            routes[f"{name}.{key}"] = Probe(route, settings.hostname, key if named else domain)
+            routes[f"{name}.{key}"] = ConnectivityProbe(route, settings.hostname, key if named else domain)
     if not {"mailertable.default", "sendermt.default"} & set(routes):
-        routes["no route"] = Probe(NO_ROUTE, settings.hostname)
+        routes["no route"] = ConnectivityProbe(FALLBACK_ROUTE, settings.hostname)
     return routes
 
 
-async def sender_findings(domain: str, selector: str | None, resolver: Resolver) -> list:
+async def check_sender_domain(domain: str, selector: str | None, resolver: Resolver) -> list:
     """What a large receiver reads in DNS of a sender's domain, and why it would refuse the mail: SPF, DKIM, DMARC."""
-    patience = Resolver.PATIENCE * Resolver.ROUNDS
+    patience = Resolver.QUERY_TIMEOUT * Resolver.ATTEMPTS
 
     async def texts(name: str) -> tuple:
-        found = await resolver.look_up(name, TXT, time.monotonic() + patience)
+        found = await resolver.lookup(name, TXT, time.monotonic() + patience)
         if found.code == SERVFAIL:
-            raise Refused(reply("dns", f"{name}: {found.why}"))
+            raise Rejected(make_reply("dns", f"{name}: {found.why}"))
         return found.values
 
-    findings = []
+    results = []
     for step, look in (
-        ("SPF", spf(domain, texts)),
-        ("DKIM", dkim(domain, selector, texts)),
-        ("DMARC", dmarc(domain, texts)),
+        ("SPF", check_spf(domain, texts)),
+        ("DKIM", check_dkim(domain, selector, texts)),
+        ("DMARC", check_dmarc(domain, texts)),
     ):
         try:
-            findings.append(Finding(step, *await look))
-        except Refused as refused:
-            findings.append(Finding(step, False, ": ".join(refused.reply.message)))
-    return findings
+            results.append(CheckResult(step, *await look))
+        except Rejected as refused:
+            results.append(CheckResult(step, False, ": ".join(refused.reply.message)))
+    return results
 
 
-async def spf(domain: str, texts: Callable) -> tuple:
+async def check_spf(domain: str, texts: Callable) -> tuple:
     """(fine, words) of the domain's SPF record (RFC 7208)."""
-    record, fault = spf_record(await texts(domain))
-    if fault:
-        return False, f"{domain}: {fault}"
+    record, error = spf_record(await texts(domain))
+    if error:
+        return False, f"{domain}: {error}"
     looked_up, ahead, seen = 0, [record], {domain}
     while ahead:
         for lead, name in re.findall(SPF_LOOK_UP, ahead.pop(0)):
@@ -7782,11 +7965,11 @@ async def spf(domain: str, texts: Callable) -> tuple:
                 )
             if lead.lower() in ("include:", "redirect=") and "%" not in name and name.lower() not in seen:
                 seen.add(name.lower())
-                inner, fault = spf_record(await texts(name.lower()), partial=True)
-                if fault:
-                    return False, f"{domain}: {lead}{name}: {fault}"
+                inner, error = spf_record(await texts(name.lower()), partial=True)
+                if error:
+                    return False, f"{domain}: {lead}{name}: {error}"
                 ahead.append(inner)
-    return True, f"{printable(record)} ({looked_up} of {MAX_SPF} look-ups)"
+    return True, f"{sanitize(record)} ({looked_up} of {MAX_SPF} look-ups)"
 
 
 MAX_SPF = 10  # look-ups, RFC 7208 4.6.4
@@ -7805,7 +7988,7 @@ def spf_record(texts: tuple, partial: bool = False) -> tuple:
     terms = records[0].split()[1:]
     odd = [term for term in terms if not re.fullmatch(SPF_TERM, term)]
     if odd:
-        return "", f'"{printable(odd[0], 80)}" is no term of SPF: the record does not count'
+        return "", f'"{sanitize(odd[0], 80)}" is no term of SPF: the record does not count'
     words = [term.lower() for term in terms]
     if not partial and "-all" in words[:1]:
         return "", "v=spf1 -all says that the domain sends no mail at all"
@@ -7814,20 +7997,20 @@ def spf_record(texts: tuple, partial: bool = False) -> tuple:
     return records[0], ""
 
 
-async def dkim(domain: str, selector: str | None, texts: Callable) -> tuple:
+async def check_dkim(domain: str, selector: str | None, texts: Callable) -> tuple:
     """(fine, words) of the DKIM key with that selector (RFC 6376)."""
     if not selector:
         return True, "not looked at; --selector names the key"
     name = f"{selector}._domainkey.{domain}"
-    fault, words = dkim_key(await texts(name))
-    return not fault, f"{name}: {fault or words}"
+    error, words = dkim_key(await texts(name))
+    return not error, f"{name}: {error or words}"
 
 
 def dkim_key(texts: tuple) -> tuple:
     """(why receivers can't verify by this key, what it is)."""
     if len(texts) != 1:
         return "no key: signatures by it can't be verified" if not texts else "more than one record: none counts", ""
-    tags = tags_of(texts[0])
+    tags = parse_tags(texts[0])
     if tags.get("v", "DKIM1") != "DKIM1" or "p" not in tags:
         return "not a DKIM key", ""
     try:
@@ -7851,7 +8034,7 @@ ED25519 = 32  # octets of a key
 SHORTEST_RSA = 1024  # bits
 
 
-async def dmarc(domain: str, texts: Callable) -> tuple:
+async def check_dmarc(domain: str, texts: Callable) -> tuple:
     """(fine, words) of the DMARC policy for the domain: its own or that of a domain above (RFC 7489 6.6.3)."""
     labels = domain.split(".")
     for i in range(max(len(labels) - 1, 1)):
@@ -7860,20 +8043,20 @@ async def dmarc(domain: str, texts: Callable) -> tuple:
         if len(records) > 1:
             return False, f"{name}: more than one record: none counts"
         if records:
-            tags = tags_of(records[0])
-            wish = tags.get("sp", tags.get("p", "")) if i else tags.get("p", "")
-            fine = wish.lower() in ("none", "quarantine", "reject")
-            return fine, f"{name}: {printable(records[0]) if fine else 'p= names no policy: it does not count'}"
+            tags = parse_tags(records[0])
+            options = tags.get("sp", tags.get("p", "")) if i else tags.get("p", "")
+            fine = options.lower() in ("none", "quarantine", "reject")
+            return fine, f"{name}: {sanitize(records[0]) if fine else 'p= names no policy: it does not count'}"
     return False, f"_dmarc.{domain}: no DMARC record: Gmail, Yahoo and Outlook refuse a sender of many mails without"
 
 
-def tags_of(record: str) -> dict:
+def parse_tags(record: str) -> dict:
     """{tag: value} of a list "a=b; c=d" (RFC 6376 3.2)."""
-    pairs_ = [part.partition("=")[::2] for part in record.split(";") if "=" in part]
-    return {key.strip().lower(): value.strip() for key, value in pairs_}
+    pairs = [part.partition("=")[::2] for part in record.split(";") if "=" in part]
+    return {key.strip().lower(): value.strip() for key, value in pairs}
 
 
-def described(route: Route) -> str:
+def describe_route(route: Route) -> str:
     """A route in words."""
     if route.relay == "File":
         return f"File {route.folder}"
@@ -7887,12 +8070,12 @@ def described(route: Route) -> str:
 
 def command_route(options: Any) -> int:
     settings = usable_settings(options.config)
-    to, sender = address(options.address), address(options.sender or "")
+    to, sender = parse_address(options.address), parse_address(options.sender or "")
     if not to or (options.sender and not sender):
-        raise Usage(f'"{options.address if not to else options.sender}" is no mail address', 2)
+        raise CommandError(f'"{options.address if not to else options.sender}" is no mail address', 2)
     refusal = check_rcpt(to, settings)
-    route, why = choose(to.domain, sender.domain if sender else "", settings)
-    print(f"{options.address}: {described(route)} ({why})")
+    route, why = resolve_route(to.domain, sender.domain if sender else "", settings)
+    print(f"{options.address}: {describe_route(route)} ({why})")
     if refusal:
         print(f"{options.address}: would be refused: {refusal.code} {refusal.dsn} {refusal.message[0]}")
     return 1 if refusal else 0
@@ -7906,53 +8089,53 @@ def command_send(options: Any) -> int:
     except ValueError:  # of a port or brackets
         good = False
     if not good:
-        raise Usage(f'"{options.url}" is no URL of a Haineko', 2)
-    body = submission_from(options)
-    kind_ = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+        raise CommandError(f'"{options.url}" is no URL of a Haineko', 2)
+    body = submission_from_options(options)
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
     headers = {"Content-Type": "application/json", "User-Agent": f"haineko/{__version__}"}
     if options.user:
-        headers.update(basic((options.user, password_for(options.user))))
+        headers.update(basic_auth_header((options.user, ask_password(options.user))))
     path, text = url.path if url.path.endswith("/submit") else url.path.rstrip("/") + "/submit", b""
     try:
-        connection = kind_(url.hostname, port, timeout=300)
+        connection = kind(url.hostname, port, timeout=300)
         connection.request("POST", path, body, headers)
         text = connection.getresponse().read(MAX_BODY)
-        document = decode(text)
-        accepted = [entry["error"] == 0 for entry in document["response"]]
-    except (OSError, http.client.HTTPException) as fault:
-        raise Usage(f"{options.url}: {fault}", 1) from None
+        document = parse_json(text)
+        accepted = [queue_item["error"] == 0 for queue_item in document["response"]]
+    except (OSError, http.client.HTTPException) as error:
+        raise CommandError(f"{options.url}: {error}", 1) from None
     except (ValueError, KeyError, TypeError):
-        raise Usage(
-            f"{options.url}: not the answer of a Haineko: {printable(text.decode('utf-8', 'replace'))}", 1
+        raise CommandError(
+            f"{options.url}: not the answer of a Haineko: {sanitize(text.decode('utf-8', 'replace'))}", 1
         ) from None
-    print(on_terminal(json.dumps(document, ensure_ascii=False, indent=2)))
+    print(terminal_json(json.dumps(document, ensure_ascii=False, indent=2)))
     return 0 if accepted and all(accepted) else 1
 
 
-def on_terminal(text: str) -> str:
+def terminal_json(text: str) -> str:
     """JSON with what a terminal would act on, or can't show, as escapes."""
     return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1], text)
 
 
-def submission_from(options: Any) -> bytes:
+def submission_from_options(options: Any) -> bytes:
     """The JSON of a submission: a file, stdin, or made from flags."""
     flags = ("to", "sender", "header_from", "reply_to", "subject", "charset", "body", "html", "attach")
     if any(getattr(options, flag) for flag in flags) and (options.file or not options.to):
-        raise Usage("flags that say what to send want --to, and no FILE, which says all of it", 2)
+        raise CommandError("flags that say what to send want --to, and no FILE, which says all of it", 2)
     if not options.to:
-        return octets_of(options.file or "-")
-    text, html = options.body, options.html and octets_of(options.html).decode("utf-8", "replace")
+        return read_bytes(options.file or "-")
+    text, html = options.body, options.html and read_bytes(options.html).decode("utf-8", "replace")
     if text is None and html is None:
-        text = octets_of("-").decode("utf-8", "replace")
+        text = read_bytes("-").decode("utf-8", "replace")
     header = {
         "subject": options.subject or "",
         "from": options.header_from,
         "replyto": options.reply_to,
         "charset": options.charset,
     }
-    files = [attachment_of(path) for path in options.attach or ()] or None
+    files = [read_attachment(path) for path in options.attach or ()] or None
     document = {
-        "mail": options.sender or f"{user_name()}@{machine_name()}",
+        "mail": options.sender or f"{user_name()}@{local_hostname()}",
         "rcpt": options.to,
         "header": {key: value for key, value in header.items() if value is not None},
     }
@@ -7960,22 +8143,22 @@ def submission_from(options: Any) -> bytes:
     return to_json({**document, **{key: value for key, value in parts.items() if value is not None}})
 
 
-def attachment_of(path: str) -> dict:
-    return {"filename": os.path.basename(path), "content": base64.b64encode(octets_of(path)).decode()}
+def read_attachment(path: str) -> dict:
+    return {"filename": os.path.basename(path), "content": base64.b64encode(read_bytes(path)).decode()}
 
 
-def octets_of(path: str) -> bytes:
+def read_bytes(path: str) -> bytes:
     """What stands in a file; of "-" what comes on stdin."""
     if path == "-":
         return sys.stdin.buffer.read()
     try:
         with open(path, "rb") as stream:
             return stream.read()
-    except OSError as fault:
-        raise Usage(f"{path}: {fault.strerror}", 2) from None
+    except OSError as error:
+        raise CommandError(f"{path}: {error.strerror}", 2) from None
 
 
-def password_for(user: str) -> str:
+def ask_password(user: str) -> str:
     """From $HAINEKO_PASSWORD, or asked for: never from the command line, which everybody can read."""
     import getpass
 
@@ -7986,55 +8169,57 @@ def command_queue(options: Any) -> int:
     """Works on the file itself, with the server running or not."""
     policy = usable_settings(options.config).queue
     if not policy:
-        raise Usage('the settings have no "queue"', 2)
+        raise CommandError('the settings have no "queue"', 2)
     one = options.action in ("show", "drop") or (options.action == "retry" and not options.all)
     if one != bool(options.id):
-        raise Usage(f"queue {options.action}: a queue id is {'wanted' if one else 'not wanted'}", 2)
+        raise CommandError(f"queue {options.action}: a queue id is {'wanted' if one else 'not wanted'}", 2)
     if not os.path.exists(policy.path):
-        raise Usage(f"{policy.path}: does not exist; nothing was ever queued", 1)
-    return QUEUE_ACTIONS[options.action](Store(policy), options.id)
+        raise CommandError(f"{policy.path}: does not exist; nothing was ever queued", 1)
+    return QUEUE_ACTIONS[options.action](QueueDB(policy), options.id)
 
 
-def now_done(store: Store, operation: Callable, *values: Any) -> Any:
+def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
     """What the operation on the file gives; Usage where the file can't be used."""
     (result,) = store.commit([(operation, values)])
-    if isinstance(result, Refused):
-        raise Usage(store.fault, 1)
+    if isinstance(result, Rejected):
+        raise CommandError(store.fault, 1)
     return result
 
 
-def queue_list(store: Store, _: str) -> int:
+def queue_list(store: QueueDB, _: str) -> int:
     last = 0
     while True:
-        rows = now_done(store, waiting_after, last, 500)  # some at a time, so that the server's work goes on
+        rows = run_operation(
+            store, open_recipients_after, last, 500
+        )  # some at a time, so that the server's work goes on
         for _, queueid, size, born, due, sender, recipient, history in rows:
             when = "sending" if due is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(due, born)))
-            attempts = attempts_of(history)
-            said = f"{attempts[-1][1].code} {' '.join(attempts[-1][1].message)}" if attempts else ""
+            attempts = parse_history(history)
+            reply = f"{attempts[-1][1].code} {' '.join(attempts[-1][1].message)}" if attempts else ""
             came = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(born))
-            print(f"{queueid}  {size:>9}  {came}  next {when}  <{sender}> -> <{recipient}>  {printable(said)}")
+            print(f"{queueid}  {size:>9}  {came}  next {when}  <{sender}> -> <{recipient}>  {sanitize(reply)}")
         if not rows:
             return 0
         last = rows[-1][0]
 
 
-def queue_show(store: Store, queueid: str) -> int:
-    found = now_done(store, fate, queueid)
+def queue_show(store: QueueDB, queueid: str) -> int:
+    found = run_operation(store, message_status, queueid)
     if not found:
-        raise Usage(f"{printable(queueid)}: not in the queue", 1)
+        raise CommandError(f"{sanitize(queueid)}: not in the queue", 1)
     print(json.dumps(fate_document(*found), ensure_ascii=False, indent=2))
     return 0
 
 
-def queue_retry(store: Store, queueid: str | None) -> int:
-    return told_count(now_done(store, hurry, queueid), "to be tried at once", not queueid)
+def queue_retry(store: QueueDB, queueid: str | None) -> int:
+    return print_count(run_operation(store, flush_queue, queueid), "to be tried at once", not queueid)
 
 
-def queue_drop(store: Store, queueid: str) -> int:
-    return told_count(now_done(store, drop, queueid, time.time()), "dropped", False)
+def queue_drop(store: QueueDB, queueid: str) -> int:
+    return print_count(run_operation(store, drop_message, queueid, time.time()), "dropped", False)
 
 
-def told_count(count: int, what: str, fine: bool) -> int:
+def print_count(count: int, what: str, fine: bool) -> int:
     print(f"{count} recipient{'s' * (count != 1)} {what}")
     return 0 if count or fine else 1
 
@@ -8054,11 +8239,11 @@ def command_pw(options: Any) -> int:
     if sys.stdin.isatty():
         word = getpass.getpass()
         if word != getpass.getpass("Again: "):
-            raise Usage("the two are not the same", 1)
+            raise CommandError("the two are not the same", 1)
     else:
         word = sys.stdin.readline().rstrip("\r\n")
     if not word:
-        raise Usage("no password", 1)
+        raise CommandError("no password", 1)
     salt = os.urandom(16)
     digest = scrypt(word, salt)
     line = "$scrypt$ln=14,r=8,p=1$" + "$".join(base64.b64encode(octets).decode() for octets in (salt, digest))
@@ -8078,9 +8263,9 @@ def user_name() -> str:
 
 def command_setup(options: Any) -> int:
     folder = os.path.abspath(options.dest)
-    code, unit = 0, UNIT.format(python=sys.executable, program=os.path.abspath(__file__), folder=folder)
+    code, unit = 0, SYSTEMD_UNIT.format(python=sys.executable, program=os.path.abspath(__file__), folder=folder)
     for name, mode, content in (
-        ("haineko.json", 0o600, json.dumps(example(), indent=2) + "\n"),
+        ("haineko.json", 0o600, json.dumps(example_settings(), indent=2) + "\n"),
         ("haineko.service", 0o644, unit),
     ):
         path = os.path.join(folder, name)
@@ -8089,13 +8274,13 @@ def command_setup(options: Any) -> int:
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as stream:
                 stream.write(content)
             print(path)
-        except OSError as fault:
-            print(f"haineko: {path}: {fault.strerror}", file=sys.stderr)
+        except OSError as error:
+            print(f"haineko: {path}: {error.strerror}", file=sys.stderr)
             code = 1
     return code
 
 
-UNIT = """\
+SYSTEMD_UNIT = """\
 [Unit]
 Description=Haineko, HTTP API into ESMTP
 After=network-online.target
@@ -8130,37 +8315,37 @@ def command_sendmail(argv: list) -> int:
     import getopt
 
     try:
-        pairs_, named = getopt.gnu_getopt(argv, "C:f:r:F:o:b:B:h:L:N:O:p:R:V:X:tivmnUG")
-    except getopt.GetoptError as fault:
-        return complain(f"usage: {fault}", EX_USAGE)
-    flags = dict(pairs_)
+        pairs, named = getopt.gnu_getopt(argv, "C:f:r:F:o:b:B:h:L:N:O:p:R:V:X:tivmnUG")
+    except getopt.GetoptError as error:
+        return print_error(f"usage: {error}", EX_USAGE)
+    flags = dict(pairs)
     if flags.get("-b", "m") != "m":
-        return complain(f"usage: -b{flags['-b']} is not known here", EX_USAGE)
+        return print_error(f"usage: -b{flags['-b']} is not known here", EX_USAGE)
     path = settings_path(flags.get("-C"))
     if not path:  # to print the mail instead, as `serve` does, would lose it
-        return complain("no settings file: name one with -C or in $HAINEKO_CONF", EX_CONFIG)
-    settings, faults = load(path)
-    if faults:
-        return complain("\n".join(faults), EX_CONFIG)
+        return print_error("no settings file: name one with -C or in $HAINEKO_CONF", EX_CONFIG)
+    settings, errors = load_settings(path)
+    if errors:
+        return print_error("\n".join(errors), EX_CONFIG)
     octets = sys.stdin.buffer.read() if sys.stdin else b""
-    if "-i" not in flags and ("-o", "i") not in pairs_:
+    if "-i" not in flags and ("-o", "i") not in pairs:
         octets = re.split(rb"(?m)^\.\r?\n", octets, maxsplit=1)[0]
     sender = flags.get("-f", flags.get("-r", f"{user_name()}@{settings.hostname}")).strip("<>")
     try:
         return sendmail(settings, octets, sender, named, "-t" in flags)
-    except ValueError as fault:
-        return complain(str(fault), EX_DATAERR)
+    except ValueError as error:
+        return print_error(str(error), EX_DATAERR)
 
 
 EX_OK, EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG = 0, 64, 65, 69, 75, 77, 78
 
 
-def complain(text: str, code: int) -> int:
+def print_error(text: str, code: int) -> int:
     print(f"haineko: {text}", file=sys.stderr)
     return code
 
 
-def of_this_host(name: str, settings: Settings) -> str:
+def qualify(name: str, settings: Settings) -> str:
     """An address, where cron and its like give a user's name only."""
     return f"{name}@{settings.hostname}" if re.fullmatch("[A-Za-z0-9._+-]+", name) else name
 
@@ -8169,45 +8354,45 @@ def sendmail(settings: Settings, octets: bytes, sender: str, named: list, from_h
     """Relays a finished message; ValueError says what is bad about it."""
     now = time.time()
     queueid = new_queueid(now)
-    source = address(of_this_host(sender, settings)) if sender else NULL_SENDER
+    source = parse_address(qualify(sender, settings)) if sender else NULL_SENDER
     if not source:
-        return complain(f'usage: "{sender}" is no mail address', EX_USAGE)
+        return print_error(f'usage: "{sender}" is no mail address', EX_USAGE)
     raw = parse_message(octets)
     wanted = (*named, *(header_recipients(raw.fields) if from_header else []))
-    mailboxes = recipients(Submission(rcpt=tuple(of_this_host(name, settings) for name in wanted)))
+    mailboxes = unique_recipients(Submission(rcpt=tuple(qualify(name, settings) for name in wanted)))
     if not mailboxes:
-        return complain("usage: no recipient", EX_USAGE)
-    loop = names_passed(raw.fields)
+        return print_error("usage: no recipient", EX_USAGE)
+    loop = loop_names(raw.fields)
     if check_loop(None, Submission(header=Header(loop=loop)), settings):
-        return complain(REPLIES["loop"][-1], EX_UNAVAILABLE)
+        return print_error(REPLIES["loop"][-1], EX_UNAVAILABLE)
     place = f"Received: by {settings.hostname} (Haineko, from uid {os.getuid()}) id {queueid}"
     trace = f"{place};\r\n\t{rfc5322_date(int(now))}"
     try:
-        message = finish_message(raw, sender, loop, trace, queueid, settings.hostname, now)
-        insist(check_size(len(message.parts[0]), settings))
-    except Refused as refused:
-        return complain(refused.reply.message[0], EX_DATAERR)
-    verdicts = {given: check_rcpt(mailbox, settings, given) for given, mailbox in mailboxes.items()}
-    good = [mailbox for given, mailbox in mailboxes.items() if not verdicts[given]]
-    jobs = plan_shared(source, message, good, settings, queueid)
-    verdicts.update(told_of(good, run(deliver_and_leave(jobs, settings)) if jobs else []))
-    return told(verdicts)
+        message = complete_raw_message(raw, sender, loop, trace, queueid, settings.hostname, now)
+        raise_if_rejected(check_size(len(message.parts[0]), settings))
+    except Rejected as refused:
+        return print_error(refused.reply.message[0], EX_DATAERR)
+    replies = {given: check_rcpt(mailbox, settings, given) for given, mailbox in mailboxes.items()}
+    good = [mailbox for given, mailbox in mailboxes.items() if not replies[given]]
+    transactions = plan_shared(source, message, good, settings, queueid)
+    replies.update(replies_by_recipient(good, run(deliver_and_leave(transactions, settings)) if transactions else []))
+    return print_failures(replies)
 
 
-async def deliver_and_leave(jobs: list, settings: Settings) -> list:
-    sessions = Sessions(settings.smtpd.resolver)
-    outcomes = await deliver(jobs, sessions, settings)
-    await sessions.sweep(everything=True)
-    return outcomes
+async def deliver_and_leave(transactions: list, settings: Settings) -> list:
+    transport = TransportContext(settings.smtpd.resolver)
+    results = await deliver(transactions, transport, settings)
+    await transport.sweep(everything=True)
+    return results
 
 
-def told(verdicts: dict) -> int:
+def print_failures(replies: dict) -> int:
     """Names the recipients that failed; gives the exit code."""
     codes = {EX_OK}
-    for to, said in verdicts.items():
-        if said and not said.accepted:
-            codes.add(EX_NOPERM if said.status else EX_TEMPFAIL if said.temporary else EX_UNAVAILABLE)
-            complain(f"<{to}>: {said.code} {said.command}: {' '.join(said.message)}", 0)
+    for to, reply in replies.items():
+        if reply and not reply.accepted:
+            codes.add(EX_NOPERM if reply.status else EX_TEMPFAIL if reply.temporary else EX_UNAVAILABLE)
+            print_error(f"<{to}>: {reply.code} {reply.command}: {' '.join(reply.message)}", 0)
     return next(code for code in (EX_TEMPFAIL, EX_UNAVAILABLE, EX_NOPERM, EX_OK) if code in codes)
 
 

@@ -432,15 +432,19 @@ def fill(path: str, count: int) -> None:
     sys.path.insert(0, str(ROOT))
     import haineko
 
-    store, now, first = haineko.Store(haineko.Queue(path=path)), time.time(), 1000
+    store, now, first = haineko.QueueDB(haineko.QueueSettings(path=path)), time.time(), 1000
     message = haineko.Message((b"Subject: Nyaa\r\nTo: ", b"\r\nMessage-Id: <", b"@x>\r\n\r\n" + b"x" * 1024 + b"\r\n"))
     place = {"mailer": "ESMTP", "host": "127.0.0.1", "port": 1}
-    fate = haineko.reply("lost", "Connection refused", command="CONN", **place), haineko.Step("open", 3600), []
+    fate = (
+        haineko.make_reply("lost", "Connection refused", command="CONN", **place),
+        haineko.Disposition("open", 3600),
+        [],
+    )
     work = []
     for i in range(first):
         to = (f"neko{i}@example.jp",) * 2 + (1, f"ESMTP 127.0.0.{i % 5}:1")
-        entry = haineko.Entry(f"{i:016d}", "mail", "kijitora@example.org", "", now, message, (to,))
-        work.append((haineko.put, (entry, [fate])))
+        entry = haineko.NewQueueItem(f"{i:016d}", "mail", "kijitora@example.org", "", now, message, (to,))
+        work.append((haineko.enqueue, (entry, [fate])))
     store.commit(work)
     store.commit([(copy, (first, count // first))])
     store.close(True)

@@ -44,7 +44,7 @@ NOW = 1700000000
 
 
 def route(url: str, region: str, key: str, secret: str, token: str) -> haineko.Route:
-    return haineko.Route("AmazonSES", base_url=url, region=region, auth="key", login=(key, secret), token=token)
+    return haineko.Route("AmazonSES", base_url=url, region=region, auth="key", credentials=(key, secret), token=token)
 
 
 class Frozen(datetime.datetime):
@@ -59,7 +59,7 @@ class Frozen(datetime.datetime):
         return cls(1970, 1, 1, tzinfo=tz) + datetime.timedelta(seconds=NOW)
 
 
-def signed_by_botocore(call: haineko.Call, to: haineko.Route) -> str:
+def signed_by_botocore(call: haineko.HTTPRequest, to: haineko.Route) -> str:
     headers = {"Content-Type": call.type} if call.method == "POST" else {}
     request = botocore.awsrequest.AWSRequest(call.method, to.url + call.path, headers, call.body)
     credentials = botocore.credentials.Credentials(*to.login, to.token or None)
@@ -73,12 +73,12 @@ class Signatures(unittest.TestCase):
     def test_the_same_as_botocores(self):
         for *place, body in CASES:
             for call in (
-                haineko.Call("POST", "/v2/email/outbound-emails", body),
-                haineko.Call("GET", "/v2/email/account"),
+                haineko.HTTPRequest("POST", "/v2/email/outbound-emails", body),
+                haineko.HTTPRequest("GET", "/v2/email/account"),
             ):
                 to = route(*place)
                 with self.subTest(to.url, call=call.method):
-                    ours = dict(haineko.signed(call, to, NOW).headers)
+                    ours = dict(haineko.sign_sigv4(call, to, NOW).headers)
                     self.assertEqual(ours["Authorization"], signed_by_botocore(call, to))
                     self.assertEqual(ours["x-amz-date"], "20231114T221320Z")
 
@@ -86,8 +86,8 @@ class Signatures(unittest.TestCase):
         model = botocore.session.get_session().get_service_model("sesv2").operation_model("SendEmail")
         octets = b"From: =?UTF-8?B?44Kt44K4?= <a@b.example>\r\nTo: c@d.example\r\n\r\nx\r\n"
         message = haineko.Message((octets,))
-        job = haineko.Job(route(*CASES[0][:5]), "h", "Q" * 16, "e@f.example", ("c@d.example",), message)
-        call = haineko.amazonses_call(job, NOW)
+        job = haineko.Transaction(route(*CASES[0][:5]), "h", "Q" * 16, "e@f.example", ("c@d.example",), message)
+        call = haineko.amazonses_request(job, NOW)
         body = json.loads(call.body)
         report = botocore.validate.ParamValidator().validate(body, model.input_shape)
         self.assertFalse(report.has_errors(), report.generate_report())

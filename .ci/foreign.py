@@ -731,12 +731,12 @@ class Reader(unittest.TestCase):
     def test_compose(self, subject, author, replyto, body, charset):
         header = {"subject": subject, "from": author[0], "replyto": replyto[0], "charset": charset}
         raw = {"mail": "sender@example.org", "rcpt": ["neko@example.jp"], "header": header, "body": body}
-        submission, faults = haineko.understand(json.dumps(raw).encode())
+        submission, faults = haineko.parse_submission(json.dumps(raw).encode())
         if charset == "ISO-2022-JP" and "\x1b" in "".join((subject, author[0], replyto[0], body)):
             return  # such strings may be that encoding itself; they are another test's
         self.faults(faults, header, body, author, replyto)
         if not faults:
-            client = haineko.plain_address("192.0.2.1")
+            client = haineko.parse_ip("192.0.2.1")
             message = haineko.compose(submission, "0" * 16, client, "haineko.example.org", 1388741758.0)
             octets = message.copy("neko@example.jp", 1)
             self.form(octets)
@@ -803,7 +803,7 @@ def decoded(octets, charset):
     """ISO-2022-JP as mail readers know it: with the rows that Python's codec lacks."""
     if charset.lower() != "iso-2022-jp":
         return octets.decode(charset)
-    return haineko.jis_text(octets.decode("ascii"))
+    return haineko.jis_to_text(octets.decode("ascii"))
 
 
 def header_text(message, name):
