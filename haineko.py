@@ -3859,7 +3859,7 @@ class SMTPReply(NamedTuple):
     lines: tuple
 
 
-class ProtocolError(ConnectionError):  # noqa: N818
+class ProtocolError(ConnectionError):
     """The other side said something that is no SMTP reply, or not one that can stand there."""
 
 
@@ -7632,7 +7632,7 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 # ======================================================================================================================
 
 
-class CommandError(Exception):  # noqa: N818
+class CommandError(Exception):
     """A command that can't be carried out as it was asked: its message and exit code."""
 
 

@@ -993,7 +993,7 @@ class LogLines(Quiet):
             self.assertTrue(line.endswith(": " + wanted), line)
 
     def test_lines_that_are_held_are_written_by_flush_in_their_order(self):
-        self.addCleanup(setattr, haineko.log, "held", None)
+        self.addCleanup(setattr, haineko.log, "buffer", None)
         haineko.log.start_buffering()
         writers = [threading.Thread(target=self._write, args=(name,)) for name in "ab"]
         for writer in writers:
@@ -1078,8 +1078,8 @@ class LogLines(Quiet):
         self.addCleanup(os.close, reading)
         os.dup2(writing, 2)
         os.close(writing)
-        self.addCleanup(setattr, haineko.log, "held", None)
-        self.addCleanup(setattr, haineko.log, "reader", haineko.LogSink())
+        self.addCleanup(setattr, haineko.log, "buffer", None)
+        self.addCleanup(setattr, haineko.log, "stderr_sink", haineko.LogSink())
         haineko.log.buffer, haineko.log.stderr_sink.budget, haineko.log.stderr_sink.waited = [], 0.02, time.monotonic()
         os.set_blocking(2, False)
         with contextlib.suppress(BlockingIOError):
@@ -2523,7 +2523,7 @@ class Parts(unittest.TestCase):
             self.assertEqual(shown, wanted)
 
     def test_text_alone_is_no_affair_of_email(self):
-        code = "import sys, haineko; s, _ = haineko.understand(sys.stdin.buffer.read());"
+        code = "import sys, haineko; s, _ = haineko.parse_submission(sys.stdin.buffer.read());"
         code += " haineko.compose(s, 'Q' * 16, None, 'x', 0.0); print('email.policy' in sys.modules)"
         for changes, wanted in (
             ({}, b"False"),
@@ -4837,7 +4837,7 @@ class SmtpSessions(Peers):
 
     def test_the_text_waits_for_its_go_ahead(self) -> None:
         def early(talk, line) -> str:
-            hasty.append(bool(talk.recv_buffer or select.select([talk.sock], [], [], 0.05)[0]))
+            hasty.append(bool(talk.unread or select.select([talk.sock], [], [], 0.05)[0]))
             return "354 go on"
 
         for offers in ((), ("PIPELINING",)):
@@ -4849,7 +4849,7 @@ class SmtpSessions(Peers):
 
     def test_with_pipelining_the_envelope_is_one_flight(self) -> None:
         def together(talk, line) -> str:
-            flights.append(talk.recv_buffer.count(b"\r\n"))
+            flights.append(talk.unread.count(b"\r\n"))
             return "250 2.1.0 ok"
 
         for offers, wanted in (((), 0), (("PIPELINING",), 4)):
@@ -4894,7 +4894,7 @@ class SmtpSessions(Peers):
         text = head + "Subject: Nya\r\n\r\nにゃあ\r\n".encode()
         for offers in (("8BITMIME",), ()):
             peer = self.peer({}, *offers)
-            [[said]] = carried(job(peer, text=text, needs_8bitmime=True))
+            [[said]] = carried(job(peer, text=text, eight=True))
             self.assertEqual(said.code, "250")
             sender, _, octets = peer.mails[0]
             self.assertEqual("BODY=8BITMIME" in sender, bool(offers))
@@ -5089,7 +5089,7 @@ class SmtpSessions(Peers):
                 place = "127.0.0.1"
         if place.startswith("127."):
             self.skipTest("this machine has no address but loopback")
-        login = {"auth": "x", "login": ("a", "b")}
+        login = {"auth": "x", "credentials": ("a", "b")}
         self.assertEqual(self.told(carried(job(peer, **login))[0]), [("454", "4.7.11", "AUTH")])
         self.assertEqual([line[:4] for line in peer.lines], ["ehlo", "QUIT"])
         self.assertEqual(self.told(carried(job(peer, **login, starttls=True, tls_verify=False))[0]), [FINE])
@@ -5362,7 +5362,7 @@ class SmtpSessions(Peers):
 
     def test_sessions_that_nobody_uses_are_left(self) -> None:
         class Short(haineko.TransportContext):
-            IDLE, SCARCE = 9, 9
+            IDLE, IDLE_WHEN_FULL = 9, 9
 
         async def idle_for_a_while(limit: str, most: int) -> None:
             sessions = Short()
@@ -5376,7 +5376,7 @@ class SmtpSessions(Peers):
             await sessions.sweep()
             self.assertEqual(sessions.pools, {})
 
-        for limit, most in (("IDLE", haineko.SessionPool.OPENING), ("SCARCE", 1)):
+        for limit, most in (("IDLE", haineko.SessionPool.OPENING), ("IDLE_WHEN_FULL", 1)):
             with self.subTest(limit):
                 peer = self.peer()
                 haineko.run(idle_for_a_while(limit, most))
@@ -5557,7 +5557,12 @@ class Relays(Folder, Peers):
 
     def to_relay(self, name: str, peer: SmtpPeer, **more) -> haineko.Transaction:
         """Mail by that relay to the peer."""
-        web = {"base_url": f"http://127.0.0.1:{peer.port}", "auth": "x", "login": ("a", "b"), "region": "eu-west-1"}
+        web = {
+            "base_url": f"http://127.0.0.1:{peer.port}",
+            "auth": "x",
+            "credentials": ("a", "b"),
+            "region": "eu-west-1",
+        }
         places = {"File": {"host": self.folder}, "MX": {"private": True}, "SendGrid": web, "Mandrill": web}
         to = [item.replace("example.jp", "[127.0.0.1]") for item in TO] if name == "MX" else TO
         return job(peer, to, mailer=name, **{"AmazonSES": web, **places}.get(name, {}), **more)
@@ -6860,7 +6865,7 @@ class FarHaineko(unittest.TestCase):
                     self.sent(job),
                     {"mail": "kijitora@example.org", "rcpt": ["mikeneko@example.jp"], "raw": job.octets().decode()},
                 )
-        job = raw_job(route, b"Subject: \xff\n\nx\n", needs_8bitmime=True)
+        job = raw_job(route, b"Subject: \xff\n\nx\n", eight=True)
         self.assertEqual(base64.b64decode(self.sent(job)["raw"]["base64"]), job.octets())
 
     def test_a_message_for_several_recipients_goes_whole_and_once(self):
@@ -7303,7 +7308,7 @@ class AmazonSignature(unittest.TestCase):
         with WebPeer(as_amazonses) as peer:
             octets = "From: a@b.example\nMIME-Version: 1.0\nContent-Type: text/plain; charset=utf-8\n"
             octets += "Content-Transfer-Encoding: 8bit\n\nにゃあ\n"
-            said = first_reply(raw_job(web_route("AmazonSES", peer.url), octets.encode(), needs_8bitmime=True))
+            said = first_reply(raw_job(web_route("AmazonSES", peer.url), octets.encode(), eight=True))
             self.assertEqual(said.code, "250")
             message = email.message_from_bytes(
                 base64.b64decode(peer.asked[0].json()["Content"]["Raw"]["Data"]), policy=email.policy.default
@@ -7685,8 +7690,17 @@ class QueuePure(unittest.TestCase):
         message = haineko.Message(
             ("Subject: ねこ\r\nTo: ".encode(), b"\r\nMessage-Id: <Q.", b"@x>\r\n\r\nNyaa\r\n"), True
         )
-        values = {"id": 1, "queueid": "Q" * 16, "kind": "mail", "sender": "s@example.org", "login": "", "born": 1e9}
-        values.update(message=message, given="A@example.jp", recipient="A@example.jp", number=1, lane="x", attempts=2)
+        values = {
+            "id": 1,
+            "queueid": "Q" * 16,
+            "kind": "mail",
+            "sender": "s@example.org",
+            "login": "",
+            "created_at": 1e9,
+        }
+        values.update(
+            message=message, as_written="A@example.jp", recipient="A@example.jp", number=1, destination="x", attempts=2
+        )
         return haineko.LeasedRecipient(**{**values, "history": (), **more})
 
     def test_bounce(self):
@@ -7825,9 +7839,9 @@ class QueueStore(unittest.TestCase):
     def test_take_by_lane(self):
         now = time.time()
         for n in range(6):
-            self.do(haineko.enqueue, entry(f"slow{n}", destination="slow"), None)
-        self.do(haineko.enqueue, entry("fast", destination="fast"), None)
-        self.do(haineko.enqueue, entry("later", destination="fast", created_at=now + 100), None)
+            self.do(haineko.enqueue, entry(f"slow{n}", lane="slow"), None)
+        self.do(haineko.enqueue, entry("fast", lane="fast"), None)
+        self.do(haineko.enqueue, entry("later", lane="fast", born=now + 100), None)
         table = (
             ("two of each lane at most", {}, {}, ["fast", "slow0", "slow1"]),
             ("less those under way", {"slow": 1, "fast": 2}, {}, ["slow2"]),
@@ -7858,10 +7872,10 @@ class QueueStore(unittest.TestCase):
         self.do(haineko.enqueue, entry(to=("a@example.jp", "b@example.jp")), None, True)
         self.assertEqual(self.do(haineko.lease_due, time.time(), 9, {}, {}, 0), [])
         code = (
-            f"import haineko, time; s = haineko.Store(haineko.Queue(path={self.policy.path!r}, min_free=0));"
-            "s.commit([(haineko.recover, (s.locks, s.policy, time.time()))]);"
-            "s.commit([(haineko.recover, (s.locks, s.policy, time.time()))]);"
-            "print(s.slot, len(s.commit([(haineko.take, (time.time() + 999, 9, {}, {}, 0))])[0]))"
+            f"import haineko, time; s = haineko.QueueDB(haineko.QueueSettings(path={self.policy.path!r}, min_free=0));"
+            "s.commit([(haineko.reclaim_dead_leases, (s.locks, s.settings, time.time()))]);"
+            "s.commit([(haineko.reclaim_dead_leases, (s.locks, s.settings, time.time()))]);"
+            "print(s.slot, len(s.commit([(haineko.lease_due, (time.time() + 999, 9, {}, {}, 0))])[0]))"
         )
 
         def other():
@@ -7943,8 +7957,8 @@ class QueueStore(unittest.TestCase):
         code = (
             "import os, sys, fcntl, sqlite3, traceback, haineko, test_haineko;"
             "os.getuid() or os.setuid(65534);"
-            f"store = haineko.Store(haineko.Queue(path={self.policy.path!r}, min_free=0));"
-            "(result,) = store.commit([(haineko.put, (test_haineko.entry(), None))]);"
+            f"store = haineko.QueueDB(haineko.QueueSettings(path={self.policy.path!r}, min_free=0));"
+            "(result,) = store.commit([(haineko.enqueue, (test_haineko.entry(), None))]);"
             "sys.exit(0 if isinstance(result, haineko.Refused) else 1)"
         )
         found = subprocess.run(
