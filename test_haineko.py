@@ -10403,7 +10403,8 @@ class Readme(unittest.TestCase):
         cls.logs = []
         cls.url = cls.serve()
         nobody = {"httpd": {"listen": "127.0.0.1:0", "workers": 1}, "recipients": {}}
-        cls.refusing = cls.serve("-c", cls.write("nobody.json", json.dumps(nobody)))
+        flags = ("-c", cls.write("nobody.json", json.dumps(nobody)))
+        cls.refusing = cls.serve(*flags, program=("-m", "haineko"))  # as in production
 
     @classmethod
     def marked(cls, language, mark):
@@ -10426,9 +10427,9 @@ class Readme(unittest.TestCase):
         return values
 
     @classmethod
-    def serve(cls, *flags):
+    def serve(cls, *flags, program=("haineko.py",)):
         """Starts a server until the class is done; gives its URL."""
-        command = [sys.executable, "haineko.py", "serve", *(flags or ("--listen", "127.0.0.1:0", "--workers", "1"))]
+        command = [sys.executable, *program, "serve", *(flags or ("--listen", "127.0.0.1:0", "--workers", "1"))]
         cls.logs.append(os.path.join(cls.folder, f"log{len(cls.logs)}"))
         with open(cls.logs[-1], "w+b") as log:
             server = subprocess.Popen(command, cwd=cls.folder, env=cls.environment(), stderr=log)
@@ -10634,11 +10635,19 @@ class Readme(unittest.TestCase):
             for key, default in haineko.redacted(cls()).items():
                 wanted = default[0] if key == "listen" else default
                 wanted = "see below" if key == "syslog" else f"`{json.dumps(wanted)}`"
-                with self.subTest(key):
-                    self.assertIn(f"\n| `{key}` | {wanted} |", self.text)
+                with self.subTest(key, section=cls.__name__):
+                    self.assertIn(f"`{key}` | {wanted} |", self.rows_of_section(cls))
         for name in haineko.key_table(haineko.Settings):
             with self.subTest(name):
                 self.assertRegex(self.text, rf"(?m)^### .*\b{name}\b")
+
+    def rows_of_section(self, cls):
+        """The rows of a table of settings from that of the section's name to that of the next one."""
+        names = {haineko.Tls: "`httpd.tls`", haineko.Syslog: "`smtpd.syslog`"}
+        names.update({haineko.Route: "a route", haineko.Credentials: "`authinfo`, a name"})
+        name = names.get(cls, f"`{cls.__name__.lower()}`")
+        (found,) = re.findall(rf"(?m)^\| {re.escape(name)} \|.*\n(?:\| \| .*\n)*", self.text)
+        return found
 
     def test_every_row_of_a_table_stands_in_a_table(self):
         for name in haineko.COMMANDS:
@@ -10647,12 +10656,13 @@ class Readme(unittest.TestCase):
             self.assertIn(f"\n| `{name}` |", self.text)
         for method, path in haineko.ENDPOINTS:
             self.assertIn(f"`{method} {path}`", self.text)
-        for slug, (status, code, dsn, _, line) in haineko.REPLIES.items():
+        for slug, (status, code, dsn, command, line) in haineko.REPLIES.items():
             with self.subTest(slug):
-                words = re.escape(line).replace("%s", "GET" if slug == "method" else ".+")
-                if words != ".+" and code != "200":
-                    head = rf"{code} \| {re.escape(dsn or '')} ?\|.*" if dsn or slug == "json" else f"{status} .*"
-                    self.assertRegex(self.text, rf"(?m)^\|.*{head}\| {words}[ |(]")
+                words = re.escape(line).replace("%s", "GET" if slug == "method" else r"\w+")
+                if line != "%s" and code != "200":
+                    head = rf"[^|]*\b{status}\b[^|]*\|.*" if status else ".*"  # a refusal: the row of its status
+                    said = " ".join(re.escape(word) for word in (code, dsn, command) if word)
+                    self.assertRegex(self.text, rf"(?m)^\|{head}(?:\| |<br>){said} {words}(?: \||<br>| \()")
         for key in (
             *haineko.key_table(haineko.Submission),
             *(f"header.{key}" for key in haineko.key_table(haineko.Header)),
