@@ -30,30 +30,6 @@ Spoken here: RFC 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 29
 
 from __future__ import annotations
 
-import os
-import sys
-
-# Compiling a file of this size takes as much memory as a server and all its workers, and Python keeps it. So a server
-# starts over with its code as it is then in memory; `over` is set the second time. -S: without a look for packages, of
-# which it uses none.
-if __name__ == "__main__" and sys.argv[1:2] in (["serve"], ["start"], ["restart"]) and "over" not in globals():
-    if hasattr(os, "memfd_create") and __spec__ is None:
-        import marshal
-
-        try:
-            memory = os.memfd_create("haineko", 0)
-            with open(memory, "wb", closefd=False) as code:
-                code.write(marshal.dumps(sys._getframe().f_code))
-                code.seek(0)
-            stub = "__file__ = {!r}; import marshal, sys; over = sys.argv.pop(0)"
-            stub += "; sys.path = [p or {!r} for p in sys.path]; exec(marshal.loads(open({}, 'rb').read()))"
-            stub = stub.format(__file__, sys.path[0], memory)
-            flags = getattr(sys, "orig_argv", sys.argv)[1 : -len(sys.argv)]
-            os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1048576")  # glibc then gives large mails' memory back
-            os.execv(sys.executable, [sys.executable, *flags, "-S", "-c", stub, *sys.argv])
-        except OSError:  # then it takes more memory
-            pass
-
 import base64
 import binascii
 import codecs
@@ -71,6 +47,7 @@ import ipaddress
 import itertools
 import json
 import mmap
+import os
 import queue
 import re
 import select
@@ -81,6 +58,7 @@ import socket
 import ssl
 import stat
 import struct
+import sys
 import threading
 import time
 import types
@@ -208,6 +186,24 @@ def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
         "host": reply.host,
         "port": reply.port,
     }
+
+
+def cache_short(maxsize: int, limit: int = 512) -> Callable:
+    """Decorate a function with an LRU cache that keeps only calls whose first argument is short.
+
+    Clients choose what is parsed: long values would fill the memory.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        cached = functools.lru_cache(maxsize)(function)
+
+        @functools.wraps(function)
+        def call(first: Any, *others: Any) -> Any:
+            return (cached if len(first) <= limit else function)(first, *others)
+
+        return call
+
+    return decorate
 
 
 def new_queueid(now: float) -> str:
