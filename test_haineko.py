@@ -7475,7 +7475,7 @@ class WebProbes(unittest.TestCase):
             with self.subTest(mailer), HttpPeer(PEERS[mailer]) as peer:
                 findings = self.findings(web_route(mailer, peer.url))
                 self.assertEqual([item.step for item in findings], ["DNS", "TCP", "TLS", "AUTH"])
-                self.assertTrue(all(item.ok and item.words.isprintable() for item in findings), findings)
+                self.assertTrue(all(item.ok and item.text.isprintable() for item in findings), findings)
                 self.assertIn(words, findings[-1].text)
                 self.assertFalse(any(b"rcpt" in asked.body or b"raw" in asked.body for asked in peer.asked))
 
@@ -7499,7 +7499,7 @@ class WebProbes(unittest.TestCase):
         said = {"message": "User is not authorized"}
         refusal = 403, said, (("x-amzn-ErrorType", "AccessDeniedException"),)
         with HttpPeer(lambda asked: refusal) as peer:
-            self.assertTrue(self.findings(web_route("AmazonSES", peer.url))[-1].fine)
+            self.assertTrue(self.findings(web_route("AmazonSES", peer.url))[-1].ok)
 
     def test_nobody_there(self):
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -7830,7 +7830,7 @@ class QueueStore(Quiet):
             "os.getuid() or os.setuid(65534);"
             f"store = haineko.QueueDB(haineko.QueueSettings(path={self.policy.path!r}, min_free=0));"
             "(result,) = store.commit([(haineko.enqueue, (test_haineko.entry(), None))]);"
-            "sys.exit(0 if isinstance(result, haineko.Refused) else 1)"
+            "sys.exit(0 if isinstance(result, haineko.Rejected) else 1)"
         )
         found = subprocess.run(
             [sys.executable, "-c", code],
@@ -9270,8 +9270,8 @@ class Workers(Peers):
     def test_as_many_files_as_the_machine_allows(self) -> None:
         code = (
             "import resource, haineko; _, hard = resource.getrlimit(resource.RLIMIT_NOFILE); "
-            "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard)); haineko.allow_files(); "
-            "print(resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, haineko.FILES), hard), hard)"
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard)); haineko.raise_nofile_limit(); "
+            "print(resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, haineko.MAX_OPEN_FILES), hard), hard)"
         )
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=HERE, capture_output=True, env=environment(), check=False
