@@ -8,6 +8,7 @@ haineko.py in a temporary folder. Run with `python3 -m unittest`; standard libra
 from __future__ import annotations
 
 import ast
+import asyncio
 import base64
 import collections
 import concurrent.futures
@@ -30,6 +31,7 @@ import random
 import re
 import resource
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -111,6 +113,10 @@ async def and_closed(coroutine, sessions: haineko.TransportContext):
         await sessions.sweep(everything=True)
 
 
+async def together(*coroutines) -> None:
+    await asyncio.gather(*coroutines)
+
+
 def answered(asked: haineko.Request, service: haineko.App) -> haineko.Response:
     return haineko.run(and_closed(haineko.submit(asked, service), service.transport))
 
@@ -129,12 +135,11 @@ def over_http(octets: bytes, force: haineko.Settings, client: str = "127.0.0.1")
         here.shutdown(socket.SHUT_WR)
         there.setblocking(False)
         worker = haineko.Worker([], force, here)
-        connection = haineko.Connection(there, (client, 50320), worker)
-        worker.connections.add(connection)
-        worker.loop.spawn(connection.handle())
-        deadline = time.monotonic() + 10
-        while connection in worker.connections and time.monotonic() < deadline:
-            worker.loop.turn()
+
+        async def handled() -> None:
+            await asyncio.wait_for(haineko.Connection(there, (client, 50320), worker).handle(), 10)
+
+        worker.loop.run_until_complete(handled())
         worker.loop.close()
         head, _, body = b"".join(iter(lambda: here.recv(65536), b"")).partition(b"\r\n\r\n")
     return int(head.split(b" ")[1]), json.loads(body) if body else None
@@ -606,6 +611,8 @@ def run_program(*words: str, given=None, **more) -> subprocess.CompletedProcess:
 class Server:
     """A real `haineko.py serve` with settings in a folder of its own; without settings where they are None."""
 
+    COMMAND = (PROGRAM,)
+
     def __init__(self, force: dict | None, *options: str, before=None) -> None:
         self.temporary = tempfile.TemporaryDirectory(prefix="haineko-test-")
         self.folder = self.temporary.name
@@ -620,7 +627,7 @@ class Server:
     def start(self) -> None:
         seen = len(self.log())
         self.process = subprocess.Popen(
-            [sys.executable, PROGRAM, "serve", *self.options],
+            [sys.executable, *self.COMMAND, "serve", *self.options],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self.output,
@@ -709,6 +716,16 @@ class Server:
         self.temporary.cleanup()
 
 
+class ServerOnSelect(Server):
+    """The same on a system without epoll."""
+
+    COMMAND = (
+        "-c",
+        "import selectors, sys; selectors.DefaultSelector = selectors.SelectSelector;"
+        f"sys.path.insert(0, {os.path.dirname(PROGRAM)!r}); import haineko; sys.exit(haineko.main(sys.argv[1:]))",
+    )
+
+
 def served(test: unittest.TestCase, *values, **more) -> Server:
     """A Server that ends with the test."""
     server = Server(*values, **more)
@@ -762,7 +779,7 @@ def side_by_side(*groups: tuple) -> list:
         found[i] = replies, time.monotonic() - began
         await sessions.sweep(everything=True)
 
-    haineko.run(haineko.gather([one(i, jobs) for i, jobs in enumerate(groups)]))
+    haineko.run(together(*[one(i, jobs) for i, jobs in enumerate(groups)]))
     return [found[i] for i in range(len(groups))]
 
 
@@ -796,6 +813,262 @@ def _links_to_socket(name: str) -> bool:
         return os.readlink(f"/proc/self/fd/{name}").startswith("socket:")
     except OSError:
         return False
+
+
+# ======================================================================================================================
+# 9. Event loop
+# ======================================================================================================================
+
+
+class CountingSelector(selectors.SelectSelector):
+    """Selector that counts how often it was asked to do something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: collections.Counter = collections.Counter()
+
+    def register(self, *values):
+        self.calls["register"] += 1
+        return super().register(*values)
+
+    def modify(self, *values):
+        self.calls["modify"] += 1
+        return super().modify(*values)
+
+    def unregister(self, *values):
+        self.calls["unregister"] += 1
+        return super().unregister(*values)
+
+    def select(self, *values):
+        self.calls["select"] += 1
+        return super().select(*values)
+
+
+class AsyncSockets(Quiet):
+    """AsyncSocket and EventLoop, with the selector of the system and with select()."""
+
+    def on_each(self, story) -> None:
+        """Runs the coroutine function with each selector; it may take 5 seconds."""
+        for selector in (selectors.DefaultSelector, selectors.SelectSelector):
+            with self.subTest(selector.__name__):
+                loop = haineko.EventLoop(selector())
+                try:
+                    loop.run_until_complete(asyncio.wait_for(story(), 5))
+                finally:
+                    loop.close()
+
+    def pair(self) -> tuple:
+        """(AsyncSocket, a non-blocking socket at its other end)."""
+        here, there = socket.socketpair()
+        for sock in (here, there):
+            sock.setblocking(False)
+            self.addCleanup(sock.close)
+        return haineko.AsyncSocket(here), there
+
+    def test_a_wait_ends_at_its_deadline_and_the_socket_is_waited_for_again(self) -> None:
+        async def one(here, there, seconds: float) -> float:
+            began = time.monotonic()
+            with self.assertRaises(socket.timeout):
+                await here.recv(1, began + seconds)
+            late = time.monotonic() - began - seconds
+            there.send(b"x")
+            self.assertEqual(await here.recv(1, time.monotonic() + 1), b"x")
+            return late
+
+        async def story() -> None:
+            lates = []
+            for _ in range(3):  # a busy machine may be late once
+                found = await asyncio.gather(*[one(*self.pair(), seconds) for seconds in (0.1, 0.03, 0.06)])
+                self.assertGreaterEqual(min(found), -0.002)
+                lates.append(max(found))
+            self.assertLess(min(lates), 0.03)
+
+        self.on_each(story)
+
+    def test_a_later_wait_may_have_a_sooner_or_a_later_deadline(self) -> None:
+        async def story() -> None:
+            here, there = self.pair()
+            for first, second in ((0.5, 0.05), (0.02, 0.1), (float("inf"), 0.05)):
+                with self.assertRaises(socket.timeout):
+                    await here.recv(1, time.monotonic() - 1)
+                asyncio.get_running_loop().call_later(0.01, there.send, b"y")
+                self.assertEqual(await here.recv(1, time.monotonic() + first), b"y")
+                began = time.monotonic()
+                with self.assertRaises(socket.timeout):
+                    await here.recv(1, began + second)
+                self.assertTrue(second - 0.002 <= time.monotonic() - began < 0.4, (first, second))
+
+        self.on_each(story)
+
+    def test_waits_leave_the_selector_alone_and_idle_ones_cost_nothing(self) -> None:
+        selector = CountingSelector()
+        loop = haineko.EventLoop(selector)
+
+        async def story() -> None:
+            pairs = [self.pair() for _ in range(100)]
+            before = dict(selector.calls)
+            idle = [asyncio.ensure_future(here.recv(1, time.monotonic() + 60)) for here, _ in pairs[1:]]
+            here, there = pairs[0]
+            for _ in range(50):
+                loop.call_soon(there.send, b"x")
+                await here.recv(1, time.monotonic() + 60)
+            self.assertEqual(selector.calls["register"] - before.get("register", 0), 100)
+            self.assertEqual((selector.calls["modify"], selector.calls["unregister"]), (0, 0))
+            turns = selector.calls["select"]
+            await asyncio.sleep(0.2)
+            self.assertLess(selector.calls["select"] - turns, 5)
+            for each in [here for here, _ in pairs]:
+                each.close()
+            await asyncio.wait(idle)
+            self.assertEqual(selector.calls["unregister"], 100)
+            self.assertEqual({type(each.exception()) for each in idle}, {ConnectionAbortedError})
+
+        loop.run_until_complete(asyncio.wait_for(story(), 5))
+        loop.close()
+
+    def test_what_comes_while_nobody_waits_is_not_lost_and_does_not_spin(self) -> None:
+        selector = CountingSelector()
+        loop = haineko.EventLoop(selector)
+
+        async def story() -> None:
+            here, there = self.pair()
+            loop.call_soon(there.send, b"a")
+            self.assertEqual(await here.recv(1, time.monotonic() + 1), b"a")
+            there.send(b"bc")
+            turns = selector.calls["select"]
+            await asyncio.sleep(0.1)
+            self.assertLess(selector.calls["select"] - turns, 5)
+            self.assertEqual(await here.recv(1, time.monotonic() + 1), b"b")
+            self.assertEqual(await here.recv(1, time.monotonic() + 1), b"c")
+            loop.call_later(0.01, there.send, b"d")
+            self.assertEqual(await here.recv(1, time.monotonic() + 1), b"d")
+
+        loop.run_until_complete(asyncio.wait_for(story(), 5))
+        loop.close()
+
+    def test_cancelled_closed_or_taken_twice(self) -> None:
+        async def story() -> None:
+            here, there = self.pair()
+            task = asyncio.ensure_future(here.recv(1, time.monotonic() + 9))
+            await asyncio.sleep(0)
+            with self.assertRaises(RuntimeError):
+                await here.recv(1, time.monotonic() + 9)
+            task.cancel()
+            await asyncio.wait([task])
+            there.send(b"x")
+            self.assertEqual(await here.recv(1, time.monotonic() + 9), b"x")  # a wait that was cancelled took nothing
+            self.assertFalse(here.abort(ConnectionAbortedError("nobody waits")))
+            task = asyncio.ensure_future(here.recv(1, time.monotonic() + 9))
+            await asyncio.sleep(0)
+            number = here.sock.fileno()
+            here.close()
+            here.close()
+            with self.assertRaises(ConnectionAbortedError):
+                await task
+            with self.assertRaises((OSError, ValueError)):
+                await here.wait_ready(time.monotonic() + 9)
+            again, there = self.pair()  # the same file descriptor is another connection
+            self.assertEqual(again.sock.fileno(), number)
+            asyncio.get_running_loop().call_later(0.01, there.send, b"y")
+            self.assertEqual(await again.recv(1, time.monotonic() + 9), b"y")
+
+        self.on_each(story)
+
+    def test_more_than_a_buffer_is_sent_while_the_other_side_talks(self) -> None:
+        octets = os.urandom(1 << 16) * 64
+
+        async def story() -> None:
+            here, there = self.pair()
+            far, found = haineko.AsyncSocket(there), bytearray()
+            there.send(b"not read yet")
+            task = asyncio.ensure_future(here.sendall(octets, time.monotonic() + 5))
+            while len(found) < len(octets):
+                found += await far.recv(1 << 18, time.monotonic() + 5)
+                await asyncio.sleep(0.001)
+            await task
+            self.assertEqual(found, octets)
+            with self.assertRaises(socket.timeout):
+                await here.sendall(octets, time.monotonic() + 0.05)
+            far.close()
+            with self.assertRaises(ConnectionError):
+                await here.sendall(octets, time.monotonic() + 1)
+
+        self.on_each(story)
+
+    def test_sends_of_one_iteration_leave_together_behind_the_log(self) -> None:
+        async def story() -> None:
+            for count in (1, 40):
+                pairs = [self.pair() for _ in range(count)]
+                haineko.log.start_buffering()
+                haineko.log.lines("told before")
+                tasks = [asyncio.ensure_future(here.sendall(b"x", time.monotonic() + 1)) for here, _ in pairs]
+                await asyncio.sleep(0)
+                left = sum(bool(select.select([there], [], [], 0)[0]) for _, there in pairs)
+                self.assertEqual((left, len(haineko.log.buffer)), (0, 1))
+                await asyncio.wait(tasks)
+                self.assertEqual([there.recv(9) for _, there in pairs], [b"x"] * count)
+                self.assertFalse(haineko.log.buffer)
+
+        self.addCleanup(setattr, haineko.log, "held", None)
+        self.on_each(story)
+
+    def test_lines_are_written_without_a_send_from_any_thread(self) -> None:
+        async def story() -> None:
+            haineko.log.start_buffering(asyncio.get_running_loop())
+            haineko.log.lines("from the loop")
+            await asyncio.sleep(0.01)
+            self.assertEqual(haineko.log.buffer, [])
+            await asyncio.to_thread(haineko.log.lines, "from a thread")
+            await asyncio.sleep(0.01)
+            self.assertEqual(haineko.log.buffer, [])
+
+        self.addCleanup(setattr, haineko.log, "loop", None)
+        self.addCleanup(setattr, haineko.log, "held", None)
+        self.on_each(story)
+        self.assertEqual([line.rpartition(": ")[2] for line in self.logged()], ["from the loop", "from a thread"] * 2)
+
+    def test_tls(self) -> None:
+        pem, octets = certificate(), os.urandom(1 << 16) * 16
+        server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context(cafile=pem)
+        server.load_cert_chain(pem)
+
+        async def story() -> None:
+            (here, there), deadline = self.pair(), time.monotonic() + 5
+            here.sock = client.wrap_socket(here.sock, server_hostname="localhost", do_handshake_on_connect=False)
+            far = haineko.AsyncSocket(server.wrap_socket(there, server_side=True, do_handshake_on_connect=False))
+            await asyncio.gather(*[each.call(each.sock.do_handshake, deadline) for each in (here, far)])
+            task, found = asyncio.ensure_future(far.sendall(octets, deadline)), bytearray()
+            while len(found) < len(octets):
+                found += await here.recv(5000, deadline)
+            await task
+            self.assertEqual(found, octets)
+            with self.assertRaises(socket.timeout):
+                await here.recv(1, time.monotonic() + 0.02)
+            here.close()
+            far.close()
+
+        self.on_each(story)
+
+    def test_a_thread_s_exception_is_raised_and_a_task_s_is_logged(self) -> None:
+        async def fails() -> None:
+            raise KeyError("a fault of our own")
+
+        async def story() -> None:
+            with self.assertRaises(ValueError):
+                await asyncio.gather(asyncio.to_thread(int, "no number"), asyncio.sleep(0.01))
+            asyncio.get_running_loop().create_task(fails())
+            await asyncio.sleep(0.01)
+            gc.collect()
+            self.assertIn("a fault of our own", self.logged()[-1])
+
+        self.on_each(story)
+
+    def test_run_leaves_no_file_open(self) -> None:
+        before = sockets_open()
+        self.assertEqual(haineko.run(asyncio.sleep(0, "result")), "result")
+        with self.assertRaises(ZeroDivisionError):
+            haineko.run(asyncio.to_thread(divmod, 1, 0))
+        self.assertEqual(sockets_open(), before)
 
 
 # A certificate authority of the tests, and what it signed for mx.sts.example, mta-sts.sts.example and localhost.
@@ -4076,323 +4349,6 @@ class Routes(unittest.TestCase):
 # ======================================================================================================================
 
 
-POLLERS = ([haineko.Epoll] if hasattr(select, "epoll") else []) + [haineko.Selector]
-
-
-class Waiting(Quiet):
-    def each(self):
-        """A loop for each poller, closed behind it."""
-        for poller in POLLERS:
-            loop = haineko.Loop()
-            loop.poller.close()
-            loop.poller = poller()
-            try:
-                yield loop
-            finally:
-                loop.close()
-
-    def run_all(self, loop: haineko.Loop, *coroutines, most: float = 5.0) -> list:
-        """What each returned or raised, and the seconds it took."""
-        found: dict = {}
-
-        async def one(i: int, coroutine) -> None:
-            try:
-                value = await coroutine
-            except Exception as fault:
-                value = fault
-            found[i] = value, time.monotonic() - began
-
-        began = time.monotonic()
-        for i, coroutine in enumerate(coroutines):
-            loop.spawn(one(i, coroutine))
-        while len(found) < len(coroutines):
-            self.assertLess(time.monotonic() - began, most, "the loop does not end")
-            loop.turn()
-        return [found[i] for i in range(len(coroutines))]
-
-    def pair(self) -> tuple:
-        here, there = socket.socketpair()
-        for sock in (here, there):
-            sock.setblocking(False)
-            self.addCleanup(sock.close)
-        return here, there
-
-    def test_who_could_go_on_lets_the_others_go_first(self) -> None:
-        async def count(name: str, seen: list) -> None:
-            for _ in range(3):
-                seen.append(name)
-                await haineko.sleep(0)
-
-        async def both() -> list:
-            seen: list = []
-            await haineko.gather([count("a", seen), count("b", seen)])
-            return seen
-
-        self.assertEqual(haineko.run(both()), ["a", "b", "a", "b", "a", "b"])
-
-    def test_sleepers_wake_in_the_order_of_their_times(self) -> None:
-        async def sleeper(seconds: float) -> None:
-            await haineko.sleep(seconds)
-            woken.append(seconds)
-
-        for loop in self.each():
-            woken: list = []
-            self.run_all(loop, *[sleeper(seconds) for seconds in (0.09, 0, 0.03, 0.06)])
-            self.assertEqual(woken, [0, 0.03, 0.06, 0.09])
-
-    def test_what_waits_for_a_socket_ends_at_its_deadline(self) -> None:
-        for loop in self.each():
-            late = []
-            for _ in range(3):  # a busy machine may be late once
-                now, ends = time.monotonic(), (0.1, 0.03, 0.06)
-                waits = [haineko.sock_recv(self.pair()[0], 10, now + seconds) for seconds in ends]
-                found = self.run_all(loop, *waits)
-                self.assertEqual({type(value) for value, _ in found}, {socket.timeout})
-                late.append(max(abs(took - wanted) for (_, took), wanted in zip(found, ends)))
-            self.assertLess(min(late), 0.03)
-
-    def test_a_deadline_that_comes_later_and_lies_sooner_is_kept(self) -> None:
-        async def late() -> None:
-            await haineko.sleep(0.05)
-            await haineko.sock_recv(self.pair()[0], 10, time.monotonic() + 0.05)
-
-        for loop in self.each():
-            far = haineko.sock_recv(self.pair()[0], 10, time.monotonic() + 0.4)
-            (_, long), (value, short) = self.run_all(loop, far, late())
-            self.assertIsInstance(value, socket.timeout)
-            self.assertLess(short, long)
-            self.assertGreater(long, 0.39)
-
-    def test_after_a_deadline_the_same_socket_is_waited_for_again(self) -> None:
-        async def twice(here, there) -> bytes:
-            with contextlib.suppress(socket.timeout):
-                await haineko.sock_recv(here, 10, time.monotonic() + 0.02)
-            there.send(b"late")
-            return await haineko.sock_recv(here, 10, time.monotonic() + 1)
-
-        for loop in self.each():
-            self.assertEqual(self.run_all(loop, twice(*self.pair()))[0][0], b"late")
-
-    def test_octets_that_came_between_two_waits_are_not_overlooked(self) -> None:
-        async def reader(sock) -> bytes:
-            found = b""
-            while len(found) < 6:
-                found += await haineko.sock_recv(sock, 1, time.monotonic() + 1)
-                await haineko.sleep(0.01)
-            return found
-
-        async def writer(sock) -> None:
-            for part in (b"ab", b"cde", b"f"):
-                await haineko.sock_sendall(sock, part, time.monotonic() + 1)
-                await haineko.sleep(0.015)
-
-        for loop in self.each():
-            here, there = self.pair()
-            self.assertEqual(self.run_all(loop, reader(here), writer(there))[0][0], b"abcdef")
-
-    def test_more_than_a_buffer_goes_through_a_reader_that_is_slow(self) -> None:
-        octets = os.urandom(1 << 16) * 64
-
-        async def reader(sock) -> bytes:
-            parts = [b"-"]
-            while parts[-1]:
-                parts.append(await haineko.sock_recv(sock, 1 << 18, time.monotonic() + 1))
-                await haineko.sleep(0.001)
-            return b"".join(parts[1:])
-
-        async def writer(sock) -> None:
-            await haineko.sock_sendall(sock, octets, time.monotonic() + 5)
-            sock.close()
-
-        for loop in self.each():
-            here, there = self.pair()
-            self.assertEqual(self.run_all(loop, reader(here), writer(there))[0][0], octets)
-
-    def test_what_is_sent_leaves_when_all_have_had_their_turn(self) -> None:
-        async def look(sock) -> None:
-            try:
-                seen.append(sock.recv(10))
-            except BlockingIOError:
-                seen.append(b"")
-
-        for loop in self.each():
-            for count, wanted in ((1, b""), (haineko.BURST - 1, b""), (haineko.BURST, b"x"), (haineko.BURST + 1, b"x")):
-                with self.subTest(count):
-                    seen: list = []
-                    pairs = [self.pair() for _ in range(count)]
-                    writers = [haineko.sock_sendall(here, b"x", time.monotonic() + 1) for here, _ in pairs]
-                    self.run_all(loop, *writers, look(pairs[0][1]))
-                    self.assertEqual(seen, [wanted])
-                    late = [there.recv(10) for _, there in pairs[1 if wanted else 0 :]]
-                    self.assertEqual(late, [b"x"] * len(late))
-
-    def test_a_reader_that_is_quicker_than_the_loop_is_not_overlooked(self) -> None:
-        octets = os.urandom(1 << 16) * 64
-
-        async def writer(sock, ended: list) -> None:
-            try:
-                ended.append(await haineko.sock_sendall(sock, octets, time.monotonic() + 1))
-            except OSError as fault:
-                ended.append(fault)
-
-        for stride in (1, 2, 3):  # turns until the reader has taken all that is here
-            for loop in self.each():
-                (here, there), ended, found, turns = self.pair(), [], bytearray(), 0
-                loop.spawn(writer(here, ended))
-                while not ended:
-                    loop.turn(0.001)
-                    turns += 1
-                    while turns % stride == 0:
-                        try:
-                            found += there.recv(1 << 20)
-                        except BlockingIOError:
-                            break
-                self.assertEqual((stride, ended), (stride, [None]))
-                found += there.recv(1 << 20) if len(found) < len(octets) else b""
-                self.assertEqual(len(octets) - len(found), 0)
-
-    def test_who_can_t_send_is_told_so_and_nobody_else(self) -> None:
-        for loop in self.each():
-            pairs = [self.pair() for _ in range(3)]
-            pairs[1][1].close()
-            found = self.run_all(loop, *[haineko.sock_sendall(here, b"x", time.monotonic() + 1) for here, _ in pairs])
-            self.assertEqual([type(value) for value, _ in found], [type(None), BrokenPipeError, type(None)])
-            self.assertEqual([there.recv(10) for _, there in pairs[::2]], [b"x", b"x"])
-
-    def test_who_reads_nothing_ends_a_send_at_its_deadline(self) -> None:
-        for loop in self.each():
-            here, _there = self.pair()
-            [(value, took)] = self.run_all(loop, haineko.sock_sendall(here, bytes(1 << 23), time.monotonic() + 0.1))
-            self.assertIsInstance(value, socket.timeout)
-            self.assertLess(took, 0.5)
-
-    def test_a_file_descriptor_used_again_is_another_connection(self) -> None:
-        async def twice() -> list:
-            found = []
-            for octet in (b"1", b"2"):
-                here, there = socket.socketpair()
-                here.setblocking(False)
-                answer = haineko.to_thread(lambda there=there, octet=octet: (time.sleep(0.02), there.sendall(octet)))
-                await haineko.gather([answer, reader(here, found)])
-                numbers.append(here.fileno())
-                here.close()
-                there.close()
-            return found
-
-        async def reader(sock, found: list) -> None:
-            found.append(await haineko.sock_recv(sock, 10, time.monotonic() + 1))
-
-        for loop in self.each():
-            numbers: list = []
-            self.assertEqual(self.run_all(loop, twice())[0][0], [b"1", b"2"])
-            self.assertEqual(numbers[0], numbers[1])
-
-    def test_interrupt_raises_in_the_one_that_waits_and_in_nobody_else(self) -> None:
-        async def interrupter(sock) -> None:
-            await haineko.sleep(0.02)
-            told.append(loop.interrupt(sock, ConnectionAbortedError("for another")))
-            told.append(loop.interrupt(self.pair()[0], ConnectionAbortedError("nobody waits for this one")))
-
-        for loop in self.each():
-            here, other, told = self.pair()[0], self.pair()[0], []
-            now = time.monotonic()
-            found = self.run_all(
-                loop,
-                haineko.sock_recv(here, 1, now + 2),
-                haineko.sock_recv(other, 1, now + 0.1),
-                interrupter(here),
-            )
-            self.assertIsInstance(found[0][0], ConnectionAbortedError)
-            self.assertIsInstance(found[1][0], socket.timeout)
-            self.assertEqual(told, [True, False])
-
-    def test_who_is_interrupted_when_its_event_is_here_already_is_told_so_once(self) -> None:
-        async def reader(sock, other) -> bytes:
-            octets = await haineko.sock_recv(sock, 1, time.monotonic() + 2)
-            loop.interrupt(other, ConnectionAbortedError("for another"))
-            return octets
-
-        async def writer(*socks) -> None:
-            await haineko.sleep(0.02)
-            for sock in socks:
-                sock.send(b"xy")
-
-        for loop in self.each():
-            (here, there), (other, far) = self.pair(), self.pair()
-            found = self.run_all(loop, reader(here, other), reader(other, here), writer(there, far))
-            self.assertEqual([type(value) for value, _ in found[:2]].count(ConnectionAbortedError), 1)
-            rest = self.run_all(loop, *[haineko.sock_recv(sock, 2, time.monotonic() + 2) for sock in (here, other)])
-            self.assertEqual(sorted(value for value, _ in rest), [b"xy", b"y"])
-
-    def test_functions_that_block_run_side_by_side_in_threads_used_again(self) -> None:
-        def block(barrier: threading.Barrier) -> int:
-            barrier.wait(2)
-            return threading.get_ident()
-
-        async def all_in_threads(count: int) -> set:
-            barrier, found = threading.Barrier(count), set()
-
-            async def one() -> None:
-                found.add(await haineko.to_thread(block, barrier))
-
-            await haineko.gather([one() for _ in range(count)])
-            return found
-
-        for loop in self.each():
-            [(first, _)] = self.run_all(loop, all_in_threads(20))
-            self.assertEqual(len(first), 20)
-            [(second, _)] = self.run_all(loop, all_in_threads(5))
-            self.assertLessEqual(second, first)
-
-    def test_what_is_raised_comes_back(self) -> None:
-        async def raiser() -> None:
-            raise KeyError("in the coroutine")
-
-        for coroutine, wanted in ((haineko.to_thread(int, "no number"), ValueError), (raiser(), KeyError)):
-            with self.assertRaises(wanted):
-                haineko.run(coroutine)
-
-    def test_one_that_raises_ends_alone_and_is_logged(self) -> None:
-        async def raiser() -> None:
-            raise RuntimeError("a fault of our own")
-
-        async def both() -> str:
-            await haineko.gather([raiser(), haineko.sleep(0.01)])
-            return "went on"
-
-        for loop in self.each():
-            self.assertEqual(self.run_all(loop, both())[0][0], "went on")
-            self.assertIn("a fault of our own", "\n".join(self.logged()))
-
-    def test_all_of_nothing_is_over_at_once(self) -> None:
-        self.assertIsNone(haineko.run(haineko.gather([])))
-
-    def test_a_thousand_wait_without_a_thread(self) -> None:
-        before = threading.active_count()
-
-        async def waiter(sock) -> bytes:
-            return await haineko.sock_recv(sock, 1, time.monotonic() + 2)
-
-        async def waker(socks: list) -> int:
-            await haineko.sleep(0.05)
-            threads = threading.active_count()
-            for sock in socks:
-                sock.send(b"x")
-            return threads
-
-        for loop in self.each():
-            pairs = [self.pair() for _ in range(200)]
-            waits = [waiter(here) for here, _ in pairs] + [haineko.sleep(0.1) for _ in range(800)]
-            *found, (threads, _) = self.run_all(loop, *waits, waker([there for _, there in pairs]))
-            self.assertEqual({value for value, _ in found[:200]}, {b"x"})
-            self.assertLessEqual(threads, before)
-
-    def test_run_leaves_no_file_open(self) -> None:
-        before = sockets_open()
-        haineko.run(haineko.sleep(0))
-        self.assertEqual(sockets_open(), before)
-
-
 # ======================================================================================================================
 # 10. DNS
 # ======================================================================================================================
@@ -4919,11 +4875,11 @@ class WebSessions(unittest.TestCase):
         async def story(route, peer) -> None:
             web = haineko.HTTPConnectionPool()
             call = haineko.HTTPRequest("GET", "/v3/scopes", headers=haineko.bearer_header(route))
-            await haineko.gather([web.request(route, call) for _ in range(5)])
+            await asyncio.gather(*[web.request(route, call) for _ in range(5)])
             self.assertEqual((peer.lines, len(web.idle[route])), (5, 5))
             web.MAX_IDLE = 2
             web.sweep(everything=True)
-            await haineko.gather([web.request(route, call) for _ in range(5)])
+            await asyncio.gather(*[web.request(route, call) for _ in range(5)])
             self.assertEqual(len(web.idle[route]), 2)
             for line in web.idle[route]:
                 line.expires = 0.0
@@ -4969,7 +4925,7 @@ class WebSessions(unittest.TestCase):
                 await haineko.attempt_transaction(job, sessions)
                 took.append(time.monotonic() - began)
 
-            await and_closed(haineko.gather([timed(slow), *[timed(quick) for _ in range(5)]]), sessions)
+            await and_closed(asyncio.gather(timed(slow), *[timed(quick) for _ in range(5)]), sessions)
             return sorted(took)[4]
 
         with HttpPeer(lambda asked: "hang") as hanging, HttpPeer(as_mandrill) as peer:
@@ -5504,7 +5460,7 @@ class SmtpSessions(Peers):
             found.update((item.code, item.command) for item in outcome.replies)
 
         async def all_() -> None:
-            await haineko.gather([one(i) for i in range(count)])
+            await asyncio.gather(*[one(i) for i in range(count)])
             await sessions.sweep(everything=True)
 
         haineko.run(all_())
@@ -5588,7 +5544,7 @@ class SmtpSessions(Peers):
 
         async def both() -> None:
             sessions = haineko.TransportContext()
-            await haineko.gather([one(sessions), one(sessions)])
+            await asyncio.gather(*[one(sessions), one(sessions)])
             await sessions.sweep(everything=True)
 
         peer = self.peer({"CONN": greet})
@@ -5596,47 +5552,59 @@ class SmtpSessions(Peers):
         self.assertEqual(codes, ["250", "250"])
         self.assertEqual([len(peer.connections), len(peer.mails)], [2, 2])
 
+    WORDS = haineko.Reply("421", "4.7.0", "CONN", ("4.7.0 too many",), "ESMTP", "peer.example", 25)
+
+    @staticmethod
+    def results(futures: list) -> list:
+        """What those that are done were given."""
+        return [future.exception() or future.result() for future in futures if future.done()]
+
     def test_who_waits_for_a_session_in_use_waits_until_the_deadline(self) -> None:
-        words = haineko.Reply("421", "4.7.0", "CONN", ("4.7.0 too many",), "ESMTP", "peer.example", 25)
-        pool, told = haineko.SessionPool(), []
-        pool.opening = 2
-        pool.opened()
-        self.assertTrue(pool.refused(words))
-        self.assertFalse(pool.may_open())
-        pool.wait(told.append, 10.0, words)
-        pool.wait(told.append, 11.0, None)  # came later, and was not refused itself
-        for now, count in ((9.9, 0), (10.0, 1), (11.0, 2)):
-            pool.sweep(now)
-            self.assertEqual([fault.reply for fault in told], [words] * count)
+        async def story() -> None:
+            pool = haineko.SessionPool()
+            pool.opening = 2
+            pool.opened()
+            self.assertTrue(pool.refused(self.WORDS))
+            self.assertFalse(pool.may_open())
+            futures = [pool.wait(10.0, self.WORDS), pool.wait(11.0, None)]  # one came later, and was not refused itself
+            for now, count in ((9.9, 0), (10.0, 1), (11.0, 2)):
+                pool.sweep(now)
+                self.assertEqual([fault.reply for fault in self.results(futures)], [self.WORDS] * count)
+
+        haineko.run(story())
 
     def test_where_a_session_ends_one_who_waits_opens_another(self) -> None:
-        words = haineko.Reply("421", "4.7.0", "CONN", ("4.7.0 too many",), "ESMTP", "peer.example", 25)
-        sessions, route, told = haineko.TransportContext(), haineko.Route(), []
-        pool, session = sessions.pool(route, "here.example"), haineko.Session(route, "here.example")
-        session.pool, pool.opening = pool, 4
-        pool.opened()
-        pool.opened()
-        for _ in range(2):
-            self.assertTrue(pool.refused(words))
-            pool.wait(told.append, float("inf"), words)
-        sessions.release(session)  # it was never connected
-        self.assertEqual((told, pool.opening, pool.in_use), ([None], 1, 1))
+        async def story() -> None:
+            sessions, route, futures = haineko.TransportContext(), haineko.Route(), []
+            pool, session = sessions.pool(route, "here.example"), haineko.Session(route, "here.example")
+            session.pool, pool.opening = pool, 4
+            pool.opened()
+            pool.opened()
+            for _ in range(2):
+                self.assertTrue(pool.refused(self.WORDS))
+                futures.append(pool.wait(float("inf"), self.WORDS))
+            sessions.release(session)  # it was never connected
+            self.assertEqual((self.results(futures), pool.opening, pool.in_use), ([None], 1, 1))
+
+        haineko.run(story())
 
     def test_a_server_that_had_enough_is_asked_again_by_one_after_a_while(self) -> None:
-        words = haineko.Reply("421", "4.7.0", "CONN", ("4.7.0 too many",), "ESMTP", "peer.example", 25)
-        pool, told = haineko.SessionPool(), []
-        pool.opening = 4
-        pool.opened()
-        for _ in range(3):
-            self.assertTrue(pool.refused(words))
-            pool.wait(told.append, float("inf"), words)
-        pool.sweep(0.0)
-        self.assertEqual(told, [])
-        pool.full_until = 0.0
-        pool.sweep(0.0)
-        self.assertEqual((told, pool.opening), ([None], 1))
-        pool.opened()
-        self.assertEqual((told, pool.opening), ([None] * 3, 2))
+        async def story() -> None:
+            pool, futures = haineko.SessionPool(), []
+            pool.opening = 4
+            pool.opened()
+            for _ in range(3):
+                self.assertTrue(pool.refused(self.WORDS))
+                futures.append(pool.wait(float("inf"), self.WORDS))
+            pool.sweep(0.0)
+            self.assertEqual(self.results(futures), [])
+            pool.full_until = 0.0
+            pool.sweep(0.0)
+            self.assertEqual((self.results(futures), pool.opening), ([None], 1))
+            pool.opened()
+            self.assertEqual((self.results(futures), pool.opening), ([None] * 3, 2))
+
+        haineko.run(story())
 
     def test_where_a_session_can_not_be_opened_nobody_waits_on(self) -> None:
         most = haineko.SessionPool.OPENING
@@ -5674,7 +5642,7 @@ class SmtpSessions(Peers):
                     else:
                         peer.connections[0].cut()
                     [[kept]] = [pool.idle for pool in sessions.pools.values()]
-                    await haineko.wait_ready(kept.sock, time.monotonic() + 5)
+                    await kept.stream.wait_ready(time.monotonic() + 5)
                     second = await haineko.attempt_transaction(job(peer), sessions)
                     await sessions.sweep(everything=True)
                     return [item.code for outcome in (first, second) for item in outcome.replies]
@@ -5706,7 +5674,7 @@ class SmtpSessions(Peers):
             await sessions.sweep()
             self.assertEqual(len(peer.connections[0].lines), 4)
             setattr(sessions, limit, 0.05)
-            await haineko.sleep(0.1)
+            await asyncio.sleep(0.1)
             await sessions.sweep()
             self.assertEqual(sessions.pools, {})
 
@@ -5876,8 +5844,6 @@ class Relays(Folder, Peers):
         Peers.setUp(self)
 
     def test_every_relay_has_a_reply_for_every_recipient_whatever_the_peer_does(self) -> None:
-        self.addCleanup(setattr, haineko.Threads, "SPARE", haineko.Threads.SPARE)
-        haineko.Threads.SPARE = 0.1
         sockets, threads = sockets_open(), threading.active_count()
         peers = [SmtpPeer(says, offers) for offers in ((), ("PIPELINING",)) for says in SITUATIONS]
         count = {"ESMTP": 2 * len(SITUATIONS), "File": 1, "Screen": 1, "Discard": 1}
@@ -6773,7 +6739,7 @@ class WebRelays(unittest.TestCase):
                     replies.extend((await and_closed(haineko.attempt_transaction(job, sessions), sessions)).replies)
 
                 began = time.monotonic()
-                haineko.run(haineko.gather([one(mailer) for mailer in PEERS]))
+                haineko.run(together(*[one(mailer) for mailer in PEERS]))
                 self.assertLess(time.monotonic() - began, 2.5)
                 self.assertEqual({said.mailer for said in replies}, set(PEERS))
                 self.assertEqual([(said.code, said.maybe_delivered) for said in replies], [(code, unsure)] * 4, replies)
@@ -9058,6 +9024,25 @@ class HttpOverTls(unittest.TestCase):
             self.assertEqual([wire.answer()[0] for _ in range(2)], [200, 200])
             self.assertIn(wire.sock.version(), ("TLSv1.2", "TLSv1.3"))
 
+    def test_every_connection_ends_with_the_closure_alert_of_tls(self) -> None:
+        server = Server({"httpd": {"tls": {"certificate": certificate(), "key": certificate()}, "timeout": 1}})
+        self.addCleanup(server.close)
+        for what, octets, stop in (
+            ("closed behind an answer", get("/neko", "Connection: close"), False),
+            ("refused", b"rubbish\r\n\r\n", False),
+            ("closed with a body unread", get("/neko", "Connection: close") + b"x" * 9000, False),
+            ("idle for too long", b"", False),
+            ("stopped", get("/neko"), True),
+        ):
+            with self.subTest(what), server.wire() as wire:
+                wire.sock = self.context.wrap_socket(wire.sock, server_hostname="localhost", suppress_ragged_eofs=False)
+                if octets:
+                    wire.ask(octets)
+                if stop:
+                    server.process.terminate()
+                self.assertTrue(wire.ended())  # or an SSLEOFError
+        self.assertNotIn("Traceback", server.log())
+
     def test_who_speaks_no_tls_is_let_go(self) -> None:
         silent = self.server.wire()
         with self.server.wire() as clear, contextlib.suppress(ConnectionResetError):
@@ -9106,21 +9091,20 @@ class Workers(Peers):
         worker = haineko.Worker([], force, lifeline)
         self.addCleanup(worker.loop.close)
         server.write({"mailertable": {f"{i}.example": {"mailer": "Discard"} for i in range(5000)}})
-        worker.reload, before, threads = True, threading.active_count(), worker.loop.threads
-        worker._reread_if_asked()
-        worker.loop.turn(0)  # its thread reads the large ones
-        server.write({"mailertable": {"default": {"mailer": "Screen"}}})
-        worker.reload = True
-        while worker.reload or worker.rereading or threads.spare < threading.active_count() - before:
-            worker._reread_if_asked()
-            worker.loop.turn(0.01)
-        worker.loop.turn(0)
-        self.assertEqual(list(worker.app.settings.mailertable), ["default"])
-        worker.app, worker.reload = None, True  # a fault of our own: it is logged, and the next one is not the last
-        worker._reread_if_asked()
-        worker.loop.turn(0)
-        self.assertIn("AttributeError", self.logged()[-1])
-        self.assertFalse(worker.rereading)
+
+        async def story() -> None:
+            worker.reloading = asyncio.Lock()
+            first = asyncio.ensure_future(worker._reread())
+            await asyncio.sleep(0)  # its thread reads the large ones
+            server.write({"mailertable": {"default": {"mailer": "Screen"}}})
+            await asyncio.gather(worker._reread(), first)
+            self.assertEqual(list(worker.app.settings.mailertable), ["default"])
+            worker.app = None  # a fault of our own: the next one is not the last
+            with self.assertRaises(AttributeError):
+                await worker._reread()
+            self.assertFalse(worker.reloading.locked())
+
+        worker.loop.run_until_complete(story())
 
     def test_past_max_connections_the_idlest_goes_or_503(self) -> None:
         gate, peer = self.gated()
@@ -9179,10 +9163,11 @@ class Workers(Peers):
         self.assertIn(f"worker {other} ended (signal 9)", server.log())
 
     def test_a_stopping_server_answers_what_is_in_flight(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with self.subTest(number):
+        for number, kind in ((signal.SIGTERM, Server), (signal.SIGINT, Server), (signal.SIGTERM, ServerOnSelect)):
+            with self.subTest(number, kind=kind.__name__):
                 gate, peer = self.gated()
-                server = self.server({"httpd": {"workers": 2}, "mailertable": {"default": esmtp(peer)}})
+                server = kind({"httpd": {"workers": 2}, "mailertable": {"default": esmtp(peer)}})
+                self.addCleanup(server.close)
                 idle, half = server.wire(), server.wire().send(get("/health")[:-1])
                 self.assertEqual(idle.ask(get("/health"))[0], 200)
                 with server.wire() as wire, idle, half:
@@ -10190,23 +10175,6 @@ class Attacks(Quiet):
         session._feed(f"500 unknown: {plain} {word} hunter2secret\r\n".encode())
         self.assertTrue(session._parse_buffer())
         self.assertEqual(session.replies.popleft().lines, ("unknown: ******** ******** ********",))
-
-    def test_a_coroutine_that_can_not_wait_harms_no_other(self):
-        loop, told = haineko.Loop(), []
-
-        async def waits_for_a_closed_socket():
-            sock = socket.socket()
-            sock.close()
-            try:
-                await haineko.wait_ready(sock, time.monotonic() + 5)
-            except (OSError, ValueError) as fault:
-                told.append(fault)
-
-        loop.spawn(waits_for_a_closed_socket())
-        for _ in range(3):
-            loop.turn(0)
-        loop.close()
-        self.assertEqual(len(told), 1)
 
 
 class AttacksOnFiles(Folder):
