@@ -10,7 +10,7 @@ The way of a mail is the order of this page: each section takes the value of the
      2  JSON into dataclasses    10  DNS
      3  Settings                 11  Web sessions
      4  Log                      12  SMTP sessions
-     5  Submissions              13  Relays
+     5  Submissions              13  Relays and probes
      6  Policy                   14  Queue
      7  Messages                 15  The way of a mail
      8  Routes                   16  HTTP
@@ -19,7 +19,7 @@ The way of a mail is the order of this page: each section takes the value of the
 Rules of the file. A section refers to the sections above it, never below; inside a section the caller stands above its
 helpers. Connections are opened in DNS, web and SMTP sessions, relays, queue and HTTP, and by the command `send`; clock
 and chance are arguments. Errors of the other side are values (Reply); Refused carries one out of depth. Every recipient
-has a reply. What may be extended is a closed table: REPLIES, CHARSETS, CHECKS, RELAYS, PROBES, PAGES, COMMANDS.
+has a reply. What may be extended is a closed table: REPLIES, CHARSETS, CHECKS, RELAYS, PAGES, COMMANDS.
 Standard library only.
 
 Spoken here: RFC 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS),
@@ -4563,9 +4563,6 @@ async def deliver_to_domain(domain: str, transaction: Transaction, transport: Tr
     return replies
 
 
-MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take the route's timeout
-
-
 def admitted_hosts(hosts: list, policy: MTASTSPolicy | None) -> list:
     """Return the hosts that the domain's MTA-STS policy allows; raises Rejected if there is none."""
     admitted = [host for host in hosts if not policy or policy.allows(host)]
@@ -4628,27 +4625,23 @@ def save_message(transaction: Transaction) -> Reply:
         except BaseException:
             os.unlink(aside)
             raise
-        sync_folder(folder)
+        handle = os.open(folder, os.O_RDONLY)  # a renamed file survives a power cut only if its folder is synced
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     except OSError as error:
         return make_reply("file", f"{folder}: {error.strerror or error}", mailer="File")
     return make_reply("saved", word=path, mailer="File")
 
 
-def sync_folder(folder: str) -> None:
-    """Sync a folder, without which a file renamed in it may not survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 async def relay_screen(transaction: Transaction, transport: TransportContext) -> list:
     """Print the message on stderr."""
-    rule = f"--- {transaction.queueid}.{transaction.number} from <{transaction.sender}> to <{'>, <'.join(transaction.recipients)}>"
+    recipients = ">, <".join(transaction.recipients)
+    rule = f"--- {transaction.queueid}.{transaction.number} from <{transaction.sender}> to <{recipients}>"
     printed = log.write_bytes(rule.encode() + b"\n" + transaction.octets().replace(b"\r\n", b"\n") + b"---\n")
-    reply = make_reply(*(("printed",) if printed else ("file", "stderr cannot be written")), mailer="Screen")
-    return [reply] * len(transaction.recipients)
+    reply = make_reply("printed") if printed else make_reply("file", "stderr cannot be written")
+    return [reply._replace(mailer="Screen")] * len(transaction.recipients)
 
 
 async def relay_discard(transaction: Transaction, transport: TransportContext) -> list:
@@ -4670,7 +4663,7 @@ def haineko_request(transaction: Transaction) -> HTTPRequest:
     octets = transaction.octets()
     try:
         document = as_plain_submission(transaction, octets)
-    except (ValueError, LookupError):
+    except (ValueError, LookupError, TypeError):  # TypeError: of a Date that is none, before Python 3.10
         raw = octets.decode() if octets.isascii() else {"base64": base64.b64encode(octets).decode()}
         document = {"mail": transaction.sender, "rcpt": transaction.recipients, "raw": raw}
     return HTTPRequest("POST", "/submit", encode_json(document), basic_auth_header(transaction.route.credentials))
@@ -4682,54 +4675,25 @@ def basic_auth_header(login: tuple) -> tuple:
 
 
 def as_plain_submission(transaction: Transaction, octets: bytes) -> dict:
-    """Return the submission from which compose() made these octets.
-
-    Raises ValueError or LookupError if they were not composed here, or say more than the Perl version knows.
-    """
+    """Return the submission of plain text from which compose() made these octets, else raise ValueError."""
     listed, body = parse_message(octets)
     lines = {name: unfold(value) for name, value in listed}
-    if len(lines) < len(listed) or not COMPOSED_FIELDS.issuperset(lines):
-        raise ValueError("not composed here from plain text")
-    charset, encoding = composed_charset(transaction, lines), lines["content-transfer-encoding"]
-    header = plain_header(lines, charset, octets)
-    text = decode_charset(TRANSFER_DECODERS.get(encoding, bytes)(body), charset).replace("\r\n", "\n")
-    if encode_body(text, charset) != (encoding, body.replace(b"\n", b"\r\n")):
-        raise ValueError("the body would be encoded differently")
-    envelope = {"ehlo": transaction.hostname, "mail": transaction.sender, "rcpt": transaction.recipients}
-    return {**envelope, "header": header, "body": text}
-
-
-TRANSFER_DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
-COMPOSED_FIELDS = frozenset(  # of a message of plain text
-    "received from sender to reply-to subject date message-id x-haineko-loop"
-    " mime-version content-type content-transfer-encoding".split()
-)
-
-
-def composed_charset(transaction: Transaction, lines: dict) -> str:
-    """Return the charset of a message that compose() made for this transaction; raises ValueError for another one."""
-    content_type = re.fullmatch(r"text/plain; charset=(\S+)", lines.get("content-type", ""))
-    received = re.fullmatch(r"from .*\sby \S+ with [A-Z]+ id (\w+);\s+(.*)", lines.get("received", ""))
-    message_id = f"<{transaction.queueid}.{transaction.number}@{transaction.hostname}>"
-    expected = (transaction.queueid, lines.get("date"), *transaction.recipients, message_id)
-    found = (*(received.groups() if received else ()), lines.get("to"), lines.get("message-id"))
-    if not content_type or found != expected or iana_charset(content_type[1]) != content_type[1]:
-        raise ValueError("not composed here from plain text")
-    return content_type[1]
-
-
-def plain_header(lines: dict, charset: str, octets: bytes) -> dict:
-    """Return the submission's header; raises ValueError if compose() would encode it differently."""
-    header = {"from": format_mailboxes(lines["from"]), "subject": decode_encoded_words(lines.get("subject", ""))}
-    header["charset"] = charset
-    composed = [text_field("Subject", header["subject"], charset)]
+    charset = lines["content-type"].rpartition("charset=")[2]
+    header = {"from": format_mailboxes(lines["from"]), "subject": decode_encoded_words(lines["subject"])}
     if "reply-to" in lines:
         header["replyto"] = format_mailboxes(lines["reply-to"])
-        composed.append(address_field("Reply-To", parse_mailboxes(header["replyto"]), charset))
-    composed.append(address_field("From", parse_mailboxes(header["from"]), charset))
-    if any(line.encode() + b"\r\n" not in octets for line in composed):
-        raise ValueError("the header would be encoded differently")
-    return {**header, "x-haineko-loop": [name.strip() for name in lines["x-haineko-loop"].split(",")]}
+    *passed, hostname = [name.strip() for name in lines["x-haineko-loop"].split(",")]
+    text = decode_charset(TRANSFER_DECODERS.get(lines["content-transfer-encoding"], bytes)(body), charset)
+    document = {"mail": transaction.sender, "rcpt": transaction.recipients, "body": text.replace("\r\n", "\n")}
+    document["header"] = {**header, "charset": charset, "x-haineko-loop": passed}
+    submission, _ = parse_submission(encode_json(document))
+    now = parsedate_to_datetime(lines["date"]).timestamp()
+    again = submission and transaction.sender and compose(submission, transaction.queueid, None, hostname, now)
+    composed = again.copy(transaction.recipients[0], transaction.number) if again else b""
+    if not composed or composed.partition(b"\r\n\tby ")[2] != octets.partition(b"\r\n\tby ")[2]:  # in Received
+        raise ValueError("compose() would make another message")
+    document["header"]["x-haineko-loop"] = [*passed, hostname]
+    return {**document, "ehlo": hostname}
 
 
 def haineko_replies(transaction: Transaction, response: HTTPResponse) -> list:
@@ -4767,13 +4731,8 @@ def haineko_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
     command = item.get("command") if item.get("command") in KNOWN_COMMANDS else "DATA"
     message = sanitize_lines(lines) or (status_text(response),)
     maybe_delivered = code[0] == "4" and message[0].endswith("may have arrived")
-    retry_after = 0 if code[0] == "2" else parse_retry_after(response)
-    return Reply(
-        code, dsn, command, message, **route.endpoint, maybe_delivered=maybe_delivered, retry_after=retry_after
-    )
-
-
-KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE")
+    wait = 0 if code[0] == "2" else parse_retry_after(response)
+    return Reply(code, dsn, command, message, **route.endpoint, maybe_delivered=maybe_delivered, retry_after=wait)
 
 
 async def relay_sendgrid(transaction: Transaction, transport: TransportContext) -> list:
@@ -4804,11 +4763,8 @@ def sendgrid_errors(response: HTTPResponse) -> list | None:
 
 
 def sendgrid_body(transaction: Transaction) -> bytes:
-    """Return the request (https://www.twilio.com/docs/sendgrid/api-reference/mail-send).
-
-    Raises Rejected for a message that it can't express: only the trace fields are left out, and nothing is changed but
-    the charset, which SendGrid chooses.
-    """
+    """Return the request; raises Rejected if it would lose more of the message than trace fields and charset."""
+    # https://www.twilio.com/docs/sendgrid/api-reference/mail-send
     octets = transaction.octets()
     try:
         fields, _ = parse_message(octets)
@@ -4866,10 +4822,6 @@ def sendgrid_headers(fields: list) -> dict:
     return headers
 
 
-SENDGRID_RESERVED = ("x-sg-id", "x-sg-eid", "dkim-signature", "bcc")
-SENDGRID_OWN = ("received", "mime-version", "from", "to", "cc", "subject", "reply-to")  # made from the other keys
-
-
 def sendgrid_parts(octets: bytes) -> dict:
     """Return content and attachments."""
     import email
@@ -4880,13 +4832,16 @@ def sendgrid_parts(octets: bytes) -> dict:
     for part in leaf_parts(message):
         named = part.get_content_disposition() == "attachment" or part.get_filename() or part["Content-ID"]
         if part.get_content_maintype() == "text" and not named:
-            content.append({"type": part.get_content_type(), "value": part_text(part)})
+            text = decode_charset(part.get_payload(decode=True), part.get_content_charset("us-ascii"))
+            content.append({"type": part.get_content_type(), "value": text.replace("\r\n", "\n")})
         else:
             attachments.append(sendgrid_attachment(part))
     alternative = any(part.get_content_subtype() == "alternative" for part in message.walk())
     types = [item["type"] for item in content]
     if types not in (["text/plain"], ["text/html"]) and not (alternative and types == ["text/plain", "text/html"]):
         raise ValueError(f"its texts are {', '.join(types) or 'none'}, not a plain one, an HTML one, or these two")
+    if not all(item["value"] for item in content):
+        raise ValueError("a text is empty")
     return {"content": content, "attachments": attachments}
 
 
@@ -4895,23 +4850,9 @@ def leaf_parts(part: Any, outer: str = "") -> list:
     if part.get_content_maintype() != "multipart":
         return [part]
     nesting = f"{outer}/{part.get_content_subtype()}".strip("/")
-    if nesting not in ALLOWED_NESTING or not part.is_multipart():
+    if nesting not in SENDGRID_NESTING or not part.is_multipart():
         raise ValueError(f"multipart/{nesting.replace('/', ' with multipart/')} can't be kept")
     return [leaf for inner in part.get_payload() for leaf in leaf_parts(inner, part.get_content_subtype())]
-
-
-ALLOWED_NESTING = (  # subtypes of a multipart, and of one in another
-    *("mixed", "alternative", "related", "mixed/alternative", "mixed/related"),
-    *("alternative/related", "related/alternative"),
-)
-
-
-def part_text(part: Any) -> str:
-    """Return the text of a part, which must not be empty."""
-    text = decode_charset(part.get_payload(decode=True), part.get_content_charset("us-ascii")).replace("\r\n", "\n")
-    if not text:
-        raise ValueError("a text is empty")
-    return text
 
 
 def sendgrid_attachment(part: Any) -> dict:
@@ -4946,9 +4887,6 @@ async def relay_amazonses(transaction: Transaction, transport: TransportContext)
     return replies
 
 
-AMAZONSES_RECIPIENTS = 50  # https://docs.aws.amazon.com/ses/latest/dg/quotas.html
-
-
 def amazonses_request(transaction: Transaction, now: float) -> HTTPRequest:
     """Return the signed request; raises Rejected for a message without exactly one From."""
     octets = ascii_message(transaction)
@@ -4980,17 +4918,9 @@ def amazonses_reply(route: Route, response: HTTPResponse) -> Reply:
     return http_failure(route, response, lines or None, temporary=name in AMAZONSES_TEMPORARY)
 
 
-AMAZONSES_TEMPORARY = (  # errors with status 400 that pass
-    *("TooManyRequestsException", "ThrottlingException", "Throttling"),
-    *("LimitExceededException", "SendingPausedException"),
-)
-
-
 def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
-    """Return the request with Amazon's signature, version 4, for the service `ses`.
-
-    https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html
-    """
+    """Return the request with Amazon's signature, version 4, for the service `ses`."""
+    # https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html
     site, moment = split_base_url(route.url), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
     scope = f"{moment[:8]}/{route.region}/ses/aws4_request"
     headers = {"host": site.host_header, "x-amz-date": moment}
@@ -5076,9 +5006,6 @@ def http_failure(route: Route, response: HTTPResponse, lines: list | None, tempo
     return reply._replace(dsn=DSN_BY_STATUS.get(status, reply.dsn))
 
 
-DSN_BY_STATUS = {401: "5.7.8", 403: "5.7.1"}
-
-
 def json_object(response: HTTPResponse) -> dict:
     """Return the JSON object in a response; {} if it has none."""
     document = response.document()
@@ -5143,9 +5070,6 @@ def _decode_encoded_word(found: Any) -> str:
     return decode_charset(decoded, charset)
 
 
-ENCODED_WORD = re.compile(r"=\?([^?*\s]+)(?:\*[^?\s]*)?\?([BbQq])\?([^?\s]*)\?=")
-
-
 def decode_charset(octets: bytes, charset: str) -> str:
     """Decode text in a MIME charset."""
     if charset.upper() == "ISO-2022-JP":
@@ -5161,6 +5085,20 @@ def format_mailboxes(text: str) -> str:
         quoted = '"' + re.sub(r'(["\\])', r"\\\1", name) + '"' if re.search(r'[()<>@,;:\\".\[\]]', name) else name
         people.append(f"{quoted} <{spec}>" if name else spec)
     return ", ".join(people)
+
+
+MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take the route's timeout
+KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE")
+TRANSFER_DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
+ENCODED_WORD = re.compile(r"=\?([^?*\s]+)(?:\*[^?\s]*)?\?([BbQq])\?([^?\s]*)\?=")  # RFC 2047
+DSN_BY_STATUS = {401: "5.7.8", 403: "5.7.1"}
+SENDGRID_RESERVED = ("x-sg-id", "x-sg-eid", "dkim-signature", "bcc")
+SENDGRID_OWN = ("received", "mime-version", "from", "to", "cc", "subject", "reply-to")  # made from the other keys
+SENDGRID_NESTING = ["mixed", "alternative", "related"]  # subtypes of a multipart, and of one in another
+SENDGRID_NESTING += ["mixed/alternative", "mixed/related", "alternative/related", "related/alternative"]
+AMAZONSES_RECIPIENTS = 50  # https://docs.aws.amazon.com/ses/latest/dg/quotas.html
+AMAZONSES_TEMPORARY = ["TooManyRequestsException", "ThrottlingException", "Throttling"]  # errors 400 that pass
+AMAZONSES_TEMPORARY += ["LimitExceededException", "SendingPausedException"]
 
 
 # -- Probes, for `check --connect`
@@ -5294,22 +5232,16 @@ async def probe_none(probe: ConnectivityProbe, transport: TransportContext) -> l
     return [CheckResult("NONE", True, "nothing to connect to")]
 
 
-def http_probe(request: Callable) -> Callable:
-    """Decorate interpret(route, response) as a probe that sends request(route), which changes nothing.
+def http_probe(ask: Callable) -> Callable:
+    """Make a probe of ask(route, request), which returns a line of text if the login is good or raises Rejected."""
 
-    interpret() returns a line of text if the credentials are good, or raises Rejected.
-    """
+    async def probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
+        return await to_thread(_probe_http, probe.route, ask)
 
-    def decorate(interpret: Callable) -> Callable:
-        async def probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
-            return await to_thread(_probe_http, probe.route, request(probe.route), interpret)
-
-        return probe
-
-    return decorate
+    return probe
 
 
-def _probe_http(route: Route, call: HTTPRequest, interpret: Callable) -> list:
+def _probe_http(route: Route, ask: Callable) -> list:
     results = probe_dns(route)
     if not results[-1].ok:
         return results
@@ -5318,7 +5250,7 @@ def _probe_http(route: Route, call: HTTPRequest, interpret: Callable) -> list:
         line.open()
         results.append(CheckResult("TCP", True, f"connected to {place}"))
         results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
-        results.append(CheckResult("AUTH", True, interpret(route, line.exchange(call))))
+        results.append(CheckResult("AUTH", True, ask(route, line.exchange)))
     except Rejected as rejected:
         step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
         results.append(failed_step(step, rejected.reply, place))
@@ -5327,9 +5259,10 @@ def _probe_http(route: Route, call: HTTPRequest, interpret: Callable) -> list:
     return results
 
 
-@http_probe(lambda route: HTTPRequest("POST", "/submit", b"{}", basic_auth_header(route.credentials)))
-def probe_haineko(route: Route, response: HTTPResponse) -> str:
+@http_probe
+def probe_haineko(route: Route, request: Callable) -> str:
     """Post an empty submission, which is refused after the login."""
+    response = request(HTTPRequest("POST", "/submit", b"{}", basic_auth_header(route.credentials)))
     items = haineko_items(response)
     if not items:
         raise Rejected(http_failure(route, response, None))
@@ -5338,9 +5271,10 @@ def probe_haineko(route: Route, response: HTTPResponse) -> str:
     return "a Haineko that takes our login" if route.credentials else "a Haineko that wants no login"
 
 
-@http_probe(lambda route: HTTPRequest("GET", "/v3/scopes", headers=bearer_header(route)))
-def probe_sendgrid(route: Route, response: HTTPResponse) -> str:
+@http_probe
+def probe_sendgrid(route: Route, request: Callable) -> str:
     """Ask for the permissions of the API key."""
+    response = request(HTTPRequest("GET", "/v3/scopes", headers=bearer_header(route)))
     scopes = json_object(response).get("scopes") if response.status == 200 else None
     if not isinstance(scopes, list):
         raise Rejected(http_failure(route, response, sendgrid_errors(response)))
@@ -5349,9 +5283,10 @@ def probe_sendgrid(route: Route, response: HTTPResponse) -> str:
     return "the API key may send"
 
 
-@http_probe(lambda route: sign_sigv4(HTTPRequest("GET", "/v2/email/account"), route, time.time()))
-def probe_amazonses(route: Route, response: HTTPResponse) -> str:
+@http_probe
+def probe_amazonses(route: Route, request: Callable) -> str:
     """Ask for the state of the account."""
+    response = request(sign_sigv4(HTTPRequest("GET", "/v2/email/account"), route, time.time()))
     document, failure = json_object(response), amazonses_reply(route, response)
     if response.status == 403 and any("AccessDenied" in line for line in failure.message):
         return "the key is good; it may not read the account, so whether it may send is not known"
@@ -5363,9 +5298,10 @@ def probe_amazonses(route: Route, response: HTTPResponse) -> str:
     return f"the key is good, the account may send{sandbox}"
 
 
-@http_probe(lambda route: HTTPRequest("POST", "/api/1.0/users/ping2.json", encode_json({"key": route.credentials[1]})))
-def probe_mandrill(route: Route, response: HTTPResponse) -> str:
+@http_probe
+def probe_mandrill(route: Route, request: Callable) -> str:
     """Ping with the API key."""
+    response = request(HTTPRequest("POST", "/api/1.0/users/ping2.json", encode_json({"key": route.credentials[1]})))
     if response.status == 200 and json_object(response).get("PING") == "PONG!":
         return "the key is good"
     raise Rejected(http_failure(route, response, mandrill_errors(response)))
@@ -5449,7 +5385,7 @@ class LeasedRecipient(NamedTuple):
 
 
 def destination_key(route: Route, domain: str) -> str:
-    """What mail shares a next hop: a host that is dead delays its own lane only."""
+    """Return what mails for one next hop share: one that is down delays no others."""
     return route.row.destination.format(route=route, domain=domain.lower())
 
 
@@ -7873,52 +7809,46 @@ def command_check(options: Any) -> int:
 
 
 def run_checks(settings: Settings, options: Any) -> int:
-    """Prints a line for each step that routes and a sender's domain need to go well; 1 where one of them doesn't."""
+    """Run the checks that the options ask for, print a line for each step, and return the exit code."""
     sender = parse_address(options.sender or "")
     if options.sender and not (sender and sender.domain[0] != "["):
         raise CommandError(f'"{options.sender}" is no mail address of a domain', 2)
     if options.selector and not DOMAIN.fullmatch(options.selector):
         raise CommandError(f'"{options.selector}" is no selector', 2)
-    return run(_run_checks(settings, sender, options.selector, options.connect))
+    return run(_run_checks(settings, sender.domain if sender else "", options.selector, options.connect))
 
 
-async def _run_checks(settings: Settings, sender: Mailbox | None, selector: str | None, connect: bool) -> int:
+async def _run_checks(settings: Settings, domain: str, selector: str | None, connect: bool) -> int:
     transport, failed = TransportContext(settings.smtpd.resolver), False
-    work = []
-    if connect:
-        domain = sender.domain if sender else ""
-        probes = connectivity_probes(settings, domain)
-        work += [(where, run_probe(probe, transport)) for where, probe in probes.items()]
-    if sender:
-        work.append((sender.domain, check_sender_domain(sender.domain.lower(), selector, transport.resolver)))
-    for where, finding in work:
-        for step, fine, words in await finding:
-            failed = failed or not fine
-            print(f"{where}: {step}: {'' if fine else 'FAILED: '}{words}", flush=True)
+    checks = [(name, run_probe(probe, transport)) for name, probe in connectivity_probes(settings, domain) if connect]
+    if domain:
+        checks.append((domain, check_sender_domain(domain.lower(), selector, transport.resolver)))
+    for name, check in checks:
+        for step, ok, text in await check:
+            failed = failed or not ok
+            print(f"{name}: {step}: {'' if ok else 'FAILED: '}{text}", flush=True)
     return int(failed)
 
 
 async def run_probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """The findings of one route, whatever its probe raises."""
+    """Return the results of a route's probe, whatever it raises."""
     try:
         return await probe.route.row.probe(probe, transport)
-    except Rejected as refused:
-        reply = refused.reply
-        return [CheckResult(reply.command, False, f"{reply.code} {': '.join(reply.message)}")]
+    except Rejected as rejected:
+        return [failed_step(rejected.reply.command, rejected.reply)]
     except OSError as error:
         return [CheckResult("CONN", False, error_text(error))]
 
 
-def connectivity_probes(settings: Settings, domain: str) -> dict:
-    """{path in the settings: Probe} of every route that mail could take; `domain` for those that don't name one."""
-    routes: dict = {}
-    for name in ("mailertable", "sendermt"):
-        for key, route in getattr(settings, name).items():
-            named = name == "mailertable" and key != "default" and not key.startswith(".")
-            routes[f"{name}.{key}"] = ConnectivityProbe(route, settings.hostname, key if named else domain)
-    if not {"mailertable.default", "sendermt.default"} & set(routes):
-        routes["no route"] = ConnectivityProbe(FALLBACK_ROUTE, settings.hostname)
-    return routes
+def connectivity_probes(settings: Settings, domain: str) -> list:
+    """Return (path in the settings, probe) of every route; `domain` is probed where the route is for many domains."""
+    probes, tables = [], {name: getattr(settings, name) for name in ("mailertable", "sendermt")}
+    for name, key, route in [(name, *item) for name, table in tables.items() for item in table.items()]:
+        named = name == "mailertable" and key != "default" and not key.startswith(".")
+        probes.append((f"{name}.{key}", ConnectivityProbe(route, settings.hostname, key if named else domain)))
+    if not any("default" in table for table in tables.values()):
+        probes.append(("no route", ConnectivityProbe(FALLBACK_ROUTE, settings.hostname)))
+    return probes
 
 
 async def check_sender_domain(domain: str, selector: str | None, resolver: Resolver) -> list:
