@@ -10,7 +10,7 @@ The way of a mail is the order of this page: each section takes the value of the
      2  JSON into dataclasses    10  DNS
      3  Settings                 11  Web sessions
      4  Log                      12  SMTP sessions
-     5  Submissions              13  Relays
+     5  Submissions              13  Relays and probes
      6  Policy                   14  Queue
      7  Messages                 15  The way of a mail
      8  Routes                   16  HTTP
@@ -19,7 +19,7 @@ The way of a mail is the order of this page: each section takes the value of the
 Rules of the file. A section refers to the sections above it, never below; inside a section the caller stands above its
 helpers. Connections are opened in DNS, web and SMTP sessions, relays, queue and HTTP, and by the command `send`; clock
 and chance are arguments. Errors of the other side are values (Reply); Refused carries one out of depth. Every recipient
-has a reply. What may be extended is a closed table: REPLIES, CHARSETS, CHECKS, RELAYS, PROBES, PAGES, COMMANDS.
+has a reply. What may be extended is a closed table: REPLIES, CHARSETS, CHECKS, RELAYS, PAGES, COMMANDS.
 Standard library only.
 
 Spoken here: RFC 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS),
@@ -664,24 +664,31 @@ def parse_region(value: Any, json_path: str, errors: list) -> str:
 
 
 def parse_mailer(value: Any, json_path: str, errors: list) -> str:
+    """Return the name of a relay in the spelling of RELAYS, or the path of a folder."""
     value = parse_text(value, json_path, errors)
-    known = {name.lower(): name for name in MAILERS}
-    if value.startswith("/"):
-        return value
-    if value.lower() not in known:
-        errors.append(f'{json_path}: "{value}" is no relay known here{did_you_mean(value, MAILERS)}')
+    known = {name.lower(): name for name in RELAYS}
+    if not value.startswith("/") and value.lower() not in known:
+        errors.append(f'{json_path}: unknown relay type "{value}"{did_you_mean(value, RELAYS)}')
     return known.get(value.lower(), value)
 
 
-MAILERS = ("ESMTP", "MX", "Haineko", "SendGrid", "AmazonSES", "Mandrill", "File", "Screen", "Discard")
-WEB_APIS = {  # where the relays by HTTP post to, unless base_url says otherwise
-    "Haineko": "{scheme}://{host}:{port}",
-    "SendGrid": "https://api.sendgrid.com",
-    "AmazonSES": "https://email.{region}.amazonaws.com",
-    "Mandrill": "https://mandrillapp.com",
-}
-NEEDED = {"SendGrid": ("auth",), "AmazonSES": ("auth", "region"), "Mandrill": ("auth",)}  # settings of their routes
-PORTS = {"Haineko": 2794}  # of a route that says none; 25 for the others
+class Relay(NamedTuple):
+    """All that is known of a relay. To add one is to write its functions and a row of RELAYS."""
+
+    send: Callable | None  # (Transaction, TransportContext): awaited for a Reply for each recipient
+    probe: (
+        Callable | None
+    )  # (ConnectivityProbe, TransportContext): awaited for a CheckResult for each step; sends no mail
+    default_port: int = 25
+    api_url: str = ""  # template of the base URL of a relay by HTTP
+    needs: tuple = ()  # settings that its routes must have
+    refuses: tuple = ()  # settings that its routes can't have
+    login: tuple = ("username", "password")  # what a login for its API must have
+    destination: str = "{route.relay} {route.host}:{route.port}"  # template: mail with the same text shares a next hop
+    into_folder: bool = False  # delivers into a folder of this machine
+
+
+UNKNOWN_RELAY = Relay(None, None)  # of a route whose mailer is a fault of the settings
 
 
 def parse_secret(value: Any, json_path: str, errors: list) -> Any:
@@ -927,7 +934,7 @@ class Route:
 
     def __post_init__(self) -> None:
         if not self.port:
-            object.__setattr__(self, "port", PORTS.get(self.relay, 25))
+            object.__setattr__(self, "port", self.row.default_port)
 
     def __hash__(self) -> int:
         return hash((self.mailer, self.host, self.port, self.address))  # enough to tell them apart; sessions are by it
@@ -936,6 +943,11 @@ class Route:
     def relay(self) -> str:
         """Name of the relay in RELAYS."""
         return "File" if self.mailer.startswith("/") else self.mailer
+
+    @property
+    def row(self) -> Relay:
+        """What is known of the relay."""
+        return RELAYS.get(self.relay, UNKNOWN_RELAY)
 
     @property
     def endpoint(self) -> dict:
@@ -947,7 +959,7 @@ class Route:
         """Where the API of a relay by HTTP is; "" for the other relays."""
         name = f"[{self.host}]" if ":" in self.host else self.host
         values = {"scheme": "https" if self.https else "http", "host": name, "port": self.port, "region": self.region}
-        return self.base_url or WEB_APIS.get(self.relay, "").format(**values)
+        return self.base_url or self.row.api_url.format(**values)
 
     @property
     def folder(self) -> str:
@@ -1159,34 +1171,37 @@ def _queue(policy: QueueSettings, base: str, errors: list) -> QueueSettings:
 
 
 def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
+    row = route.row
     if route.auth and route.auth not in logins:
         errors.append(f'{json_path}.auth: "{route.auth}" is not in authinfo{did_you_mean(route.auth, logins)}')
-    if route.relay == "MX" and route.auth:
-        errors.append(f"{json_path}.auth: MX logs in nowhere")
-    if route.relay == "File" and not (os.path.isdir(route.folder) and os.access(route.folder, os.W_OK | os.X_OK)):
+    errors += [f"{json_path}.{key}: {route.relay} takes no such setting" for key in row.refuses if getattr(route, key)]
+    errors += [f"{json_path}.{key}: {route.relay} needs it" for key in row.needs if not getattr(route, key)]
+    if row.into_folder and not is_writable_folder(route.folder):
         errors.append(f"{json_path}.mailer: {route.folder} is no folder that can be written")
     ca_file = os.path.join(base, route.ca_file) if route.ca_file else ""
     try:
         client_context(route.tls_verify, ca_file, stat_key(ca_file)) if ca_file else None
     except OSError as error:
         errors.append(f"{json_path}.ca_file: {ca_file}: {error.strerror or error}")
-    if route.relay != "File" and route.host.startswith("/"):
+    if not row.into_folder and route.host.startswith("/"):
         errors.append(f'{json_path}.host: "{route.host}" is no host name')
     *login, token = logins.get(route.auth, ("",))
     route = replace(route, ca_file=ca_file, credentials=tuple(login), token=token)
-    return _web_route(route, json_path, errors) if route.relay in WEB_APIS else route
+    return _web_route(route, row, json_path, errors) if row.api_url else route
 
 
-def _web_route(route: Route, json_path: str, errors: list) -> Route:
-    """The route of a relay by HTTP, with the host and port that it really goes to."""
-    missing = [key for key in NEEDED.get(route.relay, ()) if not getattr(route, key)]
-    errors += [f"{json_path}.{key}: {route.relay} needs it" for key in missing]
-    if route.credentials and not (
-        route.credentials[1] and (route.credentials[0] or route.relay in ("SendGrid", "Mandrill"))
-    ):
-        errors.append(f"{json_path}.auth: authinfo.{route.auth} needs a username and a password")
+def _web_route(route: Route, row: Relay, json_path: str, errors: list) -> Route:
+    """Return the route of a relay by HTTP with the host and port of its API."""
+    login = dict(zip(("username", "password"), route.credentials), token=route.token)
+    if route.credentials and not all(login[key] for key in row.login):
+        errors.append(f"{json_path}.auth: authinfo.{route.auth} needs {' and '.join(f'a {key}' for key in row.login)}")
     site = split_base_url(route.url)
     return replace(route, host=site.host, port=site.port)
+
+
+def is_writable_folder(path: str) -> bool:
+    """Return True if files can be made in the folder."""
+    return os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
 
 
 class BaseURL(NamedTuple):
@@ -4321,31 +4336,35 @@ def is_server_greeting(reply: Reply) -> bool:
 
 
 # ======================================================================================================================
-# 13. Relays
-#     Each takes (job, sessions) and gives a Reply for every recipient of the job, in order. A relay may raise Refused
-#     or OSError: then attempt_transaction() makes that the reply of all of them.
+# 13. Relays and probes
+#     A relay takes (transaction, transport) and gives one Reply for each recipient, in order. A probe takes
+#     (ConnectivityProbe, transport), sends no mail and gives one CheckResult for each step. Both may raise Rejected or
+#     OSError. RELAYS, at the end, has one row for each relay with all that is known of it.
 # ======================================================================================================================
 
 
 async def attempt_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
-    """A reply for every recipient, whatever the relay does."""
+    """Attempt a transaction once; every recipient has a reply, whatever the relay does."""
     began = time.monotonic()
     try:
-        replies = await RELAYS[transaction.route.relay](transaction, transport)
-    except Rejected as refused:
-        replies = [refused.reply] * len(transaction.recipients)
-    except OSError as error:
-        replies = [make_reply("lost", error_text(error), command="CONN", **transaction.route.endpoint)] * len(
-            transaction.recipients
-        )
-    except Exception:
-        log_exception(transaction.queueid)
-        replies = [make_reply("relay-fault", **transaction.route.endpoint)] * len(transaction.recipients)
+        replies = await transaction.route.row.send(transaction, transport)
+    except Exception as error:
+        replies = [failure_reply(error, transaction)] * len(transaction.recipients)
     return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
 
 
+def failure_reply(error: Exception, transaction: Transaction) -> Reply:
+    """Return what an exception of a relay means for its recipients; a bug is logged."""
+    if isinstance(error, Rejected):
+        return error.reply
+    if isinstance(error, OSError):
+        return make_reply("lost", error_text(error), command="CONN", **transaction.route.endpoint)
+    log_exception(transaction.queueid)
+    return make_reply("relay-fault", **transaction.route.endpoint)
+
+
 async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> list:
-    """By SMTP to the route's host. A kept session that died before the text is replaced once."""
+    """Deliver by SMTP to the route's host. A kept session that dies before the message is sent is replaced once."""
     session, used, replies = transport.acquire_idle(transaction.route, transaction.hostname), True, []
     for final in (False, True):
         if not session:
@@ -4364,44 +4383,45 @@ async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> 
 
 
 async def relay_mx(transaction: Transaction, transport: TransportContext) -> list:
-    """By SMTP to the hosts of each recipient's domain (RFC 5321 5.1); a shared message may be for several domains."""
-    domains: dict = {}
+    """Deliver by SMTP to the hosts of each recipient's domain (RFC 5321 5.1); a shared message may have several."""
+    by_domain: dict = {}
     for recipient in transaction.recipients:
-        domains.setdefault(recipient.rpartition("@")[2].lower(), []).append(recipient)
-    reply: dict = {}
-    for domain, its in domains.items():
+        by_domain.setdefault(recipient.rpartition("@")[2].lower(), []).append(recipient)
+    replies: dict = {}
+    for domain, recipients in by_domain.items():
         try:
-            reply.update(await deliver_to_domain(domain, transaction._replace(recipients=tuple(its)), transport))
-        except Rejected as refused:
-            reply.update(dict.fromkeys(its, refused.reply))
-    return [reply[recipient] for recipient in transaction.recipients]
+            part = transaction._replace(recipients=tuple(recipients))
+            replies.update(await deliver_to_domain(domain, part, transport))
+        except Rejected as rejected:
+            replies.update(dict.fromkeys(recipients, rejected.reply))
+    return [replies[recipient] for recipient in transaction.recipients]
 
 
 async def deliver_to_domain(domain: str, transaction: Transaction, transport: TransportContext) -> dict:
-    """{recipient: Reply} from the first host that works; Refused where the domain has none."""
-    route, waiting, tries = transaction.route, transaction.recipients, 0
+    """Return {recipient: Reply} from the first host that works; raises Rejected if the domain has no host."""
+    route, waiting, attempts = transaction.route, transaction.recipients, 0
     hosts = await mx_hosts(domain, transport.resolver, transaction.hostname, time.monotonic() + route.timeout)
     policy = await transport.mta_sts.policy_for(domain, route)
-    reply: dict = {}
+    replies: dict = {}
     for host in admitted_hosts(hosts, policy):
         for hop in await next_hops(host, route, policy, transport.resolver):
-            replies = [hop] * len(waiting)
+            answers = [hop] * len(waiting)
             if isinstance(hop, Route):
-                replies = await deliver_to_host(transaction._replace(route=hop, recipients=waiting), transport)
-            for recipient, item in zip(waiting, replies):
-                if recipient not in reply or item.temporary or not try_next_host(item):
-                    reply[recipient] = item
-            waiting, tries = tuple(to for to in waiting if try_next_host(reply[to])), tries + 1
-            if not waiting or tries == MAX_MX_ATTEMPTS:
-                return reply
-    return reply
+                answers = await deliver_to_host(transaction._replace(route=hop, recipients=waiting), transport)
+            for recipient, reply in zip(waiting, answers):
+                if recipient not in replies or reply.temporary or not try_next_host(reply):
+                    replies[recipient] = reply
+            waiting, attempts = tuple(to for to in waiting if try_next_host(replies[to])), attempts + 1
+            if not waiting or attempts == MAX_MX_ATTEMPTS:
+                return replies
+    return replies
 
 
-MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take its time
+MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take the route's timeout
 
 
 def admitted_hosts(hosts: list, policy: MTASTSPolicy | None) -> list:
-    """Those to which the domain's policy lets its mail go; Refused where that is none."""
+    """Return the hosts that the domain's MTA-STS policy allows; raises Rejected if there is none."""
     admitted = [host for host in hosts if not policy or policy.allows(host)]
     if not admitted:
         raise Rejected(make_reply("mta-sts", *hosts, mailer="MX"))
@@ -4409,48 +4429,48 @@ def admitted_hosts(hosts: list, policy: MTASTSPolicy | None) -> list:
 
 
 async def next_hops(host: str, route: Route, policy: MTASTSPolicy | None, resolver: Resolver) -> list:
-    """A Route to each address of the host; or the one Reply that says why there is none."""
+    """Return a Route to each address of the host, or the one Reply that says why there is none."""
     try:
-        found = await resolve_addresses(host, resolver, route.private, time.monotonic() + route.timeout)
-    except Rejected as refused:
-        return [refused.reply]
+        addresses = await resolve_addresses(host, resolver, route.private, time.monotonic() + route.timeout)
+    except Rejected as rejected:
+        return [rejected.reply]
     hop = replace(route, host=host)
     if policy and policy.mode == "enforce":
         hop = replace(hop, starttls=True, tls_verify=True)
     elif not route.starttls:
-        hop = replace(hop, tls_if_offered=True, tls_verify=False)  # RFC 7435: encrypted by anybody is better than clear
-    return [replace(hop, address=address) for address in found]
+        hop = replace(hop, tls_if_offered=True, tls_verify=False)  # RFC 7435: unverified TLS is better than none
+    return [replace(hop, address=address) for address in addresses]
 
 
 async def deliver_to_host(transaction: Transaction, transport: TransportContext) -> list:
-    """A Reply for each recipient from one address; by clear text where TLS fails on which nobody insists."""
+    """Return a Reply for each recipient from one address; falls back to clear text if opportunistic TLS fails."""
     try:
         return await relay_esmtp(transaction, transport)
-    except Rejected as refused:
-        reply = refused.reply
+    except Rejected as rejected:
+        reply = rejected.reply
     if reply.command == "STARTTLS" and transaction.route.tls_if_offered:
-        return await deliver_to_host(
-            transaction._replace(route=replace(transaction.route, tls_if_offered=False)), transport
-        )
+        clear = replace(transaction.route, tls_if_offered=False)
+        return await deliver_to_host(transaction._replace(route=clear), transport)
     return [reply] * len(transaction.recipients)
 
 
 def try_next_host(reply: Reply) -> bool:
-    """True where the mail was not yet spoken of, or the host said goodbye before the text: the next one may take it."""
+    """Return True if another host may be tried: this one has not answered for the mail, or left before the message."""
     return reply.command in ("CONN", "EHLO", "STARTTLS") or (reply.code == "421" and reply.command != "DATA")
 
 
 async def relay_file(transaction: Transaction, transport: TransportContext) -> list:
-    """Into a folder, complete or not at all: written aside, on disk, then renamed."""
-    return await asyncio.to_thread(save_message, transaction)
+    """Save the message in the route's folder."""
+    return [await asyncio.to_thread(save_message, transaction)] * len(transaction.recipients)
 
 
-def save_message(transaction: Transaction) -> list:
+def save_message(transaction: Transaction) -> Reply:
+    """Write the message aside, sync it, then rename it: it is there completely or not at all."""
     import tempfile
 
     folder = transaction.route.folder
     name = f"haineko.{time.strftime('%Y-%m-%d-%H%M%S')}.{transaction.queueid}.{transaction.number}.eml"
-    path, place = os.path.join(folder, name), {"mailer": "File"}
+    path = os.path.join(folder, name)
     try:
         handle, aside = tempfile.mkstemp(prefix=".haineko.", dir=folder)  # mode 0600
         try:
@@ -4462,178 +4482,150 @@ def save_message(transaction: Transaction) -> list:
         except BaseException:
             os.unlink(aside)
             raise
-        sync_folder(folder)
+        handle = os.open(folder, os.O_RDONLY)  # a renamed file survives a power cut only if its folder is synced
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     except OSError as error:
-        return [make_reply("file", f"{folder}: {error.strerror or error}", **place)] * len(transaction.recipients)
-    return [make_reply("saved", word=path, **place)] * len(transaction.recipients)
-
-
-def sync_folder(folder: str) -> None:
-    """A renamed file survives a power cut only when its folder is on disk too."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        return make_reply("file", f"{folder}: {error.strerror or error}", mailer="File")
+    return make_reply("saved", word=path, mailer="File")
 
 
 async def relay_screen(transaction: Transaction, transport: TransportContext) -> list:
-    """On stderr."""
-    rule = f"--- {transaction.queueid}.{transaction.number} from <{transaction.sender}> to <{'>, <'.join(transaction.recipients)}>"
-    if log.write_bytes(rule.encode() + b"\n" + transaction.octets().replace(b"\r\n", b"\n") + b"---\n"):
-        return [make_reply("printed", mailer="Screen")] * len(transaction.recipients)
-    return [make_reply("file", "stderr cannot be written", mailer="Screen")] * len(transaction.recipients)
+    """Print the message on stderr."""
+    recipients = ">, <".join(transaction.recipients)
+    rule = f"--- {transaction.queueid}.{transaction.number} from <{transaction.sender}> to <{recipients}>"
+    printed = log.write_bytes(rule.encode() + b"\n" + transaction.octets().replace(b"\r\n", b"\n") + b"---\n")
+    reply = make_reply("printed") if printed else make_reply("file", "stderr cannot be written")
+    return [reply._replace(mailer="Screen")] * len(transaction.recipients)
 
 
 async def relay_discard(transaction: Transaction, transport: TransportContext) -> list:
-    """Nowhere."""
+    """Deliver to nobody."""
     return [make_reply("discarded", mailer="Discard")] * len(transaction.recipients)
 
 
-# -- by HTTP: each posts to a web API; `web_reply` says what the answers have in common
+# -- Relays by HTTP. Each posts to an API; http_accepted() and http_failure() hold what their responses have in common.
 
 
 async def relay_haineko(transaction: Transaction, transport: TransportContext) -> list:
-    """To another Haineko, of this kind or of the old one in Perl; what it says of each recipient is handed on."""
+    """Submit to another Haineko, of this version or the one in Perl, and hand on its reply for each recipient."""
     response = await transport.http.request(transaction.route, await asyncio.to_thread(haineko_request, transaction))
     return haineko_replies(transaction, response)
 
 
 def haineko_request(transaction: Transaction) -> HTTPRequest:
-    """The submission: by header and body where that says all, since old ones know nothing else; else the message."""
+    """Return the submission: header and body if they express all of the message (Perl knows no more), else `raw`."""
     octets = transaction.octets()
     try:
         document = as_plain_submission(transaction, octets)
-    except (ValueError, LookupError):
+    except (ValueError, LookupError, TypeError):  # TypeError: of a Date that is none, before Python 3.10
         raw = octets.decode() if octets.isascii() else {"base64": base64.b64encode(octets).decode()}
         document = {"mail": transaction.sender, "rcpt": transaction.recipients, "raw": raw}
-    return HTTPRequest(
-        "POST", "/submit", ENCODER.encode(document).encode(), basic_auth_header(transaction.route.credentials)
-    )
+    return HTTPRequest("POST", "/submit", encode_json(document), basic_auth_header(transaction.route.credentials))
 
 
 def basic_auth_header(login: tuple) -> tuple:
-    """The header of HTTP Basic, RFC 7617; none without a login."""
+    """Return the header fields for HTTP Basic (RFC 7617); none without a login."""
     return (("Authorization", "Basic " + base64.b64encode(":".join(login).encode()).decode()),) if login else ()
 
 
 def as_plain_submission(transaction: Transaction, octets: bytes) -> dict:
-    """The submission from which compose() made these octets; ValueError where it made them from more than old
-    Hainekos know, or where others wrote them."""
+    """Return the submission of plain text from which compose() made these octets, else raise ValueError."""
     listed, body = parse_message(octets)
     lines = {name: unfold(value) for name, value in listed}
-    kind = re.fullmatch(r"text/plain; charset=(\S+)", lines.get("content-type", ""))
-    made = re.fullmatch(r"from .*\sby \S+ with [A-Z]+ id (\w+);\s+(.*)", lines.get("received", ""))
-    ours = (
-        transaction.queueid,
-        lines.get("date"),
-        *transaction.recipients,
-        f"<{transaction.queueid}.{transaction.number}@{transaction.hostname}>",
-    )
-    written = (*(made.groups() if made else ()), lines.get("to"), lines.get("message-id"))
-    if not kind or written != ours or len(lines) < len(listed) or not COMPOSED_FIELDS.issuperset(lines):
-        raise ValueError("not composed here from plain text")
-    charset = kind[1]
-    if iana_charset(charset) != charset:
-        raise ValueError("the charset is spelt otherwise")
-    subject = decode_encoded_words(lines.get("subject", ""))
-    header = {"from": format_mailboxes(lines["from"]), "subject": subject, "charset": charset}
+    charset = lines["content-type"].rpartition("charset=")[2]
+    header = {"from": format_mailboxes(lines["from"]), "subject": decode_encoded_words(lines["subject"])}
     if "reply-to" in lines:
         header["replyto"] = format_mailboxes(lines["reply-to"])
-    again = [address_field("From", parse_mailboxes(header["from"]), charset)]
-    again += [address_field("Reply-To", parse_mailboxes(header["replyto"]), charset)] if "replyto" in header else []
-    again += [text_field("Subject", subject, charset)]
-    text = decode_charset(decode_transfer_encoding(body, lines["content-transfer-encoding"]), charset).replace(
-        "\r\n", "\n"
-    )
-    if encode_body(text, charset) != (lines["content-transfer-encoding"], body.replace(b"\n", b"\r\n")):
-        raise ValueError("the body would come out otherwise")
-    if any(field.encode() + b"\r\n" not in octets for field in again):
-        raise ValueError("the header would come out otherwise")
-    header["x-haineko-loop"] = [name.strip() for name in lines["x-haineko-loop"].split(",")]
-    return {
-        "ehlo": transaction.hostname,
-        "mail": transaction.sender,
-        "rcpt": transaction.recipients,
-        "header": header,
-        "body": text,
-    }
-
-
-COMPOSED_FIELDS = {"received", "from", "sender", "to", "reply-to", "subject", "date", "message-id", "x-haineko-loop"}
-COMPOSED_FIELDS |= {
-    "mime-version",
-    "content-type",
-    "content-transfer-encoding",
-}  # the fields of a message of plain text
+    *passed, hostname = [name.strip() for name in lines["x-haineko-loop"].split(",")]
+    text = decode_charset(TRANSFER_DECODERS.get(lines["content-transfer-encoding"], bytes)(body), charset)
+    document = {"mail": transaction.sender, "rcpt": transaction.recipients, "body": text.replace("\r\n", "\n")}
+    document["header"] = {**header, "charset": charset, "x-haineko-loop": passed}
+    submission, _ = parse_submission(encode_json(document))
+    now = parsedate_to_datetime(lines["date"]).timestamp()
+    again = submission and transaction.sender and compose(submission, transaction.queueid, None, hostname, now)
+    composed = again.copy(transaction.recipients[0], transaction.number) if again else b""
+    if not composed or composed.partition(b"\r\n\tby ")[2] != octets.partition(b"\r\n\tby ")[2]:  # in Received
+        raise ValueError("compose() would make another message")
+    document["header"]["x-haineko-loop"] = [*passed, hostname]
+    return {**document, "ehlo": hostname}
 
 
 def haineko_replies(transaction: Transaction, response: HTTPResponse) -> list:
-    """A reply for each recipient, from the items of the far end; one without recipient is meant for all."""
-    document = response.document()
-    items = document.get("response") if isinstance(document, dict) else None
-    if not (isinstance(items, list) and items and all(isinstance(item, dict) for item in items)):
-        return [http_failure(transaction.route, response, None)] * len(transaction.recipients)
-    replies = {address_key(item.get("rcpt")): haineko_reply(transaction.route, response, item) for item in items}
-    missing = replies.get(None) or http_failure(transaction.route, response, None)
+    """Return a Reply for each recipient from the far end's items; one without recipient is meant for all."""
+    route = transaction.route
+    replies = {address_key(item.get("rcpt")): haineko_reply(route, response, item) for item in haineko_items(response)}
+    missing = replies.get(None) or http_failure(route, response, None)
     return [replies.get(address_key(to), missing) for to in transaction.recipients]
 
 
-def address_key(given: Any) -> Any:
-    """The same for two spellings of one address; None for what is none."""
-    mailbox = parse_address(given) if type(given) is str else None
+def haineko_items(response: HTTPResponse) -> list:
+    """Return the items of the far end's answer; none if it has another form."""
+    items = json_object(response).get("response")
+    return items if isinstance(items, list) and all(isinstance(item, dict) for item in items) else []
+
+
+def encode_json(document: dict) -> bytes:
+    """Return a request's body."""
+    return ENCODER.encode(document).encode()
+
+
+def address_key(value: Any) -> Any:
+    """Return what two spellings of an address have in common; None for what is no address."""
+    mailbox = parse_address(value) if type(value) is str else None
     return mailbox and mailbox.key
 
 
 def haineko_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
-    """One item of the far end as reply. An old one says 221 and QUIT, its last word, where the mail is relayed."""
+    """Return an item of the far end as a Reply; the Perl version reports a relayed mail with the reply to QUIT."""
     code, dsn, lines = str(item.get("code")), item.get("dsn"), item.get("message")
     lines = [lines] if isinstance(lines, str) else lines if isinstance(lines, list) else []
     if not re.fullmatch(r"[245][0-9][0-9]", code) or (code[0] == "2") == bool(item.get("error")):
         return http_failure(route, response, None)
     dsn = dsn if isinstance(dsn, str) and re.fullmatch(r"[245]\.\d{1,3}\.\d{1,3}", dsn) else None
     command = item.get("command") if item.get("command") in KNOWN_COMMANDS else "DATA"
-    words = sanitize_lines(lines) or (f"HTTP {response.status} {response.reason}",)
-    unsure = code[0] == "4" and words[0].endswith("may have arrived")  # as in REPLIES
+    message = sanitize_lines(lines) or (status_text(response),)
+    maybe_delivered = code[0] == "4" and message[0].endswith("may have arrived")
     wait = 0 if code[0] == "2" else parse_retry_after(response)
-    return Reply(code, dsn, command, words, **route.endpoint, maybe_delivered=unsure, retry_after=wait)
+    return Reply(code, dsn, command, message, **route.endpoint, maybe_delivered=maybe_delivered, retry_after=wait)
 
 
 KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE")
+TRANSFER_DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
 
 
 async def relay_sendgrid(transaction: Transaction, transport: TransportContext) -> list:
-    """By SendGrid's v3 mail/send, which takes a message in pieces."""
-    body = await asyncio.to_thread(sendgrid_body, transaction)
+    """Deliver by SendGrid's v3 mail/send, which takes a message in pieces."""
+    route, body = transaction.route, await asyncio.to_thread(sendgrid_body, transaction)
     response = await transport.http.request(
         transaction.route, HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route))
     )
-    return [sendgrid_reply(transaction.route, response)] * len(transaction.recipients)
-
-
-def sendgrid_reply(route: Route, response: HTTPResponse) -> Reply:
-    if response.status != 202:  # 200 means that it is valid and will not be sent
-        return http_failure(route, response, sendgrid_errors(response))
-    number = response.headers.get("X-Message-Id")
-    return http_accepted(route, response, *([f"X-Message-Id: {number}"] if number else []))
+    if response.status == 202:  # 200: valid, but will not be sent
+        message_id = response.headers.get("X-Message-Id")
+        reply = http_accepted(route, response, *([f"X-Message-Id: {message_id}"] if message_id else []))
+    else:
+        reply = http_failure(route, response, sendgrid_errors(response))
+    return [reply] * len(transaction.recipients)
 
 
 def bearer_header(route: Route) -> tuple:
+    """Return the header fields that carry the route's API key."""
     return (("Authorization", f"Bearer {route.credentials[1]}"),)
 
 
 def sendgrid_errors(response: HTTPResponse) -> list | None:
-    """What its errors say."""
-    document = response.document()
-    errors = document.get("errors") if isinstance(document, dict) else None
+    """Return the error messages in a response; None if it has none."""
+    errors = json_object(response).get("errors")
     if not (isinstance(errors, list) and errors and all(isinstance(error, dict) for error in errors)):
         return None
     return [": ".join(str(error[key]) for key in ("field", "message") if error.get(key)) for error in errors]
 
 
 def sendgrid_body(transaction: Transaction) -> bytes:
-    """The request, https://www.twilio.com/docs/sendgrid/api-reference/mail-send; Refused for a message that it can't
-    express: nothing is left out but the trace, and nothing is changed but the charset, which SendGrid chooses."""
+    """Return the request; raises Rejected if it would lose more of the message than trace fields and charset."""
+    # https://www.twilio.com/docs/sendgrid/api-reference/mail-send
     octets = transaction.octets()
     try:
         fields, _ = parse_message(octets)
@@ -4645,34 +4637,38 @@ def sendgrid_body(transaction: Transaction) -> bytes:
             raise ValueError("the subject is empty")
     except (ValueError, LookupError) as error:
         raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
-    return ENCODER.encode({key: value for key, value in document.items() if value}).encode()
+    return encode_json({key: value for key, value in document.items() if value})
 
 
 def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
-    """Who it is from, and to whom: SendGrid shows whom it delivers to, and delivers to whom it shows."""
+    """Return author and recipients; SendGrid shows every recipient but Bcc, and delivers to every one that it shows."""
     shown = {name: sendgrid_mailboxes(single_field(fields, name)) for name in ("from", "to", "cc", "reply-to")}
     if len(shown["from"]) != 1:
         raise ValueError("From has several addresses")
-    missing = {address_key(to): to for to in transaction.recipients}
+    hidden = {address_key(to): to for to in transaction.recipients}
     for name in ("to", "cc"):
         for mailbox in shown[name]:
-            if not missing.pop(address_key(mailbox["email"]), None):
+            if not hidden.pop(address_key(mailbox["email"]), None):
                 raise ValueError(f"{name.title()} has {mailbox['email']}, which gets this mail another way or twice")
     if not shown["to"]:
         raise ValueError("To has none of the recipients")
-    people = {"to": shown["to"], "cc": shown["cc"], "bcc": [{"email": to} for to in missing.values()]}
+    people = {"to": shown["to"], "cc": shown["cc"], "bcc": [{"email": to} for to in hidden.values()]}
     document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": shown["from"][0]}
-    answers = shown["reply-to"]
-    return {**document, **({"reply_to_list": answers} if len(answers) > 1 else {"reply_to": answers and answers[0]})}
+    reply_to = shown["reply-to"]
+    return {
+        **document,
+        **({"reply_to_list": reply_to} if len(reply_to) > 1 else {"reply_to": reply_to and reply_to[0]}),
+    }
 
 
 def sendgrid_mailboxes(text: str) -> list:
+    """Return the mailboxes of an address field."""
     named = [(name, spec) for name, spec in getaddresses([text]) if spec]
     return [{"email": spec, "name": decode_encoded_words(name)} if name else {"email": spec} for name, spec in named]
 
 
 def sendgrid_headers(fields: list) -> dict:
-    """The fields that SendGrid takes as they are, still encoded."""
+    """Return the fields that SendGrid takes as they are, still encoded."""
     headers: dict = {}
     for name, octets in fields:
         if name in SENDGRID_RESERVED:
@@ -4680,7 +4676,7 @@ def sendgrid_headers(fields: list) -> dict:
         if name in SENDGRID_OWN or name.startswith("content-"):
             continue
         if name in map(str.lower, headers):
-            raise ValueError(f"the header {name} stands more than once")
+            raise ValueError(f"the header {name} occurs more than once")
         if not octets.isascii():
             raise ValueError(f"the header {name} is not ASCII")
         headers[octets.partition(b":")[0].decode().strip()] = unfold(octets)
@@ -4688,11 +4684,13 @@ def sendgrid_headers(fields: list) -> dict:
 
 
 SENDGRID_RESERVED = ("x-sg-id", "x-sg-eid", "dkim-signature", "bcc")
-SENDGRID_OWN = ("received", "mime-version", "from", "to", "cc", "subject", "reply-to")  # it makes them from the rest
+SENDGRID_OWN = ("received", "mime-version", "from", "to", "cc", "subject", "reply-to")  # made from the other keys
+SENDGRID_NESTING = ["mixed", "alternative", "related"]  # subtypes of a multipart, and of one in another
+SENDGRID_NESTING += ["mixed/alternative", "mixed/related", "alternative/related", "related/alternative"]
 
 
 def sendgrid_parts(octets: bytes) -> dict:
-    """Its content and attachments."""
+    """Return content and attachments."""
     import email
 
     message = email.message_from_bytes(octets)
@@ -4701,82 +4699,75 @@ def sendgrid_parts(octets: bytes) -> dict:
     for part in leaf_parts(message):
         named = part.get_content_disposition() == "attachment" or part.get_filename() or part["Content-ID"]
         if part.get_content_maintype() == "text" and not named:
-            content.append({"type": part.get_content_type(), "value": part_text(part)})
+            text = decode_charset(part.get_payload(decode=True), part.get_content_charset("us-ascii"))
+            content.append({"type": part.get_content_type(), "value": text.replace("\r\n", "\n")})
         else:
             attachments.append(sendgrid_attachment(part))
     alternative = any(part.get_content_subtype() == "alternative" for part in message.walk())
-    kinds = [item["type"] for item in content]
-    if kinds not in (["text/plain"], ["text/html"]) and not (alternative and kinds == ["text/plain", "text/html"]):
-        raise ValueError(f"its texts are {', '.join(kinds) or 'none'}, not a plain one, an HTML one, or these two")
+    types = [item["type"] for item in content]
+    if types not in (["text/plain"], ["text/html"]) and not (alternative and types == ["text/plain", "text/html"]):
+        raise ValueError(f"its texts are {', '.join(types) or 'none'}, not a plain one, an HTML one, or these two")
+    if not all(item["value"] for item in content):
+        raise ValueError("a text is empty")
     return {"content": content, "attachments": attachments}
 
 
 def leaf_parts(part: Any, outer: str = "") -> list:
-    """The parts that are no multipart; ValueError for a structure whose meaning would be lost."""
+    """Return the parts that are no multipart; raises ValueError for a nesting whose meaning would be lost."""
     if part.get_content_maintype() != "multipart":
         return [part]
-    kind = part.get_content_subtype()
-    if kind not in ALLOWED_NESTING[outer] or not part.is_multipart():
-        raise ValueError(f"multipart/{kind} {f'in multipart/{outer} ' if outer else ''}can't be kept")
-    return [leaf for inner in part.get_payload() for leaf in leaf_parts(inner, kind)]
-
-
-ALLOWED_NESTING = {
-    "": ("mixed", "alternative", "related"),
-    "mixed": ("alternative", "related"),
-    "alternative": ("related",),
-    "related": ("alternative",),
-}
-
-
-def part_text(part: Any) -> str:
-    value = decode_charset(part.get_payload(decode=True), part.get_content_charset("us-ascii")).replace("\r\n", "\n")
-    if not value:
-        raise ValueError("a text is empty")
-    return value
+    nesting = f"{outer}/{part.get_content_subtype()}".strip("/")
+    if nesting not in SENDGRID_NESTING or not part.is_multipart():
+        raise ValueError(f"multipart/{nesting.replace('/', ' with multipart/')} can't be kept")
+    return [leaf for inner in part.get_payload() for leaf in leaf_parts(inner, part.get_content_subtype())]
 
 
 def sendgrid_attachment(part: Any) -> dict:
-    charset, mark = part.get_content_charset("utf-8"), (part["Content-ID"] or "").strip("<> ")
+    """Return a part as an attachment."""
+    charset, content_id = part.get_content_charset("utf-8"), (part["Content-ID"] or "").strip("<> ")
     if part.get_content_maintype() == "message":
         octets = part.as_bytes(policy=part.policy.clone(linesep="\r\n")).partition(b"\r\n\r\n")[2]
     else:
         octets = part.get_payload(decode=True)
-    name = decode_encoded_words(part.get_filename() or mark)
+    name = decode_encoded_words(part.get_filename() or content_id)
     if not (name and octets):
         raise ValueError("an attachment has no name" if octets else f"the attachment {name} is empty")
     if part.get_content_maintype() == "text" and charset not in ("utf-8", "us-ascii"):
-        raise ValueError(f"the charset of the attachment {name} can't be told")
-    values = {"content": base64.b64encode(octets).decode(), "type": part.get_content_type(), "filename": name}
-    inline = part.get_content_disposition() == "inline" or (mark and not part.get_content_disposition())
-    values["disposition"] = "inline" if inline else "attachment"
-    return {**values, "content_id": mark} if mark else values
+        raise ValueError(f"the attachment {name} has the charset {charset}, which can't be declared")
+    attachment = {"content": base64.b64encode(octets).decode(), "type": part.get_content_type(), "filename": name}
+    inline = part.get_content_disposition() == "inline" or (content_id and not part.get_content_disposition())
+    attachment["disposition"] = "inline" if inline else "attachment"
+    return {**attachment, "content_id": content_id} if content_id else attachment
 
 
 async def relay_amazonses(transaction: Transaction, transport: TransportContext) -> list:
-    """By version 2 of Amazon SES, which takes the message as it is, for 50 recipients at a time."""
+    """Deliver by version 2 of Amazon SES, which takes the message as it is, for 50 recipients at a time."""
     replies: list = []
     for start in range(0, len(transaction.recipients), AMAZONSES_RECIPIENTS):
         part = transaction._replace(recipients=transaction.recipients[start : start + AMAZONSES_RECIPIENTS])
         try:
             call = await asyncio.to_thread(amazonses_request, part, time.time())
-            response = amazonses_reply(transaction.route, await transport.http.request(transaction.route, call))
-        except Rejected as refused:
-            response = refused.reply
-        replies += [response] * len(part.recipients)
+            reply = amazonses_reply(transaction.route, await transport.http.request(transaction.route, call))
+        except Rejected as rejected:
+            reply = rejected.reply
+        replies += [reply] * len(part.recipients)
     return replies
 
 
 AMAZONSES_RECIPIENTS = 50  # https://docs.aws.amazon.com/ses/latest/dg/quotas.html
+AMAZONSES_TEMPORARY = ["TooManyRequestsException", "ThrottlingException", "Throttling"]  # errors 400 that pass
+AMAZONSES_TEMPORARY += ["LimitExceededException", "SendingPausedException"]
 
 
 def amazonses_request(transaction: Transaction, now: float) -> HTTPRequest:
+    """Return the signed request; raises Rejected for a message without exactly one From."""
     octets = ascii_message(transaction)
     try:
         author = single_field(parse_message(octets)[0], "from")
         spec = next(spec for _, spec in getaddresses([author]) if spec)
     except (ValueError, StopIteration):
-        raise Rejected(make_reply("inexpressible", "one header From is wanted", **transaction.route.endpoint)) from None
+        text = "it needs exactly one header From"
+        raise Rejected(make_reply("inexpressible", text, **transaction.route.endpoint)) from None
     document = {
         "FromEmailAddress": author,
         "Destination": {"ToAddresses": transaction.recipients},
@@ -4784,33 +4775,24 @@ def amazonses_request(transaction: Transaction, now: float) -> HTTPRequest:
     }
     if transaction.sender and address_key(spec) != address_key(transaction.sender):
         document["FeedbackForwardingEmailAddress"] = transaction.sender
-    call = HTTPRequest("POST", "/v2/email/outbound-emails", ENCODER.encode(document).encode())
+    call = HTTPRequest("POST", "/v2/email/outbound-emails", encode_json(document))
     return sign_sigv4(call, transaction.route, now)
 
 
 def amazonses_reply(route: Route, response: HTTPResponse) -> Reply:
-    document = response.document()
-    document = document if isinstance(document, dict) else {}
+    """Return the reply for a response of Amazon SES."""
+    document = json_object(response)
     if response.status == 200 and isinstance(document.get("MessageId"), str):
         return http_accepted(route, response, f"MessageId: {document['MessageId']}")
     name = str(response.headers.get("x-amzn-ErrorType") or document.get("__type") or "")
-    name = name.partition(":")[0].rpartition("#")[2]  # some have a namespace before, or a URL behind
-    words = [str(value) for value in (name, document.get("message") or document.get("Message")) if value]
-    return http_failure(route, response, words or None, later=name in AMAZONSES_LATER)
-
-
-AMAZONSES_LATER = (  # said with a 400, and over after a while
-    "TooManyRequestsException",
-    "ThrottlingException",
-    "Throttling",
-    "LimitExceededException",
-    "SendingPausedException",
-)
+    name = name.partition(":")[0].rpartition("#")[2]  # some have a namespace in front, or a URL behind
+    lines = [str(value) for value in (name, document.get("message") or document.get("Message")) if value]
+    return http_failure(route, response, lines or None, temporary=name in AMAZONSES_TEMPORARY)
 
 
 def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
-    """The call with Amazon's signature, version 4, for the service `ses`.
-    https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html"""
+    """Return the request with Amazon's signature, version 4, for the service `ses`."""
+    # https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html
     site, moment = split_base_url(route.url), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
     scope = f"{moment[:8]}/{route.region}/ses/aws4_request"
     headers = {"host": site.host_header, "x-amz-date": moment}
@@ -4824,16 +4806,16 @@ def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
     canonical = "\n".join([*lines, hashlib.sha256(call.body).hexdigest()])
     text = f"AWS4-HMAC-SHA256\n{moment}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
     key = b"AWS4" + route.credentials[1].encode()
-    for word in scope.split("/"):
-        key = hmac.digest(key, word.encode(), "sha256")
-    mark = hmac.new(key, text.encode(), "sha256").hexdigest()
-    words = f"AWS4-HMAC-SHA256 Credential={route.credentials[0]}/{scope}, SignedHeaders={names}, Signature={mark}"
-    sent = [(name, headers[name]) for name in ("x-amz-date", "x-amz-security-token") if name in headers]
-    return call._replace(headers=(*call.headers, *sent, ("Authorization", words)))
+    for part in scope.split("/"):
+        key = hmac.digest(key, part.encode(), "sha256")
+    signature = hmac.new(key, text.encode(), "sha256").hexdigest()
+    value = f"AWS4-HMAC-SHA256 Credential={route.credentials[0]}/{scope}, SignedHeaders={names}, Signature={signature}"
+    added = [(name, headers[name]) for name in ("x-amz-date", "x-amz-security-token") if name in headers]
+    return call._replace(headers=(*call.headers, *added, ("Authorization", value)))
 
 
 async def relay_mandrill(transaction: Transaction, transport: TransportContext) -> list:
-    """By Mandrill's messages/send-raw, which takes the message as it is and says what became of each recipient."""
+    """Deliver by Mandrill's messages/send-raw, which takes the message as it is and answers for each recipient."""
     body = await asyncio.to_thread(mandrill_body, transaction)
     response = await transport.http.request(
         transaction.route, HTTPRequest("POST", "/api/1.0/messages/send-raw.json", body)
@@ -4842,75 +4824,78 @@ async def relay_mandrill(transaction: Transaction, transport: TransportContext) 
 
 
 def mandrill_body(transaction: Transaction) -> bytes:
-    document = {
-        "key": transaction.route.credentials[1],
-        "raw_message": ascii_message(transaction).decode(),
-        "from_email": transaction.sender or None,
-        "to": transaction.recipients,
-        "async": False,
-    }
-    return ENCODER.encode(document).encode()
+    """Return the request."""
+    envelope = {"from_email": transaction.sender or None, "to": transaction.recipients}
+    content = {"key": transaction.route.credentials[1], "raw_message": ascii_message(transaction).decode()}
+    return encode_json({**content, **envelope, "async": False})
 
 
 def mandrill_replies(transaction: Transaction, response: HTTPResponse) -> list:
-    """A reply for each recipient, from the list in the answer; a list without one of them is not what was promised."""
-    document = response.document()
-    if isinstance(document, dict) and document.get("status") == "error":
-        words = [f"{document.get('name')}: {document.get('message')}"]
-        return [http_failure(transaction.route, response, words)] * len(transaction.recipients)
+    """Return a Reply for each recipient; a response that doesn't name one breaks the API's promise."""
+    route, errors, document = transaction.route, mandrill_errors(response), response.document()
+    if errors:
+        return [http_failure(route, response, errors)] * len(transaction.recipients)
     listed = document if response.status == 200 and isinstance(document, list) else []
     items = {address_key(item.get("email")): item for item in listed if isinstance(item, dict)}
-    return [
-        mandrill_reply(transaction.route, response, items.get(address_key(to), {})) for to in transaction.recipients
-    ]
+    return [mandrill_reply(route, response, items.get(address_key(to), {})) for to in transaction.recipients]
+
+
+def mandrill_errors(response: HTTPResponse) -> list | None:
+    """Return the error message in a response; None if it has none."""
+    document = json_object(response)
+    return [f"{document.get('name')}: {document.get('message')}"] if document.get("status") == "error" else None
 
 
 def mandrill_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
-    status, words = item.get("status"), [str(item.get("status"))]
-    if item.get("reject_reason"):
-        words.append(f"reject_reason: {item['reject_reason']}")
-    if item.get("_id"):
-        words.append(f"_id: {item['_id']}")
+    """Return one recipient's item as a Reply."""
+    status, lines = item.get("status"), [f"{key}: {item[key]}" for key in ("reject_reason", "_id") if item.get(key)]
     if status in ("sent", "queued", "scheduled"):
-        return http_accepted(route, response, *words)
+        return http_accepted(route, response, status, *lines)
     if status in ("rejected", "invalid"):
         dsn = "5.1.3" if status == "invalid" else "5.7.1"
-        return make_reply("web-refused", *sanitize_lines(words[1:]), word=status, **route.endpoint)._replace(dsn=dsn)
+        return make_reply("web-refused", *sanitize_lines(lines), word=status, **route.endpoint)._replace(dsn=dsn)
     return http_failure(route, response, None)
 
 
-def http_accepted(route: Route, response: HTTPResponse, *words: str) -> Reply:
-    status = f"HTTP {response.status} {response.reason}".strip()
-    return make_reply("web-accepted", *sanitize_lines(words), word=status, **route.endpoint)
+def http_accepted(route: Route, response: HTTPResponse, *lines: str) -> Reply:
+    """Return the reply for a mail that the API has taken."""
+    return make_reply("web-accepted", *sanitize_lines(lines), word=status_text(response), **route.endpoint)
 
 
-def http_failure(route: Route, response: HTTPResponse, words: list | None, later: bool = False) -> Reply:
-    """What an answer means that is no success. `words` are the cloud's own, None where it has none."""
-    status, place = f"HTTP {response.status} {response.reason}".strip(), route.endpoint
-    later = later or response.status == 429 or response.status >= 500
-    if response.status == 413:  # proxies say this too, in their own words; it will be as big the next time
-        return make_reply("web-refused", *sanitize_lines(words or []), word=status, **place)._replace(dsn="5.3.4")
-    if words is None or not (later or response.status >= 400):
+def http_failure(route: Route, response: HTTPResponse, lines: list | None, temporary: bool = False) -> Reply:
+    """Return the reply for a response that is no success; `lines` are the API's error messages, None if it has none."""
+    status, text, endpoint = response.status, status_text(response), route.endpoint
+    temporary = temporary or status == 429 or status >= 500
+    if status == 413:  # from a proxy too, without the API's error messages; the mail will not be smaller next time
+        return make_reply("web-refused", *sanitize_lines(lines or []), word=text, **endpoint)._replace(dsn="5.3.4")
+    if lines is None or not (temporary or status >= 400):
         excerpt = sanitize(response.body[:400].decode("utf-8", "replace"), 100)
-        rubbish = make_reply("web-rubbish", status, *([excerpt] if excerpt else []), **place)
-        return rubbish._replace(maybe_delivered=200 <= response.status < 300, retry_after=parse_retry_after(response))
-    said_so = make_reply("web-later" if later else "web-refused", *sanitize_lines(words), word=status, **place)
-    if later:
-        return said_so._replace(
-            dsn="4.3.0" if response.status >= 500 else "4.4.5", retry_after=parse_retry_after(response)
-        )
-    return said_so._replace(dsn=DSN_BY_STATUS.get(response.status, said_so.dsn))
+        endpoint.update(maybe_delivered=200 <= status < 300, retry_after=parse_retry_after(response))
+        return make_reply("web-rubbish", text, *([excerpt] if excerpt else []), **endpoint)
+    reply = make_reply("web-later" if temporary else "web-refused", *sanitize_lines(lines), word=text, **endpoint)
+    if temporary:
+        return reply._replace(dsn="4.3.0" if status >= 500 else "4.4.5", retry_after=parse_retry_after(response))
+    return reply._replace(dsn=DSN_BY_STATUS.get(status, reply.dsn))
+
+
+def json_object(response: HTTPResponse) -> dict:
+    """Return the JSON object in a response; {} if it has none."""
+    document = response.document()
+    return document if isinstance(document, dict) else {}
+
+
+def status_text(response: HTTPResponse) -> str:
+    """Return the response's status line for people."""
+    return f"HTTP {response.status} {response.reason}".strip()
 
 
 DSN_BY_STATUS = {401: "5.7.8", 403: "5.7.1"}
 
 
 def parse_retry_after(response: HTTPResponse) -> int:
-    """Seconds after which to try again, RFC 9110 10.2.3; 0 where it doesn't say."""
+    """Return the seconds after which to try again (RFC 9110 10.2.3), at most a day; 0 if the response has none."""
     text, now = response.headers.get("Retry-After", "").strip(), time.time()
-    reset = (
-        response.headers.get("X-RateLimit-Reset", "") if response.status == 429 else ""
-    )  # SendGrid's, seconds of the epoch
+    reset = response.headers.get("X-RateLimit-Reset", "") if response.status == 429 else ""  # SendGrid: Unix time
     try:
         if re.fullmatch(r"[0-9]{1,9}", text):
             wait = int(text)
@@ -4924,12 +4909,12 @@ def parse_retry_after(response: HTTPResponse) -> int:
 
 
 def sanitize_lines(lines: Any) -> tuple:
-    """Lines of the other side, fit for a reply."""
+    """Return lines of the other side as a reply may carry them."""
     return tuple(sanitize(str(line), 500) for line in lines)[:20]
 
 
 def ascii_message(transaction: Transaction) -> bytes:
-    """The message in ASCII, as the web APIs want it."""
+    """Return the message in ASCII, which the APIs want; raises Rejected if that can't be."""
     octets = downgrade_8bit(transaction.octets()) if transaction.message.needs_8bitmime else transaction.octets()
     if not octets.isascii():
         raise Rejected(make_reply("inexpressible", "it has octets over 127", **transaction.route.endpoint))
@@ -4937,92 +4922,84 @@ def ascii_message(transaction: Transaction) -> bytes:
 
 
 def unfold(octets: bytes) -> str:
-    """The value of a field, on one line."""
+    """Return the value of a header field on one line."""
     return re.sub(r"\r?\n", "", octets.decode("utf-8", "replace").partition(":")[2]).strip()
 
 
 def single_field(fields: list, name: str) -> str:
-    """The value of that field, "" where there is none; ValueError where it stands more than once."""
+    """Return the value of a header field, "" if it is absent; raises ValueError if it occurs more than once."""
     values = [unfold(octets) for key, octets in fields if key == name]
     if len(values) > 1:
-        raise ValueError(f"the header {name} stands more than once")
+        raise ValueError(f"the header {name} occurs more than once")
     return values[0] if values else ""
 
 
 def decode_encoded_words(text: str) -> str:
-    """Text with its encoded words (RFC 2047) as what they mean; ValueError or LookupError where that can't be known."""
-    text = re.sub(r"(?<=\?=)\s+(?==\?)", "", text)
-    return ENCODED_WORD.sub(_decode_encoded_word, text)
+    """Decode the encoded words (RFC 2047) in a text; raises ValueError or LookupError if one can't be."""
+    return ENCODED_WORD.sub(_decode_encoded_word, re.sub(r"(?<=\?=)\s+(?==\?)", "", text))
 
 
 def _decode_encoded_word(found: Any) -> str:
-    charset, way, octets = found[1], found[2].upper(), found[3].encode()
-    return decode_charset(binascii.a2b_base64(octets) if way == "B" else binascii.a2b_qp(octets, header=True), charset)
+    charset, encoding, octets = found[1], found[2].upper(), found[3].encode()
+    decoded = binascii.a2b_base64(octets) if encoding == "B" else binascii.a2b_qp(octets, header=True)
+    return decode_charset(decoded, charset)
 
 
-ENCODED_WORD = re.compile(r"=\?([^?*\s]+)(?:\*[^?\s]*)?\?([BbQq])\?([^?\s]*)\?=")
+ENCODED_WORD = re.compile(r"=\?([^?*\s]+)(?:\*[^?\s]*)?\?([BbQq])\?([^?\s]*)\?=")  # RFC 2047
 
 
 def decode_charset(octets: bytes, charset: str) -> str:
-    """Text of octets in a charset of mail."""
-    return (
-        jis_to_text(octets.decode("ascii")) if charset.upper() == "ISO-2022-JP" else octets.decode(codec_name(charset))
-    )
-
-
-def decode_transfer_encoding(body: bytes, encoding: str) -> bytes:
-    """RFC 2045 6."""
-    if encoding == "base64":
-        return binascii.a2b_base64(body)
-    return binascii.a2b_qp(body) if encoding == "quoted-printable" else body
+    """Decode text in a MIME charset."""
+    if charset.upper() == "ISO-2022-JP":
+        return jis_to_text(octets.decode("ascii"))
+    return octets.decode(codec_name(charset))
 
 
 def format_mailboxes(text: str) -> str:
-    """A field of mailboxes as it is written in a submission."""
+    """Return an address field as a submission has it."""
     people = []
-    for coded, spec in getaddresses([text]):
-        name = decode_encoded_words(coded)
+    for encoded, spec in getaddresses([text]):
+        name = decode_encoded_words(encoded)
         quoted = '"' + re.sub(r'(["\\])', r"\\\1", name) + '"' if re.search(r'[()<>@,;:\\".\[\]]', name) else name
         people.append(f"{quoted} <{spec}>" if name else spec)
     return ", ".join(people)
 
 
-RELAYS = {
-    "ESMTP": relay_esmtp,
-    "MX": relay_mx,
-    "Haineko": relay_haineko,
-    "SendGrid": relay_sendgrid,
-    "AmazonSES": relay_amazonses,
-    "Mandrill": relay_mandrill,
-    "File": relay_file,
-    "Screen": relay_screen,
-    "Discard": relay_discard,
-}
+RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 13
+
+
+# -- Probes, for `check --connect`
 
 
 class ConnectivityProbe(NamedTuple):
-    """What `check --connect` tries: a route, and for MX the domain of a recipient."""
+    """A route to try, and for MX the domain of a recipient."""
 
     route: Route
     hostname: str  # our own name, for EHLO
-    domain: str = ""  # "" where the route stands for many
+    domain: str = ""  # "" if the route is for many domains
 
 
 class CheckResult(NamedTuple):
-    """What came of one step."""
+    """The result of one step of a check."""
 
     step: str
     ok: bool
     text: str
 
 
+def failed_step(step: str, reply: Reply, endpoint: str = "") -> CheckResult:
+    """Return the result of a step that a Reply ended."""
+    return CheckResult(step, False, f"{endpoint and endpoint + ': '}{reply.code} {': '.join(reply.message)}")
+
+
 async def probe_esmtp(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Looks the host up as a delivery would, and opens a session."""
+    """Look the host up as a delivery would, then open a session."""
     results = await asyncio.to_thread(probe_dns, probe.route)
-    return results + (await probe_session(probe) if results[-1].ok else [])
+    return results + (await asyncio.to_thread(probe_session, probe.route, probe.hostname) if results[-1].ok else [])
 
 
 def probe_dns(route: Route) -> list:
+    """Look up the route's host."""
     try:
         found = socket.getaddrinfo(route.host, route.port, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -5030,12 +5007,8 @@ def probe_dns(route: Route) -> list:
     return [CheckResult("DNS", True, f"{route.host} is {', '.join(dict.fromkeys(item[4][0] for item in found))}")]
 
 
-async def probe_session(probe: ConnectivityProbe) -> list:
-    """Every step to a session that could take a mail; the last one tells where it failed."""
-    return await asyncio.to_thread(_probe_session, probe.route, probe.hostname)
-
-
-def _probe_session(route: Route, hostname: str) -> list:
+def probe_session(route: Route, hostname: str) -> list:
+    """Return every step to a session that could take a mail; the last one tells where it failed."""
     session, results = Session(route, hostname), []
     try:
         for step in session.steps():
@@ -5045,20 +5018,19 @@ def _probe_session(route: Route, hostname: str) -> list:
         session.close()
         reply = error.reply if isinstance(error, Rejected) else session._broken(error)
         name = {"CONN": "TCP", "STARTTLS": "TLS"}.get(reply.command, reply.command)
-        place = f"{route.address or route.host}:{route.port}"
-        done = [item for item in results if item.step != name]
-        return [*done, CheckResult(name, False, f"{place}: {reply.code} {': '.join(reply.message)}")]
+        failed = failed_step(name, reply, f"{route.address or route.host}:{route.port}")
+        return [*(result for result in results if result.step != name), failed]
     session.quit()
     return results + ([CheckResult("AUTH", True, f"logged in as {route.credentials[0]}")] if route.auth else [])
 
 
 def session_results(session: Session) -> list:
-    """What is known of a session so far."""
-    place = session.sock.getpeername()
-    results = [CheckResult("TCP", True, f"connected to {place[0]}:{place[1]}")]
+    """Return the steps that a session has done so far."""
+    peer = session.sock.getpeername()
+    results = [CheckResult("TCP", True, f"connected to {peer[0]}:{peer[1]}")]
     if session.ehlo_resp:
-        words = [" ".join([name.upper(), *value.split()]) for name, value in session.esmtp_features.items()]
-        results.append(CheckResult("EHLO", True, sanitize(", ".join(words) or "no extensions", 500)))
+        extensions = [" ".join([name.upper(), *value.split()]) for name, value in session.esmtp_features.items()]
+        results.append(CheckResult("EHLO", True, sanitize(", ".join(extensions) or "no extensions", 500)))
     if isinstance(session.sock, ssl.SSLSocket):
         results.append(CheckResult("TLS", True, describe_certificate(session.sock)))
     elif session.step in ("STARTTLS", "AUTH"):
@@ -5067,7 +5039,7 @@ def session_results(session: Session) -> list:
 
 
 def describe_certificate(sock: ssl.SSLSocket) -> str:
-    """TLS version, and subject and end of the server's certificate where it was verified."""
+    """Return TLS version, and subject and expiry of the server's certificate if it was verified."""
     certificate = sock.getpeercert()
     if not certificate:
         return f"{sock.version()}, certificate not verified"
@@ -5079,7 +5051,7 @@ def describe_certificate(sock: ssl.SSLSocket) -> str:
 
 
 async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Asks the name servers, then opens a session to the first host of the domain that works."""
+    """Query the name servers, then open a session to the first host of the domain that works."""
     route, deadline = probe.route, time.monotonic() + probe.route.timeout
     if not probe.domain:
         found = await transport.resolver.lookup(probe.hostname, MX, deadline)
@@ -5095,45 +5067,48 @@ async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> lis
                 if not isinstance(hop, Route):
                     results.append(CheckResult("DNS", False, ": ".join(hop.message)))
                     continue
-                results += await probe_mx_host(probe._replace(route=hop))
+                results += await asyncio.to_thread(probe_mx_host, hop, probe.hostname)
                 if results[-1].ok:
                     return results
-    except Rejected as refused:
-        return [CheckResult("DNS", False, f"{refused.reply.code} {': '.join(refused.reply.message)}")]
+    except Rejected as rejected:
+        return [failed_step("DNS", rejected.reply)]
     return results
 
 
-async def probe_mx_host(probe: ConnectivityProbe) -> list:
-    """One host of a domain. Where any certificate will do, it is told whether this one would have passed."""
-    route = probe.route
-    strict = replace(route, tls_verify=True, starttls=route.starttls)
-    results = await probe_session(probe._replace(route=strict))
-    if results[-1].ok or results[-1].step != "TLS" or not route.tls_if_offered:
-        return results
-    loose = await probe_session(probe)
+def probe_mx_host(route: Route, hostname: str) -> list:
+    """Open a session to one host; if TLS is opportunistic, tell whether the certificate would have been accepted."""
+    strict = probe_session(replace(route, tls_verify=True), hostname)
+    if strict[-1].ok or strict[-1].step != "TLS" or not route.tls_if_offered:
+        return strict
+    loose = probe_session(route, hostname)
     if loose[-1].ok:
-        return [*loose, CheckResult("TLS", True, f"not verified: {results[-1].text}")]
-    clear = await probe_session(probe._replace(route=replace(route, tls_if_offered=False)))
+        return [*loose, CheckResult("TLS", True, f"not verified: {strict[-1].text}")]
+    clear = probe_session(replace(route, tls_if_offered=False), hostname)
     return [*clear, CheckResult("TLS", True, f"mail goes in clear text: {loose[-1].text}")] if clear[-1].ok else loose
 
 
 async def probe_folder(probe: ConnectivityProbe, transport: TransportContext) -> list:
+    """Tell whether files can be made in the folder."""
     folder = probe.route.folder
-    fine = os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
-    return [CheckResult("FILE", fine, folder if fine else f"{folder} is no folder that can be written")]
+    ok = is_writable_folder(folder)
+    return [CheckResult("FILE", ok, folder if ok else f"{folder} is no folder that can be written")]
 
 
 async def probe_none(probe: ConnectivityProbe, transport: TransportContext) -> list:
+    """Report that there is nothing to connect to."""
     return [CheckResult("NONE", True, "nothing to connect to")]
 
 
-async def probe_http(route: Route, call: HTTPRequest, judge: Callable) -> list:
-    """Every step to the answer of an API to a call that changes nothing; judge(route, said) tells in a line of text
-    that the credentials are good, or raises Refused."""
-    return await asyncio.to_thread(_probe_http, route, call, judge)
+def http_probe(ask: Callable) -> Callable:
+    """Make a probe of ask(route, request), which returns a line of text if the login is good or raises Rejected."""
+
+    async def probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
+        return await asyncio.to_thread(_probe_http, probe.route, ask)
+
+    return probe
 
 
-def _probe_http(route: Route, call: HTTPRequest, judge: Callable) -> list:
+def _probe_http(route: Route, ask: Callable) -> list:
     results = probe_dns(route)
     if not results[-1].ok:
         return results
@@ -5141,47 +5116,33 @@ def _probe_http(route: Route, call: HTTPRequest, judge: Callable) -> list:
     try:
         line.open()
         results.append(CheckResult("TCP", True, f"connected to {place}"))
-        words = describe_certificate(line.sock) if line.url.tls else "none"
-        results.append(CheckResult("TLS", True, words))
-        results.append(CheckResult("AUTH", True, judge(route, line.exchange(call))))
-    except Rejected as refused:
-        reply = refused.reply
-        step = {"CONN": "TLS" if reply.dsn == "4.7.5" else "TCP"}.get(reply.command, "AUTH")
-        results.append(CheckResult(step, False, f"{place}: {reply.code} {': '.join(reply.message)}"))
+        results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
+        results.append(CheckResult("AUTH", True, ask(route, line.exchange)))
+    except Rejected as rejected:
+        step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
+        results.append(failed_step(step, rejected.reply, place))
     finally:
         line.close()
     return results
 
 
-async def probe_haineko(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """An empty submission, which gets past the door and no further."""
-    return await probe_http(
-        probe.route,
-        HTTPRequest("POST", "/submit", b"{}", basic_auth_header(probe.route.credentials)),
-        interpret_haineko_probe,
-    )
-
-
-def interpret_haineko_probe(route: Route, response: HTTPResponse) -> str:
-    document = response.document()
-    items = document.get("response") if isinstance(document, dict) else None
-    if not (isinstance(items, list) and items and isinstance(items[0], dict)):
+@http_probe
+def probe_haineko(route: Route, request: Callable) -> str:
+    """Post an empty submission, which is refused after the login."""
+    response = request(HTTPRequest("POST", "/submit", b"{}", basic_auth_header(route.credentials)))
+    items = haineko_items(response)
+    if not items:
         raise Rejected(http_failure(route, response, None))
     if items[0].get("command") == "AUTH" or response.status in (401, 403, 404):
         raise Rejected(haineko_reply(route, response, items[0]))
     return "a Haineko that takes our login" if route.credentials else "a Haineko that wants no login"
 
 
-async def probe_sendgrid(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """What the key may do."""
-    return await probe_http(
-        probe.route, HTTPRequest("GET", "/v3/scopes", headers=bearer_header(probe.route)), interpret_sendgrid_probe
-    )
-
-
-def interpret_sendgrid_probe(route: Route, response: HTTPResponse) -> str:
-    document = response.document()
-    scopes = document.get("scopes") if response.status == 200 and isinstance(document, dict) else None
+@http_probe
+def probe_sendgrid(route: Route, request: Callable) -> str:
+    """Ask for the permissions of the API key."""
+    response = request(HTTPRequest("GET", "/v3/scopes", headers=bearer_header(route)))
+    scopes = json_object(response).get("scopes") if response.status == 200 else None
     if not isinstance(scopes, list):
         raise Rejected(http_failure(route, response, sendgrid_errors(response)))
     if "mail.send" not in scopes:
@@ -5189,53 +5150,41 @@ def interpret_sendgrid_probe(route: Route, response: HTTPResponse) -> str:
     return "the API key may send"
 
 
-async def probe_amazonses(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """The state of the account."""
-    call = sign_sigv4(HTTPRequest("GET", "/v2/email/account"), probe.route, time.time())
-    return await probe_http(probe.route, call, interpret_amazonses_probe)
-
-
-def interpret_amazonses_probe(route: Route, response: HTTPResponse) -> str:
-    document, refusal = response.document(), amazonses_reply(route, response)
-    if response.status == 403 and any("AccessDenied" in line for line in refusal.message):
+@http_probe
+def probe_amazonses(route: Route, request: Callable) -> str:
+    """Ask for the state of the account."""
+    response = request(sign_sigv4(HTTPRequest("GET", "/v2/email/account"), route, time.time()))
+    document, failure = json_object(response), amazonses_reply(route, response)
+    if response.status == 403 and any("AccessDenied" in line for line in failure.message):
         return "the key is good; it may not read the account, so whether it may send is not known"
-    if response.status != 200 or not isinstance(document, dict) or "SendingEnabled" not in document:
-        raise Rejected(refusal)
+    if response.status != 200 or "SendingEnabled" not in document:
+        raise Rejected(failure)
     if not document["SendingEnabled"]:
         raise Rejected(make_reply("web-refused", word="sending is switched off for this account", **route.endpoint))
     sandbox = "" if document.get("ProductionAccessEnabled", True) else ", in the sandbox: to verified recipients only"
     return f"the key is good, the account may send{sandbox}"
 
 
-async def probe_mandrill(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """A ping with the key."""
-    body = ENCODER.encode({"key": probe.route.credentials[1]}).encode()
-    return await probe_http(
-        probe.route, HTTPRequest("POST", "/api/1.0/users/ping2.json", body), interpret_mandrill_probe
-    )
-
-
-def interpret_mandrill_probe(route: Route, response: HTTPResponse) -> str:
-    document = response.document()
-    if response.status == 200 and isinstance(document, dict) and document.get("PING") == "PONG!":
+@http_probe
+def probe_mandrill(route: Route, request: Callable) -> str:
+    """Ping with the API key."""
+    response = request(HTTPRequest("POST", "/api/1.0/users/ping2.json", encode_json({"key": route.credentials[1]})))
+    if response.status == 200 and json_object(response).get("PING") == "PONG!":
         return "the key is good"
-    words = [f"{document.get('name')}: {document.get('message')}"] if isinstance(document, dict) else None
-    raise Rejected(http_failure(route, response, words))
+    raise Rejected(http_failure(route, response, mandrill_errors(response)))
 
 
-# One row for each of RELAYS: takes (Probe, Sessions), sends no mail, gives a Finding for each step; it may raise what a
-# relay may.
-PROBES = {
-    "ESMTP": probe_esmtp,
-    "MX": probe_mx,
-    "Haineko": probe_haineko,
-    "SendGrid": probe_sendgrid,
-    "AmazonSES": probe_amazonses,
-    "Mandrill": probe_mandrill,
-    "File": probe_folder,
-    "Screen": probe_none,
-    "Discard": probe_none,
-}
+RELAYS.update(
+    ESMTP=Relay(relay_esmtp, probe_esmtp),
+    MX=Relay(relay_mx, probe_mx, destination="MX {domain}", refuses=("auth",)),
+    Haineko=Relay(relay_haineko, probe_haineko, default_port=2794, api_url="{scheme}://{host}:{port}"),
+    SendGrid=Relay(relay_sendgrid, probe_sendgrid, 25, "https://api.sendgrid.com", ("auth",), login=("password",)),
+    AmazonSES=Relay(relay_amazonses, probe_amazonses, 25, "https://email.{region}.amazonaws.com", ("auth", "region")),
+    Mandrill=Relay(relay_mandrill, probe_mandrill, 25, "https://mandrillapp.com", ("auth",), login=("password",)),
+    File=Relay(relay_file, probe_folder, destination="File {route.folder}", into_folder=True),
+    Screen=Relay(relay_screen, probe_none, destination="Screen"),
+    Discard=Relay(relay_discard, probe_none, destination="Discard"),
+)
 
 # ======================================================================================================================
 # 14. Queue
@@ -5303,10 +5252,8 @@ class LeasedRecipient(NamedTuple):
 
 
 def destination_key(route: Route, domain: str) -> str:
-    """What mail shares a next hop: a host that is dead delays its own lane only."""
-    if route.relay == "File":
-        return f"File {route.folder}"
-    return f"MX {domain.lower()}" if route.relay == "MX" else f"{route.relay} {route.host}:{route.port}"
+    """Return what mails for one next hop share: one that is down delays no others."""
+    return route.row.destination.format(route=route, domain=domain.lower())
 
 
 def queued_reply(queueid: str, said: Reply | None = None) -> Reply:
@@ -7723,52 +7670,46 @@ def command_check(options: Any) -> int:
 
 
 def run_checks(settings: Settings, options: Any) -> int:
-    """Prints a line for each step that routes and a sender's domain need to go well; 1 where one of them doesn't."""
+    """Run the checks that the options ask for, print a line for each step, and return the exit code."""
     sender = parse_address(options.sender or "")
     if options.sender and not (sender and sender.domain[0] != "["):
         raise CommandError(f'"{options.sender}" is no mail address of a domain', 2)
     if options.selector and not DOMAIN.fullmatch(options.selector):
         raise CommandError(f'"{options.selector}" is no selector', 2)
-    return run(_run_checks(settings, sender, options.selector, options.connect))
+    return run(_run_checks(settings, sender.domain if sender else "", options.selector, options.connect))
 
 
-async def _run_checks(settings: Settings, sender: Mailbox | None, selector: str | None, connect: bool) -> int:
+async def _run_checks(settings: Settings, domain: str, selector: str | None, connect: bool) -> int:
     transport, failed = TransportContext(settings.smtpd.resolver), False
-    work = []
-    if connect:
-        domain = sender.domain if sender else ""
-        probes = connectivity_probes(settings, domain)
-        work += [(where, run_probe(probe, transport)) for where, probe in probes.items()]
-    if sender:
-        work.append((sender.domain, check_sender_domain(sender.domain.lower(), selector, transport.resolver)))
-    for where, finding in work:
-        for step, fine, words in await finding:
-            failed = failed or not fine
-            print(f"{where}: {step}: {'' if fine else 'FAILED: '}{words}", flush=True)
+    checks = [(name, run_probe(probe, transport)) for name, probe in connectivity_probes(settings, domain) if connect]
+    if domain:
+        checks.append((domain, check_sender_domain(domain.lower(), selector, transport.resolver)))
+    for name, check in checks:
+        for step, ok, text in await check:
+            failed = failed or not ok
+            print(f"{name}: {step}: {'' if ok else 'FAILED: '}{text}", flush=True)
     return int(failed)
 
 
 async def run_probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """The findings of one route, whatever its probe raises."""
+    """Return the results of a route's probe, whatever it raises."""
     try:
-        return await PROBES[probe.route.relay](probe, transport)
-    except Rejected as refused:
-        reply = refused.reply
-        return [CheckResult(reply.command, False, f"{reply.code} {': '.join(reply.message)}")]
+        return await probe.route.row.probe(probe, transport)
+    except Rejected as rejected:
+        return [failed_step(rejected.reply.command, rejected.reply)]
     except OSError as error:
         return [CheckResult("CONN", False, error_text(error))]
 
 
-def connectivity_probes(settings: Settings, domain: str) -> dict:
-    """{path in the settings: Probe} of every route that mail could take; `domain` for those that don't name one."""
-    routes: dict = {}
-    for name in ("mailertable", "sendermt"):
-        for key, route in getattr(settings, name).items():
-            named = name == "mailertable" and key != "default" and not key.startswith(".")
-            routes[f"{name}.{key}"] = ConnectivityProbe(route, settings.hostname, key if named else domain)
-    if not {"mailertable.default", "sendermt.default"} & set(routes):
-        routes["no route"] = ConnectivityProbe(FALLBACK_ROUTE, settings.hostname)
-    return routes
+def connectivity_probes(settings: Settings, domain: str) -> list:
+    """Return (path in the settings, probe) of every route; `domain` is probed where the route is for many domains."""
+    probes, tables = [], {name: getattr(settings, name) for name in ("mailertable", "sendermt")}
+    for name, key, route in [(name, *item) for name, table in tables.items() for item in table.items()]:
+        named = name == "mailertable" and key != "default" and not key.startswith(".")
+        probes.append((f"{name}.{key}", ConnectivityProbe(route, settings.hostname, key if named else domain)))
+    if not any("default" in table for table in tables.values()):
+        probes.append(("no route", ConnectivityProbe(FALLBACK_ROUTE, settings.hostname)))
+    return probes
 
 
 async def check_sender_domain(domain: str, selector: str | None, resolver: Resolver) -> list:
@@ -7902,15 +7843,11 @@ def parse_tags(record: str) -> dict:
 
 
 def describe_route(route: Route) -> str:
-    """A route in words."""
-    if route.relay == "File":
-        return f"File {route.folder}"
-    if route.url:
-        return f"{route.mailer} {route.url}{', as ' + route.auth if route.auth else ''}"
-    if route.relay != "ESMTP":
-        return route.mailer
+    """Return where a route's mail goes, for people."""
     tls = ", TLS" if route.port == SMTPS else ", STARTTLS" if route.starttls else ""
-    return f"{route.mailer} {route.host}:{route.port}{tls}{', AUTH as ' + route.auth if route.auth else ''}"
+    login = f", AUTH as {route.auth}" if route.auth else ""
+    where = f"{route.relay} {route.url}" if route.url else route.row.destination.format(route=route, domain="").strip()
+    return where + tls + login
 
 
 def command_route(options: Any) -> int:
