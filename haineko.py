@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
 """Haineko, an HTTP API into ESMTP: take a mail as JSON, relay it, answer with a reply for every recipient.
 
-    POST /submit          SUBMISSION               MESSAGE                   TRANSACTIONS
-    HTTP request -> parse_submission() -> CHECKS -> compose() -> resolve_route() per recipient -> RELAYS -> HTTP response
-                                                       |  to be queued, or deferred                  |    Reply each
-                                                       +--> QueueDB --> QueueManager --> RELAYS <----+
-                                                                             +--> bounce, webhook
+    HTTP request -> parse_submission() -> Submission -> CHECKS -> compose() -> Message -> resolve_route() per recipient
+      -> Transaction per route -> RELAYS -> Reply per recipient -> HTTP response
+                                               |  deferred, or to be queued
+                                               +-> QueueDB -> QueueManager -> RELAYS -> bounce, webhook
 
      1  Replies and transactions    9  Event loop
      2  JSON into dataclasses      10  DNS
@@ -213,7 +212,7 @@ def cache_short(maxsize: int, limit: int = 512) -> Callable:
 
 
 def new_queueid(now: float) -> str:
-    """Return 16 letters and digits, unique across processes and restarts, that sort by time: seconds and random ones."""
+    """Return 16 letters and digits, unique across processes and restarts; they sort by time."""
     return _base62(int(now)) + os.urandom(10).translate(RANDOM_DIGITS).decode()
 
 
@@ -411,10 +410,7 @@ def key_table(cls: type) -> dict:
 
 def json_type_name(value: Any) -> str:
     """Return "a string", "a list" and so on."""
-    for types_, name in JSON_TYPES:
-        if isinstance(value, types_):
-            return name
-    return "null"
+    return next((name for kind, name in JSON_TYPES if isinstance(value, kind)), "null")
 
 
 JSON_TYPES = (
@@ -453,13 +449,15 @@ def parse_text(value: Any, json_path: str, errors: list) -> str:
 
 
 def matching(pattern: Any, expected: str, optional: bool = False, secret: bool = False, convert: Any = str) -> Callable:
-    """Return a parser of strings that `pattern`, a regex or a predicate, accepts; a `secret` is not shown in errors."""
+    """Return a parser of strings that `pattern` accepts: a regex, or a function that is true for them and may raise
+    ValueError for others. A `secret` is not shown in errors."""
     accepts = getattr(pattern, "fullmatch", pattern)
 
     def parse(value: Any, json_path: str, errors: list) -> Any:
         text = parse_text(value, json_path, errors)
-        if accepts(text) or (optional and not text):
-            return convert(text)
+        with contextlib.suppress(ValueError):
+            if accepts(text) or (optional and not text):
+                return convert(text)
         if text == value:  # else parse_text() has told
             errors.append(f"{json_path}: expected {expected}" + ("" if secret else f', got "{sanitize(text)}"'))
         return None
@@ -516,8 +514,7 @@ def list_of(parse: Callable, collect: Callable = tuple, required: bool = False) 
 
 
 def mapping_of(parse: Callable, fold: Callable = str, expected: str = "a name") -> Callable:
-    """Return a parser of objects whose keys are names; `fold` returns a name in canonical form, "" if it is `expected`
-    and is not."""
+    """Return a parser of objects whose keys are names; `fold` returns a name's canonical form, or "" for none."""
 
     def parse_all(value: Any, json_path: str, errors: list) -> dict:
         if not isinstance(value, dict):
@@ -541,7 +538,7 @@ def nested(cls: type) -> Callable:
 
 # ======================================================================================================================
 # 3. Settings
-#    Takes the path of haineko.json, gives one frozen Settings, with all that can be computed once, and a list of errors.
+#    Takes the path of haineko.json, gives one frozen Settings, with all that can be computed once, and its errors.
 #    Each field states its default, limits and meaning; the example file is made from them.
 # ======================================================================================================================
 
@@ -590,13 +587,6 @@ def is_ip(text: str) -> bool:
         return False
 
 
-def is_network(text: str) -> bool:
-    try:
-        return bool(ipaddress.ip_network(text, strict=False))
-    except ValueError:
-        return False
-
-
 def is_listen_address(text: str) -> bool:
     found = re.fullmatch(r"(?:[^:]+|\[[^]]+\]):([0-9]{1,5})", text)
     return int(found[1]) < 65536 if found else text.startswith("unix:/")
@@ -614,22 +604,11 @@ def name_server_endpoint(text: str) -> tuple:
     return (name, port) if is_ip(name) and 0 < port < 65536 else ()
 
 
-def is_base_url(text: str) -> bool:
-    return bool(BASE_URL.fullmatch(text)) and has_valid_host(text)
-
-
-def is_webhook_url(text: str) -> bool:
-    return bool(WEBHOOK_URL.fullmatch(text)) and has_valid_host(text)
-
-
-def has_valid_host(url: str) -> bool:
-    """True if host and port of a URL can be connected to."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        name, port = parts.hostname or "", parts.port
-        return port != 0 and bool(DOMAIN.fullmatch(name) or ipaddress.IPv6Address(name))
-    except ValueError:
-        return False
+def is_url(pattern: re.Pattern, url: str) -> bool:
+    """True if the pattern matches, and host and port can be connected to; may raise ValueError."""
+    parts = urllib.parse.urlsplit(url)
+    name, port = parts.hostname or "", parts.port
+    return bool(pattern.fullmatch(url) and port != 0 and (DOMAIN.fullmatch(name) or ipaddress.IPv6Address(name)))
 
 
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
@@ -640,7 +619,8 @@ ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+", re.IGNORECASE)
 FACILITIES = ["kern", "user", "mail", "daemon", "auth", "lpr", "news", "uucp", "cron", "syslog"]
 FACILITIES += [f"local{n}" for n in range(8)]
 
-parse_networks = list_of(matching(is_network, "an IP address or network"), lambda texts: Networks(tuple(texts)))
+parse_network = matching(functools.partial(ipaddress.ip_network, strict=False), "an IP address or network")
+parse_networks = list_of(parse_network, lambda texts: Networks(tuple(texts)))
 parse_listen_address = matching(is_listen_address, '"host:port", "[v6]:port" or "unix:/path"')
 parse_host = matching(is_host, "a host name or an IP address")
 parse_hostname = matching(DOMAIN, "a host name", optional=True)
@@ -648,10 +628,15 @@ parse_resolver = matching(name_server_endpoint, '"address", "address:port" or "[
 parse_origin = matching(ORIGIN, 'a web origin like "https://www.example.org"', convert=str.lower)
 parse_facility = one_of(FACILITIES, "syslog facility")
 parse_base_url = matching(
-    is_base_url, 'a URL like "https://api.example.org"', optional=True, convert=lambda text: text.rstrip("/")
+    functools.partial(is_url, BASE_URL),
+    'a URL like "https://api.example.org"',
+    True,
+    convert=lambda url: url.rstrip("/"),
 )
 parse_region = matching(re.compile("[a-z0-9-]{1,32}"), 'a region like "eu-west-1"', optional=True)
-parse_webhook_url = matching(is_webhook_url, 'a URL like "https://www.example.org/hook"', optional=True, secret=True)
+parse_webhook_url = matching(
+    functools.partial(is_url, WEBHOOK_URL), 'a URL like "https://www.example.org/hook"', optional=True, secret=True
+)
 
 
 def parse_mailer(value: Any, json_path: str, errors: list) -> str:
@@ -808,6 +793,10 @@ def address_key(text: str) -> str:
     return f"{local.lower()}@{key}" if local and key and key[0] != "." else ""
 
 
+def alias_key(name: str) -> str:
+    return "" if "@" in name else name.lower()
+
+
 def is_plain_domain(name: str) -> bool:
     return domain_key(name)[:1] not in ("", ".")
 
@@ -828,7 +817,7 @@ IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different
 DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
 parse_domain = matching(is_plain_domain, "a domain", convert=domain_key)
 parse_recipient = matching(address_key, "an address", convert=address_key)
-parse_alias = matching(address_key, "an address")
+parse_aliases = mapping_of(list_of(matching(address_key, "an address"), required=True), alias_key, "a name without @")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -839,9 +828,7 @@ class Tls:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Httpd:
-    listen: tuple = config_field(
-        ("127.0.0.1:2794",), list_of(parse_listen_address, required=True), "host:port, [v6]:port or unix:/path, or a list"
-    )
+    listen: tuple = config_field(("127.0.0.1:2794",), list_of(parse_listen_address, required=True), "where it listens")
     workers: int = config_field(0, integer(0, 256), "processes; 0 means one per core")
     max_connections: int = config_field(512, integer(1, 65536), "open connections per worker")
     timeout: int = config_field(30, integer(1, 3600), "seconds for a whole request, and for an idle connection")
@@ -864,9 +851,7 @@ class Smtpd:
     max_rcpts_per_message: int = config_field(4, integer(0, 1 << 20), "recipients; 0 means no limit")
     max_workers: int = config_field(4, integer(1, 256), "deliveries of one request at a time")
     resolver: tuple = config_field((), list_of(parse_resolver), "name servers, address:port; none: resolv.conf's")
-    aliases: dict = config_field(
-        {}, mapping_of(list_of(parse_alias), str.lower), "addresses for names without a domain"
-    )
+    aliases: dict = config_field({}, parse_aliases, "addresses for names without a domain")
     syslog: Syslog = config_field(Syslog(), nested(Syslog), "the log")
 
 
@@ -877,7 +862,7 @@ class QueueSettings:
     retry_after: tuple = config_field(
         (60, 300, 900, 1800, 3600, 7200, 14400),
         list_of(integer(0, 604800), required=True),
-        "seconds between attempts, each give or take a fifth; the last one repeats",
+        "seconds between attempts, give or take a fifth; the last one repeats",
     )
     min_free: int = config_field(100 << 20, integer(0, 1 << 50), "octets that must be free on its disk")
     webhook: str = config_field("", parse_webhook_url, "URL to which the result of each queued recipient is POSTed")
@@ -894,12 +879,8 @@ class Relayhosts:
 @dataclass(frozen=True, repr=False, eq=False)
 class Recipients:
     open_relay: bool = config_field(False, parse_boolean, "1: mail may go to every address", key="open-relay")
-    domainpart: frozenset = config_field(
-        frozenset(), list_of(parse_domain, frozenset), "domains that may be written to"
-    )
-    recipients: frozenset = config_field(
-        frozenset(), list_of(parse_recipient, frozenset), "addresses that may be written to"
-    )
+    domainpart: frozenset = config_field(frozenset(), list_of(parse_domain, frozenset), "domains that may be mailed")
+    recipients: frozenset = config_field(frozenset(), list_of(parse_recipient, frozenset), "addresses likewise")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -1211,8 +1192,7 @@ def pin_queue_path(fresh: Settings, queue_settings: QueueSettings | None) -> Set
 
 
 def local_hostname() -> str:
-    """Return this machine's name, legal in headers and stable; with ".localdomain", as Postfix does, if it has no
-    domain."""
+    """Return this machine's name, made legal; with ".localdomain" (as of Postfix) if it has no domain."""
     name = socket.gethostname()
     if FQDN.fullmatch(name):
         return name
@@ -1338,7 +1318,7 @@ class LogSink:
 
 
 class Log:
-    """Writer of log lines. After start_buffering(), lines wait for flush(), which writes those of many mails at once."""
+    """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once."""
 
     SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
 
@@ -1413,11 +1393,14 @@ class Log:
         return True
 
     def _to_syslog(self, line: str) -> None:
-        """Send a line (RFC 3164) to a daemon that may be absent, restarted or stuck, where syslog.syslog() would block."""
+        """Send a line (RFC 3164) to a daemon that may be absent or stuck, where syslog.syslog() would block."""
         head = f"<{self.priority}>{time.strftime('%b %e %H:%M:%S')} haineko[{os.getpid()}]: "
         for _ in range(2):
             try:
-                self.syslog = self.syslog or self._syslog_socket()
+                if not self.syslog:
+                    self.syslog = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+                    self.syslog.setblocking(False)
+                    self.syslog.connect(next(filter(os.path.exists, self.SYSLOG), self.SYSLOG[0]))
                 if not self.syslog_sink.wait_writable(self.syslog.fileno()):
                     break
                 for text in (self.syslog_sink.lost_note, line) if self.syslog_sink.lost else (line,):
@@ -1431,16 +1414,6 @@ class Log:
                     self.syslog.close()
                 self.syslog = None
         self.syslog_sink.lost += 1
-
-    def _syslog_socket(self) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        sock.setblocking(False)
-        try:
-            sock.connect(next(filter(os.path.exists, self.SYSLOG), self.SYSLOG[0]))
-        except OSError:
-            sock.close()
-            raise
-        return sock
 
 
 @functools.lru_cache(maxsize=2)

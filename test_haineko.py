@@ -647,11 +647,26 @@ class SettingsFile(Folder):
     def test_entries_that_can_match_nothing_are_faults(self):
         for content, fault in (
             ({"httpd": {"listen": []}}, "httpd.listen: expected at least one value"),
-            ({"recipients": {"domainpart": ["*.example.jp"]}}, 'recipients.domainpart[0]: expected a domain, got "*.example.jp"'),
-            ({"recipients": {"domainpart": ["@example.jp"]}}, 'recipients.domainpart[0]: expected a domain, got "@example.jp"'),
-            ({"recipients": {"domainpart": [".example.jp"]}}, 'recipients.domainpart[0]: expected a domain, got ".example.jp"'),
-            ({"recipients": {"domainpart": ["a@example.jp"]}}, 'recipients.domainpart[0]: expected a domain, got "a@example.jp"'),
-            ({"recipients": {"recipients": ["example.jp"]}}, 'recipients.recipients[0]: expected an address, got "example.jp"'),
+            (
+                {"recipients": {"domainpart": ["*.example.jp"]}},
+                'recipients.domainpart[0]: expected a domain, got "*.example.jp"',
+            ),
+            (
+                {"recipients": {"domainpart": ["@example.jp"]}},
+                'recipients.domainpart[0]: expected a domain, got "@example.jp"',
+            ),
+            (
+                {"recipients": {"domainpart": [".example.jp"]}},
+                'recipients.domainpart[0]: expected a domain, got ".example.jp"',
+            ),
+            (
+                {"recipients": {"domainpart": ["a@example.jp"]}},
+                'recipients.domainpart[0]: expected a domain, got "a@example.jp"',
+            ),
+            (
+                {"recipients": {"recipients": ["example.jp"]}},
+                'recipients.recipients[0]: expected an address, got "example.jp"',
+            ),
             (
                 {"mailertable": {"*.example.jp": {}}},
                 'mailertable.*.example.jp: expected "example.jp", ".example.jp" or "default"',
