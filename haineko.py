@@ -5650,7 +5650,7 @@ class QueueDB:
         self.deferred_writes: deque = deque()  # (operation, values) to be repeated until the file can be used
         self.thread: Any = None
         self.db: Any = None
-        self.file_ids: list = []  # of the files that are open
+        self.file_ids: list = []  # of the files as they were opened
         self.slot = self.locks = 0  # number of the byte that this process has locked; the lock file
         self.fault = ""  # why the file can't be used
         self.woken = False  # since the last commit
@@ -5814,21 +5814,27 @@ class QueueDB:
     def _lock_slot(self, db: Any) -> None:
         """Lock a slot, the same again if the lock file was replaced; what its last process had leased is released."""
         path, before = self.settings.path + ".lock", self.slot
-        if before and file_id(path) == self.file_ids[3]:
+        if before and file_id(path) == file_id(self.locks):
             return
         if before:
             os.close(self.locks)
-            self.slot = self.locks = 0
-        self.locks, self.slot = lock_slot(path, before)
-        if self.slot != before:
-            db.execute("BEGIN IMMEDIATE")
-            release_leases(db, self.slot, self.settings, time.time())
-            db.execute("COMMIT")
+        self.slot = self.locks = 0
+        locks, slot = lock_slot(path, before)
+        if slot != before:
+            try:
+                db.execute("BEGIN IMMEDIATE")
+                release_leases(db, slot, self.settings, time.time())
+                db.execute("COMMIT")
+            except BaseException:
+                os.close(locks)
+                raise
+        self.locks, self.slot = locks, slot
 
 
-def file_id(path: str) -> tuple | None:
+def file_id(file: str | int) -> tuple | None:
+    """Return the device and inode of a path or an open file, None if there is none."""
     try:
-        found = os.lstat(path)
+        found = os.fstat(file) if isinstance(file, int) else os.lstat(file)
     except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino
@@ -5909,7 +5915,8 @@ MIGRATIONS = (
     ALTER TABLE messages RENAME COLUMN answer TO response;
     ALTER TABLE recipients RENAME COLUMN given TO as_written;
     ALTER TABLE recipients RENAME COLUMN lane TO destination;
-    ALTER TABLE recipients RENAME COLUMN born TO created_at
+    ALTER TABLE recipients RENAME COLUMN born TO created_at;
+    DROP INDEX messages_by_owner
     """,
 )
 
@@ -6229,7 +6236,7 @@ class QueueManager:
         self.db.wake_manager()
 
     async def _attempt_and_record(self, leased: LeasedRecipient, expired: bool) -> None:
-        settings, began, destination = self.app.settings, time.monotonic(), ""
+        settings, destination = self.app.settings, ""
         if expired:
             reply, disposition = leased.history[-1].reply, Disposition("failed")
         else:
@@ -6239,7 +6246,7 @@ class QueueManager:
             disposition = next_disposition(reply, leased.attempts, age, random_unit(), settings.queue)
             self._throttle(leased.destination, reply, settings.queue)
         now = time.time()
-        log_attempt(leased, reply, disposition, time.monotonic() - began, now)
+        log_attempt(leased, reply, disposition, now)
         result = AttemptResult(None if expired else reply, disposition, (), destination)
         result = result._replace(follow_ups=notifications(leased, result, reply, settings, now))
         await self.db.do_eventually(finish_attempt, leased.id, result, now)
@@ -6277,7 +6284,7 @@ class QueueManager:
             self.throttled[destination] = Throttle(now + pause, failures)
 
 
-def log_attempt(leased: LeasedRecipient, reply: Reply, disposition: Disposition, seconds: float, now: float) -> None:
+def log_attempt(leased: LeasedRecipient, reply: Reply, disposition: Disposition, now: float) -> None:
     """Log one line for each attempt."""
     pairs = log_pairs(
         **{"from": f"<{leased.sender}>"},
