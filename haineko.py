@@ -2214,10 +2214,9 @@ def apply_checks(checks: tuple, request: Request, submission: Submission | None,
     refused: dict = {}
     for check in checks:
         result = check(request, submission, settings)
-        if isinstance(result, dict):
-            refused.update(result)
-        elif result:
+        if isinstance(result, Reply):
             raise Rejected(result)
+        refused.update(result or ())
     return refused
 
 
@@ -6623,17 +6622,24 @@ def log_rejection(request: Request, queueid: str | None, submission: Submission 
 def log_line(
     request: Request, queueid: str | None, sender: str | None, recipients: list, reply: Reply, ms: float | None = None
 ) -> str:
-    """Return a log line with the keys of Postfix's."""
-    client, limit = request.client and request.client.text, 500 if reply.origin == "policy" else MAX_RCPT_OCTETS
-    keys = (
-        log_pairs(client=client, login=request.login or None, **{"from": None if sender is None else f"<{sender}>"}),
-        "to=" + log_value(f"<{'>,<'.join(recipients)}>", limit) if recipients else "",
-        log_pairs(relay=reply.relay, delay=None if ms is None else f"{ms / 1000:.3f}", dsn=reply.dsn),
-        f"status={reply.log_status}",
-    )
+    """Return a log line with the keys of Postfix's; keys without a value are left out."""
+    line = [f"{queueid or '-'}:"]
+    if request.client:
+        line.append(f"client={request.client.text}")
+    if request.login:
+        line.append(f"login={log_value(request.login)}")
+    if sender is not None:
+        line.append(f"from={log_value(f'<{sender}>')}")
+    if recipients:
+        to = f"<{'>,<'.join(recipients)}>"
+        line.append(f"to={log_value(to, MAX_RCPT_OCTETS if reply.mailer else 500)}")
+    if reply.mailer:
+        line.append(f"relay={reply.relay} delay={ms / 1000:.3f}")
+    if reply.dsn:
+        line.append(f"dsn={reply.dsn}")
     at = "" if reply.accepted or reply.origin == "policy" else f" (in reply to {reply.command})"
     words = sanitize(f"{reply.code} {' '.join(reply.message)}", 500)
-    return f"{queueid or '-'}: {' '.join(filter(None, keys))} ({words}{at})"
+    return f"{' '.join(line)} status={reply.log_status} ({words}{at})"
 
 
 def answer_document(
@@ -6715,7 +6721,7 @@ class RequestHead(NamedTuple):
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
-HEADER_LINES = re.compile(rf"(?:{_TOKEN}+:[^\r\n\0]*\r\n)*")
+HEADER_LINE = re.compile(rf"(?m)^({_TOKEN}+):([^\r\n\0]*)\r\n")
 BARE_LF = re.compile(rb"\n\r?\n")  # an end of the head for some servers; looked for if there is no CR LF CR LF
 
 
@@ -6726,15 +6732,13 @@ def parse_head(octets: bytes) -> RequestHead:
     """
     first, _, rest = octets.decode("latin-1").partition("\r\n")
     method, path, is_http10 = parse_request_line(first)
-    lines = rest.split("\r\n")[:-1]
-    if len(lines) > MAX_HEADERS:
+    if rest.count("\r\n") > MAX_HEADERS:
         raise Rejected(make_reply("head-too-large"))
-    if not HEADER_LINES.fullmatch(rest):
+    lines = HEADER_LINE.findall(rest)
+    if sum([len(name) + len(value) + 3 for name, value in lines]) != len(rest):  # something between them is no line
         raise Rejected(make_reply("bad-request", "header line"))
     headers: dict = {}
-    for line in lines:
-        name, _, value = line.partition(":")
-        name, value = name.lower(), value.strip(" \t")
+    for name, value in [(name.lower(), value.strip(" \t")) for name, value in lines]:
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if "," in headers.get("host", ""):  # two of them, RFC 9112 3.2
         raise Rejected(make_reply("bad-request", "Host"))
@@ -6804,19 +6808,21 @@ class Endpoint(NamedTuple):
     checks: tuple = ()
 
 
+def json_response(document: Any, status: int = 200, headers: tuple = ()) -> Response:
+    return Response(status, to_json(document), headers)
+
+
 async def get_root(request: Request, app: App) -> Response:
-    return Response(200, to_json({"name": "Haineko", "version": __version__}))
+    return json_response({"name": "Haineko", "version": __version__})
 
 
 async def get_health(request: Request, app: App) -> Response:
     error = "stopping" if app.stopping else app.queue and app.queue.health_error()
-    if error:
-        return Response(503, to_json({"status": error}), (("Retry-After", "5"),))
-    return Response(200, to_json({"status": "ok"}))
+    return json_response({"status": error}, 503, (("Retry-After", "5"),)) if error else json_response({"status": "ok"})
 
 
 async def get_conf(request: Request, app: App) -> Response:
-    return Response(200, to_json(redacted(app.settings)))
+    return json_response(redacted(app.settings))
 
 
 def check_monitor(request: Request, submission: None, settings: Settings) -> Reply | None:
@@ -6846,7 +6852,7 @@ async def get_queue(request: Request, app: App) -> Response:
     """Answer with what waits, in all and for each destination."""
     if not app.queue:
         raise Rejected(make_reply("not-found"))
-    return Response(200, to_json(await app.queue.do(queue_stats, request.now)))
+    return json_response(await app.queue.do(queue_stats, request.now))
 
 
 async def get_queued_mail(request: Request, app: App) -> Response:
@@ -6856,7 +6862,7 @@ async def get_queued_mail(request: Request, app: App) -> Response:
         raise Rejected(make_reply("not-found"))
     if check_monitor(request, None, app.settings) and found[0]["login"] != request.login:
         raise Rejected(make_reply("forbidden"))
-    return Response(200, to_json(fate_document(*found)))
+    return json_response(fate_document(*found))
 
 
 def fate_document(message: dict, rows: list) -> dict:
@@ -6884,43 +6890,22 @@ def fate_document(message: dict, rows: list) -> dict:
 
 
 async def get_sample(request: Request, app: App) -> Response:
-    return Response(200, to_json(SAMPLES))
+    return json_response(SAMPLES)
 
 
-SAMPLES = [
-    {
-        "ehlo": "[127.0.0.1]",
-        "mail": "kijitora@example.org",
-        "rcpt": ["mikeneko@example.jp"],
-        "header": {
-            "from": "キジトラ <kijitora@example.com>",
-            "subject": "謹賀新年",
-            "replyto": "straycats@cat-ml.example.org",
-            "charset": "UTF-8",
-        },
-        "body": "あとでお年玉貰いに行きます",
-    },
-    {
-        "mail": "cron@example.org",
-        "rcpt": ["root@example.jp", "ops@example.jp"],
-        "header": {"subject": "Backup done"},
-        "body": "42 files, 0 errors\n",
-    },
-    {
-        "mail": "shop@example.org",
-        "header": {"from": "ねこ屋 <shop@example.org>", "to": "三毛猫 <mikeneko@example.jp>", "subject": "領収書 42"},
-        "html": '<p><img src="cid:logo" alt="ねこ屋"></p><p>合計 <b>1,980円</b></p>',
-        "attachments": [
-            {
-                "filename": "logo.png",
-                "cid": "logo",
-                "content": "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAA"
-                "SUVORK5CYII=",
-            },
-            {"filename": "領収書 42.csv", "content": "c3VtLDE5ODAK"},
-        ],
-    },
-]
+SAMPLES = json.loads("""[
+{"ehlo": "[127.0.0.1]", "mail": "kijitora@example.org", "rcpt": ["mikeneko@example.jp"], "header": {
+  "from": "キジトラ <kijitora@example.com>", "subject": "謹賀新年", "replyto": "straycats@cat-ml.example.org",
+  "charset": "UTF-8"}, "body": "あとでお年玉貰いに行きます"},
+{"mail": "cron@example.org", "rcpt": ["root@example.jp", "ops@example.jp"], "header": {"subject": "Backup done"},
+  "body": "42 files, 0 errors\\n"},
+{"mail": "shop@example.org", "header": {
+  "from": "ねこ屋 <shop@example.org>", "to": "三毛猫 <mikeneko@example.jp>", "subject": "領収書 42"},
+  "html": "<p><img src=\\"cid:logo\\" alt=\\"ねこ屋\\"></p><p>合計 <b>1,980円</b></p>", "attachments": [
+    {"filename": "logo.png", "cid": "logo", "content":
+      "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="},
+    {"filename": "領収書 42.csv", "content": "c3VtLDE5ODAK"}]}
+]""")
 
 
 async def get_neko(request: Request, app: App) -> Response:
@@ -7096,10 +7081,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def _needs_password_check(self, endpoint: Endpoint, request: Request) -> bool:
         """Return True if a password hash has to be computed."""
-        passwords = self.settings.password
-        return bool(
-            passwords.hashes and endpoint.checks and not passwords.is_cached(request.headers.get("authorization"))
-        )
+        password, credentials = self.settings.password, request.headers.get("authorization")
+        return bool(password.hashes and endpoint.checks and not password.is_cached(credentials))
 
     def rejection(self, request: Request | None, reply: Reply) -> Response:
         """Return the response for a Reply that refuses a request, and log it."""
@@ -7444,10 +7427,8 @@ class Supervisor:
         self._replace()
         ready()
         while not self.stopping:
-            try:
+            with contextlib.suppress(socket.timeout):
                 alarm.recv(4096)
-            except socket.timeout:
-                pass
             self._reap()
             if not self.stopping:
                 self._replace()
@@ -7541,10 +7522,8 @@ class Supervisor:
 
     def _signal_workers(self, number: int) -> None:
         for pid in self.workers:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-            except ProcessLookupError:
-                pass
 
     def _stop(self, alarm: socket.socket) -> int:
         """Wait for the workers, which answer what is in flight; kill those that take too long."""
@@ -7554,10 +7533,8 @@ class Supervisor:
         self._signal_workers(signal.SIGTERM)
         deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 3
         while self.workers and time.monotonic() < deadline:
-            try:
+            with contextlib.suppress(socket.timeout):
                 alarm.recv(4096)
-            except socket.timeout:
-                pass
             self._reap()
         self._signal_workers(signal.SIGKILL)
         log.lines("stopped")
@@ -7574,20 +7551,10 @@ def bind(listen: str) -> socket.socket:
     if listen.startswith("unix:"):
         return bind_unix(listen[5:])
     name, _, port = listen.rpartition(":")
-    family, kind, proto, _, place = socket.getaddrinfo(
+    family, *_, address = socket.getaddrinfo(
         ascii_domain(name.strip("[]")).encode(), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
-    listener = socket.socket(family, kind, proto)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if family == socket.AF_INET6:
-        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    try:
-        listener.bind(place)
-    except OSError:
-        listener.close()
-        raise
-    listener.listen(BACKLOG)
-    return listener
+    return socket.create_server(address, family=family, backlog=BACKLOG)
 
 
 BACKLOG = 1024
@@ -7617,20 +7584,18 @@ def bind_unix(path: str) -> socket.socket:
 
 
 def unlink_socket(listener: socket.socket) -> None:
-    try:
-        if listener.family == socket.AF_UNIX:
+    if listener.family == socket.AF_UNIX:
+        with contextlib.suppress(OSError):
             os.unlink(listener.getsockname())
-    except OSError:
-        pass
 
 
 def url_of(listener: socket.socket, tls: bool) -> str:
     """Return the URL of a listener."""
-    place = listener.getsockname()
+    address = listener.getsockname()
     if listener.family == socket.AF_UNIX:
-        return f"unix:{place}"
-    name = f"[{place[0]}]" if ":" in place[0] else place[0]
-    return f"{'https' if tls else 'http'}://{name}:{place[1]}/"
+        return f"unix:{address}"
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return f"{'https' if tls else 'http'}://{host}:{address[1]}/"
 
 
 # ======================================================================================================================
