@@ -1,31 +1,38 @@
 #!/usr/bin/env python3
-"""Haineko, HTTP API into ESMTP: takes a mail as JSON by HTTP POST, relays it, answers with every recipient's reply.
+"""Haineko, an HTTP API into ESMTP: take a mail as JSON, relay it, answer with a reply for every recipient.
 
-The way of a mail is the order of this page: each section takes the value of the section above and makes the next one.
+    POST /submit          SUBMISSION               MESSAGE                   TRANSACTIONS
+    HTTP request -> parse_submission() -> CHECKS -> compose() -> resolve_route() per recipient -> RELAYS -> HTTP response
+                                                       |  to be queued, or deferred                  |    Reply each
+                                                       +--> QueueDB --> QueueManager --> RELAYS <----+
+                                                                             +--> bounce, webhook
 
-    HTTP body -> Submission -> (checks) -> Message -> Route per recipient -> Job per route -> Reply each -> JSON
-                 parse_submission()  CHECKS      compose()  resolve_route()               RELAYS
+     1  Replies and transactions    9  Event loop
+     2  JSON into dataclasses      10  DNS
+     3  Settings                   11  HTTP client
+     4  Log                        12  SMTP sessions
+     5  Submissions                13  Relays
+     6  Policy                     14  Queue
+     7  Messages                   15  Submission pipeline
+     8  Routes                     16  HTTP server
+                                   17  Commands
 
-     1  Replies and jobs          9  Waiting
-     2  JSON into dataclasses    10  DNS
-     3  Settings                 11  Web sessions
-     4  Log                      12  SMTP sessions
-     5  Submissions              13  Relays
-     6  Policy                   14  Queue
-     7  Messages                 15  Submission pipeline
-     8  Routes                   16  HTTP server and workers
-                                 17  Commands
+Sections 1, 5 to 8 and 13 to 15 are the pipeline; 2 to 4 and 9 to 12 are infrastructure; 16 and 17 are the two entries.
 
-Rules of the file. A section refers to the sections above it, never below; inside a section the caller stands above its
-helpers. Connections are opened in DNS, web and SMTP sessions, relays, queue and HTTP, and by the command `send`; clock
-and chance are arguments. Errors of the other side are values (Reply); Refused carries one out of depth. Every recipient
-has a reply. What may be extended is a closed table: REPLIES, CHARSETS, CHECKS, RELAYS, PROBES, PAGES, COMMANDS.
-Standard library only.
+Rules of the file:
+  - A section uses only the sections above it; inside a section callers stand above their helpers.
+  - Errors of the other side are values (Reply); Rejected carries one up the stack; every recipient has a reply.
+  - What is decided later stands in a named field; nothing is read out of a text that people read.
+  - Parsing, policy, composing and routing take values and return values; the clock and chance are arguments.
+  - Input of clients never gets unchecked into a header, command, log line or path; every regex is linear.
+  - Standard library only; nothing is answered 2xx before it is on disk or the next hop has said 250.
 
-Spoken here: RFC 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS),
-3461 (DSN), 3463 (status codes), 3464 (bounces), 4954 (AUTH), 6152 (8BITMIME), 6531 (SMTPUTF8), 8314 (TLS on 465),
-2183, 2231, 2387, 2392 (files in mail), 1035 (DNS), 6891 (EDNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1),
-7617 (Basic).
+To add: a relay is a function and a row of RELAYS; a check a function, a row of REPLIES and one of CHECKS; a setting a
+config_field() in section 3; an endpoint a function and a row of ENDPOINTS; a command a function and a row of COMMANDS.
+
+RFCs: 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS), 3461 (DSN), 3463
+(status codes), 3464 (bounces), 4954 (AUTH), 6152 (8BITMIME), 6531 (SMTPUTF8), 8314 (TLS on 465), 2183, 2231, 2387, 2392
+(attachments), 1035 (DNS), 6891 (EDNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic).
 """
 
 from __future__ import annotations
@@ -71,25 +78,25 @@ from typing import Any, Callable, NamedTuple
 __version__ = "1.0.0"
 
 # ======================================================================================================================
-# 1. Replies and jobs
-#    The values that pass from section to section, and every reply that Haineko gives in its own name. They know nothing
-#    of settings, sockets or JSON.
+# 1. Replies and transactions
+#    The values that pass from section to section, and every reply that Haineko gives in its own name. Independent of
+#    settings, sockets and JSON.
 # ======================================================================================================================
 
 
 class Reply(NamedTuple):
-    """What was said about one recipient: an SMTP reply and who gave it at which command."""
+    """Reply about one recipient: an SMTP reply, or one of Haineko's own, and the command that it decided."""
 
     code: str  # three digits, RFC 5321 4.2
-    dsn: str | None  # enhanced status code, RFC 3463; None where none was given
-    command: str  # the command that decided: CONN EHLO STARTTLS AUTH MAIL RCPT DATA, or HTTP
+    dsn: str | None  # enhanced status code, RFC 3463; None if there was none
+    command: str  # the command that decided: CONN EHLO STARTTLS AUTH MAIL RCPT DATA, QUEUE or HTTP
     message: tuple  # lines of text without the code
     mailer: str | None = None  # name of the relay; None for a refusal before delivery
     host: str | None = None
     port: int | None = None
     status: int = 0  # HTTP status of a refusal before delivery
-    maybe_delivered: bool = False  # the end of the text was sent and no reply came: the mail may have arrived
-    retry_after: int = 0  # seconds after which to try again, where the other side said so
+    maybe_delivered: bool = False  # the end of the text was sent and no reply came
+    retry_after: int = 0  # seconds after which to try again, if the other side named them
     origin: str = "relay"  # who gave it: "relay" (the other side, or our part in talking to it), "policy", "queue"
 
     @property
@@ -102,7 +109,7 @@ class Reply(NamedTuple):
 
     @property
     def relay(self) -> str | None:
-        """Who gave it, for a line of the log."""
+        """Name the server that replied, for the log."""
         return f"{self.mailer}:{self.host}:{self.port}" if self.host else self.mailer
 
     @property
@@ -114,36 +121,35 @@ class Reply(NamedTuple):
 
 
 class Rejected(Exception):  # noqa: N818 -- the word that postmasters use
-    """Carries a Reply out of depth; its one argument."""
+    """Exception that carries a Reply, its one argument, up the call stack."""
 
     @property
     def reply(self) -> Reply:
-        """What was said."""
         return self.args[0]
 
 
 class Message(NamedTuple):
-    """A finished message (RFC 5322, CRLF); between its parts go the recipient and the copy's number."""
+    """Finished message (RFC 5322, CRLF); the recipient and the copy's number are inserted between its parts."""
 
     parts: tuple  # (all of it,) or (up to "To: ", up to "Message-Id: <QUEUEID.", the rest) or (up to "To: ", the rest)
-    needs_8bitmime: bool = False  # has octets over 127: needs 8BITMIME (RFC 6152)
-    needs_smtputf8: bool = False  # has them in its header: needs SMTPUTF8 (RFC 6531)
+    needs_8bitmime: bool = False  # has octets over 127 (RFC 6152)
+    needs_smtputf8: bool = False  # has them in its header (RFC 6531)
 
     def copy(self, recipient: str, number: int) -> bytes:
-        """The octets of one recipient's copy."""
+        """Return the octets of one recipient's copy."""
         if len(self.parts) == 3:
             return b"%b%b%b%d%b" % (self.parts[0], recipient.encode(), self.parts[1], number, self.parts[2])
         return recipient.encode().join(self.parts)
 
 
-LARGE = 65536  # octets; work of some milliseconds
+LARGE = 65536  # octets; work on more than this takes milliseconds
 
 
 class Transaction(NamedTuple):
-    """One message for the recipients of one transaction by one route."""
+    """One message for some recipients by one route."""
 
     route: Any  # a Route
-    hostname: str  # our own name, for EHLO
+    hostname: str  # Haineko's name, for EHLO
     queueid: str
     sender: str  # "" is the null sender
     recipients: tuple
@@ -154,7 +160,7 @@ class Transaction(NamedTuple):
         return self.message.copy(self.recipients[0], self.number)
 
     def chunks(self) -> tuple:
-        """The same, with what is large in a piece of its own, so that copies which go out at once share its memory."""
+        """Return the octets with a large last part by itself, so that concurrent copies share its memory."""
         *head, last = self.message.parts
         if len(last) < LARGE or not head:
             return (self.octets(),)
@@ -162,23 +168,23 @@ class Transaction(NamedTuple):
 
     @property
     def needs_smtputf8(self) -> bool:
-        """True where the envelope or the header is other than ASCII (RFC 6531)."""
+        """True if the envelope or the header is not ASCII (RFC 6531)."""
         return self.message.needs_smtputf8 or not (self.sender.isascii() and all(map(str.isascii, self.recipients)))
 
 
 class TransactionResult(NamedTuple):
-    """What came of one job."""
+    """Outcome of one transaction."""
 
     transaction: Transaction
-    replies: list  # of Reply, one for each recipient of the job
+    replies: list  # of Reply, one for each recipient
     ms: float
 
 
-def make_reply(slug: str, *lines: str, word: str = "", **place) -> Reply:
-    """The reply of that name in REPLIES; `word` goes into its text, `lines` follow, `place` says mailer, host, port."""
+def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
+    """Return the reply REPLIES[slug], `word` for its "%s", followed by `lines`; `endpoint`: mailer, host, port."""
     status, code, dsn, command, text = REPLIES[slug]
-    origin = "queue" if command == "QUEUE" else "policy" if status and not place.get("mailer") else "relay"
-    values = {"command": command, "status": status, "origin": origin, **place}
+    origin = "queue" if command == "QUEUE" else "policy" if status and not endpoint.get("mailer") else "relay"
+    values = {"command": command, "status": status, "origin": origin, **endpoint}
     return Reply(code, dsn, message=(text % word if "%s" in text else text, *lines), **values)
 
 
@@ -198,9 +204,9 @@ def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
 
 
 def cache_short(maxsize: int, limit: int = 512) -> Callable:
-    """Decorate a function with an LRU cache that keeps only calls whose first argument is short.
+    """Decorate a function with an LRU cache for calls whose first argument is short.
 
-    Clients choose what is parsed: long values would fill the memory.
+    Clients choose what is parsed; long values would fill the memory.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -216,21 +222,20 @@ def cache_short(maxsize: int, limit: int = 512) -> Callable:
 
 
 def new_queueid(now: float) -> str:
-    """16 letters and digits: the second, and chance. Unique across processes and restarts; sorts by time."""
-    return _digits(int(now)) + os.urandom(10).translate(LETTERS).decode()
+    """Return 16 letters and digits, unique across processes and restarts, that sort by time: seconds and random ones."""
+    return _base62(int(now)) + os.urandom(10).translate(RANDOM_DIGITS).decode()
 
 
 @functools.lru_cache(maxsize=2)
-def _digits(second: int) -> str:
-    """Six digits to the base 62."""
-    return "".join(ALPHABET[second // 62**place % 62] for place in range(5, -1, -1))
+def _base62(second: int) -> str:
+    return "".join(BASE62[second // 62**place % 62] for place in range(5, -1, -1))
 
 
-ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-LETTERS = bytes(ord(ALPHABET[i % 62]) for i in range(256))
+BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+RANDOM_DIGITS = bytes(ord(BASE62[i % 62]) for i in range(256))
 
 
-# slug: (HTTP status of a refusal, code, dsn, command, text)
+# name: (HTTP status of a refusal, code, dsn, command, text)
 REPLIES = {
     # HTTP itself
     "method": (405, "421", None, "HTTP", "%s method not supported"),
@@ -309,20 +314,20 @@ REPLIES = {
 
 # ======================================================================================================================
 # 2. JSON into dataclasses
-#    Takes what a JSON decoder gave, gives frozen dataclasses, and a list of every fault with its path. Settings and
-#    submissions are read by the same functions. A parser is called as parse(value, where, faults); after a fault its
-#    result is not used.
+#    Takes JSON, gives frozen dataclasses and a list of all errors with their JSON paths; used for settings and
+#    submissions. A parser is called as parse(value, json_path, errors): it appends what is wrong to `errors`, and may
+#    then return None, which keeps the default.
 # ======================================================================================================================
 
 
 class DuplicateKeyDict(dict):
-    """A JSON object in which a key stood more than once; `duplicate_keys` names them."""
+    """JSON object with keys that were repeated: `duplicate_keys`."""
 
     duplicate_keys: tuple = ()
 
 
 def parse_json(octets: bytes) -> Any:
-    """The JSON value (RFC 8259) in UTF-8 octets; ValueError says what is wrong and where."""
+    """Return the JSON value (RFC 8259) in UTF-8 octets; ValueError says what is wrong and where."""
     try:
         return DECODER.decode((octets[3:] if octets.startswith(codecs.BOM_UTF8) else octets).decode())
     except UnicodeDecodeError as error:
@@ -331,20 +336,20 @@ def parse_json(octets: bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _unique_pairs(pairs: list) -> dict:
+def _object_from_pairs(pairs: list) -> dict:
     result = dict(pairs)
     if len(result) == len(pairs):
         return result
-    twice, seen = DuplicateKeyDict(result), set()
-    twice.duplicate_keys = tuple(dict.fromkeys(key for key, _ in pairs if key in seen or seen.add(key)))
-    return twice
+    result, seen = DuplicateKeyDict(result), set()
+    result.duplicate_keys = tuple(dict.fromkeys(key for key, _ in pairs if key in seen or seen.add(key)))
+    return result
 
 
-def _no_constant(name: str):
+def _reject_constant(name: str):
     raise ValueError(f"{name} is not JSON")
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_unique_pairs, parse_constant=_no_constant)
+DECODER = json.JSONDecoder(object_pairs_hook=_object_from_pairs, parse_constant=_reject_constant)
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
 
 
@@ -352,45 +357,43 @@ CACHE_MAX_CHARS = 512  # characters of what is remembered: long ones would fill 
 
 
 def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", secret: bool = False) -> Any:
-    """A dataclass field that from_dict() fills: its default, parser, keys in JSON ("a|b" are aliases), and its meaning."""
-    meaning = {"parse": parse, "doc": doc, "keys": tuple(key.split("|")) if key else (), "secret": secret}
+    """Return a dataclass field for from_dict(): default, parser, meaning, keys in JSON ("a|b" are aliases)."""
+    metadata = {"parse": parse, "doc": doc, "keys": tuple(key.split("|")) if key else (), "secret": secret}
     if isinstance(default, dict):
-        return field(default_factory=dict, metadata=meaning)
-    return field(default=default, metadata=meaning)
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def from_dict(cls: type, raw: Any, json_path: str, errors: list) -> Any:
-    """A `cls` from a JSON object; unknown, doubled and wrong entries are appended to `faults` with their path."""
+    """Return a `cls` made from a JSON object; report unknown, duplicate and invalid entries."""
     if not isinstance(raw, dict):
-        errors.append(f"{json_path or 'the top'}: an object is wanted, not {json_type_name(raw)}")
+        errors.append(f"{json_path or 'top level'}: expected an object, got {json_type_name(raw)}")
         return cls()
-    known, values, dot = key_table(cls), {}, json_path and json_path + "."
+    known, values, prefix = key_table(cls), {}, json_path and json_path + "."
     if type(raw) is DuplicateKeyDict:
-        errors.extend(f"{dot}{sanitize(key)}: stands more than once" for key in raw.duplicate_keys[:MAX_ERRORS])
+        errors.extend(f"{prefix}{sanitize(key)}: duplicate key" for key in raw.duplicate_keys[:MAX_ERRORS])
     for key, value in raw.items():
         row = known.get(key)
         if row and value is not None:
             name, parse = row
             if name in values:
-                errors.append(f"{dot}{key}: says again what another key says already")
-            values[name] = parse(value, dot + key, errors)
+                errors.append(f"{prefix}{key}: duplicate: an alias of this key is already set")
+            values[name] = parse(value, prefix + key, errors)
         elif not row:
             if len(errors) >= MAX_ERRORS:
                 break
             hint = did_you_mean(key, known) if len(errors) < MAX_HINTS else ""
-            errors.append(f"{dot}{sanitize(key)}: unknown key{hint}")
-    return cls(**values)
+            errors.append(f"{prefix}{sanitize(key)}: unknown key{hint}")
+    return cls(**{name: value for name, value in values.items() if value is not None})
 
 
 MAX_HINTS = 50  # a hint takes some 50 us, and a hostile body has a million keys
-MAX_ERRORS = (
-    1000  # faults, behind which nobody reads on: told of each item, a hostile body takes a hundred times its size
-)
+MAX_ERRORS = 1000  # or a hostile body could yield 100 times its own size in messages
 
 
 @functools.lru_cache(maxsize=None)
 def key_table(cls: type) -> dict:
-    """{key in JSON: (attribute, parser)} of a dataclass whose fields are settings."""
+    """Return {key in JSON: (attribute, parser)} of a dataclass made of config_field()."""
     table = {}
     for item in fields(cls):
         if "parse" in item.metadata:
@@ -400,243 +403,220 @@ def key_table(cls: type) -> dict:
 
 
 def json_type_name(value: Any) -> str:
-    """What a JSON value is, in words."""
-    for family, word in (
-        (bool, "true or false"),
-        (str, "a string"),
-        ((int, float), "a number"),
-        (list, "a list"),
-        (dict, "an object"),
-    ):
-        if isinstance(value, family):
-            return word
+    """Return "a string", "a list" and so on."""
+    for types_, name in JSON_TYPES:
+        if isinstance(value, types_):
+            return name
     return "null"
 
 
+JSON_TYPES = (
+    (bool, "true or false"),
+    (str, "a string"),
+    ((int, float), "a number"),
+    (list, "a list"),
+    (dict, "an object"),
+)
+
+
 def did_you_mean(word: str, words: Any) -> str:
-    """'; did you mean "..."?' where one of the words is close, else nothing."""
+    """Return '; did you mean "..."?' if one of `words` is close, else ""."""
     import difflib
 
-    spelt = {known.lower(): known for known in words}
-    close = difflib.get_close_matches(word[:64].lower(), spelt, n=1, cutoff=0.6)
-    return f'; did you mean "{spelt[close[0]]}"?' if close else ""
+    spelling = {known.lower(): known for known in words}
+    close = difflib.get_close_matches(word[:64].lower(), spelling, n=1, cutoff=0.6)
+    return f'; did you mean "{spelling[close[0]]}"?' if close else ""
 
 
-def sanitize(text: str, limit: int = 200) -> str:
-    """The text fit for a line of a log or a terminal: unprintables as "?", cut at `limit` characters."""
+def sanitize(text: str, limit: int = 200, keep: str = "") -> str:
+    """Return text fit for a log or a terminal: cut at `limit`, "?" for unprintable characters other than `keep`."""
     text = text if len(text) <= limit else text[:limit] + "..."
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else "?" for c in text)
 
 
 def parse_text(value: Any, json_path: str, errors: list) -> str:
-    """A string without control characters."""
+    """Parse a string without control characters; "" if it is none."""
     if type(value) is not str:
-        errors.append(f"{json_path}: a string is wanted, not {json_type_name(value)}")
+        errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
     elif not value.isprintable():
-        errors.append(f"{json_path}: has a character that can't be printed")
+        errors.append(f"{json_path}: has an unprintable character")
     else:
         return value
     return ""
 
 
-def parse_boolean(value: Any, json_path: str, errors: list) -> bool:
-    """true or false; 1 or 0 mean the same."""
-    if value not in (0, 1) or isinstance(value, float):
-        errors.append(f"{json_path}: true or false is wanted, not {json_type_name(value)}")
-    return bool(value)
+def matching(pattern: Any, expected: str, optional: bool = False, secret: bool = False, convert: Any = str) -> Callable:
+    """Return a parser of strings that `pattern`, a regex or a predicate, accepts; a `secret` is not shown in errors."""
+    accepts = getattr(pattern, "fullmatch", pattern)
 
-
-def integer(low: int, high: int) -> Callable:
-    """A parser of whole numbers from low to high."""
-
-    def parse(value: Any, json_path: str, errors: list) -> int:
-        if type(value) is not int or not low <= value <= high:
-            given = sanitize(str(value)) if isinstance(value, (int, float)) else json_type_name(value)
-            errors.append(f"{json_path}: a whole number from {low} to {high} is wanted, not {given}")
-            return low
-        return value
+    def parse(value: Any, json_path: str, errors: list) -> Any:
+        text = parse_text(value, json_path, errors)
+        if accepts(text) or (optional and not text):
+            return convert(text)
+        if text == value:  # else parse_text() has told
+            errors.append(f"{json_path}: expected {expected}" + ("" if secret else f', got "{sanitize(text)}"'))
+        return None
 
     return parse
 
 
-def list_of(parse: Callable) -> Callable:
-    """A parser of lists, or of one value for a list of one; gives a tuple."""
+def one_of(names: Any, kind: str) -> Callable:
+    """Return a parser of names that compares without case and returns the name as it stands in `names`."""
+    known = {name.lower(): name for name in names}
 
-    def parse_all(value: Any, json_path: str, errors: list) -> tuple:
+    def parse(value: Any, json_path: str, errors: list) -> str | None:
+        text = parse_text(value, json_path, errors)
+        if text == value and text.lower() not in known:
+            errors.append(f'{json_path}: unknown {kind} "{sanitize(text)}"{did_you_mean(text, names)}')
+        return known.get(text.lower())
+
+    return parse
+
+
+def parse_boolean(value: Any, json_path: str, errors: list) -> bool | None:
+    """Parse true or false; 1 and 0 mean the same."""
+    if value in (0, 1) and not isinstance(value, float):
+        return bool(value)
+    errors.append(f"{json_path}: expected true or false, got {json_type_name(value)}")
+    return None
+
+
+def integer(low: int, high: int) -> Callable:
+    """Return a parser of whole numbers from low to high."""
+
+    def parse(value: Any, json_path: str, errors: list) -> int | None:
+        if type(value) is int and low <= value <= high:
+            return value
+        got = sanitize(str(value)) if isinstance(value, (int, float)) else json_type_name(value)
+        errors.append(f"{json_path}: expected a whole number from {low} to {high}, got {got}")
+        return None
+
+    return parse
+
+
+def list_of(parse: Callable, collect: Callable = tuple, required: bool = False) -> Callable:
+    """Return a parser of lists, or of one value for a list of one; `collect` makes the result of the items."""
+
+    def parse_all(value: Any, json_path: str, errors: list) -> Any:
         if type(value) is not list:
-            return (parse(value, json_path, errors),)
-        return tuple(
-            parse(item, f"{json_path}[{i}]", errors) for i, item in enumerate(value) if len(errors) < MAX_ERRORS
-        )
+            return collect(item for item in (parse(value, json_path, errors),) if item is not None)
+        if required and not value:
+            errors.append(f"{json_path}: expected at least one value")
+        items = (parse(item, f"{json_path}[{i}]", errors) for i, item in enumerate(value) if len(errors) < MAX_ERRORS)
+        return collect(item for item in items if item is not None)
 
     return parse_all
 
 
-def mapping_of(parse: Callable, fold: Callable = str) -> Callable:
-    """A parser of objects whose keys are names; `fold` makes the name that counts."""
+def mapping_of(parse: Callable, fold: Callable = str, expected: str = "a name") -> Callable:
+    """Return a parser of objects whose keys are names; `fold` returns a name in canonical form, "" if it is `expected`
+    and is not."""
 
     def parse_all(value: Any, json_path: str, errors: list) -> dict:
         if not isinstance(value, dict):
-            errors.append(f"{json_path}: an object is wanted, not {json_type_name(value)}")
+            errors.append(f"{json_path}: expected an object, got {json_type_name(value)}")
             return {}
-        twice = getattr(value, "duplicate_keys", ())
-        errors.extend(f"{json_path}.{sanitize(key)}: stands more than once" for key in twice)
-        result = {fold(key): parse(item, f"{json_path}.{sanitize(key)}", errors) for key, item in value.items()}
-        if "" in result:
-            bad = next(key for key in value if not fold(key))
-            errors.append(f'{json_path}.{sanitize(bad)}: "example.jp", ".example.jp" or "default" is wanted')
-        elif len(result) < len(value):
+        paths = {key: f"{json_path}.{sanitize(key)}" for key in value}
+        errors.extend(f"{paths[key]}: duplicate key" for key in getattr(value, "duplicate_keys", ()))
+        errors.extend(f"{paths[key]}: expected {expected}" for key in value if not fold(key))
+        if len(set(map(fold, value))) < len(value):
             errors.append(f"{json_path}: two keys differ in case only")
-        return result
+        parsed = {fold(key): parse(item, paths[key], errors) for key, item in value.items()}
+        return {key: item for key, item in parsed.items() if item is not None}
 
     return parse_all
 
 
 def nested(cls: type) -> Callable:
-    """A parser of nested objects."""
+    """Return a parser of nested objects."""
     return functools.partial(from_dict, cls)
 
 
 # ======================================================================================================================
 # 3. Settings
-#    Takes the path of haineko.json, gives one frozen Settings with everything in it that can be computed once, and a
-#    list of faults. Each field says its default, its limits and its meaning; the example file is made from them. Knows
-#    nothing of a mail.
+#    Takes the path of haineko.json, gives one frozen Settings, with all that can be computed once, and a list of errors.
+#    Each field states its default, limits and meaning; the example file is made from them.
 # ======================================================================================================================
 
 
 class IPAddress(NamedTuple):
-    """An IP address, with what is asked of it at every request ready."""
+    """Parsed IP address."""
 
     text: str
     version: int
     number: int
 
 
-@functools.lru_cache(maxsize=4096)
+@cache_short(4096, 64)
 def parse_ip(text: str) -> IPAddress:
-    """The IP address in a string, an IPv4 one in IPv6 clothes without them; ValueError where it is none."""
+    """Parse an IP address; an IPv4-mapped IPv6 address becomes IPv4. Raises ValueError."""
     found = ipaddress.ip_address(text.partition("%")[0])
     found = getattr(found, "ipv4_mapped", None) or found
     return IPAddress(str(found), found.version, int(found))
 
 
 class Networks:
-    """A set of IP networks. `address in networks` costs the same for ten of them as for 100,000."""
+    """Set of IP networks; `address in networks` takes as long for 100,000 of them as for ten."""
 
     def __init__(self, texts: tuple = ()) -> None:
         self.texts = texts
         groups: dict = {}
-        for item in map(functools.partial(ipaddress.ip_network, strict=False), texts):
-            shift = item.max_prefixlen - item.prefixlen
-            groups.setdefault((item.version, shift), set()).add(int(item.network_address) >> shift)
+        for network in map(functools.partial(ipaddress.ip_network, strict=False), texts):
+            shift = network.max_prefixlen - network.prefixlen
+            groups.setdefault((network.version, shift), set()).add(int(network.network_address) >> shift)
         self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
 
-    def __contains__(self, client: IPAddress) -> bool:
+    def __contains__(self, address: IPAddress) -> bool:
         for version, shift, members in self.groups:
-            if version == client.version and client.number >> shift in members:
+            if version == address.version and address.number >> shift in members:
                 return True
         return False
 
 
-def parse_networks(value: Any, json_path: str, errors: list) -> Networks:
-    good = []
-    for item in list_of(parse_text)(value, json_path, errors):
-        try:
-            ipaddress.ip_network(item, strict=False)
-            good.append(item)
-        except ValueError:
-            errors.append(f'{json_path}: "{item}" is no IP address or network')
-    return Networks(tuple(good))
+LOOPBACK = Networks(("127.0.0.0/8", "::1"))
 
 
-def parse_listen_addresses(value: Any, json_path: str, errors: list) -> tuple:
-    """One listen address, or a list of some."""
-    if value == []:
-        errors.append(f"{json_path}: at least one address is wanted")
-    return list_of(parse_listen_address)(value, json_path, errors)
+def is_ip(text: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(text))
+    except ValueError:
+        return False
 
 
-def parse_listen_address(value: Any, json_path: str, errors: list) -> str:
-    """ "host:port", "[v6]:port" or "unix:/path"."""
-    value = parse_text(value, json_path, errors)
-    if not value.startswith("unix:/"):
-        host, colon, port = value.rpartition(":")
-        if not (host and colon and port.isascii() and port.isdigit() and int(port) < 65536):
-            errors.append(f'{json_path}: "host:port", "[v6]:port" or "unix:/path" is wanted, not "{value}"')
-        elif ":" in host and not (host.startswith("[") and host.endswith("]")):
-            errors.append(f'{json_path}: an IPv6 address stands in brackets, "[{host}]:{port}"')
-    return value
+def is_network(text: str) -> bool:
+    try:
+        return bool(ipaddress.ip_network(text, strict=False))
+    except ValueError:
+        return False
 
 
-_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
-DOMAIN = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(?:\.{_LABEL})*")
+def is_listen_address(text: str) -> bool:
+    found = re.fullmatch(r"(?:[^:]+|\[[^]]+\]):([0-9]{1,5})", text)
+    return int(found[1]) < 65536 if found else text.startswith("unix:/")
 
 
-def parse_host(value: Any, json_path: str, errors: list) -> str:
-    """A domain or an IP address, or a folder for the relay File."""
-    value = parse_text(value, json_path, errors)
-    if not (DOMAIN.fullmatch(value) or value.startswith("/")):
-        try:
-            ipaddress.ip_address(value)
-        except ValueError:
-            errors.append(f'{json_path}: a host name or an IP address is wanted, not "{value}"')
-    return value
-
-
-def parse_resolver_address(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors)
-    if value and not name_server_endpoint(value):
-        errors.append(f'{json_path}: "address", "address:port" or "[v6]:port" is wanted, not "{value}"')
-    return value
+def is_host(text: str) -> bool:
+    """True for a domain or an IP address; or a folder, for the relay File."""
+    return text.startswith("/") or bool(DOMAIN.fullmatch(text)) or is_ip(text)
 
 
 def name_server_endpoint(text: str) -> tuple:
-    """(IP address, port) of "address", "address:port" or "[v6]:port"; () where it is none of them."""
+    """Return (IP address, port) of "address", "address:port" or "[v6]:port"; () if it is none of them."""
     found = re.fullmatch(r"\[([^]]+)\]:(\d{1,5})|([^:]+):(\d{1,5})|(\S+)", text)
     name, port = (found[1] or found[3] or found[5], int(found[2] or found[4] or 53)) if found else ("", 0)
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return ()
-    return (name, port) if 0 < port < 65536 else ()
+    return (name, port) if is_ip(name) and 0 < port < 65536 else ()
 
 
-def parse_optional_hostname(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors)
-    if value and not DOMAIN.fullmatch(value):
-        errors.append(f'{json_path}: a host name is wanted, not "{value}"')
-    return value
+def is_base_url(text: str) -> bool:
+    return bool(BASE_URL.fullmatch(text)) and has_valid_host(text)
 
 
-def parse_origin(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors).lower()
-    if not re.fullmatch(r"https?://[a-z0-9.\[\]:_-]+", value):
-        errors.append(f'{json_path}: a web origin like "https://www.example.org" is wanted, not "{value}"')
-    return value
-
-
-def parse_facility(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors)
-    if value.lower() not in FACILITIES:
-        errors.append(f'{json_path}: "{value}" is no syslog facility{did_you_mean(value, FACILITIES)}')
-    return value
-
-
-FACILITIES = ["kern", "user", "mail", "daemon", "auth", "lpr", "news", "uucp", "cron", "syslog"]
-FACILITIES += [f"local{n}" for n in range(8)]
-
-
-def parse_base_url(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors)
-    if value and not (BASE_URL.fullmatch(value) and has_valid_host(value)):
-        errors.append(f'{json_path}: a URL like "https://api.example.org" is wanted, not "{value}"')
-        return ""
-    return value.rstrip("/")
+def is_webhook_url(text: str) -> bool:
+    return bool(WEBHOOK_URL.fullmatch(text)) and has_valid_host(text)
 
 
 def has_valid_host(url: str) -> bool:
-    """True where host and port of a URL can be asked for."""
+    """True if host and port of a URL can be connected to."""
     try:
         parts = urllib.parse.urlsplit(url)
         name, port = parts.hostname or "", parts.port
@@ -645,14 +625,26 @@ def has_valid_host(url: str) -> bool:
         return False
 
 
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+DOMAIN = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(?:\.{_LABEL})*")
 BASE_URL = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?(?:/[A-Za-z0-9/._~-]*)?")
+WEBHOOK_URL = re.compile(r"(https?)://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(/[!-~]*)?")
+ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+", re.IGNORECASE)
+FACILITIES = ["kern", "user", "mail", "daemon", "auth", "lpr", "news", "uucp", "cron", "syslog"]
+FACILITIES += [f"local{n}" for n in range(8)]
 
-
-def parse_region(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors)
-    if value and not re.fullmatch(r"[a-z0-9-]{1,32}", value):
-        errors.append(f'{json_path}: a region like "eu-west-1" is wanted, not "{value}"')
-    return value
+parse_networks = list_of(matching(is_network, "an IP address or network"), lambda texts: Networks(tuple(texts)))
+parse_listen_address = matching(is_listen_address, '"host:port", "[v6]:port" or "unix:/path"')
+parse_host = matching(is_host, "a host name or an IP address")
+parse_hostname = matching(DOMAIN, "a host name", optional=True)
+parse_resolver = matching(name_server_endpoint, '"address", "address:port" or "[v6]:port"', optional=True)
+parse_origin = matching(ORIGIN, 'a web origin like "https://www.example.org"', convert=str.lower)
+parse_facility = one_of(FACILITIES, "syslog facility")
+parse_base_url = matching(
+    is_base_url, 'a URL like "https://api.example.org"', optional=True, convert=lambda text: text.rstrip("/")
+)
+parse_region = matching(re.compile("[a-z0-9-]{1,32}"), 'a region like "eu-west-1"', optional=True)
+parse_webhook_url = matching(is_webhook_url, 'a URL like "https://www.example.org/hook"', optional=True, secret=True)
 
 
 def parse_mailer(value: Any, json_path: str, errors: list) -> str:
@@ -677,57 +669,47 @@ PORTS = {"Haineko": 2794}  # of a route that says none; 25 for the others
 
 
 def parse_secret(value: Any, json_path: str, errors: list) -> Any:
-    """A string, {"file": path} or {"env": NAME}."""
-    if isinstance(value, dict):
-        if len(value) != 1 or not set(value) <= {"file", "env"}:
-            errors.append(f'{json_path}: a string, {{"file": path}} or {{"env": NAME}} is wanted')
-            return ""
+    """Parse a string, {"file": path} or {"env": NAME}."""
+    if not isinstance(value, dict):
+        return parse_text(value, json_path, errors)
+    if len(value) == 1 and set(value) <= {"file", "env"}:
         return {key: parse_text(item, f"{json_path}.{key}", errors) for key, item in value.items()}
-    return parse_text(value, json_path, errors)
-
-
-def parse_webhook_url(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors)
-    if value and not (WEBHOOK_URL.fullmatch(value) and has_valid_host(value)):
-        errors.append(f'{json_path}: a URL like "https://www.example.org/hook" is wanted')
-    return value
-
-
-WEBHOOK_URL = re.compile(r"(https?)://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(/[!-~]*)?")
+    errors.append(f'{json_path}: expected a string, {{"file": path}} or {{"env": NAME}}')
+    return None
 
 
 class Authenticator:
-    """The section `password`: who may log in. Who was right is remembered for a while: scrypt is slow by design."""
+    """The section `password`: who may log in. Successful logins are cached, because scrypt is slow by design."""
 
     CACHE_TTL = 600  # seconds
     MAX_CONCURRENT_HASHES = 2  # scrypt takes 16 MiB and a core each
 
     def __init__(self, hashes: dict) -> None:
         self.hashes = hashes
-        self.verified: dict = {}  # digest of credentials: monotonic time until which they count as right
+        self.cost = max([NEW_COST, *map(scrypt_cost, hashes.values())])  # of every verification
+        self.verified: dict = {}  # HMAC of the credentials: monotonic time until which they are taken for right
         self.key = os.urandom(32)  # so that memory holds no plain digest of a password
         self.semaphore = threading.Semaphore(self.MAX_CONCURRENT_HASHES)
 
     def is_cached(self, credentials: str | None) -> bool:
-        """True where these credentials, an Authorization header, were right a while ago."""
+        """True if these credentials, an Authorization header, were verified lately."""
         return bool(self.verified) and self.verified.get(self._cache_key(credentials or ""), 0) > time.monotonic()
 
     def authenticate(self, credentials: str) -> bool:
-        """True where they are right. RFC 7617; takes tens of milliseconds unless they are remembered."""
+        """Verify an Authorization header (RFC 7617); takes a tenth of a second unless it is cached."""
         if self.is_cached(credentials):
             return True
-        scheme, _, token = credentials.partition(" ")
-        try:
-            user, colon, word = base64.b64decode(token.strip(), validate=True).decode().partition(":")
-        except ValueError:
+        user, colon, password = decode_basic(credentials).partition(":")
+        if not colon:
             return False
-        if scheme.lower() != "basic" or not colon:
-            return False
+        line = self.hashes.get(user, "")
         with self.semaphore:
-            right = verify_password(self.hashes.get(user, DUMMY_HASH), word) and user in self.hashes
+            right = bool(line) and verify_password(line, password)
+            if rest := self.cost - scrypt_cost(line):  # or the time would tell which users exist
+                scrypt(password, b"", parallel=rest)
         if right:
             now = time.monotonic()
-            self.verified = {mark: until for mark, until in self.verified.items() if until > now}
+            self.verified = {key: expires for key, expires in self.verified.items() if expires > now}
             self.verified[self._cache_key(credentials)] = now + self.CACHE_TTL
         return right
 
@@ -736,9 +718,15 @@ class Authenticator:
 
 
 def username_of(credentials: str) -> str:
-    """The name in an Authorization header of HTTP Basic, "" for none."""
+    """Return the name in an Authorization header of HTTP Basic, "" for none."""
+    return decode_basic(credentials).partition(":")[0]
+
+
+def decode_basic(credentials: str) -> str:
+    """Return "user:password" of an Authorization header (RFC 7617), "" if it is malformed."""
+    scheme, _, token = credentials.partition(" ")
     try:
-        return base64.b64decode(credentials.partition(" ")[2].strip(), validate=True).decode().partition(":")[0]
+        return base64.b64decode(token.strip(), validate=True).decode() if scheme.lower() == "basic" else ""
     except ValueError:
         return ""
 
@@ -748,7 +736,7 @@ def parse_passwords(value: Any, json_path: str, errors: list) -> Authenticator:
 
 
 def verify_password(line: str, password: str) -> bool:
-    """True where `line` (scrypt or {SSHA}) is the hash of the password; takes as long for both answers."""
+    """True if `line` (scrypt or {SSHA}) is the hash of the password."""
     found = SCRYPT.fullmatch(line)
     if not found:
         digest, salt = _ssha(line)
@@ -758,35 +746,82 @@ def verify_password(line: str, password: str) -> bool:
     return hmac.compare_digest(scrypt(password, salt, cost, block, parallel), digest)
 
 
-def scrypt(password: str, salt: bytes, cost: int = 14, block: int = 8, parallel: int = 1) -> bytes:
-    """RFC 7914 with N = 2**cost; the defaults take some 50 ms and 16 MiB."""
+NEW_COST = 5  # OWASP's N=2**14, r=8, p=5: as hard as N=2**17, p=1 in an eighth of the memory, 16 MiB
+
+
+def hash_password(password: str) -> str:
+    """Return a new line for the section `password`."""
+    salt = os.urandom(16)
+    parts = (base64.b64encode(octets).decode() for octets in (salt, scrypt(password, salt)))
+    return f"$scrypt$ln=14,r=8,p={NEW_COST}$" + "$".join(parts)
+
+
+def scrypt(password: str, salt: bytes, cost: int = 14, block: int = 8, parallel: int = NEW_COST) -> bytes:
+    """Return the hash of RFC 7914 with N = 2**cost."""
     memory = 128 * block * ((1 << cost) + parallel + 2)
     return hashlib.scrypt(password.encode(), salt=salt, n=1 << cost, r=block, p=parallel, maxmem=memory + (1 << 20))
 
 
-DUMMY_HASH = (
-    "$scrypt$ln=14,r=8,p=1$" + "A" * 22 + "==$" + "A" * 86 + "=="
-)  # an unknown user costs what a known one costs
+def scrypt_cost(line: str) -> int:
+    """Return the time to verify a line, in units of N=2**14, r=8, p=1; 0 for {SSHA}."""
+    found = SCRYPT.fullmatch(line)
+    cost, block, parallel = (int(n) for n in found.groups()[:3]) if found else (0, 0, 0)
+    return (parallel * block << cost) >> 17
 
 
-def parse_password_hash(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors)
-    if not (SCRYPT.fullmatch(value) or (value.startswith("{SSHA}") and _ssha(value))):
-        errors.append(f"{json_path}: a hash as `haineko.py pw` prints it, or {{SSHA}}, is wanted")
-    return value
-
-
-_BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==))"
-SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at the most
+def is_password_hash(line: str) -> bool:
+    return bool(SCRYPT.fullmatch(line) or (line.startswith("{SSHA}") and _ssha(line)))
 
 
 def _ssha(line: str) -> tuple:
-    """(SHA-1 of password and salt, salt) of an {SSHA} line; () if it isn't one."""
+    """Return (SHA-1 of password and salt, salt) of an {SSHA} line, () if it is none."""
     try:
         octets = base64.b64decode(line[6:], validate=True)
     except ValueError:
         return ()
     return (octets[:20], octets[20:]) if len(octets) > 20 else ()
+
+
+_BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==))"
+SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at most
+parse_password_hash = matching(is_password_hash, "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True)
+
+
+def domain_key(name: str) -> str:
+    """Return a domain, or ".domain", in lower case and ASCII (RFC 5890); "" if it is none."""
+    dot = "." if name.startswith(".") else ""
+    domain = ascii_domain(name[len(dot) :]).lower()
+    return dot + domain if DOMAIN.fullmatch(domain) or re.fullmatch(r"\[[0-9a-z:.]+\]", domain) else ""
+
+
+def address_key(text: str) -> str:
+    """Return an address in lower case and ASCII as policy compares it, "" if it is none."""
+    local, _, domain = text.rpartition("@")
+    key = domain_key(domain)
+    return f"{local.lower()}@{key}" if local and key and key[0] != "." else ""
+
+
+def is_plain_domain(name: str) -> bool:
+    return domain_key(name)[:1] not in ("", ".")
+
+
+def ascii_domain(name: str) -> str:
+    """Return the domain in ASCII (IDNA 2003), or "" if it has none or if IDNA 2008 has another one."""
+    if name.isascii():
+        return name
+    if any(c in name for c in IDNA_DEVIATIONS):
+        return ""
+    try:
+        return name.encode("idna").decode()
+    except UnicodeError:
+        return ""
+
+
+IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different domains, RFC 5894 7.2
+DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
+parse_domain = matching(is_plain_domain, "a domain", convert=domain_key)
+parse_recipient = matching(address_key, "an address", convert=address_key)
+parse_alias = matching(address_key, "an address")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -798,14 +833,13 @@ class Tls:
 @dataclass(frozen=True, repr=False, eq=False)
 class Httpd:
     listen: tuple = config_field(
-        ("127.0.0.1:2794",), parse_listen_addresses, "host:port, [v6]:port or unix:/path, or a list"
+        ("127.0.0.1:2794",), list_of(parse_listen_address, required=True), "host:port, [v6]:port or unix:/path, or a list"
     )
     workers: int = config_field(0, integer(0, 256), "processes; 0 means one per core")
     max_connections: int = config_field(512, integer(1, 65536), "open connections per worker")
-    timeout: int = config_field(
-        30, integer(1, 3600), "seconds for a whole request to arrive, and for an idle connection"
-    )
+    timeout: int = config_field(30, integer(1, 3600), "seconds for a whole request, and for an idle connection")
     trusted_proxies: Networks = config_field(Networks(), parse_networks, "networks whose X-Forwarded-For is believed")
+    monitors: Networks = config_field(LOOPBACK, parse_networks, "networks that may read /conf, /queue and /metrics")
     allowed_origins: tuple = config_field((), list_of(parse_origin), "web origins that may POST from a browser")
     tls: Tls | None = config_field(None, nested(Tls), "certificate and key: serve HTTPS")
 
@@ -818,16 +852,13 @@ class Syslog:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Smtpd:
-    hostname: str = config_field(
-        "", parse_optional_hostname, "name in EHLO, Received and Message-Id; empty means this machine's"
-    )
-    max_message_size: int = config_field(
-        4194304, integer(0, 1 << 40), "octets of the finished message; 0 means no limit"
-    )
+    hostname: str = config_field("", parse_hostname, "name in EHLO, Received, Message-Id; empty means this machine's")
+    max_message_size: int = config_field(4194304, integer(0, 1 << 40), "octets of the finished message; 0: no limit")
     max_rcpts_per_message: int = config_field(4, integer(0, 1 << 20), "recipients; 0 means no limit")
     max_workers: int = config_field(4, integer(1, 256), "deliveries of one request at a time")
-    resolver: tuple = config_field(
-        (), list_of(parse_resolver_address), "name servers, address:port; none: those of resolv.conf"
+    resolver: tuple = config_field((), list_of(parse_resolver), "name servers, address:port; none: resolv.conf's")
+    aliases: dict = config_field(
+        {}, mapping_of(list_of(parse_alias), str.lower), "addresses for names without a domain"
     )
     syslog: Syslog = config_field(Syslog(), nested(Syslog), "the log")
 
@@ -838,21 +869,13 @@ class QueueSettings:
     lifetime: int = config_field(432000, integer(1, 31536000), "seconds until a mail is given up")
     retry_after: tuple = config_field(
         (60, 300, 900, 1800, 3600, 7200, 14400),
-        list_of(integer(0, 604800)),
-        "seconds between the attempts, each give or take a fifth; the last one again and again",
+        list_of(integer(0, 604800), required=True),
+        "seconds between attempts, each give or take a fifth; the last one repeats",
     )
     min_free: int = config_field(100 << 20, integer(0, 1 << 50), "octets that must be free on its disk")
-    webhook: str = config_field("", parse_webhook_url, "URL to which the fate of each queued recipient is POSTed")
-    webhook_secret: Any = config_field(
-        "",
-        parse_secret,
-        'signs it: "whsec_" and base64 of 24 to 64 octets; or {"file": path} or {"env": NAME}',
-        secret=True,
-    )
-    secret: bytes = field(default=b"", repr=False)  # the octets of webhook_secret once the settings are whole
-
-
-LOOPBACK = Networks(("127.0.0.0/8", "::1"))
+    webhook: str = config_field("", parse_webhook_url, "URL to which the result of each queued recipient is POSTed")
+    webhook_secret: Any = config_field("", parse_secret, '"whsec_" and base64 of 24 to 64 octets', secret=True)
+    secret: bytes = field(default=b"", repr=False)  # octets of webhook_secret, set by resolve_settings()
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -861,41 +884,27 @@ class Relayhosts:
     relayhosts: Networks = config_field(Networks(("127.0.0.1", "::1")), parse_networks, "networks that may POST")
 
 
-def casefolded_set(address: bool) -> Callable:
-    """A parser of a list of domains, or of addresses; gives them in lower case, domains in ASCII."""
-
-    def parse(value: Any, json_path: str, errors: list) -> frozenset:
-        found = set()
-        for item in list_of(parse_text)(value, json_path, errors):
-            local, at, domain = item.rpartition("@")
-            key = domain_key(domain)
-            if not key or key[0] == "." or (bool(local), bool(at)) != (address, address):
-                errors.append(f'{json_path}: "{item}" is no {"address" if address else "domain"}')
-            found.add(local.lower() + at + key)
-        return frozenset(found)
-
-    return parse
-
-
 @dataclass(frozen=True, repr=False, eq=False)
 class Recipients:
     open_relay: bool = config_field(False, parse_boolean, "1: mail may go to every address", key="open-relay")
-    domainpart: frozenset = config_field(frozenset(), casefolded_set(address=False), "domains that may be written to")
-    recipients: frozenset = config_field(frozenset(), casefolded_set(address=True), "addresses that may be written to")
+    domainpart: frozenset = config_field(
+        frozenset(), list_of(parse_domain, frozenset), "domains that may be written to"
+    )
+    recipients: frozenset = config_field(
+        frozenset(), list_of(parse_recipient, frozenset), "addresses that may be written to"
+    )
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Credentials:
     username: str = config_field("", parse_text, "name to log in with")
     password: Any = config_field("", parse_secret, 'a string, {"file": path} or {"env": NAME}', secret=True)
-    token: Any = config_field(
-        "", parse_secret, "session token of temporary credentials of Amazon, like password", secret=True
-    )
+    token: Any = config_field("", parse_secret, "session token of temporary credentials of Amazon", secret=True)
 
 
 @dataclass(frozen=True, repr=False)
 class Route:
-    """Where mail goes; `login` is (username, password) once the settings are whole. MX sets the last two."""
+    """Where mail goes. resolve_settings() sets credentials and token, the relay MX address and tls_if_offered."""
 
     mailer: str = config_field("ESMTP", parse_mailer, "the relay, or a folder for File")
     host: str = config_field("127.0.0.1", parse_host, "name or address of the next server; the folder, for File")
@@ -910,11 +919,12 @@ class Route:
     sleep: int = config_field(5, integer(0, 3600), "seconds between them")
     disabled: bool = config_field(False, parse_boolean, "1: as if this route were not there")
     https: bool = config_field(False, parse_boolean, "Haineko: 1 means TLS")
+    provider_headers: bool = config_field(False, parse_boolean, "1: clients may set fields that are commands to relays")
     base_url: str = config_field("", parse_base_url, "relays by HTTP: where the API is, if not at its usual place")
     region: str = config_field("", parse_region, "AmazonSES: the region")
     credentials: tuple = field(default=(), repr=False)
-    address: str = ""  # to connect to, where it is not to be looked up again
-    tls_if_offered: bool = False  # STARTTLS where the server has it
+    address: str = ""  # to connect to, if it is known already
+    tls_if_offered: bool = False  # STARTTLS if the server has it
     token: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
@@ -922,7 +932,7 @@ class Route:
             object.__setattr__(self, "port", PORTS.get(self.relay, 25))
 
     def __hash__(self) -> int:
-        return hash((self.mailer, self.host, self.port, self.address))  # enough to tell them apart; sessions are by it
+        return hash((self.mailer, self.host, self.port, self.address))  # cheap: routes are keys of the session pools
 
     @property
     def relay(self) -> str:
@@ -931,7 +941,7 @@ class Route:
 
     @property
     def endpoint(self) -> dict:
-        """Who gives its replies: what make_reply() takes, and a Reply has."""
+        """Fields of a Reply that this route gives."""
         return {"mailer": self.mailer, "host": self.host, "port": self.port}
 
     @property
@@ -949,28 +959,6 @@ class Route:
         return next((p for p in (self.mailer, self.host) if p.startswith("/")), "") or tempfile.gettempdir()
 
 
-def domain_key(name: str) -> str:
-    """A key of mailertable as it is looked up: in lower case, in ASCII (RFC 5890); "" where it can match nothing."""
-    dot = "." if name.startswith(".") else ""
-    domain = ascii_domain(name[len(dot) :]).lower()
-    return dot + domain if DOMAIN.fullmatch(domain) or re.fullmatch(r"\[[0-9a-z:.]+\]", domain) else ""
-
-
-def ascii_domain(name: str) -> str:
-    """The domain in ASCII (IDNA 2003), or "" where it can't be or where IDNA 2008 means another domain."""
-    if name.isascii():
-        return name
-    if any(c in name for c in IDNA_DEVIATIONS):
-        return ""
-    try:
-        return name.encode("idna").decode()
-    except UnicodeError:
-        return ""
-
-
-IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 make different domains of them, RFC 5894 7.2
-
-
 @dataclass(frozen=True, repr=False, eq=False)
 class Settings:
     """All of haineko.json, every value checked."""
@@ -979,14 +967,14 @@ class Settings:
     smtpd: Smtpd = config_field(Smtpd(), nested(Smtpd))
     relayhosts: Relayhosts = config_field(Relayhosts(), nested(Relayhosts))
     recipients: Recipients | None = config_field(None, nested(Recipients))
-    mailertable: dict = config_field({}, mapping_of(nested(Route), domain_key))
-    sendermt: dict = config_field({}, mapping_of(nested(Route), domain_key))
+    mailertable: dict = config_field({}, mapping_of(nested(Route), domain_key, DOMAIN_KEYS))
+    sendermt: dict = config_field({}, mapping_of(nested(Route), domain_key, DOMAIN_KEYS))
     authinfo: dict = config_field({}, mapping_of(nested(Credentials)))
     password: Authenticator = config_field(Authenticator({}), parse_passwords)
     queue: QueueSettings | None = config_field(None, nested(QueueSettings))
     path: str | None = None
-    files: tuple = ()  # (path, signature) of all that was read
-    route_cache: dict = field(default_factory=dict, init=False)  # (domain, sender's): what resolve_route() has found
+    files: tuple = ()  # (path, stat_key) of all that was read
+    route_cache: dict = field(default_factory=dict, init=False)  # (recipient's domain, sender's): resolve_route()'s
 
     @property
     def hostname(self) -> str:
@@ -994,7 +982,7 @@ class Settings:
 
 
 def load_settings(path: str | None) -> tuple:
-    """(Settings, faults) of a settings file; None gives the settings that harm nobody: all mail is printed."""
+    """Return (Settings, errors) of a settings file; without one all mail is printed."""
     if path is None:
         screen = {"default": Route(mailer="Screen")}
         return resolve_settings(Settings(recipients=Recipients(open_relay=True), mailertable=screen), [])
@@ -1007,74 +995,79 @@ def load_settings(path: str | None) -> tuple:
             files[aside] = stat_key(aside)
             raw[name] = read_json_file(aside, errors, name)
     settings = from_dict(Settings, raw, "", errors)
-    if errors:
-        return replace(settings, files=tuple(files.items())), errors
-    settings, errors = resolve_settings(replace(settings, path=path), errors)
+    settings, dependent = resolve_settings(replace(settings, path=path), [])
+    reported = {error.partition(": ")[0] for error in errors}
+    errors += [error for error in dependent if not _follows(error, reported)]
     files.update((name, stat_key(name)) for name in referenced_files(settings))
     return replace(settings, files=tuple(files.items())), errors
 
 
+def _follows(error: str, reported: set) -> bool:
+    """True if an error only follows from one at a reported path."""
+    path = error.partition(": ")[0]
+    return path in reported or path.rpartition(".")[0] in reported or ("authinfo" in reported and "authinfo" in error)
+
+
 def stat_key(path: str) -> tuple | None:
-    """What changes when a file is written anew; None where there is none."""
+    """Return what changes when a file is written anew, None if there is none."""
     try:
         found = os.stat(path)
-    except (OSError, ValueError):  # or a NUL in the name
+    except (OSError, ValueError):  # ValueError: a NUL in the name
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode, found.st_uid
 
 
-def read_json_file(path: str, errors: list, name: str = "") -> dict:
-    """The JSON object in a file, {} with a fault where there is none. `name`: the section, where it has only one."""
+def read_json_file(path: str, errors: list, section: str = "") -> dict:
+    """Return the JSON object in the settings file or in that of one section; {} and an error if there is none."""
+    label = f"{section}: {path}" if section else path
     try:
         with open_regular(path) as stream:
-            everybody = os.fstat(stream.fileno()).st_mode & 0o004
+            mode = os.fstat(stream.fileno()).st_mode
             raw = parse_json(stream.read())
     except (OSError, ValueError) as error:
-        errors.append(f"{path}: {getattr(error, 'strerror', None) or error}")
+        errors.append(f"{label}: {getattr(error, 'strerror', None) or error}")
         return {}
     if not isinstance(raw, dict):
-        errors.append(f"{path}: an object is wanted, not {json_type_name(raw)}")
+        errors.append(f"{label}: expected an object, got {json_type_name(raw)}")
         return {}
-    if everybody and holds_secrets({name: raw} if name else raw):
-        errors.append(f"{path}: holds secrets and can be read by everybody; chmod 600 {path}")
+    if mode & 0o002:
+        errors.append(f"{label}: can be written by everybody; chmod 600 {path}")
+    elif mode & 0o004 and holds_secrets({section: raw} if section else raw):
+        errors.append(f"{label}: holds secrets and can be read by everybody; chmod 600 {path}")
     return raw
 
 
 def open_regular(path: str) -> Any:
-    """The file, open for reading; OSError for what is none: a FIFO would keep us waiting, a device has no end."""
+    """Open a regular file for reading; OSError for others: a FIFO would block, a device has no end."""
     stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
-        raise OSError(errno.EINVAL, "is no file")
+        raise OSError(errno.EINVAL, "is not a regular file", path)
     return stream
 
 
 def holds_secrets(raw: dict) -> bool:
-    logins = raw.get("authinfo")
+    """True if raw settings hold a secret itself, not only where it is."""
+    logins, hashes, queue_settings = (raw.get(name) or {} for name in ("authinfo", "password", "queue"))
     logins = logins.values() if isinstance(logins, dict) else ()
-    hashes = raw.get("password")
-    given = [login.get(key) for login in logins if isinstance(login, dict) for key in ("password", "token")]
-    waiting = raw.get("queue")
-    given += [waiting.get("webhook_secret")] if isinstance(waiting, dict) else []
-    written = any(word and type(word) is str for word in given)
-    return written or bool(isinstance(hashes, dict) and hashes)
+    secrets = [login.get(key) for login in logins if isinstance(login, dict) for key in ("password", "token")]
+    secrets += [queue_settings.get("webhook_secret")] if isinstance(queue_settings, dict) else []
+    return any(secret and type(secret) is str for secret in secrets) or (isinstance(hashes, dict) and bool(hashes))
 
 
 def referenced_files(settings: Settings) -> list:
-    """Files that the settings name and that are read with them."""
-    base = os.path.dirname(settings.path or "")
-    routes = (*settings.mailertable.values(), *settings.sendermt.values())
-    tls = settings.httpd.tls
-    secrets = [word for login in settings.authinfo.values() for word in (login.password, login.token)]
-    named = [word["file"] for word in secrets if isinstance(word, dict) and "file" in word]
-    named += [route.ca_file for route in routes if route.ca_file]
-    signs = settings.queue and settings.queue.webhook_secret
-    named += [signs["file"]] if isinstance(signs, dict) and "file" in signs else []
-    return [os.path.join(base, name) for name in named + ([tls.certificate, tls.key] if tls else [])]
+    """Return the paths of files that the settings name and that are read with them."""
+    base, tls = os.path.dirname(settings.path or ""), settings.httpd.tls
+    secrets = [secret for login in settings.authinfo.values() for secret in (login.password, login.token)]
+    secrets += [settings.queue.webhook_secret] if settings.queue else []
+    names = [secret["file"] for secret in secrets if isinstance(secret, dict) and "file" in secret]
+    names += [route.ca_file for route in (*settings.mailertable.values(), *settings.sendermt.values())]
+    names += [tls.certificate, tls.key] if tls else []
+    return [os.path.join(base, name) for name in names if name]
 
 
 def resolve_settings(settings: Settings, errors: list) -> tuple:
-    """(Settings, faults) with names, secrets and files looked up, so that a mail finds all of it ready."""
+    """Return (Settings, errors) with names, secrets and files looked up, so that a mail finds all of it ready."""
     base = os.path.dirname(settings.path or "")
     logins = {name: _login(login, base, f"authinfo.{name}", errors) for name, login in settings.authinfo.items()}
     tables = {
@@ -1087,18 +1080,15 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
     }
     name = settings.smtpd.hostname or local_hostname()
     if settings.httpd.tls:
-        try:
-            server_context(settings.httpd.tls, base)
-        except (OSError, ValueError) as error:
-            errors.append(f"httpd.tls: {error}")
+        _check_tls(settings.httpd.tls, base, errors)
     recipients = settings.recipients or Recipients(domainpart=frozenset([name.lower()]))
     smtpd = replace(settings.smtpd, hostname=name)
-    waiting = settings.queue and _queue(settings.queue, base, errors)
-    return replace(settings, smtpd=smtpd, recipients=recipients, queue=waiting, **tables), errors
+    queue_settings = settings.queue and _queue_settings(settings.queue, base, errors)
+    return replace(settings, smtpd=smtpd, recipients=recipients, queue=queue_settings, **tables), errors
 
 
 def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple:
-    """(username, password, token) with the secrets looked up."""
+    """Return (username, password, token) with the secrets looked up."""
     password = _secret(login.password, base, f"{json_path}.password", errors)
     token = _secret(login.token, base, f"{json_path}.token", errors)
     if not (login.username + password + token).isascii():
@@ -1107,47 +1097,56 @@ def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple
 
 
 def _secret(source: Any, base: str, json_path: str, errors: list) -> str:
-    """The secret itself, from a file or the environment where it stands there."""
-    word = _secret_text(source, base, json_path, errors)
-    if not word.isprintable():  # told without it
-        errors.append(f"{json_path}: has a line end, or another character that can't be printed")
-    return word
-
-
-def _secret_text(source: Any, base: str, json_path: str, errors: list) -> str:
+    """Return a secret, from the file or the environment variable that `source` names."""
     try:
         if isinstance(source, str):
-            return source
-        if "env" in source:
-            return os.environ[source["env"]].rstrip("\r\n")
-        with open_regular(os.path.join(base, source["file"])) as stream:
-            if os.fstat(stream.fileno()).st_mode & 0o004:
-                errors.append(f"{json_path}.file: can be read by everybody; chmod 600 {source['file']}")
-            return stream.read().decode().rstrip("\r\n")
+            secret = source
+        elif "env" in source:
+            secret = os.environ[source["env"]].rstrip("\r\n")
+        else:
+            with open_regular(os.path.join(base, source["file"])) as stream:
+                if os.fstat(stream.fileno()).st_mode & 0o006:
+                    errors.append(f"{json_path}.file: can be read by everybody; chmod 600 {source['file']}")
+                secret = stream.read().decode().rstrip("\r\n")
     except (OSError, ValueError) as error:
-        errors.append(f"{json_path}.file: {source['file']}: {getattr(error, 'strerror', None) or error}")
+        reason = getattr(error, "strerror", None) or "not UTF-8"  # the error's text holds octets of the secret
+        errors.append(f"{json_path}.file: {source['file']}: {reason}")
     except KeyError:
         errors.append(f"{json_path}.env: no environment variable {source['env']}")
+    else:
+        if secret.isprintable():
+            return secret
+        errors.append(f"{json_path}: has a line end, or another unprintable character")
     return ""
 
 
-def _queue(policy: QueueSettings, base: str, errors: list) -> QueueSettings:
-    path = os.path.abspath(os.path.join(base, policy.path))
-    folder = os.path.dirname(path)
-    if not policy.path or os.path.isdir(path):
-        errors.append("queue.path: the name of a file is wanted")
-    elif not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
-        errors.append(f"queue.path: {folder} is no folder that can be written")
-    if not policy.retry_after:
-        errors.append("queue.retry_after: one number at least is wanted")
-    word = _secret(policy.webhook_secret, base, "queue.webhook_secret", errors)
+def _queue_settings(settings: QueueSettings, base: str, errors: list) -> QueueSettings:
+    path = os.path.abspath(os.path.join(base, settings.path))
+    if not settings.path or os.path.isdir(path):
+        errors.append("queue.path: expected the name of a file")
+    elif not is_writable_folder(os.path.dirname(path)):
+        errors.append(f"queue.path: {os.path.dirname(path)} is not a folder that can be written")
+    secret = _secret(settings.webhook_secret, base, "queue.webhook_secret", errors)
     try:
-        octets = base64.b64decode(word[6:], validate=True) if word.startswith("whsec_") else b""
+        octets = base64.b64decode(secret[6:], validate=True) if secret.startswith("whsec_") else b""
     except ValueError:
         octets = b""
-    if (policy.webhook or word) and not 24 <= len(octets) <= 64:
-        errors.append('queue.webhook_secret: "whsec_" and base64 of 24 to 64 octets is wanted')
-    return replace(policy, path=path, secret=octets)
+    if (settings.webhook or secret) and not 24 <= len(octets) <= 64:
+        errors.append('queue.webhook_secret: expected "whsec_" and base64 of 24 to 64 octets')
+    return replace(settings, path=path, secret=octets)
+
+
+def is_writable_folder(path: str) -> bool:
+    return os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
+
+
+def _check_tls(tls: Tls, base: str, errors: list) -> None:
+    missing = [key for key in ("certificate", "key") if not getattr(tls, key)]
+    errors.extend(f"httpd.tls.{key}: expected the name of a PEM file" for key in missing)
+    try:
+        server_context(tls, base) if not missing else None
+    except OSError as error:
+        errors.append(f"httpd.tls: {error.filename}: {error.strerror}")
 
 
 def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
@@ -1155,15 +1154,15 @@ def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) 
         errors.append(f'{json_path}.auth: "{route.auth}" is not in authinfo{did_you_mean(route.auth, logins)}')
     if route.relay == "MX" and route.auth:
         errors.append(f"{json_path}.auth: MX logs in nowhere")
-    if route.relay == "File" and not (os.path.isdir(route.folder) and os.access(route.folder, os.W_OK | os.X_OK)):
-        errors.append(f"{json_path}.mailer: {route.folder} is no folder that can be written")
+    if route.relay == "File" and not is_writable_folder(route.folder):
+        errors.append(f"{json_path}.mailer: {route.folder} is not a folder that can be written")
     ca_file = os.path.join(base, route.ca_file) if route.ca_file else ""
     try:
         client_context(route.tls_verify, ca_file, stat_key(ca_file)) if ca_file else None
     except OSError as error:
         errors.append(f"{json_path}.ca_file: {ca_file}: {error.strerror or error}")
     if route.relay != "File" and route.host.startswith("/"):
-        errors.append(f'{json_path}.host: "{route.host}" is no host name')
+        errors.append(f'{json_path}.host: expected a host name, got "{route.host}"')
     *login, token = logins.get(route.auth, ("",))
     route = replace(route, ca_file=ca_file, credentials=tuple(login), token=token)
     return _web_route(route, json_path, errors) if route.relay in WEB_APIS else route
@@ -1182,49 +1181,79 @@ def _web_route(route: Route, json_path: str, errors: list) -> Route:
 
 
 class BaseURL(NamedTuple):
-    """A base URL in parts."""
+    """Base URL in parts."""
 
     tls: bool
     host: str
     port: int
-    path: str  # that stands before every path of the API
-    host_header: str  # as the header Host wants it, RFC 9110 7.2
+    path: str  # stands before every path of the API
+    host_header: str  # value of the header Host, RFC 9110 7.2
 
 
 @functools.lru_cache(maxsize=1024)
 def split_base_url(url: str) -> BaseURL:
     parts = urllib.parse.urlsplit(url)
-    host, usual = parts.hostname or "", 443 if parts.scheme == "https" else 80
-    name, port = f"[{host}]" if ":" in host else host, parts.port or usual
-    return BaseURL(parts.scheme == "https", host, port, parts.path, name if port == usual else f"{name}:{port}")
+    host, default_port = parts.hostname or "", 443 if parts.scheme == "https" else 80
+    name, port = f"[{host}]" if ":" in host else host, parts.port or default_port
+    return BaseURL(parts.scheme == "https", host, port, parts.path, name if port == default_port else f"{name}:{port}")
 
 
-def pin_queue_path(fresh: Settings, policy: QueueSettings | None) -> Settings:
-    """Settings read anew with the queue in the file that it is in: another one takes effect at the next start."""
-    return replace(fresh, queue=policy and replace(fresh.queue or policy, path=policy.path))
+def pin_queue_path(fresh: Settings, queue_settings: QueueSettings | None) -> Settings:
+    """Return reloaded settings with the queue's present file: another one takes effect at the next start."""
+    return replace(fresh, queue=queue_settings and replace(fresh.queue or queue_settings, path=queue_settings.path))
 
 
 def local_hostname() -> str:
-    """This machine's name, "localhost" where that is no domain."""
+    """Return this machine's name, legal in headers and stable; with ".localdomain", as Postfix does, if it has no
+    domain."""
     name = socket.gethostname()
-    return name if DOMAIN.fullmatch(name) else "localhost"
+    if FQDN.fullmatch(name):
+        return name
+    return (re.sub("[^A-Za-z0-9]+", "-", name)[:63].strip("-") or "localhost") + LOCALDOMAIN
+
+
+def ehlo_name(hostname: str, address: str) -> str:
+    """Return the name for EHLO from a local address: `hostname`, or if that is local_hostname()'s makeshift, the name
+    that reverse DNS gives, else the address literal (RFC 5321 4.1.4)."""
+    if not hostname.endswith(LOCALDOMAIN):
+        return hostname
+    local = parse_ip(address)
+    try:
+        name = "" if local in LOOPBACK else socket.gethostbyaddr(address)[0]
+    except OSError:
+        name = ""
+    if FQDN.fullmatch(name) and not name.endswith(LOCALDOMAIN):
+        return name
+    return f"[IPv6:{local.text}]" if local.version == 6 else f"[{local.text}]"
+
+
+LOCALDOMAIN = ".localdomain"
+_LDH = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # letters, digits, hyphens
+FQDN = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)+(?=[0-9-]*[A-Za-z]){_LDH}")
 
 
 def server_context(tls: Tls, base: str) -> ssl.SSLContext:
-    """TLS 1.2 and later with the certificate; raises OSError."""
+    """Return a context for TLS 1.2 and later with the certificate; OSError with the file's name if it can't be used."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    files = os.path.join(base, tls.certificate), os.path.join(base, tls.key)
-    context.load_cert_chain(*files, password=lambda: "")  # or OpenSSL would ask the terminal for it
+    files = [os.path.join(base, name) for name in (tls.certificate, tls.key)]
+    for name in files:
+        open_regular(name).close()
+    try:
+        context.load_cert_chain(*files, password=lambda: "")  # or OpenSSL would ask the terminal for it
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise OSError(errno.EINVAL, f"not a certificate and its key ({reason})", ", ".join(files)) from None
     return context
 
 
 @functools.lru_cache(maxsize=64)
-def client_context(verify: bool, ca_file: str, _signature: tuple | None = None) -> ssl.SSLContext:
-    """TLS towards a server; made once, since loading the certificate authorities takes tens of milliseconds."""
+def client_context(verify: bool, ca_file: str, _stat_key: tuple | None = None) -> ssl.SSLContext:
+    """Return a context for connecting; cached, because loading certificate authorities takes tens of milliseconds."""
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if ca_file:
+        open_regular(ca_file).close()
         context.load_verify_locations(ca_file)
     if not verify:
         context.check_hostname = False
@@ -1232,9 +1261,9 @@ def client_context(verify: bool, ca_file: str, _signature: tuple | None = None) 
     return context
 
 
-def redacted(value: Any, masked: bool = False) -> Any:
-    """Settings as JSON values, each secret as ********."""
-    if masked and value:
+def redacted(value: Any, secret: bool = False) -> Any:
+    """Return settings as JSON values, each secret as ********."""
+    if secret and value:
         return "********"
     if isinstance(value, Authenticator):
         return dict.fromkeys(value.hashes, "********")
@@ -1252,7 +1281,7 @@ def redacted(value: Any, masked: bool = False) -> Any:
 
 
 def example_settings() -> dict:
-    """The settings of the example file: complete, valid, and three lines short of a smart host."""
+    """Return the settings of the example file: complete, valid, and three lines short of a smart host."""
     route = {"mailer": "ESMTP", "host": "smtp.example.org", "port": 587, "starttls": True, "auth": "relay"}
     settings = redacted(Settings(recipients=Recipients(open_relay=True), queue=QueueSettings(path="haineko.db")))
     settings["mailertable"] = {
@@ -1267,32 +1296,34 @@ def example_settings() -> dict:
 
 # ======================================================================================================================
 # 4. Log
-#    One line for each event, on stderr or to syslog, with nothing in it that a terminal or a log reader could trip
-#    over. A reader that has stopped costs lines, never a mail. The only state that the whole file shares.
+#    One line for each event, on stderr or to syslog, safe for terminals and log readers. A destination that does not
+#    read costs lines, never a mail. `log` is the only state that all sections share.
 # ======================================================================================================================
 
 
 class LogSink:
-    """Who reads the log, and may be slow or gone: waited for, a second of each minute, until lines are lost."""
+    """Write-readiness of a log destination: waits for it at most 1 s per minute, then lines are dropped and counted."""
 
-    WAIT_BUDGET = 1.0  # seconds of a minute
+    WAIT_BUDGET = 1.0  # seconds per minute
 
     def __init__(self) -> None:
         self.lost = 0  # lines, since it stopped reading
-        self.budget, self.waited = self.WAIT_BUDGET, 0.0  # what is left of it; monotonic time when that was so
+        self.budget, self.waited = self.WAIT_BUDGET, 0.0  # what is left of it, at that monotonic time
 
-    def wait_writable(self, room: Any) -> bool:
-        """True where `room`, a poll object, says that a line can be written."""
-        if room.poll(0):
+    def wait_writable(self, fd: int) -> bool:
+        """Return True once a line can be written."""
+        poller = select.poll()
+        poller.register(fd, select.POLLOUT)
+        if poller.poll(0):
             return True
         if self.lost:
             return False
-        now = time.monotonic()
-        patience = min(self.budget + (now - self.waited) * self.WAIT_BUDGET / 60, self.WAIT_BUDGET)
-        found = room.poll(patience * 1000)
+        start = time.monotonic()
+        budget = min(self.budget + (start - self.waited) * self.WAIT_BUDGET / 60, self.WAIT_BUDGET)
+        ready = poller.poll(budget * 1000)
         self.waited = time.monotonic()
-        self.budget = max(patience - (self.waited - now), 0)
-        return bool(found)
+        self.budget = max(budget - (self.waited - start), 0)
+        return bool(ready)
 
     @property
     def lost_note(self) -> str:
@@ -1300,23 +1331,20 @@ class LogSink:
 
 
 class Log:
-    """Where lines go; `devel` shows SMTP dialogues too. Who calls hold() calls flush() too, again and again: then the
-    lines of many mails are written by one call."""
+    """Writer of log lines. After start_buffering(), lines wait for flush(), which writes those of many mails at once."""
 
     SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
 
     def __init__(self) -> None:
-        self.devel = False
-        self.priority: int | None = None  # of lines for syslog; None: they go to stderr
+        self.devel = False  # SMTP dialogues are shown, too
+        self.priority: int | None = None  # of syslog lines; None: they go to stderr
         self.syslog: socket.socket | None = None
         self.buffer: list | None = None  # texts that wait for flush()
         self.stderr = 2  # a file descriptor
-        self.poller = select.poll()
-        self.poller.register(2, select.POLLOUT)
-        self.stderr_sink, self.syslog_sink = LogSink(), LogSink()  # of stderr, and of syslog
+        self.stderr_sink, self.syslog_sink = LogSink(), LogSink()
 
     def open(self, settings: Syslog) -> None:
-        """From now on lines go where the settings say."""
+        """Send lines from now on where the settings say."""
         self.priority = None
         if not settings.disabled:
             import syslog
@@ -1324,49 +1352,66 @@ class Log:
             self.priority = syslog.LOG_INFO | getattr(syslog, "LOG_" + settings.facility.upper())
 
     def lines(self, *lines: str) -> None:
-        """Written by one call, so that lines of several processes don't mix."""
+        """Write lines by one call, so that those of several processes don't mix."""
         if self.priority is not None:
             for line in lines:
                 self._to_syslog(line)
             return
         head = f"{timestamp(int(time.time()))} haineko[{os.getpid()}]: "
-        text = "".join([f"{head}{line}\n" for line in lines])
-        self._add(text)
+        self._add("".join([f"{head}{line}\n" for line in lines]))
+
+    def dialogue(self, peer: str, direction: str, line: str) -> None:
+        """Show a line of an SMTP dialogue under -d."""
+        if self.devel:
+            self._add(f"{peer} {direction} {sanitize(line, 1000, keep=chr(9))}\n")
 
     def _add(self, text: str) -> None:
-        """Now or later: where lines are held, one thread writes them all."""
         if self.buffer is None:
             self.write_bytes(text.encode("utf-8", "backslashreplace"))
         else:
             self.buffer.append(text)
 
     def start_buffering(self) -> None:
-        """From now on lines wait for flush(). A process that is killed loses those of its turn, of which no client has
-        an answer yet."""
+        """Let lines wait for flush(). A process that is killed loses those of its loop's current iteration, of which no
+        request was answered yet."""
         self.buffer = []
-        with contextlib.suppress(OSError):  # a pipe of one's own: of others', another process may have taken the room
+        with contextlib.suppress(OSError):  # reopened: in a shared pipe another process may take the room meanwhile
             if stat.S_ISFIFO(os.fstat(2).st_mode):
                 self.stderr = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-                self.poller.register(self.stderr, select.POLLOUT)
-                self.poller.unregister(2)
 
     def flush(self) -> None:
-        """Writes the lines that wait."""
+        """Write the lines that wait."""
         if self.buffer:
             texts = self.buffer[:]
             del self.buffer[: len(texts)]  # a thread may have added to them meanwhile
             self.write_bytes("".join(texts).encode("utf-8", "backslashreplace"))
 
+    def write_bytes(self, octets: bytes) -> bool:
+        """Write octets to stderr; False if it is closed, full, or a pipe that nobody reads."""
+        start, sink = 0, self.stderr_sink
+        try:
+            while start < len(octets):
+                if not sink.wait_writable(self.stderr):
+                    sink.lost += octets.count(b"\n", start)
+                    return False
+                with contextlib.suppress(BlockingIOError):  # another process was quicker
+                    if sink.lost:
+                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {sink.lost_note}\n".encode())
+                        sink.lost = 0
+                        continue  # there may have been room for this only
+                    end = octets.rfind(b"\n", start, start + select.PIPE_BUF) + 1  # so much never blocks
+                    start += os.write(self.stderr, octets[start : end or start + select.PIPE_BUF])
+        except OSError:
+            return False
+        return True
+
     def _to_syslog(self, line: str) -> None:
-        """A line for syslog (RFC 3164), whose daemon may not be there, be another one, or no longer read; the function
-        of that name would wait for it for ever."""
+        """Send a line (RFC 3164) to a daemon that may be absent, restarted or stuck, where syslog.syslog() would block."""
         head = f"<{self.priority}>{time.strftime('%b %e %H:%M:%S')} haineko[{os.getpid()}]: "
         for _ in range(2):
             try:
                 self.syslog = self.syslog or self._syslog_socket()
-                room = select.poll()
-                room.register(self.syslog, select.POLLOUT)
-                if not self.syslog_sink.wait_writable(room):
+                if not self.syslog_sink.wait_writable(self.syslog.fileno()):
                     break
                 for text in (self.syslog_sink.lost_note, line) if self.syslog_sink.lost else (line,):
                     self.syslog.send((head + text).encode("utf-8", "backslashreplace"))
@@ -1383,36 +1428,12 @@ class Log:
     def _syslog_socket(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         sock.setblocking(False)
-        path = next((path for path in self.SYSLOG if os.path.exists(path)), self.SYSLOG[0])
         try:
-            sock.connect(path)
+            sock.connect(next(filter(os.path.exists, self.SYSLOG), self.SYSLOG[0]))
         except OSError:
             sock.close()
             raise
         return sock
-
-    def write_bytes(self, octets: bytes) -> bool:
-        """Octets for stderr; False where it is gone, full, or a pipe that nobody reads, which must not cost a mail."""
-        start, reader = 0, self.stderr_sink
-        try:
-            while start < len(octets):
-                if not reader.wait_writable(self.poller):
-                    reader.lost += octets.count(b"\n", start)
-                    return False
-                with contextlib.suppress(BlockingIOError):  # another process was quicker
-                    if reader.lost:
-                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {reader.lost_note}\n".encode())
-                        reader.lost = 0
-                        continue  # there may have been room for this only
-                    end = octets.rfind(b"\n", start, start + select.PIPE_BUF) + 1  # so much never blocks
-                    start += os.write(self.stderr, octets[start : end or start + select.PIPE_BUF])
-        except OSError:
-            return False
-        return True
-
-    def dialogue(self, who: str, direction: str, line: str) -> None:
-        if self.devel:
-            self._add(f"{who} {direction} {sanitize(line, 1000)}\n")
 
 
 @functools.lru_cache(maxsize=2)
@@ -1424,18 +1445,19 @@ log = Log()
 
 
 def log_exception(queueid: str | None) -> None:
-    """The traceback of a fault of our own, a line each."""
+    """Log the traceback of the current exception."""
     import traceback
 
     log.lines(*[f"{queueid or '-'}: {sanitize(line, 500)}" for line in traceback.format_exc().splitlines()])
 
 
 def log_pairs(**values: Any) -> str:
-    """key=value for a log line; values with spaces or quotes in quotes, unprintables as "?", None left out."""
+    """Return key=value for each value but None."""
     return " ".join([f"{key}={log_value(value)}" for key, value in values.items() if value is not None])
 
 
 def log_value(value: Any, limit: int = 500) -> str:
+    """Return a value for a log line, in quotes if it is empty or has blanks or quotes, "?" for unprintables."""
     value = str(value)
     if len(value) > limit or not value.isprintable():
         value = sanitize(value, limit)
@@ -3984,6 +4006,7 @@ class Session(smtplib.SMTP):
 
     def _greet(self) -> None:
         self._expect("CONN", self.connect(self.route.address or self.route.host, self.route.port))
+        self.local_hostname = ehlo_name(self.local_hostname, self.sock.getsockname()[0])
 
     def _hello(self) -> None:
         self.step = "EHLO"
@@ -6695,7 +6718,7 @@ def to_json(document: Any) -> bytes:
 
 
 # ======================================================================================================================
-# 16. HTTP server and workers
+# 16. HTTP server
 #     Takes octets from a socket, gives a Request to an endpoint and sends its Response (RFC 9110, 9112). The supervisor
 #     binds and watches; workers, forked by it, accept. In a worker one event loop serves all connections.
 # ======================================================================================================================
@@ -8217,10 +8240,7 @@ def command_pw(options: Any) -> int:
         word = sys.stdin.readline().rstrip("\r\n")
     if not word:
         raise CommandError("no password", 1)
-    salt = os.urandom(16)
-    digest = scrypt(word, salt)
-    line = "$scrypt$ln=14,r=8,p=1$" + "$".join(base64.b64encode(octets).decode() for octets in (salt, digest))
-    print(f"{json.dumps(options.user or user_name(), ensure_ascii=False)}: {json.dumps(line)}")
+    print(f"{json.dumps(options.user or user_name(), ensure_ascii=False)}: {json.dumps(hash_password(word))}")
     return 0
 
 
