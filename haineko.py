@@ -13,7 +13,7 @@
      5  Submissions                13  Relays
      6  Policy                     14  Queue
      7  Messages                   15  Submission pipeline
-     8  Routes                     16  HTTP
+     8  Routes                     16  HTTP server
                                    17  Commands
 
 Sections 1, 5 to 8 and 13 to 15 are the pipeline; 2 to 4 and 9 to 12 are infrastructure; 16 and 17 are the two entries.
@@ -98,6 +98,7 @@ class Reply(NamedTuple):
     status: int = 0  # HTTP status of a refusal before delivery
     maybe_delivered: bool = False  # the end of the text was sent and no reply came
     retry_after: int = 0  # seconds after which to try again, if the other side named them
+    origin: str = "relay"  # who gave it: "relay" (the other side, or our part in talking to it), "policy", "queue"
 
     @property
     def accepted(self) -> bool:
@@ -111,6 +112,13 @@ class Reply(NamedTuple):
     def relay(self) -> str | None:
         """Name the server that replied, for the log."""
         return f"{self.mailer}:{self.host}:{self.port}" if self.host else self.mailer
+
+    @property
+    def log_status(self) -> str:
+        """The value of status= in a line of the log."""
+        if self.origin == "policy":
+            return "rejected"
+        return "sent" if self.accepted else "deferred" if self.temporary else "bounced"
 
 
 class Rejected(Exception):  # noqa: N818 -- the word that postmasters use
@@ -176,7 +184,8 @@ class TransactionResult(NamedTuple):
 def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
     """Return the reply REPLIES[slug], `word` for its "%s", followed by `lines`; `endpoint`: mailer, host, port."""
     status, code, dsn, command, text = REPLIES[slug]
-    values = {"command": command, "status": status, **endpoint}
+    origin = "queue" if command == "QUEUE" else "policy" if status and not endpoint.get("mailer") else "relay"
+    values = {"command": command, "status": status, "origin": origin, **endpoint}
     return Reply(code, dsn, message=(text % word if "%s" in text else text, *lines), **values)
 
 
@@ -343,22 +352,6 @@ def _reject_constant(name: str):
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object_from_pairs, parse_constant=_reject_constant)
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
-
-
-def json_of(value: Any) -> str:
-    """The JSON of a value; strings, whole numbers, None and tuples of these take the short ways."""
-    if type(value) is str and len(value) <= CACHE_MAX_CHARS:
-        return json_string(value)
-    if type(value) is tuple:
-        return "[" + ", ".join(map(json_of, value)) + "]"
-    if value is None:
-        return "null"
-    return str(value) if type(value) is int else ENCODER.encode(value)
-
-
-@functools.lru_cache(maxsize=1024)  # most of what is said in answers was said before
-def json_string(text: str) -> str:
-    return ENCODER.encode(text)
 
 
 CACHE_MAX_CHARS = 512  # characters of what is remembered: long ones would fill the memory
@@ -666,6 +659,9 @@ class Relay(NamedTuple):
     into_folder: bool = False  # delivers into a folder of this machine
 
 
+RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 13
+
+
 UNKNOWN_RELAY = Relay(None, None)  # of a route whose mailer is a fault of the settings
 
 
@@ -837,7 +833,11 @@ class Tls:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Httpd:
-    listen: tuple = config_field(("127.0.0.1:2794",), list_of(parse_listen_address, required=True), "where it listens")
+    listen: tuple = config_field(
+        ("127.0.0.1:2794",),
+        list_of(parse_listen_address, required=True),
+        "host:port, [v6]:port or unix:/path, or a list",
+    )
     workers: int = config_field(0, integer(0, 256), "processes; 0 means one per core")
     max_connections: int = config_field(512, integer(1, 65536), "open connections per worker")
     timeout: int = config_field(30, integer(1, 3600), "seconds for a whole request, and for an idle connection")
@@ -1376,10 +1376,12 @@ class Log:
         elif self.loop and first:
             self.loop.call_soon(self.flush)
 
-    def start_buffering(self) -> None:
-        """Let lines wait for flush(). A process that is killed loses those of its loop's current iteration, of which no
-        request was answered yet."""
-        self.buffer = []
+    def start_buffering(self, loop: Any = None) -> None:
+        """Let lines wait for flush(), which the event loop calls in its next iteration.
+
+        A process that is killed loses those of the current one, of which no request was answered yet.
+        """
+        self.buffer, self.loop = [], loop
         with contextlib.suppress(OSError):  # reopened: in a shared pipe another process may take the room meanwhile
             if stat.S_ISFIFO(os.fstat(2).st_mode):
                 self.stderr = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -1484,6 +1486,8 @@ class Request:
     port: int | None  # of the client
     now: float  # seconds since the epoch
     settings: Settings | None = None  # in force when it began
+    login: str = ""  # who logged in
+    message_size: int = 0  # octets of the finished message
 
 
 class Mailbox(NamedTuple):
@@ -2127,47 +2131,37 @@ def jis_bytes_to_text(octets: bytes) -> str:
 
 # ======================================================================================================================
 # 6. Policy
-#    Takes a request, its submission and the settings; each check gives the Reply that refuses, or None. A check acts on
-#    nothing. The order of the tables is the order in which faults are told.
+#    Takes a request, its submission and the settings; a check gives the Reply that refuses them, or None. Checks have no
+#    side effects, except that check_login() names who logged in. CHECKS has them in the order in which faults are told.
 # ======================================================================================================================
 
 
-def first_rejection(checks: tuple, *values: Any) -> Reply | None:
-    """What the first check that fails says."""
-    for check in checks:
-        refusal = check(*values)
-        if refusal:
-            return refusal
+def check_login(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
+    """Require HTTP Basic (RFC 7617) if the section `password` has a user."""
+    if not settings.password.hashes:
+        return None
+    credentials = request.headers.get("authorization", "")
+    if not settings.password.authenticate(credentials):
+        return make_reply("login")
+    request.login = username_of(credentials)
     return None
 
 
-def check_login(request: Request, settings: Settings) -> Reply | None:
-    """HTTP Basic, RFC 7617; asked for where the section `password` has a user."""
-    if not settings.password.hashes:
-        return None
-    return None if settings.password.authenticate(request.headers.get("authorization", "")) else make_reply("login")
-
-
-def check_client(request: Request, settings: Settings) -> Reply | None:
+def check_client(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
+    """Require an address in relayhosts, unless the client has to log in."""
     policy = settings.relayhosts
-    if settings.password.hashes or policy.open_relay:
+    if settings.password.hashes or policy.open_relay or request.client in policy.relayhosts:
         return None
-    return None if request.client in policy.relayhosts else make_reply("client")
+    return make_reply("client")
 
 
-PRE_BODY_CHECKS = (check_login, check_client)  # asked before the body is read
-
-
-def check_loop(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+def check_loop(request: Request | None, submission: Submission, settings: Settings) -> Reply | None:
     names = submission.header.loop
-    return (
-        make_reply("loop")
-        if len(names) > MAX_LOOP_NAMES or settings.hostname.lower() in map(str.lower, names)
-        else None
-    )
+    looped = len(names) > MAX_LOOP_NAMES or settings.hostname.lower() in map(str.lower, names)
+    return make_reply("loop") if looped else None
 
 
-MAX_LOOP_NAMES = 25  # Hainekos on the way of one mail; more is a loop through others' names
+MAX_LOOP_NAMES = 25  # instances that one mail may pass; more is a loop through others' names
 
 
 def check_ehlo(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -2178,20 +2172,30 @@ def check_ehlo(request: Request, submission: Submission, settings: Settings) -> 
     return None if literal else make_reply("ehlo")
 
 
-def check_mail(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+def check_sender(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.mail:
         return make_reply("mail-empty")
     return None if parse_address(submission.mail) else make_reply("mail-form", *idna_hint(submission.mail))
 
 
-def check_rcpt_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+def check_recipient_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.rcpt or submission.rcpt == ("",):
         return make_reply("rcpt-none")
-    most, count = settings.smtpd.max_rcpts_per_message, len(submission.rcpt)
-    if not most or count <= most:
+    limit, count = settings.smtpd.max_rcpts_per_message, len(submission.rcpt)
+    if not limit or count <= limit:
         return None
-    far_too_many = count > 100 * most + 1000  # so many that looking for the same ones would take long
-    return make_reply("rcpt-many") if far_too_many or len(unique_recipients(submission)) > most else None
+    if count <= 100 * limit + 1000:  # past that, comparing the addresses would take too long
+        count = len(unique_recipients(submission))
+    return make_reply("rcpt-many") if count > limit else None
+
+
+def check_recipients(request: Request, submission: Submission, settings: Settings) -> dict:
+    """Return {recipient as written: the Reply that refuses it}."""
+    replies = {
+        as_written: check_recipient(mailbox, settings, as_written)
+        for as_written, mailbox in unique_recipients(submission).items()
+    }
+    return {as_written: reply for as_written, reply in replies.items() if reply}
 
 
 def check_body(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -2199,40 +2203,69 @@ def check_body(request: Request, submission: Submission, settings: Settings) -> 
     return None if submission.body or submission.html or (raw and raw.fields) else make_reply("body-empty")
 
 
-CHECKS = (check_loop, check_ehlo, check_mail, check_rcpt_count)
-CONTENT_CHECKS = (check_body,)
+def check_size(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    return check_message_size(request.message_size, settings)
+
+
+def check_subject(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    return None if submission.header.subject or submission.raw else make_reply("subject-empty")
+
+
+# (stage, check) in the order in which faults are reported. A check returns a Reply, which refuses the whole submission,
+# or {recipient: Reply}, which refuses these recipients.
+CHECKS = (
+    ("head", check_login),  # before the body is read; there is no submission yet
+    ("head", check_client),
+    ("submission", check_loop),
+    ("submission", check_ehlo),
+    ("submission", check_sender),
+    ("submission", check_recipient_count),
+    ("submission", check_recipients),
+    ("content", check_body),  # if a recipient is left
+    ("message", check_size),  # once the message is composed: request.message_size is known
+    ("message", check_subject),
+)
+
+
+def checks_at(stage: str) -> tuple:
+    return tuple(check for name, check in CHECKS if name == stage)
+
+
+def apply_checks(checks: tuple, request: Request, submission: Submission | None, settings: Settings) -> dict:
+    """Return {recipient: Reply} of the refused recipients; raise Rejected if the whole submission is refused."""
+    refused: dict = {}
+    for check in checks:
+        result = check(request, submission, settings)
+        if isinstance(result, Reply):
+            raise Rejected(result)
+        refused.update(result or ())
+    return refused
 
 
 def unique_recipients(submission: Submission) -> dict:
-    """{recipient as written: its Address, or None where it is none}, in order, the same address once."""
+    """Return {recipient as written: its Mailbox, None if it is not an address}, in order, without duplicates."""
     found: dict = {}
-    for given in submission.rcpt:
-        mailbox = parse_address(given)
-        found.setdefault(mailbox.key if mailbox else given, (given, mailbox))
+    for as_written in submission.rcpt:
+        mailbox = parse_address(as_written)
+        found.setdefault(mailbox.key if mailbox else as_written, (as_written, mailbox))
     return dict(found.values())
 
 
-def check_rcpt(mailbox: Mailbox | None, settings: Settings, given: str = "") -> Reply | None:
-    """What refuses one recipient."""
+def check_recipient(mailbox: Mailbox | None, settings: Settings, as_written: str = "") -> Reply | None:
     if not mailbox:
-        return make_reply("rcpt-form", *idna_hint(given))
+        return make_reply("rcpt-form", *idna_hint(as_written))
     policy = settings.recipients
-    if (
+    permitted = (
         policy.open_relay
         or mailbox.domain.lower() in policy.domainpart
         or mailbox.addr_spec.lower() in policy.recipients
-    ):
-        return None
-    return make_reply("rcpt-policy")
+    )
+    return None if permitted else make_reply("rcpt-policy")
 
 
-def check_size(octets: int, settings: Settings) -> Reply | None:
-    most = settings.smtpd.max_message_size
-    return make_reply("too-big") if most and octets > most else None
-
-
-def check_subject(submission: Submission) -> Reply | None:
-    return None if submission.header.subject or submission.raw else make_reply("subject-empty")
+def check_message_size(octets: int, settings: Settings) -> Reply | None:
+    limit = settings.smtpd.max_message_size
+    return make_reply("too-big") if limit and octets > limit else None
 
 
 # ======================================================================================================================
@@ -4958,9 +4991,6 @@ def format_mailboxes(text: str) -> str:
     return ", ".join(people)
 
 
-RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 13
-
-
 # -- Probes, for `check --connect`
 
 
@@ -5442,7 +5472,7 @@ class QueueDB:
         self.settings, self.wake_socket = settings, wake_socket
         if wake_socket:
             wake_socket.setblocking(False)
-        self.waiting: queue.SimpleQueue = queue.SimpleQueue()  # of (operation, values, done)
+        self.waiting: queue.SimpleQueue = queue.SimpleQueue()  # of (operation, values, future)
         self.deferred_writes: deque = deque()  # (operation, values) to be repeated until the file can be used
         self.thread: Any = None
         self.db: Any = None
@@ -5454,7 +5484,15 @@ class QueueDB:
 
     async def do(self, operation: Callable, *values: Any) -> Any:
         """Return the result of operation(db, slot, *values) once it is on disk; raise Rejected if that fails."""
-        return await answered_by(self._queue, operation, values)
+        future = asyncio.get_running_loop().create_future()
+        self.waiting.put((operation, values, future))
+        if not self.thread:
+            self.thread = threading.Thread(target=self._work, daemon=True)
+            self.thread.start()
+        result = await future
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     async def add(self, item: NewQueueItem, results: list | None = None, leased: bool = False) -> Any:
         """Store an item, see enqueue(); raise Rejected if the disk is too full."""
@@ -5504,8 +5542,8 @@ class QueueDB:
             results = self.commit(work, batch)
             self.deferred_writes.extend(work for work, result in zip(owed, results) if isinstance(result, Rejected))
             self.woken = False
-            for (_, _, done), result in zip(batch, results[len(owed) :]):
-                done(result)
+            for (_, _, future), result in zip(batch, results[len(owed) :]):
+                future.get_loop().call_soon_threadsafe(future.set_result, result)
 
     def _batch(self) -> list:
         """Wait for work and return all that waits; nothing after a second if there are deferred writes."""
@@ -5976,16 +6014,16 @@ class Throttle(NamedTuple):
 class QueueManager:
     """Delivers what is due: a few at a time to each destination, so that an unreachable host delays no other."""
 
-    def __init__(self, app: Any, bell: socket.socket, loop: Loop) -> None:
-        self.app, self.db, self.wake_socket, self.loop = app, app.queue, bell, loop
+    def __init__(self, app: Any, bell: socket.socket) -> None:
+        self.app, self.db, self.wake_socket = app, app.queue, bell
         self.in_flight: dict = {}  # destination: number of deliveries
         self.settings: Settings | None = None  # when it looked last
         self.throttled: dict = {}  # destination: Throttle
 
     async def run(self) -> None:
         """Deliver until the server stops."""
-        bell, looked = self.wake_socket, 0.0
-        bell.setblocking(False)
+        self.wake_socket.setblocking(False)
+        bell, looked = AsyncSocket(self.wake_socket), 0.0
         while not self.app.stopping:
             now = time.time()
             try:
@@ -6012,7 +6050,7 @@ class QueueManager:
         for leased in await self.db.do(lease_due, now, *limits):
             self.in_flight[leased.destination] = self.in_flight.get(leased.destination, 0) + 1
             expired = leased.destination in throttled and leased.created_at <= expired_before and leased.history
-            self.loop.spawn(self._deliver(leased, bool(expired)))
+            asyncio.get_running_loop().create_task(self._deliver(leased, bool(expired)))
 
     async def _deliver(self, leased: LeasedRecipient, expired: bool) -> None:
         """Make an attempt and record its result; without an attempt if it has expired and its destination is dead."""
@@ -6091,14 +6129,13 @@ def log_attempt(leased: LeasedRecipient, reply: Reply, disposition: Disposition,
 
 
 # ======================================================================================================================
-# 15. The way of a mail
-#     submit() takes a request and names every stage in order; deliver() has its jobs carried out side by side.
+# 15. Submission pipeline
+#     submit() takes a request and calls every stage in order: parse, check, compose, plan, deliver or queue, answer.
 # ======================================================================================================================
 
 
 class App:
-    """What a process works with: the settings in force, open SMTP sessions, the store of the queue, whether it is
-    stopping."""
+    """State of a process: the settings in force, SMTP sessions, the queue, and whether it is stopping."""
 
     def __init__(self, settings: Settings, ringer: socket.socket | None = None) -> None:
         self.transport = TransportContext()
@@ -6107,12 +6144,10 @@ class App:
         self.apply(settings)
 
     def apply(self, settings: Settings) -> None:
-        """From the next request on, these settings are in force; but the file of the queue stays what it was."""
+        """Use these settings from the next request on; the path of the queue stays what it was."""
+        settings = pin_queue_path(settings, self.queue.settings if self.queue else None)
         if self.queue:
-            settings = pin_queue_path(settings, self.queue.settings)
             self.queue.settings = settings.queue
-        else:
-            settings = pin_queue_path(settings, None)
         tls, base = settings.httpd.tls, os.path.dirname(settings.path or "")
         self.tls = server_context(tls, base) if tls else None
         log.open(settings.smtpd.syslog)
@@ -6122,7 +6157,7 @@ class App:
 
 
 class Response(NamedTuple):
-    """What goes back by HTTP."""
+    """An HTTP response."""
 
     status: int
     body: bytes
@@ -6131,93 +6166,125 @@ class Response(NamedTuple):
 
 
 async def submit(request: Request, app: App) -> Response:
-    """POST /submit: the way of a mail from its JSON to the replies of the other side."""
-    settings, queueid = request.settings or app.settings, new_queueid(request.now)
-    submission, verdicts, status, kept, results = None, {}, 400, False, []
-    large = len(request.body) >= LARGE  # worked at in a thread, so that small ones need not wait for it
+    """Answer POST /submit."""
+    settings, queueid, submission = request.settings or app.settings, new_queueid(request.now), None
+    large = len(request.body) >= LARGE  # processed in a thread, so that small ones need not wait for it
     try:
-        submission, errors = (
-            await asyncio.to_thread(parse_submission, request.body) if large else parse_submission(request.body)
-        )
-        if errors:
-            raise Rejected(make_reply("json", *errors[:MAX_FAULTS]))
-        raise_if_rejected(first_rejection(CHECKS, request, submission, settings))
+        submission = await call_in_thread(large, parse_body, request)
+        refused = apply_checks(CHECKS_OF_SUBMISSION, request, submission, settings)
         options = queue_options(request, submission, settings)
-        if large:
-            request.body = b""  # its memory is needed for the message
-        mailboxes = unique_recipients(submission)
-        verdicts = {given: check_rcpt(mailbox, settings, given) for given, mailbox in mailboxes.items()}
-        good = [mailbox for given, mailbox in mailboxes.items() if not verdicts[given]]
-        if good:
-            values = request, submission, settings, queueid, good
-            message = await asyncio.to_thread(build_and_check, *values) if large else build_and_check(*values)
-            submission, values = without_content(submission), ()  # what is large of it would only fill memory
-            transactions, good = plan_transactions(submission, message, good, settings, queueid)
-            if options.async_ or options.key:
-                earlier = await enqueue_before_sending(request, transactions, good, options, app)
-                if earlier:
-                    return await replay_response(request, submission, verdicts, earlier, options, app)
-                kept = bool(options.key)
-            if options.async_:
-                replies = [queued_reply(queueid)] * len(good)
-            else:
-                replies = log_results(request, await deliver(transactions, app.transport, settings))
-                if app.queue:
-                    replies, results = await queue_deferred(request, transactions, good, options, replies, app)
-            verdicts.update(zip([mailbox.as_written for mailbox in good], replies))
-            status = http_status(verdicts.values())
-    except Rejected as refused:
-        verdicts, status = {None: refused.reply}, refused.reply.status
-    result = respond(request, status, verdicts, queueid, submission)
-    if kept:
-        await app.queue.do_eventually(finish_request, queueid, results, serialize_response(result), time.time())
-    return result
+        recipients = unique_recipients(submission)
+        accepted = [mailbox for as_written, mailbox in recipients.items() if as_written not in refused]
+        replies = {as_written: refused.get(as_written) for as_written in recipients}
+        if not accepted:
+            return respond(request, 400, replies, queueid, submission)
+        request.body = b""  # its memory is needed for the message
+        message = await call_in_thread(large, compose_and_check, request, submission, settings, queueid, accepted)
+        submission = without_content(submission)
+        transactions, accepted = plan_transactions(submission, message, accepted, settings, queueid)
+        if options.async_ or options.key:
+            earlier = await enqueue_before_sending(request, transactions, accepted, options, app)
+            if earlier:
+                return await replay_response(request, submission, replies, earlier, options, app)
+    except Rejected as error:
+        return respond(request, error.reply.status, {None: error.reply}, queueid, submission)
+    delivered, attempts = await deliver_or_queue(request, transactions, accepted, options, app)
+    replies.update(zip([mailbox.as_written for mailbox in accepted], delivered))
+    response = respond(request, http_status(replies.values()), replies, queueid, submission)
+    if options.key:
+        await app.queue.do_eventually(finish_request, queueid, attempts, serialize_response(response), time.time())
+    return response
+
+
+CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
+
+
+async def call_in_thread(large: bool, function: Callable, *args: Any) -> Any:
+    return await asyncio.to_thread(function, *args) if large else function(*args)
+
+
+def parse_body(request: Request) -> Submission:
+    """Return the submission in a request's body; raise Rejected with every fault of it."""
+    submission, errors = parse_submission(request.body)
+    if errors:
+        raise Rejected(make_reply("json", *errors[:MAX_REPORTED_ERRORS]))
+    return submission
+
+
+MAX_REPORTED_ERRORS = 10
+
+
+def compose_and_check(
+    request: Request, submission: Submission, settings: Settings, queueid: str, accepted: list
+) -> Message:
+    """Return the message; raise Rejected if a check of the content or of the message fails."""
+    apply_checks(CHECKS_OF_CONTENT, request, submission, settings)
+    message = compose(submission, queueid, request.client, settings.hostname, request.now)
+    longest = max([len(mailbox.addr_spec) for mailbox in accepted])
+    request.message_size = sum(map(len, message.parts)) + longest + len(str(len(accepted)))
+    apply_checks(CHECKS_OF_MESSAGE, request, submission, settings)
+    return message
+
+
+def without_content(submission: Submission) -> Submission:
+    """Return a submission without what only fills memory once its message is composed."""
+    if not (submission.attachments or submission.raw):
+        return submission
+    return replace(submission, body="", html="", attachments=(), raw=submission.raw and ParsedMessage([], b""))
+
+
+async def deliver_or_queue(
+    request: Request, transactions: list, accepted: list, options: QueueOptions, app: App
+) -> tuple:
+    """Return (a Reply for each accepted recipient, what the queue has to know of each first attempt)."""
+    if options.async_:
+        return [queued_reply(transactions[0].queueid)] * len(accepted), []
+    results = await deliver(transactions, app.transport, request.settings or app.settings)
+    log.lines(*itertools.chain.from_iterable(result_lines(request, result) for result in results))
+    replies = [reply for result in results for reply in result.replies]
+    return await queue_deferred(request, transactions, accepted, options, replies, app) if app.queue else (replies, [])
 
 
 def respond(request: Request, status: int, replies: dict, queueid: str, submission: Submission | None) -> Response:
-    """The answer, and a line of the log for each refusal before delivery."""
-    refused = {to: reply for to, reply in replies.items() if reply.status and not reply.mailer}
+    """Return the response; log each refusal before delivery."""
+    refused = {to: reply for to, reply in replies.items() if reply.origin == "policy"}
     if refused:
-        log_rejection(request, queueid, status, submission, refused)
+        log_rejection(request, queueid, submission, refused)
     return answer_document(request, status, replies, queueid, submission)
-
-
-MAX_FAULTS = 10  # told of one submission
 
 
 class QueueOptions(NamedTuple):
     """What a client asks of the queue."""
 
-    async_: bool = False  # an answer at once, and delivery from the queue
+    async_: bool = False  # answer at once, deliver from the queue
     key: bytes | None = None  # digest of login, path and Idempotency-Key
-    body_digest: bytes | None = None  # digest of the body
+    body_digest: bytes | None = None
     login: str = ""
 
 
 def queue_options(request: Request, submission: Submission, settings: Settings) -> QueueOptions:
-    """The client's wishes; Refused for one that needs a queue where there is none."""
-    given = request.headers.get("idempotency-key")
+    """Return the client's options; raise Rejected for one that needs a queue if there is none."""
+    key = request.headers.get("idempotency-key")
     if not settings.queue:
-        if given is not None or submission.async_:  # silence would break the client's trust; Prefer may be ignored
-            raise Rejected(make_reply("no-queue", "async" if given is None else "Idempotency-Key"))
+        if key is not None or submission.async_:  # to ignore them would be unsafe; Prefer may be ignored
+            raise Rejected(make_reply("no-queue", "async" if key is None else "Idempotency-Key"))
         return QueueOptions()
-    login = username_of(request.headers.get("authorization", "")) if settings.password.hashes else ""
-    later = submission.async_ or prefers_async(request.headers.get("prefer", ""))
-    if given is None:
-        return QueueOptions(later, login=login)
-    found = IDEMPOTENCY_KEY.fullmatch(given)
+    async_ = submission.async_ or prefers_async(request.headers.get("prefer", ""))
+    if key is None:
+        return QueueOptions(async_, login=request.login)
+    found = IDEMPOTENCY_KEY.fullmatch(key)
     if not found:
         raise Rejected(make_reply("key-form"))
-    key = hashlib.sha256("\0".join((login, request.path, found[1] or found[2])).encode()).digest()
-    return QueueOptions(later, key, hashlib.sha256(request.body).digest(), login)
+    digest = hashlib.sha256("\0".join((request.login, request.path, found[1] or found[2])).encode()).digest()
+    return QueueOptions(async_, digest, hashlib.sha256(request.body).digest(), request.login)
 
 
-# A string of RFC 8941 3.3.3, or what most clients send: a word without quotes.
+# A string (RFC 8941 3.3.3), or a word without quotes, which most clients send.
 IDEMPOTENCY_KEY = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\]){1,255})"|([!#-+\--~]{1,255})')
 
 
 def prefers_async(value: str) -> bool:
-    """RFC 7240 4.1."""
+    """Return True if a Prefer header asks for respond-async (RFC 7240 4.1)."""
     return any(part.partition(";")[0].strip().lower() == "respond-async" for part in value.split(","))
 
 
@@ -6331,63 +6398,43 @@ def current_reply(queueid: str, row: Any) -> Reply:
     return reply if reply and row["state"] in ("delivered", "failed", "dropped") else queued_reply(queueid, reply)
 
 
-def without_content(submission: Submission) -> Submission:
-    """What of a submission is needed once its message is composed."""
-    if not (submission.attachments or submission.raw):
-        return submission
-    return replace(submission, body="", html="", attachments=(), raw=submission.raw and ParsedMessage([], b""))
-
-
-def raise_if_rejected(refusal: Reply | None) -> None:
-    if refusal:
-        raise Rejected(refusal)
-
-
-def build_and_check(request: Request, submission: Submission, settings: Settings, queueid: str, good: list) -> Message:
-    """The message, after the checks that need it; they refuse the whole submission."""
-    raise_if_rejected(first_rejection(CONTENT_CHECKS, request, submission, settings))
-    message = compose(submission, queueid, request.client, settings.hostname, request.now)
-    longest = max([len(mailbox.addr_spec) for mailbox in good])
-    raise_if_rejected(check_size(sum(map(len, message.parts)) + longest + len(str(len(good))), settings))
-    raise_if_rejected(check_subject(submission))
-    return message
-
-
-def plan_transactions(submission: Submission, message: Message, good: list, settings: Settings, queueid: str) -> tuple:
-    """(jobs, the recipients in their order): one for each recipient, who gets a copy, or one for each route."""
+def plan_transactions(
+    submission: Submission, message: Message, accepted: list, settings: Settings, queueid: str
+) -> tuple:
+    """Return (transactions, the mailboxes in their order): one each recipient, or each route if they share the mail."""
     sender = parse_address(submission.mail)
     if submission.shared:
-        transactions = plan_shared(sender, message, good, settings, queueid)
-        places = {mailbox.addr_spec: mailbox for mailbox in good}
-        return transactions, [places[to] for transaction in transactions for to in transaction.recipients]
-    routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in good]
+        transactions = plan_shared(sender, message, accepted, settings, queueid)
+        by_address = {mailbox.addr_spec: mailbox for mailbox in accepted}
+        return transactions, [by_address[to] for transaction in transactions for to in transaction.recipients]
+    routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in accepted]
     return [
-        Transaction(route, settings.hostname, queueid, sender.addr_spec, (mailbox.addr_spec,), message, i)
-        for i, (route, mailbox) in enumerate(zip(routes, good), 1)
-    ], good
+        Transaction(route, settings.hostname, queueid, sender.addr_spec, (mailbox.addr_spec,), message, number)
+        for number, (route, mailbox) in enumerate(zip(routes, accepted), 1)
+    ], accepted
 
 
-def plan_shared(sender: Mailbox, message: Message, good: list, settings: Settings, queueid: str) -> list:
-    """One job for each route, for MX for each domain: its recipients get the same message in one transaction."""
+def plan_shared(sender: Mailbox, message: Message, accepted: list, settings: Settings, queueid: str) -> list:
+    """Return one transaction for each route, in which all recipients get the same message; for MX for each domain."""
     routes: dict = {}
-    for mailbox in good:
+    for mailbox in accepted:
         route = resolve_route(mailbox.domain, sender.domain, settings)[0]
         domain = mailbox.domain.lower() if route.relay == "MX" else ""
         routes.setdefault((route, domain), []).append(mailbox.addr_spec)
     return [
-        Transaction(route, settings.hostname, queueid, sender.addr_spec, tuple(tos), message, i)
-        for i, ((route, _), tos) in enumerate(routes.items(), 1)
+        Transaction(route, settings.hostname, queueid, sender.addr_spec, tuple(recipients), message, number)
+        for number, ((route, _), recipients) in enumerate(routes.items(), 1)
     ]
 
 
-def replies_by_recipient(good: list, results: list) -> list:
-    """[(recipient as the client wrote it, Reply), ...] in the order of the recipients."""
-    replies = {to: reply for transaction, replies, _ in results for to, reply in zip(transaction.recipients, replies)}
-    return [(mailbox.as_written, replies[mailbox.addr_spec]) for mailbox in good]
+def replies_by_recipient(accepted: list, results: list) -> list:
+    """Return [(recipient as the client wrote it, Reply), ...] in the order of the recipients."""
+    replies = {to: reply for result in results for to, reply in zip(result.transaction.recipients, result.replies)}
+    return [(mailbox.as_written, replies[mailbox.addr_spec]) for mailbox in accepted]
 
 
 async def deliver(transactions: list, transport: TransportContext, settings: Settings) -> list:
-    """An Outcome for each job, in order; up to `max_workers` of them side by side."""
+    """Return a TransactionResult for each transaction, in order; up to `max_workers` are run side by side."""
     if len(transactions) == 1:
         return [await run_transaction(transactions[0], transport)]
     limit = asyncio.Semaphore(settings.smtpd.max_workers)
@@ -6400,158 +6447,134 @@ async def deliver(transactions: list, transport: TransportContext, settings: Set
 
 
 def run_transaction(transaction: Transaction, transport: TransportContext) -> Any:
-    """To be awaited: the Outcome of a job."""
-    return (
-        attempt_with_retries(transaction, transport)
-        if transaction.route.retry
-        else attempt_transaction(transaction, transport)
-    )
+    """Return an awaitable of the TransactionResult."""
+    return (attempt_with_retries if transaction.route.retry else attempt_transaction)(transaction, transport)
 
 
 async def attempt_with_retries(transaction: Transaction, transport: TransportContext) -> TransactionResult:
-    """The job tried, and tried again as its route says for the recipients that failed for now."""
-    began, route = time.monotonic(), transaction.route
+    """Attempt a transaction, and again as its route says for the recipients that failed temporarily."""
+    started, route = time.monotonic(), transaction.route
     replies = (await attempt_transaction(transaction, transport)).replies
     for _ in range(route.retry):
-        waiting = [i for i, item in enumerate(replies) if item.temporary and not item.maybe_delivered]
+        waiting = [i for i, reply in enumerate(replies) if reply.temporary and not reply.maybe_delivered]
         if not waiting:
             break
         pause = max([route.sleep, *[replies[i].retry_after for i in waiting]])
         if pause > max(route.sleep, MAX_INLINE_WAIT):
             break  # the client reads Retry-After
         await asyncio.sleep(pause)
-        again = await attempt_transaction(
-            transaction._replace(recipients=tuple(transaction.recipients[i] for i in waiting)), transport
-        )
-        for i, item in zip(waiting, again.replies):
-            replies[i] = item
-    return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
+        recipients = tuple(transaction.recipients[i] for i in waiting)
+        again = await attempt_transaction(transaction._replace(recipients=recipients), transport)
+        for i, reply in zip(waiting, again.replies):
+            replies[i] = reply
+    return TransactionResult(transaction, replies, (time.monotonic() - started) * 1000)
 
 
 MAX_INLINE_WAIT = 60  # seconds that a cloud may ask for while the client waits
 
 
 def http_status(replies: Any) -> int:
-    """HTTP status of a submission that went to its relays."""
-    accepted = [item.accepted for item in replies]
+    """Return the HTTP status of a submission that went to its relays."""
+    replies = list(replies)
+    accepted = [reply.accepted for reply in replies]
     if all(accepted):
-        return 202 if "QUEUE" in [item.command for item in replies] else 200
+        return 202 if any(reply.origin == "queue" for reply in replies) else 200
     if any(accepted):
         return 207
-    return 503 if any(item.temporary for item in replies) else 502
+    return 503 if any(reply.temporary for reply in replies) else 502
 
 
-def log_results(request: Request, results: list) -> list:
-    """The replies of all outcomes, which the log has now."""
-    log.lines(*result_lines(request, results))
-    return [reply for result in results for reply in result.replies]
-
-
-def result_lines(request: Request, results: list) -> list:
-    """One line of the log for each transaction; more for recipients that heard otherwise, or don't fit into one."""
-    lines = []
-    for transaction, replies, ms in results:
-        told: dict = {}
-        for to, reply in zip(transaction.recipients, replies):
-            told.setdefault(reply, []).append(to)
-        for reply, tos in told.items():
-            most = 8 if len(tos) <= 8 else MAX_RCPT_OCTETS // max([len(to.encode()) + 3 for to in tos])
-            for i in range(0, len(tos), most):
-                to = f"<{'>,<'.join(tos[i : i + most])}>"
-                lines.append(
-                    f"{transaction.queueid}: client={request.client.text} from={log_value(f'<{transaction.sender}>')} "
-                    f"to={log_value(to, len(to))} relay={reply.relay} code={reply.code} dsn={reply.dsn} "
-                    f"command={reply.command} ms={ms:.1f} message={log_value(' '.join(reply.message))}"
-                )
+def result_lines(request: Request, result: TransactionResult) -> list:
+    """Return log lines of a transaction: one for each reply, or more if its recipients don't fit into one line."""
+    transaction, lines = result.transaction, []
+    by_reply: dict = {}
+    for to, reply in zip(transaction.recipients, result.replies):
+        by_reply.setdefault(reply, []).append(to)
+    for reply, recipients in by_reply.items():
+        step = 8 if len(recipients) <= 8 else MAX_RCPT_OCTETS // max([len(to.encode()) + 3 for to in recipients])
+        for i in range(0, len(recipients), step):
+            to = recipients[i : i + step]
+            lines.append(log_line(request, transaction.queueid, transaction.sender, to, reply, result.ms))
     return lines
 
 
-MAX_RCPT_OCTETS = 8 * (MAX_PATH + 3)  # octets of recipients in one line, so that a pipe takes it whole (PIPE_BUF)
+MAX_RCPT_OCTETS = 8 * (MAX_PATH + 3)  # octets of recipients in a line, so that a pipe takes it whole (PIPE_BUF)
 
 
-def log_rejection(
-    request: Request, queueid: str | None, status: int, submission: Submission | None, replies: dict
-) -> None:
-    """One line for each refusal before delivery."""
-    sender = submission and f"<{submission.mail}>"
-    given = [to for to in replies if to is not None] or (submission and submission.rcpt) or None
-    to = given and ",".join(f"<{to}>" for to in given[:100])  # the line is cut anyway
-    for reply in dict.fromkeys(replies.values()):
-        line = log_pairs(
-            client=request.client and request.client.text,
-            http=status,
-            **{"from": sender},
-            to=to,
-            code=reply.code,
-            dsn=reply.dsn,
-        )
-        log.lines(
-            f"{queueid or '-'}: refused {line} {log_pairs(command=reply.command, message=' '.join(reply.message))}"
-        )
+def log_rejection(request: Request, queueid: str | None, submission: Submission | None, refused: dict) -> None:
+    """Log one line for each refusal before delivery; `refused` is {recipient, None for all: Reply}."""
+    listed = [to for to in refused if to is not None] or list(submission.rcpt if submission else ())
+    sender = submission.mail if submission else None
+    for reply in dict.fromkeys(refused.values()):
+        log.lines(log_line(request, queueid, sender, listed[:100], reply))  # the line is cut anyway
+
+
+def log_line(
+    request: Request, queueid: str | None, sender: str | None, recipients: list, reply: Reply, ms: float | None = None
+) -> str:
+    """Return a log line with the keys of Postfix's; keys without a value are left out."""
+    line = [f"{queueid or '-'}:"]
+    if request.client:
+        line.append(f"client={request.client.text}")
+    if request.login:
+        line.append(f"login={log_value(request.login)}")
+    if sender is not None:
+        line.append(f"from={log_value(f'<{sender}>')}")
+    if recipients:
+        to = f"<{'>,<'.join(recipients)}>"
+        line.append(f"to={log_value(to, MAX_RCPT_OCTETS if reply.mailer else 500)}")
+    if reply.mailer:
+        line.append(f"relay={reply.relay} delay={ms / 1000:.3f}")
+    if reply.dsn:
+        line.append(f"dsn={reply.dsn}")
+    at = "" if reply.accepted or reply.origin == "policy" else f" (in reply to {reply.command})"
+    words = sanitize(f"{reply.code} {' '.join(reply.message)}", 500)
+    return f"{' '.join(line)} status={reply.log_status} ({words}{at})"
 
 
 def answer_document(
     request: Request, status: int, replies: dict, queueid: str | None, submission: Submission | None
 ) -> Response:
-    """The document of an answer: one item for each recipient in `verdicts`, a key None where none is meant."""
-    taken = [to for to, reply in replies.items() if to is not None and not (reply.status and not reply.mailer)]
-    said_of_itself = [json_of(header_to_text(request.headers.get(name))) for name in ("user-agent", "referer")]
-    row_id = f'"{queueid}"' if queueid else "null"
-    document = (  # written down, since the encoder takes twice as long for it
-        f'{{"queueid": {row_id}, "addresser": {json_of(submission.mail if submission else None)}, '
-        f'"recipient": {json_of(tuple(taken) if submission else None)}, '
-        f'"response": [{", ".join([reply_json(to, reply) for to, reply in replies.items()])}], '
-        f'"remoteaddr": {json_of(request.client.text if request.client else None)}, '
-        f'"remoteport": {json_of(request.port)}, "useragent": {said_of_itself[0]}, "referer": {said_of_itself[1]}, '
-        f'"timestamp": {time_json(int(request.now))}}}\n'
-    )
-    headers: tuple = ()
+    """Return the response; `replies` is {recipient, None if none is meant: Reply}."""
+    accepted = [to for to, reply in replies.items() if to is not None and reply.origin != "policy"]
+    document = {
+        "queueid": queueid,
+        "addresser": submission.mail if submission else None,
+        "recipient": accepted if submission else None,
+        "response": [reply_to_dict(to, reply) for to, reply in replies.items()],
+        "remoteaddr": request.client.text if request.client else None,
+        "remoteport": request.port,
+        "useragent": header_to_text(request.headers.get("user-agent")),
+        "referer": header_to_text(request.headers.get("referer")),
+        "timestamp": time_to_dict(request.now),
+    }
+    return Response(status, to_json(document), answer_headers(request, status, queueid, replies))
+
+
+def answer_headers(request: Request, status: int, queueid: str | None, replies: dict) -> tuple:
     if status == 202:
-        headers = (("Location", f"/queue/{queueid}"),)
-        if prefers_async(request.headers.get("prefer", "")):
-            headers += (("Preference-Applied", "respond-async"),)
-    elif status == 409:
-        headers = (("Retry-After", "2"),)
-    elif status == 503:
-        headers = (
-            ("Retry-After", str(max([DEFAULT_RETRY_AFTER, *[reply.retry_after for reply in replies.values()]]))),
-        )
-    elif status == 401:
-        headers = (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),)
-    return Response(status, document.encode("utf-8", "replace"), headers)
-
-
-def reply_json(recipient: str | None, reply: Reply) -> str:
-    """The JSON of reply_to_dict()."""
-    form = reply_template(reply.code, reply.dsn, reply.command, reply.mailer, reply.host, reply.port)
-    return form % (json_of(recipient), json_of(reply.message))
-
-
-@functools.lru_cache(maxsize=1024)  # who answers says the same most of the time
-def reply_template(code: str, *others: Any) -> str:
-    """The same with %s for recipient and message."""
-    dsn, command, *place = others
-    known = reply_to_dict(None, Reply(code, dsn, command, (), *place))
-    shown = {key: json_of(value).replace("%", "%%") for key, value in known.items()}
-    shown.update(rcpt="%s", message="%s")
-    return "{" + ", ".join(f'"{key}": {value}' for key, value in shown.items()) + "}"
-
-
-@functools.lru_cache(maxsize=2)
-def time_json(second: int) -> str:
-    return ENCODER.encode(time_to_dict(second))
-
-
-def time_to_dict(seconds: float | None) -> dict | None:
-    """A time as answers tell it."""
-    return None if seconds is None else {"datetime": time.ctime(seconds), "unixtime": str(int(seconds))}
+        applied = prefers_async(request.headers.get("prefer", ""))
+        return (("Location", f"/queue/{queueid}"), *([("Preference-Applied", "respond-async")] if applied else []))
+    if status == 401:
+        return (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),)
+    if status == 409:
+        return (("Retry-After", "2"),)
+    if status == 503:
+        seconds = max([DEFAULT_RETRY_AFTER, *[reply.retry_after for reply in replies.values()]])
+        return (("Retry-After", str(seconds)),)
+    return ()
 
 
 DEFAULT_RETRY_AFTER = 60  # seconds
 
 
+def time_to_dict(seconds: float | None) -> dict | None:
+    """Return a time as answers show it."""
+    return None if seconds is None else {"datetime": time.ctime(seconds), "unixtime": str(int(seconds))}
+
+
 def header_to_text(value: str | None) -> str | None:
-    """A header's value, which HTTP hands over as Latin-1, as the UTF-8 that it most often is."""
+    """Return a header's value, which was decoded as Latin-1, as the UTF-8 that it most often is."""
     if value is None or value.isascii():
         return value
     return value.encode("latin-1").decode("utf-8", "replace")
@@ -6562,59 +6585,61 @@ def to_json(document: Any) -> bytes:
 
 
 # ======================================================================================================================
-# 16. HTTP
-#     Takes octets from a socket, gives a Request to a page and its Answer back (RFC 9110, 9112). One master process
-#     binds and watches, workers forked by it accept. In a worker one loop serves all connections.
+# 16. HTTP server
+#     Takes octets from a socket, gives a Request to an endpoint and sends its Response (RFC 9110, 9112). The supervisor
+#     binds and watches; workers, forked by it, accept. In a worker one event loop serves all connections.
 # ======================================================================================================================
 
 MAX_HEAD = 65536  # octets of request line and headers
 MAX_HEADERS = 100  # lines
-MAX_BODY = 256 << 20  # octets of a body where max_message_size sets no limit
-LINGER_TIMEOUT = 2.0  # seconds for a client to read our last words before its connection is closed
-MAX_LINGERING_503 = 64  # connections too many that are told so, and waited for until they have read it, at a time
+MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
+LINGER_TIMEOUT = 2.0  # seconds for a client to read the last answer before its connection is closed
+MAX_LINGERING_503 = 64  # connections over the limit that are told so and closed by lingering_close() at a time
 SHUTDOWN_TIMEOUT = 30.0  # seconds for requests in flight to be answered
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that a worker is told by
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that a worker handles
 
 
 class RequestHead(NamedTuple):
-    """The head of a request."""
+    """Request line and headers of a request."""
 
     method: str
-    path: str
-    headers: dict  # by name in lower case; the same name twice is joined by ", "
+    path: str  # without the query
+    headers: dict  # by name in lower case; values of a repeated name are joined by ", "
     keep_alive: bool  # the client wants to go on using the connection
-    is_http10: bool  # HTTP/1.0
+    is_http10: bool
 
 
-REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
-BARE_LF = re.compile(rb"\n\r?\n")  # where no CR LF CR LF was found: an end that some servers take for one
-FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*)")
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]"
+REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
+HEADER_LINE = re.compile(rf"(?m)^({_TOKEN}+):([^\r\n\0]*)\r\n")
+BARE_LF = re.compile(rb"\n\r?\n")  # an end of the head for some servers; looked for if there is no CR LF CR LF
 
 
 def parse_head(octets: bytes) -> RequestHead:
-    """The head of a request from its octets, without the empty line; Refused for what RFC 9112 calls bad."""
-    known = len(octets) <= CACHED_HEAD_MAX  # clients say most of their lines again and again
-    first, *lines, _ = octets.split(b"\r\n")
-    method, path, old = (parse_request_line if known else parse_request_line.__wrapped__)(first)
-    if len(lines) > MAX_HEADERS:
+    """Parse the head of a request, without its empty line; raise Rejected for what RFC 9112 forbids.
+
+    Nothing is cached, because header lines hold credentials.
+    """
+    first, _, rest = octets.decode("latin-1").partition("\r\n")
+    method, path, is_http10 = parse_request_line(first)
+    if rest.count("\r\n") > MAX_HEADERS:
         raise Rejected(make_reply("head-too-large"))
+    lines = HEADER_LINE.findall(rest)
+    if sum([len(name) + len(value) + 3 for name, value in lines]) != len(rest):  # something between them is no line
+        raise Rejected(make_reply("bad-request", "header line"))
     headers: dict = {}
-    for name, value in map(parse_header_line if known else parse_header_line.__wrapped__, lines):
+    for name, value in [(name.lower(), value.strip(" \t")) for name, value in lines]:
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if "," in headers.get("host", ""):  # two of them, RFC 9112 3.2
         raise Rejected(make_reply("bad-request", "Host"))
-    options = headers.get("connection", "").lower()
-    keep = "close" not in options if not old else "keep-alive" in options
-    return RequestHead(method, path, headers, keep, old)
+    connection = headers.get("connection", "").lower()
+    keep_alive = "keep-alive" in connection if is_http10 else "close" not in connection
+    return RequestHead(method, path, headers, keep_alive, is_http10)
 
 
-CACHED_HEAD_MAX = 2048  # octets of a head whose lines are remembered: long ones would fill the memory
-
-
-@functools.lru_cache(maxsize=256)
-def parse_request_line(line: bytes) -> tuple:
-    """(method, path without its query, True for HTTP/1.0)."""
-    found = REQUEST_LINE.fullmatch(line.decode("latin-1"))
+def parse_request_line(line: str) -> tuple:
+    """Return (method, path without its query, True for HTTP/1.0)."""
+    found = REQUEST_LINE.fullmatch(line)
     if not found:
         raise Rejected(make_reply("bad-request", "request line"))
     method, target, major, minor = found.groups()
@@ -6625,20 +6650,11 @@ def parse_request_line(line: bytes) -> tuple:
     return method, target.partition("?")[0], minor == "0"
 
 
-@functools.lru_cache(maxsize=1024)
-def parse_header_line(line: bytes) -> tuple:
-    """(name in lower case, value)."""
-    found = FIELD.fullmatch(line.decode("latin-1"))
-    if not found:
-        raise Rejected(make_reply("bad-request", "header line"))
-    return found[1].lower(), found[2].strip(" \t")
-
-
 CHUNKED = -1
 
 
 def body_length(head: RequestHead) -> int:
-    """Octets of the body, or CHUNKED; Refused where the two sides could read it differently (RFC 9112 6.3)."""
+    """Return the octets of the body, or CHUNKED; raise Rejected if two parsers could differ (RFC 9112 6.3)."""
     length, coding = head.headers.get("content-length"), head.headers.get("transfer-encoding")
     if coding is not None:
         if length is not None or head.is_http10:
@@ -6656,11 +6672,11 @@ def body_length(head: RequestHead) -> int:
     return int(found[1])
 
 
-LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # or the same one, again and again
+LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # or the same one, repeated
 
 
 def client_address(peer: Any, port: int | None, headers: dict, settings: Settings) -> tuple:
-    """(address, port) of the client: the peer's, or, from trusted proxies, the first other one in X-Forwarded-For."""
+    """Return (address, port) of the client: the peer, or the last untrusted one that trusted proxies name."""
     trusted, forwarded = settings.httpd.trusted_proxies, headers.get("x-forwarded-for")
     if forwarded is None or peer not in trusted:
         return peer, port
@@ -6676,64 +6692,67 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
 
 
 class Endpoint(NamedTuple):
-    """A row of PAGES: what answers, and the checks before the body is read."""
+    """A row of ENDPOINTS: what answers, and the checks before the body is read."""
 
-    handler: Callable  # (request, service) -> Answer
-    pre_body_checks: tuple = ()  # of (request, settings) -> Reply or None
+    handler: Callable  # (request, app) -> awaitable of a Response
+    checks: tuple = ()
+
+
+def json_response(document: Any, status: int = 200, headers: tuple = ()) -> Response:
+    return Response(status, to_json(document), headers)
 
 
 async def get_root(request: Request, app: App) -> Response:
-    return Response(200, to_json({"name": "Haineko", "version": __version__}))
+    return json_response({"name": "Haineko", "version": __version__})
 
 
 async def get_health(request: Request, app: App) -> Response:
     error = "stopping" if app.stopping else app.queue and app.queue.health_error()
-    if error:
-        return Response(503, to_json({"status": error}), (("Retry-After", "5"),))
-    return Response(200, to_json({"status": "ok"}))
+    return json_response({"status": error}, 503, (("Retry-After", "5"),)) if error else json_response({"status": "ok"})
 
 
 async def get_conf(request: Request, app: App) -> Response:
-    return Response(200, to_json(redacted(app.settings)))
+    return json_response(redacted(app.settings))
 
 
-def check_loopback(request: Request, settings: Settings) -> Reply | None:
-    """A program on this machine, and no page in a browser on it that came by a name rebound in DNS."""
-    asked = request.headers.get("host", "").lower()
+def check_monitor(request: Request, submission: None, settings: Settings) -> Reply | None:
+    """Require a program on this machine, not a web page whose name was rebound in DNS."""
+    host = request.headers.get("host", "").lower()
     near = request.client in LOOPBACK and request.peer in LOOPBACK
-    by_name = asked and request.port is not None and not is_own_host(asked, settings)
+    by_name = host and request.port is not None and not is_own_host(host, settings)
     return None if near and not by_name else make_reply("forbidden")
 
 
-def is_own_host(place: str, settings: Settings) -> bool:
-    """True where host:port names this machine in a way that nobody can rebind in DNS: by an address, its own name, or a
-    single label, which no stranger's domain is."""
-    name = place.rpartition(":")[0] if re.search(r":\d+$", place) else place
+def is_own_host(host: str, settings: Settings) -> bool:
+    """Return True if a host, with or without port, is an address, smtpd.hostname or a single label.
+
+    These can't be rebound in DNS by a stranger.
+    """
+    name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
     return "." not in name or name == settings.hostname.lower() or bool(re.fullmatch(r"[\d.]+", name))
 
 
-def check_queue_access(request: Request, settings: Settings) -> Reply | None:
-    if not check_loopback(request, settings):
+def check_queue_access(request: Request, submission: None, settings: Settings) -> Reply | None:
+    if not check_monitor(request, None, settings):
         return None
-    return check_login(request, settings) if settings.password.hashes else make_reply("forbidden")
+    return check_login(request, None, settings) if settings.password.hashes else make_reply("forbidden")
 
 
 async def get_queue(request: Request, app: App) -> Response:
-    """GET /queue: what waits, in all and in each lane."""
+    """Answer with what waits, in all and for each destination."""
     if not app.queue:
         raise Rejected(make_reply("not-found"))
-    return Response(200, to_json(await app.queue.do(queue_stats, request.now)))
+    return json_response(await app.queue.do(queue_stats, request.now))
 
 
 async def get_queued_mail(request: Request, app: App) -> Response:
-    """GET /queue/QUEUEID: what has become of a mail, to who sent it and to this machine."""
+    """Answer with the state of a mail, to the login that sent it and to monitors."""
     found = app.queue and await app.queue.do(message_status, request.path.rpartition("/")[2])
     if not found:
         raise Rejected(make_reply("not-found"))
-    here = not check_loopback(request, app.settings)
-    if not here and found["login"] != username_of(request.headers.get("authorization", "")):
+    if check_monitor(request, None, app.settings) and found["login"] != request.login:
         raise Rejected(make_reply("forbidden"))
-    return Response(200, to_json(message_document(found)))
+    return json_response(message_document(found))
 
 
 def message_document(message: dict) -> dict:
@@ -6757,43 +6776,22 @@ def message_document(message: dict) -> dict:
 
 
 async def get_sample(request: Request, app: App) -> Response:
-    return Response(200, to_json(SAMPLES))
+    return json_response(SAMPLES)
 
 
-SAMPLES = [
-    {
-        "ehlo": "[127.0.0.1]",
-        "mail": "kijitora@example.org",
-        "rcpt": ["mikeneko@example.jp"],
-        "header": {
-            "from": "キジトラ <kijitora@example.com>",
-            "subject": "謹賀新年",
-            "replyto": "straycats@cat-ml.example.org",
-            "charset": "UTF-8",
-        },
-        "body": "あとでお年玉貰いに行きます",
-    },
-    {
-        "mail": "cron@example.org",
-        "rcpt": ["root@example.jp", "ops@example.jp"],
-        "header": {"subject": "Backup done"},
-        "body": "42 files, 0 errors\n",
-    },
-    {
-        "mail": "shop@example.org",
-        "header": {"from": "ねこ屋 <shop@example.org>", "to": "三毛猫 <mikeneko@example.jp>", "subject": "領収書 42"},
-        "html": '<p><img src="cid:logo" alt="ねこ屋"></p><p>合計 <b>1,980円</b></p>',
-        "attachments": [
-            {
-                "filename": "logo.png",
-                "cid": "logo",
-                "content": "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAA"
-                "SUVORK5CYII=",
-            },
-            {"filename": "領収書 42.csv", "content": "c3VtLDE5ODAK"},
-        ],
-    },
-]
+SAMPLES = json.loads("""[
+{"ehlo": "[127.0.0.1]", "mail": "kijitora@example.org", "rcpt": ["mikeneko@example.jp"], "header": {
+  "from": "キジトラ <kijitora@example.com>", "subject": "謹賀新年", "replyto": "straycats@cat-ml.example.org",
+  "charset": "UTF-8"}, "body": "あとでお年玉貰いに行きます"},
+{"mail": "cron@example.org", "rcpt": ["root@example.jp", "ops@example.jp"], "header": {"subject": "Backup done"},
+  "body": "42 files, 0 errors\\n"},
+{"mail": "shop@example.org", "header": {
+  "from": "ねこ屋 <shop@example.org>", "to": "三毛猫 <mikeneko@example.jp>", "subject": "領収書 42"},
+  "html": "<p><img src=\\"cid:logo\\" alt=\\"ねこ屋\\"></p><p>合計 <b>1,980円</b></p>", "attachments": [
+    {"filename": "logo.png", "cid": "logo", "content":
+      "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="},
+    {"filename": "領収書 42.csv", "content": "c3VtLDE5ODAK"}]}
+]""")
 
 
 async def get_neko(request: Request, app: App) -> Response:
@@ -6805,34 +6803,35 @@ async def answer_options(request: Request, app: App) -> Response:
 
 
 ENDPOINTS = {
-    ("POST", "/submit"): Endpoint(submit, PRE_BODY_CHECKS),
+    ("POST", "/submit"): Endpoint(submit, checks_at("head")),
     ("GET", "/"): Endpoint(get_root),
     ("GET", "/health"): Endpoint(get_health),
-    ("GET", "/conf"): Endpoint(get_conf, (check_loopback,)),
-    ("GET", "/queue"): Endpoint(get_queue, (check_loopback,)),
-    ("GET", "/queue/"): Endpoint(get_queued_mail, (check_queue_access,)),  # and a name
+    ("GET", "/conf"): Endpoint(get_conf, (check_monitor,)),
+    ("GET", "/queue"): Endpoint(get_queue, (check_monitor,)),
+    ("GET", "/queue/"): Endpoint(get_queued_mail, (check_queue_access,)),  # and a queue id
     ("GET", "/sample/mail"): Endpoint(get_sample),
     ("GET", "/neko"): Endpoint(get_neko),
 }
 
 
 def route_key(path: str) -> str:
-    """The path as PAGES has it: without the name behind /queue/."""
+    """Return the path as ENDPOINTS has it: without the queue id behind /queue/."""
     if not path.startswith("/queue/"):
         return path
     return "/queue/" if re.fullmatch(r"/queue/[0-9A-Za-z]{1,64}", path) else ""
 
 
 def allowed_methods(path: str) -> list:
-    """Methods for a path; [] where there is no such page."""
+    """Return the methods for a path, none if it is unknown."""
     if path == "*":  # OPTIONS for the whole server, RFC 9110 9.3.7
         return ["GET", "HEAD", "POST", "OPTIONS"]
     methods = [method for method, known in ENDPOINTS if known == route_key(path)]
     return [*methods, *(["HEAD"] if "GET" in methods else []), *(["OPTIONS"] if methods else [])]
 
 
-def cors_policy(origin: str | None, settings: Settings, head: RequestHead) -> tuple:
-    """(allowed, headers): whether a page of that origin may POST, and what tells its browser so (Fetch standard)."""
+def cors_policy(head: RequestHead, settings: Settings) -> tuple:
+    """Return (whether a web page of the request's Origin may POST, headers that tell its browser) (Fetch standard)."""
+    origin = head.headers.get("origin")
     if origin is None:
         return True, ()
     if origin.lower() in settings.httpd.allowed_origins:
@@ -6843,30 +6842,37 @@ def cors_policy(origin: str | None, settings: Settings, head: RequestHead) -> tu
             ("Access-Control-Max-Age", "600"),
             ("Vary", "Origin"),
         )
-    place = origin.partition("://")[2].lower()
-    return is_own_host(place, settings) and place == head.headers.get("host", "").lower(), ()
+    host = origin.partition("://")[2].lower()
+    return is_own_host(host, settings) and host == head.headers.get("host", "").lower(), ()
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
-    """One connection of a client. http.server gives the words of HTTP; reading and writing are ours: by deadline, in
-    one piece, and without a thread."""
+    """One connection of a client.
+
+    The base class writes responses into `wfile`, a buffer that is sent by one call. Requests are read with a deadline,
+    without a thread, and parsed by parse_head(), which is stricter and faster.
+    """
+
+    protocol_version = request_version = "HTTP/1.1"
+    command, close_connection = "", True
 
     def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
         self.connection, self.worker, self.app = AsyncSocket(sock), worker, worker.app
+        self.settings = worker.app.settings
         self.buffer = b""
-        named = isinstance(peer, tuple)
-        self.peer = parse_ip(peer[0] if named else "127.0.0.1")  # who may open our socket file is on this machine
-        self.port = peer[1] if named else None
+        is_inet = isinstance(peer, tuple)
+        self.peer = parse_ip(peer[0] if is_inet else "127.0.0.1")  # who may open a Unix socket is on this machine
+        self.port = peer[1] if is_inet else None
 
     async def handle(self) -> None:
-        """Serves requests, one after the other, until one side has enough."""
+        """Serve requests, one after the other, until one side closes."""
         try:
             await self._tls_handshake()
             while self._skip_blank_lines() or await self._wait_request():
-                octets, keep = await self.handle_one_request()
+                octets = await self.handle_one_request()
                 await self.connection.sendall(octets, time.monotonic() + self.settings.httpd.timeout)
                 del octets
-                if not keep:
+                if self.close_connection:
                     await lingering_close(self.connection)
                     break
         except (OSError, ValueError):  # the client is gone
@@ -6878,7 +6884,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.worker.forget(self)
 
     async def _tls_handshake(self) -> None:
-        """TLS, where the settings have a certificate."""
         if not self.app.tls:
             return
         deadline = time.monotonic() + self.app.settings.httpd.timeout
@@ -6887,7 +6892,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         await self._while_idle(self.connection.call(sock.do_handshake, deadline))
 
     async def _wait_request(self) -> bool:
-        """True when a request begins, False where the client closed; socket.timeout where it took too long."""
+        """Return True when a request begins, False if the client closed; socket.timeout if it took too long."""
         deadline = time.monotonic() + self.app.settings.httpd.timeout
         while True:
             self.buffer = await self._while_idle(self.connection.recv(16384, deadline))
@@ -6895,117 +6900,142 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 return bool(self.buffer)
 
     def _skip_blank_lines(self) -> bytes:
-        """What is here of the next request; line ends before it are none of it (RFC 9112 2.2)."""
+        """Return what has arrived of the next request; line ends before it are ignored (RFC 9112 2.2)."""
         self.buffer = self.buffer.lstrip(b"\r\n")
         return self.buffer
 
     async def _while_idle(self, waiting: Any) -> Any:
-        """What is waited for, by a connection without a whole head: it may be closed for another."""
+        """Await something while the connection may be closed in favour of another."""
         self.worker.mark_idle(self)
         try:
             return await waiting
         finally:
             self.worker.mark_busy(self)
 
-    async def handle_one_request(self) -> tuple:
-        """(octets of the answer, whether the next request may follow) to the request that has begun."""
+    async def handle_one_request(self) -> bytes:
+        """Return the octets of the response to the request that has begun; set `close_connection`."""
         self.settings = self.app.settings  # one set from beginning to end
         deadline = time.monotonic() + self.settings.httpd.timeout
+        self.command, self.close_connection = "", True
         request = head = None
-        left, extra = 1, ()
+        unread, cors_headers = 1, ()
         try:
-            head = parse_head(self._head_here() or await self._head(deadline))
-            left = body_length(head)
+            head = parse_head(self._buffered_head() or await self._read_head(deadline))
+            self.command, unread = head.method, body_length(head)
             request = self._request(head)
-            welcome, extra = cors_policy(head.headers.get("origin"), self.settings, head)
-            page = self._endpoint(request, welcome)
-            ask = page.pre_body_checks, request, self.settings
-            slow = self._needs_password_check(page, request)
-            raise_if_rejected(await asyncio.to_thread(first_rejection, *ask) if slow else first_rejection(*ask))
-            request.body = await self._body(head, left, deadline)
-            left = 0
-            result = await page.handler(request, self.app)
-        except Rejected as refused:
-            result = self._rejection(request, refused.reply)
+            allowed, cors_headers = cors_policy(head, self.settings)
+            endpoint = self._endpoint(request, allowed)
+            checks = endpoint.checks, request, None, self.settings
+            await call_in_thread(self._needs_password_check(endpoint, request), apply_checks, *checks)
+            request.body = await self._read_body(head, unread, deadline)
+            unread = 0
+            response = await endpoint.handler(request, self.app)
+        except Rejected as error:
+            response = self.rejection(request, error.reply)
         except OSError:
             raise
         except Exception:
             log_exception(None)
-            result = self._rejection(request, make_reply("our-fault"))
-        if 0 < left <= len(self.buffer) and request:  # a refused body that is here already
-            self.buffer, left = self.buffer[left:], 0
-        keep = bool(head and head.keep_alive and not left and not self.app.stopping)
-        return self._octets(result, extra, head, keep), keep
+            response = self.rejection(request, make_reply("our-fault"))
+        if 0 < unread <= len(self.buffer) and request:  # a refused body that has arrived already
+            self.buffer, unread = self.buffer[unread:], 0
+        self.close_connection = not (head and head.keep_alive and not unread and not self.app.stopping)
+        keep_alive = (("Connection", "keep-alive"),) if head and head.is_http10 and not self.close_connection else ()
+        return self.response_octets(response, (*cors_headers, *keep_alive))
 
     def _request(self, head: RequestHead) -> Request:
         client, port = client_address(self.peer, self.port, head.headers, self.settings)
         return Request(head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings)
 
-    def _endpoint(self, request: Request, welcome: bool) -> Endpoint:
-        """The page for a request; Refused where there is none."""
-        page = ENDPOINTS.get(("GET" if request.method == "HEAD" else request.method, route_key(request.path)))
-        if not page:
+    def _endpoint(self, request: Request, origin_allowed: bool) -> Endpoint:
+        """Return the endpoint for a request; raise Rejected if there is none."""
+        method = "GET" if request.method == "HEAD" else request.method
+        endpoint = ENDPOINTS.get((method, route_key(request.path)))
+        if not endpoint:
             if not allowed_methods(request.path):
                 raise Rejected(make_reply("not-found"))
-            if request.method == "OPTIONS":
+            if method == "OPTIONS":
                 return Endpoint(answer_options)
-            raise Rejected(make_reply("method", word=request.method))
-        if request.method == "POST" and not welcome:
+            raise Rejected(make_reply("method", word=method))
+        if method == "POST" and not origin_allowed:
             raise Rejected(make_reply("origin"))
-        return page
+        return endpoint
 
-    def _needs_password_check(self, page: Endpoint, request: Request) -> bool:
-        """True where a password has to be looked at anew."""
-        gate = self.settings.password
-        return bool(gate.hashes and page.pre_body_checks and not gate.is_cached(request.headers.get("authorization")))
+    def _needs_password_check(self, endpoint: Endpoint, request: Request) -> bool:
+        """Return True if a password hash has to be computed."""
+        password, credentials = self.settings.password, request.headers.get("authorization")
+        return bool(password.hashes and endpoint.checks and not password.is_cached(credentials))
 
-    def _rejection(self, request: Request | None, response: Reply) -> Response:
+    def rejection(self, request: Request | None, reply: Reply) -> Response:
+        """Return the response for a Reply that refuses a request, and log it."""
         request = request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
-        queueid = new_queueid(request.now) if response.command != "HTTP" else None
-        log_rejection(request, queueid, response.status, None, {None: response})
-        result = answer_document(request, response.status, {None: response}, queueid, None)
-        if response.status == 405:
-            result = result._replace(headers=(("Allow", ", ".join(allowed_methods(request.path))),))
-        return result
+        queueid = new_queueid(request.now) if reply.command != "HTTP" else None
+        response = respond(request, reply.status, {None: reply}, queueid, None)
+        if reply.status == 405:
+            return response._replace(headers=(("Allow", ", ".join(allowed_methods(request.path))),))
+        return response
 
-    def _head_here(self, seen: int = 0) -> bytes:
-        """The octets before the empty line, b"" where that is not here yet; what follows stays in the buffer. `seen` of
-        them were looked at before."""
-        end = self.buffer.find(b"\r\n\r\n", seen)
+    def response_octets(self, response: Response, headers: tuple = ()) -> bytes:
+        self.wfile = io.BytesIO()
+        self.send_response_only(response.status)
+        self.send_header("Server", self.version_string())
+        self.send_header("Date", self.date_time_string())
+        if response.status != 204:
+            self.send_header("Content-Type", response.type)
+            self.send_header("Content-Length", str(len(response.body)))
+        for name, value in (*response.headers, *headers):
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(response.body)
+        return self.wfile.getvalue()
+
+    def version_string(self) -> str:
+        return "Haineko"
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return http_date(int(time.time() if timestamp is None else timestamp))
+
+    def _buffered_head(self, searched: int = 0) -> bytes:
+        """Return the octets before the empty line, b"" if that has not arrived; `searched` octets need no search."""
+        end = self.buffer.find(b"\r\n\r\n", searched)
         if end > MAX_HEAD or (end < 0 and len(self.buffer) > MAX_HEAD):
             raise Rejected(make_reply("head-too-large"))
         if end < 0:
-            if BARE_LF.search(self.buffer, seen):
+            if BARE_LF.search(self.buffer, searched):
                 raise Rejected(make_reply("bad-request", "line ends with LF alone"))
             return b""
         head, self.buffer = self.buffer[: end + 2], self.buffer[end + 4 :]
         return head
 
-    async def _head(self, deadline: float) -> bytes:
-        """The same, waited for."""
+    async def _read_head(self, deadline: float) -> bytes:
         head = b""
         while not head:
-            seen = max(len(self.buffer) - 3, 0)
-            self.buffer += await self._while_idle(self._more(deadline))
-            head = self._head_here(seen)
+            searched = max(len(self.buffer) - 3, 0)
+            self.buffer += await self._while_idle(self._receive(deadline))
+            head = self._buffered_head(searched)
         return head
 
-    async def _more(self, deadline: float, most: int = 65536) -> bytes:
-        """More octets from the client, by the deadline."""
+    async def _receive(self, deadline: float, limit: int = 65536) -> bytes:
+        """Return octets from the client; raise Rejected at the deadline."""
         try:
-            octets = await self.connection.recv(most, deadline)
+            await asyncio.sleep(0)  # who sends faster than we read must not keep the others waiting
+            if time.monotonic() >= deadline:
+                raise socket.timeout
+            octets = await self.connection.recv(limit, deadline)
         except socket.timeout:
             raise Rejected(make_reply("request-timeout")) from None
         if not octets:
             raise ConnectionError("closed within a request")
         return octets
 
-    async def _body(self, head: RequestHead, length: int, deadline: float) -> bytes:
-        """The body, whole."""
+    async def _read_body(self, head: RequestHead, length: int, deadline: float) -> bytes:
         size = self.settings.smtpd.max_message_size
         limit = 2 * size + 65536 if size else MAX_BODY
         if head.method != "POST":
-            limit = MAX_HEAD  # no page reads it, and nobody was asked who it is
+            limit = MAX_HEAD  # no endpoint reads it, and nobody has logged in
         if length > limit:
             raise Rejected(make_reply("body-too-large"))
         expected = head.headers.get("expect")
@@ -7015,26 +7045,26 @@ class Connection(http.server.BaseHTTPRequestHandler):
             if not head.is_http10 and (length == CHUNKED or len(self.buffer) < length):
                 await self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n", deadline)
         if length == CHUNKED:
-            return await self._chunks(limit, deadline)
-        return self._taken(length) if length <= len(self.buffer) else await self._exactly(length, deadline)
+            return await self._read_chunks(limit, deadline)
+        return self._take(length) if length <= len(self.buffer) else await self._read_exactly(length, deadline)
 
-    def _taken(self, length: int) -> bytes:
-        """So many octets, or as many as are here."""
+    def _take(self, length: int) -> bytes:
+        """Return up to `length` octets that have arrived."""
         octets, self.buffer = self.buffer[:length], self.buffer[length:]
         return octets
 
-    async def _exactly(self, length: int, deadline: float) -> bytes:
-        """So many octets; a bytearray where they are so many that to join them would take room twice."""
-        whole = bytearray(self._taken(length))
+    async def _read_exactly(self, length: int, deadline: float) -> bytes:
+        """Return `length` octets; a bytearray if they are many, because a copy would need the memory twice."""
+        whole = bytearray(self._take(length))
         while len(whole) < length:
-            whole += await self._more(deadline, min(length - len(whole), 1 << 18))
+            whole += await self._receive(deadline, min(length - len(whole), 1 << 18))
         return whole if length >= LARGE else bytes(whole)
 
-    async def _chunks(self, limit: int, deadline: float) -> bytes:
-        """A chunked body, RFC 9112 7.1."""
+    async def _read_chunks(self, limit: int, deadline: float) -> bytes:
+        """Return a chunked body (RFC 9112 7.1)."""
         body, total = bytearray(), 0
         while True:
-            line = await self._line(deadline)
+            line = await self._read_line(deadline)
             found = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?", line)
             if not found:
                 raise Rejected(make_reply("bad-request", "chunk size"))
@@ -7044,41 +7074,29 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 raise Rejected(make_reply("body-too-large"))
             if not size:
                 break
-            body += await self._exactly(size, deadline)
-            await asyncio.sleep(0)  # a chunk may be one octet, and thousands of them be here already
-            if await self._exactly(2, deadline) != b"\r\n":
+            body += await self._read_exactly(size, deadline)
+            await asyncio.sleep(0)  # a chunk may be one octet, and thousands of them may have arrived
+            if await self._read_exactly(2, deadline) != b"\r\n":
                 raise Rejected(make_reply("bad-request", "end of chunk"))
         for _ in range(MAX_HEADERS):
-            if not await self._line(deadline):
+            if not await self._read_line(deadline):
                 return body if len(body) >= LARGE else bytes(body)
         raise Rejected(make_reply("head-too-large"))
 
-    async def _line(self, deadline: float) -> bytes:
+    async def _read_line(self, deadline: float) -> bytes:
         while b"\r\n" not in self.buffer:
             if len(self.buffer) > 4096:
                 raise Rejected(make_reply("bad-request", "chunk line"))
-            self.buffer += await self._more(deadline, 4096)
+            self.buffer += await self._receive(deadline, 4096)
         line, _, self.buffer = self.buffer.partition(b"\r\n")
         return line
 
-    def _octets(self, result: Response, extra: tuple, head: RequestHead | None, keep: bool) -> bytes:
-        """The answer as it goes out, by one call, so that no packet waits for another."""
-        lines = [f"HTTP/1.1 {result.status} {self.responses[result.status][0]}", date_header(int(time.time()))]
-        if result.status != 204:
-            lines.append(f"Content-Type: {result.type}\r\nContent-Length: {len(result.body)}")
-        for name, value in (*result.headers, *extra):
-            lines.append(f"{name}: {value}")
-        if not keep:
-            lines.append("Connection: close")
-        elif head.is_http10:
-            lines.append("Connection: keep-alive")
-        body = b"" if head and head.method == "HEAD" else result.body
-        return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
-
 
 async def lingering_close(sock: AsyncSocket) -> None:
-    """Says that nothing more comes, and reads what still does: a connection closed with octets unread is reset, and the
-    client might never see what was said last (RFC 9112 9.6)."""
+    """Send the end of the stream and read what still arrives (RFC 9112 9.6).
+
+    A connection closed with octets unread is reset, and the client might never see the last response.
+    """
     deadline = time.monotonic() + LINGER_TIMEOUT
     with contextlib.suppress(OSError):
         await sock.call(functools.partial(close_notify, sock.sock), deadline)
@@ -7099,12 +7117,12 @@ def close_notify(sock: Any) -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def date_header(second: int) -> str:
-    return f"Server: Haineko\r\nDate: {formatdate(second, usegmt=True)}"
+def http_date(second: int) -> str:
+    return formatdate(second, usegmt=True)
 
 
 class Worker:
-    """One process that serves all its connections in one thread; or the one that delivers from the queue."""
+    """Process that serves all its connections in one thread, or that delivers from the queue."""
 
     ACCEPT_DELAY = 0.001  # seconds for which a worker that is busier than another leaves a new connection to it
 
@@ -7119,7 +7137,7 @@ class Worker:
     ) -> None:
         self.app = App(settings, bells[1])
         self.listeners, self.parent_pipe = listeners, lifeline
-        self.busy_counts, self.slot = loads or [0], slot  # busy connections of every worker; our place in it
+        self.busy_counts, self.slot = loads or [0], slot  # busy connections of each worker; index of this one
         self.loop = EventLoop()
         self.queue_manager = QueueManager(self.app, bells[0]) if slot is None else None
         self.connections: set = set()
@@ -7127,7 +7145,7 @@ class Worker:
         self.lingering_503s = 0  # of them, now
 
     def run(self) -> None:
-        """Serves until told to stop and all requests in flight are answered."""
+        """Serve until told to stop and all requests in flight are answered."""
         log.start_buffering(self.loop)
         sys.setswitchinterval(0.001)  # a thread at work on a large mail must not hold up the small ones for longer
         self.loop.run_until_complete(self._serve())
@@ -7168,12 +7186,12 @@ class Worker:
         self.stopped.set()
 
     async def _watch_parent(self) -> None:
-        """The master is gone without a word: nobody would replace or stop this process."""
+        """Stop when the supervisor has died, which could neither replace nor stop this process."""
         await AsyncSocket(self.parent_pipe).recv(1, float("inf"))
         self._stop()
 
     async def _stop_on_error(self, coroutine: Any) -> None:
-        """Without this coroutine the worker is of no use: where it fails, another worker takes the place."""
+        """Await a coroutine that the worker can't do without: if it fails, another worker takes over."""
         try:
             await coroutine
         except Exception:
@@ -7202,7 +7220,7 @@ class Worker:
             if self._full():
                 await asyncio.sleep(0)  # so that the idle and the ended ones are known
             if self._full() and not self._close_idlest():
-                self.loop.create_task(self._reject_503(AsyncSocket(sock), peer))
+                self.loop.create_task(self._reject_503(Connection(sock, peer, self)))
                 continue
             connection = Connection(sock, peer, self)
             self.connections.add(connection)
@@ -7213,45 +7231,39 @@ class Worker:
         return len(self.connections) >= self.app.settings.httpd.max_connections
 
     def mark_idle(self, connection: Connection) -> None:
-        """A connection that waits for its next request."""
+        """Note that a connection waits for a request."""
         self.idle[connection] = None
         self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
 
     def mark_busy(self, connection: Connection) -> None:
-        """A connection that waits no longer."""
+        """Note that a connection has a request."""
         self.idle.pop(connection, None)
         self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
 
     def forget(self, connection: Connection) -> None:
-        """A connection that is closed."""
+        """Note that a connection is closed."""
         self.connections.discard(connection)
         self.mark_busy(connection)
 
-    async def _reject_503(self, sock: AsyncSocket, peer: tuple | str) -> None:
-        """503 for a connection too many, not waited for where many are being told so; it just ends where TLS would come
-        first."""
-        client = parse_ip(peer[0]) if isinstance(peer, tuple) else None
-        request, said = Request("", "", {}, b"", client, client, None, time.time()), {None: make_reply("busy")}
-        log_rejection(request, None, 503, None, said)
-        body = answer_document(request, 503, said, None, None).body
-        head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-        head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
-        patient = self.lingering_503s < MAX_LINGERING_503
+    async def _reject_503(self, connection: Connection) -> None:
+        """Answer 503 to a connection over the limit; close it at once if many are being answered so, or under TLS."""
+        linger = self.lingering_503s < MAX_LINGERING_503
         self.lingering_503s += 1
+        octets, sock = connection.response_octets(connection.rejection(None, make_reply("busy"))), connection.connection
         with contextlib.suppress(OSError):
             if not self.app.tls:
-                await sock.sendall(head.encode() + body, time.monotonic() + LINGER_TIMEOUT)
-                if patient:
+                await sock.sendall(octets, time.monotonic() + LINGER_TIMEOUT)
+                if linger:
                     await lingering_close(sock)
         self.lingering_503s -= 1
         sock.close()
 
     def _close_idlest(self) -> bool:
-        """Closes the connection that has been idle longest; False where none is idle."""
+        """Close the connection that has been idle longest; return False if none is idle."""
         return any(self._interrupt(connection) for connection in self.idle)  # the first that can be, and no more
 
     def _interrupt(self, connection: Connection) -> bool:
-        """Ends a connection that is at rest; False where it has just been told something."""
+        """Abort an idle connection; return False if something has just arrived on it."""
         found = connection.connection.abort(ConnectionAbortedError("closed for another"))
         if found:
             del self.idle[connection]
@@ -7259,13 +7271,13 @@ class Worker:
         return found
 
     async def _housekeeping(self) -> None:
-        """Once a second: SMTP sessions nobody uses."""
+        """Once a second, close SMTP sessions that nobody uses."""
         while True:
             await asyncio.sleep(1.0)
             await self.app.transport.sweep()
 
     async def _reread(self) -> None:
-        """Takes settings that changed; the master has told their faults. One after the other: the last ones count."""
+        """Apply settings that changed; the supervisor has logged their faults. The last ones win."""
         async with self.reloading:
             settings, errors = await asyncio.to_thread(load_settings, self.app.settings.path)
             if not errors:
@@ -7273,19 +7285,19 @@ class Worker:
 
 
 class Supervisor:
-    """The process that binds, forks workers, replaces those that die, and watches the settings."""
+    """Process that binds, forks workers, replaces those that die, and watches the settings."""
 
     def __init__(self, settings: Settings, listeners: list) -> None:
         self.settings, self.listeners = settings, listeners
-        self.workers: dict = {}  # pid: (monotonic time of its start, its place in loads; None: the queue's)
+        self.workers: dict = {}  # pid: (monotonic time of its start, index in busy_counts, None for the queue's)
         self.busy_counts: Any = [0]
-        self.wakeup_pair = socket.socketpair() if settings.queue else (None, None)  # rung where something is due
+        self.wakeup_pair = socket.socketpair() if settings.queue else (None, None)  # written to when something is due
         self.stopping = self.reload_requested = False
-        self.bad_stat_keys: tuple = ()  # signatures of settings that were told to be faulty
+        self.bad_stat_keys: tuple = ()  # of settings whose faults are logged already
         self.respawn_not_before = 0.0  # no worker is started before this time
 
     def run(self, ready: Callable) -> int:
-        """Until SIGTERM or SIGINT; then 0."""
+        """Run until SIGTERM or SIGINT; return the exit code."""
         alarm, wake = socket.socketpair()
         wake.setblocking(False)
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
@@ -7298,10 +7310,8 @@ class Supervisor:
         self._replace()
         ready()
         while not self.stopping:
-            try:
+            with contextlib.suppress(socket.timeout):
                 alarm.recv(4096)
-            except socket.timeout:
-                pass
             self._reap()
             if not self.stopping:
                 self._replace()
@@ -7313,7 +7323,7 @@ class Supervisor:
         self.reload_requested = self.reload_requested or number == signal.SIGHUP
 
     def _replace(self) -> None:
-        """As many workers as there should be; one that died young is replaced a second later."""
+        """Start the workers that are missing; one that died young is replaced a second later."""
         free = set(range(len(self.busy_counts))) - {slot for _, slot in self.workers.values()}
         missing = self.settings.queue and None not in [slot for _, slot in self.workers.values()]
         for slot in (*([None] if missing else []), *sorted(free)):
@@ -7322,11 +7332,11 @@ class Supervisor:
             sys.stderr.flush()
             if slot is not None:
                 self.busy_counts[slot] = 0
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the worker listens to them
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the worker handles them
             try:
                 pid = os.fork()
-            except OSError as error:  # the machine has no more processes: those that run must not suffer
-                log.lines(f"a worker can't be started: {error.strerror}")
+            except OSError as error:  # no process is left: those that run must go on
+                log.lines(f"cannot start a worker: {error.strerror}")
                 pid, self.respawn_not_before = -1, time.monotonic() + 1
             if not pid:
                 self._become_worker(slot)
@@ -7350,7 +7360,7 @@ class Supervisor:
             log_exception("worker")
         finally:
             log.flush()
-            os._exit(code)  # without the threads that are still at work, and without the master's cleaning up
+            os._exit(code)  # without waiting for threads, and without the supervisor's cleanup
 
     def _reap(self) -> None:
         while self.workers:
@@ -7360,15 +7370,15 @@ class Supervisor:
                 return
             if not pid:
                 return
-            born, slot = self.workers.pop(pid, (None, 0))
-            if born is not None and not self.stopping:
+            started, slot = self.workers.pop(pid, (None, 0))
+            if started is not None and not self.stopping:
                 name = "queue process" if slot is None else "worker"
-                log.lines(f"{name} {pid} ended ({exit_reason(status)}); a new one takes its place")
-                if time.monotonic() - born < 1:
+                log.lines(f"{name} {pid} ended ({exit_reason(status)}); starting a new one")
+                if time.monotonic() - started < 1:
                     self.respawn_not_before = time.monotonic() + 1
 
     def _watch(self) -> None:
-        """Takes settings that changed, or tells each fault of them once."""
+        """Apply settings that changed, or log their faults once."""
         settings = self.settings
         if not settings.path:
             return
@@ -7390,28 +7400,24 @@ class Supervisor:
             log.lines("queue.path: takes effect at the next start")
         self.settings = fresh = pin_queue_path(fresh, settings.queue)
         log.open(fresh.smtpd.syslog)
-        log.lines(f"settings read again from {settings.path}")
+        log.lines(f"reloaded {settings.path}")
         self._signal_workers(signal.SIGHUP)
 
     def _signal_workers(self, number: int) -> None:
         for pid in self.workers:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-            except ProcessLookupError:
-                pass
 
     def _stop(self, alarm: socket.socket) -> int:
-        """Waits for the workers, which answer what is in flight; who takes too long is killed."""
+        """Wait for the workers, which answer what is in flight; kill those that take too long."""
         for listener in self.listeners:
             unlink_socket(listener)
             listener.close()
         self._signal_workers(signal.SIGTERM)
         deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 3
         while self.workers and time.monotonic() < deadline:
-            try:
+            with contextlib.suppress(socket.timeout):
                 alarm.recv(4096)
-            except socket.timeout:
-                pass
             self._reap()
         self._signal_workers(signal.SIGKILL)
         log.lines("stopped")
@@ -7419,43 +7425,33 @@ class Supervisor:
 
 
 def exit_reason(status: int) -> str:
-    """How a process ended, in words."""
+    """Describe how a process ended."""
     return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
 
 
 def bind(listen: str) -> socket.socket:
-    """A listening socket; OSError says why there is none."""
+    """Return a listening TCP or Unix socket; raise OSError."""
     if listen.startswith("unix:"):
         return bind_unix(listen[5:])
     name, _, port = listen.rpartition(":")
-    family, kind, proto, _, place = socket.getaddrinfo(
+    family, *_, address = socket.getaddrinfo(
         ascii_domain(name.strip("[]")).encode(), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
-    listener = socket.socket(family, kind, proto)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if family == socket.AF_INET6:
-        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    try:
-        listener.bind(place)
-    except OSError:
-        listener.close()
-        raise
-    listener.listen(BACKLOG)
-    return listener
+    return socket.create_server(address, family=family, backlog=BACKLOG)
 
 
 BACKLOG = 1024
 
 
 def bind_unix(path: str) -> socket.socket:
-    """A listening socket in the file system; one left over by a server that is gone is replaced."""
+    """Return a listening Unix socket; one left over by a server that is gone is replaced."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.connect(path)
     except ConnectionRefusedError:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):  # a file that is no socket is refused alike
+        if not stat.S_ISSOCK(os.stat(path).st_mode):  # a file that is no socket refuses as well
             listener.close()
-            raise OSError(errno.EEXIST, "a file that is no socket stands there") from None
+            raise OSError(errno.EEXIST, "exists and is not a socket") from None
         os.unlink(path)
     except FileNotFoundError:
         pass
@@ -7465,26 +7461,24 @@ def bind_unix(path: str) -> socket.socket:
     listener.close()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
-    os.chmod(path, 0o666)  # who may come is said by the folder, as for other servers' sockets
+    os.chmod(path, 0o666)  # the folder's mode decides who may connect, as for other servers' sockets
     listener.listen(BACKLOG)
     return listener
 
 
 def unlink_socket(listener: socket.socket) -> None:
-    try:
-        if listener.family == socket.AF_UNIX:
+    if listener.family == socket.AF_UNIX:
+        with contextlib.suppress(OSError):
             os.unlink(listener.getsockname())
-    except OSError:
-        pass
 
 
 def url_of(listener: socket.socket, tls: bool) -> str:
-    """Where a listener is reached."""
-    place = listener.getsockname()
+    """Return the URL of a listener."""
+    address = listener.getsockname()
     if listener.family == socket.AF_UNIX:
-        return f"unix:{place}"
-    name = f"[{place[0]}]" if ":" in place[0] else place[0]
-    return f"{'https' if tls else 'http'}://{name}:{place[1]}/"
+        return f"unix:{address}"
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return f"{'https' if tls else 'http'}://{host}:{address[1]}/"
 
 
 # ======================================================================================================================
@@ -7925,7 +7919,7 @@ def command_route(options: Any) -> int:
     to, sender = parse_address(options.address), parse_address(options.sender or "")
     if not to or (options.sender and not sender):
         raise CommandError(f'"{options.address if not to else options.sender}" is no mail address', 2)
-    refusal = check_rcpt(to, settings)
+    refusal = check_recipient(to, settings)
     route, why = resolve_route(to.domain, sender.domain if sender else "", settings)
     print(f"{options.address}: {describe_route(route)} ({why})")
     if refusal:
@@ -8218,10 +8212,12 @@ def sendmail(settings: Settings, octets: bytes, sender: str, named: list, from_h
     trace = f"{place};\r\n\t{rfc5322_date(int(now))}"
     try:
         message = complete_raw_message(raw, sender, loop, trace, queueid, settings.hostname, now)
-        raise_if_rejected(check_size(len(message.parts[0]), settings))
+        too_big = check_message_size(len(message.parts[0]), settings)
+        if too_big:
+            raise Rejected(too_big)
     except Rejected as refused:
         return print_error(refused.reply.message[0], EX_DATAERR)
-    replies = {given: check_rcpt(mailbox, settings, given) for given, mailbox in mailboxes.items()}
+    replies = {given: check_recipient(mailbox, settings, given) for given, mailbox in mailboxes.items()}
     good = [mailbox for given, mailbox in mailboxes.items() if not replies[given]]
     transactions = plan_shared(source, message, good, settings, queueid)
     replies.update(replies_by_recipient(good, run(deliver_and_leave(transactions, settings)) if transactions else []))
