@@ -1453,157 +1453,254 @@ def log_value(value: Any, limit: int = 500) -> str:
 
 # ======================================================================================================================
 # 5. Submissions
-#    Takes the octets of a request's body, gives a Submission in which every string is Unicode, free of CR, LF and NUL
-#    where a header is meant, and every address of a header is one. Knows nothing of policy.
+#    Takes the body of a request, gives a Submission and the list of all faults. Every string of a Submission is
+#    Unicode; strings for headers have no CR, LF or NUL; addresses in headers are parsed. Knows no settings.
 # ======================================================================================================================
 
 
-@dataclass(repr=False, eq=False)  # made for each request, and a frozen one takes four times as long
+@dataclass(repr=False, eq=False)  # made for each request, and creating a frozen one takes four times as long
 class Request:
-    """One HTTP request; its body comes after its head was found good."""
+    """An HTTP request; its body is read after the checks of its head."""
 
     method: str
     path: str
     headers: dict  # by name in lower case
-    body: Any  # bytes, or a bytearray
-    client: IPAddress | None  # None where nothing was read
-    peer: IPAddress | None  # of the connection: the client's or a proxy's
+    body: Any  # bytes or bytearray
+    client: IPAddress | None  # None if no head was read
+    peer: IPAddress | None  # address of the connection: the client's or a proxy's
     port: int | None  # of the client
     now: float  # seconds since the epoch
-    settings: Settings | None = None  # in force when it began
+    settings: Settings | None = None  # the settings in force when it began
 
 
 class Mailbox(NamedTuple):
-    """One mailbox: as the client wrote it, its local part, and its domain in ASCII."""
+    """A mailbox of RFC 5321 4.1.2, its domain in ASCII."""
 
     as_written: str
     local: str
     domain: str
-    addr_spec: str  # local part and domain
-    key: tuple  # the same for two addresses that are the same: domains compare without case (RFC 5321 2.4)
+    addr_spec: str  # local part, "@", domain
+    key: tuple  # equal for equal mailboxes: domains compare without case (RFC 5321 2.4)
 
 
-def parse_address(text: str) -> Mailbox | None:
-    """The mailbox (RFC 5321 4.1.2, no display name, no brackets), or None. The local part may be other than ASCII."""
-    return _parse_address(text) if len(text) <= MAX_PATH else None
-
-
-@functools.lru_cache(maxsize=4096)  # of nothing long: what was asked is kept
-def _parse_address(text: str) -> Mailbox | None:
-    found = MAILBOX.fullmatch(text)
-    if not found:
-        return None
-    if not text.isascii() and (not text.isprintable() or len(text.encode()) > MAX_PATH):
-        return None
-    local, domain = found.groups()
-    if not domain.isascii():
-        domain = ascii_domain(domain)
-    found = Mailbox(text, local, domain, f"{local}@{domain}", (local, domain.lower()))
-    if len(found.addr_spec.encode()) > MAX_PATH:
-        return None
-    return found if DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_address_literal(domain)) else None
-
-
+NULL_SENDER = Mailbox("", "", "", "", ("", ""))  # of bounces, RFC 5321 4.5.5; in a header: an empty group
 MAX_PATH = 254  # octets, RFC 5321 4.5.3.1.3 less the brackets
 _ATOM = r"[^\x00-\x20\x7f()<>@,;:\\\".\[\]]+"
-MAILBOX = re.compile(  # what of it is other than ASCII has to be printable too
+MAILBOX = re.compile(  # characters beyond ASCII must be printable as well
     rf'({_ATOM}(?:\.{_ATOM})*|"(?:[^\x00-\x1f\x7f"\\]|\\[\x20-\x7e])*")'
     r"@([^\x00-\x20\x7f@<>\[\]]+|\[[0-9A-Za-z:.]+\])"
 )
 
 
-NULL_SENDER = Mailbox("", "", "", "", ("", ""))  # of bounces, RFC 5321 4.5.5
+@cache_short(4096, limit=MAX_PATH)
+def parse_address(text: str) -> Mailbox | None:
+    """Return the mailbox that a bare address names, or None. The local part may be other than ASCII (RFC 6531)."""
+    found = MAILBOX.fullmatch(text) if len(text) <= MAX_PATH else None
+    if not found or not (text.isascii() or (text.isprintable() and len(text.encode()) <= MAX_PATH)):
+        return None
+    local, domain = found.groups()
+    domain = domain if domain.isascii() else ascii_domain(domain)
+    mailbox = Mailbox(text, local, domain, f"{local}@{domain}", (local, domain.lower()))
+    if len(mailbox.addr_spec.encode()) > MAX_PATH:
+        return None
+    return mailbox if DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_address_literal(domain)) else None
+
+
+@cache_short(1024)
+def is_address_literal(text: str) -> bool:
+    """Return whether the text is an address literal (RFC 5321 4.1.3): [192.0.2.1] or [IPv6:2001:db8::1]."""
+    inner = text[1:-1]
+    if "%" in inner:  # ipaddress accepts any characters in a zone, CR and LF included
+        return False
+    is_v6 = inner[:5].lower() == "ipv6:"
+    try:
+        (ipaddress.IPv6Address if is_v6 else ipaddress.IPv4Address)(inner[5:] if is_v6 else inner)
+    except ValueError:
+        return False
+    return True
 
 
 def idna_hint(text: str) -> tuple:
-    """A line on the character for which a domain is refused, () where there is none."""
+    """Return a line about the character for which a domain is refused, or ()."""
     found = re.search(f"@[^@ ,>]*([{IDNA_DEVIATIONS}])", text)
     if not found:
         return ()
     return (f"U+{ord(found[1]):04X} has two readings in a domain (IDNA 2003 and 2008); write the domain as xn--...",)
 
 
-@functools.lru_cache(maxsize=1024)
-def is_address_literal(text: str) -> bool:
-    """True for an address literal of RFC 5321 4.1.3: [192.0.2.1] or [IPv6:2001:db8::1]."""
-    inner = text[1:-1]
-    if "%" in inner:  # ipaddress takes anything behind it for a zone, CR and LF too
-        return False
+def parse_unicode_text(value: Any, json_path: str, errors: list) -> str:
+    """Return a string; any Unicode characters are allowed."""
+    if type(value) is not str:
+        errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
+        return ""
+    if value.isascii():
+        return value
     try:
-        if inner[:5].lower() == "ipv6:":
-            return bool(ipaddress.IPv6Address(inner[5:])) or True
-        return bool(ipaddress.IPv4Address(inner)) or True
-    except ValueError:
-        return False
+        value.encode("utf-16")  # fails for lone surrogates, and is quicker than UTF-8
+    except UnicodeEncodeError as error:
+        errors.append(f"{json_path}: has half a surrogate pair at character {error.start}")
+    return value
 
 
 def parse_header_text(value: Any, json_path: str, errors: list) -> str:
-    """A string for a header: neither CR, LF nor NUL, no lone surrogate."""
+    """Return a string for a header: no CR, LF, NUL or lone surrogate."""
     value = parse_unicode_text(value, json_path, errors)
     if not value.isprintable() and ("\r" in value or "\n" in value or "\0" in value):
         errors.append(f"{json_path}: has a CR, LF or NUL")
     return value
 
 
-def parse_unicode_text(value: Any, json_path: str, errors: list) -> str:
-    """A string of Unicode characters, whatever they are."""
-    if type(value) is not str:
-        errors.append(f"{json_path}: a string is wanted, not {json_type_name(value)}")
-        return ""
-    if value.isascii():
+def matching(pattern: str, expected: str) -> Callable:
+    """Make a parser of header text that is empty or matches the whole pattern."""
+    compiled = re.compile(pattern)
+
+    def parse(value: Any, json_path: str, errors: list) -> str:
+        value = parse_header_text(value, json_path, errors)
+        if value and not compiled.fullmatch(value):
+            errors.append(f'{json_path}: expected {expected}, got "{sanitize(value, 80)}"')
         return value
-    try:
-        value.encode("utf-16")  # finds them, and is quicker than UTF-8
-    except UnicodeEncodeError as error:
-        errors.append(f"{json_path}: has half a surrogate pair at character {error.start}")
-    return value
+
+    return parse
 
 
 def parse_mailbox_field(value: Any, json_path: str, errors: list) -> tuple:
-    """((display name, Address), ...) of a header like From."""
-    value = parse_header_text(value, json_path, errors)
-    found = parse_mailboxes(value) if len(value) <= MAX_MAILBOXES else ()
-    if value and not found:
-        errors.append(
-            "; ".join([f'{json_path}: "name <address>" is wanted, not "{sanitize(value, 80)}"', *idna_hint(value)])
-        )
+    """Return ((display name, Mailbox), ...) of a field like From; a text that is not empty names at least one."""
+    found = parse_recipient_field(value, json_path, errors)
+    if any(mailbox is NULL_SENDER for _, mailbox in found):
+        errors.append(f"{json_path}: names no mailbox")
     return found
 
 
-MAX_MAILBOXES = 32768  # characters of one field
-
-
-def parse_mailbox_list(value: Any, json_path: str, errors: list) -> tuple:
-    """The same of a list of such strings, or of one."""
-    return tuple(itertools.chain.from_iterable(list_of(parse_mailbox_field)(value, json_path, errors)))
-
-
-def parse_mailboxes(text: str) -> tuple:
-    """((display name, Address), ...); () where one of them is none. RFC 5322 3.4; email.utils reads the quoting."""
-    return (_parse_mailboxes if len(text) <= CACHE_MAX_CHARS else _parse_mailboxes.__wrapped__)(text)
-
-
-@functools.lru_cache(maxsize=512)
-def _parse_mailboxes(text: str) -> tuple:
-    simple = re.fullmatch(r"([^<>\"\\]*)<([^<>\s]+)>\s*", text)  # a comma or bracket in the name harms nobody here
-    if simple and "@" in simple[1] and re.search("[,;]", simple[1]):  # another mailbox, and no name
-        simple = None
+def parse_recipient_field(value: Any, json_path: str, errors: list) -> tuple:
+    """Return the same of a field like To, where ((name, NULL_SENDER),) is an empty group (RFC 5322 3.4)."""
+    value, reason = parse_header_text(value, json_path, errors), ""
     try:
-        named = (
-            [simple.groups()]
-            if simple
-            else [("", text.strip())]
-            if parse_address(text.strip())
-            else getaddresses([text])
-        )
-    except RecursionError:  # comments in comments in comments
-        return ()
-    found = tuple((name.strip(), parse_address(spec)) for name, spec in named)
-    return found if all(item for _, item in found) else ()
+        found = parse_mailboxes(value)
+        if found or not value:
+            return found
+        if ":" in value:
+            name = value.partition(":")[0].strip()
+            return ((name if PHRASE.fullmatch(name) else "undisclosed-recipients", NULL_SENDER),)
+    except ValueError as error:
+        reason = "" if value.strip() in str(error) else f" ({error})"
+    text = f'{json_path}: expected "name <address>", got "{sanitize(value, 80)}"{reason}'
+    errors.append("; ".join([text, *idna_hint(value[:MAX_FIELD])]))
+    return ()
+
+
+PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}")  # of a mailbox or group, written without quotes
+
+
+def parse_recipient_list(value: Any, json_path: str, errors: list) -> tuple:
+    """Return the same of a list of such strings, or of one."""
+    return tuple(itertools.chain.from_iterable(list_of(parse_recipient_field)(value, json_path, errors)))
+
+
+MAX_FIELD = 102400  # octets of a header, RFC 5321 4.5.3.1.7 asks for less
+MAX_ADDRESSES = 2000  # of one field
+# A name with commas or brackets without quotes, which people write, then one address.
+SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")
+ADDRESS_TOKEN = re.compile(
+    r'(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<angle><(?:[^<>"\\]|"(?:[^"\\]|\\.)*")*>)|(?P<literal>\[[^\[\]]*\])'
+    r"|(?P<blank>\s+)|(?P<mark>[,;:])|(?P<atom>[^\s\"<>()\[\],;:]+)",
+    re.DOTALL,
+)
+COMMENT_TOKEN = re.compile(r"[()]|\\.", re.DOTALL)
+
+
+@cache_short(512)
+def parse_mailboxes(text: str) -> tuple:
+    """Return ((display name, Mailbox), ...) of an address list (RFC 5322 3.4 and 4.4); ValueError if it is none.
+
+    Groups are dissolved, an empty one has no mailboxes. ";" separates as "," does, since many people write it.
+    email.utils.getaddresses() is not used: its strictness differs between versions of Python.
+    """
+    simple = SIMPLE_MAILBOX.fullmatch(text)
+    if simple and not ("@" in simple[1] and re.search("[,;]", simple[1])):  # else the name holds another mailbox
+        return ((simple[1].strip(), _parse_spec(simple[2])),)
+    found, member, in_group = [], AddressListMember(), False
+    for kind, token in address_tokens(text):
+        if kind != "mark":
+            member.add(kind, token)
+        elif token == ":":
+            if in_group or member.angle or not member.words:
+                raise ValueError('":" out of place')
+            member, in_group = AddressListMember(), True
+        else:
+            found += member.mailboxes()
+            member, in_group = AddressListMember(), in_group and token != ";"
+        if len(found) > MAX_ADDRESSES:
+            raise ValueError(f"more than {MAX_ADDRESSES} addresses")
+    if in_group:
+        raise ValueError('a group without ";"')
+    return tuple(found + member.mailboxes())
+
+
+def address_tokens(text: str) -> Any:
+    """Yield (kind, text) of the tokens of an address list."""
+    at = 0
+    while at < len(text):
+        if text[at] == "(":
+            end = _comment_end(text, at)
+            yield "comment", text[at + 1 : end - 1]
+            at = end
+            continue
+        found = ADDRESS_TOKEN.match(text, at)
+        if not found:
+            raise ValueError(f'"{text[at]}" out of place')
+        yield found.lastgroup, found[0]
+        at = found.end()
+
+
+def _comment_end(text: str, start: int) -> int:
+    """Return the position after a comment, which may hold others."""
+    depth = 0
+    for found in COMMENT_TOKEN.finditer(text, start):
+        depth += {"(": 1, ")": -1}.get(found[0], 0)
+        if not depth:
+            return found.end()
+    raise ValueError('a comment without ")"')
+
+
+class AddressListMember:
+    """The tokens between two separators of an address list: one mailbox or nothing."""
+
+    def __init__(self) -> None:
+        self.words: list = []  # of (kind, text)
+        self.comments: list = []
+        self.angle = ""  # "<address>"
+
+    def add(self, kind: str, token: str) -> None:
+        if kind == "comment":
+            self.comments.append(token)
+            token = " "
+        elif kind == "angle" and not self.angle:
+            self.angle = token
+        elif kind == "blank" or not self.angle:
+            self.words.append((kind, token))
+        else:
+            raise ValueError(f'"{sanitize(token, 80)}" after an address')
+
+    def mailboxes(self) -> list:
+        """Return [(display name, Mailbox)], or [] if there are only comments and blanks."""
+        comments = " ".join(comment.strip() for comment in self.comments)
+        if self.angle:
+            words = [re.sub(r"\\(.)", r"\1", word[1:-1]) if kind == "quoted" else word for kind, word in self.words]
+            name = " ".join("".join(words).split())
+            return [(f"{name} ({comments})" if name and comments else name or comments, _parse_spec(self.angle[1:-1]))]
+        spec = "".join(word for _, word in self.words).strip()
+        return [(comments, _parse_spec(spec))] if spec else []
+
+
+def _parse_spec(text: str) -> Mailbox:
+    mailbox = parse_address(text.strip())
+    if not mailbox:
+        raise ValueError(f'"{sanitize(text, 80)}" is no address')
+    return mailbox
 
 
 def parse_loop_names(value: Any, json_path: str, errors: list) -> tuple:
-    """Names that a mail has passed: a list, or one string with commas."""
+    """Return the names of the Hainekos that a mail has passed: from a list, or from one string with commas."""
     names = ",".join(list_of(parse_header_text)(value, json_path, errors)).split(",")
     names = tuple(name.strip() for name in names if name.strip())
     for name in names:
@@ -1613,68 +1710,77 @@ def parse_loop_names(value: Any, json_path: str, errors: list) -> tuple:
 
 
 def parse_charset(value: Any, json_path: str, errors: list) -> str:
-    """The name of a charset as mail readers know it (IANA's)."""
+    """Return IANA's name of a charset."""
     value = parse_header_text(value, json_path, errors)
     name = iana_charset(value)
     if not name:
-        errors.append(f'{json_path}: "{sanitize(value, 80)}" is no charset for mail that is known here')
+        errors.append(f'{json_path}: unknown charset "{sanitize(value, 80)}"; "UTF-8" holds every character')
     return name or "UTF-8"
 
 
 def iana_charset(name: str) -> str:
-    """IANA's spelling of a charset's name, "" for none that Python knows or that text in mail can have."""
+    """Return IANA's preferred name of a charset, "" for one that Python or mail readers do not know."""
     return _iana_charset(name) if re.fullmatch(r"[A-Za-z0-9_.:()+-]{1,40}", name) else ""
 
 
 @functools.lru_cache(maxsize=64)
 def _iana_charset(name: str) -> str:
     try:
-        codec = codecs.lookup(codec_name(name)).name
-        as_ascii = "Az0 =?<@>\\~\r\n".encode(codec) == b"Az0 =?<@>\\~\r\n"
-    except (LookupError, ValueError, TypeError):
+        return IANA_NAMES.get(codecs.lookup(codec_name(name)).name, "")
+    except (LookupError, ValueError):
         return ""
-    if not as_ascii or codec.replace("_", "-") in NO_CHARSETS:
-        return ""
-    if codec in IANA_NAMES:
-        return IANA_NAMES[codec]
-    codec = re.sub(r"^iso8859-", "ISO-8859-", re.sub(r"^cp(125\d|874)$", r"windows-\1", codec))
-    return codec.replace("_", "-")
 
 
 def codec_name(charset: str) -> str:
-    """Python's name of a charset of mail; it does not know all of IANA's."""
-    known = {name.lower(): codec for codec, name in IANA_NAMES.items()}
-    return known.get(charset.lower()) or re.sub("^windows-", "cp", charset.lower())
+    """Return Python's name of a charset; Python does not know all of IANA's names."""
+    return CODECS.get(charset.lower(), charset.lower())
 
 
-NO_CHARSETS = ("utf-7", "idna", "punycode", "unicode-escape", "raw-unicode-escape", "charmap", "mbcs", "oem")
+# Python's name of a codec: IANA's of the charset. Codecs without one are not used, since no mail reader knows them.
 IANA_NAMES = {
     "ascii": "US-ASCII",
     "utf-8": "UTF-8",
     "iso2022_jp": "ISO-2022-JP",
+    "iso2022_jp_2": "ISO-2022-JP-2",
+    "iso2022_kr": "ISO-2022-KR",
     "shift_jis": "Shift_JIS",
     "cp932": "Windows-31J",
     "euc_jp": "EUC-JP",
     "euc_kr": "EUC-KR",
-    "cp949": "ks_c_5601-1987",
+    "cp949": "KS_C_5601-1987",
+    "cp950": "Big5",  # Microsoft's Big5; the characters that only it has are sent as UTF-8
     "big5": "Big5",
+    "big5hkscs": "Big5-HKSCS",
     "gb2312": "GB2312",
     "gbk": "GBK",
+    "gb18030": "GB18030",
     "koi8-r": "KOI8-R",
     "koi8-u": "KOI8-U",
+    "mac-roman": "macintosh",
+    "hp-roman8": "hp-roman8",
+    "kz1048": "KZ-1048",
+    "ptcp154": "PTCP154",
+    "tis-620": "TIS-620",
+    "cp874": "windows-874",
+    "cp858": "IBM00858",
+    **{f"cp{page}": f"windows-{page}" for page in range(1250, 1259)},
+    **{f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 855, 857, *range(860, 867), 869)},
+    **{f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))},
 }
+CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
 
-
-def parse_message_id(value: Any, json_path: str, errors: list) -> str:
-    """One message id, RFC 5322 3.6.4."""
-    value = parse_header_text(value, json_path, errors)
-    if value and not MESSAGE_ID.fullmatch(value):
-        errors.append(f'{json_path}: "<left@right>" is wanted, not "{sanitize(value, 80)}"')
-    return value
+MESSAGE_ID = r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>"
+PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable ASCII, words with one space between
+DATE = re.compile(
+    r"(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), )?[0-9]{1,2} (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) [0-9]{4} "
+    r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
+)
+parse_message_id = matching(MESSAGE_ID, '"<left@right>"')  # RFC 5322 3.6.4
+parse_ascii_text = matching(PLAIN.pattern, "printable ASCII in words of at most 900 characters")
 
 
 def parse_message_ids(value: Any, json_path: str, errors: list) -> str:
-    """Message ids with white space between, or a list of them."""
+    """Return message ids, from a list or from a string with white space between them."""
     return " ".join(
         parse_message_id(item, json_path, errors)
         for text in list_of(parse_header_text)(value, json_path, errors)
@@ -1683,54 +1789,25 @@ def parse_message_ids(value: Any, json_path: str, errors: list) -> str:
     )
 
 
-MESSAGE_ID = re.compile(r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>")
-
-
 def parse_date(value: Any, json_path: str, errors: list) -> str:
-    """A date of RFC 5322 3.3."""
+    """Return a date of RFC 5322 3.3."""
     value = parse_header_text(value, json_path, errors)
     try:
-        good = not value or (DATE.fullmatch(value) and parsedate_to_datetime(value))
+        valid = not value or (DATE.fullmatch(value) and parsedate_to_datetime(value))
     except (ValueError, TypeError):  # the 31st of February
-        good = False
-    if not good:
-        errors.append(f'{json_path}: a date like "{formatdate(0)}" is wanted, not "{sanitize(value, 80)}"')
+        valid = False
+    if not valid:
+        errors.append(f'{json_path}: expected a date like "{formatdate(0)}", got "{sanitize(value, 80)}"')
     return value
-
-
-DATE = re.compile(
-    r"(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), )?[0-9]{1,2} (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) [0-9]{4} "
-    r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
-)
-
-
-def parse_ascii_text(value: Any, json_path: str, errors: list) -> str:
-    """Printable ASCII with single spaces, for fields in which nothing can be encoded."""
-    value = parse_header_text(value, json_path, errors)
-    if value and not PLAIN.fullmatch(value):
-        errors.append(
-            f'{json_path}: printable ASCII is wanted, in words of 900 characters, not "{sanitize(value, 80)}"'
-        )
-    return value
-
-
-PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable ASCII, words with one space between
 
 
 def one_of(*words: str) -> Callable:
-    """A parser of one of these words."""
-
-    def parse(value: Any, json_path: str, errors: list) -> str:
-        value = parse_header_text(value, json_path, errors)
-        if value and value.lower() not in words:
-            errors.append(f'{json_path}: one of {", ".join(words)} is wanted, not "{sanitize(value, 80)}"')
-        return value
-
-    return parse
+    """Make a parser of one of these words."""
+    return matching(f"(?i:{'|'.join(words)})", f"one of {', '.join(words)}")
 
 
-# Fields that are handed on, beside those of Header and X-anything. What one_line reads is text and may be encoded
-# (RFC 2047), what mailboxes reads is a field of addresses, all others go as they are.
+# Fields that a client may set beside those of Header and X-...; the parser decides how a value is written:
+# parse_header_text: may be encoded (RFC 2047); parse_mailbox_field: a list of mailboxes; all others: as it is.
 EXTRA_FIELDS = {
     "Message-Id": parse_message_id,
     "In-Reply-To": parse_message_ids,
@@ -1755,146 +1832,142 @@ EXTRA_FIELDS = {
     "Feedback-Id": parse_ascii_text,
     "Disposition-Notification-To": parse_mailbox_field,  # RFC 8098
 }
-RESERVED_FIELDS = re.compile(
-    r"received|sender|returnpath|dkimsignature|mime.*|content.*"
-)  # fields that Haineko itself makes
+RESERVED_FIELDS = re.compile(r"received|sender|returnpath|dkimsignature|mime.*|content.*")  # normalized; made here
 X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
 
 
 def normalize_key(key: str) -> str:
-    """A key of a header in the one spelling of all that mean the same: replyto for Reply-To, reply_to and replyTo."""
+    """Return the one spelling of a header's key: "replyto" for Reply-To, reply_to and replyTo."""
     return key.lower().replace("-", "").replace("_", "")
 
 
 FIELD_BY_KEY = {normalize_key(name): name for name in EXTRA_FIELDS}
 
 
-@dataclass(repr=False, eq=False)  # made for each mail, and a frozen one takes four times as long
+@dataclass(repr=False, eq=False)  # made for each mail, and creating a frozen one takes four times as long
 class Header:
     from_: tuple = config_field((), parse_mailbox_field, "From; absent: the envelope sender", key="from")
     subject: str = config_field("", parse_header_text, "required")
     replyto: tuple = config_field((), parse_mailbox_field, "Reply-To", key="replyto|reply-to")
     charset: str = config_field("UTF-8", parse_charset, "of headers and body")
     loop: tuple = config_field((), parse_loop_names, "names of the Hainekos it has passed", key="x-haineko-loop")
-    to: tuple = config_field((), parse_mailbox_list, "To; with it all recipients get the same message")
-    cc: tuple = config_field((), parse_mailbox_list, "Cc; the same")
-    bcc: tuple = config_field((), parse_mailbox_list, "more recipients, in no header")
-    extra_fields: tuple = ()  # ((name, value, parser), ...) of further fields
+    to: tuple = config_field((), parse_recipient_list, "To; with it all recipients get the same message")
+    cc: tuple = config_field((), parse_recipient_list, "Cc; the same")
+    bcc: tuple = config_field((), parse_recipient_list, "more recipients, in no header")
+    extra_fields: tuple = ()  # ((name, value, parser), ...)
 
     @property
     def shared(self) -> bool:
-        """True where every recipient gets the same message."""
+        """Whether all recipients get the same message."""
         return bool(self.to or self.cc)
 
 
 def parse_header(value: Any, json_path: str, errors: list) -> Header:
-    """A Header whose keys may be spelled in any way, with the further fields in `others`."""
+    """Return a Header; its keys may be spelled in any way."""
     own = key_table(Header)
-    if not isinstance(value, dict) or value.keys() <= own.keys():  # as most programs spell it
+    if not isinstance(value, dict) or value.keys() <= own.keys():  # the usual spelling
         return from_dict(Header, value, json_path, errors)
     rows = {normalize_key(key): row for key, row in own.items()}
-    values, others, seen = {}, [], {}
+    values, extra, seen = {}, [], {}
     twice = getattr(value, "duplicate_keys", ())[:MAX_ERRORS]
     errors.extend(f"{json_path}.{sanitize(key)}: stands more than once" for key in twice)
     for key, item in value.items():
         if len(errors) >= MAX_ERRORS:
             break
-        name, place = normalize_key(key), f"{json_path}.{sanitize(key)}"
+        name, item_path = normalize_key(key), f"{json_path}.{sanitize(key)}"
         if seen.setdefault(name, key) != key:
-            errors.append(f"{place}: says again what {sanitize(seen[name])} says already")
+            errors.append(f"{item_path}: means the same as {sanitize(seen[name])}, which is set already")
         elif name in rows:
             attribute, parse = rows[name]
-            values.update({} if item is None else {attribute: parse(item, place, errors)})
+            values.update({} if item is None else {attribute: parse(item, item_path, errors)})
         else:
-            others += extra_field(key, item, place, errors)
-    return Header(**values, extra_fields=tuple(others))
+            extra += extra_field(key, item, item_path, errors)
+    return Header(**values, extra_fields=tuple(extra))
 
 
 def extra_field(key: str, value: Any, json_path: str, errors: list) -> list:
-    """[(name, value, parser), ...] of a field that is no row of Header; [] with a fault where it can't be."""
+    """Return [(name, value, parser), ...] of a key that is not one of Header's own."""
     name = FIELD_BY_KEY.get(normalize_key(key))
-    if name and value is not None:
-        return [(name, item, EXTRA_FIELDS[name]) for item in (EXTRA_FIELDS[name](value, json_path, errors),) if item]
-    if X_FIELD.fullmatch(key) and value is not None:
-        name = "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
-        return [
-            (name, item, parse_header_text) for item in list_of(parse_header_text)(value, json_path, errors) if item
-        ]
-    if name or X_FIELD.fullmatch(key):
+    parse, is_x = EXTRA_FIELDS.get(name), X_FIELD.fullmatch(key)
+    if (name or is_x) and value is None:
         return []
-    if RESERVED_FIELDS.fullmatch(normalize_key(key)):
-        errors.append(f"{json_path}: this field is made by Haineko itself")
+    if name:
+        items = (parse(value, json_path, errors),)
+    elif is_x:
+        parse, name = parse_header_text, "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
+        items = list_of(parse)(value, json_path, errors)
+    elif RESERVED_FIELDS.fullmatch(normalize_key(key)):
+        errors.append(f"{json_path}: Haineko makes this field itself")
+        return []
     else:
-        words = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)]
-        errors.append(f"{json_path}: unknown key{did_you_mean(key, words) if len(errors) < MAX_HINTS else ''}")
-    return []
+        names = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)]
+        errors.append(f"{json_path}: unknown key{did_you_mean(key, names) if len(errors) < MAX_HINTS else ''}")
+        return []
+    return [(name, item, parse) for item in items if item]
 
 
 def parse_base64(value: Any, json_path: str, errors: list) -> bytes:
-    """The octets that a string of base64 (RFC 4648 4) stands for; white space in it means nothing."""
+    """Return the octets of a base64 string (RFC 4648 4); white space in it is ignored."""
     if type(value) is not str:
-        errors.append(f"{json_path}: a string is wanted, not {json_type_name(value)}")
+        errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
         return b""
     for text in (value, "".join(value.split())) if "\n" in value or " " in value else (value,):
         try:
             octets = binascii.a2b_base64(text)
         except ValueError:
             continue
-        if len(octets) == len(text) // 4 * 3 - text[-2:].count("=") and len(text) % 4 == 0:  # a2b leaves out the rest
+        # a2b_base64() skips characters that are not of its alphabet: the length tells whether there were any.
+        if len(octets) == len(text) // 4 * 3 - text[-2:].count("=") and len(text) % 4 == 0:
             return octets
     errors.append(f"{json_path}: is not base64")
     return b""
 
 
 def parse_file_name(value: Any, json_path: str, errors: list) -> str:
-    """A name for the reader's disk: no path, nothing that doesn't show."""
+    """Return a file name without a path or invisible characters."""
     value = parse_unicode_text(value, json_path, errors).strip()
     if CONTROL_OR_BIDI.search(value):
         errors.append(f"{json_path}: has a control character")
     elif "/" in value or "\\" in value or value in (".", ".."):
-        errors.append(f'{json_path}: a name without a path is wanted, not "{sanitize(value, 80)}"')
+        errors.append(f'{json_path}: expected a name without a path, got "{sanitize(value, 80)}"')
     elif len(value) > MAX_FILE_NAME:
-        errors.append(f"{json_path}: is longer than {MAX_FILE_NAME} characters")
+        errors.append(f"{json_path}: {len(value)} characters exceed the limit of {MAX_FILE_NAME}")
     return value
 
 
-CONTROL_OR_BIDI = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
-)  # the last ones turn fdp.exe into exe.pdf
+# U+2028 to U+2069 hold those that make fdp.exe look like exe.pdf.
+CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 MAX_FILE_NAME = 255
 
 
 def parse_media_type(value: Any, json_path: str, errors: list) -> str:
-    """A media type with its parameters (RFC 2045 5.1), in the form in which it goes out."""
+    """Return a media type with its parameters (RFC 2045 5.1), folded as it is written in a message."""
     value = parse_header_text(value, json_path, errors)
     found = MEDIA_TYPE.fullmatch(value) if len(value) <= MAX_MEDIA_TYPE else None
     if value and not found:
-        errors.append(f'{json_path}: a media type like "application/pdf" is wanted, not "{sanitize(value, 80)}"')
+        errors.append(f'{json_path}: expected a media type like "application/pdf", got "{sanitize(value, 80)}"')
     if not found:
         return ""
     name, parameters = found[1].lower(), MEDIA_PARAMETER.findall(found[2])
     if name.startswith(("multipart/", "message/")) and name != "message/rfc822":
-        errors.append(f"{json_path}: {name} can't be attached; application/octet-stream can")
+        errors.append(f"{json_path}: {name} can't be attached; use application/octet-stream")
     return name + "".join(f";\r\n {key}={word}" for key, word in parameters if key.lower().rstrip("*") != "name")
 
 
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
 MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
-MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*);?[ \t]*")
+MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
 MAX_MEDIA_TYPE = 255
 
 
 def parse_content_id(value: Any, json_path: str, errors: list) -> str:
-    """What a link "cid:..." in the HTML says (RFC 2392), without brackets."""
-    value = parse_header_text(value, json_path, errors)
-    if value.startswith("<") and value.endswith(">"):
+    """Return the name that a link "cid:..." in the HTML uses (RFC 2392), without brackets."""
+    if type(value) is str and value.startswith("<") and value.endswith(">"):
         value = value[1:-1]
-    if value and not CONTENT_ID.fullmatch(value):
-        errors.append(f'{json_path}: letters, digits and @._+- are wanted, not "{sanitize(value, 80)}"')
-    return value
+    return matching(CONTENT_ID, "letters, digits and @._+-")(value, json_path, errors)
 
 
-CONTENT_ID = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}")
+CONTENT_ID = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -1907,32 +1980,30 @@ class Attachment:
 
 
 def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
-    """Attachments, from a list of objects or one."""
+    """Return Attachments, from a list of objects or from one."""
     if type(value) is list and len(value) > MAX_ATTACHMENTS:
-        errors.append(f"{json_path}: are more than {MAX_ATTACHMENTS}")
+        errors.append(f"{json_path}: {len(value)} exceed the limit of {MAX_ATTACHMENTS}")
         return ()
-    before = len(errors)
-    found = list_of(nested(Attachment))(value, json_path, errors)
-    cids: set = set()
-    for i, item in enumerate(found if len(errors) == before else ()):
+    before, cids = len(errors), set()
+    attachments = list_of(nested(Attachment))(value, json_path, errors)
+    for i, item in enumerate(attachments if len(errors) == before else ()):
         if item.content is None:
             errors.append(f"{json_path}[{i}].content: is missing")
         elif item.type.startswith("message/") and NOT_7BIT.search(item.content):
-            errors.append(
-                f"{json_path}[{i}].type: a message/rfc822 is 7bit in lines of 998; application/octet-stream is not"
-            )
+            reason = "message/rfc822 must be ASCII in lines of at most 998 octets; use application/octet-stream"
+            errors.append(f"{json_path}[{i}].type: {reason}")
         if item.cid and item.cid in cids:
             errors.append(f"{json_path}[{i}].cid: another attachment has it already")
         cids.add(item.cid)
-    return found
+    return attachments
 
 
 MAX_ATTACHMENTS = 1000
-NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # what RFC 2045 2.7 keeps out
+NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # RFC 2045 2.7
 
 
 class ParsedMessage(NamedTuple):
-    """A finished message, line ends LF."""
+    """A finished message with LF as line end."""
 
     fields: list  # of (name in lower case, octets of the field)
     body: bytes
@@ -1944,28 +2015,28 @@ class Base64Message:
 
 
 def parse_raw(value: Any, json_path: str, errors: list) -> ParsedMessage:
-    """A message of RFC 5322 as a string, or as {"base64": its octets}."""
+    """Return a finished message (RFC 5322), from a string or {"base64": ...}."""
     if isinstance(value, dict):
         octets = from_dict(Base64Message, value, json_path, errors).base64
     else:
         octets = parse_unicode_text(value, json_path, errors).encode("utf-8", "replace")
     try:
-        found = parse_message(octets)
-        if found.body and not found.fields:
+        message = parse_message(octets)
+        if message.body and not message.fields:
             raise ValueError("has no header")
     except ValueError as error:
         errors.append(f"{json_path}: {error}")
         return ParsedMessage([], b"")
-    return found
+    return message
 
 
 def parse_message(octets: bytes) -> ParsedMessage:
-    """The fields and the body of a message with any line ends; ValueError says what is wrong in its header."""
+    """Parse a message with any line ends; ValueError says what is wrong in its header."""
     octets = octets.replace(b"\r\n", b"\n")
     found = re.match(rb">?From [^\n]*\n", octets)  # of an mbox
-    place, fields = found.end() if found else 0, []
+    at, fields = found.end() if found else 0, []
     while True:
-        found = RAW_FIELD.match(octets, place)
+        found = RAW_FIELD.match(octets, at)
         if not found:
             break
         if b"\r" in found[0] or b"\0" in found[0]:
@@ -1973,39 +2044,36 @@ def parse_message(octets: bytes) -> ParsedMessage:
         if TOO_LONG.search(found[0]):
             raise ValueError(f"header {sanitize(found[1].decode())}: has a line longer than 998 octets")
         fields.append((found[1].decode().lower(), found[0]))
-        place = found.end()
-    return ParsedMessage(fields, octets[place + octets.startswith(b"\n", place) :].replace(b"\r", b"\n"))
+        at = found.end()
+    return ParsedMessage(fields, octets[at + octets.startswith(b"\n", at) :].replace(b"\r", b"\n"))
 
 
-RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t]+[^\n]*)*(?:\n|\Z)")
+RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*(?:\n|\Z)")
 TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
 
 
 def header_recipients(fields: list) -> list:
-    """The addresses in To, Cc and Bcc. A field that can't be read stands for itself: it is refused, and not lost."""
+    """Return the addresses in To, Cc and Bcc. A field that is no address list stands for itself: it is never searched
+    for addresses, and the reply names it as an invalid recipient."""
     found: list = []
     for key, value in fields:
         if key in ("to", "cc", "bcc"):
             text = value.partition(b":")[2].decode("utf-8", "replace").replace("\n", "").strip()
             try:
-                known = [mailbox.as_written for _, mailbox in parse_mailboxes(text)]
-                known = known or [spec for _, spec in getaddresses([text]) if spec]
-            except RecursionError:  # comments in comments in comments
-                known = []
-            empty = re.fullmatch(r"(?:[^:;@<>]*:\s*;)?", text)  # nothing, or a group of nobody
-            found += known or ([] if empty else [text])
+                found += [mailbox.as_written for _, mailbox in parse_mailboxes(text)]
+            except ValueError:
+                found.append(text)
     return found
 
 
 def loop_names(fields: list) -> tuple:
-    """The Hainekos that a finished message has passed."""
+    """Return the names of the Hainekos that a finished message has passed."""
     texts = [value.partition(b":")[2].decode("ascii", "replace") for key, value in fields if key == "x-haineko-loop"]
-    return tuple(
-        name for name in parse_loop_names([text.replace("\n", "") for text in texts], "", []) if DOMAIN.fullmatch(name)
-    )
+    names = parse_loop_names([text.replace("\n", "") for text in texts], "", [])
+    return tuple(name for name in names if DOMAIN.fullmatch(name))
 
 
-@dataclass(repr=False, eq=False)  # made for each mail, and a frozen one takes four times as long
+@dataclass(repr=False, eq=False)  # made for each mail, and creating a frozen one takes four times as long
 class Submission:
     ehlo: str | None = config_field(None, parse_unicode_text, "the client's name", key="ehlo|helo")
     mail: str = config_field("", parse_unicode_text, "envelope sender", key="mail|send|from")
@@ -2021,14 +2089,14 @@ class Submission:
 
     @property
     def shared(self) -> bool:
-        """True where every recipient gets the same message."""
+        """Whether all recipients get the same message."""
         return bool(self.raw or self.header.shared)
 
 
 def parse_submission(body: Any) -> tuple:
-    """(Submission, faults) of a request's body, bytes or a bytearray; None where there are faults."""
+    """Return (Submission, errors) of a request's body; the Submission is None if there are errors."""
     errors: list = []
-    if b"\x1b" in body:  # a raw escape is ISO-2022-JP of an old client
+    if b"\x1b" in body:  # old clients send ISO-2022-JP with its escape character as it is
         body = body.replace(b"\x1b", b"\\u001b")
     try:
         raw = parse_json(body)
@@ -2038,47 +2106,49 @@ def parse_submission(body: Any) -> tuple:
         return None, [sanitize(str(error))]
     except RecursionError:
         return None, ["nested too deeply"]
-    found = from_dict(Submission, raw, "", errors)
-    if found.rcpt is None or found.header.bcc or found.raw:
-        found = add_header_recipients(found, raw, errors)
-    return None if errors else found, errors
+    submission = from_dict(Submission, raw, "", errors)
+    if submission.rcpt is None or submission.header.bcc or submission.raw:
+        submission = add_header_recipients(submission, raw, errors)
+    return None if errors else submission, errors
 
 
-def add_header_recipients(found: Submission, raw: Any, errors: list) -> Submission:
-    """The submission with the recipients that only its header names, and with the loop field of a finished message."""
-    header, rcpt = found.header, found.rcpt
-    if found.raw:
+def add_header_recipients(submission: Submission, raw: Any, errors: list) -> Submission:
+    """Add the recipients that only the header names, and the loop field of a finished message."""
+    header, rcpt = submission.header, submission.rcpt
+    if submission.raw:
         both = [key for key in ("header", "body", "html", "attachments") if raw.get(key) is not None]
         errors.extend(f"{key}: can't stand beside raw" for key in both)
-        header = Header(loop=loop_names(found.raw.fields))
+        header = Header(loop=loop_names(submission.raw.fields))
         if rcpt is None:
-            rcpt = tuple(header_recipients(found.raw.fields))
+            rcpt = tuple(header_recipients(submission.raw.fields))
     if rcpt is None:
-        rcpt = tuple(mailbox.as_written for _, mailbox in header.to + header.cc)
-    return replace(found, header=header, rcpt=rcpt + tuple(mailbox.as_written for _, mailbox in header.bcc))
+        rcpt = tuple(mailbox.as_written for _, mailbox in header.to + header.cc if mailbox.as_written)
+    hidden = tuple(mailbox.as_written for _, mailbox in header.bcc if mailbox.as_written)
+    return replace(submission, header=header, rcpt=rcpt + hidden)
 
 
 def decode_jis_strings(raw: dict) -> None:
-    """Decodes the strings that hold ISO-2022-JP itself, where that is the charset asked for."""
-    asked = next((value for key, value in raw["header"].items() if normalize_key(key) == "charset"), None)
-    if type(asked) is str and iana_charset(asked) == "ISO-2022-JP":
+    """Decode the strings that hold ISO-2022-JP itself, if that is the charset asked for."""
+    charset = next((value for key, value in raw["header"].items() if normalize_key(key) == "charset"), None)
+    if type(charset) is str and iana_charset(charset) == "ISO-2022-JP":
         _decode_jis_in(raw, "")
 
 
-def _decode_jis_in(table: Any, where: str) -> None:
+def _decode_jis_in(table: Any, json_path: str) -> None:
     for key, value in table.items() if isinstance(table, dict) else enumerate(table):
-        place = f"{where}[{key}]" if isinstance(table, list) else f"{where}.{sanitize(key)}" if where else key
+        dot = "." if json_path else ""
+        item_path = f"{json_path}[{key}]" if isinstance(table, list) else f"{json_path}{dot}{sanitize(key)}"
         if type(value) is str:
             try:
                 table[key] = jis_to_text(value)
             except ValueError as error:
-                raise ValueError(f"{place}: {error}") from None
+                raise ValueError(f"{item_path}: {error}") from None
         elif isinstance(value, (dict, list)):
-            _decode_jis_in(value, place)
+            _decode_jis_in(value, item_path)
 
 
 def jis_to_text(text: str) -> str:
-    """Text of ISO-2022-JP octets (RFC 1468, and the rows and kana that CP50220 adds) held in a string."""
+    """Decode ISO-2022-JP (RFC 1468, and the rows and kana that CP50220 adds) that a string holds."""
     if "\x1b" not in text or not text.isascii():
         return text
     head, *segments = re.split(r"\x1b(\$[@B]|\([BJI])", text)
@@ -2088,7 +2158,7 @@ def jis_to_text(text: str) -> str:
             parts.append(jis_bytes_to_text(segment.encode()))
         elif escape == "(I":
             parts.append("".join(chr(ord(c) + 0xFF40) if "!" <= c <= "_" else c for c in segment))
-        else:  # (J is JIS X 0201, which has two characters that ASCII has not (RFC 1468)
+        else:  # JIS X 0201, "(J", has two characters that ASCII has not (RFC 1468)
             parts.append(segment.replace("\\", "¥").replace("~", "‾") if escape == "(J" else segment)
     if re.search(r"\x1b[$(]", "".join(parts)):
         raise ValueError("has an escape sequence that is not ISO-2022-JP's")
@@ -2096,20 +2166,20 @@ def jis_to_text(text: str) -> str:
 
 
 def jis_bytes_to_text(octets: bytes) -> str:
-    """JIS X 0208 with NEC's and IBM's rows, two octets a character; ValueError where it isn't that."""
+    """Decode JIS X 0208 with NEC's and IBM's rows, two octets a character; ValueError if it is not that."""
     shifted = bytearray()
     for high, low in zip(octets[::2], octets[1::2]):
         if not (0x21 <= high <= 0x7E and 0x21 <= low <= 0x7E):
-            raise ValueError("says that it is ISO-2022-JP and isn't")
+            raise ValueError("claims to be ISO-2022-JP and isn't")
         lead = (high + 1) // 2 + (0x70 if high < 0x5F else 0xB0)
         trail = low + (0x1F if low < 0x60 else 0x20) if high % 2 else low + 0x7E
         shifted += bytes((lead, trail))
     if len(octets) % 2:
-        raise ValueError("says that it is ISO-2022-JP and ends within a character")
+        raise ValueError("claims to be ISO-2022-JP and ends within a character")
     try:
         return shifted.decode("cp932")
     except UnicodeDecodeError:
-        raise ValueError("has a character of ISO-2022-JP that nobody knows") from None
+        raise ValueError("has an unassigned character of ISO-2022-JP") from None
 
 
 # ======================================================================================================================
