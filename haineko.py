@@ -65,7 +65,8 @@ import types
 import urllib.parse
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field, fields, replace
-from email.utils import formatdate, getaddresses, parsedate_to_datetime
+from email.utils import formatdate, parsedate_to_datetime
+from html.parser import HTMLParser
 from typing import Any, Callable, NamedTuple
 
 __version__ = "1.0.0"
@@ -1686,7 +1687,7 @@ class AddressListMember:
         comments = " ".join(comment.strip() for comment in self.comments)
         if self.angle:
             words = [re.sub(r"\\(.)", r"\1", word[1:-1]) if kind == "quoted" else word for kind, word in self.words]
-            name = " ".join("".join(words).split())
+            name = "".join(words).strip()
             return [(f"{name} ({comments})" if name and comments else name or comments, _parse_spec(self.angle[1:-1]))]
         spec = "".join(word for _, word in self.words).strip()
         return [(comments, _parse_spec(spec))] if spec else []
@@ -2031,25 +2032,233 @@ def parse_raw(value: Any, json_path: str, errors: list) -> ParsedMessage:
 
 
 def parse_message(octets: bytes) -> ParsedMessage:
-    """Parse a message with any line ends; ValueError says what is wrong in its header."""
-    octets = octets.replace(b"\r\n", b"\n")
+    """Parse a message with any line ends; ValueError says which field is wrong, or which limit is exceeded."""
     found = re.match(rb">?From [^\n]*\n", octets)  # of an mbox
-    at, fields = found.end() if found else 0, []
+    octets = octets[found.end() :] if found else octets
+    parts = mime_parts(octets)
+    check_limits(parts)
+    if any(part.encoding == "binary" for part in parts):  # no SMTP path carries it, and its CR and LF are no line ends
+        octets = rewrite_parts(octets, parts, _encode_binary)
+    octets = octets.replace(b"\r\n", b"\n")
+    header, body = read_header(octets, 0)
+    return ParsedMessage(list(map(_clean_field, header)), octets[body:].replace(b"\r", b"\n"))
+
+
+def _clean_field(item: tuple) -> tuple:
+    """Return (name, octets) without blanks before the colon (RFC 5322 4.5) and in lines of at most 998 octets."""
+    name, octets = item
+    label, _, value = octets.partition(b":")
+    shown = f"header {sanitize(label.decode().strip())}"
+    if b"\r" in octets or b"\0" in octets:
+        raise ValueError(f"{shown}: has a CR or NUL")
+    octets = fold_long_lines(label.rstrip() + b":" + value + (b"" if value.endswith(b"\n") else b"\n"))
+    if TOO_LONG.search(octets):
+        raise ValueError(f"{shown}: has a line longer than 998 octets")
+    if not octets.isascii() and STRUCTURED_FIELDS.fullmatch(name):
+        text = octets.decode("latin-1")
+        if not re.sub(r"\([^()]*\)", "", text).isascii() and not is_utf8(octets):
+            raise ValueError(f"{shown}: has octets that are neither ASCII nor UTF-8")
+    return name, octets
+
+
+def fold_long_lines(octets: bytes) -> bytes:
+    """Fold a field's lines of more than 998 octets at blanks; those without a blank stay."""
+    if not TOO_LONG.search(octets):
+        return octets
+    lines = []
+    for line in octets.split(b"\n"):
+        start = 0
+        while len(line) - start > 998:
+            at = max(line.rfind(b" ", start + 1, start + 998), line.rfind(b"\t", start + 1, start + 998))
+            if at < 0:
+                break
+            lines.append(line[start:at])
+            start = at
+        lines.append(line[start:])
+    return b"\n".join(lines)
+
+
+TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
+RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*(?:\n|\Z)")
+MAX_HEADER = 102400  # octets of the header of a message or part
+MAX_FIELDS = 1000
+MAX_PARTS = 2000
+MAX_NESTING = 100
+MAX_PARAMETERS = 1000
+PARAMETER_FIELDS = ("content-type", "content-disposition")
+MAILBOX_FIELDS = ("from", "sender", "to", "cc", "bcc", "reply-to", "resent-from", "resent-sender", "resent-to",
+                  "resent-cc", "resent-reply-to", "disposition-notification-to", "return-receipt-to")  # fmt: skip
+# Fields in which only comments may be encoded.
+STRUCTURED_FIELDS = re.compile(
+    r"(?:resent-)?(?:date|message-id)|received|received-spf|references|in-reply-to|return-path|mime-version|content-id"
+    r"|content-transfer-encoding|dkim-signature|domainkey-signature|arc-.*|authentication-results|auto-submitted"
+    r"|list-(?:archive|help|owner|post|subscribe|unsubscribe|unsubscribe-post)"
+)
+
+
+def is_utf8(octets: bytes) -> bool:
+    try:
+        return octets.decode() is not None
+    except UnicodeDecodeError:
+        return False
+
+
+@dataclass(eq=False)
+class MIMEPart:
+    """A part of a message: its header, and where it stands. A multipart or message within is a part of its own."""
+
+    header: list  # of (name in lower case, octets of the field)
+    start: int
+    body: int
+    end: int
+    depth: int
+    media_type: str = ""
+    is_leaf: bool = True
+
+    def value(self, name: str) -> str:
+        """Return the value of a field on one line, "" if there is none."""
+        octets = next((octets for key, octets in self.header if key == name), b"")
+        return " ".join(octets.partition(b":")[2].decode("ascii", "replace").split())
+
+    def parameter(self, name: str) -> str:
+        """Return a parameter of Content-Type."""
+        found = re.search(rf';\s*{name}\s*=\s*("(?:[^"\\]|\\.)*"|[^\s;"]+)', self.value("content-type"), re.IGNORECASE)
+        return re.sub(r"\\(.)", r"\1", found[1].strip('"')) if found else ""
+
+    @property
+    def is_text(self) -> bool:
+        return self.is_leaf and (self.media_type.startswith("text/") or not self.media_type)
+
+    @property
+    def encoding(self) -> str:
+        return self.value("content-transfer-encoding").partition("(")[0].strip().lower()
+
+
+def mime_parts(octets: bytes) -> list:
+    """Return the parts of a message (RFC 2046 5.1), each before those within it. It ends soon after a limit."""
+    parts: list = []
+    open_depths: dict = {}  # boundary of each open multipart, from the outermost: depth
+    current = _open_part(octets, 0, 0, parts, open_depths)
+    for found in DELIMITER.finditer(octets) if open_depths else ():
+        line = found[1].rstrip()
+        is_close = line not in open_depths and line.endswith(b"--")
+        boundary = line[:-2] if is_close else line
+        if boundary not in open_depths or found.start() < parts[-1].body - 1:
+            continue
+        if current:
+            current.end = max(current.body, found.start() - (octets[found.start() - 1 : found.start()] == b"\r"))
+        depth = open_depths[boundary]
+        while list(open_depths)[-1] != boundary:
+            open_depths.popitem()
+        current = None
+        if is_close:
+            open_depths.popitem()
+        elif len(parts) > MAX_PARTS:
+            break
+        else:
+            current = _open_part(
+                octets, octets.find(b"\n", found.end()) + 1 or len(octets), depth + 1, parts, open_depths
+            )
+    return parts
+
+
+DELIMITER = re.compile(rb"\n--([^\r\n]*)")
+
+
+def _open_part(octets: bytes, start: int, depth: int, parts: list, open_depths: dict) -> MIMEPart | None:
+    """Read a part's header and those of messages directly within it; return the innermost part if it has no parts."""
     while True:
+        header, body = read_header(octets, start)
+        part = MIMEPart(header, start, body, len(octets), depth)
+        parts.append(part)
+        part.media_type = part.value("content-type").partition(";")[0].strip().lower()
+        boundary = part.parameter("boundary").encode("ascii", "replace")
+        if depth > MAX_NESTING or len(parts) > MAX_PARTS:
+            return part
+        if part.media_type.startswith("multipart/") and boundary:
+            part.is_leaf, open_depths[boundary] = False, depth
+            return None
+        if part.media_type != "message/rfc822" or part.encoding in ("base64", "quoted-printable"):
+            return part
+        part.is_leaf, start, depth = False, body, depth + 1
+
+
+def read_header(octets: bytes, start: int) -> tuple:
+    """Return ([(name in lower case, octets of the field), ...], start of the body). It ends soon after a limit."""
+    header, at = [], start
+    while len(header) <= MAX_FIELDS and at - start <= MAX_HEADER:
         found = RAW_FIELD.match(octets, at)
         if not found:
             break
-        if b"\r" in found[0] or b"\0" in found[0]:
-            raise ValueError(f"header {sanitize(found[1].decode())}: has a CR or NUL")
-        if TOO_LONG.search(found[0]):
-            raise ValueError(f"header {sanitize(found[1].decode())}: has a line longer than 998 octets")
-        fields.append((found[1].decode().lower(), found[0]))
+        header.append((found[1].decode().lower(), found[0]))
         at = found.end()
-    return ParsedMessage(fields, octets[at + octets.startswith(b"\n", at) :].replace(b"\r", b"\n"))
+    return header, at + (2 if octets.startswith(b"\r\n", at) else octets.startswith(b"\n", at))
 
 
-RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*(?:\n|\Z)")
-TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
+def check_limits(parts: list) -> None:
+    """Raise ValueError if a message exceeds a limit."""
+    most = {
+        "parts": (len(parts), MAX_PARTS),
+        "levels of parts": (max(part.depth for part in parts), MAX_NESTING),
+        "fields in a header": (max(len(part.header) for part in parts), MAX_FIELDS),
+        "octets of a header": (max(part.body - part.start for part in parts), MAX_HEADER),
+        "parameters of a field": (
+            max(
+                (octets.count(b";") for part in parts for name, octets in part.header if name in PARAMETER_FIELDS),
+                default=0,
+            ),
+            MAX_PARAMETERS,
+        ),
+    }
+    for what, (count, limit) in most.items():
+        if count > limit:
+            raise ValueError(f"{count} {what} exceed the limit of {limit}")
+
+
+def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool = True) -> bytes:
+    """Return the message with the (fields, body) that rewrite(part, body) gives for each part."""
+    out, at = [], 0
+    for part in parts:
+        between, body = octets[at : part.start], octets[part.body : part.end] if part.is_leaf else b""
+        header, new_body = rewrite(part, body)
+        # Between parts stand delimiters, and text that nobody reads.
+        out.append(between if keep_8bit else between.translate(None, HIGH_OCTETS))
+        if header == part.header:
+            out.append(octets[part.start : part.body])
+        else:
+            length = sum(len(octets) for _, octets in part.header)
+            out += [octets for _, octets in header]
+            out.append(octets[part.start + length : part.body])
+        out.append(new_body)
+        at = part.end if part.is_leaf else part.body
+    return b"".join([*out, octets[at:] if keep_8bit else octets[at:].translate(None, HIGH_OCTETS)])
+
+
+HIGH_OCTETS = bytes(range(128, 256))
+
+
+def _encode_binary(part: MIMEPart, body: bytes) -> tuple:
+    """Return (fields, body) of a part, in base64 if it is marked as binary and is not text in lines."""
+    if part.encoding != "binary":
+        return part.header, body
+    if not part.is_leaf or (part.is_text and not part.parameter("charset").lower().startswith(("utf-16", "utf-32"))):
+        return set_encoding(part.header, ""), body
+    return set_encoding(part.header, "base64"), base64_lines(body)[:-2]
+
+
+def set_encoding(header: list, encoding: str) -> list:
+    """Return the fields of a part with another Content-Transfer-Encoding, "" for none."""
+    name = "content-transfer-encoding"
+    new = [(name, f"Content-Transfer-Encoding: {encoding}\r\n".encode())] if encoding else []
+    return [item for item in header if item[0] != name] + new
+
+
+def base64_lines(octets: Any) -> bytes:
+    """Return base64 in lines of 76 characters and CRLF (RFC 2045 6.8)."""
+    return b"\r\n".join(BASE64_LINE.findall(binascii.b2a_base64(octets, newline=False))) + b"\r\n"
+
+
+BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
 
 
 def header_recipients(fields: list) -> list:
@@ -2294,18 +2503,17 @@ def check_subject(submission: Submission) -> Reply | None:
 
 # ======================================================================================================================
 # 7. Messages
-#    Takes a submission, gives a Message: headers and body as octets, ready for any relay. Knows the charsets, MIME
-#    and the limits on lines; knows nothing of who gets it. The clock and the queue id are arguments.
+#    Takes a Submission, gives a Message: header and body as octets, ready for every relay. Knows charsets, MIME and the
+#    limits on lines; the recipients of a copy, the clock and the queue id are arguments.
 # ======================================================================================================================
 
 
 def compose(submission: Submission, queueid: str, client: IPAddress, hostname: str, now: float) -> Message:
-    """The message of a submission, in the charset asked for, or in UTF-8 where that can't hold every character."""
+    """Compose the message in the charset asked for, or in UTF-8 if that can't hold every character."""
     if submission.raw:
         trace = received_field(submission.ehlo, client, hostname, queueid, rfc5322_date(int(now)))
-        return complete_raw_message(
-            submission.raw, submission.mail, submission.header.loop, trace, queueid, hostname, now
-        )
+        loop = submission.header.loop
+        return complete_raw_message(submission.raw, submission.mail, loop, trace, queueid, hostname, now)
     try:
         return _compose(submission, submission.header.charset, queueid, client, hostname, now)
     except UnicodeEncodeError:
@@ -2322,26 +2530,26 @@ def _compose(submission: Submission, charset: str, queueid: str, client: Any, ho
     top = [received_field(submission.ehlo, client, hostname, queueid, date), address_field("From", author, charset)]
     if len(author) > 1 or author[0][1].key != sender.key:
         top.append(f"Sender: {sender.addr_spec}")
-    further = extra_field_lines(header.extra_fields, charset) if header.extra_fields else {}
+    extra = extra_field_lines(header.extra_fields, charset) if header.extra_fields else {}
     middle = [address_field("Reply-To", header.replyto, charset)] if header.replyto else []
-    middle += [text_field("Subject", header.subject, charset), *further.pop("Date", (f"Date: {date}",))]
-    identity = further.pop("Message-Id", ())
-    end = [line for lines in further.values() for line in lines] if further else []
+    middle += [text_field("Subject", header.subject, charset), *extra.pop("Date", (f"Date: {date}",))]
+    identity = extra.pop("Message-Id", ())
+    end = [line for lines in extra.values() for line in lines] if extra else []
     end += loop_field(header.loop, hostname), "MIME-Version: 1.0", ""
     if header.shared:
         shown = [address_field(name, item, charset) for name, item in (("To", header.to), ("Cc", header.cc)) if item]
-        pieces = [[*top, *shown, *middle, *(identity or (f"Message-Id: <{queueid}.1@{hostname}>",)), *end]]
+        heads = [[*top, *shown, *middle, *(identity or (f"Message-Id: <{queueid}.1@{hostname}>",)), *end]]
     elif identity:
-        pieces = [[*top, "To: "], ["", *middle, *identity, *end]]
+        heads = [[*top, "To: "], ["", *middle, *identity, *end]]
     else:
-        pieces = [[*top, "To: "], ["", *middle, f"Message-Id: <{queueid}."], [f"@{hostname}>", *end]]
-    *parts, last = ["\r\n".join(piece).encode() for piece in pieces]
+        heads = [[*top, "To: "], ["", *middle, f"Message-Id: <{queueid}."], [f"@{hostname}>", *end]]
+    *parts, last = ["\r\n".join(lines).encode() for lines in heads]
     utf8 = not (last.isascii() and all(map(bytes.isascii, parts)))  # only an address can be other than ASCII
     return Message((*parts, join_pieces(last, content)), utf8, utf8)
 
 
 def join_pieces(first: bytes, pieces: Any) -> bytes:
-    """Octets of pieces; those that are made one after the other are never all in memory beside the whole."""
+    """Join octets; the pieces of a generator are never all in memory beside the whole."""
     if type(pieces) is list:
         return b"".join((first, *pieces))
     stream = io.BytesIO(first)
@@ -2355,125 +2563,113 @@ def loop_field(names: tuple, hostname: str) -> str:
     return fold("X-Haineko-Loop:", [name + "," for name in names] + [hostname])
 
 
-def extra_field_lines(others: tuple, charset: str) -> dict:
-    """{name: its lines} of fields of FIELDS and X- ones."""
+def extra_field_lines(extra_fields: tuple, charset: str) -> dict:
+    """Return {name: [line, ...]} of the fields in EXTRA_FIELDS and X-..."""
     lines: dict = {}
-    for name, value, parse in others:
+    for name, value, parse in extra_fields:
         if parse is parse_mailbox_field:
             line = address_field(name, value, charset)
+        elif parse is parse_header_text:
+            line = text_field(name, value, charset)
         else:
-            line = (
-                text_field(name, value, charset) if parse is parse_header_text else fold(f"{name}:", value.split(" "))
-            )
+            line = fold(f"{name}:", value.split(" "))
         lines.setdefault(name, []).append(line)
     return lines
 
 
-def text_part(kind: str, text: str, charset: str) -> list:
-    """Octets of a part that is text: its two fields, and its body."""
+def text_part(subtype: str, text: str, charset: str) -> list:
+    """Return [header, body] of a part that is text."""
     encoding, body = encode_body(text, charset)
-    head = f"Content-Type: text/{kind}; charset={charset}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
+    head = f"Content-Type: text/{subtype}; charset={charset}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
     return [head.encode(), body]
 
 
 def multipart_body(submission: Submission, charset: str, queueid: str) -> Any:
-    """Octets of HTML and attachments, in pieces, from Content-Type on: the best last (RFC 2046 5.1.4), files behind."""
-    frame, html = MIMEBuilder(queueid, charset), submission.html
-    pictures = [item for item in submission.attachments if html and item.cid]
-    files = [item for item in submission.attachments if not (html and item.cid)]
-    whole = frame.text("plain", submission.body or html_to_text(html))
+    """Yield the octets of HTML and attachments: the richest form last (RFC 2046 5.1.4), then the files."""
+    html, attachments = submission.html, submission.attachments
+    pictures = [file_part(item, charset) for item in attachments if html and item.cid]
+    files = [file_part(item, charset) for item in attachments if not (html and item.cid)]
+    whole = text_part("plain", submission.body or html_to_text(html), charset)
     if html:
-        shown = frame.text("html", html)
+        shown = text_part("html", html, charset)
         if pictures:
-            shown = frame.multipart("related", shown, *map(frame.file, pictures))
-        whole = frame.multipart("alternative", whole, shown)
-    if files:
-        whole = frame.multipart("mixed", whole, *map(frame.file, files))
-    return frame.octets(whole)
+            shown = multipart("related", queueid, shown, *pictures)
+        whole = multipart("alternative", queueid, whole, shown)
+    return multipart("mixed", queueid, whole, *files) if files else whole
 
 
-class MIMEBuilder:
-    """Parts of a message. email writes what stands around their bodies; these are put in afterwards, since its
-    generator would hold each in memory four times over. Its policy folds nothing: the fields come folded."""
+def multipart(subtype: str, queueid: str, *parts: Any) -> Any:
+    """Yield the octets of a multipart; the random queue id makes a boundary that occurs in none of the parts."""
+    boundary = f"=_{queueid}.{subtype}"
+    root = '; type="text/html"' if subtype == "related" else ""  # RFC 2387 3.1
+    yield f'Content-Type: multipart/{subtype}{root};\r\n boundary="{boundary}"\r\n'.encode()
+    for part in parts:
+        yield f"\r\n--{boundary}\r\n".encode()
+        yield from part
+    yield f"\r\n--{boundary}--\r\n".encode()
 
-    def __init__(self, queueid: str, charset: str) -> None:
-        import email.message
-        import email.policy
 
-        self.queueid, self.charset = queueid, charset
-        self.policy = email.policy.SMTP.clone(refold_source="none")
-        self.new = email.message.MIMEPart
-        self.bodies: list = []  # of iterables of octets
+def file_part(item: Attachment, charset: str) -> Any:
+    """Yield the octets of an attachment, whose content arrives unchanged."""
+    media_type = item.type or guess_media_type(item.filename)
+    in_type, in_disposition = name_parameters(item.filename, charset) if item.filename else ("", "")
+    disposition = "inline" if item.cid or item.inline else "attachment"
+    # RFC 2046 5.2.1 allows a message/rfc822 no encoding; parse_attachments() has seen that it needs none.
+    is_message = media_type.startswith("message/")
+    head = f"Content-Type: {media_type}{in_type}\r\nContent-Transfer-Encoding: {'7bit' if is_message else 'base64'}\r\n"
+    head += f"Content-Disposition: {disposition}{in_disposition}\r\n"
+    yield (head + (f"Content-ID: <{item.cid}>\r\n\r\n" if item.cid else "\r\n")).encode()
+    if is_message:
+        yield item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    for start in range(0, 0 if is_message else len(item.content), BASE64_BLOCK):
+        yield base64_lines(item.content[start : start + BASE64_BLOCK])
 
-    def text(self, kind: str, text: str) -> Any:
-        head, body = text_part(kind, text, self.charset)
-        return self._part(head.decode("ascii").split("\r\n")[:-2], [body])
 
-    def file(self, item: Attachment) -> Any:
-        """A file, which is never changed on its way."""
-        kind = item.type or guess_media_type(item.filename)
-        in_type, in_disposition = name_parameters(item.filename, self.charset) if item.filename else ("", "")
-        shown = "inline" if item.cid or item.inline else "attachment"
-        encoding, body = "base64", base64_blocks(item.content)
-        if kind.startswith("message/"):  # RFC 2046 5.2.1: no encoding; parse_attachments() has seen that it needs none
-            encoding, body = "7bit", [item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")]
-        fields_ = [f"Content-Type: {kind}{in_type}", f"Content-Transfer-Encoding: {encoding}"]
-        fields_ += [f"Content-Disposition: {shown}{in_disposition}"]
-        return self._part(fields_ + ([f"Content-ID: <{item.cid}>"] if item.cid else []), body)
-
-    def _part(self, fields_: list, body: Any) -> Any:
-        part = self.new(self.policy)
-        for line in fields_:
-            part.set_raw(*line.split(": ", 1))
-        part.set_payload(f"<{self.queueid}/{len(self.bodies)}>")
-        self.bodies.append(body)
-        return part
-
-    def multipart(self, kind: str, *parts: Any) -> Any:
-        """A part made of parts. The queue id makes a boundary that stands in none of them."""
-        whole = self.new(self.policy)
-        first = '; type="text/html"' if kind == "related" else ""  # RFC 2387 3.1
-        whole.set_raw("Content-Type", f'multipart/{kind}{first};\n boundary="=_{self.queueid}.{kind}"')
-        for part in parts:
-            whole.attach(part)
-        return whole
-
-    def octets(self, whole: Any) -> Any:
-        """All of it, in pieces."""
-        for i, piece in enumerate(re.split(f"<{self.queueid}/([0-9]+)>".encode(), whole.as_bytes())):
-            yield from self.bodies[int(piece)] if i % 2 else (piece,)
+BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
 
 
 def name_parameters(name: str, charset: str) -> tuple:
-    """(parameter of Content-Type, parameter of Content-Disposition) for the name of a file. Where it isn't plain, the
-    latter is for readers that keep to RFC 2231, the former, in RFC 2047's words, for those that never did."""
+    """Return the parameters for a file's name in Content-Type and Content-Disposition. If the name isn't plain, the
+    latter is for readers that know RFC 2231, the former (encoded words) for those that do not."""
     if PLAIN_NAME.fullmatch(name) and "=?" not in name:
         return f';\r\n name="{name}"', f';\r\n filename="{name}"'
     words = "\r\n ".join(encoded_words(name, charset, 7))
-    coded = f"{charset}''{urllib.parse.quote_from_bytes(charset_encoder(charset)(name), safe='')}"
+    return f';\r\n name="{words}"', rfc2231_parameter("filename", name, charset)
+
+
+PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
+
+
+def rfc2231_parameter(name: str, text: str, charset: str) -> str:
+    """Return a parameter with any characters, in lines of its own."""
+    coded = f"{charset}''{urllib.parse.quote_from_bytes(charset_encoder(charset)(text), safe='')}"
     if len(coded) <= RFC2231_SEGMENT:
-        return f';\r\n name="{words}"', f";\r\n filename*={coded}"
+        return f";\r\n {name}*={coded}"
     segments = re.findall(f"(?:%..|[^%]){{1,{RFC2231_SEGMENT // 3}}}", coded)
-    numbered = "".join(f";\r\n filename*{i}*={segment}" for i, segment in enumerate(segments))  # RFC 2231 3
-    return f';\r\n name="{words}"', numbered
+    return "".join(f";\r\n {name}*{i}*={segment}" for i, segment in enumerate(segments))  # RFC 2231 3
 
 
-PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers take off twice
 RFC2231_SEGMENT = 60  # characters of a parameter in one line
 
 
 def guess_media_type(name: str) -> str:
-    """The media type that goes with the end of a file's name."""
+    """Return the media type for the extension of a file's name."""
     import mimetypes
 
-    end = os.path.splitext(name)[1].lower()
-    kind, coding = mimetypes.guess_type("x" + end)
-    kind = EXTRA_MEDIA_TYPES.get(end) or (f"application/{coding}" if coding == "gzip" else "" if coding else kind)
-    return kind if kind and not kind.startswith(("message/", "multipart/")) else "application/octet-stream"
+    extension = os.path.splitext(name)[1].lower()
+    media_type, coding = mimetypes.guess_type("x" + extension)
+    if coding:
+        media_type = f"application/{coding}" if coding == "gzip" else ""
+    media_type = EXTRA_MEDIA_TYPES.get(extension) or media_type or ""
+    return (
+        "application/octet-stream"
+        if media_type.startswith(("message/", "multipart/")) or not media_type
+        else media_type
+    )
 
 
 _OFFICE = "application/vnd.openxmlformats-officedocument."
-EXTRA_MEDIA_TYPES = {  # which not every system's table has
+EXTRA_MEDIA_TYPES = {  # that not every system's table has
     ".docx": _OFFICE + "wordprocessingml.document",
     ".xlsx": _OFFICE + "spreadsheetml.sheet",
     ".pptx": _OFFICE + "presentationml.presentation",
@@ -2485,23 +2681,16 @@ EXTRA_MEDIA_TYPES = {  # which not every system's table has
 
 
 def html_to_text(html: str) -> str:
-    """What HTML says, as plain text: words and lines, where links go, what pictures show."""
-    from html.parser import HTMLParser
-
-    reading, parser = HTMLTextExtractor(), HTMLParser()
-    parser.handle_starttag, parser.handle_endtag, parser.handle_data = (
-        reading.handle_starttag,
-        reading.handle_endtag,
-        reading.handle_data,
-    )
-    # Sections like <![if ...]> say nothing, and some versions of the parser stumble over them. There is no close():
-    # what never ends is shown nowhere.
-    parser.feed(re.sub(r"<!\[(?:[^>-]|-(?!->))*>?", "<! >", html) + "\n")
-    return reading.text()
+    """Return the plain text of HTML: words and lines, targets of links, descriptions of pictures."""
+    extractor = HTMLTextExtractor()
+    # Sections like <![if ...]> hold no text, and some versions of the parser fail on them. Without close(), what is
+    # unfinished at the end is left out, as browsers do.
+    extractor.feed(re.sub(r"<!\[(?:[^>-]|-(?!->))*>?", "<! >", html) + "\n")
+    return "".join(extractor.out).strip("\n") + "\n"
 
 
-class HTMLTextExtractor:
-    """What html.parser tells, written down as plain text."""
+class HTMLTextExtractor(HTMLParser):
+    """Parser that writes down the text of HTML."""
 
     HIDDEN = ("script", "style", "title", "template")
     LINES = ("address", "dd", "div", "dl", "dt", "figcaption", "footer", "form", "header", "li", "main", "nav",
@@ -2510,19 +2699,20 @@ class HTMLTextExtractor:
                   "ul")  # fmt: skip
 
     def __init__(self) -> None:
+        super().__init__()
         self.out: list = []
-        self.gap = 2  # line ends behind the last word
-        self.space = ""  # due before the next word
+        self.gap = 2  # line ends after the last word
+        self.space = ""  # to be written before the next word
         self.hidden, self.pre_depth = "", 0  # the tag that hides; depth of <pre>
-        self.link, self.start = "", 0  # where the link under way goes, and how much was written before it
+        self.link, self.link_start = "", 0  # target of the open link, and the length of `out` at its start
 
-    def handle_starttag(self, tag: str, attributes: list) -> None:
+    def handle_starttag(self, tag: str, attrs: list) -> None:
         if self.hidden:
             return
         if tag in self.HIDDEN:
             self.hidden = tag
         self._break(tag)
-        values = dict(attributes)
+        values = dict(attrs)
         if tag == "br":
             self._line(self.gap + 1)
         elif tag == "li":
@@ -2536,7 +2726,7 @@ class HTMLTextExtractor:
         elif tag == "img":
             self.handle_data(values.get("alt") or "")
         elif tag == "a":
-            self.link, self.start = values.get("href") or "", len(self.out)
+            self.link, self.link_start = values.get("href") or "", len(self.out)
         self.pre_depth += tag == "pre"
 
     def handle_endtag(self, tag: str) -> None:
@@ -2547,38 +2737,35 @@ class HTMLTextExtractor:
         self.pre_depth -= tag == "pre" and self.pre_depth > 0
         if tag == "a":
             link, self.link = self.link, ""
-            words = "".join(self.out[self.start :]).strip() if link else ""
-            if link.startswith(("http:", "https:", "mailto:")) and link.partition("mailto:")[2] != words != link:
+            text = "".join(self.out[self.link_start :]).strip() if link else ""
+            if link.startswith(("http:", "https:", "mailto:")) and link.partition("mailto:")[2] != text != link:
                 self.handle_data(f" <{link}>")
 
-    def handle_data(self, words: str) -> None:
-        """Words with single spaces between them, as a browser shows them."""
+    def handle_data(self, data: str) -> None:
+        """Add text, with white space collapsed as browsers do."""
         if self.hidden:
             return
         if self.pre_depth:
-            self.out.append(words)
-            self.gap = int(words.endswith("\n")) if words else self.gap
+            self.out.append(data)
+            self.gap = int(data.endswith("\n")) if data else self.gap
             return
-        inner = re.sub(r"[ \t\r\n\f]+", " ", words).strip(" ").replace("\xa0", " ")
-        if words[:1].isspace():
+        words = re.sub(r"[ \t\r\n\f]+", " ", data).strip(" ").replace("\xa0", " ")
+        if data[:1].isspace():
             self.space = self.space or " "
-        if inner:
-            self.out.append((self.space if not self.gap else "") + inner)
-            self.gap, self.space = 0, " " if words[-1:].isspace() else ""
+        if words:
+            self.out.append((self.space if not self.gap else "") + words)
+            self.gap, self.space = 0, " " if data[-1:].isspace() else ""
 
     def _break(self, tag: str) -> None:
         if tag in self.LINES or tag in self.PARAGRAPHS:
             self._line(2 if tag in self.PARAGRAPHS else 1)
 
     def _line(self, ends: int) -> None:
-        """At least so many line ends behind the last word."""
+        """Make at least this many line ends follow the last word."""
         if self.gap < ends:
             self.out.append("\n" * (ends - self.gap))
             self.gap = ends
         self.space = ""
-
-    def text(self) -> str:
-        return "".join(self.out).strip("\n") + "\n"
 
 
 @functools.lru_cache(maxsize=4)
@@ -2587,38 +2774,39 @@ def rfc5322_date(second: int) -> str:
 
 
 def received_field(ehlo: str | None, client: IPAddress | None, hostname: str, queueid: str, date: str) -> str:
-    """The trace field of RFC 5321 4.4."""
-    near = client.text if client else "127.0.0.1"
-    literal = f"[IPv6:{near}]" if ":" in near else f"[{near}]"
+    """Return the trace field (RFC 5321 4.4)."""
+    address = client.text if client else "127.0.0.1"
+    literal = f"[IPv6:{address}]" if ":" in address else f"[{address}]"
     return f"Received: from {ehlo or literal} ({literal})\r\n\tby {hostname} with HTTP id {queueid};\r\n\t{date}"
 
 
 def address_field(name: str, mailboxes: tuple, charset: str) -> str:
-    """A field of mailboxes; the addresses stay outside the encoded words (RFC 2047 5)."""
-    known = sum(len(shown) for shown, _ in mailboxes) <= CACHE_MAX_CHARS and len(mailboxes) <= 8
-    return (_address_field if known else _address_field.__wrapped__)(name, mailboxes, charset)
-
-
-@functools.lru_cache(maxsize=512)
-def _address_field(name: str, mailboxes: tuple, charset: str) -> str:
+    """Return a field of mailboxes; the addresses stay outside the encoded words (RFC 2047 5)."""
     tokens: list = []
-    for i, (shown, item) in enumerate(mailboxes):
+    for i, (display_name, mailbox) in enumerate(mailboxes):
         comma = "," if i < len(mailboxes) - 1 else ""
-        if not shown:
-            tokens.append(item.addr_spec + comma)
-            continue
-        if re.fullmatch(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}", shown) and "=?" not in shown and "  " not in shown:
-            tokens.extend(shown.split(" "))
-        elif re.fullmatch(r"[\x20-\x7e]{1,60}", shown) and "=?" not in shown:
-            tokens.append('"' + re.sub(r'(["\\])', r"\\\1", shown) + '"')
+        if mailbox is NULL_SENDER:
+            tokens.append(f"{display_name}:;{comma}")
+        elif not display_name:
+            tokens.append(mailbox.addr_spec + comma)
         else:
-            tokens.extend(encoded_words(shown, charset, len(name) + 2))
-        tokens.append(f"<{item.addr_spec}>{comma}")
+            tokens += phrase_tokens(display_name, charset, len(name) + 2)
+            tokens.append(f"<{mailbox.addr_spec}>{comma}")
     return fold(f"{name}:", tokens)
 
 
+@cache_short(512)
+def phrase_tokens(text: str, charset: str, used: int) -> tuple:
+    """Return a display name as atoms, as a quoted string or as encoded words."""
+    if "=?" not in text and PHRASE.fullmatch(text) and "  " not in text:
+        return tuple(text.split(" "))
+    if "=?" not in text and re.fullmatch(r"[\x20-\x7e]{1,60}", text):
+        return ('"' + re.sub(r'(["\\])', r"\\\1", text) + '"',)
+    return tuple(encoded_words(text, charset, used))
+
+
 def text_field(name: str, value: str, charset: str) -> str:
-    """An unstructured field: as it is where a reader would get the same text back, else in encoded words."""
+    """Return an unstructured field: as it is if a reader gets the same text back, else in encoded words."""
     if PLAIN.fullmatch(value) and "=?" not in value:
         whole = f"{name}: {value}"
         return whole if len(whole) <= 78 else fold(f"{name}:", value.split(" "))
@@ -2627,8 +2815,8 @@ def text_field(name: str, value: str, charset: str) -> str:
     return fold(f"{name}:", encoded_words(value, charset, len(name) + 2))
 
 
-def fold(line: str, tokens: list) -> str:
-    """Tokens behind the field's name, with a new line before each that would pass column 76 (RFC 2047 2)."""
+def fold(line: str, tokens: Any) -> str:
+    """Append tokens to a field's name, with a new line before each that would pass column 76 (RFC 2047 2)."""
     lines, column = [line], len(line)
     for token in tokens:
         column += 1 + len(token)
@@ -2642,7 +2830,8 @@ def fold(line: str, tokens: list) -> str:
 
 
 def encoded_words(value: str, charset: str, used: int) -> list:
-    """RFC 2047: words of whole characters, none over 75 columns; before the first are `used` columns of its line."""
+    """Return encoded words (RFC 2047) of whole characters and at most 75 columns; `used` columns of the first line are
+    taken already."""
     encode, words, room, start = charset_encoder(charset), [], 76 - used, 0
     overhead = len(charset) + 7
     while start < len(value) or not words:
@@ -2657,7 +2846,8 @@ def encoded_words(value: str, charset: str, used: int) -> list:
 
 
 def splits_cluster(value: str, at: int) -> bool:
-    """True where a word that ends there would part a voice mark from its kana: two are one character of ISO-2022-JP."""
+    """Return whether a break there would separate a half-width kana from its sound mark: ISO-2022-JP encodes the two
+    as one character."""
     return value.startswith(SOUND_MARKS, at) and not value.startswith(SOUND_MARKS, at - 1)
 
 
@@ -2665,7 +2855,7 @@ SOUND_MARKS = ("ﾞ", "ﾟ")
 
 
 def encode_body(text: str, charset: str) -> tuple:
-    """(Content-Transfer-Encoding, octets): lines end with CRLF, none is longer than 998 octets (RFC 5322 2.1.1)."""
+    """Return (Content-Transfer-Encoding, octets) with CRLF and no line over 998 octets (RFC 5322 2.1.1)."""
     text = text if "\r" not in text else text.replace("\r\n", "\n").replace("\r", "\n")
     text = (text if text.endswith("\n") else text + "\n").replace("\n", "\r\n")
     octets = charset_encoder(charset)(text)
@@ -2685,38 +2875,24 @@ JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
 QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
 
 
-def base64_lines(octets: Any) -> bytes:
-    """Base64 in lines of 76 characters and CRLF (RFC 2045 6.8)."""
-    return b"\r\n".join(BASE64_LINE.findall(binascii.b2a_base64(octets, newline=False))) + b"\r\n"
-
-
-BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
-
-
-def base64_blocks(octets: bytes) -> Any:
-    """The same block by block, since the list of the lines of a large attachment takes more memory than they do."""
-    for start in range(0, len(octets), BASE64_BLOCK):
-        yield base64_lines(octets[start : start + BASE64_BLOCK])
-
-
-BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
-
-
 @functools.lru_cache(maxsize=64)
 def charset_encoder(charset: str) -> Callable:
-    """A function from text to octets; it raises UnicodeEncodeError for a character that the charset can't hold."""
+    """Return a function from text to octets, which raises UnicodeEncodeError if the charset can't hold the text."""
     return CHARSETS.get(charset) or functools.partial(_encode, codec_name(charset))
 
 
 def _encode(codec: str, text: str) -> bytes:
     octets = text.encode(codec)
-    if octets.decode(codec) != text:  # EUC-JP writes a backslash for a yen sign
-        raise UnicodeEncodeError(codec, text, 0, len(text), "no such character")
-    return octets
+    try:
+        if octets.decode(codec) == text:
+            return octets
+    except UnicodeDecodeError:  # text with the control characters of ISO-2022-JP-2 or ISO-2022-KR
+        pass
+    raise UnicodeEncodeError(codec, text, 0, len(text), "no such character")  # EUC-JP turns a yen sign into a backslash
 
 
 def encode_jis(text: str) -> bytes:
-    """ISO-2022-JP as CP50220 writes it: half-width kana full-width, NEC's and IBM's characters kept."""
+    """Encode ISO-2022-JP as CP50220 does: half-width kana become full-width, NEC's and IBM's characters stay."""
     if "\x1b" in text:  # a reader would take it for the start of a sequence
         raise UnicodeEncodeError("iso2022_jp", text, text.index("\x1b"), text.index("\x1b") + 1, "no character")
     try:
@@ -2743,8 +2919,8 @@ def _encode_jis(text: str) -> bytes:
 
 @functools.lru_cache(maxsize=1)
 def jis_extensions() -> tuple:
-    """({character: its two octets}, pattern that splits a text into runs of these and others) of NEC's row 13 and the
-    rows 89 to 92 that hold IBM's, where JIS X 0208 has none."""
+    """Return ({character: its two octets}, pattern that splits a text into runs of these and others) of NEC's row 13
+    and IBM's characters in rows 89 to 92, which JIS X 0208 does not have."""
     table: dict = {}
     for row in (13, 89, 90, 91, 92):
         for cell in range(1, 95):
@@ -2759,140 +2935,182 @@ def jis_extensions() -> tuple:
     return table, re.compile(f"([{''.join(table)}]+)")
 
 
+# Names that Windows and Unicode's own tables give differently to some characters of JIS X 0208; Python's codec knows
+# the latter.
+CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
+CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis}  # others by Python's codecs
+
+
 def complete_raw_message(
     raw: ParsedMessage, sender: str, loop: tuple, trace: str, queueid: str, hostname: str, now: float
 ) -> Message:
-    """A finished message made ready for relays: trace and loop fields put on, what is missing added, Bcc taken out.
-    Refused where it has a line or an octet that can't be sent."""
+    """Complete a finished message: add trace and loop fields and required ones that are missing, remove Bcc. Its other
+    octets stay as they are, unless no path can carry them; raises Rejected if nothing can be done about that."""
     names = {name for name, _ in raw.fields}
     dropped = ("bcc", "resent-bcc", "return-path", "x-haineko-loop")
-    head = [trace.encode() + b"\r\n"]
-    head += [
-        octets.rstrip(b"\n").replace(b"\n", b"\r\n") + b"\r\n" for name, octets in raw.fields if name not in dropped
-    ]
+    head = [trace.encode() + b"\n", *(octets for name, octets in raw.fields if name not in dropped)]
     author = sender or f"MAILER-DAEMON@{hostname}"
     missing = {"From": f"<{author}>", "Date": rfc5322_date(int(now)), "Message-Id": f"<{queueid}.1@{hostname}>"}
-    head += [f"{name}: {value}\r\n".encode() for name, value in missing.items() if name.lower() not in names]
-    head.append(loop_field(loop, hostname).encode() + b"\r\n")
-    if {"mime-version", "content-type", "content-transfer-encoding"} & names:
-        body = [b"\r\n", raw.body.replace(b"\n", b"\r\n")]
-    else:
-        text = raw.body.decode("utf-8" if is_utf8(raw.body) else "latin-1")
-        body = [b"MIME-Version: 1.0\r\n", *text_part("plain", text, "UTF-8")]
-    octets = b"".join([*head, *body, b"" if body[-1].endswith(b"\n") else b"\r\n"])
-    if UNSENDABLE.search(octets) or not is_utf8(b"".join(head)):
-        octets = downgrade_8bit(octets)
+    head += [f"{name}: {value}\n".encode() for name, value in missing.items() if name.lower() not in names]
+    head.append(loop_field(loop, hostname).encode() + b"\n")
+    if not names & {"mime-version", "content-type", "content-transfer-encoding"}:
+        head.append(mime_label(raw.body))
+    octets = b"".join([*head, b"\n", raw.body, b"" if raw.body.endswith(b"\n") else b"\n"])
+    octets = octets.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    if not octets.isascii() or UNSENDABLE.search(octets):
+        octets = convert_parts(octets, keep_8bit=True, keep_utf8=True)
         if UNSENDABLE.search(octets):
             raise Rejected(make_reply("line-length"))
-    utf8 = not octets[: octets.index(b"\r\n\r\n")].isascii()
-    return Message((octets,), needs_8bitmime=not octets.isascii(), needs_smtputf8=utf8)
+    return Message((octets,), not octets.isascii(), bool(non_ascii_fields(octets)))
 
 
 UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
 
 
-def is_utf8(octets: bytes) -> bool:
-    try:
-        return octets.decode() is not None
-    except UnicodeDecodeError:
-        return False
+def mime_label(body: bytes) -> bytes:
+    """Return the MIME fields for a body that came without; none if it is ASCII that every path can carry."""
+    if body.isascii() and not UNSENDABLE.search(body):
+        return b""
+    charset = "unknown-8bit"  # RFC 1428
+    if is_utf8(body):
+        charset = "ISO-2022-JP" if b"\x1b$" in body else "US-ASCII" if body.isascii() else "UTF-8"
+    return f"MIME-Version: 1.0\nContent-Type: text/plain; charset={charset}\nContent-Transfer-Encoding: 8bit\n".encode()
 
 
-def downgrade_8bit(octets: bytes) -> bytes:
-    """The message with every part encoded that is not in 7bit and in lines of 998 octets (RFC 6152 3, RFC 2045 2.7)."""
-    import email
-    import email.policy
-
-    message, name = email.message_from_bytes(octets, policy=email.policy.compat32), "Content-Transfer-Encoding"
-    for part in message.walk():
-        encode_part_header(part)
-        coding = str(part.get(name, "")).strip().lower()
-        if part.is_multipart():
-            part.preamble = part.preamble if (part.preamble or "").isascii() else None
-            part.epilogue = part.epilogue if (part.epilogue or "").isascii() else None
-        elif not is_7bit(part, coding):
-            body = part.get_payload(decode=True)
-            coding = "quoted-printable" if part.get_content_maintype() == "text" else "base64"
-            coded = binascii.b2a_qp(body, istext=True) if coding != "base64" else base64_lines(body)
-            part.set_payload(coded.decode("ascii"))
-        del part[name]
-        if coding not in ("", "8bit", "binary"):
-            part[name] = coding
-    return message.as_bytes(policy=email.policy.SMTPUTF8.clone(refold_source="none", cte_type="8bit"))
+def non_ascii_fields(octets: bytes) -> list:
+    """Return the names of the header fields, those of parts included, that need SMTPUTF8 (RFC 6532 3)."""
+    parts = [] if octets.isascii() else mime_parts(octets)
+    return list(dict.fromkeys(name for part in parts for name, field in part.header if not field.isascii()))
 
 
-def is_7bit(part: Any, coding: str) -> bool:
-    """True where the body of a part, as it stands in the message, is what RFC 2045 2.7 calls 7bit."""
-    if coding in ("base64", "quoted-printable"):
-        return not NOT_7BIT.search(part.get_payload().encode("utf-8", "replace"))
-    return not NOT_7BIT.search(part.get_payload(decode=True))
+def downgrade_8bit(octets: bytes, keep_8bit: bool = False) -> bytes:
+    """Return the message for a server without SMTPUTF8, and without 8BITMIME unless `keep_8bit` (RFC 6152 3). What has
+    no form in ASCII, such as an address, stays: see non_ascii_fields()."""
+    return convert_parts(octets, keep_8bit=keep_8bit, keep_utf8=False)
 
 
-def encode_part_header(part: Any) -> None:
-    """Encodes the fields of a part that are other than ASCII; an address that is stays."""
-    fields_ = list(part.raw_items())
-    if all(value.isascii() for _, value in fields_):
-        return
-    for name in set(part.keys()):
-        del part[name]
-    for name, value in fields_:
-        part.set_raw(name, value if value.isascii() else encode_field_value(name, value))
+def convert_parts(octets: bytes, keep_8bit: bool, keep_utf8: bool) -> bytes:
+    """Return a message, each of whose parts is encoded where the path can't carry it as it is."""
+    parts = mime_parts(octets)
+    return rewrite_parts(octets, parts, functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8), keep_8bit)
 
 
-def encode_field_value(name: str, value: str) -> str:
-    """The value of a field in encoded words or parameters (RFC 2047, 2231); octets that aren't UTF-8 are Latin-1."""
-    octets = value.encode("utf-8", "surrogateescape")
-    text = octets.decode("utf-8" if is_utf8(octets) else "latin-1")
-    text = re.sub(r"[\r\n]+[ \t]*", " ", text).strip()
-    if name.lower() in ("content-type", "content-disposition"):
-        return NAME_PARAMETER.sub(lambda found: f"{found[1]}*=UTF-8''{urllib.parse.quote(found[2], safe='')}", text)
-    if name.lower() not in ("from", "sender", "to", "cc", "reply-to", "resent-from", "resent-to", "resent-cc"):
-        return text_field(name, text, "UTF-8").partition(": ")[2]
-    found = parse_mailboxes(text)
-    field_ = address_field(name, found, "UTF-8").partition(": ")[2] if found else text
-    return field_.encode().decode("ascii", "surrogateescape")
+def _convert_part(top: MIMEPart, keep_8bit: bool, keep_utf8: bool, part: MIMEPart, body: bytes) -> tuple:
+    """Return (fields, body) of a part as the path can carry it."""
+    header = []
+    charset = part.parameter("charset") or top.parameter("charset")
+    for name, octets in part.header:
+        sendable = octets.isascii() or (keep_utf8 and is_utf8(octets))
+        header.append((name, fold_long_lines(octets if sendable else encode_field(name, octets, charset))))
+    if part.is_leaf and (UNSENDABLE if keep_8bit else NOT_7BIT).search(body):
+        return encode_leaf(part, header, body)
+    if not keep_8bit and part.encoding == "8bit":
+        header = [item for item in header if item[0] != "content-transfer-encoding"]
+    return header, body
 
 
-NAME_PARAMETER = re.compile(r'([A-Za-z0-9-]+)="([^"]*[^\x00-\x7f"][^"]*)"')
+def encode_field(name: str, octets: bytes, charset: str) -> bytes:
+    """Return a field in ASCII, encoded as its grammar allows. Octets that are not UTF-8 are in the message's charset,
+    or Latin-1. What can't be encoded, such as an address, stays."""
+    label, _, value = octets.partition(b":")
+    value = ENCODED_WORD_8BIT.sub(lambda word: re.sub(rb"[\x80-\xff]", lambda c: b"=%02X" % ord(c[0]), word[0]), value)
+    if value.isascii():
+        return label + b":" + value
+    text = " ".join(re.split(r"[\r\n]+[ \t]*", decode_octets(value, charset).strip()))
+    label = label.decode("ascii").strip()
+    if name in PARAMETER_FIELDS:
+        coded = f"{label}: {encode_comments(PARAMETER.sub(_encode_parameter, text))}"
+    elif name in MAILBOX_FIELDS:
+        try:
+            coded = address_field(label, parse_mailboxes(text) or (("undisclosed-recipients", NULL_SENDER),), "UTF-8")
+        except ValueError:
+            coded = f"{label}: {text}"
+    elif STRUCTURED_FIELDS.fullmatch(name):
+        coded = f"{label}: {encode_comments(text)}"
+    else:
+        segments = re.split(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)", text)
+        words = [
+            [item] if i % 2 else encoded_words(item, "UTF-8", len(label) + 2)
+            for i, item in enumerate(segments)
+            if item.strip()
+        ]
+        coded = fold(f"{label}:", itertools.chain.from_iterable(words))
+    return coded.encode() + b"\r\n"
 
 
-# What Windows and what Unicode's own tables call some characters of JIS X 0208; Python's codec knows the latter.
-CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
+ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
+PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
+COMMENT = re.compile(r"\([^()\\]*\)")
 
-CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis}  # others by Python's codecs
+
+def decode_octets(octets: bytes, charset: str) -> str:
+    """Decode octets of a header: UTF-8, else the charset, else Latin-1."""
+    for codec in ("utf-8", codec_name(iana_charset(charset)) or "latin-1"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return octets.decode(codec)
+    return octets.decode("latin-1")
+
+
+def encode_comments(text: str) -> str:
+    """Encode the comments (RFC 2047 5) that are other than ASCII."""
+    return COMMENT.sub(
+        lambda found: found[0] if found[0].isascii() else f"({' '.join(encoded_words(found[0][1:-1], 'UTF-8', 9))})",
+        text,
+    )
+
+
+def _encode_parameter(found: re.Match) -> str:
+    if found[0].isascii():
+        return found[0]
+    value = re.sub(r"\\(.)", r"\1", found[2].strip('"')) if found[2].startswith('"') else found[2].strip()
+    return rfc2231_parameter(found[1].rstrip("*"), value, "UTF-8")
+
+
+def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
+    """Return (fields, body) of a part in base64, or in quoted-printable if it is text (RFC 2045 6)."""
+    if part.encoding == "base64":
+        data = body.translate(None, NOT_BASE64)
+        data = data[: len(data) - (len(data) % 4 == 1)]
+        body = binascii.a2b_base64(data + b"=" * (-len(data) % 4))
+    elif part.encoding == "quoted-printable":
+        body = binascii.a2b_qp(body)
+    if part.is_text:
+        # b2a_qp() writes line ends as the first line has them.
+        return set_encoding(header, "quoted-printable"), binascii.b2a_qp(body + b"\r\n", istext=True)[:-2]
+    return set_encoding(header, "base64"), base64_lines(body)[:-2]
+
+
+NOT_BASE64 = bytes({*range(256)} - {*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"})
 
 # ======================================================================================================================
 # 8. Routes
-#    Takes a recipient's domain, gives the Route of the settings and the word why. Knows the tables, not what a relay
-#    does.
+#    Takes domains of recipient and sender, gives the Route of the settings and the table row that it comes from.
 # ======================================================================================================================
 
 
 def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
-    """(Route, why) for mail to `domain`; the look-up costs as much as the domain has labels, once."""
-    chosen = settings.route_cache
-    found = chosen.get((domain, sender_domain))
+    """Return (Route, reason) for mail to `domain`; the look-up costs as much as the domain has labels, once."""
+    cache, key = settings.route_cache, (domain, sender_domain)
+    found = cache.get(key)
     if not found:
-        if len(chosen) >= ROUTE_CACHE_SIZE:
-            chosen.clear()
-        found = chosen[domain, sender_domain] = _find_route(domain, sender_domain, settings)
+        if len(cache) >= ROUTE_CACHE_SIZE:
+            cache.clear()
+        found = cache[key] = _find_route(domain, sender_domain, settings)
     return found
 
 
-ROUTE_CACHE_SIZE = 4096  # pairs of domains, remembered with the settings
+ROUTE_CACHE_SIZE = 4096  # pairs of domains
 
 
 def _find_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
-    for name, table, key in (
-        ("mailertable", settings.mailertable, domain),
-        ("sendermt", settings.sendermt, sender_domain),
-    ):
-        for queue_item in lookup_keys(key.lower()) if table else ():
-            if queue_item in table:
-                return table[queue_item], f'{name}["{queue_item}"]'
-    for name in ("mailertable", "sendermt"):
-        if "default" in getattr(settings, name):
-            return getattr(settings, name)["default"], f"{name}.default"
+    tables = (("mailertable", settings.mailertable, domain), ("sendermt", settings.sendermt, sender_domain))
+    for name, table, key in tables:
+        for row in lookup_keys(key.lower()) if table else ():
+            if row in table:
+                return table[row], f'{name}["{row}"]'
+    for name, table, _ in tables:
+        if "default" in table:
+            return table["default"], f"{name}.default"
     return FALLBACK_ROUTE, "no route matches"
 
 
@@ -2900,7 +3118,7 @@ FALLBACK_ROUTE = Route()
 
 
 def lookup_keys(domain: str) -> Any:
-    """The keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
+    """Yield the keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
     yield domain
     dot = domain.find(".")
     while dot >= 0:
@@ -4124,10 +4342,11 @@ class Session(smtplib.SMTP):
         if not transaction.sender.isascii():
             return [make_reply("mail-ascii", **place)] * len(transaction.recipients)
         if message.needs_smtputf8:
-            octets = await to_thread(downgrade_8bit, transaction.octets())
-            message = Message((octets,))
-            if not octets.isascii():  # an address in the header
-                return [make_reply("header-ascii", **place)] * len(transaction.recipients)
+            octets = await to_thread(downgrade_8bit, transaction.octets(), self.has_extn("8bitmime"))
+            message = Message((octets,), needs_8bitmime=not octets.isascii())
+            names = non_ascii_fields(octets)
+            if names:  # which have no form in ASCII, such as an address
+                return [make_reply("header-ascii", f"in {', '.join(names)}", **place)] * len(transaction.recipients)
         ascii_only = tuple(to for to in transaction.recipients if to.isascii())
         said = await self.transact(transaction._replace(recipients=ascii_only, message=message)) if ascii_only else []
         replies = dict(zip(ascii_only, said))
@@ -4882,8 +5101,8 @@ def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
 
 
 def sendgrid_mailboxes(text: str) -> list:
-    named = [(name, spec) for name, spec in getaddresses([text]) if spec]
-    return [{"email": spec, "name": decode_encoded_words(name)} if name else {"email": spec} for name, spec in named]
+    named = [(decode_encoded_words(name), mailbox.addr_spec) for name, mailbox in parse_mailboxes(text)]
+    return [{"email": spec, "name": name} if name else {"email": spec} for name, spec in named]
 
 
 def sendgrid_headers(fields: list) -> dict:
@@ -4989,8 +5208,8 @@ def amazonses_request(transaction: Transaction, now: float) -> HTTPRequest:
     octets = ascii_message(transaction)
     try:
         author = single_field(parse_message(octets)[0], "from")
-        spec = next(spec for _, spec in getaddresses([author]) if spec)
-    except (ValueError, StopIteration):
+        spec = parse_mailboxes(author)[0][1].addr_spec
+    except (ValueError, IndexError):
         raise Rejected(make_reply("inexpressible", "one header From is wanted", **transaction.route.endpoint)) from None
     document = {
         "FromEmailAddress": author,
@@ -5195,8 +5414,8 @@ def decode_transfer_encoding(body: bytes, encoding: str) -> bytes:
 def format_mailboxes(text: str) -> str:
     """A field of mailboxes as it is written in a submission."""
     people = []
-    for coded, spec in getaddresses([text]):
-        name = decode_encoded_words(coded)
+    for coded, mailbox in parse_mailboxes(text):
+        name, spec = decode_encoded_words(coded), mailbox.addr_spec
         quoted = '"' + re.sub(r'(["\\])', r"\\\1", name) + '"' if re.search(r'[()<>@,;:\\".\[\]]', name) else name
         people.append(f"{quoted} <{spec}>" if name else spec)
     return ", ".join(people)
