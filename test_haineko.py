@@ -4585,15 +4585,15 @@ class KeptLines(unittest.TestCase):
 
     def test_idle_connections_are_closed_and_bounded(self):
         async def story(route, peer) -> None:
-            web = haineko.HTTPConnectionPool()
+            web, target = haineko.HTTPConnectionPool(), haineko.HTTPTarget.of_route(route)
             call = haineko.HTTPRequest("GET", "/v3/scopes", headers=haineko.bearer_header(route))
-            await haineko.gather([web.request(route, call) for _ in range(5)])
-            self.assertEqual((peer.lines, len(web.idle[route])), (5, 5))
+            await haineko.gather([web.request(target, call) for _ in range(5)])
+            self.assertEqual((peer.lines, len(web.idle[target])), (5, 5))
             web.MAX_IDLE = 2
             web.sweep(everything=True)
-            await haineko.gather([web.request(route, call) for _ in range(5)])
-            self.assertEqual(len(web.idle[route]), 2)
-            for line in web.idle[route]:
+            await haineko.gather([web.request(target, call) for _ in range(5)])
+            self.assertEqual(len(web.idle[target]), 2)
+            for line in web.idle[target]:
                 line.expires = 0.0
             web.sweep()
             self.assertEqual(web.idle, {})
@@ -4802,10 +4802,8 @@ class SmtpSessions(Peers):
 
     def test_a_reply_that_comes_in_single_octets_is_read_once(self) -> None:
         session, octets = haineko.Session(haineko.Route(), "here.example"), b"250 2.0.0 once and for all\r\n"
-        before = haineko._parse_replies.cache_info().misses
         found = [session._feed(octets[i : i + 1]) or session._parse_buffer() for i in range(len(octets))]
         self.assertEqual(found, [False] * (len(octets) - 1) + [True])
-        self.assertEqual(haineko._parse_replies.cache_info().misses - before, 1)
         session._feed(b"2" * (haineko.MAX_LINE + 1))
         self.assertRaises(haineko.ProtocolError, session._parse_buffer)
 
@@ -5979,7 +5977,7 @@ class RelayMxByPolicy(MxPeers):
                 self.host.manners = {"127.0.0.2": manner}
                 self.assertEqual(self.deliver(), wanted)
                 self.assertEqual([mail[1] for mail in self.host.mails], [] if secure is None else [secure])
-        self.assertIn("GET /.well-known/mta-sts.txt HTTP/1.1\r\nHost: mta-sts.sts.example\r\n", self.web.asked[0])
+        self.assertIn("GET /.well-known/mta-sts.txt HTTP/1.1\r\nHost: mta-sts.sts.example:", self.web.asked[0])
 
     def test_a_certificate_for_another_name_is_none(self):
         self.dns.zone["sts.example"] = {haineko.MX: [(10, "mx2.sts.example"), (20, "mx.sts.example")]}
