@@ -8477,7 +8477,7 @@ async def _run_checks(settings: Settings, domain: str, selector: str | None, con
     transport, failed = TransportContext(settings.smtpd.resolver), False
     checks = [(name, run_probe(probe, transport)) for name, probe in connectivity_probes(settings, domain) if connect]
     if domain:
-        checks.append((domain, check_sender_domain(domain.lower(), selector, transport.resolver)))
+        checks.append((domain, check_sender_domain(domain.lower(), selector, transport.resolver, settings.dkim)))
     for name, check in checks:
         for step, ok, text in await check:
             failed = failed or not ok
@@ -8506,7 +8506,7 @@ def connectivity_probes(settings: Settings, domain: str) -> list:
     return probes
 
 
-async def check_sender_domain(domain: str, selector: str | None, resolver: Resolver) -> list:
+async def check_sender_domain(domain: str, selector: str | None, resolver: Resolver, keys: dict) -> list:
     """What a large receiver reads in DNS of a sender's domain, and why it would refuse the mail: SPF, DKIM, DMARC."""
     patience = Resolver.QUERY_TIMEOUT * Resolver.ATTEMPTS
 
@@ -8519,7 +8519,7 @@ async def check_sender_domain(domain: str, selector: str | None, resolver: Resol
     results = []
     for step, look in (
         ("SPF", check_spf(domain, texts)),
-        ("DKIM", check_dkim(domain, selector, texts)),
+        ("DKIM", check_dkim(domain, selector, keys, texts)),
         ("DMARC", check_dmarc(domain, texts)),
     ):
         try:
@@ -8577,12 +8577,19 @@ def spf_record(texts: tuple, partial: bool = False) -> tuple:
     return records[0], ""
 
 
-async def check_dkim(domain: str, selector: str | None, texts: Callable) -> tuple:
-    """(fine, words) of the DKIM key with that selector (RFC 6376)."""
-    if not selector:
+async def check_dkim(domain: str, selector: str | None, keys: dict, texts: Callable) -> tuple:
+    """(fine, words) of the DKIM key with that selector, or of the one in the settings (RFC 6376)."""
+    own = find_dkim_key(domain, keys)
+    if own and selector in (None, own.selector):
+        domain, selector = own.domain, own.selector
+    elif not selector:
         return True, "not looked at; --selector names the key"
     name = f"{selector}._domainkey.{domain}"
-    error, words = dkim_key(await texts(name))
+    records = await texts(name)
+    error, words = dkim_key(records)
+    if not error and own and own.selector == selector:
+        published, ours = (re.sub(r"\s", "", parse_tags(text)["p"]) for text in (records[0], dkim_record(own)))
+        error = "" if published == ours else f"not the key of the settings, which `haineko.py dkim {domain}` prints"
     return not error, f"{name}: {error or words}"
 
 
@@ -8601,8 +8608,7 @@ def dkim_key(texts: tuple) -> tuple:
         return "the key is revoked (p= is empty)", ""
     if tags.get("k", "rsa") == "ed25519":
         return ("", "ed25519") if len(key) == ED25519 else (f"an ed25519 key has {ED25519} octets", "")
-    modulus = re.search(rb"\x02(?:\x82(..)|\x81(.))\x00", key, re.DOTALL)  # the first INTEGER, RFC 8017 A.1.1
-    bits = (int.from_bytes(modulus[1] or modulus[2], "big") - 1) * 8 if modulus else 0
+    bits = rsa_bits(key)
     if bits < SHORTEST_RSA:
         return f"RSA key of {bits or 'unknown'} bits: receivers want {SHORTEST_RSA} at the least (RFC 8301)", ""
     return "", f"RSA, {bits} bits" + (
@@ -8649,6 +8655,17 @@ def command_route(options: Any) -> int:
     if refusal:
         print(f"{options.address}: would be refused: {refusal.code} {refusal.dsn} {refusal.message[0]}")
     return 1 if refusal else 0
+
+
+def command_dkim(options: Any) -> int:
+    """Print the TXT record of a domain's key as a line of a zone file, in strings of at most 255 octets."""
+    keys = usable_settings(options.config).dkim
+    key = keys.get(domain_key(options.domain))
+    if not key:
+        raise CommandError(f'"{options.domain}" is not in dkim{did_you_mean(options.domain, keys)}', 1)
+    strings = '" "'.join(re.findall(".{1,255}", dkim_record(key)))
+    print(f'{key.selector}._domainkey.{key.domain}. IN TXT "{strings}"')
+    return 0
 
 
 def command_send(options: Any) -> int:
@@ -8994,6 +9011,11 @@ COMMANDS = {
         command_route,
         "say which relay a recipient would take and why",
         (CONFIG, (("address",), {"metavar": "ADDRESS"}), (("--sender",), {"metavar": "ADDRESS"})),
+    ),
+    "dkim": (
+        command_dkim,
+        "print the TXT record of a domain's DKIM key in the settings",
+        (CONFIG, (("domain",), {"metavar": "DOMAIN"})),
     ),
     "send": (
         command_send,

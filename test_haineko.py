@@ -10007,7 +10007,7 @@ class RecordsOfASender(unittest.TestCase):
             ((), "no key", False),
         ):
             with self.subTest(texts):
-                found, told = self.look(haineko.check_dkim, {"s._domainkey.a.example": texts}, "s")
+                found, told = self.look(haineko.check_dkim, {"s._domainkey.a.example": texts}, "s", {})
                 self.assertEqual(found, fine, told)
                 self.assertIn(words, told)
 
