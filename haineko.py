@@ -4312,7 +4312,10 @@ def _sign_transaction(transaction: Transaction, now: int) -> Transaction:
 
 def signing_key(header: list, keys: dict) -> DkimKey | None:
     """Return the key for the domain of From or a parent of it; None if there is none or that domain has signed."""
-    author = parse_mailboxes(next((unfold(octets) for name, octets in header if name == "from"), ""))
+    try:
+        author = parse_mailboxes(next((unfold(octets) for name, octets in header if name == "from"), ""))
+    except ValueError:
+        return None
     key = find_dkim_key(author[0][1].domain, keys) if author else None
     signatures = [parse_tags(unfold(octets)) for name, octets in header if name == "dkim-signature"]
     return None if key and key.domain in [tags.get("d", "").lower() for tags in signatures] else key
