@@ -105,8 +105,9 @@ class Reply(NamedTuple):
     host: str | None = None
     port: int | None = None
     status: int = 0  # HTTP status of a refusal before delivery
-    maybe_delivered: bool = False  # the end of the text was sent and no reply came: the mail may have arrived
-    retry_after: int = 0  # seconds after which to try again, where the other side said so
+    maybe_delivered: bool = False  # the end of the text was sent and no reply came
+    retry_after: int = 0  # seconds after which to try again, if the other side named them
+    origin: str = "relay"  # who gave it: "relay" (the other side, or our part in talking to it), "policy", "queue"
     from_server: bool = False  # the code and the words are the next hop's own
     route_fault: bool = False  # log-in or settings of the route are at fault: no verdict on the mail, which waits
 
@@ -1490,6 +1491,8 @@ class Request:
     port: int | None  # of the client
     now: float  # seconds since the epoch
     settings: Settings | None = None  # the settings in force when it began
+    login: str = ""  # who logged in
+    message_size: int = 0  # octets of the finished message
 
 
 class Mailbox(NamedTuple):
@@ -4849,7 +4852,8 @@ class TransportContext:
         closing, self.closing = self.closing, []
         for session in closing:
             session.stream.release()  # a thread has it from here
-        await asyncio.gather(*[asyncio.to_thread(session.quit) for session in closing])
+        if closing:
+            await asyncio.gather(*[asyncio.to_thread(session.quit) for session in closing])
 
 
 # ======================================================================================================================
