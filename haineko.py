@@ -174,8 +174,8 @@ def make_reply(slug: str, *lines: str, word: str = "", **place) -> Reply:
 
 
 def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
-    """One recipient's part of the answer."""
-    return {
+    """Return one recipient's item of the answer; `maybe_delivered` is present only if it is true."""
+    item = {
         "rcpt": recipient,
         "error": 0 if reply.accepted else 1,
         "code": reply.code,
@@ -186,6 +186,7 @@ def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
         "host": reply.host,
         "port": reply.port,
     }
+    return {**item, "maybe_delivered": True} if reply.maybe_delivered else item
 
 
 def cache_short(maxsize: int, limit: int = 512) -> Callable:
@@ -4727,10 +4728,12 @@ def haineko_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
     lines = [lines] if isinstance(lines, str) else lines if isinstance(lines, list) else []
     if not re.fullmatch(r"[245][0-9][0-9]", code) or (code[0] == "2") == bool(item.get("error")):
         return http_failure(route, response, None)
+    if code[0] == "2" and response.status not in (200, 202, 207):  # something on the way changed one of the two
+        return http_failure(route, response, None)._replace(maybe_delivered=True)
     dsn = dsn if isinstance(dsn, str) and re.fullmatch(r"[245]\.\d{1,3}\.\d{1,3}", dsn) else None
     command = item.get("command") if item.get("command") in KNOWN_COMMANDS else "DATA"
     message = sanitize_lines(lines) or (status_text(response),)
-    maybe_delivered = code[0] == "4" and message[0].endswith("may have arrived")
+    maybe_delivered = code[0] == "4" and item.get("maybe_delivered") is True
     wait = 0 if code[0] == "2" else parse_retry_after(response)
     return Reply(code, dsn, command, message, **route.endpoint, maybe_delivered=maybe_delivered, retry_after=wait)
 
@@ -6582,15 +6585,14 @@ def answer_document(
 
 def reply_json(recipient: str | None, reply: Reply) -> str:
     """The JSON of reply_to_dict()."""
-    form = reply_template(reply.code, reply.dsn, reply.command, reply.mailer, reply.host, reply.port)
+    form = reply_template(reply._replace(message=(), retry_after=0))
     return form % (json_of(recipient), json_of(reply.message))
 
 
 @functools.lru_cache(maxsize=1024)  # who answers says the same most of the time
-def reply_template(code: str, *others: Any) -> str:
+def reply_template(reply: Reply) -> str:
     """The same with %s for recipient and message."""
-    dsn, command, *place = others
-    known = reply_to_dict(None, Reply(code, dsn, command, (), *place))
+    known = reply_to_dict(None, reply)
     shown = {key: json_of(value).replace("%", "%%") for key, value in known.items()}
     shown.update(rcpt="%s", message="%s")
     return "{" + ", ".join(f'"{key}": {value}' for key, value in shown.items()) + "}"

@@ -6791,7 +6791,7 @@ class WebRoutes(unittest.TestCase):
         )
 
 
-class FarHaineko(unittest.TestCase):
+class FarHaineko(Quiet):
     """The relay Haineko: what it sends, and what it makes of the answers."""
 
     def sent(self, job: haineko.Transaction) -> dict:
@@ -6976,17 +6976,54 @@ class FarHaineko(unittest.TestCase):
         self.assertEqual((said.dsn, said.command, said.message), (None, "DATA", ("a??b?[0m",)))
 
     def test_a_far_end_that_does_not_know_whether_it_arrived(self):
-        item = {
-            "rcpt": None,
-            "error": 1,
-            "code": "421",
-            "dsn": "4.4.2",
-            "command": "DATA",
-            "message": [haineko.REPLIES["unsure"][-1]],
-        }
-        with WebPeer(lambda asked: (503, {"response": [item]}, (("Retry-After", "60"),))) as peer:
-            said = first_reply(composed_job(web_route("Haineko", peer.url, retry=3, sleep=0)))
-            self.assertEqual((said.code, said.maybe_delivered, said.retry_after), ("421", True, 60))
+        item = {"rcpt": None, "error": 1, "code": "451", "dsn": "4.5.0", "command": "DATA"}
+        unsure = haineko.REPLIES["unsure"][-1]
+        for message, more, posts in (
+            ("No more words", {"maybe_delivered": True}, 1),
+            ("The answer is not what the API promises", {"maybe_delivered": True}, 1),
+            (unsure, {"maybe_delivered": True}, 1),
+            (unsure, {}, 3),  # words are no promise
+            (unsure, {"maybe_delivered": False}, 3),
+            (unsure, {"maybe_delivered": "no"}, 3),
+        ):
+            said = 503, {"response": [{**item, "message": [message], **more}]}, (("Retry-After", "0"),)
+            with self.subTest(message, more=more), WebPeer(lambda asked, said=said: said) as peer:
+                route = haineko.redacted(web_route("Haineko", peer.url, retry=2, sleep=0))
+                self.assertEqual(self.relayed_by_another(route, peer), (503, [posts == 1]))
+                self.assertEqual(len(peer.asked), posts)
+
+    def test_a_far_end_that_answers_something_else(self):
+        for said, maybe in (((200, b"<html>"), True), ((503, b"<html>"), False)):
+            with self.subTest(said), WebPeer(lambda asked, said=said: said) as peer:
+                self.assertEqual(
+                    self.relayed_by_another(haineko.redacted(web_route("Haineko", peer.url)), peer), (503, [maybe])
+                )
+
+    def relayed_by_another(self, route: dict, peer: WebPeer) -> tuple:
+        """(HTTP status, whether each item says that the mail may have arrived) of a Haineko that relays by the route."""
+        force = settings(mailertable={"default": {"mailer": "Haineko", **{
+            key: route[key] for key in ("base_url", "retry", "sleep")}}})  # fmt: skip
+        near = haineko.parse_ip("127.0.0.1")
+        request = haineko.Request("POST", "/submit", {}, as_body(document()), near, near, None, 1e9)
+        answer = answered(request, haineko.App(force))
+        items = json.loads(answer.body)["response"]
+        self.assertTrue(all(item.get("maybe_delivered", True) is True for item in items))
+        return answer.status, ["maybe_delivered" in item for item in items]
+
+    def test_success_is_believed_only_with_an_http_status_of_success(self):
+        good = {"rcpt": None, "error": 0, "code": "250", "dsn": "2.0.0", "command": "DATA", "message": ["OK"]}
+        refused = {**good, "error": 1, "code": "550"}
+        for status in (200, 202, 207, 201, 204, 302, 400, 401, 403, 413, 422, 429, 500, 502, 503):
+            believed = status in (200, 202, 207)
+            for item, code in ((good, "250"), ({**good, "code": 221}, "221"), (refused, "550")):
+                body = b"" if status == 204 else {"response": [item]}
+                with self.subTest(status, code=code), WebPeer(lambda asked, said=(status, body): said) as peer:
+                    said = first_reply(composed_job(web_route("Haineko", peer.url)))
+                    if code == "550" and status != 204:
+                        self.assertEqual(said.code, "550")
+                    else:
+                        self.assertEqual(said.code[0] == "2", believed)
+                        self.assertEqual(said.maybe_delivered, not believed)
 
     def test_the_loop_of_two_real_ones_stops(self):
         with tempfile.TemporaryDirectory() as folder, two_in_a_loop(folder) as ports:
