@@ -4638,11 +4638,18 @@ def save_message(transaction: Transaction) -> Reply:
 
 async def relay_screen(transaction: Transaction, transport: TransportContext) -> list:
     """Print the message on stderr."""
-    recipients = ">, <".join(transaction.recipients)
-    rule = f"--- {transaction.queueid}.{transaction.number} from <{transaction.sender}> to <{recipients}>"
-    printed = log.write_bytes(rule.encode() + b"\n" + transaction.octets().replace(b"\r\n", b"\n") + b"---\n")
+    printed = log.write_bytes(await to_thread(screen_text, transaction))
     reply = make_reply("printed") if printed else make_reply("file", "stderr cannot be written")
     return [reply._replace(mailer="Screen")] * len(transaction.recipients)
+
+
+def screen_text(transaction: Transaction) -> bytes:
+    """Return the message with its control characters escaped, and marked so that no line can pass for one of the log."""
+    rule = f"{transaction.queueid}.{transaction.number} from <{transaction.sender}> to"
+    rule = f"--- {rule} <{'>, <'.join(transaction.recipients)}>"
+    text = transaction.octets().decode("utf-8", "backslashreplace").replace("\r\n", "\n").rstrip("\n")
+    escape = functools.partial(SCREEN_UNSAFE.sub, lambda found: ascii(found[0])[1:-1])
+    return "\n".join([escape(rule), *[f"| {escape(line)}" for line in text.split("\n")], "---\n"]).encode()
 
 
 async def relay_discard(transaction: Transaction, transport: TransportContext) -> list:
@@ -5090,6 +5097,7 @@ def format_mailboxes(text: str) -> str:
     return ", ".join(people)
 
 
+SCREEN_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # all controls but the tab
 MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take the route's timeout
 KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE")
 TRANSFER_DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
@@ -7828,7 +7836,7 @@ async def _run_checks(settings: Settings, domain: str, selector: str | None, con
     for name, check in checks:
         for step, ok, text in await check:
             failed = failed or not ok
-            print(f"{name}: {step}: {'' if ok else 'FAILED: '}{text}", flush=True)
+            print(sanitize(f"{name}: {step}: {'' if ok else 'FAILED: '}{text}", 2000), flush=True)
     return int(failed)
 
 

@@ -5644,6 +5644,25 @@ class Relays(Folder, Peers):
             shown = "\n".join(self.logged())
             self.assertEqual("Meow." in shown, name == "Screen")
 
+    def test_what_is_shown_can_not_pass_for_the_log_or_reach_the_terminal(self) -> None:
+        forged = "2026-11-29T00:00:00+0000 haineko[1]: Q: status=sent"
+        for octets, shown in (
+            (b"a\x1b]0;x\x07b\x9b2J", "a\\x1b]0;x\\x07b\\x9b2J"),
+            ("\x9b2J \u2028 \u202e \x7f".encode(), "\\x9b2J \\u2028 \\u202e \\x7f"),
+            (b"a\r" + forged.encode(), "a\\r" + forged),
+            (b"a\r\n" + forged.encode(), forged),
+            (b"a\n--- x", "--- x"),
+            ("ニャー\u3000é\ttab \\x1b".encode(), "ニャー\u3000é\ttab \\x1b"),
+            (b"\x00\xff\xfe", "\\x00\\xff\\xfe"),
+        ):
+            with self.subTest(octets):
+                message = haineko.Message((b"Subject: x\r\n\r\n" + octets + b"\r\n",))
+                carried(haineko.Transaction(haineko.Route(mailer="Screen"), NAME, "Q", "a@b.example", TO[:1], message))
+                head, *lines, last = [line for line in self.logged() if "attempt" not in line]
+                self.assertEqual((head, last), (f"--- Q.1 from <a@b.example> to <{TO[0]}>", "---"))
+                self.assertTrue(all(line.startswith("| ") for line in lines), lines)
+                self.assertIn("| " + shown, lines)
+
 
 # ======================================================================================================================
 # 14. The way of a mail
@@ -7000,7 +7019,7 @@ class FarHaineko(Quiet):
                 )
 
     def relayed_by_another(self, route: dict, peer: WebPeer) -> tuple:
-        """(HTTP status, whether each item says that the mail may have arrived) of a Haineko that relays by the route."""
+        """(HTTP status, whether each item is in doubt) of a Haineko that relays by the route."""
         force = settings(mailertable={"default": {"mailer": "Haineko", **{
             key: route[key] for key in ("base_url", "retry", "sleep")}}})  # fmt: skip
         near = haineko.parse_ip("127.0.0.1")
@@ -10018,6 +10037,28 @@ class CheckConnect(WithFiles):
                 )
                 self.assertEqual(found, code, lines)
                 self.assert_lines(lines, *wanted)
+
+    def test_nothing_that_another_says_reaches_the_terminal(self):
+        esc = "\x1b]0;x\x07\u202e\x9b"
+        dns = self.enter(NameServer({
+            "a.example": {haineko.TXT: [f"v=spf1 include:{esc}.example -all"]},
+            "b.example": {haineko.TXT: [f"v=spf1 {esc} -all"]},
+            "c.example": {haineko.TXT: ["v=spf1 -all"], haineko.MX: []},
+            "_dmarc.a.example": {haineko.TXT: [f"v=DMARC1; p={esc}"]},
+            "_dmarc.b.example": {haineko.TXT: [f"v=DMARC1; p=none; rua={esc}"]},
+            "s._domainkey.a.example": {haineko.TXT: [f"v=DKIM1; k={esc}; p={'A' * 400}"]},
+            "s._domainkey.b.example": {haineko.TXT: [f"v={esc}; p=A"]},
+        }))  # fmt: skip
+        host = self.enter(MailHost("127.0.0.1", tls=self.tls))
+        for manners in ({"EHLO": "250-mx\x1b[2J\r\n250 SIZE \x1b[2J"}, {"EHLO": "550 \x1b[2J no"}):
+            host.manners = {"127.0.0.1": manners}
+            for sender in ("a@a.example", "a@b.example", "a@c.example"):
+                with self.subTest(sender, manners=manners):
+                    flags = ("--connect", "--sender", sender, "--selector", "s")
+                    route = {"host": "127.0.0.1", "port": host.port, "timeout": 2}
+                    _, lines = self.check({"default": route}, *flags, resolver=dns.place)
+                    self.assertGreater(len(lines), 3)
+                    self.assertTrue(all(line.isprintable() for line in lines), lines)
 
     def test_what_the_readme_shows(self):
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as stream:
