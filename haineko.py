@@ -4644,7 +4644,7 @@ async def relay_screen(transaction: Transaction, transport: TransportContext) ->
 
 
 def screen_text(transaction: Transaction) -> bytes:
-    """Return the message with its control characters escaped, and marked so that no line can pass for one of the log."""
+    """Return the message with controls escaped, and marked so that no line of it can pass for one of the log."""
     rule = f"{transaction.queueid}.{transaction.number} from <{transaction.sender}> to"
     rule = f"--- {rule} <{'>, <'.join(transaction.recipients)}>"
     text = transaction.octets().decode("utf-8", "backslashreplace").replace("\r\n", "\n").rstrip("\n")
