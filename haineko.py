@@ -4491,23 +4491,24 @@ def is_server_greeting(reply: Reply) -> bool:
 
 
 async def attempt_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
-    """Attempt a transaction once; every recipient has a reply, whatever the relay does."""
+    """Attempt a transaction once; every recipient has a reply."""
     began = time.monotonic()
-    try:
-        replies = await transaction.route.row.send(transaction, transport)
-    except Exception as error:
-        replies = [failure_reply(error, transaction)] * len(transaction.recipients)
+    replies = await attempt_route(transaction, transport)
     return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
 
 
-def failure_reply(error: Exception, transaction: Transaction) -> Reply:
-    """Return what an exception of a relay means for its recipients; a bug is logged."""
-    if isinstance(error, Rejected):
-        return error.reply
-    if isinstance(error, OSError):
-        return make_reply("lost", error_text(error), command="CONN", **transaction.route.endpoint)
-    log_exception(transaction.queueid)
-    return make_reply("relay-fault", **transaction.route.endpoint)
+async def attempt_route(transaction: Transaction, transport: TransportContext) -> list:
+    """Return a Reply for each recipient from the transaction's route, whatever its relay does; a bug is logged."""
+    try:
+        return await transaction.route.row.send(transaction, transport)
+    except Rejected as rejected:
+        reply = rejected.reply
+    except OSError as error:
+        reply = make_reply("lost", error_text(error), command="CONN", **transaction.route.endpoint)
+    except Exception:
+        log_exception(transaction.queueid)
+        reply = make_reply("relay-fault", **transaction.route.endpoint)
+    return [reply] * len(transaction.recipients)
 
 
 async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> list:
@@ -4737,7 +4738,7 @@ def haineko_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
         return http_failure(route, response, None)
     if code[0] == "2" and response.status not in (200, 202, 207):  # something on the way changed one of the two
         return http_failure(route, response, None)._replace(maybe_delivered=True)
-    dsn = dsn if isinstance(dsn, str) and re.fullmatch(r"[245]\.\d{1,3}\.\d{1,3}", dsn) else None
+    dsn = dsn if isinstance(dsn, str) and re.fullmatch(r"[245]\.[0-9]{1,3}\.[0-9]{1,3}", dsn) else None
     command = item.get("command") if item.get("command") in KNOWN_COMMANDS else "DATA"
     message = sanitize_lines(lines) or (status_text(response),)
     maybe_delivered = code[0] == "4" and item.get("maybe_delivered") is True
@@ -4784,7 +4785,7 @@ def sendgrid_body(transaction: Transaction) -> bytes:
         document.update(sendgrid_parts(octets))
         if not document["subject"]:
             raise ValueError("the subject is empty")
-    except (ValueError, LookupError) as error:
+    except (ValueError, LookupError, RecursionError) as error:
         raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
     return encode_json({key: value for key, value in document.items() if value})
 
@@ -4794,20 +4795,26 @@ def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
     shown = {name: sendgrid_mailboxes(single_field(fields, name)) for name in ("from", "to", "cc", "reply-to")}
     if len(shown["from"]) != 1:
         raise ValueError("From has several addresses")
-    hidden = {address_key(to): to for to in transaction.recipients}
-    for name in ("to", "cc"):
-        for mailbox in shown[name]:
-            if not hidden.pop(address_key(mailbox["email"]), None):
-                raise ValueError(f"{name.title()} has {mailbox['email']}, which gets this mail another way or twice")
     if not shown["to"]:
         raise ValueError("To has none of the recipients")
-    people = {"to": shown["to"], "cc": shown["cc"], "bcc": [{"email": to} for to in hidden.values()]}
+    hidden = [{"email": recipient} for recipient in hidden_recipients(transaction, fields)]
+    people = {"to": shown["to"], "cc": shown["cc"], "bcc": hidden}
     document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": shown["from"][0]}
     reply_to = shown["reply-to"]
     return {
         **document,
         **({"reply_to_list": reply_to} if len(reply_to) > 1 else {"reply_to": reply_to and reply_to[0]}),
     }
+
+
+def hidden_recipients(transaction: Transaction, fields: list) -> list:
+    """Return the recipients that To and Cc don't show; raises ValueError if they show anybody else."""
+    hidden = {address_key(to): to for to in transaction.recipients}
+    for name in ("to", "cc"):
+        for _, spec in getaddresses([single_field(fields, name)]):
+            if spec and not hidden.pop(address_key(spec), None):
+                raise ValueError(f"{name.title()} has {spec}, which gets this mail another way or twice")
+    return list(hidden.values())
 
 
 def sendgrid_mailboxes(text: str) -> list:
