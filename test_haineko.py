@@ -7247,6 +7247,8 @@ class SendGridBody(unittest.TestCase):
         self.assertEqual(fits(document, SENDGRID_SCHEMA), [])
 
     def test_what_it_can_not_express_is_refused_in_words(self):
+        kinds = ("related", "alternative") * 1500
+        nest = [f"Content-Type: multipart/{kind}; boundary=b{i}\n\n--b{i}\n" for i, kind in enumerate(kinds)]
         text = "From: a@b.example\nTo: mikeneko@example.jp\nSubject: x\n"
         one = ("mikeneko@example.jp",)
         cases = (
@@ -7269,6 +7271,7 @@ class SendGridBody(unittest.TestCase):
             ("a header twice", text + "X-A: 1\nx-a: 2\n", one, "x-a occurs more than once"),
             ("a header of octets", (text + "X-A: é\n").encode(), one, "x-a is not ASCII"),
             ("unknown charset", text + "Content-Type: text/plain; charset=klingon\n\nx\n", one, "klingon"),
+            ("a deep nest", text + "".join(nest) + "Content-Type: text/plain\n\nx\n", one, "recursion"),
             (
                 "not in its charset",
                 (text + "Content-Type: text/plain; charset=utf-8\n\n").encode() + b"\xff\n",
