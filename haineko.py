@@ -699,7 +699,8 @@ def parse_secret(value: Any, json_path: str, errors: list) -> Any:
         errors.append(f"{json_path}: expected {SECRET_FORMS}")
         return None
     parse = list_of(parse_text, required=True) if kind == "command" else parse_text
-    return {kind: parse(value[kind], f"{json_path}.{kind}", errors)}
+    where = parse(value[kind], f"{json_path}.{kind}", errors)
+    return {kind: where} if where else None
 
 
 def read_secret(source: Any, base: str, multiline: bool = False) -> str:
@@ -707,15 +708,15 @@ def read_secret(source: Any, base: str, multiline: bool = False) -> str:
     if isinstance(source, str):
         return source
     ((kind, where),) = source.items()
-    name = where[0] if kind == "command" else where
     try:
         secret = SECRET_SOURCES[kind](where, base).decode().rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f".{kind}: {name}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
-    except ValueError as error:
-        raise ValueError(f".{kind}: {error}") from None
-    if kind == "command" and not multiline:
-        secret = secret.partition("\n")[0].rstrip("\r")
+    except UnicodeDecodeError:
+        raise ValueError(f".{kind}: {where}: not UTF-8") from None
+    except (OSError, ValueError) as error:
+        name = where[0] if kind == "command" else where
+        reason = f"{name}: {error.strerror}" if isinstance(error, OSError) else error
+        raise ValueError(f".{kind}: {reason}") from None
+    secret = secret.splitlines()[0] if kind == "command" and not multiline else secret
     if not (multiline or secret.isprintable()):
         raise ValueError(": has a line end, or another unprintable character")
     return secret
@@ -731,12 +732,12 @@ def secret_of_file(name: str, base: str) -> bytes:
 def secret_of_environment(name: str, base: str) -> bytes:
     if name not in os.environ:
         raise ValueError(f"no environment variable {name}")
-    return os.environb[name.encode()]
+    return os.fsencode(os.environ[name])
 
 
 def secret_of_systemd(name: str, base: str) -> bytes:
     if "/" in name or not os.environ.get("CREDENTIALS_DIRECTORY"):
-        raise ValueError(f"no credential {name}: systemd's LoadCredential= gives it to a unit")
+        raise ValueError(f"no credential {name}: LoadCredential= of systemd gives it to a unit")
     return secret_of_file(name, os.environ["CREDENTIALS_DIRECTORY"])
 
 
@@ -759,22 +760,19 @@ def secret_of_command(command: tuple, base: str) -> bytes:
     return output
 
 
+SECRET_TIMEOUT = 10  # seconds
+SECRET_SOURCES = {"file": secret_of_file, "env": secret_of_environment}
+SECRET_SOURCES.update(command=secret_of_command, credential=secret_of_systemd)
+SECRET_FORMS = 'a string, {"file": path}, {"env": NAME}, {"command": [program, argument]} or {"credential": NAME}'
+MICROSOFT, MAIL = "https://login.microsoftonline.com/{tenant}/oauth2/v2.0/token", "https://mail.google.com/"
 PROVIDERS = {  # of access tokens: (token_url, scope of an application's tokens, scope of a user's)
     "microsoft": (
-        "https://login.microsoftonline.com/{tenant}/oauth2/v2.0/token",
+        MICROSOFT,
         "https://outlook.office365.com/.default",
         "https://outlook.office.com/SMTP.Send offline_access",
     ),
-    "google": ("https://oauth2.googleapis.com/token", "https://mail.google.com/", "https://mail.google.com/"),
+    "google": ("https://oauth2.googleapis.com/token", MAIL, MAIL),
 }
-SECRET_TIMEOUT = 10  # seconds
-SECRET_SOURCES = {
-    "file": secret_of_file,
-    "env": secret_of_environment,
-    "command": secret_of_command,
-    "credential": secret_of_systemd,
-}
-SECRET_FORMS = 'a string, {"file": path}, {"env": NAME}, {"command": [program, argument]} or {"credential": NAME}'
 
 
 class Authenticator:
@@ -1355,6 +1353,7 @@ def _oauth2(oauth2: OAuth2, base: str, json_path: str, errors: list) -> OAuth2:
     provider = "google" if oauth2.service_account else oauth2.provider
     url = oauth2.token_url or PROVIDERS.get(provider, ("",))[0].format(tenant=oauth2.tenant)
     values = {
+        "provider": provider,
         "token_url": url,
         "client_secret": _secret(oauth2.client_secret, base, f"{json_path}.client_secret", errors),
     }
@@ -3693,7 +3692,7 @@ class SharedCalls:
     async def call(self, key: Any, deadline: float, function: Callable, *values: Any) -> Any:
         """Return function(*values, deadline), or the result of the call for this key that is under way."""
         until, task = self.calls.get(key, (0.0, None))
-        if not -5 <= until - deadline <= 1:  # it would give up much earlier than this one, or end later
+        if not task or not -5 <= until - deadline <= 1:  # it would give up much earlier than this one, or end later
             task = asyncio.get_running_loop().create_task(function(*values, deadline))
             self.calls[key] = deadline, task
             task.add_done_callback(functools.partial(self._ended, key))
@@ -6049,8 +6048,8 @@ async def request_by_token(route: Route, request: HTTPRequest, transport: Transp
 
 def token_api_failure(route: Route, response: HTTPResponse, error: dict | None) -> Reply:
     """Return the reply for an error of Graph or Google; a refused token is no verdict on the mail."""
-    error_list = (error or {}).get("errors")
-    reasons = [item.get("reason") for item in error_list or () if isinstance(item, dict)]
+    errors = (error or {}).get("errors")
+    reasons = [item.get("reason") for item in errors if isinstance(item, dict)] if isinstance(errors, list) else []
     temporary = any("LimitExceeded" in str(reason) for reason in reasons)  # Google, with status 403
     reply = http_failure(route, response, error and [f"{error.get('code')}: {error.get('message')}"], temporary)
     return reply._replace(route_fault=response.status == 401)
