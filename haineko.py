@@ -450,9 +450,8 @@ def mask_secrets(text: str, secrets: Any) -> str:
         parts = {secret[i : i + size] for i in range(len(secret) - size + 1)}
         starts = [i for i in range(len(text) - size + 1) if text[i : i + size] in parts]
         hidden.update(i for start in starts for i in range(start, start + size))
-    return (
-        re.sub("\0+", "********", "".join("\0" if i in hidden else c for i, c in enumerate(text))) if hidden else text
-    )
+    marked = "".join("\0" if i in hidden else c for i, c in enumerate(text))
+    return re.sub("\0+", "********", marked) if hidden else text
 
 
 def parse_text(value: Any, json_path: str, errors: list) -> str:
@@ -691,11 +690,11 @@ UNKNOWN_RELAY = Relay(None, None)  # of a route whose mailer is a fault of the s
 
 
 def parse_secret(value: Any, json_path: str, errors: list) -> Any:
-    """Parse a string, or an object with one key of SECRET_SOURCES that tells where the secret is."""
+    """Parse a string, or an object with one key that tells where the secret is."""
     if not isinstance(value, dict):
         return parse_text(value, json_path, errors)
     kind = next(iter(value), "")
-    if len(value) != 1 or kind not in SECRET_SOURCES:
+    if len(value) != 1 or kind not in ("file", "env", "command", "credential"):
         errors.append(f"{json_path}: expected {SECRET_FORMS}")
         return None
     parse = list_of(parse_text, required=True) if kind == "command" else parse_text
@@ -708,41 +707,38 @@ def read_secret(source: Any, base: str, multiline: bool = False) -> str:
     if isinstance(source, str):
         return source
     ((kind, where),) = source.items()
+    name = where[0] if kind == "command" else where
     try:
-        secret = SECRET_SOURCES[kind](where, base).decode().rstrip("\r\n")
+        secret = _secret_octets(kind, where, base).decode().rstrip("\r\n")
     except UnicodeDecodeError:
-        raise ValueError(f".{kind}: {where}: not UTF-8") from None
-    except (OSError, ValueError) as error:
-        name = where[0] if kind == "command" else where
-        reason = f"{name}: {error.strerror}" if isinstance(error, OSError) else error
-        raise ValueError(f".{kind}: {reason}") from None
+        raise ValueError(f".{kind}: {name}: not UTF-8") from None
+    except OSError as error:
+        raise ValueError(f".{kind}: {name}: {error.strerror}") from None
     secret = secret.splitlines()[0] if kind == "command" and not multiline else secret
     if not (multiline or secret.isprintable()):
         raise ValueError(": has a line end, or another unprintable character")
     return secret
 
 
-def secret_of_file(name: str, base: str) -> bytes:
-    with open_regular(os.path.join(base, name)) as stream:
+def _secret_octets(kind: str, where: Any, base: str) -> bytes:
+    if kind == "command":
+        return run_secret_command(where, base)
+    if kind == "env":
+        if where not in os.environ:
+            raise ValueError(f".env: no environment variable {where}")
+        return os.fsencode(os.environ[where])
+    if kind == "credential":
+        base = os.environ.get("CREDENTIALS_DIRECTORY", "")
+        if "/" in where or not base:
+            raise ValueError(f".credential: no credential {where}: LoadCredential= of systemd gives it to a unit")
+    with open_regular(os.path.join(base, where)) as stream:
         if os.fstat(stream.fileno()).st_mode & 0o006:
-            raise ValueError(f"can be read by everybody; chmod 600 {name}")
+            raise ValueError(f".{kind}: can be read by everybody; chmod 600 {where}")
         return stream.read()
 
 
-def secret_of_environment(name: str, base: str) -> bytes:
-    if name not in os.environ:
-        raise ValueError(f"no environment variable {name}")
-    return os.fsencode(os.environ[name])
-
-
-def secret_of_systemd(name: str, base: str) -> bytes:
-    if "/" in name or not os.environ.get("CREDENTIALS_DIRECTORY"):
-        raise ValueError(f"no credential {name}: LoadCredential= of systemd gives it to a unit")
-    return secret_of_file(name, os.environ["CREDENTIALS_DIRECTORY"])
-
-
-def secret_of_command(command: tuple, base: str) -> bytes:
-    """Run a program, without a shell, in the folder of the settings."""
+def run_secret_command(command: tuple, base: str) -> bytes:
+    """Return what a program prints, run without a shell in the folder of the settings."""
     from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
 
     with Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, cwd=base or None, start_new_session=True) as process:
@@ -750,27 +746,22 @@ def secret_of_command(command: tuple, base: str) -> bytes:
             code = process.wait(SECRET_TIMEOUT)
         except TimeoutExpired:  # or it has written more than a pipe holds
             os.killpg(process.pid, signal.SIGKILL)
-            raise ValueError(f"{command[0]}: did not end within {SECRET_TIMEOUT} s") from None
+            raise ValueError(f".command: {command[0]}: did not end within {SECRET_TIMEOUT} s") from None
         for pipe in (process.stdout, process.stderr):  # a process that it started may hold them open
             os.set_blocking(pipe.fileno(), False)
         output, error = process.stdout.read() or b"", process.stderr.read() or b""
     if code or not output.strip():
-        words = error.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        raise ValueError(f"{command[0]}: {sanitize(words) or (f'exit code {code}' if code else 'printed nothing')}")
+        words = sanitize(error.decode("utf-8", "replace").strip().rpartition("\n")[2])
+        raise ValueError(f".command: {command[0]}: {words or (f'exit code {code}' if code else 'printed nothing')}")
     return output
 
 
 SECRET_TIMEOUT = 10  # seconds
-SECRET_SOURCES = {"file": secret_of_file, "env": secret_of_environment}
-SECRET_SOURCES.update(command=secret_of_command, credential=secret_of_systemd)
 SECRET_FORMS = 'a string, {"file": path}, {"env": NAME}, {"command": [program, argument]} or {"credential": NAME}'
 MICROSOFT, MAIL = "https://login.microsoftonline.com/{tenant}/oauth2/v2.0/token", "https://mail.google.com/"
+OUTLOOK = "https://outlook.office365.com/.default", "https://outlook.office.com/SMTP.Send offline_access"
 PROVIDERS = {  # of access tokens: (token_url, scope of an application's tokens, scope of a user's)
-    "microsoft": (
-        MICROSOFT,
-        "https://outlook.office365.com/.default",
-        "https://outlook.office.com/SMTP.Send offline_access",
-    ),
+    "microsoft": (MICROSOFT, *OUTLOOK),
     "google": ("https://oauth2.googleapis.com/token", MAIL, MAIL),
 }
 
@@ -1089,8 +1080,8 @@ class Recipients:
 
 @dataclass(frozen=True, repr=False)
 class OAuth2:
-    """Where access tokens come from (RFC 6749). resolve_settings() fills in what the provider has, and reads secrets but
-    refresh_token and access_token, which change."""
+    """Where access tokens come from (RFC 6749). resolve_settings() fills in what the provider has, reads the
+    secrets that don't change."""
 
     provider: str = config_field("", one_of(PROVIDERS, "provider"), "microsoft or google: known token_url and scope")
     tenant: str = config_field("", parse_hostname, "microsoft: the directory's id or domain")
@@ -1101,6 +1092,7 @@ class OAuth2:
     refresh_token: Any = config_field("", parse_secret, "of a user; absent: the application's own tokens", secret=True)
     service_account: str = config_field("", parse_text, "JSON file of a Google service account, as the user's delegate")
     access_token: Any = config_field("", parse_secret, "the token itself, usually by a command", secret=True)
+    base: str = ""  # folder of the settings
 
     def __hash__(self) -> int:
         return hash((self.token_url, self.client_id))
@@ -1352,15 +1344,10 @@ def _oauth2(oauth2: OAuth2, base: str, json_path: str, errors: list) -> OAuth2:
     """Return what tokens are fetched with; scope as in the settings."""
     provider = "google" if oauth2.service_account else oauth2.provider
     url = oauth2.token_url or PROVIDERS.get(provider, ("",))[0].format(tenant=oauth2.tenant)
-    values = {
-        "provider": provider,
-        "token_url": url,
-        "client_secret": _secret(oauth2.client_secret, base, f"{json_path}.client_secret", errors),
-    }
+    values = {"provider": provider, "token_url": url, "base": base}
+    values["client_secret"] = _secret(oauth2.client_secret, base, f"{json_path}.client_secret", errors)
     for key in ("refresh_token", "access_token"):
-        values[key] = source = getattr(oauth2, key)
-        if isinstance(source, dict) and "file" in source:
-            values[key] = {"file": os.path.join(base, source["file"])}
+        source = getattr(oauth2, key)
         if not (isinstance(source, dict) and "command" in source):  # which may need the network
             _secret(source, base, f"{json_path}.{key}", errors)
     if oauth2.service_account:
@@ -1377,13 +1364,11 @@ def _oauth2(oauth2: OAuth2, base: str, json_path: str, errors: list) -> OAuth2:
 
 def _service_account(name: str, base: str, json_path: str, errors: list) -> str:
     """Return the file's content, checked."""
-    text, count = _secret({"file": name}, base, json_path, errors, multiline=True), len(errors)
+    text = _secret({"file": name}, base, json_path, errors, multiline=True)
     try:
-        document = parse_json(text.encode())
-        fine = document["client_email"] and not PrivateKey(document["private_key"].encode()).is_ed25519
+        document = parse_json(text.encode()) if text else None
+        document and (document["client_email"], PrivateKey(document["private_key"].encode()))
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        fine = False
-    if text and not fine and len(errors) == count:
         errors.append(f"{json_path}: {name}: expected the JSON file of a Google service account with its RSA key")
     return text
 
@@ -1442,8 +1427,10 @@ def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) 
     if route.relay != "File" and route.host.startswith("/"):
         errors.append(f'{json_path}.host: expected a host name, got "{route.host}"')
     *login, token, oauth2 = logins.get(route.auth, ("", None))
-    if token and not (oauth2 or row.api_url):
-        oauth2 = OAuth2(access_token=token)
+    if row.api_url:
+        oauth2 = oauth2 if "oauth2" in row.login else None
+    elif token:
+        oauth2 = oauth2 or OAuth2(access_token=token)
     if oauth2 and not oauth2.scope:
         scopes = row.scopes or PROVIDERS.get(oauth2.provider, ("", "", ""))[1:]
         oauth2 = replace(oauth2, scope=scopes[bool(oauth2.refresh_token)])
@@ -4559,8 +4546,8 @@ def _base64url(octets: bytes) -> bytes:
 
 # ======================================================================================================================
 # 13. OAuth2
-#     Takes a route, gives it with an access token in place of the password, or raises Rejected with the provider's words
-#     (RFC 6749). Tokens are kept by each process until shortly before they end.
+#     Takes a route, gives it with an access token as password, or raises Rejected with the provider's words (RFC 6749).
+#     Each process keeps tokens until shortly before they end.
 # ======================================================================================================================
 
 
@@ -4604,17 +4591,17 @@ class TokenCache:
             raise
 
     async def _fetch(self, key: tuple, route: Route, _deadline: float) -> AccessToken:
+        user = log_value(key[1])
         try:
             token, new = await asyncio.to_thread(fetch_token, route, self.refresh_tokens.get(key), self.clock)
         except ValueError as error:
             self.refresh_tokens.pop(key, None)  # the one in the settings may be newer
             lines = [sanitize(line, 500) for line in str(error).splitlines()[:20]]
-            log.lines(f"warning: no access token for {log_value(key[1])}, its mail waits: {' '.join(lines)}")
+            log.lines(f"warning: no access token for {user}, its mail waits: {' '.join(lines)}")
             raise Rejected(make_reply("token", *lines, route_fault=True, **route.endpoint)) from None
-        if new:
+        if new and (fault := await asyncio.to_thread(save_refresh_token, route.oauth2, new)):
             self.refresh_tokens[key] = new
-            saved = await asyncio.to_thread(save_secret, route.oauth2.refresh_token, new)
-            log.lines(f"the provider replaced the refresh token of {log_value(key[1])}: {saved}")
+            log.lines(f"warning: the provider replaced the refresh token of {user}: {fault}")
         self.tokens[key] = token
         return token
 
@@ -4631,45 +4618,41 @@ class TokenCache:
 
 def fetch_token(route: Route, refresh_token: str | None, clock: Callable) -> tuple:
     """Return (AccessToken, the refresh token that replaces ours or ""); ValueError tells why there is none. Blocks."""
-    oauth2, now = route.oauth2, clock()
+    oauth2, now, new = route.oauth2, clock(), ""
     if oauth2.access_token:
-        return new_token({"access_token": read_secret(oauth2.access_token, "")}, oauth2, now), ""
-    refresh_token = refresh_token or read_secret(oauth2.refresh_token, "")
-    form, (url, path) = (
-        token_form(oauth2, route.credentials[0], refresh_token, int(time.time())),
-        split_url(oauth2.token_url),
-    )
-    target = HTTPTarget(url, route.timeout, route.mailer, ca_file=route.ca_file, confidential=True)
-    body = urllib.parse.urlencode(form).encode()
-    try:
-        response = KeepAliveConnection(target).exchange_once(
-            HTTPRequest("POST", path, body, type="application/x-www-form-urlencoded")
-        )
-    except Rejected as refused:
-        raise ValueError(f"{url}: {': '.join(refused.reply.message)}") from None
-    document = json_object(response)
-    if response.status == 200 and document.get("access_token"):
+        document = {"access_token": read_secret(oauth2.access_token, oauth2.base)}
+    else:
+        refresh_token = refresh_token or read_secret(oauth2.refresh_token, oauth2.base)
+        document = request_token(route, token_form(oauth2, route.credentials[0], refresh_token, int(time.time())))
         new = document.get("refresh_token")
-        return new_token(document, oauth2, now), new if new != refresh_token and isinstance(new, str) else ""
-    words = [str(document[key]) for key in ("error", "error_description") if document.get(key)]
-    secrets = [form[key] for key in ("client_secret", "refresh_token", "assertion") if key in form]
-    raise ValueError(
-        mask_secrets(": ".join(words) or f"{url}: {status_text(response)}, no access token in it", secrets)
-    )
-
-
-def new_token(document: dict, oauth2: OAuth2, now: float) -> AccessToken:
-    """Return a token from the response of RFC 6749 5.1; ValueError if it can't be sent."""
     text, seconds = document["access_token"], str(document.get("expires_in", ASSUMED_LIFETIME))
     if not (isinstance(text, str) and re.fullmatch("[!-~]+", text)):  # or it would break the line that it is sent in
         raise ValueError("the access token is not one word of ASCII")
     lifetime = min(int(seconds), 86400) if re.fullmatch("[0-9]{1,9}", seconds) else 0
     scope = sanitize(str(document.get("scope") or oauth2.scope))
-    return AccessToken(text, scope, now + lifetime - min(RENEW_BEFORE, lifetime / 2), now + lifetime)
+    token = AccessToken(text, scope, now + lifetime - min(RENEW_BEFORE, lifetime / 2), now + lifetime)
+    return token, new if isinstance(new, str) and new != refresh_token else ""
 
 
 ASSUMED_LIFETIME = 600  # seconds, if the provider names none
 RENEW_BEFORE = 600  # seconds before the end
+
+
+def request_token(route: Route, form: dict) -> dict:
+    """Return the provider's document with a token (RFC 6749 5.1); ValueError with its words if it gives none (5.2)."""
+    url, path = split_url(route.oauth2.token_url)
+    target = HTTPTarget(url, route.timeout, route.mailer, ca_file=route.ca_file, confidential=True)
+    body, kind = urllib.parse.urlencode(form).encode(), "application/x-www-form-urlencoded"
+    try:
+        response = KeepAliveConnection(target).exchange_once(HTTPRequest("POST", path, body, type=kind))
+    except Rejected as refused:
+        raise ValueError(f"{url}: {': '.join(refused.reply.message)}") from None
+    document = json_object(response)
+    if response.status == 200 and document.get("access_token"):
+        return document
+    words = ": ".join(str(document[key]) for key in ("error", "error_description") if document.get(key))
+    secrets = [form.get(key, "") for key in ("client_secret", "refresh_token", "assertion")]
+    raise ValueError(mask_secrets(words or f"{url}: {status_text(response)}, no access token in it", secrets))
 
 
 def token_form(oauth2: OAuth2, username: str, refresh_token: str, now: int) -> dict:
@@ -4684,23 +4667,23 @@ def token_form(oauth2: OAuth2, username: str, refresh_token: str, now: int) -> d
     return {key: value for key, value in form.items() if value}
 
 
-def save_secret(source: Any, text: str) -> str:
-    """Write a secret to its {"file"}, complete or not at all, for its owner only; return what became of it."""
+def save_refresh_token(oauth2: OAuth2, text: str) -> str:
+    """Write it to its {"file"}, complete or not at all, for its owner only; return what else must be done."""
     import tempfile
 
-    if not (isinstance(source, dict) and "file" in source):
-        return "put the new one into the settings, this one may end"
-    path = os.path.realpath(source["file"])
+    if not (isinstance(oauth2.refresh_token, dict) and "file" in oauth2.refresh_token):
+        return "put the new one into the settings, ours may end"
+    path = os.path.realpath(os.path.join(oauth2.base, oauth2.refresh_token["file"]))
     try:
         handle, aside = tempfile.mkstemp(dir=os.path.dirname(path))
-        with open(handle, "w", encoding="ascii", errors="strict") as stream:
+        with open(handle, "w", encoding="utf-8", errors="replace") as stream:
             stream.write(text + "\n")
             stream.flush()
             os.fsync(handle)
         os.replace(aside, path)
     except OSError as error:
-        return f"{path} can't be written ({error.strerror}): the new one is lost when this process ends"
-    return f"{path} written"
+        return f"{path} can't be written ({error.strerror}), so the new one is lost when this process ends"
+    return ""
 
 
 # ======================================================================================================================
@@ -5392,8 +5375,8 @@ class TransportContext:
         try:
             await asyncio.to_thread(session.open)
         except Rejected as refused:
-            reply, token = refused.reply, session.route.credentials[1:]
-            if again and reply.code == "535" and route.oauth2 and self.tokens.drop(route, *token):
+            reply, again = refused.reply, again and bool(route.oauth2)
+            if again and reply.code == "535" and self.tokens.drop(route, session.route.credentials[1]):
                 return await self.connect(route, hostname, again=False)
             if reply.route_fault:
                 words = log_value(" ".join((reply.code, *reply.message)))
@@ -5990,18 +5973,13 @@ def mandrill_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
     return http_failure(route, response, None)
 
 
-async def relay_by_token(
-    make_request: Callable, success: int, transaction: Transaction, transport: TransportContext
-) -> list:
-    """Deliver by an API that takes a message as it is, with its recipients, and an access token."""
+async def relay_by_token(make_request: Callable, success: int, transaction: Transaction, transport: Any) -> list:
+    """Deliver by an API that takes an access token, and a message as it is with its recipients."""
     route, octets = transaction.route, await asyncio.to_thread(addressed_message, transaction)
     response = await request_by_token(route, make_request(route, octets), transport)
-    error, ident = (json_object(response).get(key) for key in ("error", "id"))
-    if response.status == success and (ident or not response.body):
-        ident = ident or response.headers.get("request-id")
-        reply = http_accepted(route, response, *([f"id: {ident}"] if ident else []))
-    else:
-        reply = token_api_failure(route, response, error if isinstance(error, dict) else None)
+    ident = response.headers.get("request-id", "none") if success == 202 else json_object(response).get("id")
+    accepted = response.status == success and ident
+    reply = http_accepted(route, response, f"id: {ident}") if accepted else token_api_failure(route, response)
     return [reply] * len(transaction.recipients)
 
 
@@ -6046,13 +6024,15 @@ async def request_by_token(route: Route, request: HTTPRequest, transport: Transp
     return response._replace(body=response.body.replace(login.credentials[1].encode(), b"********"))
 
 
-def token_api_failure(route: Route, response: HTTPResponse, error: dict | None) -> Reply:
+def token_api_failure(route: Route, response: HTTPResponse) -> Reply:
     """Return the reply for an error of Graph or Google; a refused token is no verdict on the mail."""
-    errors = (error or {}).get("errors")
-    reasons = [item.get("reason") for item in errors if isinstance(item, dict)] if isinstance(errors, list) else []
-    temporary = any("LimitExceeded" in str(reason) for reason in reasons)  # Google, with status 403
-    reply = http_failure(route, response, error and [f"{error.get('code')}: {error.get('message')}"], temporary)
-    return reply._replace(route_fault=response.status == 401)
+    error = json_object(response).get("error")
+    lines = [f"{error.get('code')}: {error.get('message')}"] if isinstance(error, dict) else None
+    temporary = bool(lines and GOOGLE_LIMIT.search(str(error.get("errors"))))
+    return http_failure(route, response, lines, temporary)._replace(route_fault=response.status == 401)
+
+
+GOOGLE_LIMIT = re.compile("'reason': '[A-Za-z]*LimitExceeded'")  # with status 403
 
 
 def http_accepted(route: Route, response: HTTPResponse, *lines: str) -> Reply:
@@ -6177,28 +6157,7 @@ def failed_step(step: str, reply: Reply, endpoint: str = "") -> CheckResult:
 async def probe_esmtp(probe: ConnectivityProbe, transport: TransportContext) -> list:
     """Look the host up as a delivery would, then open a session."""
     results = await asyncio.to_thread(probe_dns, probe.route)
-    route, told = await probe_token(probe.route, transport) if results[-1].ok else (None, [])
-    steps = await asyncio.to_thread(probe_session, route, probe.hostname) if route else []
-    return results + before_login(steps, told)
-
-
-async def probe_token(route: Route, transport: TransportContext) -> tuple:
-    """Return (route with an access token or None, results of the step TOKEN)."""
-    if not route.oauth2:
-        return route, []
-    try:
-        token = await transport.tokens.token_for(route)
-    except Rejected as rejected:
-        return None, [failed_step("TOKEN", rejected.reply)]
-    seconds = int(token.expires - time.monotonic())
-    told = CheckResult("TOKEN", True, f"ends in {seconds} s, scope {token.scope or 'not told'}")
-    return replace(route, credentials=(route.credentials[0], token.text)), [told]
-
-
-def before_login(steps: list, told: list) -> list:
-    """Return the steps with what is told of the token before AUTH."""
-    at = next((i for i, result in enumerate(steps) if result.step == "AUTH"), len(steps))
-    return steps[:at] + told + steps[at:]
+    return results + (await asyncio.to_thread(probe_session, probe.route, probe.hostname) if results[-1].ok else [])
 
 
 def probe_dns(route: Route) -> list:
@@ -6306,8 +6265,7 @@ def http_probe(ask: Callable) -> Callable:
     """Make a probe of ask(route, request), which returns a line of text if the login is good or raises Rejected."""
 
     async def probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
-        route, told = await probe_token(probe.route, transport)
-        return before_login(await asyncio.to_thread(_probe_http, route, ask) if route else [], told)
+        return await asyncio.to_thread(_probe_http, probe.route, ask)
 
     return probe
 
@@ -6382,23 +6340,23 @@ def token_probe(path: str) -> Callable:
     """Make a probe that reads the user's account at that path."""
 
     def ask(route: Route, request: Callable) -> str:
-        user = urllib.parse.quote(route.credentials[0])
-        response = request(HTTPRequest("GET", path.format(user=user), headers=bearer_header(route)))
+        path_ = path.format(user=urllib.parse.quote(route.credentials[0]))
+        response = request(HTTPRequest("GET", path_, headers=bearer_header(route)))
         document = json_object(response)
         if response.status == 200 and {"id", "emailAddress"} & set(document):
             return "the token is good"
-        error = document.get("error") if isinstance(document.get("error"), dict) else None
-        if error and response.status == 403:
+        if response.status == 403 and "error" in document:
             return "the token is good; it may not read the account, so whether it may send is not known"
-        raise Rejected(token_api_failure(route, response, error))
+        raise Rejected(token_api_failure(route, response))
 
     return http_probe(ask)
 
 
-probe_msgraph, probe_gmailapi = token_probe("/v1.0/users/{user}"), token_probe("/gmail/v1/users/me/profile")
 GRAPH_SCOPES = "https://graph.microsoft.com/.default", "https://graph.microsoft.com/Mail.Send offline_access"
-send_msgraph = functools.partial(relay_by_token, msgraph_request, 202)
-send_gmailapi = functools.partial(relay_by_token, gmailapi_request, 200)
+BY_TOKEN = {"needs": ("auth",), "login": ("username", "oauth2")}
+send_msgraph, probe_msgraph = functools.partial(relay_by_token, msgraph_request, 202), token_probe("/v1.0/users/{user}")
+send_gmail = functools.partial(relay_by_token, gmailapi_request, 200)
+probe_gmail = token_probe("/gmail/v1/users/me/profile")
 
 RELAYS.update(
     ESMTP=Relay(relay_esmtp, probe_esmtp, keeps_octets=True),
@@ -6407,18 +6365,8 @@ RELAYS.update(
     SendGrid=Relay(relay_sendgrid, probe_sendgrid, 25, "https://api.sendgrid.com", ("auth",), login=("password",)),
     AmazonSES=Relay(relay_amazonses, probe_amazonses, 25, "https://email.{region}.amazonaws.com", ("auth", "region")),
     Mandrill=Relay(relay_mandrill, probe_mandrill, 25, "https://mandrillapp.com", ("auth",), login=("password",)),
-    MSGraph=Relay(
-        send_msgraph,
-        probe_msgraph,
-        25,
-        "https://graph.microsoft.com",
-        ("auth",),
-        login=("username", "oauth2"),
-        scopes=GRAPH_SCOPES,
-    ),
-    GmailAPI=Relay(
-        send_gmailapi, probe_gmailapi, 25, "https://gmail.googleapis.com", ("auth",), login=("username", "oauth2")
-    ),
+    MSGraph=Relay(send_msgraph, probe_msgraph, 25, "https://graph.microsoft.com", scopes=GRAPH_SCOPES, **BY_TOKEN),
+    GmailAPI=Relay(send_gmail, probe_gmail, 25, "https://gmail.googleapis.com", **BY_TOKEN),
     File=Relay(relay_file, probe_folder, destination="File {route.folder}", into_folder=True),
     Screen=Relay(relay_screen, probe_none, destination="Screen"),
     Discard=Relay(relay_discard, probe_none, destination="Discard"),
@@ -8967,13 +8915,20 @@ async def _run_checks(settings: Settings, domain: str, selector: str | None, con
 
 
 async def run_probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Return the results of a route's probe, whatever it raises."""
+    """Return the results of fetching a route's access token, and of its probe, whatever it raises."""
+    route, results, step = probe.route, [], "TOKEN"
     try:
-        return await probe.route.row.probe(probe, transport)
+        if route.oauth2:
+            token = await transport.tokens.token_for(route)
+            route = replace(route, credentials=(route.credentials[0], token.text))
+            text = f"ends in {int(token.expires - time.monotonic())} s, scope {token.scope or 'not told'}"
+            results.append(CheckResult(step, True, text))
+        step = ""
+        return results + await route.row.probe(probe._replace(route=route), transport)
     except Rejected as rejected:
-        return [failed_step(rejected.reply.command, rejected.reply)]
+        return [*results, failed_step(step or rejected.reply.command, rejected.reply)]
     except OSError as error:
-        return [CheckResult("CONN", False, error_text(error))]
+        return [*results, CheckResult("CONN", False, error_text(error))]
 
 
 def connectivity_probes(settings: Settings, domain: str) -> list:
