@@ -1770,7 +1770,7 @@ class HouseRules(unittest.TestCase):
     def test_everything_stands_in_the_readme(self):
         readme = README
         sections = [haineko.Httpd, haineko.Tls, haineko.Smtpd, haineko.Syslog, haineko.Relayhosts, haineko.Recipients]
-        sections += [haineko.Credentials, haineko.Route, haineko.Header, haineko.Submission]
+        sections += [haineko.Credentials, haineko.OAuth2, haineko.Route, haineko.Header, haineko.Submission]
         wanted = [f"`{name}" for name in (*haineko.COMMANDS, *haineko.RELAYS)]
         wanted += [f"`{method} {path}`" for method, path in haineko.ENDPOINTS]
         wanted += [text for _, _, _, _, text in haineko.REPLIES.values() if "%s" not in text]
@@ -11583,7 +11583,7 @@ class Readme(unittest.TestCase):
     def test_every_setting_stands_in_a_table(self):
         """With its default."""
         classes = (haineko.Httpd, haineko.Tls, haineko.Smtpd, haineko.Syslog, haineko.Relayhosts, haineko.Recipients)
-        for cls in (*classes, haineko.Route, haineko.Credentials):
+        for cls in (*classes, haineko.Route, haineko.Credentials, haineko.OAuth2):
             for key, default in haineko.redacted(cls()).items():
                 wanted = default[0] if key == "listen" else default
                 wanted = "see below" if key == "syslog" else f"`{json.dumps(wanted)}`"
@@ -11596,7 +11596,7 @@ class Readme(unittest.TestCase):
     def rows_of_section(self, cls):
         """The rows of a table of settings from that of the section's name to that of the next one."""
         names = {haineko.Tls: "`httpd.tls`", haineko.Syslog: "`smtpd.syslog`"}
-        names.update({haineko.Route: "a route", haineko.Credentials: "`authinfo`, a name"})
+        names.update({haineko.Route: "a route", haineko.Credentials: "`authinfo`, a name", haineko.OAuth2: "`oauth2`"})
         name = names.get(cls, f"`{cls.__name__.lower()}`")
         (found,) = re.findall(rf"(?m)^\| {re.escape(name)} \|.*\n(?:\| \| .*\n)*", self.text)
         return found
