@@ -5584,17 +5584,15 @@ Content-Type: multipart/report; report-type=delivery-status;
 Content-Type: text/plain; charset=UTF-8
 Content-Transfer-Encoding: {encoding}
 
-This is the mail system at {hostname}.
-
-Your mail could not be delivered to
+This is the mail system at {hostname}. Your mail to
 
     {leased.recipient}
 
-It was tried {leased.attempts} time(s) in {age}. The last reply{server} was:
+could not be delivered. After {leased.attempts} attempt(s) in {age} the last reply{server} was:
 
     {reply}
 
-The beginning of its header is attached. It will not be tried again.
+It will not be tried again. The beginning of its header is attached.
 
 --{boundary}
 Content-Type: message/delivery-status
@@ -5703,13 +5701,10 @@ class QueueDB:
 
     def wake_manager(self) -> None:
         """Tell the queue manager that something is due; once after each commit is enough."""
-        if self.woken:
-            return
-        self.woken = True
-        try:
-            self.wake_socket.send(b"\0")
-        except (OSError, AttributeError):  # woken often enough, or there is none: it looks once a second
-            pass
+        if self.wake_socket and not self.woken:
+            self.woken = True
+            with contextlib.suppress(OSError):  # it has been woken often enough
+                self.wake_socket.send(b"\0")
 
     def has_free_space(self) -> bool:
         """Return whether the disk has as much free space as it should, or had a moment ago."""
@@ -6101,15 +6096,21 @@ def lease_due(
 
 
 def lease(db: Any, slot: int, row_id: int) -> list:
-    """Lease one recipient; one that can't be read is set aside, or it would keep all others from being read."""
+    """Lease one recipient; one that can't be read is held, or it would keep all others from being read."""
+    row = db.execute(
+        "SELECT r.id, queueid, kind, sender, login, m.created_at, parts, as_written, recipient, number, destination,"
+        " attempts, history, octets FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (row_id,)
+    ).fetchone()  # fmt: skip
     try:
-        found = read_leased(db, row_id)
+        history, (flags, *lengths) = parse_history(row["history"]), json.loads(row["parts"])
     except (ValueError, TypeError):
-        log_exception("queue")
+        log_exception(row["queueid"])
         db.execute("UPDATE recipients SET state='held', due=NULL WHERE id=?", (row_id,))
         return []
     db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row_id))
-    return [found]
+    octets = io.BytesIO(row["octets"])
+    message = Message(tuple([octets.read(length) for length in lengths]), bool(flags & 1), flags > 1)
+    return [LeasedRecipient(*row[:-1])._replace(message=message, history=history)]
 
 
 MAX_INTERRUPTIONS = 3  # in a row, after which a mail is held; before the last one no other suspect is in flight
@@ -6123,26 +6124,9 @@ DESTINATIONS_SQL = """
                           AND destination > found.destination)
                   FROM found WHERE destination IS NOT NULL)
     SELECT destination FROM found WHERE destination IS NOT NULL"""  # one index search each, however many wait
-DUE_SQL = (
-    "SELECT id, interruptions FROM recipients WHERE destination=? AND due IS NOT NULL AND due<=? ORDER BY due LIMIT ?"
-)
-EXPIRED_SQL = (
-    "SELECT id, interruptions FROM recipients WHERE destination=? AND due IS NOT NULL AND created_at<=? AND attempts>=?"
-    " ORDER BY created_at LIMIT ?"
-)
-
-
-def read_leased(db: Any, row_id: int) -> LeasedRecipient:
-    row = db.execute(
-        "SELECT r.id, queueid, kind, sender, login, m.created_at, parts AS message, as_written, recipient, number,"
-        " destination, attempts, history, octets FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?",
-        (row_id,),
-    ).fetchone()
-    flags, *lengths = json.loads(row["message"])
-    stream = io.BytesIO(row["octets"])
-    message = Message(tuple([stream.read(length) for length in lengths]), bool(flags & 1), flags > 1)
-    values = LeasedRecipient(*tuple(row)[:-1])
-    return values._replace(message=message, history=parse_history(row["history"]))
+WAITING_SQL = "SELECT id, interruptions FROM recipients WHERE destination=? AND due IS NOT NULL AND"
+DUE_SQL = f"{WAITING_SQL} due<=? ORDER BY due LIMIT ?"
+EXPIRED_SQL = f"{WAITING_SQL} created_at<=? AND attempts>=? ORDER BY created_at LIMIT ?"
 
 
 def reclaim_dead_leases(db: Any, slot: int, locks: int, settings: QueueSettings, now: float) -> None:
@@ -6255,7 +6239,7 @@ def correct_due(db: Any, slot: int, settings: QueueSettings, now: float) -> None
 
 
 class Throttle(NamedTuple):
-    """Destination to which no session could be opened."""
+    """Destination to which nothing can be sent for now."""
 
     until: float  # time.monotonic()
     failures: int  # in a row
@@ -6357,9 +6341,10 @@ class QueueManager:
             return make_reply("lost", error_text(error), command="CONN", mailer="Webhook")
 
     def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
-        """After a failure to open a session the destination waits, up to the third pause: new mail may wait for it."""
+        """After a failure that concerns all its mail a destination waits, up to the third pause, and new mail with it."""
         throttle, now = self.throttled.get(destination, Throttle(0, 0)), time.monotonic()
-        if not (reply.temporary and reply.command in ("CONN", "EHLO", "STARTTLS", "AUTH")):
+        of_route = reply.code[0] == "5" or reply.command in ("CONN", "EHLO", "STARTTLS", "AUTH")
+        if not (reply.temporary and of_route):
             self.throttled.pop(destination, None)
         elif throttle.until <= now:
             failures = throttle.failures + 1
@@ -6372,13 +6357,10 @@ def log_attempt(
 ) -> None:
     """Log one line for each attempt."""
     pairs = log_pairs(
-        **{"from": f"<{leased.sender}>"},
-        to=f"<{leased.recipient}>",
-        relay=reply.relay,
-        delay=f"{max(now - leased.created_at, 0):.2f}",
-        dsn=reply.dsn,
+        **{"from": f"<{leased.sender}>"}, to=f"<{leased.recipient}>", relay=reply.relay,
+        delay=f"{max(now - leased.created_at, 0):.2f}", dsn=reply.dsn,
         status={"delivered": "sent", "failed": "bounced", "open": "deferred"}[disposition.state],
-    )
+    )  # fmt: skip
     notes = f"; next attempt in {disposition.pause:.0f} s" if disposition.state == "open" else ""
     notes += "; may arrive twice" if reply.maybe_delivered else ""
     if disposition.state == "failed" and leased.sender and not may_bounce(leased, settings):
