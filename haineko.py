@@ -5492,15 +5492,10 @@ def queued_reply(queueid: str, reply: Reply | None = None) -> Reply:
 # -- Bounces and events
 
 
-def notifications(
-    leased: LeasedRecipient, result: AttemptResult, reply: Reply, settings: Settings, now: float
-) -> tuple:
-    """Return the items that report a result: an event for the webhook, a bounce for the sender; usually none."""
-    if leased.kind != "mail":
-        return ()
-    items, state = [], result.disposition.state
-    event = state if state != "open" else "deferred" if leased.attempts == 1 else ""
-    if event and settings.queue.webhook:
+def notifications(leased: LeasedRecipient, reply: Reply, state: str, settings: Settings, now: float) -> tuple:
+    """Return the items that report an attempt: an event for the webhook, a bounce for the sender; usually none."""
+    items, event = [], "deferred" if state == "open" and leased.attempts == 1 else state
+    if leased.kind == "mail" and event != "open" and settings.queue.webhook:
         items.append(webhook_event(f"message.{event}", leased, reply, settings.queue.webhook, now))
     if state == "failed" and may_bounce(leased, settings):
         items.append(new_bounce(leased, reply, settings, now))
@@ -5512,10 +5507,9 @@ def webhook_event(name: str, leased: LeasedRecipient, reply: Reply, url: str, no
     data = {"queueid": leased.queueid, "addresser": leased.sender, **reply_to_dict(leased.as_written, reply)}
     timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
     event = {"type": name, "timestamp": timestamp, "data": {**data, "attempts": leased.attempts}}
+    message = Message((ENCODER.encode(event).encode(),))
     recipient = NewRecipient(url, url, 1, f"Webhook {WEBHOOK_URL.fullmatch(url)[2]}")
-    return NewQueueItem(
-        new_queueid(now), "event", "", "", now, Message((ENCODER.encode(event).encode(),)), (recipient,)
-    )
+    return NewQueueItem(new_queueid(now), "event", "", "", now, message, (recipient,))
 
 
 def may_bounce(leased: LeasedRecipient, settings: Settings) -> bool:
@@ -5676,7 +5670,6 @@ class QueueDB:
         self.slot = self.locks = 0  # number of the byte that this process has locked; the lock file
         self.fault = ""  # why the file can't be used
         self.woken = False  # since the last commit
-        self.disk_checked_at, self.disk_ok = 0.0, False
 
     async def do(self, operation: Callable, *values: Any) -> Any:
         """Return the result of operation(db, slot, *values) once it is on disk; raise Rejected if that fails."""
@@ -5707,14 +5700,12 @@ class QueueDB:
                 self.wake_socket.send(b"\0")
 
     def has_free_space(self) -> bool:
-        """Return whether the disk has as much free space as it should, or had a moment ago."""
-        now = time.monotonic()
-        if now - self.disk_checked_at > 0.1:
-            self.disk_checked_at, self.disk_ok = now, False
-            with contextlib.suppress(OSError):
-                disk = os.statvfs(os.path.dirname(self.settings.path))
-                self.disk_ok = disk.f_bavail * disk.f_frsize >= self.settings.min_free
-        return self.disk_ok
+        """Return whether the disk has as much free space as it should."""
+        try:
+            disk = os.statvfs(os.path.dirname(self.settings.path))
+        except OSError:
+            return False
+        return disk.f_bavail * disk.f_frsize >= self.settings.min_free
 
     def health_error(self) -> str:
         """Return what is wrong with the file or its disk, "" for nothing."""
@@ -5730,7 +5721,11 @@ class QueueDB:
         while True:
             batch, owed = self._batch(), [self.deferred_writes.popleft() for _ in range(len(self.deferred_writes))]
             work = [*owed, *[(operation, values) for operation, values, _ in batch]]
-            results = self.commit(work, batch)
+            try:
+                results = self.commit(work, batch)
+            except Exception as error:  # those who wait need a result, and this thread goes on
+                log_exception("queue")
+                results = [error] * len(work)
             self.deferred_writes.extend(work for work, result in zip(owed, results) if isinstance(result, Rejected))
             self.woken = False
             for (_, _, done), result in zip(batch, results[len(owed) :]):
@@ -5898,47 +5893,49 @@ def lock_byte(handle: int, offset: int) -> bool:
     return True
 
 
-# The first script creates a file of version 1 (PRAGMA user_version), each further one upgrades it by one.
-MIGRATIONS = (
-    """
+# A new file; times are seconds since the epoch.
+SCHEMA = """
     CREATE TABLE messages (
         id INTEGER PRIMARY KEY,
         queueid TEXT NOT NULL UNIQUE,
-        kind TEXT NOT NULL,          -- mail, or event for the webhook
+        kind TEXT NOT NULL,                -- mail, or event for the webhook
         sender TEXT NOT NULL,
         login TEXT NOT NULL,
-        born REAL NOT NULL,          -- created_at: seconds since the epoch, as all times
-        open INTEGER NOT NULL,       -- open_recipients: how many are neither delivered nor given up
-        done REAL,                   -- completed_at: when none was left
-        owner INTEGER,               -- slot of the process that has yet to answer its client
-        key BLOB UNIQUE,             -- with Idempotency-Key: digest of login, path and key
-        body BLOB,                   -- body_digest: of the request
-        answer TEXT,                 -- response to the client: JSON of status, headers, body
-        size INTEGER NOT NULL,       -- octets of the message
-        parts TEXT NOT NULL,         -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), then the length of each part
-        octets BLOB NOT NULL         -- the parts; empty once completed
+        created_at REAL NOT NULL,
+        open_recipients INTEGER NOT NULL,  -- how many are neither delivered nor given up
+        completed_at REAL,                 -- when none was left
+        owner INTEGER,                     -- slot of the process that has yet to answer its client
+        key BLOB UNIQUE,                   -- with Idempotency-Key: digest of login, path and key
+        body_digest BLOB,                  -- of the request
+        response TEXT,                     -- to the client: JSON of status, headers, body
+        size INTEGER NOT NULL,             -- octets of the message
+        parts TEXT NOT NULL,               -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), then the length of each part
+        octets BLOB NOT NULL               -- the parts; empty once completed
     );
-    CREATE INDEX messages_by_owner ON messages(owner) WHERE owner IS NOT NULL;
-    CREATE INDEX messages_by_done ON messages(done) WHERE done IS NOT NULL;
+    CREATE INDEX messages_by_done ON messages(completed_at) WHERE completed_at IS NOT NULL;
     CREATE TABLE recipients (
         id INTEGER PRIMARY KEY,
         message INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
-        given TEXT NOT NULL,         -- as_written: by the client
-        recipient TEXT NOT NULL,     -- as relays are told
-        number INTEGER NOT NULL,     -- of the copy
-        lane TEXT NOT NULL,          -- destination: see destination_key()
-        state TEXT NOT NULL,         -- open, delivered, failed, dropped or held
-        born REAL NOT NULL,          -- created_at
-        due REAL,                    -- open and not leased: time of the next attempt; 0: now, even if throttled
-        owner INTEGER,               -- leased: slot of the process that delivers it
+        as_written TEXT NOT NULL,          -- by the client
+        recipient TEXT NOT NULL,           -- as relays are told
+        number INTEGER NOT NULL,           -- of the copy
+        destination TEXT NOT NULL,         -- see destination_key()
+        state TEXT NOT NULL,               -- open, delivered, failed, dropped or held
+        created_at REAL NOT NULL,
+        due REAL,                          -- open and not leased: time of the next attempt; 0: now, even if throttled
+        owner INTEGER,                     -- leased: slot of the process that delivers it
         attempts INTEGER NOT NULL,
-        history TEXT NOT NULL        -- JSON, see add_attempt()
+        history TEXT NOT NULL,             -- JSON, see add_attempt()
+        interruptions INTEGER NOT NULL DEFAULT 0  -- in a row
     );
     CREATE INDEX recipients_by_message ON recipients(message);
     CREATE INDEX recipients_by_owner ON recipients(owner) WHERE owner IS NOT NULL;
-    CREATE INDEX recipients_by_due ON recipients(lane, due) WHERE due IS NOT NULL;
-    CREATE INDEX recipients_by_age ON recipients(lane, born) WHERE due IS NOT NULL
-    """,
+    CREATE INDEX recipients_by_due ON recipients(destination, due) WHERE due IS NOT NULL;
+    CREATE INDEX recipients_by_age ON recipients(destination, created_at) WHERE due IS NOT NULL;
+    CREATE INDEX recipients_held ON recipients(destination) WHERE state='held'
+"""
+# Each upgrades a file from the version before (PRAGMA user_version), the first one from version 1 to 2.
+MIGRATIONS = (
     """
     ALTER TABLE messages RENAME COLUMN born TO created_at;
     ALTER TABLE messages RENAME COLUMN open TO open_recipients;
@@ -5948,7 +5945,7 @@ MIGRATIONS = (
     ALTER TABLE recipients RENAME COLUMN given TO as_written;
     ALTER TABLE recipients RENAME COLUMN lane TO destination;
     ALTER TABLE recipients RENAME COLUMN born TO created_at;
-    ALTER TABLE recipients ADD COLUMN interruptions INTEGER NOT NULL DEFAULT 0;  -- in a row
+    ALTER TABLE recipients ADD COLUMN interruptions INTEGER NOT NULL DEFAULT 0;
     CREATE INDEX recipients_held ON recipients(destination) WHERE state='held';
     DROP INDEX messages_by_owner
     """,
@@ -5957,14 +5954,14 @@ MIGRATIONS = (
 
 def migrate(db: Any, migrations: tuple = MIGRATIONS) -> None:
     """Bring the file to the newest version in one transaction; refuse a newer one."""
-    newest = len(migrations)
+    newest = 1 + len(migrations)
     if db.execute("PRAGMA user_version").fetchone()[0] == newest:
         return
     db.execute("BEGIN IMMEDIATE")
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > newest:
         raise OSError(f"{NEWER_VERSION} {version}; this Haineko knows {newest}")
-    for script in migrations[version:]:
+    for script in migrations[version - 1 :] if version else (SCHEMA,):
         for statement in re.sub(r" *--[^\n]*", "", script).split(";"):
             db.execute(statement)
     db.execute(f"PRAGMA user_version={newest}")
@@ -6314,8 +6311,8 @@ class QueueManager:
             self._throttle(leased.destination, reply, settings.queue)
         now = time.time()
         log_attempt(leased, reply, disposition, settings, now)
-        result = AttemptResult(None if expired else reply, disposition, (), destination)
-        result = result._replace(follow_ups=notifications(leased, result, reply, settings, now))
+        follow_ups = notifications(leased, reply, disposition.state, settings, now)
+        result = AttemptResult(None if expired else reply, disposition, follow_ups, destination)
         await self.db.do_eventually(finish_attempt, leased.id, result, now)
 
     async def _attempt(self, leased: LeasedRecipient, settings: Settings) -> tuple:
@@ -6341,7 +6338,7 @@ class QueueManager:
             return make_reply("lost", error_text(error), command="CONN", mailer="Webhook")
 
     def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
-        """After a failure that concerns all its mail a destination waits, up to the third pause, and new mail with it."""
+        """After a failure that concerns all its mail a destination waits, up to the third pause."""
         throttle, now = self.throttled.get(destination, Throttle(0, 0)), time.monotonic()
         of_route = reply.code[0] == "5" or reply.command in ("CONN", "EHLO", "STARTTLS", "AUTH")
         if not (reply.temporary and of_route):
@@ -6571,13 +6568,12 @@ def first_attempt_result(
     item: NewQueueItem, recipient: NewRecipient, reply: Reply, settings: Settings, now: float
 ) -> AttemptResult:
     """Return the result of a first attempt; only a delay is reported, since the response tells the others."""
-    result = AttemptResult(reply, next_disposition(reply, 1, 0.0, random_unit(), settings.queue))
-    if result.disposition.state != "open":
-        return result
-    first = LeasedRecipient(
-        0, item.queueid, item.kind, item.sender, item.login, item.created_at, item.message, *recipient, attempts=1
-    )
-    return result._replace(follow_ups=notifications(first, result, reply, settings, now))
+    disposition = next_disposition(reply, 1, 0.0, random_unit(), settings.queue)
+    if disposition.state != "open":
+        return AttemptResult(reply, disposition)
+    envelope = item.queueid, item.kind, item.sender, item.login, item.created_at, item.message
+    first = LeasedRecipient(0, *envelope, *recipient, attempts=1)
+    return AttemptResult(reply, disposition, notifications(first, reply, "open", settings, now))
 
 
 def log_queued(item: NewQueueItem, results: list) -> None:
