@@ -5666,7 +5666,7 @@ class QueueDB:
         self.deferred_writes: deque = deque()  # (operation, values) to be repeated until the file can be used
         self.thread: Any = None
         self.db: Any = None
-        self.file_ids: list = []  # of the files as they were opened
+        self.file_ids: dict = {}  # of the files as they were opened
         self.slot = self.locks = 0  # number of the byte that this process has locked; the lock file
         self.fault = ""  # why the file can't be used
         self.woken = False  # since the last commit
@@ -5755,9 +5755,10 @@ class QueueDB:
         import sqlite3
 
         try:
-            self._open()
+            if not self.db:
+                self._open()
             fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite itself would wait by sleeping, sometimes long
-            db = self._open()  # the files may have been replaced meanwhile
+            db = self._open()  # now, when no other process writes: the files may have been replaced
             if batch is not None:
                 late = self._drain_waiting(self.BATCH - len(batch))
                 batch += late
@@ -5803,14 +5804,10 @@ class QueueDB:
         """Return the connection; raise sqlite3.Error or OSError."""
         import sqlite3
 
-        path = self.settings.path
-        if self.db and self.file_ids == self._file_ids():
+        if self.db and (self.file_ids == self._file_ids() or not self._leave_files()):
+            self._lock_slot(self.db)
             return self.db
-        if self.db:
-            log.lines(f"queue: {sanitize(path)} was moved or replaced while in use; what is there now is opened")
-            with contextlib.suppress(sqlite3.Error):  # what is committed must be in the file that was moved
-                self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        self.close()
+        path = self.settings.path
         for suffix in ("", "-wal", "-shm"):
             if not suffix or os.path.lexists(path + suffix):
                 os.close(open_private(path + suffix, os.O_RDONLY))
@@ -5823,8 +5820,24 @@ class QueueDB:
         self.file_ids = self._file_ids()
         return db
 
-    def _file_ids(self) -> list:
-        return [file_id(self.settings.path + suffix) for suffix in ("", "-wal", "-shm", ".lock")]
+    def _file_ids(self) -> dict:
+        return {path: file_id(path) for path in [self.settings.path + suffix for suffix in ("", "-wal", "-shm")]}
+
+    def _leave_files(self) -> bool:
+        """Close files that were moved or replaced while in use; return False if another program reads them just now.
+
+        All mail must be in the file that was moved, and what remains here of its log must not be read with a new one.
+        """
+        if self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()["busy"]:
+            return False
+        log.lines(
+            f"queue: {sanitize(self.settings.path)} was moved or replaced while in use; opening what is there now"
+        )
+        for path, before in self.file_ids.items():
+            if path != self.settings.path and before and file_id(path) == before:
+                os.unlink(path)
+        self.close()
+        return True
 
     def _lock_slot(self, db: Any) -> None:
         """Lock a slot, the same again if the lock file was replaced; what its last process had leased is released."""
