@@ -5539,7 +5539,7 @@ def bounce_message(leased: LeasedRecipient, reply: Reply, hostname: str, queueid
     text = BOUNCE_TEMPLATE.format(
         leased=leased, hostname=hostname, queueid=queueid, boundary=f"{queueid}/report", date=rfc5322_date(int(now)),
         encoding="7bit" if header.isascii() and is_ascii else "8bit", address_type="rfc822" if is_ascii else "utf-8",
-        age=format_duration(now - leased.created_at), arrival_date=rfc5322_date(int(leased.created_at)),
+        arrival_date=rfc5322_date(int(leased.created_at)),
         server=f" ({reply.host})" if reply.host else "", reply="\r\n    ".join(lines),
         remote_mta=f"Remote-MTA: dns; {reply.host}\r\n" if reply.host else "",
         status=reply.dsn or ("4.4.7" if reply.temporary else "5.0.0"),  # RFC 3463: delivery time expired; undefined
@@ -5582,7 +5582,7 @@ This is the mail system at {hostname}. Your mail to
 
     {leased.recipient}
 
-could not be delivered. After {leased.attempts} attempt(s) in {age} the last reply{server} was:
+could not be delivered. After {leased.attempts} attempt(s) since {arrival_date} the last reply{server} was:
 
     {reply}
 
@@ -5611,13 +5611,6 @@ def diagnostic_lines(reply: Reply) -> list:
     """Return a reply's lines for a message: ASCII, short, each with the code."""
     lines = [sanitize(line, 500).encode("ascii", "replace").decode() for line in reply.message[:MAX_REPLY_LINES]]
     return [f"{reply.code} {line}".rstrip() for line in lines or [""]]
-
-
-def format_duration(seconds: float) -> str:
-    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}s"
-    return f"{seconds:.0f} seconds"
 
 
 def post_webhook(leased: LeasedRecipient, secret: bytes, now: float) -> list:
@@ -5719,7 +5712,8 @@ class QueueDB:
 
     def _work(self) -> None:
         while True:
-            batch, owed = self._batch(), [self.deferred_writes.popleft() for _ in range(len(self.deferred_writes))]
+            batch = self._take_waiting(self.BATCH, block=True)
+            owed = [self.deferred_writes.popleft() for _ in range(len(self.deferred_writes))]
             work = [*owed, *[(operation, values) for operation, values, _ in batch]]
             try:
                 results = self.commit(work, batch)
@@ -5731,20 +5725,12 @@ class QueueDB:
             for (_, _, done), result in zip(batch, results[len(owed) :]):
                 done(result)
 
-    def _batch(self) -> list:
-        """Wait for work and return all that waits; nothing after a second if there are deferred writes."""
-        try:
-            batch = [self.waiting.get(timeout=1.0 if self.deferred_writes else None)]
-        except queue.Empty:
-            return []
-        return batch + self._drain_waiting(self.BATCH - 1)
-
-    def _drain_waiting(self, limit: int) -> list:
-        """Return what waits, without waiting for more."""
+    def _take_waiting(self, limit: int, block: bool = False) -> list:
+        """Return what waits; if `block`, wait for it, a second at most if there are deferred writes."""
         found: list = []
         with contextlib.suppress(queue.Empty):
             while len(found) < limit:
-                found.append(self.waiting.get_nowait())
+                found.append(self.waiting.get(block and not found, 1.0 if self.deferred_writes else None))
         return found
 
     def commit(self, work: list, batch: list | None = None) -> list:
@@ -5760,7 +5746,7 @@ class QueueDB:
             fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite itself would wait by sleeping, sometimes long
             db = self._open()  # now, when no other process writes: the files may have been replaced
             if batch is not None:
-                late = self._drain_waiting(self.BATCH - len(batch))
+                late = self._take_waiting(self.BATCH - len(batch))
                 batch += late
                 work += [(operation, values) for operation, values, _ in late]
             db.execute("BEGIN IMMEDIATE")
@@ -5775,11 +5761,10 @@ class QueueDB:
             if len(work) > 1:
                 return [self.commit([one])[0] for one in work]
             log_exception("queue")
-            operation, values = work[0]
-            if operation not in LEASE_CONDITIONS:
-                return [error]
-            release = self.settings, time.time(), LEASE_CONDITIONS[operation], values[0]
-            return self.commit([(release_leases, release)])
+            ((operation, values),) = work
+            leases = LEASE_CONDITIONS.get(operation)  # they must not outlast it
+            release = release_leases, (self.settings, time.time(), leases, *values[:1])
+            return self.commit([release]) if leases else [error]
         finally:
             if self.locks:
                 fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, 0)
@@ -5909,12 +5894,9 @@ def lock_byte(handle: int, offset: int) -> bool:
 # A new file; times are seconds since the epoch.
 SCHEMA = """
     CREATE TABLE messages (
-        id INTEGER PRIMARY KEY,
-        queueid TEXT NOT NULL UNIQUE,
+        id INTEGER PRIMARY KEY, queueid TEXT NOT NULL UNIQUE,
         kind TEXT NOT NULL,                -- mail, or event for the webhook
-        sender TEXT NOT NULL,
-        login TEXT NOT NULL,
-        created_at REAL NOT NULL,
+        sender TEXT NOT NULL, login TEXT NOT NULL, created_at REAL NOT NULL,
         open_recipients INTEGER NOT NULL,  -- how many are neither delivered nor given up
         completed_at REAL,                 -- when none was left
         owner INTEGER,                     -- slot of the process that has yet to answer its client
@@ -5927,14 +5909,11 @@ SCHEMA = """
     );
     CREATE INDEX messages_by_done ON messages(completed_at) WHERE completed_at IS NOT NULL;
     CREATE TABLE recipients (
-        id INTEGER PRIMARY KEY,
-        message INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
+        id INTEGER PRIMARY KEY, message INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
         as_written TEXT NOT NULL,          -- by the client
         recipient TEXT NOT NULL,           -- as relays are told
-        number INTEGER NOT NULL,           -- of the copy
-        destination TEXT NOT NULL,         -- see destination_key()
-        state TEXT NOT NULL,               -- open, delivered, failed, dropped or held
-        created_at REAL NOT NULL,
+        number INTEGER NOT NULL, destination TEXT NOT NULL,
+        state TEXT NOT NULL, created_at REAL NOT NULL,  -- state: open, delivered, failed, dropped or held
         due REAL,                          -- open and not leased: time of the next attempt; 0: now, even if throttled
         owner INTEGER,                     -- leased: slot of the process that delivers it
         attempts INTEGER NOT NULL,

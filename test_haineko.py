@@ -8180,6 +8180,8 @@ class QueueStore(unittest.TestCase):
         with self.assertRaises(haineko.Rejected) as caught:
             self.do(haineko.drop_message, "Q" * 16, 0)
         self.assertEqual(caught.exception.reply.status, 409)
+        with self.assertRaisesRegex(haineko.CommandError, "being sent"):
+            haineko.run_operation(self.store, haineko.drop_message, "Q" * 16, 0)
         self.assertEqual(self.states("Q" * 16), ["sending", "waiting"])
         self.do(haineko.finish_attempt, leased.id, haineko.AttemptResult(None, DELIVERED), 0)
         self.assertEqual(self.do(haineko.drop_message, "Q" * 16, 0), 1)
