@@ -5717,9 +5717,9 @@ class QueueDB:
             work = [*owed, *[(operation, values) for operation, values, _ in batch]]
             try:
                 results = self.commit(work, batch)
-            except Exception as error:  # those who wait need a result, and this thread goes on
+            except Exception:  # callers wait for results, and deferred writes must not be lost
                 log_exception("queue")
-                results = [error] * len(work)
+                results = [Rejected(make_reply("store", mailer="Queue"))] * len(work)
             self.deferred_writes.extend(work for work, result in zip(owed, results) if isinstance(result, Rejected))
             self.woken = False
             for (_, _, done), result in zip(batch, results[len(owed) :]):
@@ -5815,9 +5815,7 @@ class QueueDB:
         """
         if self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()["busy"]:
             return False
-        log.lines(
-            f"queue: {sanitize(self.settings.path)} was moved or replaced while in use; opening what is there now"
-        )
+        log.lines(f"queue: {sanitize(self.settings.path)} was moved or replaced; opening what is there now")
         for path, before in self.file_ids.items():
             if path != self.settings.path and before and file_id(path) == before:
                 os.unlink(path)

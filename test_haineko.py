@@ -7871,10 +7871,11 @@ class QueuePure(unittest.TestCase):
                 self.assertEqual(haineko.returned_header(octets), wanted)
 
 
-class QueueStore(unittest.TestCase):
+class QueueStore(Quiet):
     """The file."""
 
     def setUp(self):
+        super().setUp()
         self.folder = tempfile.mkdtemp(prefix="haineko.")
         self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
         self.policy = haineko.QueueSettings(path=os.path.join(self.folder, "q.db"), min_free=0)
@@ -8274,6 +8275,19 @@ class QueueStore(unittest.TestCase):
         for name in names:
             self.assertEqual(os.stat(os.path.join(self.folder, name)).st_mode & 0o777, 0o600, name)
 
+    def test_a_bug_of_a_request_ends_its_lease(self):
+        """The answer can't be written: the mail with a key, which was sent, is not leased for ever."""
+        with tempfile.TemporaryDirectory() as folder:
+            service = haineko.App(settings(queue={"path": os.path.join(folder, "q.db"), "min_free": 0}))
+            self.addCleanup(service.queue.close, True)
+            asked = request(as_body(document()), user_agent="\ud800", idempotency_key="k")
+            with self.assertRaises(UnicodeError):
+                answered(asked, service)
+            row = service.queue.db.execute("SELECT due, owner, history FROM recipients").fetchone()
+            self.assertEqual((row["due"] > NOW, row["owner"]), (True, None))
+            self.assertIn("may have arrived", row["history"])
+            service.queue.close(for_good=True)
+
     @unittest.skipIf(os.geteuid(), "takes root")
     def test_files_of_another_user(self):
         path = os.path.join(self.folder, "other")
@@ -8632,19 +8646,6 @@ class QueueAlone(unittest.TestCase):
         until(lambda: hook.events)
         event = json.loads(hook.events[0][1])
         self.assertEqual([set(event), set(event["data"])], [set(json.loads(shown)), set(json.loads(shown)["data"])])
-
-    def test_a_bug_of_a_request_ends_its_lease(self):
-        """The answer can't be written: the mail with a key, which was sent, is not leased for ever."""
-        with tempfile.TemporaryDirectory() as folder:
-            service = haineko.App(settings(queue={"path": os.path.join(folder, "q.db"), "min_free": 0}))
-            self.addCleanup(service.queue.close, True)
-            asked = request(as_body(document()), user_agent="\ud800", idempotency_key="k")
-            with self.assertRaises(UnicodeError):
-                answered(asked, service)
-            row = service.queue.db.execute("SELECT due, owner, history FROM recipients").fetchone()
-            self.assertEqual((row["due"] > NOW, row["owner"]), (True, None))
-            self.assertIn("may have arrived", row["history"])
-            service.queue.close(for_good=True)
 
     def test_a_mail_that_kills_its_process_is_held(self):
         gate = threading.Event()
