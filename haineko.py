@@ -7,7 +7,7 @@
                                                +-> QueueDB -> QueueManager -> RELAYS -> bounce, webhook
 
      1  Replies and transactions    9  Event loop
-     2  JSON into dataclasses      10  DNS
+     2  JSON into dataclasses      10  DNS and connections
      3  Settings                   11  HTTP client
      4  Log                        12  SMTP sessions
      5  Submissions                13  Relays
@@ -16,15 +16,7 @@
      8  Routes                     16  HTTP server
                                    17  Commands
 
-     1  Replies and jobs          9  Waiting
-     2  JSON into dataclasses    10  DNS and connections
-     3  Settings                 11  HTTP client
-     4  Log                      12  SMTP sessions
-     5  Submissions              13  Relays
-     6  Policy                   14  Queue
-     7  Messages                 15  The way of a mail
-     8  Routes                   16  HTTP
-                                 17  Commands
+Sections 1, 5 to 8 and 13 to 15 are the pipeline; 2 to 4 and 9 to 12 are infrastructure; 16 and 17 are the two entries.
 
 Rules of the file:
   - A section uses only the sections above it; inside a section callers stand above their helpers.
@@ -365,9 +357,6 @@ def _reject_constant(name: str):
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object_from_pairs, parse_constant=_reject_constant)
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
-
-
-CACHE_MAX_CHARS = 512  # characters of what is remembered: long ones would fill the memory
 
 
 def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", secret: bool = False) -> Any:
