@@ -6671,7 +6671,7 @@ class QueueManager:
     def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
         """After a failure that concerns all its mail a destination waits, up to the third pause."""
         throttle, now = self.throttled.get(destination, Throttle(0, 0)), time.monotonic()
-        of_route = reply.code[0] == "5" or reply.command in ("CONN", "EHLO", "STARTTLS", "AUTH")
+        of_route = reply.route_fault or reply.command in ("CONN", "EHLO", "STARTTLS", "AUTH")
         if not (reply.temporary and of_route):
             self.throttled.pop(destination, None)
         elif throttle.until <= now:

@@ -8584,6 +8584,17 @@ class QueueAlone(unittest.TestCase):
         self.assertEqual(server.queue("retry", queueid).stdout, "1 recipient to be tried at once\n")
         eventually(lambda: self.state(server, queueid) == "delivered", "delivery")
 
+    def test_a_fault_of_the_route_is_no_verdict_on_the_mail(self):
+        peer, replies = self.peer(), ["530 5.7.0 Authentication required"] * 4
+        peer.says["DATA"] = lambda connection, line: replies.pop() if replies else None
+        server = self.served(queue_settings(peer))
+        answers = [server.submit("a@example.jp"), server.submit("b@example.jp", **{"async": True})]
+        self.assertEqual([status for status, _, _ in answers], [202, 202])
+        for _, _, answer in answers:
+            eventually(lambda answer=answer: self.state(server, answer["queueid"]) == "delivered", "delivery")
+        found = server.fate(answers[0][2]["queueid"])["a@example.jp"]["attempts"]
+        self.assertEqual((found[0]["code"], found[-1]["code"]), ("530", "250"))
+
     def state(self, server, queueid):
         """The state of the mail's first recipient, None while nobody answers."""
         try:
