@@ -6596,9 +6596,9 @@ class QueueManager:
                     looked = time.monotonic()
                     await self.db.do(reclaim_dead_leases, self.db.locks, self.db.settings, now)
                     await self.db.do(purge, now)
-                    before, clock = clock, now - looked  # against time.monotonic()
-                    if clock < before - 60:  # it was set back; it may have been while no process ran
+                    if now - looked < clock - 60:  # it was set back; perhaps while no process ran
                         await self.db.do(correct_due, self.db.settings, now)
+                    clock = now - looked  # against time.monotonic()
                 await self._schedule(now)
                 await bell.recv(65536, time.monotonic() + 1)
             except socket.timeout:
@@ -6613,9 +6613,9 @@ class QueueManager:
             self.settings, self.throttled = settings, {}
         monotonic = time.monotonic()
         throttled = {key: found.failures for key, found in self.throttled.items() if found.until > monotonic}
-        in_flight = {destination: count for destination, count in self.in_flight.items() if count}
+        self.in_flight = {destination: count for destination, count in self.in_flight.items() if count}
         expired_before = now - settings.queue.lifetime
-        limits = settings.smtpd.max_workers, in_flight, throttled, expired_before
+        limits = settings.smtpd.max_workers, dict(self.in_flight), throttled, expired_before
         for leased in await self.db.do(lease_due, now, *limits):
             self.in_flight[leased.destination] = self.in_flight.get(leased.destination, 0) + 1
             expired = leased.destination in throttled and leased.created_at <= expired_before and leased.history
@@ -6669,10 +6669,9 @@ class QueueManager:
         return await post_webhook(leased, settings.secret, time.time(), self.app.transport.http)
 
     def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
-        """After a failure that concerns all its mail a destination waits, up to the third pause."""
+        """After a failure to open a session its destination waits, up to the third pause: new mail may wait for it."""
         throttle, now = self.throttled.get(destination, Throttle(0, 0)), time.monotonic()
-        of_route = reply.route_fault or reply.command in ("CONN", "EHLO", "STARTTLS", "AUTH")
-        if not (reply.temporary and of_route):
+        if not (reply.temporary and reply.command in ("CONN", "EHLO", "STARTTLS", "AUTH")):  # before the first mail
             self.throttled.pop(destination, None)
         elif throttle.until <= now:
             failures = throttle.failures + 1
