@@ -66,6 +66,7 @@ import urllib.parse
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
+from html import unescape
 from html.parser import HTMLParser
 from typing import Any, Callable, NamedTuple
 
@@ -1522,11 +1523,18 @@ def is_address_literal(text: str) -> bool:
 
 
 def idna_hint(text: str) -> tuple:
-    """Return a line about the character for which a domain is refused, or ()."""
+    """Return a line that says why a text is no bare address, or ()."""
     found = re.search(f"@[^@ ,>]*([{IDNA_DEVIATIONS}])", text)
-    if not found:
-        return ()
-    return (f"U+{ord(found[1]):04X} has two readings in a domain (IDNA 2003 and 2008); write the domain as xn--...",)
+    if found:
+        hint = "has two readings in a domain (IDNA 2003 and 2008); write the domain as xn--..."
+        return (f"U+{ord(found[1]):04X} {hint}",)
+    with contextlib.suppress(ValueError):
+        meant = [mailbox.as_written for _, mailbox in parse_mailboxes(text[:MAX_ADDRESS_TEXT])]
+        return (f'expected a bare address, got "{sanitize(text, 80)}"; did you mean "{meant[0]}"?',) if meant else ()
+    return ()
+
+
+MAX_ADDRESS_TEXT = 1000  # characters of a faulty address that are looked at
 
 
 def parse_unicode_text(value: Any, json_path: str, errors: list) -> str:
@@ -1585,7 +1593,7 @@ def parse_recipient_field(value: Any, json_path: str, errors: list) -> tuple:
     except ValueError as error:
         reason = "" if value.strip() in str(error) else f" ({error})"
     text = f'{json_path}: expected "name <address>", got "{sanitize(value, 80)}"{reason}'
-    errors.append("; ".join([text, *idna_hint(value[:MAX_FIELD])]))
+    errors.append("; ".join([text, *idna_hint(value[:MAX_ADDRESS_TEXT])]))
     return ()
 
 
@@ -1597,7 +1605,6 @@ def parse_recipient_list(value: Any, json_path: str, errors: list) -> tuple:
     return tuple(itertools.chain.from_iterable(list_of(parse_recipient_field)(value, json_path, errors)))
 
 
-MAX_FIELD = 102400  # octets of a header, RFC 5321 4.5.3.1.7 asks for less
 MAX_ADDRESSES = 2000  # of one field
 # A name with commas or brackets without quotes, which people write, then one address.
 SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")
@@ -1843,6 +1850,31 @@ def normalize_key(key: str) -> str:
 
 
 FIELD_BY_KEY = {normalize_key(name): name for name in EXTRA_FIELDS}
+# What other programs call the keys, and keys that belong to another level.
+TOP_KEYS = {key: key for key in ("ehlo", "helo", "mail", "rcpt", "recv", "body", "html", "attachments", "raw", "async")}
+TOP_KEYS.update(dict.fromkeys(("text", "textbody", "plain", "content", "message"), "body"))
+TOP_KEYS.update(dict.fromkeys(("recipient", "recipients", "mailto", "rcptto"), "rcpt"))
+TOP_KEYS.update(sender="mail", mailfrom="mail", htmlbody="html", files="attachments", attachment="attachments")
+TOP_KEYS.update(contenttype="html or attachments[].type", mimetype="attachments[].type")
+ATTACHMENT_KEYS = dict.fromkeys(("contenttype", "mimetype", "mediatype"), '"type"')
+ATTACHMENT_KEYS.update(data='"content"', contentid='"cid"', disposition='"inline"')
+
+
+def hinted(cls: type, hints: dict) -> Callable:
+    """Make a parser of objects like from_dict() that knows the keys of other programs and other levels."""
+
+    def parse(value: Any, json_path: str, errors: list) -> Any:
+        known = key_table(cls)
+        strange = [key for key in value if key not in known] if isinstance(value, dict) else []
+        for key in strange:
+            hint = hints.get(normalize_key(key))
+            if hint and len(errors) < MAX_ERRORS:
+                del value[key]
+                dot = json_path and json_path + "."
+                errors.append(f"{dot}{sanitize(key)}: unknown key; did you mean {hint}?")
+        return from_dict(cls, value, json_path, errors)
+
+    return parse
 
 
 @dataclass(repr=False, eq=False)  # made for each mail, and creating a frozen one takes four times as long
@@ -1901,8 +1933,11 @@ def extra_field(key: str, value: Any, json_path: str, errors: list) -> list:
         errors.append(f"{json_path}: Haineko makes this field itself")
         return []
     else:
-        names = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)]
-        errors.append(f"{json_path}: unknown key{did_you_mean(key, names) if len(errors) < MAX_HINTS else ''}")
+        names, outside = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)], TOP_KEYS.get(normalize_key(key))
+        hint = f"; did you mean {outside}, outside of header?" if outside else ""
+        errors.append(
+            f"{json_path}: unknown key{hint or (did_you_mean(key, names) if len(errors) < MAX_HINTS else '')}"
+        )
         return []
     return [(name, item, parse) for item in items if item]
 
@@ -1986,7 +2021,7 @@ def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
         errors.append(f"{json_path}: {len(value)} exceed the limit of {MAX_ATTACHMENTS}")
         return ()
     before, cids = len(errors), set()
-    attachments = list_of(nested(Attachment))(value, json_path, errors)
+    attachments = list_of(hinted(Attachment, ATTACHMENT_KEYS))(value, json_path, errors)
     for i, item in enumerate(attachments if len(errors) == before else ()):
         if item.content is None:
             errors.append(f"{json_path}[{i}].content: is missing")
@@ -2302,23 +2337,74 @@ class Submission:
         return bool(self.raw or self.header.shared)
 
 
-def parse_submission(body: Any) -> tuple:
-    """Return (Submission, errors) of a request's body; the Submission is None if there are errors."""
+class SubmissionResult(NamedTuple):
+    """What a request's body holds: a Submission, or None and every error."""
+
+    submission: Submission | None
+    errors: list
+    is_json: bool = True  # False: the one error is that of the JSON decoder
+
+
+def parse_submission(body: Any) -> SubmissionResult:
+    """Parse the body of a request."""
     errors: list = []
     if b"\x1b" in body:  # old clients send ISO-2022-JP with its escape character as it is
         body = body.replace(b"\x1b", b"\\u001b")
     try:
         raw = parse_json(body)
+    except ValueError as error:
+        return SubmissionResult(None, [sanitize(str(error)) + form_data_hint(bytes(body[:500]))], is_json=False)
+    try:
         if b"\\u001" in body and isinstance(raw, dict) and isinstance(raw.get("header"), dict):
             decode_jis_strings(raw)
     except ValueError as error:
-        return None, [sanitize(str(error))]
+        return SubmissionResult(None, [sanitize(str(error))])
     except RecursionError:
-        return None, ["nested too deeply"]
-    submission = from_dict(Submission, raw, "", errors)
+        return SubmissionResult(None, ["nested too deeply"], is_json=False)
+    submission = hinted(Submission, SUBMISSION_KEYS)(raw, "", errors)
+    check_content_ids(submission, errors)
     if submission.rcpt is None or submission.header.bcc or submission.raw:
         submission = add_header_recipients(submission, raw, errors)
-    return None if errors else submission, errors
+    return SubmissionResult(None if errors else submission, errors)
+
+
+SUBMISSION_KEYS = {
+    normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *key_table(Header), "replyto")
+}
+SUBMISSION_KEYS.update(TOP_KEYS)
+
+
+def form_data_hint(start: bytes) -> str:
+    """Return what to say of a body that is empty or the data of an HTML form."""
+    if not start.strip():
+        return "; the body is empty"
+    is_form = re.match(rb"[\w.%+\[\]-]{1,200}=", start) or (start[:2] == b"--" and b"form-data" in start)
+    return "; it looks like form data: send JSON" if is_form else ""
+
+
+def check_content_ids(submission: Submission, errors: list) -> None:
+    """Append an error for a "cid:" in the HTML without an attachment, and for a `cid` that the HTML does not use."""
+    if not submission.html or not (submission.attachments or "cid:" in submission.html.lower()):
+        return
+    links = {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(submission.html)}
+    cids = {item.cid: i for i, item in enumerate(submission.attachments) if item.cid}
+    errors += [
+        f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in sorted(links - cids.keys())
+    ][:MAX_HINTS]
+    errors += [f'attachments[{i}].cid: the HTML has no "cid:{cid}"' for cid, i in cids.items() if cid not in links]
+
+
+CID_LINK = re.compile("[\"'(=]\\s*cid:([^\"'<>()\\s]{1,600})", re.IGNORECASE)  # RFC 2392
+
+
+def provider_header_names(submission: Submission) -> tuple:
+    """Return the names of the fields that cloud relays take for commands."""
+    raw = submission.raw.fields if submission.raw else ()
+    names = [*(name for name, _, _ in submission.header.extra_fields), *(name for name, _ in raw)]
+    return tuple(dict.fromkeys(name for name in names if PROVIDER_HEADER.fullmatch(name)))
+
+
+PROVIDER_HEADER = re.compile(r"X-(?:MC|SES|PM|MS-Exchange)-.*|X-SMTPAPI", re.IGNORECASE)
 
 
 def add_header_recipients(submission: Submission, raw: Any, errors: list) -> Submission:
@@ -6539,7 +6625,7 @@ async def submit(request: Request, app: App) -> Response:
     submission, verdicts, status, kept, fates = None, {}, 400, False, []
     large = len(request.body) >= LARGE  # worked at in a thread, so that small ones need not wait for it
     try:
-        submission, errors = (
+        submission, errors, _ = (
             await to_thread(parse_submission, request.body) if large else parse_submission(request.body)
         )
         if errors:

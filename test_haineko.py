@@ -1128,7 +1128,7 @@ class LogLines(Quiet):
 
 class Submissions(unittest.TestCase):
     def understood(self, submission) -> haineko.Submission:
-        found, faults = haineko.parse_submission(as_body(submission))
+        found, faults, _ = haineko.parse_submission(as_body(submission))
         self.assertEqual(faults, [])
         return found
 
@@ -1200,7 +1200,12 @@ class Submissions(unittest.TestCase):
             ({"header": []}, ["header: an object is wanted, not a list"]),
             ({"header": "x"}, ["header: an object is wanted, not a string"]),
             ({"rcptt": "a"}, ['rcptt: unknown key; did you mean "rcpt"?']),
-            ({"subject": "a"}, ["subject: unknown key"]),
+            ({"subject": "a"}, ["subject: unknown key; did you mean header.subject?"]),
+            *[({key: "a"}, [f"{key}: unknown key; did you mean {meant}?"]) for key, meant in (
+                ("cc", "header.cc"), ("reply_to", "header.replyto"), ("replyTo", "header.replyto"), ("text", "body"),
+                ("List-Unsubscribe", "header.list-unsubscribe"), ("contentType", "html or attachments[].type"),
+            )],
+            ({"header": {"html": "a"}}, ["header.html: unknown key; did you mean html, outside of header?"]),
             ({"header": {"reply_too": "a"}}, ['header.reply_too: unknown key; did you mean "replyto"?']),
             ({"header": {"reply_to": "a"}}, [f'header.reply_to: {wanted}"a"']),
             ({"header": {"Subjekt": "a"}}, ['header.Subjekt: unknown key; did you mean "subject"?']),
@@ -1254,6 +1259,49 @@ class Submissions(unittest.TestCase):
             with self.subTest(text):
                 found = haineko.parse_address(text)
                 self.assertEqual((found.as_written, found.local, found.domain), (text, local, domain))
+
+    def test_what_is_no_json(self):
+        for body, words in (
+            (b"", ("line 1 column 1", "the body is empty")), (b'{\n "a": }', ("line 2 column 7",)),
+            (b"mail=a%40x&rcpt=b", ("line 1", "form data")), (b'--b\r\nContent-Disposition: form-data; name="a"', ("form data",)),
+            (b"\xff", ("UTF-8",)), (b"[" * 100000, ("deep",)), (b'{"a": NaN}', ("NaN",)),
+        ):  # fmt: skip
+            with self.subTest(body[:20]):
+                found = haineko.parse_submission(body)
+                self.assertEqual((found.submission, found.is_json, len(found.errors)), (None, False, 1))
+                for word in words:
+                    self.assertIn(word, found.errors[0])
+        for body in (b"[]", b'{"a": 1}', b'{"a": 1, "a": 1}', as_body({"mail": 1, "rcpt": 2})):
+            self.assertTrue(haineko.parse_submission(body).is_json)
+        self.assertEqual(haineko.idna_hint("A <a@x>"), ('expected a bare address, got "A <a@x>"; did you mean "a@x"?',))
+
+    def test_address_lists(self):
+        a, b = ("", "a@x"), ("", "b@y")
+        for text, wanted in (
+            ("a@x,", [a]), (",a@x,,b@y", [a, b]), ("a@x; b@y", [a, b]), ("a@x (Doe, J), b@y", [("Doe, J", "a@x"), b]),
+            ("unlisted-recipients:; (no To-header on input)", []), ("undisclosed-recipients:;", []),
+            ("(Empty list)(start)Hidden recipients  :(nobody(that I know))  ;", []), ("(a (b) \\) c)", []),
+            ("A Group:Ed Jones <a@x>, b@y; , c@z", [("Ed Jones", "a@x"), b, ("", "c@z")]),
+            ('"Doe, J" <a@x> (work), B <b@y>', [("Doe, J (work)", "a@x"), ("B", "b@y")]), ("", []), (" ,; ", []),
+            ("< a@x >, b@y", [a, b]), ("a@[IPv6:2001:db8::1]; b@y", [("", "a@[IPv6:2001:db8::1]"), b]),
+        ):  # fmt: skip
+            with self.subTest(text):
+                found = haineko.parse_mailboxes(text)
+                self.assertEqual([(name, mailbox.addr_spec) for name, mailbox in found], wanted)
+        for text in (
+            "foo-[redacted]victim@example.net", "<foo>bar@example.net", "a@x b@y", "a:b@x", "x: a@x, y: b@y;;", "(a", "a@x)",
+            '"a', "<a@x", "a@x <b@y>, c", "a@x>", "<a@x> <b@y>", "<a@x> b", "g:;a", "[a@x]", ":;", "a@x, (", "a@x,b@" + "," * 9,
+            "a@x," * 2001,
+        ):  # fmt: skip
+            with self.subTest(text), self.assertRaises(ValueError):
+                haineko.parse_mailboxes(text)
+        raw = "From: x@example.org\nTo: foo-[redacted]victim@example.net\nSubject: x\n\nMeow\n"
+        found = understood({"mail": "x@example.org", "raw": raw}).rcpt
+        self.assertEqual(found, ("foo-[redacted]victim@example.net",))
+        found = understood(document(rcpt=None, header={"to": "undisclosed-recipients:;", "bcc": "a@x"}))
+        self.assertEqual(found.rcpt, ("a@x",))
+        message = haineko.compose(found, "Q" * 16, None, NAME, NOW)
+        self.assertIn(b"\r\nTo: undisclosed-recipients:;\r\n", message.copy("a@x", 1))
 
     def test_what_is_no_address(self):
         for text in (
@@ -1780,7 +1828,7 @@ class Policy(Quiet):
 
 def composed(submission, client: str = "127.0.0.1", to: str = "mikeneko@example.jp") -> bytes:
     """The octets of the message of a submission."""
-    found, faults = haineko.parse_submission(as_body(submission))
+    found, faults, _ = haineko.parse_submission(as_body(submission))
     if faults:
         raise ValueError(faults)
     message = haineko.compose(found, "Q" * 16, haineko.parse_ip(client), NAME, NOW)
@@ -2168,7 +2216,7 @@ class Messages(unittest.TestCase):
             for text in (payload + good, good[:3] + payload + good[3:], good + payload):
                 with self.subTest(what, text=text):
                     submission = make(text)
-                    found, faults = haineko.parse_submission(as_body(submission))
+                    found, faults, _ = haineko.parse_submission(as_body(submission))
                     request_ = request(as_body(submission))
                     if faults or haineko.first_rejection(haineko.CHECKS, request_, found, settings()):
                         continue
@@ -2337,7 +2385,7 @@ def file(filename: str | None = None, octets: bytes = b"%PDF-1.4 \0\r\n", **more
 
 
 def understood(submission) -> haineko.Submission:
-    found, faults = haineko.parse_submission(as_body(submission))
+    found, faults, _ = haineko.parse_submission(as_body(submission))
     if faults:
         raise ValueError(faults)
     return found
@@ -2400,8 +2448,8 @@ CORPUS = [
     Mail("text"),
     Mail("text in Japanese", body="あとで\r\nお年玉\n"),
     Mail("HTML beside text", "alternative(plain, html)", html="<p>x</p>", body="other words"),
-    Mail("HTML alone", "alternative(plain, html)", OF_HTML, html=HTML, body=None),
-    Mail("HTML alone, body empty", "alternative(plain, html)", OF_HTML, html=HTML, body=""),
+    Mail("HTML alone", "alternative(plain, html)", OF_HTML, html=HTML.replace("cid:", "https://x/"), body=None),
+    Mail("HTML alone, body empty", "alternative(plain, html)", OF_HTML, html=HTML.replace("cid:", "https://x/"), body=""),
     Mail("HTML that says nothing", "alternative(plain, html)", "\n", html="<p></p>", body=None),
     Mail("HTML with long lines", "alternative(plain, html)", html="<p>" + "x" * 5000 + "</p>"),
     Mail("HTML in ISO-2022-JP", "alternative(plain, html)", html="<p>髙①ガ～</p>", header={"charset": "ISO-2022-JP"}),
@@ -2436,11 +2484,11 @@ CORPUS = [
         {"filename": "a.pdf", "content": "JVBE\r\nRi0x\nLjQg AA0K"}], files=((PDF, "attachment"),)),
     Mail("a picture in HTML", "alternative(plain, related(html, png))", html=HTML, attachments=[
         file("l.png", PNG, cid="logo")], files=(("image/png", "inline"),)),
-    Mail("a cid in brackets", "alternative(plain, related(html, png))", html=HTML, attachments=[
+    Mail("a cid in brackets", "alternative(plain, related(html, png))", html=HTML.replace("cid:logo", "cid:logo%40x"), attachments=[
         file("l.png", PNG, cid="<logo@x>")], files=(("image/png", "inline"),)),
     Mail("a cid without HTML", "mixed(plain, png)", attachments=[file("l.png", PNG, cid="logo")],
          files=(("image/png", "inline"),)),
-    Mail("two pictures in HTML", "alternative(plain, related(html, png, png))", html=HTML, attachments=[
+    Mail("two pictures in HTML", "alternative(plain, related(html, png, png))", html=HTML + '<i style="background: url( CID:LOGO)">', attachments=[
         file("l.png", PNG, cid="logo"), file("m.png", PNG, cid="LOGO")],
         files=(("image/png", "inline"), ("image/png", "inline"))),
     Mail("a receipt", "mixed(alternative(plain, related(html, png)), pdf)", html=HTML, attachments=[
@@ -2448,9 +2496,9 @@ CORPUS = [
     Mail("a receipt, HTML alone", "mixed(alternative(plain, related(html, png)), pdf)", OF_HTML, body=None, html=HTML,
          attachments=[file("logo.png", PNG, cid="logo"), file("a.pdf")], files=(("image/png", "inline"), (PDF,
          "attachment"))),
-    Mail("HTML and a file", "mixed(alternative(plain, html), pdf)", html=HTML, attachments=[file("a.pdf")],
+    Mail("HTML and a file", "mixed(alternative(plain, html), pdf)", html=HTML.replace("cid:", "https://x/"), attachments=[file("a.pdf")],
          files=((PDF, "attachment"),)),
-    Mail("a receipt in ISO-2022-JP", "mixed(alternative(plain, related(html, png)), pdf)", html="<p>領収書</p>",
+    Mail("a receipt in ISO-2022-JP", "mixed(alternative(plain, related(html, png)), pdf)", html="<p>領収書<img src=cid:logo></p>",
     attachments=[
         file("領収書.pdf"), file("logo.png", PNG, cid="logo")], header={"charset": "iso-2022-jp", "subject": "領収書"},
         files=(("image/png", "inline"), (PDF, "attachment"))),
@@ -2532,7 +2580,7 @@ class Parts(unittest.TestCase):
             self.assertEqual(shown, wanted)
 
     def test_email_is_not_imported(self):
-        code = "import sys, haineko; s, _ = haineko.parse_submission(sys.stdin.buffer.read());"
+        code = "import sys, haineko; s = haineko.parse_submission(sys.stdin.buffer.read()).submission;"
         code += " haineko.compose(s, 'Q' * 16, None, 'x', 0.0); print('email.policy' in sys.modules)"
         for changes, wanted in (
             ({}, b"False"),
@@ -2625,6 +2673,9 @@ FAULTS = [
     ({"attachments": [file(octets=b"x\ry", type="message/rfc822")]}, "attachments[0].type: message/rfc822 must be ASCII"),
     *[({"attachments": [file(cid=cid)]}, "attachments[0].cid: ") for cid in ("a b", "a>b", "猫", "<a", "a\r\nBcc: x",
       "x" * 201, 1)],
+    ({"html": "<img src='cid:logo'>"}, 'html: "cid:logo" has no attachment with this cid'),
+    ({"html": "x", "attachments": [file(cid="logo")]}, 'attachments[0].cid: the HTML has no "cid:logo"'),
+    ({"attachments": [file(contentType="a/b")]}, 'attachments[0].contentType: unknown key; did you mean "type"?'),
     ({"attachments": [file(cid="a"), file(cid="<a>")]}, "attachments[1].cid: another attachment has it already"),
     ({"attachments": [file(inline="yes")]}, "attachments[0].inline: true or false is wanted, not a string"),
     ({"attachments": [file()] * 1001}, "attachments: 1001 exceed the limit of 1000"),
@@ -2681,7 +2732,7 @@ class PartsRefused(Quiet):
             }
             submission["header"] = submission["header"] or None
             with self.subTest(str(changes)[:100]):
-                _, faults = haineko.parse_submission(as_body(submission))
+                _, faults, _ = haineko.parse_submission(as_body(submission))
                 self.assertTrue(faults)
                 self.assertIn(wanted, faults[0])
                 self.assertEqual({fault.partition(":")[0] for fault in faults}, {faults[0].partition(":")[0]})
@@ -6225,7 +6276,7 @@ def web_submission(**changes) -> dict:
 
 def composed_job(route: haineko.Route, document: dict | None = None, number: int = 1) -> haineko.Transaction:
     """The job of a submission's first recipient."""
-    submission, faults = haineko.parse_submission(json.dumps(document or web_submission()).encode())
+    submission, faults, _ = haineko.parse_submission(json.dumps(document or web_submission()).encode())
     assert not faults, faults
     client = haineko.parse_ip("192.0.2.9")
     message = haineko.compose(submission, "Q" * 16, client, "here.example", 1700000000.0)
