@@ -2068,7 +2068,7 @@ def parse_raw(value: Any, json_path: str, errors: list) -> ParsedMessage:
 
 def parse_message(octets: bytes) -> ParsedMessage:
     """Parse a message with any line ends; ValueError says which field is wrong, or which limit is exceeded."""
-    found = re.match(rb">?From [^\n]*\n", octets)  # of an mbox
+    found = re.match(rb">?From (?![ \t]*:)[^\n]*\n", octets)  # of an mbox
     octets = octets[found.end() :] if found else octets
     parts = mime_parts(octets)
     check_limits(parts)
@@ -3078,7 +3078,9 @@ def downgrade_8bit(octets: bytes, keep_8bit: bool = False) -> bytes:
 def convert_parts(octets: bytes, keep_8bit: bool, keep_utf8: bool) -> bytes:
     """Return a message, each of whose parts is encoded where the path can't carry it as it is."""
     parts = mime_parts(octets)
-    return rewrite_parts(octets, parts, functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8), keep_8bit)
+    convert = functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8)
+    octets = rewrite_parts(octets, parts, convert, keep_8bit)
+    return octets if octets.endswith(b"\r\n") else octets + b"\r\n"
 
 
 def _convert_part(top: MIMEPart, keep_8bit: bool, keep_utf8: bool, part: MIMEPart, body: bytes) -> tuple:

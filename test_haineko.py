@@ -57,6 +57,8 @@ sys.path.insert(0, HERE)
 
 import haineko  # noqa: E402
 
+parser = getattr(re, "_parser", None) or importlib.import_module("sre_parse")  # of patterns; its name since Python 3.11
+
 SOURCE = os.path.join(HERE, "haineko.py")
 NOW = 1388741758.0
 NAME = "relay.example.org"  # of the Haineko under test
@@ -276,6 +278,67 @@ def _changed(function: ast.AST):
             yield place.id, node.lineno
 
 
+def superlinear(patterns: dict, uses: set) -> list:
+    """The uses of patterns whose time grows faster than their input: strings of a pattern's own alphabet, and the
+    starts of a match with one character behind, many times."""
+    found = []
+    for name, method in sorted(uses):
+        pattern = patterns[name]
+        source = pattern.pattern if isinstance(pattern.pattern, str) else pattern.pattern.decode("latin-1")
+        marks = re.sub(r"\\x..|[A-Za-z0-9\[\](){}|?*+^$]", "", source)[:12]
+        alphabet = dict.fromkeys(marks + re.sub(r"\\.|[^A-Za-z]", "", source)[:4] + 'a0 \t\r\n"\\(<é')
+        match = a_match(parser.parse(source, pattern.flags & ~re.UNICODE))
+        shapes = [(a, b) for a in alphabet for b in alphabet]
+        shapes += [(match[:i], b) for i in range(2, min(len(match), 40) + 1) for b in alphabet]
+        if callable(getattr(pattern, method)) and any(_grows(pattern, method, *shape) for shape in shapes):
+            found.append(f"{name}.{method}")
+    return found
+
+
+def a_match(tree) -> str:
+    """A short string that the parsed pattern matches, or nearly."""
+    text = ""
+    for operator, value in tree:
+        kind = str(operator)
+        if kind in ("LITERAL", "NOT_LITERAL", "ANY"):
+            text += chr(value) if kind == "LITERAL" else "a"
+        elif kind == "IN":
+            name, first = value[0]
+            kinds = {
+                "LITERAL": lambda c: chr(c),
+                "RANGE": lambda c: chr(c[0]),
+                "CATEGORY": lambda c: " " if "SPACE" in str(c) else "0",
+            }
+            text += kinds.get(str(name), lambda _: "a")(first)
+        elif "REPEAT" in kind:
+            text += a_match(value[2]) * max(1, min(value[0], 40))
+        elif kind in ("SUBPATTERN", "ATOMIC_GROUP"):
+            text += a_match(value[-1] if kind == "SUBPATTERN" else value)
+        elif kind == "BRANCH":
+            text += a_match(value[1][0])
+    return text
+
+
+def _grows(pattern, method: str, first: str, second: str) -> bool:
+    for text in (
+        lambda n: (first + second) * (n // (len(first) + 1)) + first,
+        *(lambda n, end=end: first + second * n + end for end in ("", "!", "\0")),
+    ):
+        if _seconds(pattern, method, text(2000)) > 0.002:
+            once, more = (min(_seconds(pattern, method, text(size)) for _ in range(3)) for size in (2000, 8000))
+            if more > 9 * once:
+                return True
+    return False
+
+
+def _seconds(pattern, method: str, text: str) -> float:
+    subject = text if isinstance(pattern.pattern, str) else text.encode("latin-1", "replace")
+    began = time.process_time()
+    result = getattr(pattern, method)(*((subject[:0], subject) if method == "sub" else (subject,)))
+    collections.deque(result if method == "finditer" else (), 0)
+    return time.process_time() - began
+
+
 class HouseRules(unittest.TestCase):
     """The rules that the front page of haineko.py gives itself."""
 
@@ -354,6 +417,18 @@ class HouseRules(unittest.TestCase):
             for word in re.findall(r"\w+", ast.unparse(node.annotation) if node.annotation else "")
         }
         self.assertEqual(sorted(name for name in self.house.names if name not in used | noted | {"MAILERS"}), [])
+
+    def test_every_pattern_takes_linear_time(self):
+        """Feed each pattern, as the file uses it, long strings of its own alphabet."""
+        self.assertEqual(superlinear({"BAD": re.compile(r"b?[ ]*[ \t]*=")}, {("BAD", "match")}), ["BAD.match"])
+        patterns = {name: item for name, item in vars(haineko).items() if isinstance(item, re.Pattern)}
+        self.assertGreater(len(patterns), 20)
+        uses = {
+            (node.value.id, node.attr)
+            for node in ast.walk(self.house.tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in patterns
+        }
+        self.assertEqual(superlinear(patterns, uses), [])
 
     def test_only_the_standard_library_is_imported(self):
         names = set()
@@ -1377,13 +1452,16 @@ class Submissions(unittest.TestCase):
             ("ASCII", "US-ASCII"), ("ISO-8859-15", "ISO-8859-15"), ("windows-1252", "windows-1252"), ("cp1252",
             "windows-1252"),
             ("Shift_JIS", "Shift_JIS"), ("cp932", "Windows-31J"), ("EUC-JP", "EUC-JP"), ("gb18030", "GB18030"),
-            ("Big5", "Big5"), ("KOI8-R", "KOI8-R"), ("EUC-KR", "EUC-KR"),
+            ("Big5", "Big5"), ("KOI8-R", "KOI8-R"), ("EUC-KR", "EUC-KR"), ("big5-hkscs", "Big5-HKSCS"),
+            ("iso2022_kr", "ISO-2022-KR"), ("macintosh", "macintosh"), ("mac_roman", "macintosh"), ("kz_1048", "KZ-1048"),
+            ("iso-2022-jp-2", "ISO-2022-JP-2"), ("cp437", "IBM437"), ("latin9", "ISO-8859-15"), ("cp950", "Big5"),
         ]  # fmt: skip
         for name, wanted in cases:
             with self.subTest(name):
                 self.assertEqual(haineko.iana_charset(name), wanted)
                 self.assertTrue(wanted.encode("ascii").decode().replace("-", "").replace("_", "").isalnum())
-        for name in ("", "x", "UTF-16", "utf-7", "utf-8-sig", "idna", "punycode", "rot13", "base64", "hex", "zlib",
+        for name in ("", "x", "UTF-16", "utf-7", "utf-8-sig", "idna", "punycode", "rot13", "iso-2022-jp-1", "iso-2022-jp-3",
+                     "iso-2022-jp-ext", "mac_greek", "johab", "cp1125", "koi8-t", "shift_jis_2004", "base64", "hex", "zlib",
                      "hz",
                      "cp037", "undefined", "unicode_escape", "raw_unicode_escape", "mbcs", "utf-8\r\nX: y", "utf-8\0",
                      "utf 8", "ねこ", "../utf8", "a" * 1000):  # fmt: skip
@@ -1403,6 +1481,9 @@ class Submissions(unittest.TestCase):
                 form["header"]["from"] = "kijitora@example.org"
                 self.assertIn(b"charset=", composed(form))
                 self.assertEqual(haineko.decode_charset(b"Meow", name), "Meow")
+        for name in ("ISO-2022-JP-2", "ISO-2022-KR"):
+            octets = composed(document(header={"subject": "\x1b\x0e", "charset": name}, body="\x1b$A\x1b.A\x0e"))
+            self.assertIn(b"charset=UTF-8", octets)
         for name in ("EUC-JP", "Shift_JIS"):  # whose codecs write a backslash for it
             octets = composed(document(header={"subject": "x", "charset": name}, body="¥1,980\n"))
             self.assertIn(b"charset=UTF-8", octets)
@@ -2896,6 +2977,129 @@ class RawMessages(Quiet):
         self.assertEqual(message.get_payload(1).get_payload(decode=True), b"%PDF")
         for field in ("From: 猫@example.org", "Cc: A <猫@example.org>, b@example.jp"):
             self.assertFalse(haineko.downgrade_8bit(f"{field}\r\n\r\nx\r\n".encode()).isascii())
+
+    def sent(self, octets: bytes, downgraded: tuple = ()) -> bytes:
+        """A finished message as it leaves, to a path without SMTPUTF8 and 8BITMIME where `downgraded` says so."""
+        found = composed(self.raw({"base64": base64.b64encode(octets).decode()}, rcpt="a@example.jp"))
+        return haineko.downgrade_8bit(found, *downgraded) if downgraded else found
+
+    HEAD_ALONE = (
+        b"From: a@example.org\r\nTo: b@example.jp\r\nDate: Fri, 3 Jan 2014 18:35:58 +0900\r\nMessage-ID: <a@b>\r\n"
+    )
+
+    def test_what_a_path_can_carry_stays(self):
+        mime = (
+            b"MIME-Version: 1.0\r\nContent-Type: text/plain; charset=iso-8859-1\r\nContent-Transfer-Encoding: 8bit\r\n"
+        )
+        parts = b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\nfor nobody\r\n--b\r\n\r\nx  \r\n--b \r\n"
+        for what, octets in (
+            ("a line of 79", b"\r\n" + b"a" * 79 + b"\r\n"),
+            ("a line of 998 and a form feed", b"\r\n\f" + b"a" * 997 + b"\r\n"),
+            ("ISO-2022-JP", b'\r\n\x1b$B$"$$\x1b(B\r\n'),
+            ("8 bits", mime + b"\r\nGr\xfc\xdfe\r\n"),
+            ("parts", parts + b"Content-Type : image/png\r\n\r\n\x89\r\n--b--\r\n\r\n"),
+            ("a quoted boundary", parts.replace(b"=b", b'="b"') + b"\r\nx\r\n--b--"),
+        ):
+            with self.subTest(what):
+                octets = b"Subject:  x\r\n" + octets
+                found = self.sent(self.HEAD_ALONE + octets)
+                head, _, body = octets.partition(b"\r\n\r\n")
+                self.assertIn(b"\r\n" + self.HEAD_ALONE + head + b"\r\nX-Haineko-Loop", found)
+                self.assertTrue(found.endswith(b"\r\n\r\n" + body + (b"" if body.endswith(b"\r\n") else b"\r\n")))
+
+    def test_blanks_before_a_colon(self):
+        found = self.sent(b"From : A <a@example.org>\r\nSubject\t : x\r\nX-A: b\r\n\r\n\xc3\xa9\r\n")
+        self.assertIn(b"\r\nFrom: A <a@example.org>\r\nSubject: x\r\nX-A: b\r\n", found)
+        self.assertEqual(found.count(b"From"), 1)
+
+    def test_octets_in_a_header(self):
+        for what, field, name, wanted in (
+            ("a parameter", "Content-Type: text/plain; name=café.txt; x=y", "content-type",
+             "text/plain;\r\n name*=UTF-8''caf%C3%A9.txt; x=y"),
+            ("a quoted one", 'Content-Disposition: attachment; filename="é\\".txt"; size=1', "content-disposition",
+             "attachment;\r\n filename*=UTF-8''%C3%A9%22.txt; size=1"),
+            ("two", "Content-Type: a/b; x=é; y=é", "content-type", "a/b;\r\n x*=UTF-8''%C3%A9;\r\n y*=UTF-8''%C3%A9"),
+            ("a comment", "Date: Sat, 28 Nov 2026 12:00:00 +0200 (Mitteleuropäische Zeit)", "date",
+             "Sat, 28 Nov 2026 12:00:00 +0200 (=?UTF-8?B?TWl0dGVsZXVyb3DDpGlzY2hlIFplaXQ=?=)"),
+            ("Received", "Received: from a (é [192.0.2.1]) by b; x", "received",
+             "from a (=?UTF-8?B?w6kgWzE5Mi4wLjIuMV0=?=) by b; x"),
+            ("words beside words", "Subject: =?UTF-8?Q?a?= é =?UTF-8?Q?b?=", "subject",
+             "=?UTF-8?Q?a?= =?UTF-8?B?IMOpIA==?= =?UTF-8?Q?b?="),
+            ("an empty group", "Cc: é:;", "cc", "undisclosed-recipients:;"),
+            ("a name", "Reply-To: é <a@example.jp>", "reply-to", "=?UTF-8?B?w6k=?= <a@example.jp>"),
+            ("latin-1", "X-A: é".encode("latin-1"), "x-a", "=?UTF-8?B?w6k=?="),
+            ("an encoded word", b"Subject: =?iso-8859-1?Q?Gr\xfc=DFe?=", "subject", "=?iso-8859-1?Q?Gr=FC=DFe?="),
+        ):  # fmt: skip
+            with self.subTest(what):
+                octets = field if isinstance(field, bytes) else field.encode()
+                found = self.sent(b"From: a@example.org\r\n" + octets + b"\r\n\r\nx\r\n", (True,))
+                self.assertTrue(found.isascii())
+                self.assertIn(f"\r\n{octets.partition(b':')[0].decode()}: {wanted}\r\n".encode(), found)
+
+    def test_octets_in_a_header_that_have_no_form_in_ascii(self):
+        for field in ("Message-ID: <ü@example.org>", "References: <é@b>", "From: é@example.org", "Content-ID: <é>"):
+            with self.subTest(field):
+                octets = f"X-A: é\r\n{field}\r\n\r\nx\r\n".encode()
+                found = haineko.downgrade_8bit(octets)
+                self.assertEqual(haineko.non_ascii_fields(found), [field.partition(":")[0].lower()])
+                if not field.startswith("From"):
+                    octets = {"base64": base64.b64encode(field.encode("latin-1") + b"\n\nx").decode()}
+                    faults = haineko.parse_submission(as_body(self.raw(octets))).errors
+                    self.assertEqual(len(faults), 1)
+                    self.assertIn(f"header {field.partition(':')[0]}: ", faults[0])
+
+    def test_header_and_body_are_changed_each_on_its_own(self):
+        head = b"MIME-Version: 1.0\r\nContent-Type: text/plain; charset=gb2312\r\nContent-Transfer-Encoding: 8bit\r\n"
+        body = "\r\n中文\r\n".encode("gb2312")
+        for downgraded in ((), (True,)):
+            found = self.sent(self.HEAD_ALONE + "Subject: 中文\r\n".encode("gb2312") + head + body, downgraded)
+            self.assertIn(b"\r\nSubject: =?UTF-8?B?5Lit5paH?=\r\n" + head, found)
+            self.assertTrue(found.endswith(b"\r\n" + body))
+        found = self.sent(self.HEAD_ALONE + "Subject: 中文\r\n".encode() + head + body)
+        self.assertIn("\r\nSubject: 中文\r\n".encode(), found)
+        self.assertTrue(haineko.downgrade_8bit(found).isascii())
+        self.assertEqual(haineko.downgrade_8bit(found, True).partition(b"\r\n\r\n")[2], body[2:])
+
+    def test_binary(self):
+        picture = b"\x89PNG\r\n\x1a\n\r\r\n\0--b"
+        kind = b"Content-Type: image/png\r\nContent-Transfer-Encoding: Binary\r\n\r\n" + picture
+        alone = parsed(self.sent(self.HEAD_ALONE + b"MIME-Version: 1.0\r\n" + kind))
+        self.assertEqual(alone.get_payload(decode=True), picture)
+        mixed = b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=b\r\nContent-Transfer-Encoding: binary\r\n\r\n"
+        octets = self.sent(self.HEAD_ALONE + mixed + b"--b\r\n\r\nx\r\n--b\r\n" + kind + b"\r\n--b--\r\n")
+        self.assertNotIn(b"inary", octets)
+        text, image = parsed(octets).get_payload()
+        self.assertEqual((text.get_payload(), image.get_payload(decode=True)), ("x", picture))
+
+    def test_what_cannot_be_parsed_is_sent_or_refused(self):
+        deep = b"Content-Type: message/rfc822\n\n"
+        nested = b"".join(b"Content-Type: multipart/mixed; boundary=b%d\n\n--b%d\n" % (i, i) for i in range(200))
+        for what, octets, refused in (
+            ("base64 with NUL", b"MIME-Version: 1.0\nContent-Transfer-Encoding: base64\n\nAAA\0A", None),
+            ("half a parameter", b"Content-Type: text/plain; a*\n\n" + b"x" * 2000, None),
+            ("a charset unheard of", b'Subject: \xe9\nContent-Type: text/plain; charset="x\n\n' + b"\xe9" * 999, None),
+            ("messages in messages", deep * 3000 + b"x", "levels of parts exceed the limit of 100"),
+            ("multiparts in multiparts", nested, "levels of parts exceed the limit of 100"),
+            (
+                "parts",
+                b"Content-Type: multipart/mixed; boundary=b\n\n" + b"--b\n\n" * 2001,
+                "parts exceed the limit of 2000",
+            ),
+            ("fields", b"a:\n" * 1001, "fields in a header exceed the limit of 1000"),
+            ("a large header", b"a: " + b"x\n " * 40000, "octets of a header exceed the limit of 102400"),
+            ("parameters", b"Content-Type: a/b" + b";\n a=b" * 1001, "parameters of a field exceed the limit of 1000"),
+        ):
+            with self.subTest(what):
+                form = self.raw({"base64": base64.b64encode(octets).decode()}, rcpt="a@example.jp")
+                faults = haineko.parse_submission(as_body(form)).errors
+                if refused:
+                    self.assertEqual(len(faults), 1)
+                    self.assertIn(refused, faults[0])
+                    continue
+                octets = composed(form)
+                for found in (octets, haineko.downgrade_8bit(octets), haineko.downgrade_8bit(octets, True)):
+                    self.assertTrue(found.endswith(b"\r\n"))
+                    self.assertIsNone(re.search(rb"\0|[^\r\n]{999}", found))
 
     def test_octets_that_are_not_utf8_in_a_header(self):
         octets = b"From: a@example.org\nSubject: caf\xe9\n\nx\n"
