@@ -1378,6 +1378,38 @@ class Submissions(unittest.TestCase):
         message = haineko.compose(found, "Q" * 16, None, NAME, NOW)
         self.assertIn(b"\r\nTo: undisclosed-recipients:;\r\n", message.copy("a@x", 1))
 
+    def test_what_is_expensive(self):
+        raw = {"mail": "a@example.org", "rcpt": "b@example.jp"}
+        for what, form, parse, make in (
+            ("a text", document(body="a mail of lines\n" * 4000), False, False),
+            ("a text in Japanese", document(body="猫" * 9000), False, False),
+            ("HTML alone", document(body=None, html="<b>x</b>" * 1000), False, True),
+            ("a long subject", document(header={"subject": "猫" * 20000}), False, True),
+            ("many addresses", document(header={"to": ["猫 <a@b.jp>"] * 1500}), True, True),
+            ("many fields", document(header={"x-a": ["é"] * 8000}), True, True),
+            ("many files", document(attachments=[file()] * 900), True, True),
+            ("a small message", {**raw, "raw": "A: b\n\n" + "x\n" * 2000}, False, False),
+            (
+                "many parts",
+                {**raw, "raw": "Content-Type: multipart/mixed; boundary=b\n\n" + "--b\n\né\n" * 1900},
+                True,
+                True,
+            ),
+        ):
+            with self.subTest(what):
+                self.assertEqual(haineko.is_expensive(as_body(form)), parse)
+                self.assertEqual(haineko.is_expensive(understood(form)), make)
+
+    def test_header_fields_that_relays_take_for_commands(self):
+        names = ["X-MC-Tags", "x-ses-tenant", "X-SMTPAPI", "X-PM-Tag", "X-MS-Exchange-Foo"]
+        found = understood(document(header={**dict.fromkeys(names, "a"), "X-Mailer": "b", "X-MCX": "c"}))
+        self.assertEqual(
+            [name.lower() for name in haineko.provider_header_names(found)], [name.lower() for name in names]
+        )
+        raw = "".join(f"{name} : a\n" for name in names) + "X-MCX: c\n\nx"
+        found = understood({"mail": "a@example.org", "rcpt": "b@example.jp", "raw": raw})
+        self.assertEqual(list(haineko.provider_header_names(found)), [name.lower() for name in names])
+
     def test_what_is_no_address(self):
         for text in (
             "", " ", "a", "@", "a@", "@example.jp", "<a@example.jp>", "A <a@example.jp>", " a@example.jp",
