@@ -1459,6 +1459,62 @@ def log_value(value: Any, limit: int = 500) -> str:
 #    Unicode; strings for headers have no CR, LF or NUL; addresses in headers are parsed. Knows no settings.
 # ======================================================================================================================
 
+# Limits; a name or field over them is refused, and they are checked before the work.
+MAX_PATH = 254  # octets of an address, RFC 5321 4.5.3.1.3 less the brackets
+MAX_ADDRESSES = 2000  # of one field
+MAX_ADDRESS_TEXT = 1000  # characters of a faulty address that are looked at
+MAX_FILE_NAME = MAX_MEDIA_TYPE = 255  # characters
+MAX_ATTACHMENTS = MAX_FIELDS = MAX_PARAMETERS = 1000
+MAX_HEADER = 102400  # octets of the header of a message or part
+MAX_PARTS, MAX_NESTING = 2000, 100
+
+_ATOM = r"[^\x00-\x20\x7f()<>@,;:\\\".\[\]]+"
+MAILBOX = re.compile(  # characters beyond ASCII must be printable as well
+    rf'({_ATOM}(?:\.{_ATOM})*|"(?:[^\x00-\x1f\x7f"\\]|\\[\x20-\x7e])*")'
+    r"@([^\x00-\x20\x7f@<>\[\]]+|\[[0-9A-Za-z:.]+\])"
+)
+PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}")  # of a mailbox or group, written without quotes
+# A name with commas or brackets without quotes, which people write, then one address.
+SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")
+ADDRESS_TOKEN = re.compile(
+    r'(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<angle><(?:[^<>"\\]|"(?:[^"\\]|\\.)*")*>)|(?P<literal>\[[^\[\]]*\])'
+    r"|(?P<blank>\s+)|(?P<mark>[,;:])|(?P<atom>[^\s\"<>()\[\],;:]+)",
+    re.DOTALL,
+)
+COMMENT_TOKEN = re.compile(r"[()]|\\.", re.DOTALL)
+CFWS = ("blank", "comment")
+MESSAGE_ID = r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>"
+PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable ASCII, words with one space between
+DATE = re.compile(
+    r"(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), )?[0-9]{1,2} (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) [0-9]{4} "
+    r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
+)
+RESERVED_FIELDS = re.compile(r"received|sender|returnpath|dkimsignature|mime.*|content.*")  # normalized; made here
+X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
+# U+2028 to U+2069 hold those that make fdp.exe look like exe.pdf.
+CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
+MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
+MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
+CONTENT_ID = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}"
+NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # RFC 2045 2.7
+TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
+RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*(?:\n|\Z)")
+PARAMETER_FIELDS = ("content-type", "content-disposition")
+MAILBOX_FIELDS = ("from", "sender", "to", "cc", "bcc", "reply-to", "resent-from", "resent-sender", "resent-to",
+                  "resent-cc", "resent-reply-to", "disposition-notification-to", "return-receipt-to")  # fmt: skip
+# Fields in which only comments may be encoded.
+STRUCTURED_FIELDS = re.compile(
+    r"(?:resent-)?(?:date|message-id)|received|received-spf|references|in-reply-to|return-path|mime-version|content-id"
+    r"|content-transfer-encoding|dkim-signature|domainkey-signature|arc-.*|authentication-results|auto-submitted"
+    r"|list-(?:archive|help|owner|post|subscribe|unsubscribe|unsubscribe-post)"
+)
+DELIMITER = re.compile(rb"\n--([^\r\n]*)")
+HIGH_OCTETS = bytes(range(128, 256))
+BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
+CID_LINK = re.compile("[\"'(=]\\s*cid:([^\"'<>()\\s]{1,600})", re.IGNORECASE)  # RFC 2392
+PROVIDER_HEADER = re.compile(r"X-(?:MC|SES|PM|MS-Exchange)-.*|X-SMTPAPI", re.IGNORECASE)
+
 
 @dataclass(repr=False, eq=False)  # made for each request, and creating a frozen one takes four times as long
 class Request:
@@ -1486,12 +1542,6 @@ class Mailbox(NamedTuple):
 
 
 NULL_SENDER = Mailbox("", "", "", "", ("", ""))  # of bounces, RFC 5321 4.5.5; in a header: an empty group
-MAX_PATH = 254  # octets, RFC 5321 4.5.3.1.3 less the brackets
-_ATOM = r"[^\x00-\x20\x7f()<>@,;:\\\".\[\]]+"
-MAILBOX = re.compile(  # characters beyond ASCII must be printable as well
-    rf'({_ATOM}(?:\.{_ATOM})*|"(?:[^\x00-\x1f\x7f"\\]|\\[\x20-\x7e])*")'
-    r"@([^\x00-\x20\x7f@<>\[\]]+|\[[0-9A-Za-z:.]+\])"
-)
 
 
 @cache_short(4096, limit=MAX_PATH)
@@ -1532,9 +1582,6 @@ def idna_hint(text: str) -> tuple:
         meant = [mailbox.as_written for _, mailbox in parse_mailboxes(text[:MAX_ADDRESS_TEXT])]
         return (f'expected a bare address, got "{sanitize(text, 80)}"; did you mean "{meant[0]}"?',) if meant else ()
     return ()
-
-
-MAX_ADDRESS_TEXT = 1000  # characters of a faulty address that are looked at
 
 
 def parse_unicode_text(value: Any, json_path: str, errors: list) -> str:
@@ -1597,23 +1644,9 @@ def parse_recipient_field(value: Any, json_path: str, errors: list) -> tuple:
     return ()
 
 
-PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}")  # of a mailbox or group, written without quotes
-
-
 def parse_recipient_list(value: Any, json_path: str, errors: list) -> tuple:
     """Return the same of a list of such strings, or of one."""
     return tuple(itertools.chain.from_iterable(list_of(parse_recipient_field)(value, json_path, errors)))
-
-
-MAX_ADDRESSES = 2000  # of one field
-# A name with commas or brackets without quotes, which people write, then one address.
-SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")
-ADDRESS_TOKEN = re.compile(
-    r'(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<angle><(?:[^<>"\\]|"(?:[^"\\]|\\.)*")*>)|(?P<literal>\[[^\[\]]*\])'
-    r"|(?P<blank>\s+)|(?P<mark>[,;:])|(?P<atom>[^\s\"<>()\[\],;:]+)",
-    re.DOTALL,
-)
-COMMENT_TOKEN = re.compile(r"[()]|\\.", re.DOTALL)
 
 
 @cache_short(512)
@@ -1626,22 +1659,20 @@ def parse_mailboxes(text: str) -> tuple:
     simple = SIMPLE_MAILBOX.fullmatch(text)
     if simple and not ("@" in simple[1] and re.search("[,;]", simple[1])):  # else the name holds another mailbox
         return ((simple[1].strip(), _parse_spec(simple[2])),)
-    found, member, in_group = [], AddressListMember(), False
-    for kind, token in address_tokens(text):
+    found, tokens, in_group = [], [], False
+    for kind, token in (*address_tokens(text), ("mark", "")):
         if kind != "mark":
-            member.add(kind, token)
-        elif token == ":":
-            if in_group or member.angle or not member.words:
-                raise ValueError('":" out of place')
-            member, in_group = AddressListMember(), True
-        else:
-            found += member.mailboxes()
-            member, in_group = AddressListMember(), in_group and token != ";"
+            tokens.append((kind, token))
+            continue
+        kinds = {kind for kind, _ in tokens if kind not in CFWS}
+        if token != ":":
+            found += _mailbox(tokens)
+        if (token == ":" and (in_group or not kinds or kinds - {"atom", "quoted"})) or (in_group and not token):
+            raise ValueError('":" out of place, or a group without ";"')
         if len(found) > MAX_ADDRESSES:
             raise ValueError(f"more than {MAX_ADDRESSES} addresses")
-    if in_group:
-        raise ValueError('a group without ";"')
-    return tuple(found + member.mailboxes())
+        tokens, in_group = [], token == ":" or (in_group and token == ",")
+    return tuple(found)
 
 
 def address_tokens(text: str) -> Any:
@@ -1670,34 +1701,22 @@ def _comment_end(text: str, start: int) -> int:
     raise ValueError('a comment without ")"')
 
 
-class AddressListMember:
-    """The tokens between two separators of an address list: one mailbox or nothing."""
-
-    def __init__(self) -> None:
-        self.words: list = []  # of (kind, text)
-        self.comments: list = []
-        self.angle = ""  # "<address>"
-
-    def add(self, kind: str, token: str) -> None:
-        if kind == "comment":
-            self.comments.append(token)
-            token = " "
-        elif kind == "angle" and not self.angle:
-            self.angle = token
-        elif kind == "blank" or not self.angle:
-            self.words.append((kind, token))
-        else:
-            raise ValueError(f'"{sanitize(token, 80)}" after an address')
-
-    def mailboxes(self) -> list:
-        """Return [(display name, Mailbox)], or [] if there are only comments and blanks."""
-        comments = " ".join(comment.strip() for comment in self.comments)
-        if self.angle:
-            words = [re.sub(r"\\(.)", r"\1", word[1:-1]) if kind == "quoted" else word for kind, word in self.words]
-            name = "".join(words).strip()
-            return [(f"{name} ({comments})" if name and comments else name or comments, _parse_spec(self.angle[1:-1]))]
-        spec = "".join(word for _, word in self.words).strip()
+def _mailbox(tokens: list) -> list:
+    """Return [(display name, Mailbox)] of the tokens between two separators, [] if they are comments and blanks."""
+    words = [(" " if kind == "comment" else token, kind) for kind, token in tokens]
+    comments = " ".join(token.strip() for kind, token in tokens if kind == "comment")
+    kinds = [kind for kind, _ in tokens if kind not in CFWS]
+    if "angle" not in kinds:
+        spec = "".join(word for word, _ in words).strip()
         return [(comments, _parse_spec(spec))] if spec else []
+    if kinds.index("angle") != len(kinds) - 1:
+        raise ValueError("text after an address")
+    name = "".join(
+        re.sub(r"\\(.)", r"\1", word[1:-1]) if kind == "quoted" else word for word, kind in words if kind != "angle"
+    )
+    angle = next(word for word, kind in words if kind == "angle")
+    name = " ".join(filter(None, (name.strip(), comments and f"({comments})"))) if name.strip() else comments
+    return [(name, _parse_spec(angle[1:-1]))]
 
 
 def _parse_spec(text: str) -> Mailbox:
@@ -1746,43 +1765,18 @@ def codec_name(charset: str) -> str:
 
 # Python's name of a codec: IANA's of the charset. Codecs without one are not used, since no mail reader knows them.
 IANA_NAMES = {
-    "ascii": "US-ASCII",
-    "utf-8": "UTF-8",
-    "iso2022_jp": "ISO-2022-JP",
-    "iso2022_jp_2": "ISO-2022-JP-2",
-    "iso2022_kr": "ISO-2022-KR",
-    "shift_jis": "Shift_JIS",
-    "cp932": "Windows-31J",
-    "euc_jp": "EUC-JP",
-    "euc_kr": "EUC-KR",
-    "cp949": "KS_C_5601-1987",
-    "cp950": "Big5",  # Microsoft's Big5; the characters that only it has are sent as UTF-8
-    "big5": "Big5",
-    "big5hkscs": "Big5-HKSCS",
-    "gb2312": "GB2312",
-    "gbk": "GBK",
-    "gb18030": "GB18030",
-    "koi8-r": "KOI8-R",
-    "koi8-u": "KOI8-U",
-    "mac-roman": "macintosh",
-    "hp-roman8": "hp-roman8",
-    "kz1048": "KZ-1048",
-    "ptcp154": "PTCP154",
-    "tis-620": "TIS-620",
-    "cp874": "windows-874",
-    "cp858": "IBM00858",
-    **{f"cp{page}": f"windows-{page}" for page in range(1250, 1259)},
-    **{f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 855, 857, *range(860, 867), 869)},
-    **{f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))},
-}
+    "ascii": "US-ASCII", "utf-8": "UTF-8", "iso2022_jp": "ISO-2022-JP", "iso2022_jp_2": "ISO-2022-JP-2",
+    "iso2022_kr": "ISO-2022-KR", "shift_jis": "Shift_JIS", "cp932": "Windows-31J", "euc_jp": "EUC-JP",
+    "euc_kr": "EUC-KR", "cp949": "KS_C_5601-1987", "cp950": "Big5", "big5": "Big5", "big5hkscs": "Big5-HKSCS",
+    "gb2312": "GB2312", "gbk": "GBK", "gb18030": "GB18030", "koi8-r": "KOI8-R", "koi8-u": "KOI8-U",
+    "mac-roman": "macintosh", "hp-roman8": "hp-roman8", "kz1048": "KZ-1048", "ptcp154": "PTCP154",
+    "tis-620": "TIS-620", "cp874": "windows-874", "cp858": "IBM00858",
+}  # fmt: skip
+IANA_NAMES.update({f"cp{page}": f"windows-{page}" for page in range(1250, 1259)})
+IANA_NAMES.update({f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 855, 857, *range(860, 867), 869)})
+IANA_NAMES.update({f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))})
 CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
 
-MESSAGE_ID = r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>"
-PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable ASCII, words with one space between
-DATE = re.compile(
-    r"(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), )?[0-9]{1,2} (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) [0-9]{4} "
-    r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
-)
 parse_message_id = matching(MESSAGE_ID, '"<left@right>"')  # RFC 5322 3.6.4
 parse_ascii_text = matching(PLAIN.pattern, "printable ASCII in words of at most 900 characters")
 
@@ -1821,27 +1815,15 @@ EXTRA_FIELDS = {
     "In-Reply-To": parse_message_ids,
     "References": parse_message_ids,
     "Date": parse_date,
-    "Auto-Submitted": parse_ascii_text,  # RFC 3834
-    "Precedence": parse_ascii_text,
+    "Disposition-Notification-To": parse_mailbox_field,  # RFC 8098
     "Importance": one_of("high", "normal", "low"),  # RFC 4021 2.1.44
     "Priority": one_of("urgent", "normal", "non-urgent"),
     "Sensitivity": one_of("personal", "private", "company-confidential"),
-    "List-Id": parse_header_text,  # RFC 2919
-    "List-Archive": parse_ascii_text,  # RFC 2369
-    "List-Help": parse_ascii_text,
-    "List-Owner": parse_ascii_text,
-    "List-Post": parse_ascii_text,
-    "List-Subscribe": parse_ascii_text,
-    "List-Unsubscribe": parse_ascii_text,
-    "List-Unsubscribe-Post": parse_ascii_text,  # RFC 8058
-    "Organization": parse_header_text,
-    "Comments": parse_header_text,
-    "Keywords": parse_header_text,
-    "Feedback-Id": parse_ascii_text,
-    "Disposition-Notification-To": parse_mailbox_field,  # RFC 8098
+    **dict.fromkeys(("List-Id", "Organization", "Comments", "Keywords"), parse_header_text),
+    **dict.fromkeys(("Auto-Submitted", "Precedence", "Feedback-Id"), parse_ascii_text),  # RFC 3834
+    **dict.fromkeys(("List-Archive", "List-Help", "List-Owner", "List-Post"), parse_ascii_text),  # RFC 2369
+    **dict.fromkeys(("List-Subscribe", "List-Unsubscribe", "List-Unsubscribe-Post"), parse_ascii_text),  # RFC 8058
 }
-RESERVED_FIELDS = re.compile(r"received|sender|returnpath|dkimsignature|mime.*|content.*")  # normalized; made here
-X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
 
 
 def normalize_key(key: str) -> str:
@@ -1971,11 +1953,6 @@ def parse_file_name(value: Any, json_path: str, errors: list) -> str:
     return value
 
 
-# U+2028 to U+2069 hold those that make fdp.exe look like exe.pdf.
-CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-MAX_FILE_NAME = 255
-
-
 def parse_media_type(value: Any, json_path: str, errors: list) -> str:
     """Return a media type with its parameters (RFC 2045 5.1), folded as it is written in a message."""
     value = parse_header_text(value, json_path, errors)
@@ -1990,20 +1967,11 @@ def parse_media_type(value: Any, json_path: str, errors: list) -> str:
     return name + "".join(f";\r\n {key}={word}" for key, word in parameters if key.lower().rstrip("*") != "name")
 
 
-_TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
-MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
-MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
-MAX_MEDIA_TYPE = 255
-
-
 def parse_content_id(value: Any, json_path: str, errors: list) -> str:
     """Return the name that a link "cid:..." in the HTML uses (RFC 2392), without brackets."""
     if type(value) is str and value.startswith("<") and value.endswith(">"):
         value = value[1:-1]
     return matching(CONTENT_ID, "letters, digits and @._+-")(value, json_path, errors)
-
-
-CONTENT_ID = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -2032,10 +2000,6 @@ def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
             errors.append(f"{json_path}[{i}].cid: another attachment has it already")
         cids.add(item.cid)
     return attachments
-
-
-MAX_ATTACHMENTS = 1000
-NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # RFC 2045 2.7
 
 
 class ParsedMessage(NamedTuple):
@@ -2113,24 +2077,6 @@ def fold_long_lines(octets: bytes) -> bytes:
     return b"\n".join(lines)
 
 
-TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
-RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*(?:\n|\Z)")
-MAX_HEADER = 102400  # octets of the header of a message or part
-MAX_FIELDS = 1000
-MAX_PARTS = 2000
-MAX_NESTING = 100
-MAX_PARAMETERS = 1000
-PARAMETER_FIELDS = ("content-type", "content-disposition")
-MAILBOX_FIELDS = ("from", "sender", "to", "cc", "bcc", "reply-to", "resent-from", "resent-sender", "resent-to",
-                  "resent-cc", "resent-reply-to", "disposition-notification-to", "return-receipt-to")  # fmt: skip
-# Fields in which only comments may be encoded.
-STRUCTURED_FIELDS = re.compile(
-    r"(?:resent-)?(?:date|message-id)|received|received-spf|references|in-reply-to|return-path|mime-version|content-id"
-    r"|content-transfer-encoding|dkim-signature|domainkey-signature|arc-.*|authentication-results|auto-submitted"
-    r"|list-(?:archive|help|owner|post|subscribe|unsubscribe|unsubscribe-post)"
-)
-
-
 def is_utf8(octets: bytes) -> bool:
     try:
         return octets.decode() is not None
@@ -2197,9 +2143,6 @@ def mime_parts(octets: bytes) -> list:
     return parts
 
 
-DELIMITER = re.compile(rb"\n--([^\r\n]*)")
-
-
 def _open_part(octets: bytes, start: int, depth: int, parts: list, open_depths: dict) -> MIMEPart | None:
     """Read a part's header and those of messages directly within it; return the innermost part if it has no parts."""
     while True:
@@ -2232,22 +2175,16 @@ def read_header(octets: bytes, start: int) -> tuple:
 
 def check_limits(parts: list) -> None:
     """Raise ValueError if a message exceeds a limit."""
-    most = {
-        "parts": (len(parts), MAX_PARTS),
-        "levels of parts": (max(part.depth for part in parts), MAX_NESTING),
-        "fields in a header": (max(len(part.header) for part in parts), MAX_FIELDS),
-        "octets of a header": (max(part.body - part.start for part in parts), MAX_HEADER),
-        "parameters of a field": (
-            max(
-                (octets.count(b";") for part in parts for name, octets in part.header if name in PARAMETER_FIELDS),
-                default=0,
-            ),
-            MAX_PARAMETERS,
-        ),
-    }
-    for what, (count, limit) in most.items():
-        if count > limit:
-            raise ValueError(f"{count} {what} exceed the limit of {limit}")
+    parameters = [octets.count(b";") for part in parts for name, octets in part.header if name in PARAMETER_FIELDS]
+    for what, counts, limit in (
+        ("parts", [len(parts)], MAX_PARTS),
+        ("levels of parts", [part.depth for part in parts], MAX_NESTING),
+        ("fields in a header", [len(part.header) for part in parts], MAX_FIELDS),
+        ("octets of a header", [part.body - part.start for part in parts], MAX_HEADER),
+        ("parameters of a field", [0, *parameters], MAX_PARAMETERS),
+    ):
+        if max(counts) > limit:
+            raise ValueError(f"{max(counts)} {what} exceed the limit of {limit}")
 
 
 def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool = True) -> bytes:
@@ -2269,9 +2206,6 @@ def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool
     return b"".join([*out, octets[at:] if keep_8bit else octets[at:].translate(None, HIGH_OCTETS)])
 
 
-HIGH_OCTETS = bytes(range(128, 256))
-
-
 def _encode_binary(part: MIMEPart, body: bytes) -> tuple:
     """Return (fields, body) of a part, in base64 if it is marked as binary and is not text in lines."""
     if part.encoding != "binary":
@@ -2291,9 +2225,6 @@ def set_encoding(header: list, encoding: str) -> list:
 def base64_lines(octets: Any) -> bytes:
     """Return base64 in lines of 76 characters and CRLF (RFC 2045 6.8)."""
     return b"\r\n".join(BASE64_LINE.findall(binascii.b2a_base64(octets, newline=False))) + b"\r\n"
-
-
-BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
 
 
 def header_recipients(fields: list) -> list:
@@ -2394,9 +2325,6 @@ def check_content_ids(submission: Submission, errors: list) -> None:
     errors += [f'attachments[{i}].cid: the HTML has no "cid:{cid}"' for cid, i in cids.items() if cid not in links]
 
 
-CID_LINK = re.compile("[\"'(=]\\s*cid:([^\"'<>()\\s]{1,600})", re.IGNORECASE)  # RFC 2392
-
-
 def is_expensive(work: Any) -> bool:
     """Return whether to parse this body, or to compose this Submission, may take over 5 ms and belongs in a thread."""
     return (_compose_cost(work) if isinstance(work, Submission) else _parse_cost(work)) > 5000
@@ -2426,9 +2354,6 @@ def provider_header_names(submission: Submission) -> tuple:
     raw = submission.raw.fields if submission.raw else ()
     names = [*(name for name, _, _ in submission.header.extra_fields), *(name for name, _ in raw)]
     return tuple(dict.fromkeys(name for name in names if PROVIDER_HEADER.fullmatch(name)))
-
-
-PROVIDER_HEADER = re.compile(r"X-(?:MC|SES|PM|MS-Exchange)-.*|X-SMTPAPI", re.IGNORECASE)
 
 
 def add_header_recipients(submission: Submission, raw: Any, errors: list) -> Submission:
@@ -2617,6 +2542,22 @@ def check_subject(submission: Submission) -> Reply | None:
 #    limits on lines; the recipients of a copy, the clock and the queue id are arguments.
 # ======================================================================================================================
 
+BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
+PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
+RFC2231_SEGMENT = 60  # characters of a parameter in one line
+SOUND_MARKS = ("ﾞ", "ﾟ")
+NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
+JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
+QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
+# Names that Windows and Unicode's own tables give differently to some characters of JIS X 0208; Python's codec knows
+# the latter.
+CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
+UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
+ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
+PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
+COMMENT = re.compile(r"\([^()\\]*\)")
+NOT_BASE64 = bytes({*range(256)} - {*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"})
+
 
 def compose(submission: Submission, queueid: str, client: IPAddress, hostname: str, now: float) -> Message:
     """Compose the message in the charset asked for, or in UTF-8 if that can't hold every character."""
@@ -2735,9 +2676,6 @@ def file_part(item: Attachment, charset: str) -> Any:
         yield base64_lines(item.content[start : start + BASE64_BLOCK])
 
 
-BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
-
-
 def name_parameters(name: str, charset: str) -> tuple:
     """Return the parameters for a file's name in Content-Type and Content-Disposition. If the name isn't plain, the
     latter is for readers that know RFC 2231, the former (encoded words) for those that do not."""
@@ -2747,9 +2685,6 @@ def name_parameters(name: str, charset: str) -> tuple:
     return f';\r\n name="{words}"', rfc2231_parameter("filename", name, charset)
 
 
-PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
-
-
 def rfc2231_parameter(name: str, text: str, charset: str) -> str:
     """Return a parameter with any characters, in lines of its own."""
     coded = f"{charset}''{urllib.parse.quote_from_bytes(charset_encoder(charset)(text), safe='')}"
@@ -2757,9 +2692,6 @@ def rfc2231_parameter(name: str, text: str, charset: str) -> str:
         return f";\r\n {name}*={coded}"
     segments = re.findall(f"(?:%..|[^%]){{1,{RFC2231_SEGMENT // 3}}}", coded)
     return "".join(f";\r\n {name}*{i}*={segment}" for i, segment in enumerate(segments))  # RFC 2231 3
-
-
-RFC2231_SEGMENT = 60  # characters of a parameter in one line
 
 
 def guess_media_type(name: str) -> str:
@@ -2961,9 +2893,6 @@ def splits_cluster(value: str, at: int) -> bool:
     return value.startswith(SOUND_MARKS, at) and not value.startswith(SOUND_MARKS, at - 1)
 
 
-SOUND_MARKS = ("ﾞ", "ﾟ")
-
-
 def encode_body(text: str, charset: str) -> tuple:
     """Return (Content-Transfer-Encoding, octets) with CRLF and no line over 998 octets (RFC 5322 2.1.1)."""
     text = text if "\r" not in text else text.replace("\r\n", "\n").replace("\r", "\n")
@@ -2978,11 +2907,6 @@ def encode_body(text: str, charset: str) -> tuple:
         if quoted * 77 // 74 < (len(octets) + 2) // 3 * 4 + (len(octets) + 56) // 57 * 2:
             return "quoted-printable", binascii.b2a_qp(octets, istext=True)
     return "base64", base64_lines(octets)
-
-
-NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
-JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
-QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
 
 
 @functools.lru_cache(maxsize=64)
@@ -3045,9 +2969,6 @@ def jis_extensions() -> tuple:
     return table, re.compile(f"([{''.join(table)}]+)")
 
 
-# Names that Windows and Unicode's own tables give differently to some characters of JIS X 0208; Python's codec knows
-# the latter.
-CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
 CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis}  # others by Python's codecs
 
 
@@ -3072,9 +2993,6 @@ def complete_raw_message(
         if UNSENDABLE.search(octets):
             raise Rejected(make_reply("line-length"))
     return Message((octets,), not octets.isascii(), bool(non_ascii_fields(octets)))
-
-
-UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
 
 
 def mime_label(body: bytes) -> bytes:
@@ -3150,11 +3068,6 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
     return coded.encode() + b"\r\n"
 
 
-ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
-PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
-COMMENT = re.compile(r"\([^()\\]*\)")
-
-
 def decode_octets(octets: bytes, charset: str) -> str:
     """Decode octets of a header: UTF-8, else the charset, else Latin-1."""
     for codec in ("utf-8", codec_name(iana_charset(charset)) or "latin-1"):
@@ -3191,8 +3104,6 @@ def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
         return set_encoding(header, "quoted-printable"), binascii.b2a_qp(body + b"\r\n", istext=True)[:-2]
     return set_encoding(header, "base64"), base64_lines(body)[:-2]
 
-
-NOT_BASE64 = bytes({*range(256)} - {*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"})
 
 # ======================================================================================================================
 # 8. Routes
