@@ -3108,6 +3108,7 @@ class RawMessages(Quiet):
         nested = b"".join(b"Content-Type: multipart/mixed; boundary=b%d\n\n--b%d\n" % (i, i) for i in range(200))
         for what, octets, refused in (
             ("base64 with NUL", b"MIME-Version: 1.0\nContent-Transfer-Encoding: base64\n\nAAA\0A", None),
+            ("a multipart without parts", b"Content-Type: multipart/mixed; boundary=b\n\n\xe9", None),
             ("half a parameter", b"Content-Type: text/plain; a*\n\n" + b"x" * 2000, None),
             ("a charset unheard of", b'Subject: \xe9\nContent-Type: text/plain; charset="x\n\n' + b"\xe9" * 999, None),
             ("messages in messages", deep * 3000 + b"x", "levels of parts exceed the limit of 100"),
@@ -3132,6 +3133,7 @@ class RawMessages(Quiet):
                 for found in (octets, haineko.downgrade_8bit(octets), haineko.downgrade_8bit(octets, True)):
                     self.assertTrue(found.endswith(b"\r\n"))
                     self.assertIsNone(re.search(rb"\0|[^\r\n]{999}", found))
+                self.assertTrue(haineko.downgrade_8bit(octets).isascii())
 
     def test_octets_that_are_not_utf8_in_a_header(self):
         octets = b"From: a@example.org\nSubject: caf\xe9\n\nx\n"
