@@ -1660,7 +1660,7 @@ def parse_mailboxes(text: str) -> tuple:
     if simple and not ("@" in simple[1] and re.search("[,;]", simple[1])):  # else the name holds another mailbox
         return ((simple[1].strip(), _parse_spec(simple[2])),)
     found, tokens, in_group = [], [], False
-    for kind, token in (*address_tokens(text), ("mark", "")):
+    for kind, token in itertools.chain(address_tokens(text), (("mark", ""),)):
         if kind != "mark":
             tokens.append((kind, token))
             continue

@@ -5758,6 +5758,22 @@ class BeyondAscii(Peers):
             self.assertEqual(answer["response"][0]["dsn"], slug)
             self.assertIn("U+00DF has two readings in a domain", answer["response"][0]["message"][1])
 
+    def test_a_header_beside_a_body_with_octets_over_127(self):
+        text = (
+            "Subject: 猫\nMIME-Version: 1.0\nContent-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n"
+        )
+        submission = {"mail": "a@example.org", "rcpt": [self.PLAIN], "raw": f"From: a@example.org\n{text}\n猫\n"}
+        status, said, mails, lines = self.sent(submission, "8BITMIME")
+        self.assertEqual((status, said, lines[0]), (200, [self.FINE], "MAIL FROM:<a@example.org> BODY=8BITMIME"))
+        self.assertIn(b"\r\nSubject: =?UTF-8?B?54yr?=\r\n", mails[0][2])
+        self.assertTrue(mails[0][2].endswith("\r\n\r\n猫\r\n".encode()))
+        self.assertTrue(self.sent(submission)[2][0][2].isascii())
+        submission["raw"] = "Message-ID: <ü@example.org>\n" + submission["raw"]
+        peer = self.peer(None, "8BITMIME")
+        force = settings(mailertable={"default": {"host": peer.host, "port": peer.port, "timeout": 2}})
+        reply = posted(submission, force)[1]["response"][0]
+        self.assertEqual((reply["code"], reply["message"][1:]), ("554", ["in message-id"]))
+
     def test_a_finished_message_with_octets_over_127(self):
         text = "MIME-Version: 1.0\nContent-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n"
         submission = {"mail": "a@example.org", "rcpt": [self.PLAIN], "raw": f"From: a@example.org\n{text}\n猫\n"}
