@@ -1,14 +1,24 @@
 #!/usr/bin/env python3
-"""Haineko, HTTP API into ESMTP: takes a mail as JSON by HTTP POST, relays it, answers with every recipient's reply.
+"""Haineko, an HTTP API into ESMTP: take a mail as JSON, relay it, answer with a reply for every recipient.
 
-The way of a mail is the order of this page: each section takes the value of the section above and makes the next one.
+    HTTP request -> parse_submission() -> Submission -> CHECKS -> compose() -> Message -> resolve_route() per recipient
+      -> Transaction per route -> RELAYS -> Reply per recipient -> HTTP response
+                                               |  deferred, or to be queued
+                                               +-> QueueDB -> QueueManager -> RELAYS -> bounce, webhook
 
-    HTTP body -> Submission -> (checks) -> Message -> Route per recipient -> Job per route -> Reply each -> JSON
-                 parse_submission()  CHECKS      compose()  resolve_route()               RELAYS
+     1  Replies and transactions    9  Event loop
+     2  JSON into dataclasses      10  DNS
+     3  Settings                   11  HTTP client
+     4  Log                        12  SMTP sessions
+     5  Submissions                13  Relays
+     6  Policy                     14  Queue
+     7  Messages                   15  Submission pipeline
+     8  Routes                     16  HTTP server
+                                   17  Commands
 
      1  Replies and jobs          9  Waiting
-     2  JSON into dataclasses    10  DNS
-     3  Settings                 11  Web sessions
+     2  JSON into dataclasses    10  DNS and connections
+     3  Settings                 11  HTTP client
      4  Log                      12  SMTP sessions
      5  Submissions              13  Relays
      6  Policy                   14  Queue
@@ -16,29 +26,35 @@ The way of a mail is the order of this page: each section takes the value of the
      8  Routes                   16  HTTP
                                  17  Commands
 
-Rules of the file. A section refers to the sections above it, never below; inside a section the caller stands above its
-helpers. Connections are opened in DNS, web and SMTP sessions, relays, queue and HTTP, and by the command `send`; clock
-and chance are arguments. Errors of the other side are values (Reply); Refused carries one out of depth. Every recipient
-has a reply. What may be extended is a closed table: REPLIES, CHARSETS, CHECKS, RELAYS, PROBES, PAGES, COMMANDS.
-Standard library only.
+Rules of the file:
+  - A section uses only the sections above it; inside a section callers stand above their helpers.
+  - Errors of the other side are values (Reply); Rejected carries one up the stack; every recipient has a reply.
+  - What is decided later stands in a named field; nothing is read out of a text that people read.
+  - Parsing, policy, composing and routing take values and return values; the clock and chance are arguments.
+  - Input of clients never gets unchecked into a header, command, log line or path; every regex is linear.
+  - Standard library only; nothing is answered 2xx before it is on disk or the next hop has said 250.
 
-Spoken here: RFC 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS),
-3461 (DSN), 3463 (status codes), 3464 (bounces), 4954 (AUTH), 6152 (8BITMIME), 6531 (SMTPUTF8), 8314 (TLS on 465),
-2183, 2231, 2387, 2392 (files in mail), 1035 (DNS), 6891 (EDNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1),
-7617 (Basic).
+To add: a relay is a function and a row of RELAYS; a check a function, a row of REPLIES and one of CHECKS; a setting a
+config_field() in section 3; an endpoint a function and a row of ENDPOINTS; a command a function and a row of COMMANDS.
+
+RFCs: 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS), 3461 (DSN), 3463
+(status codes), 3464 (bounces), 4954 (AUTH), 6152 (8BITMIME), 6531 (SMTPUTF8), 8314 (TLS on 465), 2183, 2231, 2387, 2392
+(attachments), 1035 (DNS), 6891 (EDNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic).
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import codecs
+import concurrent.futures
 import contextlib
 import errno
+import fcntl
 import functools
 import gc
 import hashlib
-import heapq
 import hmac
 import http.client
 import http.server
@@ -46,12 +62,12 @@ import io
 import ipaddress
 import itertools
 import json
+import math
 import mmap
 import os
 import queue
 import re
 import select
-import selectors
 import signal
 import smtplib
 import socket
@@ -61,9 +77,9 @@ import struct
 import sys
 import threading
 import time
-import types
 import urllib.parse
 from collections import OrderedDict, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
 from html import unescape
@@ -73,25 +89,28 @@ from typing import Any, Callable, NamedTuple
 __version__ = "1.0.0"
 
 # ======================================================================================================================
-# 1. Replies and jobs
-#    The values that pass from section to section, and every reply that Haineko gives in its own name. They know nothing
-#    of settings, sockets or JSON.
+# 1. Replies and transactions
+#    The values that pass from section to section, and every reply that Haineko gives in its own name. Independent of
+#    settings, sockets and JSON.
 # ======================================================================================================================
 
 
 class Reply(NamedTuple):
-    """What was said about one recipient: an SMTP reply and who gave it at which command."""
+    """Reply about one recipient: an SMTP reply, or one of Haineko's own, and the command that it decided."""
 
     code: str  # three digits, RFC 5321 4.2
-    dsn: str | None  # enhanced status code, RFC 3463; None where none was given
-    command: str  # the command that decided: CONN EHLO STARTTLS AUTH MAIL RCPT DATA, or HTTP
+    dsn: str | None  # enhanced status code, RFC 3463; None if there was none
+    command: str  # the command that decided: CONN EHLO STARTTLS AUTH MAIL RCPT DATA, QUEUE or HTTP
     message: tuple  # lines of text without the code
     mailer: str | None = None  # name of the relay; None for a refusal before delivery
     host: str | None = None
     port: int | None = None
     status: int = 0  # HTTP status of a refusal before delivery
-    maybe_delivered: bool = False  # the end of the text was sent and no reply came: the mail may have arrived
-    retry_after: int = 0  # seconds after which to try again, where the other side said so
+    maybe_delivered: bool = False  # the end of the text was sent and no reply came
+    retry_after: int = 0  # seconds after which to try again, if the other side named them
+    origin: str = "relay"  # who gave it: "relay" (the other side, or our part in talking to it), "policy", "queue"
+    from_server: bool = False  # the code and the words are the next hop's own
+    route_fault: bool = False  # log-in or settings of the route are at fault: no verdict on the mail, which waits
 
     @property
     def accepted(self) -> bool:
@@ -99,45 +118,52 @@ class Reply(NamedTuple):
 
     @property
     def temporary(self) -> bool:
-        return self.code[0] == "4"
+        """Tell whether to try again: 4yz, or 5yz that only the administrator can mend."""
+        return self.code[0] == "4" or self.route_fault
 
     @property
     def relay(self) -> str | None:
-        """Who gave it, for a line of the log."""
+        """Name the server that replied, for the log."""
         return f"{self.mailer}:{self.host}:{self.port}" if self.host else self.mailer
+
+    @property
+    def log_status(self) -> str:
+        """The value of status= in a line of the log."""
+        if self.origin == "policy":
+            return "rejected"
+        return "sent" if self.accepted else "deferred" if self.temporary else "bounced"
 
 
 class Rejected(Exception):  # noqa: N818 -- the word that postmasters use
-    """Carries a Reply out of depth; its one argument."""
+    """Exception that carries a Reply, its one argument, up the call stack."""
 
     @property
     def reply(self) -> Reply:
-        """What was said."""
         return self.args[0]
 
 
 class Message(NamedTuple):
-    """A finished message (RFC 5322, CRLF); between its parts go the recipient and the copy's number."""
+    """Finished message (RFC 5322, CRLF); the recipient and the copy's number are inserted between its parts."""
 
     parts: tuple  # (all of it,) or (up to "To: ", up to "Message-Id: <QUEUEID.", the rest) or (up to "To: ", the rest)
-    needs_8bitmime: bool = False  # has octets over 127: needs 8BITMIME (RFC 6152)
-    needs_smtputf8: bool = False  # has them in its header: needs SMTPUTF8 (RFC 6531)
+    needs_8bitmime: bool = False  # has octets over 127 (RFC 6152)
+    needs_smtputf8: bool = False  # has them in its header (RFC 6531)
 
     def copy(self, recipient: str, number: int) -> bytes:
-        """The octets of one recipient's copy."""
+        """Return the octets of one recipient's copy."""
         if len(self.parts) == 3:
             return b"%b%b%b%d%b" % (self.parts[0], recipient.encode(), self.parts[1], number, self.parts[2])
         return recipient.encode().join(self.parts)
 
 
-LARGE = 65536  # octets; work of some milliseconds
+LARGE = 65536  # octets; work on more than this takes milliseconds
 
 
 class Transaction(NamedTuple):
-    """One message for the recipients of one transaction by one route."""
+    """One message for some recipients by one route."""
 
     route: Any  # a Route
-    hostname: str  # our own name, for EHLO
+    hostname: str  # Haineko's name, for EHLO
     queueid: str
     sender: str  # "" is the null sender
     recipients: tuple
@@ -148,7 +174,7 @@ class Transaction(NamedTuple):
         return self.message.copy(self.recipients[0], self.number)
 
     def chunks(self) -> tuple:
-        """The same, with what is large in a piece of its own, so that copies which go out at once share its memory."""
+        """Return the octets with a large last part by itself, so that concurrent copies share its memory."""
         *head, last = self.message.parts
         if len(last) < LARGE or not head:
             return (self.octets(),)
@@ -156,22 +182,23 @@ class Transaction(NamedTuple):
 
     @property
     def needs_smtputf8(self) -> bool:
-        """True where the envelope or the header is other than ASCII (RFC 6531)."""
+        """True if the envelope or the header is not ASCII (RFC 6531)."""
         return self.message.needs_smtputf8 or not (self.sender.isascii() and all(map(str.isascii, self.recipients)))
 
 
 class TransactionResult(NamedTuple):
-    """What came of one job."""
+    """Outcome of one transaction."""
 
     transaction: Transaction
-    replies: list  # of Reply, one for each recipient of the job
+    replies: list  # of Reply, one for each recipient
     ms: float
 
 
-def make_reply(slug: str, *lines: str, word: str = "", **place) -> Reply:
-    """The reply of that name in REPLIES; `word` goes into its text, `lines` follow, `place` says mailer, host, port."""
+def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
+    """Return the reply REPLIES[slug], `word` for its "%s", followed by `lines`; `endpoint`: mailer, host, port."""
     status, code, dsn, command, text = REPLIES[slug]
-    values = {"command": command, "status": status, **place}
+    origin = "queue" if command == "QUEUE" else "policy" if status and not endpoint.get("mailer") else "relay"
+    values = {"command": command, "status": status, "origin": origin, **endpoint}
     return Reply(code, dsn, message=(text % word if "%s" in text else text, *lines), **values)
 
 
@@ -191,9 +218,9 @@ def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
 
 
 def cache_short(maxsize: int, limit: int = 512) -> Callable:
-    """Decorate a function with an LRU cache that keeps only calls whose first argument is short.
+    """Decorate a function with an LRU cache for calls whose first argument is short.
 
-    Clients choose what is parsed: long values would fill the memory.
+    Clients choose what is parsed; long values would fill the memory.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -209,21 +236,20 @@ def cache_short(maxsize: int, limit: int = 512) -> Callable:
 
 
 def new_queueid(now: float) -> str:
-    """16 letters and digits: the second, and chance. Unique across processes and restarts; sorts by time."""
-    return _digits(int(now)) + os.urandom(10).translate(LETTERS).decode()
+    """Return 16 letters and digits, unique across processes and restarts; they sort by time."""
+    return _base62(int(now)) + os.urandom(10).translate(RANDOM_DIGITS).decode()
 
 
 @functools.lru_cache(maxsize=2)
-def _digits(second: int) -> str:
-    """Six digits to the base 62."""
-    return "".join(ALPHABET[second // 62**place % 62] for place in range(5, -1, -1))
+def _base62(second: int) -> str:
+    return "".join(BASE62[second // 62**place % 62] for place in range(5, -1, -1))
 
 
-ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-LETTERS = bytes(ord(ALPHABET[i % 62]) for i in range(256))
+BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+RANDOM_DIGITS = bytes(ord(BASE62[i % 62]) for i in range(256))
 
 
-# slug: (HTTP status of a refusal, code, dsn, command, text)
+# name: (HTTP status of a refusal, code, dsn, command, text)
 REPLIES = {
     # HTTP itself
     "method": (405, "421", None, "HTTP", "%s method not supported"),
@@ -302,20 +328,20 @@ REPLIES = {
 
 # ======================================================================================================================
 # 2. JSON into dataclasses
-#    Takes what a JSON decoder gave, gives frozen dataclasses, and a list of every fault with its path. Settings and
-#    submissions are read by the same functions. A parser is called as parse(value, where, faults); after a fault its
-#    result is not used.
+#    Takes JSON, gives frozen dataclasses and a list of all errors with their JSON paths; used for settings and
+#    submissions. A parser is called as parse(value, json_path, errors): it appends what is wrong to `errors`, and may
+#    then return None, which keeps the default.
 # ======================================================================================================================
 
 
 class DuplicateKeyDict(dict):
-    """A JSON object in which a key stood more than once; `duplicate_keys` names them."""
+    """JSON object with keys that were repeated: `duplicate_keys`."""
 
     duplicate_keys: tuple = ()
 
 
 def parse_json(octets: bytes) -> Any:
-    """The JSON value (RFC 8259) in UTF-8 octets; ValueError says what is wrong and where."""
+    """Return the JSON value (RFC 8259) in UTF-8 octets; ValueError says what is wrong and where."""
     try:
         return DECODER.decode((octets[3:] if octets.startswith(codecs.BOM_UTF8) else octets).decode())
     except UnicodeDecodeError as error:
@@ -324,82 +350,64 @@ def parse_json(octets: bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _unique_pairs(pairs: list) -> dict:
+def _object_from_pairs(pairs: list) -> dict:
     result = dict(pairs)
     if len(result) == len(pairs):
         return result
-    twice, seen = DuplicateKeyDict(result), set()
-    twice.duplicate_keys = tuple(dict.fromkeys(key for key, _ in pairs if key in seen or seen.add(key)))
-    return twice
+    result, seen = DuplicateKeyDict(result), set()
+    result.duplicate_keys = tuple(dict.fromkeys(key for key, _ in pairs if key in seen or seen.add(key)))
+    return result
 
 
-def _no_constant(name: str):
+def _reject_constant(name: str):
     raise ValueError(f"{name} is not JSON")
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_unique_pairs, parse_constant=_no_constant)
+DECODER = json.JSONDecoder(object_pairs_hook=_object_from_pairs, parse_constant=_reject_constant)
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
-
-
-def json_of(value: Any) -> str:
-    """The JSON of a value; strings, whole numbers, None and tuples of these take the short ways."""
-    if type(value) is str and len(value) <= CACHE_MAX_CHARS:
-        return json_string(value)
-    if type(value) is tuple:
-        return "[" + ", ".join(map(json_of, value)) + "]"
-    if value is None:
-        return "null"
-    return str(value) if type(value) is int else ENCODER.encode(value)
-
-
-@functools.lru_cache(maxsize=1024)  # most of what is said in answers was said before
-def json_string(text: str) -> str:
-    return ENCODER.encode(text)
 
 
 CACHE_MAX_CHARS = 512  # characters of what is remembered: long ones would fill the memory
 
 
 def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", secret: bool = False) -> Any:
-    """A dataclass field that from_dict() fills: its default, parser, keys in JSON ("a|b" are aliases), and its meaning."""
-    meaning = {"parse": parse, "doc": doc, "keys": tuple(key.split("|")) if key else (), "secret": secret}
+    """Return a dataclass field for from_dict(): default, parser, meaning, keys in JSON ("a|b" are aliases)."""
+    metadata = {"parse": parse, "doc": doc, "keys": tuple(key.split("|")) if key else (), "secret": secret}
     if isinstance(default, dict):
-        return field(default_factory=dict, metadata=meaning)
-    return field(default=default, metadata=meaning)
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def from_dict(cls: type, raw: Any, json_path: str, errors: list) -> Any:
-    """A `cls` from a JSON object; unknown, doubled and wrong entries are appended to `faults` with their path."""
+    """Return a `cls` made from a JSON object; report unknown, duplicate and invalid entries."""
     if not isinstance(raw, dict):
-        errors.append(f"{json_path or 'the top'}: an object is wanted, not {json_type_name(raw)}")
+        errors.append(f"{json_path or 'top level'}: expected an object, got {json_type_name(raw)}")
         return cls()
-    known, values, dot = key_table(cls), {}, json_path and json_path + "."
+    known, values, prefix = key_table(cls), {}, json_path and json_path + "."
     if type(raw) is DuplicateKeyDict:
-        errors.extend(f"{dot}{sanitize(key)}: stands more than once" for key in raw.duplicate_keys[:MAX_ERRORS])
+        errors.extend(f"{prefix}{sanitize(key)}: duplicate key" for key in raw.duplicate_keys[:MAX_ERRORS])
     for key, value in raw.items():
         row = known.get(key)
         if row and value is not None:
             name, parse = row
             if name in values:
-                errors.append(f"{dot}{key}: says again what another key says already")
-            values[name] = parse(value, dot + key, errors)
+                errors.append(f"{prefix}{key}: duplicate: an alias of this key is already set")
+            values[name] = parse(value, prefix + key, errors)
         elif not row:
             if len(errors) >= MAX_ERRORS:
                 break
             hint = did_you_mean(key, known) if len(errors) < MAX_HINTS else ""
-            errors.append(f"{dot}{sanitize(key)}: unknown key{hint}")
-    return cls(**values)
+            errors.append(f"{prefix}{sanitize(key)}: unknown key{hint}")
+    return cls(**{name: value for name, value in values.items() if value is not None})
 
 
 MAX_HINTS = 50  # a hint takes some 50 us, and a hostile body has a million keys
-MAX_ERRORS = (
-    1000  # faults, behind which nobody reads on: told of each item, a hostile body takes a hundred times its size
-)
+MAX_ERRORS = 1000  # or a hostile body could yield 100 times its own size in messages
 
 
 @functools.lru_cache(maxsize=None)
 def key_table(cls: type) -> dict:
-    """{key in JSON: (attribute, parser)} of a dataclass whose fields are settings."""
+    """Return {key in JSON: (attribute, parser)} of a dataclass made of config_field()."""
     table = {}
     for item in fields(cls):
         if "parse" in item.metadata:
@@ -409,334 +417,309 @@ def key_table(cls: type) -> dict:
 
 
 def json_type_name(value: Any) -> str:
-    """What a JSON value is, in words."""
-    for family, word in (
-        (bool, "true or false"),
-        (str, "a string"),
-        ((int, float), "a number"),
-        (list, "a list"),
-        (dict, "an object"),
-    ):
-        if isinstance(value, family):
-            return word
-    return "null"
+    """Return "a string", "a list" and so on."""
+    return next((name for kind, name in JSON_TYPES if isinstance(value, kind)), "null")
+
+
+JSON_TYPES = (
+    (bool, "true or false"),
+    (str, "a string"),
+    ((int, float), "a number"),
+    (list, "a list"),
+    (dict, "an object"),
+)
 
 
 def did_you_mean(word: str, words: Any) -> str:
-    """'; did you mean "..."?' where one of the words is close, else nothing."""
+    """Return '; did you mean "..."?' if one of `words` is close, else ""."""
     import difflib
 
-    spelt = {known.lower(): known for known in words}
-    close = difflib.get_close_matches(word[:64].lower(), spelt, n=1, cutoff=0.6)
-    return f'; did you mean "{spelt[close[0]]}"?' if close else ""
+    spelling = {known.lower(): known for known in words}
+    close = difflib.get_close_matches(word[:64].lower(), spelling, n=1, cutoff=0.6)
+    return f'; did you mean "{spelling[close[0]]}"?' if close else ""
 
 
-def sanitize(text: str, limit: int = 200) -> str:
-    """The text fit for a line of a log or a terminal: unprintables as "?", cut at `limit` characters."""
+def sanitize(text: str, limit: int = 200, keep: str = "") -> str:
+    """Return text fit for a log or a terminal: cut at `limit`, "?" for unprintable characters other than `keep`."""
     text = text if len(text) <= limit else text[:limit] + "..."
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else "?" for c in text)
 
 
 def parse_text(value: Any, json_path: str, errors: list) -> str:
-    """A string without control characters."""
+    """Parse a string without control characters; "" if it is none."""
     if type(value) is not str:
-        errors.append(f"{json_path}: a string is wanted, not {json_type_name(value)}")
+        errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
     elif not value.isprintable():
-        errors.append(f"{json_path}: has a character that can't be printed")
+        errors.append(f"{json_path}: has an unprintable character")
     else:
         return value
     return ""
 
 
-def parse_boolean(value: Any, json_path: str, errors: list) -> bool:
-    """true or false; 1 or 0 mean the same."""
-    if value not in (0, 1) or isinstance(value, float):
-        errors.append(f"{json_path}: true or false is wanted, not {json_type_name(value)}")
-    return bool(value)
+def matching(pattern: Any, expected: str, optional: bool = False, secret: bool = False, convert: Any = str) -> Callable:
+    """Return a parser of strings that `pattern` accepts: a regex, or a function that is true for them and may raise
+    ValueError for others. A `secret` is not shown in errors."""
+    accepts = getattr(pattern, "fullmatch", pattern)
 
-
-def integer(low: int, high: int) -> Callable:
-    """A parser of whole numbers from low to high."""
-
-    def parse(value: Any, json_path: str, errors: list) -> int:
-        if type(value) is not int or not low <= value <= high:
-            given = sanitize(str(value)) if isinstance(value, (int, float)) else json_type_name(value)
-            errors.append(f"{json_path}: a whole number from {low} to {high} is wanted, not {given}")
-            return low
-        return value
+    def parse(value: Any, json_path: str, errors: list) -> Any:
+        text = parse_text(value, json_path, errors)
+        with contextlib.suppress(ValueError):
+            if accepts(text) or (optional and not text):
+                return convert(text)
+        if text == value:  # else parse_text() has told
+            errors.append(f"{json_path}: expected {expected}" + ("" if secret else f', got "{sanitize(text)}"'))
+        return None
 
     return parse
 
 
-def list_of(parse: Callable) -> Callable:
-    """A parser of lists, or of one value for a list of one; gives a tuple."""
+def one_of(names: Any, kind: str) -> Callable:
+    """Return a parser of names that compares without case and returns the name as it stands in `names`."""
+    known = {name.lower(): name for name in names}
 
-    def parse_all(value: Any, json_path: str, errors: list) -> tuple:
+    def parse(value: Any, json_path: str, errors: list) -> str | None:
+        text = parse_text(value, json_path, errors)
+        if text == value and text.lower() not in known:
+            errors.append(f'{json_path}: unknown {kind} "{sanitize(text)}"{did_you_mean(text, names)}')
+        return known.get(text.lower())
+
+    return parse
+
+
+def parse_boolean(value: Any, json_path: str, errors: list) -> bool | None:
+    """Parse true or false; 1 and 0 mean the same."""
+    if value in (0, 1) and not isinstance(value, float):
+        return bool(value)
+    errors.append(f"{json_path}: expected true or false, got {json_type_name(value)}")
+    return None
+
+
+def integer(low: int, high: int) -> Callable:
+    """Return a parser of whole numbers from low to high."""
+
+    def parse(value: Any, json_path: str, errors: list) -> int | None:
+        if type(value) is int and low <= value <= high:
+            return value
+        got = sanitize(str(value)) if isinstance(value, (int, float)) else json_type_name(value)
+        errors.append(f"{json_path}: expected a whole number from {low} to {high}, got {got}")
+        return None
+
+    return parse
+
+
+def list_of(parse: Callable, collect: Callable = tuple, required: bool = False) -> Callable:
+    """Return a parser of lists, or of one value for a list of one; `collect` makes the result of the items."""
+
+    def parse_all(value: Any, json_path: str, errors: list) -> Any:
         if type(value) is not list:
-            return (parse(value, json_path, errors),)
-        return tuple(
-            parse(item, f"{json_path}[{i}]", errors) for i, item in enumerate(value) if len(errors) < MAX_ERRORS
-        )
+            return collect(item for item in (parse(value, json_path, errors),) if item is not None)
+        if required and not value:
+            errors.append(f"{json_path}: expected at least one value")
+        items = (parse(item, f"{json_path}[{i}]", errors) for i, item in enumerate(value) if len(errors) < MAX_ERRORS)
+        return collect(item for item in items if item is not None)
 
     return parse_all
 
 
-def mapping_of(parse: Callable, fold: Callable = str) -> Callable:
-    """A parser of objects whose keys are names; `fold` makes the name that counts."""
+def mapping_of(parse: Callable, fold: Callable = str, expected: str = "a name") -> Callable:
+    """Return a parser of objects whose keys are names; `fold` returns a name's canonical form, or "" for none."""
 
     def parse_all(value: Any, json_path: str, errors: list) -> dict:
         if not isinstance(value, dict):
-            errors.append(f"{json_path}: an object is wanted, not {json_type_name(value)}")
+            errors.append(f"{json_path}: expected an object, got {json_type_name(value)}")
             return {}
-        twice = getattr(value, "duplicate_keys", ())
-        errors.extend(f"{json_path}.{sanitize(key)}: stands more than once" for key in twice)
-        result = {fold(key): parse(item, f"{json_path}.{sanitize(key)}", errors) for key, item in value.items()}
-        if "" in result:
-            bad = next(key for key in value if not fold(key))
-            errors.append(f'{json_path}.{sanitize(bad)}: "example.jp", ".example.jp" or "default" is wanted')
-        elif len(result) < len(value):
+        paths = {key: f"{json_path}.{sanitize(key)}" for key in value}
+        errors.extend(f"{paths[key]}: duplicate key" for key in getattr(value, "duplicate_keys", ()))
+        errors.extend(f"{paths[key]}: expected {expected}" for key in value if not fold(key))
+        if len(set(map(fold, value))) < len(value):
             errors.append(f"{json_path}: two keys differ in case only")
-        return result
+        parsed = {fold(key): parse(item, paths[key], errors) for key, item in value.items()}
+        return {key: item for key, item in parsed.items() if item is not None}
 
     return parse_all
 
 
 def nested(cls: type) -> Callable:
-    """A parser of nested objects."""
+    """Return a parser of nested objects."""
     return functools.partial(from_dict, cls)
 
 
 # ======================================================================================================================
 # 3. Settings
-#    Takes the path of haineko.json, gives one frozen Settings with everything in it that can be computed once, and a
-#    list of faults. Each field says its default, its limits and its meaning; the example file is made from them. Knows
-#    nothing of a mail.
+#    Takes the path of haineko.json, gives one frozen Settings, with all that can be computed once, and its errors.
+#    Each field states its default, limits and meaning; the example file is made from them.
 # ======================================================================================================================
 
 
 class IPAddress(NamedTuple):
-    """An IP address, with what is asked of it at every request ready."""
+    """Parsed IP address."""
 
     text: str
     version: int
     number: int
 
 
-@functools.lru_cache(maxsize=4096)
+@cache_short(4096, 64)
 def parse_ip(text: str) -> IPAddress:
-    """The IP address in a string, an IPv4 one in IPv6 clothes without them; ValueError where it is none."""
+    """Parse an IP address; an IPv4-mapped IPv6 address becomes IPv4. Raises ValueError."""
     found = ipaddress.ip_address(text.partition("%")[0])
     found = getattr(found, "ipv4_mapped", None) or found
     return IPAddress(str(found), found.version, int(found))
 
 
 class Networks:
-    """A set of IP networks. `address in networks` costs the same for ten of them as for 100,000."""
+    """Set of IP networks; `address in networks` takes as long for 100,000 of them as for ten."""
 
     def __init__(self, texts: tuple = ()) -> None:
         self.texts = texts
         groups: dict = {}
-        for item in map(functools.partial(ipaddress.ip_network, strict=False), texts):
-            shift = item.max_prefixlen - item.prefixlen
-            groups.setdefault((item.version, shift), set()).add(int(item.network_address) >> shift)
+        for network in map(functools.partial(ipaddress.ip_network, strict=False), texts):
+            shift = network.max_prefixlen - network.prefixlen
+            groups.setdefault((network.version, shift), set()).add(int(network.network_address) >> shift)
         self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
 
-    def __contains__(self, client: IPAddress) -> bool:
+    def __contains__(self, address: IPAddress) -> bool:
         for version, shift, members in self.groups:
-            if version == client.version and client.number >> shift in members:
+            if version == address.version and address.number >> shift in members:
                 return True
         return False
 
 
-def parse_networks(value: Any, json_path: str, errors: list) -> Networks:
-    good = []
-    for item in list_of(parse_text)(value, json_path, errors):
-        try:
-            ipaddress.ip_network(item, strict=False)
-            good.append(item)
-        except ValueError:
-            errors.append(f'{json_path}: "{item}" is no IP address or network')
-    return Networks(tuple(good))
+LOOPBACK = Networks(("127.0.0.0/8", "::1"))
 
 
-def parse_listen_addresses(value: Any, json_path: str, errors: list) -> tuple:
-    """One listen address, or a list of some."""
-    if value == []:
-        errors.append(f"{json_path}: at least one address is wanted")
-    return list_of(parse_listen_address)(value, json_path, errors)
-
-
-def parse_listen_address(value: Any, json_path: str, errors: list) -> str:
-    """ "host:port", "[v6]:port" or "unix:/path"."""
-    value = parse_text(value, json_path, errors)
-    if not value.startswith("unix:/"):
-        host, colon, port = value.rpartition(":")
-        if not (host and colon and port.isascii() and port.isdigit() and int(port) < 65536):
-            errors.append(f'{json_path}: "host:port", "[v6]:port" or "unix:/path" is wanted, not "{value}"')
-        elif ":" in host and not (host.startswith("[") and host.endswith("]")):
-            errors.append(f'{json_path}: an IPv6 address stands in brackets, "[{host}]:{port}"')
-    return value
-
-
-_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
-DOMAIN = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(?:\.{_LABEL})*")
-
-
-def parse_host(value: Any, json_path: str, errors: list) -> str:
-    """A domain or an IP address, or a folder for the relay File."""
-    value = parse_text(value, json_path, errors)
-    if not (DOMAIN.fullmatch(value) or value.startswith("/")):
-        try:
-            ipaddress.ip_address(value)
-        except ValueError:
-            errors.append(f'{json_path}: a host name or an IP address is wanted, not "{value}"')
-    return value
-
-
-def parse_resolver_address(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors)
-    if value and not name_server_endpoint(value):
-        errors.append(f'{json_path}: "address", "address:port" or "[v6]:port" is wanted, not "{value}"')
-    return value
-
-
-def name_server_endpoint(text: str) -> tuple:
-    """(IP address, port) of "address", "address:port" or "[v6]:port"; () where it is none of them."""
-    found = re.fullmatch(r"\[([^]]+)\]:(\d{1,5})|([^:]+):(\d{1,5})|(\S+)", text)
-    name, port = (found[1] or found[3] or found[5], int(found[2] or found[4] or 53)) if found else ("", 0)
+def is_ip(text: str) -> bool:
     try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return ()
-    return (name, port) if 0 < port < 65536 else ()
-
-
-def parse_optional_hostname(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors)
-    if value and not DOMAIN.fullmatch(value):
-        errors.append(f'{json_path}: a host name is wanted, not "{value}"')
-    return value
-
-
-def parse_origin(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors).lower()
-    if not re.fullmatch(r"https?://[a-z0-9.\[\]:_-]+", value):
-        errors.append(f'{json_path}: a web origin like "https://www.example.org" is wanted, not "{value}"')
-    return value
-
-
-def parse_facility(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors)
-    if value.lower() not in FACILITIES:
-        errors.append(f'{json_path}: "{value}" is no syslog facility{did_you_mean(value, FACILITIES)}')
-    return value
-
-
-FACILITIES = ["kern", "user", "mail", "daemon", "auth", "lpr", "news", "uucp", "cron", "syslog"]
-FACILITIES += [f"local{n}" for n in range(8)]
-
-
-def parse_base_url(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors)
-    if value and not (BASE_URL.fullmatch(value) and has_valid_host(value)):
-        errors.append(f'{json_path}: a URL like "https://api.example.org" is wanted, not "{value}"')
-        return ""
-    return value.rstrip("/")
-
-
-def has_valid_host(url: str) -> bool:
-    """True where host and port of a URL can be asked for."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        name, port = parts.hostname or "", parts.port
-        return port != 0 and bool(DOMAIN.fullmatch(name) or ipaddress.IPv6Address(name))
+        return bool(ipaddress.ip_address(text))
     except ValueError:
         return False
 
 
+def is_listen_address(text: str) -> bool:
+    found = re.fullmatch(r"(?:[^:]+|\[[^]]+\]):([0-9]{1,5})", text)
+    return int(found[1]) < 65536 if found else text.startswith("unix:/")
+
+
+def is_host(text: str) -> bool:
+    """True for a domain or an IP address; or a folder, for the relay File."""
+    return text.startswith("/") or bool(DOMAIN.fullmatch(text)) or is_ip(text)
+
+
+def name_server_endpoint(text: str) -> tuple:
+    """Return (IP address, port) of "address", "address:port" or "[v6]:port"; () if it is none of them."""
+    found = re.fullmatch(r"\[([^]]+)\]:(\d{1,5})|([^:]+):(\d{1,5})|(\S+)", text)
+    name, port = (found[1] or found[3] or found[5], int(found[2] or found[4] or 53)) if found else ("", 0)
+    return (name, port) if is_ip(name) and 0 < port < 65536 else ()
+
+
+def is_url(pattern: re.Pattern, url: str) -> bool:
+    """True if the pattern matches, and host and port can be connected to; may raise ValueError."""
+    parts = urllib.parse.urlsplit(url)
+    name, port = parts.hostname or "", parts.port
+    return bool(pattern.fullmatch(url) and port != 0 and (DOMAIN.fullmatch(name) or ipaddress.IPv6Address(name)))
+
+
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+DOMAIN = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(?:\.{_LABEL})*")
 BASE_URL = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?(?:/[A-Za-z0-9/._~-]*)?")
+WEBHOOK_URL = re.compile(r"(https?)://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(/[!-~]*)?")
+ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+", re.IGNORECASE)
+FACILITIES = ["kern", "user", "mail", "daemon", "auth", "lpr", "news", "uucp", "cron", "syslog"]
+FACILITIES += [f"local{n}" for n in range(8)]
 
-
-def parse_region(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors)
-    if value and not re.fullmatch(r"[a-z0-9-]{1,32}", value):
-        errors.append(f'{json_path}: a region like "eu-west-1" is wanted, not "{value}"')
-    return value
+parse_network = matching(functools.partial(ipaddress.ip_network, strict=False), "an IP address or network")
+parse_networks = list_of(parse_network, lambda texts: Networks(tuple(texts)))
+parse_listen_address = matching(is_listen_address, '"host:port", "[v6]:port" or "unix:/path"')
+parse_host = matching(is_host, "a host name or an IP address")
+parse_hostname = matching(DOMAIN, "a host name", optional=True)
+parse_resolver = matching(name_server_endpoint, '"address", "address:port" or "[v6]:port"', optional=True)
+parse_origin = matching(ORIGIN, 'a web origin like "https://www.example.org"', convert=str.lower)
+parse_facility = one_of(FACILITIES, "syslog facility")
+parse_base_url = matching(
+    functools.partial(is_url, BASE_URL),
+    'a URL like "https://api.example.org"',
+    True,
+    convert=lambda url: url.rstrip("/"),
+)
+parse_region = matching(re.compile("[a-z0-9-]{1,32}"), 'a region like "eu-west-1"', optional=True)
+parse_webhook_url = matching(
+    functools.partial(is_url, WEBHOOK_URL), 'a URL like "https://www.example.org/hook"', optional=True, secret=True
+)
 
 
 def parse_mailer(value: Any, json_path: str, errors: list) -> str:
+    """Return the name of a relay in the spelling of RELAYS, or the path of a folder."""
     value = parse_text(value, json_path, errors)
-    known = {name.lower(): name for name in MAILERS}
-    if value.startswith("/"):
-        return value
-    if value.lower() not in known:
-        errors.append(f'{json_path}: "{value}" is no relay known here{did_you_mean(value, MAILERS)}')
+    known = {name.lower(): name for name in RELAYS}
+    if not value.startswith("/") and value.lower() not in known:
+        errors.append(f'{json_path}: unknown relay type "{value}"{did_you_mean(value, RELAYS)}')
     return known.get(value.lower(), value)
 
 
-MAILERS = ("ESMTP", "MX", "Haineko", "SendGrid", "AmazonSES", "Mandrill", "File", "Screen", "Discard")
-WEB_APIS = {  # where the relays by HTTP post to, unless base_url says otherwise
-    "Haineko": "{scheme}://{host}:{port}",
-    "SendGrid": "https://api.sendgrid.com",
-    "AmazonSES": "https://email.{region}.amazonaws.com",
-    "Mandrill": "https://mandrillapp.com",
-}
-NEEDED = {"SendGrid": ("auth",), "AmazonSES": ("auth", "region"), "Mandrill": ("auth",)}  # settings of their routes
-PORTS = {"Haineko": 2794}  # of a route that says none; 25 for the others
+class Relay(NamedTuple):
+    """All that is known of a relay. To add one is to write its functions and a row of RELAYS."""
+
+    send: Callable | None  # (Transaction, TransportContext): awaited for a Reply for each recipient
+    probe: (
+        Callable | None
+    )  # (ConnectivityProbe, TransportContext): awaited for a CheckResult for each step; sends no mail
+    default_port: int = 25
+    api_url: str = ""  # template of the base URL of a relay by HTTP
+    needs: tuple = ()  # settings that its routes must have
+    refuses: tuple = ()  # settings that its routes can't have
+    login: tuple = ("username", "password")  # what a login for its API must have
+    destination: str = "{route.relay} {route.host}:{route.port}"  # template: mail with the same text shares a next hop
+    into_folder: bool = False  # delivers into a folder of this machine
+
+
+RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 13
+
+
+UNKNOWN_RELAY = Relay(None, None)  # of a route whose mailer is a fault of the settings
 
 
 def parse_secret(value: Any, json_path: str, errors: list) -> Any:
-    """A string, {"file": path} or {"env": NAME}."""
-    if isinstance(value, dict):
-        if len(value) != 1 or not set(value) <= {"file", "env"}:
-            errors.append(f'{json_path}: a string, {{"file": path}} or {{"env": NAME}} is wanted')
-            return ""
+    """Parse a string, {"file": path} or {"env": NAME}."""
+    if not isinstance(value, dict):
+        return parse_text(value, json_path, errors)
+    if len(value) == 1 and set(value) <= {"file", "env"}:
         return {key: parse_text(item, f"{json_path}.{key}", errors) for key, item in value.items()}
-    return parse_text(value, json_path, errors)
-
-
-def parse_webhook_url(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors)
-    if value and not (WEBHOOK_URL.fullmatch(value) and has_valid_host(value)):
-        errors.append(f'{json_path}: a URL like "https://www.example.org/hook" is wanted')
-    return value
-
-
-WEBHOOK_URL = re.compile(r"(https?)://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(/[!-~]*)?")
+    errors.append(f'{json_path}: expected a string, {{"file": path}} or {{"env": NAME}}')
+    return None
 
 
 class Authenticator:
-    """The section `password`: who may log in. Who was right is remembered for a while: scrypt is slow by design."""
+    """The section `password`: who may log in. Successful logins are cached, because scrypt is slow by design."""
 
     CACHE_TTL = 600  # seconds
     MAX_CONCURRENT_HASHES = 2  # scrypt takes 16 MiB and a core each
 
     def __init__(self, hashes: dict) -> None:
         self.hashes = hashes
-        self.verified: dict = {}  # digest of credentials: monotonic time until which they count as right
+        self.cost = max([NEW_COST, *map(scrypt_cost, hashes.values())])  # of every verification
+        self.verified: dict = {}  # HMAC of the credentials: monotonic time until which they are taken for right
         self.key = os.urandom(32)  # so that memory holds no plain digest of a password
         self.semaphore = threading.Semaphore(self.MAX_CONCURRENT_HASHES)
 
     def is_cached(self, credentials: str | None) -> bool:
-        """True where these credentials, an Authorization header, were right a while ago."""
+        """True if these credentials, an Authorization header, were verified lately."""
         return bool(self.verified) and self.verified.get(self._cache_key(credentials or ""), 0) > time.monotonic()
 
     def authenticate(self, credentials: str) -> bool:
-        """True where they are right. RFC 7617; takes tens of milliseconds unless they are remembered."""
+        """Verify an Authorization header (RFC 7617); takes a tenth of a second unless it is cached."""
         if self.is_cached(credentials):
             return True
-        scheme, _, token = credentials.partition(" ")
-        try:
-            user, colon, word = base64.b64decode(token.strip(), validate=True).decode().partition(":")
-        except ValueError:
+        user, colon, password = decode_basic(credentials).partition(":")
+        if not colon:
             return False
-        if scheme.lower() != "basic" or not colon:
-            return False
+        line = self.hashes.get(user, "")
         with self.semaphore:
-            right = verify_password(self.hashes.get(user, DUMMY_HASH), word) and user in self.hashes
+            right = bool(line) and verify_password(line, password)
+            if rest := self.cost - scrypt_cost(line):  # or the time would tell which users exist
+                scrypt(password, b"", parallel=rest)
         if right:
             now = time.monotonic()
-            self.verified = {mark: until for mark, until in self.verified.items() if until > now}
+            self.verified = {key: expires for key, expires in self.verified.items() if expires > now}
             self.verified[self._cache_key(credentials)] = now + self.CACHE_TTL
         return right
 
@@ -745,9 +728,15 @@ class Authenticator:
 
 
 def username_of(credentials: str) -> str:
-    """The name in an Authorization header of HTTP Basic, "" for none."""
+    """Return the name in an Authorization header of HTTP Basic, "" for none."""
+    return decode_basic(credentials).partition(":")[0]
+
+
+def decode_basic(credentials: str) -> str:
+    """Return "user:password" of an Authorization header (RFC 7617), "" if it is malformed."""
+    scheme, _, token = credentials.partition(" ")
     try:
-        return base64.b64decode(credentials.partition(" ")[2].strip(), validate=True).decode().partition(":")[0]
+        return base64.b64decode(token.strip(), validate=True).decode() if scheme.lower() == "basic" else ""
     except ValueError:
         return ""
 
@@ -757,7 +746,7 @@ def parse_passwords(value: Any, json_path: str, errors: list) -> Authenticator:
 
 
 def verify_password(line: str, password: str) -> bool:
-    """True where `line` (scrypt or {SSHA}) is the hash of the password; takes as long for both answers."""
+    """True if `line` (scrypt or {SSHA}) is the hash of the password."""
     found = SCRYPT.fullmatch(line)
     if not found:
         digest, salt = _ssha(line)
@@ -767,35 +756,86 @@ def verify_password(line: str, password: str) -> bool:
     return hmac.compare_digest(scrypt(password, salt, cost, block, parallel), digest)
 
 
-def scrypt(password: str, salt: bytes, cost: int = 14, block: int = 8, parallel: int = 1) -> bytes:
-    """RFC 7914 with N = 2**cost; the defaults take some 50 ms and 16 MiB."""
+NEW_COST = 5  # OWASP's N=2**14, r=8, p=5: as hard as N=2**17, p=1 in an eighth of the memory, 16 MiB
+
+
+def hash_password(password: str) -> str:
+    """Return a new line for the section `password`."""
+    salt = os.urandom(16)
+    parts = (base64.b64encode(octets).decode() for octets in (salt, scrypt(password, salt)))
+    return f"$scrypt$ln=14,r=8,p={NEW_COST}$" + "$".join(parts)
+
+
+def scrypt(password: str, salt: bytes, cost: int = 14, block: int = 8, parallel: int = NEW_COST) -> bytes:
+    """Return the hash of RFC 7914 with N = 2**cost."""
     memory = 128 * block * ((1 << cost) + parallel + 2)
     return hashlib.scrypt(password.encode(), salt=salt, n=1 << cost, r=block, p=parallel, maxmem=memory + (1 << 20))
 
 
-DUMMY_HASH = (
-    "$scrypt$ln=14,r=8,p=1$" + "A" * 22 + "==$" + "A" * 86 + "=="
-)  # an unknown user costs what a known one costs
+def scrypt_cost(line: str) -> int:
+    """Return the time to verify a line, in units of N=2**14, r=8, p=1; 0 for {SSHA}."""
+    found = SCRYPT.fullmatch(line)
+    cost, block, parallel = (int(n) for n in found.groups()[:3]) if found else (0, 0, 0)
+    return (parallel * block << cost) >> 17
 
 
-def parse_password_hash(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors)
-    if not (SCRYPT.fullmatch(value) or (value.startswith("{SSHA}") and _ssha(value))):
-        errors.append(f"{json_path}: a hash as `haineko.py pw` prints it, or {{SSHA}}, is wanted")
-    return value
-
-
-_BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==))"
-SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at the most
+def is_password_hash(line: str) -> bool:
+    return bool(SCRYPT.fullmatch(line) or (line.startswith("{SSHA}") and _ssha(line)))
 
 
 def _ssha(line: str) -> tuple:
-    """(SHA-1 of password and salt, salt) of an {SSHA} line; () if it isn't one."""
+    """Return (SHA-1 of password and salt, salt) of an {SSHA} line, () if it is none."""
     try:
         octets = base64.b64decode(line[6:], validate=True)
     except ValueError:
         return ()
     return (octets[:20], octets[20:]) if len(octets) > 20 else ()
+
+
+_BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==))"
+SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at most
+parse_password_hash = matching(is_password_hash, "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True)
+
+
+def domain_key(name: str) -> str:
+    """Return a domain, or ".domain", in lower case and ASCII (RFC 5890); "" if it is none."""
+    dot = "." if name.startswith(".") else ""
+    domain = ascii_domain(name[len(dot) :]).lower()
+    return dot + domain if DOMAIN.fullmatch(domain) or re.fullmatch(r"\[[0-9a-z:.]+\]", domain) else ""
+
+
+def recipient_key(text: str) -> str:
+    """Return an address in lower case and ASCII as policy compares it, "" if it is none."""
+    local, _, domain = text.rpartition("@")
+    key = domain_key(domain)
+    return f"{local.lower()}@{key}" if local and key and key[0] != "." else ""
+
+
+def alias_key(name: str) -> str:
+    return "" if "@" in name else name.lower()
+
+
+def is_plain_domain(name: str) -> bool:
+    return domain_key(name)[:1] not in ("", ".")
+
+
+def ascii_domain(name: str) -> str:
+    """Return the domain in ASCII (IDNA 2003), or "" if it has none or if IDNA 2008 has another one."""
+    if name.isascii():
+        return name
+    if any(c in name for c in IDNA_DEVIATIONS):
+        return ""
+    try:
+        return name.encode("idna").decode()
+    except UnicodeError:
+        return ""
+
+
+IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different domains, RFC 5894 7.2
+DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
+parse_domain = matching(is_plain_domain, "a domain", convert=domain_key)
+parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
+parse_aliases = mapping_of(list_of(matching(recipient_key, "an address"), required=True), alias_key, "a name without @")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -807,14 +847,15 @@ class Tls:
 @dataclass(frozen=True, repr=False, eq=False)
 class Httpd:
     listen: tuple = config_field(
-        ("127.0.0.1:2794",), parse_listen_addresses, "host:port, [v6]:port or unix:/path, or a list"
+        ("127.0.0.1:2794",),
+        list_of(parse_listen_address, required=True),
+        "host:port, [v6]:port or unix:/path, or a list",
     )
     workers: int = config_field(0, integer(0, 256), "processes; 0 means one per core")
     max_connections: int = config_field(512, integer(1, 65536), "open connections per worker")
-    timeout: int = config_field(
-        30, integer(1, 3600), "seconds for a whole request to arrive, and for an idle connection"
-    )
+    timeout: int = config_field(30, integer(1, 3600), "seconds for a whole request, and for an idle connection")
     trusted_proxies: Networks = config_field(Networks(), parse_networks, "networks whose X-Forwarded-For is believed")
+    monitors: Networks = config_field(LOOPBACK, parse_networks, "networks that may read /conf, /queue and /metrics")
     allowed_origins: tuple = config_field((), list_of(parse_origin), "web origins that may POST from a browser")
     tls: Tls | None = config_field(None, nested(Tls), "certificate and key: serve HTTPS")
 
@@ -827,17 +868,12 @@ class Syslog:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Smtpd:
-    hostname: str = config_field(
-        "", parse_optional_hostname, "name in EHLO, Received and Message-Id; empty means this machine's"
-    )
-    max_message_size: int = config_field(
-        4194304, integer(0, 1 << 40), "octets of the finished message; 0 means no limit"
-    )
+    hostname: str = config_field("", parse_hostname, "name in EHLO, Received, Message-Id; empty means this machine's")
+    max_message_size: int = config_field(4194304, integer(0, 1 << 40), "octets of the finished message; 0: no limit")
     max_rcpts_per_message: int = config_field(4, integer(0, 1 << 20), "recipients; 0 means no limit")
     max_workers: int = config_field(4, integer(1, 256), "deliveries of one request at a time")
-    resolver: tuple = config_field(
-        (), list_of(parse_resolver_address), "name servers, address:port; none: those of resolv.conf"
-    )
+    resolver: tuple = config_field((), list_of(parse_resolver), "name servers, address:port; none: resolv.conf's")
+    aliases: dict = config_field({}, parse_aliases, "addresses for names without a domain")
     syslog: Syslog = config_field(Syslog(), nested(Syslog), "the log")
 
 
@@ -847,21 +883,13 @@ class QueueSettings:
     lifetime: int = config_field(432000, integer(1, 31536000), "seconds until a mail is given up")
     retry_after: tuple = config_field(
         (60, 300, 900, 1800, 3600, 7200, 14400),
-        list_of(integer(0, 604800)),
-        "seconds between the attempts, each give or take a fifth; the last one again and again",
+        list_of(integer(0, 604800), required=True),
+        "seconds between attempts, give or take a fifth; the last one repeats",
     )
     min_free: int = config_field(100 << 20, integer(0, 1 << 50), "octets that must be free on its disk")
-    webhook: str = config_field("", parse_webhook_url, "URL to which the fate of each queued recipient is POSTed")
-    webhook_secret: Any = config_field(
-        "",
-        parse_secret,
-        'signs it: "whsec_" and base64 of 24 to 64 octets; or {"file": path} or {"env": NAME}',
-        secret=True,
-    )
-    secret: bytes = field(default=b"", repr=False)  # the octets of webhook_secret once the settings are whole
-
-
-LOOPBACK = Networks(("127.0.0.0/8", "::1"))
+    webhook: str = config_field("", parse_webhook_url, "URL to which the result of each queued recipient is POSTed")
+    webhook_secret: Any = config_field("", parse_secret, '"whsec_" and base64 of 24 to 64 octets', secret=True)
+    secret: bytes = field(default=b"", repr=False)  # octets of webhook_secret, set by resolve_settings()
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -870,41 +898,23 @@ class Relayhosts:
     relayhosts: Networks = config_field(Networks(("127.0.0.1", "::1")), parse_networks, "networks that may POST")
 
 
-def casefolded_set(address: bool) -> Callable:
-    """A parser of a list of domains, or of addresses; gives them in lower case, domains in ASCII."""
-
-    def parse(value: Any, json_path: str, errors: list) -> frozenset:
-        found = set()
-        for item in list_of(parse_text)(value, json_path, errors):
-            local, at, domain = item.rpartition("@")
-            key = domain_key(domain)
-            if not key or key[0] == "." or (bool(local), bool(at)) != (address, address):
-                errors.append(f'{json_path}: "{item}" is no {"address" if address else "domain"}')
-            found.add(local.lower() + at + key)
-        return frozenset(found)
-
-    return parse
-
-
 @dataclass(frozen=True, repr=False, eq=False)
 class Recipients:
     open_relay: bool = config_field(False, parse_boolean, "1: mail may go to every address", key="open-relay")
-    domainpart: frozenset = config_field(frozenset(), casefolded_set(address=False), "domains that may be written to")
-    recipients: frozenset = config_field(frozenset(), casefolded_set(address=True), "addresses that may be written to")
+    domainpart: frozenset = config_field(frozenset(), list_of(parse_domain, frozenset), "domains that may be mailed")
+    recipients: frozenset = config_field(frozenset(), list_of(parse_recipient, frozenset), "addresses likewise")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Credentials:
     username: str = config_field("", parse_text, "name to log in with")
     password: Any = config_field("", parse_secret, 'a string, {"file": path} or {"env": NAME}', secret=True)
-    token: Any = config_field(
-        "", parse_secret, "session token of temporary credentials of Amazon, like password", secret=True
-    )
+    token: Any = config_field("", parse_secret, "session token of temporary credentials of Amazon", secret=True)
 
 
 @dataclass(frozen=True, repr=False)
 class Route:
-    """Where mail goes; `login` is (username, password) once the settings are whole. MX sets the last two."""
+    """Where mail goes. resolve_settings() sets credentials and token, the relay MX address and tls_if_offered."""
 
     mailer: str = config_field("ESMTP", parse_mailer, "the relay, or a folder for File")
     host: str = config_field("127.0.0.1", parse_host, "name or address of the next server; the folder, for File")
@@ -919,19 +929,20 @@ class Route:
     sleep: int = config_field(5, integer(0, 3600), "seconds between them")
     disabled: bool = config_field(False, parse_boolean, "1: as if this route were not there")
     https: bool = config_field(False, parse_boolean, "Haineko: 1 means TLS")
+    provider_headers: bool = config_field(False, parse_boolean, "1: clients may set fields that are commands to relays")
     base_url: str = config_field("", parse_base_url, "relays by HTTP: where the API is, if not at its usual place")
     region: str = config_field("", parse_region, "AmazonSES: the region")
     credentials: tuple = field(default=(), repr=False)
-    address: str = ""  # to connect to, where it is not to be looked up again
-    tls_if_offered: bool = False  # STARTTLS where the server has it
+    address: str = ""  # to connect to, if it is known already
+    tls_if_offered: bool = False  # STARTTLS if the server has it
     token: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         if not self.port:
-            object.__setattr__(self, "port", PORTS.get(self.relay, 25))
+            object.__setattr__(self, "port", self.row.default_port)
 
     def __hash__(self) -> int:
-        return hash((self.mailer, self.host, self.port, self.address))  # enough to tell them apart; sessions are by it
+        return hash((self.mailer, self.host, self.port, self.address))  # cheap: routes are keys of the session pools
 
     @property
     def relay(self) -> str:
@@ -939,8 +950,13 @@ class Route:
         return "File" if self.mailer.startswith("/") else self.mailer
 
     @property
+    def row(self) -> Relay:
+        """What is known of the relay."""
+        return RELAYS.get(self.relay, UNKNOWN_RELAY)
+
+    @property
     def endpoint(self) -> dict:
-        """Who gives its replies: what make_reply() takes, and a Reply has."""
+        """Fields of a Reply that this route gives."""
         return {"mailer": self.mailer, "host": self.host, "port": self.port}
 
     @property
@@ -948,7 +964,7 @@ class Route:
         """Where the API of a relay by HTTP is; "" for the other relays."""
         name = f"[{self.host}]" if ":" in self.host else self.host
         values = {"scheme": "https" if self.https else "http", "host": name, "port": self.port, "region": self.region}
-        return self.base_url or WEB_APIS.get(self.relay, "").format(**values)
+        return self.base_url or self.row.api_url.format(**values)
 
     @property
     def folder(self) -> str:
@@ -956,28 +972,6 @@ class Route:
         import tempfile
 
         return next((p for p in (self.mailer, self.host) if p.startswith("/")), "") or tempfile.gettempdir()
-
-
-def domain_key(name: str) -> str:
-    """A key of mailertable as it is looked up: in lower case, in ASCII (RFC 5890); "" where it can match nothing."""
-    dot = "." if name.startswith(".") else ""
-    domain = ascii_domain(name[len(dot) :]).lower()
-    return dot + domain if DOMAIN.fullmatch(domain) or re.fullmatch(r"\[[0-9a-z:.]+\]", domain) else ""
-
-
-def ascii_domain(name: str) -> str:
-    """The domain in ASCII (IDNA 2003), or "" where it can't be or where IDNA 2008 means another domain."""
-    if name.isascii():
-        return name
-    if any(c in name for c in IDNA_DEVIATIONS):
-        return ""
-    try:
-        return name.encode("idna").decode()
-    except UnicodeError:
-        return ""
-
-
-IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 make different domains of them, RFC 5894 7.2
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -988,14 +982,14 @@ class Settings:
     smtpd: Smtpd = config_field(Smtpd(), nested(Smtpd))
     relayhosts: Relayhosts = config_field(Relayhosts(), nested(Relayhosts))
     recipients: Recipients | None = config_field(None, nested(Recipients))
-    mailertable: dict = config_field({}, mapping_of(nested(Route), domain_key))
-    sendermt: dict = config_field({}, mapping_of(nested(Route), domain_key))
+    mailertable: dict = config_field({}, mapping_of(nested(Route), domain_key, DOMAIN_KEYS))
+    sendermt: dict = config_field({}, mapping_of(nested(Route), domain_key, DOMAIN_KEYS))
     authinfo: dict = config_field({}, mapping_of(nested(Credentials)))
     password: Authenticator = config_field(Authenticator({}), parse_passwords)
     queue: QueueSettings | None = config_field(None, nested(QueueSettings))
     path: str | None = None
-    files: tuple = ()  # (path, signature) of all that was read
-    route_cache: dict = field(default_factory=dict, init=False)  # (domain, sender's): what resolve_route() has found
+    files: tuple = ()  # (path, stat_key) of all that was read
+    route_cache: dict = field(default_factory=dict, init=False)  # (recipient's domain, sender's): resolve_route()'s
 
     @property
     def hostname(self) -> str:
@@ -1003,7 +997,7 @@ class Settings:
 
 
 def load_settings(path: str | None) -> tuple:
-    """(Settings, faults) of a settings file; None gives the settings that harm nobody: all mail is printed."""
+    """Return (Settings, errors) of a settings file; without one all mail is printed."""
     if path is None:
         screen = {"default": Route(mailer="Screen")}
         return resolve_settings(Settings(recipients=Recipients(open_relay=True), mailertable=screen), [])
@@ -1016,74 +1010,79 @@ def load_settings(path: str | None) -> tuple:
             files[aside] = stat_key(aside)
             raw[name] = read_json_file(aside, errors, name)
     settings = from_dict(Settings, raw, "", errors)
-    if errors:
-        return replace(settings, files=tuple(files.items())), errors
-    settings, errors = resolve_settings(replace(settings, path=path), errors)
+    settings, dependent = resolve_settings(replace(settings, path=path), [])
+    reported = {error.partition(": ")[0] for error in errors}
+    errors += [error for error in dependent if not _follows(error, reported)]
     files.update((name, stat_key(name)) for name in referenced_files(settings))
     return replace(settings, files=tuple(files.items())), errors
 
 
+def _follows(error: str, reported: set) -> bool:
+    """True if an error only follows from one at a reported path."""
+    path = error.partition(": ")[0]
+    return path in reported or path.rpartition(".")[0] in reported or ("authinfo" in reported and "authinfo" in error)
+
+
 def stat_key(path: str) -> tuple | None:
-    """What changes when a file is written anew; None where there is none."""
+    """Return what changes when a file is written anew, None if there is none."""
     try:
         found = os.stat(path)
-    except (OSError, ValueError):  # or a NUL in the name
+    except (OSError, ValueError):  # ValueError: a NUL in the name
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode, found.st_uid
 
 
-def read_json_file(path: str, errors: list, name: str = "") -> dict:
-    """The JSON object in a file, {} with a fault where there is none. `name`: the section, where it has only one."""
+def read_json_file(path: str, errors: list, section: str = "") -> dict:
+    """Return the JSON object in the settings file or in that of one section; {} and an error if there is none."""
+    label = f"{section}: {path}" if section else path
     try:
         with open_regular(path) as stream:
-            everybody = os.fstat(stream.fileno()).st_mode & 0o004
+            mode = os.fstat(stream.fileno()).st_mode
             raw = parse_json(stream.read())
     except (OSError, ValueError) as error:
-        errors.append(f"{path}: {getattr(error, 'strerror', None) or error}")
+        errors.append(f"{label}: {getattr(error, 'strerror', None) or error}")
         return {}
     if not isinstance(raw, dict):
-        errors.append(f"{path}: an object is wanted, not {json_type_name(raw)}")
+        errors.append(f"{label}: expected an object, got {json_type_name(raw)}")
         return {}
-    if everybody and holds_secrets({name: raw} if name else raw):
-        errors.append(f"{path}: holds secrets and can be read by everybody; chmod 600 {path}")
+    if mode & 0o002:
+        errors.append(f"{label}: can be written by everybody; chmod 600 {path}")
+    elif mode & 0o004 and holds_secrets({section: raw} if section else raw):
+        errors.append(f"{label}: holds secrets and can be read by everybody; chmod 600 {path}")
     return raw
 
 
 def open_regular(path: str) -> Any:
-    """The file, open for reading; OSError for what is none: a FIFO would keep us waiting, a device has no end."""
+    """Open a regular file for reading; OSError for others: a FIFO would block, a device has no end."""
     stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
-        raise OSError(errno.EINVAL, "is no file")
+        raise OSError(errno.EINVAL, "is not a regular file", path)
     return stream
 
 
 def holds_secrets(raw: dict) -> bool:
-    logins = raw.get("authinfo")
+    """True if raw settings hold a secret itself, not only where it is."""
+    logins, hashes, queue_settings = (raw.get(name) or {} for name in ("authinfo", "password", "queue"))
     logins = logins.values() if isinstance(logins, dict) else ()
-    hashes = raw.get("password")
-    given = [login.get(key) for login in logins if isinstance(login, dict) for key in ("password", "token")]
-    waiting = raw.get("queue")
-    given += [waiting.get("webhook_secret")] if isinstance(waiting, dict) else []
-    written = any(word and type(word) is str for word in given)
-    return written or bool(isinstance(hashes, dict) and hashes)
+    secrets = [login.get(key) for login in logins if isinstance(login, dict) for key in ("password", "token")]
+    secrets += [queue_settings.get("webhook_secret")] if isinstance(queue_settings, dict) else []
+    return any(secret and type(secret) is str for secret in secrets) or (isinstance(hashes, dict) and bool(hashes))
 
 
 def referenced_files(settings: Settings) -> list:
-    """Files that the settings name and that are read with them."""
-    base = os.path.dirname(settings.path or "")
-    routes = (*settings.mailertable.values(), *settings.sendermt.values())
-    tls = settings.httpd.tls
-    secrets = [word for login in settings.authinfo.values() for word in (login.password, login.token)]
-    named = [word["file"] for word in secrets if isinstance(word, dict) and "file" in word]
-    named += [route.ca_file for route in routes if route.ca_file]
-    signs = settings.queue and settings.queue.webhook_secret
-    named += [signs["file"]] if isinstance(signs, dict) and "file" in signs else []
-    return [os.path.join(base, name) for name in named + ([tls.certificate, tls.key] if tls else [])]
+    """Return the paths of files that the settings name and that are read with them."""
+    base, tls = os.path.dirname(settings.path or ""), settings.httpd.tls
+    secrets = [secret for login in settings.authinfo.values() for secret in (login.password, login.token)]
+    secrets += [settings.queue.webhook_secret] if settings.queue else []
+    names = [secret["file"] for secret in secrets if isinstance(secret, dict) and "file" in secret]
+    names += [route.ca_file for route in (*settings.mailertable.values(), *settings.sendermt.values())]
+    names += [tls.certificate, tls.key] if tls else []
+    return [os.path.join(base, name) for name in names if name]
 
 
 def resolve_settings(settings: Settings, errors: list) -> tuple:
-    """(Settings, faults) with names, secrets and files looked up, so that a mail finds all of it ready."""
+    """Return (Settings, errors) with names, secrets and files looked up, so that a mail finds all of it ready."""
     base = os.path.dirname(settings.path or "")
     logins = {name: _login(login, base, f"authinfo.{name}", errors) for name, login in settings.authinfo.items()}
     tables = {
@@ -1096,18 +1095,15 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
     }
     name = settings.smtpd.hostname or local_hostname()
     if settings.httpd.tls:
-        try:
-            server_context(settings.httpd.tls, base)
-        except (OSError, ValueError) as error:
-            errors.append(f"httpd.tls: {error}")
+        _check_tls(settings.httpd.tls, base, errors)
     recipients = settings.recipients or Recipients(domainpart=frozenset([name.lower()]))
     smtpd = replace(settings.smtpd, hostname=name)
-    waiting = settings.queue and _queue(settings.queue, base, errors)
-    return replace(settings, smtpd=smtpd, recipients=recipients, queue=waiting, **tables), errors
+    queue_settings = settings.queue and _queue_settings(settings.queue, base, errors)
+    return replace(settings, smtpd=smtpd, recipients=recipients, queue=queue_settings, **tables), errors
 
 
 def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple:
-    """(username, password, token) with the secrets looked up."""
+    """Return (username, password, token) with the secrets looked up."""
     password = _secret(login.password, base, f"{json_path}.password", errors)
     token = _secret(login.token, base, f"{json_path}.token", errors)
     if not (login.username + password + token).isascii():
@@ -1116,124 +1112,153 @@ def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple
 
 
 def _secret(source: Any, base: str, json_path: str, errors: list) -> str:
-    """The secret itself, from a file or the environment where it stands there."""
-    word = _secret_text(source, base, json_path, errors)
-    if not word.isprintable():  # told without it
-        errors.append(f"{json_path}: has a line end, or another character that can't be printed")
-    return word
-
-
-def _secret_text(source: Any, base: str, json_path: str, errors: list) -> str:
+    """Return a secret, from the file or the environment variable that `source` names."""
     try:
         if isinstance(source, str):
-            return source
-        if "env" in source:
-            return os.environ[source["env"]].rstrip("\r\n")
-        with open_regular(os.path.join(base, source["file"])) as stream:
-            if os.fstat(stream.fileno()).st_mode & 0o004:
-                errors.append(f"{json_path}.file: can be read by everybody; chmod 600 {source['file']}")
-            return stream.read().decode().rstrip("\r\n")
+            secret = source
+        elif "env" in source:
+            secret = os.environ[source["env"]].rstrip("\r\n")
+        else:
+            with open_regular(os.path.join(base, source["file"])) as stream:
+                if os.fstat(stream.fileno()).st_mode & 0o006:
+                    errors.append(f"{json_path}.file: can be read by everybody; chmod 600 {source['file']}")
+                secret = stream.read().decode().rstrip("\r\n")
     except (OSError, ValueError) as error:
-        errors.append(f"{json_path}.file: {source['file']}: {getattr(error, 'strerror', None) or error}")
+        reason = getattr(error, "strerror", None) or "not UTF-8"  # the error's text holds octets of the secret
+        errors.append(f"{json_path}.file: {source['file']}: {reason}")
     except KeyError:
         errors.append(f"{json_path}.env: no environment variable {source['env']}")
+    else:
+        if secret.isprintable():
+            return secret
+        errors.append(f"{json_path}: has a line end, or another unprintable character")
     return ""
 
 
-def _queue(policy: QueueSettings, base: str, errors: list) -> QueueSettings:
-    path = os.path.abspath(os.path.join(base, policy.path))
-    folder = os.path.dirname(path)
-    if not policy.path or os.path.isdir(path):
-        errors.append("queue.path: the name of a file is wanted")
-    elif not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
-        errors.append(f"queue.path: {folder} is no folder that can be written")
-    if not policy.retry_after:
-        errors.append("queue.retry_after: one number at least is wanted")
-    word = _secret(policy.webhook_secret, base, "queue.webhook_secret", errors)
+def _queue_settings(settings: QueueSettings, base: str, errors: list) -> QueueSettings:
+    path = os.path.abspath(os.path.join(base, settings.path))
+    if not settings.path or os.path.isdir(path):
+        errors.append("queue.path: expected the name of a file")
+    elif not is_writable_folder(os.path.dirname(path)):
+        errors.append(f"queue.path: {os.path.dirname(path)} is not a folder that can be written")
+    secret = _secret(settings.webhook_secret, base, "queue.webhook_secret", errors)
     try:
-        octets = base64.b64decode(word[6:], validate=True) if word.startswith("whsec_") else b""
+        octets = base64.b64decode(secret[6:], validate=True) if secret.startswith("whsec_") else b""
     except ValueError:
         octets = b""
-    if (policy.webhook or word) and not 24 <= len(octets) <= 64:
-        errors.append('queue.webhook_secret: "whsec_" and base64 of 24 to 64 octets is wanted')
-    return replace(policy, path=path, secret=octets)
+    if (settings.webhook or secret) and not 24 <= len(octets) <= 64:
+        errors.append('queue.webhook_secret: expected "whsec_" and base64 of 24 to 64 octets')
+    return replace(settings, path=path, secret=octets)
+
+
+def is_writable_folder(path: str) -> bool:
+    return os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
+
+
+def _check_tls(tls: Tls, base: str, errors: list) -> None:
+    missing = [key for key in ("certificate", "key") if not getattr(tls, key)]
+    errors.extend(f"httpd.tls.{key}: expected the name of a PEM file" for key in missing)
+    try:
+        server_context(tls, base) if not missing else None
+    except OSError as error:
+        errors.append(f"httpd.tls: {error.filename}: {error.strerror}")
 
 
 def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
+    row = route.row
     if route.auth and route.auth not in logins:
         errors.append(f'{json_path}.auth: "{route.auth}" is not in authinfo{did_you_mean(route.auth, logins)}')
     if route.relay == "MX" and route.auth:
         errors.append(f"{json_path}.auth: MX logs in nowhere")
-    if route.relay == "File" and not (os.path.isdir(route.folder) and os.access(route.folder, os.W_OK | os.X_OK)):
-        errors.append(f"{json_path}.mailer: {route.folder} is no folder that can be written")
+    if route.relay == "File" and not is_writable_folder(route.folder):
+        errors.append(f"{json_path}.mailer: {route.folder} is not a folder that can be written")
     ca_file = os.path.join(base, route.ca_file) if route.ca_file else ""
     try:
         client_context(route.tls_verify, ca_file, stat_key(ca_file)) if ca_file else None
     except OSError as error:
         errors.append(f"{json_path}.ca_file: {ca_file}: {error.strerror or error}")
     if route.relay != "File" and route.host.startswith("/"):
-        errors.append(f'{json_path}.host: "{route.host}" is no host name')
+        errors.append(f'{json_path}.host: expected a host name, got "{route.host}"')
     *login, token = logins.get(route.auth, ("",))
     route = replace(route, ca_file=ca_file, credentials=tuple(login), token=token)
-    return _web_route(route, json_path, errors) if route.relay in WEB_APIS else route
+    return _web_route(route, row, json_path, errors) if row.api_url else route
 
 
-def _web_route(route: Route, json_path: str, errors: list) -> Route:
-    """The route of a relay by HTTP, with the host and port that it really goes to."""
-    missing = [key for key in NEEDED.get(route.relay, ()) if not getattr(route, key)]
-    errors += [f"{json_path}.{key}: {route.relay} needs it" for key in missing]
-    if route.credentials and not (
-        route.credentials[1] and (route.credentials[0] or route.relay in ("SendGrid", "Mandrill"))
-    ):
-        errors.append(f"{json_path}.auth: authinfo.{route.auth} needs a username and a password")
+def _web_route(route: Route, row: Relay, json_path: str, errors: list) -> Route:
+    """Return the route of a relay by HTTP with the host and port of its API."""
+    login = dict(zip(("username", "password"), route.credentials), token=route.token)
+    if route.credentials and not all(login[key] for key in row.login):
+        errors.append(f"{json_path}.auth: authinfo.{route.auth} needs {' and '.join(f'a {key}' for key in row.login)}")
     site = split_base_url(route.url)
     return replace(route, host=site.host, port=site.port)
 
 
 class BaseURL(NamedTuple):
-    """A base URL in parts."""
+    """Base URL in parts."""
 
     tls: bool
     host: str
     port: int
-    path: str  # that stands before every path of the API
-    host_header: str  # as the header Host wants it, RFC 9110 7.2
+    path: str  # stands before every path of the API
+    host_header: str  # value of the header Host, RFC 9110 7.2
 
 
 @functools.lru_cache(maxsize=1024)
 def split_base_url(url: str) -> BaseURL:
     parts = urllib.parse.urlsplit(url)
-    host, usual = parts.hostname or "", 443 if parts.scheme == "https" else 80
-    name, port = f"[{host}]" if ":" in host else host, parts.port or usual
-    return BaseURL(parts.scheme == "https", host, port, parts.path, name if port == usual else f"{name}:{port}")
+    host, default_port = parts.hostname or "", 443 if parts.scheme == "https" else 80
+    name, port = f"[{host}]" if ":" in host else host, parts.port or default_port
+    return BaseURL(parts.scheme == "https", host, port, parts.path, name if port == default_port else f"{name}:{port}")
 
 
-def pin_queue_path(fresh: Settings, policy: QueueSettings | None) -> Settings:
-    """Settings read anew with the queue in the file that it is in: another one takes effect at the next start."""
-    return replace(fresh, queue=policy and replace(fresh.queue or policy, path=policy.path))
+def pin_queue_path(fresh: Settings, queue_settings: QueueSettings | None) -> Settings:
+    """Return reloaded settings with the queue's present file: another one takes effect at the next start."""
+    return replace(fresh, queue=queue_settings and replace(fresh.queue or queue_settings, path=queue_settings.path))
 
 
 def local_hostname() -> str:
-    """This machine's name, "localhost" where that is no domain."""
+    """Return this machine's name, made legal; with ".localdomain" (as of Postfix) if it has no domain."""
     name = socket.gethostname()
-    return name if DOMAIN.fullmatch(name) else "localhost"
+    if FQDN.fullmatch(name):
+        return name
+    return (re.sub("[^A-Za-z0-9]+", "-", name)[:63].strip("-") or "localhost") + LOCALDOMAIN
+
+
+def ehlo_name(hostname: str, address: str) -> str:
+    """Return our name for EHLO: the address literal of the connection if it is no fully qualified domain name."""
+    if DOMAIN.fullmatch(hostname) and "." in hostname and not hostname.rpartition(".")[2].isdigit():
+        return hostname
+    address = str(parse_ip(address.partition("%")[0]))
+    return f"[IPv6:{address}]" if ":" in address else f"[{address}]"  # RFC 5321 4.1.4
+
+
+LOCALDOMAIN = ".localdomain"
+_LDH = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # letters, digits, hyphens
+FQDN = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)+(?=[0-9-]*[A-Za-z]){_LDH}")
 
 
 def server_context(tls: Tls, base: str) -> ssl.SSLContext:
-    """TLS 1.2 and later with the certificate; raises OSError."""
+    """Return a context for TLS 1.2 and later with the certificate; OSError with the file's name if it can't be used."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    files = os.path.join(base, tls.certificate), os.path.join(base, tls.key)
-    context.load_cert_chain(*files, password=lambda: "")  # or OpenSSL would ask the terminal for it
+    files = [os.path.join(base, name) for name in (tls.certificate, tls.key)]
+    for name in files:
+        open_regular(name).close()
+    try:
+        context.load_cert_chain(*files, password=lambda: "")  # or OpenSSL would ask the terminal for it
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise OSError(errno.EINVAL, f"not a certificate and its key ({reason})", ", ".join(files)) from None
     return context
 
 
 @functools.lru_cache(maxsize=64)
-def client_context(verify: bool, ca_file: str, _signature: tuple | None = None) -> ssl.SSLContext:
-    """TLS towards a server; made once, since loading the certificate authorities takes tens of milliseconds."""
+def client_context(verify: bool, ca_file: str, _stat_key: tuple | None = None) -> ssl.SSLContext:
+    """Return a context for connecting; cached, because loading certificate authorities takes tens of milliseconds."""
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if ca_file:
+        open_regular(ca_file).close()
         context.load_verify_locations(ca_file)
     if not verify:
         context.check_hostname = False
@@ -1241,9 +1266,9 @@ def client_context(verify: bool, ca_file: str, _signature: tuple | None = None) 
     return context
 
 
-def redacted(value: Any, masked: bool = False) -> Any:
-    """Settings as JSON values, each secret as ********."""
-    if masked and value:
+def redacted(value: Any, secret: bool = False) -> Any:
+    """Return settings as JSON values, each secret as ********."""
+    if secret and value:
         return "********"
     if isinstance(value, Authenticator):
         return dict.fromkeys(value.hashes, "********")
@@ -1261,7 +1286,7 @@ def redacted(value: Any, masked: bool = False) -> Any:
 
 
 def example_settings() -> dict:
-    """The settings of the example file: complete, valid, and three lines short of a smart host."""
+    """Return the settings of the example file: complete, valid, and three lines short of a smart host."""
     route = {"mailer": "ESMTP", "host": "smtp.example.org", "port": 587, "starttls": True, "auth": "relay"}
     settings = redacted(Settings(recipients=Recipients(open_relay=True), queue=QueueSettings(path="haineko.db")))
     settings["mailertable"] = {
@@ -1276,32 +1301,34 @@ def example_settings() -> dict:
 
 # ======================================================================================================================
 # 4. Log
-#    One line for each event, on stderr or to syslog, with nothing in it that a terminal or a log reader could trip
-#    over. A reader that has stopped costs lines, never a mail. The only state that the whole file shares.
+#    One line for each event, on stderr or to syslog, safe for terminals and log readers. A destination that does not
+#    read costs lines, never a mail. `log` is the only state that all sections share.
 # ======================================================================================================================
 
 
 class LogSink:
-    """Who reads the log, and may be slow or gone: waited for, a second of each minute, until lines are lost."""
+    """Write-readiness of a log destination: waits for it at most 1 s per minute, then lines are dropped and counted."""
 
-    WAIT_BUDGET = 1.0  # seconds of a minute
+    WAIT_BUDGET = 1.0  # seconds per minute
 
     def __init__(self) -> None:
         self.lost = 0  # lines, since it stopped reading
-        self.budget, self.waited = self.WAIT_BUDGET, 0.0  # what is left of it; monotonic time when that was so
+        self.budget, self.waited = self.WAIT_BUDGET, 0.0  # what is left of it, at that monotonic time
 
-    def wait_writable(self, room: Any) -> bool:
-        """True where `room`, a poll object, says that a line can be written."""
-        if room.poll(0):
+    def wait_writable(self, fd: int) -> bool:
+        """Return True once a line can be written."""
+        poller = select.poll()
+        poller.register(fd, select.POLLOUT)
+        if poller.poll(0):
             return True
         if self.lost:
             return False
-        now = time.monotonic()
-        patience = min(self.budget + (now - self.waited) * self.WAIT_BUDGET / 60, self.WAIT_BUDGET)
-        found = room.poll(patience * 1000)
+        start = time.monotonic()
+        budget = min(self.budget + (start - self.waited) * self.WAIT_BUDGET / 60, self.WAIT_BUDGET)
+        ready = poller.poll(budget * 1000)
         self.waited = time.monotonic()
-        self.budget = max(patience - (self.waited - now), 0)
-        return bool(found)
+        self.budget = max(budget - (self.waited - start), 0)
+        return bool(ready)
 
     @property
     def lost_note(self) -> str:
@@ -1309,23 +1336,21 @@ class LogSink:
 
 
 class Log:
-    """Where lines go; `devel` shows SMTP dialogues too. Who calls hold() calls flush() too, again and again: then the
-    lines of many mails are written by one call."""
+    """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once."""
 
     SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
 
     def __init__(self) -> None:
-        self.devel = False
-        self.priority: int | None = None  # of lines for syslog; None: they go to stderr
+        self.devel = False  # SMTP dialogues are shown, too
+        self.priority: int | None = None  # of syslog lines; None: they go to stderr
         self.syslog: socket.socket | None = None
         self.buffer: list | None = None  # texts that wait for flush()
+        self.loop: Any = None  # event loop that calls flush()
         self.stderr = 2  # a file descriptor
-        self.poller = select.poll()
-        self.poller.register(2, select.POLLOUT)
-        self.stderr_sink, self.syslog_sink = LogSink(), LogSink()  # of stderr, and of syslog
+        self.stderr_sink, self.syslog_sink = LogSink(), LogSink()
 
     def open(self, settings: Syslog) -> None:
-        """From now on lines go where the settings say."""
+        """Send lines from now on where the settings say."""
         self.priority = None
         if not settings.disabled:
             import syslog
@@ -1333,49 +1358,76 @@ class Log:
             self.priority = syslog.LOG_INFO | getattr(syslog, "LOG_" + settings.facility.upper())
 
     def lines(self, *lines: str) -> None:
-        """Written by one call, so that lines of several processes don't mix."""
+        """Write lines by one call, so that those of several processes don't mix."""
         if self.priority is not None:
             for line in lines:
                 self._to_syslog(line)
             return
         head = f"{timestamp(int(time.time()))} haineko[{os.getpid()}]: "
-        text = "".join([f"{head}{line}\n" for line in lines])
-        self._add(text)
+        self._add("".join([f"{head}{line}\n" for line in lines]))
+
+    def dialogue(self, peer: str, direction: str, line: str) -> None:
+        """Show a line of an SMTP dialogue under -d."""
+        if self.devel:
+            self._add(f"{peer} {direction} {sanitize(line, 1000, keep=chr(9))}\n")
 
     def _add(self, text: str) -> None:
-        """Now or later: where lines are held, one thread writes them all."""
         if self.buffer is None:
             self.write_bytes(text.encode("utf-8", "backslashreplace"))
-        else:
-            self.buffer.append(text)
+            return
+        first = not self.buffer
+        self.buffer.append(text)
+        if self.loop and threading.current_thread() is not threading.main_thread():
+            self.loop.call_soon_threadsafe(self.flush)
+        elif self.loop and first:
+            self.loop.call_soon(self.flush)
 
-    def start_buffering(self) -> None:
-        """From now on lines wait for flush(). A process that is killed loses those of its turn, of which no client has
-        an answer yet."""
-        self.buffer = []
-        with contextlib.suppress(OSError):  # a pipe of one's own: of others', another process may have taken the room
+    def start_buffering(self, loop: Any = None) -> None:
+        """Let lines wait for flush(), which the event loop calls in its next iteration.
+
+        A process that is killed loses those of the current one, of which no request was answered yet.
+        """
+        self.buffer, self.loop = [], loop
+        with contextlib.suppress(OSError):  # reopened: in a shared pipe another process may take the room meanwhile
             if stat.S_ISFIFO(os.fstat(2).st_mode):
                 self.stderr = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-                self.poller.register(self.stderr, select.POLLOUT)
-                self.poller.unregister(2)
 
     def flush(self) -> None:
-        """Writes the lines that wait."""
+        """Write the lines that wait."""
         if self.buffer:
             texts = self.buffer[:]
             del self.buffer[: len(texts)]  # a thread may have added to them meanwhile
             self.write_bytes("".join(texts).encode("utf-8", "backslashreplace"))
 
+    def write_bytes(self, octets: bytes) -> bool:
+        """Write octets to stderr; False if it is closed, full, or a pipe that nobody reads."""
+        start, sink = 0, self.stderr_sink
+        try:
+            while start < len(octets):
+                if not sink.wait_writable(self.stderr):
+                    sink.lost += octets.count(b"\n", start)
+                    return False
+                with contextlib.suppress(BlockingIOError):  # another process was quicker
+                    if sink.lost:
+                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {sink.lost_note}\n".encode())
+                        sink.lost = 0
+                        continue  # there may have been room for this only
+                    end = octets.rfind(b"\n", start, start + select.PIPE_BUF) + 1  # so much never blocks
+                    start += os.write(self.stderr, octets[start : end or start + select.PIPE_BUF])
+        except OSError:
+            return False
+        return True
+
     def _to_syslog(self, line: str) -> None:
-        """A line for syslog (RFC 3164), whose daemon may not be there, be another one, or no longer read; the function
-        of that name would wait for it for ever."""
+        """Send a line (RFC 3164) to a daemon that may be absent or stuck, where syslog.syslog() would block."""
         head = f"<{self.priority}>{time.strftime('%b %e %H:%M:%S')} haineko[{os.getpid()}]: "
         for _ in range(2):
             try:
-                self.syslog = self.syslog or self._syslog_socket()
-                room = select.poll()
-                room.register(self.syslog, select.POLLOUT)
-                if not self.syslog_sink.wait_writable(room):
+                if not self.syslog:
+                    self.syslog = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+                    self.syslog.setblocking(False)
+                    self.syslog.connect(next(filter(os.path.exists, self.SYSLOG), self.SYSLOG[0]))
+                if not self.syslog_sink.wait_writable(self.syslog.fileno()):
                     break
                 for text in (self.syslog_sink.lost_note, line) if self.syslog_sink.lost else (line,):
                     self.syslog.send((head + text).encode("utf-8", "backslashreplace"))
@@ -1389,40 +1441,6 @@ class Log:
                 self.syslog = None
         self.syslog_sink.lost += 1
 
-    def _syslog_socket(self) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        sock.setblocking(False)
-        path = next((path for path in self.SYSLOG if os.path.exists(path)), self.SYSLOG[0])
-        try:
-            sock.connect(path)
-        except OSError:
-            sock.close()
-            raise
-        return sock
-
-    def write_bytes(self, octets: bytes) -> bool:
-        """Octets for stderr; False where it is gone, full, or a pipe that nobody reads, which must not cost a mail."""
-        start, reader = 0, self.stderr_sink
-        try:
-            while start < len(octets):
-                if not reader.wait_writable(self.poller):
-                    reader.lost += octets.count(b"\n", start)
-                    return False
-                with contextlib.suppress(BlockingIOError):  # another process was quicker
-                    if reader.lost:
-                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {reader.lost_note}\n".encode())
-                        reader.lost = 0
-                        continue  # there may have been room for this only
-                    end = octets.rfind(b"\n", start, start + select.PIPE_BUF) + 1  # so much never blocks
-                    start += os.write(self.stderr, octets[start : end or start + select.PIPE_BUF])
-        except OSError:
-            return False
-        return True
-
-    def dialogue(self, who: str, direction: str, line: str) -> None:
-        if self.devel:
-            self._add(f"{who} {direction} {sanitize(line, 1000)}\n")
-
 
 @functools.lru_cache(maxsize=2)
 def timestamp(second: int) -> str:
@@ -1433,18 +1451,19 @@ log = Log()
 
 
 def log_exception(queueid: str | None) -> None:
-    """The traceback of a fault of our own, a line each."""
+    """Log the traceback of the current exception."""
     import traceback
 
     log.lines(*[f"{queueid or '-'}: {sanitize(line, 500)}" for line in traceback.format_exc().splitlines()])
 
 
 def log_pairs(**values: Any) -> str:
-    """key=value for a log line; values with spaces or quotes in quotes, unprintables as "?", None left out."""
+    """Return key=value for each value but None."""
     return " ".join([f"{key}={log_value(value)}" for key, value in values.items() if value is not None])
 
 
 def log_value(value: Any, limit: int = 500) -> str:
+    """Return a value for a log line, in quotes if it is empty or has blanks or quotes, "?" for unprintables."""
     value = str(value)
     if len(value) > limit or not value.isprintable():
         value = sanitize(value, limit)
@@ -1529,6 +1548,8 @@ class Request:
     port: int | None  # of the client
     now: float  # seconds since the epoch
     settings: Settings | None = None  # the settings in force when it began
+    login: str = ""  # who logged in
+    message_size: int = 0  # octets of the finished message
 
 
 class Mailbox(NamedTuple):
@@ -1606,7 +1627,7 @@ def parse_header_text(value: Any, json_path: str, errors: list) -> str:
     return value
 
 
-def matching(pattern: str, expected: str) -> Callable:
+def header_matching(pattern: str, expected: str) -> Callable:
     """Make a parser of header text that is empty or matches the whole pattern."""
     compiled = re.compile(pattern)
 
@@ -1777,8 +1798,8 @@ IANA_NAMES.update({f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 85
 IANA_NAMES.update({f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))})
 CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
 
-parse_message_id = matching(MESSAGE_ID, '"<left@right>"')  # RFC 5322 3.6.4
-parse_ascii_text = matching(PLAIN.pattern, "printable ASCII in words of at most 900 characters")
+parse_message_id = header_matching(MESSAGE_ID, '"<left@right>"')  # RFC 5322 3.6.4
+parse_ascii_text = header_matching(PLAIN.pattern, "printable ASCII in words of at most 900 characters")
 
 
 def parse_message_ids(value: Any, json_path: str, errors: list) -> str:
@@ -1803,11 +1824,6 @@ def parse_date(value: Any, json_path: str, errors: list) -> str:
     return value
 
 
-def one_of(*words: str) -> Callable:
-    """Make a parser of one of these words."""
-    return matching(f"(?i:{'|'.join(words)})", f"one of {', '.join(words)}")
-
-
 # Fields that a client may set beside those of Header and X-...; the parser decides how a value is written:
 # parse_header_text: may be encoded (RFC 2047); parse_mailbox_field: a list of mailboxes; all others: as it is.
 EXTRA_FIELDS = {
@@ -1816,9 +1832,11 @@ EXTRA_FIELDS = {
     "References": parse_message_ids,
     "Date": parse_date,
     "Disposition-Notification-To": parse_mailbox_field,  # RFC 8098
-    "Importance": one_of("high", "normal", "low"),  # RFC 4021 2.1.44
-    "Priority": one_of("urgent", "normal", "non-urgent"),
-    "Sensitivity": one_of("personal", "private", "company-confidential"),
+    "Importance": header_matching("(?i:high|normal|low)", "high, normal or low"),  # RFC 4021 2.1.44
+    "Priority": header_matching("(?i:urgent|normal|non-urgent)", "urgent, normal or non-urgent"),
+    "Sensitivity": header_matching(
+        "(?i:personal|private|company-confidential)", "personal, private or company-confidential"
+    ),
     **dict.fromkeys(("List-Id", "Organization", "Comments", "Keywords"), parse_header_text),
     **dict.fromkeys(("Auto-Submitted", "Precedence", "Feedback-Id"), parse_ascii_text),  # RFC 3834
     **dict.fromkeys(("List-Archive", "List-Help", "List-Owner", "List-Post"), parse_ascii_text),  # RFC 2369
@@ -1971,7 +1989,7 @@ def parse_content_id(value: Any, json_path: str, errors: list) -> str:
     """Return the name that a link "cid:..." in the HTML uses (RFC 2392), without brackets."""
     if type(value) is str and value.startswith("<") and value.endswith(">"):
         value = value[1:-1]
-    return matching(CONTENT_ID, "letters, digits and @._+-")(value, json_path, errors)
+    return header_matching(CONTENT_ID, "letters, digits and @._+-")(value, json_path, errors)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -2431,47 +2449,37 @@ def jis_bytes_to_text(octets: bytes) -> str:
 
 # ======================================================================================================================
 # 6. Policy
-#    Takes a request, its submission and the settings; each check gives the Reply that refuses, or None. A check acts on
-#    nothing. The order of the tables is the order in which faults are told.
+#    Takes a request, its submission and the settings; a check gives the Reply that refuses them, or None. Checks have no
+#    side effects, except that check_login() names who logged in. CHECKS has them in the order in which faults are told.
 # ======================================================================================================================
 
 
-def first_rejection(checks: tuple, *values: Any) -> Reply | None:
-    """What the first check that fails says."""
-    for check in checks:
-        refusal = check(*values)
-        if refusal:
-            return refusal
+def check_login(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
+    """Require HTTP Basic (RFC 7617) if the section `password` has a user."""
+    if not settings.password.hashes:
+        return None
+    credentials = request.headers.get("authorization", "")
+    if not settings.password.authenticate(credentials):
+        return make_reply("login")
+    request.login = username_of(credentials)
     return None
 
 
-def check_login(request: Request, settings: Settings) -> Reply | None:
-    """HTTP Basic, RFC 7617; asked for where the section `password` has a user."""
-    if not settings.password.hashes:
-        return None
-    return None if settings.password.authenticate(request.headers.get("authorization", "")) else make_reply("login")
-
-
-def check_client(request: Request, settings: Settings) -> Reply | None:
+def check_client(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
+    """Require an address in relayhosts, unless the client has to log in."""
     policy = settings.relayhosts
-    if settings.password.hashes or policy.open_relay:
+    if settings.password.hashes or policy.open_relay or request.client in policy.relayhosts:
         return None
-    return None if request.client in policy.relayhosts else make_reply("client")
+    return make_reply("client")
 
 
-PRE_BODY_CHECKS = (check_login, check_client)  # asked before the body is read
-
-
-def check_loop(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+def check_loop(request: Request | None, submission: Submission, settings: Settings) -> Reply | None:
     names = submission.header.loop
-    return (
-        make_reply("loop")
-        if len(names) > MAX_LOOP_NAMES or settings.hostname.lower() in map(str.lower, names)
-        else None
-    )
+    looped = len(names) > MAX_LOOP_NAMES or settings.hostname.lower() in map(str.lower, names)
+    return make_reply("loop") if looped else None
 
 
-MAX_LOOP_NAMES = 25  # Hainekos on the way of one mail; more is a loop through others' names
+MAX_LOOP_NAMES = 25  # instances that one mail may pass; more is a loop through others' names
 
 
 def check_ehlo(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -2482,20 +2490,30 @@ def check_ehlo(request: Request, submission: Submission, settings: Settings) -> 
     return None if literal else make_reply("ehlo")
 
 
-def check_mail(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+def check_sender(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.mail:
         return make_reply("mail-empty")
     return None if parse_address(submission.mail) else make_reply("mail-form", *idna_hint(submission.mail))
 
 
-def check_rcpt_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+def check_recipient_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.rcpt or submission.rcpt == ("",):
         return make_reply("rcpt-none")
-    most, count = settings.smtpd.max_rcpts_per_message, len(submission.rcpt)
-    if not most or count <= most:
+    limit, count = settings.smtpd.max_rcpts_per_message, len(submission.rcpt)
+    if not limit or count <= limit:
         return None
-    far_too_many = count > 100 * most + 1000  # so many that looking for the same ones would take long
-    return make_reply("rcpt-many") if far_too_many or len(unique_recipients(submission)) > most else None
+    if count <= 100 * limit + 1000:  # past that, comparing the addresses would take too long
+        count = len(unique_recipients(submission))
+    return make_reply("rcpt-many") if count > limit else None
+
+
+def check_recipients(request: Request, submission: Submission, settings: Settings) -> dict:
+    """Return {recipient as written: the Reply that refuses it}."""
+    replies = {
+        as_written: check_recipient(mailbox, settings, as_written)
+        for as_written, mailbox in unique_recipients(submission).items()
+    }
+    return {as_written: reply for as_written, reply in replies.items() if reply}
 
 
 def check_body(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -2503,40 +2521,69 @@ def check_body(request: Request, submission: Submission, settings: Settings) -> 
     return None if submission.body or submission.html or (raw and raw.fields) else make_reply("body-empty")
 
 
-CHECKS = (check_loop, check_ehlo, check_mail, check_rcpt_count)
-CONTENT_CHECKS = (check_body,)
+def check_size(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    return check_message_size(request.message_size, settings)
+
+
+def check_subject(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    return None if submission.header.subject or submission.raw else make_reply("subject-empty")
+
+
+# (stage, check) in the order in which faults are reported. A check returns a Reply, which refuses the whole submission,
+# or {recipient: Reply}, which refuses these recipients.
+CHECKS = (
+    ("head", check_login),  # before the body is read; there is no submission yet
+    ("head", check_client),
+    ("submission", check_loop),
+    ("submission", check_ehlo),
+    ("submission", check_sender),
+    ("submission", check_recipient_count),
+    ("submission", check_recipients),
+    ("content", check_body),  # if a recipient is left
+    ("message", check_size),  # once the message is composed: request.message_size is known
+    ("message", check_subject),
+)
+
+
+def checks_at(stage: str) -> tuple:
+    return tuple(check for name, check in CHECKS if name == stage)
+
+
+def apply_checks(checks: tuple, request: Request, submission: Submission | None, settings: Settings) -> dict:
+    """Return {recipient: Reply} of the refused recipients; raise Rejected if the whole submission is refused."""
+    refused: dict = {}
+    for check in checks:
+        result = check(request, submission, settings)
+        if isinstance(result, Reply):
+            raise Rejected(result)
+        refused.update(result or ())
+    return refused
 
 
 def unique_recipients(submission: Submission) -> dict:
-    """{recipient as written: its Address, or None where it is none}, in order, the same address once."""
+    """Return {recipient as written: its Mailbox, None if it is not an address}, in order, without duplicates."""
     found: dict = {}
-    for given in submission.rcpt:
-        mailbox = parse_address(given)
-        found.setdefault(mailbox.key if mailbox else given, (given, mailbox))
+    for as_written in submission.rcpt:
+        mailbox = parse_address(as_written)
+        found.setdefault(mailbox.key if mailbox else as_written, (as_written, mailbox))
     return dict(found.values())
 
 
-def check_rcpt(mailbox: Mailbox | None, settings: Settings, given: str = "") -> Reply | None:
-    """What refuses one recipient."""
+def check_recipient(mailbox: Mailbox | None, settings: Settings, as_written: str = "") -> Reply | None:
     if not mailbox:
-        return make_reply("rcpt-form", *idna_hint(given))
+        return make_reply("rcpt-form", *idna_hint(as_written))
     policy = settings.recipients
-    if (
+    permitted = (
         policy.open_relay
         or mailbox.domain.lower() in policy.domainpart
         or mailbox.addr_spec.lower() in policy.recipients
-    ):
-        return None
-    return make_reply("rcpt-policy")
+    )
+    return None if permitted else make_reply("rcpt-policy")
 
 
-def check_size(octets: int, settings: Settings) -> Reply | None:
-    most = settings.smtpd.max_message_size
-    return make_reply("too-big") if most and octets > most else None
-
-
-def check_subject(submission: Submission) -> Reply | None:
-    return None if submission.header.subject or submission.raw else make_reply("subject-empty")
+def check_message_size(octets: int, settings: Settings) -> Reply | None:
+    limit = settings.smtpd.max_message_size
+    return make_reply("too-big") if limit and octets > limit else None
 
 
 # ======================================================================================================================
@@ -3153,376 +3200,215 @@ def lookup_keys(domain: str) -> Any:
 
 
 # ======================================================================================================================
-# 9. Waiting
-#    Takes coroutines and runs each until it waits: for a socket with a deadline, for a while, for others, or for a
-#    function that blocks and therefore runs in a thread. Ten thousand of them wait as cheaply as ten, and none holds
-#    a thread. Knows nothing of what they do.
+# 9. Event loop
+#    asyncio's loop, with sockets that may speak TLS (smtplib's, which asyncio refuses), deadlines that cost no timer
+#    each, and data that leaves when the log has the lines that tell of it.
 # ======================================================================================================================
 
-
-@types.coroutine
-def wait_ready(sock: Any, deadline: float, writing: bool = False) -> Any:
-    """Waits until the socket can be read (or written); socket.timeout at the deadline (monotonic)."""
-    yield Loop.wait, (sock, deadline, writing)
-
-
-@types.coroutine
-def sleep(seconds: float) -> Any:
-    yield Loop.sleep, (seconds,)
-
-
-@types.coroutine
-def to_thread(function: Callable, *values: Any) -> Any:
-    """What a function that blocks returns, or raises."""
-    return (yield Loop.start_thread, (function, values))
-
-
-@types.coroutine
-def answered_by(function: Callable, *values: Any) -> Any:
-    """What is passed to done(), at once or later, by function(done, *values); an exception is raised."""
-    return (yield Loop.lend, (function, values))
-
-
-@types.coroutine
-def gather(coroutines: list) -> Any:
-    """Waits until all have ended; they run side by side."""
-    yield Loop.join, (coroutines,)
-
-
-@types.coroutine
-def sock_recv(sock: Any, most: int, deadline: float) -> Any:
-    """Octets as they come, b"" at the end; raises OSError, socket.timeout among them."""
-    while True:
-        try:
-            return sock.recv(most)
-        except WOULD_BLOCK as error:
-            yield Loop.wait, (sock, deadline, isinstance(error, ssl.SSLWantWriteError))
-
-
-@types.coroutine
-def sock_sendall(sock: Any, octets: bytes, deadline: float) -> Any:
-    """All octets, by the deadline. They leave at the end of the loop's turn, together with those of all others: who
-    hears us then wakes up once for many."""
-    left: Any = octets
-    while left:
-        try:
-            left = yield Loop.depart, (sock, left)
-        except WOULD_BLOCK as error:
-            yield Loop.wait, (sock, deadline, not isinstance(error, ssl.SSLWantReadError))
-
-
-WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+MAX_THREADS = 256  # one dead host can hold 32 of them, while sessions to it are opened
+TLS_WRITES = {ssl.SSLWantReadError: False, ssl.SSLWantWriteError: True}  # TLS may have to read in order to write
+WOULD_BLOCK = (BlockingIOError, *TLS_WRITES)
 
 
 def run(coroutine: Any) -> Any:
-    """What a coroutine returns, run by a loop of its own."""
-    loop, result = Loop(), []
-
-    async def main() -> None:
-        try:
-            result.append((await coroutine, None))
-        except BaseException as error:
-            result.append((None, error))
-
-    loop.spawn(main())
-    while not result:
-        loop.turn()
-    loop.close()
-    value, error = result[0]
-    if error:
-        raise error
-    return value
+    """Return what a coroutine returns, run by an event loop of its own."""
+    with contextlib.closing(EventLoop()) as loop:
+        return loop.run_until_complete(coroutine)
 
 
-class Loop:
-    """Runs coroutines. Each yields (method of the loop, values) where it waits; that method sees to its going on."""
+class EventLoop(asyncio.SelectorEventLoop):
+    """Event loop with threads of its own, which keeps its tasks and sends the data of one iteration together."""
 
-    def __init__(self) -> None:
-        self.poller = Epoll() if hasattr(select, "epoll") else Selector()
-        self.ready: deque = deque()  # (coroutine, value to go on with; an exception is raised in it)
-        self.waiting: dict = {}  # file descriptor: (coroutine, deadline)
-        self.leaving: list = []  # (coroutine, socket, octets)
-        self.sleeping: list = []  # heap of (time, number, coroutine)
-        self.sweep = 0.0  # no deadline lies before this time
-        self.numbers = itertools.count()
-        self.threads = Threads()
-        self.spawn(self._hear_threads())
+    def __init__(self, selector: Any = None) -> None:
+        super().__init__(selector)
+        self.tasks: set = set()  # asyncio itself holds weak references only
+        self.sends: list = []  # AsyncSockets whose operation is a send
+        self.set_default_executor(ThreadPoolExecutor(MAX_THREADS))
+        self.set_exception_handler(log_task_fault)
 
-    def spawn(self, coroutine: Any) -> None:
-        self.ready.append((coroutine, None))
+    def create_task(self, coroutine: Any, **options: Any) -> asyncio.Task:
+        task = super().create_task(coroutine, **options)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
 
-    def close(self) -> None:
-        """Gives its files back; no coroutine goes on."""
-        self.poller.close()
-        self.threads.bell.close()
-        self.threads.clapper.close()
-
-    def turn(self, most: float = 1.0) -> None:
-        """Waits for the next event where nothing can run, `most` seconds at the most; runs what can; sends what came of
-        it."""
-        for descriptor in self.poller.poll(0 if self.ready or self.leaving else self._pause(most)):
-            found = self.waiting.pop(descriptor, None)
-            if found:
-                self.step(found[0], None)
-        now = time.monotonic()
-        if now >= self.sweep:
-            self._expire(now)
-        while self.sleeping and self.sleeping[0][0] <= now:
-            self.ready.append((heapq.heappop(self.sleeping)[2], None))
-        for _ in range(len(self.ready)):
-            self.step(*self.ready.popleft())
-        self._see_off()
-
-    def _pause(self, most: float) -> float:
-        """Seconds until something is to be done even without an event."""
-        now = time.monotonic()
-        return max(min(self.sweep, self.sleeping[0][0] if self.sleeping else self.sweep, now + most) - now, 0)
-
-    def step(self, coroutine: Any, value: Any) -> None:
-        """Goes on with a coroutine until it waits or ends."""
-        try:
-            method, values = coroutine.throw(value) if isinstance(value, BaseException) else coroutine.send(value)
-        except StopIteration:
-            return
-        except Exception:
-            log_exception("loop")
-            return
-        try:
-            method(self, coroutine, *values)
-        except Exception as error:  # no thread or no memory is left: it is the coroutine's, not everybody's
-            self.ready.append((coroutine, error))
-
-    def _expire(self, now: float) -> None:
-        """Ends the waits whose deadline has come."""
-        self.sweep = now + 1
-        for descriptor, (coroutine, deadline) in list(self.waiting.items()):
-            if deadline <= now:
-                del self.waiting[descriptor]
-                self.poller.forget(descriptor)
-                self.ready.append((coroutine, socket.timeout("timed out")))
-            elif deadline < self.sweep:
-                self.sweep = deadline
-
-    def wait(self, coroutine: Any, sock: Any, deadline: float, writing: bool) -> None:
-        self.waiting[self.poller.watch(sock, writing)] = coroutine, deadline
-        if deadline < self.sweep:
-            self.sweep = deadline
-
-    def depart(self, coroutine: Any, sock: Any, octets: Any) -> None:
-        self.leaving.append((coroutine, sock, octets))
-        if len(self.leaving) == BURST:
-            self._see_off()
-
-    def _see_off(self) -> None:
-        """Sends what is to leave, once the log has what is told of it. Each goes on in the next turn with what is left
-        of it, with a fault at once: who has to wait must do so before the poller tells that it need not."""
+    def flush_sends(self) -> None:
+        """Send what one iteration has to send, behind the log lines that tell of it."""
         log.flush()
-        leaving, self.leaving = self.leaving, []
-        for coroutine, sock, octets in leaving:
-            try:
-                sent = sock.send(octets)
-            except Exception as error:
-                self.step(coroutine, error)
-            else:
-                self.ready.append((coroutine, memoryview(octets)[sent:] if sent < len(octets) else None))
-
-    def interrupt(self, sock: Any, error: Exception) -> bool:
-        """Raises the fault in the coroutine that waits for this socket; False where none does."""
-        found = self.waiting.pop(sock.fileno(), None)
-        if found:
-            self.poller.forget(sock.fileno())
-            self.ready.append((found[0], error))
-        return bool(found)
-
-    def sleep(self, coroutine: Any, seconds: float) -> None:
-        if seconds:
-            heapq.heappush(self.sleeping, (time.monotonic() + seconds, next(self.numbers), coroutine))
-        else:
-            self.ready.append((coroutine, None))
-
-    def join(self, coroutine: Any, others: list) -> None:
-        missing = [len(others)]
-        if not others:
-            self.ready.append((coroutine, None))
-
-        async def one(other: Any) -> None:
-            try:
-                await other
-            finally:
-                missing[0] -= 1
-                if not missing[0]:
-                    self.ready.append((coroutine, None))
-
-        for other in others:
-            self.spawn(one(other))
-
-    def start_thread(self, coroutine: Any, function: Callable, values: tuple) -> None:
-        self.threads.start(coroutine, function, values)
-
-    def lend(self, coroutine: Any, function: Callable, values: tuple) -> None:
-        function(functools.partial(self.threads.end, coroutine), *values)
-
-    async def _hear_threads(self) -> None:
-        """Goes on with the coroutines whose functions have ended."""
-        while True:
-            await sock_recv(self.threads.bell, 4096, float("inf"))
-            while self.threads.ended:
-                self.ready.append(self.threads.ended.popleft())
+        sends, self.sends = self.sends, []
+        for sock in sends:
+            sock.try_operation(writing=True)
 
 
-BURST = 32  # sent together at the most, so that the first of many does not wait for the last
+def log_task_fault(_: Any, context: dict) -> None:
+    """Log the exception of a task that nobody awaits."""
+    try:
+        raise context.get("exception") or RuntimeError(context["message"])
+    except BaseException:
+        log_exception("loop")
 
 
-class Threads:
-    """Threads for functions that block, as many as block at the time; each is used again for a while."""
+class AsyncSocket:
+    """Non-blocking socket, plain or TLS, for which one task at a time waits; deadlines are monotonic times.
 
-    SPARE = 2.0  # seconds after which a thread without work ends
+    It stays registered with the loop until an event finds nobody waiting, and has one timer, set again when it fires:
+    so a wait costs no system call, and an idle connection nothing. Release or close it before its number is reused.
+    """
 
-    def __init__(self) -> None:
-        self.ended: deque = deque()  # (coroutine, result or exception)
-        self.bell, self.clapper = socket.socketpair()  # an octet for each ended function, and for each signal
-        self.bell.setblocking(False)
-        self.clapper.setblocking(False)
-        self.work: queue.SimpleQueue = queue.SimpleQueue()
-        self.lock, self.spare = threading.Lock(), 0  # threads that wait for work which nobody has promised them
+    def __init__(self, sock: Any) -> None:
+        self.sock, self.loop = sock, asyncio.get_running_loop()
+        self.future = self.operation = self.timer = None  # of the task that waits
+        self.alarm, self.deadline, self.writing = math.inf, 0.0, False  # when the timer fires; what is waited for
+        self.watched = [False, False]  # for reading, for writing
 
-    def start(self, coroutine: Any, function: Callable, values: tuple) -> None:
-        with self.lock:
-            new = not self.spare
-            self.spare -= not new
-        if new:
-            threading.Thread(target=self._live, daemon=True).start()  # RuntimeError where the machine has no more
-        self.work.put((coroutine, function, values))
+    def recv(self, most: int, deadline: float) -> Any:
+        """Return octets as they come, b"" at the end; to be awaited. TLS may have some that no event tells of."""
+        operation = functools.partial(self.sock.recv, most)
+        if isinstance(self.sock, ssl.SSLSocket):
+            return self.call(operation, deadline)
+        return self.wait_ready(deadline, operation=operation)
 
-    def _live(self) -> None:
-        while True:
-            try:
-                coroutine, function, values = self.work.get(timeout=self.SPARE)
-            except queue.Empty:
-                with self.lock:
-                    if self.spare:
-                        self.spare -= 1
-                        return
-                continue
-            try:
-                result = function(*values)
-            except BaseException as error:
-                result = error
-            with self.lock:
-                self.spare += 1
-            self.end(coroutine, result)
-            del coroutine, function, values, result
+    async def sendall(self, octets: Any, deadline: float) -> None:
+        """Send all octets, in the next iteration: peers wake once for many, which saves a fifth of the CPU time."""
+        while octets:
+            future = self._wait(functools.partial(self.sock.send, octets), deadline, writing=True)
+            if not self.loop.sends:
+                self.loop.call_soon(self.loop.flush_sends)
+            self.loop.sends.append(self)
+            sent = await future
+            octets = memoryview(octets)[sent:] if sent < len(octets) else b""
 
-    def end(self, coroutine: Any, result: Any) -> None:
-        """The coroutine goes on with the result; may be called in any thread."""
-        self.ended.append((coroutine, result))
+    async def call(self, operation: Callable, deadline: float) -> Any:
+        """Return what an operation on the socket returns once it need not block; socket.timeout at the deadline."""
         try:
-            self.clapper.send(b"\0")
-        except OSError:  # rung often enough
-            pass
+            if deadline <= time.monotonic():
+                raise socket.timeout("timed out")
+            result = operation()
+        except WOULD_BLOCK as error:
+            return await self.wait_ready(deadline, TLS_WRITES.get(type(error), False), operation)
+        await asyncio.sleep(0)  # a peer that sends faster than it is read must not keep the others waiting
+        return result
 
+    def wait_ready(self, deadline: float, writing: bool = False, operation: Callable = bool) -> asyncio.Future:
+        """Wait until the socket can be read (or written) and the operation does not block."""
+        self._watch(writing)
+        return self._wait(operation, deadline, writing)
 
-class Epoll:
-    """Linux: a socket is watched once and for all, since edges are told and not levels; who waits has tried before."""
+    def _wait(self, operation: Callable, deadline: float, writing: bool) -> asyncio.Future:
+        if self.waiting:
+            raise RuntimeError("two tasks wait for one socket")
+        if deadline <= time.monotonic():
+            raise socket.timeout("timed out")
+        self.future, self.operation = self.loop.create_future(), operation
+        self.deadline, self.writing = deadline, writing
+        if deadline < self.alarm:
+            self._set_timer(deadline)
+        return self.future
 
-    def __init__(self) -> None:
-        self.epoll = select.epoll()
-        self.watched: dict = {}  # file descriptor: the socket that had it
+    @property
+    def waiting(self) -> bool:
+        return self.future is not None and not self.future.done()
 
-    def watch(self, sock: Any, writing: bool) -> int:
-        """The file descriptor for which an event will be told."""
-        descriptor = sock.fileno()
-        if self.watched.get(descriptor) is not sock:
-            self.watched[descriptor] = sock
-            mask = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
-            try:
-                self.epoll.register(descriptor, mask)
-            except FileExistsError:  # the same connection in another object, with TLS
-                self.epoll.modify(descriptor, mask)
-        return descriptor
+    def _watch(self, writing: bool, on: bool = True) -> None:
+        if self.watched[writing] != on:
+            name = ("add_" if on else "remove_") + ("writer" if writing else "reader")
+            getattr(self.loop, name)(self.sock, *((self.try_operation, writing) if on else ()))
+            self.watched[writing] = on
 
-    def forget(self, descriptor: int) -> None:
-        """Nobody waits any more; the next one tries before it waits."""
+    def try_operation(self, writing: bool) -> None:
+        """Called on an event, at once: in the next iteration the same event would be told again."""
+        if not self.waiting or self.writing != writing:
+            self._watch(writing, on=False)
+            return
+        try:
+            self.future.set_result(self.operation())
+        except WOULD_BLOCK as error:
+            self.writing = TLS_WRITES.get(type(error), writing)
+            self._watch(self.writing)
+        except Exception as error:
+            self.future.set_exception(error)
 
-    def poll(self, seconds: float) -> list:
-        return [descriptor for descriptor, _ in self.epoll.poll(seconds)]
+    def _set_timer(self, alarm: float) -> None:
+        if self.timer:
+            self.timer.cancel()
+        self.alarm, self.timer = alarm, self.loop.call_at(alarm, self._expire) if alarm < math.inf else None
+
+    def _expire(self) -> None:
+        late = self.deadline <= time.monotonic()  # or it was set for an earlier wait
+        self._set_timer(self.deadline if self.waiting and not late else math.inf)
+        if late:
+            self.abort(socket.timeout("timed out"))
+
+    def abort(self, error: Exception) -> bool:
+        """Raise an exception in the task that waits; False if none does."""
+        found = self.waiting
+        if found:
+            self.future.set_exception(error)
+        return found
+
+    def release(self) -> None:
+        """Unregister; the socket itself stays open."""
+        self.abort(ConnectionAbortedError("closed"))
+        self._watch(False, on=False)
+        self._watch(True, on=False)
+        self._set_timer(math.inf)
 
     def close(self) -> None:
-        self.epoll.close()
-
-
-class Selector:
-    """Other systems: a socket is watched from one wait to its event."""
-
-    def __init__(self) -> None:
-        self.selector = selectors.DefaultSelector()
-
-    def watch(self, sock: Any, writing: bool) -> int:
-        return self.selector.register(sock, selectors.EVENT_WRITE if writing else selectors.EVENT_READ).fd
-
-    def forget(self, descriptor: int) -> None:
-        with contextlib.suppress(KeyError):  # its event is told in this very turn
-            self.selector.unregister(descriptor)
-
-    def poll(self, seconds: float) -> list:
-        events = self.selector.select(seconds)
-        for key, _ in events:
-            self.selector.unregister(key.fd)
-        return [key.fd for key, _ in events]
-
-    def close(self) -> None:
-        self.selector.close()
+        self.release()
+        self.sock.close()
 
 
 # ======================================================================================================================
-# 10. DNS
-#     Takes a name and a kind of record, gives what the name servers say of it (RFC 1035), and from that the hosts of a
-#     domain's mail (RFC 5321 5.1) and its MTA-STS policy (RFC 8461). A message is built and read by functions that know
-#     no socket. Nothing of what comes in is believed before it is checked; nothing is followed without end.
+# 10. DNS and connections
+#     Takes a name and a record type, gives the answer of the name servers (RFC 1035); from that come a domain's mail
+#     hosts (RFC 5321 5.1) and a host's addresses. A Connector connects to whichever address answers first. DNS
+#     messages are built and parsed by functions that know no socket. Nothing received is believed before it is checked.
 # ======================================================================================================================
 
-A, CNAME, SOA, MX, TXT, AAAA, OPT = 1, 5, 6, 15, 16, 28, 41  # kinds of records
-NOERROR, FORMERR, SERVFAIL, NXDOMAIN = 0, 1, 2, 3  # RFC 1035 4.1.1, "RCODE"
+A, CNAME, SOA, MX, TXT, AAAA, OPT = 1, 5, 6, 15, 16, 28, 41  # record types
+NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP = 0, 1, 2, 3, 4  # RFC 1035 4.1.1, "RCODE"
+RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED"}
+RESOLV_CONF = "/etc/resolv.conf"
 MAX_NAME = 253  # characters
 MAX_POINTERS = 127  # of a compressed name; as many as it can have labels
 MAX_RECORDS = 512  # of one message
-MAX_ALIASES = 8  # on the way to one answer
-MAX_STRAY_DATAGRAMS = 64  # datagrams that answer nothing
-MAX_DATAGRAM = 1232  # octets; what passes everywhere in one piece
+MAX_ALIASES = 8  # CNAME records followed for one answer
+MAX_STRAY_DATAGRAMS = 64  # datagrams received that do not answer the query
+MAX_DATAGRAM = 1232  # octets; what passes everywhere unfragmented
 
 
 class DNSAnswer(NamedTuple):
-    """What DNS says of a name."""
+    """The values of a name's records of one type."""
 
-    code: int  # NOERROR, NXDOMAIN, or SERVFAIL where nobody gave an answer
-    values: tuple = ()  # A, AAAA: address; MX: (preference, host); TXT: text. Empty where there is no such record
-    why: str = ""  # nobody gave an answer
+    code: int  # NOERROR, NXDOMAIN, or SERVFAIL if no name server gave an answer
+    values: tuple = ()  # A, AAAA: address; MX: (preference, host); TXT: text. Empty if there is no such record
+    why: str = ""  # the reason for SERVFAIL
 
 
 class ResourceRecord(NamedTuple):
     name: str
-    kind: int
+    rtype: int  # 0 if malformed or of another class
     ttl: int  # seconds
-    value: Any  # as in Found; CNAME: name; SOA: seconds for which "no" may be kept; None for other kinds
+    value: Any  # as in DNSAnswer; CNAME: name; SOA: seconds for which a negative answer may be cached
 
 
 class DNSMessage(NamedTuple):
-    """One message of a name server."""
+    """One response of a name server."""
 
     code: int
-    truncated: bool
-    answers: list  # of Record
-    authority: list
+    truncated: bool = False
+    answers: Any = ()  # of ResourceRecord
+    authority: Any = ()
 
 
 class TTLCache:
-    """Values kept for a while; where there are too many, those that nobody asked for longest go first."""
+    """TTL cache with LRU eviction."""
 
-    def __init__(self, most: int, clock: Callable) -> None:
-        self.limit, self.clock, self.table = most, clock, OrderedDict()
+    def __init__(self, limit: int, clock: Callable) -> None:
+        self.limit, self.clock, self.table = limit, clock, OrderedDict()
 
     def get(self, key: Any) -> Any:
-        """The value, None where there is none or its time is over."""
+        """Return the value, None if there is none or it has expired."""
         value, until = self.table.get(key, (None, 0.0))
         if until <= self.clock():
             self.table.pop(key, None)
@@ -3537,63 +3423,83 @@ class TTLCache:
                 self.table.popitem(last=False)
 
 
+class SharedCalls:
+    """Calls under way: a caller that wants the same result waits for that of the first one."""
+
+    def __init__(self) -> None:
+        self.calls: dict = {}  # key: (deadline, asyncio.Task)
+
+    async def call(self, key: Any, deadline: float, function: Callable, *values: Any) -> Any:
+        """Return function(*values, deadline), or the result of the call for this key that is under way."""
+        until, task = self.calls.get(key, (0.0, None))
+        if not -5 <= until - deadline <= 1:  # it would give up much earlier than this one, or end later
+            task = asyncio.get_running_loop().create_task(function(*values, deadline))
+            self.calls[key] = deadline, task
+            task.add_done_callback(functools.partial(self._ended, key))
+        return await asyncio.shield(task)
+
+    def _ended(self, key: Any, task: asyncio.Task) -> None:
+        if self.calls.get(key, (0.0, None))[1] is task:
+            del self.calls[key]
+
+
 def random_unit() -> float:
-    """A number from 0 up to 1 that nobody can foresee."""
+    """Return an unpredictable number from 0 up to 1."""
     return (int.from_bytes(os.urandom(7), "big") >> 3) / (1 << 53)
 
 
 class Resolver:
-    """Asks name servers and keeps their answers; the servers given, or those of resolv.conf."""
+    """Caching DNS client of the given name servers, or of those in resolv.conf."""
 
     QUERY_TIMEOUT = 3.0  # seconds for one server to answer
-    ATTEMPTS = 3  # times that each is asked
-    MAX_TTL = 86400  # seconds that an answer is kept, whatever it says
+    ATTEMPTS = 3  # rounds in which each server is asked
+    MAX_TTL = 86400  # seconds
 
-    def __init__(self, given: tuple = (), rng: Callable = random_unit, clock: Callable = time.monotonic) -> None:
-        self.nameservers, self.rng = given, rng
-        self.cache = TTLCache(4096, clock)
+    def __init__(self, nameservers: tuple = (), rng: Callable = random_unit, clock: Callable = time.monotonic) -> None:
+        self.nameservers, self.rng = nameservers, rng
+        self.cache, self.shared = TTLCache(4096, clock), SharedCalls()
 
-    async def lookup(self, name: str, kind: int, deadline: float) -> DNSAnswer:
-        """The records of that kind, along aliases (CNAME), by the deadline (monotonic)."""
-        key = name.lower().rstrip("."), kind
-        found = self.cache.get(key)
-        if not found:
-            found, ttl = await self._resolve_chain(*key, deadline)
-            self.cache.put(key, found, ttl)
-        return found
+    async def lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
+        """Return the records of a type, following aliases, by the deadline (monotonic)."""
+        key = name.lower().rstrip("."), rtype
+        return self.cache.get(key) or await self.shared.call(key, deadline, self._lookup, *key)
+
+    async def _lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
+        answer, ttl = await self._resolve_chain(name, rtype, deadline)
+        self.cache.put((name, rtype), answer, ttl)
+        return answer
 
     def servers(self) -> tuple:
-        """(address, port) of each, in the order in which they are asked."""
-        return tuple(map(name_server_endpoint, self.nameservers)) or resolv_conf_servers(
-            RESOLV_CONF, stat_key(RESOLV_CONF)
-        )
+        """Return (address, port) of each name server in the order in which they are asked."""
+        given = tuple(map(name_server_endpoint, self.nameservers))
+        return given or resolv_conf_servers(RESOLV_CONF, stat_key(RESOLV_CONF))
 
-    async def _resolve_chain(self, name: str, kind: int, deadline: float) -> tuple:
-        """(Found, seconds for which it holds). A server that resolves gives the whole chain of aliases at once."""
+    async def _resolve_chain(self, name: str, rtype: int, deadline: float) -> tuple:
+        """Return (DNSAnswer, TTL). A recursive server usually gives the whole chain of aliases at once."""
         ttl, aliases = self.MAX_TTL, 0
         while aliases <= MAX_ALIASES:
-            response = await self._query(name, kind, deadline)
+            response = await self._query(name, rtype, deadline)
             if isinstance(response, str):
                 return DNSAnswer(SERVFAIL, (), response), 0
-            chain, values = follow_cnames(response.answers, name, kind)
-            ttl, aliases = min([ttl, *[record.ttl for record in chain + values]]), aliases + len(chain)
-            if values:
-                return DNSAnswer(NOERROR, tuple(record.value for record in values)), ttl
-            no = [min(record.ttl, record.value) for record in response.authority if record.kind == SOA]  # RFC 2308 5
-            if not chain or no or response.code == NXDOMAIN:
-                return DNSAnswer(response.code), min([ttl, *no]) if no else 0
+            chain, records = follow_cnames(response.answers, name, rtype)
+            ttl, aliases = min([ttl, *[record.ttl for record in chain + records]]), aliases + len(chain)
+            if records:
+                return DNSAnswer(NOERROR, tuple(record.value for record in records)), ttl
+            negative = [min(record.ttl, record.value) for record in response.authority if record.rtype == SOA]
+            if not chain or negative or response.code == NXDOMAIN:
+                return DNSAnswer(response.code), min([ttl, *negative]) if negative else 0  # RFC 2308 5
             name = chain[-1].value
         return DNSAnswer(SERVFAIL, (), f"more than {MAX_ALIASES} aliases"), 0
 
-    async def _query(self, name: str, kind: int, deadline: float) -> Any:
-        """The first answer, be it yes or no, or in words why there is none."""
+    async def _query(self, name: str, rtype: int, deadline: float) -> DNSMessage | str:
+        """Return the first positive or negative answer, or the reason why there is none."""
         if len(name) > MAX_NAME:
-            return DNSMessage(NXDOMAIN, False, [], [])
+            return DNSMessage(NXDOMAIN)
         why = "no name server is known"
         for server in self.servers() * self.ATTEMPTS:
             until = min(deadline, time.monotonic() + self.QUERY_TIMEOUT)
             try:
-                response = await self._exchange(server, name, kind, until)
+                response = await self._exchange(server, name, rtype, until)
                 if response.code in (NOERROR, NXDOMAIN):
                     return response
                 why = f"{server[0]} answers {RCODES.get(response.code, response.code)}"
@@ -3605,156 +3511,156 @@ class Resolver:
                 break
         return why
 
-    async def _exchange(self, server: tuple, name: str, kind: int, until: float) -> DNSMessage:
-        """The server's answer by UDP; by TCP where it doesn't fit (RFC 7766 5); without EDNS where it knows none."""
+    async def _exchange(self, server: tuple, name: str, rtype: int, until: float) -> DNSMessage:
+        """Ask one server by UDP; by TCP if the answer does not fit (RFC 7766 5); again if it does not know EDNS."""
         for edns in (True, False):
             number = int(self.rng() * 65536)
-            query = build_query(number, name, kind, edns)
-            response = await query_udp(server, query, (number, name, kind), until)
+            query, question = build_query(number, name, rtype, edns), (number, name, rtype)
+            response = await query_udp(server, query, question, until)
             if response.truncated:
-                response = await query_tcp(server, query, (number, name, kind), until)
-            if response.code != FORMERR:
+                response = await query_tcp(server, query, question, until)
+            if response.code not in (FORMERR, NOTIMP):
                 break
         return response
 
 
-RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED"}
-RESOLV_CONF = "/etc/resolv.conf"
-
-
 @functools.lru_cache(maxsize=8)
-def resolv_conf_servers(path: str, _signature: tuple | None) -> tuple:
-    """(address, port) of each name server in resolv.conf, three at the most; this machine's where there is none."""
+def resolv_conf_servers(path: str, _stat_key: tuple | None) -> tuple:
+    """Return (address, port) of the first three name servers in resolv.conf; this machine if it names none."""
     try:
         with open(path, encoding="ascii", errors="replace") as stream:
             named = re.findall(r"(?m)^nameserver[ \t]+(\S+)", stream.read())
     except OSError:
         named = []
-    good = [name for name in named if name_server_endpoint(name)]
-    return tuple(map(name_server_endpoint, good[:3])) or (("127.0.0.1", 53),)
+    endpoints = [endpoint for endpoint in map(name_server_endpoint, named) if endpoint]
+    return tuple(endpoints[:3]) or (("127.0.0.1", 53),)
 
 
-async def query_udp(server: tuple, query: bytes, asked: tuple, until: float) -> DNSMessage:
-    """The datagram that answers the query; what others send in between is ignored (RFC 5452 9.1)."""
-    with socket.socket(address_family(server[0]), socket.SOCK_DGRAM) as sock:
-        sock.setblocking(False)
-        sock.connect(server)  # from a port of chance; the kernel drops what comes from elsewhere
-        await sock_sendall(sock, query, until)
+async def query_udp(server: tuple, query: bytes, question: tuple, until: float) -> DNSMessage:
+    """Return the response to the query; datagrams that do not match it are ignored (RFC 5452 9.1)."""
+    with contextlib.closing(open_socket(server, socket.SOCK_DGRAM)) as sock:
+        sock.sock.connect(server)  # from a random port; the kernel drops datagrams of other senders
+        await sock.sendall(query, until)
         for _ in range(MAX_STRAY_DATAGRAMS):
-            octets = await sock_recv(sock, 65535, until)
+            octets = await sock.recv(65535, until)
             try:
-                return parse_response(octets, *asked)
+                return parse_response(octets, *question)
             except ValueError:  # forged, late or garbled: the real answer may still come
                 pass
-        raise ValueError("answers that nobody asked for")
+        raise ValueError("too many datagrams that do not answer the query")
 
 
-async def query_tcp(server: tuple, query: bytes, asked: tuple, until: float) -> DNSMessage:
-    """The same over a connection, each message with its length before it (RFC 1035 4.2.2)."""
-    with socket.socket(address_family(server[0]), socket.SOCK_STREAM) as sock:
-        sock.setblocking(False)
-        code = sock.connect_ex(server)
-        if code == errno.EINPROGRESS:
-            await wait_ready(sock, until, writing=True)
-            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            raise OSError(code, os.strerror(code))
-        await sock_sendall(sock, len(query).to_bytes(2, "big") + query, until)
+async def query_tcp(server: tuple, query: bytes, question: tuple, until: float) -> DNSMessage:
+    """Return the response to the query; over TCP, each message has its length in front (RFC 1035 4.2.2)."""
+    with contextlib.closing(open_socket(server, socket.SOCK_STREAM)) as sock:
+        with contextlib.suppress(BlockingIOError):
+            sock.sock.connect(server)
+        await sock.wait_ready(until, writing=True)
+        await sock.sendall(len(query).to_bytes(2, "big") + query, until)
         octets = b""
         while len(octets) < 2 or len(octets) < 2 + int.from_bytes(octets[:2], "big"):
-            more = await sock_recv(sock, 65537 - len(octets), until)
+            more = await sock.recv(65537 - len(octets), until)
             if not more:
                 raise ConnectionError("closed within an answer")
             octets += more
-        return parse_response(octets[2:], *asked)
+        return parse_response(octets[2:], *question)
+
+
+def open_socket(server: tuple, kind: int) -> AsyncSocket:
+    sock = socket.socket(address_family(server[0]), kind)
+    sock.setblocking(False)
+    return AsyncSocket(sock)
 
 
 def address_family(address: str) -> int:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
-def build_query(number: int, name: str, kind: int, edns: bool = True) -> bytes:
-    """A question to a server that resolves (RFC 1035 4.1), which may answer by a larger datagram (RFC 6891)."""
+def build_query(number: int, name: str, rtype: int, edns: bool = True) -> bytes:
+    """Return a query to a recursive server (RFC 1035 4.1); EDNS allows a larger response (RFC 6891)."""
     labels = [label.encode("ascii") for label in name.split(".")] if name else []
-    wire = b"".join([bytes((len(label),)) + label for label in labels])
+    qname = b"".join([bytes((len(label),)) + label for label in labels])
     option = b"\0" + struct.pack(">HHIH", OPT, MAX_DATAGRAM, 0, 0) if edns else b""
-    return struct.pack(">6H", number, 0x0100, 1, 0, 0, int(edns)) + wire + b"\0" + struct.pack(">HH", kind, 1) + option
+    return (
+        struct.pack(">6H", number, 0x0100, 1, 0, 0, int(edns)) + qname + b"\0" + struct.pack(">HH", rtype, 1) + option
+    )
 
 
-def parse_response(octets: bytes, number: int, name: str, kind: int) -> DNSMessage:
-    """The answer to that question; ValueError where it is none, or is broken."""
+def parse_response(octets: bytes, number: int, name: str, rtype: int) -> DNSMessage:
+    """Parse the response to that query; ValueError if it answers another one or is malformed."""
     try:
         found, flags, questions, answers, authority, _ = struct.unpack_from(">6H", octets)
-        # Who knows no EDNS may answer without even repeating the question (RFC 6891 7).
-        if (found, flags >> 15, questions, flags & 15) == (number, 1, 0, FORMERR):
-            return DNSMessage(FORMERR, False, [], [])
-        asked, at = read_name(octets, 12)
-        if (found, flags >> 15, questions, asked) != (number, 1, 1, name.lower()):
-            raise ValueError("not an answer to this question")
-        if struct.unpack_from(">HH", octets, at) != (kind, 1):
-            raise ValueError("an answer to another question")
+        code = flags & 15
+        # A server that does not know EDNS may answer without repeating the question (RFC 6891 7).
+        if (found, flags >> 15, questions) == (number, 1, 0) and code in (FORMERR, NOTIMP):
+            return DNSMessage(code)
+        qname, at = read_name(octets, 12)
+        if (found, flags >> 15, questions, qname) != (number, 1, 1, name.lower()):
+            raise ValueError("not an answer to this query")
+        if struct.unpack_from(">HH", octets, at) != (rtype, 1):
+            raise ValueError("an answer to another query")
         truncated = bool(flags & 0x0200)
         if truncated or answers + authority > MAX_RECORDS:
-            return DNSMessage(flags & 15 if truncated else SERVFAIL, truncated, [], [])
+            return DNSMessage(code if truncated else SERVFAIL, truncated)
         records, at = [], at + 4
         for _ in range(answers + authority):
             record, at = read_record(octets, at)
             records.append(record)
     except (struct.error, IndexError):
-        raise ValueError("broken off") from None
-    return DNSMessage(flags & 15, False, records[:answers], records[answers:])
+        raise ValueError("incomplete message") from None
+    return DNSMessage(code, False, records[:answers], records[answers:])
 
 
 def read_record(octets: bytes, at: int) -> tuple:
-    """(Record, where the next one begins)."""
+    """Return (ResourceRecord, offset behind it)."""
     name, at = read_name(octets, at)
-    kind, family, ttl, length = struct.unpack_from(">HHIH", octets, at)
+    rtype, rclass, ttl, length = struct.unpack_from(">HHIH", octets, at)
     at += 10
     data, after = octets[at : at + length], at + length
     if len(data) < length:
-        raise ValueError("a record broken off")
+        raise ValueError("incomplete record")
     value: Any = None
-    if kind == A and length == 4:
+    if rtype == A and length == 4:
         value = socket.inet_ntop(socket.AF_INET, data)
-    elif kind == AAAA and length == 16:
+    elif rtype == AAAA and length == 16:
         value = socket.inet_ntop(socket.AF_INET6, data)
-    elif kind == CNAME:
+    elif rtype == CNAME:
         value = read_name(octets, at)[0]
-    elif kind == MX:
+    elif rtype == MX:
         value = int.from_bytes(data[:2], "big"), read_name(octets, at + 2)[0]
-    elif kind == TXT:
+    elif rtype == TXT:
         value = read_text(data)
-    elif kind == SOA:
+    elif rtype == SOA:
         value = int.from_bytes(data[-4:], "big")
-    if family != 1 or value is None:
-        kind = 0
-    return ResourceRecord(name, kind, ttl if ttl < 1 << 31 else 0, value), after  # RFC 2181 8
+    if rclass != 1 or value is None:
+        rtype = 0
+    return ResourceRecord(name, rtype, ttl if ttl < 1 << 31 else 0, value), after  # RFC 2181 8
 
 
 def read_name(octets: bytes, at: int) -> tuple:
-    """(name in lower case without the last dot, where what follows it begins). RFC 1035 4.1.4"""
+    """Return (name in lower case without a final dot, offset behind it). RFC 1035 4.1.4"""
     labels, after, jumps = [], 0, 0
     while octets[at]:
         length = octets[at]
         if length >= 0xC0:
             after, jumps = after or at + 2, jumps + 1
             target = int.from_bytes(octets[at : at + 2], "big") & 0x3FFF
-            if target >= at or jumps > MAX_POINTERS:  # only what stands before can be meant; so no loop has no end
-                raise ValueError("a name that points nowhere")
+            if target >= at or jumps > MAX_POINTERS:  # a pointer goes back, so there is no endless loop
+                raise ValueError("bad compression pointer")
             at = target
             continue
         label = octets[at + 1 : at + 1 + length]
         if length > 63 or len(label) < length:
-            raise ValueError("a label broken off")
+            raise ValueError("bad label")
         labels.append(label.decode("latin-1").lower().replace(".", "\\."))
         at += 1 + length
         if len(labels) > MAX_POINTERS:
-            raise ValueError("a name without end")
+            raise ValueError("name too long")
     return ".".join(labels), after or at + 1
 
 
 def read_text(data: bytes) -> str:
-    """The strings of a TXT record, put together (RFC 7208 3.3)."""
+    """Return the strings of a TXT record, concatenated (RFC 7208 3.3)."""
     parts, at = [], 0
     while at < len(data):
         parts.append(data[at + 1 : at + 1 + data[at]])
@@ -3762,75 +3668,441 @@ def read_text(data: bytes) -> str:
     return b"".join(parts).decode("utf-8", "replace")
 
 
-def follow_cnames(answers: list, name: str, kind: int) -> tuple:
-    """([aliases on the way], [records of that kind at its end])."""
+def follow_cnames(answers: Any, name: str, rtype: int) -> tuple:
+    """Return ([CNAME records that were followed], [records of the type at their end])."""
     chain: list = []
     while len(chain) <= MAX_ALIASES:
-        values = [record for record in answers if (record.name, record.kind) == (name, kind)]
-        alias = next((record for record in answers if (record.name, record.kind) == (name, CNAME)), None)
-        if values or not alias:
-            return chain, values
+        records = [record for record in answers if (record.name, record.rtype) == (name, rtype)]
+        alias = next((record for record in answers if (record.name, record.rtype) == (name, CNAME)), None)
+        if records or not alias:
+            return chain, records
         chain.append(alias)
         name = alias.value
     return chain, []
 
 
 async def mx_hosts(domain: str, resolver: Resolver, hostname: str, deadline: float) -> list:
-    """The hosts that take mail for a domain, the best first (RFC 5321 5.1); Refused where there are none."""
+    """Return a domain's mail hosts, best first (RFC 5321 5.1); Rejected if it has none."""
     if domain.startswith("["):  # an address literal
         return [domain[1:-1].partition(":")[2] if domain[:6].lower() == "[ipv6:" else domain[1:-1]]
-    found = await resolver.lookup(domain, MX, deadline)
-    if found.code == SERVFAIL:
-        raise Rejected(make_reply("dns", f"{domain}: {found.why}", mailer="MX"))
-    if found.code == NXDOMAIN:
+    answer = await resolver.lookup(domain, MX, deadline)
+    if answer.code == SERVFAIL:
+        raise Rejected(make_reply("dns", f"{domain}: {answer.why}", mailer="MX"))
+    if answer.code == NXDOMAIN:
         raise Rejected(make_reply("no-domain", domain, mailer="MX"))
-    if found.values and all(not host for _, host in found.values):
+    if answer.values and all(not host for _, host in answer.values):
         raise Rejected(make_reply("null-mx", domain, mailer="MX"))
-    hosts = by_preference(found.values, hostname, resolver.rng) if found.values else [domain]
+    hosts = by_preference(answer.values, hostname, resolver.rng) if answer.values else [domain]
     if not hosts:
         raise Rejected(make_reply("mx-loop", domain, mailer="MX"))
     return hosts
 
 
 def by_preference(values: tuple, hostname: str, rng: Callable) -> list:
-    """Host names, equal ones in an order of chance; this host and what stands behind it left out (RFC 5321 5.1)."""
+    """Return host names, equal ones in random order, without this host and those behind it (RFC 5321 5.1)."""
     own = min([preference for preference, host in values if host == hostname.lower()], default=1 << 16)
     usable = [(preference, rng(), host) for preference, host in values if preference < own and DOMAIN.fullmatch(host)]
     return list(dict.fromkeys(host for _, _, host in sorted(usable)))
 
 
 async def resolve_addresses(host: str, resolver: Resolver, private: bool, deadline: float) -> list:
-    """IP addresses of a host, where `private` is not set only public ones; Refused where there are none."""
+    """Return a host's IP addresses, only public ones unless `private`; Rejected if it has none."""
     try:
         found = [str(ipaddress.ip_address(host))]
     except ValueError:
-        # IPv4 first: of senders by IPv6 the large receivers ask more
-        both = [await resolver.lookup(host, kind, deadline) for kind in (A, AAAA)]
+        # IPv4 first: large receivers demand more of senders that use IPv6.
+        both = [await resolver.lookup(host, rtype, deadline) for rtype in (A, AAAA)]
         found = [value for answer in both for value in answer.values]
         if not found and SERVFAIL in (both[0].code, both[1].code):
             why = both[0].why or both[1].why
             raise Rejected(make_reply("dns", f"{host}: {why}", mailer="MX")) from None
-    good = [address for address in found if private or is_public(address)]
-    if not good:
+    usable = [address for address in found if private or is_public(address)]
+    if not usable:
         why = f"{host}: {found[0]} is not a public address" if found else f"{host}: no address"
         raise Rejected(make_reply("no-address", why, mailer="MX"))
-    return good
+    return usable
 
 
 def is_public(text: str) -> bool:
-    """True for an address that anybody in the internet may have; in IPv6 clothes an IPv4 address is what counts."""
-    found = ipaddress.ip_address(text)
-    found = getattr(found, "ipv4_mapped", None) or getattr(found, "sixtofour", None) or found
-    if found in NAT64:
-        found = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
-    return found.is_global and not found.is_multicast and not getattr(found, "is_site_local", False)
+    """Tell whether an address is globally reachable; of an embedded IPv4 address, that one counts."""
+    address = ipaddress.ip_address(text)
+    address = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
+    if address in NAT64:
+        address = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.is_global and not address.is_multicast and not getattr(address, "is_site_local", False)
 
 
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
 
 
+class Connector:
+    """Opens TCP connections, in the caller's thread, and remembers which addresses did not answer."""
+
+    ATTEMPT_DELAY = 0.25  # seconds until the next address is tried as well, RFC 8305 5
+    FAILED_TTL = 300.0  # seconds for which an address that failed is tried last
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.failed: dict = {}  # (IP address, port): time until which it is tried last
+        self.lookups: dict = {}  # host name: Future of the look-up under way
+
+    def connect(self, host: str, port: int, deadline: float) -> socket.socket:
+        """Connect to whichever address of a host answers first (RFC 8305), by the deadline."""
+        waiting = deque(self.in_order([(address, port) for address in self.look_up(host, deadline)]))
+        attempts, poll = {}, select.poll()  # file descriptor: (socket, address)
+        error, now = socket.timeout("timed out"), time.monotonic()
+        try:
+            while (waiting or attempts) and now < deadline:
+                results: Any = ()
+                if waiting:
+                    address = waiting.popleft()
+                    sock = socket.socket(address_family(address[0]), socket.SOCK_STREAM)
+                    attempts[sock.fileno()] = sock, address
+                    sock.setblocking(False)
+                    poll.register(sock, select.POLLOUT)
+                    code = sock.connect_ex(address)
+                    results = [(sock.fileno(), code)] if code not in (0, errno.EINPROGRESS) else ()
+                pause = min(deadline - now, self.ATTEMPT_DELAY) if waiting else deadline - now
+                for number, code in results or _attempts_ended(poll.poll(math.ceil(pause * 1000)), attempts):
+                    if not code:
+                        return self._winner(attempts, number)
+                    error = OSError(code, os.strerror(code))
+                    poll.unregister(number)
+                    sock, address = attempts.pop(number)
+                    sock.close()
+                    self.mark_failed(address)
+                now = time.monotonic()
+            self.mark_failed(*[address for _, address in attempts.values()])
+            raise error
+        finally:
+            for sock, _ in attempts.values():
+                sock.close()
+
+    def _winner(self, attempts: dict, number: int) -> socket.socket:
+        """Take the connected socket out of the attempts; those that began before it count as failed."""
+        self.mark_failed(*[attempts[key][1] for key in itertools.takewhile(lambda key: key != number, attempts)])
+        sock, address = attempts.pop(number)
+        self.failed.pop(address, None)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+
+    def in_order(self, addresses: list) -> list:
+        """Alternate between the address families (RFC 8305 4); addresses that failed lately come last."""
+        families = [[item for item in addresses if (":" in item[0]) == six] for six in (False, True)]
+        if addresses and addresses[0] in families[1]:
+            families.reverse()
+        alternating = itertools.chain.from_iterable(itertools.zip_longest(*families))
+        return sorted([address for address in alternating if address], key=self.failed_lately)
+
+    def failed_lately(self, address: tuple) -> bool:
+        return self.failed.get(address, 0.0) > time.monotonic()
+
+    def mark_failed(self, *addresses: tuple) -> None:
+        if len(self.failed) > 1024:
+            self.failed.clear()
+        self.failed.update(dict.fromkeys(addresses, time.monotonic() + self.FAILED_TTL))
+
+    def look_up(self, host: str, deadline: float) -> list:
+        """Return a host's IP addresses by getaddrinfo(), in a thread of its own, as it knows no deadline."""
+        with contextlib.suppress(ValueError):
+            return [str(ipaddress.ip_address(host))]
+        with self.lock:
+            future = self.lookups.get(host)
+            if not future:
+                future = self.lookups[host] = concurrent.futures.Future()
+                threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()
+        try:
+            return future.result(max(deadline - time.monotonic(), 0))
+        except concurrent.futures.TimeoutError:
+            raise socket.timeout(f"looking up {host} timed out") from None
+
+    def _look_up(self, host: str, future: concurrent.futures.Future) -> None:
+        try:
+            name = host.encode("ascii" if host.isascii() else "idna")  # a str would load half a megabyte of tables
+            found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+            result, error = list(dict.fromkeys(item[4][0] for item in found)), None
+        except Exception as failure:
+            result, error = None, failure
+        with self.lock:
+            del self.lookups[host]
+        future.set_exception(error) if error else future.set_result(result)
+
+
+def _attempts_ended(events: list, attempts: dict) -> list:
+    """Return [(file descriptor, error number)] of connection attempts."""
+    return [(number, attempts[number][0].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)) for number, _ in events]
+
+
+connector = Connector()
+
+
+# ======================================================================================================================
+# 11. HTTP client
+#     Takes a target and a request, gives the response, or raises Rejected if there is none. http.client speaks HTTP, in
+#     threads, since it blocks; deadlines, limits and the question whether a request may have been acted upon are ours.
+#     MTA-STS policies (RFC 8461) are fetched by it; otherwise it knows nothing of mail.
+# ======================================================================================================================
+
+
+class HTTPTarget(NamedTuple):
+    """A web server and how to talk to it."""
+
+    url: str  # base URL
+    timeout: float  # seconds for a whole exchange, connecting included
+    mailer: str | None = None  # for replies
+    tls_verify: bool = True
+    ca_file: str = ""
+    confidential: bool = False  # credentials are sent: over TLS or to this machine only
+    address: str = ""  # IP address to connect to, so that the host is not looked up
+    max_response: int = 1 << 20  # octets of a response, beyond its head
+
+    @classmethod
+    def of_route(cls, route: Route) -> HTTPTarget:
+        confidential = bool(route.credentials)
+        return cls(route.url, route.timeout, route.mailer, route.tls_verify, route.ca_file, confidential)
+
+    @property
+    def endpoint(self) -> dict:
+        """The fields of a Reply that say who gave it."""
+        return {"mailer": self.mailer, "host": split_base_url(self.url).host, "port": split_base_url(self.url).port}
+
+
+class HTTPRequest(NamedTuple):
+    method: str
+    path: str  # appended to the path of the base URL
+    body: bytes = b""
+    headers: tuple = ()  # of (name, value)
+    type: str = "application/json"
+
+
+class HTTPResponse(NamedTuple):
+    status: int
+    reason: str
+    headers: Any  # .get(name) ignores case
+    body: bytes  # b"" if it did not arrive as a whole, or was too large
+
+    def document(self) -> Any:
+        """Return the JSON value in the body, None if it is not JSON."""
+        try:
+            return parse_json(self.body)
+        except ValueError:
+            return None
+
+
+class HTTPConnectionPool:
+    """Idle connections of this process by target, the most recently used last."""
+
+    IDLE = 15.0  # seconds after which an idle connection is closed; servers do so after 20 and more
+    AGE = 300.0  # seconds after which a connection is not used again
+    MAX_IDLE = 64  # connections to one target
+
+    def __init__(self) -> None:
+        self.idle: dict = {}
+
+    async def request(self, target: HTTPTarget, request: HTTPRequest) -> HTTPResponse:
+        """Return the response. A kept connection that died before the request was sent is replaced once."""
+        deadline, (connection, reused) = time.monotonic() + target.timeout, self._acquire(target)
+        try:
+            response = await asyncio.to_thread(connection.exchange, request, deadline)
+        except Rejected:
+            if connection.sent or not reused:
+                raise
+            connection = KeepAliveConnection(target)
+            response = await asyncio.to_thread(connection.exchange, request, deadline)
+        self._release(connection)
+        return response
+
+    def _acquire(self, target: HTTPTarget) -> tuple:
+        """Return (connection, whether it was used before)."""
+        idle, now = self.idle.get(target, []), time.monotonic()
+        while idle:
+            connection = idle.pop()
+            if now < connection.expires and not is_readable(connection.sock):
+                return connection, True
+            connection.close()
+        return KeepAliveConnection(target), False
+
+    def _release(self, connection: KeepAliveConnection) -> None:
+        """Keep the connection, or close it if it cannot be used again."""
+        idle, now = self.idle.setdefault(connection.target, []), time.monotonic()
+        if connection.sock and len(idle) < self.MAX_IDLE and now - connection.created_at < self.AGE:
+            connection.expires = now + min(self.IDLE, connection.keepalive_timeout)
+            idle.append(connection)
+        else:
+            connection.close()
+
+    def sweep(self, everything: bool = False) -> None:
+        """Close the connections that have expired, or all."""
+        now = time.monotonic()
+        for target, idle in list(self.idle.items()):
+            for connection in [item for item in idle if everything or now >= item.expires]:
+                idle.remove(connection)
+                connection.close()
+            if not idle:
+                del self.idle[target]
+
+
+class KeepAliveConnection(http.client.HTTPConnection):
+    """Connection to a target. `sent` tells that a request was sent as a whole and may have been acted upon."""
+
+    def __init__(self, target: HTTPTarget) -> None:
+        self.url = split_base_url(target.url)
+        super().__init__(self.url.host, self.url.port)
+        self.target, self.deadline, self.sent = target, time.monotonic() + target.timeout, False
+        self.created_at, self.expires, self.keepalive_timeout = time.monotonic(), 0.0, HTTPConnectionPool.IDLE
+
+    def exchange(self, request: HTTPRequest, deadline: float = 0.0) -> HTTPResponse:
+        """Return the response by the deadline; Rejected if there is none. Blocks."""
+        self.deadline, self.sent, response = deadline or time.monotonic() + self.target.timeout, False, None
+        if not self.sock:
+            self.open()
+        try:
+            self._send_request(request)
+            response = self._read_response()
+        except (OSError, http.client.HTTPException) as error:
+            raise Rejected(self._broken(error)) from None
+        finally:
+            if not (response and self.sent):
+                self.close()
+        log.dialogue(self.url.host_header, "<", f"{response.status} {response.reason}, {len(response.body)} octets")
+        return response
+
+    def exchange_once(self, request: HTTPRequest, deadline: float = 0.0) -> HTTPResponse:
+        """Return the response as exchange() does; the connection is closed."""
+        try:
+            return self.exchange(request, deadline)
+        finally:
+            self.close()
+
+    def open(self) -> None:
+        """Connect, with TLS if the URL says so."""
+        target, site = self.target, self.url
+        try:
+            self.sock = connector.connect(target.address or site.host, site.port, self.deadline)
+            self.sock.settimeout(self.seconds_left())  # of the whole handshake
+            if site.tls:
+                stat = stat_key(target.ca_file) if target.ca_file else None
+                context = client_context(target.tls_verify, target.ca_file, stat)
+                self.sock = context.wrap_socket(self.sock, server_hostname=site.host)
+            elif target.confidential and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
+                raise Rejected(make_reply("clear-auth", **target.endpoint))
+        except OSError as error:
+            slug = "web-tls" if self.sock and site.tls else "web-connect"
+            self.close()
+            raise Rejected(make_reply(slug, error_text(error), **target.endpoint)) from None
+        except Rejected:
+            self.close()
+            raise
+
+    def seconds_left(self) -> float:
+        """Return the time until the deadline; socket.timeout if it has passed, however fast the peer still sends."""
+        seconds = self.deadline - time.monotonic()
+        if seconds <= 0:
+            raise socket.timeout("timed out")
+        return seconds
+
+    def _send_request(self, request: HTTPRequest) -> None:
+        path = self.url.path + request.path
+        log.dialogue(self.url.host_header, ">", f"{request.method} {path}, {len(request.body)} octets")
+        self.putrequest(request.method, path, skip_host=True, skip_accept_encoding=True)
+        headers = {"Host": self.url.host_header, "User-Agent": f"Haineko/{__version__}"}
+        headers.update({"Accept": "application/json, */*;q=0.5", **dict(request.headers)})
+        if request.method == "POST":
+            headers.update({"Content-Type": request.type, "Content-Length": str(len(request.body))})
+        for name, value in headers.items():
+            self.putheader(name, value)
+        try:
+            self.endheaders(request.body or None)
+            self.sent = True
+        except (BrokenPipeError, ConnectionResetError):  # the server may have said why it hung up
+            pass
+
+    def send(self, octets: bytes) -> None:
+        """Called by http.client to send."""
+        for start in range(0, len(octets), CHUNK):
+            self.sock.settimeout(self.seconds_left())
+            self.sock.sendall(octets[start : start + CHUNK])
+
+    def _read_response(self) -> HTTPResponse:
+        response, body, whole = self.getresponse(), b"", False
+        try:
+            while chunk := response.read(CHUNK):
+                body += chunk
+            whole = not response.length and len(body) <= self.target.max_response
+        except (OSError, http.client.HTTPException):  # the status has come, and may be all that is needed
+            pass
+        if not whole:
+            response.close()
+            self.close()
+        found = re.search(r"timeout=(\d{1,6})", response.headers.get("Keep-Alive", ""))
+        self.keepalive_timeout = int(found[1]) - 1 if found else HTTPConnectionPool.IDLE
+        reason = sanitize(response.reason, 100)
+        return HTTPResponse(response.status, reason, response.headers, body if whole else b"")
+
+    def response_class(self, sock: Any, *args: Any, **options: Any) -> LimitedResponse:
+        """Called by http.client to make the object that reads the response."""
+        response = LimitedResponse(sock, *args, **options)
+        response.fp = io.BufferedReader(LimitedReader(self, response.fp.detach()))
+        return response
+
+    def _broken(self, error: Exception) -> Reply:
+        """Return the reply to a request that got no response."""
+        slug = "web-lost" if not self.sent else "web-unsure" if isinstance(error, OSError) else "web-rubbish"
+        return make_reply(slug, error_text(error), maybe_delivered=self.sent, **self.target.endpoint)
+
+
+class LimitedResponse(http.client.HTTPResponse):
+    def _read_status(self) -> tuple:
+        """Skip interim responses (RFC 9110 15.2), of which http.client knows 100 only."""
+        found = super()._read_status()
+        while 100 <= found[1] < 200:
+            http.client.parse_headers(self.fp)
+            found = super()._read_status()
+        return found
+
+
+class LimitedReader(io.RawIOBase):
+    """Reads by the connection's deadline, and no more octets than a response may have: interim responses, trailers and
+    a body that never end are cut off."""
+
+    def __init__(self, connection: KeepAliveConnection, raw: Any) -> None:
+        self.connection, self.raw, self.sock = connection, raw, connection.sock
+        self.limit = connection.target.max_response + MAX_RESPONSE_HEAD
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self.sock.settimeout(self.connection.seconds_left())
+        count = self.raw.readinto(buffer)
+        self.limit -= count
+        if self.limit < 0:
+            raise http.client.HTTPException(f"more than {self.connection.target.max_response} octets")
+        return count
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+CHUNK = 65536  # octets sent or read in one step
+MAX_RESPONSE_HEAD = 65536  # octets, interim responses and trailers included
+
+
+def is_readable(sock: Any) -> bool:
+    """Tell whether an idle connection was closed by the peer, or has data that nothing asked for."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def error_text(error: Exception) -> str:
+    """Describe an exception, for a reply."""
+    return sanitize(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+
+
 class MTASTSPolicy(NamedTuple):
-    """MTA-STS: which hosts a domain wants its mail to be brought to (RFC 8461 3.2)."""
+    """MTA-STS: the hosts that a domain's mail may be delivered to (RFC 8461 3.2)."""
 
     mode: str  # enforce, testing or none
     hosts: tuple  # names; "*." stands for one label
@@ -3841,323 +4113,75 @@ class MTASTSPolicy(NamedTuple):
 
 
 class MTASTSCache:
-    """The MTA-STS policies of domains, kept as long as they say."""
+    """The MTA-STS policies of domains, cached as long as they say."""
 
-    FETCH_TIMEOUT = 10.0  # seconds to get one
-    NEGATIVE_TTL = 300  # seconds until it is asked for again where it could not be had (RFC 8461 3.3)
+    FETCH_TIMEOUT = 10.0  # seconds
+    NEGATIVE_TTL = 300  # seconds until a policy that could not be fetched is tried again (RFC 8461 3.3)
 
     def __init__(self, resolver: Resolver, port: int = 443, clock: Callable = time.monotonic) -> None:
-        self.resolver, self.port = resolver, port
+        self.resolver, self.port, self.shared = resolver, port, SharedCalls()
         self.cache, self.failed = TTLCache(4096, clock), TTLCache(4096, clock)
 
     async def policy_for(self, domain: str, route: Route) -> MTASTSPolicy | None:
-        """The domain's policy; the one kept where DNS or the web server fail, since who attacks could see to that."""
-        number, kept = "", self.cache.get(domain) or ("", None)
+        """Return the domain's policy; the cached one if DNS or the web server fails, as an attacker could cause that."""
         deadline = time.monotonic() + min(route.timeout, self.FETCH_TIMEOUT)
+        return await self.shared.call((domain, route), deadline, self._policy_for, domain, route)
+
+    async def _policy_for(self, domain: str, route: Route, deadline: float) -> MTASTSPolicy | None:
+        policy_id, (cached_id, cached) = "", self.cache.get(domain) or ("", None)
         if not domain.startswith("["):
-            number = mta_sts_id((await self.resolver.lookup(f"_mta-sts.{domain}", TXT, deadline)).values)
-        if number in ("", kept[0]) or self.failed.get((domain, number)):
-            return kept[1]
+            policy_id = mta_sts_id((await self.resolver.lookup(f"_mta-sts.{domain}", TXT, deadline)).values)
+        if policy_id in ("", cached_id) or self.failed.get((domain, policy_id)):
+            return cached
         try:
-            policy = await self._fetch(domain, route, deadline)
+            policy = await self._fetch(f"mta-sts.{domain}", route, deadline)
         except (OSError, ValueError, Rejected) as error:
             why = ": ".join(error.reply.message) if isinstance(error, Rejected) else str(error)
-            log.lines(f"MTA-STS policy of {domain} can't be had: {sanitize(why)}")
-            self.failed.put((domain, number), True, self.NEGATIVE_TTL)
-            return kept[1]
-        self.cache.put(domain, (number, policy), policy.max_age)
+            log.lines(f"cannot fetch the MTA-STS policy of {domain}: {sanitize(why)}")
+            self.failed.put((domain, policy_id), True, self.NEGATIVE_TTL)
+            return cached
+        self.cache.put(domain, (policy_id, policy), policy.max_age)
         return policy
 
-    async def _fetch(self, domain: str, route: Route, deadline: float) -> MTASTSPolicy:
-        host = f"mta-sts.{domain}"
-        place = (await resolve_addresses(host, self.resolver, route.private, deadline))[0], self.port
-        trusted = stat_key(route.ca_file) if route.ca_file else None
-        context = await to_thread(client_context, True, route.ca_file, trusted)
-        return parse_mta_sts_policy(await to_thread(fetch_mta_sts_policy, host, place, context, deadline))
-
-
-def mta_sts_id(texts: tuple) -> str:
-    """The number of a domain's policy, "" where it has none: there must be exactly one record (RFC 8461 3.1)."""
-    records = [text for text in texts if text.startswith("v=STSv1")]
-    found = re.fullmatch(r"v=STSv1\s*;(?:.*;)?\s*id=([A-Za-z0-9]{1,32})\s*(?:;.*)?", records[0] if records else "")
-    return found[1] if found and len(records) == 1 else ""
-
-
-def fetch_mta_sts_policy(host: str, place: tuple, context: ssl.SSLContext, deadline: float) -> str:
-    """The text of a policy by HTTPS; raises OSError or ValueError. No redirection is followed (RFC 8461 3.3)."""
-    octets = b""
-    head = f"GET /.well-known/mta-sts.txt HTTP/1.1\r\nHost: {host}\r\nUser-Agent: haineko/{__version__}\r\n"
-    with socket.create_connection(place, max(deadline - time.monotonic(), 0.1)) as plain:
-        sock = context.wrap_socket(plain, server_hostname=host)  # takes the connection over
-    with sock:
-        sock.sendall(f"{head}Connection: close\r\n\r\n".encode())
-        while len(octets) <= MAX_POLICY:
-            sock.settimeout(max(deadline - time.monotonic(), 0.001))
-            more = sock.recv(65536)
-            if not more:
-                break
-            octets += more
-    try:
-        response = http.client.HTTPResponse(types.SimpleNamespace(makefile=lambda *_: io.BytesIO(octets)))
-        response.begin()
-        text = response.read()
-    except http.client.HTTPException as error:
-        raise ValueError(f"not HTTP: {error!r}") from None
-    if response.status != 200 or len(octets) > MAX_POLICY:
-        raise ValueError(f"HTTP status {response.status}" if response.status != 200 else "too large")
-    return text.decode("utf-8", "replace")
+    async def _fetch(self, host: str, route: Route, deadline: float) -> MTASTSPolicy:
+        """Fetch a policy; redirections are not followed (RFC 8461 3.3)."""
+        address = (await resolve_addresses(host, self.resolver, route.private, deadline))[0]
+        target = HTTPTarget(f"https://{host}:{self.port}", 0, "MX", True, route.ca_file, False, address, MAX_POLICY)
+        request = HTTPRequest("GET", "/.well-known/mta-sts.txt")
+        response = await asyncio.to_thread(KeepAliveConnection(target).exchange_once, request, deadline)
+        if response.status != 200:
+            raise ValueError(f"HTTP status {response.status}")
+        return parse_mta_sts_policy(response.body.decode("utf-8", "replace"))
 
 
 MAX_POLICY = 65536  # octets
 
 
+def mta_sts_id(texts: tuple) -> str:
+    """Return the id of a domain's policy, "" unless there is exactly one record (RFC 8461 3.1)."""
+    records = [text for text in texts if text.startswith("v=STSv1")]
+    found = re.fullmatch(r"v=STSv1\s*;(?:.*;)?\s*id=([A-Za-z0-9]{1,32})\s*(?:;.*)?", records[0] if records else "")
+    return found[1] if found and len(records) == 1 else ""
+
+
 def parse_mta_sts_policy(text: str) -> MTASTSPolicy:
-    """The policy in a text of "key: value" lines; ValueError where it is none (RFC 8461 3.2)."""
+    """Parse a policy, lines of "key: value"; ValueError if it is none (RFC 8461 3.2)."""
     pairs = [[part.strip() for part in line.partition(":")[::2]] for line in text.splitlines() if line.strip()]
-    values = dict(reversed(pairs))  # of a key that stands twice, the first counts
+    values = dict(reversed(pairs))  # of a repeated key, the first counts
     hosts = tuple(value.lower().rstrip(".") for key, value in pairs if key == "mx")
     mode, age = values.get("mode", ""), values.get("max_age", "")
     if values.get("version") != "STSv1" or mode not in ("enforce", "testing", "none") or (mode != "none" and not hosts):
         raise ValueError("not an MTA-STS policy")
     if not re.fullmatch(r"[0-9]{1,10}", age):
-        raise ValueError("max_age is no number")
+        raise ValueError("max_age is not a number")
     return MTASTSPolicy(mode, hosts, min(int(age), 31557600))
 
 
 # ======================================================================================================================
-# 11. Web sessions
-#     Takes a Call, gives what the other side Said, or Refused where nothing of use came. http.client speaks HTTP, in
-#     threads, since it blocks; deadlines, limits and the question whether a request may have arrived are ours. Knows
-#     nothing of mail.
-# ======================================================================================================================
-
-
-class HTTPRequest(NamedTuple):
-    """One request to a web API."""
-
-    method: str
-    path: str  # behind the path of the base URL
-    body: bytes = b""
-    headers: tuple = ()  # of (name, value)
-    type: str = "application/json"
-
-
-class HTTPResponse(NamedTuple):
-    """An answer by HTTP."""
-
-    status: int
-    reason: str
-    headers: Any  # .get(name) without case
-    body: bytes  # b"" where it never came, or was without end
-
-    def document(self) -> Any:
-        """The JSON in the body, None where it is none."""
-        try:
-            return parse_json(self.body)
-        except ValueError:
-            return None
-
-
-class HTTPConnectionPool:
-    """The open connections to web APIs of this process, kept to be used again; the most recently used one first."""
-
-    IDLE = 15.0  # seconds after which a connection is given up; servers do so after 20 and more
-    AGE = 300.0  # seconds after which it is not used again
-    MAX_IDLE = 64  # connections of one route
-
-    def __init__(self) -> None:
-        self.idle: dict = {}  # route: lines, the most recently used last
-
-    async def request(self, route: Route, call: HTTPRequest) -> HTTPResponse:
-        """The answer to the call. A kept connection that died before all of the request was sent is replaced once."""
-        line, kept = self._acquire(route)
-        try:
-            reply = await to_thread(line.exchange, call)
-        except Rejected:
-            if line.sent or not kept:
-                raise
-            line = KeepAliveConnection(route)
-            reply = await to_thread(line.exchange, call)
-        self._release(line)
-        return reply
-
-    def _acquire(self, route: Route) -> tuple:
-        """(a connection, whether it was kept)."""
-        kept, now = self.idle.get(route, []), time.monotonic()
-        while kept:
-            line = kept.pop()
-            if now < line.expires and not line.is_stale():
-                return line, True
-            line.close()
-        return KeepAliveConnection(route), False
-
-    def _release(self, line: KeepAliveConnection) -> None:
-        """Kept, or closed where it can't be used again."""
-        kept, now = self.idle.setdefault(line.route, []), time.monotonic()
-        if line.sock and len(kept) < self.MAX_IDLE and now - line.created_at < self.AGE:
-            line.expires = now + min(self.IDLE, line.keepalive_timeout)
-            kept.append(line)
-        else:
-            line.close()
-
-    def sweep(self, everything: bool = False) -> None:
-        """Closes the connections that nobody used for a while, or all."""
-        now = time.monotonic()
-        for route, kept in list(self.idle.items()):
-            staying = [line for line in kept if now < line.expires and not everything]
-            for line in kept:
-                if line not in staying:
-                    line.close()
-            self.idle[route] = staying
-            if not staying:
-                del self.idle[route]
-
-
-class KeepAliveConnection(http.client.HTTPConnection):
-    """One connection to the API of a route. `sent` says that all of a request was sent, which may therefore count."""
-
-    def __init__(self, route: Route) -> None:
-        self.url = split_base_url(route.url)
-        super().__init__(self.url.host, self.url.port)
-        self.route, self.seconds, self.deadline, self.sent = route, route.timeout, 0.0, False
-        self.created_at, self.expires, self.keepalive_timeout = time.monotonic(), 0.0, HTTPConnectionPool.IDLE
-
-    def exchange(self, call: HTTPRequest) -> HTTPResponse:
-        """The answer to the call; Refused where there is none."""
-        reply, self.sent = None, False
-        if not self.sock:
-            self.open()
-        try:
-            self._send_request(call)
-            reply = self._read_response()
-        except (OSError, http.client.HTTPException) as error:
-            raise Rejected(self._broken(error)) from None
-        finally:
-            if not (reply and self.sent):
-                self.close()
-        log.dialogue(self.url.host_header, "<", f"{reply.status} {reply.reason}, {len(reply.body)} octets")
-        return reply
-
-    def is_stale(self) -> bool:
-        """True where the other side has closed, or said something that nobody asked for."""
-        poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
-        return bool(poll.poll(0))
-
-    def open(self) -> None:
-        """Connected, with TLS where the URL says so; credentials go over TLS or stay on this machine."""
-        route, site = self.route, self.url
-        try:
-            self.sock = socket.create_connection((site.host, site.port), self.seconds)
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if site.tls:
-                trusted = stat_key(route.ca_file) if route.ca_file else None
-                context = client_context(route.tls_verify, route.ca_file, trusted)
-                self.sock = context.wrap_socket(self.sock, server_hostname=site.host)
-            elif route.credentials and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
-                raise Rejected(make_reply("clear-auth", **route.endpoint))
-        except OSError as error:
-            connected = bool(self.sock)
-            self.close()
-            said = make_reply("web-tls" if connected else "web-connect", error_text(error), **route.endpoint)
-            raise Rejected(said) from None
-        except Rejected:
-            self.close()
-            raise
-
-    def _send_request(self, call: HTTPRequest) -> None:
-        """Sends the request."""
-        log.dialogue(self.url.host_header, ">", f"{call.method} {self.url.path}{call.path}, {len(call.body)} octets")
-        self.deadline = time.monotonic() + self.seconds
-        self.putrequest(call.method, self.url.path + call.path, skip_host=True, skip_accept_encoding=True)
-        fixed = (
-            ("Host", self.url.host_header),
-            ("User-Agent", f"Haineko/{__version__}"),
-            ("Accept", "application/json"),
-        )
-        for name, value in (*fixed, *call.headers):
-            self.putheader(name, value)
-        if call.method == "POST":
-            self.putheader("Content-Type", call.type)
-            self.putheader("Content-Length", str(len(call.body)))
-        try:
-            self.endheaders(call.body or None)
-            self.sent = True
-        except (BrokenPipeError, ConnectionResetError):  # it may have said why it hung up
-            pass
-
-    def send(self, octets: bytes) -> None:
-        """http.client's way out, by the deadline."""
-        for start in range(0, len(octets), CHUNK):
-            self.sock.settimeout(max(self.deadline - time.monotonic(), 0.001))
-            self.sock.sendall(octets[start : start + CHUNK])
-
-    def _read_response(self) -> HTTPResponse:
-        self.deadline = time.monotonic() + self.seconds
-        response, body, piece = self.getresponse(), b"", b" "
-        try:
-            while piece and len(body) <= MAX_RESPONSE:
-                piece = response.read(CHUNK)
-                body += piece
-        except (OSError, http.client.HTTPException):  # the status is here, and may be all that is needed
-            piece = b" "
-        if piece:
-            response.close()
-            self.close()
-            body = b""
-        found = re.search(r"timeout=(\d{1,6})", response.headers.get("Keep-Alive", ""))
-        self.keepalive_timeout = int(found[1]) - 1 if found else HTTPConnectionPool.IDLE
-        return HTTPResponse(response.status, sanitize(response.reason, 100), response.headers, body)
-
-    def response_class(self, sock: Any, *args: Any, **named: Any) -> http.client.HTTPResponse:
-        """http.client's way in, by the deadline."""
-        response = http.client.HTTPResponse(sock, *args, **named)
-        response.fp = io.BufferedReader(DeadlineReader(self, response.fp.detach()))
-        return response
-
-    def _broken(self, error: Exception) -> Reply:
-        """What is said where no answer came."""
-        place = self.route.endpoint
-        if not self.sent:
-            return make_reply("web-lost", error_text(error), **place)
-        if isinstance(error, OSError):
-            return make_reply("web-unsure", error_text(error), **place)._replace(maybe_delivered=True)
-        return make_reply("web-rubbish", error_text(error), **place)._replace(maybe_delivered=True)
-
-
-class DeadlineReader(io.RawIOBase):
-    """A connection's octets, none later than the deadline of the answer: who drips has no more time than others."""
-
-    def __init__(self, line: KeepAliveConnection, raw: Any) -> None:
-        self.connection, self.raw, self.sock = line, raw, line.sock
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, room: Any) -> int:
-        self.sock.settimeout(max(self.connection.deadline - time.monotonic(), 0.001))
-        return self.raw.readinto(room)
-
-    def close(self) -> None:
-        self.raw.close()
-        super().close()
-
-
-CHUNK = 65536  # octets sent in one step
-MAX_RESPONSE = 1 << 20  # octets of an answer
-
-
-def error_text(error: Exception) -> str:
-    """What went wrong, in words."""
-    return sanitize(getattr(error, "strerror", None) or str(error) or type(error).__name__)
-
-
-# ======================================================================================================================
 # 12. SMTP sessions
-#     Takes a Job, gives a Reply for each of its recipients. smtplib opens, secures and logs in; the transaction is
-#     ours, since smtplib neither pipelines nor can say whether the end of a message was lost. The script of a
-#     transaction is data, cut into flights; one loop serves servers with PIPELINING and without. Sessions are kept
-#     in a pool for each route; where a server takes no more of them, mails wait for one.
+#     Takes a Transaction, gives a Reply for each of its recipients. smtplib opens a session, in a thread; the log-in and
+#     the transaction are ours, since smtplib tries every password thrice, does no pipelining, and cannot tell whether
+#     the end of a message was lost. Sessions are pooled by route; if a server takes no more of them, mails wait for one.
 # ======================================================================================================================
 
 
@@ -4170,59 +4194,54 @@ class SMTPReply(NamedTuple):
 
 
 class ProtocolError(ConnectionError):
-    """The other side said something that is no SMTP reply, or not one that can stand there."""
+    """The server sent something that is no SMTP reply, or one that cannot stand there."""
 
 
+@cache_short(256)  # servers repeat themselves
 def parse_replies(octets: bytes) -> tuple:
-    """(the whole replies in the octets, what follows them, whether a 421 is among them); Rubbish where the first one is
-    none."""
-    return (_parse_replies if len(octets) <= CACHE_MAX_CHARS else _parse_replies.__wrapped__)(octets)
-
-
-@functools.lru_cache(maxsize=256)  # servers repeat themselves
-def _parse_replies(octets: bytes) -> tuple:
-    found: list = []
+    """Return (complete replies, unparsed rest, whether one is a 421); ProtocolError if the first is malformed."""
+    replies: list = []
     try:
-        item, rest = parse_reply(octets)
-        while item:
-            found.append(item)
+        reply, rest = parse_reply(octets)
+        while reply:
+            replies.append(reply)
             octets = rest
-            item, rest = parse_reply(octets)
-    except ProtocolError:  # told to who comes to it
-        if not found:
+            reply, rest = parse_reply(octets)
+    except ProtocolError:  # raised again when that reply is the first
+        if not replies:
             raise
-    return tuple(found), octets, "421" in [item.code for item in found]
+    return tuple(replies), octets, "421" in [reply.code for reply in replies]
 
 
 def parse_reply(octets: bytes) -> tuple:
-    """(the first reply in the octets or None where it isn't whole yet, what follows it); Rubbish where it is none."""
+    """Return (first reply or None if incomplete, what follows it); ProtocolError if it is malformed."""
     whole, start = None, 0
     while True:
         end = octets.find(b"\n", start)
+        if (end if end >= 0 else len(octets)) - start > MAX_LINE:
+            raise ProtocolError(f"a line longer than {MAX_LINE} octets")
         if end < 0:
-            if len(octets) - start > MAX_LINE:
-                raise ProtocolError("a line without end")
             return None, octets
-        item, more = parse_reply_line(octets[start:end])
+        reply, more = parse_reply_line(octets[start:end])
         if whole:
-            if item.code != whole.code:
-                raise ProtocolError(f"unexpected: {item.code} {item.lines[0][:200]}")
+            if reply.code != whole.code:
+                raise ProtocolError(f"unexpected: {reply.code} {reply.lines[0][:200]}")
             if len(whole.lines) == MAX_LINES:
-                raise ProtocolError("a reply without end")
-            item = whole._replace(lines=whole.lines + item.lines)
-        whole, start = item, end + 1
+                raise ProtocolError(f"a reply of more than {MAX_LINES} lines")
+            reply = whole._replace(lines=whole.lines + reply.lines)
+        whole, start = reply, end + 1
         if not more:
             return whole, octets[start:]
 
 
 @functools.lru_cache(maxsize=256)
 def parse_reply_line(line: bytes) -> tuple:
-    """(one line of a reply as if it were the whole, whether more lines follow)."""
-    found = REPLY_LINE.fullmatch(line)
+    """Return (the line as a reply of its own, whether more lines follow)."""
+    found = REPLY_LINE.fullmatch(line.rstrip(b"\r"))
     if not found:
         raise ProtocolError(f"unexpected: {sanitize(line[:200].decode('utf-8', 'replace'))}")
-    code, more, words = found.groups(b"")
-    return smtp_reply(code.decode(), (sanitize(words.decode("utf-8", "replace"), MAX_TEXT),)), more == b"-"
+    code, more, text = found.groups(b"")
+    return smtp_reply(code.decode(), (sanitize(text.decode("utf-8", "replace"), MAX_TEXT),)), more == b"-"
 
 
 def smtp_reply(code: str, lines: tuple) -> SMTPReply:
@@ -4230,32 +4249,35 @@ def smtp_reply(code: str, lines: tuple) -> SMTPReply:
     return SMTPReply(code, found[1] if found else None, lines)
 
 
-REPLY_LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ \t-])(.*?)|\s*)\r*")  # the code decides, whatever the text is
+REPLY_LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ \t-])(.*)|\s*)")  # the code decides, whatever the text is
 DSN = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?:\s|$)")
 MAX_LINE = 8192  # octets of a line; RFC 5321 4.5.3.1.5 says 512
-MAX_TEXT = 2048  # characters of it that are told
+MAX_TEXT = 2048  # characters of a line that are reported
 MAX_LINES = 128  # of a reply
-SEND_BLOCK = 262144  # octets of text in one step
-PIPELINE_WINDOW = 100  # commands that wait for their replies, so that neither side's buffer fills up (RFC 2920 3.1)
+SEND_BLOCK = 262144  # octets of a message sent in one step
+PIPELINE_WINDOW = 100  # commands without a reply at a time, so that neither side's buffer fills up (RFC 2920 3.1)
+SMTPS = 465  # RFC 8314: TLS from the first byte
+QUIT_TIMEOUT = 1.0  # seconds for the reply to QUIT
 
 
 class Session(smtplib.SMTP):
-    """A connection to one next hop. `step` names the command under way; `alive` says that it may be used again."""
+    """Connection to one next hop. `step` names the command under way; `alive` tells that it may be used again."""
 
     def __init__(self, route: Route, hostname: str) -> None:
         super().__init__(local_hostname=hostname, timeout=route.timeout)
         self._host = route.host  # the name that smtplib has the certificate checked for
         self.route, self.step, self.masked = route, "CONN", False
-        self.pool: Any = None  # among whose sessions it is
-        self.recv_buffer, self.replies = b"", deque()  # octets, and replies, that nobody has asked for yet
-        self.maybe_complete = False  # there may be a whole reply in `unread`
-        self.alive = self.needs_rset = self.in_data = self.eod_sent = False
+        self.pool: Any = None  # the SessionPool that it belongs to
+        self.stream: Any = None  # AsyncSocket of the open connection
+        self.recv_buffer, self.replies = b"", deque()  # received, and parsed, but not asked for yet
+        self.maybe_complete = False  # recv_buffer may hold a complete reply
+        self.alive = self.used = self.needs_rset = self.in_data = self.eod_sent = False
         self.created_at = self.last_used = time.monotonic()
 
-    # -- opened, secured, logged in
+    # -- opening
 
     def open(self) -> None:
-        """Ready for transactions, or Refused with what the other side said."""
+        """Get ready for transactions, or raise Rejected with the server's reply. Blocks."""
         try:
             for step in self.steps():
                 step()
@@ -4269,18 +4291,19 @@ class Session(smtplib.SMTP):
         self.alive = not self.has_unsolicited
 
     def steps(self) -> tuple:
-        """The steps of establish(), in order."""
+        """Return the steps of open(), in order."""
         return self._greet, self._hello, self._starttls, self._log_in
 
     def _greet(self) -> None:
         self._expect("CONN", self.connect(self.route.address or self.route.host, self.route.port))
+        self.local_hostname = ehlo_name(self.local_hostname, self.sock.getsockname()[0])
 
     def _hello(self) -> None:
         self.step = "EHLO"
-        code, words = self.ehlo()
+        code, text = self.ehlo()
         if 500 <= code <= 599:  # RFC 5321 3.2: an old server
-            code, words = self.helo()
-        self._expect("EHLO", (code, words))
+            code, text = self.helo()
+        self._expect("EHLO", (code, text))
 
     def _starttls(self) -> None:
         route, self.step = self.route, "STARTTLS"
@@ -4288,209 +4311,217 @@ class Session(smtplib.SMTP):
         if not wanted or route.port == SMTPS:
             return
         if not self.has_extn("starttls"):
-            raise Rejected(make_reply("no-starttls", **self.route.endpoint))
-        code, words = self.docmd("STARTTLS")
-        self._expect("STARTTLS", (code, words))
-        if self.has_unsolicited:  # words in clear that pretend to be said under TLS
-            raise ProtocolError("octets behind the reply to STARTTLS")
-        self.sock.settimeout(self.timeout)  # the handshake is a step of its own
-        self.sock = self._wrapped(self.sock)
+            raise Rejected(make_reply("no-starttls", **route.endpoint))
+        self._expect("STARTTLS", self.docmd("STARTTLS"))
+        if self.has_unsolicited:  # injected in clear text, to be taken for a reply under TLS
+            raise ProtocolError("data behind the reply to STARTTLS")
+        self.sock.settimeout(self.timeout)  # of the whole handshake
+        self.sock = self._wrap(self.sock)
         self.ehlo_resp, self.esmtp_features, self.does_esmtp = None, {}, False  # RFC 3207 4.2
         self._hello()
 
-    def _wrapped(self, sock: socket.socket) -> ssl.SSLSocket:
+    def _wrap(self, sock: socket.socket) -> ssl.SSLSocket:
         route = self.route
         context = client_context(route.tls_verify, route.ca_file, stat_key(route.ca_file) if route.ca_file else None)
         return context.wrap_socket(sock, server_hostname=route.host)
 
     def _log_in(self) -> None:
+        """Use the strongest mechanism offered, once; the next one only if this one is not available after all."""
         if not self.route.auth:
             return
-        self.step = "AUTH"
-        if not (isinstance(self.sock, ssl.SSLSocket) or self._peer_is_loopback()):
+        self.step, result = "AUTH", None
+        if not isinstance(self.sock, ssl.SSLSocket) and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
             raise Rejected(make_reply("clear-auth", **self.route.endpoint))
+        offered = self.esmtp_features.get("auth", "").upper().split()
+        for mechanism in [name for name in AUTH_MECHANISMS if name in offered]:
+            result = self._authenticate(mechanism)
+            if result[0] not in (504, 534):  # RFC 4954 4: unknown mechanism, too weak
+                break
+        if not result:
+            raise Rejected(make_reply("no-auth", **self.route.endpoint))
+        self._expect("AUTH", result)
+
+    def _authenticate(self, mechanism: str) -> tuple:
+        """Return (code, text) of the server's verdict on our credentials."""
+        has_initial, respond = AUTH_MECHANISMS[mechanism]
+        line = f"AUTH {mechanism}".encode()
+        initial = b" " + base64.b64encode(respond(self.route.credentials, b"", 0)) if has_initial else b""
         self.masked = True
         try:
-            self.login(*self.route.credentials)
-        except smtplib.SMTPResponseException as error:
-            self._expect("AUTH", (error.smtp_code, error.smtp_error))
-        except (smtplib.SMTPNotSupportedError, smtplib.SMTPException) as error:
-            if isinstance(error, smtplib.SMTPServerDisconnected):
-                raise
-            raise Rejected(make_reply("no-auth", **self.route.endpoint)) from None
-        except ValueError as error:  # a challenge that isn't base64
-            raise ProtocolError(f"unexpected challenge: {error}") from None
+            self.send(line + (initial if len(line + initial) <= MAX_COMMAND else b"") + b"\r\n")
+            code, text = self.getreply()
+            for turn in range(MAX_CHALLENGES):
+                if code != 334:
+                    break
+                self.send(base64.b64encode(respond(self.route.credentials, text, turn)) + b"\r\n")
+                code, text = self.getreply()
         finally:
             self.masked = False
+        return code, text
 
-    def _peer_is_loopback(self) -> bool:
-        return ipaddress.ip_address(self.sock.getpeername()[0].partition("%")[0]).is_loopback
-
-    def _expect(self, step: str, reply: tuple) -> None:
-        """Refused with the server's own words unless they are a 2xx."""
-        self.step, (code, words) = step, reply
+    def _expect(self, step: str, result: tuple) -> None:
+        """Raise Rejected with the server's own words unless the code is 2xx."""
+        self.step, (code, text) = step, result
         if not 200 <= code <= 299:
             if not 400 <= code <= 599:
-                raise ProtocolError(f"unexpected: {code} {sanitize(str(words))}")
-            lines = words.decode("utf-8", "replace") if isinstance(words, bytes) else words
+                raise ProtocolError(f"unexpected: {code} {sanitize(str(text))}")
+            lines = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
             raise Rejected(self._to_reply(step, smtp_reply(str(code), tuple(lines.split("\n")))))
 
-    # -- one transaction
+    # -- transaction
 
     async def transact(self, transaction: Transaction) -> list:
-        """A Reply for every recipient of the job, whatever happens (RFC 5321 3.3)."""
+        """Return a Reply for every recipient, whatever happens (RFC 5321 3.3)."""
         utf8 = transaction.needs_smtputf8
         if utf8 and not self.has_extn("smtputf8"):
             return await self._transact_in_ascii(transaction)
         self.in_data = self.eod_sent = False
-        pieces = transaction.chunks()
+        chunks = transaction.chunks()
         if transaction.message.needs_8bitmime and not self.has_extn("8bitmime"):
-            pieces = (await to_thread(downgrade_8bit, transaction.octets()),)
-        script = envelope_commands(transaction, utf8, sum(map(len, pieces)), self.esmtp_features)
-        reply: list = []
+            chunks = (await asyncio.to_thread(downgrade_8bit, transaction.octets()),)
+        script = envelope_commands(transaction, utf8, sum(map(len, chunks)), self.esmtp_features)
+        replies: list = []
         result = lost = None
         try:
-            await self._send_envelope(script, reply)
-            if len(reply) == len(script) and reply[-1].code[0] == "3":
-                result = await self._send_data(pieces if any_accepted(reply[:-1]) else ())
+            await self._send_envelope(script, replies)
+            if len(replies) == len(script) and replies[-1].code[0] == "3":
+                result = await self._send_data(chunks if any_accepted(replies[:-1]) else ())
         except OSError as error:
             self.alive, lost = False, self._broken(error)
         self.last_used = time.monotonic()
         self.needs_rset = not (result and result.code[0] == "2")
         if self.has_unsolicited:
             self.alive = False
-        replies = recipient_replies(reply, result, lost, len(transaction.recipients))
-        return [item if isinstance(item, Reply) else self._to_reply(*item) for item in replies]
+        decided = recipient_replies(replies, result, lost, len(transaction.recipients))
+        found = [item if isinstance(item, Reply) else self._to_reply(*item) for item in decided]
+        if self.alive and self.used and any(map(self.refused_before_data, found)):
+            self.alive = False  # it may have reached a limit of the server
+            with contextlib.suppress(OSError):
+                self.sock.send(b"QUIT\r\n")
+        self.used = True
+        return found
+
+    def refused_before_data(self, reply: Reply) -> bool:
+        """Tell whether a temporary failure of the last transaction came before the message was sent."""
+        return reply.code[0] == "4" and (not self.in_data or reply.command == "RCPT")
 
     async def _transact_in_ascii(self, transaction: Transaction) -> list:
-        """The same with a server that knows ASCII only: who and what can't be said to it is refused (RFC 6531 3.2)."""
-        place, message = self.route.endpoint, transaction.message
+        """Transact without SMTPUTF8; addresses and header fields that need it are refused (RFC 6531 3.2)."""
+        endpoint, message = self.route.endpoint, transaction.message
         if not transaction.sender.isascii():
-            return [make_reply("mail-ascii", **place)] * len(transaction.recipients)
+            return [make_reply("mail-ascii", **endpoint)] * len(transaction.recipients)
         if message.needs_smtputf8:
-            octets = await to_thread(downgrade_8bit, transaction.octets(), self.has_extn("8bitmime"))
+            octets = await asyncio.to_thread(downgrade_8bit, transaction.octets(), self.has_extn("8bitmime"))
             message = Message((octets,), needs_8bitmime=not octets.isascii())
             names = non_ascii_fields(octets)
             if names:  # which have no form in ASCII, such as an address
-                return [make_reply("header-ascii", f"in {', '.join(names)}", **place)] * len(transaction.recipients)
+                return [make_reply("header-ascii", f"in {', '.join(names)}", **endpoint)] * len(transaction.recipients)
         ascii_only = tuple(to for to in transaction.recipients if to.isascii())
-        said = await self.transact(transaction._replace(recipients=ascii_only, message=message)) if ascii_only else []
-        replies = dict(zip(ascii_only, said))
-        return [replies.get(to) or make_reply("rcpt-ascii", **place) for to in transaction.recipients]
+        found = await self.transact(transaction._replace(recipients=ascii_only, message=message)) if ascii_only else []
+        replies = dict(zip(ascii_only, found))
+        return [replies.get(to) or make_reply("rcpt-ascii", **endpoint) for to in transaction.recipients]
 
     async def _send_envelope(self, script: list, replies: list) -> None:
-        """Sends the script and appends each reply to `said`, until it is over or there is no sense in going on."""
+        """Send the script and append each reply to `replies`, until it is over or going on makes no sense."""
         if self.needs_rset:
             self.step = "MAIL"
             await self._write(b"RSET\r\n")
-            await self._reply()
+            await self._read_reply()
             self.needs_rset = False
-        for flight in pipeline_batches(script, self.has_extn("pipelining")):
-            if replies and (replies[0].code[0] != "2" or (flight[0][0] == "DATA" and not any_accepted(replies))):
+        for batch in pipeline_batches(script, self.has_extn("pipelining")):
+            if replies and (replies[0].code[0] != "2" or (batch[0][0] == "DATA" and not any_accepted(replies))):
                 return
-            self.step = flight[0][0]
-            await self._write(b"".join([line for _, line in flight]))
-            for self.step, _ in flight:
-                item = self.replies.popleft() if self.replies else await self._reply()
-                if item.code[0] == ("2" if self.step == "DATA" else "3"):
-                    raise ProtocolError(f"unexpected: {item.code} to {self.step}")
-                replies.append(item)
-                if item.code == "421":  # it closes; what it would say of the rest will not come
+            self.step = batch[0][0]
+            await self._write(b"".join([line for _, line in batch]))
+            for self.step, _ in batch:
+                reply = self.replies.popleft() if self.replies else await self._read_reply()
+                if reply.code[0] == ("2" if self.step == "DATA" else "3"):
+                    raise ProtocolError(f"unexpected: {reply.code} to {self.step}")
+                replies.append(reply)
+                if reply.code == "421":  # the server closes; replies to the rest will not come
                     return
 
-    async def _send_data(self, pieces: tuple) -> SMTPReply:
-        """The reply to the end of the text; where there is none, that to a lone dot (RFC 2920 3.1)."""
-        if self.has_unsolicited:  # a refusal said at once counts; anything else would pass for the reply to the text
-            self.alive, item = False, await self._reply()
-            if item.code[0] in "45":
-                return item
+    async def _send_data(self, chunks: tuple) -> SMTPReply:
+        """Return the reply to the end of the message; without a message, that to a lone dot (RFC 2920 3.1)."""
+        if self.has_unsolicited:  # an early refusal counts; anything else would be taken for the reply to the message
+            self.alive, reply = False, await self._read_reply()
+            if reply.code[0] in "45":
+                return reply
             raise ProtocolError("a reply that nothing asked for")
-        self.in_data, last = bool(pieces), b""
+        self.in_data, last = bool(chunks), b""
         try:
-            for block in dot_stuff(pieces):
+            for block in dot_stuff(chunks):
                 if last:
                     await self._write(last)
                 last = block
             self.eod_sent = self.in_data
             await self._write(last + b".\r\n")
         except (BrokenPipeError, ConnectionResetError):
-            item = await self._reply()  # it may have said why it hung up
-            if item.code[0] not in "45":
+            reply = await self._read_reply()  # the server may have said why it hung up
+            if reply.code[0] not in "45":
                 raise
-            return item
-        item = await self._reply()
-        if item.code[0] == "3":
-            raise ProtocolError(f"unexpected: {item.code} to the end of the message")
-        return item
+            return reply
+        reply = await self._read_reply()
+        if reply.code[0] == "3":
+            raise ProtocolError(f"unexpected: {reply.code} to the end of the message")
+        return reply
+
+    # -- input and output
 
     def _write(self, octets: bytes) -> Any:
-        """To be awaited: the octets are sent."""
+        """Send all octets; to be awaited."""
         self._log_sent(octets)
-        return sock_sendall(self.sock, octets, time.monotonic() + self.timeout)
+        return self.stream.sendall(octets, time.monotonic() + self.timeout)
 
-    async def _reply(self) -> SMTPReply:
-        """The next reply, whole, within the step's deadline."""
+    async def _read_reply(self) -> SMTPReply:
+        """Return the next reply; one deadline holds for the whole of it."""
         deadline = 0.0
         while not (self.replies or self._parse_buffer()):
             deadline = deadline or time.monotonic() + self.timeout
-            self._feed(await sock_recv(self.sock, 4096, deadline))
+            self._feed(await self.stream.recv(4096, deadline))
         return self.replies.popleft()
 
-    # -- lines
-
-    def is_reusable(self) -> bool:
-        """True where the server has said nothing while nobody asked, that it has waited long enough, for instance: it
-        would pass for the reply to the next command."""
-        poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
-        return not poll.poll(0)
-
-    @property
-    def has_unsolicited(self) -> bool:
-        """True where the server has said more than it was asked."""
-        return bool(self.recv_buffer or self.replies)
-
     def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
-        octets = host.encode("ascii")  # for a string Python loads the tables of IDNA, half a megabyte for each worker
-        sock = super()._get_socket(octets, port, timeout)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return self._wrapped(sock) if port == SMTPS else sock
+        """Called by smtplib to connect."""
+        sock = connector.connect(host, port, time.monotonic() + timeout)
+        sock.settimeout(timeout)
+        return self._wrap(sock) if port == SMTPS else sock
 
     def send(self, s: Any) -> None:
-        """smtplib's way out."""
+        """Called by smtplib to send."""
         octets = s.encode("ascii") if isinstance(s, str) else s
         self._log_sent(b"********\r\n" if self.masked else octets)
         self.sock.sendall(octets)
 
     def getreply(self) -> tuple:
-        """smtplib's way in: (code, text)."""
+        """Called by smtplib for a reply: (code, text)."""
         deadline = time.monotonic() + self.timeout
         while not (self.replies or self._parse_buffer()):
             self.sock.settimeout(max(deadline - time.monotonic(), 0.001))
             self._feed(self.sock.recv(65536))
-        item = self.replies.popleft()
-        return int(item.code), "\n".join(item.lines).encode()
+        reply = self.replies.popleft()
+        return int(reply.code), "\n".join(reply.lines).encode()
 
     def _parse_buffer(self) -> bool:
-        """True where whole replies were in `unread`, and are now in `heard`."""
+        """Move complete replies from `recv_buffer` to `replies`; False if there is none."""
         if not self.maybe_complete:
             return False
         found, self.recv_buffer, closes = parse_replies(self.recv_buffer)
-        self.maybe_complete = bool(found and self.recv_buffer)  # rubbish, perhaps
+        self.maybe_complete = bool(found and self.recv_buffer)  # a malformed reply, perhaps
         if closes:  # RFC 5321 3.8
             self.alive = False
         if self.masked:
-            found = [item._replace(lines=tuple(map(self._mask_credentials, item.lines))) for item in found]
-        for item in found if log.devel else ():
-            for i, line in enumerate(item.lines, 1):
-                log.dialogue(self.route.host, "<", f"{item.code}{' ' if i == len(item.lines) else '-'}{line}")
+            found = [reply._replace(lines=tuple(map(self._mask_credentials, reply.lines))) for reply in found]
+        for reply in found if log.devel else ():
+            for i, line in enumerate(reply.lines, 1):
+                log.dialogue(self.route.host, "<", f"{reply.code}{' ' if i == len(reply.lines) else '-'}{line}")
         self.replies.extend(found)
         return bool(found)
 
     def _mask_credentials(self, line: str) -> str:
-        """The line without our credentials: some servers repeat a command that they don't understand."""
-        for word in secret_forms(*self.route.credentials):
-            line = line.replace(word, "********")
+        """Mask our credentials in a line: some servers repeat a command that they do not understand."""
+        for secret in secret_forms(*self.route.credentials):
+            line = line.replace(secret, "********")
         return line
 
     def _feed(self, octets: bytes) -> None:
@@ -4504,8 +4535,23 @@ class Session(smtplib.SMTP):
             for line in octets.splitlines():
                 log.dialogue(self.route.host, ">", line.decode("utf-8", "replace"))
 
+    def close(self) -> None:
+        """Close the connection, unregistered first: by the event loop's thread, or before it has a stream."""
+        if self.stream:
+            self.stream.release()
+        super().close()
+
+    @property
+    def has_unsolicited(self) -> bool:
+        """Tell whether the server has sent more than it was asked for."""
+        return bool(self.recv_buffer or self.replies)
+
+    def is_reusable(self) -> bool:
+        """Tell whether an idle server has sent nothing: that would be taken for the reply to the next command."""
+        return not is_readable(self.sock)
+
     def quit(self) -> None:
-        """QUIT, said and not waited for long (RFC 5321 4.1.1.10)."""
+        """Send QUIT, without waiting long for the reply (RFC 5321 4.1.1.10)."""
         self.alive = False
         try:
             self.timeout = QUIT_TIMEOUT
@@ -4516,45 +4562,92 @@ class Session(smtplib.SMTP):
             pass
         self.close()
 
-    # -- words
+    # -- replies
 
-    def _to_reply(self, step: str, item: SMTPReply) -> Reply:
-        return Reply(item.code, item.dsn, step, item.lines, self.route.mailer, self.route.host, self.route.port)
+    def _to_reply(self, step: str, reply: SMTPReply) -> Reply:
+        fault = is_route_fault(self.route, step, reply)
+        route, more = self.route, {"from_server": True, "route_fault": fault}
+        return Reply(reply.code, reply.dsn, step, reply.lines, route.mailer, route.host, route.port, **more)
 
     def _broken(self, error: OSError) -> Reply:
-        """What is said of recipients whose reply never came."""
-        reason, place = error_text(error), self.route.endpoint
+        """Return the reply for recipients that have none, since the connection broke."""
+        reason, endpoint = error_text(error), self.route.endpoint
         if self.eod_sent:
-            return make_reply("unsure", reason, **place)._replace(maybe_delivered=True)
+            return make_reply("unsure", reason, maybe_delivered=True, **endpoint)
         if isinstance(error, ProtocolError):
-            return make_reply("rubbish", reason, command=self.step, **place)
+            return make_reply("rubbish", reason, command=self.step, **endpoint)
         if self.step == "CONN":
-            return make_reply("connect", reason, **place)
+            return make_reply("connect", reason, **endpoint)
         if isinstance(error, ssl.SSLError) and self.step == "STARTTLS":
-            return make_reply("tls", reason, **place)
-        return make_reply("lost", reason, command=self.step, **place)
+            return make_reply("tls", reason, **endpoint)
+        return make_reply("lost", reason, command=self.step, **endpoint)
 
 
-def secret_forms(user: str, word: str) -> list:
-    """A password as AUTH sends it (RFC 4616, and LOGIN) and as it is, the longest first; short ones hide nothing."""
-    plain = (f"\0{user}\0{word}", word)
-    forms = [base64.b64encode(text.encode()).decode() for text in plain]
-    return [form for form in (*forms, word) if len(word) > 3]
+def is_route_fault(route: Route, step: str, reply: SMTPReply) -> bool:
+    """Tell whether a refusal is due to our log-in or the route's settings. It is no verdict on the mail then."""
+    if reply.code[0] != "5" or route.mailer == "MX":
+        return False
+    our_login = step == "MAIL" and route.auth and (reply.code, reply.dsn) == ("550", "5.7.1")
+    return step in ("EHLO", "STARTTLS", "AUTH") or reply.code == "530" or bool(our_login)
 
 
-SMTPS = 465  # RFC 8314: TLS from the first byte
-QUIT_TIMEOUT = 1.0  # seconds for the reply to QUIT
+# -- AUTH (RFC 4954): respond((user, password), challenge as it came, number of the challenge) gives the response
+
+
+def auth_cram_md5(credentials: tuple, challenge: bytes, turn: int) -> bytes:
+    user, password = credentials  # RFC 2195
+    digest = hmac.new(password.encode(), decode_challenge(challenge), "md5").hexdigest()
+    return f"{user} {digest}".encode()
+
+
+def auth_plain(credentials: tuple, challenge: bytes, turn: int) -> bytes:
+    return "\0{}\0{}".format(*credentials).encode()  # RFC 4616
+
+
+def auth_login(credentials: tuple, challenge: bytes, turn: int) -> bytes:
+    """No RFC says what the server asks: its words count, in base64 or not, else the order."""
+    text = challenge.lower()
+    with contextlib.suppress(ProtocolError):
+        text += decode_challenge(challenge).lower()
+    asked = 1 if b"pass" in text else 0 if b"user" in text or b"name" in text else min(turn, 1)
+    return credentials[asked].encode()
+
+
+def decode_challenge(challenge: bytes) -> bytes:
+    """Decode base64, with or without padding."""
+    try:
+        return base64.b64decode(challenge + b"=" * (-len(challenge) % 4), validate=True)
+    except binascii.Error as error:
+        raise ProtocolError(f"unexpected challenge: {error}") from None
+
+
+AUTH_MECHANISMS = {  # the strongest first: (whether it has an initial response, respond)
+    "CRAM-MD5": (False, auth_cram_md5),
+    "PLAIN": (True, auth_plain),
+    "LOGIN": (False, auth_login),  # with an initial response, some servers fail
+}
+MAX_COMMAND = 510  # octets of a line without CRLF: beyond, the initial response waits to be asked for (RFC 4954 4)
+MAX_CHALLENGES = 4
+
+
+def secret_forms(user: str, password: str) -> list:
+    """Return a password as AUTH sends it and as it is, the longest first; masking short ones would hide nothing."""
+    forms = [base64.b64encode(text.encode()).decode() for text in (f"\0{user}\0{password}", password)]
+    return [*forms, password] if len(password) > 3 else []
+
+
+# -- a transaction's script, and what its replies mean
 
 
 def envelope_commands(transaction: Transaction, utf8: bool, size: int, features: dict) -> list:
-    """The script [(command, line)] of a transaction, up to DATA, with the parameters that the server offers."""
+    """Return the script [(command, line)] up to DATA, with the parameters that the server offers."""
     mail, rcpt = f"MAIL FROM:<{transaction.sender}>", ""
     if "size" in features:
         mail += f" SIZE={size}"  # RFC 1870
     if "8bitmime" in features and (utf8 or transaction.message.needs_8bitmime):
         mail += " BODY=8BITMIME"  # RFC 6152
     if utf8:
-        mail += " SMTPUTF8"  # RFC 6531; who doesn't offer it got another job
+        mail += " SMTPUTF8"  # RFC 6531
     if "dsn" in features:
         mail += " RET=FULL"  # RFC 3461
         rcpt = " NOTIFY=FAILURE,DELAY"
@@ -4563,140 +4656,138 @@ def envelope_commands(transaction: Transaction, utf8: bool, size: int, features:
 
 
 def pipeline_batches(script: list, pipelining: bool) -> list:
-    """The script in groups that are sent without waiting: many commands with PIPELINING, else one each."""
+    """Split the script into batches that are sent without waiting for replies."""
     size = PIPELINE_WINDOW if pipelining else 1
     return [script[i : i + size] for i in range(0, len(script), size)]
 
 
-def dot_stuff(pieces: tuple) -> Any:
-    """The octets of a text in blocks, with one dot more before each line that begins with a dot (RFC 5321 4.5.2)."""
+def dot_stuff(chunks: tuple) -> Any:
+    """Yield a message in blocks, with a dot added to each line that begins with one (RFC 5321 4.5.2)."""
     end = b"\n"
-    for piece in pieces:
-        for start in range(0, len(piece), SEND_BLOCK):
-            block = piece[start : start + SEND_BLOCK]
+    for chunk in chunks:
+        for start in range(0, len(chunk), SEND_BLOCK):
+            block = chunk[start : start + SEND_BLOCK]
             first, last = end == b"\n" and block.startswith(b"."), block.rfind(b".")
-            if first or block.find(b"\n.", 0, last + 1) >= 0:  # one octet is looked for much faster than two
+            if first or block.find(b"\n.", 0, last + 1) >= 0:  # one octet is found much faster than two
                 block = b"." * first + block.replace(b"\n.", b"\n..")
             end = block[-1:]
             yield block
 
 
 def any_accepted(replies: list) -> bool:
-    """True where the sender and one recipient at least were taken."""
-    return replies[0].code[0] == "2" and "2" in [item.code[0] for item in replies[1:]]
+    """Tell whether the sender and at least one recipient were accepted."""
+    return replies[0].code[0] == "2" and "2" in [reply.code[0] for reply in replies[1:]]
 
 
-def recipient_replies(said: list, result: SMTPReply | None, lost: Reply | None, count: int) -> list:
-    """(command, Heard) or a Reply for each of `count` recipients: what decided. `said` are the replies to the script as
-    far as they came, `outcome` the one to the text, `lost` what broke it off."""
-    if said and said[0].code[0] != "2":
-        return [("MAIL", said[0])] * count
+def recipient_replies(replies: list, result: SMTPReply | None, lost: Reply | None, count: int) -> list:
+    """Return (command, SMTPReply) or a Reply for each of `count` recipients. `replies` are those to the script as far
+    as they came, `result` is the one to the message, `lost` the one for a connection that broke."""
+    if replies and replies[0].code[0] != "2":
+        return [("MAIL", replies[0])] * count
     rest = lost or ("DATA", result)
     if not (lost or result):  # it ended with a refusal of DATA, or of all recipients, or with a 421
-        rest = "DATA" if len(said) == count + 2 else "RCPT", said[-1]
-    replies = [("RCPT", item) if item.code[0] in "45" else rest for item in said[1 : count + 1]]
-    return replies + [rest] * (count - len(replies))
+        rest = "DATA" if len(replies) == count + 2 else "RCPT", replies[-1]
+    found = [("RCPT", reply) if reply.code[0] in "45" else rest for reply in replies[1 : count + 1]]
+    return found + [rest] * (count - len(found))
 
 
 class SessionWaiter(NamedTuple):
-    """Who waits for a session."""
+    """A mail that waits for a session."""
 
-    done: Callable  # takes a session, None or a Refused
+    future: asyncio.Future  # of a Session, or None (open one)
     deadline: float
-    reply: Reply | None  # what it was told where it was refused itself
+    reply: Reply | None  # the failure of its own attempt to open a session
 
 
 class SessionPool:
-    """The sessions of one route. A server that greets with 4xx while it has others of ours takes no more: who hears it
-    waits for one of those, until the deadline."""
+    """Sessions of one route. If one cannot be opened while others work, the server takes no more: the mail waits for
+    one of those, until the deadline."""
 
-    OPENING = 32  # are opened at a time, each in a thread
-    FULL_BACKOFF = 5  # seconds for which a server that takes no more sessions is not asked for another
+    OPENING = 32  # sessions opened at a time, each in a thread
+    FULL_BACKOFF = 5  # seconds until another session is opened after the server took no more
 
     def __init__(self) -> None:
         self.idle: list = []  # the most recently used last
-        self.in_use = self.opening = 0  # how many are in use, and being opened
-        self.waiters: deque = deque()  # of Waiting, the longest first
+        self.in_use = self.opening = 0
+        self.waiters: deque = deque()  # of SessionWaiter, the longest first
         self.open_limit, self.full_until = self.OPENING, 0.0  # may be opened at a time; but none until then
         self.refusal: Reply | None = None  # the last one
 
     @property
     def full(self) -> bool:
-        """True where the server takes no more, and a session that it took, or may have taken, will come back."""
+        """Tell whether the server takes no more sessions, and one that it took, or may still take, will come back."""
         return self.in_use + self.opening > 0 and time.monotonic() < self.full_until
 
-    def may_open(self, room: bool = False) -> bool:
-        """True where another session may be opened now; `room` means that the server has lost one."""
-        return self.opening < self.OPENING if room else self.opening < self.open_limit and not self.full
+    def may_open(self, has_room: bool = False) -> bool:
+        """Tell whether another session may be opened now; `has_room` means that the server has just lost one."""
+        return self.opening < self.OPENING if has_room else self.opening < self.open_limit and not self.full
 
-    def wait(self, done: Callable, deadline: float, reply: Reply | None) -> None:
-        self.waiters.append(SessionWaiter(done, deadline, reply))
+    def wait(self, deadline: float, reply: Reply | None) -> asyncio.Future:
+        future = asyncio.get_running_loop().create_future()
+        self.waiters.append(SessionWaiter(future, deadline, reply))
+        return future
 
     def hand_over(self, session: Session | None) -> None:
-        """To who has waited longest; None means that it is to open one."""
-        self.waiters.popleft().done(session)
+        """Give a session to the longest waiter; None tells it to open one."""
+        self.waiters.popleft().future.set_result(session)
 
-    def wake_waiters(self, room: bool = False) -> None:
-        """Who waits opens sessions, as many as may be."""
-        while self.waiters and self.may_open(room):
+    def wake_waiters(self, has_room: bool = False) -> None:
+        """Have waiters open sessions, as many as may be opened."""
+        while self.waiters and self.may_open(has_room):
             self.opening += 1
             self.hand_over(None)
-            room = False
+            has_room = False
 
     def opened(self) -> None:
-        """A session was opened, and is lent."""
-        self.opening, self.in_use, self.open_limit = (
-            self.opening - 1,
-            self.in_use + 1,
-            min(self.open_limit * 2, self.OPENING),
-        )
+        """Count a session that was opened, and is in use."""
+        self.opening -= 1
+        self.in_use += 1
+        self.open_limit = min(self.open_limit * 2, self.OPENING)
         self.wake_waiters()
 
     def refused(self, reply: Reply | None) -> bool:
-        """None was opened; True where it is worth waiting for another one. What isn't the word of a server is told to
-        everybody who waits."""
+        """Count a session that was not opened; True if it is worth waiting for another one. If there is none, a
+        temporary greeting is meant for those that heard one, any other failure for all that wait."""
         self.opening -= 1
         hopeless = not (self.idle or self.in_use or self.opening)
-        full = bool(reply and reply.temporary and is_server_greeting(reply) and not hopeless)
+        full = bool(reply) and not hopeless
         if full:
             self.refusal, self.open_limit, self.full_until = reply, 1, time.monotonic() + self.FULL_BACKOFF
-        elif reply and not is_server_greeting(reply):
-            self.fail_waiters(list(self.waiters), reply)
         elif hopeless:
-            self.fail_waiters([one for one in self.waiters if one.reply])
+            busy = not reply or (reply.from_server and reply.temporary and reply.command == "CONN")
+            self.fail_waiters([waiter for waiter in self.waiters if waiter.reply or not busy], None if busy else reply)
         self.wake_waiters()
         return full
 
-    def fail_waiters(self, those: list, reply: Reply | None = None) -> None:
-        for one in those:
-            self.waiters.remove(one)
-            one.done(Rejected(reply or one.reply or self.refusal))
+    def fail_waiters(self, waiters: list, reply: Reply | None = None) -> None:
+        for waiter in waiters:
+            self.waiters.remove(waiter)
+            waiter.future.set_exception(Rejected(waiter.reply or reply or self.refusal))
 
     def sweep(self, now: float) -> None:
-        """Who has waited for too long is told what the server said."""
+        """Give those that have waited too long the server's reply."""
         if self.full:
-            self.fail_waiters([one for one in self.waiters if one.deadline <= now])
+            self.fail_waiters([waiter for waiter in self.waiters if waiter.deadline <= now])
         self.wake_waiters()
 
 
 class TransportContext:
-    """What the deliveries of this process share: the open sessions, kept to be used again, the most recently used one
-    first; `web`, those by HTTP; the resolver and the policies of domains."""
+    """What the deliveries of this process share: SMTP sessions, HTTP connections, the resolver, MTA-STS policies."""
 
-    IDLE = 20  # seconds after which a session is given up; servers wait for minutes
-    IDLE_WHEN_FULL = 1  # the same where the server takes few: other processes of ours may need one
-    AGE = 300  # seconds after which it is not used again
+    IDLE = 20  # seconds after which an idle session is closed; servers wait for minutes
+    IDLE_WHEN_FULL = 1  # the same if the server limits sessions: other processes of ours may need one
+    AGE = 300  # seconds after which a session is not used again
     MAX_IDLE = 256  # sessions of one route
 
-    def __init__(self, name_servers: tuple = ()) -> None:
-        self.pools: dict = {}  # (hostname, route): Pool
-        self.closing: list = []  # sessions to say goodbye on
+    def __init__(self, nameservers: tuple = ()) -> None:
+        self.pools: dict = {}  # (hostname, route): SessionPool
+        self.closing: list = []  # sessions that need a QUIT
         self.http = HTTPConnectionPool()
-        self.set_nameservers(name_servers)
+        self.set_nameservers(nameservers)
 
-    def set_nameservers(self, name_servers: tuple) -> None:
-        """From now on these name servers are asked; () means those of resolv.conf."""
-        self.resolver = Resolver(name_servers)
+    def set_nameservers(self, nameservers: tuple) -> None:
+        """Use these name servers from now on; () means those of resolv.conf."""
+        self.resolver = Resolver(nameservers)
         self.mta_sts = MTASTSCache(self.resolver)
 
     def pool(self, route: Route, hostname: str) -> SessionPool:
@@ -4706,7 +4797,7 @@ class TransportContext:
         return found
 
     def acquire_idle(self, route: Route, hostname: str) -> Session | None:
-        """The session of this route that was used last, None where there is none; to be given back."""
+        """Return the idle session that was used last, None if there is none. To be released."""
         pool = self.pool(route, hostname)
         while pool.idle:
             session = pool.idle.pop()
@@ -4717,35 +4808,42 @@ class TransportContext:
         return None
 
     async def acquire(self, route: Route, hostname: str) -> tuple:
-        """(a new session, False), or Refused. Who has to wait may get (one that was given back meanwhile, True). To be
-        given back."""
+        """Return (Session, whether it was used before), a new one or one released meanwhile; or raise Rejected."""
         pool, deadline, reply = self.pool(route, hostname), time.monotonic() + route.timeout, None
         while True:
             if pool.may_open():
                 pool.opening += 1
-            elif kept := await answered_by(pool.wait, deadline, reply):
-                return kept, True
+            elif session := await pool.wait(deadline, reply):
+                return session, True
             try:
                 session = await self.connect(route, hostname)
             except BaseException as error:
                 reply = error.reply if isinstance(error, Rejected) else None
                 if not pool.refused(reply):
                     raise
-                if kept := self.acquire_idle(route, hostname):  # given back before this server said no
-                    return kept, True
+                if session := self.acquire_idle(route, hostname):  # released before this server refused another
+                    return session, True
             else:
                 session.pool = pool
                 pool.opened()
                 return session, False
 
     async def connect(self, route: Route, hostname: str) -> Session:
-        """A new session, or Refused; opened in a thread, since smtplib blocks."""
+        """Open a session, in a thread, since smtplib blocks; Rejected if the server refuses."""
         session = Session(route, hostname)
-        await to_thread(session.open)
+        try:
+            await asyncio.to_thread(session.open)
+        except Rejected as refused:
+            reply = refused.reply
+            if reply.route_fault:
+                words = log_value(" ".join((reply.code, *reply.message)))
+                log.lines(f"warning: route to {reply.relay} is at fault, its mail waits: {reply.command} {words}")
+            raise
+        session.stream = AsyncSocket(session.sock)
         return session
 
     def release(self, session: Session) -> None:
-        """Handed on or kept, or closed where it can't be used again."""
+        """Hand the session over to a waiter, keep it, or close it if it cannot be used again."""
         pool = session.pool
         if session.alive and pool.waiters:
             pool.hand_over(session)
@@ -4753,14 +4851,14 @@ class TransportContext:
         pool.in_use -= 1
         if not session.alive:
             session.close()
-            pool.wake_waiters(room=True)
+            pool.wake_waiters(has_room=True)
         elif len(pool.idle) < self.MAX_IDLE and session.last_used - session.created_at < self.AGE:
             pool.idle.append(session)
         else:
             self.closing.append(session)
 
     async def sweep(self, everything: bool = False) -> None:
-        """Says goodbye on the sessions that nobody used for a while, or on all; waits a second for the answers."""
+        """Close the sessions that have been idle too long, or all, with QUIT; waits a second for the replies."""
         self.http.sweep(everything)
         now = time.monotonic()
         for key, pool in list(self.pools.items()):
@@ -4770,98 +4868,112 @@ class TransportContext:
             pool.sweep(now)
             if not (pool.idle or pool.in_use or pool.opening or pool.waiters):
                 del self.pools[key]
-        leaving, self.closing = self.closing, []
-        if leaving:
-            await gather([to_thread(session.quit) for session in leaving])
-
-
-def is_server_greeting(reply: Reply) -> bool:
-    """True for the words of a server that takes no session, False where none was heard."""
-    return reply.command == "CONN" and reply.dsn != REPLIES["connect"][2]
+        closing, self.closing = self.closing, []
+        for session in closing:
+            session.stream.release()  # a thread has it from here
+        await asyncio.gather(*[asyncio.to_thread(session.quit) for session in closing])
 
 
 # ======================================================================================================================
-# 13. Relays
-#     Each takes (job, sessions) and gives a Reply for every recipient of the job, in order. A relay may raise Refused
-#     or OSError: then attempt_transaction() makes that the reply of all of them.
+# 13. Relays and probes
+#     A relay takes (transaction, transport) and gives one Reply for each recipient, in order. A probe takes
+#     (ConnectivityProbe, transport), sends no mail and gives one CheckResult for each step. Both may raise Rejected or
+#     OSError. RELAYS, at the end, has one row for each relay with all that is known of it.
 # ======================================================================================================================
 
 
 async def attempt_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
-    """A reply for every recipient, whatever the relay does."""
+    """Attempt a transaction once; every recipient has a reply, whatever the relay does."""
     began = time.monotonic()
     try:
-        replies = await RELAYS[transaction.route.relay](transaction, transport)
-    except Rejected as refused:
-        replies = [refused.reply] * len(transaction.recipients)
-    except OSError as error:
-        replies = [make_reply("lost", error_text(error), command="CONN", **transaction.route.endpoint)] * len(
-            transaction.recipients
-        )
-    except Exception:
-        log_exception(transaction.queueid)
-        replies = [make_reply("relay-fault", **transaction.route.endpoint)] * len(transaction.recipients)
+        replies = await transaction.route.row.send(transaction, transport)
+    except Exception as error:
+        replies = [failure_reply(error, transaction)] * len(transaction.recipients)
     return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
 
 
+def failure_reply(error: Exception, transaction: Transaction) -> Reply:
+    """Return what an exception of a relay means for its recipients; a bug is logged."""
+    if isinstance(error, Rejected):
+        return error.reply
+    if isinstance(error, OSError):
+        return make_reply("lost", error_text(error), command="CONN", **transaction.route.endpoint)
+    log_exception(transaction.queueid)
+    return make_reply("relay-fault", **transaction.route.endpoint)
+
+
 async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> list:
-    """By SMTP to the route's host. A kept session that died before the text is replaced once."""
-    session, used, replies = transport.acquire_idle(transaction.route, transaction.hostname), True, []
-    for final in (False, True):
-        if not session:
-            session, used = await transport.acquire(transaction.route, transaction.hostname)
+    """By SMTP to the route's host. A reused session that dies or says 4xx before the message is replaced once."""
+    session, reused = transport.acquire_idle(transaction.route, transaction.hostname), True
+    if not session:
+        session, reused = await transport.acquire(transaction.route, transaction.hostname)
+    replies = await transact_by(session, transaction, transport)
+    again = [i for i, reply in enumerate(replies) if reused and session.refused_before_data(reply)]
+    if again:
+        recipients = tuple(transaction.recipients[i] for i in again)
         try:
-            replies = await session.transact(transaction)
-        except BaseException:
-            session.alive = False
-            raise
-        finally:
-            transport.release(session)
-        if final or not used or session.alive or session.in_data:
-            break
-        session = None
+            session, _ = await transport.acquire(transaction.route, transaction.hostname)
+        except Rejected as refused:
+            if len(again) == len(replies):
+                raise
+            found = [refused.reply] * len(again)
+        else:
+            found = await transact_by(session, transaction._replace(recipients=recipients), transport)
+        for i, reply in zip(again, found):
+            replies[i] = reply
     return replies
 
 
+async def transact_by(session: Session, transaction: Transaction, transport: TransportContext) -> list:
+    try:
+        return await session.transact(transaction)
+    except BaseException:
+        session.alive = False
+        raise
+    finally:
+        transport.release(session)
+
+
 async def relay_mx(transaction: Transaction, transport: TransportContext) -> list:
-    """By SMTP to the hosts of each recipient's domain (RFC 5321 5.1); a shared message may be for several domains."""
-    domains: dict = {}
+    """Deliver by SMTP to the hosts of each recipient's domain (RFC 5321 5.1); a shared message may have several."""
+    by_domain: dict = {}
     for recipient in transaction.recipients:
-        domains.setdefault(recipient.rpartition("@")[2].lower(), []).append(recipient)
-    reply: dict = {}
-    for domain, its in domains.items():
+        by_domain.setdefault(recipient.rpartition("@")[2].lower(), []).append(recipient)
+    replies: dict = {}
+    for domain, recipients in by_domain.items():
         try:
-            reply.update(await deliver_to_domain(domain, transaction._replace(recipients=tuple(its)), transport))
-        except Rejected as refused:
-            reply.update(dict.fromkeys(its, refused.reply))
-    return [reply[recipient] for recipient in transaction.recipients]
+            part = transaction._replace(recipients=tuple(recipients))
+            replies.update(await deliver_to_domain(domain, part, transport))
+        except Rejected as rejected:
+            replies.update(dict.fromkeys(recipients, rejected.reply))
+    return [replies[recipient] for recipient in transaction.recipients]
 
 
 async def deliver_to_domain(domain: str, transaction: Transaction, transport: TransportContext) -> dict:
-    """{recipient: Reply} from the first host that works; Refused where the domain has none."""
-    route, waiting, tries = transaction.route, transaction.recipients, 0
+    """Return {recipient: Reply} from the first host that works; raises Rejected if the domain has no host."""
+    route, waiting, attempts = transaction.route, transaction.recipients, 0
     hosts = await mx_hosts(domain, transport.resolver, transaction.hostname, time.monotonic() + route.timeout)
     policy = await transport.mta_sts.policy_for(domain, route)
-    reply: dict = {}
+    replies: dict = {}
     for host in admitted_hosts(hosts, policy):
         for hop in await next_hops(host, route, policy, transport.resolver):
-            replies = [hop] * len(waiting)
+            answers = [hop] * len(waiting)
             if isinstance(hop, Route):
-                replies = await deliver_to_host(transaction._replace(route=hop, recipients=waiting), transport)
-            for recipient, item in zip(waiting, replies):
-                if recipient not in reply or item.temporary or not try_next_host(item):
-                    reply[recipient] = item
-            waiting, tries = tuple(to for to in waiting if try_next_host(reply[to])), tries + 1
-            if not waiting or tries == MAX_MX_ATTEMPTS:
-                return reply
-    return reply
+                answers = await deliver_to_host(transaction._replace(route=hop, recipients=waiting), transport)
+            for recipient, reply in zip(waiting, answers):
+                if recipient not in replies or reply.temporary or not try_next_host(reply):
+                    replies[recipient] = reply
+            waiting, attempts = tuple(to for to in waiting if try_next_host(replies[to])), attempts + 1
+            if not waiting or attempts == MAX_MX_ATTEMPTS:
+                return replies
+    return replies
 
 
-MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take its time
+MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take the route's timeout
 
 
 def admitted_hosts(hosts: list, policy: MTASTSPolicy | None) -> list:
-    """Those to which the domain's policy lets its mail go; Refused where that is none."""
+    """Return the hosts that the domain's MTA-STS policy allows; raises Rejected if there is none."""
     admitted = [host for host in hosts if not policy or policy.allows(host)]
     if not admitted:
         raise Rejected(make_reply("mta-sts", *hosts, mailer="MX"))
@@ -4869,48 +4981,49 @@ def admitted_hosts(hosts: list, policy: MTASTSPolicy | None) -> list:
 
 
 async def next_hops(host: str, route: Route, policy: MTASTSPolicy | None, resolver: Resolver) -> list:
-    """A Route to each address of the host; or the one Reply that says why there is none."""
+    """Return a Route to each address of the host, or the one Reply that says why there is none."""
     try:
-        found = await resolve_addresses(host, resolver, route.private, time.monotonic() + route.timeout)
-    except Rejected as refused:
-        return [refused.reply]
+        addresses = await resolve_addresses(host, resolver, route.private, time.monotonic() + route.timeout)
+    except Rejected as rejected:
+        return [rejected.reply]
     hop = replace(route, host=host)
     if policy and policy.mode == "enforce":
         hop = replace(hop, starttls=True, tls_verify=True)
     elif not route.starttls:
         hop = replace(hop, tls_if_offered=True, tls_verify=False)  # RFC 7435: encrypted by anybody is better than clear
-    return [replace(hop, address=address) for address in found]
+    addresses.sort(key=lambda address: connector.failed_lately((address, route.port)))
+    return [replace(hop, address=address) for address in addresses]
 
 
 async def deliver_to_host(transaction: Transaction, transport: TransportContext) -> list:
-    """A Reply for each recipient from one address; by clear text where TLS fails on which nobody insists."""
+    """Return a Reply for each recipient from one address; falls back to clear text if opportunistic TLS fails."""
     try:
         return await relay_esmtp(transaction, transport)
-    except Rejected as refused:
-        reply = refused.reply
+    except Rejected as rejected:
+        reply = rejected.reply
     if reply.command == "STARTTLS" and transaction.route.tls_if_offered:
-        return await deliver_to_host(
-            transaction._replace(route=replace(transaction.route, tls_if_offered=False)), transport
-        )
+        clear = replace(transaction.route, tls_if_offered=False)
+        return await deliver_to_host(transaction._replace(route=clear), transport)
     return [reply] * len(transaction.recipients)
 
 
 def try_next_host(reply: Reply) -> bool:
-    """True where the mail was not yet spoken of, or the host said goodbye before the text: the next one may take it."""
+    """Return True if another host may be tried: this one has not answered for the mail, or left before the message."""
     return reply.command in ("CONN", "EHLO", "STARTTLS") or (reply.code == "421" and reply.command != "DATA")
 
 
 async def relay_file(transaction: Transaction, transport: TransportContext) -> list:
-    """Into a folder, complete or not at all: written aside, on disk, then renamed."""
-    return await to_thread(save_message, transaction)
+    """Save the message in the route's folder."""
+    return [await asyncio.to_thread(save_message, transaction)] * len(transaction.recipients)
 
 
-def save_message(transaction: Transaction) -> list:
+def save_message(transaction: Transaction) -> Reply:
+    """Write the message aside, sync it, then rename it: it is there completely or not at all."""
     import tempfile
 
     folder = transaction.route.folder
     name = f"haineko.{time.strftime('%Y-%m-%d-%H%M%S')}.{transaction.queueid}.{transaction.number}.eml"
-    path, place = os.path.join(folder, name), {"mailer": "File"}
+    path = os.path.join(folder, name)
     try:
         handle, aside = tempfile.mkstemp(prefix=".haineko.", dir=folder)  # mode 0600
         try:
@@ -4922,121 +5035,96 @@ def save_message(transaction: Transaction) -> list:
         except BaseException:
             os.unlink(aside)
             raise
-        sync_folder(folder)
+        handle = os.open(folder, os.O_RDONLY)  # a renamed file survives a power cut only if its folder is synced
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     except OSError as error:
-        return [make_reply("file", f"{folder}: {error.strerror or error}", **place)] * len(transaction.recipients)
-    return [make_reply("saved", word=path, **place)] * len(transaction.recipients)
-
-
-def sync_folder(folder: str) -> None:
-    """A renamed file survives a power cut only when its folder is on disk too."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        return make_reply("file", f"{folder}: {error.strerror or error}", mailer="File")
+    return make_reply("saved", word=path, mailer="File")
 
 
 async def relay_screen(transaction: Transaction, transport: TransportContext) -> list:
-    """On stderr."""
-    rule = f"--- {transaction.queueid}.{transaction.number} from <{transaction.sender}> to <{'>, <'.join(transaction.recipients)}>"
-    if log.write_bytes(rule.encode() + b"\n" + transaction.octets().replace(b"\r\n", b"\n") + b"---\n"):
-        return [make_reply("printed", mailer="Screen")] * len(transaction.recipients)
-    return [make_reply("file", "stderr cannot be written", mailer="Screen")] * len(transaction.recipients)
+    """Print the message on stderr."""
+    recipients = ">, <".join(transaction.recipients)
+    rule = f"--- {transaction.queueid}.{transaction.number} from <{transaction.sender}> to <{recipients}>"
+    printed = log.write_bytes(rule.encode() + b"\n" + transaction.octets().replace(b"\r\n", b"\n") + b"---\n")
+    reply = make_reply("printed") if printed else make_reply("file", "stderr cannot be written")
+    return [reply._replace(mailer="Screen")] * len(transaction.recipients)
 
 
 async def relay_discard(transaction: Transaction, transport: TransportContext) -> list:
-    """Nowhere."""
+    """Deliver to nobody."""
     return [make_reply("discarded", mailer="Discard")] * len(transaction.recipients)
 
 
-# -- by HTTP: each posts to a web API; `web_reply` says what the answers have in common
+# -- Relays by HTTP. Each posts to an API; http_accepted() and http_failure() hold what their responses have in common.
 
 
 async def relay_haineko(transaction: Transaction, transport: TransportContext) -> list:
     """To another Haineko, of this kind or of the old one in Perl; what it says of each recipient is handed on."""
-    response = await transport.http.request(transaction.route, await to_thread(haineko_request, transaction))
+    response = await transport.http.request(
+        HTTPTarget.of_route(transaction.route), await asyncio.to_thread(haineko_request, transaction)
+    )
     return haineko_replies(transaction, response)
 
 
 def haineko_request(transaction: Transaction) -> HTTPRequest:
-    """The submission: by header and body where that says all, since old ones know nothing else; else the message."""
+    """Return the submission: header and body if they express all of the message (Perl knows no more), else `raw`."""
     octets = transaction.octets()
     try:
         document = as_plain_submission(transaction, octets)
-    except (ValueError, LookupError):
+    except (ValueError, LookupError, TypeError):  # TypeError: of a Date that is none, before Python 3.10
         raw = octets.decode() if octets.isascii() else {"base64": base64.b64encode(octets).decode()}
         document = {"mail": transaction.sender, "rcpt": transaction.recipients, "raw": raw}
-    return HTTPRequest(
-        "POST", "/submit", ENCODER.encode(document).encode(), basic_auth_header(transaction.route.credentials)
-    )
+    return HTTPRequest("POST", "/submit", encode_json(document), basic_auth_header(transaction.route.credentials))
 
 
 def basic_auth_header(login: tuple) -> tuple:
-    """The header of HTTP Basic, RFC 7617; none without a login."""
+    """Return the header fields for HTTP Basic (RFC 7617); none without a login."""
     return (("Authorization", "Basic " + base64.b64encode(":".join(login).encode()).decode()),) if login else ()
 
 
 def as_plain_submission(transaction: Transaction, octets: bytes) -> dict:
-    """The submission from which compose() made these octets; ValueError where it made them from more than old
-    Hainekos know, or where others wrote them."""
+    """Return the submission of plain text from which compose() made these octets, else raise ValueError."""
     listed, body = parse_message(octets)
     lines = {name: unfold(value) for name, value in listed}
-    kind = re.fullmatch(r"text/plain; charset=(\S+)", lines.get("content-type", ""))
-    made = re.fullmatch(r"from .*\sby \S+ with [A-Z]+ id (\w+);\s+(.*)", lines.get("received", ""))
-    ours = (
-        transaction.queueid,
-        lines.get("date"),
-        *transaction.recipients,
-        f"<{transaction.queueid}.{transaction.number}@{transaction.hostname}>",
-    )
-    written = (*(made.groups() if made else ()), lines.get("to"), lines.get("message-id"))
-    if not kind or written != ours or len(lines) < len(listed) or not COMPOSED_FIELDS.issuperset(lines):
-        raise ValueError("not composed here from plain text")
-    charset = kind[1]
-    if iana_charset(charset) != charset:
-        raise ValueError("the charset is spelt otherwise")
-    subject = decode_encoded_words(lines.get("subject", ""))
-    header = {"from": format_mailboxes(lines["from"]), "subject": subject, "charset": charset}
+    charset = lines["content-type"].rpartition("charset=")[2]
+    header = {"from": format_mailboxes(lines["from"]), "subject": decode_encoded_words(lines["subject"])}
     if "reply-to" in lines:
         header["replyto"] = format_mailboxes(lines["reply-to"])
-    again = [address_field("From", parse_mailboxes(header["from"]), charset)]
-    again += [address_field("Reply-To", parse_mailboxes(header["replyto"]), charset)] if "replyto" in header else []
-    again += [text_field("Subject", subject, charset)]
-    text = decode_charset(decode_transfer_encoding(body, lines["content-transfer-encoding"]), charset).replace(
-        "\r\n", "\n"
-    )
-    if encode_body(text, charset) != (lines["content-transfer-encoding"], body.replace(b"\n", b"\r\n")):
-        raise ValueError("the body would come out otherwise")
-    if any(field.encode() + b"\r\n" not in octets for field in again):
-        raise ValueError("the header would come out otherwise")
-    header["x-haineko-loop"] = [name.strip() for name in lines["x-haineko-loop"].split(",")]
-    return {
-        "ehlo": transaction.hostname,
-        "mail": transaction.sender,
-        "rcpt": transaction.recipients,
-        "header": header,
-        "body": text,
-    }
-
-
-COMPOSED_FIELDS = {"received", "from", "sender", "to", "reply-to", "subject", "date", "message-id", "x-haineko-loop"}
-COMPOSED_FIELDS |= {
-    "mime-version",
-    "content-type",
-    "content-transfer-encoding",
-}  # the fields of a message of plain text
+    *passed, hostname = [name.strip() for name in lines["x-haineko-loop"].split(",")]
+    text = decode_charset(TRANSFER_DECODERS.get(lines["content-transfer-encoding"], bytes)(body), charset)
+    document = {"mail": transaction.sender, "rcpt": transaction.recipients, "body": text.replace("\r\n", "\n")}
+    document["header"] = {**header, "charset": charset, "x-haineko-loop": passed}
+    submission, _ = parse_submission(encode_json(document))
+    now = parsedate_to_datetime(lines["date"]).timestamp()
+    again = submission and transaction.sender and compose(submission, transaction.queueid, None, hostname, now)
+    composed = again.copy(transaction.recipients[0], transaction.number) if again else b""
+    if not composed or composed.partition(b"\r\n\tby ")[2] != octets.partition(b"\r\n\tby ")[2]:  # in Received
+        raise ValueError("compose() would make another message")
+    document["header"]["x-haineko-loop"] = [*passed, hostname]
+    return {**document, "ehlo": hostname}
 
 
 def haineko_replies(transaction: Transaction, response: HTTPResponse) -> list:
-    """A reply for each recipient, from the items of the far end; one without recipient is meant for all."""
-    document = response.document()
-    items = document.get("response") if isinstance(document, dict) else None
-    if not (isinstance(items, list) and items and all(isinstance(item, dict) for item in items)):
-        return [http_failure(transaction.route, response, None)] * len(transaction.recipients)
-    replies = {address_key(item.get("rcpt")): haineko_reply(transaction.route, response, item) for item in items}
-    missing = replies.get(None) or http_failure(transaction.route, response, None)
+    """Return a Reply for each recipient from the far end's items; one without recipient is meant for all."""
+    route = transaction.route
+    replies = {address_key(item.get("rcpt")): haineko_reply(route, response, item) for item in haineko_items(response)}
+    missing = replies.get(None) or http_failure(route, response, None)
     return [replies.get(address_key(to), missing) for to in transaction.recipients]
+
+
+def haineko_items(response: HTTPResponse) -> list:
+    """Return the items of the far end's answer; none if it has another form."""
+    items = json_object(response).get("response")
+    return items if isinstance(items, list) and all(isinstance(item, dict) for item in items) else []
+
+
+def encode_json(document: dict) -> bytes:
+    """Return a request's body."""
+    return ENCODER.encode(document).encode()
 
 
 def address_key(given: Any) -> Any:
@@ -5046,54 +5134,54 @@ def address_key(given: Any) -> Any:
 
 
 def haineko_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
-    """One item of the far end as reply. An old one says 221 and QUIT, its last word, where the mail is relayed."""
+    """Return an item of the far end as a Reply; the Perl version reports a relayed mail with the reply to QUIT."""
     code, dsn, lines = str(item.get("code")), item.get("dsn"), item.get("message")
     lines = [lines] if isinstance(lines, str) else lines if isinstance(lines, list) else []
     if not re.fullmatch(r"[245][0-9][0-9]", code) or (code[0] == "2") == bool(item.get("error")):
         return http_failure(route, response, None)
     dsn = dsn if isinstance(dsn, str) and re.fullmatch(r"[245]\.\d{1,3}\.\d{1,3}", dsn) else None
     command = item.get("command") if item.get("command") in KNOWN_COMMANDS else "DATA"
-    words = sanitize_lines(lines) or (f"HTTP {response.status} {response.reason}",)
-    unsure = code[0] == "4" and words[0].endswith("may have arrived")  # as in REPLIES
+    message = sanitize_lines(lines) or (status_text(response),)
+    maybe_delivered = code[0] == "4" and message[0].endswith("may have arrived")
     wait = 0 if code[0] == "2" else parse_retry_after(response)
-    return Reply(code, dsn, command, words, **route.endpoint, maybe_delivered=unsure, retry_after=wait)
+    return Reply(code, dsn, command, message, **route.endpoint, maybe_delivered=maybe_delivered, retry_after=wait)
 
 
 KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE")
+TRANSFER_DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
 
 
 async def relay_sendgrid(transaction: Transaction, transport: TransportContext) -> list:
-    """By SendGrid's v3 mail/send, which takes a message in pieces."""
-    body = await to_thread(sendgrid_body, transaction)
+    """Deliver by SendGrid's v3 mail/send, which takes a message in pieces."""
+    route, body = transaction.route, await asyncio.to_thread(sendgrid_body, transaction)
     response = await transport.http.request(
-        transaction.route, HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route))
+        HTTPTarget.of_route(transaction.route),
+        HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route)),
     )
-    return [sendgrid_reply(transaction.route, response)] * len(transaction.recipients)
-
-
-def sendgrid_reply(route: Route, response: HTTPResponse) -> Reply:
-    if response.status != 202:  # 200 means that it is valid and will not be sent
-        return http_failure(route, response, sendgrid_errors(response))
-    number = response.headers.get("X-Message-Id")
-    return http_accepted(route, response, *([f"X-Message-Id: {number}"] if number else []))
+    if response.status == 202:  # 200: valid, but will not be sent
+        message_id = response.headers.get("X-Message-Id")
+        reply = http_accepted(route, response, *([f"X-Message-Id: {message_id}"] if message_id else []))
+    else:
+        reply = http_failure(route, response, sendgrid_errors(response))
+    return [reply] * len(transaction.recipients)
 
 
 def bearer_header(route: Route) -> tuple:
+    """Return the header fields that carry the route's API key."""
     return (("Authorization", f"Bearer {route.credentials[1]}"),)
 
 
 def sendgrid_errors(response: HTTPResponse) -> list | None:
-    """What its errors say."""
-    document = response.document()
-    errors = document.get("errors") if isinstance(document, dict) else None
+    """Return the error messages in a response; None if it has none."""
+    errors = json_object(response).get("errors")
     if not (isinstance(errors, list) and errors and all(isinstance(error, dict) for error in errors)):
         return None
     return [": ".join(str(error[key]) for key in ("field", "message") if error.get(key)) for error in errors]
 
 
 def sendgrid_body(transaction: Transaction) -> bytes:
-    """The request, https://www.twilio.com/docs/sendgrid/api-reference/mail-send; Refused for a message that it can't
-    express: nothing is left out but the trace, and nothing is changed but the charset, which SendGrid chooses."""
+    """Return the request; raises Rejected if it would lose more of the message than trace fields and charset."""
+    # https://www.twilio.com/docs/sendgrid/api-reference/mail-send
     octets = transaction.octets()
     try:
         fields, _ = parse_message(octets)
@@ -5105,25 +5193,28 @@ def sendgrid_body(transaction: Transaction) -> bytes:
             raise ValueError("the subject is empty")
     except (ValueError, LookupError) as error:
         raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
-    return ENCODER.encode({key: value for key, value in document.items() if value}).encode()
+    return encode_json({key: value for key, value in document.items() if value})
 
 
 def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
-    """Who it is from, and to whom: SendGrid shows whom it delivers to, and delivers to whom it shows."""
+    """Return author and recipients; SendGrid shows every recipient but Bcc, and delivers to every one that it shows."""
     shown = {name: sendgrid_mailboxes(single_field(fields, name)) for name in ("from", "to", "cc", "reply-to")}
     if len(shown["from"]) != 1:
         raise ValueError("From has several addresses")
-    missing = {address_key(to): to for to in transaction.recipients}
+    hidden = {address_key(to): to for to in transaction.recipients}
     for name in ("to", "cc"):
         for mailbox in shown[name]:
-            if not missing.pop(address_key(mailbox["email"]), None):
+            if not hidden.pop(address_key(mailbox["email"]), None):
                 raise ValueError(f"{name.title()} has {mailbox['email']}, which gets this mail another way or twice")
     if not shown["to"]:
         raise ValueError("To has none of the recipients")
-    people = {"to": shown["to"], "cc": shown["cc"], "bcc": [{"email": to} for to in missing.values()]}
+    people = {"to": shown["to"], "cc": shown["cc"], "bcc": [{"email": to} for to in hidden.values()]}
     document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": shown["from"][0]}
-    answers = shown["reply-to"]
-    return {**document, **({"reply_to_list": answers} if len(answers) > 1 else {"reply_to": answers and answers[0]})}
+    reply_to = shown["reply-to"]
+    return {
+        **document,
+        **({"reply_to_list": reply_to} if len(reply_to) > 1 else {"reply_to": reply_to and reply_to[0]}),
+    }
 
 
 def sendgrid_mailboxes(text: str) -> list:
@@ -5132,7 +5223,7 @@ def sendgrid_mailboxes(text: str) -> list:
 
 
 def sendgrid_headers(fields: list) -> dict:
-    """The fields that SendGrid takes as they are, still encoded."""
+    """Return the fields that SendGrid takes as they are, still encoded."""
     headers: dict = {}
     for name, octets in fields:
         if name in SENDGRID_RESERVED:
@@ -5140,7 +5231,7 @@ def sendgrid_headers(fields: list) -> dict:
         if name in SENDGRID_OWN or name.startswith("content-"):
             continue
         if name in map(str.lower, headers):
-            raise ValueError(f"the header {name} stands more than once")
+            raise ValueError(f"the header {name} occurs more than once")
         if not octets.isascii():
             raise ValueError(f"the header {name} is not ASCII")
         headers[octets.partition(b":")[0].decode().strip()] = unfold(octets)
@@ -5148,11 +5239,13 @@ def sendgrid_headers(fields: list) -> dict:
 
 
 SENDGRID_RESERVED = ("x-sg-id", "x-sg-eid", "dkim-signature", "bcc")
-SENDGRID_OWN = ("received", "mime-version", "from", "to", "cc", "subject", "reply-to")  # it makes them from the rest
+SENDGRID_OWN = ("received", "mime-version", "from", "to", "cc", "subject", "reply-to")  # made from the other keys
+SENDGRID_NESTING = ["mixed", "alternative", "related"]  # subtypes of a multipart, and of one in another
+SENDGRID_NESTING += ["mixed/alternative", "mixed/related", "alternative/related", "related/alternative"]
 
 
 def sendgrid_parts(octets: bytes) -> dict:
-    """Its content and attachments."""
+    """Return content and attachments."""
     import email
 
     message = email.message_from_bytes(octets)
@@ -5161,66 +5254,57 @@ def sendgrid_parts(octets: bytes) -> dict:
     for part in leaf_parts(message):
         named = part.get_content_disposition() == "attachment" or part.get_filename() or part["Content-ID"]
         if part.get_content_maintype() == "text" and not named:
-            content.append({"type": part.get_content_type(), "value": part_text(part)})
+            text = decode_charset(part.get_payload(decode=True), part.get_content_charset("us-ascii"))
+            content.append({"type": part.get_content_type(), "value": text.replace("\r\n", "\n")})
         else:
             attachments.append(sendgrid_attachment(part))
     alternative = any(part.get_content_subtype() == "alternative" for part in message.walk())
-    kinds = [item["type"] for item in content]
-    if kinds not in (["text/plain"], ["text/html"]) and not (alternative and kinds == ["text/plain", "text/html"]):
-        raise ValueError(f"its texts are {', '.join(kinds) or 'none'}, not a plain one, an HTML one, or these two")
+    types = [item["type"] for item in content]
+    if types not in (["text/plain"], ["text/html"]) and not (alternative and types == ["text/plain", "text/html"]):
+        raise ValueError(f"its texts are {', '.join(types) or 'none'}, not a plain one, an HTML one, or these two")
+    if not all(item["value"] for item in content):
+        raise ValueError("a text is empty")
     return {"content": content, "attachments": attachments}
 
 
 def leaf_parts(part: Any, outer: str = "") -> list:
-    """The parts that are no multipart; ValueError for a structure whose meaning would be lost."""
+    """Return the parts that are no multipart; raises ValueError for a nesting whose meaning would be lost."""
     if part.get_content_maintype() != "multipart":
         return [part]
-    kind = part.get_content_subtype()
-    if kind not in ALLOWED_NESTING[outer] or not part.is_multipart():
-        raise ValueError(f"multipart/{kind} {f'in multipart/{outer} ' if outer else ''}can't be kept")
-    return [leaf for inner in part.get_payload() for leaf in leaf_parts(inner, kind)]
-
-
-ALLOWED_NESTING = {
-    "": ("mixed", "alternative", "related"),
-    "mixed": ("alternative", "related"),
-    "alternative": ("related",),
-    "related": ("alternative",),
-}
-
-
-def part_text(part: Any) -> str:
-    value = decode_charset(part.get_payload(decode=True), part.get_content_charset("us-ascii")).replace("\r\n", "\n")
-    if not value:
-        raise ValueError("a text is empty")
-    return value
+    nesting = f"{outer}/{part.get_content_subtype()}".strip("/")
+    if nesting not in SENDGRID_NESTING or not part.is_multipart():
+        raise ValueError(f"multipart/{nesting.replace('/', ' with multipart/')} can't be kept")
+    return [leaf for inner in part.get_payload() for leaf in leaf_parts(inner, part.get_content_subtype())]
 
 
 def sendgrid_attachment(part: Any) -> dict:
-    charset, mark = part.get_content_charset("utf-8"), (part["Content-ID"] or "").strip("<> ")
+    """Return a part as an attachment."""
+    charset, content_id = part.get_content_charset("utf-8"), (part["Content-ID"] or "").strip("<> ")
     if part.get_content_maintype() == "message":
         octets = part.as_bytes(policy=part.policy.clone(linesep="\r\n")).partition(b"\r\n\r\n")[2]
     else:
         octets = part.get_payload(decode=True)
-    name = decode_encoded_words(part.get_filename() or mark)
+    name = decode_encoded_words(part.get_filename() or content_id)
     if not (name and octets):
         raise ValueError("an attachment has no name" if octets else f"the attachment {name} is empty")
     if part.get_content_maintype() == "text" and charset not in ("utf-8", "us-ascii"):
-        raise ValueError(f"the charset of the attachment {name} can't be told")
-    values = {"content": base64.b64encode(octets).decode(), "type": part.get_content_type(), "filename": name}
-    inline = part.get_content_disposition() == "inline" or (mark and not part.get_content_disposition())
-    values["disposition"] = "inline" if inline else "attachment"
-    return {**values, "content_id": mark} if mark else values
+        raise ValueError(f"the attachment {name} has the charset {charset}, which can't be declared")
+    attachment = {"content": base64.b64encode(octets).decode(), "type": part.get_content_type(), "filename": name}
+    inline = part.get_content_disposition() == "inline" or (content_id and not part.get_content_disposition())
+    attachment["disposition"] = "inline" if inline else "attachment"
+    return {**attachment, "content_id": content_id} if content_id else attachment
 
 
 async def relay_amazonses(transaction: Transaction, transport: TransportContext) -> list:
-    """By version 2 of Amazon SES, which takes the message as it is, for 50 recipients at a time."""
+    """Deliver by version 2 of Amazon SES, which takes the message as it is, for 50 recipients at a time."""
     replies: list = []
     for start in range(0, len(transaction.recipients), AMAZONSES_RECIPIENTS):
         part = transaction._replace(recipients=transaction.recipients[start : start + AMAZONSES_RECIPIENTS])
         try:
-            call = await to_thread(amazonses_request, part, time.time())
-            response = amazonses_reply(transaction.route, await transport.http.request(transaction.route, call))
+            call = await asyncio.to_thread(amazonses_request, part, time.time())
+            response = amazonses_reply(
+                transaction.route, await transport.http.request(HTTPTarget.of_route(transaction.route), call)
+            )
         except Rejected as refused:
             response = refused.reply
         replies += [response] * len(part.recipients)
@@ -5228,9 +5312,12 @@ async def relay_amazonses(transaction: Transaction, transport: TransportContext)
 
 
 AMAZONSES_RECIPIENTS = 50  # https://docs.aws.amazon.com/ses/latest/dg/quotas.html
+AMAZONSES_TEMPORARY = ["TooManyRequestsException", "ThrottlingException", "Throttling"]  # errors 400 that pass
+AMAZONSES_TEMPORARY += ["LimitExceededException", "SendingPausedException"]
 
 
 def amazonses_request(transaction: Transaction, now: float) -> HTTPRequest:
+    """Return the signed request; raises Rejected for a message without exactly one From."""
     octets = ascii_message(transaction)
     try:
         author = single_field(parse_message(octets)[0], "from")
@@ -5244,33 +5331,24 @@ def amazonses_request(transaction: Transaction, now: float) -> HTTPRequest:
     }
     if transaction.sender and address_key(spec) != address_key(transaction.sender):
         document["FeedbackForwardingEmailAddress"] = transaction.sender
-    call = HTTPRequest("POST", "/v2/email/outbound-emails", ENCODER.encode(document).encode())
+    call = HTTPRequest("POST", "/v2/email/outbound-emails", encode_json(document))
     return sign_sigv4(call, transaction.route, now)
 
 
 def amazonses_reply(route: Route, response: HTTPResponse) -> Reply:
-    document = response.document()
-    document = document if isinstance(document, dict) else {}
+    """Return the reply for a response of Amazon SES."""
+    document = json_object(response)
     if response.status == 200 and isinstance(document.get("MessageId"), str):
         return http_accepted(route, response, f"MessageId: {document['MessageId']}")
     name = str(response.headers.get("x-amzn-ErrorType") or document.get("__type") or "")
-    name = name.partition(":")[0].rpartition("#")[2]  # some have a namespace before, or a URL behind
-    words = [str(value) for value in (name, document.get("message") or document.get("Message")) if value]
-    return http_failure(route, response, words or None, later=name in AMAZONSES_LATER)
-
-
-AMAZONSES_LATER = (  # said with a 400, and over after a while
-    "TooManyRequestsException",
-    "ThrottlingException",
-    "Throttling",
-    "LimitExceededException",
-    "SendingPausedException",
-)
+    name = name.partition(":")[0].rpartition("#")[2]  # some have a namespace in front, or a URL behind
+    lines = [str(value) for value in (name, document.get("message") or document.get("Message")) if value]
+    return http_failure(route, response, lines or None, temporary=name in AMAZONSES_TEMPORARY)
 
 
 def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
-    """The call with Amazon's signature, version 4, for the service `ses`.
-    https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html"""
+    """Return the request with Amazon's signature, version 4, for the service `ses`."""
+    # https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html
     site, moment = split_base_url(route.url), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
     scope = f"{moment[:8]}/{route.region}/ses/aws4_request"
     headers = {"host": site.host_header, "x-amz-date": moment}
@@ -5284,93 +5362,96 @@ def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
     canonical = "\n".join([*lines, hashlib.sha256(call.body).hexdigest()])
     text = f"AWS4-HMAC-SHA256\n{moment}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
     key = b"AWS4" + route.credentials[1].encode()
-    for word in scope.split("/"):
-        key = hmac.digest(key, word.encode(), "sha256")
-    mark = hmac.new(key, text.encode(), "sha256").hexdigest()
-    words = f"AWS4-HMAC-SHA256 Credential={route.credentials[0]}/{scope}, SignedHeaders={names}, Signature={mark}"
-    sent = [(name, headers[name]) for name in ("x-amz-date", "x-amz-security-token") if name in headers]
-    return call._replace(headers=(*call.headers, *sent, ("Authorization", words)))
+    for part in scope.split("/"):
+        key = hmac.digest(key, part.encode(), "sha256")
+    signature = hmac.new(key, text.encode(), "sha256").hexdigest()
+    value = f"AWS4-HMAC-SHA256 Credential={route.credentials[0]}/{scope}, SignedHeaders={names}, Signature={signature}"
+    added = [(name, headers[name]) for name in ("x-amz-date", "x-amz-security-token") if name in headers]
+    return call._replace(headers=(*call.headers, *added, ("Authorization", value)))
 
 
 async def relay_mandrill(transaction: Transaction, transport: TransportContext) -> list:
-    """By Mandrill's messages/send-raw, which takes the message as it is and says what became of each recipient."""
-    body = await to_thread(mandrill_body, transaction)
+    """Deliver by Mandrill's messages/send-raw, which takes the message as it is and answers for each recipient."""
+    body = await asyncio.to_thread(mandrill_body, transaction)
     response = await transport.http.request(
-        transaction.route, HTTPRequest("POST", "/api/1.0/messages/send-raw.json", body)
+        HTTPTarget.of_route(transaction.route), HTTPRequest("POST", "/api/1.0/messages/send-raw.json", body)
     )
     return mandrill_replies(transaction, response)
 
 
 def mandrill_body(transaction: Transaction) -> bytes:
-    document = {
-        "key": transaction.route.credentials[1],
-        "raw_message": ascii_message(transaction).decode(),
-        "from_email": transaction.sender or None,
-        "to": transaction.recipients,
-        "async": False,
-    }
-    return ENCODER.encode(document).encode()
+    """Return the request."""
+    envelope = {"from_email": transaction.sender or None, "to": transaction.recipients}
+    content = {"key": transaction.route.credentials[1], "raw_message": ascii_message(transaction).decode()}
+    return encode_json({**content, **envelope, "async": False})
 
 
 def mandrill_replies(transaction: Transaction, response: HTTPResponse) -> list:
-    """A reply for each recipient, from the list in the answer; a list without one of them is not what was promised."""
-    document = response.document()
-    if isinstance(document, dict) and document.get("status") == "error":
-        words = [f"{document.get('name')}: {document.get('message')}"]
-        return [http_failure(transaction.route, response, words)] * len(transaction.recipients)
+    """Return a Reply for each recipient; a response that doesn't name one breaks the API's promise."""
+    route, errors, document = transaction.route, mandrill_errors(response), response.document()
+    if errors:
+        return [http_failure(route, response, errors)] * len(transaction.recipients)
     listed = document if response.status == 200 and isinstance(document, list) else []
     items = {address_key(item.get("email")): item for item in listed if isinstance(item, dict)}
-    return [
-        mandrill_reply(transaction.route, response, items.get(address_key(to), {})) for to in transaction.recipients
-    ]
+    return [mandrill_reply(route, response, items.get(address_key(to), {})) for to in transaction.recipients]
+
+
+def mandrill_errors(response: HTTPResponse) -> list | None:
+    """Return the error message in a response; None if it has none."""
+    document = json_object(response)
+    return [f"{document.get('name')}: {document.get('message')}"] if document.get("status") == "error" else None
 
 
 def mandrill_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
-    status, words = item.get("status"), [str(item.get("status"))]
-    if item.get("reject_reason"):
-        words.append(f"reject_reason: {item['reject_reason']}")
-    if item.get("_id"):
-        words.append(f"_id: {item['_id']}")
+    """Return one recipient's item as a Reply."""
+    status, lines = item.get("status"), [f"{key}: {item[key]}" for key in ("reject_reason", "_id") if item.get(key)]
     if status in ("sent", "queued", "scheduled"):
-        return http_accepted(route, response, *words)
+        return http_accepted(route, response, status, *lines)
     if status in ("rejected", "invalid"):
         dsn = "5.1.3" if status == "invalid" else "5.7.1"
-        return make_reply("web-refused", *sanitize_lines(words[1:]), word=status, **route.endpoint)._replace(dsn=dsn)
+        return make_reply("web-refused", *sanitize_lines(lines), word=status, **route.endpoint)._replace(dsn=dsn)
     return http_failure(route, response, None)
 
 
-def http_accepted(route: Route, response: HTTPResponse, *words: str) -> Reply:
-    status = f"HTTP {response.status} {response.reason}".strip()
-    return make_reply("web-accepted", *sanitize_lines(words), word=status, **route.endpoint)
+def http_accepted(route: Route, response: HTTPResponse, *lines: str) -> Reply:
+    """Return the reply for a mail that the API has taken."""
+    return make_reply("web-accepted", *sanitize_lines(lines), word=status_text(response), **route.endpoint)
 
 
-def http_failure(route: Route, response: HTTPResponse, words: list | None, later: bool = False) -> Reply:
-    """What an answer means that is no success. `words` are the cloud's own, None where it has none."""
-    status, place = f"HTTP {response.status} {response.reason}".strip(), route.endpoint
-    later = later or response.status == 429 or response.status >= 500
-    if response.status == 413:  # proxies say this too, in their own words; it will be as big the next time
-        return make_reply("web-refused", *sanitize_lines(words or []), word=status, **place)._replace(dsn="5.3.4")
-    if words is None or not (later or response.status >= 400):
+def http_failure(route: Route, response: HTTPResponse, lines: list | None, temporary: bool = False) -> Reply:
+    """Return the reply for a response that is no success; `lines` are the API's error messages, None if it has none."""
+    status, text, endpoint = response.status, status_text(response), route.endpoint
+    temporary = temporary or status == 429 or status >= 500
+    if status == 413:  # from a proxy too, without the API's error messages; the mail will not be smaller next time
+        return make_reply("web-refused", *sanitize_lines(lines or []), word=text, **endpoint)._replace(dsn="5.3.4")
+    if lines is None or not (temporary or status >= 400):
         excerpt = sanitize(response.body[:400].decode("utf-8", "replace"), 100)
-        rubbish = make_reply("web-rubbish", status, *([excerpt] if excerpt else []), **place)
-        return rubbish._replace(maybe_delivered=200 <= response.status < 300, retry_after=parse_retry_after(response))
-    said_so = make_reply("web-later" if later else "web-refused", *sanitize_lines(words), word=status, **place)
-    if later:
-        return said_so._replace(
-            dsn="4.3.0" if response.status >= 500 else "4.4.5", retry_after=parse_retry_after(response)
-        )
-    return said_so._replace(dsn=DSN_BY_STATUS.get(response.status, said_so.dsn))
+        endpoint.update(maybe_delivered=200 <= status < 300, retry_after=parse_retry_after(response))
+        return make_reply("web-rubbish", text, *([excerpt] if excerpt else []), **endpoint)
+    reply = make_reply("web-later" if temporary else "web-refused", *sanitize_lines(lines), word=text, **endpoint)
+    if temporary:
+        return reply._replace(dsn="4.3.0" if status >= 500 else "4.4.5", retry_after=parse_retry_after(response))
+    return reply._replace(dsn=DSN_BY_STATUS.get(status, reply.dsn))
+
+
+def json_object(response: HTTPResponse) -> dict:
+    """Return the JSON object in a response; {} if it has none."""
+    document = response.document()
+    return document if isinstance(document, dict) else {}
+
+
+def status_text(response: HTTPResponse) -> str:
+    """Return the response's status line for people."""
+    return f"HTTP {response.status} {response.reason}".strip()
 
 
 DSN_BY_STATUS = {401: "5.7.8", 403: "5.7.1"}
 
 
 def parse_retry_after(response: HTTPResponse) -> int:
-    """Seconds after which to try again, RFC 9110 10.2.3; 0 where it doesn't say."""
+    """Return the seconds after which to try again (RFC 9110 10.2.3), at most a day; 0 if the response has none."""
     text, now = response.headers.get("Retry-After", "").strip(), time.time()
-    reset = (
-        response.headers.get("X-RateLimit-Reset", "") if response.status == 429 else ""
-    )  # SendGrid's, seconds of the epoch
+    reset = response.headers.get("X-RateLimit-Reset", "") if response.status == 429 else ""  # SendGrid: Unix time
     try:
         if re.fullmatch(r"[0-9]{1,9}", text):
             wait = int(text)
@@ -5384,12 +5465,12 @@ def parse_retry_after(response: HTTPResponse) -> int:
 
 
 def sanitize_lines(lines: Any) -> tuple:
-    """Lines of the other side, fit for a reply."""
+    """Return lines of the other side as a reply may carry them."""
     return tuple(sanitize(str(line), 500) for line in lines)[:20]
 
 
 def ascii_message(transaction: Transaction) -> bytes:
-    """The message in ASCII, as the web APIs want it."""
+    """Return the message in ASCII, which the APIs want; raises Rejected if that can't be."""
     octets = downgrade_8bit(transaction.octets()) if transaction.message.needs_8bitmime else transaction.octets()
     if not octets.isascii():
         raise Rejected(make_reply("inexpressible", "it has octets over 127", **transaction.route.endpoint))
@@ -5397,48 +5478,41 @@ def ascii_message(transaction: Transaction) -> bytes:
 
 
 def unfold(octets: bytes) -> str:
-    """The value of a field, on one line."""
+    """Return the value of a header field on one line."""
     return re.sub(r"\r?\n", "", octets.decode("utf-8", "replace").partition(":")[2]).strip()
 
 
 def single_field(fields: list, name: str) -> str:
-    """The value of that field, "" where there is none; ValueError where it stands more than once."""
+    """Return the value of a header field, "" if it is absent; raises ValueError if it occurs more than once."""
     values = [unfold(octets) for key, octets in fields if key == name]
     if len(values) > 1:
-        raise ValueError(f"the header {name} stands more than once")
+        raise ValueError(f"the header {name} occurs more than once")
     return values[0] if values else ""
 
 
 def decode_encoded_words(text: str) -> str:
-    """Text with its encoded words (RFC 2047) as what they mean; ValueError or LookupError where that can't be known."""
-    text = re.sub(r"(?<=\?=)\s+(?==\?)", "", text)
-    return ENCODED_WORD.sub(_decode_encoded_word, text)
+    """Decode the encoded words (RFC 2047) in a text; raises ValueError or LookupError if one can't be."""
+    return ENCODED_WORD.sub(_decode_encoded_word, re.sub(r"(?<=\?=)\s+(?==\?)", "", text))
 
 
 def _decode_encoded_word(found: Any) -> str:
-    charset, way, octets = found[1], found[2].upper(), found[3].encode()
-    return decode_charset(binascii.a2b_base64(octets) if way == "B" else binascii.a2b_qp(octets, header=True), charset)
+    charset, encoding, octets = found[1], found[2].upper(), found[3].encode()
+    decoded = binascii.a2b_base64(octets) if encoding == "B" else binascii.a2b_qp(octets, header=True)
+    return decode_charset(decoded, charset)
 
 
-ENCODED_WORD = re.compile(r"=\?([^?*\s]+)(?:\*[^?\s]*)?\?([BbQq])\?([^?\s]*)\?=")
+ENCODED_WORD = re.compile(r"=\?([^?*\s]+)(?:\*[^?\s]*)?\?([BbQq])\?([^?\s]*)\?=")  # RFC 2047
 
 
 def decode_charset(octets: bytes, charset: str) -> str:
-    """Text of octets in a charset of mail."""
-    return (
-        jis_to_text(octets.decode("ascii")) if charset.upper() == "ISO-2022-JP" else octets.decode(codec_name(charset))
-    )
-
-
-def decode_transfer_encoding(body: bytes, encoding: str) -> bytes:
-    """RFC 2045 6."""
-    if encoding == "base64":
-        return binascii.a2b_base64(body)
-    return binascii.a2b_qp(body) if encoding == "quoted-printable" else body
+    """Decode text in a MIME charset."""
+    if charset.upper() == "ISO-2022-JP":
+        return jis_to_text(octets.decode("ascii"))
+    return octets.decode(codec_name(charset))
 
 
 def format_mailboxes(text: str) -> str:
-    """A field of mailboxes as it is written in a submission."""
+    """Return an address field as a submission has it."""
     people = []
     for coded, mailbox in parse_mailboxes(text):
         name, spec = decode_encoded_words(coded), mailbox.addr_spec
@@ -5447,42 +5521,38 @@ def format_mailboxes(text: str) -> str:
     return ", ".join(people)
 
 
-RELAYS = {
-    "ESMTP": relay_esmtp,
-    "MX": relay_mx,
-    "Haineko": relay_haineko,
-    "SendGrid": relay_sendgrid,
-    "AmazonSES": relay_amazonses,
-    "Mandrill": relay_mandrill,
-    "File": relay_file,
-    "Screen": relay_screen,
-    "Discard": relay_discard,
-}
+# -- Probes, for `check --connect`
 
 
 class ConnectivityProbe(NamedTuple):
-    """What `check --connect` tries: a route, and for MX the domain of a recipient."""
+    """A route to try, and for MX the domain of a recipient."""
 
     route: Route
     hostname: str  # our own name, for EHLO
-    domain: str = ""  # "" where the route stands for many
+    domain: str = ""  # "" if the route is for many domains
 
 
 class CheckResult(NamedTuple):
-    """What came of one step."""
+    """The result of one step of a check."""
 
     step: str
     ok: bool
     text: str
 
 
+def failed_step(step: str, reply: Reply, endpoint: str = "") -> CheckResult:
+    """Return the result of a step that a Reply ended."""
+    return CheckResult(step, False, f"{endpoint and endpoint + ': '}{reply.code} {': '.join(reply.message)}")
+
+
 async def probe_esmtp(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Looks the host up as a delivery would, and opens a session."""
-    results = await to_thread(probe_dns, probe.route)
-    return results + (await probe_session(probe) if results[-1].ok else [])
+    """Look the host up as a delivery would, then open a session."""
+    results = await asyncio.to_thread(probe_dns, probe.route)
+    return results + (await asyncio.to_thread(probe_session, probe.route, probe.hostname) if results[-1].ok else [])
 
 
 def probe_dns(route: Route) -> list:
+    """Look up the route's host."""
     try:
         found = socket.getaddrinfo(route.host, route.port, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -5490,12 +5560,8 @@ def probe_dns(route: Route) -> list:
     return [CheckResult("DNS", True, f"{route.host} is {', '.join(dict.fromkeys(item[4][0] for item in found))}")]
 
 
-async def probe_session(probe: ConnectivityProbe) -> list:
-    """Every step to a session that could take a mail; the last one tells where it failed."""
-    return await to_thread(_probe_session, probe.route, probe.hostname)
-
-
-def _probe_session(route: Route, hostname: str) -> list:
+def probe_session(route: Route, hostname: str) -> list:
+    """Return every step to a session that could take a mail; the last one tells where it failed."""
     session, results = Session(route, hostname), []
     try:
         for step in session.steps():
@@ -5505,20 +5571,19 @@ def _probe_session(route: Route, hostname: str) -> list:
         session.close()
         reply = error.reply if isinstance(error, Rejected) else session._broken(error)
         name = {"CONN": "TCP", "STARTTLS": "TLS"}.get(reply.command, reply.command)
-        place = f"{route.address or route.host}:{route.port}"
-        done = [item for item in results if item.step != name]
-        return [*done, CheckResult(name, False, f"{place}: {reply.code} {': '.join(reply.message)}")]
+        failed = failed_step(name, reply, f"{route.address or route.host}:{route.port}")
+        return [*(result for result in results if result.step != name), failed]
     session.quit()
     return results + ([CheckResult("AUTH", True, f"logged in as {route.credentials[0]}")] if route.auth else [])
 
 
 def session_results(session: Session) -> list:
-    """What is known of a session so far."""
-    place = session.sock.getpeername()
-    results = [CheckResult("TCP", True, f"connected to {place[0]}:{place[1]}")]
+    """Return the steps that a session has done so far."""
+    peer = session.sock.getpeername()
+    results = [CheckResult("TCP", True, f"connected to {peer[0]}:{peer[1]}")]
     if session.ehlo_resp:
-        words = [" ".join([name.upper(), *value.split()]) for name, value in session.esmtp_features.items()]
-        results.append(CheckResult("EHLO", True, sanitize(", ".join(words) or "no extensions", 500)))
+        extensions = [" ".join([name.upper(), *value.split()]) for name, value in session.esmtp_features.items()]
+        results.append(CheckResult("EHLO", True, sanitize(", ".join(extensions) or "no extensions", 500)))
     if isinstance(session.sock, ssl.SSLSocket):
         results.append(CheckResult("TLS", True, describe_certificate(session.sock)))
     elif session.step in ("STARTTLS", "AUTH"):
@@ -5527,7 +5592,7 @@ def session_results(session: Session) -> list:
 
 
 def describe_certificate(sock: ssl.SSLSocket) -> str:
-    """TLS version, and subject and end of the server's certificate where it was verified."""
+    """Return TLS version, and subject and expiry of the server's certificate if it was verified."""
     certificate = sock.getpeercert()
     if not certificate:
         return f"{sock.version()}, certificate not verified"
@@ -5539,7 +5604,7 @@ def describe_certificate(sock: ssl.SSLSocket) -> str:
 
 
 async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Asks the name servers, then opens a session to the first host of the domain that works."""
+    """Query the name servers, then open a session to the first host of the domain that works."""
     route, deadline = probe.route, time.monotonic() + probe.route.timeout
     if not probe.domain:
         found = await transport.resolver.lookup(probe.hostname, MX, deadline)
@@ -5555,93 +5620,82 @@ async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> lis
                 if not isinstance(hop, Route):
                     results.append(CheckResult("DNS", False, ": ".join(hop.message)))
                     continue
-                results += await probe_mx_host(probe._replace(route=hop))
+                results += await asyncio.to_thread(probe_mx_host, hop, probe.hostname)
                 if results[-1].ok:
                     return results
-    except Rejected as refused:
-        return [CheckResult("DNS", False, f"{refused.reply.code} {': '.join(refused.reply.message)}")]
+    except Rejected as rejected:
+        return [failed_step("DNS", rejected.reply)]
     return results
 
 
-async def probe_mx_host(probe: ConnectivityProbe) -> list:
-    """One host of a domain. Where any certificate will do, it is told whether this one would have passed."""
-    route = probe.route
-    strict = replace(route, tls_verify=True, starttls=route.starttls)
-    results = await probe_session(probe._replace(route=strict))
-    if results[-1].ok or results[-1].step != "TLS" or not route.tls_if_offered:
-        return results
-    loose = await probe_session(probe)
+def probe_mx_host(route: Route, hostname: str) -> list:
+    """Open a session to one host; if TLS is opportunistic, tell whether the certificate would have been accepted."""
+    strict = probe_session(replace(route, tls_verify=True), hostname)
+    if strict[-1].ok or strict[-1].step != "TLS" or not route.tls_if_offered:
+        return strict
+    loose = probe_session(route, hostname)
     if loose[-1].ok:
-        return [*loose, CheckResult("TLS", True, f"not verified: {results[-1].text}")]
-    clear = await probe_session(probe._replace(route=replace(route, tls_if_offered=False)))
+        return [*loose, CheckResult("TLS", True, f"not verified: {strict[-1].text}")]
+    clear = probe_session(replace(route, tls_if_offered=False), hostname)
     return [*clear, CheckResult("TLS", True, f"mail goes in clear text: {loose[-1].text}")] if clear[-1].ok else loose
 
 
 async def probe_folder(probe: ConnectivityProbe, transport: TransportContext) -> list:
+    """Tell whether files can be made in the folder."""
     folder = probe.route.folder
-    fine = os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
-    return [CheckResult("FILE", fine, folder if fine else f"{folder} is no folder that can be written")]
+    ok = is_writable_folder(folder)
+    return [CheckResult("FILE", ok, folder if ok else f"{folder} is no folder that can be written")]
 
 
 async def probe_none(probe: ConnectivityProbe, transport: TransportContext) -> list:
+    """Report that there is nothing to connect to."""
     return [CheckResult("NONE", True, "nothing to connect to")]
 
 
-async def probe_http(route: Route, call: HTTPRequest, judge: Callable) -> list:
-    """Every step to the answer of an API to a call that changes nothing; judge(route, said) tells in a line of text
-    that the credentials are good, or raises Refused."""
-    return await to_thread(_probe_http, route, call, judge)
+def http_probe(ask: Callable) -> Callable:
+    """Make a probe of ask(route, request), which returns a line of text if the login is good or raises Rejected."""
+
+    async def probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
+        return await asyncio.to_thread(_probe_http, probe.route, ask)
+
+    return probe
 
 
-def _probe_http(route: Route, call: HTTPRequest, judge: Callable) -> list:
+def _probe_http(route: Route, ask: Callable) -> list:
     results = probe_dns(route)
     if not results[-1].ok:
         return results
-    line, place = KeepAliveConnection(route), f"{route.host}:{route.port}"
+    line, place = KeepAliveConnection(HTTPTarget.of_route(route)), f"{route.host}:{route.port}"
     try:
         line.open()
         results.append(CheckResult("TCP", True, f"connected to {place}"))
-        words = describe_certificate(line.sock) if line.url.tls else "none"
-        results.append(CheckResult("TLS", True, words))
-        results.append(CheckResult("AUTH", True, judge(route, line.exchange(call))))
-    except Rejected as refused:
-        reply = refused.reply
-        step = {"CONN": "TLS" if reply.dsn == "4.7.5" else "TCP"}.get(reply.command, "AUTH")
-        results.append(CheckResult(step, False, f"{place}: {reply.code} {': '.join(reply.message)}"))
+        results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
+        results.append(CheckResult("AUTH", True, ask(route, line.exchange)))
+    except Rejected as rejected:
+        step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
+        results.append(failed_step(step, rejected.reply, place))
     finally:
         line.close()
     return results
 
 
-async def probe_haineko(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """An empty submission, which gets past the door and no further."""
-    return await probe_http(
-        probe.route,
-        HTTPRequest("POST", "/submit", b"{}", basic_auth_header(probe.route.credentials)),
-        interpret_haineko_probe,
-    )
-
-
-def interpret_haineko_probe(route: Route, response: HTTPResponse) -> str:
-    document = response.document()
-    items = document.get("response") if isinstance(document, dict) else None
-    if not (isinstance(items, list) and items and isinstance(items[0], dict)):
+@http_probe
+def probe_haineko(route: Route, request: Callable) -> str:
+    """Post an empty submission, which is refused after the login."""
+    response = request(HTTPRequest("POST", "/submit", b"{}", basic_auth_header(route.credentials)))
+    items = haineko_items(response)
+    if not items:
         raise Rejected(http_failure(route, response, None))
     if items[0].get("command") == "AUTH" or response.status in (401, 403, 404):
         raise Rejected(haineko_reply(route, response, items[0]))
     return "a Haineko that takes our login" if route.credentials else "a Haineko that wants no login"
 
 
-async def probe_sendgrid(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """What the key may do."""
-    return await probe_http(
-        probe.route, HTTPRequest("GET", "/v3/scopes", headers=bearer_header(probe.route)), interpret_sendgrid_probe
-    )
-
-
-def interpret_sendgrid_probe(route: Route, response: HTTPResponse) -> str:
-    document = response.document()
-    scopes = document.get("scopes") if response.status == 200 and isinstance(document, dict) else None
+@http_probe
+def probe_sendgrid(route: Route, request: Callable) -> str:
+    """Ask for the permissions of the API key."""
+    response = request(HTTPRequest("GET", "/v3/scopes", headers=bearer_header(route)))
+    scopes = json_object(response).get("scopes") if response.status == 200 else None
     if not isinstance(scopes, list):
         raise Rejected(http_failure(route, response, sendgrid_errors(response)))
     if "mail.send" not in scopes:
@@ -5649,103 +5703,114 @@ def interpret_sendgrid_probe(route: Route, response: HTTPResponse) -> str:
     return "the API key may send"
 
 
-async def probe_amazonses(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """The state of the account."""
-    call = sign_sigv4(HTTPRequest("GET", "/v2/email/account"), probe.route, time.time())
-    return await probe_http(probe.route, call, interpret_amazonses_probe)
-
-
-def interpret_amazonses_probe(route: Route, response: HTTPResponse) -> str:
-    document, refusal = response.document(), amazonses_reply(route, response)
-    if response.status == 403 and any("AccessDenied" in line for line in refusal.message):
+@http_probe
+def probe_amazonses(route: Route, request: Callable) -> str:
+    """Ask for the state of the account."""
+    response = request(sign_sigv4(HTTPRequest("GET", "/v2/email/account"), route, time.time()))
+    document, failure = json_object(response), amazonses_reply(route, response)
+    if response.status == 403 and any("AccessDenied" in line for line in failure.message):
         return "the key is good; it may not read the account, so whether it may send is not known"
-    if response.status != 200 or not isinstance(document, dict) or "SendingEnabled" not in document:
-        raise Rejected(refusal)
+    if response.status != 200 or "SendingEnabled" not in document:
+        raise Rejected(failure)
     if not document["SendingEnabled"]:
         raise Rejected(make_reply("web-refused", word="sending is switched off for this account", **route.endpoint))
     sandbox = "" if document.get("ProductionAccessEnabled", True) else ", in the sandbox: to verified recipients only"
     return f"the key is good, the account may send{sandbox}"
 
 
-async def probe_mandrill(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """A ping with the key."""
-    body = ENCODER.encode({"key": probe.route.credentials[1]}).encode()
-    return await probe_http(
-        probe.route, HTTPRequest("POST", "/api/1.0/users/ping2.json", body), interpret_mandrill_probe
-    )
-
-
-def interpret_mandrill_probe(route: Route, response: HTTPResponse) -> str:
-    document = response.document()
-    if response.status == 200 and isinstance(document, dict) and document.get("PING") == "PONG!":
+@http_probe
+def probe_mandrill(route: Route, request: Callable) -> str:
+    """Ping with the API key."""
+    response = request(HTTPRequest("POST", "/api/1.0/users/ping2.json", encode_json({"key": route.credentials[1]})))
+    if response.status == 200 and json_object(response).get("PING") == "PONG!":
         return "the key is good"
-    words = [f"{document.get('name')}: {document.get('message')}"] if isinstance(document, dict) else None
-    raise Rejected(http_failure(route, response, words))
+    raise Rejected(http_failure(route, response, mandrill_errors(response)))
 
 
-# One row for each of RELAYS: takes (Probe, Sessions), sends no mail, gives a Finding for each step; it may raise what a
-# relay may.
-PROBES = {
-    "ESMTP": probe_esmtp,
-    "MX": probe_mx,
-    "Haineko": probe_haineko,
-    "SendGrid": probe_sendgrid,
-    "AmazonSES": probe_amazonses,
-    "Mandrill": probe_mandrill,
-    "File": probe_folder,
-    "Screen": probe_none,
-    "Discard": probe_none,
-}
+RELAYS.update(
+    ESMTP=Relay(relay_esmtp, probe_esmtp),
+    MX=Relay(relay_mx, probe_mx, destination="MX {domain}", refuses=("auth",)),
+    Haineko=Relay(relay_haineko, probe_haineko, default_port=2794, api_url="{scheme}://{host}:{port}"),
+    SendGrid=Relay(relay_sendgrid, probe_sendgrid, 25, "https://api.sendgrid.com", ("auth",), login=("password",)),
+    AmazonSES=Relay(relay_amazonses, probe_amazonses, 25, "https://email.{region}.amazonaws.com", ("auth", "region")),
+    Mandrill=Relay(relay_mandrill, probe_mandrill, 25, "https://mandrillapp.com", ("auth",), login=("password",)),
+    File=Relay(relay_file, probe_folder, destination="File {route.folder}", into_folder=True),
+    Screen=Relay(relay_screen, probe_none, destination="Screen"),
+    Discard=Relay(relay_discard, probe_none, destination="Discard"),
+)
 
 # ======================================================================================================================
 # 14. Queue
-#     Keeps on disk the mail that waits, and delivers it. What comes after a reply, bounces and events are functions of
-#     values; Store is the file (SQLite); Courier delivers, in one process. Nothing is answered 2xx before its commit is
-#     on disk. Where a process can be killed, and what that costs:
-#      - before a mail is in the file: its client has no answer and tries again. What a relay took meanwhile then goes
-#        twice, unless the client sent an Idempotency-Key: with one the mail is in the file before anything is sent.
-#      - within a delivery from the file: each attempt begins with a lease, on disk, and a process holds a lock for as
-#        long as it lives, so that leases of the dead are seen. The recipient is tried again: no relay and no disk can
-#        say whether it took the mail. The log says that it may arrive twice.
-#      - after a recipient's fate is in the file, in one commit with the bounce and the event that tell of it: nothing.
-#        An event may be POSTed twice, with the same webhook-id.
+#     Keeps mail that waits in a file (SQLite) and delivers it, in one process. What follows a reply, bounces and events
+#     are functions of values; QueueDB is the file, with its operations; QueueManager delivers.
 # ======================================================================================================================
+
+# Nothing is answered 2xx before it is committed to disk. After a process was killed,
+#  - a mail that was not yet in the file is sent again by its client, who has no answer. With an Idempotency-Key it is in
+#    the file before anything is sent, and is not sent twice.
+#  - leases of the dead process are seen, since it no longer holds its lock. Their recipients are tried again, and the
+#    log says that the mail may arrive twice.
+#  - the result of an attempt is there together with the bounce and the event that report it, or not at all.
 
 
 class Disposition(NamedTuple):
-    """What comes next for a recipient."""
+    """What follows for a recipient after an attempt."""
 
     state: str  # "open", "delivered" or "failed"
-    pause: float = 0.0  # seconds until the next attempt, where it is open
+    pause: float = 0.0  # seconds until the next attempt, if open
 
 
-def next_disposition(reply: Reply, attempts: int, age: float, rng: float, policy: QueueSettings) -> Disposition:
-    """What comes after that reply to so many attempts for a mail `age` seconds old; dice: 0 to 1, by chance."""
+def next_disposition(reply: Reply, attempts: int, age: float, jitter: float, settings: QueueSettings) -> Disposition:
+    """Return what follows the reply to the latest of `attempts` for a mail `age` seconds old; jitter is 0 to 1."""
     if reply.accepted:
         return Disposition("delivered")
-    if not reply.temporary or age >= policy.lifetime:
+    if not reply.temporary or age >= settings.lifetime:
         return Disposition("failed")
-    pause = policy.retry_after[min(attempts, len(policy.retry_after)) - 1] * (0.8 + 0.4 * rng)
-    end = max(policy.lifetime - age, 1.0)  # of its life: then is the last attempt
-    return Disposition("open", min(max(pause, reply.retry_after), end))
+    pause = settings.retry_after[min(attempts, len(settings.retry_after)) - 1] * (0.8 + 0.4 * jitter)
+    return Disposition("open", min(max(pause, reply.retry_after), max(settings.lifetime - age, 1.0)))
+
+
+class AttemptResult(NamedTuple):
+    """Result of an attempt, to be recorded."""
+
+    reply: Reply | None  # None: the lifetime ended without another attempt
+    disposition: Disposition
+    follow_ups: tuple = ()  # NewQueueItems that report it
+    destination: str = ""  # by the settings now in force; "": as it was
+
+
+class Attempt(NamedTuple):
+    """Earlier attempt to deliver to a recipient."""
+
+    time: float
+    reply: Reply
+
+
+class NewRecipient(NamedTuple):
+    """Recipient of a new item."""
+
+    as_written: str  # by the client
+    recipient: str  # as relays are told
+    number: int  # of the copy
+    destination: str  # see destination_key()
 
 
 class NewQueueItem(NamedTuple):
-    """A mail, or an event for the webhook, on its way into the store."""
+    """Mail, or event for the webhook, to be stored."""
 
     queueid: str
     kind: str  # "mail" or "event"
     sender: str  # "" is the null sender
-    login: str  # who sent it; "" where nobody had to log in
+    login: str  # user name that sent it; "" if none was needed
     created_at: float
     message: Message
-    recipients: tuple  # of (as it was given, on the wire, number of its copy, lane)
-    key: bytes | None = None  # of the request, from its login, path and Idempotency-Key
-    body: bytes | None = None  # digest of the request's body
+    recipients: tuple  # of NewRecipient
+    key: bytes | None = None  # digest of login, path and Idempotency-Key
+    body_digest: bytes | None = None  # of the request's body
 
 
 class LeasedRecipient(NamedTuple):
-    """One recipient that is leased to this process, with all that its delivery needs."""
+    """Recipient leased to this process, with all that its delivery needs."""
 
     id: int
     queueid: str
@@ -5759,72 +5824,77 @@ class LeasedRecipient(NamedTuple):
     number: int
     destination: str
     attempts: int
-    history: tuple  # of (time, Reply), the attempts so far
+    history: tuple = ()  # of Attempt
 
 
 def destination_key(route: Route, domain: str) -> str:
-    """What mail shares a next hop: a host that is dead delays its own lane only."""
+    """Return the key of the next hop: an unreachable host delays mail to its own destination only."""
     if route.relay == "File":
         return f"File {route.folder}"
     return f"MX {domain.lower()}" if route.relay == "MX" else f"{route.relay} {route.host}:{route.port}"
 
 
-def queued_reply(queueid: str, said: Reply | None = None) -> Reply:
-    """What the client reads of a recipient that waits."""
-    return make_reply("queued", *(said.message if said else ()), word=queueid, mailer="Queue")
+def queued_reply(queueid: str, reply: Reply | None = None) -> Reply:
+    """Return the reply that tells a client that a recipient waits, with the lines of its latest reply."""
+    return make_reply("queued", *(reply.message if reply else ()), word=queueid, mailer="Queue")
 
 
-# -- what is told at the end
+# -- Bounces and events
 
 
-def notifications(leased: LeasedRecipient, reply: Reply, step: Disposition, settings: Settings, now: float) -> list:
-    """Entries that tell of a recipient's fate: an event for the webhook, a bounce for the sender; most often none."""
+def notifications(
+    leased: LeasedRecipient, result: AttemptResult, reply: Reply, settings: Settings, now: float
+) -> tuple:
+    """Return the items that report a result: an event for the webhook, a bounce for the sender; usually none."""
     if leased.kind != "mail":
-        return []
-    entries, word = [], step.state if step.state != "open" else "deferred" if not leased.attempts else ""
-    if word and settings.queue.webhook:
-        entries.append(webhook_event(f"message.{word}", leased, reply, settings.queue.webhook, now))
-    if word == "failed" and leased.sender:
-        queueid, mailbox = new_queueid(now), parse_address(leased.sender)
-        message = bounce_message(leased, reply, settings.hostname, queueid, now)
-        destination = destination_key(resolve_route(mailbox.domain, "", settings)[0], mailbox.domain)
-        to = (leased.sender, leased.sender, 1, destination)
-        entries.append(NewQueueItem(queueid, "mail", "", leased.login, now, message, (to,)))
-    return entries
+        return ()
+    items, state = [], result.disposition.state
+    event = state if state != "open" else "deferred" if leased.attempts == 1 else ""
+    if event and settings.queue.webhook:
+        items.append(webhook_event(f"message.{event}", leased, reply, settings.queue.webhook, now))
+    if state == "failed" and leased.sender:
+        items.append(new_bounce(leased, reply, settings, now))
+    return tuple(items)
 
 
-def webhook_event(word: str, leased: LeasedRecipient, reply: Reply, url: str, now: float) -> NewQueueItem:
-    """An event in the form of Standard Webhooks; its queue id is the webhook-id."""
+def webhook_event(name: str, leased: LeasedRecipient, reply: Reply, url: str, now: float) -> NewQueueItem:
+    """Return an event in the form of Standard Webhooks; its queue id is the webhook-id."""
     data = {"queueid": leased.queueid, "addresser": leased.sender, **reply_to_dict(leased.as_written, reply)}
-    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
-    body = ENCODER.encode({"type": word, "timestamp": moment, "data": {**data, "attempts": leased.attempts + 1}})
-    destination = f"Webhook {WEBHOOK_URL.fullmatch(url)[2]}"
+    timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
+    event = {"type": name, "timestamp": timestamp, "data": {**data, "attempts": leased.attempts}}
+    recipient = NewRecipient(url, url, 1, f"Webhook {WEBHOOK_URL.fullmatch(url)[2]}")
     return NewQueueItem(
-        new_queueid(now), "event", "", "", now, Message((body.encode(),)), ((url, url, 1, destination),)
+        new_queueid(now), "event", "", "", now, Message((ENCODER.encode(event).encode(),)), (recipient,)
     )
 
 
+def new_bounce(leased: LeasedRecipient, reply: Reply, settings: Settings, now: float) -> NewQueueItem:
+    queueid, domain = new_queueid(now), parse_address(leased.sender).domain
+    message = bounce_message(leased, reply, settings.hostname, queueid, now)
+    destination = destination_key(resolve_route(domain, "", settings)[0], domain)
+    recipient = NewRecipient(leased.sender, leased.sender, 1, destination)
+    return NewQueueItem(queueid, "mail", "", leased.login, now, message, (recipient,))
+
+
 def sign_webhook(secret: bytes, webhook_id: str, second: int, body: bytes) -> str:
-    """webhook-signature as Standard Webhooks 1.0 has it: HMAC-SHA256 of "id.timestamp.body"."""
+    """Return webhook-signature of Standard Webhooks 1.0: the HMAC-SHA256 of "id.timestamp.body"."""
     digest = hmac.digest(secret, b"%b.%d.%b" % (webhook_id.encode(), second, body), "sha256")
     return "v1," + base64.b64encode(digest).decode()
 
 
 def bounce_message(leased: LeasedRecipient, reply: Reply, hostname: str, queueid: str, now: float) -> Message:
-    """The report to the sender (RFC 3464) that a recipient's mail won't arrive."""
-    date, edge = rfc5322_date(int(now)), f"{queueid}/report"
-    place = f" ({reply.host})" if reply.host else ""
-    words = "\r\n".join([f"    {line}" for line in diagnostic_lines(reply)])
-    head = leased.message.copy(leased.recipient, leased.number).partition(b"\r\n\r\n")[0] + b"\r\n"
-    coding = "7bit" if head.isascii() and leased.recipient.isascii() else "8bit"
+    """Return the delivery status notification (RFC 3464) that a recipient's mail has failed."""
+    header = leased.message.copy(leased.recipient, leased.number).partition(b"\r\n\r\n")[0] + b"\r\n"
+    lines, is_ascii = diagnostic_lines(reply), leased.recipient.isascii()
     text = BOUNCE_TEMPLATE.format(
-        date=date, hostname=hostname, sender=leased.sender, queueid=queueid, edge=edge, age=format_duration(now - leased.created_at),
-        original=leased.queueid, recipient=leased.recipient, place=place, words=words, status=bounce_status(reply),
-        kind="rfc822" if leased.recipient.isascii() else "utf-8", arrived=rfc5322_date(int(leased.created_at)),
-        tried=leased.attempts + 1, code=reply.code, diagnostic="\r\n    ".join(diagnostic_lines(reply)),
-        remote=f"Remote-MTA: dns; {reply.host}\r\n" if reply.host else "", coding=coding,
+        leased=leased, hostname=hostname, queueid=queueid, boundary=f"{queueid}/report", date=rfc5322_date(int(now)),
+        encoding="7bit" if header.isascii() and is_ascii else "8bit", address_type="rfc822" if is_ascii else "utf-8",
+        age=format_duration(now - leased.created_at), arrival_date=rfc5322_date(int(leased.created_at)),
+        server=f" ({reply.host})" if reply.host else "", reply="\r\n    ".join(lines),
+        remote_mta=f"Remote-MTA: dns; {reply.host}\r\n" if reply.host else "",
+        status=reply.dsn or ("4.4.7" if reply.temporary else "5.0.0"),  # RFC 3463: delivery time expired; undefined
     )  # fmt: skip
-    octets = text.encode() + head + f"\r\n--{edge}--\r\n".encode()
+    octets = text.encode() + header + f"\r\n--{queueid}/report--\r\n".encode()
     return Message((octets,), needs_8bitmime=not octets.isascii())
 
 
@@ -5832,7 +5902,7 @@ BOUNCE_TEMPLATE = """\
 Received: by {hostname} (Haineko) id {queueid};
 	{date}
 From: Mail Delivery System <MAILER-DAEMON@{hostname}>
-To: {sender}
+To: {leased.sender}
 Subject: Undelivered Mail Returned to Sender
 Date: {date}
 Message-Id: <{queueid}.1@{hostname}>
@@ -5840,52 +5910,47 @@ Auto-Submitted: auto-replied
 X-Haineko-Loop: {hostname}
 MIME-Version: 1.0
 Content-Type: multipart/report; report-type=delivery-status;
- boundary="{edge}"
+ boundary="{boundary}"
 
---{edge}
+--{boundary}
 Content-Type: text/plain; charset=UTF-8
-Content-Transfer-Encoding: {coding}
+Content-Transfer-Encoding: {encoding}
 
 This is the mail system at {hostname}.
 
 Your mail could not be delivered to
 
-    {recipient}
+    {leased.recipient}
 
-It was tried {tried} time(s) in {age}. The last reply{place} was:
+It was tried {leased.attempts} time(s) in {age}. The last reply{server} was:
 
-{words}
+    {reply}
 
 Its headers are attached. It will not be tried again.
 
---{edge}
+--{boundary}
 Content-Type: message/delivery-status
 
 Reporting-MTA: dns; {hostname}
-X-Haineko-Queueid: {original}
-Arrival-Date: {arrived}
+X-Haineko-Queueid: {leased.queueid}
+Arrival-Date: {arrival_date}
 
-Final-Recipient: {kind}; {recipient}
+Final-Recipient: {address_type}; {leased.recipient}
 Action: failed
 Status: {status}
-{remote}Diagnostic-Code: smtp; {diagnostic}
+{remote_mta}Diagnostic-Code: smtp; {reply}
 
---{edge}
+--{boundary}
 Content-Type: text/rfc822-headers
-Content-Transfer-Encoding: {coding}
+Content-Transfer-Encoding: {encoding}
 
 """.replace("\n", "\r\n")
 
 
 def diagnostic_lines(reply: Reply) -> list:
-    """A reply's lines fit for a message: ASCII, short, with their code."""
+    """Return a reply's lines for a message: ASCII, short, each with the code."""
     lines = [sanitize(line, 500).encode("ascii", "replace").decode() for line in reply.message[:MAX_REPLY_LINES]]
     return [f"{reply.code} {line}".rstrip() for line in lines or [""]]
-
-
-def bounce_status(reply: Reply) -> str:
-    """RFC 3463; of a mail whose life is over and where nobody said more, that its delivery time expired."""
-    return reply.dsn or ("4.4.7" if reply.temporary else "5.0.0")
 
 
 def format_duration(seconds: float) -> str:
@@ -5895,87 +5960,94 @@ def format_duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def post_webhook(leased: LeasedRecipient, secret: bytes, now: float) -> list:
-    """POSTs an event to its webhook; blocks. A reply as a relay gives it."""
-    scheme, name, port, path = WEBHOOK_URL.fullmatch(leased.recipient).groups()
-    place = {"mailer": "Webhook", "host": name, "port": int(port or (443 if scheme == "https" else 80))}
-    body, row_id = leased.message.parts[0], f"msg_{leased.queueid}"
-    headers = {"Content-Type": "application/json", "User-Agent": f"haineko/{__version__}"}
-    headers.update({"webhook-id": row_id, "webhook-timestamp": str(int(now))})
-    headers["webhook-signature"] = sign_webhook(secret, row_id, int(now), body)
-    if scheme == "https":
-        connection = http.client.HTTPSConnection(name.strip("[]"), place["port"], WEBHOOK_TIMEOUT,
-                                                 context=client_context(True, ""))  # fmt: skip
-    else:
-        connection = http.client.HTTPConnection(name.strip("[]"), place["port"], WEBHOOK_TIMEOUT)
+async def post_webhook(leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool) -> Reply:
+    """POST an event to its webhook; return a reply as a relay gives it."""
+    scheme, host, port, path = WEBHOOK_URL.fullmatch(leased.recipient).groups()
+    target = HTTPTarget(f"{scheme}://{host}{f':{port}' if port else ''}", WEBHOOK_TIMEOUT, "Webhook")
+    body, event_id = leased.message.parts[0], f"msg_{leased.queueid}"
+    headers = (
+        ("webhook-id", event_id),
+        ("webhook-timestamp", str(int(now))),
+        ("webhook-signature", sign_webhook(secret, event_id, int(now), body)),
+    )
     try:
-        connection.request("POST", path or "/", body, headers)
-        status = connection.getresponse().status
-    except http.client.HTTPException as error:
-        return [make_reply("webhook-later", word=sanitize(repr(error)), **place)]
-    finally:
-        connection.close()
-    taken, gone = 200 <= status <= 299, status == 410  # Gone: nobody wants them any more
-    return [make_reply("webhook" if taken else "webhook-never" if gone else "webhook-later", word=str(status), **place)]
+        status = (await http_pool.request(target, HTTPRequest("POST", path or "/", body, headers))).status
+    except Rejected as refused:
+        reply = refused.reply
+        return make_reply("webhook-later", word=": ".join(reply.message), command=reply.command, **target.endpoint)
+    slug = "webhook" if 200 <= status <= 299 else "webhook-never" if status == 410 else "webhook-later"  # 410 is Gone
+    return make_reply(slug, word=str(status), **target.endpoint)
 
 
 WEBHOOK_TIMEOUT = 15.0  # seconds
 
-
-# -- the file
+# -- The file
 
 
 class QueueDB:
-    """The file of the queue as one process uses it. One thread does all work in it and puts whatever waits into one
-    transaction, so that many mails share the disk's one flush."""
+    """The queue's file as one process uses it.
+
+    One thread runs all operations and commits those that wait in one transaction, so that many mails share one fsync.
+    """
 
     BUSY = 5.0  # seconds to wait for another process's lock
-    BATCH = 256  # operations of one transaction
+    BATCH = 256  # operations in one transaction
 
-    def __init__(self, policy: QueueSettings, ringer: socket.socket | None = None) -> None:
-        self.settings, self.wake_socket = policy, ringer
-        if ringer:
-            ringer.setblocking(False)
-        self.waiting: queue.SimpleQueue = queue.SimpleQueue()  # of (operation, values, done)
-        self.deferred_writes: deque = (
-            deque()
-        )  # of (operation, values) that must be done, as soon as the file can be used again
+    def __init__(self, settings: QueueSettings, wake_socket: socket.socket | None = None) -> None:
+        self.settings, self.wake_socket = settings, wake_socket
+        if wake_socket:
+            wake_socket.setblocking(False)
+        self.waiting: queue.SimpleQueue = queue.SimpleQueue()  # of (operation, values, future)
+        self.deferred_writes: deque = deque()  # (operation, values) to be repeated until the file can be used
         self.thread: Any = None
         self.db: Any = None
-        self.inode = self.slot = self.locks = 0
-        self.fault = ""  # why the file can't be used; told once
-        self.rung = False  # since the last commit
-        self.disk_checked_at, self.disk_ok = 0.0, False  # when the disk was looked at, and whether it had room
+        self.file_ids: list = []  # of the files as they were opened
+        self.slot = self.locks = 0  # number of the byte that this process has locked; the lock file
+        self.fault = ""  # why the file can't be used
+        self.woken = False  # since the last commit
+        self.disk_checked_at, self.disk_ok = 0.0, False
 
     async def do(self, operation: Callable, *values: Any) -> Any:
-        """What operation(db, slot, *values) gives, once its changes are on disk; Refused where that can't be."""
-        return await answered_by(self._queue, operation, values)
+        """Return the result of operation(db, slot, *values) once it is on disk; raise Rejected if that fails."""
+        future = asyncio.get_running_loop().create_future()
+        self.waiting.put((operation, values, future))
+        if not self.thread:
+            self.thread = threading.Thread(target=self._work, daemon=True)
+            self.thread.start()
+        result = await future
+        if isinstance(result, Exception):
+            raise result
+        return result
 
-    async def add(self, queue_item: NewQueueItem, fates: list | None = None, held: bool = False) -> tuple | None:
-        """Stores an entry, see enqueue(); Refused where the disk is too full."""
+    async def add(self, item: NewQueueItem, results: list | None = None, leased: bool = False) -> Any:
+        """Store an item, see enqueue(); raise Rejected if the disk is too full."""
         if not self.has_free_space():
             raise Rejected(make_reply("store", f"less than {self.settings.min_free} octets are free", mailer="Queue"))
-        return await self.do(enqueue, queue_item, fates, held)
+        return await self.do(enqueue, item, results, leased)
 
     async def do_eventually(self, operation: Callable, *values: Any) -> None:
-        """The same for what has happened already: put off, not forgotten, while the file can't be used."""
+        """Record what has happened already: at once, or as soon as the file can be used again."""
         try:
             await self.do(operation, *values)
         except Rejected:
             self.deferred_writes.append((operation, values))
 
+    async def release(self, operation: Callable, lease: Any) -> None:
+        """End the lease of what a bug has kept from being recorded by the operation: it is tried again."""
+        await self.do_eventually(release_leases, self.settings, time.time(), LEASE_CONDITIONS[operation], lease)
+
     def wake_manager(self) -> None:
-        """Tells the courier that something is due; once after each commit will do."""
-        if self.rung:
+        """Tell the queue manager that something is due; once after each commit is enough."""
+        if self.woken:
             return
-        self.rung = True
+        self.woken = True
         try:
             self.wake_socket.send(b"\0")
-        except (OSError, AttributeError):  # rung often enough, or there is none: it looks once a second
+        except (OSError, AttributeError):  # woken often enough, or there is none: it looks once a second
             pass
 
     def has_free_space(self) -> bool:
-        """True where the disk has as much free space as it should, or had a moment ago."""
+        """Return whether the disk has as much free space as it should, or had a moment ago."""
         now = time.monotonic()
         if now - self.disk_checked_at > 0.1:
             self.disk_checked_at, self.disk_ok = now, False
@@ -5985,14 +6057,8 @@ class QueueDB:
         return self.disk_ok
 
     def health_error(self) -> str:
-        """What is wrong with the file or its disk, "" for nothing."""
+        """Return what is wrong with the file or its disk, "" for nothing."""
         return "the queue can't be used" if self.fault else "" if self.has_free_space() else "disk full"
-
-    def _queue(self, done: Callable, operation: Callable, values: tuple) -> None:
-        self.waiting.put((operation, values, done))
-        if not self.thread:
-            self.thread = threading.Thread(target=self._work, daemon=True)
-            self.thread.start()
 
     def _work(self) -> None:
         while True:
@@ -6000,39 +6066,41 @@ class QueueDB:
             work = [*owed, *[(operation, values) for operation, values, _ in batch]]
             results = self.commit(work, batch)
             self.deferred_writes.extend(work for work, result in zip(owed, results) if isinstance(result, Rejected))
-            self.rung = False
-            for (_, _, done), result in zip(batch, results[len(owed) :]):
-                done(result)
+            self.woken = False
+            for (_, _, future), result in zip(batch, results[len(owed) :]):
+                future.get_loop().call_soon_threadsafe(future.set_result, result)
 
     def _batch(self) -> list:
-        """The work that waits; waits for some."""
+        """Wait for work and return all that waits; nothing after a second if there are deferred writes."""
         try:
             batch = [self.waiting.get(timeout=1.0 if self.deferred_writes else None)]
         except queue.Empty:
             return []
-        self._drain_waiting(batch)
-        return batch
+        return batch + self._drain_waiting(self.BATCH - 1)
 
-    def _drain_waiting(self, batch: list) -> list:
-        """What else waits, put into the batch."""
-        more: list = []
+    def _drain_waiting(self, limit: int) -> list:
+        """Return what waits, without waiting for more."""
+        found: list = []
         with contextlib.suppress(queue.Empty):
-            while len(batch) + len(more) < self.BATCH:
-                more.append(self.waiting.get_nowait())
-        batch += more
-        return more
+            while len(found) < limit:
+                found.append(self.waiting.get_nowait())
+        return found
 
     def commit(self, work: list, batch: list | None = None) -> list:
-        """What the operations give, all of them on disk in one transaction; a Refused each where that can't be. With
-        the `batch` that they are from, what comes into it while another process has the lock is done with them."""
-        import fcntl
+        """Return the results of operations, on disk in one transaction; a Rejected for each if that fails.
+
+        If `batch` is given, operations queued while waiting for the lock join this transaction.
+        """
         import sqlite3
 
         try:
-            db = self._opened()
-            fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite's own waiting is a sleep, and a long one by chance
+            self._open()
+            fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite itself would wait by sleeping, sometimes long
+            db = self._open()  # the files may have been replaced meanwhile
             if batch is not None:
-                work += [(operation, values) for operation, values, _ in self._drain_waiting(batch)]
+                late = self._drain_waiting(self.BATCH - len(batch))
+                batch += late
+                work += [(operation, values) for operation, values, _ in late]
             db.execute("BEGIN IMMEDIATE")
             results = [operation(db, self.slot, *values) for operation, values in work]
             db.execute("COMMIT")
@@ -6040,12 +6108,16 @@ class QueueDB:
             self.close()
             self._log_fault(f"{self.settings.path}: {error}")
             return [Rejected(make_reply("store", mailer="Queue")) for _ in work]
-        except Exception as error:  # a bug must not take the others' work with it
+        except Exception as error:  # a bug in one operation must not undo the others
             self.close()
             if len(work) > 1:
                 return [self.commit([one])[0] for one in work]
             log_exception("queue")
-            return [error]
+            operation, values = work[0]
+            if operation not in LEASE_CONDITIONS:
+                return [error]
+            release = self.settings, time.time(), LEASE_CONDITIONS[operation], values[0]
+            return self.commit([(release_leases, release)])
         finally:
             if self.locks:
                 fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, 0)
@@ -6053,7 +6125,7 @@ class QueueDB:
         return results
 
     def close(self, for_good: bool = False) -> None:
-        """Undoes what isn't on disk yet; the next commit opens the file anew."""
+        """Undo what isn't on disk yet; the next commit opens the file again."""
         if self.db:
             self.db.close()
         self.db = None
@@ -6066,49 +6138,88 @@ class QueueDB:
             log.lines(f"queue: {sanitize(error)}; nothing is accepted into it" if error else "queue: can be used again")
         self.fault = error
 
-    def _opened(self) -> Any:
-        """The connection; raises sqlite3.Error or OSError."""
+    def _open(self) -> Any:
+        """Return the connection; raise sqlite3.Error or OSError."""
         import sqlite3
 
         path = self.settings.path
-        if self.db and stat_key(path) and os.stat(path).st_ino == self.inode:  # nobody took the file away
+        if self.db and self.file_ids == self._file_ids():
             return self.db
+        if self.db:
+            log.lines(f"queue: {sanitize(path)} was moved or replaced while in use; what is there now is opened")
+            with contextlib.suppress(sqlite3.Error):  # what is committed must be in the file that was moved
+                self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.close()
         if not os.path.exists(path):
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # the mails in it are nobody else's business
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # mail is private
         db = self.db = sqlite3.connect(path, timeout=self.BUSY, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=FULL")
-        db.execute("PRAGMA foreign_keys=ON")
+        db.row_factory = sqlite3.Row
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            db.execute(f"PRAGMA {pragma}")
         migrate(db)
-        self.inode = os.stat(path).st_ino
-        if not self.slot:
-            self.locks, self.slot = lock_slot(path + ".lock")
-            db.execute("BEGIN IMMEDIATE")
-            release_leases(db, self.slot, self.settings, time.time())  # of the last one that had it
-            db.execute("COMMIT")
+        self._lock_slot(db)
+        self.file_ids = self._file_ids()
         return db
 
+    def _file_ids(self) -> list:
+        return [file_id(self.settings.path + suffix) for suffix in ("", "-wal", "-shm", ".lock")]
 
-def lock_slot(path: str) -> tuple:
-    """(open lock file, number of the first octet in it that nobody had locked). The kernel unlocks it when the process
-    ends, however it ends; so who holds a lease is known to be alive. No process may open the file twice."""
-    import fcntl
+    def _lock_slot(self, db: Any) -> None:
+        """Lock a slot, the same again if the lock file was replaced; what its last process had leased is released."""
+        path, before = self.settings.path + ".lock", self.slot
+        if before and file_id(path) == file_id(self.locks):
+            return
+        if before:
+            os.close(self.locks)
+        self.slot = self.locks = 0
+        locks, slot = lock_slot(path, before)
+        if slot != before:
+            try:
+                db.execute("BEGIN IMMEDIATE")
+                release_leases(db, slot, self.settings, time.time())
+                db.execute("COMMIT")
+            except BaseException:
+                os.close(locks)
+                raise
+        self.locks, self.slot = locks, slot
 
+
+def file_id(file: str | int) -> tuple | None:
+    """Return the device and inode of a path or an open file, None if there is none."""
+    try:
+        found = os.fstat(file) if isinstance(file, int) else os.lstat(file)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def lock_slot(path: str, preferred: int) -> tuple:
+    """Return the open lock file and the number of a byte in it, now locked.
+
+    The kernel unlocks it when the process ends, so the owner of a lease is known to be alive. No process may open the
+    file twice: closing one handle would unlock all.
+    """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    for slot in range(1, MAX_SLOTS):
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, slot)
+    for slot in (preferred or 1, *range(1, MAX_SLOTS)):
+        if lock_byte(handle, slot):
             return handle, slot
-        except OSError:
-            continue
+    os.close(handle)
     raise OSError(errno.EAGAIN, "too many processes use it")
 
 
 MAX_SLOTS = 4096  # processes
 
 
-# Each upgrades the file from the version before (PRAGMA user_version) to its own, the first one is version 1.
+def lock_byte(handle: int, offset: int) -> bool:
+    """Lock one byte of the file; return False if another process has it."""
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
+    except OSError:
+        return False
+    return True
+
+
+# The first script creates a file of version 1 (PRAGMA user_version), each further one upgrades it by one.
 MIGRATIONS = (
     """
     CREATE TABLE messages (
@@ -6117,53 +6228,62 @@ MIGRATIONS = (
         kind TEXT NOT NULL,          -- mail, or event for the webhook
         sender TEXT NOT NULL,
         login TEXT NOT NULL,
-        born REAL NOT NULL,          -- seconds since the epoch, as all times
-        open INTEGER NOT NULL,       -- recipients whose fate is not known
-        done REAL,                   -- when there was none left
+        born REAL NOT NULL,          -- created_at: seconds since the epoch, as all times
+        open INTEGER NOT NULL,       -- open_recipients: how many are neither delivered nor given up
+        done REAL,                   -- completed_at: when none was left
         owner INTEGER,               -- slot of the process that has yet to answer its client
         key BLOB UNIQUE,             -- with Idempotency-Key: digest of login, path and key
-        body BLOB,                   -- digest of the request's body
-        answer TEXT,                 -- what was answered: JSON of status, headers, body
+        body BLOB,                   -- body_digest: of the request
+        answer TEXT,                 -- response to the client: JSON of status, headers, body
         size INTEGER NOT NULL,       -- octets of the message
-        parts TEXT NOT NULL,         -- JSON: 1 for 8 bits, 2 for SMTPUTF8; lengths of the parts
-        octets BLOB NOT NULL         -- the parts; empty when all is done
+        parts TEXT NOT NULL,         -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), then the length of each part
+        octets BLOB NOT NULL         -- the parts; empty once completed
     );
     CREATE INDEX messages_by_owner ON messages(owner) WHERE owner IS NOT NULL;
     CREATE INDEX messages_by_done ON messages(done) WHERE done IS NOT NULL;
     CREATE TABLE recipients (
         id INTEGER PRIMARY KEY,
         message INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
-        given TEXT NOT NULL,         -- as the client wrote it
+        given TEXT NOT NULL,         -- as_written: by the client
         recipient TEXT NOT NULL,     -- as relays are told
         number INTEGER NOT NULL,     -- of the copy
-        lane TEXT NOT NULL,
+        lane TEXT NOT NULL,          -- destination: see destination_key()
         state TEXT NOT NULL,         -- open, delivered, failed or dropped
-        born REAL NOT NULL,
-        due REAL,                    -- open and not leased: when it is tried next; 0 is at once, whatever its lane does
-        owner INTEGER,               -- leased: slot of the process that tries it
+        born REAL NOT NULL,          -- created_at
+        due REAL,                    -- open and not leased: time of the next attempt; 0: now, even if throttled
+        owner INTEGER,               -- leased: slot of the process that delivers it
         attempts INTEGER NOT NULL,
-        history TEXT NOT NULL        -- JSON: a list for each attempt
+        history TEXT NOT NULL        -- JSON, see add_attempt()
     );
     CREATE INDEX recipients_by_message ON recipients(message);
     CREATE INDEX recipients_by_owner ON recipients(owner) WHERE owner IS NOT NULL;
     CREATE INDEX recipients_by_due ON recipients(lane, due) WHERE due IS NOT NULL;
     CREATE INDEX recipients_by_age ON recipients(lane, born) WHERE due IS NOT NULL
     """,
+    """
+    ALTER TABLE messages RENAME COLUMN born TO created_at;
+    ALTER TABLE messages RENAME COLUMN open TO open_recipients;
+    ALTER TABLE messages RENAME COLUMN done TO completed_at;
+    ALTER TABLE messages RENAME COLUMN body TO body_digest;
+    ALTER TABLE messages RENAME COLUMN answer TO response;
+    ALTER TABLE recipients RENAME COLUMN given TO as_written;
+    ALTER TABLE recipients RENAME COLUMN lane TO destination;
+    ALTER TABLE recipients RENAME COLUMN born TO created_at;
+    DROP INDEX messages_by_owner
+    """,
 )
 
 
-def migrate(db: Any, versions: tuple = MIGRATIONS) -> None:
-    """The file brought to the newest version in one transaction; a newer one is refused."""
-    import sqlite3
-
-    newest = len(versions)
+def migrate(db: Any, migrations: tuple = MIGRATIONS) -> None:
+    """Bring the file to the newest version in one transaction; refuse a newer one."""
+    newest = len(migrations)
     if db.execute("PRAGMA user_version").fetchone()[0] == newest:
         return
     db.execute("BEGIN IMMEDIATE")
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > newest:
-        raise sqlite3.DatabaseError(f"{NEWER_VERSION} {version}; this Haineko knows {newest}")
-    for script in versions[version:]:
+        raise OSError(f"{NEWER_VERSION} {version}; this Haineko knows {newest}")
+    for script in migrations[version:]:
         for statement in re.sub(r" *--[^\n]*", "", script).split(";"):
             db.execute(statement)
     db.execute(f"PRAGMA user_version={newest}")
@@ -6171,363 +6291,373 @@ def migrate(db: Any, versions: tuple = MIGRATIONS) -> None:
 
 
 NEWER_VERSION = "is of a newer version,"
-RETENTION = 86400  # seconds for which a mail's fate and the answer to an Idempotency-Key are kept
-MAX_HISTORY = 50  # attempts kept of one recipient: the first one and the last ones
-MAX_REPLY_LINES = 10  # lines of a reply kept
+RETENTION = 86400  # seconds for which completed mails and responses to an Idempotency-Key are kept
+MAX_HISTORY = 50  # attempts kept of each recipient: the first one and the last ones
+MAX_REPLY_LINES = 10  # lines kept of a reply
 
 
-# -- operations on the file; each is called as operation(db, slot, *values) within a transaction
+# -- Operations on the file, called as operation(db, slot, *values) within a transaction; rows are sqlite3.Row
 
 
-def enqueue(db: Any, slot: int, queue_item: NewQueueItem, fates: list | None, held: bool = False) -> tuple | None:
-    """Stores an entry, recipient by recipient as their fates (Reply, Step) say; without fates they are due at once, or
-    leased to this process where it is `held`. Gives the earlier message with the same key instead, if there is one."""
-    if queue_item.key:
-        db.execute(
-            "UPDATE messages SET key=NULL WHERE key=? AND born<=?", (queue_item.key, queue_item.created_at - RETENTION)
-        )
-        earlier = db.execute(
-            "SELECT queueid, body, owner, answer FROM messages WHERE key=?", (queue_item.key,)
-        ).fetchone()
-        if earlier:
-            return earlier
-    flags = queue_item.message.needs_8bitmime + 2 * queue_item.message.needs_smtputf8
-    octets, parts = b"".join(queue_item.message.parts), [flags, *map(len, queue_item.message.parts)]
-    row = (queue_item.queueid, queue_item.kind, queue_item.sender, queue_item.login, queue_item.created_at, len(queue_item.recipients),
-           slot if held else None, queue_item.key, queue_item.body, len(octets), json.dumps(parts), octets)  # fmt: skip
-    message = db.execute(
-        "INSERT INTO messages (queueid, kind, sender, login, born, open, owner, key, body, size, parts, octets)"
-        " VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", row
-    ).lastrowid  # fmt: skip
-    for given, recipient, number, destination in queue_item.recipients:
-        due, owner = (None, slot) if held or fates else (queue_item.created_at, None)
-        row = (message, given, recipient, number, destination, queue_item.created_at, due, owner)
-        db.execute(
-            "INSERT INTO recipients (message, given, recipient, number, lane, born, due, owner, state, attempts,"
-            " history) VALUES (?,?,?,?,?,?,?,?,'open',0,'[]')", row
-        )  # fmt: skip
-    if fates:
-        finish_request(
-            db, slot, queue_item.queueid, fates, None, max(time.time(), queue_item.created_at)
-        )  # the first attempt took its time
+def enqueue(db: Any, slot: int, item: NewQueueItem, results: list | None, leased: bool = False) -> Any:
+    """Store an item and return None, or return the earlier message with the same key.
+
+    Recipients are due at once, leased to this process if `leased`, or as the results of their first attempts say.
+    """
+    if item.key:
+        expired = item.created_at - RETENTION
+        db.execute("UPDATE messages SET key=NULL WHERE key=? AND created_at<=?", (item.key, expired))
+        earlier = "SELECT queueid, body_digest, owner, response FROM messages WHERE key=?"
+        found = db.execute(earlier, (item.key,)).fetchone()
+        if found:
+            return found
+    octets, flags = b"".join(item.message.parts), item.message.needs_8bitmime + 2 * item.message.needs_smtputf8
+    owner, created_at = slot if leased or results else None, item.created_at
+    message = insert(
+        db, "messages", queueid=item.queueid, kind=item.kind, sender=item.sender, login=item.login,
+        created_at=created_at, open_recipients=len(item.recipients), owner=owner, key=item.key,
+        body_digest=item.body_digest, size=len(octets), parts=json.dumps([flags, *map(len, item.message.parts)]),
+        octets=octets,
+    )  # fmt: skip
+    due = created_at if owner is None else None
+    state = {"message": message, "state": "open", "created_at": created_at, "due": due, "owner": owner}
+    for recipient in item.recipients:
+        insert(db, "recipients", **recipient._asdict(), **state, attempts=0, history="[]")
+    if results:  # their attempts took a while
+        finish_request(db, slot, item.queueid, results, None, max(time.time(), created_at))
     return None
 
 
-def finish_request(db: Any, slot: int, queueid: str, fates: list, answer: str | None, now: float) -> None:
-    """What became of all recipients of a mail while its client waited, and what the client was answered."""
-    found = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone()
-    if not found:  # somebody put another file in its place
-        return
-    (message,) = found
-    rows = db.execute("SELECT id, lane FROM recipients WHERE message=? ORDER BY id", (message,)).fetchall()
-    for (row_id, destination), (reply, step, notes) in zip(rows, fates):
-        finish_attempt(db, slot, row_id, destination, reply, step, notes, now)
-    db.execute("UPDATE messages SET owner=NULL, answer=? WHERE id=?", (answer, message))
+def insert(db: Any, table: str, **values: Any) -> int:
+    """Insert a row and return its id."""
+    places = ",".join("?" * len(values))
+    return db.execute(f"INSERT INTO {table} ({','.join(values)}) VALUES ({places})", (*values.values(),)).lastrowid
 
 
-def finish_attempt(
-    db: Any, slot: int, row_id: int, destination: str, reply: Reply | None, step: Disposition, notes: list, now: float
-) -> None:
-    """One leased recipient after an attempt (said None: after its life); what tells of its fate is stored with it."""
-    found = db.execute("SELECT message, history FROM recipients WHERE id=? AND owner=?", (row_id, slot)).fetchone()
-    if not found:  # its message was dropped
+def finish_request(db: Any, slot: int, queueid: str, results: list, response: str | None, now: float) -> None:
+    """Record the results of a mail's first attempts, and the response to its client."""
+    message = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone()
+    if not message:  # another file is in its place
         return
-    message, history = found
-    if reply:
-        history = add_attempt(history, now, reply)
-    due = now + step.pause if step.state == "open" else None
+    rows = db.execute("SELECT id FROM recipients WHERE message=? ORDER BY id", (message["id"],)).fetchall()
+    for row, result in zip(rows, results):
+        finish_attempt(db, slot, row["id"], result, now)
+    db.execute("UPDATE messages SET owner=NULL, response=? WHERE id=?", (response, message["id"]))
+
+
+def finish_attempt(db: Any, slot: int, row_id: int, result: AttemptResult, now: float) -> None:
+    """Record the result of an attempt and what reports it; ends the lease."""
+    sql = "SELECT message, destination, history FROM recipients WHERE id=? AND owner=?"
+    row = db.execute(sql, (row_id, slot)).fetchone()
+    if not row:  # another file is in its place
+        return
+    state, pause = result.disposition
+    history = add_attempt(row["history"], now, result.reply) if result.reply else row["history"]
     db.execute(
-        "UPDATE recipients SET lane=?, state=?, due=?, owner=NULL, attempts=attempts+?, history=? WHERE id=?",
-        (destination, step.state, due, reply is not None, history, row_id),
-    )
-    if step.state != "open":
-        close_recipient(db, message, now)
-    for note in notes:
-        enqueue(db, slot, note, None)
+        "UPDATE recipients SET destination=?, state=?, due=?, owner=NULL, attempts=attempts+?, history=? WHERE id=?",
+        (result.destination or row["destination"], state, now + pause if state == "open" else None,
+         result.reply is not None, history, row_id),
+    )  # fmt: skip
+    if state != "open":
+        close_recipients(db, row["message"], 1, now)
+    for item in result.follow_ups:
+        enqueue(db, slot, item, None)
 
 
-def close_recipient(db: Any, message: int, now: float) -> None:
-    """One recipient less is open; of a message that has none left, the octets go and the fate stays for a while."""
-    db.execute("UPDATE messages SET open=open-1 WHERE id=?", (message,))
-    db.execute("UPDATE messages SET done=?, octets=x'' WHERE id=? AND open<=0", (now, message))
+def close_recipients(db: Any, message: int, count: int, now: float) -> None:
+    """Count recipients that are done with; after the last one the octets go, the result stays for a while."""
+    db.execute("UPDATE messages SET open_recipients=open_recipients-? WHERE id=?", (count, message))
+    db.execute("UPDATE messages SET completed_at=?, octets=x'' WHERE id=? AND open_recipients<=0", (now, message))
 
 
 def add_attempt(history: str, now: float, reply: Reply) -> str:
-    words = [sanitize(line, 500) for line in reply.message[:MAX_REPLY_LINES]]
+    """Return the JSON of the attempts with one more; the ones in the middle go if there are too many."""
+    lines = [sanitize(line, 500) for line in reply.message[:MAX_REPLY_LINES]]
     attempts = json.loads(history)
-    attempts.append([round(now, 3), reply.code, reply.dsn, reply.command, words, reply.mailer, reply.host, reply.port])
+    attempts.append([round(now, 3), reply.code, reply.dsn, reply.command, lines, reply.mailer, reply.host, reply.port])
     return ENCODER.encode(attempts[:1] + attempts[1:][1 - MAX_HISTORY :])
 
 
 def parse_history(history: str) -> tuple:
-    """((time, Reply), ...) as add_attempt() wrote them."""
-    return tuple((when, Reply(code, dsn, command, tuple(words), *place))
-                 for when, code, dsn, command, words, *place in json.loads(history))  # fmt: skip
+    """Return the Attempts that add_attempt() wrote."""
+    return tuple([
+        Attempt(when, Reply(code, dsn, command, tuple(lines), *place))
+        for when, code, dsn, command, lines, *place in json.loads(history)
+    ])  # fmt: skip
 
 
-def lease_due(db: Any, slot: int, now: float, most: int, busy: dict, asleep: dict, old: float) -> list:
-    """Parcels of what is due, leased to this process: `most` of a lane less those that are `busy` in it; of a lane that
-    is asleep only what is wanted at once, and what was born before `old`, whose life is over."""
-    room, parcels = MAX_ACTIVE - sum(busy.values()), []
+def lease_due(
+    db: Any, slot: int, now: float, limit: int, in_flight: dict, throttled: dict, expired_before: float
+) -> list:
+    """Lease what is due to this process: up to `limit` of each destination, less those in flight.
+
+    Of a throttled destination only what is due at once, and what was created before `expired_before`.
+    """
+    free, leased = MAX_ACTIVE - sum(in_flight.values()), []
     for (destination,) in db.execute(DESTINATIONS_SQL).fetchall():
-        free = min(most - busy.get(destination, 0), room)
-        if free <= 0 or not destination:
+        count = min(limit - in_flight.get(destination, 0), free)
+        if count <= 0:
             continue
-        until = now if destination not in asleep else 0
-        idents = [row[0] for row in db.execute(DUE_SQL, (destination, until, free))]
-        if destination in asleep:
-            idents += [row[0] for row in db.execute(EXPIRED_SQL, (destination, old, MAX_OVERDUE))]
-        for row_id in dict.fromkeys(idents):
-            parcels.append(read_leased(db, row_id))
+        until = now if destination not in throttled else 0
+        rows = db.execute(DUE_SQL, (destination, until, count)).fetchall()
+        if destination in throttled:
+            rows += db.execute(EXPIRED_SQL, (destination, expired_before, MAX_EXPIRED)).fetchall()
+        for row_id in dict.fromkeys([row["id"] for row in rows]):
+            leased.append(read_leased(db, row_id))
             db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row_id))
-        room -= len(idents)
-    return parcels
+        free -= len(rows)
+    return leased
 
 
 MAX_ACTIVE = 256  # deliveries under way
-MAX_OVERDUE = 64  # mails given up in one go
+MAX_EXPIRED = 64  # mails given up at a time
 DESTINATIONS_SQL = """
-    WITH RECURSIVE lanes(lane) AS (
-        SELECT min(lane) FROM recipients WHERE due IS NOT NULL
-        UNION ALL SELECT (SELECT min(lane) FROM recipients WHERE due IS NOT NULL AND lane > lanes.lane)
-                  FROM lanes WHERE lane IS NOT NULL)
-    SELECT lane FROM lanes WHERE lane IS NOT NULL"""  # each by one look into the index, however many wait in it
-DUE_SQL = "SELECT id FROM recipients WHERE lane=? AND due IS NOT NULL AND due<=? ORDER BY due LIMIT ?"
-EXPIRED_SQL = "SELECT id FROM recipients WHERE lane=? AND due IS NOT NULL AND born<=? ORDER BY born LIMIT ?"
-
-
-def read_leased(db: Any, row_id: int) -> LeasedRecipient:
-    *head, parts, octets, given, recipient, number, destination, attempts, history = db.execute(
-        "SELECT r.id, queueid, kind, sender, login, m.born, parts, octets, given, recipient, number,"
-        " lane, attempts, history FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (row_id,)
-    ).fetchone()  # fmt: skip
-    flags, *lengths = json.loads(parts)
-    ends = list(itertools.accumulate(lengths))
-    message = Message(
-        tuple(octets[end - length : end] for end, length in zip(ends, lengths)), bool(flags & 1), flags > 1
-    )
-    return LeasedRecipient(*head, message, given, recipient, number, destination, attempts, parse_history(history))
-
-
-def reclaim_dead_leases(db: Any, slot: int, locks: int, policy: QueueSettings, now: float) -> None:
-    """What processes that are gone had leased is due again."""
-    import fcntl
-
-    found = db.execute(
-        "SELECT owner FROM recipients WHERE owner IS NOT NULL AND owner<>?"
-        " UNION SELECT owner FROM messages WHERE owner IS NOT NULL AND owner<>?", (slot, slot)
-    ).fetchall()  # fmt: skip
-    for (owner,) in found:
-        try:
-            fcntl.lockf(locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, owner)
-        except OSError:  # alive
-            continue
-        release_leases(db, owner, policy, now)
-        fcntl.lockf(locks, fcntl.LOCK_UN, 1, owner)  # who takes it now has to wait for our commit
-
-
-def release_leases(db: Any, owner: int, policy: QueueSettings, now: float) -> None:
-    """What the slot's last process had leased is due again. Each may have been sent, or else have been about to be."""
-    said = make_reply("interrupted", mailer="Queue")
-    rows = db.execute(
-        "SELECT r.id, r.recipient, r.attempts, r.history, r.born, m.queueid FROM recipients r"
-        " JOIN messages m ON m.id=r.message WHERE r.owner=?", (owner,)
-    ).fetchall()  # fmt: skip
-    for row_id, recipient, attempts, history, born, queueid in rows:
-        log.lines(f"{queueid}: to={log_value(f'<{recipient}>')} interrupted; it is tried again and may arrive twice")
-        due = (
-            now
-            + next_disposition(said, attempts + 1, min(now - born, policy.lifetime - 1), random_unit(), policy).pause
-        )
-        db.execute("UPDATE recipients SET due=?, owner=NULL, attempts=attempts+1, history=? WHERE id=?",
-                   (due, add_attempt(history, now, said), row_id))  # fmt: skip
-    db.execute("UPDATE messages SET owner=NULL WHERE owner=?", (owner,))
-
-
-def purge(db: Any, slot: int, now: float) -> None:
-    """Forgets what was done long ago, some of it at a time."""
-    db.execute("DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE done<? LIMIT 500)", (now - RETENTION,))
-
-
-def message_status(db: Any, slot: int, queueid: str) -> tuple | None:
-    """(row of the message, rows of its recipients) of a mail, None for none: see FATE."""
-    found = db.execute(
-        f"SELECT {', '.join(STATUS_COLUMNS[0])} FROM messages WHERE queueid=? AND kind='mail'", (queueid,)
-    ).fetchone()
-    if not found:
-        return None
-    rows = db.execute(
-        f"SELECT {', '.join(STATUS_COLUMNS[1])} FROM recipients WHERE message=? ORDER BY id", (found[0],)
-    ).fetchall()
-    return dict(zip(STATUS_COLUMNS[0], found)), [dict(zip(STATUS_COLUMNS[1], row)) for row in rows]
-
-
-STATUS_COLUMNS = (
-    ("id", "queueid", "sender", "login", "born", "size"),
-    ("given", "state", "due", "attempts", "history"),
+    WITH RECURSIVE found(destination) AS (
+        SELECT min(destination) FROM recipients WHERE due IS NOT NULL
+        UNION ALL SELECT (SELECT min(destination) FROM recipients WHERE due IS NOT NULL
+                          AND destination > found.destination)
+                  FROM found WHERE destination IS NOT NULL)
+    SELECT destination FROM found WHERE destination IS NOT NULL"""  # one index search each, however many wait
+DUE_SQL = "SELECT id FROM recipients WHERE destination=? AND due IS NOT NULL AND due<=? ORDER BY due LIMIT ?"
+EXPIRED_SQL = (
+    "SELECT id FROM recipients WHERE destination=? AND due IS NOT NULL AND created_at<=? ORDER BY created_at LIMIT ?"
 )
 
 
+def read_leased(db: Any, row_id: int) -> LeasedRecipient:
+    row = db.execute(
+        "SELECT r.id, queueid, kind, sender, login, m.created_at, parts AS message, as_written, recipient, number,"
+        " destination, attempts, history, octets FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?",
+        (row_id,),
+    ).fetchone()
+    flags, *lengths = json.loads(row["message"])
+    stream = io.BytesIO(row["octets"])
+    message = Message(tuple([stream.read(length) for length in lengths]), bool(flags & 1), flags > 1)
+    values = LeasedRecipient(*tuple(row)[:-1])
+    return values._replace(message=message, history=parse_history(row["history"]))
+
+
+def reclaim_dead_leases(db: Any, slot: int, locks: int, settings: QueueSettings, now: float) -> None:
+    """Release what processes that are gone had leased."""
+    sql = "SELECT DISTINCT owner FROM recipients WHERE owner IS NOT NULL AND owner<>?"
+    for (owner,) in db.execute(sql, (slot,)).fetchall():
+        if lock_byte(locks, owner):  # its process is gone
+            release_leases(db, owner, settings, now)
+            fcntl.lockf(locks, fcntl.LOCK_UN, 1, owner)  # a process that takes the slot now waits for this commit
+
+
+def release_leases(
+    db: Any, owner: int, settings: QueueSettings, now: float, condition: str = "", lease: Any = None
+) -> None:
+    """End the slot's leases, or those that a row of LEASE_CONDITIONS says; nobody knows whether their mail was sent."""
+    reply = make_reply("interrupted", mailer="Queue")
+    rows = db.execute(
+        "SELECT r.id, r.message, r.recipient, r.attempts, r.history, m.queueid FROM recipients r"
+        f" JOIN messages m ON m.id=r.message WHERE r.owner=?{condition}", (owner, *([lease] if condition else []))
+    ).fetchall()  # fmt: skip
+    for row in rows:
+        to = log_value(f"<{row['recipient']}>")
+        log.lines(f"{row['queueid']}: to={to} status=deferred (delivery interrupted; the mail may arrive twice)")
+        pause = next_disposition(reply, row["attempts"] + 1, 0, random_unit(), settings).pause
+        db.execute(
+            "UPDATE recipients SET due=?, owner=NULL, attempts=attempts+1, history=? WHERE id=?",
+            (now + pause, add_attempt(row["history"], now, reply), row["id"]),
+        )
+        db.execute("UPDATE messages SET owner=NULL WHERE id=?", (row["message"],))
+
+
+# {operation that ends leases: which ones, by its first value}: if it fails by a bug, they are released
+LEASE_CONDITIONS = {finish_attempt: " AND r.id=?", finish_request: " AND m.queueid=?"}
+
+
+def purge(db: Any, slot: int, now: float) -> None:
+    """Delete some of what was completed long ago."""
+    sql = "DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE completed_at<? LIMIT 500)"
+    db.execute(sql, (now - RETENTION,))
+
+
+def message_status(db: Any, slot: int, queueid: str) -> dict | None:
+    """Return the row of a mail with the rows of its "recipients", None if it is not in the file."""
+    sql = "SELECT id, queueid, sender, login, created_at, size FROM messages WHERE queueid=? AND kind='mail'"
+    message = db.execute(sql, (queueid,)).fetchone()
+    sql = f"SELECT as_written, {STATE_SQL}, due, history FROM recipients WHERE message=? ORDER BY id"
+    return message and {**dict(message), "recipients": db.execute(sql, (message["id"],)).fetchall()}
+
+
+STATE_SQL = "CASE WHEN due IS NOT NULL THEN 'waiting' WHEN state='open' THEN 'sending' ELSE state END AS state"
+
+
 def queue_stats(db: Any, slot: int, now: float) -> dict:
-    """How many recipients wait and are being sent, in all and in each lane, and the age of the oldest."""
-    lanes: dict = {}
-    for destination, count, born in db.execute(
-        "SELECT lane, count(*), min(born) FROM recipients WHERE due IS NOT NULL GROUP BY lane"
-    ):
-        lanes[destination] = {"waiting": count, "sending": 0, "oldest": round(now - born)}
-    for destination, count, born in db.execute(
-        "SELECT lane, count(*), min(born) FROM recipients WHERE owner IS NOT NULL GROUP BY lane"
-    ):
-        known = lanes.setdefault(destination, {"waiting": 0, "oldest": 0})
-        known.update(sending=count, oldest=max(known["oldest"], round(now - born)))
-    total = {key: sum(row[key] for row in lanes.values()) for key in ("waiting", "sending")}
-    return {**total, "oldest": max([row["oldest"] for row in lanes.values()], default=None), "routes": lanes}
+    """Return how many recipients wait and are being sent, in all and by destination, and the age of the oldest."""
+    routes: dict = {}
+    columns = "SELECT destination, count(*), min(created_at) FROM recipients"
+    for state, column in (("waiting", "due"), ("sending", "owner")):
+        sql = f"{columns} WHERE {column} IS NOT NULL GROUP BY destination"
+        for destination, count, created_at in db.execute(sql):
+            stats = routes.setdefault(destination, {"waiting": 0, "sending": 0, "oldest": 0})
+            stats.update({state: count, "oldest": max(stats["oldest"], round(now - created_at))})
+    total = {key: sum(stats[key] for stats in routes.values()) for key in ("waiting", "sending")}
+    return {**total, "oldest": max([stats["oldest"] for stats in routes.values()], default=None), "routes": routes}
 
 
-def open_recipients_after(db: Any, slot: int, row_id: int, most: int) -> list:
-    """The next recipients that are open, in the order in which they came."""
+def open_recipients_after(db: Any, slot: int, row_id: int, limit: int) -> list:
+    """Return rows of the next recipients that are open, in the order in which they came."""
     return db.execute(
-        "SELECT r.id, queueid, size, m.born, due, sender, recipient, history FROM recipients r"
+        f"SELECT r.id, queueid, size, m.created_at, due, sender, recipient, history, {STATE_SQL} FROM recipients r"
         " JOIN messages m ON m.id=r.message WHERE r.id>? AND r.state='open' ORDER BY r.id LIMIT ?",
-        (row_id, most),
+        (row_id, limit),
     ).fetchall()
 
 
 def flush_queue(db: Any, slot: int, queueid: str | None) -> int:
-    """What waits, of one mail or of all, is due at once, even in a lane that is asleep; gives how many that are."""
-    one, values = (" AND message=(SELECT id FROM messages WHERE queueid=?)", (queueid,)) if queueid else ("", ())
-    return db.execute(f"UPDATE recipients SET due=0 WHERE due IS NOT NULL{one}", values).rowcount
+    """Make what waits, of one mail or of all, due now, even if throttled; return how many recipients that are."""
+    condition, values = (" AND message=(SELECT id FROM messages WHERE queueid=?)", (queueid,)) if queueid else ("", ())
+    return db.execute(f"UPDATE recipients SET due=0 WHERE due IS NOT NULL{condition}", values).rowcount
 
 
 def drop_message(db: Any, slot: int, queueid: str, now: float) -> int:
-    """Gives up what waits of a mail, without a word to anybody; gives how many recipients that are."""
-    found = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone() or (0,)
-    rows = db.execute("SELECT id FROM recipients WHERE due IS NOT NULL AND message=?", found).fetchall()
-    for (row_id,) in rows:
-        db.execute("UPDATE recipients SET state='dropped', due=NULL WHERE id=?", (row_id,))
-        close_recipient(db, found[0], now)
-    return len(rows)
+    """Give up what waits of a mail, without a bounce; return how many recipients that are."""
+    message = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone()
+    if not message:
+        return 0
+    sql = "UPDATE recipients SET state='dropped', due=NULL WHERE due IS NOT NULL AND message=?"
+    count = db.execute(sql, (message["id"],)).rowcount
+    close_recipients(db, message["id"], count, now)
+    return count
 
 
-# -- the process that delivers
+# -- The process that delivers
+
+
+class Throttle(NamedTuple):
+    """Destination that could not be connected to."""
+
+    until: float  # time.monotonic()
+    failures: int  # in a row
 
 
 class QueueManager:
-    """Delivers what is due: of each lane a few at a time, so that one dead host delays nobody else."""
+    """Delivers what is due: a few at a time to each destination, so that an unreachable host delays no other."""
 
-    def __init__(self, app: Any, bell: socket.socket, loop: Loop) -> None:
-        self.app, self.db, self.wake_socket, self.loop = app, app.queue, bell, loop
-        self.in_flight: dict = {}  # lane: deliveries under way
+    def __init__(self, app: Any, bell: socket.socket) -> None:
+        self.app, self.db, self.wake_socket = app, app.queue, bell
+        self.in_flight: dict = {}  # destination: number of deliveries
         self.settings: Settings | None = None  # when it looked last
-        self.throttled: dict = {}  # lane: (time until which it is, failures to connect in a row)
+        self.throttled: dict = {}  # destination: Throttle
 
     async def run(self) -> None:
-        """Until the service stops."""
-        bell, looked = self.wake_socket, 0.0
-        bell.setblocking(False)
+        """Deliver until the server stops."""
+        self.wake_socket.setblocking(False)
+        bell, looked = AsyncSocket(self.wake_socket), 0.0
         while not self.app.stopping:
             now = time.time()
             try:
-                if now - looked > 1:
-                    looked = now
+                if time.monotonic() - looked > 1:
+                    looked = time.monotonic()
                     await self.db.do(reclaim_dead_leases, self.db.locks, self.db.settings, now)
                     await self.db.do(purge, now)
                 await self._schedule(now)
-                await sock_recv(bell, 65536, time.monotonic() + 1)
+                await bell.recv(65536, time.monotonic() + 1)
             except socket.timeout:
                 pass
-            except Rejected:  # the store told why
-                await sleep(1.0)
+            except Rejected:  # the log says why
+                await asyncio.sleep(1.0)
 
     async def _schedule(self, now: float) -> None:
-        """Begins to deliver what is due and may go."""
+        """Start to deliver what is due."""
         settings = self.app.settings
-        if settings is not self.settings:  # a lane may lead elsewhere now
+        if settings is not self.settings:  # a destination may mean another host now
             self.settings, self.throttled = settings, {}
-        asleep = {destination: until for destination, (until, _) in self.throttled.items() if until > now}
-        busy = {destination: count for destination, count in self.in_flight.items() if count}
-        old = now - settings.queue.lifetime
-        for found in await self.db.do(lease_due, now, settings.smtpd.max_workers, busy, asleep, old):
-            self.in_flight[found.destination] = self.in_flight.get(found.destination, 0) + 1
-            self.loop.spawn(
-                self._deliver(found, found.destination in asleep and found.created_at <= old and found.attempts > 0)
-            )
+        throttled = [key for key, throttle in self.throttled.items() if throttle.until > time.monotonic()]
+        in_flight = {destination: count for destination, count in self.in_flight.items() if count}
+        expired_before = now - settings.queue.lifetime
+        limits = settings.smtpd.max_workers, in_flight, throttled, expired_before
+        for leased in await self.db.do(lease_due, now, *limits):
+            self.in_flight[leased.destination] = self.in_flight.get(leased.destination, 0) + 1
+            expired = leased.destination in throttled and leased.created_at <= expired_before and leased.history
+            asyncio.get_running_loop().create_task(self._deliver(leased, bool(expired)))
 
-    async def _deliver(self, leased: LeasedRecipient, over: bool) -> None:
-        """One attempt, and what follows from it, on disk. `over`: its life is, and its lane dead; no attempt then."""
-        settings, policy = self.app.settings, self.app.settings.queue
-        began, destination = time.monotonic(), leased.destination
+    async def _deliver(self, leased: LeasedRecipient, expired: bool) -> None:
+        """Make an attempt and record its result; without an attempt if it has expired and its destination is dead."""
         try:
-            transaction, destination = self._transaction(leased, settings)
-            said = leased.history[-1][1] if over else await self._attempt(leased, transaction, policy)
-        except Exception:
+            await self._attempt_and_record(leased, expired)
+        except Exception:  # nobody else would end the lease
             log_exception(leased.queueid)
-            over, said = False, make_reply("relay-fault", mailer="Queue")
-        now = time.time()
-        step = next_disposition(said, leased.attempts + (not over), now - leased.created_at, random_unit(), policy)
-        self._throttle(leased.destination, said, now, policy)
-        log_attempt(leased, said, step, (time.monotonic() - began) * 1000)
-        try:
-            notes = notifications(leased, said, step, settings, now)
-            await self.db.do_eventually(
-                finish_attempt, leased.id, destination, None if over else said, step, notes, now
-            )
-        finally:  # or a bug of ours would stop its lane for good
+            await self.db.release(finish_attempt, leased.id)
+        finally:
             self.in_flight[leased.destination] -= 1
         self.db.wake_manager()
 
-    def _transaction(self, leased: LeasedRecipient, settings: Settings) -> tuple:
-        """(Job, lane) by the settings that are in force now; no job for an event."""
-        if leased.kind == "event":
-            return None, leased.destination
-        to, sender = parse_address(leased.recipient), parse_address(leased.sender)
-        route = resolve_route(to.domain, sender.domain if sender else "", settings)[0]
-        transaction = Transaction(
-            route, settings.hostname, leased.queueid, leased.sender, (leased.recipient,), leased.message
-        )
-        return transaction._replace(number=leased.number), destination_key(route, to.domain)
+    async def _attempt_and_record(self, leased: LeasedRecipient, expired: bool) -> None:
+        settings, destination = self.app.settings, ""
+        if expired:
+            reply, disposition = leased.history[-1].reply, Disposition("failed")
+        else:
+            reply, destination = await self._attempt(leased, settings)
+            leased = leased._replace(attempts=leased.attempts + 1)
+            age = time.time() - leased.created_at
+            disposition = next_disposition(reply, leased.attempts, age, random_unit(), settings.queue)
+            self._throttle(leased.destination, reply, settings.queue)
+        now = time.time()
+        log_attempt(leased, reply, disposition, now)
+        result = AttemptResult(None if expired else reply, disposition, (), destination)
+        result = result._replace(follow_ups=notifications(leased, result, reply, settings, now))
+        await self.db.do_eventually(finish_attempt, leased.id, result, now)
 
-    async def _attempt(self, leased: LeasedRecipient, transaction: Transaction | None, policy: QueueSettings) -> Reply:
-        if transaction:
-            return (await attempt_transaction(transaction, self.app.transport)).replies[0]
-        if not policy.secret:
-            return make_reply("webhook-never", word="the settings name no webhook any more", mailer="Webhook")
+    async def _attempt(self, leased: LeasedRecipient, settings: Settings) -> tuple:
+        """Return the reply to an attempt and its destination, by the settings that are in force now."""
         try:
-            return (await to_thread(post_webhook, leased, policy.secret, time.time()))[0]
-        except OSError as error:
-            return make_reply("lost", error_text(error), command="CONN", mailer="Webhook")
+            if leased.kind == "event":
+                return await self._post_event(leased, settings.queue), ""
+            to, sender = parse_address(leased.recipient), parse_address(leased.sender)
+            route = resolve_route(to.domain, sender.domain if sender else "", settings)[0]
+            envelope = leased.queueid, leased.sender, (leased.recipient,), leased.message, leased.number
+            result = await attempt_transaction(Transaction(route, settings.hostname, *envelope), self.app.transport)
+            return result.replies[0], destination_key(route, to.domain)
+        except Exception:
+            log_exception(leased.queueid)
+            return make_reply("relay-fault", mailer="Queue"), ""
 
-    def _throttle(self, destination: str, reply: Reply, now: float, policy: QueueSettings) -> None:
-        """After a failure to connect the lane waits, no longer than the third pause: others in it may be fresh."""
-        until, failures = self.throttled.get(destination, (0, 0))
+    async def _post_event(self, leased: LeasedRecipient, settings: QueueSettings) -> Reply:
+        if not settings.secret:
+            return make_reply("webhook-never", word="the settings have no webhook any more", mailer="Webhook")
+        return await post_webhook(leased, settings.secret, time.time(), self.app.transport.http)
+
+    def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
+        """After a failure to connect the destination waits, up to the third pause: new mail may wait for it."""
+        throttle, now = self.throttled.get(destination, Throttle(0, 0)), time.monotonic()
         if not (reply.temporary and reply.command == "CONN"):
             self.throttled.pop(destination, None)
-        elif until <= now:
-            pause = next_disposition(reply, min(failures + 1, 3), 0, random_unit(), policy).pause
-            self.throttled[destination] = now + pause, failures + 1
+        elif throttle.until <= now:
+            failures = throttle.failures + 1
+            pause = next_disposition(reply, min(failures, 3), 0, random_unit(), settings).pause
+            self.throttled[destination] = Throttle(now + pause, failures)
 
 
-def log_attempt(leased: LeasedRecipient, reply: Reply, step: Disposition, ms: float) -> None:
-    """One line for each attempt."""
-    again = f" again_in={step.pause:.0f}s" if step.state == "open" else ""
-    twice = "; it may arrive twice" if reply.maybe_delivered else ""
-    log.lines(
-        f"{leased.queueid}: queue from={log_value(f'<{leased.sender}>')} to={log_value(f'<{leased.recipient}>')} "
-        f"relay={reply.relay} code={reply.code} "
-        f"dsn={reply.dsn} command={reply.command} ms={ms:.1f} {step.state}{again} "
-        f"message={log_value(' '.join(reply.message) + twice)}"
+def log_attempt(leased: LeasedRecipient, reply: Reply, disposition: Disposition, now: float) -> None:
+    """Log one line for each attempt."""
+    pairs = log_pairs(
+        **{"from": f"<{leased.sender}>"},
+        to=f"<{leased.recipient}>",
+        relay=reply.relay,
+        delay=f"{max(now - leased.created_at, 0):.2f}",
+        dsn=reply.dsn,
+        status={"delivered": "sent", "failed": "bounced", "open": "deferred"}[disposition.state],
     )
+    again = f"; next attempt in {disposition.pause:.0f} s" if disposition.state == "open" else ""
+    twice = "; may arrive twice" if reply.maybe_delivered else ""
+    words = sanitize(" ".join((reply.code, *reply.message)), 500)
+    log.lines(f"{leased.queueid}: {pairs} ({words}{twice}{again})")
 
 
 # ======================================================================================================================
-# 15. The way of a mail
-#     submit() takes a request and names every stage in order; deliver() has its jobs carried out side by side.
+# 15. Submission pipeline
+#     submit() takes a request and calls every stage in order: parse, check, compose, plan, deliver or queue, answer.
 # ======================================================================================================================
 
 
 class App:
-    """What a process works with: the settings in force, open SMTP sessions, the store of the queue, whether it is
-    stopping."""
+    """State of a process: the settings in force, SMTP sessions, the queue, and whether it is stopping."""
 
     def __init__(self, settings: Settings, ringer: socket.socket | None = None) -> None:
         self.transport = TransportContext()
@@ -6536,12 +6666,10 @@ class App:
         self.apply(settings)
 
     def apply(self, settings: Settings) -> None:
-        """From the next request on, these settings are in force; but the file of the queue stays what it was."""
+        """Use these settings from the next request on; the path of the queue stays what it was."""
+        settings = pin_queue_path(settings, self.queue.settings if self.queue else None)
         if self.queue:
-            settings = pin_queue_path(settings, self.queue.settings)
             self.queue.settings = settings.queue
-        else:
-            settings = pin_queue_path(settings, None)
         tls, base = settings.httpd.tls, os.path.dirname(settings.path or "")
         self.tls = server_context(tls, base) if tls else None
         log.open(settings.smtpd.syslog)
@@ -6551,7 +6679,7 @@ class App:
 
 
 class Response(NamedTuple):
-    """What goes back by HTTP."""
+    """An HTTP response."""
 
     status: int
     body: bytes
@@ -6560,93 +6688,125 @@ class Response(NamedTuple):
 
 
 async def submit(request: Request, app: App) -> Response:
-    """POST /submit: the way of a mail from its JSON to the replies of the other side."""
-    settings, queueid = request.settings or app.settings, new_queueid(request.now)
-    submission, verdicts, status, kept, fates = None, {}, 400, False, []
-    large = len(request.body) >= LARGE  # worked at in a thread, so that small ones need not wait for it
+    """Answer POST /submit."""
+    settings, queueid, submission = request.settings or app.settings, new_queueid(request.now), None
+    large = len(request.body) >= LARGE  # processed in a thread, so that small ones need not wait for it
     try:
-        submission, errors, _ = (
-            await to_thread(parse_submission, request.body) if large else parse_submission(request.body)
-        )
-        if errors:
-            raise Rejected(make_reply("json", *errors[:MAX_FAULTS]))
-        raise_if_rejected(first_rejection(CHECKS, request, submission, settings))
+        submission = await call_in_thread(large, parse_body, request)
+        refused = apply_checks(CHECKS_OF_SUBMISSION, request, submission, settings)
         options = queue_options(request, submission, settings)
-        if large:
-            request.body = b""  # its memory is needed for the message
-        mailboxes = unique_recipients(submission)
-        verdicts = {given: check_rcpt(mailbox, settings, given) for given, mailbox in mailboxes.items()}
-        good = [mailbox for given, mailbox in mailboxes.items() if not verdicts[given]]
-        if good:
-            values = request, submission, settings, queueid, good
-            message = await to_thread(build_and_check, *values) if large else build_and_check(*values)
-            submission, values = without_content(submission), ()  # what is large of it would only fill memory
-            transactions, good = plan_transactions(submission, message, good, settings, queueid)
-            if options.async_ or options.key:
-                earlier = await enqueue_before_sending(request, transactions, good, options, app)
-                if earlier:
-                    return await replay_response(request, submission, verdicts, earlier, options, app)
-                kept = bool(options.key)
-            if options.async_:
-                replies = [queued_reply(queueid)] * len(good)
-            else:
-                replies = log_results(request, await deliver(transactions, app.transport, settings))
-                if app.queue:
-                    replies, fates = await queue_deferred(request, transactions, good, options, replies, app)
-            verdicts.update(zip([mailbox.as_written for mailbox in good], replies))
-            status = http_status(verdicts.values())
-    except Rejected as refused:
-        verdicts, status = {None: refused.reply}, refused.reply.status
-    result = respond(request, status, verdicts, queueid, submission)
-    if kept:
-        await app.queue.do_eventually(finish_request, queueid, fates, serialize_response(result), time.time())
-    return result
+        recipients = unique_recipients(submission)
+        accepted = [mailbox for as_written, mailbox in recipients.items() if as_written not in refused]
+        replies = {as_written: refused.get(as_written) for as_written in recipients}
+        if not accepted:
+            return respond(request, 400, replies, queueid, submission)
+        request.body = b""  # its memory is needed for the message
+        message = await call_in_thread(large, compose_and_check, request, submission, settings, queueid, accepted)
+        submission = without_content(submission)
+        transactions, accepted = plan_transactions(submission, message, accepted, settings, queueid)
+        if options.async_ or options.key:
+            earlier = await enqueue_before_sending(request, transactions, accepted, options, app)
+            if earlier:
+                return await replay_response(request, submission, replies, earlier, options, app)
+    except Rejected as error:
+        return respond(request, error.reply.status, {None: error.reply}, queueid, submission)
+    delivered, attempts = await deliver_or_queue(request, transactions, accepted, options, app)
+    replies.update(zip([mailbox.as_written for mailbox in accepted], delivered))
+    response = respond(request, http_status(replies.values()), replies, queueid, submission)
+    if options.key:
+        await app.queue.do_eventually(finish_request, queueid, attempts, serialize_response(response), time.time())
+    return response
+
+
+CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
+
+
+async def call_in_thread(large: bool, function: Callable, *args: Any) -> Any:
+    return await asyncio.to_thread(function, *args) if large else function(*args)
+
+
+def parse_body(request: Request) -> Submission:
+    """Return the submission in a request's body; raise Rejected with every fault of it."""
+    submission, errors, _ = parse_submission(request.body)
+    if errors:
+        raise Rejected(make_reply("json", *errors[:MAX_REPORTED_ERRORS]))
+    return submission
+
+
+MAX_REPORTED_ERRORS = 10
+
+
+def compose_and_check(
+    request: Request, submission: Submission, settings: Settings, queueid: str, accepted: list
+) -> Message:
+    """Return the message; raise Rejected if a check of the content or of the message fails."""
+    apply_checks(CHECKS_OF_CONTENT, request, submission, settings)
+    message = compose(submission, queueid, request.client, settings.hostname, request.now)
+    longest = max([len(mailbox.addr_spec) for mailbox in accepted])
+    request.message_size = sum(map(len, message.parts)) + longest + len(str(len(accepted)))
+    apply_checks(CHECKS_OF_MESSAGE, request, submission, settings)
+    return message
+
+
+def without_content(submission: Submission) -> Submission:
+    """Return a submission without what only fills memory once its message is composed."""
+    if not (submission.attachments or submission.raw):
+        return submission
+    return replace(submission, body="", html="", attachments=(), raw=submission.raw and ParsedMessage([], b""))
+
+
+async def deliver_or_queue(
+    request: Request, transactions: list, accepted: list, options: QueueOptions, app: App
+) -> tuple:
+    """Return (a Reply for each accepted recipient, what the queue has to know of each first attempt)."""
+    if options.async_:
+        return [queued_reply(transactions[0].queueid)] * len(accepted), []
+    results = await deliver(transactions, app.transport, request.settings or app.settings)
+    log.lines(*itertools.chain.from_iterable(result_lines(request, result) for result in results))
+    replies = [reply for result in results for reply in result.replies]
+    return await queue_deferred(request, transactions, accepted, options, replies, app) if app.queue else (replies, [])
 
 
 def respond(request: Request, status: int, replies: dict, queueid: str, submission: Submission | None) -> Response:
-    """The answer, and a line of the log for each refusal before delivery."""
-    refused = {to: reply for to, reply in replies.items() if reply.status and not reply.mailer}
+    """Return the response; log each refusal before delivery."""
+    refused = {to: reply for to, reply in replies.items() if reply.origin == "policy"}
     if refused:
-        log_rejection(request, queueid, status, submission, refused)
+        log_rejection(request, queueid, submission, refused)
     return answer_document(request, status, replies, queueid, submission)
-
-
-MAX_FAULTS = 10  # told of one submission
 
 
 class QueueOptions(NamedTuple):
     """What a client asks of the queue."""
 
-    async_: bool = False  # an answer at once, and delivery from the queue
+    async_: bool = False  # answer at once, deliver from the queue
     key: bytes | None = None  # digest of login, path and Idempotency-Key
-    body_digest: bytes | None = None  # digest of the body
+    body_digest: bytes | None = None
     login: str = ""
 
 
 def queue_options(request: Request, submission: Submission, settings: Settings) -> QueueOptions:
-    """The client's wishes; Refused for one that needs a queue where there is none."""
-    given = request.headers.get("idempotency-key")
+    """Return the client's options; raise Rejected for one that needs a queue if there is none."""
+    key = request.headers.get("idempotency-key")
     if not settings.queue:
-        if given is not None or submission.async_:  # silence would break the client's trust; Prefer may be ignored
-            raise Rejected(make_reply("no-queue", "async" if given is None else "Idempotency-Key"))
+        if key is not None or submission.async_:  # to ignore them would be unsafe; Prefer may be ignored
+            raise Rejected(make_reply("no-queue", "async" if key is None else "Idempotency-Key"))
         return QueueOptions()
-    login = username_of(request.headers.get("authorization", "")) if settings.password.hashes else ""
-    later = submission.async_ or prefers_async(request.headers.get("prefer", ""))
-    if given is None:
-        return QueueOptions(later, login=login)
-    found = IDEMPOTENCY_KEY.fullmatch(given)
+    async_ = submission.async_ or prefers_async(request.headers.get("prefer", ""))
+    if key is None:
+        return QueueOptions(async_, login=request.login)
+    found = IDEMPOTENCY_KEY.fullmatch(key)
     if not found:
         raise Rejected(make_reply("key-form"))
-    key = hashlib.sha256("\0".join((login, request.path, found[1] or found[2])).encode()).digest()
-    return QueueOptions(later, key, hashlib.sha256(request.body).digest(), login)
+    digest = hashlib.sha256("\0".join((request.login, request.path, found[1] or found[2])).encode()).digest()
+    return QueueOptions(async_, digest, hashlib.sha256(request.body).digest(), request.login)
 
 
-# A string of RFC 8941 3.3.3, or what most clients send: a word without quotes.
+# A string (RFC 8941 3.3.3), or a word without quotes, which most clients send.
 IDEMPOTENCY_KEY = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\]){1,255})"|([!#-+\--~]{1,255})')
 
 
 def prefers_async(value: str) -> bool:
-    """RFC 7240 4.1."""
+    """Return True if a Prefer header asks for respond-async (RFC 7240 4.1)."""
     return any(part.partition(";")[0].strip().lower() == "respond-async" for part in value.split(","))
 
 
@@ -6655,7 +6815,7 @@ async def enqueue_before_sending(
 ) -> tuple | None:
     """The earlier mail with its key, if there is one; else this one is on disk now, before anything is sent."""
     queue_item = new_queue_item(request, transactions, good, options)
-    earlier = await app.queue.add(queue_item, held=not options.async_)
+    earlier = await app.queue.add(queue_item, leased=not options.async_)
     if options.async_ and not earlier:
         log.lines(
             f"{queue_item.queueid}: client={request.client.text} from={log_value(f'<{queue_item.sender}>')} "
@@ -6666,88 +6826,80 @@ async def enqueue_before_sending(
 
 
 def new_queue_item(request: Request, transactions: list, good: list, options: QueueOptions) -> NewQueueItem:
-    """The mail as the queue keeps it."""
-    first, places = transactions[0], {mailbox.addr_spec: mailbox for mailbox in good}
-    rows = [
-        (places[to].as_written, to, transaction.number, destination_key(transaction.route, places[to].domain))
-        for transaction in transactions
-        for to in transaction.recipients
-    ]
+    """Return the mail as the queue stores it."""
+    first, mailboxes = transactions[0], {mailbox.addr_spec: mailbox for mailbox in good}
+    recipients = []
+    for transaction in transactions:
+        for to in transaction.recipients:
+            destination = destination_key(transaction.route, mailboxes[to].domain)
+            recipients.append(NewRecipient(mailboxes[to].as_written, to, transaction.number, destination))
     return NewQueueItem(
-        first.queueid,
-        "mail",
-        first.sender,
-        options.login,
-        request.now,
-        first.message,
-        tuple(rows),
-        options.key,
+        first.queueid, "mail", first.sender, options.login, request.now, first.message, tuple(recipients), options.key,
         options.body_digest,
-    )
+    )  # fmt: skip
 
 
 async def queue_deferred(
     request: Request, transactions: list, good: list, options: QueueOptions, replies: list, app: App
 ) -> tuple:
-    """The replies after a first attempt, "queued" for who failed for now; and each recipient's fate for the queue:
-    (Reply, Step, entries that tell of it)."""
-    queueid, store, settings = transactions[0].queueid, app.queue, request.settings or app.settings
+    """Return the replies after the first attempts, "queued" where there will be more, and their AttemptResults."""
+    settings = request.settings or app.settings
     if not (options.key or any(reply.temporary for reply in replies)):
         return replies, []
-    queue_item, now = new_queue_item(request, transactions, good, options), time.time()
-    fates = [
-        first_attempt_result(queue_item, row, reply, settings, now)
-        for row, reply in zip(queue_item.recipients, replies)
+    item, now = new_queue_item(request, transactions, good, options), time.time()
+    results = [
+        first_attempt_result(item, recipient, reply, settings, now)
+        for recipient, reply in zip(item.recipients, replies)
     ]
     if not options.key:  # with one it is in the file already
-        waiting = [i for i, (_, step, _) in enumerate(fates) if step.state == "open"]
-        some = queue_item._replace(recipients=tuple(queue_item.recipients[i] for i in waiting))
+        waiting = [i for i, result in enumerate(results) if result.disposition.state == "open"]
         try:
-            await store.add(some, [fates[i] for i in waiting])
-        except Rejected:  # the client is told the truth: it failed for now, and nobody keeps it
+            await app.queue.add(
+                item._replace(recipients=tuple(item.recipients[i] for i in waiting)), [results[i] for i in waiting]
+            )
+        except Rejected:  # the client reads that it failed for now, and that nobody will try again
             return replies, []
-    log_queued(queue_item, fates)
-    return [queued_reply(queueid, reply) if step.state == "open" else reply for reply, step, _ in fates], fates
+    log_queued(item, results)
+    return [
+        queued_reply(item.queueid, result.reply) if result.disposition.state == "open" else result.reply
+        for result in results
+    ], results
 
 
-def first_attempt_result(queue_item: NewQueueItem, row: tuple, reply: Reply, settings: Settings, now: float) -> tuple:
-    """(Reply, Step, entries that tell of it) of a first attempt; all but a delay is told in the answer."""
-    step = next_disposition(reply, 1, 0.0, random_unit(), settings.queue)
+def first_attempt_result(
+    item: NewQueueItem, recipient: NewRecipient, reply: Reply, settings: Settings, now: float
+) -> AttemptResult:
+    """Return the result of a first attempt; only a delay is reported, since the response tells the others."""
+    result = AttemptResult(reply, next_disposition(reply, 1, 0.0, random_unit(), settings.queue))
+    if result.disposition.state != "open":
+        return result
     first = LeasedRecipient(
-        0,
-        queue_item.queueid,
-        "mail",
-        queue_item.sender,
-        queue_item.login,
-        queue_item.created_at,
-        queue_item.message,
-        *row,
-        0,
-        (),
+        0, item.queueid, item.kind, item.sender, item.login, item.created_at, item.message, *recipient, attempts=1
     )
-    return reply, step, notifications(first, reply, step, settings, now) if step.state == "open" else []
+    return result._replace(follow_ups=notifications(first, result, reply, settings, now))
 
 
-def log_queued(queue_item: NewQueueItem, fates: list) -> None:
-    """One line for each recipient that waits."""
-    for (_, to, *_), (reply, step, _) in zip(queue_item.recipients, fates):
-        if step.state == "open":
-            unsure = "; it may arrive twice" if reply.maybe_delivered else ""
-            log.lines(f"{queue_item.queueid}: to={log_value(f'<{to}>')} queued again_in={step.pause:.0f}s{unsure}")
+def log_queued(item: NewQueueItem, results: list) -> None:
+    """Log one line for each recipient that waits."""
+    for recipient, (reply, disposition, *_) in zip(item.recipients, results):
+        if disposition.state == "open":
+            unsure = "; may arrive twice" if reply.maybe_delivered else ""
+            pairs = log_pairs(to=f"<{recipient.recipient}>", status="deferred")
+            log.lines(f"{item.queueid}: {pairs} (queued; next attempt in {disposition.pause:.0f} s{unsure})")
 
 
 async def replay_response(
     request: Request, submission: Submission, replies: dict, earlier: tuple, options: QueueOptions, app: App
 ) -> Response:
     """The answer to the first request with this key; Refused where there is none yet, or its body was another."""
-    queueid, body, owner, answered = earlier
-    if body != options.body_digest:
+    queueid, answered = earlier["queueid"], earlier["response"]
+    if earlier["body_digest"] != options.body_digest:
         raise Rejected(make_reply("key-reused"))
-    if answered is None and owner is not None:
+    if answered is None and earlier["owner"] is not None:
         raise Rejected(make_reply("key-running"))
     if answered is None:  # its process ended before it could answer; the queue has taken the mail over
-        _, rows = await app.queue.do(message_status, queueid)
-        replies.update((row["given"], current_reply(queueid, row)) for row in rows)
+        message = await app.queue.do(message_status, queueid)
+        replies.update((row["as_written"], current_reply(queueid, row)) for row in message["recipients"])
         answered = serialize_response(
             answer_document(request, http_status(replies.values()), replies, queueid, submission)
         )
@@ -6761,236 +6913,190 @@ def serialize_response(result: Response) -> str:
     return ENCODER.encode([result.status, result.headers, result.body.decode()])
 
 
-def current_reply(queueid: str, row: dict) -> Reply:
-    """What is to be said now of a recipient that is in the queue."""
-    attempts = parse_history(row["history"])
-    reply = attempts[-1][1] if attempts else None
-    return reply if reply and row["state"] != "open" else queued_reply(queueid, reply)
+def current_reply(queueid: str, row: Any) -> Reply:
+    """Return the reply that tells the state of a recipient in the queue."""
+    history = parse_history(row["history"])
+    reply = history[-1].reply if history else None
+    return reply if reply and row["state"] in ("delivered", "failed", "dropped") else queued_reply(queueid, reply)
 
 
-def without_content(submission: Submission) -> Submission:
-    """What of a submission is needed once its message is composed."""
-    if not (submission.attachments or submission.raw):
-        return submission
-    return replace(submission, body="", html="", attachments=(), raw=submission.raw and ParsedMessage([], b""))
-
-
-def raise_if_rejected(refusal: Reply | None) -> None:
-    if refusal:
-        raise Rejected(refusal)
-
-
-def build_and_check(request: Request, submission: Submission, settings: Settings, queueid: str, good: list) -> Message:
-    """The message, after the checks that need it; they refuse the whole submission."""
-    raise_if_rejected(first_rejection(CONTENT_CHECKS, request, submission, settings))
-    message = compose(submission, queueid, request.client, settings.hostname, request.now)
-    longest = max([len(mailbox.addr_spec) for mailbox in good])
-    raise_if_rejected(check_size(sum(map(len, message.parts)) + longest + len(str(len(good))), settings))
-    raise_if_rejected(check_subject(submission))
-    return message
-
-
-def plan_transactions(submission: Submission, message: Message, good: list, settings: Settings, queueid: str) -> tuple:
-    """(jobs, the recipients in their order): one for each recipient, who gets a copy, or one for each route."""
+def plan_transactions(
+    submission: Submission, message: Message, accepted: list, settings: Settings, queueid: str
+) -> tuple:
+    """Return (transactions, the mailboxes in their order): one each recipient, or each route if they share the mail."""
     sender = parse_address(submission.mail)
     if submission.shared:
-        transactions = plan_shared(sender, message, good, settings, queueid)
-        places = {mailbox.addr_spec: mailbox for mailbox in good}
-        return transactions, [places[to] for transaction in transactions for to in transaction.recipients]
-    routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in good]
+        transactions = plan_shared(sender, message, accepted, settings, queueid)
+        by_address = {mailbox.addr_spec: mailbox for mailbox in accepted}
+        return transactions, [by_address[to] for transaction in transactions for to in transaction.recipients]
+    routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in accepted]
     return [
-        Transaction(route, settings.hostname, queueid, sender.addr_spec, (mailbox.addr_spec,), message, i)
-        for i, (route, mailbox) in enumerate(zip(routes, good), 1)
-    ], good
+        Transaction(route, settings.hostname, queueid, sender.addr_spec, (mailbox.addr_spec,), message, number)
+        for number, (route, mailbox) in enumerate(zip(routes, accepted), 1)
+    ], accepted
 
 
-def plan_shared(sender: Mailbox, message: Message, good: list, settings: Settings, queueid: str) -> list:
-    """One job for each route, for MX for each domain: its recipients get the same message in one transaction."""
+def plan_shared(sender: Mailbox, message: Message, accepted: list, settings: Settings, queueid: str) -> list:
+    """Return one transaction for each route, in which all recipients get the same message; for MX for each domain."""
     routes: dict = {}
-    for mailbox in good:
+    for mailbox in accepted:
         route = resolve_route(mailbox.domain, sender.domain, settings)[0]
         domain = mailbox.domain.lower() if route.relay == "MX" else ""
         routes.setdefault((route, domain), []).append(mailbox.addr_spec)
     return [
-        Transaction(route, settings.hostname, queueid, sender.addr_spec, tuple(tos), message, i)
-        for i, ((route, _), tos) in enumerate(routes.items(), 1)
+        Transaction(route, settings.hostname, queueid, sender.addr_spec, tuple(recipients), message, number)
+        for number, ((route, _), recipients) in enumerate(routes.items(), 1)
     ]
 
 
-def replies_by_recipient(good: list, results: list) -> list:
-    """[(recipient as the client wrote it, Reply), ...] in the order of the recipients."""
-    replies = {to: reply for transaction, replies, _ in results for to, reply in zip(transaction.recipients, replies)}
-    return [(mailbox.as_written, replies[mailbox.addr_spec]) for mailbox in good]
+def replies_by_recipient(accepted: list, results: list) -> list:
+    """Return [(recipient as the client wrote it, Reply), ...] in the order of the recipients."""
+    replies = {to: reply for result in results for to, reply in zip(result.transaction.recipients, result.replies)}
+    return [(mailbox.as_written, replies[mailbox.addr_spec]) for mailbox in accepted]
 
 
 async def deliver(transactions: list, transport: TransportContext, settings: Settings) -> list:
-    """An Outcome for each job, in order; up to `max_workers` of them side by side."""
+    """Return a TransactionResult for each transaction, in order; up to `max_workers` are run side by side."""
     if len(transactions) == 1:
         return [await run_transaction(transactions[0], transport)]
-    results: dict = {}
-    waiting = iter(enumerate(transactions))
+    limit = asyncio.Semaphore(settings.smtpd.max_workers)
 
-    async def destination() -> None:
-        for i, transaction in waiting:
-            results[i] = await run_transaction(transaction, transport)
+    async def one(transaction: Transaction) -> TransactionResult:
+        async with limit:
+            return await run_transaction(transaction, transport)
 
-    await gather([destination() for _ in range(min(settings.smtpd.max_workers, len(transactions)))])
-    return [results[i] for i in range(len(transactions))]
+    return await asyncio.gather(*map(one, transactions))
 
 
 def run_transaction(transaction: Transaction, transport: TransportContext) -> Any:
-    """To be awaited: the Outcome of a job."""
-    return (
-        attempt_with_retries(transaction, transport)
-        if transaction.route.retry
-        else attempt_transaction(transaction, transport)
-    )
+    """Return an awaitable of the TransactionResult."""
+    return (attempt_with_retries if transaction.route.retry else attempt_transaction)(transaction, transport)
 
 
 async def attempt_with_retries(transaction: Transaction, transport: TransportContext) -> TransactionResult:
-    """The job tried, and tried again as its route says for the recipients that failed for now."""
-    began, route = time.monotonic(), transaction.route
+    """Attempt a transaction, and again as its route says for the recipients that failed temporarily."""
+    started, route = time.monotonic(), transaction.route
     replies = (await attempt_transaction(transaction, transport)).replies
     for _ in range(route.retry):
-        waiting = [i for i, item in enumerate(replies) if item.temporary and not item.maybe_delivered]
+        waiting = [i for i, reply in enumerate(replies) if reply.temporary and not reply.maybe_delivered]
         if not waiting:
             break
         pause = max([route.sleep, *[replies[i].retry_after for i in waiting]])
         if pause > max(route.sleep, MAX_INLINE_WAIT):
             break  # the client reads Retry-After
-        await sleep(pause)
-        again = await attempt_transaction(
-            transaction._replace(recipients=tuple(transaction.recipients[i] for i in waiting)), transport
-        )
-        for i, item in zip(waiting, again.replies):
-            replies[i] = item
-    return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
+        await asyncio.sleep(pause)
+        recipients = tuple(transaction.recipients[i] for i in waiting)
+        again = await attempt_transaction(transaction._replace(recipients=recipients), transport)
+        for i, reply in zip(waiting, again.replies):
+            replies[i] = reply
+    return TransactionResult(transaction, replies, (time.monotonic() - started) * 1000)
 
 
 MAX_INLINE_WAIT = 60  # seconds that a cloud may ask for while the client waits
 
 
 def http_status(replies: Any) -> int:
-    """HTTP status of a submission that went to its relays."""
-    accepted = [item.accepted for item in replies]
+    """Return the HTTP status of a submission that went to its relays."""
+    replies = list(replies)
+    accepted = [reply.accepted for reply in replies]
     if all(accepted):
-        return 202 if "QUEUE" in [item.command for item in replies] else 200
+        return 202 if any(reply.origin == "queue" for reply in replies) else 200
     if any(accepted):
         return 207
-    return 503 if any(item.temporary for item in replies) else 502
+    return 503 if any(reply.temporary for reply in replies) else 502
 
 
-def log_results(request: Request, results: list) -> list:
-    """The replies of all outcomes, which the log has now."""
-    log.lines(*result_lines(request, results))
-    return [reply for result in results for reply in result.replies]
-
-
-def result_lines(request: Request, results: list) -> list:
-    """One line of the log for each transaction; more for recipients that heard otherwise, or don't fit into one."""
-    lines = []
-    for transaction, replies, ms in results:
-        told: dict = {}
-        for to, reply in zip(transaction.recipients, replies):
-            told.setdefault(reply, []).append(to)
-        for reply, tos in told.items():
-            most = 8 if len(tos) <= 8 else MAX_RCPT_OCTETS // max([len(to.encode()) + 3 for to in tos])
-            for i in range(0, len(tos), most):
-                to = f"<{'>,<'.join(tos[i : i + most])}>"
-                lines.append(
-                    f"{transaction.queueid}: client={request.client.text} from={log_value(f'<{transaction.sender}>')} "
-                    f"to={log_value(to, len(to))} relay={reply.relay} code={reply.code} dsn={reply.dsn} "
-                    f"command={reply.command} ms={ms:.1f} message={log_value(' '.join(reply.message))}"
-                )
+def result_lines(request: Request, result: TransactionResult) -> list:
+    """Return log lines of a transaction: one for each reply, or more if its recipients don't fit into one line."""
+    transaction, lines = result.transaction, []
+    by_reply: dict = {}
+    for to, reply in zip(transaction.recipients, result.replies):
+        by_reply.setdefault(reply, []).append(to)
+    for reply, recipients in by_reply.items():
+        step = 8 if len(recipients) <= 8 else MAX_RCPT_OCTETS // max([len(to.encode()) + 3 for to in recipients])
+        for i in range(0, len(recipients), step):
+            to = recipients[i : i + step]
+            lines.append(log_line(request, transaction.queueid, transaction.sender, to, reply, result.ms))
     return lines
 
 
-MAX_RCPT_OCTETS = 8 * (MAX_PATH + 3)  # octets of recipients in one line, so that a pipe takes it whole (PIPE_BUF)
+MAX_RCPT_OCTETS = 8 * (MAX_PATH + 3)  # octets of recipients in a line, so that a pipe takes it whole (PIPE_BUF)
 
 
-def log_rejection(
-    request: Request, queueid: str | None, status: int, submission: Submission | None, replies: dict
-) -> None:
-    """One line for each refusal before delivery."""
-    sender = submission and f"<{submission.mail}>"
-    given = [to for to in replies if to is not None] or (submission and submission.rcpt) or None
-    to = given and ",".join(f"<{to}>" for to in given[:100])  # the line is cut anyway
-    for reply in dict.fromkeys(replies.values()):
-        line = log_pairs(
-            client=request.client and request.client.text,
-            http=status,
-            **{"from": sender},
-            to=to,
-            code=reply.code,
-            dsn=reply.dsn,
-        )
-        log.lines(
-            f"{queueid or '-'}: refused {line} {log_pairs(command=reply.command, message=' '.join(reply.message))}"
-        )
+def log_rejection(request: Request, queueid: str | None, submission: Submission | None, refused: dict) -> None:
+    """Log one line for each refusal before delivery; `refused` is {recipient, None for all: Reply}."""
+    listed = [to for to in refused if to is not None] or list(submission.rcpt if submission else ())
+    sender = submission.mail if submission else None
+    for reply in dict.fromkeys(refused.values()):
+        log.lines(log_line(request, queueid, sender, listed[:100], reply))  # the line is cut anyway
+
+
+def log_line(
+    request: Request, queueid: str | None, sender: str | None, recipients: list, reply: Reply, ms: float | None = None
+) -> str:
+    """Return a log line with the keys of Postfix's; keys without a value are left out."""
+    line = [f"{queueid or '-'}:"]
+    if request.client:
+        line.append(f"client={request.client.text}")
+    if request.login:
+        line.append(f"login={log_value(request.login)}")
+    if sender is not None:
+        line.append(f"from={log_value(f'<{sender}>')}")
+    if recipients:
+        to = f"<{'>,<'.join(recipients)}>"
+        line.append(f"to={log_value(to, MAX_RCPT_OCTETS if reply.mailer else 500)}")
+    if reply.mailer:
+        line.append(f"relay={reply.relay} delay={ms / 1000:.3f}")
+    if reply.dsn:
+        line.append(f"dsn={reply.dsn}")
+    at = "" if reply.accepted or reply.origin == "policy" else f" (in reply to {reply.command})"
+    words = sanitize(f"{reply.code} {' '.join(reply.message)}", 500)
+    return f"{' '.join(line)} status={reply.log_status} ({words}{at})"
 
 
 def answer_document(
     request: Request, status: int, replies: dict, queueid: str | None, submission: Submission | None
 ) -> Response:
-    """The document of an answer: one item for each recipient in `verdicts`, a key None where none is meant."""
-    taken = [to for to, reply in replies.items() if to is not None and not (reply.status and not reply.mailer)]
-    said_of_itself = [json_of(header_to_text(request.headers.get(name))) for name in ("user-agent", "referer")]
-    row_id = f'"{queueid}"' if queueid else "null"
-    document = (  # written down, since the encoder takes twice as long for it
-        f'{{"queueid": {row_id}, "addresser": {json_of(submission.mail if submission else None)}, '
-        f'"recipient": {json_of(tuple(taken) if submission else None)}, '
-        f'"response": [{", ".join([reply_json(to, reply) for to, reply in replies.items()])}], '
-        f'"remoteaddr": {json_of(request.client.text if request.client else None)}, '
-        f'"remoteport": {json_of(request.port)}, "useragent": {said_of_itself[0]}, "referer": {said_of_itself[1]}, '
-        f'"timestamp": {time_json(int(request.now))}}}\n'
-    )
-    headers: tuple = ()
+    """Return the response; `replies` is {recipient, None if none is meant: Reply}."""
+    accepted = [to for to, reply in replies.items() if to is not None and reply.origin != "policy"]
+    document = {
+        "queueid": queueid,
+        "addresser": submission.mail if submission else None,
+        "recipient": accepted if submission else None,
+        "response": [reply_to_dict(to, reply) for to, reply in replies.items()],
+        "remoteaddr": request.client.text if request.client else None,
+        "remoteport": request.port,
+        "useragent": header_to_text(request.headers.get("user-agent")),
+        "referer": header_to_text(request.headers.get("referer")),
+        "timestamp": time_to_dict(request.now),
+    }
+    return Response(status, to_json(document), answer_headers(request, status, queueid, replies))
+
+
+def answer_headers(request: Request, status: int, queueid: str | None, replies: dict) -> tuple:
     if status == 202:
-        headers = (("Location", f"/queue/{queueid}"),)
-        if prefers_async(request.headers.get("prefer", "")):
-            headers += (("Preference-Applied", "respond-async"),)
-    elif status == 409:
-        headers = (("Retry-After", "2"),)
-    elif status == 503:
-        headers = (
-            ("Retry-After", str(max([DEFAULT_RETRY_AFTER, *[reply.retry_after for reply in replies.values()]]))),
-        )
-    elif status == 401:
-        headers = (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),)
-    return Response(status, document.encode("utf-8", "replace"), headers)
-
-
-def reply_json(recipient: str | None, reply: Reply) -> str:
-    """The JSON of reply_to_dict()."""
-    form = reply_template(reply.code, reply.dsn, reply.command, reply.mailer, reply.host, reply.port)
-    return form % (json_of(recipient), json_of(reply.message))
-
-
-@functools.lru_cache(maxsize=1024)  # who answers says the same most of the time
-def reply_template(code: str, *others: Any) -> str:
-    """The same with %s for recipient and message."""
-    dsn, command, *place = others
-    known = reply_to_dict(None, Reply(code, dsn, command, (), *place))
-    shown = {key: json_of(value).replace("%", "%%") for key, value in known.items()}
-    shown.update(rcpt="%s", message="%s")
-    return "{" + ", ".join(f'"{key}": {value}' for key, value in shown.items()) + "}"
-
-
-@functools.lru_cache(maxsize=2)
-def time_json(second: int) -> str:
-    return ENCODER.encode(time_to_dict(second))
-
-
-def time_to_dict(seconds: float | None) -> dict | None:
-    """A time as answers tell it."""
-    return None if seconds is None else {"datetime": time.ctime(seconds), "unixtime": str(int(seconds))}
+        applied = prefers_async(request.headers.get("prefer", ""))
+        return (("Location", f"/queue/{queueid}"), *([("Preference-Applied", "respond-async")] if applied else []))
+    if status == 401:
+        return (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),)
+    if status == 409:
+        return (("Retry-After", "2"),)
+    if status == 503:
+        seconds = max([DEFAULT_RETRY_AFTER, *[reply.retry_after for reply in replies.values()]])
+        return (("Retry-After", str(seconds)),)
+    return ()
 
 
 DEFAULT_RETRY_AFTER = 60  # seconds
 
 
+def time_to_dict(seconds: float | None) -> dict | None:
+    """Return a time as answers show it."""
+    return None if seconds is None else {"datetime": time.ctime(seconds), "unixtime": str(int(seconds))}
+
+
 def header_to_text(value: str | None) -> str | None:
-    """A header's value, which HTTP hands over as Latin-1, as the UTF-8 that it most often is."""
+    """Return a header's value, which was decoded as Latin-1, as the UTF-8 that it most often is."""
     if value is None or value.isascii():
         return value
     return value.encode("latin-1").decode("utf-8", "replace")
@@ -7001,59 +7107,61 @@ def to_json(document: Any) -> bytes:
 
 
 # ======================================================================================================================
-# 16. HTTP
-#     Takes octets from a socket, gives a Request to a page and its Answer back (RFC 9110, 9112). One master process
-#     binds and watches, workers forked by it accept. In a worker one loop serves all connections.
+# 16. HTTP server
+#     Takes octets from a socket, gives a Request to an endpoint and sends its Response (RFC 9110, 9112). The supervisor
+#     binds and watches; workers, forked by it, accept. In a worker one event loop serves all connections.
 # ======================================================================================================================
 
 MAX_HEAD = 65536  # octets of request line and headers
 MAX_HEADERS = 100  # lines
-MAX_BODY = 256 << 20  # octets of a body where max_message_size sets no limit
-LINGER_TIMEOUT = 2.0  # seconds for a client to read our last words before its connection is closed
-MAX_LINGERING_503 = 64  # connections too many that are told so, and waited for until they have read it, at a time
+MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
+LINGER_TIMEOUT = 2.0  # seconds for a client to read the last answer before its connection is closed
+MAX_LINGERING_503 = 64  # connections over the limit that are told so and closed by lingering_close() at a time
 SHUTDOWN_TIMEOUT = 30.0  # seconds for requests in flight to be answered
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that a worker is told by
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that a worker handles
 
 
 class RequestHead(NamedTuple):
-    """The head of a request."""
+    """Request line and headers of a request."""
 
     method: str
-    path: str
-    headers: dict  # by name in lower case; the same name twice is joined by ", "
+    path: str  # without the query
+    headers: dict  # by name in lower case; values of a repeated name are joined by ", "
     keep_alive: bool  # the client wants to go on using the connection
-    is_http10: bool  # HTTP/1.0
+    is_http10: bool
 
 
-REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
-BARE_LF = re.compile(rb"\n\r?\n")  # where no CR LF CR LF was found: an end that some servers take for one
-FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*)")
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]"
+REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
+HEADER_LINE = re.compile(rf"(?m)^({_TOKEN}+):([^\r\n\0]*)\r\n")
+BARE_LF = re.compile(rb"\n\r?\n")  # an end of the head for some servers; looked for if there is no CR LF CR LF
 
 
 def parse_head(octets: bytes) -> RequestHead:
-    """The head of a request from its octets, without the empty line; Refused for what RFC 9112 calls bad."""
-    known = len(octets) <= CACHED_HEAD_MAX  # clients say most of their lines again and again
-    first, *lines, _ = octets.split(b"\r\n")
-    method, path, old = (parse_request_line if known else parse_request_line.__wrapped__)(first)
-    if len(lines) > MAX_HEADERS:
+    """Parse the head of a request, without its empty line; raise Rejected for what RFC 9112 forbids.
+
+    Nothing is cached, because header lines hold credentials.
+    """
+    first, _, rest = octets.decode("latin-1").partition("\r\n")
+    method, path, is_http10 = parse_request_line(first)
+    if rest.count("\r\n") > MAX_HEADERS:
         raise Rejected(make_reply("head-too-large"))
+    lines = HEADER_LINE.findall(rest)
+    if sum([len(name) + len(value) + 3 for name, value in lines]) != len(rest):  # something between them is no line
+        raise Rejected(make_reply("bad-request", "header line"))
     headers: dict = {}
-    for name, value in map(parse_header_line if known else parse_header_line.__wrapped__, lines):
+    for name, value in [(name.lower(), value.strip(" \t")) for name, value in lines]:
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if "," in headers.get("host", ""):  # two of them, RFC 9112 3.2
         raise Rejected(make_reply("bad-request", "Host"))
-    options = headers.get("connection", "").lower()
-    keep = "close" not in options if not old else "keep-alive" in options
-    return RequestHead(method, path, headers, keep, old)
+    connection = headers.get("connection", "").lower()
+    keep_alive = "keep-alive" in connection if is_http10 else "close" not in connection
+    return RequestHead(method, path, headers, keep_alive, is_http10)
 
 
-CACHED_HEAD_MAX = 2048  # octets of a head whose lines are remembered: long ones would fill the memory
-
-
-@functools.lru_cache(maxsize=256)
-def parse_request_line(line: bytes) -> tuple:
-    """(method, path without its query, True for HTTP/1.0)."""
-    found = REQUEST_LINE.fullmatch(line.decode("latin-1"))
+def parse_request_line(line: str) -> tuple:
+    """Return (method, path without its query, True for HTTP/1.0)."""
+    found = REQUEST_LINE.fullmatch(line)
     if not found:
         raise Rejected(make_reply("bad-request", "request line"))
     method, target, major, minor = found.groups()
@@ -7064,20 +7172,11 @@ def parse_request_line(line: bytes) -> tuple:
     return method, target.partition("?")[0], minor == "0"
 
 
-@functools.lru_cache(maxsize=1024)
-def parse_header_line(line: bytes) -> tuple:
-    """(name in lower case, value)."""
-    found = FIELD.fullmatch(line.decode("latin-1"))
-    if not found:
-        raise Rejected(make_reply("bad-request", "header line"))
-    return found[1].lower(), found[2].strip(" \t")
-
-
 CHUNKED = -1
 
 
 def body_length(head: RequestHead) -> int:
-    """Octets of the body, or CHUNKED; Refused where the two sides could read it differently (RFC 9112 6.3)."""
+    """Return the octets of the body, or CHUNKED; raise Rejected if two parsers could differ (RFC 9112 6.3)."""
     length, coding = head.headers.get("content-length"), head.headers.get("transfer-encoding")
     if coding is not None:
         if length is not None or head.is_http10:
@@ -7095,11 +7194,11 @@ def body_length(head: RequestHead) -> int:
     return int(found[1])
 
 
-LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # or the same one, again and again
+LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # or the same one, repeated
 
 
 def client_address(peer: Any, port: int | None, headers: dict, settings: Settings) -> tuple:
-    """(address, port) of the client: the peer's, or, from trusted proxies, the first other one in X-Forwarded-For."""
+    """Return (address, port) of the client: the peer, or the last untrusted one that trusted proxies name."""
     trusted, forwarded = settings.httpd.trusted_proxies, headers.get("x-forwarded-for")
     if forwarded is None or peer not in trusted:
         return peer, port
@@ -7115,128 +7214,106 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
 
 
 class Endpoint(NamedTuple):
-    """A row of PAGES: what answers, and the checks before the body is read."""
+    """A row of ENDPOINTS: what answers, and the checks before the body is read."""
 
-    handler: Callable  # (request, service) -> Answer
-    pre_body_checks: tuple = ()  # of (request, settings) -> Reply or None
+    handler: Callable  # (request, app) -> awaitable of a Response
+    checks: tuple = ()
+
+
+def json_response(document: Any, status: int = 200, headers: tuple = ()) -> Response:
+    return Response(status, to_json(document), headers)
 
 
 async def get_root(request: Request, app: App) -> Response:
-    return Response(200, to_json({"name": "Haineko", "version": __version__}))
+    return json_response({"name": "Haineko", "version": __version__})
 
 
 async def get_health(request: Request, app: App) -> Response:
     error = "stopping" if app.stopping else app.queue and app.queue.health_error()
-    if error:
-        return Response(503, to_json({"status": error}), (("Retry-After", "5"),))
-    return Response(200, to_json({"status": "ok"}))
+    return json_response({"status": error}, 503, (("Retry-After", "5"),)) if error else json_response({"status": "ok"})
 
 
 async def get_conf(request: Request, app: App) -> Response:
-    return Response(200, to_json(redacted(app.settings)))
+    return json_response(redacted(app.settings))
 
 
-def check_loopback(request: Request, settings: Settings) -> Reply | None:
-    """A program on this machine, and no page in a browser on it that came by a name rebound in DNS."""
-    asked = request.headers.get("host", "").lower()
+def check_monitor(request: Request, submission: None, settings: Settings) -> Reply | None:
+    """Require a program on this machine, not a web page whose name was rebound in DNS."""
+    host = request.headers.get("host", "").lower()
     near = request.client in LOOPBACK and request.peer in LOOPBACK
-    by_name = asked and request.port is not None and not is_own_host(asked, settings)
+    by_name = host and request.port is not None and not is_own_host(host, settings)
     return None if near and not by_name else make_reply("forbidden")
 
 
-def is_own_host(place: str, settings: Settings) -> bool:
-    """True where host:port names this machine in a way that nobody can rebind in DNS: by an address, its own name, or a
-    single label, which no stranger's domain is."""
-    name = place.rpartition(":")[0] if re.search(r":\d+$", place) else place
+def is_own_host(host: str, settings: Settings) -> bool:
+    """Return True if a host, with or without port, is an address, smtpd.hostname or a single label.
+
+    These can't be rebound in DNS by a stranger.
+    """
+    name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
     return "." not in name or name == settings.hostname.lower() or bool(re.fullmatch(r"[\d.]+", name))
 
 
-def check_queue_access(request: Request, settings: Settings) -> Reply | None:
-    if not check_loopback(request, settings):
+def check_queue_access(request: Request, submission: None, settings: Settings) -> Reply | None:
+    if not check_monitor(request, None, settings):
         return None
-    return check_login(request, settings) if settings.password.hashes else make_reply("forbidden")
+    return check_login(request, None, settings) if settings.password.hashes else make_reply("forbidden")
 
 
 async def get_queue(request: Request, app: App) -> Response:
-    """GET /queue: what waits, in all and in each lane."""
+    """Answer with what waits, in all and for each destination."""
     if not app.queue:
         raise Rejected(make_reply("not-found"))
-    return Response(200, to_json(await app.queue.do(queue_stats, request.now)))
+    return json_response(await app.queue.do(queue_stats, request.now))
 
 
 async def get_queued_mail(request: Request, app: App) -> Response:
-    """GET /queue/QUEUEID: what has become of a mail, to who sent it and to this machine."""
+    """Answer with the state of a mail, to the login that sent it and to monitors."""
     found = app.queue and await app.queue.do(message_status, request.path.rpartition("/")[2])
     if not found:
         raise Rejected(make_reply("not-found"))
-    here = not check_loopback(request, app.settings)
-    if not here and found[0]["login"] != username_of(request.headers.get("authorization", "")):
+    if check_monitor(request, None, app.settings) and found["login"] != request.login:
         raise Rejected(make_reply("forbidden"))
-    return Response(200, to_json(fate_document(*found)))
+    return json_response(message_document(found))
 
 
-def fate_document(message: dict, rows: list) -> dict:
-    """A mail in the queue: every recipient with its state, its reply, when it is tried next, and every attempt."""
-    queueid, response = message["queueid"], []
+def message_document(message: dict) -> dict:
+    """Return a mail in the queue: every recipient with its state, its reply, its next attempt and every earlier one."""
+    response, rows = [], message["recipients"]
     for row in rows:
-        attempts = parse_history(row["history"])
-        waits = row["state"] == "open"
-        more = {
-            "state": row["state"] if not waits else "sending" if row["due"] is None else "waiting",
-            "next": time_to_dict(row["due"]),
-            "attempts": [
-                {"time": time_to_dict(when), **reply_to_dict(row["given"], reply)} for when, reply in attempts
-            ],
-        }
-        response.append({**reply_to_dict(row["given"], current_reply(queueid, row)), **more})
+        item = reply_to_dict(row["as_written"], current_reply(message["queueid"], row))
+        attempts = [
+            {"time": time_to_dict(attempt.time), **reply_to_dict(row["as_written"], attempt.reply)}
+            for attempt in parse_history(row["history"])
+        ]
+        response.append({**item, "state": row["state"], "next": time_to_dict(row["due"]), "attempts": attempts})
     return {
-        "queueid": queueid,
+        "queueid": message["queueid"],
         "addresser": message["sender"],
-        "recipient": [row["given"] for row in rows],
+        "recipient": [row["as_written"] for row in rows],
         "response": response,
         "size": message["size"],
-        "timestamp": time_to_dict(message["born"]),
+        "timestamp": time_to_dict(message["created_at"]),
     }
 
 
 async def get_sample(request: Request, app: App) -> Response:
-    return Response(200, to_json(SAMPLES))
+    return json_response(SAMPLES)
 
 
-SAMPLES = [
-    {
-        "ehlo": "[127.0.0.1]",
-        "mail": "kijitora@example.org",
-        "rcpt": ["mikeneko@example.jp"],
-        "header": {
-            "from": "キジトラ <kijitora@example.com>",
-            "subject": "謹賀新年",
-            "replyto": "straycats@cat-ml.example.org",
-            "charset": "UTF-8",
-        },
-        "body": "あとでお年玉貰いに行きます",
-    },
-    {
-        "mail": "cron@example.org",
-        "rcpt": ["root@example.jp", "ops@example.jp"],
-        "header": {"subject": "Backup done"},
-        "body": "42 files, 0 errors\n",
-    },
-    {
-        "mail": "shop@example.org",
-        "header": {"from": "ねこ屋 <shop@example.org>", "to": "三毛猫 <mikeneko@example.jp>", "subject": "領収書 42"},
-        "html": '<p><img src="cid:logo" alt="ねこ屋"></p><p>合計 <b>1,980円</b></p>',
-        "attachments": [
-            {
-                "filename": "logo.png",
-                "cid": "logo",
-                "content": "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAA"
-                "SUVORK5CYII=",
-            },
-            {"filename": "領収書 42.csv", "content": "c3VtLDE5ODAK"},
-        ],
-    },
-]
+SAMPLES = json.loads("""[
+{"ehlo": "[127.0.0.1]", "mail": "kijitora@example.org", "rcpt": ["mikeneko@example.jp"], "header": {
+  "from": "キジトラ <kijitora@example.com>", "subject": "謹賀新年", "replyto": "straycats@cat-ml.example.org",
+  "charset": "UTF-8"}, "body": "あとでお年玉貰いに行きます"},
+{"mail": "cron@example.org", "rcpt": ["root@example.jp", "ops@example.jp"], "header": {"subject": "Backup done"},
+  "body": "42 files, 0 errors\\n"},
+{"mail": "shop@example.org", "header": {
+  "from": "ねこ屋 <shop@example.org>", "to": "三毛猫 <mikeneko@example.jp>", "subject": "領収書 42"},
+  "html": "<p><img src=\\"cid:logo\\" alt=\\"ねこ屋\\"></p><p>合計 <b>1,980円</b></p>", "attachments": [
+    {"filename": "logo.png", "cid": "logo", "content":
+      "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="},
+    {"filename": "領収書 42.csv", "content": "c3VtLDE5ODAK"}]}
+]""")
 
 
 async def get_neko(request: Request, app: App) -> Response:
@@ -7248,34 +7325,35 @@ async def answer_options(request: Request, app: App) -> Response:
 
 
 ENDPOINTS = {
-    ("POST", "/submit"): Endpoint(submit, PRE_BODY_CHECKS),
+    ("POST", "/submit"): Endpoint(submit, checks_at("head")),
     ("GET", "/"): Endpoint(get_root),
     ("GET", "/health"): Endpoint(get_health),
-    ("GET", "/conf"): Endpoint(get_conf, (check_loopback,)),
-    ("GET", "/queue"): Endpoint(get_queue, (check_loopback,)),
-    ("GET", "/queue/"): Endpoint(get_queued_mail, (check_queue_access,)),  # and a name
+    ("GET", "/conf"): Endpoint(get_conf, (check_monitor,)),
+    ("GET", "/queue"): Endpoint(get_queue, (check_monitor,)),
+    ("GET", "/queue/"): Endpoint(get_queued_mail, (check_queue_access,)),  # and a queue id
     ("GET", "/sample/mail"): Endpoint(get_sample),
     ("GET", "/neko"): Endpoint(get_neko),
 }
 
 
 def route_key(path: str) -> str:
-    """The path as PAGES has it: without the name behind /queue/."""
+    """Return the path as ENDPOINTS has it: without the queue id behind /queue/."""
     if not path.startswith("/queue/"):
         return path
     return "/queue/" if re.fullmatch(r"/queue/[0-9A-Za-z]{1,64}", path) else ""
 
 
 def allowed_methods(path: str) -> list:
-    """Methods for a path; [] where there is no such page."""
+    """Return the methods for a path, none if it is unknown."""
     if path == "*":  # OPTIONS for the whole server, RFC 9110 9.3.7
         return ["GET", "HEAD", "POST", "OPTIONS"]
     methods = [method for method, known in ENDPOINTS if known == route_key(path)]
     return [*methods, *(["HEAD"] if "GET" in methods else []), *(["OPTIONS"] if methods else [])]
 
 
-def cors_policy(origin: str | None, settings: Settings, head: RequestHead) -> tuple:
-    """(allowed, headers): whether a page of that origin may POST, and what tells its browser so (Fetch standard)."""
+def cors_policy(head: RequestHead, settings: Settings) -> tuple:
+    """Return (whether a web page of the request's Origin may POST, headers that tell its browser) (Fetch standard)."""
+    origin = head.headers.get("origin")
     if origin is None:
         return True, ()
     if origin.lower() in settings.httpd.allowed_origins:
@@ -7286,176 +7364,200 @@ def cors_policy(origin: str | None, settings: Settings, head: RequestHead) -> tu
             ("Access-Control-Max-Age", "600"),
             ("Vary", "Origin"),
         )
-    place = origin.partition("://")[2].lower()
-    return is_own_host(place, settings) and place == head.headers.get("host", "").lower(), ()
+    host = origin.partition("://")[2].lower()
+    return is_own_host(host, settings) and host == head.headers.get("host", "").lower(), ()
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
-    """One connection of a client. http.server gives the words of HTTP; reading and writing are ours: by deadline, in
-    one piece, and without a thread."""
+    """One connection of a client.
+
+    The base class writes responses into `wfile`, a buffer that is sent by one call. Requests are read with a deadline,
+    without a thread, and parsed by parse_head(), which is stricter and faster.
+    """
+
+    protocol_version = request_version = "HTTP/1.1"
+    command, close_connection = "", True
 
     def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
-        self.connection, self.worker, self.app = sock, worker, worker.app
+        self.connection, self.worker, self.app = AsyncSocket(sock), worker, worker.app
+        self.settings = worker.app.settings
         self.buffer = b""
-        named = isinstance(peer, tuple)
-        self.peer = parse_ip(peer[0] if named else "127.0.0.1")  # who may open our socket file is on this machine
-        self.port = peer[1] if named else None
+        is_inet = isinstance(peer, tuple)
+        self.peer = parse_ip(peer[0] if is_inet else "127.0.0.1")  # who may open a Unix socket is on this machine
+        self.port = peer[1] if is_inet else None
 
     async def handle(self) -> None:
-        """Serves requests, one after the other, until one side has enough."""
+        """Serve requests, one after the other, until one side closes."""
         try:
             await self._tls_handshake()
             while self._skip_blank_lines() or await self._wait_request():
-                octets, keep = await self.handle_one_request()
-                await sock_sendall(self.connection, octets, time.monotonic() + self.settings.httpd.timeout)
+                octets = await self.handle_one_request()
+                await self.connection.sendall(octets, time.monotonic() + self.settings.httpd.timeout)
                 del octets
-                if not keep:
+                if self.close_connection:
                     await lingering_close(self.connection)
                     break
         except (OSError, ValueError):  # the client is gone
             pass
         finally:
+            with contextlib.suppress(OSError):
+                close_notify(self.connection.sock)
             self.connection.close()
             self.worker.forget(self)
 
     async def _tls_handshake(self) -> None:
-        """TLS, where the settings have a certificate."""
         if not self.app.tls:
             return
         deadline = time.monotonic() + self.app.settings.httpd.timeout
-        self.connection = self.app.tls.wrap_socket(self.connection, server_side=True, do_handshake_on_connect=False)
-        while True:
-            try:
-                self.connection.do_handshake()
-                return
-            except WOULD_BLOCK as error:
-                await self._while_idle(wait_ready(self.connection, deadline, isinstance(error, ssl.SSLWantWriteError)))
+        sock = self.app.tls.wrap_socket(self.connection.sock, server_side=True, do_handshake_on_connect=False)
+        self.connection.sock = sock
+        await self._while_idle(self.connection.call(sock.do_handshake, deadline))
 
     async def _wait_request(self) -> bool:
-        """True when a request begins, False where the client closed or took too long."""
+        """Return True when a request begins, False if the client closed; socket.timeout if it took too long."""
         deadline = time.monotonic() + self.app.settings.httpd.timeout
-        while time.monotonic() < deadline:
-            self.buffer = await self._while_idle(sock_recv(self.connection, 16384, deadline))
+        while True:
+            self.buffer = await self._while_idle(self.connection.recv(16384, deadline))
             if not self.buffer or self._skip_blank_lines():
                 return bool(self.buffer)
-            await sleep(0)  # who sends line ends without end must not keep the others waiting
-        return False
 
     def _skip_blank_lines(self) -> bytes:
-        """What is here of the next request; line ends before it are none of it (RFC 9112 2.2)."""
+        """Return what has arrived of the next request; line ends before it are ignored (RFC 9112 2.2)."""
         self.buffer = self.buffer.lstrip(b"\r\n")
         return self.buffer
 
     async def _while_idle(self, waiting: Any) -> Any:
-        """What is waited for, by a connection without a whole head: it may be closed for another."""
+        """Await something while the connection may be closed in favour of another."""
         self.worker.mark_idle(self)
         try:
             return await waiting
         finally:
             self.worker.mark_busy(self)
 
-    async def handle_one_request(self) -> tuple:
-        """(octets of the answer, whether the next request may follow) to the request that has begun."""
+    async def handle_one_request(self) -> bytes:
+        """Return the octets of the response to the request that has begun; set `close_connection`."""
         self.settings = self.app.settings  # one set from beginning to end
         deadline = time.monotonic() + self.settings.httpd.timeout
+        self.command, self.close_connection = "", True
         request = head = None
-        left, extra = 1, ()
+        unread, cors_headers = 1, ()
         try:
-            head = parse_head(self._head_here() or await self._head(deadline))
-            left = body_length(head)
+            head = parse_head(self._buffered_head() or await self._read_head(deadline))
+            self.command, unread = head.method, body_length(head)
             request = self._request(head)
-            welcome, extra = cors_policy(head.headers.get("origin"), self.settings, head)
-            page = self._endpoint(request, welcome)
-            ask = page.pre_body_checks, request, self.settings
-            slow = self._needs_password_check(page, request)
-            raise_if_rejected(await to_thread(first_rejection, *ask) if slow else first_rejection(*ask))
-            request.body = await self._body(head, left, deadline)
-            left = 0
-            result = await page.handler(request, self.app)
-        except Rejected as refused:
-            result = self._rejection(request, refused.reply)
+            allowed, cors_headers = cors_policy(head, self.settings)
+            endpoint = self._endpoint(request, allowed)
+            checks = endpoint.checks, request, None, self.settings
+            await call_in_thread(self._needs_password_check(endpoint, request), apply_checks, *checks)
+            request.body = await self._read_body(head, unread, deadline)
+            unread = 0
+            response = await endpoint.handler(request, self.app)
+        except Rejected as error:
+            response = self.rejection(request, error.reply)
         except OSError:
             raise
         except Exception:
             log_exception(None)
-            result = self._rejection(request, make_reply("our-fault"))
-        if 0 < left <= len(self.buffer) and request:  # a refused body that is here already
-            self.buffer, left = self.buffer[left:], 0
-        keep = bool(head and head.keep_alive and not left and not self.app.stopping)
-        return self._octets(result, extra, head, keep), keep
+            response = self.rejection(request, make_reply("our-fault"))
+        if 0 < unread <= len(self.buffer) and request:  # a refused body that has arrived already
+            self.buffer, unread = self.buffer[unread:], 0
+        self.close_connection = not (head and head.keep_alive and not unread and not self.app.stopping)
+        keep_alive = (("Connection", "keep-alive"),) if head and head.is_http10 and not self.close_connection else ()
+        return self.response_octets(response, (*cors_headers, *keep_alive))
 
     def _request(self, head: RequestHead) -> Request:
         client, port = client_address(self.peer, self.port, head.headers, self.settings)
         return Request(head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings)
 
-    def _endpoint(self, request: Request, welcome: bool) -> Endpoint:
-        """The page for a request; Refused where there is none."""
-        page = ENDPOINTS.get(("GET" if request.method == "HEAD" else request.method, route_key(request.path)))
-        if not page:
+    def _endpoint(self, request: Request, origin_allowed: bool) -> Endpoint:
+        """Return the endpoint for a request; raise Rejected if there is none."""
+        method = "GET" if request.method == "HEAD" else request.method
+        endpoint = ENDPOINTS.get((method, route_key(request.path)))
+        if not endpoint:
             if not allowed_methods(request.path):
                 raise Rejected(make_reply("not-found"))
-            if request.method == "OPTIONS":
+            if method == "OPTIONS":
                 return Endpoint(answer_options)
-            raise Rejected(make_reply("method", word=request.method))
-        if request.method == "POST" and not welcome:
+            raise Rejected(make_reply("method", word=method))
+        if method == "POST" and not origin_allowed:
             raise Rejected(make_reply("origin"))
-        return page
+        return endpoint
 
-    def _needs_password_check(self, page: Endpoint, request: Request) -> bool:
-        """True where a password has to be looked at anew."""
-        gate = self.settings.password
-        return bool(gate.hashes and page.pre_body_checks and not gate.is_cached(request.headers.get("authorization")))
+    def _needs_password_check(self, endpoint: Endpoint, request: Request) -> bool:
+        """Return True if a password hash has to be computed."""
+        password, credentials = self.settings.password, request.headers.get("authorization")
+        return bool(password.hashes and endpoint.checks and not password.is_cached(credentials))
 
-    def _rejection(self, request: Request | None, response: Reply) -> Response:
+    def rejection(self, request: Request | None, reply: Reply) -> Response:
+        """Return the response for a Reply that refuses a request, and log it."""
         request = request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
-        queueid = new_queueid(request.now) if response.command != "HTTP" else None
-        log_rejection(request, queueid, response.status, None, {None: response})
-        result = answer_document(request, response.status, {None: response}, queueid, None)
-        if response.status == 405:
-            result = result._replace(headers=(("Allow", ", ".join(allowed_methods(request.path))),))
-        return result
+        queueid = new_queueid(request.now) if reply.command != "HTTP" else None
+        response = respond(request, reply.status, {None: reply}, queueid, None)
+        if reply.status == 405:
+            return response._replace(headers=(("Allow", ", ".join(allowed_methods(request.path))),))
+        return response
 
-    def _head_here(self, seen: int = 0) -> bytes:
-        """The octets before the empty line, b"" where that is not here yet; what follows stays in the buffer. `seen` of
-        them were looked at before."""
-        end = self.buffer.find(b"\r\n\r\n", seen)
+    def response_octets(self, response: Response, headers: tuple = ()) -> bytes:
+        self.wfile = io.BytesIO()
+        self.send_response_only(response.status)
+        self.send_header("Server", self.version_string())
+        self.send_header("Date", self.date_time_string())
+        if response.status != 204:
+            self.send_header("Content-Type", response.type)
+            self.send_header("Content-Length", str(len(response.body)))
+        for name, value in (*response.headers, *headers):
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(response.body)
+        return self.wfile.getvalue()
+
+    def version_string(self) -> str:
+        return "Haineko"
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return http_date(int(time.time() if timestamp is None else timestamp))
+
+    def _buffered_head(self, searched: int = 0) -> bytes:
+        """Return the octets before the empty line, b"" if that has not arrived; `searched` octets need no search."""
+        end = self.buffer.find(b"\r\n\r\n", searched)
         if end > MAX_HEAD or (end < 0 and len(self.buffer) > MAX_HEAD):
             raise Rejected(make_reply("head-too-large"))
         if end < 0:
-            if BARE_LF.search(self.buffer, seen):
+            if BARE_LF.search(self.buffer, searched):
                 raise Rejected(make_reply("bad-request", "line ends with LF alone"))
             return b""
         head, self.buffer = self.buffer[: end + 2], self.buffer[end + 4 :]
         return head
 
-    async def _head(self, deadline: float) -> bytes:
-        """The same, waited for."""
+    async def _read_head(self, deadline: float) -> bytes:
         head = b""
         while not head:
-            seen = max(len(self.buffer) - 3, 0)
-            self.buffer += await self._while_idle(self._more(deadline))
-            head = self._head_here(seen)
+            searched = max(len(self.buffer) - 3, 0)
+            self.buffer += await self._while_idle(self._receive(deadline))
+            head = self._buffered_head(searched)
         return head
 
-    async def _more(self, deadline: float, most: int = 65536) -> bytes:
-        """More octets from the client, by the deadline."""
+    async def _receive(self, deadline: float, limit: int = 65536) -> bytes:
+        """Return octets from the client; raise Rejected at the deadline."""
         try:
-            await sleep(0)  # who sends faster than we read must not keep the others waiting
+            await asyncio.sleep(0)  # who sends faster than we read must not keep the others waiting
             if time.monotonic() >= deadline:
                 raise socket.timeout
-            octets = await sock_recv(self.connection, most, deadline)
+            octets = await self.connection.recv(limit, deadline)
         except socket.timeout:
             raise Rejected(make_reply("request-timeout")) from None
         if not octets:
             raise ConnectionError("closed within a request")
         return octets
 
-    async def _body(self, head: RequestHead, length: int, deadline: float) -> bytes:
-        """The body, whole."""
+    async def _read_body(self, head: RequestHead, length: int, deadline: float) -> bytes:
         size = self.settings.smtpd.max_message_size
         limit = 2 * size + 65536 if size else MAX_BODY
         if head.method != "POST":
-            limit = MAX_HEAD  # no page reads it, and nobody was asked who it is
+            limit = MAX_HEAD  # no endpoint reads it, and nobody has logged in
         if length > limit:
             raise Rejected(make_reply("body-too-large"))
         expected = head.headers.get("expect")
@@ -7463,28 +7565,28 @@ class Connection(http.server.BaseHTTPRequestHandler):
             if expected.lower() != "100-continue":
                 raise Rejected(make_reply("expectation"))
             if not head.is_http10 and (length == CHUNKED or len(self.buffer) < length):
-                await sock_sendall(self.connection, b"HTTP/1.1 100 Continue\r\n\r\n", deadline)
+                await self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n", deadline)
         if length == CHUNKED:
-            return await self._chunks(limit, deadline)
-        return self._taken(length) if length <= len(self.buffer) else await self._exactly(length, deadline)
+            return await self._read_chunks(limit, deadline)
+        return self._take(length) if length <= len(self.buffer) else await self._read_exactly(length, deadline)
 
-    def _taken(self, length: int) -> bytes:
-        """So many octets, or as many as are here."""
+    def _take(self, length: int) -> bytes:
+        """Return up to `length` octets that have arrived."""
         octets, self.buffer = self.buffer[:length], self.buffer[length:]
         return octets
 
-    async def _exactly(self, length: int, deadline: float) -> bytes:
-        """So many octets; a bytearray where they are so many that to join them would take room twice."""
-        whole = bytearray(self._taken(length))
+    async def _read_exactly(self, length: int, deadline: float) -> bytes:
+        """Return `length` octets; a bytearray if they are many, because a copy would need the memory twice."""
+        whole = bytearray(self._take(length))
         while len(whole) < length:
-            whole += await self._more(deadline, min(length - len(whole), 1 << 18))
+            whole += await self._receive(deadline, min(length - len(whole), 1 << 18))
         return whole if length >= LARGE else bytes(whole)
 
-    async def _chunks(self, limit: int, deadline: float) -> bytes:
-        """A chunked body, RFC 9112 7.1."""
+    async def _read_chunks(self, limit: int, deadline: float) -> bytes:
+        """Return a chunked body (RFC 9112 7.1)."""
         body, total = bytearray(), 0
         while True:
-            line = await self._line(deadline)
+            line = await self._read_line(deadline)
             found = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?", line)
             if not found:
                 raise Rejected(make_reply("bad-request", "chunk size"))
@@ -7494,55 +7596,55 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 raise Rejected(make_reply("body-too-large"))
             if not size:
                 break
-            body += await self._exactly(size, deadline)
-            await sleep(0)  # a chunk may be one octet, and thousands of them be here already
-            if await self._exactly(2, deadline) != b"\r\n":
+            body += await self._read_exactly(size, deadline)
+            await asyncio.sleep(0)  # a chunk may be one octet, and thousands of them may have arrived
+            if await self._read_exactly(2, deadline) != b"\r\n":
                 raise Rejected(make_reply("bad-request", "end of chunk"))
         for _ in range(MAX_HEADERS):
-            if not await self._line(deadline):
+            if not await self._read_line(deadline):
                 return body if len(body) >= LARGE else bytes(body)
         raise Rejected(make_reply("head-too-large"))
 
-    async def _line(self, deadline: float) -> bytes:
+    async def _read_line(self, deadline: float) -> bytes:
         while b"\r\n" not in self.buffer:
             if len(self.buffer) > 4096:
                 raise Rejected(make_reply("bad-request", "chunk line"))
-            self.buffer += await self._more(deadline, 4096)
+            self.buffer += await self._receive(deadline, 4096)
         line, _, self.buffer = self.buffer.partition(b"\r\n")
         return line
 
-    def _octets(self, result: Response, extra: tuple, head: RequestHead | None, keep: bool) -> bytes:
-        """The answer as it goes out, by one call, so that no packet waits for another."""
-        lines = [f"HTTP/1.1 {result.status} {self.responses[result.status][0]}", date_header(int(time.time()))]
-        if result.status != 204:
-            lines.append(f"Content-Type: {result.type}\r\nContent-Length: {len(result.body)}")
-        for name, value in (*result.headers, *extra):
-            lines.append(f"{name}: {value}")
-        if not keep:
-            lines.append("Connection: close")
-        elif head.is_http10:
-            lines.append("Connection: keep-alive")
-        body = b"" if head and head.method == "HEAD" else result.body
-        return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
+async def lingering_close(sock: AsyncSocket) -> None:
+    """Send the end of the stream and read what still arrives (RFC 9112 9.6).
 
-async def lingering_close(sock: Any) -> None:
-    """Says that nothing more comes, and reads what still does: a connection closed with octets unread is reset, and the
-    client might never see what was said last (RFC 9112 9.6)."""
+    A connection closed with octets unread is reset, and the client might never see the last response.
+    """
     deadline = time.monotonic() + LINGER_TIMEOUT
     with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_WR)
-        while time.monotonic() < deadline and await sock_recv(sock, 1 << 18, deadline):
-            await sleep(0)
+        await sock.call(functools.partial(close_notify, sock.sock), deadline)
+        sock.sock.shutdown(socket.SHUT_WR)
+        while await sock.recv(1 << 18, deadline):
+            pass
+
+
+def close_notify(sock: Any) -> None:
+    """Send the closure alert of TLS (RFC 9112 9.8), once; the client's own is not waited for."""
+    if isinstance(sock, ssl.SSLSocket):
+        try:
+            sock.unwrap()
+        except ssl.SSLWantWriteError:
+            raise
+        except (OSError, ValueError):  # sent and not answered yet, or the connection is broken, or closed already
+            pass
 
 
 @functools.lru_cache(maxsize=2)
-def date_header(second: int) -> str:
-    return f"Server: Haineko\r\nDate: {formatdate(second, usegmt=True)}"
+def http_date(second: int) -> str:
+    return formatdate(second, usegmt=True)
 
 
 class Worker:
-    """One process that serves all its connections in one thread; or the one that delivers from the queue."""
+    """Process that serves all its connections in one thread, or that delivers from the queue."""
 
     ACCEPT_DELAY = 0.001  # seconds for which a worker that is busier than another leaves a new connection to it
 
@@ -7557,33 +7659,32 @@ class Worker:
     ) -> None:
         self.app = App(settings, bells[1])
         self.listeners, self.parent_pipe = listeners, lifeline
-        self.busy_counts, self.slot = loads or [0], slot  # busy connections of every worker; our place in it
-        self.loop = Loop()
-        self.queue_manager = QueueManager(self.app, bells[0], self.loop) if slot is None else None
+        self.busy_counts, self.slot = loads or [0], slot  # busy connections of each worker; index of this one
+        self.loop = EventLoop()
+        self.queue_manager = QueueManager(self.app, bells[0]) if slot is None else None
         self.connections: set = set()
         self.idle: OrderedDict = OrderedDict()  # connections without a request, the longest-idle first
         self.lingering_503s = 0  # of them, now
-        self.reload = self.rereading = False  # asked for; under way
 
     def run(self) -> None:
-        """Serves until told to stop and all requests in flight are answered."""
-        log.start_buffering()
+        """Serve until told to stop and all requests in flight are answered."""
+        log.start_buffering(self.loop)
         sys.setswitchinterval(0.001)  # a thread at work on a large mail must not hold up the small ones for longer
+        self.loop.run_until_complete(self._serve())
+
+    async def _serve(self) -> None:
+        self.stopped, self.reloading = asyncio.Event(), asyncio.Lock()
         self._listen_to_signals()
-        for listener in self.listeners:
-            listener.setblocking(False)
-            self.loop.spawn(self._stop_on_error(self._accept(listener)))
-        self.parent_pipe.setblocking(False)
-        self.loop.spawn(self._watch_parent())
-        self.loop.spawn(self._stop_on_error(self._housekeeping()))
-        if self.queue_manager:
-            self.loop.spawn(self._stop_on_error(self.queue_manager.run()))
-        while not self.app.stopping:
-            self.loop.turn()
-            self._reread_if_asked()
+        for sock in (*self.listeners, self.parent_pipe):
+            sock.setblocking(False)
+        listeners = list(map(AsyncSocket, self.listeners))
+        vital = [*map(self._accept, listeners), self._watch_parent(), self._housekeeping()]
+        for coroutine in (*vital, self.queue_manager.run()) if self.queue_manager else vital:
+            self.loop.create_task(self._stop_on_error(coroutine))
+        await self.stopped.wait()
         began = now = time.monotonic()
-        self.loop.turn(0)  # who has sent a request meanwhile is heard
-        for listener in self.listeners:
+        await asyncio.sleep(0.01)  # requests that have come meanwhile are accepted
+        for listener in listeners:
             listener.close()
         while (
             self.connections or (self.queue_manager and any(self.queue_manager.in_flight.values()))
@@ -7592,149 +7693,133 @@ class Worker:
                 one for one in self.idle if not one.buffer or now > began + LINGER_TIMEOUT
             ]:  # no request yet
                 self._interrupt(connection)
-            self.loop.turn(0.05)
+            await asyncio.sleep(0.02)
             now = time.monotonic()
-        leaving = self.app.transport.sweep(everything=True)
-        run(leaving)
+        await asyncio.wait([self.loop.create_task(self.app.transport.sweep(everything=True))], timeout=LINGER_TIMEOUT)
 
     def _listen_to_signals(self) -> None:
-        signal.set_wakeup_fd(self.loop.threads.clapper.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
-        signal.signal(signal.SIGHUP, self._reload)
+            self.loop.add_signal_handler(number, self._stop)
+        self.loop.add_signal_handler(signal.SIGHUP, lambda: self.loop.create_task(self._reread()))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came since the fork is heard now
 
-    def _stop(self, *_: Any) -> None:
+    def _stop(self) -> None:
         self.app.stopping = True
-
-    def _reload(self, *_: Any) -> None:
-        self.reload = True
+        self.stopped.set()
 
     async def _watch_parent(self) -> None:
-        """The master is gone without a word: nobody would replace or stop this process."""
-        await sock_recv(self.parent_pipe, 1, float("inf"))
-        self.app.stopping = True
+        """Stop when the supervisor has died, which could neither replace nor stop this process."""
+        await AsyncSocket(self.parent_pipe).recv(1, float("inf"))
+        self._stop()
 
     async def _stop_on_error(self, coroutine: Any) -> None:
-        """Without this coroutine the worker is of no use: where it fails, another worker takes the place."""
+        """Await a coroutine that the worker can't do without: if it fails, another worker takes over."""
         try:
             await coroutine
         except Exception:
             log_exception("worker")
-            self.app.stopping = True
+            self._stop()
 
-    async def _accept(self, listener: socket.socket) -> None:
-        while not self.app.stopping:
+    async def _accept(self, listener: AsyncSocket) -> None:
+        while listener.sock.fileno() >= 0:
             least = min(self.busy_counts)
             if len(self.connections) - len(self.idle) > least + least // 4:  # of many, some more make no difference
-                await sleep(self.ACCEPT_DELAY)
+                await asyncio.sleep(self.ACCEPT_DELAY)
             try:
-                sock, peer = listener.accept()
+                sock, peer = listener.sock.accept()
             except BlockingIOError:
-                await wait_ready(listener, float("inf"))
+                with contextlib.suppress(ConnectionAbortedError):  # closed
+                    await listener.wait_ready(float("inf"))
                 continue
             except OSError as error:  # the client is gone, or no file is left
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    await sleep(0 if self._close_idlest() else 0.05)
+                    await asyncio.sleep(0 if self._close_idlest() else 0.05)
                 continue
             sock.setblocking(False)
-            if listener.family != socket.AF_UNIX:
+            if listener.sock.family != socket.AF_UNIX:
                 with contextlib.suppress(OSError):  # a Mac says so where the client is gone already
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._full():
-                await sleep(0)  # so that who was accepted just now is known to be idle, and who has ended is gone
+                await asyncio.sleep(0)  # so that the idle and the ended ones are known
             if self._full() and not self._close_idlest():
-                self.loop.spawn(self._reject_503(sock, peer))
+                self.loop.create_task(self._reject_503(Connection(sock, peer, self)))
                 continue
             connection = Connection(sock, peer, self)
             self.connections.add(connection)
             self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
-            self.loop.spawn(connection.handle())
+            self.loop.create_task(connection.handle())
 
     def _full(self) -> bool:
         return len(self.connections) >= self.app.settings.httpd.max_connections
 
     def mark_idle(self, connection: Connection) -> None:
-        """A connection that waits for its next request."""
+        """Note that a connection waits for a request."""
         self.idle[connection] = None
         self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
 
     def mark_busy(self, connection: Connection) -> None:
-        """A connection that waits no longer."""
+        """Note that a connection has a request."""
         self.idle.pop(connection, None)
         self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
 
     def forget(self, connection: Connection) -> None:
-        """A connection that is closed."""
+        """Note that a connection is closed."""
         self.connections.discard(connection)
         self.mark_busy(connection)
 
-    async def _reject_503(self, sock: socket.socket, peer: tuple | str) -> None:
-        """503 for a connection too many, not waited for where many are being told so; it just ends where TLS would come
-        first."""
-        client = parse_ip(peer[0]) if isinstance(peer, tuple) else None
-        request, said = Request("", "", {}, b"", client, client, None, time.time()), {None: make_reply("busy")}
-        log_rejection(request, None, 503, None, said)
-        body = answer_document(request, 503, said, None, None).body
-        head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-        head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
-        patient = self.lingering_503s < MAX_LINGERING_503
+    async def _reject_503(self, connection: Connection) -> None:
+        """Answer 503 to a connection over the limit; close it at once if many are being answered so, or under TLS."""
+        linger = self.lingering_503s < MAX_LINGERING_503
         self.lingering_503s += 1
+        octets, sock = connection.response_octets(connection.rejection(None, make_reply("busy"))), connection.connection
         with contextlib.suppress(OSError):
             if not self.app.tls:
-                await sock_sendall(sock, head.encode() + body, time.monotonic() + LINGER_TIMEOUT)
-                if patient:
+                await sock.sendall(octets, time.monotonic() + LINGER_TIMEOUT)
+                if linger:
                     await lingering_close(sock)
         self.lingering_503s -= 1
         sock.close()
 
     def _close_idlest(self) -> bool:
-        """Closes the connection that has been idle longest; False where none is idle."""
+        """Close the connection that has been idle longest; return False if none is idle."""
         return any(self._interrupt(connection) for connection in self.idle)  # the first that can be, and no more
 
     def _interrupt(self, connection: Connection) -> bool:
-        """Ends a connection that is at rest; False where it has just been told something."""
-        found = self.loop.interrupt(connection.connection, ConnectionAbortedError("closed for another"))
+        """Abort an idle connection; return False if something has just arrived on it."""
+        found = connection.connection.abort(ConnectionAbortedError("closed for another"))
         if found:
             del self.idle[connection]
             self.connections.discard(connection)
         return found
 
     async def _housekeeping(self) -> None:
-        """Once a second: SMTP sessions nobody uses."""
+        """Once a second, close SMTP sessions that nobody uses."""
         while True:
-            await sleep(1.0)
+            await asyncio.sleep(1.0)
             await self.app.transport.sweep()
 
-    def _reread_if_asked(self) -> None:
-        if self.reload and not self.rereading:
-            self.reload, self.rereading = False, True
-            self.loop.spawn(self._reread())
-
     async def _reread(self) -> None:
-        """Takes settings that changed; the master has told their faults. One after the other: the last ones count."""
-        try:
-            settings, errors = await to_thread(load_settings, self.app.settings.path)
+        """Apply settings that changed; the supervisor has logged their faults. The last ones win."""
+        async with self.reloading:
+            settings, errors = await asyncio.to_thread(load_settings, self.app.settings.path)
             if not errors:
                 self.app.apply(settings)
-        finally:
-            self.rereading = False
 
 
 class Supervisor:
-    """The process that binds, forks workers, replaces those that die, and watches the settings."""
+    """Process that binds, forks workers, replaces those that die, and watches the settings."""
 
     def __init__(self, settings: Settings, listeners: list) -> None:
         self.settings, self.listeners = settings, listeners
-        self.workers: dict = {}  # pid: (monotonic time of its start, its place in loads; None: the queue's)
+        self.workers: dict = {}  # pid: (monotonic time of its start, index in busy_counts, None for the queue's)
         self.busy_counts: Any = [0]
-        self.wakeup_pair = socket.socketpair() if settings.queue else (None, None)  # rung where something is due
+        self.wakeup_pair = socket.socketpair() if settings.queue else (None, None)  # written to when something is due
         self.stopping = self.reload_requested = False
-        self.bad_stat_keys: tuple = ()  # signatures of settings that were told to be faulty
+        self.bad_stat_keys: tuple = ()  # of settings whose faults are logged already
         self.respawn_not_before = 0.0  # no worker is started before this time
 
     def run(self, ready: Callable) -> int:
-        """Until SIGTERM or SIGINT; then 0."""
+        """Run until SIGTERM or SIGINT; return the exit code."""
         alarm, wake = socket.socketpair()
         wake.setblocking(False)
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
@@ -7747,10 +7832,8 @@ class Supervisor:
         self._replace()
         ready()
         while not self.stopping:
-            try:
+            with contextlib.suppress(socket.timeout):
                 alarm.recv(4096)
-            except socket.timeout:
-                pass
             self._reap()
             if not self.stopping:
                 self._replace()
@@ -7762,7 +7845,7 @@ class Supervisor:
         self.reload_requested = self.reload_requested or number == signal.SIGHUP
 
     def _replace(self) -> None:
-        """As many workers as there should be; one that died young is replaced a second later."""
+        """Start the workers that are missing; one that died young is replaced a second later."""
         free = set(range(len(self.busy_counts))) - {slot for _, slot in self.workers.values()}
         missing = self.settings.queue and None not in [slot for _, slot in self.workers.values()]
         for slot in (*([None] if missing else []), *sorted(free)):
@@ -7771,11 +7854,11 @@ class Supervisor:
             sys.stderr.flush()
             if slot is not None:
                 self.busy_counts[slot] = 0
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the worker listens to them
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the worker handles them
             try:
                 pid = os.fork()
-            except OSError as error:  # the machine has no more processes: those that run must not suffer
-                log.lines(f"a worker can't be started: {error.strerror}")
+            except OSError as error:  # no process is left: those that run must go on
+                log.lines(f"cannot start a worker: {error.strerror}")
                 pid, self.respawn_not_before = -1, time.monotonic() + 1
             if not pid:
                 self._become_worker(slot)
@@ -7799,7 +7882,7 @@ class Supervisor:
             log_exception("worker")
         finally:
             log.flush()
-            os._exit(code)  # without the threads that are still at work, and without the master's cleaning up
+            os._exit(code)  # without waiting for threads, and without the supervisor's cleanup
 
     def _reap(self) -> None:
         while self.workers:
@@ -7809,15 +7892,15 @@ class Supervisor:
                 return
             if not pid:
                 return
-            born, slot = self.workers.pop(pid, (None, 0))
-            if born is not None and not self.stopping:
+            started, slot = self.workers.pop(pid, (None, 0))
+            if started is not None and not self.stopping:
                 name = "queue process" if slot is None else "worker"
-                log.lines(f"{name} {pid} ended ({exit_reason(status)}); a new one takes its place")
-                if time.monotonic() - born < 1:
+                log.lines(f"{name} {pid} ended ({exit_reason(status)}); starting a new one")
+                if time.monotonic() - started < 1:
                     self.respawn_not_before = time.monotonic() + 1
 
     def _watch(self) -> None:
-        """Takes settings that changed, or tells each fault of them once."""
+        """Apply settings that changed, or log their faults once."""
         settings = self.settings
         if not settings.path:
             return
@@ -7828,7 +7911,7 @@ class Supervisor:
         fresh, errors = load_settings(settings.path)
         if errors:
             self.bad_stat_keys = fresh.files
-            log.lines("settings not taken, the old ones stay in force:", *[f"  {sanitize(error)}" for error in errors])
+            log.lines("reload failed; keeping the current settings:", *[f"  {sanitize(error)}" for error in errors])
             return
         self.bad_stat_keys = ()
         for part in ("listen", "workers"):
@@ -7839,28 +7922,24 @@ class Supervisor:
             log.lines("queue.path: takes effect at the next start")
         self.settings = fresh = pin_queue_path(fresh, settings.queue)
         log.open(fresh.smtpd.syslog)
-        log.lines(f"settings read again from {settings.path}")
+        log.lines(f"reloaded {settings.path}")
         self._signal_workers(signal.SIGHUP)
 
     def _signal_workers(self, number: int) -> None:
         for pid in self.workers:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-            except ProcessLookupError:
-                pass
 
     def _stop(self, alarm: socket.socket) -> int:
-        """Waits for the workers, which answer what is in flight; who takes too long is killed."""
+        """Wait for the workers, which answer what is in flight; kill those that take too long."""
         for listener in self.listeners:
             unlink_socket(listener)
             listener.close()
         self._signal_workers(signal.SIGTERM)
         deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 3
         while self.workers and time.monotonic() < deadline:
-            try:
+            with contextlib.suppress(socket.timeout):
                 alarm.recv(4096)
-            except socket.timeout:
-                pass
             self._reap()
         self._signal_workers(signal.SIGKILL)
         log.lines("stopped")
@@ -7868,43 +7947,33 @@ class Supervisor:
 
 
 def exit_reason(status: int) -> str:
-    """How a process ended, in words."""
+    """Describe how a process ended."""
     return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
 
 
 def bind(listen: str) -> socket.socket:
-    """A listening socket; OSError says why there is none."""
+    """Return a listening TCP or Unix socket; raise OSError."""
     if listen.startswith("unix:"):
         return bind_unix(listen[5:])
     name, _, port = listen.rpartition(":")
-    family, kind, proto, _, place = socket.getaddrinfo(
+    family, *_, address = socket.getaddrinfo(
         ascii_domain(name.strip("[]")).encode(), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
-    listener = socket.socket(family, kind, proto)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if family == socket.AF_INET6:
-        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    try:
-        listener.bind(place)
-    except OSError:
-        listener.close()
-        raise
-    listener.listen(BACKLOG)
-    return listener
+    return socket.create_server(address, family=family, backlog=BACKLOG)
 
 
 BACKLOG = 1024
 
 
 def bind_unix(path: str) -> socket.socket:
-    """A listening socket in the file system; one left over by a server that is gone is replaced."""
+    """Return a listening Unix socket; one left over by a server that is gone is replaced."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.connect(path)
     except ConnectionRefusedError:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):  # a file that is no socket is refused alike
+        if not stat.S_ISSOCK(os.stat(path).st_mode):  # a file that is no socket refuses as well
             listener.close()
-            raise OSError(errno.EEXIST, "a file that is no socket stands there") from None
+            raise OSError(errno.EEXIST, "exists and is not a socket") from None
         os.unlink(path)
     except FileNotFoundError:
         pass
@@ -7914,26 +7983,24 @@ def bind_unix(path: str) -> socket.socket:
     listener.close()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
-    os.chmod(path, 0o666)  # who may come is said by the folder, as for other servers' sockets
+    os.chmod(path, 0o666)  # the folder's mode decides who may connect, as for other servers' sockets
     listener.listen(BACKLOG)
     return listener
 
 
 def unlink_socket(listener: socket.socket) -> None:
-    try:
-        if listener.family == socket.AF_UNIX:
+    if listener.family == socket.AF_UNIX:
+        with contextlib.suppress(OSError):
             os.unlink(listener.getsockname())
-    except OSError:
-        pass
 
 
 def url_of(listener: socket.socket, tls: bool) -> str:
-    """Where a listener is reached."""
-    place = listener.getsockname()
+    """Return the URL of a listener."""
+    address = listener.getsockname()
     if listener.family == socket.AF_UNIX:
-        return f"unix:{place}"
-    name = f"[{place[0]}]" if ":" in place[0] else place[0]
-    return f"{'https' if tls else 'http'}://{name}:{place[1]}/"
+        return f"unix:{address}"
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return f"{'https' if tls else 'http'}://{host}:{address[1]}/"
 
 
 # ======================================================================================================================
@@ -8189,52 +8256,46 @@ def command_check(options: Any) -> int:
 
 
 def run_checks(settings: Settings, options: Any) -> int:
-    """Prints a line for each step that routes and a sender's domain need to go well; 1 where one of them doesn't."""
+    """Run the checks that the options ask for, print a line for each step, and return the exit code."""
     sender = parse_address(options.sender or "")
     if options.sender and not (sender and sender.domain[0] != "["):
         raise CommandError(f'"{options.sender}" is no mail address of a domain', 2)
     if options.selector and not DOMAIN.fullmatch(options.selector):
         raise CommandError(f'"{options.selector}" is no selector', 2)
-    return run(_run_checks(settings, sender, options.selector, options.connect))
+    return run(_run_checks(settings, sender.domain if sender else "", options.selector, options.connect))
 
 
-async def _run_checks(settings: Settings, sender: Mailbox | None, selector: str | None, connect: bool) -> int:
+async def _run_checks(settings: Settings, domain: str, selector: str | None, connect: bool) -> int:
     transport, failed = TransportContext(settings.smtpd.resolver), False
-    work = []
-    if connect:
-        domain = sender.domain if sender else ""
-        probes = connectivity_probes(settings, domain)
-        work += [(where, run_probe(probe, transport)) for where, probe in probes.items()]
-    if sender:
-        work.append((sender.domain, check_sender_domain(sender.domain.lower(), selector, transport.resolver)))
-    for where, finding in work:
-        for step, fine, words in await finding:
-            failed = failed or not fine
-            print(f"{where}: {step}: {'' if fine else 'FAILED: '}{words}", flush=True)
+    checks = [(name, run_probe(probe, transport)) for name, probe in connectivity_probes(settings, domain) if connect]
+    if domain:
+        checks.append((domain, check_sender_domain(domain.lower(), selector, transport.resolver)))
+    for name, check in checks:
+        for step, ok, text in await check:
+            failed = failed or not ok
+            print(f"{name}: {step}: {'' if ok else 'FAILED: '}{text}", flush=True)
     return int(failed)
 
 
 async def run_probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """The findings of one route, whatever its probe raises."""
+    """Return the results of a route's probe, whatever it raises."""
     try:
-        return await PROBES[probe.route.relay](probe, transport)
-    except Rejected as refused:
-        reply = refused.reply
-        return [CheckResult(reply.command, False, f"{reply.code} {': '.join(reply.message)}")]
+        return await probe.route.row.probe(probe, transport)
+    except Rejected as rejected:
+        return [failed_step(rejected.reply.command, rejected.reply)]
     except OSError as error:
         return [CheckResult("CONN", False, error_text(error))]
 
 
-def connectivity_probes(settings: Settings, domain: str) -> dict:
-    """{path in the settings: Probe} of every route that mail could take; `domain` for those that don't name one."""
-    routes: dict = {}
-    for name in ("mailertable", "sendermt"):
-        for key, route in getattr(settings, name).items():
-            named = name == "mailertable" and key != "default" and not key.startswith(".")
-            routes[f"{name}.{key}"] = ConnectivityProbe(route, settings.hostname, key if named else domain)
-    if not {"mailertable.default", "sendermt.default"} & set(routes):
-        routes["no route"] = ConnectivityProbe(FALLBACK_ROUTE, settings.hostname)
-    return routes
+def connectivity_probes(settings: Settings, domain: str) -> list:
+    """Return (path in the settings, probe) of every route; `domain` is probed where the route is for many domains."""
+    probes, tables = [], {name: getattr(settings, name) for name in ("mailertable", "sendermt")}
+    for name, key, route in [(name, *item) for name, table in tables.items() for item in table.items()]:
+        named = name == "mailertable" and key != "default" and not key.startswith(".")
+        probes.append((f"{name}.{key}", ConnectivityProbe(route, settings.hostname, key if named else domain)))
+    if not any("default" in table for table in tables.values()):
+        probes.append(("no route", ConnectivityProbe(FALLBACK_ROUTE, settings.hostname)))
+    return probes
 
 
 async def check_sender_domain(domain: str, selector: str | None, resolver: Resolver) -> list:
@@ -8368,15 +8429,11 @@ def parse_tags(record: str) -> dict:
 
 
 def describe_route(route: Route) -> str:
-    """A route in words."""
-    if route.relay == "File":
-        return f"File {route.folder}"
-    if route.url:
-        return f"{route.mailer} {route.url}{', as ' + route.auth if route.auth else ''}"
-    if route.relay != "ESMTP":
-        return route.mailer
+    """Return where a route's mail goes, for people."""
     tls = ", TLS" if route.port == SMTPS else ", STARTTLS" if route.starttls else ""
-    return f"{route.mailer} {route.host}:{route.port}{tls}{', AUTH as ' + route.auth if route.auth else ''}"
+    login = f", AUTH as {route.auth}" if route.auth else ""
+    where = f"{route.relay} {route.url}" if route.url else route.row.destination.format(route=route, domain="").strip()
+    return where + tls + login
 
 
 def command_route(options: Any) -> int:
@@ -8384,7 +8441,7 @@ def command_route(options: Any) -> int:
     to, sender = parse_address(options.address), parse_address(options.sender or "")
     if not to or (options.sender and not sender):
         raise CommandError(f'"{options.address if not to else options.sender}" is no mail address', 2)
-    refusal = check_rcpt(to, settings)
+    refusal = check_recipient(to, settings)
     route, why = resolve_route(to.domain, sender.domain if sender else "", settings)
     print(f"{options.address}: {describe_route(route)} ({why})")
     if refusal:
@@ -8396,25 +8453,22 @@ def command_send(options: Any) -> int:
     """Posts a mail to a running Haineko; 0 where every recipient was accepted."""
     try:
         url = urllib.parse.urlsplit(options.url)
-        port, good = url.port, url.scheme in ("http", "https") and url.hostname and url.path.isascii()
+        good = url.scheme in ("http", "https") and url.hostname and url.port != 0 and url.path.isascii()
     except ValueError:  # of a port or brackets
         good = False
     if not good:
         raise CommandError(f'"{options.url}" is no URL of a Haineko', 2)
     body = submission_from_options(options)
-    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-    headers = {"Content-Type": "application/json", "User-Agent": f"haineko/{__version__}"}
-    if options.user:
-        headers.update(basic_auth_header((options.user, ask_password(options.user))))
-    path, text = url.path if url.path.endswith("/submit") else url.path.rstrip("/") + "/submit", b""
+    path = url.path if url.path.endswith("/submit") else url.path.rstrip("/") + "/submit"
+    credentials = (options.user, ask_password(options.user)) if options.user else ()
+    target = HTTPTarget(f"{url.scheme}://{url.netloc.rpartition('@')[2]}", 300, max_response=MAX_BODY)
     try:
-        connection = kind(url.hostname, port, timeout=300)
-        connection.request("POST", path, body, headers)
-        text = connection.getresponse().read(MAX_BODY)
+        request = HTTPRequest("POST", path, body, basic_auth_header(credentials))
+        text = KeepAliveConnection(target).exchange_once(request).body
         document = parse_json(text)
         accepted = [queue_item["error"] == 0 for queue_item in document["response"]]
-    except (OSError, http.client.HTTPException) as error:
-        raise CommandError(f"{options.url}: {error}", 1) from None
+    except Rejected as refused:
+        raise CommandError(f"{options.url}: {': '.join(refused.reply.message)}", 1) from None
     except (ValueError, KeyError, TypeError):
         raise CommandError(
             f"{options.url}: not the answer of a Haineko: {sanitize(text.decode('utf-8', 'replace'))}", 1
@@ -8498,27 +8552,27 @@ def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
 
 
 def queue_list(store: QueueDB, _: str) -> int:
-    last = 0
+    last, form = 0, "%Y-%m-%d %H:%M:%S"
     while True:
-        rows = run_operation(
-            store, open_recipients_after, last, 500
-        )  # some at a time, so that the server's work goes on
-        for _, queueid, size, born, due, sender, recipient, history in rows:
-            when = "sending" if due is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(due, born)))
-            attempts = parse_history(history)
-            reply = f"{attempts[-1][1].code} {' '.join(attempts[-1][1].message)}" if attempts else ""
-            came = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(born))
-            print(f"{queueid}  {size:>9}  {came}  next {when}  <{sender}> -> <{recipient}>  {sanitize(reply)}")
+        rows = run_operation(store, open_recipients_after, last, 500)  # in parts: the server works on meanwhile
+        for row in rows:
+            created_at, due = row["created_at"], row["due"]
+            when = row["state"] if due is None else time.strftime(form, time.localtime(max(due, created_at)))
+            reply = parse_history(row["history"])[-1:]
+            words = f"{reply[0].reply.code} {' '.join(reply[0].reply.message)}" if reply else ""
+            came = time.strftime(form, time.localtime(created_at))
+            envelope = f"<{row['sender']}> -> <{row['recipient']}>"
+            print(f"{row['queueid']}  {row['size']:>9}  {came}  next {when}  {envelope}  {sanitize(words)}")
         if not rows:
             return 0
-        last = rows[-1][0]
+        last = rows[-1]["id"]
 
 
 def queue_show(store: QueueDB, queueid: str) -> int:
     found = run_operation(store, message_status, queueid)
     if not found:
         raise CommandError(f"{sanitize(queueid)}: not in the queue", 1)
-    print(json.dumps(fate_document(*found), ensure_ascii=False, indent=2))
+    print(json.dumps(message_document(found), ensure_ascii=False, indent=2))
     return 0
 
 
@@ -8555,10 +8609,7 @@ def command_pw(options: Any) -> int:
         word = sys.stdin.readline().rstrip("\r\n")
     if not word:
         raise CommandError("no password", 1)
-    salt = os.urandom(16)
-    digest = scrypt(word, salt)
-    line = "$scrypt$ln=14,r=8,p=1$" + "$".join(base64.b64encode(octets).decode() for octets in (salt, digest))
-    print(f"{json.dumps(options.user or user_name(), ensure_ascii=False)}: {json.dumps(line)}")
+    print(f"{json.dumps(options.user or user_name(), ensure_ascii=False)}: {json.dumps(hash_password(word))}")
     return 0
 
 
@@ -8680,10 +8731,12 @@ def sendmail(settings: Settings, octets: bytes, sender: str, named: list, from_h
     trace = f"{place};\r\n\t{rfc5322_date(int(now))}"
     try:
         message = complete_raw_message(raw, sender, loop, trace, queueid, settings.hostname, now)
-        raise_if_rejected(check_size(len(message.parts[0]), settings))
+        too_big = check_message_size(len(message.parts[0]), settings)
+        if too_big:
+            raise Rejected(too_big)
     except Rejected as refused:
         return print_error(refused.reply.message[0], EX_DATAERR)
-    replies = {given: check_rcpt(mailbox, settings, given) for given, mailbox in mailboxes.items()}
+    replies = {given: check_recipient(mailbox, settings, given) for given, mailbox in mailboxes.items()}
     good = [mailbox for given, mailbox in mailboxes.items() if not replies[given]]
     transactions = plan_shared(source, message, good, settings, queueid)
     replies.update(replies_by_recipient(good, run(deliver_and_leave(transactions, settings)) if transactions else []))
