@@ -4871,7 +4871,8 @@ class TransportContext:
         closing, self.closing = self.closing, []
         for session in closing:
             session.stream.release()  # a thread has it from here
-        await asyncio.gather(*[asyncio.to_thread(session.quit) for session in closing])
+        if closing:
+            await asyncio.gather(*[asyncio.to_thread(session.quit) for session in closing])
 
 
 # ======================================================================================================================
