@@ -1667,6 +1667,9 @@ def parse_recipient_field(value: Any, json_path: str, errors: list) -> tuple:
 
 def parse_recipient_list(value: Any, json_path: str, errors: list) -> tuple:
     """Return the same of a list of such strings, or of one."""
+    if type(value) is list and len(value) > MAX_ADDRESSES:
+        errors.append(f"{json_path}: {len(value)} addresses exceed the limit of {MAX_ADDRESSES}")
+        return ()
     return tuple(itertools.chain.from_iterable(list_of(parse_recipient_field)(value, json_path, errors)))
 
 
@@ -1903,9 +1906,9 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
     rows = {normalize_key(key): row for key, row in own.items()}
     values, extra, seen = {}, [], {}
     twice = getattr(value, "duplicate_keys", ())[:MAX_ERRORS]
-    errors.extend(f"{json_path}.{sanitize(key)}: stands more than once" for key in twice)
+    errors.extend(f"{json_path}.{sanitize(key)}: duplicate key" for key in twice)
     for key, item in value.items():
-        if len(errors) >= MAX_ERRORS:
+        if len(errors) >= MAX_ERRORS or len(extra) > MAX_FIELDS:
             break
         name, item_path = normalize_key(key), f"{json_path}.{sanitize(key)}"
         if seen.setdefault(name, key) != key:
@@ -1915,6 +1918,9 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
             values.update({} if item is None else {attribute: parse(item, item_path, errors)})
         else:
             extra += extra_field(key, item, item_path, errors)
+    size = sum(len(item) for _, item, _ in extra)
+    if len(extra) > MAX_FIELDS or size > MAX_HEADER:
+        errors.append(f"{json_path}: more than {MAX_FIELDS} fields or {MAX_HEADER} characters")
     return Header(**values, extra_fields=tuple(extra))
 
 
@@ -1928,7 +1934,7 @@ def extra_field(key: str, value: Any, json_path: str, errors: list) -> list:
         items = (parse(value, json_path, errors),)
     elif is_x:
         parse, name = parse_header_text, "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
-        items = list_of(parse)(value, json_path, errors)
+        items = list_of(parse)(value[: MAX_FIELDS + 1] if type(value) is list else value, json_path, errors)
     elif RESERVED_FIELDS.fullmatch(normalize_key(key)):
         errors.append(f"{json_path}: Haineko makes this field itself")
         return []
