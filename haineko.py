@@ -1547,7 +1547,7 @@ class Request:
     peer: IPAddress | None  # address of the connection: the client's or a proxy's
     port: int | None  # of the client
     now: float  # seconds since the epoch
-    settings: Settings | None = None  # the settings in force when it began
+    settings: Settings | None = None  # in force when it began
     login: str = ""  # who logged in
     message_size: int = 0  # octets of the finished message
 
