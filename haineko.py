@@ -1502,6 +1502,7 @@ ADDRESS_TOKEN = re.compile(
 )
 COMMENT_TOKEN = re.compile(r"[()]|\\.", re.DOTALL)
 CFWS = ("blank", "comment")
+CHARSET_NAME = re.compile(r"[A-Za-z0-9_.:()+-]{1,40}")
 MESSAGE_ID = r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>"
 PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable ASCII, words with one space between
 DATE = re.compile(
@@ -1769,15 +1770,11 @@ def parse_charset(value: Any, json_path: str, errors: list) -> str:
     return name or "UTF-8"
 
 
+@cache_short(64, limit=40)
 def iana_charset(name: str) -> str:
     """Return IANA's preferred name of a charset, "" for one that Python or mail readers do not know."""
-    return _iana_charset(name) if re.fullmatch(r"[A-Za-z0-9_.:()+-]{1,40}", name) else ""
-
-
-@functools.lru_cache(maxsize=64)
-def _iana_charset(name: str) -> str:
     try:
-        return IANA_NAMES.get(codecs.lookup(codec_name(name)).name, "")
+        return IANA_NAMES.get(codecs.lookup(codec_name(name)).name, "") if CHARSET_NAME.fullmatch(name) else ""
     except (LookupError, ValueError):
         return ""
 
@@ -1868,8 +1865,8 @@ def hinted(cls: type, hints: dict) -> Callable:
 
     def parse(value: Any, json_path: str, errors: list) -> Any:
         known = key_table(cls)
-        strange = [key for key in value if key not in known] if isinstance(value, dict) else []
-        for key in strange:
+        usual = not isinstance(value, dict) or value.keys() <= known.keys()
+        for key in () if usual else [key for key in value if key not in known]:
             hint = hints.get(normalize_key(key))
             if hint and len(errors) < MAX_ERRORS:
                 del value[key]
@@ -2319,7 +2316,7 @@ def parse_submission(body: Any) -> SubmissionResult:
     except RecursionError:
         return SubmissionResult(None, ["nested too deeply"], is_json=False)
     submission = hinted(Submission, SUBMISSION_KEYS)(raw, "", errors)
-    if not any(error.startswith("attachments") for error in errors):
+    if submission.html and not any(error.startswith("attachments") for error in errors):
         check_content_ids(submission, errors)
     if submission.rcpt is None or submission.header.bcc or submission.raw:
         submission = add_header_recipients(submission, raw, errors)
@@ -2342,8 +2339,6 @@ def form_data_hint(start: bytes) -> str:
 
 def check_content_ids(submission: Submission, errors: list) -> None:
     """Append an error for a "cid:" in the HTML without an attachment, and for a `cid` that the HTML does not use."""
-    if not submission.html or not (submission.attachments or "cid:" in submission.html.lower()):
-        return
     links = {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(submission.html)}
     cids = {item.cid: i for i, item in enumerate(submission.attachments) if item.cid}
     errors += [
@@ -2609,6 +2604,7 @@ QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != o
 # the latter.
 CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
 UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
+ENCODED_WORDS = re.compile(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)")
 ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
 PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
 COMMENT = re.compile(r"\([^()\\]*\)")
@@ -2768,14 +2764,10 @@ def guess_media_type(name: str) -> str:
 
 _OFFICE = "application/vnd.openxmlformats-officedocument."
 EXTRA_MEDIA_TYPES = {  # that not every system's table has
-    ".docx": _OFFICE + "wordprocessingml.document",
-    ".xlsx": _OFFICE + "spreadsheetml.sheet",
-    ".pptx": _OFFICE + "presentationml.presentation",
-    ".ics": "text/calendar",
-    ".md": "text/markdown",
-    ".webp": "image/webp",
-    ".zip": "application/zip",
-}
+    ".docx": _OFFICE + "wordprocessingml.document", ".xlsx": _OFFICE + "spreadsheetml.sheet",
+    ".pptx": _OFFICE + "presentationml.presentation", ".ics": "text/calendar", ".md": "text/markdown",
+    ".webp": "image/webp", ".zip": "application/zip",
+}  # fmt: skip
 
 
 def html_to_text(html: str) -> str:
@@ -3114,13 +3106,10 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
     elif STRUCTURED_FIELDS.fullmatch(name):
         coded = f"{label}: {encode_comments(text)}"
     else:
-        segments = re.split(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)", text)
-        words = [
-            [item] if i % 2 else encoded_words(item, "UTF-8", len(label) + 2)
-            for i, item in enumerate(segments)
-            if item.strip()
-        ]
-        coded = fold(f"{label}:", itertools.chain.from_iterable(words))
+        tokens: list = []
+        for i, segment in enumerate(ENCODED_WORDS.split(text)):
+            tokens += [segment] if i % 2 else encoded_words(segment, "UTF-8", len(label) + 2) if segment.strip() else []
+        coded = fold(f"{label}:", tokens)
     return coded.encode() + b"\r\n"
 
 
