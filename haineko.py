@@ -5094,7 +5094,7 @@ def as_plain_submission(transaction: Transaction, octets: bytes) -> dict:
     text = decode_charset(TRANSFER_DECODERS.get(lines["content-transfer-encoding"], bytes)(body), charset)
     document = {"mail": transaction.sender, "rcpt": transaction.recipients, "body": text.replace("\r\n", "\n")}
     document["header"] = {**header, "charset": charset, "x-haineko-loop": passed}
-    submission, _ = parse_submission(encode_json(document))
+    submission = parse_submission(encode_json(document)).submission
     now = parsedate_to_datetime(lines["date"]).timestamp()
     again = submission and transaction.sender and compose(submission, transaction.queueid, None, hostname, now)
     composed = again.copy(transaction.recipients[0], transaction.number) if again else b""
