@@ -255,6 +255,8 @@ REPLIES = {
     "no-queue": (400, "421", None, "HTTP", 'No queue here: set "queue": {"path": "haineko.db"} in the settings'),
     "not-implemented": (501, "421", None, "HTTP", "Transfer-Encoding not implemented"),
     "busy": (503, "421", None, "HTTP", "Too many connections"),
+    "content-encoding": (415, "421", None, "HTTP", "Content-Encoding is not supported"),
+    "overload": (503, "421", None, "HTTP", "Too many octets in flight"),
     "http-version": (505, "421", None, "HTTP", "HTTP version not supported"),
     # a submission against policy
     "login": (401, "535", "5.7.0", "AUTH", "authentication failed"),
@@ -1491,6 +1493,7 @@ class Request:
     settings: Settings | None = None  # in force when it began
     login: str = ""  # who logged in
     message_size: int = 0  # octets of the finished message
+    forwarded: str = ""  # a header by which a proxy says that it forwarded the request
 
 
 class Mailbox(NamedTuple):
@@ -2152,10 +2155,22 @@ def check_login(request: Request, submission: Submission | None, settings: Setti
 
 def check_client(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
     """Require an address in relayhosts, unless the client has to log in."""
-    policy = settings.relayhosts
-    if settings.password.hashes or policy.open_relay or request.client in policy.relayhosts:
+    if settings.password.hashes or settings.relayhosts.open_relay:
         return None
-    return make_reply("client")
+    if request.client not in settings.relayhosts.relayhosts:
+        return make_reply("client", f"{request.client.text} is not in relayhosts.relayhosts")
+    reason = hidden_client(request, settings)
+    return make_reply("client", reason) if reason else None
+
+
+def hidden_client(request: Request, settings: Settings) -> str:
+    """Say why a request from a loopback address was not made by a program on this machine, "" if it may have been."""
+    if not request.forwarded or request.client not in LOOPBACK:
+        return ""
+    proxy = f"{request.forwarded} from {request.peer.text}"
+    if request.peer not in settings.httpd.trusted_proxies:
+        return f"{proxy}, which is not in httpd.trusted_proxies"
+    return "" if "x-forwarded-for" in request.headers else f"{proxy} without X-Forwarded-For"
 
 
 def check_loop(request: Request | None, submission: Submission, settings: Settings) -> Reply | None:
@@ -2172,24 +2187,32 @@ def check_ehlo(request: Request, submission: Submission, settings: Settings) -> 
     if name is None or DOMAIN.fullmatch(name):
         return None
     literal = name[:1] == "[" and name[-1:] == "]" and len(name) <= MAX_PATH and is_address_literal(name)
-    return None if literal else make_reply("ehlo")
+    return None if literal else make_reply("ehlo", 'ehlo: expected a domain or an address literal like "[192.0.2.1]"')
 
 
 def check_sender(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.mail:
-        return make_reply("mail-empty")
-    return None if parse_address(submission.mail) else make_reply("mail-form", *idna_hint(submission.mail))
+        return make_reply("mail-empty", "mail (the envelope sender) is required")
+    return None if parse_address(submission.mail) else make_reply("mail-form", *sender_hint(submission.mail))
+
+
+def sender_hint(text: str) -> tuple:
+    """Return lines that say what is expected instead of `text`, which is not an address."""
+    more = "; a name goes into header.from" if "<" in text else ""
+    return idna_hint(text) or (f'mail: expected a bare address like "user@example.org"{more}',)
 
 
 def check_recipient_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.rcpt or submission.rcpt == ("",):
-        return make_reply("rcpt-none")
+        return make_reply("rcpt-none", "rcpt is required, unless header has to, cc or bcc")
     limit, count = settings.smtpd.max_rcpts_per_message, len(submission.rcpt)
     if not limit or count <= limit:
         return None
     if count <= 100 * limit + 1000:  # past that, comparing the addresses would take too long
         count = len(unique_recipients(submission))
-    return make_reply("rcpt-many") if count > limit else None
+    if count <= limit:
+        return None
+    return make_reply("rcpt-many", f"{count} recipients exceed smtpd.max_rcpts_per_message ({limit})")
 
 
 def check_recipients(request: Request, submission: Submission, settings: Settings) -> dict:
@@ -2203,7 +2226,9 @@ def check_recipients(request: Request, submission: Submission, settings: Setting
 
 def check_body(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     raw = submission.raw
-    return None if submission.body or submission.html or (raw and raw.fields) else make_reply("body-empty")
+    if submission.body or submission.html or (raw and raw.fields):
+        return None
+    return make_reply("body-empty", "raw: it has no header fields" if raw else "body or html is required")
 
 
 def check_size(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -2211,7 +2236,9 @@ def check_size(request: Request, submission: Submission, settings: Settings) -> 
 
 
 def check_subject(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    return None if submission.header.subject or submission.raw else make_reply("subject-empty")
+    if submission.header.subject or submission.raw:
+        return None
+    return make_reply("subject-empty", "header.subject is required")
 
 
 # (stage, check) in the order in which faults are reported. A check returns a Reply, which refuses the whole submission,
@@ -2263,12 +2290,16 @@ def check_recipient(mailbox: Mailbox | None, settings: Settings, as_written: str
         or mailbox.domain.lower() in policy.domainpart
         or mailbox.addr_spec.lower() in policy.recipients
     )
-    return None if permitted else make_reply("rcpt-policy")
+    if permitted:
+        return None
+    return make_reply("rcpt-policy", "neither recipients.domainpart nor recipients.recipients has it")
 
 
 def check_message_size(octets: int, settings: Settings) -> Reply | None:
     limit = settings.smtpd.max_message_size
-    return make_reply("too-big") if limit and octets > limit else None
+    if not limit or octets <= limit:
+        return None
+    return make_reply("too-big", f"{octets} octets exceed smtpd.max_message_size ({limit})")
 
 
 # ======================================================================================================================
@@ -6391,9 +6422,9 @@ async def submit(request: Request, app: App) -> Response:
     settings, queueid, submission = request.settings or app.settings, new_queueid(request.now), None
     large = len(request.body) >= LARGE  # processed in a thread, so that small ones need not wait for it
     try:
-        submission = await call_in_thread(large, parse_body, request)
+        submission, digest = await call_in_thread(large, parse_body, request)
         refused = apply_checks(CHECKS_OF_SUBMISSION, request, submission, settings)
-        options = queue_options(request, submission, settings)
+        options = queue_options(request, submission, digest, settings)
         recipients = unique_recipients(submission)
         accepted = [mailbox for as_written, mailbox in recipients.items() if as_written not in refused]
         replies = {as_written: refused.get(as_written) for as_written in recipients}
@@ -6424,12 +6455,18 @@ async def call_in_thread(large: bool, function: Callable, *args: Any) -> Any:
     return await to_thread(function, *args) if large else function(*args)
 
 
-def parse_body(request: Request) -> Submission:
-    """Return the submission in a request's body; raise Rejected with every fault of it."""
+def parse_body(request: Request) -> tuple:
+    """Return (submission in a request's body, digest if there is an Idempotency-Key); raise Rejected with its errors."""
     submission, errors = parse_submission(request.body)
     if errors:
         raise Rejected(make_reply("json", *errors[:MAX_REPORTED_ERRORS]))
-    return submission
+    return submission, document_digest(request.body) if "idempotency-key" in request.headers else None
+
+
+def document_digest(body: Any) -> bytes:
+    """Return a digest of the document in a body, whatever the order of its keys and its white space."""
+    document = parse_json(body.replace(b"\x1b", b"\\u001b"))
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).digest()
 
 
 MAX_REPORTED_ERRORS = 10
@@ -6483,7 +6520,9 @@ class QueueOptions(NamedTuple):
     login: str = ""
 
 
-def queue_options(request: Request, submission: Submission, settings: Settings) -> QueueOptions:
+def queue_options(
+    request: Request, submission: Submission, body_digest: bytes | None, settings: Settings
+) -> QueueOptions:
     """Return the client's options; raise Rejected for one that needs a queue if there is none."""
     key = request.headers.get("idempotency-key")
     if not settings.queue:
@@ -6496,8 +6535,9 @@ def queue_options(request: Request, submission: Submission, settings: Settings) 
     found = IDEMPOTENCY_KEY.fullmatch(key)
     if not found:
         raise Rejected(make_reply("key-form"))
-    digest = hashlib.sha256("\0".join((request.login, request.path, found[1] or found[2])).encode()).digest()
-    return QueueOptions(async_, digest, hashlib.sha256(request.body).digest(), request.login)
+    owner = request.login or f"[{request.client.text}]"  # nobody else may read the response
+    digest = hashlib.sha256("\0".join((owner, request.path, found[1] or found[2])).encode()).digest()
+    return QueueOptions(async_, digest, body_digest, request.login)
 
 
 # A string (RFC 8941 3.3.3), or a word without quotes, which most clients send.
@@ -6751,7 +6791,7 @@ def log_line(
     if reply.dsn:
         line.append(f"dsn={reply.dsn}")
     at = "" if reply.accepted or reply.origin == "policy" else f" (in reply to {reply.command})"
-    words = sanitize(f"{reply.code} {' '.join(reply.message)}", 500)
+    words = sanitize(f"{reply.code} {('; ' if reply.origin == 'policy' else ' ').join(reply.message)}", 500)
     return f"{' '.join(line)} status={reply.log_status} ({words}{at})"
 
 
@@ -6767,8 +6807,8 @@ def answer_document(
         "response": [reply_to_dict(to, reply) for to, reply in replies.items()],
         "remoteaddr": request.client.text if request.client else None,
         "remoteport": request.port,
-        "useragent": header_to_text(request.headers.get("user-agent")),
-        "referer": header_to_text(request.headers.get("referer")),
+        "useragent": echoed_header(request, "user-agent"),
+        "referer": echoed_header(request, "referer"),
         "timestamp": time_to_dict(request.now),
     }
     return Response(status, to_json(document), answer_headers(request, status, queueid, replies))
@@ -6796,11 +6836,15 @@ def time_to_dict(seconds: float | None) -> dict | None:
     return None if seconds is None else {"datetime": time.ctime(seconds), "unixtime": str(int(seconds))}
 
 
-def header_to_text(value: str | None) -> str | None:
-    """Return a header's value, which was decoded as Latin-1, as the UTF-8 that it most often is."""
+def echoed_header(request: Request, name: str) -> str | None:
+    """Return the start of a header's value, which was decoded as Latin-1, as the UTF-8 that it most often is."""
+    value = request.headers.get(name)
     if value is None or value.isascii():
-        return value
-    return value.encode("latin-1").decode("utf-8", "replace")
+        return value and value[:MAX_ECHO]
+    return value[: 4 * MAX_ECHO].encode("latin-1").decode("utf-8", "replace")[:MAX_ECHO]
+
+
+MAX_ECHO = 200  # characters of a header that an answer repeats, and the queue stores
 
 
 def to_json(document: Any) -> bytes:
@@ -6853,8 +6897,6 @@ def parse_head(octets: bytes) -> RequestHead:
     headers: dict = {}
     for name, value in [(name.lower(), value.strip(" \t")) for name, value in lines]:
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    if "," in headers.get("host", ""):  # two of them, RFC 9112 3.2
-        raise Rejected(make_reply("bad-request", "Host"))
     connection = headers.get("connection", "").lower()
     keep_alive = "keep-alive" in connection if is_http10 else "close" not in connection
     return RequestHead(method, path, headers, keep_alive, is_http10)
@@ -6871,6 +6913,13 @@ def parse_request_line(line: str) -> tuple:
     if target[0] != "/" and "://" in target:
         target = "/" + target.split("://", 1)[1].partition("/")[2]  # absolute form, RFC 9112 3.2.2
     return method, target.partition("?")[0], minor == "0"
+
+
+def check_host(head: RequestHead) -> None:
+    """Raise Rejected if Host is missing, repeated or no host (RFC 9112 3.2)."""
+    host = head.headers.get("host", "" if head.is_http10 else ",")
+    if not re.fullmatch(r"[^\s,/?#@\\]*", host):
+        raise Rejected(make_reply("bad-request", "Host"))
 
 
 CHUNKED = -1
@@ -6914,6 +6963,11 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
     return peer, port
 
 
+FORWARDING_HEADERS = frozenset(
+    ("via", "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "x-client-ip")
+)  # that proxies add
+
+
 class Endpoint(NamedTuple):
     """A row of ENDPOINTS: what answers, and the checks before the body is read."""
 
@@ -6939,11 +6993,15 @@ async def get_conf(request: Request, app: App) -> Response:
 
 
 def check_monitor(request: Request, submission: None, settings: Settings) -> Reply | None:
-    """Require a program on this machine, not a web page whose name was rebound in DNS."""
-    host = request.headers.get("host", "").lower()
-    near = request.client in LOOPBACK and request.peer in LOOPBACK
-    by_name = host and request.port is not None and not is_own_host(host, settings)
-    return None if near and not by_name else make_reply("forbidden")
+    """Require an address in httpd.monitors, and no web page whose name was rebound in DNS."""
+    host, reason = request.headers.get("host", "").lower(), hidden_client(request, settings)
+    if request.client not in settings.httpd.monitors:
+        reason = f"{request.client.text} is not in httpd.monitors"
+    elif not reason and request.forwarded and request.client in LOOPBACK:  # a proxy can't know that it is this machine
+        reason = f"{request.forwarded}: a forwarded request is not from this machine"
+    elif not reason and not is_own_host(host, settings):
+        reason = f"Host: expected an address or smtpd.hostname ({settings.hostname})"
+    return make_reply("forbidden", reason) if reason else None
 
 
 def is_own_host(host: str, settings: Settings) -> bool:
@@ -6956,9 +7014,8 @@ def is_own_host(host: str, settings: Settings) -> bool:
 
 
 def check_queue_access(request: Request, submission: None, settings: Settings) -> Reply | None:
-    if not check_monitor(request, None, settings):
-        return None
-    return check_login(request, None, settings) if settings.password.hashes else make_reply("forbidden")
+    refusal = check_monitor(request, None, settings)
+    return check_login(request, None, settings) if refusal and settings.password.hashes else refusal
 
 
 async def get_queue(request: Request, app: App) -> Response:
@@ -7056,7 +7113,7 @@ def cors_policy(head: RequestHead, settings: Settings) -> tuple:
     """Return (whether a web page of the request's Origin may POST, headers that tell its browser) (Fetch standard)."""
     origin = head.headers.get("origin")
     if origin is None:
-        return True, ()
+        return head.headers.get("sec-fetch-site", "").lower() != "cross-site", ()
     if origin.lower() in settings.httpd.allowed_origins:
         return True, (
             ("Access-Control-Allow-Origin", origin),
@@ -7148,12 +7205,19 @@ class Connection(http.server.BaseHTTPRequestHandler):
         unread, cors_headers = 1, ()
         try:
             head = parse_head(self._buffered_head() or await self._read_head(deadline))
-            self.command, unread = head.method, body_length(head)
+            self.command = head.method
+            check_host(head)
+            unread = body_length(head)
             request = self._request(head)
             allowed, cors_headers = cors_policy(head, self.settings)
             endpoint = self._endpoint(request, allowed)
             checks = endpoint.checks, request, None, self.settings
             await call_in_thread(self._needs_password_check(endpoint, request), apply_checks, *checks)
+            if unread and head.method != "POST":
+                unread = CHUNKED  # it is not waited for: the connection is closed
+                raise Rejected(make_reply("bad-request", f"{head.method} takes no body"))
+            if head.headers.get("content-encoding", "identity").lower() != "identity":
+                raise Rejected(make_reply("content-encoding", "send the document as it is"))
             request.body = await self._read_body(head, unread, deadline)
             unread = 0
             response = await endpoint.handler(request, self.app)
@@ -7172,7 +7236,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def _request(self, head: RequestHead) -> Request:
         client, port = client_address(self.peer, self.port, head.headers, self.settings)
-        return Request(head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings)
+        request = Request(
+            head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings
+        )
+        if not FORWARDING_HEADERS.isdisjoint(head.headers):
+            request.forwarded = min(FORWARDING_HEADERS.intersection(head.headers)).title()
+        return request
 
     def _endpoint(self, request: Request, origin_allowed: bool) -> Endpoint:
         """Return the endpoint for a request; raise Rejected if there is none."""
@@ -7180,13 +7249,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
         endpoint = ENDPOINTS.get((method, route_key(request.path)))
         if not endpoint:
             if not allowed_methods(request.path):
-                raise Rejected(make_reply("not-found"))
-            if method == "OPTIONS":
-                return Endpoint(answer_options)
-            raise Rejected(make_reply("method", word=method))
-        if method == "POST" and not origin_allowed:
-            raise Rejected(make_reply("origin"))
-        return endpoint
+                hint = did_you_mean(request.path, {path for _, path in ENDPOINTS})
+                raise Rejected(make_reply("not-found", *filter(None, [hint.lstrip("; ")])))
+            if method != "OPTIONS":
+                raise Rejected(make_reply("method", word=method))
+        is_preflight = method == "OPTIONS" and "access-control-request-method" in request.headers
+        if not origin_allowed and (method in ("POST", "DELETE") or is_preflight):
+            origin = sanitize(request.headers.get("origin", "a cross-site request without Origin"))
+            raise Rejected(make_reply("origin", f"{origin} is not in httpd.allowed_origins"))
+        return endpoint or Endpoint(answer_options)
 
     def _needs_password_check(self, endpoint: Endpoint, request: Request) -> bool:
         """Return True if a password hash has to be computed."""
@@ -7261,10 +7332,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
     async def _read_body(self, head: RequestHead, length: int, deadline: float) -> bytes:
         size = self.settings.smtpd.max_message_size
         limit = 2 * size + 65536 if size else MAX_BODY
-        if head.method != "POST":
-            limit = MAX_HEAD  # no endpoint reads it, and nobody has logged in
         if length > limit:
-            raise Rejected(make_reply("body-too-large"))
+            raise Rejected(make_reply("body-too-large", body_limit(size, limit)))
         expected = head.headers.get("expect")
         if expected:
             if expected.lower() != "100-continue":
@@ -7298,7 +7367,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             size = int(found[1], 16)
             total += len(line) + size  # a body of chunks of one octet costs by its lines
             if total > limit:
-                raise Rejected(make_reply("body-too-large"))
+                raise Rejected(make_reply("body-too-large", body_limit(self.settings.smtpd.max_message_size, limit)))
             if not size:
                 break
             body += await self._read_exactly(size, deadline)
@@ -7317,6 +7386,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.buffer += await self._receive(deadline, 4096)
         line, _, self.buffer = self.buffer.partition(b"\r\n")
         return line
+
+
+def body_limit(size: int, limit: int) -> str:
+    return (
+        f"more than {limit} octets: twice smtpd.max_message_size ({size}) and 65536" if size else f"more than {limit}"
+    )
 
 
 async def lingering_close(sock: Any) -> None:
