@@ -10401,7 +10401,7 @@ class Attacks(Quiet):
         self.assertEqual(len({haineko.document_digest(octets) for octets in (text, *others)}), 4)
 
     def test_a_key_without_login_is_that_of_its_client(self):
-        force = settings(queue={"path": "/nowhere/haineko.db"})
+        force = haineko.replace(settings(), queue=True)  # any
         found = set()
         for client, login in (("192.0.2.1", ""), ("192.0.2.2", ""), ("192.0.2.1", "neko"), ("192.0.2.2", "neko")):
             asked = request(b"{}", client, **{"idempotency-key": "k"})
