@@ -73,7 +73,9 @@ import types
 import urllib.parse
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field, fields, replace
-from email.utils import formatdate, getaddresses, parsedate_to_datetime
+from email.utils import formatdate, parsedate_to_datetime
+from html import unescape
+from html.parser import HTMLParser
 from typing import Any, Callable, NamedTuple
 
 __version__ = "1.0.0"
@@ -262,6 +264,7 @@ REPLIES = {
     "login": (401, "535", "5.7.0", "AUTH", "authentication failed"),
     "client": (403, "500", "5.7.1", "AUTH", "Access denied"),
     "json": (400, "421", None, "HTTP", "Malformed JSON string"),
+    "invalid": (400, "554", "5.6.0", "HTTP", "Invalid submission"),
     "loop": (400, "421", "5.4.6", "CONN", "Detected message loop"),
     "ehlo": (400, "501", "5.0.0", "EHLO", "Invalid domain name"),
     "mail-empty": (400, "501", "5.5.2", "MAIL", 'Syntax error in parameters scanning "FROM"'),
@@ -1473,21 +1476,21 @@ def log_value(value: Any, limit: int = 500) -> str:
 
 # ======================================================================================================================
 # 5. Submissions
-#    Takes the octets of a request's body, gives a Submission in which every string is Unicode, free of CR, LF and NUL
-#    where a header is meant, and every address of a header is one. Knows nothing of policy.
+#    Takes the body of a request, gives a Submission and the list of all faults. Every string of a Submission is
+#    Unicode; strings for headers have no CR, LF or NUL; addresses in headers are parsed. Knows no settings.
 # ======================================================================================================================
 
 
-@dataclass(repr=False, eq=False)  # made for each request, and a frozen one takes four times as long
+@dataclass(repr=False, eq=False)  # made for each request, and creating a frozen one takes four times as long
 class Request:
-    """One HTTP request; its body comes after its head was found good."""
+    """An HTTP request; its body is read after the checks of its head."""
 
     method: str
     path: str
     headers: dict  # by name in lower case
-    body: Any  # bytes, or a bytearray
-    client: IPAddress | None  # None where nothing was read
-    peer: IPAddress | None  # of the connection: the client's or a proxy's
+    body: Any  # bytes or bytearray
+    client: IPAddress | None  # None if no head was read
+    peer: IPAddress | None  # address of the connection: the client's or a proxy's
     port: int | None  # of the client
     now: float  # seconds since the epoch
     settings: Settings | None = None  # in force when it began
@@ -1497,136 +1500,239 @@ class Request:
 
 
 class Mailbox(NamedTuple):
-    """One mailbox: as the client wrote it, its local part, and its domain in ASCII."""
+    """A mailbox of RFC 5321 4.1.2, its domain in ASCII."""
 
     as_written: str
     local: str
     domain: str
-    addr_spec: str  # local part and domain
-    key: tuple  # the same for two addresses that are the same: domains compare without case (RFC 5321 2.4)
+    addr_spec: str  # local part, "@", domain
+    key: tuple  # equal for equal mailboxes: domains compare without case (RFC 5321 2.4)
 
 
-def parse_address(text: str) -> Mailbox | None:
-    """The mailbox (RFC 5321 4.1.2, no display name, no brackets), or None. The local part may be other than ASCII."""
-    return _parse_address(text) if len(text) <= MAX_PATH else None
-
-
-@functools.lru_cache(maxsize=4096)  # of nothing long: what was asked is kept
-def _parse_address(text: str) -> Mailbox | None:
-    found = MAILBOX.fullmatch(text)
-    if not found:
-        return None
-    if not text.isascii() and (not text.isprintable() or len(text.encode()) > MAX_PATH):
-        return None
-    local, domain = found.groups()
-    if not domain.isascii():
-        domain = ascii_domain(domain)
-    found = Mailbox(text, local, domain, f"{local}@{domain}", (local, domain.lower()))
-    if len(found.addr_spec.encode()) > MAX_PATH:
-        return None
-    return found if DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_address_literal(domain)) else None
-
-
+NULL_SENDER = Mailbox("", "", "", "", ("", ""))  # of bounces, RFC 5321 4.5.5; in a header: an empty group
 MAX_PATH = 254  # octets, RFC 5321 4.5.3.1.3 less the brackets
 _ATOM = r"[^\x00-\x20\x7f()<>@,;:\\\".\[\]]+"
-MAILBOX = re.compile(  # what of it is other than ASCII has to be printable too
+MAILBOX = re.compile(  # characters beyond ASCII must be printable as well
     rf'({_ATOM}(?:\.{_ATOM})*|"(?:[^\x00-\x1f\x7f"\\]|\\[\x20-\x7e])*")'
     r"@([^\x00-\x20\x7f@<>\[\]]+|\[[0-9A-Za-z:.]+\])"
 )
 
 
-NULL_SENDER = Mailbox("", "", "", "", ("", ""))  # of bounces, RFC 5321 4.5.5
+@cache_short(4096, limit=MAX_PATH)
+def parse_address(text: str) -> Mailbox | None:
+    """Return the mailbox that a bare address names, or None. The local part may be other than ASCII (RFC 6531)."""
+    found = MAILBOX.fullmatch(text) if len(text) <= MAX_PATH else None
+    if not found or not (text.isascii() or (text.isprintable() and len(text.encode()) <= MAX_PATH)):
+        return None
+    local, domain = found.groups()
+    domain = domain if domain.isascii() else ascii_domain(domain)
+    mailbox = Mailbox(text, local, domain, f"{local}@{domain}", (local, domain.lower()))
+    if len(mailbox.addr_spec.encode()) > MAX_PATH:
+        return None
+    return mailbox if DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_address_literal(domain)) else None
+
+
+@cache_short(1024)
+def is_address_literal(text: str) -> bool:
+    """Return whether the text is an address literal (RFC 5321 4.1.3): [192.0.2.1] or [IPv6:2001:db8::1]."""
+    inner = text[1:-1]
+    if "%" in inner:  # ipaddress accepts any characters in a zone, CR and LF included
+        return False
+    is_v6 = inner[:5].lower() == "ipv6:"
+    try:
+        (ipaddress.IPv6Address if is_v6 else ipaddress.IPv4Address)(inner[5:] if is_v6 else inner)
+    except ValueError:
+        return False
+    return True
 
 
 def idna_hint(text: str) -> tuple:
-    """A line on the character for which a domain is refused, () where there is none."""
+    """Return a line that says why a text is no bare address, or ()."""
     found = re.search(f"@[^@ ,>]*([{IDNA_DEVIATIONS}])", text)
-    if not found:
-        return ()
-    return (f"U+{ord(found[1]):04X} has two readings in a domain (IDNA 2003 and 2008); write the domain as xn--...",)
+    if found:
+        hint = "has two readings in a domain (IDNA 2003 and 2008); write the domain as xn--..."
+        return (f"U+{ord(found[1]):04X} {hint}",)
+    with contextlib.suppress(ValueError):
+        meant = [mailbox.as_written for _, mailbox in parse_mailboxes(text[:MAX_ADDRESS_TEXT])]
+        return (f'expected a bare address, got "{sanitize(text, 80)}"; did you mean "{meant[0]}"?',) if meant else ()
+    return ()
 
 
-@functools.lru_cache(maxsize=1024)
-def is_address_literal(text: str) -> bool:
-    """True for an address literal of RFC 5321 4.1.3: [192.0.2.1] or [IPv6:2001:db8::1]."""
-    inner = text[1:-1]
-    if "%" in inner:  # ipaddress takes anything behind it for a zone, CR and LF too
-        return False
+MAX_ADDRESS_TEXT = 1000  # characters of a faulty address that are looked at
+
+
+def parse_unicode_text(value: Any, json_path: str, errors: list) -> str:
+    """Return a string; any Unicode characters are allowed."""
+    if type(value) is not str:
+        errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
+        return ""
+    if value.isascii():
+        return value
     try:
-        if inner[:5].lower() == "ipv6:":
-            return bool(ipaddress.IPv6Address(inner[5:])) or True
-        return bool(ipaddress.IPv4Address(inner)) or True
-    except ValueError:
-        return False
+        value.encode("utf-16")  # fails for lone surrogates, and is quicker than UTF-8
+    except UnicodeEncodeError as error:
+        errors.append(f"{json_path}: has half a surrogate pair at character {error.start}")
+    return value
 
 
 def parse_header_text(value: Any, json_path: str, errors: list) -> str:
-    """A string for a header: neither CR, LF nor NUL, no lone surrogate."""
+    """Return a string for a header: no CR, LF, NUL or lone surrogate."""
     value = parse_unicode_text(value, json_path, errors)
     if not value.isprintable() and ("\r" in value or "\n" in value or "\0" in value):
         errors.append(f"{json_path}: has a CR, LF or NUL")
     return value
 
 
-def parse_unicode_text(value: Any, json_path: str, errors: list) -> str:
-    """A string of Unicode characters, whatever they are."""
-    if type(value) is not str:
-        errors.append(f"{json_path}: a string is wanted, not {json_type_name(value)}")
-        return ""
-    if value.isascii():
+def matching(pattern: str, expected: str) -> Callable:
+    """Make a parser of header text that is empty or matches the whole pattern."""
+    compiled = re.compile(pattern)
+
+    def parse(value: Any, json_path: str, errors: list) -> str:
+        value = parse_header_text(value, json_path, errors)
+        if value and not compiled.fullmatch(value):
+            errors.append(f'{json_path}: expected {expected}, got "{sanitize(value, 80)}"')
         return value
-    try:
-        value.encode("utf-16")  # finds them, and is quicker than UTF-8
-    except UnicodeEncodeError as error:
-        errors.append(f"{json_path}: has half a surrogate pair at character {error.start}")
-    return value
+
+    return parse
 
 
 def parse_mailbox_field(value: Any, json_path: str, errors: list) -> tuple:
-    """((display name, Address), ...) of a header like From."""
-    value = parse_header_text(value, json_path, errors)
-    found = parse_mailboxes(value) if len(value) <= MAX_MAILBOXES else ()
-    if value and not found:
-        errors.append(
-            "; ".join([f'{json_path}: "name <address>" is wanted, not "{sanitize(value, 80)}"', *idna_hint(value)])
-        )
+    """Return ((display name, Mailbox), ...) of a field like From; a text that is not empty names at least one."""
+    found = parse_recipient_field(value, json_path, errors)
+    if any(mailbox is NULL_SENDER for _, mailbox in found):
+        errors.append(f"{json_path}: names no mailbox")
     return found
 
 
-MAX_MAILBOXES = 32768  # characters of one field
-
-
-def parse_mailbox_list(value: Any, json_path: str, errors: list) -> tuple:
-    """The same of a list of such strings, or of one."""
-    return tuple(itertools.chain.from_iterable(list_of(parse_mailbox_field)(value, json_path, errors)))
-
-
-def parse_mailboxes(text: str) -> tuple:
-    """((display name, Address), ...); () where one of them is none. RFC 5322 3.4; email.utils reads the quoting."""
-    return (_parse_mailboxes if len(text) <= CACHE_MAX_CHARS else _parse_mailboxes.__wrapped__)(text)
-
-
-@functools.lru_cache(maxsize=512)
-def _parse_mailboxes(text: str) -> tuple:
-    simple = re.fullmatch(r"([^<>\"\\]*)<([^<>\s]+)>\s*", text)  # a comma or bracket in the name harms nobody here
-    if simple and "@" in simple[1] and re.search("[,;]", simple[1]):  # another mailbox, and no name
-        simple = None
+def parse_recipient_field(value: Any, json_path: str, errors: list) -> tuple:
+    """Return the same of a field like To, where ((name, NULL_SENDER),) is an empty group (RFC 5322 3.4)."""
+    value, reason = parse_header_text(value, json_path, errors), ""
     try:
-        named = (
-            [simple.groups()]
-            if simple
-            else [("", text.strip())]
-            if parse_address(text.strip())
-            else getaddresses([text])
-        )
-    except RecursionError:  # comments in comments in comments
-        return ()
-    found = tuple((name.strip(), parse_address(spec)) for name, spec in named)
-    return found if all(item for _, item in found) else ()
+        found = parse_mailboxes(value)
+        if found or not value:
+            return found
+        if ":" in value:
+            name = value.partition(":")[0].strip()
+            return ((name if PHRASE.fullmatch(name) else "undisclosed-recipients", NULL_SENDER),)
+    except ValueError as error:
+        reason = "" if value.strip() in str(error) else f" ({error})"
+    text = f'{json_path}: expected "name <address>", got "{sanitize(value, 80)}"{reason}'
+    errors.append("; ".join([text, *idna_hint(value[:MAX_ADDRESS_TEXT])]))
+    return ()
+
+
+PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}")  # of a mailbox or group, written without quotes
+
+
+def parse_recipient_list(value: Any, json_path: str, errors: list) -> tuple:
+    """Return the same of a list of such strings, or of one."""
+    return tuple(itertools.chain.from_iterable(list_of(parse_recipient_field)(value, json_path, errors)))
+
+
+MAX_ADDRESSES = 2000  # of one field
+# A name with commas or brackets without quotes, which people write, then one address.
+SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")
+ADDRESS_TOKEN = re.compile(
+    r'(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<angle><(?:[^<>"\\]|"(?:[^"\\]|\\.)*")*>)|(?P<literal>\[[^\[\]]*\])'
+    r"|(?P<blank>\s+)|(?P<mark>[,;:])|(?P<atom>[^\s\"<>()\[\],;:]+)",
+    re.DOTALL,
+)
+COMMENT_TOKEN = re.compile(r"[()]|\\.", re.DOTALL)
+
+
+@cache_short(512)
+def parse_mailboxes(text: str) -> tuple:
+    """Return ((display name, Mailbox), ...) of an address list (RFC 5322 3.4 and 4.4); ValueError if it is none.
+
+    Groups are dissolved, an empty one has no mailboxes. ";" separates as "," does, since many people write it.
+    email.utils.getaddresses() is not used: its strictness differs between versions of Python.
+    """
+    simple = SIMPLE_MAILBOX.fullmatch(text)
+    if simple and not ("@" in simple[1] and re.search("[,;]", simple[1])):  # else the name holds another mailbox
+        return ((simple[1].strip(), _parse_spec(simple[2])),)
+    found, member, in_group = [], AddressListMember(), False
+    for kind, token in address_tokens(text):
+        if kind != "mark":
+            member.add(kind, token)
+        elif token == ":":
+            if in_group or member.angle or not member.words:
+                raise ValueError('":" out of place')
+            member, in_group = AddressListMember(), True
+        else:
+            found += member.mailboxes()
+            member, in_group = AddressListMember(), in_group and token != ";"
+        if len(found) > MAX_ADDRESSES:
+            raise ValueError(f"more than {MAX_ADDRESSES} addresses")
+    if in_group:
+        raise ValueError('a group without ";"')
+    return tuple(found + member.mailboxes())
+
+
+def address_tokens(text: str) -> Any:
+    """Yield (kind, text) of the tokens of an address list."""
+    at = 0
+    while at < len(text):
+        if text[at] == "(":
+            end = _comment_end(text, at)
+            yield "comment", text[at + 1 : end - 1]
+            at = end
+            continue
+        found = ADDRESS_TOKEN.match(text, at)
+        if not found:
+            raise ValueError(f'"{text[at]}" out of place')
+        yield found.lastgroup, found[0]
+        at = found.end()
+
+
+def _comment_end(text: str, start: int) -> int:
+    """Return the position after a comment, which may hold others."""
+    depth = 0
+    for found in COMMENT_TOKEN.finditer(text, start):
+        depth += {"(": 1, ")": -1}.get(found[0], 0)
+        if not depth:
+            return found.end()
+    raise ValueError('a comment without ")"')
+
+
+class AddressListMember:
+    """The tokens between two separators of an address list: one mailbox or nothing."""
+
+    def __init__(self) -> None:
+        self.words: list = []  # of (kind, text)
+        self.comments: list = []
+        self.angle = ""  # "<address>"
+
+    def add(self, kind: str, token: str) -> None:
+        if kind == "comment":
+            self.comments.append(token)
+            token = " "
+        elif kind == "angle" and not self.angle:
+            self.angle = token
+        elif kind == "blank" or not self.angle:
+            self.words.append((kind, token))
+        else:
+            raise ValueError(f'"{sanitize(token, 80)}" after an address')
+
+    def mailboxes(self) -> list:
+        """Return [(display name, Mailbox)], or [] if there are only comments and blanks."""
+        comments = " ".join(comment.strip() for comment in self.comments)
+        if self.angle:
+            words = [re.sub(r"\\(.)", r"\1", word[1:-1]) if kind == "quoted" else word for kind, word in self.words]
+            name = "".join(words).strip()
+            return [(f"{name} ({comments})" if name and comments else name or comments, _parse_spec(self.angle[1:-1]))]
+        spec = "".join(word for _, word in self.words).strip()
+        return [(comments, _parse_spec(spec))] if spec else []
+
+
+def _parse_spec(text: str) -> Mailbox:
+    mailbox = parse_address(text.strip())
+    if not mailbox:
+        raise ValueError(f'"{sanitize(text, 80)}" is no address')
+    return mailbox
 
 
 def parse_loop_names(value: Any, json_path: str, errors: list) -> tuple:
-    """Names that a mail has passed: a list, or one string with commas."""
+    """Return the names of the Hainekos that a mail has passed: from a list, or from one string with commas."""
     names = ",".join(list_of(parse_header_text)(value, json_path, errors)).split(",")
     names = tuple(name.strip() for name in names if name.strip())
     for name in names:
@@ -1636,68 +1742,77 @@ def parse_loop_names(value: Any, json_path: str, errors: list) -> tuple:
 
 
 def parse_charset(value: Any, json_path: str, errors: list) -> str:
-    """The name of a charset as mail readers know it (IANA's)."""
+    """Return IANA's name of a charset."""
     value = parse_header_text(value, json_path, errors)
     name = iana_charset(value)
     if not name:
-        errors.append(f'{json_path}: "{sanitize(value, 80)}" is no charset for mail that is known here')
+        errors.append(f'{json_path}: unknown charset "{sanitize(value, 80)}"; "UTF-8" holds every character')
     return name or "UTF-8"
 
 
 def iana_charset(name: str) -> str:
-    """IANA's spelling of a charset's name, "" for none that Python knows or that text in mail can have."""
+    """Return IANA's preferred name of a charset, "" for one that Python or mail readers do not know."""
     return _iana_charset(name) if re.fullmatch(r"[A-Za-z0-9_.:()+-]{1,40}", name) else ""
 
 
 @functools.lru_cache(maxsize=64)
 def _iana_charset(name: str) -> str:
     try:
-        codec = codecs.lookup(codec_name(name)).name
-        as_ascii = "Az0 =?<@>\\~\r\n".encode(codec) == b"Az0 =?<@>\\~\r\n"
-    except (LookupError, ValueError, TypeError):
+        return IANA_NAMES.get(codecs.lookup(codec_name(name)).name, "")
+    except (LookupError, ValueError):
         return ""
-    if not as_ascii or codec.replace("_", "-") in NO_CHARSETS:
-        return ""
-    if codec in IANA_NAMES:
-        return IANA_NAMES[codec]
-    codec = re.sub(r"^iso8859-", "ISO-8859-", re.sub(r"^cp(125\d|874)$", r"windows-\1", codec))
-    return codec.replace("_", "-")
 
 
 def codec_name(charset: str) -> str:
-    """Python's name of a charset of mail; it does not know all of IANA's."""
-    known = {name.lower(): codec for codec, name in IANA_NAMES.items()}
-    return known.get(charset.lower()) or re.sub("^windows-", "cp", charset.lower())
+    """Return Python's name of a charset; Python does not know all of IANA's names."""
+    return CODECS.get(charset.lower(), charset.lower())
 
 
-NO_CHARSETS = ("utf-7", "idna", "punycode", "unicode-escape", "raw-unicode-escape", "charmap", "mbcs", "oem")
+# Python's name of a codec: IANA's of the charset. Codecs without one are not used, since no mail reader knows them.
 IANA_NAMES = {
     "ascii": "US-ASCII",
     "utf-8": "UTF-8",
     "iso2022_jp": "ISO-2022-JP",
+    "iso2022_jp_2": "ISO-2022-JP-2",
+    "iso2022_kr": "ISO-2022-KR",
     "shift_jis": "Shift_JIS",
     "cp932": "Windows-31J",
     "euc_jp": "EUC-JP",
     "euc_kr": "EUC-KR",
-    "cp949": "ks_c_5601-1987",
+    "cp949": "KS_C_5601-1987",
+    "cp950": "Big5",  # Microsoft's Big5; the characters that only it has are sent as UTF-8
     "big5": "Big5",
+    "big5hkscs": "Big5-HKSCS",
     "gb2312": "GB2312",
     "gbk": "GBK",
+    "gb18030": "GB18030",
     "koi8-r": "KOI8-R",
     "koi8-u": "KOI8-U",
+    "mac-roman": "macintosh",
+    "hp-roman8": "hp-roman8",
+    "kz1048": "KZ-1048",
+    "ptcp154": "PTCP154",
+    "tis-620": "TIS-620",
+    "cp874": "windows-874",
+    "cp858": "IBM00858",
+    **{f"cp{page}": f"windows-{page}" for page in range(1250, 1259)},
+    **{f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 855, 857, *range(860, 867), 869)},
+    **{f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))},
 }
+CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
 
-
-def parse_message_id(value: Any, json_path: str, errors: list) -> str:
-    """One message id, RFC 5322 3.6.4."""
-    value = parse_header_text(value, json_path, errors)
-    if value and not MESSAGE_ID.fullmatch(value):
-        errors.append(f'{json_path}: "<left@right>" is wanted, not "{sanitize(value, 80)}"')
-    return value
+MESSAGE_ID = r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>"
+PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable ASCII, words with one space between
+DATE = re.compile(
+    r"(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), )?[0-9]{1,2} (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) [0-9]{4} "
+    r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
+)
+parse_message_id = matching(MESSAGE_ID, '"<left@right>"')  # RFC 5322 3.6.4
+parse_ascii_text = matching(PLAIN.pattern, "printable ASCII in words of at most 900 characters")
 
 
 def parse_message_ids(value: Any, json_path: str, errors: list) -> str:
-    """Message ids with white space between, or a list of them."""
+    """Return message ids, from a list or from a string with white space between them."""
     return " ".join(
         parse_message_id(item, json_path, errors)
         for text in list_of(parse_header_text)(value, json_path, errors)
@@ -1706,54 +1821,25 @@ def parse_message_ids(value: Any, json_path: str, errors: list) -> str:
     )
 
 
-MESSAGE_ID = re.compile(r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>")
-
-
 def parse_date(value: Any, json_path: str, errors: list) -> str:
-    """A date of RFC 5322 3.3."""
+    """Return a date of RFC 5322 3.3."""
     value = parse_header_text(value, json_path, errors)
     try:
-        good = not value or (DATE.fullmatch(value) and parsedate_to_datetime(value))
+        valid = not value or (DATE.fullmatch(value) and parsedate_to_datetime(value))
     except (ValueError, TypeError):  # the 31st of February
-        good = False
-    if not good:
-        errors.append(f'{json_path}: a date like "{formatdate(0)}" is wanted, not "{sanitize(value, 80)}"')
+        valid = False
+    if not valid:
+        errors.append(f'{json_path}: expected a date like "{formatdate(0)}", got "{sanitize(value, 80)}"')
     return value
-
-
-DATE = re.compile(
-    r"(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), )?[0-9]{1,2} (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) [0-9]{4} "
-    r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
-)
-
-
-def parse_ascii_text(value: Any, json_path: str, errors: list) -> str:
-    """Printable ASCII with single spaces, for fields in which nothing can be encoded."""
-    value = parse_header_text(value, json_path, errors)
-    if value and not PLAIN.fullmatch(value):
-        errors.append(
-            f'{json_path}: printable ASCII is wanted, in words of 900 characters, not "{sanitize(value, 80)}"'
-        )
-    return value
-
-
-PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable ASCII, words with one space between
 
 
 def one_of(*words: str) -> Callable:
-    """A parser of one of these words."""
-
-    def parse(value: Any, json_path: str, errors: list) -> str:
-        value = parse_header_text(value, json_path, errors)
-        if value and value.lower() not in words:
-            errors.append(f'{json_path}: one of {", ".join(words)} is wanted, not "{sanitize(value, 80)}"')
-        return value
-
-    return parse
+    """Make a parser of one of these words."""
+    return matching(f"(?i:{'|'.join(words)})", f"one of {', '.join(words)}")
 
 
-# Fields that are handed on, beside those of Header and X-anything. What one_line reads is text and may be encoded
-# (RFC 2047), what mailboxes reads is a field of addresses, all others go as they are.
+# Fields that a client may set beside those of Header and X-...; the parser decides how a value is written:
+# parse_header_text: may be encoded (RFC 2047); parse_mailbox_field: a list of mailboxes; all others: as it is.
 EXTRA_FIELDS = {
     "Message-Id": parse_message_id,
     "In-Reply-To": parse_message_ids,
@@ -1778,146 +1864,170 @@ EXTRA_FIELDS = {
     "Feedback-Id": parse_ascii_text,
     "Disposition-Notification-To": parse_mailbox_field,  # RFC 8098
 }
-RESERVED_FIELDS = re.compile(
-    r"received|sender|returnpath|dkimsignature|mime.*|content.*"
-)  # fields that Haineko itself makes
+RESERVED_FIELDS = re.compile(r"received|sender|returnpath|dkimsignature|mime.*|content.*")  # normalized; made here
 X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
 
 
 def normalize_key(key: str) -> str:
-    """A key of a header in the one spelling of all that mean the same: replyto for Reply-To, reply_to and replyTo."""
+    """Return the one spelling of a header's key: "replyto" for Reply-To, reply_to and replyTo."""
     return key.lower().replace("-", "").replace("_", "")
 
 
 FIELD_BY_KEY = {normalize_key(name): name for name in EXTRA_FIELDS}
+# What other programs call the keys, and keys that belong to another level.
+TOP_KEYS = {key: key for key in ("ehlo", "helo", "mail", "rcpt", "recv", "body", "html", "attachments", "raw", "async")}
+TOP_KEYS.update(dict.fromkeys(("text", "textbody", "plain", "content", "message"), "body"))
+TOP_KEYS.update(dict.fromkeys(("recipient", "recipients", "mailto", "rcptto"), "rcpt"))
+TOP_KEYS.update(sender="mail", mailfrom="mail", htmlbody="html", files="attachments", attachment="attachments")
+TOP_KEYS.update(contenttype="html or attachments[].type", mimetype="attachments[].type")
+ATTACHMENT_KEYS = dict.fromkeys(("contenttype", "mimetype", "mediatype"), '"type"')
+ATTACHMENT_KEYS.update(data='"content"', contentid='"cid"', disposition='"inline"')
 
 
-@dataclass(repr=False, eq=False)  # made for each mail, and a frozen one takes four times as long
+def hinted(cls: type, hints: dict) -> Callable:
+    """Make a parser of objects like from_dict() that knows the keys of other programs and other levels."""
+
+    def parse(value: Any, json_path: str, errors: list) -> Any:
+        known = key_table(cls)
+        strange = [key for key in value if key not in known] if isinstance(value, dict) else []
+        for key in strange:
+            hint = hints.get(normalize_key(key))
+            if hint and len(errors) < MAX_ERRORS:
+                del value[key]
+                dot = json_path and json_path + "."
+                errors.append(f"{dot}{sanitize(key)}: unknown key; did you mean {hint}?")
+        return from_dict(cls, value, json_path, errors)
+
+    return parse
+
+
+@dataclass(repr=False, eq=False)  # made for each mail, and creating a frozen one takes four times as long
 class Header:
     from_: tuple = config_field((), parse_mailbox_field, "From; absent: the envelope sender", key="from")
     subject: str = config_field("", parse_header_text, "required")
     replyto: tuple = config_field((), parse_mailbox_field, "Reply-To", key="replyto|reply-to")
     charset: str = config_field("UTF-8", parse_charset, "of headers and body")
     loop: tuple = config_field((), parse_loop_names, "names of the Hainekos it has passed", key="x-haineko-loop")
-    to: tuple = config_field((), parse_mailbox_list, "To; with it all recipients get the same message")
-    cc: tuple = config_field((), parse_mailbox_list, "Cc; the same")
-    bcc: tuple = config_field((), parse_mailbox_list, "more recipients, in no header")
-    extra_fields: tuple = ()  # ((name, value, parser), ...) of further fields
+    to: tuple = config_field((), parse_recipient_list, "To; with it all recipients get the same message")
+    cc: tuple = config_field((), parse_recipient_list, "Cc; the same")
+    bcc: tuple = config_field((), parse_recipient_list, "more recipients, in no header")
+    extra_fields: tuple = ()  # ((name, value, parser), ...)
 
     @property
     def shared(self) -> bool:
-        """True where every recipient gets the same message."""
+        """Whether all recipients get the same message."""
         return bool(self.to or self.cc)
 
 
 def parse_header(value: Any, json_path: str, errors: list) -> Header:
-    """A Header whose keys may be spelled in any way, with the further fields in `others`."""
+    """Return a Header; its keys may be spelled in any way."""
     own = key_table(Header)
-    if not isinstance(value, dict) or value.keys() <= own.keys():  # as most programs spell it
+    if not isinstance(value, dict) or value.keys() <= own.keys():  # the usual spelling
         return from_dict(Header, value, json_path, errors)
     rows = {normalize_key(key): row for key, row in own.items()}
-    values, others, seen = {}, [], {}
+    values, extra, seen = {}, [], {}
     twice = getattr(value, "duplicate_keys", ())[:MAX_ERRORS]
     errors.extend(f"{json_path}.{sanitize(key)}: stands more than once" for key in twice)
     for key, item in value.items():
         if len(errors) >= MAX_ERRORS:
             break
-        name, place = normalize_key(key), f"{json_path}.{sanitize(key)}"
+        name, item_path = normalize_key(key), f"{json_path}.{sanitize(key)}"
         if seen.setdefault(name, key) != key:
-            errors.append(f"{place}: says again what {sanitize(seen[name])} says already")
+            errors.append(f"{item_path}: means the same as {sanitize(seen[name])}, which is set already")
         elif name in rows:
             attribute, parse = rows[name]
-            values.update({} if item is None else {attribute: parse(item, place, errors)})
+            values.update({} if item is None else {attribute: parse(item, item_path, errors)})
         else:
-            others += extra_field(key, item, place, errors)
-    return Header(**values, extra_fields=tuple(others))
+            extra += extra_field(key, item, item_path, errors)
+    return Header(**values, extra_fields=tuple(extra))
 
 
 def extra_field(key: str, value: Any, json_path: str, errors: list) -> list:
-    """[(name, value, parser), ...] of a field that is no row of Header; [] with a fault where it can't be."""
+    """Return [(name, value, parser), ...] of a key that is not one of Header's own."""
     name = FIELD_BY_KEY.get(normalize_key(key))
-    if name and value is not None:
-        return [(name, item, EXTRA_FIELDS[name]) for item in (EXTRA_FIELDS[name](value, json_path, errors),) if item]
-    if X_FIELD.fullmatch(key) and value is not None:
-        name = "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
-        return [
-            (name, item, parse_header_text) for item in list_of(parse_header_text)(value, json_path, errors) if item
-        ]
-    if name or X_FIELD.fullmatch(key):
+    parse, is_x = EXTRA_FIELDS.get(name), X_FIELD.fullmatch(key)
+    if (name or is_x) and value is None:
         return []
-    if RESERVED_FIELDS.fullmatch(normalize_key(key)):
-        errors.append(f"{json_path}: this field is made by Haineko itself")
+    if name:
+        items = (parse(value, json_path, errors),)
+    elif is_x:
+        parse, name = parse_header_text, "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
+        items = list_of(parse)(value, json_path, errors)
+    elif RESERVED_FIELDS.fullmatch(normalize_key(key)):
+        errors.append(f"{json_path}: Haineko makes this field itself")
+        return []
     else:
-        words = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)]
-        errors.append(f"{json_path}: unknown key{did_you_mean(key, words) if len(errors) < MAX_HINTS else ''}")
-    return []
+        names, outside = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)], TOP_KEYS.get(normalize_key(key))
+        hint = f"; did you mean {outside}, outside of header?" if outside else ""
+        errors.append(
+            f"{json_path}: unknown key{hint or (did_you_mean(key, names) if len(errors) < MAX_HINTS else '')}"
+        )
+        return []
+    return [(name, item, parse) for item in items if item]
 
 
 def parse_base64(value: Any, json_path: str, errors: list) -> bytes:
-    """The octets that a string of base64 (RFC 4648 4) stands for; white space in it means nothing."""
+    """Return the octets of a base64 string (RFC 4648 4); white space in it is ignored."""
     if type(value) is not str:
-        errors.append(f"{json_path}: a string is wanted, not {json_type_name(value)}")
+        errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
         return b""
     for text in (value, "".join(value.split())) if "\n" in value or " " in value else (value,):
         try:
             octets = binascii.a2b_base64(text)
         except ValueError:
             continue
-        if len(octets) == len(text) // 4 * 3 - text[-2:].count("=") and len(text) % 4 == 0:  # a2b leaves out the rest
+        # a2b_base64() skips characters that are not of its alphabet: the length tells whether there were any.
+        if len(octets) == len(text) // 4 * 3 - text[-2:].count("=") and len(text) % 4 == 0:
             return octets
     errors.append(f"{json_path}: is not base64")
     return b""
 
 
 def parse_file_name(value: Any, json_path: str, errors: list) -> str:
-    """A name for the reader's disk: no path, nothing that doesn't show."""
+    """Return a file name without a path or invisible characters."""
     value = parse_unicode_text(value, json_path, errors).strip()
     if CONTROL_OR_BIDI.search(value):
         errors.append(f"{json_path}: has a control character")
     elif "/" in value or "\\" in value or value in (".", ".."):
-        errors.append(f'{json_path}: a name without a path is wanted, not "{sanitize(value, 80)}"')
+        errors.append(f'{json_path}: expected a name without a path, got "{sanitize(value, 80)}"')
     elif len(value) > MAX_FILE_NAME:
-        errors.append(f"{json_path}: is longer than {MAX_FILE_NAME} characters")
+        errors.append(f"{json_path}: {len(value)} characters exceed the limit of {MAX_FILE_NAME}")
     return value
 
 
-CONTROL_OR_BIDI = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
-)  # the last ones turn fdp.exe into exe.pdf
+# U+2028 to U+2069 hold those that make fdp.exe look like exe.pdf.
+CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 MAX_FILE_NAME = 255
 
 
 def parse_media_type(value: Any, json_path: str, errors: list) -> str:
-    """A media type with its parameters (RFC 2045 5.1), in the form in which it goes out."""
+    """Return a media type with its parameters (RFC 2045 5.1), folded as it is written in a message."""
     value = parse_header_text(value, json_path, errors)
     found = MEDIA_TYPE.fullmatch(value) if len(value) <= MAX_MEDIA_TYPE else None
     if value and not found:
-        errors.append(f'{json_path}: a media type like "application/pdf" is wanted, not "{sanitize(value, 80)}"')
+        errors.append(f'{json_path}: expected a media type like "application/pdf", got "{sanitize(value, 80)}"')
     if not found:
         return ""
     name, parameters = found[1].lower(), MEDIA_PARAMETER.findall(found[2])
     if name.startswith(("multipart/", "message/")) and name != "message/rfc822":
-        errors.append(f"{json_path}: {name} can't be attached; application/octet-stream can")
+        errors.append(f"{json_path}: {name} can't be attached; use application/octet-stream")
     return name + "".join(f";\r\n {key}={word}" for key, word in parameters if key.lower().rstrip("*") != "name")
 
 
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
 MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
-MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*);?[ \t]*")
+MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
 MAX_MEDIA_TYPE = 255
 
 
 def parse_content_id(value: Any, json_path: str, errors: list) -> str:
-    """What a link "cid:..." in the HTML says (RFC 2392), without brackets."""
-    value = parse_header_text(value, json_path, errors)
-    if value.startswith("<") and value.endswith(">"):
+    """Return the name that a link "cid:..." in the HTML uses (RFC 2392), without brackets."""
+    if type(value) is str and value.startswith("<") and value.endswith(">"):
         value = value[1:-1]
-    if value and not CONTENT_ID.fullmatch(value):
-        errors.append(f'{json_path}: letters, digits and @._+- are wanted, not "{sanitize(value, 80)}"')
-    return value
+    return matching(CONTENT_ID, "letters, digits and @._+-")(value, json_path, errors)
 
 
-CONTENT_ID = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}")
+CONTENT_ID = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -1930,32 +2040,30 @@ class Attachment:
 
 
 def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
-    """Attachments, from a list of objects or one."""
+    """Return Attachments, from a list of objects or from one."""
     if type(value) is list and len(value) > MAX_ATTACHMENTS:
-        errors.append(f"{json_path}: are more than {MAX_ATTACHMENTS}")
+        errors.append(f"{json_path}: {len(value)} exceed the limit of {MAX_ATTACHMENTS}")
         return ()
-    before = len(errors)
-    found = list_of(nested(Attachment))(value, json_path, errors)
-    cids: set = set()
-    for i, item in enumerate(found if len(errors) == before else ()):
+    before, cids = len(errors), set()
+    attachments = list_of(hinted(Attachment, ATTACHMENT_KEYS))(value, json_path, errors)
+    for i, item in enumerate(attachments if len(errors) == before else ()):
         if item.content is None:
             errors.append(f"{json_path}[{i}].content: is missing")
         elif item.type.startswith("message/") and NOT_7BIT.search(item.content):
-            errors.append(
-                f"{json_path}[{i}].type: a message/rfc822 is 7bit in lines of 998; application/octet-stream is not"
-            )
+            reason = "message/rfc822 must be ASCII in lines of at most 998 octets; use application/octet-stream"
+            errors.append(f"{json_path}[{i}].type: {reason}")
         if item.cid and item.cid in cids:
             errors.append(f"{json_path}[{i}].cid: another attachment has it already")
         cids.add(item.cid)
-    return found
+    return attachments
 
 
 MAX_ATTACHMENTS = 1000
-NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # what RFC 2045 2.7 keeps out
+NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # RFC 2045 2.7
 
 
 class ParsedMessage(NamedTuple):
-    """A finished message, line ends LF."""
+    """A finished message with LF as line end."""
 
     fields: list  # of (name in lower case, octets of the field)
     body: bytes
@@ -1967,68 +2075,273 @@ class Base64Message:
 
 
 def parse_raw(value: Any, json_path: str, errors: list) -> ParsedMessage:
-    """A message of RFC 5322 as a string, or as {"base64": its octets}."""
+    """Return a finished message (RFC 5322), from a string or {"base64": ...}."""
     if isinstance(value, dict):
         octets = from_dict(Base64Message, value, json_path, errors).base64
     else:
         octets = parse_unicode_text(value, json_path, errors).encode("utf-8", "replace")
     try:
-        found = parse_message(octets)
-        if found.body and not found.fields:
+        message = parse_message(octets)
+        if message.body and not message.fields:
             raise ValueError("has no header")
     except ValueError as error:
         errors.append(f"{json_path}: {error}")
         return ParsedMessage([], b"")
-    return found
+    return message
 
 
 def parse_message(octets: bytes) -> ParsedMessage:
-    """The fields and the body of a message with any line ends; ValueError says what is wrong in its header."""
+    """Parse a message with any line ends; ValueError says which field is wrong, or which limit is exceeded."""
+    found = re.match(rb">?From (?![ \t]*:)[^\n]*\n", octets)  # of an mbox
+    octets = octets[found.end() :] if found else octets
+    parts = mime_parts(octets)
+    check_limits(parts)
+    if any(part.encoding == "binary" for part in parts):  # no SMTP path carries it, and its CR and LF are no line ends
+        octets = rewrite_parts(octets, parts, _encode_binary)
     octets = octets.replace(b"\r\n", b"\n")
-    found = re.match(rb">?From [^\n]*\n", octets)  # of an mbox
-    place, fields = found.end() if found else 0, []
+    header, body = read_header(octets, 0)
+    return ParsedMessage(list(map(_clean_field, header)), octets[body:].replace(b"\r", b"\n"))
+
+
+def _clean_field(item: tuple) -> tuple:
+    """Return (name, octets) without blanks before the colon (RFC 5322 4.5) and in lines of at most 998 octets."""
+    name, octets = item
+    label, _, value = octets.partition(b":")
+    shown = f"header {sanitize(label.decode().strip())}"
+    if b"\r" in octets or b"\0" in octets:
+        raise ValueError(f"{shown}: has a CR or NUL")
+    octets = fold_long_lines(label.rstrip() + b":" + value + (b"" if value.endswith(b"\n") else b"\n"))
+    if TOO_LONG.search(octets):
+        raise ValueError(f"{shown}: has a line longer than 998 octets")
+    if not octets.isascii() and STRUCTURED_FIELDS.fullmatch(name):
+        text = octets.decode("latin-1")
+        if not re.sub(r"\([^()]*\)", "", text).isascii() and not is_utf8(octets):
+            raise ValueError(f"{shown}: has octets that are neither ASCII nor UTF-8")
+    return name, octets
+
+
+def fold_long_lines(octets: bytes) -> bytes:
+    """Fold a field's lines of more than 998 octets at blanks; those without a blank stay."""
+    if not TOO_LONG.search(octets):
+        return octets
+    lines = []
+    for line in octets.split(b"\n"):
+        start = 0
+        while len(line) - start > 998:
+            at = max(line.rfind(b" ", start + 1, start + 998), line.rfind(b"\t", start + 1, start + 998))
+            if at < 0:
+                break
+            lines.append(line[start:at])
+            start = at
+        lines.append(line[start:])
+    return b"\n".join(lines)
+
+
+TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
+RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*(?:\n|\Z)")
+MAX_HEADER = 102400  # octets of the header of a message or part
+MAX_FIELDS = 1000
+MAX_PARTS = 2000
+MAX_NESTING = 100
+MAX_PARAMETERS = 1000
+PARAMETER_FIELDS = ("content-type", "content-disposition")
+MAILBOX_FIELDS = ("from", "sender", "to", "cc", "bcc", "reply-to", "resent-from", "resent-sender", "resent-to",
+                  "resent-cc", "resent-reply-to", "disposition-notification-to", "return-receipt-to")  # fmt: skip
+# Fields in which only comments may be encoded.
+STRUCTURED_FIELDS = re.compile(
+    r"(?:resent-)?(?:date|message-id)|received|received-spf|references|in-reply-to|return-path|mime-version|content-id"
+    r"|content-transfer-encoding|dkim-signature|domainkey-signature|arc-.*|authentication-results|auto-submitted"
+    r"|list-(?:archive|help|owner|post|subscribe|unsubscribe|unsubscribe-post)"
+)
+
+
+def is_utf8(octets: bytes) -> bool:
+    try:
+        return octets.decode() is not None
+    except UnicodeDecodeError:
+        return False
+
+
+@dataclass(eq=False)
+class MIMEPart:
+    """A part of a message: its header, and where it stands. A multipart or message within is a part of its own."""
+
+    header: list  # of (name in lower case, octets of the field)
+    start: int
+    body: int
+    end: int
+    depth: int
+    media_type: str = ""
+    is_leaf: bool = True
+
+    def value(self, name: str) -> str:
+        """Return the value of a field on one line, "" if there is none."""
+        octets = next((octets for key, octets in self.header if key == name), b"")
+        return " ".join(octets.partition(b":")[2].decode("ascii", "replace").split())
+
+    def parameter(self, name: str) -> str:
+        """Return a parameter of Content-Type."""
+        found = re.search(rf';\s*{name}\s*=\s*("(?:[^"\\]|\\.)*"|[^\s;"]+)', self.value("content-type"), re.IGNORECASE)
+        return re.sub(r"\\(.)", r"\1", found[1].strip('"')) if found else ""
+
+    @property
+    def is_text(self) -> bool:
+        return self.is_leaf and (self.media_type.startswith("text/") or not self.media_type)
+
+    @property
+    def encoding(self) -> str:
+        return self.value("content-transfer-encoding").partition("(")[0].strip().lower()
+
+
+def mime_parts(octets: bytes) -> list:
+    """Return the parts of a message (RFC 2046 5.1), each before those within it. It ends soon after a limit."""
+    parts: list = []
+    open_depths: dict = {}  # boundary of each open multipart, from the outermost: depth
+    current = _open_part(octets, 0, 0, parts, open_depths)
+    for found in DELIMITER.finditer(octets) if open_depths else ():
+        line = found[1].rstrip()
+        is_close = line not in open_depths and line.endswith(b"--")
+        boundary = line[:-2] if is_close else line
+        if boundary not in open_depths or found.start() < parts[-1].body - 1:
+            continue
+        if current:
+            current.end = max(current.body, found.start() - (octets[found.start() - 1 : found.start()] == b"\r"))
+        depth = open_depths[boundary]
+        while list(open_depths)[-1] != boundary:
+            open_depths.popitem()
+        current = None
+        if is_close:
+            open_depths.popitem()
+        elif len(parts) > MAX_PARTS:
+            break
+        else:
+            current = _open_part(
+                octets, octets.find(b"\n", found.end()) + 1 or len(octets), depth + 1, parts, open_depths
+            )
+    return parts
+
+
+DELIMITER = re.compile(rb"\n--([^\r\n]*)")
+
+
+def _open_part(octets: bytes, start: int, depth: int, parts: list, open_depths: dict) -> MIMEPart | None:
+    """Read a part's header and those of messages directly within it; return the innermost part if it has no parts."""
     while True:
-        found = RAW_FIELD.match(octets, place)
+        header, body = read_header(octets, start)
+        part = MIMEPart(header, start, body, len(octets), depth)
+        parts.append(part)
+        part.media_type = part.value("content-type").partition(";")[0].strip().lower()
+        boundary = part.parameter("boundary").encode("ascii", "replace")
+        if depth > MAX_NESTING or len(parts) > MAX_PARTS:
+            return part
+        if part.media_type.startswith("multipart/") and boundary:
+            part.is_leaf, open_depths[boundary] = False, depth
+            return None
+        if part.media_type != "message/rfc822" or part.encoding in ("base64", "quoted-printable"):
+            return part
+        part.is_leaf, start, depth = False, body, depth + 1
+
+
+def read_header(octets: bytes, start: int) -> tuple:
+    """Return ([(name in lower case, octets of the field), ...], start of the body). It ends soon after a limit."""
+    header, at = [], start
+    while len(header) <= MAX_FIELDS and at - start <= MAX_HEADER:
+        found = RAW_FIELD.match(octets, at)
         if not found:
             break
-        if b"\r" in found[0] or b"\0" in found[0]:
-            raise ValueError(f"header {sanitize(found[1].decode())}: has a CR or NUL")
-        if TOO_LONG.search(found[0]):
-            raise ValueError(f"header {sanitize(found[1].decode())}: has a line longer than 998 octets")
-        fields.append((found[1].decode().lower(), found[0]))
-        place = found.end()
-    return ParsedMessage(fields, octets[place + octets.startswith(b"\n", place) :].replace(b"\r", b"\n"))
+        header.append((found[1].decode().lower(), found[0]))
+        at = found.end()
+    return header, at + (2 if octets.startswith(b"\r\n", at) else octets.startswith(b"\n", at))
 
 
-RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t]+[^\n]*)*(?:\n|\Z)")
-TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
+def check_limits(parts: list) -> None:
+    """Raise ValueError if a message exceeds a limit."""
+    most = {
+        "parts": (len(parts), MAX_PARTS),
+        "levels of parts": (max(part.depth for part in parts), MAX_NESTING),
+        "fields in a header": (max(len(part.header) for part in parts), MAX_FIELDS),
+        "octets of a header": (max(part.body - part.start for part in parts), MAX_HEADER),
+        "parameters of a field": (
+            max(
+                (octets.count(b";") for part in parts for name, octets in part.header if name in PARAMETER_FIELDS),
+                default=0,
+            ),
+            MAX_PARAMETERS,
+        ),
+    }
+    for what, (count, limit) in most.items():
+        if count > limit:
+            raise ValueError(f"{count} {what} exceed the limit of {limit}")
+
+
+def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool = True) -> bytes:
+    """Return the message with the (fields, body) that rewrite(part, body) gives for each part."""
+    out, at = [], 0
+    for part in parts:
+        between, body = octets[at : part.start], octets[part.body : part.end] if part.is_leaf else b""
+        header, new_body = rewrite(part, body)
+        # Between parts stand delimiters, and text that nobody reads.
+        out.append(between if keep_8bit else between.translate(None, HIGH_OCTETS))
+        if header == part.header:
+            out.append(octets[part.start : part.body])
+        else:
+            length = sum(len(octets) for _, octets in part.header)
+            out += [octets for _, octets in header]
+            out.append(octets[part.start + length : part.body])
+        out.append(new_body)
+        at = part.end if part.is_leaf else part.body
+    return b"".join([*out, octets[at:] if keep_8bit else octets[at:].translate(None, HIGH_OCTETS)])
+
+
+HIGH_OCTETS = bytes(range(128, 256))
+
+
+def _encode_binary(part: MIMEPart, body: bytes) -> tuple:
+    """Return (fields, body) of a part, in base64 if it is marked as binary and is not text in lines."""
+    if part.encoding != "binary":
+        return part.header, body
+    if not part.is_leaf or (part.is_text and not part.parameter("charset").lower().startswith(("utf-16", "utf-32"))):
+        return set_encoding(part.header, ""), body
+    return set_encoding(part.header, "base64"), base64_lines(body)[:-2]
+
+
+def set_encoding(header: list, encoding: str) -> list:
+    """Return the fields of a part with another Content-Transfer-Encoding, "" for none."""
+    name = "content-transfer-encoding"
+    new = [(name, f"Content-Transfer-Encoding: {encoding}\r\n".encode())] if encoding else []
+    return [item for item in header if item[0] != name] + new
+
+
+def base64_lines(octets: Any) -> bytes:
+    """Return base64 in lines of 76 characters and CRLF (RFC 2045 6.8)."""
+    return b"\r\n".join(BASE64_LINE.findall(binascii.b2a_base64(octets, newline=False))) + b"\r\n"
+
+
+BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
 
 
 def header_recipients(fields: list) -> list:
-    """The addresses in To, Cc and Bcc. A field that can't be read stands for itself: it is refused, and not lost."""
+    """Return the addresses in To, Cc and Bcc. A field that is no address list stands for itself: it is never searched
+    for addresses, and the reply names it as an invalid recipient."""
     found: list = []
     for key, value in fields:
         if key in ("to", "cc", "bcc"):
             text = value.partition(b":")[2].decode("utf-8", "replace").replace("\n", "").strip()
             try:
-                known = [mailbox.as_written for _, mailbox in parse_mailboxes(text)]
-                known = known or [spec for _, spec in getaddresses([text]) if spec]
-            except RecursionError:  # comments in comments in comments
-                known = []
-            empty = re.fullmatch(r"(?:[^:;@<>]*:\s*;)?", text)  # nothing, or a group of nobody
-            found += known or ([] if empty else [text])
+                found += [mailbox.as_written for _, mailbox in parse_mailboxes(text)]
+            except ValueError:
+                found.append(text)
     return found
 
 
 def loop_names(fields: list) -> tuple:
-    """The Hainekos that a finished message has passed."""
+    """Return the names of the Hainekos that a finished message has passed."""
     texts = [value.partition(b":")[2].decode("ascii", "replace") for key, value in fields if key == "x-haineko-loop"]
-    return tuple(
-        name for name in parse_loop_names([text.replace("\n", "") for text in texts], "", []) if DOMAIN.fullmatch(name)
-    )
+    names = parse_loop_names([text.replace("\n", "") for text in texts], "", [])
+    return tuple(name for name in names if DOMAIN.fullmatch(name))
 
 
-@dataclass(repr=False, eq=False)  # made for each mail, and a frozen one takes four times as long
+@dataclass(repr=False, eq=False)  # made for each mail, and creating a frozen one takes four times as long
 class Submission:
     ehlo: str | None = config_field(None, parse_unicode_text, "the client's name", key="ehlo|helo")
     mail: str = config_field("", parse_unicode_text, "envelope sender", key="mail|send|from")
@@ -2044,64 +2357,141 @@ class Submission:
 
     @property
     def shared(self) -> bool:
-        """True where every recipient gets the same message."""
+        """Whether all recipients get the same message."""
         return bool(self.raw or self.header.shared)
 
 
-def parse_submission(body: Any) -> tuple:
-    """(Submission, faults) of a request's body, bytes or a bytearray; None where there are faults."""
+class SubmissionResult(NamedTuple):
+    """What a request's body holds: a Submission, or None and every error."""
+
+    submission: Submission | None
+    errors: list
+    is_json: bool = True  # False: the one error is that of the JSON decoder
+
+
+def parse_submission(body: Any) -> SubmissionResult:
+    """Parse the body of a request."""
     errors: list = []
-    if b"\x1b" in body:  # a raw escape is ISO-2022-JP of an old client
+    if b"\x1b" in body:  # old clients send ISO-2022-JP with its escape character as it is
         body = body.replace(b"\x1b", b"\\u001b")
     try:
         raw = parse_json(body)
+    except ValueError as error:
+        return SubmissionResult(None, [sanitize(str(error)) + form_data_hint(bytes(body[:500]))], is_json=False)
+    try:
         if b"\\u001" in body and isinstance(raw, dict) and isinstance(raw.get("header"), dict):
             decode_jis_strings(raw)
     except ValueError as error:
-        return None, [sanitize(str(error))]
+        return SubmissionResult(None, [sanitize(str(error))])
     except RecursionError:
-        return None, ["nested too deeply"]
-    found = from_dict(Submission, raw, "", errors)
-    if found.rcpt is None or found.header.bcc or found.raw:
-        found = add_header_recipients(found, raw, errors)
-    return None if errors else found, errors
+        return SubmissionResult(None, ["nested too deeply"], is_json=False)
+    submission = hinted(Submission, SUBMISSION_KEYS)(raw, "", errors)
+    check_content_ids(submission, errors)
+    if submission.rcpt is None or submission.header.bcc or submission.raw:
+        submission = add_header_recipients(submission, raw, errors)
+    return SubmissionResult(None if errors else submission, errors)
 
 
-def add_header_recipients(found: Submission, raw: Any, errors: list) -> Submission:
-    """The submission with the recipients that only its header names, and with the loop field of a finished message."""
-    header, rcpt = found.header, found.rcpt
-    if found.raw:
+SUBMISSION_KEYS = {
+    normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *key_table(Header), "replyto")
+}
+SUBMISSION_KEYS.update(TOP_KEYS)
+
+
+def form_data_hint(start: bytes) -> str:
+    """Return what to say of a body that is empty or the data of an HTML form."""
+    if not start.strip():
+        return "; the body is empty"
+    is_form = re.match(rb"[\w.%+\[\]-]{1,200}=", start) or (start[:2] == b"--" and b"form-data" in start)
+    return "; it looks like form data: send JSON" if is_form else ""
+
+
+def check_content_ids(submission: Submission, errors: list) -> None:
+    """Append an error for a "cid:" in the HTML without an attachment, and for a `cid` that the HTML does not use."""
+    if not submission.html or not (submission.attachments or "cid:" in submission.html.lower()):
+        return
+    links = {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(submission.html)}
+    cids = {item.cid: i for i, item in enumerate(submission.attachments) if item.cid}
+    errors += [
+        f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in sorted(links - cids.keys())
+    ][:MAX_HINTS]
+    errors += [f'attachments[{i}].cid: the HTML has no "cid:{cid}"' for cid, i in cids.items() if cid not in links]
+
+
+CID_LINK = re.compile("[\"'(=]\\s*cid:([^\"'<>()\\s]{1,600})", re.IGNORECASE)  # RFC 2392
+
+
+def is_expensive(work: Any) -> bool:
+    """Return whether to parse this body, or to compose this Submission, may take over 5 ms and belongs in a thread."""
+    return (_compose_cost(work) if isinstance(work, Submission) else _parse_cost(work)) > 5000
+
+
+def _parse_cost(body: Any) -> float:
+    """Estimate microseconds from above: text is cheap; strings, addresses and raw messages are not."""
+    per_octet = 0.4 if b'"raw"' in body else 0.01
+    return per_octet * len(body) + 1.5 * body.count(b'"') + 10 * body.count(b"@")
+
+
+def _compose_cost(submission: Submission) -> float:
+    """Estimate microseconds from above, by the slowest inputs of each kind."""
+    header, raw = submission.header, submission.raw
+    if raw:
+        per_octet = 0.01 if raw.body.isascii() else 0.3
+        return per_octet * len(raw.body) + 10 * len(raw.fields) + 30 * raw.body.count(b"\n--")
+    cost = (0.02 if header.charset in ("UTF-8", "US-ASCII") else 0.5) * len(submission.body)
+    cost += (0.1 if submission.body else 1.5) * len(submission.html)
+    cost += sum(25 + 0.008 * len(item.content or b"") for item in submission.attachments)
+    cost += 0.6 * (len(header.subject) + sum(len(value) for _, value, _ in header.extra_fields))
+    return cost + 5 * len(header.extra_fields) + 15 * len(header.to + header.cc)
+
+
+def provider_header_names(submission: Submission) -> tuple:
+    """Return the names of the fields that cloud relays take for commands."""
+    raw = submission.raw.fields if submission.raw else ()
+    names = [*(name for name, _, _ in submission.header.extra_fields), *(name for name, _ in raw)]
+    return tuple(dict.fromkeys(name for name in names if PROVIDER_HEADER.fullmatch(name)))
+
+
+PROVIDER_HEADER = re.compile(r"X-(?:MC|SES|PM|MS-Exchange)-.*|X-SMTPAPI", re.IGNORECASE)
+
+
+def add_header_recipients(submission: Submission, raw: Any, errors: list) -> Submission:
+    """Add the recipients that only the header names, and the loop field of a finished message."""
+    header, rcpt = submission.header, submission.rcpt
+    if submission.raw:
         both = [key for key in ("header", "body", "html", "attachments") if raw.get(key) is not None]
         errors.extend(f"{key}: can't stand beside raw" for key in both)
-        header = Header(loop=loop_names(found.raw.fields))
+        header = Header(loop=loop_names(submission.raw.fields))
         if rcpt is None:
-            rcpt = tuple(header_recipients(found.raw.fields))
+            rcpt = tuple(header_recipients(submission.raw.fields))
     if rcpt is None:
-        rcpt = tuple(mailbox.as_written for _, mailbox in header.to + header.cc)
-    return replace(found, header=header, rcpt=rcpt + tuple(mailbox.as_written for _, mailbox in header.bcc))
+        rcpt = tuple(mailbox.as_written for _, mailbox in header.to + header.cc if mailbox.as_written)
+    hidden = tuple(mailbox.as_written for _, mailbox in header.bcc if mailbox.as_written)
+    return replace(submission, header=header, rcpt=rcpt + hidden)
 
 
 def decode_jis_strings(raw: dict) -> None:
-    """Decodes the strings that hold ISO-2022-JP itself, where that is the charset asked for."""
-    asked = next((value for key, value in raw["header"].items() if normalize_key(key) == "charset"), None)
-    if type(asked) is str and iana_charset(asked) == "ISO-2022-JP":
+    """Decode the strings that hold ISO-2022-JP itself, if that is the charset asked for."""
+    charset = next((value for key, value in raw["header"].items() if normalize_key(key) == "charset"), None)
+    if type(charset) is str and iana_charset(charset) == "ISO-2022-JP":
         _decode_jis_in(raw, "")
 
 
-def _decode_jis_in(table: Any, where: str) -> None:
+def _decode_jis_in(table: Any, json_path: str) -> None:
     for key, value in table.items() if isinstance(table, dict) else enumerate(table):
-        place = f"{where}[{key}]" if isinstance(table, list) else f"{where}.{sanitize(key)}" if where else key
+        dot = "." if json_path else ""
+        item_path = f"{json_path}[{key}]" if isinstance(table, list) else f"{json_path}{dot}{sanitize(key)}"
         if type(value) is str:
             try:
                 table[key] = jis_to_text(value)
             except ValueError as error:
-                raise ValueError(f"{place}: {error}") from None
+                raise ValueError(f"{item_path}: {error}") from None
         elif isinstance(value, (dict, list)):
-            _decode_jis_in(value, place)
+            _decode_jis_in(value, item_path)
 
 
 def jis_to_text(text: str) -> str:
-    """Text of ISO-2022-JP octets (RFC 1468, and the rows and kana that CP50220 adds) held in a string."""
+    """Decode ISO-2022-JP (RFC 1468, and the rows and kana that CP50220 adds) that a string holds."""
     if "\x1b" not in text or not text.isascii():
         return text
     head, *segments = re.split(r"\x1b(\$[@B]|\([BJI])", text)
@@ -2111,7 +2501,7 @@ def jis_to_text(text: str) -> str:
             parts.append(jis_bytes_to_text(segment.encode()))
         elif escape == "(I":
             parts.append("".join(chr(ord(c) + 0xFF40) if "!" <= c <= "_" else c for c in segment))
-        else:  # (J is JIS X 0201, which has two characters that ASCII has not (RFC 1468)
+        else:  # JIS X 0201, "(J", has two characters that ASCII has not (RFC 1468)
             parts.append(segment.replace("\\", "¥").replace("~", "‾") if escape == "(J" else segment)
     if re.search(r"\x1b[$(]", "".join(parts)):
         raise ValueError("has an escape sequence that is not ISO-2022-JP's")
@@ -2119,20 +2509,20 @@ def jis_to_text(text: str) -> str:
 
 
 def jis_bytes_to_text(octets: bytes) -> str:
-    """JIS X 0208 with NEC's and IBM's rows, two octets a character; ValueError where it isn't that."""
+    """Decode JIS X 0208 with NEC's and IBM's rows, two octets a character; ValueError if it is not that."""
     shifted = bytearray()
     for high, low in zip(octets[::2], octets[1::2]):
         if not (0x21 <= high <= 0x7E and 0x21 <= low <= 0x7E):
-            raise ValueError("says that it is ISO-2022-JP and isn't")
+            raise ValueError("claims to be ISO-2022-JP and isn't")
         lead = (high + 1) // 2 + (0x70 if high < 0x5F else 0xB0)
         trail = low + (0x1F if low < 0x60 else 0x20) if high % 2 else low + 0x7E
         shifted += bytes((lead, trail))
     if len(octets) % 2:
-        raise ValueError("says that it is ISO-2022-JP and ends within a character")
+        raise ValueError("claims to be ISO-2022-JP and ends within a character")
     try:
         return shifted.decode("cp932")
     except UnicodeDecodeError:
-        raise ValueError("has a character of ISO-2022-JP that nobody knows") from None
+        raise ValueError("has an unassigned character of ISO-2022-JP") from None
 
 
 # ======================================================================================================================
@@ -2193,13 +2583,9 @@ def check_ehlo(request: Request, submission: Submission, settings: Settings) -> 
 def check_sender(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.mail:
         return make_reply("mail-empty", "mail (the envelope sender) is required")
-    return None if parse_address(submission.mail) else make_reply("mail-form", *sender_hint(submission.mail))
-
-
-def sender_hint(text: str) -> tuple:
-    """Return lines that say what is expected instead of `text`, which is not an address."""
-    more = "; a name goes into header.from" if "<" in text else ""
-    return idna_hint(text) or (f'mail: expected a bare address like "user@example.org"{more}',)
+    if parse_address(submission.mail):
+        return None
+    return make_reply("mail-form", *idna_hint(submission.mail) or ('expected a bare address like "user@example.org"',))
 
 
 def check_recipient_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -2304,18 +2690,17 @@ def check_message_size(octets: int, settings: Settings) -> Reply | None:
 
 # ======================================================================================================================
 # 7. Messages
-#    Takes a submission, gives a Message: headers and body as octets, ready for any relay. Knows the charsets, MIME
-#    and the limits on lines; knows nothing of who gets it. The clock and the queue id are arguments.
+#    Takes a Submission, gives a Message: header and body as octets, ready for every relay. Knows charsets, MIME and the
+#    limits on lines; the recipients of a copy, the clock and the queue id are arguments.
 # ======================================================================================================================
 
 
 def compose(submission: Submission, queueid: str, client: IPAddress, hostname: str, now: float) -> Message:
-    """The message of a submission, in the charset asked for, or in UTF-8 where that can't hold every character."""
+    """Compose the message in the charset asked for, or in UTF-8 if that can't hold every character."""
     if submission.raw:
         trace = received_field(submission.ehlo, client, hostname, queueid, rfc5322_date(int(now)))
-        return complete_raw_message(
-            submission.raw, submission.mail, submission.header.loop, trace, queueid, hostname, now
-        )
+        loop = submission.header.loop
+        return complete_raw_message(submission.raw, submission.mail, loop, trace, queueid, hostname, now)
     try:
         return _compose(submission, submission.header.charset, queueid, client, hostname, now)
     except UnicodeEncodeError:
@@ -2332,26 +2717,26 @@ def _compose(submission: Submission, charset: str, queueid: str, client: Any, ho
     top = [received_field(submission.ehlo, client, hostname, queueid, date), address_field("From", author, charset)]
     if len(author) > 1 or author[0][1].key != sender.key:
         top.append(f"Sender: {sender.addr_spec}")
-    further = extra_field_lines(header.extra_fields, charset) if header.extra_fields else {}
+    extra = extra_field_lines(header.extra_fields, charset) if header.extra_fields else {}
     middle = [address_field("Reply-To", header.replyto, charset)] if header.replyto else []
-    middle += [text_field("Subject", header.subject, charset), *further.pop("Date", (f"Date: {date}",))]
-    identity = further.pop("Message-Id", ())
-    end = [line for lines in further.values() for line in lines] if further else []
+    middle += [text_field("Subject", header.subject, charset), *extra.pop("Date", (f"Date: {date}",))]
+    identity = extra.pop("Message-Id", ())
+    end = [line for lines in extra.values() for line in lines] if extra else []
     end += loop_field(header.loop, hostname), "MIME-Version: 1.0", ""
     if header.shared:
         shown = [address_field(name, item, charset) for name, item in (("To", header.to), ("Cc", header.cc)) if item]
-        pieces = [[*top, *shown, *middle, *(identity or (f"Message-Id: <{queueid}.1@{hostname}>",)), *end]]
+        heads = [[*top, *shown, *middle, *(identity or (f"Message-Id: <{queueid}.1@{hostname}>",)), *end]]
     elif identity:
-        pieces = [[*top, "To: "], ["", *middle, *identity, *end]]
+        heads = [[*top, "To: "], ["", *middle, *identity, *end]]
     else:
-        pieces = [[*top, "To: "], ["", *middle, f"Message-Id: <{queueid}."], [f"@{hostname}>", *end]]
-    *parts, last = ["\r\n".join(piece).encode() for piece in pieces]
+        heads = [[*top, "To: "], ["", *middle, f"Message-Id: <{queueid}."], [f"@{hostname}>", *end]]
+    *parts, last = ["\r\n".join(lines).encode() for lines in heads]
     utf8 = not (last.isascii() and all(map(bytes.isascii, parts)))  # only an address can be other than ASCII
     return Message((*parts, join_pieces(last, content)), utf8, utf8)
 
 
 def join_pieces(first: bytes, pieces: Any) -> bytes:
-    """Octets of pieces; those that are made one after the other are never all in memory beside the whole."""
+    """Join octets; the pieces of a generator are never all in memory beside the whole."""
     if type(pieces) is list:
         return b"".join((first, *pieces))
     stream = io.BytesIO(first)
@@ -2365,125 +2750,113 @@ def loop_field(names: tuple, hostname: str) -> str:
     return fold("X-Haineko-Loop:", [name + "," for name in names] + [hostname])
 
 
-def extra_field_lines(others: tuple, charset: str) -> dict:
-    """{name: its lines} of fields of FIELDS and X- ones."""
+def extra_field_lines(extra_fields: tuple, charset: str) -> dict:
+    """Return {name: [line, ...]} of the fields in EXTRA_FIELDS and X-..."""
     lines: dict = {}
-    for name, value, parse in others:
+    for name, value, parse in extra_fields:
         if parse is parse_mailbox_field:
             line = address_field(name, value, charset)
+        elif parse is parse_header_text:
+            line = text_field(name, value, charset)
         else:
-            line = (
-                text_field(name, value, charset) if parse is parse_header_text else fold(f"{name}:", value.split(" "))
-            )
+            line = fold(f"{name}:", value.split(" "))
         lines.setdefault(name, []).append(line)
     return lines
 
 
-def text_part(kind: str, text: str, charset: str) -> list:
-    """Octets of a part that is text: its two fields, and its body."""
+def text_part(subtype: str, text: str, charset: str) -> list:
+    """Return [header, body] of a part that is text."""
     encoding, body = encode_body(text, charset)
-    head = f"Content-Type: text/{kind}; charset={charset}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
+    head = f"Content-Type: text/{subtype}; charset={charset}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
     return [head.encode(), body]
 
 
 def multipart_body(submission: Submission, charset: str, queueid: str) -> Any:
-    """Octets of HTML and attachments, in pieces, from Content-Type on: the best last (RFC 2046 5.1.4), files behind."""
-    frame, html = MIMEBuilder(queueid, charset), submission.html
-    pictures = [item for item in submission.attachments if html and item.cid]
-    files = [item for item in submission.attachments if not (html and item.cid)]
-    whole = frame.text("plain", submission.body or html_to_text(html))
+    """Yield the octets of HTML and attachments: the richest form last (RFC 2046 5.1.4), then the files."""
+    html, attachments = submission.html, submission.attachments
+    pictures = [file_part(item, charset) for item in attachments if html and item.cid]
+    files = [file_part(item, charset) for item in attachments if not (html and item.cid)]
+    whole = text_part("plain", submission.body or html_to_text(html), charset)
     if html:
-        shown = frame.text("html", html)
+        shown = text_part("html", html, charset)
         if pictures:
-            shown = frame.multipart("related", shown, *map(frame.file, pictures))
-        whole = frame.multipart("alternative", whole, shown)
-    if files:
-        whole = frame.multipart("mixed", whole, *map(frame.file, files))
-    return frame.octets(whole)
+            shown = multipart("related", queueid, shown, *pictures)
+        whole = multipart("alternative", queueid, whole, shown)
+    return multipart("mixed", queueid, whole, *files) if files else whole
 
 
-class MIMEBuilder:
-    """Parts of a message. email writes what stands around their bodies; these are put in afterwards, since its
-    generator would hold each in memory four times over. Its policy folds nothing: the fields come folded."""
+def multipart(subtype: str, queueid: str, *parts: Any) -> Any:
+    """Yield the octets of a multipart; the random queue id makes a boundary that occurs in none of the parts."""
+    boundary = f"=_{queueid}.{subtype}"
+    root = '; type="text/html"' if subtype == "related" else ""  # RFC 2387 3.1
+    yield f'Content-Type: multipart/{subtype}{root};\r\n boundary="{boundary}"\r\n'.encode()
+    for part in parts:
+        yield f"\r\n--{boundary}\r\n".encode()
+        yield from part
+    yield f"\r\n--{boundary}--\r\n".encode()
 
-    def __init__(self, queueid: str, charset: str) -> None:
-        import email.message
-        import email.policy
 
-        self.queueid, self.charset = queueid, charset
-        self.policy = email.policy.SMTP.clone(refold_source="none")
-        self.new = email.message.MIMEPart
-        self.bodies: list = []  # of iterables of octets
+def file_part(item: Attachment, charset: str) -> Any:
+    """Yield the octets of an attachment, whose content arrives unchanged."""
+    media_type = item.type or guess_media_type(item.filename)
+    in_type, in_disposition = name_parameters(item.filename, charset) if item.filename else ("", "")
+    disposition = "inline" if item.cid or item.inline else "attachment"
+    # RFC 2046 5.2.1 allows a message/rfc822 no encoding; parse_attachments() has seen that it needs none.
+    is_message = media_type.startswith("message/")
+    head = f"Content-Type: {media_type}{in_type}\r\nContent-Transfer-Encoding: {'7bit' if is_message else 'base64'}\r\n"
+    head += f"Content-Disposition: {disposition}{in_disposition}\r\n"
+    yield (head + (f"Content-ID: <{item.cid}>\r\n\r\n" if item.cid else "\r\n")).encode()
+    if is_message:
+        yield item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    for start in range(0, 0 if is_message else len(item.content), BASE64_BLOCK):
+        yield base64_lines(item.content[start : start + BASE64_BLOCK])
 
-    def text(self, kind: str, text: str) -> Any:
-        head, body = text_part(kind, text, self.charset)
-        return self._part(head.decode("ascii").split("\r\n")[:-2], [body])
 
-    def file(self, item: Attachment) -> Any:
-        """A file, which is never changed on its way."""
-        kind = item.type or guess_media_type(item.filename)
-        in_type, in_disposition = name_parameters(item.filename, self.charset) if item.filename else ("", "")
-        shown = "inline" if item.cid or item.inline else "attachment"
-        encoding, body = "base64", base64_blocks(item.content)
-        if kind.startswith("message/"):  # RFC 2046 5.2.1: no encoding; parse_attachments() has seen that it needs none
-            encoding, body = "7bit", [item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")]
-        fields_ = [f"Content-Type: {kind}{in_type}", f"Content-Transfer-Encoding: {encoding}"]
-        fields_ += [f"Content-Disposition: {shown}{in_disposition}"]
-        return self._part(fields_ + ([f"Content-ID: <{item.cid}>"] if item.cid else []), body)
-
-    def _part(self, fields_: list, body: Any) -> Any:
-        part = self.new(self.policy)
-        for line in fields_:
-            part.set_raw(*line.split(": ", 1))
-        part.set_payload(f"<{self.queueid}/{len(self.bodies)}>")
-        self.bodies.append(body)
-        return part
-
-    def multipart(self, kind: str, *parts: Any) -> Any:
-        """A part made of parts. The queue id makes a boundary that stands in none of them."""
-        whole = self.new(self.policy)
-        first = '; type="text/html"' if kind == "related" else ""  # RFC 2387 3.1
-        whole.set_raw("Content-Type", f'multipart/{kind}{first};\n boundary="=_{self.queueid}.{kind}"')
-        for part in parts:
-            whole.attach(part)
-        return whole
-
-    def octets(self, whole: Any) -> Any:
-        """All of it, in pieces."""
-        for i, piece in enumerate(re.split(f"<{self.queueid}/([0-9]+)>".encode(), whole.as_bytes())):
-            yield from self.bodies[int(piece)] if i % 2 else (piece,)
+BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
 
 
 def name_parameters(name: str, charset: str) -> tuple:
-    """(parameter of Content-Type, parameter of Content-Disposition) for the name of a file. Where it isn't plain, the
-    latter is for readers that keep to RFC 2231, the former, in RFC 2047's words, for those that never did."""
+    """Return the parameters for a file's name in Content-Type and Content-Disposition. If the name isn't plain, the
+    latter is for readers that know RFC 2231, the former (encoded words) for those that do not."""
     if PLAIN_NAME.fullmatch(name) and "=?" not in name:
         return f';\r\n name="{name}"', f';\r\n filename="{name}"'
     words = "\r\n ".join(encoded_words(name, charset, 7))
-    coded = f"{charset}''{urllib.parse.quote_from_bytes(charset_encoder(charset)(name), safe='')}"
+    return f';\r\n name="{words}"', rfc2231_parameter("filename", name, charset)
+
+
+PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
+
+
+def rfc2231_parameter(name: str, text: str, charset: str) -> str:
+    """Return a parameter with any characters, in lines of its own."""
+    coded = f"{charset}''{urllib.parse.quote_from_bytes(charset_encoder(charset)(text), safe='')}"
     if len(coded) <= RFC2231_SEGMENT:
-        return f';\r\n name="{words}"', f";\r\n filename*={coded}"
+        return f";\r\n {name}*={coded}"
     segments = re.findall(f"(?:%..|[^%]){{1,{RFC2231_SEGMENT // 3}}}", coded)
-    numbered = "".join(f";\r\n filename*{i}*={segment}" for i, segment in enumerate(segments))  # RFC 2231 3
-    return f';\r\n name="{words}"', numbered
+    return "".join(f";\r\n {name}*{i}*={segment}" for i, segment in enumerate(segments))  # RFC 2231 3
 
 
-PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers take off twice
 RFC2231_SEGMENT = 60  # characters of a parameter in one line
 
 
 def guess_media_type(name: str) -> str:
-    """The media type that goes with the end of a file's name."""
+    """Return the media type for the extension of a file's name."""
     import mimetypes
 
-    end = os.path.splitext(name)[1].lower()
-    kind, coding = mimetypes.guess_type("x" + end)
-    kind = EXTRA_MEDIA_TYPES.get(end) or (f"application/{coding}" if coding == "gzip" else "" if coding else kind)
-    return kind if kind and not kind.startswith(("message/", "multipart/")) else "application/octet-stream"
+    extension = os.path.splitext(name)[1].lower()
+    media_type, coding = mimetypes.guess_type("x" + extension)
+    if coding:
+        media_type = f"application/{coding}" if coding == "gzip" else ""
+    media_type = EXTRA_MEDIA_TYPES.get(extension) or media_type or ""
+    return (
+        "application/octet-stream"
+        if media_type.startswith(("message/", "multipart/")) or not media_type
+        else media_type
+    )
 
 
 _OFFICE = "application/vnd.openxmlformats-officedocument."
-EXTRA_MEDIA_TYPES = {  # which not every system's table has
+EXTRA_MEDIA_TYPES = {  # that not every system's table has
     ".docx": _OFFICE + "wordprocessingml.document",
     ".xlsx": _OFFICE + "spreadsheetml.sheet",
     ".pptx": _OFFICE + "presentationml.presentation",
@@ -2495,23 +2868,16 @@ EXTRA_MEDIA_TYPES = {  # which not every system's table has
 
 
 def html_to_text(html: str) -> str:
-    """What HTML says, as plain text: words and lines, where links go, what pictures show."""
-    from html.parser import HTMLParser
-
-    reading, parser = HTMLTextExtractor(), HTMLParser()
-    parser.handle_starttag, parser.handle_endtag, parser.handle_data = (
-        reading.handle_starttag,
-        reading.handle_endtag,
-        reading.handle_data,
-    )
-    # Sections like <![if ...]> say nothing, and some versions of the parser stumble over them. There is no close():
-    # what never ends is shown nowhere.
-    parser.feed(re.sub(r"<!\[(?:[^>-]|-(?!->))*>?", "<! >", html) + "\n")
-    return reading.text()
+    """Return the plain text of HTML: words and lines, targets of links, descriptions of pictures."""
+    extractor = HTMLTextExtractor()
+    # Sections like <![if ...]> hold no text, and some versions of the parser fail on them. Without close(), what is
+    # unfinished at the end is left out, as browsers do.
+    extractor.feed(re.sub(r"<!\[(?:[^>-]|-(?!->))*>?", "<! >", html) + "\n")
+    return "".join(extractor.out).strip("\n") + "\n"
 
 
-class HTMLTextExtractor:
-    """What html.parser tells, written down as plain text."""
+class HTMLTextExtractor(HTMLParser):
+    """Parser that writes down the text of HTML."""
 
     HIDDEN = ("script", "style", "title", "template")
     LINES = ("address", "dd", "div", "dl", "dt", "figcaption", "footer", "form", "header", "li", "main", "nav",
@@ -2520,19 +2886,20 @@ class HTMLTextExtractor:
                   "ul")  # fmt: skip
 
     def __init__(self) -> None:
+        super().__init__()
         self.out: list = []
-        self.gap = 2  # line ends behind the last word
-        self.space = ""  # due before the next word
+        self.gap = 2  # line ends after the last word
+        self.space = ""  # to be written before the next word
         self.hidden, self.pre_depth = "", 0  # the tag that hides; depth of <pre>
-        self.link, self.start = "", 0  # where the link under way goes, and how much was written before it
+        self.link, self.link_start = "", 0  # target of the open link, and the length of `out` at its start
 
-    def handle_starttag(self, tag: str, attributes: list) -> None:
+    def handle_starttag(self, tag: str, attrs: list) -> None:
         if self.hidden:
             return
         if tag in self.HIDDEN:
             self.hidden = tag
         self._break(tag)
-        values = dict(attributes)
+        values = dict(attrs)
         if tag == "br":
             self._line(self.gap + 1)
         elif tag == "li":
@@ -2546,7 +2913,7 @@ class HTMLTextExtractor:
         elif tag == "img":
             self.handle_data(values.get("alt") or "")
         elif tag == "a":
-            self.link, self.start = values.get("href") or "", len(self.out)
+            self.link, self.link_start = values.get("href") or "", len(self.out)
         self.pre_depth += tag == "pre"
 
     def handle_endtag(self, tag: str) -> None:
@@ -2557,38 +2924,35 @@ class HTMLTextExtractor:
         self.pre_depth -= tag == "pre" and self.pre_depth > 0
         if tag == "a":
             link, self.link = self.link, ""
-            words = "".join(self.out[self.start :]).strip() if link else ""
-            if link.startswith(("http:", "https:", "mailto:")) and link.partition("mailto:")[2] != words != link:
+            text = "".join(self.out[self.link_start :]).strip() if link else ""
+            if link.startswith(("http:", "https:", "mailto:")) and link.partition("mailto:")[2] != text != link:
                 self.handle_data(f" <{link}>")
 
-    def handle_data(self, words: str) -> None:
-        """Words with single spaces between them, as a browser shows them."""
+    def handle_data(self, data: str) -> None:
+        """Add text, with white space collapsed as browsers do."""
         if self.hidden:
             return
         if self.pre_depth:
-            self.out.append(words)
-            self.gap = int(words.endswith("\n")) if words else self.gap
+            self.out.append(data)
+            self.gap = int(data.endswith("\n")) if data else self.gap
             return
-        inner = re.sub(r"[ \t\r\n\f]+", " ", words).strip(" ").replace("\xa0", " ")
-        if words[:1].isspace():
+        words = re.sub(r"[ \t\r\n\f]+", " ", data).strip(" ").replace("\xa0", " ")
+        if data[:1].isspace():
             self.space = self.space or " "
-        if inner:
-            self.out.append((self.space if not self.gap else "") + inner)
-            self.gap, self.space = 0, " " if words[-1:].isspace() else ""
+        if words:
+            self.out.append((self.space if not self.gap else "") + words)
+            self.gap, self.space = 0, " " if data[-1:].isspace() else ""
 
     def _break(self, tag: str) -> None:
         if tag in self.LINES or tag in self.PARAGRAPHS:
             self._line(2 if tag in self.PARAGRAPHS else 1)
 
     def _line(self, ends: int) -> None:
-        """At least so many line ends behind the last word."""
+        """Make at least this many line ends follow the last word."""
         if self.gap < ends:
             self.out.append("\n" * (ends - self.gap))
             self.gap = ends
         self.space = ""
-
-    def text(self) -> str:
-        return "".join(self.out).strip("\n") + "\n"
 
 
 @functools.lru_cache(maxsize=4)
@@ -2597,38 +2961,39 @@ def rfc5322_date(second: int) -> str:
 
 
 def received_field(ehlo: str | None, client: IPAddress | None, hostname: str, queueid: str, date: str) -> str:
-    """The trace field of RFC 5321 4.4."""
-    near = client.text if client else "127.0.0.1"
-    literal = f"[IPv6:{near}]" if ":" in near else f"[{near}]"
+    """Return the trace field (RFC 5321 4.4)."""
+    address = client.text if client else "127.0.0.1"
+    literal = f"[IPv6:{address}]" if ":" in address else f"[{address}]"
     return f"Received: from {ehlo or literal} ({literal})\r\n\tby {hostname} with HTTP id {queueid};\r\n\t{date}"
 
 
 def address_field(name: str, mailboxes: tuple, charset: str) -> str:
-    """A field of mailboxes; the addresses stay outside the encoded words (RFC 2047 5)."""
-    known = sum(len(shown) for shown, _ in mailboxes) <= CACHE_MAX_CHARS and len(mailboxes) <= 8
-    return (_address_field if known else _address_field.__wrapped__)(name, mailboxes, charset)
-
-
-@functools.lru_cache(maxsize=512)
-def _address_field(name: str, mailboxes: tuple, charset: str) -> str:
+    """Return a field of mailboxes; the addresses stay outside the encoded words (RFC 2047 5)."""
     tokens: list = []
-    for i, (shown, item) in enumerate(mailboxes):
+    for i, (display_name, mailbox) in enumerate(mailboxes):
         comma = "," if i < len(mailboxes) - 1 else ""
-        if not shown:
-            tokens.append(item.addr_spec + comma)
-            continue
-        if re.fullmatch(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}", shown) and "=?" not in shown and "  " not in shown:
-            tokens.extend(shown.split(" "))
-        elif re.fullmatch(r"[\x20-\x7e]{1,60}", shown) and "=?" not in shown:
-            tokens.append('"' + re.sub(r'(["\\])', r"\\\1", shown) + '"')
+        if mailbox is NULL_SENDER:
+            tokens.append(f"{display_name}:;{comma}")
+        elif not display_name:
+            tokens.append(mailbox.addr_spec + comma)
         else:
-            tokens.extend(encoded_words(shown, charset, len(name) + 2))
-        tokens.append(f"<{item.addr_spec}>{comma}")
+            tokens += phrase_tokens(display_name, charset, len(name) + 2)
+            tokens.append(f"<{mailbox.addr_spec}>{comma}")
     return fold(f"{name}:", tokens)
 
 
+@cache_short(512)
+def phrase_tokens(text: str, charset: str, used: int) -> tuple:
+    """Return a display name as atoms, as a quoted string or as encoded words."""
+    if "=?" not in text and PHRASE.fullmatch(text) and "  " not in text:
+        return tuple(text.split(" "))
+    if "=?" not in text and re.fullmatch(r"[\x20-\x7e]{1,60}", text):
+        return ('"' + re.sub(r'(["\\])', r"\\\1", text) + '"',)
+    return tuple(encoded_words(text, charset, used))
+
+
 def text_field(name: str, value: str, charset: str) -> str:
-    """An unstructured field: as it is where a reader would get the same text back, else in encoded words."""
+    """Return an unstructured field: as it is if a reader gets the same text back, else in encoded words."""
     if PLAIN.fullmatch(value) and "=?" not in value:
         whole = f"{name}: {value}"
         return whole if len(whole) <= 78 else fold(f"{name}:", value.split(" "))
@@ -2637,8 +3002,8 @@ def text_field(name: str, value: str, charset: str) -> str:
     return fold(f"{name}:", encoded_words(value, charset, len(name) + 2))
 
 
-def fold(line: str, tokens: list) -> str:
-    """Tokens behind the field's name, with a new line before each that would pass column 76 (RFC 2047 2)."""
+def fold(line: str, tokens: Any) -> str:
+    """Append tokens to a field's name, with a new line before each that would pass column 76 (RFC 2047 2)."""
     lines, column = [line], len(line)
     for token in tokens:
         column += 1 + len(token)
@@ -2652,7 +3017,8 @@ def fold(line: str, tokens: list) -> str:
 
 
 def encoded_words(value: str, charset: str, used: int) -> list:
-    """RFC 2047: words of whole characters, none over 75 columns; before the first are `used` columns of its line."""
+    """Return encoded words (RFC 2047) of whole characters and at most 75 columns; `used` columns of the first line are
+    taken already."""
     encode, words, room, start = charset_encoder(charset), [], 76 - used, 0
     overhead = len(charset) + 7
     while start < len(value) or not words:
@@ -2667,7 +3033,8 @@ def encoded_words(value: str, charset: str, used: int) -> list:
 
 
 def splits_cluster(value: str, at: int) -> bool:
-    """True where a word that ends there would part a voice mark from its kana: two are one character of ISO-2022-JP."""
+    """Return whether a break there would separate a half-width kana from its sound mark: ISO-2022-JP encodes the two
+    as one character."""
     return value.startswith(SOUND_MARKS, at) and not value.startswith(SOUND_MARKS, at - 1)
 
 
@@ -2675,7 +3042,7 @@ SOUND_MARKS = ("ﾞ", "ﾟ")
 
 
 def encode_body(text: str, charset: str) -> tuple:
-    """(Content-Transfer-Encoding, octets): lines end with CRLF, none is longer than 998 octets (RFC 5322 2.1.1)."""
+    """Return (Content-Transfer-Encoding, octets) with CRLF and no line over 998 octets (RFC 5322 2.1.1)."""
     text = text if "\r" not in text else text.replace("\r\n", "\n").replace("\r", "\n")
     text = (text if text.endswith("\n") else text + "\n").replace("\n", "\r\n")
     octets = charset_encoder(charset)(text)
@@ -2695,38 +3062,24 @@ JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
 QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
 
 
-def base64_lines(octets: Any) -> bytes:
-    """Base64 in lines of 76 characters and CRLF (RFC 2045 6.8)."""
-    return b"\r\n".join(BASE64_LINE.findall(binascii.b2a_base64(octets, newline=False))) + b"\r\n"
-
-
-BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
-
-
-def base64_blocks(octets: bytes) -> Any:
-    """The same block by block, since the list of the lines of a large attachment takes more memory than they do."""
-    for start in range(0, len(octets), BASE64_BLOCK):
-        yield base64_lines(octets[start : start + BASE64_BLOCK])
-
-
-BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
-
-
 @functools.lru_cache(maxsize=64)
 def charset_encoder(charset: str) -> Callable:
-    """A function from text to octets; it raises UnicodeEncodeError for a character that the charset can't hold."""
+    """Return a function from text to octets, which raises UnicodeEncodeError if the charset can't hold the text."""
     return CHARSETS.get(charset) or functools.partial(_encode, codec_name(charset))
 
 
 def _encode(codec: str, text: str) -> bytes:
     octets = text.encode(codec)
-    if octets.decode(codec) != text:  # EUC-JP writes a backslash for a yen sign
-        raise UnicodeEncodeError(codec, text, 0, len(text), "no such character")
-    return octets
+    try:
+        if octets.decode(codec) == text:
+            return octets
+    except UnicodeDecodeError:  # text with the control characters of ISO-2022-JP-2 or ISO-2022-KR
+        pass
+    raise UnicodeEncodeError(codec, text, 0, len(text), "no such character")  # EUC-JP turns a yen sign into a backslash
 
 
 def encode_jis(text: str) -> bytes:
-    """ISO-2022-JP as CP50220 writes it: half-width kana full-width, NEC's and IBM's characters kept."""
+    """Encode ISO-2022-JP as CP50220 does: half-width kana become full-width, NEC's and IBM's characters stay."""
     if "\x1b" in text:  # a reader would take it for the start of a sequence
         raise UnicodeEncodeError("iso2022_jp", text, text.index("\x1b"), text.index("\x1b") + 1, "no character")
     try:
@@ -2753,8 +3106,8 @@ def _encode_jis(text: str) -> bytes:
 
 @functools.lru_cache(maxsize=1)
 def jis_extensions() -> tuple:
-    """({character: its two octets}, pattern that splits a text into runs of these and others) of NEC's row 13 and the
-    rows 89 to 92 that hold IBM's, where JIS X 0208 has none."""
+    """Return ({character: its two octets}, pattern that splits a text into runs of these and others) of NEC's row 13
+    and IBM's characters in rows 89 to 92, which JIS X 0208 does not have."""
     table: dict = {}
     for row in (13, 89, 90, 91, 92):
         for cell in range(1, 95):
@@ -2769,140 +3122,184 @@ def jis_extensions() -> tuple:
     return table, re.compile(f"([{''.join(table)}]+)")
 
 
+# Names that Windows and Unicode's own tables give differently to some characters of JIS X 0208; Python's codec knows
+# the latter.
+CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
+CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis}  # others by Python's codecs
+
+
 def complete_raw_message(
     raw: ParsedMessage, sender: str, loop: tuple, trace: str, queueid: str, hostname: str, now: float
 ) -> Message:
-    """A finished message made ready for relays: trace and loop fields put on, what is missing added, Bcc taken out.
-    Refused where it has a line or an octet that can't be sent."""
+    """Complete a finished message: add trace and loop fields and required ones that are missing, remove Bcc. Its other
+    octets stay as they are, unless no path can carry them; raises Rejected if nothing can be done about that."""
     names = {name for name, _ in raw.fields}
     dropped = ("bcc", "resent-bcc", "return-path", "x-haineko-loop")
-    head = [trace.encode() + b"\r\n"]
-    head += [
-        octets.rstrip(b"\n").replace(b"\n", b"\r\n") + b"\r\n" for name, octets in raw.fields if name not in dropped
-    ]
+    head = [trace.encode() + b"\n", *(octets for name, octets in raw.fields if name not in dropped)]
     author = sender or f"MAILER-DAEMON@{hostname}"
     missing = {"From": f"<{author}>", "Date": rfc5322_date(int(now)), "Message-Id": f"<{queueid}.1@{hostname}>"}
-    head += [f"{name}: {value}\r\n".encode() for name, value in missing.items() if name.lower() not in names]
-    head.append(loop_field(loop, hostname).encode() + b"\r\n")
-    if {"mime-version", "content-type", "content-transfer-encoding"} & names:
-        body = [b"\r\n", raw.body.replace(b"\n", b"\r\n")]
-    else:
-        text = raw.body.decode("utf-8" if is_utf8(raw.body) else "latin-1")
-        body = [b"MIME-Version: 1.0\r\n", *text_part("plain", text, "UTF-8")]
-    octets = b"".join([*head, *body, b"" if body[-1].endswith(b"\n") else b"\r\n"])
-    if UNSENDABLE.search(octets) or not is_utf8(b"".join(head)):
-        octets = downgrade_8bit(octets)
+    head += [f"{name}: {value}\n".encode() for name, value in missing.items() if name.lower() not in names]
+    head.append(loop_field(loop, hostname).encode() + b"\n")
+    if not names & {"mime-version", "content-type", "content-transfer-encoding"}:
+        head.append(mime_label(raw.body))
+    octets = b"".join([*head, b"\n", raw.body, b"" if raw.body.endswith(b"\n") else b"\n"])
+    octets = octets.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    if not octets.isascii() or UNSENDABLE.search(octets):
+        octets = convert_parts(octets, keep_8bit=True, keep_utf8=True)
         if UNSENDABLE.search(octets):
             raise Rejected(make_reply("line-length"))
-    utf8 = not octets[: octets.index(b"\r\n\r\n")].isascii()
-    return Message((octets,), needs_8bitmime=not octets.isascii(), needs_smtputf8=utf8)
+    return Message((octets,), not octets.isascii(), bool(non_ascii_fields(octets)))
 
 
 UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
 
 
-def is_utf8(octets: bytes) -> bool:
-    try:
-        return octets.decode() is not None
-    except UnicodeDecodeError:
-        return False
+def mime_label(body: bytes) -> bytes:
+    """Return the MIME fields for a body that came without; none if it is ASCII that every path can carry."""
+    if body.isascii() and not UNSENDABLE.search(body):
+        return b""
+    charset = "unknown-8bit"  # RFC 1428
+    if is_utf8(body):
+        charset = "ISO-2022-JP" if b"\x1b$" in body else "US-ASCII" if body.isascii() else "UTF-8"
+    return f"MIME-Version: 1.0\nContent-Type: text/plain; charset={charset}\nContent-Transfer-Encoding: 8bit\n".encode()
 
 
-def downgrade_8bit(octets: bytes) -> bytes:
-    """The message with every part encoded that is not in 7bit and in lines of 998 octets (RFC 6152 3, RFC 2045 2.7)."""
-    import email
-    import email.policy
-
-    message, name = email.message_from_bytes(octets, policy=email.policy.compat32), "Content-Transfer-Encoding"
-    for part in message.walk():
-        encode_part_header(part)
-        coding = str(part.get(name, "")).strip().lower()
-        if part.is_multipart():
-            part.preamble = part.preamble if (part.preamble or "").isascii() else None
-            part.epilogue = part.epilogue if (part.epilogue or "").isascii() else None
-        elif not is_7bit(part, coding):
-            body = part.get_payload(decode=True)
-            coding = "quoted-printable" if part.get_content_maintype() == "text" else "base64"
-            coded = binascii.b2a_qp(body, istext=True) if coding != "base64" else base64_lines(body)
-            part.set_payload(coded.decode("ascii"))
-        del part[name]
-        if coding not in ("", "8bit", "binary"):
-            part[name] = coding
-    return message.as_bytes(policy=email.policy.SMTPUTF8.clone(refold_source="none", cte_type="8bit"))
+def non_ascii_fields(octets: bytes) -> list:
+    """Return the names of the header fields, those of parts included, that need SMTPUTF8 (RFC 6532 3)."""
+    parts = [] if octets.isascii() else mime_parts(octets)
+    return list(dict.fromkeys(name for part in parts for name, field in part.header if not field.isascii()))
 
 
-def is_7bit(part: Any, coding: str) -> bool:
-    """True where the body of a part, as it stands in the message, is what RFC 2045 2.7 calls 7bit."""
-    if coding in ("base64", "quoted-printable"):
-        return not NOT_7BIT.search(part.get_payload().encode("utf-8", "replace"))
-    return not NOT_7BIT.search(part.get_payload(decode=True))
+def downgrade_8bit(octets: bytes, keep_8bit: bool = False) -> bytes:
+    """Return the message for a server without SMTPUTF8, and without 8BITMIME unless `keep_8bit` (RFC 6152 3). What has
+    no form in ASCII, such as an address, stays: see non_ascii_fields()."""
+    return convert_parts(octets, keep_8bit=keep_8bit, keep_utf8=False)
 
 
-def encode_part_header(part: Any) -> None:
-    """Encodes the fields of a part that are other than ASCII; an address that is stays."""
-    fields_ = list(part.raw_items())
-    if all(value.isascii() for _, value in fields_):
-        return
-    for name in set(part.keys()):
-        del part[name]
-    for name, value in fields_:
-        part.set_raw(name, value if value.isascii() else encode_field_value(name, value))
+def convert_parts(octets: bytes, keep_8bit: bool, keep_utf8: bool) -> bytes:
+    """Return a message, each of whose parts is encoded where the path can't carry it as it is."""
+    parts = mime_parts(octets)
+    convert = functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8)
+    octets = rewrite_parts(octets, parts, convert, keep_8bit)
+    return octets if octets.endswith(b"\r\n") else octets + b"\r\n"
 
 
-def encode_field_value(name: str, value: str) -> str:
-    """The value of a field in encoded words or parameters (RFC 2047, 2231); octets that aren't UTF-8 are Latin-1."""
-    octets = value.encode("utf-8", "surrogateescape")
-    text = octets.decode("utf-8" if is_utf8(octets) else "latin-1")
-    text = re.sub(r"[\r\n]+[ \t]*", " ", text).strip()
-    if name.lower() in ("content-type", "content-disposition"):
-        return NAME_PARAMETER.sub(lambda found: f"{found[1]}*=UTF-8''{urllib.parse.quote(found[2], safe='')}", text)
-    if name.lower() not in ("from", "sender", "to", "cc", "reply-to", "resent-from", "resent-to", "resent-cc"):
-        return text_field(name, text, "UTF-8").partition(": ")[2]
-    found = parse_mailboxes(text)
-    field_ = address_field(name, found, "UTF-8").partition(": ")[2] if found else text
-    return field_.encode().decode("ascii", "surrogateescape")
+def _convert_part(top: MIMEPart, keep_8bit: bool, keep_utf8: bool, part: MIMEPart, body: bytes) -> tuple:
+    """Return (fields, body) of a part as the path can carry it."""
+    header = []
+    charset = part.parameter("charset") or top.parameter("charset")
+    for name, octets in part.header:
+        sendable = octets.isascii() or (keep_utf8 and is_utf8(octets))
+        header.append((name, fold_long_lines(octets if sendable else encode_field(name, octets, charset))))
+    if part.is_leaf and (UNSENDABLE if keep_8bit else NOT_7BIT).search(body):
+        return encode_leaf(part, header, body)
+    if not keep_8bit and part.encoding == "8bit":
+        header = [item for item in header if item[0] != "content-transfer-encoding"]
+    return header, body
 
 
-NAME_PARAMETER = re.compile(r'([A-Za-z0-9-]+)="([^"]*[^\x00-\x7f"][^"]*)"')
+def encode_field(name: str, octets: bytes, charset: str) -> bytes:
+    """Return a field in ASCII, encoded as its grammar allows. Octets that are not UTF-8 are in the message's charset,
+    or Latin-1. What can't be encoded, such as an address, stays."""
+    label, _, value = octets.partition(b":")
+    value = ENCODED_WORD_8BIT.sub(lambda word: re.sub(rb"[\x80-\xff]", lambda c: b"=%02X" % ord(c[0]), word[0]), value)
+    if value.isascii():
+        return label + b":" + value
+    text = " ".join(re.split(r"[\r\n]+[ \t]*", decode_octets(value, charset).strip()))
+    label = label.decode("ascii").strip()
+    if name in PARAMETER_FIELDS:
+        coded = f"{label}: {encode_comments(PARAMETER.sub(_encode_parameter, text))}"
+    elif name in MAILBOX_FIELDS:
+        try:
+            coded = address_field(label, parse_mailboxes(text) or (("undisclosed-recipients", NULL_SENDER),), "UTF-8")
+        except ValueError:
+            coded = f"{label}: {text}"
+    elif STRUCTURED_FIELDS.fullmatch(name):
+        coded = f"{label}: {encode_comments(text)}"
+    else:
+        segments = re.split(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)", text)
+        words = [
+            [item] if i % 2 else encoded_words(item, "UTF-8", len(label) + 2)
+            for i, item in enumerate(segments)
+            if item.strip()
+        ]
+        coded = fold(f"{label}:", itertools.chain.from_iterable(words))
+    return coded.encode() + b"\r\n"
 
 
-# What Windows and what Unicode's own tables call some characters of JIS X 0208; Python's codec knows the latter.
-CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
+ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
+PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
+COMMENT = re.compile(r"\([^()\\]*\)")
 
-CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis}  # others by Python's codecs
+
+def decode_octets(octets: bytes, charset: str) -> str:
+    """Decode octets of a header: UTF-8, else the charset, else Latin-1."""
+    for codec in ("utf-8", codec_name(iana_charset(charset)) or "latin-1"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return octets.decode(codec)
+    return octets.decode("latin-1")
+
+
+def encode_comments(text: str) -> str:
+    """Encode the comments (RFC 2047 5) that are other than ASCII."""
+    return COMMENT.sub(
+        lambda found: found[0] if found[0].isascii() else f"({' '.join(encoded_words(found[0][1:-1], 'UTF-8', 9))})",
+        text,
+    )
+
+
+def _encode_parameter(found: re.Match) -> str:
+    if found[0].isascii():
+        return found[0]
+    value = re.sub(r"\\(.)", r"\1", found[2].strip('"')) if found[2].startswith('"') else found[2].strip()
+    return rfc2231_parameter(found[1].rstrip("*"), value, "UTF-8")
+
+
+def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
+    """Return (fields, body) of a part in base64, or in quoted-printable if it is text (RFC 2045 6)."""
+    if part.encoding == "base64":
+        data = body.translate(None, NOT_BASE64)
+        data = data[: len(data) - (len(data) % 4 == 1)]
+        body = binascii.a2b_base64(data + b"=" * (-len(data) % 4))
+    elif part.encoding == "quoted-printable":
+        body = binascii.a2b_qp(body)
+    if part.is_text:
+        # b2a_qp() writes line ends as the first line has them.
+        return set_encoding(header, "quoted-printable"), binascii.b2a_qp(body + b"\r\n", istext=True)[:-2]
+    return set_encoding(header, "base64"), base64_lines(body)[:-2]
+
+
+NOT_BASE64 = bytes({*range(256)} - {*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"})
 
 # ======================================================================================================================
 # 8. Routes
-#    Takes a recipient's domain, gives the Route of the settings and the word why. Knows the tables, not what a relay
-#    does.
+#    Takes domains of recipient and sender, gives the Route of the settings and the table row that it comes from.
 # ======================================================================================================================
 
 
 def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
-    """(Route, why) for mail to `domain`; the look-up costs as much as the domain has labels, once."""
-    chosen = settings.route_cache
-    found = chosen.get((domain, sender_domain))
+    """Return (Route, reason) for mail to `domain`; the look-up costs as much as the domain has labels, once."""
+    cache, key = settings.route_cache, (domain, sender_domain)
+    found = cache.get(key)
     if not found:
-        if len(chosen) >= ROUTE_CACHE_SIZE:
-            chosen.clear()
-        found = chosen[domain, sender_domain] = _find_route(domain, sender_domain, settings)
+        if len(cache) >= ROUTE_CACHE_SIZE:
+            cache.clear()
+        found = cache[key] = _find_route(domain, sender_domain, settings)
     return found
 
 
-ROUTE_CACHE_SIZE = 4096  # pairs of domains, remembered with the settings
+ROUTE_CACHE_SIZE = 4096  # pairs of domains
 
 
 def _find_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
-    for name, table, key in (
-        ("mailertable", settings.mailertable, domain),
-        ("sendermt", settings.sendermt, sender_domain),
-    ):
-        for queue_item in lookup_keys(key.lower()) if table else ():
-            if queue_item in table:
-                return table[queue_item], f'{name}["{queue_item}"]'
-    for name in ("mailertable", "sendermt"):
-        if "default" in getattr(settings, name):
-            return getattr(settings, name)["default"], f"{name}.default"
+    tables = (("mailertable", settings.mailertable, domain), ("sendermt", settings.sendermt, sender_domain))
+    for name, table, key in tables:
+        for row in lookup_keys(key.lower()) if table else ():
+            if row in table:
+                return table[row], f'{name}["{row}"]'
+    for name, table, _ in tables:
+        if "default" in table:
+            return table["default"], f"{name}.default"
     return FALLBACK_ROUTE, "no route matches"
 
 
@@ -2910,7 +3307,7 @@ FALLBACK_ROUTE = Route()
 
 
 def lookup_keys(domain: str) -> Any:
-    """The keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
+    """Yield the keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
     yield domain
     dot = domain.find(".")
     while dot >= 0:
@@ -4135,10 +4532,11 @@ class Session(smtplib.SMTP):
         if not transaction.sender.isascii():
             return [make_reply("mail-ascii", **place)] * len(transaction.recipients)
         if message.needs_smtputf8:
-            octets = await to_thread(downgrade_8bit, transaction.octets())
-            message = Message((octets,))
-            if not octets.isascii():  # an address in the header
-                return [make_reply("header-ascii", **place)] * len(transaction.recipients)
+            octets = await to_thread(downgrade_8bit, transaction.octets(), self.has_extn("8bitmime"))
+            message = Message((octets,), needs_8bitmime=not octets.isascii())
+            names = non_ascii_fields(octets)
+            if names:  # which have no form in ASCII, such as an address
+                return [make_reply("header-ascii", f"in {', '.join(names)}", **place)] * len(transaction.recipients)
         ascii_only = tuple(to for to in transaction.recipients if to.isascii())
         said = await self.transact(transaction._replace(recipients=ascii_only, message=message)) if ascii_only else []
         replies = dict(zip(ascii_only, said))
@@ -4893,8 +5291,8 @@ def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
 
 
 def sendgrid_mailboxes(text: str) -> list:
-    named = [(name, spec) for name, spec in getaddresses([text]) if spec]
-    return [{"email": spec, "name": decode_encoded_words(name)} if name else {"email": spec} for name, spec in named]
+    named = [(decode_encoded_words(name), mailbox.addr_spec) for name, mailbox in parse_mailboxes(text)]
+    return [{"email": spec, "name": name} if name else {"email": spec} for name, spec in named]
 
 
 def sendgrid_headers(fields: list) -> dict:
@@ -5000,8 +5398,8 @@ def amazonses_request(transaction: Transaction, now: float) -> HTTPRequest:
     octets = ascii_message(transaction)
     try:
         author = single_field(parse_message(octets)[0], "from")
-        spec = next(spec for _, spec in getaddresses([author]) if spec)
-    except (ValueError, StopIteration):
+        spec = parse_mailboxes(author)[0][1].addr_spec
+    except (ValueError, IndexError):
         raise Rejected(make_reply("inexpressible", "one header From is wanted", **transaction.route.endpoint)) from None
     document = {
         "FromEmailAddress": author,
@@ -5206,8 +5604,8 @@ def decode_transfer_encoding(body: bytes, encoding: str) -> bytes:
 def format_mailboxes(text: str) -> str:
     """A field of mailboxes as it is written in a submission."""
     people = []
-    for coded, spec in getaddresses([text]):
-        name = decode_encoded_words(coded)
+    for coded, mailbox in parse_mailboxes(text):
+        name, spec = decode_encoded_words(coded), mailbox.addr_spec
         quoted = '"' + re.sub(r'(["\\])', r"\\\1", name) + '"' if re.search(r'[()<>@,;:\\".\[\]]', name) else name
         people.append(f"{quoted} <{spec}>" if name else spec)
     return ", ".join(people)
@@ -6420,20 +6818,20 @@ class Response(NamedTuple):
 async def submit(request: Request, app: App) -> Response:
     """Answer POST /submit."""
     settings, queueid, submission = request.settings or app.settings, new_queueid(request.now), None
-    large = len(request.body) >= LARGE  # processed in a thread, so that small ones need not wait for it
     try:
-        submission, digest = await call_in_thread(large, parse_body, request)
-        refused = apply_checks(CHECKS_OF_SUBMISSION, request, submission, settings)
-        options = queue_options(request, submission, digest, settings)
+        parsed = await call_in_thread(is_expensive(request.body), parse_and_check, request, settings)
+        submission, refused = parsed.submission, parsed.refused
+        options = queue_options(request, submission, parsed.digest, settings)
         recipients = unique_recipients(submission)
         accepted = [mailbox for as_written, mailbox in recipients.items() if as_written not in refused]
         replies = {as_written: refused.get(as_written) for as_written in recipients}
         if not accepted:
             return respond(request, 400, replies, queueid, submission)
         request.body = b""  # its memory is needed for the message
-        message = await call_in_thread(large, compose_and_check, request, submission, settings, queueid, accepted)
-        submission = without_content(submission)
+        values = request, submission, settings, queueid, accepted
+        message = await call_in_thread(is_expensive(submission), compose_and_check, *values)
         transactions, accepted = plan_transactions(submission, message, accepted, settings, queueid)
+        submission, values = without_content(submission), ()
         if options.async_ or options.key:
             earlier = await enqueue_before_sending(request, transactions, accepted, options, app)
             if earlier:
@@ -6451,16 +6849,28 @@ async def submit(request: Request, app: App) -> Response:
 CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
 
 
-async def call_in_thread(large: bool, function: Callable, *args: Any) -> Any:
-    return await to_thread(function, *args) if large else function(*args)
+async def call_in_thread(expensive: bool, function: Callable, *args: Any) -> Any:
+    """Call a function, in a thread if other requests would have to wait too long."""
+    return await to_thread(function, *args) if expensive else function(*args)
 
 
-def parse_body(request: Request) -> tuple:
-    """Return (submission in a request's body, digest if there is an Idempotency-Key); raise Rejected with its errors."""
-    submission, errors = parse_submission(request.body)
+class CheckedSubmission(NamedTuple):
+    """A submission that passed the checks."""
+
+    submission: Submission
+    refused: dict  # {recipient: Reply}
+    digest: bytes | None  # of the document, if there is an Idempotency-Key
+
+
+def parse_and_check(request: Request, settings: Settings) -> CheckedSubmission:
+    """Parse the body of a request; raise Rejected with every error of it, or by the first check that fails."""
+    submission, errors, is_json = parse_submission(request.body)
     if errors:
-        raise Rejected(make_reply("json", *errors[:MAX_REPORTED_ERRORS]))
-    return submission, document_digest(request.body) if "idempotency-key" in request.headers else None
+        raise Rejected(make_reply("invalid" if is_json else "json", *errors[:MAX_REPORTED_ERRORS]))
+    refused = apply_checks(CHECKS_OF_SUBMISSION, request, submission, settings)
+    return CheckedSubmission(
+        submission, refused, document_digest(request.body) if "idempotency-key" in request.headers else None
+    )
 
 
 def document_digest(body: Any) -> bytes:
@@ -6664,6 +7074,7 @@ def plan_transactions(
 ) -> tuple:
     """Return (transactions, the mailboxes in their order): one each recipient, or each route if they share the mail."""
     sender = parse_address(submission.mail)
+    check_provider_headers(submission, sender, accepted, settings)
     if submission.shared:
         transactions = plan_shared(sender, message, accepted, settings, queueid)
         by_address = {mailbox.addr_spec: mailbox for mailbox in accepted}
@@ -6673,6 +7084,15 @@ def plan_transactions(
         Transaction(route, settings.hostname, queueid, sender.addr_spec, (mailbox.addr_spec,), message, number)
         for number, (route, mailbox) in enumerate(zip(routes, accepted), 1)
     ], accepted
+
+
+def check_provider_headers(submission: Submission, sender: Mailbox, accepted: list, settings: Settings) -> None:
+    """Raise Rejected if a client sets commands of cloud relays where a route does not let it."""
+    names = provider_header_names(submission)
+    routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in accepted] if names else ()
+    if not all(route.provider_headers for route in routes):
+        lines = [f"{sanitize(name)}: the route must have provider_headers to send it" for name in names]
+        raise Rejected(make_reply("invalid", *lines[:MAX_REPORTED_ERRORS]))
 
 
 def plan_shared(sender: Mailbox, message: Message, accepted: list, settings: Settings, queueid: str) -> list:

@@ -57,6 +57,8 @@ sys.path.insert(0, HERE)
 
 import haineko  # noqa: E402
 
+parser = getattr(re, "_parser", None) or importlib.import_module("sre_parse")  # of patterns; its name since Python 3.11
+
 SOURCE = os.path.join(HERE, "haineko.py")
 NOW = 1388741758.0
 NAME = "relay.example.org"  # of the Haineko under test
@@ -276,6 +278,67 @@ def _changed(function: ast.AST):
             yield place.id, node.lineno
 
 
+def superlinear(patterns: dict, uses: set) -> list:
+    """The uses of patterns whose time grows faster than their input: strings of a pattern's own alphabet, and the
+    starts of a match with one character behind, many times."""
+    found = []
+    for name, method in sorted(uses):
+        pattern = patterns[name]
+        source = pattern.pattern if isinstance(pattern.pattern, str) else pattern.pattern.decode("latin-1")
+        marks = re.sub(r"\\x..|[A-Za-z0-9\[\](){}|?*+^$]", "", source)[:12]
+        alphabet = dict.fromkeys(marks + re.sub(r"\\.|[^A-Za-z]", "", source)[:4] + 'a0 \t\r\n"\\(<é')
+        match = a_match(parser.parse(source, pattern.flags & ~re.UNICODE))
+        shapes = [(a, b) for a in alphabet for b in alphabet]
+        shapes += [(match[:i], b) for i in range(2, min(len(match), 40) + 1) for b in alphabet]
+        if callable(getattr(pattern, method)) and any(_grows(pattern, method, *shape) for shape in shapes):
+            found.append(f"{name}.{method}")
+    return found
+
+
+def a_match(tree) -> str:
+    """A short string that the parsed pattern matches, or nearly."""
+    text = ""
+    for operator, value in tree:
+        kind = str(operator)
+        if kind in ("LITERAL", "NOT_LITERAL", "ANY"):
+            text += chr(value) if kind == "LITERAL" else "a"
+        elif kind == "IN":
+            name, first = value[0]
+            kinds = {
+                "LITERAL": lambda c: chr(c),
+                "RANGE": lambda c: chr(c[0]),
+                "CATEGORY": lambda c: " " if "SPACE" in str(c) else "0",
+            }
+            text += kinds.get(str(name), lambda _: "a")(first)
+        elif "REPEAT" in kind:
+            text += a_match(value[2]) * max(1, min(value[0], 40))
+        elif kind in ("SUBPATTERN", "ATOMIC_GROUP"):
+            text += a_match(value[-1] if kind == "SUBPATTERN" else value)
+        elif kind == "BRANCH":
+            text += a_match(value[1][0])
+    return text
+
+
+def _grows(pattern, method: str, first: str, second: str) -> bool:
+    for text in (
+        lambda n: (first + second) * (n // (len(first) + 1)) + first,
+        *(lambda n, end=end: first + second * n + end for end in ("", "!", "\0")),
+    ):
+        if _seconds(pattern, method, text(2000)) > 0.002:
+            once, more = (min(_seconds(pattern, method, text(size)) for _ in range(3)) for size in (2000, 8000))
+            if more > 9 * once:
+                return True
+    return False
+
+
+def _seconds(pattern, method: str, text: str) -> float:
+    subject = text if isinstance(pattern.pattern, str) else text.encode("latin-1", "replace")
+    began = time.process_time()
+    result = getattr(pattern, method)(*((subject[:0], subject) if method == "sub" else (subject,)))
+    collections.deque(result if method == "finditer" else (), 0)
+    return time.process_time() - began
+
+
 class HouseRules(unittest.TestCase):
     """The rules that the front page of haineko.py gives itself."""
 
@@ -352,6 +415,18 @@ class HouseRules(unittest.TestCase):
             for word in re.findall(r"\w+", ast.unparse(node.annotation) if node.annotation else "")
         }
         self.assertEqual(sorted(name for name in self.house.names if name not in used | noted | {"MAILERS"}), [])
+
+    def test_every_pattern_takes_linear_time(self):
+        """Feed each pattern, as the file uses it, long strings of its own alphabet."""
+        self.assertEqual(superlinear({"BAD": re.compile(r"b?[ ]*[ \t]*=")}, {("BAD", "match")}), ["BAD.match"])
+        patterns = {name: item for name, item in vars(haineko).items() if isinstance(item, re.Pattern)}
+        self.assertGreater(len(patterns), 20)
+        uses = {
+            (node.value.id, node.attr)
+            for node in ast.walk(self.house.tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in patterns
+        }
+        self.assertEqual(superlinear(patterns, uses), [])
 
     def test_only_the_standard_library_is_imported(self):
         names = set()
@@ -1139,7 +1214,7 @@ class LogLines(Quiet):
 
 class Submissions(unittest.TestCase):
     def understood(self, submission) -> haineko.Submission:
-        found, faults = haineko.parse_submission(as_body(submission))
+        found, faults, _ = haineko.parse_submission(as_body(submission))
         self.assertEqual(faults, [])
         return found
 
@@ -1203,7 +1278,7 @@ class Submissions(unittest.TestCase):
         self.assertEqual(self.understood({"header": {"from": "", "replyto": ""}}).header.from_, ())
 
     def test_faults(self):
-        wanted = '"name <address>" is wanted, not '
+        wanted = 'expected "name <address>", got '
         cases = [
             ([], ["top level: expected an object, got a list"]),
             ("x", ["top level: expected an object, got a string"]),
@@ -1211,26 +1286,31 @@ class Submissions(unittest.TestCase):
             ({"header": []}, ["header: expected an object, got a list"]),
             ({"header": "x"}, ["header: expected an object, got a string"]),
             ({"rcptt": "a"}, ['rcptt: unknown key; did you mean "rcpt"?']),
-            ({"subject": "a"}, ["subject: unknown key"]),
+            ({"subject": "a"}, ["subject: unknown key; did you mean header.subject?"]),
+            *[({key: "a"}, [f"{key}: unknown key; did you mean {meant}?"]) for key, meant in (
+                ("cc", "header.cc"), ("reply_to", "header.replyto"), ("replyTo", "header.replyto"), ("text", "body"),
+                ("List-Unsubscribe", "header.list-unsubscribe"), ("contentType", "html or attachments[].type"),
+            )],
+            ({"header": {"html": "a"}}, ["header.html: unknown key; did you mean html, outside of header?"]),
             ({"header": {"reply_too": "a"}}, ['header.reply_too: unknown key; did you mean "replyto"?']),
             ({"header": {"reply_to": "a"}}, [f'header.reply_to: {wanted}"a"']),
             ({"header": {"Subjekt": "a"}}, ['header.Subjekt: unknown key; did you mean "subject"?']),
             ({"a\r\nb": 1}, ["a??b: unknown key"]),
-            ({"mail": 1}, ["mail: a string is wanted, not a number"]),
-            ({"mail": ["a@example.jp"]}, ["mail: a string is wanted, not a list"]),
-            ({"ehlo": False}, ["ehlo: a string is wanted, not true or false"]),
-            ({"body": {}}, ["body: a string is wanted, not an object"]),
-            ({"rcpt": 5}, ["rcpt: a string is wanted, not a number"]),
-            ({"rcpt": {"a": 1}}, ["rcpt: a string is wanted, not an object"]),
-            ({"rcpt": ["a", None]}, ["rcpt[1]: a string is wanted, not null"]),
-            ({"rcpt": [["a"]]}, ["rcpt[0]: a string is wanted, not a list"]),
-            ({"header": {"subject": 1}}, ["header.subject: a string is wanted, not a number"]),
+            ({"mail": 1}, ["mail: expected a string, got a number"]),
+            ({"mail": ["a@example.jp"]}, ["mail: expected a string, got a list"]),
+            ({"ehlo": False}, ["ehlo: expected a string, got true or false"]),
+            ({"body": {}}, ["body: expected a string, got an object"]),
+            ({"rcpt": 5}, ["rcpt: expected a string, got a number"]),
+            ({"rcpt": {"a": 1}}, ["rcpt: expected a string, got an object"]),
+            ({"rcpt": ["a", None]}, ["rcpt[1]: expected a string, got null"]),
+            ({"rcpt": [["a"]]}, ["rcpt[0]: expected a string, got a list"]),
+            ({"header": {"subject": 1}}, ["header.subject: expected a string, got a number"]),
             ({"header": {"subject": "a\nb"}}, ["header.subject: has a CR, LF or NUL"]),
             ({"header": {"from": "nobody"}}, ["header.from: " + wanted + '"nobody"']),
             ({"header": {"replyto": "a b c"}}, ["header.replyto: " + wanted + '"a b c"']),
-            ({"header": {"charset": "UTF-9"}}, ['header.charset: "UTF-9" is no charset for mail that is known here']),
+            ({"header": {"charset": "UTF-9"}}, ['header.charset: unknown charset "UTF-9"; "UTF-8" holds every character']),
             ({"header": {"x-haineko-loop": "a b"}}, ['header.x-haineko-loop: "a b" is no name of a Haineko']),
-            ({"header": {"x-haineko-loop": [1]}}, ["header.x-haineko-loop[0]: a string is wanted, not a number"]),
+            ({"header": {"x-haineko-loop": [1]}}, ["header.x-haineko-loop[0]: expected a string, got a number"]),
             (b'{"body": "a", "body": "b"}', ["body: duplicate key"]),
             (b'{"header": {"subject": "a", "subject": "a"}}', ["header.subject: duplicate key"]),
             (b'{"body": "\\ud800"}', ["body: has half a surrogate pair at character 0"]),
@@ -1238,7 +1318,7 @@ class Submissions(unittest.TestCase):
             (b'{"header": {"subject": "\\ud83d"}}', ["header.subject: has half a surrogate pair at character 0"]),
             (b'{"\\ud800": 1}', ["?: unknown key"]),
             ({"rcpt": 1, "body": 2, "x": 3}, [
-                "rcpt: a string is wanted, not a number", "body: a string is wanted, not a number", "x: unknown key",
+                "rcpt: expected a string, got a number", "body: expected a string, got a number", "x: unknown key",
             ]),
         ]  # fmt: skip
         for submission, faults in cases:
@@ -1265,6 +1345,81 @@ class Submissions(unittest.TestCase):
             with self.subTest(text):
                 found = haineko.parse_address(text)
                 self.assertEqual((found.as_written, found.local, found.domain), (text, local, domain))
+
+    def test_what_is_no_json(self):
+        for body, words in (
+            (b"", ("line 1 column 1", "the body is empty")), (b'{\n "a": }', ("line 2 column 7",)),
+            (b"mail=a%40x&rcpt=b", ("line 1", "form data")), (b'--b\r\nContent-Disposition: form-data; name="a"', ("form data",)),
+            (b"\xff", ("UTF-8",)), (b"[" * 100000, ("deep",)), (b'{"a": NaN}', ("NaN",)),
+        ):  # fmt: skip
+            with self.subTest(body[:20]):
+                found = haineko.parse_submission(body)
+                self.assertEqual((found.submission, found.is_json, len(found.errors)), (None, False, 1))
+                for word in words:
+                    self.assertIn(word, found.errors[0])
+        for body in (b"[]", b'{"a": 1}', b'{"a": 1, "a": 1}', as_body({"mail": 1, "rcpt": 2})):
+            self.assertTrue(haineko.parse_submission(body).is_json)
+        self.assertEqual(haineko.idna_hint("A <a@x>"), ('expected a bare address, got "A <a@x>"; did you mean "a@x"?',))
+
+    def test_address_lists(self):
+        a, b = ("", "a@x"), ("", "b@y")
+        for text, wanted in (
+            ("a@x,", [a]), (",a@x,,b@y", [a, b]), ("a@x; b@y", [a, b]), ("a@x (Doe, J), b@y", [("Doe, J", "a@x"), b]),
+            ("unlisted-recipients:; (no To-header on input)", []), ("undisclosed-recipients:;", []),
+            ("(Empty list)(start)Hidden recipients  :(nobody(that I know))  ;", []), ("(a (b) \\) c)", []),
+            ("A Group:Ed Jones <a@x>, b@y; , c@z", [("Ed Jones", "a@x"), b, ("", "c@z")]),
+            ('"Doe, J" <a@x> (work), B <b@y>', [("Doe, J (work)", "a@x"), ("B", "b@y")]), ("", []), (" ,; ", []),
+            ("< a@x >, b@y", [a, b]), ("a@[IPv6:2001:db8::1]; b@y", [("", "a@[IPv6:2001:db8::1]"), b]),
+        ):  # fmt: skip
+            with self.subTest(text):
+                found = haineko.parse_mailboxes(text)
+                self.assertEqual([(name, mailbox.addr_spec) for name, mailbox in found], wanted)
+        for text in (
+            "foo-[redacted]victim@example.net", "<foo>bar@example.net", "a@x b@y", "a:b@x", "x: a@x, y: b@y;;", "(a", "a@x)",
+            '"a', "<a@x", "a@x <b@y>, c", "a@x>", "<a@x> <b@y>", "<a@x> b", "g:;a", "[a@x]", ":;", "a@x, (", "a@x,b@" + "," * 9,
+            "a@x," * 2001,
+        ):  # fmt: skip
+            with self.subTest(text), self.assertRaises(ValueError):
+                haineko.parse_mailboxes(text)
+        raw = "From: x@example.org\nTo: foo-[redacted]victim@example.net\nSubject: x\n\nMeow\n"
+        found = understood({"mail": "x@example.org", "raw": raw}).rcpt
+        self.assertEqual(found, ("foo-[redacted]victim@example.net",))
+        found = understood(document(rcpt=None, header={"to": "undisclosed-recipients:;", "bcc": "a@x"}))
+        self.assertEqual(found.rcpt, ("a@x",))
+        message = haineko.compose(found, "Q" * 16, None, NAME, NOW)
+        self.assertIn(b"\r\nTo: undisclosed-recipients:;\r\n", message.copy("a@x", 1))
+
+    def test_what_is_expensive(self):
+        raw = {"mail": "a@example.org", "rcpt": "b@example.jp"}
+        for what, form, parse, make in (
+            ("a text", document(body="a mail of lines\n" * 4000), False, False),
+            ("a text in Japanese", document(body="猫" * 9000), False, False),
+            ("HTML alone", document(body=None, html="<b>x</b>" * 1000), False, True),
+            ("a long subject", document(header={"subject": "猫" * 20000}), False, True),
+            ("many addresses", document(header={"to": ["猫 <a@b.jp>"] * 1500}), True, True),
+            ("many fields", document(header={"x-a": ["é"] * 8000}), True, True),
+            ("many files", document(attachments=[file()] * 900), True, True),
+            ("a small message", {**raw, "raw": "A: b\n\n" + "x\n" * 2000}, False, False),
+            (
+                "many parts",
+                {**raw, "raw": "Content-Type: multipart/mixed; boundary=b\n\n" + "--b\n\né\n" * 1900},
+                True,
+                True,
+            ),
+        ):
+            with self.subTest(what):
+                self.assertEqual(haineko.is_expensive(as_body(form)), parse)
+                self.assertEqual(haineko.is_expensive(understood(form)), make)
+
+    def test_header_fields_that_relays_take_for_commands(self):
+        names = ["X-MC-Tags", "x-ses-tenant", "X-SMTPAPI", "X-PM-Tag", "X-MS-Exchange-Foo"]
+        found = understood(document(header={**dict.fromkeys(names, "a"), "X-Mailer": "b", "X-MCX": "c"}))
+        self.assertEqual(
+            [name.lower() for name in haineko.provider_header_names(found)], [name.lower() for name in names]
+        )
+        raw = "".join(f"{name} : a\n" for name in names) + "X-MCX: c\n\nx"
+        found = understood({"mail": "a@example.org", "rcpt": "b@example.jp", "raw": raw})
+        self.assertEqual(list(haineko.provider_header_names(found)), [name.lower() for name in names])
 
     def test_what_is_no_address(self):
         for text in (
@@ -1329,7 +1484,7 @@ class Submissions(unittest.TestCase):
             with self.subTest(text):
                 self.assertEqual(
                     len(self.faults({"header": {"from": text}})),
-                    2 if re.search("[\r\n\0]", text) and not haineko.parse_mailboxes(text) else 1,
+                    2 if re.search("[\n\0]", text) and "<neko@example.jp" not in text else 1,
                 )
 
     def test_names_of_charsets(self):
@@ -1339,14 +1494,17 @@ class Submissions(unittest.TestCase):
             "US-ASCII"),
             ("ASCII", "US-ASCII"), ("ISO-8859-15", "ISO-8859-15"), ("windows-1252", "windows-1252"), ("cp1252",
             "windows-1252"),
-            ("Shift_JIS", "Shift_JIS"), ("cp932", "Windows-31J"), ("EUC-JP", "EUC-JP"), ("gb18030", "gb18030"),
-            ("Big5", "Big5"), ("KOI8-R", "KOI8-R"), ("EUC-KR", "EUC-KR"),
+            ("Shift_JIS", "Shift_JIS"), ("cp932", "Windows-31J"), ("EUC-JP", "EUC-JP"), ("gb18030", "GB18030"),
+            ("Big5", "Big5"), ("KOI8-R", "KOI8-R"), ("EUC-KR", "EUC-KR"), ("big5-hkscs", "Big5-HKSCS"),
+            ("iso2022_kr", "ISO-2022-KR"), ("macintosh", "macintosh"), ("mac_roman", "macintosh"), ("kz_1048", "KZ-1048"),
+            ("iso-2022-jp-2", "ISO-2022-JP-2"), ("cp437", "IBM437"), ("latin9", "ISO-8859-15"), ("cp950", "Big5"),
         ]  # fmt: skip
         for name, wanted in cases:
             with self.subTest(name):
                 self.assertEqual(haineko.iana_charset(name), wanted)
                 self.assertTrue(wanted.encode("ascii").decode().replace("-", "").replace("_", "").isalnum())
-        for name in ("", "x", "UTF-16", "utf-7", "utf-8-sig", "idna", "punycode", "rot13", "base64", "hex", "zlib",
+        for name in ("", "x", "UTF-16", "utf-7", "utf-8-sig", "idna", "punycode", "rot13", "iso-2022-jp-1", "iso-2022-jp-3",
+                     "iso-2022-jp-ext", "mac_greek", "johab", "cp1125", "koi8-t", "shift_jis_2004", "base64", "hex", "zlib",
                      "hz",
                      "cp037", "undefined", "unicode_escape", "raw_unicode_escape", "mbcs", "utf-8\r\nX: y", "utf-8\0",
                      "utf 8", "ねこ", "../utf8", "a" * 1000):  # fmt: skip
@@ -1359,13 +1517,16 @@ class Submissions(unittest.TestCase):
         names = {
             haineko.iana_charset(name) for name in {*encodings.aliases.aliases, *encodings.aliases.aliases.values()}
         }
-        self.assertGreater(len(names), 60)
+        self.assertGreater(len(names), 50)
         for name in names - {""}:
             with self.subTest(name):
                 form = document(header={"subject": "é 日本", "charset": name}, body="Meow\n")
                 form["header"]["from"] = "kijitora@example.org"
                 self.assertIn(b"charset=", composed(form))
                 self.assertEqual(haineko.decode_charset(b"Meow", name), "Meow")
+        for name in ("ISO-2022-JP-2", "ISO-2022-KR"):
+            octets = composed(document(header={"subject": "\x1b\x0e", "charset": name}, body="\x1b$A\x1b.A\x0e"))
+            self.assertIn(b"charset=UTF-8", octets)
         for name in ("EUC-JP", "Shift_JIS"):  # whose codecs write a backslash for it
             octets = composed(document(header={"subject": "x", "charset": name}, body="¥1,980\n"))
             self.assertIn(b"charset=UTF-8", octets)
@@ -1459,7 +1620,7 @@ class Submissions(unittest.TestCase):
             ("\x1b$B$\x1b(B", "ends within a character"),
             ("\x1b$B$M\nx\x1b(B", "isn't"),
             ("\x1b$B \x1b(B", ""),
-            ("\x1b$B~~\x1b(B", "nobody knows"),
+            ("\x1b$B~~\x1b(B", "unassigned"),
             ("\x1b$(D0!\x1b(B", "not ISO-2022-JP's"),
         ]
         for held, words in cases:
@@ -1527,6 +1688,7 @@ class Row:
 
 
 MALFORMED = (400, "421", None, "HTTP", "Malformed JSON string")
+INVALID = (400, "554", "5.6.0", "HTTP", "Invalid submission")
 LOOP = (400, "421", "5.4.6", "CONN", "Detected message loop")
 EHLO = (400, "501", "5.0.0", "EHLO", "Invalid domain name")
 MAIL_EMPTY = (400, "501", "5.5.2", "MAIL", 'Syntax error in parameters scanning "FROM"')
@@ -1553,19 +1715,19 @@ REFUSALS = [
     [
         Row("not JSON", *MALFORMED, raw=b"mail=a@example.jp"),
         Row("nothing", *MALFORMED, raw=b" "),
-        Row("a list", *MALFORMED, raw=b"[]"),
+        Row("a list", *INVALID, raw=b"[]"),
         Row("not UTF-8", *MALFORMED, raw=b'{"body": "\xff"}'),
         Row("too deep", *MALFORMED, raw=b"[" * 100000),
         Row("NaN", *MALFORMED, raw=b'{"body": NaN}'),
-        Row("a key twice", *MALFORMED, raw=b'{"body": "a", "body": "a"}'),
-        Row("half a surrogate pair", *MALFORMED, raw=b'{"body": "\\ud800"}'),
-        Row("an unknown key", *MALFORMED, replyto="a@example.jp"),
-        Row("an unknown key of header", *MALFORMED, header={"xmailer": "a"}),
-        Row("a wrong type", *MALFORMED, body=1),
-        Row("an unknown charset", *MALFORMED, header={"charset": "klingon"}),
-        Row("LF in the subject", *MALFORMED, header={"subject": "a\nX-Evil: b"}),
-        Row("NUL in From", *MALFORMED, header={"from": "a\0 <a@example.jp>"}),
-        Row("CR in Reply-To", *MALFORMED, header={"replyto": "a\r <a@example.jp>"}),
+        Row("a key twice", *INVALID, raw=b'{"body": "a", "body": "a"}'),
+        Row("half a surrogate pair", *INVALID, raw=b'{"body": "\\ud800"}'),
+        Row("an unknown key", *INVALID, replyto="a@example.jp"),
+        Row("an unknown key of header", *INVALID, header={"xmailer": "a"}),
+        Row("a wrong type", *INVALID, body=1),
+        Row("an unknown charset", *INVALID, header={"charset": "klingon"}),
+        Row("LF in the subject", *INVALID, header={"subject": "a\nX-Evil: b"}),
+        Row("NUL in From", *INVALID, header={"from": "a\0 <a@example.jp>"}),
+        Row("CR in Reply-To", *INVALID, header={"replyto": "a\r <a@example.jp>"}),
     ],
     [
         Row("own name in the loop", *LOOP, header={"x-haineko-loop": ["a.example", "RELAY.example.org"]}),
@@ -1784,12 +1946,9 @@ class Policy(Quiet):
             (document(rcpt=many * 3000), {}, "15000 recipients exceed smtpd.max_rcpts_per_message (4)"),
             (document(mail=None), {}, "mail (the envelope sender) is required"),
             (document(mail=""), {}, "mail (the envelope sender) is required"),
-            (
-                document(mail="A <a@x.jp>"),
-                {},
-                'mail: expected a bare address like "user@example.org"; a name goes into',
-            ),
-            (document(mail="a"), {}, 'mail: expected a bare address like "user@example.org"'),
+            (document(mail="A <a@x.jp>"), {}, 'expected a bare address, got "A <a@x.jp>"; did you mean "a@x.jp"?'),
+            (document(mail="a"), {}, 'expected a bare address like "user@example.org"'),
+            (document(header={"x-mc-tags": "a"}), {}, "X-Mc-Tags: the route must have provider_headers to send it"),
             (document(rcpt=None), {}, "rcpt is required"),
             (document(ehlo="a b"), {}, "ehlo: expected a domain or an address literal"),
             (document(), {"recipients": {}}, "neither recipients.domainpart nor recipients.recipients has it"),
@@ -1875,7 +2034,7 @@ def refusal_of(request_: haineko.Request, submission: haineko.Submission) -> hai
 
 def composed(submission, client: str = "127.0.0.1", to: str = "mikeneko@example.jp") -> bytes:
     """The octets of the message of a submission."""
-    found, faults = haineko.parse_submission(as_body(submission))
+    found, faults, _ = haineko.parse_submission(as_body(submission))
     if faults:
         raise ValueError(faults)
     message = haineko.compose(found, "Q" * 16, haineko.parse_ip(client), NAME, NOW)
@@ -2263,7 +2422,7 @@ class Messages(unittest.TestCase):
             for text in (payload + good, good[:3] + payload + good[3:], good + payload):
                 with self.subTest(what, text=text):
                     submission = make(text)
-                    found, faults = haineko.parse_submission(as_body(submission))
+                    found, faults, _ = haineko.parse_submission(as_body(submission))
                     request_ = request(as_body(submission))
                     if faults or refusal_of(request_, found):
                         continue
@@ -2291,7 +2450,7 @@ class Messages(unittest.TestCase):
             (b"A: 1\r\n 2\r\nB:3\r\n\r\nx\r\ny", [("a", b"A: 1\n 2\n"), ("b", b"B:3\n")], b"x\ny"),
             (b"From x Mon\nA: 1\n\nb\n", [("a", b"A: 1\n")], b"b\n"),
             (b"A: 1\n", [("a", b"A: 1\n")], b""),
-            (b"A: 1", [("a", b"A: 1")], b""),
+            (b"A: 1", [("a", b"A: 1\n")], b""),
             (b"\nbody", [], b"body"),
             (b"no header here\n", [], b"no header here\n"),
             (b"A: 1\n\na\rb\r\nc", [("a", b"A: 1\n")], b"a\nb\nc"),
@@ -2327,10 +2486,8 @@ class Messages(unittest.TestCase):
         found = raw_fields(octets)
         self.assertEqual(
             [name for name, _ in found],
-            ["Received", "To", "Subject", "From", "Date", "Message-Id", "X-Haineko-Loop", "MIME-Version",
-            "Content-Type",
-             "Content-Transfer-Encoding"],
-        )  # fmt: skip
+            ["Received", "To", "Subject", "From", "Date", "Message-Id", "X-Haineko-Loop"],
+        )
         table = dict(found)
         self.assertEqual((table["Subject"], table["From"]), ("a\r\n b", "<s@example.org>"))
         self.assertEqual(table["X-Haineko-Loop"], f"r1, {NAME}")
@@ -2350,19 +2507,30 @@ class Messages(unittest.TestCase):
         self.assertTrue(octets.endswith("\r\n\r\nねこ\r\n".encode()))
 
     def test_a_finished_message_without_mime(self):
-        for body, meant in [
-            ("ねこ\n".encode(), "ねこ\r\n"), ("é\n".encode("latin-1"), "é\r\n"), (b"x" * 2000 + b"\n",
-            "x" * 2000 + "\r\n"),
-        ]:  # fmt: skip
+        long = b"x" * 2000 + b"\n"
+        for body, charset in (
+            ("ねこ\n".encode(), "utf-8"), (b"\xe9\n", "unknown-8bit"), (long, "us-ascii"),
+            (b"x" * 998 + b"\n\f\n", None), (b"\x1b$B$M$3\x1b(B\n", None), (b"\x1b$B$M$3\x1b(B" + long, "iso-2022-jp"),
+        ):  # fmt: skip
             with self.subTest(body[:20]):
                 message = self.finish(b"To: a@example.jp\n\n" + body)
-                self.assertFalse(message.needs_8bitmime)
-                self.assertEqual(decoded_body(message.copy("", 1)), meant)
+                self.assertEqual(message.needs_8bitmime, not body.isascii())
+                found = email.message_from_bytes(message.copy("", 1))
+                self.assertEqual(found.get_content_charset(), charset)
+                self.assertEqual(found.get_payload(decode=True), body.replace(b"\n", b"\r\n"))
 
     def test_lines_too_long_of_a_finished_message(self):
         with self.assertRaises(ValueError):
-            self.finish(b"A: " + b"x" * 996 + b"\n\nb\n")
-        self.finish(b"A: " + b"x" * 995 + b"\n\nb\n")
+            self.finish(b"A: " + b"x" * 998 + b"\n\nb\n")
+        self.assertIn(b"\r\nA: " + b"x" * 995 + b"\r\n", self.finish(b"A: " + b"x" * 995 + b"\n\nb\n").copy("", 1))
+        for line in (
+            b"A: " + b"x" * 997,
+            b"A: " + b"x " * 5000,
+            b"A:" + b" " * 900 + b"x\t" * 5000 + b"\n " + b"y" * 997,
+        ):
+            octets = self.finish(line + b"\n\nb\n").copy("", 1)
+            self.assertLess(max(map(len, octets.split(b"\r\n"))), 999)
+            self.assertIn(line.replace(b"\n", b""), octets.replace(b"\r\n", b""))
         octets = self.finish(b"MIME-Version: 1.0\n\n" + b"x" * 999 + b"\n").copy("", 1)
         self.assertEqual(email.message_from_bytes(octets).get_payload(decode=True), b"x" * 999 + b"\r\n")
 
@@ -2423,7 +2591,7 @@ def file(filename: str | None = None, octets: bytes = b"%PDF-1.4 \0\r\n", **more
 
 
 def understood(submission) -> haineko.Submission:
-    found, faults = haineko.parse_submission(as_body(submission))
+    found, faults, _ = haineko.parse_submission(as_body(submission))
     if faults:
         raise ValueError(faults)
     return found
@@ -2486,8 +2654,8 @@ CORPUS = [
     Mail("text"),
     Mail("text in Japanese", body="あとで\r\nお年玉\n"),
     Mail("HTML beside text", "alternative(plain, html)", html="<p>x</p>", body="other words"),
-    Mail("HTML alone", "alternative(plain, html)", OF_HTML, html=HTML, body=None),
-    Mail("HTML alone, body empty", "alternative(plain, html)", OF_HTML, html=HTML, body=""),
+    Mail("HTML alone", "alternative(plain, html)", OF_HTML, html=HTML.replace("cid:", "https://x/"), body=None),
+    Mail("HTML alone, body empty", "alternative(plain, html)", OF_HTML, html=HTML.replace("cid:", "https://x/"), body=""),
     Mail("HTML that says nothing", "alternative(plain, html)", "\n", html="<p></p>", body=None),
     Mail("HTML with long lines", "alternative(plain, html)", html="<p>" + "x" * 5000 + "</p>"),
     Mail("HTML in ISO-2022-JP", "alternative(plain, html)", html="<p>髙①ガ～</p>", header={"charset": "ISO-2022-JP"}),
@@ -2522,11 +2690,11 @@ CORPUS = [
         {"filename": "a.pdf", "content": "JVBE\r\nRi0x\nLjQg AA0K"}], files=((PDF, "attachment"),)),
     Mail("a picture in HTML", "alternative(plain, related(html, png))", html=HTML, attachments=[
         file("l.png", PNG, cid="logo")], files=(("image/png", "inline"),)),
-    Mail("a cid in brackets", "alternative(plain, related(html, png))", html=HTML, attachments=[
+    Mail("a cid in brackets", "alternative(plain, related(html, png))", html=HTML.replace("cid:logo", "cid:logo%40x"), attachments=[
         file("l.png", PNG, cid="<logo@x>")], files=(("image/png", "inline"),)),
     Mail("a cid without HTML", "mixed(plain, png)", attachments=[file("l.png", PNG, cid="logo")],
          files=(("image/png", "inline"),)),
-    Mail("two pictures in HTML", "alternative(plain, related(html, png, png))", html=HTML, attachments=[
+    Mail("two pictures in HTML", "alternative(plain, related(html, png, png))", html=HTML + '<i style="background: url( CID:LOGO)">', attachments=[
         file("l.png", PNG, cid="logo"), file("m.png", PNG, cid="LOGO")],
         files=(("image/png", "inline"), ("image/png", "inline"))),
     Mail("a receipt", "mixed(alternative(plain, related(html, png)), pdf)", html=HTML, attachments=[
@@ -2534,9 +2702,9 @@ CORPUS = [
     Mail("a receipt, HTML alone", "mixed(alternative(plain, related(html, png)), pdf)", OF_HTML, body=None, html=HTML,
          attachments=[file("logo.png", PNG, cid="logo"), file("a.pdf")], files=(("image/png", "inline"), (PDF,
          "attachment"))),
-    Mail("HTML and a file", "mixed(alternative(plain, html), pdf)", html=HTML, attachments=[file("a.pdf")],
+    Mail("HTML and a file", "mixed(alternative(plain, html), pdf)", html=HTML.replace("cid:", "https://x/"), attachments=[file("a.pdf")],
          files=((PDF, "attachment"),)),
-    Mail("a receipt in ISO-2022-JP", "mixed(alternative(plain, related(html, png)), pdf)", html="<p>領収書</p>",
+    Mail("a receipt in ISO-2022-JP", "mixed(alternative(plain, related(html, png)), pdf)", html="<p>領収書<img src=cid:logo></p>",
     attachments=[
         file("領収書.pdf"), file("logo.png", PNG, cid="logo")], header={"charset": "iso-2022-jp", "subject": "領収書"},
         files=(("image/png", "inline"), (PDF, "attachment"))),
@@ -2617,13 +2785,13 @@ class Parts(unittest.TestCase):
             shown = [(item.display_name, item.addr_spec) for item in (found[name].addresses if found[name] else ())]
             self.assertEqual(shown, wanted)
 
-    def test_text_alone_is_no_affair_of_email(self):
-        code = "import sys, haineko; s, _ = haineko.parse_submission(sys.stdin.buffer.read());"
+    def test_email_is_not_imported(self):
+        code = "import sys, haineko; s = haineko.parse_submission(sys.stdin.buffer.read()).submission;"
         code += " haineko.compose(s, 'Q' * 16, None, 'x', 0.0); print('email.policy' in sys.modules)"
         for changes, wanted in (
             ({}, b"False"),
             ({"header": {"to": "a@example.jp", "x-a": "猫"}}, b"False"),
-            ({"html": "x"}, b"True"),
+            ({"html": "x"}, b"False"),
         ):
             found = subprocess.run([sys.executable, "-c", code], input=as_body(document(**changes)),
                 capture_output=True,
@@ -2680,24 +2848,24 @@ class Parts(unittest.TestCase):
 
 
 FAULTS = [
-    ({"html": 1}, "html: a string is wanted, not a number"),
+    ({"html": 1}, "html: expected a string, got a number"),
     ({"attachments": "x"}, "attachments: expected an object, got a string"),
     ({"attachments": [file(), "x"]}, "attachments[1]: expected an object, got a string"),
     ({"attachments": [{"filename": "a"}]}, "attachments[0].content: is missing"),
     ({"attachments": [{"content": None}]}, "attachments[0].content: is missing"),
     ({"attachments": [file(), file(), {"content": "a*b="}]}, "attachments[2].content: is not base64"),
-    ({"attachments": [{"content": 1}]}, "attachments[0].content: a string is wanted, not a number"),
+    ({"attachments": [{"content": 1}]}, "attachments[0].content: expected a string, got a number"),
     *[({"attachments": [{"content": text}]}, "attachments[0].content: is not base64") for text in
       ("a", "ab", "abc", "ab=c", "a===", "====", "abcd=", "ab==cdef", "YWJj-_==", "猫猫猫猫", "abcd!!!!", "=abc",
        "ab\0c")],
     ({"attachments": [file(name="a.pdf")]}, 'attachments[0].name: unknown key; did you mean "filename"?'),
-    *[({"attachments": [file(name)]}, f'attachments[0].filename: a name without a path is wanted, not "{name}"')
+    *[({"attachments": [file(name)]}, f'attachments[0].filename: expected a name without a path, got "{name}"')
       for name in ("a/b", "../x", "C:\\x", "..", ".", "/")],
     *[({"attachments": [file(f"a{odd}b")]}, "attachments[0].filename: has a control character")
       for odd in "\0\r\n\t\x1b\x7f\x85\u2028\u202e\u2066"],
     ({"attachments": [file("a\r\nBcc: x@example.jp")]}, "attachments[0].filename: has a control character"),
-    ({"attachments": [file("x" * 256)]}, "attachments[0].filename: is longer than 255 characters"),
-    *[({"attachments": [file(type=kind)]}, "attachments[0].type: a media type like")
+    ({"attachments": [file("x" * 256)]}, "attachments[0].filename: 256 characters exceed the limit of 255"),
+    *[({"attachments": [file(type=kind)]}, "attachments[0].type: expected a media type like")
       for kind in ("pdf", "a/b/c", "a/b; c", "a/b; c=é", "text/plain; a=\"", "a /b", "a/", "/b", "猫/b", "a/b;c=d e",
           "a/b" * 99)],
     ({"attachments": [file(type="a/b\r\nBcc: x@example.jp")]}, "attachments[0].type: has a CR, LF or NUL"),
@@ -2705,52 +2873,55 @@ FAULTS = [
      "attachments[0].type: multipart/mixed can't be attached"),
     ({"attachments": [file(type="message/partial")]}, "attachments[0].type: message/partial can't be attached"),
     ({"attachments": [file(octets="猫".encode(), type="message/rfc822")]},
-     "attachments[0].type: a message/rfc822 is 7bit"),
+     "attachments[0].type: message/rfc822 must be ASCII"),
     ({"attachments": [file(octets=b"x" * 999, type="message/rfc822")]},
-     "attachments[0].type: a message/rfc822 is 7bit"),
-    ({"attachments": [file(octets=b"x\ry", type="message/rfc822")]}, "attachments[0].type: a message/rfc822 is 7bit"),
+     "attachments[0].type: message/rfc822 must be ASCII"),
+    ({"attachments": [file(octets=b"x\ry", type="message/rfc822")]}, "attachments[0].type: message/rfc822 must be ASCII"),
     *[({"attachments": [file(cid=cid)]}, "attachments[0].cid: ") for cid in ("a b", "a>b", "猫", "<a", "a\r\nBcc: x",
       "x" * 201, 1)],
+    ({"html": "<img src='cid:logo'>"}, 'html: "cid:logo" has no attachment with this cid'),
+    ({"html": "x", "attachments": [file(cid="logo")]}, 'attachments[0].cid: the HTML has no "cid:logo"'),
+    ({"attachments": [file(contentType="a/b")]}, 'attachments[0].contentType: unknown key; did you mean "type"?'),
     ({"attachments": [file(cid="a"), file(cid="<a>")]}, "attachments[1].cid: another attachment has it already"),
     ({"attachments": [file(inline="yes")]}, "attachments[0].inline: expected true or false, got a string"),
-    ({"attachments": [file()] * 1001}, "attachments: are more than 1000"),
+    ({"attachments": [file()] * 1001}, "attachments: 1001 exceed the limit of 1000"),
     *[({"header": {key.partition("[")[0]: value}}, f"header.{key}: {said}") for key, value, said in [
-        ("to", "a", '"name <address>" is wanted'), ("cc[1]", ["a@example.jp", 1], "a string is wanted"),
-        ("to", "a@straße.de", '"name <address>" is wanted, not "a@straße.de"; U+00DF has two readings in a domain'),
+        ("to", "a", 'expected "name <address>"'), ("cc[1]", ["a@example.jp", 1], "expected a string"),
+        ("to", "a@straße.de", 'expected "name <address>", got "a@straße.de"; U+00DF has two readings in a domain'),
         ("from", "A <a@x>\r\nBcc: b@x", "has a CR, LF or NUL"),
-        ("bcc", {"a": 1}, "a string is wanted, not an object"), ("message-id", "a@b", '"<left@right>" is wanted'),
-        ("Message_ID", "<a b@c>", '"<left@right>" is wanted'), ("message-id", "<a@b> <c@d>",
-         '"<left@right>" is wanted'),
-        ("references", ["<a@b>", "c"], '"<left@right>" is wanted'), ("in-reply-to", 1, "a string is wanted"),
-        ("date", "2014-01-03", "a date like"), ("date", "Fri, 31 Feb 2014 18:35:58 +0900", "a date like"),
+        ("bcc", {"a": 1}, "expected a string, got an object"), ("message-id", "a@b", 'expected "<left@right>"'),
+        ("Message_ID", "<a b@c>", 'expected "<left@right>"'), ("message-id", "<a@b> <c@d>",
+         'expected "<left@right>"'),
+        ("references", ["<a@b>", "c"], 'expected "<left@right>"'), ("in-reply-to", 1, "expected a string"),
+        ("date", "2014-01-03", "expected a date like"), ("date", "Fri, 31 Feb 2014 18:35:58 +0900", "expected a date like"),
         ("date", "Fri, 03 Jan 2014 18:35:58 +0900\n", "has a CR, LF or NUL"), ("importance", "urgent",
-         "one of high, normal, low"),
-        ("auto-submitted", "猫", "printable ASCII is wanted"), ("List-Unsubscribe", "<https://x/猫>",
-         "printable ASCII is wanted"),
+         "expected one of high, normal, low"),
+        ("auto-submitted", "猫", "expected printable ASCII"), ("List-Unsubscribe", "<https://x/猫>",
+         "expected printable ASCII"),
         ("precedence", "bulk\0", "has a CR, LF or NUL"), ("organization", "a\nb", "has a CR, LF or NUL"),
-        ("x-a", 1, "a string is wanted, not a number"), ("x-a[1]", ["a", "b\r\nBcc: c"], "has a CR, LF or NUL"),
-        ("x-a", {"b": 1}, "a string is wanted, not an object"), ("disposition-notification-to", "a",
-         '"name <address>" is wanted'),
+        ("x-a", 1, "expected a string, got a number"), ("x-a[1]", ["a", "b\r\nBcc: c"], "has a CR, LF or NUL"),
+        ("x-a", {"b": 1}, "expected a string, got an object"), ("disposition-notification-to", "a",
+         'expected "name <address>"'),
         ("resent-to", "a@example.jp", "unknown key"), ("x-", "a", "unknown key"), ("x-a b", "a", "unknown key"),
         ("x-a:", "a", "unknown key"), ("x-" + "a" * 73, "a", "unknown key"), ("X-猫", "a", "unknown key"),
         ("mail", "a", "unknown key"), ("organisation", "a", 'unknown key; did you mean "organization"?'),
-        *[(key, "a", "this field is made by Haineko itself") for key in (
+        *[(key, "a", "Haineko makes this field itself") for key in (
             "received", "Sender", "Return-Path", "return_path", "MIME-Version", "Content-Type", "content_disposition",
             "Content-Transfer-Encoding", "DKIM-Signature", "Content-猫")],
     ]],
     ({"header": {"x-a\r\nbcc": "a"}}, "header.x-a??bcc: unknown key"),
     ({"header": {"replyto": "a@example.jp", "Reply-To": "b@example.jp"}},
-     "header.Reply-To: says again what replyto says already"),
-    ({"header": {"x-a": "1", "X_A": "1"}}, "header.X_A: says again what x-a says already"),
+     "header.Reply-To: means the same as replyto, which is set already"),
+    ({"header": {"x-a": "1", "X_A": "1"}}, "header.X_A: means the same as x-a, which is set already"),
     ({"raw": "From: a@example.jp\n\nx", "header": {"subject": "x"}}, "header: can't stand beside raw"),
     *[({"raw": "A: b\n\nx", key: value}, f"{key}: can't stand beside raw")
       for key, value in (("body", "x"), ("html", "x"), ("attachments", []))],
     *[({"raw": raw}, said) for raw, said in [
-        (1, "raw: a string is wanted, not a number"), ({"base64": "*"}, "raw.base64: is not base64"),
-        ({"base64": 1}, "raw.base64: a string is wanted"), ({"bas64": ""},
+        (1, "raw: expected a string, got a number"), ({"base64": "*"}, "raw.base64: is not base64"),
+        ({"base64": 1}, "raw.base64: expected a string"), ({"bas64": ""},
          'raw.bas64: unknown key; did you mean "base64"?'),
         ("no header\n", "raw: has no header"), ("A: b\rBcc: c\n\nx", "raw: header A: has a CR or NUL"),
-        ("A: b\0\n\nx", "raw: header A: has a CR or NUL"), ("A: " + "x" * 996 + "\n\nx",
+        ("A: b\0\n\nx", "raw: header A: has a CR or NUL"), ("A: " + "x" * 998 + "\n\nx",
          "raw: header A: has a line longer than 998"),
         ("\ud800", "raw: has half a surrogate pair at character 0")]],
 ]  # fmt: skip
@@ -2767,7 +2938,7 @@ class PartsRefused(Quiet):
             }
             submission["header"] = submission["header"] or None
             with self.subTest(str(changes)[:100]):
-                _, faults = haineko.parse_submission(as_body(submission))
+                _, faults, _ = haineko.parse_submission(as_body(submission))
                 self.assertTrue(faults)
                 self.assertIn(wanted, faults[0])
                 self.assertEqual({fault.partition(":")[0] for fault in faults}, {faults[0].partition(":")[0]})
@@ -2862,8 +3033,7 @@ class RawMessages(Quiet):
         )
         names = [line.partition(b":")[0] for line in re.split(rb"\r\n(?![ \t])", octets.partition(b"\r\n\r\n")[0])]
         self.assertEqual(names, [b"Received", b"From", b"To", b"Cc", b"Subject", b"Date", b"Message-Id",
-            b"X-Haineko-Loop",
-                                 b"MIME-Version", b"Content-Type", b"Content-Transfer-Encoding"])  # fmt: skip
+                                 b"X-Haineko-Loop"])  # fmt: skip
         self.assertIn(f"\r\nX-Haineko-Loop: r1, r2, {NAME}\r\n".encode(), octets)
         self.assertIn(b" with HTTP id QQQQQQQQQQQQQQQQ;", octets)
         self.assertTrue(octets.endswith(b"\r\n\r\nMeow.\r\n.\r\n"))
@@ -2895,7 +3065,8 @@ class RawMessages(Quiet):
                         self.assertLessEqual(max(map(len, octets.split(b"\r\n"))), 998)
                         self.assertNotIn(b"\0", octets)
                         found = email.message_from_bytes(octets)
-                        self.assertEqual(found.get_payload(decode=True), body.replace("\n", "\r\n").encode())
+                        lines = body if "binary" in coding and "x-cat" in kind else body.replace("\n", "\r\n")
+                        self.assertEqual(found.get_payload(decode=True), lines.encode())
                         self.assertEqual((found["subject"], found.get_content_type()), ("Nya", kind.partition(";")[0]))
 
     def test_a_line_that_nothing_can_shorten_is_refused(self):
@@ -2931,6 +3102,129 @@ class RawMessages(Quiet):
         self.assertEqual(message.get_payload(1).get_payload(decode=True), b"%PDF")
         for field in ("From: 猫@example.org", "Cc: A <猫@example.org>, b@example.jp"):
             self.assertFalse(haineko.downgrade_8bit(f"{field}\r\n\r\nx\r\n".encode()).isascii())
+
+    def sent(self, octets: bytes, downgraded: tuple = ()) -> bytes:
+        """A finished message as it leaves, to a path without SMTPUTF8 and 8BITMIME where `downgraded` says so."""
+        found = composed(self.raw({"base64": base64.b64encode(octets).decode()}, rcpt="a@example.jp"))
+        return haineko.downgrade_8bit(found, *downgraded) if downgraded else found
+
+    HEAD_ALONE = (
+        b"From: a@example.org\r\nTo: b@example.jp\r\nDate: Fri, 3 Jan 2014 18:35:58 +0900\r\nMessage-ID: <a@b>\r\n"
+    )
+
+    def test_what_a_path_can_carry_stays(self):
+        mime = (
+            b"MIME-Version: 1.0\r\nContent-Type: text/plain; charset=iso-8859-1\r\nContent-Transfer-Encoding: 8bit\r\n"
+        )
+        parts = b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\nfor nobody\r\n--b\r\n\r\nx  \r\n--b \r\n"
+        for what, octets in (
+            ("a line of 79", b"\r\n" + b"a" * 79 + b"\r\n"),
+            ("a line of 998 and a form feed", b"\r\n\f" + b"a" * 997 + b"\r\n"),
+            ("ISO-2022-JP", b'\r\n\x1b$B$"$$\x1b(B\r\n'),
+            ("8 bits", mime + b"\r\nGr\xfc\xdfe\r\n"),
+            ("parts", parts + b"Content-Type : image/png\r\n\r\n\x89\r\n--b--\r\n\r\n"),
+            ("a quoted boundary", parts.replace(b"=b", b'="b"') + b"\r\nx\r\n--b--"),
+        ):
+            with self.subTest(what):
+                octets = b"Subject:  x\r\n" + octets
+                found = self.sent(self.HEAD_ALONE + octets)
+                head, _, body = octets.partition(b"\r\n\r\n")
+                self.assertIn(b"\r\n" + self.HEAD_ALONE + head + b"\r\nX-Haineko-Loop", found)
+                self.assertTrue(found.endswith(b"\r\n\r\n" + body + (b"" if body.endswith(b"\r\n") else b"\r\n")))
+
+    def test_blanks_before_a_colon(self):
+        found = self.sent(b"From : A <a@example.org>\r\nSubject\t : x\r\nX-A: b\r\n\r\n\xc3\xa9\r\n")
+        self.assertIn(b"\r\nFrom: A <a@example.org>\r\nSubject: x\r\nX-A: b\r\n", found)
+        self.assertEqual(found.count(b"From"), 1)
+
+    def test_octets_in_a_header(self):
+        for what, field, name, wanted in (
+            ("a parameter", "Content-Type: text/plain; name=café.txt; x=y", "content-type",
+             "text/plain;\r\n name*=UTF-8''caf%C3%A9.txt; x=y"),
+            ("a quoted one", 'Content-Disposition: attachment; filename="é\\".txt"; size=1', "content-disposition",
+             "attachment;\r\n filename*=UTF-8''%C3%A9%22.txt; size=1"),
+            ("two", "Content-Type: a/b; x=é; y=é", "content-type", "a/b;\r\n x*=UTF-8''%C3%A9;\r\n y*=UTF-8''%C3%A9"),
+            ("a comment", "Date: Sat, 28 Nov 2026 12:00:00 +0200 (Mitteleuropäische Zeit)", "date",
+             "Sat, 28 Nov 2026 12:00:00 +0200 (=?UTF-8?B?TWl0dGVsZXVyb3DDpGlzY2hlIFplaXQ=?=)"),
+            ("Received", "Received: from a (é [192.0.2.1]) by b; x", "received",
+             "from a (=?UTF-8?B?w6kgWzE5Mi4wLjIuMV0=?=) by b; x"),
+            ("words beside words", "Subject: =?UTF-8?Q?a?= é =?UTF-8?Q?b?=", "subject",
+             "=?UTF-8?Q?a?= =?UTF-8?B?IMOpIA==?= =?UTF-8?Q?b?="),
+            ("an empty group", "Cc: é:;", "cc", "undisclosed-recipients:;"),
+            ("a name", "Reply-To: é <a@example.jp>", "reply-to", "=?UTF-8?B?w6k=?= <a@example.jp>"),
+            ("latin-1", "X-A: é".encode("latin-1"), "x-a", "=?UTF-8?B?w6k=?="),
+            ("an encoded word", b"Subject: =?iso-8859-1?Q?Gr\xfc=DFe?=", "subject", "=?iso-8859-1?Q?Gr=FC=DFe?="),
+        ):  # fmt: skip
+            with self.subTest(what):
+                octets = field if isinstance(field, bytes) else field.encode()
+                found = self.sent(b"From: a@example.org\r\n" + octets + b"\r\n\r\nx\r\n", (True,))
+                self.assertTrue(found.isascii())
+                self.assertIn(f"\r\n{octets.partition(b':')[0].decode()}: {wanted}\r\n".encode(), found)
+
+    def test_octets_in_a_header_that_have_no_form_in_ascii(self):
+        for field in ("Message-ID: <ü@example.org>", "References: <é@b>", "From: é@example.org", "Content-ID: <é>"):
+            with self.subTest(field):
+                octets = f"X-A: é\r\n{field}\r\n\r\nx\r\n".encode()
+                found = haineko.downgrade_8bit(octets)
+                self.assertEqual(haineko.non_ascii_fields(found), [field.partition(":")[0].lower()])
+                if not field.startswith("From"):
+                    octets = {"base64": base64.b64encode(field.encode("latin-1") + b"\n\nx").decode()}
+                    faults = haineko.parse_submission(as_body(self.raw(octets))).errors
+                    self.assertEqual(len(faults), 1)
+                    self.assertIn(f"header {field.partition(':')[0]}: ", faults[0])
+
+    def test_header_and_body_are_changed_each_on_its_own(self):
+        head = b"MIME-Version: 1.0\r\nContent-Type: text/plain; charset=gb2312\r\nContent-Transfer-Encoding: 8bit\r\n"
+        body = "\r\n中文\r\n".encode("gb2312")
+        for downgraded in ((), (True,)):
+            found = self.sent(self.HEAD_ALONE + "Subject: 中文\r\n".encode("gb2312") + head + body, downgraded)
+            self.assertIn(b"\r\nSubject: =?UTF-8?B?5Lit5paH?=\r\n" + head, found)
+            self.assertTrue(found.endswith(b"\r\n" + body))
+        found = self.sent(self.HEAD_ALONE + "Subject: 中文\r\n".encode() + head + body)
+        self.assertIn("\r\nSubject: 中文\r\n".encode(), found)
+        self.assertTrue(haineko.downgrade_8bit(found).isascii())
+        self.assertEqual(haineko.downgrade_8bit(found, True).partition(b"\r\n\r\n")[2], body[2:])
+
+    def test_binary(self):
+        picture = b"\x89PNG\r\n\x1a\n\r\r\n\0--b"
+        kind = b"Content-Type: image/png\r\nContent-Transfer-Encoding: Binary\r\n\r\n" + picture
+        alone = parsed(self.sent(self.HEAD_ALONE + b"MIME-Version: 1.0\r\n" + kind))
+        self.assertEqual(alone.get_payload(decode=True), picture)
+        mixed = b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=b\r\nContent-Transfer-Encoding: binary\r\n\r\n"
+        octets = self.sent(self.HEAD_ALONE + mixed + b"--b\r\n\r\nx\r\n--b\r\n" + kind + b"\r\n--b--\r\n")
+        self.assertNotIn(b"inary", octets)
+        text, image = parsed(octets).get_payload()
+        self.assertEqual((text.get_payload(), image.get_payload(decode=True)), ("x", picture))
+
+    def test_what_cannot_be_parsed_is_sent_or_refused(self):
+        deep = b"Content-Type: message/rfc822\n\n"
+        nested = b"".join(b"Content-Type: multipart/mixed; boundary=b%d\n\n--b%d\n" % (i, i) for i in range(200))
+        for what, octets, refused in (
+            ("base64 with NUL", b"MIME-Version: 1.0\nContent-Transfer-Encoding: base64\n\nAAA\0A", None),
+            ("half a parameter", b"Content-Type: text/plain; a*\n\n" + b"x" * 2000, None),
+            ("a charset unheard of", b'Subject: \xe9\nContent-Type: text/plain; charset="x\n\n' + b"\xe9" * 999, None),
+            ("messages in messages", deep * 3000 + b"x", "levels of parts exceed the limit of 100"),
+            ("multiparts in multiparts", nested, "levels of parts exceed the limit of 100"),
+            (
+                "parts",
+                b"Content-Type: multipart/mixed; boundary=b\n\n" + b"--b\n\n" * 2001,
+                "parts exceed the limit of 2000",
+            ),
+            ("fields", b"a:\n" * 1001, "fields in a header exceed the limit of 1000"),
+            ("a large header", b"a: " + b"x\n " * 40000, "octets of a header exceed the limit of 102400"),
+            ("parameters", b"Content-Type: a/b" + b";\n a=b" * 1001, "parameters of a field exceed the limit of 1000"),
+        ):
+            with self.subTest(what):
+                form = self.raw({"base64": base64.b64encode(octets).decode()}, rcpt="a@example.jp")
+                faults = haineko.parse_submission(as_body(form)).errors
+                if refused:
+                    self.assertEqual(len(faults), 1)
+                    self.assertIn(refused, faults[0])
+                    continue
+                octets = composed(form)
+                for found in (octets, haineko.downgrade_8bit(octets), haineko.downgrade_8bit(octets, True)):
+                    self.assertTrue(found.endswith(b"\r\n"))
+                    self.assertIsNone(re.search(rb"\0|[^\r\n]{999}", found))
 
     def test_octets_that_are_not_utf8_in_a_header(self):
         octets = b"From: a@example.org\nSubject: caf\xe9\n\nx\n"
@@ -6311,7 +6605,7 @@ def web_submission(**changes) -> dict:
 
 def composed_job(route: haineko.Route, document: dict | None = None, number: int = 1) -> haineko.Transaction:
     """The job of a submission's first recipient."""
-    submission, faults = haineko.parse_submission(json.dumps(document or web_submission()).encode())
+    submission, faults, _ = haineko.parse_submission(json.dumps(document or web_submission()).encode())
     assert not faults, faults
     client = haineko.parse_ip("192.0.2.9")
     message = haineko.compose(submission, "Q" * 16, client, "here.example", 1700000000.0)
@@ -8897,7 +9191,7 @@ REQUESTS = {
     "deep": (post(b"[" * 50000), 400, True, "Malformed JSON string"),
     "NaN": (post(b'{"mail": NaN}'), 400, True, "Malformed JSON string"),
     "no UTF-8": (post(b'{"mail": "\xff"}'), 400, True, "Malformed JSON string"),
-    "half a surrogate pair": (post(b'{"mail": "\\ud800@example.org"}'), 400, True, "Malformed JSON string"),
+    "half a surrogate pair": (post(b'{"mail": "\\ud800@example.org"}'), 400, True, "Invalid submission"),
     "a number of many digits": (post(b'{"mail": ' + b"9" * 9000 + b"}"), 400, True, "Malformed JSON string"),
 }
 
@@ -9025,7 +9319,8 @@ class Http(Peers):
                 found, headers, body = wire.ask(octets, method)
                 self.assertEqual(found, status, body)
                 if status >= 400 and not method:
-                    self.has_form(body, **({"command": "HTTP", "code": "421"} if "origin" not in name else {}))
+                    code = "554" if words == "Invalid submission" else "421"
+                    self.has_form(body, **({"command": "HTTP", "code": code} if "origin" not in name else {}))
                     self.assertIn(words, "\n".join(body["response"][0]["message"]))
                 self.assertEqual(headers.get("Connection") != "close", goes_on or "1.0 that" in name)
                 if goes_on:
