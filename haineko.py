@@ -71,7 +71,7 @@ import threading
 import time
 import types
 import urllib.parse
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
 from html import unescape
@@ -6856,6 +6856,7 @@ class App:
     def __init__(self, settings: Settings, ringer: socket.socket | None = None) -> None:
         self.transport = TransportContext()
         self.stopping = False
+        self.octets_in_flight = 0  # of bodies that arrived in parts
         self.queue = QueueDB(settings.queue, ringer) if settings.queue else None
         self.apply(settings)
 
@@ -7356,6 +7357,8 @@ def to_json(document: Any) -> bytes:
 MAX_HEAD = 65536  # octets of request line and headers
 MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
+MAX_IN_FLIGHT = 64 << 20  # octets of all bodies of a worker, or of two if these may be larger
+MAX_VICTIMS = 256  # connections that are compared to find the one that is closed in favour of a new one
 LINGER_TIMEOUT = 2.0  # seconds for a client to read the last answer before its connection is closed
 MAX_LINGERING_503 = 64  # connections over the limit that are told so and closed by lingering_close() at a time
 SHUTDOWN_TIMEOUT = 30.0  # seconds for requests in flight to be answered
@@ -7522,13 +7525,36 @@ async def get_queue(request: Request, app: App) -> Response:
 
 
 async def get_queued_mail(request: Request, app: App) -> Response:
-    """Answer with the state of a mail, to the login that sent it and to monitors."""
-    found = app.queue and await app.queue.do(message_status, request.path.rpartition("/")[2])
+    return json_response(message_document(await find_queued_mail(request, app)))
+
+
+async def cancel_queued_mail(request: Request, app: App) -> Response:
+    return await change_queued_mail(request, app, "cancelled", drop_message, request.now)
+
+
+async def retry_queued_mail(request: Request, app: App) -> Response:
+    response = await change_queued_mail(request, app, "retried", flush_queue)
+    app.queue.wake_manager()
+    return response
+
+
+async def change_queued_mail(request: Request, app: App, verb: str, operation: Callable, *values: Any) -> Response:
+    """Answer with the number of recipients that an operation changed, and the mail as it is now."""
+    queueid = (await find_queued_mail(request, app))["queueid"]
+    count = await app.queue.do(operation, queueid, *values)
+    pairs = log_pairs(client=request.client.text, login=request.login or None)
+    log.lines(f"{queueid}: {pairs} {count} recipients {verb}")
+    return json_response({verb: count, **message_document(await app.queue.do(message_status, queueid))})
+
+
+async def find_queued_mail(request: Request, app: App) -> dict:
+    """Return a mail in the queue; raise Rejected unless the client is a monitor or the login that sent it."""
+    found = app.queue and await app.queue.do(message_status, request.path.split("/")[2])
     if not found:
         raise Rejected(make_reply("not-found"))
     if check_monitor(request, None, app.settings) and found["login"] != request.login:
         raise Rejected(make_reply("forbidden"))
-    return json_response(message_document(found))
+    return found
 
 
 def message_document(message: dict) -> dict:
@@ -7584,17 +7610,21 @@ ENDPOINTS = {
     ("GET", "/health"): Endpoint(get_health),
     ("GET", "/conf"): Endpoint(get_conf, (check_monitor,)),
     ("GET", "/queue"): Endpoint(get_queue, (check_monitor,)),
-    ("GET", "/queue/"): Endpoint(get_queued_mail, (check_queue_access,)),  # and a queue id
+    ("GET", "/queue/ID"): Endpoint(get_queued_mail, (check_queue_access,)),
+    ("DELETE", "/queue/ID"): Endpoint(cancel_queued_mail, (check_queue_access,)),
+    ("POST", "/queue/ID/retry"): Endpoint(retry_queued_mail, (check_queue_access,)),
     ("GET", "/sample/mail"): Endpoint(get_sample),
     ("GET", "/neko"): Endpoint(get_neko),
 }
 
 
 def route_key(path: str) -> str:
-    """Return the path as ENDPOINTS has it: without the queue id behind /queue/."""
-    if not path.startswith("/queue/"):
-        return path
-    return "/queue/" if re.fullmatch(r"/queue/[0-9A-Za-z]{1,64}", path) else ""
+    """Return the path as ENDPOINTS has it: with "ID" for a queue id."""
+    found = QUEUE_PATH.fullmatch(path)
+    return f"/queue/ID{found[1]}" if found else path
+
+
+QUEUE_PATH = re.compile(r"/queue/[0-9A-Za-z]{1,64}((?:/retry)?)")
 
 
 def allowed_methods(path: str) -> list:
@@ -7635,8 +7665,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
         self.connection, self.worker, self.app = sock, worker, worker.app
         self.settings = worker.app.settings
-        self.buffer = b""
+        self.buffer, self.in_body = b"", False
+        self.begun, self.received = time.monotonic(), 0  # when the client's turn began, octets received since
         is_inet = isinstance(peer, tuple)
+        self.in_flight = 0  # octets of the body, received in parts
         self.peer = parse_ip(peer[0] if is_inet else "127.0.0.1")  # who may open a Unix socket is on this machine
         self.port = peer[1] if is_inet else None
 
@@ -7649,8 +7681,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 await sock_sendall(self.connection, octets, time.monotonic() + self.settings.httpd.timeout)
                 del octets
                 if self.close_connection:
-                    await lingering_close(self.connection)
+                    await self._while_idle(lingering_close(self.connection))
                     break
+                self.begun, self.received = time.monotonic(), 0
         except (OSError, ValueError):  # the client is gone
             pass
         finally:
@@ -7695,6 +7728,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     async def handle_one_request(self) -> bytes:
         """Return the octets of the response to the request that has begun; set `close_connection`."""
         self.settings = self.app.settings  # one set from beginning to end
+        self.begun, self.received = time.monotonic(), len(self.buffer)
         deadline = time.monotonic() + self.settings.httpd.timeout
         self.command, self.close_connection = "", True
         request = head = None
@@ -7714,8 +7748,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 raise Rejected(make_reply("bad-request", f"{head.method} takes no body"))
             if head.headers.get("content-encoding", "identity").lower() != "identity":
                 raise Rejected(make_reply("content-encoding", "send the document as it is"))
+            self.in_body = True
             request.body = await self._read_body(head, unread, deadline)
-            unread = 0
+            self.in_body, unread = False, 0
             response = await endpoint.handler(request, self.app)
         except Rejected as error:
             response = self.rejection(request, error.reply)
@@ -7724,6 +7759,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
         except Exception:
             log_exception(None)
             response = self.rejection(request, make_reply("our-fault"))
+        finally:
+            self.app.octets_in_flight -= self.in_flight
+            self.in_body, self.in_flight = False, 0
         if 0 < unread <= len(self.buffer) and request:  # a refused body that has arrived already
             self.buffer, unread = self.buffer[unread:], 0
         self.close_connection = not (head and head.keep_alive and not unread and not self.app.stopping)
@@ -7808,7 +7846,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         head = b""
         while not head:
             searched = max(len(self.buffer) - 3, 0)
-            self.buffer += await self._while_idle(self._receive(deadline))
+            self.buffer += await self._receive(deadline)
             head = self._buffered_head(searched)
         return head
 
@@ -7818,12 +7856,29 @@ class Connection(http.server.BaseHTTPRequestHandler):
             await sleep(0)  # who sends faster than we read must not keep the others waiting
             if time.monotonic() >= deadline:
                 raise socket.timeout
-            octets = await sock_recv(self.connection, limit, deadline)
+            octets = await self._while_idle(sock_recv(self.connection, limit, deadline))
         except socket.timeout:
             raise Rejected(make_reply("request-timeout")) from None
         if not octets:
             raise ConnectionError("closed within a request")
+        self.received += len(octets)
+        if self.in_body:
+            self._count_in_flight(len(octets))
         return octets
+
+    def _count_in_flight(self, octets: int) -> None:
+        """Raise Rejected if the bodies of all requests are too large together."""
+        self.in_flight += octets
+        self.app.octets_in_flight += octets
+        size = self.settings.smtpd.max_message_size
+        if self.app.octets_in_flight > max(MAX_IN_FLIGHT, 4 * size if size else 2 * MAX_BODY):
+            raise Rejected(make_reply("overload"))
+
+    def precedence(self, now: float, crowded: set) -> tuple:
+        """Return a sort key: a connection over the limit makes room by closing the first of the others."""
+        is_limited = self.port is not None and self.peer not in self.app.settings.httpd.trusted_proxies
+        age = now - self.begun
+        return not (is_limited and self.peer in crowded), age < 1, self.received / max(age, 1)
 
     async def _read_body(self, head: RequestHead, length: int, deadline: float) -> bytes:
         size = self.settings.smtpd.max_message_size
@@ -7955,7 +8010,7 @@ class Worker:
             self.connections or (self.queue_manager and any(self.queue_manager.in_flight.values()))
         ) and now < began + SHUTDOWN_TIMEOUT:
             for connection in [
-                one for one in self.idle if not one.buffer or now > began + LINGER_TIMEOUT
+                one for one in self.idle if not one.in_body and (not one.buffer or now > began + LINGER_TIMEOUT)
             ]:  # no request yet
                 self._interrupt(connection)
             self.loop.turn(0.05)
@@ -8049,8 +8104,15 @@ class Worker:
         sock.close()
 
     def _close_idlest(self) -> bool:
-        """Close the connection that has been idle longest; return False if none is idle."""
-        return any(self._interrupt(connection) for connection in self.idle)  # the first that can be, and no more
+        """Close the connection that sent least for its time; return False if none waits for its client.
+
+        Those of an address with more than a quarter of `max_connections` go first.
+        """
+        limit, now = self.app.settings.httpd.max_connections // 4, time.monotonic()
+        counts = Counter([connection.peer for connection in self.connections])
+        crowded = {peer for peer, count in counts.items() if count > limit}
+        waiting = list(itertools.islice(self.idle, MAX_VICTIMS))
+        return any(map(self._interrupt, sorted(waiting, key=lambda connection: connection.precedence(now, crowded))))
 
     def _interrupt(self, connection: Connection) -> bool:
         """Abort an idle connection; return False if something has just arrived on it."""
