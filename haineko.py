@@ -8062,9 +8062,7 @@ class Worker:
             if listener.family != socket.AF_UNIX:
                 with contextlib.suppress(OSError):  # a Mac says so where the client is gone already
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._full():
-                await sleep(0)  # so that who was accepted just now is known to be idle, and who has ended is gone
-            if self._full() and not self._close_idlest():
+            if self._full() and not await self._make_room():
                 self.loop.spawn(self._reject_503(Connection(sock, peer, self)))
                 continue
             connection = Connection(sock, peer, self)
@@ -8074,6 +8072,14 @@ class Worker:
 
     def _full(self) -> bool:
         return len(self.connections) >= self.app.settings.httpd.max_connections
+
+    async def _make_room(self) -> bool:
+        """Return True if there is room for another connection, or one was closed in its favour."""
+        for _ in range(3):
+            await sleep(0)  # until those just accepted wait for their clients, and those that ended are gone
+            if not self._full() or self._close_idlest():
+                return True
+        return False
 
     def mark_idle(self, connection: Connection) -> None:
         """Note that a connection waits for a request."""

@@ -8717,6 +8717,45 @@ class QueueServed(unittest.TestCase):
         self.assertEqual((sender, b"Nyaa" in text), ("kijitora@example.org", True))
         until(lambda: self.events(queueid) == ["message.deferred", "message.delivered"], what="events")
 
+    def test_cancelled_and_retried_by_http(self):
+        post = {"Content-Length": "0"}
+        queueid = self.server.post("later9@example.jp")[2]["queueid"]
+        status, _, octets = self.server.request("POST", f"/queue/{queueid}/retry", headers=post)
+        self.assertEqual((status, json.loads(octets)["retried"]), (200, 1))
+        for count in (1, 0):
+            status, _, octets = self.server.request("DELETE", f"/queue/{queueid}")
+            found = json.loads(octets)
+            if status == 409:  # it is being tried
+                until(lambda queueid=queueid: self.server.fate(queueid)["later9@example.jp"]["state"] == "waiting")
+                found = json.loads(self.server.request("DELETE", f"/queue/{queueid}")[2])
+            self.assertEqual((found["queueid"], found["cancelled"]), (queueid, count))
+            self.assertEqual(found["response"][0]["state"], "dropped")
+        self.assertIn(f"{queueid}: client=127.0.0.1 1 recipients cancelled", self.server.log())
+        cases = (
+            ("DELETE", "/queue/nosuchmail", {}, 404),
+            ("POST", "/queue/nosuchmail/retry", post, 404),
+            ("DELETE", f"/queue/{queueid}", {"X-Forwarded-For": "127.0.0.1"}, 403),
+            ("DELETE", f"/queue/{queueid}", {"Origin": "https://evil.example"}, 403),
+            ("POST", f"/queue/{queueid}/retry", {**post, "Origin": "https://evil.example"}, 403),
+            ("DELETE", "/queue", {}, 405),
+            ("DELETE", f"/queue/{queueid}/retry", {}, 405),
+            ("GET", f"/queue/{queueid}/x", {}, 404),
+        )
+        for method, path, headers, wanted in cases:
+            with self.subTest(method, path=path, **headers):
+                self.assertEqual(self.server.request(method, path, headers=headers)[0], wanted)
+
+    def test_what_is_being_sent_is_not_cancelled(self):
+        gate = threading.Event()
+        peer = MailPeer(lambda to, count: gate)
+        self.addCleanup(peer.close)
+        server = Served(peer.port, workers=1)
+        self.addCleanup(server.close)
+        self.addCleanup(gate.set)
+        queueid = server.post("a@example.jp", **{"async": True})[2]["queueid"]
+        until(lambda: server.fate(queueid)["a@example.jp"]["state"] == "sending")
+        self.assertEqual(server.request("DELETE", f"/queue/{queueid}")[0], 409)
+
     def test_statuses(self):
         table = (
             ("all now", ("a@example.jp", "b@example.jp"), 200, ["DATA", "DATA"]),
@@ -10019,6 +10058,52 @@ class Workers(Peers):
         self.assertEqual(server.ask(post())[0], 200)
         self.assertNotIn("Traceback", server.log())
         self.assertNotIn("starting a new one", server.log())
+
+    def test_half_open_connections_make_room(self) -> None:
+        kinds = {
+            "silent": b"",
+            "half a head": get("/neko")[:-1],
+            "half a body": posting("Content-Length: 100", body="{"),
+            "half a chunk": CHUNKS + "20\r\n{",
+            "a GET with half a body": get("/neko", "Content-Length: 99"),
+        }
+        for kind, octets in kinds.items():
+            server = self.server({"httpd": {"max_connections": 20}})
+            with self.subTest(kind), contextlib.ExitStack() as stack:
+                good = stack.enter_context(server.wire())
+                for _ in range(90):
+                    stack.enter_context(server.wire()).send(octets)
+                with server.wire() as late:
+                    self.assertEqual(late.ask(post())[0], 200)
+                del good
+
+    def test_who_sends_gives_way_after_who_does_not(self) -> None:
+        server = self.server({"httpd": {"max_connections": 4}})
+        body = as_body(document(body="x" * 4000))
+        head, _, _ = post(document(body="x" * 4000)).partition(b"\r\n\r\n")
+        with server.wire() as sender, contextlib.ExitStack() as stack:
+            sender.send(head + b"\r\n\r\n" + body[:3000])
+            for _ in range(3):
+                stack.enter_context(server.wire()).send(posting("Content-Length: 4000", body="{"))
+            for _ in range(12):
+                self.assertEqual(server.ask(get("/neko"))[0], 200)
+            self.assertEqual(sender.ask(body[3000:])[0], 200)
+
+    def test_octets_in_flight_are_bounded(self) -> None:
+        server = self.server({"httpd": {"timeout": 20}})
+        part = posting("Content-Length: 8000000", body="{") + b" " * 7990000
+        with contextlib.ExitStack() as stack:
+            wires = [stack.enter_context(server.wire()) for _ in range(9)]
+            statuses = []
+            for wire in wires:
+                wire.send(part)
+            for wire in wires:
+                wire.sock.settimeout(1)
+                with contextlib.suppress(OSError):
+                    statuses.append(wire.answer()[0])
+            self.assertEqual(set(statuses), {503})
+            self.assertEqual(server.ask(post())[0], 200)
+        eventually(lambda: "Too many octets in flight" in server.log())
 
     def test_a_worker_that_dies_is_replaced_and_the_other_goes_on(self) -> None:
         gate, peer = self.gated()
