@@ -7044,10 +7044,8 @@ async def enqueue_before_sending(
     queue_item = new_queue_item(request, transactions, good, options)
     earlier = await app.queue.add(queue_item, leased=not options.async_)
     if options.async_ and not earlier:
-        log.lines(
-            f"{queue_item.queueid}: client={request.client.text} from={log_value(f'<{queue_item.sender}>')} "
-            "queued, to be delivered at once"
-        )
+        pairs = log_pairs(client=request.client.text, login=request.login or None, **{"from": f"<{queue_item.sender}>"})
+        log.lines(f"{queue_item.queueid}: {pairs} (queued, to be delivered at once)")
         app.queue.wake_manager()
     return earlier
 
@@ -7660,7 +7658,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     """
 
     protocol_version = request_version = "HTTP/1.1"
-    command, close_connection = "", True
+    command, head, request, cors_headers, close_connection = "", None, None, (), True
 
     def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
         self.connection, self.worker, self.app = sock, worker, worker.app
@@ -7729,52 +7727,53 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Return the octets of the response to the request that has begun; set `close_connection`."""
         self.settings = self.app.settings  # one set from beginning to end
         self.begun, self.received = time.monotonic(), len(self.buffer)
-        deadline = time.monotonic() + self.settings.httpd.timeout
-        self.command, self.close_connection = "", True
-        request = head = None
-        unread, cors_headers = 1, ()
+        self.head = self.request = None
+        self.command, self.unread, self.cors_headers = "", 1, ()
         try:
-            head = parse_head(self._buffered_head() or await self._read_head(deadline))
-            self.command = head.method
-            check_host(head)
-            unread = body_length(head)
-            request = self._request(head)
-            allowed, cors_headers = cors_policy(head, self.settings)
-            endpoint = self._endpoint(request, allowed)
-            checks = endpoint.checks, request, None, self.settings
-            await call_in_thread(self._needs_password_check(endpoint, request), apply_checks, *checks)
-            if unread and head.method != "POST":
-                unread = CHUNKED  # it is not waited for: the connection is closed
-                raise Rejected(make_reply("bad-request", f"{head.method} takes no body"))
-            if head.headers.get("content-encoding", "identity").lower() != "identity":
-                raise Rejected(make_reply("content-encoding", "send the document as it is"))
-            self.in_body = True
-            request.body = await self._read_body(head, unread, deadline)
-            self.in_body, unread = False, 0
-            response = await endpoint.handler(request, self.app)
+            response = await self._respond(self.begun + self.settings.httpd.timeout)
         except Rejected as error:
-            response = self.rejection(request, error.reply)
+            response = self.rejection(error.reply)
         except OSError:
             raise
         except Exception:
             log_exception(None)
-            response = self.rejection(request, make_reply("our-fault"))
+            response = self.rejection(make_reply("our-fault"))
         finally:
             self.app.octets_in_flight -= self.in_flight
             self.in_body, self.in_flight = False, 0
-        if 0 < unread <= len(self.buffer) and request:  # a refused body that has arrived already
-            self.buffer, unread = self.buffer[unread:], 0
-        self.close_connection = not (head and head.keep_alive and not unread and not self.app.stopping)
-        keep_alive = (("Connection", "keep-alive"),) if head and head.is_http10 and not self.close_connection else ()
-        return self.response_octets(response, (*cors_headers, *keep_alive))
+        if 0 < self.unread <= len(self.buffer) and self.request:  # a refused body that has arrived already
+            self.buffer, self.unread = self.buffer[self.unread :], 0
+        self.close_connection = not (self.head and self.head.keep_alive and not self.unread and not self.app.stopping)
+        self.request = None  # an idle connection keeps no body
+        return self.response_octets(response)
+
+    async def _respond(self, deadline: float) -> Response:
+        """Return an endpoint's response; `unread` are the octets of the body that are not read yet."""
+        self.head = head = parse_head(self._buffered_head() or await self._read_head(deadline))
+        self.command = head.method
+        check_host(head)
+        self.unread = body_length(head)
+        self.request = request = self._request(head)
+        allowed, self.cors_headers = cors_policy(head, self.settings)
+        endpoint = self._endpoint(request, allowed)
+        checks = endpoint.checks, request, None, self.settings
+        await call_in_thread(self._needs_password_check(endpoint, request), apply_checks, *checks)
+        if self.unread and head.method != "POST":
+            self.unread = CHUNKED  # it is not waited for: the connection is closed
+            raise Rejected(make_reply("bad-request", f"{head.method} takes no body"))
+        if head.headers.get("content-encoding", "identity").lower() != "identity":
+            raise Rejected(make_reply("content-encoding", "send the document as it is"))
+        self.in_body = True
+        request.body = await self._read_body(head, self.unread, deadline)
+        self.in_body, self.unread = False, 0
+        return await endpoint.handler(request, self.app)
 
     def _request(self, head: RequestHead) -> Request:
         client, port = client_address(self.peer, self.port, head.headers, self.settings)
         request = Request(
             head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings
         )
-        if not FORWARDING_HEADERS.isdisjoint(head.headers):
-            request.forwarded = min(FORWARDING_HEADERS.intersection(head.headers)).title()
+        request.forwarded = ", ".join(sorted(FORWARDING_HEADERS.intersection(head.headers))).title()
         return request
 
     def _endpoint(self, request: Request, origin_allowed: bool) -> Endpoint:
@@ -7798,16 +7797,16 @@ class Connection(http.server.BaseHTTPRequestHandler):
         password, credentials = self.settings.password, request.headers.get("authorization")
         return bool(password.hashes and endpoint.checks and not password.is_cached(credentials))
 
-    def rejection(self, request: Request | None, reply: Reply) -> Response:
-        """Return the response for a Reply that refuses a request, and log it."""
-        request = request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
+    def rejection(self, reply: Reply) -> Response:
+        """Return the response for a Reply that refuses the request, and log it."""
+        request = self.request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
         queueid = new_queueid(request.now) if reply.command != "HTTP" else None
         response = respond(request, reply.status, {None: reply}, queueid, None)
         if reply.status == 405:
             return response._replace(headers=(("Allow", ", ".join(allowed_methods(request.path))),))
         return response
 
-    def response_octets(self, response: Response, headers: tuple = ()) -> bytes:
+    def response_octets(self, response: Response) -> bytes:
         self.wfile = io.BytesIO()
         self.send_response_only(response.status)
         self.send_header("Server", self.version_string())
@@ -7815,10 +7814,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if response.status != 204:
             self.send_header("Content-Type", response.type)
             self.send_header("Content-Length", str(len(response.body)))
-        for name, value in (*response.headers, *headers):
+        for name, value in (*response.headers, *self.cors_headers):
             self.send_header(name, value)
         if self.close_connection:
             self.send_header("Connection", "close")
+        elif self.head.is_http10:
+            self.send_header("Connection", "keep-alive")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(response.body)
@@ -8100,7 +8101,7 @@ class Worker:
         """Answer 503 to a connection over the limit; close it at once if many are being answered so, or under TLS."""
         linger = self.lingering_503s < MAX_LINGERING_503
         self.lingering_503s += 1
-        octets, sock = connection.response_octets(connection.rejection(None, make_reply("busy"))), connection.connection
+        octets, sock = connection.response_octets(connection.rejection(make_reply("busy"))), connection.connection
         with contextlib.suppress(OSError):
             if not self.app.tls:
                 await sock_sendall(sock, octets, time.monotonic() + LINGER_TIMEOUT)
