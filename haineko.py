@@ -2604,11 +2604,12 @@ def check_recipient_count(request: Request, submission: Submission, settings: Se
 
 def check_recipients(request: Request, submission: Submission, settings: Settings) -> dict:
     """Return {recipient as written: the Reply that refuses it}."""
-    replies = {
-        as_written: check_recipient(mailbox, settings, as_written)
-        for as_written, mailbox in unique_recipients(submission).items()
-    }
-    return {as_written: reply for as_written, reply in replies.items() if reply}
+    refused = {}
+    for as_written, mailbox in unique_recipients(submission).items():
+        reply = check_recipient(mailbox, settings, as_written)
+        if reply:
+            refused[as_written] = reply
+    return refused
 
 
 def check_body(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -2653,9 +2654,10 @@ def apply_checks(checks: tuple, request: Request, submission: Submission | None,
     refused: dict = {}
     for check in checks:
         result = check(request, submission, settings)
-        if isinstance(result, Reply):
+        if isinstance(result, dict):
+            refused.update(result)
+        elif result:
             raise Rejected(result)
-        refused.update(result or ())
     return refused
 
 
@@ -6897,12 +6899,9 @@ async def process_submission(request: Request, app: App, queueid: str) -> Respon
     """Take a mail from its JSON to the replies of the other side."""
     settings, submission = request.settings or app.settings, None
     try:
-        parsed = await call_in_thread(is_expensive(request.body), parse_and_check, request, settings)
-        submission, refused = parsed.submission, parsed.refused
-        options = queue_options(request, submission, parsed.digest, settings)
-        recipients = unique_recipients(submission)
-        accepted = [mailbox for as_written, mailbox in recipients.items() if as_written not in refused]
-        replies = {as_written: refused.get(as_written) for as_written in recipients}
+        checked = await call_in_thread(is_expensive(request.body), parse_and_check, request, settings)
+        submission, replies, accepted = checked.submission, checked.replies, checked.accepted
+        options = queue_options(request, submission, checked.digest, settings)
         if not accepted:
             return respond(request, 400, replies, queueid, submission)
         request.body = b""  # its memory is needed for the message
@@ -6936,7 +6935,8 @@ class CheckedSubmission(NamedTuple):
     """A submission that passed the checks."""
 
     submission: Submission
-    refused: dict  # {recipient: Reply}
+    replies: dict  # {recipient: the Reply that refuses it, or None}, in order
+    accepted: list  # of Mailbox, the other recipients
     digest: bytes | None  # of the document, if there is an Idempotency-Key
 
 
@@ -6946,9 +6946,11 @@ def parse_and_check(request: Request, settings: Settings) -> CheckedSubmission:
     if errors:
         raise Rejected(make_reply("invalid" if is_json else "json", *errors[:MAX_REPORTED_ERRORS]))
     refused = apply_checks(CHECKS_OF_SUBMISSION, request, submission, settings)
-    return CheckedSubmission(
-        submission, refused, document_digest(request.body) if "idempotency-key" in request.headers else None
-    )
+    recipients = unique_recipients(submission)
+    replies = {as_written: refused.get(as_written) for as_written in recipients}
+    accepted = [mailbox for as_written, mailbox in recipients.items() if not replies[as_written]]
+    digest = document_digest(request.body) if "idempotency-key" in request.headers else None
+    return CheckedSubmission(submission, replies, accepted, digest)
 
 
 def document_digest(body: Any) -> bytes:
@@ -7356,7 +7358,7 @@ MAX_HEAD = 65536  # octets of request line and headers
 MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
 MAX_IN_FLIGHT = 64 << 20  # octets of all bodies of a worker, or of two if these may be larger
-MAX_VICTIMS = 256  # connections that are compared to find the one that is closed in favour of a new one
+MAX_VICTIMS = 64  # connections that are compared to find the one that is closed in favour of a new one
 LINGER_TIMEOUT = 2.0  # seconds for a client to read the last answer before its connection is closed
 MAX_LINGERING_503 = 64  # connections over the limit that are told so and closed by lingering_close() at a time
 SHUTDOWN_TIMEOUT = 30.0  # seconds for requests in flight to be answered
@@ -7450,7 +7452,7 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
     if forwarded is None or peer not in trusted:
         return peer, port
     for text in reversed(forwarded.split(",")):
-        found = re.fullmatch(r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)", text.strip(" \t"))  # some proxies add the port
+        found = re.fullmatch(r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)", text.strip(" \t")[:100])  # some proxies add the port
         try:
             peer, port = parse_ip(found[1] or found[2] or found[3]), None
         except ValueError:  # it must not pass for the proxy's own request
