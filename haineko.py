@@ -4388,9 +4388,9 @@ class Session(smtplib.SMTP):
 
 def ehlo_name(hostname: str, address: str) -> str:
     """Return our name for EHLO: the address literal of the connection if it is no fully qualified domain name."""
-    if DOMAIN.fullmatch(hostname) and "." in hostname and not hostname.rpartition(".")[2].isdigit():
+    if DOMAIN.fullmatch(hostname) and re.fullmatch(r"[0-9A-Za-z.-]+\.[0-9A-Za-z-]*[A-Za-z][0-9A-Za-z-]*", hostname):
         return hostname
-    address = str(parse_ip(address.partition("%")[0]))
+    address = parse_ip(address.partition("%")[0]).text
     return f"[IPv6:{address}]" if ":" in address else f"[{address}]"  # RFC 5321 4.1.4
 
 
@@ -4640,14 +4640,7 @@ class TransportContext:
     async def connect(self, route: Route, hostname: str) -> Session:
         """Open a session, in a thread, since smtplib blocks; Rejected if the server refuses."""
         session = Session(route, hostname)
-        try:
-            await to_thread(session.open)
-        except Rejected as refused:
-            reply = refused.reply
-            if reply.route_fault:
-                words = log_value(" ".join((reply.code, *reply.message)))
-                log.lines(f"warning: route to {reply.relay} is at fault, its mail waits: {reply.command} {words}")
-            raise
+        await to_thread(session.open)
         return session
 
     def release(self, session: Session) -> None:
@@ -4702,6 +4695,9 @@ async def attempt_transaction(transaction: Transaction, transport: TransportCont
     except Exception:
         log_exception(transaction.queueid)
         replies = [make_reply("relay-fault", **transaction.route.endpoint)] * len(transaction.recipients)
+    for reply in dict.fromkeys(reply for reply in replies if reply.route_fault):
+        words = log_value(" ".join((reply.code, *reply.message)))
+        log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed, mail waits: {words}")
     return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
 
 
@@ -5815,10 +5811,12 @@ def format_duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-async def post_webhook(leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool) -> Reply:
+async def post_webhook(
+    leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool, timeout: float = 15.0
+) -> Reply:
     """POST an event to its webhook; return a reply as a relay gives it."""
     scheme, host, port, path = WEBHOOK_URL.fullmatch(leased.recipient).groups()
-    target = HTTPTarget(f"{scheme}://{host}{f':{port}' if port else ''}", WEBHOOK_TIMEOUT, "Webhook")
+    target = HTTPTarget(f"{scheme}://{host}{f':{port}' if port else ''}", timeout, "Webhook")
     body, event_id = leased.message.parts[0], f"msg_{leased.queueid}"
     headers = (
         ("webhook-id", event_id),
@@ -5832,9 +5830,6 @@ async def post_webhook(leased: LeasedRecipient, secret: bytes, now: float, http_
         return make_reply("webhook-later", word=": ".join(reply.message), command=reply.command, **target.endpoint)
     slug = "webhook" if 200 <= status <= 299 else "webhook-never" if status == 410 else "webhook-later"  # 410 is Gone
     return make_reply(slug, word=str(status), **target.endpoint)
-
-
-WEBHOOK_TIMEOUT = 15.0  # seconds
 
 
 # -- the file
