@@ -1113,8 +1113,6 @@ def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple
     """(username, password, token) with the secrets looked up."""
     password = _secret(login.password, base, f"{json_path}.password", errors)
     token = _secret(login.token, base, f"{json_path}.token", errors)
-    if not (login.username + password + token).isascii():
-        errors.append(f"{json_path}: AUTH takes ASCII only")
     return login.username, password, token
 
 
@@ -1220,6 +1218,25 @@ def local_hostname() -> str:
     """This machine's name, "localhost" where that is no domain."""
     name = socket.gethostname()
     return name if DOMAIN.fullmatch(name) else "localhost"
+
+
+@functools.lru_cache(maxsize=64)
+def ehlo_name(hostname: str, address: str) -> str:
+    """Return the name for EHLO from a local address: `hostname`, or if qualified_hostname() had to make it up, what
+    reverse DNS says, else the address literal (RFC 5321 4.1.4)."""
+    if not hostname.endswith(LOCALDOMAIN):
+        return hostname
+    local = parse_ip(address)
+    with contextlib.suppress(OSError):
+        name = "" if local in LOOPBACK else socket.gethostbyaddr(address)[0]
+        if FQDN.fullmatch(name) and not name.endswith(LOCALDOMAIN):
+            return name
+    return f"[IPv6:{local.text}]" if local.version == 6 else f"[{local.text}]"
+
+
+LOCALDOMAIN = ".localdomain"
+_LDH = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # letters, digits, hyphens
+FQDN = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)+(?=[0-9-]*[A-Za-z]){_LDH}")
 
 
 def server_context(tls: Tls, base: str) -> ssl.SSLContext:
@@ -3821,7 +3838,7 @@ class KeepAliveConnection(http.client.HTTPConnection):
         if request.method == "POST":
             headers.update({"Content-Type": request.type, "Content-Length": str(len(request.body))})
         for name, value in headers.items():
-            self.putheader(name, value)
+            self.putheader(name, value.encode())  # of a string, http.client would make Latin-1
         try:
             self.endheaders(request.body or None)
             self.sent = True
@@ -4384,14 +4401,6 @@ class Session(smtplib.SMTP):
         if isinstance(error, ssl.SSLError) and self.step == "STARTTLS":
             return make_reply("tls", reason, **endpoint)
         return make_reply("lost", reason, command=self.step, **endpoint)
-
-
-def ehlo_name(hostname: str, address: str) -> str:
-    """Return our name for EHLO: the address literal of the connection if it is no fully qualified domain name."""
-    if DOMAIN.fullmatch(hostname) and re.fullmatch(r"[0-9A-Za-z.-]+\.[0-9A-Za-z-]*[A-Za-z][0-9A-Za-z-]*", hostname):
-        return hostname
-    address = parse_ip(address.partition("%")[0]).text
-    return f"[IPv6:{address}]" if ":" in address else f"[{address}]"  # RFC 5321 4.1.4
 
 
 def is_route_fault(route: Route, step: str, reply: SMTPReply) -> bool:
