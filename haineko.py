@@ -4098,7 +4098,7 @@ class Session(smtplib.SMTP):
         self.pool: Any = None  # the SessionPool that it belongs to
         self.recv_buffer, self.replies = b"", deque()  # received, and parsed, but not asked for yet
         self.maybe_complete = False  # recv_buffer may hold a complete reply
-        self.alive = self.used = self.needs_rset = self.in_data = self.eod_sent = False
+        self.alive = self.needs_rset = self.in_data = self.eod_sent = False
         self.created_at = self.last_used = time.monotonic()
 
     # -- opening
@@ -4221,11 +4221,10 @@ class Session(smtplib.SMTP):
             self.alive = False
         decided = recipient_replies(replies, result, lost, len(transaction.recipients))
         found = [item if isinstance(item, Reply) else self._to_reply(*item) for item in decided]
-        if self.alive and self.used and any(map(self.refused_before_data, found)):
+        if self.alive and any(map(self.refused_before_data, found)):
             self.alive = False  # it may have reached a limit of the server
             with contextlib.suppress(OSError):
                 self.sock.send(b"QUIT\r\n")
-        self.used = True
         return found
 
     def refused_before_data(self, reply: Reply) -> bool:
@@ -5836,7 +5835,8 @@ async def post_webhook(
         status = (await http_pool.request(target, HTTPRequest("POST", path or "/", body, headers))).status
     except Rejected as refused:
         reply = refused.reply
-        return make_reply("webhook-later", word=": ".join(reply.message), command=reply.command, **target.endpoint)
+        unreachable = {"command": "CONN"} if reply.command == "CONN" else {}
+        return make_reply("webhook-later", word=": ".join(reply.message), **target.endpoint, **unreachable)
     slug = "webhook" if 200 <= status <= 299 else "webhook-never" if status == 410 else "webhook-later"  # 410 is Gone
     return make_reply(slug, word=str(status), **target.endpoint)
 
