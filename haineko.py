@@ -3255,7 +3255,7 @@ class SharedCalls:
 
     async def call(self, key: Any, deadline: float, function: Callable, *values: Any) -> Any:
         """Return function(*values, deadline), or the result of the call for this key that is under way."""
-        until, waiters = self.calls.get(key, (0.0, []))
+        until, waiters = self.calls.get(key, (-math.inf, []))
         if -5 <= until - deadline <= 1:  # that call neither gives up much earlier than this one would, nor ends later
             return await answered_by(waiters.append)
         self.calls[key], result = (deadline, waiters := []), ConnectionAbortedError("the look-up was cancelled")
@@ -3584,14 +3584,21 @@ class Connector:
                 results: Any = ()
                 if waiting:
                     address = waiting.popleft()
-                    sock = socket.socket(address_family(address[0]), socket.SOCK_STREAM)
+                    try:
+                        sock = socket.socket(address_family(address[0]), socket.SOCK_STREAM)
+                    except OSError as failure:  # no IPv6 in this kernel
+                        error = failure
+                        continue
                     attempts[sock.fileno()] = sock, address
                     sock.setblocking(False)
                     poll.register(sock, select.POLLOUT)
                     code = sock.connect_ex(address)
                     results = [(sock.fileno(), code)] if code not in (0, errno.EINPROGRESS) else ()
                 pause = min(deadline - now, self.ATTEMPT_DELAY) if waiting else deadline - now
-                for number, code in results or _attempts_ended(poll.poll(math.ceil(pause * 1000)), attempts):
+                for number, code in results or [
+                    (number, attempts[number][0].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+                    for number, _ in poll.poll(math.ceil(pause * 1000))
+                ]:
                     if not code:
                         return self._winner(attempts, number)
                     error = OSError(code, os.strerror(code))
@@ -3637,8 +3644,9 @@ class Connector:
         with self.lock:
             future = self.lookups.get(host)
             if not future:
-                future = self.lookups[host] = concurrent.futures.Future()
+                future = concurrent.futures.Future()
                 threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()
+                self.lookups[host] = future
         try:
             return future.result(max(deadline - time.monotonic(), 0))
         except concurrent.futures.TimeoutError:
@@ -3654,11 +3662,6 @@ class Connector:
         with self.lock:
             del self.lookups[host]
         future.set_exception(error) if error else future.set_result(result)
-
-
-def _attempts_ended(events: list, attempts: dict) -> list:
-    """Return [(file descriptor, error number)] of connection attempts."""
-    return [(number, attempts[number][0].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)) for number, _ in events]
 
 
 connector = Connector()
@@ -3951,7 +3954,7 @@ class MTASTSCache:
         self.cache, self.failed = TTLCache(4096, clock), TTLCache(4096, clock)
 
     async def policy_for(self, domain: str, route: Route) -> MTASTSPolicy | None:
-        """Return the domain's policy; the cached one if DNS or the web server fails, as an attacker could cause that."""
+        """Return the domain's policy; the cached one if DNS or the web server fails: an attacker could see to that."""
         deadline = time.monotonic() + min(route.timeout, self.FETCH_TIMEOUT)
         return await self.shared.call((domain, route), deadline, self._policy_for, domain, route)
 
@@ -4007,9 +4010,9 @@ def parse_mta_sts_policy(text: str) -> MTASTSPolicy:
 
 # ======================================================================================================================
 # 12. SMTP sessions
-#     Takes a Transaction, gives a Reply for each of its recipients. smtplib opens a session, in a thread; the log-in and
-#     the transaction are ours, since smtplib tries every password thrice, does no pipelining, and cannot tell whether
-#     the end of a message was lost. Sessions are pooled by route; if a server takes no more of them, mails wait for one.
+#     Takes a Transaction, gives a Reply for each of its recipients. smtplib opens a session, in a thread; log-in and
+#     transaction are ours, since smtplib tries a password with each mechanism, does no pipelining, and cannot tell
+#     whether the end of a message was lost. Sessions are pooled by route; if a server takes no more, mails wait.
 # ======================================================================================================================
 
 
@@ -4365,10 +4368,6 @@ class Session(smtplib.SMTP):
         """Tell whether the server has sent more than it was asked for."""
         return bool(self.recv_buffer or self.replies)
 
-    def is_reusable(self) -> bool:
-        """Tell whether an idle server has sent nothing: that would be taken for the reply to the next command."""
-        return not is_readable(self.sock)
-
     def quit(self) -> None:
         """Send QUIT, without waiting long for the reply (RFC 5321 4.1.1.10)."""
         self.alive = False
@@ -4618,7 +4617,7 @@ class TransportContext:
         pool = self.pool(route, hostname)
         while pool.idle:
             session = pool.idle.pop()
-            if session.is_reusable():
+            if not is_readable(session.sock):  # that would be taken for the reply to the next command
                 pool.in_use += 1
                 return session
             session.close()
@@ -4633,7 +4632,8 @@ class TransportContext:
             elif session := await answered_by(pool.wait, deadline, reply):
                 return session, True
             try:
-                session = await self.connect(route, hostname)
+                session = Session(route, hostname)
+                await to_thread(session.open)  # smtplib blocks
             except BaseException as error:
                 reply = error.reply if isinstance(error, Rejected) else None
                 if not pool.refused(reply):
@@ -4644,12 +4644,6 @@ class TransportContext:
                 session.pool = pool
                 pool.opened()
                 return session, False
-
-    async def connect(self, route: Route, hostname: str) -> Session:
-        """Open a session, in a thread, since smtplib blocks; Rejected if the server refuses."""
-        session = Session(route, hostname)
-        await to_thread(session.open)
-        return session
 
     def release(self, session: Session) -> None:
         """Hand the session over to a waiter, keep it, or close it if it cannot be used again."""
