@@ -4406,7 +4406,7 @@ def is_route_fault(route: Route, step: str, reply: SMTPReply) -> bool:
     if reply.code[0] != "5" or route.mailer == "MX":
         return False
     our_login = step == "MAIL" and route.auth and (reply.code, reply.dsn) == ("550", "5.7.1")
-    return step in ("EHLO", "STARTTLS", "AUTH") or reply.code == "530" or bool(our_login)
+    return step in ("EHLO", "STARTTLS", "AUTH") or reply.code[:2] == "53" or bool(our_login)  # RFC 4954 6
 
 
 # -- AUTH (RFC 4954): respond((user, password), challenge as it came, number of the challenge) gives the response
@@ -4543,15 +4543,11 @@ class SessionPool:
     def wait(self, done: Callable, deadline: float, reply: Reply | None) -> None:
         self.waiters.append(SessionWaiter(done, deadline, reply))
 
-    def hand_over(self, session: Session | None) -> None:
-        """Give a session to the longest waiter; None tells it to open one."""
-        self.waiters.popleft().done(session)
-
     def wake_waiters(self, has_room: bool = False) -> None:
         """Have waiters open sessions, as many as may be opened."""
         while self.waiters and self.may_open(has_room):
             self.opening += 1
-            self.hand_over(None)
+            self.waiters.popleft().done(None)
             has_room = False
 
     def opened(self) -> None:
@@ -4607,10 +4603,8 @@ class TransportContext:
         self.mta_sts = MTASTSCache(self.resolver)
 
     def pool(self, route: Route, hostname: str) -> SessionPool:
-        found = self.pools.get((hostname, route))
-        if not found:
-            found = self.pools[hostname, route] = SessionPool()
-        return found
+        key = hostname, route
+        return self.pools.get(key) or self.pools.setdefault(key, SessionPool())
 
     def acquire_idle(self, route: Route, hostname: str) -> Session | None:
         """Return the idle session that was used last, None if there is none. To be released."""
@@ -4625,12 +4619,14 @@ class TransportContext:
 
     async def acquire(self, route: Route, hostname: str) -> tuple:
         """Return (Session, whether it was used before), a new one or one released meanwhile; or raise Rejected."""
-        pool, deadline, reply = self.pool(route, hostname), time.monotonic() + route.timeout, None
+        pool, deadline, reply = self.pool(route, hostname), 0.0, None
         while True:
             if pool.may_open():
                 pool.opening += 1
-            elif session := await answered_by(pool.wait, deadline, reply):
-                return session, True
+            else:
+                deadline = deadline or time.monotonic() + route.timeout
+                if session := await answered_by(pool.wait, deadline, reply):
+                    return session, True
             try:
                 session = Session(route, hostname)
                 await to_thread(session.open)  # smtplib blocks
@@ -4649,7 +4645,7 @@ class TransportContext:
         """Hand the session over to a waiter, keep it, or close it if it cannot be used again."""
         pool = session.pool
         if session.alive and pool.waiters:
-            pool.hand_over(session)
+            pool.waiters.popleft().done(session)
             return
         pool.in_use -= 1
         if not session.alive:
