@@ -925,7 +925,7 @@ class Route:
     base_url: str = config_field("", parse_base_url, "relays by HTTP: where the API is, if not at its usual place")
     region: str = config_field("", parse_region, "AmazonSES: the region")
     credentials: tuple = field(default=(), repr=False)
-    address: str = ""  # to connect to, where it is not to be looked up again
+    address: str = ""  # to connect to in place of a look-up; or several, divided by spaces
     tls_if_offered: bool = False  # STARTTLS where the server has it
     token: str = field(default="", repr=False)
 
@@ -3638,9 +3638,10 @@ class Connector:
         self.failed.update(dict.fromkeys(addresses, time.monotonic() + self.FAILED_TTL))
 
     def look_up(self, host: str, deadline: float) -> list:
-        """Return a host's IP addresses by getaddrinfo(), in a thread of its own, as it knows no deadline."""
+        """Return a host's IP addresses, or those that stand in its place, divided by spaces. getaddrinfo() runs in a
+        thread of its own, as it knows no deadline."""
         with contextlib.suppress(ValueError):
-            return [str(ipaddress.ip_address(host))]
+            return [str(ipaddress.ip_address(address)) for address in host.split()]
         with self.lock:
             future = self.lookups.get(host)
             if not future:
@@ -4777,7 +4778,8 @@ def admitted_hosts(hosts: list, policy: MTASTSPolicy | None) -> list:
 
 
 async def next_hops(host: str, route: Route, policy: MTASTSPolicy | None, resolver: Resolver) -> list:
-    """A Route to each address of the host; or the one Reply that says why there is none."""
+    """Return a Route to each address of the host, and to those behind it if it does not answer; or the one Reply that
+    says why there is none."""
     try:
         found = await resolve_addresses(host, resolver, route.private, time.monotonic() + route.timeout)
     except Rejected as refused:
@@ -4788,7 +4790,7 @@ async def next_hops(host: str, route: Route, policy: MTASTSPolicy | None, resolv
     elif not route.starttls:
         hop = replace(hop, tls_if_offered=True, tls_verify=False)  # RFC 7435: encrypted by anybody is better than clear
     found.sort(key=lambda address: connector.failed_lately((address, route.port)))
-    return [replace(hop, address=address) for address in found]
+    return [replace(hop, address=" ".join(found[i:])) for i in range(len(found))]
 
 
 async def deliver_to_host(transaction: Transaction, transport: TransportContext) -> list:
@@ -5419,7 +5421,7 @@ def _probe_session(route: Route, hostname: str) -> list:
         session.close()
         reply = error.reply if isinstance(error, Rejected) else session._broken(error)
         name = {"CONN": "TCP", "STARTTLS": "TLS"}.get(reply.command, reply.command)
-        place = f"{route.address or route.host}:{route.port}"
+        place = f"{(route.address or route.host).partition(' ')[0]}:{route.port}"
         done = [item for item in results if item.step != name]
         return [*done, CheckResult(name, False, f"{place}: {reply.code} {': '.join(reply.message)}")]
     session.quit()

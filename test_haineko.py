@@ -4432,24 +4432,26 @@ class Names(haineko.Connector):
         future.set_result(self.addresses or ["127.0.0.1"])
 
 
-class Connections(unittest.TestCase):
-    def swallowing(self, port: int) -> str:
-        """An address of this machine that answers no attempt to connect to that port: its queue is full."""
-        listener = socket.socket(socket.AF_INET6)
-        self.addCleanup(listener.close)
-        listener.bind(("::1", port))
-        listener.listen(0)
-        for _ in range(4):
-            sock = socket.socket(socket.AF_INET6)
-            self.addCleanup(sock.close)
-            sock.setblocking(False)
-            sock.connect_ex(("::1", port))
-        return "::1"
+def swallow(test: unittest.TestCase, address: str, port: int) -> str:
+    """The address, which from now on answers no attempt to connect to that port: its queue is full."""
+    family = haineko.address_family(address)
+    listener = socket.socket(family)
+    test.addCleanup(listener.close)
+    listener.bind((address, port))
+    listener.listen(0)
+    for _ in range(4):
+        sock = socket.socket(family)
+        test.addCleanup(sock.close)
+        sock.setblocking(False)
+        sock.connect_ex((address, port))
+    return address
 
+
+class Connections(unittest.TestCase):
     def test_addresses_race(self):
         with socket.create_server(("127.0.0.1", 0)) as good:
             port = good.getsockname()[1]
-            connector = Names([self.swallowing(port), "127.0.0.1"])
+            connector = Names([swallow(self, "::1", port), "127.0.0.1"])
             for limits in ((0.2, 2.0), (0.0, 0.2)):  # what failed is tried last for a while
                 began = time.monotonic()
                 with connector.connect("host.example", port, began + 9) as sock:
@@ -4464,7 +4466,7 @@ class Connections(unittest.TestCase):
             port = sock.getsockname()[1]
         with self.assertRaises(ConnectionRefusedError):
             Names(["::1", "127.0.0.1"]).connect("host.example", port, time.monotonic() + 9)
-        began, host = time.monotonic(), self.swallowing(port)
+        began, host = time.monotonic(), swallow(self, "::1", port)
         with self.assertRaises(socket.timeout):
             Names([host]).connect("host.example", port, began + 0.4)
         self.assertLess(time.monotonic() - began, 2)
@@ -6260,6 +6262,16 @@ class RelayMx(MxPeers):
                 said = self.relay(mail_to("a@neko.example", port=host.port, **route))[0]
                 self.assertEqual((said.code, said.command, said.host), wanted)
                 self.assertEqual([mail[1] for mail in host.mails], [] if secure is None else [secure])
+
+    def test_an_address_that_answers_nothing_costs_a_moment_once(self):
+        swallow(self, "127.0.0.5", self.host.port)
+        self.dns.zone["mx9.example"] = {haineko.A: ["127.0.0.5", "127.0.0.3"]}
+        self.domain((10, 9))
+        for least, most in ((0.2, 2.0), (0.0, 0.2)):
+            began = time.monotonic()
+            self.assertEqual(self.one(private=True, timeout=9)[0].code, "250")
+            self.assertTrue(least <= time.monotonic() - began < most)
+        self.assertEqual(self.host.opened, ["127.0.0.3"] * 2)
 
 
 class RelayMxByPolicy(MxPeers):
