@@ -1192,25 +1192,27 @@ def pin_queue_path(fresh: Settings, queue_settings: QueueSettings | None) -> Set
 
 
 def local_hostname() -> str:
-    """Return this machine's name, made legal; with ".localdomain" (as of Postfix) if it has no domain."""
-    name = socket.gethostname()
+    return qualified_hostname(socket.gethostname())
+
+
+def qualified_hostname(name: str) -> str:
+    """Return a machine's name, made legal for headers; with ".localdomain", as Postfix does, if it has no domain."""
     if FQDN.fullmatch(name):
         return name
     return (re.sub("[^A-Za-z0-9]+", "-", name)[:63].strip("-") or "localhost") + LOCALDOMAIN
 
 
+@functools.lru_cache(maxsize=64)
 def ehlo_name(hostname: str, address: str) -> str:
-    """Return the name for EHLO from a local address: `hostname`, or if that is local_hostname()'s makeshift, the name
-    that reverse DNS gives, else the address literal (RFC 5321 4.1.4)."""
+    """Return the name for EHLO from a local address: `hostname`, or if qualified_hostname() had to make it up, what
+    reverse DNS says, else the address literal (RFC 5321 4.1.4)."""
     if not hostname.endswith(LOCALDOMAIN):
         return hostname
     local = parse_ip(address)
-    try:
+    with contextlib.suppress(OSError):
         name = "" if local in LOOPBACK else socket.gethostbyaddr(address)[0]
-    except OSError:
-        name = ""
-    if FQDN.fullmatch(name) and not name.endswith(LOCALDOMAIN):
-        return name
+        if FQDN.fullmatch(name) and not name.endswith(LOCALDOMAIN):
+            return name
     return f"[IPv6:{local.text}]" if local.version == 6 else f"[{local.text}]"
 
 

@@ -988,6 +988,109 @@ class SettingsFile(Folder):
         haineko.from_dict(haineko.Settings, json.loads(json.dumps(shown)), "", faults)
         self.assertEqual(faults, [])
 
+    def test_errors_that_depend_on_other_sections_are_told_with_the_others(self):
+        cases = [
+            ({"httpd": {"worker": 1}, "mailertable": {"default": {"auth": "x", "prot": 25}, ".example.jp": {"auth": "y"}}},
+             ["httpd.worker", "mailertable.default.prot", "mailertable.default.auth", "mailertable..example.jp.auth"]),
+            ({"queue": {"path": "gone/x.db", "lifetime": 0}}, ["queue.lifetime", "queue.path"]),
+            ({"httpd": {"tls": {"certificate": "gone", "key": "gone"}, "timeout": 0}}, ["httpd.timeout", "httpd.tls"]),
+            ({"authinfo": {"a": {"password": {"file": "gone"}}}, "smtpd": 1}, ["smtpd", "authinfo.a.password.file"]),
+            ({"authinfo": 5, "mailertable": {"default": {"auth": "x"}}}, ["authinfo"]),
+            ({"authinfo": "gone", "mailertable": {"default": {"auth": "x"}}}, ["authinfo"]),
+            ({"authinfo": {"x": 5}, "mailertable": {"default": {"auth": "x"}}}, ["authinfo.x"]),
+            ({"authinfo": {"x": {"password": {"file": 5}}, "y": {"token": {"env": []}}}},
+             ["authinfo.x.password.file", "authinfo.y.token.env"]),
+            ({"httpd": {"tls": 5}, "queue": []}, ["httpd.tls", "queue"]),
+            ({"mailertable": {"default": 5, "example.jp": {"mailer": "AmazonSES", "region": "A B"}}},
+             ["mailertable.default", "mailertable.example.jp.region", "mailertable.example.jp.auth"]),
+        ]  # fmt: skip
+        for content, wanted in cases:
+            with self.subTest(content=content):
+                self.assertEqual([error.partition(": ")[0] for error in self.faults(content)], wanted)
+
+    def test_files_of_tls_are_named_and_must_be_files(self):
+        os.mkfifo(os.path.join(self.folder, "fifo"))
+        self.write("file.pem", "x")
+        pairs = [
+            ("gone", "file.pem"),
+            ("file.pem", "gone"),
+            ("fifo", "file.pem"),
+            ("file.pem", "fifo"),
+            ("/dev/zero",) * 2,
+        ]
+        for certificate, key in [*pairs, ("file.pem", "file.pem")]:
+            wrong = os.path.join(self.folder, key if certificate == "file.pem" else certificate)
+            with self.subTest(certificate=certificate, key=key):
+                (error,) = self.faults({"httpd": {"tls": {"certificate": certificate, "key": key}}})
+                self.assertTrue(error.startswith("httpd.tls: ") and wrong in error, error)
+        for ca_file in ("fifo", "/dev/zero", "gone"):
+            with self.subTest(ca_file=ca_file):
+                (error,) = self.faults({"mailertable": {"default": {"ca_file": ca_file}}})
+                self.assertTrue(error.startswith("mailertable.default.ca_file: "), error)
+        for tls, wanted in (
+            ({}, ["httpd.tls.certificate", "httpd.tls.key"]),
+            ({"certificate": "x"}, ["httpd.tls.key"]),
+        ):
+            with self.subTest(tls=tls):
+                self.assertEqual([error.partition(": ")[0] for error in self.faults({"httpd": {"tls": tls}})], wanted)
+
+    def test_settings_that_everybody_can_write_are_refused(self):
+        (error,) = self.faults({"mailertable": "aside"} if self.write("aside", {}, 0o602) else {})
+        self.assertIn("can be written by everybody", error)
+        self.assertIn("can be written by everybody", " ".join(self.faults({}, 0o602)))
+
+    def test_every_login_costs_the_same(self):
+        digest = hashlib.scrypt(b"neko", salt=b"s" * 16, n=1 << 14, r=8, p=1)
+        old = "$scrypt$ln=14,r=8,p=1$" + "$".join(base64.b64encode(octets).decode() for octets in (b"s" * 16, digest))
+        gate = settings(password={"old": old, "ssha": self.KIJITORA, "new": haineko.hash_password("neko")}).password
+        costs = {}
+        for user in ("old", "ssha", "new", "nobody"):
+            for word in ("1", "2", "3"):
+                began = time.process_time()
+                self.assertFalse(gate.authenticate("Basic " + base64.b64encode(f"{user}:{word}".encode()).decode()))
+                costs[user] = min(time.process_time() - began, costs.get(user, 9))
+        self.assertLess(max(costs.values()), 1.5 * min(costs.values()), costs)
+        self.assertTrue(gate.authenticate("Basic " + base64.b64encode(b"old:neko").decode()))
+        self.assertIn("$scrypt$ln=14,r=8,p=5$", haineko.hash_password("neko"))
+
+    def test_the_name_of_a_machine(self):
+        for name, wanted in (
+            ("mail.example.org", "mail.example.org"), ("a-b.example.org", "a-b.example.org"),
+            ("3f2a9c0d1e2b", "3f2a9c0d1e2b.localdomain"), ("my_container", "my-container.localdomain"),
+            ("192.168.1.5", "192-168-1-5.localdomain"), ("my_container.example.org", "my-container-example-org.localdomain"),
+            ("-a.example.org", "a-example-org.localdomain"), ("localhost", "localhost.localdomain"), ("", "localhost.localdomain"),
+            ("ねこ", "localhost.localdomain"), ("a" * 64 + ".jp", "a" * 63 + ".localdomain"), ("a.1", "a-1.localdomain"),
+        ):  # fmt: skip
+            with self.subTest(name):
+                self.assertEqual(haineko.qualified_hostname(name), wanted)
+        for hostname, address, wanted in (
+            ("mail.example.org", "127.0.0.1", "mail.example.org"), ("mail", "::1", "mail"),
+            ("box.localdomain", "127.0.0.1", "[127.0.0.1]"), ("box.localdomain", "::1", "[IPv6:::1]"),
+            ("box.localdomain", "::ffff:127.0.0.1", "[127.0.0.1]"),
+        ):  # fmt: skip
+            with self.subTest(hostname, address=address):
+                self.assertEqual(haineko.ehlo_name(hostname, address), wanted)
+
+    def test_aliases_monitors_and_provider_headers(self):
+        aliases = {"root": "ops@example.org", "Cron": ["a@example.org", "b@example.org"]}
+        found = settings(smtpd={"aliases": aliases}, httpd={"monitors": "192.0.2.0/24"}, mailertable={"default": {}})
+        self.assertEqual(
+            found.smtpd.aliases, {"root": ("ops@example.org",), "cron": ("a@example.org", "b@example.org")}
+        )
+        self.assertIn(haineko.parse_ip("192.0.2.1"), found.httpd.monitors)
+        self.assertIn(haineko.parse_ip("127.0.0.9"), haineko.Httpd().monitors)
+        self.assertIs(found.mailertable["default"].provider_headers, False)
+        for aliases in (
+            {"a@b.example": "x@y.example"},
+            {"root": "ops"},
+            {"root": []},
+            {"root": [1]},
+            {"": "x@y.example"},
+            5,
+        ):
+            with self.subTest(aliases=aliases):
+                self.assertEqual(len(self.faults({"smtpd": {"aliases": aliases}})), 1)
+
 
 # ======================================================================================================================
 # 4. Log
@@ -1125,6 +1228,12 @@ class LogLines(Quiet):
         for values, wanted in cases:
             with self.subTest(wanted):
                 self.assertEqual(haineko.log_pairs(**values), wanted)
+
+    def test_tabs_of_a_dialogue_are_kept(self):
+        self.addCleanup(setattr, haineko.log, "devel", False)
+        haineko.log.devel = True
+        haineko.log.dialogue("mx.example.jp", "<", "250 a\tb\x1b[2J")
+        self.assertEqual(self.logged(), ["mx.example.jp < 250 a\tb?[2J"])
 
     def test_a_full_stderr_costs_no_mail(self):
         with open("/dev/full", "wb") as full:
