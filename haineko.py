@@ -10,10 +10,10 @@
      2  JSON into dataclasses      10  DNS
      3  Settings                   11  HTTP client
      4  Log                        12  SMTP sessions
-     5  Submissions                13  Relays
+     5  Submissions                13  Relays and probes
      6  Policy                     14  Queue
      7  Messages                   15  Submission pipeline
-     8  Routes                     16  HTTP
+     8  Routes                     16  HTTP server
                                    17  Commands
 
 Sections 1, 5 to 8 and 13 to 15 are the pipeline; 2 to 4 and 9 to 12 are infrastructure; 16 and 17 are the two entries.
@@ -69,7 +69,7 @@ import threading
 import time
 import types
 import urllib.parse
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate, getaddresses, parsedate_to_datetime
 from typing import Any, Callable, NamedTuple
@@ -328,10 +328,9 @@ def parse_json(octets: bytes) -> Any:
 
 def _object_from_pairs(pairs: list) -> dict:
     result = dict(pairs)
-    if len(result) == len(pairs):
-        return result
-    result, seen = DuplicateKeyDict(result), set()
-    result.duplicate_keys = tuple(dict.fromkeys(key for key, _ in pairs if key in seen or seen.add(key)))
+    if len(result) < len(pairs):
+        result, counts = DuplicateKeyDict(result), Counter(key for key, _ in pairs)
+        result.duplicate_keys = tuple(key for key, count in counts.items() if count > 1)
     return result
 
 
@@ -410,16 +409,10 @@ def key_table(cls: type) -> dict:
 
 def json_type_name(value: Any) -> str:
     """Return "a string", "a list" and so on."""
-    return next((name for kind, name in JSON_TYPES if isinstance(value, kind)), "null")
+    return next((name for kind, name in JSON_TYPES.items() if isinstance(value, kind)), "null")
 
 
-JSON_TYPES = (
-    (bool, "true or false"),
-    (str, "a string"),
-    ((int, float), "a number"),
-    (list, "a list"),
-    (dict, "an object"),
-)
+JSON_TYPES = {bool: "true or false", str: "a string", (int, float): "a number", list: "a list", dict: "an object"}
 
 
 def did_you_mean(word: str, words: Any) -> str:
@@ -571,10 +564,8 @@ class Networks:
         self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
 
     def __contains__(self, address: IPAddress) -> bool:
-        for version, shift, members in self.groups:
-            if version == address.version and address.number >> shift in members:
-                return True
-        return False
+        version, number = address.version, address.number
+        return any(version == of and number >> shift in members for of, shift, members in self.groups)
 
 
 LOOPBACK = Networks(("127.0.0.0/8", "::1"))
@@ -731,8 +722,8 @@ def verify_password(line: str, password: str) -> bool:
     """True if `line` (scrypt or {SSHA}) is the hash of the password."""
     found = SCRYPT.fullmatch(line)
     if not found:
-        digest, salt = _ssha(line)
-        return hmac.compare_digest(hashlib.sha1(password.encode() + salt).digest(), digest)
+        octets = base64.b64decode(line[len("{SSHA}") :])
+        return hmac.compare_digest(hashlib.sha1(password.encode() + octets[20:]).digest(), octets[:20])
     cost, block, parallel = (int(n) for n in found.groups()[:3])
     salt, digest = (base64.b64decode(item) for item in found.groups()[3:])
     return hmac.compare_digest(scrypt(password, salt, cost, block, parallel), digest)
@@ -761,22 +752,12 @@ def scrypt_cost(line: str) -> int:
     return (parallel * block << cost) >> 17
 
 
-def is_password_hash(line: str) -> bool:
-    return bool(SCRYPT.fullmatch(line) or (line.startswith("{SSHA}") and _ssha(line)))
-
-
-def _ssha(line: str) -> tuple:
-    """Return (SHA-1 of password and salt, salt) of an {SSHA} line, () if it is none."""
-    try:
-        octets = base64.b64decode(line[6:], validate=True)
-    except ValueError:
-        return ()
-    return (octets[:20], octets[20:]) if len(octets) > 20 else ()
-
-
 _BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==))"
 SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at most
-parse_password_hash = matching(is_password_hash, "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True)
+SSHA = re.compile(rf"{{SSHA}}(?=.{{27}}[^=]){_BASE64}")  # of 21 octets or more: SHA-1 of password and salt, salt
+parse_password_hash = matching(
+    re.compile(f"{SCRYPT.pattern}|{SSHA.pattern}"), "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True
+)
 
 
 def domain_key(name: str) -> str:

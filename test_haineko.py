@@ -990,8 +990,8 @@ class SettingsFile(Folder):
 
     def test_errors_that_depend_on_other_sections_are_told_with_the_others(self):
         cases = [
-            ({"httpd": {"worker": 1}, "mailertable": {"default": {"auth": "x", "prot": 25}, ".example.jp": {"auth": "y"}}},
-             ["httpd.worker", "mailertable.default.prot", "mailertable.default.auth", "mailertable..example.jp.auth"]),
+            ({"smtpd": {"x": 1}, "mailertable": {"default": {"auth": "x", "prot": 25}, ".example.jp": {"auth": "y"}}},
+             ["smtpd.x", "mailertable.default.prot", "mailertable.default.auth", "mailertable..example.jp.auth"]),
             ({"queue": {"path": "gone/x.db", "lifetime": 0}}, ["queue.lifetime", "queue.path"]),
             ({"httpd": {"tls": {"certificate": "gone", "key": "gone"}, "timeout": 0}}, ["httpd.timeout", "httpd.tls"]),
             ({"authinfo": {"a": {"password": {"file": "gone"}}}, "smtpd": 1}, ["smtpd", "authinfo.a.password.file"]),
@@ -1057,9 +1057,10 @@ class SettingsFile(Folder):
         for name, wanted in (
             ("mail.example.org", "mail.example.org"), ("a-b.example.org", "a-b.example.org"),
             ("3f2a9c0d1e2b", "3f2a9c0d1e2b.localdomain"), ("my_container", "my-container.localdomain"),
-            ("192.168.1.5", "192-168-1-5.localdomain"), ("my_container.example.org", "my-container-example-org.localdomain"),
-            ("-a.example.org", "a-example-org.localdomain"), ("localhost", "localhost.localdomain"), ("", "localhost.localdomain"),
-            ("ねこ", "localhost.localdomain"), ("a" * 64 + ".jp", "a" * 63 + ".localdomain"), ("a.1", "a-1.localdomain"),
+            ("192.168.1.5", "192-168-1-5.localdomain"), ("localhost", "localhost.localdomain"), ("a.1", "a-1.localdomain"),
+            ("my_container.example.org", "my-container-example-org.localdomain"), ("", "localhost.localdomain"),
+            ("-a.example.org", "a-example-org.localdomain"), ("ねこ", "localhost.localdomain"),
+            ("a" * 64 + ".jp", "a" * 63 + ".localdomain"),
         ):  # fmt: skip
             with self.subTest(name):
                 self.assertEqual(haineko.qualified_hostname(name), wanted)
@@ -4994,6 +4995,11 @@ class SmtpSessions(Peers):
         [[said]] = carried(job(peer))
         self.assertEqual(said.code, "250")
         self.assertEqual(peer.lines[:2], [f"ehlo {NAME}", f"helo {NAME}"])
+
+    def test_a_machine_without_a_domain_greets_with_its_address(self) -> None:
+        peer = self.peer({"EHLO": "502 5.5.1 what?"})
+        carried(job(peer)._replace(hostname=haineko.qualified_hostname("my_container")))
+        self.assertEqual(peer.lines[:2], ["ehlo [127.0.0.1]", "helo [127.0.0.1]"])
 
     def test_parameters_are_those_that_are_offered(self) -> None:
         mail, rcpt, size = "MAIL FROM:<kijitora@example.org>", "RCPT TO:<a@example.jp>", f" SIZE={len(TEXT)}"
@@ -10445,8 +10451,8 @@ class AttacksOnFiles(Folder):
     def test_no_file_there(self):
         path = os.path.join(self.folder, "haineko.json")
         for what, make in (
-            ("is no file", lambda: os.mkfifo(path)),  # would be waited for
-            ("is no file", lambda: os.symlink("/dev/zero", path)),  # has no end
+            ("is not a regular file", lambda: os.mkfifo(path)),  # would be waited for
+            ("is not a regular file", lambda: os.symlink("/dev/zero", path)),  # has no end
             ("Is a directory", lambda: os.mkdir(path)),
             ("symbolic links", lambda: os.symlink(path, path)),
         ):
