@@ -1057,7 +1057,8 @@ class SettingsFile(Folder):
         for name, wanted in (
             ("mail.example.org", "mail.example.org"), ("a-b.example.org", "a-b.example.org"),
             ("3f2a9c0d1e2b", "3f2a9c0d1e2b.localdomain"), ("my_container", "my-container.localdomain"),
-            ("192.168.1.5", "192-168-1-5.localdomain"), ("localhost", "localhost.localdomain"), ("a.1", "a-1.localdomain"),
+            ("192.168.1.5", "192-168-1-5.localdomain"), ("localhost", "localhost.localdomain"),
+            ("a.1", "a-1.localdomain"),
             ("my_container.example.org", "my-container-example-org.localdomain"), ("", "localhost.localdomain"),
             ("-a.example.org", "a-example-org.localdomain"), ("ねこ", "localhost.localdomain"),
             ("a" * 64 + ".jp", "a" * 63 + ".localdomain"),
