@@ -42,6 +42,7 @@ import binascii
 import codecs
 import contextlib
 import errno
+import fcntl
 import functools
 import gc
 import hashlib
@@ -776,7 +777,7 @@ def domain_key(name: str) -> str:
     return dot + domain if DOMAIN.fullmatch(domain) or re.fullmatch(r"\[[0-9a-z:.]+\]", domain) else ""
 
 
-def address_key(text: str) -> str:
+def recipient_key(text: str) -> str:
     """Return an address in lower case and ASCII as policy compares it, "" if it is none."""
     local, _, domain = text.rpartition("@")
     key = domain_key(domain)
@@ -806,8 +807,8 @@ def ascii_domain(name: str) -> str:
 IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different domains, RFC 5894 7.2
 DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
 parse_domain = matching(is_plain_domain, "a domain", convert=domain_key)
-parse_recipient = matching(address_key, "an address", convert=address_key)
-parse_aliases = mapping_of(list_of(matching(address_key, "an address"), required=True), alias_key, "a name without @")
+parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
+parse_aliases = mapping_of(list_of(matching(recipient_key, "an address"), required=True), alias_key, "a name without @")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -1119,6 +1120,10 @@ def _queue_settings(settings: QueueSettings, base: str, errors: list) -> QueueSe
     return replace(settings, path=path, secret=octets)
 
 
+def is_writable_folder(path: str) -> bool:
+    return os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
+
+
 def _check_tls(tls: Tls, base: str, errors: list) -> None:
     missing = [key for key in ("certificate", "key") if not getattr(tls, key)]
     errors.extend(f"httpd.tls.{key}: expected the name of a PEM file" for key in missing)
@@ -1155,11 +1160,6 @@ def _web_route(route: Route, row: Relay, json_path: str, errors: list) -> Route:
         errors.append(f"{json_path}.auth: authinfo.{route.auth} needs {' and '.join(f'a {key}' for key in row.login)}")
     site = split_base_url(route.url)
     return replace(route, host=site.host, port=site.port)
-
-
-def is_writable_folder(path: str) -> bool:
-    """Return True if files can be made in the folder."""
-    return os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
 
 
 class BaseURL(NamedTuple):
@@ -4549,9 +4549,9 @@ def encode_json(document: dict) -> bytes:
     return ENCODER.encode(document).encode()
 
 
-def address_key(value: Any) -> Any:
-    """Return what two spellings of an address have in common; None for what is no address."""
-    mailbox = parse_address(value) if type(value) is str else None
+def address_key(given: Any) -> Any:
+    """The same for two spellings of one address; None for what is none."""
+    mailbox = parse_address(given) if type(given) is str else None
     return mailbox and mailbox.key
 
 
@@ -5162,53 +5162,76 @@ RELAYS.update(
 
 # ======================================================================================================================
 # 14. Queue
-#     Keeps on disk the mail that waits, and delivers it. What comes after a reply, bounces and events are functions of
-#     values; Store is the file (SQLite); Courier delivers, in one process. Nothing is answered 2xx before its commit is
-#     on disk. Where a process can be killed, and what that costs:
-#      - before a mail is in the file: its client has no answer and tries again. What a relay took meanwhile then goes
-#        twice, unless the client sent an Idempotency-Key: with one the mail is in the file before anything is sent.
-#      - within a delivery from the file: each attempt begins with a lease, on disk, and a process holds a lock for as
-#        long as it lives, so that leases of the dead are seen. The recipient is tried again: no relay and no disk can
-#        say whether it took the mail. The log says that it may arrive twice.
-#      - after a recipient's fate is in the file, in one commit with the bounce and the event that tell of it: nothing.
-#        An event may be POSTed twice, with the same webhook-id.
+#     Keeps mail that waits in a file (SQLite) and delivers it, in one process. What follows a reply, bounces and events
+#     are functions of values; QueueDB is the file, with its operations; QueueManager delivers.
 # ======================================================================================================================
+
+# Nothing is answered 2xx before it is committed to disk. After a process was killed,
+#  - a mail that was not yet in the file is sent again by its client, who has no answer. With an Idempotency-Key it is in
+#    the file before anything is sent, and is not sent twice.
+#  - leases of the dead process are seen, since it no longer holds its lock. Their recipients are tried again, and the
+#    log says that the mail may arrive twice.
+#  - the result of an attempt is there together with the bounce and the event that report it, or not at all.
 
 
 class Disposition(NamedTuple):
-    """What comes next for a recipient."""
+    """What follows for a recipient after an attempt."""
 
     state: str  # "open", "delivered" or "failed"
-    pause: float = 0.0  # seconds until the next attempt, where it is open
+    pause: float = 0.0  # seconds until the next attempt, if open
 
 
-def next_disposition(reply: Reply, attempts: int, age: float, rng: float, policy: QueueSettings) -> Disposition:
-    """What comes after that reply to so many attempts for a mail `age` seconds old; dice: 0 to 1, by chance."""
+def next_disposition(reply: Reply, attempts: int, age: float, jitter: float, settings: QueueSettings) -> Disposition:
+    """Return what follows the reply to the latest of `attempts` for a mail `age` seconds old; jitter is 0 to 1."""
     if reply.accepted:
         return Disposition("delivered")
-    if not reply.temporary or age >= policy.lifetime:
+    if not reply.temporary or age >= settings.lifetime:
         return Disposition("failed")
-    pause = policy.retry_after[min(attempts, len(policy.retry_after)) - 1] * (0.8 + 0.4 * rng)
-    end = max(policy.lifetime - age, 1.0)  # of its life: then is the last attempt
-    return Disposition("open", min(max(pause, reply.retry_after), end))
+    pause = settings.retry_after[min(attempts, len(settings.retry_after)) - 1] * (0.8 + 0.4 * jitter)
+    return Disposition("open", min(max(pause, reply.retry_after), max(settings.lifetime - age, 1.0)))
+
+
+class AttemptResult(NamedTuple):
+    """Result of an attempt, to be recorded."""
+
+    reply: Reply | None  # None: the lifetime ended without another attempt
+    disposition: Disposition
+    follow_ups: tuple = ()  # NewQueueItems that report it
+    destination: str = ""  # by the settings now in force; "": as it was
+
+
+class Attempt(NamedTuple):
+    """Earlier attempt to deliver to a recipient."""
+
+    time: float
+    reply: Reply
+
+
+class NewRecipient(NamedTuple):
+    """Recipient of a new item."""
+
+    as_written: str  # by the client
+    recipient: str  # as relays are told
+    number: int  # of the copy
+    destination: str  # see destination_key()
 
 
 class NewQueueItem(NamedTuple):
-    """A mail, or an event for the webhook, on its way into the store."""
+    """Mail, or event for the webhook, to be stored."""
 
     queueid: str
     kind: str  # "mail" or "event"
     sender: str  # "" is the null sender
-    login: str  # who sent it; "" where nobody had to log in
+    login: str  # user name that sent it; "" if none was needed
     created_at: float
     message: Message
-    recipients: tuple  # of (as it was given, on the wire, number of its copy, lane)
-    key: bytes | None = None  # of the request, from its login, path and Idempotency-Key
-    body: bytes | None = None  # digest of the request's body
+    recipients: tuple  # of NewRecipient
+    key: bytes | None = None  # digest of login, path and Idempotency-Key
+    body_digest: bytes | None = None  # of the request's body
 
 
 class LeasedRecipient(NamedTuple):
-    """One recipient that is leased to this process, with all that its delivery needs."""
+    """Recipient leased to this process, with all that its delivery needs."""
 
     id: int
     queueid: str
@@ -5222,70 +5245,77 @@ class LeasedRecipient(NamedTuple):
     number: int
     destination: str
     attempts: int
-    history: tuple  # of (time, Reply), the attempts so far
+    history: tuple = ()  # of Attempt
 
 
 def destination_key(route: Route, domain: str) -> str:
-    """Return what mails for one next hop share: one that is down delays no others."""
-    return route.row.destination.format(route=route, domain=domain.lower())
+    """Return the key of the next hop: an unreachable host delays mail to its own destination only."""
+    if route.relay == "File":
+        return f"File {route.folder}"
+    return f"MX {domain.lower()}" if route.relay == "MX" else f"{route.relay} {route.host}:{route.port}"
 
 
-def queued_reply(queueid: str, said: Reply | None = None) -> Reply:
-    """What the client reads of a recipient that waits."""
-    return make_reply("queued", *(said.message if said else ()), word=queueid, mailer="Queue")
+def queued_reply(queueid: str, reply: Reply | None = None) -> Reply:
+    """Return the reply that tells a client that a recipient waits, with the lines of its latest reply."""
+    return make_reply("queued", *(reply.message if reply else ()), word=queueid, mailer="Queue")
 
 
-# -- what is told at the end
+# -- Bounces and events
 
 
-def notifications(leased: LeasedRecipient, reply: Reply, step: Disposition, settings: Settings, now: float) -> list:
-    """Entries that tell of a recipient's fate: an event for the webhook, a bounce for the sender; most often none."""
+def notifications(
+    leased: LeasedRecipient, result: AttemptResult, reply: Reply, settings: Settings, now: float
+) -> tuple:
+    """Return the items that report a result: an event for the webhook, a bounce for the sender; usually none."""
     if leased.kind != "mail":
-        return []
-    entries, word = [], step.state if step.state != "open" else "deferred" if not leased.attempts else ""
-    if word and settings.queue.webhook:
-        entries.append(webhook_event(f"message.{word}", leased, reply, settings.queue.webhook, now))
-    if word == "failed" and leased.sender:
-        queueid, mailbox = new_queueid(now), parse_address(leased.sender)
-        message = bounce_message(leased, reply, settings.hostname, queueid, now)
-        destination = destination_key(resolve_route(mailbox.domain, "", settings)[0], mailbox.domain)
-        to = (leased.sender, leased.sender, 1, destination)
-        entries.append(NewQueueItem(queueid, "mail", "", leased.login, now, message, (to,)))
-    return entries
+        return ()
+    items, state = [], result.disposition.state
+    event = state if state != "open" else "deferred" if leased.attempts == 1 else ""
+    if event and settings.queue.webhook:
+        items.append(webhook_event(f"message.{event}", leased, reply, settings.queue.webhook, now))
+    if state == "failed" and leased.sender:
+        items.append(new_bounce(leased, reply, settings, now))
+    return tuple(items)
 
 
-def webhook_event(word: str, leased: LeasedRecipient, reply: Reply, url: str, now: float) -> NewQueueItem:
-    """An event in the form of Standard Webhooks; its queue id is the webhook-id."""
+def webhook_event(name: str, leased: LeasedRecipient, reply: Reply, url: str, now: float) -> NewQueueItem:
+    """Return an event in the form of Standard Webhooks; its queue id is the webhook-id."""
     data = {"queueid": leased.queueid, "addresser": leased.sender, **reply_to_dict(leased.as_written, reply)}
-    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
-    body = ENCODER.encode({"type": word, "timestamp": moment, "data": {**data, "attempts": leased.attempts + 1}})
-    destination = f"Webhook {WEBHOOK_URL.fullmatch(url)[2]}"
+    timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
+    event = {"type": name, "timestamp": timestamp, "data": {**data, "attempts": leased.attempts}}
+    recipient = NewRecipient(url, url, 1, f"Webhook {WEBHOOK_URL.fullmatch(url)[2]}")
     return NewQueueItem(
-        new_queueid(now), "event", "", "", now, Message((body.encode(),)), ((url, url, 1, destination),)
+        new_queueid(now), "event", "", "", now, Message((ENCODER.encode(event).encode(),)), (recipient,)
     )
 
 
+def new_bounce(leased: LeasedRecipient, reply: Reply, settings: Settings, now: float) -> NewQueueItem:
+    queueid, domain = new_queueid(now), parse_address(leased.sender).domain
+    message = bounce_message(leased, reply, settings.hostname, queueid, now)
+    destination = destination_key(resolve_route(domain, "", settings)[0], domain)
+    recipient = NewRecipient(leased.sender, leased.sender, 1, destination)
+    return NewQueueItem(queueid, "mail", "", leased.login, now, message, (recipient,))
+
+
 def sign_webhook(secret: bytes, webhook_id: str, second: int, body: bytes) -> str:
-    """webhook-signature as Standard Webhooks 1.0 has it: HMAC-SHA256 of "id.timestamp.body"."""
+    """Return webhook-signature of Standard Webhooks 1.0: the HMAC-SHA256 of "id.timestamp.body"."""
     digest = hmac.digest(secret, b"%b.%d.%b" % (webhook_id.encode(), second, body), "sha256")
     return "v1," + base64.b64encode(digest).decode()
 
 
 def bounce_message(leased: LeasedRecipient, reply: Reply, hostname: str, queueid: str, now: float) -> Message:
-    """The report to the sender (RFC 3464) that a recipient's mail won't arrive."""
-    date, edge = rfc5322_date(int(now)), f"{queueid}/report"
-    place = f" ({reply.host})" if reply.host else ""
-    words = "\r\n".join([f"    {line}" for line in diagnostic_lines(reply)])
-    head = leased.message.copy(leased.recipient, leased.number).partition(b"\r\n\r\n")[0] + b"\r\n"
-    coding = "7bit" if head.isascii() and leased.recipient.isascii() else "8bit"
+    """Return the delivery status notification (RFC 3464) that a recipient's mail has failed."""
+    header = leased.message.copy(leased.recipient, leased.number).partition(b"\r\n\r\n")[0] + b"\r\n"
+    lines, is_ascii = diagnostic_lines(reply), leased.recipient.isascii()
     text = BOUNCE_TEMPLATE.format(
-        date=date, hostname=hostname, sender=leased.sender, queueid=queueid, edge=edge, age=format_duration(now - leased.created_at),
-        original=leased.queueid, recipient=leased.recipient, place=place, words=words, status=bounce_status(reply),
-        kind="rfc822" if leased.recipient.isascii() else "utf-8", arrived=rfc5322_date(int(leased.created_at)),
-        tried=leased.attempts + 1, code=reply.code, diagnostic="\r\n    ".join(diagnostic_lines(reply)),
-        remote=f"Remote-MTA: dns; {reply.host}\r\n" if reply.host else "", coding=coding,
+        leased=leased, hostname=hostname, queueid=queueid, boundary=f"{queueid}/report", date=rfc5322_date(int(now)),
+        encoding="7bit" if header.isascii() and is_ascii else "8bit", address_type="rfc822" if is_ascii else "utf-8",
+        age=format_duration(now - leased.created_at), arrival_date=rfc5322_date(int(leased.created_at)),
+        server=f" ({reply.host})" if reply.host else "", reply="\r\n    ".join(lines),
+        remote_mta=f"Remote-MTA: dns; {reply.host}\r\n" if reply.host else "",
+        status=reply.dsn or ("4.4.7" if reply.temporary else "5.0.0"),  # RFC 3463: delivery time expired; undefined
     )  # fmt: skip
-    octets = text.encode() + head + f"\r\n--{edge}--\r\n".encode()
+    octets = text.encode() + header + f"\r\n--{queueid}/report--\r\n".encode()
     return Message((octets,), needs_8bitmime=not octets.isascii())
 
 
@@ -5293,7 +5323,7 @@ BOUNCE_TEMPLATE = """\
 Received: by {hostname} (Haineko) id {queueid};
 	{date}
 From: Mail Delivery System <MAILER-DAEMON@{hostname}>
-To: {sender}
+To: {leased.sender}
 Subject: Undelivered Mail Returned to Sender
 Date: {date}
 Message-Id: <{queueid}.1@{hostname}>
@@ -5301,52 +5331,47 @@ Auto-Submitted: auto-replied
 X-Haineko-Loop: {hostname}
 MIME-Version: 1.0
 Content-Type: multipart/report; report-type=delivery-status;
- boundary="{edge}"
+ boundary="{boundary}"
 
---{edge}
+--{boundary}
 Content-Type: text/plain; charset=UTF-8
-Content-Transfer-Encoding: {coding}
+Content-Transfer-Encoding: {encoding}
 
 This is the mail system at {hostname}.
 
 Your mail could not be delivered to
 
-    {recipient}
+    {leased.recipient}
 
-It was tried {tried} time(s) in {age}. The last reply{place} was:
+It was tried {leased.attempts} time(s) in {age}. The last reply{server} was:
 
-{words}
+    {reply}
 
 Its headers are attached. It will not be tried again.
 
---{edge}
+--{boundary}
 Content-Type: message/delivery-status
 
 Reporting-MTA: dns; {hostname}
-X-Haineko-Queueid: {original}
-Arrival-Date: {arrived}
+X-Haineko-Queueid: {leased.queueid}
+Arrival-Date: {arrival_date}
 
-Final-Recipient: {kind}; {recipient}
+Final-Recipient: {address_type}; {leased.recipient}
 Action: failed
 Status: {status}
-{remote}Diagnostic-Code: smtp; {diagnostic}
+{remote_mta}Diagnostic-Code: smtp; {reply}
 
---{edge}
+--{boundary}
 Content-Type: text/rfc822-headers
-Content-Transfer-Encoding: {coding}
+Content-Transfer-Encoding: {encoding}
 
 """.replace("\n", "\r\n")
 
 
 def diagnostic_lines(reply: Reply) -> list:
-    """A reply's lines fit for a message: ASCII, short, with their code."""
+    """Return a reply's lines for a message: ASCII, short, each with the code."""
     lines = [sanitize(line, 500).encode("ascii", "replace").decode() for line in reply.message[:MAX_REPLY_LINES]]
     return [f"{reply.code} {line}".rstrip() for line in lines or [""]]
-
-
-def bounce_status(reply: Reply) -> str:
-    """RFC 3463; of a mail whose life is over and where nobody said more, that its delivery time expired."""
-    return reply.dsn or ("4.4.7" if reply.temporary else "5.0.0")
 
 
 def format_duration(seconds: float) -> str:
@@ -5382,69 +5407,65 @@ def post_webhook(leased: LeasedRecipient, secret: bytes, now: float) -> list:
 
 WEBHOOK_TIMEOUT = 15.0  # seconds
 
-
-# -- the file
+# -- The file
 
 
 class QueueDB:
-    """The file of the queue as one process uses it. One thread does all work in it and puts whatever waits into one
-    transaction, so that many mails share the disk's one flush."""
+    """The queue's file as one process uses it.
+
+    One thread runs all operations and commits those that wait in one transaction, so that many mails share one fsync.
+    """
 
     BUSY = 5.0  # seconds to wait for another process's lock
-    BATCH = 256  # operations of one transaction
+    BATCH = 256  # operations in one transaction
 
-    def __init__(self, policy: QueueSettings, ringer: socket.socket | None = None) -> None:
-        self.settings, self.wake_socket = policy, ringer
-        if ringer:
-            ringer.setblocking(False)
-        self.waiting: queue.SimpleQueue = queue.SimpleQueue()  # of (operation, values, future)
-        self.deferred_writes: deque = (
-            deque()
-        )  # of (operation, values) that must be done, as soon as the file can be used again
+    def __init__(self, settings: QueueSettings, wake_socket: socket.socket | None = None) -> None:
+        self.settings, self.wake_socket = settings, wake_socket
+        if wake_socket:
+            wake_socket.setblocking(False)
+        self.waiting: queue.SimpleQueue = queue.SimpleQueue()  # of (operation, values, done)
+        self.deferred_writes: deque = deque()  # (operation, values) to be repeated until the file can be used
         self.thread: Any = None
         self.db: Any = None
-        self.inode = self.slot = self.locks = 0
-        self.fault = ""  # why the file can't be used; told once
-        self.rung = False  # since the last commit
-        self.disk_checked_at, self.disk_ok = 0.0, False  # when the disk was looked at, and whether it had room
+        self.file_ids: list = []  # of the files as they were opened
+        self.slot = self.locks = 0  # number of the byte that this process has locked; the lock file
+        self.fault = ""  # why the file can't be used
+        self.woken = False  # since the last commit
+        self.disk_checked_at, self.disk_ok = 0.0, False
 
     async def do(self, operation: Callable, *values: Any) -> Any:
-        """What operation(db, slot, *values) gives, once its changes are on disk; Refused where that can't be."""
-        future = asyncio.get_running_loop().create_future()
-        self.waiting.put((operation, values, future))
-        if not self.thread:
-            self.thread = threading.Thread(target=self._work, daemon=True)
-            self.thread.start()
-        result = await future
-        if isinstance(result, Exception):
-            raise result
-        return result
+        """Return the result of operation(db, slot, *values) once it is on disk; raise Rejected if that fails."""
+        return await answered_by(self._queue, operation, values)
 
-    async def add(self, queue_item: NewQueueItem, fates: list | None = None, held: bool = False) -> tuple | None:
-        """Stores an entry, see enqueue(); Refused where the disk is too full."""
+    async def add(self, item: NewQueueItem, results: list | None = None, leased: bool = False) -> Any:
+        """Store an item, see enqueue(); raise Rejected if the disk is too full."""
         if not self.has_free_space():
             raise Rejected(make_reply("store", f"less than {self.settings.min_free} octets are free", mailer="Queue"))
-        return await self.do(enqueue, queue_item, fates, held)
+        return await self.do(enqueue, item, results, leased)
 
     async def do_eventually(self, operation: Callable, *values: Any) -> None:
-        """The same for what has happened already: put off, not forgotten, while the file can't be used."""
+        """Record what has happened already: at once, or as soon as the file can be used again."""
         try:
             await self.do(operation, *values)
         except Rejected:
             self.deferred_writes.append((operation, values))
 
+    async def release(self, operation: Callable, lease: Any) -> None:
+        """End the lease of what a bug has kept from being recorded by the operation: it is tried again."""
+        await self.do_eventually(release_leases, self.settings, time.time(), LEASE_CONDITIONS[operation], lease)
+
     def wake_manager(self) -> None:
-        """Tells the courier that something is due; once after each commit will do."""
-        if self.rung:
+        """Tell the queue manager that something is due; once after each commit is enough."""
+        if self.woken:
             return
-        self.rung = True
+        self.woken = True
         try:
             self.wake_socket.send(b"\0")
-        except (OSError, AttributeError):  # rung often enough, or there is none: it looks once a second
+        except (OSError, AttributeError):  # woken often enough, or there is none: it looks once a second
             pass
 
     def has_free_space(self) -> bool:
-        """True where the disk has as much free space as it should, or had a moment ago."""
+        """Return whether the disk has as much free space as it should, or had a moment ago."""
         now = time.monotonic()
         if now - self.disk_checked_at > 0.1:
             self.disk_checked_at, self.disk_ok = now, False
@@ -5454,7 +5475,7 @@ class QueueDB:
         return self.disk_ok
 
     def health_error(self) -> str:
-        """What is wrong with the file or its disk, "" for nothing."""
+        """Return what is wrong with the file or its disk, "" for nothing."""
         return "the queue can't be used" if self.fault else "" if self.has_free_space() else "disk full"
 
     def _work(self) -> None:
@@ -5463,39 +5484,41 @@ class QueueDB:
             work = [*owed, *[(operation, values) for operation, values, _ in batch]]
             results = self.commit(work, batch)
             self.deferred_writes.extend(work for work, result in zip(owed, results) if isinstance(result, Rejected))
-            self.rung = False
-            for (_, _, future), result in zip(batch, results[len(owed) :]):
-                future.get_loop().call_soon_threadsafe(future.set_result, result)
+            self.woken = False
+            for (_, _, done), result in zip(batch, results[len(owed) :]):
+                done(result)
 
     def _batch(self) -> list:
-        """The work that waits; waits for some."""
+        """Wait for work and return all that waits; nothing after a second if there are deferred writes."""
         try:
             batch = [self.waiting.get(timeout=1.0 if self.deferred_writes else None)]
         except queue.Empty:
             return []
-        self._drain_waiting(batch)
-        return batch
+        return batch + self._drain_waiting(self.BATCH - 1)
 
-    def _drain_waiting(self, batch: list) -> list:
-        """What else waits, put into the batch."""
-        more: list = []
+    def _drain_waiting(self, limit: int) -> list:
+        """Return what waits, without waiting for more."""
+        found: list = []
         with contextlib.suppress(queue.Empty):
-            while len(batch) + len(more) < self.BATCH:
-                more.append(self.waiting.get_nowait())
-        batch += more
-        return more
+            while len(found) < limit:
+                found.append(self.waiting.get_nowait())
+        return found
 
     def commit(self, work: list, batch: list | None = None) -> list:
-        """What the operations give, all of them on disk in one transaction; a Refused each where that can't be. With
-        the `batch` that they are from, what comes into it while another process has the lock is done with them."""
-        import fcntl
+        """Return the results of operations, on disk in one transaction; a Rejected for each if that fails.
+
+        If `batch` is given, operations queued while waiting for the lock join this transaction.
+        """
         import sqlite3
 
         try:
-            db = self._opened()
-            fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite's own waiting is a sleep, and a long one by chance
+            self._open()
+            fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite itself would wait by sleeping, sometimes long
+            db = self._open()  # the files may have been replaced meanwhile
             if batch is not None:
-                work += [(operation, values) for operation, values, _ in self._drain_waiting(batch)]
+                late = self._drain_waiting(self.BATCH - len(batch))
+                batch += late
+                work += [(operation, values) for operation, values, _ in late]
             db.execute("BEGIN IMMEDIATE")
             results = [operation(db, self.slot, *values) for operation, values in work]
             db.execute("COMMIT")
@@ -5503,12 +5526,16 @@ class QueueDB:
             self.close()
             self._log_fault(f"{self.settings.path}: {error}")
             return [Rejected(make_reply("store", mailer="Queue")) for _ in work]
-        except Exception as error:  # a bug must not take the others' work with it
+        except Exception as error:  # a bug in one operation must not undo the others
             self.close()
             if len(work) > 1:
                 return [self.commit([one])[0] for one in work]
             log_exception("queue")
-            return [error]
+            operation, values = work[0]
+            if operation not in LEASE_CONDITIONS:
+                return [error]
+            release = self.settings, time.time(), LEASE_CONDITIONS[operation], values[0]
+            return self.commit([(release_leases, release)])
         finally:
             if self.locks:
                 fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, 0)
@@ -5516,7 +5543,7 @@ class QueueDB:
         return results
 
     def close(self, for_good: bool = False) -> None:
-        """Undoes what isn't on disk yet; the next commit opens the file anew."""
+        """Undo what isn't on disk yet; the next commit opens the file again."""
         if self.db:
             self.db.close()
         self.db = None
@@ -5529,49 +5556,88 @@ class QueueDB:
             log.lines(f"queue: {sanitize(error)}; nothing is accepted into it" if error else "queue: can be used again")
         self.fault = error
 
-    def _opened(self) -> Any:
-        """The connection; raises sqlite3.Error or OSError."""
+    def _open(self) -> Any:
+        """Return the connection; raise sqlite3.Error or OSError."""
         import sqlite3
 
         path = self.settings.path
-        if self.db and stat_key(path) and os.stat(path).st_ino == self.inode:  # nobody took the file away
+        if self.db and self.file_ids == self._file_ids():
             return self.db
+        if self.db:
+            log.lines(f"queue: {sanitize(path)} was moved or replaced while in use; what is there now is opened")
+            with contextlib.suppress(sqlite3.Error):  # what is committed must be in the file that was moved
+                self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.close()
         if not os.path.exists(path):
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # the mails in it are nobody else's business
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # mail is private
         db = self.db = sqlite3.connect(path, timeout=self.BUSY, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=FULL")
-        db.execute("PRAGMA foreign_keys=ON")
+        db.row_factory = sqlite3.Row
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            db.execute(f"PRAGMA {pragma}")
         migrate(db)
-        self.inode = os.stat(path).st_ino
-        if not self.slot:
-            self.locks, self.slot = lock_slot(path + ".lock")
-            db.execute("BEGIN IMMEDIATE")
-            release_leases(db, self.slot, self.settings, time.time())  # of the last one that had it
-            db.execute("COMMIT")
+        self._lock_slot(db)
+        self.file_ids = self._file_ids()
         return db
 
+    def _file_ids(self) -> list:
+        return [file_id(self.settings.path + suffix) for suffix in ("", "-wal", "-shm", ".lock")]
 
-def lock_slot(path: str) -> tuple:
-    """(open lock file, number of the first octet in it that nobody had locked). The kernel unlocks it when the process
-    ends, however it ends; so who holds a lease is known to be alive. No process may open the file twice."""
-    import fcntl
+    def _lock_slot(self, db: Any) -> None:
+        """Lock a slot, the same again if the lock file was replaced; what its last process had leased is released."""
+        path, before = self.settings.path + ".lock", self.slot
+        if before and file_id(path) == file_id(self.locks):
+            return
+        if before:
+            os.close(self.locks)
+        self.slot = self.locks = 0
+        locks, slot = lock_slot(path, before)
+        if slot != before:
+            try:
+                db.execute("BEGIN IMMEDIATE")
+                release_leases(db, slot, self.settings, time.time())
+                db.execute("COMMIT")
+            except BaseException:
+                os.close(locks)
+                raise
+        self.locks, self.slot = locks, slot
 
+
+def file_id(file: str | int) -> tuple | None:
+    """Return the device and inode of a path or an open file, None if there is none."""
+    try:
+        found = os.fstat(file) if isinstance(file, int) else os.lstat(file)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def lock_slot(path: str, preferred: int) -> tuple:
+    """Return the open lock file and the number of a byte in it, now locked.
+
+    The kernel unlocks it when the process ends, so the owner of a lease is known to be alive. No process may open the
+    file twice: closing one handle would unlock all.
+    """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    for slot in range(1, MAX_SLOTS):
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, slot)
+    for slot in (preferred or 1, *range(1, MAX_SLOTS)):
+        if lock_byte(handle, slot):
             return handle, slot
-        except OSError:
-            continue
+    os.close(handle)
     raise OSError(errno.EAGAIN, "too many processes use it")
 
 
 MAX_SLOTS = 4096  # processes
 
 
-# Each upgrades the file from the version before (PRAGMA user_version) to its own, the first one is version 1.
+def lock_byte(handle: int, offset: int) -> bool:
+    """Lock one byte of the file; return False if another process has it."""
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
+    except OSError:
+        return False
+    return True
+
+
+# The first script creates a file of version 1 (PRAGMA user_version), each further one upgrades it by one.
 MIGRATIONS = (
     """
     CREATE TABLE messages (
@@ -5580,53 +5646,62 @@ MIGRATIONS = (
         kind TEXT NOT NULL,          -- mail, or event for the webhook
         sender TEXT NOT NULL,
         login TEXT NOT NULL,
-        born REAL NOT NULL,          -- seconds since the epoch, as all times
-        open INTEGER NOT NULL,       -- recipients whose fate is not known
-        done REAL,                   -- when there was none left
+        born REAL NOT NULL,          -- created_at: seconds since the epoch, as all times
+        open INTEGER NOT NULL,       -- open_recipients: how many are neither delivered nor given up
+        done REAL,                   -- completed_at: when none was left
         owner INTEGER,               -- slot of the process that has yet to answer its client
         key BLOB UNIQUE,             -- with Idempotency-Key: digest of login, path and key
-        body BLOB,                   -- digest of the request's body
-        answer TEXT,                 -- what was answered: JSON of status, headers, body
+        body BLOB,                   -- body_digest: of the request
+        answer TEXT,                 -- response to the client: JSON of status, headers, body
         size INTEGER NOT NULL,       -- octets of the message
-        parts TEXT NOT NULL,         -- JSON: 1 for 8 bits, 2 for SMTPUTF8; lengths of the parts
-        octets BLOB NOT NULL         -- the parts; empty when all is done
+        parts TEXT NOT NULL,         -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), then the length of each part
+        octets BLOB NOT NULL         -- the parts; empty once completed
     );
     CREATE INDEX messages_by_owner ON messages(owner) WHERE owner IS NOT NULL;
     CREATE INDEX messages_by_done ON messages(done) WHERE done IS NOT NULL;
     CREATE TABLE recipients (
         id INTEGER PRIMARY KEY,
         message INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
-        given TEXT NOT NULL,         -- as the client wrote it
+        given TEXT NOT NULL,         -- as_written: by the client
         recipient TEXT NOT NULL,     -- as relays are told
         number INTEGER NOT NULL,     -- of the copy
-        lane TEXT NOT NULL,
+        lane TEXT NOT NULL,          -- destination: see destination_key()
         state TEXT NOT NULL,         -- open, delivered, failed or dropped
-        born REAL NOT NULL,
-        due REAL,                    -- open and not leased: when it is tried next; 0 is at once, whatever its lane does
-        owner INTEGER,               -- leased: slot of the process that tries it
+        born REAL NOT NULL,          -- created_at
+        due REAL,                    -- open and not leased: time of the next attempt; 0: now, even if throttled
+        owner INTEGER,               -- leased: slot of the process that delivers it
         attempts INTEGER NOT NULL,
-        history TEXT NOT NULL        -- JSON: a list for each attempt
+        history TEXT NOT NULL        -- JSON, see add_attempt()
     );
     CREATE INDEX recipients_by_message ON recipients(message);
     CREATE INDEX recipients_by_owner ON recipients(owner) WHERE owner IS NOT NULL;
     CREATE INDEX recipients_by_due ON recipients(lane, due) WHERE due IS NOT NULL;
     CREATE INDEX recipients_by_age ON recipients(lane, born) WHERE due IS NOT NULL
     """,
+    """
+    ALTER TABLE messages RENAME COLUMN born TO created_at;
+    ALTER TABLE messages RENAME COLUMN open TO open_recipients;
+    ALTER TABLE messages RENAME COLUMN done TO completed_at;
+    ALTER TABLE messages RENAME COLUMN body TO body_digest;
+    ALTER TABLE messages RENAME COLUMN answer TO response;
+    ALTER TABLE recipients RENAME COLUMN given TO as_written;
+    ALTER TABLE recipients RENAME COLUMN lane TO destination;
+    ALTER TABLE recipients RENAME COLUMN born TO created_at;
+    DROP INDEX messages_by_owner
+    """,
 )
 
 
-def migrate(db: Any, versions: tuple = MIGRATIONS) -> None:
-    """The file brought to the newest version in one transaction; a newer one is refused."""
-    import sqlite3
-
-    newest = len(versions)
+def migrate(db: Any, migrations: tuple = MIGRATIONS) -> None:
+    """Bring the file to the newest version in one transaction; refuse a newer one."""
+    newest = len(migrations)
     if db.execute("PRAGMA user_version").fetchone()[0] == newest:
         return
     db.execute("BEGIN IMMEDIATE")
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > newest:
-        raise sqlite3.DatabaseError(f"{NEWER_VERSION} {version}; this Haineko knows {newest}")
-    for script in versions[version:]:
+        raise OSError(f"{NEWER_VERSION} {version}; this Haineko knows {newest}")
+    for script in migrations[version:]:
         for statement in re.sub(r" *--[^\n]*", "", script).split(";"):
             db.execute(statement)
     db.execute(f"PRAGMA user_version={newest}")
@@ -5634,352 +5709,366 @@ def migrate(db: Any, versions: tuple = MIGRATIONS) -> None:
 
 
 NEWER_VERSION = "is of a newer version,"
-RETENTION = 86400  # seconds for which a mail's fate and the answer to an Idempotency-Key are kept
-MAX_HISTORY = 50  # attempts kept of one recipient: the first one and the last ones
-MAX_REPLY_LINES = 10  # lines of a reply kept
+RETENTION = 86400  # seconds for which completed mails and responses to an Idempotency-Key are kept
+MAX_HISTORY = 50  # attempts kept of each recipient: the first one and the last ones
+MAX_REPLY_LINES = 10  # lines kept of a reply
 
 
-# -- operations on the file; each is called as operation(db, slot, *values) within a transaction
+# -- Operations on the file, called as operation(db, slot, *values) within a transaction; rows are sqlite3.Row
 
 
-def enqueue(db: Any, slot: int, queue_item: NewQueueItem, fates: list | None, held: bool = False) -> tuple | None:
-    """Stores an entry, recipient by recipient as their fates (Reply, Step) say; without fates they are due at once, or
-    leased to this process where it is `held`. Gives the earlier message with the same key instead, if there is one."""
-    if queue_item.key:
-        db.execute(
-            "UPDATE messages SET key=NULL WHERE key=? AND born<=?", (queue_item.key, queue_item.created_at - RETENTION)
-        )
-        earlier = db.execute(
-            "SELECT queueid, body, owner, answer FROM messages WHERE key=?", (queue_item.key,)
-        ).fetchone()
-        if earlier:
-            return earlier
-    flags = queue_item.message.needs_8bitmime + 2 * queue_item.message.needs_smtputf8
-    octets, parts = b"".join(queue_item.message.parts), [flags, *map(len, queue_item.message.parts)]
-    row = (queue_item.queueid, queue_item.kind, queue_item.sender, queue_item.login, queue_item.created_at, len(queue_item.recipients),
-           slot if held else None, queue_item.key, queue_item.body, len(octets), json.dumps(parts), octets)  # fmt: skip
-    message = db.execute(
-        "INSERT INTO messages (queueid, kind, sender, login, born, open, owner, key, body, size, parts, octets)"
-        " VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", row
-    ).lastrowid  # fmt: skip
-    for given, recipient, number, destination in queue_item.recipients:
-        due, owner = (None, slot) if held or fates else (queue_item.created_at, None)
-        row = (message, given, recipient, number, destination, queue_item.created_at, due, owner)
-        db.execute(
-            "INSERT INTO recipients (message, given, recipient, number, lane, born, due, owner, state, attempts,"
-            " history) VALUES (?,?,?,?,?,?,?,?,'open',0,'[]')", row
-        )  # fmt: skip
-    if fates:
-        finish_request(
-            db, slot, queue_item.queueid, fates, None, max(time.time(), queue_item.created_at)
-        )  # the first attempt took its time
+def enqueue(db: Any, slot: int, item: NewQueueItem, results: list | None, leased: bool = False) -> Any:
+    """Store an item and return None, or return the earlier message with the same key.
+
+    Recipients are due at once, leased to this process if `leased`, or as the results of their first attempts say.
+    """
+    if item.key:
+        expired = item.created_at - RETENTION
+        db.execute("UPDATE messages SET key=NULL WHERE key=? AND created_at<=?", (item.key, expired))
+        earlier = "SELECT queueid, body_digest, owner, response FROM messages WHERE key=?"
+        found = db.execute(earlier, (item.key,)).fetchone()
+        if found:
+            return found
+    octets, flags = b"".join(item.message.parts), item.message.needs_8bitmime + 2 * item.message.needs_smtputf8
+    owner, created_at = slot if leased or results else None, item.created_at
+    message = insert(
+        db, "messages", queueid=item.queueid, kind=item.kind, sender=item.sender, login=item.login,
+        created_at=created_at, open_recipients=len(item.recipients), owner=owner, key=item.key,
+        body_digest=item.body_digest, size=len(octets), parts=json.dumps([flags, *map(len, item.message.parts)]),
+        octets=octets,
+    )  # fmt: skip
+    due = created_at if owner is None else None
+    state = {"message": message, "state": "open", "created_at": created_at, "due": due, "owner": owner}
+    for recipient in item.recipients:
+        insert(db, "recipients", **recipient._asdict(), **state, attempts=0, history="[]")
+    if results:  # their attempts took a while
+        finish_request(db, slot, item.queueid, results, None, max(time.time(), created_at))
     return None
 
 
-def finish_request(db: Any, slot: int, queueid: str, fates: list, answer: str | None, now: float) -> None:
-    """What became of all recipients of a mail while its client waited, and what the client was answered."""
-    found = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone()
-    if not found:  # somebody put another file in its place
-        return
-    (message,) = found
-    rows = db.execute("SELECT id, lane FROM recipients WHERE message=? ORDER BY id", (message,)).fetchall()
-    for (row_id, destination), (reply, step, notes) in zip(rows, fates):
-        finish_attempt(db, slot, row_id, destination, reply, step, notes, now)
-    db.execute("UPDATE messages SET owner=NULL, answer=? WHERE id=?", (answer, message))
+def insert(db: Any, table: str, **values: Any) -> int:
+    """Insert a row and return its id."""
+    places = ",".join("?" * len(values))
+    return db.execute(f"INSERT INTO {table} ({','.join(values)}) VALUES ({places})", (*values.values(),)).lastrowid
 
 
-def finish_attempt(
-    db: Any, slot: int, row_id: int, destination: str, reply: Reply | None, step: Disposition, notes: list, now: float
-) -> None:
-    """One leased recipient after an attempt (said None: after its life); what tells of its fate is stored with it."""
-    found = db.execute("SELECT message, history FROM recipients WHERE id=? AND owner=?", (row_id, slot)).fetchone()
-    if not found:  # its message was dropped
+def finish_request(db: Any, slot: int, queueid: str, results: list, response: str | None, now: float) -> None:
+    """Record the results of a mail's first attempts, and the response to its client."""
+    message = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone()
+    if not message:  # another file is in its place
         return
-    message, history = found
-    if reply:
-        history = add_attempt(history, now, reply)
-    due = now + step.pause if step.state == "open" else None
+    rows = db.execute("SELECT id FROM recipients WHERE message=? ORDER BY id", (message["id"],)).fetchall()
+    for row, result in zip(rows, results):
+        finish_attempt(db, slot, row["id"], result, now)
+    db.execute("UPDATE messages SET owner=NULL, response=? WHERE id=?", (response, message["id"]))
+
+
+def finish_attempt(db: Any, slot: int, row_id: int, result: AttemptResult, now: float) -> None:
+    """Record the result of an attempt and what reports it; ends the lease."""
+    sql = "SELECT message, destination, history FROM recipients WHERE id=? AND owner=?"
+    row = db.execute(sql, (row_id, slot)).fetchone()
+    if not row:  # another file is in its place
+        return
+    state, pause = result.disposition
+    history = add_attempt(row["history"], now, result.reply) if result.reply else row["history"]
     db.execute(
-        "UPDATE recipients SET lane=?, state=?, due=?, owner=NULL, attempts=attempts+?, history=? WHERE id=?",
-        (destination, step.state, due, reply is not None, history, row_id),
-    )
-    if step.state != "open":
-        close_recipient(db, message, now)
-    for note in notes:
-        enqueue(db, slot, note, None)
+        "UPDATE recipients SET destination=?, state=?, due=?, owner=NULL, attempts=attempts+?, history=? WHERE id=?",
+        (result.destination or row["destination"], state, now + pause if state == "open" else None,
+         result.reply is not None, history, row_id),
+    )  # fmt: skip
+    if state != "open":
+        close_recipients(db, row["message"], 1, now)
+    for item in result.follow_ups:
+        enqueue(db, slot, item, None)
 
 
-def close_recipient(db: Any, message: int, now: float) -> None:
-    """One recipient less is open; of a message that has none left, the octets go and the fate stays for a while."""
-    db.execute("UPDATE messages SET open=open-1 WHERE id=?", (message,))
-    db.execute("UPDATE messages SET done=?, octets=x'' WHERE id=? AND open<=0", (now, message))
+def close_recipients(db: Any, message: int, count: int, now: float) -> None:
+    """Count recipients that are done with; after the last one the octets go, the result stays for a while."""
+    db.execute("UPDATE messages SET open_recipients=open_recipients-? WHERE id=?", (count, message))
+    db.execute("UPDATE messages SET completed_at=?, octets=x'' WHERE id=? AND open_recipients<=0", (now, message))
 
 
 def add_attempt(history: str, now: float, reply: Reply) -> str:
-    words = [sanitize(line, 500) for line in reply.message[:MAX_REPLY_LINES]]
+    """Return the JSON of the attempts with one more; the ones in the middle go if there are too many."""
+    lines = [sanitize(line, 500) for line in reply.message[:MAX_REPLY_LINES]]
     attempts = json.loads(history)
-    attempts.append([round(now, 3), reply.code, reply.dsn, reply.command, words, reply.mailer, reply.host, reply.port])
+    attempts.append([round(now, 3), reply.code, reply.dsn, reply.command, lines, reply.mailer, reply.host, reply.port])
     return ENCODER.encode(attempts[:1] + attempts[1:][1 - MAX_HISTORY :])
 
 
 def parse_history(history: str) -> tuple:
-    """((time, Reply), ...) as add_attempt() wrote them."""
-    return tuple((when, Reply(code, dsn, command, tuple(words), *place))
-                 for when, code, dsn, command, words, *place in json.loads(history))  # fmt: skip
+    """Return the Attempts that add_attempt() wrote."""
+    return tuple([
+        Attempt(when, Reply(code, dsn, command, tuple(lines), *place))
+        for when, code, dsn, command, lines, *place in json.loads(history)
+    ])  # fmt: skip
 
 
-def lease_due(db: Any, slot: int, now: float, most: int, busy: dict, asleep: dict, old: float) -> list:
-    """Parcels of what is due, leased to this process: `most` of a lane less those that are `busy` in it; of a lane that
-    is asleep only what is wanted at once, and what was born before `old`, whose life is over."""
-    room, parcels = MAX_ACTIVE - sum(busy.values()), []
+def lease_due(
+    db: Any, slot: int, now: float, limit: int, in_flight: dict, throttled: dict, expired_before: float
+) -> list:
+    """Lease what is due to this process: up to `limit` of each destination, less those in flight.
+
+    Of a throttled destination only what is due at once, and what was created before `expired_before`.
+    """
+    free, leased = MAX_ACTIVE - sum(in_flight.values()), []
     for (destination,) in db.execute(DESTINATIONS_SQL).fetchall():
-        free = min(most - busy.get(destination, 0), room)
-        if free <= 0 or not destination:
+        count = min(limit - in_flight.get(destination, 0), free)
+        if count <= 0:
             continue
-        until = now if destination not in asleep else 0
-        idents = [row[0] for row in db.execute(DUE_SQL, (destination, until, free))]
-        if destination in asleep:
-            idents += [row[0] for row in db.execute(EXPIRED_SQL, (destination, old, MAX_OVERDUE))]
-        for row_id in dict.fromkeys(idents):
-            parcels.append(read_leased(db, row_id))
+        until = now if destination not in throttled else 0
+        rows = db.execute(DUE_SQL, (destination, until, count)).fetchall()
+        if destination in throttled:
+            rows += db.execute(EXPIRED_SQL, (destination, expired_before, MAX_EXPIRED)).fetchall()
+        for row_id in dict.fromkeys([row["id"] for row in rows]):
+            leased.append(read_leased(db, row_id))
             db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row_id))
-        room -= len(idents)
-    return parcels
+        free -= len(rows)
+    return leased
 
 
 MAX_ACTIVE = 256  # deliveries under way
-MAX_OVERDUE = 64  # mails given up in one go
+MAX_EXPIRED = 64  # mails given up at a time
 DESTINATIONS_SQL = """
-    WITH RECURSIVE lanes(lane) AS (
-        SELECT min(lane) FROM recipients WHERE due IS NOT NULL
-        UNION ALL SELECT (SELECT min(lane) FROM recipients WHERE due IS NOT NULL AND lane > lanes.lane)
-                  FROM lanes WHERE lane IS NOT NULL)
-    SELECT lane FROM lanes WHERE lane IS NOT NULL"""  # each by one look into the index, however many wait in it
-DUE_SQL = "SELECT id FROM recipients WHERE lane=? AND due IS NOT NULL AND due<=? ORDER BY due LIMIT ?"
-EXPIRED_SQL = "SELECT id FROM recipients WHERE lane=? AND due IS NOT NULL AND born<=? ORDER BY born LIMIT ?"
-
-
-def read_leased(db: Any, row_id: int) -> LeasedRecipient:
-    *head, parts, octets, given, recipient, number, destination, attempts, history = db.execute(
-        "SELECT r.id, queueid, kind, sender, login, m.born, parts, octets, given, recipient, number,"
-        " lane, attempts, history FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (row_id,)
-    ).fetchone()  # fmt: skip
-    flags, *lengths = json.loads(parts)
-    ends = list(itertools.accumulate(lengths))
-    message = Message(
-        tuple(octets[end - length : end] for end, length in zip(ends, lengths)), bool(flags & 1), flags > 1
-    )
-    return LeasedRecipient(*head, message, given, recipient, number, destination, attempts, parse_history(history))
-
-
-def reclaim_dead_leases(db: Any, slot: int, locks: int, policy: QueueSettings, now: float) -> None:
-    """What processes that are gone had leased is due again."""
-    import fcntl
-
-    found = db.execute(
-        "SELECT owner FROM recipients WHERE owner IS NOT NULL AND owner<>?"
-        " UNION SELECT owner FROM messages WHERE owner IS NOT NULL AND owner<>?", (slot, slot)
-    ).fetchall()  # fmt: skip
-    for (owner,) in found:
-        try:
-            fcntl.lockf(locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, owner)
-        except OSError:  # alive
-            continue
-        release_leases(db, owner, policy, now)
-        fcntl.lockf(locks, fcntl.LOCK_UN, 1, owner)  # who takes it now has to wait for our commit
-
-
-def release_leases(db: Any, owner: int, policy: QueueSettings, now: float) -> None:
-    """What the slot's last process had leased is due again. Each may have been sent, or else have been about to be."""
-    said = make_reply("interrupted", mailer="Queue")
-    rows = db.execute(
-        "SELECT r.id, r.recipient, r.attempts, r.history, r.born, m.queueid FROM recipients r"
-        " JOIN messages m ON m.id=r.message WHERE r.owner=?", (owner,)
-    ).fetchall()  # fmt: skip
-    for row_id, recipient, attempts, history, born, queueid in rows:
-        log.lines(f"{queueid}: to={log_value(f'<{recipient}>')} interrupted; it is tried again and may arrive twice")
-        due = (
-            now
-            + next_disposition(said, attempts + 1, min(now - born, policy.lifetime - 1), random_unit(), policy).pause
-        )
-        db.execute("UPDATE recipients SET due=?, owner=NULL, attempts=attempts+1, history=? WHERE id=?",
-                   (due, add_attempt(history, now, said), row_id))  # fmt: skip
-    db.execute("UPDATE messages SET owner=NULL WHERE owner=?", (owner,))
-
-
-def purge(db: Any, slot: int, now: float) -> None:
-    """Forgets what was done long ago, some of it at a time."""
-    db.execute("DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE done<? LIMIT 500)", (now - RETENTION,))
-
-
-def message_status(db: Any, slot: int, queueid: str) -> tuple | None:
-    """(row of the message, rows of its recipients) of a mail, None for none: see FATE."""
-    found = db.execute(
-        f"SELECT {', '.join(STATUS_COLUMNS[0])} FROM messages WHERE queueid=? AND kind='mail'", (queueid,)
-    ).fetchone()
-    if not found:
-        return None
-    rows = db.execute(
-        f"SELECT {', '.join(STATUS_COLUMNS[1])} FROM recipients WHERE message=? ORDER BY id", (found[0],)
-    ).fetchall()
-    return dict(zip(STATUS_COLUMNS[0], found)), [dict(zip(STATUS_COLUMNS[1], row)) for row in rows]
-
-
-STATUS_COLUMNS = (
-    ("id", "queueid", "sender", "login", "born", "size"),
-    ("given", "state", "due", "attempts", "history"),
+    WITH RECURSIVE found(destination) AS (
+        SELECT min(destination) FROM recipients WHERE due IS NOT NULL
+        UNION ALL SELECT (SELECT min(destination) FROM recipients WHERE due IS NOT NULL
+                          AND destination > found.destination)
+                  FROM found WHERE destination IS NOT NULL)
+    SELECT destination FROM found WHERE destination IS NOT NULL"""  # one index search each, however many wait
+DUE_SQL = "SELECT id FROM recipients WHERE destination=? AND due IS NOT NULL AND due<=? ORDER BY due LIMIT ?"
+EXPIRED_SQL = (
+    "SELECT id FROM recipients WHERE destination=? AND due IS NOT NULL AND created_at<=? ORDER BY created_at LIMIT ?"
 )
 
 
+def read_leased(db: Any, row_id: int) -> LeasedRecipient:
+    row = db.execute(
+        "SELECT r.id, queueid, kind, sender, login, m.created_at, parts AS message, as_written, recipient, number,"
+        " destination, attempts, history, octets FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?",
+        (row_id,),
+    ).fetchone()
+    flags, *lengths = json.loads(row["message"])
+    stream = io.BytesIO(row["octets"])
+    message = Message(tuple([stream.read(length) for length in lengths]), bool(flags & 1), flags > 1)
+    values = LeasedRecipient(*tuple(row)[:-1])
+    return values._replace(message=message, history=parse_history(row["history"]))
+
+
+def reclaim_dead_leases(db: Any, slot: int, locks: int, settings: QueueSettings, now: float) -> None:
+    """Release what processes that are gone had leased."""
+    sql = "SELECT DISTINCT owner FROM recipients WHERE owner IS NOT NULL AND owner<>?"
+    for (owner,) in db.execute(sql, (slot,)).fetchall():
+        if lock_byte(locks, owner):  # its process is gone
+            release_leases(db, owner, settings, now)
+            fcntl.lockf(locks, fcntl.LOCK_UN, 1, owner)  # a process that takes the slot now waits for this commit
+
+
+def release_leases(
+    db: Any, owner: int, settings: QueueSettings, now: float, condition: str = "", lease: Any = None
+) -> None:
+    """End the slot's leases, or those that a row of LEASE_CONDITIONS says; nobody knows whether their mail was sent."""
+    reply = make_reply("interrupted", mailer="Queue")
+    rows = db.execute(
+        "SELECT r.id, r.message, r.recipient, r.attempts, r.history, m.queueid FROM recipients r"
+        f" JOIN messages m ON m.id=r.message WHERE r.owner=?{condition}", (owner, *([lease] if condition else []))
+    ).fetchall()  # fmt: skip
+    for row in rows:
+        to = log_value(f"<{row['recipient']}>")
+        log.lines(f"{row['queueid']}: to={to} status=deferred (delivery interrupted; the mail may arrive twice)")
+        pause = next_disposition(reply, row["attempts"] + 1, 0, random_unit(), settings).pause
+        db.execute(
+            "UPDATE recipients SET due=?, owner=NULL, attempts=attempts+1, history=? WHERE id=?",
+            (now + pause, add_attempt(row["history"], now, reply), row["id"]),
+        )
+        db.execute("UPDATE messages SET owner=NULL WHERE id=?", (row["message"],))
+
+
+# {operation that ends leases: which ones, by its first value}: if it fails by a bug, they are released
+LEASE_CONDITIONS = {finish_attempt: " AND r.id=?", finish_request: " AND m.queueid=?"}
+
+
+def purge(db: Any, slot: int, now: float) -> None:
+    """Delete some of what was completed long ago."""
+    sql = "DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE completed_at<? LIMIT 500)"
+    db.execute(sql, (now - RETENTION,))
+
+
+def message_status(db: Any, slot: int, queueid: str) -> dict | None:
+    """Return the row of a mail with the rows of its "recipients", None if it is not in the file."""
+    sql = "SELECT id, queueid, sender, login, created_at, size FROM messages WHERE queueid=? AND kind='mail'"
+    message = db.execute(sql, (queueid,)).fetchone()
+    sql = f"SELECT as_written, {STATE_SQL}, due, history FROM recipients WHERE message=? ORDER BY id"
+    return message and {**dict(message), "recipients": db.execute(sql, (message["id"],)).fetchall()}
+
+
+STATE_SQL = "CASE WHEN due IS NOT NULL THEN 'waiting' WHEN state='open' THEN 'sending' ELSE state END AS state"
+
+
 def queue_stats(db: Any, slot: int, now: float) -> dict:
-    """How many recipients wait and are being sent, in all and in each lane, and the age of the oldest."""
-    lanes: dict = {}
-    for destination, count, born in db.execute(
-        "SELECT lane, count(*), min(born) FROM recipients WHERE due IS NOT NULL GROUP BY lane"
-    ):
-        lanes[destination] = {"waiting": count, "sending": 0, "oldest": round(now - born)}
-    for destination, count, born in db.execute(
-        "SELECT lane, count(*), min(born) FROM recipients WHERE owner IS NOT NULL GROUP BY lane"
-    ):
-        known = lanes.setdefault(destination, {"waiting": 0, "oldest": 0})
-        known.update(sending=count, oldest=max(known["oldest"], round(now - born)))
-    total = {key: sum(row[key] for row in lanes.values()) for key in ("waiting", "sending")}
-    return {**total, "oldest": max([row["oldest"] for row in lanes.values()], default=None), "routes": lanes}
+    """Return how many recipients wait and are being sent, in all and by destination, and the age of the oldest."""
+    routes: dict = {}
+    columns = "SELECT destination, count(*), min(created_at) FROM recipients"
+    for state, column in (("waiting", "due"), ("sending", "owner")):
+        sql = f"{columns} WHERE {column} IS NOT NULL GROUP BY destination"
+        for destination, count, created_at in db.execute(sql):
+            stats = routes.setdefault(destination, {"waiting": 0, "sending": 0, "oldest": 0})
+            stats.update({state: count, "oldest": max(stats["oldest"], round(now - created_at))})
+    total = {key: sum(stats[key] for stats in routes.values()) for key in ("waiting", "sending")}
+    return {**total, "oldest": max([stats["oldest"] for stats in routes.values()], default=None), "routes": routes}
 
 
-def open_recipients_after(db: Any, slot: int, row_id: int, most: int) -> list:
-    """The next recipients that are open, in the order in which they came."""
+def open_recipients_after(db: Any, slot: int, row_id: int, limit: int) -> list:
+    """Return rows of the next recipients that are open, in the order in which they came."""
     return db.execute(
-        "SELECT r.id, queueid, size, m.born, due, sender, recipient, history FROM recipients r"
+        f"SELECT r.id, queueid, size, m.created_at, due, sender, recipient, history, {STATE_SQL} FROM recipients r"
         " JOIN messages m ON m.id=r.message WHERE r.id>? AND r.state='open' ORDER BY r.id LIMIT ?",
-        (row_id, most),
+        (row_id, limit),
     ).fetchall()
 
 
 def flush_queue(db: Any, slot: int, queueid: str | None) -> int:
-    """What waits, of one mail or of all, is due at once, even in a lane that is asleep; gives how many that are."""
-    one, values = (" AND message=(SELECT id FROM messages WHERE queueid=?)", (queueid,)) if queueid else ("", ())
-    return db.execute(f"UPDATE recipients SET due=0 WHERE due IS NOT NULL{one}", values).rowcount
+    """Make what waits, of one mail or of all, due now, even if throttled; return how many recipients that are."""
+    condition, values = (" AND message=(SELECT id FROM messages WHERE queueid=?)", (queueid,)) if queueid else ("", ())
+    return db.execute(f"UPDATE recipients SET due=0 WHERE due IS NOT NULL{condition}", values).rowcount
 
 
 def drop_message(db: Any, slot: int, queueid: str, now: float) -> int:
-    """Gives up what waits of a mail, without a word to anybody; gives how many recipients that are."""
-    found = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone() or (0,)
-    rows = db.execute("SELECT id FROM recipients WHERE due IS NOT NULL AND message=?", found).fetchall()
-    for (row_id,) in rows:
-        db.execute("UPDATE recipients SET state='dropped', due=NULL WHERE id=?", (row_id,))
-        close_recipient(db, found[0], now)
-    return len(rows)
+    """Give up what waits of a mail, without a bounce; return how many recipients that are."""
+    message = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone()
+    if not message:
+        return 0
+    sql = "UPDATE recipients SET state='dropped', due=NULL WHERE due IS NOT NULL AND message=?"
+    count = db.execute(sql, (message["id"],)).rowcount
+    close_recipients(db, message["id"], count, now)
+    return count
 
 
-# -- the process that delivers
+# -- The process that delivers
+
+
+class Throttle(NamedTuple):
+    """Destination that could not be connected to."""
+
+    until: float  # time.monotonic()
+    failures: int  # in a row
 
 
 class QueueManager:
-    """Delivers what is due: of each lane a few at a time, so that one dead host delays nobody else."""
+    """Delivers what is due: a few at a time to each destination, so that an unreachable host delays no other."""
 
-    def __init__(self, app: Any, bell: socket.socket) -> None:
-        self.app, self.db, self.wake_socket = app, app.queue, bell
-        self.in_flight: dict = {}  # lane: deliveries under way
+    def __init__(self, app: Any, bell: socket.socket, loop: Loop) -> None:
+        self.app, self.db, self.wake_socket, self.loop = app, app.queue, bell, loop
+        self.in_flight: dict = {}  # destination: number of deliveries
         self.settings: Settings | None = None  # when it looked last
-        self.throttled: dict = {}  # lane: (time until which it is, failures to connect in a row)
+        self.throttled: dict = {}  # destination: Throttle
 
     async def run(self) -> None:
-        """Until the service stops."""
-        self.wake_socket.setblocking(False)
-        bell, looked = AsyncSocket(self.wake_socket), 0.0
+        """Deliver until the server stops."""
+        bell, looked = self.wake_socket, 0.0
+        bell.setblocking(False)
         while not self.app.stopping:
             now = time.time()
             try:
-                if now - looked > 1:
-                    looked = now
+                if time.monotonic() - looked > 1:
+                    looked = time.monotonic()
                     await self.db.do(reclaim_dead_leases, self.db.locks, self.db.settings, now)
                     await self.db.do(purge, now)
                 await self._schedule(now)
                 await bell.recv(65536, time.monotonic() + 1)
             except socket.timeout:
                 pass
-            except Rejected:  # the store told why
+            except Rejected:  # the log says why
                 await asyncio.sleep(1.0)
 
     async def _schedule(self, now: float) -> None:
-        """Begins to deliver what is due and may go."""
+        """Start to deliver what is due."""
         settings = self.app.settings
-        if settings is not self.settings:  # a lane may lead elsewhere now
+        if settings is not self.settings:  # a destination may mean another host now
             self.settings, self.throttled = settings, {}
-        asleep = {destination: until for destination, (until, _) in self.throttled.items() if until > now}
-        busy = {destination: count for destination, count in self.in_flight.items() if count}
-        old, loop = now - settings.queue.lifetime, asyncio.get_running_loop()
-        for found in await self.db.do(lease_due, now, settings.smtpd.max_workers, busy, asleep, old):
-            self.in_flight[found.destination] = self.in_flight.get(found.destination, 0) + 1
-            loop.create_task(
-                self._deliver(found, found.destination in asleep and found.created_at <= old and found.attempts > 0)
-            )
+        throttled = [key for key, throttle in self.throttled.items() if throttle.until > time.monotonic()]
+        in_flight = {destination: count for destination, count in self.in_flight.items() if count}
+        expired_before = now - settings.queue.lifetime
+        limits = settings.smtpd.max_workers, in_flight, throttled, expired_before
+        for leased in await self.db.do(lease_due, now, *limits):
+            self.in_flight[leased.destination] = self.in_flight.get(leased.destination, 0) + 1
+            expired = leased.destination in throttled and leased.created_at <= expired_before and leased.history
+            self.loop.spawn(self._deliver(leased, bool(expired)))
 
-    async def _deliver(self, leased: LeasedRecipient, over: bool) -> None:
-        """One attempt, and what follows from it, on disk. `over`: its life is, and its lane dead; no attempt then."""
-        settings, policy = self.app.settings, self.app.settings.queue
-        began, destination = time.monotonic(), leased.destination
+    async def _deliver(self, leased: LeasedRecipient, expired: bool) -> None:
+        """Make an attempt and record its result; without an attempt if it has expired and its destination is dead."""
         try:
-            transaction, destination = self._transaction(leased, settings)
-            said = leased.history[-1][1] if over else await self._attempt(leased, transaction, policy)
-        except Exception:
+            await self._attempt_and_record(leased, expired)
+        except Exception:  # nobody else would end the lease
             log_exception(leased.queueid)
-            over, said = False, make_reply("relay-fault", mailer="Queue")
-        now = time.time()
-        step = next_disposition(said, leased.attempts + (not over), now - leased.created_at, random_unit(), policy)
-        self._throttle(leased.destination, said, now, policy)
-        log_attempt(leased, said, step, (time.monotonic() - began) * 1000)
-        try:
-            notes = notifications(leased, said, step, settings, now)
-            await self.db.do_eventually(
-                finish_attempt, leased.id, destination, None if over else said, step, notes, now
-            )
-        finally:  # or a bug of ours would stop its lane for good
+            await self.db.release(finish_attempt, leased.id)
+        finally:
             self.in_flight[leased.destination] -= 1
         self.db.wake_manager()
 
-    def _transaction(self, leased: LeasedRecipient, settings: Settings) -> tuple:
-        """(Job, lane) by the settings that are in force now; no job for an event."""
-        if leased.kind == "event":
-            return None, leased.destination
-        to, sender = parse_address(leased.recipient), parse_address(leased.sender)
-        route = resolve_route(to.domain, sender.domain if sender else "", settings)[0]
-        transaction = Transaction(
-            route, settings.hostname, leased.queueid, leased.sender, (leased.recipient,), leased.message
-        )
-        return transaction._replace(number=leased.number), destination_key(route, to.domain)
+    async def _attempt_and_record(self, leased: LeasedRecipient, expired: bool) -> None:
+        settings, destination = self.app.settings, ""
+        if expired:
+            reply, disposition = leased.history[-1].reply, Disposition("failed")
+        else:
+            reply, destination = await self._attempt(leased, settings)
+            leased = leased._replace(attempts=leased.attempts + 1)
+            age = time.time() - leased.created_at
+            disposition = next_disposition(reply, leased.attempts, age, random_unit(), settings.queue)
+            self._throttle(leased.destination, reply, settings.queue)
+        now = time.time()
+        log_attempt(leased, reply, disposition, now)
+        result = AttemptResult(None if expired else reply, disposition, (), destination)
+        result = result._replace(follow_ups=notifications(leased, result, reply, settings, now))
+        await self.db.do_eventually(finish_attempt, leased.id, result, now)
 
-    async def _attempt(self, leased: LeasedRecipient, transaction: Transaction | None, policy: QueueSettings) -> Reply:
-        if transaction:
-            return (await attempt_transaction(transaction, self.app.transport)).replies[0]
-        if not policy.secret:
-            return make_reply("webhook-never", word="the settings name no webhook any more", mailer="Webhook")
+    async def _attempt(self, leased: LeasedRecipient, settings: Settings) -> tuple:
+        """Return the reply to an attempt and its destination, by the settings that are in force now."""
         try:
-            return (await asyncio.to_thread(post_webhook, leased, policy.secret, time.time()))[0]
+            if leased.kind == "event":
+                return await self._post_event(leased, settings.queue), ""
+            to, sender = parse_address(leased.recipient), parse_address(leased.sender)
+            route = resolve_route(to.domain, sender.domain if sender else "", settings)[0]
+            envelope = leased.queueid, leased.sender, (leased.recipient,), leased.message, leased.number
+            result = await attempt_transaction(Transaction(route, settings.hostname, *envelope), self.app.transport)
+            return result.replies[0], destination_key(route, to.domain)
+        except Exception:
+            log_exception(leased.queueid)
+            return make_reply("relay-fault", mailer="Queue"), ""
+
+    async def _post_event(self, leased: LeasedRecipient, settings: QueueSettings) -> Reply:
+        if not settings.secret:
+            return make_reply("webhook-never", word="the settings have no webhook any more", mailer="Webhook")
+        try:
+            return (await asyncio.to_thread(post_webhook, leased, settings.secret, time.time()))[0]
         except OSError as error:
             return make_reply("lost", error_text(error), command="CONN", mailer="Webhook")
 
-    def _throttle(self, destination: str, reply: Reply, now: float, policy: QueueSettings) -> None:
-        """After a failure to connect the lane waits, no longer than the third pause: others in it may be fresh."""
-        until, failures = self.throttled.get(destination, (0, 0))
+    def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
+        """After a failure to connect the destination waits, up to the third pause: new mail may wait for it."""
+        throttle, now = self.throttled.get(destination, Throttle(0, 0)), time.monotonic()
         if not (reply.temporary and reply.command == "CONN"):
             self.throttled.pop(destination, None)
-        elif until <= now:
-            pause = next_disposition(reply, min(failures + 1, 3), 0, random_unit(), policy).pause
-            self.throttled[destination] = now + pause, failures + 1
+        elif throttle.until <= now:
+            failures = throttle.failures + 1
+            pause = next_disposition(reply, min(failures, 3), 0, random_unit(), settings).pause
+            self.throttled[destination] = Throttle(now + pause, failures)
 
 
-def log_attempt(leased: LeasedRecipient, reply: Reply, step: Disposition, ms: float) -> None:
-    """One line for each attempt."""
-    again = f" again_in={step.pause:.0f}s" if step.state == "open" else ""
-    twice = "; it may arrive twice" if reply.maybe_delivered else ""
-    log.lines(
-        f"{leased.queueid}: queue from={log_value(f'<{leased.sender}>')} to={log_value(f'<{leased.recipient}>')} "
-        f"relay={reply.relay} code={reply.code} "
-        f"dsn={reply.dsn} command={reply.command} ms={ms:.1f} {step.state}{again} "
-        f"message={log_value(' '.join(reply.message) + twice)}"
+def log_attempt(leased: LeasedRecipient, reply: Reply, disposition: Disposition, now: float) -> None:
+    """Log one line for each attempt."""
+    pairs = log_pairs(
+        **{"from": f"<{leased.sender}>"},
+        to=f"<{leased.recipient}>",
+        relay=reply.relay,
+        delay=f"{max(now - leased.created_at, 0):.2f}",
+        dsn=reply.dsn,
+        status={"delivered": "sent", "failed": "bounced", "open": "deferred"}[disposition.state],
     )
+    again = f"; next attempt in {disposition.pause:.0f} s" if disposition.state == "open" else ""
+    twice = "; may arrive twice" if reply.maybe_delivered else ""
+    words = sanitize(" ".join((reply.code, *reply.message)), 500)
+    log.lines(f"{leased.queueid}: {pairs} ({words}{twice}{again})")
 
 
 # ======================================================================================================================
@@ -6025,7 +6114,7 @@ class Response(NamedTuple):
 async def submit(request: Request, app: App) -> Response:
     """POST /submit: the way of a mail from its JSON to the replies of the other side."""
     settings, queueid = request.settings or app.settings, new_queueid(request.now)
-    submission, verdicts, status, kept, fates = None, {}, 400, False, []
+    submission, verdicts, status, kept, results = None, {}, 400, False, []
     large = len(request.body) >= LARGE  # worked at in a thread, so that small ones need not wait for it
     try:
         submission, errors = (
@@ -6055,14 +6144,14 @@ async def submit(request: Request, app: App) -> Response:
             else:
                 replies = log_results(request, await deliver(transactions, app.transport, settings))
                 if app.queue:
-                    replies, fates = await queue_deferred(request, transactions, good, options, replies, app)
+                    replies, results = await queue_deferred(request, transactions, good, options, replies, app)
             verdicts.update(zip([mailbox.as_written for mailbox in good], replies))
             status = http_status(verdicts.values())
     except Rejected as refused:
         verdicts, status = {None: refused.reply}, refused.reply.status
     result = respond(request, status, verdicts, queueid, submission)
     if kept:
-        await app.queue.do_eventually(finish_request, queueid, fates, serialize_response(result), time.time())
+        await app.queue.do_eventually(finish_request, queueid, results, serialize_response(result), time.time())
     return result
 
 
@@ -6118,7 +6207,7 @@ async def enqueue_before_sending(
 ) -> tuple | None:
     """The earlier mail with its key, if there is one; else this one is on disk now, before anything is sent."""
     queue_item = new_queue_item(request, transactions, good, options)
-    earlier = await app.queue.add(queue_item, held=not options.async_)
+    earlier = await app.queue.add(queue_item, leased=not options.async_)
     if options.async_ and not earlier:
         log.lines(
             f"{queue_item.queueid}: client={request.client.text} from={log_value(f'<{queue_item.sender}>')} "
@@ -6129,88 +6218,80 @@ async def enqueue_before_sending(
 
 
 def new_queue_item(request: Request, transactions: list, good: list, options: QueueOptions) -> NewQueueItem:
-    """The mail as the queue keeps it."""
-    first, places = transactions[0], {mailbox.addr_spec: mailbox for mailbox in good}
-    rows = [
-        (places[to].as_written, to, transaction.number, destination_key(transaction.route, places[to].domain))
-        for transaction in transactions
-        for to in transaction.recipients
-    ]
+    """Return the mail as the queue stores it."""
+    first, mailboxes = transactions[0], {mailbox.addr_spec: mailbox for mailbox in good}
+    recipients = []
+    for transaction in transactions:
+        for to in transaction.recipients:
+            destination = destination_key(transaction.route, mailboxes[to].domain)
+            recipients.append(NewRecipient(mailboxes[to].as_written, to, transaction.number, destination))
     return NewQueueItem(
-        first.queueid,
-        "mail",
-        first.sender,
-        options.login,
-        request.now,
-        first.message,
-        tuple(rows),
-        options.key,
+        first.queueid, "mail", first.sender, options.login, request.now, first.message, tuple(recipients), options.key,
         options.body_digest,
-    )
+    )  # fmt: skip
 
 
 async def queue_deferred(
     request: Request, transactions: list, good: list, options: QueueOptions, replies: list, app: App
 ) -> tuple:
-    """The replies after a first attempt, "queued" for who failed for now; and each recipient's fate for the queue:
-    (Reply, Step, entries that tell of it)."""
-    queueid, store, settings = transactions[0].queueid, app.queue, request.settings or app.settings
+    """Return the replies after the first attempts, "queued" where there will be more, and their AttemptResults."""
+    settings = request.settings or app.settings
     if not (options.key or any(reply.temporary for reply in replies)):
         return replies, []
-    queue_item, now = new_queue_item(request, transactions, good, options), time.time()
-    fates = [
-        first_attempt_result(queue_item, row, reply, settings, now)
-        for row, reply in zip(queue_item.recipients, replies)
+    item, now = new_queue_item(request, transactions, good, options), time.time()
+    results = [
+        first_attempt_result(item, recipient, reply, settings, now)
+        for recipient, reply in zip(item.recipients, replies)
     ]
     if not options.key:  # with one it is in the file already
-        waiting = [i for i, (_, step, _) in enumerate(fates) if step.state == "open"]
-        some = queue_item._replace(recipients=tuple(queue_item.recipients[i] for i in waiting))
+        waiting = [i for i, result in enumerate(results) if result.disposition.state == "open"]
         try:
-            await store.add(some, [fates[i] for i in waiting])
-        except Rejected:  # the client is told the truth: it failed for now, and nobody keeps it
+            await app.queue.add(
+                item._replace(recipients=tuple(item.recipients[i] for i in waiting)), [results[i] for i in waiting]
+            )
+        except Rejected:  # the client reads that it failed for now, and that nobody will try again
             return replies, []
-    log_queued(queue_item, fates)
-    return [queued_reply(queueid, reply) if step.state == "open" else reply for reply, step, _ in fates], fates
+    log_queued(item, results)
+    return [
+        queued_reply(item.queueid, result.reply) if result.disposition.state == "open" else result.reply
+        for result in results
+    ], results
 
 
-def first_attempt_result(queue_item: NewQueueItem, row: tuple, reply: Reply, settings: Settings, now: float) -> tuple:
-    """(Reply, Step, entries that tell of it) of a first attempt; all but a delay is told in the answer."""
-    step = next_disposition(reply, 1, 0.0, random_unit(), settings.queue)
+def first_attempt_result(
+    item: NewQueueItem, recipient: NewRecipient, reply: Reply, settings: Settings, now: float
+) -> AttemptResult:
+    """Return the result of a first attempt; only a delay is reported, since the response tells the others."""
+    result = AttemptResult(reply, next_disposition(reply, 1, 0.0, random_unit(), settings.queue))
+    if result.disposition.state != "open":
+        return result
     first = LeasedRecipient(
-        0,
-        queue_item.queueid,
-        "mail",
-        queue_item.sender,
-        queue_item.login,
-        queue_item.created_at,
-        queue_item.message,
-        *row,
-        0,
-        (),
+        0, item.queueid, item.kind, item.sender, item.login, item.created_at, item.message, *recipient, attempts=1
     )
-    return reply, step, notifications(first, reply, step, settings, now) if step.state == "open" else []
+    return result._replace(follow_ups=notifications(first, result, reply, settings, now))
 
 
-def log_queued(queue_item: NewQueueItem, fates: list) -> None:
-    """One line for each recipient that waits."""
-    for (_, to, *_), (reply, step, _) in zip(queue_item.recipients, fates):
-        if step.state == "open":
-            unsure = "; it may arrive twice" if reply.maybe_delivered else ""
-            log.lines(f"{queue_item.queueid}: to={log_value(f'<{to}>')} queued again_in={step.pause:.0f}s{unsure}")
+def log_queued(item: NewQueueItem, results: list) -> None:
+    """Log one line for each recipient that waits."""
+    for recipient, (reply, disposition, *_) in zip(item.recipients, results):
+        if disposition.state == "open":
+            unsure = "; may arrive twice" if reply.maybe_delivered else ""
+            pairs = log_pairs(to=f"<{recipient.recipient}>", status="deferred")
+            log.lines(f"{item.queueid}: {pairs} (queued; next attempt in {disposition.pause:.0f} s{unsure})")
 
 
 async def replay_response(
     request: Request, submission: Submission, replies: dict, earlier: tuple, options: QueueOptions, app: App
 ) -> Response:
     """The answer to the first request with this key; Refused where there is none yet, or its body was another."""
-    queueid, body, owner, answered = earlier
-    if body != options.body_digest:
+    queueid, answered = earlier["queueid"], earlier["response"]
+    if earlier["body_digest"] != options.body_digest:
         raise Rejected(make_reply("key-reused"))
-    if answered is None and owner is not None:
+    if answered is None and earlier["owner"] is not None:
         raise Rejected(make_reply("key-running"))
     if answered is None:  # its process ended before it could answer; the queue has taken the mail over
-        _, rows = await app.queue.do(message_status, queueid)
-        replies.update((row["given"], current_reply(queueid, row)) for row in rows)
+        message = await app.queue.do(message_status, queueid)
+        replies.update((row["as_written"], current_reply(queueid, row)) for row in message["recipients"])
         answered = serialize_response(
             answer_document(request, http_status(replies.values()), replies, queueid, submission)
         )
@@ -6224,11 +6305,11 @@ def serialize_response(result: Response) -> str:
     return ENCODER.encode([result.status, result.headers, result.body.decode()])
 
 
-def current_reply(queueid: str, row: dict) -> Reply:
-    """What is to be said now of a recipient that is in the queue."""
-    attempts = parse_history(row["history"])
-    reply = attempts[-1][1] if attempts else None
-    return reply if reply and row["state"] != "open" else queued_reply(queueid, reply)
+def current_reply(queueid: str, row: Any) -> Reply:
+    """Return the reply that tells the state of a recipient in the queue."""
+    history = parse_history(row["history"])
+    reply = history[-1].reply if history else None
+    return reply if reply and row["state"] in ("delivered", "failed", "dropped") else queued_reply(queueid, reply)
 
 
 def without_content(submission: Submission) -> Submission:
@@ -6631,32 +6712,28 @@ async def get_queued_mail(request: Request, app: App) -> Response:
     if not found:
         raise Rejected(make_reply("not-found"))
     here = not check_loopback(request, app.settings)
-    if not here and found[0]["login"] != username_of(request.headers.get("authorization", "")):
+    if not here and found["login"] != username_of(request.headers.get("authorization", "")):
         raise Rejected(make_reply("forbidden"))
-    return Response(200, to_json(fate_document(*found)))
+    return Response(200, to_json(message_document(found)))
 
 
-def fate_document(message: dict, rows: list) -> dict:
-    """A mail in the queue: every recipient with its state, its reply, when it is tried next, and every attempt."""
-    queueid, response = message["queueid"], []
+def message_document(message: dict) -> dict:
+    """Return a mail in the queue: every recipient with its state, its reply, its next attempt and every earlier one."""
+    response, rows = [], message["recipients"]
     for row in rows:
-        attempts = parse_history(row["history"])
-        waits = row["state"] == "open"
-        more = {
-            "state": row["state"] if not waits else "sending" if row["due"] is None else "waiting",
-            "next": time_to_dict(row["due"]),
-            "attempts": [
-                {"time": time_to_dict(when), **reply_to_dict(row["given"], reply)} for when, reply in attempts
-            ],
-        }
-        response.append({**reply_to_dict(row["given"], current_reply(queueid, row)), **more})
+        item = reply_to_dict(row["as_written"], current_reply(message["queueid"], row))
+        attempts = [
+            {"time": time_to_dict(attempt.time), **reply_to_dict(row["as_written"], attempt.reply)}
+            for attempt in parse_history(row["history"])
+        ]
+        response.append({**item, "state": row["state"], "next": time_to_dict(row["due"]), "attempts": attempts})
     return {
-        "queueid": queueid,
+        "queueid": message["queueid"],
         "addresser": message["sender"],
-        "recipient": [row["given"] for row in rows],
+        "recipient": [row["as_written"] for row in rows],
         "response": response,
         "size": message["size"],
-        "timestamp": time_to_dict(message["born"]),
+        "timestamp": time_to_dict(message["created_at"]),
     }
 
 
@@ -7943,27 +8020,27 @@ def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
 
 
 def queue_list(store: QueueDB, _: str) -> int:
-    last = 0
+    last, form = 0, "%Y-%m-%d %H:%M:%S"
     while True:
-        rows = run_operation(
-            store, open_recipients_after, last, 500
-        )  # some at a time, so that the server's work goes on
-        for _, queueid, size, born, due, sender, recipient, history in rows:
-            when = "sending" if due is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(due, born)))
-            attempts = parse_history(history)
-            reply = f"{attempts[-1][1].code} {' '.join(attempts[-1][1].message)}" if attempts else ""
-            came = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(born))
-            print(f"{queueid}  {size:>9}  {came}  next {when}  <{sender}> -> <{recipient}>  {sanitize(reply)}")
+        rows = run_operation(store, open_recipients_after, last, 500)  # in parts: the server works on meanwhile
+        for row in rows:
+            created_at, due = row["created_at"], row["due"]
+            when = row["state"] if due is None else time.strftime(form, time.localtime(max(due, created_at)))
+            reply = parse_history(row["history"])[-1:]
+            words = f"{reply[0].reply.code} {' '.join(reply[0].reply.message)}" if reply else ""
+            came = time.strftime(form, time.localtime(created_at))
+            envelope = f"<{row['sender']}> -> <{row['recipient']}>"
+            print(f"{row['queueid']}  {row['size']:>9}  {came}  next {when}  {envelope}  {sanitize(words)}")
         if not rows:
             return 0
-        last = rows[-1][0]
+        last = rows[-1]["id"]
 
 
 def queue_show(store: QueueDB, queueid: str) -> int:
     found = run_operation(store, message_status, queueid)
     if not found:
         raise CommandError(f"{sanitize(queueid)}: not in the queue", 1)
-    print(json.dumps(fate_document(*found), ensure_ascii=False, indent=2))
+    print(json.dumps(message_document(found), ensure_ascii=False, indent=2))
     return 0
 
 
