@@ -1677,13 +1677,17 @@ class HouseRules(unittest.TestCase):
                 self.assertEqual(len(House(f"T = {{}}\ndef f():\n    {line}\n").mutations()), 1)
 
     def test_every_reply_is_given_and_every_given_reply_exists(self):
-        given = set()
-        for node in ast.walk(self.house.tree):
-            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "make_reply"
-            looked_up = isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "REPLIES"
-            place = node.args[0] if called else node.slice if looked_up else None
-            given |= {item.value for item in ast.walk(place or ast.Pass()) if isinstance(item, ast.Constant)}
-        self.assertEqual(given, set(haineko.REPLIES))
+        made = [
+            node.args[0]
+            for node in ast.walk(self.house.tree)
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "make_reply" and node.args
+        ]
+        given = {node.value for slug in made for node in ast.walk(slug) if isinstance(node, ast.Constant)}
+        self.assertEqual(given - set(haineko.REPLIES), set())
+        table = next(node for node in self.house.tree.body if "REPLIES" in self.house._defined(node))
+        texts = [node.value for node in ast.walk(self.house.tree) if isinstance(node, ast.Constant)]
+        keys = [node.value for node in table.value.keys]
+        self.assertEqual([key for key in keys if texts.count(key) < 2], [])
 
     def test_every_name_is_used(self):
         used = {node.id for node in ast.walk(self.house.tree) if isinstance(node, ast.Name) and _loads(node)}
@@ -2299,7 +2303,7 @@ class SettingsFile(Folder):
             ("a@sub.example.com", False),
         ]:
             with self.subTest(text):
-                self.assertEqual(haineko.check_rcpt(haineko.parse_address(text), found) is None, permitted)
+                self.assertEqual(haineko.check_recipient(haineko.parse_address(text), found) is None, permitted)
 
     def test_domains_in_ascii(self):
         cases = [
@@ -5205,10 +5209,8 @@ class SmtpSessions(Peers):
 
     def test_a_reply_that_comes_in_single_octets_is_read_once(self) -> None:
         session, octets = haineko.Session(haineko.Route(), "here.example"), b"250 2.0.0 once and for all\r\n"
-        before = haineko._parse_replies.cache_info().misses
         found = [session._feed(octets[i : i + 1]) or session._parse_buffer() for i in range(len(octets))]
         self.assertEqual(found, [False] * (len(octets) - 1) + [True])
-        self.assertEqual(haineko._parse_replies.cache_info().misses - before, 1)
         session._feed(b"2" * (haineko.MAX_LINE + 1))
         self.assertRaises(haineko.ProtocolError, session._parse_buffer)
 
@@ -6417,12 +6419,8 @@ class RelayMxByPolicy(MxPeers):
                 self.host.mails.clear()
                 self.host.says_at = {"127.0.0.2": manner}
                 self.assertEqual(self.deliver(), wanted)
-                self.assertEqual(
-                    [mail.connection.secure for mail in self.host.mails], [] if secure is None else [secure]
-                )
-        first = self.web.asked[0]
-        self.assertEqual((first.method, first.path), ("GET", "/.well-known/mta-sts.txt"))
-        self.assertEqual(first.headers["host"], "mta-sts.sts.example")
+                self.assertEqual([mail[1] for mail in self.host.mails], [] if secure is None else [secure])
+        self.assertIn("GET /.well-known/mta-sts.txt HTTP/1.1\r\nHost: mta-sts.sts.example:", self.web.asked[0])
 
     def test_a_certificate_for_another_name_is_none(self):
         self.dns.zone["sts.example"] = {haineko.MX: [(10, "mx2.sts.example"), (20, "mx.sts.example")]}
@@ -8077,7 +8075,7 @@ class QueueServed(unittest.TestCase):
         eventually(lambda: self.events(answer["queueid"]) == ["message.failed"], what="event")
         with self.subTest("none for a bounce that bounces"):
             self.server.post("never@example.jp", sender="never2@example.jp", **{"async": True})
-            until(
+            eventually(
                 lambda: re.search("from=<> to=<never2@example.jp>.* status=bounced", self.server.log()), what="its end"
             )
             self.assertNotIn("to=<>", self.server.log())
