@@ -87,7 +87,7 @@ __version__ = "1.0.0"
 
 
 class Reply(NamedTuple):
-    """Reply about one recipient: an SMTP reply, or one of Haineko's own, and the command that it decided."""
+    """Reply about one recipient: an SMTP reply, or one of Haineko's own, with the command that decided."""
 
     code: str  # three digits, RFC 5321 4.2
     dsn: str | None  # enhanced status code, RFC 3463; None if there was none
@@ -513,7 +513,8 @@ def mapping_of(parse: Callable, fold: Callable = str, expected: str = "a name") 
         paths = {key: f"{json_path}.{sanitize(key)}" for key in value}
         errors.extend(f"{paths[key]}: duplicate key" for key in getattr(value, "duplicate_keys", ()))
         errors.extend(f"{paths[key]}: expected {expected}" for key in value if not fold(key))
-        if len(set(map(fold, value))) < len(value):
+        names = [name for name in map(fold, value) if name]
+        if len(set(names)) < len(names):
             errors.append(f"{json_path}: two keys differ in case only")
         parsed = {fold(key): parse(item, paths[key], errors) for key, item in value.items()}
         return {key: item for key, item in parsed.items() if item is not None}
