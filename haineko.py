@@ -1191,28 +1191,28 @@ def local_hostname() -> str:
 
 def qualified_hostname(name: str) -> str:
     """Return a machine's name, made legal for headers; with ".localdomain", as Postfix does, if it has no domain."""
-    if FQDN.fullmatch(name):
+    if "." in name and HOSTNAME.fullmatch(name):
         return name
     return (re.sub("[^A-Za-z0-9]+", "-", name)[:63].strip("-") or "localhost") + LOCALDOMAIN
 
 
 @functools.lru_cache(maxsize=64)
 def ehlo_name(hostname: str, address: str) -> str:
-    """Return the name for EHLO from a local address: `hostname`, or if qualified_hostname() had to make it up, what
-    reverse DNS says, else the address literal (RFC 5321 4.1.4)."""
-    if not hostname.endswith(LOCALDOMAIN):
+    """Return the name for EHLO from a local address: `hostname`, or if that is illegal or made by qualified_hostname(),
+    what reverse DNS says, else the address literal (RFC 5321 4.1.4)."""
+    if HOSTNAME.fullmatch(hostname) and not hostname.endswith(LOCALDOMAIN):
         return hostname
     local = parse_ip(address)
     with contextlib.suppress(OSError):
         name = "" if local in LOOPBACK else socket.gethostbyaddr(address)[0]
-        if FQDN.fullmatch(name) and not name.endswith(LOCALDOMAIN):
+        if "." in name and HOSTNAME.fullmatch(name) and not name.endswith(LOCALDOMAIN):
             return name
     return f"[IPv6:{local.text}]" if local.version == 6 else f"[{local.text}]"
 
 
 LOCALDOMAIN = ".localdomain"
 _LDH = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # letters, digits, hyphens
-FQDN = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)+(?=[0-9-]*[A-Za-z]){_LDH}")
+HOSTNAME = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)*(?=[0-9-]*[A-Za-z]){_LDH}")  # RFC 5321 4.1.2, and no number
 
 
 def server_context(tls: Tls, base: str) -> ssl.SSLContext:

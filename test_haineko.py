@@ -2430,7 +2430,8 @@ class SettingsFile(Folder):
         for hostname, address, wanted in (
             ("mail.example.org", "127.0.0.1", "mail.example.org"), ("mail", "::1", "mail"),
             ("box.localdomain", "127.0.0.1", "[127.0.0.1]"), ("box.localdomain", "::1", "[IPv6:::1]"),
-            ("box.localdomain", "::ffff:127.0.0.1", "[127.0.0.1]"),
+            ("box.localdomain", "::ffff:127.0.0.1", "[127.0.0.1]"), ("my_host.example.org", "127.0.0.1", "[127.0.0.1]"),
+            ("192.168.1.5", "127.0.0.1", "[127.0.0.1]"), ("3", "127.0.0.1", "[127.0.0.1]"),
         ):  # fmt: skip
             with self.subTest(hostname, address=address):
                 self.assertEqual(haineko.ehlo_name(hostname, address), wanted)
