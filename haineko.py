@@ -10,7 +10,7 @@
      2  JSON into dataclasses      10  DNS and connections
      3  Settings                   11  HTTP client
      4  Log                        12  SMTP sessions
-     5  Submissions                13  Relays
+     5  Submissions                13  Relays and probes
      6  Policy                     14  Queue
      7  Messages                   15  Submission pipeline
      8  Routes                     16  HTTP server
@@ -70,7 +70,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
@@ -87,7 +87,7 @@ __version__ = "1.0.0"
 
 
 class Reply(NamedTuple):
-    """Reply about one recipient: an SMTP reply, or one of Haineko's own, and the command that it decided."""
+    """Reply about one recipient: an SMTP reply, or one of Haineko's own, with the command that decided."""
 
     code: str  # three digits, RFC 5321 4.2
     dsn: str | None  # enhanced status code, RFC 3463; None if there was none
@@ -345,10 +345,9 @@ def parse_json(octets: bytes) -> Any:
 
 def _object_from_pairs(pairs: list) -> dict:
     result = dict(pairs)
-    if len(result) == len(pairs):
-        return result
-    result, seen = DuplicateKeyDict(result), set()
-    result.duplicate_keys = tuple(dict.fromkeys(key for key, _ in pairs if key in seen or seen.add(key)))
+    if len(result) < len(pairs):
+        result, counts = DuplicateKeyDict(result), Counter(key for key, _ in pairs)
+        result.duplicate_keys = tuple(key for key, count in counts.items() if count > 1)
     return result
 
 
@@ -408,16 +407,10 @@ def key_table(cls: type) -> dict:
 
 def json_type_name(value: Any) -> str:
     """Return "a string", "a list" and so on."""
-    return next((name for kind, name in JSON_TYPES if isinstance(value, kind)), "null")
+    return next((name for kind, name in JSON_TYPES.items() if isinstance(value, kind)), "null")
 
 
-JSON_TYPES = (
-    (bool, "true or false"),
-    (str, "a string"),
-    ((int, float), "a number"),
-    (list, "a list"),
-    (dict, "an object"),
-)
+JSON_TYPES = {bool: "true or false", str: "a string", (int, float): "a number", list: "a list", dict: "an object"}
 
 
 def did_you_mean(word: str, words: Any) -> str:
@@ -521,7 +514,8 @@ def mapping_of(parse: Callable, fold: Callable = str, expected: str = "a name") 
         paths = {key: f"{json_path}.{sanitize(key)}" for key in value}
         errors.extend(f"{paths[key]}: duplicate key" for key in getattr(value, "duplicate_keys", ()))
         errors.extend(f"{paths[key]}: expected {expected}" for key in value if not fold(key))
-        if len(set(map(fold, value))) < len(value):
+        names = [name for name in map(fold, value) if name]
+        if len(set(names)) < len(names):
             errors.append(f"{json_path}: two keys differ in case only")
         parsed = {fold(key): parse(item, paths[key], errors) for key, item in value.items()}
         return {key: item for key, item in parsed.items() if item is not None}
@@ -569,10 +563,8 @@ class Networks:
         self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
 
     def __contains__(self, address: IPAddress) -> bool:
-        for version, shift, members in self.groups:
-            if version == address.version and address.number >> shift in members:
-                return True
-        return False
+        version, number = address.version, address.number
+        return any(version == of and number >> shift in members for of, shift, members in self.groups)
 
 
 LOOPBACK = Networks(("127.0.0.0/8", "::1"))
@@ -662,10 +654,8 @@ class Relay(NamedTuple):
     into_folder: bool = False  # delivers into a folder of this machine
 
 
-RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 13
-
-
 UNKNOWN_RELAY = Relay(None, None)  # of a route whose mailer is a fault of the settings
+RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 13
 
 
 def parse_secret(value: Any, json_path: str, errors: list) -> Any:
@@ -739,8 +729,8 @@ def verify_password(line: str, password: str) -> bool:
     """True if `line` (scrypt or {SSHA}) is the hash of the password."""
     found = SCRYPT.fullmatch(line)
     if not found:
-        digest, salt = _ssha(line)
-        return hmac.compare_digest(hashlib.sha1(password.encode() + salt).digest(), digest)
+        octets = base64.b64decode(line[len("{SSHA}") :])
+        return hmac.compare_digest(hashlib.sha1(password.encode() + octets[20:]).digest(), octets[:20])
     cost, block, parallel = (int(n) for n in found.groups()[:3])
     salt, digest = (base64.b64decode(item) for item in found.groups()[3:])
     return hmac.compare_digest(scrypt(password, salt, cost, block, parallel), digest)
@@ -769,22 +759,12 @@ def scrypt_cost(line: str) -> int:
     return (parallel * block << cost) >> 17
 
 
-def is_password_hash(line: str) -> bool:
-    return bool(SCRYPT.fullmatch(line) or (line.startswith("{SSHA}") and _ssha(line)))
-
-
-def _ssha(line: str) -> tuple:
-    """Return (SHA-1 of password and salt, salt) of an {SSHA} line, () if it is none."""
-    try:
-        octets = base64.b64decode(line[6:], validate=True)
-    except ValueError:
-        return ()
-    return (octets[:20], octets[20:]) if len(octets) > 20 else ()
-
-
 _BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==))"
 SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at most
-parse_password_hash = matching(is_password_hash, "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True)
+SSHA = re.compile(rf"{{SSHA}}(?=.{{27}}[^=]){_BASE64}")  # of 21 octets or more: SHA-1 of password and salt, salt
+parse_password_hash = matching(
+    re.compile(f"{SCRYPT.pattern}|{SSHA.pattern}"), "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True
+)
 
 
 def domain_key(name: str) -> str:
@@ -1156,16 +1136,16 @@ def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) 
     row = route.row
     if route.auth and route.auth not in logins:
         errors.append(f'{json_path}.auth: "{route.auth}" is not in authinfo{did_you_mean(route.auth, logins)}')
-    if route.relay == "MX" and route.auth:
-        errors.append(f"{json_path}.auth: MX logs in nowhere")
-    if route.relay == "File" and not is_writable_folder(route.folder):
+    errors += [f"{json_path}.{key}: {route.relay} takes no such setting" for key in row.refuses if getattr(route, key)]
+    errors += [f"{json_path}.{key}: {route.relay} needs it" for key in row.needs if not getattr(route, key)]
+    if row.into_folder and not is_writable_folder(route.folder):
         errors.append(f"{json_path}.mailer: {route.folder} is not a folder that can be written")
     ca_file = os.path.join(base, route.ca_file) if route.ca_file else ""
     try:
         client_context(route.tls_verify, ca_file, stat_key(ca_file)) if ca_file else None
     except OSError as error:
         errors.append(f"{json_path}.ca_file: {ca_file}: {error.strerror or error}")
-    if route.relay != "File" and route.host.startswith("/"):
+    if not row.into_folder and route.host.startswith("/"):
         errors.append(f'{json_path}.host: expected a host name, got "{route.host}"')
     *login, token = logins.get(route.auth, ("",))
     route = replace(route, ca_file=ca_file, credentials=tuple(login), token=token)
@@ -1205,30 +1185,33 @@ def pin_queue_path(fresh: Settings, queue_settings: QueueSettings | None) -> Set
 
 
 def local_hostname() -> str:
-    """Return this machine's name, made legal; with ".localdomain" (as of Postfix) if it has no domain."""
-    name = socket.gethostname()
-    if FQDN.fullmatch(name):
+    return qualified_hostname(socket.gethostname())
+
+
+def qualified_hostname(name: str) -> str:
+    """Return a machine's name, made legal for headers; with ".localdomain", as Postfix does, if it has no domain."""
+    if "." in name and HOSTNAME.fullmatch(name):
         return name
     return (re.sub("[^A-Za-z0-9]+", "-", name)[:63].strip("-") or "localhost") + LOCALDOMAIN
 
 
 @functools.lru_cache(maxsize=64)
 def ehlo_name(hostname: str, address: str) -> str:
-    """Return the name for EHLO from a local address: `hostname`, or if qualified_hostname() had to make it up, what
-    reverse DNS says, else the address literal (RFC 5321 4.1.4)."""
-    if not hostname.endswith(LOCALDOMAIN):
+    """Return the name for EHLO from a local address: `hostname`, or if that is illegal or made by qualified_hostname(),
+    what reverse DNS says, else the address literal (RFC 5321 4.1.4)."""
+    if HOSTNAME.fullmatch(hostname) and not hostname.endswith(LOCALDOMAIN):
         return hostname
     local = parse_ip(address)
     with contextlib.suppress(OSError):
         name = "" if local in LOOPBACK else socket.gethostbyaddr(address)[0]
-        if FQDN.fullmatch(name) and not name.endswith(LOCALDOMAIN):
+        if "." in name and HOSTNAME.fullmatch(name) and not name.endswith(LOCALDOMAIN):
             return name
     return f"[IPv6:{local.text}]" if local.version == 6 else f"[{local.text}]"
 
 
 LOCALDOMAIN = ".localdomain"
 _LDH = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # letters, digits, hyphens
-FQDN = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)+(?=[0-9-]*[A-Za-z]){_LDH}")
+HOSTNAME = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)*(?=[0-9-]*[A-Za-z]){_LDH}")  # RFC 5321 4.1.2, and no number
 
 
 def server_context(tls: Tls, base: str) -> ssl.SSLContext:
@@ -1891,7 +1874,7 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
     rows = {normalize_key(key): row for key, row in own.items()}
     values, extra, seen = {}, [], {}
     twice = getattr(value, "duplicate_keys", ())[:MAX_ERRORS]
-    errors.extend(f"{json_path}.{sanitize(key)}: stands more than once" for key in twice)
+    errors.extend(f"{json_path}.{sanitize(key)}: duplicate key" for key in twice)
     for key, item in value.items():
         if len(errors) >= MAX_ERRORS:
             break
