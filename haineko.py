@@ -6912,21 +6912,21 @@ def prefers_async(value: str) -> bool:
 
 
 async def enqueue_before_sending(
-    request: Request, transactions: list, good: list, options: QueueOptions, app: App
+    request: Request, transactions: list, accepted: list, options: QueueOptions, app: App
 ) -> tuple | None:
-    """The earlier mail with its key, if there is one; else this one is on disk now, before anything is sent."""
-    queue_item = new_queue_item(request, transactions, good, options)
-    earlier = await app.queue.add(queue_item, leased=not options.async_)
+    """Store the mail before anything is sent; if there is an earlier one with its key, return that instead."""
+    item = new_item(request, transactions, accepted, options)
+    earlier = await app.queue.add(item, leased=not options.async_)
     if options.async_ and not earlier:
-        pairs = log_pairs(client=request.client.text, login=request.login or None, **{"from": f"<{queue_item.sender}>"})
-        log.lines(f"{queue_item.queueid}: {pairs} (queued, to be delivered at once)")
+        pairs = log_pairs(client=request.client.text, login=request.login or None, **{"from": f"<{item.sender}>"})
+        log.lines(f"{item.queueid}: {pairs} (queued, to be delivered at once)")
         app.queue.wake_manager()
     return earlier
 
 
-def new_queue_item(request: Request, transactions: list, good: list, options: QueueOptions) -> NewQueueItem:
+def new_item(request: Request, transactions: list, accepted: list, options: QueueOptions) -> NewQueueItem:
     """Return the mail as the queue stores it."""
-    first, mailboxes = transactions[0], {mailbox.addr_spec: mailbox for mailbox in good}
+    first, mailboxes = transactions[0], {mailbox.addr_spec: mailbox for mailbox in accepted}
     recipients = []
     for transaction in transactions:
         for to in transaction.recipients:
@@ -6939,13 +6939,13 @@ def new_queue_item(request: Request, transactions: list, good: list, options: Qu
 
 
 async def queue_deferred(
-    request: Request, transactions: list, good: list, options: QueueOptions, replies: list, app: App
+    request: Request, transactions: list, accepted: list, options: QueueOptions, replies: list, app: App
 ) -> tuple:
     """Return the replies after the first attempts, "queued" where there will be more, and their AttemptResults."""
     settings = request.settings or app.settings
     if not (options.key or any(reply.temporary for reply in replies)):
         return replies, []
-    item, now = new_queue_item(request, transactions, good, options), time.time()
+    item, now = new_item(request, transactions, accepted, options), time.time()
     results = [
         first_attempt_result(item, recipient, reply, settings, now)
         for recipient, reply in zip(item.recipients, replies)
@@ -6989,7 +6989,7 @@ def log_queued(item: NewQueueItem, results: list) -> None:
 async def replay_response(
     request: Request, submission: Submission, replies: dict, earlier: tuple, options: QueueOptions, app: App
 ) -> Response:
-    """The answer to the first request with this key; Refused where there is none yet, or its body was another."""
+    """Return the response to the first request with this key; raise Rejected if there is none, or for another body."""
     queueid, answered = earlier["queueid"], earlier["response"]
     if earlier["body_digest"] != options.body_digest:
         raise Rejected(make_reply("key-reused"))
@@ -7007,7 +7007,7 @@ async def replay_response(
 
 
 def serialize_response(result: Response) -> str:
-    """An answer as the queue keeps it."""
+    """Return a response as the queue stores it."""
     return ENCODER.encode([result.status, result.headers, result.body.decode()])
 
 
