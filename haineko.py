@@ -684,6 +684,11 @@ def parse_secret(value: Any, json_path: str, errors: list) -> Any:
     return None
 
 
+def parse_pem(value: Any, json_path: str, errors: list) -> Any:
+    """Parse a secret that has several lines."""
+    return value if type(value) is str else parse_secret(value, json_path, errors)
+
+
 class Authenticator:
     """The section `password`: who may log in. Successful logins are cached, because scrypt is slow by design."""
 
@@ -796,51 +801,43 @@ parse_password_hash = matching(is_password_hash, "a hash as `haineko.py pw` prin
 class PrivateKey:
     """Private key, RSA or Ed25519, held by OpenSSL's libcrypto, which Python has loaded already."""
 
+    ED25519_INFO = bytes.fromhex("302a300506032b6570032100")  # stands before the 32 octets of the key, RFC 8410 4
+
     def __init__(self, pem: bytes) -> None:
         """Read a PEM key; raise ValueError if it can't be used, OSError if there is no libcrypto."""
-        crypto = libcrypto()
+        import ctypes
+
+        crypto, buffer = libcrypto(), ctypes.create_string_buffer(16384)
         self._free, source = crypto.EVP_PKEY_free, crypto.BIO_new_mem_buf(pem, len(pem))
         self._key = crypto.PEM_read_bio_PrivateKey(source, None, None, b"")  # b"": OpenSSL asks for no passphrase
         crypto.BIO_free(source)
         crypto.ERR_clear_error()  # or this thread's next TLS call would find what was left
         if not self._key:
             raise ValueError("expected a PEM private key without a passphrase")
-        self.public = self._public_key()
-        self.is_ed25519 = len(self.public) == 44 and ED25519_OID in self.public
-        if not self.is_ed25519 and rsa_bits(self.public) < MIN_RSA_BITS:
-            raise ValueError(f"expected an Ed25519 key, or an RSA key of {MIN_RSA_BITS} bits or more")
+        fits = 0 < crypto.i2d_PUBKEY(self._key, None) <= len(buffer)
+        size = crypto.i2d_PUBKEY(self._key, ctypes.byref(ctypes.cast(buffer, ctypes.c_void_p))) if fits else 0
+        self.public = buffer.raw[:size]  # SubjectPublicKeyInfo (RFC 5280 4.1) in DER
+        self.is_ed25519 = self.public.startswith(self.ED25519_INFO)
+        if not self.is_ed25519 and rsa_bits(self.public) < 2048:
+            raise ValueError("expected an Ed25519 key, or an RSA key of 2048 bits or more")
 
     def sign(self, data: bytes) -> bytes:
         """Return the signature: RSA PKCS #1 v1.5 with SHA-256, or Ed25519. Other threads run meanwhile."""
         import ctypes
 
-        crypto, size = libcrypto(), ctypes.c_size_t(1024)
+        crypto, size = libcrypto(), ctypes.c_size_t(16384)
         signature, context = ctypes.create_string_buffer(size.value), crypto.EVP_MD_CTX_new()
         digest = None if self.is_ed25519 else crypto.EVP_sha256()
         ok = crypto.EVP_DigestSignInit(context, None, digest, None, self._key) == 1
         ok = ok and crypto.EVP_DigestSign(context, signature, ctypes.byref(size), data, len(data)) == 1
         crypto.EVP_MD_CTX_free(context)
-        crypto.ERR_clear_error()
         if not ok:
             raise OSError(errno.EIO, "libcrypto can't sign with this key")
         return signature.raw[: size.value]
 
-    def _public_key(self) -> bytes:
-        """Return the public key as SubjectPublicKeyInfo (RFC 5280 4.1), in DER."""
-        import ctypes
-
-        crypto = libcrypto()
-        buffer = ctypes.create_string_buffer(max(crypto.i2d_PUBKEY(self._key, None), 0))
-        crypto.i2d_PUBKEY(self._key, ctypes.byref(ctypes.cast(buffer, ctypes.c_void_p)))
-        return buffer.raw
-
     def __del__(self) -> None:
         if getattr(self, "_key", None):
             self._free(self._key)
-
-
-MIN_RSA_BITS = 2048
-ED25519_OID = b"\x06\x03\x2b\x65\x70"  # RFC 8410 3; SubjectPublicKeyInfo has 12 octets before the 32 of the key
 
 
 def rsa_bits(public: bytes) -> int:
@@ -868,23 +865,12 @@ def libcrypto() -> Any:
 
 
 LIBCRYPTO = {  # function: types of its result and arguments in ctypes
-    "BIO_new_mem_buf": "void_p char_p int",
-    "BIO_free": "int void_p",
-    "ERR_clear_error": "",
-    "PEM_read_bio_PrivateKey": "void_p void_p void_p void_p char_p",
-    "EVP_PKEY_free": " void_p",
-    "EVP_MD_CTX_new": "void_p",
-    "EVP_MD_CTX_free": " void_p",
-    "EVP_sha256": "void_p",
+    "BIO_new_mem_buf": "void_p char_p int", "BIO_free": "int void_p", "ERR_clear_error": "",
+    "PEM_read_bio_PrivateKey": "void_p void_p void_p void_p char_p", "EVP_PKEY_free": " void_p",
+    "EVP_MD_CTX_new": "void_p", "EVP_MD_CTX_free": " void_p", "EVP_sha256": "void_p",
     "EVP_DigestSignInit": "int void_p void_p void_p void_p void_p",
-    "EVP_DigestSign": "int void_p char_p void_p char_p size_t",
-    "i2d_PUBKEY": "int void_p void_p",
-}
-
-
-def parse_private_key(value: Any, json_path: str, errors: list) -> Any:
-    """Parse a secret that has several lines."""
-    return value if type(value) is str else parse_secret(value, json_path, errors)
+    "EVP_DigestSign": "int void_p char_p void_p char_p size_t", "i2d_PUBKEY": "int void_p void_p",
+}  # fmt: skip
 
 
 def domain_key(name: str) -> str:
@@ -906,7 +892,6 @@ def alias_key(name: str) -> str:
 
 
 def plain_domain_key(name: str) -> str:
-    """Return a domain in lower case and ASCII, "" if it is none."""
     return "" if name.startswith(".") else domain_key(name)
 
 
@@ -1008,7 +993,7 @@ class DkimKey:
     """What signs the mail of a domain (RFC 6376). resolve_settings() sets domain and private."""
 
     selector: str = config_field("", matching(DOMAIN, "a selector"), "the key is at SELECTOR._domainkey.DOMAIN in DNS")
-    key: Any = config_field("", parse_private_key, "PEM: Ed25519, or RSA of 2048 bits or more", secret=True)
+    key: Any = config_field("", parse_pem, "PEM: Ed25519, or RSA of 2048 bits or more", secret=True)
     domain: str = ""
     private: PrivateKey | None = None
 
@@ -4293,12 +4278,12 @@ def parse_mta_sts_policy(text: str) -> MTASTSPolicy:
 async def sign_transaction(transaction: Transaction) -> Transaction:
     """Return a transaction with its message signed, unless its route, its domain or a signature that it has forbid."""
     route = transaction.route
-    if not transaction.dkim or not (route.dkim and route.row.keeps_octets) or SIGNING_HOST.search(route.host):
+    if not transaction.dkim or not route.dkim or not route.row.keeps_octets or AMAZON.search(route.host):
         return transaction
     return await asyncio.to_thread(_sign_transaction, transaction, int(time.time()))
 
 
-SIGNING_HOST = re.compile(r"\.amazonaws\.com\.?$", re.IGNORECASE)  # SES changes Date and Message-Id, then signs itself
+AMAZON = re.compile(r"(?i)\.amazonaws\.com\.?$")  # SES changes Date and Message-Id, then signs by itself
 
 
 def _sign_transaction(transaction: Transaction, now: int) -> Transaction:
@@ -4306,10 +4291,9 @@ def _sign_transaction(transaction: Transaction, now: int) -> Transaction:
     key = signing_key(parse_message(octets[: octets.index(b"\r\n\r\n") + 2]).fields, transaction.dkim)
     if not key:
         return transaction
-    if message.needs_8bitmime:  # a server without 8BITMIME would have it converted after the signature
+    if message.needs_8bitmime:  # it would be converted after the signature for a server without 8BITMIME
         octets = downgrade_8bit(octets)
-        utf8 = not octets.partition(b"\r\n\r\n")[0].isascii()
-        message = Message((octets,), not octets.isascii(), utf8)
+        message = Message((octets,), not octets.isascii(), not octets.partition(b"\r\n\r\n")[0].isascii())
     first, *others = message.parts
     return transaction._replace(message=message._replace(parts=(dkim_signature(octets, key, now) + first, *others)))
 
@@ -4364,16 +4348,15 @@ DKIM_IF_PRESENT = re.compile("in-reply-to|references|auto-submitted|list-[a-z-]+
 
 
 def _relaxed_field(line: bytes) -> bytes:
-    """Return a header field as RFC 6376 3.4.2 has it."""
+    """Return a header field in the canonical form of RFC 6376 3.4.2."""
     name, _, value = line.partition(b":")
-    return name.strip().lower() + b":" + b" ".join(value.split())
+    return name.strip().lower() + b":" + re.sub(rb"[ \t\r\n]+", b" ", value).strip(b" ")
 
 
 def _relaxed_body(body: bytes) -> bytes:
-    """Return a body as RFC 6376 3.4.4 has it."""
-    body = re.sub(rb"[ \t]+", b" ", body).replace(b" \r\n", b"\r\n").rstrip(b"\r\n")
-    body = body[:-1] if body.endswith(b" ") else body
-    return body.rstrip(b"\r\n") + b"\r\n" if body.strip(b"\r\n") else b""
+    """Return a body in the canonical form of RFC 6376 3.4.4."""
+    body = re.sub(rb"[ \t]{2,}|\t", b" ", body + b"\r\n").replace(b" \r\n", b"\r\n").rstrip(b"\r\n")
+    return body + b"\r\n" if body else b""
 
 
 def dkim_record(key: DkimKey) -> str:
@@ -4385,12 +4368,8 @@ def dkim_record(key: DkimKey) -> str:
 def sign_jwt(claims: dict, key: PrivateKey) -> str:
     """Return a JSON Web Token (RFC 7519) signed by RS256 (RFC 7518 3.3), for which the key must be RSA."""
     parts = [json.dumps(part, separators=(",", ":")).encode() for part in ({"alg": "RS256", "typ": "JWT"}, claims)]
-    data = b".".join(map(_base64url, parts))
-    return b".".join((data, _base64url(key.sign(data)))).decode()
-
-
-def _base64url(octets: bytes) -> bytes:
-    return base64.urlsafe_b64encode(octets).rstrip(b"=")  # RFC 7515 2
+    data = b".".join(base64.urlsafe_b64encode(part).rstrip(b"=") for part in parts)
+    return b".".join((data, base64.urlsafe_b64encode(key.sign(data)).rstrip(b"="))).decode()
 
 
 # ======================================================================================================================
