@@ -10,7 +10,7 @@
      2  JSON into dataclasses      11  HTTP client
      3  Settings                   12  Signatures
      4  Log                        13  SMTP sessions
-     5  Submissions                14  Relays and probes
+     5  Submissions                14  Relays
      6  Policy                     15  Queue
      7  Messages                   16  Submission pipeline
      8  Routes                     17  HTTP server
@@ -360,9 +360,6 @@ def _reject_constant(name: str):
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object_from_pairs, parse_constant=_reject_constant)
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
-
-
-CACHE_MAX_CHARS = 512  # characters of what is remembered: long ones would fill the memory
 
 
 def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", secret: bool = False) -> Any:
