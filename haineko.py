@@ -824,7 +824,7 @@ class PrivateKey:
 
         crypto, size = libcrypto(), ctypes.c_size_t(16384)
         signature, context = ctypes.create_string_buffer(size.value), crypto.EVP_MD_CTX_new()
-        digest = None if self.is_ed25519 else crypto.EVP_sha256()
+        digest = None if self.is_ed25519 else crypto.EVP_sha256()  # Ed25519 has its own
         ok = crypto.EVP_DigestSignInit(context, None, digest, None, self._key) == 1
         ok = ok and crypto.EVP_DigestSign(context, signature, ctypes.byref(size), data, len(data)) == 1
         crypto.EVP_MD_CTX_free(context)
@@ -1194,14 +1194,14 @@ def _dkim_key(key: DkimKey, domain: str, base: str, errors: list) -> DkimKey:
     """Return the key loaded."""
     if not key.selector:
         errors.append(f"dkim.{domain}.selector: expected a selector")
-    json_path, private = f"dkim.{domain}.key", None
+    json_path = f"dkim.{domain}.key"
     pem = _secret(key.key, base, json_path, errors, multiline=True)
     try:
-        private = PrivateKey(pem.encode())
+        return replace(key, domain=domain, private=PrivateKey(pem.encode()))
     except (ValueError, OSError) as error:
         if not errors or not errors[-1].startswith(json_path):
             errors.append(f"{json_path}: {getattr(error, 'strerror', None) or error}")
-    return replace(key, domain=domain, private=private)
+    return key
 
 
 def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple:
@@ -4275,12 +4275,10 @@ def parse_mta_sts_policy(text: str) -> MTASTSPolicy:
 async def sign_transaction(transaction: Transaction) -> Transaction:
     """Return a transaction with its message signed, unless its route, its domain or a signature that it has forbid."""
     route = transaction.route
-    if not transaction.dkim or not route.dkim or not route.row.keeps_octets or AMAZON.search(route.host):
+    amazon = route.host.lower().rstrip(".").endswith(".amazonaws.com")  # changes Date and Message-Id, then signs itself
+    if amazon or not (transaction.dkim and route.dkim and route.row.keeps_octets):
         return transaction
     return await asyncio.to_thread(_sign_transaction, transaction, int(time.time()))
-
-
-AMAZON = re.compile(r"(?i)\.amazonaws\.com\.?$")  # SES changes Date and Message-Id, then signs by itself
 
 
 def _sign_transaction(transaction: Transaction, now: int) -> Transaction:
@@ -4308,7 +4306,7 @@ def signing_key(header: list, keys: dict) -> DkimKey | None:
 
 def find_dkim_key(domain: str, keys: dict) -> DkimKey | None:
     """Return the key of a domain or of the nearest domain above it."""
-    names = [name.lstrip(".") for name in lookup_keys(domain_key(domain))]
+    names = (name.lstrip(".") for name in lookup_keys(domain_key(domain)))
     return next((keys[name] for name in names if name in keys), None)
 
 
@@ -5068,7 +5066,7 @@ class TransportContext:
 
 
 # ======================================================================================================================
-# 14. Relays and probes
+# 14. Relays
 #     A relay takes (transaction, transport) and gives one Reply for each recipient, in order. A probe takes
 #     (ConnectivityProbe, transport), sends no mail and gives one CheckResult for each step. Both may raise Rejected or
 #     OSError. RELAYS, at the end, has one row for each relay with all that is known of it.
