@@ -72,7 +72,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
@@ -89,7 +89,7 @@ __version__ = "1.0.0"
 
 
 class Reply(NamedTuple):
-    """Reply about one recipient: an SMTP reply, or one of Haineko's own, and the command that it decided."""
+    """Reply about one recipient: an SMTP reply, or one of Haineko's own, with the command that decided."""
 
     code: str  # three digits, RFC 5321 4.2
     dsn: str | None  # enhanced status code, RFC 3463; None if there was none
@@ -347,10 +347,9 @@ def parse_json(octets: bytes) -> Any:
 
 def _object_from_pairs(pairs: list) -> dict:
     result = dict(pairs)
-    if len(result) == len(pairs):
-        return result
-    result, seen = DuplicateKeyDict(result), set()
-    result.duplicate_keys = tuple(dict.fromkeys(key for key, _ in pairs if key in seen or seen.add(key)))
+    if len(result) < len(pairs):
+        result, counts = DuplicateKeyDict(result), Counter(key for key, _ in pairs)
+        result.duplicate_keys = tuple(key for key, count in counts.items() if count > 1)
     return result
 
 
@@ -410,16 +409,10 @@ def key_table(cls: type) -> dict:
 
 def json_type_name(value: Any) -> str:
     """Return "a string", "a list" and so on."""
-    return next((name for kind, name in JSON_TYPES if isinstance(value, kind)), "null")
+    return next((name for kind, name in JSON_TYPES.items() if isinstance(value, kind)), "null")
 
 
-JSON_TYPES = (
-    (bool, "true or false"),
-    (str, "a string"),
-    ((int, float), "a number"),
-    (list, "a list"),
-    (dict, "an object"),
-)
+JSON_TYPES = {bool: "true or false", str: "a string", (int, float): "a number", list: "a list", dict: "an object"}
 
 
 def did_you_mean(word: str, words: Any) -> str:
@@ -523,7 +516,8 @@ def mapping_of(parse: Callable, fold: Callable = str, expected: str = "a name") 
         paths = {key: f"{json_path}.{sanitize(key)}" for key in value}
         errors.extend(f"{paths[key]}: duplicate key" for key in getattr(value, "duplicate_keys", ()))
         errors.extend(f"{paths[key]}: expected {expected}" for key in value if not fold(key))
-        if len(set(map(fold, value))) < len(value):
+        names = [name for name in map(fold, value) if name]
+        if len(set(names)) < len(names):
             errors.append(f"{json_path}: two keys differ in case only")
         parsed = {fold(key): parse(item, paths[key], errors) for key, item in value.items()}
         return {key: item for key, item in parsed.items() if item is not None}
@@ -571,10 +565,8 @@ class Networks:
         self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
 
     def __contains__(self, address: IPAddress) -> bool:
-        for version, shift, members in self.groups:
-            if version == address.version and address.number >> shift in members:
-                return True
-        return False
+        version, number = address.version, address.number
+        return any(version == of and number >> shift in members for of, shift, members in self.groups)
 
 
 LOOPBACK = Networks(("127.0.0.0/8", "::1"))
@@ -665,10 +657,8 @@ class Relay(NamedTuple):
     keeps_octets: bool = False  # what it sends arrives unchanged, so that it can be signed
 
 
-RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 14
-
-
 UNKNOWN_RELAY = Relay(None, None)  # of a route whose mailer is a fault of the settings
+RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 14
 
 
 def parse_secret(value: Any, json_path: str, errors: list) -> Any:
@@ -747,8 +737,8 @@ def verify_password(line: str, password: str) -> bool:
     """True if `line` (scrypt or {SSHA}) is the hash of the password."""
     found = SCRYPT.fullmatch(line)
     if not found:
-        digest, salt = _ssha(line)
-        return hmac.compare_digest(hashlib.sha1(password.encode() + salt).digest(), digest)
+        octets = base64.b64decode(line[len("{SSHA}") :])
+        return hmac.compare_digest(hashlib.sha1(password.encode() + octets[20:]).digest(), octets[:20])
     cost, block, parallel = (int(n) for n in found.groups()[:3])
     salt, digest = (base64.b64decode(item) for item in found.groups()[3:])
     return hmac.compare_digest(scrypt(password, salt, cost, block, parallel), digest)
@@ -777,22 +767,12 @@ def scrypt_cost(line: str) -> int:
     return (parallel * block << cost) >> 17
 
 
-def is_password_hash(line: str) -> bool:
-    return bool(SCRYPT.fullmatch(line) or (line.startswith("{SSHA}") and _ssha(line)))
-
-
-def _ssha(line: str) -> tuple:
-    """Return (SHA-1 of password and salt, salt) of an {SSHA} line, () if it is none."""
-    try:
-        octets = base64.b64decode(line[6:], validate=True)
-    except ValueError:
-        return ()
-    return (octets[:20], octets[20:]) if len(octets) > 20 else ()
-
-
 _BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==))"
 SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at most
-parse_password_hash = matching(is_password_hash, "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True)
+SSHA = re.compile(rf"{{SSHA}}(?=.{{27}}[^=]){_BASE64}")  # of 21 octets or more: SHA-1 of password and salt, salt
+parse_password_hash = matching(
+    re.compile(f"{SCRYPT.pattern}|{SSHA.pattern}"), "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True
+)
 
 
 class PrivateKey:
@@ -1017,8 +997,8 @@ class Route:
     base_url: str = config_field("", parse_base_url, "relays by HTTP: where the API is, if not at its usual place")
     region: str = config_field("", parse_region, "AmazonSES: the region")
     credentials: tuple = field(default=(), repr=False)
-    address: str = ""  # to connect to, if it is known already
-    tls_if_offered: bool = False  # STARTTLS if the server has it
+    address: str = ""  # to connect to in place of a look-up; or several, divided by spaces
+    tls_if_offered: bool = False  # STARTTLS where the server has it
     token: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
@@ -1208,8 +1188,6 @@ def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple
     """Return (username, password, token) with the secrets looked up."""
     password = _secret(login.password, base, f"{json_path}.password", errors)
     token = _secret(login.token, base, f"{json_path}.token", errors)
-    if not (login.username + password + token).isascii():
-        errors.append(f"{json_path}: AUTH takes ASCII only")
     return login.username, password, token
 
 
@@ -1270,16 +1248,16 @@ def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) 
     row = route.row
     if route.auth and route.auth not in logins:
         errors.append(f'{json_path}.auth: "{route.auth}" is not in authinfo{did_you_mean(route.auth, logins)}')
-    if route.relay == "MX" and route.auth:
-        errors.append(f"{json_path}.auth: MX logs in nowhere")
-    if route.relay == "File" and not is_writable_folder(route.folder):
+    errors += [f"{json_path}.{key}: {route.relay} takes no such setting" for key in row.refuses if getattr(route, key)]
+    errors += [f"{json_path}.{key}: {route.relay} needs it" for key in row.needs if not getattr(route, key)]
+    if row.into_folder and not is_writable_folder(route.folder):
         errors.append(f"{json_path}.mailer: {route.folder} is not a folder that can be written")
     ca_file = os.path.join(base, route.ca_file) if route.ca_file else ""
     try:
         client_context(route.tls_verify, ca_file, stat_key(ca_file)) if ca_file else None
     except OSError as error:
         errors.append(f"{json_path}.ca_file: {ca_file}: {error.strerror or error}")
-    if route.relay != "File" and route.host.startswith("/"):
+    if not row.into_folder and route.host.startswith("/"):
         errors.append(f'{json_path}.host: expected a host name, got "{route.host}"')
     *login, token = logins.get(route.auth, ("",))
     route = replace(route, ca_file=ca_file, credentials=tuple(login), token=token)
@@ -1319,24 +1297,33 @@ def pin_queue_path(fresh: Settings, queue_settings: QueueSettings | None) -> Set
 
 
 def local_hostname() -> str:
-    """Return this machine's name, made legal; with ".localdomain" (as of Postfix) if it has no domain."""
-    name = socket.gethostname()
-    if FQDN.fullmatch(name):
+    return qualified_hostname(socket.gethostname())
+
+
+def qualified_hostname(name: str) -> str:
+    """Return a machine's name, made legal for headers; with ".localdomain", as Postfix does, if it has no domain."""
+    if "." in name and HOSTNAME.fullmatch(name):
         return name
     return (re.sub("[^A-Za-z0-9]+", "-", name)[:63].strip("-") or "localhost") + LOCALDOMAIN
 
 
+@functools.lru_cache(maxsize=64)
 def ehlo_name(hostname: str, address: str) -> str:
-    """Return our name for EHLO: the address literal of the connection if it is no fully qualified domain name."""
-    if DOMAIN.fullmatch(hostname) and "." in hostname and not hostname.rpartition(".")[2].isdigit():
+    """Return the name for EHLO from a local address: `hostname`, or if that is illegal or made by qualified_hostname(),
+    what reverse DNS says, else the address literal (RFC 5321 4.1.4)."""
+    if HOSTNAME.fullmatch(hostname) and not hostname.endswith(LOCALDOMAIN):
         return hostname
-    address = str(parse_ip(address.partition("%")[0]))
-    return f"[IPv6:{address}]" if ":" in address else f"[{address}]"  # RFC 5321 4.1.4
+    local = parse_ip(address)
+    with contextlib.suppress(OSError):
+        name = "" if local in LOOPBACK else socket.gethostbyaddr(address)[0]
+        if "." in name and HOSTNAME.fullmatch(name) and not name.endswith(LOCALDOMAIN):
+            return name
+    return f"[IPv6:{local.text}]" if local.version == 6 else f"[{local.text}]"
 
 
 LOCALDOMAIN = ".localdomain"
 _LDH = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # letters, digits, hyphens
-FQDN = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)+(?=[0-9-]*[A-Za-z]){_LDH}")
+HOSTNAME = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)*(?=[0-9-]*[A-Za-z]){_LDH}")  # RFC 5321 4.1.2, and no number
 
 
 def server_context(tls: Tls, base: str) -> ssl.SSLContext:
@@ -1999,7 +1986,7 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
     rows = {normalize_key(key): row for key, row in own.items()}
     values, extra, seen = {}, [], {}
     twice = getattr(value, "duplicate_keys", ())[:MAX_ERRORS]
-    errors.extend(f"{json_path}.{sanitize(key)}: stands more than once" for key in twice)
+    errors.extend(f"{json_path}.{sanitize(key)}: duplicate key" for key in twice)
     for key, item in value.items():
         if len(errors) >= MAX_ERRORS:
             break
@@ -3845,14 +3832,21 @@ class Connector:
                 results: Any = ()
                 if waiting:
                     address = waiting.popleft()
-                    sock = socket.socket(address_family(address[0]), socket.SOCK_STREAM)
+                    try:
+                        sock = socket.socket(address_family(address[0]), socket.SOCK_STREAM)
+                    except OSError as failure:  # no IPv6 in this kernel
+                        error = failure
+                        continue
                     attempts[sock.fileno()] = sock, address
                     sock.setblocking(False)
                     poll.register(sock, select.POLLOUT)
                     code = sock.connect_ex(address)
                     results = [(sock.fileno(), code)] if code not in (0, errno.EINPROGRESS) else ()
                 pause = min(deadline - now, self.ATTEMPT_DELAY) if waiting else deadline - now
-                for number, code in results or _attempts_ended(poll.poll(math.ceil(pause * 1000)), attempts):
+                for number, code in results or [
+                    (number, attempts[number][0].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+                    for number, _ in poll.poll(math.ceil(pause * 1000))
+                ]:
                     if not code:
                         return self._winner(attempts, number)
                     error = OSError(code, os.strerror(code))
@@ -3892,14 +3886,16 @@ class Connector:
         self.failed.update(dict.fromkeys(addresses, time.monotonic() + self.FAILED_TTL))
 
     def look_up(self, host: str, deadline: float) -> list:
-        """Return a host's IP addresses by getaddrinfo(), in a thread of its own, as it knows no deadline."""
+        """Return a host's IP addresses, or those that stand in its place, divided by spaces. getaddrinfo() runs in a
+        thread of its own, as it knows no deadline."""
         with contextlib.suppress(ValueError):
-            return [str(ipaddress.ip_address(host))]
+            return [str(ipaddress.ip_address(address)) for address in host.split()]
         with self.lock:
             future = self.lookups.get(host)
             if not future:
-                future = self.lookups[host] = concurrent.futures.Future()
+                future = concurrent.futures.Future()
                 threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()
+                self.lookups[host] = future
         try:
             return future.result(max(deadline - time.monotonic(), 0))
         except concurrent.futures.TimeoutError:
@@ -3915,11 +3911,6 @@ class Connector:
         with self.lock:
             del self.lookups[host]
         future.set_exception(error) if error else future.set_result(result)
-
-
-def _attempts_ended(events: list, attempts: dict) -> list:
-    """Return [(file descriptor, error number)] of connection attempts."""
-    return [(number, attempts[number][0].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)) for number, _ in events]
 
 
 connector = Connector()
@@ -4099,7 +4090,7 @@ class KeepAliveConnection(http.client.HTTPConnection):
         if request.method == "POST":
             headers.update({"Content-Type": request.type, "Content-Length": str(len(request.body))})
         for name, value in headers.items():
-            self.putheader(name, value)
+            self.putheader(name, value.encode())  # of a string, http.client would make Latin-1
         try:
             self.endheaders(request.body or None)
             self.sent = True
@@ -4212,7 +4203,7 @@ class MTASTSCache:
         self.cache, self.failed = TTLCache(4096, clock), TTLCache(4096, clock)
 
     async def policy_for(self, domain: str, route: Route) -> MTASTSPolicy | None:
-        """Return the domain's policy; the cached one if DNS or the web server fails, as an attacker could cause that."""
+        """Return the domain's policy; the cached one if DNS or the web server fails: an attacker could see to that."""
         deadline = time.monotonic() + min(route.timeout, self.FETCH_TIMEOUT)
         return await self.shared.call((domain, route), deadline, self._policy_for, domain, route)
 
@@ -4369,9 +4360,9 @@ def sign_jwt(claims: dict, key: PrivateKey) -> str:
 
 # ======================================================================================================================
 # 13. SMTP sessions
-#     Takes a Transaction, gives a Reply for each of its recipients. smtplib opens a session, in a thread; the log-in and
-#     the transaction are ours, since smtplib tries every password thrice, does no pipelining, and cannot tell whether
-#     the end of a message was lost. Sessions are pooled by route; if a server takes no more of them, mails wait for one.
+#     Takes a Transaction, gives a Reply for each of its recipients. smtplib opens a session, in a thread; log-in and
+#     transaction are ours, since smtplib tries a password with each mechanism, does no pipelining, and cannot tell
+#     whether the end of a message was lost. Sessions are pooled by route; if a server takes no more, mails wait.
 # ======================================================================================================================
 
 
@@ -4461,7 +4452,7 @@ class Session(smtplib.SMTP):
         self.stream: Any = None  # AsyncSocket of the open connection
         self.recv_buffer, self.replies = b"", deque()  # received, and parsed, but not asked for yet
         self.maybe_complete = False  # recv_buffer may hold a complete reply
-        self.alive = self.used = self.needs_rset = self.in_data = self.eod_sent = False
+        self.alive = self.needs_rset = self.in_data = self.eod_sent = False
         self.created_at = self.last_used = time.monotonic()
 
     # -- opening
@@ -4584,11 +4575,10 @@ class Session(smtplib.SMTP):
             self.alive = False
         decided = recipient_replies(replies, result, lost, len(transaction.recipients))
         found = [item if isinstance(item, Reply) else self._to_reply(*item) for item in decided]
-        if self.alive and self.used and any(map(self.refused_before_data, found)):
+        if self.alive and any(map(self.refused_before_data, found)):
             self.alive = False  # it may have reached a limit of the server
             with contextlib.suppress(OSError):
                 self.sock.send(b"QUIT\r\n")
-        self.used = True
         return found
 
     def refused_before_data(self, reply: Reply) -> bool:
@@ -4736,10 +4726,6 @@ class Session(smtplib.SMTP):
         """Tell whether the server has sent more than it was asked for."""
         return bool(self.recv_buffer or self.replies)
 
-    def is_reusable(self) -> bool:
-        """Tell whether an idle server has sent nothing: that would be taken for the reply to the next command."""
-        return not is_readable(self.sock)
-
     def quit(self) -> None:
         """Send QUIT, without waiting long for the reply (RFC 5321 4.1.1.10)."""
         self.alive = False
@@ -4778,7 +4764,7 @@ def is_route_fault(route: Route, step: str, reply: SMTPReply) -> bool:
     if reply.code[0] != "5" or route.mailer == "MX":
         return False
     our_login = step == "MAIL" and route.auth and (reply.code, reply.dsn) == ("550", "5.7.1")
-    return step in ("EHLO", "STARTTLS", "AUTH") or reply.code == "530" or bool(our_login)
+    return step in ("EHLO", "STARTTLS", "AUTH") or reply.code[:2] == "53" or bool(our_login)  # RFC 4954 6
 
 
 # -- AUTH (RFC 4954): respond((user, password), challenge as it came, number of the challenge) gives the response
@@ -4917,15 +4903,14 @@ class SessionPool:
         self.waiters.append(SessionWaiter(future, deadline, reply))
         return future
 
-    def hand_over(self, session: Session | None) -> None:
-        """Give a session to the longest waiter; None tells it to open one."""
-        self.waiters.popleft().future.set_result(session)
+    def next_waiter(self) -> asyncio.Future:
+        return self.waiters.popleft().future
 
     def wake_waiters(self, has_room: bool = False) -> None:
         """Have waiters open sessions, as many as may be opened."""
         while self.waiters and self.may_open(has_room):
             self.opening += 1
-            self.hand_over(None)
+            self.next_waiter().set_result(None)
             has_room = False
 
     def opened(self) -> None:
@@ -4981,17 +4966,15 @@ class TransportContext:
         self.mta_sts = MTASTSCache(self.resolver)
 
     def pool(self, route: Route, hostname: str) -> SessionPool:
-        found = self.pools.get((hostname, route))
-        if not found:
-            found = self.pools[hostname, route] = SessionPool()
-        return found
+        key = hostname, route
+        return self.pools.get(key) or self.pools.setdefault(key, SessionPool())
 
     def acquire_idle(self, route: Route, hostname: str) -> Session | None:
         """Return the idle session that was used last, None if there is none. To be released."""
         pool = self.pool(route, hostname)
         while pool.idle:
             session = pool.idle.pop()
-            if session.is_reusable():
+            if not is_readable(session.sock):  # that would be taken for the reply to the next command
                 pool.in_use += 1
                 return session
             session.close()
@@ -4999,14 +4982,18 @@ class TransportContext:
 
     async def acquire(self, route: Route, hostname: str) -> tuple:
         """Return (Session, whether it was used before), a new one or one released meanwhile; or raise Rejected."""
-        pool, deadline, reply = self.pool(route, hostname), time.monotonic() + route.timeout, None
+        pool, deadline, reply = self.pool(route, hostname), 0.0, None
         while True:
             if pool.may_open():
                 pool.opening += 1
-            elif session := await pool.wait(deadline, reply):
-                return session, True
+            else:
+                deadline = deadline or time.monotonic() + route.timeout
+                if session := await pool.wait(deadline, reply):
+                    return session, True
             try:
-                session = await self.connect(route, hostname)
+                session = Session(route, hostname)
+                await asyncio.to_thread(session.open)  # smtplib blocks
+                session.stream = AsyncSocket(session.sock)
             except BaseException as error:
                 reply = error.reply if isinstance(error, Rejected) else None
                 if not pool.refused(reply):
@@ -5018,25 +5005,11 @@ class TransportContext:
                 pool.opened()
                 return session, False
 
-    async def connect(self, route: Route, hostname: str) -> Session:
-        """Open a session, in a thread, since smtplib blocks; Rejected if the server refuses."""
-        session = Session(route, hostname)
-        try:
-            await asyncio.to_thread(session.open)
-        except Rejected as refused:
-            reply = refused.reply
-            if reply.route_fault:
-                words = log_value(" ".join((reply.code, *reply.message)))
-                log.lines(f"warning: route to {reply.relay} is at fault, its mail waits: {reply.command} {words}")
-            raise
-        session.stream = AsyncSocket(session.sock)
-        return session
-
     def release(self, session: Session) -> None:
         """Hand the session over to a waiter, keep it, or close it if it cannot be used again."""
         pool = session.pool
         if session.alive and pool.waiters:
-            pool.hand_over(session)
+            pool.next_waiter().set_result(session)
             return
         pool.in_use -= 1
         if not session.alive:
@@ -5077,6 +5050,9 @@ async def attempt_transaction(transaction: Transaction, transport: TransportCont
     """Attempt a transaction once; every recipient has a reply."""
     began = time.monotonic()
     replies = await attempt_route(transaction, transport)
+    for reply in dict.fromkeys(reply for reply in replies if reply.route_fault):
+        words = log_value(" ".join((reply.code, *reply.message)))
+        log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed, mail waits: {words}")
     return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
 
 
@@ -5173,7 +5149,8 @@ def admitted_hosts(hosts: list, policy: MTASTSPolicy | None) -> list:
 
 
 async def next_hops(host: str, route: Route, policy: MTASTSPolicy | None, resolver: Resolver) -> list:
-    """Return a Route to each address of the host, or the one Reply that says why there is none."""
+    """Return a Route to each address of the host, and to those behind it if it does not answer; or the one Reply that
+    says why there is none."""
     try:
         addresses = await resolve_addresses(host, resolver, route.private, time.monotonic() + route.timeout)
     except Rejected as rejected:
@@ -5184,7 +5161,7 @@ async def next_hops(host: str, route: Route, policy: MTASTSPolicy | None, resolv
     elif not route.starttls:
         hop = replace(hop, tls_if_offered=True, tls_verify=False)  # RFC 7435: encrypted by anybody is better than clear
     addresses.sort(key=lambda address: connector.failed_lately((address, route.port)))
-    return [replace(hop, address=address) for address in addresses]
+    return [replace(hop, address=" ".join(addresses[i:])) for i in range(len(addresses))]
 
 
 async def deliver_to_host(transaction: Transaction, transport: TransportContext) -> list:
@@ -6165,10 +6142,12 @@ def format_duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-async def post_webhook(leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool) -> Reply:
+async def post_webhook(
+    leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool, timeout: float = 15.0
+) -> Reply:
     """POST an event to its webhook; return a reply as a relay gives it."""
     scheme, host, port, path = WEBHOOK_URL.fullmatch(leased.recipient).groups()
-    target = HTTPTarget(f"{scheme}://{host}{f':{port}' if port else ''}", WEBHOOK_TIMEOUT, "Webhook")
+    target = HTTPTarget(f"{scheme}://{host}{f':{port}' if port else ''}", timeout, "Webhook")
     body, event_id = leased.message.parts[0], f"msg_{leased.queueid}"
     headers = (
         ("webhook-id", event_id),
@@ -6179,12 +6158,11 @@ async def post_webhook(leased: LeasedRecipient, secret: bytes, now: float, http_
         status = (await http_pool.request(target, HTTPRequest("POST", path or "/", body, headers))).status
     except Rejected as refused:
         reply = refused.reply
-        return make_reply("webhook-later", word=": ".join(reply.message), command=reply.command, **target.endpoint)
+        unreachable = {"command": "CONN"} if reply.command == "CONN" else {}
+        return make_reply("webhook-later", word=": ".join(reply.message), **target.endpoint, **unreachable)
     slug = "webhook" if 200 <= status <= 299 else "webhook-never" if status == 410 else "webhook-later"  # 410 is Gone
     return make_reply(slug, word=str(status), **target.endpoint)
 
-
-WEBHOOK_TIMEOUT = 15.0  # seconds
 
 # -- The file
 
