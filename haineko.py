@@ -4266,8 +4266,9 @@ def parse_mta_sts_policy(text: str) -> MTASTSPolicy:
 async def sign_transaction(transaction: Transaction) -> Transaction:
     """Return a transaction with its message signed, unless its route, its domain or a signature that it has forbid."""
     route = transaction.route
-    amazon = route.host.lower().rstrip(".").endswith(".amazonaws.com")  # changes Date and Message-Id, then signs itself
-    if amazon or not (transaction.dkim and route.dkim and route.row.keeps_octets):
+    if not (transaction.dkim and route.dkim and route.row.keeps_octets):
+        return transaction
+    if route.host.lower().rstrip(".").endswith(".amazonaws.com"):  # SES changes Date and Message-Id, then signs itself
         return transaction
     return await asyncio.to_thread(_sign_transaction, transaction, int(time.time()))
 
