@@ -4311,9 +4311,8 @@ def parse_tags(record: str) -> dict:
 def dkim_signature(octets: bytes, key: DkimKey, now: int) -> bytes:
     """Return the field DKIM-Signature, ended by CRLF, of a message with CRLF line ends; relaxed/relaxed."""
     head, _, body = octets.partition(b"\r\n\r\n")
-    lines = [_relaxed_field(line) for line in re.split(rb"\r\n(?![ \t])", head)]
     by_name: dict = {}
-    for line in lines:
+    for line in map(_relaxed_field, re.split(rb"\r\n(?![ \t])", head)):
         by_name.setdefault(line.partition(b":")[0].decode("latin-1"), []).append(line)
     listed = [name for name in DKIM_OVERSIGNED for _ in range(len(by_name.get(name, ())) + 1)]
     listed += [name for name in by_name if DKIM_IF_PRESENT.fullmatch(name) for _ in by_name[name]]
