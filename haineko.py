@@ -665,16 +665,11 @@ RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 14
 def parse_secret(value: Any, json_path: str, errors: list) -> Any:
     """Parse a string, {"file": path} or {"env": NAME}."""
     if not isinstance(value, dict):
-        return parse_text(value, json_path, errors)
+        return value if type(value) is str else parse_text(value, json_path, errors)  # _secret() reads its characters
     if len(value) == 1 and set(value) <= {"file", "env"}:
         return {key: parse_text(item, f"{json_path}.{key}", errors) for key, item in value.items()}
     errors.append(f'{json_path}: expected a string, {{"file": path}} or {{"env": NAME}}')
     return None
-
-
-def parse_pem(value: Any, json_path: str, errors: list) -> Any:
-    """Parse a secret that has several lines."""
-    return value if type(value) is str else parse_secret(value, json_path, errors)
 
 
 class Authenticator:
@@ -971,7 +966,7 @@ class DkimKey:
     """What signs the mail of a domain (RFC 6376). resolve_settings() sets domain and private."""
 
     selector: str = config_field("", matching(DOMAIN, "a selector"), "the key is at SELECTOR._domainkey.DOMAIN in DNS")
-    key: Any = config_field("", parse_pem, "PEM: Ed25519, or RSA of 2048 bits or more", secret=True)
+    key: Any = config_field("", parse_secret, "PEM: Ed25519, or RSA of 2048 bits or more", secret=True)
     domain: str = ""
     private: PrivateKey | None = None
 
