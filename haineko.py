@@ -2250,11 +2250,11 @@ def base64_lines(octets: Any) -> bytes:
     return b"\r\n".join(BASE64_LINE.findall(binascii.b2a_base64(octets, newline=False))) + b"\r\n"
 
 
-def header_recipients(fields: list) -> list:
+def header_recipients(header: list) -> list:
     """Return the addresses in To, Cc and Bcc. A field that is no address list stands for itself: it is never searched
     for addresses, and the reply names it as an invalid recipient."""
     found: list = []
-    for key, value in fields:
+    for key, value in header:
         if key in ("to", "cc", "bcc"):
             text = value.partition(b":")[2].decode("utf-8", "replace").replace("\n", "").strip()
             try:
@@ -2264,9 +2264,9 @@ def header_recipients(fields: list) -> list:
     return found
 
 
-def loop_names(fields: list) -> tuple:
+def loop_names(header: list) -> tuple:
     """Return the names of the Hainekos that a finished message has passed."""
-    texts = [value.partition(b":")[2].decode("ascii", "replace") for key, value in fields if key == "x-haineko-loop"]
+    texts = [value.partition(b":")[2].decode("ascii", "replace") for key, value in header if key == "x-haineko-loop"]
     names = parse_loop_names([text.replace("\n", "") for text in texts], "", [])
     return tuple(name for name in names if DOMAIN.fullmatch(name))
 
@@ -3056,7 +3056,7 @@ def mime_label(body: bytes) -> bytes:
 def non_ascii_fields(octets: bytes) -> list:
     """Return the names of the header fields, those of parts included, that need SMTPUTF8 (RFC 6532 3)."""
     parts = [] if octets.isascii() else mime_parts(octets)
-    return list(dict.fromkeys(name for part in parts for name, field in part.header if not field.isascii()))
+    return list(dict.fromkeys(name for part in parts for name, line in part.header if not line.isascii()))
 
 
 def downgrade_8bit(octets: bytes, keep_8bit: bool = False) -> bytes:
