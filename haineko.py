@@ -7,24 +7,16 @@
                                                +-> QueueDB -> QueueManager -> RELAYS -> bounce, webhook
 
      1  Replies and transactions    9  Event loop
-     2  JSON into dataclasses      10  DNS
+     2  JSON into dataclasses      10  DNS and connections
      3  Settings                   11  HTTP client
      4  Log                        12  SMTP sessions
-     5  Submissions                13  Relays
+     5  Submissions                13  Relays and probes
      6  Policy                     14  Queue
      7  Messages                   15  Submission pipeline
      8  Routes                     16  HTTP server
                                    17  Commands
 
-     1  Replies and jobs          9  Waiting
-     2  JSON into dataclasses    10  DNS and connections
-     3  Settings                 11  HTTP client
-     4  Log                      12  SMTP sessions
-     5  Submissions              13  Relays
-     6  Policy                   14  Queue
-     7  Messages                 15  The way of a mail
-     8  Routes                   16  HTTP
-                                 17  Commands
+Sections 1, 5 to 8 and 13 to 15 are the pipeline; 2 to 4 and 9 to 12 are infrastructure; 16 and 17 are the two entries.
 
 Rules of the file:
   - A section uses only the sections above it; inside a section callers stand above their helpers.
@@ -78,7 +70,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
@@ -96,7 +88,7 @@ __version__ = "1.0.0"
 
 
 class Reply(NamedTuple):
-    """Reply about one recipient: an SMTP reply, or one of Haineko's own, and the command that it decided."""
+    """Reply about one recipient: an SMTP reply, or one of Haineko's own, with the command that decided."""
 
     code: str  # three digits, RFC 5321 4.2
     dsn: str | None  # enhanced status code, RFC 3463; None if there was none
@@ -203,8 +195,8 @@ def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
 
 
 def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
-    """One recipient's part of the answer."""
-    return {
+    """Return one recipient's item of the answer; `maybe_delivered` is present only if it is true."""
+    item = {
         "rcpt": recipient,
         "error": 0 if reply.accepted else 1,
         "code": reply.code,
@@ -215,6 +207,7 @@ def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
         "host": reply.host,
         "port": reply.port,
     }
+    return {**item, "maybe_delivered": True} if reply.maybe_delivered else item
 
 
 def cache_short(maxsize: int, limit: int = 512) -> Callable:
@@ -266,6 +259,7 @@ REPLIES = {
     "key-running": (409, "421", None, "HTTP", "The first request with this Idempotency-Key is still running"),
     "key-reused": (422, "421", None, "HTTP", "Idempotency-Key was used with another body"),
     "no-queue": (400, "421", None, "HTTP", 'No queue here: set "queue": {"path": "haineko.db"} in the settings'),
+    "queue-sending": (409, "421", None, "HTTP", "The mail is being sent at this moment"),
     "not-implemented": (501, "421", None, "HTTP", "Transfer-Encoding not implemented"),
     "busy": (503, "421", None, "HTTP", "Too many connections"),
     "http-version": (505, "421", None, "HTTP", "HTTP version not supported"),
@@ -352,10 +346,9 @@ def parse_json(octets: bytes) -> Any:
 
 def _object_from_pairs(pairs: list) -> dict:
     result = dict(pairs)
-    if len(result) == len(pairs):
-        return result
-    result, seen = DuplicateKeyDict(result), set()
-    result.duplicate_keys = tuple(dict.fromkeys(key for key, _ in pairs if key in seen or seen.add(key)))
+    if len(result) < len(pairs):
+        result, counts = DuplicateKeyDict(result), Counter(key for key, _ in pairs)
+        result.duplicate_keys = tuple(key for key, count in counts.items() if count > 1)
     return result
 
 
@@ -365,9 +358,6 @@ def _reject_constant(name: str):
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object_from_pairs, parse_constant=_reject_constant)
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
-
-
-CACHE_MAX_CHARS = 512  # characters of what is remembered: long ones would fill the memory
 
 
 def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", secret: bool = False) -> Any:
@@ -418,16 +408,10 @@ def key_table(cls: type) -> dict:
 
 def json_type_name(value: Any) -> str:
     """Return "a string", "a list" and so on."""
-    return next((name for kind, name in JSON_TYPES if isinstance(value, kind)), "null")
+    return next((name for kind, name in JSON_TYPES.items() if isinstance(value, kind)), "null")
 
 
-JSON_TYPES = (
-    (bool, "true or false"),
-    (str, "a string"),
-    ((int, float), "a number"),
-    (list, "a list"),
-    (dict, "an object"),
-)
+JSON_TYPES = {bool: "true or false", str: "a string", (int, float): "a number", list: "a list", dict: "an object"}
 
 
 def did_you_mean(word: str, words: Any) -> str:
@@ -531,7 +515,8 @@ def mapping_of(parse: Callable, fold: Callable = str, expected: str = "a name") 
         paths = {key: f"{json_path}.{sanitize(key)}" for key in value}
         errors.extend(f"{paths[key]}: duplicate key" for key in getattr(value, "duplicate_keys", ()))
         errors.extend(f"{paths[key]}: expected {expected}" for key in value if not fold(key))
-        if len(set(map(fold, value))) < len(value):
+        names = [name for name in map(fold, value) if name]
+        if len(set(names)) < len(names):
             errors.append(f"{json_path}: two keys differ in case only")
         parsed = {fold(key): parse(item, paths[key], errors) for key, item in value.items()}
         return {key: item for key, item in parsed.items() if item is not None}
@@ -579,10 +564,8 @@ class Networks:
         self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
 
     def __contains__(self, address: IPAddress) -> bool:
-        for version, shift, members in self.groups:
-            if version == address.version and address.number >> shift in members:
-                return True
-        return False
+        version, number = address.version, address.number
+        return any(version == of and number >> shift in members for of, shift, members in self.groups)
 
 
 LOOPBACK = Networks(("127.0.0.0/8", "::1"))
@@ -672,10 +655,8 @@ class Relay(NamedTuple):
     into_folder: bool = False  # delivers into a folder of this machine
 
 
-RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 13
-
-
 UNKNOWN_RELAY = Relay(None, None)  # of a route whose mailer is a fault of the settings
+RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 13
 
 
 def parse_secret(value: Any, json_path: str, errors: list) -> Any:
@@ -749,8 +730,8 @@ def verify_password(line: str, password: str) -> bool:
     """True if `line` (scrypt or {SSHA}) is the hash of the password."""
     found = SCRYPT.fullmatch(line)
     if not found:
-        digest, salt = _ssha(line)
-        return hmac.compare_digest(hashlib.sha1(password.encode() + salt).digest(), digest)
+        octets = base64.b64decode(line[len("{SSHA}") :])
+        return hmac.compare_digest(hashlib.sha1(password.encode() + octets[20:]).digest(), octets[:20])
     cost, block, parallel = (int(n) for n in found.groups()[:3])
     salt, digest = (base64.b64decode(item) for item in found.groups()[3:])
     return hmac.compare_digest(scrypt(password, salt, cost, block, parallel), digest)
@@ -779,22 +760,12 @@ def scrypt_cost(line: str) -> int:
     return (parallel * block << cost) >> 17
 
 
-def is_password_hash(line: str) -> bool:
-    return bool(SCRYPT.fullmatch(line) or (line.startswith("{SSHA}") and _ssha(line)))
-
-
-def _ssha(line: str) -> tuple:
-    """Return (SHA-1 of password and salt, salt) of an {SSHA} line, () if it is none."""
-    try:
-        octets = base64.b64decode(line[6:], validate=True)
-    except ValueError:
-        return ()
-    return (octets[:20], octets[20:]) if len(octets) > 20 else ()
-
-
 _BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==))"
 SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at most
-parse_password_hash = matching(is_password_hash, "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True)
+SSHA = re.compile(rf"{{SSHA}}(?=.{{27}}[^=]){_BASE64}")  # of 21 octets or more: SHA-1 of password and salt, salt
+parse_password_hash = matching(
+    re.compile(f"{SCRYPT.pattern}|{SSHA.pattern}"), "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True
+)
 
 
 def domain_key(name: str) -> str:
@@ -933,8 +904,8 @@ class Route:
     base_url: str = config_field("", parse_base_url, "relays by HTTP: where the API is, if not at its usual place")
     region: str = config_field("", parse_region, "AmazonSES: the region")
     credentials: tuple = field(default=(), repr=False)
-    address: str = ""  # to connect to, if it is known already
-    tls_if_offered: bool = False  # STARTTLS if the server has it
+    address: str = ""  # to connect to in place of a look-up; or several, divided by spaces
+    tls_if_offered: bool = False  # STARTTLS where the server has it
     token: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
@@ -1106,8 +1077,6 @@ def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple
     """Return (username, password, token) with the secrets looked up."""
     password = _secret(login.password, base, f"{json_path}.password", errors)
     token = _secret(login.token, base, f"{json_path}.token", errors)
-    if not (login.username + password + token).isascii():
-        errors.append(f"{json_path}: AUTH takes ASCII only")
     return login.username, password, token
 
 
@@ -1168,16 +1137,16 @@ def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) 
     row = route.row
     if route.auth and route.auth not in logins:
         errors.append(f'{json_path}.auth: "{route.auth}" is not in authinfo{did_you_mean(route.auth, logins)}')
-    if route.relay == "MX" and route.auth:
-        errors.append(f"{json_path}.auth: MX logs in nowhere")
-    if route.relay == "File" and not is_writable_folder(route.folder):
+    errors += [f"{json_path}.{key}: {route.relay} takes no such setting" for key in row.refuses if getattr(route, key)]
+    errors += [f"{json_path}.{key}: {route.relay} needs it" for key in row.needs if not getattr(route, key)]
+    if row.into_folder and not is_writable_folder(route.folder):
         errors.append(f"{json_path}.mailer: {route.folder} is not a folder that can be written")
     ca_file = os.path.join(base, route.ca_file) if route.ca_file else ""
     try:
         client_context(route.tls_verify, ca_file, stat_key(ca_file)) if ca_file else None
     except OSError as error:
         errors.append(f"{json_path}.ca_file: {ca_file}: {error.strerror or error}")
-    if route.relay != "File" and route.host.startswith("/"):
+    if not row.into_folder and route.host.startswith("/"):
         errors.append(f'{json_path}.host: expected a host name, got "{route.host}"')
     *login, token = logins.get(route.auth, ("",))
     route = replace(route, ca_file=ca_file, credentials=tuple(login), token=token)
@@ -1217,24 +1186,33 @@ def pin_queue_path(fresh: Settings, queue_settings: QueueSettings | None) -> Set
 
 
 def local_hostname() -> str:
-    """Return this machine's name, made legal; with ".localdomain" (as of Postfix) if it has no domain."""
-    name = socket.gethostname()
-    if FQDN.fullmatch(name):
+    return qualified_hostname(socket.gethostname())
+
+
+def qualified_hostname(name: str) -> str:
+    """Return a machine's name, made legal for headers; with ".localdomain", as Postfix does, if it has no domain."""
+    if "." in name and HOSTNAME.fullmatch(name):
         return name
     return (re.sub("[^A-Za-z0-9]+", "-", name)[:63].strip("-") or "localhost") + LOCALDOMAIN
 
 
+@functools.lru_cache(maxsize=64)
 def ehlo_name(hostname: str, address: str) -> str:
-    """Return our name for EHLO: the address literal of the connection if it is no fully qualified domain name."""
-    if DOMAIN.fullmatch(hostname) and "." in hostname and not hostname.rpartition(".")[2].isdigit():
+    """Return the name for EHLO from a local address: `hostname`, or if that is illegal or made by qualified_hostname(),
+    what reverse DNS says, else the address literal (RFC 5321 4.1.4)."""
+    if HOSTNAME.fullmatch(hostname) and not hostname.endswith(LOCALDOMAIN):
         return hostname
-    address = str(parse_ip(address.partition("%")[0]))
-    return f"[IPv6:{address}]" if ":" in address else f"[{address}]"  # RFC 5321 4.1.4
+    local = parse_ip(address)
+    with contextlib.suppress(OSError):
+        name = "" if local in LOOPBACK else socket.gethostbyaddr(address)[0]
+        if "." in name and HOSTNAME.fullmatch(name) and not name.endswith(LOCALDOMAIN):
+            return name
+    return f"[IPv6:{local.text}]" if local.version == 6 else f"[{local.text}]"
 
 
 LOCALDOMAIN = ".localdomain"
 _LDH = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # letters, digits, hyphens
-FQDN = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)+(?=[0-9-]*[A-Za-z]){_LDH}")
+HOSTNAME = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)*(?=[0-9-]*[A-Za-z]){_LDH}")  # RFC 5321 4.1.2, and no number
 
 
 def server_context(tls: Tls, base: str) -> ssl.SSLContext:
@@ -3751,14 +3729,21 @@ class Connector:
                 results: Any = ()
                 if waiting:
                     address = waiting.popleft()
-                    sock = socket.socket(address_family(address[0]), socket.SOCK_STREAM)
+                    try:
+                        sock = socket.socket(address_family(address[0]), socket.SOCK_STREAM)
+                    except OSError as failure:  # no IPv6 in this kernel
+                        error = failure
+                        continue
                     attempts[sock.fileno()] = sock, address
                     sock.setblocking(False)
                     poll.register(sock, select.POLLOUT)
                     code = sock.connect_ex(address)
                     results = [(sock.fileno(), code)] if code not in (0, errno.EINPROGRESS) else ()
                 pause = min(deadline - now, self.ATTEMPT_DELAY) if waiting else deadline - now
-                for number, code in results or _attempts_ended(poll.poll(math.ceil(pause * 1000)), attempts):
+                for number, code in results or [
+                    (number, attempts[number][0].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+                    for number, _ in poll.poll(math.ceil(pause * 1000))
+                ]:
                     if not code:
                         return self._winner(attempts, number)
                     error = OSError(code, os.strerror(code))
@@ -3798,14 +3783,16 @@ class Connector:
         self.failed.update(dict.fromkeys(addresses, time.monotonic() + self.FAILED_TTL))
 
     def look_up(self, host: str, deadline: float) -> list:
-        """Return a host's IP addresses by getaddrinfo(), in a thread of its own, as it knows no deadline."""
+        """Return a host's IP addresses, or those that stand in its place, divided by spaces. getaddrinfo() runs in a
+        thread of its own, as it knows no deadline."""
         with contextlib.suppress(ValueError):
-            return [str(ipaddress.ip_address(host))]
+            return [str(ipaddress.ip_address(address)) for address in host.split()]
         with self.lock:
             future = self.lookups.get(host)
             if not future:
-                future = self.lookups[host] = concurrent.futures.Future()
+                future = concurrent.futures.Future()
                 threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()
+                self.lookups[host] = future
         try:
             return future.result(max(deadline - time.monotonic(), 0))
         except concurrent.futures.TimeoutError:
@@ -3821,11 +3808,6 @@ class Connector:
         with self.lock:
             del self.lookups[host]
         future.set_exception(error) if error else future.set_result(result)
-
-
-def _attempts_ended(events: list, attempts: dict) -> list:
-    """Return [(file descriptor, error number)] of connection attempts."""
-    return [(number, attempts[number][0].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)) for number, _ in events]
 
 
 connector = Connector()
@@ -4005,7 +3987,7 @@ class KeepAliveConnection(http.client.HTTPConnection):
         if request.method == "POST":
             headers.update({"Content-Type": request.type, "Content-Length": str(len(request.body))})
         for name, value in headers.items():
-            self.putheader(name, value)
+            self.putheader(name, value.encode())  # of a string, http.client would make Latin-1
         try:
             self.endheaders(request.body or None)
             self.sent = True
@@ -4118,7 +4100,7 @@ class MTASTSCache:
         self.cache, self.failed = TTLCache(4096, clock), TTLCache(4096, clock)
 
     async def policy_for(self, domain: str, route: Route) -> MTASTSPolicy | None:
-        """Return the domain's policy; the cached one if DNS or the web server fails, as an attacker could cause that."""
+        """Return the domain's policy; the cached one if DNS or the web server fails: an attacker could see to that."""
         deadline = time.monotonic() + min(route.timeout, self.FETCH_TIMEOUT)
         return await self.shared.call((domain, route), deadline, self._policy_for, domain, route)
 
@@ -4174,9 +4156,9 @@ def parse_mta_sts_policy(text: str) -> MTASTSPolicy:
 
 # ======================================================================================================================
 # 12. SMTP sessions
-#     Takes a Transaction, gives a Reply for each of its recipients. smtplib opens a session, in a thread; the log-in and
-#     the transaction are ours, since smtplib tries every password thrice, does no pipelining, and cannot tell whether
-#     the end of a message was lost. Sessions are pooled by route; if a server takes no more of them, mails wait for one.
+#     Takes a Transaction, gives a Reply for each of its recipients. smtplib opens a session, in a thread; log-in and
+#     transaction are ours, since smtplib tries a password with each mechanism, does no pipelining, and cannot tell
+#     whether the end of a message was lost. Sessions are pooled by route; if a server takes no more, mails wait.
 # ======================================================================================================================
 
 
@@ -4266,7 +4248,7 @@ class Session(smtplib.SMTP):
         self.stream: Any = None  # AsyncSocket of the open connection
         self.recv_buffer, self.replies = b"", deque()  # received, and parsed, but not asked for yet
         self.maybe_complete = False  # recv_buffer may hold a complete reply
-        self.alive = self.used = self.needs_rset = self.in_data = self.eod_sent = False
+        self.alive = self.needs_rset = self.in_data = self.eod_sent = False
         self.created_at = self.last_used = time.monotonic()
 
     # -- opening
@@ -4389,11 +4371,10 @@ class Session(smtplib.SMTP):
             self.alive = False
         decided = recipient_replies(replies, result, lost, len(transaction.recipients))
         found = [item if isinstance(item, Reply) else self._to_reply(*item) for item in decided]
-        if self.alive and self.used and any(map(self.refused_before_data, found)):
+        if self.alive and any(map(self.refused_before_data, found)):
             self.alive = False  # it may have reached a limit of the server
             with contextlib.suppress(OSError):
                 self.sock.send(b"QUIT\r\n")
-        self.used = True
         return found
 
     def refused_before_data(self, reply: Reply) -> bool:
@@ -4541,10 +4522,6 @@ class Session(smtplib.SMTP):
         """Tell whether the server has sent more than it was asked for."""
         return bool(self.recv_buffer or self.replies)
 
-    def is_reusable(self) -> bool:
-        """Tell whether an idle server has sent nothing: that would be taken for the reply to the next command."""
-        return not is_readable(self.sock)
-
     def quit(self) -> None:
         """Send QUIT, without waiting long for the reply (RFC 5321 4.1.1.10)."""
         self.alive = False
@@ -4583,7 +4560,7 @@ def is_route_fault(route: Route, step: str, reply: SMTPReply) -> bool:
     if reply.code[0] != "5" or route.mailer == "MX":
         return False
     our_login = step == "MAIL" and route.auth and (reply.code, reply.dsn) == ("550", "5.7.1")
-    return step in ("EHLO", "STARTTLS", "AUTH") or reply.code == "530" or bool(our_login)
+    return step in ("EHLO", "STARTTLS", "AUTH") or reply.code[:2] == "53" or bool(our_login)  # RFC 4954 6
 
 
 # -- AUTH (RFC 4954): respond((user, password), challenge as it came, number of the challenge) gives the response
@@ -4722,15 +4699,14 @@ class SessionPool:
         self.waiters.append(SessionWaiter(future, deadline, reply))
         return future
 
-    def hand_over(self, session: Session | None) -> None:
-        """Give a session to the longest waiter; None tells it to open one."""
-        self.waiters.popleft().future.set_result(session)
+    def next_waiter(self) -> asyncio.Future:
+        return self.waiters.popleft().future
 
     def wake_waiters(self, has_room: bool = False) -> None:
         """Have waiters open sessions, as many as may be opened."""
         while self.waiters and self.may_open(has_room):
             self.opening += 1
-            self.hand_over(None)
+            self.next_waiter().set_result(None)
             has_room = False
 
     def opened(self) -> None:
@@ -4786,17 +4762,15 @@ class TransportContext:
         self.mta_sts = MTASTSCache(self.resolver)
 
     def pool(self, route: Route, hostname: str) -> SessionPool:
-        found = self.pools.get((hostname, route))
-        if not found:
-            found = self.pools[hostname, route] = SessionPool()
-        return found
+        key = hostname, route
+        return self.pools.get(key) or self.pools.setdefault(key, SessionPool())
 
     def acquire_idle(self, route: Route, hostname: str) -> Session | None:
         """Return the idle session that was used last, None if there is none. To be released."""
         pool = self.pool(route, hostname)
         while pool.idle:
             session = pool.idle.pop()
-            if session.is_reusable():
+            if not is_readable(session.sock):  # that would be taken for the reply to the next command
                 pool.in_use += 1
                 return session
             session.close()
@@ -4804,14 +4778,18 @@ class TransportContext:
 
     async def acquire(self, route: Route, hostname: str) -> tuple:
         """Return (Session, whether it was used before), a new one or one released meanwhile; or raise Rejected."""
-        pool, deadline, reply = self.pool(route, hostname), time.monotonic() + route.timeout, None
+        pool, deadline, reply = self.pool(route, hostname), 0.0, None
         while True:
             if pool.may_open():
                 pool.opening += 1
-            elif session := await pool.wait(deadline, reply):
-                return session, True
+            else:
+                deadline = deadline or time.monotonic() + route.timeout
+                if session := await pool.wait(deadline, reply):
+                    return session, True
             try:
-                session = await self.connect(route, hostname)
+                session = Session(route, hostname)
+                await asyncio.to_thread(session.open)  # smtplib blocks
+                session.stream = AsyncSocket(session.sock)
             except BaseException as error:
                 reply = error.reply if isinstance(error, Rejected) else None
                 if not pool.refused(reply):
@@ -4823,25 +4801,11 @@ class TransportContext:
                 pool.opened()
                 return session, False
 
-    async def connect(self, route: Route, hostname: str) -> Session:
-        """Open a session, in a thread, since smtplib blocks; Rejected if the server refuses."""
-        session = Session(route, hostname)
-        try:
-            await asyncio.to_thread(session.open)
-        except Rejected as refused:
-            reply = refused.reply
-            if reply.route_fault:
-                words = log_value(" ".join((reply.code, *reply.message)))
-                log.lines(f"warning: route to {reply.relay} is at fault, its mail waits: {reply.command} {words}")
-            raise
-        session.stream = AsyncSocket(session.sock)
-        return session
-
     def release(self, session: Session) -> None:
         """Hand the session over to a waiter, keep it, or close it if it cannot be used again."""
         pool = session.pool
         if session.alive and pool.waiters:
-            pool.hand_over(session)
+            pool.next_waiter().set_result(session)
             return
         pool.in_use -= 1
         if not session.alive:
@@ -4879,23 +4843,27 @@ class TransportContext:
 
 
 async def attempt_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
-    """Attempt a transaction once; every recipient has a reply, whatever the relay does."""
+    """Attempt a transaction once; every recipient has a reply."""
     began = time.monotonic()
-    try:
-        replies = await transaction.route.row.send(transaction, transport)
-    except Exception as error:
-        replies = [failure_reply(error, transaction)] * len(transaction.recipients)
+    replies = await attempt_route(transaction, transport)
+    for reply in dict.fromkeys(reply for reply in replies if reply.route_fault):
+        words = log_value(" ".join((reply.code, *reply.message)))
+        log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed, mail waits: {words}")
     return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
 
 
-def failure_reply(error: Exception, transaction: Transaction) -> Reply:
-    """Return what an exception of a relay means for its recipients; a bug is logged."""
-    if isinstance(error, Rejected):
-        return error.reply
-    if isinstance(error, OSError):
-        return make_reply("lost", error_text(error), command="CONN", **transaction.route.endpoint)
-    log_exception(transaction.queueid)
-    return make_reply("relay-fault", **transaction.route.endpoint)
+async def attempt_route(transaction: Transaction, transport: TransportContext) -> list:
+    """Return a Reply for each recipient from the transaction's route, whatever its relay does; a bug is logged."""
+    try:
+        return await transaction.route.row.send(transaction, transport)
+    except Rejected as rejected:
+        reply = rejected.reply
+    except OSError as error:
+        reply = make_reply("lost", error_text(error), command="CONN", **transaction.route.endpoint)
+    except Exception:
+        log_exception(transaction.queueid)
+        reply = make_reply("relay-fault", **transaction.route.endpoint)
+    return [reply] * len(transaction.recipients)
 
 
 async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> list:
@@ -4977,7 +4945,8 @@ def admitted_hosts(hosts: list, policy: MTASTSPolicy | None) -> list:
 
 
 async def next_hops(host: str, route: Route, policy: MTASTSPolicy | None, resolver: Resolver) -> list:
-    """Return a Route to each address of the host, or the one Reply that says why there is none."""
+    """Return a Route to each address of the host, and to those behind it if it does not answer; or the one Reply that
+    says why there is none."""
     try:
         addresses = await resolve_addresses(host, resolver, route.private, time.monotonic() + route.timeout)
     except Rejected as rejected:
@@ -4988,7 +4957,7 @@ async def next_hops(host: str, route: Route, policy: MTASTSPolicy | None, resolv
     elif not route.starttls:
         hop = replace(hop, tls_if_offered=True, tls_verify=False)  # RFC 7435: encrypted by anybody is better than clear
     addresses.sort(key=lambda address: connector.failed_lately((address, route.port)))
-    return [replace(hop, address=address) for address in addresses]
+    return [replace(hop, address=" ".join(addresses[i:])) for i in range(len(addresses))]
 
 
 async def deliver_to_host(transaction: Transaction, transport: TransportContext) -> list:
@@ -5043,11 +5012,18 @@ def save_message(transaction: Transaction) -> Reply:
 
 async def relay_screen(transaction: Transaction, transport: TransportContext) -> list:
     """Print the message on stderr."""
-    recipients = ">, <".join(transaction.recipients)
-    rule = f"--- {transaction.queueid}.{transaction.number} from <{transaction.sender}> to <{recipients}>"
-    printed = log.write_bytes(rule.encode() + b"\n" + transaction.octets().replace(b"\r\n", b"\n") + b"---\n")
+    printed = log.write_bytes(await asyncio.to_thread(screen_text, transaction))
     reply = make_reply("printed") if printed else make_reply("file", "stderr cannot be written")
     return [reply._replace(mailer="Screen")] * len(transaction.recipients)
+
+
+def screen_text(transaction: Transaction) -> bytes:
+    """Return the message with controls escaped, and marked so that no line of it can pass for one of the log."""
+    rule = f"{transaction.queueid}.{transaction.number} from <{transaction.sender}> to"
+    rule = f"--- {rule} <{'>, <'.join(transaction.recipients)}>"
+    text = transaction.octets().decode("utf-8", "backslashreplace").replace("\r\n", "\n").rstrip("\n")
+    escape = functools.partial(SCREEN_UNSAFE.sub, lambda found: ascii(found[0])[1:-1])
+    return "\n".join([escape(rule), *[f"| {escape(line)}" for line in text.split("\n")], "---\n"]).encode()
 
 
 async def relay_discard(transaction: Transaction, transport: TransportContext) -> list:
@@ -5135,10 +5111,12 @@ def haineko_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
     lines = [lines] if isinstance(lines, str) else lines if isinstance(lines, list) else []
     if not re.fullmatch(r"[245][0-9][0-9]", code) or (code[0] == "2") == bool(item.get("error")):
         return http_failure(route, response, None)
-    dsn = dsn if isinstance(dsn, str) and re.fullmatch(r"[245]\.\d{1,3}\.\d{1,3}", dsn) else None
+    if code[0] == "2" and response.status not in (200, 202, 207):  # something on the way changed one of the two
+        return http_failure(route, response, None)._replace(maybe_delivered=True)
+    dsn = dsn if isinstance(dsn, str) and re.fullmatch(r"[245]\.[0-9]{1,3}\.[0-9]{1,3}", dsn) else None
     command = item.get("command") if item.get("command") in KNOWN_COMMANDS else "DATA"
     message = sanitize_lines(lines) or (status_text(response),)
-    maybe_delivered = code[0] == "4" and message[0].endswith("may have arrived")
+    maybe_delivered = code[0] == "4" and item.get("maybe_delivered") is True
     wait = 0 if code[0] == "2" else parse_retry_after(response)
     return Reply(code, dsn, command, message, **route.endpoint, maybe_delivered=maybe_delivered, retry_after=wait)
 
@@ -5187,7 +5165,7 @@ def sendgrid_body(transaction: Transaction) -> bytes:
         document.update(sendgrid_parts(octets))
         if not document["subject"]:
             raise ValueError("the subject is empty")
-    except (ValueError, LookupError) as error:
+    except (ValueError, LookupError, RecursionError) as error:
         raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
     return encode_json({key: value for key, value in document.items() if value})
 
@@ -5197,20 +5175,26 @@ def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
     shown = {name: sendgrid_mailboxes(single_field(fields, name)) for name in ("from", "to", "cc", "reply-to")}
     if len(shown["from"]) != 1:
         raise ValueError("From has several addresses")
-    hidden = {address_key(to): to for to in transaction.recipients}
-    for name in ("to", "cc"):
-        for mailbox in shown[name]:
-            if not hidden.pop(address_key(mailbox["email"]), None):
-                raise ValueError(f"{name.title()} has {mailbox['email']}, which gets this mail another way or twice")
     if not shown["to"]:
         raise ValueError("To has none of the recipients")
-    people = {"to": shown["to"], "cc": shown["cc"], "bcc": [{"email": to} for to in hidden.values()]}
+    hidden = [{"email": recipient} for recipient in hidden_recipients(transaction, fields)]
+    people = {"to": shown["to"], "cc": shown["cc"], "bcc": hidden}
     document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": shown["from"][0]}
     reply_to = shown["reply-to"]
     return {
         **document,
         **({"reply_to_list": reply_to} if len(reply_to) > 1 else {"reply_to": reply_to and reply_to[0]}),
     }
+
+
+def hidden_recipients(transaction: Transaction, fields: list) -> list:
+    """Return the recipients that To and Cc don't show; raises ValueError if they show anybody else."""
+    hidden = {address_key(to): to for to in transaction.recipients}
+    for name in ("to", "cc"):
+        for _, mailbox in parse_mailboxes(single_field(fields, name)):
+            if not hidden.pop(mailbox.key, None):
+                raise ValueError(f"{name.title()} has {mailbox.addr_spec}, which gets this mail another way or twice")
+    return list(hidden.values())
 
 
 def sendgrid_mailboxes(text: str) -> list:
@@ -5517,6 +5501,9 @@ def format_mailboxes(text: str) -> str:
     return ", ".join(people)
 
 
+SCREEN_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # all controls but the tab
+
+
 # -- Probes, for `check --connect`
 
 
@@ -5742,8 +5729,8 @@ RELAYS.update(
 # ======================================================================================================================
 
 # Nothing is answered 2xx before it is committed to disk. After a process was killed,
-#  - a mail that was not yet in the file is sent again by its client, who has no answer. With an Idempotency-Key it is in
-#    the file before anything is sent, and is not sent twice.
+#  - a mail that was not yet in the file is sent again by its client, who has no answer. With an Idempotency-Key it is
+#    in the file before anything is sent, and is not sent twice.
 #  - leases of the dead process are seen, since it no longer holds its lock. Their recipients are tried again, and the
 #    log says that the mail may arrive twice.
 #  - the result of an attempt is there together with the bounce and the event that report it, or not at all.
@@ -5760,10 +5747,15 @@ def next_disposition(reply: Reply, attempts: int, age: float, jitter: float, set
     """Return what follows the reply to the latest of `attempts` for a mail `age` seconds old; jitter is 0 to 1."""
     if reply.accepted:
         return Disposition("delivered")
-    if not reply.temporary or age >= settings.lifetime:
+    expired = age >= settings.lifetime
+    if not reply.temporary or (expired and attempts >= MIN_ATTEMPTS):
         return Disposition("failed")
     pause = settings.retry_after[min(attempts, len(settings.retry_after)) - 1] * (0.8 + 0.4 * jitter)
-    return Disposition("open", min(max(pause, reply.retry_after), max(settings.lifetime - age, 1.0)))
+    left = settings.lifetime if expired else max(settings.lifetime - age, 1.0)  # the last attempt is at its end
+    return Disposition("open", min(max(pause, reply.retry_after), left))
+
+
+MIN_ATTEMPTS = 3  # before a mail is given up, however old: the clock may have been set forward by days
 
 
 class AttemptResult(NamedTuple):
@@ -5838,17 +5830,12 @@ def queued_reply(queueid: str, reply: Reply | None = None) -> Reply:
 # -- Bounces and events
 
 
-def notifications(
-    leased: LeasedRecipient, result: AttemptResult, reply: Reply, settings: Settings, now: float
-) -> tuple:
-    """Return the items that report a result: an event for the webhook, a bounce for the sender; usually none."""
-    if leased.kind != "mail":
-        return ()
-    items, state = [], result.disposition.state
-    event = state if state != "open" else "deferred" if leased.attempts == 1 else ""
-    if event and settings.queue.webhook:
+def notifications(leased: LeasedRecipient, reply: Reply, state: str, settings: Settings, now: float) -> tuple:
+    """Return the items that report an attempt: an event for the webhook, a bounce for the sender; usually none."""
+    items, event = [], "deferred" if state == "open" and leased.attempts == 1 else state
+    if leased.kind == "mail" and event != "open" and settings.queue.webhook:
         items.append(webhook_event(f"message.{event}", leased, reply, settings.queue.webhook, now))
-    if state == "failed" and leased.sender:
+    if state == "failed" and may_bounce(leased, settings):
         items.append(new_bounce(leased, reply, settings, now))
     return tuple(items)
 
@@ -5858,10 +5845,15 @@ def webhook_event(name: str, leased: LeasedRecipient, reply: Reply, url: str, no
     data = {"queueid": leased.queueid, "addresser": leased.sender, **reply_to_dict(leased.as_written, reply)}
     timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
     event = {"type": name, "timestamp": timestamp, "data": {**data, "attempts": leased.attempts}}
+    message = Message((ENCODER.encode(event).encode(),))
     recipient = NewRecipient(url, url, 1, f"Webhook {WEBHOOK_URL.fullmatch(url)[2]}")
-    return NewQueueItem(
-        new_queueid(now), "event", "", "", now, Message((ENCODER.encode(event).encode(),)), (recipient,)
-    )
+    return NewQueueItem(new_queueid(now), "event", "", "", now, message, (recipient,))
+
+
+def may_bounce(leased: LeasedRecipient, settings: Settings) -> bool:
+    """Return whether the sender is told of a failure: others than these could be made to receive strangers' mail."""
+    known = leased.login or not check_recipient(parse_address(leased.sender), settings)
+    return leased.kind == "mail" and bool(leased.sender and known)
 
 
 def new_bounce(leased: LeasedRecipient, reply: Reply, settings: Settings, now: float) -> NewQueueItem:
@@ -5880,12 +5872,12 @@ def sign_webhook(secret: bytes, webhook_id: str, second: int, body: bytes) -> st
 
 def bounce_message(leased: LeasedRecipient, reply: Reply, hostname: str, queueid: str, now: float) -> Message:
     """Return the delivery status notification (RFC 3464) that a recipient's mail has failed."""
-    header = leased.message.copy(leased.recipient, leased.number).partition(b"\r\n\r\n")[0] + b"\r\n"
+    header = returned_header(leased.message.copy(leased.recipient, leased.number))
     lines, is_ascii = diagnostic_lines(reply), leased.recipient.isascii()
     text = BOUNCE_TEMPLATE.format(
         leased=leased, hostname=hostname, queueid=queueid, boundary=f"{queueid}/report", date=rfc5322_date(int(now)),
         encoding="7bit" if header.isascii() and is_ascii else "8bit", address_type="rfc822" if is_ascii else "utf-8",
-        age=format_duration(now - leased.created_at), arrival_date=rfc5322_date(int(leased.created_at)),
+        arrival_date=rfc5322_date(int(leased.created_at)),
         server=f" ({reply.host})" if reply.host else "", reply="\r\n    ".join(lines),
         remote_mta=f"Remote-MTA: dns; {reply.host}\r\n" if reply.host else "",
         status=reply.dsn or ("4.4.7" if reply.temporary else "5.0.0"),  # RFC 3463: delivery time expired; undefined
@@ -5893,6 +5885,18 @@ def bounce_message(leased: LeasedRecipient, reply: Reply, hostname: str, queueid
     octets = text.encode() + header + f"\r\n--{queueid}/report--\r\n".encode()
     return Message((octets,), needs_8bitmime=not octets.isascii())
 
+
+def returned_header(octets: bytes) -> bytes:
+    """Return the fields by which a sender knows the message again, as far as they are short."""
+    found, size = [], 0
+    for match in RETURNED_FIELD.finditer(octets.partition(b"\r\n\r\n")[0] + b"\r\n"):
+        size += len(match[0])
+        found += [match[0]] if size <= MAX_RETURNED else []
+    return b"".join(found)
+
+
+RETURNED_FIELD = re.compile(rb"(?im)^(?:From|To|Subject|Date|Message-Id):[^\r\n]*\r\n(?:[ \t][^\r\n]*\r\n)*")
+MAX_RETURNED = 4096  # octets
 
 BOUNCE_TEMPLATE = """\
 Received: by {hostname} (Haineko) id {queueid};
@@ -5912,17 +5916,15 @@ Content-Type: multipart/report; report-type=delivery-status;
 Content-Type: text/plain; charset=UTF-8
 Content-Transfer-Encoding: {encoding}
 
-This is the mail system at {hostname}.
-
-Your mail could not be delivered to
+This is the mail system at {hostname}. Your mail to
 
     {leased.recipient}
 
-It was tried {leased.attempts} time(s) in {age}. The last reply{server} was:
+could not be delivered. After {leased.attempts} attempt(s) since {arrival_date} the last reply{server} was:
 
     {reply}
 
-Its headers are attached. It will not be tried again.
+It will not be tried again. The beginning of its header is attached.
 
 --{boundary}
 Content-Type: message/delivery-status
@@ -5949,17 +5951,12 @@ def diagnostic_lines(reply: Reply) -> list:
     return [f"{reply.code} {line}".rstrip() for line in lines or [""]]
 
 
-def format_duration(seconds: float) -> str:
-    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}s"
-    return f"{seconds:.0f} seconds"
-
-
-async def post_webhook(leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool) -> Reply:
+async def post_webhook(
+    leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool, timeout: float = 15.0
+) -> Reply:
     """POST an event to its webhook; return a reply as a relay gives it."""
     scheme, host, port, path = WEBHOOK_URL.fullmatch(leased.recipient).groups()
-    target = HTTPTarget(f"{scheme}://{host}{f':{port}' if port else ''}", WEBHOOK_TIMEOUT, "Webhook")
+    target = HTTPTarget(f"{scheme}://{host}{f':{port}' if port else ''}", timeout, "Webhook")
     body, event_id = leased.message.parts[0], f"msg_{leased.queueid}"
     headers = (
         ("webhook-id", event_id),
@@ -5970,12 +5967,11 @@ async def post_webhook(leased: LeasedRecipient, secret: bytes, now: float, http_
         status = (await http_pool.request(target, HTTPRequest("POST", path or "/", body, headers))).status
     except Rejected as refused:
         reply = refused.reply
-        return make_reply("webhook-later", word=": ".join(reply.message), command=reply.command, **target.endpoint)
+        unreachable = {"command": "CONN"} if reply.command == "CONN" else {}
+        return make_reply("webhook-later", word=": ".join(reply.message), **target.endpoint, **unreachable)
     slug = "webhook" if 200 <= status <= 299 else "webhook-never" if status == 410 else "webhook-later"  # 410 is Gone
     return make_reply(slug, word=str(status), **target.endpoint)
 
-
-WEBHOOK_TIMEOUT = 15.0  # seconds
 
 # -- The file
 
@@ -5997,11 +5993,10 @@ class QueueDB:
         self.deferred_writes: deque = deque()  # (operation, values) to be repeated until the file can be used
         self.thread: Any = None
         self.db: Any = None
-        self.file_ids: list = []  # of the files as they were opened
+        self.file_ids: dict = {}  # of the files as they were opened
         self.slot = self.locks = 0  # number of the byte that this process has locked; the lock file
         self.fault = ""  # why the file can't be used
         self.woken = False  # since the last commit
-        self.disk_checked_at, self.disk_ok = 0.0, False
 
     async def do(self, operation: Callable, *values: Any) -> Any:
         """Return the result of operation(db, slot, *values) once it is on disk; raise Rejected if that fails."""
@@ -6034,23 +6029,18 @@ class QueueDB:
 
     def wake_manager(self) -> None:
         """Tell the queue manager that something is due; once after each commit is enough."""
-        if self.woken:
-            return
-        self.woken = True
-        try:
-            self.wake_socket.send(b"\0")
-        except (OSError, AttributeError):  # woken often enough, or there is none: it looks once a second
-            pass
+        if self.wake_socket and not self.woken:
+            self.woken = True
+            with contextlib.suppress(OSError):  # it has been woken often enough
+                self.wake_socket.send(b"\0")
 
     def has_free_space(self) -> bool:
-        """Return whether the disk has as much free space as it should, or had a moment ago."""
-        now = time.monotonic()
-        if now - self.disk_checked_at > 0.1:
-            self.disk_checked_at, self.disk_ok = now, False
-            with contextlib.suppress(OSError):
-                disk = os.statvfs(os.path.dirname(self.settings.path))
-                self.disk_ok = disk.f_bavail * disk.f_frsize >= self.settings.min_free
-        return self.disk_ok
+        """Return whether the disk has as much free space as it should."""
+        try:
+            disk = os.statvfs(os.path.dirname(self.settings.path))
+        except OSError:
+            return False
+        return disk.f_bavail * disk.f_frsize >= self.settings.min_free
 
     def health_error(self) -> str:
         """Return what is wrong with the file or its disk, "" for nothing."""
@@ -6058,28 +6048,25 @@ class QueueDB:
 
     def _work(self) -> None:
         while True:
-            batch, owed = self._batch(), [self.deferred_writes.popleft() for _ in range(len(self.deferred_writes))]
+            batch = self._take_waiting(self.BATCH, block=True)
+            owed = [self.deferred_writes.popleft() for _ in range(len(self.deferred_writes))]
             work = [*owed, *[(operation, values) for operation, values, _ in batch]]
-            results = self.commit(work, batch)
+            try:
+                results = self.commit(work, batch)
+            except Exception:  # callers wait for results, and deferred writes must not be lost
+                log_exception("queue")
+                results = [Rejected(make_reply("store", mailer="Queue"))] * len(work)
             self.deferred_writes.extend(work for work, result in zip(owed, results) if isinstance(result, Rejected))
             self.woken = False
             for (_, _, future), result in zip(batch, results[len(owed) :]):
                 future.get_loop().call_soon_threadsafe(future.set_result, result)
 
-    def _batch(self) -> list:
-        """Wait for work and return all that waits; nothing after a second if there are deferred writes."""
-        try:
-            batch = [self.waiting.get(timeout=1.0 if self.deferred_writes else None)]
-        except queue.Empty:
-            return []
-        return batch + self._drain_waiting(self.BATCH - 1)
-
-    def _drain_waiting(self, limit: int) -> list:
-        """Return what waits, without waiting for more."""
+    def _take_waiting(self, limit: int, block: bool = False) -> list:
+        """Return what waits; if `block`, wait for it, a second at most if there are deferred writes."""
         found: list = []
         with contextlib.suppress(queue.Empty):
             while len(found) < limit:
-                found.append(self.waiting.get_nowait())
+                found.append(self.waiting.get(block and not found, 1.0 if self.deferred_writes else None))
         return found
 
     def commit(self, work: list, batch: list | None = None) -> list:
@@ -6090,11 +6077,12 @@ class QueueDB:
         import sqlite3
 
         try:
-            self._open()
+            if not self.db:
+                self._open()
             fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite itself would wait by sleeping, sometimes long
-            db = self._open()  # the files may have been replaced meanwhile
+            db = self._open()  # now, when no other process writes: the files may have been replaced
             if batch is not None:
-                late = self._drain_waiting(self.BATCH - len(batch))
+                late = self._take_waiting(self.BATCH - len(batch))
                 batch += late
                 work += [(operation, values) for operation, values, _ in late]
             db.execute("BEGIN IMMEDIATE")
@@ -6109,11 +6097,10 @@ class QueueDB:
             if len(work) > 1:
                 return [self.commit([one])[0] for one in work]
             log_exception("queue")
-            operation, values = work[0]
-            if operation not in LEASE_CONDITIONS:
-                return [error]
-            release = self.settings, time.time(), LEASE_CONDITIONS[operation], values[0]
-            return self.commit([(release_leases, release)])
+            ((operation, values),) = work
+            leases = LEASE_CONDITIONS.get(operation)  # they must not outlast it
+            release = release_leases, (self.settings, time.time(), leases, *values[:1])
+            return self.commit([release]) if leases else [error]
         finally:
             if self.locks:
                 fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, 0)
@@ -6138,16 +6125,13 @@ class QueueDB:
         """Return the connection; raise sqlite3.Error or OSError."""
         import sqlite3
 
-        path = self.settings.path
-        if self.db and self.file_ids == self._file_ids():
+        if self.db and (self.file_ids == self._file_ids() or not self._leave_files()):
+            self._lock_slot(self.db)
             return self.db
-        if self.db:
-            log.lines(f"queue: {sanitize(path)} was moved or replaced while in use; what is there now is opened")
-            with contextlib.suppress(sqlite3.Error):  # what is committed must be in the file that was moved
-                self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        self.close()
-        if not os.path.exists(path):
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # mail is private
+        path = self.settings.path
+        for suffix in ("", "-wal", "-shm"):
+            if not suffix or os.path.lexists(path + suffix):
+                os.close(open_private(path + suffix, os.O_RDONLY))
         db = self.db = sqlite3.connect(path, timeout=self.BUSY, isolation_level=None, check_same_thread=False)
         db.row_factory = sqlite3.Row
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
@@ -6157,8 +6141,22 @@ class QueueDB:
         self.file_ids = self._file_ids()
         return db
 
-    def _file_ids(self) -> list:
-        return [file_id(self.settings.path + suffix) for suffix in ("", "-wal", "-shm", ".lock")]
+    def _file_ids(self) -> dict:
+        return {path: file_id(path) for path in [self.settings.path + suffix for suffix in ("", "-wal", "-shm")]}
+
+    def _leave_files(self) -> bool:
+        """Close files that were moved or replaced while in use; return False if another program reads them just now.
+
+        All mail must be in the file that was moved, and what remains here of its log must not be read with a new one.
+        """
+        if self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()["busy"]:
+            return False
+        log.lines(f"queue: {sanitize(self.settings.path)} was moved or replaced; opening what is there now")
+        for path, before in self.file_ids.items():
+            if path != self.settings.path and before and file_id(path) == before:
+                os.unlink(path)
+        self.close()
+        return True
 
     def _lock_slot(self, db: Any) -> None:
         """Lock a slot, the same again if the lock file was replaced; what its last process had leased is released."""
@@ -6195,7 +6193,7 @@ def lock_slot(path: str, preferred: int) -> tuple:
     The kernel unlocks it when the process ends, so the owner of a lease is known to be alive. No process may open the
     file twice: closing one handle would unlock all.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    handle = open_private(path, os.O_RDWR)
     for slot in (preferred or 1, *range(1, MAX_SLOTS)):
         if lock_byte(handle, slot):
             return handle, slot
@@ -6204,6 +6202,18 @@ def lock_slot(path: str, preferred: int) -> tuple:
 
 
 MAX_SLOTS = 4096  # processes
+
+
+def open_private(path: str, flags: int) -> int:
+    """Open or create a file that its owner alone may read; raise OSError for a link and for another user's file."""
+    handle, user = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), os.geteuid()
+    found = os.fstat(handle)
+    if stat.S_ISREG(found.st_mode) and (found.st_uid in (0, user) or not user):
+        if found.st_uid == user and found.st_mode & 0o077:
+            os.fchmod(handle, 0o600)
+        return handle
+    os.close(handle)
+    raise OSError(errno.EPERM, "is not a regular file of this user", path)
 
 
 def lock_byte(handle: int, offset: int) -> bool:
@@ -6215,47 +6225,43 @@ def lock_byte(handle: int, offset: int) -> bool:
     return True
 
 
-# The first script creates a file of version 1 (PRAGMA user_version), each further one upgrades it by one.
-MIGRATIONS = (
-    """
+# A new file; times are seconds since the epoch.
+SCHEMA = """
     CREATE TABLE messages (
-        id INTEGER PRIMARY KEY,
-        queueid TEXT NOT NULL UNIQUE,
-        kind TEXT NOT NULL,          -- mail, or event for the webhook
-        sender TEXT NOT NULL,
-        login TEXT NOT NULL,
-        born REAL NOT NULL,          -- created_at: seconds since the epoch, as all times
-        open INTEGER NOT NULL,       -- open_recipients: how many are neither delivered nor given up
-        done REAL,                   -- completed_at: when none was left
-        owner INTEGER,               -- slot of the process that has yet to answer its client
-        key BLOB UNIQUE,             -- with Idempotency-Key: digest of login, path and key
-        body BLOB,                   -- body_digest: of the request
-        answer TEXT,                 -- response to the client: JSON of status, headers, body
-        size INTEGER NOT NULL,       -- octets of the message
-        parts TEXT NOT NULL,         -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), then the length of each part
-        octets BLOB NOT NULL         -- the parts; empty once completed
+        id INTEGER PRIMARY KEY, queueid TEXT NOT NULL UNIQUE,
+        kind TEXT NOT NULL,                -- mail, or event for the webhook
+        sender TEXT NOT NULL, login TEXT NOT NULL, created_at REAL NOT NULL,
+        open_recipients INTEGER NOT NULL,  -- how many are neither delivered nor given up
+        completed_at REAL,                 -- when none was left
+        owner INTEGER,                     -- slot of the process that has yet to answer its client
+        key BLOB UNIQUE,                   -- with Idempotency-Key: digest of login, path and key
+        body_digest BLOB,                  -- of the request
+        response TEXT,                     -- to the client: JSON of status, headers, body
+        size INTEGER NOT NULL,             -- octets of the message
+        parts TEXT NOT NULL,               -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), then the length of each part
+        octets BLOB NOT NULL               -- the parts; empty once completed
     );
-    CREATE INDEX messages_by_owner ON messages(owner) WHERE owner IS NOT NULL;
-    CREATE INDEX messages_by_done ON messages(done) WHERE done IS NOT NULL;
+    CREATE INDEX messages_by_done ON messages(completed_at) WHERE completed_at IS NOT NULL;
     CREATE TABLE recipients (
-        id INTEGER PRIMARY KEY,
-        message INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
-        given TEXT NOT NULL,         -- as_written: by the client
-        recipient TEXT NOT NULL,     -- as relays are told
-        number INTEGER NOT NULL,     -- of the copy
-        lane TEXT NOT NULL,          -- destination: see destination_key()
-        state TEXT NOT NULL,         -- open, delivered, failed or dropped
-        born REAL NOT NULL,          -- created_at
-        due REAL,                    -- open and not leased: time of the next attempt; 0: now, even if throttled
-        owner INTEGER,               -- leased: slot of the process that delivers it
+        id INTEGER PRIMARY KEY, message INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
+        as_written TEXT NOT NULL,          -- by the client
+        recipient TEXT NOT NULL,           -- as relays are told
+        number INTEGER NOT NULL, destination TEXT NOT NULL,
+        state TEXT NOT NULL, created_at REAL NOT NULL,  -- state: open, delivered, failed, dropped or held
+        due REAL,                          -- open and not leased: time of the next attempt; 0: now, even if throttled
+        owner INTEGER,                     -- leased: slot of the process that delivers it
         attempts INTEGER NOT NULL,
-        history TEXT NOT NULL        -- JSON, see add_attempt()
+        history TEXT NOT NULL,             -- JSON, see add_attempt()
+        interruptions INTEGER NOT NULL DEFAULT 0  -- in a row
     );
     CREATE INDEX recipients_by_message ON recipients(message);
     CREATE INDEX recipients_by_owner ON recipients(owner) WHERE owner IS NOT NULL;
-    CREATE INDEX recipients_by_due ON recipients(lane, due) WHERE due IS NOT NULL;
-    CREATE INDEX recipients_by_age ON recipients(lane, born) WHERE due IS NOT NULL
-    """,
+    CREATE INDEX recipients_by_due ON recipients(destination, due) WHERE due IS NOT NULL;
+    CREATE INDEX recipients_by_age ON recipients(destination, created_at) WHERE due IS NOT NULL;
+    CREATE INDEX recipients_held ON recipients(destination) WHERE state='held'
+"""
+# Each upgrades a file from the version before (PRAGMA user_version), the first one from version 1 to 2.
+MIGRATIONS = (
     """
     ALTER TABLE messages RENAME COLUMN born TO created_at;
     ALTER TABLE messages RENAME COLUMN open TO open_recipients;
@@ -6265,6 +6271,8 @@ MIGRATIONS = (
     ALTER TABLE recipients RENAME COLUMN given TO as_written;
     ALTER TABLE recipients RENAME COLUMN lane TO destination;
     ALTER TABLE recipients RENAME COLUMN born TO created_at;
+    ALTER TABLE recipients ADD COLUMN interruptions INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX recipients_held ON recipients(destination) WHERE state='held';
     DROP INDEX messages_by_owner
     """,
 )
@@ -6272,14 +6280,14 @@ MIGRATIONS = (
 
 def migrate(db: Any, migrations: tuple = MIGRATIONS) -> None:
     """Bring the file to the newest version in one transaction; refuse a newer one."""
-    newest = len(migrations)
+    newest = 1 + len(migrations)
     if db.execute("PRAGMA user_version").fetchone()[0] == newest:
         return
     db.execute("BEGIN IMMEDIATE")
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > newest:
         raise OSError(f"{NEWER_VERSION} {version}; this Haineko knows {newest}")
-    for script in migrations[version:]:
+    for script in migrations[version - 1 :] if version else (SCHEMA,):
         for statement in re.sub(r" *--[^\n]*", "", script).split(";"):
             db.execute(statement)
     db.execute(f"PRAGMA user_version={newest}")
@@ -6350,7 +6358,8 @@ def finish_attempt(db: Any, slot: int, row_id: int, result: AttemptResult, now: 
     state, pause = result.disposition
     history = add_attempt(row["history"], now, result.reply) if result.reply else row["history"]
     db.execute(
-        "UPDATE recipients SET destination=?, state=?, due=?, owner=NULL, attempts=attempts+?, history=? WHERE id=?",
+        "UPDATE recipients SET destination=?, state=?, due=?, owner=NULL, attempts=attempts+?, interruptions=0,"
+        " history=? WHERE id=?",
         (result.destination or row["destination"], state, now + pause if state == "open" else None,
          result.reply is not None, history, row_id),
     )  # fmt: skip
@@ -6387,9 +6396,11 @@ def lease_due(
 ) -> list:
     """Lease what is due to this process: up to `limit` of each destination, less those in flight.
 
-    Of a throttled destination only what is due at once, and what was created before `expired_before`.
+    Of a throttled destination (with its failures) only what is due at once, and what was created before
+    `expired_before` and needs no more attempts.
     """
     free, leased = MAX_ACTIVE - sum(in_flight.values()), []
+    suspect = db.execute(SUSPECT_SQL, (MAX_INTERRUPTIONS - 1,)).fetchone()[0]
     for (destination,) in db.execute(DESTINATIONS_SQL).fetchall():
         count = min(limit - in_flight.get(destination, 0), free)
         if count <= 0:
@@ -6397,14 +6408,36 @@ def lease_due(
         until = now if destination not in throttled else 0
         rows = db.execute(DUE_SQL, (destination, until, count)).fetchall()
         if destination in throttled:
-            rows += db.execute(EXPIRED_SQL, (destination, expired_before, MAX_EXPIRED)).fetchall()
-        for row_id in dict.fromkeys([row["id"] for row in rows]):
-            leased.append(read_leased(db, row_id))
-            db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row_id))
+            attempts = MIN_ATTEMPTS - throttled[destination]
+            rows += db.execute(EXPIRED_SQL, (destination, expired_before, attempts, MAX_EXPIRED)).fetchall()
+        for row_id, interruptions in dict(map(tuple, rows)).items():
+            if interruptions < MAX_INTERRUPTIONS - 1 or not suspect:
+                suspect = suspect or interruptions >= MAX_INTERRUPTIONS - 1
+                leased += lease(db, slot, row_id)
         free -= len(rows)
     return leased
 
 
+def lease(db: Any, slot: int, row_id: int) -> list:
+    """Lease one recipient; one that can't be read is held, or it would keep all others from being read."""
+    row = db.execute(
+        "SELECT r.id, queueid, kind, sender, login, m.created_at, parts, as_written, recipient, number, destination,"
+        " attempts, history, octets FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (row_id,)
+    ).fetchone()  # fmt: skip
+    try:
+        history, (flags, *lengths) = parse_history(row["history"]), json.loads(row["parts"])
+    except (ValueError, TypeError):
+        log_exception(row["queueid"])
+        db.execute("UPDATE recipients SET state='held', due=NULL WHERE id=?", (row_id,))
+        return []
+    db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row_id))
+    octets = io.BytesIO(row["octets"])
+    message = Message(tuple([octets.read(length) for length in lengths]), bool(flags & 1), flags > 1)
+    return [LeasedRecipient(*row[:-1])._replace(message=message, history=history)]
+
+
+MAX_INTERRUPTIONS = 3  # in a row, after which a mail is held; before the last one no other suspect is in flight
+SUSPECT_SQL = "SELECT count(*) FROM recipients WHERE owner IS NOT NULL AND interruptions>=?"
 MAX_ACTIVE = 256  # deliveries under way
 MAX_EXPIRED = 64  # mails given up at a time
 DESTINATIONS_SQL = """
@@ -6414,23 +6447,9 @@ DESTINATIONS_SQL = """
                           AND destination > found.destination)
                   FROM found WHERE destination IS NOT NULL)
     SELECT destination FROM found WHERE destination IS NOT NULL"""  # one index search each, however many wait
-DUE_SQL = "SELECT id FROM recipients WHERE destination=? AND due IS NOT NULL AND due<=? ORDER BY due LIMIT ?"
-EXPIRED_SQL = (
-    "SELECT id FROM recipients WHERE destination=? AND due IS NOT NULL AND created_at<=? ORDER BY created_at LIMIT ?"
-)
-
-
-def read_leased(db: Any, row_id: int) -> LeasedRecipient:
-    row = db.execute(
-        "SELECT r.id, queueid, kind, sender, login, m.created_at, parts AS message, as_written, recipient, number,"
-        " destination, attempts, history, octets FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?",
-        (row_id,),
-    ).fetchone()
-    flags, *lengths = json.loads(row["message"])
-    stream = io.BytesIO(row["octets"])
-    message = Message(tuple([stream.read(length) for length in lengths]), bool(flags & 1), flags > 1)
-    values = LeasedRecipient(*tuple(row)[:-1])
-    return values._replace(message=message, history=parse_history(row["history"]))
+WAITING_SQL = "SELECT id, interruptions FROM recipients WHERE destination=? AND due IS NOT NULL AND"
+DUE_SQL = f"{WAITING_SQL} due<=? ORDER BY due LIMIT ?"
+EXPIRED_SQL = f"{WAITING_SQL} created_at<=? AND attempts>=? ORDER BY created_at LIMIT ?"
 
 
 def reclaim_dead_leases(db: Any, slot: int, locks: int, settings: QueueSettings, now: float) -> None:
@@ -6448,17 +6467,21 @@ def release_leases(
     """End the slot's leases, or those that a row of LEASE_CONDITIONS says; nobody knows whether their mail was sent."""
     reply = make_reply("interrupted", mailer="Queue")
     rows = db.execute(
-        "SELECT r.id, r.message, r.recipient, r.attempts, r.history, m.queueid FROM recipients r"
+        "SELECT r.*, m.queueid FROM recipients r"
         f" JOIN messages m ON m.id=r.message WHERE r.owner=?{condition}", (owner, *([lease] if condition else []))
     ).fetchall()  # fmt: skip
     for row in rows:
-        to = log_value(f"<{row['recipient']}>")
-        log.lines(f"{row['queueid']}: to={to} status=deferred (delivery interrupted; the mail may arrive twice)")
+        held = row["interruptions"] + 1 >= MAX_INTERRUPTIONS
+        pairs = log_pairs(to=f"<{row['recipient']}>", status="held" if held else "deferred")
+        what = f"held after {MAX_INTERRUPTIONS} times; see `queue retry`" if held else "to be tried again"
+        log.lines(f"{row['queueid']}: {pairs} (delivery interrupted, the mail may arrive twice; {what})")
         pause = next_disposition(reply, row["attempts"] + 1, 0, random_unit(), settings).pause
         db.execute(
-            "UPDATE recipients SET due=?, owner=NULL, attempts=attempts+1, history=? WHERE id=?",
-            (now + pause, add_attempt(row["history"], now, reply), row["id"]),
-        )
+            "UPDATE recipients SET state=?, due=?, owner=NULL, attempts=attempts+1, interruptions=interruptions+1,"
+            " history=? WHERE id=?",
+            ("held" if held else "open", None if held else now + pause, add_attempt(row["history"], now, reply),
+             row["id"]),
+        )  # fmt: skip
         db.execute("UPDATE messages SET owner=NULL WHERE id=?", (row["message"],))
 
 
@@ -6484,49 +6507,62 @@ STATE_SQL = "CASE WHEN due IS NOT NULL THEN 'waiting' WHEN state='open' THEN 'se
 
 
 def queue_stats(db: Any, slot: int, now: float) -> dict:
-    """Return how many recipients wait and are being sent, in all and by destination, and the age of the oldest."""
+    """Return how many recipients wait, are being sent or held, in all and by destination, and the age of the oldest."""
     routes: dict = {}
     columns = "SELECT destination, count(*), min(created_at) FROM recipients"
-    for state, column in (("waiting", "due"), ("sending", "owner")):
-        sql = f"{columns} WHERE {column} IS NOT NULL GROUP BY destination"
-        for destination, count, created_at in db.execute(sql):
-            stats = routes.setdefault(destination, {"waiting": 0, "sending": 0, "oldest": 0})
+    conditions = {"waiting": "due IS NOT NULL", "sending": "owner IS NOT NULL", "held": "state='held'"}
+    for state, condition in conditions.items():
+        for destination, count, created_at in db.execute(f"{columns} WHERE {condition} GROUP BY destination"):
+            stats = routes.setdefault(destination, {**dict.fromkeys(conditions, 0), "oldest": 0})
             stats.update({state: count, "oldest": max(stats["oldest"], round(now - created_at))})
-    total = {key: sum(stats[key] for stats in routes.values()) for key in ("waiting", "sending")}
+    total = {state: sum(stats[state] for stats in routes.values()) for state in conditions}
     return {**total, "oldest": max([stats["oldest"] for stats in routes.values()], default=None), "routes": routes}
 
 
 def open_recipients_after(db: Any, slot: int, row_id: int, limit: int) -> list:
-    """Return rows of the next recipients that are open, in the order in which they came."""
+    """Return rows of the next recipients that are open or held, in the order in which they came."""
     return db.execute(
         f"SELECT r.id, queueid, size, m.created_at, due, sender, recipient, history, {STATE_SQL} FROM recipients r"
-        " JOIN messages m ON m.id=r.message WHERE r.id>? AND r.state='open' ORDER BY r.id LIMIT ?",
+        " JOIN messages m ON m.id=r.message WHERE r.id>? AND r.state IN ('open', 'held') ORDER BY r.id LIMIT ?",
         (row_id, limit),
     ).fetchall()
 
 
 def flush_queue(db: Any, slot: int, queueid: str | None) -> int:
-    """Make what waits, of one mail or of all, due now, even if throttled; return how many recipients that are."""
-    condition, values = (" AND message=(SELECT id FROM messages WHERE queueid=?)", (queueid,)) if queueid else ("", ())
-    return db.execute(f"UPDATE recipients SET due=0 WHERE due IS NOT NULL{condition}", values).rowcount
+    """Make what waits, or waits or is held of one mail, due now, even if throttled; return how many recipients."""
+    if not queueid:
+        return db.execute("UPDATE recipients SET due=0 WHERE due IS NOT NULL").rowcount
+    sql = f"UPDATE recipients SET due=0, state='open', interruptions=0 WHERE {WAITING_OF_MESSAGE}"
+    return db.execute(sql, (queueid,)).rowcount
 
 
-def drop_message(db: Any, slot: int, queueid: str, now: float) -> int:
-    """Give up what waits of a mail, without a bounce; return how many recipients that are."""
-    message = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone()
-    if not message:
-        return 0
-    sql = "UPDATE recipients SET state='dropped', due=NULL WHERE due IS NOT NULL AND message=?"
-    count = db.execute(sql, (message["id"],)).rowcount
-    close_recipients(db, message["id"], count, now)
+def drop_message(db: Any, slot: int, queueid: str, now: float) -> Any:
+    """Give up what waits of a mail, without a bounce; return how many recipients, or Rejected if one is being sent."""
+    message = message_status(db, slot, queueid)
+    if message and any(row["state"] == "sending" for row in message["recipients"]):
+        return Rejected(make_reply("queue-sending"))
+    count = db.execute(
+        f"UPDATE recipients SET state='dropped', due=NULL WHERE {WAITING_OF_MESSAGE}", (queueid,)
+    ).rowcount
+    if count:
+        close_recipients(db, message["id"], count, now)
     return count
+
+
+WAITING_OF_MESSAGE = "(due IS NOT NULL OR state='held') AND message=(SELECT id FROM messages WHERE queueid=?)"
+
+
+def correct_due(db: Any, slot: int, settings: QueueSettings, now: float) -> None:
+    """Make due what would wait longer than any pause, since the clock was set back; not what is to be sent later."""
+    latest = now + 1.2 * max(settings.retry_after)
+    db.execute("UPDATE recipients SET due=? WHERE due>? AND (attempts>0 OR due<=created_at)", (now, latest))
 
 
 # -- The process that delivers
 
 
 class Throttle(NamedTuple):
-    """Destination that could not be connected to."""
+    """Destination to which nothing can be sent for now."""
 
     until: float  # time.monotonic()
     failures: int  # in a row
@@ -6544,7 +6580,7 @@ class QueueManager:
     async def run(self) -> None:
         """Deliver until the server stops."""
         self.wake_socket.setblocking(False)
-        bell, looked = AsyncSocket(self.wake_socket), 0.0
+        bell, looked, clock = AsyncSocket(self.wake_socket), 0.0, float("inf")
         while not self.app.stopping:
             now = time.time()
             try:
@@ -6552,6 +6588,9 @@ class QueueManager:
                     looked = time.monotonic()
                     await self.db.do(reclaim_dead_leases, self.db.locks, self.db.settings, now)
                     await self.db.do(purge, now)
+                    if now - looked < clock - 60:  # it was set back; perhaps while no process ran
+                        await self.db.do(correct_due, self.db.settings, now)
+                    clock = now - looked  # against time.monotonic()
                 await self._schedule(now)
                 await bell.recv(65536, time.monotonic() + 1)
             except socket.timeout:
@@ -6564,13 +6603,15 @@ class QueueManager:
         settings = self.app.settings
         if settings is not self.settings:  # a destination may mean another host now
             self.settings, self.throttled = settings, {}
-        throttled = [key for key, throttle in self.throttled.items() if throttle.until > time.monotonic()]
-        in_flight = {destination: count for destination, count in self.in_flight.items() if count}
+        monotonic = time.monotonic()
+        throttled = {key: found.failures for key, found in self.throttled.items() if found.until > monotonic}
+        self.in_flight = {destination: count for destination, count in self.in_flight.items() if count}
         expired_before = now - settings.queue.lifetime
-        limits = settings.smtpd.max_workers, in_flight, throttled, expired_before
+        limits = settings.smtpd.max_workers, dict(self.in_flight), throttled, expired_before
         for leased in await self.db.do(lease_due, now, *limits):
             self.in_flight[leased.destination] = self.in_flight.get(leased.destination, 0) + 1
             expired = leased.destination in throttled and leased.created_at <= expired_before and leased.history
+            expired = expired and leased.attempts + throttled[leased.destination] >= MIN_ATTEMPTS  # others' count, too
             asyncio.get_running_loop().create_task(self._deliver(leased, bool(expired)))
 
     async def _deliver(self, leased: LeasedRecipient, expired: bool) -> None:
@@ -6595,9 +6636,9 @@ class QueueManager:
             disposition = next_disposition(reply, leased.attempts, age, random_unit(), settings.queue)
             self._throttle(leased.destination, reply, settings.queue)
         now = time.time()
-        log_attempt(leased, reply, disposition, now)
-        result = AttemptResult(None if expired else reply, disposition, (), destination)
-        result = result._replace(follow_ups=notifications(leased, result, reply, settings, now))
+        log_attempt(leased, reply, disposition, settings, now)
+        follow_ups = notifications(leased, reply, disposition.state, settings, now)
+        result = AttemptResult(None if expired else reply, disposition, follow_ups, destination)
         await self.db.do_eventually(finish_attempt, leased.id, result, now)
 
     async def _attempt(self, leased: LeasedRecipient, settings: Settings) -> tuple:
@@ -6620,9 +6661,9 @@ class QueueManager:
         return await post_webhook(leased, settings.secret, time.time(), self.app.transport.http)
 
     def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
-        """After a failure to connect the destination waits, up to the third pause: new mail may wait for it."""
+        """After a failure to open a session its destination waits, up to the third pause: new mail may wait for it."""
         throttle, now = self.throttled.get(destination, Throttle(0, 0)), time.monotonic()
-        if not (reply.temporary and reply.command == "CONN"):
+        if not (reply.temporary and reply.command in ("CONN", "EHLO", "STARTTLS", "AUTH")):  # before the first mail
             self.throttled.pop(destination, None)
         elif throttle.until <= now:
             failures = throttle.failures + 1
@@ -6630,20 +6671,21 @@ class QueueManager:
             self.throttled[destination] = Throttle(now + pause, failures)
 
 
-def log_attempt(leased: LeasedRecipient, reply: Reply, disposition: Disposition, now: float) -> None:
+def log_attempt(
+    leased: LeasedRecipient, reply: Reply, disposition: Disposition, settings: Settings, now: float
+) -> None:
     """Log one line for each attempt."""
     pairs = log_pairs(
-        **{"from": f"<{leased.sender}>"},
-        to=f"<{leased.recipient}>",
-        relay=reply.relay,
-        delay=f"{max(now - leased.created_at, 0):.2f}",
-        dsn=reply.dsn,
+        **{"from": f"<{leased.sender}>"}, to=f"<{leased.recipient}>", relay=reply.relay,
+        delay=f"{max(now - leased.created_at, 0):.2f}", dsn=reply.dsn,
         status={"delivered": "sent", "failed": "bounced", "open": "deferred"}[disposition.state],
-    )
-    again = f"; next attempt in {disposition.pause:.0f} s" if disposition.state == "open" else ""
-    twice = "; may arrive twice" if reply.maybe_delivered else ""
+    )  # fmt: skip
+    notes = f"; next attempt in {disposition.pause:.0f} s" if disposition.state == "open" else ""
+    notes += "; may arrive twice" if reply.maybe_delivered else ""
+    if disposition.state == "failed" and leased.sender and not may_bounce(leased, settings):
+        notes += "; no bounce, since the sender did not log in and `recipients` does not permit the address"
     words = sanitize(" ".join((reply.code, *reply.message)), 500)
-    log.lines(f"{leased.queueid}: {pairs} ({words}{twice}{again})")
+    log.lines(f"{leased.queueid}: {pairs} ({words}{notes})")
 
 
 # ======================================================================================================================
@@ -6685,7 +6727,18 @@ class Response(NamedTuple):
 
 async def submit(request: Request, app: App) -> Response:
     """Answer POST /submit."""
-    settings, queueid, submission = request.settings or app.settings, new_queueid(request.now), None
+    queueid = new_queueid(request.now)
+    try:
+        return await process_submission(request, app, queueid)
+    except Exception:  # a bug: what this request has leased is left to the queue
+        if app.queue:
+            await app.queue.release(finish_request, queueid)
+        raise
+
+
+async def process_submission(request: Request, app: App, queueid: str) -> Response:
+    """Take a mail from its JSON to the replies of the other side."""
+    settings, submission = request.settings or app.settings, None
     large = len(request.body) >= LARGE  # processed in a thread, so that small ones need not wait for it
     try:
         submission = await call_in_thread(large, parse_body, request)
@@ -6866,13 +6919,12 @@ def first_attempt_result(
     item: NewQueueItem, recipient: NewRecipient, reply: Reply, settings: Settings, now: float
 ) -> AttemptResult:
     """Return the result of a first attempt; only a delay is reported, since the response tells the others."""
-    result = AttemptResult(reply, next_disposition(reply, 1, 0.0, random_unit(), settings.queue))
-    if result.disposition.state != "open":
-        return result
-    first = LeasedRecipient(
-        0, item.queueid, item.kind, item.sender, item.login, item.created_at, item.message, *recipient, attempts=1
-    )
-    return result._replace(follow_ups=notifications(first, result, reply, settings, now))
+    disposition = next_disposition(reply, 1, 0.0, random_unit(), settings.queue)
+    if disposition.state != "open":
+        return AttemptResult(reply, disposition)
+    envelope = item.queueid, item.kind, item.sender, item.login, item.created_at, item.message
+    first = LeasedRecipient(0, *envelope, *recipient, attempts=1)
+    return AttemptResult(reply, disposition, notifications(first, reply, "open", settings, now))
 
 
 def log_queued(item: NewQueueItem, results: list) -> None:
@@ -8269,7 +8321,7 @@ async def _run_checks(settings: Settings, domain: str, selector: str | None, con
     for name, check in checks:
         for step, ok, text in await check:
             failed = failed or not ok
-            print(f"{name}: {step}: {'' if ok else 'FAILED: '}{text}", flush=True)
+            print(sanitize(f"{name}: {step}: {'' if ok else 'FAILED: '}{text}", 2000), flush=True)
     return int(failed)
 
 
@@ -8543,7 +8595,7 @@ def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
     """What the operation on the file gives; Usage where the file can't be used."""
     (result,) = store.commit([(operation, values)])
     if isinstance(result, Rejected):
-        raise CommandError(store.fault, 1)
+        raise CommandError(store.fault or result.reply.message[0], 1)
     return result
 
 
