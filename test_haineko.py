@@ -1648,7 +1648,7 @@ def a_match(tree) -> str:
         elif kind == "IN":
             name, first = value[0]
             kinds = {
-                "LITERAL": lambda c: chr(c),
+                "LITERAL": chr,
                 "RANGE": lambda c: chr(c[0]),
                 "CATEGORY": lambda c: " " if "SPACE" in str(c) else "0",
             }
@@ -2781,7 +2781,8 @@ class Submissions(unittest.TestCase):
             ({"header": {"subject": "a\nb"}}, ["header.subject: has a CR, LF or NUL"]),
             ({"header": {"from": "nobody"}}, ["header.from: " + wanted + '"nobody"']),
             ({"header": {"replyto": "a b c"}}, ["header.replyto: " + wanted + '"a b c"']),
-            ({"header": {"charset": "UTF-9"}}, ['header.charset: unknown charset "UTF-9"; "UTF-8" holds every character']),
+            ({"header": {"charset": "UTF-9"}},
+             ['header.charset: unknown charset "UTF-9"; "UTF-8" holds every character']),
             ({"header": {"x-haineko-loop": "a b"}}, ['header.x-haineko-loop: "a b" is no name of a Haineko']),
             ({"header": {"x-haineko-loop": [1]}}, ["header.x-haineko-loop[0]: expected a string, got a number"]),
             (b'{"body": "a", "body": "b"}', ["body: duplicate key"]),
@@ -2822,7 +2823,8 @@ class Submissions(unittest.TestCase):
     def test_what_is_no_json(self):
         for body, words in (
             (b"", ("line 1 column 1", "the body is empty")), (b'{\n "a": }', ("line 2 column 7",)),
-            (b"mail=a%40x&rcpt=b", ("line 1", "form data")), (b'--b\r\nContent-Disposition: form-data; name="a"', ("form data",)),
+            (b"mail=a%40x&rcpt=b", ("line 1", "form data")),
+            (b'--b\r\nContent-Disposition: form-data; name="a"', ("form data",)),
             (b"\xff", ("UTF-8",)), (b"[" * 100000, ("deep",)), (b'{"a": NaN}', ("NaN",)),
         ):  # fmt: skip
             with self.subTest(body[:20]):
@@ -2848,8 +2850,10 @@ class Submissions(unittest.TestCase):
                 found = haineko.parse_mailboxes(text)
                 self.assertEqual([(name, mailbox.addr_spec) for name, mailbox in found], wanted)
         for text in (
-            "foo-[redacted]victim@example.net", "<foo>bar@example.net", "a@x b@y", "a:b@x", "x: a@x, y: b@y;;", "(a", "a@x)",
-            '"a', "<a@x", "a@x <b@y>, c", "a@x>", "<a@x> <b@y>", "<a@x> b", "g:;a", "[a@x]", ":;", "a@x, (", "a@x,b@" + "," * 9,
+            "foo-[redacted]victim@example.net", "<foo>bar@example.net", "a@x b@y", "a:b@x", "x: a@x, y: b@y;;", "(a",
+            "a@x)",
+            '"a', "<a@x", "a@x <b@y>, c", "a@x>", "<a@x> <b@y>", "<a@x> b", "g:;a", "[a@x]", ":;", "a@x, (",
+            "a@x,b@" + "," * 9,
             "a@x," * 2001,
         ):  # fmt: skip
             with self.subTest(text), self.assertRaises(ValueError):
@@ -2969,15 +2973,18 @@ class Submissions(unittest.TestCase):
             "windows-1252"),
             ("Shift_JIS", "Shift_JIS"), ("cp932", "Windows-31J"), ("EUC-JP", "EUC-JP"), ("gb18030", "GB18030"),
             ("Big5", "Big5"), ("KOI8-R", "KOI8-R"), ("EUC-KR", "EUC-KR"), ("big5-hkscs", "Big5-HKSCS"),
-            ("iso2022_kr", "ISO-2022-KR"), ("macintosh", "macintosh"), ("mac_roman", "macintosh"), ("kz_1048", "KZ-1048"),
+            ("iso2022_kr", "ISO-2022-KR"), ("macintosh", "macintosh"), ("mac_roman", "macintosh"),
+            ("kz_1048", "KZ-1048"),
             ("iso-2022-jp-2", "ISO-2022-JP-2"), ("cp437", "IBM437"), ("latin9", "ISO-8859-15"), ("cp950", "Big5"),
         ]  # fmt: skip
         for name, wanted in cases:
             with self.subTest(name):
                 self.assertEqual(haineko.iana_charset(name), wanted)
                 self.assertTrue(wanted.encode("ascii").decode().replace("-", "").replace("_", "").isalnum())
-        for name in ("", "x", "UTF-16", "utf-7", "utf-8-sig", "idna", "punycode", "rot13", "iso-2022-jp-1", "iso-2022-jp-3",
-                     "iso-2022-jp-ext", "mac_greek", "johab", "cp1125", "koi8-t", "shift_jis_2004", "base64", "hex", "zlib",
+        for name in ("", "x", "UTF-16", "utf-7", "utf-8-sig", "idna", "punycode", "rot13", "iso-2022-jp-1",
+                     "iso-2022-jp-3",
+                     "iso-2022-jp-ext", "mac_greek", "johab", "cp1125", "koi8-t", "shift_jis_2004",
+                     "base64", "hex", "zlib",
                      "hz",
                      "cp037", "undefined", "unicode_escape", "raw_unicode_escape", "mbcs", "utf-8\r\nX: y", "utf-8\0",
                      "utf 8", "ねこ", "../utf8", "a" * 1000):  # fmt: skip
@@ -3145,7 +3152,8 @@ FAULTS = [
      "attachments[0].type: message/rfc822 must be ASCII"),
     ({"attachments": [file(octets=b"x" * 999, type="message/rfc822")]},
      "attachments[0].type: message/rfc822 must be ASCII"),
-    ({"attachments": [file(octets=b"x\ry", type="message/rfc822")]}, "attachments[0].type: message/rfc822 must be ASCII"),
+    ({"attachments": [file(octets=b"x\ry", type="message/rfc822")]},
+     "attachments[0].type: message/rfc822 must be ASCII"),
     *[({"attachments": [file(cid=cid)]}, "attachments[0].cid: ") for cid in ("a b", "a>b", "猫", "<a", "a\r\nBcc: x",
       "x" * 201, 1)],
     ({"html": "<img src='cid:logo'>"}, 'html: "cid:logo" has no attachment with this cid'),
@@ -3162,7 +3170,8 @@ FAULTS = [
         ("Message_ID", "<a b@c>", 'expected "<left@right>"'), ("message-id", "<a@b> <c@d>",
          'expected "<left@right>"'),
         ("references", ["<a@b>", "c"], 'expected "<left@right>"'), ("in-reply-to", 1, "expected a string"),
-        ("date", "2014-01-03", "expected a date like"), ("date", "Fri, 31 Feb 2014 18:35:58 +0900", "expected a date like"),
+        ("date", "2014-01-03", "expected a date like"),
+        ("date", "Fri, 31 Feb 2014 18:35:58 +0900", "expected a date like"),
         ("date", "Fri, 03 Jan 2014 18:35:58 +0900\n", "has a CR, LF or NUL"), ("importance", "urgent",
          "expected high, normal or low"),
         ("auto-submitted", "猫", "expected printable ASCII"), ("List-Unsubscribe", "<https://x/猫>",
@@ -3344,8 +3353,9 @@ class RawMessages(Quiet):
         mime = (
             b"MIME-Version: 1.0\r\nContent-Type: text/plain; charset=iso-8859-1\r\nContent-Transfer-Encoding: 8bit\r\n"
         )
-        parts = b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\nfor nobody\r\n--b\r\n\r\nx  \r\n--b \r\n"
-        for what, octets in (
+        parts = b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n"
+        parts += b"for nobody\r\n--b\r\n\r\nx  \r\n--b \r\n"
+        for what, message in (
             ("a line of 79", b"\r\n" + b"a" * 79 + b"\r\n"),
             ("a line of 998 and a form feed", b"\r\n\f" + b"a" * 997 + b"\r\n"),
             ("ISO-2022-JP", b'\r\n\x1b$B$"$$\x1b(B\r\n'),
@@ -3354,7 +3364,7 @@ class RawMessages(Quiet):
             ("a quoted boundary", parts.replace(b"=b", b'="b"') + b"\r\nx\r\n--b--"),
         ):
             with self.subTest(what):
-                octets = b"Subject:  x\r\n" + octets
+                octets = b"Subject:  x\r\n" + message
                 found = self.sent(self.HEAD_ALONE + octets)
                 head, _, body = octets.partition(b"\r\n\r\n")
                 self.assertIn(b"\r\n" + self.HEAD_ALONE + head + b"\r\nX-Haineko-Loop", found)
@@ -3366,22 +3376,22 @@ class RawMessages(Quiet):
         self.assertEqual(found.count(b"From"), 1)
 
     def test_octets_in_a_header(self):
-        for what, field, name, wanted in (
-            ("a parameter", "Content-Type: text/plain; name=café.txt; x=y", "content-type",
+        for what, field, wanted in (
+            ("a parameter", "Content-Type: text/plain; name=café.txt; x=y",
              "text/plain;\r\n name*=UTF-8''caf%C3%A9.txt; x=y"),
-            ("a quoted one", 'Content-Disposition: attachment; filename="é\\".txt"; size=1', "content-disposition",
+            ("a quoted one", 'Content-Disposition: attachment; filename="é\\".txt"; size=1',
              "attachment;\r\n filename*=UTF-8''%C3%A9%22.txt; size=1"),
-            ("two", "Content-Type: a/b; x=é; y=é", "content-type", "a/b;\r\n x*=UTF-8''%C3%A9;\r\n y*=UTF-8''%C3%A9"),
-            ("a comment", "Date: Sat, 28 Nov 2026 12:00:00 +0200 (Mitteleuropäische Zeit)", "date",
+            ("two", "Content-Type: a/b; x=é; y=é", "a/b;\r\n x*=UTF-8''%C3%A9;\r\n y*=UTF-8''%C3%A9"),
+            ("a comment", "Date: Sat, 28 Nov 2026 12:00:00 +0200 (Mitteleuropäische Zeit)",
              "Sat, 28 Nov 2026 12:00:00 +0200 (=?UTF-8?B?TWl0dGVsZXVyb3DDpGlzY2hlIFplaXQ=?=)"),
-            ("Received", "Received: from a (é [192.0.2.1]) by b; x", "received",
+            ("Received", "Received: from a (é [192.0.2.1]) by b; x",
              "from a (=?UTF-8?B?w6kgWzE5Mi4wLjIuMV0=?=) by b; x"),
-            ("words beside words", "Subject: =?UTF-8?Q?a?= é =?UTF-8?Q?b?=", "subject",
+            ("words beside words", "Subject: =?UTF-8?Q?a?= é =?UTF-8?Q?b?=",
              "=?UTF-8?Q?a?= =?UTF-8?B?IMOpIA==?= =?UTF-8?Q?b?="),
-            ("an empty group", "Cc: é:;", "cc", "undisclosed-recipients:;"),
-            ("a name", "Reply-To: é <a@example.jp>", "reply-to", "=?UTF-8?B?w6k=?= <a@example.jp>"),
-            ("latin-1", "X-A: é".encode("latin-1"), "x-a", "=?UTF-8?B?w6k=?="),
-            ("an encoded word", b"Subject: =?iso-8859-1?Q?Gr\xfc=DFe?=", "subject", "=?iso-8859-1?Q?Gr=FC=DFe?="),
+            ("an empty group", "Cc: é:;", "undisclosed-recipients:;"),
+            ("a name", "Reply-To: é <a@example.jp>", "=?UTF-8?B?w6k=?= <a@example.jp>"),
+            ("latin-1", "X-A: é".encode("latin-1"), "=?UTF-8?B?w6k=?="),
+            ("an encoded word", b"Subject: =?iso-8859-1?Q?Gr\xfc=DFe?=", "=?iso-8859-1?Q?Gr=FC=DFe?="),
         ):  # fmt: skip
             with self.subTest(what):
                 octets = field if isinstance(field, bytes) else field.encode()
@@ -3418,7 +3428,8 @@ class RawMessages(Quiet):
         kind = b"Content-Type: image/png\r\nContent-Transfer-Encoding: Binary\r\n\r\n" + picture
         alone = parsed(self.sent(self.HEAD_ALONE + b"MIME-Version: 1.0\r\n" + kind))
         self.assertEqual(alone.get_payload(decode=True), picture)
-        mixed = b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=b\r\nContent-Transfer-Encoding: binary\r\n\r\n"
+        mixed = b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=b\r\n"
+        mixed += b"Content-Transfer-Encoding: binary\r\n\r\n"
         octets = self.sent(self.HEAD_ALONE + mixed + b"--b\r\n\r\nx\r\n--b\r\n" + kind + b"\r\n--b--\r\n")
         self.assertNotIn(b"inary", octets)
         text, image = parsed(octets).get_payload()
@@ -3450,11 +3461,11 @@ class RawMessages(Quiet):
                     self.assertEqual(len(faults), 1)
                     self.assertIn(refused, faults[0])
                     continue
-                octets = composed(form)
-                for found in (octets, haineko.downgrade_8bit(octets), haineko.downgrade_8bit(octets, True)):
+                made = composed(form)
+                for found in (made, haineko.downgrade_8bit(made), haineko.downgrade_8bit(made, True)):
                     self.assertTrue(found.endswith(b"\r\n"))
                     self.assertIsNone(re.search(rb"\0|[^\r\n]{999}", found))
-                self.assertTrue(haineko.downgrade_8bit(octets).isascii())
+                self.assertTrue(haineko.downgrade_8bit(made).isascii())
 
     def test_octets_that_are_not_utf8_in_a_header(self):
         octets = b"From: a@example.org\nSubject: caf\xe9\n\nx\n"
@@ -4404,7 +4415,8 @@ CORPUS = [
     Mail("text in Japanese", body="あとで\r\nお年玉\n"),
     Mail("HTML beside text", "alternative(plain, html)", html="<p>x</p>", body="other words"),
     Mail("HTML alone", "alternative(plain, html)", OF_HTML, html=HTML.replace("cid:", "https://x/"), body=None),
-    Mail("HTML alone, body empty", "alternative(plain, html)", OF_HTML, html=HTML.replace("cid:", "https://x/"), body=""),
+    Mail("HTML alone, body empty", "alternative(plain, html)", OF_HTML,
+         html=HTML.replace("cid:", "https://x/"), body=""),
     Mail("HTML that says nothing", "alternative(plain, html)", "\n", html="<p></p>", body=None),
     Mail("HTML with long lines", "alternative(plain, html)", html="<p>" + "x" * 5000 + "</p>"),
     Mail("HTML in ISO-2022-JP", "alternative(plain, html)", html="<p>髙①ガ～</p>", header={"charset": "ISO-2022-JP"}),
@@ -4439,11 +4451,13 @@ CORPUS = [
         {"filename": "a.pdf", "content": "JVBE\r\nRi0x\nLjQg AA0K"}], files=((PDF, "attachment"),)),
     Mail("a picture in HTML", "alternative(plain, related(html, png))", html=HTML, attachments=[
         file("l.png", PNG, cid="logo")], files=(("image/png", "inline"),)),
-    Mail("a cid in brackets", "alternative(plain, related(html, png))", html=HTML.replace("cid:logo", "cid:logo%40x"), attachments=[
+    Mail("a cid in brackets", "alternative(plain, related(html, png))",
+         html=HTML.replace("cid:logo", "cid:logo%40x"), attachments=[
         file("l.png", PNG, cid="<logo@x>")], files=(("image/png", "inline"),)),
     Mail("a cid without HTML", "mixed(plain, png)", attachments=[file("l.png", PNG, cid="logo")],
          files=(("image/png", "inline"),)),
-    Mail("two pictures in HTML", "alternative(plain, related(html, png, png))", html=HTML + '<i style="background: url( CID:LOGO)">', attachments=[
+    Mail("two pictures in HTML", "alternative(plain, related(html, png, png))",
+         html=HTML + '<i style="background: url( CID:LOGO)">', attachments=[
         file("l.png", PNG, cid="logo"), file("m.png", PNG, cid="LOGO")],
         files=(("image/png", "inline"), ("image/png", "inline"))),
     Mail("a receipt", "mixed(alternative(plain, related(html, png)), pdf)", html=HTML, attachments=[
@@ -4451,9 +4465,11 @@ CORPUS = [
     Mail("a receipt, HTML alone", "mixed(alternative(plain, related(html, png)), pdf)", OF_HTML, body=None, html=HTML,
          attachments=[file("logo.png", PNG, cid="logo"), file("a.pdf")], files=(("image/png", "inline"), (PDF,
          "attachment"))),
-    Mail("HTML and a file", "mixed(alternative(plain, html), pdf)", html=HTML.replace("cid:", "https://x/"), attachments=[file("a.pdf")],
+    Mail("HTML and a file", "mixed(alternative(plain, html), pdf)",
+         html=HTML.replace("cid:", "https://x/"), attachments=[file("a.pdf")],
          files=((PDF, "attachment"),)),
-    Mail("a receipt in ISO-2022-JP", "mixed(alternative(plain, related(html, png)), pdf)", html="<p>領収書<img src=cid:logo></p>",
+    Mail("a receipt in ISO-2022-JP", "mixed(alternative(plain, related(html, png)), pdf)",
+         html="<p>領収書<img src=cid:logo></p>",
     attachments=[
         file("領収書.pdf"), file("logo.png", PNG, cid="logo")], header={"charset": "iso-2022-jp", "subject": "領収書"},
         files=(("image/png", "inline"), (PDF, "attachment"))),
