@@ -7961,8 +7961,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def precedence(self, now: float, crowded: set) -> tuple:
         """Return a sort key: a connection over the limit makes room by closing the first of the others."""
         is_limited = self.port is not None and self.peer not in self.app.settings.httpd.trusted_proxies
-        age = now - self.begun
-        return not (is_limited and self.peer in crowded), age < 1, self.received / max(age, 1)
+        rate = (self.received + 500) / max(now - self.begun, 1)  # octets a second, with some to start with
+        return not (is_limited and self.peer in crowded), rate
 
     async def _read_body(self, head: RequestHead, length: int, deadline: float) -> bytes:
         size = self.settings.smtpd.max_message_size
