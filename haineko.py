@@ -10,7 +10,7 @@
      2  JSON into dataclasses      12  Signatures
      3  Settings                   13  OAuth2
      4  Log                        14  SMTP sessions
-     5  Submissions                15  Relays and probes
+     5  Submissions                15  Relays
      6  Policy                     16  Queue
      7  Messages                   17  Submission pipeline
      8  Routes                     18  HTTP server
@@ -73,10 +73,11 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
+from html import unescape
 from html.parser import HTMLParser
 from typing import Any, Callable, NamedTuple
 
@@ -90,7 +91,7 @@ __version__ = "1.0.0"
 
 
 class Reply(NamedTuple):
-    """Reply about one recipient: an SMTP reply, or one of Haineko's own, and the command that it decided."""
+    """Reply about one recipient: an SMTP reply, or one of Haineko's own, with the command that decided."""
 
     code: str  # three digits, RFC 5321 4.2
     dsn: str | None  # enhanced status code, RFC 3463; None if there was none
@@ -262,13 +263,17 @@ REPLIES = {
     "key-running": (409, "421", None, "HTTP", "The first request with this Idempotency-Key is still running"),
     "key-reused": (422, "421", None, "HTTP", "Idempotency-Key was used with another body"),
     "no-queue": (400, "421", None, "HTTP", 'No queue here: set "queue": {"path": "haineko.db"} in the settings'),
+    "queue-sending": (409, "421", None, "HTTP", "The mail is being sent at this moment"),
     "not-implemented": (501, "421", None, "HTTP", "Transfer-Encoding not implemented"),
     "busy": (503, "421", None, "HTTP", "Too many connections"),
+    "content-encoding": (415, "421", None, "HTTP", "Content-Encoding is not supported"),
+    "overload": (503, "421", None, "HTTP", "Too many octets in flight"),
     "http-version": (505, "421", None, "HTTP", "HTTP version not supported"),
     # a submission against policy
     "login": (401, "535", "5.7.0", "AUTH", "authentication failed"),
     "client": (403, "500", "5.7.1", "AUTH", "Access denied"),
     "json": (400, "421", None, "HTTP", "Malformed JSON string"),
+    "invalid": (400, "554", "5.6.0", "HTTP", "Invalid submission"),
     "loop": (400, "421", "5.4.6", "CONN", "Detected message loop"),
     "ehlo": (400, "501", "5.0.0", "EHLO", "Invalid domain name"),
     "mail-empty": (400, "501", "5.5.2", "MAIL", 'Syntax error in parameters scanning "FROM"'),
@@ -349,10 +354,9 @@ def parse_json(octets: bytes) -> Any:
 
 def _object_from_pairs(pairs: list) -> dict:
     result = dict(pairs)
-    if len(result) == len(pairs):
-        return result
-    result, seen = DuplicateKeyDict(result), set()
-    result.duplicate_keys = tuple(dict.fromkeys(key for key, _ in pairs if key in seen or seen.add(key)))
+    if len(result) < len(pairs):
+        result, counts = DuplicateKeyDict(result), Counter(key for key, _ in pairs)
+        result.duplicate_keys = tuple(key for key, count in counts.items() if count > 1)
     return result
 
 
@@ -362,9 +366,6 @@ def _reject_constant(name: str):
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object_from_pairs, parse_constant=_reject_constant)
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
-
-
-CACHE_MAX_CHARS = 512  # characters of what is remembered: long ones would fill the memory
 
 
 def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", secret: bool = False) -> Any:
@@ -415,16 +416,10 @@ def key_table(cls: type) -> dict:
 
 def json_type_name(value: Any) -> str:
     """Return "a string", "a list" and so on."""
-    return next((name for kind, name in JSON_TYPES if isinstance(value, kind)), "null")
+    return next((name for kind, name in JSON_TYPES.items() if isinstance(value, kind)), "null")
 
 
-JSON_TYPES = (
-    (bool, "true or false"),
-    (str, "a string"),
-    ((int, float), "a number"),
-    (list, "a list"),
-    (dict, "an object"),
-)
+JSON_TYPES = {bool: "true or false", str: "a string", (int, float): "a number", list: "a list", dict: "an object"}
 
 
 def did_you_mean(word: str, words: Any) -> str:
@@ -540,7 +535,8 @@ def mapping_of(parse: Callable, fold: Callable = str, expected: str = "a name") 
         paths = {key: f"{json_path}.{sanitize(key)}" for key in value}
         errors.extend(f"{paths[key]}: duplicate key" for key in getattr(value, "duplicate_keys", ()))
         errors.extend(f"{paths[key]}: expected {expected}" for key in value if not fold(key))
-        if len(set(map(fold, value))) < len(value):
+        names = [name for name in map(fold, value) if name]
+        if len(set(names)) < len(names):
             errors.append(f"{json_path}: two keys differ in case only")
         parsed = {fold(key): parse(item, paths[key], errors) for key, item in value.items()}
         return {key: item for key, item in parsed.items() if item is not None}
@@ -588,10 +584,8 @@ class Networks:
         self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
 
     def __contains__(self, address: IPAddress) -> bool:
-        for version, shift, members in self.groups:
-            if version == address.version and address.number >> shift in members:
-                return True
-        return False
+        version, number = address.version, address.number
+        return any(version == of and number >> shift in members for of, shift, members in self.groups)
 
 
 LOOPBACK = Networks(("127.0.0.0/8", "::1"))
@@ -683,16 +677,14 @@ class Relay(NamedTuple):
     keeps_octets: bool = False  # what it sends arrives unchanged, so that it can be signed
 
 
-RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 15
-
-
 UNKNOWN_RELAY = Relay(None, None)  # of a route whose mailer is a fault of the settings
+RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 15
 
 
 def parse_secret(value: Any, json_path: str, errors: list) -> Any:
     """Parse a string, or an object with one key that tells where the secret is."""
     if not isinstance(value, dict):
-        return parse_text(value, json_path, errors)
+        return value if type(value) is str else parse_text(value, json_path, errors)  # _secret() reads its characters
     kind = next(iter(value), "")
     if len(value) != 1 or kind not in ("file", "env", "command", "credential"):
         errors.append(f"{json_path}: expected {SECRET_FORMS}")
@@ -714,7 +706,7 @@ def read_secret(source: Any, base: str, multiline: bool = False) -> str:
         raise ValueError(f".{kind}: {name}: not UTF-8") from None
     except OSError as error:
         raise ValueError(f".{kind}: {name}: {error.strerror}") from None
-    secret = secret.splitlines()[0] if kind == "command" and not multiline else secret
+    secret = secret.partition("\n")[0].rstrip("\r") if kind == "command" and not multiline else secret
     if not (multiline or secret.isprintable()):
         raise ValueError(": has a line end, or another unprintable character")
     return secret
@@ -827,8 +819,8 @@ def verify_password(line: str, password: str) -> bool:
     """True if `line` (scrypt or {SSHA}) is the hash of the password."""
     found = SCRYPT.fullmatch(line)
     if not found:
-        digest, salt = _ssha(line)
-        return hmac.compare_digest(hashlib.sha1(password.encode() + salt).digest(), digest)
+        octets = base64.b64decode(line[len("{SSHA}") :])
+        return hmac.compare_digest(hashlib.sha1(password.encode() + octets[20:]).digest(), octets[:20])
     cost, block, parallel = (int(n) for n in found.groups()[:3])
     salt, digest = (base64.b64decode(item) for item in found.groups()[3:])
     return hmac.compare_digest(scrypt(password, salt, cost, block, parallel), digest)
@@ -857,72 +849,54 @@ def scrypt_cost(line: str) -> int:
     return (parallel * block << cost) >> 17
 
 
-def is_password_hash(line: str) -> bool:
-    return bool(SCRYPT.fullmatch(line) or (line.startswith("{SSHA}") and _ssha(line)))
-
-
-def _ssha(line: str) -> tuple:
-    """Return (SHA-1 of password and salt, salt) of an {SSHA} line, () if it is none."""
-    try:
-        octets = base64.b64decode(line[6:], validate=True)
-    except ValueError:
-        return ()
-    return (octets[:20], octets[20:]) if len(octets) > 20 else ()
-
-
 _BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==))"
 SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at most
-parse_password_hash = matching(is_password_hash, "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True)
+SSHA = re.compile(rf"{{SSHA}}(?=.{{27}}[^=]){_BASE64}")  # of 21 octets or more: SHA-1 of password and salt, salt
+parse_password_hash = matching(
+    re.compile(f"{SCRYPT.pattern}|{SSHA.pattern}"), "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True
+)
 
 
 class PrivateKey:
     """Private key, RSA or Ed25519, held by OpenSSL's libcrypto, which Python has loaded already."""
 
+    ED25519_INFO = bytes.fromhex("302a300506032b6570032100")  # stands before the 32 octets of the key, RFC 8410 4
+
     def __init__(self, pem: bytes) -> None:
         """Read a PEM key; raise ValueError if it can't be used, OSError if there is no libcrypto."""
-        crypto = libcrypto()
+        import ctypes
+
+        crypto, buffer = libcrypto(), ctypes.create_string_buffer(16384)
         self._free, source = crypto.EVP_PKEY_free, crypto.BIO_new_mem_buf(pem, len(pem))
         self._key = crypto.PEM_read_bio_PrivateKey(source, None, None, b"")  # b"": OpenSSL asks for no passphrase
         crypto.BIO_free(source)
         crypto.ERR_clear_error()  # or this thread's next TLS call would find what was left
         if not self._key:
             raise ValueError("expected a PEM private key without a passphrase")
-        self.public = self._public_key()
-        self.is_ed25519 = len(self.public) == 44 and ED25519_OID in self.public
-        if not self.is_ed25519 and rsa_bits(self.public) < MIN_RSA_BITS:
-            raise ValueError(f"expected an Ed25519 key, or an RSA key of {MIN_RSA_BITS} bits or more")
+        fits = 0 < crypto.i2d_PUBKEY(self._key, None) <= len(buffer)
+        size = crypto.i2d_PUBKEY(self._key, ctypes.byref(ctypes.cast(buffer, ctypes.c_void_p))) if fits else 0
+        self.public = buffer.raw[:size]  # SubjectPublicKeyInfo (RFC 5280 4.1) in DER
+        self.is_ed25519 = self.public.startswith(self.ED25519_INFO)
+        if not self.is_ed25519 and rsa_bits(self.public) < 2048:
+            raise ValueError("expected an Ed25519 key, or an RSA key of 2048 bits or more")
 
     def sign(self, data: bytes) -> bytes:
         """Return the signature: RSA PKCS #1 v1.5 with SHA-256, or Ed25519. Other threads run meanwhile."""
         import ctypes
 
-        crypto, size = libcrypto(), ctypes.c_size_t(1024)
+        crypto, size = libcrypto(), ctypes.c_size_t(16384)
         signature, context = ctypes.create_string_buffer(size.value), crypto.EVP_MD_CTX_new()
-        digest = None if self.is_ed25519 else crypto.EVP_sha256()
+        digest = None if self.is_ed25519 else crypto.EVP_sha256()  # Ed25519 has its own
         ok = crypto.EVP_DigestSignInit(context, None, digest, None, self._key) == 1
         ok = ok and crypto.EVP_DigestSign(context, signature, ctypes.byref(size), data, len(data)) == 1
         crypto.EVP_MD_CTX_free(context)
-        crypto.ERR_clear_error()
         if not ok:
             raise OSError(errno.EIO, "libcrypto can't sign with this key")
         return signature.raw[: size.value]
 
-    def _public_key(self) -> bytes:
-        """Return the public key as SubjectPublicKeyInfo (RFC 5280 4.1), in DER."""
-        import ctypes
-
-        crypto = libcrypto()
-        buffer = ctypes.create_string_buffer(max(crypto.i2d_PUBKEY(self._key, None), 0))
-        crypto.i2d_PUBKEY(self._key, ctypes.byref(ctypes.cast(buffer, ctypes.c_void_p)))
-        return buffer.raw
-
     def __del__(self) -> None:
         if getattr(self, "_key", None):
             self._free(self._key)
-
-
-MIN_RSA_BITS = 2048
-ED25519_OID = b"\x06\x03\x2b\x65\x70"  # RFC 8410 3; SubjectPublicKeyInfo has 12 octets before the 32 of the key
 
 
 def rsa_bits(public: bytes) -> int:
@@ -950,23 +924,12 @@ def libcrypto() -> Any:
 
 
 LIBCRYPTO = {  # function: types of its result and arguments in ctypes
-    "BIO_new_mem_buf": "void_p char_p int",
-    "BIO_free": "int void_p",
-    "ERR_clear_error": "",
-    "PEM_read_bio_PrivateKey": "void_p void_p void_p void_p char_p",
-    "EVP_PKEY_free": " void_p",
-    "EVP_MD_CTX_new": "void_p",
-    "EVP_MD_CTX_free": " void_p",
-    "EVP_sha256": "void_p",
+    "BIO_new_mem_buf": "void_p char_p int", "BIO_free": "int void_p", "ERR_clear_error": "",
+    "PEM_read_bio_PrivateKey": "void_p void_p void_p void_p char_p", "EVP_PKEY_free": " void_p",
+    "EVP_MD_CTX_new": "void_p", "EVP_MD_CTX_free": " void_p", "EVP_sha256": "void_p",
     "EVP_DigestSignInit": "int void_p void_p void_p void_p void_p",
-    "EVP_DigestSign": "int void_p char_p void_p char_p size_t",
-    "i2d_PUBKEY": "int void_p void_p",
-}
-
-
-def parse_private_key(value: Any, json_path: str, errors: list) -> Any:
-    """Parse a secret that has several lines."""
-    return value if type(value) is str else parse_secret(value, json_path, errors)
+    "EVP_DigestSign": "int void_p char_p void_p char_p size_t", "i2d_PUBKEY": "int void_p void_p",
+}  # fmt: skip
 
 
 def domain_key(name: str) -> str:
@@ -988,7 +951,6 @@ def alias_key(name: str) -> str:
 
 
 def plain_domain_key(name: str) -> str:
-    """Return a domain in lower case and ASCII, "" if it is none."""
     return "" if name.startswith(".") else domain_key(name)
 
 
@@ -1111,7 +1073,7 @@ class DkimKey:
     """What signs the mail of a domain (RFC 6376). resolve_settings() sets domain and private."""
 
     selector: str = config_field("", matching(DOMAIN, "a selector"), "the key is at SELECTOR._domainkey.DOMAIN in DNS")
-    key: Any = config_field("", parse_private_key, "PEM: Ed25519, or RSA of 2048 bits or more", secret=True)
+    key: Any = config_field("", parse_secret, "PEM: Ed25519, or RSA of 2048 bits or more", secret=True)
     domain: str = ""
     private: PrivateKey | None = None
 
@@ -1138,8 +1100,8 @@ class Route:
     base_url: str = config_field("", parse_base_url, "relays by HTTP: where the API is, if not at its usual place")
     region: str = config_field("", parse_region, "AmazonSES: the region")
     credentials: tuple = field(default=(), repr=False)
-    address: str = ""  # to connect to, if it is known already
-    tls_if_offered: bool = False  # STARTTLS if the server has it
+    address: str = ""  # to connect to in place of a look-up; or several, divided by spaces
+    tls_if_offered: bool = False  # STARTTLS where the server has it
     token: str = field(default="", repr=False)
     oauth2: OAuth2 | None = None
 
@@ -1319,22 +1281,20 @@ def _dkim_key(key: DkimKey, domain: str, base: str, errors: list) -> DkimKey:
     """Return the key loaded."""
     if not key.selector:
         errors.append(f"dkim.{domain}.selector: expected a selector")
-    json_path, private = f"dkim.{domain}.key", None
+    json_path = f"dkim.{domain}.key"
     pem = _secret(key.key, base, json_path, errors, multiline=True)
     try:
-        private = PrivateKey(pem.encode())
+        return replace(key, domain=domain, private=PrivateKey(pem.encode()))
     except (ValueError, OSError) as error:
         if not errors or not errors[-1].startswith(json_path):
             errors.append(f"{json_path}: {getattr(error, 'strerror', None) or error}")
-    return replace(key, domain=domain, private=private)
+    return key
 
 
 def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple:
     """Return (username, password, token, oauth2) with the secrets looked up."""
     password = _secret(login.password, base, f"{json_path}.password", errors)
     token = _secret(login.token, base, f"{json_path}.token", errors)
-    if not (login.username + password + token).isascii():
-        errors.append(f"{json_path}: AUTH takes ASCII only")
     if login.oauth2 and not login.username:
         errors.append(f"{json_path}.username: oauth2 needs it")
     return login.username, password, token, login.oauth2 and _oauth2(login.oauth2, base, f"{json_path}.oauth2", errors)
@@ -1415,16 +1375,16 @@ def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) 
     row = route.row
     if route.auth and route.auth not in logins:
         errors.append(f'{json_path}.auth: "{route.auth}" is not in authinfo{did_you_mean(route.auth, logins)}')
-    if route.relay == "MX" and route.auth:
-        errors.append(f"{json_path}.auth: MX logs in nowhere")
-    if route.relay == "File" and not is_writable_folder(route.folder):
+    errors += [f"{json_path}.{key}: {route.relay} takes no such setting" for key in row.refuses if getattr(route, key)]
+    errors += [f"{json_path}.{key}: {route.relay} needs it" for key in row.needs if not getattr(route, key)]
+    if row.into_folder and not is_writable_folder(route.folder):
         errors.append(f"{json_path}.mailer: {route.folder} is not a folder that can be written")
     ca_file = os.path.join(base, route.ca_file) if route.ca_file else ""
     try:
         client_context(route.tls_verify, ca_file, stat_key(ca_file)) if ca_file else None
     except OSError as error:
         errors.append(f"{json_path}.ca_file: {ca_file}: {error.strerror or error}")
-    if route.relay != "File" and route.host.startswith("/"):
+    if not row.into_folder and route.host.startswith("/"):
         errors.append(f'{json_path}.host: expected a host name, got "{route.host}"')
     *login, token, oauth2 = logins.get(route.auth, ("", None))
     if row.api_url:
@@ -1477,24 +1437,33 @@ def pin_queue_path(fresh: Settings, queue_settings: QueueSettings | None) -> Set
 
 
 def local_hostname() -> str:
-    """Return this machine's name, made legal; with ".localdomain" (as of Postfix) if it has no domain."""
-    name = socket.gethostname()
-    if FQDN.fullmatch(name):
+    return qualified_hostname(socket.gethostname())
+
+
+def qualified_hostname(name: str) -> str:
+    """Return a machine's name, made legal for headers; with ".localdomain", as Postfix does, if it has no domain."""
+    if "." in name and HOSTNAME.fullmatch(name):
         return name
     return (re.sub("[^A-Za-z0-9]+", "-", name)[:63].strip("-") or "localhost") + LOCALDOMAIN
 
 
+@functools.lru_cache(maxsize=64)
 def ehlo_name(hostname: str, address: str) -> str:
-    """Return our name for EHLO: the address literal of the connection if it is no fully qualified domain name."""
-    if DOMAIN.fullmatch(hostname) and "." in hostname and not hostname.rpartition(".")[2].isdigit():
+    """Return the name for EHLO from a local address: `hostname`, or if that is illegal or made by qualified_hostname(),
+    what reverse DNS says, else the address literal (RFC 5321 4.1.4)."""
+    if HOSTNAME.fullmatch(hostname) and not hostname.endswith(LOCALDOMAIN):
         return hostname
-    address = str(parse_ip(address.partition("%")[0]))
-    return f"[IPv6:{address}]" if ":" in address else f"[{address}]"  # RFC 5321 4.1.4
+    local = parse_ip(address)
+    with contextlib.suppress(OSError):
+        name = "" if local in LOOPBACK else socket.gethostbyaddr(address)[0]
+        if "." in name and HOSTNAME.fullmatch(name) and not name.endswith(LOCALDOMAIN):
+            return name
+    return f"[IPv6:{local.text}]" if local.version == 6 else f"[{local.text}]"
 
 
 LOCALDOMAIN = ".localdomain"
 _LDH = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # letters, digits, hyphens
-FQDN = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)+(?=[0-9-]*[A-Za-z]){_LDH}")
+HOSTNAME = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)*(?=[0-9-]*[A-Za-z]){_LDH}")  # RFC 5321 4.1.2, and no number
 
 
 def server_context(tls: Tls, base: str) -> ssl.SSLContext:
@@ -1738,6 +1707,63 @@ def log_value(value: Any, limit: int = 500) -> str:
 #    Unicode; strings for headers have no CR, LF or NUL; addresses in headers are parsed. Knows no settings.
 # ======================================================================================================================
 
+# Limits; a name or field over them is refused, and they are checked before the work.
+MAX_PATH = 254  # octets of an address, RFC 5321 4.5.3.1.3 less the brackets
+MAX_ADDRESSES = 2000  # of one field
+MAX_ADDRESS_TEXT = 1000  # characters of a faulty address that are looked at
+MAX_FILE_NAME = MAX_MEDIA_TYPE = 255  # characters
+MAX_ATTACHMENTS = MAX_FIELDS = MAX_PARAMETERS = 1000
+MAX_HEADER = 102400  # octets of the header of a message or part
+MAX_PARTS, MAX_NESTING = 2000, 100
+
+_ATOM = r"[^\x00-\x20\x7f()<>@,;:\\\".\[\]]+"
+MAILBOX = re.compile(  # characters beyond ASCII must be printable as well
+    rf'({_ATOM}(?:\.{_ATOM})*|"(?:[^\x00-\x1f\x7f"\\]|\\[\x20-\x7e])*")'
+    r"@([^\x00-\x20\x7f@<>\[\]]+|\[[0-9A-Za-z:.]+\])"
+)
+PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}")  # of a mailbox or group, written without quotes
+# A name with commas or brackets without quotes, which people write, then one address.
+SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")
+ADDRESS_TOKEN = re.compile(
+    r'(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<angle><(?:[^<>"\\]|"(?:[^"\\]|\\.)*")*>)|(?P<literal>\[[^\[\]]*\])'
+    r"|(?P<blank>\s+)|(?P<mark>[,;:])|(?P<atom>[^\s\"<>()\[\],;:]+)",
+    re.DOTALL,
+)
+COMMENT_TOKEN = re.compile(r"[()]|\\.", re.DOTALL)
+CFWS = ("blank", "comment")
+CHARSET_NAME = re.compile(r"[A-Za-z0-9_.:()+-]{1,40}")
+MESSAGE_ID = r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>"
+PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable ASCII, words with one space between
+DATE = re.compile(
+    r"(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), )?[0-9]{1,2} (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) [0-9]{4} "
+    r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
+)
+RESERVED_FIELDS = re.compile(r"received|sender|returnpath|dkimsignature|mime.*|content.*")  # normalized; made here
+X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
+# U+2028 to U+2069 hold those that make fdp.exe look like exe.pdf.
+CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
+MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
+MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
+CONTENT_ID = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}"
+NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # RFC 2045 2.7
+TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
+RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*(?:\n|\Z)")
+PARAMETER_FIELDS = ("content-type", "content-disposition")
+MAILBOX_FIELDS = ("from", "sender", "to", "cc", "bcc", "reply-to", "resent-from", "resent-sender", "resent-to",
+                  "resent-cc", "resent-reply-to", "disposition-notification-to", "return-receipt-to")  # fmt: skip
+# Fields in which only comments may be encoded.
+STRUCTURED_FIELDS = re.compile(
+    r"(?:resent-)?(?:date|message-id)|received|received-spf|references|in-reply-to|return-path|mime-version|content-id"
+    r"|content-transfer-encoding|dkim-signature|domainkey-signature|arc-.*|authentication-results|auto-submitted"
+    r"|list-(?:archive|help|owner|post|subscribe|unsubscribe|unsubscribe-post)"
+)
+DELIMITER = re.compile(rb"\n--([^\r\n]*)")
+HIGH_OCTETS = bytes(range(128, 256))
+BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
+CID_LINK = re.compile("[\"'(=]\\s*cid:([^\"'<>()\\s]{1,600})", re.IGNORECASE)  # RFC 2392
+PROVIDER_HEADER = re.compile(r"X-(?:MC|SES|PM|MS-Exchange)-.*|X-SMTPAPI", re.IGNORECASE)
+
 
 @dataclass(repr=False, eq=False)  # made for each request, and creating a frozen one takes four times as long
 class Request:
@@ -1751,9 +1777,10 @@ class Request:
     peer: IPAddress | None  # address of the connection: the client's or a proxy's
     port: int | None  # of the client
     now: float  # seconds since the epoch
-    settings: Settings | None = None  # the settings in force when it began
+    settings: Settings | None = None  # in force when it began
     login: str = ""  # who logged in
     message_size: int = 0  # octets of the finished message
+    forwarded: str = ""  # a header by which a proxy says that it forwarded the request
 
 
 class Mailbox(NamedTuple):
@@ -1767,12 +1794,6 @@ class Mailbox(NamedTuple):
 
 
 NULL_SENDER = Mailbox("", "", "", "", ("", ""))  # of bounces, RFC 5321 4.5.5; in a header: an empty group
-MAX_PATH = 254  # octets, RFC 5321 4.5.3.1.3 less the brackets
-_ATOM = r"[^\x00-\x20\x7f()<>@,;:\\\".\[\]]+"
-MAILBOX = re.compile(  # characters beyond ASCII must be printable as well
-    rf'({_ATOM}(?:\.{_ATOM})*|"(?:[^\x00-\x1f\x7f"\\]|\\[\x20-\x7e])*")'
-    r"@([^\x00-\x20\x7f@<>\[\]]+|\[[0-9A-Za-z:.]+\])"
-)
 
 
 @cache_short(4096, limit=MAX_PATH)
@@ -1804,11 +1825,15 @@ def is_address_literal(text: str) -> bool:
 
 
 def idna_hint(text: str) -> tuple:
-    """Return a line about the character for which a domain is refused, or ()."""
+    """Return a line that says why a text is no bare address, or ()."""
     found = re.search(f"@[^@ ,>]*([{IDNA_DEVIATIONS}])", text)
-    if not found:
-        return ()
-    return (f"U+{ord(found[1]):04X} has two readings in a domain (IDNA 2003 and 2008); write the domain as xn--...",)
+    if found:
+        hint = "has two readings in a domain (IDNA 2003 and 2008); write the domain as xn--..."
+        return (f"U+{ord(found[1]):04X} {hint}",)
+    with contextlib.suppress(ValueError):
+        meant = [mailbox.as_written for _, mailbox in parse_mailboxes(text[:MAX_ADDRESS_TEXT])]
+        return (f'expected a bare address, got "{sanitize(text, 80)}"; did you mean "{meant[0]}"?',) if meant else ()
+    return ()
 
 
 def parse_unicode_text(value: Any, json_path: str, errors: list) -> str:
@@ -1833,6 +1858,19 @@ def parse_header_text(value: Any, json_path: str, errors: list) -> str:
     return value
 
 
+def header_matching(pattern: str, expected: str) -> Callable:
+    """Make a parser of header text that is empty or matches the whole pattern."""
+    compiled = re.compile(pattern)
+
+    def parse(value: Any, json_path: str, errors: list) -> str:
+        value = parse_header_text(value, json_path, errors)
+        if value and not compiled.fullmatch(value):
+            errors.append(f'{json_path}: expected {expected}, got "{sanitize(value, 80)}"')
+        return value
+
+    return parse
+
+
 def parse_mailbox_field(value: Any, json_path: str, errors: list) -> tuple:
     """Return ((display name, Mailbox), ...) of a field like From; a text that is not empty names at least one."""
     found = parse_recipient_field(value, json_path, errors)
@@ -1854,28 +1892,16 @@ def parse_recipient_field(value: Any, json_path: str, errors: list) -> tuple:
     except ValueError as error:
         reason = "" if value.strip() in str(error) else f" ({error})"
     text = f'{json_path}: expected "name <address>", got "{sanitize(value, 80)}"{reason}'
-    errors.append("; ".join([text, *idna_hint(value[:MAX_FIELD])]))
+    errors.append("; ".join([text, *idna_hint(value[:MAX_ADDRESS_TEXT])]))
     return ()
-
-
-PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}")  # of a mailbox or group, written without quotes
 
 
 def parse_recipient_list(value: Any, json_path: str, errors: list) -> tuple:
     """Return the same of a list of such strings, or of one."""
+    if type(value) is list and len(value) > MAX_ADDRESSES:
+        errors.append(f"{json_path}: {len(value)} addresses exceed the limit of {MAX_ADDRESSES}")
+        return ()
     return tuple(itertools.chain.from_iterable(list_of(parse_recipient_field)(value, json_path, errors)))
-
-
-MAX_FIELD = 102400  # octets of a header, RFC 5321 4.5.3.1.7 asks for less
-MAX_ADDRESSES = 2000  # of one field
-# A name with commas or brackets without quotes, which people write, then one address.
-SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")
-ADDRESS_TOKEN = re.compile(
-    r'(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<angle><(?:[^<>"\\]|"(?:[^"\\]|\\.)*")*>)|(?P<literal>\[[^\[\]]*\])'
-    r"|(?P<blank>\s+)|(?P<mark>[,;:])|(?P<atom>[^\s\"<>()\[\],;:]+)",
-    re.DOTALL,
-)
-COMMENT_TOKEN = re.compile(r"[()]|\\.", re.DOTALL)
 
 
 @cache_short(512)
@@ -1888,22 +1914,20 @@ def parse_mailboxes(text: str) -> tuple:
     simple = SIMPLE_MAILBOX.fullmatch(text)
     if simple and not ("@" in simple[1] and re.search("[,;]", simple[1])):  # else the name holds another mailbox
         return ((simple[1].strip(), _parse_spec(simple[2])),)
-    found, member, in_group = [], AddressListMember(), False
-    for kind, token in address_tokens(text):
+    found, tokens, in_group = [], [], False
+    for kind, token in itertools.chain(address_tokens(text), (("mark", ""),)):
         if kind != "mark":
-            member.add(kind, token)
-        elif token == ":":
-            if in_group or member.angle or not member.words:
-                raise ValueError('":" out of place')
-            member, in_group = AddressListMember(), True
-        else:
-            found += member.mailboxes()
-            member, in_group = AddressListMember(), in_group and token != ";"
+            tokens.append((kind, token))
+            continue
+        kinds = {kind for kind, _ in tokens if kind not in CFWS}
+        if token != ":":
+            found += _mailbox(tokens)
+        if (token == ":" and (in_group or not kinds or kinds - {"atom", "quoted"})) or (in_group and not token):
+            raise ValueError('":" out of place, or a group without ";"')
         if len(found) > MAX_ADDRESSES:
             raise ValueError(f"more than {MAX_ADDRESSES} addresses")
-    if in_group:
-        raise ValueError('a group without ";"')
-    return tuple(found + member.mailboxes())
+        tokens, in_group = [], token == ":" or (in_group and token == ",")
+    return tuple(found)
 
 
 def address_tokens(text: str) -> Any:
@@ -1932,34 +1956,22 @@ def _comment_end(text: str, start: int) -> int:
     raise ValueError('a comment without ")"')
 
 
-class AddressListMember:
-    """The tokens between two separators of an address list: one mailbox or nothing."""
-
-    def __init__(self) -> None:
-        self.words: list = []  # of (kind, text)
-        self.comments: list = []
-        self.angle = ""  # "<address>"
-
-    def add(self, kind: str, token: str) -> None:
-        if kind == "comment":
-            self.comments.append(token)
-            token = " "
-        elif kind == "angle" and not self.angle:
-            self.angle = token
-        elif kind == "blank" or not self.angle:
-            self.words.append((kind, token))
-        else:
-            raise ValueError(f'"{sanitize(token, 80)}" after an address')
-
-    def mailboxes(self) -> list:
-        """Return [(display name, Mailbox)], or [] if there are only comments and blanks."""
-        comments = " ".join(comment.strip() for comment in self.comments)
-        if self.angle:
-            words = [re.sub(r"\\(.)", r"\1", word[1:-1]) if kind == "quoted" else word for kind, word in self.words]
-            name = "".join(words).strip()
-            return [(f"{name} ({comments})" if name and comments else name or comments, _parse_spec(self.angle[1:-1]))]
-        spec = "".join(word for _, word in self.words).strip()
+def _mailbox(tokens: list) -> list:
+    """Return [(display name, Mailbox)] of the tokens between two separators, [] if they are comments and blanks."""
+    words = [(" " if kind == "comment" else token, kind) for kind, token in tokens]
+    comments = " ".join(token.strip() for kind, token in tokens if kind == "comment")
+    kinds = [kind for kind, _ in tokens if kind not in CFWS]
+    if "angle" not in kinds:
+        spec = "".join(word for word, _ in words).strip()
         return [(comments, _parse_spec(spec))] if spec else []
+    if kinds.index("angle") != len(kinds) - 1:
+        raise ValueError("text after an address")
+    name = "".join(
+        re.sub(r"\\(.)", r"\1", word[1:-1]) if kind == "quoted" else word for word, kind in words if kind != "angle"
+    )
+    angle = next(word for word, kind in words if kind == "angle")
+    name = " ".join(filter(None, (name.strip(), comments and f"({comments})"))) if name.strip() else comments
+    return [(name, _parse_spec(angle[1:-1]))]
 
 
 def _parse_spec(text: str) -> Mailbox:
@@ -1988,15 +2000,11 @@ def parse_charset(value: Any, json_path: str, errors: list) -> str:
     return name or "UTF-8"
 
 
+@cache_short(64, limit=40)
 def iana_charset(name: str) -> str:
     """Return IANA's preferred name of a charset, "" for one that Python or mail readers do not know."""
-    return _iana_charset(name) if re.fullmatch(r"[A-Za-z0-9_.:()+-]{1,40}", name) else ""
-
-
-@functools.lru_cache(maxsize=64)
-def _iana_charset(name: str) -> str:
     try:
-        return IANA_NAMES.get(codecs.lookup(codec_name(name)).name, "")
+        return IANA_NAMES.get(codecs.lookup(codec_name(name)).name, "") if CHARSET_NAME.fullmatch(name) else ""
     except (LookupError, ValueError):
         return ""
 
@@ -2008,64 +2016,17 @@ def codec_name(charset: str) -> str:
 
 # Python's name of a codec: IANA's of the charset. Codecs without one are not used, since no mail reader knows them.
 IANA_NAMES = {
-    "ascii": "US-ASCII",
-    "utf-8": "UTF-8",
-    "iso2022_jp": "ISO-2022-JP",
-    "iso2022_jp_2": "ISO-2022-JP-2",
-    "iso2022_kr": "ISO-2022-KR",
-    "shift_jis": "Shift_JIS",
-    "cp932": "Windows-31J",
-    "euc_jp": "EUC-JP",
-    "euc_kr": "EUC-KR",
-    "cp949": "KS_C_5601-1987",
-    "cp950": "Big5",  # Microsoft's Big5; the characters that only it has are sent as UTF-8
-    "big5": "Big5",
-    "big5hkscs": "Big5-HKSCS",
-    "gb2312": "GB2312",
-    "gbk": "GBK",
-    "gb18030": "GB18030",
-    "koi8-r": "KOI8-R",
-    "koi8-u": "KOI8-U",
-    "mac-roman": "macintosh",
-    "hp-roman8": "hp-roman8",
-    "kz1048": "KZ-1048",
-    "ptcp154": "PTCP154",
-    "tis-620": "TIS-620",
-    "cp874": "windows-874",
-    "cp858": "IBM00858",
-    **{f"cp{page}": f"windows-{page}" for page in range(1250, 1259)},
-    **{f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 855, 857, *range(860, 867), 869)},
-    **{f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))},
-}
+    "ascii": "US-ASCII", "utf-8": "UTF-8", "iso2022_jp": "ISO-2022-JP", "iso2022_jp_2": "ISO-2022-JP-2",
+    "iso2022_kr": "ISO-2022-KR", "shift_jis": "Shift_JIS", "cp932": "Windows-31J", "euc_jp": "EUC-JP",
+    "euc_kr": "EUC-KR", "cp949": "KS_C_5601-1987", "cp950": "Big5", "big5": "Big5", "big5hkscs": "Big5-HKSCS",
+    "gb2312": "GB2312", "gbk": "GBK", "gb18030": "GB18030", "koi8-r": "KOI8-R", "koi8-u": "KOI8-U",
+    "mac-roman": "macintosh", "hp-roman8": "hp-roman8", "kz1048": "KZ-1048", "ptcp154": "PTCP154",
+    "tis-620": "TIS-620", "cp874": "windows-874", "cp858": "IBM00858",
+}  # fmt: skip
+IANA_NAMES.update({f"cp{page}": f"windows-{page}" for page in range(1250, 1259)})
+IANA_NAMES.update({f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 855, 857, *range(860, 867), 869)})
+IANA_NAMES.update({f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))})
 CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
-
-MESSAGE_ID = r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>"
-PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable ASCII, words with one space between
-
-
-def header_matching(pattern: str, expected: str) -> Callable:
-    """Make a parser of header text that is empty or matches the whole pattern."""
-    compiled = re.compile(pattern)
-
-    def parse(value: Any, json_path: str, errors: list) -> str:
-        value = parse_header_text(value, json_path, errors)
-        if value and not compiled.fullmatch(value):
-            errors.append(f'{json_path}: expected {expected}, got "{sanitize(value, 80)}"')
-        return value
-
-    return parse
-
-
-def header_choice(*words: str) -> Callable:
-    """Make a parser of header text that is one of these words."""
-    return header_matching(f"(?i:{'|'.join(words)})", f"one of {', '.join(words)}")
-
-
-DATE = re.compile(
-    r"(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), )?[0-9]{1,2} (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) [0-9]{4} "
-    r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
-)
-
 
 parse_message_id = header_matching(MESSAGE_ID, '"<left@right>"')  # RFC 5322 3.6.4
 parse_ascii_text = header_matching(PLAIN.pattern, "printable ASCII in words of at most 900 characters")
@@ -2100,27 +2061,17 @@ EXTRA_FIELDS = {
     "In-Reply-To": parse_message_ids,
     "References": parse_message_ids,
     "Date": parse_date,
-    "Auto-Submitted": parse_ascii_text,  # RFC 3834
-    "Precedence": parse_ascii_text,
-    "Importance": header_choice("high", "normal", "low"),  # RFC 4021 2.1.44
-    "Priority": header_choice("urgent", "normal", "non-urgent"),
-    "Sensitivity": header_choice("personal", "private", "company-confidential"),
-    "List-Id": parse_header_text,  # RFC 2919
-    "List-Archive": parse_ascii_text,  # RFC 2369
-    "List-Help": parse_ascii_text,
-    "List-Owner": parse_ascii_text,
-    "List-Post": parse_ascii_text,
-    "List-Subscribe": parse_ascii_text,
-    "List-Unsubscribe": parse_ascii_text,
-    "List-Unsubscribe-Post": parse_ascii_text,  # RFC 8058
-    "Organization": parse_header_text,
-    "Comments": parse_header_text,
-    "Keywords": parse_header_text,
-    "Feedback-Id": parse_ascii_text,
     "Disposition-Notification-To": parse_mailbox_field,  # RFC 8098
+    "Importance": header_matching("(?i:high|normal|low)", "high, normal or low"),  # RFC 4021 2.1.44
+    "Priority": header_matching("(?i:urgent|normal|non-urgent)", "urgent, normal or non-urgent"),
+    "Sensitivity": header_matching(
+        "(?i:personal|private|company-confidential)", "personal, private or company-confidential"
+    ),
+    **dict.fromkeys(("List-Id", "Organization", "Comments", "Keywords"), parse_header_text),
+    **dict.fromkeys(("Auto-Submitted", "Precedence", "Feedback-Id"), parse_ascii_text),  # RFC 3834
+    **dict.fromkeys(("List-Archive", "List-Help", "List-Owner", "List-Post"), parse_ascii_text),  # RFC 2369
+    **dict.fromkeys(("List-Subscribe", "List-Unsubscribe", "List-Unsubscribe-Post"), parse_ascii_text),  # RFC 8058
 }
-RESERVED_FIELDS = re.compile(r"received|sender|returnpath|dkimsignature|mime.*|content.*")  # normalized; made here
-X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
 
 
 def normalize_key(key: str) -> str:
@@ -2129,6 +2080,31 @@ def normalize_key(key: str) -> str:
 
 
 FIELD_BY_KEY = {normalize_key(name): name for name in EXTRA_FIELDS}
+# What other programs call the keys, and keys that belong to another level.
+TOP_KEYS = {key: key for key in ("ehlo", "helo", "mail", "rcpt", "recv", "body", "html", "attachments", "raw", "async")}
+TOP_KEYS.update(dict.fromkeys(("text", "textbody", "plain", "content", "message"), "body"))
+TOP_KEYS.update(dict.fromkeys(("recipient", "recipients", "mailto", "rcptto"), "rcpt"))
+TOP_KEYS.update(sender="mail", mailfrom="mail", htmlbody="html", files="attachments", attachment="attachments")
+TOP_KEYS.update(contenttype="html or attachments[].type", mimetype="attachments[].type")
+ATTACHMENT_KEYS = dict.fromkeys(("contenttype", "mimetype", "mediatype"), '"type"')
+ATTACHMENT_KEYS.update(data='"content"', contentid='"cid"', disposition='"inline"')
+
+
+def hinted(cls: type, hints: dict) -> Callable:
+    """Make a parser of objects like from_dict() that knows the keys of other programs and other levels."""
+
+    def parse(value: Any, json_path: str, errors: list) -> Any:
+        known = key_table(cls)
+        usual = not isinstance(value, dict) or value.keys() <= known.keys()
+        for key in () if usual else [key for key in value if key not in known]:
+            hint = hints.get(normalize_key(key))
+            if hint and len(errors) < MAX_ERRORS:
+                del value[key]
+                dot = json_path and json_path + "."
+                errors.append(f"{dot}{sanitize(key)}: unknown key; did you mean {hint}?")
+        return from_dict(cls, value, json_path, errors)
+
+    return parse
 
 
 @dataclass(repr=False, eq=False)  # made for each mail, and creating a frozen one takes four times as long
@@ -2157,9 +2133,9 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
     rows = {normalize_key(key): row for key, row in own.items()}
     values, extra, seen = {}, [], {}
     twice = getattr(value, "duplicate_keys", ())[:MAX_ERRORS]
-    errors.extend(f"{json_path}.{sanitize(key)}: stands more than once" for key in twice)
+    errors.extend(f"{json_path}.{sanitize(key)}: duplicate key" for key in twice)
     for key, item in value.items():
-        if len(errors) >= MAX_ERRORS:
+        if len(errors) >= MAX_ERRORS or len(extra) > MAX_FIELDS:
             break
         name, item_path = normalize_key(key), f"{json_path}.{sanitize(key)}"
         if seen.setdefault(name, key) != key:
@@ -2169,6 +2145,9 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
             values.update({} if item is None else {attribute: parse(item, item_path, errors)})
         else:
             extra += extra_field(key, item, item_path, errors)
+    size = sum(len(item) for _, item, _ in extra)
+    if len(extra) > MAX_FIELDS or size > MAX_HEADER:
+        errors.append(f"{json_path}: more than {MAX_FIELDS} fields or {MAX_HEADER} characters")
     return Header(**values, extra_fields=tuple(extra))
 
 
@@ -2182,13 +2161,16 @@ def extra_field(key: str, value: Any, json_path: str, errors: list) -> list:
         items = (parse(value, json_path, errors),)
     elif is_x:
         parse, name = parse_header_text, "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
-        items = list_of(parse)(value, json_path, errors)
+        items = list_of(parse)(value[: MAX_FIELDS + 1] if type(value) is list else value, json_path, errors)
     elif RESERVED_FIELDS.fullmatch(normalize_key(key)):
         errors.append(f"{json_path}: Haineko makes this field itself")
         return []
     else:
-        names = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)]
-        errors.append(f"{json_path}: unknown key{did_you_mean(key, names) if len(errors) < MAX_HINTS else ''}")
+        names, outside = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)], TOP_KEYS.get(normalize_key(key))
+        hint = f"; did you mean {outside}, outside of header?" if outside else ""
+        errors.append(
+            f"{json_path}: unknown key{hint or (did_you_mean(key, names) if len(errors) < MAX_HINTS else '')}"
+        )
         return []
     return [(name, item, parse) for item in items if item]
 
@@ -2222,11 +2204,6 @@ def parse_file_name(value: Any, json_path: str, errors: list) -> str:
     return value
 
 
-# U+2028 to U+2069 hold those that make fdp.exe look like exe.pdf.
-CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-MAX_FILE_NAME = 255
-
-
 def parse_media_type(value: Any, json_path: str, errors: list) -> str:
     """Return a media type with its parameters (RFC 2045 5.1), folded as it is written in a message."""
     value = parse_header_text(value, json_path, errors)
@@ -2241,20 +2218,11 @@ def parse_media_type(value: Any, json_path: str, errors: list) -> str:
     return name + "".join(f";\r\n {key}={word}" for key, word in parameters if key.lower().rstrip("*") != "name")
 
 
-_TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
-MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
-MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
-MAX_MEDIA_TYPE = 255
-
-
 def parse_content_id(value: Any, json_path: str, errors: list) -> str:
     """Return the name that a link "cid:..." in the HTML uses (RFC 2392), without brackets."""
     if type(value) is str and value.startswith("<") and value.endswith(">"):
         value = value[1:-1]
     return header_matching(CONTENT_ID, "letters, digits and @._+-")(value, json_path, errors)
-
-
-CONTENT_ID = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -2272,7 +2240,7 @@ def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
         errors.append(f"{json_path}: {len(value)} exceed the limit of {MAX_ATTACHMENTS}")
         return ()
     before, cids = len(errors), set()
-    attachments = list_of(nested(Attachment))(value, json_path, errors)
+    attachments = list_of(hinted(Attachment, ATTACHMENT_KEYS))(value, json_path, errors)
     for i, item in enumerate(attachments if len(errors) == before else ()):
         if item.content is None:
             errors.append(f"{json_path}[{i}].content: is missing")
@@ -2283,10 +2251,6 @@ def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
             errors.append(f"{json_path}[{i}].cid: another attachment has it already")
         cids.add(item.cid)
     return attachments
-
-
-MAX_ATTACHMENTS = 1000
-NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # RFC 2045 2.7
 
 
 class ParsedMessage(NamedTuple):
@@ -2319,7 +2283,7 @@ def parse_raw(value: Any, json_path: str, errors: list) -> ParsedMessage:
 
 def parse_message(octets: bytes) -> ParsedMessage:
     """Parse a message with any line ends; ValueError says which field is wrong, or which limit is exceeded."""
-    found = re.match(rb">?From [^\n]*\n", octets)  # of an mbox
+    found = re.match(rb">?From (?![ \t]*:)[^\n]*\n", octets)  # of an mbox
     octets = octets[found.end() :] if found else octets
     parts = mime_parts(octets)
     check_limits(parts)
@@ -2351,35 +2315,17 @@ def fold_long_lines(octets: bytes) -> bytes:
     """Fold a field's lines of more than 998 octets at blanks; those without a blank stay."""
     if not TOO_LONG.search(octets):
         return octets
-    lines = []
+    lines, end = [], b"\r" if octets.endswith(b"\r\n") else b""
     for line in octets.split(b"\n"):
         start = 0
         while len(line) - start > 998:
             at = max(line.rfind(b" ", start + 1, start + 998), line.rfind(b"\t", start + 1, start + 998))
             if at < 0:
                 break
-            lines.append(line[start:at])
+            lines.append(line[start:at] + end)
             start = at
         lines.append(line[start:])
     return b"\n".join(lines)
-
-
-TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
-RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*(?:\n|\Z)")
-MAX_HEADER = 102400  # octets of the header of a message or part
-MAX_FIELDS = 1000
-MAX_PARTS = 2000
-MAX_NESTING = 100
-MAX_PARAMETERS = 1000
-PARAMETER_FIELDS = ("content-type", "content-disposition")
-MAILBOX_FIELDS = ("from", "sender", "to", "cc", "bcc", "reply-to", "resent-from", "resent-sender", "resent-to",
-                  "resent-cc", "resent-reply-to", "disposition-notification-to", "return-receipt-to")  # fmt: skip
-# Fields in which only comments may be encoded.
-STRUCTURED_FIELDS = re.compile(
-    r"(?:resent-)?(?:date|message-id)|received|received-spf|references|in-reply-to|return-path|mime-version|content-id"
-    r"|content-transfer-encoding|dkim-signature|domainkey-signature|arc-.*|authentication-results|auto-submitted"
-    r"|list-(?:archive|help|owner|post|subscribe|unsubscribe|unsubscribe-post)"
-)
 
 
 def is_utf8(octets: bytes) -> bool:
@@ -2399,6 +2345,7 @@ class MIMEPart:
     end: int
     depth: int
     media_type: str = ""
+    boundary: bytes = b""
     is_leaf: bool = True
 
     def value(self, name: str) -> str:
@@ -2424,49 +2371,47 @@ def mime_parts(octets: bytes) -> list:
     """Return the parts of a message (RFC 2046 5.1), each before those within it. It ends soon after a limit."""
     parts: list = []
     open_depths: dict = {}  # boundary of each open multipart, from the outermost: depth
-    current = _open_part(octets, 0, 0, parts, open_depths)
+    current = _open_part(octets, 0, 0, parts, open_depths)  # the part that the next delimiter ends
     for found in DELIMITER.finditer(octets) if open_depths else ():
         line = found[1].rstrip()
         is_close = line not in open_depths and line.endswith(b"--")
         boundary = line[:-2] if is_close else line
         if boundary not in open_depths or found.start() < parts[-1].body - 1:
             continue
-        if current:
+        if current and (current.is_leaf or boundary != current.boundary):
             current.end = max(current.body, found.start() - (octets[found.start() - 1 : found.start()] == b"\r"))
-        depth = open_depths[boundary]
+            current.is_leaf = True  # a multipart without parts is one
+        depth, current = open_depths[boundary], None
         while list(open_depths)[-1] != boundary:
             open_depths.popitem()
-        current = None
         if is_close:
             open_depths.popitem()
         elif len(parts) > MAX_PARTS:
             break
         else:
-            current = _open_part(
-                octets, octets.find(b"\n", found.end()) + 1 or len(octets), depth + 1, parts, open_depths
-            )
+            start = octets.find(b"\n", found.end()) + 1 or len(octets)
+            current = _open_part(octets, start, depth + 1, parts, open_depths)
+    if current:
+        current.is_leaf = True
     return parts
 
 
-DELIMITER = re.compile(rb"\n--([^\r\n]*)")
-
-
-def _open_part(octets: bytes, start: int, depth: int, parts: list, open_depths: dict) -> MIMEPart | None:
-    """Read a part's header and those of messages directly within it; return the innermost part if it has no parts."""
+def _open_part(octets: bytes, start: int, depth: int, parts: list, open_depths: dict) -> MIMEPart:
+    """Read a part's header and those of messages directly within it; return the innermost part."""
     while True:
         header, body = read_header(octets, start)
         part = MIMEPart(header, start, body, len(octets), depth)
         parts.append(part)
         part.media_type = part.value("content-type").partition(";")[0].strip().lower()
-        boundary = part.parameter("boundary").encode("ascii", "replace")
         if depth > MAX_NESTING or len(parts) > MAX_PARTS:
             return part
-        if part.media_type.startswith("multipart/") and boundary:
-            part.is_leaf, open_depths[boundary] = False, depth
-            return None
-        if part.media_type != "message/rfc822" or part.encoding in ("base64", "quoted-printable"):
-            return part
-        part.is_leaf, start, depth = False, body, depth + 1
+        if part.media_type.startswith("multipart/") and part.parameter("boundary"):
+            part.is_leaf, part.boundary = False, part.parameter("boundary").encode("ascii", "replace")
+            open_depths[part.boundary] = depth
+        elif part.media_type == "message/rfc822" and part.encoding not in ("base64", "quoted-printable"):
+            part.is_leaf, start, depth = False, body, depth + 1
+            continue
+        return part
 
 
 def read_header(octets: bytes, start: int) -> tuple:
@@ -2483,22 +2428,16 @@ def read_header(octets: bytes, start: int) -> tuple:
 
 def check_limits(parts: list) -> None:
     """Raise ValueError if a message exceeds a limit."""
-    most = {
-        "parts": (len(parts), MAX_PARTS),
-        "levels of parts": (max(part.depth for part in parts), MAX_NESTING),
-        "fields in a header": (max(len(part.header) for part in parts), MAX_FIELDS),
-        "octets of a header": (max(part.body - part.start for part in parts), MAX_HEADER),
-        "parameters of a field": (
-            max(
-                (octets.count(b";") for part in parts for name, octets in part.header if name in PARAMETER_FIELDS),
-                default=0,
-            ),
-            MAX_PARAMETERS,
-        ),
-    }
-    for what, (count, limit) in most.items():
-        if count > limit:
-            raise ValueError(f"{count} {what} exceed the limit of {limit}")
+    parameters = [octets.count(b";") for part in parts for name, octets in part.header if name in PARAMETER_FIELDS]
+    for what, counts, limit in (
+        ("parts", [len(parts)], MAX_PARTS),
+        ("levels of parts", [part.depth for part in parts], MAX_NESTING),
+        ("fields in a header", [len(part.header) for part in parts], MAX_FIELDS),
+        ("octets of a header", [part.body - part.start for part in parts], MAX_HEADER),
+        ("parameters of a field", [0, *parameters], MAX_PARAMETERS),
+    ):
+        if max(counts) > limit:
+            raise ValueError(f"{max(counts)} {what} exceed the limit of {limit}")
 
 
 def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool = True) -> bytes:
@@ -2518,9 +2457,6 @@ def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool
         out.append(new_body)
         at = part.end if part.is_leaf else part.body
     return b"".join([*out, octets[at:] if keep_8bit else octets[at:].translate(None, HIGH_OCTETS)])
-
-
-HIGH_OCTETS = bytes(range(128, 256))
 
 
 def _encode_binary(part: MIMEPart, body: bytes) -> tuple:
@@ -2544,19 +2480,16 @@ def base64_lines(octets: Any) -> bytes:
     return b"\r\n".join(BASE64_LINE.findall(binascii.b2a_base64(octets, newline=False))) + b"\r\n"
 
 
-BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
-
-
 def unfold(octets: bytes) -> str:
     """Return the value of a header field on one line."""
     return re.sub(r"\r?\n", "", octets.decode("utf-8", "replace").partition(":")[2]).strip()
 
 
-def header_recipients(fields: list) -> list:
+def header_recipients(header: list) -> list:
     """Return the addresses in To, Cc and Bcc. A field that is no address list stands for itself: it is never searched
     for addresses, and the reply names it as an invalid recipient."""
     found: list = []
-    for key, value in fields:
+    for key, value in header:
         if key in ("to", "cc", "bcc"):
             text = value.partition(b":")[2].decode("utf-8", "replace").replace("\n", "").strip()
             try:
@@ -2566,9 +2499,9 @@ def header_recipients(fields: list) -> list:
     return found
 
 
-def loop_names(fields: list) -> tuple:
+def loop_names(header: list) -> tuple:
     """Return the names of the Hainekos that a finished message has passed."""
-    texts = [value.partition(b":")[2].decode("ascii", "replace") for key, value in fields if key == "x-haineko-loop"]
+    texts = [value.partition(b":")[2].decode("ascii", "replace") for key, value in header if key == "x-haineko-loop"]
     names = parse_loop_names([text.replace("\n", "") for text in texts], "", [])
     return tuple(name for name in names if DOMAIN.fullmatch(name))
 
@@ -2593,23 +2526,91 @@ class Submission:
         return bool(self.raw or self.header.shared)
 
 
-def parse_submission(body: Any) -> tuple:
-    """Return (Submission, errors) of a request's body; the Submission is None if there are errors."""
+class SubmissionResult(NamedTuple):
+    """What a request's body holds: a Submission, or None and every error."""
+
+    submission: Submission | None
+    errors: list
+    is_json: bool = True  # False: the one error is that of the JSON decoder
+
+
+def parse_submission(body: Any) -> SubmissionResult:
+    """Parse the body of a request."""
     errors: list = []
     if b"\x1b" in body:  # old clients send ISO-2022-JP with its escape character as it is
         body = body.replace(b"\x1b", b"\\u001b")
     try:
         raw = parse_json(body)
+    except ValueError as error:
+        return SubmissionResult(None, [sanitize(str(error)) + form_data_hint(bytes(body[:500]))], is_json=False)
+    try:
         if b"\\u001" in body and isinstance(raw, dict) and isinstance(raw.get("header"), dict):
             decode_jis_strings(raw)
     except ValueError as error:
-        return None, [sanitize(str(error))]
+        return SubmissionResult(None, [sanitize(str(error))])
     except RecursionError:
-        return None, ["nested too deeply"]
-    submission = from_dict(Submission, raw, "", errors)
+        return SubmissionResult(None, ["nested too deeply"], is_json=False)
+    submission = hinted(Submission, SUBMISSION_KEYS)(raw, "", errors)
+    if submission.html and not any(error.startswith("attachments") for error in errors):
+        check_content_ids(submission, errors)
     if submission.rcpt is None or submission.header.bcc or submission.raw:
         submission = add_header_recipients(submission, raw, errors)
-    return None if errors else submission, errors
+    return SubmissionResult(None if errors else submission, errors)
+
+
+SUBMISSION_KEYS = {
+    normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *key_table(Header), "replyto")
+}
+SUBMISSION_KEYS.update(TOP_KEYS)
+
+
+def form_data_hint(start: bytes) -> str:
+    """Return what to say of a body that is empty or the data of an HTML form."""
+    if not start.strip():
+        return "; the body is empty"
+    is_form = re.match(rb"[\w.%+\[\]-]{1,200}=", start) or (start[:2] == b"--" and b"form-data" in start)
+    return "; it looks like form data: send JSON" if is_form else ""
+
+
+def check_content_ids(submission: Submission, errors: list) -> None:
+    """Append an error for a "cid:" in the HTML without an attachment, and for a `cid` that the HTML does not use."""
+    links = {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(submission.html)}
+    cids = {item.cid: i for i, item in enumerate(submission.attachments) if item.cid}
+    errors += [
+        f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in sorted(links - cids.keys())
+    ][:MAX_HINTS]
+    errors += [f'attachments[{i}].cid: the HTML has no "cid:{cid}"' for cid, i in cids.items() if cid not in links]
+
+
+def is_expensive(work: Any) -> bool:
+    """Return whether to parse this body, or to compose this Submission, may take over 5 ms and belongs in a thread."""
+    return (_compose_cost(work) if isinstance(work, Submission) else _parse_cost(work)) > 5000
+
+
+def _parse_cost(body: Any) -> float:
+    """Estimate microseconds from above: text is cheap; strings, addresses and raw messages are not."""
+    per_octet = 0.4 if b'"raw"' in body or b"\\u00" in body else 0.01  # the key may be escaped
+    return per_octet * len(body) + 1.5 * body.count(b'"') + 10 * body.count(b"@")
+
+
+def _compose_cost(submission: Submission) -> float:
+    """Estimate microseconds from above, by the slowest inputs of each kind."""
+    header, raw = submission.header, submission.raw
+    if raw:
+        per_octet = 0.01 if raw.body.isascii() else 0.3
+        return per_octet * len(raw.body) + 10 * len(raw.fields) + 30 * raw.body.count(b"\n--")
+    cost = (0.02 if header.charset in ("UTF-8", "US-ASCII") else 0.5) * len(submission.body)
+    cost += (0.1 if submission.body else 1.5) * len(submission.html)
+    cost += sum(25 + 0.008 * len(item.content or b"") for item in submission.attachments)
+    cost += 0.6 * (len(header.subject) + sum(len(value) for _, value, _ in header.extra_fields))
+    return cost + 5 * len(header.extra_fields) + 15 * len(header.to + header.cc)
+
+
+def provider_header_names(submission: Submission) -> tuple:
+    """Return the names of the fields that cloud relays take for commands."""
+    raw = submission.raw.fields if submission.raw else ()
+    names = [*(name for name, _, _ in submission.header.extra_fields), *(name for name, _ in raw)]
+    return tuple(dict.fromkeys(name for name in names if PROVIDER_HEADER.fullmatch(name)))
 
 
 def add_header_recipients(submission: Submission, raw: Any, errors: list) -> Submission:
@@ -2702,10 +2703,22 @@ def check_login(request: Request, submission: Submission | None, settings: Setti
 
 def check_client(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
     """Require an address in relayhosts, unless the client has to log in."""
-    policy = settings.relayhosts
-    if settings.password.hashes or policy.open_relay or request.client in policy.relayhosts:
+    if settings.password.hashes or settings.relayhosts.open_relay:
         return None
-    return make_reply("client")
+    if request.client not in settings.relayhosts.relayhosts:
+        return make_reply("client", f"{request.client.text} is not in relayhosts.relayhosts")
+    reason = hidden_client(request, settings)
+    return make_reply("client", reason) if reason else None
+
+
+def hidden_client(request: Request, settings: Settings) -> str:
+    """Say why a request from a loopback address was not made by a program on this machine, "" if it may have been."""
+    if not request.forwarded or request.client not in LOOPBACK:
+        return ""
+    proxy = f"{request.forwarded} from {request.peer.text}"
+    if request.peer not in settings.httpd.trusted_proxies:
+        return f"{proxy}, which is not in httpd.trusted_proxies"
+    return "" if "x-forwarded-for" in request.headers else f"{proxy} without X-Forwarded-For"
 
 
 def check_loop(request: Request | None, submission: Submission, settings: Settings) -> Reply | None:
@@ -2722,38 +2735,45 @@ def check_ehlo(request: Request, submission: Submission, settings: Settings) -> 
     if name is None or DOMAIN.fullmatch(name):
         return None
     literal = name[:1] == "[" and name[-1:] == "]" and len(name) <= MAX_PATH and is_address_literal(name)
-    return None if literal else make_reply("ehlo")
+    return None if literal else make_reply("ehlo", 'ehlo: expected a domain or an address literal like "[192.0.2.1]"')
 
 
 def check_sender(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.mail:
-        return make_reply("mail-empty")
-    return None if parse_address(submission.mail) else make_reply("mail-form", *idna_hint(submission.mail))
+        return make_reply("mail-empty", "mail (the envelope sender) is required")
+    if parse_address(submission.mail):
+        return None
+    return make_reply("mail-form", *idna_hint(submission.mail) or ('expected a bare address like "user@example.org"',))
 
 
 def check_recipient_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.rcpt or submission.rcpt == ("",):
-        return make_reply("rcpt-none")
+        return make_reply("rcpt-none", "rcpt is required, unless header has to, cc or bcc")
     limit, count = settings.smtpd.max_rcpts_per_message, len(submission.rcpt)
     if not limit or count <= limit:
         return None
     if count <= 100 * limit + 1000:  # past that, comparing the addresses would take too long
         count = len(unique_recipients(submission))
-    return make_reply("rcpt-many") if count > limit else None
+    if count <= limit:
+        return None
+    return make_reply("rcpt-many", f"{count} recipients exceed smtpd.max_rcpts_per_message ({limit})")
 
 
 def check_recipients(request: Request, submission: Submission, settings: Settings) -> dict:
     """Return {recipient as written: the Reply that refuses it}."""
-    replies = {
-        as_written: check_recipient(mailbox, settings, as_written)
-        for as_written, mailbox in unique_recipients(submission).items()
-    }
-    return {as_written: reply for as_written, reply in replies.items() if reply}
+    refused = {}
+    for as_written, mailbox in unique_recipients(submission).items():
+        reply = check_recipient(mailbox, settings, as_written)
+        if reply:
+            refused[as_written] = reply
+    return refused
 
 
 def check_body(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     raw = submission.raw
-    return None if submission.body or submission.html or (raw and raw.fields) else make_reply("body-empty")
+    if submission.body or submission.html or (raw and raw.fields):
+        return None
+    return make_reply("body-empty", "raw: it has no header fields" if raw else "body or html is required")
 
 
 def check_size(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -2761,7 +2781,9 @@ def check_size(request: Request, submission: Submission, settings: Settings) -> 
 
 
 def check_subject(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    return None if submission.header.subject or submission.raw else make_reply("subject-empty")
+    if submission.header.subject or submission.raw:
+        return None
+    return make_reply("subject-empty", "header.subject is required")
 
 
 # (stage, check) in the order in which faults are reported. A check returns a Reply, which refuses the whole submission,
@@ -2789,9 +2811,10 @@ def apply_checks(checks: tuple, request: Request, submission: Submission | None,
     refused: dict = {}
     for check in checks:
         result = check(request, submission, settings)
-        if isinstance(result, Reply):
+        if isinstance(result, dict):
+            refused.update(result)
+        elif result:
             raise Rejected(result)
-        refused.update(result or ())
     return refused
 
 
@@ -2813,12 +2836,16 @@ def check_recipient(mailbox: Mailbox | None, settings: Settings, as_written: str
         or mailbox.domain.lower() in policy.domainpart
         or mailbox.addr_spec.lower() in policy.recipients
     )
-    return None if permitted else make_reply("rcpt-policy")
+    if permitted:
+        return None
+    return make_reply("rcpt-policy", "neither recipients.domainpart nor recipients.recipients has it")
 
 
 def check_message_size(octets: int, settings: Settings) -> Reply | None:
     limit = settings.smtpd.max_message_size
-    return make_reply("too-big") if limit and octets > limit else None
+    if not limit or octets <= limit:
+        return None
+    return make_reply("too-big", f"{octets} octets exceed smtpd.max_message_size ({limit})")
 
 
 # ======================================================================================================================
@@ -2826,6 +2853,23 @@ def check_message_size(octets: int, settings: Settings) -> Reply | None:
 #    Takes a Submission, gives a Message: header and body as octets, ready for every relay. Knows charsets, MIME and the
 #    limits on lines; the recipients of a copy, the clock and the queue id are arguments.
 # ======================================================================================================================
+
+BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
+PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
+RFC2231_SEGMENT = 60  # characters of a parameter in one line
+SOUND_MARKS = ("ﾞ", "ﾟ")
+NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
+JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
+QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
+# Names that Windows and Unicode's own tables give differently to some characters of JIS X 0208; Python's codec knows
+# the latter.
+CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
+UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
+ENCODED_WORDS = re.compile(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)")
+ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
+PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
+COMMENT = re.compile(r"\([^()\\]*\)")
+NOT_BASE64 = bytes({*range(256)} - {*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"})
 
 
 def compose(submission: Submission, queueid: str, client: IPAddress, hostname: str, now: float) -> Message:
@@ -2945,9 +2989,6 @@ def file_part(item: Attachment, charset: str) -> Any:
         yield base64_lines(item.content[start : start + BASE64_BLOCK])
 
 
-BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
-
-
 def name_parameters(name: str, charset: str) -> tuple:
     """Return the parameters for a file's name in Content-Type and Content-Disposition. If the name isn't plain, the
     latter is for readers that know RFC 2231, the former (encoded words) for those that do not."""
@@ -2957,9 +2998,6 @@ def name_parameters(name: str, charset: str) -> tuple:
     return f';\r\n name="{words}"', rfc2231_parameter("filename", name, charset)
 
 
-PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
-
-
 def rfc2231_parameter(name: str, text: str, charset: str) -> str:
     """Return a parameter with any characters, in lines of its own."""
     coded = f"{charset}''{urllib.parse.quote_from_bytes(charset_encoder(charset)(text), safe='')}"
@@ -2967,9 +3005,6 @@ def rfc2231_parameter(name: str, text: str, charset: str) -> str:
         return f";\r\n {name}*={coded}"
     segments = re.findall(f"(?:%..|[^%]){{1,{RFC2231_SEGMENT // 3}}}", coded)
     return "".join(f";\r\n {name}*{i}*={segment}" for i, segment in enumerate(segments))  # RFC 2231 3
-
-
-RFC2231_SEGMENT = 60  # characters of a parameter in one line
 
 
 def guess_media_type(name: str) -> str:
@@ -2990,14 +3025,10 @@ def guess_media_type(name: str) -> str:
 
 _OFFICE = "application/vnd.openxmlformats-officedocument."
 EXTRA_MEDIA_TYPES = {  # that not every system's table has
-    ".docx": _OFFICE + "wordprocessingml.document",
-    ".xlsx": _OFFICE + "spreadsheetml.sheet",
-    ".pptx": _OFFICE + "presentationml.presentation",
-    ".ics": "text/calendar",
-    ".md": "text/markdown",
-    ".webp": "image/webp",
-    ".zip": "application/zip",
-}
+    ".docx": _OFFICE + "wordprocessingml.document", ".xlsx": _OFFICE + "spreadsheetml.sheet",
+    ".pptx": _OFFICE + "presentationml.presentation", ".ics": "text/calendar", ".md": "text/markdown",
+    ".webp": "image/webp", ".zip": "application/zip",
+}  # fmt: skip
 
 
 def html_to_text(html: str) -> str:
@@ -3171,9 +3202,6 @@ def splits_cluster(value: str, at: int) -> bool:
     return value.startswith(SOUND_MARKS, at) and not value.startswith(SOUND_MARKS, at - 1)
 
 
-SOUND_MARKS = ("ﾞ", "ﾟ")
-
-
 def encode_body(text: str, charset: str) -> tuple:
     """Return (Content-Transfer-Encoding, octets) with CRLF and no line over 998 octets (RFC 5322 2.1.1)."""
     text = text if "\r" not in text else text.replace("\r\n", "\n").replace("\r", "\n")
@@ -3188,11 +3216,6 @@ def encode_body(text: str, charset: str) -> tuple:
         if quoted * 77 // 74 < (len(octets) + 2) // 3 * 4 + (len(octets) + 56) // 57 * 2:
             return "quoted-printable", binascii.b2a_qp(octets, istext=True)
     return "base64", base64_lines(octets)
-
-
-NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
-JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
-QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
 
 
 @functools.lru_cache(maxsize=64)
@@ -3255,9 +3278,6 @@ def jis_extensions() -> tuple:
     return table, re.compile(f"([{''.join(table)}]+)")
 
 
-# Names that Windows and Unicode's own tables give differently to some characters of JIS X 0208; Python's codec knows
-# the latter.
-CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
 CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis}  # others by Python's codecs
 
 
@@ -3284,9 +3304,6 @@ def complete_raw_message(
     return Message((octets,), not octets.isascii(), bool(non_ascii_fields(octets)))
 
 
-UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
-
-
 def mime_label(body: bytes) -> bytes:
     """Return the MIME fields for a body that came without; none if it is ASCII that every path can carry."""
     if body.isascii() and not UNSENDABLE.search(body):
@@ -3300,7 +3317,7 @@ def mime_label(body: bytes) -> bytes:
 def non_ascii_fields(octets: bytes) -> list:
     """Return the names of the header fields, those of parts included, that need SMTPUTF8 (RFC 6532 3)."""
     parts = [] if octets.isascii() else mime_parts(octets)
-    return list(dict.fromkeys(name for part in parts for name, field in part.header if not field.isascii()))
+    return list(dict.fromkeys(name for part in parts for name, line in part.header if not line.isascii()))
 
 
 def downgrade_8bit(octets: bytes, keep_8bit: bool = False) -> bytes:
@@ -3312,7 +3329,9 @@ def downgrade_8bit(octets: bytes, keep_8bit: bool = False) -> bytes:
 def convert_parts(octets: bytes, keep_8bit: bool, keep_utf8: bool) -> bytes:
     """Return a message, each of whose parts is encoded where the path can't carry it as it is."""
     parts = mime_parts(octets)
-    return rewrite_parts(octets, parts, functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8), keep_8bit)
+    convert = functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8)
+    octets = rewrite_parts(octets, parts, convert, keep_8bit)
+    return octets if octets.endswith(b"\r\n") else octets + b"\r\n"
 
 
 def _convert_part(top: MIMEPart, keep_8bit: bool, keep_utf8: bool, part: MIMEPart, body: bytes) -> tuple:
@@ -3348,19 +3367,11 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
     elif STRUCTURED_FIELDS.fullmatch(name):
         coded = f"{label}: {encode_comments(text)}"
     else:
-        segments = re.split(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)", text)
-        words = [
-            [item] if i % 2 else encoded_words(item, "UTF-8", len(label) + 2)
-            for i, item in enumerate(segments)
-            if item.strip()
-        ]
-        coded = fold(f"{label}:", itertools.chain.from_iterable(words))
+        tokens: list = []
+        for i, segment in enumerate(ENCODED_WORDS.split(text)):
+            tokens += [segment] if i % 2 else encoded_words(segment, "UTF-8", len(label) + 2) if segment.strip() else []
+        coded = fold(f"{label}:", tokens)
     return coded.encode() + b"\r\n"
-
-
-ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
-PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
-COMMENT = re.compile(r"\([^()\\]*\)")
 
 
 def decode_octets(octets: bytes, charset: str) -> str:
@@ -3394,13 +3405,11 @@ def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
         body = binascii.a2b_base64(data + b"=" * (-len(data) % 4))
     elif part.encoding == "quoted-printable":
         body = binascii.a2b_qp(body)
-    if part.is_text:
+    if part.is_text and part.encoding != "base64":
         # b2a_qp() writes line ends as the first line has them.
         return set_encoding(header, "quoted-printable"), binascii.b2a_qp(body + b"\r\n", istext=True)[:-2]
     return set_encoding(header, "base64"), base64_lines(body)[:-2]
 
-
-NOT_BASE64 = bytes({*range(256)} - {*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"})
 
 # ======================================================================================================================
 # 8. Routes
@@ -4003,14 +4012,21 @@ class Connector:
                 results: Any = ()
                 if waiting:
                     address = waiting.popleft()
-                    sock = socket.socket(address_family(address[0]), socket.SOCK_STREAM)
+                    try:
+                        sock = socket.socket(address_family(address[0]), socket.SOCK_STREAM)
+                    except OSError as failure:  # no IPv6 in this kernel
+                        error = failure
+                        continue
                     attempts[sock.fileno()] = sock, address
                     sock.setblocking(False)
                     poll.register(sock, select.POLLOUT)
                     code = sock.connect_ex(address)
                     results = [(sock.fileno(), code)] if code not in (0, errno.EINPROGRESS) else ()
                 pause = min(deadline - now, self.ATTEMPT_DELAY) if waiting else deadline - now
-                for number, code in results or _attempts_ended(poll.poll(math.ceil(pause * 1000)), attempts):
+                for number, code in results or [
+                    (number, attempts[number][0].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+                    for number, _ in poll.poll(math.ceil(pause * 1000))
+                ]:
                     if not code:
                         return self._winner(attempts, number)
                     error = OSError(code, os.strerror(code))
@@ -4050,14 +4066,16 @@ class Connector:
         self.failed.update(dict.fromkeys(addresses, time.monotonic() + self.FAILED_TTL))
 
     def look_up(self, host: str, deadline: float) -> list:
-        """Return a host's IP addresses by getaddrinfo(), in a thread of its own, as it knows no deadline."""
+        """Return a host's IP addresses, or those that stand in its place, divided by spaces. getaddrinfo() runs in a
+        thread of its own, as it knows no deadline."""
         with contextlib.suppress(ValueError):
-            return [str(ipaddress.ip_address(host))]
+            return [str(ipaddress.ip_address(address)) for address in host.split()]
         with self.lock:
             future = self.lookups.get(host)
             if not future:
-                future = self.lookups[host] = concurrent.futures.Future()
+                future = concurrent.futures.Future()
                 threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()
+                self.lookups[host] = future
         try:
             return future.result(max(deadline - time.monotonic(), 0))
         except concurrent.futures.TimeoutError:
@@ -4073,11 +4091,6 @@ class Connector:
         with self.lock:
             del self.lookups[host]
         future.set_exception(error) if error else future.set_result(result)
-
-
-def _attempts_ended(events: list, attempts: dict) -> list:
-    """Return [(file descriptor, error number)] of connection attempts."""
-    return [(number, attempts[number][0].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)) for number, _ in events]
 
 
 connector = Connector()
@@ -4257,7 +4270,7 @@ class KeepAliveConnection(http.client.HTTPConnection):
         if request.method == "POST":
             headers.update({"Content-Type": request.type, "Content-Length": str(len(request.body))})
         for name, value in headers.items():
-            self.putheader(name, value)
+            self.putheader(name, value.encode())  # of a string, http.client would make Latin-1
         try:
             self.endheaders(request.body or None)
             self.sent = True
@@ -4381,7 +4394,7 @@ class MTASTSCache:
         self.cache, self.failed = TTLCache(4096, clock), TTLCache(4096, clock)
 
     async def policy_for(self, domain: str, route: Route) -> MTASTSPolicy | None:
-        """Return the domain's policy; the cached one if DNS or the web server fails, as an attacker could cause that."""
+        """Return the domain's policy; the cached one if DNS or the web server fails: an attacker could see to that."""
         deadline = time.monotonic() + min(route.timeout, self.FETCH_TIMEOUT)
         return await self.shared.call((domain, route), deadline, self._policy_for, domain, route)
 
@@ -4444,12 +4457,11 @@ def parse_mta_sts_policy(text: str) -> MTASTSPolicy:
 async def sign_transaction(transaction: Transaction) -> Transaction:
     """Return a transaction with its message signed, unless its route, its domain or a signature that it has forbid."""
     route = transaction.route
-    if not transaction.dkim or not (route.dkim and route.row.keeps_octets) or SIGNING_HOST.search(route.host):
+    if not (transaction.dkim and route.dkim and route.row.keeps_octets):
+        return transaction
+    if route.host.lower().rstrip(".").endswith(".amazonaws.com"):  # SES changes Date and Message-Id, then signs itself
         return transaction
     return await asyncio.to_thread(_sign_transaction, transaction, int(time.time()))
-
-
-SIGNING_HOST = re.compile(r"\.amazonaws\.com\.?$", re.IGNORECASE)  # SES changes Date and Message-Id, then signs itself
 
 
 def _sign_transaction(transaction: Transaction, now: int) -> Transaction:
@@ -4457,10 +4469,9 @@ def _sign_transaction(transaction: Transaction, now: int) -> Transaction:
     key = signing_key(parse_message(octets[: octets.index(b"\r\n\r\n") + 2]).fields, transaction.dkim)
     if not key:
         return transaction
-    if message.needs_8bitmime:  # a server without 8BITMIME would have it converted after the signature
+    if message.needs_8bitmime:  # it would be converted after the signature for a server without 8BITMIME
         octets = downgrade_8bit(octets)
-        utf8 = not octets.partition(b"\r\n\r\n")[0].isascii()
-        message = Message((octets,), not octets.isascii(), utf8)
+        message = Message((octets,), not octets.isascii(), not octets.partition(b"\r\n\r\n")[0].isascii())
     first, *others = message.parts
     return transaction._replace(message=message._replace(parts=(dkim_signature(octets, key, now) + first, *others)))
 
@@ -4478,7 +4489,7 @@ def signing_key(header: list, keys: dict) -> DkimKey | None:
 
 def find_dkim_key(domain: str, keys: dict) -> DkimKey | None:
     """Return the key of a domain or of the nearest domain above it."""
-    names = [name.lstrip(".") for name in lookup_keys(domain_key(domain))]
+    names = (name.lstrip(".") for name in lookup_keys(domain_key(domain)))
     return next((keys[name] for name in names if name in keys), None)
 
 
@@ -4491,9 +4502,8 @@ def parse_tags(record: str) -> dict:
 def dkim_signature(octets: bytes, key: DkimKey, now: int) -> bytes:
     """Return the field DKIM-Signature, ended by CRLF, of a message with CRLF line ends; relaxed/relaxed."""
     head, _, body = octets.partition(b"\r\n\r\n")
-    lines = [_relaxed_field(line) for line in re.split(rb"\r\n(?![ \t])", head)]
     by_name: dict = {}
-    for line in lines:
+    for line in map(_relaxed_field, re.split(rb"\r\n(?![ \t])", head)):
         by_name.setdefault(line.partition(b":")[0].decode("latin-1"), []).append(line)
     listed = [name for name in DKIM_OVERSIGNED for _ in range(len(by_name.get(name, ())) + 1)]
     listed += [name for name in by_name if DKIM_IF_PRESENT.fullmatch(name) for _ in by_name[name]]
@@ -4515,16 +4525,15 @@ DKIM_IF_PRESENT = re.compile("in-reply-to|references|auto-submitted|list-[a-z-]+
 
 
 def _relaxed_field(line: bytes) -> bytes:
-    """Return a header field as RFC 6376 3.4.2 has it."""
+    """Return a header field in the canonical form of RFC 6376 3.4.2."""
     name, _, value = line.partition(b":")
-    return name.strip().lower() + b":" + b" ".join(value.split())
+    return name.strip().lower() + b":" + re.sub(rb"[ \t\r\n]+", b" ", value).strip(b" ")
 
 
 def _relaxed_body(body: bytes) -> bytes:
-    """Return a body as RFC 6376 3.4.4 has it."""
-    body = re.sub(rb"[ \t]+", b" ", body).replace(b" \r\n", b"\r\n").rstrip(b"\r\n")
-    body = body[:-1] if body.endswith(b" ") else body
-    return body.rstrip(b"\r\n") + b"\r\n" if body.strip(b"\r\n") else b""
+    """Return a body in the canonical form of RFC 6376 3.4.4."""
+    body = re.sub(rb"[ \t]{2,}|\t", b" ", body + b"\r\n").replace(b" \r\n", b"\r\n").rstrip(b"\r\n")
+    return body + b"\r\n" if body else b""
 
 
 def dkim_record(key: DkimKey) -> str:
@@ -4536,12 +4545,8 @@ def dkim_record(key: DkimKey) -> str:
 def sign_jwt(claims: dict, key: PrivateKey) -> str:
     """Return a JSON Web Token (RFC 7519) signed by RS256 (RFC 7518 3.3), for which the key must be RSA."""
     parts = [json.dumps(part, separators=(",", ":")).encode() for part in ({"alg": "RS256", "typ": "JWT"}, claims)]
-    data = b".".join(map(_base64url, parts))
-    return b".".join((data, _base64url(key.sign(data)))).decode()
-
-
-def _base64url(octets: bytes) -> bytes:
-    return base64.urlsafe_b64encode(octets).rstrip(b"=")  # RFC 7515 2
+    data = b".".join(base64.urlsafe_b64encode(part).rstrip(b"=") for part in parts)
+    return b".".join((data, base64.urlsafe_b64encode(key.sign(data)).rstrip(b"="))).decode()
 
 
 # ======================================================================================================================
@@ -4591,17 +4596,15 @@ class TokenCache:
             raise
 
     async def _fetch(self, key: tuple, route: Route, _deadline: float) -> AccessToken:
-        user = log_value(key[1])
         try:
             token, new = await asyncio.to_thread(fetch_token, route, self.refresh_tokens.get(key), self.clock)
         except ValueError as error:
             self.refresh_tokens.pop(key, None)  # the one in the settings may be newer
             lines = [sanitize(line, 500) for line in str(error).splitlines()[:20]]
-            log.lines(f"warning: no access token for {user}, its mail waits: {' '.join(lines)}")
             raise Rejected(make_reply("token", *lines, route_fault=True, **route.endpoint)) from None
         if new and (fault := await asyncio.to_thread(save_refresh_token, route.oauth2, new)):
             self.refresh_tokens[key] = new
-            log.lines(f"warning: the provider replaced the refresh token of {user}: {fault}")
+            log.lines(f"warning: the provider replaced the refresh token of {log_value(key[1])}: {fault}")
         self.tokens[key] = token
         return token
 
@@ -4688,9 +4691,9 @@ def save_refresh_token(oauth2: OAuth2, text: str) -> str:
 
 # ======================================================================================================================
 # 14. SMTP sessions
-#     Takes a Transaction, gives a Reply for each of its recipients. smtplib opens a session, in a thread; the log-in and
-#     the transaction are ours, since smtplib tries every password thrice, does no pipelining, and cannot tell whether
-#     the end of a message was lost. Sessions are pooled by route; if a server takes no more of them, mails wait for one.
+#     Takes a Transaction, gives a Reply for each of its recipients. smtplib opens a session, in a thread; log-in and
+#     transaction are ours, since smtplib tries a password with each mechanism, does no pipelining, and cannot tell
+#     whether the end of a message was lost. Sessions are pooled by route; if a server takes no more, mails wait.
 # ======================================================================================================================
 
 
@@ -4780,7 +4783,7 @@ class Session(smtplib.SMTP):
         self.stream: Any = None  # AsyncSocket of the open connection
         self.recv_buffer, self.replies = b"", deque()  # received, and parsed, but not asked for yet
         self.maybe_complete = False  # recv_buffer may hold a complete reply
-        self.alive = self.used = self.needs_rset = self.in_data = self.eod_sent = False
+        self.alive = self.needs_rset = self.in_data = self.eod_sent = False
         self.created_at = self.last_used = time.monotonic()
 
     # -- opening
@@ -4907,11 +4910,10 @@ class Session(smtplib.SMTP):
             self.alive = False
         decided = recipient_replies(replies, result, lost, len(transaction.recipients))
         found = [item if isinstance(item, Reply) else self._to_reply(*item) for item in decided]
-        if self.alive and self.used and any(map(self.refused_before_data, found)):
+        if self.alive and any(map(self.refused_before_data, found)):
             self.alive = False  # it may have reached a limit of the server
             with contextlib.suppress(OSError):
                 self.sock.send(b"QUIT\r\n")
-        self.used = True
         return found
 
     def refused_before_data(self, reply: Reply) -> bool:
@@ -5062,10 +5064,6 @@ class Session(smtplib.SMTP):
         """Tell whether the server has sent more than it was asked for."""
         return bool(self.recv_buffer or self.replies)
 
-    def is_reusable(self) -> bool:
-        """Tell whether an idle server has sent nothing: that would be taken for the reply to the next command."""
-        return not is_readable(self.sock)
-
     def quit(self) -> None:
         """Send QUIT, without waiting long for the reply (RFC 5321 4.1.1.10)."""
         self.alive = False
@@ -5104,7 +5102,7 @@ def is_route_fault(route: Route, step: str, reply: SMTPReply) -> bool:
     if reply.code[0] != "5" or route.mailer == "MX":
         return False
     our_login = step == "MAIL" and route.auth and (reply.code, reply.dsn) == ("550", "5.7.1")
-    return step in ("EHLO", "STARTTLS", "AUTH") or reply.code == "530" or bool(our_login)
+    return step in ("EHLO", "STARTTLS", "AUTH") or reply.code[:2] == "53" or bool(our_login)  # RFC 4954 6
 
 
 # -- AUTH (RFC 4954)
@@ -5267,15 +5265,14 @@ class SessionPool:
         self.waiters.append(SessionWaiter(future, deadline, reply))
         return future
 
-    def hand_over(self, session: Session | None) -> None:
-        """Give a session to the longest waiter; None tells it to open one."""
-        self.waiters.popleft().future.set_result(session)
+    def next_waiter(self) -> asyncio.Future:
+        return self.waiters.popleft().future
 
     def wake_waiters(self, has_room: bool = False) -> None:
         """Have waiters open sessions, as many as may be opened."""
         while self.waiters and self.may_open(has_room):
             self.opening += 1
-            self.hand_over(None)
+            self.next_waiter().set_result(None)
             has_room = False
 
     def opened(self) -> None:
@@ -5331,17 +5328,15 @@ class TransportContext:
         self.mta_sts = MTASTSCache(self.resolver)
 
     def pool(self, route: Route, hostname: str) -> SessionPool:
-        found = self.pools.get((hostname, route))
-        if not found:
-            found = self.pools[hostname, route] = SessionPool()
-        return found
+        key = hostname, route
+        return self.pools.get(key) or self.pools.setdefault(key, SessionPool())
 
     def acquire_idle(self, route: Route, hostname: str) -> Session | None:
         """Return the idle session that was used last, None if there is none. To be released."""
         pool = self.pool(route, hostname)
         while pool.idle:
             session = pool.idle.pop()
-            if session.is_reusable():
+            if not is_readable(session.sock):  # that would be taken for the reply to the next command
                 pool.in_use += 1
                 return session
             session.close()
@@ -5349,12 +5344,14 @@ class TransportContext:
 
     async def acquire(self, route: Route, hostname: str) -> tuple:
         """Return (Session, whether it was used before), a new one or one released meanwhile; or raise Rejected."""
-        pool, deadline, reply = self.pool(route, hostname), time.monotonic() + route.timeout, None
+        pool, deadline, reply = self.pool(route, hostname), 0.0, None
         while True:
             if pool.may_open():
                 pool.opening += 1
-            elif session := await pool.wait(deadline, reply):
-                return session, True
+            else:
+                deadline = deadline or time.monotonic() + route.timeout
+                if session := await pool.wait(deadline, reply):
+                    return session, True
             try:
                 session = await self.connect(route, hostname)
             except BaseException as error:
@@ -5369,19 +5366,15 @@ class TransportContext:
                 return session, False
 
     async def connect(self, route: Route, hostname: str, again: bool = True) -> Session:
-        """Open a session, in a thread, since smtplib blocks; Rejected if the server refuses. An access token that it
-        refuses is replaced once."""
+        """Open a session; an access token that the server refuses is replaced once."""
         session = Session(await self.tokens.authorize(route), hostname)
         try:
-            await asyncio.to_thread(session.open)
+            await asyncio.to_thread(session.open)  # smtplib blocks
         except Rejected as refused:
-            reply, again = refused.reply, again and bool(route.oauth2)
-            if again and reply.code == "535" and self.tokens.drop(route, session.route.credentials[1]):
-                return await self.connect(route, hostname, again=False)
-            if reply.route_fault:
-                words = log_value(" ".join((reply.code, *reply.message)))
-                log.lines(f"warning: route to {reply.relay} is at fault, its mail waits: {reply.command} {words}")
-            raise
+            again = again and bool(route.oauth2) and refused.reply.code == "535"
+            if not (again and self.tokens.drop(route, session.route.credentials[1])):
+                raise
+            return await self.connect(route, hostname, again=False)
         session.stream = AsyncSocket(session.sock)
         return session
 
@@ -5389,7 +5382,7 @@ class TransportContext:
         """Hand the session over to a waiter, keep it, or close it if it cannot be used again."""
         pool = session.pool
         if session.alive and pool.waiters:
-            pool.hand_over(session)
+            pool.next_waiter().set_result(session)
             return
         pool.in_use -= 1
         if not session.alive:
@@ -5419,7 +5412,7 @@ class TransportContext:
 
 
 # ======================================================================================================================
-# 15. Relays and probes
+# 15. Relays
 #     A relay takes (transaction, transport) and gives one Reply for each recipient, in order. A probe takes
 #     (ConnectivityProbe, transport), sends no mail and gives one CheckResult for each step. Both may raise Rejected or
 #     OSError. RELAYS, at the end, has one row for each relay with all that is known of it.
@@ -5430,6 +5423,9 @@ async def attempt_transaction(transaction: Transaction, transport: TransportCont
     """Attempt a transaction once; every recipient has a reply."""
     began = time.monotonic()
     replies = await attempt_route(transaction, transport)
+    for reply in dict.fromkeys(reply for reply in replies if reply.route_fault):
+        words = log_value(" ".join((reply.code, *reply.message)))
+        log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed, mail waits: {words}")
     return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
 
 
@@ -5526,7 +5522,8 @@ def admitted_hosts(hosts: list, policy: MTASTSPolicy | None) -> list:
 
 
 async def next_hops(host: str, route: Route, policy: MTASTSPolicy | None, resolver: Resolver) -> list:
-    """Return a Route to each address of the host, or the one Reply that says why there is none."""
+    """Return a Route to each address of the host, and to those behind it if it does not answer; or the one Reply that
+    says why there is none."""
     try:
         addresses = await resolve_addresses(host, resolver, route.private, time.monotonic() + route.timeout)
     except Rejected as rejected:
@@ -5537,7 +5534,7 @@ async def next_hops(host: str, route: Route, policy: MTASTSPolicy | None, resolv
     elif not route.starttls:
         hop = replace(hop, tls_if_offered=True, tls_verify=False)  # RFC 7435: encrypted by anybody is better than clear
     addresses.sort(key=lambda address: connector.failed_lately((address, route.port)))
-    return [replace(hop, address=address) for address in addresses]
+    return [replace(hop, address=" ".join(addresses[i:])) for i in range(len(addresses))]
 
 
 async def deliver_to_host(transaction: Transaction, transport: TransportContext) -> list:
@@ -5650,7 +5647,7 @@ def as_plain_submission(transaction: Transaction, octets: bytes) -> dict:
     text = decode_charset(TRANSFER_DECODERS.get(lines["content-transfer-encoding"], bytes)(body), charset)
     document = {"mail": transaction.sender, "rcpt": transaction.recipients, "body": text.replace("\r\n", "\n")}
     document["header"] = {**header, "charset": charset, "x-haineko-loop": passed}
-    submission, _ = parse_submission(encode_json(document))
+    submission = parse_submission(encode_json(document)).submission
     now = parsedate_to_datetime(lines["date"]).timestamp()
     again = submission and transaction.sender and compose(submission, transaction.queueid, None, hostname, now)
     composed = again.copy(transaction.recipients[0], transaction.number) if again else b""
@@ -6379,8 +6376,8 @@ RELAYS.update(
 # ======================================================================================================================
 
 # Nothing is answered 2xx before it is committed to disk. After a process was killed,
-#  - a mail that was not yet in the file is sent again by its client, who has no answer. With an Idempotency-Key it is in
-#    the file before anything is sent, and is not sent twice.
+#  - a mail that was not yet in the file is sent again by its client, who has no answer. With an Idempotency-Key it is
+#    in the file before anything is sent, and is not sent twice.
 #  - leases of the dead process are seen, since it no longer holds its lock. Their recipients are tried again, and the
 #    log says that the mail may arrive twice.
 #  - the result of an attempt is there together with the bounce and the event that report it, or not at all.
@@ -6397,10 +6394,15 @@ def next_disposition(reply: Reply, attempts: int, age: float, jitter: float, set
     """Return what follows the reply to the latest of `attempts` for a mail `age` seconds old; jitter is 0 to 1."""
     if reply.accepted:
         return Disposition("delivered")
-    if not reply.temporary or age >= settings.lifetime:
+    expired = age >= settings.lifetime
+    if not reply.temporary or (expired and attempts >= MIN_ATTEMPTS):
         return Disposition("failed")
     pause = settings.retry_after[min(attempts, len(settings.retry_after)) - 1] * (0.8 + 0.4 * jitter)
-    return Disposition("open", min(max(pause, reply.retry_after), max(settings.lifetime - age, 1.0)))
+    left = settings.lifetime if expired else max(settings.lifetime - age, 1.0)  # the last attempt is at its end
+    return Disposition("open", min(max(pause, reply.retry_after), left))
+
+
+MIN_ATTEMPTS = 3  # before a mail is given up, however old: the clock may have been set forward by days
 
 
 class AttemptResult(NamedTuple):
@@ -6475,17 +6477,12 @@ def queued_reply(queueid: str, reply: Reply | None = None) -> Reply:
 # -- Bounces and events
 
 
-def notifications(
-    leased: LeasedRecipient, result: AttemptResult, reply: Reply, settings: Settings, now: float
-) -> tuple:
-    """Return the items that report a result: an event for the webhook, a bounce for the sender; usually none."""
-    if leased.kind != "mail":
-        return ()
-    items, state = [], result.disposition.state
-    event = state if state != "open" else "deferred" if leased.attempts == 1 else ""
-    if event and settings.queue.webhook:
+def notifications(leased: LeasedRecipient, reply: Reply, state: str, settings: Settings, now: float) -> tuple:
+    """Return the items that report an attempt: an event for the webhook, a bounce for the sender; usually none."""
+    items, event = [], "deferred" if state == "open" and leased.attempts == 1 else state
+    if leased.kind == "mail" and event != "open" and settings.queue.webhook:
         items.append(webhook_event(f"message.{event}", leased, reply, settings.queue.webhook, now))
-    if state == "failed" and leased.sender:
+    if state == "failed" and may_bounce(leased, settings):
         items.append(new_bounce(leased, reply, settings, now))
     return tuple(items)
 
@@ -6495,10 +6492,15 @@ def webhook_event(name: str, leased: LeasedRecipient, reply: Reply, url: str, no
     data = {"queueid": leased.queueid, "addresser": leased.sender, **reply_to_dict(leased.as_written, reply)}
     timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
     event = {"type": name, "timestamp": timestamp, "data": {**data, "attempts": leased.attempts}}
+    message = Message((ENCODER.encode(event).encode(),))
     recipient = NewRecipient(url, url, 1, f"Webhook {WEBHOOK_URL.fullmatch(url)[2]}")
-    return NewQueueItem(
-        new_queueid(now), "event", "", "", now, Message((ENCODER.encode(event).encode(),)), (recipient,)
-    )
+    return NewQueueItem(new_queueid(now), "event", "", "", now, message, (recipient,))
+
+
+def may_bounce(leased: LeasedRecipient, settings: Settings) -> bool:
+    """Return whether the sender is told of a failure: others than these could be made to receive strangers' mail."""
+    known = leased.login or not check_recipient(parse_address(leased.sender), settings)
+    return leased.kind == "mail" and bool(leased.sender and known)
 
 
 def new_bounce(leased: LeasedRecipient, reply: Reply, settings: Settings, now: float) -> NewQueueItem:
@@ -6517,12 +6519,12 @@ def sign_webhook(secret: bytes, webhook_id: str, second: int, body: bytes) -> st
 
 def bounce_message(leased: LeasedRecipient, reply: Reply, hostname: str, queueid: str, now: float) -> Message:
     """Return the delivery status notification (RFC 3464) that a recipient's mail has failed."""
-    header = leased.message.copy(leased.recipient, leased.number).partition(b"\r\n\r\n")[0] + b"\r\n"
+    header = returned_header(leased.message.copy(leased.recipient, leased.number))
     lines, is_ascii = diagnostic_lines(reply), leased.recipient.isascii()
     text = BOUNCE_TEMPLATE.format(
         leased=leased, hostname=hostname, queueid=queueid, boundary=f"{queueid}/report", date=rfc5322_date(int(now)),
         encoding="7bit" if header.isascii() and is_ascii else "8bit", address_type="rfc822" if is_ascii else "utf-8",
-        age=format_duration(now - leased.created_at), arrival_date=rfc5322_date(int(leased.created_at)),
+        arrival_date=rfc5322_date(int(leased.created_at)),
         server=f" ({reply.host})" if reply.host else "", reply="\r\n    ".join(lines),
         remote_mta=f"Remote-MTA: dns; {reply.host}\r\n" if reply.host else "",
         status=reply.dsn or ("4.4.7" if reply.temporary else "5.0.0"),  # RFC 3463: delivery time expired; undefined
@@ -6530,6 +6532,18 @@ def bounce_message(leased: LeasedRecipient, reply: Reply, hostname: str, queueid
     octets = text.encode() + header + f"\r\n--{queueid}/report--\r\n".encode()
     return Message((octets,), needs_8bitmime=not octets.isascii())
 
+
+def returned_header(octets: bytes) -> bytes:
+    """Return the fields by which a sender knows the message again, as far as they are short."""
+    found, size = [], 0
+    for match in RETURNED_FIELD.finditer(octets.partition(b"\r\n\r\n")[0] + b"\r\n"):
+        size += len(match[0])
+        found += [match[0]] if size <= MAX_RETURNED else []
+    return b"".join(found)
+
+
+RETURNED_FIELD = re.compile(rb"(?im)^(?:From|To|Subject|Date|Message-Id):[^\r\n]*\r\n(?:[ \t][^\r\n]*\r\n)*")
+MAX_RETURNED = 4096  # octets
 
 BOUNCE_TEMPLATE = """\
 Received: by {hostname} (Haineko) id {queueid};
@@ -6549,17 +6563,15 @@ Content-Type: multipart/report; report-type=delivery-status;
 Content-Type: text/plain; charset=UTF-8
 Content-Transfer-Encoding: {encoding}
 
-This is the mail system at {hostname}.
-
-Your mail could not be delivered to
+This is the mail system at {hostname}. Your mail to
 
     {leased.recipient}
 
-It was tried {leased.attempts} time(s) in {age}. The last reply{server} was:
+could not be delivered. After {leased.attempts} attempt(s) since {arrival_date} the last reply{server} was:
 
     {reply}
 
-Its headers are attached. It will not be tried again.
+It will not be tried again. The beginning of its header is attached.
 
 --{boundary}
 Content-Type: message/delivery-status
@@ -6586,17 +6598,12 @@ def diagnostic_lines(reply: Reply) -> list:
     return [f"{reply.code} {line}".rstrip() for line in lines or [""]]
 
 
-def format_duration(seconds: float) -> str:
-    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}s"
-    return f"{seconds:.0f} seconds"
-
-
-async def post_webhook(leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool) -> Reply:
+async def post_webhook(
+    leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool, timeout: float = 15.0
+) -> Reply:
     """POST an event to its webhook; return a reply as a relay gives it."""
     base_url, path = split_url(leased.recipient)
-    target = HTTPTarget(base_url, WEBHOOK_TIMEOUT, "Webhook")
+    target = HTTPTarget(base_url, timeout, "Webhook")
     body, event_id = leased.message.parts[0], f"msg_{leased.queueid}"
     headers = (
         ("webhook-id", event_id),
@@ -6607,12 +6614,11 @@ async def post_webhook(leased: LeasedRecipient, secret: bytes, now: float, http_
         status = (await http_pool.request(target, HTTPRequest("POST", path, body, headers))).status
     except Rejected as refused:
         reply = refused.reply
-        return make_reply("webhook-later", word=": ".join(reply.message), command=reply.command, **target.endpoint)
+        unreachable = {"command": "CONN"} if reply.command == "CONN" else {}
+        return make_reply("webhook-later", word=": ".join(reply.message), **target.endpoint, **unreachable)
     slug = "webhook" if 200 <= status <= 299 else "webhook-never" if status == 410 else "webhook-later"  # 410 is Gone
     return make_reply(slug, word=str(status), **target.endpoint)
 
-
-WEBHOOK_TIMEOUT = 15.0  # seconds
 
 # -- The file
 
@@ -6634,11 +6640,10 @@ class QueueDB:
         self.deferred_writes: deque = deque()  # (operation, values) to be repeated until the file can be used
         self.thread: Any = None
         self.db: Any = None
-        self.file_ids: list = []  # of the files as they were opened
+        self.file_ids: dict = {}  # of the files as they were opened
         self.slot = self.locks = 0  # number of the byte that this process has locked; the lock file
         self.fault = ""  # why the file can't be used
         self.woken = False  # since the last commit
-        self.disk_checked_at, self.disk_ok = 0.0, False
 
     async def do(self, operation: Callable, *values: Any) -> Any:
         """Return the result of operation(db, slot, *values) once it is on disk; raise Rejected if that fails."""
@@ -6671,23 +6676,18 @@ class QueueDB:
 
     def wake_manager(self) -> None:
         """Tell the queue manager that something is due; once after each commit is enough."""
-        if self.woken:
-            return
-        self.woken = True
-        try:
-            self.wake_socket.send(b"\0")
-        except (OSError, AttributeError):  # woken often enough, or there is none: it looks once a second
-            pass
+        if self.wake_socket and not self.woken:
+            self.woken = True
+            with contextlib.suppress(OSError):  # it has been woken often enough
+                self.wake_socket.send(b"\0")
 
     def has_free_space(self) -> bool:
-        """Return whether the disk has as much free space as it should, or had a moment ago."""
-        now = time.monotonic()
-        if now - self.disk_checked_at > 0.1:
-            self.disk_checked_at, self.disk_ok = now, False
-            with contextlib.suppress(OSError):
-                disk = os.statvfs(os.path.dirname(self.settings.path))
-                self.disk_ok = disk.f_bavail * disk.f_frsize >= self.settings.min_free
-        return self.disk_ok
+        """Return whether the disk has as much free space as it should."""
+        try:
+            disk = os.statvfs(os.path.dirname(self.settings.path))
+        except OSError:
+            return False
+        return disk.f_bavail * disk.f_frsize >= self.settings.min_free
 
     def health_error(self) -> str:
         """Return what is wrong with the file or its disk, "" for nothing."""
@@ -6695,28 +6695,25 @@ class QueueDB:
 
     def _work(self) -> None:
         while True:
-            batch, owed = self._batch(), [self.deferred_writes.popleft() for _ in range(len(self.deferred_writes))]
+            batch = self._take_waiting(self.BATCH, block=True)
+            owed = [self.deferred_writes.popleft() for _ in range(len(self.deferred_writes))]
             work = [*owed, *[(operation, values) for operation, values, _ in batch]]
-            results = self.commit(work, batch)
+            try:
+                results = self.commit(work, batch)
+            except Exception:  # callers wait for results, and deferred writes must not be lost
+                log_exception("queue")
+                results = [Rejected(make_reply("store", mailer="Queue"))] * len(work)
             self.deferred_writes.extend(work for work, result in zip(owed, results) if isinstance(result, Rejected))
             self.woken = False
             for (_, _, future), result in zip(batch, results[len(owed) :]):
                 future.get_loop().call_soon_threadsafe(future.set_result, result)
 
-    def _batch(self) -> list:
-        """Wait for work and return all that waits; nothing after a second if there are deferred writes."""
-        try:
-            batch = [self.waiting.get(timeout=1.0 if self.deferred_writes else None)]
-        except queue.Empty:
-            return []
-        return batch + self._drain_waiting(self.BATCH - 1)
-
-    def _drain_waiting(self, limit: int) -> list:
-        """Return what waits, without waiting for more."""
+    def _take_waiting(self, limit: int, block: bool = False) -> list:
+        """Return what waits; if `block`, wait for it, a second at most if there are deferred writes."""
         found: list = []
         with contextlib.suppress(queue.Empty):
             while len(found) < limit:
-                found.append(self.waiting.get_nowait())
+                found.append(self.waiting.get(block and not found, 1.0 if self.deferred_writes else None))
         return found
 
     def commit(self, work: list, batch: list | None = None) -> list:
@@ -6727,11 +6724,12 @@ class QueueDB:
         import sqlite3
 
         try:
-            self._open()
+            if not self.db:
+                self._open()
             fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite itself would wait by sleeping, sometimes long
-            db = self._open()  # the files may have been replaced meanwhile
+            db = self._open()  # now, when no other process writes: the files may have been replaced
             if batch is not None:
-                late = self._drain_waiting(self.BATCH - len(batch))
+                late = self._take_waiting(self.BATCH - len(batch))
                 batch += late
                 work += [(operation, values) for operation, values, _ in late]
             db.execute("BEGIN IMMEDIATE")
@@ -6746,11 +6744,10 @@ class QueueDB:
             if len(work) > 1:
                 return [self.commit([one])[0] for one in work]
             log_exception("queue")
-            operation, values = work[0]
-            if operation not in LEASE_CONDITIONS:
-                return [error]
-            release = self.settings, time.time(), LEASE_CONDITIONS[operation], values[0]
-            return self.commit([(release_leases, release)])
+            ((operation, values),) = work
+            leases = LEASE_CONDITIONS.get(operation)  # they must not outlast it
+            release = release_leases, (self.settings, time.time(), leases, *values[:1])
+            return self.commit([release]) if leases else [error]
         finally:
             if self.locks:
                 fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, 0)
@@ -6775,16 +6772,13 @@ class QueueDB:
         """Return the connection; raise sqlite3.Error or OSError."""
         import sqlite3
 
-        path = self.settings.path
-        if self.db and self.file_ids == self._file_ids():
+        if self.db and (self.file_ids == self._file_ids() or not self._leave_files()):
+            self._lock_slot(self.db)
             return self.db
-        if self.db:
-            log.lines(f"queue: {sanitize(path)} was moved or replaced while in use; what is there now is opened")
-            with contextlib.suppress(sqlite3.Error):  # what is committed must be in the file that was moved
-                self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        self.close()
-        if not os.path.exists(path):
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # mail is private
+        path = self.settings.path
+        for suffix in ("", "-wal", "-shm"):
+            if not suffix or os.path.lexists(path + suffix):
+                os.close(open_private(path + suffix, os.O_RDONLY))
         db = self.db = sqlite3.connect(path, timeout=self.BUSY, isolation_level=None, check_same_thread=False)
         db.row_factory = sqlite3.Row
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
@@ -6794,8 +6788,22 @@ class QueueDB:
         self.file_ids = self._file_ids()
         return db
 
-    def _file_ids(self) -> list:
-        return [file_id(self.settings.path + suffix) for suffix in ("", "-wal", "-shm", ".lock")]
+    def _file_ids(self) -> dict:
+        return {path: file_id(path) for path in [self.settings.path + suffix for suffix in ("", "-wal", "-shm")]}
+
+    def _leave_files(self) -> bool:
+        """Close files that were moved or replaced while in use; return False if another program reads them just now.
+
+        All mail must be in the file that was moved, and what remains here of its log must not be read with a new one.
+        """
+        if self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()["busy"]:
+            return False
+        log.lines(f"queue: {sanitize(self.settings.path)} was moved or replaced; opening what is there now")
+        for path, before in self.file_ids.items():
+            if path != self.settings.path and before and file_id(path) == before:
+                os.unlink(path)
+        self.close()
+        return True
 
     def _lock_slot(self, db: Any) -> None:
         """Lock a slot, the same again if the lock file was replaced; what its last process had leased is released."""
@@ -6832,7 +6840,7 @@ def lock_slot(path: str, preferred: int) -> tuple:
     The kernel unlocks it when the process ends, so the owner of a lease is known to be alive. No process may open the
     file twice: closing one handle would unlock all.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    handle = open_private(path, os.O_RDWR)
     for slot in (preferred or 1, *range(1, MAX_SLOTS)):
         if lock_byte(handle, slot):
             return handle, slot
@@ -6841,6 +6849,18 @@ def lock_slot(path: str, preferred: int) -> tuple:
 
 
 MAX_SLOTS = 4096  # processes
+
+
+def open_private(path: str, flags: int) -> int:
+    """Open or create a file that its owner alone may read; raise OSError for a link and for another user's file."""
+    handle, user = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), os.geteuid()
+    found = os.fstat(handle)
+    if stat.S_ISREG(found.st_mode) and (found.st_uid in (0, user) or not user):
+        if found.st_uid == user and found.st_mode & 0o077:
+            os.fchmod(handle, 0o600)
+        return handle
+    os.close(handle)
+    raise OSError(errno.EPERM, "is not a regular file of this user", path)
 
 
 def lock_byte(handle: int, offset: int) -> bool:
@@ -6852,47 +6872,43 @@ def lock_byte(handle: int, offset: int) -> bool:
     return True
 
 
-# The first script creates a file of version 1 (PRAGMA user_version), each further one upgrades it by one.
-MIGRATIONS = (
-    """
+# A new file; times are seconds since the epoch.
+SCHEMA = """
     CREATE TABLE messages (
-        id INTEGER PRIMARY KEY,
-        queueid TEXT NOT NULL UNIQUE,
-        kind TEXT NOT NULL,          -- mail, or event for the webhook
-        sender TEXT NOT NULL,
-        login TEXT NOT NULL,
-        born REAL NOT NULL,          -- created_at: seconds since the epoch, as all times
-        open INTEGER NOT NULL,       -- open_recipients: how many are neither delivered nor given up
-        done REAL,                   -- completed_at: when none was left
-        owner INTEGER,               -- slot of the process that has yet to answer its client
-        key BLOB UNIQUE,             -- with Idempotency-Key: digest of login, path and key
-        body BLOB,                   -- body_digest: of the request
-        answer TEXT,                 -- response to the client: JSON of status, headers, body
-        size INTEGER NOT NULL,       -- octets of the message
-        parts TEXT NOT NULL,         -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), then the length of each part
-        octets BLOB NOT NULL         -- the parts; empty once completed
+        id INTEGER PRIMARY KEY, queueid TEXT NOT NULL UNIQUE,
+        kind TEXT NOT NULL,                -- mail, or event for the webhook
+        sender TEXT NOT NULL, login TEXT NOT NULL, created_at REAL NOT NULL,
+        open_recipients INTEGER NOT NULL,  -- how many are neither delivered nor given up
+        completed_at REAL,                 -- when none was left
+        owner INTEGER,                     -- slot of the process that has yet to answer its client
+        key BLOB UNIQUE,                   -- with Idempotency-Key: digest of login, path and key
+        body_digest BLOB,                  -- of the request
+        response TEXT,                     -- to the client: JSON of status, headers, body
+        size INTEGER NOT NULL,             -- octets of the message
+        parts TEXT NOT NULL,               -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), then the length of each part
+        octets BLOB NOT NULL               -- the parts; empty once completed
     );
-    CREATE INDEX messages_by_owner ON messages(owner) WHERE owner IS NOT NULL;
-    CREATE INDEX messages_by_done ON messages(done) WHERE done IS NOT NULL;
+    CREATE INDEX messages_by_done ON messages(completed_at) WHERE completed_at IS NOT NULL;
     CREATE TABLE recipients (
-        id INTEGER PRIMARY KEY,
-        message INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
-        given TEXT NOT NULL,         -- as_written: by the client
-        recipient TEXT NOT NULL,     -- as relays are told
-        number INTEGER NOT NULL,     -- of the copy
-        lane TEXT NOT NULL,          -- destination: see destination_key()
-        state TEXT NOT NULL,         -- open, delivered, failed or dropped
-        born REAL NOT NULL,          -- created_at
-        due REAL,                    -- open and not leased: time of the next attempt; 0: now, even if throttled
-        owner INTEGER,               -- leased: slot of the process that delivers it
+        id INTEGER PRIMARY KEY, message INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
+        as_written TEXT NOT NULL,          -- by the client
+        recipient TEXT NOT NULL,           -- as relays are told
+        number INTEGER NOT NULL, destination TEXT NOT NULL,
+        state TEXT NOT NULL, created_at REAL NOT NULL,  -- state: open, delivered, failed, dropped or held
+        due REAL,                          -- open and not leased: time of the next attempt; 0: now, even if throttled
+        owner INTEGER,                     -- leased: slot of the process that delivers it
         attempts INTEGER NOT NULL,
-        history TEXT NOT NULL        -- JSON, see add_attempt()
+        history TEXT NOT NULL,             -- JSON, see add_attempt()
+        interruptions INTEGER NOT NULL DEFAULT 0  -- in a row
     );
     CREATE INDEX recipients_by_message ON recipients(message);
     CREATE INDEX recipients_by_owner ON recipients(owner) WHERE owner IS NOT NULL;
-    CREATE INDEX recipients_by_due ON recipients(lane, due) WHERE due IS NOT NULL;
-    CREATE INDEX recipients_by_age ON recipients(lane, born) WHERE due IS NOT NULL
-    """,
+    CREATE INDEX recipients_by_due ON recipients(destination, due) WHERE due IS NOT NULL;
+    CREATE INDEX recipients_by_age ON recipients(destination, created_at) WHERE due IS NOT NULL;
+    CREATE INDEX recipients_held ON recipients(destination) WHERE state='held'
+"""
+# Each upgrades a file from the version before (PRAGMA user_version), the first one from version 1 to 2.
+MIGRATIONS = (
     """
     ALTER TABLE messages RENAME COLUMN born TO created_at;
     ALTER TABLE messages RENAME COLUMN open TO open_recipients;
@@ -6902,6 +6918,8 @@ MIGRATIONS = (
     ALTER TABLE recipients RENAME COLUMN given TO as_written;
     ALTER TABLE recipients RENAME COLUMN lane TO destination;
     ALTER TABLE recipients RENAME COLUMN born TO created_at;
+    ALTER TABLE recipients ADD COLUMN interruptions INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX recipients_held ON recipients(destination) WHERE state='held';
     DROP INDEX messages_by_owner
     """,
 )
@@ -6909,14 +6927,14 @@ MIGRATIONS = (
 
 def migrate(db: Any, migrations: tuple = MIGRATIONS) -> None:
     """Bring the file to the newest version in one transaction; refuse a newer one."""
-    newest = len(migrations)
+    newest = 1 + len(migrations)
     if db.execute("PRAGMA user_version").fetchone()[0] == newest:
         return
     db.execute("BEGIN IMMEDIATE")
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > newest:
         raise OSError(f"{NEWER_VERSION} {version}; this Haineko knows {newest}")
-    for script in migrations[version:]:
+    for script in migrations[version - 1 :] if version else (SCHEMA,):
         for statement in re.sub(r" *--[^\n]*", "", script).split(";"):
             db.execute(statement)
     db.execute(f"PRAGMA user_version={newest}")
@@ -6987,7 +7005,8 @@ def finish_attempt(db: Any, slot: int, row_id: int, result: AttemptResult, now: 
     state, pause = result.disposition
     history = add_attempt(row["history"], now, result.reply) if result.reply else row["history"]
     db.execute(
-        "UPDATE recipients SET destination=?, state=?, due=?, owner=NULL, attempts=attempts+?, history=? WHERE id=?",
+        "UPDATE recipients SET destination=?, state=?, due=?, owner=NULL, attempts=attempts+?, interruptions=0,"
+        " history=? WHERE id=?",
         (result.destination or row["destination"], state, now + pause if state == "open" else None,
          result.reply is not None, history, row_id),
     )  # fmt: skip
@@ -7024,9 +7043,11 @@ def lease_due(
 ) -> list:
     """Lease what is due to this process: up to `limit` of each destination, less those in flight.
 
-    Of a throttled destination only what is due at once, and what was created before `expired_before`.
+    Of a throttled destination (with its failures) only what is due at once, and what was created before
+    `expired_before` and needs no more attempts.
     """
     free, leased = MAX_ACTIVE - sum(in_flight.values()), []
+    suspect = db.execute(SUSPECT_SQL, (MAX_INTERRUPTIONS - 1,)).fetchone()[0]
     for (destination,) in db.execute(DESTINATIONS_SQL).fetchall():
         count = min(limit - in_flight.get(destination, 0), free)
         if count <= 0:
@@ -7034,14 +7055,36 @@ def lease_due(
         until = now if destination not in throttled else 0
         rows = db.execute(DUE_SQL, (destination, until, count)).fetchall()
         if destination in throttled:
-            rows += db.execute(EXPIRED_SQL, (destination, expired_before, MAX_EXPIRED)).fetchall()
-        for row_id in dict.fromkeys([row["id"] for row in rows]):
-            leased.append(read_leased(db, row_id))
-            db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row_id))
+            attempts = MIN_ATTEMPTS - throttled[destination]
+            rows += db.execute(EXPIRED_SQL, (destination, expired_before, attempts, MAX_EXPIRED)).fetchall()
+        for row_id, interruptions in dict(map(tuple, rows)).items():
+            if interruptions < MAX_INTERRUPTIONS - 1 or not suspect:
+                suspect = suspect or interruptions >= MAX_INTERRUPTIONS - 1
+                leased += lease(db, slot, row_id)
         free -= len(rows)
     return leased
 
 
+def lease(db: Any, slot: int, row_id: int) -> list:
+    """Lease one recipient; one that can't be read is held, or it would keep all others from being read."""
+    row = db.execute(
+        "SELECT r.id, queueid, kind, sender, login, m.created_at, parts, as_written, recipient, number, destination,"
+        " attempts, history, octets FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (row_id,)
+    ).fetchone()  # fmt: skip
+    try:
+        history, (flags, *lengths) = parse_history(row["history"]), json.loads(row["parts"])
+    except (ValueError, TypeError):
+        log_exception(row["queueid"])
+        db.execute("UPDATE recipients SET state='held', due=NULL WHERE id=?", (row_id,))
+        return []
+    db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row_id))
+    octets = io.BytesIO(row["octets"])
+    message = Message(tuple([octets.read(length) for length in lengths]), bool(flags & 1), flags > 1)
+    return [LeasedRecipient(*row[:-1])._replace(message=message, history=history)]
+
+
+MAX_INTERRUPTIONS = 3  # in a row, after which a mail is held; before the last one no other suspect is in flight
+SUSPECT_SQL = "SELECT count(*) FROM recipients WHERE owner IS NOT NULL AND interruptions>=?"
 MAX_ACTIVE = 256  # deliveries under way
 MAX_EXPIRED = 64  # mails given up at a time
 DESTINATIONS_SQL = """
@@ -7051,23 +7094,9 @@ DESTINATIONS_SQL = """
                           AND destination > found.destination)
                   FROM found WHERE destination IS NOT NULL)
     SELECT destination FROM found WHERE destination IS NOT NULL"""  # one index search each, however many wait
-DUE_SQL = "SELECT id FROM recipients WHERE destination=? AND due IS NOT NULL AND due<=? ORDER BY due LIMIT ?"
-EXPIRED_SQL = (
-    "SELECT id FROM recipients WHERE destination=? AND due IS NOT NULL AND created_at<=? ORDER BY created_at LIMIT ?"
-)
-
-
-def read_leased(db: Any, row_id: int) -> LeasedRecipient:
-    row = db.execute(
-        "SELECT r.id, queueid, kind, sender, login, m.created_at, parts AS message, as_written, recipient, number,"
-        " destination, attempts, history, octets FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?",
-        (row_id,),
-    ).fetchone()
-    flags, *lengths = json.loads(row["message"])
-    stream = io.BytesIO(row["octets"])
-    message = Message(tuple([stream.read(length) for length in lengths]), bool(flags & 1), flags > 1)
-    values = LeasedRecipient(*tuple(row)[:-1])
-    return values._replace(message=message, history=parse_history(row["history"]))
+WAITING_SQL = "SELECT id, interruptions FROM recipients WHERE destination=? AND due IS NOT NULL AND"
+DUE_SQL = f"{WAITING_SQL} due<=? ORDER BY due LIMIT ?"
+EXPIRED_SQL = f"{WAITING_SQL} created_at<=? AND attempts>=? ORDER BY created_at LIMIT ?"
 
 
 def reclaim_dead_leases(db: Any, slot: int, locks: int, settings: QueueSettings, now: float) -> None:
@@ -7085,17 +7114,21 @@ def release_leases(
     """End the slot's leases, or those that a row of LEASE_CONDITIONS says; nobody knows whether their mail was sent."""
     reply = make_reply("interrupted", mailer="Queue")
     rows = db.execute(
-        "SELECT r.id, r.message, r.recipient, r.attempts, r.history, m.queueid FROM recipients r"
+        "SELECT r.*, m.queueid FROM recipients r"
         f" JOIN messages m ON m.id=r.message WHERE r.owner=?{condition}", (owner, *([lease] if condition else []))
     ).fetchall()  # fmt: skip
     for row in rows:
-        to = log_value(f"<{row['recipient']}>")
-        log.lines(f"{row['queueid']}: to={to} status=deferred (delivery interrupted; the mail may arrive twice)")
+        held = row["interruptions"] + 1 >= MAX_INTERRUPTIONS
+        pairs = log_pairs(to=f"<{row['recipient']}>", status="held" if held else "deferred")
+        what = f"held after {MAX_INTERRUPTIONS} times; see `queue retry`" if held else "to be tried again"
+        log.lines(f"{row['queueid']}: {pairs} (delivery interrupted, the mail may arrive twice; {what})")
         pause = next_disposition(reply, row["attempts"] + 1, 0, random_unit(), settings).pause
         db.execute(
-            "UPDATE recipients SET due=?, owner=NULL, attempts=attempts+1, history=? WHERE id=?",
-            (now + pause, add_attempt(row["history"], now, reply), row["id"]),
-        )
+            "UPDATE recipients SET state=?, due=?, owner=NULL, attempts=attempts+1, interruptions=interruptions+1,"
+            " history=? WHERE id=?",
+            ("held" if held else "open", None if held else now + pause, add_attempt(row["history"], now, reply),
+             row["id"]),
+        )  # fmt: skip
         db.execute("UPDATE messages SET owner=NULL WHERE id=?", (row["message"],))
 
 
@@ -7121,49 +7154,62 @@ STATE_SQL = "CASE WHEN due IS NOT NULL THEN 'waiting' WHEN state='open' THEN 'se
 
 
 def queue_stats(db: Any, slot: int, now: float) -> dict:
-    """Return how many recipients wait and are being sent, in all and by destination, and the age of the oldest."""
+    """Return how many recipients wait, are being sent or held, in all and by destination, and the age of the oldest."""
     routes: dict = {}
     columns = "SELECT destination, count(*), min(created_at) FROM recipients"
-    for state, column in (("waiting", "due"), ("sending", "owner")):
-        sql = f"{columns} WHERE {column} IS NOT NULL GROUP BY destination"
-        for destination, count, created_at in db.execute(sql):
-            stats = routes.setdefault(destination, {"waiting": 0, "sending": 0, "oldest": 0})
+    conditions = {"waiting": "due IS NOT NULL", "sending": "owner IS NOT NULL", "held": "state='held'"}
+    for state, condition in conditions.items():
+        for destination, count, created_at in db.execute(f"{columns} WHERE {condition} GROUP BY destination"):
+            stats = routes.setdefault(destination, {**dict.fromkeys(conditions, 0), "oldest": 0})
             stats.update({state: count, "oldest": max(stats["oldest"], round(now - created_at))})
-    total = {key: sum(stats[key] for stats in routes.values()) for key in ("waiting", "sending")}
+    total = {state: sum(stats[state] for stats in routes.values()) for state in conditions}
     return {**total, "oldest": max([stats["oldest"] for stats in routes.values()], default=None), "routes": routes}
 
 
 def open_recipients_after(db: Any, slot: int, row_id: int, limit: int) -> list:
-    """Return rows of the next recipients that are open, in the order in which they came."""
+    """Return rows of the next recipients that are open or held, in the order in which they came."""
     return db.execute(
         f"SELECT r.id, queueid, size, m.created_at, due, sender, recipient, history, {STATE_SQL} FROM recipients r"
-        " JOIN messages m ON m.id=r.message WHERE r.id>? AND r.state='open' ORDER BY r.id LIMIT ?",
+        " JOIN messages m ON m.id=r.message WHERE r.id>? AND r.state IN ('open', 'held') ORDER BY r.id LIMIT ?",
         (row_id, limit),
     ).fetchall()
 
 
 def flush_queue(db: Any, slot: int, queueid: str | None) -> int:
-    """Make what waits, of one mail or of all, due now, even if throttled; return how many recipients that are."""
-    condition, values = (" AND message=(SELECT id FROM messages WHERE queueid=?)", (queueid,)) if queueid else ("", ())
-    return db.execute(f"UPDATE recipients SET due=0 WHERE due IS NOT NULL{condition}", values).rowcount
+    """Make what waits, or waits or is held of one mail, due now, even if throttled; return how many recipients."""
+    if not queueid:
+        return db.execute("UPDATE recipients SET due=0 WHERE due IS NOT NULL").rowcount
+    sql = f"UPDATE recipients SET due=0, state='open', interruptions=0 WHERE {WAITING_OF_MESSAGE}"
+    return db.execute(sql, (queueid,)).rowcount
 
 
-def drop_message(db: Any, slot: int, queueid: str, now: float) -> int:
-    """Give up what waits of a mail, without a bounce; return how many recipients that are."""
-    message = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone()
-    if not message:
-        return 0
-    sql = "UPDATE recipients SET state='dropped', due=NULL WHERE due IS NOT NULL AND message=?"
-    count = db.execute(sql, (message["id"],)).rowcount
-    close_recipients(db, message["id"], count, now)
+def drop_message(db: Any, slot: int, queueid: str, now: float) -> Any:
+    """Give up what waits of a mail, without a bounce; return how many recipients, or Rejected if one is being sent."""
+    message = message_status(db, slot, queueid)
+    if message and any(row["state"] == "sending" for row in message["recipients"]):
+        return Rejected(make_reply("queue-sending"))
+    count = db.execute(
+        f"UPDATE recipients SET state='dropped', due=NULL WHERE {WAITING_OF_MESSAGE}", (queueid,)
+    ).rowcount
+    if count:
+        close_recipients(db, message["id"], count, now)
     return count
+
+
+WAITING_OF_MESSAGE = "(due IS NOT NULL OR state='held') AND message=(SELECT id FROM messages WHERE queueid=?)"
+
+
+def correct_due(db: Any, slot: int, settings: QueueSettings, now: float) -> None:
+    """Make due what would wait longer than any pause, since the clock was set back; not what is to be sent later."""
+    latest = now + 1.2 * max(settings.retry_after)
+    db.execute("UPDATE recipients SET due=? WHERE due>? AND (attempts>0 OR due<=created_at)", (now, latest))
 
 
 # -- The process that delivers
 
 
 class Throttle(NamedTuple):
-    """Destination that could not be connected to."""
+    """Destination to which nothing can be sent for now."""
 
     until: float  # time.monotonic()
     failures: int  # in a row
@@ -7181,7 +7227,7 @@ class QueueManager:
     async def run(self) -> None:
         """Deliver until the server stops."""
         self.wake_socket.setblocking(False)
-        bell, looked = AsyncSocket(self.wake_socket), 0.0
+        bell, looked, clock = AsyncSocket(self.wake_socket), 0.0, float("inf")
         while not self.app.stopping:
             now = time.time()
             try:
@@ -7189,6 +7235,9 @@ class QueueManager:
                     looked = time.monotonic()
                     await self.db.do(reclaim_dead_leases, self.db.locks, self.db.settings, now)
                     await self.db.do(purge, now)
+                    if now - looked < clock - 60:  # it was set back; perhaps while no process ran
+                        await self.db.do(correct_due, self.db.settings, now)
+                    clock = now - looked  # against time.monotonic()
                 await self._schedule(now)
                 await bell.recv(65536, time.monotonic() + 1)
             except socket.timeout:
@@ -7201,13 +7250,15 @@ class QueueManager:
         settings = self.app.settings
         if settings is not self.settings:  # a destination may mean another host now
             self.settings, self.throttled = settings, {}
-        throttled = [key for key, throttle in self.throttled.items() if throttle.until > time.monotonic()]
-        in_flight = {destination: count for destination, count in self.in_flight.items() if count}
+        monotonic = time.monotonic()
+        throttled = {key: found.failures for key, found in self.throttled.items() if found.until > monotonic}
+        self.in_flight = {destination: count for destination, count in self.in_flight.items() if count}
         expired_before = now - settings.queue.lifetime
-        limits = settings.smtpd.max_workers, in_flight, throttled, expired_before
+        limits = settings.smtpd.max_workers, dict(self.in_flight), throttled, expired_before
         for leased in await self.db.do(lease_due, now, *limits):
             self.in_flight[leased.destination] = self.in_flight.get(leased.destination, 0) + 1
             expired = leased.destination in throttled and leased.created_at <= expired_before and leased.history
+            expired = expired and leased.attempts + throttled[leased.destination] >= MIN_ATTEMPTS  # others' count, too
             asyncio.get_running_loop().create_task(self._deliver(leased, bool(expired)))
 
     async def _deliver(self, leased: LeasedRecipient, expired: bool) -> None:
@@ -7232,9 +7283,9 @@ class QueueManager:
             disposition = next_disposition(reply, leased.attempts, age, random_unit(), settings.queue)
             self._throttle(leased.destination, reply, settings.queue)
         now = time.time()
-        log_attempt(leased, reply, disposition, now)
-        result = AttemptResult(None if expired else reply, disposition, (), destination)
-        result = result._replace(follow_ups=notifications(leased, result, reply, settings, now))
+        log_attempt(leased, reply, disposition, settings, now)
+        follow_ups = notifications(leased, reply, disposition.state, settings, now)
+        result = AttemptResult(None if expired else reply, disposition, follow_ups, destination)
         await self.db.do_eventually(finish_attempt, leased.id, result, now)
 
     async def _attempt(self, leased: LeasedRecipient, settings: Settings) -> tuple:
@@ -7257,9 +7308,9 @@ class QueueManager:
         return await post_webhook(leased, settings.secret, time.time(), self.app.transport.http)
 
     def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
-        """After a failure to connect the destination waits, up to the third pause: new mail may wait for it."""
+        """After a failure to open a session its destination waits, up to the third pause: new mail may wait for it."""
         throttle, now = self.throttled.get(destination, Throttle(0, 0)), time.monotonic()
-        if not (reply.temporary and reply.command == "CONN"):
+        if not (reply.temporary and reply.command in ("CONN", "EHLO", "STARTTLS", "AUTH")):  # before the first mail
             self.throttled.pop(destination, None)
         elif throttle.until <= now:
             failures = throttle.failures + 1
@@ -7267,20 +7318,21 @@ class QueueManager:
             self.throttled[destination] = Throttle(now + pause, failures)
 
 
-def log_attempt(leased: LeasedRecipient, reply: Reply, disposition: Disposition, now: float) -> None:
+def log_attempt(
+    leased: LeasedRecipient, reply: Reply, disposition: Disposition, settings: Settings, now: float
+) -> None:
     """Log one line for each attempt."""
     pairs = log_pairs(
-        **{"from": f"<{leased.sender}>"},
-        to=f"<{leased.recipient}>",
-        relay=reply.relay,
-        delay=f"{max(now - leased.created_at, 0):.2f}",
-        dsn=reply.dsn,
+        **{"from": f"<{leased.sender}>"}, to=f"<{leased.recipient}>", relay=reply.relay,
+        delay=f"{max(now - leased.created_at, 0):.2f}", dsn=reply.dsn,
         status={"delivered": "sent", "failed": "bounced", "open": "deferred"}[disposition.state],
-    )
-    again = f"; next attempt in {disposition.pause:.0f} s" if disposition.state == "open" else ""
-    twice = "; may arrive twice" if reply.maybe_delivered else ""
+    )  # fmt: skip
+    notes = f"; next attempt in {disposition.pause:.0f} s" if disposition.state == "open" else ""
+    notes += "; may arrive twice" if reply.maybe_delivered else ""
+    if disposition.state == "failed" and leased.sender and not may_bounce(leased, settings):
+        notes += "; no bounce, since the sender did not log in and `recipients` does not permit the address"
     words = sanitize(" ".join((reply.code, *reply.message)), 500)
-    log.lines(f"{leased.queueid}: {pairs} ({words}{twice}{again})")
+    log.lines(f"{leased.queueid}: {pairs} ({words}{notes})")
 
 
 # ======================================================================================================================
@@ -7295,6 +7347,7 @@ class App:
     def __init__(self, settings: Settings, ringer: socket.socket | None = None) -> None:
         self.transport = TransportContext()
         self.stopping = False
+        self.octets_in_flight = 0  # of bodies that arrived in parts
         self.queue = QueueDB(settings.queue, ringer) if settings.queue else None
         self.apply(settings)
 
@@ -7322,21 +7375,29 @@ class Response(NamedTuple):
 
 async def submit(request: Request, app: App) -> Response:
     """Answer POST /submit."""
-    settings, queueid, submission = request.settings or app.settings, new_queueid(request.now), None
-    large = len(request.body) >= LARGE  # processed in a thread, so that small ones need not wait for it
+    queueid = new_queueid(request.now)
     try:
-        submission = await call_in_thread(large, parse_body, request)
-        refused = apply_checks(CHECKS_OF_SUBMISSION, request, submission, settings)
-        options = queue_options(request, submission, settings)
-        recipients = unique_recipients(submission)
-        accepted = [mailbox for as_written, mailbox in recipients.items() if as_written not in refused]
-        replies = {as_written: refused.get(as_written) for as_written in recipients}
+        return await process_submission(request, app, queueid)
+    except Exception:  # a bug: what this request has leased is left to the queue
+        if app.queue:
+            await app.queue.release(finish_request, queueid)
+        raise
+
+
+async def process_submission(request: Request, app: App, queueid: str) -> Response:
+    """Take a mail from its JSON to the replies of the other side."""
+    settings, submission = request.settings or app.settings, None
+    try:
+        checked = await call_in_thread(is_expensive(request.body), parse_and_check, request, settings)
+        submission, replies, accepted = checked.submission, checked.replies, checked.accepted
+        options = queue_options(request, submission, checked.digest, settings)
         if not accepted:
             return respond(request, 400, replies, queueid, submission)
         request.body = b""  # its memory is needed for the message
-        message = await call_in_thread(large, compose_and_check, request, submission, settings, queueid, accepted)
-        submission = without_content(submission)
+        values = request, submission, settings, queueid, accepted
+        message = await call_in_thread(is_expensive(submission), compose_and_check, *values)
         transactions, accepted = plan_transactions(submission, message, accepted, settings, queueid)
+        submission, values = without_content(submission), ()
         if options.async_ or options.key:
             earlier = await enqueue_before_sending(request, transactions, accepted, options, app)
             if earlier:
@@ -7354,16 +7415,37 @@ async def submit(request: Request, app: App) -> Response:
 CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
 
 
-async def call_in_thread(large: bool, function: Callable, *args: Any) -> Any:
-    return await asyncio.to_thread(function, *args) if large else function(*args)
+async def call_in_thread(expensive: bool, function: Callable, *args: Any) -> Any:
+    """Call a function, in a thread if other requests would have to wait too long."""
+    return await asyncio.to_thread(function, *args) if expensive else function(*args)
 
 
-def parse_body(request: Request) -> Submission:
-    """Return the submission in a request's body; raise Rejected with every fault of it."""
-    submission, errors = parse_submission(request.body)
+class CheckedSubmission(NamedTuple):
+    """A submission that passed the checks."""
+
+    submission: Submission
+    replies: dict  # {recipient: the Reply that refuses it, or None}, in order
+    accepted: list  # of Mailbox, the other recipients
+    digest: bytes | None  # of the document, if there is an Idempotency-Key
+
+
+def parse_and_check(request: Request, settings: Settings) -> CheckedSubmission:
+    """Parse the body of a request; raise Rejected with every error of it, or by the first check that fails."""
+    submission, errors, is_json = parse_submission(request.body)
     if errors:
-        raise Rejected(make_reply("json", *errors[:MAX_REPORTED_ERRORS]))
-    return submission
+        raise Rejected(make_reply("invalid" if is_json else "json", *errors[:MAX_REPORTED_ERRORS]))
+    refused = apply_checks(CHECKS_OF_SUBMISSION, request, submission, settings)
+    recipients = unique_recipients(submission)
+    replies = {as_written: refused.get(as_written) for as_written in recipients}
+    accepted = [mailbox for as_written, mailbox in recipients.items() if not replies[as_written]]
+    digest = document_digest(request.body) if "idempotency-key" in request.headers else None
+    return CheckedSubmission(submission, replies, accepted, digest)
+
+
+def document_digest(body: Any) -> bytes:
+    """Return a digest of the document in a body, whatever the order of its keys and its white space."""
+    document = parse_json(body.replace(b"\x1b", b"\\u001b"))
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).digest()
 
 
 MAX_REPORTED_ERRORS = 10
@@ -7417,7 +7499,9 @@ class QueueOptions(NamedTuple):
     login: str = ""
 
 
-def queue_options(request: Request, submission: Submission, settings: Settings) -> QueueOptions:
+def queue_options(
+    request: Request, submission: Submission, body_digest: bytes | None, settings: Settings
+) -> QueueOptions:
     """Return the client's options; raise Rejected for one that needs a queue if there is none."""
     key = request.headers.get("idempotency-key")
     if not settings.queue:
@@ -7430,8 +7514,9 @@ def queue_options(request: Request, submission: Submission, settings: Settings) 
     found = IDEMPOTENCY_KEY.fullmatch(key)
     if not found:
         raise Rejected(make_reply("key-form"))
-    digest = hashlib.sha256("\0".join((request.login, request.path, found[1] or found[2])).encode()).digest()
-    return QueueOptions(async_, digest, hashlib.sha256(request.body).digest(), request.login)
+    owner = request.login or f"[{request.client.text}]"  # nobody else may read the response
+    digest = hashlib.sha256("\0".join((owner, request.path, found[1] or found[2])).encode()).digest()
+    return QueueOptions(async_, digest, body_digest, request.login)
 
 
 # A string (RFC 8941 3.3.3), or a word without quotes, which most clients send.
@@ -7444,23 +7529,21 @@ def prefers_async(value: str) -> bool:
 
 
 async def enqueue_before_sending(
-    request: Request, transactions: list, good: list, options: QueueOptions, app: App
+    request: Request, transactions: list, accepted: list, options: QueueOptions, app: App
 ) -> tuple | None:
-    """The earlier mail with its key, if there is one; else this one is on disk now, before anything is sent."""
-    queue_item = new_queue_item(request, transactions, good, options)
-    earlier = await app.queue.add(queue_item, leased=not options.async_)
+    """Store the mail before anything is sent; if there is an earlier one with its key, return that instead."""
+    item = new_item(request, transactions, accepted, options)
+    earlier = await app.queue.add(item, leased=not options.async_)
     if options.async_ and not earlier:
-        log.lines(
-            f"{queue_item.queueid}: client={request.client.text} from={log_value(f'<{queue_item.sender}>')} "
-            "queued, to be delivered at once"
-        )
+        pairs = log_pairs(client=request.client.text, login=request.login or None, **{"from": f"<{item.sender}>"})
+        log.lines(f"{item.queueid}: {pairs} (queued, to be delivered at once)")
         app.queue.wake_manager()
     return earlier
 
 
-def new_queue_item(request: Request, transactions: list, good: list, options: QueueOptions) -> NewQueueItem:
+def new_item(request: Request, transactions: list, accepted: list, options: QueueOptions) -> NewQueueItem:
     """Return the mail as the queue stores it."""
-    first, mailboxes = transactions[0], {mailbox.addr_spec: mailbox for mailbox in good}
+    first, mailboxes = transactions[0], {mailbox.addr_spec: mailbox for mailbox in accepted}
     recipients = []
     for transaction in transactions:
         for to in transaction.recipients:
@@ -7473,13 +7556,13 @@ def new_queue_item(request: Request, transactions: list, good: list, options: Qu
 
 
 async def queue_deferred(
-    request: Request, transactions: list, good: list, options: QueueOptions, replies: list, app: App
+    request: Request, transactions: list, accepted: list, options: QueueOptions, replies: list, app: App
 ) -> tuple:
     """Return the replies after the first attempts, "queued" where there will be more, and their AttemptResults."""
     settings = request.settings or app.settings
     if not (options.key or any(reply.temporary for reply in replies)):
         return replies, []
-    item, now = new_queue_item(request, transactions, good, options), time.time()
+    item, now = new_item(request, transactions, accepted, options), time.time()
     results = [
         first_attempt_result(item, recipient, reply, settings, now)
         for recipient, reply in zip(item.recipients, replies)
@@ -7503,13 +7586,12 @@ def first_attempt_result(
     item: NewQueueItem, recipient: NewRecipient, reply: Reply, settings: Settings, now: float
 ) -> AttemptResult:
     """Return the result of a first attempt; only a delay is reported, since the response tells the others."""
-    result = AttemptResult(reply, next_disposition(reply, 1, 0.0, random_unit(), settings.queue))
-    if result.disposition.state != "open":
-        return result
-    first = LeasedRecipient(
-        0, item.queueid, item.kind, item.sender, item.login, item.created_at, item.message, *recipient, attempts=1
-    )
-    return result._replace(follow_ups=notifications(first, result, reply, settings, now))
+    disposition = next_disposition(reply, 1, 0.0, random_unit(), settings.queue)
+    if disposition.state != "open":
+        return AttemptResult(reply, disposition)
+    envelope = item.queueid, item.kind, item.sender, item.login, item.created_at, item.message
+    first = LeasedRecipient(0, *envelope, *recipient, attempts=1)
+    return AttemptResult(reply, disposition, notifications(first, reply, "open", settings, now))
 
 
 def log_queued(item: NewQueueItem, results: list) -> None:
@@ -7524,7 +7606,7 @@ def log_queued(item: NewQueueItem, results: list) -> None:
 async def replay_response(
     request: Request, submission: Submission, replies: dict, earlier: tuple, options: QueueOptions, app: App
 ) -> Response:
-    """The answer to the first request with this key; Refused where there is none yet, or its body was another."""
+    """Return the response to the first request with this key; raise Rejected if there is none, or for another body."""
     queueid, answered = earlier["queueid"], earlier["response"]
     if earlier["body_digest"] != options.body_digest:
         raise Rejected(make_reply("key-reused"))
@@ -7542,7 +7624,7 @@ async def replay_response(
 
 
 def serialize_response(result: Response) -> str:
-    """An answer as the queue keeps it."""
+    """Return a response as the queue stores it."""
     return ENCODER.encode([result.status, result.headers, result.body.decode()])
 
 
@@ -7558,6 +7640,7 @@ def plan_transactions(
 ) -> tuple:
     """Return (transactions, the mailboxes in their order): one each recipient, or each route if they share the mail."""
     sender = parse_address(submission.mail)
+    check_provider_headers(submission, sender, accepted, settings)
     if submission.shared:
         transactions = plan_shared(sender, message, accepted, settings, queueid)
         by_address = {mailbox.addr_spec: mailbox for mailbox in accepted}
@@ -7569,6 +7652,15 @@ def plan_transactions(
         )
         for number, (route, mailbox) in enumerate(zip(routes, accepted), 1)
     ], accepted
+
+
+def check_provider_headers(submission: Submission, sender: Mailbox, accepted: list, settings: Settings) -> None:
+    """Raise Rejected if a client sets commands of cloud relays where a route does not let it."""
+    names = provider_header_names(submission)
+    routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in accepted] if names else ()
+    if not all(route.provider_headers for route in routes):
+        lines = [f"{sanitize(name)}: the route must have provider_headers to send it" for name in names]
+        raise Rejected(make_reply("invalid", *lines[:MAX_REPORTED_ERRORS]))
 
 
 def plan_shared(sender: Mailbox, message: Message, accepted: list, settings: Settings, queueid: str) -> list:
@@ -7687,7 +7779,7 @@ def log_line(
     if reply.dsn:
         line.append(f"dsn={reply.dsn}")
     at = "" if reply.accepted or reply.origin == "policy" else f" (in reply to {reply.command})"
-    words = sanitize(f"{reply.code} {' '.join(reply.message)}", 500)
+    words = sanitize(f"{reply.code} {('; ' if reply.origin == 'policy' else ' ').join(reply.message)}", 500)
     return f"{' '.join(line)} status={reply.log_status} ({words}{at})"
 
 
@@ -7703,8 +7795,8 @@ def answer_document(
         "response": [reply_to_dict(to, reply) for to, reply in replies.items()],
         "remoteaddr": request.client.text if request.client else None,
         "remoteport": request.port,
-        "useragent": header_to_text(request.headers.get("user-agent")),
-        "referer": header_to_text(request.headers.get("referer")),
+        "useragent": echoed_header(request, "user-agent"),
+        "referer": echoed_header(request, "referer"),
         "timestamp": time_to_dict(request.now),
     }
     return Response(status, to_json(document), answer_headers(request, status, queueid, replies))
@@ -7732,11 +7824,15 @@ def time_to_dict(seconds: float | None) -> dict | None:
     return None if seconds is None else {"datetime": time.ctime(seconds), "unixtime": str(int(seconds))}
 
 
-def header_to_text(value: str | None) -> str | None:
-    """Return a header's value, which was decoded as Latin-1, as the UTF-8 that it most often is."""
+def echoed_header(request: Request, name: str) -> str | None:
+    """Return the start of a header's value, which was decoded as Latin-1, as the UTF-8 that it most often is."""
+    value = request.headers.get(name)
     if value is None or value.isascii():
-        return value
-    return value.encode("latin-1").decode("utf-8", "replace")
+        return value and value[:MAX_ECHO]
+    return value[: 4 * MAX_ECHO].encode("latin-1").decode("utf-8", "replace")[:MAX_ECHO]
+
+
+MAX_ECHO = 200  # characters of a header that an answer repeats, and the queue stores
 
 
 def to_json(document: Any) -> bytes:
@@ -7752,6 +7848,8 @@ def to_json(document: Any) -> bytes:
 MAX_HEAD = 65536  # octets of request line and headers
 MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
+MAX_IN_FLIGHT = 64 << 20  # octets of all bodies of a worker, or of two if these may be larger
+MAX_VICTIMS = 64  # connections that are compared to find the one that is closed in favour of a new one
 LINGER_TIMEOUT = 2.0  # seconds for a client to read the last answer before its connection is closed
 MAX_LINGERING_503 = 64  # connections over the limit that are told so and closed by lingering_close() at a time
 SHUTDOWN_TIMEOUT = 30.0  # seconds for requests in flight to be answered
@@ -7789,8 +7887,6 @@ def parse_head(octets: bytes) -> RequestHead:
     headers: dict = {}
     for name, value in [(name.lower(), value.strip(" \t")) for name, value in lines]:
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    if "," in headers.get("host", ""):  # two of them, RFC 9112 3.2
-        raise Rejected(make_reply("bad-request", "Host"))
     connection = headers.get("connection", "").lower()
     keep_alive = "keep-alive" in connection if is_http10 else "close" not in connection
     return RequestHead(method, path, headers, keep_alive, is_http10)
@@ -7807,6 +7903,13 @@ def parse_request_line(line: str) -> tuple:
     if target[0] != "/" and "://" in target:
         target = "/" + target.split("://", 1)[1].partition("/")[2]  # absolute form, RFC 9112 3.2.2
     return method, target.partition("?")[0], minor == "0"
+
+
+def check_host(head: RequestHead) -> None:
+    """Raise Rejected if Host is missing, repeated or no host (RFC 9112 3.2)."""
+    host = head.headers.get("host", "" if head.is_http10 else ",")
+    if not re.fullmatch(r"[^\s,/?#@\\]*", host):
+        raise Rejected(make_reply("bad-request", "Host"))
 
 
 CHUNKED = -1
@@ -7840,7 +7943,9 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
     if forwarded is None or peer not in trusted:
         return peer, port
     for text in reversed(forwarded.split(",")):
-        found = re.fullmatch(r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)", text.strip(" \t"))  # some proxies add the port
+        found = re.fullmatch(
+            r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)", text.strip(" \t")[:100]
+        )  # some proxies add the port
         try:
             peer, port = parse_ip(found[1] or found[2] or found[3]), None
         except ValueError:  # it must not pass for the proxy's own request
@@ -7848,6 +7953,11 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
         if peer not in trusted:
             break
     return peer, port
+
+
+FORWARDING_HEADERS = frozenset(
+    ("via", "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "x-client-ip")
+)  # that proxies add
 
 
 class Endpoint(NamedTuple):
@@ -7875,11 +7985,15 @@ async def get_conf(request: Request, app: App) -> Response:
 
 
 def check_monitor(request: Request, submission: None, settings: Settings) -> Reply | None:
-    """Require a program on this machine, not a web page whose name was rebound in DNS."""
-    host = request.headers.get("host", "").lower()
-    near = request.client in LOOPBACK and request.peer in LOOPBACK
-    by_name = host and request.port is not None and not is_own_host(host, settings)
-    return None if near and not by_name else make_reply("forbidden")
+    """Require an address in httpd.monitors, and no web page whose name was rebound in DNS."""
+    host, reason = request.headers.get("host", "").lower(), hidden_client(request, settings)
+    if request.client not in settings.httpd.monitors:
+        reason = f"{request.client.text} is not in httpd.monitors"
+    elif not reason and request.forwarded and request.client in LOOPBACK:  # a proxy can't know that it is this machine
+        reason = f"{request.forwarded}: a forwarded request is not from this machine"
+    elif not reason and not is_own_host(host, settings):
+        reason = f"Host: expected an address or smtpd.hostname ({settings.hostname})"
+    return make_reply("forbidden", reason) if reason else None
 
 
 def is_own_host(host: str, settings: Settings) -> bool:
@@ -7892,9 +8006,8 @@ def is_own_host(host: str, settings: Settings) -> bool:
 
 
 def check_queue_access(request: Request, submission: None, settings: Settings) -> Reply | None:
-    if not check_monitor(request, None, settings):
-        return None
-    return check_login(request, None, settings) if settings.password.hashes else make_reply("forbidden")
+    refusal = check_monitor(request, None, settings)
+    return check_login(request, None, settings) if refusal and settings.password.hashes else refusal
 
 
 async def get_queue(request: Request, app: App) -> Response:
@@ -7905,13 +8018,36 @@ async def get_queue(request: Request, app: App) -> Response:
 
 
 async def get_queued_mail(request: Request, app: App) -> Response:
-    """Answer with the state of a mail, to the login that sent it and to monitors."""
-    found = app.queue and await app.queue.do(message_status, request.path.rpartition("/")[2])
+    return json_response(message_document(await find_queued_mail(request, app)))
+
+
+async def cancel_queued_mail(request: Request, app: App) -> Response:
+    return await change_queued_mail(request, app, "cancelled", drop_message, request.now)
+
+
+async def retry_queued_mail(request: Request, app: App) -> Response:
+    response = await change_queued_mail(request, app, "retried", flush_queue)
+    app.queue.wake_manager()
+    return response
+
+
+async def change_queued_mail(request: Request, app: App, verb: str, operation: Callable, *values: Any) -> Response:
+    """Answer with the number of recipients that an operation changed, and the mail as it is now."""
+    queueid = (await find_queued_mail(request, app))["queueid"]
+    count = await app.queue.do(operation, queueid, *values)
+    pairs = log_pairs(client=request.client.text, login=request.login or None)
+    log.lines(f"{queueid}: {pairs} {count} recipients {verb}")
+    return json_response({verb: count, **message_document(await app.queue.do(message_status, queueid))})
+
+
+async def find_queued_mail(request: Request, app: App) -> dict:
+    """Return a mail in the queue; raise Rejected unless the client is a monitor or the login that sent it."""
+    found = app.queue and await app.queue.do(message_status, request.path.split("/")[2])
     if not found:
         raise Rejected(make_reply("not-found"))
     if check_monitor(request, None, app.settings) and found["login"] != request.login:
         raise Rejected(make_reply("forbidden"))
-    return json_response(message_document(found))
+    return found
 
 
 def message_document(message: dict) -> dict:
@@ -7967,17 +8103,21 @@ ENDPOINTS = {
     ("GET", "/health"): Endpoint(get_health),
     ("GET", "/conf"): Endpoint(get_conf, (check_monitor,)),
     ("GET", "/queue"): Endpoint(get_queue, (check_monitor,)),
-    ("GET", "/queue/"): Endpoint(get_queued_mail, (check_queue_access,)),  # and a queue id
+    ("GET", "/queue/ID"): Endpoint(get_queued_mail, (check_queue_access,)),
+    ("DELETE", "/queue/ID"): Endpoint(cancel_queued_mail, (check_queue_access,)),
+    ("POST", "/queue/ID/retry"): Endpoint(retry_queued_mail, (check_queue_access,)),
     ("GET", "/sample/mail"): Endpoint(get_sample),
     ("GET", "/neko"): Endpoint(get_neko),
 }
 
 
 def route_key(path: str) -> str:
-    """Return the path as ENDPOINTS has it: without the queue id behind /queue/."""
-    if not path.startswith("/queue/"):
-        return path
-    return "/queue/" if re.fullmatch(r"/queue/[0-9A-Za-z]{1,64}", path) else ""
+    """Return the path as ENDPOINTS has it: with "ID" for a queue id."""
+    found = QUEUE_PATH.fullmatch(path)
+    return f"/queue/ID{found[1]}" if found else path
+
+
+QUEUE_PATH = re.compile(r"/queue/[0-9A-Za-z]{1,64}((?:/retry)?)")
 
 
 def allowed_methods(path: str) -> list:
@@ -7992,7 +8132,7 @@ def cors_policy(head: RequestHead, settings: Settings) -> tuple:
     """Return (whether a web page of the request's Origin may POST, headers that tell its browser) (Fetch standard)."""
     origin = head.headers.get("origin")
     if origin is None:
-        return True, ()
+        return head.headers.get("sec-fetch-site", "").lower() != "cross-site", ()
     if origin.lower() in settings.httpd.allowed_origins:
         return True, (
             ("Access-Control-Allow-Origin", origin),
@@ -8013,13 +8153,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
     """
 
     protocol_version = request_version = "HTTP/1.1"
-    command, close_connection = "", True
+    command, head, request, cors_headers, close_connection = "", None, None, (), True
 
     def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
         self.connection, self.worker, self.app = AsyncSocket(sock), worker, worker.app
         self.settings = worker.app.settings
-        self.buffer = b""
+        self.buffer, self.in_body = b"", False
+        self.begun, self.received = time.monotonic(), 0  # when the client's turn began, octets received since
         is_inet = isinstance(peer, tuple)
+        self.in_flight = 0  # octets of the body, received in parts
         self.peer = parse_ip(peer[0] if is_inet else "127.0.0.1")  # who may open a Unix socket is on this machine
         self.port = peer[1] if is_inet else None
 
@@ -8032,8 +8174,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 await self.connection.sendall(octets, time.monotonic() + self.settings.httpd.timeout)
                 del octets
                 if self.close_connection:
-                    await lingering_close(self.connection)
+                    await self._while_idle(lingering_close(self.connection))
                     break
+                self.begun, self.received = time.monotonic(), 0
         except (OSError, ValueError):  # the client is gone
             pass
         finally:
@@ -8074,37 +8217,55 @@ class Connection(http.server.BaseHTTPRequestHandler):
     async def handle_one_request(self) -> bytes:
         """Return the octets of the response to the request that has begun; set `close_connection`."""
         self.settings = self.app.settings  # one set from beginning to end
-        deadline = time.monotonic() + self.settings.httpd.timeout
-        self.command, self.close_connection = "", True
-        request = head = None
-        unread, cors_headers = 1, ()
+        self.begun, self.received = time.monotonic(), len(self.buffer)
+        self.head = self.request = None
+        self.command, self.unread, self.cors_headers = "", 1, ()
         try:
-            head = parse_head(self._buffered_head() or await self._read_head(deadline))
-            self.command, unread = head.method, body_length(head)
-            request = self._request(head)
-            allowed, cors_headers = cors_policy(head, self.settings)
-            endpoint = self._endpoint(request, allowed)
-            checks = endpoint.checks, request, None, self.settings
-            await call_in_thread(self._needs_password_check(endpoint, request), apply_checks, *checks)
-            request.body = await self._read_body(head, unread, deadline)
-            unread = 0
-            response = await endpoint.handler(request, self.app)
+            response = await self._respond(self.begun + self.settings.httpd.timeout)
         except Rejected as error:
-            response = self.rejection(request, error.reply)
+            response = self.rejection(error.reply)
         except OSError:
             raise
         except Exception:
             log_exception(None)
-            response = self.rejection(request, make_reply("our-fault"))
-        if 0 < unread <= len(self.buffer) and request:  # a refused body that has arrived already
-            self.buffer, unread = self.buffer[unread:], 0
-        self.close_connection = not (head and head.keep_alive and not unread and not self.app.stopping)
-        keep_alive = (("Connection", "keep-alive"),) if head and head.is_http10 and not self.close_connection else ()
-        return self.response_octets(response, (*cors_headers, *keep_alive))
+            response = self.rejection(make_reply("our-fault"))
+        finally:
+            self.app.octets_in_flight -= self.in_flight
+            self.in_body, self.in_flight = False, 0
+        if 0 < self.unread <= len(self.buffer) and self.request:  # a refused body that has arrived already
+            self.buffer, self.unread = self.buffer[self.unread :], 0
+        self.close_connection = not (self.head and self.head.keep_alive and not self.unread and not self.app.stopping)
+        self.request = None  # an idle connection keeps no body
+        return self.response_octets(response)
+
+    async def _respond(self, deadline: float) -> Response:
+        """Return an endpoint's response; `unread` are the octets of the body that are not read yet."""
+        self.head = head = parse_head(self._buffered_head() or await self._read_head(deadline))
+        self.command = head.method
+        check_host(head)
+        self.unread = body_length(head)
+        self.request = request = self._request(head)
+        allowed, self.cors_headers = cors_policy(head, self.settings)
+        endpoint = self._endpoint(request, allowed)
+        checks = endpoint.checks, request, None, self.settings
+        await call_in_thread(self._needs_password_check(endpoint, request), apply_checks, *checks)
+        if self.unread and head.method != "POST":
+            self.unread = CHUNKED  # it is not waited for: the connection is closed
+            raise Rejected(make_reply("bad-request", f"{head.method} takes no body"))
+        if head.headers.get("content-encoding", "identity").lower() != "identity":
+            raise Rejected(make_reply("content-encoding", "send the document as it is"))
+        self.in_body = True
+        request.body = await self._read_body(head, self.unread, deadline)
+        self.in_body, self.unread = False, 0
+        return await endpoint.handler(request, self.app)
 
     def _request(self, head: RequestHead) -> Request:
         client, port = client_address(self.peer, self.port, head.headers, self.settings)
-        return Request(head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings)
+        request = Request(
+            head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings
+        )
+        request.forwarded = ", ".join(sorted(FORWARDING_HEADERS.intersection(head.headers))).title()
+        return request
 
     def _endpoint(self, request: Request, origin_allowed: bool) -> Endpoint:
         """Return the endpoint for a request; raise Rejected if there is none."""
@@ -8112,29 +8273,31 @@ class Connection(http.server.BaseHTTPRequestHandler):
         endpoint = ENDPOINTS.get((method, route_key(request.path)))
         if not endpoint:
             if not allowed_methods(request.path):
-                raise Rejected(make_reply("not-found"))
-            if method == "OPTIONS":
-                return Endpoint(answer_options)
-            raise Rejected(make_reply("method", word=method))
-        if method == "POST" and not origin_allowed:
-            raise Rejected(make_reply("origin"))
-        return endpoint
+                hint = did_you_mean(request.path, {path for _, path in ENDPOINTS})
+                raise Rejected(make_reply("not-found", *filter(None, [hint.lstrip("; ")])))
+            if method != "OPTIONS":
+                raise Rejected(make_reply("method", word=method))
+        is_preflight = method == "OPTIONS" and "access-control-request-method" in request.headers
+        if not origin_allowed and (method in ("POST", "DELETE") or is_preflight):
+            origin = sanitize(request.headers.get("origin", "a cross-site request without Origin"))
+            raise Rejected(make_reply("origin", f"{origin} is not in httpd.allowed_origins"))
+        return endpoint or Endpoint(answer_options)
 
     def _needs_password_check(self, endpoint: Endpoint, request: Request) -> bool:
         """Return True if a password hash has to be computed."""
         password, credentials = self.settings.password, request.headers.get("authorization")
         return bool(password.hashes and endpoint.checks and not password.is_cached(credentials))
 
-    def rejection(self, request: Request | None, reply: Reply) -> Response:
-        """Return the response for a Reply that refuses a request, and log it."""
-        request = request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
+    def rejection(self, reply: Reply) -> Response:
+        """Return the response for a Reply that refuses the request, and log it."""
+        request = self.request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
         queueid = new_queueid(request.now) if reply.command != "HTTP" else None
         response = respond(request, reply.status, {None: reply}, queueid, None)
         if reply.status == 405:
             return response._replace(headers=(("Allow", ", ".join(allowed_methods(request.path))),))
         return response
 
-    def response_octets(self, response: Response, headers: tuple = ()) -> bytes:
+    def response_octets(self, response: Response) -> bytes:
         self.wfile = io.BytesIO()
         self.send_response_only(response.status)
         self.send_header("Server", self.version_string())
@@ -8142,10 +8305,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if response.status != 204:
             self.send_header("Content-Type", response.type)
             self.send_header("Content-Length", str(len(response.body)))
-        for name, value in (*response.headers, *headers):
+        for name, value in (*response.headers, *self.cors_headers):
             self.send_header(name, value)
         if self.close_connection:
             self.send_header("Connection", "close")
+        elif self.head.is_http10:
+            self.send_header("Connection", "keep-alive")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(response.body)
@@ -8173,7 +8338,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         head = b""
         while not head:
             searched = max(len(self.buffer) - 3, 0)
-            self.buffer += await self._while_idle(self._receive(deadline))
+            self.buffer += await self._receive(deadline)
             head = self._buffered_head(searched)
         return head
 
@@ -8183,20 +8348,35 @@ class Connection(http.server.BaseHTTPRequestHandler):
             await asyncio.sleep(0)  # who sends faster than we read must not keep the others waiting
             if time.monotonic() >= deadline:
                 raise socket.timeout
-            octets = await self.connection.recv(limit, deadline)
+            octets = await self._while_idle(self.connection.recv(limit, deadline))
         except socket.timeout:
             raise Rejected(make_reply("request-timeout")) from None
         if not octets:
             raise ConnectionError("closed within a request")
+        self.received += len(octets)
+        if self.in_body:
+            self._count_in_flight(len(octets))
         return octets
+
+    def _count_in_flight(self, octets: int) -> None:
+        """Raise Rejected if the bodies of all requests are too large together."""
+        self.in_flight += octets
+        self.app.octets_in_flight += octets
+        size = self.settings.smtpd.max_message_size
+        if self.app.octets_in_flight > max(MAX_IN_FLIGHT, 4 * size if size else 2 * MAX_BODY):
+            raise Rejected(make_reply("overload"))
+
+    def precedence(self, now: float, crowded: set) -> tuple:
+        """Return a sort key: a connection over the limit makes room by closing the first of the others."""
+        is_limited = self.port is not None and self.peer not in self.app.settings.httpd.trusted_proxies
+        rate = (self.received + 500) / max(now - self.begun, 1)  # octets a second, with some to start with
+        return not (is_limited and self.peer in crowded), rate
 
     async def _read_body(self, head: RequestHead, length: int, deadline: float) -> bytes:
         size = self.settings.smtpd.max_message_size
         limit = 2 * size + 65536 if size else MAX_BODY
-        if head.method != "POST":
-            limit = MAX_HEAD  # no endpoint reads it, and nobody has logged in
         if length > limit:
-            raise Rejected(make_reply("body-too-large"))
+            raise Rejected(make_reply("body-too-large", body_limit(size, limit)))
         expected = head.headers.get("expect")
         if expected:
             if expected.lower() != "100-continue":
@@ -8230,7 +8410,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             size = int(found[1], 16)
             total += len(line) + size  # a body of chunks of one octet costs by its lines
             if total > limit:
-                raise Rejected(make_reply("body-too-large"))
+                raise Rejected(make_reply("body-too-large", body_limit(self.settings.smtpd.max_message_size, limit)))
             if not size:
                 break
             body += await self._read_exactly(size, deadline)
@@ -8249,6 +8429,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.buffer += await self._receive(deadline, 4096)
         line, _, self.buffer = self.buffer.partition(b"\r\n")
         return line
+
+
+def body_limit(size: int, limit: int) -> str:
+    return (
+        f"more than {limit} octets: twice smtpd.max_message_size ({size}) and 65536" if size else f"more than {limit}"
+    )
 
 
 async def lingering_close(sock: AsyncSocket) -> None:
@@ -8327,7 +8513,7 @@ class Worker:
             self.connections or (self.queue_manager and any(self.queue_manager.in_flight.values()))
         ) and now < began + SHUTDOWN_TIMEOUT:
             for connection in [
-                one for one in self.idle if not one.buffer or now > began + LINGER_TIMEOUT
+                one for one in self.idle if not one.in_body and (not one.buffer or now > began + LINGER_TIMEOUT)
             ]:  # no request yet
                 self._interrupt(connection)
             await asyncio.sleep(0.02)
@@ -8376,9 +8562,7 @@ class Worker:
             if listener.sock.family != socket.AF_UNIX:
                 with contextlib.suppress(OSError):  # a Mac says so where the client is gone already
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._full():
-                await asyncio.sleep(0)  # so that the idle and the ended ones are known
-            if self._full() and not self._close_idlest():
+            if self._full() and not await self._make_room():
                 self.loop.create_task(self._reject_503(Connection(sock, peer, self)))
                 continue
             connection = Connection(sock, peer, self)
@@ -8388,6 +8572,14 @@ class Worker:
 
     def _full(self) -> bool:
         return len(self.connections) >= self.app.settings.httpd.max_connections
+
+    async def _make_room(self) -> bool:
+        """Return True if there is room for another connection, or one was closed in its favour."""
+        for attempt in range(4):
+            await asyncio.sleep(0)  # until what has arrived is read, and the connections that ended are gone
+            if not self._full() or (attempt and self._close_idlest()):
+                return True
+        return False
 
     def mark_idle(self, connection: Connection) -> None:
         """Note that a connection waits for a request."""
@@ -8408,7 +8600,7 @@ class Worker:
         """Answer 503 to a connection over the limit; close it at once if many are being answered so, or under TLS."""
         linger = self.lingering_503s < MAX_LINGERING_503
         self.lingering_503s += 1
-        octets, sock = connection.response_octets(connection.rejection(None, make_reply("busy"))), connection.connection
+        octets, sock = connection.response_octets(connection.rejection(make_reply("busy"))), connection.connection
         with contextlib.suppress(OSError):
             if not self.app.tls:
                 await sock.sendall(octets, time.monotonic() + LINGER_TIMEOUT)
@@ -8418,8 +8610,15 @@ class Worker:
         sock.close()
 
     def _close_idlest(self) -> bool:
-        """Close the connection that has been idle longest; return False if none is idle."""
-        return any(self._interrupt(connection) for connection in self.idle)  # the first that can be, and no more
+        """Close the connection that sent least for its time; return False if none waits for its client.
+
+        Those of an address with more than a quarter of `max_connections` go first.
+        """
+        limit, now = self.app.settings.httpd.max_connections // 4, time.monotonic()
+        counts = Counter([connection.peer for connection in self.connections])
+        crowded = {peer for peer, count in counts.items() if count > limit}
+        waiting = list(itertools.islice(self.idle, MAX_VICTIMS))
+        return any(map(self._interrupt, sorted(waiting, key=lambda connection: connection.precedence(now, crowded))))
 
     def _interrupt(self, connection: Connection) -> bool:
         """Abort an idle connection; return False if something has just arrived on it."""
@@ -9202,7 +9401,7 @@ def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
     """What the operation on the file gives; Usage where the file can't be used."""
     (result,) = store.commit([(operation, values)])
     if isinstance(result, Rejected):
-        raise CommandError(store.fault, 1)
+        raise CommandError(store.fault or result.reply.message[0], 1)
     return result
 
 
