@@ -4649,7 +4649,7 @@ def request_token(route: Route, form: dict) -> dict:
     try:
         response = KeepAliveConnection(target).exchange_once(HTTPRequest("POST", path, body, type=kind))
     except Rejected as refused:
-        raise ValueError(f"{url}: {': '.join(refused.reply.message)}") from None
+        raise ValueError(f"{url}: {refused.reply.message[-1]}") from None
     document = json_object(response)
     if response.status == 200 and document.get("access_token"):
         return document
