@@ -7472,24 +7472,24 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 
 # ======================================================================================================================
 # 17. Commands
-#     Takes the words of a command line, gives an exit code. What is meant for a person goes to stderr, results to
-#     stdout.
+#     Takes the words of a command line and returns an exit code. Results go to stdout, messages for a person to stderr.
+#     A new command is one function and one row of COMMANDS, the table at the end.
 # ======================================================================================================================
 
 
 class CommandError(Exception):
-    """A command that can't be carried out as it was asked: its message and exit code."""
+    """A command that cannot be carried out; the arguments are a message and the exit code."""
 
 
 def main(argv: list) -> int:
-    """Carries out one command; gives its exit code: 0 fine, 1 failed, 2 wrong usage or settings."""
-    if os.path.basename(sys.argv[0]) == "sendmail":  # a link with that name
+    """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage or settings."""
+    if os.path.basename(sys.argv[0]) == "sendmail":  # called by a link of that name
         argv = ["sendmail", *argv]
     if argv[:1] == ["sendmail"] and "-h" not in argv and "--help" not in argv:
         return command_sendmail(argv[1:])
-    options = parser(argv[:1] if argv[:1] and argv[0] in COMMANDS else COMMANDS).parse_args(argv)
+    options = argument_parser().parse_args(argv)
     try:
-        return COMMANDS[options.command][0](options)
+        return COMMANDS[options.command].run(options)
     except CommandError as error:
         print(f"haineko: {error.args[0]}", file=sys.stderr)
         return error.args[1]
@@ -7497,49 +7497,52 @@ def main(argv: list) -> int:
         return 130
 
 
-def parser(names: Any) -> Any:
-    """An argparse.ArgumentParser that knows these commands."""
+def argument_parser() -> Any:
+    """Return the argparse.ArgumentParser of all commands."""
     import argparse
 
     top = argparse.ArgumentParser(
-        prog="haineko.py", description="HTTP API into ESMTP: takes a mail as JSON by HTTP POST and relays it."
+        prog="haineko.py", description="HTTP server that relays mail, POSTed as JSON, by SMTP."
     )
     top.add_argument("--version", action="version", version=f"Haineko {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name in names:
-        _, about, flags = COMMANDS[name]
-        command = commands.add_parser(name, help=about, description=about)
-        for words, details in flags:
-            command.add_argument(*words, **details)
+    for name, row in COMMANDS.items():
+        about = row.run.__doc__.rstrip(".")
+        parser = commands.add_parser(name, help=about, description=about)
+        for key in row.arguments.split():
+            names, details = ARGUMENTS[key]
+            parser.add_argument(*names, **details)
     return top
 
 
 def settings_path(given: str | None) -> str | None:
-    """-c, else $HAINEKO_CONF, else haineko.json beside this file, else none."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "haineko.json")
+    """Return the path of the settings: -c, else $HAINEKO_CONF, else haineko.json beside this file, else None."""
+    beside = os.path.join(os.path.dirname(os.path.realpath(__file__)), "haineko.json")
     named = given or os.environ.get("HAINEKO_CONF")
     return os.path.abspath(named) if named else beside if os.path.exists(beside) else None
 
 
 def usable_settings(given: str | None) -> Settings:
-    """The settings; Usage with every fault where they can't be used."""
+    """Load the settings; CommandError names every fault."""
     settings, errors = load_settings(settings_path(given))
     if errors:
         raise CommandError("\n".join(["the settings can't be used:", *[f"  {error}" for error in errors]]), 2)
     return settings
 
 
+# -- server and daemon
+
+
 def command_serve(options: Any) -> int:
+    """Run the server in the foreground."""
     settings, listeners = prepare_server(options)
     log.devel = options.devel
     return Supervisor(settings, listeners).run(lambda: announce(settings, listeners))
 
 
 def prepare_server(options: Any) -> tuple:
-    """(Settings, listening sockets) of a server."""
-    settings = usable_settings(options.config)
-    errors: list = []
-    changes = {}
+    """Return a server's Settings and its listening sockets."""
+    settings, errors, changes = usable_settings(options.config), [], {}
     if options.listen:
         changes["listen"] = list_of(parse_listen_address)(options.listen, "--listen", errors)
     if options.workers is not None:
@@ -7548,92 +7551,99 @@ def prepare_server(options: Any) -> tuple:
         raise CommandError("; ".join(errors), 2)
     settings = replace(settings, httpd=replace(settings.httpd, **changes))
     raise_nofile_limit()
-    store = settings.queue and QueueDB(settings.queue)
-    if store:
-        store.commit([])
-        store.close(for_good=True)
-        if NEWER_VERSION in store.fault:
-            raise CommandError(f"the queue can't be used: {store.fault}", 2)
-    listeners = []
-    for place in settings.httpd.listen:
-        try:
-            listeners.append(bind(place))
-        except (OSError, UnicodeError) as error:
-            raise CommandError(f"can't listen at {place}: {getattr(error, 'strerror', None) or error}", 1) from None
-    return settings, listeners
+    if settings.queue:
+        check_queue_file(settings.queue)
+    return settings, [open_listener(address) for address in settings.httpd.listen]
+
+
+def check_queue_file(settings: QueueSettings) -> None:
+    """Create or upgrade the queue's file; CommandError where a newer Haineko wrote it."""
+    database = QueueDB(settings)
+    database.commit([])
+    database.close(for_good=True)
+    if NEWER_VERSION in database.fault:
+        raise CommandError(f"the queue can't be used: {database.fault}", 2)
+
+
+def open_listener(address: str) -> socket.socket:
+    try:
+        return bind(address)
+    except (OSError, UnicodeError) as error:
+        raise CommandError(f"can't listen at {address}: {getattr(error, 'strerror', None) or error}", 1) from None
 
 
 def raise_nofile_limit() -> None:
-    """As many open files as the machine lets us have: a client has one, and one more for each of its deliveries."""
+    """Allow as many open files as the system permits: each client needs one, and each of its deliveries another."""
     import resource
 
     with contextlib.suppress(OSError, ValueError):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
-        if soft != resource.RLIM_INFINITY and soft < most:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-MAX_OPEN_FILES = 65536  # nobody needs more; some systems have no end of them, and refuse to be asked for that
+MAX_OPEN_FILES = 65536  # some systems report an infinite hard limit, but reject it in setrlimit()
 
 
-def announce(settings: Settings, listeners: list) -> None:
+def announce(settings: Settings, listeners: list, more: str = "") -> str:
+    """Write to the log where the server listens; return that line."""
     if not settings.path:
         log.write_bytes(
             b"haineko: NO SETTINGS FILE: for this machine only, and all mail is printed here instead of sent\n"
         )
-    places = " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
-    log.write_bytes(f"haineko {__version__} listens at {places}\n".encode())
+    urls = " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
+    log.write_bytes(f"haineko {__version__} listens at {urls}\n".encode())
+    return f"haineko {__version__} listens at {urls}{more}\n"
 
 
 def command_start(options: Any) -> int:
-    """`serve` as a daemon; ends when it listens."""
+    """Run the server as a daemon; return when it listens."""
     pid_file = pid_file_path(options)
     if running_pid(pid_file):
         raise CommandError(f"runs already (pid {running_pid(pid_file)})", 1)
     settings, listeners = prepare_server(options)
-    told, tell = os.pipe()
+    read_end, write_end = os.pipe()
     sys.stderr.flush()
     if os.fork():
-        os.close(tell)
-        word = os.read(told, 4096).decode()
-        print(word or "haineko: did not start; see the log", end="" if word else "\n", file=sys.stderr)
-        return 0 if " listens at " in word else 1
+        os.close(write_end)
+        line = os.read(read_end, 4096).decode()
+        print(line or "haineko: did not start; see the log\n", end="", file=sys.stderr)
+        return 0 if " listens at " in line else 1
     os.setsid()
-    if os.fork():
+    if os.fork():  # the daemon leads no session, so that it can never get a terminal
         os._exit(0)
     code = 1
     try:
-        code = run_daemon(settings, listeners, pid_file, tell)
+        code = run_daemon(settings, listeners, pid_file, write_end)
     except OSError as error:
-        os.write(tell, f"haineko: can't start: {error}\n".encode())
+        os.write(write_end, f"haineko: can't start: {error}\n".encode())
     finally:
         os._exit(code)
 
 
-def run_daemon(settings: Settings, listeners: list, pid_file: str, tell: int) -> int:
-    """The daemon's own life; `tell` takes a line when it listens."""
+def run_daemon(settings: Settings, listeners: list, pid_file: str, write_end: int) -> int:
+    """Run the server detached from its terminal; `write_end` of a pipe gets a line when it listens."""
     import fcntl
 
     log_file = "/dev/null" if not settings.smtpd.syslog.disabled else re.sub(r"(\.pid)?$", ".log", pid_file, count=1)
     output = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    handle = os.open(pid_file, os.O_RDWR | os.O_CREAT, 0o644)
+    pid_fd = os.open(pid_file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held for life; tells `status` that this is no old file
+        fcntl.flock(pid_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # kept for life: `status` asks for the lock, not for the pid
     except OSError:
-        os.write(tell, b"haineko: runs already\n")
+        os.write(write_end, b"haineko: runs already\n")
         return 1
-    os.ftruncate(handle, 0)
-    os.write(handle, f"{os.getpid()}\n".encode())
+    os.ftruncate(pid_fd, 0)
+    os.write(pid_fd, f"{os.getpid()}\n".encode())
     os.chdir("/")
-    for number, target in ((0, os.open("/dev/null", os.O_RDONLY)), (1, output), (2, output)):
+    for number, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
         os.dup2(target, number)
-    places = " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
 
     def ready() -> None:
-        announce(settings, listeners)
-        os.write(tell, f"haineko {__version__} listens at {places} (pid {os.getpid()}, log {log_file})\n".encode())
-        os.close(tell)
+        line = announce(settings, listeners, f" (pid {os.getpid()}, log {log_file})")
+        os.write(write_end, line.encode())
+        os.close(write_end)
 
     code = Supervisor(settings, listeners).run(ready)
     os.unlink(pid_file)
@@ -7641,17 +7651,17 @@ def run_daemon(settings: Settings, listeners: list, pid_file: str, tell: int) ->
 
 
 def pid_file_path(options: Any) -> str:
-    """--pid-file, else haineko.pid beside the settings or this file."""
-    beside = settings_path(options.config) or os.path.abspath(__file__)
+    """Return --pid-file, else haineko.pid beside the settings or this file."""
+    beside = settings_path(options.config) or os.path.realpath(__file__)
     return os.path.abspath(options.pid_file or os.path.join(os.path.dirname(beside), "haineko.pid"))
 
 
 def running_pid(pid_file: str) -> int:
-    """The pid of the daemon that holds the file, 0 where none does."""
+    """Return the pid of the daemon that has the file locked, 0 if none has."""
     import fcntl
 
     try:
-        with open(pid_file, encoding="ascii") as stream:  # to read: everybody may ask
+        with open(pid_file, encoding="ascii") as stream:  # a shared lock needs no right to write
             try:
                 fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return 0
@@ -7662,11 +7672,9 @@ def running_pid(pid_file: str) -> int:
 
 
 def command_stop(options: Any) -> int:
+    """Stop the daemon when all mail in flight is answered."""
     pid_file = pid_file_path(options)
-    pid = running_pid(pid_file)
-    if not pid:
-        raise CommandError("does not run", 1)
-    signal_daemon(pid, signal.SIGTERM)
+    pid = signal_daemon(pid_file, signal.SIGTERM)
     deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 10
     while running_pid(pid_file):
         if time.monotonic() > deadline:
@@ -7677,38 +7685,46 @@ def command_stop(options: Any) -> int:
 
 
 def command_restart(options: Any) -> int:
-    usable_settings(options.config)  # rather the old server than none
+    """Stop the daemon and start it."""
+    usable_settings(options.config)  # a faulty file must not cost the server that runs
     if running_pid(pid_file_path(options)):
         command_stop(options)
     return command_start(options)
 
 
 def command_status(options: Any) -> int:
+    """Say whether the daemon runs."""
     pid = running_pid(pid_file_path(options))
     print(f"haineko runs (pid {pid})" if pid else "haineko does not run")
     return 0 if pid else 1
 
 
 def command_reload(options: Any) -> int:
+    """Have the daemon read its settings again."""
     usable_settings(options.config)
-    pid = running_pid(pid_file_path(options))
-    if not pid:
-        raise CommandError("does not run", 1)
-    signal_daemon(pid, signal.SIGHUP)
+    signal_daemon(pid_file_path(options), signal.SIGHUP)
     return 0
 
 
-def signal_daemon(pid: int, number: int) -> None:
-    """The signal sent, where there is still who hears it: workers outlive a master that was killed for a while."""
+def signal_daemon(pid_file: str, number: int) -> int:
+    """Send the daemon a signal; return its pid."""
+    pid = running_pid(pid_file)
+    if not pid:
+        raise CommandError("does not run", 1)
     try:
         os.kill(pid, number)
-    except ProcessLookupError:
+    except ProcessLookupError:  # killed, but its workers still hold the lock for a moment
         pass
     except PermissionError:
         raise CommandError(f"pid {pid} is another user's", 1) from None
+    return pid
+
+
+# -- check and route
 
 
 def command_check(options: Any) -> int:
+    """Print every fault of the settings, or where mail would go."""
     path = settings_path(options.config)
     settings, errors = load_settings(path)
     for error in errors:
@@ -7716,8 +7732,8 @@ def command_check(options: Any) -> int:
     if errors:
         return 1
     route, why = resolve_route("", "", settings)
-    routes = len(settings.mailertable) + len(settings.sendermt)
-    more = "; printed" if not path else f"; {routes} route{'s' * (routes != 1)} in all" if routes > 1 else ""
+    count = len(settings.mailertable) + len(settings.sendermt)
+    more = "; printed" if not path else f"; {count} routes in all" if count > 1 else ""
     print(f"{path or 'no settings file'}: fine; mail goes to {describe_route(route)} ({why}){more}")
     return run_checks(settings, options)
 
@@ -7772,131 +7788,118 @@ def connectivity_probes(settings: Settings, domain: str) -> dict:
 
 
 async def check_sender_domain(domain: str, selector: str | None, resolver: Resolver) -> list:
-    """What a large receiver reads in DNS of a sender's domain, and why it would refuse the mail: SPF, DKIM, DMARC."""
-    patience = Resolver.QUERY_TIMEOUT * Resolver.ATTEMPTS
+    """Check what large receivers read in DNS of a sender's domain: SPF, DKIM and DMARC records."""
 
     async def texts(name: str) -> tuple:
-        found = await resolver.lookup(name, TXT, time.monotonic() + patience)
+        found = await resolver.lookup(name, TXT, time.monotonic() + Resolver.QUERY_TIMEOUT * Resolver.ATTEMPTS)
         if found.code == SERVFAIL:
-            raise Rejected(make_reply("dns", f"{name}: {found.why}"))
+            raise ValueError(f"{REPLIES['dns'][-1]}: {name}: {found.why}")
         return found.values
 
+    checks = {"SPF": check_spf(domain, texts), "DKIM": check_dkim(domain, selector, texts)}
     results = []
-    for step, look in (
-        ("SPF", check_spf(domain, texts)),
-        ("DKIM", check_dkim(domain, selector, texts)),
-        ("DMARC", check_dmarc(domain, texts)),
-    ):
+    for step, check in {**checks, "DMARC": check_dmarc(domain, texts)}.items():
         try:
-            results.append(CheckResult(step, *await look))
-        except Rejected as refused:
-            results.append(CheckResult(step, False, ": ".join(refused.reply.message)))
+            results.append(CheckResult(step, True, await check))
+        except ValueError as error:
+            results.append(CheckResult(step, False, str(error)))
     return results
 
 
-async def check_spf(domain: str, texts: Callable) -> tuple:
-    """(fine, words) of the domain's SPF record (RFC 7208)."""
-    record, error = spf_record(await texts(domain))
-    if error:
-        return False, f"{domain}: {error}"
-    looked_up, ahead, seen = 0, [record], {domain}
-    while ahead:
-        for lead, name in re.findall(SPF_LOOK_UP, ahead.pop(0)):
-            looked_up += 1
-            if looked_up > MAX_SPF:
-                return (
-                    False,
-                    f"{domain}: more than {MAX_SPF} look-ups (RFC 7208 4.6.4): receivers stop there and refuse",
-                )
-            if lead.lower() in ("include:", "redirect=") and "%" not in name and name.lower() not in seen:
-                seen.add(name.lower())
-                inner, error = spf_record(await texts(name.lower()), partial=True)
-                if error:
-                    return False, f"{domain}: {lead}{name}: {error}"
-                ahead.append(inner)
-    return True, f"{sanitize(record)} ({looked_up} of {MAX_SPF} look-ups)"
+async def check_spf(domain: str, texts: Callable) -> str:
+    """Describe the domain's SPF record; ValueError says why receivers refuse by it (RFC 7208)."""
+    record = spf_record(domain, await texts(domain))
+    if record.lower().split()[1:2] == ["-all"]:
+        raise ValueError(f"{domain}: v=spf1 -all says that the domain sends no mail at all")
+    lookups, pending, seen = 0, [record], {domain}
+    while pending:
+        for mechanism, name in re.findall(SPF_LOOKUP, pending.pop(0)):
+            lookups += 1
+            if lookups > MAX_SPF_LOOKUPS:
+                raise ValueError(f"{domain}: more than {MAX_SPF_LOOKUPS} look-ups (RFC 7208 4.6.4): receivers refuse")
+            inner = name.lower()
+            if mechanism.lower() in ("include:", "redirect=") and "%" not in inner and inner not in seen:
+                seen.add(inner)
+                pending.append(spf_record(f"{domain}: {mechanism}{name}", await texts(inner)))
+    return f"{sanitize(record)} ({lookups} of {MAX_SPF_LOOKUPS} look-ups)"
 
 
-MAX_SPF = 10  # look-ups, RFC 7208 4.6.4
-SPF_LOOK_UP = r"(?i)(?<=\s)[+?~-]?(include:|redirect=|exists:|(?:a|mx|ptr)(?![^\s:/]):?)([^\s/]*)"
+def spf_record(where: str, texts: tuple) -> str:
+    """Return the one valid SPF record among TXT records."""
+    records = [text for text in texts if re.match(r"(?i)v=spf1(?:\s|$)", text)]
+    if len(records) != 1:
+        raise ValueError(f"{where}: {'two SPF records: neither counts' if records else 'no SPF record'}")
+    for term in records[0].split()[1:]:
+        if not re.fullmatch(SPF_TERM, term):
+            raise ValueError(f'{where}: "{sanitize(term, 80)}" is no term of SPF: the record does not count')
+        if term.lower() in ("all", "+all"):
+            raise ValueError(f"{where}: +all lets everybody send in its name: receivers treat it as spam")
+    return records[0]
+
+
+MAX_SPF_LOOKUPS = 10  # RFC 7208 4.6.4
+SPF_LOOKUP = r"(?i)(?<=\s)[+?~-]?(include:|redirect=|exists:|(?:a|mx|ptr)(?![^\s:/]):?)([^\s/]*)"
 SPF_TERM = (
     r"(?i)[+?~-]?(?:all|include:\S+|exists:\S+|(?:a|mx)(?::[^\s/]+)?(?:/\d+)?(?://\d+)?|ptr(?::\S+)?"
     r"|ip4:[\d.]+(?:/\d+)?|ip6:[\da-f:.]+(?:/\d+)?)|[a-z][\w.-]*=\S*"
 )
 
 
-def spf_record(texts: tuple, partial: bool = False) -> tuple:
-    """(the record, why receivers refuse by it); `partial` where it is a piece of another."""
-    records = [text for text in texts if re.match(r"(?i)v=spf1(?:\s|$)", text)]
-    if len(records) != 1:
-        return "", "no SPF record: nobody vouches for its mail" if not records else "two SPF records: neither counts"
-    terms = records[0].split()[1:]
-    odd = [term for term in terms if not re.fullmatch(SPF_TERM, term)]
-    if odd:
-        return "", f'"{sanitize(odd[0], 80)}" is no term of SPF: the record does not count'
-    words = [term.lower() for term in terms]
-    if not partial and "-all" in words[:1]:
-        return "", "v=spf1 -all says that the domain sends no mail at all"
-    if {"all", "+all"} & set(words):
-        return "", "+all lets everybody send in its name: receivers treat it as spam"
-    return records[0], ""
-
-
-async def check_dkim(domain: str, selector: str | None, texts: Callable) -> tuple:
-    """(fine, words) of the DKIM key with that selector (RFC 6376)."""
+async def check_dkim(domain: str, selector: str | None, texts: Callable) -> str:
+    """Describe the DKIM key of that selector; ValueError says why receivers can't verify by it (RFC 6376)."""
     if not selector:
-        return True, "not looked at; --selector names the key"
+        return "not looked at; --selector names the key"
     name = f"{selector}._domainkey.{domain}"
-    error, words = dkim_key(await texts(name))
-    return not error, f"{name}: {error or words}"
+    try:
+        return f"{name}: {dkim_key(await texts(name))}"
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
-def dkim_key(texts: tuple) -> tuple:
-    """(why receivers can't verify by this key, what it is)."""
+def dkim_key(texts: tuple) -> str:
+    """Describe the public key in the TXT records of a selector."""
     if len(texts) != 1:
-        return "no key: signatures by it can't be verified" if not texts else "more than one record: none counts", ""
+        raise ValueError("more than one record: none counts" if texts else "no key: signatures can't be verified")
     tags = parse_tags(texts[0])
     if tags.get("v", "DKIM1") != "DKIM1" or "p" not in tags:
-        return "not a DKIM key", ""
+        raise ValueError("not a DKIM key")
+    if not tags["p"]:
+        raise ValueError("the key is revoked (p= is empty)")
     try:
         key = base64.b64decode(re.sub(r"\s", "", tags["p"]), validate=True)
     except ValueError:
-        return "the key is no base64", ""
-    if not key:
-        return "the key is revoked (p= is empty)", ""
+        raise ValueError("the key is no base64") from None
     if tags.get("k", "rsa") == "ed25519":
-        return ("", "ed25519") if len(key) == ED25519 else (f"an ed25519 key has {ED25519} octets", "")
+        if len(key) != 32:
+            raise ValueError("an ed25519 key has 32 octets")
+        return "ed25519"
     modulus = re.search(rb"\x02(?:\x82(..)|\x81(.))\x00", key, re.DOTALL)  # the first INTEGER, RFC 8017 A.1.1
     bits = (int.from_bytes(modulus[1] or modulus[2], "big") - 1) * 8 if modulus else 0
-    if bits < SHORTEST_RSA:
-        return f"RSA key of {bits or 'unknown'} bits: receivers want {SHORTEST_RSA} at the least (RFC 8301)", ""
-    return "", f"RSA, {bits} bits" + (
-        "; t=y: under test, so a failure counts as no signature" * ("y" in tags.get("t", ""))
-    )
+    if bits < 1024:
+        raise ValueError(f"RSA key of {bits or 'unknown'} bits: receivers want 1024 at least (RFC 8301)")
+    test = "; t=y: under test, so a failure counts as no signature" if "y" in tags.get("t", "") else ""
+    return f"RSA, {bits} bits{test}"
 
 
-ED25519 = 32  # octets of a key
-SHORTEST_RSA = 1024  # bits
-
-
-async def check_dmarc(domain: str, texts: Callable) -> tuple:
-    """(fine, words) of the DMARC policy for the domain: its own or that of a domain above (RFC 7489 6.6.3)."""
+async def check_dmarc(domain: str, texts: Callable) -> str:
+    """Describe the DMARC policy of the domain or of one above it; ValueError says why it does not count (RFC 7489)."""
     labels = domain.split(".")
     for i in range(max(len(labels) - 1, 1)):
         name = "_dmarc." + ".".join(labels[i:])
         records = [text for text in await texts(name) if re.match(r"v=DMARC1\s*(?:;|$)", text)]
         if len(records) > 1:
-            return False, f"{name}: more than one record: none counts"
+            raise ValueError(f"{name}: more than one record: none counts")
         if records:
             tags = parse_tags(records[0])
-            options = tags.get("sp", tags.get("p", "")) if i else tags.get("p", "")
-            fine = options.lower() in ("none", "quarantine", "reject")
-            return fine, f"{name}: {sanitize(records[0]) if fine else 'p= names no policy: it does not count'}"
-    return False, f"_dmarc.{domain}: no DMARC record: Gmail, Yahoo and Outlook refuse a sender of many mails without"
+            policy = tags.get("sp", tags.get("p", "")) if i else tags.get("p", "")
+            if policy.lower() not in ("none", "quarantine", "reject"):
+                raise ValueError(f"{name}: p= names no policy: it does not count")
+            return f"{name}: {sanitize(records[0])}"
+    raise ValueError(f"_dmarc.{domain}: no DMARC record: Gmail, Yahoo and Outlook refuse bulk mail without")
 
 
 def parse_tags(record: str) -> dict:
-    """{tag: value} of a list "a=b; c=d" (RFC 6376 3.2)."""
+    """Parse a tag list "a=b; c=d" (RFC 6376 3.2)."""
     pairs = [part.partition("=")[::2] for part in record.split(";") if "=" in part]
     return {key.strip().lower(): value.strip() for key, value in pairs}
 
@@ -7914,10 +7917,11 @@ def describe_route(route: Route) -> str:
 
 
 def command_route(options: Any) -> int:
+    """Say which relay a recipient would take and why."""
     settings = usable_settings(options.config)
     to, sender = parse_address(options.address), parse_address(options.sender or "")
     if not to or (options.sender and not sender):
-        raise CommandError(f'"{options.address if not to else options.sender}" is no mail address', 2)
+        raise CommandError(f'"{options.sender if to else options.address}" is no mail address', 2)
     refusal = check_rcpt(to, settings)
     route, why = resolve_route(to.domain, sender.domain if sender else "", settings)
     print(f"{options.address}: {describe_route(route)} ({why})")
@@ -7926,8 +7930,11 @@ def command_route(options: Any) -> int:
     return 1 if refusal else 0
 
 
+# -- send
+
+
 def command_send(options: Any) -> int:
-    """Posts a mail to a running Haineko; 0 where every recipient was accepted."""
+    """Post a mail to a running Haineko."""
     try:
         url = urllib.parse.urlsplit(options.url)
         port, good = url.port, url.scheme in ("http", "https") and url.hostname and url.path.isascii()
@@ -7958,34 +7965,34 @@ def command_send(options: Any) -> int:
 
 
 def terminal_json(text: str) -> str:
-    """JSON with what a terminal would act on, or can't show, as escapes."""
+    """Escape in JSON what a terminal would obey or can't show."""
     return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1], text)
 
 
 def submission_from_options(options: Any) -> bytes:
-    """The JSON of a submission: a file, stdin, or made from flags."""
+    """Return the JSON of a submission: from a file, from stdin, or made from flags."""
     flags = ("to", "sender", "header_from", "reply_to", "subject", "charset", "body", "html", "attach")
     if any(getattr(options, flag) for flag in flags) and (options.file or not options.to):
         raise CommandError("flags that say what to send want --to, and no FILE, which says all of it", 2)
     if not options.to:
         return read_bytes(options.file or "-")
-    text, html = options.body, options.html and read_bytes(options.html).decode("utf-8", "replace")
-    if text is None and html is None:
-        text = read_bytes("-").decode("utf-8", "replace")
+    html = read_bytes(options.html).decode("utf-8", "replace") if options.html else None
+    body = read_bytes("-").decode("utf-8", "replace") if options.body is None and html is None else options.body
     header = {
         "subject": options.subject or "",
         "from": options.header_from,
         "replyto": options.reply_to,
         "charset": options.charset,
     }
-    files = [read_attachment(path) for path in options.attach or ()] or None
     document = {
         "mail": options.sender or f"{user_name()}@{local_hostname()}",
         "rcpt": options.to,
         "header": {key: value for key, value in header.items() if value is not None},
+        "body": body,
+        "html": html,
+        "attachments": [read_attachment(path) for path in options.attach or ()] or None,
     }
-    parts = {"body": text, "html": html, "attachments": files}
-    return to_json({**document, **{key: value for key, value in parts.items() if value is not None}})
+    return to_json({key: value for key, value in document.items() if value is not None})
 
 
 def read_attachment(path: str) -> dict:
@@ -7993,38 +8000,39 @@ def read_attachment(path: str) -> dict:
 
 
 def read_bytes(path: str) -> bytes:
-    """What stands in a file; of "-" what comes on stdin."""
-    if path == "-":
-        return sys.stdin.buffer.read()
+    """Read a file; "-" is stdin."""
     try:
-        with open(path, "rb") as stream:
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as stream:
             return stream.read()
     except OSError as error:
         raise CommandError(f"{path}: {error.strerror}", 2) from None
 
 
 def ask_password(user: str) -> str:
-    """From $HAINEKO_PASSWORD, or asked for: never from the command line, which everybody can read."""
+    """Return $HAINEKO_PASSWORD, or ask: everybody can read a command line."""
     import getpass
 
     return os.environ.get("HAINEKO_PASSWORD") or getpass.getpass(f"Password of {user}: ")
 
 
+# -- queue
+
+
 def command_queue(options: Any) -> int:
-    """Works on the file itself, with the server running or not."""
-    policy = usable_settings(options.config).queue
-    if not policy:
+    """List the mail that waits; show one, try it now, or drop it."""
+    settings = usable_settings(options.config).queue  # the file itself is used, with the server running or not
+    if not settings:
         raise CommandError('the settings have no "queue"', 2)
-    one = options.action in ("show", "drop") or (options.action == "retry" and not options.all)
-    if one != bool(options.id):
-        raise CommandError(f"queue {options.action}: a queue id is {'wanted' if one else 'not wanted'}", 2)
-    if not os.path.exists(policy.path):
-        raise CommandError(f"{policy.path}: does not exist; nothing was ever queued", 1)
-    return QUEUE_ACTIONS[options.action](QueueDB(policy), options.id)
+    wanted = options.action in ("show", "drop") or (options.action == "retry" and not options.all)
+    if wanted != bool(options.id):
+        raise CommandError(f"queue {options.action}: a queue id is {'wanted' if wanted else 'not wanted'}", 2)
+    if not os.path.exists(settings.path):
+        raise CommandError(f"{settings.path}: does not exist; nothing was ever queued", 1)
+    return QUEUE_ACTIONS[options.action](QueueDB(settings), options.id)
 
 
 def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
-    """What the operation on the file gives; Usage where the file can't be used."""
+    """Return the result of an operation on the queue's file."""
     (result,) = store.commit([(operation, values)])
     if isinstance(result, Rejected):
         raise CommandError(store.fault, 1)
@@ -8078,26 +8086,30 @@ QUEUE_ACTIONS = {
 }
 
 
+# -- pw and setup
+
+
 def command_pw(options: Any) -> int:
+    """Ask for a password and print its line for the section password."""
     import getpass
 
     if sys.stdin.isatty():
-        word = getpass.getpass()
-        if word != getpass.getpass("Again: "):
-            raise CommandError("the two are not the same", 1)
+        password = getpass.getpass()
+        if password != getpass.getpass("Again: "):
+            raise CommandError("the two passwords differ", 1)
     else:
-        word = sys.stdin.readline().rstrip("\r\n")
-    if not word:
+        password = sys.stdin.readline().rstrip("\r\n")
+    if not password:
         raise CommandError("no password", 1)
     salt = os.urandom(16)
-    digest = scrypt(word, salt)
-    line = "$scrypt$ln=14,r=8,p=1$" + "$".join(base64.b64encode(octets).decode() for octets in (salt, digest))
-    print(f"{json.dumps(options.user or user_name(), ensure_ascii=False)}: {json.dumps(line)}")
+    parts = [base64.b64encode(octets).decode() for octets in (salt, scrypt(password, salt))]
+    name = json.dumps(options.user or user_name(), ensure_ascii=False)
+    print(f'{name}: "$scrypt$ln=14,r=8,p=1${"$".join(parts)}"')
     return 0
 
 
 def user_name() -> str:
-    """Name of who runs this; a container may have numbers only."""
+    """Return the name of the user who runs this; in a container there may be a number only."""
     import getpass
 
     try:
@@ -8107,21 +8119,22 @@ def user_name() -> str:
 
 
 def command_setup(options: Any) -> int:
-    folder = os.path.abspath(options.dest)
-    code, unit = 0, SYSTEMD_UNIT.format(python=sys.executable, program=os.path.abspath(__file__), folder=folder)
-    for name, mode, content in (
-        ("haineko.json", 0o600, json.dumps(example_settings(), indent=2) + "\n"),
-        ("haineko.service", 0o644, unit),
+    """Write haineko.json and haineko.service, never over an existing file."""
+    folder, code = os.path.abspath(options.dest), 0
+    unit = SYSTEMD_UNIT.format(
+        python=sys.executable, program=os.path.dirname(os.path.realpath(__file__)), folder=folder
+    )
+    for path, mode, content in (
+        (os.path.join(folder, "haineko.json"), 0o600, json.dumps(example_settings(), indent=2) + "\n"),
+        (os.path.join(folder, "haineko.service"), 0o644, unit),
     ):
-        path = os.path.join(folder, name)
         try:
-            os.makedirs(folder, exist_ok=True)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as stream:
                 stream.write(content)
             print(path)
         except OSError as error:
-            print(f"haineko: {path}: {error.strerror}", file=sys.stderr)
-            code = 1
+            code = print_error(f"{path}: {error.strerror}", 1)
     return code
 
 
@@ -8136,7 +8149,8 @@ Wants=network-online.target
 User=haineko
 # the queue is written beside the settings: chown haineko {folder}
 ReadWritePaths={folder}
-ExecStart={python} {program} serve -c {folder}/haineko.json
+WorkingDirectory={program}
+ExecStart={python} -m haineko serve -c {folder}/haineko.json
 ExecReload=/bin/kill -HUP $MAINPID
 Restart=on-failure
 TimeoutStopSec=40
@@ -8153,6 +8167,9 @@ LimitNOFILE=8192
 [Install]
 WantedBy=multi-user.target
 """
+
+
+# -- sendmail
 
 
 def command_sendmail(argv: list) -> int:
@@ -8241,88 +8258,66 @@ def print_failures(replies: dict) -> int:
     return next(code for code in (EX_TEMPFAIL, EX_UNAVAILABLE, EX_NOPERM, EX_OK) if code in codes)
 
 
-CONFIG = (("-c", "--config"), {"metavar": "FILE", "help": "settings file"})
-PID_FILE = (("--pid-file",), {"metavar": "F", "help": "where the daemon's pid stands"})
-LISTEN = (("--listen",), {"metavar": "ADDR", "help": "host:port, [v6]:port or unix:/path"})
-WORKERS = (("--workers",), {"metavar": "N", "type": int, "help": "processes; 0 means one per core"})
-DEVEL = (("-d", "--devel"), {"action": "store_true", "help": "every SMTP dialogue on stderr, secrets masked"})
-DAEMON = (CONFIG, PID_FILE, LISTEN, WORKERS)
+ARGUMENTS = {  # name: what ArgumentParser.add_argument() takes
+    "config": (("-c", "--config"), {"metavar": "FILE", "help": "settings file"}),
+    "pid-file": (("--pid-file",), {"metavar": "F", "help": "file with the daemon's pid"}),
+    "listen": (("--listen",), {"metavar": "ADDR", "help": "host:port, [v6]:port or unix:/path"}),
+    "workers": (("--workers",), {"metavar": "N", "type": int, "help": "processes; 0 means one per core"}),
+    "devel": (("-d", "--devel"), {"action": "store_true", "help": "print every SMTP dialogue, secrets masked"}),
+    "connect": (("--connect",), {"action": "store_true", "help": "try what each route would use; no mail is sent"}),
+    "records-of": (
+        ("--sender",),
+        {"metavar": "A", "help": "read SPF, DKIM and DMARC records of this address's domain"},
+    ),
+    "selector": (("--selector",), {"metavar": "S", "help": "of the sender's DKIM key"}),
+    "sender": (("--sender",), {"metavar": "ADDRESS"}),
+    "address": (("address",), {"metavar": "ADDRESS"}),
+    "file": (("file",), {"metavar": "FILE", "nargs": "?", "help": "JSON of a submission; - or nothing: stdin"}),
+    "url": (("--url",), {"default": "http://127.0.0.1:2794/", "help": "the server's root, or its /submit"}),
+    "login": (("--user",), {"help": "log in; the password is $HAINEKO_PASSWORD or asked for"}),
+    "to": (("--to",), {"action": "append", "metavar": "A", "help": "recipient; again for more"}),
+    "mail": (("--mail", "--sender"), {"dest": "sender", "metavar": "A", "help": "envelope sender"}),
+    "from": (("--from",), {"dest": "header_from", "metavar": "A", "help": "From"}),
+    "reply-to": (("--reply-to",), {"metavar": "A"}),
+    "subject": (("--subject",), {"metavar": "S"}),
+    "charset": (("--charset",), {"metavar": "C"}),
+    "body": (("--body",), {"metavar": "TEXT", "help": "absent, and no --html: stdin"}),
+    "html": (("--html",), {"metavar": "FILE", "help": "the mail in HTML, in UTF-8"}),
+    "attach": (("--attach",), {"action": "append", "metavar": "FILE", "help": "a file to attach; again for more"}),
+    "-C": (("-C",), {"metavar": "FILE", "help": "settings file"}),
+    "-t": (("-t",), {"action": "store_true", "help": "recipients from To, Cc and Bcc too"}),
+    "-i": (("-i",), {"action": "store_true", "help": "a line with a dot alone does not end the message"}),
+    "-f": (("-f",), {"metavar": "SENDER", "help": "envelope sender"}),
+    "addresses": (("address",), {"metavar": "ADDRESS", "nargs": "*"}),
+    "action": (("action",), {"nargs": "?", "choices": tuple(QUEUE_ACTIONS), "default": "list"}),
+    "id": (("id",), {"metavar": "QUEUEID", "nargs": "?"}),
+    "all": (("--all",), {"action": "store_true", "help": "retry: all that waits, as flush does"}),
+    "user": (("-u", "--user"), {"metavar": "USER"}),
+    "dest": (("--dest",), {"metavar": "DIR", "required": True}),
+}
 
-# name: (function, what it does, its flags)
+
+class Command(NamedTuple):
+    """A row of COMMANDS; the function's docstring is its help."""
+
+    run: Callable  # takes the parsed options, returns the exit code
+    arguments: str  # names in ARGUMENTS
+
+
 COMMANDS = {
-    "serve": (command_serve, "run the server in the foreground", (CONFIG, LISTEN, WORKERS, DEVEL)),
-    "start": (command_start, "run the server as a daemon", DAEMON),
-    "stop": (command_stop, "stop the daemon when all mail in flight is answered", (CONFIG, PID_FILE)),
-    "restart": (command_restart, "stop the daemon and start it", DAEMON),
-    "status": (command_status, "say whether the daemon runs", (CONFIG, PID_FILE)),
-    "reload": (command_reload, "have the daemon read its settings again", (CONFIG, PID_FILE)),
-    "check": (
-        command_check,
-        "read the settings and print every fault",
-        (
-            CONFIG,
-            (("--connect",), {"action": "store_true", "help": "try what each route would use; no mail is sent"}),
-            (
-                ("--sender",),
-                {"metavar": "A", "help": "read what receivers ask in DNS of this address: SPF, DKIM, DMARC"},
-            ),
-            (("--selector",), {"metavar": "S", "help": "of the sender's DKIM key"}),
-        ),
-    ),
-    "route": (
-        command_route,
-        "say which relay a recipient would take and why",
-        (CONFIG, (("address",), {"metavar": "ADDRESS"}), (("--sender",), {"metavar": "ADDRESS"})),
-    ),
-    "send": (
-        command_send,
-        "post a mail to a running Haineko",
-        (
-            (("file",), {"metavar": "FILE", "nargs": "?", "help": "JSON of a submission; - or nothing: stdin"}),
-            (("--url",), {"default": "http://127.0.0.1:2794/", "help": "the server's root, or its /submit"}),
-            (("--user",), {"help": "log in; the password is $HAINEKO_PASSWORD or asked for"}),
-            (("--to",), {"action": "append", "metavar": "A", "help": "recipient; again for more"}),
-            (("--mail", "--sender"), {"dest": "sender", "metavar": "A", "help": "envelope sender"}),
-            (("--from",), {"dest": "header_from", "metavar": "A", "help": "From"}),
-            (("--reply-to",), {"metavar": "A"}),
-            (("--subject",), {"metavar": "S"}),
-            (("--charset",), {"metavar": "C"}),
-            (("--body",), {"metavar": "TEXT", "help": "absent, and no --html: stdin"}),
-            (("--html",), {"metavar": "FILE", "help": "the mail in HTML, in UTF-8"}),
-            (("--attach",), {"action": "append", "metavar": "FILE", "help": "a file to attach; again for more"}),
-        ),
-    ),
-    "sendmail": (
-        command_sendmail,
-        "relay the message on stdin, like /usr/sbin/sendmail",
-        (
-            (("-C",), {"metavar": "FILE", "help": "settings file"}),
-            (("-t",), {"action": "store_true", "help": "recipients from To, Cc and Bcc"}),
-            (("-i",), {"action": "store_true", "help": "a line with a dot alone doesn't end the message"}),
-            (("-f",), {"metavar": "SENDER", "help": "envelope sender"}),
-            (("address",), {"metavar": "ADDRESS", "nargs": "*"}),
-        ),
-    ),
-    "queue": (
-        command_queue,
-        "list the mail that waits, show one, try it now, drop it",
-        (
-            CONFIG,
-            (("action",), {"nargs": "?", "choices": tuple(QUEUE_ACTIONS), "default": "list"}),
-            (("id",), {"metavar": "QUEUEID", "nargs": "?"}),
-            (("--all",), {"action": "store_true", "help": "retry: all that waits, as flush does"}),
-        ),
-    ),
-    "pw": (
-        command_pw,
-        "ask for a password, print its line for the section password",
-        ((("-u", "--user"), {"metavar": "USER"}),),
-    ),
-    "setup": (
-        command_setup,
-        "write haineko.json and haineko.service, never over an existing file",
-        ((("--dest",), {"metavar": "DIR", "required": True}),),
-    ),
+    "serve": Command(command_serve, "config listen workers devel"),
+    "start": Command(command_start, "config pid-file listen workers"),
+    "stop": Command(command_stop, "config pid-file"),
+    "restart": Command(command_restart, "config pid-file listen workers"),
+    "status": Command(command_status, "config pid-file"),
+    "reload": Command(command_reload, "config pid-file"),
+    "check": Command(command_check, "config connect records-of selector"),
+    "route": Command(command_route, "config address sender"),
+    "send": Command(command_send, "file url login to mail from reply-to subject charset body html attach"),
+    "sendmail": Command(command_sendmail, "-C -t -i -f addresses"),
+    "queue": Command(command_queue, "config action id all"),
+    "pw": Command(command_pw, "user"),
+    "setup": Command(command_setup, "dest"),
 }
 
 if __name__ == "__main__":
