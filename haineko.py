@@ -1,31 +1,37 @@
 #!/usr/bin/env python3
-"""Haineko, HTTP API into ESMTP: takes a mail as JSON by HTTP POST, relays it, answers with every recipient's reply.
+"""Haineko, an HTTP API into ESMTP: take a mail as JSON, relay it, answer with a reply for every recipient.
 
-The way of a mail is the order of this page: each section takes the value of the section above and makes the next one.
+    HTTP request -> parse_submission() -> Submission -> CHECKS -> compose() -> Message -> resolve_route() per recipient
+      -> Transaction per route -> RELAYS -> Reply per recipient -> HTTP response
+                                               |  deferred, or to be queued
+                                               +-> QueueDB -> QueueManager -> RELAYS -> bounce, webhook
 
-    HTTP body -> Submission -> (checks) -> Message -> Route per recipient -> Job per route -> Reply each -> JSON
-                 parse_submission()  CHECKS      compose()  resolve_route()               RELAYS
+     1  Replies and transactions    9  Event loop
+     2  JSON into dataclasses      10  DNS
+     3  Settings                   11  HTTP client
+     4  Log                        12  SMTP sessions
+     5  Submissions                13  Relays
+     6  Policy                     14  Queue
+     7  Messages                   15  Submission pipeline
+     8  Routes                     16  HTTP
+                                   17  Commands
 
-     1  Replies and jobs          9  Event loop
-     2  JSON into dataclasses    10  DNS
-     3  Settings                 11  Web sessions
-     4  Log                      12  SMTP sessions
-     5  Submissions              13  Relays
-     6  Policy                   14  Queue
-     7  Messages                 15  The way of a mail
-     8  Routes                   16  HTTP
-                                 17  Commands
+Sections 1, 5 to 8 and 13 to 15 are the pipeline; 2 to 4 and 9 to 12 are infrastructure; 16 and 17 are the two entries.
 
-Rules of the file. A section refers to the sections above it, never below; inside a section the caller stands above its
-helpers. Connections are opened in DNS, web and SMTP sessions, relays, queue and HTTP, and by the command `send`; clock
-and chance are arguments. Errors of the other side are values (Reply); Refused carries one out of depth. Every recipient
-has a reply. What may be extended is a closed table: REPLIES, CHARSETS, CHECKS, RELAYS, PROBES, PAGES, COMMANDS.
-Standard library only.
+Rules of the file:
+  - A section uses only the sections above it; inside a section callers stand above their helpers.
+  - Errors of the other side are values (Reply); Rejected carries one up the stack; every recipient has a reply.
+  - What is decided later stands in a named field; nothing is read out of a text that people read.
+  - Parsing, policy, composing and routing take values and return values; the clock and chance are arguments.
+  - Input of clients never gets unchecked into a header, command, log line or path; every regex is linear.
+  - Standard library only; nothing is answered 2xx before it is on disk or the next hop has said 250.
 
-Spoken here: RFC 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS),
-3461 (DSN), 3463 (status codes), 3464 (bounces), 4954 (AUTH), 6152 (8BITMIME), 6531 (SMTPUTF8), 8314 (TLS on 465),
-2183, 2231, 2387, 2392 (files in mail), 1035 (DNS), 6891 (EDNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1),
-7617 (Basic).
+To add: a relay is a function and a row of RELAYS; a check a function, a row of REPLIES and one of CHECKS; a setting a
+config_field() in section 3; an endpoint a function and a row of ENDPOINTS; a command a function and a row of COMMANDS.
+
+RFCs: 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS), 3461 (DSN), 3463
+(status codes), 3464 (bounces), 4954 (AUTH), 6152 (8BITMIME), 6531 (SMTPUTF8), 8314 (TLS on 465), 2183, 2231, 2387, 2392
+(attachments), 1035 (DNS), 6891 (EDNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic).
 """
 
 from __future__ import annotations
@@ -36,6 +42,7 @@ import binascii
 import codecs
 import contextlib
 import errno
+import fcntl
 import functools
 import gc
 import hashlib
@@ -72,25 +79,25 @@ from typing import Any, Callable, NamedTuple
 __version__ = "1.0.0"
 
 # ======================================================================================================================
-# 1. Replies and jobs
-#    The values that pass from section to section, and every reply that Haineko gives in its own name. They know nothing
-#    of settings, sockets or JSON.
+# 1. Replies and transactions
+#    The values that pass from section to section, and every reply that Haineko gives in its own name. Independent of
+#    settings, sockets and JSON.
 # ======================================================================================================================
 
 
 class Reply(NamedTuple):
-    """What was said about one recipient: an SMTP reply and who gave it at which command."""
+    """Reply about one recipient: an SMTP reply, or one of Haineko's own, and the command that it decided."""
 
     code: str  # three digits, RFC 5321 4.2
-    dsn: str | None  # enhanced status code, RFC 3463; None where none was given
-    command: str  # the command that decided: CONN EHLO STARTTLS AUTH MAIL RCPT DATA, or HTTP
+    dsn: str | None  # enhanced status code, RFC 3463; None if there was none
+    command: str  # the command that decided: CONN EHLO STARTTLS AUTH MAIL RCPT DATA, QUEUE or HTTP
     message: tuple  # lines of text without the code
     mailer: str | None = None  # name of the relay; None for a refusal before delivery
     host: str | None = None
     port: int | None = None
     status: int = 0  # HTTP status of a refusal before delivery
-    maybe_delivered: bool = False  # the end of the text was sent and no reply came: the mail may have arrived
-    retry_after: int = 0  # seconds after which to try again, where the other side said so
+    maybe_delivered: bool = False  # the end of the text was sent and no reply came
+    retry_after: int = 0  # seconds after which to try again, if the other side named them
 
     @property
     def accepted(self) -> bool:
@@ -102,41 +109,40 @@ class Reply(NamedTuple):
 
     @property
     def relay(self) -> str | None:
-        """Who gave it, for a line of the log."""
+        """Name the server that replied, for the log."""
         return f"{self.mailer}:{self.host}:{self.port}" if self.host else self.mailer
 
 
 class Rejected(Exception):  # noqa: N818 -- the word that postmasters use
-    """Carries a Reply out of depth; its one argument."""
+    """Exception that carries a Reply, its one argument, up the call stack."""
 
     @property
     def reply(self) -> Reply:
-        """What was said."""
         return self.args[0]
 
 
 class Message(NamedTuple):
-    """A finished message (RFC 5322, CRLF); between its parts go the recipient and the copy's number."""
+    """Finished message (RFC 5322, CRLF); the recipient and the copy's number are inserted between its parts."""
 
     parts: tuple  # (all of it,) or (up to "To: ", up to "Message-Id: <QUEUEID.", the rest) or (up to "To: ", the rest)
-    needs_8bitmime: bool = False  # has octets over 127: needs 8BITMIME (RFC 6152)
-    needs_smtputf8: bool = False  # has them in its header: needs SMTPUTF8 (RFC 6531)
+    needs_8bitmime: bool = False  # has octets over 127 (RFC 6152)
+    needs_smtputf8: bool = False  # has them in its header (RFC 6531)
 
     def copy(self, recipient: str, number: int) -> bytes:
-        """The octets of one recipient's copy."""
+        """Return the octets of one recipient's copy."""
         if len(self.parts) == 3:
             return b"%b%b%b%d%b" % (self.parts[0], recipient.encode(), self.parts[1], number, self.parts[2])
         return recipient.encode().join(self.parts)
 
 
-LARGE = 65536  # octets; work of some milliseconds
+LARGE = 65536  # octets; work on more than this takes milliseconds
 
 
 class Transaction(NamedTuple):
-    """One message for the recipients of one transaction by one route."""
+    """One message for some recipients by one route."""
 
     route: Any  # a Route
-    hostname: str  # our own name, for EHLO
+    hostname: str  # Haineko's name, for EHLO
     queueid: str
     sender: str  # "" is the null sender
     recipients: tuple
@@ -147,7 +153,7 @@ class Transaction(NamedTuple):
         return self.message.copy(self.recipients[0], self.number)
 
     def chunks(self) -> tuple:
-        """The same, with what is large in a piece of its own, so that copies which go out at once share its memory."""
+        """Return the octets with a large last part by itself, so that concurrent copies share its memory."""
         *head, last = self.message.parts
         if len(last) < LARGE or not head:
             return (self.octets(),)
@@ -155,22 +161,22 @@ class Transaction(NamedTuple):
 
     @property
     def needs_smtputf8(self) -> bool:
-        """True where the envelope or the header is other than ASCII (RFC 6531)."""
+        """True if the envelope or the header is not ASCII (RFC 6531)."""
         return self.message.needs_smtputf8 or not (self.sender.isascii() and all(map(str.isascii, self.recipients)))
 
 
 class TransactionResult(NamedTuple):
-    """What came of one job."""
+    """Outcome of one transaction."""
 
     transaction: Transaction
-    replies: list  # of Reply, one for each recipient of the job
+    replies: list  # of Reply, one for each recipient
     ms: float
 
 
-def make_reply(slug: str, *lines: str, word: str = "", **place) -> Reply:
-    """The reply of that name in REPLIES; `word` goes into its text, `lines` follow, `place` says mailer, host, port."""
+def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
+    """Return the reply REPLIES[slug], `word` for its "%s", followed by `lines`; `endpoint`: mailer, host, port."""
     status, code, dsn, command, text = REPLIES[slug]
-    values = {"command": command, "status": status, **place}
+    values = {"command": command, "status": status, **endpoint}
     return Reply(code, dsn, message=(text % word if "%s" in text else text, *lines), **values)
 
 
@@ -190,9 +196,9 @@ def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
 
 
 def cache_short(maxsize: int, limit: int = 512) -> Callable:
-    """Decorate a function with an LRU cache that keeps only calls whose first argument is short.
+    """Decorate a function with an LRU cache for calls whose first argument is short.
 
-    Clients choose what is parsed: long values would fill the memory.
+    Clients choose what is parsed; long values would fill the memory.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -208,21 +214,20 @@ def cache_short(maxsize: int, limit: int = 512) -> Callable:
 
 
 def new_queueid(now: float) -> str:
-    """16 letters and digits: the second, and chance. Unique across processes and restarts; sorts by time."""
-    return _digits(int(now)) + os.urandom(10).translate(LETTERS).decode()
+    """Return 16 letters and digits, unique across processes and restarts; they sort by time."""
+    return _base62(int(now)) + os.urandom(10).translate(RANDOM_DIGITS).decode()
 
 
 @functools.lru_cache(maxsize=2)
-def _digits(second: int) -> str:
-    """Six digits to the base 62."""
-    return "".join(ALPHABET[second // 62**place % 62] for place in range(5, -1, -1))
+def _base62(second: int) -> str:
+    return "".join(BASE62[second // 62**place % 62] for place in range(5, -1, -1))
 
 
-ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-LETTERS = bytes(ord(ALPHABET[i % 62]) for i in range(256))
+BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+RANDOM_DIGITS = bytes(ord(BASE62[i % 62]) for i in range(256))
 
 
-# slug: (HTTP status of a refusal, code, dsn, command, text)
+# name: (HTTP status of a refusal, code, dsn, command, text)
 REPLIES = {
     # HTTP itself
     "method": (405, "421", None, "HTTP", "%s method not supported"),
@@ -301,20 +306,20 @@ REPLIES = {
 
 # ======================================================================================================================
 # 2. JSON into dataclasses
-#    Takes what a JSON decoder gave, gives frozen dataclasses, and a list of every fault with its path. Settings and
-#    submissions are read by the same functions. A parser is called as parse(value, where, faults); after a fault its
-#    result is not used.
+#    Takes JSON, gives frozen dataclasses and a list of all errors with their JSON paths; used for settings and
+#    submissions. A parser is called as parse(value, json_path, errors): it appends what is wrong to `errors`, and may
+#    then return None, which keeps the default.
 # ======================================================================================================================
 
 
 class DuplicateKeyDict(dict):
-    """A JSON object in which a key stood more than once; `duplicate_keys` names them."""
+    """JSON object with keys that were repeated: `duplicate_keys`."""
 
     duplicate_keys: tuple = ()
 
 
 def parse_json(octets: bytes) -> Any:
-    """The JSON value (RFC 8259) in UTF-8 octets; ValueError says what is wrong and where."""
+    """Return the JSON value (RFC 8259) in UTF-8 octets; ValueError says what is wrong and where."""
     try:
         return DECODER.decode((octets[3:] if octets.startswith(codecs.BOM_UTF8) else octets).decode())
     except UnicodeDecodeError as error:
@@ -323,20 +328,20 @@ def parse_json(octets: bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _unique_pairs(pairs: list) -> dict:
+def _object_from_pairs(pairs: list) -> dict:
     result = dict(pairs)
     if len(result) == len(pairs):
         return result
-    twice, seen = DuplicateKeyDict(result), set()
-    twice.duplicate_keys = tuple(dict.fromkeys(key for key, _ in pairs if key in seen or seen.add(key)))
-    return twice
+    result, seen = DuplicateKeyDict(result), set()
+    result.duplicate_keys = tuple(dict.fromkeys(key for key, _ in pairs if key in seen or seen.add(key)))
+    return result
 
 
-def _no_constant(name: str):
+def _reject_constant(name: str):
     raise ValueError(f"{name} is not JSON")
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_unique_pairs, parse_constant=_no_constant)
+DECODER = json.JSONDecoder(object_pairs_hook=_object_from_pairs, parse_constant=_reject_constant)
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
 
 
@@ -360,45 +365,43 @@ CACHE_MAX_CHARS = 512  # characters of what is remembered: long ones would fill 
 
 
 def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", secret: bool = False) -> Any:
-    """A dataclass field that from_dict() fills: its default, parser, keys in JSON ("a|b" are aliases), and its meaning."""
-    meaning = {"parse": parse, "doc": doc, "keys": tuple(key.split("|")) if key else (), "secret": secret}
+    """Return a dataclass field for from_dict(): default, parser, meaning, keys in JSON ("a|b" are aliases)."""
+    metadata = {"parse": parse, "doc": doc, "keys": tuple(key.split("|")) if key else (), "secret": secret}
     if isinstance(default, dict):
-        return field(default_factory=dict, metadata=meaning)
-    return field(default=default, metadata=meaning)
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def from_dict(cls: type, raw: Any, json_path: str, errors: list) -> Any:
-    """A `cls` from a JSON object; unknown, doubled and wrong entries are appended to `faults` with their path."""
+    """Return a `cls` made from a JSON object; report unknown, duplicate and invalid entries."""
     if not isinstance(raw, dict):
-        errors.append(f"{json_path or 'the top'}: an object is wanted, not {json_type_name(raw)}")
+        errors.append(f"{json_path or 'top level'}: expected an object, got {json_type_name(raw)}")
         return cls()
-    known, values, dot = key_table(cls), {}, json_path and json_path + "."
+    known, values, prefix = key_table(cls), {}, json_path and json_path + "."
     if type(raw) is DuplicateKeyDict:
-        errors.extend(f"{dot}{sanitize(key)}: stands more than once" for key in raw.duplicate_keys[:MAX_ERRORS])
+        errors.extend(f"{prefix}{sanitize(key)}: duplicate key" for key in raw.duplicate_keys[:MAX_ERRORS])
     for key, value in raw.items():
         row = known.get(key)
         if row and value is not None:
             name, parse = row
             if name in values:
-                errors.append(f"{dot}{key}: says again what another key says already")
-            values[name] = parse(value, dot + key, errors)
+                errors.append(f"{prefix}{key}: duplicate: an alias of this key is already set")
+            values[name] = parse(value, prefix + key, errors)
         elif not row:
             if len(errors) >= MAX_ERRORS:
                 break
             hint = did_you_mean(key, known) if len(errors) < MAX_HINTS else ""
-            errors.append(f"{dot}{sanitize(key)}: unknown key{hint}")
-    return cls(**values)
+            errors.append(f"{prefix}{sanitize(key)}: unknown key{hint}")
+    return cls(**{name: value for name, value in values.items() if value is not None})
 
 
 MAX_HINTS = 50  # a hint takes some 50 us, and a hostile body has a million keys
-MAX_ERRORS = (
-    1000  # faults, behind which nobody reads on: told of each item, a hostile body takes a hundred times its size
-)
+MAX_ERRORS = 1000  # or a hostile body could yield 100 times its own size in messages
 
 
 @functools.lru_cache(maxsize=None)
 def key_table(cls: type) -> dict:
-    """{key in JSON: (attribute, parser)} of a dataclass whose fields are settings."""
+    """Return {key in JSON: (attribute, parser)} of a dataclass made of config_field()."""
     table = {}
     for item in fields(cls):
         if "parse" in item.metadata:
@@ -408,334 +411,306 @@ def key_table(cls: type) -> dict:
 
 
 def json_type_name(value: Any) -> str:
-    """What a JSON value is, in words."""
-    for family, word in (
-        (bool, "true or false"),
-        (str, "a string"),
-        ((int, float), "a number"),
-        (list, "a list"),
-        (dict, "an object"),
-    ):
-        if isinstance(value, family):
-            return word
-    return "null"
+    """Return "a string", "a list" and so on."""
+    return next((name for kind, name in JSON_TYPES if isinstance(value, kind)), "null")
+
+
+JSON_TYPES = (
+    (bool, "true or false"),
+    (str, "a string"),
+    ((int, float), "a number"),
+    (list, "a list"),
+    (dict, "an object"),
+)
 
 
 def did_you_mean(word: str, words: Any) -> str:
-    """'; did you mean "..."?' where one of the words is close, else nothing."""
+    """Return '; did you mean "..."?' if one of `words` is close, else ""."""
     import difflib
 
-    spelt = {known.lower(): known for known in words}
-    close = difflib.get_close_matches(word[:64].lower(), spelt, n=1, cutoff=0.6)
-    return f'; did you mean "{spelt[close[0]]}"?' if close else ""
+    spelling = {known.lower(): known for known in words}
+    close = difflib.get_close_matches(word[:64].lower(), spelling, n=1, cutoff=0.6)
+    return f'; did you mean "{spelling[close[0]]}"?' if close else ""
 
 
-def sanitize(text: str, limit: int = 200) -> str:
-    """The text fit for a line of a log or a terminal: unprintables as "?", cut at `limit` characters."""
+def sanitize(text: str, limit: int = 200, keep: str = "") -> str:
+    """Return text fit for a log or a terminal: cut at `limit`, "?" for unprintable characters other than `keep`."""
     text = text if len(text) <= limit else text[:limit] + "..."
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else "?" for c in text)
 
 
 def parse_text(value: Any, json_path: str, errors: list) -> str:
-    """A string without control characters."""
+    """Parse a string without control characters; "" if it is none."""
     if type(value) is not str:
-        errors.append(f"{json_path}: a string is wanted, not {json_type_name(value)}")
+        errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
     elif not value.isprintable():
-        errors.append(f"{json_path}: has a character that can't be printed")
+        errors.append(f"{json_path}: has an unprintable character")
     else:
         return value
     return ""
 
 
-def parse_boolean(value: Any, json_path: str, errors: list) -> bool:
-    """true or false; 1 or 0 mean the same."""
-    if value not in (0, 1) or isinstance(value, float):
-        errors.append(f"{json_path}: true or false is wanted, not {json_type_name(value)}")
-    return bool(value)
+def matching(pattern: Any, expected: str, optional: bool = False, secret: bool = False, convert: Any = str) -> Callable:
+    """Return a parser of strings that `pattern` accepts: a regex, or a function that is true for them and may raise
+    ValueError for others. A `secret` is not shown in errors."""
+    accepts = getattr(pattern, "fullmatch", pattern)
 
-
-def integer(low: int, high: int) -> Callable:
-    """A parser of whole numbers from low to high."""
-
-    def parse(value: Any, json_path: str, errors: list) -> int:
-        if type(value) is not int or not low <= value <= high:
-            given = sanitize(str(value)) if isinstance(value, (int, float)) else json_type_name(value)
-            errors.append(f"{json_path}: a whole number from {low} to {high} is wanted, not {given}")
-            return low
-        return value
+    def parse(value: Any, json_path: str, errors: list) -> Any:
+        text = parse_text(value, json_path, errors)
+        with contextlib.suppress(ValueError):
+            if accepts(text) or (optional and not text):
+                return convert(text)
+        if text == value:  # else parse_text() has told
+            errors.append(f"{json_path}: expected {expected}" + ("" if secret else f', got "{sanitize(text)}"'))
+        return None
 
     return parse
 
 
-def list_of(parse: Callable) -> Callable:
-    """A parser of lists, or of one value for a list of one; gives a tuple."""
+def one_of(names: Any, kind: str) -> Callable:
+    """Return a parser of names that compares without case and returns the name as it stands in `names`."""
+    known = {name.lower(): name for name in names}
 
-    def parse_all(value: Any, json_path: str, errors: list) -> tuple:
+    def parse(value: Any, json_path: str, errors: list) -> str | None:
+        text = parse_text(value, json_path, errors)
+        if text == value and text.lower() not in known:
+            errors.append(f'{json_path}: unknown {kind} "{sanitize(text)}"{did_you_mean(text, names)}')
+        return known.get(text.lower())
+
+    return parse
+
+
+def parse_boolean(value: Any, json_path: str, errors: list) -> bool | None:
+    """Parse true or false; 1 and 0 mean the same."""
+    if value in (0, 1) and not isinstance(value, float):
+        return bool(value)
+    errors.append(f"{json_path}: expected true or false, got {json_type_name(value)}")
+    return None
+
+
+def integer(low: int, high: int) -> Callable:
+    """Return a parser of whole numbers from low to high."""
+
+    def parse(value: Any, json_path: str, errors: list) -> int | None:
+        if type(value) is int and low <= value <= high:
+            return value
+        got = sanitize(str(value)) if isinstance(value, (int, float)) else json_type_name(value)
+        errors.append(f"{json_path}: expected a whole number from {low} to {high}, got {got}")
+        return None
+
+    return parse
+
+
+def list_of(parse: Callable, collect: Callable = tuple, required: bool = False) -> Callable:
+    """Return a parser of lists, or of one value for a list of one; `collect` makes the result of the items."""
+
+    def parse_all(value: Any, json_path: str, errors: list) -> Any:
         if type(value) is not list:
-            return (parse(value, json_path, errors),)
-        return tuple(
-            parse(item, f"{json_path}[{i}]", errors) for i, item in enumerate(value) if len(errors) < MAX_ERRORS
-        )
+            return collect(item for item in (parse(value, json_path, errors),) if item is not None)
+        if required and not value:
+            errors.append(f"{json_path}: expected at least one value")
+        items = (parse(item, f"{json_path}[{i}]", errors) for i, item in enumerate(value) if len(errors) < MAX_ERRORS)
+        return collect(item for item in items if item is not None)
 
     return parse_all
 
 
-def mapping_of(parse: Callable, fold: Callable = str) -> Callable:
-    """A parser of objects whose keys are names; `fold` makes the name that counts."""
+def mapping_of(parse: Callable, fold: Callable = str, expected: str = "a name") -> Callable:
+    """Return a parser of objects whose keys are names; `fold` returns a name's canonical form, or "" for none."""
 
     def parse_all(value: Any, json_path: str, errors: list) -> dict:
         if not isinstance(value, dict):
-            errors.append(f"{json_path}: an object is wanted, not {json_type_name(value)}")
+            errors.append(f"{json_path}: expected an object, got {json_type_name(value)}")
             return {}
-        twice = getattr(value, "duplicate_keys", ())
-        errors.extend(f"{json_path}.{sanitize(key)}: stands more than once" for key in twice)
-        result = {fold(key): parse(item, f"{json_path}.{sanitize(key)}", errors) for key, item in value.items()}
-        if "" in result:
-            bad = next(key for key in value if not fold(key))
-            errors.append(f'{json_path}.{sanitize(bad)}: "example.jp", ".example.jp" or "default" is wanted')
-        elif len(result) < len(value):
+        paths = {key: f"{json_path}.{sanitize(key)}" for key in value}
+        errors.extend(f"{paths[key]}: duplicate key" for key in getattr(value, "duplicate_keys", ()))
+        errors.extend(f"{paths[key]}: expected {expected}" for key in value if not fold(key))
+        if len(set(map(fold, value))) < len(value):
             errors.append(f"{json_path}: two keys differ in case only")
-        return result
+        parsed = {fold(key): parse(item, paths[key], errors) for key, item in value.items()}
+        return {key: item for key, item in parsed.items() if item is not None}
 
     return parse_all
 
 
 def nested(cls: type) -> Callable:
-    """A parser of nested objects."""
+    """Return a parser of nested objects."""
     return functools.partial(from_dict, cls)
 
 
 # ======================================================================================================================
 # 3. Settings
-#    Takes the path of haineko.json, gives one frozen Settings with everything in it that can be computed once, and a
-#    list of faults. Each field says its default, its limits and its meaning; the example file is made from them. Knows
-#    nothing of a mail.
+#    Takes the path of haineko.json, gives one frozen Settings, with all that can be computed once, and its errors.
+#    Each field states its default, limits and meaning; the example file is made from them.
 # ======================================================================================================================
 
 
 class IPAddress(NamedTuple):
-    """An IP address, with what is asked of it at every request ready."""
+    """Parsed IP address."""
 
     text: str
     version: int
     number: int
 
 
-@functools.lru_cache(maxsize=4096)
+@cache_short(4096, 64)
 def parse_ip(text: str) -> IPAddress:
-    """The IP address in a string, an IPv4 one in IPv6 clothes without them; ValueError where it is none."""
+    """Parse an IP address; an IPv4-mapped IPv6 address becomes IPv4. Raises ValueError."""
     found = ipaddress.ip_address(text.partition("%")[0])
     found = getattr(found, "ipv4_mapped", None) or found
     return IPAddress(str(found), found.version, int(found))
 
 
 class Networks:
-    """A set of IP networks. `address in networks` costs the same for ten of them as for 100,000."""
+    """Set of IP networks; `address in networks` takes as long for 100,000 of them as for ten."""
 
     def __init__(self, texts: tuple = ()) -> None:
         self.texts = texts
         groups: dict = {}
-        for item in map(functools.partial(ipaddress.ip_network, strict=False), texts):
-            shift = item.max_prefixlen - item.prefixlen
-            groups.setdefault((item.version, shift), set()).add(int(item.network_address) >> shift)
+        for network in map(functools.partial(ipaddress.ip_network, strict=False), texts):
+            shift = network.max_prefixlen - network.prefixlen
+            groups.setdefault((network.version, shift), set()).add(int(network.network_address) >> shift)
         self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
 
-    def __contains__(self, client: IPAddress) -> bool:
+    def __contains__(self, address: IPAddress) -> bool:
         for version, shift, members in self.groups:
-            if version == client.version and client.number >> shift in members:
+            if version == address.version and address.number >> shift in members:
                 return True
         return False
 
 
-def parse_networks(value: Any, json_path: str, errors: list) -> Networks:
-    good = []
-    for item in list_of(parse_text)(value, json_path, errors):
-        try:
-            ipaddress.ip_network(item, strict=False)
-            good.append(item)
-        except ValueError:
-            errors.append(f'{json_path}: "{item}" is no IP address or network')
-    return Networks(tuple(good))
+LOOPBACK = Networks(("127.0.0.0/8", "::1"))
 
 
-def parse_listen_addresses(value: Any, json_path: str, errors: list) -> tuple:
-    """One listen address, or a list of some."""
-    if value == []:
-        errors.append(f"{json_path}: at least one address is wanted")
-    return list_of(parse_listen_address)(value, json_path, errors)
-
-
-def parse_listen_address(value: Any, json_path: str, errors: list) -> str:
-    """ "host:port", "[v6]:port" or "unix:/path"."""
-    value = parse_text(value, json_path, errors)
-    if not value.startswith("unix:/"):
-        host, colon, port = value.rpartition(":")
-        if not (host and colon and port.isascii() and port.isdigit() and int(port) < 65536):
-            errors.append(f'{json_path}: "host:port", "[v6]:port" or "unix:/path" is wanted, not "{value}"')
-        elif ":" in host and not (host.startswith("[") and host.endswith("]")):
-            errors.append(f'{json_path}: an IPv6 address stands in brackets, "[{host}]:{port}"')
-    return value
-
-
-_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
-DOMAIN = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(?:\.{_LABEL})*")
-
-
-def parse_host(value: Any, json_path: str, errors: list) -> str:
-    """A domain or an IP address, or a folder for the relay File."""
-    value = parse_text(value, json_path, errors)
-    if not (DOMAIN.fullmatch(value) or value.startswith("/")):
-        try:
-            ipaddress.ip_address(value)
-        except ValueError:
-            errors.append(f'{json_path}: a host name or an IP address is wanted, not "{value}"')
-    return value
-
-
-def parse_resolver_address(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors)
-    if value and not name_server_endpoint(value):
-        errors.append(f'{json_path}: "address", "address:port" or "[v6]:port" is wanted, not "{value}"')
-    return value
-
-
-def name_server_endpoint(text: str) -> tuple:
-    """(IP address, port) of "address", "address:port" or "[v6]:port"; () where it is none of them."""
-    found = re.fullmatch(r"\[([^]]+)\]:(\d{1,5})|([^:]+):(\d{1,5})|(\S+)", text)
-    name, port = (found[1] or found[3] or found[5], int(found[2] or found[4] or 53)) if found else ("", 0)
+def is_ip(text: str) -> bool:
     try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return ()
-    return (name, port) if 0 < port < 65536 else ()
-
-
-def parse_optional_hostname(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors)
-    if value and not DOMAIN.fullmatch(value):
-        errors.append(f'{json_path}: a host name is wanted, not "{value}"')
-    return value
-
-
-def parse_origin(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors).lower()
-    if not re.fullmatch(r"https?://[a-z0-9.\[\]:_-]+", value):
-        errors.append(f'{json_path}: a web origin like "https://www.example.org" is wanted, not "{value}"')
-    return value
-
-
-def parse_facility(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors)
-    if value.lower() not in FACILITIES:
-        errors.append(f'{json_path}: "{value}" is no syslog facility{did_you_mean(value, FACILITIES)}')
-    return value
-
-
-FACILITIES = ["kern", "user", "mail", "daemon", "auth", "lpr", "news", "uucp", "cron", "syslog"]
-FACILITIES += [f"local{n}" for n in range(8)]
-
-
-def parse_base_url(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors)
-    if value and not (BASE_URL.fullmatch(value) and has_valid_host(value)):
-        errors.append(f'{json_path}: a URL like "https://api.example.org" is wanted, not "{value}"')
-        return ""
-    return value.rstrip("/")
-
-
-def has_valid_host(url: str) -> bool:
-    """True where host and port of a URL can be asked for."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        name, port = parts.hostname or "", parts.port
-        return port != 0 and bool(DOMAIN.fullmatch(name) or ipaddress.IPv6Address(name))
+        return bool(ipaddress.ip_address(text))
     except ValueError:
         return False
 
 
+def is_listen_address(text: str) -> bool:
+    found = re.fullmatch(r"(?:[^:]+|\[[^]]+\]):([0-9]{1,5})", text)
+    return int(found[1]) < 65536 if found else text.startswith("unix:/")
+
+
+def is_host(text: str) -> bool:
+    """True for a domain or an IP address; or a folder, for the relay File."""
+    return text.startswith("/") or bool(DOMAIN.fullmatch(text)) or is_ip(text)
+
+
+def name_server_endpoint(text: str) -> tuple:
+    """Return (IP address, port) of "address", "address:port" or "[v6]:port"; () if it is none of them."""
+    found = re.fullmatch(r"\[([^]]+)\]:(\d{1,5})|([^:]+):(\d{1,5})|(\S+)", text)
+    name, port = (found[1] or found[3] or found[5], int(found[2] or found[4] or 53)) if found else ("", 0)
+    return (name, port) if is_ip(name) and 0 < port < 65536 else ()
+
+
+def is_url(pattern: re.Pattern, url: str) -> bool:
+    """True if the pattern matches, and host and port can be connected to; may raise ValueError."""
+    parts = urllib.parse.urlsplit(url)
+    name, port = parts.hostname or "", parts.port
+    return bool(pattern.fullmatch(url) and port != 0 and (DOMAIN.fullmatch(name) or ipaddress.IPv6Address(name)))
+
+
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+DOMAIN = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(?:\.{_LABEL})*")
 BASE_URL = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?(?:/[A-Za-z0-9/._~-]*)?")
+WEBHOOK_URL = re.compile(r"(https?)://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(/[!-~]*)?")
+ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+", re.IGNORECASE)
+FACILITIES = ["kern", "user", "mail", "daemon", "auth", "lpr", "news", "uucp", "cron", "syslog"]
+FACILITIES += [f"local{n}" for n in range(8)]
 
-
-def parse_region(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors)
-    if value and not re.fullmatch(r"[a-z0-9-]{1,32}", value):
-        errors.append(f'{json_path}: a region like "eu-west-1" is wanted, not "{value}"')
-    return value
+parse_network = matching(functools.partial(ipaddress.ip_network, strict=False), "an IP address or network")
+parse_networks = list_of(parse_network, lambda texts: Networks(tuple(texts)))
+parse_listen_address = matching(is_listen_address, '"host:port", "[v6]:port" or "unix:/path"')
+parse_host = matching(is_host, "a host name or an IP address")
+parse_hostname = matching(DOMAIN, "a host name", optional=True)
+parse_resolver = matching(name_server_endpoint, '"address", "address:port" or "[v6]:port"', optional=True)
+parse_origin = matching(ORIGIN, 'a web origin like "https://www.example.org"', convert=str.lower)
+parse_facility = one_of(FACILITIES, "syslog facility")
+parse_base_url = matching(
+    functools.partial(is_url, BASE_URL),
+    'a URL like "https://api.example.org"',
+    True,
+    convert=lambda url: url.rstrip("/"),
+)
+parse_region = matching(re.compile("[a-z0-9-]{1,32}"), 'a region like "eu-west-1"', optional=True)
+parse_webhook_url = matching(
+    functools.partial(is_url, WEBHOOK_URL), 'a URL like "https://www.example.org/hook"', optional=True, secret=True
+)
 
 
 def parse_mailer(value: Any, json_path: str, errors: list) -> str:
+    """Return the name of a relay in the spelling of RELAYS, or the path of a folder."""
     value = parse_text(value, json_path, errors)
-    known = {name.lower(): name for name in MAILERS}
-    if value.startswith("/"):
-        return value
-    if value.lower() not in known:
-        errors.append(f'{json_path}: "{value}" is no relay known here{did_you_mean(value, MAILERS)}')
+    known = {name.lower(): name for name in RELAYS}
+    if not value.startswith("/") and value.lower() not in known:
+        errors.append(f'{json_path}: unknown relay type "{value}"{did_you_mean(value, RELAYS)}')
     return known.get(value.lower(), value)
 
 
-MAILERS = ("ESMTP", "MX", "Haineko", "SendGrid", "AmazonSES", "Mandrill", "File", "Screen", "Discard")
-WEB_APIS = {  # where the relays by HTTP post to, unless base_url says otherwise
-    "Haineko": "{scheme}://{host}:{port}",
-    "SendGrid": "https://api.sendgrid.com",
-    "AmazonSES": "https://email.{region}.amazonaws.com",
-    "Mandrill": "https://mandrillapp.com",
-}
-NEEDED = {"SendGrid": ("auth",), "AmazonSES": ("auth", "region"), "Mandrill": ("auth",)}  # settings of their routes
-PORTS = {"Haineko": 2794}  # of a route that says none; 25 for the others
+class Relay(NamedTuple):
+    """All that is known of a relay. To add one is to write its functions and a row of RELAYS."""
+
+    send: Callable | None  # (Transaction, TransportContext): awaited for a Reply for each recipient
+    probe: (
+        Callable | None
+    )  # (ConnectivityProbe, TransportContext): awaited for a CheckResult for each step; sends no mail
+    default_port: int = 25
+    api_url: str = ""  # template of the base URL of a relay by HTTP
+    needs: tuple = ()  # settings that its routes must have
+    refuses: tuple = ()  # settings that its routes can't have
+    login: tuple = ("username", "password")  # what a login for its API must have
+    destination: str = "{route.relay} {route.host}:{route.port}"  # template: mail with the same text shares a next hop
+    into_folder: bool = False  # delivers into a folder of this machine
+
+
+UNKNOWN_RELAY = Relay(None, None)  # of a route whose mailer is a fault of the settings
 
 
 def parse_secret(value: Any, json_path: str, errors: list) -> Any:
-    """A string, {"file": path} or {"env": NAME}."""
-    if isinstance(value, dict):
-        if len(value) != 1 or not set(value) <= {"file", "env"}:
-            errors.append(f'{json_path}: a string, {{"file": path}} or {{"env": NAME}} is wanted')
-            return ""
+    """Parse a string, {"file": path} or {"env": NAME}."""
+    if not isinstance(value, dict):
+        return parse_text(value, json_path, errors)
+    if len(value) == 1 and set(value) <= {"file", "env"}:
         return {key: parse_text(item, f"{json_path}.{key}", errors) for key, item in value.items()}
-    return parse_text(value, json_path, errors)
-
-
-def parse_webhook_url(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors)
-    if value and not (WEBHOOK_URL.fullmatch(value) and has_valid_host(value)):
-        errors.append(f'{json_path}: a URL like "https://www.example.org/hook" is wanted')
-    return value
-
-
-WEBHOOK_URL = re.compile(r"(https?)://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(/[!-~]*)?")
+    errors.append(f'{json_path}: expected a string, {{"file": path}} or {{"env": NAME}}')
+    return None
 
 
 class Authenticator:
-    """The section `password`: who may log in. Who was right is remembered for a while: scrypt is slow by design."""
+    """The section `password`: who may log in. Successful logins are cached, because scrypt is slow by design."""
 
     CACHE_TTL = 600  # seconds
     MAX_CONCURRENT_HASHES = 2  # scrypt takes 16 MiB and a core each
 
     def __init__(self, hashes: dict) -> None:
         self.hashes = hashes
-        self.verified: dict = {}  # digest of credentials: monotonic time until which they count as right
+        self.cost = max([NEW_COST, *map(scrypt_cost, hashes.values())])  # of every verification
+        self.verified: dict = {}  # HMAC of the credentials: monotonic time until which they are taken for right
         self.key = os.urandom(32)  # so that memory holds no plain digest of a password
         self.semaphore = threading.Semaphore(self.MAX_CONCURRENT_HASHES)
 
     def is_cached(self, credentials: str | None) -> bool:
-        """True where these credentials, an Authorization header, were right a while ago."""
+        """True if these credentials, an Authorization header, were verified lately."""
         return bool(self.verified) and self.verified.get(self._cache_key(credentials or ""), 0) > time.monotonic()
 
     def authenticate(self, credentials: str) -> bool:
-        """True where they are right. RFC 7617; takes tens of milliseconds unless they are remembered."""
+        """Verify an Authorization header (RFC 7617); takes a tenth of a second unless it is cached."""
         if self.is_cached(credentials):
             return True
-        scheme, _, token = credentials.partition(" ")
-        try:
-            user, colon, word = base64.b64decode(token.strip(), validate=True).decode().partition(":")
-        except ValueError:
+        user, colon, password = decode_basic(credentials).partition(":")
+        if not colon:
             return False
-        if scheme.lower() != "basic" or not colon:
-            return False
+        line = self.hashes.get(user, "")
         with self.semaphore:
-            right = verify_password(self.hashes.get(user, DUMMY_HASH), word) and user in self.hashes
+            right = bool(line) and verify_password(line, password)
+            if rest := self.cost - scrypt_cost(line):  # or the time would tell which users exist
+                scrypt(password, b"", parallel=rest)
         if right:
             now = time.monotonic()
-            self.verified = {mark: until for mark, until in self.verified.items() if until > now}
+            self.verified = {key: expires for key, expires in self.verified.items() if expires > now}
             self.verified[self._cache_key(credentials)] = now + self.CACHE_TTL
         return right
 
@@ -744,9 +719,15 @@ class Authenticator:
 
 
 def username_of(credentials: str) -> str:
-    """The name in an Authorization header of HTTP Basic, "" for none."""
+    """Return the name in an Authorization header of HTTP Basic, "" for none."""
+    return decode_basic(credentials).partition(":")[0]
+
+
+def decode_basic(credentials: str) -> str:
+    """Return "user:password" of an Authorization header (RFC 7617), "" if it is malformed."""
+    scheme, _, token = credentials.partition(" ")
     try:
-        return base64.b64decode(credentials.partition(" ")[2].strip(), validate=True).decode().partition(":")[0]
+        return base64.b64decode(token.strip(), validate=True).decode() if scheme.lower() == "basic" else ""
     except ValueError:
         return ""
 
@@ -756,7 +737,7 @@ def parse_passwords(value: Any, json_path: str, errors: list) -> Authenticator:
 
 
 def verify_password(line: str, password: str) -> bool:
-    """True where `line` (scrypt or {SSHA}) is the hash of the password; takes as long for both answers."""
+    """True if `line` (scrypt or {SSHA}) is the hash of the password."""
     found = SCRYPT.fullmatch(line)
     if not found:
         digest, salt = _ssha(line)
@@ -766,35 +747,86 @@ def verify_password(line: str, password: str) -> bool:
     return hmac.compare_digest(scrypt(password, salt, cost, block, parallel), digest)
 
 
-def scrypt(password: str, salt: bytes, cost: int = 14, block: int = 8, parallel: int = 1) -> bytes:
-    """RFC 7914 with N = 2**cost; the defaults take some 50 ms and 16 MiB."""
+NEW_COST = 5  # OWASP's N=2**14, r=8, p=5: as hard as N=2**17, p=1 in an eighth of the memory, 16 MiB
+
+
+def hash_password(password: str) -> str:
+    """Return a new line for the section `password`."""
+    salt = os.urandom(16)
+    parts = (base64.b64encode(octets).decode() for octets in (salt, scrypt(password, salt)))
+    return f"$scrypt$ln=14,r=8,p={NEW_COST}$" + "$".join(parts)
+
+
+def scrypt(password: str, salt: bytes, cost: int = 14, block: int = 8, parallel: int = NEW_COST) -> bytes:
+    """Return the hash of RFC 7914 with N = 2**cost."""
     memory = 128 * block * ((1 << cost) + parallel + 2)
     return hashlib.scrypt(password.encode(), salt=salt, n=1 << cost, r=block, p=parallel, maxmem=memory + (1 << 20))
 
 
-DUMMY_HASH = (
-    "$scrypt$ln=14,r=8,p=1$" + "A" * 22 + "==$" + "A" * 86 + "=="
-)  # an unknown user costs what a known one costs
+def scrypt_cost(line: str) -> int:
+    """Return the time to verify a line, in units of N=2**14, r=8, p=1; 0 for {SSHA}."""
+    found = SCRYPT.fullmatch(line)
+    cost, block, parallel = (int(n) for n in found.groups()[:3]) if found else (0, 0, 0)
+    return (parallel * block << cost) >> 17
 
 
-def parse_password_hash(value: Any, json_path: str, errors: list) -> str:
-    value = parse_text(value, json_path, errors)
-    if not (SCRYPT.fullmatch(value) or (value.startswith("{SSHA}") and _ssha(value))):
-        errors.append(f"{json_path}: a hash as `haineko.py pw` prints it, or {{SSHA}}, is wanted")
-    return value
-
-
-_BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==))"
-SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at the most
+def is_password_hash(line: str) -> bool:
+    return bool(SCRYPT.fullmatch(line) or (line.startswith("{SSHA}") and _ssha(line)))
 
 
 def _ssha(line: str) -> tuple:
-    """(SHA-1 of password and salt, salt) of an {SSHA} line; () if it isn't one."""
+    """Return (SHA-1 of password and salt, salt) of an {SSHA} line, () if it is none."""
     try:
         octets = base64.b64decode(line[6:], validate=True)
     except ValueError:
         return ()
     return (octets[:20], octets[20:]) if len(octets) > 20 else ()
+
+
+_BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==))"
+SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at most
+parse_password_hash = matching(is_password_hash, "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True)
+
+
+def domain_key(name: str) -> str:
+    """Return a domain, or ".domain", in lower case and ASCII (RFC 5890); "" if it is none."""
+    dot = "." if name.startswith(".") else ""
+    domain = ascii_domain(name[len(dot) :]).lower()
+    return dot + domain if DOMAIN.fullmatch(domain) or re.fullmatch(r"\[[0-9a-z:.]+\]", domain) else ""
+
+
+def recipient_key(text: str) -> str:
+    """Return an address in lower case and ASCII as policy compares it, "" if it is none."""
+    local, _, domain = text.rpartition("@")
+    key = domain_key(domain)
+    return f"{local.lower()}@{key}" if local and key and key[0] != "." else ""
+
+
+def alias_key(name: str) -> str:
+    return "" if "@" in name else name.lower()
+
+
+def is_plain_domain(name: str) -> bool:
+    return domain_key(name)[:1] not in ("", ".")
+
+
+def ascii_domain(name: str) -> str:
+    """Return the domain in ASCII (IDNA 2003), or "" if it has none or if IDNA 2008 has another one."""
+    if name.isascii():
+        return name
+    if any(c in name for c in IDNA_DEVIATIONS):
+        return ""
+    try:
+        return name.encode("idna").decode()
+    except UnicodeError:
+        return ""
+
+
+IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different domains, RFC 5894 7.2
+DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
+parse_domain = matching(is_plain_domain, "a domain", convert=domain_key)
+parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
+parse_aliases = mapping_of(list_of(matching(recipient_key, "an address"), required=True), alias_key, "a name without @")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -805,15 +837,12 @@ class Tls:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Httpd:
-    listen: tuple = config_field(
-        ("127.0.0.1:2794",), parse_listen_addresses, "host:port, [v6]:port or unix:/path, or a list"
-    )
+    listen: tuple = config_field(("127.0.0.1:2794",), list_of(parse_listen_address, required=True), "where it listens")
     workers: int = config_field(0, integer(0, 256), "processes; 0 means one per core")
     max_connections: int = config_field(512, integer(1, 65536), "open connections per worker")
-    timeout: int = config_field(
-        30, integer(1, 3600), "seconds for a whole request to arrive, and for an idle connection"
-    )
+    timeout: int = config_field(30, integer(1, 3600), "seconds for a whole request, and for an idle connection")
     trusted_proxies: Networks = config_field(Networks(), parse_networks, "networks whose X-Forwarded-For is believed")
+    monitors: Networks = config_field(LOOPBACK, parse_networks, "networks that may read /conf, /queue and /metrics")
     allowed_origins: tuple = config_field((), list_of(parse_origin), "web origins that may POST from a browser")
     tls: Tls | None = config_field(None, nested(Tls), "certificate and key: serve HTTPS")
 
@@ -826,17 +855,12 @@ class Syslog:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Smtpd:
-    hostname: str = config_field(
-        "", parse_optional_hostname, "name in EHLO, Received and Message-Id; empty means this machine's"
-    )
-    max_message_size: int = config_field(
-        4194304, integer(0, 1 << 40), "octets of the finished message; 0 means no limit"
-    )
+    hostname: str = config_field("", parse_hostname, "name in EHLO, Received, Message-Id; empty means this machine's")
+    max_message_size: int = config_field(4194304, integer(0, 1 << 40), "octets of the finished message; 0: no limit")
     max_rcpts_per_message: int = config_field(4, integer(0, 1 << 20), "recipients; 0 means no limit")
     max_workers: int = config_field(4, integer(1, 256), "deliveries of one request at a time")
-    resolver: tuple = config_field(
-        (), list_of(parse_resolver_address), "name servers, address:port; none: those of resolv.conf"
-    )
+    resolver: tuple = config_field((), list_of(parse_resolver), "name servers, address:port; none: resolv.conf's")
+    aliases: dict = config_field({}, parse_aliases, "addresses for names without a domain")
     syslog: Syslog = config_field(Syslog(), nested(Syslog), "the log")
 
 
@@ -846,21 +870,13 @@ class QueueSettings:
     lifetime: int = config_field(432000, integer(1, 31536000), "seconds until a mail is given up")
     retry_after: tuple = config_field(
         (60, 300, 900, 1800, 3600, 7200, 14400),
-        list_of(integer(0, 604800)),
-        "seconds between the attempts, each give or take a fifth; the last one again and again",
+        list_of(integer(0, 604800), required=True),
+        "seconds between attempts, give or take a fifth; the last one repeats",
     )
     min_free: int = config_field(100 << 20, integer(0, 1 << 50), "octets that must be free on its disk")
-    webhook: str = config_field("", parse_webhook_url, "URL to which the fate of each queued recipient is POSTed")
-    webhook_secret: Any = config_field(
-        "",
-        parse_secret,
-        'signs it: "whsec_" and base64 of 24 to 64 octets; or {"file": path} or {"env": NAME}',
-        secret=True,
-    )
-    secret: bytes = field(default=b"", repr=False)  # the octets of webhook_secret once the settings are whole
-
-
-LOOPBACK = Networks(("127.0.0.0/8", "::1"))
+    webhook: str = config_field("", parse_webhook_url, "URL to which the result of each queued recipient is POSTed")
+    webhook_secret: Any = config_field("", parse_secret, '"whsec_" and base64 of 24 to 64 octets', secret=True)
+    secret: bytes = field(default=b"", repr=False)  # octets of webhook_secret, set by resolve_settings()
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -869,41 +885,23 @@ class Relayhosts:
     relayhosts: Networks = config_field(Networks(("127.0.0.1", "::1")), parse_networks, "networks that may POST")
 
 
-def casefolded_set(address: bool) -> Callable:
-    """A parser of a list of domains, or of addresses; gives them in lower case, domains in ASCII."""
-
-    def parse(value: Any, json_path: str, errors: list) -> frozenset:
-        found = set()
-        for item in list_of(parse_text)(value, json_path, errors):
-            local, at, domain = item.rpartition("@")
-            key = domain_key(domain)
-            if not key or key[0] == "." or (bool(local), bool(at)) != (address, address):
-                errors.append(f'{json_path}: "{item}" is no {"address" if address else "domain"}')
-            found.add(local.lower() + at + key)
-        return frozenset(found)
-
-    return parse
-
-
 @dataclass(frozen=True, repr=False, eq=False)
 class Recipients:
     open_relay: bool = config_field(False, parse_boolean, "1: mail may go to every address", key="open-relay")
-    domainpart: frozenset = config_field(frozenset(), casefolded_set(address=False), "domains that may be written to")
-    recipients: frozenset = config_field(frozenset(), casefolded_set(address=True), "addresses that may be written to")
+    domainpart: frozenset = config_field(frozenset(), list_of(parse_domain, frozenset), "domains that may be mailed")
+    recipients: frozenset = config_field(frozenset(), list_of(parse_recipient, frozenset), "addresses likewise")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Credentials:
     username: str = config_field("", parse_text, "name to log in with")
     password: Any = config_field("", parse_secret, 'a string, {"file": path} or {"env": NAME}', secret=True)
-    token: Any = config_field(
-        "", parse_secret, "session token of temporary credentials of Amazon, like password", secret=True
-    )
+    token: Any = config_field("", parse_secret, "session token of temporary credentials of Amazon", secret=True)
 
 
 @dataclass(frozen=True, repr=False)
 class Route:
-    """Where mail goes; `login` is (username, password) once the settings are whole. MX sets the last two."""
+    """Where mail goes. resolve_settings() sets credentials and token, the relay MX address and tls_if_offered."""
 
     mailer: str = config_field("ESMTP", parse_mailer, "the relay, or a folder for File")
     host: str = config_field("127.0.0.1", parse_host, "name or address of the next server; the folder, for File")
@@ -918,19 +916,20 @@ class Route:
     sleep: int = config_field(5, integer(0, 3600), "seconds between them")
     disabled: bool = config_field(False, parse_boolean, "1: as if this route were not there")
     https: bool = config_field(False, parse_boolean, "Haineko: 1 means TLS")
+    provider_headers: bool = config_field(False, parse_boolean, "1: clients may set fields that are commands to relays")
     base_url: str = config_field("", parse_base_url, "relays by HTTP: where the API is, if not at its usual place")
     region: str = config_field("", parse_region, "AmazonSES: the region")
     credentials: tuple = field(default=(), repr=False)
-    address: str = ""  # to connect to, where it is not to be looked up again
-    tls_if_offered: bool = False  # STARTTLS where the server has it
+    address: str = ""  # to connect to, if it is known already
+    tls_if_offered: bool = False  # STARTTLS if the server has it
     token: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         if not self.port:
-            object.__setattr__(self, "port", PORTS.get(self.relay, 25))
+            object.__setattr__(self, "port", self.row.default_port)
 
     def __hash__(self) -> int:
-        return hash((self.mailer, self.host, self.port, self.address))  # enough to tell them apart; sessions are by it
+        return hash((self.mailer, self.host, self.port, self.address))  # cheap: routes are keys of the session pools
 
     @property
     def relay(self) -> str:
@@ -938,8 +937,13 @@ class Route:
         return "File" if self.mailer.startswith("/") else self.mailer
 
     @property
+    def row(self) -> Relay:
+        """What is known of the relay."""
+        return RELAYS.get(self.relay, UNKNOWN_RELAY)
+
+    @property
     def endpoint(self) -> dict:
-        """Who gives its replies: what make_reply() takes, and a Reply has."""
+        """Fields of a Reply that this route gives."""
         return {"mailer": self.mailer, "host": self.host, "port": self.port}
 
     @property
@@ -947,7 +951,7 @@ class Route:
         """Where the API of a relay by HTTP is; "" for the other relays."""
         name = f"[{self.host}]" if ":" in self.host else self.host
         values = {"scheme": "https" if self.https else "http", "host": name, "port": self.port, "region": self.region}
-        return self.base_url or WEB_APIS.get(self.relay, "").format(**values)
+        return self.base_url or self.row.api_url.format(**values)
 
     @property
     def folder(self) -> str:
@@ -955,28 +959,6 @@ class Route:
         import tempfile
 
         return next((p for p in (self.mailer, self.host) if p.startswith("/")), "") or tempfile.gettempdir()
-
-
-def domain_key(name: str) -> str:
-    """A key of mailertable as it is looked up: in lower case, in ASCII (RFC 5890); "" where it can match nothing."""
-    dot = "." if name.startswith(".") else ""
-    domain = ascii_domain(name[len(dot) :]).lower()
-    return dot + domain if DOMAIN.fullmatch(domain) or re.fullmatch(r"\[[0-9a-z:.]+\]", domain) else ""
-
-
-def ascii_domain(name: str) -> str:
-    """The domain in ASCII (IDNA 2003), or "" where it can't be or where IDNA 2008 means another domain."""
-    if name.isascii():
-        return name
-    if any(c in name for c in IDNA_DEVIATIONS):
-        return ""
-    try:
-        return name.encode("idna").decode()
-    except UnicodeError:
-        return ""
-
-
-IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 make different domains of them, RFC 5894 7.2
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -987,14 +969,14 @@ class Settings:
     smtpd: Smtpd = config_field(Smtpd(), nested(Smtpd))
     relayhosts: Relayhosts = config_field(Relayhosts(), nested(Relayhosts))
     recipients: Recipients | None = config_field(None, nested(Recipients))
-    mailertable: dict = config_field({}, mapping_of(nested(Route), domain_key))
-    sendermt: dict = config_field({}, mapping_of(nested(Route), domain_key))
+    mailertable: dict = config_field({}, mapping_of(nested(Route), domain_key, DOMAIN_KEYS))
+    sendermt: dict = config_field({}, mapping_of(nested(Route), domain_key, DOMAIN_KEYS))
     authinfo: dict = config_field({}, mapping_of(nested(Credentials)))
     password: Authenticator = config_field(Authenticator({}), parse_passwords)
     queue: QueueSettings | None = config_field(None, nested(QueueSettings))
     path: str | None = None
-    files: tuple = ()  # (path, signature) of all that was read
-    route_cache: dict = field(default_factory=dict, init=False)  # (domain, sender's): what resolve_route() has found
+    files: tuple = ()  # (path, stat_key) of all that was read
+    route_cache: dict = field(default_factory=dict, init=False)  # (recipient's domain, sender's): resolve_route()'s
 
     @property
     def hostname(self) -> str:
@@ -1002,7 +984,7 @@ class Settings:
 
 
 def load_settings(path: str | None) -> tuple:
-    """(Settings, faults) of a settings file; None gives the settings that harm nobody: all mail is printed."""
+    """Return (Settings, errors) of a settings file; without one all mail is printed."""
     if path is None:
         screen = {"default": Route(mailer="Screen")}
         return resolve_settings(Settings(recipients=Recipients(open_relay=True), mailertable=screen), [])
@@ -1015,74 +997,79 @@ def load_settings(path: str | None) -> tuple:
             files[aside] = stat_key(aside)
             raw[name] = read_json_file(aside, errors, name)
     settings = from_dict(Settings, raw, "", errors)
-    if errors:
-        return replace(settings, files=tuple(files.items())), errors
-    settings, errors = resolve_settings(replace(settings, path=path), errors)
+    settings, dependent = resolve_settings(replace(settings, path=path), [])
+    reported = {error.partition(": ")[0] for error in errors}
+    errors += [error for error in dependent if not _follows(error, reported)]
     files.update((name, stat_key(name)) for name in referenced_files(settings))
     return replace(settings, files=tuple(files.items())), errors
 
 
+def _follows(error: str, reported: set) -> bool:
+    """True if an error only follows from one at a reported path."""
+    path = error.partition(": ")[0]
+    return path in reported or path.rpartition(".")[0] in reported or ("authinfo" in reported and "authinfo" in error)
+
+
 def stat_key(path: str) -> tuple | None:
-    """What changes when a file is written anew; None where there is none."""
+    """Return what changes when a file is written anew, None if there is none."""
     try:
         found = os.stat(path)
-    except (OSError, ValueError):  # or a NUL in the name
+    except (OSError, ValueError):  # ValueError: a NUL in the name
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode, found.st_uid
 
 
-def read_json_file(path: str, errors: list, name: str = "") -> dict:
-    """The JSON object in a file, {} with a fault where there is none. `name`: the section, where it has only one."""
+def read_json_file(path: str, errors: list, section: str = "") -> dict:
+    """Return the JSON object in the settings file or in that of one section; {} and an error if there is none."""
+    label = f"{section}: {path}" if section else path
     try:
         with open_regular(path) as stream:
-            everybody = os.fstat(stream.fileno()).st_mode & 0o004
+            mode = os.fstat(stream.fileno()).st_mode
             raw = parse_json(stream.read())
     except (OSError, ValueError) as error:
-        errors.append(f"{path}: {getattr(error, 'strerror', None) or error}")
+        errors.append(f"{label}: {getattr(error, 'strerror', None) or error}")
         return {}
     if not isinstance(raw, dict):
-        errors.append(f"{path}: an object is wanted, not {json_type_name(raw)}")
+        errors.append(f"{label}: expected an object, got {json_type_name(raw)}")
         return {}
-    if everybody and holds_secrets({name: raw} if name else raw):
-        errors.append(f"{path}: holds secrets and can be read by everybody; chmod 600 {path}")
+    if mode & 0o002:
+        errors.append(f"{label}: can be written by everybody; chmod 600 {path}")
+    elif mode & 0o004 and holds_secrets({section: raw} if section else raw):
+        errors.append(f"{label}: holds secrets and can be read by everybody; chmod 600 {path}")
     return raw
 
 
 def open_regular(path: str) -> Any:
-    """The file, open for reading; OSError for what is none: a FIFO would keep us waiting, a device has no end."""
+    """Open a regular file for reading; OSError for others: a FIFO would block, a device has no end."""
     stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
-        raise OSError(errno.EINVAL, "is no file")
+        raise OSError(errno.EINVAL, "is not a regular file", path)
     return stream
 
 
 def holds_secrets(raw: dict) -> bool:
-    logins = raw.get("authinfo")
+    """True if raw settings hold a secret itself, not only where it is."""
+    logins, hashes, queue_settings = (raw.get(name) or {} for name in ("authinfo", "password", "queue"))
     logins = logins.values() if isinstance(logins, dict) else ()
-    hashes = raw.get("password")
-    given = [login.get(key) for login in logins if isinstance(login, dict) for key in ("password", "token")]
-    waiting = raw.get("queue")
-    given += [waiting.get("webhook_secret")] if isinstance(waiting, dict) else []
-    written = any(word and type(word) is str for word in given)
-    return written or bool(isinstance(hashes, dict) and hashes)
+    secrets = [login.get(key) for login in logins if isinstance(login, dict) for key in ("password", "token")]
+    secrets += [queue_settings.get("webhook_secret")] if isinstance(queue_settings, dict) else []
+    return any(secret and type(secret) is str for secret in secrets) or (isinstance(hashes, dict) and bool(hashes))
 
 
 def referenced_files(settings: Settings) -> list:
-    """Files that the settings name and that are read with them."""
-    base = os.path.dirname(settings.path or "")
-    routes = (*settings.mailertable.values(), *settings.sendermt.values())
-    tls = settings.httpd.tls
-    secrets = [word for login in settings.authinfo.values() for word in (login.password, login.token)]
-    named = [word["file"] for word in secrets if isinstance(word, dict) and "file" in word]
-    named += [route.ca_file for route in routes if route.ca_file]
-    signs = settings.queue and settings.queue.webhook_secret
-    named += [signs["file"]] if isinstance(signs, dict) and "file" in signs else []
-    return [os.path.join(base, name) for name in named + ([tls.certificate, tls.key] if tls else [])]
+    """Return the paths of files that the settings name and that are read with them."""
+    base, tls = os.path.dirname(settings.path or ""), settings.httpd.tls
+    secrets = [secret for login in settings.authinfo.values() for secret in (login.password, login.token)]
+    secrets += [settings.queue.webhook_secret] if settings.queue else []
+    names = [secret["file"] for secret in secrets if isinstance(secret, dict) and "file" in secret]
+    names += [route.ca_file for route in (*settings.mailertable.values(), *settings.sendermt.values())]
+    names += [tls.certificate, tls.key] if tls else []
+    return [os.path.join(base, name) for name in names if name]
 
 
 def resolve_settings(settings: Settings, errors: list) -> tuple:
-    """(Settings, faults) with names, secrets and files looked up, so that a mail finds all of it ready."""
+    """Return (Settings, errors) with names, secrets and files looked up, so that a mail finds all of it ready."""
     base = os.path.dirname(settings.path or "")
     logins = {name: _login(login, base, f"authinfo.{name}", errors) for name, login in settings.authinfo.items()}
     tables = {
@@ -1095,18 +1082,15 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
     }
     name = settings.smtpd.hostname or local_hostname()
     if settings.httpd.tls:
-        try:
-            server_context(settings.httpd.tls, base)
-        except (OSError, ValueError) as error:
-            errors.append(f"httpd.tls: {error}")
+        _check_tls(settings.httpd.tls, base, errors)
     recipients = settings.recipients or Recipients(domainpart=frozenset([name.lower()]))
     smtpd = replace(settings.smtpd, hostname=name)
-    waiting = settings.queue and _queue(settings.queue, base, errors)
-    return replace(settings, smtpd=smtpd, recipients=recipients, queue=waiting, **tables), errors
+    queue_settings = settings.queue and _queue_settings(settings.queue, base, errors)
+    return replace(settings, smtpd=smtpd, recipients=recipients, queue=queue_settings, **tables), errors
 
 
 def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple:
-    """(username, password, token) with the secrets looked up."""
+    """Return (username, password, token) with the secrets looked up."""
     password = _secret(login.password, base, f"{json_path}.password", errors)
     token = _secret(login.token, base, f"{json_path}.token", errors)
     if not (login.username + password + token).isascii():
@@ -1115,124 +1099,160 @@ def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple
 
 
 def _secret(source: Any, base: str, json_path: str, errors: list) -> str:
-    """The secret itself, from a file or the environment where it stands there."""
-    word = _secret_text(source, base, json_path, errors)
-    if not word.isprintable():  # told without it
-        errors.append(f"{json_path}: has a line end, or another character that can't be printed")
-    return word
-
-
-def _secret_text(source: Any, base: str, json_path: str, errors: list) -> str:
+    """Return a secret, from the file or the environment variable that `source` names."""
     try:
         if isinstance(source, str):
-            return source
-        if "env" in source:
-            return os.environ[source["env"]].rstrip("\r\n")
-        with open_regular(os.path.join(base, source["file"])) as stream:
-            if os.fstat(stream.fileno()).st_mode & 0o004:
-                errors.append(f"{json_path}.file: can be read by everybody; chmod 600 {source['file']}")
-            return stream.read().decode().rstrip("\r\n")
+            secret = source
+        elif "env" in source:
+            secret = os.environ[source["env"]].rstrip("\r\n")
+        else:
+            with open_regular(os.path.join(base, source["file"])) as stream:
+                if os.fstat(stream.fileno()).st_mode & 0o006:
+                    errors.append(f"{json_path}.file: can be read by everybody; chmod 600 {source['file']}")
+                secret = stream.read().decode().rstrip("\r\n")
     except (OSError, ValueError) as error:
-        errors.append(f"{json_path}.file: {source['file']}: {getattr(error, 'strerror', None) or error}")
+        reason = getattr(error, "strerror", None) or "not UTF-8"  # the error's text holds octets of the secret
+        errors.append(f"{json_path}.file: {source['file']}: {reason}")
     except KeyError:
         errors.append(f"{json_path}.env: no environment variable {source['env']}")
+    else:
+        if secret.isprintable():
+            return secret
+        errors.append(f"{json_path}: has a line end, or another unprintable character")
     return ""
 
 
-def _queue(policy: QueueSettings, base: str, errors: list) -> QueueSettings:
-    path = os.path.abspath(os.path.join(base, policy.path))
-    folder = os.path.dirname(path)
-    if not policy.path or os.path.isdir(path):
-        errors.append("queue.path: the name of a file is wanted")
-    elif not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
-        errors.append(f"queue.path: {folder} is no folder that can be written")
-    if not policy.retry_after:
-        errors.append("queue.retry_after: one number at least is wanted")
-    word = _secret(policy.webhook_secret, base, "queue.webhook_secret", errors)
+def _queue_settings(settings: QueueSettings, base: str, errors: list) -> QueueSettings:
+    path = os.path.abspath(os.path.join(base, settings.path))
+    if not settings.path or os.path.isdir(path):
+        errors.append("queue.path: expected the name of a file")
+    elif not is_writable_folder(os.path.dirname(path)):
+        errors.append(f"queue.path: {os.path.dirname(path)} is not a folder that can be written")
+    secret = _secret(settings.webhook_secret, base, "queue.webhook_secret", errors)
     try:
-        octets = base64.b64decode(word[6:], validate=True) if word.startswith("whsec_") else b""
+        octets = base64.b64decode(secret[6:], validate=True) if secret.startswith("whsec_") else b""
     except ValueError:
         octets = b""
-    if (policy.webhook or word) and not 24 <= len(octets) <= 64:
-        errors.append('queue.webhook_secret: "whsec_" and base64 of 24 to 64 octets is wanted')
-    return replace(policy, path=path, secret=octets)
+    if (settings.webhook or secret) and not 24 <= len(octets) <= 64:
+        errors.append('queue.webhook_secret: expected "whsec_" and base64 of 24 to 64 octets')
+    return replace(settings, path=path, secret=octets)
+
+
+def is_writable_folder(path: str) -> bool:
+    return os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
+
+
+def _check_tls(tls: Tls, base: str, errors: list) -> None:
+    missing = [key for key in ("certificate", "key") if not getattr(tls, key)]
+    errors.extend(f"httpd.tls.{key}: expected the name of a PEM file" for key in missing)
+    try:
+        server_context(tls, base) if not missing else None
+    except OSError as error:
+        errors.append(f"httpd.tls: {error.filename}: {error.strerror}")
 
 
 def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
+    row = route.row
     if route.auth and route.auth not in logins:
         errors.append(f'{json_path}.auth: "{route.auth}" is not in authinfo{did_you_mean(route.auth, logins)}')
     if route.relay == "MX" and route.auth:
         errors.append(f"{json_path}.auth: MX logs in nowhere")
-    if route.relay == "File" and not (os.path.isdir(route.folder) and os.access(route.folder, os.W_OK | os.X_OK)):
-        errors.append(f"{json_path}.mailer: {route.folder} is no folder that can be written")
+    if route.relay == "File" and not is_writable_folder(route.folder):
+        errors.append(f"{json_path}.mailer: {route.folder} is not a folder that can be written")
     ca_file = os.path.join(base, route.ca_file) if route.ca_file else ""
     try:
         client_context(route.tls_verify, ca_file, stat_key(ca_file)) if ca_file else None
     except OSError as error:
         errors.append(f"{json_path}.ca_file: {ca_file}: {error.strerror or error}")
     if route.relay != "File" and route.host.startswith("/"):
-        errors.append(f'{json_path}.host: "{route.host}" is no host name')
+        errors.append(f'{json_path}.host: expected a host name, got "{route.host}"')
     *login, token = logins.get(route.auth, ("",))
     route = replace(route, ca_file=ca_file, credentials=tuple(login), token=token)
-    return _web_route(route, json_path, errors) if route.relay in WEB_APIS else route
+    return _web_route(route, row, json_path, errors) if row.api_url else route
 
 
-def _web_route(route: Route, json_path: str, errors: list) -> Route:
-    """The route of a relay by HTTP, with the host and port that it really goes to."""
-    missing = [key for key in NEEDED.get(route.relay, ()) if not getattr(route, key)]
-    errors += [f"{json_path}.{key}: {route.relay} needs it" for key in missing]
-    if route.credentials and not (
-        route.credentials[1] and (route.credentials[0] or route.relay in ("SendGrid", "Mandrill"))
-    ):
-        errors.append(f"{json_path}.auth: authinfo.{route.auth} needs a username and a password")
+def _web_route(route: Route, row: Relay, json_path: str, errors: list) -> Route:
+    """Return the route of a relay by HTTP with the host and port of its API."""
+    login = dict(zip(("username", "password"), route.credentials), token=route.token)
+    if route.credentials and not all(login[key] for key in row.login):
+        errors.append(f"{json_path}.auth: authinfo.{route.auth} needs {' and '.join(f'a {key}' for key in row.login)}")
     site = split_base_url(route.url)
     return replace(route, host=site.host, port=site.port)
 
 
 class BaseURL(NamedTuple):
-    """A base URL in parts."""
+    """Base URL in parts."""
 
     tls: bool
     host: str
     port: int
-    path: str  # that stands before every path of the API
-    host_header: str  # as the header Host wants it, RFC 9110 7.2
+    path: str  # stands before every path of the API
+    host_header: str  # value of the header Host, RFC 9110 7.2
 
 
 @functools.lru_cache(maxsize=1024)
 def split_base_url(url: str) -> BaseURL:
     parts = urllib.parse.urlsplit(url)
-    host, usual = parts.hostname or "", 443 if parts.scheme == "https" else 80
-    name, port = f"[{host}]" if ":" in host else host, parts.port or usual
-    return BaseURL(parts.scheme == "https", host, port, parts.path, name if port == usual else f"{name}:{port}")
+    host, default_port = parts.hostname or "", 443 if parts.scheme == "https" else 80
+    name, port = f"[{host}]" if ":" in host else host, parts.port or default_port
+    return BaseURL(parts.scheme == "https", host, port, parts.path, name if port == default_port else f"{name}:{port}")
 
 
-def pin_queue_path(fresh: Settings, policy: QueueSettings | None) -> Settings:
-    """Settings read anew with the queue in the file that it is in: another one takes effect at the next start."""
-    return replace(fresh, queue=policy and replace(fresh.queue or policy, path=policy.path))
+def pin_queue_path(fresh: Settings, queue_settings: QueueSettings | None) -> Settings:
+    """Return reloaded settings with the queue's present file: another one takes effect at the next start."""
+    return replace(fresh, queue=queue_settings and replace(fresh.queue or queue_settings, path=queue_settings.path))
 
 
 def local_hostname() -> str:
-    """This machine's name, "localhost" where that is no domain."""
+    """Return this machine's name, made legal; with ".localdomain" (as of Postfix) if it has no domain."""
     name = socket.gethostname()
-    return name if DOMAIN.fullmatch(name) else "localhost"
+    if FQDN.fullmatch(name):
+        return name
+    return (re.sub("[^A-Za-z0-9]+", "-", name)[:63].strip("-") or "localhost") + LOCALDOMAIN
+
+
+def ehlo_name(hostname: str, address: str) -> str:
+    """Return the name for EHLO from a local address: `hostname`, or if that is local_hostname()'s makeshift, the name
+    that reverse DNS gives, else the address literal (RFC 5321 4.1.4)."""
+    if not hostname.endswith(LOCALDOMAIN):
+        return hostname
+    local = parse_ip(address)
+    try:
+        name = "" if local in LOOPBACK else socket.gethostbyaddr(address)[0]
+    except OSError:
+        name = ""
+    if FQDN.fullmatch(name) and not name.endswith(LOCALDOMAIN):
+        return name
+    return f"[IPv6:{local.text}]" if local.version == 6 else f"[{local.text}]"
+
+
+LOCALDOMAIN = ".localdomain"
+_LDH = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # letters, digits, hyphens
+FQDN = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)+(?=[0-9-]*[A-Za-z]){_LDH}")
 
 
 def server_context(tls: Tls, base: str) -> ssl.SSLContext:
-    """TLS 1.2 and later with the certificate; raises OSError."""
+    """Return a context for TLS 1.2 and later with the certificate; OSError with the file's name if it can't be used."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    files = os.path.join(base, tls.certificate), os.path.join(base, tls.key)
-    context.load_cert_chain(*files, password=lambda: "")  # or OpenSSL would ask the terminal for it
+    files = [os.path.join(base, name) for name in (tls.certificate, tls.key)]
+    for name in files:
+        open_regular(name).close()
+    try:
+        context.load_cert_chain(*files, password=lambda: "")  # or OpenSSL would ask the terminal for it
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise OSError(errno.EINVAL, f"not a certificate and its key ({reason})", ", ".join(files)) from None
     return context
 
 
 @functools.lru_cache(maxsize=64)
-def client_context(verify: bool, ca_file: str, _signature: tuple | None = None) -> ssl.SSLContext:
-    """TLS towards a server; made once, since loading the certificate authorities takes tens of milliseconds."""
+def client_context(verify: bool, ca_file: str, _stat_key: tuple | None = None) -> ssl.SSLContext:
+    """Return a context for connecting; cached, because loading certificate authorities takes tens of milliseconds."""
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if ca_file:
+        open_regular(ca_file).close()
         context.load_verify_locations(ca_file)
     if not verify:
         context.check_hostname = False
@@ -1240,9 +1260,9 @@ def client_context(verify: bool, ca_file: str, _signature: tuple | None = None) 
     return context
 
 
-def redacted(value: Any, masked: bool = False) -> Any:
-    """Settings as JSON values, each secret as ********."""
-    if masked and value:
+def redacted(value: Any, secret: bool = False) -> Any:
+    """Return settings as JSON values, each secret as ********."""
+    if secret and value:
         return "********"
     if isinstance(value, Authenticator):
         return dict.fromkeys(value.hashes, "********")
@@ -1260,7 +1280,7 @@ def redacted(value: Any, masked: bool = False) -> Any:
 
 
 def example_settings() -> dict:
-    """The settings of the example file: complete, valid, and three lines short of a smart host."""
+    """Return the settings of the example file: complete, valid, and three lines short of a smart host."""
     route = {"mailer": "ESMTP", "host": "smtp.example.org", "port": 587, "starttls": True, "auth": "relay"}
     settings = redacted(Settings(recipients=Recipients(open_relay=True), queue=QueueSettings(path="haineko.db")))
     settings["mailertable"] = {
@@ -1275,32 +1295,34 @@ def example_settings() -> dict:
 
 # ======================================================================================================================
 # 4. Log
-#    One line for each event, on stderr or to syslog, with nothing in it that a terminal or a log reader could trip
-#    over. A reader that has stopped costs lines, never a mail. The only state that the whole file shares.
+#    One line for each event, on stderr or to syslog, safe for terminals and log readers. A destination that does not
+#    read costs lines, never a mail. `log` is the only state that all sections share.
 # ======================================================================================================================
 
 
 class LogSink:
-    """Who reads the log, and may be slow or gone: waited for, a second of each minute, until lines are lost."""
+    """Write-readiness of a log destination: waits for it at most 1 s per minute, then lines are dropped and counted."""
 
-    WAIT_BUDGET = 1.0  # seconds of a minute
+    WAIT_BUDGET = 1.0  # seconds per minute
 
     def __init__(self) -> None:
         self.lost = 0  # lines, since it stopped reading
-        self.budget, self.waited = self.WAIT_BUDGET, 0.0  # what is left of it; monotonic time when that was so
+        self.budget, self.waited = self.WAIT_BUDGET, 0.0  # what is left of it, at that monotonic time
 
-    def wait_writable(self, room: Any) -> bool:
-        """True where `room`, a poll object, says that a line can be written."""
-        if room.poll(0):
+    def wait_writable(self, fd: int) -> bool:
+        """Return True once a line can be written."""
+        poller = select.poll()
+        poller.register(fd, select.POLLOUT)
+        if poller.poll(0):
             return True
         if self.lost:
             return False
-        now = time.monotonic()
-        patience = min(self.budget + (now - self.waited) * self.WAIT_BUDGET / 60, self.WAIT_BUDGET)
-        found = room.poll(patience * 1000)
+        start = time.monotonic()
+        budget = min(self.budget + (start - self.waited) * self.WAIT_BUDGET / 60, self.WAIT_BUDGET)
+        ready = poller.poll(budget * 1000)
         self.waited = time.monotonic()
-        self.budget = max(patience - (self.waited - now), 0)
-        return bool(found)
+        self.budget = max(budget - (self.waited - start), 0)
+        return bool(ready)
 
     @property
     def lost_note(self) -> str:
@@ -1308,23 +1330,23 @@ class LogSink:
 
 
 class Log:
-    """Where lines go; `devel` shows SMTP dialogues too. After hold() lines of many mails are written by one call."""
+    """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once."""
 
     SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
 
     def __init__(self) -> None:
-        self.devel = False
-        self.priority: int | None = None  # of lines for syslog; None: they go to stderr
+        self.devel = False  # SMTP dialogues are shown, too
+        self.priority: int | None = None  # of syslog lines; None: they go to stderr
         self.syslog: socket.socket | None = None
         self.buffer: list | None = None  # texts that wait for flush()
         self.loop: Any = None  # event loop that calls flush()
         self.stderr = 2  # a file descriptor
-        self.poller = select.poll()
-        self.poller.register(2, select.POLLOUT)
-        self.stderr_sink, self.syslog_sink = LogSink(), LogSink()  # of stderr, and of syslog
+        self.path = ""  # of the file that descriptors 1 and 2 are, if reopen() is to look for a new one
+        self.quiet = False  # lines for stderr are dropped
+        self.stderr_sink, self.syslog_sink = LogSink(), LogSink()
 
     def open(self, settings: Syslog) -> None:
-        """From now on lines go where the settings say."""
+        """Send lines from now on where the settings say."""
         self.priority = None
         if not settings.disabled:
             import syslog
@@ -1332,17 +1354,22 @@ class Log:
             self.priority = syslog.LOG_INFO | getattr(syslog, "LOG_" + settings.facility.upper())
 
     def lines(self, *lines: str) -> None:
-        """Written by one call, so that lines of several processes don't mix."""
+        """Write lines by one call, so that those of several processes don't mix."""
         if self.priority is not None:
             for line in lines:
                 self._to_syslog(line)
             return
+        if self.quiet:
+            return
         head = f"{timestamp(int(time.time()))} haineko[{os.getpid()}]: "
-        text = "".join([f"{head}{line}\n" for line in lines])
-        self._add(text)
+        self._add("".join([f"{head}{line}\n" for line in lines]))
+
+    def dialogue(self, peer: str, direction: str, line: str) -> None:
+        """Show a line of an SMTP dialogue under -d."""
+        if self.devel:
+            self._add(f"{peer} {direction} {sanitize(line, 1000, keep=chr(9))}\n")
 
     def _add(self, text: str) -> None:
-        """Now or later: where lines are held, one thread writes them all."""
         if self.buffer is None:
             self.write_bytes(text.encode("utf-8", "backslashreplace"))
             return
@@ -1353,33 +1380,50 @@ class Log:
         elif self.loop and first:
             self.loop.call_soon(self.flush)
 
-    def start_buffering(self, loop: Any = None) -> None:
-        """From now on lines wait for flush(), which the event loop calls in its next iteration. A process that is
-        killed loses those of the current one, of which no client has an answer yet."""
-        self.buffer, self.loop = [], loop
-        with contextlib.suppress(OSError):  # a pipe of one's own: of others', another process may have taken the room
+    def start_buffering(self) -> None:
+        """Let lines wait for flush(). A process that is killed loses those of its loop's current iteration, of which no
+        request was answered yet."""
+        self.buffer = []
+        with contextlib.suppress(OSError):  # reopened: in a shared pipe another process may take the room meanwhile
             if stat.S_ISFIFO(os.fstat(2).st_mode):
                 self.stderr = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-                self.poller.register(self.stderr, select.POLLOUT)
-                self.poller.unregister(2)
 
     def flush(self) -> None:
-        """Writes the lines that wait."""
+        """Write the lines that wait."""
         if self.buffer:
             texts = self.buffer[:]
             del self.buffer[: len(texts)]  # a thread may have added to them meanwhile
             self.write_bytes("".join(texts).encode("utf-8", "backslashreplace"))
 
+    def write_bytes(self, octets: bytes) -> bool:
+        """Write octets to stderr; False if it is closed, full, or a pipe that nobody reads."""
+        start, sink = 0, self.stderr_sink
+        try:
+            while start < len(octets):
+                if not sink.wait_writable(self.stderr):
+                    sink.lost += octets.count(b"\n", start)
+                    return False
+                with contextlib.suppress(BlockingIOError):  # another process was quicker
+                    if sink.lost:
+                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {sink.lost_note}\n".encode())
+                        sink.lost = 0
+                        continue  # there may have been room for this only
+                    end = octets.rfind(b"\n", start, start + select.PIPE_BUF) + 1  # so much never blocks
+                    start += os.write(self.stderr, octets[start : end or start + select.PIPE_BUF])
+        except OSError:
+            return False
+        return True
+
     def _to_syslog(self, line: str) -> None:
-        """A line for syslog (RFC 3164), whose daemon may not be there, be another one, or no longer read; the function
-        of that name would wait for it for ever."""
+        """Send a line (RFC 3164) to a daemon that may be absent or stuck, where syslog.syslog() would block."""
         head = f"<{self.priority}>{time.strftime('%b %e %H:%M:%S')} haineko[{os.getpid()}]: "
         for _ in range(2):
             try:
-                self.syslog = self.syslog or self._syslog_socket()
-                room = select.poll()
-                room.register(self.syslog, select.POLLOUT)
-                if not self.syslog_sink.wait_writable(room):
+                if not self.syslog:
+                    self.syslog = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+                    self.syslog.setblocking(False)
+                    self.syslog.connect(next(filter(os.path.exists, self.SYSLOG), self.SYSLOG[0]))
+                if not self.syslog_sink.wait_writable(self.syslog.fileno()):
                     break
                 for text in (self.syslog_sink.lost_note, line) if self.syslog_sink.lost else (line,):
                     self.syslog.send((head + text).encode("utf-8", "backslashreplace"))
@@ -1393,40 +1437,6 @@ class Log:
                 self.syslog = None
         self.syslog_sink.lost += 1
 
-    def _syslog_socket(self) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        sock.setblocking(False)
-        path = next((path for path in self.SYSLOG if os.path.exists(path)), self.SYSLOG[0])
-        try:
-            sock.connect(path)
-        except OSError:
-            sock.close()
-            raise
-        return sock
-
-    def write_bytes(self, octets: bytes) -> bool:
-        """Octets for stderr; False where it is gone, full, or a pipe that nobody reads, which must not cost a mail."""
-        start, reader = 0, self.stderr_sink
-        try:
-            while start < len(octets):
-                if not reader.wait_writable(self.poller):
-                    reader.lost += octets.count(b"\n", start)
-                    return False
-                with contextlib.suppress(BlockingIOError):  # another process was quicker
-                    if reader.lost:
-                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {reader.lost_note}\n".encode())
-                        reader.lost = 0
-                        continue  # there may have been room for this only
-                    end = octets.rfind(b"\n", start, start + select.PIPE_BUF) + 1  # so much never blocks
-                    start += os.write(self.stderr, octets[start : end or start + select.PIPE_BUF])
-        except OSError:
-            return False
-        return True
-
-    def dialogue(self, who: str, direction: str, line: str) -> None:
-        if self.devel:
-            self._add(f"{who} {direction} {sanitize(line, 1000)}\n")
-
 
 @functools.lru_cache(maxsize=2)
 def timestamp(second: int) -> str:
@@ -1437,18 +1447,19 @@ log = Log()
 
 
 def log_exception(queueid: str | None) -> None:
-    """The traceback of a fault of our own, a line each."""
+    """Log the traceback of the current exception."""
     import traceback
 
     log.lines(*[f"{queueid or '-'}: {sanitize(line, 500)}" for line in traceback.format_exc().splitlines()])
 
 
 def log_pairs(**values: Any) -> str:
-    """key=value for a log line; values with spaces or quotes in quotes, unprintables as "?", None left out."""
+    """Return key=value for each value but None."""
     return " ".join([f"{key}={log_value(value)}" for key, value in values.items() if value is not None])
 
 
 def log_value(value: Any, limit: int = 500) -> str:
+    """Return a value for a log line, in quotes if it is empty or has blanks or quotes, "?" for unprintables."""
     value = str(value)
     if len(value) > limit or not value.isprintable():
         value = sanitize(value, limit)
@@ -2832,7 +2843,7 @@ def _find_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
     return FALLBACK_ROUTE, "no route matches"
 
 
-FALLBACK_ROUTE = Route()
+FALLBACK_ROUTE = Route(port=25)
 
 
 def lookup_keys(domain: str) -> Any:
@@ -3805,6 +3816,7 @@ class Session(smtplib.SMTP):
 
     def _greet(self) -> None:
         self._expect("CONN", self.connect(self.route.address or self.route.host, self.route.port))
+        self.local_hostname = ehlo_name(self.local_hostname, self.sock.getsockname()[0])
 
     def _hello(self) -> None:
         self.step = "EHLO"
@@ -4321,31 +4333,35 @@ def is_server_greeting(reply: Reply) -> bool:
 
 
 # ======================================================================================================================
-# 13. Relays
-#     Each takes (job, sessions) and gives a Reply for every recipient of the job, in order. A relay may raise Refused
-#     or OSError: then attempt_transaction() makes that the reply of all of them.
+# 13. Relays and probes
+#     A relay takes (transaction, transport) and gives one Reply for each recipient, in order. A probe takes
+#     (ConnectivityProbe, transport), sends no mail and gives one CheckResult for each step. Both may raise Rejected or
+#     OSError. RELAYS, at the end, has one row for each relay with all that is known of it.
 # ======================================================================================================================
 
 
 async def attempt_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
-    """A reply for every recipient, whatever the relay does."""
+    """Attempt a transaction once; every recipient has a reply, whatever the relay does."""
     began = time.monotonic()
     try:
-        replies = await RELAYS[transaction.route.relay](transaction, transport)
-    except Rejected as refused:
-        replies = [refused.reply] * len(transaction.recipients)
-    except OSError as error:
-        replies = [make_reply("lost", error_text(error), command="CONN", **transaction.route.endpoint)] * len(
-            transaction.recipients
-        )
-    except Exception:
-        log_exception(transaction.queueid)
-        replies = [make_reply("relay-fault", **transaction.route.endpoint)] * len(transaction.recipients)
+        replies = await transaction.route.row.send(transaction, transport)
+    except Exception as error:
+        replies = [failure_reply(error, transaction)] * len(transaction.recipients)
     return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
 
 
+def failure_reply(error: Exception, transaction: Transaction) -> Reply:
+    """Return what an exception of a relay means for its recipients; a bug is logged."""
+    if isinstance(error, Rejected):
+        return error.reply
+    if isinstance(error, OSError):
+        return make_reply("lost", error_text(error), command="CONN", **transaction.route.endpoint)
+    log_exception(transaction.queueid)
+    return make_reply("relay-fault", **transaction.route.endpoint)
+
+
 async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> list:
-    """By SMTP to the route's host. A kept session that died before the text is replaced once."""
+    """Deliver by SMTP to the route's host. A kept session that dies before the message is sent is replaced once."""
     session, used, replies = transport.acquire_idle(transaction.route, transaction.hostname), True, []
     for final in (False, True):
         if not session:
@@ -4364,44 +4380,45 @@ async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> 
 
 
 async def relay_mx(transaction: Transaction, transport: TransportContext) -> list:
-    """By SMTP to the hosts of each recipient's domain (RFC 5321 5.1); a shared message may be for several domains."""
-    domains: dict = {}
+    """Deliver by SMTP to the hosts of each recipient's domain (RFC 5321 5.1); a shared message may have several."""
+    by_domain: dict = {}
     for recipient in transaction.recipients:
-        domains.setdefault(recipient.rpartition("@")[2].lower(), []).append(recipient)
-    reply: dict = {}
-    for domain, its in domains.items():
+        by_domain.setdefault(recipient.rpartition("@")[2].lower(), []).append(recipient)
+    replies: dict = {}
+    for domain, recipients in by_domain.items():
         try:
-            reply.update(await deliver_to_domain(domain, transaction._replace(recipients=tuple(its)), transport))
-        except Rejected as refused:
-            reply.update(dict.fromkeys(its, refused.reply))
-    return [reply[recipient] for recipient in transaction.recipients]
+            part = transaction._replace(recipients=tuple(recipients))
+            replies.update(await deliver_to_domain(domain, part, transport))
+        except Rejected as rejected:
+            replies.update(dict.fromkeys(recipients, rejected.reply))
+    return [replies[recipient] for recipient in transaction.recipients]
 
 
 async def deliver_to_domain(domain: str, transaction: Transaction, transport: TransportContext) -> dict:
-    """{recipient: Reply} from the first host that works; Refused where the domain has none."""
-    route, waiting, tries = transaction.route, transaction.recipients, 0
+    """Return {recipient: Reply} from the first host that works; raises Rejected if the domain has no host."""
+    route, waiting, attempts = transaction.route, transaction.recipients, 0
     hosts = await mx_hosts(domain, transport.resolver, transaction.hostname, time.monotonic() + route.timeout)
     policy = await transport.mta_sts.policy_for(domain, route)
-    reply: dict = {}
+    replies: dict = {}
     for host in admitted_hosts(hosts, policy):
         for hop in await next_hops(host, route, policy, transport.resolver):
-            replies = [hop] * len(waiting)
+            answers = [hop] * len(waiting)
             if isinstance(hop, Route):
-                replies = await deliver_to_host(transaction._replace(route=hop, recipients=waiting), transport)
-            for recipient, item in zip(waiting, replies):
-                if recipient not in reply or item.temporary or not try_next_host(item):
-                    reply[recipient] = item
-            waiting, tries = tuple(to for to in waiting if try_next_host(reply[to])), tries + 1
-            if not waiting or tries == MAX_MX_ATTEMPTS:
-                return reply
-    return reply
+                answers = await deliver_to_host(transaction._replace(route=hop, recipients=waiting), transport)
+            for recipient, reply in zip(waiting, answers):
+                if recipient not in replies or reply.temporary or not try_next_host(reply):
+                    replies[recipient] = reply
+            waiting, attempts = tuple(to for to in waiting if try_next_host(replies[to])), attempts + 1
+            if not waiting or attempts == MAX_MX_ATTEMPTS:
+                return replies
+    return replies
 
 
-MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take its time
+MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take the route's timeout
 
 
 def admitted_hosts(hosts: list, policy: MTASTSPolicy | None) -> list:
-    """Those to which the domain's policy lets its mail go; Refused where that is none."""
+    """Return the hosts that the domain's MTA-STS policy allows; raises Rejected if there is none."""
     admitted = [host for host in hosts if not policy or policy.allows(host)]
     if not admitted:
         raise Rejected(make_reply("mta-sts", *hosts, mailer="MX"))
@@ -4409,48 +4426,48 @@ def admitted_hosts(hosts: list, policy: MTASTSPolicy | None) -> list:
 
 
 async def next_hops(host: str, route: Route, policy: MTASTSPolicy | None, resolver: Resolver) -> list:
-    """A Route to each address of the host; or the one Reply that says why there is none."""
+    """Return a Route to each address of the host, or the one Reply that says why there is none."""
     try:
-        found = await resolve_addresses(host, resolver, route.private, time.monotonic() + route.timeout)
-    except Rejected as refused:
-        return [refused.reply]
+        addresses = await resolve_addresses(host, resolver, route.private, time.monotonic() + route.timeout)
+    except Rejected as rejected:
+        return [rejected.reply]
     hop = replace(route, host=host)
     if policy and policy.mode == "enforce":
         hop = replace(hop, starttls=True, tls_verify=True)
     elif not route.starttls:
-        hop = replace(hop, tls_if_offered=True, tls_verify=False)  # RFC 7435: encrypted by anybody is better than clear
-    return [replace(hop, address=address) for address in found]
+        hop = replace(hop, tls_if_offered=True, tls_verify=False)  # RFC 7435: unverified TLS is better than none
+    return [replace(hop, address=address) for address in addresses]
 
 
 async def deliver_to_host(transaction: Transaction, transport: TransportContext) -> list:
-    """A Reply for each recipient from one address; by clear text where TLS fails on which nobody insists."""
+    """Return a Reply for each recipient from one address; falls back to clear text if opportunistic TLS fails."""
     try:
         return await relay_esmtp(transaction, transport)
-    except Rejected as refused:
-        reply = refused.reply
+    except Rejected as rejected:
+        reply = rejected.reply
     if reply.command == "STARTTLS" and transaction.route.tls_if_offered:
-        return await deliver_to_host(
-            transaction._replace(route=replace(transaction.route, tls_if_offered=False)), transport
-        )
+        clear = replace(transaction.route, tls_if_offered=False)
+        return await deliver_to_host(transaction._replace(route=clear), transport)
     return [reply] * len(transaction.recipients)
 
 
 def try_next_host(reply: Reply) -> bool:
-    """True where the mail was not yet spoken of, or the host said goodbye before the text: the next one may take it."""
+    """Return True if another host may be tried: this one has not answered for the mail, or left before the message."""
     return reply.command in ("CONN", "EHLO", "STARTTLS") or (reply.code == "421" and reply.command != "DATA")
 
 
 async def relay_file(transaction: Transaction, transport: TransportContext) -> list:
-    """Into a folder, complete or not at all: written aside, on disk, then renamed."""
-    return await asyncio.to_thread(save_message, transaction)
+    """Save the message in the route's folder."""
+    return [await asyncio.to_thread(save_message, transaction)] * len(transaction.recipients)
 
 
-def save_message(transaction: Transaction) -> list:
+def save_message(transaction: Transaction) -> Reply:
+    """Write the message aside, sync it, then rename it: it is there completely or not at all."""
     import tempfile
 
     folder = transaction.route.folder
     name = f"haineko.{time.strftime('%Y-%m-%d-%H%M%S')}.{transaction.queueid}.{transaction.number}.eml"
-    path, place = os.path.join(folder, name), {"mailer": "File"}
+    path = os.path.join(folder, name)
     try:
         handle, aside = tempfile.mkstemp(prefix=".haineko.", dir=folder)  # mode 0600
         try:
@@ -4462,121 +4479,94 @@ def save_message(transaction: Transaction) -> list:
         except BaseException:
             os.unlink(aside)
             raise
-        sync_folder(folder)
+        handle = os.open(folder, os.O_RDONLY)  # a renamed file survives a power cut only if its folder is synced
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     except OSError as error:
-        return [make_reply("file", f"{folder}: {error.strerror or error}", **place)] * len(transaction.recipients)
-    return [make_reply("saved", word=path, **place)] * len(transaction.recipients)
-
-
-def sync_folder(folder: str) -> None:
-    """A renamed file survives a power cut only when its folder is on disk too."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        return make_reply("file", f"{folder}: {error.strerror or error}", mailer="File")
+    return make_reply("saved", word=path, mailer="File")
 
 
 async def relay_screen(transaction: Transaction, transport: TransportContext) -> list:
-    """On stderr."""
-    rule = f"--- {transaction.queueid}.{transaction.number} from <{transaction.sender}> to <{'>, <'.join(transaction.recipients)}>"
-    if log.write_bytes(rule.encode() + b"\n" + transaction.octets().replace(b"\r\n", b"\n") + b"---\n"):
-        return [make_reply("printed", mailer="Screen")] * len(transaction.recipients)
-    return [make_reply("file", "stderr cannot be written", mailer="Screen")] * len(transaction.recipients)
+    """Print the message on stderr."""
+    recipients = ">, <".join(transaction.recipients)
+    rule = f"--- {transaction.queueid}.{transaction.number} from <{transaction.sender}> to <{recipients}>"
+    printed = log.write_bytes(rule.encode() + b"\n" + transaction.octets().replace(b"\r\n", b"\n") + b"---\n")
+    reply = make_reply("printed") if printed else make_reply("file", "stderr cannot be written")
+    return [reply._replace(mailer="Screen")] * len(transaction.recipients)
 
 
 async def relay_discard(transaction: Transaction, transport: TransportContext) -> list:
-    """Nowhere."""
+    """Deliver to nobody."""
     return [make_reply("discarded", mailer="Discard")] * len(transaction.recipients)
 
 
-# -- by HTTP: each posts to a web API; `web_reply` says what the answers have in common
+# -- Relays by HTTP. Each posts to an API; http_accepted() and http_failure() hold what their responses have in common.
 
 
 async def relay_haineko(transaction: Transaction, transport: TransportContext) -> list:
-    """To another Haineko, of this kind or of the old one in Perl; what it says of each recipient is handed on."""
+    """Submit to another Haineko, of this version or the one in Perl, and hand on its reply for each recipient."""
     response = await transport.http.request(transaction.route, await asyncio.to_thread(haineko_request, transaction))
     return haineko_replies(transaction, response)
 
 
 def haineko_request(transaction: Transaction) -> HTTPRequest:
-    """The submission: by header and body where that says all, since old ones know nothing else; else the message."""
+    """Return the submission: header and body if they express all of the message (Perl knows no more), else `raw`."""
     octets = transaction.octets()
     try:
         document = as_plain_submission(transaction, octets)
-    except (ValueError, LookupError):
+    except (ValueError, LookupError, TypeError):  # TypeError: of a Date that is none, before Python 3.10
         raw = octets.decode() if octets.isascii() else {"base64": base64.b64encode(octets).decode()}
         document = {"mail": transaction.sender, "rcpt": transaction.recipients, "raw": raw}
-    return HTTPRequest(
-        "POST", "/submit", ENCODER.encode(document).encode(), basic_auth_header(transaction.route.credentials)
-    )
+    return HTTPRequest("POST", "/submit", encode_json(document), basic_auth_header(transaction.route.credentials))
 
 
 def basic_auth_header(login: tuple) -> tuple:
-    """The header of HTTP Basic, RFC 7617; none without a login."""
+    """Return the header fields for HTTP Basic (RFC 7617); none without a login."""
     return (("Authorization", "Basic " + base64.b64encode(":".join(login).encode()).decode()),) if login else ()
 
 
 def as_plain_submission(transaction: Transaction, octets: bytes) -> dict:
-    """The submission from which compose() made these octets; ValueError where it made them from more than old
-    Hainekos know, or where others wrote them."""
+    """Return the submission of plain text from which compose() made these octets, else raise ValueError."""
     listed, body = parse_message(octets)
     lines = {name: unfold(value) for name, value in listed}
-    kind = re.fullmatch(r"text/plain; charset=(\S+)", lines.get("content-type", ""))
-    made = re.fullmatch(r"from .*\sby \S+ with [A-Z]+ id (\w+);\s+(.*)", lines.get("received", ""))
-    ours = (
-        transaction.queueid,
-        lines.get("date"),
-        *transaction.recipients,
-        f"<{transaction.queueid}.{transaction.number}@{transaction.hostname}>",
-    )
-    written = (*(made.groups() if made else ()), lines.get("to"), lines.get("message-id"))
-    if not kind or written != ours or len(lines) < len(listed) or not COMPOSED_FIELDS.issuperset(lines):
-        raise ValueError("not composed here from plain text")
-    charset = kind[1]
-    if iana_charset(charset) != charset:
-        raise ValueError("the charset is spelt otherwise")
-    subject = decode_encoded_words(lines.get("subject", ""))
-    header = {"from": format_mailboxes(lines["from"]), "subject": subject, "charset": charset}
+    charset = lines["content-type"].rpartition("charset=")[2]
+    header = {"from": format_mailboxes(lines["from"]), "subject": decode_encoded_words(lines["subject"])}
     if "reply-to" in lines:
         header["replyto"] = format_mailboxes(lines["reply-to"])
-    again = [address_field("From", parse_mailboxes(header["from"]), charset)]
-    again += [address_field("Reply-To", parse_mailboxes(header["replyto"]), charset)] if "replyto" in header else []
-    again += [text_field("Subject", subject, charset)]
-    text = decode_charset(decode_transfer_encoding(body, lines["content-transfer-encoding"]), charset).replace(
-        "\r\n", "\n"
-    )
-    if encode_body(text, charset) != (lines["content-transfer-encoding"], body.replace(b"\n", b"\r\n")):
-        raise ValueError("the body would come out otherwise")
-    if any(field.encode() + b"\r\n" not in octets for field in again):
-        raise ValueError("the header would come out otherwise")
-    header["x-haineko-loop"] = [name.strip() for name in lines["x-haineko-loop"].split(",")]
-    return {
-        "ehlo": transaction.hostname,
-        "mail": transaction.sender,
-        "rcpt": transaction.recipients,
-        "header": header,
-        "body": text,
-    }
-
-
-COMPOSED_FIELDS = {"received", "from", "sender", "to", "reply-to", "subject", "date", "message-id", "x-haineko-loop"}
-COMPOSED_FIELDS |= {
-    "mime-version",
-    "content-type",
-    "content-transfer-encoding",
-}  # the fields of a message of plain text
+    *passed, hostname = [name.strip() for name in lines["x-haineko-loop"].split(",")]
+    text = decode_charset(TRANSFER_DECODERS.get(lines["content-transfer-encoding"], bytes)(body), charset)
+    document = {"mail": transaction.sender, "rcpt": transaction.recipients, "body": text.replace("\r\n", "\n")}
+    document["header"] = {**header, "charset": charset, "x-haineko-loop": passed}
+    submission, _ = parse_submission(encode_json(document))
+    now = parsedate_to_datetime(lines["date"]).timestamp()
+    again = submission and transaction.sender and compose(submission, transaction.queueid, None, hostname, now)
+    composed = again.copy(transaction.recipients[0], transaction.number) if again else b""
+    if not composed or composed.partition(b"\r\n\tby ")[2] != octets.partition(b"\r\n\tby ")[2]:  # in Received
+        raise ValueError("compose() would make another message")
+    document["header"]["x-haineko-loop"] = [*passed, hostname]
+    return {**document, "ehlo": hostname}
 
 
 def haineko_replies(transaction: Transaction, response: HTTPResponse) -> list:
-    """A reply for each recipient, from the items of the far end; one without recipient is meant for all."""
-    document = response.document()
-    items = document.get("response") if isinstance(document, dict) else None
-    if not (isinstance(items, list) and items and all(isinstance(item, dict) for item in items)):
-        return [http_failure(transaction.route, response, None)] * len(transaction.recipients)
-    replies = {address_key(item.get("rcpt")): haineko_reply(transaction.route, response, item) for item in items}
-    missing = replies.get(None) or http_failure(transaction.route, response, None)
+    """Return a Reply for each recipient from the far end's items; one without recipient is meant for all."""
+    route = transaction.route
+    replies = {address_key(item.get("rcpt")): haineko_reply(route, response, item) for item in haineko_items(response)}
+    missing = replies.get(None) or http_failure(route, response, None)
     return [replies.get(address_key(to), missing) for to in transaction.recipients]
+
+
+def haineko_items(response: HTTPResponse) -> list:
+    """Return the items of the far end's answer; none if it has another form."""
+    items = json_object(response).get("response")
+    return items if isinstance(items, list) and all(isinstance(item, dict) for item in items) else []
+
+
+def encode_json(document: dict) -> bytes:
+    """Return a request's body."""
+    return ENCODER.encode(document).encode()
 
 
 def address_key(given: Any) -> Any:
@@ -4586,54 +4576,53 @@ def address_key(given: Any) -> Any:
 
 
 def haineko_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
-    """One item of the far end as reply. An old one says 221 and QUIT, its last word, where the mail is relayed."""
+    """Return an item of the far end as a Reply; the Perl version reports a relayed mail with the reply to QUIT."""
     code, dsn, lines = str(item.get("code")), item.get("dsn"), item.get("message")
     lines = [lines] if isinstance(lines, str) else lines if isinstance(lines, list) else []
     if not re.fullmatch(r"[245][0-9][0-9]", code) or (code[0] == "2") == bool(item.get("error")):
         return http_failure(route, response, None)
     dsn = dsn if isinstance(dsn, str) and re.fullmatch(r"[245]\.\d{1,3}\.\d{1,3}", dsn) else None
     command = item.get("command") if item.get("command") in KNOWN_COMMANDS else "DATA"
-    words = sanitize_lines(lines) or (f"HTTP {response.status} {response.reason}",)
-    unsure = code[0] == "4" and words[0].endswith("may have arrived")  # as in REPLIES
+    message = sanitize_lines(lines) or (status_text(response),)
+    maybe_delivered = code[0] == "4" and message[0].endswith("may have arrived")
     wait = 0 if code[0] == "2" else parse_retry_after(response)
-    return Reply(code, dsn, command, words, **route.endpoint, maybe_delivered=unsure, retry_after=wait)
+    return Reply(code, dsn, command, message, **route.endpoint, maybe_delivered=maybe_delivered, retry_after=wait)
 
 
 KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE")
+TRANSFER_DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
 
 
 async def relay_sendgrid(transaction: Transaction, transport: TransportContext) -> list:
-    """By SendGrid's v3 mail/send, which takes a message in pieces."""
-    body = await asyncio.to_thread(sendgrid_body, transaction)
+    """Deliver by SendGrid's v3 mail/send, which takes a message in pieces."""
+    route, body = transaction.route, await asyncio.to_thread(sendgrid_body, transaction)
     response = await transport.http.request(
         transaction.route, HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route))
     )
-    return [sendgrid_reply(transaction.route, response)] * len(transaction.recipients)
-
-
-def sendgrid_reply(route: Route, response: HTTPResponse) -> Reply:
-    if response.status != 202:  # 200 means that it is valid and will not be sent
-        return http_failure(route, response, sendgrid_errors(response))
-    number = response.headers.get("X-Message-Id")
-    return http_accepted(route, response, *([f"X-Message-Id: {number}"] if number else []))
+    if response.status == 202:  # 200: valid, but will not be sent
+        message_id = response.headers.get("X-Message-Id")
+        reply = http_accepted(route, response, *([f"X-Message-Id: {message_id}"] if message_id else []))
+    else:
+        reply = http_failure(route, response, sendgrid_errors(response))
+    return [reply] * len(transaction.recipients)
 
 
 def bearer_header(route: Route) -> tuple:
+    """Return the header fields that carry the route's API key."""
     return (("Authorization", f"Bearer {route.credentials[1]}"),)
 
 
 def sendgrid_errors(response: HTTPResponse) -> list | None:
-    """What its errors say."""
-    document = response.document()
-    errors = document.get("errors") if isinstance(document, dict) else None
+    """Return the error messages in a response; None if it has none."""
+    errors = json_object(response).get("errors")
     if not (isinstance(errors, list) and errors and all(isinstance(error, dict) for error in errors)):
         return None
     return [": ".join(str(error[key]) for key in ("field", "message") if error.get(key)) for error in errors]
 
 
 def sendgrid_body(transaction: Transaction) -> bytes:
-    """The request, https://www.twilio.com/docs/sendgrid/api-reference/mail-send; Refused for a message that it can't
-    express: nothing is left out but the trace, and nothing is changed but the charset, which SendGrid chooses."""
+    """Return the request; raises Rejected if it would lose more of the message than trace fields and charset."""
+    # https://www.twilio.com/docs/sendgrid/api-reference/mail-send
     octets = transaction.octets()
     try:
         fields, _ = parse_message(octets)
@@ -4645,34 +4634,38 @@ def sendgrid_body(transaction: Transaction) -> bytes:
             raise ValueError("the subject is empty")
     except (ValueError, LookupError) as error:
         raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
-    return ENCODER.encode({key: value for key, value in document.items() if value}).encode()
+    return encode_json({key: value for key, value in document.items() if value})
 
 
 def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
-    """Who it is from, and to whom: SendGrid shows whom it delivers to, and delivers to whom it shows."""
+    """Return author and recipients; SendGrid shows every recipient but Bcc, and delivers to every one that it shows."""
     shown = {name: sendgrid_mailboxes(single_field(fields, name)) for name in ("from", "to", "cc", "reply-to")}
     if len(shown["from"]) != 1:
         raise ValueError("From has several addresses")
-    missing = {address_key(to): to for to in transaction.recipients}
+    hidden = {address_key(to): to for to in transaction.recipients}
     for name in ("to", "cc"):
         for mailbox in shown[name]:
-            if not missing.pop(address_key(mailbox["email"]), None):
+            if not hidden.pop(address_key(mailbox["email"]), None):
                 raise ValueError(f"{name.title()} has {mailbox['email']}, which gets this mail another way or twice")
     if not shown["to"]:
         raise ValueError("To has none of the recipients")
-    people = {"to": shown["to"], "cc": shown["cc"], "bcc": [{"email": to} for to in missing.values()]}
+    people = {"to": shown["to"], "cc": shown["cc"], "bcc": [{"email": to} for to in hidden.values()]}
     document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": shown["from"][0]}
-    answers = shown["reply-to"]
-    return {**document, **({"reply_to_list": answers} if len(answers) > 1 else {"reply_to": answers and answers[0]})}
+    reply_to = shown["reply-to"]
+    return {
+        **document,
+        **({"reply_to_list": reply_to} if len(reply_to) > 1 else {"reply_to": reply_to and reply_to[0]}),
+    }
 
 
 def sendgrid_mailboxes(text: str) -> list:
+    """Return the mailboxes of an address field."""
     named = [(name, spec) for name, spec in getaddresses([text]) if spec]
     return [{"email": spec, "name": decode_encoded_words(name)} if name else {"email": spec} for name, spec in named]
 
 
 def sendgrid_headers(fields: list) -> dict:
-    """The fields that SendGrid takes as they are, still encoded."""
+    """Return the fields that SendGrid takes as they are, still encoded."""
     headers: dict = {}
     for name, octets in fields:
         if name in SENDGRID_RESERVED:
@@ -4680,7 +4673,7 @@ def sendgrid_headers(fields: list) -> dict:
         if name in SENDGRID_OWN or name.startswith("content-"):
             continue
         if name in map(str.lower, headers):
-            raise ValueError(f"the header {name} stands more than once")
+            raise ValueError(f"the header {name} occurs more than once")
         if not octets.isascii():
             raise ValueError(f"the header {name} is not ASCII")
         headers[octets.partition(b":")[0].decode().strip()] = unfold(octets)
@@ -4688,11 +4681,13 @@ def sendgrid_headers(fields: list) -> dict:
 
 
 SENDGRID_RESERVED = ("x-sg-id", "x-sg-eid", "dkim-signature", "bcc")
-SENDGRID_OWN = ("received", "mime-version", "from", "to", "cc", "subject", "reply-to")  # it makes them from the rest
+SENDGRID_OWN = ("received", "mime-version", "from", "to", "cc", "subject", "reply-to")  # made from the other keys
+SENDGRID_NESTING = ["mixed", "alternative", "related"]  # subtypes of a multipart, and of one in another
+SENDGRID_NESTING += ["mixed/alternative", "mixed/related", "alternative/related", "related/alternative"]
 
 
 def sendgrid_parts(octets: bytes) -> dict:
-    """Its content and attachments."""
+    """Return content and attachments."""
     import email
 
     message = email.message_from_bytes(octets)
@@ -4701,82 +4696,75 @@ def sendgrid_parts(octets: bytes) -> dict:
     for part in leaf_parts(message):
         named = part.get_content_disposition() == "attachment" or part.get_filename() or part["Content-ID"]
         if part.get_content_maintype() == "text" and not named:
-            content.append({"type": part.get_content_type(), "value": part_text(part)})
+            text = decode_charset(part.get_payload(decode=True), part.get_content_charset("us-ascii"))
+            content.append({"type": part.get_content_type(), "value": text.replace("\r\n", "\n")})
         else:
             attachments.append(sendgrid_attachment(part))
     alternative = any(part.get_content_subtype() == "alternative" for part in message.walk())
-    kinds = [item["type"] for item in content]
-    if kinds not in (["text/plain"], ["text/html"]) and not (alternative and kinds == ["text/plain", "text/html"]):
-        raise ValueError(f"its texts are {', '.join(kinds) or 'none'}, not a plain one, an HTML one, or these two")
+    types = [item["type"] for item in content]
+    if types not in (["text/plain"], ["text/html"]) and not (alternative and types == ["text/plain", "text/html"]):
+        raise ValueError(f"its texts are {', '.join(types) or 'none'}, not a plain one, an HTML one, or these two")
+    if not all(item["value"] for item in content):
+        raise ValueError("a text is empty")
     return {"content": content, "attachments": attachments}
 
 
 def leaf_parts(part: Any, outer: str = "") -> list:
-    """The parts that are no multipart; ValueError for a structure whose meaning would be lost."""
+    """Return the parts that are no multipart; raises ValueError for a nesting whose meaning would be lost."""
     if part.get_content_maintype() != "multipart":
         return [part]
-    kind = part.get_content_subtype()
-    if kind not in ALLOWED_NESTING[outer] or not part.is_multipart():
-        raise ValueError(f"multipart/{kind} {f'in multipart/{outer} ' if outer else ''}can't be kept")
-    return [leaf for inner in part.get_payload() for leaf in leaf_parts(inner, kind)]
-
-
-ALLOWED_NESTING = {
-    "": ("mixed", "alternative", "related"),
-    "mixed": ("alternative", "related"),
-    "alternative": ("related",),
-    "related": ("alternative",),
-}
-
-
-def part_text(part: Any) -> str:
-    value = decode_charset(part.get_payload(decode=True), part.get_content_charset("us-ascii")).replace("\r\n", "\n")
-    if not value:
-        raise ValueError("a text is empty")
-    return value
+    nesting = f"{outer}/{part.get_content_subtype()}".strip("/")
+    if nesting not in SENDGRID_NESTING or not part.is_multipart():
+        raise ValueError(f"multipart/{nesting.replace('/', ' with multipart/')} can't be kept")
+    return [leaf for inner in part.get_payload() for leaf in leaf_parts(inner, part.get_content_subtype())]
 
 
 def sendgrid_attachment(part: Any) -> dict:
-    charset, mark = part.get_content_charset("utf-8"), (part["Content-ID"] or "").strip("<> ")
+    """Return a part as an attachment."""
+    charset, content_id = part.get_content_charset("utf-8"), (part["Content-ID"] or "").strip("<> ")
     if part.get_content_maintype() == "message":
         octets = part.as_bytes(policy=part.policy.clone(linesep="\r\n")).partition(b"\r\n\r\n")[2]
     else:
         octets = part.get_payload(decode=True)
-    name = decode_encoded_words(part.get_filename() or mark)
+    name = decode_encoded_words(part.get_filename() or content_id)
     if not (name and octets):
         raise ValueError("an attachment has no name" if octets else f"the attachment {name} is empty")
     if part.get_content_maintype() == "text" and charset not in ("utf-8", "us-ascii"):
-        raise ValueError(f"the charset of the attachment {name} can't be told")
-    values = {"content": base64.b64encode(octets).decode(), "type": part.get_content_type(), "filename": name}
-    inline = part.get_content_disposition() == "inline" or (mark and not part.get_content_disposition())
-    values["disposition"] = "inline" if inline else "attachment"
-    return {**values, "content_id": mark} if mark else values
+        raise ValueError(f"the attachment {name} has the charset {charset}, which can't be declared")
+    attachment = {"content": base64.b64encode(octets).decode(), "type": part.get_content_type(), "filename": name}
+    inline = part.get_content_disposition() == "inline" or (content_id and not part.get_content_disposition())
+    attachment["disposition"] = "inline" if inline else "attachment"
+    return {**attachment, "content_id": content_id} if content_id else attachment
 
 
 async def relay_amazonses(transaction: Transaction, transport: TransportContext) -> list:
-    """By version 2 of Amazon SES, which takes the message as it is, for 50 recipients at a time."""
+    """Deliver by version 2 of Amazon SES, which takes the message as it is, for 50 recipients at a time."""
     replies: list = []
     for start in range(0, len(transaction.recipients), AMAZONSES_RECIPIENTS):
         part = transaction._replace(recipients=transaction.recipients[start : start + AMAZONSES_RECIPIENTS])
         try:
             call = await asyncio.to_thread(amazonses_request, part, time.time())
-            response = amazonses_reply(transaction.route, await transport.http.request(transaction.route, call))
-        except Rejected as refused:
-            response = refused.reply
-        replies += [response] * len(part.recipients)
+            reply = amazonses_reply(transaction.route, await transport.http.request(transaction.route, call))
+        except Rejected as rejected:
+            reply = rejected.reply
+        replies += [reply] * len(part.recipients)
     return replies
 
 
 AMAZONSES_RECIPIENTS = 50  # https://docs.aws.amazon.com/ses/latest/dg/quotas.html
+AMAZONSES_TEMPORARY = ["TooManyRequestsException", "ThrottlingException", "Throttling"]  # errors 400 that pass
+AMAZONSES_TEMPORARY += ["LimitExceededException", "SendingPausedException"]
 
 
 def amazonses_request(transaction: Transaction, now: float) -> HTTPRequest:
+    """Return the signed request; raises Rejected for a message without exactly one From."""
     octets = ascii_message(transaction)
     try:
         author = single_field(parse_message(octets)[0], "from")
         spec = next(spec for _, spec in getaddresses([author]) if spec)
     except (ValueError, StopIteration):
-        raise Rejected(make_reply("inexpressible", "one header From is wanted", **transaction.route.endpoint)) from None
+        text = "it needs exactly one header From"
+        raise Rejected(make_reply("inexpressible", text, **transaction.route.endpoint)) from None
     document = {
         "FromEmailAddress": author,
         "Destination": {"ToAddresses": transaction.recipients},
@@ -4784,33 +4772,24 @@ def amazonses_request(transaction: Transaction, now: float) -> HTTPRequest:
     }
     if transaction.sender and address_key(spec) != address_key(transaction.sender):
         document["FeedbackForwardingEmailAddress"] = transaction.sender
-    call = HTTPRequest("POST", "/v2/email/outbound-emails", ENCODER.encode(document).encode())
+    call = HTTPRequest("POST", "/v2/email/outbound-emails", encode_json(document))
     return sign_sigv4(call, transaction.route, now)
 
 
 def amazonses_reply(route: Route, response: HTTPResponse) -> Reply:
-    document = response.document()
-    document = document if isinstance(document, dict) else {}
+    """Return the reply for a response of Amazon SES."""
+    document = json_object(response)
     if response.status == 200 and isinstance(document.get("MessageId"), str):
         return http_accepted(route, response, f"MessageId: {document['MessageId']}")
     name = str(response.headers.get("x-amzn-ErrorType") or document.get("__type") or "")
-    name = name.partition(":")[0].rpartition("#")[2]  # some have a namespace before, or a URL behind
-    words = [str(value) for value in (name, document.get("message") or document.get("Message")) if value]
-    return http_failure(route, response, words or None, later=name in AMAZONSES_LATER)
-
-
-AMAZONSES_LATER = (  # said with a 400, and over after a while
-    "TooManyRequestsException",
-    "ThrottlingException",
-    "Throttling",
-    "LimitExceededException",
-    "SendingPausedException",
-)
+    name = name.partition(":")[0].rpartition("#")[2]  # some have a namespace in front, or a URL behind
+    lines = [str(value) for value in (name, document.get("message") or document.get("Message")) if value]
+    return http_failure(route, response, lines or None, temporary=name in AMAZONSES_TEMPORARY)
 
 
 def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
-    """The call with Amazon's signature, version 4, for the service `ses`.
-    https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html"""
+    """Return the request with Amazon's signature, version 4, for the service `ses`."""
+    # https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html
     site, moment = split_base_url(route.url), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
     scope = f"{moment[:8]}/{route.region}/ses/aws4_request"
     headers = {"host": site.host_header, "x-amz-date": moment}
@@ -4824,16 +4803,16 @@ def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
     canonical = "\n".join([*lines, hashlib.sha256(call.body).hexdigest()])
     text = f"AWS4-HMAC-SHA256\n{moment}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
     key = b"AWS4" + route.credentials[1].encode()
-    for word in scope.split("/"):
-        key = hmac.digest(key, word.encode(), "sha256")
-    mark = hmac.new(key, text.encode(), "sha256").hexdigest()
-    words = f"AWS4-HMAC-SHA256 Credential={route.credentials[0]}/{scope}, SignedHeaders={names}, Signature={mark}"
-    sent = [(name, headers[name]) for name in ("x-amz-date", "x-amz-security-token") if name in headers]
-    return call._replace(headers=(*call.headers, *sent, ("Authorization", words)))
+    for part in scope.split("/"):
+        key = hmac.digest(key, part.encode(), "sha256")
+    signature = hmac.new(key, text.encode(), "sha256").hexdigest()
+    value = f"AWS4-HMAC-SHA256 Credential={route.credentials[0]}/{scope}, SignedHeaders={names}, Signature={signature}"
+    added = [(name, headers[name]) for name in ("x-amz-date", "x-amz-security-token") if name in headers]
+    return call._replace(headers=(*call.headers, *added, ("Authorization", value)))
 
 
 async def relay_mandrill(transaction: Transaction, transport: TransportContext) -> list:
-    """By Mandrill's messages/send-raw, which takes the message as it is and says what became of each recipient."""
+    """Deliver by Mandrill's messages/send-raw, which takes the message as it is and answers for each recipient."""
     body = await asyncio.to_thread(mandrill_body, transaction)
     response = await transport.http.request(
         transaction.route, HTTPRequest("POST", "/api/1.0/messages/send-raw.json", body)
@@ -4842,75 +4821,78 @@ async def relay_mandrill(transaction: Transaction, transport: TransportContext) 
 
 
 def mandrill_body(transaction: Transaction) -> bytes:
-    document = {
-        "key": transaction.route.credentials[1],
-        "raw_message": ascii_message(transaction).decode(),
-        "from_email": transaction.sender or None,
-        "to": transaction.recipients,
-        "async": False,
-    }
-    return ENCODER.encode(document).encode()
+    """Return the request."""
+    envelope = {"from_email": transaction.sender or None, "to": transaction.recipients}
+    content = {"key": transaction.route.credentials[1], "raw_message": ascii_message(transaction).decode()}
+    return encode_json({**content, **envelope, "async": False})
 
 
 def mandrill_replies(transaction: Transaction, response: HTTPResponse) -> list:
-    """A reply for each recipient, from the list in the answer; a list without one of them is not what was promised."""
-    document = response.document()
-    if isinstance(document, dict) and document.get("status") == "error":
-        words = [f"{document.get('name')}: {document.get('message')}"]
-        return [http_failure(transaction.route, response, words)] * len(transaction.recipients)
+    """Return a Reply for each recipient; a response that doesn't name one breaks the API's promise."""
+    route, errors, document = transaction.route, mandrill_errors(response), response.document()
+    if errors:
+        return [http_failure(route, response, errors)] * len(transaction.recipients)
     listed = document if response.status == 200 and isinstance(document, list) else []
     items = {address_key(item.get("email")): item for item in listed if isinstance(item, dict)}
-    return [
-        mandrill_reply(transaction.route, response, items.get(address_key(to), {})) for to in transaction.recipients
-    ]
+    return [mandrill_reply(route, response, items.get(address_key(to), {})) for to in transaction.recipients]
+
+
+def mandrill_errors(response: HTTPResponse) -> list | None:
+    """Return the error message in a response; None if it has none."""
+    document = json_object(response)
+    return [f"{document.get('name')}: {document.get('message')}"] if document.get("status") == "error" else None
 
 
 def mandrill_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
-    status, words = item.get("status"), [str(item.get("status"))]
-    if item.get("reject_reason"):
-        words.append(f"reject_reason: {item['reject_reason']}")
-    if item.get("_id"):
-        words.append(f"_id: {item['_id']}")
+    """Return one recipient's item as a Reply."""
+    status, lines = item.get("status"), [f"{key}: {item[key]}" for key in ("reject_reason", "_id") if item.get(key)]
     if status in ("sent", "queued", "scheduled"):
-        return http_accepted(route, response, *words)
+        return http_accepted(route, response, status, *lines)
     if status in ("rejected", "invalid"):
         dsn = "5.1.3" if status == "invalid" else "5.7.1"
-        return make_reply("web-refused", *sanitize_lines(words[1:]), word=status, **route.endpoint)._replace(dsn=dsn)
+        return make_reply("web-refused", *sanitize_lines(lines), word=status, **route.endpoint)._replace(dsn=dsn)
     return http_failure(route, response, None)
 
 
-def http_accepted(route: Route, response: HTTPResponse, *words: str) -> Reply:
-    status = f"HTTP {response.status} {response.reason}".strip()
-    return make_reply("web-accepted", *sanitize_lines(words), word=status, **route.endpoint)
+def http_accepted(route: Route, response: HTTPResponse, *lines: str) -> Reply:
+    """Return the reply for a mail that the API has taken."""
+    return make_reply("web-accepted", *sanitize_lines(lines), word=status_text(response), **route.endpoint)
 
 
-def http_failure(route: Route, response: HTTPResponse, words: list | None, later: bool = False) -> Reply:
-    """What an answer means that is no success. `words` are the cloud's own, None where it has none."""
-    status, place = f"HTTP {response.status} {response.reason}".strip(), route.endpoint
-    later = later or response.status == 429 or response.status >= 500
-    if response.status == 413:  # proxies say this too, in their own words; it will be as big the next time
-        return make_reply("web-refused", *sanitize_lines(words or []), word=status, **place)._replace(dsn="5.3.4")
-    if words is None or not (later or response.status >= 400):
+def http_failure(route: Route, response: HTTPResponse, lines: list | None, temporary: bool = False) -> Reply:
+    """Return the reply for a response that is no success; `lines` are the API's error messages, None if it has none."""
+    status, text, endpoint = response.status, status_text(response), route.endpoint
+    temporary = temporary or status == 429 or status >= 500
+    if status == 413:  # from a proxy too, without the API's error messages; the mail will not be smaller next time
+        return make_reply("web-refused", *sanitize_lines(lines or []), word=text, **endpoint)._replace(dsn="5.3.4")
+    if lines is None or not (temporary or status >= 400):
         excerpt = sanitize(response.body[:400].decode("utf-8", "replace"), 100)
-        rubbish = make_reply("web-rubbish", status, *([excerpt] if excerpt else []), **place)
-        return rubbish._replace(maybe_delivered=200 <= response.status < 300, retry_after=parse_retry_after(response))
-    said_so = make_reply("web-later" if later else "web-refused", *sanitize_lines(words), word=status, **place)
-    if later:
-        return said_so._replace(
-            dsn="4.3.0" if response.status >= 500 else "4.4.5", retry_after=parse_retry_after(response)
-        )
-    return said_so._replace(dsn=DSN_BY_STATUS.get(response.status, said_so.dsn))
+        endpoint.update(maybe_delivered=200 <= status < 300, retry_after=parse_retry_after(response))
+        return make_reply("web-rubbish", text, *([excerpt] if excerpt else []), **endpoint)
+    reply = make_reply("web-later" if temporary else "web-refused", *sanitize_lines(lines), word=text, **endpoint)
+    if temporary:
+        return reply._replace(dsn="4.3.0" if status >= 500 else "4.4.5", retry_after=parse_retry_after(response))
+    return reply._replace(dsn=DSN_BY_STATUS.get(status, reply.dsn))
+
+
+def json_object(response: HTTPResponse) -> dict:
+    """Return the JSON object in a response; {} if it has none."""
+    document = response.document()
+    return document if isinstance(document, dict) else {}
+
+
+def status_text(response: HTTPResponse) -> str:
+    """Return the response's status line for people."""
+    return f"HTTP {response.status} {response.reason}".strip()
 
 
 DSN_BY_STATUS = {401: "5.7.8", 403: "5.7.1"}
 
 
 def parse_retry_after(response: HTTPResponse) -> int:
-    """Seconds after which to try again, RFC 9110 10.2.3; 0 where it doesn't say."""
+    """Return the seconds after which to try again (RFC 9110 10.2.3), at most a day; 0 if the response has none."""
     text, now = response.headers.get("Retry-After", "").strip(), time.time()
-    reset = (
-        response.headers.get("X-RateLimit-Reset", "") if response.status == 429 else ""
-    )  # SendGrid's, seconds of the epoch
+    reset = response.headers.get("X-RateLimit-Reset", "") if response.status == 429 else ""  # SendGrid: Unix time
     try:
         if re.fullmatch(r"[0-9]{1,9}", text):
             wait = int(text)
@@ -4924,12 +4906,12 @@ def parse_retry_after(response: HTTPResponse) -> int:
 
 
 def sanitize_lines(lines: Any) -> tuple:
-    """Lines of the other side, fit for a reply."""
+    """Return lines of the other side as a reply may carry them."""
     return tuple(sanitize(str(line), 500) for line in lines)[:20]
 
 
 def ascii_message(transaction: Transaction) -> bytes:
-    """The message in ASCII, as the web APIs want it."""
+    """Return the message in ASCII, which the APIs want; raises Rejected if that can't be."""
     octets = downgrade_8bit(transaction.octets()) if transaction.message.needs_8bitmime else transaction.octets()
     if not octets.isascii():
         raise Rejected(make_reply("inexpressible", "it has octets over 127", **transaction.route.endpoint))
@@ -4937,92 +4919,84 @@ def ascii_message(transaction: Transaction) -> bytes:
 
 
 def unfold(octets: bytes) -> str:
-    """The value of a field, on one line."""
+    """Return the value of a header field on one line."""
     return re.sub(r"\r?\n", "", octets.decode("utf-8", "replace").partition(":")[2]).strip()
 
 
 def single_field(fields: list, name: str) -> str:
-    """The value of that field, "" where there is none; ValueError where it stands more than once."""
+    """Return the value of a header field, "" if it is absent; raises ValueError if it occurs more than once."""
     values = [unfold(octets) for key, octets in fields if key == name]
     if len(values) > 1:
-        raise ValueError(f"the header {name} stands more than once")
+        raise ValueError(f"the header {name} occurs more than once")
     return values[0] if values else ""
 
 
 def decode_encoded_words(text: str) -> str:
-    """Text with its encoded words (RFC 2047) as what they mean; ValueError or LookupError where that can't be known."""
-    text = re.sub(r"(?<=\?=)\s+(?==\?)", "", text)
-    return ENCODED_WORD.sub(_decode_encoded_word, text)
+    """Decode the encoded words (RFC 2047) in a text; raises ValueError or LookupError if one can't be."""
+    return ENCODED_WORD.sub(_decode_encoded_word, re.sub(r"(?<=\?=)\s+(?==\?)", "", text))
 
 
 def _decode_encoded_word(found: Any) -> str:
-    charset, way, octets = found[1], found[2].upper(), found[3].encode()
-    return decode_charset(binascii.a2b_base64(octets) if way == "B" else binascii.a2b_qp(octets, header=True), charset)
+    charset, encoding, octets = found[1], found[2].upper(), found[3].encode()
+    decoded = binascii.a2b_base64(octets) if encoding == "B" else binascii.a2b_qp(octets, header=True)
+    return decode_charset(decoded, charset)
 
 
-ENCODED_WORD = re.compile(r"=\?([^?*\s]+)(?:\*[^?\s]*)?\?([BbQq])\?([^?\s]*)\?=")
+ENCODED_WORD = re.compile(r"=\?([^?*\s]+)(?:\*[^?\s]*)?\?([BbQq])\?([^?\s]*)\?=")  # RFC 2047
 
 
 def decode_charset(octets: bytes, charset: str) -> str:
-    """Text of octets in a charset of mail."""
-    return (
-        jis_to_text(octets.decode("ascii")) if charset.upper() == "ISO-2022-JP" else octets.decode(codec_name(charset))
-    )
-
-
-def decode_transfer_encoding(body: bytes, encoding: str) -> bytes:
-    """RFC 2045 6."""
-    if encoding == "base64":
-        return binascii.a2b_base64(body)
-    return binascii.a2b_qp(body) if encoding == "quoted-printable" else body
+    """Decode text in a MIME charset."""
+    if charset.upper() == "ISO-2022-JP":
+        return jis_to_text(octets.decode("ascii"))
+    return octets.decode(codec_name(charset))
 
 
 def format_mailboxes(text: str) -> str:
-    """A field of mailboxes as it is written in a submission."""
+    """Return an address field as a submission has it."""
     people = []
-    for coded, spec in getaddresses([text]):
-        name = decode_encoded_words(coded)
+    for encoded, spec in getaddresses([text]):
+        name = decode_encoded_words(encoded)
         quoted = '"' + re.sub(r'(["\\])', r"\\\1", name) + '"' if re.search(r'[()<>@,;:\\".\[\]]', name) else name
         people.append(f"{quoted} <{spec}>" if name else spec)
     return ", ".join(people)
 
 
-RELAYS = {
-    "ESMTP": relay_esmtp,
-    "MX": relay_mx,
-    "Haineko": relay_haineko,
-    "SendGrid": relay_sendgrid,
-    "AmazonSES": relay_amazonses,
-    "Mandrill": relay_mandrill,
-    "File": relay_file,
-    "Screen": relay_screen,
-    "Discard": relay_discard,
-}
+RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 13
+
+
+# -- Probes, for `check --connect`
 
 
 class ConnectivityProbe(NamedTuple):
-    """What `check --connect` tries: a route, and for MX the domain of a recipient."""
+    """A route to try, and for MX the domain of a recipient."""
 
     route: Route
     hostname: str  # our own name, for EHLO
-    domain: str = ""  # "" where the route stands for many
+    domain: str = ""  # "" if the route is for many domains
 
 
 class CheckResult(NamedTuple):
-    """What came of one step."""
+    """The result of one step of a check."""
 
     step: str
     ok: bool
     text: str
 
 
+def failed_step(step: str, reply: Reply, endpoint: str = "") -> CheckResult:
+    """Return the result of a step that a Reply ended."""
+    return CheckResult(step, False, f"{endpoint and endpoint + ': '}{reply.code} {': '.join(reply.message)}")
+
+
 async def probe_esmtp(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Looks the host up as a delivery would, and opens a session."""
+    """Look the host up as a delivery would, then open a session."""
     results = await asyncio.to_thread(probe_dns, probe.route)
-    return results + (await probe_session(probe) if results[-1].ok else [])
+    return results + (await asyncio.to_thread(probe_session, probe.route, probe.hostname) if results[-1].ok else [])
 
 
 def probe_dns(route: Route) -> list:
+    """Look up the route's host."""
     try:
         found = socket.getaddrinfo(route.host, route.port, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -5030,12 +5004,8 @@ def probe_dns(route: Route) -> list:
     return [CheckResult("DNS", True, f"{route.host} is {', '.join(dict.fromkeys(item[4][0] for item in found))}")]
 
 
-async def probe_session(probe: ConnectivityProbe) -> list:
-    """Every step to a session that could take a mail; the last one tells where it failed."""
-    return await asyncio.to_thread(_probe_session, probe.route, probe.hostname)
-
-
-def _probe_session(route: Route, hostname: str) -> list:
+def probe_session(route: Route, hostname: str) -> list:
+    """Return every step to a session that could take a mail; the last one tells where it failed."""
     session, results = Session(route, hostname), []
     try:
         for step in session.steps():
@@ -5045,20 +5015,19 @@ def _probe_session(route: Route, hostname: str) -> list:
         session.close()
         reply = error.reply if isinstance(error, Rejected) else session._broken(error)
         name = {"CONN": "TCP", "STARTTLS": "TLS"}.get(reply.command, reply.command)
-        place = f"{route.address or route.host}:{route.port}"
-        done = [item for item in results if item.step != name]
-        return [*done, CheckResult(name, False, f"{place}: {reply.code} {': '.join(reply.message)}")]
+        failed = failed_step(name, reply, f"{route.address or route.host}:{route.port}")
+        return [*(result for result in results if result.step != name), failed]
     session.quit()
     return results + ([CheckResult("AUTH", True, f"logged in as {route.credentials[0]}")] if route.auth else [])
 
 
 def session_results(session: Session) -> list:
-    """What is known of a session so far."""
-    place = session.sock.getpeername()
-    results = [CheckResult("TCP", True, f"connected to {place[0]}:{place[1]}")]
+    """Return the steps that a session has done so far."""
+    peer = session.sock.getpeername()
+    results = [CheckResult("TCP", True, f"connected to {peer[0]}:{peer[1]}")]
     if session.ehlo_resp:
-        words = [" ".join([name.upper(), *value.split()]) for name, value in session.esmtp_features.items()]
-        results.append(CheckResult("EHLO", True, sanitize(", ".join(words) or "no extensions", 500)))
+        extensions = [" ".join([name.upper(), *value.split()]) for name, value in session.esmtp_features.items()]
+        results.append(CheckResult("EHLO", True, sanitize(", ".join(extensions) or "no extensions", 500)))
     if isinstance(session.sock, ssl.SSLSocket):
         results.append(CheckResult("TLS", True, describe_certificate(session.sock)))
     elif session.step in ("STARTTLS", "AUTH"):
@@ -5067,7 +5036,7 @@ def session_results(session: Session) -> list:
 
 
 def describe_certificate(sock: ssl.SSLSocket) -> str:
-    """TLS version, and subject and end of the server's certificate where it was verified."""
+    """Return TLS version, and subject and expiry of the server's certificate if it was verified."""
     certificate = sock.getpeercert()
     if not certificate:
         return f"{sock.version()}, certificate not verified"
@@ -5079,7 +5048,7 @@ def describe_certificate(sock: ssl.SSLSocket) -> str:
 
 
 async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Asks the name servers, then opens a session to the first host of the domain that works."""
+    """Query the name servers, then open a session to the first host of the domain that works."""
     route, deadline = probe.route, time.monotonic() + probe.route.timeout
     if not probe.domain:
         found = await transport.resolver.lookup(probe.hostname, MX, deadline)
@@ -5095,45 +5064,48 @@ async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> lis
                 if not isinstance(hop, Route):
                     results.append(CheckResult("DNS", False, ": ".join(hop.message)))
                     continue
-                results += await probe_mx_host(probe._replace(route=hop))
+                results += await asyncio.to_thread(probe_mx_host, hop, probe.hostname)
                 if results[-1].ok:
                     return results
-    except Rejected as refused:
-        return [CheckResult("DNS", False, f"{refused.reply.code} {': '.join(refused.reply.message)}")]
+    except Rejected as rejected:
+        return [failed_step("DNS", rejected.reply)]
     return results
 
 
-async def probe_mx_host(probe: ConnectivityProbe) -> list:
-    """One host of a domain. Where any certificate will do, it is told whether this one would have passed."""
-    route = probe.route
-    strict = replace(route, tls_verify=True, starttls=route.starttls)
-    results = await probe_session(probe._replace(route=strict))
-    if results[-1].ok or results[-1].step != "TLS" or not route.tls_if_offered:
-        return results
-    loose = await probe_session(probe)
+def probe_mx_host(route: Route, hostname: str) -> list:
+    """Open a session to one host; if TLS is opportunistic, tell whether the certificate would have been accepted."""
+    strict = probe_session(replace(route, tls_verify=True), hostname)
+    if strict[-1].ok or strict[-1].step != "TLS" or not route.tls_if_offered:
+        return strict
+    loose = probe_session(route, hostname)
     if loose[-1].ok:
-        return [*loose, CheckResult("TLS", True, f"not verified: {results[-1].text}")]
-    clear = await probe_session(probe._replace(route=replace(route, tls_if_offered=False)))
+        return [*loose, CheckResult("TLS", True, f"not verified: {strict[-1].text}")]
+    clear = probe_session(replace(route, tls_if_offered=False), hostname)
     return [*clear, CheckResult("TLS", True, f"mail goes in clear text: {loose[-1].text}")] if clear[-1].ok else loose
 
 
 async def probe_folder(probe: ConnectivityProbe, transport: TransportContext) -> list:
+    """Tell whether files can be made in the folder."""
     folder = probe.route.folder
-    fine = os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
-    return [CheckResult("FILE", fine, folder if fine else f"{folder} is no folder that can be written")]
+    ok = is_writable_folder(folder)
+    return [CheckResult("FILE", ok, folder if ok else f"{folder} is no folder that can be written")]
 
 
 async def probe_none(probe: ConnectivityProbe, transport: TransportContext) -> list:
+    """Report that there is nothing to connect to."""
     return [CheckResult("NONE", True, "nothing to connect to")]
 
 
-async def probe_http(route: Route, call: HTTPRequest, judge: Callable) -> list:
-    """Every step to the answer of an API to a call that changes nothing; judge(route, said) tells in a line of text
-    that the credentials are good, or raises Refused."""
-    return await asyncio.to_thread(_probe_http, route, call, judge)
+def http_probe(ask: Callable) -> Callable:
+    """Make a probe of ask(route, request), which returns a line of text if the login is good or raises Rejected."""
+
+    async def probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
+        return await asyncio.to_thread(_probe_http, probe.route, ask)
+
+    return probe
 
 
-def _probe_http(route: Route, call: HTTPRequest, judge: Callable) -> list:
+def _probe_http(route: Route, ask: Callable) -> list:
     results = probe_dns(route)
     if not results[-1].ok:
         return results
@@ -5141,47 +5113,33 @@ def _probe_http(route: Route, call: HTTPRequest, judge: Callable) -> list:
     try:
         line.open()
         results.append(CheckResult("TCP", True, f"connected to {place}"))
-        words = describe_certificate(line.sock) if line.url.tls else "none"
-        results.append(CheckResult("TLS", True, words))
-        results.append(CheckResult("AUTH", True, judge(route, line.exchange(call))))
-    except Rejected as refused:
-        reply = refused.reply
-        step = {"CONN": "TLS" if reply.dsn == "4.7.5" else "TCP"}.get(reply.command, "AUTH")
-        results.append(CheckResult(step, False, f"{place}: {reply.code} {': '.join(reply.message)}"))
+        results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
+        results.append(CheckResult("AUTH", True, ask(route, line.exchange)))
+    except Rejected as rejected:
+        step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
+        results.append(failed_step(step, rejected.reply, place))
     finally:
         line.close()
     return results
 
 
-async def probe_haineko(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """An empty submission, which gets past the door and no further."""
-    return await probe_http(
-        probe.route,
-        HTTPRequest("POST", "/submit", b"{}", basic_auth_header(probe.route.credentials)),
-        interpret_haineko_probe,
-    )
-
-
-def interpret_haineko_probe(route: Route, response: HTTPResponse) -> str:
-    document = response.document()
-    items = document.get("response") if isinstance(document, dict) else None
-    if not (isinstance(items, list) and items and isinstance(items[0], dict)):
+@http_probe
+def probe_haineko(route: Route, request: Callable) -> str:
+    """Post an empty submission, which is refused after the login."""
+    response = request(HTTPRequest("POST", "/submit", b"{}", basic_auth_header(route.credentials)))
+    items = haineko_items(response)
+    if not items:
         raise Rejected(http_failure(route, response, None))
     if items[0].get("command") == "AUTH" or response.status in (401, 403, 404):
         raise Rejected(haineko_reply(route, response, items[0]))
     return "a Haineko that takes our login" if route.credentials else "a Haineko that wants no login"
 
 
-async def probe_sendgrid(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """What the key may do."""
-    return await probe_http(
-        probe.route, HTTPRequest("GET", "/v3/scopes", headers=bearer_header(probe.route)), interpret_sendgrid_probe
-    )
-
-
-def interpret_sendgrid_probe(route: Route, response: HTTPResponse) -> str:
-    document = response.document()
-    scopes = document.get("scopes") if response.status == 200 and isinstance(document, dict) else None
+@http_probe
+def probe_sendgrid(route: Route, request: Callable) -> str:
+    """Ask for the permissions of the API key."""
+    response = request(HTTPRequest("GET", "/v3/scopes", headers=bearer_header(route)))
+    scopes = json_object(response).get("scopes") if response.status == 200 else None
     if not isinstance(scopes, list):
         raise Rejected(http_failure(route, response, sendgrid_errors(response)))
     if "mail.send" not in scopes:
@@ -5189,103 +5147,114 @@ def interpret_sendgrid_probe(route: Route, response: HTTPResponse) -> str:
     return "the API key may send"
 
 
-async def probe_amazonses(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """The state of the account."""
-    call = sign_sigv4(HTTPRequest("GET", "/v2/email/account"), probe.route, time.time())
-    return await probe_http(probe.route, call, interpret_amazonses_probe)
-
-
-def interpret_amazonses_probe(route: Route, response: HTTPResponse) -> str:
-    document, refusal = response.document(), amazonses_reply(route, response)
-    if response.status == 403 and any("AccessDenied" in line for line in refusal.message):
+@http_probe
+def probe_amazonses(route: Route, request: Callable) -> str:
+    """Ask for the state of the account."""
+    response = request(sign_sigv4(HTTPRequest("GET", "/v2/email/account"), route, time.time()))
+    document, failure = json_object(response), amazonses_reply(route, response)
+    if response.status == 403 and any("AccessDenied" in line for line in failure.message):
         return "the key is good; it may not read the account, so whether it may send is not known"
-    if response.status != 200 or not isinstance(document, dict) or "SendingEnabled" not in document:
-        raise Rejected(refusal)
+    if response.status != 200 or "SendingEnabled" not in document:
+        raise Rejected(failure)
     if not document["SendingEnabled"]:
         raise Rejected(make_reply("web-refused", word="sending is switched off for this account", **route.endpoint))
     sandbox = "" if document.get("ProductionAccessEnabled", True) else ", in the sandbox: to verified recipients only"
     return f"the key is good, the account may send{sandbox}"
 
 
-async def probe_mandrill(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """A ping with the key."""
-    body = ENCODER.encode({"key": probe.route.credentials[1]}).encode()
-    return await probe_http(
-        probe.route, HTTPRequest("POST", "/api/1.0/users/ping2.json", body), interpret_mandrill_probe
-    )
-
-
-def interpret_mandrill_probe(route: Route, response: HTTPResponse) -> str:
-    document = response.document()
-    if response.status == 200 and isinstance(document, dict) and document.get("PING") == "PONG!":
+@http_probe
+def probe_mandrill(route: Route, request: Callable) -> str:
+    """Ping with the API key."""
+    response = request(HTTPRequest("POST", "/api/1.0/users/ping2.json", encode_json({"key": route.credentials[1]})))
+    if response.status == 200 and json_object(response).get("PING") == "PONG!":
         return "the key is good"
-    words = [f"{document.get('name')}: {document.get('message')}"] if isinstance(document, dict) else None
-    raise Rejected(http_failure(route, response, words))
+    raise Rejected(http_failure(route, response, mandrill_errors(response)))
 
 
-# One row for each of RELAYS: takes (Probe, Sessions), sends no mail, gives a Finding for each step; it may raise what a
-# relay may.
-PROBES = {
-    "ESMTP": probe_esmtp,
-    "MX": probe_mx,
-    "Haineko": probe_haineko,
-    "SendGrid": probe_sendgrid,
-    "AmazonSES": probe_amazonses,
-    "Mandrill": probe_mandrill,
-    "File": probe_folder,
-    "Screen": probe_none,
-    "Discard": probe_none,
-}
+RELAYS.update(
+    ESMTP=Relay(relay_esmtp, probe_esmtp),
+    MX=Relay(relay_mx, probe_mx, destination="MX {domain}", refuses=("auth",)),
+    Haineko=Relay(relay_haineko, probe_haineko, default_port=2794, api_url="{scheme}://{host}:{port}"),
+    SendGrid=Relay(relay_sendgrid, probe_sendgrid, 25, "https://api.sendgrid.com", ("auth",), login=("password",)),
+    AmazonSES=Relay(relay_amazonses, probe_amazonses, 25, "https://email.{region}.amazonaws.com", ("auth", "region")),
+    Mandrill=Relay(relay_mandrill, probe_mandrill, 25, "https://mandrillapp.com", ("auth",), login=("password",)),
+    File=Relay(relay_file, probe_folder, destination="File {route.folder}", into_folder=True),
+    Screen=Relay(relay_screen, probe_none, destination="Screen"),
+    Discard=Relay(relay_discard, probe_none, destination="Discard"),
+)
 
 # ======================================================================================================================
 # 14. Queue
-#     Keeps on disk the mail that waits, and delivers it. What comes after a reply, bounces and events are functions of
-#     values; Store is the file (SQLite); Courier delivers, in one process. Nothing is answered 2xx before its commit is
-#     on disk. Where a process can be killed, and what that costs:
-#      - before a mail is in the file: its client has no answer and tries again. What a relay took meanwhile then goes
-#        twice, unless the client sent an Idempotency-Key: with one the mail is in the file before anything is sent.
-#      - within a delivery from the file: each attempt begins with a lease, on disk, and a process holds a lock for as
-#        long as it lives, so that leases of the dead are seen. The recipient is tried again: no relay and no disk can
-#        say whether it took the mail. The log says that it may arrive twice.
-#      - after a recipient's fate is in the file, in one commit with the bounce and the event that tell of it: nothing.
-#        An event may be POSTed twice, with the same webhook-id.
+#     Keeps mail that waits in a file (SQLite) and delivers it, in one process. What follows a reply, bounces and events
+#     are functions of values; QueueDB is the file, with its operations; QueueManager delivers.
 # ======================================================================================================================
+
+# Nothing is answered 2xx before it is committed to disk. After a process was killed,
+#  - a mail that was not yet in the file is sent again by its client, who has no answer. With an Idempotency-Key it is in
+#    the file before anything is sent, and is not sent twice.
+#  - leases of the dead process are seen, since it no longer holds its lock. Their recipients are tried again, and the
+#    log says that the mail may arrive twice.
+#  - the result of an attempt is there together with the bounce and the event that report it, or not at all.
 
 
 class Disposition(NamedTuple):
-    """What comes next for a recipient."""
+    """What follows for a recipient after an attempt."""
 
     state: str  # "open", "delivered" or "failed"
-    pause: float = 0.0  # seconds until the next attempt, where it is open
+    pause: float = 0.0  # seconds until the next attempt, if open
 
 
-def next_disposition(reply: Reply, attempts: int, age: float, rng: float, policy: QueueSettings) -> Disposition:
-    """What comes after that reply to so many attempts for a mail `age` seconds old; dice: 0 to 1, by chance."""
+def next_disposition(reply: Reply, attempts: int, age: float, jitter: float, settings: QueueSettings) -> Disposition:
+    """Return what follows the reply to the latest of `attempts` for a mail `age` seconds old; jitter is 0 to 1."""
     if reply.accepted:
         return Disposition("delivered")
-    if not reply.temporary or age >= policy.lifetime:
+    if not reply.temporary or age >= settings.lifetime:
         return Disposition("failed")
-    pause = policy.retry_after[min(attempts, len(policy.retry_after)) - 1] * (0.8 + 0.4 * rng)
-    end = max(policy.lifetime - age, 1.0)  # of its life: then is the last attempt
-    return Disposition("open", min(max(pause, reply.retry_after), end))
+    pause = settings.retry_after[min(attempts, len(settings.retry_after)) - 1] * (0.8 + 0.4 * jitter)
+    return Disposition("open", min(max(pause, reply.retry_after), max(settings.lifetime - age, 1.0)))
+
+
+class AttemptResult(NamedTuple):
+    """Result of an attempt, to be recorded."""
+
+    reply: Reply | None  # None: the lifetime ended without another attempt
+    disposition: Disposition
+    follow_ups: tuple = ()  # NewQueueItems that report it
+    destination: str = ""  # by the settings now in force; "": as it was
+
+
+class Attempt(NamedTuple):
+    """Earlier attempt to deliver to a recipient."""
+
+    time: float
+    reply: Reply
+
+
+class NewRecipient(NamedTuple):
+    """Recipient of a new item."""
+
+    as_written: str  # by the client
+    recipient: str  # as relays are told
+    number: int  # of the copy
+    destination: str  # see destination_key()
 
 
 class NewQueueItem(NamedTuple):
-    """A mail, or an event for the webhook, on its way into the store."""
+    """Mail, or event for the webhook, to be stored."""
 
     queueid: str
     kind: str  # "mail" or "event"
     sender: str  # "" is the null sender
-    login: str  # who sent it; "" where nobody had to log in
+    login: str  # user name that sent it; "" if none was needed
     created_at: float
     message: Message
-    recipients: tuple  # of (as it was given, on the wire, number of its copy, lane)
-    key: bytes | None = None  # of the request, from its login, path and Idempotency-Key
-    body: bytes | None = None  # digest of the request's body
+    recipients: tuple  # of NewRecipient
+    key: bytes | None = None  # digest of login, path and Idempotency-Key
+    body_digest: bytes | None = None  # of the request's body
 
 
 class LeasedRecipient(NamedTuple):
-    """One recipient that is leased to this process, with all that its delivery needs."""
+    """Recipient leased to this process, with all that its delivery needs."""
 
     id: int
     queueid: str
@@ -5299,72 +5268,77 @@ class LeasedRecipient(NamedTuple):
     number: int
     destination: str
     attempts: int
-    history: tuple  # of (time, Reply), the attempts so far
+    history: tuple = ()  # of Attempt
 
 
 def destination_key(route: Route, domain: str) -> str:
-    """What mail shares a next hop: a host that is dead delays its own lane only."""
+    """Return the key of the next hop: an unreachable host delays mail to its own destination only."""
     if route.relay == "File":
         return f"File {route.folder}"
     return f"MX {domain.lower()}" if route.relay == "MX" else f"{route.relay} {route.host}:{route.port}"
 
 
-def queued_reply(queueid: str, said: Reply | None = None) -> Reply:
-    """What the client reads of a recipient that waits."""
-    return make_reply("queued", *(said.message if said else ()), word=queueid, mailer="Queue")
+def queued_reply(queueid: str, reply: Reply | None = None) -> Reply:
+    """Return the reply that tells a client that a recipient waits, with the lines of its latest reply."""
+    return make_reply("queued", *(reply.message if reply else ()), word=queueid, mailer="Queue")
 
 
-# -- what is told at the end
+# -- Bounces and events
 
 
-def notifications(leased: LeasedRecipient, reply: Reply, step: Disposition, settings: Settings, now: float) -> list:
-    """Entries that tell of a recipient's fate: an event for the webhook, a bounce for the sender; most often none."""
+def notifications(
+    leased: LeasedRecipient, result: AttemptResult, reply: Reply, settings: Settings, now: float
+) -> tuple:
+    """Return the items that report a result: an event for the webhook, a bounce for the sender; usually none."""
     if leased.kind != "mail":
-        return []
-    entries, word = [], step.state if step.state != "open" else "deferred" if not leased.attempts else ""
-    if word and settings.queue.webhook:
-        entries.append(webhook_event(f"message.{word}", leased, reply, settings.queue.webhook, now))
-    if word == "failed" and leased.sender:
-        queueid, mailbox = new_queueid(now), parse_address(leased.sender)
-        message = bounce_message(leased, reply, settings.hostname, queueid, now)
-        destination = destination_key(resolve_route(mailbox.domain, "", settings)[0], mailbox.domain)
-        to = (leased.sender, leased.sender, 1, destination)
-        entries.append(NewQueueItem(queueid, "mail", "", leased.login, now, message, (to,)))
-    return entries
+        return ()
+    items, state = [], result.disposition.state
+    event = state if state != "open" else "deferred" if leased.attempts == 1 else ""
+    if event and settings.queue.webhook:
+        items.append(webhook_event(f"message.{event}", leased, reply, settings.queue.webhook, now))
+    if state == "failed" and leased.sender:
+        items.append(new_bounce(leased, reply, settings, now))
+    return tuple(items)
 
 
-def webhook_event(word: str, leased: LeasedRecipient, reply: Reply, url: str, now: float) -> NewQueueItem:
-    """An event in the form of Standard Webhooks; its queue id is the webhook-id."""
+def webhook_event(name: str, leased: LeasedRecipient, reply: Reply, url: str, now: float) -> NewQueueItem:
+    """Return an event in the form of Standard Webhooks; its queue id is the webhook-id."""
     data = {"queueid": leased.queueid, "addresser": leased.sender, **reply_to_dict(leased.as_written, reply)}
-    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
-    body = ENCODER.encode({"type": word, "timestamp": moment, "data": {**data, "attempts": leased.attempts + 1}})
-    destination = f"Webhook {WEBHOOK_URL.fullmatch(url)[2]}"
+    timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
+    event = {"type": name, "timestamp": timestamp, "data": {**data, "attempts": leased.attempts}}
+    recipient = NewRecipient(url, url, 1, f"Webhook {WEBHOOK_URL.fullmatch(url)[2]}")
     return NewQueueItem(
-        new_queueid(now), "event", "", "", now, Message((body.encode(),)), ((url, url, 1, destination),)
+        new_queueid(now), "event", "", "", now, Message((ENCODER.encode(event).encode(),)), (recipient,)
     )
 
 
+def new_bounce(leased: LeasedRecipient, reply: Reply, settings: Settings, now: float) -> NewQueueItem:
+    queueid, domain = new_queueid(now), parse_address(leased.sender).domain
+    message = bounce_message(leased, reply, settings.hostname, queueid, now)
+    destination = destination_key(resolve_route(domain, "", settings)[0], domain)
+    recipient = NewRecipient(leased.sender, leased.sender, 1, destination)
+    return NewQueueItem(queueid, "mail", "", leased.login, now, message, (recipient,))
+
+
 def sign_webhook(secret: bytes, webhook_id: str, second: int, body: bytes) -> str:
-    """webhook-signature as Standard Webhooks 1.0 has it: HMAC-SHA256 of "id.timestamp.body"."""
+    """Return webhook-signature of Standard Webhooks 1.0: the HMAC-SHA256 of "id.timestamp.body"."""
     digest = hmac.digest(secret, b"%b.%d.%b" % (webhook_id.encode(), second, body), "sha256")
     return "v1," + base64.b64encode(digest).decode()
 
 
 def bounce_message(leased: LeasedRecipient, reply: Reply, hostname: str, queueid: str, now: float) -> Message:
-    """The report to the sender (RFC 3464) that a recipient's mail won't arrive."""
-    date, edge = rfc5322_date(int(now)), f"{queueid}/report"
-    place = f" ({reply.host})" if reply.host else ""
-    words = "\r\n".join([f"    {line}" for line in diagnostic_lines(reply)])
-    head = leased.message.copy(leased.recipient, leased.number).partition(b"\r\n\r\n")[0] + b"\r\n"
-    coding = "7bit" if head.isascii() and leased.recipient.isascii() else "8bit"
+    """Return the delivery status notification (RFC 3464) that a recipient's mail has failed."""
+    header = leased.message.copy(leased.recipient, leased.number).partition(b"\r\n\r\n")[0] + b"\r\n"
+    lines, is_ascii = diagnostic_lines(reply), leased.recipient.isascii()
     text = BOUNCE_TEMPLATE.format(
-        date=date, hostname=hostname, sender=leased.sender, queueid=queueid, edge=edge, age=format_duration(now - leased.created_at),
-        original=leased.queueid, recipient=leased.recipient, place=place, words=words, status=bounce_status(reply),
-        kind="rfc822" if leased.recipient.isascii() else "utf-8", arrived=rfc5322_date(int(leased.created_at)),
-        tried=leased.attempts + 1, code=reply.code, diagnostic="\r\n    ".join(diagnostic_lines(reply)),
-        remote=f"Remote-MTA: dns; {reply.host}\r\n" if reply.host else "", coding=coding,
+        leased=leased, hostname=hostname, queueid=queueid, boundary=f"{queueid}/report", date=rfc5322_date(int(now)),
+        encoding="7bit" if header.isascii() and is_ascii else "8bit", address_type="rfc822" if is_ascii else "utf-8",
+        age=format_duration(now - leased.created_at), arrival_date=rfc5322_date(int(leased.created_at)),
+        server=f" ({reply.host})" if reply.host else "", reply="\r\n    ".join(lines),
+        remote_mta=f"Remote-MTA: dns; {reply.host}\r\n" if reply.host else "",
+        status=reply.dsn or ("4.4.7" if reply.temporary else "5.0.0"),  # RFC 3463: delivery time expired; undefined
     )  # fmt: skip
-    octets = text.encode() + head + f"\r\n--{edge}--\r\n".encode()
+    octets = text.encode() + header + f"\r\n--{queueid}/report--\r\n".encode()
     return Message((octets,), needs_8bitmime=not octets.isascii())
 
 
@@ -5372,7 +5346,7 @@ BOUNCE_TEMPLATE = """\
 Received: by {hostname} (Haineko) id {queueid};
 	{date}
 From: Mail Delivery System <MAILER-DAEMON@{hostname}>
-To: {sender}
+To: {leased.sender}
 Subject: Undelivered Mail Returned to Sender
 Date: {date}
 Message-Id: <{queueid}.1@{hostname}>
@@ -5380,52 +5354,47 @@ Auto-Submitted: auto-replied
 X-Haineko-Loop: {hostname}
 MIME-Version: 1.0
 Content-Type: multipart/report; report-type=delivery-status;
- boundary="{edge}"
+ boundary="{boundary}"
 
---{edge}
+--{boundary}
 Content-Type: text/plain; charset=UTF-8
-Content-Transfer-Encoding: {coding}
+Content-Transfer-Encoding: {encoding}
 
 This is the mail system at {hostname}.
 
 Your mail could not be delivered to
 
-    {recipient}
+    {leased.recipient}
 
-It was tried {tried} time(s) in {age}. The last reply{place} was:
+It was tried {leased.attempts} time(s) in {age}. The last reply{server} was:
 
-{words}
+    {reply}
 
 Its headers are attached. It will not be tried again.
 
---{edge}
+--{boundary}
 Content-Type: message/delivery-status
 
 Reporting-MTA: dns; {hostname}
-X-Haineko-Queueid: {original}
-Arrival-Date: {arrived}
+X-Haineko-Queueid: {leased.queueid}
+Arrival-Date: {arrival_date}
 
-Final-Recipient: {kind}; {recipient}
+Final-Recipient: {address_type}; {leased.recipient}
 Action: failed
 Status: {status}
-{remote}Diagnostic-Code: smtp; {diagnostic}
+{remote_mta}Diagnostic-Code: smtp; {reply}
 
---{edge}
+--{boundary}
 Content-Type: text/rfc822-headers
-Content-Transfer-Encoding: {coding}
+Content-Transfer-Encoding: {encoding}
 
 """.replace("\n", "\r\n")
 
 
 def diagnostic_lines(reply: Reply) -> list:
-    """A reply's lines fit for a message: ASCII, short, with their code."""
+    """Return a reply's lines for a message: ASCII, short, each with the code."""
     lines = [sanitize(line, 500).encode("ascii", "replace").decode() for line in reply.message[:MAX_REPLY_LINES]]
     return [f"{reply.code} {line}".rstrip() for line in lines or [""]]
-
-
-def bounce_status(reply: Reply) -> str:
-    """RFC 3463; of a mail whose life is over and where nobody said more, that its delivery time expired."""
-    return reply.dsn or ("4.4.7" if reply.temporary else "5.0.0")
 
 
 def format_duration(seconds: float) -> str:
@@ -5461,69 +5430,65 @@ def post_webhook(leased: LeasedRecipient, secret: bytes, now: float) -> list:
 
 WEBHOOK_TIMEOUT = 15.0  # seconds
 
-
-# -- the file
+# -- The file
 
 
 class QueueDB:
-    """The file of the queue as one process uses it. One thread does all work in it and puts whatever waits into one
-    transaction, so that many mails share the disk's one flush."""
+    """The queue's file as one process uses it.
+
+    One thread runs all operations and commits those that wait in one transaction, so that many mails share one fsync.
+    """
 
     BUSY = 5.0  # seconds to wait for another process's lock
-    BATCH = 256  # operations of one transaction
+    BATCH = 256  # operations in one transaction
 
-    def __init__(self, policy: QueueSettings, ringer: socket.socket | None = None) -> None:
-        self.settings, self.wake_socket = policy, ringer
-        if ringer:
-            ringer.setblocking(False)
-        self.waiting: queue.SimpleQueue = queue.SimpleQueue()  # of (operation, values, future)
-        self.deferred_writes: deque = (
-            deque()
-        )  # of (operation, values) that must be done, as soon as the file can be used again
+    def __init__(self, settings: QueueSettings, wake_socket: socket.socket | None = None) -> None:
+        self.settings, self.wake_socket = settings, wake_socket
+        if wake_socket:
+            wake_socket.setblocking(False)
+        self.waiting: queue.SimpleQueue = queue.SimpleQueue()  # of (operation, values, done)
+        self.deferred_writes: deque = deque()  # (operation, values) to be repeated until the file can be used
         self.thread: Any = None
         self.db: Any = None
-        self.inode = self.slot = self.locks = 0
-        self.fault = ""  # why the file can't be used; told once
-        self.rung = False  # since the last commit
-        self.disk_checked_at, self.disk_ok = 0.0, False  # when the disk was looked at, and whether it had room
+        self.file_ids: list = []  # of the files as they were opened
+        self.slot = self.locks = 0  # number of the byte that this process has locked; the lock file
+        self.fault = ""  # why the file can't be used
+        self.woken = False  # since the last commit
+        self.disk_checked_at, self.disk_ok = 0.0, False
 
     async def do(self, operation: Callable, *values: Any) -> Any:
-        """What operation(db, slot, *values) gives, once its changes are on disk; Refused where that can't be."""
-        future = asyncio.get_running_loop().create_future()
-        self.waiting.put((operation, values, future))
-        if not self.thread:
-            self.thread = threading.Thread(target=self._work, daemon=True)
-            self.thread.start()
-        result = await future
-        if isinstance(result, Exception):
-            raise result
-        return result
+        """Return the result of operation(db, slot, *values) once it is on disk; raise Rejected if that fails."""
+        return await answered_by(self._queue, operation, values)
 
-    async def add(self, queue_item: NewQueueItem, fates: list | None = None, held: bool = False) -> tuple | None:
-        """Stores an entry, see enqueue(); Refused where the disk is too full."""
+    async def add(self, item: NewQueueItem, results: list | None = None, leased: bool = False) -> Any:
+        """Store an item, see enqueue(); raise Rejected if the disk is too full."""
         if not self.has_free_space():
             raise Rejected(make_reply("store", f"less than {self.settings.min_free} octets are free", mailer="Queue"))
-        return await self.do(enqueue, queue_item, fates, held)
+        return await self.do(enqueue, item, results, leased)
 
     async def do_eventually(self, operation: Callable, *values: Any) -> None:
-        """The same for what has happened already: put off, not forgotten, while the file can't be used."""
+        """Record what has happened already: at once, or as soon as the file can be used again."""
         try:
             await self.do(operation, *values)
         except Rejected:
             self.deferred_writes.append((operation, values))
 
+    async def release(self, operation: Callable, lease: Any) -> None:
+        """End the lease of what a bug has kept from being recorded by the operation: it is tried again."""
+        await self.do_eventually(release_leases, self.settings, time.time(), LEASE_CONDITIONS[operation], lease)
+
     def wake_manager(self) -> None:
-        """Tells the courier that something is due; once after each commit will do."""
-        if self.rung:
+        """Tell the queue manager that something is due; once after each commit is enough."""
+        if self.woken:
             return
-        self.rung = True
+        self.woken = True
         try:
             self.wake_socket.send(b"\0")
-        except (OSError, AttributeError):  # rung often enough, or there is none: it looks once a second
+        except (OSError, AttributeError):  # woken often enough, or there is none: it looks once a second
             pass
 
     def has_free_space(self) -> bool:
-        """True where the disk has as much free space as it should, or had a moment ago."""
+        """Return whether the disk has as much free space as it should, or had a moment ago."""
         now = time.monotonic()
         if now - self.disk_checked_at > 0.1:
             self.disk_checked_at, self.disk_ok = now, False
@@ -5533,7 +5498,7 @@ class QueueDB:
         return self.disk_ok
 
     def health_error(self) -> str:
-        """What is wrong with the file or its disk, "" for nothing."""
+        """Return what is wrong with the file or its disk, "" for nothing."""
         return "the queue can't be used" if self.fault else "" if self.has_free_space() else "disk full"
 
     def _work(self) -> None:
@@ -5542,39 +5507,41 @@ class QueueDB:
             work = [*owed, *[(operation, values) for operation, values, _ in batch]]
             results = self.commit(work, batch)
             self.deferred_writes.extend(work for work, result in zip(owed, results) if isinstance(result, Rejected))
-            self.rung = False
-            for (_, _, future), result in zip(batch, results[len(owed) :]):
-                future.get_loop().call_soon_threadsafe(future.set_result, result)
+            self.woken = False
+            for (_, _, done), result in zip(batch, results[len(owed) :]):
+                done(result)
 
     def _batch(self) -> list:
-        """The work that waits; waits for some."""
+        """Wait for work and return all that waits; nothing after a second if there are deferred writes."""
         try:
             batch = [self.waiting.get(timeout=1.0 if self.deferred_writes else None)]
         except queue.Empty:
             return []
-        self._drain_waiting(batch)
-        return batch
+        return batch + self._drain_waiting(self.BATCH - 1)
 
-    def _drain_waiting(self, batch: list) -> list:
-        """What else waits, put into the batch."""
-        more: list = []
+    def _drain_waiting(self, limit: int) -> list:
+        """Return what waits, without waiting for more."""
+        found: list = []
         with contextlib.suppress(queue.Empty):
-            while len(batch) + len(more) < self.BATCH:
-                more.append(self.waiting.get_nowait())
-        batch += more
-        return more
+            while len(found) < limit:
+                found.append(self.waiting.get_nowait())
+        return found
 
     def commit(self, work: list, batch: list | None = None) -> list:
-        """What the operations give, all of them on disk in one transaction; a Refused each where that can't be. With
-        the `batch` that they are from, what comes into it while another process has the lock is done with them."""
-        import fcntl
+        """Return the results of operations, on disk in one transaction; a Rejected for each if that fails.
+
+        If `batch` is given, operations queued while waiting for the lock join this transaction.
+        """
         import sqlite3
 
         try:
-            db = self._opened()
-            fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite's own waiting is a sleep, and a long one by chance
+            self._open()
+            fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite itself would wait by sleeping, sometimes long
+            db = self._open()  # the files may have been replaced meanwhile
             if batch is not None:
-                work += [(operation, values) for operation, values, _ in self._drain_waiting(batch)]
+                late = self._drain_waiting(self.BATCH - len(batch))
+                batch += late
+                work += [(operation, values) for operation, values, _ in late]
             db.execute("BEGIN IMMEDIATE")
             results = [operation(db, self.slot, *values) for operation, values in work]
             db.execute("COMMIT")
@@ -5582,12 +5549,16 @@ class QueueDB:
             self.close()
             self._log_fault(f"{self.settings.path}: {error}")
             return [Rejected(make_reply("store", mailer="Queue")) for _ in work]
-        except Exception as error:  # a bug must not take the others' work with it
+        except Exception as error:  # a bug in one operation must not undo the others
             self.close()
             if len(work) > 1:
                 return [self.commit([one])[0] for one in work]
             log_exception("queue")
-            return [error]
+            operation, values = work[0]
+            if operation not in LEASE_CONDITIONS:
+                return [error]
+            release = self.settings, time.time(), LEASE_CONDITIONS[operation], values[0]
+            return self.commit([(release_leases, release)])
         finally:
             if self.locks:
                 fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, 0)
@@ -5595,7 +5566,7 @@ class QueueDB:
         return results
 
     def close(self, for_good: bool = False) -> None:
-        """Undoes what isn't on disk yet; the next commit opens the file anew."""
+        """Undo what isn't on disk yet; the next commit opens the file again."""
         if self.db:
             self.db.close()
         self.db = None
@@ -5608,49 +5579,88 @@ class QueueDB:
             log.lines(f"queue: {sanitize(error)}; nothing is accepted into it" if error else "queue: can be used again")
         self.fault = error
 
-    def _opened(self) -> Any:
-        """The connection; raises sqlite3.Error or OSError."""
+    def _open(self) -> Any:
+        """Return the connection; raise sqlite3.Error or OSError."""
         import sqlite3
 
         path = self.settings.path
-        if self.db and stat_key(path) and os.stat(path).st_ino == self.inode:  # nobody took the file away
+        if self.db and self.file_ids == self._file_ids():
             return self.db
+        if self.db:
+            log.lines(f"queue: {sanitize(path)} was moved or replaced while in use; what is there now is opened")
+            with contextlib.suppress(sqlite3.Error):  # what is committed must be in the file that was moved
+                self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.close()
         if not os.path.exists(path):
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # the mails in it are nobody else's business
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # mail is private
         db = self.db = sqlite3.connect(path, timeout=self.BUSY, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=FULL")
-        db.execute("PRAGMA foreign_keys=ON")
+        db.row_factory = sqlite3.Row
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            db.execute(f"PRAGMA {pragma}")
         migrate(db)
-        self.inode = os.stat(path).st_ino
-        if not self.slot:
-            self.locks, self.slot = lock_slot(path + ".lock")
-            db.execute("BEGIN IMMEDIATE")
-            release_leases(db, self.slot, self.settings, time.time())  # of the last one that had it
-            db.execute("COMMIT")
+        self._lock_slot(db)
+        self.file_ids = self._file_ids()
         return db
 
+    def _file_ids(self) -> list:
+        return [file_id(self.settings.path + suffix) for suffix in ("", "-wal", "-shm", ".lock")]
 
-def lock_slot(path: str) -> tuple:
-    """(open lock file, number of the first octet in it that nobody had locked). The kernel unlocks it when the process
-    ends, however it ends; so who holds a lease is known to be alive. No process may open the file twice."""
-    import fcntl
+    def _lock_slot(self, db: Any) -> None:
+        """Lock a slot, the same again if the lock file was replaced; what its last process had leased is released."""
+        path, before = self.settings.path + ".lock", self.slot
+        if before and file_id(path) == file_id(self.locks):
+            return
+        if before:
+            os.close(self.locks)
+        self.slot = self.locks = 0
+        locks, slot = lock_slot(path, before)
+        if slot != before:
+            try:
+                db.execute("BEGIN IMMEDIATE")
+                release_leases(db, slot, self.settings, time.time())
+                db.execute("COMMIT")
+            except BaseException:
+                os.close(locks)
+                raise
+        self.locks, self.slot = locks, slot
 
+
+def file_id(file: str | int) -> tuple | None:
+    """Return the device and inode of a path or an open file, None if there is none."""
+    try:
+        found = os.fstat(file) if isinstance(file, int) else os.lstat(file)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def lock_slot(path: str, preferred: int) -> tuple:
+    """Return the open lock file and the number of a byte in it, now locked.
+
+    The kernel unlocks it when the process ends, so the owner of a lease is known to be alive. No process may open the
+    file twice: closing one handle would unlock all.
+    """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    for slot in range(1, MAX_SLOTS):
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, slot)
+    for slot in (preferred or 1, *range(1, MAX_SLOTS)):
+        if lock_byte(handle, slot):
             return handle, slot
-        except OSError:
-            continue
+    os.close(handle)
     raise OSError(errno.EAGAIN, "too many processes use it")
 
 
 MAX_SLOTS = 4096  # processes
 
 
-# Each upgrades the file from the version before (PRAGMA user_version) to its own, the first one is version 1.
+def lock_byte(handle: int, offset: int) -> bool:
+    """Lock one byte of the file; return False if another process has it."""
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
+    except OSError:
+        return False
+    return True
+
+
+# The first script creates a file of version 1 (PRAGMA user_version), each further one upgrades it by one.
 MIGRATIONS = (
     """
     CREATE TABLE messages (
@@ -5659,53 +5669,62 @@ MIGRATIONS = (
         kind TEXT NOT NULL,          -- mail, or event for the webhook
         sender TEXT NOT NULL,
         login TEXT NOT NULL,
-        born REAL NOT NULL,          -- seconds since the epoch, as all times
-        open INTEGER NOT NULL,       -- recipients whose fate is not known
-        done REAL,                   -- when there was none left
+        born REAL NOT NULL,          -- created_at: seconds since the epoch, as all times
+        open INTEGER NOT NULL,       -- open_recipients: how many are neither delivered nor given up
+        done REAL,                   -- completed_at: when none was left
         owner INTEGER,               -- slot of the process that has yet to answer its client
         key BLOB UNIQUE,             -- with Idempotency-Key: digest of login, path and key
-        body BLOB,                   -- digest of the request's body
-        answer TEXT,                 -- what was answered: JSON of status, headers, body
+        body BLOB,                   -- body_digest: of the request
+        answer TEXT,                 -- response to the client: JSON of status, headers, body
         size INTEGER NOT NULL,       -- octets of the message
-        parts TEXT NOT NULL,         -- JSON: 1 for 8 bits, 2 for SMTPUTF8; lengths of the parts
-        octets BLOB NOT NULL         -- the parts; empty when all is done
+        parts TEXT NOT NULL,         -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), then the length of each part
+        octets BLOB NOT NULL         -- the parts; empty once completed
     );
     CREATE INDEX messages_by_owner ON messages(owner) WHERE owner IS NOT NULL;
     CREATE INDEX messages_by_done ON messages(done) WHERE done IS NOT NULL;
     CREATE TABLE recipients (
         id INTEGER PRIMARY KEY,
         message INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
-        given TEXT NOT NULL,         -- as the client wrote it
+        given TEXT NOT NULL,         -- as_written: by the client
         recipient TEXT NOT NULL,     -- as relays are told
         number INTEGER NOT NULL,     -- of the copy
-        lane TEXT NOT NULL,
+        lane TEXT NOT NULL,          -- destination: see destination_key()
         state TEXT NOT NULL,         -- open, delivered, failed or dropped
-        born REAL NOT NULL,
-        due REAL,                    -- open and not leased: when it is tried next; 0 is at once, whatever its lane does
-        owner INTEGER,               -- leased: slot of the process that tries it
+        born REAL NOT NULL,          -- created_at
+        due REAL,                    -- open and not leased: time of the next attempt; 0: now, even if throttled
+        owner INTEGER,               -- leased: slot of the process that delivers it
         attempts INTEGER NOT NULL,
-        history TEXT NOT NULL        -- JSON: a list for each attempt
+        history TEXT NOT NULL        -- JSON, see add_attempt()
     );
     CREATE INDEX recipients_by_message ON recipients(message);
     CREATE INDEX recipients_by_owner ON recipients(owner) WHERE owner IS NOT NULL;
     CREATE INDEX recipients_by_due ON recipients(lane, due) WHERE due IS NOT NULL;
     CREATE INDEX recipients_by_age ON recipients(lane, born) WHERE due IS NOT NULL
     """,
+    """
+    ALTER TABLE messages RENAME COLUMN born TO created_at;
+    ALTER TABLE messages RENAME COLUMN open TO open_recipients;
+    ALTER TABLE messages RENAME COLUMN done TO completed_at;
+    ALTER TABLE messages RENAME COLUMN body TO body_digest;
+    ALTER TABLE messages RENAME COLUMN answer TO response;
+    ALTER TABLE recipients RENAME COLUMN given TO as_written;
+    ALTER TABLE recipients RENAME COLUMN lane TO destination;
+    ALTER TABLE recipients RENAME COLUMN born TO created_at;
+    DROP INDEX messages_by_owner
+    """,
 )
 
 
-def migrate(db: Any, versions: tuple = MIGRATIONS) -> None:
-    """The file brought to the newest version in one transaction; a newer one is refused."""
-    import sqlite3
-
-    newest = len(versions)
+def migrate(db: Any, migrations: tuple = MIGRATIONS) -> None:
+    """Bring the file to the newest version in one transaction; refuse a newer one."""
+    newest = len(migrations)
     if db.execute("PRAGMA user_version").fetchone()[0] == newest:
         return
     db.execute("BEGIN IMMEDIATE")
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > newest:
-        raise sqlite3.DatabaseError(f"{NEWER_VERSION} {version}; this Haineko knows {newest}")
-    for script in versions[version:]:
+        raise OSError(f"{NEWER_VERSION} {version}; this Haineko knows {newest}")
+    for script in migrations[version:]:
         for statement in re.sub(r" *--[^\n]*", "", script).split(";"):
             db.execute(statement)
     db.execute(f"PRAGMA user_version={newest}")
@@ -5713,352 +5732,366 @@ def migrate(db: Any, versions: tuple = MIGRATIONS) -> None:
 
 
 NEWER_VERSION = "is of a newer version,"
-RETENTION = 86400  # seconds for which a mail's fate and the answer to an Idempotency-Key are kept
-MAX_HISTORY = 50  # attempts kept of one recipient: the first one and the last ones
-MAX_REPLY_LINES = 10  # lines of a reply kept
+RETENTION = 86400  # seconds for which completed mails and responses to an Idempotency-Key are kept
+MAX_HISTORY = 50  # attempts kept of each recipient: the first one and the last ones
+MAX_REPLY_LINES = 10  # lines kept of a reply
 
 
-# -- operations on the file; each is called as operation(db, slot, *values) within a transaction
+# -- Operations on the file, called as operation(db, slot, *values) within a transaction; rows are sqlite3.Row
 
 
-def enqueue(db: Any, slot: int, queue_item: NewQueueItem, fates: list | None, held: bool = False) -> tuple | None:
-    """Stores an entry, recipient by recipient as their fates (Reply, Step) say; without fates they are due at once, or
-    leased to this process where it is `held`. Gives the earlier message with the same key instead, if there is one."""
-    if queue_item.key:
-        db.execute(
-            "UPDATE messages SET key=NULL WHERE key=? AND born<=?", (queue_item.key, queue_item.created_at - RETENTION)
-        )
-        earlier = db.execute(
-            "SELECT queueid, body, owner, answer FROM messages WHERE key=?", (queue_item.key,)
-        ).fetchone()
-        if earlier:
-            return earlier
-    flags = queue_item.message.needs_8bitmime + 2 * queue_item.message.needs_smtputf8
-    octets, parts = b"".join(queue_item.message.parts), [flags, *map(len, queue_item.message.parts)]
-    row = (queue_item.queueid, queue_item.kind, queue_item.sender, queue_item.login, queue_item.created_at, len(queue_item.recipients),
-           slot if held else None, queue_item.key, queue_item.body, len(octets), json.dumps(parts), octets)  # fmt: skip
-    message = db.execute(
-        "INSERT INTO messages (queueid, kind, sender, login, born, open, owner, key, body, size, parts, octets)"
-        " VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", row
-    ).lastrowid  # fmt: skip
-    for given, recipient, number, destination in queue_item.recipients:
-        due, owner = (None, slot) if held or fates else (queue_item.created_at, None)
-        row = (message, given, recipient, number, destination, queue_item.created_at, due, owner)
-        db.execute(
-            "INSERT INTO recipients (message, given, recipient, number, lane, born, due, owner, state, attempts,"
-            " history) VALUES (?,?,?,?,?,?,?,?,'open',0,'[]')", row
-        )  # fmt: skip
-    if fates:
-        finish_request(
-            db, slot, queue_item.queueid, fates, None, max(time.time(), queue_item.created_at)
-        )  # the first attempt took its time
+def enqueue(db: Any, slot: int, item: NewQueueItem, results: list | None, leased: bool = False) -> Any:
+    """Store an item and return None, or return the earlier message with the same key.
+
+    Recipients are due at once, leased to this process if `leased`, or as the results of their first attempts say.
+    """
+    if item.key:
+        expired = item.created_at - RETENTION
+        db.execute("UPDATE messages SET key=NULL WHERE key=? AND created_at<=?", (item.key, expired))
+        earlier = "SELECT queueid, body_digest, owner, response FROM messages WHERE key=?"
+        found = db.execute(earlier, (item.key,)).fetchone()
+        if found:
+            return found
+    octets, flags = b"".join(item.message.parts), item.message.needs_8bitmime + 2 * item.message.needs_smtputf8
+    owner, created_at = slot if leased or results else None, item.created_at
+    message = insert(
+        db, "messages", queueid=item.queueid, kind=item.kind, sender=item.sender, login=item.login,
+        created_at=created_at, open_recipients=len(item.recipients), owner=owner, key=item.key,
+        body_digest=item.body_digest, size=len(octets), parts=json.dumps([flags, *map(len, item.message.parts)]),
+        octets=octets,
+    )  # fmt: skip
+    due = created_at if owner is None else None
+    state = {"message": message, "state": "open", "created_at": created_at, "due": due, "owner": owner}
+    for recipient in item.recipients:
+        insert(db, "recipients", **recipient._asdict(), **state, attempts=0, history="[]")
+    if results:  # their attempts took a while
+        finish_request(db, slot, item.queueid, results, None, max(time.time(), created_at))
     return None
 
 
-def finish_request(db: Any, slot: int, queueid: str, fates: list, answer: str | None, now: float) -> None:
-    """What became of all recipients of a mail while its client waited, and what the client was answered."""
-    found = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone()
-    if not found:  # somebody put another file in its place
-        return
-    (message,) = found
-    rows = db.execute("SELECT id, lane FROM recipients WHERE message=? ORDER BY id", (message,)).fetchall()
-    for (row_id, destination), (reply, step, notes) in zip(rows, fates):
-        finish_attempt(db, slot, row_id, destination, reply, step, notes, now)
-    db.execute("UPDATE messages SET owner=NULL, answer=? WHERE id=?", (answer, message))
+def insert(db: Any, table: str, **values: Any) -> int:
+    """Insert a row and return its id."""
+    places = ",".join("?" * len(values))
+    return db.execute(f"INSERT INTO {table} ({','.join(values)}) VALUES ({places})", (*values.values(),)).lastrowid
 
 
-def finish_attempt(
-    db: Any, slot: int, row_id: int, destination: str, reply: Reply | None, step: Disposition, notes: list, now: float
-) -> None:
-    """One leased recipient after an attempt (said None: after its life); what tells of its fate is stored with it."""
-    found = db.execute("SELECT message, history FROM recipients WHERE id=? AND owner=?", (row_id, slot)).fetchone()
-    if not found:  # its message was dropped
+def finish_request(db: Any, slot: int, queueid: str, results: list, response: str | None, now: float) -> None:
+    """Record the results of a mail's first attempts, and the response to its client."""
+    message = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone()
+    if not message:  # another file is in its place
         return
-    message, history = found
-    if reply:
-        history = add_attempt(history, now, reply)
-    due = now + step.pause if step.state == "open" else None
+    rows = db.execute("SELECT id FROM recipients WHERE message=? ORDER BY id", (message["id"],)).fetchall()
+    for row, result in zip(rows, results):
+        finish_attempt(db, slot, row["id"], result, now)
+    db.execute("UPDATE messages SET owner=NULL, response=? WHERE id=?", (response, message["id"]))
+
+
+def finish_attempt(db: Any, slot: int, row_id: int, result: AttemptResult, now: float) -> None:
+    """Record the result of an attempt and what reports it; ends the lease."""
+    sql = "SELECT message, destination, history FROM recipients WHERE id=? AND owner=?"
+    row = db.execute(sql, (row_id, slot)).fetchone()
+    if not row:  # another file is in its place
+        return
+    state, pause = result.disposition
+    history = add_attempt(row["history"], now, result.reply) if result.reply else row["history"]
     db.execute(
-        "UPDATE recipients SET lane=?, state=?, due=?, owner=NULL, attempts=attempts+?, history=? WHERE id=?",
-        (destination, step.state, due, reply is not None, history, row_id),
-    )
-    if step.state != "open":
-        close_recipient(db, message, now)
-    for note in notes:
-        enqueue(db, slot, note, None)
+        "UPDATE recipients SET destination=?, state=?, due=?, owner=NULL, attempts=attempts+?, history=? WHERE id=?",
+        (result.destination or row["destination"], state, now + pause if state == "open" else None,
+         result.reply is not None, history, row_id),
+    )  # fmt: skip
+    if state != "open":
+        close_recipients(db, row["message"], 1, now)
+    for item in result.follow_ups:
+        enqueue(db, slot, item, None)
 
 
-def close_recipient(db: Any, message: int, now: float) -> None:
-    """One recipient less is open; of a message that has none left, the octets go and the fate stays for a while."""
-    db.execute("UPDATE messages SET open=open-1 WHERE id=?", (message,))
-    db.execute("UPDATE messages SET done=?, octets=x'' WHERE id=? AND open<=0", (now, message))
+def close_recipients(db: Any, message: int, count: int, now: float) -> None:
+    """Count recipients that are done with; after the last one the octets go, the result stays for a while."""
+    db.execute("UPDATE messages SET open_recipients=open_recipients-? WHERE id=?", (count, message))
+    db.execute("UPDATE messages SET completed_at=?, octets=x'' WHERE id=? AND open_recipients<=0", (now, message))
 
 
 def add_attempt(history: str, now: float, reply: Reply) -> str:
-    words = [sanitize(line, 500) for line in reply.message[:MAX_REPLY_LINES]]
+    """Return the JSON of the attempts with one more; the ones in the middle go if there are too many."""
+    lines = [sanitize(line, 500) for line in reply.message[:MAX_REPLY_LINES]]
     attempts = json.loads(history)
-    attempts.append([round(now, 3), reply.code, reply.dsn, reply.command, words, reply.mailer, reply.host, reply.port])
+    attempts.append([round(now, 3), reply.code, reply.dsn, reply.command, lines, reply.mailer, reply.host, reply.port])
     return ENCODER.encode(attempts[:1] + attempts[1:][1 - MAX_HISTORY :])
 
 
 def parse_history(history: str) -> tuple:
-    """((time, Reply), ...) as add_attempt() wrote them."""
-    return tuple((when, Reply(code, dsn, command, tuple(words), *place))
-                 for when, code, dsn, command, words, *place in json.loads(history))  # fmt: skip
+    """Return the Attempts that add_attempt() wrote."""
+    return tuple([
+        Attempt(when, Reply(code, dsn, command, tuple(lines), *place))
+        for when, code, dsn, command, lines, *place in json.loads(history)
+    ])  # fmt: skip
 
 
-def lease_due(db: Any, slot: int, now: float, most: int, busy: dict, asleep: dict, old: float) -> list:
-    """Parcels of what is due, leased to this process: `most` of a lane less those that are `busy` in it; of a lane that
-    is asleep only what is wanted at once, and what was born before `old`, whose life is over."""
-    room, parcels = MAX_ACTIVE - sum(busy.values()), []
+def lease_due(
+    db: Any, slot: int, now: float, limit: int, in_flight: dict, throttled: dict, expired_before: float
+) -> list:
+    """Lease what is due to this process: up to `limit` of each destination, less those in flight.
+
+    Of a throttled destination only what is due at once, and what was created before `expired_before`.
+    """
+    free, leased = MAX_ACTIVE - sum(in_flight.values()), []
     for (destination,) in db.execute(DESTINATIONS_SQL).fetchall():
-        free = min(most - busy.get(destination, 0), room)
-        if free <= 0 or not destination:
+        count = min(limit - in_flight.get(destination, 0), free)
+        if count <= 0:
             continue
-        until = now if destination not in asleep else 0
-        idents = [row[0] for row in db.execute(DUE_SQL, (destination, until, free))]
-        if destination in asleep:
-            idents += [row[0] for row in db.execute(EXPIRED_SQL, (destination, old, MAX_OVERDUE))]
-        for row_id in dict.fromkeys(idents):
-            parcels.append(read_leased(db, row_id))
+        until = now if destination not in throttled else 0
+        rows = db.execute(DUE_SQL, (destination, until, count)).fetchall()
+        if destination in throttled:
+            rows += db.execute(EXPIRED_SQL, (destination, expired_before, MAX_EXPIRED)).fetchall()
+        for row_id in dict.fromkeys([row["id"] for row in rows]):
+            leased.append(read_leased(db, row_id))
             db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row_id))
-        room -= len(idents)
-    return parcels
+        free -= len(rows)
+    return leased
 
 
 MAX_ACTIVE = 256  # deliveries under way
-MAX_OVERDUE = 64  # mails given up in one go
+MAX_EXPIRED = 64  # mails given up at a time
 DESTINATIONS_SQL = """
-    WITH RECURSIVE lanes(lane) AS (
-        SELECT min(lane) FROM recipients WHERE due IS NOT NULL
-        UNION ALL SELECT (SELECT min(lane) FROM recipients WHERE due IS NOT NULL AND lane > lanes.lane)
-                  FROM lanes WHERE lane IS NOT NULL)
-    SELECT lane FROM lanes WHERE lane IS NOT NULL"""  # each by one look into the index, however many wait in it
-DUE_SQL = "SELECT id FROM recipients WHERE lane=? AND due IS NOT NULL AND due<=? ORDER BY due LIMIT ?"
-EXPIRED_SQL = "SELECT id FROM recipients WHERE lane=? AND due IS NOT NULL AND born<=? ORDER BY born LIMIT ?"
-
-
-def read_leased(db: Any, row_id: int) -> LeasedRecipient:
-    *head, parts, octets, given, recipient, number, destination, attempts, history = db.execute(
-        "SELECT r.id, queueid, kind, sender, login, m.born, parts, octets, given, recipient, number,"
-        " lane, attempts, history FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (row_id,)
-    ).fetchone()  # fmt: skip
-    flags, *lengths = json.loads(parts)
-    ends = list(itertools.accumulate(lengths))
-    message = Message(
-        tuple(octets[end - length : end] for end, length in zip(ends, lengths)), bool(flags & 1), flags > 1
-    )
-    return LeasedRecipient(*head, message, given, recipient, number, destination, attempts, parse_history(history))
-
-
-def reclaim_dead_leases(db: Any, slot: int, locks: int, policy: QueueSettings, now: float) -> None:
-    """What processes that are gone had leased is due again."""
-    import fcntl
-
-    found = db.execute(
-        "SELECT owner FROM recipients WHERE owner IS NOT NULL AND owner<>?"
-        " UNION SELECT owner FROM messages WHERE owner IS NOT NULL AND owner<>?", (slot, slot)
-    ).fetchall()  # fmt: skip
-    for (owner,) in found:
-        try:
-            fcntl.lockf(locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, owner)
-        except OSError:  # alive
-            continue
-        release_leases(db, owner, policy, now)
-        fcntl.lockf(locks, fcntl.LOCK_UN, 1, owner)  # who takes it now has to wait for our commit
-
-
-def release_leases(db: Any, owner: int, policy: QueueSettings, now: float) -> None:
-    """What the slot's last process had leased is due again. Each may have been sent, or else have been about to be."""
-    said = make_reply("interrupted", mailer="Queue")
-    rows = db.execute(
-        "SELECT r.id, r.recipient, r.attempts, r.history, r.born, m.queueid FROM recipients r"
-        " JOIN messages m ON m.id=r.message WHERE r.owner=?", (owner,)
-    ).fetchall()  # fmt: skip
-    for row_id, recipient, attempts, history, born, queueid in rows:
-        log.lines(f"{queueid}: to={log_value(f'<{recipient}>')} interrupted; it is tried again and may arrive twice")
-        due = (
-            now
-            + next_disposition(said, attempts + 1, min(now - born, policy.lifetime - 1), random_unit(), policy).pause
-        )
-        db.execute("UPDATE recipients SET due=?, owner=NULL, attempts=attempts+1, history=? WHERE id=?",
-                   (due, add_attempt(history, now, said), row_id))  # fmt: skip
-    db.execute("UPDATE messages SET owner=NULL WHERE owner=?", (owner,))
-
-
-def purge(db: Any, slot: int, now: float) -> None:
-    """Forgets what was done long ago, some of it at a time."""
-    db.execute("DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE done<? LIMIT 500)", (now - RETENTION,))
-
-
-def message_status(db: Any, slot: int, queueid: str) -> tuple | None:
-    """(row of the message, rows of its recipients) of a mail, None for none: see FATE."""
-    found = db.execute(
-        f"SELECT {', '.join(STATUS_COLUMNS[0])} FROM messages WHERE queueid=? AND kind='mail'", (queueid,)
-    ).fetchone()
-    if not found:
-        return None
-    rows = db.execute(
-        f"SELECT {', '.join(STATUS_COLUMNS[1])} FROM recipients WHERE message=? ORDER BY id", (found[0],)
-    ).fetchall()
-    return dict(zip(STATUS_COLUMNS[0], found)), [dict(zip(STATUS_COLUMNS[1], row)) for row in rows]
-
-
-STATUS_COLUMNS = (
-    ("id", "queueid", "sender", "login", "born", "size"),
-    ("given", "state", "due", "attempts", "history"),
+    WITH RECURSIVE found(destination) AS (
+        SELECT min(destination) FROM recipients WHERE due IS NOT NULL
+        UNION ALL SELECT (SELECT min(destination) FROM recipients WHERE due IS NOT NULL
+                          AND destination > found.destination)
+                  FROM found WHERE destination IS NOT NULL)
+    SELECT destination FROM found WHERE destination IS NOT NULL"""  # one index search each, however many wait
+DUE_SQL = "SELECT id FROM recipients WHERE destination=? AND due IS NOT NULL AND due<=? ORDER BY due LIMIT ?"
+EXPIRED_SQL = (
+    "SELECT id FROM recipients WHERE destination=? AND due IS NOT NULL AND created_at<=? ORDER BY created_at LIMIT ?"
 )
 
 
+def read_leased(db: Any, row_id: int) -> LeasedRecipient:
+    row = db.execute(
+        "SELECT r.id, queueid, kind, sender, login, m.created_at, parts AS message, as_written, recipient, number,"
+        " destination, attempts, history, octets FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?",
+        (row_id,),
+    ).fetchone()
+    flags, *lengths = json.loads(row["message"])
+    stream = io.BytesIO(row["octets"])
+    message = Message(tuple([stream.read(length) for length in lengths]), bool(flags & 1), flags > 1)
+    values = LeasedRecipient(*tuple(row)[:-1])
+    return values._replace(message=message, history=parse_history(row["history"]))
+
+
+def reclaim_dead_leases(db: Any, slot: int, locks: int, settings: QueueSettings, now: float) -> None:
+    """Release what processes that are gone had leased."""
+    sql = "SELECT DISTINCT owner FROM recipients WHERE owner IS NOT NULL AND owner<>?"
+    for (owner,) in db.execute(sql, (slot,)).fetchall():
+        if lock_byte(locks, owner):  # its process is gone
+            release_leases(db, owner, settings, now)
+            fcntl.lockf(locks, fcntl.LOCK_UN, 1, owner)  # a process that takes the slot now waits for this commit
+
+
+def release_leases(
+    db: Any, owner: int, settings: QueueSettings, now: float, condition: str = "", lease: Any = None
+) -> None:
+    """End the slot's leases, or those that a row of LEASE_CONDITIONS says; nobody knows whether their mail was sent."""
+    reply = make_reply("interrupted", mailer="Queue")
+    rows = db.execute(
+        "SELECT r.id, r.message, r.recipient, r.attempts, r.history, m.queueid FROM recipients r"
+        f" JOIN messages m ON m.id=r.message WHERE r.owner=?{condition}", (owner, *([lease] if condition else []))
+    ).fetchall()  # fmt: skip
+    for row in rows:
+        to = log_value(f"<{row['recipient']}>")
+        log.lines(f"{row['queueid']}: to={to} status=deferred (delivery interrupted; the mail may arrive twice)")
+        pause = next_disposition(reply, row["attempts"] + 1, 0, random_unit(), settings).pause
+        db.execute(
+            "UPDATE recipients SET due=?, owner=NULL, attempts=attempts+1, history=? WHERE id=?",
+            (now + pause, add_attempt(row["history"], now, reply), row["id"]),
+        )
+        db.execute("UPDATE messages SET owner=NULL WHERE id=?", (row["message"],))
+
+
+# {operation that ends leases: which ones, by its first value}: if it fails by a bug, they are released
+LEASE_CONDITIONS = {finish_attempt: " AND r.id=?", finish_request: " AND m.queueid=?"}
+
+
+def purge(db: Any, slot: int, now: float) -> None:
+    """Delete some of what was completed long ago."""
+    sql = "DELETE FROM messages WHERE id IN (SELECT id FROM messages WHERE completed_at<? LIMIT 500)"
+    db.execute(sql, (now - RETENTION,))
+
+
+def message_status(db: Any, slot: int, queueid: str) -> dict | None:
+    """Return the row of a mail with the rows of its "recipients", None if it is not in the file."""
+    sql = "SELECT id, queueid, sender, login, created_at, size FROM messages WHERE queueid=? AND kind='mail'"
+    message = db.execute(sql, (queueid,)).fetchone()
+    sql = f"SELECT as_written, {STATE_SQL}, due, history FROM recipients WHERE message=? ORDER BY id"
+    return message and {**dict(message), "recipients": db.execute(sql, (message["id"],)).fetchall()}
+
+
+STATE_SQL = "CASE WHEN due IS NOT NULL THEN 'waiting' WHEN state='open' THEN 'sending' ELSE state END AS state"
+
+
 def queue_stats(db: Any, slot: int, now: float) -> dict:
-    """How many recipients wait and are being sent, in all and in each lane, and the age of the oldest."""
-    lanes: dict = {}
-    for destination, count, born in db.execute(
-        "SELECT lane, count(*), min(born) FROM recipients WHERE due IS NOT NULL GROUP BY lane"
-    ):
-        lanes[destination] = {"waiting": count, "sending": 0, "oldest": round(now - born)}
-    for destination, count, born in db.execute(
-        "SELECT lane, count(*), min(born) FROM recipients WHERE owner IS NOT NULL GROUP BY lane"
-    ):
-        known = lanes.setdefault(destination, {"waiting": 0, "oldest": 0})
-        known.update(sending=count, oldest=max(known["oldest"], round(now - born)))
-    total = {key: sum(row[key] for row in lanes.values()) for key in ("waiting", "sending")}
-    return {**total, "oldest": max([row["oldest"] for row in lanes.values()], default=None), "routes": lanes}
+    """Return how many recipients wait and are being sent, in all and by destination, and the age of the oldest."""
+    routes: dict = {}
+    columns = "SELECT destination, count(*), min(created_at) FROM recipients"
+    for state, column in (("waiting", "due"), ("sending", "owner")):
+        sql = f"{columns} WHERE {column} IS NOT NULL GROUP BY destination"
+        for destination, count, created_at in db.execute(sql):
+            stats = routes.setdefault(destination, {"waiting": 0, "sending": 0, "oldest": 0})
+            stats.update({state: count, "oldest": max(stats["oldest"], round(now - created_at))})
+    total = {key: sum(stats[key] for stats in routes.values()) for key in ("waiting", "sending")}
+    return {**total, "oldest": max([stats["oldest"] for stats in routes.values()], default=None), "routes": routes}
 
 
-def open_recipients_after(db: Any, slot: int, row_id: int, most: int) -> list:
-    """The next recipients that are open, in the order in which they came."""
+def open_recipients_after(db: Any, slot: int, row_id: int, limit: int) -> list:
+    """Return rows of the next recipients that are open, in the order in which they came."""
     return db.execute(
-        "SELECT r.id, queueid, size, m.born, due, sender, recipient, history FROM recipients r"
+        f"SELECT r.id, queueid, size, m.created_at, due, sender, recipient, history, {STATE_SQL} FROM recipients r"
         " JOIN messages m ON m.id=r.message WHERE r.id>? AND r.state='open' ORDER BY r.id LIMIT ?",
-        (row_id, most),
+        (row_id, limit),
     ).fetchall()
 
 
 def flush_queue(db: Any, slot: int, queueid: str | None) -> int:
-    """What waits, of one mail or of all, is due at once, even in a lane that is asleep; gives how many that are."""
-    one, values = (" AND message=(SELECT id FROM messages WHERE queueid=?)", (queueid,)) if queueid else ("", ())
-    return db.execute(f"UPDATE recipients SET due=0 WHERE due IS NOT NULL{one}", values).rowcount
+    """Make what waits, of one mail or of all, due now, even if throttled; return how many recipients that are."""
+    condition, values = (" AND message=(SELECT id FROM messages WHERE queueid=?)", (queueid,)) if queueid else ("", ())
+    return db.execute(f"UPDATE recipients SET due=0 WHERE due IS NOT NULL{condition}", values).rowcount
 
 
 def drop_message(db: Any, slot: int, queueid: str, now: float) -> int:
-    """Gives up what waits of a mail, without a word to anybody; gives how many recipients that are."""
-    found = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone() or (0,)
-    rows = db.execute("SELECT id FROM recipients WHERE due IS NOT NULL AND message=?", found).fetchall()
-    for (row_id,) in rows:
-        db.execute("UPDATE recipients SET state='dropped', due=NULL WHERE id=?", (row_id,))
-        close_recipient(db, found[0], now)
-    return len(rows)
+    """Give up what waits of a mail, without a bounce; return how many recipients that are."""
+    message = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone()
+    if not message:
+        return 0
+    sql = "UPDATE recipients SET state='dropped', due=NULL WHERE due IS NOT NULL AND message=?"
+    count = db.execute(sql, (message["id"],)).rowcount
+    close_recipients(db, message["id"], count, now)
+    return count
 
 
-# -- the process that delivers
+# -- The process that delivers
+
+
+class Throttle(NamedTuple):
+    """Destination that could not be connected to."""
+
+    until: float  # time.monotonic()
+    failures: int  # in a row
 
 
 class QueueManager:
-    """Delivers what is due: of each lane a few at a time, so that one dead host delays nobody else."""
+    """Delivers what is due: a few at a time to each destination, so that an unreachable host delays no other."""
 
-    def __init__(self, app: Any, bell: socket.socket) -> None:
-        self.app, self.db, self.wake_socket = app, app.queue, bell
-        self.in_flight: dict = {}  # lane: deliveries under way
+    def __init__(self, app: Any, bell: socket.socket, loop: Loop) -> None:
+        self.app, self.db, self.wake_socket, self.loop = app, app.queue, bell, loop
+        self.in_flight: dict = {}  # destination: number of deliveries
         self.settings: Settings | None = None  # when it looked last
-        self.throttled: dict = {}  # lane: (time until which it is, failures to connect in a row)
+        self.throttled: dict = {}  # destination: Throttle
 
     async def run(self) -> None:
-        """Until the service stops."""
-        self.wake_socket.setblocking(False)
-        bell, looked = AsyncSocket(self.wake_socket), 0.0
+        """Deliver until the server stops."""
+        bell, looked = self.wake_socket, 0.0
+        bell.setblocking(False)
         while not self.app.stopping:
             now = time.time()
             try:
-                if now - looked > 1:
-                    looked = now
+                if time.monotonic() - looked > 1:
+                    looked = time.monotonic()
                     await self.db.do(reclaim_dead_leases, self.db.locks, self.db.settings, now)
                     await self.db.do(purge, now)
                 await self._schedule(now)
                 await bell.recv(65536, time.monotonic() + 1)
             except socket.timeout:
                 pass
-            except Rejected:  # the store told why
+            except Rejected:  # the log says why
                 await asyncio.sleep(1.0)
 
     async def _schedule(self, now: float) -> None:
-        """Begins to deliver what is due and may go."""
+        """Start to deliver what is due."""
         settings = self.app.settings
-        if settings is not self.settings:  # a lane may lead elsewhere now
+        if settings is not self.settings:  # a destination may mean another host now
             self.settings, self.throttled = settings, {}
-        asleep = {destination: until for destination, (until, _) in self.throttled.items() if until > now}
-        busy = {destination: count for destination, count in self.in_flight.items() if count}
-        old, loop = now - settings.queue.lifetime, asyncio.get_running_loop()
-        for found in await self.db.do(lease_due, now, settings.smtpd.max_workers, busy, asleep, old):
-            self.in_flight[found.destination] = self.in_flight.get(found.destination, 0) + 1
-            loop.create_task(
-                self._deliver(found, found.destination in asleep and found.created_at <= old and found.attempts > 0)
-            )
+        throttled = [key for key, throttle in self.throttled.items() if throttle.until > time.monotonic()]
+        in_flight = {destination: count for destination, count in self.in_flight.items() if count}
+        expired_before = now - settings.queue.lifetime
+        limits = settings.smtpd.max_workers, in_flight, throttled, expired_before
+        for leased in await self.db.do(lease_due, now, *limits):
+            self.in_flight[leased.destination] = self.in_flight.get(leased.destination, 0) + 1
+            expired = leased.destination in throttled and leased.created_at <= expired_before and leased.history
+            self.loop.spawn(self._deliver(leased, bool(expired)))
 
-    async def _deliver(self, leased: LeasedRecipient, over: bool) -> None:
-        """One attempt, and what follows from it, on disk. `over`: its life is, and its lane dead; no attempt then."""
-        settings, policy = self.app.settings, self.app.settings.queue
-        began, destination = time.monotonic(), leased.destination
+    async def _deliver(self, leased: LeasedRecipient, expired: bool) -> None:
+        """Make an attempt and record its result; without an attempt if it has expired and its destination is dead."""
         try:
-            transaction, destination = self._transaction(leased, settings)
-            said = leased.history[-1][1] if over else await self._attempt(leased, transaction, policy)
-        except Exception:
+            await self._attempt_and_record(leased, expired)
+        except Exception:  # nobody else would end the lease
             log_exception(leased.queueid)
-            over, said = False, make_reply("relay-fault", mailer="Queue")
-        now = time.time()
-        step = next_disposition(said, leased.attempts + (not over), now - leased.created_at, random_unit(), policy)
-        self._throttle(leased.destination, said, now, policy)
-        log_attempt(leased, said, step, (time.monotonic() - began) * 1000)
-        try:
-            notes = notifications(leased, said, step, settings, now)
-            await self.db.do_eventually(
-                finish_attempt, leased.id, destination, None if over else said, step, notes, now
-            )
-        finally:  # or a bug of ours would stop its lane for good
+            await self.db.release(finish_attempt, leased.id)
+        finally:
             self.in_flight[leased.destination] -= 1
         self.db.wake_manager()
 
-    def _transaction(self, leased: LeasedRecipient, settings: Settings) -> tuple:
-        """(Job, lane) by the settings that are in force now; no job for an event."""
-        if leased.kind == "event":
-            return None, leased.destination
-        to, sender = parse_address(leased.recipient), parse_address(leased.sender)
-        route = resolve_route(to.domain, sender.domain if sender else "", settings)[0]
-        transaction = Transaction(
-            route, settings.hostname, leased.queueid, leased.sender, (leased.recipient,), leased.message
-        )
-        return transaction._replace(number=leased.number), destination_key(route, to.domain)
+    async def _attempt_and_record(self, leased: LeasedRecipient, expired: bool) -> None:
+        settings, destination = self.app.settings, ""
+        if expired:
+            reply, disposition = leased.history[-1].reply, Disposition("failed")
+        else:
+            reply, destination = await self._attempt(leased, settings)
+            leased = leased._replace(attempts=leased.attempts + 1)
+            age = time.time() - leased.created_at
+            disposition = next_disposition(reply, leased.attempts, age, random_unit(), settings.queue)
+            self._throttle(leased.destination, reply, settings.queue)
+        now = time.time()
+        log_attempt(leased, reply, disposition, now)
+        result = AttemptResult(None if expired else reply, disposition, (), destination)
+        result = result._replace(follow_ups=notifications(leased, result, reply, settings, now))
+        await self.db.do_eventually(finish_attempt, leased.id, result, now)
 
-    async def _attempt(self, leased: LeasedRecipient, transaction: Transaction | None, policy: QueueSettings) -> Reply:
-        if transaction:
-            return (await attempt_transaction(transaction, self.app.transport)).replies[0]
-        if not policy.secret:
-            return make_reply("webhook-never", word="the settings name no webhook any more", mailer="Webhook")
+    async def _attempt(self, leased: LeasedRecipient, settings: Settings) -> tuple:
+        """Return the reply to an attempt and its destination, by the settings that are in force now."""
         try:
-            return (await asyncio.to_thread(post_webhook, leased, policy.secret, time.time()))[0]
+            if leased.kind == "event":
+                return await self._post_event(leased, settings.queue), ""
+            to, sender = parse_address(leased.recipient), parse_address(leased.sender)
+            route = resolve_route(to.domain, sender.domain if sender else "", settings)[0]
+            envelope = leased.queueid, leased.sender, (leased.recipient,), leased.message, leased.number
+            result = await attempt_transaction(Transaction(route, settings.hostname, *envelope), self.app.transport)
+            return result.replies[0], destination_key(route, to.domain)
+        except Exception:
+            log_exception(leased.queueid)
+            return make_reply("relay-fault", mailer="Queue"), ""
+
+    async def _post_event(self, leased: LeasedRecipient, settings: QueueSettings) -> Reply:
+        if not settings.secret:
+            return make_reply("webhook-never", word="the settings have no webhook any more", mailer="Webhook")
+        try:
+            return (await asyncio.to_thread(post_webhook, leased, settings.secret, time.time()))[0]
         except OSError as error:
             return make_reply("lost", error_text(error), command="CONN", mailer="Webhook")
 
-    def _throttle(self, destination: str, reply: Reply, now: float, policy: QueueSettings) -> None:
-        """After a failure to connect the lane waits, no longer than the third pause: others in it may be fresh."""
-        until, failures = self.throttled.get(destination, (0, 0))
+    def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
+        """After a failure to connect the destination waits, up to the third pause: new mail may wait for it."""
+        throttle, now = self.throttled.get(destination, Throttle(0, 0)), time.monotonic()
         if not (reply.temporary and reply.command == "CONN"):
             self.throttled.pop(destination, None)
-        elif until <= now:
-            pause = next_disposition(reply, min(failures + 1, 3), 0, random_unit(), policy).pause
-            self.throttled[destination] = now + pause, failures + 1
+        elif throttle.until <= now:
+            failures = throttle.failures + 1
+            pause = next_disposition(reply, min(failures, 3), 0, random_unit(), settings).pause
+            self.throttled[destination] = Throttle(now + pause, failures)
 
 
-def log_attempt(leased: LeasedRecipient, reply: Reply, step: Disposition, ms: float) -> None:
-    """One line for each attempt."""
-    again = f" again_in={step.pause:.0f}s" if step.state == "open" else ""
-    twice = "; it may arrive twice" if reply.maybe_delivered else ""
-    log.lines(
-        f"{leased.queueid}: queue from={log_value(f'<{leased.sender}>')} to={log_value(f'<{leased.recipient}>')} "
-        f"relay={reply.relay} code={reply.code} "
-        f"dsn={reply.dsn} command={reply.command} ms={ms:.1f} {step.state}{again} "
-        f"message={log_value(' '.join(reply.message) + twice)}"
+def log_attempt(leased: LeasedRecipient, reply: Reply, disposition: Disposition, now: float) -> None:
+    """Log one line for each attempt."""
+    pairs = log_pairs(
+        **{"from": f"<{leased.sender}>"},
+        to=f"<{leased.recipient}>",
+        relay=reply.relay,
+        delay=f"{max(now - leased.created_at, 0):.2f}",
+        dsn=reply.dsn,
+        status={"delivered": "sent", "failed": "bounced", "open": "deferred"}[disposition.state],
     )
+    again = f"; next attempt in {disposition.pause:.0f} s" if disposition.state == "open" else ""
+    twice = "; may arrive twice" if reply.maybe_delivered else ""
+    words = sanitize(" ".join((reply.code, *reply.message)), 500)
+    log.lines(f"{leased.queueid}: {pairs} ({words}{twice}{again})")
 
 
 # ======================================================================================================================
@@ -6104,7 +6137,7 @@ class Response(NamedTuple):
 async def submit(request: Request, app: App) -> Response:
     """POST /submit: the way of a mail from its JSON to the replies of the other side."""
     settings, queueid = request.settings or app.settings, new_queueid(request.now)
-    submission, verdicts, status, kept, fates = None, {}, 400, False, []
+    submission, verdicts, status, kept, results = None, {}, 400, False, []
     large = len(request.body) >= LARGE  # worked at in a thread, so that small ones need not wait for it
     try:
         submission, errors = (
@@ -6134,14 +6167,14 @@ async def submit(request: Request, app: App) -> Response:
             else:
                 replies = log_results(request, await deliver(transactions, app.transport, settings))
                 if app.queue:
-                    replies, fates = await queue_deferred(request, transactions, good, options, replies, app)
+                    replies, results = await queue_deferred(request, transactions, good, options, replies, app)
             verdicts.update(zip([mailbox.as_written for mailbox in good], replies))
             status = http_status(verdicts.values())
     except Rejected as refused:
         verdicts, status = {None: refused.reply}, refused.reply.status
     result = respond(request, status, verdicts, queueid, submission)
     if kept:
-        await app.queue.do_eventually(finish_request, queueid, fates, serialize_response(result), time.time())
+        await app.queue.do_eventually(finish_request, queueid, results, serialize_response(result), time.time())
     return result
 
 
@@ -6197,7 +6230,7 @@ async def enqueue_before_sending(
 ) -> tuple | None:
     """The earlier mail with its key, if there is one; else this one is on disk now, before anything is sent."""
     queue_item = new_queue_item(request, transactions, good, options)
-    earlier = await app.queue.add(queue_item, held=not options.async_)
+    earlier = await app.queue.add(queue_item, leased=not options.async_)
     if options.async_ and not earlier:
         log.lines(
             f"{queue_item.queueid}: client={request.client.text} from={log_value(f'<{queue_item.sender}>')} "
@@ -6208,88 +6241,80 @@ async def enqueue_before_sending(
 
 
 def new_queue_item(request: Request, transactions: list, good: list, options: QueueOptions) -> NewQueueItem:
-    """The mail as the queue keeps it."""
-    first, places = transactions[0], {mailbox.addr_spec: mailbox for mailbox in good}
-    rows = [
-        (places[to].as_written, to, transaction.number, destination_key(transaction.route, places[to].domain))
-        for transaction in transactions
-        for to in transaction.recipients
-    ]
+    """Return the mail as the queue stores it."""
+    first, mailboxes = transactions[0], {mailbox.addr_spec: mailbox for mailbox in good}
+    recipients = []
+    for transaction in transactions:
+        for to in transaction.recipients:
+            destination = destination_key(transaction.route, mailboxes[to].domain)
+            recipients.append(NewRecipient(mailboxes[to].as_written, to, transaction.number, destination))
     return NewQueueItem(
-        first.queueid,
-        "mail",
-        first.sender,
-        options.login,
-        request.now,
-        first.message,
-        tuple(rows),
-        options.key,
+        first.queueid, "mail", first.sender, options.login, request.now, first.message, tuple(recipients), options.key,
         options.body_digest,
-    )
+    )  # fmt: skip
 
 
 async def queue_deferred(
     request: Request, transactions: list, good: list, options: QueueOptions, replies: list, app: App
 ) -> tuple:
-    """The replies after a first attempt, "queued" for who failed for now; and each recipient's fate for the queue:
-    (Reply, Step, entries that tell of it)."""
-    queueid, store, settings = transactions[0].queueid, app.queue, request.settings or app.settings
+    """Return the replies after the first attempts, "queued" where there will be more, and their AttemptResults."""
+    settings = request.settings or app.settings
     if not (options.key or any(reply.temporary for reply in replies)):
         return replies, []
-    queue_item, now = new_queue_item(request, transactions, good, options), time.time()
-    fates = [
-        first_attempt_result(queue_item, row, reply, settings, now)
-        for row, reply in zip(queue_item.recipients, replies)
+    item, now = new_queue_item(request, transactions, good, options), time.time()
+    results = [
+        first_attempt_result(item, recipient, reply, settings, now)
+        for recipient, reply in zip(item.recipients, replies)
     ]
     if not options.key:  # with one it is in the file already
-        waiting = [i for i, (_, step, _) in enumerate(fates) if step.state == "open"]
-        some = queue_item._replace(recipients=tuple(queue_item.recipients[i] for i in waiting))
+        waiting = [i for i, result in enumerate(results) if result.disposition.state == "open"]
         try:
-            await store.add(some, [fates[i] for i in waiting])
-        except Rejected:  # the client is told the truth: it failed for now, and nobody keeps it
+            await app.queue.add(
+                item._replace(recipients=tuple(item.recipients[i] for i in waiting)), [results[i] for i in waiting]
+            )
+        except Rejected:  # the client reads that it failed for now, and that nobody will try again
             return replies, []
-    log_queued(queue_item, fates)
-    return [queued_reply(queueid, reply) if step.state == "open" else reply for reply, step, _ in fates], fates
+    log_queued(item, results)
+    return [
+        queued_reply(item.queueid, result.reply) if result.disposition.state == "open" else result.reply
+        for result in results
+    ], results
 
 
-def first_attempt_result(queue_item: NewQueueItem, row: tuple, reply: Reply, settings: Settings, now: float) -> tuple:
-    """(Reply, Step, entries that tell of it) of a first attempt; all but a delay is told in the answer."""
-    step = next_disposition(reply, 1, 0.0, random_unit(), settings.queue)
+def first_attempt_result(
+    item: NewQueueItem, recipient: NewRecipient, reply: Reply, settings: Settings, now: float
+) -> AttemptResult:
+    """Return the result of a first attempt; only a delay is reported, since the response tells the others."""
+    result = AttemptResult(reply, next_disposition(reply, 1, 0.0, random_unit(), settings.queue))
+    if result.disposition.state != "open":
+        return result
     first = LeasedRecipient(
-        0,
-        queue_item.queueid,
-        "mail",
-        queue_item.sender,
-        queue_item.login,
-        queue_item.created_at,
-        queue_item.message,
-        *row,
-        0,
-        (),
+        0, item.queueid, item.kind, item.sender, item.login, item.created_at, item.message, *recipient, attempts=1
     )
-    return reply, step, notifications(first, reply, step, settings, now) if step.state == "open" else []
+    return result._replace(follow_ups=notifications(first, result, reply, settings, now))
 
 
-def log_queued(queue_item: NewQueueItem, fates: list) -> None:
-    """One line for each recipient that waits."""
-    for (_, to, *_), (reply, step, _) in zip(queue_item.recipients, fates):
-        if step.state == "open":
-            unsure = "; it may arrive twice" if reply.maybe_delivered else ""
-            log.lines(f"{queue_item.queueid}: to={log_value(f'<{to}>')} queued again_in={step.pause:.0f}s{unsure}")
+def log_queued(item: NewQueueItem, results: list) -> None:
+    """Log one line for each recipient that waits."""
+    for recipient, (reply, disposition, *_) in zip(item.recipients, results):
+        if disposition.state == "open":
+            unsure = "; may arrive twice" if reply.maybe_delivered else ""
+            pairs = log_pairs(to=f"<{recipient.recipient}>", status="deferred")
+            log.lines(f"{item.queueid}: {pairs} (queued; next attempt in {disposition.pause:.0f} s{unsure})")
 
 
 async def replay_response(
     request: Request, submission: Submission, replies: dict, earlier: tuple, options: QueueOptions, app: App
 ) -> Response:
     """The answer to the first request with this key; Refused where there is none yet, or its body was another."""
-    queueid, body, owner, answered = earlier
-    if body != options.body_digest:
+    queueid, answered = earlier["queueid"], earlier["response"]
+    if earlier["body_digest"] != options.body_digest:
         raise Rejected(make_reply("key-reused"))
-    if answered is None and owner is not None:
+    if answered is None and earlier["owner"] is not None:
         raise Rejected(make_reply("key-running"))
     if answered is None:  # its process ended before it could answer; the queue has taken the mail over
-        _, rows = await app.queue.do(message_status, queueid)
-        replies.update((row["given"], current_reply(queueid, row)) for row in rows)
+        message = await app.queue.do(message_status, queueid)
+        replies.update((row["as_written"], current_reply(queueid, row)) for row in message["recipients"])
         answered = serialize_response(
             answer_document(request, http_status(replies.values()), replies, queueid, submission)
         )
@@ -6303,11 +6328,11 @@ def serialize_response(result: Response) -> str:
     return ENCODER.encode([result.status, result.headers, result.body.decode()])
 
 
-def current_reply(queueid: str, row: dict) -> Reply:
-    """What is to be said now of a recipient that is in the queue."""
-    attempts = parse_history(row["history"])
-    reply = attempts[-1][1] if attempts else None
-    return reply if reply and row["state"] != "open" else queued_reply(queueid, reply)
+def current_reply(queueid: str, row: Any) -> Reply:
+    """Return the reply that tells the state of a recipient in the queue."""
+    history = parse_history(row["history"])
+    reply = history[-1].reply if history else None
+    return reply if reply and row["state"] in ("delivered", "failed", "dropped") else queued_reply(queueid, reply)
 
 
 def without_content(submission: Submission) -> Submission:
@@ -6710,32 +6735,28 @@ async def get_queued_mail(request: Request, app: App) -> Response:
     if not found:
         raise Rejected(make_reply("not-found"))
     here = not check_loopback(request, app.settings)
-    if not here and found[0]["login"] != username_of(request.headers.get("authorization", "")):
+    if not here and found["login"] != username_of(request.headers.get("authorization", "")):
         raise Rejected(make_reply("forbidden"))
-    return Response(200, to_json(fate_document(*found)))
+    return Response(200, to_json(message_document(found)))
 
 
-def fate_document(message: dict, rows: list) -> dict:
-    """A mail in the queue: every recipient with its state, its reply, when it is tried next, and every attempt."""
-    queueid, response = message["queueid"], []
+def message_document(message: dict) -> dict:
+    """Return a mail in the queue: every recipient with its state, its reply, its next attempt and every earlier one."""
+    response, rows = [], message["recipients"]
     for row in rows:
-        attempts = parse_history(row["history"])
-        waits = row["state"] == "open"
-        more = {
-            "state": row["state"] if not waits else "sending" if row["due"] is None else "waiting",
-            "next": time_to_dict(row["due"]),
-            "attempts": [
-                {"time": time_to_dict(when), **reply_to_dict(row["given"], reply)} for when, reply in attempts
-            ],
-        }
-        response.append({**reply_to_dict(row["given"], current_reply(queueid, row)), **more})
+        item = reply_to_dict(row["as_written"], current_reply(message["queueid"], row))
+        attempts = [
+            {"time": time_to_dict(attempt.time), **reply_to_dict(row["as_written"], attempt.reply)}
+            for attempt in parse_history(row["history"])
+        ]
+        response.append({**item, "state": row["state"], "next": time_to_dict(row["due"]), "attempts": attempts})
     return {
-        "queueid": queueid,
+        "queueid": message["queueid"],
         "addresser": message["sender"],
-        "recipient": [row["given"] for row in rows],
+        "recipient": [row["as_written"] for row in rows],
         "response": response,
         "size": message["size"],
-        "timestamp": time_to_dict(message["born"]),
+        "timestamp": time_to_dict(message["created_at"]),
     }
 
 
@@ -7362,7 +7383,7 @@ class Supervisor:
         fresh, errors = load_settings(settings.path)
         if errors:
             self.bad_stat_keys = fresh.files
-            log.lines("settings not taken, the old ones stay in force:", *[f"  {sanitize(error)}" for error in errors])
+            log.lines("reload failed; keeping the current settings:", *[f"  {sanitize(error)}" for error in errors])
             return
         self.bad_stat_keys = ()
         for part in ("listen", "workers"):
@@ -7485,20 +7506,35 @@ def main(argv: list) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage or settings."""
     if os.path.basename(sys.argv[0]) == "sendmail":  # called by a link of that name
         argv = ["sendmail", *argv]
-    if argv[:1] == ["sendmail"] and "-h" not in argv and "--help" not in argv:
-        return command_sendmail(argv[1:])
-    options = argument_parser().parse_args(argv)
+    open_standard_streams()
+    if argv[:1] == ["sendmail"] and argv[1:] not in (["-h"], ["--help"]):
+        return command_sendmail(argv[1:])  # its flags are older than argparse
+    parser, commands = argument_parsers()
+    if not argv or argv[0] not in commands:
+        parser.parse_args(argv)  # prints help, the version, or what is wrong
     try:
-        return COMMANDS[options.command].run(options)
+        return COMMANDS[argv[0]].run(commands[argv[0]].parse_intermixed_args(argv[1:]))
     except CommandError as error:
-        print(f"haineko: {error.args[0]}", file=sys.stderr)
-        return error.args[1]
+        return print_error(*error.args)
+    except BrokenPipeError:  # of stdout: `queue | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except KeyboardInterrupt:
         return 130
 
 
-def argument_parser() -> Any:
-    """Return the argparse.ArgumentParser of all commands."""
+def open_standard_streams() -> None:
+    """Open those of descriptors 0 to 2 that are closed: a socket with such a number would be read or written to."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 -- kept for life
+
+
+def argument_parsers() -> tuple:
+    """Return (the argparse.ArgumentParser, {command: its own})."""
     import argparse
 
     top = argparse.ArgumentParser(
@@ -7512,7 +7548,7 @@ def argument_parser() -> Any:
         for key in row.arguments.split():
             names, details = ARGUMENTS[key]
             parser.add_argument(*names, **details)
-    return top
+    return top, commands.choices
 
 
 def settings_path(given: str | None) -> str | None:
@@ -7592,9 +7628,13 @@ def announce(settings: Settings, listeners: list, more: str = "") -> str:
         log.write_bytes(
             b"haineko: NO SETTINGS FILE: for this machine only, and all mail is printed here instead of sent\n"
         )
-    urls = " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
-    log.write_bytes(f"haineko {__version__} listens at {urls}\n".encode())
-    return f"haineko {__version__} listens at {urls}{more}\n"
+    line = f"haineko {__version__} listens at {listening_urls(settings, listeners)}"
+    log.write_bytes(f"{line}\n".encode())
+    return f"{line}{more}\n"
+
+
+def listening_urls(settings: Settings, listeners: list) -> str:
+    return " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
 
 
 def command_start(options: Any) -> int:
@@ -7627,18 +7667,19 @@ def run_daemon(settings: Settings, listeners: list, pid_file: str, write_end: in
     import fcntl
 
     log_file = "/dev/null" if not settings.smtpd.syslog.disabled else re.sub(r"(\.pid)?$", ".log", pid_file, count=1)
-    output = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    pid_fd = os.open(pid_file, os.O_RDWR | os.O_CREAT, 0o644)
+    output = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    pid_fd = os.open(pid_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(pid_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # kept for life: `status` asks for the lock, not for the pid
     except OSError:
         os.write(write_end, b"haineko: runs already\n")
         return 1
     os.ftruncate(pid_fd, 0)
-    os.write(pid_fd, f"{os.getpid()}\n".encode())
+    os.write(pid_fd, f"{os.getpid()}\n{listening_urls(settings, listeners)}\n".encode())
     os.chdir("/")
     for number, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
         os.dup2(target, number)
+    log.path = log_file
 
     def ready() -> None:
         line = announce(settings, listeners, f" (pid {os.getpid()}, log {log_file})")
@@ -7666,7 +7707,7 @@ def running_pid(pid_file: str) -> int:
                 fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return 0
             except OSError:
-                return int(stream.read() or 0)
+                return int(stream.readline() or 0)  # URLs follow
     except (OSError, ValueError):
         return 0
 
@@ -7734,57 +7775,55 @@ def command_check(options: Any) -> int:
     route, why = resolve_route("", "", settings)
     count = len(settings.mailertable) + len(settings.sendermt)
     more = "; printed" if not path else f"; {count} routes in all" if count > 1 else ""
-    print(f"{path or 'no settings file'}: fine; mail goes to {describe_route(route)} ({why}){more}")
+    print(
+        f"{path or 'no settings file'}: fine; mail goes to {describe_route(route)} ({why}){more}; "
+        f"may be written to: {describe_recipients(settings.recipients)}"
+    )
+    print_warnings(settings)
     return run_checks(settings, options)
 
 
 def run_checks(settings: Settings, options: Any) -> int:
-    """Prints a line for each step that routes and a sender's domain need to go well; 1 where one of them doesn't."""
+    """Run the checks that the options ask for, print a line for each step, and return the exit code."""
     sender = parse_address(options.sender or "")
     if options.sender and not (sender and sender.domain[0] != "["):
         raise CommandError(f'"{options.sender}" is no mail address of a domain', 2)
     if options.selector and not DOMAIN.fullmatch(options.selector):
         raise CommandError(f'"{options.selector}" is no selector', 2)
-    return run(_run_checks(settings, sender, options.selector, options.connect))
+    return run(_run_checks(settings, sender.domain if sender else "", options.selector, options.connect))
 
 
-async def _run_checks(settings: Settings, sender: Mailbox | None, selector: str | None, connect: bool) -> int:
+async def _run_checks(settings: Settings, domain: str, selector: str | None, connect: bool) -> int:
     transport, failed = TransportContext(settings.smtpd.resolver), False
-    work = []
-    if connect:
-        domain = sender.domain if sender else ""
-        probes = connectivity_probes(settings, domain)
-        work += [(where, run_probe(probe, transport)) for where, probe in probes.items()]
-    if sender:
-        work.append((sender.domain, check_sender_domain(sender.domain.lower(), selector, transport.resolver)))
-    for where, finding in work:
-        for step, fine, words in await finding:
-            failed = failed or not fine
-            print(f"{where}: {step}: {'' if fine else 'FAILED: '}{words}", flush=True)
+    checks = [(name, run_probe(probe, transport)) for name, probe in connectivity_probes(settings, domain) if connect]
+    if domain:
+        checks.append((domain, check_sender_domain(domain.lower(), selector, transport.resolver)))
+    for name, check in checks:
+        for step, ok, text in await check:
+            failed = failed or not ok
+            print(f"{name}: {step}: {'' if ok else 'FAILED: '}{text}", flush=True)
     return int(failed)
 
 
 async def run_probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """The findings of one route, whatever its probe raises."""
+    """Return the results of a route's probe, whatever it raises."""
     try:
-        return await PROBES[probe.route.relay](probe, transport)
-    except Rejected as refused:
-        reply = refused.reply
-        return [CheckResult(reply.command, False, f"{reply.code} {': '.join(reply.message)}")]
+        return await probe.route.row.probe(probe, transport)
+    except Rejected as rejected:
+        return [failed_step(rejected.reply.command, rejected.reply)]
     except OSError as error:
         return [CheckResult("CONN", False, error_text(error))]
 
 
-def connectivity_probes(settings: Settings, domain: str) -> dict:
-    """{path in the settings: Probe} of every route that mail could take; `domain` for those that don't name one."""
-    routes: dict = {}
-    for name in ("mailertable", "sendermt"):
-        for key, route in getattr(settings, name).items():
-            named = name == "mailertable" and key != "default" and not key.startswith(".")
-            routes[f"{name}.{key}"] = ConnectivityProbe(route, settings.hostname, key if named else domain)
-    if not {"mailertable.default", "sendermt.default"} & set(routes):
-        routes["no route"] = ConnectivityProbe(FALLBACK_ROUTE, settings.hostname)
-    return routes
+def connectivity_probes(settings: Settings, domain: str) -> list:
+    """Return (path in the settings, probe) of every route; `domain` is probed where the route is for many domains."""
+    probes, tables = [], {name: getattr(settings, name) for name in ("mailertable", "sendermt")}
+    for name, key, route in [(name, *item) for name, table in tables.items() for item in table.items()]:
+        named = name == "mailertable" and key != "default" and not key.startswith(".")
+        probes.append((f"{name}.{key}", ConnectivityProbe(route, settings.hostname, key if named else domain)))
+    if not any("default" in table for table in tables.values()):
+        probes.append(("no route", ConnectivityProbe(FALLBACK_ROUTE, settings.hostname)))
+    return probes
 
 
 async def check_sender_domain(domain: str, selector: str | None, resolver: Resolver) -> list:
@@ -7905,28 +7944,51 @@ def parse_tags(record: str) -> dict:
 
 
 def describe_route(route: Route) -> str:
-    """A route in words."""
-    if route.relay == "File":
-        return f"File {route.folder}"
-    if route.url:
-        return f"{route.mailer} {route.url}{', as ' + route.auth if route.auth else ''}"
-    if route.relay != "ESMTP":
-        return route.mailer
+    """Return where a route's mail goes, for people."""
     tls = ", TLS" if route.port == SMTPS else ", STARTTLS" if route.starttls else ""
-    return f"{route.mailer} {route.host}:{route.port}{tls}{', AUTH as ' + route.auth if route.auth else ''}"
+    login = f", AUTH as {route.auth}" if route.auth else ""
+    where = f"{route.relay} {route.url}" if route.url else route.row.destination.format(route=route, domain="").strip()
+    return where + tls + login
+
+
+def describe_recipients(recipients: Recipients) -> str:
+    """Return who may be written to, for people."""
+    if recipients.open_relay:
+        return "everybody"
+    names = [*sorted(f"@{domain}" for domain in recipients.domainpart), *sorted(recipients.recipients)]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"{', '.join(names[:8])}{more} only (setting recipients)" if names else "nobody (setting recipients)"
+
+
+def print_warnings(settings: Settings) -> None:
+    """Warn of files that another user could change."""
+    files = [path for path, _ in settings.files]
+    files += [settings.queue.path] if settings.queue else []
+    for path in dict.fromkeys([*files, *map(os.path.dirname, files)]):
+        with contextlib.suppress(OSError):
+            found = os.stat(path)
+            sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+            if found.st_mode & 0o022 and not sticky:
+                print_error(f"warning: {path} can be changed by other users; chmod go-w {path}", 0)
+            if found.st_uid not in (0, os.geteuid()) and os.geteuid():
+                print_error(f"warning: {path} belongs to another user", 0)
 
 
 def command_route(options: Any) -> int:
     """Say which relay a recipient would take and why."""
-    settings = usable_settings(options.config)
-    to, sender = parse_address(options.address), parse_address(options.sender or "")
-    if not to or (options.sender and not sender):
-        raise CommandError(f'"{options.sender if to else options.address}" is no mail address', 2)
+    return print_route(options.address, options.sender or "", usable_settings(options.config))
+
+
+def print_route(address: str, sender_address: str, settings: Settings) -> int:
+    """Print the route of a recipient; return 1 if the recipient is refused."""
+    to, sender = parse_address(address), parse_address(sender_address)
+    if not to or (sender_address and not sender):
+        raise CommandError(f'"{sender_address if to else address}" is no mail address', 2)
     refusal = check_rcpt(to, settings)
     route, why = resolve_route(to.domain, sender.domain if sender else "", settings)
-    print(f"{options.address}: {describe_route(route)} ({why})")
+    print(f"{address}: {describe_route(route)} ({why})")
     if refusal:
-        print(f"{options.address}: would be refused: {refusal.code} {refusal.dsn} {refusal.message[0]}")
+        print(f"{address}: would be refused: {refusal.code} {refusal.dsn} {refusal.message[0]}")
     return 1 if refusal else 0
 
 
@@ -7935,33 +7997,62 @@ def command_route(options: Any) -> int:
 
 def command_send(options: Any) -> int:
     """Post a mail to a running Haineko."""
+    body, credentials = submission_from_options(options), ()
+    if options.user:
+        host = urllib.parse.urlsplit(options.url).hostname or ""
+        if options.url.startswith("http:") and host != "localhost" and host not in LOOPBACK and not options.insecure:
+            raise CommandError(
+                f"{options.url}: the password would go over the network in clear text; use https://, or --insecure", 2
+            )
+        credentials = options.user, os.environ.get("HAINEKO_PASSWORD") or ask_password(f"Password of {options.user}: ")
+    _, document = post_submission(options.url, body, credentials)
+    print(terminal_json(json.dumps(document, ensure_ascii=False, indent=2)))
+    accepted = [item["error"] == 0 for item in document["response"]]
+    return 0 if accepted and all(accepted) else 1
+
+
+def post_submission(url: str, body: bytes, credentials: tuple = ()) -> tuple:
+    """POST to a Haineko at an http, https or unix URL; return (status, document)."""
+    text = b""
     try:
-        url = urllib.parse.urlsplit(options.url)
-        port, good = url.port, url.scheme in ("http", "https") and url.hostname and url.path.isascii()
+        connection, path = http_connection(url)
+        path = path if path.endswith("/submit") else path.rstrip("/") + "/submit"
+        headers = {"Content-Type": "application/json", "User-Agent": f"haineko/{__version__}"}
+        headers.update(basic_auth_header(credentials) if credentials else {})
+        connection.request("POST", path, body, headers)
+        response = connection.getresponse()
+        text = response.read(MAX_BODY)
+        document = parse_json(text)
+        if not all(
+            {"rcpt", "error", "code", "dsn", "command", "message", "mailer"} <= item.keys()
+            for item in document["response"]
+        ):
+            raise ValueError
+        return response.status, document
+    except (OSError, http.client.HTTPException) as error:
+        raise CommandError(f"{url}: {error}", 1) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CommandError(
+            f"{url}: not the answer of a Haineko: {sanitize(text.decode('utf-8', 'replace'))}", 1
+        ) from None
+
+
+def http_connection(url: str) -> tuple:
+    """Return (http.client connection, path) of a URL; "unix:/path" is a socket."""
+    if url.startswith("unix:"):
+        connection = http.client.HTTPConnection("localhost", timeout=300)
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.connect(url[5:])
+        return connection, "/"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port, good = parts.port, parts.scheme in ("http", "https") and parts.hostname and parts.path.isascii()
     except ValueError:  # of a port or brackets
         good = False
     if not good:
-        raise CommandError(f'"{options.url}" is no URL of a Haineko', 2)
-    body = submission_from_options(options)
-    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-    headers = {"Content-Type": "application/json", "User-Agent": f"haineko/{__version__}"}
-    if options.user:
-        headers.update(basic_auth_header((options.user, ask_password(options.user))))
-    path, text = url.path if url.path.endswith("/submit") else url.path.rstrip("/") + "/submit", b""
-    try:
-        connection = kind(url.hostname, port, timeout=300)
-        connection.request("POST", path, body, headers)
-        text = connection.getresponse().read(MAX_BODY)
-        document = parse_json(text)
-        accepted = [queue_item["error"] == 0 for queue_item in document["response"]]
-    except (OSError, http.client.HTTPException) as error:
-        raise CommandError(f"{options.url}: {error}", 1) from None
-    except (ValueError, KeyError, TypeError):
-        raise CommandError(
-            f"{options.url}: not the answer of a Haineko: {sanitize(text.decode('utf-8', 'replace'))}", 1
-        ) from None
-    print(terminal_json(json.dumps(document, ensure_ascii=False, indent=2)))
-    return 0 if accepted and all(accepted) else 1
+        raise CommandError(f'"{url}" is no URL of a Haineko', 2)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    return kind(parts.hostname, port, timeout=300), parts.path
 
 
 def terminal_json(text: str) -> str:
@@ -8008,11 +8099,19 @@ def read_bytes(path: str) -> bytes:
         raise CommandError(f"{path}: {error.strerror}", 2) from None
 
 
-def ask_password(user: str) -> str:
-    """Return $HAINEKO_PASSWORD, or ask: everybody can read a command line."""
+def ask_password(prompt: str) -> str:
+    """Ask for a password on the terminal: everybody can read a command line."""
     import getpass
+    import warnings
 
-    return os.environ.get("HAINEKO_PASSWORD") or getpass.getpass(f"Password of {user}: ")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", getpass.GetPassWarning)  # it would show the password, or read the mail on stdin
+        try:
+            return getpass.getpass(prompt)
+        except (EOFError, UnicodeError):
+            raise CommandError("no password", 1) from None
+        except getpass.GetPassWarning:
+            raise CommandError("there is no terminal to ask for the password", 1) from None
 
 
 # -- queue
@@ -8040,27 +8139,27 @@ def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
 
 
 def queue_list(store: QueueDB, _: str) -> int:
-    last = 0
+    last, form = 0, "%Y-%m-%d %H:%M:%S"
     while True:
-        rows = run_operation(
-            store, open_recipients_after, last, 500
-        )  # some at a time, so that the server's work goes on
-        for _, queueid, size, born, due, sender, recipient, history in rows:
-            when = "sending" if due is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(due, born)))
-            attempts = parse_history(history)
-            reply = f"{attempts[-1][1].code} {' '.join(attempts[-1][1].message)}" if attempts else ""
-            came = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(born))
-            print(f"{queueid}  {size:>9}  {came}  next {when}  <{sender}> -> <{recipient}>  {sanitize(reply)}")
+        rows = run_operation(store, open_recipients_after, last, 500)  # in parts: the server works on meanwhile
+        for row in rows:
+            created_at, due = row["created_at"], row["due"]
+            when = row["state"] if due is None else time.strftime(form, time.localtime(max(due, created_at)))
+            reply = parse_history(row["history"])[-1:]
+            words = f"{reply[0].reply.code} {' '.join(reply[0].reply.message)}" if reply else ""
+            came = time.strftime(form, time.localtime(created_at))
+            envelope = f"<{row['sender']}> -> <{row['recipient']}>"
+            print(f"{row['queueid']}  {row['size']:>9}  {came}  next {when}  {envelope}  {sanitize(words)}")
         if not rows:
             return 0
-        last = rows[-1][0]
+        last = rows[-1]["id"]
 
 
 def queue_show(store: QueueDB, queueid: str) -> int:
     found = run_operation(store, message_status, queueid)
     if not found:
         raise CommandError(f"{sanitize(queueid)}: not in the queue", 1)
-    print(json.dumps(fate_document(*found), ensure_ascii=False, indent=2))
+    print(json.dumps(message_document(found), ensure_ascii=False, indent=2))
     return 0
 
 
@@ -8091,20 +8190,15 @@ QUEUE_ACTIONS = {
 
 def command_pw(options: Any) -> int:
     """Ask for a password and print its line for the section password."""
-    import getpass
-
     if sys.stdin.isatty():
-        password = getpass.getpass()
-        if password != getpass.getpass("Again: "):
+        password = ask_password("Password: ")
+        if password != ask_password("Again: "):
             raise CommandError("the two passwords differ", 1)
     else:
-        password = sys.stdin.readline().rstrip("\r\n")
+        password = sys.stdin.buffer.readline().decode("utf-8", "replace").rstrip("\r\n")
     if not password:
         raise CommandError("no password", 1)
-    salt = os.urandom(16)
-    parts = [base64.b64encode(octets).decode() for octets in (salt, scrypt(password, salt))]
-    name = json.dumps(options.user or user_name(), ensure_ascii=False)
-    print(f'{name}: "$scrypt$ln=14,r=8,p=1${"$".join(parts)}"')
+    print(f"{json.dumps(options.user or user_name(), ensure_ascii=False)}: {json.dumps(hash_password(password))}")
     return 0
 
 
@@ -8119,15 +8213,19 @@ def user_name() -> str:
 
 
 def command_setup(options: Any) -> int:
-    """Write haineko.json and haineko.service, never over an existing file."""
-    folder, code = os.path.abspath(options.dest), 0
-    unit = SYSTEMD_UNIT.format(
-        python=sys.executable, program=os.path.dirname(os.path.realpath(__file__)), folder=folder
-    )
-    for path, mode, content in (
-        (os.path.join(folder, "haineko.json"), 0o600, json.dumps(example_settings(), indent=2) + "\n"),
-        (os.path.join(folder, "haineko.service"), 0o644, unit),
-    ):
+    """Write haineko.json, haineko.service and with --sendmail a program, never over an existing file."""
+    import py_compile
+
+    program, folder, code = os.path.realpath(__file__), os.path.abspath(options.dest), 0
+    values = {"python": sys.executable, "program": os.path.dirname(program), "folder": folder}
+    settings = json.dumps(example_settings(), indent=2) + "\n"
+    files = [("haineko.json", 0o600, settings), ("haineko.service", 0o644, SYSTEMD_UNIT.format(**values))]
+    if options.sendmail:
+        files.append((os.path.abspath(options.sendmail), 0o755, SENDMAIL_LAUNCHER.format(**values)))
+        with contextlib.suppress(OSError):  # other users can't write the bytecode, but use it
+            py_compile.compile(program)
+    for name, mode, content in files:
+        path = os.path.join(folder, name)
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as stream:
@@ -8167,36 +8265,33 @@ LimitNOFILE=8192
 [Install]
 WantedBy=multi-user.target
 """
+SENDMAIL_LAUNCHER = """\
+#!{python} -IS
+import os, sys; sys.path.insert(0, {program!r}); os.environ.setdefault("HAINEKO_CONF", {folder!r} + "/haineko.json")
+import haineko; sys.exit(haineko.main(["sendmail", *sys.argv[1:]]))
+"""
 
 
 # -- sendmail
 
 
 def command_sendmail(argv: list) -> int:
-    """Like /usr/sbin/sendmail: relays the message on stdin; exit codes of sysexits.h."""
+    """Relay the message on stdin, like /usr/sbin/sendmail."""
     import getopt
 
     try:
-        pairs, named = getopt.gnu_getopt(argv, "C:f:r:F:o:b:B:h:L:N:O:p:R:V:X:tivmnUG")
+        argv = [f"{word} " if word == "-q" else word for word in argv]  # getopt knows no optional value
+        pairs, addresses = getopt.gnu_getopt(argv, "A:B:C:F:GIL:N:O:R:UV:X:ab:ce:f:h:imno:p:q:r:tvx")
+        flags = {**dict(pairs), "-o": [value for flag, value in pairs if flag == "-o"]}
+        sends = "-q" not in flags or "-t" in flags or addresses
+        mode = "i" if "-I" in flags else flags.get("-b", "m" if sends else "q")
+        if mode not in SENDMAIL_MODES:
+            raise CommandError(f"usage: -b{mode} is not served here; `haineko.py serve` runs the server", EX_USAGE)
+        return SENDMAIL_MODES[mode](flags, addresses)
     except getopt.GetoptError as error:
         return print_error(f"usage: {error}", EX_USAGE)
-    flags = dict(pairs)
-    if flags.get("-b", "m") != "m":
-        return print_error(f"usage: -b{flags['-b']} is not known here", EX_USAGE)
-    path = settings_path(flags.get("-C"))
-    if not path:  # to print the mail instead, as `serve` does, would lose it
-        return print_error("no settings file: name one with -C or in $HAINEKO_CONF", EX_CONFIG)
-    settings, errors = load_settings(path)
-    if errors:
-        return print_error("\n".join(errors), EX_CONFIG)
-    octets = sys.stdin.buffer.read() if sys.stdin else b""
-    if "-i" not in flags and ("-o", "i") not in pairs:
-        octets = re.split(rb"(?m)^\.\r?\n", octets, maxsplit=1)[0]
-    sender = flags.get("-f", flags.get("-r", f"{user_name()}@{settings.hostname}")).strip("<>")
-    try:
-        return sendmail(settings, octets, sender, named, "-t" in flags)
-    except ValueError as error:
-        return print_error(str(error), EX_DATAERR)
+    except CommandError as error:
+        return print_error(*error.args)
 
 
 EX_OK, EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG = 0, 64, 65, 69, 75, 77, 78
@@ -8207,55 +8302,251 @@ def print_error(text: str, code: int) -> int:
     return code
 
 
-def qualify(name: str, settings: Settings) -> str:
-    """An address, where cron and its like give a user's name only."""
-    return f"{name}@{settings.hostname}" if re.fullmatch("[A-Za-z0-9._+-]+", name) else name
-
-
-def sendmail(settings: Settings, octets: bytes, sender: str, named: list, from_header: bool) -> int:
-    """Relays a finished message; ValueError says what is bad about it."""
-    now = time.time()
-    queueid = new_queueid(now)
-    source = parse_address(qualify(sender, settings)) if sender else NULL_SENDER
-    if not source:
-        return print_error(f'usage: "{sender}" is no mail address', EX_USAGE)
-    raw = parse_message(octets)
-    wanted = (*named, *(header_recipients(raw.fields) if from_header else []))
-    mailboxes = unique_recipients(Submission(rcpt=tuple(qualify(name, settings) for name in wanted)))
-    if not mailboxes:
-        return print_error("usage: no recipient", EX_USAGE)
-    loop = loop_names(raw.fields)
-    if check_loop(None, Submission(header=Header(loop=loop)), settings):
-        return print_error(REPLIES["loop"][-1], EX_UNAVAILABLE)
-    place = f"Received: by {settings.hostname} (Haineko, from uid {os.getuid()}) id {queueid}"
-    trace = f"{place};\r\n\t{rfc5322_date(int(now))}"
+def sendmail_deliver(flags: dict, addresses: list) -> int:
+    """Relay the message on stdin: by its own settings, or if it can't read them, by the server that runs."""
+    settings, server_urls = sendmail_settings(flags)
+    octets = read_bytes("-")
+    if "-i" not in flags and "i" not in flags["-o"]:
+        octets = re.split(rb"(?m)^\.\r?$", octets, maxsplit=1)[0]
+    sender = sendmail_sender(flags, settings)
     try:
-        message = complete_raw_message(raw, sender, loop, trace, queueid, settings.hostname, now)
-        raise_if_rejected(check_size(len(message.parts[0]), settings))
-    except Rejected as refused:
-        return print_error(refused.reply.message[0], EX_DATAERR)
-    replies = {given: check_rcpt(mailbox, settings, given) for given, mailbox in mailboxes.items()}
-    good = [mailbox for given, mailbox in mailboxes.items() if not replies[given]]
-    transactions = plan_shared(source, message, good, settings, queueid)
-    replies.update(replies_by_recipient(good, run(deliver_and_leave(transactions, settings)) if transactions else []))
-    return print_failures(replies)
+        message = parse_message(octets)
+    except ValueError as error:
+        raise CommandError(str(error), EX_DATAERR) from None
+    fields = [qualified_field(name, field, settings.hostname) for name, field in message.fields]
+    lists = [*addresses, *(header_lists(fields) if "-t" in flags else [])]
+    rcpt = [to for text in lists for address in split_addresses(text) for to in expand_alias(address, settings)]
+    if not rcpt:
+        raise CommandError("usage: no recipient", EX_USAGE)
+    if "from" not in dict(fields):
+        author = parse_address(sender or f"MAILER-DAEMON@{settings.hostname}")
+        name = " ".join(flags.get("-F", "").split())
+        fields.append(("from", address_field("From", ((name, author),), "UTF-8").encode() + b"\n"))
+    raw = b"".join([field for _, field in fields]) + b"\n" + message.body
+    document = {"mail": sender, "rcpt": rcpt, "raw": {"base64": base64.b64encode(raw).decode()}}
+    if server_urls:
+        document["mail"] = sender or default_sender(settings.hostname)  # the API takes no null sender
+        return report_failures(*post_to_any(server_urls, to_json(document)))
+    response = run(submit_here(to_json(document), settings, dsn_options(flags)))
+    return report_failures(response.status, json.loads(response.body))
 
 
-async def deliver_and_leave(transactions: list, settings: Settings) -> list:
-    transport = TransportContext(settings.smtpd.resolver)
-    results = await deliver(transactions, transport, settings)
-    await transport.sweep(everything=True)
-    return results
+def sendmail_settings(flags: dict) -> tuple:
+    """Return (Settings, URLs of the server to post to: none if the settings and the queue can be used directly)."""
+    path = settings_path(flags.get("-C"))
+    if not path:  # `serve` would print the mail, and so lose it
+        raise CommandError("no settings file: name one with -C or in $HAINEKO_CONF", EX_CONFIG)
+    settings, errors = load_settings(path)
+    if not settings.hostname:
+        settings = replace(settings, smtpd=replace(settings.smtpd, hostname=local_hostname()))
+    place = settings.queue and next(p for p in (settings.queue.path, os.path.dirname(path)) if os.path.exists(p))
+    if any(os.strerror(errno.EACCES) in error for error in errors) or (place and not os.access(place, os.W_OK)):
+        return settings, server_urls(settings, path)
+    if errors:
+        raise CommandError("\n".join(errors), EX_CONFIG)
+    return settings, ()
 
 
-def print_failures(replies: dict) -> int:
-    """Names the recipients that failed; gives the exit code."""
-    codes = {EX_OK}
-    for to, reply in replies.items():
-        if reply and not reply.accepted:
-            codes.add(EX_NOPERM if reply.status else EX_TEMPFAIL if reply.temporary else EX_UNAVAILABLE)
-            print_error(f"<{to}>: {reply.code} {reply.command}: {' '.join(reply.message)}", 0)
-    return next(code for code in (EX_TEMPFAIL, EX_UNAVAILABLE, EX_NOPERM, EX_OK) if code in codes)
+def server_urls(settings: Settings, path: str) -> list:
+    """Return where a server may listen: $HAINEKO_URL, what `start` wrote into the pid file, the settings' addresses."""
+    urls = [os.environ.get("HAINEKO_URL", "")]
+    with contextlib.suppress(OSError), open(os.path.join(os.path.dirname(path), "haineko.pid")) as stream:
+        urls += stream.read().split()[1:]
+    scheme = "https" if settings.httpd.tls else "http"
+    for address in settings.httpd.listen:
+        host, _, port = address.rpartition(":")
+        host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+        urls.append(address if address.startswith("unix:") else f"{scheme}://{host}:{port}/")
+    return [url for url in urls if url]
+
+
+def post_to_any(urls: list, body: bytes) -> tuple:
+    """Post a submission to the first server that answers; return (status, document)."""
+    for url in urls:
+        try:
+            return post_submission(url, body)
+        except CommandError as error:
+            print_error(error.args[0], 0)
+    raise CommandError("the settings or the queue can't be read, and no server was reached", EX_TEMPFAIL)
+
+
+async def submit_here(body: bytes, settings: Settings, dsn: tuple) -> Response:
+    """Submit a mail without a server, as POST /submit does; the log goes to syslog or nowhere."""
+    smtpd = replace(settings.smtpd, max_rcpts_per_message=0)
+    app = App(replace(settings, httpd=Httpd(), smtpd=smtpd, password=Authenticator({})))
+    log.quiet = log.priority is None  # stderr is read by the calling program, which may mail it
+    client = parse_ip("127.0.0.1")
+    request = Request("POST", "/submit", {}, body, client, None, None, time.time())
+    try:
+        return await submit(request, app)
+    finally:
+        await app.transport.sweep(everything=True)
+
+
+def report_failures(status: int, document: dict) -> int:
+    """Print the recipients that failed; return the exit code."""
+    items, codes = document["response"], {EX_OK}
+    for item in items:
+        if item["error"]:
+            codes.add(sendmail_code(status, item))
+            to = f"<{item['rcpt']}>: " if item["rcpt"] is not None else ""
+            print_error(f"{to}{item['code']} {item['command']}: {sanitize(' '.join(item['message']), 1000)}", 0)
+    if not all(item["error"] for item in items) and EX_TEMPFAIL in codes:
+        codes = codes - {EX_TEMPFAIL} | {EX_UNAVAILABLE}  # "try again" would send it twice to the others
+    return next(code for code in (EX_TEMPFAIL, EX_UNAVAILABLE, EX_NOPERM, EX_DATAERR, EX_OK) if code in codes)
+
+
+def sendmail_code(status: int, item: dict) -> int:
+    """Return the exit code (sysexits.h) for a recipient's reply, or for the refusal of the whole mail."""
+    if item["mailer"] or item["dsn"] == "5.4.6":
+        return EX_TEMPFAIL if item["code"][0] == "4" and item["dsn"] != "5.4.6" else EX_UNAVAILABLE
+    if item["rcpt"] is not None or status in (401, 403):
+        return EX_NOPERM
+    return EX_TEMPFAIL if status >= 500 else EX_DATAERR
+
+
+# -- addresses of programs that know names of users only
+
+
+def sendmail_sender(flags: dict, settings: Settings) -> str:
+    """Return the envelope sender: of -f or -r, else the user's address; "" is the null sender."""
+    given = flags.get("-f", flags.get("-r"))
+    if given is None:
+        return default_sender(settings.hostname)
+    if given.strip() in ("", "<>"):
+        return ""
+    found = split_addresses(qualified(given, settings.hostname))
+    if len(found) != 1 or not parse_address(found[0]):
+        raise CommandError(f'usage: "{given}" is no mail address', EX_USAGE)
+    return found[0]
+
+
+def default_sender(hostname: str) -> str:
+    """Return the address of the user who runs this, valid whatever $LOGNAME is."""
+    name = user_name()
+    if parse_address(name):
+        return name
+    name = re.sub(r"[^A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]+", "_", name.rpartition("\\")[2])
+    name = re.sub(r"\.+", ".", name)[:64].strip("._") or f"uid{os.getuid()}"
+    return f"{name}@{hostname}"
+
+
+def split_addresses(text: str) -> list:
+    """Return the addresses in a list of them, separated by commas or blanks; text that is no list is returned whole."""
+    if re.search(r'[<"(:]', text):
+        return header_recipients([("to", b"To: " + text.encode("utf-8", "replace"))])
+    return [word for word in re.split(r"[\s,;]+", text) if word]
+
+
+def header_lists(fields: list) -> list:
+    """Return the values of the fields that name recipients: of a message sent again, those of its last sending."""
+    again = list(itertools.dropwhile(lambda field: not field[0].startswith("resent-"), fields))
+    again = list(itertools.takewhile(lambda field: field[0].startswith("resent-"), again))
+    prefix = "resent-" if {"resent-to", "resent-cc", "resent-bcc"} & dict(again).keys() else ""
+    names = [f"{prefix}{name}" for name in ("to", "cc", "bcc")]
+    return [
+        field.partition(b":")[2].decode("utf-8", "replace").replace("\n", "").strip()
+        for name, field in (again if prefix else fields)
+        if name in names
+    ]
+
+
+def expand_alias(address: str, settings: Settings) -> tuple:
+    """Return the addresses that smtpd.aliases has for a name without a domain, or with this machine's; else (itself,)."""
+    local, _, domain = address.rpartition("@")
+    if domain.lower() != settings.hostname.lower() and local:
+        return (address,)
+    return tuple(settings.smtpd.aliases.get((local or domain).lower(), (with_domain(address, settings.hostname),)))
+
+
+def qualified_field(name: str, field: bytes, hostname: str) -> tuple:
+    """Return (name, field), in which addresses without a domain have got one (RFC 5322 3.4.1)."""
+    if not re.fullmatch(r"(resent-)?(from|sender|to|cc|bcc|reply-to)|errors-to|return-receipt-to", name):
+        return name, field
+    label, colon, value = field.decode("latin-1").partition(":")
+    return name, (label + colon + qualified(value, hostname)).encode("latin-1")
+
+
+def qualified(text: str, hostname: str) -> str:
+    """Return an address list in which names alone have got the domain."""
+    done: list = []
+    member: list = []
+    for token in [*ADDRESS_TOKENS.findall(text), ""]:
+        if token in ("", ",", ";", ":"):
+            done += [
+                *(member if token == ":" else qualified_member(member, hostname)),
+                token,
+            ]  # ":" ends a group's name
+            member = []
+        else:
+            member.append(token)
+    return "".join(done)
+
+
+ADDRESS_TOKENS = re.compile(
+    r'"(?:[^"\\]|\\.)*(?:"|\Z)|\((?:[^()\\]|\\.|\((?:[^()\\]|\\.)*\))*(?:\)|\Z)|<[^<>]*>|\[[^\[\]]*\]|[,:;]|\s+'
+    r'|[^\s",:;()<>\[]+|.',
+    re.DOTALL,
+)
+
+
+def qualified_member(tokens: list, hostname: str) -> list:
+    """Return the tokens of a mailbox; its address has a domain."""
+    words = [i for i, token in enumerate(tokens) if token.strip() and token[0] != "("]
+    angles = [i for i in words if tokens[i][0] == "<"]
+    if len(angles) == 1:
+        tokens[angles[0]] = f"<{with_domain(tokens[angles[0]][1:-1].strip(), hostname)}>"
+    elif len(words) == 1:
+        tokens[words[0]] = with_domain(tokens[words[0]], hostname)
+    return tokens
+
+
+def with_domain(name: str, hostname: str) -> str:
+    return f"{name}@{hostname}" if re.fullmatch("[A-Za-z0-9._+-]+", name) else name
+
+
+# -- what else sendmail does
+
+
+def dsn_options(flags: dict) -> tuple:
+    """Return what -R, -V and -N ask of the next server: parameters of MAIL, and of RCPT (RFC 3461)."""
+    ret = {"hdrs": " RET=HDRS", "full": " RET=FULL"}.get(flags.get("-R", "").lower(), "")
+    envid = re.sub(r"[^!-*,-<>-~]", lambda c: "".join(f"+{b:02X}" for b in c[0].encode()), flags.get("-V", "")[:30])
+    words = flags.get("-N", "").upper().replace(" ", "").split(",")
+    if "-R" in flags and not ret:
+        raise CommandError(f"usage: -R {flags['-R']}: hdrs or full is wanted", EX_USAGE)
+    if "-N" in flags and words != ["NEVER"] and not set(words) <= {"SUCCESS", "FAILURE", "DELAY"}:
+        raise CommandError(f"usage: -N {flags['-N']}: never, or success, failure, delay are wanted", EX_USAGE)
+    return ret + (f" ENVID={envid}" if envid else ""), f" NOTIFY={','.join(words)}" if "-N" in flags else ""
+
+
+def sendmail_queue(flags: dict, addresses: list) -> int:
+    """List the queue, or with -q try what waits: all, or with -qIQUEUEID one mail."""
+    settings = usable_settings(flags.get("-C")).queue
+    if not settings or not os.path.exists(settings.path):
+        print("Mail queue is empty")
+        return EX_OK
+    if "-b" in flags:
+        return queue_list(QueueDB(settings), "")
+    which = flags["-q"].strip()
+    run_operation(QueueDB(settings), flush_queue, which[1:] if which[:1] == "I" else None)
+    return EX_OK
+
+
+def sendmail_verify(flags: dict, addresses: list) -> int:
+    """Say where mail to the addresses would go."""
+    settings, _ = sendmail_settings(flags)
+    found = [to for text in addresses for address in split_addresses(text) for to in expand_alias(address, settings)]
+    return max([EX_NOPERM * print_route(to, "", settings) for to in found], default=EX_OK)
+
+
+SENDMAIL_MODES = {  # of -b; -q alone is "q"
+    "m": sendmail_deliver,
+    "p": sendmail_queue,
+    "q": sendmail_queue,
+    "v": sendmail_verify,
+    **dict.fromkeys(("i", "h", "H"), lambda flags, addresses: EX_OK),  # no database of aliases, none of hosts
+}
 
 
 ARGUMENTS = {  # name: what ArgumentParser.add_argument() takes
@@ -8274,6 +8565,7 @@ ARGUMENTS = {  # name: what ArgumentParser.add_argument() takes
     "address": (("address",), {"metavar": "ADDRESS"}),
     "file": (("file",), {"metavar": "FILE", "nargs": "?", "help": "JSON of a submission; - or nothing: stdin"}),
     "url": (("--url",), {"default": "http://127.0.0.1:2794/", "help": "the server's root, or its /submit"}),
+    "insecure": (("--insecure",), {"action": "store_true", "help": "log in over http:// too"}),
     "login": (("--user",), {"help": "log in; the password is $HAINEKO_PASSWORD or asked for"}),
     "to": (("--to",), {"action": "append", "metavar": "A", "help": "recipient; again for more"}),
     "mail": (("--mail", "--sender"), {"dest": "sender", "metavar": "A", "help": "envelope sender"}),
@@ -8294,6 +8586,7 @@ ARGUMENTS = {  # name: what ArgumentParser.add_argument() takes
     "all": (("--all",), {"action": "store_true", "help": "retry: all that waits, as flush does"}),
     "user": (("-u", "--user"), {"metavar": "USER"}),
     "dest": (("--dest",), {"metavar": "DIR", "required": True}),
+    "sendmail": (("--sendmail",), {"metavar": "PATH", "help": "where a sendmail program is to be written"}),
 }
 
 
@@ -8313,11 +8606,11 @@ COMMANDS = {
     "reload": Command(command_reload, "config pid-file"),
     "check": Command(command_check, "config connect records-of selector"),
     "route": Command(command_route, "config address sender"),
-    "send": Command(command_send, "file url login to mail from reply-to subject charset body html attach"),
+    "send": Command(command_send, "file url login insecure to mail from reply-to subject charset body html attach"),
     "sendmail": Command(command_sendmail, "-C -t -i -f addresses"),
     "queue": Command(command_queue, "config action id all"),
     "pw": Command(command_pw, "user"),
-    "setup": Command(command_setup, "dest"),
+    "setup": Command(command_setup, "dest sendmail"),
 }
 
 if __name__ == "__main__":

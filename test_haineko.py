@@ -1653,16 +1653,14 @@ class HouseRules(unittest.TestCase):
         self.assertLess(ranked[len(ranked) * 9 // 10], 25)
         self.assertLessEqual(statistics.median(ranked), 10)
 
-    def test_no_closure_deeper_than_one(self):
+    def test_no_closure_deeper_than_a_decorators(self):
         functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-        deep = [
-            f"{outer.name} > {inner.name} > {innermost.name}"
-            for outer in self.house.functions()
-            for inner in ast.walk(outer)
-            if isinstance(inner, functions) and inner is not outer
-            for innermost in ast.walk(inner)
-            if isinstance(innermost, functions) and innermost is not inner
-        ]
+
+        def depth(node):
+            inner = max(map(depth, ast.iter_child_nodes(node)), default=0)
+            return inner + isinstance(node, functions)
+
+        deep = [node.name for node in self.house.tree.body if isinstance(node, functions) and depth(node) > 3]
         self.assertEqual(deep, [])
 
     def test_no_class_has_another_of_this_file_above_it(self):
@@ -1681,7 +1679,7 @@ class HouseRules(unittest.TestCase):
     def test_every_reply_is_given_and_every_given_reply_exists(self):
         given = set()
         for node in ast.walk(self.house.tree):
-            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "reply"
+            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "make_reply"
             looked_up = isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "REPLIES"
             place = node.args[0] if called else node.slice if looked_up else None
             given |= {item.value for item in ast.walk(place or ast.Pass()) if isinstance(item, ast.Constant)}
@@ -1711,9 +1709,6 @@ class HouseRules(unittest.TestCase):
             with self.subTest(name, origin=origin):
                 ours = os.path.realpath(origin).startswith(library + os.sep) and "-packages" not in origin
                 self.assertTrue(origin in ("built-in", "frozen") or ours)
-
-    def test_the_tables_of_relays_are_one(self):
-        self.assertEqual(tuple(haineko.RELAYS), haineko.MAILERS)
 
     def test_the_example_file_is_complete_and_valid(self):
         path = os.path.join(HERE, "haineko.json.example")
@@ -1815,10 +1810,10 @@ class JsonIntoDataclasses(unittest.TestCase):
 
     def test_keys_that_stand_twice_are_named(self):
         cases = [
-            ('{"workers": 1, "workers": 2}', ["httpd.workers: stands more than once"]),
-            ('{"workers": 1, "timeout": 9, "workers": 1, "workers": 1}', ["httpd.workers: stands more than once"]),
+            ('{"workers": 1, "workers": 2}', ["httpd.workers: duplicate key"]),
+            ('{"workers": 1, "timeout": 9, "workers": 1, "workers": 1}', ["httpd.workers: duplicate key"]),
             ('{"workers": 1, "timeout": 9}', []),
-            ('{"tls": {"key": "a", "key": "a"}}', ["httpd.tls.key: stands more than once"]),
+            ('{"tls": {"key": "a", "key": "a"}}', ["httpd.tls.key: duplicate key"]),
         ]
         for text, wanted in cases:
             with self.subTest(text):
@@ -1834,9 +1829,9 @@ class JsonIntoDataclasses(unittest.TestCase):
             faults,
             [
                 'httpd.listn: unknown key; did you mean "listen"?',
-                "httpd.timeout: a whole number from 1 to 3600 is wanted, not 0",
-                "httpd.workers: a whole number from 0 to 256 is wanted, not a string",
-                "httpd.tls.key: a string is wanted, not a number",
+                "httpd.timeout: expected a whole number from 1 to 3600, got 0",
+                "httpd.workers: expected a whole number from 0 to 256, got a string",
+                "httpd.tls.key: expected a string, got a number",
                 'httpd.tls.crtificate: unknown key; did you mean "certificate"?',
             ],
         )
@@ -1846,12 +1841,12 @@ class JsonIntoDataclasses(unittest.TestCase):
             with self.subTest(kind):
                 faults: list = []
                 self.assertEqual(haineko.from_dict(haineko.Tls, raw, "", faults).key, "")
-                self.assertEqual(faults, [f"the top: an object is wanted, not {kind}"])
+                self.assertEqual(faults, [f"top level: expected an object, got {kind}"])
 
     def test_two_keys_that_say_the_same(self):
         faults: list = []
         haineko.from_dict(haineko.Submission, {"rcpt": ["a"], "to": ["b"]}, "", faults)
-        self.assertEqual(faults, ["to: says again what another key says already"])
+        self.assertEqual(faults, ["to: duplicate: an alias of this key is already set"])
         faults = []
         self.assertEqual(haineko.from_dict(haineko.Submission, {"rcpt": None, "to": "b"}, "", faults).rcpt, ("b",))
         self.assertEqual(faults, [])
@@ -1859,15 +1854,15 @@ class JsonIntoDataclasses(unittest.TestCase):
     def test_parsers(self):
         number, upper = haineko.integer(1, 5), haineko.mapping_of(haineko.parse_boolean, str.upper)
         texts = haineko.list_of(haineko.parse_text)
-        wants_flag, wants_number = "w: true or false is wanted, not ", "w: a whole number from 1 to 5 is wanted, not "
+        wants_flag, wants_number = "w: expected true or false, got ", "w: expected a whole number from 1 to 5, got "
         cases = [
             (haineko.parse_text, "ねこ", "ねこ", []),
             (haineko.parse_text, "", "", []),
-            (haineko.parse_text, 1, None, ["w: a string is wanted, not a number"]),
-            (haineko.parse_text, ["a"], None, ["w: a string is wanted, not a list"]),
-            (haineko.parse_text, "a\nb", None, ["w: has a character that can't be printed"]),
-            (haineko.parse_text, "a\x1b[2J", None, ["w: has a character that can't be printed"]),
-            (haineko.parse_text, "\ud800", None, ["w: has a character that can't be printed"]),
+            (haineko.parse_text, 1, None, ["w: expected a string, got a number"]),
+            (haineko.parse_text, ["a"], None, ["w: expected a string, got a list"]),
+            (haineko.parse_text, "a\nb", None, ["w: has an unprintable character"]),
+            (haineko.parse_text, "a\x1b[2J", None, ["w: has an unprintable character"]),
+            (haineko.parse_text, "\ud800", None, ["w: has an unprintable character"]),
             (haineko.parse_boolean, True, True, []),
             (haineko.parse_boolean, False, False, []),
             (haineko.parse_boolean, 1, True, []),
@@ -1893,13 +1888,13 @@ class JsonIntoDataclasses(unittest.TestCase):
                 texts,
                 ["a", 1, None],
                 None,
-                ["w[1]: a string is wanted, not a number", "w[2]: a string is wanted, not null"],
+                ["w[1]: expected a string, got a number", "w[2]: expected a string, got null"],
             ),
-            (texts, {}, None, ["w: a string is wanted, not an object"]),
+            (texts, {}, None, ["w: expected a string, got an object"]),
             (upper, {"a": 1, "b": 0}, {"A": True, "B": False}, []),
-            (upper, {"a": 2}, None, ["w.a: true or false is wanted, not a number"]),
+            (upper, {"a": 2}, None, ["w.a: expected true or false, got a number"]),
             (upper, {"a": 1, "A": 1}, None, ["w: two keys differ in case only"]),
-            (upper, [], None, ["w: an object is wanted, not a list"]),
+            (upper, [], None, ["w: expected an object, got a list"]),
         ]
         for parse, value, wanted, faults_wanted in cases:
             with self.subTest(value=value, wanted=wanted):
@@ -1990,15 +1985,30 @@ class SettingsFile(Folder):
 
     def test_entries_that_can_match_nothing_are_faults(self):
         for content, fault in (
-            ({"httpd": {"listen": []}}, "httpd.listen: at least one address is wanted"),
-            ({"recipients": {"domainpart": ["*.example.jp"]}}, 'recipients.domainpart: "*.example.jp" is no domain'),
-            ({"recipients": {"domainpart": ["@example.jp"]}}, 'recipients.domainpart: "@example.jp" is no domain'),
-            ({"recipients": {"domainpart": [".example.jp"]}}, 'recipients.domainpart: ".example.jp" is no domain'),
-            ({"recipients": {"domainpart": ["a@example.jp"]}}, 'recipients.domainpart: "a@example.jp" is no domain'),
-            ({"recipients": {"recipients": ["example.jp"]}}, 'recipients.recipients: "example.jp" is no address'),
+            ({"httpd": {"listen": []}}, "httpd.listen: expected at least one value"),
+            (
+                {"recipients": {"domainpart": ["*.example.jp"]}},
+                'recipients.domainpart[0]: expected a domain, got "*.example.jp"',
+            ),
+            (
+                {"recipients": {"domainpart": ["@example.jp"]}},
+                'recipients.domainpart[0]: expected a domain, got "@example.jp"',
+            ),
+            (
+                {"recipients": {"domainpart": [".example.jp"]}},
+                'recipients.domainpart[0]: expected a domain, got ".example.jp"',
+            ),
+            (
+                {"recipients": {"domainpart": ["a@example.jp"]}},
+                'recipients.domainpart[0]: expected a domain, got "a@example.jp"',
+            ),
+            (
+                {"recipients": {"recipients": ["example.jp"]}},
+                'recipients.recipients[0]: expected an address, got "example.jp"',
+            ),
             (
                 {"mailertable": {"*.example.jp": {}}},
-                'mailertable.*.example.jp: "example.jp", ".example.jp" or "default" is wanted',
+                'mailertable.*.example.jp: expected "example.jp", ".example.jp" or "default"',
             ),
         ):
             with self.subTest(content=content):
@@ -2020,27 +2030,27 @@ class SettingsFile(Folder):
             self.faults(content),
             [
                 'htpd: unknown key; did you mean "httpd"?',
-                'httpd.listen: "host:port", "[v6]:port" or "unix:/path" is wanted, not "2794"',
+                'httpd.listen: expected "host:port", "[v6]:port" or "unix:/path", got "2794"',
                 'httpd.worker: unknown key; did you mean "workers"?',
-                "httpd.timeout: a whole number from 1 to 3600 is wanted, not 3601",
-                'httpd.allowed_origins[0]: a web origin like "https://www.example.org" is wanted, not "example.org"',
-                'smtpd.hostname: a host name is wanted, not "a b"',
-                f"smtpd.max_message_size: a whole number from 0 to {1 << 40} is wanted, not -1",
-                "smtpd.syslog.disabled: true or false is wanted, not a number",
-                'smtpd.syslog.facility: "locl2" is no syslog facility; did you mean "local2"?',
-                "relayhosts.open-relay: true or false is wanted, not a string",
-                'relayhosts.relayhosts: "192.0.2.0/33" is no IP address or network',
-                'relayhosts.relayhosts: "::g" is no IP address or network',
+                "httpd.timeout: expected a whole number from 1 to 3600, got 3601",
+                'httpd.allowed_origins[0]: expected a web origin like "https://www.example.org", got "example.org"',
+                'smtpd.hostname: expected a host name, got "a b"',
+                f"smtpd.max_message_size: expected a whole number from 0 to {1 << 40}, got -1",
+                "smtpd.syslog.disabled: expected true or false, got a number",
+                'smtpd.syslog.facility: unknown syslog facility "locl2"; did you mean "local2"?',
+                "relayhosts.open-relay: expected true or false, got a string",
+                'relayhosts.relayhosts[1]: expected an IP address or network, got "192.0.2.0/33"',
+                'relayhosts.relayhosts[2]: expected an IP address or network, got "::g"',
                 'recipients.domainparts: unknown key; did you mean "domainpart"?',
                 'mailertable.default.mailer: "SMTP" is no relay known here; did you mean "ESMTP"?',
-                "mailertable.default.port: a whole number from 1 to 65535 is wanted, not 0",
-                'mailertable.example.jp.host: a host name or an IP address is wanted, not "a b"',
-                "mailertable.example.jp.retry: a whole number from 0 to 100 is wanted, not 1.5",
-                "sendermt: an object is wanted, not a list",
+                "mailertable.default.port: expected a whole number from 1 to 65535, got 0",
+                'mailertable.example.jp.host: expected a host name or an IP address, got "a b"',
+                "mailertable.example.jp.retry: expected a whole number from 0 to 100, got 1.5",
+                "sendermt: expected an object, got a list",
                 'authinfo.a.user: unknown key; did you mean "username"?',
-                'authinfo.b.password: a string, {"file": path} or {"env": NAME} is wanted',
-                "authinfo.c.password: a string is wanted, not a number",
-                "password.u: a hash as `haineko.py pw` prints it, or {SSHA}, is wanted",
+                'authinfo.b.password: expected a string, {"file": path} or {"env": NAME}',
+                "authinfo.c.password: expected a string, got a number",
+                "password.u: expected a hash as `haineko.py pw` prints it, or {SSHA}",
             ],
         )
 
@@ -2053,11 +2063,11 @@ class SettingsFile(Folder):
             ("auth of sendermt", {"sendermt": {"example.org": {"auth": "x"}}},
              'sendermt.example.org.auth: "x" is not in authinfo'),
             ("folder", {"mailertable": {"default": {"mailer": gone}}},
-             f"mailertable.default.mailer: {gone} is no folder that can be written"),
+             f"mailertable.default.mailer: {gone} is not a folder that can be written"),
             ("a file as folder", {"mailertable": {"default": {"mailer": closed}}},
-             f"mailertable.default.mailer: {closed} is no folder that can be written"),
+             f"mailertable.default.mailer: {closed} is not a folder that can be written"),
             ("folder as host", {"mailertable": {"default": {"host": "/tmp"}}},
-             'mailertable.default.host: "/tmp" is no host name'),
+             'mailertable.default.host: expected a host name, got "/tmp"'),
             ("ca_file", {"mailertable": {"default": {"ca_file": "gone"}}},
              f"mailertable.default.ca_file: {gone}: No such file or directory"),
             ("ca_file that is none", {"mailertable": {"default": {"ca_file": "closed"}}},
@@ -2084,9 +2094,9 @@ class SettingsFile(Folder):
         cases = [
             ("not JSON", b"{", f"{path}: Expecting property name"),
             ("not UTF-8", b'{"a": "\xff"}', f"{path}: not UTF-8 at octet 7"),
-            ("a list", [], f"{path}: an object is wanted, not a list"),
+            ("a list", [], f"{path}: expected an object, got a list"),
             ("NaN", b'{"httpd": {"timeout": NaN}}', f"{path}: NaN is not JSON"),
-            ("twice", b'{"httpd": {"timeout": 1, "timeout": 1}}', "httpd.timeout: stands more than once"),
+            ("twice", b'{"httpd": {"timeout": 1, "timeout": 1}}', "httpd.timeout: duplicate key"),
         ]
         for what, content, wanted in cases:
             with self.subTest(what):
@@ -2110,7 +2120,7 @@ class SettingsFile(Folder):
         self.assertEqual(haineko.load_settings(path)[1], ['mailertable.default.hst: unknown key; did you mean "host"?'])
         os.unlink(os.path.join(self.folder, "aside.json"))
         gone = os.path.join(self.folder, "aside.json")
-        self.assertEqual(haineko.load_settings(path)[1], [f"{gone}: No such file or directory"])
+        self.assertEqual(haineko.load_settings(path)[1], [f"mailertable: {gone}: No such file or directory"])
 
     def test_secrets_that_everybody_can_read_are_refused(self):
         login, hashes = {"relay": {"username": "u", "password": "p"}}, {"kijitora": self.KIJITORA}
@@ -2161,7 +2171,8 @@ class SettingsFile(Folder):
             (self.KIJITORA, "", False),
             (line, "neko", True),
             (line, "neko ", False),
-            (haineko.DUMMY_HASH, "neko", False),
+            (haineko.hash_password("neko"), "neko", True),
+            (haineko.hash_password("neko"), "Neko", False),
         ]
         for hashed, word, right in cases:
             with self.subTest(hashed[:20], word=word):
@@ -2188,7 +2199,7 @@ class SettingsFile(Folder):
             with self.subTest(line):
                 faults: list = []
                 haineko.parse_password_hash(line, "password.u", faults)
-                self.assertEqual(faults, ["password.u: a hash as `haineko.py pw` prints it, or {SSHA}, is wanted"])
+                self.assertEqual(faults, ["password.u: expected a hash as `haineko.py pw` prints it, or {SSHA}"])
 
     def test_who_may_log_in(self):
         gate = settings(password={"kijitora": self.KIJITORA, "ねこ": self.KIJITORA}).password
@@ -2212,10 +2223,7 @@ class SettingsFile(Folder):
                 self.assertEqual(gate.is_cached(credentials), right)
 
     def test_who_was_right_is_remembered(self):
-        salt = b"s" * 16
-        digest = haineko.scrypt("neko", salt)
-        line = "$scrypt$ln=14,r=8,p=1$" + "$".join(base64.b64encode(octets).decode() for octets in (salt, digest))
-        gate = settings(password={"u": line}).password
+        gate = settings(password={"u": haineko.hash_password("neko")}).password
         credentials = "Basic " + base64.b64encode(b"u:neko").decode()
         began = time.process_time()
         self.assertTrue(gate.authenticate(credentials))
@@ -2556,11 +2564,11 @@ class Submissions(unittest.TestCase):
     def test_faults(self):
         wanted = '"name <address>" is wanted, not '
         cases = [
-            ([], ["the top: an object is wanted, not a list"]),
-            ("x", ["the top: an object is wanted, not a string"]),
-            (b"null", ["the top: an object is wanted, not null"]),
-            ({"header": []}, ["header: an object is wanted, not a list"]),
-            ({"header": "x"}, ["header: an object is wanted, not a string"]),
+            ([], ["top level: expected an object, got a list"]),
+            ("x", ["top level: expected an object, got a string"]),
+            (b"null", ["top level: expected an object, got null"]),
+            ({"header": []}, ["header: expected an object, got a list"]),
+            ({"header": "x"}, ["header: expected an object, got a string"]),
             ({"rcptt": "a"}, ['rcptt: unknown key; did you mean "rcpt"?']),
             ({"subject": "a"}, ["subject: unknown key"]),
             ({"header": {"reply_too": "a"}}, ['header.reply_too: unknown key; did you mean "replyto"?']),
@@ -2582,8 +2590,8 @@ class Submissions(unittest.TestCase):
             ({"header": {"charset": "UTF-9"}}, ['header.charset: "UTF-9" is no charset for mail that is known here']),
             ({"header": {"x-haineko-loop": "a b"}}, ['header.x-haineko-loop: "a b" is no name of a Haineko']),
             ({"header": {"x-haineko-loop": [1]}}, ["header.x-haineko-loop[0]: a string is wanted, not a number"]),
-            (b'{"body": "a", "body": "b"}', ["body: stands more than once"]),
-            (b'{"header": {"subject": "a", "subject": "a"}}', ["header.subject: stands more than once"]),
+            (b'{"body": "a", "body": "b"}', ["body: duplicate key"]),
+            (b'{"header": {"subject": "a", "subject": "a"}}', ["header.subject: duplicate key"]),
             (b'{"body": "\\ud800"}', ["body: has half a surrogate pair at character 0"]),
             (b'{"rcpt": ["a", "b\\udc00"]}', ["rcpt[1]: has half a surrogate pair at character 1"]),
             (b'{"header": {"subject": "\\ud83d"}}', ["header.subject: has half a surrogate pair at character 0"]),
@@ -2840,8 +2848,8 @@ class Submissions(unittest.TestCase):
 
 FAULTS = [
     ({"html": 1}, "html: a string is wanted, not a number"),
-    ({"attachments": "x"}, "attachments: an object is wanted, not a string"),
-    ({"attachments": [file(), "x"]}, "attachments[1]: an object is wanted, not a string"),
+    ({"attachments": "x"}, "attachments: expected an object, got a string"),
+    ({"attachments": [file(), "x"]}, "attachments[1]: expected an object, got a string"),
     ({"attachments": [{"filename": "a"}]}, "attachments[0].content: is missing"),
     ({"attachments": [{"content": None}]}, "attachments[0].content: is missing"),
     ({"attachments": [file(), file(), {"content": "a*b="}]}, "attachments[2].content: is not base64"),
@@ -2871,7 +2879,7 @@ FAULTS = [
     *[({"attachments": [file(cid=cid)]}, "attachments[0].cid: ") for cid in ("a b", "a>b", "猫", "<a", "a\r\nBcc: x",
       "x" * 201, 1)],
     ({"attachments": [file(cid="a"), file(cid="<a>")]}, "attachments[1].cid: another attachment has it already"),
-    ({"attachments": [file(inline="yes")]}, "attachments[0].inline: true or false is wanted, not a string"),
+    ({"attachments": [file(inline="yes")]}, "attachments[0].inline: expected true or false, got a string"),
     ({"attachments": [file()] * 1001}, "attachments: are more than 1000"),
     *[({"header": {key.partition("[")[0]: value}}, f"header.{key}: {said}") for key, value, said in [
         ("to", "a", '"name <address>" is wanted'), ("cc[1]", ["a@example.jp", 1], "a string is wanted"),
@@ -6146,7 +6154,9 @@ class RelayMx(MxPeers):
         routes = {"default": {"mailer": "MX", "auth": "relay"}}
         logins = {"relay": {"username": "u", "password": "p"}}
         found = haineko.from_dict(haineko.Settings, {"mailertable": routes, "authinfo": logins}, "", faults)
-        self.assertEqual(haineko.resolve_settings(found, faults)[1], ["mailertable.default.auth: MX logs in nowhere"])
+        self.assertEqual(
+            haineko.resolve_settings(found, faults)[1], ["mailertable.default.auth: MX takes no such setting"]
+        )
 
     def test_the_name_servers_of_the_settings_are_asked(self):
         first, second = haineko.Smtpd(resolver=("127.0.0.1:1",)), haineko.Smtpd(resolver=("127.0.0.1:2",))
@@ -6812,7 +6822,7 @@ class WebRoutes(unittest.TestCase):
             ),
             (
                 {"mailer": "SendGrid", "auth": "empty"},
-                "mailertable.default.auth: authinfo.empty needs a username and a password",
+                "mailertable.default.auth: authinfo.empty needs a password",
             ),
             ({"mailer": "AmazonSES", "auth": "half", "region": "eu"}, "authinfo.half needs a username and a password"),
             ({"mailer": "SendGrd", "auth": "key"}, 'did you mean "SendGrid"?'),
@@ -7288,7 +7298,7 @@ class SendGridBody(unittest.TestCase):
                 "To has none of the recipients",
             ),
             ("a signature", text + "DKIM-Signature: v=1\n", one, "dkim-signature can't be set"),
-            ("a header twice", text + "X-A: 1\nx-a: 2\n", one, "x-a stands more than once"),
+            ("a header twice", text + "X-A: 1\nx-a: 2\n", one, "x-a occurs more than once"),
             ("a header of octets", (text + "X-A: é\n").encode(), one, "x-a is not ASCII"),
             ("unknown charset", text + "Content-Type: text/plain; charset=klingon\n\nx\n", one, "klingon"),
             (
@@ -7424,12 +7434,12 @@ class MandrillReplies(unittest.TestCase):
 
 
 class WebProbes(unittest.TestCase):
-    """Their rows of PROBES."""
+    """Their probes."""
 
     def findings(self, route: haineko.Route) -> list:
         probe = haineko.ConnectivityProbe(route, "here.example")
         sessions = haineko.TransportContext()
-        return haineko.run(and_closed(haineko.PROBES[route.mailer](probe, sessions), sessions))
+        return haineko.run(and_closed(route.row.probe(probe, sessions), sessions))
 
     def test_good_credentials(self):
         for mailer, words in (
@@ -7482,7 +7492,7 @@ class WebProbes(unittest.TestCase):
 
 
 def entry(queueid="Q" * 16, to=("a@example.jp",), lane="ESMTP x:25", born=None, **more):
-    rows = tuple((rcpt, rcpt, number, lane) for number, rcpt in enumerate(to, 1))
+    rows = tuple(haineko.NewRecipient(rcpt, rcpt, number, lane) for number, rcpt in enumerate(to, 1))
     message = haineko.Message((b"Subject: x\r\nTo: ", b"\r\nMessage-Id: <Q.", b"@x>\r\n\r\nNyaa\r\n"))
     return haineko.NewQueueItem(queueid, "mail", "s@example.org", "", born or time.time(), message, rows, **more)
 
@@ -7533,7 +7543,7 @@ class QueuePure(unittest.TestCase):
             "created_at": 1e9,
         }
         values.update(
-            message=message, as_written="A@example.jp", recipient="A@example.jp", number=1, destination="x", attempts=2
+            message=message, as_written="A@example.jp", recipient="A@example.jp", number=1, destination="x", attempts=3
         )
         return haineko.LeasedRecipient(**{**values, "history": (), **more})
 
@@ -7574,15 +7584,16 @@ class QueuePure(unittest.TestCase):
         said = haineko.Reply("451", "4.0.0", "DATA", ("x",))
         table = (
             ("delivered", self.parcel(), "delivered", ["message.delivered"]),
-            ("first delay", self.parcel(attempts=0), "open", ["message.deferred"]),
-            ("second delay", self.parcel(attempts=1), "open", []),
+            ("first delay", self.parcel(attempts=1), "open", ["message.deferred"]),
+            ("second delay", self.parcel(attempts=2), "open", []),
             ("failed", self.parcel(), "failed", ["message.failed", "bounce"]),
             ("a bounce failed", self.parcel(sender=""), "failed", ["message.failed"]),
             ("an event failed", self.parcel(kind="event", sender=""), "failed", []),
         )
         for what, parcel, state, wanted in table:
             with self.subTest(what):
-                found = haineko.notifications(parcel, said, haineko.Disposition(state), settings, 1e9)
+                result = haineko.AttemptResult(said, haineko.Disposition(state))
+                found = haineko.notifications(parcel, result, said, settings, 1e9)
                 kinds = [json.loads(e.message.parts[0])["type"] if e.kind == "event" else "bounce" for e in found]
                 self.assertEqual(kinds, wanted)
 
@@ -7728,15 +7739,15 @@ class QueueStore(Quiet):
     def test_versions(self):
         self.do(haineko.enqueue, entry(), None)
         db = self.store.db
-        two = (*haineko.MIGRATIONS, "CREATE TABLE cats (name TEXT); INSERT INTO cats VALUES ('tama')")
+        newer = (*haineko.MIGRATIONS, "CREATE TABLE cats (name TEXT); INSERT INTO cats VALUES ('tama')")
         with self.subTest("a step that fails changes nothing"):
             with self.assertRaises(sqlite3.Error):
-                haineko.migrate(db, (*two, "CREATE TABLE dogs (x); CREATE TABLE dogs (x)"))
+                haineko.migrate(db, (*newer, "CREATE TABLE dogs (x); CREATE TABLE dogs (x)"))
             db.execute("ROLLBACK")
-            self.assertEqual(db.execute("PRAGMA user_version").fetchone(), (1,))
+            self.assertEqual(db.execute("PRAGMA user_version").fetchone()[0], len(haineko.MIGRATIONS))
         with self.subTest("an older file is upgraded"):
-            haineko.migrate(db, two)
-            self.assertEqual(db.execute("SELECT * FROM cats").fetchall(), [("tama",)])
+            haineko.migrate(db, newer)
+            self.assertEqual(db.execute("SELECT * FROM cats").fetchone()["name"], "tama")
         with self.subTest("a newer one is refused"):
             self.store.close()
             with self.assertRaises(haineko.Rejected):
@@ -7819,17 +7830,46 @@ class QueueStore(Quiet):
         )
         self.assertEqual([results[0], type(results[1]), results[2]], [None, KeyError, None])
         rows = self.store.db.execute("SELECT queueid FROM messages ORDER BY id").fetchall()
-        self.assertEqual(rows, [("one",), ("two",)])
+        self.assertEqual([row["queueid"] for row in rows], ["one", "two"])
 
     def test_forgotten_after_a_day(self):
         said = haineko.Reply("250", None, "DATA", ("x",))
-        self.do(haineko.enqueue, entry(key=b"k"), [(said, haineko.Disposition("delivered"), [])])
-        size = self.store.db.execute("SELECT length(octets), done IS NULL FROM messages").fetchone()
-        self.assertEqual(size, (0, 0))
+        self.do(haineko.enqueue, entry(key=b"k"), [haineko.AttemptResult(said, haineko.Disposition("delivered"))])
+        row = self.store.db.execute("SELECT length(octets), completed_at IS NULL FROM messages").fetchone()
+        self.assertEqual(tuple(row), (0, 0))
         for hours, left in ((23, 1), (25, 0)):
             self.do(haineko.purge, time.time() + hours * 3600)
-            self.assertEqual(self.store.db.execute("SELECT count(*) FROM messages").fetchone(), (left,))
-        self.assertEqual(self.store.db.execute("SELECT count(*) FROM recipients").fetchone(), (0,))
+            self.assertEqual(self.store.db.execute("SELECT count(*) FROM messages").fetchone()[0], left)
+        self.assertEqual(self.store.db.execute("SELECT count(*) FROM recipients").fetchone()[0], 0)
+
+    def test_version_1_is_upgraded(self):
+        """A file of version 1 keeps its mail, and ends with the same columns and indexes as a new one."""
+        self.do(haineko.queue_stats, 0)
+        self.policy = haineko.QueueSettings(path=os.path.join(self.folder, "old.db"), min_free=0)
+        with contextlib.closing(sqlite3.connect(self.policy.path, isolation_level=None)) as db:
+            db.executescript(haineko.MIGRATIONS[0])
+            db.execute(
+                "INSERT INTO messages VALUES"
+                " (1, 'old', 'mail', 's@example.org', 'tama', 1e9, 1, NULL, NULL, x'6b', x'62', NULL, 4, '[0, 4]', x'4e796161')"
+            )
+            history = '[[1e9, "451", null, "DATA", ["not now"], "ESMTP", "x", 25]]'
+            db.execute(
+                "INSERT INTO recipients VALUES (1, 1, 'A@b.example', 'a@b.example', 1, 'ESMTP x:25', 'open', 1e9, 1e9,"
+                " NULL, 1, ?)",
+                (history,),
+            )
+            db.execute("PRAGMA user_version=1")
+        fresh, self.store = self.store, self.open()
+        (leased,) = self.do(haineko.lease_due, time.time(), 9, {}, {}, 0)
+        self.assertEqual((leased.queueid, leased.login, leased.created_at), ("old", "tama", 1e9))
+        self.assertEqual((leased.as_written, leased.destination), ("A@b.example", "ESMTP x:25"))
+        self.assertEqual((leased.history[0].reply.code, leased.attempts), ("451", 1))
+        tables = []
+        for store in (fresh, self.store):
+            names = [row["name"] for row in store.db.execute("SELECT name FROM sqlite_master ORDER BY name")]
+            columns = [[tuple(row) for row in store.db.execute(f"PRAGMA table_info({name})")] for name in names]
+            tables.append((names, columns))
+        self.assertEqual(*tables)
 
 
 class QueueServed(unittest.TestCase):
@@ -7921,8 +7961,10 @@ class QueueServed(unittest.TestCase):
         self.assertEqual(self.server.fate(answer["queueid"])["never@example.jp"]["state"], "failed")
         eventually(lambda: self.events(answer["queueid"]) == ["message.failed"], what="event")
         with self.subTest("none for a bounce that bounces"):
-            self.server.submit("never@example.jp", sender="never2@example.jp", **{"async": True})
-            eventually(lambda: re.search("from=<> to=<never2@example.jp>.* failed", self.server.log()), what="its end")
+            self.server.post("never@example.jp", sender="never2@example.jp", **{"async": True})
+            until(
+                lambda: re.search("from=<> to=<never2@example.jp>.* status=bounced", self.server.log()), what="its end"
+            )
             self.assertNotIn("to=<>", self.server.log())
 
     def test_zz_end_of_life(self):
@@ -9188,7 +9230,7 @@ class Workers(Peers):
         server = self.server({})
         aside = os.path.join(server.folder, "login.json")
         server.write({"authinfo": "login.json", "recipients": {"domainpart": ["example.net"]}})
-        eventually(lambda: "settings not taken" in server.log(), "a fault: no such file")
+        eventually(lambda: "reload failed" in server.log(), "a fault: no such file")
         with open(os.open(aside, os.O_WRONLY | os.O_CREAT, 0o644), "w") as stream:
             stream.write('{"x": {"username": "u", "password": "n-y-a-a"}}')
         os.chmod(aside, 0o644)
@@ -9301,9 +9343,9 @@ class Workers(Peers):
         self.assertEqual(begun.ask(whole[-20:])[0], 200, "a request that began before uses one set to its end")
         server.write({"recipients": {"domainparts": ["x"]}, "mailertable": {"default": {"mailer": "ESNTP"}}})
         server.process.send_signal(signal.SIGHUP)
-        eventually(lambda: "settings not taken" in server.log(), "a word about the faults")
+        eventually(lambda: "reload failed" in server.log(), "a word about the faults")
         self.assertIn('recipients.domainparts: unknown key; did you mean "domainpart"?', server.log())
-        self.assertIn('mailertable.default.mailer: "ESNTP" is no relay known here; did you mean "ESMTP"?', server.log())
+        self.assertIn('mailertable.default.mailer: unknown relay type "ESNTP"; did you mean "ESMTP"?', server.log())
         self.assertEqual(codes(), {"553"})
         server.write({**closed, "recipients": {"open-relay": 1}})
         server.process.send_signal(signal.SIGHUP)
@@ -9431,7 +9473,7 @@ class Commands(Folder, Peers):
             bad = self.write("bad.json", {"httpd": {"lissen": "x"}, "mailertable": {"default": {"mailer": "ESNTP"}}})
             cases = (
                 (("serve", "--listen", place, "-c", fine), 1, f"can't listen at {place}: Address already in use"),
-                (("serve", "--listen", "nonsense"), 2, '"host:port", "[v6]:port" or "unix:/path" is wanted'),
+                (("serve", "--listen", "nonsense"), 2, 'expected "host:port", "[v6]:port" or "unix:/path"'),
                 (("serve", "--workers", "-1"), 2, "a whole number from 0 to 256"),
                 (("serve", "--workers", "x"), 2, "invalid int value"),
                 (("serve", "-c", bad), 2, 'httpd.lissen: unknown key; did you mean "listen"?'),
@@ -9445,7 +9487,7 @@ class Commands(Folder, Peers):
                     self.assertNotIn("Traceback", err)
             code, _, err = self.haineko("serve", HAINEKO_CONF=bad)
             self.assertEqual(code, 2)
-            self.assertIn('mailertable.default.mailer: "ESNTP" is no relay known here', err)
+            self.assertIn('mailertable.default.mailer: unknown relay type "ESNTP"', err)
 
     def test_the_daemon_starts_stops_restarts_and_says_how_it_is(self) -> None:
         gate = threading.Event()
@@ -9809,9 +9851,6 @@ class CheckConnect(WithCertificates):
         code, lines = self.check({"default": {"mailer": "Screen"}, "a.example": {"mailer": self.folder}}, "--connect")
         self.assertEqual(code, 0)
         self.assert_lines(lines, "^mailertable.default: NONE: nothing", f"^mailertable.a.example: FILE: {self.folder}$")
-
-    def test_every_relay_can_be_tried(self):
-        self.assertEqual(set(haineko.PROBES), set(haineko.RELAYS))
 
     def test_nothing_is_tried_unasked(self):
         self.assertEqual(self.check({"default": {"mailer": "MX"}}), (0, []))
@@ -10502,11 +10541,23 @@ class Readme(unittest.TestCase):
         (found,) = re.findall(rf"(?m)^\| {re.escape(name)} \|.*\n(?:\| \| .*\n)*", self.text)
         return found
 
+    def test_the_table_of_relays_follows_from_their_rows(self):
+        rows = re.findall(r"(?m)^\| `(\w+)` \| (.*) \|.*\|$", self.text[self.text.index("\n## Relays\n") :])
+        described = dict(rows[: len(haineko.RELAYS)])
+        self.assertEqual(sorted(described), sorted(haineko.RELAYS))
+        for name, relay in haineko.RELAYS.items():
+            keys = [key for key in relay.needs if key != "auth"]
+            keys += relay.login if "auth" in relay.needs else ()
+            for text in (
+                *(f"`{key}`" for key in keys),
+                *([str(relay.default_port)] if relay.default_port != 25 else []),
+            ):
+                with self.subTest(name, text=text):
+                    self.assertIn(text, described[name])
+
     def test_every_row_of_a_table_stands_in_a_table(self):
         for name in haineko.COMMANDS:
             self.assertRegex(self.text, rf"(?m)^\|.*`{name}[ `].*\|", name)
-        for name in haineko.RELAYS:
-            self.assertIn(f"\n| `{name}` |", self.text)
         for method, path in haineko.ENDPOINTS:
             self.assertIn(f"`{method} {path}`", self.text)
         for slug, (status, code, dsn, command, line) in haineko.REPLIES.items():
