@@ -13,7 +13,7 @@
      5  Submissions                13  Relays
      6  Policy                     14  Queue
      7  Messages                   15  Submission pipeline
-     8  Routes                     16  HTTP
+     8  Routes                     16  HTTP server
                                    17  Commands
 
 Sections 1, 5 to 8 and 13 to 15 are the pipeline; 2 to 4 and 9 to 12 are infrastructure; 16 and 17 are the two entries.
@@ -73,7 +73,8 @@ import urllib.parse
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from email.utils import formatdate, getaddresses, parsedate_to_datetime
+from email.utils import formatdate, parsedate_to_datetime
+from html.parser import HTMLParser
 from typing import Any, Callable, NamedTuple
 
 __version__ = "1.0.0"
@@ -98,6 +99,7 @@ class Reply(NamedTuple):
     status: int = 0  # HTTP status of a refusal before delivery
     maybe_delivered: bool = False  # the end of the text was sent and no reply came
     retry_after: int = 0  # seconds after which to try again, if the other side named them
+    origin: str = "relay"  # who gave it: "relay" (the other side, or our part in talking to it), "policy", "queue"
 
     @property
     def accepted(self) -> bool:
@@ -111,6 +113,13 @@ class Reply(NamedTuple):
     def relay(self) -> str | None:
         """Name the server that replied, for the log."""
         return f"{self.mailer}:{self.host}:{self.port}" if self.host else self.mailer
+
+    @property
+    def log_status(self) -> str:
+        """The value of status= in a line of the log."""
+        if self.origin == "policy":
+            return "rejected"
+        return "sent" if self.accepted else "deferred" if self.temporary else "bounced"
 
 
 class Rejected(Exception):  # noqa: N818 -- the word that postmasters use
@@ -176,7 +185,8 @@ class TransactionResult(NamedTuple):
 def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
     """Return the reply REPLIES[slug], `word` for its "%s", followed by `lines`; `endpoint`: mailer, host, port."""
     status, code, dsn, command, text = REPLIES[slug]
-    values = {"command": command, "status": status, **endpoint}
+    origin = "queue" if command == "QUEUE" else "policy" if status and not endpoint.get("mailer") else "relay"
+    values = {"command": command, "status": status, "origin": origin, **endpoint}
     return Reply(code, dsn, message=(text % word if "%s" in text else text, *lines), **values)
 
 
@@ -345,22 +355,6 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object_from_pairs, parse_constant=
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
 
 
-def json_of(value: Any) -> str:
-    """The JSON of a value; strings, whole numbers, None and tuples of these take the short ways."""
-    if type(value) is str and len(value) <= CACHE_MAX_CHARS:
-        return json_string(value)
-    if type(value) is tuple:
-        return "[" + ", ".join(map(json_of, value)) + "]"
-    if value is None:
-        return "null"
-    return str(value) if type(value) is int else ENCODER.encode(value)
-
-
-@functools.lru_cache(maxsize=1024)  # most of what is said in answers was said before
-def json_string(text: str) -> str:
-    return ENCODER.encode(text)
-
-
 CACHE_MAX_CHARS = 512  # characters of what is remembered: long ones would fill the memory
 
 
@@ -450,34 +444,22 @@ def parse_text(value: Any, json_path: str, errors: list) -> str:
     return ""
 
 
-def matching(pattern: Any, expected: str, optional: bool = False, secret: bool = False, convert: Any = str) -> Callable:
-    """Return a parser of strings that `pattern` accepts: a regex, or a function that is true for them and may raise
-    ValueError for others. A `secret` is not shown in errors."""
-    accepts = getattr(pattern, "fullmatch", pattern)
+def matching(pattern: str, expected: str) -> Callable:
+    """Make a parser of header text that is empty or matches the whole pattern."""
+    compiled = re.compile(pattern)
 
-    def parse(value: Any, json_path: str, errors: list) -> Any:
-        text = parse_text(value, json_path, errors)
-        with contextlib.suppress(ValueError):
-            if accepts(text) or (optional and not text):
-                return convert(text)
-        if text == value:  # else parse_text() has told
-            errors.append(f"{json_path}: expected {expected}" + ("" if secret else f', got "{sanitize(text)}"'))
-        return None
+    def parse(value: Any, json_path: str, errors: list) -> str:
+        value = parse_header_text(value, json_path, errors)
+        if value and not compiled.fullmatch(value):
+            errors.append(f'{json_path}: expected {expected}, got "{sanitize(value, 80)}"')
+        return value
 
     return parse
 
 
-def one_of(names: Any, kind: str) -> Callable:
-    """Return a parser of names that compares without case and returns the name as it stands in `names`."""
-    known = {name.lower(): name for name in names}
-
-    def parse(value: Any, json_path: str, errors: list) -> str | None:
-        text = parse_text(value, json_path, errors)
-        if text == value and text.lower() not in known:
-            errors.append(f'{json_path}: unknown {kind} "{sanitize(text)}"{did_you_mean(text, names)}')
-        return known.get(text.lower())
-
-    return parse
+def one_of(*words: str) -> Callable:
+    """Make a parser of one of these words."""
+    return matching(f"(?i:{'|'.join(words)})", f"one of {', '.join(words)}")
 
 
 def parse_boolean(value: Any, json_path: str, errors: list) -> bool | None:
@@ -666,6 +648,9 @@ class Relay(NamedTuple):
     into_folder: bool = False  # delivers into a folder of this machine
 
 
+RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 13
+
+
 UNKNOWN_RELAY = Relay(None, None)  # of a route whose mailer is a fault of the settings
 
 
@@ -837,7 +822,11 @@ class Tls:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Httpd:
-    listen: tuple = config_field(("127.0.0.1:2794",), list_of(parse_listen_address, required=True), "where it listens")
+    listen: tuple = config_field(
+        ("127.0.0.1:2794",),
+        list_of(parse_listen_address, required=True),
+        "host:port, [v6]:port or unix:/path, or a list",
+    )
     workers: int = config_field(0, integer(0, 256), "processes; 0 means one per core")
     max_connections: int = config_field(512, integer(1, 65536), "open connections per worker")
     timeout: int = config_field(30, integer(1, 3600), "seconds for a whole request, and for an idle connection")
@@ -1380,10 +1369,12 @@ class Log:
         elif self.loop and first:
             self.loop.call_soon(self.flush)
 
-    def start_buffering(self) -> None:
-        """Let lines wait for flush(). A process that is killed loses those of its loop's current iteration, of which no
-        request was answered yet."""
-        self.buffer = []
+    def start_buffering(self, loop: Any = None) -> None:
+        """Let lines wait for flush(), which the event loop calls in its next iteration.
+
+        A process that is killed loses those of the current one, of which no request was answered yet.
+        """
+        self.buffer, self.loop = [], loop
         with contextlib.suppress(OSError):  # reopened: in a shared pipe another process may take the room meanwhile
             if stat.S_ISFIFO(os.fstat(2).st_mode):
                 self.stderr = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -1470,157 +1461,241 @@ def log_value(value: Any, limit: int = 500) -> str:
 
 # ======================================================================================================================
 # 5. Submissions
-#    Takes the octets of a request's body, gives a Submission in which every string is Unicode, free of CR, LF and NUL
-#    where a header is meant, and every address of a header is one. Knows nothing of policy.
+#    Takes the body of a request, gives a Submission and the list of all faults. Every string of a Submission is
+#    Unicode; strings for headers have no CR, LF or NUL; addresses in headers are parsed. Knows no settings.
 # ======================================================================================================================
 
 
-@dataclass(repr=False, eq=False)  # made for each request, and a frozen one takes four times as long
+@dataclass(repr=False, eq=False)  # made for each request, and creating a frozen one takes four times as long
 class Request:
-    """One HTTP request; its body comes after its head was found good."""
+    """An HTTP request; its body is read after the checks of its head."""
 
     method: str
     path: str
     headers: dict  # by name in lower case
-    body: Any  # bytes, or a bytearray
-    client: IPAddress | None  # None where nothing was read
-    peer: IPAddress | None  # of the connection: the client's or a proxy's
+    body: Any  # bytes or bytearray
+    client: IPAddress | None  # None if no head was read
+    peer: IPAddress | None  # address of the connection: the client's or a proxy's
     port: int | None  # of the client
     now: float  # seconds since the epoch
-    settings: Settings | None = None  # in force when it began
+    settings: Settings | None = None  # the settings in force when it began
 
 
 class Mailbox(NamedTuple):
-    """One mailbox: as the client wrote it, its local part, and its domain in ASCII."""
+    """A mailbox of RFC 5321 4.1.2, its domain in ASCII."""
 
     as_written: str
     local: str
     domain: str
-    addr_spec: str  # local part and domain
-    key: tuple  # the same for two addresses that are the same: domains compare without case (RFC 5321 2.4)
+    addr_spec: str  # local part, "@", domain
+    key: tuple  # equal for equal mailboxes: domains compare without case (RFC 5321 2.4)
 
 
-def parse_address(text: str) -> Mailbox | None:
-    """The mailbox (RFC 5321 4.1.2, no display name, no brackets), or None. The local part may be other than ASCII."""
-    return _parse_address(text) if len(text) <= MAX_PATH else None
-
-
-@functools.lru_cache(maxsize=4096)  # of nothing long: what was asked is kept
-def _parse_address(text: str) -> Mailbox | None:
-    found = MAILBOX.fullmatch(text)
-    if not found:
-        return None
-    if not text.isascii() and (not text.isprintable() or len(text.encode()) > MAX_PATH):
-        return None
-    local, domain = found.groups()
-    if not domain.isascii():
-        domain = ascii_domain(domain)
-    found = Mailbox(text, local, domain, f"{local}@{domain}", (local, domain.lower()))
-    if len(found.addr_spec.encode()) > MAX_PATH:
-        return None
-    return found if DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_address_literal(domain)) else None
-
-
+NULL_SENDER = Mailbox("", "", "", "", ("", ""))  # of bounces, RFC 5321 4.5.5; in a header: an empty group
 MAX_PATH = 254  # octets, RFC 5321 4.5.3.1.3 less the brackets
 _ATOM = r"[^\x00-\x20\x7f()<>@,;:\\\".\[\]]+"
-MAILBOX = re.compile(  # what of it is other than ASCII has to be printable too
+MAILBOX = re.compile(  # characters beyond ASCII must be printable as well
     rf'({_ATOM}(?:\.{_ATOM})*|"(?:[^\x00-\x1f\x7f"\\]|\\[\x20-\x7e])*")'
     r"@([^\x00-\x20\x7f@<>\[\]]+|\[[0-9A-Za-z:.]+\])"
 )
 
 
-NULL_SENDER = Mailbox("", "", "", "", ("", ""))  # of bounces, RFC 5321 4.5.5
+@cache_short(4096, limit=MAX_PATH)
+def parse_address(text: str) -> Mailbox | None:
+    """Return the mailbox that a bare address names, or None. The local part may be other than ASCII (RFC 6531)."""
+    found = MAILBOX.fullmatch(text) if len(text) <= MAX_PATH else None
+    if not found or not (text.isascii() or (text.isprintable() and len(text.encode()) <= MAX_PATH)):
+        return None
+    local, domain = found.groups()
+    domain = domain if domain.isascii() else ascii_domain(domain)
+    mailbox = Mailbox(text, local, domain, f"{local}@{domain}", (local, domain.lower()))
+    if len(mailbox.addr_spec.encode()) > MAX_PATH:
+        return None
+    return mailbox if DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_address_literal(domain)) else None
+
+
+@cache_short(1024)
+def is_address_literal(text: str) -> bool:
+    """Return whether the text is an address literal (RFC 5321 4.1.3): [192.0.2.1] or [IPv6:2001:db8::1]."""
+    inner = text[1:-1]
+    if "%" in inner:  # ipaddress accepts any characters in a zone, CR and LF included
+        return False
+    is_v6 = inner[:5].lower() == "ipv6:"
+    try:
+        (ipaddress.IPv6Address if is_v6 else ipaddress.IPv4Address)(inner[5:] if is_v6 else inner)
+    except ValueError:
+        return False
+    return True
 
 
 def idna_hint(text: str) -> tuple:
-    """A line on the character for which a domain is refused, () where there is none."""
+    """Return a line about the character for which a domain is refused, or ()."""
     found = re.search(f"@[^@ ,>]*([{IDNA_DEVIATIONS}])", text)
     if not found:
         return ()
     return (f"U+{ord(found[1]):04X} has two readings in a domain (IDNA 2003 and 2008); write the domain as xn--...",)
 
 
-@functools.lru_cache(maxsize=1024)
-def is_address_literal(text: str) -> bool:
-    """True for an address literal of RFC 5321 4.1.3: [192.0.2.1] or [IPv6:2001:db8::1]."""
-    inner = text[1:-1]
-    if "%" in inner:  # ipaddress takes anything behind it for a zone, CR and LF too
-        return False
+def parse_unicode_text(value: Any, json_path: str, errors: list) -> str:
+    """Return a string; any Unicode characters are allowed."""
+    if type(value) is not str:
+        errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
+        return ""
+    if value.isascii():
+        return value
     try:
-        if inner[:5].lower() == "ipv6:":
-            return bool(ipaddress.IPv6Address(inner[5:])) or True
-        return bool(ipaddress.IPv4Address(inner)) or True
-    except ValueError:
-        return False
+        value.encode("utf-16")  # fails for lone surrogates, and is quicker than UTF-8
+    except UnicodeEncodeError as error:
+        errors.append(f"{json_path}: has half a surrogate pair at character {error.start}")
+    return value
 
 
 def parse_header_text(value: Any, json_path: str, errors: list) -> str:
-    """A string for a header: neither CR, LF nor NUL, no lone surrogate."""
+    """Return a string for a header: no CR, LF, NUL or lone surrogate."""
     value = parse_unicode_text(value, json_path, errors)
     if not value.isprintable() and ("\r" in value or "\n" in value or "\0" in value):
         errors.append(f"{json_path}: has a CR, LF or NUL")
     return value
 
 
-def parse_unicode_text(value: Any, json_path: str, errors: list) -> str:
-    """A string of Unicode characters, whatever they are."""
-    if type(value) is not str:
-        errors.append(f"{json_path}: a string is wanted, not {json_type_name(value)}")
-        return ""
-    if value.isascii():
-        return value
-    try:
-        value.encode("utf-16")  # finds them, and is quicker than UTF-8
-    except UnicodeEncodeError as error:
-        errors.append(f"{json_path}: has half a surrogate pair at character {error.start}")
-    return value
-
-
 def parse_mailbox_field(value: Any, json_path: str, errors: list) -> tuple:
-    """((display name, Address), ...) of a header like From."""
-    value = parse_header_text(value, json_path, errors)
-    found = parse_mailboxes(value) if len(value) <= MAX_MAILBOXES else ()
-    if value and not found:
-        errors.append(
-            "; ".join([f'{json_path}: "name <address>" is wanted, not "{sanitize(value, 80)}"', *idna_hint(value)])
-        )
+    """Return ((display name, Mailbox), ...) of a field like From; a text that is not empty names at least one."""
+    found = parse_recipient_field(value, json_path, errors)
+    if any(mailbox is NULL_SENDER for _, mailbox in found):
+        errors.append(f"{json_path}: names no mailbox")
     return found
 
 
-MAX_MAILBOXES = 32768  # characters of one field
-
-
-def parse_mailbox_list(value: Any, json_path: str, errors: list) -> tuple:
-    """The same of a list of such strings, or of one."""
-    return tuple(itertools.chain.from_iterable(list_of(parse_mailbox_field)(value, json_path, errors)))
-
-
-def parse_mailboxes(text: str) -> tuple:
-    """((display name, Address), ...); () where one of them is none. RFC 5322 3.4; email.utils reads the quoting."""
-    return (_parse_mailboxes if len(text) <= CACHE_MAX_CHARS else _parse_mailboxes.__wrapped__)(text)
-
-
-@functools.lru_cache(maxsize=512)
-def _parse_mailboxes(text: str) -> tuple:
-    simple = re.fullmatch(r"([^<>\"\\]*)<([^<>\s]+)>\s*", text)  # a comma or bracket in the name harms nobody here
-    if simple and "@" in simple[1] and re.search("[,;]", simple[1]):  # another mailbox, and no name
-        simple = None
+def parse_recipient_field(value: Any, json_path: str, errors: list) -> tuple:
+    """Return the same of a field like To, where ((name, NULL_SENDER),) is an empty group (RFC 5322 3.4)."""
+    value, reason = parse_header_text(value, json_path, errors), ""
     try:
-        named = (
-            [simple.groups()]
-            if simple
-            else [("", text.strip())]
-            if parse_address(text.strip())
-            else getaddresses([text])
-        )
-    except RecursionError:  # comments in comments in comments
-        return ()
-    found = tuple((name.strip(), parse_address(spec)) for name, spec in named)
-    return found if all(item for _, item in found) else ()
+        found = parse_mailboxes(value)
+        if found or not value:
+            return found
+        if ":" in value:
+            name = value.partition(":")[0].strip()
+            return ((name if PHRASE.fullmatch(name) else "undisclosed-recipients", NULL_SENDER),)
+    except ValueError as error:
+        reason = "" if value.strip() in str(error) else f" ({error})"
+    text = f'{json_path}: expected "name <address>", got "{sanitize(value, 80)}"{reason}'
+    errors.append("; ".join([text, *idna_hint(value[:MAX_FIELD])]))
+    return ()
+
+
+PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}")  # of a mailbox or group, written without quotes
+
+
+def parse_recipient_list(value: Any, json_path: str, errors: list) -> tuple:
+    """Return the same of a list of such strings, or of one."""
+    return tuple(itertools.chain.from_iterable(list_of(parse_recipient_field)(value, json_path, errors)))
+
+
+MAX_FIELD = 102400  # octets of a header, RFC 5321 4.5.3.1.7 asks for less
+MAX_ADDRESSES = 2000  # of one field
+# A name with commas or brackets without quotes, which people write, then one address.
+SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")
+ADDRESS_TOKEN = re.compile(
+    r'(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<angle><(?:[^<>"\\]|"(?:[^"\\]|\\.)*")*>)|(?P<literal>\[[^\[\]]*\])'
+    r"|(?P<blank>\s+)|(?P<mark>[,;:])|(?P<atom>[^\s\"<>()\[\],;:]+)",
+    re.DOTALL,
+)
+COMMENT_TOKEN = re.compile(r"[()]|\\.", re.DOTALL)
+
+
+@cache_short(512)
+def parse_mailboxes(text: str) -> tuple:
+    """Return ((display name, Mailbox), ...) of an address list (RFC 5322 3.4 and 4.4); ValueError if it is none.
+
+    Groups are dissolved, an empty one has no mailboxes. ";" separates as "," does, since many people write it.
+    email.utils.getaddresses() is not used: its strictness differs between versions of Python.
+    """
+    simple = SIMPLE_MAILBOX.fullmatch(text)
+    if simple and not ("@" in simple[1] and re.search("[,;]", simple[1])):  # else the name holds another mailbox
+        return ((simple[1].strip(), _parse_spec(simple[2])),)
+    found, member, in_group = [], AddressListMember(), False
+    for kind, token in address_tokens(text):
+        if kind != "mark":
+            member.add(kind, token)
+        elif token == ":":
+            if in_group or member.angle or not member.words:
+                raise ValueError('":" out of place')
+            member, in_group = AddressListMember(), True
+        else:
+            found += member.mailboxes()
+            member, in_group = AddressListMember(), in_group and token != ";"
+        if len(found) > MAX_ADDRESSES:
+            raise ValueError(f"more than {MAX_ADDRESSES} addresses")
+    if in_group:
+        raise ValueError('a group without ";"')
+    return tuple(found + member.mailboxes())
+
+
+def address_tokens(text: str) -> Any:
+    """Yield (kind, text) of the tokens of an address list."""
+    at = 0
+    while at < len(text):
+        if text[at] == "(":
+            end = _comment_end(text, at)
+            yield "comment", text[at + 1 : end - 1]
+            at = end
+            continue
+        found = ADDRESS_TOKEN.match(text, at)
+        if not found:
+            raise ValueError(f'"{text[at]}" out of place')
+        yield found.lastgroup, found[0]
+        at = found.end()
+
+
+def _comment_end(text: str, start: int) -> int:
+    """Return the position after a comment, which may hold others."""
+    depth = 0
+    for found in COMMENT_TOKEN.finditer(text, start):
+        depth += {"(": 1, ")": -1}.get(found[0], 0)
+        if not depth:
+            return found.end()
+    raise ValueError('a comment without ")"')
+
+
+class AddressListMember:
+    """The tokens between two separators of an address list: one mailbox or nothing."""
+
+    def __init__(self) -> None:
+        self.words: list = []  # of (kind, text)
+        self.comments: list = []
+        self.angle = ""  # "<address>"
+
+    def add(self, kind: str, token: str) -> None:
+        if kind == "comment":
+            self.comments.append(token)
+            token = " "
+        elif kind == "angle" and not self.angle:
+            self.angle = token
+        elif kind == "blank" or not self.angle:
+            self.words.append((kind, token))
+        else:
+            raise ValueError(f'"{sanitize(token, 80)}" after an address')
+
+    def mailboxes(self) -> list:
+        """Return [(display name, Mailbox)], or [] if there are only comments and blanks."""
+        comments = " ".join(comment.strip() for comment in self.comments)
+        if self.angle:
+            words = [re.sub(r"\\(.)", r"\1", word[1:-1]) if kind == "quoted" else word for kind, word in self.words]
+            name = "".join(words).strip()
+            return [(f"{name} ({comments})" if name and comments else name or comments, _parse_spec(self.angle[1:-1]))]
+        spec = "".join(word for _, word in self.words).strip()
+        return [(comments, _parse_spec(spec))] if spec else []
+
+
+def _parse_spec(text: str) -> Mailbox:
+    mailbox = parse_address(text.strip())
+    if not mailbox:
+        raise ValueError(f'"{sanitize(text, 80)}" is no address')
+    return mailbox
 
 
 def parse_loop_names(value: Any, json_path: str, errors: list) -> tuple:
-    """Names that a mail has passed: a list, or one string with commas."""
+    """Return the names of the Hainekos that a mail has passed: from a list, or from one string with commas."""
     names = ",".join(list_of(parse_header_text)(value, json_path, errors)).split(",")
     names = tuple(name.strip() for name in names if name.strip())
     for name in names:
@@ -1630,107 +1705,66 @@ def parse_loop_names(value: Any, json_path: str, errors: list) -> tuple:
 
 
 def parse_charset(value: Any, json_path: str, errors: list) -> str:
-    """The name of a charset as mail readers know it (IANA's)."""
+    """Return IANA's name of a charset."""
     value = parse_header_text(value, json_path, errors)
     name = iana_charset(value)
     if not name:
-        errors.append(f'{json_path}: "{sanitize(value, 80)}" is no charset for mail that is known here')
+        errors.append(f'{json_path}: unknown charset "{sanitize(value, 80)}"; "UTF-8" holds every character')
     return name or "UTF-8"
 
 
 def iana_charset(name: str) -> str:
-    """IANA's spelling of a charset's name, "" for none that Python knows or that text in mail can have."""
+    """Return IANA's preferred name of a charset, "" for one that Python or mail readers do not know."""
     return _iana_charset(name) if re.fullmatch(r"[A-Za-z0-9_.:()+-]{1,40}", name) else ""
 
 
 @functools.lru_cache(maxsize=64)
 def _iana_charset(name: str) -> str:
     try:
-        codec = codecs.lookup(codec_name(name)).name
-        as_ascii = "Az0 =?<@>\\~\r\n".encode(codec) == b"Az0 =?<@>\\~\r\n"
-    except (LookupError, ValueError, TypeError):
+        return IANA_NAMES.get(codecs.lookup(codec_name(name)).name, "")
+    except (LookupError, ValueError):
         return ""
-    if not as_ascii or codec.replace("_", "-") in NO_CHARSETS:
-        return ""
-    if codec in IANA_NAMES:
-        return IANA_NAMES[codec]
-    codec = re.sub(r"^iso8859-", "ISO-8859-", re.sub(r"^cp(125\d|874)$", r"windows-\1", codec))
-    return codec.replace("_", "-")
 
 
 def codec_name(charset: str) -> str:
-    """Python's name of a charset of mail; it does not know all of IANA's."""
-    known = {name.lower(): codec for codec, name in IANA_NAMES.items()}
-    return known.get(charset.lower()) or re.sub("^windows-", "cp", charset.lower())
+    """Return Python's name of a charset; Python does not know all of IANA's names."""
+    return CODECS.get(charset.lower(), charset.lower())
 
 
-NO_CHARSETS = ("utf-7", "idna", "punycode", "unicode-escape", "raw-unicode-escape", "charmap", "mbcs", "oem")
+# Python's name of a codec: IANA's of the charset. Codecs without one are not used, since no mail reader knows them.
 IANA_NAMES = {
     "ascii": "US-ASCII",
     "utf-8": "UTF-8",
     "iso2022_jp": "ISO-2022-JP",
+    "iso2022_jp_2": "ISO-2022-JP-2",
+    "iso2022_kr": "ISO-2022-KR",
     "shift_jis": "Shift_JIS",
     "cp932": "Windows-31J",
     "euc_jp": "EUC-JP",
     "euc_kr": "EUC-KR",
-    "cp949": "ks_c_5601-1987",
+    "cp949": "KS_C_5601-1987",
+    "cp950": "Big5",  # Microsoft's Big5; the characters that only it has are sent as UTF-8
     "big5": "Big5",
+    "big5hkscs": "Big5-HKSCS",
     "gb2312": "GB2312",
     "gbk": "GBK",
+    "gb18030": "GB18030",
     "koi8-r": "KOI8-R",
     "koi8-u": "KOI8-U",
+    "mac-roman": "macintosh",
+    "hp-roman8": "hp-roman8",
+    "kz1048": "KZ-1048",
+    "ptcp154": "PTCP154",
+    "tis-620": "TIS-620",
+    "cp874": "windows-874",
+    "cp858": "IBM00858",
+    **{f"cp{page}": f"windows-{page}" for page in range(1250, 1259)},
+    **{f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 855, 857, *range(860, 867), 869)},
+    **{f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))},
 }
+CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
 
-
-def parse_message_id(value: Any, json_path: str, errors: list) -> str:
-    """One message id, RFC 5322 3.6.4."""
-    value = parse_header_text(value, json_path, errors)
-    if value and not MESSAGE_ID.fullmatch(value):
-        errors.append(f'{json_path}: "<left@right>" is wanted, not "{sanitize(value, 80)}"')
-    return value
-
-
-def parse_message_ids(value: Any, json_path: str, errors: list) -> str:
-    """Message ids with white space between, or a list of them."""
-    return " ".join(
-        parse_message_id(item, json_path, errors)
-        for text in list_of(parse_header_text)(value, json_path, errors)
-        for item in text.split()
-        if len(errors) < MAX_ERRORS
-    )
-
-
-MESSAGE_ID = re.compile(r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>")
-
-
-def parse_date(value: Any, json_path: str, errors: list) -> str:
-    """A date of RFC 5322 3.3."""
-    value = parse_header_text(value, json_path, errors)
-    try:
-        good = not value or (DATE.fullmatch(value) and parsedate_to_datetime(value))
-    except (ValueError, TypeError):  # the 31st of February
-        good = False
-    if not good:
-        errors.append(f'{json_path}: a date like "{formatdate(0)}" is wanted, not "{sanitize(value, 80)}"')
-    return value
-
-
-DATE = re.compile(
-    r"(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), )?[0-9]{1,2} (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) [0-9]{4} "
-    r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
-)
-
-
-def parse_ascii_text(value: Any, json_path: str, errors: list) -> str:
-    """Printable ASCII with single spaces, for fields in which nothing can be encoded."""
-    value = parse_header_text(value, json_path, errors)
-    if value and not PLAIN.fullmatch(value):
-        errors.append(
-            f'{json_path}: printable ASCII is wanted, in words of 900 characters, not "{sanitize(value, 80)}"'
-        )
-    return value
-
-
+MESSAGE_ID = r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>"
 PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable ASCII, words with one space between
 
 
@@ -1746,8 +1780,38 @@ def one_of(*words: str) -> Callable:
     return parse
 
 
-# Fields that are handed on, beside those of Header and X-anything. What one_line reads is text and may be encoded
-# (RFC 2047), what mailboxes reads is a field of addresses, all others go as they are.
+DATE = re.compile(
+    r"(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), )?[0-9]{1,2} (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) [0-9]{4} "
+    r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
+)
+parse_message_id = matching(MESSAGE_ID, '"<left@right>"')  # RFC 5322 3.6.4
+parse_ascii_text = matching(PLAIN.pattern, "printable ASCII in words of at most 900 characters")
+
+
+def parse_message_ids(value: Any, json_path: str, errors: list) -> str:
+    """Return message ids, from a list or from a string with white space between them."""
+    return " ".join(
+        parse_message_id(item, json_path, errors)
+        for text in list_of(parse_header_text)(value, json_path, errors)
+        for item in text.split()
+        if len(errors) < MAX_ERRORS
+    )
+
+
+def parse_date(value: Any, json_path: str, errors: list) -> str:
+    """Return a date of RFC 5322 3.3."""
+    value = parse_header_text(value, json_path, errors)
+    try:
+        valid = not value or (DATE.fullmatch(value) and parsedate_to_datetime(value))
+    except (ValueError, TypeError):  # the 31st of February
+        valid = False
+    if not valid:
+        errors.append(f'{json_path}: expected a date like "{formatdate(0)}", got "{sanitize(value, 80)}"')
+    return value
+
+
+# Fields that a client may set beside those of Header and X-...; the parser decides how a value is written:
+# parse_header_text: may be encoded (RFC 2047); parse_mailbox_field: a list of mailboxes; all others: as it is.
 EXTRA_FIELDS = {
     "Message-Id": parse_message_id,
     "In-Reply-To": parse_message_ids,
@@ -1772,146 +1836,142 @@ EXTRA_FIELDS = {
     "Feedback-Id": parse_ascii_text,
     "Disposition-Notification-To": parse_mailbox_field,  # RFC 8098
 }
-RESERVED_FIELDS = re.compile(
-    r"received|sender|returnpath|dkimsignature|mime.*|content.*"
-)  # fields that Haineko itself makes
+RESERVED_FIELDS = re.compile(r"received|sender|returnpath|dkimsignature|mime.*|content.*")  # normalized; made here
 X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
 
 
 def normalize_key(key: str) -> str:
-    """A key of a header in the one spelling of all that mean the same: replyto for Reply-To, reply_to and replyTo."""
+    """Return the one spelling of a header's key: "replyto" for Reply-To, reply_to and replyTo."""
     return key.lower().replace("-", "").replace("_", "")
 
 
 FIELD_BY_KEY = {normalize_key(name): name for name in EXTRA_FIELDS}
 
 
-@dataclass(repr=False, eq=False)  # made for each mail, and a frozen one takes four times as long
+@dataclass(repr=False, eq=False)  # made for each mail, and creating a frozen one takes four times as long
 class Header:
     from_: tuple = config_field((), parse_mailbox_field, "From; absent: the envelope sender", key="from")
     subject: str = config_field("", parse_header_text, "required")
     replyto: tuple = config_field((), parse_mailbox_field, "Reply-To", key="replyto|reply-to")
     charset: str = config_field("UTF-8", parse_charset, "of headers and body")
     loop: tuple = config_field((), parse_loop_names, "names of the Hainekos it has passed", key="x-haineko-loop")
-    to: tuple = config_field((), parse_mailbox_list, "To; with it all recipients get the same message")
-    cc: tuple = config_field((), parse_mailbox_list, "Cc; the same")
-    bcc: tuple = config_field((), parse_mailbox_list, "more recipients, in no header")
-    extra_fields: tuple = ()  # ((name, value, parser), ...) of further fields
+    to: tuple = config_field((), parse_recipient_list, "To; with it all recipients get the same message")
+    cc: tuple = config_field((), parse_recipient_list, "Cc; the same")
+    bcc: tuple = config_field((), parse_recipient_list, "more recipients, in no header")
+    extra_fields: tuple = ()  # ((name, value, parser), ...)
 
     @property
     def shared(self) -> bool:
-        """True where every recipient gets the same message."""
+        """Whether all recipients get the same message."""
         return bool(self.to or self.cc)
 
 
 def parse_header(value: Any, json_path: str, errors: list) -> Header:
-    """A Header whose keys may be spelled in any way, with the further fields in `others`."""
+    """Return a Header; its keys may be spelled in any way."""
     own = key_table(Header)
-    if not isinstance(value, dict) or value.keys() <= own.keys():  # as most programs spell it
+    if not isinstance(value, dict) or value.keys() <= own.keys():  # the usual spelling
         return from_dict(Header, value, json_path, errors)
     rows = {normalize_key(key): row for key, row in own.items()}
-    values, others, seen = {}, [], {}
+    values, extra, seen = {}, [], {}
     twice = getattr(value, "duplicate_keys", ())[:MAX_ERRORS]
     errors.extend(f"{json_path}.{sanitize(key)}: stands more than once" for key in twice)
     for key, item in value.items():
         if len(errors) >= MAX_ERRORS:
             break
-        name, place = normalize_key(key), f"{json_path}.{sanitize(key)}"
+        name, item_path = normalize_key(key), f"{json_path}.{sanitize(key)}"
         if seen.setdefault(name, key) != key:
-            errors.append(f"{place}: says again what {sanitize(seen[name])} says already")
+            errors.append(f"{item_path}: means the same as {sanitize(seen[name])}, which is set already")
         elif name in rows:
             attribute, parse = rows[name]
-            values.update({} if item is None else {attribute: parse(item, place, errors)})
+            values.update({} if item is None else {attribute: parse(item, item_path, errors)})
         else:
-            others += extra_field(key, item, place, errors)
-    return Header(**values, extra_fields=tuple(others))
+            extra += extra_field(key, item, item_path, errors)
+    return Header(**values, extra_fields=tuple(extra))
 
 
 def extra_field(key: str, value: Any, json_path: str, errors: list) -> list:
-    """[(name, value, parser), ...] of a field that is no row of Header; [] with a fault where it can't be."""
+    """Return [(name, value, parser), ...] of a key that is not one of Header's own."""
     name = FIELD_BY_KEY.get(normalize_key(key))
-    if name and value is not None:
-        return [(name, item, EXTRA_FIELDS[name]) for item in (EXTRA_FIELDS[name](value, json_path, errors),) if item]
-    if X_FIELD.fullmatch(key) and value is not None:
-        name = "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
-        return [
-            (name, item, parse_header_text) for item in list_of(parse_header_text)(value, json_path, errors) if item
-        ]
-    if name or X_FIELD.fullmatch(key):
+    parse, is_x = EXTRA_FIELDS.get(name), X_FIELD.fullmatch(key)
+    if (name or is_x) and value is None:
         return []
-    if RESERVED_FIELDS.fullmatch(normalize_key(key)):
-        errors.append(f"{json_path}: this field is made by Haineko itself")
+    if name:
+        items = (parse(value, json_path, errors),)
+    elif is_x:
+        parse, name = parse_header_text, "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
+        items = list_of(parse)(value, json_path, errors)
+    elif RESERVED_FIELDS.fullmatch(normalize_key(key)):
+        errors.append(f"{json_path}: Haineko makes this field itself")
+        return []
     else:
-        words = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)]
-        errors.append(f"{json_path}: unknown key{did_you_mean(key, words) if len(errors) < MAX_HINTS else ''}")
-    return []
+        names = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)]
+        errors.append(f"{json_path}: unknown key{did_you_mean(key, names) if len(errors) < MAX_HINTS else ''}")
+        return []
+    return [(name, item, parse) for item in items if item]
 
 
 def parse_base64(value: Any, json_path: str, errors: list) -> bytes:
-    """The octets that a string of base64 (RFC 4648 4) stands for; white space in it means nothing."""
+    """Return the octets of a base64 string (RFC 4648 4); white space in it is ignored."""
     if type(value) is not str:
-        errors.append(f"{json_path}: a string is wanted, not {json_type_name(value)}")
+        errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
         return b""
     for text in (value, "".join(value.split())) if "\n" in value or " " in value else (value,):
         try:
             octets = binascii.a2b_base64(text)
         except ValueError:
             continue
-        if len(octets) == len(text) // 4 * 3 - text[-2:].count("=") and len(text) % 4 == 0:  # a2b leaves out the rest
+        # a2b_base64() skips characters that are not of its alphabet: the length tells whether there were any.
+        if len(octets) == len(text) // 4 * 3 - text[-2:].count("=") and len(text) % 4 == 0:
             return octets
     errors.append(f"{json_path}: is not base64")
     return b""
 
 
 def parse_file_name(value: Any, json_path: str, errors: list) -> str:
-    """A name for the reader's disk: no path, nothing that doesn't show."""
+    """Return a file name without a path or invisible characters."""
     value = parse_unicode_text(value, json_path, errors).strip()
     if CONTROL_OR_BIDI.search(value):
         errors.append(f"{json_path}: has a control character")
     elif "/" in value or "\\" in value or value in (".", ".."):
-        errors.append(f'{json_path}: a name without a path is wanted, not "{sanitize(value, 80)}"')
+        errors.append(f'{json_path}: expected a name without a path, got "{sanitize(value, 80)}"')
     elif len(value) > MAX_FILE_NAME:
-        errors.append(f"{json_path}: is longer than {MAX_FILE_NAME} characters")
+        errors.append(f"{json_path}: {len(value)} characters exceed the limit of {MAX_FILE_NAME}")
     return value
 
 
-CONTROL_OR_BIDI = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
-)  # the last ones turn fdp.exe into exe.pdf
+# U+2028 to U+2069 hold those that make fdp.exe look like exe.pdf.
+CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 MAX_FILE_NAME = 255
 
 
 def parse_media_type(value: Any, json_path: str, errors: list) -> str:
-    """A media type with its parameters (RFC 2045 5.1), in the form in which it goes out."""
+    """Return a media type with its parameters (RFC 2045 5.1), folded as it is written in a message."""
     value = parse_header_text(value, json_path, errors)
     found = MEDIA_TYPE.fullmatch(value) if len(value) <= MAX_MEDIA_TYPE else None
     if value and not found:
-        errors.append(f'{json_path}: a media type like "application/pdf" is wanted, not "{sanitize(value, 80)}"')
+        errors.append(f'{json_path}: expected a media type like "application/pdf", got "{sanitize(value, 80)}"')
     if not found:
         return ""
     name, parameters = found[1].lower(), MEDIA_PARAMETER.findall(found[2])
     if name.startswith(("multipart/", "message/")) and name != "message/rfc822":
-        errors.append(f"{json_path}: {name} can't be attached; application/octet-stream can")
+        errors.append(f"{json_path}: {name} can't be attached; use application/octet-stream")
     return name + "".join(f";\r\n {key}={word}" for key, word in parameters if key.lower().rstrip("*") != "name")
 
 
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
 MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
-MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*);?[ \t]*")
+MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
 MAX_MEDIA_TYPE = 255
 
 
 def parse_content_id(value: Any, json_path: str, errors: list) -> str:
-    """What a link "cid:..." in the HTML says (RFC 2392), without brackets."""
-    value = parse_header_text(value, json_path, errors)
-    if value.startswith("<") and value.endswith(">"):
+    """Return the name that a link "cid:..." in the HTML uses (RFC 2392), without brackets."""
+    if type(value) is str and value.startswith("<") and value.endswith(">"):
         value = value[1:-1]
-    if value and not CONTENT_ID.fullmatch(value):
-        errors.append(f'{json_path}: letters, digits and @._+- are wanted, not "{sanitize(value, 80)}"')
-    return value
+    return matching(CONTENT_ID, "letters, digits and @._+-")(value, json_path, errors)
 
 
-CONTENT_ID = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}")
+CONTENT_ID = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -1924,32 +1984,30 @@ class Attachment:
 
 
 def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
-    """Attachments, from a list of objects or one."""
+    """Return Attachments, from a list of objects or from one."""
     if type(value) is list and len(value) > MAX_ATTACHMENTS:
-        errors.append(f"{json_path}: are more than {MAX_ATTACHMENTS}")
+        errors.append(f"{json_path}: {len(value)} exceed the limit of {MAX_ATTACHMENTS}")
         return ()
-    before = len(errors)
-    found = list_of(nested(Attachment))(value, json_path, errors)
-    cids: set = set()
-    for i, item in enumerate(found if len(errors) == before else ()):
+    before, cids = len(errors), set()
+    attachments = list_of(nested(Attachment))(value, json_path, errors)
+    for i, item in enumerate(attachments if len(errors) == before else ()):
         if item.content is None:
             errors.append(f"{json_path}[{i}].content: is missing")
         elif item.type.startswith("message/") and NOT_7BIT.search(item.content):
-            errors.append(
-                f"{json_path}[{i}].type: a message/rfc822 is 7bit in lines of 998; application/octet-stream is not"
-            )
+            reason = "message/rfc822 must be ASCII in lines of at most 998 octets; use application/octet-stream"
+            errors.append(f"{json_path}[{i}].type: {reason}")
         if item.cid and item.cid in cids:
             errors.append(f"{json_path}[{i}].cid: another attachment has it already")
         cids.add(item.cid)
-    return found
+    return attachments
 
 
 MAX_ATTACHMENTS = 1000
-NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # what RFC 2045 2.7 keeps out
+NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # RFC 2045 2.7
 
 
 class ParsedMessage(NamedTuple):
-    """A finished message, line ends LF."""
+    """A finished message with LF as line end."""
 
     fields: list  # of (name in lower case, octets of the field)
     body: bytes
@@ -1961,68 +2019,273 @@ class Base64Message:
 
 
 def parse_raw(value: Any, json_path: str, errors: list) -> ParsedMessage:
-    """A message of RFC 5322 as a string, or as {"base64": its octets}."""
+    """Return a finished message (RFC 5322), from a string or {"base64": ...}."""
     if isinstance(value, dict):
         octets = from_dict(Base64Message, value, json_path, errors).base64
     else:
         octets = parse_unicode_text(value, json_path, errors).encode("utf-8", "replace")
     try:
-        found = parse_message(octets)
-        if found.body and not found.fields:
+        message = parse_message(octets)
+        if message.body and not message.fields:
             raise ValueError("has no header")
     except ValueError as error:
         errors.append(f"{json_path}: {error}")
         return ParsedMessage([], b"")
-    return found
+    return message
 
 
 def parse_message(octets: bytes) -> ParsedMessage:
-    """The fields and the body of a message with any line ends; ValueError says what is wrong in its header."""
-    octets = octets.replace(b"\r\n", b"\n")
+    """Parse a message with any line ends; ValueError says which field is wrong, or which limit is exceeded."""
     found = re.match(rb">?From [^\n]*\n", octets)  # of an mbox
-    place, fields = found.end() if found else 0, []
+    octets = octets[found.end() :] if found else octets
+    parts = mime_parts(octets)
+    check_limits(parts)
+    if any(part.encoding == "binary" for part in parts):  # no SMTP path carries it, and its CR and LF are no line ends
+        octets = rewrite_parts(octets, parts, _encode_binary)
+    octets = octets.replace(b"\r\n", b"\n")
+    header, body = read_header(octets, 0)
+    return ParsedMessage(list(map(_clean_field, header)), octets[body:].replace(b"\r", b"\n"))
+
+
+def _clean_field(item: tuple) -> tuple:
+    """Return (name, octets) without blanks before the colon (RFC 5322 4.5) and in lines of at most 998 octets."""
+    name, octets = item
+    label, _, value = octets.partition(b":")
+    shown = f"header {sanitize(label.decode().strip())}"
+    if b"\r" in octets or b"\0" in octets:
+        raise ValueError(f"{shown}: has a CR or NUL")
+    octets = fold_long_lines(label.rstrip() + b":" + value + (b"" if value.endswith(b"\n") else b"\n"))
+    if TOO_LONG.search(octets):
+        raise ValueError(f"{shown}: has a line longer than 998 octets")
+    if not octets.isascii() and STRUCTURED_FIELDS.fullmatch(name):
+        text = octets.decode("latin-1")
+        if not re.sub(r"\([^()]*\)", "", text).isascii() and not is_utf8(octets):
+            raise ValueError(f"{shown}: has octets that are neither ASCII nor UTF-8")
+    return name, octets
+
+
+def fold_long_lines(octets: bytes) -> bytes:
+    """Fold a field's lines of more than 998 octets at blanks; those without a blank stay."""
+    if not TOO_LONG.search(octets):
+        return octets
+    lines = []
+    for line in octets.split(b"\n"):
+        start = 0
+        while len(line) - start > 998:
+            at = max(line.rfind(b" ", start + 1, start + 998), line.rfind(b"\t", start + 1, start + 998))
+            if at < 0:
+                break
+            lines.append(line[start:at])
+            start = at
+        lines.append(line[start:])
+    return b"\n".join(lines)
+
+
+TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
+RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*(?:\n|\Z)")
+MAX_HEADER = 102400  # octets of the header of a message or part
+MAX_FIELDS = 1000
+MAX_PARTS = 2000
+MAX_NESTING = 100
+MAX_PARAMETERS = 1000
+PARAMETER_FIELDS = ("content-type", "content-disposition")
+MAILBOX_FIELDS = ("from", "sender", "to", "cc", "bcc", "reply-to", "resent-from", "resent-sender", "resent-to",
+                  "resent-cc", "resent-reply-to", "disposition-notification-to", "return-receipt-to")  # fmt: skip
+# Fields in which only comments may be encoded.
+STRUCTURED_FIELDS = re.compile(
+    r"(?:resent-)?(?:date|message-id)|received|received-spf|references|in-reply-to|return-path|mime-version|content-id"
+    r"|content-transfer-encoding|dkim-signature|domainkey-signature|arc-.*|authentication-results|auto-submitted"
+    r"|list-(?:archive|help|owner|post|subscribe|unsubscribe|unsubscribe-post)"
+)
+
+
+def is_utf8(octets: bytes) -> bool:
+    try:
+        return octets.decode() is not None
+    except UnicodeDecodeError:
+        return False
+
+
+@dataclass(eq=False)
+class MIMEPart:
+    """A part of a message: its header, and where it stands. A multipart or message within is a part of its own."""
+
+    header: list  # of (name in lower case, octets of the field)
+    start: int
+    body: int
+    end: int
+    depth: int
+    media_type: str = ""
+    is_leaf: bool = True
+
+    def value(self, name: str) -> str:
+        """Return the value of a field on one line, "" if there is none."""
+        octets = next((octets for key, octets in self.header if key == name), b"")
+        return " ".join(octets.partition(b":")[2].decode("ascii", "replace").split())
+
+    def parameter(self, name: str) -> str:
+        """Return a parameter of Content-Type."""
+        found = re.search(rf';\s*{name}\s*=\s*("(?:[^"\\]|\\.)*"|[^\s;"]+)', self.value("content-type"), re.IGNORECASE)
+        return re.sub(r"\\(.)", r"\1", found[1].strip('"')) if found else ""
+
+    @property
+    def is_text(self) -> bool:
+        return self.is_leaf and (self.media_type.startswith("text/") or not self.media_type)
+
+    @property
+    def encoding(self) -> str:
+        return self.value("content-transfer-encoding").partition("(")[0].strip().lower()
+
+
+def mime_parts(octets: bytes) -> list:
+    """Return the parts of a message (RFC 2046 5.1), each before those within it. It ends soon after a limit."""
+    parts: list = []
+    open_depths: dict = {}  # boundary of each open multipart, from the outermost: depth
+    current = _open_part(octets, 0, 0, parts, open_depths)
+    for found in DELIMITER.finditer(octets) if open_depths else ():
+        line = found[1].rstrip()
+        is_close = line not in open_depths and line.endswith(b"--")
+        boundary = line[:-2] if is_close else line
+        if boundary not in open_depths or found.start() < parts[-1].body - 1:
+            continue
+        if current:
+            current.end = max(current.body, found.start() - (octets[found.start() - 1 : found.start()] == b"\r"))
+        depth = open_depths[boundary]
+        while list(open_depths)[-1] != boundary:
+            open_depths.popitem()
+        current = None
+        if is_close:
+            open_depths.popitem()
+        elif len(parts) > MAX_PARTS:
+            break
+        else:
+            current = _open_part(
+                octets, octets.find(b"\n", found.end()) + 1 or len(octets), depth + 1, parts, open_depths
+            )
+    return parts
+
+
+DELIMITER = re.compile(rb"\n--([^\r\n]*)")
+
+
+def _open_part(octets: bytes, start: int, depth: int, parts: list, open_depths: dict) -> MIMEPart | None:
+    """Read a part's header and those of messages directly within it; return the innermost part if it has no parts."""
     while True:
-        found = RAW_FIELD.match(octets, place)
+        header, body = read_header(octets, start)
+        part = MIMEPart(header, start, body, len(octets), depth)
+        parts.append(part)
+        part.media_type = part.value("content-type").partition(";")[0].strip().lower()
+        boundary = part.parameter("boundary").encode("ascii", "replace")
+        if depth > MAX_NESTING or len(parts) > MAX_PARTS:
+            return part
+        if part.media_type.startswith("multipart/") and boundary:
+            part.is_leaf, open_depths[boundary] = False, depth
+            return None
+        if part.media_type != "message/rfc822" or part.encoding in ("base64", "quoted-printable"):
+            return part
+        part.is_leaf, start, depth = False, body, depth + 1
+
+
+def read_header(octets: bytes, start: int) -> tuple:
+    """Return ([(name in lower case, octets of the field), ...], start of the body). It ends soon after a limit."""
+    header, at = [], start
+    while len(header) <= MAX_FIELDS and at - start <= MAX_HEADER:
+        found = RAW_FIELD.match(octets, at)
         if not found:
             break
-        if b"\r" in found[0] or b"\0" in found[0]:
-            raise ValueError(f"header {sanitize(found[1].decode())}: has a CR or NUL")
-        if TOO_LONG.search(found[0]):
-            raise ValueError(f"header {sanitize(found[1].decode())}: has a line longer than 998 octets")
-        fields.append((found[1].decode().lower(), found[0]))
-        place = found.end()
-    return ParsedMessage(fields, octets[place + octets.startswith(b"\n", place) :].replace(b"\r", b"\n"))
+        header.append((found[1].decode().lower(), found[0]))
+        at = found.end()
+    return header, at + (2 if octets.startswith(b"\r\n", at) else octets.startswith(b"\n", at))
 
 
-RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t]+[^\n]*)*(?:\n|\Z)")
-TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
+def check_limits(parts: list) -> None:
+    """Raise ValueError if a message exceeds a limit."""
+    most = {
+        "parts": (len(parts), MAX_PARTS),
+        "levels of parts": (max(part.depth for part in parts), MAX_NESTING),
+        "fields in a header": (max(len(part.header) for part in parts), MAX_FIELDS),
+        "octets of a header": (max(part.body - part.start for part in parts), MAX_HEADER),
+        "parameters of a field": (
+            max(
+                (octets.count(b";") for part in parts for name, octets in part.header if name in PARAMETER_FIELDS),
+                default=0,
+            ),
+            MAX_PARAMETERS,
+        ),
+    }
+    for what, (count, limit) in most.items():
+        if count > limit:
+            raise ValueError(f"{count} {what} exceed the limit of {limit}")
+
+
+def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool = True) -> bytes:
+    """Return the message with the (fields, body) that rewrite(part, body) gives for each part."""
+    out, at = [], 0
+    for part in parts:
+        between, body = octets[at : part.start], octets[part.body : part.end] if part.is_leaf else b""
+        header, new_body = rewrite(part, body)
+        # Between parts stand delimiters, and text that nobody reads.
+        out.append(between if keep_8bit else between.translate(None, HIGH_OCTETS))
+        if header == part.header:
+            out.append(octets[part.start : part.body])
+        else:
+            length = sum(len(octets) for _, octets in part.header)
+            out += [octets for _, octets in header]
+            out.append(octets[part.start + length : part.body])
+        out.append(new_body)
+        at = part.end if part.is_leaf else part.body
+    return b"".join([*out, octets[at:] if keep_8bit else octets[at:].translate(None, HIGH_OCTETS)])
+
+
+HIGH_OCTETS = bytes(range(128, 256))
+
+
+def _encode_binary(part: MIMEPart, body: bytes) -> tuple:
+    """Return (fields, body) of a part, in base64 if it is marked as binary and is not text in lines."""
+    if part.encoding != "binary":
+        return part.header, body
+    if not part.is_leaf or (part.is_text and not part.parameter("charset").lower().startswith(("utf-16", "utf-32"))):
+        return set_encoding(part.header, ""), body
+    return set_encoding(part.header, "base64"), base64_lines(body)[:-2]
+
+
+def set_encoding(header: list, encoding: str) -> list:
+    """Return the fields of a part with another Content-Transfer-Encoding, "" for none."""
+    name = "content-transfer-encoding"
+    new = [(name, f"Content-Transfer-Encoding: {encoding}\r\n".encode())] if encoding else []
+    return [item for item in header if item[0] != name] + new
+
+
+def base64_lines(octets: Any) -> bytes:
+    """Return base64 in lines of 76 characters and CRLF (RFC 2045 6.8)."""
+    return b"\r\n".join(BASE64_LINE.findall(binascii.b2a_base64(octets, newline=False))) + b"\r\n"
+
+
+BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
 
 
 def header_recipients(fields: list) -> list:
-    """The addresses in To, Cc and Bcc. A field that can't be read stands for itself: it is refused, and not lost."""
+    """Return the addresses in To, Cc and Bcc. A field that is no address list stands for itself: it is never searched
+    for addresses, and the reply names it as an invalid recipient."""
     found: list = []
     for key, value in fields:
         if key in ("to", "cc", "bcc"):
             text = value.partition(b":")[2].decode("utf-8", "replace").replace("\n", "").strip()
             try:
-                known = [mailbox.as_written for _, mailbox in parse_mailboxes(text)]
-                known = known or [spec for _, spec in getaddresses([text]) if spec]
-            except RecursionError:  # comments in comments in comments
-                known = []
-            empty = re.fullmatch(r"(?:[^:;@<>]*:\s*;)?", text)  # nothing, or a group of nobody
-            found += known or ([] if empty else [text])
+                found += [mailbox.as_written for _, mailbox in parse_mailboxes(text)]
+            except ValueError:
+                found.append(text)
     return found
 
 
 def loop_names(fields: list) -> tuple:
-    """The Hainekos that a finished message has passed."""
+    """Return the names of the Hainekos that a finished message has passed."""
     texts = [value.partition(b":")[2].decode("ascii", "replace") for key, value in fields if key == "x-haineko-loop"]
-    return tuple(
-        name for name in parse_loop_names([text.replace("\n", "") for text in texts], "", []) if DOMAIN.fullmatch(name)
-    )
+    names = parse_loop_names([text.replace("\n", "") for text in texts], "", [])
+    return tuple(name for name in names if DOMAIN.fullmatch(name))
 
 
-@dataclass(repr=False, eq=False)  # made for each mail, and a frozen one takes four times as long
+@dataclass(repr=False, eq=False)  # made for each mail, and creating a frozen one takes four times as long
 class Submission:
     ehlo: str | None = config_field(None, parse_unicode_text, "the client's name", key="ehlo|helo")
     mail: str = config_field("", parse_unicode_text, "envelope sender", key="mail|send|from")
@@ -2038,14 +2301,14 @@ class Submission:
 
     @property
     def shared(self) -> bool:
-        """True where every recipient gets the same message."""
+        """Whether all recipients get the same message."""
         return bool(self.raw or self.header.shared)
 
 
 def parse_submission(body: Any) -> tuple:
-    """(Submission, faults) of a request's body, bytes or a bytearray; None where there are faults."""
+    """Return (Submission, errors) of a request's body; the Submission is None if there are errors."""
     errors: list = []
-    if b"\x1b" in body:  # a raw escape is ISO-2022-JP of an old client
+    if b"\x1b" in body:  # old clients send ISO-2022-JP with its escape character as it is
         body = body.replace(b"\x1b", b"\\u001b")
     try:
         raw = parse_json(body)
@@ -2055,47 +2318,49 @@ def parse_submission(body: Any) -> tuple:
         return None, [sanitize(str(error))]
     except RecursionError:
         return None, ["nested too deeply"]
-    found = from_dict(Submission, raw, "", errors)
-    if found.rcpt is None or found.header.bcc or found.raw:
-        found = add_header_recipients(found, raw, errors)
-    return None if errors else found, errors
+    submission = from_dict(Submission, raw, "", errors)
+    if submission.rcpt is None or submission.header.bcc or submission.raw:
+        submission = add_header_recipients(submission, raw, errors)
+    return None if errors else submission, errors
 
 
-def add_header_recipients(found: Submission, raw: Any, errors: list) -> Submission:
-    """The submission with the recipients that only its header names, and with the loop field of a finished message."""
-    header, rcpt = found.header, found.rcpt
-    if found.raw:
+def add_header_recipients(submission: Submission, raw: Any, errors: list) -> Submission:
+    """Add the recipients that only the header names, and the loop field of a finished message."""
+    header, rcpt = submission.header, submission.rcpt
+    if submission.raw:
         both = [key for key in ("header", "body", "html", "attachments") if raw.get(key) is not None]
         errors.extend(f"{key}: can't stand beside raw" for key in both)
-        header = Header(loop=loop_names(found.raw.fields))
+        header = Header(loop=loop_names(submission.raw.fields))
         if rcpt is None:
-            rcpt = tuple(header_recipients(found.raw.fields))
+            rcpt = tuple(header_recipients(submission.raw.fields))
     if rcpt is None:
-        rcpt = tuple(mailbox.as_written for _, mailbox in header.to + header.cc)
-    return replace(found, header=header, rcpt=rcpt + tuple(mailbox.as_written for _, mailbox in header.bcc))
+        rcpt = tuple(mailbox.as_written for _, mailbox in header.to + header.cc if mailbox.as_written)
+    hidden = tuple(mailbox.as_written for _, mailbox in header.bcc if mailbox.as_written)
+    return replace(submission, header=header, rcpt=rcpt + hidden)
 
 
 def decode_jis_strings(raw: dict) -> None:
-    """Decodes the strings that hold ISO-2022-JP itself, where that is the charset asked for."""
-    asked = next((value for key, value in raw["header"].items() if normalize_key(key) == "charset"), None)
-    if type(asked) is str and iana_charset(asked) == "ISO-2022-JP":
+    """Decode the strings that hold ISO-2022-JP itself, if that is the charset asked for."""
+    charset = next((value for key, value in raw["header"].items() if normalize_key(key) == "charset"), None)
+    if type(charset) is str and iana_charset(charset) == "ISO-2022-JP":
         _decode_jis_in(raw, "")
 
 
-def _decode_jis_in(table: Any, where: str) -> None:
+def _decode_jis_in(table: Any, json_path: str) -> None:
     for key, value in table.items() if isinstance(table, dict) else enumerate(table):
-        place = f"{where}[{key}]" if isinstance(table, list) else f"{where}.{sanitize(key)}" if where else key
+        dot = "." if json_path else ""
+        item_path = f"{json_path}[{key}]" if isinstance(table, list) else f"{json_path}{dot}{sanitize(key)}"
         if type(value) is str:
             try:
                 table[key] = jis_to_text(value)
             except ValueError as error:
-                raise ValueError(f"{place}: {error}") from None
+                raise ValueError(f"{item_path}: {error}") from None
         elif isinstance(value, (dict, list)):
-            _decode_jis_in(value, place)
+            _decode_jis_in(value, item_path)
 
 
 def jis_to_text(text: str) -> str:
-    """Text of ISO-2022-JP octets (RFC 1468, and the rows and kana that CP50220 adds) held in a string."""
+    """Decode ISO-2022-JP (RFC 1468, and the rows and kana that CP50220 adds) that a string holds."""
     if "\x1b" not in text or not text.isascii():
         return text
     head, *segments = re.split(r"\x1b(\$[@B]|\([BJI])", text)
@@ -2105,7 +2370,7 @@ def jis_to_text(text: str) -> str:
             parts.append(jis_bytes_to_text(segment.encode()))
         elif escape == "(I":
             parts.append("".join(chr(ord(c) + 0xFF40) if "!" <= c <= "_" else c for c in segment))
-        else:  # (J is JIS X 0201, which has two characters that ASCII has not (RFC 1468)
+        else:  # JIS X 0201, "(J", has two characters that ASCII has not (RFC 1468)
             parts.append(segment.replace("\\", "¥").replace("~", "‾") if escape == "(J" else segment)
     if re.search(r"\x1b[$(]", "".join(parts)):
         raise ValueError("has an escape sequence that is not ISO-2022-JP's")
@@ -2113,65 +2378,55 @@ def jis_to_text(text: str) -> str:
 
 
 def jis_bytes_to_text(octets: bytes) -> str:
-    """JIS X 0208 with NEC's and IBM's rows, two octets a character; ValueError where it isn't that."""
+    """Decode JIS X 0208 with NEC's and IBM's rows, two octets a character; ValueError if it is not that."""
     shifted = bytearray()
     for high, low in zip(octets[::2], octets[1::2]):
         if not (0x21 <= high <= 0x7E and 0x21 <= low <= 0x7E):
-            raise ValueError("says that it is ISO-2022-JP and isn't")
+            raise ValueError("claims to be ISO-2022-JP and isn't")
         lead = (high + 1) // 2 + (0x70 if high < 0x5F else 0xB0)
         trail = low + (0x1F if low < 0x60 else 0x20) if high % 2 else low + 0x7E
         shifted += bytes((lead, trail))
     if len(octets) % 2:
-        raise ValueError("says that it is ISO-2022-JP and ends within a character")
+        raise ValueError("claims to be ISO-2022-JP and ends within a character")
     try:
         return shifted.decode("cp932")
     except UnicodeDecodeError:
-        raise ValueError("has a character of ISO-2022-JP that nobody knows") from None
+        raise ValueError("has an unassigned character of ISO-2022-JP") from None
 
 
 # ======================================================================================================================
 # 6. Policy
-#    Takes a request, its submission and the settings; each check gives the Reply that refuses, or None. A check acts on
-#    nothing. The order of the tables is the order in which faults are told.
+#    Takes a request, its submission and the settings; a check gives the Reply that refuses them, or None. Checks have no
+#    side effects, except that check_login() names who logged in. CHECKS has them in the order in which faults are told.
 # ======================================================================================================================
 
 
-def first_rejection(checks: tuple, *values: Any) -> Reply | None:
-    """What the first check that fails says."""
-    for check in checks:
-        refusal = check(*values)
-        if refusal:
-            return refusal
+def check_login(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
+    """Require HTTP Basic (RFC 7617) if the section `password` has a user."""
+    if not settings.password.hashes:
+        return None
+    credentials = request.headers.get("authorization", "")
+    if not settings.password.authenticate(credentials):
+        return make_reply("login")
+    request.login = username_of(credentials)
     return None
 
 
-def check_login(request: Request, settings: Settings) -> Reply | None:
-    """HTTP Basic, RFC 7617; asked for where the section `password` has a user."""
-    if not settings.password.hashes:
-        return None
-    return None if settings.password.authenticate(request.headers.get("authorization", "")) else make_reply("login")
-
-
-def check_client(request: Request, settings: Settings) -> Reply | None:
+def check_client(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
+    """Require an address in relayhosts, unless the client has to log in."""
     policy = settings.relayhosts
-    if settings.password.hashes or policy.open_relay:
+    if settings.password.hashes or policy.open_relay or request.client in policy.relayhosts:
         return None
-    return None if request.client in policy.relayhosts else make_reply("client")
+    return make_reply("client")
 
 
-PRE_BODY_CHECKS = (check_login, check_client)  # asked before the body is read
-
-
-def check_loop(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+def check_loop(request: Request | None, submission: Submission, settings: Settings) -> Reply | None:
     names = submission.header.loop
-    return (
-        make_reply("loop")
-        if len(names) > MAX_LOOP_NAMES or settings.hostname.lower() in map(str.lower, names)
-        else None
-    )
+    looped = len(names) > MAX_LOOP_NAMES or settings.hostname.lower() in map(str.lower, names)
+    return make_reply("loop") if looped else None
 
 
-MAX_LOOP_NAMES = 25  # Hainekos on the way of one mail; more is a loop through others' names
+MAX_LOOP_NAMES = 25  # instances that one mail may pass; more is a loop through others' names
 
 
 def check_ehlo(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -2182,20 +2437,30 @@ def check_ehlo(request: Request, submission: Submission, settings: Settings) -> 
     return None if literal else make_reply("ehlo")
 
 
-def check_mail(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+def check_sender(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.mail:
         return make_reply("mail-empty")
     return None if parse_address(submission.mail) else make_reply("mail-form", *idna_hint(submission.mail))
 
 
-def check_rcpt_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+def check_recipient_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.rcpt or submission.rcpt == ("",):
         return make_reply("rcpt-none")
-    most, count = settings.smtpd.max_rcpts_per_message, len(submission.rcpt)
-    if not most or count <= most:
+    limit, count = settings.smtpd.max_rcpts_per_message, len(submission.rcpt)
+    if not limit or count <= limit:
         return None
-    far_too_many = count > 100 * most + 1000  # so many that looking for the same ones would take long
-    return make_reply("rcpt-many") if far_too_many or len(unique_recipients(submission)) > most else None
+    if count <= 100 * limit + 1000:  # past that, comparing the addresses would take too long
+        count = len(unique_recipients(submission))
+    return make_reply("rcpt-many") if count > limit else None
+
+
+def check_recipients(request: Request, submission: Submission, settings: Settings) -> dict:
+    """Return {recipient as written: the Reply that refuses it}."""
+    replies = {
+        as_written: check_recipient(mailbox, settings, as_written)
+        for as_written, mailbox in unique_recipients(submission).items()
+    }
+    return {as_written: reply for as_written, reply in replies.items() if reply}
 
 
 def check_body(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -2203,56 +2468,84 @@ def check_body(request: Request, submission: Submission, settings: Settings) -> 
     return None if submission.body or submission.html or (raw and raw.fields) else make_reply("body-empty")
 
 
-CHECKS = (check_loop, check_ehlo, check_mail, check_rcpt_count)
-CONTENT_CHECKS = (check_body,)
+def check_size(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    return check_message_size(request.message_size, settings)
+
+
+def check_subject(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    return None if submission.header.subject or submission.raw else make_reply("subject-empty")
+
+
+# (stage, check) in the order in which faults are reported. A check returns a Reply, which refuses the whole submission,
+# or {recipient: Reply}, which refuses these recipients.
+CHECKS = (
+    ("head", check_login),  # before the body is read; there is no submission yet
+    ("head", check_client),
+    ("submission", check_loop),
+    ("submission", check_ehlo),
+    ("submission", check_sender),
+    ("submission", check_recipient_count),
+    ("submission", check_recipients),
+    ("content", check_body),  # if a recipient is left
+    ("message", check_size),  # once the message is composed: request.message_size is known
+    ("message", check_subject),
+)
+
+
+def checks_at(stage: str) -> tuple:
+    return tuple(check for name, check in CHECKS if name == stage)
+
+
+def apply_checks(checks: tuple, request: Request, submission: Submission | None, settings: Settings) -> dict:
+    """Return {recipient: Reply} of the refused recipients; raise Rejected if the whole submission is refused."""
+    refused: dict = {}
+    for check in checks:
+        result = check(request, submission, settings)
+        if isinstance(result, Reply):
+            raise Rejected(result)
+        refused.update(result or ())
+    return refused
 
 
 def unique_recipients(submission: Submission) -> dict:
-    """{recipient as written: its Address, or None where it is none}, in order, the same address once."""
+    """Return {recipient as written: its Mailbox, None if it is not an address}, in order, without duplicates."""
     found: dict = {}
-    for given in submission.rcpt:
-        mailbox = parse_address(given)
-        found.setdefault(mailbox.key if mailbox else given, (given, mailbox))
+    for as_written in submission.rcpt:
+        mailbox = parse_address(as_written)
+        found.setdefault(mailbox.key if mailbox else as_written, (as_written, mailbox))
     return dict(found.values())
 
 
-def check_rcpt(mailbox: Mailbox | None, settings: Settings, given: str = "") -> Reply | None:
-    """What refuses one recipient."""
+def check_recipient(mailbox: Mailbox | None, settings: Settings, as_written: str = "") -> Reply | None:
     if not mailbox:
-        return make_reply("rcpt-form", *idna_hint(given))
+        return make_reply("rcpt-form", *idna_hint(as_written))
     policy = settings.recipients
-    if (
+    permitted = (
         policy.open_relay
         or mailbox.domain.lower() in policy.domainpart
         or mailbox.addr_spec.lower() in policy.recipients
-    ):
-        return None
-    return make_reply("rcpt-policy")
+    )
+    return None if permitted else make_reply("rcpt-policy")
 
 
-def check_size(octets: int, settings: Settings) -> Reply | None:
-    most = settings.smtpd.max_message_size
-    return make_reply("too-big") if most and octets > most else None
-
-
-def check_subject(submission: Submission) -> Reply | None:
-    return None if submission.header.subject or submission.raw else make_reply("subject-empty")
+def check_message_size(octets: int, settings: Settings) -> Reply | None:
+    limit = settings.smtpd.max_message_size
+    return make_reply("too-big") if limit and octets > limit else None
 
 
 # ======================================================================================================================
 # 7. Messages
-#    Takes a submission, gives a Message: headers and body as octets, ready for any relay. Knows the charsets, MIME
-#    and the limits on lines; knows nothing of who gets it. The clock and the queue id are arguments.
+#    Takes a Submission, gives a Message: header and body as octets, ready for every relay. Knows charsets, MIME and the
+#    limits on lines; the recipients of a copy, the clock and the queue id are arguments.
 # ======================================================================================================================
 
 
 def compose(submission: Submission, queueid: str, client: IPAddress, hostname: str, now: float) -> Message:
-    """The message of a submission, in the charset asked for, or in UTF-8 where that can't hold every character."""
+    """Compose the message in the charset asked for, or in UTF-8 if that can't hold every character."""
     if submission.raw:
         trace = received_field(submission.ehlo, client, hostname, queueid, rfc5322_date(int(now)))
-        return complete_raw_message(
-            submission.raw, submission.mail, submission.header.loop, trace, queueid, hostname, now
-        )
+        loop = submission.header.loop
+        return complete_raw_message(submission.raw, submission.mail, loop, trace, queueid, hostname, now)
     try:
         return _compose(submission, submission.header.charset, queueid, client, hostname, now)
     except UnicodeEncodeError:
@@ -2269,26 +2562,26 @@ def _compose(submission: Submission, charset: str, queueid: str, client: Any, ho
     top = [received_field(submission.ehlo, client, hostname, queueid, date), address_field("From", author, charset)]
     if len(author) > 1 or author[0][1].key != sender.key:
         top.append(f"Sender: {sender.addr_spec}")
-    further = extra_field_lines(header.extra_fields, charset) if header.extra_fields else {}
+    extra = extra_field_lines(header.extra_fields, charset) if header.extra_fields else {}
     middle = [address_field("Reply-To", header.replyto, charset)] if header.replyto else []
-    middle += [text_field("Subject", header.subject, charset), *further.pop("Date", (f"Date: {date}",))]
-    identity = further.pop("Message-Id", ())
-    end = [line for lines in further.values() for line in lines] if further else []
+    middle += [text_field("Subject", header.subject, charset), *extra.pop("Date", (f"Date: {date}",))]
+    identity = extra.pop("Message-Id", ())
+    end = [line for lines in extra.values() for line in lines] if extra else []
     end += loop_field(header.loop, hostname), "MIME-Version: 1.0", ""
     if header.shared:
         shown = [address_field(name, item, charset) for name, item in (("To", header.to), ("Cc", header.cc)) if item]
-        pieces = [[*top, *shown, *middle, *(identity or (f"Message-Id: <{queueid}.1@{hostname}>",)), *end]]
+        heads = [[*top, *shown, *middle, *(identity or (f"Message-Id: <{queueid}.1@{hostname}>",)), *end]]
     elif identity:
-        pieces = [[*top, "To: "], ["", *middle, *identity, *end]]
+        heads = [[*top, "To: "], ["", *middle, *identity, *end]]
     else:
-        pieces = [[*top, "To: "], ["", *middle, f"Message-Id: <{queueid}."], [f"@{hostname}>", *end]]
-    *parts, last = ["\r\n".join(piece).encode() for piece in pieces]
+        heads = [[*top, "To: "], ["", *middle, f"Message-Id: <{queueid}."], [f"@{hostname}>", *end]]
+    *parts, last = ["\r\n".join(lines).encode() for lines in heads]
     utf8 = not (last.isascii() and all(map(bytes.isascii, parts)))  # only an address can be other than ASCII
     return Message((*parts, join_pieces(last, content)), utf8, utf8)
 
 
 def join_pieces(first: bytes, pieces: Any) -> bytes:
-    """Octets of pieces; those that are made one after the other are never all in memory beside the whole."""
+    """Join octets; the pieces of a generator are never all in memory beside the whole."""
     if type(pieces) is list:
         return b"".join((first, *pieces))
     stream = io.BytesIO(first)
@@ -2302,125 +2595,113 @@ def loop_field(names: tuple, hostname: str) -> str:
     return fold("X-Haineko-Loop:", [name + "," for name in names] + [hostname])
 
 
-def extra_field_lines(others: tuple, charset: str) -> dict:
-    """{name: its lines} of fields of FIELDS and X- ones."""
+def extra_field_lines(extra_fields: tuple, charset: str) -> dict:
+    """Return {name: [line, ...]} of the fields in EXTRA_FIELDS and X-..."""
     lines: dict = {}
-    for name, value, parse in others:
+    for name, value, parse in extra_fields:
         if parse is parse_mailbox_field:
             line = address_field(name, value, charset)
+        elif parse is parse_header_text:
+            line = text_field(name, value, charset)
         else:
-            line = (
-                text_field(name, value, charset) if parse is parse_header_text else fold(f"{name}:", value.split(" "))
-            )
+            line = fold(f"{name}:", value.split(" "))
         lines.setdefault(name, []).append(line)
     return lines
 
 
-def text_part(kind: str, text: str, charset: str) -> list:
-    """Octets of a part that is text: its two fields, and its body."""
+def text_part(subtype: str, text: str, charset: str) -> list:
+    """Return [header, body] of a part that is text."""
     encoding, body = encode_body(text, charset)
-    head = f"Content-Type: text/{kind}; charset={charset}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
+    head = f"Content-Type: text/{subtype}; charset={charset}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
     return [head.encode(), body]
 
 
 def multipart_body(submission: Submission, charset: str, queueid: str) -> Any:
-    """Octets of HTML and attachments, in pieces, from Content-Type on: the best last (RFC 2046 5.1.4), files behind."""
-    frame, html = MIMEBuilder(queueid, charset), submission.html
-    pictures = [item for item in submission.attachments if html and item.cid]
-    files = [item for item in submission.attachments if not (html and item.cid)]
-    whole = frame.text("plain", submission.body or html_to_text(html))
+    """Yield the octets of HTML and attachments: the richest form last (RFC 2046 5.1.4), then the files."""
+    html, attachments = submission.html, submission.attachments
+    pictures = [file_part(item, charset) for item in attachments if html and item.cid]
+    files = [file_part(item, charset) for item in attachments if not (html and item.cid)]
+    whole = text_part("plain", submission.body or html_to_text(html), charset)
     if html:
-        shown = frame.text("html", html)
+        shown = text_part("html", html, charset)
         if pictures:
-            shown = frame.multipart("related", shown, *map(frame.file, pictures))
-        whole = frame.multipart("alternative", whole, shown)
-    if files:
-        whole = frame.multipart("mixed", whole, *map(frame.file, files))
-    return frame.octets(whole)
+            shown = multipart("related", queueid, shown, *pictures)
+        whole = multipart("alternative", queueid, whole, shown)
+    return multipart("mixed", queueid, whole, *files) if files else whole
 
 
-class MIMEBuilder:
-    """Parts of a message. email writes what stands around their bodies; these are put in afterwards, since its
-    generator would hold each in memory four times over. Its policy folds nothing: the fields come folded."""
+def multipart(subtype: str, queueid: str, *parts: Any) -> Any:
+    """Yield the octets of a multipart; the random queue id makes a boundary that occurs in none of the parts."""
+    boundary = f"=_{queueid}.{subtype}"
+    root = '; type="text/html"' if subtype == "related" else ""  # RFC 2387 3.1
+    yield f'Content-Type: multipart/{subtype}{root};\r\n boundary="{boundary}"\r\n'.encode()
+    for part in parts:
+        yield f"\r\n--{boundary}\r\n".encode()
+        yield from part
+    yield f"\r\n--{boundary}--\r\n".encode()
 
-    def __init__(self, queueid: str, charset: str) -> None:
-        import email.message
-        import email.policy
 
-        self.queueid, self.charset = queueid, charset
-        self.policy = email.policy.SMTP.clone(refold_source="none")
-        self.new = email.message.MIMEPart
-        self.bodies: list = []  # of iterables of octets
+def file_part(item: Attachment, charset: str) -> Any:
+    """Yield the octets of an attachment, whose content arrives unchanged."""
+    media_type = item.type or guess_media_type(item.filename)
+    in_type, in_disposition = name_parameters(item.filename, charset) if item.filename else ("", "")
+    disposition = "inline" if item.cid or item.inline else "attachment"
+    # RFC 2046 5.2.1 allows a message/rfc822 no encoding; parse_attachments() has seen that it needs none.
+    is_message = media_type.startswith("message/")
+    head = f"Content-Type: {media_type}{in_type}\r\nContent-Transfer-Encoding: {'7bit' if is_message else 'base64'}\r\n"
+    head += f"Content-Disposition: {disposition}{in_disposition}\r\n"
+    yield (head + (f"Content-ID: <{item.cid}>\r\n\r\n" if item.cid else "\r\n")).encode()
+    if is_message:
+        yield item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    for start in range(0, 0 if is_message else len(item.content), BASE64_BLOCK):
+        yield base64_lines(item.content[start : start + BASE64_BLOCK])
 
-    def text(self, kind: str, text: str) -> Any:
-        head, body = text_part(kind, text, self.charset)
-        return self._part(head.decode("ascii").split("\r\n")[:-2], [body])
 
-    def file(self, item: Attachment) -> Any:
-        """A file, which is never changed on its way."""
-        kind = item.type or guess_media_type(item.filename)
-        in_type, in_disposition = name_parameters(item.filename, self.charset) if item.filename else ("", "")
-        shown = "inline" if item.cid or item.inline else "attachment"
-        encoding, body = "base64", base64_blocks(item.content)
-        if kind.startswith("message/"):  # RFC 2046 5.2.1: no encoding; parse_attachments() has seen that it needs none
-            encoding, body = "7bit", [item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")]
-        fields_ = [f"Content-Type: {kind}{in_type}", f"Content-Transfer-Encoding: {encoding}"]
-        fields_ += [f"Content-Disposition: {shown}{in_disposition}"]
-        return self._part(fields_ + ([f"Content-ID: <{item.cid}>"] if item.cid else []), body)
-
-    def _part(self, fields_: list, body: Any) -> Any:
-        part = self.new(self.policy)
-        for line in fields_:
-            part.set_raw(*line.split(": ", 1))
-        part.set_payload(f"<{self.queueid}/{len(self.bodies)}>")
-        self.bodies.append(body)
-        return part
-
-    def multipart(self, kind: str, *parts: Any) -> Any:
-        """A part made of parts. The queue id makes a boundary that stands in none of them."""
-        whole = self.new(self.policy)
-        first = '; type="text/html"' if kind == "related" else ""  # RFC 2387 3.1
-        whole.set_raw("Content-Type", f'multipart/{kind}{first};\n boundary="=_{self.queueid}.{kind}"')
-        for part in parts:
-            whole.attach(part)
-        return whole
-
-    def octets(self, whole: Any) -> Any:
-        """All of it, in pieces."""
-        for i, piece in enumerate(re.split(f"<{self.queueid}/([0-9]+)>".encode(), whole.as_bytes())):
-            yield from self.bodies[int(piece)] if i % 2 else (piece,)
+BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
 
 
 def name_parameters(name: str, charset: str) -> tuple:
-    """(parameter of Content-Type, parameter of Content-Disposition) for the name of a file. Where it isn't plain, the
-    latter is for readers that keep to RFC 2231, the former, in RFC 2047's words, for those that never did."""
+    """Return the parameters for a file's name in Content-Type and Content-Disposition. If the name isn't plain, the
+    latter is for readers that know RFC 2231, the former (encoded words) for those that do not."""
     if PLAIN_NAME.fullmatch(name) and "=?" not in name:
         return f';\r\n name="{name}"', f';\r\n filename="{name}"'
     words = "\r\n ".join(encoded_words(name, charset, 7))
-    coded = f"{charset}''{urllib.parse.quote_from_bytes(charset_encoder(charset)(name), safe='')}"
+    return f';\r\n name="{words}"', rfc2231_parameter("filename", name, charset)
+
+
+PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
+
+
+def rfc2231_parameter(name: str, text: str, charset: str) -> str:
+    """Return a parameter with any characters, in lines of its own."""
+    coded = f"{charset}''{urllib.parse.quote_from_bytes(charset_encoder(charset)(text), safe='')}"
     if len(coded) <= RFC2231_SEGMENT:
-        return f';\r\n name="{words}"', f";\r\n filename*={coded}"
+        return f";\r\n {name}*={coded}"
     segments = re.findall(f"(?:%..|[^%]){{1,{RFC2231_SEGMENT // 3}}}", coded)
-    numbered = "".join(f";\r\n filename*{i}*={segment}" for i, segment in enumerate(segments))  # RFC 2231 3
-    return f';\r\n name="{words}"', numbered
+    return "".join(f";\r\n {name}*{i}*={segment}" for i, segment in enumerate(segments))  # RFC 2231 3
 
 
-PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers take off twice
 RFC2231_SEGMENT = 60  # characters of a parameter in one line
 
 
 def guess_media_type(name: str) -> str:
-    """The media type that goes with the end of a file's name."""
+    """Return the media type for the extension of a file's name."""
     import mimetypes
 
-    end = os.path.splitext(name)[1].lower()
-    kind, coding = mimetypes.guess_type("x" + end)
-    kind = EXTRA_MEDIA_TYPES.get(end) or (f"application/{coding}" if coding == "gzip" else "" if coding else kind)
-    return kind if kind and not kind.startswith(("message/", "multipart/")) else "application/octet-stream"
+    extension = os.path.splitext(name)[1].lower()
+    media_type, coding = mimetypes.guess_type("x" + extension)
+    if coding:
+        media_type = f"application/{coding}" if coding == "gzip" else ""
+    media_type = EXTRA_MEDIA_TYPES.get(extension) or media_type or ""
+    return (
+        "application/octet-stream"
+        if media_type.startswith(("message/", "multipart/")) or not media_type
+        else media_type
+    )
 
 
 _OFFICE = "application/vnd.openxmlformats-officedocument."
-EXTRA_MEDIA_TYPES = {  # which not every system's table has
+EXTRA_MEDIA_TYPES = {  # that not every system's table has
     ".docx": _OFFICE + "wordprocessingml.document",
     ".xlsx": _OFFICE + "spreadsheetml.sheet",
     ".pptx": _OFFICE + "presentationml.presentation",
@@ -2432,23 +2713,16 @@ EXTRA_MEDIA_TYPES = {  # which not every system's table has
 
 
 def html_to_text(html: str) -> str:
-    """What HTML says, as plain text: words and lines, where links go, what pictures show."""
-    from html.parser import HTMLParser
-
-    reading, parser = HTMLTextExtractor(), HTMLParser()
-    parser.handle_starttag, parser.handle_endtag, parser.handle_data = (
-        reading.handle_starttag,
-        reading.handle_endtag,
-        reading.handle_data,
-    )
-    # Sections like <![if ...]> say nothing, and some versions of the parser stumble over them. There is no close():
-    # what never ends is shown nowhere.
-    parser.feed(re.sub(r"<!\[(?:[^>-]|-(?!->))*>?", "<! >", html) + "\n")
-    return reading.text()
+    """Return the plain text of HTML: words and lines, targets of links, descriptions of pictures."""
+    extractor = HTMLTextExtractor()
+    # Sections like <![if ...]> hold no text, and some versions of the parser fail on them. Without close(), what is
+    # unfinished at the end is left out, as browsers do.
+    extractor.feed(re.sub(r"<!\[(?:[^>-]|-(?!->))*>?", "<! >", html) + "\n")
+    return "".join(extractor.out).strip("\n") + "\n"
 
 
-class HTMLTextExtractor:
-    """What html.parser tells, written down as plain text."""
+class HTMLTextExtractor(HTMLParser):
+    """Parser that writes down the text of HTML."""
 
     HIDDEN = ("script", "style", "title", "template")
     LINES = ("address", "dd", "div", "dl", "dt", "figcaption", "footer", "form", "header", "li", "main", "nav",
@@ -2457,19 +2731,20 @@ class HTMLTextExtractor:
                   "ul")  # fmt: skip
 
     def __init__(self) -> None:
+        super().__init__()
         self.out: list = []
-        self.gap = 2  # line ends behind the last word
-        self.space = ""  # due before the next word
+        self.gap = 2  # line ends after the last word
+        self.space = ""  # to be written before the next word
         self.hidden, self.pre_depth = "", 0  # the tag that hides; depth of <pre>
-        self.link, self.start = "", 0  # where the link under way goes, and how much was written before it
+        self.link, self.link_start = "", 0  # target of the open link, and the length of `out` at its start
 
-    def handle_starttag(self, tag: str, attributes: list) -> None:
+    def handle_starttag(self, tag: str, attrs: list) -> None:
         if self.hidden:
             return
         if tag in self.HIDDEN:
             self.hidden = tag
         self._break(tag)
-        values = dict(attributes)
+        values = dict(attrs)
         if tag == "br":
             self._line(self.gap + 1)
         elif tag == "li":
@@ -2483,7 +2758,7 @@ class HTMLTextExtractor:
         elif tag == "img":
             self.handle_data(values.get("alt") or "")
         elif tag == "a":
-            self.link, self.start = values.get("href") or "", len(self.out)
+            self.link, self.link_start = values.get("href") or "", len(self.out)
         self.pre_depth += tag == "pre"
 
     def handle_endtag(self, tag: str) -> None:
@@ -2494,38 +2769,35 @@ class HTMLTextExtractor:
         self.pre_depth -= tag == "pre" and self.pre_depth > 0
         if tag == "a":
             link, self.link = self.link, ""
-            words = "".join(self.out[self.start :]).strip() if link else ""
-            if link.startswith(("http:", "https:", "mailto:")) and link.partition("mailto:")[2] != words != link:
+            text = "".join(self.out[self.link_start :]).strip() if link else ""
+            if link.startswith(("http:", "https:", "mailto:")) and link.partition("mailto:")[2] != text != link:
                 self.handle_data(f" <{link}>")
 
-    def handle_data(self, words: str) -> None:
-        """Words with single spaces between them, as a browser shows them."""
+    def handle_data(self, data: str) -> None:
+        """Add text, with white space collapsed as browsers do."""
         if self.hidden:
             return
         if self.pre_depth:
-            self.out.append(words)
-            self.gap = int(words.endswith("\n")) if words else self.gap
+            self.out.append(data)
+            self.gap = int(data.endswith("\n")) if data else self.gap
             return
-        inner = re.sub(r"[ \t\r\n\f]+", " ", words).strip(" ").replace("\xa0", " ")
-        if words[:1].isspace():
+        words = re.sub(r"[ \t\r\n\f]+", " ", data).strip(" ").replace("\xa0", " ")
+        if data[:1].isspace():
             self.space = self.space or " "
-        if inner:
-            self.out.append((self.space if not self.gap else "") + inner)
-            self.gap, self.space = 0, " " if words[-1:].isspace() else ""
+        if words:
+            self.out.append((self.space if not self.gap else "") + words)
+            self.gap, self.space = 0, " " if data[-1:].isspace() else ""
 
     def _break(self, tag: str) -> None:
         if tag in self.LINES or tag in self.PARAGRAPHS:
             self._line(2 if tag in self.PARAGRAPHS else 1)
 
     def _line(self, ends: int) -> None:
-        """At least so many line ends behind the last word."""
+        """Make at least this many line ends follow the last word."""
         if self.gap < ends:
             self.out.append("\n" * (ends - self.gap))
             self.gap = ends
         self.space = ""
-
-    def text(self) -> str:
-        return "".join(self.out).strip("\n") + "\n"
 
 
 @functools.lru_cache(maxsize=4)
@@ -2534,38 +2806,39 @@ def rfc5322_date(second: int) -> str:
 
 
 def received_field(ehlo: str | None, client: IPAddress | None, hostname: str, queueid: str, date: str) -> str:
-    """The trace field of RFC 5321 4.4."""
-    near = client.text if client else "127.0.0.1"
-    literal = f"[IPv6:{near}]" if ":" in near else f"[{near}]"
+    """Return the trace field (RFC 5321 4.4)."""
+    address = client.text if client else "127.0.0.1"
+    literal = f"[IPv6:{address}]" if ":" in address else f"[{address}]"
     return f"Received: from {ehlo or literal} ({literal})\r\n\tby {hostname} with HTTP id {queueid};\r\n\t{date}"
 
 
 def address_field(name: str, mailboxes: tuple, charset: str) -> str:
-    """A field of mailboxes; the addresses stay outside the encoded words (RFC 2047 5)."""
-    known = sum(len(shown) for shown, _ in mailboxes) <= CACHE_MAX_CHARS and len(mailboxes) <= 8
-    return (_address_field if known else _address_field.__wrapped__)(name, mailboxes, charset)
-
-
-@functools.lru_cache(maxsize=512)
-def _address_field(name: str, mailboxes: tuple, charset: str) -> str:
+    """Return a field of mailboxes; the addresses stay outside the encoded words (RFC 2047 5)."""
     tokens: list = []
-    for i, (shown, item) in enumerate(mailboxes):
+    for i, (display_name, mailbox) in enumerate(mailboxes):
         comma = "," if i < len(mailboxes) - 1 else ""
-        if not shown:
-            tokens.append(item.addr_spec + comma)
-            continue
-        if re.fullmatch(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}", shown) and "=?" not in shown and "  " not in shown:
-            tokens.extend(shown.split(" "))
-        elif re.fullmatch(r"[\x20-\x7e]{1,60}", shown) and "=?" not in shown:
-            tokens.append('"' + re.sub(r'(["\\])', r"\\\1", shown) + '"')
+        if mailbox is NULL_SENDER:
+            tokens.append(f"{display_name}:;{comma}")
+        elif not display_name:
+            tokens.append(mailbox.addr_spec + comma)
         else:
-            tokens.extend(encoded_words(shown, charset, len(name) + 2))
-        tokens.append(f"<{item.addr_spec}>{comma}")
+            tokens += phrase_tokens(display_name, charset, len(name) + 2)
+            tokens.append(f"<{mailbox.addr_spec}>{comma}")
     return fold(f"{name}:", tokens)
 
 
+@cache_short(512)
+def phrase_tokens(text: str, charset: str, used: int) -> tuple:
+    """Return a display name as atoms, as a quoted string or as encoded words."""
+    if "=?" not in text and PHRASE.fullmatch(text) and "  " not in text:
+        return tuple(text.split(" "))
+    if "=?" not in text and re.fullmatch(r"[\x20-\x7e]{1,60}", text):
+        return ('"' + re.sub(r'(["\\])', r"\\\1", text) + '"',)
+    return tuple(encoded_words(text, charset, used))
+
+
 def text_field(name: str, value: str, charset: str) -> str:
-    """An unstructured field: as it is where a reader would get the same text back, else in encoded words."""
+    """Return an unstructured field: as it is if a reader gets the same text back, else in encoded words."""
     if PLAIN.fullmatch(value) and "=?" not in value:
         whole = f"{name}: {value}"
         return whole if len(whole) <= 78 else fold(f"{name}:", value.split(" "))
@@ -2574,8 +2847,8 @@ def text_field(name: str, value: str, charset: str) -> str:
     return fold(f"{name}:", encoded_words(value, charset, len(name) + 2))
 
 
-def fold(line: str, tokens: list) -> str:
-    """Tokens behind the field's name, with a new line before each that would pass column 76 (RFC 2047 2)."""
+def fold(line: str, tokens: Any) -> str:
+    """Append tokens to a field's name, with a new line before each that would pass column 76 (RFC 2047 2)."""
     lines, column = [line], len(line)
     for token in tokens:
         column += 1 + len(token)
@@ -2589,7 +2862,8 @@ def fold(line: str, tokens: list) -> str:
 
 
 def encoded_words(value: str, charset: str, used: int) -> list:
-    """RFC 2047: words of whole characters, none over 75 columns; before the first are `used` columns of its line."""
+    """Return encoded words (RFC 2047) of whole characters and at most 75 columns; `used` columns of the first line are
+    taken already."""
     encode, words, room, start = charset_encoder(charset), [], 76 - used, 0
     overhead = len(charset) + 7
     while start < len(value) or not words:
@@ -2604,7 +2878,8 @@ def encoded_words(value: str, charset: str, used: int) -> list:
 
 
 def splits_cluster(value: str, at: int) -> bool:
-    """True where a word that ends there would part a voice mark from its kana: two are one character of ISO-2022-JP."""
+    """Return whether a break there would separate a half-width kana from its sound mark: ISO-2022-JP encodes the two
+    as one character."""
     return value.startswith(SOUND_MARKS, at) and not value.startswith(SOUND_MARKS, at - 1)
 
 
@@ -2612,7 +2887,7 @@ SOUND_MARKS = ("ﾞ", "ﾟ")
 
 
 def encode_body(text: str, charset: str) -> tuple:
-    """(Content-Transfer-Encoding, octets): lines end with CRLF, none is longer than 998 octets (RFC 5322 2.1.1)."""
+    """Return (Content-Transfer-Encoding, octets) with CRLF and no line over 998 octets (RFC 5322 2.1.1)."""
     text = text if "\r" not in text else text.replace("\r\n", "\n").replace("\r", "\n")
     text = (text if text.endswith("\n") else text + "\n").replace("\n", "\r\n")
     octets = charset_encoder(charset)(text)
@@ -2632,38 +2907,24 @@ JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
 QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
 
 
-def base64_lines(octets: Any) -> bytes:
-    """Base64 in lines of 76 characters and CRLF (RFC 2045 6.8)."""
-    return b"\r\n".join(BASE64_LINE.findall(binascii.b2a_base64(octets, newline=False))) + b"\r\n"
-
-
-BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
-
-
-def base64_blocks(octets: bytes) -> Any:
-    """The same block by block, since the list of the lines of a large attachment takes more memory than they do."""
-    for start in range(0, len(octets), BASE64_BLOCK):
-        yield base64_lines(octets[start : start + BASE64_BLOCK])
-
-
-BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
-
-
 @functools.lru_cache(maxsize=64)
 def charset_encoder(charset: str) -> Callable:
-    """A function from text to octets; it raises UnicodeEncodeError for a character that the charset can't hold."""
+    """Return a function from text to octets, which raises UnicodeEncodeError if the charset can't hold the text."""
     return CHARSETS.get(charset) or functools.partial(_encode, codec_name(charset))
 
 
 def _encode(codec: str, text: str) -> bytes:
     octets = text.encode(codec)
-    if octets.decode(codec) != text:  # EUC-JP writes a backslash for a yen sign
-        raise UnicodeEncodeError(codec, text, 0, len(text), "no such character")
-    return octets
+    try:
+        if octets.decode(codec) == text:
+            return octets
+    except UnicodeDecodeError:  # text with the control characters of ISO-2022-JP-2 or ISO-2022-KR
+        pass
+    raise UnicodeEncodeError(codec, text, 0, len(text), "no such character")  # EUC-JP turns a yen sign into a backslash
 
 
 def encode_jis(text: str) -> bytes:
-    """ISO-2022-JP as CP50220 writes it: half-width kana full-width, NEC's and IBM's characters kept."""
+    """Encode ISO-2022-JP as CP50220 does: half-width kana become full-width, NEC's and IBM's characters stay."""
     if "\x1b" in text:  # a reader would take it for the start of a sequence
         raise UnicodeEncodeError("iso2022_jp", text, text.index("\x1b"), text.index("\x1b") + 1, "no character")
     try:
@@ -2690,8 +2951,8 @@ def _encode_jis(text: str) -> bytes:
 
 @functools.lru_cache(maxsize=1)
 def jis_extensions() -> tuple:
-    """({character: its two octets}, pattern that splits a text into runs of these and others) of NEC's row 13 and the
-    rows 89 to 92 that hold IBM's, where JIS X 0208 has none."""
+    """Return ({character: its two octets}, pattern that splits a text into runs of these and others) of NEC's row 13
+    and IBM's characters in rows 89 to 92, which JIS X 0208 does not have."""
     table: dict = {}
     for row in (13, 89, 90, 91, 92):
         for cell in range(1, 95):
@@ -2706,140 +2967,182 @@ def jis_extensions() -> tuple:
     return table, re.compile(f"([{''.join(table)}]+)")
 
 
+# Names that Windows and Unicode's own tables give differently to some characters of JIS X 0208; Python's codec knows
+# the latter.
+CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
+CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis}  # others by Python's codecs
+
+
 def complete_raw_message(
     raw: ParsedMessage, sender: str, loop: tuple, trace: str, queueid: str, hostname: str, now: float
 ) -> Message:
-    """A finished message made ready for relays: trace and loop fields put on, what is missing added, Bcc taken out.
-    Refused where it has a line or an octet that can't be sent."""
+    """Complete a finished message: add trace and loop fields and required ones that are missing, remove Bcc. Its other
+    octets stay as they are, unless no path can carry them; raises Rejected if nothing can be done about that."""
     names = {name for name, _ in raw.fields}
     dropped = ("bcc", "resent-bcc", "return-path", "x-haineko-loop")
-    head = [trace.encode() + b"\r\n"]
-    head += [
-        octets.rstrip(b"\n").replace(b"\n", b"\r\n") + b"\r\n" for name, octets in raw.fields if name not in dropped
-    ]
+    head = [trace.encode() + b"\n", *(octets for name, octets in raw.fields if name not in dropped)]
     author = sender or f"MAILER-DAEMON@{hostname}"
     missing = {"From": f"<{author}>", "Date": rfc5322_date(int(now)), "Message-Id": f"<{queueid}.1@{hostname}>"}
-    head += [f"{name}: {value}\r\n".encode() for name, value in missing.items() if name.lower() not in names]
-    head.append(loop_field(loop, hostname).encode() + b"\r\n")
-    if {"mime-version", "content-type", "content-transfer-encoding"} & names:
-        body = [b"\r\n", raw.body.replace(b"\n", b"\r\n")]
-    else:
-        text = raw.body.decode("utf-8" if is_utf8(raw.body) else "latin-1")
-        body = [b"MIME-Version: 1.0\r\n", *text_part("plain", text, "UTF-8")]
-    octets = b"".join([*head, *body, b"" if body[-1].endswith(b"\n") else b"\r\n"])
-    if UNSENDABLE.search(octets) or not is_utf8(b"".join(head)):
-        octets = downgrade_8bit(octets)
+    head += [f"{name}: {value}\n".encode() for name, value in missing.items() if name.lower() not in names]
+    head.append(loop_field(loop, hostname).encode() + b"\n")
+    if not names & {"mime-version", "content-type", "content-transfer-encoding"}:
+        head.append(mime_label(raw.body))
+    octets = b"".join([*head, b"\n", raw.body, b"" if raw.body.endswith(b"\n") else b"\n"])
+    octets = octets.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    if not octets.isascii() or UNSENDABLE.search(octets):
+        octets = convert_parts(octets, keep_8bit=True, keep_utf8=True)
         if UNSENDABLE.search(octets):
             raise Rejected(make_reply("line-length"))
-    utf8 = not octets[: octets.index(b"\r\n\r\n")].isascii()
-    return Message((octets,), needs_8bitmime=not octets.isascii(), needs_smtputf8=utf8)
+    return Message((octets,), not octets.isascii(), bool(non_ascii_fields(octets)))
 
 
 UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
 
 
-def is_utf8(octets: bytes) -> bool:
-    try:
-        return octets.decode() is not None
-    except UnicodeDecodeError:
-        return False
+def mime_label(body: bytes) -> bytes:
+    """Return the MIME fields for a body that came without; none if it is ASCII that every path can carry."""
+    if body.isascii() and not UNSENDABLE.search(body):
+        return b""
+    charset = "unknown-8bit"  # RFC 1428
+    if is_utf8(body):
+        charset = "ISO-2022-JP" if b"\x1b$" in body else "US-ASCII" if body.isascii() else "UTF-8"
+    return f"MIME-Version: 1.0\nContent-Type: text/plain; charset={charset}\nContent-Transfer-Encoding: 8bit\n".encode()
 
 
-def downgrade_8bit(octets: bytes) -> bytes:
-    """The message with every part encoded that is not in 7bit and in lines of 998 octets (RFC 6152 3, RFC 2045 2.7)."""
-    import email
-    import email.policy
-
-    message, name = email.message_from_bytes(octets, policy=email.policy.compat32), "Content-Transfer-Encoding"
-    for part in message.walk():
-        encode_part_header(part)
-        coding = str(part.get(name, "")).strip().lower()
-        if part.is_multipart():
-            part.preamble = part.preamble if (part.preamble or "").isascii() else None
-            part.epilogue = part.epilogue if (part.epilogue or "").isascii() else None
-        elif not is_7bit(part, coding):
-            body = part.get_payload(decode=True)
-            coding = "quoted-printable" if part.get_content_maintype() == "text" else "base64"
-            coded = binascii.b2a_qp(body, istext=True) if coding != "base64" else base64_lines(body)
-            part.set_payload(coded.decode("ascii"))
-        del part[name]
-        if coding not in ("", "8bit", "binary"):
-            part[name] = coding
-    return message.as_bytes(policy=email.policy.SMTPUTF8.clone(refold_source="none", cte_type="8bit"))
+def non_ascii_fields(octets: bytes) -> list:
+    """Return the names of the header fields, those of parts included, that need SMTPUTF8 (RFC 6532 3)."""
+    parts = [] if octets.isascii() else mime_parts(octets)
+    return list(dict.fromkeys(name for part in parts for name, field in part.header if not field.isascii()))
 
 
-def is_7bit(part: Any, coding: str) -> bool:
-    """True where the body of a part, as it stands in the message, is what RFC 2045 2.7 calls 7bit."""
-    if coding in ("base64", "quoted-printable"):
-        return not NOT_7BIT.search(part.get_payload().encode("utf-8", "replace"))
-    return not NOT_7BIT.search(part.get_payload(decode=True))
+def downgrade_8bit(octets: bytes, keep_8bit: bool = False) -> bytes:
+    """Return the message for a server without SMTPUTF8, and without 8BITMIME unless `keep_8bit` (RFC 6152 3). What has
+    no form in ASCII, such as an address, stays: see non_ascii_fields()."""
+    return convert_parts(octets, keep_8bit=keep_8bit, keep_utf8=False)
 
 
-def encode_part_header(part: Any) -> None:
-    """Encodes the fields of a part that are other than ASCII; an address that is stays."""
-    fields_ = list(part.raw_items())
-    if all(value.isascii() for _, value in fields_):
-        return
-    for name in set(part.keys()):
-        del part[name]
-    for name, value in fields_:
-        part.set_raw(name, value if value.isascii() else encode_field_value(name, value))
+def convert_parts(octets: bytes, keep_8bit: bool, keep_utf8: bool) -> bytes:
+    """Return a message, each of whose parts is encoded where the path can't carry it as it is."""
+    parts = mime_parts(octets)
+    return rewrite_parts(octets, parts, functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8), keep_8bit)
 
 
-def encode_field_value(name: str, value: str) -> str:
-    """The value of a field in encoded words or parameters (RFC 2047, 2231); octets that aren't UTF-8 are Latin-1."""
-    octets = value.encode("utf-8", "surrogateescape")
-    text = octets.decode("utf-8" if is_utf8(octets) else "latin-1")
-    text = re.sub(r"[\r\n]+[ \t]*", " ", text).strip()
-    if name.lower() in ("content-type", "content-disposition"):
-        return NAME_PARAMETER.sub(lambda found: f"{found[1]}*=UTF-8''{urllib.parse.quote(found[2], safe='')}", text)
-    if name.lower() not in ("from", "sender", "to", "cc", "reply-to", "resent-from", "resent-to", "resent-cc"):
-        return text_field(name, text, "UTF-8").partition(": ")[2]
-    found = parse_mailboxes(text)
-    field_ = address_field(name, found, "UTF-8").partition(": ")[2] if found else text
-    return field_.encode().decode("ascii", "surrogateescape")
+def _convert_part(top: MIMEPart, keep_8bit: bool, keep_utf8: bool, part: MIMEPart, body: bytes) -> tuple:
+    """Return (fields, body) of a part as the path can carry it."""
+    header = []
+    charset = part.parameter("charset") or top.parameter("charset")
+    for name, octets in part.header:
+        sendable = octets.isascii() or (keep_utf8 and is_utf8(octets))
+        header.append((name, fold_long_lines(octets if sendable else encode_field(name, octets, charset))))
+    if part.is_leaf and (UNSENDABLE if keep_8bit else NOT_7BIT).search(body):
+        return encode_leaf(part, header, body)
+    if not keep_8bit and part.encoding == "8bit":
+        header = [item for item in header if item[0] != "content-transfer-encoding"]
+    return header, body
 
 
-NAME_PARAMETER = re.compile(r'([A-Za-z0-9-]+)="([^"]*[^\x00-\x7f"][^"]*)"')
+def encode_field(name: str, octets: bytes, charset: str) -> bytes:
+    """Return a field in ASCII, encoded as its grammar allows. Octets that are not UTF-8 are in the message's charset,
+    or Latin-1. What can't be encoded, such as an address, stays."""
+    label, _, value = octets.partition(b":")
+    value = ENCODED_WORD_8BIT.sub(lambda word: re.sub(rb"[\x80-\xff]", lambda c: b"=%02X" % ord(c[0]), word[0]), value)
+    if value.isascii():
+        return label + b":" + value
+    text = " ".join(re.split(r"[\r\n]+[ \t]*", decode_octets(value, charset).strip()))
+    label = label.decode("ascii").strip()
+    if name in PARAMETER_FIELDS:
+        coded = f"{label}: {encode_comments(PARAMETER.sub(_encode_parameter, text))}"
+    elif name in MAILBOX_FIELDS:
+        try:
+            coded = address_field(label, parse_mailboxes(text) or (("undisclosed-recipients", NULL_SENDER),), "UTF-8")
+        except ValueError:
+            coded = f"{label}: {text}"
+    elif STRUCTURED_FIELDS.fullmatch(name):
+        coded = f"{label}: {encode_comments(text)}"
+    else:
+        segments = re.split(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)", text)
+        words = [
+            [item] if i % 2 else encoded_words(item, "UTF-8", len(label) + 2)
+            for i, item in enumerate(segments)
+            if item.strip()
+        ]
+        coded = fold(f"{label}:", itertools.chain.from_iterable(words))
+    return coded.encode() + b"\r\n"
 
 
-# What Windows and what Unicode's own tables call some characters of JIS X 0208; Python's codec knows the latter.
-CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
+ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
+PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
+COMMENT = re.compile(r"\([^()\\]*\)")
 
-CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis}  # others by Python's codecs
+
+def decode_octets(octets: bytes, charset: str) -> str:
+    """Decode octets of a header: UTF-8, else the charset, else Latin-1."""
+    for codec in ("utf-8", codec_name(iana_charset(charset)) or "latin-1"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return octets.decode(codec)
+    return octets.decode("latin-1")
+
+
+def encode_comments(text: str) -> str:
+    """Encode the comments (RFC 2047 5) that are other than ASCII."""
+    return COMMENT.sub(
+        lambda found: found[0] if found[0].isascii() else f"({' '.join(encoded_words(found[0][1:-1], 'UTF-8', 9))})",
+        text,
+    )
+
+
+def _encode_parameter(found: re.Match) -> str:
+    if found[0].isascii():
+        return found[0]
+    value = re.sub(r"\\(.)", r"\1", found[2].strip('"')) if found[2].startswith('"') else found[2].strip()
+    return rfc2231_parameter(found[1].rstrip("*"), value, "UTF-8")
+
+
+def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
+    """Return (fields, body) of a part in base64, or in quoted-printable if it is text (RFC 2045 6)."""
+    if part.encoding == "base64":
+        data = body.translate(None, NOT_BASE64)
+        data = data[: len(data) - (len(data) % 4 == 1)]
+        body = binascii.a2b_base64(data + b"=" * (-len(data) % 4))
+    elif part.encoding == "quoted-printable":
+        body = binascii.a2b_qp(body)
+    if part.is_text:
+        # b2a_qp() writes line ends as the first line has them.
+        return set_encoding(header, "quoted-printable"), binascii.b2a_qp(body + b"\r\n", istext=True)[:-2]
+    return set_encoding(header, "base64"), base64_lines(body)[:-2]
+
+
+NOT_BASE64 = bytes({*range(256)} - {*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"})
 
 # ======================================================================================================================
 # 8. Routes
-#    Takes a recipient's domain, gives the Route of the settings and the word why. Knows the tables, not what a relay
-#    does.
+#    Takes domains of recipient and sender, gives the Route of the settings and the table row that it comes from.
 # ======================================================================================================================
 
 
 def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
-    """(Route, why) for mail to `domain`; the look-up costs as much as the domain has labels, once."""
-    chosen = settings.route_cache
-    found = chosen.get((domain, sender_domain))
+    """Return (Route, reason) for mail to `domain`; the look-up costs as much as the domain has labels, once."""
+    cache, key = settings.route_cache, (domain, sender_domain)
+    found = cache.get(key)
     if not found:
-        if len(chosen) >= ROUTE_CACHE_SIZE:
-            chosen.clear()
-        found = chosen[domain, sender_domain] = _find_route(domain, sender_domain, settings)
+        if len(cache) >= ROUTE_CACHE_SIZE:
+            cache.clear()
+        found = cache[key] = _find_route(domain, sender_domain, settings)
     return found
 
 
-ROUTE_CACHE_SIZE = 4096  # pairs of domains, remembered with the settings
+ROUTE_CACHE_SIZE = 4096  # pairs of domains
 
 
 def _find_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
-    for name, table, key in (
-        ("mailertable", settings.mailertable, domain),
-        ("sendermt", settings.sendermt, sender_domain),
-    ):
-        for queue_item in lookup_keys(key.lower()) if table else ():
-            if queue_item in table:
-                return table[queue_item], f'{name}["{queue_item}"]'
-    for name in ("mailertable", "sendermt"):
-        if "default" in getattr(settings, name):
-            return getattr(settings, name)["default"], f"{name}.default"
+    tables = (("mailertable", settings.mailertable, domain), ("sendermt", settings.sendermt, sender_domain))
+    for name, table, key in tables:
+        for row in lookup_keys(key.lower()) if table else ():
+            if row in table:
+                return table[row], f'{name}["{row}"]'
+    for name, table, _ in tables:
+        if "default" in table:
+            return table["default"], f"{name}.default"
     return FALLBACK_ROUTE, "no route matches"
 
 
@@ -2847,7 +3150,7 @@ FALLBACK_ROUTE = Route(port=25)
 
 
 def lookup_keys(domain: str) -> Any:
-    """The keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
+    """Yield the keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
     yield domain
     dot = domain.find(".")
     while dot >= 0:
@@ -3911,10 +4214,11 @@ class Session(smtplib.SMTP):
         if not transaction.sender.isascii():
             return [make_reply("mail-ascii", **place)] * len(transaction.recipients)
         if message.needs_smtputf8:
-            octets = await asyncio.to_thread(downgrade_8bit, transaction.octets())
-            message = Message((octets,))
-            if not octets.isascii():  # an address in the header
-                return [make_reply("header-ascii", **place)] * len(transaction.recipients)
+            octets = await asyncio.to_thread(downgrade_8bit, transaction.octets(), self.has_extn("8bitmime"))
+            message = Message((octets,), needs_8bitmime=not octets.isascii())
+            names = non_ascii_fields(octets)
+            if names:  # which have no form in ASCII, such as an address
+                return [make_reply("header-ascii", f"in {', '.join(names)}", **place)] * len(transaction.recipients)
         ascii_only = tuple(to for to in transaction.recipients if to.isascii())
         said = await self.transact(transaction._replace(recipients=ascii_only, message=message)) if ascii_only else []
         replies = dict(zip(ascii_only, said))
@@ -4659,9 +4963,8 @@ def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
 
 
 def sendgrid_mailboxes(text: str) -> list:
-    """Return the mailboxes of an address field."""
-    named = [(name, spec) for name, spec in getaddresses([text]) if spec]
-    return [{"email": spec, "name": decode_encoded_words(name)} if name else {"email": spec} for name, spec in named]
+    named = [(decode_encoded_words(name), mailbox.addr_spec) for name, mailbox in parse_mailboxes(text)]
+    return [{"email": spec, "name": name} if name else {"email": spec} for name, spec in named]
 
 
 def sendgrid_headers(fields: list) -> dict:
@@ -4761,10 +5064,9 @@ def amazonses_request(transaction: Transaction, now: float) -> HTTPRequest:
     octets = ascii_message(transaction)
     try:
         author = single_field(parse_message(octets)[0], "from")
-        spec = next(spec for _, spec in getaddresses([author]) if spec)
-    except (ValueError, StopIteration):
-        text = "it needs exactly one header From"
-        raise Rejected(make_reply("inexpressible", text, **transaction.route.endpoint)) from None
+        spec = parse_mailboxes(author)[0][1].addr_spec
+    except (ValueError, IndexError):
+        raise Rejected(make_reply("inexpressible", "one header From is wanted", **transaction.route.endpoint)) from None
     document = {
         "FromEmailAddress": author,
         "Destination": {"ToAddresses": transaction.recipients},
@@ -4955,14 +5257,11 @@ def decode_charset(octets: bytes, charset: str) -> str:
 def format_mailboxes(text: str) -> str:
     """Return an address field as a submission has it."""
     people = []
-    for encoded, spec in getaddresses([text]):
-        name = decode_encoded_words(encoded)
+    for coded, mailbox in parse_mailboxes(text):
+        name, spec = decode_encoded_words(coded), mailbox.addr_spec
         quoted = '"' + re.sub(r'(["\\])', r"\\\1", name) + '"' if re.search(r'[()<>@,;:\\".\[\]]', name) else name
         people.append(f"{quoted} <{spec}>" if name else spec)
     return ", ".join(people)
-
-
-RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 13
 
 
 # -- Probes, for `check --connect`
@@ -5446,7 +5745,7 @@ class QueueDB:
         self.settings, self.wake_socket = settings, wake_socket
         if wake_socket:
             wake_socket.setblocking(False)
-        self.waiting: queue.SimpleQueue = queue.SimpleQueue()  # of (operation, values, done)
+        self.waiting: queue.SimpleQueue = queue.SimpleQueue()  # of (operation, values, future)
         self.deferred_writes: deque = deque()  # (operation, values) to be repeated until the file can be used
         self.thread: Any = None
         self.db: Any = None
@@ -5458,7 +5757,15 @@ class QueueDB:
 
     async def do(self, operation: Callable, *values: Any) -> Any:
         """Return the result of operation(db, slot, *values) once it is on disk; raise Rejected if that fails."""
-        return await answered_by(self._queue, operation, values)
+        future = asyncio.get_running_loop().create_future()
+        self.waiting.put((operation, values, future))
+        if not self.thread:
+            self.thread = threading.Thread(target=self._work, daemon=True)
+            self.thread.start()
+        result = await future
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     async def add(self, item: NewQueueItem, results: list | None = None, leased: bool = False) -> Any:
         """Store an item, see enqueue(); raise Rejected if the disk is too full."""
@@ -5508,8 +5815,8 @@ class QueueDB:
             results = self.commit(work, batch)
             self.deferred_writes.extend(work for work, result in zip(owed, results) if isinstance(result, Rejected))
             self.woken = False
-            for (_, _, done), result in zip(batch, results[len(owed) :]):
-                done(result)
+            for (_, _, future), result in zip(batch, results[len(owed) :]):
+                future.get_loop().call_soon_threadsafe(future.set_result, result)
 
     def _batch(self) -> list:
         """Wait for work and return all that waits; nothing after a second if there are deferred writes."""
@@ -5980,16 +6287,16 @@ class Throttle(NamedTuple):
 class QueueManager:
     """Delivers what is due: a few at a time to each destination, so that an unreachable host delays no other."""
 
-    def __init__(self, app: Any, bell: socket.socket, loop: Loop) -> None:
-        self.app, self.db, self.wake_socket, self.loop = app, app.queue, bell, loop
+    def __init__(self, app: Any, bell: socket.socket) -> None:
+        self.app, self.db, self.wake_socket = app, app.queue, bell
         self.in_flight: dict = {}  # destination: number of deliveries
         self.settings: Settings | None = None  # when it looked last
         self.throttled: dict = {}  # destination: Throttle
 
     async def run(self) -> None:
         """Deliver until the server stops."""
-        bell, looked = self.wake_socket, 0.0
-        bell.setblocking(False)
+        self.wake_socket.setblocking(False)
+        bell, looked = AsyncSocket(self.wake_socket), 0.0
         while not self.app.stopping:
             now = time.time()
             try:
@@ -6016,7 +6323,7 @@ class QueueManager:
         for leased in await self.db.do(lease_due, now, *limits):
             self.in_flight[leased.destination] = self.in_flight.get(leased.destination, 0) + 1
             expired = leased.destination in throttled and leased.created_at <= expired_before and leased.history
-            self.loop.spawn(self._deliver(leased, bool(expired)))
+            asyncio.get_running_loop().create_task(self._deliver(leased, bool(expired)))
 
     async def _deliver(self, leased: LeasedRecipient, expired: bool) -> None:
         """Make an attempt and record its result; without an attempt if it has expired and its destination is dead."""
@@ -6095,14 +6402,13 @@ def log_attempt(leased: LeasedRecipient, reply: Reply, disposition: Disposition,
 
 
 # ======================================================================================================================
-# 15. The way of a mail
-#     submit() takes a request and names every stage in order; deliver() has its jobs carried out side by side.
+# 15. Submission pipeline
+#     submit() takes a request and calls every stage in order: parse, check, compose, plan, deliver or queue, answer.
 # ======================================================================================================================
 
 
 class App:
-    """What a process works with: the settings in force, open SMTP sessions, the store of the queue, whether it is
-    stopping."""
+    """State of a process: the settings in force, SMTP sessions, the queue, and whether it is stopping."""
 
     def __init__(self, settings: Settings, ringer: socket.socket | None = None) -> None:
         self.transport = TransportContext()
@@ -6111,12 +6417,10 @@ class App:
         self.apply(settings)
 
     def apply(self, settings: Settings) -> None:
-        """From the next request on, these settings are in force; but the file of the queue stays what it was."""
+        """Use these settings from the next request on; the path of the queue stays what it was."""
+        settings = pin_queue_path(settings, self.queue.settings if self.queue else None)
         if self.queue:
-            settings = pin_queue_path(settings, self.queue.settings)
             self.queue.settings = settings.queue
-        else:
-            settings = pin_queue_path(settings, None)
         tls, base = settings.httpd.tls, os.path.dirname(settings.path or "")
         self.tls = server_context(tls, base) if tls else None
         log.open(settings.smtpd.syslog)
@@ -6126,7 +6430,7 @@ class App:
 
 
 class Response(NamedTuple):
-    """What goes back by HTTP."""
+    """An HTTP response."""
 
     status: int
     body: bytes
@@ -6135,93 +6439,125 @@ class Response(NamedTuple):
 
 
 async def submit(request: Request, app: App) -> Response:
-    """POST /submit: the way of a mail from its JSON to the replies of the other side."""
-    settings, queueid = request.settings or app.settings, new_queueid(request.now)
-    submission, verdicts, status, kept, results = None, {}, 400, False, []
-    large = len(request.body) >= LARGE  # worked at in a thread, so that small ones need not wait for it
+    """Answer POST /submit."""
+    settings, queueid, submission = request.settings or app.settings, new_queueid(request.now), None
+    large = len(request.body) >= LARGE  # processed in a thread, so that small ones need not wait for it
     try:
-        submission, errors = (
-            await asyncio.to_thread(parse_submission, request.body) if large else parse_submission(request.body)
-        )
-        if errors:
-            raise Rejected(make_reply("json", *errors[:MAX_FAULTS]))
-        raise_if_rejected(first_rejection(CHECKS, request, submission, settings))
+        submission = await call_in_thread(large, parse_body, request)
+        refused = apply_checks(CHECKS_OF_SUBMISSION, request, submission, settings)
         options = queue_options(request, submission, settings)
-        if large:
-            request.body = b""  # its memory is needed for the message
-        mailboxes = unique_recipients(submission)
-        verdicts = {given: check_rcpt(mailbox, settings, given) for given, mailbox in mailboxes.items()}
-        good = [mailbox for given, mailbox in mailboxes.items() if not verdicts[given]]
-        if good:
-            values = request, submission, settings, queueid, good
-            message = await asyncio.to_thread(build_and_check, *values) if large else build_and_check(*values)
-            submission, values = without_content(submission), ()  # what is large of it would only fill memory
-            transactions, good = plan_transactions(submission, message, good, settings, queueid)
-            if options.async_ or options.key:
-                earlier = await enqueue_before_sending(request, transactions, good, options, app)
-                if earlier:
-                    return await replay_response(request, submission, verdicts, earlier, options, app)
-                kept = bool(options.key)
-            if options.async_:
-                replies = [queued_reply(queueid)] * len(good)
-            else:
-                replies = log_results(request, await deliver(transactions, app.transport, settings))
-                if app.queue:
-                    replies, results = await queue_deferred(request, transactions, good, options, replies, app)
-            verdicts.update(zip([mailbox.as_written for mailbox in good], replies))
-            status = http_status(verdicts.values())
-    except Rejected as refused:
-        verdicts, status = {None: refused.reply}, refused.reply.status
-    result = respond(request, status, verdicts, queueid, submission)
-    if kept:
-        await app.queue.do_eventually(finish_request, queueid, results, serialize_response(result), time.time())
-    return result
+        recipients = unique_recipients(submission)
+        accepted = [mailbox for as_written, mailbox in recipients.items() if as_written not in refused]
+        replies = {as_written: refused.get(as_written) for as_written in recipients}
+        if not accepted:
+            return respond(request, 400, replies, queueid, submission)
+        request.body = b""  # its memory is needed for the message
+        message = await call_in_thread(large, compose_and_check, request, submission, settings, queueid, accepted)
+        submission = without_content(submission)
+        transactions, accepted = plan_transactions(submission, message, accepted, settings, queueid)
+        if options.async_ or options.key:
+            earlier = await enqueue_before_sending(request, transactions, accepted, options, app)
+            if earlier:
+                return await replay_response(request, submission, replies, earlier, options, app)
+    except Rejected as error:
+        return respond(request, error.reply.status, {None: error.reply}, queueid, submission)
+    delivered, attempts = await deliver_or_queue(request, transactions, accepted, options, app)
+    replies.update(zip([mailbox.as_written for mailbox in accepted], delivered))
+    response = respond(request, http_status(replies.values()), replies, queueid, submission)
+    if options.key:
+        await app.queue.do_eventually(finish_request, queueid, attempts, serialize_response(response), time.time())
+    return response
+
+
+CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
+
+
+async def call_in_thread(large: bool, function: Callable, *args: Any) -> Any:
+    return await asyncio.to_thread(function, *args) if large else function(*args)
+
+
+def parse_body(request: Request) -> Submission:
+    """Return the submission in a request's body; raise Rejected with every fault of it."""
+    submission, errors = parse_submission(request.body)
+    if errors:
+        raise Rejected(make_reply("json", *errors[:MAX_REPORTED_ERRORS]))
+    return submission
+
+
+MAX_REPORTED_ERRORS = 10
+
+
+def compose_and_check(
+    request: Request, submission: Submission, settings: Settings, queueid: str, accepted: list
+) -> Message:
+    """Return the message; raise Rejected if a check of the content or of the message fails."""
+    apply_checks(CHECKS_OF_CONTENT, request, submission, settings)
+    message = compose(submission, queueid, request.client, settings.hostname, request.now)
+    longest = max([len(mailbox.addr_spec) for mailbox in accepted])
+    request.message_size = sum(map(len, message.parts)) + longest + len(str(len(accepted)))
+    apply_checks(CHECKS_OF_MESSAGE, request, submission, settings)
+    return message
+
+
+def without_content(submission: Submission) -> Submission:
+    """Return a submission without what only fills memory once its message is composed."""
+    if not (submission.attachments or submission.raw):
+        return submission
+    return replace(submission, body="", html="", attachments=(), raw=submission.raw and ParsedMessage([], b""))
+
+
+async def deliver_or_queue(
+    request: Request, transactions: list, accepted: list, options: QueueOptions, app: App
+) -> tuple:
+    """Return (a Reply for each accepted recipient, what the queue has to know of each first attempt)."""
+    if options.async_:
+        return [queued_reply(transactions[0].queueid)] * len(accepted), []
+    results = await deliver(transactions, app.transport, request.settings or app.settings)
+    log.lines(*itertools.chain.from_iterable(result_lines(request, result) for result in results))
+    replies = [reply for result in results for reply in result.replies]
+    return await queue_deferred(request, transactions, accepted, options, replies, app) if app.queue else (replies, [])
 
 
 def respond(request: Request, status: int, replies: dict, queueid: str, submission: Submission | None) -> Response:
-    """The answer, and a line of the log for each refusal before delivery."""
-    refused = {to: reply for to, reply in replies.items() if reply.status and not reply.mailer}
+    """Return the response; log each refusal before delivery."""
+    refused = {to: reply for to, reply in replies.items() if reply.origin == "policy"}
     if refused:
-        log_rejection(request, queueid, status, submission, refused)
+        log_rejection(request, queueid, submission, refused)
     return answer_document(request, status, replies, queueid, submission)
-
-
-MAX_FAULTS = 10  # told of one submission
 
 
 class QueueOptions(NamedTuple):
     """What a client asks of the queue."""
 
-    async_: bool = False  # an answer at once, and delivery from the queue
+    async_: bool = False  # answer at once, deliver from the queue
     key: bytes | None = None  # digest of login, path and Idempotency-Key
-    body_digest: bytes | None = None  # digest of the body
+    body_digest: bytes | None = None
     login: str = ""
 
 
 def queue_options(request: Request, submission: Submission, settings: Settings) -> QueueOptions:
-    """The client's wishes; Refused for one that needs a queue where there is none."""
-    given = request.headers.get("idempotency-key")
+    """Return the client's options; raise Rejected for one that needs a queue if there is none."""
+    key = request.headers.get("idempotency-key")
     if not settings.queue:
-        if given is not None or submission.async_:  # silence would break the client's trust; Prefer may be ignored
-            raise Rejected(make_reply("no-queue", "async" if given is None else "Idempotency-Key"))
+        if key is not None or submission.async_:  # to ignore them would be unsafe; Prefer may be ignored
+            raise Rejected(make_reply("no-queue", "async" if key is None else "Idempotency-Key"))
         return QueueOptions()
-    login = username_of(request.headers.get("authorization", "")) if settings.password.hashes else ""
-    later = submission.async_ or prefers_async(request.headers.get("prefer", ""))
-    if given is None:
-        return QueueOptions(later, login=login)
-    found = IDEMPOTENCY_KEY.fullmatch(given)
+    async_ = submission.async_ or prefers_async(request.headers.get("prefer", ""))
+    if key is None:
+        return QueueOptions(async_, login=request.login)
+    found = IDEMPOTENCY_KEY.fullmatch(key)
     if not found:
         raise Rejected(make_reply("key-form"))
-    key = hashlib.sha256("\0".join((login, request.path, found[1] or found[2])).encode()).digest()
-    return QueueOptions(later, key, hashlib.sha256(request.body).digest(), login)
+    digest = hashlib.sha256("\0".join((request.login, request.path, found[1] or found[2])).encode()).digest()
+    return QueueOptions(async_, digest, hashlib.sha256(request.body).digest(), request.login)
 
 
-# A string of RFC 8941 3.3.3, or what most clients send: a word without quotes.
+# A string (RFC 8941 3.3.3), or a word without quotes, which most clients send.
 IDEMPOTENCY_KEY = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\]){1,255})"|([!#-+\--~]{1,255})')
 
 
 def prefers_async(value: str) -> bool:
-    """RFC 7240 4.1."""
+    """Return True if a Prefer header asks for respond-async (RFC 7240 4.1)."""
     return any(part.partition(";")[0].strip().lower() == "respond-async" for part in value.split(","))
 
 
@@ -6335,63 +6671,43 @@ def current_reply(queueid: str, row: Any) -> Reply:
     return reply if reply and row["state"] in ("delivered", "failed", "dropped") else queued_reply(queueid, reply)
 
 
-def without_content(submission: Submission) -> Submission:
-    """What of a submission is needed once its message is composed."""
-    if not (submission.attachments or submission.raw):
-        return submission
-    return replace(submission, body="", html="", attachments=(), raw=submission.raw and ParsedMessage([], b""))
-
-
-def raise_if_rejected(refusal: Reply | None) -> None:
-    if refusal:
-        raise Rejected(refusal)
-
-
-def build_and_check(request: Request, submission: Submission, settings: Settings, queueid: str, good: list) -> Message:
-    """The message, after the checks that need it; they refuse the whole submission."""
-    raise_if_rejected(first_rejection(CONTENT_CHECKS, request, submission, settings))
-    message = compose(submission, queueid, request.client, settings.hostname, request.now)
-    longest = max([len(mailbox.addr_spec) for mailbox in good])
-    raise_if_rejected(check_size(sum(map(len, message.parts)) + longest + len(str(len(good))), settings))
-    raise_if_rejected(check_subject(submission))
-    return message
-
-
-def plan_transactions(submission: Submission, message: Message, good: list, settings: Settings, queueid: str) -> tuple:
-    """(jobs, the recipients in their order): one for each recipient, who gets a copy, or one for each route."""
+def plan_transactions(
+    submission: Submission, message: Message, accepted: list, settings: Settings, queueid: str
+) -> tuple:
+    """Return (transactions, the mailboxes in their order): one each recipient, or each route if they share the mail."""
     sender = parse_address(submission.mail)
     if submission.shared:
-        transactions = plan_shared(sender, message, good, settings, queueid)
-        places = {mailbox.addr_spec: mailbox for mailbox in good}
-        return transactions, [places[to] for transaction in transactions for to in transaction.recipients]
-    routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in good]
+        transactions = plan_shared(sender, message, accepted, settings, queueid)
+        by_address = {mailbox.addr_spec: mailbox for mailbox in accepted}
+        return transactions, [by_address[to] for transaction in transactions for to in transaction.recipients]
+    routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in accepted]
     return [
-        Transaction(route, settings.hostname, queueid, sender.addr_spec, (mailbox.addr_spec,), message, i)
-        for i, (route, mailbox) in enumerate(zip(routes, good), 1)
-    ], good
+        Transaction(route, settings.hostname, queueid, sender.addr_spec, (mailbox.addr_spec,), message, number)
+        for number, (route, mailbox) in enumerate(zip(routes, accepted), 1)
+    ], accepted
 
 
-def plan_shared(sender: Mailbox, message: Message, good: list, settings: Settings, queueid: str) -> list:
-    """One job for each route, for MX for each domain: its recipients get the same message in one transaction."""
+def plan_shared(sender: Mailbox, message: Message, accepted: list, settings: Settings, queueid: str) -> list:
+    """Return one transaction for each route, in which all recipients get the same message; for MX for each domain."""
     routes: dict = {}
-    for mailbox in good:
+    for mailbox in accepted:
         route = resolve_route(mailbox.domain, sender.domain, settings)[0]
         domain = mailbox.domain.lower() if route.relay == "MX" else ""
         routes.setdefault((route, domain), []).append(mailbox.addr_spec)
     return [
-        Transaction(route, settings.hostname, queueid, sender.addr_spec, tuple(tos), message, i)
-        for i, ((route, _), tos) in enumerate(routes.items(), 1)
+        Transaction(route, settings.hostname, queueid, sender.addr_spec, tuple(recipients), message, number)
+        for number, ((route, _), recipients) in enumerate(routes.items(), 1)
     ]
 
 
-def replies_by_recipient(good: list, results: list) -> list:
-    """[(recipient as the client wrote it, Reply), ...] in the order of the recipients."""
-    replies = {to: reply for transaction, replies, _ in results for to, reply in zip(transaction.recipients, replies)}
-    return [(mailbox.as_written, replies[mailbox.addr_spec]) for mailbox in good]
+def replies_by_recipient(accepted: list, results: list) -> list:
+    """Return [(recipient as the client wrote it, Reply), ...] in the order of the recipients."""
+    replies = {to: reply for result in results for to, reply in zip(result.transaction.recipients, result.replies)}
+    return [(mailbox.as_written, replies[mailbox.addr_spec]) for mailbox in accepted]
 
 
 async def deliver(transactions: list, transport: TransportContext, settings: Settings) -> list:
-    """An Outcome for each job, in order; up to `max_workers` of them side by side."""
+    """Return a TransactionResult for each transaction, in order; up to `max_workers` are run side by side."""
     if len(transactions) == 1:
         return [await run_transaction(transactions[0], transport)]
     limit = asyncio.Semaphore(settings.smtpd.max_workers)
@@ -6404,158 +6720,134 @@ async def deliver(transactions: list, transport: TransportContext, settings: Set
 
 
 def run_transaction(transaction: Transaction, transport: TransportContext) -> Any:
-    """To be awaited: the Outcome of a job."""
-    return (
-        attempt_with_retries(transaction, transport)
-        if transaction.route.retry
-        else attempt_transaction(transaction, transport)
-    )
+    """Return an awaitable of the TransactionResult."""
+    return (attempt_with_retries if transaction.route.retry else attempt_transaction)(transaction, transport)
 
 
 async def attempt_with_retries(transaction: Transaction, transport: TransportContext) -> TransactionResult:
-    """The job tried, and tried again as its route says for the recipients that failed for now."""
-    began, route = time.monotonic(), transaction.route
+    """Attempt a transaction, and again as its route says for the recipients that failed temporarily."""
+    started, route = time.monotonic(), transaction.route
     replies = (await attempt_transaction(transaction, transport)).replies
     for _ in range(route.retry):
-        waiting = [i for i, item in enumerate(replies) if item.temporary and not item.maybe_delivered]
+        waiting = [i for i, reply in enumerate(replies) if reply.temporary and not reply.maybe_delivered]
         if not waiting:
             break
         pause = max([route.sleep, *[replies[i].retry_after for i in waiting]])
         if pause > max(route.sleep, MAX_INLINE_WAIT):
             break  # the client reads Retry-After
         await asyncio.sleep(pause)
-        again = await attempt_transaction(
-            transaction._replace(recipients=tuple(transaction.recipients[i] for i in waiting)), transport
-        )
-        for i, item in zip(waiting, again.replies):
-            replies[i] = item
-    return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
+        recipients = tuple(transaction.recipients[i] for i in waiting)
+        again = await attempt_transaction(transaction._replace(recipients=recipients), transport)
+        for i, reply in zip(waiting, again.replies):
+            replies[i] = reply
+    return TransactionResult(transaction, replies, (time.monotonic() - started) * 1000)
 
 
 MAX_INLINE_WAIT = 60  # seconds that a cloud may ask for while the client waits
 
 
 def http_status(replies: Any) -> int:
-    """HTTP status of a submission that went to its relays."""
-    accepted = [item.accepted for item in replies]
+    """Return the HTTP status of a submission that went to its relays."""
+    replies = list(replies)
+    accepted = [reply.accepted for reply in replies]
     if all(accepted):
-        return 202 if "QUEUE" in [item.command for item in replies] else 200
+        return 202 if any(reply.origin == "queue" for reply in replies) else 200
     if any(accepted):
         return 207
-    return 503 if any(item.temporary for item in replies) else 502
+    return 503 if any(reply.temporary for reply in replies) else 502
 
 
-def log_results(request: Request, results: list) -> list:
-    """The replies of all outcomes, which the log has now."""
-    log.lines(*result_lines(request, results))
-    return [reply for result in results for reply in result.replies]
-
-
-def result_lines(request: Request, results: list) -> list:
-    """One line of the log for each transaction; more for recipients that heard otherwise, or don't fit into one."""
-    lines = []
-    for transaction, replies, ms in results:
-        told: dict = {}
-        for to, reply in zip(transaction.recipients, replies):
-            told.setdefault(reply, []).append(to)
-        for reply, tos in told.items():
-            most = 8 if len(tos) <= 8 else MAX_RCPT_OCTETS // max([len(to.encode()) + 3 for to in tos])
-            for i in range(0, len(tos), most):
-                to = f"<{'>,<'.join(tos[i : i + most])}>"
-                lines.append(
-                    f"{transaction.queueid}: client={request.client.text} from={log_value(f'<{transaction.sender}>')} "
-                    f"to={log_value(to, len(to))} relay={reply.relay} code={reply.code} dsn={reply.dsn} "
-                    f"command={reply.command} ms={ms:.1f} message={log_value(' '.join(reply.message))}"
-                )
+def result_lines(request: Request, result: TransactionResult) -> list:
+    """Return log lines of a transaction: one for each reply, or more if its recipients don't fit into one line."""
+    transaction, lines = result.transaction, []
+    by_reply: dict = {}
+    for to, reply in zip(transaction.recipients, result.replies):
+        by_reply.setdefault(reply, []).append(to)
+    for reply, recipients in by_reply.items():
+        step = 8 if len(recipients) <= 8 else MAX_RCPT_OCTETS // max([len(to.encode()) + 3 for to in recipients])
+        for i in range(0, len(recipients), step):
+            to = recipients[i : i + step]
+            lines.append(log_line(request, transaction.queueid, transaction.sender, to, reply, result.ms))
     return lines
 
 
-MAX_RCPT_OCTETS = 8 * (MAX_PATH + 3)  # octets of recipients in one line, so that a pipe takes it whole (PIPE_BUF)
+MAX_RCPT_OCTETS = 8 * (MAX_PATH + 3)  # octets of recipients in a line, so that a pipe takes it whole (PIPE_BUF)
 
 
-def log_rejection(
-    request: Request, queueid: str | None, status: int, submission: Submission | None, replies: dict
-) -> None:
-    """One line for each refusal before delivery."""
-    sender = submission and f"<{submission.mail}>"
-    given = [to for to in replies if to is not None] or (submission and submission.rcpt) or None
-    to = given and ",".join(f"<{to}>" for to in given[:100])  # the line is cut anyway
-    for reply in dict.fromkeys(replies.values()):
-        line = log_pairs(
-            client=request.client and request.client.text,
-            http=status,
-            **{"from": sender},
-            to=to,
-            code=reply.code,
-            dsn=reply.dsn,
-        )
-        log.lines(
-            f"{queueid or '-'}: refused {line} {log_pairs(command=reply.command, message=' '.join(reply.message))}"
-        )
+def log_rejection(request: Request, queueid: str | None, submission: Submission | None, refused: dict) -> None:
+    """Log one line for each refusal before delivery; `refused` is {recipient, None for all: Reply}."""
+    listed = [to for to in refused if to is not None] or list(submission.rcpt if submission else ())
+    sender = submission.mail if submission else None
+    for reply in dict.fromkeys(refused.values()):
+        log.lines(log_line(request, queueid, sender, listed[:100], reply))  # the line is cut anyway
+
+
+def log_line(
+    request: Request, queueid: str | None, sender: str | None, recipients: list, reply: Reply, ms: float | None = None
+) -> str:
+    """Return a log line with the keys of Postfix's; keys without a value are left out."""
+    line = [f"{queueid or '-'}:"]
+    if request.client:
+        line.append(f"client={request.client.text}")
+    if request.login:
+        line.append(f"login={log_value(request.login)}")
+    if sender is not None:
+        line.append(f"from={log_value(f'<{sender}>')}")
+    if recipients:
+        to = f"<{'>,<'.join(recipients)}>"
+        line.append(f"to={log_value(to, MAX_RCPT_OCTETS if reply.mailer else 500)}")
+    if reply.mailer:
+        line.append(f"relay={reply.relay} delay={ms / 1000:.3f}")
+    if reply.dsn:
+        line.append(f"dsn={reply.dsn}")
+    at = "" if reply.accepted or reply.origin == "policy" else f" (in reply to {reply.command})"
+    words = sanitize(f"{reply.code} {' '.join(reply.message)}", 500)
+    return f"{' '.join(line)} status={reply.log_status} ({words}{at})"
 
 
 def answer_document(
     request: Request, status: int, replies: dict, queueid: str | None, submission: Submission | None
 ) -> Response:
-    """The document of an answer: one item for each recipient in `verdicts`, a key None where none is meant."""
-    taken = [to for to, reply in replies.items() if to is not None and not (reply.status and not reply.mailer)]
-    said_of_itself = [json_of(header_to_text(request.headers.get(name))) for name in ("user-agent", "referer")]
-    row_id = f'"{queueid}"' if queueid else "null"
-    document = (  # written down, since the encoder takes twice as long for it
-        f'{{"queueid": {row_id}, "addresser": {json_of(submission.mail if submission else None)}, '
-        f'"recipient": {json_of(tuple(taken) if submission else None)}, '
-        f'"response": [{", ".join([reply_json(to, reply) for to, reply in replies.items()])}], '
-        f'"remoteaddr": {json_of(request.client.text if request.client else None)}, '
-        f'"remoteport": {json_of(request.port)}, "useragent": {said_of_itself[0]}, "referer": {said_of_itself[1]}, '
-        f'"timestamp": {time_json(int(request.now))}}}\n'
-    )
-    headers: tuple = ()
+    """Return the response; `replies` is {recipient, None if none is meant: Reply}."""
+    accepted = [to for to, reply in replies.items() if to is not None and reply.origin != "policy"]
+    document = {
+        "queueid": queueid,
+        "addresser": submission.mail if submission else None,
+        "recipient": accepted if submission else None,
+        "response": [reply_to_dict(to, reply) for to, reply in replies.items()],
+        "remoteaddr": request.client.text if request.client else None,
+        "remoteport": request.port,
+        "useragent": header_to_text(request.headers.get("user-agent")),
+        "referer": header_to_text(request.headers.get("referer")),
+        "timestamp": time_to_dict(request.now),
+    }
+    return Response(status, to_json(document), answer_headers(request, status, queueid, replies))
+
+
+def answer_headers(request: Request, status: int, queueid: str | None, replies: dict) -> tuple:
     if status == 202:
-        headers = (("Location", f"/queue/{queueid}"),)
-        if prefers_async(request.headers.get("prefer", "")):
-            headers += (("Preference-Applied", "respond-async"),)
-    elif status == 409:
-        headers = (("Retry-After", "2"),)
-    elif status == 503:
-        headers = (
-            ("Retry-After", str(max([DEFAULT_RETRY_AFTER, *[reply.retry_after for reply in replies.values()]]))),
-        )
-    elif status == 401:
-        headers = (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),)
-    return Response(status, document.encode("utf-8", "replace"), headers)
-
-
-def reply_json(recipient: str | None, reply: Reply) -> str:
-    """The JSON of reply_to_dict()."""
-    form = reply_template(reply.code, reply.dsn, reply.command, reply.mailer, reply.host, reply.port)
-    return form % (json_of(recipient), json_of(reply.message))
-
-
-@functools.lru_cache(maxsize=1024)  # who answers says the same most of the time
-def reply_template(code: str, *others: Any) -> str:
-    """The same with %s for recipient and message."""
-    dsn, command, *place = others
-    known = reply_to_dict(None, Reply(code, dsn, command, (), *place))
-    shown = {key: json_of(value).replace("%", "%%") for key, value in known.items()}
-    shown.update(rcpt="%s", message="%s")
-    return "{" + ", ".join(f'"{key}": {value}' for key, value in shown.items()) + "}"
-
-
-@functools.lru_cache(maxsize=2)
-def time_json(second: int) -> str:
-    return ENCODER.encode(time_to_dict(second))
-
-
-def time_to_dict(seconds: float | None) -> dict | None:
-    """A time as answers tell it."""
-    return None if seconds is None else {"datetime": time.ctime(seconds), "unixtime": str(int(seconds))}
+        applied = prefers_async(request.headers.get("prefer", ""))
+        return (("Location", f"/queue/{queueid}"), *([("Preference-Applied", "respond-async")] if applied else []))
+    if status == 401:
+        return (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),)
+    if status == 409:
+        return (("Retry-After", "2"),)
+    if status == 503:
+        seconds = max([DEFAULT_RETRY_AFTER, *[reply.retry_after for reply in replies.values()]])
+        return (("Retry-After", str(seconds)),)
+    return ()
 
 
 DEFAULT_RETRY_AFTER = 60  # seconds
 
 
+def time_to_dict(seconds: float | None) -> dict | None:
+    """Return a time as answers show it."""
+    return None if seconds is None else {"datetime": time.ctime(seconds), "unixtime": str(int(seconds))}
+
+
 def header_to_text(value: str | None) -> str | None:
-    """A header's value, which HTTP hands over as Latin-1, as the UTF-8 that it most often is."""
+    """Return a header's value, which was decoded as Latin-1, as the UTF-8 that it most often is."""
     if value is None or value.isascii():
         return value
     return value.encode("latin-1").decode("utf-8", "replace")
@@ -6566,59 +6858,61 @@ def to_json(document: Any) -> bytes:
 
 
 # ======================================================================================================================
-# 16. HTTP
-#     Takes octets from a socket, gives a Request to a page and its Answer back (RFC 9110, 9112). One master process
-#     binds and watches, workers forked by it accept. In a worker one loop serves all connections.
+# 16. HTTP server
+#     Takes octets from a socket, gives a Request to an endpoint and sends its Response (RFC 9110, 9112). The supervisor
+#     binds and watches; workers, forked by it, accept. In a worker one event loop serves all connections.
 # ======================================================================================================================
 
 MAX_HEAD = 65536  # octets of request line and headers
 MAX_HEADERS = 100  # lines
-MAX_BODY = 256 << 20  # octets of a body where max_message_size sets no limit
-LINGER_TIMEOUT = 2.0  # seconds for a client to read our last words before its connection is closed
-MAX_LINGERING_503 = 64  # connections too many that are told so, and waited for until they have read it, at a time
+MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
+LINGER_TIMEOUT = 2.0  # seconds for a client to read the last answer before its connection is closed
+MAX_LINGERING_503 = 64  # connections over the limit that are told so and closed by lingering_close() at a time
 SHUTDOWN_TIMEOUT = 30.0  # seconds for requests in flight to be answered
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that a worker is told by
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that a worker handles
 
 
 class RequestHead(NamedTuple):
-    """The head of a request."""
+    """Request line and headers of a request."""
 
     method: str
-    path: str
-    headers: dict  # by name in lower case; the same name twice is joined by ", "
+    path: str  # without the query
+    headers: dict  # by name in lower case; values of a repeated name are joined by ", "
     keep_alive: bool  # the client wants to go on using the connection
-    is_http10: bool  # HTTP/1.0
+    is_http10: bool
 
 
-REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
-BARE_LF = re.compile(rb"\n\r?\n")  # where no CR LF CR LF was found: an end that some servers take for one
-FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*)")
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]"
+REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
+HEADER_LINE = re.compile(rf"(?m)^({_TOKEN}+):([^\r\n\0]*)\r\n")
+BARE_LF = re.compile(rb"\n\r?\n")  # an end of the head for some servers; looked for if there is no CR LF CR LF
 
 
 def parse_head(octets: bytes) -> RequestHead:
-    """The head of a request from its octets, without the empty line; Refused for what RFC 9112 calls bad."""
-    known = len(octets) <= CACHED_HEAD_MAX  # clients say most of their lines again and again
-    first, *lines, _ = octets.split(b"\r\n")
-    method, path, old = (parse_request_line if known else parse_request_line.__wrapped__)(first)
-    if len(lines) > MAX_HEADERS:
+    """Parse the head of a request, without its empty line; raise Rejected for what RFC 9112 forbids.
+
+    Nothing is cached, because header lines hold credentials.
+    """
+    first, _, rest = octets.decode("latin-1").partition("\r\n")
+    method, path, is_http10 = parse_request_line(first)
+    if rest.count("\r\n") > MAX_HEADERS:
         raise Rejected(make_reply("head-too-large"))
+    lines = HEADER_LINE.findall(rest)
+    if sum([len(name) + len(value) + 3 for name, value in lines]) != len(rest):  # something between them is no line
+        raise Rejected(make_reply("bad-request", "header line"))
     headers: dict = {}
-    for name, value in map(parse_header_line if known else parse_header_line.__wrapped__, lines):
+    for name, value in [(name.lower(), value.strip(" \t")) for name, value in lines]:
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if "," in headers.get("host", ""):  # two of them, RFC 9112 3.2
         raise Rejected(make_reply("bad-request", "Host"))
-    options = headers.get("connection", "").lower()
-    keep = "close" not in options if not old else "keep-alive" in options
-    return RequestHead(method, path, headers, keep, old)
+    connection = headers.get("connection", "").lower()
+    keep_alive = "keep-alive" in connection if is_http10 else "close" not in connection
+    return RequestHead(method, path, headers, keep_alive, is_http10)
 
 
-CACHED_HEAD_MAX = 2048  # octets of a head whose lines are remembered: long ones would fill the memory
-
-
-@functools.lru_cache(maxsize=256)
-def parse_request_line(line: bytes) -> tuple:
-    """(method, path without its query, True for HTTP/1.0)."""
-    found = REQUEST_LINE.fullmatch(line.decode("latin-1"))
+def parse_request_line(line: str) -> tuple:
+    """Return (method, path without its query, True for HTTP/1.0)."""
+    found = REQUEST_LINE.fullmatch(line)
     if not found:
         raise Rejected(make_reply("bad-request", "request line"))
     method, target, major, minor = found.groups()
@@ -6629,20 +6923,11 @@ def parse_request_line(line: bytes) -> tuple:
     return method, target.partition("?")[0], minor == "0"
 
 
-@functools.lru_cache(maxsize=1024)
-def parse_header_line(line: bytes) -> tuple:
-    """(name in lower case, value)."""
-    found = FIELD.fullmatch(line.decode("latin-1"))
-    if not found:
-        raise Rejected(make_reply("bad-request", "header line"))
-    return found[1].lower(), found[2].strip(" \t")
-
-
 CHUNKED = -1
 
 
 def body_length(head: RequestHead) -> int:
-    """Octets of the body, or CHUNKED; Refused where the two sides could read it differently (RFC 9112 6.3)."""
+    """Return the octets of the body, or CHUNKED; raise Rejected if two parsers could differ (RFC 9112 6.3)."""
     length, coding = head.headers.get("content-length"), head.headers.get("transfer-encoding")
     if coding is not None:
         if length is not None or head.is_http10:
@@ -6660,11 +6945,11 @@ def body_length(head: RequestHead) -> int:
     return int(found[1])
 
 
-LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # or the same one, again and again
+LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # or the same one, repeated
 
 
 def client_address(peer: Any, port: int | None, headers: dict, settings: Settings) -> tuple:
-    """(address, port) of the client: the peer's, or, from trusted proxies, the first other one in X-Forwarded-For."""
+    """Return (address, port) of the client: the peer, or the last untrusted one that trusted proxies name."""
     trusted, forwarded = settings.httpd.trusted_proxies, headers.get("x-forwarded-for")
     if forwarded is None or peer not in trusted:
         return peer, port
@@ -6680,64 +6965,67 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
 
 
 class Endpoint(NamedTuple):
-    """A row of PAGES: what answers, and the checks before the body is read."""
+    """A row of ENDPOINTS: what answers, and the checks before the body is read."""
 
-    handler: Callable  # (request, service) -> Answer
-    pre_body_checks: tuple = ()  # of (request, settings) -> Reply or None
+    handler: Callable  # (request, app) -> awaitable of a Response
+    checks: tuple = ()
+
+
+def json_response(document: Any, status: int = 200, headers: tuple = ()) -> Response:
+    return Response(status, to_json(document), headers)
 
 
 async def get_root(request: Request, app: App) -> Response:
-    return Response(200, to_json({"name": "Haineko", "version": __version__}))
+    return json_response({"name": "Haineko", "version": __version__})
 
 
 async def get_health(request: Request, app: App) -> Response:
     error = "stopping" if app.stopping else app.queue and app.queue.health_error()
-    if error:
-        return Response(503, to_json({"status": error}), (("Retry-After", "5"),))
-    return Response(200, to_json({"status": "ok"}))
+    return json_response({"status": error}, 503, (("Retry-After", "5"),)) if error else json_response({"status": "ok"})
 
 
 async def get_conf(request: Request, app: App) -> Response:
-    return Response(200, to_json(redacted(app.settings)))
+    return json_response(redacted(app.settings))
 
 
-def check_loopback(request: Request, settings: Settings) -> Reply | None:
-    """A program on this machine, and no page in a browser on it that came by a name rebound in DNS."""
-    asked = request.headers.get("host", "").lower()
+def check_monitor(request: Request, submission: None, settings: Settings) -> Reply | None:
+    """Require a program on this machine, not a web page whose name was rebound in DNS."""
+    host = request.headers.get("host", "").lower()
     near = request.client in LOOPBACK and request.peer in LOOPBACK
-    by_name = asked and request.port is not None and not is_own_host(asked, settings)
+    by_name = host and request.port is not None and not is_own_host(host, settings)
     return None if near and not by_name else make_reply("forbidden")
 
 
-def is_own_host(place: str, settings: Settings) -> bool:
-    """True where host:port names this machine in a way that nobody can rebind in DNS: by an address, its own name, or a
-    single label, which no stranger's domain is."""
-    name = place.rpartition(":")[0] if re.search(r":\d+$", place) else place
+def is_own_host(host: str, settings: Settings) -> bool:
+    """Return True if a host, with or without port, is an address, smtpd.hostname or a single label.
+
+    These can't be rebound in DNS by a stranger.
+    """
+    name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
     return "." not in name or name == settings.hostname.lower() or bool(re.fullmatch(r"[\d.]+", name))
 
 
-def check_queue_access(request: Request, settings: Settings) -> Reply | None:
-    if not check_loopback(request, settings):
+def check_queue_access(request: Request, submission: None, settings: Settings) -> Reply | None:
+    if not check_monitor(request, None, settings):
         return None
-    return check_login(request, settings) if settings.password.hashes else make_reply("forbidden")
+    return check_login(request, None, settings) if settings.password.hashes else make_reply("forbidden")
 
 
 async def get_queue(request: Request, app: App) -> Response:
-    """GET /queue: what waits, in all and in each lane."""
+    """Answer with what waits, in all and for each destination."""
     if not app.queue:
         raise Rejected(make_reply("not-found"))
-    return Response(200, to_json(await app.queue.do(queue_stats, request.now)))
+    return json_response(await app.queue.do(queue_stats, request.now))
 
 
 async def get_queued_mail(request: Request, app: App) -> Response:
-    """GET /queue/QUEUEID: what has become of a mail, to who sent it and to this machine."""
+    """Answer with the state of a mail, to the login that sent it and to monitors."""
     found = app.queue and await app.queue.do(message_status, request.path.rpartition("/")[2])
     if not found:
         raise Rejected(make_reply("not-found"))
-    here = not check_loopback(request, app.settings)
-    if not here and found["login"] != username_of(request.headers.get("authorization", "")):
+    if check_monitor(request, None, app.settings) and found["login"] != request.login:
         raise Rejected(make_reply("forbidden"))
-    return Response(200, to_json(message_document(found)))
+    return json_response(message_document(found))
 
 
 def message_document(message: dict) -> dict:
@@ -6761,43 +7049,22 @@ def message_document(message: dict) -> dict:
 
 
 async def get_sample(request: Request, app: App) -> Response:
-    return Response(200, to_json(SAMPLES))
+    return json_response(SAMPLES)
 
 
-SAMPLES = [
-    {
-        "ehlo": "[127.0.0.1]",
-        "mail": "kijitora@example.org",
-        "rcpt": ["mikeneko@example.jp"],
-        "header": {
-            "from": "キジトラ <kijitora@example.com>",
-            "subject": "謹賀新年",
-            "replyto": "straycats@cat-ml.example.org",
-            "charset": "UTF-8",
-        },
-        "body": "あとでお年玉貰いに行きます",
-    },
-    {
-        "mail": "cron@example.org",
-        "rcpt": ["root@example.jp", "ops@example.jp"],
-        "header": {"subject": "Backup done"},
-        "body": "42 files, 0 errors\n",
-    },
-    {
-        "mail": "shop@example.org",
-        "header": {"from": "ねこ屋 <shop@example.org>", "to": "三毛猫 <mikeneko@example.jp>", "subject": "領収書 42"},
-        "html": '<p><img src="cid:logo" alt="ねこ屋"></p><p>合計 <b>1,980円</b></p>',
-        "attachments": [
-            {
-                "filename": "logo.png",
-                "cid": "logo",
-                "content": "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAA"
-                "SUVORK5CYII=",
-            },
-            {"filename": "領収書 42.csv", "content": "c3VtLDE5ODAK"},
-        ],
-    },
-]
+SAMPLES = json.loads("""[
+{"ehlo": "[127.0.0.1]", "mail": "kijitora@example.org", "rcpt": ["mikeneko@example.jp"], "header": {
+  "from": "キジトラ <kijitora@example.com>", "subject": "謹賀新年", "replyto": "straycats@cat-ml.example.org",
+  "charset": "UTF-8"}, "body": "あとでお年玉貰いに行きます"},
+{"mail": "cron@example.org", "rcpt": ["root@example.jp", "ops@example.jp"], "header": {"subject": "Backup done"},
+  "body": "42 files, 0 errors\\n"},
+{"mail": "shop@example.org", "header": {
+  "from": "ねこ屋 <shop@example.org>", "to": "三毛猫 <mikeneko@example.jp>", "subject": "領収書 42"},
+  "html": "<p><img src=\\"cid:logo\\" alt=\\"ねこ屋\\"></p><p>合計 <b>1,980円</b></p>", "attachments": [
+    {"filename": "logo.png", "cid": "logo", "content":
+      "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="},
+    {"filename": "領収書 42.csv", "content": "c3VtLDE5ODAK"}]}
+]""")
 
 
 async def get_neko(request: Request, app: App) -> Response:
@@ -6809,34 +7076,35 @@ async def answer_options(request: Request, app: App) -> Response:
 
 
 ENDPOINTS = {
-    ("POST", "/submit"): Endpoint(submit, PRE_BODY_CHECKS),
+    ("POST", "/submit"): Endpoint(submit, checks_at("head")),
     ("GET", "/"): Endpoint(get_root),
     ("GET", "/health"): Endpoint(get_health),
-    ("GET", "/conf"): Endpoint(get_conf, (check_loopback,)),
-    ("GET", "/queue"): Endpoint(get_queue, (check_loopback,)),
-    ("GET", "/queue/"): Endpoint(get_queued_mail, (check_queue_access,)),  # and a name
+    ("GET", "/conf"): Endpoint(get_conf, (check_monitor,)),
+    ("GET", "/queue"): Endpoint(get_queue, (check_monitor,)),
+    ("GET", "/queue/"): Endpoint(get_queued_mail, (check_queue_access,)),  # and a queue id
     ("GET", "/sample/mail"): Endpoint(get_sample),
     ("GET", "/neko"): Endpoint(get_neko),
 }
 
 
 def route_key(path: str) -> str:
-    """The path as PAGES has it: without the name behind /queue/."""
+    """Return the path as ENDPOINTS has it: without the queue id behind /queue/."""
     if not path.startswith("/queue/"):
         return path
     return "/queue/" if re.fullmatch(r"/queue/[0-9A-Za-z]{1,64}", path) else ""
 
 
 def allowed_methods(path: str) -> list:
-    """Methods for a path; [] where there is no such page."""
+    """Return the methods for a path, none if it is unknown."""
     if path == "*":  # OPTIONS for the whole server, RFC 9110 9.3.7
         return ["GET", "HEAD", "POST", "OPTIONS"]
     methods = [method for method, known in ENDPOINTS if known == route_key(path)]
     return [*methods, *(["HEAD"] if "GET" in methods else []), *(["OPTIONS"] if methods else [])]
 
 
-def cors_policy(origin: str | None, settings: Settings, head: RequestHead) -> tuple:
-    """(allowed, headers): whether a page of that origin may POST, and what tells its browser so (Fetch standard)."""
+def cors_policy(head: RequestHead, settings: Settings) -> tuple:
+    """Return (whether a web page of the request's Origin may POST, headers that tell its browser) (Fetch standard)."""
+    origin = head.headers.get("origin")
     if origin is None:
         return True, ()
     if origin.lower() in settings.httpd.allowed_origins:
@@ -6847,30 +7115,37 @@ def cors_policy(origin: str | None, settings: Settings, head: RequestHead) -> tu
             ("Access-Control-Max-Age", "600"),
             ("Vary", "Origin"),
         )
-    place = origin.partition("://")[2].lower()
-    return is_own_host(place, settings) and place == head.headers.get("host", "").lower(), ()
+    host = origin.partition("://")[2].lower()
+    return is_own_host(host, settings) and host == head.headers.get("host", "").lower(), ()
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
-    """One connection of a client. http.server gives the words of HTTP; reading and writing are ours: by deadline, in
-    one piece, and without a thread."""
+    """One connection of a client.
+
+    The base class writes responses into `wfile`, a buffer that is sent by one call. Requests are read with a deadline,
+    without a thread, and parsed by parse_head(), which is stricter and faster.
+    """
+
+    protocol_version = request_version = "HTTP/1.1"
+    command, close_connection = "", True
 
     def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
         self.connection, self.worker, self.app = AsyncSocket(sock), worker, worker.app
+        self.settings = worker.app.settings
         self.buffer = b""
-        named = isinstance(peer, tuple)
-        self.peer = parse_ip(peer[0] if named else "127.0.0.1")  # who may open our socket file is on this machine
-        self.port = peer[1] if named else None
+        is_inet = isinstance(peer, tuple)
+        self.peer = parse_ip(peer[0] if is_inet else "127.0.0.1")  # who may open a Unix socket is on this machine
+        self.port = peer[1] if is_inet else None
 
     async def handle(self) -> None:
-        """Serves requests, one after the other, until one side has enough."""
+        """Serve requests, one after the other, until one side closes."""
         try:
             await self._tls_handshake()
             while self._skip_blank_lines() or await self._wait_request():
-                octets, keep = await self.handle_one_request()
+                octets = await self.handle_one_request()
                 await self.connection.sendall(octets, time.monotonic() + self.settings.httpd.timeout)
                 del octets
-                if not keep:
+                if self.close_connection:
                     await lingering_close(self.connection)
                     break
         except (OSError, ValueError):  # the client is gone
@@ -6882,7 +7157,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.worker.forget(self)
 
     async def _tls_handshake(self) -> None:
-        """TLS, where the settings have a certificate."""
         if not self.app.tls:
             return
         deadline = time.monotonic() + self.app.settings.httpd.timeout
@@ -6891,7 +7165,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         await self._while_idle(self.connection.call(sock.do_handshake, deadline))
 
     async def _wait_request(self) -> bool:
-        """True when a request begins, False where the client closed; socket.timeout where it took too long."""
+        """Return True when a request begins, False if the client closed; socket.timeout if it took too long."""
         deadline = time.monotonic() + self.app.settings.httpd.timeout
         while True:
             self.buffer = await self._while_idle(self.connection.recv(16384, deadline))
@@ -6899,117 +7173,142 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 return bool(self.buffer)
 
     def _skip_blank_lines(self) -> bytes:
-        """What is here of the next request; line ends before it are none of it (RFC 9112 2.2)."""
+        """Return what has arrived of the next request; line ends before it are ignored (RFC 9112 2.2)."""
         self.buffer = self.buffer.lstrip(b"\r\n")
         return self.buffer
 
     async def _while_idle(self, waiting: Any) -> Any:
-        """What is waited for, by a connection without a whole head: it may be closed for another."""
+        """Await something while the connection may be closed in favour of another."""
         self.worker.mark_idle(self)
         try:
             return await waiting
         finally:
             self.worker.mark_busy(self)
 
-    async def handle_one_request(self) -> tuple:
-        """(octets of the answer, whether the next request may follow) to the request that has begun."""
+    async def handle_one_request(self) -> bytes:
+        """Return the octets of the response to the request that has begun; set `close_connection`."""
         self.settings = self.app.settings  # one set from beginning to end
         deadline = time.monotonic() + self.settings.httpd.timeout
+        self.command, self.close_connection = "", True
         request = head = None
-        left, extra = 1, ()
+        unread, cors_headers = 1, ()
         try:
-            head = parse_head(self._head_here() or await self._head(deadline))
-            left = body_length(head)
+            head = parse_head(self._buffered_head() or await self._read_head(deadline))
+            self.command, unread = head.method, body_length(head)
             request = self._request(head)
-            welcome, extra = cors_policy(head.headers.get("origin"), self.settings, head)
-            page = self._endpoint(request, welcome)
-            ask = page.pre_body_checks, request, self.settings
-            slow = self._needs_password_check(page, request)
-            raise_if_rejected(await asyncio.to_thread(first_rejection, *ask) if slow else first_rejection(*ask))
-            request.body = await self._body(head, left, deadline)
-            left = 0
-            result = await page.handler(request, self.app)
-        except Rejected as refused:
-            result = self._rejection(request, refused.reply)
+            allowed, cors_headers = cors_policy(head, self.settings)
+            endpoint = self._endpoint(request, allowed)
+            checks = endpoint.checks, request, None, self.settings
+            await call_in_thread(self._needs_password_check(endpoint, request), apply_checks, *checks)
+            request.body = await self._read_body(head, unread, deadline)
+            unread = 0
+            response = await endpoint.handler(request, self.app)
+        except Rejected as error:
+            response = self.rejection(request, error.reply)
         except OSError:
             raise
         except Exception:
             log_exception(None)
-            result = self._rejection(request, make_reply("our-fault"))
-        if 0 < left <= len(self.buffer) and request:  # a refused body that is here already
-            self.buffer, left = self.buffer[left:], 0
-        keep = bool(head and head.keep_alive and not left and not self.app.stopping)
-        return self._octets(result, extra, head, keep), keep
+            response = self.rejection(request, make_reply("our-fault"))
+        if 0 < unread <= len(self.buffer) and request:  # a refused body that has arrived already
+            self.buffer, unread = self.buffer[unread:], 0
+        self.close_connection = not (head and head.keep_alive and not unread and not self.app.stopping)
+        keep_alive = (("Connection", "keep-alive"),) if head and head.is_http10 and not self.close_connection else ()
+        return self.response_octets(response, (*cors_headers, *keep_alive))
 
     def _request(self, head: RequestHead) -> Request:
         client, port = client_address(self.peer, self.port, head.headers, self.settings)
         return Request(head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings)
 
-    def _endpoint(self, request: Request, welcome: bool) -> Endpoint:
-        """The page for a request; Refused where there is none."""
-        page = ENDPOINTS.get(("GET" if request.method == "HEAD" else request.method, route_key(request.path)))
-        if not page:
+    def _endpoint(self, request: Request, origin_allowed: bool) -> Endpoint:
+        """Return the endpoint for a request; raise Rejected if there is none."""
+        method = "GET" if request.method == "HEAD" else request.method
+        endpoint = ENDPOINTS.get((method, route_key(request.path)))
+        if not endpoint:
             if not allowed_methods(request.path):
                 raise Rejected(make_reply("not-found"))
-            if request.method == "OPTIONS":
+            if method == "OPTIONS":
                 return Endpoint(answer_options)
-            raise Rejected(make_reply("method", word=request.method))
-        if request.method == "POST" and not welcome:
+            raise Rejected(make_reply("method", word=method))
+        if method == "POST" and not origin_allowed:
             raise Rejected(make_reply("origin"))
-        return page
+        return endpoint
 
-    def _needs_password_check(self, page: Endpoint, request: Request) -> bool:
-        """True where a password has to be looked at anew."""
-        gate = self.settings.password
-        return bool(gate.hashes and page.pre_body_checks and not gate.is_cached(request.headers.get("authorization")))
+    def _needs_password_check(self, endpoint: Endpoint, request: Request) -> bool:
+        """Return True if a password hash has to be computed."""
+        password, credentials = self.settings.password, request.headers.get("authorization")
+        return bool(password.hashes and endpoint.checks and not password.is_cached(credentials))
 
-    def _rejection(self, request: Request | None, response: Reply) -> Response:
+    def rejection(self, request: Request | None, reply: Reply) -> Response:
+        """Return the response for a Reply that refuses a request, and log it."""
         request = request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
-        queueid = new_queueid(request.now) if response.command != "HTTP" else None
-        log_rejection(request, queueid, response.status, None, {None: response})
-        result = answer_document(request, response.status, {None: response}, queueid, None)
-        if response.status == 405:
-            result = result._replace(headers=(("Allow", ", ".join(allowed_methods(request.path))),))
-        return result
+        queueid = new_queueid(request.now) if reply.command != "HTTP" else None
+        response = respond(request, reply.status, {None: reply}, queueid, None)
+        if reply.status == 405:
+            return response._replace(headers=(("Allow", ", ".join(allowed_methods(request.path))),))
+        return response
 
-    def _head_here(self, seen: int = 0) -> bytes:
-        """The octets before the empty line, b"" where that is not here yet; what follows stays in the buffer. `seen` of
-        them were looked at before."""
-        end = self.buffer.find(b"\r\n\r\n", seen)
+    def response_octets(self, response: Response, headers: tuple = ()) -> bytes:
+        self.wfile = io.BytesIO()
+        self.send_response_only(response.status)
+        self.send_header("Server", self.version_string())
+        self.send_header("Date", self.date_time_string())
+        if response.status != 204:
+            self.send_header("Content-Type", response.type)
+            self.send_header("Content-Length", str(len(response.body)))
+        for name, value in (*response.headers, *headers):
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(response.body)
+        return self.wfile.getvalue()
+
+    def version_string(self) -> str:
+        return "Haineko"
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return http_date(int(time.time() if timestamp is None else timestamp))
+
+    def _buffered_head(self, searched: int = 0) -> bytes:
+        """Return the octets before the empty line, b"" if that has not arrived; `searched` octets need no search."""
+        end = self.buffer.find(b"\r\n\r\n", searched)
         if end > MAX_HEAD or (end < 0 and len(self.buffer) > MAX_HEAD):
             raise Rejected(make_reply("head-too-large"))
         if end < 0:
-            if BARE_LF.search(self.buffer, seen):
+            if BARE_LF.search(self.buffer, searched):
                 raise Rejected(make_reply("bad-request", "line ends with LF alone"))
             return b""
         head, self.buffer = self.buffer[: end + 2], self.buffer[end + 4 :]
         return head
 
-    async def _head(self, deadline: float) -> bytes:
-        """The same, waited for."""
+    async def _read_head(self, deadline: float) -> bytes:
         head = b""
         while not head:
-            seen = max(len(self.buffer) - 3, 0)
-            self.buffer += await self._while_idle(self._more(deadline))
-            head = self._head_here(seen)
+            searched = max(len(self.buffer) - 3, 0)
+            self.buffer += await self._while_idle(self._receive(deadline))
+            head = self._buffered_head(searched)
         return head
 
-    async def _more(self, deadline: float, most: int = 65536) -> bytes:
-        """More octets from the client, by the deadline."""
+    async def _receive(self, deadline: float, limit: int = 65536) -> bytes:
+        """Return octets from the client; raise Rejected at the deadline."""
         try:
-            octets = await self.connection.recv(most, deadline)
+            await asyncio.sleep(0)  # who sends faster than we read must not keep the others waiting
+            if time.monotonic() >= deadline:
+                raise socket.timeout
+            octets = await self.connection.recv(limit, deadline)
         except socket.timeout:
             raise Rejected(make_reply("request-timeout")) from None
         if not octets:
             raise ConnectionError("closed within a request")
         return octets
 
-    async def _body(self, head: RequestHead, length: int, deadline: float) -> bytes:
-        """The body, whole."""
+    async def _read_body(self, head: RequestHead, length: int, deadline: float) -> bytes:
         size = self.settings.smtpd.max_message_size
         limit = 2 * size + 65536 if size else MAX_BODY
         if head.method != "POST":
-            limit = MAX_HEAD  # no page reads it, and nobody was asked who it is
+            limit = MAX_HEAD  # no endpoint reads it, and nobody has logged in
         if length > limit:
             raise Rejected(make_reply("body-too-large"))
         expected = head.headers.get("expect")
@@ -7019,26 +7318,26 @@ class Connection(http.server.BaseHTTPRequestHandler):
             if not head.is_http10 and (length == CHUNKED or len(self.buffer) < length):
                 await self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n", deadline)
         if length == CHUNKED:
-            return await self._chunks(limit, deadline)
-        return self._taken(length) if length <= len(self.buffer) else await self._exactly(length, deadline)
+            return await self._read_chunks(limit, deadline)
+        return self._take(length) if length <= len(self.buffer) else await self._read_exactly(length, deadline)
 
-    def _taken(self, length: int) -> bytes:
-        """So many octets, or as many as are here."""
+    def _take(self, length: int) -> bytes:
+        """Return up to `length` octets that have arrived."""
         octets, self.buffer = self.buffer[:length], self.buffer[length:]
         return octets
 
-    async def _exactly(self, length: int, deadline: float) -> bytes:
-        """So many octets; a bytearray where they are so many that to join them would take room twice."""
-        whole = bytearray(self._taken(length))
+    async def _read_exactly(self, length: int, deadline: float) -> bytes:
+        """Return `length` octets; a bytearray if they are many, because a copy would need the memory twice."""
+        whole = bytearray(self._take(length))
         while len(whole) < length:
-            whole += await self._more(deadline, min(length - len(whole), 1 << 18))
+            whole += await self._receive(deadline, min(length - len(whole), 1 << 18))
         return whole if length >= LARGE else bytes(whole)
 
-    async def _chunks(self, limit: int, deadline: float) -> bytes:
-        """A chunked body, RFC 9112 7.1."""
+    async def _read_chunks(self, limit: int, deadline: float) -> bytes:
+        """Return a chunked body (RFC 9112 7.1)."""
         body, total = bytearray(), 0
         while True:
-            line = await self._line(deadline)
+            line = await self._read_line(deadline)
             found = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?", line)
             if not found:
                 raise Rejected(make_reply("bad-request", "chunk size"))
@@ -7048,41 +7347,29 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 raise Rejected(make_reply("body-too-large"))
             if not size:
                 break
-            body += await self._exactly(size, deadline)
-            await asyncio.sleep(0)  # a chunk may be one octet, and thousands of them be here already
-            if await self._exactly(2, deadline) != b"\r\n":
+            body += await self._read_exactly(size, deadline)
+            await asyncio.sleep(0)  # a chunk may be one octet, and thousands of them may have arrived
+            if await self._read_exactly(2, deadline) != b"\r\n":
                 raise Rejected(make_reply("bad-request", "end of chunk"))
         for _ in range(MAX_HEADERS):
-            if not await self._line(deadline):
+            if not await self._read_line(deadline):
                 return body if len(body) >= LARGE else bytes(body)
         raise Rejected(make_reply("head-too-large"))
 
-    async def _line(self, deadline: float) -> bytes:
+    async def _read_line(self, deadline: float) -> bytes:
         while b"\r\n" not in self.buffer:
             if len(self.buffer) > 4096:
                 raise Rejected(make_reply("bad-request", "chunk line"))
-            self.buffer += await self._more(deadline, 4096)
+            self.buffer += await self._receive(deadline, 4096)
         line, _, self.buffer = self.buffer.partition(b"\r\n")
         return line
 
-    def _octets(self, result: Response, extra: tuple, head: RequestHead | None, keep: bool) -> bytes:
-        """The answer as it goes out, by one call, so that no packet waits for another."""
-        lines = [f"HTTP/1.1 {result.status} {self.responses[result.status][0]}", date_header(int(time.time()))]
-        if result.status != 204:
-            lines.append(f"Content-Type: {result.type}\r\nContent-Length: {len(result.body)}")
-        for name, value in (*result.headers, *extra):
-            lines.append(f"{name}: {value}")
-        if not keep:
-            lines.append("Connection: close")
-        elif head.is_http10:
-            lines.append("Connection: keep-alive")
-        body = b"" if head and head.method == "HEAD" else result.body
-        return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
-
 
 async def lingering_close(sock: AsyncSocket) -> None:
-    """Says that nothing more comes, and reads what still does: a connection closed with octets unread is reset, and the
-    client might never see what was said last (RFC 9112 9.6)."""
+    """Send the end of the stream and read what still arrives (RFC 9112 9.6).
+
+    A connection closed with octets unread is reset, and the client might never see the last response.
+    """
     deadline = time.monotonic() + LINGER_TIMEOUT
     with contextlib.suppress(OSError):
         await sock.call(functools.partial(close_notify, sock.sock), deadline)
@@ -7103,12 +7390,12 @@ def close_notify(sock: Any) -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def date_header(second: int) -> str:
-    return f"Server: Haineko\r\nDate: {formatdate(second, usegmt=True)}"
+def http_date(second: int) -> str:
+    return formatdate(second, usegmt=True)
 
 
 class Worker:
-    """One process that serves all its connections in one thread; or the one that delivers from the queue."""
+    """Process that serves all its connections in one thread, or that delivers from the queue."""
 
     ACCEPT_DELAY = 0.001  # seconds for which a worker that is busier than another leaves a new connection to it
 
@@ -7123,7 +7410,7 @@ class Worker:
     ) -> None:
         self.app = App(settings, bells[1])
         self.listeners, self.parent_pipe = listeners, lifeline
-        self.busy_counts, self.slot = loads or [0], slot  # busy connections of every worker; our place in it
+        self.busy_counts, self.slot = loads or [0], slot  # busy connections of each worker; index of this one
         self.loop = EventLoop()
         self.queue_manager = QueueManager(self.app, bells[0]) if slot is None else None
         self.connections: set = set()
@@ -7131,7 +7418,7 @@ class Worker:
         self.lingering_503s = 0  # of them, now
 
     def run(self) -> None:
-        """Serves until told to stop and all requests in flight are answered."""
+        """Serve until told to stop and all requests in flight are answered."""
         log.start_buffering(self.loop)
         sys.setswitchinterval(0.001)  # a thread at work on a large mail must not hold up the small ones for longer
         self.loop.run_until_complete(self._serve())
@@ -7172,12 +7459,12 @@ class Worker:
         self.stopped.set()
 
     async def _watch_parent(self) -> None:
-        """The master is gone without a word: nobody would replace or stop this process."""
+        """Stop when the supervisor has died, which could neither replace nor stop this process."""
         await AsyncSocket(self.parent_pipe).recv(1, float("inf"))
         self._stop()
 
     async def _stop_on_error(self, coroutine: Any) -> None:
-        """Without this coroutine the worker is of no use: where it fails, another worker takes the place."""
+        """Await a coroutine that the worker can't do without: if it fails, another worker takes over."""
         try:
             await coroutine
         except Exception:
@@ -7206,7 +7493,7 @@ class Worker:
             if self._full():
                 await asyncio.sleep(0)  # so that the idle and the ended ones are known
             if self._full() and not self._close_idlest():
-                self.loop.create_task(self._reject_503(AsyncSocket(sock), peer))
+                self.loop.create_task(self._reject_503(Connection(sock, peer, self)))
                 continue
             connection = Connection(sock, peer, self)
             self.connections.add(connection)
@@ -7217,45 +7504,39 @@ class Worker:
         return len(self.connections) >= self.app.settings.httpd.max_connections
 
     def mark_idle(self, connection: Connection) -> None:
-        """A connection that waits for its next request."""
+        """Note that a connection waits for a request."""
         self.idle[connection] = None
         self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
 
     def mark_busy(self, connection: Connection) -> None:
-        """A connection that waits no longer."""
+        """Note that a connection has a request."""
         self.idle.pop(connection, None)
         self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
 
     def forget(self, connection: Connection) -> None:
-        """A connection that is closed."""
+        """Note that a connection is closed."""
         self.connections.discard(connection)
         self.mark_busy(connection)
 
-    async def _reject_503(self, sock: AsyncSocket, peer: tuple | str) -> None:
-        """503 for a connection too many, not waited for where many are being told so; it just ends where TLS would come
-        first."""
-        client = parse_ip(peer[0]) if isinstance(peer, tuple) else None
-        request, said = Request("", "", {}, b"", client, client, None, time.time()), {None: make_reply("busy")}
-        log_rejection(request, None, 503, None, said)
-        body = answer_document(request, 503, said, None, None).body
-        head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-        head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
-        patient = self.lingering_503s < MAX_LINGERING_503
+    async def _reject_503(self, connection: Connection) -> None:
+        """Answer 503 to a connection over the limit; close it at once if many are being answered so, or under TLS."""
+        linger = self.lingering_503s < MAX_LINGERING_503
         self.lingering_503s += 1
+        octets, sock = connection.response_octets(connection.rejection(None, make_reply("busy"))), connection.connection
         with contextlib.suppress(OSError):
             if not self.app.tls:
-                await sock.sendall(head.encode() + body, time.monotonic() + LINGER_TIMEOUT)
-                if patient:
+                await sock.sendall(octets, time.monotonic() + LINGER_TIMEOUT)
+                if linger:
                     await lingering_close(sock)
         self.lingering_503s -= 1
         sock.close()
 
     def _close_idlest(self) -> bool:
-        """Closes the connection that has been idle longest; False where none is idle."""
+        """Close the connection that has been idle longest; return False if none is idle."""
         return any(self._interrupt(connection) for connection in self.idle)  # the first that can be, and no more
 
     def _interrupt(self, connection: Connection) -> bool:
-        """Ends a connection that is at rest; False where it has just been told something."""
+        """Abort an idle connection; return False if something has just arrived on it."""
         found = connection.connection.abort(ConnectionAbortedError("closed for another"))
         if found:
             del self.idle[connection]
@@ -7263,13 +7544,13 @@ class Worker:
         return found
 
     async def _housekeeping(self) -> None:
-        """Once a second: SMTP sessions nobody uses."""
+        """Once a second, close SMTP sessions that nobody uses."""
         while True:
             await asyncio.sleep(1.0)
             await self.app.transport.sweep()
 
     async def _reread(self) -> None:
-        """Takes settings that changed; the master has told their faults. One after the other: the last ones count."""
+        """Apply settings that changed; the supervisor has logged their faults. The last ones win."""
         async with self.reloading:
             settings, errors = await asyncio.to_thread(load_settings, self.app.settings.path)
             if not errors:
@@ -7277,19 +7558,19 @@ class Worker:
 
 
 class Supervisor:
-    """The process that binds, forks workers, replaces those that die, and watches the settings."""
+    """Process that binds, forks workers, replaces those that die, and watches the settings."""
 
     def __init__(self, settings: Settings, listeners: list) -> None:
         self.settings, self.listeners = settings, listeners
-        self.workers: dict = {}  # pid: (monotonic time of its start, its place in loads; None: the queue's)
+        self.workers: dict = {}  # pid: (monotonic time of its start, index in busy_counts, None for the queue's)
         self.busy_counts: Any = [0]
-        self.wakeup_pair = socket.socketpair() if settings.queue else (None, None)  # rung where something is due
+        self.wakeup_pair = socket.socketpair() if settings.queue else (None, None)  # written to when something is due
         self.stopping = self.reload_requested = False
-        self.bad_stat_keys: tuple = ()  # signatures of settings that were told to be faulty
+        self.bad_stat_keys: tuple = ()  # of settings whose faults are logged already
         self.respawn_not_before = 0.0  # no worker is started before this time
 
     def run(self, ready: Callable) -> int:
-        """Until SIGTERM or SIGINT; then 0."""
+        """Run until SIGTERM or SIGINT; return the exit code."""
         alarm, wake = socket.socketpair()
         wake.setblocking(False)
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
@@ -7302,10 +7583,8 @@ class Supervisor:
         self._replace()
         ready()
         while not self.stopping:
-            try:
+            with contextlib.suppress(socket.timeout):
                 alarm.recv(4096)
-            except socket.timeout:
-                pass
             self._reap()
             if not self.stopping:
                 self._replace()
@@ -7317,7 +7596,7 @@ class Supervisor:
         self.reload_requested = self.reload_requested or number == signal.SIGHUP
 
     def _replace(self) -> None:
-        """As many workers as there should be; one that died young is replaced a second later."""
+        """Start the workers that are missing; one that died young is replaced a second later."""
         free = set(range(len(self.busy_counts))) - {slot for _, slot in self.workers.values()}
         missing = self.settings.queue and None not in [slot for _, slot in self.workers.values()]
         for slot in (*([None] if missing else []), *sorted(free)):
@@ -7326,11 +7605,11 @@ class Supervisor:
             sys.stderr.flush()
             if slot is not None:
                 self.busy_counts[slot] = 0
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the worker listens to them
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the worker handles them
             try:
                 pid = os.fork()
-            except OSError as error:  # the machine has no more processes: those that run must not suffer
-                log.lines(f"a worker can't be started: {error.strerror}")
+            except OSError as error:  # no process is left: those that run must go on
+                log.lines(f"cannot start a worker: {error.strerror}")
                 pid, self.respawn_not_before = -1, time.monotonic() + 1
             if not pid:
                 self._become_worker(slot)
@@ -7354,7 +7633,7 @@ class Supervisor:
             log_exception("worker")
         finally:
             log.flush()
-            os._exit(code)  # without the threads that are still at work, and without the master's cleaning up
+            os._exit(code)  # without waiting for threads, and without the supervisor's cleanup
 
     def _reap(self) -> None:
         while self.workers:
@@ -7364,15 +7643,15 @@ class Supervisor:
                 return
             if not pid:
                 return
-            born, slot = self.workers.pop(pid, (None, 0))
-            if born is not None and not self.stopping:
+            started, slot = self.workers.pop(pid, (None, 0))
+            if started is not None and not self.stopping:
                 name = "queue process" if slot is None else "worker"
-                log.lines(f"{name} {pid} ended ({exit_reason(status)}); a new one takes its place")
-                if time.monotonic() - born < 1:
+                log.lines(f"{name} {pid} ended ({exit_reason(status)}); starting a new one")
+                if time.monotonic() - started < 1:
                     self.respawn_not_before = time.monotonic() + 1
 
     def _watch(self) -> None:
-        """Takes settings that changed, or tells each fault of them once."""
+        """Apply settings that changed, or log their faults once."""
         settings = self.settings
         if not settings.path:
             return
@@ -7394,28 +7673,24 @@ class Supervisor:
             log.lines("queue.path: takes effect at the next start")
         self.settings = fresh = pin_queue_path(fresh, settings.queue)
         log.open(fresh.smtpd.syslog)
-        log.lines(f"settings read again from {settings.path}")
+        log.lines(f"reloaded {settings.path}")
         self._signal_workers(signal.SIGHUP)
 
     def _signal_workers(self, number: int) -> None:
         for pid in self.workers:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-            except ProcessLookupError:
-                pass
 
     def _stop(self, alarm: socket.socket) -> int:
-        """Waits for the workers, which answer what is in flight; who takes too long is killed."""
+        """Wait for the workers, which answer what is in flight; kill those that take too long."""
         for listener in self.listeners:
             unlink_socket(listener)
             listener.close()
         self._signal_workers(signal.SIGTERM)
         deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 3
         while self.workers and time.monotonic() < deadline:
-            try:
+            with contextlib.suppress(socket.timeout):
                 alarm.recv(4096)
-            except socket.timeout:
-                pass
             self._reap()
         self._signal_workers(signal.SIGKILL)
         log.lines("stopped")
@@ -7423,43 +7698,33 @@ class Supervisor:
 
 
 def exit_reason(status: int) -> str:
-    """How a process ended, in words."""
+    """Describe how a process ended."""
     return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
 
 
 def bind(listen: str) -> socket.socket:
-    """A listening socket; OSError says why there is none."""
+    """Return a listening TCP or Unix socket; raise OSError."""
     if listen.startswith("unix:"):
         return bind_unix(listen[5:])
     name, _, port = listen.rpartition(":")
-    family, kind, proto, _, place = socket.getaddrinfo(
+    family, *_, address = socket.getaddrinfo(
         ascii_domain(name.strip("[]")).encode(), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
-    listener = socket.socket(family, kind, proto)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if family == socket.AF_INET6:
-        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    try:
-        listener.bind(place)
-    except OSError:
-        listener.close()
-        raise
-    listener.listen(BACKLOG)
-    return listener
+    return socket.create_server(address, family=family, backlog=BACKLOG)
 
 
 BACKLOG = 1024
 
 
 def bind_unix(path: str) -> socket.socket:
-    """A listening socket in the file system; one left over by a server that is gone is replaced."""
+    """Return a listening Unix socket; one left over by a server that is gone is replaced."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.connect(path)
     except ConnectionRefusedError:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):  # a file that is no socket is refused alike
+        if not stat.S_ISSOCK(os.stat(path).st_mode):  # a file that is no socket refuses as well
             listener.close()
-            raise OSError(errno.EEXIST, "a file that is no socket stands there") from None
+            raise OSError(errno.EEXIST, "exists and is not a socket") from None
         os.unlink(path)
     except FileNotFoundError:
         pass
@@ -7469,26 +7734,24 @@ def bind_unix(path: str) -> socket.socket:
     listener.close()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
-    os.chmod(path, 0o666)  # who may come is said by the folder, as for other servers' sockets
+    os.chmod(path, 0o666)  # the folder's mode decides who may connect, as for other servers' sockets
     listener.listen(BACKLOG)
     return listener
 
 
 def unlink_socket(listener: socket.socket) -> None:
-    try:
-        if listener.family == socket.AF_UNIX:
+    if listener.family == socket.AF_UNIX:
+        with contextlib.suppress(OSError):
             os.unlink(listener.getsockname())
-    except OSError:
-        pass
 
 
 def url_of(listener: socket.socket, tls: bool) -> str:
-    """Where a listener is reached."""
-    place = listener.getsockname()
+    """Return the URL of a listener."""
+    address = listener.getsockname()
     if listener.family == socket.AF_UNIX:
-        return f"unix:{place}"
-    name = f"[{place[0]}]" if ":" in place[0] else place[0]
-    return f"{'https' if tls else 'http'}://{name}:{place[1]}/"
+        return f"unix:{address}"
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return f"{'https' if tls else 'http'}://{host}:{address[1]}/"
 
 
 # ======================================================================================================================
@@ -7984,7 +8247,7 @@ def print_route(address: str, sender_address: str, settings: Settings) -> int:
     to, sender = parse_address(address), parse_address(sender_address)
     if not to or (sender_address and not sender):
         raise CommandError(f'"{sender_address if to else address}" is no mail address', 2)
-    refusal = check_rcpt(to, settings)
+    refusal = check_recipient(to, settings)
     route, why = resolve_route(to.domain, sender.domain if sender else "", settings)
     print(f"{address}: {describe_route(route)} ({why})")
     if refusal:
@@ -8304,7 +8567,7 @@ def print_error(text: str, code: int) -> int:
 
 def sendmail_deliver(flags: dict, addresses: list) -> int:
     """Relay the message on stdin: by its own settings, or if it can't read them, by the server that runs."""
-    settings, server_urls = sendmail_settings(flags)
+    settings, urls = sendmail_settings(flags)
     octets = read_bytes("-")
     if "-i" not in flags and "i" not in flags["-o"]:
         octets = re.split(rb"(?m)^\.\r?$", octets, maxsplit=1)[0]
@@ -8324,9 +8587,9 @@ def sendmail_deliver(flags: dict, addresses: list) -> int:
         fields.append(("from", address_field("From", ((name, author),), "UTF-8").encode() + b"\n"))
     raw = b"".join([field for _, field in fields]) + b"\n" + message.body
     document = {"mail": sender, "rcpt": rcpt, "raw": {"base64": base64.b64encode(raw).decode()}}
-    if server_urls:
+    if urls:
         document["mail"] = sender or default_sender(settings.hostname)  # the API takes no null sender
-        return report_failures(*post_to_any(server_urls, to_json(document)))
+        return report_failures(*post_to_any(urls, to_json(document)))
     response = run(submit_here(to_json(document), settings, dsn_options(flags)))
     return report_failures(response.status, json.loads(response.body))
 

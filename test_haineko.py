@@ -2562,7 +2562,7 @@ class Submissions(unittest.TestCase):
         self.assertEqual(self.understood({"header": {"from": "", "replyto": ""}}).header.from_, ())
 
     def test_faults(self):
-        wanted = '"name <address>" is wanted, not '
+        wanted = 'expected "name <address>", got '
         cases = [
             ([], ["top level: expected an object, got a list"]),
             ("x", ["top level: expected an object, got a string"]),
@@ -2575,36 +2575,31 @@ class Submissions(unittest.TestCase):
             ({"header": {"reply_to": "a"}}, [f'header.reply_to: {wanted}"a"']),
             ({"header": {"Subjekt": "a"}}, ['header.Subjekt: unknown key; did you mean "subject"?']),
             ({"a\r\nb": 1}, ["a??b: unknown key"]),
-            ({"mail": 1}, ["mail: a string is wanted, not a number"]),
-            ({"mail": ["a@example.jp"]}, ["mail: a string is wanted, not a list"]),
-            ({"ehlo": False}, ["ehlo: a string is wanted, not true or false"]),
-            ({"body": {}}, ["body: a string is wanted, not an object"]),
-            ({"rcpt": 5}, ["rcpt: a string is wanted, not a number"]),
-            ({"rcpt": {"a": 1}}, ["rcpt: a string is wanted, not an object"]),
-            ({"rcpt": ["a", None]}, ["rcpt[1]: a string is wanted, not null"]),
-            ({"rcpt": [["a"]]}, ["rcpt[0]: a string is wanted, not a list"]),
-            ({"header": {"subject": 1}}, ["header.subject: a string is wanted, not a number"]),
+            ({"mail": 1}, ["mail: expected a string, got a number"]),
+            ({"mail": ["a@example.jp"]}, ["mail: expected a string, got a list"]),
+            ({"ehlo": False}, ["ehlo: expected a string, got true or false"]),
+            ({"body": {}}, ["body: expected a string, got an object"]),
+            ({"rcpt": 5}, ["rcpt: expected a string, got a number"]),
+            ({"rcpt": {"a": 1}}, ["rcpt: expected a string, got an object"]),
+            ({"rcpt": ["a", None]}, ["rcpt[1]: expected a string, got null"]),
+            ({"rcpt": [["a"]]}, ["rcpt[0]: expected a string, got a list"]),
+            ({"header": {"subject": 1}}, ["header.subject: expected a string, got a number"]),
             ({"header": {"subject": "a\nb"}}, ["header.subject: has a CR, LF or NUL"]),
             ({"header": {"from": "nobody"}}, ["header.from: " + wanted + '"nobody"']),
             ({"header": {"replyto": "a b c"}}, ["header.replyto: " + wanted + '"a b c"']),
-            ({"header": {"charset": "UTF-9"}}, ['header.charset: "UTF-9" is no charset for mail that is known here']),
+            ({"header": {"charset": "UTF-9"}}, ['header.charset: unknown charset "UTF-9"; "UTF-8" holds every character']),
             ({"header": {"x-haineko-loop": "a b"}}, ['header.x-haineko-loop: "a b" is no name of a Haineko']),
-            ({"header": {"x-haineko-loop": [1]}}, ["header.x-haineko-loop[0]: a string is wanted, not a number"]),
-            (b'{"body": "a", "body": "b"}', ["body: duplicate key"]),
-            (b'{"header": {"subject": "a", "subject": "a"}}', ["header.subject: duplicate key"]),
+            ({"header": {"x-haineko-loop": [1]}}, ["header.x-haineko-loop[0]: expected a string, got a number"]),
+            (b'{"body": "a", "body": "b"}', ["body: stands more than once"]),
+            (b'{"header": {"subject": "a", "subject": "a"}}', ["header.subject: stands more than once"]),
             (b'{"body": "\\ud800"}', ["body: has half a surrogate pair at character 0"]),
             (b'{"rcpt": ["a", "b\\udc00"]}', ["rcpt[1]: has half a surrogate pair at character 1"]),
             (b'{"header": {"subject": "\\ud83d"}}', ["header.subject: has half a surrogate pair at character 0"]),
             (b'{"\\ud800": 1}', ["?: unknown key"]),
-            (
-                {"rcpt": 1, "body": 2, "x": 3},
-                [
-                    "rcpt: a string is wanted, not a number",
-                    "body: a string is wanted, not a number",
-                    "x: unknown key",
-                ],
-            ),
-        ]
+            ({"rcpt": 1, "body": 2, "x": 3}, [
+                "rcpt: expected a string, got a number", "body: expected a string, got a number", "x: unknown key",
+            ]),
+        ]  # fmt: skip
         for submission, faults in cases:
             with self.subTest(submission):
                 self.assertEqual(self.faults(submission), faults)
@@ -2693,7 +2688,7 @@ class Submissions(unittest.TestCase):
             with self.subTest(text):
                 self.assertEqual(
                     len(self.faults({"header": {"from": text}})),
-                    2 if re.search("[\r\n\0]", text) and not haineko.parse_mailboxes(text) else 1,
+                    2 if re.search("[\n\0]", text) and "<neko@example.jp" not in text else 1,
                 )
 
     def test_names_of_charsets(self):
@@ -2703,7 +2698,7 @@ class Submissions(unittest.TestCase):
             "US-ASCII"),
             ("ASCII", "US-ASCII"), ("ISO-8859-15", "ISO-8859-15"), ("windows-1252", "windows-1252"), ("cp1252",
             "windows-1252"),
-            ("Shift_JIS", "Shift_JIS"), ("cp932", "Windows-31J"), ("EUC-JP", "EUC-JP"), ("gb18030", "gb18030"),
+            ("Shift_JIS", "Shift_JIS"), ("cp932", "Windows-31J"), ("EUC-JP", "EUC-JP"), ("gb18030", "GB18030"),
             ("Big5", "Big5"), ("KOI8-R", "KOI8-R"), ("EUC-KR", "EUC-KR"),
         ]  # fmt: skip
         for name, wanted in cases:
@@ -2723,7 +2718,7 @@ class Submissions(unittest.TestCase):
         names = {
             haineko.iana_charset(name) for name in {*encodings.aliases.aliases, *encodings.aliases.aliases.values()}
         }
-        self.assertGreater(len(names), 60)
+        self.assertGreater(len(names), 50)
         for name in names - {""}:
             with self.subTest(name):
                 form = document(header={"subject": "é 日本", "charset": name}, body="Meow\n")
@@ -2827,7 +2822,7 @@ class Submissions(unittest.TestCase):
             ("\x1b$B$\x1b(B", "ends within a character"),
             ("\x1b$B$M\nx\x1b(B", "isn't"),
             ("\x1b$B \x1b(B", ""),
-            ("\x1b$B~~\x1b(B", "nobody knows"),
+            ("\x1b$B~~\x1b(B", "unassigned"),
             ("\x1b$(D0!\x1b(B", "not ISO-2022-JP's"),
         ]
         for held, words in cases:
@@ -2847,24 +2842,24 @@ class Submissions(unittest.TestCase):
 
 
 FAULTS = [
-    ({"html": 1}, "html: a string is wanted, not a number"),
-    ({"attachments": "x"}, "attachments: expected an object, got a string"),
-    ({"attachments": [file(), "x"]}, "attachments[1]: expected an object, got a string"),
+    ({"html": 1}, "html: expected a string, got a number"),
+    ({"attachments": "x"}, "attachments: an object is wanted, not a string"),
+    ({"attachments": [file(), "x"]}, "attachments[1]: an object is wanted, not a string"),
     ({"attachments": [{"filename": "a"}]}, "attachments[0].content: is missing"),
     ({"attachments": [{"content": None}]}, "attachments[0].content: is missing"),
     ({"attachments": [file(), file(), {"content": "a*b="}]}, "attachments[2].content: is not base64"),
-    ({"attachments": [{"content": 1}]}, "attachments[0].content: a string is wanted, not a number"),
+    ({"attachments": [{"content": 1}]}, "attachments[0].content: expected a string, got a number"),
     *[({"attachments": [{"content": text}]}, "attachments[0].content: is not base64") for text in
       ("a", "ab", "abc", "ab=c", "a===", "====", "abcd=", "ab==cdef", "YWJj-_==", "猫猫猫猫", "abcd!!!!", "=abc",
        "ab\0c")],
     ({"attachments": [file(name="a.pdf")]}, 'attachments[0].name: unknown key; did you mean "filename"?'),
-    *[({"attachments": [file(name)]}, f'attachments[0].filename: a name without a path is wanted, not "{name}"')
+    *[({"attachments": [file(name)]}, f'attachments[0].filename: expected a name without a path, got "{name}"')
       for name in ("a/b", "../x", "C:\\x", "..", ".", "/")],
     *[({"attachments": [file(f"a{odd}b")]}, "attachments[0].filename: has a control character")
       for odd in "\0\r\n\t\x1b\x7f\x85\u2028\u202e\u2066"],
     ({"attachments": [file("a\r\nBcc: x@example.jp")]}, "attachments[0].filename: has a control character"),
-    ({"attachments": [file("x" * 256)]}, "attachments[0].filename: is longer than 255 characters"),
-    *[({"attachments": [file(type=kind)]}, "attachments[0].type: a media type like")
+    ({"attachments": [file("x" * 256)]}, "attachments[0].filename: 256 characters exceed the limit of 255"),
+    *[({"attachments": [file(type=kind)]}, "attachments[0].type: expected a media type like")
       for kind in ("pdf", "a/b/c", "a/b; c", "a/b; c=é", "text/plain; a=\"", "a /b", "a/", "/b", "猫/b", "a/b;c=d e",
           "a/b" * 99)],
     ({"attachments": [file(type="a/b\r\nBcc: x@example.jp")]}, "attachments[0].type: has a CR, LF or NUL"),
@@ -2872,52 +2867,52 @@ FAULTS = [
      "attachments[0].type: multipart/mixed can't be attached"),
     ({"attachments": [file(type="message/partial")]}, "attachments[0].type: message/partial can't be attached"),
     ({"attachments": [file(octets="猫".encode(), type="message/rfc822")]},
-     "attachments[0].type: a message/rfc822 is 7bit"),
+     "attachments[0].type: message/rfc822 must be ASCII"),
     ({"attachments": [file(octets=b"x" * 999, type="message/rfc822")]},
-     "attachments[0].type: a message/rfc822 is 7bit"),
-    ({"attachments": [file(octets=b"x\ry", type="message/rfc822")]}, "attachments[0].type: a message/rfc822 is 7bit"),
+     "attachments[0].type: message/rfc822 must be ASCII"),
+    ({"attachments": [file(octets=b"x\ry", type="message/rfc822")]}, "attachments[0].type: message/rfc822 must be ASCII"),
     *[({"attachments": [file(cid=cid)]}, "attachments[0].cid: ") for cid in ("a b", "a>b", "猫", "<a", "a\r\nBcc: x",
       "x" * 201, 1)],
     ({"attachments": [file(cid="a"), file(cid="<a>")]}, "attachments[1].cid: another attachment has it already"),
-    ({"attachments": [file(inline="yes")]}, "attachments[0].inline: expected true or false, got a string"),
-    ({"attachments": [file()] * 1001}, "attachments: are more than 1000"),
+    ({"attachments": [file(inline="yes")]}, "attachments[0].inline: true or false is wanted, not a string"),
+    ({"attachments": [file()] * 1001}, "attachments: 1001 exceed the limit of 1000"),
     *[({"header": {key.partition("[")[0]: value}}, f"header.{key}: {said}") for key, value, said in [
-        ("to", "a", '"name <address>" is wanted'), ("cc[1]", ["a@example.jp", 1], "a string is wanted"),
-        ("to", "a@straße.de", '"name <address>" is wanted, not "a@straße.de"; U+00DF has two readings in a domain'),
+        ("to", "a", 'expected "name <address>"'), ("cc[1]", ["a@example.jp", 1], "expected a string"),
+        ("to", "a@straße.de", 'expected "name <address>", got "a@straße.de"; U+00DF has two readings in a domain'),
         ("from", "A <a@x>\r\nBcc: b@x", "has a CR, LF or NUL"),
-        ("bcc", {"a": 1}, "a string is wanted, not an object"), ("message-id", "a@b", '"<left@right>" is wanted'),
-        ("Message_ID", "<a b@c>", '"<left@right>" is wanted'), ("message-id", "<a@b> <c@d>",
-         '"<left@right>" is wanted'),
-        ("references", ["<a@b>", "c"], '"<left@right>" is wanted'), ("in-reply-to", 1, "a string is wanted"),
-        ("date", "2014-01-03", "a date like"), ("date", "Fri, 31 Feb 2014 18:35:58 +0900", "a date like"),
+        ("bcc", {"a": 1}, "expected a string, got an object"), ("message-id", "a@b", 'expected "<left@right>"'),
+        ("Message_ID", "<a b@c>", 'expected "<left@right>"'), ("message-id", "<a@b> <c@d>",
+         'expected "<left@right>"'),
+        ("references", ["<a@b>", "c"], 'expected "<left@right>"'), ("in-reply-to", 1, "expected a string"),
+        ("date", "2014-01-03", "expected a date like"), ("date", "Fri, 31 Feb 2014 18:35:58 +0900", "expected a date like"),
         ("date", "Fri, 03 Jan 2014 18:35:58 +0900\n", "has a CR, LF or NUL"), ("importance", "urgent",
-         "one of high, normal, low"),
-        ("auto-submitted", "猫", "printable ASCII is wanted"), ("List-Unsubscribe", "<https://x/猫>",
-         "printable ASCII is wanted"),
+         "expected one of high, normal, low"),
+        ("auto-submitted", "猫", "expected printable ASCII"), ("List-Unsubscribe", "<https://x/猫>",
+         "expected printable ASCII"),
         ("precedence", "bulk\0", "has a CR, LF or NUL"), ("organization", "a\nb", "has a CR, LF or NUL"),
-        ("x-a", 1, "a string is wanted, not a number"), ("x-a[1]", ["a", "b\r\nBcc: c"], "has a CR, LF or NUL"),
-        ("x-a", {"b": 1}, "a string is wanted, not an object"), ("disposition-notification-to", "a",
-         '"name <address>" is wanted'),
+        ("x-a", 1, "expected a string, got a number"), ("x-a[1]", ["a", "b\r\nBcc: c"], "has a CR, LF or NUL"),
+        ("x-a", {"b": 1}, "expected a string, got an object"), ("disposition-notification-to", "a",
+         'expected "name <address>"'),
         ("resent-to", "a@example.jp", "unknown key"), ("x-", "a", "unknown key"), ("x-a b", "a", "unknown key"),
         ("x-a:", "a", "unknown key"), ("x-" + "a" * 73, "a", "unknown key"), ("X-猫", "a", "unknown key"),
         ("mail", "a", "unknown key"), ("organisation", "a", 'unknown key; did you mean "organization"?'),
-        *[(key, "a", "this field is made by Haineko itself") for key in (
+        *[(key, "a", "Haineko makes this field itself") for key in (
             "received", "Sender", "Return-Path", "return_path", "MIME-Version", "Content-Type", "content_disposition",
             "Content-Transfer-Encoding", "DKIM-Signature", "Content-猫")],
     ]],
     ({"header": {"x-a\r\nbcc": "a"}}, "header.x-a??bcc: unknown key"),
     ({"header": {"replyto": "a@example.jp", "Reply-To": "b@example.jp"}},
-     "header.Reply-To: says again what replyto says already"),
-    ({"header": {"x-a": "1", "X_A": "1"}}, "header.X_A: says again what x-a says already"),
+     "header.Reply-To: means the same as replyto, which is set already"),
+    ({"header": {"x-a": "1", "X_A": "1"}}, "header.X_A: means the same as x-a, which is set already"),
     ({"raw": "From: a@example.jp\n\nx", "header": {"subject": "x"}}, "header: can't stand beside raw"),
     *[({"raw": "A: b\n\nx", key: value}, f"{key}: can't stand beside raw")
       for key, value in (("body", "x"), ("html", "x"), ("attachments", []))],
     *[({"raw": raw}, said) for raw, said in [
-        (1, "raw: a string is wanted, not a number"), ({"base64": "*"}, "raw.base64: is not base64"),
-        ({"base64": 1}, "raw.base64: a string is wanted"), ({"bas64": ""},
+        (1, "raw: expected a string, got a number"), ({"base64": "*"}, "raw.base64: is not base64"),
+        ({"base64": 1}, "raw.base64: expected a string"), ({"bas64": ""},
          'raw.bas64: unknown key; did you mean "base64"?'),
         ("no header\n", "raw: has no header"), ("A: b\rBcc: c\n\nx", "raw: header A: has a CR or NUL"),
-        ("A: b\0\n\nx", "raw: header A: has a CR or NUL"), ("A: " + "x" * 996 + "\n\nx",
+        ("A: b\0\n\nx", "raw: header A: has a CR or NUL"), ("A: " + "x" * 998 + "\n\nx",
          "raw: header A: has a line longer than 998"),
         ("\ud800", "raw: has half a surrogate pair at character 0")]],
 ]  # fmt: skip
@@ -2983,8 +2978,7 @@ class RawMessages(Quiet):
         )
         names = [line.partition(b":")[0] for line in re.split(rb"\r\n(?![ \t])", octets.partition(b"\r\n\r\n")[0])]
         self.assertEqual(names, [b"Received", b"From", b"To", b"Cc", b"Subject", b"Date", b"Message-Id",
-            b"X-Haineko-Loop",
-                                 b"MIME-Version", b"Content-Type", b"Content-Transfer-Encoding"])  # fmt: skip
+                                 b"X-Haineko-Loop"])  # fmt: skip
         self.assertIn(f"\r\nX-Haineko-Loop: r1, r2, {NAME}\r\n".encode(), octets)
         self.assertIn(b" with HTTP id QQQQQQQQQQQQQQQQ;", octets)
         self.assertTrue(octets.endswith(b"\r\n\r\nMeow.\r\n.\r\n"))
@@ -3016,7 +3010,8 @@ class RawMessages(Quiet):
                         self.assertLessEqual(max(map(len, octets.split(b"\r\n"))), 998)
                         self.assertNotIn(b"\0", octets)
                         found = email.message_from_bytes(octets)
-                        self.assertEqual(found.get_payload(decode=True), body.replace("\n", "\r\n").encode())
+                        lines = body if "binary" in coding and "x-cat" in kind else body.replace("\n", "\r\n")
+                        self.assertEqual(found.get_payload(decode=True), lines.encode())
                         self.assertEqual((found["subject"], found.get_content_type()), ("Nya", kind.partition(";")[0]))
 
     def test_a_line_that_nothing_can_shorten_is_refused(self):
@@ -3222,8 +3217,8 @@ class Policy(Quiet):
         self.assertEqual((status, item["code"], item["dsn"], item["command"], item["message"][0]), row.wanted)
         self.assertEqual((item["error"], item["mailer"], item["host"], item["port"]), (1, None, None, None))
         self.assertEqual(len(lines), 1, lines)
-        self.assertIn(f"{found['queueid'] or '-'}: refused ", lines[0])
-        self.assertIn(f"code={item['code']} ", lines[0])
+        self.assertIn(f"{found['queueid'] or '-'}: client=", lines[0])
+        self.assertIn(f" status=rejected ({item['code']} {item['message'][0]}", lines[0])
 
     def test_every_refusal(self):
         for row in itertools.chain(*REFUSALS):
@@ -3239,7 +3234,7 @@ class Policy(Quiet):
         self.assertNotIn("Traceback", json.dumps(found))
         lines = self.logged()
         self.assertIn("Traceback", lines[0])
-        self.assertIn("refused ", lines[-1])
+        self.assertIn("status=rejected ", lines[-1])
 
     def test_of_two_faults_the_earlier_is_told(self):
         count = 0
@@ -3372,6 +3367,16 @@ class Policy(Quiet):
 # ======================================================================================================================
 # 7. Messages
 # ======================================================================================================================
+
+
+def refusal_of(request_: haineko.Request, submission: haineko.Submission) -> haineko.Reply | None:
+    """The Reply by which a check of a submission refuses it, or one of its recipients."""
+    try:
+        return next(
+            iter(haineko.apply_checks(haineko.CHECKS_OF_SUBMISSION, request_, submission, settings()).values()), None
+        )
+    except haineko.Rejected as error:
+        return error.reply
 
 
 def composed(submission, client: str = "127.0.0.1", to: str = "mikeneko@example.jp") -> bytes:
@@ -3781,7 +3786,7 @@ class Messages(unittest.TestCase):
                     submission = make(text)
                     found, faults = haineko.parse_submission(as_body(submission))
                     request_ = request(as_body(submission))
-                    if faults or haineko.first_rejection(haineko.CHECKS, request_, found, settings()):
+                    if faults or refusal_of(request_, found):
                         continue
                     octets = composed(submission)
                     self.check_form(octets)
@@ -3807,7 +3812,7 @@ class Messages(unittest.TestCase):
             (b"A: 1\r\n 2\r\nB:3\r\n\r\nx\r\ny", [("a", b"A: 1\n 2\n"), ("b", b"B:3\n")], b"x\ny"),
             (b"From x Mon\nA: 1\n\nb\n", [("a", b"A: 1\n")], b"b\n"),
             (b"A: 1\n", [("a", b"A: 1\n")], b""),
-            (b"A: 1", [("a", b"A: 1")], b""),
+            (b"A: 1", [("a", b"A: 1\n")], b""),
             (b"\nbody", [], b"body"),
             (b"no header here\n", [], b"no header here\n"),
             (b"A: 1\n\na\rb\r\nc", [("a", b"A: 1\n")], b"a\nb\nc"),
@@ -3843,18 +3848,7 @@ class Messages(unittest.TestCase):
         found = raw_fields(octets)
         self.assertEqual(
             [name for name, _ in found],
-            [
-                "Received",
-                "To",
-                "Subject",
-                "From",
-                "Date",
-                "Message-Id",
-                "X-Haineko-Loop",
-                "MIME-Version",
-                "Content-Type",
-                "Content-Transfer-Encoding",
-            ],
+            ["Received", "To", "Subject", "From", "Date", "Message-Id", "X-Haineko-Loop"],
         )
         table = dict(found)
         self.assertEqual((table["Subject"], table["From"]), ("a\r\n b", "<s@example.org>"))
@@ -3875,20 +3869,30 @@ class Messages(unittest.TestCase):
         self.assertTrue(octets.endswith("\r\n\r\nねこ\r\n".encode()))
 
     def test_a_finished_message_without_mime(self):
-        for body, meant in [
-            ("ねこ\n".encode(), "ねこ\r\n"),
-            ("é\n".encode("latin-1"), "é\r\n"),
-            (b"x" * 2000 + b"\n", "x" * 2000 + "\r\n"),
-        ]:
+        long = b"x" * 2000 + b"\n"
+        for body, charset in (
+            ("ねこ\n".encode(), "utf-8"), (b"\xe9\n", "unknown-8bit"), (long, "us-ascii"),
+            (b"x" * 998 + b"\n\f\n", None), (b"\x1b$B$M$3\x1b(B\n", None), (b"\x1b$B$M$3\x1b(B" + long, "iso-2022-jp"),
+        ):  # fmt: skip
             with self.subTest(body[:20]):
                 message = self.finish(b"To: a@example.jp\n\n" + body)
-                self.assertFalse(message.needs_8bitmime)
-                self.assertEqual(decoded_body(message.copy("", 1)), meant)
+                self.assertEqual(message.needs_8bitmime, not body.isascii())
+                found = email.message_from_bytes(message.copy("", 1))
+                self.assertEqual(found.get_content_charset(), charset)
+                self.assertEqual(found.get_payload(decode=True), body.replace(b"\n", b"\r\n"))
 
     def test_lines_too_long_of_a_finished_message(self):
         with self.assertRaises(ValueError):
-            self.finish(b"A: " + b"x" * 996 + b"\n\nb\n")
-        self.finish(b"A: " + b"x" * 995 + b"\n\nb\n")
+            self.finish(b"A: " + b"x" * 998 + b"\n\nb\n")
+        self.assertIn(b"\r\nA: " + b"x" * 995 + b"\r\n", self.finish(b"A: " + b"x" * 995 + b"\n\nb\n").copy("", 1))
+        for line in (
+            b"A: " + b"x" * 997,
+            b"A: " + b"x " * 5000,
+            b"A:" + b" " * 900 + b"x\t" * 5000 + b"\n " + b"y" * 997,
+        ):
+            octets = self.finish(line + b"\n\nb\n").copy("", 1)
+            self.assertLess(max(map(len, octets.split(b"\r\n"))), 999)
+            self.assertIn(line.replace(b"\n", b""), octets.replace(b"\r\n", b""))
         octets = self.finish(b"MIME-Version: 1.0\n\n" + b"x" * 999 + b"\n").copy("", 1)
         self.assertEqual(email.message_from_bytes(octets).get_payload(decode=True), b"x" * 999 + b"\r\n")
 
@@ -4126,22 +4130,17 @@ class Parts(unittest.TestCase):
             shown = [(item.display_name, item.addr_spec) for item in (found[name].addresses if found[name] else ())]
             self.assertEqual(shown, wanted)
 
-    def test_text_alone_is_no_affair_of_email(self):
+    def test_email_is_not_imported(self):
         code = "import sys, haineko; s, _ = haineko.parse_submission(sys.stdin.buffer.read());"
         code += " haineko.compose(s, 'Q' * 16, None, 'x', 0.0); print('email.policy' in sys.modules)"
         for changes, wanted in (
             ({}, b"False"),
             ({"header": {"to": "a@example.jp", "x-a": "猫"}}, b"False"),
-            ({"html": "x"}, b"True"),
+            ({"html": "x"}, b"False"),
         ):
-            found = subprocess.run(
-                [sys.executable, "-c", code],
-                input=as_body(document(**changes)),
+            found = subprocess.run([sys.executable, "-c", code], input=as_body(document(**changes)),
                 capture_output=True,
-                check=True,
-                cwd=os.path.dirname(PROGRAM),
-                env=environment(),
-            )
+                                   check=True, cwd=os.path.dirname(PROGRAM), env=environment())  # fmt: skip
             self.assertEqual(found.stdout.strip(), wanted, found.stderr)
 
     def test_order_of_the_header(self):
@@ -8563,6 +8562,29 @@ class SharedTransactions(Peers):
         found = sorted((rcpt, parsed(text)["to"]) for _, (rcpt,), text, _ in peer.mails)
         self.assertEqual(found, [(f"RCPT TO:<{name}@x.jp>", f"{name}@x.jp") for name in "abc"])
 
+    def test_a_line_for_each_transaction_and_refusal_without_body_or_secret(self) -> None:
+        peer = self.peer({"RCPT": refuses(b="550 5.1.1 no\x07body")}, "AUTH PLAIN", logins={"kijitora": "n-y-a-a"})
+        authinfo = {"x": {"username": "kijitora", "password": "n-y-a-a"}}
+        rcpt = ["a@example.jp", "b@example.jp", "line\nfeed@example.jp"]
+        _, _, found = self.submitted({"default": esmtp(peer, auth="x")}, rcpt, authinfo=authinfo)
+        queueid = found["queueid"]
+        self.assertRegex(queueid, r"\A[0-9A-Za-z]{16}\Z")
+        lines = [line.partition("]: ")[2] for line in self.logged()]
+        self.assertEqual(len(lines), 3, lines)
+        self.assertRegex(lines[2], r" to=<line\?feed@example.jp> dsn=5.1.5 status=rejected \(553 ")
+        for line, to, code, word in ((lines[0], "a", "250", "sent"), (lines[1], "b", "550", "bounced")):
+            for part in (queueid, "client=192.0.2.7", "from=<kijitora@example.org>", f"to=<{to}@example.jp>"):
+                self.assertIn(part, line)
+            self.assertRegex(
+                line, rf" relay=ESMTP:127\.0\.0\.1:{peer.port} delay=[\d.]+ dsn=\S+ status={word} \({code} "
+            )
+        self.assertNotRegex("\n".join(lines), "Meow|n-y-a-a|\x07")
+        self.submitted({}, ["line\nfeed@example.jp", "evil\x1b[2J@example.jp"])
+        lines = self.logged()
+        self.assertTrue(lines)
+        self.assertTrue(all("status=rejected" in line and line.isprintable() for line in lines), lines)
+        self.assertNotIn("Meow", "\n".join(lines))
+
 
 # ======================================================================================================================
 # 16. HTTP
@@ -9181,7 +9203,7 @@ class Workers(Peers):
         self.assertEqual(wires[-1].ask(get("/neko"))[0], 200)
         self.assertEqual(server.ask(post())[0], 200)
         self.assertNotIn("Traceback", server.log())
-        self.assertNotIn("a new one takes its place", server.log())
+        self.assertNotIn("starting a new one", server.log())
 
     def test_a_worker_that_dies_is_replaced_and_the_other_goes_on(self) -> None:
         gate, peer = self.gated()
@@ -9260,7 +9282,7 @@ class Workers(Peers):
             for wire in crowd:
                 wire.close()
             self.assertEqual(words, [True] * len(crowd))
-            self.assertEqual(server.log().count('message="Too many connections"'), len(crowd))
+            self.assertEqual(server.log().count("status=rejected (421 Too many connections)"), len(crowd))
             eventually(lambda: server.ask(get("/neko"))[0] == 503, "room for words")
             gate.set()
             self.assertEqual(busy.answer()[0], 200)
@@ -9350,8 +9372,8 @@ class Workers(Peers):
         server.write({**closed, "recipients": {"open-relay": 1}})
         server.process.send_signal(signal.SIGHUP)
         eventually(lambda: codes() == {"200"}, "the newest settings in all workers")
-        self.assertIn("settings read again", server.log())
-        self.assertNotIn("a new one takes its place", server.log())
+        self.assertIn("reloaded ", server.log())
+        self.assertNotIn("starting a new one", server.log())
 
 
 # ======================================================================================================================
@@ -9534,7 +9556,7 @@ class Commands(Folder, Peers):
         self.assertFalse(os.path.exists(os.path.join(self.folder, "x.pid")))
         with open(os.path.join(self.folder, "x.log"), encoding="utf-8") as stream:
             text = stream.read()
-        self.assertIn("settings read again", text)
+        self.assertIn("reloaded ", text)
         self.assertNotIn("Traceback", text)
 
     def test_start_says_why_it_does_not(self) -> None:
@@ -10193,7 +10215,7 @@ class Attacks(Quiet):
             mail = haineko.Transaction(
                 haineko.Route(), NAME, "Q" * 16, "a@example.org", tuple(to), haineko.Message((b"",))
             )
-            lines = haineko.result_lines(request(b""), [haineko.TransactionResult(mail, [said] * 20, 1.0)])
+            lines = haineko.result_lines(request(b""), haineko.TransactionResult(mail, [said] * 20, 1.0))
             with self.subTest(name[:3]):
                 self.assertEqual([line.count("@") - 1 for line in lines], counts)
                 self.assertLess(max(len(line.encode()) for line in lines), select.PIPE_BUF - 60)
@@ -10206,9 +10228,11 @@ class Attacks(Quiet):
         )
         asked = haineko.Request("", "", {}, b"", haineko.parse_ip("127.0.0.1"), None, None, NOW, settings())
         lines = haineko.result_lines(
-            asked, [haineko.TransactionResult(job, [haineko.make_reply("discarded", mailer="Discard")], 1.0)]
+            asked, haineko.TransactionResult(job, [haineko.make_reply("discarded", mailer="Discard")], 1.0)
         )
-        self.assertIn(r'from="<\"a> code=250\"@x.jp>" to="<\"b> dsn=2.0.0\"@x.jp>" relay=Discard code=200 ', lines[0])
+        self.assertIn(
+            r'from="<\"a> code=250\"@x.jp>" to="<\"b> dsn=2.0.0\"@x.jp>" relay=Discard delay=0.001 dsn=2.0.0 ', lines[0]
+        )
 
     def test_a_server_that_repeats_our_password(self):
         plain = base64.b64encode(b"\0neko\0hunter2secret").decode()
