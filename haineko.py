@@ -7,24 +7,16 @@
                                                +-> QueueDB -> QueueManager -> RELAYS -> bounce, webhook
 
      1  Replies and transactions    9  Event loop
-     2  JSON into dataclasses      10  DNS
+     2  JSON into dataclasses      10  DNS and connections
      3  Settings                   11  HTTP client
      4  Log                        12  SMTP sessions
-     5  Submissions                13  Relays
+     5  Submissions                13  Relays and probes
      6  Policy                     14  Queue
      7  Messages                   15  Submission pipeline
      8  Routes                     16  HTTP server
                                    17  Commands
 
-     1  Replies and jobs          9  Waiting
-     2  JSON into dataclasses    10  DNS and connections
-     3  Settings                 11  HTTP client
-     4  Log                      12  SMTP sessions
-     5  Submissions              13  Relays
-     6  Policy                   14  Queue
-     7  Messages                 15  The way of a mail
-     8  Routes                   16  HTTP
-                                 17  Commands
+Sections 1, 5 to 8 and 13 to 15 are the pipeline; 2 to 4 and 9 to 12 are infrastructure; 16 and 17 are the two entries.
 
 Rules of the file:
   - A section uses only the sections above it; inside a section callers stand above their helpers.
@@ -78,7 +70,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
@@ -107,6 +99,7 @@ class Reply(NamedTuple):
     status: int = 0  # HTTP status of a refusal before delivery
     maybe_delivered: bool = False  # the end of the text was sent and no reply came: the mail may have arrived
     retry_after: int = 0  # seconds after which to try again, where the other side said so
+    origin: str = "relay"  # who gave it: "relay" (the other side, or our part in talking to it), "policy", "queue"
     from_server: bool = False  # the code and the words are the next hop's own
     route_fault: bool = False  # log-in or settings of the route are at fault: no verdict on the mail, which waits
 
@@ -351,10 +344,9 @@ def parse_json(octets: bytes) -> Any:
 
 def _object_from_pairs(pairs: list) -> dict:
     result = dict(pairs)
-    if len(result) == len(pairs):
-        return result
-    result, seen = DuplicateKeyDict(result), set()
-    result.duplicate_keys = tuple(dict.fromkeys(key for key, _ in pairs if key in seen or seen.add(key)))
+    if len(result) < len(pairs):
+        result, counts = DuplicateKeyDict(result), Counter(key for key, _ in pairs)
+        result.duplicate_keys = tuple(key for key, count in counts.items() if count > 1)
     return result
 
 
@@ -364,9 +356,6 @@ def _reject_constant(name: str):
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object_from_pairs, parse_constant=_reject_constant)
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
-
-
-CACHE_MAX_CHARS = 512  # characters of what is remembered: long ones would fill the memory
 
 
 def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", secret: bool = False) -> Any:
@@ -417,16 +406,10 @@ def key_table(cls: type) -> dict:
 
 def json_type_name(value: Any) -> str:
     """Return "a string", "a list" and so on."""
-    return next((name for kind, name in JSON_TYPES if isinstance(value, kind)), "null")
+    return next((name for kind, name in JSON_TYPES.items() if isinstance(value, kind)), "null")
 
 
-JSON_TYPES = (
-    (bool, "true or false"),
-    (str, "a string"),
-    ((int, float), "a number"),
-    (list, "a list"),
-    (dict, "an object"),
-)
+JSON_TYPES = {bool: "true or false", str: "a string", (int, float): "a number", list: "a list", dict: "an object"}
 
 
 def did_you_mean(word: str, words: Any) -> str:
@@ -578,10 +561,8 @@ class Networks:
         self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
 
     def __contains__(self, address: IPAddress) -> bool:
-        for version, shift, members in self.groups:
-            if version == address.version and address.number >> shift in members:
-                return True
-        return False
+        version, number = address.version, address.number
+        return any(version == of and number >> shift in members for of, shift, members in self.groups)
 
 
 LOOPBACK = Networks(("127.0.0.0/8", "::1"))
@@ -671,10 +652,8 @@ class Relay(NamedTuple):
     into_folder: bool = False  # delivers into a folder of this machine
 
 
-RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 13
-
-
 UNKNOWN_RELAY = Relay(None, None)  # of a route whose mailer is a fault of the settings
+RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 13
 
 
 def parse_secret(value: Any, json_path: str, errors: list) -> Any:
@@ -748,8 +727,8 @@ def verify_password(line: str, password: str) -> bool:
     """True if `line` (scrypt or {SSHA}) is the hash of the password."""
     found = SCRYPT.fullmatch(line)
     if not found:
-        digest, salt = _ssha(line)
-        return hmac.compare_digest(hashlib.sha1(password.encode() + salt).digest(), digest)
+        octets = base64.b64decode(line[len("{SSHA}") :])
+        return hmac.compare_digest(hashlib.sha1(password.encode() + octets[20:]).digest(), octets[:20])
     cost, block, parallel = (int(n) for n in found.groups()[:3])
     salt, digest = (base64.b64decode(item) for item in found.groups()[3:])
     return hmac.compare_digest(scrypt(password, salt, cost, block, parallel), digest)
@@ -778,22 +757,12 @@ def scrypt_cost(line: str) -> int:
     return (parallel * block << cost) >> 17
 
 
-def is_password_hash(line: str) -> bool:
-    return bool(SCRYPT.fullmatch(line) or (line.startswith("{SSHA}") and _ssha(line)))
-
-
-def _ssha(line: str) -> tuple:
-    """Return (SHA-1 of password and salt, salt) of an {SSHA} line, () if it is none."""
-    try:
-        octets = base64.b64decode(line[6:], validate=True)
-    except ValueError:
-        return ()
-    return (octets[:20], octets[20:]) if len(octets) > 20 else ()
-
-
 _BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==))"
 SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at most
-parse_password_hash = matching(is_password_hash, "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True)
+SSHA = re.compile(rf"{{SSHA}}(?=.{{27}}[^=]){_BASE64}")  # of 21 octets or more: SHA-1 of password and salt, salt
+parse_password_hash = matching(
+    re.compile(f"{SCRYPT.pattern}|{SSHA.pattern}"), "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True
+)
 
 
 def domain_key(name: str) -> str:
@@ -1167,16 +1136,16 @@ def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) 
     row = route.row
     if route.auth and route.auth not in logins:
         errors.append(f'{json_path}.auth: "{route.auth}" is not in authinfo{did_you_mean(route.auth, logins)}')
-    if route.relay == "MX" and route.auth:
-        errors.append(f"{json_path}.auth: MX logs in nowhere")
-    if route.relay == "File" and not is_writable_folder(route.folder):
+    errors += [f"{json_path}.{key}: {route.relay} takes no such setting" for key in row.refuses if getattr(route, key)]
+    errors += [f"{json_path}.{key}: {route.relay} needs it" for key in row.needs if not getattr(route, key)]
+    if row.into_folder and not is_writable_folder(route.folder):
         errors.append(f"{json_path}.mailer: {route.folder} is not a folder that can be written")
     ca_file = os.path.join(base, route.ca_file) if route.ca_file else ""
     try:
         client_context(route.tls_verify, ca_file, stat_key(ca_file)) if ca_file else None
     except OSError as error:
         errors.append(f"{json_path}.ca_file: {ca_file}: {error.strerror or error}")
-    if route.relay != "File" and route.host.startswith("/"):
+    if not row.into_folder and route.host.startswith("/"):
         errors.append(f'{json_path}.host: expected a host name, got "{route.host}"')
     *login, token = logins.get(route.auth, ("",))
     route = replace(route, ca_file=ca_file, credentials=tuple(login), token=token)
@@ -1216,19 +1185,28 @@ def pin_queue_path(fresh: Settings, queue_settings: QueueSettings | None) -> Set
 
 
 def local_hostname() -> str:
-    """Return this machine's name, made legal; with ".localdomain" (as of Postfix) if it has no domain."""
-    name = socket.gethostname()
+    return qualified_hostname(socket.gethostname())
+
+
+def qualified_hostname(name: str) -> str:
+    """Return a machine's name, made legal for headers; with ".localdomain", as Postfix does, if it has no domain."""
     if FQDN.fullmatch(name):
         return name
     return (re.sub("[^A-Za-z0-9]+", "-", name)[:63].strip("-") or "localhost") + LOCALDOMAIN
 
 
+@functools.lru_cache(maxsize=64)
 def ehlo_name(hostname: str, address: str) -> str:
-    """Return our name for EHLO: the address literal of the connection if it is no fully qualified domain name."""
-    if DOMAIN.fullmatch(hostname) and "." in hostname and not hostname.rpartition(".")[2].isdigit():
+    """Return the name for EHLO from a local address: `hostname`, or if qualified_hostname() had to make it up, what
+    reverse DNS says, else the address literal (RFC 5321 4.1.4)."""
+    if not hostname.endswith(LOCALDOMAIN):
         return hostname
-    address = str(parse_ip(address.partition("%")[0]))
-    return f"[IPv6:{address}]" if ":" in address else f"[{address}]"  # RFC 5321 4.1.4
+    local = parse_ip(address)
+    with contextlib.suppress(OSError):
+        name = "" if local in LOOPBACK else socket.gethostbyaddr(address)[0]
+        if FQDN.fullmatch(name) and not name.endswith(LOCALDOMAIN):
+            return name
+    return f"[IPv6:{local.text}]" if local.version == 6 else f"[{local.text}]"
 
 
 LOCALDOMAIN = ".localdomain"
@@ -1505,7 +1483,10 @@ class Request:
     peer: IPAddress | None  # address of the connection: the client's or a proxy's
     port: int | None  # of the client
     now: float  # seconds since the epoch
-    settings: Settings | None = None  # the settings in force when it began
+    settings: Settings | None = None  # in force when it began
+    login: str = ""  # who logged in
+    message_size: int = 0  # octets of the finished message
+    forwarded: str = ""  # a header by which a proxy says that it forwarded the request
     dsn: tuple = Message(()).dsn  # what is asked of the next server
 
 
@@ -1910,7 +1891,7 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
     rows = {normalize_key(key): row for key, row in own.items()}
     values, extra, seen = {}, [], {}
     twice = getattr(value, "duplicate_keys", ())[:MAX_ERRORS]
-    errors.extend(f"{json_path}.{sanitize(key)}: stands more than once" for key in twice)
+    errors.extend(f"{json_path}.{sanitize(key)}: duplicate key" for key in twice)
     for key, item in value.items():
         if len(errors) >= MAX_ERRORS:
             break
@@ -8955,11 +8936,11 @@ def header_lists(fields: list) -> list:
 
 
 def expand_alias(address: str, settings: Settings) -> tuple:
-    """Return the addresses that smtpd.aliases has for a name without a domain, or with this machine's; else (itself,)."""
+    """Return the addresses that smtpd.aliases has for a name alone or at this machine; else the address itself."""
     local, _, domain = address.rpartition("@")
     if domain.lower() != settings.hostname.lower() and local:
         return (address,)
-    return tuple(settings.smtpd.aliases.get((local or domain).lower(), (with_domain(address, settings.hostname),)))
+    return tuple(settings.smtpd.aliases.get((local or domain).lower(), (qualified(address, settings.hostname),)))
 
 
 def qualified_field(name: str, field: bytes, hostname: str) -> tuple:
@@ -8972,40 +8953,20 @@ def qualified_field(name: str, field: bytes, hostname: str) -> tuple:
 
 def qualified(text: str, hostname: str) -> str:
     """Return an address list in which names alone have got the domain."""
-    done: list = []
-    member: list = []
-    for token in [*ADDRESS_TOKENS.findall(text), ""]:
-        if token in ("", ",", ";", ":"):
-            done += [
-                *(member if token == ":" else qualified_member(member, hostname)),
-                token,
-            ]  # ":" ends a group's name
-            member = []
-        else:
-            member.append(token)
-    return "".join(done)
+
+    def add_domain(found: Any) -> str:
+        end = found.end(1 if found[1] else 2) - found.start()
+        return f"{found[0][:end]}@{hostname}{found[0][end:]}" if found[1] or found[2] else found[0]
+
+    return BARE_NAME.sub(add_domain, text)
 
 
-ADDRESS_TOKENS = re.compile(
-    r'"(?:[^"\\]|\\.)*(?:"|\Z)|\((?:[^()\\]|\\.|\((?:[^()\\]|\\.)*\))*(?:\)|\Z)|<[^<>]*>|\[[^\[\]]*\]|[,:;]|\s+'
-    r'|[^\s",:;()<>\[]+|.',
+_NAME, _COMMENT = r"[A-Za-z0-9._+-]+", r"\((?:[^()\\]|\\.|\((?:[^()\\]|\\.)*\))*(?:\)|\Z)"
+BARE_NAME = re.compile(  # quoted strings and comments are stepped over
+    rf'"(?:[^"\\]|\\.)*(?:"|\Z)|<\s*({_NAME})\s*>'
+    rf"|(?:\A|(?<=[,:;]))\s*(?:{_COMMENT}\s*)?({_NAME})(?=\s*(?:{_COMMENT}\s*)*(?:[,;]|\Z))|{_COMMENT}",
     re.DOTALL,
 )
-
-
-def qualified_member(tokens: list, hostname: str) -> list:
-    """Return the tokens of a mailbox; its address has a domain."""
-    words = [i for i, token in enumerate(tokens) if token.strip() and token[0] != "("]
-    angles = [i for i in words if tokens[i][0] == "<"]
-    if len(angles) == 1:
-        tokens[angles[0]] = f"<{with_domain(tokens[angles[0]][1:-1].strip(), hostname)}>"
-    elif len(words) == 1:
-        tokens[words[0]] = with_domain(tokens[words[0]], hostname)
-    return tokens
-
-
-def with_domain(name: str, hostname: str) -> str:
-    return f"{name}@{hostname}" if re.fullmatch("[A-Za-z0-9._+-]+", name) else name
 
 
 # -- what else sendmail does

@@ -1677,13 +1677,17 @@ class HouseRules(unittest.TestCase):
                 self.assertEqual(len(House(f"T = {{}}\ndef f():\n    {line}\n").mutations()), 1)
 
     def test_every_reply_is_given_and_every_given_reply_exists(self):
-        given = set()
-        for node in ast.walk(self.house.tree):
-            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "make_reply"
-            looked_up = isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "REPLIES"
-            place = node.args[0] if called else node.slice if looked_up else None
-            given |= {item.value for item in ast.walk(place or ast.Pass()) if isinstance(item, ast.Constant)}
-        self.assertEqual(given, set(haineko.REPLIES))
+        made = [
+            node.args[0]
+            for node in ast.walk(self.house.tree)
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "make_reply" and node.args
+        ]
+        given = {node.value for slug in made for node in ast.walk(slug) if isinstance(node, ast.Constant)}
+        self.assertEqual(given - set(haineko.REPLIES), set())
+        table = next(node for node in self.house.tree.body if "REPLIES" in self.house._defined(node))
+        texts = [node.value for node in ast.walk(self.house.tree) if isinstance(node, ast.Constant)]
+        keys = [node.value for node in table.value.keys]
+        self.assertEqual([key for key in keys if texts.count(key) < 2], [])
 
     def test_every_name_is_used(self):
         used = {node.id for node in ast.walk(self.house.tree) if isinstance(node, ast.Name) and _loads(node)}
@@ -2042,7 +2046,7 @@ class SettingsFile(Folder):
                 'relayhosts.relayhosts[1]: expected an IP address or network, got "192.0.2.0/33"',
                 'relayhosts.relayhosts[2]: expected an IP address or network, got "::g"',
                 'recipients.domainparts: unknown key; did you mean "domainpart"?',
-                'mailertable.default.mailer: "SMTP" is no relay known here; did you mean "ESMTP"?',
+                'mailertable.default.mailer: unknown relay type "SMTP"; did you mean "ESMTP"?',
                 "mailertable.default.port: expected a whole number from 1 to 65535, got 0",
                 'mailertable.example.jp.host: expected a host name or an IP address, got "a b"',
                 "mailertable.example.jp.retry: expected a whole number from 0 to 100, got 1.5",
@@ -2299,7 +2303,7 @@ class SettingsFile(Folder):
             ("a@sub.example.com", False),
         ]:
             with self.subTest(text):
-                self.assertEqual(haineko.check_rcpt(haineko.parse_address(text), found) is None, permitted)
+                self.assertEqual(haineko.check_recipient(haineko.parse_address(text), found) is None, permitted)
 
     def test_domains_in_ascii(self):
         cases = [
@@ -2346,6 +2350,111 @@ class SettingsFile(Folder):
         faults: list = []
         haineko.from_dict(haineko.Settings, json.loads(json.dumps(shown)), "", faults)
         self.assertEqual(faults, [])
+
+    def test_errors_that_depend_on_other_sections_are_told_with_the_others(self):
+        cases = [
+            ({"smtpd": {"x": 1}, "mailertable": {"default": {"auth": "x", "prot": 25}, ".example.jp": {"auth": "y"}}},
+             ["smtpd.x", "mailertable.default.prot", "mailertable.default.auth", "mailertable..example.jp.auth"]),
+            ({"queue": {"path": "gone/x.db", "lifetime": 0}}, ["queue.lifetime", "queue.path"]),
+            ({"httpd": {"tls": {"certificate": "gone", "key": "gone"}, "timeout": 0}}, ["httpd.timeout", "httpd.tls"]),
+            ({"authinfo": {"a": {"password": {"file": "gone"}}}, "smtpd": 1}, ["smtpd", "authinfo.a.password.file"]),
+            ({"authinfo": 5, "mailertable": {"default": {"auth": "x"}}}, ["authinfo"]),
+            ({"authinfo": "gone", "mailertable": {"default": {"auth": "x"}}}, ["authinfo"]),
+            ({"authinfo": {"x": 5}, "mailertable": {"default": {"auth": "x"}}}, ["authinfo.x"]),
+            ({"authinfo": {"x": {"password": {"file": 5}}, "y": {"token": {"env": []}}}},
+             ["authinfo.x.password.file", "authinfo.y.token.env"]),
+            ({"httpd": {"tls": 5}, "queue": []}, ["httpd.tls", "queue"]),
+            ({"mailertable": {"default": 5, "example.jp": {"mailer": "AmazonSES", "region": "A B"}}},
+             ["mailertable.default", "mailertable.example.jp.region", "mailertable.example.jp.auth"]),
+        ]  # fmt: skip
+        for content, wanted in cases:
+            with self.subTest(content=content):
+                self.assertEqual([error.partition(": ")[0] for error in self.faults(content)], wanted)
+
+    def test_files_of_tls_are_named_and_must_be_files(self):
+        os.mkfifo(os.path.join(self.folder, "fifo"))
+        self.write("file.pem", "x")
+        pairs = [
+            ("gone", "file.pem"),
+            ("file.pem", "gone"),
+            ("fifo", "file.pem"),
+            ("file.pem", "fifo"),
+            ("/dev/zero",) * 2,
+        ]
+        for certificate, key in [*pairs, ("file.pem", "file.pem")]:
+            wrong = os.path.join(self.folder, key if certificate == "file.pem" else certificate)
+            with self.subTest(certificate=certificate, key=key):
+                (error,) = self.faults({"httpd": {"tls": {"certificate": certificate, "key": key}}})
+                self.assertTrue(error.startswith("httpd.tls: ") and wrong in error, error)
+        for ca_file in ("fifo", "/dev/zero", "gone"):
+            with self.subTest(ca_file=ca_file):
+                (error,) = self.faults({"mailertable": {"default": {"ca_file": ca_file}}})
+                self.assertTrue(error.startswith("mailertable.default.ca_file: "), error)
+        for tls, wanted in (
+            ({}, ["httpd.tls.certificate", "httpd.tls.key"]),
+            ({"certificate": "x"}, ["httpd.tls.key"]),
+        ):
+            with self.subTest(tls=tls):
+                self.assertEqual([error.partition(": ")[0] for error in self.faults({"httpd": {"tls": tls}})], wanted)
+
+    def test_settings_that_everybody_can_write_are_refused(self):
+        (error,) = self.faults({"mailertable": "aside"} if self.write("aside", {}, 0o602) else {})
+        self.assertIn("can be written by everybody", error)
+        self.assertIn("can be written by everybody", " ".join(self.faults({}, 0o602)))
+
+    def test_every_login_costs_the_same(self):
+        digest = hashlib.scrypt(b"neko", salt=b"s" * 16, n=1 << 14, r=8, p=1)
+        old = "$scrypt$ln=14,r=8,p=1$" + "$".join(base64.b64encode(octets).decode() for octets in (b"s" * 16, digest))
+        gate = settings(password={"old": old, "ssha": self.KIJITORA, "new": haineko.hash_password("neko")}).password
+        costs = {}
+        for user in ("old", "ssha", "new", "nobody"):
+            for word in ("1", "2", "3"):
+                began = time.process_time()
+                self.assertFalse(gate.authenticate("Basic " + base64.b64encode(f"{user}:{word}".encode()).decode()))
+                costs[user] = min(time.process_time() - began, costs.get(user, 9))
+        self.assertLess(max(costs.values()), 1.5 * min(costs.values()), costs)
+        self.assertTrue(gate.authenticate("Basic " + base64.b64encode(b"old:neko").decode()))
+        self.assertIn("$scrypt$ln=14,r=8,p=5$", haineko.hash_password("neko"))
+
+    def test_the_name_of_a_machine(self):
+        for name, wanted in (
+            ("mail.example.org", "mail.example.org"), ("a-b.example.org", "a-b.example.org"),
+            ("3f2a9c0d1e2b", "3f2a9c0d1e2b.localdomain"), ("my_container", "my-container.localdomain"),
+            ("192.168.1.5", "192-168-1-5.localdomain"), ("localhost", "localhost.localdomain"),
+            ("a.1", "a-1.localdomain"),
+            ("my_container.example.org", "my-container-example-org.localdomain"), ("", "localhost.localdomain"),
+            ("-a.example.org", "a-example-org.localdomain"), ("ねこ", "localhost.localdomain"),
+            ("a" * 64 + ".jp", "a" * 63 + ".localdomain"),
+        ):  # fmt: skip
+            with self.subTest(name):
+                self.assertEqual(haineko.qualified_hostname(name), wanted)
+        for hostname, address, wanted in (
+            ("mail.example.org", "127.0.0.1", "mail.example.org"), ("mail", "::1", "mail"),
+            ("box.localdomain", "127.0.0.1", "[127.0.0.1]"), ("box.localdomain", "::1", "[IPv6:::1]"),
+            ("box.localdomain", "::ffff:127.0.0.1", "[127.0.0.1]"),
+        ):  # fmt: skip
+            with self.subTest(hostname, address=address):
+                self.assertEqual(haineko.ehlo_name(hostname, address), wanted)
+
+    def test_aliases_monitors_and_provider_headers(self):
+        aliases = {"root": "ops@example.org", "Cron": ["a@example.org", "b@example.org"]}
+        found = settings(smtpd={"aliases": aliases}, httpd={"monitors": "192.0.2.0/24"}, mailertable={"default": {}})
+        self.assertEqual(
+            found.smtpd.aliases, {"root": ("ops@example.org",), "cron": ("a@example.org", "b@example.org")}
+        )
+        self.assertIn(haineko.parse_ip("192.0.2.1"), found.httpd.monitors)
+        self.assertIn(haineko.parse_ip("127.0.0.9"), haineko.Httpd().monitors)
+        self.assertIs(found.mailertable["default"].provider_headers, False)
+        for aliases in (
+            {"a@b.example": "x@y.example"},
+            {"root": "ops"},
+            {"root": []},
+            {"root": [1]},
+            {"": "x@y.example"},
+            5,
+        ):
+            with self.subTest(aliases=aliases):
+                self.assertEqual(len(self.faults({"smtpd": {"aliases": aliases}})), 1)
 
 
 # ======================================================================================================================
@@ -2485,6 +2594,12 @@ class LogLines(Quiet):
             with self.subTest(wanted):
                 self.assertEqual(haineko.log_pairs(**values), wanted)
 
+    def test_tabs_of_a_dialogue_are_kept(self):
+        self.addCleanup(setattr, haineko.log, "devel", False)
+        haineko.log.devel = True
+        haineko.log.dialogue("mx.example.jp", "<", "250 a\tb\x1b[2J")
+        self.assertEqual(self.logged(), ["mx.example.jp < 250 a\tb?[2J"])
+
     def test_a_full_stderr_costs_no_mail(self):
         with open("/dev/full", "wb") as full:
             os.dup2(full.fileno(), 2)
@@ -2590,8 +2705,8 @@ class Submissions(unittest.TestCase):
             ({"header": {"charset": "UTF-9"}}, ['header.charset: unknown charset "UTF-9"; "UTF-8" holds every character']),
             ({"header": {"x-haineko-loop": "a b"}}, ['header.x-haineko-loop: "a b" is no name of a Haineko']),
             ({"header": {"x-haineko-loop": [1]}}, ["header.x-haineko-loop[0]: expected a string, got a number"]),
-            (b'{"body": "a", "body": "b"}', ["body: stands more than once"]),
-            (b'{"header": {"subject": "a", "subject": "a"}}', ["header.subject: stands more than once"]),
+            (b'{"body": "a", "body": "b"}', ["body: duplicate key"]),
+            (b'{"header": {"subject": "a", "subject": "a"}}', ["header.subject: duplicate key"]),
             (b'{"body": "\\ud800"}', ["body: has half a surrogate pair at character 0"]),
             (b'{"rcpt": ["a", "b\\udc00"]}', ["rcpt[1]: has half a surrogate pair at character 1"]),
             (b'{"header": {"subject": "\\ud83d"}}', ["header.subject: has half a surrogate pair at character 0"]),
@@ -2843,8 +2958,8 @@ class Submissions(unittest.TestCase):
 
 FAULTS = [
     ({"html": 1}, "html: expected a string, got a number"),
-    ({"attachments": "x"}, "attachments: an object is wanted, not a string"),
-    ({"attachments": [file(), "x"]}, "attachments[1]: an object is wanted, not a string"),
+    ({"attachments": "x"}, "attachments: expected an object, got a string"),
+    ({"attachments": [file(), "x"]}, "attachments[1]: expected an object, got a string"),
     ({"attachments": [{"filename": "a"}]}, "attachments[0].content: is missing"),
     ({"attachments": [{"content": None}]}, "attachments[0].content: is missing"),
     ({"attachments": [file(), file(), {"content": "a*b="}]}, "attachments[2].content: is not base64"),
@@ -2874,7 +2989,7 @@ FAULTS = [
     *[({"attachments": [file(cid=cid)]}, "attachments[0].cid: ") for cid in ("a b", "a>b", "猫", "<a", "a\r\nBcc: x",
       "x" * 201, 1)],
     ({"attachments": [file(cid="a"), file(cid="<a>")]}, "attachments[1].cid: another attachment has it already"),
-    ({"attachments": [file(inline="yes")]}, "attachments[0].inline: true or false is wanted, not a string"),
+    ({"attachments": [file(inline="yes")]}, "attachments[0].inline: expected true or false, got a string"),
     ({"attachments": [file()] * 1001}, "attachments: 1001 exceed the limit of 1000"),
     *[({"header": {key.partition("[")[0]: value}}, f"header.{key}: {said}") for key, value, said in [
         ("to", "a", 'expected "name <address>"'), ("cc[1]", ["a@example.jp", 1], "expected a string"),
@@ -2938,7 +3053,7 @@ class PartsRefused(Quiet):
     def test_a_key_twice_and_a_key_unknown_are_both_named(self):
         body = b'{"mail": "a@b", "rcpt": ["c@d"], "header": {"subject": "1", "subject": "2", "Foo": 1, "X-a": "1"}}'
         self.assertEqual(
-            haineko.parse_submission(body)[1], ["header.subject: stands more than once", "header.Foo: unknown key"]
+            haineko.parse_submission(body)[1], ["header.subject: duplicate key", "header.Foo: unknown key"]
         )
 
     def test_what_is_empty(self):
@@ -5164,6 +5279,11 @@ class SmtpSessions(Peers):
         [[said]] = carried(job(peer))
         self.assertEqual(said.code, "250")
         self.assertEqual(peer.lines[:2], [f"ehlo {NAME}", f"helo {NAME}"])
+
+    def test_a_machine_without_a_domain_greets_with_its_address(self) -> None:
+        peer = self.peer({"EHLO": "502 5.5.1 what?"})
+        carried(job(peer)._replace(hostname=haineko.qualified_hostname("my_container")))
+        self.assertEqual(peer.lines[:2], ["ehlo [127.0.0.1]", "helo [127.0.0.1]"])
 
     def test_parameters_are_those_that_are_offered(self) -> None:
         mail, rcpt, size = "MAIL FROM:<kijitora@example.org>", "RCPT TO:<a@example.jp>", f" SIZE={len(TEXT)}"
@@ -10245,8 +10365,8 @@ class AttacksOnFiles(Folder):
     def test_no_file_there(self):
         path = os.path.join(self.folder, "haineko.json")
         for what, make in (
-            ("is no file", lambda: os.mkfifo(path)),  # would be waited for
-            ("is no file", lambda: os.symlink("/dev/zero", path)),  # has no end
+            ("is not a regular file", lambda: os.mkfifo(path)),  # would be waited for
+            ("is not a regular file", lambda: os.symlink("/dev/zero", path)),  # has no end
             ("Is a directory", lambda: os.mkdir(path)),
             ("symbolic links", lambda: os.symlink(path, path)),
         ):
