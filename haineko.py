@@ -8860,7 +8860,7 @@ async def submit_here(body: bytes, settings: Settings, dsn: tuple) -> Response:
     app = App(replace(settings, httpd=Httpd(), smtpd=smtpd, password=Authenticator({})))
     log.quiet = log.priority is None  # stderr is read by the calling program, which may mail it
     client = parse_ip("127.0.0.1")
-    request = Request("POST", "/submit", {}, body, client, None, None, time.time())
+    request = Request("POST", "/submit", {}, body, client, None, None, time.time(), dsn=dsn)
     try:
         return await submit(request, app)
     finally:
@@ -8974,26 +8974,24 @@ BARE_NAME = re.compile(  # quoted strings and comments are stepped over
 
 def dsn_options(flags: dict) -> tuple:
     """Return what -R, -V and -N ask of the next server: parameters of MAIL, and of RCPT (RFC 3461)."""
-    ret = {"hdrs": " RET=HDRS", "full": " RET=FULL"}.get(flags.get("-R", "").lower(), "")
+    ret, notify = flags.get("-R", "full").upper(), flags.get("-N", "failure,delay").upper().replace(" ", "")
+    if ret not in ("HDRS", "FULL"):
+        raise CommandError(f"usage: -R {flags['-R']}: expected hdrs or full", EX_USAGE)
+    if notify != "NEVER" and not set(notify.split(",")) <= {"SUCCESS", "FAILURE", "DELAY"}:
+        raise CommandError(f"usage: -N {flags['-N']}: expected never, or some of success, failure, delay", EX_USAGE)
     envid = re.sub(r"[^!-*,-<>-~]", lambda c: "".join(f"+{b:02X}" for b in c[0].encode()), flags.get("-V", "")[:30])
-    words = flags.get("-N", "").upper().replace(" ", "").split(",")
-    if "-R" in flags and not ret:
-        raise CommandError(f"usage: -R {flags['-R']}: hdrs or full is wanted", EX_USAGE)
-    if "-N" in flags and words != ["NEVER"] and not set(words) <= {"SUCCESS", "FAILURE", "DELAY"}:
-        raise CommandError(f"usage: -N {flags['-N']}: never, or success, failure, delay are wanted", EX_USAGE)
-    return ret + (f" ENVID={envid}" if envid else ""), f" NOTIFY={','.join(words)}" if "-N" in flags else ""
+    return f" RET={ret}{' ENVID=' if envid else ''}{envid}", f" NOTIFY={notify}"
 
 
 def sendmail_queue(flags: dict, addresses: list) -> int:
-    """List the queue, or with -q try what waits: all, or with -qIQUEUEID one mail."""
+    """List the queue, or with -q make what waits due: all, or with -qIQUEUEID one mail."""
     settings = usable_settings(flags.get("-C")).queue
-    if not settings or not os.path.exists(settings.path):
-        print("Mail queue is empty")
-        return EX_OK
+    exists = settings and os.path.exists(settings.path)
     if "-b" in flags:
-        return queue_list(QueueDB(settings), "")
+        return queue_list(QueueDB(settings), "") if exists else print("Mail queue is empty") or EX_OK
     which = flags["-q"].strip()
-    run_operation(QueueDB(settings), flush_queue, which[1:] if which[:1] == "I" else None)
+    if exists:
+        run_operation(QueueDB(settings), flush_queue, which[1:] if which[:1] == "I" else None)
     return EX_OK
 
 

@@ -608,6 +608,14 @@ def run_program(*words: str, given=None, **more) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, PROGRAM, *words], check=False, **more)
 
 
+def can_run(program: str, **more) -> bool:
+    """Whether a program starts, as another user, for instance."""
+    try:
+        return subprocess.run([program, "-c", ""], check=False, **more).returncode == 0
+    except OSError:
+        return False
+
+
 class Server:
     """A real `haineko.py serve` with settings in a folder of its own; without settings where they are None."""
 
@@ -9842,6 +9850,136 @@ class Commands(Folder, Peers):
         self.assertEqual(self.haineko("sendmail", "-C", bad, "a@example.jp", given=text)[0], 78)
         code, _, err = self.haineko("sendmail", "a@example.jp", given=text)
         self.assertEqual((code, "no settings file" in err), (78, True), "it must not be lost on a screen")
+
+    def test_sendmail_as_programs_call_it(self) -> None:
+        peer = self.peer({}, "DSN")
+        path = self.settings(
+            smtpd={"hostname": NAME, "aliases": {"root": ["ops@example.jp"]}}, mailertable={"default": esmtp(peer)}
+        )
+        text = "Subject: x\n\nNya\n"
+        to = "a@example.jp"
+        fails, full, rets = " NOTIFY=FAILURE,DELAY", " RET=FULL", " RET=HDRS"
+        cases = (
+            # words, message, RCPT lines, what MAIL ends with or the header holds
+            (("a@example.jp,b@example.jp",), text, ("a", "b"), ""),
+            (("a@example.jp b@example.jp",), text, ("a", "b"), ""),
+            (("<a@example.jp>", "Neko <b@example.jp>"), text, ("a", "b"), ""),
+            (('"Doe, J" <a@example.jp>, b@example.jp (x)',), text, ("a", "b"), ""),
+            (("-h", "5", "-i", to), text, ("a",), ""),
+            (("-e", "m", to), text, ("a",), ""),
+            (("-em", "-odb", "-oem", "-O", "x=y", "-Ac", "-Am", "-x", "-n", "-m", "-v", "-G", "-U", to), text, ("a",), ""),
+            (("-L", "label", "-pESMTP", "-X", "log", "-B", "8BITMIME", "-q", to), text, ("a",), ""),
+            (("-N", "failure,delay", "-R", "hdrs", to), text, ("a",), rets),
+            (("-N", "never", "-V", "a b+", to), text, ("a",), full + " ENVID=a+20b+2B"),
+            (("-F", "Cron Daemon", to), text, ("a",), "From: Cron Daemon <cron@"),
+            (("-F", "Cron\nBcc: z@example.jp", to), text, ("a",), "<cron@"),
+            (("-F", "x", to), "From: root (Cron Daemon)\n" + text, ("a",), f"From: root@{NAME} (Cron Daemon)"),
+            (("root",), "To: root\n" + text, ("ops",), f"To: root@{NAME}"),
+            (("-t",), "To: root, neko@example.jp\n" + text, ("ops", "neko"), f"To: root@{NAME}, neko@example.jp"),
+            (("-t",), "Resent-To: r@example.jp\nResent-Bcc: s@example.jp\nResent-From: x\nTo: a@example.jp\n" + text,
+             ("r", "s"), f"Resent-From: x@{NAME}"),
+            (("-t",), "Resent-To: r@example.jp\nReceived: x\nResent-To: old@example.jp\n" + text, ("r",), ""),
+            (("-t",), "To: unlisted-recipients:; (no To-header on input)\nBcc: b@example.jp\n" + text, ("b",), ""),
+            (("-t",), "To: a@example.jp,\nCc: b@example.jp (Doe, J), c@example.jp\n" + text, ("a", "b", "c"), ""),
+            (("-t",), "To: a@example.jp; b@example.jp\n" + text, ("a", "b"), ""),
+            (("-t", "c@example.jp"), "To: a@example.jp\n" + text, ("c", "a"), ""),
+            ((to,), "no header at all\n", ("a",), "From: cron@"),
+        )  # fmt: skip
+        commands = [("sendmail", "-C", path, *words) for words, *_ in cases]
+        given = [f"X-Case: {i}\n{case[1]}" for i, case in enumerate(cases)]
+        results = self.each(*commands, given=given, LOGNAME="cron")
+        mails = {int(email.message_from_bytes(mail[2])["X-Case"]): mail for mail in peer.mails}
+        for i, ((words, _, names, wanted), result) in enumerate(zip(cases, results)):
+            with self.subTest(words):
+                self.assertEqual(result, (0, "", ""))
+                mail, rcpt, octets = mails[i][:3]
+                notify = " NOTIFY=NEVER" if "never" in words else fails
+                self.assertEqual(rcpt, [f"RCPT TO:<{name}@example.jp>{notify}" for name in names])
+                self.assertRegex(mail, f"^MAIL FROM:<cron@{NAME}>")
+                self.assertIn(wanted, mail + octets.partition(b"\r\n\r\n")[0].decode())
+                self.assertNotIn(b"bcc:", octets.lower().partition(b"\r\n\r\n")[0].replace(b"cron bcc:", b""))
+
+    def test_sendmail_that_sends_nothing(self) -> None:
+        path = self.settings(queue={"path": "q.db"}, mailertable={"default": {"mailer": "Discard"}})
+        cases = (
+            # words, exit code, stdout, stderr
+            (("-bp",), 0, "Mail queue is empty\n", ""),
+            (("-q",), 0, "", ""),
+            (("-q30m",), 0, "", ""),
+            (("-bi",), 0, "", ""),
+            (("-I",), 0, "", ""),
+            (("-bv", "a@example.jp"), 0, "a@example.jp: Discard (mailertable.default)\n", ""),
+            (("-bs",), 64, "", "haineko: usage: -bs is not served here; `haineko.py serve` runs the server\n"),
+            (("-bd",), 64, "", "haineko: usage: -bd is not served here; `haineko.py serve` runs the server\n"),
+            (("-R", "x", "a@example.jp"), 64, "", "haineko: usage: -R x: expected hdrs or full\n"),
+        )
+        results = self.each(*[("sendmail", "-C", path, *words) for words, *_ in cases], given=("x",) * len(cases))
+        for (words, *wanted), result in zip(cases, results):
+            with self.subTest(words):
+                self.assertEqual(result, tuple(wanted))
+
+    def test_sendmail_has_a_valid_sender(self) -> None:
+        names = {
+            "alice@corp.example.org": "alice@corp.example.org",
+            "CORP\\alice": "alice@h.example",
+            "alice smith": "alice_smith@h.example",
+            "猫": f"uid{os.getuid()}@h.example",
+            "..a..b..": "a.b@h.example",
+        }
+        before = os.environ.get("LOGNAME")
+        self.addCleanup(
+            os.environ.update if before else os.environ.pop, *([{"LOGNAME": before}] if before else ["LOGNAME"])
+        )
+        for name, wanted in names.items():
+            with self.subTest(name):
+                os.environ["LOGNAME"] = name
+                self.assertEqual(haineko.default_sender("h.example"), wanted)
+                self.assertTrue(haineko.parse_address(wanted))
+
+    def test_sendmail_queues(self) -> None:
+        peer = self.peer({"RCPT": refuses(l="450 4.2.0 later")})
+        path = self.settings(queue={"path": "q.db", "min_free": 0}, mailertable={"default": esmtp(peer)})
+        code, out, err = self.haineko(
+            "sendmail", "-C", path, "-N", "never", "l@example.jp", "a@example.jp", given="\nx\n"
+        )
+        self.assertEqual((code, out, err), (0, "", ""))
+        self.assertEqual([mail[1] for mail in peer.mails], [["RCPT TO:<a@example.jp>"]])
+        code, out, err = self.haineko("sendmail", "-C", path, "-bp")
+        self.assertEqual((code, err, out.count("\n")), (0, "", 1))
+        self.assertRegex(out, "<l@example.jp>.*450 4.2.0 later")
+        path = self.settings(mailertable={"default": esmtp(peer)})
+        code, out, err = self.haineko("sendmail", "-C", path, "l@example.jp", "a@example.jp", given="\nx\n")
+        self.assertEqual((code, "<l@example.jp>: 450 RCPT" in err), (69, True), err)  # not 75: a@ would get it twice
+
+    def test_the_sendmail_program_of_setup(self) -> None:
+        launcher = os.path.join(self.folder, "bin", "sendmail")
+        os.chmod(self.folder, 0o755)
+        program = shutil.copy(PROGRAM, self.folder)
+        user = {"user": 65534} if os.getuid() == 0 else {}  # one who can't read the settings
+        python = sys.executable
+        if not can_run(python, **user) and can_run("/usr/bin/python3", **user):
+            python = "/usr/bin/python3"
+        words = [python, program, "setup", "--dest", self.folder, "--sendmail", launcher]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=30, check=True)
+        self.assertEqual((done.stdout.splitlines()[-1], done.stderr), (launcher, ""))
+        with open(launcher) as stream:
+            self.assertEqual(len(stream.readlines()), 3)
+        peer = self.peer()
+        server = served(self, {"recipients": {"open-relay": 1}, "mailertable": {"default": esmtp(peer)}})
+        os.unlink(os.path.join(self.folder, "haineko.json"))
+        self.settings(mailertable={"default": esmtp(peer)})
+        for who in ({}, user) if can_run(python, **user) else ({},):
+            done = subprocess.run(
+                [launcher, "-i", "-f", "cron@example.org", "a@example.jp"],
+                input=b"Subject: x\n\nx\n",
+                capture_output=True,
+                env=environment(HAINEKO_URL=server.urls[0]),
+                timeout=30,
+                check=False,
+                **who,
+            )
+            self.assertEqual((done.returncode, done.stdout, done.stderr), (0, b"", b""))
+            self.assertEqual(peer.mails.pop()[0], "MAIL FROM:<cron@example.org>")
 
     def test_a_password_through_a_pipe_logs_in(self) -> None:
         code, out, err = self.haineko("pw", "-u", 'kiji"tora', given="にゃあ secret\n")
