@@ -97,8 +97,8 @@ class Reply(NamedTuple):
     host: str | None = None
     port: int | None = None
     status: int = 0  # HTTP status of a refusal before delivery
-    maybe_delivered: bool = False  # the end of the text was sent and no reply came: the mail may have arrived
-    retry_after: int = 0  # seconds after which to try again, where the other side said so
+    maybe_delivered: bool = False  # the end of the text was sent and no reply came
+    retry_after: int = 0  # seconds after which to try again, if the other side named them
     origin: str = "relay"  # who gave it: "relay" (the other side, or our part in talking to it), "policy", "queue"
     from_server: bool = False  # the code and the words are the next hop's own
     route_fault: bool = False  # log-in or settings of the route are at fault: no verdict on the mail, which waits
@@ -195,8 +195,8 @@ def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
 
 
 def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
-    """One recipient's part of the answer."""
-    return {
+    """Return one recipient's item of the answer; `maybe_delivered` is present only if it is true."""
+    item = {
         "rcpt": recipient,
         "error": 0 if reply.accepted else 1,
         "code": reply.code,
@@ -207,6 +207,7 @@ def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
         "host": reply.host,
         "port": reply.port,
     }
+    return {**item, "maybe_delivered": True} if reply.maybe_delivered else item
 
 
 def cache_short(maxsize: int, limit: int = 512) -> Callable:
@@ -1486,7 +1487,6 @@ class Request:
     settings: Settings | None = None  # in force when it began
     login: str = ""  # who logged in
     message_size: int = 0  # octets of the finished message
-    forwarded: str = ""  # a header by which a proxy says that it forwarded the request
     dsn: tuple = Message(()).dsn  # what is asked of the next server
 
 
@@ -4846,7 +4846,8 @@ class TransportContext:
         closing, self.closing = self.closing, []
         for session in closing:
             session.stream.release()  # a thread has it from here
-        await asyncio.gather(*[asyncio.to_thread(session.quit) for session in closing])
+        if closing:
+            await asyncio.gather(*[asyncio.to_thread(session.quit) for session in closing])
 
 
 # ======================================================================================================================
@@ -4858,23 +4859,24 @@ class TransportContext:
 
 
 async def attempt_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
-    """Attempt a transaction once; every recipient has a reply, whatever the relay does."""
+    """Attempt a transaction once; every recipient has a reply."""
     began = time.monotonic()
-    try:
-        replies = await transaction.route.row.send(transaction, transport)
-    except Exception as error:
-        replies = [failure_reply(error, transaction)] * len(transaction.recipients)
+    replies = await attempt_route(transaction, transport)
     return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
 
 
-def failure_reply(error: Exception, transaction: Transaction) -> Reply:
-    """Return what an exception of a relay means for its recipients; a bug is logged."""
-    if isinstance(error, Rejected):
-        return error.reply
-    if isinstance(error, OSError):
-        return make_reply("lost", error_text(error), command="CONN", **transaction.route.endpoint)
-    log_exception(transaction.queueid)
-    return make_reply("relay-fault", **transaction.route.endpoint)
+async def attempt_route(transaction: Transaction, transport: TransportContext) -> list:
+    """Return a Reply for each recipient from the transaction's route, whatever its relay does; a bug is logged."""
+    try:
+        return await transaction.route.row.send(transaction, transport)
+    except Rejected as rejected:
+        reply = rejected.reply
+    except OSError as error:
+        reply = make_reply("lost", error_text(error), command="CONN", **transaction.route.endpoint)
+    except Exception:
+        log_exception(transaction.queueid)
+        reply = make_reply("relay-fault", **transaction.route.endpoint)
+    return [reply] * len(transaction.recipients)
 
 
 async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> list:
@@ -5022,11 +5024,18 @@ def save_message(transaction: Transaction) -> Reply:
 
 async def relay_screen(transaction: Transaction, transport: TransportContext) -> list:
     """Print the message on stderr."""
-    recipients = ">, <".join(transaction.recipients)
-    rule = f"--- {transaction.queueid}.{transaction.number} from <{transaction.sender}> to <{recipients}>"
-    printed = log.write_bytes(rule.encode() + b"\n" + transaction.octets().replace(b"\r\n", b"\n") + b"---\n")
+    printed = log.write_bytes(await asyncio.to_thread(screen_text, transaction))
     reply = make_reply("printed") if printed else make_reply("file", "stderr cannot be written")
     return [reply._replace(mailer="Screen")] * len(transaction.recipients)
+
+
+def screen_text(transaction: Transaction) -> bytes:
+    """Return the message with controls escaped, and marked so that no line of it can pass for one of the log."""
+    rule = f"{transaction.queueid}.{transaction.number} from <{transaction.sender}> to"
+    rule = f"--- {rule} <{'>, <'.join(transaction.recipients)}>"
+    text = transaction.octets().decode("utf-8", "backslashreplace").replace("\r\n", "\n").rstrip("\n")
+    escape = functools.partial(SCREEN_UNSAFE.sub, lambda found: ascii(found[0])[1:-1])
+    return "\n".join([escape(rule), *[f"| {escape(line)}" for line in text.split("\n")], "---\n"]).encode()
 
 
 async def relay_discard(transaction: Transaction, transport: TransportContext) -> list:
@@ -5114,10 +5123,12 @@ def haineko_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
     lines = [lines] if isinstance(lines, str) else lines if isinstance(lines, list) else []
     if not re.fullmatch(r"[245][0-9][0-9]", code) or (code[0] == "2") == bool(item.get("error")):
         return http_failure(route, response, None)
-    dsn = dsn if isinstance(dsn, str) and re.fullmatch(r"[245]\.\d{1,3}\.\d{1,3}", dsn) else None
+    if code[0] == "2" and response.status not in (200, 202, 207):  # something on the way changed one of the two
+        return http_failure(route, response, None)._replace(maybe_delivered=True)
+    dsn = dsn if isinstance(dsn, str) and re.fullmatch(r"[245]\.[0-9]{1,3}\.[0-9]{1,3}", dsn) else None
     command = item.get("command") if item.get("command") in KNOWN_COMMANDS else "DATA"
     message = sanitize_lines(lines) or (status_text(response),)
-    maybe_delivered = code[0] == "4" and message[0].endswith("may have arrived")
+    maybe_delivered = code[0] == "4" and item.get("maybe_delivered") is True
     wait = 0 if code[0] == "2" else parse_retry_after(response)
     return Reply(code, dsn, command, message, **route.endpoint, maybe_delivered=maybe_delivered, retry_after=wait)
 
@@ -5166,7 +5177,7 @@ def sendgrid_body(transaction: Transaction) -> bytes:
         document.update(sendgrid_parts(octets))
         if not document["subject"]:
             raise ValueError("the subject is empty")
-    except (ValueError, LookupError) as error:
+    except (ValueError, LookupError, RecursionError) as error:
         raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
     return encode_json({key: value for key, value in document.items() if value})
 
@@ -5176,20 +5187,26 @@ def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
     shown = {name: sendgrid_mailboxes(single_field(fields, name)) for name in ("from", "to", "cc", "reply-to")}
     if len(shown["from"]) != 1:
         raise ValueError("From has several addresses")
-    hidden = {address_key(to): to for to in transaction.recipients}
-    for name in ("to", "cc"):
-        for mailbox in shown[name]:
-            if not hidden.pop(address_key(mailbox["email"]), None):
-                raise ValueError(f"{name.title()} has {mailbox['email']}, which gets this mail another way or twice")
     if not shown["to"]:
         raise ValueError("To has none of the recipients")
-    people = {"to": shown["to"], "cc": shown["cc"], "bcc": [{"email": to} for to in hidden.values()]}
+    hidden = [{"email": recipient} for recipient in hidden_recipients(transaction, fields)]
+    people = {"to": shown["to"], "cc": shown["cc"], "bcc": hidden}
     document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": shown["from"][0]}
     reply_to = shown["reply-to"]
     return {
         **document,
         **({"reply_to_list": reply_to} if len(reply_to) > 1 else {"reply_to": reply_to and reply_to[0]}),
     }
+
+
+def hidden_recipients(transaction: Transaction, fields: list) -> list:
+    """Return the recipients that To and Cc don't show; raises ValueError if they show anybody else."""
+    hidden = {address_key(to): to for to in transaction.recipients}
+    for name in ("to", "cc"):
+        for _, mailbox in parse_mailboxes(single_field(fields, name)):
+            if not hidden.pop(mailbox.key, None):
+                raise ValueError(f"{name.title()} has {mailbox.addr_spec}, which gets this mail another way or twice")
+    return list(hidden.values())
 
 
 def sendgrid_mailboxes(text: str) -> list:
@@ -5494,6 +5511,9 @@ def format_mailboxes(text: str) -> str:
         quoted = '"' + re.sub(r'(["\\])', r"\\\1", name) + '"' if re.search(r'[()<>@,;:\\".\[\]]', name) else name
         people.append(f"{quoted} <{spec}>" if name else spec)
     return ", ".join(people)
+
+
+SCREEN_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # all controls but the tab
 
 
 # -- Probes, for `check --connect`
@@ -8292,7 +8312,7 @@ async def _run_checks(settings: Settings, domain: str, selector: str | None, con
     for name, check in checks:
         for step, ok, text in await check:
             failed = failed or not ok
-            print(f"{name}: {step}: {'' if ok else 'FAILED: '}{text}", flush=True)
+            print(sanitize(f"{name}: {step}: {'' if ok else 'FAILED: '}{text}", 2000), flush=True)
     return int(failed)
 
 

@@ -1685,17 +1685,16 @@ class HouseRules(unittest.TestCase):
                 self.assertEqual(len(House(f"T = {{}}\ndef f():\n    {line}\n").mutations()), 1)
 
     def test_every_reply_is_given_and_every_given_reply_exists(self):
-        made = [
-            node.args[0]
-            for node in ast.walk(self.house.tree)
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "make_reply" and node.args
+        [table] = [node for node in self.house.tree.body if "REPLIES" in self.house._defined(node)]
+        rows = {id(node) for node in ast.walk(table)}
+        given = {
+            node.value for node in ast.walk(self.house.tree) if isinstance(node, ast.Constant) and id(node) not in rows
+        }
+        called = [
+            node for node in ast.walk(self.house.tree) if getattr(getattr(node, "func", None), "id", "") == "make_reply"
         ]
-        given = {node.value for slug in made for node in ast.walk(slug) if isinstance(node, ast.Constant)}
-        self.assertEqual(given - set(haineko.REPLIES), set())
-        table = next(node for node in self.house.tree.body if "REPLIES" in self.house._defined(node))
-        texts = [node.value for node in ast.walk(self.house.tree) if isinstance(node, ast.Constant)]
-        keys = [node.value for node in table.value.keys]
-        self.assertEqual([key for key in keys if texts.count(key) < 2], [])
+        named = {node.args[0].value for node in called if isinstance(node.args[0], ast.Constant)}
+        self.assertEqual((sorted(set(haineko.REPLIES) - given), sorted(named - set(haineko.REPLIES))), ([], []))
 
     def test_every_name_is_used(self):
         used = {node.id for node in ast.walk(self.house.tree) if isinstance(node, ast.Name) and _loads(node)}
@@ -6098,6 +6097,25 @@ class Relays(Folder, Peers):
             shown = "\n".join(self.logged())
             self.assertEqual("Meow." in shown, name == "Screen")
 
+    def test_what_is_shown_can_not_pass_for_the_log_or_reach_the_terminal(self) -> None:
+        forged = "2026-11-29T00:00:00+0000 haineko[1]: Q: status=sent"
+        for octets, shown in (
+            (b"a\x1b]0;x\x07b\x9b2J", "a\\x1b]0;x\\x07b\\x9b2J"),
+            ("\x9b2J \u2028 \u202e \x7f".encode(), "\\x9b2J \\u2028 \\u202e \\x7f"),
+            (b"a\r" + forged.encode(), "a\\r" + forged),
+            (b"a\r\n" + forged.encode(), forged),
+            (b"a\n--- x", "--- x"),
+            ("ニャー\u3000é\ttab \\x1b".encode(), "ニャー\u3000é\ttab \\x1b"),
+            (b"\x00\xff\xfe", "\\x00\\xff\\xfe"),
+        ):
+            with self.subTest(octets):
+                message = haineko.Message((b"Subject: x\r\n\r\n" + octets + b"\r\n",))
+                carried(haineko.Transaction(haineko.Route(mailer="Screen"), NAME, "Q", "a@b.example", TO[:1], message))
+                head, *lines, last = [line for line in self.logged() if "attempt" not in line]
+                self.assertEqual((head, last), (f"--- Q.1 from <a@b.example> to <{TO[0]}>", "---"))
+                self.assertTrue(all(line.startswith("| ") for line in lines), lines)
+                self.assertIn("| " + shown, lines)
+
 
 class MxPeers(WithCertificates):
     """A test with mail hosts on several addresses, and a name server that knows them as mx2.example and so on."""
@@ -7028,7 +7046,7 @@ class WebRoutes(unittest.TestCase):
         )
 
 
-class FarHaineko(unittest.TestCase):
+class FarHaineko(Quiet):
     """The relay Haineko: what it sends, and what it makes of the answers."""
 
     def sent(self, job: haineko.Transaction) -> dict:
@@ -7213,17 +7231,21 @@ class FarHaineko(unittest.TestCase):
         self.assertEqual((said.dsn, said.command, said.message), (None, "DATA", ("a??b?[0m",)))
 
     def test_a_far_end_that_does_not_know_whether_it_arrived(self):
-        item = {
-            "rcpt": None,
-            "error": 1,
-            "code": "421",
-            "dsn": "4.4.2",
-            "command": "DATA",
-            "message": [haineko.REPLIES["unsure"][-1]],
-        }
-        with HttpPeer(lambda asked: (503, {"response": [item]}, (("Retry-After", "60"),))) as peer:
-            said = first_reply(composed_job(web_route("Haineko", peer.url, retry=3, sleep=0)))
-            self.assertEqual((said.code, said.maybe_delivered, said.retry_after), ("421", True, 60))
+        item = {"rcpt": None, "error": 1, "code": "451", "dsn": "4.5.0", "command": "DATA"}
+        unsure = haineko.REPLIES["unsure"][-1]
+        for message, more, posts in (
+            ("No more words", {"maybe_delivered": True}, 1),
+            ("The answer is not what the API promises", {"maybe_delivered": True}, 1),
+            (unsure, {"maybe_delivered": True}, 1),
+            (unsure, {}, 3),  # words are no promise
+            (unsure, {"maybe_delivered": False}, 3),
+            (unsure, {"maybe_delivered": "no"}, 3),
+        ):
+            said = 503, {"response": [{**item, "message": [message], **more}]}, (("Retry-After", "0"),)
+            with self.subTest(message, more=more), HttpPeer(lambda asked, said=said: said) as peer:
+                route = haineko.redacted(web_route("Haineko", peer.url, retry=2, sleep=0))
+                self.assertEqual(self.relayed_by_another(route, peer), (503, [posts == 1]))
+                self.assertEqual(len(peer.asked), posts)
 
     def two_in_a_loop(self, folder: str) -> list:
         """Two servers that relay to each other by HTTP with a login; the second saves mail for end.example there."""
@@ -7247,6 +7269,39 @@ class FarHaineko(unittest.TestCase):
             )
             self.addCleanup(servers[-1].close)
         return servers
+
+    def test_a_far_end_that_answers_something_else(self):
+        for said, maybe in (((200, b"<html>"), True), ((503, b"<html>"), False)):
+            with self.subTest(said), HttpPeer(lambda asked, said=said: said) as peer:
+                self.assertEqual(
+                    self.relayed_by_another(haineko.redacted(web_route("Haineko", peer.url)), peer), (503, [maybe])
+                )
+
+    def relayed_by_another(self, route: dict, peer: HttpPeer) -> tuple:
+        """(HTTP status, whether each item is in doubt) of a Haineko that relays by the route."""
+        force = settings(mailertable={"default": {"mailer": "Haineko", **{
+            key: route[key] for key in ("base_url", "retry", "sleep")}}})  # fmt: skip
+        near = haineko.parse_ip("127.0.0.1")
+        request = haineko.Request("POST", "/submit", {}, as_body(document()), near, near, None, 1e9)
+        answer = answered(request, haineko.App(force))
+        items = json.loads(answer.body)["response"]
+        self.assertTrue(all(item.get("maybe_delivered", True) is True for item in items))
+        return answer.status, ["maybe_delivered" in item for item in items]
+
+    def test_success_is_believed_only_with_an_http_status_of_success(self):
+        good = {"rcpt": None, "error": 0, "code": "250", "dsn": "2.0.0", "command": "DATA", "message": ["OK"]}
+        refused = {**good, "error": 1, "code": "550"}
+        for status in (200, 202, 207, 201, 204, 302, 400, 401, 403, 413, 422, 429, 500, 502, 503):
+            believed = status in (200, 202, 207)
+            for item, code in ((good, "250"), ({**good, "code": 221}, "221"), (refused, "550")):
+                body = b"" if status == 204 else {"response": [item]}
+                with self.subTest(status, code=code), HttpPeer(lambda asked, said=(status, body): said) as peer:
+                    said = first_reply(composed_job(web_route("Haineko", peer.url)))
+                    if code == "550" and status != 204:
+                        self.assertEqual(said.code, "550")
+                    else:
+                        self.assertEqual(said.code[0] == "2", believed)
+                        self.assertEqual(said.maybe_delivered, not believed)
 
     def test_the_loop_of_two_real_ones_stops(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -7400,6 +7455,8 @@ class SendGridBody(unittest.TestCase):
         self.assertEqual(fits(document, SENDGRID_SCHEMA), [])
 
     def test_what_it_can_not_express_is_refused_in_words(self):
+        kinds = ("related", "alternative") * 1500
+        nest = [f"Content-Type: multipart/{kind}; boundary=b{i}\n\n--b{i}\n" for i, kind in enumerate(kinds)]
         text = "From: a@b.example\nTo: mikeneko@example.jp\nSubject: x\n"
         one = ("mikeneko@example.jp",)
         cases = (
@@ -7422,6 +7479,7 @@ class SendGridBody(unittest.TestCase):
             ("a header twice", text + "X-A: 1\nx-a: 2\n", one, "x-a occurs more than once"),
             ("a header of octets", (text + "X-A: é\n").encode(), one, "x-a is not ASCII"),
             ("unknown charset", text + "Content-Type: text/plain; charset=klingon\n\nx\n", one, "klingon"),
+            ("a deep nest", text + "".join(nest) + "Content-Type: text/plain\n\nx\n", one, "levels"),
             (
                 "not in its charset",
                 (text + "Content-Type: text/plain; charset=utf-8\n\n").encode() + b"\xff\n",
@@ -8082,7 +8140,7 @@ class QueueServed(unittest.TestCase):
         self.assertEqual(self.server.fate(answer["queueid"])["never@example.jp"]["state"], "failed")
         eventually(lambda: self.events(answer["queueid"]) == ["message.failed"], what="event")
         with self.subTest("none for a bounce that bounces"):
-            self.server.post("never@example.jp", sender="never2@example.jp", **{"async": True})
+            self.server.submit("never@example.jp", sender="never2@example.jp", **{"async": True})
             eventually(
                 lambda: re.search("from=<> to=<never2@example.jp>.* status=bounced", self.server.log()), what="its end"
             )
@@ -9867,7 +9925,7 @@ class Commands(Folder, Peers):
             (('"Doe, J" <a@example.jp>, b@example.jp (x)',), text, ("a", "b"), ""),
             (("-h", "5", "-i", to), text, ("a",), ""),
             (("-e", "m", to), text, ("a",), ""),
-            (("-em", "-odb", "-oem", "-O", "x=y", "-Ac", "-Am", "-x", "-n", "-m", "-v", "-G", "-U", to), text, ("a",), ""),
+            (("-em", "-odb", "-O", "x=y", "-Ac", "-Am", "-x", "-n", "-m", "-v", "-G", "-U", to), text, ("a",), ""),
             (("-L", "label", "-pESMTP", "-X", "log", "-B", "8BITMIME", "-q", to), text, ("a",), ""),
             (("-N", "failure,delay", "-R", "hdrs", to), text, ("a",), rets),
             (("-N", "never", "-V", "a b+", to), text, ("a",), full + " ENVID=a+20b+2B"),
@@ -10174,6 +10232,28 @@ class CheckConnect(WithCertificates):
                 )
                 self.assertEqual(found, code, lines)
                 self.assert_lines(lines, *wanted)
+
+    def test_nothing_that_another_says_reaches_the_terminal(self):
+        esc = "\x1b]0;x\x07\u202e\x9b"
+        dns = self.enter(NameServer({
+            "a.example": {haineko.TXT: [f"v=spf1 include:{esc}.example -all"]},
+            "b.example": {haineko.TXT: [f"v=spf1 {esc} -all"]},
+            "c.example": {haineko.TXT: ["v=spf1 -all"], haineko.MX: []},
+            "_dmarc.a.example": {haineko.TXT: [f"v=DMARC1; p={esc}"]},
+            "_dmarc.b.example": {haineko.TXT: [f"v=DMARC1; p=none; rua={esc}"]},
+            "s._domainkey.a.example": {haineko.TXT: [f"v=DKIM1; k={esc}; p={'A' * 400}"]},
+            "s._domainkey.b.example": {haineko.TXT: [f"v={esc}; p=A"]},
+        }))  # fmt: skip
+        host = self.enter(SmtpPeer("127.0.0.1", tls=self.tls))
+        for manners in ({"EHLO": "250-mx\x1b[2J\r\n250 SIZE \x1b[2J"}, {"EHLO": "550 \x1b[2J no"}):
+            host.manners = {"127.0.0.1": manners}
+            for sender in ("a@a.example", "a@b.example", "a@c.example"):
+                with self.subTest(sender, manners=manners):
+                    flags = ("--connect", "--sender", sender, "--selector", "s")
+                    route = {"host": "127.0.0.1", "port": host.port, "timeout": 2}
+                    _, lines = self.check({"default": route}, *flags, resolver=dns.place)
+                    self.assertGreater(len(lines), 3)
+                    self.assertTrue(all(line.isprintable() for line in lines), lines)
 
     def test_what_the_readme_shows(self):
         shown = re.findall(r"(?s)```console connect\n\$ python3 haineko.py check (.*?)\n.*?\n(.*?)```", README)
