@@ -6946,12 +6946,6 @@ def plan_shared(sender: Mailbox, message: Message, accepted: list, settings: Set
     ]
 
 
-def replies_by_recipient(accepted: list, results: list) -> list:
-    """Return [(recipient as the client wrote it, Reply), ...] in the order of the recipients."""
-    replies = {to: reply for result in results for to, reply in zip(result.transaction.recipients, result.replies)}
-    return [(mailbox.as_written, replies[mailbox.addr_spec]) for mailbox in accepted]
-
-
 async def deliver(transactions: list, transport: TransportContext, settings: Settings) -> list:
     """Return a TransactionResult for each transaction, in order; up to `max_workers` are run side by side."""
     if len(transactions) == 1:
@@ -8289,6 +8283,7 @@ def command_check(options: Any) -> int:
     print(
         f"{path or 'no settings file'}: fine; mail goes to {describe_route(route)} ({why}){more}; "
         f"may be written to: {describe_recipients(settings.recipients)}"
+        f"{'' if os.geteuid() else '; warning: the server needs no root'}"
     )
     print_warnings(settings)
     return run_checks(settings, options)

@@ -18,6 +18,7 @@ import email.header
 import email.policy
 import email.utils
 import errno
+import fcntl
 import gc
 import hashlib
 import hmac
@@ -27,6 +28,7 @@ import ipaddress
 import itertools
 import json
 import os
+import pty
 import random
 import re
 import resource
@@ -45,6 +47,7 @@ import symtable
 import sys
 import sysconfig
 import tempfile
+import termios
 import threading
 import time
 import tracemalloc
@@ -9712,7 +9715,10 @@ class Commands(Folder, Peers):
         self.assertEqual(self.haineko("start", *options)[0], 1)
         code, out, _ = self.haineko("status", *options)
         self.assertEqual((code, int(re.search(r"pid (\d+)", out)[1])), (0, int(re.search(r"pid (\d+)", err)[1])))
+        logs = [os.path.join(self.folder, name) for name in ("x.log.1", "x.log")]
+        os.rename(logs[1], logs[0])  # as logrotate does
         self.assertEqual(self.haineko("reload", *options)[0], 0)
+        eventually(lambda: os.path.exists(logs[1]), "a new log file")
         with HttpClient(placed(err)) as wire:
             wire.send(post())
             eventually(lambda: peer.now, "the mail at its next hop")
@@ -9734,8 +9740,11 @@ class Commands(Folder, Peers):
         self.assertEqual(self.haineko("stop", *options)[0], 0)
         self.assertEqual(self.haineko("status", *options)[:2], (1, "haineko does not run\n"))
         self.assertFalse(os.path.exists(os.path.join(self.folder, "x.pid")))
-        with open(os.path.join(self.folder, "x.log"), encoding="utf-8") as stream:
-            text = stream.read()
+        text = ""
+        for path in logs:
+            with open(path, encoding="utf-8") as stream:
+                text += stream.read()
+        self.assertIn(" client=127.0.0.1 ", text)
         self.assertIn("reloaded ", text)
         self.assertNotIn("Traceback", text)
 
@@ -9780,6 +9789,101 @@ class Commands(Folder, Peers):
         self.assertEqual(code, 1)
         self.assertIn("chmod 600", out)
         self.assertEqual(self.called("check", "-c", os.path.join(self.folder, "none"))[0], 1)
+
+    def test_a_log_or_pid_file_that_is_a_link_is_not_followed(self) -> None:
+        path, victim = self.settings(), self.write("victim", "precious")
+        for name in ("x.log", "x.pid"):
+            os.symlink(victim, os.path.join(self.folder, name))
+            with self.subTest(name):
+                code, _, err = self.haineko("start", "-c", path, "--pid-file", os.path.join(self.folder, "x.pid"))
+                self.assertEqual((code, "symbolic links" in err), (1, True), err)
+            os.unlink(os.path.join(self.folder, name))
+        with open(victim) as stream:
+            self.assertEqual(stream.read(), "precious")
+
+    def test_serve_with_closed_descriptors(self) -> None:
+        place = os.path.join(self.folder, "s")
+        command = f'exec "{sys.executable}" "{PROGRAM}" serve --workers 1 --listen "unix:{place}" <&- 2>&-'
+        server = subprocess.Popen(command, shell=True, env=environment())
+        self.addCleanup(server.wait)
+        self.addCleanup(server.terminate)
+        eventually(lambda: os.path.exists(place) or server.poll() is not None, "a socket", 20)
+        with HttpClient(place) as wire:
+            self.assertEqual(wire.ask(post(document()))[0], 200)
+
+    def test_options_stand_before_or_after_words(self) -> None:
+        path = self.settings(queue={"path": "q.db"})
+        for words in (("show", "-c", path, "x"), ("-c", path, "show", "x"), ("show", "x", "-c", path)):
+            with self.subTest(words):
+                code, _, err = self.called("queue", *words)
+                self.assertEqual(
+                    (code, err), (1, f"haineko: {self.folder}/q.db: does not exist; nothing was ever queued\n")
+                )
+        self.assertEqual(self.called("route", "-c", path, "a@b.jp", "--sender", "c@d.jp")[0], 0)
+
+    def test_a_prompt_that_gets_no_answer(self) -> None:
+        for words, prompt in (
+            (("pw",), b"Password: "),
+            (("send", "--user", "x", "--to", "a@b.jp", "--body", "x"), b": "),
+        ):
+            with self.subTest(words, terminal=True):
+                ours, theirs = pty.openpty()
+                running = subprocess.Popen(
+                    [sys.executable, PROGRAM, *words],
+                    stdin=theirs,
+                    stderr=subprocess.PIPE,
+                    env=environment(),
+                    start_new_session=True,
+                    preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 -- no thread runs yet
+                )
+                os.close(theirs)
+                seen = b""
+                while not seen.endswith(prompt):
+                    seen += os.read(ours, 100)
+                os.write(ours, b"\x04")
+                err = running.communicate(timeout=20)[1]
+                os.close(ours)
+                self.assertEqual((running.returncode, err), (1, b"haineko: no password\n"))
+        done = run_program("send", "--user", "x", given=b"{}", start_new_session=True)
+        self.assertEqual(
+            (done.returncode, done.stderr), (1, b"haineko: there is no terminal to ask for the password\n")
+        )
+
+    def test_a_password_is_not_sent_in_clear_text(self) -> None:
+        mail = ("--user", "x", "--to", "a@b.jp", "--body", "x")
+        for url in (
+            "http://mail.example.org/",
+            "HTTP://192.0.2.1:2794/",
+            "http://localhost.example.org/",
+            "http://127.0.0.1@h/",
+        ):
+            with self.subTest(url):
+                code, _, err = self.called("send", "--url", url, *mail)
+                self.assertEqual((code, "in clear text" in err), (2, True), err)
+
+    def test_check_says_who_may_be_written_to(self) -> None:
+        cases = (
+            ({"open-relay": 1}, "everybody"),
+            (None, f"@{NAME} only (setting recipients)"),
+            (
+                {"domainpart": ["b.jp", "a.jp"], "recipients": ["x@y.jp"]},
+                "@a.jp, @b.jp, x@y.jp only (setting recipients)",
+            ),
+            ({}, "nobody (setting recipients)"),
+        )
+        for recipients, wanted in cases:
+            with self.subTest(recipients):
+                sections = {
+                    "smtpd": {"hostname": NAME},
+                    **({"recipients": recipients} if recipients is not None else {}),
+                }
+                code, out, err = self.called("check", "-c", self.write("haineko.json", sections))
+                self.assertEqual((code, err), (0, ""))
+                self.assertIn(f"; may be written to: {wanted}", out)
+                self.assertEqual("root" in out, os.geteuid() == 0)
+        path = self.settings()
+        os.chmod(self.folder, 0o777)
+        self.assertIn(f"warning: {self.folder} can be changed by other users", self.called("check", "-c", path)[2])
 
     def test_the_example_is_fine(self) -> None:
         example = os.path.join(HERE, "haineko.json.example")
@@ -10284,7 +10388,7 @@ class CheckConnect(WithCertificates):
             with self.subTest(flags):
                 done = run_program("check", "-c", os.path.join(self.folder, "none.json"), *flags, text=True)
                 self.assertEqual(done.returncode, 1)  # no such file
-        options = haineko.argument_parser().parse_args(["check", "--sender", "a@b.example", "--selector", "a b"])
+        options = haineko.argument_parsers()[1]["check"].parse_args(["--sender", "a@b.example", "--selector", "a b"])
         with self.assertRaises(haineko.CommandError):
             haineko.run_checks(haineko.Settings(), options)
 
