@@ -8012,12 +8012,12 @@ def main(argv: list) -> int:
     if os.path.basename(sys.argv[0]) == "sendmail":  # called by a link of that name
         argv = ["sendmail", *argv]
     open_standard_streams()
-    if argv[:1] == ["sendmail"] and argv[1:] not in (["-h"], ["--help"]):
-        return command_sendmail(argv[1:])  # its flags are older than argparse
-    parser, commands = argument_parsers()
-    if not argv or argv[0] not in commands:
-        parser.parse_args(argv)  # prints help, the version, or what is wrong
     try:
+        if argv[:1] == ["sendmail"] and argv[1:] not in (["-h"], ["--help"]):
+            return command_sendmail(argv[1:])  # its flags are older than argparse
+        parser, commands = argument_parsers()
+        if not argv or argv[0] not in commands:
+            parser.parse_args(argv)  # prints help, the version, or what is wrong
         return COMMANDS[argv[0]].run(commands[argv[0]].parse_intermixed_args(argv[1:]))
     except CommandError as error:
         return print_error(*error.args)
@@ -8790,7 +8790,8 @@ def command_sendmail(argv: list) -> int:
     except getopt.GetoptError as error:
         return print_error(f"usage: {error}", EX_USAGE)
     except CommandError as error:
-        return print_error(*error.args)
+        text, code = error.args
+        return print_error(text, {1: EX_TEMPFAIL, 2: EX_CONFIG}.get(code, code))
 
 
 EX_OK, EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG = 0, 64, 65, 69, 75, 77, 78
@@ -8813,8 +8814,9 @@ def sendmail_deliver(flags: dict, addresses: list) -> int:
     except ValueError as error:
         raise CommandError(str(error), EX_DATAERR) from None
     fields = [qualified_field(name, field, settings.hostname) for name, field in message.fields]
-    lists = [*addresses, *(header_lists(fields) if "-t" in flags else [])]
-    rcpt = [to for text in lists for address in split_addresses(text) for to in expand_alias(address, settings)]
+    named = [address for text in addresses for address in split_addresses(text)]
+    named += header_recipients(recipient_fields(fields)) if "-t" in flags else []
+    rcpt = [to for address in named for to in expand_alias(address, settings)]
     if not rcpt:
         raise CommandError("usage: no recipient", EX_USAGE)
     if "from" not in dict(fields):
@@ -8825,9 +8827,9 @@ def sendmail_deliver(flags: dict, addresses: list) -> int:
     document = {"mail": sender, "rcpt": rcpt, "raw": {"base64": base64.b64encode(raw).decode()}}
     if urls:
         document["mail"] = sender or default_sender(settings.hostname)  # the API takes no null sender
-        return report_failures(*post_to_any(urls, to_json(document)))
+        return report_failures(*post_in_parts(urls, document))
     response = run(submit_here(to_json(document), settings, dsn_options(flags)))
-    return report_failures(response.status, json.loads(response.body))
+    return report_failures(response.status, json.loads(response.body)["response"])
 
 
 def sendmail_settings(flags: dict) -> tuple:
@@ -8859,11 +8861,23 @@ def server_urls(settings: Settings, path: str) -> list:
     return [url for url in urls if url]
 
 
+def post_in_parts(urls: list, document: dict) -> tuple:
+    """Post a mail, in parts if it has too many recipients for the server; return (status, items of the answers)."""
+    status, items = post_to_any(urls, to_json(document))
+    rcpt = document["rcpt"]
+    if items[0]["mailer"] or items[0]["dsn"] != "4.5.3" or len(rcpt) == 1:
+        return status, items
+    half = len(rcpt) // 2
+    parts = [post_in_parts(urls, {**document, "rcpt": part}) for part in (rcpt[:half], rcpt[half:])]
+    return max(status for status, _ in parts), [item for _, items in parts for item in items]
+
+
 def post_to_any(urls: list, body: bytes) -> tuple:
-    """Post a submission to the first server that answers; return (status, document)."""
+    """Post a submission to the first server that answers; return (status, items of the answer)."""
     for url in urls:
         try:
-            return post_submission(url, body)
+            status, document = post_submission(url, body)
+            return status, document["response"]
         except CommandError as error:
             print_error(error.args[0], 0)
     raise CommandError("the settings or the queue can't be read, and no server was reached", EX_TEMPFAIL)
@@ -8872,6 +8886,7 @@ def post_to_any(urls: list, body: bytes) -> tuple:
 async def submit_here(body: bytes, settings: Settings, dsn: tuple) -> Response:
     """Submit a mail without a server, as POST /submit does; the log goes to syslog or nowhere."""
     smtpd = replace(settings.smtpd, max_rcpts_per_message=0)
+    become_owner(settings)
     app = App(replace(settings, httpd=Httpd(), smtpd=smtpd, password=Authenticator({})))
     log.quiet = log.priority is None  # stderr is read by the calling program, which may mail it
     client = parse_ip("127.0.0.1")
@@ -8882,9 +8897,17 @@ async def submit_here(body: bytes, settings: Settings, dsn: tuple) -> Response:
         await app.transport.sweep(everything=True)
 
 
-def report_failures(status: int, document: dict) -> int:
+def become_owner(settings: Settings) -> None:
+    """Give up root for the owner of the settings: the server could not use a queue that belongs to root."""
+    owner = os.stat(settings.path)
+    if not os.geteuid() and owner.st_uid:
+        os.setgid(owner.st_gid)
+        os.setuid(owner.st_uid)
+
+
+def report_failures(status: int, items: list) -> int:
     """Print the recipients that failed; return the exit code."""
-    items, codes = document["response"], {EX_OK}
+    codes = {EX_OK}
     for item in items:
         if item["error"]:
             codes.add(sendmail_code(status, item))
@@ -8937,17 +8960,12 @@ def split_addresses(text: str) -> list:
     return [word for word in re.split(r"[\s,;]+", text) if word]
 
 
-def header_lists(fields: list) -> list:
-    """Return the values of the fields that name recipients: of a message sent again, those of its last sending."""
-    again = list(itertools.dropwhile(lambda field: not field[0].startswith("resent-"), fields))
+def recipient_fields(fields: list) -> list:
+    """Return To, Cc and Bcc, or of a message that is sent again the Resent- ones of its last sending, all as "to"."""
+    again = itertools.dropwhile(lambda field: not field[0].startswith("resent-"), fields)
     again = list(itertools.takewhile(lambda field: field[0].startswith("resent-"), again))
-    prefix = "resent-" if {"resent-to", "resent-cc", "resent-bcc"} & dict(again).keys() else ""
-    names = [f"{prefix}{name}" for name in ("to", "cc", "bcc")]
-    return [
-        field.partition(b":")[2].decode("utf-8", "replace").replace("\n", "").strip()
-        for name, field in (again if prefix else fields)
-        if name in names
-    ]
+    resent = [("to", octets) for name, octets in again if name in ("resent-to", "resent-cc", "resent-bcc")]
+    return resent or [("to", octets) for name, octets in fields if name in ("to", "cc", "bcc")]
 
 
 def expand_alias(address: str, settings: Settings) -> tuple:
