@@ -87,7 +87,7 @@ __version__ = "1.0.0"
 
 
 class Reply(NamedTuple):
-    """Reply about one recipient: an SMTP reply, or one of Haineko's own, and the command that it decided."""
+    """Reply about one recipient: an SMTP reply, or one of Haineko's own, with the command that decided."""
 
     code: str  # three digits, RFC 5321 4.2
     dsn: str | None  # enhanced status code, RFC 3463; None if there was none
@@ -514,7 +514,8 @@ def mapping_of(parse: Callable, fold: Callable = str, expected: str = "a name") 
         paths = {key: f"{json_path}.{sanitize(key)}" for key in value}
         errors.extend(f"{paths[key]}: duplicate key" for key in getattr(value, "duplicate_keys", ()))
         errors.extend(f"{paths[key]}: expected {expected}" for key in value if not fold(key))
-        if len(set(map(fold, value))) < len(value):
+        names = [name for name in map(fold, value) if name]
+        if len(set(names)) < len(names):
             errors.append(f"{json_path}: two keys differ in case only")
         parsed = {fold(key): parse(item, paths[key], errors) for key, item in value.items()}
         return {key: item for key, item in parsed.items() if item is not None}
@@ -902,8 +903,8 @@ class Route:
     base_url: str = config_field("", parse_base_url, "relays by HTTP: where the API is, if not at its usual place")
     region: str = config_field("", parse_region, "AmazonSES: the region")
     credentials: tuple = field(default=(), repr=False)
-    address: str = ""  # to connect to, if it is known already
-    tls_if_offered: bool = False  # STARTTLS if the server has it
+    address: str = ""  # to connect to in place of a look-up; or several, divided by spaces
+    tls_if_offered: bool = False  # STARTTLS where the server has it
     token: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
@@ -1075,8 +1076,6 @@ def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple
     """Return (username, password, token) with the secrets looked up."""
     password = _secret(login.password, base, f"{json_path}.password", errors)
     token = _secret(login.token, base, f"{json_path}.token", errors)
-    if not (login.username + password + token).isascii():
-        errors.append(f"{json_path}: AUTH takes ASCII only")
     return login.username, password, token
 
 
@@ -1191,28 +1190,28 @@ def local_hostname() -> str:
 
 def qualified_hostname(name: str) -> str:
     """Return a machine's name, made legal for headers; with ".localdomain", as Postfix does, if it has no domain."""
-    if FQDN.fullmatch(name):
+    if "." in name and HOSTNAME.fullmatch(name):
         return name
     return (re.sub("[^A-Za-z0-9]+", "-", name)[:63].strip("-") or "localhost") + LOCALDOMAIN
 
 
 @functools.lru_cache(maxsize=64)
 def ehlo_name(hostname: str, address: str) -> str:
-    """Return the name for EHLO from a local address: `hostname`, or if qualified_hostname() had to make it up, what
-    reverse DNS says, else the address literal (RFC 5321 4.1.4)."""
-    if not hostname.endswith(LOCALDOMAIN):
+    """Return the name for EHLO from a local address: `hostname`, or if that is illegal or made by qualified_hostname(),
+    what reverse DNS says, else the address literal (RFC 5321 4.1.4)."""
+    if HOSTNAME.fullmatch(hostname) and not hostname.endswith(LOCALDOMAIN):
         return hostname
     local = parse_ip(address)
     with contextlib.suppress(OSError):
         name = "" if local in LOOPBACK else socket.gethostbyaddr(address)[0]
-        if FQDN.fullmatch(name) and not name.endswith(LOCALDOMAIN):
+        if "." in name and HOSTNAME.fullmatch(name) and not name.endswith(LOCALDOMAIN):
             return name
     return f"[IPv6:{local.text}]" if local.version == 6 else f"[{local.text}]"
 
 
 LOCALDOMAIN = ".localdomain"
 _LDH = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # letters, digits, hyphens
-FQDN = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)+(?=[0-9-]*[A-Za-z]){_LDH}")
+HOSTNAME = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)*(?=[0-9-]*[A-Za-z]){_LDH}")  # RFC 5321 4.1.2, and no number
 
 
 def server_context(tls: Tls, base: str) -> ssl.SSLContext:
@@ -1484,7 +1483,7 @@ class Request:
     peer: IPAddress | None  # address of the connection: the client's or a proxy's
     port: int | None  # of the client
     now: float  # seconds since the epoch
-    settings: Settings | None = None  # in force when it began
+    settings: Settings | None = None  # the settings in force when it began
     login: str = ""  # who logged in
     message_size: int = 0  # octets of the finished message
     dsn: tuple = Message(()).dsn  # what is asked of the next server
@@ -3732,14 +3731,21 @@ class Connector:
                 results: Any = ()
                 if waiting:
                     address = waiting.popleft()
-                    sock = socket.socket(address_family(address[0]), socket.SOCK_STREAM)
+                    try:
+                        sock = socket.socket(address_family(address[0]), socket.SOCK_STREAM)
+                    except OSError as failure:  # no IPv6 in this kernel
+                        error = failure
+                        continue
                     attempts[sock.fileno()] = sock, address
                     sock.setblocking(False)
                     poll.register(sock, select.POLLOUT)
                     code = sock.connect_ex(address)
                     results = [(sock.fileno(), code)] if code not in (0, errno.EINPROGRESS) else ()
                 pause = min(deadline - now, self.ATTEMPT_DELAY) if waiting else deadline - now
-                for number, code in results or _attempts_ended(poll.poll(math.ceil(pause * 1000)), attempts):
+                for number, code in results or [
+                    (number, attempts[number][0].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+                    for number, _ in poll.poll(math.ceil(pause * 1000))
+                ]:
                     if not code:
                         return self._winner(attempts, number)
                     error = OSError(code, os.strerror(code))
@@ -3779,14 +3785,16 @@ class Connector:
         self.failed.update(dict.fromkeys(addresses, time.monotonic() + self.FAILED_TTL))
 
     def look_up(self, host: str, deadline: float) -> list:
-        """Return a host's IP addresses by getaddrinfo(), in a thread of its own, as it knows no deadline."""
+        """Return a host's IP addresses, or those that stand in its place, divided by spaces. getaddrinfo() runs in a
+        thread of its own, as it knows no deadline."""
         with contextlib.suppress(ValueError):
-            return [str(ipaddress.ip_address(host))]
+            return [str(ipaddress.ip_address(address)) for address in host.split()]
         with self.lock:
             future = self.lookups.get(host)
             if not future:
-                future = self.lookups[host] = concurrent.futures.Future()
+                future = concurrent.futures.Future()
                 threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()
+                self.lookups[host] = future
         try:
             return future.result(max(deadline - time.monotonic(), 0))
         except concurrent.futures.TimeoutError:
@@ -3802,11 +3810,6 @@ class Connector:
         with self.lock:
             del self.lookups[host]
         future.set_exception(error) if error else future.set_result(result)
-
-
-def _attempts_ended(events: list, attempts: dict) -> list:
-    """Return [(file descriptor, error number)] of connection attempts."""
-    return [(number, attempts[number][0].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)) for number, _ in events]
 
 
 connector = Connector()
@@ -3986,7 +3989,7 @@ class KeepAliveConnection(http.client.HTTPConnection):
         if request.method == "POST":
             headers.update({"Content-Type": request.type, "Content-Length": str(len(request.body))})
         for name, value in headers.items():
-            self.putheader(name, value)
+            self.putheader(name, value.encode())  # of a string, http.client would make Latin-1
         try:
             self.endheaders(request.body or None)
             self.sent = True
@@ -4099,7 +4102,7 @@ class MTASTSCache:
         self.cache, self.failed = TTLCache(4096, clock), TTLCache(4096, clock)
 
     async def policy_for(self, domain: str, route: Route) -> MTASTSPolicy | None:
-        """Return the domain's policy; the cached one if DNS or the web server fails, as an attacker could cause that."""
+        """Return the domain's policy; the cached one if DNS or the web server fails: an attacker could see to that."""
         deadline = time.monotonic() + min(route.timeout, self.FETCH_TIMEOUT)
         return await self.shared.call((domain, route), deadline, self._policy_for, domain, route)
 
@@ -4155,9 +4158,9 @@ def parse_mta_sts_policy(text: str) -> MTASTSPolicy:
 
 # ======================================================================================================================
 # 12. SMTP sessions
-#     Takes a Transaction, gives a Reply for each of its recipients. smtplib opens a session, in a thread; the log-in and
-#     the transaction are ours, since smtplib tries every password thrice, does no pipelining, and cannot tell whether
-#     the end of a message was lost. Sessions are pooled by route; if a server takes no more of them, mails wait for one.
+#     Takes a Transaction, gives a Reply for each of its recipients. smtplib opens a session, in a thread; log-in and
+#     transaction are ours, since smtplib tries a password with each mechanism, does no pipelining, and cannot tell
+#     whether the end of a message was lost. Sessions are pooled by route; if a server takes no more, mails wait.
 # ======================================================================================================================
 
 
@@ -4247,7 +4250,7 @@ class Session(smtplib.SMTP):
         self.stream: Any = None  # AsyncSocket of the open connection
         self.recv_buffer, self.replies = b"", deque()  # received, and parsed, but not asked for yet
         self.maybe_complete = False  # recv_buffer may hold a complete reply
-        self.alive = self.used = self.needs_rset = self.in_data = self.eod_sent = False
+        self.alive = self.needs_rset = self.in_data = self.eod_sent = False
         self.created_at = self.last_used = time.monotonic()
 
     # -- opening
@@ -4370,11 +4373,10 @@ class Session(smtplib.SMTP):
             self.alive = False
         decided = recipient_replies(replies, result, lost, len(transaction.recipients))
         found = [item if isinstance(item, Reply) else self._to_reply(*item) for item in decided]
-        if self.alive and self.used and any(map(self.refused_before_data, found)):
+        if self.alive and any(map(self.refused_before_data, found)):
             self.alive = False  # it may have reached a limit of the server
             with contextlib.suppress(OSError):
                 self.sock.send(b"QUIT\r\n")
-        self.used = True
         return found
 
     def refused_before_data(self, reply: Reply) -> bool:
@@ -4522,10 +4524,6 @@ class Session(smtplib.SMTP):
         """Tell whether the server has sent more than it was asked for."""
         return bool(self.recv_buffer or self.replies)
 
-    def is_reusable(self) -> bool:
-        """Tell whether an idle server has sent nothing: that would be taken for the reply to the next command."""
-        return not is_readable(self.sock)
-
     def quit(self) -> None:
         """Send QUIT, without waiting long for the reply (RFC 5321 4.1.1.10)."""
         self.alive = False
@@ -4564,7 +4562,7 @@ def is_route_fault(route: Route, step: str, reply: SMTPReply) -> bool:
     if reply.code[0] != "5" or route.mailer == "MX":
         return False
     our_login = step == "MAIL" and route.auth and (reply.code, reply.dsn) == ("550", "5.7.1")
-    return step in ("EHLO", "STARTTLS", "AUTH") or reply.code == "530" or bool(our_login)
+    return step in ("EHLO", "STARTTLS", "AUTH") or reply.code[:2] == "53" or bool(our_login)  # RFC 4954 6
 
 
 # -- AUTH (RFC 4954): respond((user, password), challenge as it came, number of the challenge) gives the response
@@ -4702,15 +4700,14 @@ class SessionPool:
         self.waiters.append(SessionWaiter(future, deadline, reply))
         return future
 
-    def hand_over(self, session: Session | None) -> None:
-        """Give a session to the longest waiter; None tells it to open one."""
-        self.waiters.popleft().future.set_result(session)
+    def next_waiter(self) -> asyncio.Future:
+        return self.waiters.popleft().future
 
     def wake_waiters(self, has_room: bool = False) -> None:
         """Have waiters open sessions, as many as may be opened."""
         while self.waiters and self.may_open(has_room):
             self.opening += 1
-            self.hand_over(None)
+            self.next_waiter().set_result(None)
             has_room = False
 
     def opened(self) -> None:
@@ -4766,17 +4763,15 @@ class TransportContext:
         self.mta_sts = MTASTSCache(self.resolver)
 
     def pool(self, route: Route, hostname: str) -> SessionPool:
-        found = self.pools.get((hostname, route))
-        if not found:
-            found = self.pools[hostname, route] = SessionPool()
-        return found
+        key = hostname, route
+        return self.pools.get(key) or self.pools.setdefault(key, SessionPool())
 
     def acquire_idle(self, route: Route, hostname: str) -> Session | None:
         """Return the idle session that was used last, None if there is none. To be released."""
         pool = self.pool(route, hostname)
         while pool.idle:
             session = pool.idle.pop()
-            if session.is_reusable():
+            if not is_readable(session.sock):  # that would be taken for the reply to the next command
                 pool.in_use += 1
                 return session
             session.close()
@@ -4784,14 +4779,18 @@ class TransportContext:
 
     async def acquire(self, route: Route, hostname: str) -> tuple:
         """Return (Session, whether it was used before), a new one or one released meanwhile; or raise Rejected."""
-        pool, deadline, reply = self.pool(route, hostname), time.monotonic() + route.timeout, None
+        pool, deadline, reply = self.pool(route, hostname), 0.0, None
         while True:
             if pool.may_open():
                 pool.opening += 1
-            elif session := await pool.wait(deadline, reply):
-                return session, True
+            else:
+                deadline = deadline or time.monotonic() + route.timeout
+                if session := await pool.wait(deadline, reply):
+                    return session, True
             try:
-                session = await self.connect(route, hostname)
+                session = Session(route, hostname)
+                await asyncio.to_thread(session.open)  # smtplib blocks
+                session.stream = AsyncSocket(session.sock)
             except BaseException as error:
                 reply = error.reply if isinstance(error, Rejected) else None
                 if not pool.refused(reply):
@@ -4803,25 +4802,11 @@ class TransportContext:
                 pool.opened()
                 return session, False
 
-    async def connect(self, route: Route, hostname: str) -> Session:
-        """Open a session, in a thread, since smtplib blocks; Rejected if the server refuses."""
-        session = Session(route, hostname)
-        try:
-            await asyncio.to_thread(session.open)
-        except Rejected as refused:
-            reply = refused.reply
-            if reply.route_fault:
-                words = log_value(" ".join((reply.code, *reply.message)))
-                log.lines(f"warning: route to {reply.relay} is at fault, its mail waits: {reply.command} {words}")
-            raise
-        session.stream = AsyncSocket(session.sock)
-        return session
-
     def release(self, session: Session) -> None:
         """Hand the session over to a waiter, keep it, or close it if it cannot be used again."""
         pool = session.pool
         if session.alive and pool.waiters:
-            pool.hand_over(session)
+            pool.next_waiter().set_result(session)
             return
         pool.in_use -= 1
         if not session.alive:
@@ -4862,6 +4847,9 @@ async def attempt_transaction(transaction: Transaction, transport: TransportCont
     """Attempt a transaction once; every recipient has a reply."""
     began = time.monotonic()
     replies = await attempt_route(transaction, transport)
+    for reply in dict.fromkeys(reply for reply in replies if reply.route_fault):
+        words = log_value(" ".join((reply.code, *reply.message)))
+        log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed, mail waits: {words}")
     return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
 
 
@@ -4958,7 +4946,8 @@ def admitted_hosts(hosts: list, policy: MTASTSPolicy | None) -> list:
 
 
 async def next_hops(host: str, route: Route, policy: MTASTSPolicy | None, resolver: Resolver) -> list:
-    """Return a Route to each address of the host, or the one Reply that says why there is none."""
+    """Return a Route to each address of the host, and to those behind it if it does not answer; or the one Reply that
+    says why there is none."""
     try:
         addresses = await resolve_addresses(host, resolver, route.private, time.monotonic() + route.timeout)
     except Rejected as rejected:
@@ -4969,7 +4958,7 @@ async def next_hops(host: str, route: Route, policy: MTASTSPolicy | None, resolv
     elif not route.starttls:
         hop = replace(hop, tls_if_offered=True, tls_verify=False)  # RFC 7435: encrypted by anybody is better than clear
     addresses.sort(key=lambda address: connector.failed_lately((address, route.port)))
-    return [replace(hop, address=address) for address in addresses]
+    return [replace(hop, address=" ".join(addresses[i:])) for i in range(len(addresses))]
 
 
 async def deliver_to_host(transaction: Transaction, transport: TransportContext) -> list:
@@ -5955,10 +5944,12 @@ def format_duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-async def post_webhook(leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool) -> Reply:
+async def post_webhook(
+    leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool, timeout: float = 15.0
+) -> Reply:
     """POST an event to its webhook; return a reply as a relay gives it."""
     scheme, host, port, path = WEBHOOK_URL.fullmatch(leased.recipient).groups()
-    target = HTTPTarget(f"{scheme}://{host}{f':{port}' if port else ''}", WEBHOOK_TIMEOUT, "Webhook")
+    target = HTTPTarget(f"{scheme}://{host}{f':{port}' if port else ''}", timeout, "Webhook")
     body, event_id = leased.message.parts[0], f"msg_{leased.queueid}"
     headers = (
         ("webhook-id", event_id),
@@ -5969,12 +5960,11 @@ async def post_webhook(leased: LeasedRecipient, secret: bytes, now: float, http_
         status = (await http_pool.request(target, HTTPRequest("POST", path or "/", body, headers))).status
     except Rejected as refused:
         reply = refused.reply
-        return make_reply("webhook-later", word=": ".join(reply.message), command=reply.command, **target.endpoint)
+        unreachable = {"command": "CONN"} if reply.command == "CONN" else {}
+        return make_reply("webhook-later", word=": ".join(reply.message), **target.endpoint, **unreachable)
     slug = "webhook" if 200 <= status <= 299 else "webhook-never" if status == 410 else "webhook-later"  # 410 is Gone
     return make_reply(slug, word=str(status), **target.endpoint)
 
-
-WEBHOOK_TIMEOUT = 15.0  # seconds
 
 # -- The file
 

@@ -504,7 +504,7 @@ class SmtpConnection:
     def authenticate(self, line: str) -> str:
         mechanism, _, first = line[5:].partition(" ")
         if mechanism == "PLAIN":
-            _, user, word = base64.b64decode(first).decode().split("\0")
+            _, user, word = base64.b64decode(first or self.asked(b"")).decode().split("\0")
             right = self.peer.logins.get(user) == word
         elif mechanism == "LOGIN":
             user = base64.b64decode(first or self.asked(b"Username:")).decode()
@@ -2091,7 +2091,6 @@ class SettingsFile(Folder):
              "authinfo.a.password.env: no environment variable HAINEKO_TEST_UNSET"),
             ("file", {"authinfo": {"a": {"password": {"file": "gone"}}}},
              "authinfo.a.password.file: gone: No such file or directory"),
-            ("not ASCII", {"authinfo": {"a": {"username": "ねこ"}}}, "authinfo.a: AUTH takes ASCII only"),
         ]  # fmt: skip
         for what, content, wanted in cases:
             with self.subTest(what):
@@ -2441,7 +2440,8 @@ class SettingsFile(Folder):
         for hostname, address, wanted in (
             ("mail.example.org", "127.0.0.1", "mail.example.org"), ("mail", "::1", "mail"),
             ("box.localdomain", "127.0.0.1", "[127.0.0.1]"), ("box.localdomain", "::1", "[IPv6:::1]"),
-            ("box.localdomain", "::ffff:127.0.0.1", "[127.0.0.1]"),
+            ("box.localdomain", "::ffff:127.0.0.1", "[127.0.0.1]"), ("my_host.example.org", "127.0.0.1", "[127.0.0.1]"),
+            ("192.168.1.5", "127.0.0.1", "[127.0.0.1]"), ("3", "127.0.0.1", "[127.0.0.1]"),
         ):  # fmt: skip
             with self.subTest(hostname, address=address):
                 self.assertEqual(haineko.ehlo_name(hostname, address), wanted)
@@ -4689,6 +4689,17 @@ class NameServers(WithCertificates):
                 None,
             ),
             ("no EDNS known", lambda q, _: [q.answer(good) if not q.additional else q.answer(code=1)], ("192.0.2.1",)),
+            ("EDNS: NOTIMP", lambda q, _: [q.answer(good) if not q.additional else q.answer(code=4)], ("192.0.2.1",)),
+            *(
+                (
+                    f"EDNS: {code} without a question",
+                    lambda q, _, code=code: [
+                        q.answer(good) if not q.additional else struct.pack(">6H", q.number, 0x8180 | code, 0, 0, 0, 0)
+                    ],
+                    ("192.0.2.1",),
+                )
+                for code in (haineko.FORMERR, haineko.NOTIMP)
+            ),
             (
                 "a datagram larger than it should be",
                 lambda q, _: [q.answer(*many)],
@@ -4713,7 +4724,7 @@ class NameServers(WithCertificates):
 
     def test_a_flood_ends(self):
         server = self.enter(NameServer({"a.example": lambda q, _: [b"x"] * 100}))
-        self.assertIn("nobody asked for", self.look_up(server, "a.example", haineko.A).why)
+        self.assertIn("do not answer the query", self.look_up(server, "a.example", haineko.A).why)
 
     def test_the_next_server_is_asked(self):
         first, second = self.enter(NameServer({})), self.enter(NameServer({"a.example": {haineko.A: ["192.0.2.1"]}}))
@@ -4814,6 +4825,98 @@ class NameServers(WithCertificates):
                 found = haineko.from_dict(haineko.Smtpd, {"resolver": value}, "smtpd", faults)
                 self.assertEqual(haineko.name_server_endpoint(value), wanted)
                 self.assertEqual((found.resolver, bool(faults)), ((value,), not wanted))
+
+    def test_look_ups_under_way_are_shared(self):
+        server = self.enter(NameServer({"a.example": {haineko.A: ["192.0.2.1"], "ttl": 0}}))
+        resolver = haineko.Resolver((server.place,))
+        for zone, values, asked in (
+            ({haineko.A: ["192.0.2.1"], "ttl": 0}, ("192.0.2.1",), 1),
+            (lambda q, _: [q.answer(code=2)], (), haineko.Resolver.ATTEMPTS),
+        ):
+            server.zone, found = {"a.example": zone}, []
+            server.asked.clear()
+
+            async def one(found=found) -> None:
+                found.append(await resolver.lookup("a.example", haineko.A, time.monotonic() + 5))
+
+            haineko.run(haineko.gather([one() for _ in range(64)]))
+            self.assertEqual([answer.values for answer in found], [values] * 64)
+            self.assertEqual(len(server.asked), asked)
+        self.assertEqual(resolver.shared.calls, {})
+
+
+class Names(haineko.Connector):
+    """Connects to hosts whose addresses it is told, as late as it is told."""
+
+    def __init__(self, addresses: list | None) -> None:
+        super().__init__()
+        self.addresses, self.gate, self.asked = addresses, threading.Event(), 0
+
+    def _look_up(self, host: str, future) -> None:
+        self.asked += 1
+        if self.addresses is None:
+            self.gate.wait(9)
+        with self.lock:
+            del self.lookups[host]
+        future.set_result(self.addresses or ["127.0.0.1"])
+
+
+def swallow(test: unittest.TestCase, address: str, port: int) -> str:
+    """The address, which from now on answers no attempt to connect to that port: its queue is full."""
+    family = haineko.address_family(address)
+    listener = socket.socket(family)
+    test.addCleanup(listener.close)
+    listener.bind((address, port))
+    listener.listen(0)
+    for _ in range(4):
+        sock = socket.socket(family)
+        test.addCleanup(sock.close)
+        sock.setblocking(False)
+        sock.connect_ex((address, port))
+    return address
+
+
+class Connections(unittest.TestCase):
+    def test_addresses_race(self):
+        with socket.create_server(("127.0.0.1", 0)) as good:
+            port = good.getsockname()[1]
+            connector = Names([swallow(self, "::1", port), "127.0.0.1"])
+            for limits in ((0.2, 2.0), (0.0, 0.2)):  # what failed is tried last for a while
+                began = time.monotonic()
+                with connector.connect("host.example", port, began + 9) as sock:
+                    self.assertEqual(sock.getpeername(), ("127.0.0.1", port))
+                self.assertTrue(limits[0] <= time.monotonic() - began < limits[1])
+            connector.FAILED_TTL = 0.0
+            connector.mark_failed(("::1", port))
+            self.assertFalse(connector.failed_lately(("::1", port)))
+
+    def test_none_answers(self):
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            port = sock.getsockname()[1]
+        with self.assertRaises(ConnectionRefusedError):
+            Names(["::1", "127.0.0.1"]).connect("host.example", port, time.monotonic() + 9)
+        began, host = time.monotonic(), swallow(self, "::1", port)
+        with self.assertRaises(socket.timeout):
+            Names([host]).connect("host.example", port, began + 0.4)
+        self.assertLess(time.monotonic() - began, 2)
+
+    def test_families_take_turns(self):
+        a, b, c, d = [(name, 25) for name in ("2001:db8::1", "2001:db8::2", "192.0.2.1", "192.0.2.2")]
+        connector = haineko.Connector()
+        for given, wanted in (([a, b, c, d], [a, c, b, d]), ([c, a, b], [c, a, b]), ([a, b], [a, b]), ([], [])):
+            self.assertEqual(connector.in_order(given), wanted)
+        connector.mark_failed(a)
+        self.assertEqual(connector.in_order([a, b, c]), [c, b, a])
+
+    def test_a_slow_look_up_ends_at_the_deadline_and_is_shared(self):
+        connector, began = Names(None), time.monotonic()
+        for _ in range(3):
+            with self.assertRaises(socket.timeout):
+                connector.connect("host.example", 25, time.monotonic() + 0.1)
+        self.assertLess(time.monotonic() - began, 3)
+        self.assertEqual(connector.asked, 1)
+        connector.gate.set()
+        self.assertRaises(OSError, haineko.Connector().connect, "no.such.host.invalid", 25, time.monotonic() + 9)
 
 
 class HostsOfADomain(unittest.TestCase):
@@ -4970,39 +5073,6 @@ class WebSessions(unittest.TestCase):
             self.assertEqual((first.code, second.code, second.maybe_delivered), ("250", "451", True))
             self.assertEqual(len(peer.asked), 2)
 
-    def test_a_kept_connection_that_dies_while_the_request_is_sent_is_replaced_once(self):
-        seen = []
-
-        def serve(listener) -> None:
-            for number in range(3):
-                try:
-                    sock, _ = listener.accept()
-                except OSError:  # the test is over
-                    return
-                stream = sock.makefile("rb")
-                for turn in range(2):
-                    head = b"".join(iter(lambda stream=stream: HttpPeer._line(stream), b""))
-                    if number == 0 and turn == 1:
-                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-                        break  # in the middle of the body, with a reset
-                    if not head:
-                        break
-                    stream.read(int(re.search(rb"(?i)content-length: *(\d+)", head)[1]))
-                    seen.append(number)
-                    sock.sendall(on_the_wire(200, [{"email": "mikeneko@example.jp", "status": "sent", "_id": "x"}]))
-                stream.close()
-                sock.close()
-
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            listener.setsockopt(
-                socket.SOL_SOCKET, socket.SO_RCVBUF, 65536
-            )  # so that the request does not fit into buffers
-            threading.Thread(target=serve, args=(listener,), daemon=True).start()
-            route = web_route("Mandrill", f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=5)
-            replies = relayed(composed_job(route, web_submission(body="y" * (8 << 20))), times=2)
-        self.assertEqual([said.code for (said,) in replies], ["250", "250"], replies)
-        self.assertEqual(seen, [0, 1])
-
     def test_idle_connections_are_closed_and_bounded(self):
         async def story(route, peer) -> None:
             web = haineko.HTTPConnectionPool()
@@ -5078,6 +5148,107 @@ class WebSessions(unittest.TestCase):
                 outcome = haineko.run(and_closed(haineko.run_transaction(composed_job(route), sessions), sessions))
                 self.assertEqual(outcome.replies[0].code, code)
                 self.assertTrue(least <= time.monotonic() - began < least + 3)
+
+    def test_a_kept_connection_that_dies_while_the_request_is_sent_is_replaced_once(self):
+        seen = []
+
+        def serve(listener) -> None:
+            for number in range(2):
+                sock, _ = listener.accept()
+                stream = sock.makefile("rb")
+                for turn in range(2):
+                    head = b"".join(iter(lambda stream=stream: HttpPeer._line(stream), b""))
+                    if number == 0 and turn == 1:
+                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                        break  # in the middle of the body, with a reset
+                    if not head:
+                        break
+                    stream.read(int(re.search(rb"(?i)content-length: *(\d+)", head)[1]))
+                    seen.append(number)
+                    sock.sendall(on_the_wire(200, [{"email": "mikeneko@example.jp", "status": "sent", "_id": "x"}]))
+                stream.close()
+                sock.close()
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.setsockopt(
+                socket.SOL_SOCKET, socket.SO_RCVBUF, 65536
+            )  # so that the request does not fit into buffers
+            threading.Thread(target=serve, args=(listener,), daemon=True).start()
+            route = web_route("Mandrill", f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=5)
+            replies = relayed(composed_job(route, web_submission(body="y" * (8 << 20))), times=2)
+        self.assertEqual([said.code for (said,) in replies], ["250", "250"], replies)
+        self.assertEqual(seen, [0, 1])
+
+    def test_interim_responses_are_skipped(self):
+        body = b'{"MessageId": "1"}'
+        final = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        for interim in (b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"):
+            with HttpPeer(lambda asked, interim=interim: interim * 3 + final) as peer:
+                replies = relayed(composed_job(web_route("AmazonSES", peer.url)), times=2)
+                self.assertEqual([said.code for (said,) in replies], ["250", "250"])
+
+    def test_answers_without_end_end_at_the_limit_or_the_deadline(self):
+        head, chunked = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n"
+        long = b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n"
+        for what, first, more, status in (
+            ("100 Continue", b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0),
+            ("103 Early Hints", b"", b"HTTP/1.1 103 x\r\nA: b\r\n\r\n", 0),
+            ("header fields", head, b"X: y\r\n", 0),
+            ("one header field", head + b"X: ", b"y", 0),
+            ("body", long, b"y", 200),
+            ("chunks", chunked, b"1\r\ny\r\n", 200),
+            ("trailers", chunked + b"0\r\n", b"X: y\r\n", 200),
+        ):
+            for pause, count in ((0.05, 1), (0.0, 4096)):
+                with self.subTest(what, pause=pause), Endless(first, more * count, pause) as peer:
+                    target = haineko.HTTPTarget(peer.url, 0.6, "Webhook")
+                    began, connection = time.monotonic(), haineko.KeepAliveConnection(target)
+                    try:
+                        response = connection.exchange_once(haineko.HTTPRequest("POST", "/", b"{}"))
+                        self.assertEqual((response.status, response.body), (status, b""))
+                    except haineko.Rejected as refused:
+                        self.assertEqual((refused.reply.code, refused.reply.maybe_delivered, status), ("451", True, 0))
+                    self.assertLess(time.monotonic() - began, 3)
+
+    def test_a_webhook_that_drips_is_given_up(self):
+        with Endless(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", 0.05) as peer, HttpPeer(lambda asked: (204, "", ())) as good:
+            for url, limit, wanted in ((peer.url, 0.5, ("451", "Webhook")), (good.url, 5.0, ("250", "Webhook"))):
+                message, pool = haineko.Message((b"{}",)), haineko.HTTPConnectionPool()
+                leased = haineko.LeasedRecipient(
+                    1, "Q" * 16, "event", "", "", 0.0, message, url, f"{url}/x?y=1", 1, "", 0, ()
+                )
+                began = time.monotonic()
+                reply = haineko.run(haineko.post_webhook(leased, b"secret", 0.0, pool, limit))
+                pool.sweep(everything=True)
+                self.assertEqual((reply.code, reply.mailer), wanted)
+                self.assertLess(time.monotonic() - began, 3)
+            self.assertEqual([(asked.method, asked.path) for asked in good.asked], [("POST", "/x?y=1")])
+
+
+class Endless:
+    """An HTTP server that never comes to an end: `first`, then `more` again and again."""
+
+    def __init__(self, first: bytes, more: bytes, pause: float) -> None:
+        self.first, self.more, self.pause, self.over = first, more, pause, threading.Event()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.thread = threading.Thread(target=self._serve, daemon=True)
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError), self.listener.accept()[0] as sock:
+            sock.recv(65536)
+            sock.sendall(self.first)
+            while not self.over.wait(self.pause):
+                sock.sendall(self.more)
+
+    def __enter__(self) -> Endless:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.over.set()
+        self.thread.join(5)
+        self.listener.close()
 
 
 @unittest.skipUnless(shutil.which("openssl"), "needs openssl for certificates")
@@ -5586,12 +5757,14 @@ class SmtpSessions(Peers):
         self.assertEqual(self.told(carried(job(peer))[0]), [("421", "4.4.2", "MAIL")])
         self.assertEqual(len(peer.connections), 1)
 
-    def at_once(self, peer: SmtpPeer, count: int, timeout: float = 9.0) -> collections.Counter:
+    def at_once(self, peer: SmtpPeer, count: int, timeout: float = 9.0, **more) -> collections.Counter:
         """How often each (code, command) was said to so many mails that come at the same moment."""
         sessions, found = haineko.TransportContext(), collections.Counter()
 
         async def one(i: int) -> None:
-            outcome = await haineko.attempt_transaction(job(peer, (f"r{i}@example.jp",), timeout=timeout), sessions)
+            outcome = await haineko.attempt_transaction(
+                job(peer, (f"r{i}@example.jp",), timeout=timeout, **more), sessions
+            )
             found.update((item.code, item.command) for item in outcome.replies)
 
         async def all_() -> None:
@@ -5750,6 +5923,10 @@ class SmtpSessions(Peers):
             ({"CONN": HANG_UP}, {("421", "CONN"): count}),
             ({"EHLO": "421 4.3.2 closing"}, {("421", "EHLO"): count}),
             ({".": "421 4.3.2 one mail a session"}, {("421", "DATA"): count}),
+            (
+                {"CONN": ["421 4.4.1 busy"] * most + ["220 here"]},
+                {("421", "CONN"): most, ("250", "DATA"): count - most},
+            ),
         ):
             with self.subTest(says):
                 self.assertEqual(self.at_once(self.peer(says), count), wanted)
@@ -5818,6 +5995,176 @@ class SmtpSessions(Peers):
                 peer = self.peer()
                 haineko.run(idle_for_a_while(limit, most))
                 self.assertEqual(peer.lines[-1], "QUIT")
+
+    def test_a_session_that_reached_a_limit_is_replaced_once(self) -> None:
+        for verb, no in (
+            ("MAIL", "452 4.4.5 too many mails"),
+            ("MAIL", "421 4.7.0 too many mails"),
+            ("RCPT", "451 4.7.1 too many recipients"),
+            ("RCPT", "452 4.5.3 Too many recipients: Too many messages sent"),
+            ("DATA", "451 4.3.0 too many mails"),
+        ):
+            for offers in ((), ("PIPELINING",)):
+                with self.subTest(no, offers=offers):
+
+                    def say(talk: SmtpConnection, line: str, verb: str = verb, no: str = no) -> str:
+                        mails = sum(old.startswith("MAIL") for old in talk.lines)
+                        return no if mails > 2 else USUAL[verb]
+
+                    peer = self.peer({verb: say}, *offers)
+                    replies = carried(*[job(peer)] * 6)
+                    self.assertEqual([reply.code for [reply] in replies], ["250"] * 6)
+                    self.assertEqual((len(peer.connections), len(peer.mails)), (3, 6))
+                    self.assertEqual("QUIT" in peer.connections[0].lines, no[:3] != "421")
+
+    def test_only_who_was_refused_for_now_is_tried_again(self) -> None:
+        for offers in ((), ("PIPELINING",)):
+            peer = self.peer({}, *offers)
+            peer.says["RCPT"] = lambda talk, line, peer=peer: (
+                "450 4.2.0 later" if line[9:10] == "b" and peer.mails and talk is peer.connections[0] else USUAL["RCPT"]
+            )
+            _, replies = carried(job(peer), job(peer, TO))
+            self.assertEqual([reply.code for reply in replies], ["250"] * 3)
+            sent = [[line[9:10] for line in recipients] for _, recipients, _ in peer.mails]
+            self.assertEqual(sent, [["a"], ["a", "c"], ["b"]])
+        peer = self.peer({"RCPT": refuses(b="450 4.2.0 later")})
+        replies = carried(job(peer, TO), job(peer, TO))
+        self.assertEqual([[reply.code for reply in its] for its in replies], [["250", "450", "250"]] * 2)
+        self.assertEqual((len(peer.connections), len(peer.mails)), (2, 2))
+
+    def test_a_fault_of_the_route_is_no_verdict_on_the_mail(self) -> None:
+        login = {"auth": "x", "credentials": ("kijitora", "nyaa")}
+        pem = certificate()
+        for says, offers, more, wanted, fault in (
+            ({"AUTH": "535 5.7.8 wrong"}, ("AUTH PLAIN",), login, ("535", "5.7.8", "AUTH"), True),
+            ({"AUTH": "504 5.5.4 what"}, ("AUTH PLAIN LOGIN",), login, ("504", "5.5.4", "AUTH"), True),
+            ({"EHLO": "550 5.7.1 no", "HELO": "550 5.7.1 no"}, (), {}, ("550", "5.7.1", "EHLO"), True),
+            ({"STARTTLS": "554 no"}, ("STARTTLS",), {"starttls": True}, ("554", None, "STARTTLS"), True),
+            ({"MAIL": "530 5.7.0 log in first"}, (), {}, ("530", "5.7.0", "MAIL"), True),
+            ({"RCPT": "530 5.7.0 log in first"}, (), {}, ("530", "5.7.0", "RCPT"), True),
+            ({"MAIL": "550 5.7.1 not with this login"}, ("AUTH PLAIN",), login, ("550", "5.7.1", "MAIL"), True),
+            ({"MAIL": "550 5.7.1 not you"}, (), {}, ("550", "5.7.1", "MAIL"), False),
+            ({"RCPT": "550 5.7.1 no relaying"}, ("AUTH PLAIN",), login, ("550", "5.7.1", "RCPT"), False),
+            ({"CONN": "554 5.7.1 no"}, (), {}, ("554", "5.7.1", "CONN"), False),
+        ):
+            with self.subTest(says):
+                peer = self.peer(says, *offers, logins={"kijitora": "nyaa"}, tls=pem if "STARTTLS" in offers else "")
+                [[reply]] = carried(job(peer, **more))
+                self.assertEqual((reply.code, reply.dsn, reply.command), wanted)
+                self.assertEqual((reply.route_fault, reply.temporary, reply.from_server), (fault, fault, True))
+        logged = [line for line in self.logged() if "warning: " in line]
+        self.assertEqual((len(logged), "535 5.7.8 wrong" in logged[0]), (7, True))
+
+    def login_words(self, *turns: bytes):
+        """What a server that offers LOGIN says: these challenges; user and password are those of its words."""
+
+        def say(talk: SmtpConnection, line: str) -> str:
+            if line != "AUTH LOGIN":
+                return "501 5.5.4 no initial response here"
+            answers = []
+            for challenge in turns:
+                talk.sock.sendall(b"334" + challenge + b"\r\n")
+                answers.append(base64.b64decode(talk.line()).decode())
+            return "235 2.7.0 welcome" if answers[-2:] == ["kijitora", "nyaa"] else f"535 5.7.8 {len(answers)}"
+
+        return say
+
+    def test_login_is_asked_in_many_ways(self) -> None:
+        for turns in (
+            (b" VXNlcm5hbWU6", b" UGFzc3dvcmQ6"),  # Username: Password:
+            (b" VXNlcm5hbWU6", b" VXNlcm5hbWU6", b" UGFzc3dvcmQ6"),
+            (b" VXNlciBOYW1lAA==", b" UGFzc3dvcmQA"),
+            (b" VXNlciBOYW1lAA", b" UGFzc3dvcmQA"),  # without padding
+            (b" Username:", b" Password:"),
+            (b" please send your user name", b" and the password, please"),
+            (b" go on", b" go on"),
+            (b" ", b" "),
+            (b"", b""),
+        ):
+            with self.subTest(turns):
+                peer = self.peer({"AUTH": self.login_words(*turns)}, "AUTH LOGIN")
+                [[reply]] = carried(job(peer, auth="x", credentials=("kijitora", "nyaa")))
+                self.assertEqual(reply.code, "250", reply)
+
+    def test_one_mechanism_is_tried_once(self) -> None:
+        every = "AUTH LOGIN PLAIN CRAM-MD5"
+        for says, offer, wanted, tried in (
+            ({"AUTH": "535 5.7.8 wrong"}, every, ("535", "5.7.8", "AUTH"), ["CRAM-MD5"]),
+            (
+                {"AUTH": b"535 5.7.8 wrong\r\n421 4.7.0 too many errors\r\n"},
+                every,
+                ("535", "5.7.8", "AUTH"),
+                ["CRAM-MD5"],
+            ),
+            ({"AUTH": "454 4.7.0 later"}, every, ("454", "4.7.0", "AUTH"), ["CRAM-MD5"]),
+            ({"AUTH": ["504 5.5.4 unknown", None]}, every, FINE, ["CRAM-MD5", "PLAIN"]),
+            ({"AUTH": ["534 5.7.9 too weak", "504 no", None]}, every, FINE, ["CRAM-MD5", "PLAIN", "LOGIN"]),
+            ({"AUTH": "534 5.7.9 too weak"}, every, ("534", "5.7.9", "AUTH"), ["CRAM-MD5", "PLAIN", "LOGIN"]),
+            ({"AUTH": "501 5.5.2 what"}, "AUTH PLAIN LOGIN", ("501", "5.5.2", "AUTH"), ["PLAIN"]),
+        ):
+            with self.subTest(says):
+                peer = self.peer(says, offer, logins={"kijitora": "nyaa"})
+                [[reply]] = carried(job(peer, auth="x", credentials=("kijitora", "nyaa")))
+                self.assertEqual((reply.code, reply.dsn, reply.command), wanted)
+                self.assertEqual([line.split()[1] for line in peer.lines if line.startswith("AUTH")], tried)
+
+    def test_passwords_beyond_ascii_and_long_ones(self) -> None:
+        for password in ("nyaa-\u306b\u3083\u3042-\xe9", "x" * 600):
+            for offer in ("AUTH CRAM-MD5", "AUTH PLAIN", "AUTH LOGIN"):
+                with self.subTest(offer, password=password):
+                    peer = self.peer({}, offer, logins={"kijitora": password})
+                    [[reply]] = carried(job(peer, auth="x", credentials=("kijitora", password)))
+                    self.assertEqual(reply.code, "250")
+                    self.assertLessEqual(max(len(line) for line in peer.lines if line.startswith("AUTH")), 510)
+
+    def test_names_in_ehlo(self) -> None:
+        for hostname, wanted in (
+            ("relay.example.org", "relay.example.org"),
+            ("3f2a9c0d1e2b.localdomain", "[127.0.0.1]"),
+        ):
+            with self.subTest(hostname):
+                peer = self.peer()
+                carried(job(peer)._replace(hostname=hostname))
+                self.assertEqual(peer.lines[0].lower(), f"ehlo {wanted}".lower())
+
+    def test_whatever_ends_an_opening_while_others_work_is_a_limit(self) -> None:
+        reset = socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
+        for name in ("close", "reset", "554", "EHLO", "AUTH"):
+            places, lock, taken, count = 3, threading.Lock(), [], 16
+
+            def greet(talk: SmtpConnection, line: str, name=name, lock=lock, taken=taken, places=places):
+                with lock:
+                    if len(taken) < places:
+                        taken.append(talk)
+                    elif name not in ("EHLO", "AUTH"):
+                        if name == "reset":
+                            talk.sock.setsockopt(socket.SOL_SOCKET, *reset)
+                        return "554 5.7.0 too many" if name == "554" else HANG_UP
+                return "220 here"
+
+            def later(talk: SmtpConnection, line: str, taken=taken):
+                return None if talk in taken else "421 4.7.0 too many"
+
+            with self.subTest(name):
+                says = {"CONN": greet, **({name: later} if name in ("EHLO", "AUTH") else {})}
+                peer = self.peer(says, "AUTH PLAIN", logins={"kijitora": "nyaa"})
+                login = {"auth": "x", "credentials": ("kijitora", "nyaa")} if name == "AUTH" else {}
+                self.assertEqual(self.at_once(peer, count, **login), {("250", "DATA"): count})
+
+    def test_replies_are_read_in_linear_time(self) -> None:
+        def seconds(octets: bytes) -> float:
+            began = time.perf_counter()
+            for start in range(0, len(octets), 4096):
+                try:
+                    haineko.parse_replies(octets[: start + 4096])
+                except haineko.ProtocolError:
+                    break
+            return time.perf_counter() - began
+
+        for shape in (b"250-" + b"\r" * 65536 + b"x\n", b"250-" + b"\r" * 65536, b"250" + b"\t" * 65536 + b"x\n"):
+            self.assertLess(seconds(shape), 0.5)
+        for line in (b"250 " + b"x" * haineko.MAX_LINE + b"\r\n", b"250 " + b"\r" * haineko.MAX_LINE + b"\r\n"):
+            self.assertRaises(haineko.ProtocolError, haineko.parse_replies, line)
 
 
 class BeyondAscii(Peers):
@@ -6379,6 +6726,16 @@ class RelayMx(MxPeers):
                 self.assertEqual((said.code, said.command, said.host), wanted)
                 self.assertEqual([mail.connection.secure for mail in host.mails], [] if secure is None else [secure])
 
+    def test_an_address_that_answers_nothing_costs_a_moment_once(self):
+        swallow(self, "127.0.0.5", self.host.port)
+        self.dns.zone["mx9.example"] = {haineko.A: ["127.0.0.5", "127.0.0.3"]}
+        self.domain((10, 9))
+        for least, most in ((0.2, 2.0), (0.0, 0.2)):
+            began = time.monotonic()
+            self.assertEqual(self.one(private=True, timeout=9)[0].code, "250")
+            self.assertTrue(least <= time.monotonic() - began < most)
+        self.assertEqual(self.host.opened, ["127.0.0.3"] * 2)
+
 
 class RelayMxByPolicy(MxPeers):
     """MTA-STS. The domain is sts.example; its host is mx.sts.example, which has a certificate."""
@@ -6498,6 +6855,18 @@ class RelayMxByPolicy(MxPeers):
                 self.dns.zone["_mta-sts.sts.example"] = txt = changes.get("txt", txt)
                 self.assertEqual(self.deliver(sessions)[0], wanted)
                 self.assertEqual(len(self.web.asked), asked)
+
+    def test_look_ups_and_fetches_under_way_are_shared(self):
+        sessions, found = self.sessions(), []
+        route = mail_to("a@sts.example", port=self.host.port, ca_file=self.ca).route
+
+        async def one() -> None:
+            found.append(await sessions.mta_sts.policy_for("sts.example", route))
+
+        haineko.run(haineko.gather([one() for _ in range(64)]))
+        self.assertEqual({policy.hosts for policy in found}, {("mx.sts.example",)})
+        self.assertEqual((len(found), len(self.web.asked)), (64, 1))
+        self.assertEqual(len(self.dns.asked), 3)  # the TXT record, and both kinds of address
 
     def test_a_web_server_that_drips_is_not_waited_for(self):
         web = self.enter(HttpPeer(lambda asked: "drip", self.tls))
