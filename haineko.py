@@ -8565,7 +8565,7 @@ def submission_from_options(options: Any) -> bytes:
         "charset": options.charset,
     }
     document = {
-        "mail": options.sender or f"{user_name()}@{local_hostname()}",
+        "mail": options.sender or default_sender(local_hostname()),
         "rcpt": options.to,
         "header": {key: value for key, value in header.items() if value is not None},
         "body": body,
@@ -8825,30 +8825,33 @@ def sendmail_deliver(flags: dict, addresses: list) -> int:
 def sendmail_settings(flags: dict) -> tuple:
     """Return (Settings, URLs of the server to post to: none if the settings and the queue can be used directly)."""
     path = settings_path(flags.get("-C"))
-    if not path:  # `serve` would print the mail, and so lose it
+    if not path and "HAINEKO_URL" not in os.environ:  # without, `serve` prints mail, and so loses it
         raise CommandError("no settings file: name one with -C or in $HAINEKO_CONF", EX_CONFIG)
     settings, errors = load_settings(path)
     if not settings.hostname:
         settings = replace(settings, smtpd=replace(settings.smtpd, hostname=local_hostname()))
-    place = settings.queue and next(p for p in (settings.queue.path, os.path.dirname(path)) if os.path.exists(p))
-    if any(os.strerror(errno.EACCES) in error for error in errors) or (place and not os.access(place, os.W_OK)):
+    store = settings.queue.path if settings.queue else ""
+    unwritable = store and not os.access(store if os.path.exists(store) else os.path.dirname(store), os.W_OK)
+    if not path or unwritable or any(os.strerror(errno.EACCES) in error for error in errors):
         return settings, server_urls(settings, path)
     if errors:
         raise CommandError("\n".join(errors), EX_CONFIG)
     return settings, ()
 
 
-def server_urls(settings: Settings, path: str) -> list:
+def server_urls(settings: Settings, path: str | None) -> list:
     """Return where a server may listen: $HAINEKO_URL, what `start` wrote into the pid file, the settings' addresses."""
-    urls = [os.environ.get("HAINEKO_URL", "")]
+    if "HAINEKO_URL" in os.environ or not path:
+        return [os.environ["HAINEKO_URL"]]
+    urls = []
     with contextlib.suppress(OSError), open(os.path.join(os.path.dirname(path), "haineko.pid")) as stream:
-        urls += stream.read().split()[1:]
+        urls = stream.read().split()[1:]
     scheme = "https" if settings.httpd.tls else "http"
     for address in settings.httpd.listen:
         host, _, port = address.rpartition(":")
         host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
         urls.append(address if address.startswith("unix:") else f"{scheme}://{host}:{port}/")
-    return [url for url in urls if url]
+    return urls
 
 
 def post_in_parts(urls: list, document: dict) -> tuple:
@@ -8952,9 +8955,13 @@ def split_addresses(text: str) -> list:
 
 def recipient_fields(fields: list) -> list:
     """Return To, Cc and Bcc, or of a message that is sent again the Resent- ones of its last sending, all as "to"."""
-    again = itertools.dropwhile(lambda field: not field[0].startswith("resent-"), fields)
-    again = list(itertools.takewhile(lambda field: field[0].startswith("resent-"), again))
-    resent = [("to", octets) for name, octets in again if name in ("resent-to", "resent-cc", "resent-bcc")]
+    again: dict = {}
+    for name, octets in fields:
+        if name in again:  # of an earlier sending
+            break
+        if name.startswith("resent-"):
+            again[name] = octets
+    resent = [("to", octets) for name, octets in again.items() if name in ("resent-to", "resent-cc", "resent-bcc")]
     return resent or [("to", octets) for name, octets in fields if name in ("to", "cc", "bcc")]
 
 

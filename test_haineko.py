@@ -10411,6 +10411,7 @@ class Commands(Folder, Peers):
              ("r", "s"), f"Resent-From: x@{NAME}"),
             (("-t",), "To: x a@example.jp\nCc: b@example.jp\n" + text, None, ""),
             (("-t",), "Resent-To: r@example.jp\nReceived: x\nResent-To: old@example.jp\n" + text, ("r",), ""),
+            (("-t",), "Resent-From: x@y.jp\nTo: a@example.jp\nResent-To: r@example.jp\n" + text, ("r",), ""),
             (("-t",), "To: unlisted-recipients:; (no To-header on input)\nBcc: b@example.jp\n" + text, ("b",), ""),
             (("-t",), "To: a@example.jp,\nCc: b@example.jp (Doe, J), c@example.jp\n" + text, ("a", "b", "c"), ""),
             (("-t",), "To: a@example.jp; b@example.jp\n" + text, ("a", "b"), ""),
