@@ -133,13 +133,16 @@ class Rejected(Exception):  # noqa: N818 -- the word that postmasters use
         return self.args[0]
 
 
+DEFAULT_DSN = (" RET=FULL", " NOTIFY=FAILURE,DELAY")  # parameters of MAIL and of RCPT (RFC 3461)
+
+
 class Message(NamedTuple):
     """Finished message (RFC 5322, CRLF); the recipient and the copy's number are inserted between its parts."""
 
     parts: tuple  # (all of it,) or (up to "To: ", up to "Message-Id: <QUEUEID.", the rest) or (up to "To: ", the rest)
     needs_8bitmime: bool = False  # has octets over 127 (RFC 6152)
     needs_smtputf8: bool = False  # has them in its header (RFC 6531)
-    dsn: tuple = (" RET=FULL", " NOTIFY=FAILURE,DELAY")  # parameters of MAIL and of RCPT (RFC 3461)
+    dsn: tuple = DEFAULT_DSN
 
     def copy(self, recipient: str, number: int) -> bytes:
         """Return the octets of one recipient's copy."""
@@ -259,6 +262,7 @@ REPLIES = {
     "key-running": (409, "421", None, "HTTP", "The first request with this Idempotency-Key is still running"),
     "key-reused": (422, "421", None, "HTTP", "Idempotency-Key was used with another body"),
     "no-queue": (400, "421", None, "HTTP", 'No queue here: set "queue": {"path": "haineko.db"} in the settings'),
+    "queue-sending": (409, "421", None, "HTTP", "The mail is being sent at this moment"),
     "not-implemented": (501, "421", None, "HTTP", "Transfer-Encoding not implemented"),
     "busy": (503, "421", None, "HTTP", "Too many connections"),
     "http-version": (505, "421", None, "HTTP", "HTTP version not supported"),
@@ -1486,7 +1490,7 @@ class Request:
     settings: Settings | None = None  # the settings in force when it began
     login: str = ""  # who logged in
     message_size: int = 0  # octets of the finished message
-    dsn: tuple = Message(()).dsn  # what is asked of the next server
+    dsn: tuple = DEFAULT_DSN  # what is asked of the next server
 
 
 class Mailbox(NamedTuple):
@@ -5730,8 +5734,8 @@ RELAYS.update(
 # ======================================================================================================================
 
 # Nothing is answered 2xx before it is committed to disk. After a process was killed,
-#  - a mail that was not yet in the file is sent again by its client, who has no answer. With an Idempotency-Key it is in
-#    the file before anything is sent, and is not sent twice.
+#  - a mail that was not yet in the file is sent again by its client, who has no answer. With an Idempotency-Key it is
+#    in the file before anything is sent, and is not sent twice.
 #  - leases of the dead process are seen, since it no longer holds its lock. Their recipients are tried again, and the
 #    log says that the mail may arrive twice.
 #  - the result of an attempt is there together with the bounce and the event that report it, or not at all.
@@ -5748,10 +5752,15 @@ def next_disposition(reply: Reply, attempts: int, age: float, jitter: float, set
     """Return what follows the reply to the latest of `attempts` for a mail `age` seconds old; jitter is 0 to 1."""
     if reply.accepted:
         return Disposition("delivered")
-    if not reply.temporary or age >= settings.lifetime:
+    expired = age >= settings.lifetime
+    if not reply.temporary or (expired and attempts >= MIN_ATTEMPTS):
         return Disposition("failed")
     pause = settings.retry_after[min(attempts, len(settings.retry_after)) - 1] * (0.8 + 0.4 * jitter)
-    return Disposition("open", min(max(pause, reply.retry_after), max(settings.lifetime - age, 1.0)))
+    left = settings.lifetime if expired else max(settings.lifetime - age, 1.0)  # the last attempt is at its end
+    return Disposition("open", min(max(pause, reply.retry_after), left))
+
+
+MIN_ATTEMPTS = 3  # before a mail is given up, however old: the clock may have been set forward by days
 
 
 class AttemptResult(NamedTuple):
@@ -5826,17 +5835,12 @@ def queued_reply(queueid: str, reply: Reply | None = None) -> Reply:
 # -- Bounces and events
 
 
-def notifications(
-    leased: LeasedRecipient, result: AttemptResult, reply: Reply, settings: Settings, now: float
-) -> tuple:
-    """Return the items that report a result: an event for the webhook, a bounce for the sender; usually none."""
-    if leased.kind != "mail":
-        return ()
-    items, state = [], result.disposition.state
-    event = state if state != "open" else "deferred" if leased.attempts == 1 else ""
-    if event and settings.queue.webhook:
+def notifications(leased: LeasedRecipient, reply: Reply, state: str, settings: Settings, now: float) -> tuple:
+    """Return the items that report an attempt: an event for the webhook, a bounce for the sender; usually none."""
+    items, event = [], "deferred" if state == "open" and leased.attempts == 1 else state
+    if leased.kind == "mail" and event != "open" and settings.queue.webhook:
         items.append(webhook_event(f"message.{event}", leased, reply, settings.queue.webhook, now))
-    if state == "failed" and leased.sender and "FAILURE" in leased.message.dsn[1]:
+    if state == "failed" and may_bounce(leased, settings):
         items.append(new_bounce(leased, reply, settings, now))
     return tuple(items)
 
@@ -5846,10 +5850,15 @@ def webhook_event(name: str, leased: LeasedRecipient, reply: Reply, url: str, no
     data = {"queueid": leased.queueid, "addresser": leased.sender, **reply_to_dict(leased.as_written, reply)}
     timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
     event = {"type": name, "timestamp": timestamp, "data": {**data, "attempts": leased.attempts}}
+    message = Message((ENCODER.encode(event).encode(),))
     recipient = NewRecipient(url, url, 1, f"Webhook {WEBHOOK_URL.fullmatch(url)[2]}")
-    return NewQueueItem(
-        new_queueid(now), "event", "", "", now, Message((ENCODER.encode(event).encode(),)), (recipient,)
-    )
+    return NewQueueItem(new_queueid(now), "event", "", "", now, message, (recipient,))
+
+
+def may_bounce(leased: LeasedRecipient, settings: Settings) -> bool:
+    """Return whether the sender is told of a failure: others than these could be made to receive strangers' mail."""
+    known = leased.login or not check_recipient(parse_address(leased.sender), settings)
+    return leased.kind == "mail" and bool(leased.sender and known) and "FAILURE" in leased.message.dsn[1]
 
 
 def new_bounce(leased: LeasedRecipient, reply: Reply, settings: Settings, now: float) -> NewQueueItem:
@@ -5868,12 +5877,12 @@ def sign_webhook(secret: bytes, webhook_id: str, second: int, body: bytes) -> st
 
 def bounce_message(leased: LeasedRecipient, reply: Reply, hostname: str, queueid: str, now: float) -> Message:
     """Return the delivery status notification (RFC 3464) that a recipient's mail has failed."""
-    header = leased.message.copy(leased.recipient, leased.number).partition(b"\r\n\r\n")[0] + b"\r\n"
+    header = returned_header(leased.message.copy(leased.recipient, leased.number))
     lines, is_ascii = diagnostic_lines(reply), leased.recipient.isascii()
     text = BOUNCE_TEMPLATE.format(
         leased=leased, hostname=hostname, queueid=queueid, boundary=f"{queueid}/report", date=rfc5322_date(int(now)),
         encoding="7bit" if header.isascii() and is_ascii else "8bit", address_type="rfc822" if is_ascii else "utf-8",
-        age=format_duration(now - leased.created_at), arrival_date=rfc5322_date(int(leased.created_at)),
+        arrival_date=rfc5322_date(int(leased.created_at)),
         server=f" ({reply.host})" if reply.host else "", reply="\r\n    ".join(lines),
         remote_mta=f"Remote-MTA: dns; {reply.host}\r\n" if reply.host else "",
         status=reply.dsn or ("4.4.7" if reply.temporary else "5.0.0"),  # RFC 3463: delivery time expired; undefined
@@ -5881,6 +5890,18 @@ def bounce_message(leased: LeasedRecipient, reply: Reply, hostname: str, queueid
     octets = text.encode() + header + f"\r\n--{queueid}/report--\r\n".encode()
     return Message((octets,), needs_8bitmime=not octets.isascii())
 
+
+def returned_header(octets: bytes) -> bytes:
+    """Return the fields by which a sender knows the message again, as far as they are short."""
+    found, size = [], 0
+    for match in RETURNED_FIELD.finditer(octets.partition(b"\r\n\r\n")[0] + b"\r\n"):
+        size += len(match[0])
+        found += [match[0]] if size <= MAX_RETURNED else []
+    return b"".join(found)
+
+
+RETURNED_FIELD = re.compile(rb"(?im)^(?:From|To|Subject|Date|Message-Id):[^\r\n]*\r\n(?:[ \t][^\r\n]*\r\n)*")
+MAX_RETURNED = 4096  # octets
 
 BOUNCE_TEMPLATE = """\
 Received: by {hostname} (Haineko) id {queueid};
@@ -5900,17 +5921,15 @@ Content-Type: multipart/report; report-type=delivery-status;
 Content-Type: text/plain; charset=UTF-8
 Content-Transfer-Encoding: {encoding}
 
-This is the mail system at {hostname}.
-
-Your mail could not be delivered to
+This is the mail system at {hostname}. Your mail to
 
     {leased.recipient}
 
-It was tried {leased.attempts} time(s) in {age}. The last reply{server} was:
+could not be delivered. After {leased.attempts} attempt(s) since {arrival_date} the last reply{server} was:
 
     {reply}
 
-Its headers are attached. It will not be tried again.
+It will not be tried again. The beginning of its header is attached.
 
 --{boundary}
 Content-Type: message/delivery-status
@@ -5935,13 +5954,6 @@ def diagnostic_lines(reply: Reply) -> list:
     """Return a reply's lines for a message: ASCII, short, each with the code."""
     lines = [sanitize(line, 500).encode("ascii", "replace").decode() for line in reply.message[:MAX_REPLY_LINES]]
     return [f"{reply.code} {line}".rstrip() for line in lines or [""]]
-
-
-def format_duration(seconds: float) -> str:
-    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}s"
-    return f"{seconds:.0f} seconds"
 
 
 async def post_webhook(
@@ -5986,11 +5998,10 @@ class QueueDB:
         self.deferred_writes: deque = deque()  # (operation, values) to be repeated until the file can be used
         self.thread: Any = None
         self.db: Any = None
-        self.file_ids: list = []  # of the files as they were opened
+        self.file_ids: dict = {}  # of the files as they were opened
         self.slot = self.locks = 0  # number of the byte that this process has locked; the lock file
         self.fault = ""  # why the file can't be used
         self.woken = False  # since the last commit
-        self.disk_checked_at, self.disk_ok = 0.0, False
 
     async def do(self, operation: Callable, *values: Any) -> Any:
         """Return the result of operation(db, slot, *values) once it is on disk; raise Rejected if that fails."""
@@ -6023,23 +6034,18 @@ class QueueDB:
 
     def wake_manager(self) -> None:
         """Tell the queue manager that something is due; once after each commit is enough."""
-        if self.woken:
-            return
-        self.woken = True
-        try:
-            self.wake_socket.send(b"\0")
-        except (OSError, AttributeError):  # woken often enough, or there is none: it looks once a second
-            pass
+        if self.wake_socket and not self.woken:
+            self.woken = True
+            with contextlib.suppress(OSError):  # it has been woken often enough
+                self.wake_socket.send(b"\0")
 
     def has_free_space(self) -> bool:
-        """Return whether the disk has as much free space as it should, or had a moment ago."""
-        now = time.monotonic()
-        if now - self.disk_checked_at > 0.1:
-            self.disk_checked_at, self.disk_ok = now, False
-            with contextlib.suppress(OSError):
-                disk = os.statvfs(os.path.dirname(self.settings.path))
-                self.disk_ok = disk.f_bavail * disk.f_frsize >= self.settings.min_free
-        return self.disk_ok
+        """Return whether the disk has as much free space as it should."""
+        try:
+            disk = os.statvfs(os.path.dirname(self.settings.path))
+        except OSError:
+            return False
+        return disk.f_bavail * disk.f_frsize >= self.settings.min_free
 
     def health_error(self) -> str:
         """Return what is wrong with the file or its disk, "" for nothing."""
@@ -6047,28 +6053,25 @@ class QueueDB:
 
     def _work(self) -> None:
         while True:
-            batch, owed = self._batch(), [self.deferred_writes.popleft() for _ in range(len(self.deferred_writes))]
+            batch = self._take_waiting(self.BATCH, block=True)
+            owed = [self.deferred_writes.popleft() for _ in range(len(self.deferred_writes))]
             work = [*owed, *[(operation, values) for operation, values, _ in batch]]
-            results = self.commit(work, batch)
+            try:
+                results = self.commit(work, batch)
+            except Exception:  # callers wait for results, and deferred writes must not be lost
+                log_exception("queue")
+                results = [Rejected(make_reply("store", mailer="Queue"))] * len(work)
             self.deferred_writes.extend(work for work, result in zip(owed, results) if isinstance(result, Rejected))
             self.woken = False
             for (_, _, future), result in zip(batch, results[len(owed) :]):
                 future.get_loop().call_soon_threadsafe(future.set_result, result)
 
-    def _batch(self) -> list:
-        """Wait for work and return all that waits; nothing after a second if there are deferred writes."""
-        try:
-            batch = [self.waiting.get(timeout=1.0 if self.deferred_writes else None)]
-        except queue.Empty:
-            return []
-        return batch + self._drain_waiting(self.BATCH - 1)
-
-    def _drain_waiting(self, limit: int) -> list:
-        """Return what waits, without waiting for more."""
+    def _take_waiting(self, limit: int, block: bool = False) -> list:
+        """Return what waits; if `block`, wait for it, a second at most if there are deferred writes."""
         found: list = []
         with contextlib.suppress(queue.Empty):
             while len(found) < limit:
-                found.append(self.waiting.get_nowait())
+                found.append(self.waiting.get(block and not found, 1.0 if self.deferred_writes else None))
         return found
 
     def commit(self, work: list, batch: list | None = None) -> list:
@@ -6079,11 +6082,12 @@ class QueueDB:
         import sqlite3
 
         try:
-            self._open()
+            if not self.db:
+                self._open()
             fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite itself would wait by sleeping, sometimes long
-            db = self._open()  # the files may have been replaced meanwhile
+            db = self._open()  # now, when no other process writes: the files may have been replaced
             if batch is not None:
-                late = self._drain_waiting(self.BATCH - len(batch))
+                late = self._take_waiting(self.BATCH - len(batch))
                 batch += late
                 work += [(operation, values) for operation, values, _ in late]
             db.execute("BEGIN IMMEDIATE")
@@ -6098,11 +6102,10 @@ class QueueDB:
             if len(work) > 1:
                 return [self.commit([one])[0] for one in work]
             log_exception("queue")
-            operation, values = work[0]
-            if operation not in LEASE_CONDITIONS:
-                return [error]
-            release = self.settings, time.time(), LEASE_CONDITIONS[operation], values[0]
-            return self.commit([(release_leases, release)])
+            ((operation, values),) = work
+            leases = LEASE_CONDITIONS.get(operation)  # they must not outlast it
+            release = release_leases, (self.settings, time.time(), leases, *values[:1])
+            return self.commit([release]) if leases else [error]
         finally:
             if self.locks:
                 fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, 0)
@@ -6127,16 +6130,13 @@ class QueueDB:
         """Return the connection; raise sqlite3.Error or OSError."""
         import sqlite3
 
-        path = self.settings.path
-        if self.db and self.file_ids == self._file_ids():
+        if self.db and (self.file_ids == self._file_ids() or not self._leave_files()):
+            self._lock_slot(self.db)
             return self.db
-        if self.db:
-            log.lines(f"queue: {sanitize(path)} was moved or replaced while in use; what is there now is opened")
-            with contextlib.suppress(sqlite3.Error):  # what is committed must be in the file that was moved
-                self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        self.close()
-        if not os.path.exists(path):
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # mail is private
+        path = self.settings.path
+        for suffix in ("", "-wal", "-shm"):
+            if not suffix or os.path.lexists(path + suffix):
+                os.close(open_private(path + suffix, os.O_RDONLY))
         db = self.db = sqlite3.connect(path, timeout=self.BUSY, isolation_level=None, check_same_thread=False)
         db.row_factory = sqlite3.Row
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
@@ -6146,8 +6146,22 @@ class QueueDB:
         self.file_ids = self._file_ids()
         return db
 
-    def _file_ids(self) -> list:
-        return [file_id(self.settings.path + suffix) for suffix in ("", "-wal", "-shm", ".lock")]
+    def _file_ids(self) -> dict:
+        return {path: file_id(path) for path in [self.settings.path + suffix for suffix in ("", "-wal", "-shm")]}
+
+    def _leave_files(self) -> bool:
+        """Close files that were moved or replaced while in use; return False if another program reads them just now.
+
+        All mail must be in the file that was moved, and what remains here of its log must not be read with a new one.
+        """
+        if self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()["busy"]:
+            return False
+        log.lines(f"queue: {sanitize(self.settings.path)} was moved or replaced; opening what is there now")
+        for path, before in self.file_ids.items():
+            if path != self.settings.path and before and file_id(path) == before:
+                os.unlink(path)
+        self.close()
+        return True
 
     def _lock_slot(self, db: Any) -> None:
         """Lock a slot, the same again if the lock file was replaced; what its last process had leased is released."""
@@ -6184,7 +6198,7 @@ def lock_slot(path: str, preferred: int) -> tuple:
     The kernel unlocks it when the process ends, so the owner of a lease is known to be alive. No process may open the
     file twice: closing one handle would unlock all.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    handle = open_private(path, os.O_RDWR)
     for slot in (preferred or 1, *range(1, MAX_SLOTS)):
         if lock_byte(handle, slot):
             return handle, slot
@@ -6193,6 +6207,18 @@ def lock_slot(path: str, preferred: int) -> tuple:
 
 
 MAX_SLOTS = 4096  # processes
+
+
+def open_private(path: str, flags: int) -> int:
+    """Open or create a file that its owner alone may read; raise OSError for a link and for another user's file."""
+    handle, user = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), os.geteuid()
+    found = os.fstat(handle)
+    if stat.S_ISREG(found.st_mode) and (found.st_uid in (0, user) or not user):
+        if found.st_uid == user and found.st_mode & 0o077:
+            os.fchmod(handle, 0o600)
+        return handle
+    os.close(handle)
+    raise OSError(errno.EPERM, "is not a regular file of this user", path)
 
 
 def lock_byte(handle: int, offset: int) -> bool:
@@ -6204,47 +6230,43 @@ def lock_byte(handle: int, offset: int) -> bool:
     return True
 
 
-# The first script creates a file of version 1 (PRAGMA user_version), each further one upgrades it by one.
-MIGRATIONS = (
-    """
+# A new file; times are seconds since the epoch.
+SCHEMA = """
     CREATE TABLE messages (
-        id INTEGER PRIMARY KEY,
-        queueid TEXT NOT NULL UNIQUE,
-        kind TEXT NOT NULL,          -- mail, or event for the webhook
-        sender TEXT NOT NULL,
-        login TEXT NOT NULL,
-        born REAL NOT NULL,          -- created_at: seconds since the epoch, as all times
-        open INTEGER NOT NULL,       -- open_recipients: how many are neither delivered nor given up
-        done REAL,                   -- completed_at: when none was left
-        owner INTEGER,               -- slot of the process that has yet to answer its client
-        key BLOB UNIQUE,             -- with Idempotency-Key: digest of login, path and key
-        body BLOB,                   -- body_digest: of the request
-        answer TEXT,                 -- response to the client: JSON of status, headers, body
-        size INTEGER NOT NULL,       -- octets of the message
-        parts TEXT NOT NULL,         -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), then the length of each part
-        octets BLOB NOT NULL         -- the parts; empty once completed
+        id INTEGER PRIMARY KEY, queueid TEXT NOT NULL UNIQUE,
+        kind TEXT NOT NULL,                -- mail, or event for the webhook
+        sender TEXT NOT NULL, login TEXT NOT NULL, created_at REAL NOT NULL,
+        open_recipients INTEGER NOT NULL,  -- how many are neither delivered nor given up
+        completed_at REAL,                 -- when none was left
+        owner INTEGER,                     -- slot of the process that has yet to answer its client
+        key BLOB UNIQUE,                   -- with Idempotency-Key: digest of login, path and key
+        body_digest BLOB,                  -- of the request
+        response TEXT,                     -- to the client: JSON of status, headers, body
+        size INTEGER NOT NULL,             -- octets of the message
+        parts TEXT NOT NULL,               -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), then the length of each part
+        octets BLOB NOT NULL               -- the parts; empty once completed
     );
-    CREATE INDEX messages_by_owner ON messages(owner) WHERE owner IS NOT NULL;
-    CREATE INDEX messages_by_done ON messages(done) WHERE done IS NOT NULL;
+    CREATE INDEX messages_by_done ON messages(completed_at) WHERE completed_at IS NOT NULL;
     CREATE TABLE recipients (
-        id INTEGER PRIMARY KEY,
-        message INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
-        given TEXT NOT NULL,         -- as_written: by the client
-        recipient TEXT NOT NULL,     -- as relays are told
-        number INTEGER NOT NULL,     -- of the copy
-        lane TEXT NOT NULL,          -- destination: see destination_key()
-        state TEXT NOT NULL,         -- open, delivered, failed or dropped
-        born REAL NOT NULL,          -- created_at
-        due REAL,                    -- open and not leased: time of the next attempt; 0: now, even if throttled
-        owner INTEGER,               -- leased: slot of the process that delivers it
+        id INTEGER PRIMARY KEY, message INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
+        as_written TEXT NOT NULL,          -- by the client
+        recipient TEXT NOT NULL,           -- as relays are told
+        number INTEGER NOT NULL, destination TEXT NOT NULL,
+        state TEXT NOT NULL, created_at REAL NOT NULL,  -- state: open, delivered, failed, dropped or held
+        due REAL,                          -- open and not leased: time of the next attempt; 0: now, even if throttled
+        owner INTEGER,                     -- leased: slot of the process that delivers it
         attempts INTEGER NOT NULL,
-        history TEXT NOT NULL        -- JSON, see add_attempt()
+        history TEXT NOT NULL,             -- JSON, see add_attempt()
+        interruptions INTEGER NOT NULL DEFAULT 0  -- in a row
     );
     CREATE INDEX recipients_by_message ON recipients(message);
     CREATE INDEX recipients_by_owner ON recipients(owner) WHERE owner IS NOT NULL;
-    CREATE INDEX recipients_by_due ON recipients(lane, due) WHERE due IS NOT NULL;
-    CREATE INDEX recipients_by_age ON recipients(lane, born) WHERE due IS NOT NULL
-    """,
+    CREATE INDEX recipients_by_due ON recipients(destination, due) WHERE due IS NOT NULL;
+    CREATE INDEX recipients_by_age ON recipients(destination, created_at) WHERE due IS NOT NULL;
+    CREATE INDEX recipients_held ON recipients(destination) WHERE state='held'
+"""
+# Each upgrades a file from the version before (PRAGMA user_version), the first one from version 1 to 2.
+MIGRATIONS = (
     """
     ALTER TABLE messages RENAME COLUMN born TO created_at;
     ALTER TABLE messages RENAME COLUMN open TO open_recipients;
@@ -6254,6 +6276,8 @@ MIGRATIONS = (
     ALTER TABLE recipients RENAME COLUMN given TO as_written;
     ALTER TABLE recipients RENAME COLUMN lane TO destination;
     ALTER TABLE recipients RENAME COLUMN born TO created_at;
+    ALTER TABLE recipients ADD COLUMN interruptions INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX recipients_held ON recipients(destination) WHERE state='held';
     DROP INDEX messages_by_owner
     """,
 )
@@ -6261,14 +6285,14 @@ MIGRATIONS = (
 
 def migrate(db: Any, migrations: tuple = MIGRATIONS) -> None:
     """Bring the file to the newest version in one transaction; refuse a newer one."""
-    newest = len(migrations)
+    newest = 1 + len(migrations)
     if db.execute("PRAGMA user_version").fetchone()[0] == newest:
         return
     db.execute("BEGIN IMMEDIATE")
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > newest:
         raise OSError(f"{NEWER_VERSION} {version}; this Haineko knows {newest}")
-    for script in migrations[version:]:
+    for script in migrations[version - 1 :] if version else (SCHEMA,):
         for statement in re.sub(r" *--[^\n]*", "", script).split(";"):
             db.execute(statement)
     db.execute(f"PRAGMA user_version={newest}")
@@ -6301,7 +6325,7 @@ def enqueue(db: Any, slot: int, item: NewQueueItem, results: list | None, leased
     message = insert(
         db, "messages", queueid=item.queueid, kind=item.kind, sender=item.sender, login=item.login,
         created_at=created_at, open_recipients=len(item.recipients), owner=owner, key=item.key,
-        body_digest=item.body_digest, size=len(octets), parts=json.dumps([[flags, *item.message.dsn], *map(len, item.message.parts)]),
+        body_digest=item.body_digest, size=len(octets), parts=json.dumps([flags, *map(len, item.message.parts), *item.message.dsn]),
         octets=octets,
     )  # fmt: skip
     due = created_at if owner is None else None
@@ -6339,7 +6363,8 @@ def finish_attempt(db: Any, slot: int, row_id: int, result: AttemptResult, now: 
     state, pause = result.disposition
     history = add_attempt(row["history"], now, result.reply) if result.reply else row["history"]
     db.execute(
-        "UPDATE recipients SET destination=?, state=?, due=?, owner=NULL, attempts=attempts+?, history=? WHERE id=?",
+        "UPDATE recipients SET destination=?, state=?, due=?, owner=NULL, attempts=attempts+?, interruptions=0,"
+        " history=? WHERE id=?",
         (result.destination or row["destination"], state, now + pause if state == "open" else None,
          result.reply is not None, history, row_id),
     )  # fmt: skip
@@ -6376,9 +6401,11 @@ def lease_due(
 ) -> list:
     """Lease what is due to this process: up to `limit` of each destination, less those in flight.
 
-    Of a throttled destination only what is due at once, and what was created before `expired_before`.
+    Of a throttled destination (with its failures) only what is due at once, and what was created before
+    `expired_before` and needs no more attempts.
     """
     free, leased = MAX_ACTIVE - sum(in_flight.values()), []
+    suspect = db.execute(SUSPECT_SQL, (MAX_INTERRUPTIONS - 1,)).fetchone()[0]
     for (destination,) in db.execute(DESTINATIONS_SQL).fetchall():
         count = min(limit - in_flight.get(destination, 0), free)
         if count <= 0:
@@ -6386,14 +6413,40 @@ def lease_due(
         until = now if destination not in throttled else 0
         rows = db.execute(DUE_SQL, (destination, until, count)).fetchall()
         if destination in throttled:
-            rows += db.execute(EXPIRED_SQL, (destination, expired_before, MAX_EXPIRED)).fetchall()
-        for row_id in dict.fromkeys([row["id"] for row in rows]):
-            leased.append(read_leased(db, row_id))
-            db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row_id))
+            attempts = MIN_ATTEMPTS - throttled[destination]
+            rows += db.execute(EXPIRED_SQL, (destination, expired_before, attempts, MAX_EXPIRED)).fetchall()
+        for row_id, interruptions in dict(map(tuple, rows)).items():
+            if interruptions < MAX_INTERRUPTIONS - 1 or not suspect:
+                suspect = suspect or interruptions >= MAX_INTERRUPTIONS - 1
+                leased += lease(db, slot, row_id)
         free -= len(rows)
     return leased
 
 
+def lease(db: Any, slot: int, row_id: int) -> list:
+    """Lease one recipient; one that can't be read is held, or it would keep all others from being read."""
+    row = db.execute(
+        "SELECT r.id, queueid, kind, sender, login, m.created_at, parts, as_written, recipient, number, destination,"
+        " attempts, history, octets FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (row_id,)
+    ).fetchone()  # fmt: skip
+    try:
+        history, parts = parse_history(row["history"]), json.loads(row["parts"])
+        flags, *lengths = [part for part in parts if type(part) is int]
+    except (ValueError, TypeError):
+        log_exception(row["queueid"])
+        db.execute("UPDATE recipients SET state='held', due=NULL WHERE id=?", (row_id,))
+        return []
+    db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row_id))
+    octets = io.BytesIO(row["octets"])
+    dsn = tuple([part for part in parts if type(part) is str])  # absent in files of older versions
+    message = Message(
+        tuple([octets.read(length) for length in lengths]), bool(flags & 1), flags > 1, dsn or DEFAULT_DSN
+    )
+    return [LeasedRecipient(*row[:-1])._replace(message=message, history=history)]
+
+
+MAX_INTERRUPTIONS = 3  # in a row, after which a mail is held; before the last one no other suspect is in flight
+SUSPECT_SQL = "SELECT count(*) FROM recipients WHERE owner IS NOT NULL AND interruptions>=?"
 MAX_ACTIVE = 256  # deliveries under way
 MAX_EXPIRED = 64  # mails given up at a time
 DESTINATIONS_SQL = """
@@ -6403,25 +6456,9 @@ DESTINATIONS_SQL = """
                           AND destination > found.destination)
                   FROM found WHERE destination IS NOT NULL)
     SELECT destination FROM found WHERE destination IS NOT NULL"""  # one index search each, however many wait
-DUE_SQL = "SELECT id FROM recipients WHERE destination=? AND due IS NOT NULL AND due<=? ORDER BY due LIMIT ?"
-EXPIRED_SQL = (
-    "SELECT id FROM recipients WHERE destination=? AND due IS NOT NULL AND created_at<=? ORDER BY created_at LIMIT ?"
-)
-
-
-def read_leased(db: Any, row_id: int) -> LeasedRecipient:
-    row = db.execute(
-        "SELECT r.id, queueid, kind, sender, login, m.created_at, parts AS message, as_written, recipient, number,"
-        " destination, attempts, history, octets FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?",
-        (row_id,),
-    ).fetchone()
-    first, *lengths = json.loads(row["message"])
-    flags, *dsn = first if isinstance(first, list) else (first,)  # a number in files of older versions
-    stream = io.BytesIO(row["octets"])
-    message = Message(tuple([stream.read(length) for length in lengths]), bool(flags & 1), flags > 1)
-    message = message._replace(dsn=tuple(dsn)) if dsn else message
-    values = LeasedRecipient(*tuple(row)[:-1])
-    return values._replace(message=message, history=parse_history(row["history"]))
+WAITING_SQL = "SELECT id, interruptions FROM recipients WHERE destination=? AND due IS NOT NULL AND"
+DUE_SQL = f"{WAITING_SQL} due<=? ORDER BY due LIMIT ?"
+EXPIRED_SQL = f"{WAITING_SQL} created_at<=? AND attempts>=? ORDER BY created_at LIMIT ?"
 
 
 def reclaim_dead_leases(db: Any, slot: int, locks: int, settings: QueueSettings, now: float) -> None:
@@ -6439,17 +6476,21 @@ def release_leases(
     """End the slot's leases, or those that a row of LEASE_CONDITIONS says; nobody knows whether their mail was sent."""
     reply = make_reply("interrupted", mailer="Queue")
     rows = db.execute(
-        "SELECT r.id, r.message, r.recipient, r.attempts, r.history, m.queueid FROM recipients r"
+        "SELECT r.*, m.queueid FROM recipients r"
         f" JOIN messages m ON m.id=r.message WHERE r.owner=?{condition}", (owner, *([lease] if condition else []))
     ).fetchall()  # fmt: skip
     for row in rows:
-        to = log_value(f"<{row['recipient']}>")
-        log.lines(f"{row['queueid']}: to={to} status=deferred (delivery interrupted; the mail may arrive twice)")
+        held = row["interruptions"] + 1 >= MAX_INTERRUPTIONS
+        pairs = log_pairs(to=f"<{row['recipient']}>", status="held" if held else "deferred")
+        what = f"held after {MAX_INTERRUPTIONS} times; see `queue retry`" if held else "to be tried again"
+        log.lines(f"{row['queueid']}: {pairs} (delivery interrupted, the mail may arrive twice; {what})")
         pause = next_disposition(reply, row["attempts"] + 1, 0, random_unit(), settings).pause
         db.execute(
-            "UPDATE recipients SET due=?, owner=NULL, attempts=attempts+1, history=? WHERE id=?",
-            (now + pause, add_attempt(row["history"], now, reply), row["id"]),
-        )
+            "UPDATE recipients SET state=?, due=?, owner=NULL, attempts=attempts+1, interruptions=interruptions+1,"
+            " history=? WHERE id=?",
+            ("held" if held else "open", None if held else now + pause, add_attempt(row["history"], now, reply),
+             row["id"]),
+        )  # fmt: skip
         db.execute("UPDATE messages SET owner=NULL WHERE id=?", (row["message"],))
 
 
@@ -6475,49 +6516,62 @@ STATE_SQL = "CASE WHEN due IS NOT NULL THEN 'waiting' WHEN state='open' THEN 'se
 
 
 def queue_stats(db: Any, slot: int, now: float) -> dict:
-    """Return how many recipients wait and are being sent, in all and by destination, and the age of the oldest."""
+    """Return how many recipients wait, are being sent or held, in all and by destination, and the age of the oldest."""
     routes: dict = {}
     columns = "SELECT destination, count(*), min(created_at) FROM recipients"
-    for state, column in (("waiting", "due"), ("sending", "owner")):
-        sql = f"{columns} WHERE {column} IS NOT NULL GROUP BY destination"
-        for destination, count, created_at in db.execute(sql):
-            stats = routes.setdefault(destination, {"waiting": 0, "sending": 0, "oldest": 0})
+    conditions = {"waiting": "due IS NOT NULL", "sending": "owner IS NOT NULL", "held": "state='held'"}
+    for state, condition in conditions.items():
+        for destination, count, created_at in db.execute(f"{columns} WHERE {condition} GROUP BY destination"):
+            stats = routes.setdefault(destination, {**dict.fromkeys(conditions, 0), "oldest": 0})
             stats.update({state: count, "oldest": max(stats["oldest"], round(now - created_at))})
-    total = {key: sum(stats[key] for stats in routes.values()) for key in ("waiting", "sending")}
+    total = {state: sum(stats[state] for stats in routes.values()) for state in conditions}
     return {**total, "oldest": max([stats["oldest"] for stats in routes.values()], default=None), "routes": routes}
 
 
 def open_recipients_after(db: Any, slot: int, row_id: int, limit: int) -> list:
-    """Return rows of the next recipients that are open, in the order in which they came."""
+    """Return rows of the next recipients that are open or held, in the order in which they came."""
     return db.execute(
         f"SELECT r.id, queueid, size, m.created_at, due, sender, recipient, history, {STATE_SQL} FROM recipients r"
-        " JOIN messages m ON m.id=r.message WHERE r.id>? AND r.state='open' ORDER BY r.id LIMIT ?",
+        " JOIN messages m ON m.id=r.message WHERE r.id>? AND r.state IN ('open', 'held') ORDER BY r.id LIMIT ?",
         (row_id, limit),
     ).fetchall()
 
 
 def flush_queue(db: Any, slot: int, queueid: str | None) -> int:
-    """Make what waits, of one mail or of all, due now, even if throttled; return how many recipients that are."""
-    condition, values = (" AND message=(SELECT id FROM messages WHERE queueid=?)", (queueid,)) if queueid else ("", ())
-    return db.execute(f"UPDATE recipients SET due=0 WHERE due IS NOT NULL{condition}", values).rowcount
+    """Make what waits, or waits or is held of one mail, due now, even if throttled; return how many recipients."""
+    if not queueid:
+        return db.execute("UPDATE recipients SET due=0 WHERE due IS NOT NULL").rowcount
+    sql = f"UPDATE recipients SET due=0, state='open', interruptions=0 WHERE {WAITING_OF_MESSAGE}"
+    return db.execute(sql, (queueid,)).rowcount
 
 
-def drop_message(db: Any, slot: int, queueid: str, now: float) -> int:
-    """Give up what waits of a mail, without a bounce; return how many recipients that are."""
-    message = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone()
-    if not message:
-        return 0
-    sql = "UPDATE recipients SET state='dropped', due=NULL WHERE due IS NOT NULL AND message=?"
-    count = db.execute(sql, (message["id"],)).rowcount
-    close_recipients(db, message["id"], count, now)
+def drop_message(db: Any, slot: int, queueid: str, now: float) -> Any:
+    """Give up what waits of a mail, without a bounce; return how many recipients, or Rejected if one is being sent."""
+    message = message_status(db, slot, queueid)
+    if message and any(row["state"] == "sending" for row in message["recipients"]):
+        return Rejected(make_reply("queue-sending"))
+    count = db.execute(
+        f"UPDATE recipients SET state='dropped', due=NULL WHERE {WAITING_OF_MESSAGE}", (queueid,)
+    ).rowcount
+    if count:
+        close_recipients(db, message["id"], count, now)
     return count
+
+
+WAITING_OF_MESSAGE = "(due IS NOT NULL OR state='held') AND message=(SELECT id FROM messages WHERE queueid=?)"
+
+
+def correct_due(db: Any, slot: int, settings: QueueSettings, now: float) -> None:
+    """Make due what would wait longer than any pause, since the clock was set back; not what is to be sent later."""
+    latest = now + 1.2 * max(settings.retry_after)
+    db.execute("UPDATE recipients SET due=? WHERE due>? AND (attempts>0 OR due<=created_at)", (now, latest))
 
 
 # -- The process that delivers
 
 
 class Throttle(NamedTuple):
-    """Destination that could not be connected to."""
+    """Destination to which nothing can be sent for now."""
 
     until: float  # time.monotonic()
     failures: int  # in a row
@@ -6535,7 +6589,7 @@ class QueueManager:
     async def run(self) -> None:
         """Deliver until the server stops."""
         self.wake_socket.setblocking(False)
-        bell, looked = AsyncSocket(self.wake_socket), 0.0
+        bell, looked, clock = AsyncSocket(self.wake_socket), 0.0, float("inf")
         while not self.app.stopping:
             now = time.time()
             try:
@@ -6543,6 +6597,9 @@ class QueueManager:
                     looked = time.monotonic()
                     await self.db.do(reclaim_dead_leases, self.db.locks, self.db.settings, now)
                     await self.db.do(purge, now)
+                    if now - looked < clock - 60:  # it was set back; perhaps while no process ran
+                        await self.db.do(correct_due, self.db.settings, now)
+                    clock = now - looked  # against time.monotonic()
                 await self._schedule(now)
                 await bell.recv(65536, time.monotonic() + 1)
             except socket.timeout:
@@ -6555,13 +6612,15 @@ class QueueManager:
         settings = self.app.settings
         if settings is not self.settings:  # a destination may mean another host now
             self.settings, self.throttled = settings, {}
-        throttled = [key for key, throttle in self.throttled.items() if throttle.until > time.monotonic()]
-        in_flight = {destination: count for destination, count in self.in_flight.items() if count}
+        monotonic = time.monotonic()
+        throttled = {key: found.failures for key, found in self.throttled.items() if found.until > monotonic}
+        self.in_flight = {destination: count for destination, count in self.in_flight.items() if count}
         expired_before = now - settings.queue.lifetime
-        limits = settings.smtpd.max_workers, in_flight, throttled, expired_before
+        limits = settings.smtpd.max_workers, dict(self.in_flight), throttled, expired_before
         for leased in await self.db.do(lease_due, now, *limits):
             self.in_flight[leased.destination] = self.in_flight.get(leased.destination, 0) + 1
             expired = leased.destination in throttled and leased.created_at <= expired_before and leased.history
+            expired = expired and leased.attempts + throttled[leased.destination] >= MIN_ATTEMPTS  # others' count, too
             asyncio.get_running_loop().create_task(self._deliver(leased, bool(expired)))
 
     async def _deliver(self, leased: LeasedRecipient, expired: bool) -> None:
@@ -6586,9 +6645,9 @@ class QueueManager:
             disposition = next_disposition(reply, leased.attempts, age, random_unit(), settings.queue)
             self._throttle(leased.destination, reply, settings.queue)
         now = time.time()
-        log_attempt(leased, reply, disposition, now)
-        result = AttemptResult(None if expired else reply, disposition, (), destination)
-        result = result._replace(follow_ups=notifications(leased, result, reply, settings, now))
+        log_attempt(leased, reply, disposition, settings, now)
+        follow_ups = notifications(leased, reply, disposition.state, settings, now)
+        result = AttemptResult(None if expired else reply, disposition, follow_ups, destination)
         await self.db.do_eventually(finish_attempt, leased.id, result, now)
 
     async def _attempt(self, leased: LeasedRecipient, settings: Settings) -> tuple:
@@ -6611,9 +6670,9 @@ class QueueManager:
         return await post_webhook(leased, settings.secret, time.time(), self.app.transport.http)
 
     def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
-        """After a failure to connect the destination waits, up to the third pause: new mail may wait for it."""
+        """After a failure to open a session its destination waits, up to the third pause: new mail may wait for it."""
         throttle, now = self.throttled.get(destination, Throttle(0, 0)), time.monotonic()
-        if not (reply.temporary and reply.command == "CONN"):
+        if not (reply.temporary and reply.command in ("CONN", "EHLO", "STARTTLS", "AUTH")):  # before the first mail
             self.throttled.pop(destination, None)
         elif throttle.until <= now:
             failures = throttle.failures + 1
@@ -6621,20 +6680,21 @@ class QueueManager:
             self.throttled[destination] = Throttle(now + pause, failures)
 
 
-def log_attempt(leased: LeasedRecipient, reply: Reply, disposition: Disposition, now: float) -> None:
+def log_attempt(
+    leased: LeasedRecipient, reply: Reply, disposition: Disposition, settings: Settings, now: float
+) -> None:
     """Log one line for each attempt."""
     pairs = log_pairs(
-        **{"from": f"<{leased.sender}>"},
-        to=f"<{leased.recipient}>",
-        relay=reply.relay,
-        delay=f"{max(now - leased.created_at, 0):.2f}",
-        dsn=reply.dsn,
+        **{"from": f"<{leased.sender}>"}, to=f"<{leased.recipient}>", relay=reply.relay,
+        delay=f"{max(now - leased.created_at, 0):.2f}", dsn=reply.dsn,
         status={"delivered": "sent", "failed": "bounced", "open": "deferred"}[disposition.state],
-    )
-    again = f"; next attempt in {disposition.pause:.0f} s" if disposition.state == "open" else ""
-    twice = "; may arrive twice" if reply.maybe_delivered else ""
+    )  # fmt: skip
+    notes = f"; next attempt in {disposition.pause:.0f} s" if disposition.state == "open" else ""
+    notes += "; may arrive twice" if reply.maybe_delivered else ""
+    if disposition.state == "failed" and leased.sender and not may_bounce(leased, settings):
+        notes += "; no bounce, since the sender did not log in and `recipients` does not permit the address"
     words = sanitize(" ".join((reply.code, *reply.message)), 500)
-    log.lines(f"{leased.queueid}: {pairs} ({words}{twice}{again})")
+    log.lines(f"{leased.queueid}: {pairs} ({words}{notes})")
 
 
 # ======================================================================================================================
@@ -6676,7 +6736,18 @@ class Response(NamedTuple):
 
 async def submit(request: Request, app: App) -> Response:
     """Answer POST /submit."""
-    settings, queueid, submission = request.settings or app.settings, new_queueid(request.now), None
+    queueid = new_queueid(request.now)
+    try:
+        return await process_submission(request, app, queueid)
+    except Exception:  # a bug: what this request has leased is left to the queue
+        if app.queue:
+            await app.queue.release(finish_request, queueid)
+        raise
+
+
+async def process_submission(request: Request, app: App, queueid: str) -> Response:
+    """Take a mail from its JSON to the replies of the other side."""
+    settings, submission = request.settings or app.settings, None
     large = len(request.body) >= LARGE  # processed in a thread, so that small ones need not wait for it
     try:
         submission = await call_in_thread(large, parse_body, request)
@@ -6857,13 +6928,12 @@ def first_attempt_result(
     item: NewQueueItem, recipient: NewRecipient, reply: Reply, settings: Settings, now: float
 ) -> AttemptResult:
     """Return the result of a first attempt; only a delay is reported, since the response tells the others."""
-    result = AttemptResult(reply, next_disposition(reply, 1, 0.0, random_unit(), settings.queue))
-    if result.disposition.state != "open":
-        return result
-    first = LeasedRecipient(
-        0, item.queueid, item.kind, item.sender, item.login, item.created_at, item.message, *recipient, attempts=1
-    )
-    return result._replace(follow_ups=notifications(first, result, reply, settings, now))
+    disposition = next_disposition(reply, 1, 0.0, random_unit(), settings.queue)
+    if disposition.state != "open":
+        return AttemptResult(reply, disposition)
+    envelope = item.queueid, item.kind, item.sender, item.login, item.created_at, item.message
+    first = LeasedRecipient(0, *envelope, *recipient, attempts=1)
+    return AttemptResult(reply, disposition, notifications(first, reply, "open", settings, now))
 
 
 def log_queued(item: NewQueueItem, results: list) -> None:
@@ -8623,7 +8693,7 @@ def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
     """Return the result of an operation on the queue's file."""
     (result,) = store.commit([(operation, values)])
     if isinstance(result, Rejected):
-        raise CommandError(store.fault, 1)
+        raise CommandError(store.fault or result.reply.message[0], 1)
     return result
 
 
@@ -8883,7 +8953,7 @@ async def submit_here(body: bytes, settings: Settings, dsn: tuple) -> Response:
     app = App(replace(settings, httpd=Httpd(), smtpd=smtpd, password=Authenticator({})))
     log.quiet = log.priority is None  # stderr is read by the calling program, which may mail it
     client = parse_ip("127.0.0.1")
-    request = Request("POST", "/submit", {}, body, client, None, None, time.time(), dsn=dsn)
+    request = Request("POST", "/submit", {}, body, client, None, None, time.time(), login=f"uid{os.getuid()}", dsn=dsn)
     try:
         return await submit(request, app)
     finally:
