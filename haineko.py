@@ -8069,8 +8069,6 @@ class CommandError(Exception):
 
 def main(argv: list) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage or settings."""
-    if os.path.basename(sys.argv[0]) == "sendmail":  # called by a link of that name
-        argv = ["sendmail", *argv]
     open_standard_streams()
     try:
         if argv[:1] == ["sendmail"] and argv[1:] not in (["-h"], ["--help"]):
@@ -9176,4 +9174,5 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    link = ["sendmail"] if os.path.basename(sys.argv[0]) == "sendmail" else []
+    sys.exit(main([*link, *sys.argv[1:]]))

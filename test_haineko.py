@@ -10827,6 +10827,10 @@ class Commands(Folder, Peers):
         self.assertEqual((done.stdout.splitlines()[-1], done.stderr), (launcher, ""))
         with open(launcher) as stream:
             self.assertEqual(len(stream.readlines()), 3)
+        os.symlink(program, os.path.join(self.folder, "sendmail"))
+        for path in (launcher, os.path.join(self.folder, "sendmail")):
+            done = subprocess.run([python, path, "-h"], capture_output=True, env=environment(), timeout=30, check=False)
+            self.assertIn(b"usage: haineko.py sendmail", done.stdout)
         peer = self.peer()
         server = served(self, {"recipients": {"open-relay": 1}, "mailertable": {"default": esmtp(peer)}})
         os.unlink(os.path.join(self.folder, "haineko.json"))
@@ -10842,7 +10846,8 @@ class Commands(Folder, Peers):
                 **who,
             )
             self.assertEqual((done.returncode, done.stdout, done.stderr), (0, b"", b""))
-            self.assertEqual(peer.mails.pop()[0], "MAIL FROM:<cron@example.org>")
+            self.assertEqual({mail[0] for mail in peer.mails}, {"MAIL FROM:<cron@example.org>"})
+            self.assertEqual(sum(len(mail[1]) for mail in peer.mails), 6)
             peer.mails.clear()
 
     def test_a_password_through_a_pipe_logs_in(self) -> None:
