@@ -74,6 +74,7 @@ from collections import Counter, OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
+from html import unescape
 from html.parser import HTMLParser
 from typing import Any, Callable, NamedTuple
 
@@ -1474,6 +1475,63 @@ def log_value(value: Any, limit: int = 500) -> str:
 #    Unicode; strings for headers have no CR, LF or NUL; addresses in headers are parsed. Knows no settings.
 # ======================================================================================================================
 
+# Limits; a name or field over them is refused, and they are checked before the work.
+MAX_PATH = 254  # octets of an address, RFC 5321 4.5.3.1.3 less the brackets
+MAX_ADDRESSES = 2000  # of one field
+MAX_ADDRESS_TEXT = 1000  # characters of a faulty address that are looked at
+MAX_FILE_NAME = MAX_MEDIA_TYPE = 255  # characters
+MAX_ATTACHMENTS = MAX_FIELDS = MAX_PARAMETERS = 1000
+MAX_HEADER = 102400  # octets of the header of a message or part
+MAX_PARTS, MAX_NESTING = 2000, 100
+
+_ATOM = r"[^\x00-\x20\x7f()<>@,;:\\\".\[\]]+"
+MAILBOX = re.compile(  # characters beyond ASCII must be printable as well
+    rf'({_ATOM}(?:\.{_ATOM})*|"(?:[^\x00-\x1f\x7f"\\]|\\[\x20-\x7e])*")'
+    r"@([^\x00-\x20\x7f@<>\[\]]+|\[[0-9A-Za-z:.]+\])"
+)
+PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}")  # of a mailbox or group, written without quotes
+# A name with commas or brackets without quotes, which people write, then one address.
+SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")
+ADDRESS_TOKEN = re.compile(
+    r'(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<angle><(?:[^<>"\\]|"(?:[^"\\]|\\.)*")*>)|(?P<literal>\[[^\[\]]*\])'
+    r"|(?P<blank>\s+)|(?P<mark>[,;:])|(?P<atom>[^\s\"<>()\[\],;:]+)",
+    re.DOTALL,
+)
+COMMENT_TOKEN = re.compile(r"[()]|\\.", re.DOTALL)
+CFWS = ("blank", "comment")
+CHARSET_NAME = re.compile(r"[A-Za-z0-9_.:()+-]{1,40}")
+MESSAGE_ID = r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>"
+PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable ASCII, words with one space between
+DATE = re.compile(
+    r"(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), )?[0-9]{1,2} (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) [0-9]{4} "
+    r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
+)
+RESERVED_FIELDS = re.compile(r"received|sender|returnpath|dkimsignature|mime.*|content.*")  # normalized; made here
+X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
+# U+2028 to U+2069 hold those that make fdp.exe look like exe.pdf.
+CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
+MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
+MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
+CONTENT_ID = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}"
+NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # RFC 2045 2.7
+TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
+RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*(?:\n|\Z)")
+PARAMETER_FIELDS = ("content-type", "content-disposition")
+MAILBOX_FIELDS = ("from", "sender", "to", "cc", "bcc", "reply-to", "resent-from", "resent-sender", "resent-to",
+                  "resent-cc", "resent-reply-to", "disposition-notification-to", "return-receipt-to")  # fmt: skip
+# Fields in which only comments may be encoded.
+STRUCTURED_FIELDS = re.compile(
+    r"(?:resent-)?(?:date|message-id)|received|received-spf|references|in-reply-to|return-path|mime-version|content-id"
+    r"|content-transfer-encoding|dkim-signature|domainkey-signature|arc-.*|authentication-results|auto-submitted"
+    r"|list-(?:archive|help|owner|post|subscribe|unsubscribe|unsubscribe-post)"
+)
+DELIMITER = re.compile(rb"\n--([^\r\n]*)")
+HIGH_OCTETS = bytes(range(128, 256))
+BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
+CID_LINK = re.compile("[\"'(=]\\s*cid:([^\"'<>()\\s]{1,600})", re.IGNORECASE)  # RFC 2392
+PROVIDER_HEADER = re.compile(r"X-(?:MC|SES|PM|MS-Exchange)-.*|X-SMTPAPI", re.IGNORECASE)
+
 
 @dataclass(repr=False, eq=False)  # made for each request, and creating a frozen one takes four times as long
 class Request:
@@ -1487,7 +1545,7 @@ class Request:
     peer: IPAddress | None  # address of the connection: the client's or a proxy's
     port: int | None  # of the client
     now: float  # seconds since the epoch
-    settings: Settings | None = None  # the settings in force when it began
+    settings: Settings | None = None  # in force when it began
     login: str = ""  # who logged in
     message_size: int = 0  # octets of the finished message
     dsn: tuple = DEFAULT_DSN  # what is asked of the next server
@@ -1504,12 +1562,6 @@ class Mailbox(NamedTuple):
 
 
 NULL_SENDER = Mailbox("", "", "", "", ("", ""))  # of bounces, RFC 5321 4.5.5; in a header: an empty group
-MAX_PATH = 254  # octets, RFC 5321 4.5.3.1.3 less the brackets
-_ATOM = r"[^\x00-\x20\x7f()<>@,;:\\\".\[\]]+"
-MAILBOX = re.compile(  # characters beyond ASCII must be printable as well
-    rf'({_ATOM}(?:\.{_ATOM})*|"(?:[^\x00-\x1f\x7f"\\]|\\[\x20-\x7e])*")'
-    r"@([^\x00-\x20\x7f@<>\[\]]+|\[[0-9A-Za-z:.]+\])"
-)
 
 
 @cache_short(4096, limit=MAX_PATH)
@@ -1541,11 +1593,15 @@ def is_address_literal(text: str) -> bool:
 
 
 def idna_hint(text: str) -> tuple:
-    """Return a line about the character for which a domain is refused, or ()."""
+    """Return a line that says why a text is no bare address, or ()."""
     found = re.search(f"@[^@ ,>]*([{IDNA_DEVIATIONS}])", text)
-    if not found:
-        return ()
-    return (f"U+{ord(found[1]):04X} has two readings in a domain (IDNA 2003 and 2008); write the domain as xn--...",)
+    if found:
+        hint = "has two readings in a domain (IDNA 2003 and 2008); write the domain as xn--..."
+        return (f"U+{ord(found[1]):04X} {hint}",)
+    with contextlib.suppress(ValueError):
+        meant = [mailbox.as_written for _, mailbox in parse_mailboxes(text[:MAX_ADDRESS_TEXT])]
+        return (f'expected a bare address, got "{sanitize(text, 80)}"; did you mean "{meant[0]}"?',) if meant else ()
+    return ()
 
 
 def parse_unicode_text(value: Any, json_path: str, errors: list) -> str:
@@ -1570,6 +1626,19 @@ def parse_header_text(value: Any, json_path: str, errors: list) -> str:
     return value
 
 
+def header_matching(pattern: str, expected: str) -> Callable:
+    """Make a parser of header text that is empty or matches the whole pattern."""
+    compiled = re.compile(pattern)
+
+    def parse(value: Any, json_path: str, errors: list) -> str:
+        value = parse_header_text(value, json_path, errors)
+        if value and not compiled.fullmatch(value):
+            errors.append(f'{json_path}: expected {expected}, got "{sanitize(value, 80)}"')
+        return value
+
+    return parse
+
+
 def parse_mailbox_field(value: Any, json_path: str, errors: list) -> tuple:
     """Return ((display name, Mailbox), ...) of a field like From; a text that is not empty names at least one."""
     found = parse_recipient_field(value, json_path, errors)
@@ -1591,28 +1660,16 @@ def parse_recipient_field(value: Any, json_path: str, errors: list) -> tuple:
     except ValueError as error:
         reason = "" if value.strip() in str(error) else f" ({error})"
     text = f'{json_path}: expected "name <address>", got "{sanitize(value, 80)}"{reason}'
-    errors.append("; ".join([text, *idna_hint(value[:MAX_FIELD])]))
+    errors.append("; ".join([text, *idna_hint(value[:MAX_ADDRESS_TEXT])]))
     return ()
-
-
-PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}")  # of a mailbox or group, written without quotes
 
 
 def parse_recipient_list(value: Any, json_path: str, errors: list) -> tuple:
     """Return the same of a list of such strings, or of one."""
+    if type(value) is list and len(value) > MAX_ADDRESSES:
+        errors.append(f"{json_path}: {len(value)} addresses exceed the limit of {MAX_ADDRESSES}")
+        return ()
     return tuple(itertools.chain.from_iterable(list_of(parse_recipient_field)(value, json_path, errors)))
-
-
-MAX_FIELD = 102400  # octets of a header, RFC 5321 4.5.3.1.7 asks for less
-MAX_ADDRESSES = 2000  # of one field
-# A name with commas or brackets without quotes, which people write, then one address.
-SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")
-ADDRESS_TOKEN = re.compile(
-    r'(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<angle><(?:[^<>"\\]|"(?:[^"\\]|\\.)*")*>)|(?P<literal>\[[^\[\]]*\])'
-    r"|(?P<blank>\s+)|(?P<mark>[,;:])|(?P<atom>[^\s\"<>()\[\],;:]+)",
-    re.DOTALL,
-)
-COMMENT_TOKEN = re.compile(r"[()]|\\.", re.DOTALL)
 
 
 @cache_short(512)
@@ -1625,22 +1682,20 @@ def parse_mailboxes(text: str) -> tuple:
     simple = SIMPLE_MAILBOX.fullmatch(text)
     if simple and not ("@" in simple[1] and re.search("[,;]", simple[1])):  # else the name holds another mailbox
         return ((simple[1].strip(), _parse_spec(simple[2])),)
-    found, member, in_group = [], AddressListMember(), False
-    for kind, token in address_tokens(text):
+    found, tokens, in_group = [], [], False
+    for kind, token in itertools.chain(address_tokens(text), (("mark", ""),)):
         if kind != "mark":
-            member.add(kind, token)
-        elif token == ":":
-            if in_group or member.angle or not member.words:
-                raise ValueError('":" out of place')
-            member, in_group = AddressListMember(), True
-        else:
-            found += member.mailboxes()
-            member, in_group = AddressListMember(), in_group and token != ";"
+            tokens.append((kind, token))
+            continue
+        kinds = {kind for kind, _ in tokens if kind not in CFWS}
+        if token != ":":
+            found += _mailbox(tokens)
+        if (token == ":" and (in_group or not kinds or kinds - {"atom", "quoted"})) or (in_group and not token):
+            raise ValueError('":" out of place, or a group without ";"')
         if len(found) > MAX_ADDRESSES:
             raise ValueError(f"more than {MAX_ADDRESSES} addresses")
-    if in_group:
-        raise ValueError('a group without ";"')
-    return tuple(found + member.mailboxes())
+        tokens, in_group = [], token == ":" or (in_group and token == ",")
+    return tuple(found)
 
 
 def address_tokens(text: str) -> Any:
@@ -1669,34 +1724,22 @@ def _comment_end(text: str, start: int) -> int:
     raise ValueError('a comment without ")"')
 
 
-class AddressListMember:
-    """The tokens between two separators of an address list: one mailbox or nothing."""
-
-    def __init__(self) -> None:
-        self.words: list = []  # of (kind, text)
-        self.comments: list = []
-        self.angle = ""  # "<address>"
-
-    def add(self, kind: str, token: str) -> None:
-        if kind == "comment":
-            self.comments.append(token)
-            token = " "
-        elif kind == "angle" and not self.angle:
-            self.angle = token
-        elif kind == "blank" or not self.angle:
-            self.words.append((kind, token))
-        else:
-            raise ValueError(f'"{sanitize(token, 80)}" after an address')
-
-    def mailboxes(self) -> list:
-        """Return [(display name, Mailbox)], or [] if there are only comments and blanks."""
-        comments = " ".join(comment.strip() for comment in self.comments)
-        if self.angle:
-            words = [re.sub(r"\\(.)", r"\1", word[1:-1]) if kind == "quoted" else word for kind, word in self.words]
-            name = "".join(words).strip()
-            return [(f"{name} ({comments})" if name and comments else name or comments, _parse_spec(self.angle[1:-1]))]
-        spec = "".join(word for _, word in self.words).strip()
+def _mailbox(tokens: list) -> list:
+    """Return [(display name, Mailbox)] of the tokens between two separators, [] if they are comments and blanks."""
+    words = [(" " if kind == "comment" else token, kind) for kind, token in tokens]
+    comments = " ".join(token.strip() for kind, token in tokens if kind == "comment")
+    kinds = [kind for kind, _ in tokens if kind not in CFWS]
+    if "angle" not in kinds:
+        spec = "".join(word for word, _ in words).strip()
         return [(comments, _parse_spec(spec))] if spec else []
+    if kinds.index("angle") != len(kinds) - 1:
+        raise ValueError("text after an address")
+    name = "".join(
+        re.sub(r"\\(.)", r"\1", word[1:-1]) if kind == "quoted" else word for word, kind in words if kind != "angle"
+    )
+    angle = next(word for word, kind in words if kind == "angle")
+    name = " ".join(filter(None, (name.strip(), comments and f"({comments})"))) if name.strip() else comments
+    return [(name, _parse_spec(angle[1:-1]))]
 
 
 def _parse_spec(text: str) -> Mailbox:
@@ -1725,15 +1768,11 @@ def parse_charset(value: Any, json_path: str, errors: list) -> str:
     return name or "UTF-8"
 
 
+@cache_short(64, limit=40)
 def iana_charset(name: str) -> str:
     """Return IANA's preferred name of a charset, "" for one that Python or mail readers do not know."""
-    return _iana_charset(name) if re.fullmatch(r"[A-Za-z0-9_.:()+-]{1,40}", name) else ""
-
-
-@functools.lru_cache(maxsize=64)
-def _iana_charset(name: str) -> str:
     try:
-        return IANA_NAMES.get(codecs.lookup(codec_name(name)).name, "")
+        return IANA_NAMES.get(codecs.lookup(codec_name(name)).name, "") if CHARSET_NAME.fullmatch(name) else ""
     except (LookupError, ValueError):
         return ""
 
@@ -1745,64 +1784,17 @@ def codec_name(charset: str) -> str:
 
 # Python's name of a codec: IANA's of the charset. Codecs without one are not used, since no mail reader knows them.
 IANA_NAMES = {
-    "ascii": "US-ASCII",
-    "utf-8": "UTF-8",
-    "iso2022_jp": "ISO-2022-JP",
-    "iso2022_jp_2": "ISO-2022-JP-2",
-    "iso2022_kr": "ISO-2022-KR",
-    "shift_jis": "Shift_JIS",
-    "cp932": "Windows-31J",
-    "euc_jp": "EUC-JP",
-    "euc_kr": "EUC-KR",
-    "cp949": "KS_C_5601-1987",
-    "cp950": "Big5",  # Microsoft's Big5; the characters that only it has are sent as UTF-8
-    "big5": "Big5",
-    "big5hkscs": "Big5-HKSCS",
-    "gb2312": "GB2312",
-    "gbk": "GBK",
-    "gb18030": "GB18030",
-    "koi8-r": "KOI8-R",
-    "koi8-u": "KOI8-U",
-    "mac-roman": "macintosh",
-    "hp-roman8": "hp-roman8",
-    "kz1048": "KZ-1048",
-    "ptcp154": "PTCP154",
-    "tis-620": "TIS-620",
-    "cp874": "windows-874",
-    "cp858": "IBM00858",
-    **{f"cp{page}": f"windows-{page}" for page in range(1250, 1259)},
-    **{f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 855, 857, *range(860, 867), 869)},
-    **{f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))},
-}
+    "ascii": "US-ASCII", "utf-8": "UTF-8", "iso2022_jp": "ISO-2022-JP", "iso2022_jp_2": "ISO-2022-JP-2",
+    "iso2022_kr": "ISO-2022-KR", "shift_jis": "Shift_JIS", "cp932": "Windows-31J", "euc_jp": "EUC-JP",
+    "euc_kr": "EUC-KR", "cp949": "KS_C_5601-1987", "cp950": "Big5", "big5": "Big5", "big5hkscs": "Big5-HKSCS",
+    "gb2312": "GB2312", "gbk": "GBK", "gb18030": "GB18030", "koi8-r": "KOI8-R", "koi8-u": "KOI8-U",
+    "mac-roman": "macintosh", "hp-roman8": "hp-roman8", "kz1048": "KZ-1048", "ptcp154": "PTCP154",
+    "tis-620": "TIS-620", "cp874": "windows-874", "cp858": "IBM00858",
+}  # fmt: skip
+IANA_NAMES.update({f"cp{page}": f"windows-{page}" for page in range(1250, 1259)})
+IANA_NAMES.update({f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 855, 857, *range(860, 867), 869)})
+IANA_NAMES.update({f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))})
 CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
-
-MESSAGE_ID = r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>"
-PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable ASCII, words with one space between
-
-
-def header_matching(pattern: str, expected: str) -> Callable:
-    """Make a parser of header text that is empty or matches the whole pattern."""
-    compiled = re.compile(pattern)
-
-    def parse(value: Any, json_path: str, errors: list) -> str:
-        value = parse_header_text(value, json_path, errors)
-        if value and not compiled.fullmatch(value):
-            errors.append(f'{json_path}: expected {expected}, got "{sanitize(value, 80)}"')
-        return value
-
-    return parse
-
-
-def header_choice(*words: str) -> Callable:
-    """Make a parser of header text that is one of these words."""
-    return header_matching(f"(?i:{'|'.join(words)})", f"one of {', '.join(words)}")
-
-
-DATE = re.compile(
-    r"(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), )?[0-9]{1,2} (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) [0-9]{4} "
-    r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
-)
-
 
 parse_message_id = header_matching(MESSAGE_ID, '"<left@right>"')  # RFC 5322 3.6.4
 parse_ascii_text = header_matching(PLAIN.pattern, "printable ASCII in words of at most 900 characters")
@@ -1837,27 +1829,17 @@ EXTRA_FIELDS = {
     "In-Reply-To": parse_message_ids,
     "References": parse_message_ids,
     "Date": parse_date,
-    "Auto-Submitted": parse_ascii_text,  # RFC 3834
-    "Precedence": parse_ascii_text,
-    "Importance": header_choice("high", "normal", "low"),  # RFC 4021 2.1.44
-    "Priority": header_choice("urgent", "normal", "non-urgent"),
-    "Sensitivity": header_choice("personal", "private", "company-confidential"),
-    "List-Id": parse_header_text,  # RFC 2919
-    "List-Archive": parse_ascii_text,  # RFC 2369
-    "List-Help": parse_ascii_text,
-    "List-Owner": parse_ascii_text,
-    "List-Post": parse_ascii_text,
-    "List-Subscribe": parse_ascii_text,
-    "List-Unsubscribe": parse_ascii_text,
-    "List-Unsubscribe-Post": parse_ascii_text,  # RFC 8058
-    "Organization": parse_header_text,
-    "Comments": parse_header_text,
-    "Keywords": parse_header_text,
-    "Feedback-Id": parse_ascii_text,
     "Disposition-Notification-To": parse_mailbox_field,  # RFC 8098
+    "Importance": header_matching("(?i:high|normal|low)", "high, normal or low"),  # RFC 4021 2.1.44
+    "Priority": header_matching("(?i:urgent|normal|non-urgent)", "urgent, normal or non-urgent"),
+    "Sensitivity": header_matching(
+        "(?i:personal|private|company-confidential)", "personal, private or company-confidential"
+    ),
+    **dict.fromkeys(("List-Id", "Organization", "Comments", "Keywords"), parse_header_text),
+    **dict.fromkeys(("Auto-Submitted", "Precedence", "Feedback-Id"), parse_ascii_text),  # RFC 3834
+    **dict.fromkeys(("List-Archive", "List-Help", "List-Owner", "List-Post"), parse_ascii_text),  # RFC 2369
+    **dict.fromkeys(("List-Subscribe", "List-Unsubscribe", "List-Unsubscribe-Post"), parse_ascii_text),  # RFC 8058
 }
-RESERVED_FIELDS = re.compile(r"received|sender|returnpath|dkimsignature|mime.*|content.*")  # normalized; made here
-X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
 
 
 def normalize_key(key: str) -> str:
@@ -1866,6 +1848,31 @@ def normalize_key(key: str) -> str:
 
 
 FIELD_BY_KEY = {normalize_key(name): name for name in EXTRA_FIELDS}
+# What other programs call the keys, and keys that belong to another level.
+TOP_KEYS = {key: key for key in ("ehlo", "helo", "mail", "rcpt", "recv", "body", "html", "attachments", "raw", "async")}
+TOP_KEYS.update(dict.fromkeys(("text", "textbody", "plain", "content", "message"), "body"))
+TOP_KEYS.update(dict.fromkeys(("recipient", "recipients", "mailto", "rcptto"), "rcpt"))
+TOP_KEYS.update(sender="mail", mailfrom="mail", htmlbody="html", files="attachments", attachment="attachments")
+TOP_KEYS.update(contenttype="html or attachments[].type", mimetype="attachments[].type")
+ATTACHMENT_KEYS = dict.fromkeys(("contenttype", "mimetype", "mediatype"), '"type"')
+ATTACHMENT_KEYS.update(data='"content"', contentid='"cid"', disposition='"inline"')
+
+
+def hinted(cls: type, hints: dict) -> Callable:
+    """Make a parser of objects like from_dict() that knows the keys of other programs and other levels."""
+
+    def parse(value: Any, json_path: str, errors: list) -> Any:
+        known = key_table(cls)
+        usual = not isinstance(value, dict) or value.keys() <= known.keys()
+        for key in () if usual else [key for key in value if key not in known]:
+            hint = hints.get(normalize_key(key))
+            if hint and len(errors) < MAX_ERRORS:
+                del value[key]
+                dot = json_path and json_path + "."
+                errors.append(f"{dot}{sanitize(key)}: unknown key; did you mean {hint}?")
+        return from_dict(cls, value, json_path, errors)
+
+    return parse
 
 
 @dataclass(repr=False, eq=False)  # made for each mail, and creating a frozen one takes four times as long
@@ -1896,7 +1903,7 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
     twice = getattr(value, "duplicate_keys", ())[:MAX_ERRORS]
     errors.extend(f"{json_path}.{sanitize(key)}: duplicate key" for key in twice)
     for key, item in value.items():
-        if len(errors) >= MAX_ERRORS:
+        if len(errors) >= MAX_ERRORS or len(extra) > MAX_FIELDS:
             break
         name, item_path = normalize_key(key), f"{json_path}.{sanitize(key)}"
         if seen.setdefault(name, key) != key:
@@ -1906,6 +1913,9 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
             values.update({} if item is None else {attribute: parse(item, item_path, errors)})
         else:
             extra += extra_field(key, item, item_path, errors)
+    size = sum(len(item) for _, item, _ in extra)
+    if len(extra) > MAX_FIELDS or size > MAX_HEADER:
+        errors.append(f"{json_path}: more than {MAX_FIELDS} fields or {MAX_HEADER} characters")
     return Header(**values, extra_fields=tuple(extra))
 
 
@@ -1919,13 +1929,16 @@ def extra_field(key: str, value: Any, json_path: str, errors: list) -> list:
         items = (parse(value, json_path, errors),)
     elif is_x:
         parse, name = parse_header_text, "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
-        items = list_of(parse)(value, json_path, errors)
+        items = list_of(parse)(value[: MAX_FIELDS + 1] if type(value) is list else value, json_path, errors)
     elif RESERVED_FIELDS.fullmatch(normalize_key(key)):
         errors.append(f"{json_path}: Haineko makes this field itself")
         return []
     else:
-        names = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)]
-        errors.append(f"{json_path}: unknown key{did_you_mean(key, names) if len(errors) < MAX_HINTS else ''}")
+        names, outside = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)], TOP_KEYS.get(normalize_key(key))
+        hint = f"; did you mean {outside}, outside of header?" if outside else ""
+        errors.append(
+            f"{json_path}: unknown key{hint or (did_you_mean(key, names) if len(errors) < MAX_HINTS else '')}"
+        )
         return []
     return [(name, item, parse) for item in items if item]
 
@@ -1959,11 +1972,6 @@ def parse_file_name(value: Any, json_path: str, errors: list) -> str:
     return value
 
 
-# U+2028 to U+2069 hold those that make fdp.exe look like exe.pdf.
-CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-MAX_FILE_NAME = 255
-
-
 def parse_media_type(value: Any, json_path: str, errors: list) -> str:
     """Return a media type with its parameters (RFC 2045 5.1), folded as it is written in a message."""
     value = parse_header_text(value, json_path, errors)
@@ -1978,20 +1986,11 @@ def parse_media_type(value: Any, json_path: str, errors: list) -> str:
     return name + "".join(f";\r\n {key}={word}" for key, word in parameters if key.lower().rstrip("*") != "name")
 
 
-_TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
-MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
-MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
-MAX_MEDIA_TYPE = 255
-
-
 def parse_content_id(value: Any, json_path: str, errors: list) -> str:
     """Return the name that a link "cid:..." in the HTML uses (RFC 2392), without brackets."""
     if type(value) is str and value.startswith("<") and value.endswith(">"):
         value = value[1:-1]
     return header_matching(CONTENT_ID, "letters, digits and @._+-")(value, json_path, errors)
-
-
-CONTENT_ID = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -2009,7 +2008,7 @@ def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
         errors.append(f"{json_path}: {len(value)} exceed the limit of {MAX_ATTACHMENTS}")
         return ()
     before, cids = len(errors), set()
-    attachments = list_of(nested(Attachment))(value, json_path, errors)
+    attachments = list_of(hinted(Attachment, ATTACHMENT_KEYS))(value, json_path, errors)
     for i, item in enumerate(attachments if len(errors) == before else ()):
         if item.content is None:
             errors.append(f"{json_path}[{i}].content: is missing")
@@ -2020,10 +2019,6 @@ def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
             errors.append(f"{json_path}[{i}].cid: another attachment has it already")
         cids.add(item.cid)
     return attachments
-
-
-MAX_ATTACHMENTS = 1000
-NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # RFC 2045 2.7
 
 
 class ParsedMessage(NamedTuple):
@@ -2056,7 +2051,7 @@ def parse_raw(value: Any, json_path: str, errors: list) -> ParsedMessage:
 
 def parse_message(octets: bytes) -> ParsedMessage:
     """Parse a message with any line ends; ValueError says which field is wrong, or which limit is exceeded."""
-    found = re.match(rb">?From [^\n]*\n", octets)  # of an mbox
+    found = re.match(rb">?From (?![ \t]*:)[^\n]*\n", octets)  # of an mbox
     octets = octets[found.end() :] if found else octets
     parts = mime_parts(octets)
     check_limits(parts)
@@ -2088,35 +2083,17 @@ def fold_long_lines(octets: bytes) -> bytes:
     """Fold a field's lines of more than 998 octets at blanks; those without a blank stay."""
     if not TOO_LONG.search(octets):
         return octets
-    lines = []
+    lines, end = [], b"\r" if octets.endswith(b"\r\n") else b""
     for line in octets.split(b"\n"):
         start = 0
         while len(line) - start > 998:
             at = max(line.rfind(b" ", start + 1, start + 998), line.rfind(b"\t", start + 1, start + 998))
             if at < 0:
                 break
-            lines.append(line[start:at])
+            lines.append(line[start:at] + end)
             start = at
         lines.append(line[start:])
     return b"\n".join(lines)
-
-
-TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
-RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*(?:\n|\Z)")
-MAX_HEADER = 102400  # octets of the header of a message or part
-MAX_FIELDS = 1000
-MAX_PARTS = 2000
-MAX_NESTING = 100
-MAX_PARAMETERS = 1000
-PARAMETER_FIELDS = ("content-type", "content-disposition")
-MAILBOX_FIELDS = ("from", "sender", "to", "cc", "bcc", "reply-to", "resent-from", "resent-sender", "resent-to",
-                  "resent-cc", "resent-reply-to", "disposition-notification-to", "return-receipt-to")  # fmt: skip
-# Fields in which only comments may be encoded.
-STRUCTURED_FIELDS = re.compile(
-    r"(?:resent-)?(?:date|message-id)|received|received-spf|references|in-reply-to|return-path|mime-version|content-id"
-    r"|content-transfer-encoding|dkim-signature|domainkey-signature|arc-.*|authentication-results|auto-submitted"
-    r"|list-(?:archive|help|owner|post|subscribe|unsubscribe|unsubscribe-post)"
-)
 
 
 def is_utf8(octets: bytes) -> bool:
@@ -2136,6 +2113,7 @@ class MIMEPart:
     end: int
     depth: int
     media_type: str = ""
+    boundary: bytes = b""
     is_leaf: bool = True
 
     def value(self, name: str) -> str:
@@ -2161,49 +2139,47 @@ def mime_parts(octets: bytes) -> list:
     """Return the parts of a message (RFC 2046 5.1), each before those within it. It ends soon after a limit."""
     parts: list = []
     open_depths: dict = {}  # boundary of each open multipart, from the outermost: depth
-    current = _open_part(octets, 0, 0, parts, open_depths)
+    current = _open_part(octets, 0, 0, parts, open_depths)  # the part that the next delimiter ends
     for found in DELIMITER.finditer(octets) if open_depths else ():
         line = found[1].rstrip()
         is_close = line not in open_depths and line.endswith(b"--")
         boundary = line[:-2] if is_close else line
         if boundary not in open_depths or found.start() < parts[-1].body - 1:
             continue
-        if current:
+        if current and (current.is_leaf or boundary != current.boundary):
             current.end = max(current.body, found.start() - (octets[found.start() - 1 : found.start()] == b"\r"))
-        depth = open_depths[boundary]
+            current.is_leaf = True  # a multipart without parts is one
+        depth, current = open_depths[boundary], None
         while list(open_depths)[-1] != boundary:
             open_depths.popitem()
-        current = None
         if is_close:
             open_depths.popitem()
         elif len(parts) > MAX_PARTS:
             break
         else:
-            current = _open_part(
-                octets, octets.find(b"\n", found.end()) + 1 or len(octets), depth + 1, parts, open_depths
-            )
+            start = octets.find(b"\n", found.end()) + 1 or len(octets)
+            current = _open_part(octets, start, depth + 1, parts, open_depths)
+    if current:
+        current.is_leaf = True
     return parts
 
 
-DELIMITER = re.compile(rb"\n--([^\r\n]*)")
-
-
-def _open_part(octets: bytes, start: int, depth: int, parts: list, open_depths: dict) -> MIMEPart | None:
-    """Read a part's header and those of messages directly within it; return the innermost part if it has no parts."""
+def _open_part(octets: bytes, start: int, depth: int, parts: list, open_depths: dict) -> MIMEPart:
+    """Read a part's header and those of messages directly within it; return the innermost part."""
     while True:
         header, body = read_header(octets, start)
         part = MIMEPart(header, start, body, len(octets), depth)
         parts.append(part)
         part.media_type = part.value("content-type").partition(";")[0].strip().lower()
-        boundary = part.parameter("boundary").encode("ascii", "replace")
         if depth > MAX_NESTING or len(parts) > MAX_PARTS:
             return part
-        if part.media_type.startswith("multipart/") and boundary:
-            part.is_leaf, open_depths[boundary] = False, depth
-            return None
-        if part.media_type != "message/rfc822" or part.encoding in ("base64", "quoted-printable"):
-            return part
-        part.is_leaf, start, depth = False, body, depth + 1
+        if part.media_type.startswith("multipart/") and part.parameter("boundary"):
+            part.is_leaf, part.boundary = False, part.parameter("boundary").encode("ascii", "replace")
+            open_depths[part.boundary] = depth
+        elif part.media_type == "message/rfc822" and part.encoding not in ("base64", "quoted-printable"):
+            part.is_leaf, start, depth = False, body, depth + 1
+            continue
+        return part
 
 
 def read_header(octets: bytes, start: int) -> tuple:
@@ -2220,22 +2196,16 @@ def read_header(octets: bytes, start: int) -> tuple:
 
 def check_limits(parts: list) -> None:
     """Raise ValueError if a message exceeds a limit."""
-    most = {
-        "parts": (len(parts), MAX_PARTS),
-        "levels of parts": (max(part.depth for part in parts), MAX_NESTING),
-        "fields in a header": (max(len(part.header) for part in parts), MAX_FIELDS),
-        "octets of a header": (max(part.body - part.start for part in parts), MAX_HEADER),
-        "parameters of a field": (
-            max(
-                (octets.count(b";") for part in parts for name, octets in part.header if name in PARAMETER_FIELDS),
-                default=0,
-            ),
-            MAX_PARAMETERS,
-        ),
-    }
-    for what, (count, limit) in most.items():
-        if count > limit:
-            raise ValueError(f"{count} {what} exceed the limit of {limit}")
+    parameters = [octets.count(b";") for part in parts for name, octets in part.header if name in PARAMETER_FIELDS]
+    for what, counts, limit in (
+        ("parts", [len(parts)], MAX_PARTS),
+        ("levels of parts", [part.depth for part in parts], MAX_NESTING),
+        ("fields in a header", [len(part.header) for part in parts], MAX_FIELDS),
+        ("octets of a header", [part.body - part.start for part in parts], MAX_HEADER),
+        ("parameters of a field", [0, *parameters], MAX_PARAMETERS),
+    ):
+        if max(counts) > limit:
+            raise ValueError(f"{max(counts)} {what} exceed the limit of {limit}")
 
 
 def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool = True) -> bytes:
@@ -2255,9 +2225,6 @@ def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool
         out.append(new_body)
         at = part.end if part.is_leaf else part.body
     return b"".join([*out, octets[at:] if keep_8bit else octets[at:].translate(None, HIGH_OCTETS)])
-
-
-HIGH_OCTETS = bytes(range(128, 256))
 
 
 def _encode_binary(part: MIMEPart, body: bytes) -> tuple:
@@ -2281,14 +2248,11 @@ def base64_lines(octets: Any) -> bytes:
     return b"\r\n".join(BASE64_LINE.findall(binascii.b2a_base64(octets, newline=False))) + b"\r\n"
 
 
-BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
-
-
-def header_recipients(fields: list) -> list:
+def header_recipients(header: list) -> list:
     """Return the addresses in To, Cc and Bcc. A field that is no address list stands for itself: it is never searched
     for addresses, and the reply names it as an invalid recipient."""
     found: list = []
-    for key, value in fields:
+    for key, value in header:
         if key in ("to", "cc", "bcc"):
             text = value.partition(b":")[2].decode("utf-8", "replace").replace("\n", "").strip()
             try:
@@ -2298,9 +2262,9 @@ def header_recipients(fields: list) -> list:
     return found
 
 
-def loop_names(fields: list) -> tuple:
+def loop_names(header: list) -> tuple:
     """Return the names of the Hainekos that a finished message has passed."""
-    texts = [value.partition(b":")[2].decode("ascii", "replace") for key, value in fields if key == "x-haineko-loop"]
+    texts = [value.partition(b":")[2].decode("ascii", "replace") for key, value in header if key == "x-haineko-loop"]
     names = parse_loop_names([text.replace("\n", "") for text in texts], "", [])
     return tuple(name for name in names if DOMAIN.fullmatch(name))
 
@@ -2325,23 +2289,91 @@ class Submission:
         return bool(self.raw or self.header.shared)
 
 
-def parse_submission(body: Any) -> tuple:
-    """Return (Submission, errors) of a request's body; the Submission is None if there are errors."""
+class SubmissionResult(NamedTuple):
+    """What a request's body holds: a Submission, or None and every error."""
+
+    submission: Submission | None
+    errors: list
+    is_json: bool = True  # False: the one error is that of the JSON decoder
+
+
+def parse_submission(body: Any) -> SubmissionResult:
+    """Parse the body of a request."""
     errors: list = []
     if b"\x1b" in body:  # old clients send ISO-2022-JP with its escape character as it is
         body = body.replace(b"\x1b", b"\\u001b")
     try:
         raw = parse_json(body)
+    except ValueError as error:
+        return SubmissionResult(None, [sanitize(str(error)) + form_data_hint(bytes(body[:500]))], is_json=False)
+    try:
         if b"\\u001" in body and isinstance(raw, dict) and isinstance(raw.get("header"), dict):
             decode_jis_strings(raw)
     except ValueError as error:
-        return None, [sanitize(str(error))]
+        return SubmissionResult(None, [sanitize(str(error))])
     except RecursionError:
-        return None, ["nested too deeply"]
-    submission = from_dict(Submission, raw, "", errors)
+        return SubmissionResult(None, ["nested too deeply"], is_json=False)
+    submission = hinted(Submission, SUBMISSION_KEYS)(raw, "", errors)
+    if submission.html and not any(error.startswith("attachments") for error in errors):
+        check_content_ids(submission, errors)
     if submission.rcpt is None or submission.header.bcc or submission.raw:
         submission = add_header_recipients(submission, raw, errors)
-    return None if errors else submission, errors
+    return SubmissionResult(None if errors else submission, errors)
+
+
+SUBMISSION_KEYS = {
+    normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *key_table(Header), "replyto")
+}
+SUBMISSION_KEYS.update(TOP_KEYS)
+
+
+def form_data_hint(start: bytes) -> str:
+    """Return what to say of a body that is empty or the data of an HTML form."""
+    if not start.strip():
+        return "; the body is empty"
+    is_form = re.match(rb"[\w.%+\[\]-]{1,200}=", start) or (start[:2] == b"--" and b"form-data" in start)
+    return "; it looks like form data: send JSON" if is_form else ""
+
+
+def check_content_ids(submission: Submission, errors: list) -> None:
+    """Append an error for a "cid:" in the HTML without an attachment, and for a `cid` that the HTML does not use."""
+    links = {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(submission.html)}
+    cids = {item.cid: i for i, item in enumerate(submission.attachments) if item.cid}
+    errors += [
+        f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in sorted(links - cids.keys())
+    ][:MAX_HINTS]
+    errors += [f'attachments[{i}].cid: the HTML has no "cid:{cid}"' for cid, i in cids.items() if cid not in links]
+
+
+def is_expensive(work: Any) -> bool:
+    """Return whether to parse this body, or to compose this Submission, may take over 5 ms and belongs in a thread."""
+    return (_compose_cost(work) if isinstance(work, Submission) else _parse_cost(work)) > 5000
+
+
+def _parse_cost(body: Any) -> float:
+    """Estimate microseconds from above: text is cheap; strings, addresses and raw messages are not."""
+    per_octet = 0.4 if b'"raw"' in body or b"\\u00" in body else 0.01  # the key may be escaped
+    return per_octet * len(body) + 1.5 * body.count(b'"') + 10 * body.count(b"@")
+
+
+def _compose_cost(submission: Submission) -> float:
+    """Estimate microseconds from above, by the slowest inputs of each kind."""
+    header, raw = submission.header, submission.raw
+    if raw:
+        per_octet = 0.01 if raw.body.isascii() else 0.3
+        return per_octet * len(raw.body) + 10 * len(raw.fields) + 30 * raw.body.count(b"\n--")
+    cost = (0.02 if header.charset in ("UTF-8", "US-ASCII") else 0.5) * len(submission.body)
+    cost += (0.1 if submission.body else 1.5) * len(submission.html)
+    cost += sum(25 + 0.008 * len(item.content or b"") for item in submission.attachments)
+    cost += 0.6 * (len(header.subject) + sum(len(value) for _, value, _ in header.extra_fields))
+    return cost + 5 * len(header.extra_fields) + 15 * len(header.to + header.cc)
+
+
+def provider_header_names(submission: Submission) -> tuple:
+    """Return the names of the fields that cloud relays take for commands."""
+    raw = submission.raw.fields if submission.raw else ()
+    names = [*(name for name, _, _ in submission.header.extra_fields), *(name for name, _ in raw)]
+    return tuple(dict.fromkeys(name for name in names if PROVIDER_HEADER.fullmatch(name)))
 
 
 def add_header_recipients(submission: Submission, raw: Any, errors: list) -> Submission:
@@ -2559,6 +2591,23 @@ def check_message_size(octets: int, settings: Settings) -> Reply | None:
 #    limits on lines; the recipients of a copy, the clock and the queue id are arguments.
 # ======================================================================================================================
 
+BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
+PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
+RFC2231_SEGMENT = 60  # characters of a parameter in one line
+SOUND_MARKS = ("ﾞ", "ﾟ")
+NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
+JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
+QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
+# Names that Windows and Unicode's own tables give differently to some characters of JIS X 0208; Python's codec knows
+# the latter.
+CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
+UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
+ENCODED_WORDS = re.compile(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)")
+ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
+PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
+COMMENT = re.compile(r"\([^()\\]*\)")
+NOT_BASE64 = bytes({*range(256)} - {*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"})
+
 
 def compose(submission: Submission, queueid: str, client: IPAddress, hostname: str, now: float) -> Message:
     """Compose the message in the charset asked for, or in UTF-8 if that can't hold every character."""
@@ -2677,9 +2726,6 @@ def file_part(item: Attachment, charset: str) -> Any:
         yield base64_lines(item.content[start : start + BASE64_BLOCK])
 
 
-BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
-
-
 def name_parameters(name: str, charset: str) -> tuple:
     """Return the parameters for a file's name in Content-Type and Content-Disposition. If the name isn't plain, the
     latter is for readers that know RFC 2231, the former (encoded words) for those that do not."""
@@ -2689,9 +2735,6 @@ def name_parameters(name: str, charset: str) -> tuple:
     return f';\r\n name="{words}"', rfc2231_parameter("filename", name, charset)
 
 
-PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
-
-
 def rfc2231_parameter(name: str, text: str, charset: str) -> str:
     """Return a parameter with any characters, in lines of its own."""
     coded = f"{charset}''{urllib.parse.quote_from_bytes(charset_encoder(charset)(text), safe='')}"
@@ -2699,9 +2742,6 @@ def rfc2231_parameter(name: str, text: str, charset: str) -> str:
         return f";\r\n {name}*={coded}"
     segments = re.findall(f"(?:%..|[^%]){{1,{RFC2231_SEGMENT // 3}}}", coded)
     return "".join(f";\r\n {name}*{i}*={segment}" for i, segment in enumerate(segments))  # RFC 2231 3
-
-
-RFC2231_SEGMENT = 60  # characters of a parameter in one line
 
 
 def guess_media_type(name: str) -> str:
@@ -2722,14 +2762,10 @@ def guess_media_type(name: str) -> str:
 
 _OFFICE = "application/vnd.openxmlformats-officedocument."
 EXTRA_MEDIA_TYPES = {  # that not every system's table has
-    ".docx": _OFFICE + "wordprocessingml.document",
-    ".xlsx": _OFFICE + "spreadsheetml.sheet",
-    ".pptx": _OFFICE + "presentationml.presentation",
-    ".ics": "text/calendar",
-    ".md": "text/markdown",
-    ".webp": "image/webp",
-    ".zip": "application/zip",
-}
+    ".docx": _OFFICE + "wordprocessingml.document", ".xlsx": _OFFICE + "spreadsheetml.sheet",
+    ".pptx": _OFFICE + "presentationml.presentation", ".ics": "text/calendar", ".md": "text/markdown",
+    ".webp": "image/webp", ".zip": "application/zip",
+}  # fmt: skip
 
 
 def html_to_text(html: str) -> str:
@@ -2903,9 +2939,6 @@ def splits_cluster(value: str, at: int) -> bool:
     return value.startswith(SOUND_MARKS, at) and not value.startswith(SOUND_MARKS, at - 1)
 
 
-SOUND_MARKS = ("ﾞ", "ﾟ")
-
-
 def encode_body(text: str, charset: str) -> tuple:
     """Return (Content-Transfer-Encoding, octets) with CRLF and no line over 998 octets (RFC 5322 2.1.1)."""
     text = text if "\r" not in text else text.replace("\r\n", "\n").replace("\r", "\n")
@@ -2920,11 +2953,6 @@ def encode_body(text: str, charset: str) -> tuple:
         if quoted * 77 // 74 < (len(octets) + 2) // 3 * 4 + (len(octets) + 56) // 57 * 2:
             return "quoted-printable", binascii.b2a_qp(octets, istext=True)
     return "base64", base64_lines(octets)
-
-
-NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
-JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
-QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
 
 
 @functools.lru_cache(maxsize=64)
@@ -2987,9 +3015,6 @@ def jis_extensions() -> tuple:
     return table, re.compile(f"([{''.join(table)}]+)")
 
 
-# Names that Windows and Unicode's own tables give differently to some characters of JIS X 0208; Python's codec knows
-# the latter.
-CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
 CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis}  # others by Python's codecs
 
 
@@ -3016,9 +3041,6 @@ def complete_raw_message(
     return Message((octets,), not octets.isascii(), bool(non_ascii_fields(octets)))
 
 
-UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
-
-
 def mime_label(body: bytes) -> bytes:
     """Return the MIME fields for a body that came without; none if it is ASCII that every path can carry."""
     if body.isascii() and not UNSENDABLE.search(body):
@@ -3032,7 +3054,7 @@ def mime_label(body: bytes) -> bytes:
 def non_ascii_fields(octets: bytes) -> list:
     """Return the names of the header fields, those of parts included, that need SMTPUTF8 (RFC 6532 3)."""
     parts = [] if octets.isascii() else mime_parts(octets)
-    return list(dict.fromkeys(name for part in parts for name, field in part.header if not field.isascii()))
+    return list(dict.fromkeys(name for part in parts for name, line in part.header if not line.isascii()))
 
 
 def downgrade_8bit(octets: bytes, keep_8bit: bool = False) -> bytes:
@@ -3044,7 +3066,9 @@ def downgrade_8bit(octets: bytes, keep_8bit: bool = False) -> bytes:
 def convert_parts(octets: bytes, keep_8bit: bool, keep_utf8: bool) -> bytes:
     """Return a message, each of whose parts is encoded where the path can't carry it as it is."""
     parts = mime_parts(octets)
-    return rewrite_parts(octets, parts, functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8), keep_8bit)
+    convert = functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8)
+    octets = rewrite_parts(octets, parts, convert, keep_8bit)
+    return octets if octets.endswith(b"\r\n") else octets + b"\r\n"
 
 
 def _convert_part(top: MIMEPart, keep_8bit: bool, keep_utf8: bool, part: MIMEPart, body: bytes) -> tuple:
@@ -3080,19 +3104,11 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
     elif STRUCTURED_FIELDS.fullmatch(name):
         coded = f"{label}: {encode_comments(text)}"
     else:
-        segments = re.split(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)", text)
-        words = [
-            [item] if i % 2 else encoded_words(item, "UTF-8", len(label) + 2)
-            for i, item in enumerate(segments)
-            if item.strip()
-        ]
-        coded = fold(f"{label}:", itertools.chain.from_iterable(words))
+        tokens: list = []
+        for i, segment in enumerate(ENCODED_WORDS.split(text)):
+            tokens += [segment] if i % 2 else encoded_words(segment, "UTF-8", len(label) + 2) if segment.strip() else []
+        coded = fold(f"{label}:", tokens)
     return coded.encode() + b"\r\n"
-
-
-ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
-PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
-COMMENT = re.compile(r"\([^()\\]*\)")
 
 
 def decode_octets(octets: bytes, charset: str) -> str:
@@ -3126,13 +3142,11 @@ def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
         body = binascii.a2b_base64(data + b"=" * (-len(data) % 4))
     elif part.encoding == "quoted-printable":
         body = binascii.a2b_qp(body)
-    if part.is_text:
+    if part.is_text and part.encoding != "base64":
         # b2a_qp() writes line ends as the first line has them.
         return set_encoding(header, "quoted-printable"), binascii.b2a_qp(body + b"\r\n", istext=True)[:-2]
     return set_encoding(header, "base64"), base64_lines(body)[:-2]
 
-
-NOT_BASE64 = bytes({*range(256)} - {*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"})
 
 # ======================================================================================================================
 # 8. Routes
@@ -5075,7 +5089,7 @@ def as_plain_submission(transaction: Transaction, octets: bytes) -> dict:
     text = decode_charset(TRANSFER_DECODERS.get(lines["content-transfer-encoding"], bytes)(body), charset)
     document = {"mail": transaction.sender, "rcpt": transaction.recipients, "body": text.replace("\r\n", "\n")}
     document["header"] = {**header, "charset": charset, "x-haineko-loop": passed}
-    submission, _ = parse_submission(encode_json(document))
+    submission = parse_submission(encode_json(document)).submission
     now = parsedate_to_datetime(lines["date"]).timestamp()
     again = submission and transaction.sender and compose(submission, transaction.queueid, None, hostname, now)
     composed = again.copy(transaction.recipients[0], transaction.number) if again else b""
@@ -6785,7 +6799,7 @@ async def call_in_thread(large: bool, function: Callable, *args: Any) -> Any:
 
 def parse_body(request: Request) -> Submission:
     """Return the submission in a request's body; raise Rejected with every fault of it."""
-    submission, errors = parse_submission(request.body)
+    submission, errors, _ = parse_submission(request.body)
     if errors:
         raise Rejected(make_reply("json", *errors[:MAX_REPORTED_ERRORS]))
     return submission

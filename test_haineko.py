@@ -61,6 +61,8 @@ sys.path.insert(0, HERE)
 
 import haineko  # noqa: E402
 
+parser = getattr(re, "_parser", None) or importlib.import_module("sre_parse")  # of patterns; its name since Python 3.11
+
 SCRATCH = tempfile.TemporaryDirectory(prefix="haineko-test-")
 # Processes run a copy: beside the original there may be settings of which no test may make use.
 PROGRAM = shutil.copy(os.path.join(HERE, "haineko.py"), SCRATCH.name)
@@ -203,7 +205,7 @@ def file(filename: str | None = None, octets: bytes = b"%PDF-1.4 \0\r\n", **more
 
 
 def understood(submission) -> haineko.Submission:
-    found, faults = haineko.parse_submission(as_body(submission))
+    found, faults, _ = haineko.parse_submission(as_body(submission))
     if faults:
         raise ValueError(faults)
     return found
@@ -1419,7 +1421,7 @@ def web_submission(**changes) -> dict:
 
 def composed_job(route: haineko.Route, document: dict | None = None, number: int = 1) -> haineko.Transaction:
     """The job of a submission's first recipient."""
-    submission, faults = haineko.parse_submission(json.dumps(document or web_submission()).encode())
+    submission, faults, _ = haineko.parse_submission(json.dumps(document or web_submission()).encode())
     assert not faults, faults
     client = haineko.parse_ip("192.0.2.9")
     message = haineko.compose(submission, "Q" * 16, client, "here.example", 1700000000.0)
@@ -1630,6 +1632,67 @@ def _changed(function: ast.AST):
             yield place.id, node.lineno
 
 
+def superlinear(patterns: dict, uses: set) -> list:
+    """The uses of patterns whose time grows faster than their input: strings of a pattern's own alphabet, and the
+    starts of a match with one character behind, many times."""
+    found = []
+    for name, method in sorted(uses):
+        pattern = patterns[name]
+        source = pattern.pattern if isinstance(pattern.pattern, str) else pattern.pattern.decode("latin-1")
+        marks = re.sub(r"\\x..|[A-Za-z0-9\[\](){}|?*+^$]", "", source)[:12]
+        alphabet = dict.fromkeys(marks + re.sub(r"\\.|[^A-Za-z]", "", source)[:4] + 'a0 \t\r\n"\\(<é')
+        match = a_match(parser.parse(source, pattern.flags & ~re.UNICODE))
+        shapes = [(a, b) for a in alphabet for b in alphabet]
+        shapes += [(match[:i], b) for i in range(2, min(len(match), 40) + 1) for b in alphabet]
+        if callable(getattr(pattern, method)) and any(_grows(pattern, method, *shape) for shape in shapes):
+            found.append(f"{name}.{method}")
+    return found
+
+
+def a_match(tree) -> str:
+    """A short string that the parsed pattern matches, or nearly."""
+    text = ""
+    for operator, value in tree:
+        kind = str(operator)
+        if kind in ("LITERAL", "NOT_LITERAL", "ANY"):
+            text += chr(value) if kind == "LITERAL" else "a"
+        elif kind == "IN":
+            name, first = value[0]
+            kinds = {
+                "LITERAL": chr,
+                "RANGE": lambda c: chr(c[0]),
+                "CATEGORY": lambda c: " " if "SPACE" in str(c) else "0",
+            }
+            text += kinds.get(str(name), lambda _: "a")(first)
+        elif "REPEAT" in kind:
+            text += a_match(value[2]) * max(1, min(value[0], 40))
+        elif kind in ("SUBPATTERN", "ATOMIC_GROUP"):
+            text += a_match(value[-1] if kind == "SUBPATTERN" else value)
+        elif kind == "BRANCH":
+            text += a_match(value[1][0])
+    return text
+
+
+def _grows(pattern, method: str, first: str, second: str) -> bool:
+    for text in (
+        lambda n: (first + second) * (n // (len(first) + 1)) + first,
+        *(lambda n, end=end: first + second * n + end for end in ("", "!", "\0")),
+    ):
+        if _seconds(pattern, method, text(2000)) > 0.002:
+            once, more = (min(_seconds(pattern, method, text(size)) for _ in range(3)) for size in (2000, 8000))
+            if more > 9 * once:
+                return True
+    return False
+
+
+def _seconds(pattern, method: str, text: str) -> float:
+    subject = text if isinstance(pattern.pattern, str) else text.encode("latin-1", "replace")
+    began = time.process_time()
+    result = getattr(pattern, method)(*((subject[:0], subject) if method == "sub" else (subject,)))
+    collections.deque(result if method == "finditer" else (), 0)
+    return time.process_time() - began
+
+
 class HouseRules(unittest.TestCase):
     """The rules that the front page of haineko.py gives itself."""
 
@@ -1709,6 +1772,18 @@ class HouseRules(unittest.TestCase):
             for word in re.findall(r"\w+", ast.unparse(node.annotation) if node.annotation else "")
         }
         self.assertEqual(sorted(name for name in self.house.names if name not in used | noted | {"MAILERS"}), [])
+
+    def test_every_pattern_takes_linear_time(self):
+        """Feed each pattern, as the file uses it, long strings of its own alphabet."""
+        self.assertEqual(superlinear({"BAD": re.compile(r"b?[ ]*[ \t]*=")}, {("BAD", "match")}), ["BAD.match"])
+        patterns = {name: item for name, item in vars(haineko).items() if isinstance(item, re.Pattern)}
+        self.assertGreater(len(patterns), 20)
+        uses = {
+            (node.value.id, node.attr)
+            for node in ast.walk(self.house.tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in patterns
+        }
+        self.assertEqual(superlinear(patterns, uses), [])
 
     def test_only_the_standard_library_is_imported(self):
         names = set()
@@ -2623,7 +2698,7 @@ class LogLines(Quiet):
 
 class Submissions(unittest.TestCase):
     def understood(self, submission) -> haineko.Submission:
-        found, faults = haineko.parse_submission(as_body(submission))
+        found, faults, _ = haineko.parse_submission(as_body(submission))
         self.assertEqual(faults, [])
         return found
 
@@ -2695,7 +2770,12 @@ class Submissions(unittest.TestCase):
             ({"header": []}, ["header: expected an object, got a list"]),
             ({"header": "x"}, ["header: expected an object, got a string"]),
             ({"rcptt": "a"}, ['rcptt: unknown key; did you mean "rcpt"?']),
-            ({"subject": "a"}, ["subject: unknown key"]),
+            ({"subject": "a"}, ["subject: unknown key; did you mean header.subject?"]),
+            *[({key: "a"}, [f"{key}: unknown key; did you mean {meant}?"]) for key, meant in (
+                ("cc", "header.cc"), ("reply_to", "header.replyto"), ("replyTo", "header.replyto"), ("text", "body"),
+                ("List-Unsubscribe", "header.list-unsubscribe"), ("contentType", "html or attachments[].type"),
+            )],
+            ({"header": {"html": "a"}}, ["header.html: unknown key; did you mean html, outside of header?"]),
             ({"header": {"reply_too": "a"}}, ['header.reply_too: unknown key; did you mean "replyto"?']),
             ({"header": {"reply_to": "a"}}, [f'header.reply_to: {wanted}"a"']),
             ({"header": {"Subjekt": "a"}}, ['header.Subjekt: unknown key; did you mean "subject"?']),
@@ -2712,7 +2792,8 @@ class Submissions(unittest.TestCase):
             ({"header": {"subject": "a\nb"}}, ["header.subject: has a CR, LF or NUL"]),
             ({"header": {"from": "nobody"}}, ["header.from: " + wanted + '"nobody"']),
             ({"header": {"replyto": "a b c"}}, ["header.replyto: " + wanted + '"a b c"']),
-            ({"header": {"charset": "UTF-9"}}, ['header.charset: unknown charset "UTF-9"; "UTF-8" holds every character']),
+            ({"header": {"charset": "UTF-9"}},
+             ['header.charset: unknown charset "UTF-9"; "UTF-8" holds every character']),
             ({"header": {"x-haineko-loop": "a b"}}, ['header.x-haineko-loop: "a b" is no name of a Haineko']),
             ({"header": {"x-haineko-loop": [1]}}, ["header.x-haineko-loop[0]: expected a string, got a number"]),
             (b'{"body": "a", "body": "b"}', ["body: duplicate key"]),
@@ -2749,6 +2830,84 @@ class Submissions(unittest.TestCase):
             with self.subTest(text):
                 found = haineko.parse_address(text)
                 self.assertEqual((found.as_written, found.local, found.domain), (text, local, domain))
+
+    def test_what_is_no_json(self):
+        for body, words in (
+            (b"", ("line 1 column 1", "the body is empty")), (b'{\n "a": }', ("line 2 column 7",)),
+            (b"mail=a%40x&rcpt=b", ("line 1", "form data")),
+            (b'--b\r\nContent-Disposition: form-data; name="a"', ("form data",)),
+            (b"\xff", ("UTF-8",)), (b"[" * 100000, ("deep",)), (b'{"a": NaN}', ("NaN",)),
+        ):  # fmt: skip
+            with self.subTest(body[:20]):
+                found = haineko.parse_submission(body)
+                self.assertEqual((found.submission, found.is_json, len(found.errors)), (None, False, 1))
+                for word in words:
+                    self.assertIn(word, found.errors[0])
+        for body in (b"[]", b'{"a": 1}', b'{"a": 1, "a": 1}', as_body({"mail": 1, "rcpt": 2})):
+            self.assertTrue(haineko.parse_submission(body).is_json)
+        self.assertEqual(haineko.idna_hint("A <a@x>"), ('expected a bare address, got "A <a@x>"; did you mean "a@x"?',))
+
+    def test_address_lists(self):
+        a, b = ("", "a@x"), ("", "b@y")
+        for text, wanted in (
+            ("a@x,", [a]), (",a@x,,b@y", [a, b]), ("a@x; b@y", [a, b]), ("a@x (Doe, J), b@y", [("Doe, J", "a@x"), b]),
+            ("unlisted-recipients:; (no To-header on input)", []), ("undisclosed-recipients:;", []),
+            ("(Empty list)(start)Hidden recipients  :(nobody(that I know))  ;", []), ("(a (b) \\) c)", []),
+            ("A Group:Ed Jones <a@x>, b@y; , c@z", [("Ed Jones", "a@x"), b, ("", "c@z")]),
+            ('"Doe, J" <a@x> (work), B <b@y>', [("Doe, J (work)", "a@x"), ("B", "b@y")]), ("", []), (" ,; ", []),
+            ("< a@x >, b@y", [a, b]), ("a@[IPv6:2001:db8::1]; b@y", [("", "a@[IPv6:2001:db8::1]"), b]),
+        ):  # fmt: skip
+            with self.subTest(text):
+                found = haineko.parse_mailboxes(text)
+                self.assertEqual([(name, mailbox.addr_spec) for name, mailbox in found], wanted)
+        for text in (
+            "foo-[redacted]victim@example.net", "<foo>bar@example.net", "a@x b@y", "a:b@x", "x: a@x, y: b@y;;", "(a",
+            "a@x)",
+            '"a', "<a@x", "a@x <b@y>, c", "a@x>", "<a@x> <b@y>", "<a@x> b", "g:;a", "[a@x]", ":;", "a@x, (",
+            "a@x,b@" + "," * 9,
+            "a@x," * 2001,
+        ):  # fmt: skip
+            with self.subTest(text), self.assertRaises(ValueError):
+                haineko.parse_mailboxes(text)
+        raw = "From: x@example.org\nTo: foo-[redacted]victim@example.net\nSubject: x\n\nMeow\n"
+        found = understood({"mail": "x@example.org", "raw": raw}).rcpt
+        self.assertEqual(found, ("foo-[redacted]victim@example.net",))
+        found = understood(document(rcpt=None, header={"to": "undisclosed-recipients:;", "bcc": "a@x"}))
+        self.assertEqual(found.rcpt, ("a@x",))
+        message = haineko.compose(found, "Q" * 16, None, NAME, NOW)
+        self.assertIn(b"\r\nTo: undisclosed-recipients:;\r\n", message.copy("a@x", 1))
+
+    def test_what_is_expensive(self):
+        raw = {"mail": "a@example.org", "rcpt": "b@example.jp"}
+        for what, form, parse, make in (
+            ("a text", document(body="a mail of lines\n" * 4000), False, False),
+            ("a text in Japanese", document(body="猫" * 9000), False, False),
+            ("HTML alone", document(body=None, html="<b>x</b>" * 1000), False, True),
+            ("a long subject", document(header={"subject": "猫" * 20000}), False, True),
+            ("many addresses", document(header={"to": ["猫 <a@b.jp>"] * 1500}), True, True),
+            ("many fields", document(header={"x-a": ["é@" * 40] * 999}), True, True),
+            ("many files", document(attachments=[file()] * 900), True, True),
+            ("a small message", {**raw, "raw": "A: b\n\n" + "x\n" * 2000}, False, False),
+            (
+                "many parts",
+                {**raw, "raw": "Content-Type: multipart/mixed; boundary=b\n\n" + "--b\n\né\n" * 1900},
+                True,
+                True,
+            ),
+        ):
+            with self.subTest(what):
+                self.assertEqual(haineko.is_expensive(as_body(form)), parse)
+                self.assertEqual(haineko.is_expensive(understood(form)), make)
+
+    def test_header_fields_that_relays_take_for_commands(self):
+        names = ["X-MC-Tags", "x-ses-tenant", "X-SMTPAPI", "X-PM-Tag", "X-MS-Exchange-Foo"]
+        found = understood(document(header={**dict.fromkeys(names, "a"), "X-Mailer": "b", "X-MCX": "c"}))
+        self.assertEqual(
+            [name.lower() for name in haineko.provider_header_names(found)], [name.lower() for name in names]
+        )
+        raw = "".join(f"{name} : a\n" for name in names) + "X-MCX: c\n\nx"
+        found = understood({"mail": "a@example.org", "rcpt": "b@example.jp", "raw": raw})
+        self.assertEqual(list(haineko.provider_header_names(found)), [name.lower() for name in names])
 
     def test_what_is_no_address(self):
         for text in (
@@ -2824,13 +2983,19 @@ class Submissions(unittest.TestCase):
             ("ASCII", "US-ASCII"), ("ISO-8859-15", "ISO-8859-15"), ("windows-1252", "windows-1252"), ("cp1252",
             "windows-1252"),
             ("Shift_JIS", "Shift_JIS"), ("cp932", "Windows-31J"), ("EUC-JP", "EUC-JP"), ("gb18030", "GB18030"),
-            ("Big5", "Big5"), ("KOI8-R", "KOI8-R"), ("EUC-KR", "EUC-KR"),
+            ("Big5", "Big5"), ("KOI8-R", "KOI8-R"), ("EUC-KR", "EUC-KR"), ("big5-hkscs", "Big5-HKSCS"),
+            ("iso2022_kr", "ISO-2022-KR"), ("macintosh", "macintosh"), ("mac_roman", "macintosh"),
+            ("kz_1048", "KZ-1048"),
+            ("iso-2022-jp-2", "ISO-2022-JP-2"), ("cp437", "IBM437"), ("latin9", "ISO-8859-15"), ("cp950", "Big5"),
         ]  # fmt: skip
         for name, wanted in cases:
             with self.subTest(name):
                 self.assertEqual(haineko.iana_charset(name), wanted)
                 self.assertTrue(wanted.encode("ascii").decode().replace("-", "").replace("_", "").isalnum())
-        for name in ("", "x", "UTF-16", "utf-7", "utf-8-sig", "idna", "punycode", "rot13", "base64", "hex", "zlib",
+        for name in ("", "x", "UTF-16", "utf-7", "utf-8-sig", "idna", "punycode", "rot13", "iso-2022-jp-1",
+                     "iso-2022-jp-3",
+                     "iso-2022-jp-ext", "mac_greek", "johab", "cp1125", "koi8-t", "shift_jis_2004",
+                     "base64", "hex", "zlib",
                      "hz",
                      "cp037", "undefined", "unicode_escape", "raw_unicode_escape", "mbcs", "utf-8\r\nX: y", "utf-8\0",
                      "utf 8", "ねこ", "../utf8", "a" * 1000):  # fmt: skip
@@ -2850,6 +3015,9 @@ class Submissions(unittest.TestCase):
                 form["header"]["from"] = "kijitora@example.org"
                 self.assertIn(b"charset=", composed(form))
                 self.assertEqual(haineko.decode_charset(b"Meow", name), "Meow")
+        for name in ("ISO-2022-JP-2", "ISO-2022-KR"):
+            octets = composed(document(header={"subject": "\x1b\x0e", "charset": name}, body="\x1b$A\x1b.A\x0e"))
+            self.assertIn(b"charset=UTF-8", octets)
         for name in ("EUC-JP", "Shift_JIS"):  # whose codecs write a backslash for it
             octets = composed(document(header={"subject": "x", "charset": name}, body="¥1,980\n"))
             self.assertIn(b"charset=UTF-8", octets)
@@ -2995,9 +3163,13 @@ FAULTS = [
      "attachments[0].type: message/rfc822 must be ASCII"),
     ({"attachments": [file(octets=b"x" * 999, type="message/rfc822")]},
      "attachments[0].type: message/rfc822 must be ASCII"),
-    ({"attachments": [file(octets=b"x\ry", type="message/rfc822")]}, "attachments[0].type: message/rfc822 must be ASCII"),
+    ({"attachments": [file(octets=b"x\ry", type="message/rfc822")]},
+     "attachments[0].type: message/rfc822 must be ASCII"),
     *[({"attachments": [file(cid=cid)]}, "attachments[0].cid: ") for cid in ("a b", "a>b", "猫", "<a", "a\r\nBcc: x",
       "x" * 201, 1)],
+    ({"html": "<img src='cid:logo'>"}, 'html: "cid:logo" has no attachment with this cid'),
+    ({"html": "x", "attachments": [file(cid="logo")]}, 'attachments[0].cid: the HTML has no "cid:logo"'),
+    ({"attachments": [file(contentType="a/b")]}, 'attachments[0].contentType: unknown key; did you mean "type"?'),
     ({"attachments": [file(cid="a"), file(cid="<a>")]}, "attachments[1].cid: another attachment has it already"),
     ({"attachments": [file(inline="yes")]}, "attachments[0].inline: expected true or false, got a string"),
     ({"attachments": [file()] * 1001}, "attachments: 1001 exceed the limit of 1000"),
@@ -3009,9 +3181,10 @@ FAULTS = [
         ("Message_ID", "<a b@c>", 'expected "<left@right>"'), ("message-id", "<a@b> <c@d>",
          'expected "<left@right>"'),
         ("references", ["<a@b>", "c"], 'expected "<left@right>"'), ("in-reply-to", 1, "expected a string"),
-        ("date", "2014-01-03", "expected a date like"), ("date", "Fri, 31 Feb 2014 18:35:58 +0900", "expected a date like"),
+        ("date", "2014-01-03", "expected a date like"),
+        ("date", "Fri, 31 Feb 2014 18:35:58 +0900", "expected a date like"),
         ("date", "Fri, 03 Jan 2014 18:35:58 +0900\n", "has a CR, LF or NUL"), ("importance", "urgent",
-         "expected one of high, normal, low"),
+         "expected high, normal or low"),
         ("auto-submitted", "猫", "expected printable ASCII"), ("List-Unsubscribe", "<https://x/猫>",
          "expected printable ASCII"),
         ("precedence", "bulk\0", "has a CR, LF or NUL"), ("organization", "a\nb", "has a CR, LF or NUL"),
@@ -3026,6 +3199,11 @@ FAULTS = [
             "Content-Transfer-Encoding", "DKIM-Signature", "Content-猫")],
     ]],
     ({"header": {"x-a\r\nbcc": "a"}}, "header.x-a??bcc: unknown key"),
+    ({"header": {"x-a": ["a"] * 1001}}, "header: more than 1000 fields or 102400 characters"),
+    ({"header": {f"x-{i}": "a" for i in range(1001)}}, "header: more than 1000 fields or 102400 characters"),
+    ({"header": {"x-a": ["a" * 1000] * 103}}, "header: more than 1000 fields or 102400 characters"),
+    ({"header": {"to": ["a@b"] * 2001}}, "header.to: 2001 addresses exceed the limit of 2000"),
+    ({"header": {"to": "a@b," * 2001}}, 'header.to: expected "name <address>"'),
     ({"header": {"replyto": "a@example.jp", "Reply-To": "b@example.jp"}},
      "header.Reply-To: means the same as replyto, which is set already"),
     ({"header": {"x-a": "1", "X_A": "1"}}, "header.X_A: means the same as x-a, which is set already"),
@@ -3054,7 +3232,7 @@ class PartsRefused(Quiet):
             }
             submission["header"] = submission["header"] or None
             with self.subTest(str(changes)[:100]):
-                _, faults = haineko.parse_submission(as_body(submission))
+                _, faults, _ = haineko.parse_submission(as_body(submission))
                 self.assertTrue(faults)
                 self.assertIn(wanted, faults[0])
                 self.assertEqual({fault.partition(":")[0] for fault in faults}, {faults[0].partition(":")[0]})
@@ -3068,13 +3246,13 @@ class PartsRefused(Quiet):
 
     def test_what_is_empty(self):
         for changes, wanted in [
-            ({"body": None, "html": ""}, "Message body is empty"),
-            ({"body": None, "attachments": [file()]}, "Message body is empty"),
-            ({"html": "x", "header": {"subject": ""}}, "Subject header is empty"),
-            ({"rcpt": [], "header": {"to": "a@b.jp"}}, "User address required"),
-            ({"rcpt": None}, "User address required"),
+            ({"body": None, "html": ""}, "Message body is empty"), ({"body": None, "attachments": [file()]},
+             "Message body is empty"),
+            ({"html": "x", "header": {"subject": ""}}, "Subject header is empty"), ({"rcpt": [],
+             "header": {"to": "a@b.jp"}},
+             "User address required"), ({"rcpt": None}, "User address required"),
             ({"rcpt": None, "header": {"bcc": "a@straße.de"}}, "Malformed JSON string"),
-        ]:
+        ]:  # fmt: skip
             with self.subTest(wanted):
                 status, answer = posted(document(**changes))
                 self.assertEqual((status, answer["response"][0]["message"][0]), (400, wanted))
@@ -3142,10 +3320,8 @@ class RawMessages(Quiet):
     def test_a_line_that_nothing_can_shorten_is_refused(self):
         body = "--XX\nContent-Type: text/plain\nX-Long: " + "x" * 999 + "\n\na\n--XX--\n"
         status, answer = posted(self.raw(f"{self.HEAD}Content-Type: multipart/mixed; boundary=XX\n\n{body}"))
-        self.assertEqual(
-            (status, answer["response"][0]["code"], answer["response"][0]["message"]),
-            (400, "554", ["Message has a NUL, or a line longer than 998 octets"]),
-        )
+        self.assertEqual((status, answer["response"][0]["code"], answer["response"][0]["message"]),
+                         (400, "554", ["Message has a NUL, or a line longer than 998 octets"]))  # fmt: skip
 
     def test_recipients_and_loops(self):
         found = understood(self.raw(self.HEAD + "\nx"))
@@ -3167,15 +3343,140 @@ class RawMessages(Quiet):
         found = haineko.downgrade_8bit(octets)
         self.assertTrue(found.isascii())
         message = parsed(found)
-        self.assertEqual(
-            (message["from"], message["to"], message["subject"], message["x-a"]),
-            ("猫 <a@example.org>", "猫 <b@example.jp>", "謹賀新年", "b"),
-        )
+        self.assertEqual((message["from"], message["to"], message["subject"], message["x-a"]),
+                         ("猫 <a@example.org>", "猫 <b@example.jp>", "謹賀新年", "b"))  # fmt: skip
         self.assertEqual(text_in(message.get_payload(0)), "猫")
         self.assertEqual(message.get_payload(1).get_filename(), "猫.pdf")
         self.assertEqual(message.get_payload(1).get_payload(decode=True), b"%PDF")
         for field in ("From: 猫@example.org", "Cc: A <猫@example.org>, b@example.jp"):
             self.assertFalse(haineko.downgrade_8bit(f"{field}\r\n\r\nx\r\n".encode()).isascii())
+
+    def sent(self, octets: bytes, downgraded: tuple = ()) -> bytes:
+        """A finished message as it leaves, to a path without SMTPUTF8 and 8BITMIME where `downgraded` says so."""
+        found = composed(self.raw({"base64": base64.b64encode(octets).decode()}, rcpt="a@example.jp"))
+        return haineko.downgrade_8bit(found, *downgraded) if downgraded else found
+
+    HEAD_ALONE = (
+        b"From: a@example.org\r\nTo: b@example.jp\r\nDate: Fri, 3 Jan 2014 18:35:58 +0900\r\nMessage-ID: <a@b>\r\n"
+    )
+
+    def test_what_a_path_can_carry_stays(self):
+        mime = (
+            b"MIME-Version: 1.0\r\nContent-Type: text/plain; charset=iso-8859-1\r\nContent-Transfer-Encoding: 8bit\r\n"
+        )
+        parts = b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n"
+        parts += b"for nobody\r\n--b\r\n\r\nx  \r\n--b \r\n"
+        for what, message in (
+            ("a line of 79", b"\r\n" + b"a" * 79 + b"\r\n"),
+            ("a line of 998 and a form feed", b"\r\n\f" + b"a" * 997 + b"\r\n"),
+            ("ISO-2022-JP", b'\r\n\x1b$B$"$$\x1b(B\r\n'),
+            ("8 bits", mime + b"\r\nGr\xfc\xdfe\r\n"),
+            ("parts", parts + b"Content-Type : image/png\r\n\r\n\x89\r\n--b--\r\n\r\n"),
+            ("a quoted boundary", parts.replace(b"=b", b'="b"') + b"\r\nx\r\n--b--"),
+        ):
+            with self.subTest(what):
+                octets = b"Subject:  x\r\n" + message
+                found = self.sent(self.HEAD_ALONE + octets)
+                head, _, body = octets.partition(b"\r\n\r\n")
+                self.assertIn(b"\r\n" + self.HEAD_ALONE + head + b"\r\nX-Haineko-Loop", found)
+                self.assertTrue(found.endswith(b"\r\n\r\n" + body + (b"" if body.endswith(b"\r\n") else b"\r\n")))
+
+    def test_blanks_before_a_colon(self):
+        found = self.sent(b"From : A <a@example.org>\r\nSubject\t : x\r\nX-A: b\r\n\r\n\xc3\xa9\r\n")
+        self.assertIn(b"\r\nFrom: A <a@example.org>\r\nSubject: x\r\nX-A: b\r\n", found)
+        self.assertEqual(found.count(b"From"), 1)
+
+    def test_octets_in_a_header(self):
+        for what, field, wanted in (
+            ("a parameter", "Content-Type: text/plain; name=café.txt; x=y",
+             "text/plain;\r\n name*=UTF-8''caf%C3%A9.txt; x=y"),
+            ("a quoted one", 'Content-Disposition: attachment; filename="é\\".txt"; size=1',
+             "attachment;\r\n filename*=UTF-8''%C3%A9%22.txt; size=1"),
+            ("two", "Content-Type: a/b; x=é; y=é", "a/b;\r\n x*=UTF-8''%C3%A9;\r\n y*=UTF-8''%C3%A9"),
+            ("a comment", "Date: Sat, 28 Nov 2026 12:00:00 +0200 (Mitteleuropäische Zeit)",
+             "Sat, 28 Nov 2026 12:00:00 +0200 (=?UTF-8?B?TWl0dGVsZXVyb3DDpGlzY2hlIFplaXQ=?=)"),
+            ("Received", "Received: from a (é [192.0.2.1]) by b; x",
+             "from a (=?UTF-8?B?w6kgWzE5Mi4wLjIuMV0=?=) by b; x"),
+            ("words beside words", "Subject: =?UTF-8?Q?a?= é =?UTF-8?Q?b?=",
+             "=?UTF-8?Q?a?= =?UTF-8?B?IMOpIA==?= =?UTF-8?Q?b?="),
+            ("an empty group", "Cc: é:;", "undisclosed-recipients:;"),
+            ("a name", "Reply-To: é <a@example.jp>", "=?UTF-8?B?w6k=?= <a@example.jp>"),
+            ("latin-1", "X-A: é".encode("latin-1"), "=?UTF-8?B?w6k=?="),
+            ("an encoded word", b"Subject: =?iso-8859-1?Q?Gr\xfc=DFe?=", "=?iso-8859-1?Q?Gr=FC=DFe?="),
+        ):  # fmt: skip
+            with self.subTest(what):
+                octets = field if isinstance(field, bytes) else field.encode()
+                found = self.sent(b"From: a@example.org\r\n" + octets + b"\r\n\r\nx\r\n", (True,))
+                self.assertTrue(found.isascii())
+                self.assertIn(f"\r\n{octets.partition(b':')[0].decode()}: {wanted}\r\n".encode(), found)
+
+    def test_octets_in_a_header_that_have_no_form_in_ascii(self):
+        for field in ("Message-ID: <ü@example.org>", "References: <é@b>", "From: é@example.org", "Content-ID: <é>"):
+            with self.subTest(field):
+                octets = f"X-A: é\r\n{field}\r\n\r\nx\r\n".encode()
+                found = haineko.downgrade_8bit(octets)
+                self.assertEqual(haineko.non_ascii_fields(found), [field.partition(":")[0].lower()])
+                if not field.startswith("From"):
+                    octets = {"base64": base64.b64encode(field.encode("latin-1") + b"\n\nx").decode()}
+                    faults = haineko.parse_submission(as_body(self.raw(octets))).errors
+                    self.assertEqual(len(faults), 1)
+                    self.assertIn(f"header {field.partition(':')[0]}: ", faults[0])
+
+    def test_header_and_body_are_changed_each_on_its_own(self):
+        head = b"MIME-Version: 1.0\r\nContent-Type: text/plain; charset=gb2312\r\nContent-Transfer-Encoding: 8bit\r\n"
+        body = "\r\n中文\r\n".encode("gb2312")
+        for downgraded in ((), (True,)):
+            found = self.sent(self.HEAD_ALONE + "Subject: 中文\r\n".encode("gb2312") + head + body, downgraded)
+            self.assertIn(b"\r\nSubject: =?UTF-8?B?5Lit5paH?=\r\n" + head, found)
+            self.assertTrue(found.endswith(b"\r\n" + body))
+        found = self.sent(self.HEAD_ALONE + "Subject: 中文\r\n".encode() + head + body)
+        self.assertIn("\r\nSubject: 中文\r\n".encode(), found)
+        self.assertTrue(haineko.downgrade_8bit(found).isascii())
+        self.assertEqual(haineko.downgrade_8bit(found, True).partition(b"\r\n\r\n")[2], body[2:])
+
+    def test_binary(self):
+        picture = b"\x89PNG\r\n\x1a\n\r\r\n\0--b"
+        kind = b"Content-Type: image/png\r\nContent-Transfer-Encoding: Binary\r\n\r\n" + picture
+        alone = parsed(self.sent(self.HEAD_ALONE + b"MIME-Version: 1.0\r\n" + kind))
+        self.assertEqual(alone.get_payload(decode=True), picture)
+        mixed = b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=b\r\n"
+        mixed += b"Content-Transfer-Encoding: binary\r\n\r\n"
+        octets = self.sent(self.HEAD_ALONE + mixed + b"--b\r\n\r\nx\r\n--b\r\n" + kind + b"\r\n--b--\r\n")
+        self.assertNotIn(b"inary", octets)
+        text, image = parsed(octets).get_payload()
+        self.assertEqual((text.get_payload(), image.get_payload(decode=True)), ("x", picture))
+
+    def test_what_cannot_be_parsed_is_sent_or_refused(self):
+        deep = b"Content-Type: message/rfc822\n\n"
+        nested = b"".join(b"Content-Type: multipart/mixed; boundary=b%d\n\n--b%d\n" % (i, i) for i in range(200))
+        for what, octets, refused in (
+            ("base64 with NUL", b"MIME-Version: 1.0\nContent-Transfer-Encoding: base64\n\nAAA\0A", None),
+            ("a multipart without parts", b"Content-Type: multipart/mixed; boundary=b\n\n\xe9", None),
+            ("half a parameter", b"Content-Type: text/plain; a*\n\n" + b"x" * 2000, None),
+            ("a charset unheard of", b'Subject: \xe9\nContent-Type: text/plain; charset="x\n\n' + b"\xe9" * 999, None),
+            ("messages in messages", deep * 3000 + b"x", "levels of parts exceed the limit of 100"),
+            ("multiparts in multiparts", nested, "levels of parts exceed the limit of 100"),
+            (
+                "parts",
+                b"Content-Type: multipart/mixed; boundary=b\n\n" + b"--b\n\n" * 2001,
+                "parts exceed the limit of 2000",
+            ),
+            ("fields", b"a:\n" * 1001, "fields in a header exceed the limit of 1000"),
+            ("a large header", b"a: " + b"x\n " * 40000, "octets of a header exceed the limit of 102400"),
+            ("parameters", b"Content-Type: a/b" + b";\n a=b" * 1001, "parameters of a field exceed the limit of 1000"),
+        ):
+            with self.subTest(what):
+                form = self.raw({"base64": base64.b64encode(octets).decode()}, rcpt="a@example.jp")
+                faults = haineko.parse_submission(as_body(form)).errors
+                if refused:
+                    self.assertEqual(len(faults), 1)
+                    self.assertIn(refused, faults[0])
+                    continue
+                made = composed(form)
+                for found in (made, haineko.downgrade_8bit(made), haineko.downgrade_8bit(made, True)):
+                    self.assertTrue(found.endswith(b"\r\n"))
+                    self.assertIsNone(re.search(rb"\0|[^\r\n]{999}", found))
+                self.assertTrue(haineko.downgrade_8bit(made).isascii())
 
     def test_octets_that_are_not_utf8_in_a_header(self):
         octets = b"From: a@example.org\nSubject: caf\xe9\n\nx\n"
@@ -3506,7 +3807,7 @@ def refusal_of(request_: haineko.Request, submission: haineko.Submission) -> hai
 
 def composed(submission, client: str = "127.0.0.1", to: str = "mikeneko@example.jp") -> bytes:
     """The octets of the message of a submission."""
-    found, faults = haineko.parse_submission(as_body(submission))
+    found, faults, _ = haineko.parse_submission(as_body(submission))
     if faults:
         raise ValueError(faults)
     message = haineko.compose(found, "Q" * 16, haineko.parse_ip(client), NAME, NOW)
@@ -3909,7 +4210,7 @@ class Messages(unittest.TestCase):
             for text in (payload + good, good[:3] + payload + good[3:], good + payload):
                 with self.subTest(what, text=text):
                     submission = make(text)
-                    found, faults = haineko.parse_submission(as_body(submission))
+                    found, faults, _ = haineko.parse_submission(as_body(submission))
                     request_ = request(as_body(submission))
                     if faults or refusal_of(request_, found):
                         continue
@@ -4124,8 +4425,9 @@ CORPUS = [
     Mail("text"),
     Mail("text in Japanese", body="あとで\r\nお年玉\n"),
     Mail("HTML beside text", "alternative(plain, html)", html="<p>x</p>", body="other words"),
-    Mail("HTML alone", "alternative(plain, html)", OF_HTML, html=HTML, body=None),
-    Mail("HTML alone, body empty", "alternative(plain, html)", OF_HTML, html=HTML, body=""),
+    Mail("HTML alone", "alternative(plain, html)", OF_HTML, html=HTML.replace("cid:", "https://x/"), body=None),
+    Mail("HTML alone, body empty", "alternative(plain, html)", OF_HTML,
+         html=HTML.replace("cid:", "https://x/"), body=""),
     Mail("HTML that says nothing", "alternative(plain, html)", "\n", html="<p></p>", body=None),
     Mail("HTML with long lines", "alternative(plain, html)", html="<p>" + "x" * 5000 + "</p>"),
     Mail("HTML in ISO-2022-JP", "alternative(plain, html)", html="<p>髙①ガ～</p>", header={"charset": "ISO-2022-JP"}),
@@ -4160,11 +4462,13 @@ CORPUS = [
         {"filename": "a.pdf", "content": "JVBE\r\nRi0x\nLjQg AA0K"}], files=((PDF, "attachment"),)),
     Mail("a picture in HTML", "alternative(plain, related(html, png))", html=HTML, attachments=[
         file("l.png", PNG, cid="logo")], files=(("image/png", "inline"),)),
-    Mail("a cid in brackets", "alternative(plain, related(html, png))", html=HTML, attachments=[
+    Mail("a cid in brackets", "alternative(plain, related(html, png))",
+         html=HTML.replace("cid:logo", "cid:logo%40x"), attachments=[
         file("l.png", PNG, cid="<logo@x>")], files=(("image/png", "inline"),)),
     Mail("a cid without HTML", "mixed(plain, png)", attachments=[file("l.png", PNG, cid="logo")],
          files=(("image/png", "inline"),)),
-    Mail("two pictures in HTML", "alternative(plain, related(html, png, png))", html=HTML, attachments=[
+    Mail("two pictures in HTML", "alternative(plain, related(html, png, png))",
+         html=HTML + '<i style="background: url( CID:LOGO)">', attachments=[
         file("l.png", PNG, cid="logo"), file("m.png", PNG, cid="LOGO")],
         files=(("image/png", "inline"), ("image/png", "inline"))),
     Mail("a receipt", "mixed(alternative(plain, related(html, png)), pdf)", html=HTML, attachments=[
@@ -4172,9 +4476,11 @@ CORPUS = [
     Mail("a receipt, HTML alone", "mixed(alternative(plain, related(html, png)), pdf)", OF_HTML, body=None, html=HTML,
          attachments=[file("logo.png", PNG, cid="logo"), file("a.pdf")], files=(("image/png", "inline"), (PDF,
          "attachment"))),
-    Mail("HTML and a file", "mixed(alternative(plain, html), pdf)", html=HTML, attachments=[file("a.pdf")],
+    Mail("HTML and a file", "mixed(alternative(plain, html), pdf)",
+         html=HTML.replace("cid:", "https://x/"), attachments=[file("a.pdf")],
          files=((PDF, "attachment"),)),
-    Mail("a receipt in ISO-2022-JP", "mixed(alternative(plain, related(html, png)), pdf)", html="<p>領収書</p>",
+    Mail("a receipt in ISO-2022-JP", "mixed(alternative(plain, related(html, png)), pdf)",
+         html="<p>領収書<img src=cid:logo></p>",
     attachments=[
         file("領収書.pdf"), file("logo.png", PNG, cid="logo")], header={"charset": "iso-2022-jp", "subject": "領収書"},
         files=(("image/png", "inline"), (PDF, "attachment"))),
@@ -4256,7 +4562,7 @@ class Parts(unittest.TestCase):
             self.assertEqual(shown, wanted)
 
     def test_email_is_not_imported(self):
-        code = "import sys, haineko; s, _ = haineko.parse_submission(sys.stdin.buffer.read());"
+        code = "import sys, haineko; s = haineko.parse_submission(sys.stdin.buffer.read()).submission;"
         code += " haineko.compose(s, 'Q' * 16, None, 'x', 0.0); print('email.policy' in sys.modules)"
         for changes, wanted in (
             ({}, b"False"),
@@ -6245,6 +6551,22 @@ class BeyondAscii(Peers):
             _, answer = posted(document(**given))
             self.assertEqual(answer["response"][0]["dsn"], slug)
             self.assertIn("U+00DF has two readings in a domain", answer["response"][0]["message"][1])
+
+    def test_a_header_beside_a_body_with_octets_over_127(self):
+        text = (
+            "Subject: 猫\nMIME-Version: 1.0\nContent-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n"
+        )
+        submission = {"mail": "a@example.org", "rcpt": [self.PLAIN], "raw": f"From: a@example.org\n{text}\n猫\n"}
+        status, said, mails, lines = self.sent(submission, "8BITMIME")
+        self.assertEqual((status, said, lines[0]), (200, [self.FINE], "MAIL FROM:<a@example.org> BODY=8BITMIME"))
+        self.assertIn(b"\r\nSubject: =?UTF-8?B?54yr?=\r\n", mails[0][2])
+        self.assertTrue(mails[0][2].endswith("\r\n\r\n猫\r\n".encode()))
+        self.assertTrue(self.sent(submission)[2][0][2].isascii())
+        submission["raw"] = "Message-ID: <ü@example.org>\n" + submission["raw"]
+        peer = self.peer(None, "8BITMIME")
+        force = settings(mailertable={"default": {"host": peer.host, "port": peer.port, "timeout": 2}})
+        reply = posted(submission, force)[1]["response"][0]
+        self.assertEqual((reply["code"], reply["message"][1:]), ("554", ["in message-id"]))
 
     def test_a_finished_message_with_octets_over_127(self):
         text = "MIME-Version: 1.0\nContent-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n"
