@@ -8997,9 +8997,8 @@ def sendmail_code(status: int, item: dict) -> int:
     """Return the exit code (sysexits.h) for a recipient's reply, or for the refusal of the whole mail."""
     if item["mailer"] or item["dsn"] == "5.4.6":
         return EX_TEMPFAIL if item["code"][0] == "4" and item["dsn"] != "5.4.6" else EX_UNAVAILABLE
-    if item["rcpt"] is not None or status in (401, 403):
-        return EX_NOPERM
-    return EX_TEMPFAIL if status >= 500 else EX_DATAERR
+    codes = {400: EX_DATAERR, 401: EX_NOPERM, 403: EX_NOPERM, 413: EX_DATAERR}
+    return EX_NOPERM if item["rcpt"] is not None else codes.get(status, EX_TEMPFAIL)
 
 
 # -- addresses of programs that know names of users only
@@ -9064,21 +9063,22 @@ def qualified_field(name: str, field: bytes, hostname: str) -> tuple:
 
 
 def qualified(text: str, hostname: str) -> str:
-    """Return an address list in which names alone have got the domain."""
+    """Return an address list in which names alone have got the domain; text that is no list stays as it is."""
+    try:
+        tokens = [(kind, f"({token})" if kind == "comment" else token) for kind, token in address_tokens(text)]
+    except ValueError:
+        return text
+    texts = [token for _, token in tokens]
+    words = [i for i, (kind, _) in enumerate(tokens) if kind not in CFWS]
+    for before, i, after in zip([None, *words], words, [*words[1:], None]):
+        name = texts[i].strip("<> ") if tokens[i][0] == "angle" else texts[i]
+        alone = (before is None or texts[before] in (",", ";", ":")) and (after is None or texts[after] in (",", ";"))
+        if LOCAL_NAME.fullmatch(name) and (alone or tokens[i][0] == "angle"):
+            texts[i] = texts[i].replace(name, f"{name}@{hostname}")
+    return "".join(texts)
 
-    def add_domain(found: Any) -> str:
-        end = found.end(1 if found[1] else 2) - found.start()
-        return f"{found[0][:end]}@{hostname}{found[0][end:]}" if found[1] or found[2] else found[0]
 
-    return BARE_NAME.sub(add_domain, text)
-
-
-_NAME, _COMMENT = r"[A-Za-z0-9._+-]+", r"\((?:[^()\\]|\\.|\((?:[^()\\]|\\.)*\))*(?:\)|\Z)"
-BARE_NAME = re.compile(  # quoted strings and comments are stepped over
-    rf'"(?:[^"\\]|\\.)*(?:"|\Z)|<\s*({_NAME})\s*>'
-    rf"|(?:\A|(?<=[,:;]))\s*(?:{_COMMENT}\s*)?({_NAME})(?=\s*(?:{_COMMENT}\s*)*(?:[,;]|\Z))|{_COMMENT}",
-    re.DOTALL,
-)
+LOCAL_NAME = re.compile(r"[A-Za-z0-9._+-]+")
 
 
 # -- what else sendmail does
