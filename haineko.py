@@ -6339,8 +6339,8 @@ def enqueue(db: Any, slot: int, item: NewQueueItem, results: list | None, leased
     message = insert(
         db, "messages", queueid=item.queueid, kind=item.kind, sender=item.sender, login=item.login,
         created_at=created_at, open_recipients=len(item.recipients), owner=owner, key=item.key,
-        body_digest=item.body_digest, size=len(octets), parts=json.dumps([flags, *map(len, item.message.parts), *item.message.dsn]),
-        octets=octets,
+        body_digest=item.body_digest, size=len(octets), octets=octets,
+        parts=json.dumps([flags, *map(len, item.message.parts), *item.message.dsn]),
     )  # fmt: skip
     due = created_at if owner is None else None
     state = {"message": message, "state": "open", "created_at": created_at, "due": due, "owner": owner}
@@ -8886,7 +8886,7 @@ def sendmail_deliver(flags: dict, addresses: list) -> int:
     except ValueError as error:
         raise CommandError(str(error), EX_DATAERR) from None
     fields = [qualified_field(name, field, settings.hostname) for name, field in message.fields]
-    named = [address for text in addresses for address in split_addresses(text)]
+    named = [address for text in addresses for address in split_addresses(text, settings.hostname)]
     named += header_recipients(recipient_fields(fields)) if "-t" in flags else []
     rcpt = [to for address in named for to in expand_alias(address, settings)]
     if not rcpt:
@@ -9011,7 +9011,7 @@ def sendmail_sender(flags: dict, settings: Settings) -> str:
         return default_sender(settings.hostname)
     if given.strip() in ("", "<>"):
         return ""
-    found = split_addresses(qualified(given, settings.hostname))
+    found = split_addresses(given, settings.hostname)
     if len(found) != 1 or not parse_address(found[0]):
         raise CommandError(f'usage: "{given}" is no mail address', EX_USAGE)
     return found[0]
@@ -9027,11 +9027,11 @@ def default_sender(hostname: str) -> str:
     return f"{name}@{hostname}"
 
 
-def split_addresses(text: str) -> list:
+def split_addresses(text: str, hostname: str) -> list:
     """Return the addresses in a list of them, separated by commas or blanks; text that is no list is returned whole."""
     if re.search(r'[<"(:]', text):
-        return header_recipients([("to", b"To: " + text.encode("utf-8", "replace"))])
-    return [word for word in re.split(r"[\s,;]+", text) if word]
+        return header_recipients([("to", b"To: " + qualified(text, hostname).encode("utf-8", "replace"))])
+    return [qualified(word, hostname) for word in re.split(r"[\s,;]+", text) if word]
 
 
 def recipient_fields(fields: list) -> list:
@@ -9047,11 +9047,10 @@ def recipient_fields(fields: list) -> list:
 
 
 def expand_alias(address: str, settings: Settings) -> tuple:
-    """Return the addresses that smtpd.aliases has for a name alone or at this machine; else the address itself."""
+    """Return the addresses that smtpd.aliases has for a name at this machine; else the address itself."""
     local, _, domain = address.rpartition("@")
-    if domain.lower() != settings.hostname.lower() and local:
-        return (address,)
-    return tuple(settings.smtpd.aliases.get((local or domain).lower(), (qualified(address, settings.hostname),)))
+    name = local.lower() if domain.lower() == settings.hostname.lower() else ""
+    return tuple(settings.smtpd.aliases.get(name, (address,)))
 
 
 def qualified_field(name: str, field: bytes, hostname: str) -> tuple:
@@ -9110,7 +9109,12 @@ def sendmail_queue(flags: dict, addresses: list) -> int:
 def sendmail_verify(flags: dict, addresses: list) -> int:
     """Say where mail to the addresses would go."""
     settings, _ = sendmail_settings(flags)
-    found = [to for text in addresses for address in split_addresses(text) for to in expand_alias(address, settings)]
+    found = [
+        to
+        for text in addresses
+        for address in split_addresses(text, settings.hostname)
+        for to in expand_alias(address, settings)
+    ]
     return max([EX_NOPERM * print_route(to, "", settings) for to in found], default=EX_OK)
 
 

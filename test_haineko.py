@@ -11055,6 +11055,7 @@ class Commands(Folder, Peers):
             (("-F", "Cron\nBcc: z@example.jp", to), text, ("a",), "<cron@"),
             (("-F", "x", to), "From: root (Cron Daemon)\n" + text, ("a",), f"From: root@{NAME} (Cron Daemon)"),
             (("root",), "To: root\n" + text, ("ops",), f"To: root@{NAME}"),
+            (("Root <root>, b@example.jp",), text, ("ops", "b"), ""),
             (("-t",), "To: root, neko@example.jp\n" + text, ("ops", "neko"), f"To: root@{NAME}, neko@example.jp"),
             (("-t",), "Resent-To: r@example.jp\nResent-Bcc: s@example.jp\nResent-From: x\nTo: a@example.jp\n" + text,
              ("r", "s"), f"Resent-From: x@{NAME}"),
