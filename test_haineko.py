@@ -11832,9 +11832,9 @@ class CheckConnect(WithCertificates):
             "s._domainkey.a.example": {haineko.TXT: [f"v=DKIM1; k={esc}; p={'A' * 400}"]},
             "s._domainkey.b.example": {haineko.TXT: [f"v={esc}; p=A"]},
         }))  # fmt: skip
-        host = self.enter(SmtpPeer("127.0.0.1", tls=self.tls))
+        host = self.enter(SmtpPeer(tls=self.tls))
         for manners in ({"EHLO": "250-mx\x1b[2J\r\n250 SIZE \x1b[2J"}, {"EHLO": "550 \x1b[2J no"}):
-            host.manners = {"127.0.0.1": manners}
+            host.says_at = {"127.0.0.1": manners}
             for sender in ("a@a.example", "a@b.example", "a@c.example"):
                 with self.subTest(sender, manners=manners):
                     flags = ("--connect", "--sender", sender, "--selector", "s")
