@@ -693,9 +693,9 @@ def parse_secret(value: Any, json_path: str, errors: list) -> Any:
     if len(value) != 1 or kind not in ("file", "env", "command", "credential"):
         errors.append(f"{json_path}: expected {SECRET_FORMS}")
         return None
-    parse = list_of(parse_text, required=True) if kind == "command" else parse_text
+    parse, count = list_of(parse_text, required=True) if kind == "command" else parse_text, len(errors)
     where = parse(value[kind], f"{json_path}.{kind}", errors)
-    return {kind: where} if where else None
+    return {kind: where} if len(errors) == count else None  # a faulty command is not run
 
 
 def read_secret(source: Any, base: str, multiline: bool = False) -> str:
@@ -1306,34 +1306,31 @@ def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple
 
 def _oauth2(oauth2: OAuth2, base: str, json_path: str, errors: list) -> OAuth2:
     """Return what tokens are fetched with; scope as in the settings."""
+    account = oauth2.service_account and _service_account(oauth2.service_account, base, json_path, errors)
     provider = "google" if oauth2.service_account else oauth2.provider
     url = oauth2.token_url or PROVIDERS.get(provider, ("",))[0].format(tenant=oauth2.tenant)
-    values = {"provider": provider, "token_url": url, "base": base}
-    values["client_secret"] = _secret(oauth2.client_secret, base, f"{json_path}.client_secret", errors)
+    secret = _secret(oauth2.client_secret, base, f"{json_path}.client_secret", errors)
     for key in ("refresh_token", "access_token"):
         source = getattr(oauth2, key)
         if not (isinstance(source, dict) and "command" in source):  # which may need the network
             _secret(source, base, f"{json_path}.{key}", errors)
-    if oauth2.service_account:
-        values["service_account"] = _service_account(
-            oauth2.service_account, base, f"{json_path}.service_account", errors
-        )
-    elif not oauth2.access_token:
+    if not (oauth2.service_account or oauth2.access_token):
         tenant = oauth2.token_url or provider != "microsoft" or oauth2.tenant
         needs = {"provider": url, "tenant": tenant, "client_id": oauth2.client_id}
         needs["client_secret"] = oauth2.client_secret or oauth2.refresh_token
         errors.extend(f"{json_path}.{key}: oauth2 needs it" for key, value in needs.items() if not value)
-    return replace(oauth2, **values)
+    values = {"provider": provider, "token_url": url, "client_secret": secret, "service_account": account}
+    return replace(oauth2, base=base, **values)
 
 
 def _service_account(name: str, base: str, json_path: str, errors: list) -> str:
     """Return the file's content, checked."""
-    text = _secret({"file": name}, base, json_path, errors, multiline=True)
+    text = _secret({"file": name}, base, f"{json_path}.service_account", errors, multiline=True)
     try:
         document = parse_json(text.encode()) if text else None
         document and (document["client_email"], PrivateKey(document["private_key"].encode()))
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        errors.append(f"{json_path}: {name}: expected the JSON file of a Google service account with its RSA key")
+        errors.append(f"{json_path}.service_account: {name}: expected the JSON file of a Google service account")
     return text
 
 
@@ -4649,10 +4646,11 @@ def fetch_token(route: Route, refresh_token: str | None, clock: Callable) -> tup
         refresh_token = refresh_token or read_secret(oauth2.refresh_token, oauth2.base)
         document = request_token(route, token_form(oauth2, route.credentials[0], refresh_token, int(time.time())))
         new = document.get("refresh_token")
-    text, seconds = document["access_token"], str(document.get("expires_in", ASSUMED_LIFETIME))
+    text, seconds = document["access_token"], document.get("expires_in")
     if not (isinstance(text, str) and re.fullmatch("[!-~]+", text)):  # or it would break the line that it is sent in
         raise ValueError("the access token is not one word of ASCII")
-    lifetime = min(int(seconds), 86400) if re.fullmatch("[0-9]{1,9}", seconds) else 0
+    found = re.match("[0-9]{1,9}", str(ASSUMED_LIFETIME if seconds is None else seconds))
+    lifetime = min(int(found[0]), 86400) if found else 0
     scope = sanitize(str(document.get("scope") or oauth2.scope))
     token = AccessToken(text, scope, now + lifetime - min(RENEW_BEFORE, lifetime / 2), now + lifetime)
     return token, new if isinstance(new, str) and new != refresh_token else ""
@@ -5992,8 +5990,15 @@ def mandrill_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
 
 async def relay_by_token(make_request: Callable, success: int, transaction: Transaction, transport: Any) -> list:
     """Deliver by an API that takes an access token, and a message as it is with its recipients."""
-    route, octets = transaction.route, await asyncio.to_thread(addressed_message, transaction)
-    response = await request_by_token(route, make_request(route, octets), transport)
+    route = transaction.route
+    call = make_request(route, await asyncio.to_thread(addressed_message, transaction))
+    for again in (True, False):  # a token that is refused is replaced once
+        login = await transport.tokens.authorize(route)
+        token = login.credentials[1]
+        response = await transport.http.request(HTTPTarget.of_route(route), call._replace(headers=bearer_header(login)))
+        if response.status != 401 or not (again and transport.tokens.drop(route, token)):
+            break
+    response = response._replace(body=response.body.replace(token.encode(), b"********"))
     ident = response.headers.get("request-id", "none") if success == 202 else json_object(response).get("id")
     accepted = response.status == success and ident
     reply = http_accepted(route, response, f"id: {ident}") if accepted else token_api_failure(route, response)
@@ -6028,17 +6033,6 @@ def addressed_message(transaction: Transaction) -> bytes:
     except ValueError as error:
         raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
     return f"Bcc: {hidden}\r\n".encode() + octets if hidden else octets
-
-
-async def request_by_token(route: Route, request: HTTPRequest, transport: TransportContext) -> HTTPResponse:
-    """Return the response, without the token; a token that is refused is replaced once."""
-    for again in (True, False):
-        login = await transport.tokens.authorize(route)
-        call = request._replace(headers=bearer_header(login))
-        response = await transport.http.request(HTTPTarget.of_route(route), call)
-        if response.status != 401 or not (again and transport.tokens.drop(route, login.credentials[1])):
-            break
-    return response._replace(body=response.body.replace(login.credentials[1].encode(), b"********"))
 
 
 def token_api_failure(route: Route, response: HTTPResponse) -> Reply:
@@ -6353,27 +6347,24 @@ def probe_mandrill(route: Route, request: Callable) -> str:
     raise Rejected(http_failure(route, response, mandrill_errors(response)))
 
 
-def token_probe(path: str) -> Callable:
-    """Make a probe that reads the user's account at that path."""
-
-    def ask(route: Route, request: Callable) -> str:
-        path_ = path.format(user=urllib.parse.quote(route.credentials[0]))
-        response = request(HTTPRequest("GET", path_, headers=bearer_header(route)))
-        document = json_object(response)
-        if response.status == 200 and {"id", "emailAddress"} & set(document):
-            return "the token is good"
-        if response.status == 403 and "error" in document:
-            return "the token is good; it may not read the account, so whether it may send is not known"
-        raise Rejected(token_api_failure(route, response))
-
-    return http_probe(ask)
+def probe_account(path: str, route: Route, request: Callable) -> str:
+    """Read the user's account."""
+    path = path.format(user=urllib.parse.quote(route.credentials[0]))
+    response = request(HTTPRequest("GET", path, headers=bearer_header(route)))
+    document = json_object(response)
+    if response.status == 200 and {"id", "emailAddress"} & set(document):
+        return "the token is good"
+    if response.status == 403 and "error" in document:
+        return "the token is good; it may not read the account, so whether it may send is not known"
+    raise Rejected(token_api_failure(route, response))
 
 
+probe_msgraph = http_probe(functools.partial(probe_account, "/v1.0/users/{user}"))
+probe_gmail = http_probe(functools.partial(probe_account, "/gmail/v1/users/me/profile"))
+send_msgraph = functools.partial(relay_by_token, msgraph_request, 202)
+send_gmail = functools.partial(relay_by_token, gmailapi_request, 200)
 GRAPH_SCOPES = "https://graph.microsoft.com/.default", "https://graph.microsoft.com/Mail.Send offline_access"
 BY_TOKEN = {"needs": ("auth",), "login": ("username", "oauth2")}
-send_msgraph, probe_msgraph = functools.partial(relay_by_token, msgraph_request, 202), token_probe("/v1.0/users/{user}")
-send_gmail = functools.partial(relay_by_token, gmailapi_request, 200)
-probe_gmail = token_probe("/gmail/v1/users/me/profile")
 
 RELAYS.update(
     ESMTP=Relay(relay_esmtp, probe_esmtp, keeps_octets=True),

@@ -2643,6 +2643,9 @@ class Secrets(Folder):
                 ({"credential": "x"}, ".credential: no credential x: LoadCredential= of systemd gives it to a unit"),
                 ({"command": ["/nowhere/x"]}, ".command: /nowhere/x: No such file or directory"),
                 ({"command": []}, ".command: expected at least one value"),
+                ({"command": ["touch", 5, "ran"]}, ".command[1]: expected a string, got a number"),
+                ({"file": ""}, ".file: : Is a directory"),
+                ({"env": ""}, ".env: no environment variable "),
                 ({"command": "x", "file": "x"}, f": expected {haineko.SECRET_FORMS}"),
                 ({"comand": "x"}, f": expected {haineko.SECRET_FORMS}"),
                 ({}, f": expected {haineko.SECRET_FORMS}"),
@@ -2661,6 +2664,7 @@ class Secrets(Folder):
                     began = time.monotonic()
                     _, faults = self.read(source)
                     self.assertEqual(faults, [f"authinfo.key.password{fault}"])
+                    self.assertNotIn("ran", os.listdir(self.folder))
                     self.assertLess(time.monotonic() - began, 5)
 
     def test_all_of_them_are_masked(self):
@@ -6175,6 +6179,8 @@ class AccessTokens(TokenPeers):
             ({"expires_in": "3600"}, 2999, 3001),
             ({"expires_in": 600}, 299, 301),
             ({}, 299, 301),
+            ({"expires_in": None}, 299, 301),
+            ({"expires_in": 3600.5}, 2999, 3001),
             ({"expires_in": 10}, 4.9, 5.1),
             ({"expires_in": 0}, -1, 0),
             ({"expires_in": -5}, -1, 0),
