@@ -7549,6 +7549,8 @@ class Relays(Folder, Peers):
             "region": "eu-west-1",
         }
         places = {"File": {"host": self.folder}, "MX": {"private": True}, "SendGrid": web, "Mandrill": web}
+        by_token = {**web, "oauth2": haineko.OAuth2(access_token="b")}
+        places.update(MSGraph=by_token, GmailAPI=by_token)
         to = [item.replace("example.jp", "[127.0.0.1]") for item in TO] if name == "MX" else TO
         return job(peer, to, mailer=name, **{"AmazonSES": web, **places}.get(name, {}), **more)
 
