@@ -4608,18 +4608,18 @@ class TokenCache:
             return token
         try:
             return await self.shared.call(key, 0.0, self._fetch, key, route)
-        except Rejected:
+        except ValueError as error:
             if token and now < token.expires:
                 return token
-            raise
+            lines = [sanitize(line, 500) for line in str(error).splitlines()[:20]]
+            raise Rejected(make_reply("token", *lines, route_fault=True, **route.endpoint)) from None
 
     async def _fetch(self, key: tuple, route: Route, _deadline: float) -> AccessToken:
         try:
             token, new = await asyncio.to_thread(fetch_token, route, self.refresh_tokens.get(key), self.clock)
-        except ValueError as error:
+        except ValueError:
             self.refresh_tokens.pop(key, None)  # the one in the settings may be newer
-            lines = [sanitize(line, 500) for line in str(error).splitlines()[:20]]
-            raise Rejected(make_reply("token", *lines, route_fault=True, **route.endpoint)) from None
+            raise
         if new and (fault := await asyncio.to_thread(save_refresh_token, route.oauth2, new)):
             self.refresh_tokens[key] = new
             log.lines(f"warning: the provider replaced the refresh token of {log_value(key[1])}: {fault}")
@@ -5990,8 +5990,7 @@ def mandrill_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
 
 async def relay_by_token(make_request: Callable, success: int, transaction: Transaction, transport: Any) -> list:
     """Deliver by an API that takes an access token, and a message as it is with its recipients."""
-    route = transaction.route
-    call = make_request(route, await asyncio.to_thread(addressed_message, transaction))
+    route, call = transaction.route, await asyncio.to_thread(make_request, transaction)
     for again in (True, False):  # a token that is refused is replaced once
         login = await transport.tokens.authorize(route)
         token = login.credentials[1]
@@ -6005,15 +6004,15 @@ async def relay_by_token(make_request: Callable, success: int, transaction: Tran
     return [reply] * len(transaction.recipients)
 
 
-def msgraph_request(route: Route, octets: bytes) -> HTTPRequest:
+def msgraph_request(transaction: Transaction) -> HTTPRequest:
     # https://learn.microsoft.com/en-us/graph/api/user-sendmail
-    path = f"/v1.0/users/{urllib.parse.quote(route.credentials[0])}/sendMail"
-    return HTTPRequest("POST", path, base64.b64encode(octets), type="text/plain")
+    path = f"/v1.0/users/{urllib.parse.quote(transaction.route.credentials[0], '@')}/sendMail"
+    return HTTPRequest("POST", path, base64.b64encode(addressed_message(transaction)), type="text/plain")
 
 
-def gmailapi_request(route: Route, octets: bytes) -> HTTPRequest:
+def gmailapi_request(transaction: Transaction) -> HTTPRequest:
     # https://developers.google.com/workspace/gmail/api/reference/rest/v1/users.messages/send
-    path = "/gmail/v1/users/me/messages/send"
+    path, octets = "/gmail/v1/users/me/messages/send", addressed_message(transaction)
     if len(octets) > GMAILAPI_UPLOAD:
         return HTTPRequest("POST", f"/upload{path}?uploadType=media", octets, type="message/rfc822")
     return HTTPRequest("POST", path, encode_json({"raw": base64.urlsafe_b64encode(octets).decode()}))
@@ -6349,7 +6348,7 @@ def probe_mandrill(route: Route, request: Callable) -> str:
 
 def probe_account(path: str, route: Route, request: Callable) -> str:
     """Read the user's account."""
-    path = path.format(user=urllib.parse.quote(route.credentials[0]))
+    path = path.format(user=urllib.parse.quote(route.credentials[0], "@"))
     response = request(HTTPRequest("GET", path, headers=bearer_header(route)))
     document = json_object(response)
     if response.status == 200 and {"id", "emailAddress"} & set(document):

@@ -6167,8 +6167,18 @@ class AccessTokens(TokenPeers):
 
         haineko.run(together(*[one() for _ in range(20)]))
         self.assertEqual(found, [("neko", "ya29.token")] * 20)
+        tokens, provider.answer, hops = haineko.TokenCache(), lambda _: (400, {}), []
+
+        async def refused(host: str) -> None:
+            try:
+                await tokens.authorize(replace(route, host=host))
+            except haineko.Rejected as rejected:
+                hops.append(rejected.reply.host)
+
+        haineko.run(together(refused("a.example"), refused("b.example")))
+        self.assertEqual((hops, len(provider.asked)), (["a.example", "b.example"], 2))
         form = {"grant_type": "client_credentials", "client_id": "app", "client_secret": "geheim-1", "scope": "s"}
-        self.assertEqual(self.asked(provider), [form])
+        self.assertEqual(self.asked(provider), [form] * 2)
         self.assertEqual(provider.asked[0].path, "/token?x=1")
         self.assertEqual(provider.asked[0].headers["content-type"], "application/x-www-form-urlencoded")
 
