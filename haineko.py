@@ -6,17 +6,18 @@
                                                |  deferred, or to be queued
                                                +-> QueueDB -> QueueManager -> RELAYS -> bounce, webhook
 
-     1  Replies and transactions   10  DNS and connections
-     2  JSON into dataclasses      11  HTTP client
-     3  Settings                   12  Signatures
-     4  Log                        13  SMTP sessions
-     5  Submissions                14  Relays
-     6  Policy                     15  Queue
-     7  Messages                   16  Submission pipeline
-     8  Routes                     17  HTTP server
-     9  Event loop                 18  Commands
+     1  Replies and transactions   11  HTTP client
+     2  JSON into dataclasses      12  Signatures
+     3  Settings                   13  OAuth2
+     4  Log                        14  SMTP sessions
+     5  Submissions                15  Relays
+     6  Policy                     16  Queue
+     7  Messages                   17  Submission pipeline
+     8  Routes                     18  HTTP server
+     9  Event loop                 19  Commands
+    10  DNS and connections
 
-Sections 1, 5 to 8 and 14 to 16 are the pipeline; 2 to 4 and 9 to 13 are infrastructure; 17 and 18 are the two entries.
+Sections 1, 5 to 8 and 15 to 17 are the pipeline; 2 to 4 and 9 to 14 are infrastructure; 18 and 19 are the two entries.
 
 Rules of the file:
   - A section uses only the sections above it; inside a section callers stand above their helpers.
@@ -32,7 +33,7 @@ config_field() in section 3; an endpoint a function and a row of ENDPOINTS; a co
 RFCs: 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS), 3461 (DSN), 3463
 (status codes), 3464 (bounces), 4954 (AUTH), 6152 (8BITMIME), 6531 (SMTPUTF8), 8314 (TLS on 465), 2183, 2231, 2387, 2392
 (attachments), 1035 (DNS), 6891 (EDNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic), 6376, 8463
-(DKIM).
+(DKIM), 6749 (OAuth2), 7628 (OAUTHBEARER).
 """
 
 from __future__ import annotations
@@ -307,6 +308,7 @@ REPLIES = {
     "no-starttls": (0, "454", "4.7.4", "STARTTLS", "STARTTLS is required, but was not offered"),
     "tls": (0, "421", "4.7.5", "STARTTLS", "TLS handshake failed"),
     "no-auth": (0, "454", "4.7.0", "AUTH", "AUTH is required, but no mechanism known here was offered"),
+    "token": (0, "454", "4.7.0", "AUTH", "No access token"),
     "clear-auth": (0, "454", "4.7.11", "AUTH", "Credentials are not sent over a connection without TLS"),
     "file": (0, "451", "4.3.0", "DATA", "Cannot save the message"),
     "store": (503, "451", "4.3.0", "QUEUE", "Cannot store the mail"),
@@ -437,6 +439,18 @@ def sanitize(text: str, limit: int = 200, keep: str = "") -> str:
     """Return text fit for a log or a terminal: cut at `limit`, "?" for unprintable characters other than `keep`."""
     text = text if len(text) <= limit else text[:limit] + "..."
     return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else "?" for c in text)
+
+
+def mask_secrets(text: str, secrets: Any) -> str:
+    """Return a text without the secrets, and without parts of 16 characters: servers cut and fold what they repeat."""
+    hidden: set = set()
+    for secret in secrets:
+        size = min(len(secret), 16)
+        parts = {secret[i : i + size] for i in range(len(secret) - size + 1)}
+        starts = [i for i in range(len(text) - size + 1) if text[i : i + size] in parts]
+        hidden.update(i for start in starts for i in range(start, start + size))
+    marked = "".join("\0" if i in hidden else c for i, c in enumerate(text))
+    return re.sub("\0+", "********", marked) if hidden else text
 
 
 def parse_text(value: Any, json_path: str, errors: list) -> str:
@@ -635,9 +649,9 @@ parse_base_url = matching(
     convert=lambda url: url.rstrip("/"),
 )
 parse_region = matching(re.compile("[a-z0-9-]{1,32}"), 'a region like "eu-west-1"', optional=True)
-parse_webhook_url = matching(
-    functools.partial(is_url, WEBHOOK_URL), 'a URL like "https://www.example.org/hook"', optional=True, secret=True
-)
+is_full_url = functools.partial(is_url, WEBHOOK_URL)
+parse_webhook_url = matching(is_full_url, 'a URL like "https://www.example.org/hook"', optional=True, secret=True)
+parse_token_url = matching(is_full_url, 'a URL like "https://login.example.org/token"', optional=True)
 
 
 def parse_mailer(value: Any, json_path: str, errors: list) -> str:
@@ -661,23 +675,91 @@ class Relay(NamedTuple):
     needs: tuple = ()  # settings that its routes must have
     refuses: tuple = ()  # settings that its routes can't have
     login: tuple = ("username", "password")  # what a login for its API must have
+    scopes: tuple = ()  # for its API, if not the provider's: of an application's tokens, of a user's
     destination: str = "{route.relay} {route.host}:{route.port}"  # template: mail with the same text shares a next hop
     into_folder: bool = False  # delivers into a folder of this machine
     keeps_octets: bool = False  # what it sends arrives unchanged, so that it can be signed
 
 
 UNKNOWN_RELAY = Relay(None, None)  # of a route whose mailer is a fault of the settings
-RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 14
+RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 15
 
 
 def parse_secret(value: Any, json_path: str, errors: list) -> Any:
-    """Parse a string, {"file": path} or {"env": NAME}."""
+    """Parse a string, or an object with one key that tells where the secret is."""
     if not isinstance(value, dict):
         return value if type(value) is str else parse_text(value, json_path, errors)  # _secret() reads its characters
-    if len(value) == 1 and set(value) <= {"file", "env"}:
-        return {key: parse_text(item, f"{json_path}.{key}", errors) for key, item in value.items()}
-    errors.append(f'{json_path}: expected a string, {{"file": path}} or {{"env": NAME}}')
-    return None
+    kind = next(iter(value), "")
+    if len(value) != 1 or kind not in ("file", "env", "command", "credential"):
+        errors.append(f"{json_path}: expected {SECRET_FORMS}")
+        return None
+    parse, count = list_of(parse_text, required=True) if kind == "command" else parse_text, len(errors)
+    where = parse(value[kind], f"{json_path}.{kind}", errors)
+    return {kind: where} if len(errors) == count else None  # a faulty command is not run
+
+
+def read_secret(source: Any, base: str, multiline: bool = False) -> str:
+    """Return a secret from where it is; ValueError tells why that fails, without octets of it. A command blocks."""
+    if isinstance(source, str):
+        return source
+    ((kind, where),) = source.items()
+    name = where[0] if kind == "command" else where
+    try:
+        secret = _secret_octets(kind, where, base).decode().rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise ValueError(f".{kind}: {name}: not UTF-8") from None
+    except OSError as error:
+        raise ValueError(f".{kind}: {name}: {error.strerror}") from None
+    secret = secret.partition("\n")[0].rstrip("\r") if kind == "command" and not multiline else secret
+    if not (multiline or secret.isprintable()):
+        raise ValueError(": has a line end, or another unprintable character")
+    return secret
+
+
+def _secret_octets(kind: str, where: Any, base: str) -> bytes:
+    if kind == "command":
+        return run_secret_command(where, base)
+    if kind == "env":
+        if where not in os.environ:
+            raise ValueError(f".env: no environment variable {where}")
+        return os.fsencode(os.environ[where])
+    if kind == "credential":
+        base = os.environ.get("CREDENTIALS_DIRECTORY", "")
+        if "/" in where or not base:
+            raise ValueError(f".credential: no credential {where}: LoadCredential= of systemd gives it to a unit")
+    with open_regular(os.path.join(base, where)) as stream:
+        if os.fstat(stream.fileno()).st_mode & 0o006:
+            raise ValueError(f".{kind}: can be read by everybody; chmod 600 {where}")
+        return stream.read()
+
+
+def run_secret_command(command: tuple, base: str) -> bytes:
+    """Return what a program prints, run without a shell in the folder of the settings."""
+    from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
+
+    with Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, cwd=base or None, start_new_session=True) as process:
+        try:
+            code = process.wait(SECRET_TIMEOUT)
+        except TimeoutExpired:  # or it has written more than a pipe holds
+            os.killpg(process.pid, signal.SIGKILL)
+            raise ValueError(f".command: {command[0]}: did not end within {SECRET_TIMEOUT} s") from None
+        for pipe in (process.stdout, process.stderr):  # a process that it started may hold them open
+            os.set_blocking(pipe.fileno(), False)
+        output, error = process.stdout.read() or b"", process.stderr.read() or b""
+    if code or not output.strip():
+        words = sanitize(error.decode("utf-8", "replace").strip().rpartition("\n")[2])
+        raise ValueError(f".command: {command[0]}: {words or (f'exit code {code}' if code else 'printed nothing')}")
+    return output
+
+
+SECRET_TIMEOUT = 10  # seconds
+SECRET_FORMS = 'a string, {"file": path}, {"env": NAME}, {"command": [program, argument]} or {"credential": NAME}'
+MICROSOFT, MAIL = "https://login.microsoftonline.com/{tenant}/oauth2/v2.0/token", "https://mail.google.com/"
+OUTLOOK = "https://outlook.office365.com/.default", "https://outlook.office.com/SMTP.Send offline_access"
+PROVIDERS = {  # of access tokens: (token_url, scope of an application's tokens, scope of a user's)
+    "microsoft": (MICROSOFT, *OUTLOOK),
+    "google": ("https://oauth2.googleapis.com/token", MAIL, MAIL),
+}
 
 
 class Authenticator:
@@ -962,11 +1044,32 @@ class Recipients:
     recipients: frozenset = config_field(frozenset(), list_of(parse_recipient, frozenset), "addresses likewise")
 
 
+@dataclass(frozen=True, repr=False)
+class OAuth2:
+    """Where access tokens come from (RFC 6749). resolve_settings() fills in what the provider has, reads the
+    secrets that don't change."""
+
+    provider: str = config_field("", one_of(PROVIDERS, "provider"), "microsoft or google: known token_url and scope")
+    tenant: str = config_field("", parse_hostname, "microsoft: the directory's id or domain")
+    token_url: str = config_field("", parse_token_url, "where tokens are fetched")
+    scope: str = config_field("", parse_text, "what a token is to permit")
+    client_id: str = config_field("", parse_text, "the application's id")
+    client_secret: Any = config_field("", parse_secret, SECRET_FORMS, secret=True)
+    refresh_token: Any = config_field("", parse_secret, "of a user; absent: the application's own tokens", secret=True)
+    service_account: str = config_field("", parse_text, "JSON file of a Google service account, as the user's delegate")
+    access_token: Any = config_field("", parse_secret, "the token itself, usually by a command", secret=True)
+    base: str = ""  # folder of the settings
+
+    def __hash__(self) -> int:
+        return hash((self.token_url, self.client_id))
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Credentials:
     username: str = config_field("", parse_text, "name to log in with")
-    password: Any = config_field("", parse_secret, 'a string, {"file": path} or {"env": NAME}', secret=True)
+    password: Any = config_field("", parse_secret, SECRET_FORMS, secret=True)
     token: Any = config_field("", parse_secret, "session token of temporary credentials of Amazon", secret=True)
+    oauth2: OAuth2 | None = config_field(None, nested(OAuth2), "access tokens instead of a password")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -1004,6 +1107,7 @@ class Route:
     address: str = ""  # to connect to in place of a look-up; or several, divided by spaces
     tls_if_offered: bool = False  # STARTTLS where the server has it
     token: str = field(default="", repr=False)
+    oauth2: OAuth2 | None = None
 
     def __post_init__(self) -> None:
         if not self.port:
@@ -1134,7 +1238,8 @@ def holds_secrets(raw: dict) -> bool:
     """True if raw settings hold a secret itself, not only where it is."""
     logins, keys, hashes, queue_settings = (raw.get(name) or {} for name in ("authinfo", "dkim", "password", "queue"))
     holders = [holder for table in (logins, keys) if isinstance(table, dict) for holder in table.values()]
-    names = ("password", "token", "key")
+    holders += [item["oauth2"] for item in holders if isinstance(item, dict) and isinstance(item.get("oauth2"), dict)]
+    names = ("password", "token", "key", "client_secret", "refresh_token", "access_token")
     secrets = [holder.get(name) for holder in holders if isinstance(holder, dict) for name in names]
     secrets += [queue_settings.get("webhook_secret")] if isinstance(queue_settings, dict) else []
     return any(secret and type(secret) is str for secret in secrets) or (isinstance(hashes, dict) and bool(hashes))
@@ -1144,6 +1249,8 @@ def referenced_files(settings: Settings) -> list:
     """Return the paths of files that the settings name and that are read with them."""
     base, tls = os.path.dirname(settings.path or ""), settings.httpd.tls
     secrets = [secret for login in settings.authinfo.values() for secret in (login.password, login.token)]
+    by_token = [login.oauth2 for login in settings.authinfo.values() if login.oauth2]
+    secrets += [secret for item in by_token for secret in (item.client_secret, {"file": item.service_account})]
     secrets += [settings.queue.webhook_secret] if settings.queue else []
     secrets += [item.key for item in settings.dkim.values()]
     names = [secret["file"] for secret in secrets if isinstance(secret, dict) and "file" in secret]
@@ -1189,34 +1296,51 @@ def _dkim_key(key: DkimKey, domain: str, base: str, errors: list) -> DkimKey:
 
 
 def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple:
-    """Return (username, password, token) with the secrets looked up."""
+    """Return (username, password, token, oauth2) with the secrets looked up."""
     password = _secret(login.password, base, f"{json_path}.password", errors)
     token = _secret(login.token, base, f"{json_path}.token", errors)
-    return login.username, password, token
+    if login.oauth2 and not login.username:
+        errors.append(f"{json_path}.username: oauth2 needs it")
+    return login.username, password, token, login.oauth2 and _oauth2(login.oauth2, base, f"{json_path}.oauth2", errors)
+
+
+def _oauth2(oauth2: OAuth2, base: str, json_path: str, errors: list) -> OAuth2:
+    """Return what tokens are fetched with; scope as in the settings."""
+    account = oauth2.service_account and _service_account(oauth2.service_account, base, json_path, errors)
+    provider = "google" if oauth2.service_account else oauth2.provider
+    url = oauth2.token_url or PROVIDERS.get(provider, ("",))[0].format(tenant=oauth2.tenant)
+    secret = _secret(oauth2.client_secret, base, f"{json_path}.client_secret", errors)
+    for key in ("refresh_token", "access_token"):
+        source = getattr(oauth2, key)
+        if not (isinstance(source, dict) and "command" in source):  # which may need the network
+            _secret(source, base, f"{json_path}.{key}", errors)
+    if not (oauth2.service_account or oauth2.access_token):
+        tenant = oauth2.token_url or provider != "microsoft" or oauth2.tenant
+        needs = {"provider": url, "tenant": tenant, "client_id": oauth2.client_id}
+        needs["client_secret"] = oauth2.client_secret or oauth2.refresh_token
+        errors.extend(f"{json_path}.{key}: oauth2 needs it" for key, value in needs.items() if not value)
+    values = {"provider": provider, "token_url": url, "client_secret": secret, "service_account": account}
+    return replace(oauth2, base=base, **values)
+
+
+def _service_account(name: str, base: str, json_path: str, errors: list) -> str:
+    """Return the file's content, checked."""
+    text = _secret({"file": name}, base, f"{json_path}.service_account", errors, multiline=True)
+    try:
+        document = parse_json(text.encode()) if text else None
+        document and (document["client_email"], PrivateKey(document["private_key"].encode()))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        errors.append(f"{json_path}.service_account: {name}: expected the JSON file of a Google service account")
+    return text
 
 
 def _secret(source: Any, base: str, json_path: str, errors: list, multiline: bool = False) -> str:
-    """Return a secret, from the file or the environment variable that `source` names."""
+    """Return a secret from where `source` says that it is."""
     try:
-        if isinstance(source, str):
-            secret = source
-        elif "env" in source:
-            secret = os.environ[source["env"]].rstrip("\r\n")
-        else:
-            with open_regular(os.path.join(base, source["file"])) as stream:
-                if os.fstat(stream.fileno()).st_mode & 0o006:
-                    errors.append(f"{json_path}.file: can be read by everybody; chmod 600 {source['file']}")
-                secret = stream.read().decode().rstrip("\r\n")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"  # the error's text holds octets of the secret
-        errors.append(f"{json_path}.file: {source['file']}: {reason}")
-    except KeyError:
-        errors.append(f"{json_path}.env: no environment variable {source['env']}")
-    else:
-        if multiline or secret.isprintable():
-            return secret
-        errors.append(f"{json_path}: has a line end, or another unprintable character")
-    return ""
+        return read_secret(source, base, multiline)
+    except ValueError as error:
+        errors.append(f"{json_path}{error}")
+        return ""
 
 
 def _queue_settings(settings: QueueSettings, base: str, errors: list) -> QueueSettings:
@@ -1263,16 +1387,23 @@ def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) 
         errors.append(f"{json_path}.ca_file: {ca_file}: {error.strerror or error}")
     if not row.into_folder and route.host.startswith("/"):
         errors.append(f'{json_path}.host: expected a host name, got "{route.host}"')
-    *login, token = logins.get(route.auth, ("",))
-    route = replace(route, ca_file=ca_file, credentials=tuple(login), token=token)
+    *login, token, oauth2 = logins.get(route.auth, ("", None))
+    if row.api_url:
+        oauth2 = oauth2 if "oauth2" in row.login else None
+    elif token:
+        oauth2 = oauth2 or OAuth2(access_token=token)
+    if oauth2 and not oauth2.scope:
+        scopes = row.scopes or PROVIDERS.get(oauth2.provider, ("", "", ""))[1:]
+        oauth2 = replace(oauth2, scope=scopes[bool(oauth2.refresh_token)])
+    route = replace(route, ca_file=ca_file, credentials=tuple(login), token=token, oauth2=oauth2)
     return _web_route(route, row, json_path, errors) if row.api_url else route
 
 
 def _web_route(route: Route, row: Relay, json_path: str, errors: list) -> Route:
     """Return the route of a relay by HTTP with the host and port of its API."""
-    login = dict(zip(("username", "password"), route.credentials), token=route.token)
+    login = dict(zip(("username", "password"), route.credentials), oauth2=route.oauth2)
     if route.credentials and not all(login[key] for key in row.login):
-        errors.append(f"{json_path}.auth: authinfo.{route.auth} needs {' and '.join(f'a {key}' for key in row.login)}")
+        errors.append(f"{json_path}.auth: authinfo.{route.auth} needs {' and '.join(row.login)}")
     site = split_base_url(route.url)
     return replace(route, host=site.host, port=site.port)
 
@@ -1293,6 +1424,12 @@ def split_base_url(url: str) -> BaseURL:
     host, default_port = parts.hostname or "", 443 if parts.scheme == "https" else 80
     name, port = f"[{host}]" if ":" in host else host, parts.port or default_port
     return BaseURL(parts.scheme == "https", host, port, parts.path, name if port == default_port else f"{name}:{port}")
+
+
+def split_url(url: str) -> tuple:
+    """Return (base URL, path and query) of a URL that WEBHOOK_URL matches."""
+    scheme, host, port, path = WEBHOOK_URL.fullmatch(url).groups()
+    return f"{scheme}://{host}{f':{port}' if port else ''}", path or "/"
 
 
 def pin_queue_path(fresh: Settings, queue_settings: QueueSettings | None) -> Settings:
@@ -3569,7 +3706,7 @@ class SharedCalls:
     async def call(self, key: Any, deadline: float, function: Callable, *values: Any) -> Any:
         """Return function(*values, deadline), or the result of the call for this key that is under way."""
         until, task = self.calls.get(key, (0.0, None))
-        if not -5 <= until - deadline <= 1:  # it would give up much earlier than this one, or end later
+        if not task or not -5 <= until - deadline <= 1:  # it would give up much earlier than this one, or end later
             task = asyncio.get_running_loop().create_task(function(*values, deadline))
             self.calls[key] = deadline, task
             task.add_done_callback(functools.partial(self._ended, key))
@@ -4242,6 +4379,17 @@ def error_text(error: Exception) -> str:
     return sanitize(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
+def json_object(response: HTTPResponse) -> dict:
+    """Return the JSON object in a response; {} if it has none."""
+    document = response.document()
+    return document if isinstance(document, dict) else {}
+
+
+def status_text(response: HTTPResponse) -> str:
+    """Return the response's status line for people."""
+    return f"HTTP {response.status} {response.reason}".strip()
+
+
 class MTASTSPolicy(NamedTuple):
     """MTA-STS: the hosts that a domain's mail may be delivered to (RFC 8461 3.2)."""
 
@@ -4420,7 +4568,148 @@ def sign_jwt(claims: dict, key: PrivateKey) -> str:
 
 
 # ======================================================================================================================
-# 13. SMTP sessions
+# 13. OAuth2
+#     Takes a route, gives it with an access token as password, or raises Rejected with the provider's words (RFC 6749).
+#     Each process keeps tokens until shortly before they end.
+# ======================================================================================================================
+
+
+class AccessToken(NamedTuple):
+    """Access token; the times are monotonic."""
+
+    text: str
+    scope: str
+    renew_at: float
+    expires: float
+
+
+class TokenCache:
+    """Access tokens of logins, fetched once for all that wait."""
+
+    DROP_INTERVAL = 60  # seconds between tokens that a server refuses
+
+    def __init__(self, clock: Callable = time.monotonic) -> None:
+        self.clock, self.shared = clock, SharedCalls()
+        self.tokens: dict = {}  # (OAuth2, username): AccessToken
+        self.refresh_tokens: dict = {}  # the same: what the provider gave in place of refresh_token
+        self.dropped = TTLCache(4096, clock)
+
+    async def authorize(self, route: Route) -> Route:
+        """Return the route with an access token as password if its login has oauth2."""
+        if not route.oauth2:
+            return route
+        return replace(route, credentials=(route.credentials[0], (await self.token_for(route)).text))
+
+    async def token_for(self, route: Route) -> AccessToken:
+        """Return a token that will hold for a while, or at least until now."""
+        key = route.oauth2, route.credentials[0]
+        token, now = self.tokens.get(key), self.clock()
+        if token and now < token.renew_at:
+            return token
+        try:
+            return await self.shared.call(key, 0.0, self._fetch, key, route)
+        except ValueError as error:
+            if token and now < token.expires:
+                return token
+            lines = [sanitize(line, 500) for line in str(error).splitlines()[:20]]
+            raise Rejected(make_reply("token", *lines, route_fault=True, **route.endpoint)) from None
+
+    async def _fetch(self, key: tuple, route: Route, _deadline: float) -> AccessToken:
+        try:
+            token, new = await asyncio.to_thread(fetch_token, route, self.refresh_tokens.get(key), self.clock)
+        except ValueError:
+            self.refresh_tokens.pop(key, None)  # the one in the settings may be newer
+            raise
+        if new and (fault := await asyncio.to_thread(save_refresh_token, route.oauth2, new)):
+            self.refresh_tokens[key] = new
+            log.lines(f"warning: the provider replaced the refresh token of {log_value(key[1])}: {fault}")
+        self.tokens[key] = token
+        return token
+
+    def drop(self, route: Route, text: str) -> bool:
+        """Forget a token that a server refused; tell whether to try another one."""
+        key = route.oauth2, route.credentials[0]
+        if key in self.tokens and self.tokens[key].text == text:  # or another one was fetched meanwhile
+            if self.dropped.get(key):
+                return False
+            self.dropped.put(key, True, self.DROP_INTERVAL)
+            del self.tokens[key]
+        return True
+
+
+def fetch_token(route: Route, refresh_token: str | None, clock: Callable) -> tuple:
+    """Return (AccessToken, the refresh token that replaces ours or ""); ValueError tells why there is none. Blocks."""
+    oauth2, now, new = route.oauth2, clock(), ""
+    if oauth2.access_token:
+        document = {"access_token": read_secret(oauth2.access_token, oauth2.base)}
+    else:
+        refresh_token = refresh_token or read_secret(oauth2.refresh_token, oauth2.base)
+        document = request_token(route, token_form(oauth2, route.credentials[0], refresh_token, int(time.time())))
+        new = document.get("refresh_token")
+    text, seconds = document["access_token"], document.get("expires_in")
+    if not (isinstance(text, str) and re.fullmatch("[!-~]+", text)):  # or it would break the line that it is sent in
+        raise ValueError("the access token is not one word of ASCII")
+    found = re.match("[0-9]{1,9}", str(ASSUMED_LIFETIME if seconds is None else seconds))
+    lifetime = min(int(found[0]), 86400) if found else 0
+    scope = sanitize(str(document.get("scope") or oauth2.scope))
+    token = AccessToken(text, scope, now + lifetime - min(RENEW_BEFORE, lifetime / 2), now + lifetime)
+    return token, new if isinstance(new, str) and new != refresh_token else ""
+
+
+ASSUMED_LIFETIME = 600  # seconds, if the provider names none
+RENEW_BEFORE = 600  # seconds before the end
+
+
+def request_token(route: Route, form: dict) -> dict:
+    """Return the provider's document with a token (RFC 6749 5.1); ValueError with its words if it gives none (5.2)."""
+    url, path = split_url(route.oauth2.token_url)
+    target = HTTPTarget(url, route.timeout, route.mailer, ca_file=route.ca_file, confidential=True)
+    body, kind = urllib.parse.urlencode(form).encode(), "application/x-www-form-urlencoded"
+    try:
+        response = KeepAliveConnection(target).exchange_once(HTTPRequest("POST", path, body, type=kind))
+    except Rejected as refused:
+        raise ValueError(f"{url}: {refused.reply.message[-1]}") from None
+    document = json_object(response)
+    if response.status == 200 and document.get("access_token"):
+        return document
+    words = ": ".join(str(document[key]) for key in ("error", "error_description") if document.get(key))
+    secrets = [form.get(key, "") for key in ("client_secret", "refresh_token", "assertion")]
+    raise ValueError(mask_secrets(words or f"{url}: {status_text(response)}, no access token in it", secrets))
+
+
+def token_form(oauth2: OAuth2, username: str, refresh_token: str, now: int) -> dict:
+    """Return the request: a service account's (RFC 7523 2.1), a user's (RFC 6749 6) or an application's (4.4)."""
+    if oauth2.service_account:
+        account = parse_json(oauth2.service_account.encode())
+        claims = {"iss": account["client_email"], "sub": username, "scope": oauth2.scope, "aud": oauth2.token_url}
+        assertion = sign_jwt({**claims, "iat": now, "exp": now + 3600}, PrivateKey(account["private_key"].encode()))
+        return {"grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer", "assertion": assertion}
+    form = {"grant_type": "refresh_token" if refresh_token else "client_credentials", "refresh_token": refresh_token}
+    form.update(client_id=oauth2.client_id, client_secret=oauth2.client_secret, scope=oauth2.scope)
+    return {key: value for key, value in form.items() if value}
+
+
+def save_refresh_token(oauth2: OAuth2, text: str) -> str:
+    """Write it to its {"file"}, complete or not at all, for its owner only; return what else must be done."""
+    import tempfile
+
+    if not (isinstance(oauth2.refresh_token, dict) and "file" in oauth2.refresh_token):
+        return "put the new one into the settings, ours may end"
+    path = os.path.realpath(os.path.join(oauth2.base, oauth2.refresh_token["file"]))
+    try:
+        handle, aside = tempfile.mkstemp(dir=os.path.dirname(path))
+        with open(handle, "w", encoding="utf-8", errors="replace") as stream:
+            stream.write(text + "\n")
+            stream.flush()
+            os.fsync(handle)
+        os.replace(aside, path)
+    except OSError as error:
+        return f"{path} can't be written ({error.strerror}), so the new one is lost when this process ends"
+    return ""
+
+
+# ======================================================================================================================
+# 14. SMTP sessions
 #     Takes a Transaction, gives a Reply for each of its recipients. smtplib opens a session, in a thread; log-in and
 #     transaction are ours, since smtplib tries a password with each mechanism, does no pipelining, and cannot tell
 #     whether the end of a message was lost. Sessions are pooled by route; if a server takes no more, mails wait.
@@ -4508,7 +4797,7 @@ class Session(smtplib.SMTP):
     def __init__(self, route: Route, hostname: str) -> None:
         super().__init__(local_hostname=hostname, timeout=route.timeout)
         self._host = route.host  # the name that smtplib has the certificate checked for
-        self.route, self.step, self.masked = route, "CONN", False
+        self.route, self.step, self.masked = route, "CONN", ""  # masked: what the log shows in place of what is sent
         self.pool: Any = None  # the SessionPool that it belongs to
         self.stream: Any = None  # AsyncSocket of the open connection
         self.recv_buffer, self.replies = b"", deque()  # received, and parsed, but not asked for yet
@@ -4575,31 +4864,35 @@ class Session(smtplib.SMTP):
         if not isinstance(self.sock, ssl.SSLSocket) and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
             raise Rejected(make_reply("clear-auth", **self.route.endpoint))
         offered = self.esmtp_features.get("auth", "").upper().split()
-        for mechanism in [name for name in AUTH_MECHANISMS if name in offered]:
+        known = [name for name, row in AUTH_MECHANISMS.items() if row.by_token == bool(self.route.oauth2)]
+        for mechanism in [name for name in known if name in offered]:
             result = self._authenticate(mechanism)
             if result[0] not in (504, 534):  # RFC 4954 4: unknown mechanism, too weak
                 break
         if not result:
-            raise Rejected(make_reply("no-auth", **self.route.endpoint))
+            raise Rejected(make_reply("no-auth", f"{', '.join(known)} are known", **self.route.endpoint))
         self._expect("AUTH", result)
 
     def _authenticate(self, mechanism: str) -> tuple:
         """Return (code, text) of the server's verdict on our credentials."""
-        has_initial, respond = AUTH_MECHANISMS[mechanism]
-        line = f"AUTH {mechanism}".encode()
-        initial = b" " + base64.b64encode(respond(self.route.credentials, b"", 0)) if has_initial else b""
-        self.masked = True
+        row, line, details = AUTH_MECHANISMS[mechanism], f"AUTH {mechanism}".encode(), b""
+        initial = b" " + base64.b64encode(row.respond(self.route, b"", 0)) if row.has_initial else b""
+        inline = bool(initial) and len(line + initial) <= MAX_COMMAND
+        self.masked = f"AUTH {mechanism} ******** as {self.route.credentials[0]}"
         try:
-            self.send(line + (initial if len(line + initial) <= MAX_COMMAND else b"") + b"\r\n")
+            self.send(line + initial * inline + b"\r\n")
+            self.masked = "********"
             code, text = self.getreply()
-            for turn in range(MAX_CHALLENGES):
+            for turn in range(inline, MAX_CHALLENGES):
                 if code != 334:
                     break
-                self.send(base64.b64encode(respond(self.route.credentials, text, turn)) + b"\r\n")
+                if row.by_token and turn:
+                    details += b"\n" + decode_challenge(text)
+                self.send(base64.b64encode(row.respond(self.route, text, turn)) + b"\r\n")
                 code, text = self.getreply()
         finally:
-            self.masked = False
-        return code, text
+            self.masked = ""
+        return code, text + sanitize(details.decode("utf-8", "replace"), MAX_TEXT, keep="\n").encode()
 
     def _expect(self, step: str, result: tuple) -> None:
         """Raise Rejected with the server's own words unless the code is 2xx."""
@@ -4731,7 +5024,7 @@ class Session(smtplib.SMTP):
     def send(self, s: Any) -> None:
         """Called by smtplib to send."""
         octets = s.encode("ascii") if isinstance(s, str) else s
-        self._log_sent(b"********\r\n" if self.masked else octets)
+        self._log_sent(self.masked.encode() if self.masked else octets)
         self.sock.sendall(octets)
 
     def getreply(self) -> tuple:
@@ -4760,10 +5053,13 @@ class Session(smtplib.SMTP):
         return bool(found)
 
     def _mask_credentials(self, line: str) -> str:
-        """Mask our credentials in a line: some servers repeat a command that they do not understand."""
-        for secret in secret_forms(*self.route.credentials):
-            line = line.replace(secret, "********")
-        return line
+        """Mask our credentials in a line, in base64 too: some servers repeat a command that they do not understand."""
+        secrets = secret_forms(self.route)
+        with contextlib.suppress(ProtocolError, UnicodeDecodeError):
+            decoded = decode_challenge(line.rstrip(".").encode()).decode()
+            if (masked := mask_secrets(decoded, secrets)) != decoded:
+                return base64.b64encode(masked.encode()).decode()
+        return mask_secrets(line, secrets)
 
     def _feed(self, octets: bytes) -> None:
         if not octets:
@@ -4828,26 +5124,46 @@ def is_route_fault(route: Route, step: str, reply: SMTPReply) -> bool:
     return step in ("EHLO", "STARTTLS", "AUTH") or reply.code[:2] == "53" or bool(our_login)  # RFC 4954 6
 
 
-# -- AUTH (RFC 4954): respond((user, password), challenge as it came, number of the challenge) gives the response
+# -- AUTH (RFC 4954)
 
 
-def auth_cram_md5(credentials: tuple, challenge: bytes, turn: int) -> bytes:
-    user, password = credentials  # RFC 2195
+class Mechanism(NamedTuple):
+    """Way to log in."""
+
+    has_initial: bool  # whether the client speaks first
+    respond: Callable  # (route, challenge as it came, number of responses before): gives the response
+    by_token: bool = False  # with an access token as password
+
+
+def auth_cram_md5(route: Route, challenge: bytes, turn: int) -> bytes:
+    user, password = route.credentials  # RFC 2195
     digest = hmac.new(password.encode(), decode_challenge(challenge), "md5").hexdigest()
     return f"{user} {digest}".encode()
 
 
-def auth_plain(credentials: tuple, challenge: bytes, turn: int) -> bytes:
-    return "\0{}\0{}".format(*credentials).encode()  # RFC 4616
+def auth_plain(route: Route, challenge: bytes, turn: int) -> bytes:
+    return "\0{}\0{}".format(*route.credentials).encode()  # RFC 4616
 
 
-def auth_login(credentials: tuple, challenge: bytes, turn: int) -> bytes:
+def auth_xoauth2(route: Route, challenge: bytes, turn: int) -> bytes:
+    """A challenge after the token is an error in JSON, to be answered with an empty line."""
+    # https://developers.google.com/workspace/gmail/imap/xoauth2-protocol
+    return b"" if turn else "user={}\1auth=Bearer {}\1\1".format(*route.credentials).encode()
+
+
+def auth_oauthbearer(route: Route, challenge: bytes, turn: int) -> bytes:
+    user, token = route.credentials[0].replace("=", "=3D").replace(",", "=2C"), route.credentials[1]  # RFC 5801 4
+    text = f"n,a={user},\1host={route.host}\1port={route.port}\1auth=Bearer {token}\1\1"
+    return b"\1" if turn else text.encode()  # RFC 7628 3.1, 3.2.3
+
+
+def auth_login(route: Route, challenge: bytes, turn: int) -> bytes:
     """No RFC says what the server asks: its words count, in base64 or not, else the order."""
     text = challenge.lower()
     with contextlib.suppress(ProtocolError):
         text += decode_challenge(challenge).lower()
     asked = 1 if b"pass" in text else 0 if b"user" in text or b"name" in text else min(turn, 1)
-    return credentials[asked].encode()
+    return route.credentials[asked].encode()
 
 
 def decode_challenge(challenge: bytes) -> bytes:
@@ -4858,19 +5174,23 @@ def decode_challenge(challenge: bytes) -> bytes:
         raise ProtocolError(f"unexpected challenge: {error}") from None
 
 
-AUTH_MECHANISMS = {  # the strongest first: (whether it has an initial response, respond)
-    "CRAM-MD5": (False, auth_cram_md5),
-    "PLAIN": (True, auth_plain),
-    "LOGIN": (False, auth_login),  # with an initial response, some servers fail
+AUTH_MECHANISMS = {  # the strongest first
+    "CRAM-MD5": Mechanism(False, auth_cram_md5),
+    "PLAIN": Mechanism(True, auth_plain),
+    "LOGIN": Mechanism(False, auth_login),  # with an initial response, some servers fail
+    "XOAUTH2": Mechanism(True, auth_xoauth2, by_token=True),
+    "OAUTHBEARER": Mechanism(True, auth_oauthbearer, by_token=True),
 }
 MAX_COMMAND = 510  # octets of a line without CRLF: beyond, the initial response waits to be asked for (RFC 4954 4)
 MAX_CHALLENGES = 4
 
 
-def secret_forms(user: str, password: str) -> list:
-    """Return a password as AUTH sends it and as it is, the longest first; masking short ones would hide nothing."""
-    forms = [base64.b64encode(text.encode()).decode() for text in (f"\0{user}\0{password}", password)]
-    return [*forms, password] if len(password) > 3 else []
+def secret_forms(route: Route) -> list:
+    """Return a password or token as AUTH sends it and as it is; masking short ones would hide nothing."""
+    forms = [row.respond(route, b"", 0) for row in AUTH_MECHANISMS.values() if row.has_initial]
+    secret = route.credentials[1]
+    forms = [base64.b64encode(octets).decode() for octets in (*forms, secret.encode())]
+    return [*forms, secret] if len(secret) > 3 else []
 
 
 # -- a transaction's script, and what its replies mean
@@ -5017,7 +5337,7 @@ class TransportContext:
     def __init__(self, nameservers: tuple = ()) -> None:
         self.pools: dict = {}  # (hostname, route): SessionPool
         self.closing: list = []  # sessions that need a QUIT
-        self.http = HTTPConnectionPool()
+        self.http, self.tokens = HTTPConnectionPool(), TokenCache()
         self.set_nameservers(nameservers)
 
     def set_nameservers(self, nameservers: tuple) -> None:
@@ -5051,9 +5371,7 @@ class TransportContext:
                 if session := await pool.wait(deadline, reply):
                     return session, True
             try:
-                session = Session(route, hostname)
-                await asyncio.to_thread(session.open)  # smtplib blocks
-                session.stream = AsyncSocket(session.sock)
+                session = await self.connect(route, hostname)
             except BaseException as error:
                 reply = error.reply if isinstance(error, Rejected) else None
                 if not pool.refused(reply):
@@ -5064,6 +5382,19 @@ class TransportContext:
                 session.pool = pool
                 pool.opened()
                 return session, False
+
+    async def connect(self, route: Route, hostname: str, again: bool = True) -> Session:
+        """Open a session; an access token that the server refuses is replaced once."""
+        session = Session(await self.tokens.authorize(route), hostname)
+        try:
+            await asyncio.to_thread(session.open)  # smtplib blocks
+        except Rejected as refused:
+            again = again and bool(route.oauth2) and refused.reply.code == "535"
+            if not (again and self.tokens.drop(route, session.route.credentials[1])):
+                raise
+            return await self.connect(route, hostname, again=False)
+        session.stream = AsyncSocket(session.sock)
+        return session
 
     def release(self, session: Session) -> None:
         """Hand the session over to a waiter, keep it, or close it if it cannot be used again."""
@@ -5099,7 +5430,7 @@ class TransportContext:
 
 
 # ======================================================================================================================
-# 14. Relays
+# 15. Relays
 #     A relay takes (transaction, transport) and gives one Reply for each recipient, in order. A probe takes
 #     (ConnectivityProbe, transport), sends no mail and gives one CheckResult for each step. Both may raise Rejected or
 #     OSError. RELAYS, at the end, has one row for each relay with all that is known of it.
@@ -5657,6 +5988,63 @@ def mandrill_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
     return http_failure(route, response, None)
 
 
+async def relay_by_token(make_request: Callable, success: int, transaction: Transaction, transport: Any) -> list:
+    """Deliver by an API that takes an access token, and a message as it is with its recipients."""
+    route, call = transaction.route, await asyncio.to_thread(make_request, transaction)
+    for again in (True, False):  # a token that is refused is replaced once
+        login = await transport.tokens.authorize(route)
+        token = login.credentials[1]
+        response = await transport.http.request(HTTPTarget.of_route(route), call._replace(headers=bearer_header(login)))
+        if response.status != 401 or not (again and transport.tokens.drop(route, token)):
+            break
+    response = response._replace(body=response.body.replace(token.encode(), b"********"))
+    ident = response.headers.get("request-id", "none") if success == 202 else json_object(response).get("id")
+    accepted = response.status == success and ident
+    reply = http_accepted(route, response, f"id: {ident}") if accepted else token_api_failure(route, response)
+    return [reply] * len(transaction.recipients)
+
+
+def msgraph_request(transaction: Transaction) -> HTTPRequest:
+    # https://learn.microsoft.com/en-us/graph/api/user-sendmail
+    path = f"/v1.0/users/{urllib.parse.quote(transaction.route.credentials[0], '@')}/sendMail"
+    return HTTPRequest("POST", path, base64.b64encode(addressed_message(transaction)), type="text/plain")
+
+
+def gmailapi_request(transaction: Transaction) -> HTTPRequest:
+    # https://developers.google.com/workspace/gmail/api/reference/rest/v1/users.messages/send
+    path, octets = "/gmail/v1/users/me/messages/send", addressed_message(transaction)
+    if len(octets) > GMAILAPI_UPLOAD:
+        return HTTPRequest("POST", f"/upload{path}?uploadType=media", octets, type="message/rfc822")
+    return HTTPRequest("POST", path, encode_json({"raw": base64.urlsafe_b64encode(octets).decode()}))
+
+
+GMAILAPI_UPLOAD = 1 << 20  # octets from which on a message is uploaded
+
+
+def addressed_message(transaction: Transaction) -> bytes:
+    """Return the message with the envelope's recipients in its header, from which the API takes them."""
+    octets = transaction.octets()
+    try:
+        fields = parse_message(octets).fields
+        if single_field(fields, "bcc"):
+            raise ValueError("the header bcc can't be set")
+        hidden = ",\r\n ".join(hidden_recipients(transaction, fields))
+    except ValueError as error:
+        raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
+    return f"Bcc: {hidden}\r\n".encode() + octets if hidden else octets
+
+
+def token_api_failure(route: Route, response: HTTPResponse) -> Reply:
+    """Return the reply for an error of Graph or Google; a refused token is no verdict on the mail."""
+    error = json_object(response).get("error")
+    lines = [f"{error.get('code')}: {error.get('message')}"] if isinstance(error, dict) else None
+    temporary = bool(lines and GOOGLE_LIMIT.search(str(error.get("errors"))))
+    return http_failure(route, response, lines, temporary)._replace(route_fault=response.status == 401)
+
+
+GOOGLE_LIMIT = re.compile("'reason': '[A-Za-z]*LimitExceeded'")  # with status 403
+
+
 def http_accepted(route: Route, response: HTTPResponse, *lines: str) -> Reply:
     """Return the reply for a mail that the API has taken."""
     return make_reply("web-accepted", *sanitize_lines(lines), word=status_text(response), **route.endpoint)
@@ -5676,17 +6064,6 @@ def http_failure(route: Route, response: HTTPResponse, lines: list | None, tempo
     if temporary:
         return reply._replace(dsn="4.3.0" if status >= 500 else "4.4.5", retry_after=parse_retry_after(response))
     return reply._replace(dsn=DSN_BY_STATUS.get(status, reply.dsn))
-
-
-def json_object(response: HTTPResponse) -> dict:
-    """Return the JSON object in a response; {} if it has none."""
-    document = response.document()
-    return document if isinstance(document, dict) else {}
-
-
-def status_text(response: HTTPResponse) -> str:
-    """Return the response's status line for people."""
-    return f"HTTP {response.status} {response.reason}".strip()
 
 
 DSN_BY_STATUS = {401: "5.7.8", 403: "5.7.1"}
@@ -5969,6 +6346,25 @@ def probe_mandrill(route: Route, request: Callable) -> str:
     raise Rejected(http_failure(route, response, mandrill_errors(response)))
 
 
+def probe_account(path: str, route: Route, request: Callable) -> str:
+    """Read the user's account."""
+    path = path.format(user=urllib.parse.quote(route.credentials[0], "@"))
+    response = request(HTTPRequest("GET", path, headers=bearer_header(route)))
+    document = json_object(response)
+    if response.status == 200 and {"id", "emailAddress"} & set(document):
+        return "the token is good"
+    if response.status == 403 and "error" in document:
+        return "the token is good; it may not read the account, so whether it may send is not known"
+    raise Rejected(token_api_failure(route, response))
+
+
+probe_msgraph = http_probe(functools.partial(probe_account, "/v1.0/users/{user}"))
+probe_gmail = http_probe(functools.partial(probe_account, "/gmail/v1/users/me/profile"))
+send_msgraph = functools.partial(relay_by_token, msgraph_request, 202)
+send_gmail = functools.partial(relay_by_token, gmailapi_request, 200)
+GRAPH_SCOPES = "https://graph.microsoft.com/.default", "https://graph.microsoft.com/Mail.Send offline_access"
+BY_TOKEN = {"needs": ("auth",), "login": ("username", "oauth2")}
+
 RELAYS.update(
     ESMTP=Relay(relay_esmtp, probe_esmtp, keeps_octets=True),
     MX=Relay(relay_mx, probe_mx, destination="MX {domain}", refuses=("auth",), keeps_octets=True),
@@ -5976,13 +6372,15 @@ RELAYS.update(
     SendGrid=Relay(relay_sendgrid, probe_sendgrid, 25, "https://api.sendgrid.com", ("auth",), login=("password",)),
     AmazonSES=Relay(relay_amazonses, probe_amazonses, 25, "https://email.{region}.amazonaws.com", ("auth", "region")),
     Mandrill=Relay(relay_mandrill, probe_mandrill, 25, "https://mandrillapp.com", ("auth",), login=("password",)),
+    MSGraph=Relay(send_msgraph, probe_msgraph, 25, "https://graph.microsoft.com", scopes=GRAPH_SCOPES, **BY_TOKEN),
+    GmailAPI=Relay(send_gmail, probe_gmail, 25, "https://gmail.googleapis.com", **BY_TOKEN),
     File=Relay(relay_file, probe_folder, destination="File {route.folder}", into_folder=True),
     Screen=Relay(relay_screen, probe_none, destination="Screen"),
     Discard=Relay(relay_discard, probe_none, destination="Discard"),
 )
 
 # ======================================================================================================================
-# 15. Queue
+# 16. Queue
 #     Keeps mail that waits in a file (SQLite) and delivers it, in one process. What follows a reply, bounces and events
 #     are functions of values; QueueDB is the file, with its operations; QueueManager delivers.
 # ======================================================================================================================
@@ -6214,8 +6612,8 @@ async def post_webhook(
     leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool, timeout: float = 15.0
 ) -> Reply:
     """POST an event to its webhook; return a reply as a relay gives it."""
-    scheme, host, port, path = WEBHOOK_URL.fullmatch(leased.recipient).groups()
-    target = HTTPTarget(f"{scheme}://{host}{f':{port}' if port else ''}", timeout, "Webhook")
+    base_url, path = split_url(leased.recipient)
+    target = HTTPTarget(base_url, timeout, "Webhook")
     body, event_id = leased.message.parts[0], f"msg_{leased.queueid}"
     headers = (
         ("webhook-id", event_id),
@@ -6223,7 +6621,7 @@ async def post_webhook(
         ("webhook-signature", sign_webhook(secret, event_id, int(now), body)),
     )
     try:
-        status = (await http_pool.request(target, HTTPRequest("POST", path or "/", body, headers))).status
+        status = (await http_pool.request(target, HTTPRequest("POST", path, body, headers))).status
     except Rejected as refused:
         reply = refused.reply
         unreachable = {"command": "CONN"} if reply.command == "CONN" else {}
@@ -6952,7 +7350,7 @@ def log_attempt(
 
 
 # ======================================================================================================================
-# 16. Submission pipeline
+# 17. Submission pipeline
 #     submit() takes a request and calls every stage in order: parse, check, compose, plan, deliver or queue, answer.
 # ======================================================================================================================
 
@@ -7450,7 +7848,7 @@ def to_json(document: Any) -> bytes:
 
 
 # ======================================================================================================================
-# 17. HTTP server
+# 18. HTTP server
 #     Takes octets from a socket, gives a Request to an endpoint and sends its Response (RFC 9110, 9112). The supervisor
 #     binds and watches; workers, forked by it, accept. In a worker one event loop serves all connections.
 # ======================================================================================================================
@@ -8452,7 +8850,7 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 
 
 # ======================================================================================================================
-# 18. Commands
+# 19. Commands
 #     Takes the words of a command line and returns an exit code. Results go to stdout, messages for a person to stderr.
 #     A new command is one function and one row of COMMANDS, the table at the end.
 # ======================================================================================================================
@@ -8765,13 +9163,20 @@ async def _run_checks(settings: Settings, domain: str, selector: str | None, con
 
 
 async def run_probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Return the results of a route's probe, whatever it raises."""
+    """Return the results of fetching a route's access token, and of its probe, whatever it raises."""
+    route, results, step = probe.route, [], "TOKEN"
     try:
-        return await probe.route.row.probe(probe, transport)
+        if route.oauth2:
+            token = await transport.tokens.token_for(route)
+            route = replace(route, credentials=(route.credentials[0], token.text))
+            text = f"ends in {int(token.expires - time.monotonic())} s, scope {token.scope or 'not told'}"
+            results.append(CheckResult(step, True, text))
+        step = ""
+        return results + await route.row.probe(probe._replace(route=route), transport)
     except Rejected as rejected:
-        return [failed_step(rejected.reply.command, rejected.reply)]
+        return [*results, failed_step(step or rejected.reply.command, rejected.reply)]
     except OSError as error:
-        return [CheckResult("CONN", False, error_text(error))]
+        return [*results, CheckResult("CONN", False, error_text(error))]
 
 
 def connectivity_probes(settings: Settings, domain: str) -> list:
