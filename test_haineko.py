@@ -1131,7 +1131,7 @@ class Question:
 
     def __init__(self, octets: bytes) -> None:
         self.octets, at, labels = octets, 12, []
-        self.number, self.flags, _, _, _, self.additional = struct.unpack_from(">6H", octets)
+        self.number, self.flags, *_ = struct.unpack_from(">6H", octets)
         while octets[at]:
             labels.append(octets[at + 1 : at + 1 + octets[at]].decode())
             at += 1 + octets[at]
@@ -4485,12 +4485,9 @@ class DnsMessages(unittest.TestCase):
         question = b"\x04neko\x07example\0\0\x0f\0\x01"
         self.assertEqual(
             haineko.build_query(0x1234, "neko.example", haineko.MX),
-            b"\x12\x34\x01\0\0\x01\0\0\0\0\0\x01" + question + b"\0\0\x29\x04\xd0\0\0\0\0\0\0",
+            b"\x12\x34\x01\0\0\x01\0\0\0\0\0\0" + question,
         )
-        self.assertEqual(
-            haineko.build_query(1, "neko.example", haineko.MX, edns=False), b"\0\x01\x01\0\0\x01\0\0\0\0\0\0" + question
-        )
-        self.assertEqual(haineko.build_query(1, "", haineko.A, edns=False)[12:], b"\0\0\x01\0\x01")
+        self.assertEqual(haineko.build_query(1, "", haineko.A)[12:], b"\0\0\x01\0\x01")
 
     def test_every_kind_of_record_is_read(self):
         long_text = "v=spf1 " + "x" * 300
@@ -4540,9 +4537,6 @@ class DnsMessages(unittest.TestCase):
         for what, octets in cases:
             with self.subTest(what), self.assertRaises(ValueError):
                 self.parse(octets)
-
-    def test_a_refusal_of_edns_may_leave_the_question_out(self):
-        self.assertEqual(self.parse(struct.pack(">6H", 7, 0x8181, 0, 0, 0, 0)).code, haineko.FORMERR)
 
     def test_a_dot_within_a_label_makes_no_other_name(self):
         octets = self.QUESTION.answer(wire_record("neko.example", haineko.MX, (1, "x"))[:-3] + b"\x04a.jp\0")
@@ -4677,18 +4671,6 @@ class NameServers(WithCertificates):
                 lambda q, tcp: [q.answer(bad, number=q.number ^ 1) if tcp else q.answer(flags=truncated)],
                 None,
             ),
-            ("no EDNS known", lambda q, _: [q.answer(good) if not q.additional else q.answer(code=1)], ("192.0.2.1",)),
-            ("EDNS: NOTIMP", lambda q, _: [q.answer(good) if not q.additional else q.answer(code=4)], ("192.0.2.1",)),
-            *(
-                (
-                    f"EDNS: {code} without a question",
-                    lambda q, _, code=code: [
-                        q.answer(good) if not q.additional else struct.pack(">6H", q.number, 0x8180 | code, 0, 0, 0, 0)
-                    ],
-                    ("192.0.2.1",),
-                )
-                for code in (haineko.FORMERR, haineko.NOTIMP)
-            ),
             (
                 "a datagram larger than it should be",
                 lambda q, _: [q.answer(*many)],
@@ -4795,8 +4777,8 @@ class NameServers(WithCertificates):
             with self.subTest(content):
                 with open(path, "w", encoding="ascii") as stream:
                     stream.write(content)
-                self.assertEqual(haineko.resolv_conf_servers(path, haineko.stat_key(path)), wanted)
-        self.assertEqual(haineko.resolv_conf_servers(path + "x", None), (("127.0.0.1", 53),))
+                self.assertEqual(haineko.resolv_conf_servers(path), wanted)
+        self.assertEqual(haineko.resolv_conf_servers(path + "x"), (("127.0.0.1", 53),))
 
     def test_the_setting_resolver(self):
         for value, wanted in (
@@ -4866,11 +4848,11 @@ def swallow(test: unittest.TestCase, address: str, port: int) -> str:
 
 
 class Connections(unittest.TestCase):
-    def test_addresses_race(self):
+    def test_an_address_that_is_silent_is_tried_last_for_a_while(self):
         with socket.create_server(("127.0.0.1", 0)) as good:
             port = good.getsockname()[1]
             connector = Names([swallow(self, "::1", port), "127.0.0.1"])
-            for limits in ((0.2, 2.0), (0.0, 0.2)):  # what failed is tried last for a while
+            for limits in ((0.2, 4.0), (0.0, 0.2)):  # what failed is tried last for a while
                 began = time.monotonic()
                 with connector.connect("host.example", port, began + 9) as sock:
                     self.assertEqual(sock.getpeername(), ("127.0.0.1", port))
@@ -4888,14 +4870,6 @@ class Connections(unittest.TestCase):
         with self.assertRaises(socket.timeout):
             Names([host]).connect("host.example", port, began + 0.4)
         self.assertLess(time.monotonic() - began, 2)
-
-    def test_families_take_turns(self):
-        a, b, c, d = [(name, 25) for name in ("2001:db8::1", "2001:db8::2", "192.0.2.1", "192.0.2.2")]
-        connector = haineko.Connector()
-        for given, wanted in (([a, b, c, d], [a, c, b, d]), ([c, a, b], [c, a, b]), ([a, b], [a, b]), ([], [])):
-            self.assertEqual(connector.in_order(given), wanted)
-        connector.mark_failed(a)
-        self.assertEqual(connector.in_order([a, b, c]), [c, b, a])
 
     def test_a_slow_look_up_ends_at_the_deadline_and_is_shared(self):
         connector, began = Names(None), time.monotonic()
@@ -5193,8 +5167,9 @@ class WebSessions(unittest.TestCase):
                 with self.subTest(what, pause=pause), Endless(first, more * count, pause) as peer:
                     target = haineko.HTTPTarget(peer.url, 0.6, "Webhook")
                     began, connection = time.monotonic(), haineko.KeepAliveConnection(target)
+                    self.addCleanup(connection.close)
                     try:
-                        response = connection.exchange_once(haineko.HTTPRequest("POST", "/", b"{}"))
+                        response = connection.exchange(haineko.HTTPRequest("POST", "/", b"{}"))
                         self.assertEqual((response.status, response.body), (status, b""))
                     except haineko.Rejected as refused:
                         self.assertEqual((refused.reply.code, refused.reply.maybe_delivered, status), ("451", True, 0))
@@ -5354,36 +5329,38 @@ class SmtpSessions(Peers):
         ok, go = haineko.SMTPReply("250", "2.1.0", ("2.1.0 ok",)), haineko.SMTPReply("354", None, ("go on",))
         bye = haineko.SMTPReply("421", "4.3.2", ("4.3.2 bye", "see you"))
         cases = [
-            (b"250 2.1.0 ok\r\n", (ok,), b"", False),
-            (b"250 2.1.0 ok\r\n250 2.1.0 ok\n354 go on\r\n", (ok, ok, go), b"", False),
-            (b"250 2.1.0 ok\r\n354 go", (ok,), b"354 go", False),
-            (b"250 2.1.0 ok\r\n421-4.3.2 bye\r\n421 see you\r\n", (ok, bye), b"", True),
-            (b"250 2.1.0 ok\r\n421-4.3.2 bye\r\n", (ok,), b"421-4.3.2 bye\r\n", False),
-            (b"250 2.1.0 ok\r\nrubbish\r\n354 go on\r\n", (ok,), b"rubbish\r\n354 go on\r\n", False),
-            (b"250 2.1.0 ok\r\n" * 99, (ok,) * 99, b"", False),
-            (b"25", (), b"25", False),
+            (b"250 2.1.0 ok\r\n", (ok,), b""),
+            (b"250 2.1.0 ok\r\n250 2.1.0 ok\n354 go on\r\n", (ok, ok, go), b""),
+            (b"250 2.1.0 ok\r\n354 go", (ok,), b"354 go"),
+            (b"250 2.1.0 ok\r\n421-4.3.2 bye\r\n421 see you\r\n", (ok, bye), b""),
+            (b"250 2.1.0 ok\r\n421-4.3.2 bye\r\n", (ok,), b"421-4.3.2 bye\r\n"),
+            (b"250 2.1.0 ok\r\n" * 99, (ok,) * 99, b""),
+            (b"25", (), b"25"),
         ]
-        for octets, *wanted in cases:
+        for octets, wanted, rest in cases:
             with self.subTest(octets):
-                for _ in range(2):  # the second time it is remembered
-                    self.assertEqual(list(haineko.parse_replies(octets)), wanted)
+                session = haineko.Session(haineko.Route(), "here.example")
+                session._feed(octets)
+                self.assertEqual(tuple(iter(session._next_reply, None)), wanted)
+                self.assertEqual((session.recv_buffer, session.alive), (rest, False))
+        self.assertEqual(haineko.parse_reply(b"250 2.1.0 ok\r\nrubbish\r\n"), (ok, b"rubbish\r\n"))
         for octets in (b"rubbish\r\n250 ok\r\n", b"250-a\r\n251 b\r\n", b"x" * (haineko.MAX_LINE + 1)):
             with self.subTest(octets[:30]), self.assertRaises(haineko.ProtocolError):
-                haineko.parse_replies(octets)
+                haineko.parse_reply(octets)
 
     def test_the_code_of_a_reply_decides_whatever_its_text_is(self) -> None:
         for octets in (b"250\tok", b"250 a\rb", b"250 ok\r", b"250", b"250 \xff\x00", b"250 " + b"x" * 6000):
             with self.subTest(octets[:30]):
-                [(code, _, [line])], rest, _ = haineko.parse_replies(octets + b"\r\n")
+                (code, _, [line]), rest = haineko.parse_reply(octets + b"\r\n")
                 self.assertEqual((code, rest), ("250", b""))
                 self.assertTrue(line.isprintable() and len(line) <= haineko.MAX_TEXT + len("..."))
 
     def test_a_reply_that_comes_in_single_octets_is_read_once(self) -> None:
         session, octets = haineko.Session(haineko.Route(), "here.example"), b"250 2.0.0 once and for all\r\n"
-        found = [session._feed(octets[i : i + 1]) or session._parse_buffer() for i in range(len(octets))]
-        self.assertEqual(found, [False] * (len(octets) - 1) + [True])
+        found = [session._feed(octets[i : i + 1]) or session._next_reply() for i in range(len(octets))]
+        self.assertEqual(found, [None] * (len(octets) - 1) + [haineko.parse_reply(octets)[0]])
         session._feed(b"2" * (haineko.MAX_LINE + 1))
-        self.assertRaises(haineko.ProtocolError, session._parse_buffer)
+        self.assertRaises(haineko.ProtocolError, session._next_reply)
 
     def test_what_was_said_before_rubbish_counts(self) -> None:
         peer = self.peer({"RCPT": refuses(a="550 5.1.1 no"), "DATA": "rubbish"}, "PIPELINING")
@@ -5677,7 +5654,7 @@ class SmtpSessions(Peers):
             self.skipTest("this machine has no address but loopback")
         login = {"auth": "x", "credentials": ("a", "b")}
         self.assertEqual(self.told(carried(job(peer, **login))[0]), [("454", "4.7.11", "AUTH")])
-        self.assertEqual([line[:4] for line in peer.lines], ["ehlo", "QUIT"])
+        eventually(lambda: [line[:4] for line in peer.lines] == ["ehlo", "QUIT"])
         self.assertEqual(self.told(carried(job(peer, **login, starttls=True, tls_verify=False))[0]), [FINE])
 
     def test_the_log_of_a_dialogue_shows_no_secret(self) -> None:
@@ -5703,7 +5680,7 @@ class SmtpSessions(Peers):
             replies = carried(*[job(peer)] * 3)
             self.assertEqual([said.code for [said] in replies], ["250"] * 3)
             self.assertEqual((len(peer.connections), len(peer.mails)), (1, 3))
-            self.assertEqual(peer.lines[-1], "QUIT")
+            eventually(lambda peer=peer: peer.lines[-1] == "QUIT")
             self.assertNotIn("RSET", peer.lines)
 
     def test_after_a_refusal_the_session_is_cleared_first(self) -> None:
@@ -5874,7 +5851,7 @@ class SmtpSessions(Peers):
     def test_where_a_session_ends_one_who_waits_opens_another(self) -> None:
         async def story() -> None:
             sessions, route, futures = haineko.TransportContext(), haineko.Route(), []
-            pool, session = sessions.pool(route, "here.example"), haineko.Session(route, "here.example")
+            pool, session = sessions.pools["here.example", route], haineko.Session(route, "here.example")
             session.pool, pool.opening = pool, 4
             pool.opened()
             pool.opened()
@@ -5984,7 +5961,7 @@ class SmtpSessions(Peers):
             with self.subTest(limit):
                 peer = self.peer()
                 haineko.run(idle_for_a_while(limit, most))
-                self.assertEqual(peer.lines[-1], "QUIT")
+                eventually(lambda peer=peer: peer.lines[-1] == "QUIT")
 
     def test_a_session_that_reached_a_limit_is_replaced_once(self) -> None:
         for verb, no in (
@@ -6146,7 +6123,7 @@ class SmtpSessions(Peers):
             began = time.perf_counter()
             for start in range(0, len(octets), 4096):
                 try:
-                    haineko.parse_replies(octets[: start + 4096])
+                    haineko.parse_reply(octets[: start + 4096])
                 except haineko.ProtocolError:
                     break
             return time.perf_counter() - began
@@ -6154,7 +6131,7 @@ class SmtpSessions(Peers):
         for shape in (b"250-" + b"\r" * 65536 + b"x\n", b"250-" + b"\r" * 65536, b"250" + b"\t" * 65536 + b"x\n"):
             self.assertLess(seconds(shape), 0.5)
         for line in (b"250 " + b"x" * haineko.MAX_LINE + b"\r\n", b"250 " + b"\r" * haineko.MAX_LINE + b"\r\n"):
-            self.assertRaises(haineko.ProtocolError, haineko.parse_replies, line)
+            self.assertRaises(haineko.ProtocolError, haineko.parse_reply, line)
 
 
 class BeyondAscii(Peers):
@@ -6720,7 +6697,7 @@ class RelayMx(MxPeers):
         swallow(self, "127.0.0.5", self.host.port)
         self.dns.zone["mx9.example"] = {haineko.A: ["127.0.0.5", "127.0.0.3"]}
         self.domain((10, 9))
-        for least, most in ((0.2, 2.0), (0.0, 0.2)):
+        for least, most in ((0.2, 4.0), (0.0, 0.2)):
             began = time.monotonic()
             self.assertEqual(self.one(private=True, timeout=9)[0].code, "250")
             self.assertTrue(least <= time.monotonic() - began < most)
@@ -6795,7 +6772,9 @@ class RelayMxByPolicy(MxPeers):
                 self.host.mails.clear()
                 self.host.says_at = {"127.0.0.2": manner}
                 self.assertEqual(self.deliver(), wanted)
-                self.assertEqual([mail.connection.secure for mail in self.host.mails], [] if secure is None else [secure])
+                self.assertEqual(
+                    [mail.connection.secure for mail in self.host.mails], [] if secure is None else [secure]
+                )
         asked = self.web.asked[0]
         self.assertEqual((asked.method, asked.path), ("GET", "/.well-known/mta-sts.txt"))
         self.assertEqual(asked.headers["host"], f"mta-sts.sts.example:{self.web.port}")
@@ -9790,7 +9769,7 @@ class Workers(Peers):
                     status, headers, _ = wire.answer()
                     self.assertEqual((status, headers["Connection"]), (200, "close"))
                     self.assertEqual(server.process.wait(15), 0)
-                self.assertEqual(peer.lines[-1], "QUIT")
+                eventually(lambda peer=peer: peer.lines[-1] == "QUIT")
 
     def test_settings_that_are_mended_are_taken(self) -> None:
         server = self.server({})
@@ -10476,7 +10455,7 @@ class CheckConnect(WithCertificates):
             "s._domainkey.a.example": {haineko.TXT: [f"v=DKIM1; k={esc}; p={'A' * 400}"]},
             "s._domainkey.b.example": {haineko.TXT: [f"v={esc}; p=A"]},
         }))  # fmt: skip
-        host = self.enter(SmtpPeer("127.0.0.1", tls=self.tls))
+        host = self.enter(SmtpPeer(tls=self.tls))
         for manners in ({"EHLO": "250-mx\x1b[2J\r\n250 SIZE \x1b[2J"}, {"EHLO": "550 \x1b[2J no"}):
             host.manners = {"127.0.0.1": manners}
             for sender in ("a@a.example", "a@b.example", "a@c.example"):
@@ -10667,8 +10646,8 @@ class Attacks(Quiet):
             ("a length again and again", length_of, b"111111111111111111" + b",111111111111111111" * 3000 + b",1"),
             ("spaces within a value", haineko.parse_head, head + b"A: x" + spaces + b"y\r\n"),
             ("spaces and a NUL", haineko.parse_head, head + b"A:" + spaces + b"\0\r\n"),
-            ("spaces in a reply", haineko.parse_reply_line, b"250 " + spaces + b"\rx"),
-            ("white space in a reply", haineko.parse_reply_line, b"250" + b"\t" * 60000 + b"x"),
+            ("spaces in a reply", haineko.parse_reply, b"250 " + spaces + b"\rx\n"),
+            ("white space in a reply", haineko.parse_reply, b"250" + b"\t" * 60000 + b"x\n"),
         ):
             with self.subTest(what):
                 began = time.process_time()
@@ -10679,8 +10658,8 @@ class Attacks(Quiet):
     def test_white_space_around_values(self):
         found = haineko.parse_head(b"GET / HTTP/1.1\r\nA: \t b \t\r\nB:\r\nC:\xa0c\x0b\r\n").headers
         self.assertEqual(found, {"a": "b", "b": "", "c": "\xa0c\x0b"})
-        for line, wanted in ((b"250 a b \r", "a b "), (b"250\t\r", ""), (b"250", ""), (b"250-\r\r", "")):
-            self.assertEqual(haineko.parse_reply_line(line)[0].lines[0], wanted)
+        for line, wanted in ((b"250 a b \r", "a b "), (b"250\t\r", ""), (b"250", ""), (b"250 \r\r", "")):
+            self.assertEqual(haineko.parse_reply(line + b"\n")[0].lines[0], wanted)
         odd = haineko.parse_head(b"POST / HTTP/1.1\r\nContent-Length: 5\xa0\r\n")
         with self.assertRaises(haineko.Rejected):
             haineko.body_length(odd)
@@ -10802,8 +10781,7 @@ class Attacks(Quiet):
         session = haineko.Session(route, "relay.example.org")
         session.masked = True
         session._feed(f"500 unknown: {plain} {word} hunter2secret\r\n".encode())
-        self.assertTrue(session._parse_buffer())
-        self.assertEqual(session.replies.popleft().lines, ("unknown: ******** ******** ********",))
+        self.assertEqual(session._next_reply().lines, ("unknown: ******** ******** ********",))
 
 
 class AttacksOnFiles(Folder):
