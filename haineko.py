@@ -3379,16 +3379,14 @@ class SharedCalls:
 
     async def call(self, key: Any, deadline: float, function: Callable, *values: Any) -> Any:
         """Return function(*values, deadline), or the result of the call for this key that is under way."""
-        until, task = self.calls.get(key, (0.0, None))
-        if not -5 <= until - deadline <= 1:  # it would give up much earlier than this one, or end later
+        if key not in self.calls:
             task = asyncio.get_running_loop().create_task(function(*values, deadline))
             self.calls[key] = deadline, task
-            task.add_done_callback(functools.partial(self._ended, key))
+            task.add_done_callback(lambda _: self.calls.pop(key))
+        until, task = self.calls[key]
+        if not -5 <= until - deadline <= 1:  # it would give up much earlier than this one, or end later
+            return await function(*values, deadline)
         return await asyncio.shield(task)
-
-    def _ended(self, key: Any, task: asyncio.Task) -> None:
-        if self.calls.get(key, (0.0, None))[1] is task:
-            del self.calls[key]
 
 
 def random_unit() -> float:
@@ -3427,20 +3425,21 @@ class Resolver:
         return tuple(map(name_server_endpoint, self.nameservers)) or resolv_conf_servers(RESOLV_CONF)
 
     async def _resolve_chain(self, name: str, rtype: int, deadline: float) -> tuple:
-        """Return (DNSAnswer, TTL). A recursive server usually gives the whole chain of aliases at once."""
-        ttl, aliases = self.MAX_TTL, 0
-        while aliases <= MAX_ALIASES:
+        """Return (DNSAnswer, TTL). Each alias is asked for: an answer counts for its own name alone."""
+        ttl = self.MAX_TTL
+        for _ in range(MAX_ALIASES + 1):
             response = await self._query(name, rtype, deadline)
             if isinstance(response, str):
                 return DNSAnswer(SERVFAIL, (), response), 0
-            chain, records = follow_cnames(response.answers, name, rtype)
-            ttl, aliases = min([ttl, *[record.ttl for record in chain + records]]), aliases + len(chain)
-            if records:
-                return DNSAnswer(NOERROR, tuple(record.value for record in records)), ttl
-            negative = [min(record.ttl, record.value) for record in response.authority if record.rtype == SOA]
-            if not chain or negative or response.code == NXDOMAIN:
+            own = [record for record in response.answers if record.name == name and record.rtype in (rtype, CNAME)]
+            found = tuple(record.value for record in own if record.rtype == rtype)
+            if not own:
+                negative = [min(record.ttl, record.value) for record in response.authority if record.rtype == SOA]
                 return DNSAnswer(response.code), min([ttl, *negative]) if negative else 0  # RFC 2308 5
-            name = chain[-1].value
+            ttl = min([ttl, *[record.ttl for record in own]])
+            if found:
+                return DNSAnswer(NOERROR, found), ttl
+            name = own[0].value
         return DNSAnswer(SERVFAIL, (), f"more than {MAX_ALIASES} aliases"), 0
 
     async def _query(self, name: str, rtype: int, deadline: float) -> DNSMessage | str:
@@ -3606,19 +3605,6 @@ def read_text(data: bytes) -> str:
     return b"".join(parts).decode("utf-8", "replace")
 
 
-def follow_cnames(answers: Any, name: str, rtype: int) -> tuple:
-    """Return ([CNAME records that were followed], [records of the type at their end])."""
-    chain: list = []
-    while len(chain) <= MAX_ALIASES:
-        records = [record for record in answers if (record.name, record.rtype) == (name, rtype)]
-        alias = next((record for record in answers if (record.name, record.rtype) == (name, CNAME)), None)
-        if records or not alias:
-            return chain, records
-        chain.append(alias)
-        name = alias.value
-    return chain, []
-
-
 async def mx_hosts(domain: str, resolver: Resolver, hostname: str, deadline: float) -> list:
     """Return a domain's mail hosts, best first (RFC 5321 5.1); Rejected if it has none."""
     if domain.startswith("["):  # an address literal
@@ -3676,9 +3662,7 @@ class Connector:
     FAILED_TTL = 300.0  # seconds for which an address that failed is tried last
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.failed: dict = {}  # (IP address, port): time until which it is tried last
-        self.lookups: dict = {}  # host name: Future of the look-up under way
 
     def connect(self, host: str, port: int, deadline: float) -> socket.socket:
         """Connect to the first address of a host that answers, by the deadline; those that failed lately come last."""
@@ -3709,12 +3693,8 @@ class Connector:
         thread of its own, as it knows no deadline."""
         with contextlib.suppress(ValueError):
             return [str(ipaddress.ip_address(address)) for address in host.split()]
-        with self.lock:
-            future = self.lookups.get(host)
-            if not future:
-                future = concurrent.futures.Future()
-                threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()
-                self.lookups[host] = future
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()
         try:
             return future.result(max(deadline - time.monotonic(), 0))
         except concurrent.futures.TimeoutError:
@@ -3727,8 +3707,6 @@ class Connector:
             future.set_result(list(dict.fromkeys(item[4][0] for item in found)))
         except Exception as error:
             future.set_exception(error)
-        with self.lock:
-            del self.lookups[host]
 
 
 connector = Connector()
@@ -4220,10 +4198,10 @@ class Session(smtplib.SMTP):
         """Raise Rejected with the server's own words unless the code is 2xx."""
         self.step, (code, text) = step, result
         if not 200 <= code <= 299:
+            lines = tuple(text.decode().split("\n"))
             if not 400 <= code <= 599:
-                raise ProtocolError(f"unexpected: {code} {sanitize(str(text))}")
-            lines = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-            raise Rejected(self._to_reply(step, smtp_reply(str(code), tuple(lines.split("\n")))))
+                raise ProtocolError(f"unexpected: {code} {lines[0]}")
+            raise Rejected(self._to_reply(step, smtp_reply(str(code), lines)))
 
     # -- transaction
 
@@ -4252,9 +4230,7 @@ class Session(smtplib.SMTP):
         decided = recipient_replies(replies, result, lost, len(transaction.recipients))
         found = [item if isinstance(item, Reply) else self._to_reply(*item) for item in decided]
         if self.alive and any(map(self.refused_before_data, found)):
-            self.alive = False  # it may have reached a limit of the server
-            with contextlib.suppress(OSError):
-                self.sock.send(b"QUIT\r\n")
+            self.quit()  # it may have reached a limit of the server
         return found
 
     def refused_before_data(self, reply: Reply) -> bool:
