@@ -3375,18 +3375,14 @@ class SharedCalls:
     """Calls under way: a caller that wants the same result waits for that of the first one."""
 
     def __init__(self) -> None:
-        self.calls: dict = {}  # key: (deadline, asyncio.Task)
+        self.calls: dict = {}  # key: asyncio.Task
 
-    async def call(self, key: Any, deadline: float, function: Callable, *values: Any) -> Any:
-        """Return function(*values, deadline), or the result of the call for this key that is under way."""
+    async def call(self, key: Any, function: Callable, *values: Any) -> Any:
+        """Return what function(*values) returns, or what the call for this key that is under way does."""
         if key not in self.calls:
-            task = asyncio.get_running_loop().create_task(function(*values, deadline))
-            self.calls[key] = deadline, task
-            task.add_done_callback(lambda _: self.calls.pop(key))
-        until, task = self.calls[key]
-        if not -5 <= until - deadline <= 1:  # it would give up much earlier than this one, or end later
-            return await function(*values, deadline)
-        return await asyncio.shield(task)
+            self.calls[key] = asyncio.get_running_loop().create_task(function(*values))
+            self.calls[key].add_done_callback(lambda _: self.calls.pop(key))
+        return await asyncio.shield(self.calls[key])
 
 
 def random_unit() -> float:
@@ -3413,18 +3409,17 @@ class Resolver:
     async def lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
         """Return the records of a type, following aliases, by the deadline (monotonic)."""
         key = name.lower().rstrip("."), rtype
-        return self.cache.get(key) or await self.shared.call(key, deadline, self._lookup, *key)
-
-    async def _lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
-        answer, ttl = await self._resolve_chain(name, rtype, deadline)
-        self.cache.put((name, rtype), answer, ttl)
+        answer = self.cache.get(key)
+        if not answer:
+            answer, ttl = await self.shared.call(key, self._lookup, *key, deadline)
+            self.cache.put(key, answer, ttl)
         return answer
 
     def servers(self) -> tuple:
         """Return (address, port) of each name server in the order in which they are asked."""
         return tuple(map(name_server_endpoint, self.nameservers)) or resolv_conf_servers(RESOLV_CONF)
 
-    async def _resolve_chain(self, name: str, rtype: int, deadline: float) -> tuple:
+    async def _lookup(self, name: str, rtype: int, deadline: float) -> tuple:
         """Return (DNSAnswer, TTL). Each alias is asked for: an answer counts for its own name alone."""
         ttl = self.MAX_TTL
         for _ in range(MAX_ALIASES + 1):
@@ -3506,7 +3501,7 @@ async def query_tcp(server: tuple, question: tuple, until: float) -> DNSMessage:
 
 def start_connect(address: tuple, kind: int = socket.SOCK_STREAM) -> socket.socket:
     """Return a non-blocking socket that is being connected to (IP address, port)."""
-    sock = socket.socket(address_family(address[0]), kind)
+    sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, kind)
     try:
         sock.setblocking(False)
         sock.connect(address)
@@ -3516,10 +3511,6 @@ def start_connect(address: tuple, kind: int = socket.SOCK_STREAM) -> socket.sock
         sock.close()
         raise
     return sock
-
-
-def address_family(address: str) -> int:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def build_query(number: int, name: str, rtype: int) -> bytes:
@@ -3777,26 +3768,26 @@ class HTTPConnectionPool:
 
     async def request(self, target: HTTPTarget, request: HTTPRequest) -> HTTPResponse:
         """Return the response. A kept connection that died before the request was sent is replaced once."""
-        deadline, (connection, reused) = time.monotonic() + target.timeout, self._acquire(target)
+        connection = self._acquire(target)
         try:
-            response = await asyncio.to_thread(connection.exchange, request, deadline)
+            response = await asyncio.to_thread(connection.exchange, request)
         except Rejected:
-            if connection.sent or not reused:
+            if connection.sent or not connection.expires:
                 raise
             connection = KeepAliveConnection(target)
-            response = await asyncio.to_thread(connection.exchange, request, deadline)
+            response = await asyncio.to_thread(connection.exchange, request)
         self._release(connection)
         return response
 
-    def _acquire(self, target: HTTPTarget) -> tuple:
-        """Return (connection, whether it was used before)."""
+    def _acquire(self, target: HTTPTarget) -> KeepAliveConnection:
+        """Return an idle connection that the server has not closed, or a new one."""
         idle, now = self.idle.get(target, []), time.monotonic()
         while idle:
             connection = idle.pop()
             if now < connection.expires and not is_readable(connection.sock):
-                return connection, True
+                return connection
             connection.close()
-        return KeepAliveConnection(target), False
+        return KeepAliveConnection(target)
 
     def _release(self, connection: KeepAliveConnection) -> None:
         """Keep the connection, or close it if it cannot be used again."""
@@ -3824,12 +3815,12 @@ class KeepAliveConnection(http.client.HTTPConnection):
     def __init__(self, target: HTTPTarget) -> None:
         self.url = split_base_url(target.url)
         super().__init__(self.url.host, self.url.port)
-        self.target, self.deadline, self.sent = target, time.monotonic() + target.timeout, False
+        self.target, self.deadline, self.sent = target, 0.0, False
         self.created_at, self.expires, self.keepalive_timeout = time.monotonic(), 0.0, HTTPConnectionPool.IDLE
 
-    def exchange(self, request: HTTPRequest, deadline: float = 0.0) -> HTTPResponse:
-        """Return the response by the deadline; Rejected if there is none. Blocks."""
-        self.deadline, self.sent, response = deadline or time.monotonic() + self.target.timeout, False, None
+    def exchange(self, request: HTTPRequest) -> HTTPResponse:
+        """Return the response; Rejected if there is none. Blocks."""
+        self.deadline, self.sent, response = time.monotonic() + self.target.timeout, False, None
         if not self.sock:
             self.open()
         try:
@@ -3986,7 +3977,7 @@ class MTASTSCache:
     async def policy_for(self, domain: str, route: Route) -> MTASTSPolicy | None:
         """Return the domain's policy; the cached one if DNS or the web server fails: an attacker could see to that."""
         deadline = time.monotonic() + min(route.timeout, self.FETCH_TIMEOUT)
-        return await self.shared.call((domain, route), deadline, self._policy_for, domain, route)
+        return await self.shared.call((domain, route), self._policy_for, domain, route, deadline)
 
     async def _policy_for(self, domain: str, route: Route, deadline: float) -> MTASTSPolicy | None:
         policy_id, (cached_id, cached) = "", self.cache.get(domain) or ("", None)
@@ -4007,10 +3998,11 @@ class MTASTSCache:
     async def _fetch(self, host: str, route: Route, deadline: float) -> MTASTSPolicy:
         """Fetch a policy; redirections are not followed (RFC 8461 3.3)."""
         address = (await resolve_addresses(host, self.resolver, route.private, deadline))[0]
-        target = HTTPTarget(f"https://{host}:{self.port}", 0, "MX", True, route.ca_file, False, address, MAX_POLICY)
+        url, seconds = f"https://{host}:{self.port}", deadline - time.monotonic()
+        target = HTTPTarget(url, seconds, "MX", True, route.ca_file, False, address, MAX_POLICY)
         request = HTTPRequest("GET", "/.well-known/mta-sts.txt")
         with contextlib.closing(KeepAliveConnection(target)) as connection:
-            response = await asyncio.to_thread(connection.exchange, request, deadline)
+            response = await asyncio.to_thread(connection.exchange, request)
         if response.status != 200:
             raise ValueError(f"HTTP status {response.status}")
         return parse_mta_sts_policy(response.body.decode("utf-8", "replace"))
@@ -4478,11 +4470,9 @@ def dot_stuff(chunks: tuple) -> Any:
     for chunk in chunks:
         for start in range(0, len(chunk), SEND_BLOCK):
             block = chunk[start : start + SEND_BLOCK]
-            first, last = end == b"\n" and block.startswith(b"."), block.rfind(b".")
-            if first or block.find(b"\n.", 0, last + 1) >= 0:  # one octet is found much faster than two
-                block = b"." * first + block.replace(b"\n.", b"\n..")
+            dot = b"." if end == b"\n" and block.startswith(b".") else b""
+            yield dot + block.replace(b"\n.", b"\n..")
             end = block[-1:]
-            yield block
 
 
 def any_accepted(replies: list) -> bool:

@@ -4814,7 +4814,7 @@ class Names(haineko.Connector):
 
 def swallow(test: unittest.TestCase, address: str, port: int) -> str:
     """The address, which from now on answers no attempt to connect to that port: its queue is full."""
-    family = haineko.address_family(address)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family)
     test.addCleanup(listener.close)
     listener.bind((address, port))
