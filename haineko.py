@@ -3371,18 +3371,12 @@ class TTLCache:
                 self.table.popitem(last=False)
 
 
-class SharedCalls:
-    """Calls under way: a caller that wants the same result waits for that of the first one."""
-
-    def __init__(self) -> None:
-        self.calls: dict = {}  # key: asyncio.Task
-
-    async def call(self, key: Any, function: Callable, *values: Any) -> Any:
-        """Return what function(*values) returns, or what the call for this key that is under way does."""
-        if key not in self.calls:
-            self.calls[key] = asyncio.get_running_loop().create_task(function(*values))
-            self.calls[key].add_done_callback(lambda _: self.calls.pop(key))
-        return await asyncio.shield(self.calls[key])
+async def shared_call(calls: dict, key: Any, function: Callable, *values: Any) -> Any:
+    """Return what function(*values) returns, or what the call for this key that is under way, in `calls`, does."""
+    if key not in calls:
+        calls[key] = asyncio.get_running_loop().create_task(function(*values))
+        calls[key].add_done_callback(lambda _: calls.pop(key))
+    return await asyncio.shield(calls[key])
 
 
 def random_unit() -> float:
@@ -3404,14 +3398,14 @@ class Resolver:
 
     def __init__(self, nameservers: tuple = (), clock: Callable = time.monotonic) -> None:
         self.nameservers = nameservers
-        self.cache, self.shared = TTLCache(4096, clock), SharedCalls()
+        self.cache, self.calls = TTLCache(4096, clock), {}
 
     async def lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
         """Return the records of a type, following aliases, by the deadline (monotonic)."""
         key = name.lower().rstrip("."), rtype
         answer = self.cache.get(key)
         if not answer:
-            answer, ttl = await self.shared.call(key, self._lookup, *key, deadline)
+            answer, ttl = await shared_call(self.calls, key, self._lookup, *key, deadline)
             self.cache.put(key, answer, ttl)
         return answer
 
@@ -3760,7 +3754,6 @@ class HTTPConnectionPool:
     """Idle connections of this process by target, the most recently used last."""
 
     IDLE = 15.0  # seconds after which an idle connection is closed; servers do so after 20 and more
-    AGE = 300.0  # seconds after which a connection is not used again
     MAX_IDLE = 64  # connections to one target
 
     def __init__(self) -> None:
@@ -3791,9 +3784,9 @@ class HTTPConnectionPool:
 
     def _release(self, connection: KeepAliveConnection) -> None:
         """Keep the connection, or close it if it cannot be used again."""
-        idle, now = self.idle.setdefault(connection.target, []), time.monotonic()
-        if connection.sock and len(idle) < self.MAX_IDLE and now - connection.created_at < self.AGE:
-            connection.expires = now + min(self.IDLE, connection.keepalive_timeout)
+        idle = self.idle.setdefault(connection.target, [])
+        if connection.sock and len(idle) < self.MAX_IDLE:
+            connection.expires = time.monotonic() + self.IDLE
             idle.append(connection)
         else:
             connection.close()
@@ -3815,8 +3808,8 @@ class KeepAliveConnection(http.client.HTTPConnection):
     def __init__(self, target: HTTPTarget) -> None:
         self.url = split_base_url(target.url)
         super().__init__(self.url.host, self.url.port)
-        self.target, self.deadline, self.sent = target, 0.0, False
-        self.created_at, self.expires, self.keepalive_timeout = time.monotonic(), 0.0, HTTPConnectionPool.IDLE
+        self.target, self.sent = target, False
+        self.deadline, self.expires = time.monotonic() + target.timeout, 0.0  # when an idle connection is closed
 
     def exchange(self, request: HTTPRequest) -> HTTPResponse:
         """Return the response; Rejected if there is none. Blocks."""
@@ -3827,7 +3820,9 @@ class KeepAliveConnection(http.client.HTTPConnection):
             self._send_request(request)
             response = self._read_response()
         except (OSError, http.client.HTTPException) as error:
-            raise Rejected(self._broken(error)) from None
+            slug = "web-lost" if not self.sent else "web-unsure" if isinstance(error, OSError) else "web-rubbish"
+            reply = make_reply(slug, error_text(error), maybe_delivered=self.sent, **self.target.endpoint)
+            raise Rejected(reply) from None
         finally:
             if not (response and self.sent):
                 self.close()
@@ -3891,8 +3886,6 @@ class KeepAliveConnection(http.client.HTTPConnection):
         if not whole:
             response.close()
             self.close()
-        found = re.search(r"timeout=(\d{1,6})", response.headers.get("Keep-Alive", ""))
-        self.keepalive_timeout = int(found[1]) - 1 if found else HTTPConnectionPool.IDLE
         reason = sanitize(response.reason, 100)
         return HTTPResponse(response.status, reason, response.headers, body if whole else b"")
 
@@ -3901,11 +3894,6 @@ class KeepAliveConnection(http.client.HTTPConnection):
         response = LimitedResponse(sock, *args, **options)
         response.fp = io.BufferedReader(LimitedReader(self, response.fp.detach()))
         return response
-
-    def _broken(self, error: Exception) -> Reply:
-        """Return the reply to a request that got no response."""
-        slug = "web-lost" if not self.sent else "web-unsure" if isinstance(error, OSError) else "web-rubbish"
-        return make_reply(slug, error_text(error), maybe_delivered=self.sent, **self.target.endpoint)
 
 
 class LimitedResponse(http.client.HTTPResponse):
@@ -3971,13 +3959,13 @@ class MTASTSCache:
     NEGATIVE_TTL = 300  # seconds until a policy that could not be fetched is tried again (RFC 8461 3.3)
 
     def __init__(self, resolver: Resolver, port: int = 443, clock: Callable = time.monotonic) -> None:
-        self.resolver, self.port, self.shared = resolver, port, SharedCalls()
+        self.resolver, self.port, self.calls = resolver, port, {}
         self.cache, self.failed = TTLCache(4096, clock), TTLCache(4096, clock)
 
     async def policy_for(self, domain: str, route: Route) -> MTASTSPolicy | None:
         """Return the domain's policy; the cached one if DNS or the web server fails: an attacker could see to that."""
         deadline = time.monotonic() + min(route.timeout, self.FETCH_TIMEOUT)
-        return await self.shared.call((domain, route), self._policy_for, domain, route, deadline)
+        return await shared_call(self.calls, (domain, route), self._policy_for, domain, route, deadline)
 
     async def _policy_for(self, domain: str, route: Route, deadline: float) -> MTASTSPolicy | None:
         policy_id, (cached_id, cached) = "", self.cache.get(domain) or ("", None)
