@@ -57,6 +57,7 @@ import json
 import mmap
 import os
 import queue
+import random
 import re
 import select
 import signal
@@ -3379,9 +3380,7 @@ async def shared_call(calls: dict, key: Any, function: Callable, *values: Any) -
     return await asyncio.shield(calls[key])
 
 
-def random_unit() -> float:
-    """Return an unpredictable number from 0 up to 1."""
-    return (int.from_bytes(os.urandom(7), "big") >> 3) / (1 << 53)
+random_unit = random.SystemRandom().random  # an unpredictable number from 0 up to 1
 
 
 def error_text(error: Exception) -> str:
@@ -3662,16 +3661,13 @@ class Connector:
                 return sock
             except OSError as failure:
                 error = failure
-                self.mark_failed(address)
+                if len(self.failed) > 1024:
+                    self.failed.clear()
+                self.failed[address] = time.monotonic() + self.FAILED_TTL
         raise error
 
     def failed_lately(self, address: tuple) -> bool:
         return self.failed.get(address, 0.0) > time.monotonic()
-
-    def mark_failed(self, address: tuple) -> None:
-        if len(self.failed) > 1024:
-            self.failed.clear()
-        self.failed[address] = time.monotonic() + self.FAILED_TTL
 
     def look_up(self, host: str, deadline: float) -> list:
         """Return a host's IP addresses, or those that stand in its place, divided by spaces. getaddrinfo() runs in a

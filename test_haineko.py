@@ -4837,8 +4837,8 @@ class Connections(unittest.TestCase):
                 with connector.connect("host.example", port, began + 9) as sock:
                     self.assertEqual(sock.getpeername(), ("127.0.0.1", port))
                 self.assertTrue(limits[0] <= time.monotonic() - began < limits[1])
-            connector.FAILED_TTL = 0.0
-            connector.mark_failed(("::1", port))
+            self.assertTrue(connector.failed_lately(("::1", port)))
+            connector.failed["::1", port] -= connector.FAILED_TTL
             self.assertFalse(connector.failed_lately(("::1", port)))
 
     def test_none_answers(self):
