@@ -32,8 +32,7 @@ config_field() in section 3; an endpoint a function and a row of ENDPOINTS; a co
 
 RFCs: 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS), 3461 (DSN), 3463
 (status codes), 3464 (bounces), 4954 (AUTH), 6152 (8BITMIME), 6531 (SMTPUTF8), 8314 (TLS on 465), 2183, 2231, 2387, 2392
-(attachments), 1035 (DNS), 6891 (EDNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic), 6376, 8463
-(DKIM), 6749 (OAuth2), 7628 (OAUTHBEARER).
+(attachments), 1035 (DNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic).
 """
 
 from __future__ import annotations
@@ -61,6 +60,7 @@ import math
 import mmap
 import os
 import queue
+import random
 import re
 import select
 import signal
@@ -73,7 +73,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
@@ -3475,8 +3475,8 @@ def lookup_keys(domain: str) -> Any:
 
 # ======================================================================================================================
 # 9. Event loop
-#    asyncio's loop, with sockets that may speak TLS (smtplib's, which asyncio refuses), deadlines that cost no timer
-#    each, and data that leaves when the log has the lines that tell of it.
+#    asyncio's loop, with sockets that may speak TLS (smtplib's, which asyncio refuses), and data that leaves when the
+#    log has the lines that tell of it.
 # ======================================================================================================================
 
 MAX_THREADS = 256  # one dead host can hold 32 of them, while sessions to it are opened
@@ -3639,8 +3639,8 @@ class AsyncSocket:
 #     messages are built and parsed by functions that know no socket. Nothing received is believed before it is checked.
 # ======================================================================================================================
 
-A, CNAME, SOA, MX, TXT, AAAA, OPT = 1, 5, 6, 15, 16, 28, 41  # record types
-NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP = 0, 1, 2, 3, 4  # RFC 1035 4.1.1, "RCODE"
+A, CNAME, SOA, MX, TXT, AAAA = 1, 5, 6, 15, 16, 28  # record types
+NOERROR, SERVFAIL, NXDOMAIN = 0, 2, 3  # RFC 1035 4.1.1, "RCODE"
 RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED"}
 RESOLV_CONF = "/etc/resolv.conf"
 MAX_NAME = 253  # characters
@@ -3648,7 +3648,6 @@ MAX_POINTERS = 127  # of a compressed name; as many as it can have labels
 MAX_RECORDS = 512  # of one message
 MAX_ALIASES = 8  # CNAME records followed for one answer
 MAX_STRAY_DATAGRAMS = 64  # datagrams received that do not answer the query
-MAX_DATAGRAM = 1232  # octets; what passes everywhere unfragmented
 
 
 class DNSAnswer(NamedTuple):
@@ -3697,29 +3696,20 @@ class TTLCache:
                 self.table.popitem(last=False)
 
 
-class SharedCalls:
-    """Calls under way: a caller that wants the same result waits for that of the first one."""
-
-    def __init__(self) -> None:
-        self.calls: dict = {}  # key: (deadline, asyncio.Task)
-
-    async def call(self, key: Any, deadline: float, function: Callable, *values: Any) -> Any:
-        """Return function(*values, deadline), or the result of the call for this key that is under way."""
-        until, task = self.calls.get(key, (0.0, None))
-        if not task or not -5 <= until - deadline <= 1:  # it would give up much earlier than this one, or end later
-            task = asyncio.get_running_loop().create_task(function(*values, deadline))
-            self.calls[key] = deadline, task
-            task.add_done_callback(functools.partial(self._ended, key))
-        return await asyncio.shield(task)
-
-    def _ended(self, key: Any, task: asyncio.Task) -> None:
-        if self.calls.get(key, (0.0, None))[1] is task:
-            del self.calls[key]
+async def shared_call(calls: dict, key: Any, function: Callable, *values: Any) -> Any:
+    """Return what function(*values) returns, or what the call for this key that is under way, in `calls`, does."""
+    if key not in calls:
+        calls[key] = asyncio.get_running_loop().create_task(function(*values))
+        calls[key].add_done_callback(lambda _: calls.pop(key))
+    return await asyncio.shield(calls[key])
 
 
-def random_unit() -> float:
-    """Return an unpredictable number from 0 up to 1."""
-    return (int.from_bytes(os.urandom(7), "big") >> 3) / (1 << 53)
+random_unit = random.SystemRandom().random  # an unpredictable number from 0 up to 1
+
+
+def error_text(error: Exception) -> str:
+    """Describe an exception, for a reply."""
+    return sanitize(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
 class Resolver:
@@ -3729,40 +3719,39 @@ class Resolver:
     ATTEMPTS = 3  # rounds in which each server is asked
     MAX_TTL = 86400  # seconds
 
-    def __init__(self, nameservers: tuple = (), rng: Callable = random_unit, clock: Callable = time.monotonic) -> None:
-        self.nameservers, self.rng = nameservers, rng
-        self.cache, self.shared = TTLCache(4096, clock), SharedCalls()
+    def __init__(self, nameservers: tuple = (), clock: Callable = time.monotonic) -> None:
+        self.nameservers = nameservers
+        self.cache, self.calls = TTLCache(4096, clock), {}
 
     async def lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
         """Return the records of a type, following aliases, by the deadline (monotonic)."""
         key = name.lower().rstrip("."), rtype
-        return self.cache.get(key) or await self.shared.call(key, deadline, self._lookup, *key)
-
-    async def _lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
-        answer, ttl = await self._resolve_chain(name, rtype, deadline)
-        self.cache.put((name, rtype), answer, ttl)
+        answer = self.cache.get(key)
+        if not answer:
+            answer, ttl = await shared_call(self.calls, key, self._lookup, *key, deadline)
+            self.cache.put(key, answer, ttl)
         return answer
 
     def servers(self) -> tuple:
         """Return (address, port) of each name server in the order in which they are asked."""
-        given = tuple(map(name_server_endpoint, self.nameservers))
-        return given or resolv_conf_servers(RESOLV_CONF, stat_key(RESOLV_CONF))
+        return tuple(map(name_server_endpoint, self.nameservers)) or resolv_conf_servers(RESOLV_CONF)
 
-    async def _resolve_chain(self, name: str, rtype: int, deadline: float) -> tuple:
-        """Return (DNSAnswer, TTL). A recursive server usually gives the whole chain of aliases at once."""
-        ttl, aliases = self.MAX_TTL, 0
-        while aliases <= MAX_ALIASES:
+    async def _lookup(self, name: str, rtype: int, deadline: float) -> tuple:
+        """Return (DNSAnswer, TTL). Each alias is asked for: an answer counts for its own name alone."""
+        ttl = self.MAX_TTL
+        for _ in range(MAX_ALIASES + 1):
             response = await self._query(name, rtype, deadline)
             if isinstance(response, str):
                 return DNSAnswer(SERVFAIL, (), response), 0
-            chain, records = follow_cnames(response.answers, name, rtype)
-            ttl, aliases = min([ttl, *[record.ttl for record in chain + records]]), aliases + len(chain)
-            if records:
-                return DNSAnswer(NOERROR, tuple(record.value for record in records)), ttl
-            negative = [min(record.ttl, record.value) for record in response.authority if record.rtype == SOA]
-            if not chain or negative or response.code == NXDOMAIN:
+            own = [record for record in response.answers if record.name == name and record.rtype in (rtype, CNAME)]
+            found = tuple(record.value for record in own if record.rtype == rtype)
+            if not own:
+                negative = [min(record.ttl, record.value) for record in response.authority if record.rtype == SOA]
                 return DNSAnswer(response.code), min([ttl, *negative]) if negative else 0  # RFC 2308 5
-            name = chain[-1].value
+            ttl = min([ttl, *[record.ttl for record in own]])
+            if found:
+                return DNSAnswer(NOERROR, found), ttl
+            name = own[0].value
         return DNSAnswer(SERVFAIL, (), f"more than {MAX_ALIASES} aliases"), 0
 
     async def _query(self, name: str, rtype: int, deadline: float) -> DNSMessage | str:
@@ -3772,34 +3761,22 @@ class Resolver:
         why = "no name server is known"
         for server in self.servers() * self.ATTEMPTS:
             until = min(deadline, time.monotonic() + self.QUERY_TIMEOUT)
+            question = int(random_unit() * 65536), name, rtype
             try:
-                response = await self._exchange(server, name, rtype, until)
+                response = await query_udp(server, question, until)
+                if response.truncated:  # RFC 7766 5
+                    response = await query_tcp(server, question, until)
                 if response.code in (NOERROR, NXDOMAIN):
                     return response
                 why = f"{server[0]} answers {RCODES.get(response.code, response.code)}"
-            except OSError as error:
-                why = f"{server[0]}: {error.strerror or error}"
-            except ValueError as error:
-                why = f"{server[0]}: {error}"
+            except (OSError, ValueError) as error:
+                why = f"{server[0]}: {error_text(error)}"
             if time.monotonic() >= deadline:
                 break
         return why
 
-    async def _exchange(self, server: tuple, name: str, rtype: int, until: float) -> DNSMessage:
-        """Ask one server by UDP; by TCP if the answer does not fit (RFC 7766 5); again if it does not know EDNS."""
-        for edns in (True, False):
-            number = int(self.rng() * 65536)
-            query, question = build_query(number, name, rtype, edns), (number, name, rtype)
-            response = await query_udp(server, query, question, until)
-            if response.truncated:
-                response = await query_tcp(server, query, question, until)
-            if response.code not in (FORMERR, NOTIMP):
-                break
-        return response
 
-
-@functools.lru_cache(maxsize=8)
-def resolv_conf_servers(path: str, _stat_key: tuple | None) -> tuple:
+def resolv_conf_servers(path: str) -> tuple:
     """Return (address, port) of the first three name servers in resolv.conf; this machine if it names none."""
     try:
         with open(path, encoding="ascii", errors="replace") as stream:
@@ -3810,11 +3787,11 @@ def resolv_conf_servers(path: str, _stat_key: tuple | None) -> tuple:
     return tuple(endpoints[:3]) or (("127.0.0.1", 53),)
 
 
-async def query_udp(server: tuple, query: bytes, question: tuple, until: float) -> DNSMessage:
-    """Return the response to the query; datagrams that do not match it are ignored (RFC 5452 9.1)."""
-    with contextlib.closing(open_socket(server, socket.SOCK_DGRAM)) as sock:
-        sock.sock.connect(server)  # from a random port; the kernel drops datagrams of other senders
-        await sock.sendall(query, until)
+async def query_udp(server: tuple, question: tuple, until: float) -> DNSMessage:
+    """Return the response to (number, name, type); datagrams that do not match it are ignored (RFC 5452 9.1)."""
+    sock = start_connect(server, socket.SOCK_DGRAM)  # from a random port; the kernel drops datagrams of other senders
+    with contextlib.closing(AsyncSocket(sock)) as sock:
+        await sock.sendall(build_query(*question), until)
         for _ in range(MAX_STRAY_DATAGRAMS):
             octets = await sock.recv(65535, until)
             try:
@@ -3824,11 +3801,10 @@ async def query_udp(server: tuple, query: bytes, question: tuple, until: float) 
         raise ValueError("too many datagrams that do not answer the query")
 
 
-async def query_tcp(server: tuple, query: bytes, question: tuple, until: float) -> DNSMessage:
-    """Return the response to the query; over TCP, each message has its length in front (RFC 1035 4.2.2)."""
-    with contextlib.closing(open_socket(server, socket.SOCK_STREAM)) as sock:
-        with contextlib.suppress(BlockingIOError):
-            sock.sock.connect(server)
+async def query_tcp(server: tuple, question: tuple, until: float) -> DNSMessage:
+    """Return the response to (number, name, type); each message has its length in front (RFC 1035 4.2.2)."""
+    query = build_query(*question)
+    with contextlib.closing(AsyncSocket(start_connect(server))) as sock:
         await sock.wait_ready(until, writing=True)
         await sock.sendall(len(query).to_bytes(2, "big") + query, until)
         octets = b""
@@ -3840,35 +3816,32 @@ async def query_tcp(server: tuple, query: bytes, question: tuple, until: float) 
         return parse_response(octets[2:], *question)
 
 
-def open_socket(server: tuple, kind: int) -> AsyncSocket:
-    sock = socket.socket(address_family(server[0]), kind)
-    sock.setblocking(False)
-    return AsyncSocket(sock)
+def start_connect(address: tuple, kind: int = socket.SOCK_STREAM) -> socket.socket:
+    """Return a non-blocking socket that is being connected to (IP address, port)."""
+    sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, kind)
+    try:
+        sock.setblocking(False)
+        sock.connect(address)
+    except BlockingIOError:
+        pass
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
-def address_family(address: str) -> int:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
-
-
-def build_query(number: int, name: str, rtype: int, edns: bool = True) -> bytes:
-    """Return a query to a recursive server (RFC 1035 4.1); EDNS allows a larger response (RFC 6891)."""
+def build_query(number: int, name: str, rtype: int) -> bytes:
+    """Return a query to a recursive server (RFC 1035 4.1)."""
     labels = [label.encode("ascii") for label in name.split(".")] if name else []
     qname = b"".join([bytes((len(label),)) + label for label in labels])
-    option = b"\0" + struct.pack(">HHIH", OPT, MAX_DATAGRAM, 0, 0) if edns else b""
-    return (
-        struct.pack(">6H", number, 0x0100, 1, 0, 0, int(edns)) + qname + b"\0" + struct.pack(">HH", rtype, 1) + option
-    )
+    return struct.pack(">6H", number, 0x0100, 1, 0, 0, 0) + qname + b"\0" + struct.pack(">HH", rtype, 1)
 
 
 def parse_response(octets: bytes, number: int, name: str, rtype: int) -> DNSMessage:
     """Parse the response to that query; ValueError if it answers another one or is malformed."""
     try:
         found, flags, questions, answers, authority, _ = struct.unpack_from(">6H", octets)
-        code = flags & 15
-        # A server that does not know EDNS may answer without repeating the question (RFC 6891 7).
-        if (found, flags >> 15, questions) == (number, 1, 0) and code in (FORMERR, NOTIMP):
-            return DNSMessage(code)
-        qname, at = read_name(octets, 12)
+        code, (qname, at) = flags & 15, read_name(octets, 12)
         if (found, flags >> 15, questions, qname) != (number, 1, 1, name.lower()):
             raise ValueError("not an answer to this query")
         if struct.unpack_from(">HH", octets, at) != (rtype, 1):
@@ -3894,10 +3867,8 @@ def read_record(octets: bytes, at: int) -> tuple:
     if len(data) < length:
         raise ValueError("incomplete record")
     value: Any = None
-    if rtype == A and length == 4:
-        value = socket.inet_ntop(socket.AF_INET, data)
-    elif rtype == AAAA and length == 16:
-        value = socket.inet_ntop(socket.AF_INET6, data)
+    if (rtype, length) in ((A, 4), (AAAA, 16)):
+        value = str(ipaddress.ip_address(data))
     elif rtype == CNAME:
         value = read_name(octets, at)[0]
     elif rtype == MX:
@@ -3942,33 +3913,16 @@ def read_text(data: bytes) -> str:
     return b"".join(parts).decode("utf-8", "replace")
 
 
-def follow_cnames(answers: Any, name: str, rtype: int) -> tuple:
-    """Return ([CNAME records that were followed], [records of the type at their end])."""
-    chain: list = []
-    while len(chain) <= MAX_ALIASES:
-        records = [record for record in answers if (record.name, record.rtype) == (name, rtype)]
-        alias = next((record for record in answers if (record.name, record.rtype) == (name, CNAME)), None)
-        if records or not alias:
-            return chain, records
-        chain.append(alias)
-        name = alias.value
-    return chain, []
-
-
 async def mx_hosts(domain: str, resolver: Resolver, hostname: str, deadline: float) -> list:
     """Return a domain's mail hosts, best first (RFC 5321 5.1); Rejected if it has none."""
     if domain.startswith("["):  # an address literal
         return [domain[1:-1].partition(":")[2] if domain[:6].lower() == "[ipv6:" else domain[1:-1]]
     answer = await resolver.lookup(domain, MX, deadline)
-    if answer.code == SERVFAIL:
-        raise Rejected(make_reply("dns", f"{domain}: {answer.why}", mailer="MX"))
-    if answer.code == NXDOMAIN:
-        raise Rejected(make_reply("no-domain", domain, mailer="MX"))
-    if answer.values and all(not host for _, host in answer.values):
-        raise Rejected(make_reply("null-mx", domain, mailer="MX"))
-    hosts = by_preference(answer.values, hostname, resolver.rng) if answer.values else [domain]
-    if not hosts:
-        raise Rejected(make_reply("mx-loop", domain, mailer="MX"))
+    hosts = by_preference(answer.values, hostname, random_unit) if answer.values else [domain]
+    null = answer.values and not any(host for _, host in answer.values)
+    slug = {SERVFAIL: "dns", NXDOMAIN: "no-domain"}.get(answer.code) or ("null-mx" if null else "mx-loop")
+    if answer.code != NOERROR or not hosts:
+        raise Rejected(make_reply(slug, f"{domain}: {answer.why}" if answer.why else domain, mailer="MX"))
     return hosts
 
 
@@ -4012,88 +3966,40 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
 class Connector:
     """Opens TCP connections, in the caller's thread, and remembers which addresses did not answer."""
 
-    ATTEMPT_DELAY = 0.25  # seconds until the next address is tried as well, RFC 8305 5
+    ATTEMPT_TIMEOUT = 1.5  # seconds for an address if others are left; enough to repeat a packet that was lost
     FAILED_TTL = 300.0  # seconds for which an address that failed is tried last
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.failed: dict = {}  # (IP address, port): time until which it is tried last
-        self.lookups: dict = {}  # host name: Future of the look-up under way
 
     def connect(self, host: str, port: int, deadline: float) -> socket.socket:
-        """Connect to whichever address of a host answers first (RFC 8305), by the deadline."""
-        waiting = deque(self.in_order([(address, port) for address in self.look_up(host, deadline)]))
-        attempts, poll = {}, select.poll()  # file descriptor: (socket, address)
-        error, now = socket.timeout("timed out"), time.monotonic()
-        try:
-            while (waiting or attempts) and now < deadline:
-                results: Any = ()
-                if waiting:
-                    address = waiting.popleft()
-                    try:
-                        sock = socket.socket(address_family(address[0]), socket.SOCK_STREAM)
-                    except OSError as failure:  # no IPv6 in this kernel
-                        error = failure
-                        continue
-                    attempts[sock.fileno()] = sock, address
-                    sock.setblocking(False)
-                    poll.register(sock, select.POLLOUT)
-                    code = sock.connect_ex(address)
-                    results = [(sock.fileno(), code)] if code not in (0, errno.EINPROGRESS) else ()
-                pause = min(deadline - now, self.ATTEMPT_DELAY) if waiting else deadline - now
-                for number, code in results or [
-                    (number, attempts[number][0].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
-                    for number, _ in poll.poll(math.ceil(pause * 1000))
-                ]:
-                    if not code:
-                        return self._winner(attempts, number)
-                    error = OSError(code, os.strerror(code))
-                    poll.unregister(number)
-                    sock, address = attempts.pop(number)
-                    sock.close()
-                    self.mark_failed(address)
-                now = time.monotonic()
-            self.mark_failed(*[address for _, address in attempts.values()])
-            raise error
-        finally:
-            for sock, _ in attempts.values():
-                sock.close()
-
-    def _winner(self, attempts: dict, number: int) -> socket.socket:
-        """Take the connected socket out of the attempts; those that began before it count as failed."""
-        self.mark_failed(*[attempts[key][1] for key in itertools.takewhile(lambda key: key != number, attempts)])
-        sock, address = attempts.pop(number)
-        self.failed.pop(address, None)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
-
-    def in_order(self, addresses: list) -> list:
-        """Alternate between the address families (RFC 8305 4); addresses that failed lately come last."""
-        families = [[item for item in addresses if (":" in item[0]) == six] for six in (False, True)]
-        if addresses and addresses[0] in families[1]:
-            families.reverse()
-        alternating = itertools.chain.from_iterable(itertools.zip_longest(*families))
-        return sorted([address for address in alternating if address], key=self.failed_lately)
+        """Connect to the first address of a host that answers, by the deadline; those that failed lately come last."""
+        addresses = sorted([(address, port) for address in self.look_up(host, deadline)], key=self.failed_lately)
+        error: OSError = socket.timeout("timed out")
+        while addresses and (seconds := deadline - time.monotonic()) > 0:
+            address = addresses.pop(0)
+            try:
+                sock = socket.create_connection(address, min(seconds, self.ATTEMPT_TIMEOUT) if addresses else seconds)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.failed.pop(address, None)
+                return sock
+            except OSError as failure:
+                error = failure
+                if len(self.failed) > 1024:
+                    self.failed.clear()
+                self.failed[address] = time.monotonic() + self.FAILED_TTL
+        raise error
 
     def failed_lately(self, address: tuple) -> bool:
         return self.failed.get(address, 0.0) > time.monotonic()
-
-    def mark_failed(self, *addresses: tuple) -> None:
-        if len(self.failed) > 1024:
-            self.failed.clear()
-        self.failed.update(dict.fromkeys(addresses, time.monotonic() + self.FAILED_TTL))
 
     def look_up(self, host: str, deadline: float) -> list:
         """Return a host's IP addresses, or those that stand in its place, divided by spaces. getaddrinfo() runs in a
         thread of its own, as it knows no deadline."""
         with contextlib.suppress(ValueError):
             return [str(ipaddress.ip_address(address)) for address in host.split()]
-        with self.lock:
-            future = self.lookups.get(host)
-            if not future:
-                future = concurrent.futures.Future()
-                threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()
-                self.lookups[host] = future
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()
         try:
             return future.result(max(deadline - time.monotonic(), 0))
         except concurrent.futures.TimeoutError:
@@ -4103,12 +4009,9 @@ class Connector:
         try:
             name = host.encode("ascii" if host.isascii() else "idna")  # a str would load half a megabyte of tables
             found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-            result, error = list(dict.fromkeys(item[4][0] for item in found)), None
-        except Exception as failure:
-            result, error = None, failure
-        with self.lock:
-            del self.lookups[host]
-        future.set_exception(error) if error else future.set_result(result)
+            future.set_result(list(dict.fromkeys(item[4][0] for item in found)))
+        except Exception as error:
+            future.set_exception(error)
 
 
 connector = Connector()
@@ -4171,7 +4074,6 @@ class HTTPConnectionPool:
     """Idle connections of this process by target, the most recently used last."""
 
     IDLE = 15.0  # seconds after which an idle connection is closed; servers do so after 20 and more
-    AGE = 300.0  # seconds after which a connection is not used again
     MAX_IDLE = 64  # connections to one target
 
     def __init__(self) -> None:
@@ -4179,32 +4081,32 @@ class HTTPConnectionPool:
 
     async def request(self, target: HTTPTarget, request: HTTPRequest) -> HTTPResponse:
         """Return the response. A kept connection that died before the request was sent is replaced once."""
-        deadline, (connection, reused) = time.monotonic() + target.timeout, self._acquire(target)
+        connection = self._acquire(target)
         try:
-            response = await asyncio.to_thread(connection.exchange, request, deadline)
+            response = await asyncio.to_thread(connection.exchange, request)
         except Rejected:
-            if connection.sent or not reused:
+            if connection.sent or not connection.expires:
                 raise
             connection = KeepAliveConnection(target)
-            response = await asyncio.to_thread(connection.exchange, request, deadline)
+            response = await asyncio.to_thread(connection.exchange, request)
         self._release(connection)
         return response
 
-    def _acquire(self, target: HTTPTarget) -> tuple:
-        """Return (connection, whether it was used before)."""
+    def _acquire(self, target: HTTPTarget) -> KeepAliveConnection:
+        """Return an idle connection that the server has not closed, or a new one."""
         idle, now = self.idle.get(target, []), time.monotonic()
         while idle:
             connection = idle.pop()
             if now < connection.expires and not is_readable(connection.sock):
-                return connection, True
+                return connection
             connection.close()
-        return KeepAliveConnection(target), False
+        return KeepAliveConnection(target)
 
     def _release(self, connection: KeepAliveConnection) -> None:
         """Keep the connection, or close it if it cannot be used again."""
-        idle, now = self.idle.setdefault(connection.target, []), time.monotonic()
-        if connection.sock and len(idle) < self.MAX_IDLE and now - connection.created_at < self.AGE:
-            connection.expires = now + min(self.IDLE, connection.keepalive_timeout)
+        idle = self.idle.setdefault(connection.target, [])
+        if connection.sock and len(idle) < self.MAX_IDLE:
+            connection.expires = time.monotonic() + self.IDLE
             idle.append(connection)
         else:
             connection.close()
@@ -4226,31 +4128,26 @@ class KeepAliveConnection(http.client.HTTPConnection):
     def __init__(self, target: HTTPTarget) -> None:
         self.url = split_base_url(target.url)
         super().__init__(self.url.host, self.url.port)
-        self.target, self.deadline, self.sent = target, time.monotonic() + target.timeout, False
-        self.created_at, self.expires, self.keepalive_timeout = time.monotonic(), 0.0, HTTPConnectionPool.IDLE
+        self.target, self.sent = target, False
+        self.deadline, self.expires = time.monotonic() + target.timeout, 0.0  # when an idle connection is closed
 
-    def exchange(self, request: HTTPRequest, deadline: float = 0.0) -> HTTPResponse:
-        """Return the response by the deadline; Rejected if there is none. Blocks."""
-        self.deadline, self.sent, response = deadline or time.monotonic() + self.target.timeout, False, None
+    def exchange(self, request: HTTPRequest) -> HTTPResponse:
+        """Return the response; Rejected if there is none. Blocks."""
+        self.deadline, self.sent, response = time.monotonic() + self.target.timeout, False, None
         if not self.sock:
             self.open()
         try:
             self._send_request(request)
             response = self._read_response()
         except (OSError, http.client.HTTPException) as error:
-            raise Rejected(self._broken(error)) from None
+            slug = "web-lost" if not self.sent else "web-unsure" if isinstance(error, OSError) else "web-rubbish"
+            reply = make_reply(slug, error_text(error), maybe_delivered=self.sent, **self.target.endpoint)
+            raise Rejected(reply) from None
         finally:
             if not (response and self.sent):
                 self.close()
         log.dialogue(self.url.host_header, "<", f"{response.status} {response.reason}, {len(response.body)} octets")
         return response
-
-    def exchange_once(self, request: HTTPRequest, deadline: float = 0.0) -> HTTPResponse:
-        """Return the response as exchange() does; the connection is closed."""
-        try:
-            return self.exchange(request, deadline)
-        finally:
-            self.close()
 
     def open(self) -> None:
         """Connect, with TLS if the URL says so."""
@@ -4259,18 +4156,15 @@ class KeepAliveConnection(http.client.HTTPConnection):
             self.sock = connector.connect(target.address or site.host, site.port, self.deadline)
             self.sock.settimeout(self.seconds_left())  # of the whole handshake
             if site.tls:
-                stat = stat_key(target.ca_file) if target.ca_file else None
-                context = client_context(target.tls_verify, target.ca_file, stat)
+                context = client_context(target.tls_verify, target.ca_file, stat_key(target.ca_file))
                 self.sock = context.wrap_socket(self.sock, server_hostname=site.host)
             elif target.confidential and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
+                self.close()
                 raise Rejected(make_reply("clear-auth", **target.endpoint))
         except OSError as error:
             slug = "web-tls" if self.sock and site.tls else "web-connect"
             self.close()
             raise Rejected(make_reply(slug, error_text(error), **target.endpoint)) from None
-        except Rejected:
-            self.close()
-            raise
 
     def seconds_left(self) -> float:
         """Return the time until the deadline; socket.timeout if it has passed, however fast the peer still sends."""
@@ -4312,8 +4206,6 @@ class KeepAliveConnection(http.client.HTTPConnection):
         if not whole:
             response.close()
             self.close()
-        found = re.search(r"timeout=(\d{1,6})", response.headers.get("Keep-Alive", ""))
-        self.keepalive_timeout = int(found[1]) - 1 if found else HTTPConnectionPool.IDLE
         reason = sanitize(response.reason, 100)
         return HTTPResponse(response.status, reason, response.headers, body if whole else b"")
 
@@ -4322,11 +4214,6 @@ class KeepAliveConnection(http.client.HTTPConnection):
         response = LimitedResponse(sock, *args, **options)
         response.fp = io.BufferedReader(LimitedReader(self, response.fp.detach()))
         return response
-
-    def _broken(self, error: Exception) -> Reply:
-        """Return the reply to a request that got no response."""
-        slug = "web-lost" if not self.sent else "web-unsure" if isinstance(error, OSError) else "web-rubbish"
-        return make_reply(slug, error_text(error), maybe_delivered=self.sent, **self.target.endpoint)
 
 
 class LimitedResponse(http.client.HTTPResponse):
@@ -4374,11 +4261,6 @@ def is_readable(sock: Any) -> bool:
     return bool(poll.poll(0))
 
 
-def error_text(error: Exception) -> str:
-    """Describe an exception, for a reply."""
-    return sanitize(getattr(error, "strerror", None) or str(error) or type(error).__name__)
-
-
 def json_object(response: HTTPResponse) -> dict:
     """Return the JSON object in a response; {} if it has none."""
     document = response.document()
@@ -4408,13 +4290,13 @@ class MTASTSCache:
     NEGATIVE_TTL = 300  # seconds until a policy that could not be fetched is tried again (RFC 8461 3.3)
 
     def __init__(self, resolver: Resolver, port: int = 443, clock: Callable = time.monotonic) -> None:
-        self.resolver, self.port, self.shared = resolver, port, SharedCalls()
+        self.resolver, self.port, self.calls = resolver, port, {}
         self.cache, self.failed = TTLCache(4096, clock), TTLCache(4096, clock)
 
     async def policy_for(self, domain: str, route: Route) -> MTASTSPolicy | None:
         """Return the domain's policy; the cached one if DNS or the web server fails: an attacker could see to that."""
         deadline = time.monotonic() + min(route.timeout, self.FETCH_TIMEOUT)
-        return await self.shared.call((domain, route), deadline, self._policy_for, domain, route)
+        return await shared_call(self.calls, (domain, route), self._policy_for, domain, route, deadline)
 
     async def _policy_for(self, domain: str, route: Route, deadline: float) -> MTASTSPolicy | None:
         policy_id, (cached_id, cached) = "", self.cache.get(domain) or ("", None)
@@ -4435,9 +4317,11 @@ class MTASTSCache:
     async def _fetch(self, host: str, route: Route, deadline: float) -> MTASTSPolicy:
         """Fetch a policy; redirections are not followed (RFC 8461 3.3)."""
         address = (await resolve_addresses(host, self.resolver, route.private, deadline))[0]
-        target = HTTPTarget(f"https://{host}:{self.port}", 0, "MX", True, route.ca_file, False, address, MAX_POLICY)
+        url, seconds = f"https://{host}:{self.port}", deadline - time.monotonic()
+        target = HTTPTarget(url, seconds, "MX", True, route.ca_file, False, address, MAX_POLICY)
         request = HTTPRequest("GET", "/.well-known/mta-sts.txt")
-        response = await asyncio.to_thread(KeepAliveConnection(target).exchange_once, request, deadline)
+        with contextlib.closing(KeepAliveConnection(target)) as connection:
+            response = await asyncio.to_thread(connection.exchange, request)
         if response.status != 200:
             raise ValueError(f"HTTP status {response.status}")
         return parse_mta_sts_policy(response.body.decode("utf-8", "replace"))
@@ -4589,7 +4473,8 @@ class TokenCache:
     DROP_INTERVAL = 60  # seconds between tokens that a server refuses
 
     def __init__(self, clock: Callable = time.monotonic) -> None:
-        self.clock, self.shared = clock, SharedCalls()
+        self.clock = clock
+        self.calls: dict = {}  # fetches under way
         self.tokens: dict = {}  # (OAuth2, username): AccessToken
         self.refresh_tokens: dict = {}  # the same: what the provider gave in place of refresh_token
         self.dropped = TTLCache(4096, clock)
@@ -4607,14 +4492,14 @@ class TokenCache:
         if token and now < token.renew_at:
             return token
         try:
-            return await self.shared.call(key, 0.0, self._fetch, key, route)
+            return await shared_call(self.calls, key, self._fetch, key, route)
         except ValueError as error:
             if token and now < token.expires:
                 return token
             lines = [sanitize(line, 500) for line in str(error).splitlines()[:20]]
             raise Rejected(make_reply("token", *lines, route_fault=True, **route.endpoint)) from None
 
-    async def _fetch(self, key: tuple, route: Route, _deadline: float) -> AccessToken:
+    async def _fetch(self, key: tuple, route: Route) -> AccessToken:
         try:
             token, new = await asyncio.to_thread(fetch_token, route, self.refresh_tokens.get(key), self.clock)
         except ValueError:
@@ -4666,7 +4551,8 @@ def request_token(route: Route, form: dict) -> dict:
     target = HTTPTarget(url, route.timeout, route.mailer, ca_file=route.ca_file, confidential=True)
     body, kind = urllib.parse.urlencode(form).encode(), "application/x-www-form-urlencoded"
     try:
-        response = KeepAliveConnection(target).exchange_once(HTTPRequest("POST", path, body, type=kind))
+        with contextlib.closing(KeepAliveConnection(target)) as connection:
+            response = connection.exchange(HTTPRequest("POST", path, body, type=kind))
     except Rejected as refused:
         raise ValueError(f"{url}: {refused.reply.message[-1]}") from None
     document = json_object(response)
@@ -4729,50 +4615,24 @@ class ProtocolError(ConnectionError):
 
 
 @cache_short(256)  # servers repeat themselves
-def parse_replies(octets: bytes) -> tuple:
-    """Return (complete replies, unparsed rest, whether one is a 421); ProtocolError if the first is malformed."""
-    replies: list = []
-    try:
-        reply, rest = parse_reply(octets)
-        while reply:
-            replies.append(reply)
-            octets = rest
-            reply, rest = parse_reply(octets)
-    except ProtocolError:  # raised again when that reply is the first
-        if not replies:
-            raise
-    return tuple(replies), octets, "421" in [reply.code for reply in replies]
-
-
 def parse_reply(octets: bytes) -> tuple:
     """Return (first reply or None if incomplete, what follows it); ProtocolError if it is malformed."""
-    whole, start = None, 0
-    while True:
+    code, lines, start, more = None, [], 0, True
+    while more:
         end = octets.find(b"\n", start)
         if (end if end >= 0 else len(octets)) - start > MAX_LINE:
             raise ProtocolError(f"a line longer than {MAX_LINE} octets")
         if end < 0:
             return None, octets
-        reply, more = parse_reply_line(octets[start:end])
-        if whole:
-            if reply.code != whole.code:
-                raise ProtocolError(f"unexpected: {reply.code} {reply.lines[0][:200]}")
-            if len(whole.lines) == MAX_LINES:
-                raise ProtocolError(f"a reply of more than {MAX_LINES} lines")
-            reply = whole._replace(lines=whole.lines + reply.lines)
-        whole, start = reply, end + 1
-        if not more:
-            return whole, octets[start:]
-
-
-@functools.lru_cache(maxsize=256)
-def parse_reply_line(line: bytes) -> tuple:
-    """Return (the line as a reply of its own, whether more lines follow)."""
-    found = REPLY_LINE.fullmatch(line.rstrip(b"\r"))
-    if not found:
-        raise ProtocolError(f"unexpected: {sanitize(line[:200].decode('utf-8', 'replace'))}")
-    code, more, text = found.groups(b"")
-    return smtp_reply(code.decode(), (sanitize(text.decode("utf-8", "replace"), MAX_TEXT),)), more == b"-"
+        line = octets[start:end].rstrip(b"\r")
+        found = REPLY_LINE.fullmatch(line)
+        if not found or found[1] != (code or found[1]):
+            raise ProtocolError(f"unexpected: {sanitize(line[:200].decode('utf-8', 'replace'))}")
+        if len(lines) == MAX_LINES:
+            raise ProtocolError(f"a reply of more than {MAX_LINES} lines")
+        lines.append(sanitize((found[3] or b"").decode("utf-8", "replace"), MAX_TEXT))
+        code, start, more = found[1], end + 1, found[2] == b"-"
+    return smtp_reply(found[1].decode(), tuple(lines)), octets[start:]
 
 
 def smtp_reply(code: str, lines: tuple) -> SMTPReply:
@@ -4788,7 +4648,6 @@ MAX_LINES = 128  # of a reply
 SEND_BLOCK = 262144  # octets of a message sent in one step
 PIPELINE_WINDOW = 100  # commands without a reply at a time, so that neither side's buffer fills up (RFC 2920 3.1)
 SMTPS = 465  # RFC 8314: TLS from the first byte
-QUIT_TIMEOUT = 1.0  # seconds for the reply to QUIT
 
 
 class Session(smtplib.SMTP):
@@ -4800,7 +4659,7 @@ class Session(smtplib.SMTP):
         self.route, self.step, self.masked = route, "CONN", ""  # masked: what the log shows in place of what is sent
         self.pool: Any = None  # the SessionPool that it belongs to
         self.stream: Any = None  # AsyncSocket of the open connection
-        self.recv_buffer, self.replies = b"", deque()  # received, and parsed, but not asked for yet
+        self.recv_buffer = b""  # received but not asked for yet
         self.maybe_complete = False  # recv_buffer may hold a complete reply
         self.alive = self.needs_rset = self.in_data = self.eod_sent = False
         self.created_at = self.last_used = time.monotonic()
@@ -4819,7 +4678,7 @@ class Session(smtplib.SMTP):
             self.quit()
             raise
         self.sock.setblocking(False)
-        self.alive = not self.has_unsolicited
+        self.alive = not self.recv_buffer
 
     def steps(self) -> tuple:
         """Return the steps of open(), in order."""
@@ -4844,7 +4703,7 @@ class Session(smtplib.SMTP):
         if not self.has_extn("starttls"):
             raise Rejected(make_reply("no-starttls", **route.endpoint))
         self._expect("STARTTLS", self.docmd("STARTTLS"))
-        if self.has_unsolicited:  # injected in clear text, to be taken for a reply under TLS
+        if self.recv_buffer:  # injected in clear text, to be taken for a reply under TLS
             raise ProtocolError("data behind the reply to STARTTLS")
         self.sock.settimeout(self.timeout)  # of the whole handshake
         self.sock = self._wrap(self.sock)
@@ -4853,7 +4712,7 @@ class Session(smtplib.SMTP):
 
     def _wrap(self, sock: socket.socket) -> ssl.SSLSocket:
         route = self.route
-        context = client_context(route.tls_verify, route.ca_file, stat_key(route.ca_file) if route.ca_file else None)
+        context = client_context(route.tls_verify, route.ca_file, stat_key(route.ca_file))
         return context.wrap_socket(sock, server_hostname=route.host)
 
     def _log_in(self) -> None:
@@ -4898,10 +4757,10 @@ class Session(smtplib.SMTP):
         """Raise Rejected with the server's own words unless the code is 2xx."""
         self.step, (code, text) = step, result
         if not 200 <= code <= 299:
+            lines = tuple(text.decode().split("\n"))
             if not 400 <= code <= 599:
-                raise ProtocolError(f"unexpected: {code} {sanitize(str(text))}")
-            lines = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-            raise Rejected(self._to_reply(step, smtp_reply(str(code), tuple(lines.split("\n")))))
+                raise ProtocolError(f"unexpected: {code} {lines[0]}")
+            raise Rejected(self._to_reply(step, smtp_reply(str(code), lines)))
 
     # -- transaction
 
@@ -4925,14 +4784,12 @@ class Session(smtplib.SMTP):
             self.alive, lost = False, self._broken(error)
         self.last_used = time.monotonic()
         self.needs_rset = not (result and result.code[0] == "2")
-        if self.has_unsolicited:
+        if self.recv_buffer:  # more than was asked for
             self.alive = False
         decided = recipient_replies(replies, result, lost, len(transaction.recipients))
         found = [item if isinstance(item, Reply) else self._to_reply(*item) for item in decided]
         if self.alive and any(map(self.refused_before_data, found)):
-            self.alive = False  # it may have reached a limit of the server
-            with contextlib.suppress(OSError):
-                self.sock.send(b"QUIT\r\n")
+            self.quit()  # it may have reached a limit of the server
         return found
 
     def refused_before_data(self, reply: Reply) -> bool:
@@ -4962,13 +4819,14 @@ class Session(smtplib.SMTP):
             await self._write(b"RSET\r\n")
             await self._read_reply()
             self.needs_rset = False
-        for batch in pipeline_batches(script, self.has_extn("pipelining")):
+        size = PIPELINE_WINDOW if self.has_extn("pipelining") else 1
+        for batch in [script[i : i + size] for i in range(0, len(script), size)]:
             if replies and (replies[0].code[0] != "2" or (batch[0][0] == "DATA" and not any_accepted(replies))):
                 return
             self.step = batch[0][0]
             await self._write(b"".join([line for _, line in batch]))
             for self.step, _ in batch:
-                reply = self.replies.popleft() if self.replies else await self._read_reply()
+                reply = self._next_reply() or await self._read_reply()
                 if reply.code[0] == ("2" if self.step == "DATA" else "3"):
                     raise ProtocolError(f"unexpected: {reply.code} to {self.step}")
                 replies.append(reply)
@@ -4977,7 +4835,7 @@ class Session(smtplib.SMTP):
 
     async def _send_data(self, chunks: tuple) -> SMTPReply:
         """Return the reply to the end of the message; without a message, that to a lone dot (RFC 2920 3.1)."""
-        if self.has_unsolicited:  # an early refusal counts; anything else would be taken for the reply to the message
+        if self.recv_buffer:  # an early refusal counts; anything else would be taken for the reply to the message
             self.alive, reply = False, await self._read_reply()
             if reply.code[0] in "45":
                 return reply
@@ -5009,11 +4867,10 @@ class Session(smtplib.SMTP):
 
     async def _read_reply(self) -> SMTPReply:
         """Return the next reply; one deadline holds for the whole of it."""
-        deadline = 0.0
-        while not (self.replies or self._parse_buffer()):
-            deadline = deadline or time.monotonic() + self.timeout
+        deadline = time.monotonic() + self.timeout
+        while not (reply := self._next_reply()):
             self._feed(await self.stream.recv(4096, deadline))
-        return self.replies.popleft()
+        return reply
 
     def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
         """Called by smtplib to connect."""
@@ -5030,27 +4887,25 @@ class Session(smtplib.SMTP):
     def getreply(self) -> tuple:
         """Called by smtplib for a reply: (code, text)."""
         deadline = time.monotonic() + self.timeout
-        while not (self.replies or self._parse_buffer()):
+        while not (reply := self._next_reply()):
             self.sock.settimeout(max(deadline - time.monotonic(), 0.001))
             self._feed(self.sock.recv(65536))
-        reply = self.replies.popleft()
         return int(reply.code), "\n".join(reply.lines).encode()
 
-    def _parse_buffer(self) -> bool:
-        """Move complete replies from `recv_buffer` to `replies`; False if there is none."""
+    def _next_reply(self) -> SMTPReply | None:
+        """Take the first complete reply out of `recv_buffer`, None if there is none."""
         if not self.maybe_complete:
-            return False
-        found, self.recv_buffer, closes = parse_replies(self.recv_buffer)
-        self.maybe_complete = bool(found and self.recv_buffer)  # a malformed reply, perhaps
-        if closes:  # RFC 5321 3.8
+            return None
+        reply, self.recv_buffer = parse_reply(self.recv_buffer)
+        self.maybe_complete = bool(reply and self.recv_buffer)
+        if reply and reply.code == "421":  # RFC 5321 3.8
             self.alive = False
-        if self.masked:
-            found = [reply._replace(lines=tuple(map(self._mask_credentials, reply.lines))) for reply in found]
-        for reply in found if log.devel else ():
+        if reply and self.masked:
+            reply = reply._replace(lines=tuple(map(self._mask_credentials, reply.lines)))
+        if reply and log.devel:
             for i, line in enumerate(reply.lines, 1):
                 log.dialogue(self.route.host, "<", f"{reply.code}{' ' if i == len(reply.lines) else '-'}{line}")
-        self.replies.extend(found)
-        return bool(found)
+        return reply
 
     def _mask_credentials(self, line: str) -> str:
         """Mask our credentials in a line, in base64 too: some servers repeat a command that they do not understand."""
@@ -5078,28 +4933,19 @@ class Session(smtplib.SMTP):
             self.stream.release()
         super().close()
 
-    @property
-    def has_unsolicited(self) -> bool:
-        """Tell whether the server has sent more than it was asked for."""
-        return bool(self.recv_buffer or self.replies)
-
     def quit(self) -> None:
-        """Send QUIT, without waiting long for the reply (RFC 5321 4.1.1.10)."""
+        """Send QUIT and close, without waiting for the reply."""
         self.alive = False
-        try:
-            self.timeout = QUIT_TIMEOUT
-            self.sock.settimeout(QUIT_TIMEOUT)
+        with contextlib.suppress(OSError, AttributeError):  # broken, or never connected
+            self.sock.setblocking(False)
             self.send("QUIT\r\n")
-            self.getreply()
-        except (OSError, AttributeError):
-            pass
         self.close()
 
     # -- replies
 
     def _to_reply(self, step: str, reply: SMTPReply) -> Reply:
-        fault = is_route_fault(self.route, step, reply)
-        route, more = self.route, {"from_server": True, "route_fault": fault}
+        route = self.route
+        more = {"from_server": True, "route_fault": is_route_fault(route, step, reply)}
         return Reply(reply.code, reply.dsn, step, reply.lines, route.mailer, route.host, route.port, **more)
 
     def _broken(self, error: OSError) -> Reply:
@@ -5211,23 +5057,15 @@ def envelope_commands(transaction: Transaction, utf8: bool, size: int, features:
     return [("MAIL", f"{mail}\r\n".encode()), *rcpts, ("DATA", b"DATA\r\n")]
 
 
-def pipeline_batches(script: list, pipelining: bool) -> list:
-    """Split the script into batches that are sent without waiting for replies."""
-    size = PIPELINE_WINDOW if pipelining else 1
-    return [script[i : i + size] for i in range(0, len(script), size)]
-
-
 def dot_stuff(chunks: tuple) -> Any:
     """Yield a message in blocks, with a dot added to each line that begins with one (RFC 5321 4.5.2)."""
     end = b"\n"
     for chunk in chunks:
         for start in range(0, len(chunk), SEND_BLOCK):
             block = chunk[start : start + SEND_BLOCK]
-            first, last = end == b"\n" and block.startswith(b"."), block.rfind(b".")
-            if first or block.find(b"\n.", 0, last + 1) >= 0:  # one octet is found much faster than two
-                block = b"." * first + block.replace(b"\n.", b"\n..")
+            dot = b"." if end == b"\n" and block.startswith(b".") else b""
+            yield dot + block.replace(b"\n.", b"\n..")
             end = block[-1:]
-            yield block
 
 
 def any_accepted(replies: list) -> bool:
@@ -5283,14 +5121,11 @@ class SessionPool:
         self.waiters.append(SessionWaiter(future, deadline, reply))
         return future
 
-    def next_waiter(self) -> asyncio.Future:
-        return self.waiters.popleft().future
-
     def wake_waiters(self, has_room: bool = False) -> None:
         """Have waiters open sessions, as many as may be opened."""
         while self.waiters and self.may_open(has_room):
             self.opening += 1
-            self.next_waiter().set_result(None)
+            self.waiters.popleft().future.set_result(None)
             has_room = False
 
     def opened(self) -> None:
@@ -5335,8 +5170,7 @@ class TransportContext:
     MAX_IDLE = 256  # sessions of one route
 
     def __init__(self, nameservers: tuple = ()) -> None:
-        self.pools: dict = {}  # (hostname, route): SessionPool
-        self.closing: list = []  # sessions that need a QUIT
+        self.pools: defaultdict = defaultdict(SessionPool)  # by (hostname, route)
         self.http, self.tokens = HTTPConnectionPool(), TokenCache()
         self.set_nameservers(nameservers)
 
@@ -5345,13 +5179,9 @@ class TransportContext:
         self.resolver = Resolver(nameservers)
         self.mta_sts = MTASTSCache(self.resolver)
 
-    def pool(self, route: Route, hostname: str) -> SessionPool:
-        key = hostname, route
-        return self.pools.get(key) or self.pools.setdefault(key, SessionPool())
-
     def acquire_idle(self, route: Route, hostname: str) -> Session | None:
         """Return the idle session that was used last, None if there is none. To be released."""
-        pool = self.pool(route, hostname)
+        pool = self.pools[hostname, route]
         while pool.idle:
             session = pool.idle.pop()
             if not is_readable(session.sock):  # that would be taken for the reply to the next command
@@ -5362,7 +5192,7 @@ class TransportContext:
 
     async def acquire(self, route: Route, hostname: str) -> tuple:
         """Return (Session, whether it was used before), a new one or one released meanwhile; or raise Rejected."""
-        pool, deadline, reply = self.pool(route, hostname), 0.0, None
+        pool, deadline, reply = self.pools[hostname, route], 0.0, None
         while True:
             if pool.may_open():
                 pool.opening += 1
@@ -5400,7 +5230,7 @@ class TransportContext:
         """Hand the session over to a waiter, keep it, or close it if it cannot be used again."""
         pool = session.pool
         if session.alive and pool.waiters:
-            pool.next_waiter().set_result(session)
+            pool.waiters.popleft().future.set_result(session)
             return
         pool.in_use -= 1
         if not session.alive:
@@ -5409,24 +5239,19 @@ class TransportContext:
         elif len(pool.idle) < self.MAX_IDLE and session.last_used - session.created_at < self.AGE:
             pool.idle.append(session)
         else:
-            self.closing.append(session)
+            session.quit()
 
     async def sweep(self, everything: bool = False) -> None:
-        """Close the sessions that have been idle too long, or all, with QUIT; waits a second for the replies."""
+        """Close the sessions and connections that have been idle too long, or all."""
         self.http.sweep(everything)
         now = time.monotonic()
         for key, pool in list(self.pools.items()):
             idle = self.IDLE_WHEN_FULL if pool.open_limit < pool.OPENING else self.IDLE
             while pool.idle and (everything or pool.idle[0].last_used <= now - idle):
-                self.closing.append(pool.idle.pop(0))
+                pool.idle.pop(0).quit()
             pool.sweep(now)
             if not (pool.idle or pool.in_use or pool.opening or pool.waiters):
                 del self.pools[key]
-        closing, self.closing = self.closing, []
-        for session in closing:
-            session.stream.release()  # a thread has it from here
-        if closing:
-            await asyncio.gather(*[asyncio.to_thread(session.quit) for session in closing])
 
 
 # ======================================================================================================================
@@ -9404,7 +9229,8 @@ def post_submission(url: str, body: bytes, credentials: tuple = ()) -> tuple:
         if url.startswith("unix:"):
             connection.sock = socket.socket(socket.AF_UNIX)
             connection.sock.connect(url[5:])
-        response = connection.exchange_once(HTTPRequest("POST", path, body, basic_auth_header(credentials)))
+        with contextlib.closing(connection):
+            response = connection.exchange(HTTPRequest("POST", path, body, basic_auth_header(credentials)))
     except Rejected as error:
         raise CommandError(f"{url}: {': '.join(error.reply.message)}", 1) from None
     except OSError as error:
