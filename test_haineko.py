@@ -7822,7 +7822,7 @@ class RelayMx(MxPeers):
         with open(path, "w", encoding="utf-8") as stream:
             json.dump({"smtpd": smtpd, "recipients": {"open-relay": 1}, "mailertable": {"default": route}}, stream)
         to = ["a@neko.example", "b@inu.example", "c@none.example"]
-        for tos, code in ((to[:2], haineko.EX_OK), (to, haineko.EX_UNAVAILABLE)):
+        for tos, code in ((to[:2], os.EX_OK), (to, os.EX_UNAVAILABLE)):
             self.host.mails.clear()
             done = run_program("sendmail", "-C", path, "-f", "k@example.org", *tos, given=b"Subject: Nyaaaa\n\nMeow.\n")
             self.assertEqual(done.returncode, code, done.stderr)
@@ -11583,7 +11583,7 @@ class Workers(Peers):
         code = (
             "import resource, haineko; _, hard = resource.getrlimit(resource.RLIMIT_NOFILE); "
             "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard)); haineko.raise_nofile_limit(); "
-            "print(resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, haineko.MAX_OPEN_FILES), hard), hard)"
+            "print(resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, 65536), hard), hard)"
         )
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=HERE, capture_output=True, env=environment(), check=False
@@ -12497,7 +12497,7 @@ class CheckConnect(WithCertificates):
                 self.assertEqual(done.returncode, 1)  # no such file
         options = haineko.argument_parsers()[1]["check"].parse_args(["--sender", "a@b.example", "--selector", "a b"])
         with self.assertRaises(haineko.CommandError):
-            haineko.run_checks(haineko.Settings(), options)
+            haineko.run(haineko.run_checks(haineko.Settings(), options))
 
 
 class RecordsOfASender(unittest.TestCase):
@@ -12845,15 +12845,18 @@ class AttacksOnFiles(Folder):
         haineko.bind(f"unix:{place}").close()
 
     def test_send_to_a_place_that_is_none(self):
-        for url in ("http://127.0.0.1:99999/", "http://[::1", "http://127.0.0.1:9/ねこ", "ftp://127.0.0.1/", "neko"):
+        for url in (
+            "http://127.0.0.1:99999/",
+            "http://[::1",
+            "http://127.0.0.1:9/ねこ",
+            "ftp://127.0.0.1/",
+            "http://a..b/",
+            "neko",
+        ):
             with self.subTest(url):
                 done = run_program("send", "--url", url, given=b"{}")
                 self.assertEqual((done.returncode, done.stdout), (2, b""))
                 self.assertIn(b"is no URL of a Haineko", done.stderr)
-
-    def test_send_to_a_host_that_can_have_no_name(self):
-        done = run_program("send", "--url", "http://a..b/", given=b"{}")
-        self.assertEqual((done.returncode, b"Traceback" in done.stderr), (1, False), done.stderr)
 
     def test_send_by_a_file_and_by_flags_at_once(self):
         for words in (["mail.json", "--to", "a@b.jp"], ["mail.json", "--subject", "x"], ["--sender", "a@b.jp"]):
