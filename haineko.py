@@ -8756,7 +8756,7 @@ def command_serve(options: Any) -> int:
 
 
 def prepare_server(options: Any) -> tuple:
-    """Return a server's Settings and its listening sockets."""
+    """Return a server's Settings and its listening sockets; create or upgrade the queue's file."""
     settings, errors, changes = usable_settings(options.config), [], {}
     if options.listen:
         changes["listen"] = list_of(parse_listen_address)(options.listen, "--listen", errors)
@@ -8767,17 +8767,12 @@ def prepare_server(options: Any) -> tuple:
     settings = replace(settings, httpd=replace(settings.httpd, **changes))
     raise_nofile_limit()
     if settings.queue:
-        check_queue_file(settings.queue)
+        database = QueueDB(settings.queue)
+        database.commit([])
+        database.close(for_good=True)
+        if NEWER_VERSION in database.fault:
+            raise CommandError(f"the queue can't be used: {database.fault}", 2)
     return settings, [open_listener(address) for address in settings.httpd.listen]
-
-
-def check_queue_file(settings: QueueSettings) -> None:
-    """Create or upgrade the queue's file; CommandError where a newer Haineko wrote it."""
-    database = QueueDB(settings)
-    database.commit([])
-    database.close(for_good=True)
-    if NEWER_VERSION in database.fault:
-        raise CommandError(f"the queue can't be used: {database.fault}", 2)
 
 
 def open_listener(address: str) -> socket.socket:
@@ -9028,16 +9023,16 @@ async def check_spf(domain: str, texts: Callable) -> str:
     record = spf_record(domain, await texts(domain))
     if record.lower().split()[1:2] == ["-all"]:
         raise ValueError(f"{domain}: v=spf1 -all says that the domain sends no mail at all")
-    lookups, pending, seen = 0, [record], {domain}
-    while pending:
-        for mechanism, name in re.findall(SPF_LOOKUP, pending.pop(0)):
+    lookups, records, seen = 0, [record], {domain}
+    for text in records:  # included ones are appended
+        for mechanism, name in re.findall(SPF_LOOKUP, text):
             lookups += 1
             if lookups > MAX_SPF_LOOKUPS:
                 raise ValueError(f"{domain}: more than {MAX_SPF_LOOKUPS} look-ups (RFC 7208 4.6.4): receivers refuse")
             inner = name.lower()
             if mechanism.lower() in ("include:", "redirect=") and "%" not in inner and inner not in seen:
                 seen.add(inner)
-                pending.append(spf_record(f"{domain}: {mechanism}{name}", await texts(inner)))
+                records.append(spf_record(f"{domain}: {mechanism}{name}", await texts(inner)))
     return f"{sanitize(record)} ({lookups} of {MAX_SPF_LOOKUPS} look-ups)"
 
 
@@ -9271,16 +9266,14 @@ def read_bytes(path: str) -> bytes:
 def ask_password(prompt: str) -> str:
     """Ask for a password on the terminal: everybody can read a command line."""
     import getpass
-    import warnings
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", getpass.GetPassWarning)  # it would show the password, or read the mail on stdin
-        try:
+    try:
+        with open("/dev/tty"):  # without a terminal, getpass() would read the mail on stdin
             return getpass.getpass(prompt)
-        except (EOFError, UnicodeError):
-            raise CommandError("no password", 1) from None
-        except getpass.GetPassWarning:
-            raise CommandError("there is no terminal to ask for the password", 1) from None
+    except OSError:
+        raise CommandError("there is no terminal to ask for the password", 1) from None
+    except (EOFError, UnicodeError):
+        raise CommandError("no password", 1) from None
 
 
 # -- queue

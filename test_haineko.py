@@ -11794,22 +11794,22 @@ class Commands(Folder, Peers):
             httpd={"listen": "127.0.0.1:0", "workers": 1}, mailertable={"default": esmtp(peer, timeout=9)}
         )
         options = ("-c", force, "--pid-file", os.path.join(self.folder, "x.pid"))
-        self.addCleanup(self.haineko, "stop", *options)
+        self.addCleanup(self.called, "stop", *options)
         self.addCleanup(gate.set)
 
         def placed(err: str):
             return place_of(re.search(r"http://\S+", err)[0])
 
         for command in ("status", "stop", "reload"):
-            self.assertEqual(self.haineko(command, *options)[0], 1, command)
+            self.assertEqual(self.called(command, *options)[0], 1, command)
         code, out, err = self.haineko("start", *options)
         self.assertEqual((code, out), (0, ""), err)
-        self.assertEqual(self.haineko("start", *options)[0], 1)
-        code, out, _ = self.haineko("status", *options)
+        self.assertEqual(self.called("start", *options)[0], 1)
+        code, out, _ = self.called("status", *options)
         self.assertEqual((code, int(re.search(r"pid (\d+)", out)[1])), (0, int(re.search(r"pid (\d+)", err)[1])))
         logs = [os.path.join(self.folder, name) for name in ("x.log.1", "x.log")]
         os.rename(logs[1], logs[0])  # as logrotate does
-        self.assertEqual(self.haineko("reload", *options)[0], 0)
+        self.assertEqual(self.called("reload", *options)[0], 0)
         eventually(lambda: os.path.exists(logs[1]), "a new log file")
         with HttpClient(placed(err)) as wire:
             wire.send(post())
@@ -11828,9 +11828,9 @@ class Commands(Folder, Peers):
             self.assertEqual(wire.ask(post())[0], 200)
         self.write("haineko.json", {"httpd": {"lissen": 1}})
         for command in ("reload", "restart"):  # rather the old one than none
-            self.assertEqual(self.haineko(command, *options)[0], 2, command)
-        self.assertEqual(self.haineko("stop", *options)[0], 0)
-        self.assertEqual(self.haineko("status", *options)[:2], (1, "haineko does not run\n"))
+            self.assertEqual(self.called(command, *options)[0], 2, command)
+        self.assertEqual(self.called("stop", *options)[0], 0)
+        self.assertEqual(self.called("status", *options)[:2], (1, "haineko does not run\n"))
         self.assertFalse(os.path.exists(os.path.join(self.folder, "x.pid")))
         text = ""
         for path in logs:
