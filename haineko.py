@@ -8797,9 +8797,7 @@ def announce(settings: Settings, listeners: list) -> str:
     """Write to the log where the server listens; return the URLs."""
     urls = " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
     if not settings.path:
-        log.write_bytes(
-            b"haineko: NO SETTINGS FILE: for this machine only, and all mail is printed here instead of sent\n"
-        )
+        log.write_bytes(b"haineko: NO SETTINGS FILE: for this machine only; all mail is printed here, not sent\n")
     log.write_bytes(f"haineko {__version__} listens at {urls}\n".encode())
     return urls
 
