@@ -7743,14 +7743,14 @@ class SendGridBody(unittest.TestCase):
     TO = ("mikeneko@example.jp", "tama@example.jp", "shiro@example.jp", "kuro@example.jp")
 
     def body(self, octets, to=TO) -> dict:
-        return json.loads(haineko.sendgrid_body(raw_job(web_route("SendGrid"), octets, to)))
+        return json.loads(haineko.sendgrid_request(raw_job(web_route("SendGrid"), octets, to)).body)
 
     def test_plain_text(self):
         job = composed_job(
             web_route("SendGrid"),
             web_submission(header={"x-haineko-loop": ["far.example"], "charset": "ISO-2022-JP"}, body="①ｱ\nにゃあ\n"),
         )
-        document = json.loads(haineko.sendgrid_body(job))
+        document = json.loads(haineko.sendgrid_request(job).body)
         date = email.message_from_bytes(job.octets())["Date"]
         self.assertEqual(
             document,
