@@ -600,6 +600,7 @@ FACILITIES += [f"local{n}" for n in range(8)]
 parse_network = matching(functools.partial(ipaddress.ip_network, strict=False), "an IP address or network")
 parse_networks = list_of(parse_network, lambda texts: Networks(tuple(texts)))
 parse_listen_address = matching(is_listen_address, '"host:port", "[v6]:port" or "unix:/path"')
+parse_listen = list_of(parse_listen_address, required=True)
 parse_host = matching(is_host, "a host name or an IP address")
 parse_hostname = matching(DOMAIN, "a host name", optional=True)
 parse_resolver = matching(name_server_endpoint, '"address", "address:port" or "[v6]:port"', optional=True)
@@ -635,7 +636,7 @@ class Relay(NamedTuple):
     into_folder: bool = False  # delivers into a folder of this machine
 
 
-UNKNOWN_RELAY = Relay(None, None)  # of a route whose mailer is a fault of the settings
+UNKNOWN_RELAY = Relay(None, None)  # of a route made before RELAYS is filled
 RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 13
 
 
@@ -686,11 +687,6 @@ class Authenticator:
 
     def _cache_key(self, credentials: str) -> bytes:
         return hmac.digest(self.key, credentials.encode(), "sha256")
-
-
-def username_of(credentials: str) -> str:
-    """Return the name in an Authorization header of HTTP Basic, "" for none."""
-    return decode_basic(credentials).partition(":")[0]
 
 
 def decode_basic(credentials: str) -> str:
@@ -762,10 +758,6 @@ def recipient_key(text: str) -> str:
     return f"{local.lower()}@{key}" if local and key and key[0] != "." else ""
 
 
-def alias_key(name: str) -> str:
-    return "" if "@" in name else name.lower()
-
-
 def is_plain_domain(name: str) -> bool:
     return domain_key(name)[:1] not in ("", ".")
 
@@ -786,7 +778,11 @@ IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different
 DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
 parse_domain = matching(is_plain_domain, "a domain", convert=domain_key)
 parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
-parse_aliases = mapping_of(list_of(matching(recipient_key, "an address"), required=True), alias_key, "a name without @")
+parse_aliases = mapping_of(
+    list_of(matching(recipient_key, "an address"), required=True),
+    lambda name: "" if "@" in name else name.lower(),
+    "a name without @",
+)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -797,11 +793,7 @@ class Tls:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Httpd:
-    listen: tuple = config_field(
-        ("127.0.0.1:2794",),
-        list_of(parse_listen_address, required=True),
-        "host:port, [v6]:port or unix:/path, or a list",
-    )
+    listen: tuple = config_field(("127.0.0.1:2794",), parse_listen, "host:port, [v6]:port or unix:/path, or a list")
     workers: int = config_field(0, integer(0, 256), "processes; 0 means one per core")
     max_connections: int = config_field(512, integer(1, 65536), "open connections per worker")
     timeout: int = config_field(30, integer(1, 3600), "seconds for a whole request, and for an idle connection")
@@ -1036,14 +1028,10 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
     """Return (Settings, errors) with names, secrets and files looked up, so that a mail finds all of it ready."""
     base = os.path.dirname(settings.path or "")
     logins = {name: _login(login, base, f"authinfo.{name}", errors) for name, login in settings.authinfo.items()}
-    tables = {
-        table: {
-            key: _route(route, logins, base, f"{table}.{key}", errors)
-            for key, route in getattr(settings, table).items()
-            if not route.disabled
-        }
-        for table in ("mailertable", "sendermt")
-    }
+    tables = {}
+    for table in ("mailertable", "sendermt"):
+        routes = [(key, route) for key, route in getattr(settings, table).items() if not route.disabled]
+        tables[table] = {key: _route(route, logins, base, f"{table}.{key}", errors) for key, route in routes}
     name = settings.smtpd.hostname or local_hostname()
     if settings.httpd.tls:
         _check_tls(settings.httpd.tls, base, errors)
@@ -1162,12 +1150,9 @@ def pin_queue_path(fresh: Settings, queue_settings: QueueSettings | None) -> Set
     return replace(fresh, queue=queue_settings and replace(fresh.queue or queue_settings, path=queue_settings.path))
 
 
-def local_hostname() -> str:
-    return qualified_hostname(socket.gethostname())
-
-
-def qualified_hostname(name: str) -> str:
-    """Return a machine's name, made legal for headers; with ".localdomain", as Postfix does, if it has no domain."""
+def local_hostname(name: str | None = None) -> str:
+    """Return a machine's name (this one's), made legal; with ".localdomain", as Postfix does, if it has no domain."""
+    name = socket.gethostname() if name is None else name
     if "." in name and HOSTNAME.fullmatch(name):
         return name
     return (re.sub("[^A-Za-z0-9]+", "-", name)[:63].strip("-") or "localhost") + LOCALDOMAIN
@@ -1175,7 +1160,7 @@ def qualified_hostname(name: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def ehlo_name(hostname: str, address: str) -> str:
-    """Return the name for EHLO from a local address: `hostname`, or if that is illegal or made by qualified_hostname(),
+    """Return the name for EHLO from a local address: `hostname`, or if that is illegal or made by local_hostname(),
     what reverse DNS says, else the address literal (RFC 5321 4.1.4)."""
     if HOSTNAME.fullmatch(hostname) and not hostname.endswith(LOCALDOMAIN):
         return hostname
@@ -2367,7 +2352,7 @@ def check_login(request: Request, submission: Submission | None, settings: Setti
     credentials = request.headers.get("authorization", "")
     if not settings.password.authenticate(credentials):
         return make_reply("login")
-    request.login = username_of(credentials)
+    request.login = decode_basic(credentials).partition(":")[0]
     return None
 
 
@@ -4788,27 +4773,22 @@ class TransportContext:
 
 
 async def attempt_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
-    """Attempt a transaction once; every recipient has a reply."""
-    began = time.monotonic()
-    replies = await attempt_route(transaction, transport)
+    """Attempt a transaction once; every recipient has a reply, whatever the relay does; a bug is logged."""
+    began, route, reply = time.monotonic(), transaction.route, None
+    try:
+        replies = await route.row.send(transaction, transport)
+    except Rejected as rejected:
+        reply = rejected.reply
+    except OSError as error:
+        reply = make_reply("lost", error_text(error), command="CONN", **route.endpoint)
+    except Exception:
+        log_exception(transaction.queueid)
+        reply = make_reply("relay-fault", **route.endpoint)
+    replies = [reply] * len(transaction.recipients) if reply else replies
     for reply in dict.fromkeys(reply for reply in replies if reply.route_fault):
         words = log_value(" ".join((reply.code, *reply.message)))
         log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed, mail waits: {words}")
     return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
-
-
-async def attempt_route(transaction: Transaction, transport: TransportContext) -> list:
-    """Return a Reply for each recipient from the transaction's route, whatever its relay does; a bug is logged."""
-    try:
-        return await transaction.route.row.send(transaction, transport)
-    except Rejected as rejected:
-        reply = rejected.reply
-    except OSError as error:
-        reply = make_reply("lost", error_text(error), command="CONN", **transaction.route.endpoint)
-    except Exception:
-        log_exception(transaction.queueid)
-        reply = make_reply("relay-fault", **transaction.route.endpoint)
-    return [reply] * len(transaction.recipients)
 
 
 async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> list:
@@ -5221,7 +5201,6 @@ def sendgrid_attachment(part: Any) -> dict:
     return {**attachment, "content_id": content_id} if content_id else attachment
 
 
-AMAZONSES_RECIPIENTS = 50  # https://docs.aws.amazon.com/ses/latest/dg/quotas.html
 AMAZONSES_TEMPORARY = ["TooManyRequestsException", "ThrottlingException", "Throttling"]  # errors 400 that pass
 AMAZONSES_TEMPORARY += ["LimitExceededException", "SendingPausedException"]
 
@@ -5356,18 +5335,13 @@ DSN_BY_STATUS = {401: "5.7.8", 403: "5.7.1"}
 
 def parse_retry_after(response: HTTPResponse) -> int:
     """Return the seconds after which to try again (RFC 9110 10.2.3), at most a day; 0 if the response has none."""
-    text, now = response.headers.get("Retry-After", "").strip(), time.time()
-    reset = response.headers.get("X-RateLimit-Reset", "") if response.status == 429 else ""  # SendGrid: Unix time
+    reset = response.headers.get("X-RateLimit-Reset") if response.status == 429 else ""  # SendGrid: Unix time
+    text, now = (response.headers.get("Retry-After") or reset or "").strip(), time.time()
     try:
-        if re.fullmatch(r"[0-9]{1,9}", text):
-            wait = int(text)
-        elif text:
-            wait = parsedate_to_datetime(text).timestamp() - now
-        else:
-            wait = int(reset) - now if re.fullmatch(r"[0-9]{1,10}", reset) else 0
+        wait = int(text) if re.fullmatch("[0-9]{1,10}", text) else parsedate_to_datetime(text).timestamp() - now
     except (TypeError, ValueError, OverflowError):
-        wait = 0
-    return min(max(int(wait), 0), 86400)
+        return 0
+    return min(max(int(wait - now if wait > 1e9 else wait), 0), 86400)
 
 
 def sanitize_lines(lines: Any) -> tuple:
@@ -5540,11 +5514,8 @@ async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> lis
 def probe_mx_host(route: Route, hostname: str) -> list:
     """Open a session to one host; if TLS is opportunistic, tell whether the certificate would have been accepted."""
     clear, why = replace(route, tls_if_offered=False), ""
-    for hop, note in (
-        (replace(route, tls_verify=True), ""),
-        (route, "not verified"),
-        (clear, "mail goes in clear text"),
-    ):
+    variants = {"": replace(route, tls_verify=True), "not verified": route, "mail goes in clear text": clear}
+    for note, hop in variants.items():
         results = probe_session(hop, hostname)
         if results[-1].ok:
             return results + ([CheckResult("TLS", True, f"{note}: {why}")] if note else [])
@@ -5636,7 +5607,7 @@ def probe_mandrill(route: Route, request: Callable) -> str:
 
 relay_haineko = http_relay(haineko_request, haineko_replies)
 relay_sendgrid = http_relay(sendgrid_request, sendgrid_replies)
-relay_amazonses = http_relay(amazonses_request, amazonses_replies, AMAZONSES_RECIPIENTS)
+relay_amazonses = http_relay(amazonses_request, amazonses_replies, 50)  # its quota for recipients of one request
 relay_mandrill = http_relay(mandrill_request, mandrill_replies)
 RELAYS.update(
     ESMTP=Relay(relay_esmtp, probe_esmtp),

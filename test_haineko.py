@@ -2425,7 +2425,7 @@ class SettingsFile(Folder):
             ("a" * 64 + ".jp", "a" * 63 + ".localdomain"),
         ):  # fmt: skip
             with self.subTest(name):
-                self.assertEqual(haineko.qualified_hostname(name), wanted)
+                self.assertEqual(haineko.local_hostname(name), wanted)
         for hostname, address, wanted in (
             ("mail.example.org", "127.0.0.1", "mail.example.org"), ("mail", "::1", "mail"),
             ("box.localdomain", "127.0.0.1", "[127.0.0.1]"), ("box.localdomain", "::1", "[IPv6:::1]"),
@@ -5451,7 +5451,7 @@ class SmtpSessions(Peers):
 
     def test_a_machine_without_a_domain_greets_with_its_address(self) -> None:
         peer = self.peer({"EHLO": "502 5.5.1 what?"})
-        carried(job(peer)._replace(hostname=haineko.qualified_hostname("my_container")))
+        carried(job(peer)._replace(hostname=haineko.local_hostname("my_container")))
         self.assertEqual(peer.lines[:2], ["ehlo [127.0.0.1]", "helo [127.0.0.1]"])
 
     def test_parameters_are_those_that_are_offered(self) -> None:
