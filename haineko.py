@@ -594,8 +594,8 @@ DOMAIN = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(?:\.{_LABEL})*")
 BASE_URL = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?(?:/[A-Za-z0-9/._~-]*)?")
 WEBHOOK_URL = re.compile(r"(https?)://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(/[!-~]*)?")
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+", re.IGNORECASE)
-FACILITIES = ["kern", "user", "mail", "daemon", "auth", "lpr", "news", "uucp", "cron", "syslog"]
-FACILITIES += [f"local{n}" for n in range(8)]
+FACILITIES = {name: i for i, name in enumerate("kern user mail daemon auth syslog lpr news uucp cron".split())}
+FACILITIES.update({f"local{i}": 16 + i for i in range(8)})  # RFC 3164 4.1.1
 
 parse_network = matching(functools.partial(ipaddress.ip_network, strict=False), "an IP address or network")
 parse_networks = list_of(parse_network, lambda texts: Networks(tuple(texts)))
@@ -1274,11 +1274,7 @@ class Log:
 
     def open(self, settings: Syslog) -> None:
         """Send lines from now on where the settings say."""
-        self.priority = None
-        if not settings.disabled:
-            import syslog
-
-            self.priority = syslog.LOG_INFO | getattr(syslog, "LOG_" + settings.facility.upper())
+        self.priority = None if settings.disabled else FACILITIES[settings.facility] * 8 + 6  # 6: informational
 
     def lines(self, *lines: str) -> None:
         """Write lines by one call, so that those of several processes don't mix."""
@@ -4961,7 +4957,7 @@ async def relay_discard(transaction: Transaction, transport: TransportContext) -
 
 def http_relay(make_request: Callable, read_replies: Callable, max_recipients: int = 1 << 30) -> Callable:
     """Return a relay that posts make_request(transaction), an HTTPRequest, for so many recipients at a time;
-    read_replies(transaction, response) returns a Reply for each. Both may raise Rejected."""
+    read_replies(transaction, response) returns one Reply or a list of one for each. Both may raise Rejected."""
 
     async def relay(transaction: Transaction, transport: TransportContext) -> list:
         replies: list = []
@@ -4969,10 +4965,10 @@ def http_relay(make_request: Callable, read_replies: Callable, max_recipients: i
             part = transaction._replace(recipients=transaction.recipients[start : start + max_recipients])
             try:
                 call = await asyncio.to_thread(make_request, part)
-                response = await transport.http.request(HTTPTarget.of_route(part.route), call)
-                replies += read_replies(part, response)
+                found = read_replies(part, await transport.http.request(HTTPTarget.of_route(part.route), call))
             except Rejected as refused:
-                replies += [refused.reply] * len(part.recipients)
+                found = refused.reply
+            replies += found if isinstance(found, list) else [found] * len(part.recipients)
         return replies
 
     return relay
@@ -5093,14 +5089,11 @@ def sendgrid_request(transaction: Transaction) -> HTTPRequest:
     return HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route))
 
 
-def sendgrid_replies(transaction: Transaction, response: HTTPResponse) -> list:
-    """Return the same Reply for each recipient."""
-    if response.status == 202:  # 200: valid, but will not be sent
-        message_id = response.headers.get("X-Message-Id")
-        reply = http_accepted(transaction.route, response, *([f"X-Message-Id: {message_id}"] if message_id else []))
-    else:
-        reply = http_failure(transaction.route, response, sendgrid_errors(response))
-    return [reply] * len(transaction.recipients)
+def sendgrid_reply(transaction: Transaction, response: HTTPResponse) -> Reply:
+    if response.status != 202:  # 200: valid, but will not be sent
+        return http_failure(transaction.route, response, sendgrid_errors(response))
+    message_id = response.headers.get("X-Message-Id")
+    return http_accepted(transaction.route, response, *([f"X-Message-Id: {message_id}"] if message_id else []))
 
 
 def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
@@ -5222,10 +5215,6 @@ def amazonses_request(transaction: Transaction) -> HTTPRequest:
         document["FeedbackForwardingEmailAddress"] = transaction.sender
     call = HTTPRequest("POST", "/v2/email/outbound-emails", encode_json(document))
     return sign_sigv4(call, transaction.route, time.time())
-
-
-def amazonses_replies(transaction: Transaction, response: HTTPResponse) -> list:
-    return [amazonses_reply(transaction.route, response)] * len(transaction.recipients)
 
 
 def amazonses_reply(route: Route, response: HTTPResponse) -> Reply:
@@ -5606,8 +5595,8 @@ def probe_mandrill(route: Route, request: Callable) -> str:
 
 
 relay_haineko = http_relay(haineko_request, haineko_replies)
-relay_sendgrid = http_relay(sendgrid_request, sendgrid_replies)
-relay_amazonses = http_relay(amazonses_request, amazonses_replies, 50)  # its quota for recipients of one request
+relay_sendgrid = http_relay(sendgrid_request, sendgrid_reply)
+relay_amazonses = http_relay(amazonses_request, lambda job, found: amazonses_reply(job.route, found), 50)  # quota
 relay_mandrill = http_relay(mandrill_request, mandrill_replies)
 RELAYS.update(
     ESMTP=Relay(relay_esmtp, probe_esmtp),
