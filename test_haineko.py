@@ -10785,7 +10785,7 @@ class Attacks(Quiet):
         )
         asked = haineko.Request("", "", {}, b"", haineko.parse_ip("127.0.0.1"), None, None, NOW, settings())
         lines = haineko.result_lines(
-            asked, haineko.TransactionResult(job, [haineko.make_reply("discarded", mailer="Discard")], 1.0)
+            asked, haineko.TransactionResult(job, [haineko.make_reply("done", word="Discarded", mailer="Discard")], 1.0)
         )
         self.assertIn(
             r'from="<\"a> code=250\"@x.jp>" to="<\"b> dsn=2.0.0\"@x.jp>" relay=Discard delay=0.001 dsn=2.0.0 ', lines[0]
