@@ -6,17 +6,17 @@
                                                |  deferred, or to be queued
                                                +-> QueueDB -> QueueManager -> RELAYS -> bounce, webhook
 
-     1  Replies and transactions    9  Event loop
-     2  JSON into dataclasses      10  DNS and connections
-     3  Settings                   11  HTTP client
-     4  Log                        12  SMTP sessions
-     5  Submissions                13  Relays and probes
-     6  Policy                     14  Queue
-     7  Messages                   15  Submission pipeline
-     8  Routes                     16  HTTP server
-                                   17  Commands
+     1  Replies and transactions   10  DNS and connections
+     2  JSON into dataclasses      11  HTTP client
+     3  Settings                   12  Signatures
+     4  Log                        13  SMTP sessions
+     5  Submissions                14  Relays
+     6  Policy                     15  Queue
+     7  Messages                   16  Submission pipeline
+     8  Routes                     17  HTTP server
+     9  Event loop                 18  Commands
 
-Sections 1, 5 to 8 and 13 to 15 are the pipeline; 2 to 4 and 9 to 12 are infrastructure; 16 and 17 are the two entries.
+Sections 1, 5 to 8 and 14 to 16 are the pipeline; 2 to 4 and 9 to 13 are infrastructure; 17 and 18 are the two entries.
 
 Rules of the file:
   - A section uses only the sections above it; inside a section callers stand above their helpers.
@@ -31,7 +31,8 @@ config_field() in section 3; an endpoint a function and a row of ENDPOINTS; a co
 
 RFCs: 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS), 3461 (DSN), 3463
 (status codes), 3464 (bounces), 4954 (AUTH), 6152 (8BITMIME), 6531 (SMTPUTF8), 8314 (TLS on 465), 2183, 2231, 2387, 2392
-(attachments), 1035 (DNS), 6891 (EDNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic).
+(attachments), 1035 (DNS), 6891 (EDNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic), 6376, 8463
+(DKIM).
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ import hashlib
 import hmac
 import http.client
 import http.server
+import importlib
 import io
 import ipaddress
 import itertools
@@ -74,6 +76,7 @@ from collections import Counter, OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
+from html import unescape
 from html.parser import HTMLParser
 from typing import Any, Callable, NamedTuple
 
@@ -160,6 +163,7 @@ class Transaction(NamedTuple):
     recipients: tuple
     message: Message
     number: int = 1  # of the copy
+    dkim: Any = None  # {domain: DkimKey} with which it may be signed
 
     def octets(self) -> bytes:
         return self.message.copy(self.recipients[0], self.number)
@@ -252,13 +256,17 @@ REPLIES = {
     "key-running": (409, "421", None, "HTTP", "The first request with this Idempotency-Key is still running"),
     "key-reused": (422, "421", None, "HTTP", "Idempotency-Key was used with another body"),
     "no-queue": (400, "421", None, "HTTP", 'No queue here: set "queue": {"path": "haineko.db"} in the settings'),
+    "queue-sending": (409, "421", None, "HTTP", "The mail is being sent at this moment"),
     "not-implemented": (501, "421", None, "HTTP", "Transfer-Encoding not implemented"),
     "busy": (503, "421", None, "HTTP", "Too many connections"),
+    "content-encoding": (415, "421", None, "HTTP", "Content-Encoding is not supported"),
+    "overload": (503, "421", None, "HTTP", "Too many octets in flight"),
     "http-version": (505, "421", None, "HTTP", "HTTP version not supported"),
     # a submission against policy
     "login": (401, "535", "5.7.0", "AUTH", "authentication failed"),
     "client": (403, "500", "5.7.1", "AUTH", "Access denied"),
     "json": (400, "421", None, "HTTP", "Malformed JSON string"),
+    "invalid": (400, "554", "5.6.0", "HTTP", "Invalid submission"),
     "loop": (400, "421", "5.4.6", "CONN", "Detected message loop"),
     "ehlo": (400, "501", "5.0.0", "EHLO", "Invalid domain name"),
     "mail-empty": (400, "501", "5.5.2", "MAIL", 'Syntax error in parameters scanning "FROM"'),
@@ -626,16 +634,17 @@ class Relay(NamedTuple):
     login: tuple = ("username", "password")  # what a login for its API must have
     destination: str = "{route.relay} {route.host}:{route.port}"  # template: mail with the same text shares a next hop
     into_folder: bool = False  # delivers into a folder of this machine
+    keeps_octets: bool = False  # what it sends arrives unchanged, so that it can be signed
 
 
 UNKNOWN_RELAY = Relay(None, None)  # of a route made before RELAYS is filled
-RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 13
+RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 14
 
 
 def parse_secret(value: Any, json_path: str, errors: list) -> Any:
     """Parse a string, {"file": path} or {"env": NAME}."""
     if not isinstance(value, dict):
-        return parse_text(value, json_path, errors)
+        return value if type(value) is str else parse_text(value, json_path, errors)  # _secret() reads its characters
     if len(value) == 1 and set(value) <= {"file", "env"}:
         return {key: parse_text(item, f"{json_path}.{key}", errors) for key, item in value.items()}
     errors.append(f'{json_path}: expected a string, {{"file": path}} or {{"env": NAME}}')
@@ -736,6 +745,81 @@ parse_password_hash = matching(
 )
 
 
+class PrivateKey:
+    """Private key, RSA or Ed25519, held by OpenSSL's libcrypto, which Python has loaded already."""
+
+    ED25519_INFO = bytes.fromhex("302a300506032b6570032100")  # stands before the 32 octets of the key, RFC 8410 4
+
+    def __init__(self, pem: bytes) -> None:
+        """Read a PEM key; raise ValueError if it can't be used, OSError if there is no libcrypto."""
+        import ctypes
+
+        crypto, buffer = libcrypto(), ctypes.create_string_buffer(16384)
+        self._free, source = crypto.EVP_PKEY_free, crypto.BIO_new_mem_buf(pem, len(pem))
+        self._key = crypto.PEM_read_bio_PrivateKey(source, None, None, b"")  # b"": OpenSSL asks for no passphrase
+        crypto.BIO_free(source)
+        crypto.ERR_clear_error()  # or this thread's next TLS call would find what was left
+        if not self._key:
+            raise ValueError("expected a PEM private key without a passphrase")
+        fits = 0 < crypto.i2d_PUBKEY(self._key, None) <= len(buffer)
+        size = crypto.i2d_PUBKEY(self._key, ctypes.byref(ctypes.cast(buffer, ctypes.c_void_p))) if fits else 0
+        self.public = buffer.raw[:size]  # SubjectPublicKeyInfo (RFC 5280 4.1) in DER
+        self.is_ed25519 = self.public.startswith(self.ED25519_INFO)
+        if not self.is_ed25519 and rsa_bits(self.public) < 2048:
+            raise ValueError("expected an Ed25519 key, or an RSA key of 2048 bits or more")
+
+    def sign(self, data: bytes) -> bytes:
+        """Return the signature: RSA PKCS #1 v1.5 with SHA-256, or Ed25519. Other threads run meanwhile."""
+        import ctypes
+
+        crypto, size = libcrypto(), ctypes.c_size_t(16384)
+        signature, context = ctypes.create_string_buffer(size.value), crypto.EVP_MD_CTX_new()
+        digest = None if self.is_ed25519 else crypto.EVP_sha256()  # Ed25519 has its own
+        ok = crypto.EVP_DigestSignInit(context, None, digest, None, self._key) == 1
+        ok = ok and crypto.EVP_DigestSign(context, signature, ctypes.byref(size), data, len(data)) == 1
+        crypto.EVP_MD_CTX_free(context)
+        if not ok:
+            raise OSError(errno.EIO, "libcrypto can't sign with this key")
+        return signature.raw[: size.value]
+
+    def __del__(self) -> None:
+        if getattr(self, "_key", None):
+            self._free(self._key)
+
+
+def rsa_bits(public: bytes) -> int:
+    """Return the length of an RSA modulus, the first long INTEGER in the key's DER (RFC 8017 A.1.1); 0 without one."""
+    modulus = re.search(rb"\x02(?:\x82(..)|\x81(.))\x00", public, re.DOTALL)
+    return (int.from_bytes(modulus[1] or modulus[2], "big") - 1) * 8 if modulus else 0
+
+
+@functools.lru_cache(maxsize=1)
+def libcrypto() -> Any:
+    """Return OpenSSL's libcrypto by ctypes; raise OSError if this Python has none that can be used."""
+    import ctypes
+
+    for module in ("_hashlib", "_ssl", ""):  # linked with libcrypto; "": Python itself is
+        try:
+            library = ctypes.CDLL(importlib.import_module(module).__file__ if module else None)
+            for name, prototype in LIBCRYPTO.items():
+                result, *arguments = [kind and getattr(ctypes, f"c_{kind}") for kind in prototype.split(" ")]
+                function = getattr(library, name)
+                function.restype, function.argtypes = result or None, arguments
+        except (ImportError, OSError, AttributeError):
+            continue
+        return library
+    raise OSError(errno.ENOSYS, "this Python has no OpenSSL libcrypto that can be used")
+
+
+LIBCRYPTO = {  # function: types of its result and arguments in ctypes
+    "BIO_new_mem_buf": "void_p char_p int", "BIO_free": "int void_p", "ERR_clear_error": "",
+    "PEM_read_bio_PrivateKey": "void_p void_p void_p void_p char_p", "EVP_PKEY_free": " void_p",
+    "EVP_MD_CTX_new": "void_p", "EVP_MD_CTX_free": " void_p", "EVP_sha256": "void_p",
+    "EVP_DigestSignInit": "int void_p void_p void_p void_p void_p",
+    "EVP_DigestSign": "int void_p char_p void_p char_p size_t", "i2d_PUBKEY": "int void_p void_p",
+}  # fmt: skip
+
+
 def domain_key(name: str) -> str:
     """Return a domain, or ".domain", in lower case and ASCII (RFC 5890); "" if it is none."""
     dot = "." if name.startswith(".") else ""
@@ -750,8 +834,8 @@ def recipient_key(text: str) -> str:
     return f"{local.lower()}@{key}" if local and key and key[0] != "." else ""
 
 
-def is_plain_domain(name: str) -> bool:
-    return domain_key(name)[:1] not in ("", ".")
+def plain_domain_key(name: str) -> str:
+    return "" if name.startswith(".") else domain_key(name)
 
 
 def ascii_domain(name: str) -> str:
@@ -768,7 +852,7 @@ def ascii_domain(name: str) -> str:
 
 IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different domains, RFC 5894 7.2
 DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
-parse_domain = matching(is_plain_domain, "a domain", convert=domain_key)
+parse_domain = matching(plain_domain_key, "a domain", convert=domain_key)
 parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
 parse_aliases = mapping_of(
     list_of(matching(recipient_key, "an address"), required=True),
@@ -847,6 +931,16 @@ class Credentials:
     token: Any = config_field("", parse_secret, "session token of temporary credentials of Amazon", secret=True)
 
 
+@dataclass(frozen=True, repr=False, eq=False)
+class DkimKey:
+    """What signs the mail of a domain (RFC 6376). resolve_settings() sets domain and private."""
+
+    selector: str = config_field("", matching(DOMAIN, "a selector"), "the key is at SELECTOR._domainkey.DOMAIN in DNS")
+    key: Any = config_field("", parse_secret, "PEM: Ed25519, or RSA of 2048 bits or more", secret=True)
+    domain: str = ""
+    private: PrivateKey | None = None
+
+
 @dataclass(frozen=True, repr=False)
 class Route:
     """Where mail goes. resolve_settings() sets credentials and token, the relay MX address and tls_if_offered."""
@@ -864,6 +958,7 @@ class Route:
     sleep: int = config_field(5, integer(0, 3600), "seconds between them")
     disabled: bool = config_field(False, parse_boolean, "1: as if this route were not there")
     https: bool = config_field(False, parse_boolean, "Haineko: 1 means TLS")
+    dkim: bool = config_field(True, parse_boolean, "ESMTP, MX: 0 means that its mail is not signed")
     provider_headers: bool = config_field(False, parse_boolean, "1: clients may set fields that are commands to relays")
     base_url: str = config_field("", parse_base_url, "relays by HTTP: where the API is, if not at its usual place")
     region: str = config_field("", parse_region, "AmazonSES: the region")
@@ -922,6 +1017,7 @@ class Settings:
     authinfo: dict = config_field({}, mapping_of(nested(Credentials)))
     password: Authenticator = config_field(Authenticator({}), parse_passwords)
     queue: QueueSettings | None = config_field(None, nested(QueueSettings))
+    dkim: dict = config_field({}, mapping_of(nested(DkimKey), plain_domain_key, "a domain"))
     path: str | None = None
     files: tuple = ()  # (path, stat_key) of all that was read
     route_cache: dict = field(default_factory=dict, init=False)  # (recipient's domain, sender's): resolve_route()'s
@@ -998,9 +1094,10 @@ def open_regular(path: str) -> Any:
 
 def holds_secrets(raw: dict) -> bool:
     """True if raw settings hold a secret itself, not only where it is."""
-    logins, hashes, queue_settings = (raw.get(name) or {} for name in ("authinfo", "password", "queue"))
-    logins = logins.values() if isinstance(logins, dict) else ()
-    secrets = [login.get(key) for login in logins if isinstance(login, dict) for key in ("password", "token")]
+    logins, keys, hashes, queue_settings = (raw.get(name) or {} for name in ("authinfo", "dkim", "password", "queue"))
+    holders = [holder for table in (logins, keys) if isinstance(table, dict) for holder in table.values()]
+    names = ("password", "token", "key")
+    secrets = [holder.get(name) for holder in holders if isinstance(holder, dict) for name in names]
     secrets += [queue_settings.get("webhook_secret")] if isinstance(queue_settings, dict) else []
     return any(secret and type(secret) is str for secret in secrets) or (isinstance(hashes, dict) and bool(hashes))
 
@@ -1010,6 +1107,7 @@ def referenced_files(settings: Settings) -> list:
     base, tls = os.path.dirname(settings.path or ""), settings.httpd.tls
     secrets = [secret for login in settings.authinfo.values() for secret in (login.password, login.token)]
     secrets += [settings.queue.webhook_secret] if settings.queue else []
+    secrets += [item.key for item in settings.dkim.values()]
     names = [secret["file"] for secret in secrets if isinstance(secret, dict) and "file" in secret]
     names += [route.ca_file for route in (*settings.mailertable.values(), *settings.sendermt.values())]
     names += [tls.certificate, tls.key] if tls else []
@@ -1030,7 +1128,22 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
     recipients = settings.recipients or Recipients(domainpart=frozenset([name.lower()]))
     smtpd = replace(settings.smtpd, hostname=name)
     queue_settings = settings.queue and _queue_settings(settings.queue, base, errors)
-    return replace(settings, smtpd=smtpd, recipients=recipients, queue=queue_settings, **tables), errors
+    keys = {domain: _dkim_key(key, domain, base, errors) for domain, key in settings.dkim.items()}
+    return replace(settings, smtpd=smtpd, recipients=recipients, queue=queue_settings, dkim=keys, **tables), errors
+
+
+def _dkim_key(key: DkimKey, domain: str, base: str, errors: list) -> DkimKey:
+    """Return the key loaded."""
+    if not key.selector:
+        errors.append(f"dkim.{domain}.selector: expected a selector")
+    json_path = f"dkim.{domain}.key"
+    pem = _secret(key.key, base, json_path, errors, multiline=True)
+    try:
+        return replace(key, domain=domain, private=PrivateKey(pem.encode()))
+    except (ValueError, OSError) as error:
+        if not errors or not errors[-1].startswith(json_path):
+            errors.append(f"{json_path}: {getattr(error, 'strerror', None) or error}")
+    return key
 
 
 def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple:
@@ -1040,7 +1153,7 @@ def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple
     return login.username, password, token
 
 
-def _secret(source: Any, base: str, json_path: str, errors: list) -> str:
+def _secret(source: Any, base: str, json_path: str, errors: list, multiline: bool = False) -> str:
     """Return a secret, from the file or the environment variable that `source` names."""
     try:
         if isinstance(source, str):
@@ -1058,7 +1171,7 @@ def _secret(source: Any, base: str, json_path: str, errors: list) -> str:
     except KeyError:
         errors.append(f"{json_path}.env: no environment variable {source['env']}")
     else:
-        if secret.isprintable():
+        if multiline or secret.isprintable():
             return secret
         errors.append(f"{json_path}: has a line end, or another unprintable character")
     return ""
@@ -1382,6 +1495,63 @@ def log_value(value: Any, limit: int = 500) -> str:
 #    Unicode; strings for headers have no CR, LF or NUL; addresses in headers are parsed. Knows no settings.
 # ======================================================================================================================
 
+# Limits; a name or field over them is refused, and they are checked before the work.
+MAX_PATH = 254  # octets of an address, RFC 5321 4.5.3.1.3 less the brackets
+MAX_ADDRESSES = 2000  # of one field
+MAX_ADDRESS_TEXT = 1000  # characters of a faulty address that are looked at
+MAX_FILE_NAME = MAX_MEDIA_TYPE = 255  # characters
+MAX_ATTACHMENTS = MAX_FIELDS = MAX_PARAMETERS = 1000
+MAX_HEADER = 102400  # octets of the header of a message or part
+MAX_PARTS, MAX_NESTING = 2000, 100
+
+_ATOM = r"[^\x00-\x20\x7f()<>@,;:\\\".\[\]]+"
+MAILBOX = re.compile(  # characters beyond ASCII must be printable as well
+    rf'({_ATOM}(?:\.{_ATOM})*|"(?:[^\x00-\x1f\x7f"\\]|\\[\x20-\x7e])*")'
+    r"@([^\x00-\x20\x7f@<>\[\]]+|\[[0-9A-Za-z:.]+\])"
+)
+PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}")  # of a mailbox or group, written without quotes
+# A name with commas or brackets without quotes, which people write, then one address.
+SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")
+ADDRESS_TOKEN = re.compile(
+    r'(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<angle><(?:[^<>"\\]|"(?:[^"\\]|\\.)*")*>)|(?P<literal>\[[^\[\]]*\])'
+    r"|(?P<blank>\s+)|(?P<mark>[,;:])|(?P<atom>[^\s\"<>()\[\],;:]+)",
+    re.DOTALL,
+)
+COMMENT_TOKEN = re.compile(r"[()]|\\.", re.DOTALL)
+CFWS = ("blank", "comment")
+CHARSET_NAME = re.compile(r"[A-Za-z0-9_.:()+-]{1,40}")
+MESSAGE_ID = r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>"
+PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable ASCII, words with one space between
+DATE = re.compile(
+    r"(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), )?[0-9]{1,2} (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) [0-9]{4} "
+    r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
+)
+RESERVED_FIELDS = re.compile(r"received|sender|returnpath|dkimsignature|mime.*|content.*")  # normalized; made here
+X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
+# U+2028 to U+2069 hold those that make fdp.exe look like exe.pdf.
+CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
+MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
+MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
+CONTENT_ID = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}"
+NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # RFC 2045 2.7
+TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
+RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*(?:\n|\Z)")
+PARAMETER_FIELDS = ("content-type", "content-disposition")
+MAILBOX_FIELDS = ("from", "sender", "to", "cc", "bcc", "reply-to", "resent-from", "resent-sender", "resent-to",
+                  "resent-cc", "resent-reply-to", "disposition-notification-to", "return-receipt-to")  # fmt: skip
+# Fields in which only comments may be encoded.
+STRUCTURED_FIELDS = re.compile(
+    r"(?:resent-)?(?:date|message-id)|received|received-spf|references|in-reply-to|return-path|mime-version|content-id"
+    r"|content-transfer-encoding|dkim-signature|domainkey-signature|arc-.*|authentication-results|auto-submitted"
+    r"|list-(?:archive|help|owner|post|subscribe|unsubscribe|unsubscribe-post)"
+)
+DELIMITER = re.compile(rb"\n--([^\r\n]*)")
+HIGH_OCTETS = bytes(range(128, 256))
+BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
+CID_LINK = re.compile("[\"'(=]\\s*cid:([^\"'<>()\\s]{1,600})", re.IGNORECASE)  # RFC 2392
+PROVIDER_HEADER = re.compile(r"X-(?:MC|SES|PM|MS-Exchange)-.*|X-SMTPAPI", re.IGNORECASE)
+
 
 @dataclass(repr=False, eq=False)  # made for each request, and creating a frozen one takes four times as long
 class Request:
@@ -1395,9 +1565,10 @@ class Request:
     peer: IPAddress | None  # address of the connection: the client's or a proxy's
     port: int | None  # of the client
     now: float  # seconds since the epoch
-    settings: Settings | None = None  # the settings in force when it began
+    settings: Settings | None = None  # in force when it began
     login: str = ""  # who logged in
     message_size: int = 0  # octets of the finished message
+    forwarded: str = ""  # a header by which a proxy says that it forwarded the request
 
 
 class Mailbox(NamedTuple):
@@ -1411,12 +1582,6 @@ class Mailbox(NamedTuple):
 
 
 NULL_SENDER = Mailbox("", "", "", "", ("", ""))  # of bounces, RFC 5321 4.5.5; in a header: an empty group
-MAX_PATH = 254  # octets, RFC 5321 4.5.3.1.3 less the brackets
-_ATOM = r"[^\x00-\x20\x7f()<>@,;:\\\".\[\]]+"
-MAILBOX = re.compile(  # characters beyond ASCII must be printable as well
-    rf'({_ATOM}(?:\.{_ATOM})*|"(?:[^\x00-\x1f\x7f"\\]|\\[\x20-\x7e])*")'
-    r"@([^\x00-\x20\x7f@<>\[\]]+|\[[0-9A-Za-z:.]+\])"
-)
 
 
 @cache_short(4096, limit=MAX_PATH)
@@ -1448,11 +1613,15 @@ def is_address_literal(text: str) -> bool:
 
 
 def idna_hint(text: str) -> tuple:
-    """Return a line about the character for which a domain is refused, or ()."""
+    """Return a line that says why a text is no bare address, or ()."""
     found = re.search(f"@[^@ ,>]*([{IDNA_DEVIATIONS}])", text)
-    if not found:
-        return ()
-    return (f"U+{ord(found[1]):04X} has two readings in a domain (IDNA 2003 and 2008); write the domain as xn--...",)
+    if found:
+        hint = "has two readings in a domain (IDNA 2003 and 2008); write the domain as xn--..."
+        return (f"U+{ord(found[1]):04X} {hint}",)
+    with contextlib.suppress(ValueError):
+        meant = [mailbox.as_written for _, mailbox in parse_mailboxes(text[:MAX_ADDRESS_TEXT])]
+        return (f'expected a bare address, got "{sanitize(text, 80)}"; did you mean "{meant[0]}"?',) if meant else ()
+    return ()
 
 
 def parse_unicode_text(value: Any, json_path: str, errors: list) -> str:
@@ -1477,6 +1646,19 @@ def parse_header_text(value: Any, json_path: str, errors: list) -> str:
     return value
 
 
+def header_matching(pattern: str, expected: str) -> Callable:
+    """Make a parser of header text that is empty or matches the whole pattern."""
+    compiled = re.compile(pattern)
+
+    def parse(value: Any, json_path: str, errors: list) -> str:
+        value = parse_header_text(value, json_path, errors)
+        if value and not compiled.fullmatch(value):
+            errors.append(f'{json_path}: expected {expected}, got "{sanitize(value, 80)}"')
+        return value
+
+    return parse
+
+
 def parse_mailbox_field(value: Any, json_path: str, errors: list) -> tuple:
     """Return ((display name, Mailbox), ...) of a field like From; a text that is not empty names at least one."""
     found = parse_recipient_field(value, json_path, errors)
@@ -1498,28 +1680,16 @@ def parse_recipient_field(value: Any, json_path: str, errors: list) -> tuple:
     except ValueError as error:
         reason = "" if value.strip() in str(error) else f" ({error})"
     text = f'{json_path}: expected "name <address>", got "{sanitize(value, 80)}"{reason}'
-    errors.append("; ".join([text, *idna_hint(value[:MAX_FIELD])]))
+    errors.append("; ".join([text, *idna_hint(value[:MAX_ADDRESS_TEXT])]))
     return ()
-
-
-PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}")  # of a mailbox or group, written without quotes
 
 
 def parse_recipient_list(value: Any, json_path: str, errors: list) -> tuple:
     """Return the same of a list of such strings, or of one."""
+    if type(value) is list and len(value) > MAX_ADDRESSES:
+        errors.append(f"{json_path}: {len(value)} addresses exceed the limit of {MAX_ADDRESSES}")
+        return ()
     return tuple(itertools.chain.from_iterable(list_of(parse_recipient_field)(value, json_path, errors)))
-
-
-MAX_FIELD = 102400  # octets of a header, RFC 5321 4.5.3.1.7 asks for less
-MAX_ADDRESSES = 2000  # of one field
-# A name with commas or brackets without quotes, which people write, then one address.
-SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")
-ADDRESS_TOKEN = re.compile(
-    r'(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<angle><(?:[^<>"\\]|"(?:[^"\\]|\\.)*")*>)|(?P<literal>\[[^\[\]]*\])'
-    r"|(?P<blank>\s+)|(?P<mark>[,;:])|(?P<atom>[^\s\"<>()\[\],;:]+)",
-    re.DOTALL,
-)
-COMMENT_TOKEN = re.compile(r"[()]|\\.", re.DOTALL)
 
 
 @cache_short(512)
@@ -1532,22 +1702,20 @@ def parse_mailboxes(text: str) -> tuple:
     simple = SIMPLE_MAILBOX.fullmatch(text)
     if simple and not ("@" in simple[1] and re.search("[,;]", simple[1])):  # else the name holds another mailbox
         return ((simple[1].strip(), _parse_spec(simple[2])),)
-    found, member, in_group = [], AddressListMember(), False
-    for kind, token in address_tokens(text):
+    found, tokens, in_group = [], [], False
+    for kind, token in itertools.chain(address_tokens(text), (("mark", ""),)):
         if kind != "mark":
-            member.add(kind, token)
-        elif token == ":":
-            if in_group or member.angle or not member.words:
-                raise ValueError('":" out of place')
-            member, in_group = AddressListMember(), True
-        else:
-            found += member.mailboxes()
-            member, in_group = AddressListMember(), in_group and token != ";"
+            tokens.append((kind, token))
+            continue
+        kinds = {kind for kind, _ in tokens if kind not in CFWS}
+        if token != ":":
+            found += _mailbox(tokens)
+        if (token == ":" and (in_group or not kinds or kinds - {"atom", "quoted"})) or (in_group and not token):
+            raise ValueError('":" out of place, or a group without ";"')
         if len(found) > MAX_ADDRESSES:
             raise ValueError(f"more than {MAX_ADDRESSES} addresses")
-    if in_group:
-        raise ValueError('a group without ";"')
-    return tuple(found + member.mailboxes())
+        tokens, in_group = [], token == ":" or (in_group and token == ",")
+    return tuple(found)
 
 
 def address_tokens(text: str) -> Any:
@@ -1576,34 +1744,22 @@ def _comment_end(text: str, start: int) -> int:
     raise ValueError('a comment without ")"')
 
 
-class AddressListMember:
-    """The tokens between two separators of an address list: one mailbox or nothing."""
-
-    def __init__(self) -> None:
-        self.words: list = []  # of (kind, text)
-        self.comments: list = []
-        self.angle = ""  # "<address>"
-
-    def add(self, kind: str, token: str) -> None:
-        if kind == "comment":
-            self.comments.append(token)
-            token = " "
-        elif kind == "angle" and not self.angle:
-            self.angle = token
-        elif kind == "blank" or not self.angle:
-            self.words.append((kind, token))
-        else:
-            raise ValueError(f'"{sanitize(token, 80)}" after an address')
-
-    def mailboxes(self) -> list:
-        """Return [(display name, Mailbox)], or [] if there are only comments and blanks."""
-        comments = " ".join(comment.strip() for comment in self.comments)
-        if self.angle:
-            words = [re.sub(r"\\(.)", r"\1", word[1:-1]) if kind == "quoted" else word for kind, word in self.words]
-            name = "".join(words).strip()
-            return [(f"{name} ({comments})" if name and comments else name or comments, _parse_spec(self.angle[1:-1]))]
-        spec = "".join(word for _, word in self.words).strip()
+def _mailbox(tokens: list) -> list:
+    """Return [(display name, Mailbox)] of the tokens between two separators, [] if they are comments and blanks."""
+    words = [(" " if kind == "comment" else token, kind) for kind, token in tokens]
+    comments = " ".join(token.strip() for kind, token in tokens if kind == "comment")
+    kinds = [kind for kind, _ in tokens if kind not in CFWS]
+    if "angle" not in kinds:
+        spec = "".join(word for word, _ in words).strip()
         return [(comments, _parse_spec(spec))] if spec else []
+    if kinds.index("angle") != len(kinds) - 1:
+        raise ValueError("text after an address")
+    name = "".join(
+        re.sub(r"\\(.)", r"\1", word[1:-1]) if kind == "quoted" else word for word, kind in words if kind != "angle"
+    )
+    angle = next(word for word, kind in words if kind == "angle")
+    name = " ".join(filter(None, (name.strip(), comments and f"({comments})"))) if name.strip() else comments
+    return [(name, _parse_spec(angle[1:-1]))]
 
 
 def _parse_spec(text: str) -> Mailbox:
@@ -1632,15 +1788,11 @@ def parse_charset(value: Any, json_path: str, errors: list) -> str:
     return name or "UTF-8"
 
 
+@cache_short(64, limit=40)
 def iana_charset(name: str) -> str:
     """Return IANA's preferred name of a charset, "" for one that Python or mail readers do not know."""
-    return _iana_charset(name) if re.fullmatch(r"[A-Za-z0-9_.:()+-]{1,40}", name) else ""
-
-
-@functools.lru_cache(maxsize=64)
-def _iana_charset(name: str) -> str:
     try:
-        return IANA_NAMES.get(codecs.lookup(codec_name(name)).name, "")
+        return IANA_NAMES.get(codecs.lookup(codec_name(name)).name, "") if CHARSET_NAME.fullmatch(name) else ""
     except (LookupError, ValueError):
         return ""
 
@@ -1652,64 +1804,17 @@ def codec_name(charset: str) -> str:
 
 # Python's name of a codec: IANA's of the charset. Codecs without one are not used, since no mail reader knows them.
 IANA_NAMES = {
-    "ascii": "US-ASCII",
-    "utf-8": "UTF-8",
-    "iso2022_jp": "ISO-2022-JP",
-    "iso2022_jp_2": "ISO-2022-JP-2",
-    "iso2022_kr": "ISO-2022-KR",
-    "shift_jis": "Shift_JIS",
-    "cp932": "Windows-31J",
-    "euc_jp": "EUC-JP",
-    "euc_kr": "EUC-KR",
-    "cp949": "KS_C_5601-1987",
-    "cp950": "Big5",  # Microsoft's Big5; the characters that only it has are sent as UTF-8
-    "big5": "Big5",
-    "big5hkscs": "Big5-HKSCS",
-    "gb2312": "GB2312",
-    "gbk": "GBK",
-    "gb18030": "GB18030",
-    "koi8-r": "KOI8-R",
-    "koi8-u": "KOI8-U",
-    "mac-roman": "macintosh",
-    "hp-roman8": "hp-roman8",
-    "kz1048": "KZ-1048",
-    "ptcp154": "PTCP154",
-    "tis-620": "TIS-620",
-    "cp874": "windows-874",
-    "cp858": "IBM00858",
-    **{f"cp{page}": f"windows-{page}" for page in range(1250, 1259)},
-    **{f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 855, 857, *range(860, 867), 869)},
-    **{f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))},
-}
+    "ascii": "US-ASCII", "utf-8": "UTF-8", "iso2022_jp": "ISO-2022-JP", "iso2022_jp_2": "ISO-2022-JP-2",
+    "iso2022_kr": "ISO-2022-KR", "shift_jis": "Shift_JIS", "cp932": "Windows-31J", "euc_jp": "EUC-JP",
+    "euc_kr": "EUC-KR", "cp949": "KS_C_5601-1987", "cp950": "Big5", "big5": "Big5", "big5hkscs": "Big5-HKSCS",
+    "gb2312": "GB2312", "gbk": "GBK", "gb18030": "GB18030", "koi8-r": "KOI8-R", "koi8-u": "KOI8-U",
+    "mac-roman": "macintosh", "hp-roman8": "hp-roman8", "kz1048": "KZ-1048", "ptcp154": "PTCP154",
+    "tis-620": "TIS-620", "cp874": "windows-874", "cp858": "IBM00858",
+}  # fmt: skip
+IANA_NAMES.update({f"cp{page}": f"windows-{page}" for page in range(1250, 1259)})
+IANA_NAMES.update({f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 855, 857, *range(860, 867), 869)})
+IANA_NAMES.update({f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))})
 CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
-
-MESSAGE_ID = r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>"
-PLAIN = re.compile(r"[\x21-\x7e]{1,900}(?: [\x21-\x7e]{1,900})*")  # printable ASCII, words with one space between
-
-
-def header_matching(pattern: str, expected: str) -> Callable:
-    """Make a parser of header text that is empty or matches the whole pattern."""
-    compiled = re.compile(pattern)
-
-    def parse(value: Any, json_path: str, errors: list) -> str:
-        value = parse_header_text(value, json_path, errors)
-        if value and not compiled.fullmatch(value):
-            errors.append(f'{json_path}: expected {expected}, got "{sanitize(value, 80)}"')
-        return value
-
-    return parse
-
-
-def header_choice(*words: str) -> Callable:
-    """Make a parser of header text that is one of these words."""
-    return header_matching(f"(?i:{'|'.join(words)})", f"one of {', '.join(words)}")
-
-
-DATE = re.compile(
-    r"(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), )?[0-9]{1,2} (?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) [0-9]{4} "
-    r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
-)
-
 
 parse_message_id = header_matching(MESSAGE_ID, '"<left@right>"')  # RFC 5322 3.6.4
 parse_ascii_text = header_matching(PLAIN.pattern, "printable ASCII in words of at most 900 characters")
@@ -1744,27 +1849,17 @@ EXTRA_FIELDS = {
     "In-Reply-To": parse_message_ids,
     "References": parse_message_ids,
     "Date": parse_date,
-    "Auto-Submitted": parse_ascii_text,  # RFC 3834
-    "Precedence": parse_ascii_text,
-    "Importance": header_choice("high", "normal", "low"),  # RFC 4021 2.1.44
-    "Priority": header_choice("urgent", "normal", "non-urgent"),
-    "Sensitivity": header_choice("personal", "private", "company-confidential"),
-    "List-Id": parse_header_text,  # RFC 2919
-    "List-Archive": parse_ascii_text,  # RFC 2369
-    "List-Help": parse_ascii_text,
-    "List-Owner": parse_ascii_text,
-    "List-Post": parse_ascii_text,
-    "List-Subscribe": parse_ascii_text,
-    "List-Unsubscribe": parse_ascii_text,
-    "List-Unsubscribe-Post": parse_ascii_text,  # RFC 8058
-    "Organization": parse_header_text,
-    "Comments": parse_header_text,
-    "Keywords": parse_header_text,
-    "Feedback-Id": parse_ascii_text,
     "Disposition-Notification-To": parse_mailbox_field,  # RFC 8098
+    "Importance": header_matching("(?i:high|normal|low)", "high, normal or low"),  # RFC 4021 2.1.44
+    "Priority": header_matching("(?i:urgent|normal|non-urgent)", "urgent, normal or non-urgent"),
+    "Sensitivity": header_matching(
+        "(?i:personal|private|company-confidential)", "personal, private or company-confidential"
+    ),
+    **dict.fromkeys(("List-Id", "Organization", "Comments", "Keywords"), parse_header_text),
+    **dict.fromkeys(("Auto-Submitted", "Precedence", "Feedback-Id"), parse_ascii_text),  # RFC 3834
+    **dict.fromkeys(("List-Archive", "List-Help", "List-Owner", "List-Post"), parse_ascii_text),  # RFC 2369
+    **dict.fromkeys(("List-Subscribe", "List-Unsubscribe", "List-Unsubscribe-Post"), parse_ascii_text),  # RFC 8058
 }
-RESERVED_FIELDS = re.compile(r"received|sender|returnpath|dkimsignature|mime.*|content.*")  # normalized; made here
-X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
 
 
 def normalize_key(key: str) -> str:
@@ -1773,6 +1868,31 @@ def normalize_key(key: str) -> str:
 
 
 FIELD_BY_KEY = {normalize_key(name): name for name in EXTRA_FIELDS}
+# What other programs call the keys, and keys that belong to another level.
+TOP_KEYS = {key: key for key in ("ehlo", "helo", "mail", "rcpt", "recv", "body", "html", "attachments", "raw", "async")}
+TOP_KEYS.update(dict.fromkeys(("text", "textbody", "plain", "content", "message"), "body"))
+TOP_KEYS.update(dict.fromkeys(("recipient", "recipients", "mailto", "rcptto"), "rcpt"))
+TOP_KEYS.update(sender="mail", mailfrom="mail", htmlbody="html", files="attachments", attachment="attachments")
+TOP_KEYS.update(contenttype="html or attachments[].type", mimetype="attachments[].type")
+ATTACHMENT_KEYS = dict.fromkeys(("contenttype", "mimetype", "mediatype"), '"type"')
+ATTACHMENT_KEYS.update(data='"content"', contentid='"cid"', disposition='"inline"')
+
+
+def hinted(cls: type, hints: dict) -> Callable:
+    """Make a parser of objects like from_dict() that knows the keys of other programs and other levels."""
+
+    def parse(value: Any, json_path: str, errors: list) -> Any:
+        known = key_table(cls)
+        usual = not isinstance(value, dict) or value.keys() <= known.keys()
+        for key in () if usual else [key for key in value if key not in known]:
+            hint = hints.get(normalize_key(key))
+            if hint and len(errors) < MAX_ERRORS:
+                del value[key]
+                dot = json_path and json_path + "."
+                errors.append(f"{dot}{sanitize(key)}: unknown key; did you mean {hint}?")
+        return from_dict(cls, value, json_path, errors)
+
+    return parse
 
 
 @dataclass(repr=False, eq=False)  # made for each mail, and creating a frozen one takes four times as long
@@ -1803,7 +1923,7 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
     twice = getattr(value, "duplicate_keys", ())[:MAX_ERRORS]
     errors.extend(f"{json_path}.{sanitize(key)}: duplicate key" for key in twice)
     for key, item in value.items():
-        if len(errors) >= MAX_ERRORS:
+        if len(errors) >= MAX_ERRORS or len(extra) > MAX_FIELDS:
             break
         name, item_path = normalize_key(key), f"{json_path}.{sanitize(key)}"
         if seen.setdefault(name, key) != key:
@@ -1813,6 +1933,9 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
             values.update({} if item is None else {attribute: parse(item, item_path, errors)})
         else:
             extra += extra_field(key, item, item_path, errors)
+    size = sum(len(item) for _, item, _ in extra)
+    if len(extra) > MAX_FIELDS or size > MAX_HEADER:
+        errors.append(f"{json_path}: more than {MAX_FIELDS} fields or {MAX_HEADER} characters")
     return Header(**values, extra_fields=tuple(extra))
 
 
@@ -1826,13 +1949,16 @@ def extra_field(key: str, value: Any, json_path: str, errors: list) -> list:
         items = (parse(value, json_path, errors),)
     elif is_x:
         parse, name = parse_header_text, "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
-        items = list_of(parse)(value, json_path, errors)
+        items = list_of(parse)(value[: MAX_FIELDS + 1] if type(value) is list else value, json_path, errors)
     elif RESERVED_FIELDS.fullmatch(normalize_key(key)):
         errors.append(f"{json_path}: Haineko makes this field itself")
         return []
     else:
-        names = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)]
-        errors.append(f"{json_path}: unknown key{did_you_mean(key, names) if len(errors) < MAX_HINTS else ''}")
+        names, outside = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)], TOP_KEYS.get(normalize_key(key))
+        hint = f"; did you mean {outside}, outside of header?" if outside else ""
+        errors.append(
+            f"{json_path}: unknown key{hint or (did_you_mean(key, names) if len(errors) < MAX_HINTS else '')}"
+        )
         return []
     return [(name, item, parse) for item in items if item]
 
@@ -1866,11 +1992,6 @@ def parse_file_name(value: Any, json_path: str, errors: list) -> str:
     return value
 
 
-# U+2028 to U+2069 hold those that make fdp.exe look like exe.pdf.
-CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-MAX_FILE_NAME = 255
-
-
 def parse_media_type(value: Any, json_path: str, errors: list) -> str:
     """Return a media type with its parameters (RFC 2045 5.1), folded as it is written in a message."""
     value = parse_header_text(value, json_path, errors)
@@ -1885,20 +2006,11 @@ def parse_media_type(value: Any, json_path: str, errors: list) -> str:
     return name + "".join(f";\r\n {key}={word}" for key, word in parameters if key.lower().rstrip("*") != "name")
 
 
-_TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
-MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
-MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
-MAX_MEDIA_TYPE = 255
-
-
 def parse_content_id(value: Any, json_path: str, errors: list) -> str:
     """Return the name that a link "cid:..." in the HTML uses (RFC 2392), without brackets."""
     if type(value) is str and value.startswith("<") and value.endswith(">"):
         value = value[1:-1]
     return header_matching(CONTENT_ID, "letters, digits and @._+-")(value, json_path, errors)
-
-
-CONTENT_ID = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -1916,7 +2028,7 @@ def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
         errors.append(f"{json_path}: {len(value)} exceed the limit of {MAX_ATTACHMENTS}")
         return ()
     before, cids = len(errors), set()
-    attachments = list_of(nested(Attachment))(value, json_path, errors)
+    attachments = list_of(hinted(Attachment, ATTACHMENT_KEYS))(value, json_path, errors)
     for i, item in enumerate(attachments if len(errors) == before else ()):
         if item.content is None:
             errors.append(f"{json_path}[{i}].content: is missing")
@@ -1927,10 +2039,6 @@ def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
             errors.append(f"{json_path}[{i}].cid: another attachment has it already")
         cids.add(item.cid)
     return attachments
-
-
-MAX_ATTACHMENTS = 1000
-NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # RFC 2045 2.7
 
 
 class ParsedMessage(NamedTuple):
@@ -1963,7 +2071,7 @@ def parse_raw(value: Any, json_path: str, errors: list) -> ParsedMessage:
 
 def parse_message(octets: bytes) -> ParsedMessage:
     """Parse a message with any line ends; ValueError says which field is wrong, or which limit is exceeded."""
-    found = re.match(rb">?From [^\n]*\n", octets)  # of an mbox
+    found = re.match(rb">?From (?![ \t]*:)[^\n]*\n", octets)  # of an mbox
     octets = octets[found.end() :] if found else octets
     parts = mime_parts(octets)
     check_limits(parts)
@@ -1995,35 +2103,17 @@ def fold_long_lines(octets: bytes) -> bytes:
     """Fold a field's lines of more than 998 octets at blanks; those without a blank stay."""
     if not TOO_LONG.search(octets):
         return octets
-    lines = []
+    lines, end = [], b"\r" if octets.endswith(b"\r\n") else b""
     for line in octets.split(b"\n"):
         start = 0
         while len(line) - start > 998:
             at = max(line.rfind(b" ", start + 1, start + 998), line.rfind(b"\t", start + 1, start + 998))
             if at < 0:
                 break
-            lines.append(line[start:at])
+            lines.append(line[start:at] + end)
             start = at
         lines.append(line[start:])
     return b"\n".join(lines)
-
-
-TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
-RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*(?:\n|\Z)")
-MAX_HEADER = 102400  # octets of the header of a message or part
-MAX_FIELDS = 1000
-MAX_PARTS = 2000
-MAX_NESTING = 100
-MAX_PARAMETERS = 1000
-PARAMETER_FIELDS = ("content-type", "content-disposition")
-MAILBOX_FIELDS = ("from", "sender", "to", "cc", "bcc", "reply-to", "resent-from", "resent-sender", "resent-to",
-                  "resent-cc", "resent-reply-to", "disposition-notification-to", "return-receipt-to")  # fmt: skip
-# Fields in which only comments may be encoded.
-STRUCTURED_FIELDS = re.compile(
-    r"(?:resent-)?(?:date|message-id)|received|received-spf|references|in-reply-to|return-path|mime-version|content-id"
-    r"|content-transfer-encoding|dkim-signature|domainkey-signature|arc-.*|authentication-results|auto-submitted"
-    r"|list-(?:archive|help|owner|post|subscribe|unsubscribe|unsubscribe-post)"
-)
 
 
 def is_utf8(octets: bytes) -> bool:
@@ -2043,6 +2133,7 @@ class MIMEPart:
     end: int
     depth: int
     media_type: str = ""
+    boundary: bytes = b""
     is_leaf: bool = True
 
     def value(self, name: str) -> str:
@@ -2068,49 +2159,47 @@ def mime_parts(octets: bytes) -> list:
     """Return the parts of a message (RFC 2046 5.1), each before those within it. It ends soon after a limit."""
     parts: list = []
     open_depths: dict = {}  # boundary of each open multipart, from the outermost: depth
-    current = _open_part(octets, 0, 0, parts, open_depths)
+    current = _open_part(octets, 0, 0, parts, open_depths)  # the part that the next delimiter ends
     for found in DELIMITER.finditer(octets) if open_depths else ():
         line = found[1].rstrip()
         is_close = line not in open_depths and line.endswith(b"--")
         boundary = line[:-2] if is_close else line
         if boundary not in open_depths or found.start() < parts[-1].body - 1:
             continue
-        if current:
+        if current and (current.is_leaf or boundary != current.boundary):
             current.end = max(current.body, found.start() - (octets[found.start() - 1 : found.start()] == b"\r"))
-        depth = open_depths[boundary]
+            current.is_leaf = True  # a multipart without parts is one
+        depth, current = open_depths[boundary], None
         while list(open_depths)[-1] != boundary:
             open_depths.popitem()
-        current = None
         if is_close:
             open_depths.popitem()
         elif len(parts) > MAX_PARTS:
             break
         else:
-            current = _open_part(
-                octets, octets.find(b"\n", found.end()) + 1 or len(octets), depth + 1, parts, open_depths
-            )
+            start = octets.find(b"\n", found.end()) + 1 or len(octets)
+            current = _open_part(octets, start, depth + 1, parts, open_depths)
+    if current:
+        current.is_leaf = True
     return parts
 
 
-DELIMITER = re.compile(rb"\n--([^\r\n]*)")
-
-
-def _open_part(octets: bytes, start: int, depth: int, parts: list, open_depths: dict) -> MIMEPart | None:
-    """Read a part's header and those of messages directly within it; return the innermost part if it has no parts."""
+def _open_part(octets: bytes, start: int, depth: int, parts: list, open_depths: dict) -> MIMEPart:
+    """Read a part's header and those of messages directly within it; return the innermost part."""
     while True:
         header, body = read_header(octets, start)
         part = MIMEPart(header, start, body, len(octets), depth)
         parts.append(part)
         part.media_type = part.value("content-type").partition(";")[0].strip().lower()
-        boundary = part.parameter("boundary").encode("ascii", "replace")
         if depth > MAX_NESTING or len(parts) > MAX_PARTS:
             return part
-        if part.media_type.startswith("multipart/") and boundary:
-            part.is_leaf, open_depths[boundary] = False, depth
-            return None
-        if part.media_type != "message/rfc822" or part.encoding in ("base64", "quoted-printable"):
-            return part
-        part.is_leaf, start, depth = False, body, depth + 1
+        if part.media_type.startswith("multipart/") and part.parameter("boundary"):
+            part.is_leaf, part.boundary = False, part.parameter("boundary").encode("ascii", "replace")
+            open_depths[part.boundary] = depth
+        elif part.media_type == "message/rfc822" and part.encoding not in ("base64", "quoted-printable"):
+            part.is_leaf, start, depth = False, body, depth + 1
+            continue
+        return part
 
 
 def read_header(octets: bytes, start: int) -> tuple:
@@ -2127,22 +2216,16 @@ def read_header(octets: bytes, start: int) -> tuple:
 
 def check_limits(parts: list) -> None:
     """Raise ValueError if a message exceeds a limit."""
-    most = {
-        "parts": (len(parts), MAX_PARTS),
-        "levels of parts": (max(part.depth for part in parts), MAX_NESTING),
-        "fields in a header": (max(len(part.header) for part in parts), MAX_FIELDS),
-        "octets of a header": (max(part.body - part.start for part in parts), MAX_HEADER),
-        "parameters of a field": (
-            max(
-                (octets.count(b";") for part in parts for name, octets in part.header if name in PARAMETER_FIELDS),
-                default=0,
-            ),
-            MAX_PARAMETERS,
-        ),
-    }
-    for what, (count, limit) in most.items():
-        if count > limit:
-            raise ValueError(f"{count} {what} exceed the limit of {limit}")
+    parameters = [octets.count(b";") for part in parts for name, octets in part.header if name in PARAMETER_FIELDS]
+    for what, counts, limit in (
+        ("parts", [len(parts)], MAX_PARTS),
+        ("levels of parts", [part.depth for part in parts], MAX_NESTING),
+        ("fields in a header", [len(part.header) for part in parts], MAX_FIELDS),
+        ("octets of a header", [part.body - part.start for part in parts], MAX_HEADER),
+        ("parameters of a field", [0, *parameters], MAX_PARAMETERS),
+    ):
+        if max(counts) > limit:
+            raise ValueError(f"{max(counts)} {what} exceed the limit of {limit}")
 
 
 def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool = True) -> bytes:
@@ -2162,9 +2245,6 @@ def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool
         out.append(new_body)
         at = part.end if part.is_leaf else part.body
     return b"".join([*out, octets[at:] if keep_8bit else octets[at:].translate(None, HIGH_OCTETS)])
-
-
-HIGH_OCTETS = bytes(range(128, 256))
 
 
 def _encode_binary(part: MIMEPart, body: bytes) -> tuple:
@@ -2188,14 +2268,16 @@ def base64_lines(octets: Any) -> bytes:
     return b"\r\n".join(BASE64_LINE.findall(binascii.b2a_base64(octets, newline=False))) + b"\r\n"
 
 
-BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
+def unfold(octets: bytes) -> str:
+    """Return the value of a header field on one line."""
+    return re.sub(r"\r?\n", "", octets.decode("utf-8", "replace").partition(":")[2]).strip()
 
 
-def header_recipients(fields: list) -> list:
+def header_recipients(header: list) -> list:
     """Return the addresses in To, Cc and Bcc. A field that is no address list stands for itself: it is never searched
     for addresses, and the reply names it as an invalid recipient."""
     found: list = []
-    for key, value in fields:
+    for key, value in header:
         if key in ("to", "cc", "bcc"):
             text = value.partition(b":")[2].decode("utf-8", "replace").replace("\n", "").strip()
             try:
@@ -2205,9 +2287,9 @@ def header_recipients(fields: list) -> list:
     return found
 
 
-def loop_names(fields: list) -> tuple:
+def loop_names(header: list) -> tuple:
     """Return the names of the Hainekos that a finished message has passed."""
-    texts = [value.partition(b":")[2].decode("ascii", "replace") for key, value in fields if key == "x-haineko-loop"]
+    texts = [value.partition(b":")[2].decode("ascii", "replace") for key, value in header if key == "x-haineko-loop"]
     names = parse_loop_names([text.replace("\n", "") for text in texts], "", [])
     return tuple(name for name in names if DOMAIN.fullmatch(name))
 
@@ -2232,23 +2314,91 @@ class Submission:
         return bool(self.raw or self.header.shared)
 
 
-def parse_submission(body: Any) -> tuple:
-    """Return (Submission, errors) of a request's body; the Submission is None if there are errors."""
+class SubmissionResult(NamedTuple):
+    """What a request's body holds: a Submission, or None and every error."""
+
+    submission: Submission | None
+    errors: list
+    is_json: bool = True  # False: the one error is that of the JSON decoder
+
+
+def parse_submission(body: Any) -> SubmissionResult:
+    """Parse the body of a request."""
     errors: list = []
     if b"\x1b" in body:  # old clients send ISO-2022-JP with its escape character as it is
         body = body.replace(b"\x1b", b"\\u001b")
     try:
         raw = parse_json(body)
+    except ValueError as error:
+        return SubmissionResult(None, [sanitize(str(error)) + form_data_hint(bytes(body[:500]))], is_json=False)
+    try:
         if b"\\u001" in body and isinstance(raw, dict) and isinstance(raw.get("header"), dict):
             decode_jis_strings(raw)
     except ValueError as error:
-        return None, [sanitize(str(error))]
+        return SubmissionResult(None, [sanitize(str(error))])
     except RecursionError:
-        return None, ["nested too deeply"]
-    submission = from_dict(Submission, raw, "", errors)
+        return SubmissionResult(None, ["nested too deeply"], is_json=False)
+    submission = hinted(Submission, SUBMISSION_KEYS)(raw, "", errors)
+    if submission.html and not any(error.startswith("attachments") for error in errors):
+        check_content_ids(submission, errors)
     if submission.rcpt is None or submission.header.bcc or submission.raw:
         submission = add_header_recipients(submission, raw, errors)
-    return None if errors else submission, errors
+    return SubmissionResult(None if errors else submission, errors)
+
+
+SUBMISSION_KEYS = {
+    normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *key_table(Header), "replyto")
+}
+SUBMISSION_KEYS.update(TOP_KEYS)
+
+
+def form_data_hint(start: bytes) -> str:
+    """Return what to say of a body that is empty or the data of an HTML form."""
+    if not start.strip():
+        return "; the body is empty"
+    is_form = re.match(rb"[\w.%+\[\]-]{1,200}=", start) or (start[:2] == b"--" and b"form-data" in start)
+    return "; it looks like form data: send JSON" if is_form else ""
+
+
+def check_content_ids(submission: Submission, errors: list) -> None:
+    """Append an error for a "cid:" in the HTML without an attachment, and for a `cid` that the HTML does not use."""
+    links = {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(submission.html)}
+    cids = {item.cid: i for i, item in enumerate(submission.attachments) if item.cid}
+    errors += [
+        f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in sorted(links - cids.keys())
+    ][:MAX_HINTS]
+    errors += [f'attachments[{i}].cid: the HTML has no "cid:{cid}"' for cid, i in cids.items() if cid not in links]
+
+
+def is_expensive(work: Any) -> bool:
+    """Return whether to parse this body, or to compose this Submission, may take over 5 ms and belongs in a thread."""
+    return (_compose_cost(work) if isinstance(work, Submission) else _parse_cost(work)) > 5000
+
+
+def _parse_cost(body: Any) -> float:
+    """Estimate microseconds from above: text is cheap; strings, addresses and raw messages are not."""
+    per_octet = 0.4 if b'"raw"' in body or b"\\u00" in body else 0.01  # the key may be escaped
+    return per_octet * len(body) + 1.5 * body.count(b'"') + 10 * body.count(b"@")
+
+
+def _compose_cost(submission: Submission) -> float:
+    """Estimate microseconds from above, by the slowest inputs of each kind."""
+    header, raw = submission.header, submission.raw
+    if raw:
+        per_octet = 0.01 if raw.body.isascii() else 0.3
+        return per_octet * len(raw.body) + 10 * len(raw.fields) + 30 * raw.body.count(b"\n--")
+    cost = (0.02 if header.charset in ("UTF-8", "US-ASCII") else 0.5) * len(submission.body)
+    cost += (0.1 if submission.body else 1.5) * len(submission.html)
+    cost += sum(25 + 0.008 * len(item.content or b"") for item in submission.attachments)
+    cost += 0.6 * (len(header.subject) + sum(len(value) for _, value, _ in header.extra_fields))
+    return cost + 5 * len(header.extra_fields) + 15 * len(header.to + header.cc)
+
+
+def provider_header_names(submission: Submission) -> tuple:
+    """Return the names of the fields that cloud relays take for commands."""
+    raw = submission.raw.fields if submission.raw else ()
+    names = [*(name for name, _, _ in submission.header.extra_fields), *(name for name, _ in raw)]
+    return tuple(dict.fromkeys(name for name in names if PROVIDER_HEADER.fullmatch(name)))
 
 
 def add_header_recipients(submission: Submission, raw: Any, errors: list) -> Submission:
@@ -2341,10 +2491,22 @@ def check_login(request: Request, submission: Submission | None, settings: Setti
 
 def check_client(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
     """Require an address in relayhosts, unless the client has to log in."""
-    policy = settings.relayhosts
-    if settings.password.hashes or policy.open_relay or request.client in policy.relayhosts:
+    if settings.password.hashes or settings.relayhosts.open_relay:
         return None
-    return make_reply("client")
+    if request.client not in settings.relayhosts.relayhosts:
+        return make_reply("client", f"{request.client.text} is not in relayhosts.relayhosts")
+    reason = hidden_client(request, settings)
+    return make_reply("client", reason) if reason else None
+
+
+def hidden_client(request: Request, settings: Settings) -> str:
+    """Say why a request from a loopback address was not made by a program on this machine, "" if it may have been."""
+    if not request.forwarded or request.client not in LOOPBACK:
+        return ""
+    proxy = f"{request.forwarded} from {request.peer.text}"
+    if request.peer not in settings.httpd.trusted_proxies:
+        return f"{proxy}, which is not in httpd.trusted_proxies"
+    return "" if "x-forwarded-for" in request.headers else f"{proxy} without X-Forwarded-For"
 
 
 def check_loop(request: Request | None, submission: Submission, settings: Settings) -> Reply | None:
@@ -2361,38 +2523,45 @@ def check_ehlo(request: Request, submission: Submission, settings: Settings) -> 
     if name is None or DOMAIN.fullmatch(name):
         return None
     literal = name[:1] == "[" and name[-1:] == "]" and len(name) <= MAX_PATH and is_address_literal(name)
-    return None if literal else make_reply("ehlo")
+    return None if literal else make_reply("ehlo", 'ehlo: expected a domain or an address literal like "[192.0.2.1]"')
 
 
 def check_sender(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.mail:
-        return make_reply("mail-empty")
-    return None if parse_address(submission.mail) else make_reply("mail-form", *idna_hint(submission.mail))
+        return make_reply("mail-empty", "mail (the envelope sender) is required")
+    if parse_address(submission.mail):
+        return None
+    return make_reply("mail-form", *idna_hint(submission.mail) or ('expected a bare address like "user@example.org"',))
 
 
 def check_recipient_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.rcpt or submission.rcpt == ("",):
-        return make_reply("rcpt-none")
+        return make_reply("rcpt-none", "rcpt is required, unless header has to, cc or bcc")
     limit, count = settings.smtpd.max_rcpts_per_message, len(submission.rcpt)
     if not limit or count <= limit:
         return None
     if count <= 100 * limit + 1000:  # past that, comparing the addresses would take too long
         count = len(unique_recipients(submission))
-    return make_reply("rcpt-many") if count > limit else None
+    if count <= limit:
+        return None
+    return make_reply("rcpt-many", f"{count} recipients exceed smtpd.max_rcpts_per_message ({limit})")
 
 
 def check_recipients(request: Request, submission: Submission, settings: Settings) -> dict:
     """Return {recipient as written: the Reply that refuses it}."""
-    replies = {
-        as_written: check_recipient(mailbox, settings, as_written)
-        for as_written, mailbox in unique_recipients(submission).items()
-    }
-    return {as_written: reply for as_written, reply in replies.items() if reply}
+    refused = {}
+    for as_written, mailbox in unique_recipients(submission).items():
+        reply = check_recipient(mailbox, settings, as_written)
+        if reply:
+            refused[as_written] = reply
+    return refused
 
 
 def check_body(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     raw = submission.raw
-    return None if submission.body or submission.html or (raw and raw.fields) else make_reply("body-empty")
+    if submission.body or submission.html or (raw and raw.fields):
+        return None
+    return make_reply("body-empty", "raw: it has no header fields" if raw else "body or html is required")
 
 
 def check_size(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -2400,7 +2569,9 @@ def check_size(request: Request, submission: Submission, settings: Settings) -> 
 
 
 def check_subject(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    return None if submission.header.subject or submission.raw else make_reply("subject-empty")
+    if submission.header.subject or submission.raw:
+        return None
+    return make_reply("subject-empty", "header.subject is required")
 
 
 # (stage, check) in the order in which faults are reported. A check returns a Reply, which refuses the whole submission,
@@ -2428,9 +2599,10 @@ def apply_checks(checks: tuple, request: Request, submission: Submission | None,
     refused: dict = {}
     for check in checks:
         result = check(request, submission, settings)
-        if isinstance(result, Reply):
+        if isinstance(result, dict):
+            refused.update(result)
+        elif result:
             raise Rejected(result)
-        refused.update(result or ())
     return refused
 
 
@@ -2452,12 +2624,16 @@ def check_recipient(mailbox: Mailbox | None, settings: Settings, as_written: str
         or mailbox.domain.lower() in policy.domainpart
         or mailbox.addr_spec.lower() in policy.recipients
     )
-    return None if permitted else make_reply("rcpt-policy")
+    if permitted:
+        return None
+    return make_reply("rcpt-policy", "neither recipients.domainpart nor recipients.recipients has it")
 
 
 def check_message_size(octets: int, settings: Settings) -> Reply | None:
     limit = settings.smtpd.max_message_size
-    return make_reply("too-big") if limit and octets > limit else None
+    if not limit or octets <= limit:
+        return None
+    return make_reply("too-big", f"{octets} octets exceed smtpd.max_message_size ({limit})")
 
 
 # ======================================================================================================================
@@ -2465,6 +2641,23 @@ def check_message_size(octets: int, settings: Settings) -> Reply | None:
 #    Takes a Submission, gives a Message: header and body as octets, ready for every relay. Knows charsets, MIME and the
 #    limits on lines; the recipients of a copy, the clock and the queue id are arguments.
 # ======================================================================================================================
+
+BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
+PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
+RFC2231_SEGMENT = 60  # characters of a parameter in one line
+SOUND_MARKS = ("ﾞ", "ﾟ")
+NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
+JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
+QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
+# Names that Windows and Unicode's own tables give differently to some characters of JIS X 0208; Python's codec knows
+# the latter.
+CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
+UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
+ENCODED_WORDS = re.compile(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)")
+ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
+PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
+COMMENT = re.compile(r"\([^()\\]*\)")
+NOT_BASE64 = bytes({*range(256)} - {*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"})
 
 
 def compose(submission: Submission, queueid: str, client: IPAddress, hostname: str, now: float) -> Message:
@@ -2584,9 +2777,6 @@ def file_part(item: Attachment, charset: str) -> Any:
         yield base64_lines(item.content[start : start + BASE64_BLOCK])
 
 
-BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
-
-
 def name_parameters(name: str, charset: str) -> tuple:
     """Return the parameters for a file's name in Content-Type and Content-Disposition. If the name isn't plain, the
     latter is for readers that know RFC 2231, the former (encoded words) for those that do not."""
@@ -2596,9 +2786,6 @@ def name_parameters(name: str, charset: str) -> tuple:
     return f';\r\n name="{words}"', rfc2231_parameter("filename", name, charset)
 
 
-PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
-
-
 def rfc2231_parameter(name: str, text: str, charset: str) -> str:
     """Return a parameter with any characters, in lines of its own."""
     coded = f"{charset}''{urllib.parse.quote_from_bytes(charset_encoder(charset)(text), safe='')}"
@@ -2606,9 +2793,6 @@ def rfc2231_parameter(name: str, text: str, charset: str) -> str:
         return f";\r\n {name}*={coded}"
     segments = re.findall(f"(?:%..|[^%]){{1,{RFC2231_SEGMENT // 3}}}", coded)
     return "".join(f";\r\n {name}*{i}*={segment}" for i, segment in enumerate(segments))  # RFC 2231 3
-
-
-RFC2231_SEGMENT = 60  # characters of a parameter in one line
 
 
 def guess_media_type(name: str) -> str:
@@ -2629,14 +2813,10 @@ def guess_media_type(name: str) -> str:
 
 _OFFICE = "application/vnd.openxmlformats-officedocument."
 EXTRA_MEDIA_TYPES = {  # that not every system's table has
-    ".docx": _OFFICE + "wordprocessingml.document",
-    ".xlsx": _OFFICE + "spreadsheetml.sheet",
-    ".pptx": _OFFICE + "presentationml.presentation",
-    ".ics": "text/calendar",
-    ".md": "text/markdown",
-    ".webp": "image/webp",
-    ".zip": "application/zip",
-}
+    ".docx": _OFFICE + "wordprocessingml.document", ".xlsx": _OFFICE + "spreadsheetml.sheet",
+    ".pptx": _OFFICE + "presentationml.presentation", ".ics": "text/calendar", ".md": "text/markdown",
+    ".webp": "image/webp", ".zip": "application/zip",
+}  # fmt: skip
 
 
 def html_to_text(html: str) -> str:
@@ -2810,9 +2990,6 @@ def splits_cluster(value: str, at: int) -> bool:
     return value.startswith(SOUND_MARKS, at) and not value.startswith(SOUND_MARKS, at - 1)
 
 
-SOUND_MARKS = ("ﾞ", "ﾟ")
-
-
 def encode_body(text: str, charset: str) -> tuple:
     """Return (Content-Transfer-Encoding, octets) with CRLF and no line over 998 octets (RFC 5322 2.1.1)."""
     text = text if "\r" not in text else text.replace("\r\n", "\n").replace("\r", "\n")
@@ -2827,11 +3004,6 @@ def encode_body(text: str, charset: str) -> tuple:
         if quoted * 77 // 74 < (len(octets) + 2) // 3 * 4 + (len(octets) + 56) // 57 * 2:
             return "quoted-printable", binascii.b2a_qp(octets, istext=True)
     return "base64", base64_lines(octets)
-
-
-NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
-JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
-QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
 
 
 @functools.lru_cache(maxsize=64)
@@ -2894,9 +3066,6 @@ def jis_extensions() -> tuple:
     return table, re.compile(f"([{''.join(table)}]+)")
 
 
-# Names that Windows and Unicode's own tables give differently to some characters of JIS X 0208; Python's codec knows
-# the latter.
-CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
 CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis}  # others by Python's codecs
 
 
@@ -2923,9 +3092,6 @@ def complete_raw_message(
     return Message((octets,), not octets.isascii(), bool(non_ascii_fields(octets)))
 
 
-UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
-
-
 def mime_label(body: bytes) -> bytes:
     """Return the MIME fields for a body that came without; none if it is ASCII that every path can carry."""
     if body.isascii() and not UNSENDABLE.search(body):
@@ -2939,7 +3105,7 @@ def mime_label(body: bytes) -> bytes:
 def non_ascii_fields(octets: bytes) -> list:
     """Return the names of the header fields, those of parts included, that need SMTPUTF8 (RFC 6532 3)."""
     parts = [] if octets.isascii() else mime_parts(octets)
-    return list(dict.fromkeys(name for part in parts for name, field in part.header if not field.isascii()))
+    return list(dict.fromkeys(name for part in parts for name, line in part.header if not line.isascii()))
 
 
 def downgrade_8bit(octets: bytes, keep_8bit: bool = False) -> bytes:
@@ -2951,7 +3117,9 @@ def downgrade_8bit(octets: bytes, keep_8bit: bool = False) -> bytes:
 def convert_parts(octets: bytes, keep_8bit: bool, keep_utf8: bool) -> bytes:
     """Return a message, each of whose parts is encoded where the path can't carry it as it is."""
     parts = mime_parts(octets)
-    return rewrite_parts(octets, parts, functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8), keep_8bit)
+    convert = functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8)
+    octets = rewrite_parts(octets, parts, convert, keep_8bit)
+    return octets if octets.endswith(b"\r\n") else octets + b"\r\n"
 
 
 def _convert_part(top: MIMEPart, keep_8bit: bool, keep_utf8: bool, part: MIMEPart, body: bytes) -> tuple:
@@ -2987,19 +3155,11 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
     elif STRUCTURED_FIELDS.fullmatch(name):
         coded = f"{label}: {encode_comments(text)}"
     else:
-        segments = re.split(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)", text)
-        words = [
-            [item] if i % 2 else encoded_words(item, "UTF-8", len(label) + 2)
-            for i, item in enumerate(segments)
-            if item.strip()
-        ]
-        coded = fold(f"{label}:", itertools.chain.from_iterable(words))
+        tokens: list = []
+        for i, segment in enumerate(ENCODED_WORDS.split(text)):
+            tokens += [segment] if i % 2 else encoded_words(segment, "UTF-8", len(label) + 2) if segment.strip() else []
+        coded = fold(f"{label}:", tokens)
     return coded.encode() + b"\r\n"
-
-
-ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
-PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
-COMMENT = re.compile(r"\([^()\\]*\)")
 
 
 def decode_octets(octets: bytes, charset: str) -> str:
@@ -3033,13 +3193,11 @@ def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
         body = binascii.a2b_base64(data + b"=" * (-len(data) % 4))
     elif part.encoding == "quoted-printable":
         body = binascii.a2b_qp(body)
-    if part.is_text:
+    if part.is_text and part.encoding != "base64":
         # b2a_qp() writes line ends as the first line has them.
         return set_encoding(header, "quoted-printable"), binascii.b2a_qp(body + b"\r\n", istext=True)[:-2]
     return set_encoding(header, "base64"), base64_lines(body)[:-2]
 
-
-NOT_BASE64 = bytes({*range(256)} - {*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"})
 
 # ======================================================================================================================
 # 8. Routes
@@ -4068,7 +4226,108 @@ def parse_mta_sts_policy(text: str) -> MTASTSPolicy:
 
 
 # ======================================================================================================================
-# 12. SMTP sessions
+# 12. Signatures
+#     Takes finished octets and a PrivateKey; gives DKIM-Signature (RFC 6376, 8463) or a JSON Web Token (RFC 7519).
+# ======================================================================================================================
+
+
+async def sign_transaction(transaction: Transaction) -> Transaction:
+    """Return a transaction with its message signed, unless its route, its domain or a signature that it has forbid."""
+    route = transaction.route
+    if not (transaction.dkim and route.dkim and route.row.keeps_octets):
+        return transaction
+    if route.host.lower().rstrip(".").endswith(".amazonaws.com"):  # SES changes Date and Message-Id, then signs itself
+        return transaction
+    return await asyncio.to_thread(_sign_transaction, transaction, int(time.time()))
+
+
+def _sign_transaction(transaction: Transaction, now: int) -> Transaction:
+    octets, message = transaction.octets(), transaction.message
+    key = signing_key(parse_message(octets[: octets.index(b"\r\n\r\n") + 2]).fields, transaction.dkim)
+    if not key:
+        return transaction
+    if message.needs_8bitmime:  # it would be converted after the signature for a server without 8BITMIME
+        octets = downgrade_8bit(octets)
+        message = Message((octets,), not octets.isascii(), not octets.partition(b"\r\n\r\n")[0].isascii())
+    first, *others = message.parts
+    return transaction._replace(message=message._replace(parts=(dkim_signature(octets, key, now) + first, *others)))
+
+
+def signing_key(header: list, keys: dict) -> DkimKey | None:
+    """Return the key for the domain of From or a parent of it; None if there is none or that domain has signed."""
+    try:
+        author = parse_mailboxes(next((unfold(octets) for name, octets in header if name == "from"), ""))
+    except ValueError:
+        return None
+    key = find_dkim_key(author[0][1].domain, keys) if author else None
+    signatures = [parse_tags(unfold(octets)) for name, octets in header if name == "dkim-signature"]
+    return None if key and key.domain in [tags.get("d", "").lower() for tags in signatures] else key
+
+
+def find_dkim_key(domain: str, keys: dict) -> DkimKey | None:
+    """Return the key of a domain or of the nearest domain above it."""
+    names = (name.lstrip(".") for name in lookup_keys(domain_key(domain)))
+    return next((keys[name] for name in names if name in keys), None)
+
+
+def parse_tags(record: str) -> dict:
+    """Return {tag: value} of a list "a=b; c=d" (RFC 6376 3.2)."""
+    pairs = [part.partition("=")[::2] for part in record.split(";") if "=" in part]
+    return {key.strip().lower(): value.strip() for key, value in pairs}
+
+
+def dkim_signature(octets: bytes, key: DkimKey, now: int) -> bytes:
+    """Return the field DKIM-Signature, ended by CRLF, of a message with CRLF line ends; relaxed/relaxed."""
+    head, _, body = octets.partition(b"\r\n\r\n")
+    by_name: dict = {}
+    for line in map(_relaxed_field, re.split(rb"\r\n(?![ \t])", head)):
+        by_name.setdefault(line.partition(b":")[0].decode("latin-1"), []).append(line)
+    listed = [name for name in DKIM_OVERSIGNED for _ in range(len(by_name.get(name, ())) + 1)]
+    listed += [name for name in by_name if DKIM_IF_PRESENT.fullmatch(name) for _ in by_name[name]]
+    digest = base64.b64encode(hashlib.sha256(_relaxed_body(body)).digest()).decode()
+    algorithm = "ed25519" if key.private.is_ed25519 else "rsa"
+    tags = ["v=1;", f"a={algorithm}-sha256;", "c=relaxed/relaxed;", f"d={key.domain};", f"s={key.selector};"]
+    tags += [f"t={now};", *f"h={': '.join(listed)};".split(" "), f"bh={digest};", "b="]
+    field_ = fold("DKIM-Signature:", tags)
+    signed = [by_name[name].pop() for name in listed if by_name.get(name)]  # the last first, RFC 6376 5.4.2
+    data = b"\r\n".join([*signed, _relaxed_field(field_.encode())])
+    data = hashlib.sha256(data).digest() if key.private.is_ed25519 else data  # RFC 8463 3
+    signature = base64.b64encode(key.private.sign(data)).decode()
+    return "\r\n ".join([field_, *re.findall(".{1,76}", signature)]).encode() + b"\r\n"
+
+
+DKIM_OVERSIGNED = ("from", "to", "cc", "subject", "date", "message-id", "reply-to", "mime-version", "content-type")
+DKIM_OVERSIGNED += ("content-transfer-encoding",)  # signed once more than present, so that none can be added
+DKIM_IF_PRESENT = re.compile("in-reply-to|references|auto-submitted|list-[a-z-]+")
+
+
+def _relaxed_field(line: bytes) -> bytes:
+    """Return a header field in the canonical form of RFC 6376 3.4.2."""
+    name, _, value = line.partition(b":")
+    return name.strip().lower() + b":" + re.sub(rb"[ \t\r\n]+", b" ", value).strip(b" ")
+
+
+def _relaxed_body(body: bytes) -> bytes:
+    """Return a body in the canonical form of RFC 6376 3.4.4."""
+    body = re.sub(rb"[ \t]{2,}|\t", b" ", body + b"\r\n").replace(b" \r\n", b"\r\n").rstrip(b"\r\n")
+    return body + b"\r\n" if body else b""
+
+
+def dkim_record(key: DkimKey) -> str:
+    """Return the TXT record that publishes a key (RFC 6376 3.6.1, RFC 8463 4.2)."""
+    kind, public = ("ed25519", key.private.public[-32:]) if key.private.is_ed25519 else ("rsa", key.private.public)
+    return f"v=DKIM1; k={kind}; p={base64.b64encode(public).decode()}"
+
+
+def sign_jwt(claims: dict, key: PrivateKey) -> str:
+    """Return a JSON Web Token (RFC 7519) signed by RS256 (RFC 7518 3.3), for which the key must be RSA."""
+    parts = [json.dumps(part, separators=(",", ":")).encode() for part in ({"alg": "RS256", "typ": "JWT"}, claims)]
+    data = b".".join(base64.urlsafe_b64encode(part).rstrip(b"=") for part in parts)
+    return b".".join((data, base64.urlsafe_b64encode(key.sign(data)).rstrip(b"="))).decode()
+
+
+# ======================================================================================================================
+# 13. SMTP sessions
 #     Takes a Transaction, gives a Reply for each of its recipients. smtplib opens a session, in a thread; log-in and
 #     transaction are ours, since smtplib tries a password with each mechanism, does no pipelining, and cannot tell
 #     whether the end of a message was lost. Sessions are pooled by route; if a server takes no more, mails wait.
@@ -4748,7 +5007,7 @@ class TransportContext:
 
 
 # ======================================================================================================================
-# 13. Relays and probes
+# 14. Relays
 #     A relay takes (transaction, transport) and gives one Reply for each recipient, in order. A probe takes
 #     (ConnectivityProbe, transport), sends no mail and gives one CheckResult for each step. Both may raise Rejected or
 #     OSError. RELAYS, at the end, has one row for each relay with all that is known of it.
@@ -4759,7 +5018,7 @@ async def attempt_transaction(transaction: Transaction, transport: TransportCont
     """Attempt a transaction once; every recipient has a reply, whatever the relay does; a bug is logged."""
     began, route, reply = time.monotonic(), transaction.route, None
     try:
-        replies = await route.row.send(transaction, transport)
+        replies = await route.row.send(await sign_transaction(transaction), transport)
     except Rejected as rejected:
         reply = rejected.reply
     except OSError as error:
@@ -4987,7 +5246,7 @@ def as_plain_submission(transaction: Transaction, octets: bytes) -> dict:
     text = decode_charset(TRANSFER_DECODERS.get(lines["content-transfer-encoding"], bytes)(body), charset)
     document = {"mail": transaction.sender, "rcpt": transaction.recipients, "body": text.replace("\r\n", "\n")}
     document["header"] = {**header, "charset": charset, "x-haineko-loop": passed}
-    submission, _ = parse_submission(encode_json(document))
+    submission = parse_submission(encode_json(document)).submission
     now = parsedate_to_datetime(lines["date"]).timestamp()
     again = submission and transaction.sender and compose(submission, transaction.queueid, None, hostname, now)
     composed = again.copy(transaction.recipients[0], transaction.number) if again else b""
@@ -5330,11 +5589,6 @@ def ascii_message(transaction: Transaction) -> bytes:
     return octets
 
 
-def unfold(octets: bytes) -> str:
-    """Return the value of a header field on one line."""
-    return re.sub(r"\r?\n", "", octets.decode("utf-8", "replace").partition(":")[2]).strip()
-
-
 def single_field(fields: list, name: str) -> str:
     """Return the value of a header field, "" if it is absent; raises ValueError if it occurs more than once."""
     values = [unfold(octets) for key, octets in fields if key == name]
@@ -5583,8 +5837,8 @@ relay_sendgrid = http_relay(sendgrid_request, sendgrid_reply)
 relay_amazonses = http_relay(amazonses_request, lambda job, found: amazonses_reply(job.route, found), 50)  # quota
 relay_mandrill = http_relay(mandrill_request, mandrill_replies)
 RELAYS.update(
-    ESMTP=Relay(relay_esmtp, probe_esmtp),
-    MX=Relay(relay_mx, probe_mx, destination="MX {domain}", refuses=("auth",)),
+    ESMTP=Relay(relay_esmtp, probe_esmtp, keeps_octets=True),
+    MX=Relay(relay_mx, probe_mx, destination="MX {domain}", refuses=("auth",), keeps_octets=True),
     Haineko=Relay(relay_haineko, probe_haineko, default_port=2794, api_url="{scheme}://{host}:{port}"),
     SendGrid=Relay(relay_sendgrid, probe_sendgrid, 25, "https://api.sendgrid.com", ("auth",), login=("password",)),
     AmazonSES=Relay(relay_amazonses, probe_amazonses, 25, "https://email.{region}.amazonaws.com", ("auth", "region")),
@@ -5595,14 +5849,14 @@ RELAYS.update(
 )
 
 # ======================================================================================================================
-# 14. Queue
+# 15. Queue
 #     Keeps mail that waits in a file (SQLite) and delivers it, in one process. What follows a reply, bounces and events
 #     are functions of values; QueueDB is the file, with its operations; QueueManager delivers.
 # ======================================================================================================================
 
 # Nothing is answered 2xx before it is committed to disk. After a process was killed,
-#  - a mail that was not yet in the file is sent again by its client, who has no answer. With an Idempotency-Key it is in
-#    the file before anything is sent, and is not sent twice.
+#  - a mail that was not yet in the file is sent again by its client, who has no answer. With an Idempotency-Key it is
+#    in the file before anything is sent, and is not sent twice.
 #  - leases of the dead process are seen, since it no longer holds its lock. Their recipients are tried again, and the
 #    log says that the mail may arrive twice.
 #  - the result of an attempt is there together with the bounce and the event that report it, or not at all.
@@ -5619,10 +5873,15 @@ def next_disposition(reply: Reply, attempts: int, age: float, jitter: float, set
     """Return what follows the reply to the latest of `attempts` for a mail `age` seconds old; jitter is 0 to 1."""
     if reply.accepted:
         return Disposition("delivered")
-    if not reply.temporary or age >= settings.lifetime:
+    expired = age >= settings.lifetime
+    if not reply.temporary or (expired and attempts >= MIN_ATTEMPTS):
         return Disposition("failed")
     pause = settings.retry_after[min(attempts, len(settings.retry_after)) - 1] * (0.8 + 0.4 * jitter)
-    return Disposition("open", min(max(pause, reply.retry_after), max(settings.lifetime - age, 1.0)))
+    left = settings.lifetime if expired else max(settings.lifetime - age, 1.0)  # the last attempt is at its end
+    return Disposition("open", min(max(pause, reply.retry_after), left))
+
+
+MIN_ATTEMPTS = 3  # before a mail is given up, however old: the clock may have been set forward by days
 
 
 class AttemptResult(NamedTuple):
@@ -5697,17 +5956,12 @@ def queued_reply(queueid: str, reply: Reply | None = None) -> Reply:
 # -- Bounces and events
 
 
-def notifications(
-    leased: LeasedRecipient, result: AttemptResult, reply: Reply, settings: Settings, now: float
-) -> tuple:
-    """Return the items that report a result: an event for the webhook, a bounce for the sender; usually none."""
-    if leased.kind != "mail":
-        return ()
-    items, state = [], result.disposition.state
-    event = state if state != "open" else "deferred" if leased.attempts == 1 else ""
-    if event and settings.queue.webhook:
+def notifications(leased: LeasedRecipient, reply: Reply, state: str, settings: Settings, now: float) -> tuple:
+    """Return the items that report an attempt: an event for the webhook, a bounce for the sender; usually none."""
+    items, event = [], "deferred" if state == "open" and leased.attempts == 1 else state
+    if leased.kind == "mail" and event != "open" and settings.queue.webhook:
         items.append(webhook_event(f"message.{event}", leased, reply, settings.queue.webhook, now))
-    if state == "failed" and leased.sender:
+    if state == "failed" and may_bounce(leased, settings):
         items.append(new_bounce(leased, reply, settings, now))
     return tuple(items)
 
@@ -5717,10 +5971,15 @@ def webhook_event(name: str, leased: LeasedRecipient, reply: Reply, url: str, no
     data = {"queueid": leased.queueid, "addresser": leased.sender, **reply_to_dict(leased.as_written, reply)}
     timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
     event = {"type": name, "timestamp": timestamp, "data": {**data, "attempts": leased.attempts}}
+    message = Message((ENCODER.encode(event).encode(),))
     recipient = NewRecipient(url, url, 1, f"Webhook {WEBHOOK_URL.fullmatch(url)[2]}")
-    return NewQueueItem(
-        new_queueid(now), "event", "", "", now, Message((ENCODER.encode(event).encode(),)), (recipient,)
-    )
+    return NewQueueItem(new_queueid(now), "event", "", "", now, message, (recipient,))
+
+
+def may_bounce(leased: LeasedRecipient, settings: Settings) -> bool:
+    """Return whether the sender is told of a failure: others than these could be made to receive strangers' mail."""
+    known = leased.login or not check_recipient(parse_address(leased.sender), settings)
+    return leased.kind == "mail" and bool(leased.sender and known)
 
 
 def new_bounce(leased: LeasedRecipient, reply: Reply, settings: Settings, now: float) -> NewQueueItem:
@@ -5739,12 +5998,12 @@ def sign_webhook(secret: bytes, webhook_id: str, second: int, body: bytes) -> st
 
 def bounce_message(leased: LeasedRecipient, reply: Reply, hostname: str, queueid: str, now: float) -> Message:
     """Return the delivery status notification (RFC 3464) that a recipient's mail has failed."""
-    header = leased.message.copy(leased.recipient, leased.number).partition(b"\r\n\r\n")[0] + b"\r\n"
+    header = returned_header(leased.message.copy(leased.recipient, leased.number))
     lines, is_ascii = diagnostic_lines(reply), leased.recipient.isascii()
     text = BOUNCE_TEMPLATE.format(
         leased=leased, hostname=hostname, queueid=queueid, boundary=f"{queueid}/report", date=rfc5322_date(int(now)),
         encoding="7bit" if header.isascii() and is_ascii else "8bit", address_type="rfc822" if is_ascii else "utf-8",
-        age=format_duration(now - leased.created_at), arrival_date=rfc5322_date(int(leased.created_at)),
+        arrival_date=rfc5322_date(int(leased.created_at)),
         server=f" ({reply.host})" if reply.host else "", reply="\r\n    ".join(lines),
         remote_mta=f"Remote-MTA: dns; {reply.host}\r\n" if reply.host else "",
         status=reply.dsn or ("4.4.7" if reply.temporary else "5.0.0"),  # RFC 3463: delivery time expired; undefined
@@ -5752,6 +6011,18 @@ def bounce_message(leased: LeasedRecipient, reply: Reply, hostname: str, queueid
     octets = text.encode() + header + f"\r\n--{queueid}/report--\r\n".encode()
     return Message((octets,), needs_8bitmime=not octets.isascii())
 
+
+def returned_header(octets: bytes) -> bytes:
+    """Return the fields by which a sender knows the message again, as far as they are short."""
+    found, size = [], 0
+    for match in RETURNED_FIELD.finditer(octets.partition(b"\r\n\r\n")[0] + b"\r\n"):
+        size += len(match[0])
+        found += [match[0]] if size <= MAX_RETURNED else []
+    return b"".join(found)
+
+
+RETURNED_FIELD = re.compile(rb"(?im)^(?:From|To|Subject|Date|Message-Id):[^\r\n]*\r\n(?:[ \t][^\r\n]*\r\n)*")
+MAX_RETURNED = 4096  # octets
 
 BOUNCE_TEMPLATE = """\
 Received: by {hostname} (Haineko) id {queueid};
@@ -5771,17 +6042,15 @@ Content-Type: multipart/report; report-type=delivery-status;
 Content-Type: text/plain; charset=UTF-8
 Content-Transfer-Encoding: {encoding}
 
-This is the mail system at {hostname}.
-
-Your mail could not be delivered to
+This is the mail system at {hostname}. Your mail to
 
     {leased.recipient}
 
-It was tried {leased.attempts} time(s) in {age}. The last reply{server} was:
+could not be delivered. After {leased.attempts} attempt(s) since {arrival_date} the last reply{server} was:
 
     {reply}
 
-Its headers are attached. It will not be tried again.
+It will not be tried again. The beginning of its header is attached.
 
 --{boundary}
 Content-Type: message/delivery-status
@@ -5806,13 +6075,6 @@ def diagnostic_lines(reply: Reply) -> list:
     """Return a reply's lines for a message: ASCII, short, each with the code."""
     lines = [sanitize(line, 500).encode("ascii", "replace").decode() for line in reply.message[:MAX_REPLY_LINES]]
     return [f"{reply.code} {line}".rstrip() for line in lines or [""]]
-
-
-def format_duration(seconds: float) -> str:
-    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}s"
-    return f"{seconds:.0f} seconds"
 
 
 async def post_webhook(
@@ -5857,11 +6119,10 @@ class QueueDB:
         self.deferred_writes: deque = deque()  # (operation, values) to be repeated until the file can be used
         self.thread: Any = None
         self.db: Any = None
-        self.file_ids: list = []  # of the files as they were opened
+        self.file_ids: dict = {}  # of the files as they were opened
         self.slot = self.locks = 0  # number of the byte that this process has locked; the lock file
         self.fault = ""  # why the file can't be used
         self.woken = False  # since the last commit
-        self.disk_checked_at, self.disk_ok = 0.0, False
 
     async def do(self, operation: Callable, *values: Any) -> Any:
         """Return the result of operation(db, slot, *values) once it is on disk; raise Rejected if that fails."""
@@ -5894,23 +6155,18 @@ class QueueDB:
 
     def wake_manager(self) -> None:
         """Tell the queue manager that something is due; once after each commit is enough."""
-        if self.woken:
-            return
-        self.woken = True
-        try:
-            self.wake_socket.send(b"\0")
-        except (OSError, AttributeError):  # woken often enough, or there is none: it looks once a second
-            pass
+        if self.wake_socket and not self.woken:
+            self.woken = True
+            with contextlib.suppress(OSError):  # it has been woken often enough
+                self.wake_socket.send(b"\0")
 
     def has_free_space(self) -> bool:
-        """Return whether the disk has as much free space as it should, or had a moment ago."""
-        now = time.monotonic()
-        if now - self.disk_checked_at > 0.1:
-            self.disk_checked_at, self.disk_ok = now, False
-            with contextlib.suppress(OSError):
-                disk = os.statvfs(os.path.dirname(self.settings.path))
-                self.disk_ok = disk.f_bavail * disk.f_frsize >= self.settings.min_free
-        return self.disk_ok
+        """Return whether the disk has as much free space as it should."""
+        try:
+            disk = os.statvfs(os.path.dirname(self.settings.path))
+        except OSError:
+            return False
+        return disk.f_bavail * disk.f_frsize >= self.settings.min_free
 
     def health_error(self) -> str:
         """Return what is wrong with the file or its disk, "" for nothing."""
@@ -5918,28 +6174,25 @@ class QueueDB:
 
     def _work(self) -> None:
         while True:
-            batch, owed = self._batch(), [self.deferred_writes.popleft() for _ in range(len(self.deferred_writes))]
+            batch = self._take_waiting(self.BATCH, block=True)
+            owed = [self.deferred_writes.popleft() for _ in range(len(self.deferred_writes))]
             work = [*owed, *[(operation, values) for operation, values, _ in batch]]
-            results = self.commit(work, batch)
+            try:
+                results = self.commit(work, batch)
+            except Exception:  # callers wait for results, and deferred writes must not be lost
+                log_exception("queue")
+                results = [Rejected(make_reply("store", mailer="Queue"))] * len(work)
             self.deferred_writes.extend(work for work, result in zip(owed, results) if isinstance(result, Rejected))
             self.woken = False
             for (_, _, future), result in zip(batch, results[len(owed) :]):
                 future.get_loop().call_soon_threadsafe(future.set_result, result)
 
-    def _batch(self) -> list:
-        """Wait for work and return all that waits; nothing after a second if there are deferred writes."""
-        try:
-            batch = [self.waiting.get(timeout=1.0 if self.deferred_writes else None)]
-        except queue.Empty:
-            return []
-        return batch + self._drain_waiting(self.BATCH - 1)
-
-    def _drain_waiting(self, limit: int) -> list:
-        """Return what waits, without waiting for more."""
+    def _take_waiting(self, limit: int, block: bool = False) -> list:
+        """Return what waits; if `block`, wait for it, a second at most if there are deferred writes."""
         found: list = []
         with contextlib.suppress(queue.Empty):
             while len(found) < limit:
-                found.append(self.waiting.get_nowait())
+                found.append(self.waiting.get(block and not found, 1.0 if self.deferred_writes else None))
         return found
 
     def commit(self, work: list, batch: list | None = None) -> list:
@@ -5950,11 +6203,12 @@ class QueueDB:
         import sqlite3
 
         try:
-            self._open()
+            if not self.db:
+                self._open()
             fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite itself would wait by sleeping, sometimes long
-            db = self._open()  # the files may have been replaced meanwhile
+            db = self._open()  # now, when no other process writes: the files may have been replaced
             if batch is not None:
-                late = self._drain_waiting(self.BATCH - len(batch))
+                late = self._take_waiting(self.BATCH - len(batch))
                 batch += late
                 work += [(operation, values) for operation, values, _ in late]
             db.execute("BEGIN IMMEDIATE")
@@ -5969,11 +6223,10 @@ class QueueDB:
             if len(work) > 1:
                 return [self.commit([one])[0] for one in work]
             log_exception("queue")
-            operation, values = work[0]
-            if operation not in LEASE_CONDITIONS:
-                return [error]
-            release = self.settings, time.time(), LEASE_CONDITIONS[operation], values[0]
-            return self.commit([(release_leases, release)])
+            ((operation, values),) = work
+            leases = LEASE_CONDITIONS.get(operation)  # they must not outlast it
+            release = release_leases, (self.settings, time.time(), leases, *values[:1])
+            return self.commit([release]) if leases else [error]
         finally:
             if self.locks:
                 fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, 0)
@@ -5998,16 +6251,13 @@ class QueueDB:
         """Return the connection; raise sqlite3.Error or OSError."""
         import sqlite3
 
-        path = self.settings.path
-        if self.db and self.file_ids == self._file_ids():
+        if self.db and (self.file_ids == self._file_ids() or not self._leave_files()):
+            self._lock_slot(self.db)
             return self.db
-        if self.db:
-            log.lines(f"queue: {sanitize(path)} was moved or replaced while in use; what is there now is opened")
-            with contextlib.suppress(sqlite3.Error):  # what is committed must be in the file that was moved
-                self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        self.close()
-        if not os.path.exists(path):
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # mail is private
+        path = self.settings.path
+        for suffix in ("", "-wal", "-shm"):
+            if not suffix or os.path.lexists(path + suffix):
+                os.close(open_private(path + suffix, os.O_RDONLY))
         db = self.db = sqlite3.connect(path, timeout=self.BUSY, isolation_level=None, check_same_thread=False)
         db.row_factory = sqlite3.Row
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
@@ -6017,8 +6267,22 @@ class QueueDB:
         self.file_ids = self._file_ids()
         return db
 
-    def _file_ids(self) -> list:
-        return [file_id(self.settings.path + suffix) for suffix in ("", "-wal", "-shm", ".lock")]
+    def _file_ids(self) -> dict:
+        return {path: file_id(path) for path in [self.settings.path + suffix for suffix in ("", "-wal", "-shm")]}
+
+    def _leave_files(self) -> bool:
+        """Close files that were moved or replaced while in use; return False if another program reads them just now.
+
+        All mail must be in the file that was moved, and what remains here of its log must not be read with a new one.
+        """
+        if self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()["busy"]:
+            return False
+        log.lines(f"queue: {sanitize(self.settings.path)} was moved or replaced; opening what is there now")
+        for path, before in self.file_ids.items():
+            if path != self.settings.path and before and file_id(path) == before:
+                os.unlink(path)
+        self.close()
+        return True
 
     def _lock_slot(self, db: Any) -> None:
         """Lock a slot, the same again if the lock file was replaced; what its last process had leased is released."""
@@ -6055,7 +6319,7 @@ def lock_slot(path: str, preferred: int) -> tuple:
     The kernel unlocks it when the process ends, so the owner of a lease is known to be alive. No process may open the
     file twice: closing one handle would unlock all.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    handle = open_private(path, os.O_RDWR)
     for slot in (preferred or 1, *range(1, MAX_SLOTS)):
         if lock_byte(handle, slot):
             return handle, slot
@@ -6064,6 +6328,18 @@ def lock_slot(path: str, preferred: int) -> tuple:
 
 
 MAX_SLOTS = 4096  # processes
+
+
+def open_private(path: str, flags: int) -> int:
+    """Open or create a file that its owner alone may read; raise OSError for a link and for another user's file."""
+    handle, user = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), os.geteuid()
+    found = os.fstat(handle)
+    if stat.S_ISREG(found.st_mode) and (found.st_uid in (0, user) or not user):
+        if found.st_uid == user and found.st_mode & 0o077:
+            os.fchmod(handle, 0o600)
+        return handle
+    os.close(handle)
+    raise OSError(errno.EPERM, "is not a regular file of this user", path)
 
 
 def lock_byte(handle: int, offset: int) -> bool:
@@ -6075,47 +6351,43 @@ def lock_byte(handle: int, offset: int) -> bool:
     return True
 
 
-# The first script creates a file of version 1 (PRAGMA user_version), each further one upgrades it by one.
-MIGRATIONS = (
-    """
+# A new file; times are seconds since the epoch.
+SCHEMA = """
     CREATE TABLE messages (
-        id INTEGER PRIMARY KEY,
-        queueid TEXT NOT NULL UNIQUE,
-        kind TEXT NOT NULL,          -- mail, or event for the webhook
-        sender TEXT NOT NULL,
-        login TEXT NOT NULL,
-        born REAL NOT NULL,          -- created_at: seconds since the epoch, as all times
-        open INTEGER NOT NULL,       -- open_recipients: how many are neither delivered nor given up
-        done REAL,                   -- completed_at: when none was left
-        owner INTEGER,               -- slot of the process that has yet to answer its client
-        key BLOB UNIQUE,             -- with Idempotency-Key: digest of login, path and key
-        body BLOB,                   -- body_digest: of the request
-        answer TEXT,                 -- response to the client: JSON of status, headers, body
-        size INTEGER NOT NULL,       -- octets of the message
-        parts TEXT NOT NULL,         -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), then the length of each part
-        octets BLOB NOT NULL         -- the parts; empty once completed
+        id INTEGER PRIMARY KEY, queueid TEXT NOT NULL UNIQUE,
+        kind TEXT NOT NULL,                -- mail, or event for the webhook
+        sender TEXT NOT NULL, login TEXT NOT NULL, created_at REAL NOT NULL,
+        open_recipients INTEGER NOT NULL,  -- how many are neither delivered nor given up
+        completed_at REAL,                 -- when none was left
+        owner INTEGER,                     -- slot of the process that has yet to answer its client
+        key BLOB UNIQUE,                   -- with Idempotency-Key: digest of login, path and key
+        body_digest BLOB,                  -- of the request
+        response TEXT,                     -- to the client: JSON of status, headers, body
+        size INTEGER NOT NULL,             -- octets of the message
+        parts TEXT NOT NULL,               -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), then the length of each part
+        octets BLOB NOT NULL               -- the parts; empty once completed
     );
-    CREATE INDEX messages_by_owner ON messages(owner) WHERE owner IS NOT NULL;
-    CREATE INDEX messages_by_done ON messages(done) WHERE done IS NOT NULL;
+    CREATE INDEX messages_by_done ON messages(completed_at) WHERE completed_at IS NOT NULL;
     CREATE TABLE recipients (
-        id INTEGER PRIMARY KEY,
-        message INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
-        given TEXT NOT NULL,         -- as_written: by the client
-        recipient TEXT NOT NULL,     -- as relays are told
-        number INTEGER NOT NULL,     -- of the copy
-        lane TEXT NOT NULL,          -- destination: see destination_key()
-        state TEXT NOT NULL,         -- open, delivered, failed or dropped
-        born REAL NOT NULL,          -- created_at
-        due REAL,                    -- open and not leased: time of the next attempt; 0: now, even if throttled
-        owner INTEGER,               -- leased: slot of the process that delivers it
+        id INTEGER PRIMARY KEY, message INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
+        as_written TEXT NOT NULL,          -- by the client
+        recipient TEXT NOT NULL,           -- as relays are told
+        number INTEGER NOT NULL, destination TEXT NOT NULL,
+        state TEXT NOT NULL, created_at REAL NOT NULL,  -- state: open, delivered, failed, dropped or held
+        due REAL,                          -- open and not leased: time of the next attempt; 0: now, even if throttled
+        owner INTEGER,                     -- leased: slot of the process that delivers it
         attempts INTEGER NOT NULL,
-        history TEXT NOT NULL        -- JSON, see add_attempt()
+        history TEXT NOT NULL,             -- JSON, see add_attempt()
+        interruptions INTEGER NOT NULL DEFAULT 0  -- in a row
     );
     CREATE INDEX recipients_by_message ON recipients(message);
     CREATE INDEX recipients_by_owner ON recipients(owner) WHERE owner IS NOT NULL;
-    CREATE INDEX recipients_by_due ON recipients(lane, due) WHERE due IS NOT NULL;
-    CREATE INDEX recipients_by_age ON recipients(lane, born) WHERE due IS NOT NULL
-    """,
+    CREATE INDEX recipients_by_due ON recipients(destination, due) WHERE due IS NOT NULL;
+    CREATE INDEX recipients_by_age ON recipients(destination, created_at) WHERE due IS NOT NULL;
+    CREATE INDEX recipients_held ON recipients(destination) WHERE state='held'
+"""
+# Each upgrades a file from the version before (PRAGMA user_version), the first one from version 1 to 2.
+MIGRATIONS = (
     """
     ALTER TABLE messages RENAME COLUMN born TO created_at;
     ALTER TABLE messages RENAME COLUMN open TO open_recipients;
@@ -6125,6 +6397,8 @@ MIGRATIONS = (
     ALTER TABLE recipients RENAME COLUMN given TO as_written;
     ALTER TABLE recipients RENAME COLUMN lane TO destination;
     ALTER TABLE recipients RENAME COLUMN born TO created_at;
+    ALTER TABLE recipients ADD COLUMN interruptions INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX recipients_held ON recipients(destination) WHERE state='held';
     DROP INDEX messages_by_owner
     """,
 )
@@ -6132,14 +6406,14 @@ MIGRATIONS = (
 
 def migrate(db: Any, migrations: tuple = MIGRATIONS) -> None:
     """Bring the file to the newest version in one transaction; refuse a newer one."""
-    newest = len(migrations)
+    newest = 1 + len(migrations)
     if db.execute("PRAGMA user_version").fetchone()[0] == newest:
         return
     db.execute("BEGIN IMMEDIATE")
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > newest:
         raise OSError(f"{NEWER_VERSION} {version}; this Haineko knows {newest}")
-    for script in migrations[version:]:
+    for script in migrations[version - 1 :] if version else (SCHEMA,):
         for statement in re.sub(r" *--[^\n]*", "", script).split(";"):
             db.execute(statement)
     db.execute(f"PRAGMA user_version={newest}")
@@ -6210,7 +6484,8 @@ def finish_attempt(db: Any, slot: int, row_id: int, result: AttemptResult, now: 
     state, pause = result.disposition
     history = add_attempt(row["history"], now, result.reply) if result.reply else row["history"]
     db.execute(
-        "UPDATE recipients SET destination=?, state=?, due=?, owner=NULL, attempts=attempts+?, history=? WHERE id=?",
+        "UPDATE recipients SET destination=?, state=?, due=?, owner=NULL, attempts=attempts+?, interruptions=0,"
+        " history=? WHERE id=?",
         (result.destination or row["destination"], state, now + pause if state == "open" else None,
          result.reply is not None, history, row_id),
     )  # fmt: skip
@@ -6247,9 +6522,11 @@ def lease_due(
 ) -> list:
     """Lease what is due to this process: up to `limit` of each destination, less those in flight.
 
-    Of a throttled destination only what is due at once, and what was created before `expired_before`.
+    Of a throttled destination (with its failures) only what is due at once, and what was created before
+    `expired_before` and needs no more attempts.
     """
     free, leased = MAX_ACTIVE - sum(in_flight.values()), []
+    suspect = db.execute(SUSPECT_SQL, (MAX_INTERRUPTIONS - 1,)).fetchone()[0]
     for (destination,) in db.execute(DESTINATIONS_SQL).fetchall():
         count = min(limit - in_flight.get(destination, 0), free)
         if count <= 0:
@@ -6257,14 +6534,36 @@ def lease_due(
         until = now if destination not in throttled else 0
         rows = db.execute(DUE_SQL, (destination, until, count)).fetchall()
         if destination in throttled:
-            rows += db.execute(EXPIRED_SQL, (destination, expired_before, MAX_EXPIRED)).fetchall()
-        for row_id in dict.fromkeys([row["id"] for row in rows]):
-            leased.append(read_leased(db, row_id))
-            db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row_id))
+            attempts = MIN_ATTEMPTS - throttled[destination]
+            rows += db.execute(EXPIRED_SQL, (destination, expired_before, attempts, MAX_EXPIRED)).fetchall()
+        for row_id, interruptions in dict(map(tuple, rows)).items():
+            if interruptions < MAX_INTERRUPTIONS - 1 or not suspect:
+                suspect = suspect or interruptions >= MAX_INTERRUPTIONS - 1
+                leased += lease(db, slot, row_id)
         free -= len(rows)
     return leased
 
 
+def lease(db: Any, slot: int, row_id: int) -> list:
+    """Lease one recipient; one that can't be read is held, or it would keep all others from being read."""
+    row = db.execute(
+        "SELECT r.id, queueid, kind, sender, login, m.created_at, parts, as_written, recipient, number, destination,"
+        " attempts, history, octets FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (row_id,)
+    ).fetchone()  # fmt: skip
+    try:
+        history, (flags, *lengths) = parse_history(row["history"]), json.loads(row["parts"])
+    except (ValueError, TypeError):
+        log_exception(row["queueid"])
+        db.execute("UPDATE recipients SET state='held', due=NULL WHERE id=?", (row_id,))
+        return []
+    db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row_id))
+    octets = io.BytesIO(row["octets"])
+    message = Message(tuple([octets.read(length) for length in lengths]), bool(flags & 1), flags > 1)
+    return [LeasedRecipient(*row[:-1])._replace(message=message, history=history)]
+
+
+MAX_INTERRUPTIONS = 3  # in a row, after which a mail is held; before the last one no other suspect is in flight
+SUSPECT_SQL = "SELECT count(*) FROM recipients WHERE owner IS NOT NULL AND interruptions>=?"
 MAX_ACTIVE = 256  # deliveries under way
 MAX_EXPIRED = 64  # mails given up at a time
 DESTINATIONS_SQL = """
@@ -6274,23 +6573,9 @@ DESTINATIONS_SQL = """
                           AND destination > found.destination)
                   FROM found WHERE destination IS NOT NULL)
     SELECT destination FROM found WHERE destination IS NOT NULL"""  # one index search each, however many wait
-DUE_SQL = "SELECT id FROM recipients WHERE destination=? AND due IS NOT NULL AND due<=? ORDER BY due LIMIT ?"
-EXPIRED_SQL = (
-    "SELECT id FROM recipients WHERE destination=? AND due IS NOT NULL AND created_at<=? ORDER BY created_at LIMIT ?"
-)
-
-
-def read_leased(db: Any, row_id: int) -> LeasedRecipient:
-    row = db.execute(
-        "SELECT r.id, queueid, kind, sender, login, m.created_at, parts AS message, as_written, recipient, number,"
-        " destination, attempts, history, octets FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?",
-        (row_id,),
-    ).fetchone()
-    flags, *lengths = json.loads(row["message"])
-    stream = io.BytesIO(row["octets"])
-    message = Message(tuple([stream.read(length) for length in lengths]), bool(flags & 1), flags > 1)
-    values = LeasedRecipient(*tuple(row)[:-1])
-    return values._replace(message=message, history=parse_history(row["history"]))
+WAITING_SQL = "SELECT id, interruptions FROM recipients WHERE destination=? AND due IS NOT NULL AND"
+DUE_SQL = f"{WAITING_SQL} due<=? ORDER BY due LIMIT ?"
+EXPIRED_SQL = f"{WAITING_SQL} created_at<=? AND attempts>=? ORDER BY created_at LIMIT ?"
 
 
 def reclaim_dead_leases(db: Any, slot: int, locks: int, settings: QueueSettings, now: float) -> None:
@@ -6308,17 +6593,21 @@ def release_leases(
     """End the slot's leases, or those that a row of LEASE_CONDITIONS says; nobody knows whether their mail was sent."""
     reply = make_reply("interrupted", mailer="Queue")
     rows = db.execute(
-        "SELECT r.id, r.message, r.recipient, r.attempts, r.history, m.queueid FROM recipients r"
+        "SELECT r.*, m.queueid FROM recipients r"
         f" JOIN messages m ON m.id=r.message WHERE r.owner=?{condition}", (owner, *([lease] if condition else []))
     ).fetchall()  # fmt: skip
     for row in rows:
-        to = log_value(f"<{row['recipient']}>")
-        log.lines(f"{row['queueid']}: to={to} status=deferred (delivery interrupted; the mail may arrive twice)")
+        held = row["interruptions"] + 1 >= MAX_INTERRUPTIONS
+        pairs = log_pairs(to=f"<{row['recipient']}>", status="held" if held else "deferred")
+        what = f"held after {MAX_INTERRUPTIONS} times; see `queue retry`" if held else "to be tried again"
+        log.lines(f"{row['queueid']}: {pairs} (delivery interrupted, the mail may arrive twice; {what})")
         pause = next_disposition(reply, row["attempts"] + 1, 0, random_unit(), settings).pause
         db.execute(
-            "UPDATE recipients SET due=?, owner=NULL, attempts=attempts+1, history=? WHERE id=?",
-            (now + pause, add_attempt(row["history"], now, reply), row["id"]),
-        )
+            "UPDATE recipients SET state=?, due=?, owner=NULL, attempts=attempts+1, interruptions=interruptions+1,"
+            " history=? WHERE id=?",
+            ("held" if held else "open", None if held else now + pause, add_attempt(row["history"], now, reply),
+             row["id"]),
+        )  # fmt: skip
         db.execute("UPDATE messages SET owner=NULL WHERE id=?", (row["message"],))
 
 
@@ -6344,49 +6633,62 @@ STATE_SQL = "CASE WHEN due IS NOT NULL THEN 'waiting' WHEN state='open' THEN 'se
 
 
 def queue_stats(db: Any, slot: int, now: float) -> dict:
-    """Return how many recipients wait and are being sent, in all and by destination, and the age of the oldest."""
+    """Return how many recipients wait, are being sent or held, in all and by destination, and the age of the oldest."""
     routes: dict = {}
     columns = "SELECT destination, count(*), min(created_at) FROM recipients"
-    for state, column in (("waiting", "due"), ("sending", "owner")):
-        sql = f"{columns} WHERE {column} IS NOT NULL GROUP BY destination"
-        for destination, count, created_at in db.execute(sql):
-            stats = routes.setdefault(destination, {"waiting": 0, "sending": 0, "oldest": 0})
+    conditions = {"waiting": "due IS NOT NULL", "sending": "owner IS NOT NULL", "held": "state='held'"}
+    for state, condition in conditions.items():
+        for destination, count, created_at in db.execute(f"{columns} WHERE {condition} GROUP BY destination"):
+            stats = routes.setdefault(destination, {**dict.fromkeys(conditions, 0), "oldest": 0})
             stats.update({state: count, "oldest": max(stats["oldest"], round(now - created_at))})
-    total = {key: sum(stats[key] for stats in routes.values()) for key in ("waiting", "sending")}
+    total = {state: sum(stats[state] for stats in routes.values()) for state in conditions}
     return {**total, "oldest": max([stats["oldest"] for stats in routes.values()], default=None), "routes": routes}
 
 
 def open_recipients_after(db: Any, slot: int, row_id: int, limit: int) -> list:
-    """Return rows of the next recipients that are open, in the order in which they came."""
+    """Return rows of the next recipients that are open or held, in the order in which they came."""
     return db.execute(
         f"SELECT r.id, queueid, size, m.created_at, due, sender, recipient, history, {STATE_SQL} FROM recipients r"
-        " JOIN messages m ON m.id=r.message WHERE r.id>? AND r.state='open' ORDER BY r.id LIMIT ?",
+        " JOIN messages m ON m.id=r.message WHERE r.id>? AND r.state IN ('open', 'held') ORDER BY r.id LIMIT ?",
         (row_id, limit),
     ).fetchall()
 
 
 def flush_queue(db: Any, slot: int, queueid: str | None) -> int:
-    """Make what waits, of one mail or of all, due now, even if throttled; return how many recipients that are."""
-    condition, values = (" AND message=(SELECT id FROM messages WHERE queueid=?)", (queueid,)) if queueid else ("", ())
-    return db.execute(f"UPDATE recipients SET due=0 WHERE due IS NOT NULL{condition}", values).rowcount
+    """Make what waits, or waits or is held of one mail, due now, even if throttled; return how many recipients."""
+    if not queueid:
+        return db.execute("UPDATE recipients SET due=0 WHERE due IS NOT NULL").rowcount
+    sql = f"UPDATE recipients SET due=0, state='open', interruptions=0 WHERE {WAITING_OF_MESSAGE}"
+    return db.execute(sql, (queueid,)).rowcount
 
 
-def drop_message(db: Any, slot: int, queueid: str, now: float) -> int:
-    """Give up what waits of a mail, without a bounce; return how many recipients that are."""
-    message = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone()
-    if not message:
-        return 0
-    sql = "UPDATE recipients SET state='dropped', due=NULL WHERE due IS NOT NULL AND message=?"
-    count = db.execute(sql, (message["id"],)).rowcount
-    close_recipients(db, message["id"], count, now)
+def drop_message(db: Any, slot: int, queueid: str, now: float) -> Any:
+    """Give up what waits of a mail, without a bounce; return how many recipients, or Rejected if one is being sent."""
+    message = message_status(db, slot, queueid)
+    if message and any(row["state"] == "sending" for row in message["recipients"]):
+        return Rejected(make_reply("queue-sending"))
+    count = db.execute(
+        f"UPDATE recipients SET state='dropped', due=NULL WHERE {WAITING_OF_MESSAGE}", (queueid,)
+    ).rowcount
+    if count:
+        close_recipients(db, message["id"], count, now)
     return count
+
+
+WAITING_OF_MESSAGE = "(due IS NOT NULL OR state='held') AND message=(SELECT id FROM messages WHERE queueid=?)"
+
+
+def correct_due(db: Any, slot: int, settings: QueueSettings, now: float) -> None:
+    """Make due what would wait longer than any pause, since the clock was set back; not what is to be sent later."""
+    latest = now + 1.2 * max(settings.retry_after)
+    db.execute("UPDATE recipients SET due=? WHERE due>? AND (attempts>0 OR due<=created_at)", (now, latest))
 
 
 # -- The process that delivers
 
 
 class Throttle(NamedTuple):
-    """Destination that could not be connected to."""
+    """Destination to which nothing can be sent for now."""
 
     until: float  # time.monotonic()
     failures: int  # in a row
@@ -6404,7 +6706,7 @@ class QueueManager:
     async def run(self) -> None:
         """Deliver until the server stops."""
         self.wake_socket.setblocking(False)
-        bell, looked = AsyncSocket(self.wake_socket), 0.0
+        bell, looked, clock = AsyncSocket(self.wake_socket), 0.0, float("inf")
         while not self.app.stopping:
             now = time.time()
             try:
@@ -6412,6 +6714,9 @@ class QueueManager:
                     looked = time.monotonic()
                     await self.db.do(reclaim_dead_leases, self.db.locks, self.db.settings, now)
                     await self.db.do(purge, now)
+                    if now - looked < clock - 60:  # it was set back; perhaps while no process ran
+                        await self.db.do(correct_due, self.db.settings, now)
+                    clock = now - looked  # against time.monotonic()
                 await self._schedule(now)
                 await bell.recv(65536, time.monotonic() + 1)
             except socket.timeout:
@@ -6424,13 +6729,15 @@ class QueueManager:
         settings = self.app.settings
         if settings is not self.settings:  # a destination may mean another host now
             self.settings, self.throttled = settings, {}
-        throttled = [key for key, throttle in self.throttled.items() if throttle.until > time.monotonic()]
-        in_flight = {destination: count for destination, count in self.in_flight.items() if count}
+        monotonic = time.monotonic()
+        throttled = {key: found.failures for key, found in self.throttled.items() if found.until > monotonic}
+        self.in_flight = {destination: count for destination, count in self.in_flight.items() if count}
         expired_before = now - settings.queue.lifetime
-        limits = settings.smtpd.max_workers, in_flight, throttled, expired_before
+        limits = settings.smtpd.max_workers, dict(self.in_flight), throttled, expired_before
         for leased in await self.db.do(lease_due, now, *limits):
             self.in_flight[leased.destination] = self.in_flight.get(leased.destination, 0) + 1
             expired = leased.destination in throttled and leased.created_at <= expired_before and leased.history
+            expired = expired and leased.attempts + throttled[leased.destination] >= MIN_ATTEMPTS  # others' count, too
             asyncio.get_running_loop().create_task(self._deliver(leased, bool(expired)))
 
     async def _deliver(self, leased: LeasedRecipient, expired: bool) -> None:
@@ -6455,9 +6762,9 @@ class QueueManager:
             disposition = next_disposition(reply, leased.attempts, age, random_unit(), settings.queue)
             self._throttle(leased.destination, reply, settings.queue)
         now = time.time()
-        log_attempt(leased, reply, disposition, now)
-        result = AttemptResult(None if expired else reply, disposition, (), destination)
-        result = result._replace(follow_ups=notifications(leased, result, reply, settings, now))
+        log_attempt(leased, reply, disposition, settings, now)
+        follow_ups = notifications(leased, reply, disposition.state, settings, now)
+        result = AttemptResult(None if expired else reply, disposition, follow_ups, destination)
         await self.db.do_eventually(finish_attempt, leased.id, result, now)
 
     async def _attempt(self, leased: LeasedRecipient, settings: Settings) -> tuple:
@@ -6467,7 +6774,7 @@ class QueueManager:
                 return await self._post_event(leased, settings.queue), ""
             to, sender = parse_address(leased.recipient), parse_address(leased.sender)
             route = resolve_route(to.domain, sender.domain if sender else "", settings)[0]
-            envelope = leased.queueid, leased.sender, (leased.recipient,), leased.message, leased.number
+            envelope = leased.queueid, leased.sender, (leased.recipient,), leased.message, leased.number, settings.dkim
             result = await attempt_transaction(Transaction(route, settings.hostname, *envelope), self.app.transport)
             return result.replies[0], destination_key(route, to.domain)
         except Exception:
@@ -6480,9 +6787,9 @@ class QueueManager:
         return await post_webhook(leased, settings.secret, time.time(), self.app.transport.http)
 
     def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
-        """After a failure to connect the destination waits, up to the third pause: new mail may wait for it."""
+        """After a failure to open a session its destination waits, up to the third pause: new mail may wait for it."""
         throttle, now = self.throttled.get(destination, Throttle(0, 0)), time.monotonic()
-        if not (reply.temporary and reply.command == "CONN"):
+        if not (reply.temporary and reply.command in ("CONN", "EHLO", "STARTTLS", "AUTH")):  # before the first mail
             self.throttled.pop(destination, None)
         elif throttle.until <= now:
             failures = throttle.failures + 1
@@ -6490,24 +6797,25 @@ class QueueManager:
             self.throttled[destination] = Throttle(now + pause, failures)
 
 
-def log_attempt(leased: LeasedRecipient, reply: Reply, disposition: Disposition, now: float) -> None:
+def log_attempt(
+    leased: LeasedRecipient, reply: Reply, disposition: Disposition, settings: Settings, now: float
+) -> None:
     """Log one line for each attempt."""
     pairs = log_pairs(
-        **{"from": f"<{leased.sender}>"},
-        to=f"<{leased.recipient}>",
-        relay=reply.relay,
-        delay=f"{max(now - leased.created_at, 0):.2f}",
-        dsn=reply.dsn,
+        **{"from": f"<{leased.sender}>"}, to=f"<{leased.recipient}>", relay=reply.relay,
+        delay=f"{max(now - leased.created_at, 0):.2f}", dsn=reply.dsn,
         status={"delivered": "sent", "failed": "bounced", "open": "deferred"}[disposition.state],
-    )
-    again = f"; next attempt in {disposition.pause:.0f} s" if disposition.state == "open" else ""
-    twice = "; may arrive twice" if reply.maybe_delivered else ""
+    )  # fmt: skip
+    notes = f"; next attempt in {disposition.pause:.0f} s" if disposition.state == "open" else ""
+    notes += "; may arrive twice" if reply.maybe_delivered else ""
+    if disposition.state == "failed" and leased.sender and not may_bounce(leased, settings):
+        notes += "; no bounce, since the sender did not log in and `recipients` does not permit the address"
     words = sanitize(" ".join((reply.code, *reply.message)), 500)
-    log.lines(f"{leased.queueid}: {pairs} ({words}{twice}{again})")
+    log.lines(f"{leased.queueid}: {pairs} ({words}{notes})")
 
 
 # ======================================================================================================================
-# 15. Submission pipeline
+# 16. Submission pipeline
 #     submit() takes a request and calls every stage in order: parse, check, compose, plan, deliver or queue, answer.
 # ======================================================================================================================
 
@@ -6518,6 +6826,7 @@ class App:
     def __init__(self, settings: Settings, ringer: socket.socket | None = None) -> None:
         self.transport = TransportContext()
         self.stopping = False
+        self.octets_in_flight = 0  # of bodies that arrived in parts
         self.queue = QueueDB(settings.queue, ringer) if settings.queue else None
         self.apply(settings)
 
@@ -6545,21 +6854,29 @@ class Response(NamedTuple):
 
 async def submit(request: Request, app: App) -> Response:
     """Answer POST /submit."""
-    settings, queueid, submission = request.settings or app.settings, new_queueid(request.now), None
-    large = len(request.body) >= LARGE  # processed in a thread, so that small ones need not wait for it
+    queueid = new_queueid(request.now)
     try:
-        submission = await call_in_thread(large, parse_body, request)
-        refused = apply_checks(CHECKS_OF_SUBMISSION, request, submission, settings)
-        options = queue_options(request, submission, settings)
-        recipients = unique_recipients(submission)
-        accepted = [mailbox for as_written, mailbox in recipients.items() if as_written not in refused]
-        replies = {as_written: refused.get(as_written) for as_written in recipients}
+        return await process_submission(request, app, queueid)
+    except Exception:  # a bug: what this request has leased is left to the queue
+        if app.queue:
+            await app.queue.release(finish_request, queueid)
+        raise
+
+
+async def process_submission(request: Request, app: App, queueid: str) -> Response:
+    """Take a mail from its JSON to the replies of the other side."""
+    settings, submission = request.settings or app.settings, None
+    try:
+        checked = await call_in_thread(is_expensive(request.body), parse_and_check, request, settings)
+        submission, replies, accepted = checked.submission, checked.replies, checked.accepted
+        options = queue_options(request, submission, checked.digest, settings)
         if not accepted:
             return respond(request, 400, replies, queueid, submission)
         request.body = b""  # its memory is needed for the message
-        message = await call_in_thread(large, compose_and_check, request, submission, settings, queueid, accepted)
-        submission = without_content(submission)
+        values = request, submission, settings, queueid, accepted
+        message = await call_in_thread(is_expensive(submission), compose_and_check, *values)
         transactions, accepted = plan_transactions(submission, message, accepted, settings, queueid)
+        submission, values = without_content(submission), ()
         if options.async_ or options.key:
             earlier = await enqueue_before_sending(request, transactions, accepted, options, app)
             if earlier:
@@ -6577,16 +6894,37 @@ async def submit(request: Request, app: App) -> Response:
 CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
 
 
-async def call_in_thread(large: bool, function: Callable, *args: Any) -> Any:
-    return await asyncio.to_thread(function, *args) if large else function(*args)
+async def call_in_thread(expensive: bool, function: Callable, *args: Any) -> Any:
+    """Call a function, in a thread if other requests would have to wait too long."""
+    return await asyncio.to_thread(function, *args) if expensive else function(*args)
 
 
-def parse_body(request: Request) -> Submission:
-    """Return the submission in a request's body; raise Rejected with every fault of it."""
-    submission, errors = parse_submission(request.body)
+class CheckedSubmission(NamedTuple):
+    """A submission that passed the checks."""
+
+    submission: Submission
+    replies: dict  # {recipient: the Reply that refuses it, or None}, in order
+    accepted: list  # of Mailbox, the other recipients
+    digest: bytes | None  # of the document, if there is an Idempotency-Key
+
+
+def parse_and_check(request: Request, settings: Settings) -> CheckedSubmission:
+    """Parse the body of a request; raise Rejected with every error of it, or by the first check that fails."""
+    submission, errors, is_json = parse_submission(request.body)
     if errors:
-        raise Rejected(make_reply("json", *errors[:MAX_REPORTED_ERRORS]))
-    return submission
+        raise Rejected(make_reply("invalid" if is_json else "json", *errors[:MAX_REPORTED_ERRORS]))
+    refused = apply_checks(CHECKS_OF_SUBMISSION, request, submission, settings)
+    recipients = unique_recipients(submission)
+    replies = {as_written: refused.get(as_written) for as_written in recipients}
+    accepted = [mailbox for as_written, mailbox in recipients.items() if not replies[as_written]]
+    digest = document_digest(request.body) if "idempotency-key" in request.headers else None
+    return CheckedSubmission(submission, replies, accepted, digest)
+
+
+def document_digest(body: Any) -> bytes:
+    """Return a digest of the document in a body, whatever the order of its keys and its white space."""
+    document = parse_json(body.replace(b"\x1b", b"\\u001b"))
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).digest()
 
 
 MAX_REPORTED_ERRORS = 10
@@ -6640,7 +6978,9 @@ class QueueOptions(NamedTuple):
     login: str = ""
 
 
-def queue_options(request: Request, submission: Submission, settings: Settings) -> QueueOptions:
+def queue_options(
+    request: Request, submission: Submission, body_digest: bytes | None, settings: Settings
+) -> QueueOptions:
     """Return the client's options; raise Rejected for one that needs a queue if there is none."""
     key = request.headers.get("idempotency-key")
     if not settings.queue:
@@ -6653,8 +6993,9 @@ def queue_options(request: Request, submission: Submission, settings: Settings) 
     found = IDEMPOTENCY_KEY.fullmatch(key)
     if not found:
         raise Rejected(make_reply("key-form"))
-    digest = hashlib.sha256("\0".join((request.login, request.path, found[1] or found[2])).encode()).digest()
-    return QueueOptions(async_, digest, hashlib.sha256(request.body).digest(), request.login)
+    owner = request.login or f"[{request.client.text}]"  # nobody else may read the response
+    digest = hashlib.sha256("\0".join((owner, request.path, found[1] or found[2])).encode()).digest()
+    return QueueOptions(async_, digest, body_digest, request.login)
 
 
 # A string (RFC 8941 3.3.3), or a word without quotes, which most clients send.
@@ -6667,23 +7008,21 @@ def prefers_async(value: str) -> bool:
 
 
 async def enqueue_before_sending(
-    request: Request, transactions: list, good: list, options: QueueOptions, app: App
+    request: Request, transactions: list, accepted: list, options: QueueOptions, app: App
 ) -> tuple | None:
-    """The earlier mail with its key, if there is one; else this one is on disk now, before anything is sent."""
-    queue_item = new_queue_item(request, transactions, good, options)
-    earlier = await app.queue.add(queue_item, leased=not options.async_)
+    """Store the mail before anything is sent; if there is an earlier one with its key, return that instead."""
+    item = new_item(request, transactions, accepted, options)
+    earlier = await app.queue.add(item, leased=not options.async_)
     if options.async_ and not earlier:
-        log.lines(
-            f"{queue_item.queueid}: client={request.client} from={log_value(f'<{queue_item.sender}>')} "
-            "queued, to be delivered at once"
-        )
+        pairs = log_pairs(client=request.client, login=request.login or None, **{"from": f"<{item.sender}>"})
+        log.lines(f"{item.queueid}: {pairs} (queued, to be delivered at once)")
         app.queue.wake_manager()
     return earlier
 
 
-def new_queue_item(request: Request, transactions: list, good: list, options: QueueOptions) -> NewQueueItem:
+def new_item(request: Request, transactions: list, accepted: list, options: QueueOptions) -> NewQueueItem:
     """Return the mail as the queue stores it."""
-    first, mailboxes = transactions[0], {mailbox.addr_spec: mailbox for mailbox in good}
+    first, mailboxes = transactions[0], {mailbox.addr_spec: mailbox for mailbox in accepted}
     recipients = []
     for transaction in transactions:
         for to in transaction.recipients:
@@ -6696,13 +7035,13 @@ def new_queue_item(request: Request, transactions: list, good: list, options: Qu
 
 
 async def queue_deferred(
-    request: Request, transactions: list, good: list, options: QueueOptions, replies: list, app: App
+    request: Request, transactions: list, accepted: list, options: QueueOptions, replies: list, app: App
 ) -> tuple:
     """Return the replies after the first attempts, "queued" where there will be more, and their AttemptResults."""
     settings = request.settings or app.settings
     if not (options.key or any(reply.temporary for reply in replies)):
         return replies, []
-    item, now = new_queue_item(request, transactions, good, options), time.time()
+    item, now = new_item(request, transactions, accepted, options), time.time()
     results = [
         first_attempt_result(item, recipient, reply, settings, now)
         for recipient, reply in zip(item.recipients, replies)
@@ -6726,13 +7065,12 @@ def first_attempt_result(
     item: NewQueueItem, recipient: NewRecipient, reply: Reply, settings: Settings, now: float
 ) -> AttemptResult:
     """Return the result of a first attempt; only a delay is reported, since the response tells the others."""
-    result = AttemptResult(reply, next_disposition(reply, 1, 0.0, random_unit(), settings.queue))
-    if result.disposition.state != "open":
-        return result
-    first = LeasedRecipient(
-        0, item.queueid, item.kind, item.sender, item.login, item.created_at, item.message, *recipient, attempts=1
-    )
-    return result._replace(follow_ups=notifications(first, result, reply, settings, now))
+    disposition = next_disposition(reply, 1, 0.0, random_unit(), settings.queue)
+    if disposition.state != "open":
+        return AttemptResult(reply, disposition)
+    envelope = item.queueid, item.kind, item.sender, item.login, item.created_at, item.message
+    first = LeasedRecipient(0, *envelope, *recipient, attempts=1)
+    return AttemptResult(reply, disposition, notifications(first, reply, "open", settings, now))
 
 
 def log_queued(item: NewQueueItem, results: list) -> None:
@@ -6747,7 +7085,7 @@ def log_queued(item: NewQueueItem, results: list) -> None:
 async def replay_response(
     request: Request, submission: Submission, replies: dict, earlier: tuple, options: QueueOptions, app: App
 ) -> Response:
-    """The answer to the first request with this key; Refused where there is none yet, or its body was another."""
+    """Return the response to the first request with this key; raise Rejected if there is none, or for another body."""
     queueid, answered = earlier["queueid"], earlier["response"]
     if earlier["body_digest"] != options.body_digest:
         raise Rejected(make_reply("key-reused"))
@@ -6765,7 +7103,7 @@ async def replay_response(
 
 
 def serialize_response(result: Response) -> str:
-    """An answer as the queue keeps it."""
+    """Return a response as the queue stores it."""
     return ENCODER.encode([result.status, result.headers, result.body.decode()])
 
 
@@ -6781,15 +7119,27 @@ def plan_transactions(
 ) -> tuple:
     """Return (transactions, the mailboxes in their order): one each recipient, or each route if they share the mail."""
     sender = parse_address(submission.mail)
+    check_provider_headers(submission, sender, accepted, settings)
     if submission.shared:
         transactions = plan_shared(sender, message, accepted, settings, queueid)
         by_address = {mailbox.addr_spec: mailbox for mailbox in accepted}
         return transactions, [by_address[to] for transaction in transactions for to in transaction.recipients]
     routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in accepted]
     return [
-        Transaction(route, settings.hostname, queueid, sender.addr_spec, (mailbox.addr_spec,), message, number)
+        Transaction(
+            route, settings.hostname, queueid, sender.addr_spec, (mailbox.addr_spec,), message, number, settings.dkim
+        )
         for number, (route, mailbox) in enumerate(zip(routes, accepted), 1)
     ], accepted
+
+
+def check_provider_headers(submission: Submission, sender: Mailbox, accepted: list, settings: Settings) -> None:
+    """Raise Rejected if a client sets commands of cloud relays where a route does not let it."""
+    names = provider_header_names(submission)
+    routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in accepted] if names else ()
+    if not all(route.provider_headers for route in routes):
+        lines = [f"{sanitize(name)}: the route must have provider_headers to send it" for name in names]
+        raise Rejected(make_reply("invalid", *lines[:MAX_REPORTED_ERRORS]))
 
 
 def plan_shared(sender: Mailbox, message: Message, accepted: list, settings: Settings, queueid: str) -> list:
@@ -6800,7 +7150,9 @@ def plan_shared(sender: Mailbox, message: Message, accepted: list, settings: Set
         domain = mailbox.domain.lower() if route.relay == "MX" else ""
         routes.setdefault((route, domain), []).append(mailbox.addr_spec)
     return [
-        Transaction(route, settings.hostname, queueid, sender.addr_spec, tuple(recipients), message, number)
+        Transaction(
+            route, settings.hostname, queueid, sender.addr_spec, tuple(recipients), message, number, settings.dkim
+        )
         for number, ((route, _), recipients) in enumerate(routes.items(), 1)
     ]
 
@@ -6906,7 +7258,7 @@ def log_line(
     if reply.dsn:
         line.append(f"dsn={reply.dsn}")
     at = "" if reply.accepted or reply.origin == "policy" else f" (in reply to {reply.command})"
-    words = sanitize(f"{reply.code} {' '.join(reply.message)}", 500)
+    words = sanitize(f"{reply.code} {('; ' if reply.origin == 'policy' else ' ').join(reply.message)}", 500)
     return f"{' '.join(line)} status={reply.log_status} ({words}{at})"
 
 
@@ -6922,8 +7274,8 @@ def answer_document(
         "response": [reply_to_dict(to, reply) for to, reply in replies.items()],
         "remoteaddr": str(request.client) if request.client else None,
         "remoteport": request.port,
-        "useragent": header_to_text(request.headers.get("user-agent")),
-        "referer": header_to_text(request.headers.get("referer")),
+        "useragent": echoed_header(request, "user-agent"),
+        "referer": echoed_header(request, "referer"),
         "timestamp": time_to_dict(request.now),
     }
     return Response(status, to_json(document), answer_headers(request, status, queueid, replies))
@@ -6951,11 +7303,15 @@ def time_to_dict(seconds: float | None) -> dict | None:
     return None if seconds is None else {"datetime": time.ctime(seconds), "unixtime": str(int(seconds))}
 
 
-def header_to_text(value: str | None) -> str | None:
-    """Return a header's value, which was decoded as Latin-1, as the UTF-8 that it most often is."""
+def echoed_header(request: Request, name: str) -> str | None:
+    """Return the start of a header's value, which was decoded as Latin-1, as the UTF-8 that it most often is."""
+    value = request.headers.get(name)
     if value is None or value.isascii():
-        return value
-    return value.encode("latin-1").decode("utf-8", "replace")
+        return value and value[:MAX_ECHO]
+    return value[: 4 * MAX_ECHO].encode("latin-1").decode("utf-8", "replace")[:MAX_ECHO]
+
+
+MAX_ECHO = 200  # characters of a header that an answer repeats, and the queue stores
 
 
 def to_json(document: Any) -> bytes:
@@ -6963,7 +7319,7 @@ def to_json(document: Any) -> bytes:
 
 
 # ======================================================================================================================
-# 16. HTTP server
+# 17. HTTP server
 #     Takes octets from a socket, gives a Request to an endpoint and sends its Response (RFC 9110, 9112). The supervisor
 #     binds and watches; workers, forked by it, accept. In a worker one event loop serves all connections.
 # ======================================================================================================================
@@ -6971,6 +7327,8 @@ def to_json(document: Any) -> bytes:
 MAX_HEAD = 65536  # octets of request line and headers
 MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
+MAX_IN_FLIGHT = 64 << 20  # octets of all bodies of a worker, or of two if these may be larger
+MAX_VICTIMS = 64  # connections that are compared to find the one that is closed in favour of a new one
 LINGER_TIMEOUT = 2.0  # seconds for a client to read the last answer before its connection is closed
 MAX_LINGERING_503 = 64  # connections over the limit that are told so and closed by lingering_close() at a time
 SHUTDOWN_TIMEOUT = 30.0  # seconds for requests in flight to be answered
@@ -7008,8 +7366,6 @@ def parse_head(octets: bytes) -> RequestHead:
     headers: dict = {}
     for name, value in [(name.lower(), value.strip(" \t")) for name, value in lines]:
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    if "," in headers.get("host", ""):  # two of them, RFC 9112 3.2
-        raise Rejected(make_reply("bad-request", "Host"))
     connection = headers.get("connection", "").lower()
     keep_alive = "keep-alive" in connection if is_http10 else "close" not in connection
     return RequestHead(method, path, headers, keep_alive, is_http10)
@@ -7026,6 +7382,13 @@ def parse_request_line(line: str) -> tuple:
     if target[0] != "/" and "://" in target:
         target = "/" + target.split("://", 1)[1].partition("/")[2]  # absolute form, RFC 9112 3.2.2
     return method, target.partition("?")[0], minor == "0"
+
+
+def check_host(head: RequestHead) -> None:
+    """Raise Rejected if Host is missing, repeated or no host (RFC 9112 3.2)."""
+    host = head.headers.get("host", "" if head.is_http10 else ",")
+    if not re.fullmatch(r"[^\s,/?#@\\]*", host):
+        raise Rejected(make_reply("bad-request", "Host"))
 
 
 CHUNKED = -1
@@ -7059,7 +7422,9 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
     if forwarded is None or peer not in trusted:
         return peer, port
     for text in reversed(forwarded.split(",")):
-        found = re.fullmatch(r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)", text.strip(" \t"))  # some proxies add the port
+        found = re.fullmatch(
+            r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)", text.strip(" \t")[:100]
+        )  # some proxies add the port
         try:
             peer, port = parse_ip(found[1] or found[2] or found[3]), None
         except ValueError:  # it must not pass for the proxy's own request
@@ -7067,6 +7432,11 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
         if peer not in trusted:
             break
     return peer, port
+
+
+FORWARDING_HEADERS = frozenset(
+    ("via", "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "x-client-ip")
+)  # that proxies add
 
 
 class Endpoint(NamedTuple):
@@ -7094,11 +7464,15 @@ async def get_conf(request: Request, app: App) -> Response:
 
 
 def check_monitor(request: Request, submission: None, settings: Settings) -> Reply | None:
-    """Require a program on this machine, not a web page whose name was rebound in DNS."""
-    host = request.headers.get("host", "").lower()
-    near = request.client in LOOPBACK and request.peer in LOOPBACK
-    by_name = host and request.port is not None and not is_own_host(host, settings)
-    return None if near and not by_name else make_reply("forbidden")
+    """Require an address in httpd.monitors, and no web page whose name was rebound in DNS."""
+    host, reason = request.headers.get("host", "").lower(), hidden_client(request, settings)
+    if request.client not in settings.httpd.monitors:
+        reason = f"{request.client.text} is not in httpd.monitors"
+    elif not reason and request.forwarded and request.client in LOOPBACK:  # a proxy can't know that it is this machine
+        reason = f"{request.forwarded}: a forwarded request is not from this machine"
+    elif not reason and not is_own_host(host, settings):
+        reason = f"Host: expected an address or smtpd.hostname ({settings.hostname})"
+    return make_reply("forbidden", reason) if reason else None
 
 
 def is_own_host(host: str, settings: Settings) -> bool:
@@ -7111,9 +7485,8 @@ def is_own_host(host: str, settings: Settings) -> bool:
 
 
 def check_queue_access(request: Request, submission: None, settings: Settings) -> Reply | None:
-    if not check_monitor(request, None, settings):
-        return None
-    return check_login(request, None, settings) if settings.password.hashes else make_reply("forbidden")
+    refusal = check_monitor(request, None, settings)
+    return check_login(request, None, settings) if refusal and settings.password.hashes else refusal
 
 
 async def get_queue(request: Request, app: App) -> Response:
@@ -7124,13 +7497,36 @@ async def get_queue(request: Request, app: App) -> Response:
 
 
 async def get_queued_mail(request: Request, app: App) -> Response:
-    """Answer with the state of a mail, to the login that sent it and to monitors."""
-    found = app.queue and await app.queue.do(message_status, request.path.rpartition("/")[2])
+    return json_response(message_document(await find_queued_mail(request, app)))
+
+
+async def cancel_queued_mail(request: Request, app: App) -> Response:
+    return await change_queued_mail(request, app, "cancelled", drop_message, request.now)
+
+
+async def retry_queued_mail(request: Request, app: App) -> Response:
+    response = await change_queued_mail(request, app, "retried", flush_queue)
+    app.queue.wake_manager()
+    return response
+
+
+async def change_queued_mail(request: Request, app: App, verb: str, operation: Callable, *values: Any) -> Response:
+    """Answer with the number of recipients that an operation changed, and the mail as it is now."""
+    queueid = (await find_queued_mail(request, app))["queueid"]
+    count = await app.queue.do(operation, queueid, *values)
+    pairs = log_pairs(client=request.client.text, login=request.login or None)
+    log.lines(f"{queueid}: {pairs} {count} recipients {verb}")
+    return json_response({verb: count, **message_document(await app.queue.do(message_status, queueid))})
+
+
+async def find_queued_mail(request: Request, app: App) -> dict:
+    """Return a mail in the queue; raise Rejected unless the client is a monitor or the login that sent it."""
+    found = app.queue and await app.queue.do(message_status, request.path.split("/")[2])
     if not found:
         raise Rejected(make_reply("not-found"))
     if check_monitor(request, None, app.settings) and found["login"] != request.login:
         raise Rejected(make_reply("forbidden"))
-    return json_response(message_document(found))
+    return found
 
 
 def message_document(message: dict) -> dict:
@@ -7186,17 +7582,21 @@ ENDPOINTS = {
     ("GET", "/health"): Endpoint(get_health),
     ("GET", "/conf"): Endpoint(get_conf, (check_monitor,)),
     ("GET", "/queue"): Endpoint(get_queue, (check_monitor,)),
-    ("GET", "/queue/"): Endpoint(get_queued_mail, (check_queue_access,)),  # and a queue id
+    ("GET", "/queue/ID"): Endpoint(get_queued_mail, (check_queue_access,)),
+    ("DELETE", "/queue/ID"): Endpoint(cancel_queued_mail, (check_queue_access,)),
+    ("POST", "/queue/ID/retry"): Endpoint(retry_queued_mail, (check_queue_access,)),
     ("GET", "/sample/mail"): Endpoint(get_sample),
     ("GET", "/neko"): Endpoint(get_neko),
 }
 
 
 def route_key(path: str) -> str:
-    """Return the path as ENDPOINTS has it: without the queue id behind /queue/."""
-    if not path.startswith("/queue/"):
-        return path
-    return "/queue/" if re.fullmatch(r"/queue/[0-9A-Za-z]{1,64}", path) else ""
+    """Return the path as ENDPOINTS has it: with "ID" for a queue id."""
+    found = QUEUE_PATH.fullmatch(path)
+    return f"/queue/ID{found[1]}" if found else path
+
+
+QUEUE_PATH = re.compile(r"/queue/[0-9A-Za-z]{1,64}((?:/retry)?)")
 
 
 def allowed_methods(path: str) -> list:
@@ -7211,7 +7611,7 @@ def cors_policy(head: RequestHead, settings: Settings) -> tuple:
     """Return (whether a web page of the request's Origin may POST, headers that tell its browser) (Fetch standard)."""
     origin = head.headers.get("origin")
     if origin is None:
-        return True, ()
+        return head.headers.get("sec-fetch-site", "").lower() != "cross-site", ()
     if origin.lower() in settings.httpd.allowed_origins:
         return True, (
             ("Access-Control-Allow-Origin", origin),
@@ -7232,13 +7632,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
     """
 
     protocol_version = request_version = "HTTP/1.1"
-    command, close_connection = "", True
+    command, head, request, cors_headers, close_connection = "", None, None, (), True
 
     def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
         self.connection, self.worker, self.app = AsyncSocket(sock), worker, worker.app
         self.settings = worker.app.settings
-        self.buffer = b""
+        self.buffer, self.in_body = b"", False
+        self.begun, self.received = time.monotonic(), 0  # when the client's turn began, octets received since
         is_inet = isinstance(peer, tuple)
+        self.in_flight = 0  # octets of the body, received in parts
         self.peer = parse_ip(peer[0] if is_inet else "127.0.0.1")  # who may open a Unix socket is on this machine
         self.port = peer[1] if is_inet else None
 
@@ -7251,8 +7653,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 await self.connection.sendall(octets, time.monotonic() + self.settings.httpd.timeout)
                 del octets
                 if self.close_connection:
-                    await lingering_close(self.connection)
+                    await self._while_idle(lingering_close(self.connection))
                     break
+                self.begun, self.received = time.monotonic(), 0
         except (OSError, ValueError):  # the client is gone
             pass
         finally:
@@ -7293,37 +7696,55 @@ class Connection(http.server.BaseHTTPRequestHandler):
     async def handle_one_request(self) -> bytes:
         """Return the octets of the response to the request that has begun; set `close_connection`."""
         self.settings = self.app.settings  # one set from beginning to end
-        deadline = time.monotonic() + self.settings.httpd.timeout
-        self.command, self.close_connection = "", True
-        request = head = None
-        unread, cors_headers = 1, ()
+        self.begun, self.received = time.monotonic(), len(self.buffer)
+        self.head = self.request = None
+        self.command, self.unread, self.cors_headers = "", 1, ()
         try:
-            head = parse_head(self._buffered_head() or await self._read_head(deadline))
-            self.command, unread = head.method, body_length(head)
-            request = self._request(head)
-            allowed, cors_headers = cors_policy(head, self.settings)
-            endpoint = self._endpoint(request, allowed)
-            checks = endpoint.checks, request, None, self.settings
-            await call_in_thread(self._needs_password_check(endpoint, request), apply_checks, *checks)
-            request.body = await self._read_body(head, unread, deadline)
-            unread = 0
-            response = await endpoint.handler(request, self.app)
+            response = await self._respond(self.begun + self.settings.httpd.timeout)
         except Rejected as error:
-            response = self.rejection(request, error.reply)
+            response = self.rejection(error.reply)
         except OSError:
             raise
         except Exception:
             log_exception(None)
-            response = self.rejection(request, make_reply("our-fault"))
-        if 0 < unread <= len(self.buffer) and request:  # a refused body that has arrived already
-            self.buffer, unread = self.buffer[unread:], 0
-        self.close_connection = not (head and head.keep_alive and not unread and not self.app.stopping)
-        keep_alive = (("Connection", "keep-alive"),) if head and head.is_http10 and not self.close_connection else ()
-        return self.response_octets(response, (*cors_headers, *keep_alive))
+            response = self.rejection(make_reply("our-fault"))
+        finally:
+            self.app.octets_in_flight -= self.in_flight
+            self.in_body, self.in_flight = False, 0
+        if 0 < self.unread <= len(self.buffer) and self.request:  # a refused body that has arrived already
+            self.buffer, self.unread = self.buffer[self.unread :], 0
+        self.close_connection = not (self.head and self.head.keep_alive and not self.unread and not self.app.stopping)
+        self.request = None  # an idle connection keeps no body
+        return self.response_octets(response)
+
+    async def _respond(self, deadline: float) -> Response:
+        """Return an endpoint's response; `unread` are the octets of the body that are not read yet."""
+        self.head = head = parse_head(self._buffered_head() or await self._read_head(deadline))
+        self.command = head.method
+        check_host(head)
+        self.unread = body_length(head)
+        self.request = request = self._request(head)
+        allowed, self.cors_headers = cors_policy(head, self.settings)
+        endpoint = self._endpoint(request, allowed)
+        checks = endpoint.checks, request, None, self.settings
+        await call_in_thread(self._needs_password_check(endpoint, request), apply_checks, *checks)
+        if self.unread and head.method != "POST":
+            self.unread = CHUNKED  # it is not waited for: the connection is closed
+            raise Rejected(make_reply("bad-request", f"{head.method} takes no body"))
+        if head.headers.get("content-encoding", "identity").lower() != "identity":
+            raise Rejected(make_reply("content-encoding", "send the document as it is"))
+        self.in_body = True
+        request.body = await self._read_body(head, self.unread, deadline)
+        self.in_body, self.unread = False, 0
+        return await endpoint.handler(request, self.app)
 
     def _request(self, head: RequestHead) -> Request:
         client, port = client_address(self.peer, self.port, head.headers, self.settings)
-        return Request(head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings)
+        request = Request(
+            head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings
+        )
+        request.forwarded = ", ".join(sorted(FORWARDING_HEADERS.intersection(head.headers))).title()
+        return request
 
     def _endpoint(self, request: Request, origin_allowed: bool) -> Endpoint:
         """Return the endpoint for a request; raise Rejected if there is none."""
@@ -7331,29 +7752,31 @@ class Connection(http.server.BaseHTTPRequestHandler):
         endpoint = ENDPOINTS.get((method, route_key(request.path)))
         if not endpoint:
             if not allowed_methods(request.path):
-                raise Rejected(make_reply("not-found"))
-            if method == "OPTIONS":
-                return Endpoint(answer_options)
-            raise Rejected(make_reply("method", word=method))
-        if method == "POST" and not origin_allowed:
-            raise Rejected(make_reply("origin"))
-        return endpoint
+                hint = did_you_mean(request.path, {path for _, path in ENDPOINTS})
+                raise Rejected(make_reply("not-found", *filter(None, [hint.lstrip("; ")])))
+            if method != "OPTIONS":
+                raise Rejected(make_reply("method", word=method))
+        is_preflight = method == "OPTIONS" and "access-control-request-method" in request.headers
+        if not origin_allowed and (method in ("POST", "DELETE") or is_preflight):
+            origin = sanitize(request.headers.get("origin", "a cross-site request without Origin"))
+            raise Rejected(make_reply("origin", f"{origin} is not in httpd.allowed_origins"))
+        return endpoint or Endpoint(answer_options)
 
     def _needs_password_check(self, endpoint: Endpoint, request: Request) -> bool:
         """Return True if a password hash has to be computed."""
         password, credentials = self.settings.password, request.headers.get("authorization")
         return bool(password.hashes and endpoint.checks and not password.is_cached(credentials))
 
-    def rejection(self, request: Request | None, reply: Reply) -> Response:
-        """Return the response for a Reply that refuses a request, and log it."""
-        request = request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
+    def rejection(self, reply: Reply) -> Response:
+        """Return the response for a Reply that refuses the request, and log it."""
+        request = self.request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
         queueid = new_queueid(request.now) if reply.command != "HTTP" else None
         response = respond(request, reply.status, {None: reply}, queueid, None)
         if reply.status == 405:
             return response._replace(headers=(("Allow", ", ".join(allowed_methods(request.path))),))
         return response
 
-    def response_octets(self, response: Response, headers: tuple = ()) -> bytes:
+    def response_octets(self, response: Response) -> bytes:
         self.wfile = io.BytesIO()
         self.send_response_only(response.status)
         self.send_header("Server", self.version_string())
@@ -7361,10 +7784,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if response.status != 204:
             self.send_header("Content-Type", response.type)
             self.send_header("Content-Length", str(len(response.body)))
-        for name, value in (*response.headers, *headers):
+        for name, value in (*response.headers, *self.cors_headers):
             self.send_header(name, value)
         if self.close_connection:
             self.send_header("Connection", "close")
+        elif self.head.is_http10:
+            self.send_header("Connection", "keep-alive")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(response.body)
@@ -7392,7 +7817,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         head = b""
         while not head:
             searched = max(len(self.buffer) - 3, 0)
-            self.buffer += await self._while_idle(self._receive(deadline))
+            self.buffer += await self._receive(deadline)
             head = self._buffered_head(searched)
         return head
 
@@ -7402,20 +7827,35 @@ class Connection(http.server.BaseHTTPRequestHandler):
             await asyncio.sleep(0)  # who sends faster than we read must not keep the others waiting
             if time.monotonic() >= deadline:
                 raise socket.timeout
-            octets = await self.connection.recv(limit, deadline)
+            octets = await self._while_idle(self.connection.recv(limit, deadline))
         except socket.timeout:
             raise Rejected(make_reply("request-timeout")) from None
         if not octets:
             raise ConnectionError("closed within a request")
+        self.received += len(octets)
+        if self.in_body:
+            self._count_in_flight(len(octets))
         return octets
+
+    def _count_in_flight(self, octets: int) -> None:
+        """Raise Rejected if the bodies of all requests are too large together."""
+        self.in_flight += octets
+        self.app.octets_in_flight += octets
+        size = self.settings.smtpd.max_message_size
+        if self.app.octets_in_flight > max(MAX_IN_FLIGHT, 4 * size if size else 2 * MAX_BODY):
+            raise Rejected(make_reply("overload"))
+
+    def precedence(self, now: float, crowded: set) -> tuple:
+        """Return a sort key: a connection over the limit makes room by closing the first of the others."""
+        is_limited = self.port is not None and self.peer not in self.app.settings.httpd.trusted_proxies
+        rate = (self.received + 500) / max(now - self.begun, 1)  # octets a second, with some to start with
+        return not (is_limited and self.peer in crowded), rate
 
     async def _read_body(self, head: RequestHead, length: int, deadline: float) -> bytes:
         size = self.settings.smtpd.max_message_size
         limit = 2 * size + 65536 if size else MAX_BODY
-        if head.method != "POST":
-            limit = MAX_HEAD  # no endpoint reads it, and nobody has logged in
         if length > limit:
-            raise Rejected(make_reply("body-too-large"))
+            raise Rejected(make_reply("body-too-large", body_limit(size, limit)))
         expected = head.headers.get("expect")
         if expected:
             if expected.lower() != "100-continue":
@@ -7449,7 +7889,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             size = int(found[1], 16)
             total += len(line) + size  # a body of chunks of one octet costs by its lines
             if total > limit:
-                raise Rejected(make_reply("body-too-large"))
+                raise Rejected(make_reply("body-too-large", body_limit(self.settings.smtpd.max_message_size, limit)))
             if not size:
                 break
             body += await self._read_exactly(size, deadline)
@@ -7468,6 +7908,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.buffer += await self._receive(deadline, 4096)
         line, _, self.buffer = self.buffer.partition(b"\r\n")
         return line
+
+
+def body_limit(size: int, limit: int) -> str:
+    return (
+        f"more than {limit} octets: twice smtpd.max_message_size ({size}) and 65536" if size else f"more than {limit}"
+    )
 
 
 async def lingering_close(sock: AsyncSocket) -> None:
@@ -7546,7 +7992,7 @@ class Worker:
             self.connections or (self.queue_manager and any(self.queue_manager.in_flight.values()))
         ) and now < began + SHUTDOWN_TIMEOUT:
             for connection in [
-                one for one in self.idle if not one.buffer or now > began + LINGER_TIMEOUT
+                one for one in self.idle if not one.in_body and (not one.buffer or now > began + LINGER_TIMEOUT)
             ]:  # no request yet
                 self._interrupt(connection)
             await asyncio.sleep(0.02)
@@ -7595,9 +8041,7 @@ class Worker:
             if listener.sock.family != socket.AF_UNIX:
                 with contextlib.suppress(OSError):  # a Mac says so where the client is gone already
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._full():
-                await asyncio.sleep(0)  # so that the idle and the ended ones are known
-            if self._full() and not self._close_idlest():
+            if self._full() and not await self._make_room():
                 self.loop.create_task(self._reject_503(Connection(sock, peer, self)))
                 continue
             connection = Connection(sock, peer, self)
@@ -7607,6 +8051,14 @@ class Worker:
 
     def _full(self) -> bool:
         return len(self.connections) >= self.app.settings.httpd.max_connections
+
+    async def _make_room(self) -> bool:
+        """Return True if there is room for another connection, or one was closed in its favour."""
+        for attempt in range(4):
+            await asyncio.sleep(0)  # until what has arrived is read, and the connections that ended are gone
+            if not self._full() or (attempt and self._close_idlest()):
+                return True
+        return False
 
     def mark_idle(self, connection: Connection) -> None:
         """Note that a connection waits for a request."""
@@ -7627,7 +8079,7 @@ class Worker:
         """Answer 503 to a connection over the limit; close it at once if many are being answered so, or under TLS."""
         linger = self.lingering_503s < MAX_LINGERING_503
         self.lingering_503s += 1
-        octets, sock = connection.response_octets(connection.rejection(None, make_reply("busy"))), connection.connection
+        octets, sock = connection.response_octets(connection.rejection(make_reply("busy"))), connection.connection
         with contextlib.suppress(OSError):
             if not self.app.tls:
                 await sock.sendall(octets, time.monotonic() + LINGER_TIMEOUT)
@@ -7637,8 +8089,15 @@ class Worker:
         sock.close()
 
     def _close_idlest(self) -> bool:
-        """Close the connection that has been idle longest; return False if none is idle."""
-        return any(self._interrupt(connection) for connection in self.idle)  # the first that can be, and no more
+        """Close the connection that sent least for its time; return False if none waits for its client.
+
+        Those of an address with more than a quarter of `max_connections` go first.
+        """
+        limit, now = self.app.settings.httpd.max_connections // 4, time.monotonic()
+        counts = Counter([connection.peer for connection in self.connections])
+        crowded = {peer for peer, count in counts.items() if count > limit}
+        waiting = list(itertools.islice(self.idle, MAX_VICTIMS))
+        return any(map(self._interrupt, sorted(waiting, key=lambda connection: connection.precedence(now, crowded))))
 
     def _interrupt(self, connection: Connection) -> bool:
         """Abort an idle connection; return False if something has just arrived on it."""
@@ -7860,7 +8319,7 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 
 
 # ======================================================================================================================
-# 17. Commands
+# 18. Commands
 #     Takes the words of a command line, gives an exit code. What is meant for a person goes to stderr, results to
 #     stdout.
 # ======================================================================================================================
@@ -8125,7 +8584,7 @@ async def _run_checks(settings: Settings, domain: str, selector: str | None, con
     transport, failed = TransportContext(settings.smtpd.resolver), False
     checks = [(name, run_probe(probe, transport)) for name, probe in connectivity_probes(settings, domain) if connect]
     if domain:
-        checks.append((domain, check_sender_domain(domain.lower(), selector, transport.resolver)))
+        checks.append((domain, check_sender_domain(domain.lower(), selector, transport.resolver, settings.dkim)))
     for name, check in checks:
         for step, ok, text in await check:
             failed = failed or not ok
@@ -8154,7 +8613,7 @@ def connectivity_probes(settings: Settings, domain: str) -> list:
     return probes
 
 
-async def check_sender_domain(domain: str, selector: str | None, resolver: Resolver) -> list:
+async def check_sender_domain(domain: str, selector: str | None, resolver: Resolver, keys: dict) -> list:
     """What a large receiver reads in DNS of a sender's domain, and why it would refuse the mail: SPF, DKIM, DMARC."""
     patience = Resolver.QUERY_TIMEOUT * Resolver.ATTEMPTS
 
@@ -8167,7 +8626,7 @@ async def check_sender_domain(domain: str, selector: str | None, resolver: Resol
     results = []
     for step, look in (
         ("SPF", check_spf(domain, texts)),
-        ("DKIM", check_dkim(domain, selector, texts)),
+        ("DKIM", check_dkim(domain, selector, keys, texts)),
         ("DMARC", check_dmarc(domain, texts)),
     ):
         try:
@@ -8225,12 +8684,19 @@ def spf_record(texts: tuple, partial: bool = False) -> tuple:
     return records[0], ""
 
 
-async def check_dkim(domain: str, selector: str | None, texts: Callable) -> tuple:
-    """(fine, words) of the DKIM key with that selector (RFC 6376)."""
-    if not selector:
+async def check_dkim(domain: str, selector: str | None, keys: dict, texts: Callable) -> tuple:
+    """(fine, words) of the DKIM key with that selector, or of the one in the settings (RFC 6376)."""
+    own = find_dkim_key(domain, keys)
+    if own and selector in (None, own.selector):
+        domain, selector = own.domain, own.selector
+    elif not selector:
         return True, "not looked at; --selector names the key"
     name = f"{selector}._domainkey.{domain}"
-    error, words = dkim_key(await texts(name))
+    records = await texts(name)
+    error, words = dkim_key(records)
+    if not error and own and own.selector == selector:
+        published, ours = (re.sub(r"\s", "", parse_tags(text)["p"]) for text in (records[0], dkim_record(own)))
+        error = "" if published == ours else f"not the key of the settings, which `haineko.py dkim {domain}` prints"
     return not error, f"{name}: {error or words}"
 
 
@@ -8249,8 +8715,7 @@ def dkim_key(texts: tuple) -> tuple:
         return "the key is revoked (p= is empty)", ""
     if tags.get("k", "rsa") == "ed25519":
         return ("", "ed25519") if len(key) == ED25519 else (f"an ed25519 key has {ED25519} octets", "")
-    modulus = re.search(rb"\x02(?:\x82(..)|\x81(.))\x00", key, re.DOTALL)  # the first INTEGER, RFC 8017 A.1.1
-    bits = (int.from_bytes(modulus[1] or modulus[2], "big") - 1) * 8 if modulus else 0
+    bits = rsa_bits(key)
     if bits < SHORTEST_RSA:
         return f"RSA key of {bits or 'unknown'} bits: receivers want {SHORTEST_RSA} at the least (RFC 8301)", ""
     return "", f"RSA, {bits} bits" + (
@@ -8278,12 +8743,6 @@ async def check_dmarc(domain: str, texts: Callable) -> tuple:
     return False, f"_dmarc.{domain}: no DMARC record: Gmail, Yahoo and Outlook refuse a sender of many mails without"
 
 
-def parse_tags(record: str) -> dict:
-    """{tag: value} of a list "a=b; c=d" (RFC 6376 3.2)."""
-    pairs = [part.partition("=")[::2] for part in record.split(";") if "=" in part]
-    return {key.strip().lower(): value.strip() for key, value in pairs}
-
-
 def describe_route(route: Route) -> str:
     """Return where a route's mail goes, for people."""
     tls = ", TLS" if route.port == SMTPS else ", STARTTLS" if route.starttls else ""
@@ -8303,6 +8762,17 @@ def command_route(options: Any) -> int:
     if refusal:
         print(f"{options.address}: would be refused: {refusal.code} {refusal.dsn} {refusal.message[0]}")
     return 1 if refusal else 0
+
+
+def command_dkim(options: Any) -> int:
+    """Print the TXT record of a domain's key as a line of a zone file, in strings of at most 255 octets."""
+    keys = usable_settings(options.config).dkim
+    key = keys.get(domain_key(options.domain))
+    if not key:
+        raise CommandError(f'"{options.domain}" is not in dkim{did_you_mean(options.domain, keys)}', 1)
+    strings = '" "'.join(re.findall(".{1,255}", dkim_record(key)))
+    print(f'{key.selector}._domainkey.{key.domain}. IN TXT "{strings}"')
+    return 0
 
 
 def command_send(options: Any) -> int:
@@ -8403,7 +8873,7 @@ def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
     """What the operation on the file gives; Usage where the file can't be used."""
     (result,) = store.commit([(operation, values)])
     if isinstance(result, Rejected):
-        raise CommandError(store.fault, 1)
+        raise CommandError(store.fault or result.reply.message[0], 1)
     return result
 
 
@@ -8648,6 +9118,11 @@ COMMANDS = {
         command_route,
         "say which relay a recipient would take and why",
         (CONFIG, (("address",), {"metavar": "ADDRESS"}), (("--sender",), {"metavar": "ADDRESS"})),
+    ),
+    "dkim": (
+        command_dkim,
+        "print the TXT record of a domain's DKIM key in the settings",
+        (CONFIG, (("domain",), {"metavar": "DOMAIN"})),
     ),
     "send": (
         command_send,

@@ -58,6 +58,8 @@ sys.path.insert(0, HERE)
 
 import haineko  # noqa: E402
 
+parser = getattr(re, "_parser", None) or importlib.import_module("sre_parse")  # of patterns; its name since Python 3.11
+
 SCRATCH = tempfile.TemporaryDirectory(prefix="haineko-test-")
 # Processes run a copy: beside the original there may be settings of which no test may make use.
 PROGRAM = shutil.copy(os.path.join(HERE, "haineko.py"), SCRATCH.name)
@@ -200,7 +202,7 @@ def file(filename: str | None = None, octets: bytes = b"%PDF-1.4 \0\r\n", **more
 
 
 def understood(submission) -> haineko.Submission:
-    found, faults = haineko.parse_submission(as_body(submission))
+    found, faults, _ = haineko.parse_submission(as_body(submission))
     if faults:
         raise ValueError(faults)
     return found
@@ -1126,6 +1128,39 @@ def wire_record(name: str, kind: int, value, ttl: int = 60) -> bytes:
     return wire_name(name) + struct.pack(">HHIH", kind, 1, ttl, len(data)) + data
 
 
+TEST_RSA_KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIIEvAIBADANBgkqhkiG9w0BAQEFAASCBKYwggSiAgEAAoIBAQC8JWN5ilPbe05M
+vMesW1bbm7V3SuZiEpLpktz6Hc2wKXVy2xPzSGi8DvaJ4hsFoQsy5VUXl9GGNNml
+oyVRmjn2k1fLt0J2C4gt+jPtRc2vdkD7Kt5kFfj8gEhTXgnLl+TJGb9E0NoAl1JU
+V6jy0oJeIK/x6qFi3Db+UEs14RWI+Uxeg+gs1ujbi2+M47wcP+zPDS50ylZKf0xW
+l4/KbsN/c/rLTilYkF1iPJaf/KMJ+aII0/4nH09W9QYUOkVRkHYIWMeDdy3pME2z
+I9m3k1QiQja1ek2/HjNkz7ZS/5PO5HakOziNetUhG/fi9GPOMr0oTsxhWNFrqFhs
+bLlSPgjLAgMBAAECggEAD7L8+GzK74L79xo/fQnIFx4Ih9I3pBJRsOzAxJwNCDiF
+ZNaT9RZjKuICv2GfCJq2AQKy1XulD5JEYPZajFMWqBUGW+jIQmpW7CM3BwLulUgE
+RxD+KpLMymD36ADuR08+12rvE1JsBmWaCJCh99UJ7MnEdKaz3bhrXFAd3nqQHfQu
+gw+qhPyNLq+VWGRAAH+ref7+VrNF/0p1uEMHmUC82g8gezE3LXIUpz7aI87q6XBT
+fQqtJuW5z2XE8DotOH3sQ/qy16IC581vz8dyinoJ5XiPwzT0A7VBcPBM24M49bWO
+S58iPrpUxJ1Zc54a0KgPocnPseTl63vVZOmEFkr31QKBgQD2vxUI5WwBOD9PzSJr
+m3Ujr6mlLMPCxwlzxtFBQ7GOvy7Sj4Nee/s0nEnbl3//YYTUss5hfDI35cw2kl2Z
+edYmO5ZhfSrqxiV/WH+gQMyHJxOCO7SrAE8MKJuaaXTCJPZffqQCiWhdrYrY82+K
++pZeoMOqSk6zyST1VMBbZZEkpwKBgQDDM7Tsxw0tGR1bFh8oQVQLTynYpQn7/5ap
+aPRauz+HttaU5XVvGXma17ayk2dIMOgbeVvDZwdeH+8k2TvwdqczIZBW+1+wJqd8
+WZl3PO9G6BueFhKKQRokQN+ku9M3rHsLvUsZL2r9wxj+ftAIYICGa/MVXtjgaH/V
+wDTUF0XrPQKBgBkuJtdhkkQNmWhrZrfUhX++zXEtwEyAQ1atU211mwkWOZEDVESw
+IlKcIG1oaIeHTCbomGcaZYWOzehDx4mCBXihXBdWzqpmzizQuzV/Z1/jfPotXaKV
+xXtYKYj4ehHV886K/fHEVAI7U5AQR7HHINFHVrBqJN30CPGAVKD/HHDBAoGAJx9i
+4J3YbzR8ZLgfUIMfZBDeszQItz/3o0aMyu6CgiHMChWfHsA9ViJr1Iikh5x9uJvv
+H0+z81J1LK55S+2L/zx34GcLO5PTt6GBl5tX3Z9BgcKsvpbjtWZnLG4UnDDujGDI
+/2g4ilmi1cb2zOcCe26BTsQutXNcQ6v9KpDri4UCgYBRDLW2pufyguBzuB2kovtA
+Ix/pQgRr3opUf1fq/j3ruOIZJizWcr0GvKnG26pRLfI2FVK2KoxtB0zOUV/DfghU
+5W/jr6kcqWifx9gzNXI3eg6kALJtgbbi6G4juSHozKPlXFfP/aWm37nIRizhvOl7
+olOJQv2bJyX/du1Pd5qPVg==
+-----END PRIVATE KEY-----
+"""
+RFC8463_KEY = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIJ1hsZ3v/VpguoRK9JLsLMREScVpezJpGXA7rAMcrn9g\n-----END PRIVATE KEY-----\n"
+
+
 class Question:
     """A query as a name server reads it."""
 
@@ -1408,7 +1443,7 @@ def web_submission(**changes) -> dict:
 
 def composed_job(route: haineko.Route, document: dict | None = None, number: int = 1) -> haineko.Transaction:
     """The job of a submission's first recipient."""
-    submission, faults = haineko.parse_submission(json.dumps(document or web_submission()).encode())
+    submission, faults, _ = haineko.parse_submission(json.dumps(document or web_submission()).encode())
     assert not faults, faults
     client = haineko.parse_ip("192.0.2.9")
     message = haineko.compose(submission, "Q" * 16, client, "here.example", 1700000000.0)
@@ -1619,6 +1654,67 @@ def _changed(function: ast.AST):
             yield place.id, node.lineno
 
 
+def superlinear(patterns: dict, uses: set) -> list:
+    """The uses of patterns whose time grows faster than their input: strings of a pattern's own alphabet, and the
+    starts of a match with one character behind, many times."""
+    found = []
+    for name, method in sorted(uses):
+        pattern = patterns[name]
+        source = pattern.pattern if isinstance(pattern.pattern, str) else pattern.pattern.decode("latin-1")
+        marks = re.sub(r"\\x..|[A-Za-z0-9\[\](){}|?*+^$]", "", source)[:12]
+        alphabet = dict.fromkeys(marks + re.sub(r"\\.|[^A-Za-z]", "", source)[:4] + 'a0 \t\r\n"\\(<é')
+        match = a_match(parser.parse(source, pattern.flags & ~re.UNICODE))
+        shapes = [(a, b) for a in alphabet for b in alphabet]
+        shapes += [(match[:i], b) for i in range(2, min(len(match), 40) + 1) for b in alphabet]
+        if callable(getattr(pattern, method)) and any(_grows(pattern, method, *shape) for shape in shapes):
+            found.append(f"{name}.{method}")
+    return found
+
+
+def a_match(tree) -> str:
+    """A short string that the parsed pattern matches, or nearly."""
+    text = ""
+    for operator, value in tree:
+        kind = str(operator)
+        if kind in ("LITERAL", "NOT_LITERAL", "ANY"):
+            text += chr(value) if kind == "LITERAL" else "a"
+        elif kind == "IN":
+            name, first = value[0]
+            kinds = {
+                "LITERAL": chr,
+                "RANGE": lambda c: chr(c[0]),
+                "CATEGORY": lambda c: " " if "SPACE" in str(c) else "0",
+            }
+            text += kinds.get(str(name), lambda _: "a")(first)
+        elif "REPEAT" in kind:
+            text += a_match(value[2]) * max(1, min(value[0], 40))
+        elif kind in ("SUBPATTERN", "ATOMIC_GROUP"):
+            text += a_match(value[-1] if kind == "SUBPATTERN" else value)
+        elif kind == "BRANCH":
+            text += a_match(value[1][0])
+    return text
+
+
+def _grows(pattern, method: str, first: str, second: str) -> bool:
+    for text in (
+        lambda n: (first + second) * (n // (len(first) + 1)) + first,
+        *(lambda n, end=end: first + second * n + end for end in ("", "!", "\0")),
+    ):
+        if _seconds(pattern, method, text(2000)) > 0.002:
+            once, more = (min(_seconds(pattern, method, text(size)) for _ in range(3)) for size in (2000, 8000))
+            if more > 9 * once:
+                return True
+    return False
+
+
+def _seconds(pattern, method: str, text: str) -> float:
+    subject = text if isinstance(pattern.pattern, str) else text.encode("latin-1", "replace")
+    began = time.process_time()
+    result = getattr(pattern, method)(*((subject[:0], subject) if method == "sub" else (subject,)))
+    collections.deque(result if method == "finditer" else (), 0)
+    return time.process_time() - began
+
+
 class HouseRules(unittest.TestCase):
     """The rules that the front page of haineko.py gives itself."""
 
@@ -1697,7 +1793,19 @@ class HouseRules(unittest.TestCase):
             if isinstance(node, (ast.arg, ast.AnnAssign))
             for word in re.findall(r"\w+", ast.unparse(node.annotation) if node.annotation else "")
         }
-        self.assertEqual(sorted(name for name in self.house.names if name not in used | noted | {"MAILERS"}), [])
+        self.assertEqual(sorted(name for name in self.house.names if name not in used | noted | {"sign_jwt"}), [])
+
+    def test_every_pattern_takes_linear_time(self):
+        """Feed each pattern, as the file uses it, long strings of its own alphabet."""
+        self.assertEqual(superlinear({"BAD": re.compile(r"b?[ ]*[ \t]*=")}, {("BAD", "match")}), ["BAD.match"])
+        patterns = {name: item for name, item in vars(haineko).items() if isinstance(item, re.Pattern)}
+        self.assertGreater(len(patterns), 20)
+        uses = {
+            (node.value.id, node.attr)
+            for node in ast.walk(self.house.tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in patterns
+        }
+        self.assertEqual(superlinear(patterns, uses), [])
 
     def test_only_the_standard_library_is_imported(self):
         names = set()
@@ -2611,7 +2719,7 @@ class LogLines(Quiet):
 
 class Submissions(unittest.TestCase):
     def understood(self, submission) -> haineko.Submission:
-        found, faults = haineko.parse_submission(as_body(submission))
+        found, faults, _ = haineko.parse_submission(as_body(submission))
         self.assertEqual(faults, [])
         return found
 
@@ -2683,7 +2791,12 @@ class Submissions(unittest.TestCase):
             ({"header": []}, ["header: expected an object, got a list"]),
             ({"header": "x"}, ["header: expected an object, got a string"]),
             ({"rcptt": "a"}, ['rcptt: unknown key; did you mean "rcpt"?']),
-            ({"subject": "a"}, ["subject: unknown key"]),
+            ({"subject": "a"}, ["subject: unknown key; did you mean header.subject?"]),
+            *[({key: "a"}, [f"{key}: unknown key; did you mean {meant}?"]) for key, meant in (
+                ("cc", "header.cc"), ("reply_to", "header.replyto"), ("replyTo", "header.replyto"), ("text", "body"),
+                ("List-Unsubscribe", "header.list-unsubscribe"), ("contentType", "html or attachments[].type"),
+            )],
+            ({"header": {"html": "a"}}, ["header.html: unknown key; did you mean html, outside of header?"]),
             ({"header": {"reply_too": "a"}}, ['header.reply_too: unknown key; did you mean "replyto"?']),
             ({"header": {"reply_to": "a"}}, [f'header.reply_to: {wanted}"a"']),
             ({"header": {"Subjekt": "a"}}, ['header.Subjekt: unknown key; did you mean "subject"?']),
@@ -2700,7 +2813,8 @@ class Submissions(unittest.TestCase):
             ({"header": {"subject": "a\nb"}}, ["header.subject: has a CR, LF or NUL"]),
             ({"header": {"from": "nobody"}}, ["header.from: " + wanted + '"nobody"']),
             ({"header": {"replyto": "a b c"}}, ["header.replyto: " + wanted + '"a b c"']),
-            ({"header": {"charset": "UTF-9"}}, ['header.charset: unknown charset "UTF-9"; "UTF-8" holds every character']),
+            ({"header": {"charset": "UTF-9"}},
+             ['header.charset: unknown charset "UTF-9"; "UTF-8" holds every character']),
             ({"header": {"x-haineko-loop": "a b"}}, ['header.x-haineko-loop: "a b" is no name of a Haineko']),
             ({"header": {"x-haineko-loop": [1]}}, ["header.x-haineko-loop[0]: expected a string, got a number"]),
             (b'{"body": "a", "body": "b"}', ["body: duplicate key"]),
@@ -2737,6 +2851,84 @@ class Submissions(unittest.TestCase):
             with self.subTest(text):
                 found = haineko.parse_address(text)
                 self.assertEqual((found.as_written, found.local, found.domain), (text, local, domain))
+
+    def test_what_is_no_json(self):
+        for body, words in (
+            (b"", ("line 1 column 1", "the body is empty")), (b'{\n "a": }', ("line 2 column 7",)),
+            (b"mail=a%40x&rcpt=b", ("line 1", "form data")),
+            (b'--b\r\nContent-Disposition: form-data; name="a"', ("form data",)),
+            (b"\xff", ("UTF-8",)), (b"[" * 100000, ("deep",)), (b'{"a": NaN}', ("NaN",)),
+        ):  # fmt: skip
+            with self.subTest(body[:20]):
+                found = haineko.parse_submission(body)
+                self.assertEqual((found.submission, found.is_json, len(found.errors)), (None, False, 1))
+                for word in words:
+                    self.assertIn(word, found.errors[0])
+        for body in (b"[]", b'{"a": 1}', b'{"a": 1, "a": 1}', as_body({"mail": 1, "rcpt": 2})):
+            self.assertTrue(haineko.parse_submission(body).is_json)
+        self.assertEqual(haineko.idna_hint("A <a@x>"), ('expected a bare address, got "A <a@x>"; did you mean "a@x"?',))
+
+    def test_address_lists(self):
+        a, b = ("", "a@x"), ("", "b@y")
+        for text, wanted in (
+            ("a@x,", [a]), (",a@x,,b@y", [a, b]), ("a@x; b@y", [a, b]), ("a@x (Doe, J), b@y", [("Doe, J", "a@x"), b]),
+            ("unlisted-recipients:; (no To-header on input)", []), ("undisclosed-recipients:;", []),
+            ("(Empty list)(start)Hidden recipients  :(nobody(that I know))  ;", []), ("(a (b) \\) c)", []),
+            ("A Group:Ed Jones <a@x>, b@y; , c@z", [("Ed Jones", "a@x"), b, ("", "c@z")]),
+            ('"Doe, J" <a@x> (work), B <b@y>', [("Doe, J (work)", "a@x"), ("B", "b@y")]), ("", []), (" ,; ", []),
+            ("< a@x >, b@y", [a, b]), ("a@[IPv6:2001:db8::1]; b@y", [("", "a@[IPv6:2001:db8::1]"), b]),
+        ):  # fmt: skip
+            with self.subTest(text):
+                found = haineko.parse_mailboxes(text)
+                self.assertEqual([(name, mailbox.addr_spec) for name, mailbox in found], wanted)
+        for text in (
+            "foo-[redacted]victim@example.net", "<foo>bar@example.net", "a@x b@y", "a:b@x", "x: a@x, y: b@y;;", "(a",
+            "a@x)",
+            '"a', "<a@x", "a@x <b@y>, c", "a@x>", "<a@x> <b@y>", "<a@x> b", "g:;a", "[a@x]", ":;", "a@x, (",
+            "a@x,b@" + "," * 9,
+            "a@x," * 2001,
+        ):  # fmt: skip
+            with self.subTest(text), self.assertRaises(ValueError):
+                haineko.parse_mailboxes(text)
+        raw = "From: x@example.org\nTo: foo-[redacted]victim@example.net\nSubject: x\n\nMeow\n"
+        found = understood({"mail": "x@example.org", "raw": raw}).rcpt
+        self.assertEqual(found, ("foo-[redacted]victim@example.net",))
+        found = understood(document(rcpt=None, header={"to": "undisclosed-recipients:;", "bcc": "a@x"}))
+        self.assertEqual(found.rcpt, ("a@x",))
+        message = haineko.compose(found, "Q" * 16, None, NAME, NOW)
+        self.assertIn(b"\r\nTo: undisclosed-recipients:;\r\n", message.copy("a@x", 1))
+
+    def test_what_is_expensive(self):
+        raw = {"mail": "a@example.org", "rcpt": "b@example.jp"}
+        for what, form, parse, make in (
+            ("a text", document(body="a mail of lines\n" * 4000), False, False),
+            ("a text in Japanese", document(body="猫" * 9000), False, False),
+            ("HTML alone", document(body=None, html="<b>x</b>" * 1000), False, True),
+            ("a long subject", document(header={"subject": "猫" * 20000}), False, True),
+            ("many addresses", document(header={"to": ["猫 <a@b.jp>"] * 1500}), True, True),
+            ("many fields", document(header={"x-a": ["é@" * 40] * 999}), True, True),
+            ("many files", document(attachments=[file()] * 900), True, True),
+            ("a small message", {**raw, "raw": "A: b\n\n" + "x\n" * 2000}, False, False),
+            (
+                "many parts",
+                {**raw, "raw": "Content-Type: multipart/mixed; boundary=b\n\n" + "--b\n\né\n" * 1900},
+                True,
+                True,
+            ),
+        ):
+            with self.subTest(what):
+                self.assertEqual(haineko.is_expensive(as_body(form)), parse)
+                self.assertEqual(haineko.is_expensive(understood(form)), make)
+
+    def test_header_fields_that_relays_take_for_commands(self):
+        names = ["X-MC-Tags", "x-ses-tenant", "X-SMTPAPI", "X-PM-Tag", "X-MS-Exchange-Foo"]
+        found = understood(document(header={**dict.fromkeys(names, "a"), "X-Mailer": "b", "X-MCX": "c"}))
+        self.assertEqual(
+            [name.lower() for name in haineko.provider_header_names(found)], [name.lower() for name in names]
+        )
+        raw = "".join(f"{name} : a\n" for name in names) + "X-MCX: c\n\nx"
+        found = understood({"mail": "a@example.org", "rcpt": "b@example.jp", "raw": raw})
+        self.assertEqual(list(haineko.provider_header_names(found)), [name.lower() for name in names])
 
     def test_what_is_no_address(self):
         for text in (
@@ -2812,13 +3004,19 @@ class Submissions(unittest.TestCase):
             ("ASCII", "US-ASCII"), ("ISO-8859-15", "ISO-8859-15"), ("windows-1252", "windows-1252"), ("cp1252",
             "windows-1252"),
             ("Shift_JIS", "Shift_JIS"), ("cp932", "Windows-31J"), ("EUC-JP", "EUC-JP"), ("gb18030", "GB18030"),
-            ("Big5", "Big5"), ("KOI8-R", "KOI8-R"), ("EUC-KR", "EUC-KR"),
+            ("Big5", "Big5"), ("KOI8-R", "KOI8-R"), ("EUC-KR", "EUC-KR"), ("big5-hkscs", "Big5-HKSCS"),
+            ("iso2022_kr", "ISO-2022-KR"), ("macintosh", "macintosh"), ("mac_roman", "macintosh"),
+            ("kz_1048", "KZ-1048"),
+            ("iso-2022-jp-2", "ISO-2022-JP-2"), ("cp437", "IBM437"), ("latin9", "ISO-8859-15"), ("cp950", "Big5"),
         ]  # fmt: skip
         for name, wanted in cases:
             with self.subTest(name):
                 self.assertEqual(haineko.iana_charset(name), wanted)
                 self.assertTrue(wanted.encode("ascii").decode().replace("-", "").replace("_", "").isalnum())
-        for name in ("", "x", "UTF-16", "utf-7", "utf-8-sig", "idna", "punycode", "rot13", "base64", "hex", "zlib",
+        for name in ("", "x", "UTF-16", "utf-7", "utf-8-sig", "idna", "punycode", "rot13", "iso-2022-jp-1",
+                     "iso-2022-jp-3",
+                     "iso-2022-jp-ext", "mac_greek", "johab", "cp1125", "koi8-t", "shift_jis_2004",
+                     "base64", "hex", "zlib",
                      "hz",
                      "cp037", "undefined", "unicode_escape", "raw_unicode_escape", "mbcs", "utf-8\r\nX: y", "utf-8\0",
                      "utf 8", "ねこ", "../utf8", "a" * 1000):  # fmt: skip
@@ -2838,6 +3036,9 @@ class Submissions(unittest.TestCase):
                 form["header"]["from"] = "kijitora@example.org"
                 self.assertIn(b"charset=", composed(form))
                 self.assertEqual(haineko.decode_charset(b"Meow", name), "Meow")
+        for name in ("ISO-2022-JP-2", "ISO-2022-KR"):
+            octets = composed(document(header={"subject": "\x1b\x0e", "charset": name}, body="\x1b$A\x1b.A\x0e"))
+            self.assertIn(b"charset=UTF-8", octets)
         for name in ("EUC-JP", "Shift_JIS"):  # whose codecs write a backslash for it
             octets = composed(document(header={"subject": "x", "charset": name}, body="¥1,980\n"))
             self.assertIn(b"charset=UTF-8", octets)
@@ -2983,9 +3184,13 @@ FAULTS = [
      "attachments[0].type: message/rfc822 must be ASCII"),
     ({"attachments": [file(octets=b"x" * 999, type="message/rfc822")]},
      "attachments[0].type: message/rfc822 must be ASCII"),
-    ({"attachments": [file(octets=b"x\ry", type="message/rfc822")]}, "attachments[0].type: message/rfc822 must be ASCII"),
+    ({"attachments": [file(octets=b"x\ry", type="message/rfc822")]},
+     "attachments[0].type: message/rfc822 must be ASCII"),
     *[({"attachments": [file(cid=cid)]}, "attachments[0].cid: ") for cid in ("a b", "a>b", "猫", "<a", "a\r\nBcc: x",
       "x" * 201, 1)],
+    ({"html": "<img src='cid:logo'>"}, 'html: "cid:logo" has no attachment with this cid'),
+    ({"html": "x", "attachments": [file(cid="logo")]}, 'attachments[0].cid: the HTML has no "cid:logo"'),
+    ({"attachments": [file(contentType="a/b")]}, 'attachments[0].contentType: unknown key; did you mean "type"?'),
     ({"attachments": [file(cid="a"), file(cid="<a>")]}, "attachments[1].cid: another attachment has it already"),
     ({"attachments": [file(inline="yes")]}, "attachments[0].inline: expected true or false, got a string"),
     ({"attachments": [file()] * 1001}, "attachments: 1001 exceed the limit of 1000"),
@@ -2997,9 +3202,10 @@ FAULTS = [
         ("Message_ID", "<a b@c>", 'expected "<left@right>"'), ("message-id", "<a@b> <c@d>",
          'expected "<left@right>"'),
         ("references", ["<a@b>", "c"], 'expected "<left@right>"'), ("in-reply-to", 1, "expected a string"),
-        ("date", "2014-01-03", "expected a date like"), ("date", "Fri, 31 Feb 2014 18:35:58 +0900", "expected a date like"),
+        ("date", "2014-01-03", "expected a date like"),
+        ("date", "Fri, 31 Feb 2014 18:35:58 +0900", "expected a date like"),
         ("date", "Fri, 03 Jan 2014 18:35:58 +0900\n", "has a CR, LF or NUL"), ("importance", "urgent",
-         "expected one of high, normal, low"),
+         "expected high, normal or low"),
         ("auto-submitted", "猫", "expected printable ASCII"), ("List-Unsubscribe", "<https://x/猫>",
          "expected printable ASCII"),
         ("precedence", "bulk\0", "has a CR, LF or NUL"), ("organization", "a\nb", "has a CR, LF or NUL"),
@@ -3014,6 +3220,11 @@ FAULTS = [
             "Content-Transfer-Encoding", "DKIM-Signature", "Content-猫")],
     ]],
     ({"header": {"x-a\r\nbcc": "a"}}, "header.x-a??bcc: unknown key"),
+    ({"header": {"x-a": ["a"] * 1001}}, "header: more than 1000 fields or 102400 characters"),
+    ({"header": {f"x-{i}": "a" for i in range(1001)}}, "header: more than 1000 fields or 102400 characters"),
+    ({"header": {"x-a": ["a" * 1000] * 103}}, "header: more than 1000 fields or 102400 characters"),
+    ({"header": {"to": ["a@b"] * 2001}}, "header.to: 2001 addresses exceed the limit of 2000"),
+    ({"header": {"to": "a@b," * 2001}}, 'header.to: expected "name <address>"'),
     ({"header": {"replyto": "a@example.jp", "Reply-To": "b@example.jp"}},
      "header.Reply-To: means the same as replyto, which is set already"),
     ({"header": {"x-a": "1", "X_A": "1"}}, "header.X_A: means the same as x-a, which is set already"),
@@ -3042,7 +3253,7 @@ class PartsRefused(Quiet):
             }
             submission["header"] = submission["header"] or None
             with self.subTest(str(changes)[:100]):
-                _, faults = haineko.parse_submission(as_body(submission))
+                _, faults, _ = haineko.parse_submission(as_body(submission))
                 self.assertTrue(faults)
                 self.assertIn(wanted, faults[0])
                 self.assertEqual({fault.partition(":")[0] for fault in faults}, {faults[0].partition(":")[0]})
@@ -3056,13 +3267,13 @@ class PartsRefused(Quiet):
 
     def test_what_is_empty(self):
         for changes, wanted in [
-            ({"body": None, "html": ""}, "Message body is empty"),
-            ({"body": None, "attachments": [file()]}, "Message body is empty"),
-            ({"html": "x", "header": {"subject": ""}}, "Subject header is empty"),
-            ({"rcpt": [], "header": {"to": "a@b.jp"}}, "User address required"),
-            ({"rcpt": None}, "User address required"),
+            ({"body": None, "html": ""}, "Message body is empty"), ({"body": None, "attachments": [file()]},
+             "Message body is empty"),
+            ({"html": "x", "header": {"subject": ""}}, "Subject header is empty"), ({"rcpt": [],
+             "header": {"to": "a@b.jp"}},
+             "User address required"), ({"rcpt": None}, "User address required"),
             ({"rcpt": None, "header": {"bcc": "a@straße.de"}}, "Malformed JSON string"),
-        ]:
+        ]:  # fmt: skip
             with self.subTest(wanted):
                 status, answer = posted(document(**changes))
                 self.assertEqual((status, answer["response"][0]["message"][0]), (400, wanted))
@@ -3130,10 +3341,8 @@ class RawMessages(Quiet):
     def test_a_line_that_nothing_can_shorten_is_refused(self):
         body = "--XX\nContent-Type: text/plain\nX-Long: " + "x" * 999 + "\n\na\n--XX--\n"
         status, answer = posted(self.raw(f"{self.HEAD}Content-Type: multipart/mixed; boundary=XX\n\n{body}"))
-        self.assertEqual(
-            (status, answer["response"][0]["code"], answer["response"][0]["message"]),
-            (400, "554", ["Message has a NUL, or a line longer than 998 octets"]),
-        )
+        self.assertEqual((status, answer["response"][0]["code"], answer["response"][0]["message"]),
+                         (400, "554", ["Message has a NUL, or a line longer than 998 octets"]))  # fmt: skip
 
     def test_recipients_and_loops(self):
         found = understood(self.raw(self.HEAD + "\nx"))
@@ -3155,15 +3364,140 @@ class RawMessages(Quiet):
         found = haineko.downgrade_8bit(octets)
         self.assertTrue(found.isascii())
         message = parsed(found)
-        self.assertEqual(
-            (message["from"], message["to"], message["subject"], message["x-a"]),
-            ("猫 <a@example.org>", "猫 <b@example.jp>", "謹賀新年", "b"),
-        )
+        self.assertEqual((message["from"], message["to"], message["subject"], message["x-a"]),
+                         ("猫 <a@example.org>", "猫 <b@example.jp>", "謹賀新年", "b"))  # fmt: skip
         self.assertEqual(text_in(message.get_payload(0)), "猫")
         self.assertEqual(message.get_payload(1).get_filename(), "猫.pdf")
         self.assertEqual(message.get_payload(1).get_payload(decode=True), b"%PDF")
         for field in ("From: 猫@example.org", "Cc: A <猫@example.org>, b@example.jp"):
             self.assertFalse(haineko.downgrade_8bit(f"{field}\r\n\r\nx\r\n".encode()).isascii())
+
+    def sent(self, octets: bytes, downgraded: tuple = ()) -> bytes:
+        """A finished message as it leaves, to a path without SMTPUTF8 and 8BITMIME where `downgraded` says so."""
+        found = composed(self.raw({"base64": base64.b64encode(octets).decode()}, rcpt="a@example.jp"))
+        return haineko.downgrade_8bit(found, *downgraded) if downgraded else found
+
+    HEAD_ALONE = (
+        b"From: a@example.org\r\nTo: b@example.jp\r\nDate: Fri, 3 Jan 2014 18:35:58 +0900\r\nMessage-ID: <a@b>\r\n"
+    )
+
+    def test_what_a_path_can_carry_stays(self):
+        mime = (
+            b"MIME-Version: 1.0\r\nContent-Type: text/plain; charset=iso-8859-1\r\nContent-Transfer-Encoding: 8bit\r\n"
+        )
+        parts = b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n"
+        parts += b"for nobody\r\n--b\r\n\r\nx  \r\n--b \r\n"
+        for what, message in (
+            ("a line of 79", b"\r\n" + b"a" * 79 + b"\r\n"),
+            ("a line of 998 and a form feed", b"\r\n\f" + b"a" * 997 + b"\r\n"),
+            ("ISO-2022-JP", b'\r\n\x1b$B$"$$\x1b(B\r\n'),
+            ("8 bits", mime + b"\r\nGr\xfc\xdfe\r\n"),
+            ("parts", parts + b"Content-Type : image/png\r\n\r\n\x89\r\n--b--\r\n\r\n"),
+            ("a quoted boundary", parts.replace(b"=b", b'="b"') + b"\r\nx\r\n--b--"),
+        ):
+            with self.subTest(what):
+                octets = b"Subject:  x\r\n" + message
+                found = self.sent(self.HEAD_ALONE + octets)
+                head, _, body = octets.partition(b"\r\n\r\n")
+                self.assertIn(b"\r\n" + self.HEAD_ALONE + head + b"\r\nX-Haineko-Loop", found)
+                self.assertTrue(found.endswith(b"\r\n\r\n" + body + (b"" if body.endswith(b"\r\n") else b"\r\n")))
+
+    def test_blanks_before_a_colon(self):
+        found = self.sent(b"From : A <a@example.org>\r\nSubject\t : x\r\nX-A: b\r\n\r\n\xc3\xa9\r\n")
+        self.assertIn(b"\r\nFrom: A <a@example.org>\r\nSubject: x\r\nX-A: b\r\n", found)
+        self.assertEqual(found.count(b"From"), 1)
+
+    def test_octets_in_a_header(self):
+        for what, field, wanted in (
+            ("a parameter", "Content-Type: text/plain; name=café.txt; x=y",
+             "text/plain;\r\n name*=UTF-8''caf%C3%A9.txt; x=y"),
+            ("a quoted one", 'Content-Disposition: attachment; filename="é\\".txt"; size=1',
+             "attachment;\r\n filename*=UTF-8''%C3%A9%22.txt; size=1"),
+            ("two", "Content-Type: a/b; x=é; y=é", "a/b;\r\n x*=UTF-8''%C3%A9;\r\n y*=UTF-8''%C3%A9"),
+            ("a comment", "Date: Sat, 28 Nov 2026 12:00:00 +0200 (Mitteleuropäische Zeit)",
+             "Sat, 28 Nov 2026 12:00:00 +0200 (=?UTF-8?B?TWl0dGVsZXVyb3DDpGlzY2hlIFplaXQ=?=)"),
+            ("Received", "Received: from a (é [192.0.2.1]) by b; x",
+             "from a (=?UTF-8?B?w6kgWzE5Mi4wLjIuMV0=?=) by b; x"),
+            ("words beside words", "Subject: =?UTF-8?Q?a?= é =?UTF-8?Q?b?=",
+             "=?UTF-8?Q?a?= =?UTF-8?B?IMOpIA==?= =?UTF-8?Q?b?="),
+            ("an empty group", "Cc: é:;", "undisclosed-recipients:;"),
+            ("a name", "Reply-To: é <a@example.jp>", "=?UTF-8?B?w6k=?= <a@example.jp>"),
+            ("latin-1", "X-A: é".encode("latin-1"), "=?UTF-8?B?w6k=?="),
+            ("an encoded word", b"Subject: =?iso-8859-1?Q?Gr\xfc=DFe?=", "=?iso-8859-1?Q?Gr=FC=DFe?="),
+        ):  # fmt: skip
+            with self.subTest(what):
+                octets = field if isinstance(field, bytes) else field.encode()
+                found = self.sent(b"From: a@example.org\r\n" + octets + b"\r\n\r\nx\r\n", (True,))
+                self.assertTrue(found.isascii())
+                self.assertIn(f"\r\n{octets.partition(b':')[0].decode()}: {wanted}\r\n".encode(), found)
+
+    def test_octets_in_a_header_that_have_no_form_in_ascii(self):
+        for field in ("Message-ID: <ü@example.org>", "References: <é@b>", "From: é@example.org", "Content-ID: <é>"):
+            with self.subTest(field):
+                octets = f"X-A: é\r\n{field}\r\n\r\nx\r\n".encode()
+                found = haineko.downgrade_8bit(octets)
+                self.assertEqual(haineko.non_ascii_fields(found), [field.partition(":")[0].lower()])
+                if not field.startswith("From"):
+                    octets = {"base64": base64.b64encode(field.encode("latin-1") + b"\n\nx").decode()}
+                    faults = haineko.parse_submission(as_body(self.raw(octets))).errors
+                    self.assertEqual(len(faults), 1)
+                    self.assertIn(f"header {field.partition(':')[0]}: ", faults[0])
+
+    def test_header_and_body_are_changed_each_on_its_own(self):
+        head = b"MIME-Version: 1.0\r\nContent-Type: text/plain; charset=gb2312\r\nContent-Transfer-Encoding: 8bit\r\n"
+        body = "\r\n中文\r\n".encode("gb2312")
+        for downgraded in ((), (True,)):
+            found = self.sent(self.HEAD_ALONE + "Subject: 中文\r\n".encode("gb2312") + head + body, downgraded)
+            self.assertIn(b"\r\nSubject: =?UTF-8?B?5Lit5paH?=\r\n" + head, found)
+            self.assertTrue(found.endswith(b"\r\n" + body))
+        found = self.sent(self.HEAD_ALONE + "Subject: 中文\r\n".encode() + head + body)
+        self.assertIn("\r\nSubject: 中文\r\n".encode(), found)
+        self.assertTrue(haineko.downgrade_8bit(found).isascii())
+        self.assertEqual(haineko.downgrade_8bit(found, True).partition(b"\r\n\r\n")[2], body[2:])
+
+    def test_binary(self):
+        picture = b"\x89PNG\r\n\x1a\n\r\r\n\0--b"
+        kind = b"Content-Type: image/png\r\nContent-Transfer-Encoding: Binary\r\n\r\n" + picture
+        alone = parsed(self.sent(self.HEAD_ALONE + b"MIME-Version: 1.0\r\n" + kind))
+        self.assertEqual(alone.get_payload(decode=True), picture)
+        mixed = b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=b\r\n"
+        mixed += b"Content-Transfer-Encoding: binary\r\n\r\n"
+        octets = self.sent(self.HEAD_ALONE + mixed + b"--b\r\n\r\nx\r\n--b\r\n" + kind + b"\r\n--b--\r\n")
+        self.assertNotIn(b"inary", octets)
+        text, image = parsed(octets).get_payload()
+        self.assertEqual((text.get_payload(), image.get_payload(decode=True)), ("x", picture))
+
+    def test_what_cannot_be_parsed_is_sent_or_refused(self):
+        deep = b"Content-Type: message/rfc822\n\n"
+        nested = b"".join(b"Content-Type: multipart/mixed; boundary=b%d\n\n--b%d\n" % (i, i) for i in range(200))
+        for what, octets, refused in (
+            ("base64 with NUL", b"MIME-Version: 1.0\nContent-Transfer-Encoding: base64\n\nAAA\0A", None),
+            ("a multipart without parts", b"Content-Type: multipart/mixed; boundary=b\n\n\xe9", None),
+            ("half a parameter", b"Content-Type: text/plain; a*\n\n" + b"x" * 2000, None),
+            ("a charset unheard of", b'Subject: \xe9\nContent-Type: text/plain; charset="x\n\n' + b"\xe9" * 999, None),
+            ("messages in messages", deep * 3000 + b"x", "levels of parts exceed the limit of 100"),
+            ("multiparts in multiparts", nested, "levels of parts exceed the limit of 100"),
+            (
+                "parts",
+                b"Content-Type: multipart/mixed; boundary=b\n\n" + b"--b\n\n" * 2001,
+                "parts exceed the limit of 2000",
+            ),
+            ("fields", b"a:\n" * 1001, "fields in a header exceed the limit of 1000"),
+            ("a large header", b"a: " + b"x\n " * 40000, "octets of a header exceed the limit of 102400"),
+            ("parameters", b"Content-Type: a/b" + b";\n a=b" * 1001, "parameters of a field exceed the limit of 1000"),
+        ):
+            with self.subTest(what):
+                form = self.raw({"base64": base64.b64encode(octets).decode()}, rcpt="a@example.jp")
+                faults = haineko.parse_submission(as_body(form)).errors
+                if refused:
+                    self.assertEqual(len(faults), 1)
+                    self.assertIn(refused, faults[0])
+                    continue
+                made = composed(form)
+                for found in (made, haineko.downgrade_8bit(made), haineko.downgrade_8bit(made, True)):
+                    self.assertTrue(found.endswith(b"\r\n"))
+                    self.assertIsNone(re.search(rb"\0|[^\r\n]{999}", found))
+                self.assertTrue(haineko.downgrade_8bit(made).isascii())
 
     def test_octets_that_are_not_utf8_in_a_header(self):
         octets = b"From: a@example.org\nSubject: caf\xe9\n\nx\n"
@@ -3215,11 +3549,12 @@ class Row:
         if self.http is None:
             return posted(body, settings(**force))
         http = {"method": "POST", "path": "/submit", "client": "127.0.0.1", **self.http}
-        head = f"{http['method']} {http['path']} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"{http['method']} {http['path']} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         return over_http(head.encode() + body, settings(**force), http["client"])
 
 
 MALFORMED = (400, "421", None, "HTTP", "Malformed JSON string")
+INVALID = (400, "554", "5.6.0", "HTTP", "Invalid submission")
 LOOP = (400, "421", "5.4.6", "CONN", "Detected message loop")
 EHLO = (400, "501", "5.0.0", "EHLO", "Invalid domain name")
 MAIL_EMPTY = (400, "501", "5.5.2", "MAIL", 'Syntax error in parameters scanning "FROM"')
@@ -3246,19 +3581,19 @@ REFUSALS = [
     [
         Row("not JSON", *MALFORMED, raw=b"mail=a@example.jp"),
         Row("nothing", *MALFORMED, raw=b" "),
-        Row("a list", *MALFORMED, raw=b"[]"),
+        Row("a list", *INVALID, raw=b"[]"),
         Row("not UTF-8", *MALFORMED, raw=b'{"body": "\xff"}'),
         Row("too deep", *MALFORMED, raw=b"[" * 100000),
         Row("NaN", *MALFORMED, raw=b'{"body": NaN}'),
-        Row("a key twice", *MALFORMED, raw=b'{"body": "a", "body": "a"}'),
-        Row("half a surrogate pair", *MALFORMED, raw=b'{"body": "\\ud800"}'),
-        Row("an unknown key", *MALFORMED, replyto="a@example.jp"),
-        Row("an unknown key of header", *MALFORMED, header={"xmailer": "a"}),
-        Row("a wrong type", *MALFORMED, body=1),
-        Row("an unknown charset", *MALFORMED, header={"charset": "klingon"}),
-        Row("LF in the subject", *MALFORMED, header={"subject": "a\nX-Evil: b"}),
-        Row("NUL in From", *MALFORMED, header={"from": "a\0 <a@example.jp>"}),
-        Row("CR in Reply-To", *MALFORMED, header={"replyto": "a\r <a@example.jp>"}),
+        Row("a key twice", *INVALID, raw=b'{"body": "a", "body": "a"}'),
+        Row("half a surrogate pair", *INVALID, raw=b'{"body": "\\ud800"}'),
+        Row("an unknown key", *INVALID, replyto="a@example.jp"),
+        Row("an unknown key of header", *INVALID, header={"xmailer": "a"}),
+        Row("a wrong type", *INVALID, body=1),
+        Row("an unknown charset", *INVALID, header={"charset": "klingon"}),
+        Row("LF in the subject", *INVALID, header={"subject": "a\nX-Evil: b"}),
+        Row("NUL in From", *INVALID, header={"from": "a\0 <a@example.jp>"}),
+        Row("CR in Reply-To", *INVALID, header={"replyto": "a\r <a@example.jp>"}),
     ],
     [
         Row("own name in the loop", *LOOP, header={"x-haineko-loop": ["a.example", "RELAY.example.org"]}),
@@ -3469,6 +3804,77 @@ class Policy(Quiet):
                 found = over_http(http_post(as_body(document()), **headers), settings(**force), client)
                 self.assertEqual(found[0], status)
 
+    def test_a_refusal_names_the_limit_or_the_setting(self):
+        many = [f"r{i}@example.jp" for i in range(5)]
+        cases = (
+            (document(rcpt=many), {}, "5 recipients exceed smtpd.max_rcpts_per_message (4)"),
+            (document(rcpt=["a@example.jp"] * 3 + many), {}, "6 recipients exceed smtpd.max_rcpts_per_message (4)"),
+            (document(rcpt=many * 3000), {}, "15000 recipients exceed smtpd.max_rcpts_per_message (4)"),
+            (document(mail=None), {}, "mail (the envelope sender) is required"),
+            (document(mail=""), {}, "mail (the envelope sender) is required"),
+            (document(mail="A <a@x.jp>"), {}, 'expected a bare address, got "A <a@x.jp>"; did you mean "a@x.jp"?'),
+            (document(mail="a"), {}, 'expected a bare address like "user@example.org"'),
+            (document(header={"x-mc-tags": "a"}), {}, "X-Mc-Tags: the route must have provider_headers to send it"),
+            (document(rcpt=None), {}, "rcpt is required"),
+            (document(ehlo="a b"), {}, "ehlo: expected a domain or an address literal"),
+            (document(), {"recipients": {}}, "neither recipients.domainpart nor recipients.recipients has it"),
+            (document(body=""), {}, "body or html is required"),
+            (document(header={"subject": ""}), {}, "header.subject is required"),
+            (
+                document(),
+                {"smtpd": {"hostname": NAME, "max_message_size": 99}},
+                " octets exceed smtpd.max_message_size (99)",
+            ),
+        )
+        for submission, force, line in cases:
+            with self.subTest(line):
+                self.logged()
+                self.assertIn(line, posted(submission, settings(**force))[1]["response"][0]["message"][1])
+                self.assertIn(f"; {line}" if line[0] != " " else line, self.logged()[0])
+
+    def test_a_client_behind_an_unknown_proxy_is_not_on_this_machine(self):
+        trusting = {"httpd": {"trusted_proxies": ["127.0.0.1"]}}
+        monitors = {"httpd": {"trusted_proxies": ["127.0.0.1"], "monitors": ["192.0.2.0/24", "127.0.0.1"]}}
+        for_ = {"X-Forwarded-For": "192.0.2.7"}
+        untrusted, unlisted = (
+            "from 127.0.0.1, which is not in httpd.trusted_proxies",
+            "192.0.2.7 is not in httpd.monitors",
+        )
+        this = "a forwarded request is not from this machine"
+        cases = (
+            # path, settings, headers, status, second line
+            ("/submit", {}, for_, 403, untrusted),
+            ("/submit", {}, {"Forwarded": "for=127.0.0.1"}, 403, untrusted),
+            ("/submit", {}, {"via": "1.1 nginx"}, 403, untrusted),
+            ("/submit", {}, {"X-Real-IP": "127.0.0.1"}, 403, untrusted),
+            ("/submit", {"relayhosts": {"relayhosts": ["192.0.2.0/24"]}}, for_, 403, "127.0.0.1 is not in relayhosts"),
+            ("/submit", {"relayhosts": {"open-relay": 1}}, for_, 200, ""),
+            ("/submit", trusting, {"Via": "1.1 nginx"}, 403, "Via from 127.0.0.1 without X-Forwarded-For"),
+            ("/submit", trusting, for_, 403, "192.0.2.7 is not in relayhosts.relayhosts"),
+            ("/conf", {}, {}, 200, ""),
+            ("/conf", {}, for_, 403, untrusted),
+            ("/conf", {}, {"X-Forwarded-For": "127.0.0.1"}, 403, untrusted),
+            ("/conf", trusting, {"X-Forwarded-For": "127.0.0.1"}, 403, this),
+            ("/conf", trusting, {"X-Forwarded-For": "127.0.0.1", "Host": "evil.example"}, 403, this),
+            ("/conf", trusting, for_, 403, unlisted),
+            ("/conf", monitors, for_, 200, ""),
+            ("/conf", monitors, {**for_, "Host": "evil.example"}, 403, "Host: expected an address or smtpd.hostname"),
+            ("/queue", {}, for_, 403, untrusted),
+            ("/queue/abc", {}, for_, 403, untrusted),
+        )
+        for path, force, headers, status, line in cases:
+            with self.subTest(path, **headers, force=force):
+                self.logged()
+                method = "POST" if path == "/submit" else "GET"
+                body = as_body(document()) if path == "/submit" else b""
+                lines = [f"{name}: {value}\r\n" for name, value in {"Host": "x", **headers}.items()]
+                head = f"{method} {path} HTTP/1.1\r\n{''.join(lines)}Content-Length: {len(body)}\r\n\r\n"
+                found, document_ = over_http(head.encode() + body, settings(**force))
+                self.assertEqual(found, status)
+                if line:
+                    self.assertIn(line, document_["response"][0]["message"][1])
+                    self.assertIn(line, self.logged()[-1])
+
     def test_the_size_is_that_of_the_finished_message(self):
         octets = composed(document())
         for limit, status in ((len(octets), 200), (len(octets) - 1, 413)):
@@ -3494,7 +3900,7 @@ def refusal_of(request_: haineko.Request, submission: haineko.Submission) -> hai
 
 def composed(submission, client: str = "127.0.0.1", to: str = "mikeneko@example.jp") -> bytes:
     """The octets of the message of a submission."""
-    found, faults = haineko.parse_submission(as_body(submission))
+    found, faults, _ = haineko.parse_submission(as_body(submission))
     if faults:
         raise ValueError(faults)
     message = haineko.compose(found, "Q" * 16, haineko.parse_ip(client), NAME, NOW)
@@ -3897,7 +4303,7 @@ class Messages(unittest.TestCase):
             for text in (payload + good, good[:3] + payload + good[3:], good + payload):
                 with self.subTest(what, text=text):
                     submission = make(text)
-                    found, faults = haineko.parse_submission(as_body(submission))
+                    found, faults, _ = haineko.parse_submission(as_body(submission))
                     request_ = request(as_body(submission))
                     if faults or refusal_of(request_, found):
                         continue
@@ -4112,8 +4518,9 @@ CORPUS = [
     Mail("text"),
     Mail("text in Japanese", body="あとで\r\nお年玉\n"),
     Mail("HTML beside text", "alternative(plain, html)", html="<p>x</p>", body="other words"),
-    Mail("HTML alone", "alternative(plain, html)", OF_HTML, html=HTML, body=None),
-    Mail("HTML alone, body empty", "alternative(plain, html)", OF_HTML, html=HTML, body=""),
+    Mail("HTML alone", "alternative(plain, html)", OF_HTML, html=HTML.replace("cid:", "https://x/"), body=None),
+    Mail("HTML alone, body empty", "alternative(plain, html)", OF_HTML,
+         html=HTML.replace("cid:", "https://x/"), body=""),
     Mail("HTML that says nothing", "alternative(plain, html)", "\n", html="<p></p>", body=None),
     Mail("HTML with long lines", "alternative(plain, html)", html="<p>" + "x" * 5000 + "</p>"),
     Mail("HTML in ISO-2022-JP", "alternative(plain, html)", html="<p>髙①ガ～</p>", header={"charset": "ISO-2022-JP"}),
@@ -4148,11 +4555,13 @@ CORPUS = [
         {"filename": "a.pdf", "content": "JVBE\r\nRi0x\nLjQg AA0K"}], files=((PDF, "attachment"),)),
     Mail("a picture in HTML", "alternative(plain, related(html, png))", html=HTML, attachments=[
         file("l.png", PNG, cid="logo")], files=(("image/png", "inline"),)),
-    Mail("a cid in brackets", "alternative(plain, related(html, png))", html=HTML, attachments=[
+    Mail("a cid in brackets", "alternative(plain, related(html, png))",
+         html=HTML.replace("cid:logo", "cid:logo%40x"), attachments=[
         file("l.png", PNG, cid="<logo@x>")], files=(("image/png", "inline"),)),
     Mail("a cid without HTML", "mixed(plain, png)", attachments=[file("l.png", PNG, cid="logo")],
          files=(("image/png", "inline"),)),
-    Mail("two pictures in HTML", "alternative(plain, related(html, png, png))", html=HTML, attachments=[
+    Mail("two pictures in HTML", "alternative(plain, related(html, png, png))",
+         html=HTML + '<i style="background: url( CID:LOGO)">', attachments=[
         file("l.png", PNG, cid="logo"), file("m.png", PNG, cid="LOGO")],
         files=(("image/png", "inline"), ("image/png", "inline"))),
     Mail("a receipt", "mixed(alternative(plain, related(html, png)), pdf)", html=HTML, attachments=[
@@ -4160,9 +4569,11 @@ CORPUS = [
     Mail("a receipt, HTML alone", "mixed(alternative(plain, related(html, png)), pdf)", OF_HTML, body=None, html=HTML,
          attachments=[file("logo.png", PNG, cid="logo"), file("a.pdf")], files=(("image/png", "inline"), (PDF,
          "attachment"))),
-    Mail("HTML and a file", "mixed(alternative(plain, html), pdf)", html=HTML, attachments=[file("a.pdf")],
+    Mail("HTML and a file", "mixed(alternative(plain, html), pdf)",
+         html=HTML.replace("cid:", "https://x/"), attachments=[file("a.pdf")],
          files=((PDF, "attachment"),)),
-    Mail("a receipt in ISO-2022-JP", "mixed(alternative(plain, related(html, png)), pdf)", html="<p>領収書</p>",
+    Mail("a receipt in ISO-2022-JP", "mixed(alternative(plain, related(html, png)), pdf)",
+         html="<p>領収書<img src=cid:logo></p>",
     attachments=[
         file("領収書.pdf"), file("logo.png", PNG, cid="logo")], header={"charset": "iso-2022-jp", "subject": "領収書"},
         files=(("image/png", "inline"), (PDF, "attachment"))),
@@ -4244,7 +4655,7 @@ class Parts(unittest.TestCase):
             self.assertEqual(shown, wanted)
 
     def test_email_is_not_imported(self):
-        code = "import sys, haineko; s, _ = haineko.parse_submission(sys.stdin.buffer.read());"
+        code = "import sys, haineko; s = haineko.parse_submission(sys.stdin.buffer.read()).submission;"
         code += " haineko.compose(s, 'Q' * 16, None, 'x', 0.0); print('email.policy' in sys.modules)"
         for changes, wanted in (
             ({}, b"False"),
@@ -5276,7 +5687,258 @@ class WebTls(unittest.TestCase):
 
 
 # ======================================================================================================================
-# 12. SMTP sessions
+# 12. Signatures
+# ======================================================================================================================
+
+
+RFC8463_MESSAGE = b"""\
+From: Joe SixPack <joe@football.example.com>
+To: Suzie Q <suzie@shopping.example.net>
+Subject: Is dinner ready?
+Date: Fri, 11 Jul 2003 21:00:37 -0700 (PDT)
+Message-ID: <20030712040037.46341.5F8J@football.example.com>
+
+Hi.
+
+We lost the game.  Are you hungry yet?
+
+Joe.
+""".replace(b"\n", b"\r\n")
+
+
+def dkim_keys(*domains: str, key: str = RFC8463_KEY, selector: str = "s1") -> dict:
+    """The section `dkim` with one key for all these domains."""
+    return {domain: {"selector": selector, "key": key} for domain in domains}
+
+
+def signatures_of(octets: bytes) -> list:
+    """The tags of each DKIM-Signature in a message."""
+    header = haineko.parse_message(octets).fields
+    return [haineko.parse_tags(haineko.unfold(field)) for name, field in header if name == "dkim-signature"]
+
+
+class Signatures(Folder, Peers):
+    def setUp(self) -> None:
+        Folder.setUp(self)
+        Peers.setUp(self)
+
+    def test_vector_of_rfc_8463(self) -> None:
+        """Appendix A: the public key, the body hash, and the signature of the canonical header."""
+        key = haineko.PrivateKey(RFC8463_KEY.encode())
+        self.assertEqual(base64.b64encode(key.public[-32:]), b"11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo=")
+        head, _, body = RFC8463_MESSAGE.partition(b"\r\n\r\n")
+        digest = base64.b64encode(hashlib.sha256(haineko._relaxed_body(body)).digest())
+        self.assertEqual(digest, b"2jUSOH9NhtVGCQWNr9BrIAPreKQjO6Sn7XIkfJVOzv8=")
+        field = (
+            b"DKIM-Signature: v=1; a=ed25519-sha256; c=relaxed/relaxed;\r\n d=football.example.com; "
+            b"i=@football.example.com;\r\n q=dns/txt; s=brisbane; t=1528637909; h=from : to :\r\n subject : date : "
+            b"message-id : from : subject : date;\r\n bh=2jUSOH9NhtVGCQWNr9BrIAPreKQjO6Sn7XIkfJVOzv8=;\r\n b="
+        )
+        data = b"\r\n".join(map(haineko._relaxed_field, [*head.split(b"\r\n"), field]))
+        self.assertEqual(
+            base64.b64encode(key.sign(hashlib.sha256(data).digest())).decode(),
+            "/gCrinpcQOoIfuHNQIbq4pgh9kyIK3AQUdt9OdqQehSwhEIug4D11BusFa3bT3FY5OsU7ZbnKELq+eXdp1Q1Dw==",
+        )
+
+    def test_known_answers(self) -> None:
+        """RSA: what `openssl dgst -sha256 -sign` makes of it; fields: at a fixed time, as dkimpy found them good."""
+        key = haineko.PrivateKey(TEST_RSA_KEY.encode())
+        self.assertEqual(haineko.rsa_bits(key.public), 2048)
+        self.assertEqual(
+            hashlib.sha256(key.sign(b"Nyaa")).hexdigest(),
+            "2ffccef5897eb56e4ffdef2dcab77d31fad83edefcace4782529f8716d18f872",
+        )
+        for pem, wanted in (
+            (RFC8463_KEY, "5862b82f0deb2a2fbac216f404f5d0aa5d27dcdb4c376970ffe4e96f3bde5daa"),
+            (TEST_RSA_KEY, "6fba1db93f938f37f541202226ce628062a30820db8a62b408ddb35e43932b0c"),
+        ):
+            private = haineko.PrivateKey(pem.encode())
+            key = haineko.DkimKey("s1", "", "football.example.com", private)
+            field = haineko.dkim_signature(RFC8463_MESSAGE, key, 1528637909)
+            with self.subTest(wanted):
+                self.assertEqual(hashlib.sha256(field).hexdigest(), wanted)
+                self.assertTrue(all(len(line) <= 78 for line in field.split(b"\r\n")))
+
+    def test_canonical_forms(self) -> None:
+        for body, wanted in (
+            (b"", b""),
+            (b"\r\n\r\n", b""),
+            (b" \t\r\n \r\n", b""),
+            (b" C \r\nD \t E\r\n\r\n\r\n", b" C\r\nD E\r\n"),  # RFC 6376 3.4.5
+            (b"no end", b"no end\r\n"),
+            (b"end \t", b"end\r\n"),
+            (b".\r\n..\r\n", b".\r\n..\r\n"),
+        ):
+            with self.subTest(body):
+                self.assertEqual(haineko._relaxed_body(body), wanted)
+        for line, wanted in ((b"A: X", b"a:X"), (b"B : Y\t\r\n\tZ  ", b"b:Y Z"), (b"C:", b"c:")):
+            self.assertEqual(haineko._relaxed_field(line), wanted)
+
+    def test_keys_that_cannot_be_used(self) -> None:
+        small = subprocess.run(["openssl", "genrsa", "1024"], capture_output=True, check=True).stdout
+        locked = b"-----BEGIN ENCRYPTED PRIVATE KEY-----\nMIG7\n-----END ENCRYPTED PRIVATE KEY-----\n"
+        for pem, words in (
+            (small, "RSA key of 2048 bits or more"),
+            (b"", "expected a PEM private key"),
+            (b"n-y-a-a", "expected a PEM private key"),
+            (locked, "expected a PEM private key"),
+            (TEST_CERTIFICATE.encode(), "expected an Ed25519 key, or an RSA key"),
+        ):
+            with self.subTest(words), self.assertRaisesRegex(ValueError, words):
+                haineko.PrivateKey(pem)
+
+    def test_settings(self) -> None:
+        self.write("s1.pem", RFC8463_KEY.encode())
+        by_file = {"selector": "s1", "key": {"file": "s1.pem"}}
+        path = self.write("haineko.json", {"dkim": {"Example.ORG": by_file}}, 0o644)
+        found, faults = haineko.load_settings(path)
+        self.assertEqual(faults, [])
+        key = found.dkim["example.org"]
+        self.assertEqual((key.selector, key.domain, key.private.is_ed25519), ("s1", "example.org", True))
+        self.assertIn(os.path.join(self.folder, "s1.pem"), [name for name, _ in found.files])
+        self.assertEqual(haineko.redacted(found)["dkim"], {"example.org": {"selector": "s1", "key": "********"}})
+        for section, mode, wanted in (
+            ({".example.org": by_file}, 0o600, ["dkim..example.org: expected a domain"]),
+            ({"a.jp": {"key": by_file["key"]}}, 0o600, ["dkim.a.jp.selector: expected a selector"]),
+            ({"a.jp": {**by_file, "selector": "a b"}}, 0o600, ['dkim.a.jp.selector: expected a selector, got "a b"']),
+            ({"a.jp": {"selector": "s"}}, 0o600, ["dkim.a.jp.key: expected a PEM private key without a passphrase"]),
+            ({"a.jp": {**by_file, "key": {"file": "no.pem"}}}, 0o600, ["dkim.a.jp.key.file: no.pem: No such file"]),
+            ({"a.jp": {**by_file, "key": {"env": "NYAA_"}}}, 0o600, ["dkim.a.jp.key.env: no environment variable"]),
+            ({"a.jp": {**by_file, "key": 1}}, 0o600, ["dkim.a.jp.key: expected a string, got a number"]),
+            (dkim_keys("a.jp"), 0o644, [f"{path}: holds secrets and can be read by everybody"]),
+            (dkim_keys("a.jp"), 0o600, []),
+        ):
+            with self.subTest(section, mode=oct(mode)):
+                faults = haineko.load_settings(self.write("haineko.json", {"dkim": section}, mode))[1]
+                self.assertEqual(len(faults), len(wanted), faults)
+                for fault, words in zip(faults, wanted):
+                    self.assertTrue(fault.startswith(words), fault)
+
+    def test_a_python_without_libcrypto_says_so(self) -> None:
+        haineko.LIBCRYPTO["nyaa_no_such_function"] = "int"
+        haineko.libcrypto.cache_clear()
+        self.addCleanup(haineko.libcrypto.cache_clear)
+        self.addCleanup(haineko.LIBCRYPTO.pop, "nyaa_no_such_function")
+        path = self.write("haineko.json", {"dkim": dkim_keys("example.org")})
+        words = "dkim.example.org.key: this Python has no OpenSSL libcrypto that can be used"
+        self.assertEqual(haineko.load_settings(path)[1], [words])
+
+    def test_who_signs(self) -> None:
+        """By the domain of From, then those above it; one signature of a domain is enough."""
+        keys = settings(dkim={**dkim_keys("example.org"), **dkim_keys("b.example.org", selector="s2")}).dkim
+        old = b"DKIM-Signature: v=1; d=%b;\r\n s=x; b=AAAA\r\n"
+        for author, more, wanted in (
+            (b"a@example.org", b"", ("example.org", "s1")),
+            (b"A <a@EXAMPLE.org>", b"", ("example.org", "s1")),
+            (b"a@b.example.org", b"", ("b.example.org", "s2")),
+            (b"a@c.b.example.org", b"", ("b.example.org", "s2")),
+            (b"a@bexample.org", b"", None),
+            (b"a@org", b"", None),
+            (b"a@[127.0.0.1]", b"", None),
+            (b"nobody", b"", None),
+            (b"a@example.org", old % b"Example.org", None),
+            (b"a@example.org", old % b"example.com", ("example.org", "s1")),
+            (b"a@b.example.org", old % b"example.org", ("b.example.org", "s2")),
+        ):
+            with self.subTest(author, more=more):
+                octets = more + b"From: " + author + b"\r\nSubject: x\r\n\r\nNyaa\r\n"
+                mail = job(haineko.Route(), text=octets)._replace(dkim=keys)
+                found = signatures_of(haineko.run(haineko.sign_transaction(mail)).octets())
+                fresh = [(tags["d"], tags["s"]) for tags in found if tags["s"] != "x"]
+                self.assertEqual(fresh, [wanted] if wanted else [])
+
+    def test_which_routes_sign(self) -> None:
+        keys = settings(dkim=dkim_keys("example.org")).dkim
+        for route, wanted in (
+            ({}, 1),
+            ({"mailer": "MX"}, 1),
+            ({"dkim": False}, 0),
+            ({"host": "email-smtp.eu-west-1.amazonaws.com"}, 0),
+            ({"host": "EMAIL.AmazonAWS.com."}, 0),
+            ({"host": "amazonaws.com.example.jp"}, 1),
+            *(({"mailer": name}, 0) for name in haineko.RELAYS if name not in ("ESMTP", "MX")),
+        ):
+            with self.subTest(route):
+                mail = job(haineko.Route(**route))._replace(dkim=keys)
+                signed = haineko.run(haineko.sign_transaction(mail))
+                self.assertEqual(len(signatures_of(signed.octets())), wanted)
+        self.assertEqual(signatures_of(haineko.run(haineko.sign_transaction(job(haineko.Route()))).octets()), [])
+
+    def test_what_arrives(self) -> None:
+        raw = "From: a@example.org\nSubject: 猫\nContent-Type: text/plain; charset=UTF-8\n\nにゃあ  \n.\nNyaa"
+        peer = self.peer(None, "8BITMIME", "PIPELINING")
+        for changes, recipients in (
+            ({}, 2),
+            ({"header": {"list-id": "<a.example.org>", "list-unsubscribe": "<https://example.org/>"}}, 2),
+            ({"header": {"to": "a@example.jp, b@example.jp"}, "rcpt": None, "html": "<p>猫</p>"}, 1),
+            ({"raw": raw}, 1),
+        ):
+            for pem in (RFC8463_KEY, TEST_RSA_KEY):
+                with self.subTest(changes, key=pem[:40]):
+                    peer.mails.clear()
+                    force = settings(
+                        mailertable={"default": esmtp(peer)}, dkim=dkim_keys("example.org", key=pem), smtpd=FOUR
+                    )
+                    whole = document(**{"rcpt": ["a@example.jp", "b@example.jp"], **changes})
+                    if "raw" in whole:
+                        del whole["header"], whole["body"]
+                    self.assertEqual(posted(whole, force)[0], 200)
+                    self.assertEqual(len(peer.mails), recipients)
+                    for mail in peer.mails:
+                        self.see_signature(mail.text, "rsa" if pem is TEST_RSA_KEY else "ed25519")
+
+    def see_signature(self, octets: bytes, algorithm: str) -> None:
+        self.assertTrue(octets.startswith(b"DKIM-Signature: v=1; "), octets[:80])
+        self.assertTrue(octets.isascii())
+        head, _, body = octets.partition(b"\r\n\r\n")
+        [tags] = signatures_of(octets)
+        digest = base64.b64encode(hashlib.sha256(haineko._relaxed_body(body)).digest()).decode()
+        self.assertEqual((tags["a"], tags["bh"], tags["c"]), (f"{algorithm}-sha256", digest, "relaxed/relaxed"))
+        self.assertLess(abs(int(tags["t"]) - time.time()), 60)
+        self.assertNotIn("l", tags)
+        names = collections.Counter(tags["h"].replace(" ", "").split(":"))
+        present = collections.Counter(re.findall(r"(?m)^([\w-]+):", head.decode().lower()))
+        for name in ("from", "to", "cc", "subject", "date", "message-id", "reply-to", "content-type"):
+            self.assertEqual(names[name], present[name] + 1, name)
+        for name in ("list-id", "list-unsubscribe", "received", "x-haineko-loop", "sender"):
+            self.assertEqual(names[name], present[name] if name.startswith("list") else 0, name)
+
+    def test_mail_that_waits_is_signed_by_the_key_of_the_day(self) -> None:
+        """So are bounces, which come from MAILER-DAEMON@mx.example.org."""
+        fates = {"later": ["451 4.2.0 not now", None], "gone": ["451 4.2.0 not now", "554 5.7.1 no"]}
+        peer = queue_peer(lambda to, count: fates.get(to.partition("@")[0], [None])[min(count, 2) - 1])
+        self.addCleanup(peer.close)
+        force = {**queue_settings(peer, retry_after=[3600]), "dkim": dkim_keys("example.org")}
+        server = served(self, force)
+        queueid = server.submit("later@example.jp", "gone@example.jp")[2]["queueid"]
+        server.write({**force, "dkim": dkim_keys("example.org", selector="s2")})
+        eventually(lambda: '"s2"' in json.dumps(server.get("/conf")[1]), "the new settings")
+        server.queue("retry", queueid)
+        eventually(lambda: peer.to("later@example.jp") and peer.to("kijitora@example.org"), "a mail and a bounce", 15)
+        seen = sorted((mail.recipients[0].partition("@")[0], signatures_of(mail.text)[0]["s"]) for mail in peer.mails)
+        wanted = [("gone", "s1"), ("gone", "s2"), ("kijitora", "s2"), ("later", "s1"), ("later", "s2")]
+        self.assertEqual(seen, wanted)
+        self.assertNotIn("PRIVATE", server.log() + json.dumps(server.get("/conf")[1]))
+
+    def test_json_web_token(self) -> None:
+        key = haineko.PrivateKey(TEST_RSA_KEY.encode())
+        claims = {"iss": "cat@example.org", "iat": 1700000000, "exp": 1700003600}
+        token = haineko.sign_jwt(claims, key)
+        head, payload, signature = [base64.urlsafe_b64decode(part + "==") for part in token.split(".")]
+        self.assertNotRegex(token, r"[^A-Za-z0-9_.-]")
+        self.assertEqual((json.loads(head), json.loads(payload)), ({"alg": "RS256", "typ": "JWT"}, claims))
+        self.assertEqual(signature, key.sign(token.rpartition(".")[0].encode()))
+        self.assertEqual(
+            hashlib.sha256(token.encode()).hexdigest(),
+            "14cb0e0e5449a75f6cb688be34be2f235338cf754967725c7bcf3ecbe96bb9a1",
+        )
+
+
+FOUR = {"hostname": NAME, "max_rcpts_per_message": 4}
+
+
+# ======================================================================================================================
+# 13. SMTP sessions
 # ======================================================================================================================
 
 
@@ -6234,6 +6896,22 @@ class BeyondAscii(Peers):
             self.assertEqual(answer["response"][0]["dsn"], slug)
             self.assertIn("U+00DF has two readings in a domain", answer["response"][0]["message"][1])
 
+    def test_a_header_beside_a_body_with_octets_over_127(self):
+        text = (
+            "Subject: 猫\nMIME-Version: 1.0\nContent-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n"
+        )
+        submission = {"mail": "a@example.org", "rcpt": [self.PLAIN], "raw": f"From: a@example.org\n{text}\n猫\n"}
+        status, said, mails, lines = self.sent(submission, "8BITMIME")
+        self.assertEqual((status, said, lines[0]), (200, [self.FINE], "MAIL FROM:<a@example.org> BODY=8BITMIME"))
+        self.assertIn(b"\r\nSubject: =?UTF-8?B?54yr?=\r\n", mails[0][2])
+        self.assertTrue(mails[0][2].endswith("\r\n\r\n猫\r\n".encode()))
+        self.assertTrue(self.sent(submission)[2][0][2].isascii())
+        submission["raw"] = "Message-ID: <ü@example.org>\n" + submission["raw"]
+        peer = self.peer(None, "8BITMIME")
+        force = settings(mailertable={"default": {"host": peer.host, "port": peer.port, "timeout": 2}})
+        reply = posted(submission, force)[1]["response"][0]
+        self.assertEqual((reply["code"], reply["message"][1:]), ("554", ["in message-id"]))
+
     def test_a_finished_message_with_octets_over_127(self):
         text = "MIME-Version: 1.0\nContent-Type: text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n"
         submission = {"mail": "a@example.org", "rcpt": [self.PLAIN], "raw": f"From: a@example.org\n{text}\n猫\n"}
@@ -6297,7 +6975,7 @@ class BeyondAscii(Peers):
 
 
 # ======================================================================================================================
-# 13. Relays
+# 14. Relays
 # ======================================================================================================================
 
 
@@ -8026,7 +8704,7 @@ class WebProbes(unittest.TestCase):
 
 
 # ======================================================================================================================
-# 14. Queue
+# 15. Queue
 # ======================================================================================================================
 
 
@@ -8034,6 +8712,48 @@ def entry(queueid="Q" * 16, to=("a@example.jp",), lane="ESMTP x:25", born=None, 
     rows = tuple(haineko.NewRecipient(rcpt, rcpt, number, lane) for number, rcpt in enumerate(to, 1))
     message = haineko.Message((b"Subject: x\r\nTo: ", b"\r\nMessage-Id: <Q.", b"@x>\r\n\r\nNyaa\r\n"))
     return haineko.NewQueueItem(queueid, "mail", "s@example.org", "", born or time.time(), message, rows, **more)
+
+
+DELIVERED = haineko.Disposition("delivered")
+VERSION_1 = """
+    CREATE TABLE messages (
+        id INTEGER PRIMARY KEY,
+        queueid TEXT NOT NULL UNIQUE,
+        kind TEXT NOT NULL,
+        sender TEXT NOT NULL,
+        login TEXT NOT NULL,
+        born REAL NOT NULL,
+        open INTEGER NOT NULL,
+        done REAL,
+        owner INTEGER,
+        key BLOB UNIQUE,
+        body BLOB,
+        answer TEXT,
+        size INTEGER NOT NULL,
+        parts TEXT NOT NULL,
+        octets BLOB NOT NULL
+    );
+    CREATE INDEX messages_by_owner ON messages(owner) WHERE owner IS NOT NULL;
+    CREATE INDEX messages_by_done ON messages(done) WHERE done IS NOT NULL;
+    CREATE TABLE recipients (
+        id INTEGER PRIMARY KEY,
+        message INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
+        given TEXT NOT NULL,
+        recipient TEXT NOT NULL,
+        number INTEGER NOT NULL,
+        lane TEXT NOT NULL,
+        state TEXT NOT NULL,
+        born REAL NOT NULL,
+        due REAL,
+        owner INTEGER,
+        attempts INTEGER NOT NULL,
+        history TEXT NOT NULL
+    );
+    CREATE INDEX recipients_by_message ON recipients(message);
+    CREATE INDEX recipients_by_owner ON recipients(owner) WHERE owner IS NOT NULL;
+    CREATE INDEX recipients_by_due ON recipients(lane, due) WHERE due IS NOT NULL;
+    CREATE INDEX recipients_by_age ON recipients(lane, born) WHERE due IS NOT NULL
+"""
 
 
 class QueuePure(unittest.TestCase):
@@ -8057,6 +8777,10 @@ class QueuePure(unittest.TestCase):
             ("the last one is at the end of its life", wait, 1, 900, 0.5, "open", 100),
             ("a second at least", later, 1, 999.9, 0.5, "open", 1),
             ("its life is over", later, 3, 1000, 0.5, "failed", 0),
+            ("the clock was set forward after one attempt", later, 1, 9e6, 0.5, "open", 10),
+            ("and after two", later, 2, 9e6, 0.5, "open", 20),
+            ("a long pause even so ends", wait._replace(retry_after=9999), 2, 9e6, 0.5, "open", 1000),
+            ("refused for good, however few attempts", never, 1, 9e6, 0.5, "failed", 0),
         )
         for what, said, attempts, age, dice, state, pause in table:
             with self.subTest(what):
@@ -8119,7 +8843,10 @@ class QueuePure(unittest.TestCase):
                 self.assertIn(to, words.get_payload(decode=True).decode())
 
     def test_reports(self):
-        settings = haineko.Settings(queue=haineko.QueueSettings(path="x", webhook="http://h/"))
+        settings = haineko.Settings(
+            queue=haineko.QueueSettings(path="x", webhook="http://h/"),
+            recipients=haineko.Recipients(domainpart=frozenset(("example.org",))),
+        )
         said = haineko.Reply("451", "4.0.0", "DATA", ("x",))
         table = (
             ("delivered", self.parcel(), "delivered", ["message.delivered"]),
@@ -8128,11 +8855,12 @@ class QueuePure(unittest.TestCase):
             ("failed", self.parcel(), "failed", ["message.failed", "bounce"]),
             ("a bounce failed", self.parcel(sender=""), "failed", ["message.failed"]),
             ("an event failed", self.parcel(kind="event", sender=""), "failed", []),
+            ("a sender that may not be written to", self.parcel(sender="a@example.net"), "failed", ["message.failed"]),
+            ("its login", self.parcel(sender="a@example.net", login="tama"), "failed", ["message.failed", "bounce"]),
         )
         for what, parcel, state, wanted in table:
             with self.subTest(what):
-                result = haineko.AttemptResult(said, haineko.Disposition(state))
-                found = haineko.notifications(parcel, result, said, settings, 1e9)
+                found = haineko.notifications(parcel, said, state, settings, 1e9)
                 kinds = [json.loads(e.message.parts[0])["type"] if e.kind == "event" else "bounce" for e in found]
                 self.assertEqual(kinds, wanted)
 
@@ -8187,6 +8915,21 @@ class QueuePure(unittest.TestCase):
                     self.assertNotIn("MDEy", json.dumps(haineko.redacted(settings)))
             os.chmod(path, 0o644)
             self.assertIn("can be read by everybody", " ".join(haineko.load_settings(path)[1]))
+
+    def test_bounces_return_few_fields(self):
+        header = (
+            b"Received: x\r\nFrom: f@x\r\nTo: t@x\r\nSubject: a\r\n b\r\nX-Spam: x\r\nDate: d\r\nMessage-Id: <1@x>\r\n"
+        )
+        table = (
+            ("folded", header, b"From: f@x\r\nTo: t@x\r\nSubject: a\r\n b\r\nDate: d\r\nMessage-Id: <1@x>\r\n"),
+            ("a field of the body", b"Date: d\r\n\r\nSubject: body\r\n", b"Date: d\r\n"),
+            ("long", b"To: t\r\nSubject:%b\r\n" % (b" x" * 9999), b"To: t\r\n"),
+            ("many", b"Subject: x\r\n" * 9999, b"Subject: x\r\n" * (haineko.MAX_RETURNED // 12)),
+            ("none", b"", b""),
+        )
+        for what, octets, wanted in table:
+            with self.subTest(what):
+                self.assertEqual(haineko.returned_header(octets), wanted)
 
 
 class QueueStore(Quiet):
@@ -8248,7 +8991,8 @@ class QueueStore(Quiet):
     def test_the_next_one_is_found_in_constant_time(self):
         for sql in (haineko.DUE_SQL, haineko.EXPIRED_SQL):
             self.do(haineko.queue_stats, 0)
-            plan = str([row[-1] for row in self.store.db.execute("EXPLAIN QUERY PLAN " + sql, ("x", 0, 1))])
+            values = ("x", 0, 1, 1)[: sql.count("?")]
+            plan = str([row[-1] for row in self.store.db.execute("EXPLAIN QUERY PLAN " + sql, values)])
             self.assertIn("USING", plan)
             self.assertNotIn("SCAN", plan)
             self.assertNotIn("TEMP", plan)
@@ -8283,7 +9027,7 @@ class QueueStore(Quiet):
             with self.assertRaises(sqlite3.Error):
                 haineko.migrate(db, (*newer, "CREATE TABLE dogs (x); CREATE TABLE dogs (x)"))
             db.execute("ROLLBACK")
-            self.assertEqual(db.execute("PRAGMA user_version").fetchone()[0], len(haineko.MIGRATIONS))
+            self.assertEqual(db.execute("PRAGMA user_version").fetchone()[0], 1 + len(haineko.MIGRATIONS))
         with self.subTest("an older file is upgraded"):
             haineko.migrate(db, newer)
             self.assertEqual(db.execute("SELECT * FROM cats").fetchone()["name"], "tama")
@@ -8386,10 +9130,10 @@ class QueueStore(Quiet):
         self.do(haineko.queue_stats, 0)
         self.policy = haineko.QueueSettings(path=os.path.join(self.folder, "old.db"), min_free=0)
         with contextlib.closing(sqlite3.connect(self.policy.path, isolation_level=None)) as db:
-            db.executescript(haineko.MIGRATIONS[0])
+            db.executescript(VERSION_1)
             db.execute(
-                "INSERT INTO messages VALUES"
-                " (1, 'old', 'mail', 's@example.org', 'tama', 1e9, 1, NULL, NULL, x'6b', x'62', NULL, 4, '[0, 4]', x'4e796161')"
+                "INSERT INTO messages VALUES (1, 'old', 'mail', 's@example.org', 'tama', 1e9, 1, NULL, NULL, x'6b',"
+                " NULL, NULL, 4, '[0, 4]', x'4e796161')"
             )
             history = '[[1e9, "451", null, "DATA", ["not now"], "ESMTP", "x", 25]]'
             db.execute(
@@ -8409,6 +9153,222 @@ class QueueStore(Quiet):
             columns = [[tuple(row) for row in store.db.execute(f"PRAGMA table_info({name})")] for name in names]
             tables.append((names, columns))
         self.assertEqual(*tables)
+
+    def lease(self, now=None, limit=9):
+        return self.do(haineko.lease_due, now or time.time(), limit, {}, {}, 0)
+
+    def states(self, queueid):
+        return [row["state"] for row in self.do(haineko.message_status, queueid)["recipients"]]
+
+    def interrupt(self, now):
+        """What a process does that takes the slot of one that died."""
+        self.do(haineko.release_leases, self.policy, now)
+
+    def test_a_mail_that_kills_its_process_is_held(self):
+        self.do(haineko.enqueue, entry("calm"), None)
+        self.do(haineko.enqueue, entry("killer"), None)
+        now, later = time.time(), haineko.Reply("451", None, "DATA", ("x",))
+        for _ in range(3):
+            now += 99999
+            calm, killer = self.lease(now)
+            self.assertEqual((calm.queueid, killer.queueid), ("calm", "killer"))
+            result = haineko.AttemptResult(later, haineko.Disposition("open", -99))
+            self.do(haineko.finish_attempt, calm.id, result, now)
+            self.interrupt(now)
+        self.do(haineko.drop_message, "calm", now)
+        self.assertEqual((self.states("killer"), self.lease(now + 99999)), (["held"], []))
+        stats = self.do(haineko.queue_stats, now)
+        self.assertEqual((stats["held"], stats["sending"]), (1, 0))
+        self.assertIn("held", [row["state"] for row in self.do(haineko.open_recipients_after, 0, 9)])
+        with self.subTest("a retry of all leaves it alone"):
+            self.do(haineko.flush_queue, None)
+            self.assertEqual(self.states("killer"), ["held"])
+        with self.subTest("its own retry does not"):
+            self.assertEqual(self.do(haineko.flush_queue, "killer"), 1)
+            self.assertEqual(self.states("killer"), ["waiting"])
+
+    def test_an_attempt_that_ends_well_clears_the_count(self):
+        self.do(haineko.enqueue, entry(), None)
+        now, later = time.time(), haineko.Reply("451", None, "DATA", ("x",))
+        for _ in range(4):
+            for _ in range(2):
+                now += 99999
+                self.assertEqual(len(self.lease(now)), 1)
+                self.interrupt(now)
+            now += 99999
+            (leased,) = self.lease(now)
+            self.do(haineko.finish_attempt, leased.id, haineko.AttemptResult(later, haineko.Disposition("open")), now)
+        self.assertEqual(self.states("Q" * 16), ["waiting"])
+
+    def test_suspects_are_tried_one_at_a_time(self):
+        """Mails that were in flight beside a killer are not in flight beside it a third time."""
+        for name in ("one", "two", "three"):
+            self.do(haineko.enqueue, entry(name), None)
+        now = time.time()
+        for count in (3, 3, 1):
+            now += 99999
+            self.assertEqual(len(self.lease(now)), count)
+            self.assertEqual(self.lease(now), [])
+            self.interrupt(now)
+        self.assertEqual(self.do(haineko.queue_stats, now)["held"], 1)
+
+    def test_a_row_that_can_not_be_read_is_held(self):
+        for name in ("bad", "good"):
+            self.do(haineko.enqueue, entry(name), None)
+        for column, value in (("history", "nonsense"), ("history", "[[1]]"), ("history", "[1]")):
+            with self.subTest(column=column, value=value):
+                sql = f"UPDATE recipients SET state='open', due=0, {column}=? WHERE id=1"
+                self.store.db.execute(sql, (value,))
+                self.store.db.execute("UPDATE recipients SET due=0, owner=NULL WHERE id=2")
+                self.assertEqual([leased.queueid for leased in self.lease()], ["good"])
+                self.assertEqual(self.do(haineko.queue_stats, 0)["held"], 1)
+
+    def test_a_bug_ends_no_lease_never(self):
+        """What can't be recorded because of a bug is tried again, and held at the third time."""
+        bad = haineko.AttemptResult(haineko.Reply("250", None, "DATA", ("x",), host="\ud800"), DELIVERED)
+        self.do(haineko.enqueue, entry(to=("a@example.jp", "b@example.jp")), None)
+        now = time.time()
+        for states in (["waiting"] * 2, ["waiting"] * 2, ["waiting", "held"], ["held"] * 2):  # the third time alone
+            now += 99999
+            for leased in self.lease(now):
+                self.do(haineko.finish_attempt, leased.id, bad, now)
+            self.assertEqual(sorted(self.states("Q" * 16), reverse=True), states)
+        with self.subTest("first attempts"):
+            self.do(haineko.enqueue, entry("first"), None, True)
+            self.assertEqual(self.states("first"), ["sending"])
+            self.do(haineko.finish_request, "first", [bad], "[]", now)
+            self.assertEqual(self.states("first"), ["waiting"])
+        with self.subTest("a write that waited for the file"):
+            self.do(haineko.enqueue, entry("owed"), None, True)
+            self.store.deferred_writes.append((haineko.finish_request, ("owed", [bad], "[]", now)))
+            haineko.run(self.store.do(haineko.queue_stats, now))
+            self.assertEqual(self.states("owed"), ["waiting"])
+
+    def test_drop_is_refused_while_sending(self):
+        self.do(haineko.enqueue, entry(to=("a@example.jp", "b@example.jp")), None)
+        (leased,) = self.lease(limit=1)
+        with self.assertRaises(haineko.Rejected) as caught:
+            self.do(haineko.drop_message, "Q" * 16, 0)
+        self.assertEqual(caught.exception.reply.status, 409)
+        with self.assertRaisesRegex(haineko.CommandError, "being sent"):
+            haineko.run_operation(self.store, haineko.drop_message, "Q" * 16, 0)
+        self.assertEqual(self.states("Q" * 16), ["sending", "waiting"])
+        self.do(haineko.finish_attempt, leased.id, haineko.AttemptResult(None, DELIVERED), 0)
+        self.assertEqual(self.do(haineko.drop_message, "Q" * 16, 0), 1)
+        self.assertEqual(self.states("Q" * 16), ["delivered", "dropped"])
+        self.assertEqual([self.do(haineko.drop_message, name, 0) for name in ("Q" * 16, "unknown")], [0, 0])
+        row = self.store.db.execute("SELECT completed_at, length(octets) FROM messages").fetchone()
+        self.assertEqual(tuple(row), (0, 0))
+
+    def test_a_clock_that_was_set_back(self):
+        now = time.time()
+        past, days = now - 9e5, 9e5
+        later = haineko.AttemptResult(haineko.Reply("451", None, "DATA", ("x",)), haineko.Disposition("open", 60))
+        self.do(haineko.enqueue, entry("tried", lane="a"), [later])
+        self.do(haineko.enqueue, entry("fresh", lane="b"), None)
+        self.do(haineko.enqueue, entry("for later", lane="c"), None)
+        self.store.db.execute("UPDATE recipients SET due=created_at+? WHERE destination='c'", (days,))
+        self.assertEqual(self.lease(past), [])
+        self.do(haineko.correct_due, self.policy, past)
+        self.assertEqual([leased.queueid for leased in self.lease(past)], ["tried", "fresh"])
+
+    def test_expired_mail_of_a_throttled_destination(self):
+        """It is leased to be given up once it, or others to that destination, had three attempts."""
+        later = haineko.AttemptResult(haineko.Reply("421", None, "CONN", ("x",)), haineko.Disposition("open", 999))
+        self.do(haineko.enqueue, entry(), [later])
+        now = time.time()
+        for failures, count in ((1, 0), (2, 1)):
+            with self.subTest(failures=failures):
+                found = self.do(haineko.lease_due, now, 9, {}, {"ESMTP x:25": failures}, now + 9)
+                self.assertEqual(len(found), count)
+
+    def test_files_that_are_moved_away(self):
+        elsewhere = tempfile.mkdtemp(dir=self.folder)
+        table = (("",), ("-wal",), ("-shm",), (".lock",), ("-wal", "-shm"), ("", "-wal", "-shm", ".lock"))
+        for number, suffixes in enumerate(table):
+            with self.subTest(suffixes):
+                before, after = entry(f"before{number}"), entry(f"after{number}")
+                self.do(haineko.enqueue, before, None)
+                for suffix in suffixes:
+                    os.rename(self.policy.path + suffix, os.path.join(elsewhere, f"{number}{suffix}"))
+                self.do(haineko.enqueue, after, None)
+                self.assertEqual(self.store.health_error(), "")
+                self.store.close()
+                moved = os.path.join(elsewhere, str(number))
+                for path, item in ((moved if "" in suffixes else self.policy.path, before), (self.policy.path, after)):
+                    with contextlib.closing(sqlite3.connect(path)) as db:
+                        count = db.execute("SELECT count(*) FROM messages WHERE queueid=?", (item.queueid,)).fetchone()
+                    self.assertEqual(count, (1,), path)
+
+    def test_leases_outlive_the_lock_file(self):
+        self.do(haineko.enqueue, entry(), None, True)
+        os.unlink(self.policy.path + ".lock")
+        self.do(haineko.queue_stats, 0)
+        code = (
+            f"import haineko, time; s = haineko.QueueDB(haineko.QueueSettings(path={self.policy.path!r}, min_free=0));"
+            "s.commit([]); s.commit([(haineko.reclaim_dead_leases, (s.locks, s.settings, time.time()))]);"
+            "print(s.slot, len(s.commit([(haineko.lease_due, (time.time() + 999, 9, {}, {}, 0))])[0]))"
+        )
+        words = [sys.executable, "-c", code]
+        found = subprocess.run(words, capture_output=True, text=True, cwd=HERE, timeout=20, check=False)
+        self.assertEqual(found.stdout, "2 0\n", found.stderr)
+
+    def test_files_of_others_are_refused(self):
+        self.do(haineko.queue_stats, 0)
+        self.store.close(for_good=True)
+        target = os.path.join(self.folder, "target")
+        with open(target, "w") as stream:
+            stream.write("of somebody else")
+        for suffix in ("", "-wal", "-shm", ".lock"):
+            for what, make in (("link", lambda path: os.symlink(target, path)), ("FIFO", os.mkfifo)):
+                with self.subTest(suffix, what=what):
+                    self.policy = haineko.QueueSettings(path=os.path.join(self.folder, f"{what}{suffix}"), min_free=0)
+                    make(self.policy.path + suffix)
+                    self.store = self.open()
+                    with self.assertRaises(haineko.Rejected):
+                        self.do(haineko.enqueue, entry(), None)
+                    with open(target) as stream:
+                        self.assertEqual(stream.read(), "of somebody else")
+
+    def test_files_that_others_could_read(self):
+        self.do(haineko.enqueue, entry(), None)
+        keep = sqlite3.connect(self.policy.path)  # so that -wal and -shm stay
+        self.addCleanup(keep.close)
+        keep.execute("SELECT count(*) FROM messages").fetchone()
+        self.store.close(for_good=True)
+        names = [name for name in os.listdir(self.folder) if name.startswith("q.db")]
+        self.assertEqual(len(names), 4)
+        for name in names:
+            os.chmod(os.path.join(self.folder, name), 0o644)
+        self.do(haineko.queue_stats, 0)
+        for name in names:
+            self.assertEqual(os.stat(os.path.join(self.folder, name)).st_mode & 0o777, 0o600, name)
+
+    def test_a_bug_of_a_request_ends_its_lease(self):
+        """The answer can't be written: the mail with a key, which was sent, is not leased for ever."""
+        with tempfile.TemporaryDirectory() as folder:
+            service = haineko.App(settings(queue={"path": os.path.join(folder, "q.db"), "min_free": 0}))
+            self.addCleanup(service.queue.close, True)
+            asked = request(as_body(document()), user_agent="\ud800", idempotency_key="k")
+            with self.assertRaises(UnicodeError):
+                answered(asked, service)
+            row = service.queue.db.execute("SELECT due, owner, history FROM recipients").fetchone()
+            self.assertEqual((row["due"] > NOW, row["owner"]), (True, None))
+            self.assertIn("may have arrived", row["history"])
+            service.queue.close(for_good=True)
+
+    @unittest.skipIf(os.geteuid(), "takes root")
+    def test_files_of_another_user(self):
+        path = os.path.join(self.folder, "other")
+        with open(path, "w"):
+            os.chmod(self.folder, 0o777)
+        os.chown(path, 12345, -1)
+        os.seteuid(65534)
+        try:
+            with self.assertRaisesRegex(OSError, "is not a regular file of this user"):
+                haineko.open_private(path, os.O_RDONLY)
+        finally:
+            os.seteuid(0)
 
 
 class QueueServed(unittest.TestCase):
@@ -8457,6 +9417,44 @@ class QueueServed(unittest.TestCase):
         (mail,) = self.peer.to("later2@example.jp")
         self.assertEqual((mail.sender, b"Nyaa" in mail.text), ("kijitora@example.org", True))
         eventually(lambda: self.events(queueid) == ["message.deferred", "message.delivered"], what="events")
+
+    def test_cancelled_and_retried_by_http(self):
+        queueid = self.server.submit("later9@example.jp")[2]["queueid"]
+        drop = lambda: self.server.ask(get(f"/queue/{queueid}", method="DELETE"))[::2]  # noqa: E731
+        status, found = self.server.ask(get(f"/queue/{queueid}/retry", "Content-Length: 0", method="POST"))[::2]
+        self.assertEqual((status, found["retried"]), (200, 1))
+        for count in (1, 0):
+            status, found = drop()
+            if status == 409:  # it is being tried
+                eventually(lambda: self.server.fate(queueid)["later9@example.jp"]["state"] == "waiting")
+                status, found = drop()
+            self.assertEqual((found["queueid"], found["cancelled"]), (queueid, count))
+            self.assertEqual(found["response"][0]["state"], "dropped")
+        self.assertIn(f"{queueid}: client=127.0.0.1 1 recipients cancelled", self.server.log())
+        cases = (
+            ("DELETE", "/queue/nosuchmail", (), 404),
+            ("POST", "/queue/nosuchmail/retry", ("Content-Length: 0",), 404),
+            ("DELETE", f"/queue/{queueid}", ("X-Forwarded-For: 127.0.0.1",), 403),
+            ("DELETE", f"/queue/{queueid}", ("Origin: https://evil.example",), 403),
+            ("POST", f"/queue/{queueid}/retry", ("Content-Length: 0", "Origin: https://evil.example"), 403),
+            ("DELETE", "/queue", (), 405),
+            ("DELETE", f"/queue/{queueid}/retry", (), 405),
+            ("GET", f"/queue/{queueid}/x", (), 404),
+        )
+        for method, path, headers, wanted in cases:
+            with self.subTest(method, path=path, headers=headers):
+                self.assertEqual(self.server.ask(get(path, *headers, method=method))[0], wanted)
+
+    def test_what_is_being_sent_is_not_cancelled(self):
+        gate = threading.Event()
+        peer = queue_peer(lambda to, count: gate)
+        self.addCleanup(peer.close)
+        server = Server(queue_settings(peer))
+        self.addCleanup(server.close)
+        self.addCleanup(gate.set)
+        queueid = server.submit("a@example.jp", **{"async": True})[2]["queueid"]
+        eventually(lambda: server.fate(queueid)["a@example.jp"]["state"] == "sending")
+        self.assertEqual(server.ask(get(f"/queue/{queueid}", method="DELETE"))[0], 409)
 
     def test_statuses(self):
         table = (
@@ -8767,6 +9765,43 @@ class QueueAlone(unittest.TestCase):
         event = hook.asked[0].json()
         self.assertEqual([set(event), set(event["data"])], [set(json.loads(shown)), set(json.loads(shown)["data"])])
 
+    def test_a_mail_that_kills_its_process_is_held(self):
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        peer = self.peer(lambda to, count: gate if to.startswith("killer") else "250 2.0.0 Ok")
+        server = self.served(queue_settings(peer))
+        queueid = server.submit("killer@example.jp", **{"async": True})[2]["queueid"]
+        for count in (1, 2, 3):
+            eventually(lambda count=count: peer.tries.get("killer@example.jp") == count, "an attempt")
+            for pid in server.workers():
+                os.kill(pid, signal.SIGKILL)
+        eventually(lambda: self.state(server, queueid) == "held", "held")
+        eventually(lambda: server.submit("calm@example.jp", **{"async": True})[0] == 202)
+        eventually(lambda: peer.to("calm@example.jp"))
+        self.assertRegex(server.log(), "to=<killer@example.jp> status=held")
+        self.assertIn("next held", server.queue("list").stdout)
+        gate.set()
+        self.assertEqual(server.queue("retry", queueid).stdout, "1 recipient to be tried at once\n")
+        eventually(lambda: self.state(server, queueid) == "delivered", "delivery")
+
+    def test_a_fault_of_the_route_is_no_verdict_on_the_mail(self):
+        peer, replies = self.peer(), ["530 5.7.0 Authentication required"] * 4
+        peer.says["DATA"] = lambda connection, line: replies.pop() if replies else None
+        server = self.served(queue_settings(peer))
+        answers = [server.submit("a@example.jp"), server.submit("b@example.jp", **{"async": True})]
+        self.assertEqual([status for status, _, _ in answers], [202, 202])
+        for _, _, answer in answers:
+            eventually(lambda answer=answer: self.state(server, answer["queueid"]) == "delivered", "delivery")
+        found = server.fate(answers[0][2]["queueid"])["a@example.jp"]["attempts"]
+        self.assertEqual((found[0]["code"], found[-1]["code"]), ("530", "250"))
+
+    def state(self, server, queueid):
+        """The state of the mail's first recipient, None while nobody answers."""
+        try:
+            return next(iter(server.fate(queueid).values()))["state"]
+        except (OSError, EOFError, StopIteration):
+            return None
+
     def test_newer_file(self):
         with tempfile.TemporaryDirectory() as folder:
             db = sqlite3.connect(os.path.join(folder, "haineko.db"))
@@ -8842,8 +9877,16 @@ class QueueCrash(unittest.TestCase):
         self.over = True
         for client in clients:
             client.join()
-        eventually(self.server.idle, "an empty queue", 60)
+        eventually(self.settled, "an empty queue", 60)
         self.count()
+
+    def settled(self):
+        """True once nothing waits; mail that is held, since it was in flight at three kills in a row, is released."""
+        for line in self.server.queue("list").stdout.splitlines():
+            if "next held" in line:
+                self.server.queue("retry", line.split()[0])
+        found = self.server.get("/queue")[1]
+        return found["waiting"] == found["sending"] == found["held"] == 0
 
     def count(self):
         reports = [mail.text for mail in self.peer.to("sender@example.org")]
@@ -8859,7 +9902,7 @@ class QueueCrash(unittest.TestCase):
 
 
 # ======================================================================================================================
-# 15. The way of a mail
+# 16. The way of a mail
 # ======================================================================================================================
 
 
@@ -9005,16 +10048,18 @@ class Submitting(Peers):
         self.assertRegex(queueid, r"\A[0-9A-Za-z]{16}\Z")
         lines = [line.partition("]: ")[2] for line in self.logged()]
         self.assertEqual(len(lines), 3, lines)
-        self.assertRegex(lines[2], r"refused .* http=207 .* to=<line\?feed@example.jp> code=553 ")
-        for line, to, code in ((lines[0], "a", "250"), (lines[1], "b", "550")):
+        self.assertRegex(lines[2], r" to=<line\?feed@example.jp> dsn=5.1.5 status=rejected \(553 ")
+        for line, to, code, word in ((lines[0], "a", "250", "sent"), (lines[1], "b", "550", "bounced")):
             for part in (queueid, "client=192.0.2.7", "from=<kijitora@example.org>", f"to=<{to}@example.jp>"):
                 self.assertIn(part, line)
-            self.assertRegex(line, rf" relay=ESMTP:127\.0\.0\.1:{peer.port} code={code} dsn=\S+ command=\S+ ms=[\d.]+ ")
+            self.assertRegex(
+                line, rf" relay=ESMTP:127\.0\.0\.1:{peer.port} delay=[\d.]+ dsn=\S+ status={word} \({code} "
+            )
         self.assertNotRegex("\n".join(lines), "Meow|n-y-a-a|\x07")
         self.submitted({}, ["line\nfeed@example.jp", "evil\x1b[2J@example.jp"])
         lines = self.logged()
         self.assertTrue(lines)
-        self.assertTrue(all("refused" in line and line.isprintable() for line in lines), lines)
+        self.assertTrue(all("status=rejected" in line and line.isprintable() for line in lines), lines)
         self.assertNotIn("Meow", "\n".join(lines))
 
     def test_queue_id_is_the_same_in_answer_log_and_message(self) -> None:
@@ -9025,25 +10070,12 @@ class Submitting(Peers):
         self.assertTrue(message["Message-Id"].startswith(f"<{found['queueid']}."))
         self.assertIn(f" {found['queueid']}: ", self.logged()[0])
 
-    def test_an_item_is_written_as_the_encoder_would(self) -> None:
-        words = ("plain", 'a "quote" \\', "100% %s %d {x}", "ねこ\u2028", "x" * 600, "", "\x1b[2J")
-        for word in words:
-            for said in (
-                haineko.Reply("250", "2.0.0", "DATA", (word, word), "ESMTP", "mx.example.jp", 25),
-                haineko.Reply("550", None, "RCPT", (), f"/var/{word}", word, None),
-                haineko.make_reply("queued", word, word=word, mailer="Queue"),
-            ):
-                for recipient in (None, f"{word}@example.jp"):
-                    with self.subTest(word=word, said=said):
-                        written = haineko.reply_json(recipient, said)
-                        self.assertEqual(written, haineko.ENCODER.encode(haineko.reply_to_dict(recipient, said)))
-
     def test_a_client_that_says_odd_things_of_itself_reads_them_again(self) -> None:
         service = haineko.App(settings())
         for word in ('a "quote" \\', "100% %s {x}", "y" * 3000, "Ã¤"):
             asked = request(as_body(document()), **{"user-agent": word, "referer": word})
             found = json.loads(answered(asked, service).body)
-            wanted = "ä" if word == "Ã¤" else word
+            wanted = "ä" if word == "Ã¤" else word[:200]
             self.assertEqual((set(found), found["useragent"], found["referer"]), (TOP, wanted, wanted))
 
     def test_queue_ids_are_unique(self) -> None:
@@ -9102,32 +10134,9 @@ class SharedTransactions(Peers):
         found = sorted((rcpt, parsed(text)["to"]) for _, (rcpt,), text, _ in peer.mails)
         self.assertEqual(found, [(f"RCPT TO:<{name}@x.jp>", f"{name}@x.jp") for name in "abc"])
 
-    def test_a_line_for_each_transaction_and_refusal_without_body_or_secret(self) -> None:
-        peer = self.peer({"RCPT": refuses(b="550 5.1.1 no\x07body")}, "AUTH PLAIN", logins={"kijitora": "n-y-a-a"})
-        authinfo = {"x": {"username": "kijitora", "password": "n-y-a-a"}}
-        rcpt = ["a@example.jp", "b@example.jp", "line\nfeed@example.jp"]
-        _, _, found = self.submitted({"default": esmtp(peer, auth="x")}, rcpt, authinfo=authinfo)
-        queueid = found["queueid"]
-        self.assertRegex(queueid, r"\A[0-9A-Za-z]{16}\Z")
-        lines = [line.partition("]: ")[2] for line in self.logged()]
-        self.assertEqual(len(lines), 3, lines)
-        self.assertRegex(lines[2], r" to=<line\?feed@example.jp> dsn=5.1.5 status=rejected \(553 ")
-        for line, to, code, word in ((lines[0], "a", "250", "sent"), (lines[1], "b", "550", "bounced")):
-            for part in (queueid, "client=192.0.2.7", "from=<kijitora@example.org>", f"to=<{to}@example.jp>"):
-                self.assertIn(part, line)
-            self.assertRegex(
-                line, rf" relay=ESMTP:127\.0\.0\.1:{peer.port} delay=[\d.]+ dsn=\S+ status={word} \({code} "
-            )
-        self.assertNotRegex("\n".join(lines), "Meow|n-y-a-a|\x07")
-        self.submitted({}, ["line\nfeed@example.jp", "evil\x1b[2J@example.jp"])
-        lines = self.logged()
-        self.assertTrue(lines)
-        self.assertTrue(all("status=rejected" in line and line.isprintable() for line in lines), lines)
-        self.assertNotIn("Meow", "\n".join(lines))
-
 
 # ======================================================================================================================
-# 16. HTTP
+# 17. HTTP
 # ======================================================================================================================
 
 
@@ -9160,7 +10169,21 @@ REQUESTS = {
     "no length": (posting(), 411, False, "Content-Length required"),
     "too long a body": (posting("Content-Length: 105537"), 413, False, "too large"),
     "far too long": (posting(f"Content-Length: {10**17}"), 413, False, "too large"),
-    "a GET with a body": (get("/neko", "Content-Length: 3") + b"abc", 200, True, ""),
+    "a GET with a body": (get("/neko", "Content-Length: 3") + b"abc", 400, False, "GET takes no body"),
+    "a GET with half a body": (get("/neko", "Content-Length: 3000"), 400, False, "GET takes no body"),
+    "a GET with chunks": (get("/neko", "Transfer-Encoding: chunked"), 400, False, "GET takes no body"),
+    "a GET with an empty body": (get("/neko", "Content-Length: 0"), 200, True, ""),
+    "compressed": (post(None, "Content-Encoding: gzip"), 415, True, "Content-Encoding"),
+    "not compressed": (post(None, "Content-Encoding: identity"), 200, True, ""),
+    "a slash too many": (post(path="/submit/"), 404, True, 'did you mean "/submit"?'),
+    "a letter too few": (get("/helth"), 404, True, 'did you mean "/health"?'),
+    "no Host": (b"GET /neko HTTP/1.1\r\n\r\n", 400, False, "Host"),
+    "no Host in a POST": (post().replace(b"Host: x\r\n", b""), 400, False, "Host"),
+    "an empty Host": (get("/neko", host=""), 200, True, ""),
+    "Host that is no host": (get("/neko", host="a b"), 400, False, "Host"),
+    "HTTP/1.0 without Host": (b"GET /neko HTTP/1.0\r\n\r\n", 200, False, ""),
+    "from another site, without Origin": (post(None, "Sec-Fetch-Site: cross-site"), 403, True, "Cross-origin"),
+    "from the same origin": (post(None, "Sec-Fetch-Site: same-origin"), 200, True, ""),
     "chunks": (CHUNKS.encode() + chunked(as_body(document())), 200, True, ""),
     "chunks with extensions": (CHUNKS.encode() + chunked(as_body(document()), extra=" ;a=b"), 200, True, ""),
     "chunks with trailers": (
@@ -9234,7 +10257,7 @@ REQUESTS = {
     "deep": (post(b"[" * 50000), 400, True, "Malformed JSON string"),
     "NaN": (post(b'{"mail": NaN}'), 400, True, "Malformed JSON string"),
     "no UTF-8": (post(b'{"mail": "\xff"}'), 400, True, "Malformed JSON string"),
-    "half a surrogate pair": (post(b'{"mail": "\\ud800@example.org"}'), 400, True, "Malformed JSON string"),
+    "half a surrogate pair": (post(b'{"mail": "\\ud800@example.org"}'), 400, True, "Invalid submission"),
     "a number of many digits": (post(b'{"mail": ' + b"9" * 9000 + b"}"), 400, True, "Malformed JSON string"),
 }
 
@@ -9364,7 +10387,8 @@ class Http(Peers):
                 found, headers, body = wire.ask(octets, method)
                 self.assertEqual(found, status, body)
                 if status >= 400 and not method:
-                    self.has_form(body, **({"command": "HTTP", "code": "421"} if "origin" not in name else {}))
+                    code = "554" if words == "Invalid submission" else "421"
+                    self.has_form(body, **({"command": "HTTP", "code": code} if "origin" not in name else {}))
                     self.assertIn(words, "\n".join(body["response"][0]["message"]))
                 self.assertEqual(headers.get("Connection") != "close", goes_on or "1.0 that" in name)
                 if goes_on:
@@ -9388,10 +10412,25 @@ class Http(Peers):
         for origin, wanted in (("https://www.example.org", "https://www.example.org"), ("https://evil.example", None)):
             asking = get("/submit", f"Origin: {origin}", "Access-Control-Request-Method: POST", method="OPTIONS")
             status, headers, _ = self.server.ask(asking)
-            self.assertEqual((status, headers.get(name)), (204, wanted))
+            self.assertEqual((status, headers.get(name)), (204 if wanted else 403, wanted))
             self.assertEqual("POST" in headers.get("Access-Control-Allow-Methods", ""), bool(wanted))
             self.assertEqual(self.server.ask(post(None, f"Origin: {origin}"))[1].get(name), wanted)
             self.assertEqual(self.server.ask(post(b"{", f"Origin: {origin}"))[1].get(name), wanted)
+
+    def test_a_refused_origin_is_logged_with_its_setting(self) -> None:
+        line = "https://evil.example is not in httpd.allowed_origins"
+        before = self.server.log().count(line)
+        asking = get("/submit", "Origin: https://evil.example", "Access-Control-Request-Method: POST", method="OPTIONS")
+        for octets in (asking, post(None, "Origin: https://evil.example")):
+            self.assertEqual(self.server.ask(octets)[2]["response"][0]["message"][1:], [line])
+        self.assertEqual(self.server.log().count(line), before + 2)
+
+    def test_no_header_line_is_kept_in_memory(self) -> None:
+        caches = [item for item in vars(haineko).values() if hasattr(item, "cache_info")]
+        before = [item.cache_info() for item in caches]
+        for name in ("Authorization", "Cookie", "X-Api-Key", "Proxy-Authorization"):
+            haineko.parse_head(f"GET / HTTP/1.1\r\nHost: x\r\n{name}: Basic c2VjcmV0\r\n".encode())
+        self.assertEqual([item.cache_info() for item in caches], before)
 
     def test_keep_alive_and_pipelining(self) -> None:
         with self.server.wire() as wire:
@@ -9495,7 +10534,8 @@ class Http(Peers):
             (2, "[2001:db8::1]:1234", "2001:db8::1", 403),
             (2, "::ffff:198.51.100.7", "198.51.100.7", 200),
             (2, None, "::1", 200),
-            (0, "192.0.2.9", "127.0.0.1", 200),
+            (0, "192.0.2.9", "127.0.0.1", 403),  # no loopback client, since 127.0.0.1 is no trusted proxy
+            (0, "127.0.0.1", "127.0.0.1", 403),
         )
         for i, forwarded, client, wanted in cases:
             with self.subTest(forwarded, i=i):
@@ -9503,7 +10543,8 @@ class Http(Peers):
                 status, _, found = self.server.ask(post(None, *lines), i=i)
                 self.assertEqual((status, found["remoteaddr"]), (wanted, client))
                 if wanted == 403:
-                    self.has_form(found, code="500", dsn="5.7.1", command="AUTH", message=["Access denied"])
+                    self.has_form(found, code="500", dsn="5.7.1", command="AUTH")
+                    self.assertEqual(found["response"][0]["message"][0], "Access denied")
 
     def test_a_socket_in_the_file_system(self) -> None:
         status, _, found = self.server.ask(post(), i=1)
@@ -9745,6 +10786,53 @@ class Workers(Peers):
         self.assertNotIn("Traceback", server.log())
         self.assertNotIn("starting a new one", server.log())
 
+    def test_half_open_connections_make_room(self) -> None:
+        kinds = {
+            "silent": b"",
+            "half a head": get("/neko")[:-1],
+            "half a body": posting("Content-Length: 100", body="{"),
+            "half a chunk": CHUNKS + "20\r\n{",
+            "a GET with half a body": get("/neko", "Content-Length: 99"),
+        }
+        for kind, octets in kinds.items():
+            server = self.server({"httpd": {"max_connections": 20}})
+            with self.subTest(kind), contextlib.ExitStack() as stack:
+                good = stack.enter_context(server.wire())
+                for _ in range(90):
+                    stack.enter_context(server.wire()).send(octets)
+                with server.wire() as late:
+                    self.assertEqual(late.ask(post())[0], 200)
+                del good
+
+    def test_who_sends_gives_way_after_who_does_not(self) -> None:
+        server = self.server({"httpd": {"max_connections": 4}})
+        body = as_body(document(body="x" * 4000))
+        head, _, _ = post(document(body="x" * 4000)).partition(b"\r\n\r\n")
+        with server.wire() as sender, contextlib.ExitStack() as stack:
+            sender.send(head + b"\r\n\r\n" + body[:3000])
+            self.assertEqual(server.ask(get("/neko"))[0], 200)  # so it was read
+            for _ in range(3):
+                stack.enter_context(server.wire()).send(posting("Content-Length: 4000", body="{"))
+            for _ in range(12):
+                self.assertEqual(server.ask(get("/neko"))[0], 200)
+            self.assertEqual(sender.ask(body[3000:])[0], 200)
+
+    def test_octets_in_flight_are_bounded(self) -> None:
+        server = self.server({"httpd": {"timeout": 20}})
+        part = posting("Content-Length: 8000000", body="{") + b" " * 7990000
+        with contextlib.ExitStack() as stack:
+            wires = [stack.enter_context(server.wire()) for _ in range(9)]
+            statuses = []
+            for wire in wires:
+                wire.send(part)
+            for wire in wires:
+                wire.sock.settimeout(1)
+                with contextlib.suppress(OSError):
+                    statuses.append(wire.answer()[0])
+            self.assertEqual(set(statuses), {503})
+            self.assertEqual(server.ask(post())[0], 200)
+        eventually(lambda: "Too many octets in flight" in server.log())
+
     def test_a_worker_that_dies_is_replaced_and_the_other_goes_on(self) -> None:
         gate, peer = self.gated()
         force = {"httpd": {"workers": 2}, "mailertable": {"default": {"mailer": "Discard"}, "gated": esmtp(peer)}}
@@ -9917,7 +11005,7 @@ class Workers(Peers):
 
 
 # ======================================================================================================================
-# 17. Commands
+# 18. Commands
 # ======================================================================================================================
 
 
@@ -10301,6 +11389,21 @@ class Commands(Folder, Peers):
             self.assertEqual(stream.read(), "mine")
         self.assertEqual(self.haineko("setup")[0], 2)
 
+    def test_dkim_prints_a_line_of_a_zone_file(self) -> None:
+        keys = {**dkim_keys("Example.ORG"), **dkim_keys("例え.jp", key=TEST_RSA_KEY, selector="s2")}
+        path = self.settings(dkim=keys)
+        for domain, name, octets in (("example.org", "s1._domainkey.example.org.", 32),
+                                     ("例え.jp", "s2._domainkey.xn--r8jz45g.jp.", 294)):  # fmt: skip
+            code, out, err = self.haineko("dkim", domain, "-c", path)
+            self.assertEqual((code, err), (0, ""))
+            found = re.fullmatch(rf'{name} IN TXT ("[^"]*"(?: "[^"]*")*)\n', out)
+            strings = re.findall('"([^"]*)"', found[1])
+            self.assertTrue(all(len(text) <= 255 for text in strings))
+            self.assertEqual(len(base64.b64decode(haineko.parse_tags("".join(strings))["p"])), octets)
+        code, out, err = self.haineko("dkim", "exmple.org", "-c", path)
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn('"exmple.org" is not in dkim; did you mean "example.org"?', err)
+
 
 class CheckConnect(WithCertificates):
     def check(self, mailertable: dict, *flags: str, resolver: str = "127.0.0.1:1", **sections) -> tuple:
@@ -10575,7 +11678,24 @@ class RecordsOfASender(unittest.TestCase):
             ((), "no key", False),
         ):
             with self.subTest(texts):
-                found, told = self.look(haineko.check_dkim, {"s._domainkey.a.example": texts}, "s")
+                found, told = self.look(haineko.check_dkim, {"s._domainkey.a.example": texts}, "s", {})
+                self.assertEqual(found, fine, told)
+                self.assertIn(words, told)
+
+    def test_dkim_key_of_the_settings(self):
+        keys = settings(dkim=dkim_keys("example", key=TEST_RSA_KEY)).dkim
+        ours, other = (haineko.dkim_record(settings(dkim=dkim_keys("x.jp", key=key)).dkim["x.jp"])
+                       for key in (TEST_RSA_KEY, RFC8463_KEY))  # fmt: skip
+        for selector, texts, fine, words in (
+            (None, (ours,), True, "s1._domainkey.example: RSA, 2048 bits"),
+            ("s1", (ours[:100] + " " + ours[100:],), True, "s1._domainkey.example: RSA, 2048 bits"),
+            (None, (other,), False, "not the key of the settings"),
+            (None, (), False, "no key"),
+            ("s2", (other,), True, "s2._domainkey.a.example: ed25519"),
+        ):
+            with self.subTest(selector, texts=texts):
+                zone = {"s1._domainkey.example": texts, "s2._domainkey.a.example": texts}
+                found, told = self.look(haineko.check_dkim, zone, selector, keys)
                 self.assertEqual(found, fine, told)
                 self.assertIn(words, told)
 
@@ -10688,17 +11808,11 @@ class Attacks(Quiet):
             self.assertLess(time.process_time() - began, 0.5, charset)
             self.assertLess(max(map(len, field.split("\r\n"))), 77)
 
-    def test_a_body_for_a_page_that_reads_none_is_small(self):
-        for length, status in ((65536, 200), (65537, 413)):
-            octets = f"GET /neko HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode() + b"x" * length
-            with self.subTest(length), contextlib.suppress(json.JSONDecodeError):  # of Nyaaaaa
-                self.assertEqual(over_http(octets, settings())[0], status)
-
     def test_chunks_of_one_octet_count_by_their_lines(self):
         body = json.dumps(document()).encode()
         for lead, status in ((b"", 200), (b";" + b"x" * 600, 413)):
             chunks = b"".join(b"1%b\r\n%c\r\n" % (lead, octet) for octet in body)
-            octets = b"POST /submit HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
+            octets = b"POST /submit HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
             with self.subTest(status):
                 small = settings(smtpd={"hostname": "relay.example.org", "max_message_size": 2000})
                 self.assertEqual(over_http(octets, small)[0], status)
@@ -10747,6 +11861,25 @@ class Attacks(Quiet):
                 octets = http_post(json.dumps(document()).encode(), **{"X-Forwarded-For": forwarded})
                 self.assertEqual(over_http(octets, behind)[0], status)
 
+    def test_the_digest_of_a_document_is_that_of_its_values(self):
+        text = b'{"mail": "a@example.org", "header": {"subject": "\xe7\x8c\xab", "from": "a@example.org"}, "body": "x"}'
+        same = (
+            b'{"body":"x","header":{"from":"a@example.org","subject":"\\u732b"},\n"mail":"\\u0061@example.org"}',
+            b"\xef\xbb\xbf" + text,
+        )
+        others = (text.replace(b'"x"', b'"X"'), text.replace(b'"x"', b'["x"]'), text.replace(b"header", b"headers"))
+        self.assertEqual({haineko.document_digest(octets) for octets in same}, {haineko.document_digest(text)})
+        self.assertEqual(len({haineko.document_digest(octets) for octets in (text, *others)}), 4)
+
+    def test_a_key_without_login_is_that_of_its_client(self):
+        force = haineko.replace(settings(), queue=True)  # any
+        found = set()
+        for client, login in (("192.0.2.1", ""), ("192.0.2.2", ""), ("192.0.2.1", "neko"), ("192.0.2.2", "neko")):
+            asked = request(b"{}", client, **{"idempotency-key": "k"})
+            asked.login = login
+            found.add(haineko.queue_options(asked, haineko.Submission(), b"", force).key)
+        self.assertEqual(len(found), 3)
+
     def test_settings_are_not_for_a_page_whose_name_was_rebound(self):
         for host, status in (
             ("Host: evil.example:2794\r\n", 403),
@@ -10755,7 +11888,7 @@ class Attacks(Quiet):
             ("Host: 127.0.0.1:2794\r\n", 200),
             ("Host: [::1]:2794\r\n", 200),
             ("Host: relay.example.org\r\n", 200),
-            ("", 200),
+            ("", 400),
         ):
             with self.subTest(host):
                 octets = f"GET /conf HTTP/1.1\r\n{host}\r\n".encode()
