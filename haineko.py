@@ -2494,7 +2494,7 @@ def check_client(request: Request, submission: Submission | None, settings: Sett
     if settings.password.hashes or settings.relayhosts.open_relay:
         return None
     if request.client not in settings.relayhosts.relayhosts:
-        return make_reply("client", f"{request.client.text} is not in relayhosts.relayhosts")
+        return make_reply("client", f"{request.client} is not in relayhosts.relayhosts")
     reason = hidden_client(request, settings)
     return make_reply("client", reason) if reason else None
 
@@ -2503,7 +2503,7 @@ def hidden_client(request: Request, settings: Settings) -> str:
     """Say why a request from a loopback address was not made by a program on this machine, "" if it may have been."""
     if not request.forwarded or request.client not in LOOPBACK:
         return ""
-    proxy = f"{request.forwarded} from {request.peer.text}"
+    proxy = f"{request.forwarded} from {request.peer}"
     if request.peer not in settings.httpd.trusted_proxies:
         return f"{proxy}, which is not in httpd.trusted_proxies"
     return "" if "x-forwarded-for" in request.headers else f"{proxy} without X-Forwarded-For"
@@ -5347,16 +5347,22 @@ def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
         raise ValueError("From has several addresses")
     if not shown["to"]:
         raise ValueError("To has none of the recipients")
-    hidden = {address_key(to): {"email": to} for to in transaction.recipients}
-    for name in ("to", "cc"):
-        for spec in [item["email"] for item in shown[name]]:
-            if not hidden.pop(address_key(spec), None):
-                raise ValueError(f"{name.title()} has {spec}, which gets this mail another way or twice")
-    people = {"to": shown["to"], "cc": shown["cc"], "bcc": list(hidden.values())}
+    hidden = [{"email": recipient} for recipient in hidden_recipients(transaction, fields)]
+    people = {"to": shown["to"], "cc": shown["cc"], "bcc": hidden}
     document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": author[0]}
     if len(reply_to) > 1:
         return {**document, "reply_to_list": reply_to}
     return {**document, "reply_to": reply_to and reply_to[0]}
+
+
+def hidden_recipients(transaction: Transaction, fields: list) -> list:
+    """Return the recipients that To and Cc don't show; raises ValueError if they show anybody else."""
+    hidden = {address_key(to): to for to in transaction.recipients}
+    for name in ("to", "cc"):
+        for _, mailbox in parse_mailboxes(single_field(fields, name)):
+            if not hidden.pop(mailbox.key, None):
+                raise ValueError(f"{name.title()} has {mailbox.addr_spec}, which gets this mail another way or twice")
+    return list(hidden.values())
 
 
 def sendgrid_mailboxes(text: str) -> list:
@@ -6993,7 +6999,7 @@ def queue_options(
     found = IDEMPOTENCY_KEY.fullmatch(key)
     if not found:
         raise Rejected(make_reply("key-form"))
-    owner = request.login or f"[{request.client.text}]"  # nobody else may read the response
+    owner = request.login or f"[{request.client}]"  # nobody else may read the response
     digest = hashlib.sha256("\0".join((owner, request.path, found[1] or found[2])).encode()).digest()
     return QueueOptions(async_, digest, body_digest, request.login)
 
@@ -7467,7 +7473,7 @@ def check_monitor(request: Request, submission: None, settings: Settings) -> Rep
     """Require an address in httpd.monitors, and no web page whose name was rebound in DNS."""
     host, reason = request.headers.get("host", "").lower(), hidden_client(request, settings)
     if request.client not in settings.httpd.monitors:
-        reason = f"{request.client.text} is not in httpd.monitors"
+        reason = f"{request.client} is not in httpd.monitors"
     elif not reason and request.forwarded and request.client in LOOPBACK:  # a proxy can't know that it is this machine
         reason = f"{request.forwarded}: a forwarded request is not from this machine"
     elif not reason and not is_own_host(host, settings):
@@ -7514,7 +7520,7 @@ async def change_queued_mail(request: Request, app: App, verb: str, operation: C
     """Answer with the number of recipients that an operation changed, and the mail as it is now."""
     queueid = (await find_queued_mail(request, app))["queueid"]
     count = await app.queue.do(operation, queueid, *values)
-    pairs = log_pairs(client=request.client.text, login=request.login or None)
+    pairs = log_pairs(client=request.client, login=request.login or None)
     log.lines(f"{queueid}: {pairs} {count} recipients {verb}")
     return json_response({verb: count, **message_document(await app.queue.do(message_status, queueid))})
 
