@@ -136,12 +136,16 @@ class Rejected(Exception):  # noqa: N818 -- the word that postmasters use
         return self.args[0]
 
 
+DEFAULT_DSN = (" RET=FULL", " NOTIFY=FAILURE,DELAY")  # parameters of MAIL and of RCPT (RFC 3461)
+
+
 class Message(NamedTuple):
     """Finished message (RFC 5322, CRLF); the recipient and the copy's number are inserted between its parts."""
 
     parts: tuple  # (all of it,) or (up to "To: ", up to "Message-Id: <QUEUEID.", the rest) or (up to "To: ", the rest)
     needs_8bitmime: bool = False  # has octets over 127 (RFC 6152)
     needs_smtputf8: bool = False  # has them in its header (RFC 6531)
+    dsn: tuple = DEFAULT_DSN
 
     def copy(self, recipient: str, number: int) -> bytes:
         """Return the octets of one recipient's copy."""
@@ -1356,6 +1360,7 @@ class Log:
     A reader that is slow is waited for PATIENCE seconds; then lines are dropped and counted until it reads again.
     """
 
+    FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
     PATIENCE = 0.1
 
@@ -1366,6 +1371,8 @@ class Log:
         self.buffer: list | None = None  # texts that wait for flush()
         self.loop: Any = None  # event loop that calls flush()
         self.stderr = 2  # a file descriptor
+        self.path = ""  # of the file that descriptors 1 and 2 are, if reopen() is to look for a new one
+        self.quiet = False  # lines for stderr are dropped
         self.lost = 0  # lines, since the reader stopped
 
     @property
@@ -1381,6 +1388,8 @@ class Log:
         if self.priority is not None:
             for line in lines:
                 self._to_syslog(line)
+            return
+        if self.quiet:
             return
         head = f"{timestamp(int(time.time()))} haineko[{os.getpid()}]: "
         self._add("".join([f"{head}{line}\n" for line in lines]))
@@ -1400,6 +1409,16 @@ class Log:
             self.loop.call_soon_threadsafe(self.flush)
         elif self.loop and first:
             self.loop.call_soon(self.flush)
+
+    def reopen(self) -> None:
+        """Open the log file anew if it was moved away, as logrotate does."""
+        with contextlib.suppress(OSError):
+            if not self.path or (os.path.exists(self.path) and os.path.samestat(os.stat(self.path), os.fstat(2))):
+                return
+            number = os.open(self.path, self.FILE_FLAGS, 0o600)
+            os.dup2(number, 1)
+            os.dup2(number, 2)
+            os.close(number)
 
     def start_buffering(self, loop: Any = None) -> None:
         """Let lines wait for flush(), which the event loop calls in its next iteration.
@@ -1569,6 +1588,7 @@ class Request:
     login: str = ""  # who logged in
     message_size: int = 0  # octets of the finished message
     forwarded: str = ""  # a header by which a proxy says that it forwarded the request
+    dsn: tuple = DEFAULT_DSN  # what is asked of the next server
 
 
 class Mailbox(NamedTuple):
@@ -2528,7 +2548,8 @@ def check_ehlo(request: Request, submission: Submission, settings: Settings) -> 
 
 def check_sender(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.mail:
-        return make_reply("mail-empty", "mail (the envelope sender) is required")
+        missing = make_reply("mail-empty", "mail (the envelope sender) is required")
+        return missing if request.peer else None  # the command sendmail may send from <>
     if parse_address(submission.mail):
         return None
     return make_reply("mail-form", *idna_hint(submission.mail) or ('expected a bare address like "user@example.org"',))
@@ -3231,7 +3252,7 @@ def _find_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
     return FALLBACK_ROUTE, "no route matches"
 
 
-FALLBACK_ROUTE = Route()
+FALLBACK_ROUTE = Route(port=25)
 
 
 def lookup_keys(domain: str) -> Any:
@@ -4793,8 +4814,7 @@ def envelope_commands(transaction: Transaction, utf8: bool, size: int, features:
     if utf8:
         mail += " SMTPUTF8"  # RFC 6531
     if "dsn" in features:
-        mail += " RET=FULL"  # RFC 3461
-        rcpt = " NOTIFY=FAILURE,DELAY"
+        mail, rcpt = mail + transaction.message.dsn[0], transaction.message.dsn[1]
     rcpts = [("RCPT", f"RCPT TO:<{to}>{rcpt}\r\n".encode()) for to in transaction.recipients]
     return [("MAIL", f"{mail}\r\n".encode()), *rcpts, ("DATA", b"DATA\r\n")]
 
@@ -5985,7 +6005,7 @@ def webhook_event(name: str, leased: LeasedRecipient, reply: Reply, url: str, no
 def may_bounce(leased: LeasedRecipient, settings: Settings) -> bool:
     """Return whether the sender is told of a failure: others than these could be made to receive strangers' mail."""
     known = leased.login or not check_recipient(parse_address(leased.sender), settings)
-    return leased.kind == "mail" and bool(leased.sender and known)
+    return leased.kind == "mail" and bool(leased.sender and known) and "FAILURE" in leased.message.dsn[1]
 
 
 def new_bounce(leased: LeasedRecipient, reply: Reply, settings: Settings, now: float) -> NewQueueItem:
@@ -6452,8 +6472,8 @@ def enqueue(db: Any, slot: int, item: NewQueueItem, results: list | None, leased
     message = insert(
         db, "messages", queueid=item.queueid, kind=item.kind, sender=item.sender, login=item.login,
         created_at=created_at, open_recipients=len(item.recipients), owner=owner, key=item.key,
-        body_digest=item.body_digest, size=len(octets), parts=json.dumps([flags, *map(len, item.message.parts)]),
-        octets=octets,
+        body_digest=item.body_digest, size=len(octets), octets=octets,
+        parts=json.dumps([flags, *map(len, item.message.parts), *item.message.dsn]),
     )  # fmt: skip
     due = created_at if owner is None else None
     state = {"message": message, "state": "open", "created_at": created_at, "due": due, "owner": owner}
@@ -6557,14 +6577,18 @@ def lease(db: Any, slot: int, row_id: int) -> list:
         " attempts, history, octets FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (row_id,)
     ).fetchone()  # fmt: skip
     try:
-        history, (flags, *lengths) = parse_history(row["history"]), json.loads(row["parts"])
+        history, parts = parse_history(row["history"]), json.loads(row["parts"])
+        flags, *lengths = [part for part in parts if type(part) is int]
     except (ValueError, TypeError):
         log_exception(row["queueid"])
         db.execute("UPDATE recipients SET state='held', due=NULL WHERE id=?", (row_id,))
         return []
     db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row_id))
     octets = io.BytesIO(row["octets"])
-    message = Message(tuple([octets.read(length) for length in lengths]), bool(flags & 1), flags > 1)
+    dsn = tuple([part for part in parts if type(part) is str])  # absent in files of older versions
+    message = Message(
+        tuple([octets.read(length) for length in lengths]), bool(flags & 1), flags > 1, dsn or DEFAULT_DSN
+    )
     return [LeasedRecipient(*row[:-1])._replace(message=message, history=history)]
 
 
@@ -6941,7 +6965,7 @@ def compose_and_check(
 ) -> Message:
     """Return the message; raise Rejected if a check of the content or of the message fails."""
     apply_checks(CHECKS_OF_CONTENT, request, submission, settings)
-    message = compose(submission, queueid, request.client, settings.hostname, request.now)
+    message = compose(submission, queueid, request.client, settings.hostname, request.now)._replace(dsn=request.dsn)
     longest = max([len(mailbox.addr_spec) for mailbox in accepted])
     request.message_size = sum(map(len, message.parts)) + longest + len(str(len(accepted)))
     apply_checks(CHECKS_OF_MESSAGE, request, submission, settings)
@@ -7124,7 +7148,7 @@ def plan_transactions(
     submission: Submission, message: Message, accepted: list, settings: Settings, queueid: str
 ) -> tuple:
     """Return (transactions, the mailboxes in their order): one each recipient, or each route if they share the mail."""
-    sender = parse_address(submission.mail)
+    sender = parse_address(submission.mail) or NULL_SENDER
     check_provider_headers(submission, sender, accepted, settings)
     if submission.shared:
         transactions = plan_shared(sender, message, accepted, settings, queueid)
@@ -7161,12 +7185,6 @@ def plan_shared(sender: Mailbox, message: Message, accepted: list, settings: Set
         )
         for number, ((route, _), recipients) in enumerate(routes.items(), 1)
     ]
-
-
-def replies_by_recipient(accepted: list, results: list) -> list:
-    """Return [(recipient as the client wrote it, Reply), ...] in the order of the recipients."""
-    replies = {to: reply for result in results for to, reply in zip(result.transaction.recipients, result.replies)}
-    return [(mailbox.as_written, replies[mailbox.addr_spec]) for mailbox in accepted]
 
 
 async def deliver(transactions: list, transport: TransportContext, settings: Settings) -> list:
@@ -8114,9 +8132,10 @@ class Worker:
         return found
 
     async def _housekeeping(self) -> None:
-        """Once a second, close SMTP sessions that nobody uses."""
+        """Once a second, close SMTP sessions that nobody uses, and look for a new log file."""
         while True:
             await asyncio.sleep(1.0)
+            log.reopen()
             await self.app.transport.sweep()
 
     async def _reread(self) -> None:
@@ -8156,6 +8175,7 @@ class Supervisor:
             with contextlib.suppress(socket.timeout):
                 alarm.recv(4096)
             self._reap()
+            log.reopen()
             if not self.stopping:
                 self._replace()
                 self._watch()
@@ -8326,74 +8346,90 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 
 # ======================================================================================================================
 # 18. Commands
-#     Takes the words of a command line, gives an exit code. What is meant for a person goes to stderr, results to
-#     stdout.
+#     Takes the words of a command line and returns an exit code. Results go to stdout, messages for a person to stderr.
+#     A new command is one function and one row of COMMANDS, the table at the end.
 # ======================================================================================================================
 
 
 class CommandError(Exception):
-    """A command that can't be carried out as it was asked: its message and exit code."""
+    """A command that cannot be carried out; the arguments are a message and the exit code."""
 
 
 def main(argv: list) -> int:
-    """Carries out one command; gives its exit code: 0 fine, 1 failed, 2 wrong usage or settings."""
-    if os.path.basename(sys.argv[0]) == "sendmail":  # a link with that name
-        argv = ["sendmail", *argv]
-    if argv[:1] == ["sendmail"] and "-h" not in argv and "--help" not in argv:
-        return command_sendmail(argv[1:])
-    options = parser(argv[:1] if argv[:1] and argv[0] in COMMANDS else COMMANDS).parse_args(argv)
+    """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage or settings."""
+    open_standard_streams()
     try:
-        return COMMANDS[options.command][0](options)
+        if argv[:1] == ["sendmail"] and argv[1:] not in (["-h"], ["--help"]):
+            return command_sendmail(argv[1:])  # its flags are older than argparse
+        parser, commands = argument_parsers()
+        if not argv or argv[0] not in commands:
+            parser.parse_args(argv)  # prints help, the version, or what is wrong
+        return COMMANDS[argv[0]].run(commands[argv[0]].parse_intermixed_args(argv[1:]))
     except CommandError as error:
-        print(f"haineko: {error.args[0]}", file=sys.stderr)
-        return error.args[1]
+        return print_error(*error.args)
+    except BrokenPipeError:  # of stdout: `queue | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except KeyboardInterrupt:
         return 130
 
 
-def parser(names: Any) -> Any:
-    """An argparse.ArgumentParser that knows these commands."""
+def open_standard_streams() -> None:
+    """Open those of descriptors 0 to 2 that are closed: a socket with such a number would be read or written to."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 -- kept for life
+
+
+def argument_parsers() -> tuple:
+    """Return (the argparse.ArgumentParser, {command: its own})."""
     import argparse
 
     top = argparse.ArgumentParser(
-        prog="haineko.py", description="HTTP API into ESMTP: takes a mail as JSON by HTTP POST and relays it."
+        prog="haineko.py", description="HTTP server that relays mail, POSTed as JSON, by SMTP."
     )
     top.add_argument("--version", action="version", version=f"Haineko {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name in names:
-        _, about, flags = COMMANDS[name]
-        command = commands.add_parser(name, help=about, description=about)
-        for words, details in flags:
-            command.add_argument(*words, **details)
-    return top
+    for name, row in COMMANDS.items():
+        about = row.run.__doc__.rstrip(".")
+        parser = commands.add_parser(name, help=about, description=about)
+        for key in row.arguments.split():
+            names, details = ARGUMENTS[key]
+            parser.add_argument(*names, **details)
+    return top, commands.choices
 
 
 def settings_path(given: str | None) -> str | None:
-    """-c, else $HAINEKO_CONF, else haineko.json beside this file, else none."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "haineko.json")
+    """Return the path of the settings: -c, else $HAINEKO_CONF, else haineko.json beside this file, else None."""
+    beside = os.path.join(os.path.dirname(os.path.realpath(__file__)), "haineko.json")
     named = given or os.environ.get("HAINEKO_CONF")
     return os.path.abspath(named) if named else beside if os.path.exists(beside) else None
 
 
 def usable_settings(given: str | None) -> Settings:
-    """The settings; Usage with every fault where they can't be used."""
+    """Load the settings; CommandError names every fault."""
     settings, errors = load_settings(settings_path(given))
     if errors:
         raise CommandError("\n".join(["the settings can't be used:", *[f"  {error}" for error in errors]]), 2)
     return settings
 
 
+# -- server and daemon
+
+
 def command_serve(options: Any) -> int:
+    """Run the server in the foreground."""
     settings, listeners = prepare_server(options)
     log.devel = options.devel
     return Supervisor(settings, listeners).run(lambda: announce(settings, listeners))
 
 
 def prepare_server(options: Any) -> tuple:
-    """(Settings, listening sockets) of a server."""
-    settings = usable_settings(options.config)
-    errors: list = []
-    changes = {}
+    """Return a server's Settings and its listening sockets."""
+    settings, errors, changes = usable_settings(options.config), [], {}
     if options.listen:
         changes["listen"] = list_of(parse_listen_address)(options.listen, "--listen", errors)
     if options.workers is not None:
@@ -8402,92 +8438,104 @@ def prepare_server(options: Any) -> tuple:
         raise CommandError("; ".join(errors), 2)
     settings = replace(settings, httpd=replace(settings.httpd, **changes))
     raise_nofile_limit()
-    store = settings.queue and QueueDB(settings.queue)
-    if store:
-        store.commit([])
-        store.close(for_good=True)
-        if NEWER_VERSION in store.fault:
-            raise CommandError(f"the queue can't be used: {store.fault}", 2)
-    listeners = []
-    for place in settings.httpd.listen:
-        try:
-            listeners.append(bind(place))
-        except (OSError, UnicodeError) as error:
-            raise CommandError(f"can't listen at {place}: {getattr(error, 'strerror', None) or error}", 1) from None
-    return settings, listeners
+    if settings.queue:
+        check_queue_file(settings.queue)
+    return settings, [open_listener(address) for address in settings.httpd.listen]
+
+
+def check_queue_file(settings: QueueSettings) -> None:
+    """Create or upgrade the queue's file; CommandError where a newer Haineko wrote it."""
+    database = QueueDB(settings)
+    database.commit([])
+    database.close(for_good=True)
+    if NEWER_VERSION in database.fault:
+        raise CommandError(f"the queue can't be used: {database.fault}", 2)
+
+
+def open_listener(address: str) -> socket.socket:
+    try:
+        return bind(address)
+    except (OSError, UnicodeError) as error:
+        raise CommandError(f"can't listen at {address}: {getattr(error, 'strerror', None) or error}", 1) from None
 
 
 def raise_nofile_limit() -> None:
-    """As many open files as the machine lets us have: a client has one, and one more for each of its deliveries."""
+    """Allow as many open files as the system permits: each client needs one, and each of its deliveries another."""
     import resource
 
     with contextlib.suppress(OSError, ValueError):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
-        if soft != resource.RLIM_INFINITY and soft < most:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-MAX_OPEN_FILES = 65536  # nobody needs more; some systems have no end of them, and refuse to be asked for that
+MAX_OPEN_FILES = 65536  # some systems report an infinite hard limit, but reject it in setrlimit()
 
 
-def announce(settings: Settings, listeners: list) -> None:
+def announce(settings: Settings, listeners: list, more: str = "") -> str:
+    """Write to the log where the server listens; return that line."""
     if not settings.path:
         log.write_bytes(
             b"haineko: NO SETTINGS FILE: for this machine only, and all mail is printed here instead of sent\n"
         )
-    places = " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
-    log.write_bytes(f"haineko {__version__} listens at {places}\n".encode())
+    line = f"haineko {__version__} listens at {listening_urls(settings, listeners)}"
+    log.write_bytes(f"{line}\n".encode())
+    return f"{line}{more}\n"
+
+
+def listening_urls(settings: Settings, listeners: list) -> str:
+    return " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
 
 
 def command_start(options: Any) -> int:
-    """`serve` as a daemon; ends when it listens."""
+    """Run the server as a daemon; return when it listens."""
     pid_file = pid_file_path(options)
     if running_pid(pid_file):
         raise CommandError(f"runs already (pid {running_pid(pid_file)})", 1)
     settings, listeners = prepare_server(options)
-    told, tell = os.pipe()
+    read_end, write_end = os.pipe()
     sys.stderr.flush()
     if os.fork():
-        os.close(tell)
-        word = os.read(told, 4096).decode()
-        print(word or "haineko: did not start; see the log", end="" if word else "\n", file=sys.stderr)
-        return 0 if " listens at " in word else 1
+        os.close(write_end)
+        line = os.read(read_end, 4096).decode()
+        print(line or "haineko: did not start; see the log\n", end="", file=sys.stderr)
+        return 0 if " listens at " in line else 1
     os.setsid()
-    if os.fork():
+    if os.fork():  # the daemon leads no session, so that it can never get a terminal
         os._exit(0)
     code = 1
     try:
-        code = run_daemon(settings, listeners, pid_file, tell)
+        code = run_daemon(settings, listeners, pid_file, write_end)
     except OSError as error:
-        os.write(tell, f"haineko: can't start: {error}\n".encode())
+        os.write(write_end, f"haineko: can't start: {error}\n".encode())
     finally:
         os._exit(code)
 
 
-def run_daemon(settings: Settings, listeners: list, pid_file: str, tell: int) -> int:
-    """The daemon's own life; `tell` takes a line when it listens."""
+def run_daemon(settings: Settings, listeners: list, pid_file: str, write_end: int) -> int:
+    """Run the server detached from its terminal; `write_end` of a pipe gets a line when it listens."""
     import fcntl
 
     log_file = "/dev/null" if not settings.smtpd.syslog.disabled else re.sub(r"(\.pid)?$", ".log", pid_file, count=1)
-    output = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    handle = os.open(pid_file, os.O_RDWR | os.O_CREAT, 0o644)
+    output = os.open(log_file, log.FILE_FLAGS, 0o600)
+    pid_fd = os.open(pid_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held for life; tells `status` that this is no old file
+        fcntl.flock(pid_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # kept for life: `status` asks for the lock, not for the pid
     except OSError:
-        os.write(tell, b"haineko: runs already\n")
+        os.write(write_end, b"haineko: runs already\n")
         return 1
-    os.ftruncate(handle, 0)
-    os.write(handle, f"{os.getpid()}\n".encode())
+    os.ftruncate(pid_fd, 0)
+    os.write(pid_fd, f"{os.getpid()}\n{listening_urls(settings, listeners)}\n".encode())
     os.chdir("/")
-    for number, target in ((0, os.open("/dev/null", os.O_RDONLY)), (1, output), (2, output)):
+    for number, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
         os.dup2(target, number)
-    places = " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
+    log.path = log_file
 
     def ready() -> None:
-        announce(settings, listeners)
-        os.write(tell, f"haineko {__version__} listens at {places} (pid {os.getpid()}, log {log_file})\n".encode())
-        os.close(tell)
+        line = announce(settings, listeners, f" (pid {os.getpid()}, log {log_file})")
+        os.write(write_end, line.encode())
+        os.close(write_end)
 
     code = Supervisor(settings, listeners).run(ready)
     os.unlink(pid_file)
@@ -8495,32 +8543,30 @@ def run_daemon(settings: Settings, listeners: list, pid_file: str, tell: int) ->
 
 
 def pid_file_path(options: Any) -> str:
-    """--pid-file, else haineko.pid beside the settings or this file."""
-    beside = settings_path(options.config) or os.path.abspath(__file__)
+    """Return --pid-file, else haineko.pid beside the settings or this file."""
+    beside = settings_path(options.config) or os.path.realpath(__file__)
     return os.path.abspath(options.pid_file or os.path.join(os.path.dirname(beside), "haineko.pid"))
 
 
 def running_pid(pid_file: str) -> int:
-    """The pid of the daemon that holds the file, 0 where none does."""
+    """Return the pid of the daemon that has the file locked, 0 if none has."""
     import fcntl
 
     try:
-        with open(pid_file, encoding="ascii") as stream:  # to read: everybody may ask
+        with open(pid_file, encoding="ascii") as stream:  # a shared lock needs no right to write
             try:
                 fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return 0
             except OSError:
-                return int(stream.read() or 0)
+                return int(stream.readline() or 0)  # URLs follow
     except (OSError, ValueError):
         return 0
 
 
 def command_stop(options: Any) -> int:
+    """Stop the daemon when all mail in flight is answered."""
     pid_file = pid_file_path(options)
-    pid = running_pid(pid_file)
-    if not pid:
-        raise CommandError("does not run", 1)
-    signal_daemon(pid, signal.SIGTERM)
+    pid = signal_daemon(pid_file, signal.SIGTERM)
     deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 10
     while running_pid(pid_file):
         if time.monotonic() > deadline:
@@ -8531,38 +8577,46 @@ def command_stop(options: Any) -> int:
 
 
 def command_restart(options: Any) -> int:
-    usable_settings(options.config)  # rather the old server than none
+    """Stop the daemon and start it."""
+    usable_settings(options.config)  # a faulty file must not cost the server that runs
     if running_pid(pid_file_path(options)):
         command_stop(options)
     return command_start(options)
 
 
 def command_status(options: Any) -> int:
+    """Say whether the daemon runs."""
     pid = running_pid(pid_file_path(options))
     print(f"haineko runs (pid {pid})" if pid else "haineko does not run")
     return 0 if pid else 1
 
 
 def command_reload(options: Any) -> int:
+    """Have the daemon read its settings again."""
     usable_settings(options.config)
-    pid = running_pid(pid_file_path(options))
-    if not pid:
-        raise CommandError("does not run", 1)
-    signal_daemon(pid, signal.SIGHUP)
+    signal_daemon(pid_file_path(options), signal.SIGHUP)
     return 0
 
 
-def signal_daemon(pid: int, number: int) -> None:
-    """The signal sent, where there is still who hears it: workers outlive a master that was killed for a while."""
+def signal_daemon(pid_file: str, number: int) -> int:
+    """Send the daemon a signal; return its pid."""
+    pid = running_pid(pid_file)
+    if not pid:
+        raise CommandError("does not run", 1)
     try:
         os.kill(pid, number)
-    except ProcessLookupError:
+    except ProcessLookupError:  # killed, but its workers still hold the lock for a moment
         pass
     except PermissionError:
         raise CommandError(f"pid {pid} is another user's", 1) from None
+    return pid
+
+
+# -- check and route
 
 
 def command_check(options: Any) -> int:
+    """Print every fault of the settings, or where mail would go."""
     path = settings_path(options.config)
     settings, errors = load_settings(path)
     for error in errors:
@@ -8570,9 +8624,14 @@ def command_check(options: Any) -> int:
     if errors:
         return 1
     route, why = resolve_route("", "", settings)
-    routes = len(settings.mailertable) + len(settings.sendermt)
-    more = "; printed" if not path else f"; {routes} route{'s' * (routes != 1)} in all" if routes > 1 else ""
-    print(f"{path or 'no settings file'}: fine; mail goes to {describe_route(route)} ({why}){more}")
+    count = len(settings.mailertable) + len(settings.sendermt)
+    more = "; printed" if not path else f"; {count} routes in all" if count > 1 else ""
+    print(
+        f"{path or 'no settings file'}: fine; mail goes to {describe_route(route)} ({why}){more}; "
+        f"may be written to: {describe_recipients(settings.recipients)}"
+        f"{'' if os.geteuid() else '; warning: the server needs no root'}"
+    )
+    print_warnings(settings)
     return run_checks(settings, options)
 
 
@@ -8620,133 +8679,122 @@ def connectivity_probes(settings: Settings, domain: str) -> list:
 
 
 async def check_sender_domain(domain: str, selector: str | None, resolver: Resolver, keys: dict) -> list:
-    """What a large receiver reads in DNS of a sender's domain, and why it would refuse the mail: SPF, DKIM, DMARC."""
-    patience = Resolver.QUERY_TIMEOUT * Resolver.ATTEMPTS
+    """Check what large receivers read in DNS of a sender's domain: SPF, DKIM and DMARC records."""
 
     async def texts(name: str) -> tuple:
-        found = await resolver.lookup(name, TXT, time.monotonic() + patience)
+        found = await resolver.lookup(name, TXT, time.monotonic() + Resolver.QUERY_TIMEOUT * Resolver.ATTEMPTS)
         if found.code == SERVFAIL:
-            raise Rejected(make_reply("dns", f"{name}: {found.why}"))
+            raise ValueError(f"{REPLIES['dns'][-1]}: {name}: {found.why}")
         return found.values
 
+    checks = {"SPF": check_spf(domain, texts), "DKIM": check_dkim(domain, selector, keys, texts)}
     results = []
-    for step, look in (
-        ("SPF", check_spf(domain, texts)),
-        ("DKIM", check_dkim(domain, selector, keys, texts)),
-        ("DMARC", check_dmarc(domain, texts)),
-    ):
+    for step, check in {**checks, "DMARC": check_dmarc(domain, texts)}.items():
         try:
-            results.append(CheckResult(step, *await look))
-        except Rejected as refused:
-            results.append(CheckResult(step, False, ": ".join(refused.reply.message)))
+            results.append(CheckResult(step, True, await check))
+        except ValueError as error:
+            results.append(CheckResult(step, False, str(error)))
     return results
 
 
-async def check_spf(domain: str, texts: Callable) -> tuple:
-    """(fine, words) of the domain's SPF record (RFC 7208)."""
-    record, error = spf_record(await texts(domain))
-    if error:
-        return False, f"{domain}: {error}"
-    looked_up, ahead, seen = 0, [record], {domain}
-    while ahead:
-        for lead, name in re.findall(SPF_LOOK_UP, ahead.pop(0)):
-            looked_up += 1
-            if looked_up > MAX_SPF:
-                return (
-                    False,
-                    f"{domain}: more than {MAX_SPF} look-ups (RFC 7208 4.6.4): receivers stop there and refuse",
-                )
-            if lead.lower() in ("include:", "redirect=") and "%" not in name and name.lower() not in seen:
-                seen.add(name.lower())
-                inner, error = spf_record(await texts(name.lower()), partial=True)
-                if error:
-                    return False, f"{domain}: {lead}{name}: {error}"
-                ahead.append(inner)
-    return True, f"{sanitize(record)} ({looked_up} of {MAX_SPF} look-ups)"
+async def check_spf(domain: str, texts: Callable) -> str:
+    """Describe the domain's SPF record; ValueError says why receivers refuse by it (RFC 7208)."""
+    record = spf_record(domain, await texts(domain))
+    if record.lower().split()[1:2] == ["-all"]:
+        raise ValueError(f"{domain}: v=spf1 -all says that the domain sends no mail at all")
+    lookups, pending, seen = 0, [record], {domain}
+    while pending:
+        for mechanism, name in re.findall(SPF_LOOKUP, pending.pop(0)):
+            lookups += 1
+            if lookups > MAX_SPF_LOOKUPS:
+                raise ValueError(f"{domain}: more than {MAX_SPF_LOOKUPS} look-ups (RFC 7208 4.6.4): receivers refuse")
+            inner = name.lower()
+            if mechanism.lower() in ("include:", "redirect=") and "%" not in inner and inner not in seen:
+                seen.add(inner)
+                pending.append(spf_record(f"{domain}: {mechanism}{name}", await texts(inner)))
+    return f"{sanitize(record)} ({lookups} of {MAX_SPF_LOOKUPS} look-ups)"
 
 
-MAX_SPF = 10  # look-ups, RFC 7208 4.6.4
-SPF_LOOK_UP = r"(?i)(?<=\s)[+?~-]?(include:|redirect=|exists:|(?:a|mx|ptr)(?![^\s:/]):?)([^\s/]*)"
+def spf_record(where: str, texts: tuple) -> str:
+    """Return the one valid SPF record among TXT records."""
+    records = [text for text in texts if re.match(r"(?i)v=spf1(?:\s|$)", text)]
+    if len(records) != 1:
+        raise ValueError(f"{where}: {'two SPF records: neither counts' if records else 'no SPF record'}")
+    for term in records[0].split()[1:]:
+        if not re.fullmatch(SPF_TERM, term):
+            raise ValueError(f'{where}: "{sanitize(term, 80)}" is no term of SPF: the record does not count')
+        if term.lower() in ("all", "+all"):
+            raise ValueError(f"{where}: +all lets everybody send in its name: receivers treat it as spam")
+    return records[0]
+
+
+MAX_SPF_LOOKUPS = 10  # RFC 7208 4.6.4
+SPF_LOOKUP = r"(?i)(?<=\s)[+?~-]?(include:|redirect=|exists:|(?:a|mx|ptr)(?![^\s:/]):?)([^\s/]*)"
 SPF_TERM = (
     r"(?i)[+?~-]?(?:all|include:\S+|exists:\S+|(?:a|mx)(?::[^\s/]+)?(?:/\d+)?(?://\d+)?|ptr(?::\S+)?"
     r"|ip4:[\d.]+(?:/\d+)?|ip6:[\da-f:.]+(?:/\d+)?)|[a-z][\w.-]*=\S*"
 )
 
 
-def spf_record(texts: tuple, partial: bool = False) -> tuple:
-    """(the record, why receivers refuse by it); `partial` where it is a piece of another."""
-    records = [text for text in texts if re.match(r"(?i)v=spf1(?:\s|$)", text)]
-    if len(records) != 1:
-        return "", "no SPF record: nobody vouches for its mail" if not records else "two SPF records: neither counts"
-    terms = records[0].split()[1:]
-    odd = [term for term in terms if not re.fullmatch(SPF_TERM, term)]
-    if odd:
-        return "", f'"{sanitize(odd[0], 80)}" is no term of SPF: the record does not count'
-    words = [term.lower() for term in terms]
-    if not partial and "-all" in words[:1]:
-        return "", "v=spf1 -all says that the domain sends no mail at all"
-    if {"all", "+all"} & set(words):
-        return "", "+all lets everybody send in its name: receivers treat it as spam"
-    return records[0], ""
-
-
-async def check_dkim(domain: str, selector: str | None, keys: dict, texts: Callable) -> tuple:
-    """(fine, words) of the DKIM key with that selector, or of the one in the settings (RFC 6376)."""
+async def check_dkim(domain: str, selector: str | None, keys: dict, texts: Callable) -> str:
+    """Describe the DKIM key of that selector, or of the one in the settings; ValueError says why it is of no use."""
     own = find_dkim_key(domain, keys)
     if own and selector in (None, own.selector):
         domain, selector = own.domain, own.selector
     elif not selector:
-        return True, "not looked at; --selector names the key"
+        return "not looked at; --selector names the key"
     name = f"{selector}._domainkey.{domain}"
     records = await texts(name)
-    error, words = dkim_key(records)
-    if not error and own and own.selector == selector:
-        published, ours = (re.sub(r"\s", "", parse_tags(text)["p"]) for text in (records[0], dkim_record(own)))
-        error = "" if published == ours else f"not the key of the settings, which `haineko.py dkim {domain}` prints"
-    return not error, f"{name}: {error or words}"
+    try:
+        description = dkim_key(records)
+        if own and own.selector == selector:
+            published, ours = (re.sub(r"\s", "", parse_tags(text)["p"]) for text in (records[0], dkim_record(own)))
+            if published != ours:
+                raise ValueError(f"not the key of the settings, which `haineko.py dkim {domain}` prints")
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return f"{name}: {description}"
 
 
-def dkim_key(texts: tuple) -> tuple:
-    """(why receivers can't verify by this key, what it is)."""
+def dkim_key(texts: tuple) -> str:
+    """Describe the public key in the TXT records of a selector."""
     if len(texts) != 1:
-        return "no key: signatures by it can't be verified" if not texts else "more than one record: none counts", ""
+        raise ValueError("more than one record: none counts" if texts else "no key: signatures can't be verified")
     tags = parse_tags(texts[0])
     if tags.get("v", "DKIM1") != "DKIM1" or "p" not in tags:
-        return "not a DKIM key", ""
+        raise ValueError("not a DKIM key")
+    if not tags["p"]:
+        raise ValueError("the key is revoked (p= is empty)")
     try:
         key = base64.b64decode(re.sub(r"\s", "", tags["p"]), validate=True)
     except ValueError:
-        return "the key is no base64", ""
-    if not key:
-        return "the key is revoked (p= is empty)", ""
+        raise ValueError("the key is no base64") from None
     if tags.get("k", "rsa") == "ed25519":
-        return ("", "ed25519") if len(key) == ED25519 else (f"an ed25519 key has {ED25519} octets", "")
+        if len(key) != 32:
+            raise ValueError("an ed25519 key has 32 octets")
+        return "ed25519"
     bits = rsa_bits(key)
-    if bits < SHORTEST_RSA:
-        return f"RSA key of {bits or 'unknown'} bits: receivers want {SHORTEST_RSA} at the least (RFC 8301)", ""
-    return "", f"RSA, {bits} bits" + (
-        "; t=y: under test, so a failure counts as no signature" * ("y" in tags.get("t", ""))
-    )
+    if bits < 1024:
+        raise ValueError(f"RSA key of {bits or 'unknown'} bits: receivers want 1024 at least (RFC 8301)")
+    test = "; t=y: under test, so a failure counts as no signature" if "y" in tags.get("t", "") else ""
+    return f"RSA, {bits} bits{test}"
 
 
-ED25519 = 32  # octets of a key
-SHORTEST_RSA = 1024  # bits
-
-
-async def check_dmarc(domain: str, texts: Callable) -> tuple:
-    """(fine, words) of the DMARC policy for the domain: its own or that of a domain above (RFC 7489 6.6.3)."""
+async def check_dmarc(domain: str, texts: Callable) -> str:
+    """Describe the DMARC policy of the domain or of one above it; ValueError says why it does not count (RFC 7489)."""
     labels = domain.split(".")
     for i in range(max(len(labels) - 1, 1)):
         name = "_dmarc." + ".".join(labels[i:])
         records = [text for text in await texts(name) if re.match(r"v=DMARC1\s*(?:;|$)", text)]
         if len(records) > 1:
-            return False, f"{name}: more than one record: none counts"
+            raise ValueError(f"{name}: more than one record: none counts")
         if records:
             tags = parse_tags(records[0])
-            options = tags.get("sp", tags.get("p", "")) if i else tags.get("p", "")
-            fine = options.lower() in ("none", "quarantine", "reject")
-            return fine, f"{name}: {sanitize(records[0]) if fine else 'p= names no policy: it does not count'}"
-    return False, f"_dmarc.{domain}: no DMARC record: Gmail, Yahoo and Outlook refuse a sender of many mails without"
+            policy = tags.get("sp", tags.get("p", "")) if i else tags.get("p", "")
+            if policy.lower() not in ("none", "quarantine", "reject"):
+                raise ValueError(f"{name}: p= names no policy: it does not count")
+            return f"{name}: {sanitize(records[0])}"
+    raise ValueError(f"_dmarc.{domain}: no DMARC record: Gmail, Yahoo and Outlook refuse bulk mail without")
 
 
 def describe_route(route: Route) -> str:
@@ -8757,16 +8805,44 @@ def describe_route(route: Route) -> str:
     return where + tls + login
 
 
+def describe_recipients(recipients: Recipients) -> str:
+    """Return who may be written to, for people."""
+    if recipients.open_relay:
+        return "everybody"
+    names = [*sorted(f"@{domain}" for domain in recipients.domainpart), *sorted(recipients.recipients)]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"{', '.join(names[:8])}{more} only (setting recipients)" if names else "nobody (setting recipients)"
+
+
+def print_warnings(settings: Settings) -> None:
+    """Warn of files that another user could change."""
+    files = [path for path, _ in settings.files]
+    files += [settings.queue.path] if settings.queue else []
+    for path in dict.fromkeys([*files, *map(os.path.dirname, files)]):
+        with contextlib.suppress(OSError):
+            found = os.stat(path)
+            sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+            if found.st_mode & 0o022 and not sticky:
+                print_error(f"warning: {path} can be changed by other users; chmod go-w {path}", 0)
+            if found.st_uid not in (0, os.geteuid()) and os.geteuid():
+                print_error(f"warning: {path} belongs to another user", 0)
+
+
 def command_route(options: Any) -> int:
-    settings = usable_settings(options.config)
-    to, sender = parse_address(options.address), parse_address(options.sender or "")
-    if not to or (options.sender and not sender):
-        raise CommandError(f'"{options.address if not to else options.sender}" is no mail address', 2)
+    """Say which relay a recipient would take and why."""
+    return print_route(options.address, options.sender or "", usable_settings(options.config))
+
+
+def print_route(address: str, sender_address: str, settings: Settings) -> int:
+    """Print the route of a recipient; return 1 if the recipient is refused."""
+    to, sender = parse_address(address), parse_address(sender_address)
+    if not to or (sender_address and not sender):
+        raise CommandError(f'"{sender_address if to else address}" is no mail address', 2)
     refusal = check_recipient(to, settings)
     route, why = resolve_route(to.domain, sender.domain if sender else "", settings)
-    print(f"{options.address}: {describe_route(route)} ({why})")
+    print(f"{address}: {describe_route(route)} ({why})")
     if refusal:
-        print(f"{options.address}: would be refused: {refusal.code} {refusal.dsn} {refusal.message[0]}")
+        print(f"{address}: would be refused: {refusal.code} {refusal.dsn} {refusal.message[0]}")
     return 1 if refusal else 0
 
 
@@ -8781,63 +8857,91 @@ def command_dkim(options: Any) -> int:
     return 0
 
 
+# -- send
+
+
 def command_send(options: Any) -> int:
-    """Posts a mail to a running Haineko; 0 where every recipient was accepted."""
-    try:
-        url = urllib.parse.urlsplit(options.url)
-        good = url.scheme in ("http", "https") and url.hostname and url.port != 0 and url.path.isascii()
-    except ValueError:  # of a port or brackets
-        good = False
-    if not good:
-        raise CommandError(f'"{options.url}" is no URL of a Haineko', 2)
-    body = submission_from_options(options)
-    path = url.path if url.path.endswith("/submit") else url.path.rstrip("/") + "/submit"
-    credentials = (options.user, ask_password(options.user)) if options.user else ()
-    target = HTTPTarget(f"{url.scheme}://{url.netloc.rpartition('@')[2]}", 300, max_response=MAX_BODY)
-    try:
-        request = HTTPRequest("POST", path, body, basic_auth_header(credentials))
-        text = KeepAliveConnection(target).exchange_once(request).body
-        document = parse_json(text)
-        accepted = [queue_item["error"] == 0 for queue_item in document["response"]]
-    except Rejected as refused:
-        raise CommandError(f"{options.url}: {': '.join(refused.reply.message)}", 1) from None
-    except (ValueError, KeyError, TypeError):
-        raise CommandError(
-            f"{options.url}: not the answer of a Haineko: {sanitize(text.decode('utf-8', 'replace'))}", 1
-        ) from None
+    """Post a mail to a running Haineko."""
+    body, credentials = submission_from_options(options), ()
+    if options.user:
+        remote = re.match(
+            r"http://(?!(?:[^/@]*@)?(?:localhost|127\.[\d.]+|\[::1\])(?:[:/]|\Z))", options.url, re.IGNORECASE
+        )
+        if remote and not options.insecure:
+            raise CommandError(f"{options.url}: the password would go over the network in clear text (--insecure)", 2)
+        credentials = options.user, os.environ.get("HAINEKO_PASSWORD") or ask_password(f"Password of {options.user}: ")
+    _, document = post_submission(options.url, body, credentials)
     print(terminal_json(json.dumps(document, ensure_ascii=False, indent=2)))
+    accepted = [item["error"] == 0 for item in document["response"]]
     return 0 if accepted and all(accepted) else 1
 
 
+def post_submission(url: str, body: bytes, credentials: tuple = ()) -> tuple:
+    """Post a submission to a Haineko at an http, https or unix URL; return (HTTP status, document)."""
+    try:
+        parts = urllib.parse.urlsplit("http://localhost/" if url.startswith("unix:/") else url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and parts.path.isascii()
+    except ValueError:  # of a port or brackets
+        good = False
+    if not good:
+        raise CommandError(f'"{url}" is no URL of a Haineko', 2)
+    path = parts.path if parts.path.endswith("/submit") else parts.path.rstrip("/") + "/submit"
+    target = HTTPTarget(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", 300, max_response=MAX_BODY)
+    connection = KeepAliveConnection(target)
+    try:
+        if url.startswith("unix:"):
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.connect(url[5:])
+        response = connection.exchange_once(HTTPRequest("POST", path, body, basic_auth_header(credentials)))
+    except Rejected as error:
+        raise CommandError(f"{url}: {': '.join(error.reply.message)}", 1) from None
+    except OSError as error:
+        raise CommandError(f"{url}: {error.strerror}", 1) from None
+    document = response.document()
+    if not is_answer(document):
+        text = sanitize(response.body.decode("utf-8", "replace"))
+        raise CommandError(f"{url}: not the answer of a Haineko: {text}", 1)
+    return response.status, document
+
+
+def is_answer(document: Any) -> bool:
+    """Return True if a JSON value is a Haineko's answer to a submission."""
+    try:
+        keys = {"rcpt", "error", "code", "dsn", "command", "message", "mailer"}
+        return all(keys <= item.keys() and isinstance(item["message"], list) for item in document["response"])
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
 def terminal_json(text: str) -> str:
-    """JSON with what a terminal would act on, or can't show, as escapes."""
+    """Escape in JSON what a terminal would obey or can't show."""
     return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1], text)
 
 
 def submission_from_options(options: Any) -> bytes:
-    """The JSON of a submission: a file, stdin, or made from flags."""
+    """Return the JSON of a submission: from a file, from stdin, or made from flags."""
     flags = ("to", "sender", "header_from", "reply_to", "subject", "charset", "body", "html", "attach")
     if any(getattr(options, flag) for flag in flags) and (options.file or not options.to):
         raise CommandError("flags that say what to send want --to, and no FILE, which says all of it", 2)
     if not options.to:
         return read_bytes(options.file or "-")
-    text, html = options.body, options.html and read_bytes(options.html).decode("utf-8", "replace")
-    if text is None and html is None:
-        text = read_bytes("-").decode("utf-8", "replace")
+    html = read_bytes(options.html).decode("utf-8", "replace") if options.html else None
+    body = read_bytes("-").decode("utf-8", "replace") if options.body is None and html is None else options.body
     header = {
         "subject": options.subject or "",
         "from": options.header_from,
         "replyto": options.reply_to,
         "charset": options.charset,
     }
-    files = [read_attachment(path) for path in options.attach or ()] or None
     document = {
-        "mail": options.sender or f"{user_name()}@{local_hostname()}",
+        "mail": options.sender or default_sender(local_hostname()),
         "rcpt": options.to,
         "header": {key: value for key, value in header.items() if value is not None},
+        "body": body,
+        "html": html,
+        "attachments": [read_attachment(path) for path in options.attach or ()] or None,
     }
-    parts = {"body": text, "html": html, "attachments": files}
-    return to_json({**document, **{key: value for key, value in parts.items() if value is not None}})
+    return to_json({key: value for key, value in document.items() if value is not None})
 
 
 def read_attachment(path: str) -> dict:
@@ -8845,38 +8949,47 @@ def read_attachment(path: str) -> dict:
 
 
 def read_bytes(path: str) -> bytes:
-    """What stands in a file; of "-" what comes on stdin."""
-    if path == "-":
-        return sys.stdin.buffer.read()
+    """Read a file; "-" is stdin."""
     try:
-        with open(path, "rb") as stream:
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as stream:
             return stream.read()
     except OSError as error:
         raise CommandError(f"{path}: {error.strerror}", 2) from None
 
 
-def ask_password(user: str) -> str:
-    """From $HAINEKO_PASSWORD, or asked for: never from the command line, which everybody can read."""
+def ask_password(prompt: str) -> str:
+    """Ask for a password on the terminal: everybody can read a command line."""
     import getpass
+    import warnings
 
-    return os.environ.get("HAINEKO_PASSWORD") or getpass.getpass(f"Password of {user}: ")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", getpass.GetPassWarning)  # it would show the password, or read the mail on stdin
+        try:
+            return getpass.getpass(prompt)
+        except (EOFError, UnicodeError):
+            raise CommandError("no password", 1) from None
+        except getpass.GetPassWarning:
+            raise CommandError("there is no terminal to ask for the password", 1) from None
+
+
+# -- queue
 
 
 def command_queue(options: Any) -> int:
-    """Works on the file itself, with the server running or not."""
-    policy = usable_settings(options.config).queue
-    if not policy:
+    """List the mail that waits; show one, try it now, or drop it."""
+    settings = usable_settings(options.config).queue  # the file itself is used, with the server running or not
+    if not settings:
         raise CommandError('the settings have no "queue"', 2)
-    one = options.action in ("show", "drop") or (options.action == "retry" and not options.all)
-    if one != bool(options.id):
-        raise CommandError(f"queue {options.action}: a queue id is {'wanted' if one else 'not wanted'}", 2)
-    if not os.path.exists(policy.path):
-        raise CommandError(f"{policy.path}: does not exist; nothing was ever queued", 1)
-    return QUEUE_ACTIONS[options.action](QueueDB(policy), options.id)
+    wanted = options.action in ("show", "drop") or (options.action == "retry" and not options.all)
+    if wanted != bool(options.id):
+        raise CommandError(f"queue {options.action}: a queue id is {'wanted' if wanted else 'not wanted'}", 2)
+    if not os.path.exists(settings.path):
+        raise CommandError(f"{settings.path}: does not exist; nothing was ever queued", 1)
+    return QUEUE_ACTIONS[options.action](QueueDB(settings), options.id)
 
 
 def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
-    """What the operation on the file gives; Usage where the file can't be used."""
+    """Return the result of an operation on the queue's file."""
     (result,) = store.commit([(operation, values)])
     if isinstance(result, Rejected):
         raise CommandError(store.fault or result.reply.message[0], 1)
@@ -8930,23 +9043,25 @@ QUEUE_ACTIONS = {
 }
 
 
-def command_pw(options: Any) -> int:
-    import getpass
+# -- pw and setup
 
+
+def command_pw(options: Any) -> int:
+    """Ask for a password and print its line for the section password."""
     if sys.stdin.isatty():
-        word = getpass.getpass()
-        if word != getpass.getpass("Again: "):
-            raise CommandError("the two are not the same", 1)
+        password = ask_password("Password: ")
+        if password != ask_password("Again: "):
+            raise CommandError("the two passwords differ", 1)
     else:
-        word = sys.stdin.readline().rstrip("\r\n")
-    if not word:
+        password = sys.stdin.buffer.readline().decode("utf-8", "replace").rstrip("\r\n")
+    if not password:
         raise CommandError("no password", 1)
-    print(f"{json.dumps(options.user or user_name(), ensure_ascii=False)}: {json.dumps(hash_password(word))}")
+    print(f"{json.dumps(options.user or user_name(), ensure_ascii=False)}: {json.dumps(hash_password(password))}")
     return 0
 
 
 def user_name() -> str:
-    """Name of who runs this; a container may have numbers only."""
+    """Return the name of the user who runs this; in a container there may be a number only."""
     import getpass
 
     try:
@@ -8956,21 +9071,26 @@ def user_name() -> str:
 
 
 def command_setup(options: Any) -> int:
-    folder = os.path.abspath(options.dest)
-    code, unit = 0, SYSTEMD_UNIT.format(python=sys.executable, program=os.path.abspath(__file__), folder=folder)
-    for name, mode, content in (
-        ("haineko.json", 0o600, json.dumps(example_settings(), indent=2) + "\n"),
-        ("haineko.service", 0o644, unit),
-    ):
+    """Write haineko.json, haineko.service and with --sendmail a program, never over an existing file."""
+    import py_compile
+
+    program, folder, code = os.path.realpath(__file__), os.path.abspath(options.dest), 0
+    values = {"python": sys.executable, "program": os.path.dirname(program), "folder": folder}
+    settings = json.dumps(example_settings(), indent=2) + "\n"
+    files = [("haineko.json", 0o600, settings), ("haineko.service", 0o644, SYSTEMD_UNIT.format(**values))]
+    if options.sendmail:
+        files.append((os.path.abspath(options.sendmail), 0o755, SENDMAIL_LAUNCHER.format(**values)))
+        with contextlib.suppress(OSError):  # other users can't write the bytecode, but use it
+            py_compile.compile(program)
+    for name, mode, content in files:
         path = os.path.join(folder, name)
         try:
-            os.makedirs(folder, exist_ok=True)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as stream:
                 stream.write(content)
             print(path)
         except OSError as error:
-            print(f"haineko: {path}: {error.strerror}", file=sys.stderr)
-            code = 1
+            code = print_error(f"{path}: {error.strerror}", 1)
     return code
 
 
@@ -8985,7 +9105,8 @@ Wants=network-online.target
 User=haineko
 # the queue is written beside the settings: chown haineko {folder}
 ReadWritePaths={folder}
-ExecStart={python} {program} serve -c {folder}/haineko.json
+WorkingDirectory={program}
+ExecStart={python} -m haineko serve -c {folder}/haineko.json
 ExecReload=/bin/kill -HUP $MAINPID
 Restart=on-failure
 TimeoutStopSec=40
@@ -9002,33 +9123,34 @@ LimitNOFILE=8192
 [Install]
 WantedBy=multi-user.target
 """
+SENDMAIL_LAUNCHER = """\
+#!{python} -IS
+import os, sys; sys.path.insert(0, {program!r}); os.environ.setdefault("HAINEKO_CONF", {folder!r} + "/haineko.json")
+import haineko; sys.exit(haineko.main(["sendmail", *sys.argv[1:]]))
+"""
+
+
+# -- sendmail
 
 
 def command_sendmail(argv: list) -> int:
-    """Like /usr/sbin/sendmail: relays the message on stdin; exit codes of sysexits.h."""
+    """Relay the message on stdin, like /usr/sbin/sendmail."""
     import getopt
 
     try:
-        pairs, named = getopt.gnu_getopt(argv, "C:f:r:F:o:b:B:h:L:N:O:p:R:V:X:tivmnUG")
+        argv = [f"{word} " if word == "-q" else word for word in argv]  # getopt knows no optional value
+        pairs, addresses = getopt.gnu_getopt(argv, "A:B:C:F:GIL:N:O:R:UV:X:ab:ce:f:h:imno:p:q:r:tvx")
+        flags = {**dict(pairs), "-o": [value for flag, value in pairs if flag == "-o"]}
+        sends = "-q" not in flags or "-t" in flags or addresses
+        mode = "i" if "-I" in flags else flags.get("-b", "m" if sends else "q")
+        if mode not in SENDMAIL_MODES:
+            raise CommandError(f"usage: -b{mode} is not served here; `haineko.py serve` runs the server", EX_USAGE)
+        return SENDMAIL_MODES[mode](flags, addresses)
     except getopt.GetoptError as error:
         return print_error(f"usage: {error}", EX_USAGE)
-    flags = dict(pairs)
-    if flags.get("-b", "m") != "m":
-        return print_error(f"usage: -b{flags['-b']} is not known here", EX_USAGE)
-    path = settings_path(flags.get("-C"))
-    if not path:  # to print the mail instead, as `serve` does, would lose it
-        return print_error("no settings file: name one with -C or in $HAINEKO_CONF", EX_CONFIG)
-    settings, errors = load_settings(path)
-    if errors:
-        return print_error("\n".join(errors), EX_CONFIG)
-    octets = sys.stdin.buffer.read() if sys.stdin else b""
-    if "-i" not in flags and ("-o", "i") not in pairs:
-        octets = re.split(rb"(?m)^\.\r?\n", octets, maxsplit=1)[0]
-    sender = flags.get("-f", flags.get("-r", f"{user_name()}@{settings.hostname}")).strip("<>")
-    try:
-        return sendmail(settings, octets, sender, named, "-t" in flags)
-    except ValueError as error:
-        return print_error(str(error), EX_DATAERR)
+    except CommandError as error:
+        text, code = error.args
+        return print_error(text, {1: EX_TEMPFAIL, 2: EX_CONFIG}.get(code, code))
 
 
 EX_OK, EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG = 0, 64, 65, 69, 75, 77, 78
@@ -9039,147 +9161,325 @@ def print_error(text: str, code: int) -> int:
     return code
 
 
-def qualify(name: str, settings: Settings) -> str:
-    """An address, where cron and its like give a user's name only."""
-    return f"{name}@{settings.hostname}" if re.fullmatch("[A-Za-z0-9._+-]+", name) else name
-
-
-def sendmail(settings: Settings, octets: bytes, sender: str, named: list, from_header: bool) -> int:
-    """Relays a finished message; ValueError says what is bad about it."""
-    now = time.time()
-    queueid = new_queueid(now)
-    source = parse_address(qualify(sender, settings)) if sender else NULL_SENDER
-    if not source:
-        return print_error(f'usage: "{sender}" is no mail address', EX_USAGE)
-    raw = parse_message(octets)
-    wanted = (*named, *(header_recipients(raw.fields) if from_header else []))
-    mailboxes = unique_recipients(Submission(rcpt=tuple(qualify(name, settings) for name in wanted)))
-    if not mailboxes:
-        return print_error("usage: no recipient", EX_USAGE)
-    loop = loop_names(raw.fields)
-    if check_loop(None, Submission(header=Header(loop=loop)), settings):
-        return print_error(REPLIES["loop"][-1], EX_UNAVAILABLE)
-    place = f"Received: by {settings.hostname} (Haineko, from uid {os.getuid()}) id {queueid}"
-    trace = f"{place};\r\n\t{rfc5322_date(int(now))}"
+def sendmail_deliver(flags: dict, addresses: list) -> int:
+    """Relay the message on stdin: by its own settings, or if it can't read them, by the server that runs."""
+    settings, urls = sendmail_settings(flags)
+    octets = read_bytes("-")
+    if "-i" not in flags and "i" not in flags["-o"]:
+        octets = re.split(rb"(?m)^\.\r?$", octets, maxsplit=1)[0]
+    sender = sendmail_sender(flags, settings)
     try:
-        message = complete_raw_message(raw, sender, loop, trace, queueid, settings.hostname, now)
-        too_big = check_message_size(len(message.parts[0]), settings)
-        if too_big:
-            raise Rejected(too_big)
-    except Rejected as refused:
-        return print_error(refused.reply.message[0], EX_DATAERR)
-    replies = {given: check_recipient(mailbox, settings, given) for given, mailbox in mailboxes.items()}
-    good = [mailbox for given, mailbox in mailboxes.items() if not replies[given]]
-    transactions = plan_shared(source, message, good, settings, queueid)
-    replies.update(replies_by_recipient(good, run(deliver_and_leave(transactions, settings)) if transactions else []))
-    return print_failures(replies)
+        message = parse_message(octets)
+    except ValueError as error:
+        raise CommandError(str(error), EX_DATAERR) from None
+    fields = [qualified_field(name, field, settings.hostname) for name, field in message.fields]
+    named = [address for text in addresses for address in split_addresses(text, settings.hostname)]
+    named += header_recipients(recipient_fields(fields)) if "-t" in flags else []
+    rcpt = [to for address in named for to in expand_alias(address, settings)]
+    if not rcpt:
+        raise CommandError("usage: no recipient", EX_USAGE)
+    if "from" not in dict(fields):
+        author = parse_address(sender or f"MAILER-DAEMON@{settings.hostname}")
+        name = " ".join(flags.get("-F", "").split())
+        fields.append(("from", address_field("From", ((name, author),), "UTF-8").encode() + b"\n"))
+    raw = b"".join([field for _, field in fields]) + b"\n" + message.body
+    document = {"mail": sender, "rcpt": rcpt, "raw": {"base64": base64.b64encode(raw).decode()}}
+    if urls:
+        document["mail"] = sender or default_sender(settings.hostname)  # the API takes no null sender
+        return report_failures(*post_in_parts(urls, document))
+    response = run(submit_here(to_json(document), settings, dsn_options(flags)))
+    return report_failures(response.status, json.loads(response.body)["response"])
 
 
-async def deliver_and_leave(transactions: list, settings: Settings) -> list:
-    transport = TransportContext(settings.smtpd.resolver)
-    results = await deliver(transactions, transport, settings)
-    await transport.sweep(everything=True)
-    return results
+def sendmail_settings(flags: dict) -> tuple:
+    """Return (Settings, URLs of the server to post to: none if the settings and the queue can be used directly)."""
+    path = settings_path(flags.get("-C"))
+    if not path and "HAINEKO_URL" not in os.environ:  # without, `serve` prints mail, and so loses it
+        raise CommandError("no settings file: name one with -C or in $HAINEKO_CONF", EX_CONFIG)
+    settings, errors = load_settings(path)
+    if not settings.hostname:
+        settings = replace(settings, smtpd=replace(settings.smtpd, hostname=local_hostname()))
+    store = settings.queue.path if settings.queue else ""
+    unwritable = store and not os.access(store if os.path.exists(store) else os.path.dirname(store), os.W_OK)
+    if not path or unwritable or any(os.strerror(errno.EACCES) in error for error in errors):
+        return settings, server_urls(settings, path)
+    if errors:
+        raise CommandError("\n".join(errors), EX_CONFIG)
+    return settings, ()
 
 
-def print_failures(replies: dict) -> int:
-    """Names the recipients that failed; gives the exit code."""
+def server_urls(settings: Settings, path: str | None) -> list:
+    """Return where a server may listen: $HAINEKO_URL, what `start` wrote into the pid file, the settings' addresses."""
+    if "HAINEKO_URL" in os.environ or not path:
+        return [os.environ["HAINEKO_URL"]]
+    urls = []
+    with contextlib.suppress(OSError), open(os.path.join(os.path.dirname(path), "haineko.pid")) as stream:
+        urls = stream.read().split()[1:]
+    scheme = "https" if settings.httpd.tls else "http"
+    for address in settings.httpd.listen:
+        host, _, port = address.rpartition(":")
+        host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+        urls.append(address if address.startswith("unix:") else f"{scheme}://{host}:{port}/")
+    return urls
+
+
+def post_in_parts(urls: list, document: dict) -> tuple:
+    """Post a mail, in parts if it has too many recipients for the server; return (status, items of the answers)."""
+    status, items = post_to_any(urls, to_json(document))
+    rcpt = document["rcpt"]
+    if items[0]["mailer"] or items[0]["dsn"] != "4.5.3" or len(rcpt) == 1:
+        return status, items
+    half = len(rcpt) // 2
+    parts = [post_in_parts(urls, {**document, "rcpt": part}) for part in (rcpt[:half], rcpt[half:])]
+    return max(status for status, _ in parts), [item for _, items in parts for item in items]
+
+
+def post_to_any(urls: list, body: bytes) -> tuple:
+    """Post a submission to the first server that answers; return (status, items of the answer)."""
+    for url in urls:
+        try:
+            status, document = post_submission(url, body)
+            return status, document["response"]
+        except CommandError as error:
+            print_error(error.args[0], 0)
+    raise CommandError("the settings or the queue can't be read, and no server was reached", EX_TEMPFAIL)
+
+
+async def submit_here(body: bytes, settings: Settings, dsn: tuple) -> Response:
+    """Submit a mail without a server, as POST /submit does; the log goes to syslog or nowhere."""
+    smtpd = replace(settings.smtpd, max_rcpts_per_message=0)
+    become_owner(settings)
+    app = App(replace(settings, httpd=Httpd(), smtpd=smtpd, password=Authenticator({})))
+    log.quiet = log.priority is None  # stderr is read by the calling program, which may mail it
+    client = parse_ip("127.0.0.1")
+    request = Request("POST", "/submit", {}, body, client, None, None, time.time(), login=f"uid{os.getuid()}", dsn=dsn)
+    try:
+        return await submit(request, app)
+    finally:
+        await app.transport.sweep(everything=True)
+
+
+def become_owner(settings: Settings) -> None:
+    """Give up root for the owner of the settings: the server could not use a queue that belongs to root."""
+    owner = os.stat(settings.path)
+    if not os.geteuid() and owner.st_uid:
+        os.setgid(owner.st_gid)
+        os.setuid(owner.st_uid)
+
+
+def report_failures(status: int, items: list) -> int:
+    """Print the recipients that failed; return the exit code."""
     codes = {EX_OK}
-    for to, reply in replies.items():
-        if reply and not reply.accepted:
-            codes.add(EX_NOPERM if reply.status else EX_TEMPFAIL if reply.temporary else EX_UNAVAILABLE)
-            print_error(f"<{to}>: {reply.code} {reply.command}: {' '.join(reply.message)}", 0)
-    return next(code for code in (EX_TEMPFAIL, EX_UNAVAILABLE, EX_NOPERM, EX_OK) if code in codes)
+    for item in items:
+        if item["error"]:
+            codes.add(sendmail_code(status, item))
+            to = f"<{item['rcpt']}>: " if item["rcpt"] is not None else ""
+            print_error(f"{to}{item['code']} {item['command']}: {sanitize(' '.join(item['message']), 1000)}", 0)
+    if not all(item["error"] for item in items) and EX_TEMPFAIL in codes:
+        codes = codes - {EX_TEMPFAIL} | {EX_UNAVAILABLE}  # "try again" would send it twice to the others
+    return next(code for code in (EX_TEMPFAIL, EX_UNAVAILABLE, EX_NOPERM, EX_DATAERR, EX_OK) if code in codes)
 
 
-CONFIG = (("-c", "--config"), {"metavar": "FILE", "help": "settings file"})
-PID_FILE = (("--pid-file",), {"metavar": "F", "help": "where the daemon's pid stands"})
-LISTEN = (("--listen",), {"metavar": "ADDR", "help": "host:port, [v6]:port or unix:/path"})
-WORKERS = (("--workers",), {"metavar": "N", "type": int, "help": "processes; 0 means one per core"})
-DEVEL = (("-d", "--devel"), {"action": "store_true", "help": "every SMTP dialogue on stderr, secrets masked"})
-DAEMON = (CONFIG, PID_FILE, LISTEN, WORKERS)
+def sendmail_code(status: int, item: dict) -> int:
+    """Return the exit code (sysexits.h) for a recipient's reply, or for the refusal of the whole mail."""
+    if item["mailer"] or item["dsn"] == "5.4.6":
+        return EX_TEMPFAIL if item["code"][0] == "4" and item["dsn"] != "5.4.6" else EX_UNAVAILABLE
+    codes = {400: EX_DATAERR, 401: EX_NOPERM, 403: EX_NOPERM, 413: EX_DATAERR}
+    return EX_NOPERM if item["rcpt"] is not None else codes.get(status, EX_TEMPFAIL)
 
-# name: (function, what it does, its flags)
+
+# -- addresses of programs that know names of users only
+
+
+def sendmail_sender(flags: dict, settings: Settings) -> str:
+    """Return the envelope sender: of -f or -r, else the user's address; "" is the null sender."""
+    given = flags.get("-f", flags.get("-r"))
+    if given is None:
+        return default_sender(settings.hostname)
+    if given.strip() in ("", "<>"):
+        return ""
+    found = split_addresses(given, settings.hostname)
+    if len(found) != 1 or not parse_address(found[0]):
+        raise CommandError(f'usage: "{given}" is no mail address', EX_USAGE)
+    return found[0]
+
+
+def default_sender(hostname: str) -> str:
+    """Return the address of the user who runs this, valid whatever $LOGNAME is."""
+    name = user_name()
+    if parse_address(name):
+        return name
+    name = re.sub(r"[^A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]+", "_", name.rpartition("\\")[2])
+    name = re.sub(r"\.+", ".", name)[:64].strip("._") or f"uid{os.getuid()}"
+    return f"{name}@{hostname}"
+
+
+def split_addresses(text: str, hostname: str) -> list:
+    """Return the addresses in a list of them, separated by commas or blanks; text that is no list is returned whole."""
+    if re.search(r'[<"(:]', text):
+        return header_recipients([("to", b"To: " + qualified(text, hostname).encode("utf-8", "replace"))])
+    return [qualified(word, hostname) for word in re.split(r"[\s,;]+", text) if word]
+
+
+def recipient_fields(fields: list) -> list:
+    """Return To, Cc and Bcc, or of a message that is sent again the Resent- ones of its last sending, all as "to"."""
+    again: dict = {}
+    for name, octets in fields:
+        if name in again:  # of an earlier sending
+            break
+        if name.startswith("resent-"):
+            again[name] = octets
+    resent = [("to", octets) for name, octets in again.items() if name in ("resent-to", "resent-cc", "resent-bcc")]
+    return resent or [("to", octets) for name, octets in fields if name in ("to", "cc", "bcc")]
+
+
+def expand_alias(address: str, settings: Settings) -> tuple:
+    """Return the addresses that smtpd.aliases has for a name at this machine; else the address itself."""
+    local, _, domain = address.rpartition("@")
+    name = local.lower() if domain.lower() == settings.hostname.lower() else ""
+    return tuple(settings.smtpd.aliases.get(name, (address,)))
+
+
+def qualified_field(name: str, field: bytes, hostname: str) -> tuple:
+    """Return (name, field), in which addresses without a domain have got one (RFC 5322 3.4.1)."""
+    if not re.fullmatch(r"(resent-)?(from|sender|to|cc|bcc|reply-to)|errors-to|return-receipt-to", name):
+        return name, field
+    label, colon, value = field.decode("latin-1").partition(":")
+    return name, (label + colon + qualified(value, hostname)).encode("latin-1")
+
+
+def qualified(text: str, hostname: str) -> str:
+    """Return an address list in which names alone have got the domain; text that is no list stays as it is."""
+    try:
+        tokens = [(kind, f"({token})" if kind == "comment" else token) for kind, token in address_tokens(text)]
+    except ValueError:
+        return text
+    texts = [token for _, token in tokens]
+    words = [i for i, (kind, _) in enumerate(tokens) if kind not in CFWS]
+    for before, i, after in zip([None, *words], words, [*words[1:], None]):
+        name = texts[i].strip("<> ") if tokens[i][0] == "angle" else texts[i]
+        alone = (before is None or texts[before] in (",", ";", ":")) and (after is None or texts[after] in (",", ";"))
+        if LOCAL_NAME.fullmatch(name) and (alone or tokens[i][0] == "angle"):
+            texts[i] = texts[i].replace(name, f"{name}@{hostname}")
+    return "".join(texts)
+
+
+LOCAL_NAME = re.compile(r"[A-Za-z0-9._+-]+")
+
+
+# -- what else sendmail does
+
+
+def dsn_options(flags: dict) -> tuple:
+    """Return what -R, -V and -N ask of the next server: parameters of MAIL, and of RCPT (RFC 3461)."""
+    ret, notify = flags.get("-R", "full").upper(), flags.get("-N", "failure,delay").upper().replace(" ", "")
+    if ret not in ("HDRS", "FULL"):
+        raise CommandError(f"usage: -R {flags['-R']}: expected hdrs or full", EX_USAGE)
+    if notify != "NEVER" and not set(notify.split(",")) <= {"SUCCESS", "FAILURE", "DELAY"}:
+        raise CommandError(f"usage: -N {flags['-N']}: expected never, or some of success, failure, delay", EX_USAGE)
+    envid = re.sub(r"[^!-*,-<>-~]", lambda c: "".join(f"+{b:02X}" for b in c[0].encode()), flags.get("-V", "")[:30])
+    return f" RET={ret}{' ENVID=' if envid else ''}{envid}", f" NOTIFY={notify}"
+
+
+def sendmail_queue(flags: dict, addresses: list) -> int:
+    """List the queue, or with -q make what waits due: all, or with -qIQUEUEID one mail."""
+    settings = usable_settings(flags.get("-C")).queue
+    exists = settings and os.path.exists(settings.path)
+    if "-b" in flags:
+        return queue_list(QueueDB(settings), "") if exists else print("Mail queue is empty") or EX_OK
+    which = flags["-q"].strip()
+    if exists:
+        run_operation(QueueDB(settings), flush_queue, which[1:] if which[:1] == "I" else None)
+    return EX_OK
+
+
+def sendmail_verify(flags: dict, addresses: list) -> int:
+    """Say where mail to the addresses would go."""
+    settings, _ = sendmail_settings(flags)
+    found = [
+        to
+        for text in addresses
+        for address in split_addresses(text, settings.hostname)
+        for to in expand_alias(address, settings)
+    ]
+    return max([EX_NOPERM * print_route(to, "", settings) for to in found], default=EX_OK)
+
+
+SENDMAIL_MODES = {  # of -b; -q alone is "q"
+    "m": sendmail_deliver,
+    "p": sendmail_queue,
+    "q": sendmail_queue,
+    "v": sendmail_verify,
+    **dict.fromkeys(("i", "h", "H"), lambda flags, addresses: EX_OK),  # no database of aliases, none of hosts
+}
+
+
+ARGUMENTS = {  # name: what ArgumentParser.add_argument() takes
+    "config": (("-c", "--config"), {"metavar": "FILE", "help": "settings file"}),
+    "pid-file": (("--pid-file",), {"metavar": "F", "help": "file with the daemon's pid"}),
+    "listen": (("--listen",), {"metavar": "ADDR", "help": "host:port, [v6]:port or unix:/path"}),
+    "workers": (("--workers",), {"metavar": "N", "type": int, "help": "processes; 0 means one per core"}),
+    "devel": (("-d", "--devel"), {"action": "store_true", "help": "print every SMTP dialogue, secrets masked"}),
+    "connect": (("--connect",), {"action": "store_true", "help": "try what each route would use; no mail is sent"}),
+    "records-of": (
+        ("--sender",),
+        {"metavar": "A", "help": "read SPF, DKIM and DMARC records of this address's domain"},
+    ),
+    "selector": (("--selector",), {"metavar": "S", "help": "of the sender's DKIM key"}),
+    "sender": (("--sender",), {"metavar": "ADDRESS"}),
+    "address": (("address",), {"metavar": "ADDRESS"}),
+    "domain": (("domain",), {"metavar": "DOMAIN"}),
+    "file": (("file",), {"metavar": "FILE", "nargs": "?", "help": "JSON of a submission; - or nothing: stdin"}),
+    "url": (("--url",), {"default": "http://127.0.0.1:2794/", "help": "the server's root, or its /submit"}),
+    "insecure": (("--insecure",), {"action": "store_true", "help": "log in over http:// too"}),
+    "login": (("--user",), {"help": "log in; the password is $HAINEKO_PASSWORD or asked for"}),
+    "to": (("--to",), {"action": "append", "metavar": "A", "help": "recipient; again for more"}),
+    "mail": (("--mail", "--sender"), {"dest": "sender", "metavar": "A", "help": "envelope sender"}),
+    "from": (("--from",), {"dest": "header_from", "metavar": "A", "help": "From"}),
+    "reply-to": (("--reply-to",), {"metavar": "A"}),
+    "subject": (("--subject",), {"metavar": "S"}),
+    "charset": (("--charset",), {"metavar": "C"}),
+    "body": (("--body",), {"metavar": "TEXT", "help": "absent, and no --html: stdin"}),
+    "html": (("--html",), {"metavar": "FILE", "help": "the mail in HTML, in UTF-8"}),
+    "attach": (("--attach",), {"action": "append", "metavar": "FILE", "help": "a file to attach; again for more"}),
+    "-C": (("-C",), {"metavar": "FILE", "help": "settings file"}),
+    "-t": (("-t",), {"action": "store_true", "help": "recipients from To, Cc and Bcc too"}),
+    "-i": (("-i",), {"action": "store_true", "help": "a line with a dot alone does not end the message"}),
+    "-f": (("-f",), {"metavar": "SENDER", "help": "envelope sender"}),
+    "addresses": (("address",), {"metavar": "ADDRESS", "nargs": "*"}),
+    "action": (("action",), {"nargs": "?", "choices": tuple(QUEUE_ACTIONS), "default": "list"}),
+    "id": (("id",), {"metavar": "QUEUEID", "nargs": "?"}),
+    "all": (("--all",), {"action": "store_true", "help": "retry: all that waits, as flush does"}),
+    "user": (("-u", "--user"), {"metavar": "USER"}),
+    "dest": (("--dest",), {"metavar": "DIR", "required": True}),
+    "sendmail": (("--sendmail",), {"metavar": "PATH", "help": "where a sendmail program is to be written"}),
+}
+
+
+class Command(NamedTuple):
+    """A row of COMMANDS; the function's docstring is its help."""
+
+    run: Callable  # takes the parsed options, returns the exit code
+    arguments: str  # names in ARGUMENTS
+
+
 COMMANDS = {
-    "serve": (command_serve, "run the server in the foreground", (CONFIG, LISTEN, WORKERS, DEVEL)),
-    "start": (command_start, "run the server as a daemon", DAEMON),
-    "stop": (command_stop, "stop the daemon when all mail in flight is answered", (CONFIG, PID_FILE)),
-    "restart": (command_restart, "stop the daemon and start it", DAEMON),
-    "status": (command_status, "say whether the daemon runs", (CONFIG, PID_FILE)),
-    "reload": (command_reload, "have the daemon read its settings again", (CONFIG, PID_FILE)),
-    "check": (
-        command_check,
-        "read the settings and print every fault",
-        (
-            CONFIG,
-            (("--connect",), {"action": "store_true", "help": "try what each route would use; no mail is sent"}),
-            (
-                ("--sender",),
-                {"metavar": "A", "help": "read what receivers ask in DNS of this address: SPF, DKIM, DMARC"},
-            ),
-            (("--selector",), {"metavar": "S", "help": "of the sender's DKIM key"}),
-        ),
-    ),
-    "route": (
-        command_route,
-        "say which relay a recipient would take and why",
-        (CONFIG, (("address",), {"metavar": "ADDRESS"}), (("--sender",), {"metavar": "ADDRESS"})),
-    ),
-    "dkim": (
-        command_dkim,
-        "print the TXT record of a domain's DKIM key in the settings",
-        (CONFIG, (("domain",), {"metavar": "DOMAIN"})),
-    ),
-    "send": (
-        command_send,
-        "post a mail to a running Haineko",
-        (
-            (("file",), {"metavar": "FILE", "nargs": "?", "help": "JSON of a submission; - or nothing: stdin"}),
-            (("--url",), {"default": "http://127.0.0.1:2794/", "help": "the server's root, or its /submit"}),
-            (("--user",), {"help": "log in; the password is $HAINEKO_PASSWORD or asked for"}),
-            (("--to",), {"action": "append", "metavar": "A", "help": "recipient; again for more"}),
-            (("--mail", "--sender"), {"dest": "sender", "metavar": "A", "help": "envelope sender"}),
-            (("--from",), {"dest": "header_from", "metavar": "A", "help": "From"}),
-            (("--reply-to",), {"metavar": "A"}),
-            (("--subject",), {"metavar": "S"}),
-            (("--charset",), {"metavar": "C"}),
-            (("--body",), {"metavar": "TEXT", "help": "absent, and no --html: stdin"}),
-            (("--html",), {"metavar": "FILE", "help": "the mail in HTML, in UTF-8"}),
-            (("--attach",), {"action": "append", "metavar": "FILE", "help": "a file to attach; again for more"}),
-        ),
-    ),
-    "sendmail": (
-        command_sendmail,
-        "relay the message on stdin, like /usr/sbin/sendmail",
-        (
-            (("-C",), {"metavar": "FILE", "help": "settings file"}),
-            (("-t",), {"action": "store_true", "help": "recipients from To, Cc and Bcc"}),
-            (("-i",), {"action": "store_true", "help": "a line with a dot alone doesn't end the message"}),
-            (("-f",), {"metavar": "SENDER", "help": "envelope sender"}),
-            (("address",), {"metavar": "ADDRESS", "nargs": "*"}),
-        ),
-    ),
-    "queue": (
-        command_queue,
-        "list the mail that waits, show one, try it now, drop it",
-        (
-            CONFIG,
-            (("action",), {"nargs": "?", "choices": tuple(QUEUE_ACTIONS), "default": "list"}),
-            (("id",), {"metavar": "QUEUEID", "nargs": "?"}),
-            (("--all",), {"action": "store_true", "help": "retry: all that waits, as flush does"}),
-        ),
-    ),
-    "pw": (
-        command_pw,
-        "ask for a password, print its line for the section password",
-        ((("-u", "--user"), {"metavar": "USER"}),),
-    ),
-    "setup": (
-        command_setup,
-        "write haineko.json and haineko.service, never over an existing file",
-        ((("--dest",), {"metavar": "DIR", "required": True}),),
-    ),
+    "serve": Command(command_serve, "config listen workers devel"),
+    "start": Command(command_start, "config pid-file listen workers"),
+    "stop": Command(command_stop, "config pid-file"),
+    "restart": Command(command_restart, "config pid-file listen workers"),
+    "status": Command(command_status, "config pid-file"),
+    "reload": Command(command_reload, "config pid-file"),
+    "check": Command(command_check, "config connect records-of selector"),
+    "route": Command(command_route, "config address sender"),
+    "dkim": Command(command_dkim, "config domain"),
+    "send": Command(command_send, "file url login insecure to mail from reply-to subject charset body html attach"),
+    "sendmail": Command(command_sendmail, "-C -t -i -f addresses"),
+    "queue": Command(command_queue, "config action id all"),
+    "pw": Command(command_pw, "user"),
+    "setup": Command(command_setup, "dest sendmail"),
 }
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    link = ["sendmail"] if os.path.basename(sys.argv[0]) == "sendmail" else []
+    sys.exit(main([*link, *sys.argv[1:]]))
