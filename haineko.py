@@ -204,18 +204,12 @@ def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
 
 def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
     """Return one recipient's item of the answer; `maybe_delivered` is present only if it is true."""
-    item = {
-        "rcpt": recipient,
-        "error": 0 if reply.accepted else 1,
-        "code": reply.code,
-        "dsn": reply.dsn,
-        "command": reply.command,
-        "message": reply.message,
-        "mailer": reply.mailer,
-        "host": reply.host,
-        "port": reply.port,
-    }
+    item = {"rcpt": recipient, "error": 0 if reply.accepted else 1}
+    item.update([(key, getattr(reply, key)) for key in ANSWER_KEYS])
     return {**item, "maybe_delivered": True} if reply.maybe_delivered else item
+
+
+ANSWER_KEYS = ("code", "dsn", "command", "message", "mailer", "host", "port")
 
 
 def cache_short(maxsize: int, limit: int = 512) -> Callable:
@@ -327,9 +321,7 @@ REPLIES = {
     "web-later": (0, "451", "4.3.0", "DATA", "%s"),
     "web-refused": (0, "550", "5.0.0", "DATA", "%s"),
     "inexpressible": (0, "550", "5.6.3", "DATA", "The API can't express this message"),
-    "saved": (0, "200", "2.0.0", "DATA", "%s"),
-    "printed": (0, "200", "2.0.0", "DATA", "Printed"),
-    "discarded": (0, "200", "2.0.0", "DATA", "Discarded"),
+    "done": (0, "200", "2.0.0", "DATA", "%s"),
 }
 
 # ======================================================================================================================
@@ -410,12 +402,8 @@ MAX_ERRORS = 1000  # or a hostile body could yield 100 times its own size in mes
 @functools.lru_cache(maxsize=None)
 def key_table(cls: type) -> dict:
     """Return {key in JSON: (attribute, parser)} of a dataclass made of config_field()."""
-    table = {}
-    for item in fields(cls):
-        if "parse" in item.metadata:
-            for key in item.metadata["keys"] or (item.name,):
-                table[key] = (item.name, item.metadata["parse"])
-    return table
+    known = [item for item in fields(cls) if "parse" in item.metadata]
+    return {key: (i.name, i.metadata["parse"]) for i in known for key in i.metadata["keys"] or (i.name,)}
 
 
 def json_type_name(value: Any) -> str:
@@ -483,10 +471,9 @@ def matching(pattern: Any, expected: str, optional: bool = False, secret: bool =
 
 def one_of(names: Any, kind: str) -> Callable:
     """Return a parser of names that compares without case and returns the name as it stands in `names`."""
-    known = {name.lower(): name for name in names}
 
     def parse(value: Any, json_path: str, errors: list) -> str | None:
-        text = parse_text(value, json_path, errors)
+        text, known = parse_text(value, json_path, errors), {name.lower(): name for name in names}
         if text == value and text.lower() not in known:
             errors.append(f'{json_path}: unknown {kind} "{sanitize(text)}"{did_you_mean(text, names)}')
         return known.get(text.lower())
@@ -560,20 +547,14 @@ def nested(cls: type) -> Callable:
 # ======================================================================================================================
 
 
-class IPAddress(NamedTuple):
-    """Parsed IP address."""
-
-    text: str
-    version: int
-    number: int
+IPAddress = Any  # ipaddress.IPv4Address or IPv6Address
 
 
 @cache_short(4096, 64)
 def parse_ip(text: str) -> IPAddress:
     """Parse an IP address; an IPv4-mapped IPv6 address becomes IPv4. Raises ValueError."""
     found = ipaddress.ip_address(text.partition("%")[0])
-    found = getattr(found, "ipv4_mapped", None) or found
-    return IPAddress(str(found), found.version, int(found))
+    return getattr(found, "ipv4_mapped", None) or found
 
 
 class Networks:
@@ -588,7 +569,7 @@ class Networks:
         self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
 
     def __contains__(self, address: IPAddress) -> bool:
-        version, number = address.version, address.number
+        version, number = address.version, int(address)
         return any(version == of and number >> shift in members for of, shift, members in self.groups)
 
 
@@ -631,22 +612,24 @@ DOMAIN = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(?:\.{_LABEL})*")
 BASE_URL = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?(?:/[A-Za-z0-9/._~-]*)?")
 WEBHOOK_URL = re.compile(r"(https?)://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(/[!-~]*)?")
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+", re.IGNORECASE)
-FACILITIES = ["kern", "user", "mail", "daemon", "auth", "lpr", "news", "uucp", "cron", "syslog"]
-FACILITIES += [f"local{n}" for n in range(8)]
+FACILITIES = {
+    name: i
+    for i, name in enumerate(["kern", "user", "mail", "daemon", "auth", "syslog", "lpr", "news", "uucp", "cron"])
+}
+FACILITIES.update({f"local{i}": 16 + i for i in range(8)})  # RFC 3164 4.1.1
 
 parse_network = matching(functools.partial(ipaddress.ip_network, strict=False), "an IP address or network")
 parse_networks = list_of(parse_network, lambda texts: Networks(tuple(texts)))
 parse_listen_address = matching(is_listen_address, '"host:port", "[v6]:port" or "unix:/path"')
+parse_listen = list_of(parse_listen_address, required=True)
 parse_host = matching(is_host, "a host name or an IP address")
 parse_hostname = matching(DOMAIN, "a host name", optional=True)
 parse_resolver = matching(name_server_endpoint, '"address", "address:port" or "[v6]:port"', optional=True)
 parse_origin = matching(ORIGIN, 'a web origin like "https://www.example.org"', convert=str.lower)
 parse_facility = one_of(FACILITIES, "syslog facility")
+is_base_url = functools.partial(is_url, BASE_URL)
 parse_base_url = matching(
-    functools.partial(is_url, BASE_URL),
-    'a URL like "https://api.example.org"',
-    True,
-    convert=lambda url: url.rstrip("/"),
+    is_base_url, 'a URL like "https://api.example.org"', True, convert=lambda url: url.rstrip("/")
 )
 parse_region = matching(re.compile("[a-z0-9-]{1,32}"), 'a region like "eu-west-1"', optional=True)
 is_full_url = functools.partial(is_url, WEBHOOK_URL)
@@ -655,21 +638,16 @@ parse_token_url = matching(is_full_url, 'a URL like "https://login.example.org/t
 
 
 def parse_mailer(value: Any, json_path: str, errors: list) -> str:
-    """Return the name of a relay in the spelling of RELAYS, or the path of a folder."""
-    value = parse_text(value, json_path, errors)
-    known = {name.lower(): name for name in RELAYS}
-    if not value.startswith("/") and value.lower() not in known:
-        errors.append(f'{json_path}: unknown relay type "{value}"{did_you_mean(value, RELAYS)}')
-    return known.get(value.lower(), value)
+    """Parse the name of a relay, or the path of a folder."""
+    is_folder = isinstance(value, str) and value.startswith("/")
+    return (parse_text if is_folder else one_of(RELAYS, "relay type"))(value, json_path, errors)
 
 
 class Relay(NamedTuple):
     """All that is known of a relay. To add one is to write its functions and a row of RELAYS."""
 
     send: Callable | None  # (Transaction, TransportContext): awaited for a Reply for each recipient
-    probe: (
-        Callable | None
-    )  # (ConnectivityProbe, TransportContext): awaited for a CheckResult for each step; sends no mail
+    probe: Callable | None  # (ConnectivityProbe, TransportContext): awaited for CheckResults; sends no mail
     default_port: int = 25
     api_url: str = ""  # template of the base URL of a relay by HTTP
     needs: tuple = ()  # settings that its routes must have
@@ -681,7 +659,7 @@ class Relay(NamedTuple):
     keeps_octets: bool = False  # what it sends arrives unchanged, so that it can be signed
 
 
-UNKNOWN_RELAY = Relay(None, None)  # of a route whose mailer is a fault of the settings
+UNKNOWN_RELAY = Relay(None, None)  # of a route made before RELAYS is filled
 RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 15
 
 
@@ -799,11 +777,6 @@ class Authenticator:
 
     def _cache_key(self, credentials: str) -> bytes:
         return hmac.digest(self.key, credentials.encode(), "sha256")
-
-
-def username_of(credentials: str) -> str:
-    """Return the name in an Authorization header of HTTP Basic, "" for none."""
-    return decode_basic(credentials).partition(":")[0]
 
 
 def decode_basic(credentials: str) -> str:
@@ -950,10 +923,6 @@ def recipient_key(text: str) -> str:
     return f"{local.lower()}@{key}" if local and key and key[0] != "." else ""
 
 
-def alias_key(name: str) -> str:
-    return "" if "@" in name else name.lower()
-
-
 def plain_domain_key(name: str) -> str:
     return "" if name.startswith(".") else domain_key(name)
 
@@ -974,7 +943,11 @@ IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different
 DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
 parse_domain = matching(plain_domain_key, "a domain", convert=domain_key)
 parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
-parse_aliases = mapping_of(list_of(matching(recipient_key, "an address"), required=True), alias_key, "a name without @")
+parse_aliases = mapping_of(
+    list_of(matching(recipient_key, "an address"), required=True),
+    lambda name: "" if "@" in name else name.lower(),
+    "a name without @",
+)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -985,11 +958,7 @@ class Tls:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Httpd:
-    listen: tuple = config_field(
-        ("127.0.0.1:2794",),
-        list_of(parse_listen_address, required=True),
-        "host:port, [v6]:port or unix:/path, or a list",
-    )
+    listen: tuple = config_field(("127.0.0.1:2794",), parse_listen, "host:port, [v6]:port or unix:/path, or a list")
     workers: int = config_field(0, integer(0, 256), "processes; 0 means one per core")
     max_connections: int = config_field(512, integer(1, 65536), "open connections per worker")
     timeout: int = config_field(30, integer(1, 3600), "seconds for a whole request, and for an idle connection")
@@ -1263,14 +1232,10 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
     """Return (Settings, errors) with names, secrets and files looked up, so that a mail finds all of it ready."""
     base = os.path.dirname(settings.path or "")
     logins = {name: _login(login, base, f"authinfo.{name}", errors) for name, login in settings.authinfo.items()}
-    tables = {
-        table: {
-            key: _route(route, logins, base, f"{table}.{key}", errors)
-            for key, route in getattr(settings, table).items()
-            if not route.disabled
-        }
-        for table in ("mailertable", "sendermt")
-    }
+    tables = {}
+    for table in ("mailertable", "sendermt"):
+        routes = [(key, route) for key, route in getattr(settings, table).items() if not route.disabled]
+        tables[table] = {key: _route(route, logins, base, f"{table}.{key}", errors) for key, route in routes}
     name = settings.smtpd.hostname or local_hostname()
     if settings.httpd.tls:
         _check_tls(settings.httpd.tls, base, errors)
@@ -1437,12 +1402,9 @@ def pin_queue_path(fresh: Settings, queue_settings: QueueSettings | None) -> Set
     return replace(fresh, queue=queue_settings and replace(fresh.queue or queue_settings, path=queue_settings.path))
 
 
-def local_hostname() -> str:
-    return qualified_hostname(socket.gethostname())
-
-
-def qualified_hostname(name: str) -> str:
-    """Return a machine's name, made legal for headers; with ".localdomain", as Postfix does, if it has no domain."""
+def local_hostname(name: str | None = None) -> str:
+    """Return a machine's name (this one's), made legal; with ".localdomain", as Postfix does, if it has no domain."""
+    name = socket.gethostname() if name is None else name
     if "." in name and HOSTNAME.fullmatch(name):
         return name
     return (re.sub("[^A-Za-z0-9]+", "-", name)[:63].strip("-") or "localhost") + LOCALDOMAIN
@@ -1450,7 +1412,7 @@ def qualified_hostname(name: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def ehlo_name(hostname: str, address: str) -> str:
-    """Return the name for EHLO from a local address: `hostname`, or if that is illegal or made by qualified_hostname(),
+    """Return the name for EHLO from a local address: `hostname`, or if that is illegal or made by local_hostname(),
     what reverse DNS says, else the address literal (RFC 5321 4.1.4)."""
     if HOSTNAME.fullmatch(hostname) and not hostname.endswith(LOCALDOMAIN):
         return hostname
@@ -1459,7 +1421,7 @@ def ehlo_name(hostname: str, address: str) -> str:
         name = "" if local in LOOPBACK else socket.gethostbyaddr(address)[0]
         if "." in name and HOSTNAME.fullmatch(name) and not name.endswith(LOCALDOMAIN):
             return name
-    return f"[IPv6:{local.text}]" if local.version == 6 else f"[{local.text}]"
+    return f"[IPv6:{local}]" if local.version == 6 else f"[{local}]"
 
 
 LOCALDOMAIN = ".localdomain"
@@ -1509,9 +1471,8 @@ def redacted(value: Any, secret: bool = False) -> Any:
     if isinstance(value, (tuple, frozenset)):
         return sorted(value) if isinstance(value, frozenset) else list(value)
     if hasattr(value, "__dataclass_fields__"):
-        items = [item for item in fields(value) if "parse" in item.metadata]
-        keyed = [(item, (item.metadata["keys"] or (item.name,))[0]) for item in items]
-        return {key: redacted(getattr(value, item.name), item.metadata["secret"]) for item, key in keyed}
+        known = {(i.metadata["keys"] or (i.name,))[0]: i for i in fields(value) if "parse" in i.metadata}
+        return {key: redacted(getattr(value, item.name), item.metadata["secret"]) for key, item in known.items()}
     return value
 
 
@@ -1536,40 +1497,15 @@ def example_settings() -> dict:
 # ======================================================================================================================
 
 
-class LogSink:
-    """Write-readiness of a log destination: waits for it at most 1 s per minute, then lines are dropped and counted."""
-
-    WAIT_BUDGET = 1.0  # seconds per minute
-
-    def __init__(self) -> None:
-        self.lost = 0  # lines, since it stopped reading
-        self.budget, self.waited = self.WAIT_BUDGET, 0.0  # what is left of it, at that monotonic time
-
-    def wait_writable(self, fd: int) -> bool:
-        """Return True once a line can be written."""
-        poller = select.poll()
-        poller.register(fd, select.POLLOUT)
-        if poller.poll(0):
-            return True
-        if self.lost:
-            return False
-        start = time.monotonic()
-        budget = min(self.budget + (start - self.waited) * self.WAIT_BUDGET / 60, self.WAIT_BUDGET)
-        ready = poller.poll(budget * 1000)
-        self.waited = time.monotonic()
-        self.budget = max(budget - (self.waited - start), 0)
-        return bool(ready)
-
-    @property
-    def lost_note(self) -> str:
-        return f"{self.lost} lines were lost, since nobody read them"
-
-
 class Log:
-    """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once."""
+    """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once.
+
+    A reader that is slow is waited for PATIENCE seconds; then lines are dropped and counted until it reads again.
+    """
 
     FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
+    PATIENCE = 0.1
 
     def __init__(self) -> None:
         self.devel = False  # SMTP dialogues are shown, too
@@ -1580,15 +1516,15 @@ class Log:
         self.stderr = 2  # a file descriptor
         self.path = ""  # of the file that descriptors 1 and 2 are, if reopen() is to look for a new one
         self.quiet = False  # lines for stderr are dropped
-        self.stderr_sink, self.syslog_sink = LogSink(), LogSink()
+        self.lost = 0  # lines, since the reader stopped
+
+    @property
+    def lost_note(self) -> str:
+        return f"{self.lost} lines were lost, since nobody read them"
 
     def open(self, settings: Syslog) -> None:
         """Send lines from now on where the settings say."""
-        self.priority = None
-        if not settings.disabled:
-            import syslog
-
-            self.priority = syslog.LOG_INFO | getattr(syslog, "LOG_" + settings.facility.upper())
+        self.priority = None if settings.disabled else FACILITIES[settings.facility] * 8 + 6  # 6: informational
 
     def lines(self, *lines: str) -> None:
         """Write lines by one call, so that those of several processes don't mix."""
@@ -1646,16 +1582,16 @@ class Log:
 
     def write_bytes(self, octets: bytes) -> bool:
         """Write octets to stderr; False if it is closed, full, or a pipe that nobody reads."""
-        start, sink = 0, self.stderr_sink
+        start = 0
         try:
             while start < len(octets):
-                if not sink.wait_writable(self.stderr):
-                    sink.lost += octets.count(b"\n", start)
+                if not select.select([], [self.stderr], [], 0 if self.lost else self.PATIENCE)[1]:
+                    self.lost += octets.count(b"\n", start)
                     return False
                 with contextlib.suppress(BlockingIOError):  # another process was quicker
-                    if sink.lost:
-                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {sink.lost_note}\n".encode())
-                        sink.lost = 0
+                    if self.lost:
+                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {self.lost_note}\n".encode())
+                        self.lost = 0
                         continue  # there may have been room for this only
                     end = octets.rfind(b"\n", start, start + select.PIPE_BUF) + 1  # so much never blocks
                     start += os.write(self.stderr, octets[start : end or start + select.PIPE_BUF])
@@ -1670,21 +1606,19 @@ class Log:
             try:
                 if not self.syslog:
                     self.syslog = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-                    self.syslog.setblocking(False)
                     self.syslog.connect(next(filter(os.path.exists, self.SYSLOG), self.SYSLOG[0]))
-                if not self.syslog_sink.wait_writable(self.syslog.fileno()):
-                    break
-                for text in (self.syslog_sink.lost_note, line) if self.syslog_sink.lost else (line,):
+                self.syslog.settimeout(0 if self.lost else self.PATIENCE)
+                for text in (self.lost_note, line) if self.lost else (line,):
                     self.syslog.send((head + text).encode("utf-8", "backslashreplace"))
-                self.syslog_sink.lost = 0
+                self.lost = 0
                 return
-            except BlockingIOError:  # another process was quicker
+            except (BlockingIOError, socket.timeout):
                 break
             except OSError:
                 if self.syslog:
                     self.syslog.close()
                 self.syslog = None
-        self.syslog_sink.lost += 1
+        self.lost += 1
 
 
 @functools.lru_cache(maxsize=2)
@@ -2714,7 +2648,7 @@ def check_login(request: Request, submission: Submission | None, settings: Setti
     credentials = request.headers.get("authorization", "")
     if not settings.password.authenticate(credentials):
         return make_reply("login")
-    request.login = username_of(credentials)
+    request.login = decode_basic(credentials).partition(":")[0]
     return None
 
 
@@ -2723,7 +2657,7 @@ def check_client(request: Request, submission: Submission | None, settings: Sett
     if settings.password.hashes or settings.relayhosts.open_relay:
         return None
     if request.client not in settings.relayhosts.relayhosts:
-        return make_reply("client", f"{request.client.text} is not in relayhosts.relayhosts")
+        return make_reply("client", f"{request.client} is not in relayhosts.relayhosts")
     reason = hidden_client(request, settings)
     return make_reply("client", reason) if reason else None
 
@@ -2732,7 +2666,7 @@ def hidden_client(request: Request, settings: Settings) -> str:
     """Say why a request from a loopback address was not made by a program on this machine, "" if it may have been."""
     if not request.forwarded or request.client not in LOOPBACK:
         return ""
-    proxy = f"{request.forwarded} from {request.peer.text}"
+    proxy = f"{request.forwarded} from {request.peer}"
     if request.peer not in settings.httpd.trusted_proxies:
         return f"{proxy}, which is not in httpd.trusted_proxies"
     return "" if "x-forwarded-for" in request.headers else f"{proxy} without X-Forwarded-For"
@@ -3144,7 +3078,7 @@ def rfc5322_date(second: int) -> str:
 
 def received_field(ehlo: str | None, client: IPAddress | None, hostname: str, queueid: str, date: str) -> str:
     """Return the trace field (RFC 5321 4.4)."""
-    address = client.text if client else "127.0.0.1"
+    address = str(client or "127.0.0.1")
     literal = f"[IPv6:{address}]" if ":" in address else f"[{address}]"
     return f"Received: from {ehlo or literal} ({literal})\r\n\tby {hostname} with HTTP id {queueid};\r\n\t{date}"
 
@@ -5263,27 +5197,22 @@ class TransportContext:
 
 
 async def attempt_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
-    """Attempt a transaction once; every recipient has a reply."""
-    began = time.monotonic()
-    replies = await attempt_route(transaction, transport)
+    """Attempt a transaction once; every recipient has a reply, whatever the relay does; a bug is logged."""
+    began, route, reply = time.monotonic(), transaction.route, None
+    try:
+        replies = await route.row.send(await sign_transaction(transaction), transport)
+    except Rejected as rejected:
+        reply = rejected.reply
+    except OSError as error:
+        reply = make_reply("lost", error_text(error), command="CONN", **route.endpoint)
+    except Exception:
+        log_exception(transaction.queueid)
+        reply = make_reply("relay-fault", **route.endpoint)
+    replies = [reply] * len(transaction.recipients) if reply else replies
     for reply in dict.fromkeys(reply for reply in replies if reply.route_fault):
         words = log_value(" ".join((reply.code, *reply.message)))
         log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed, mail waits: {words}")
     return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
-
-
-async def attempt_route(transaction: Transaction, transport: TransportContext) -> list:
-    """Return a Reply for each recipient from the transaction's route, whatever its relay does; a bug is logged."""
-    try:
-        return await transaction.route.row.send(await sign_transaction(transaction), transport)
-    except Rejected as rejected:
-        reply = rejected.reply
-    except OSError as error:
-        reply = make_reply("lost", error_text(error), command="CONN", **transaction.route.endpoint)
-    except Exception:
-        log_exception(transaction.queueid)
-        reply = make_reply("relay-fault", **transaction.route.endpoint)
-    return [reply] * len(transaction.recipients)
 
 
 async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> list:
@@ -5297,12 +5226,9 @@ async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> 
         recipients = tuple(transaction.recipients[i] for i in again)
         try:
             session, _ = await transport.acquire(transaction.route, transaction.hostname)
-        except Rejected as refused:
-            if len(again) == len(replies):
-                raise
-            found = [refused.reply] * len(again)
-        else:
             found = await transact_by(session, transaction._replace(recipients=recipients), transport)
+        except Rejected as refused:
+            found = [refused.reply] * len(again)
         for i, reply in zip(again, found):
             replies[i] = reply
     return replies
@@ -5427,13 +5353,13 @@ def save_message(transaction: Transaction) -> Reply:
             os.close(handle)
     except OSError as error:
         return make_reply("file", f"{folder}: {error.strerror or error}", mailer="File")
-    return make_reply("saved", word=path, mailer="File")
+    return make_reply("done", word=path, mailer="File")
 
 
 async def relay_screen(transaction: Transaction, transport: TransportContext) -> list:
     """Print the message on stderr."""
     printed = log.write_bytes(await asyncio.to_thread(screen_text, transaction))
-    reply = make_reply("printed") if printed else make_reply("file", "stderr cannot be written")
+    reply = make_reply("done", word="Printed") if printed else make_reply("file", "stderr cannot be written")
     return [reply._replace(mailer="Screen")] * len(transaction.recipients)
 
 
@@ -5448,22 +5374,34 @@ def screen_text(transaction: Transaction) -> bytes:
 
 async def relay_discard(transaction: Transaction, transport: TransportContext) -> list:
     """Deliver to nobody."""
-    return [make_reply("discarded", mailer="Discard")] * len(transaction.recipients)
+    return [make_reply("done", word="Discarded", mailer="Discard")] * len(transaction.recipients)
 
 
-# -- Relays by HTTP. Each posts to an API; http_accepted() and http_failure() hold what their responses have in common.
+# -- Relays by HTTP. http_accepted() and http_failure() hold what the responses of their APIs have in common.
 
 
-async def relay_haineko(transaction: Transaction, transport: TransportContext) -> list:
-    """To another Haineko, of this kind or of the old one in Perl; what it says of each recipient is handed on."""
-    response = await transport.http.request(
-        HTTPTarget.of_route(transaction.route), await asyncio.to_thread(haineko_request, transaction)
-    )
-    return haineko_replies(transaction, response)
+def http_relay(make_request: Callable, read_replies: Callable, max_recipients: int = 1 << 30) -> Callable:
+    """Return a relay that posts make_request(transaction), an HTTPRequest, for so many recipients at a time;
+    read_replies(transaction, response) returns one Reply or a list of one for each. Both may raise Rejected."""
+
+    async def relay(transaction: Transaction, transport: TransportContext) -> list:
+        replies: list = []
+        for start in range(0, len(transaction.recipients), max_recipients):
+            part = transaction._replace(recipients=transaction.recipients[start : start + max_recipients])
+            try:
+                call = await asyncio.to_thread(make_request, part)
+                found = read_replies(part, await transport.http.request(HTTPTarget.of_route(part.route), call))
+            except Rejected as refused:
+                found = refused.reply
+            replies += found if isinstance(found, list) else [found] * len(part.recipients)
+        return replies
+
+    return relay
 
 
 def haineko_request(transaction: Transaction) -> HTTPRequest:
-    """Return the submission: header and body if they express all of the message (Perl knows no more), else `raw`."""
+    """Return the submission to another Haineko: header and body if they express all of the message (the old one in
+    Perl knows no more), else `raw`."""
     octets = transaction.octets()
     try:
         document = as_plain_submission(transaction, octets)
@@ -5545,21 +5483,6 @@ KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "D
 TRANSFER_DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
 
 
-async def relay_sendgrid(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver by SendGrid's v3 mail/send, which takes a message in pieces."""
-    route, body = transaction.route, await asyncio.to_thread(sendgrid_body, transaction)
-    response = await transport.http.request(
-        HTTPTarget.of_route(transaction.route),
-        HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route)),
-    )
-    if response.status == 202:  # 200: valid, but will not be sent
-        message_id = response.headers.get("X-Message-Id")
-        reply = http_accepted(route, response, *([f"X-Message-Id: {message_id}"] if message_id else []))
-    else:
-        reply = http_failure(route, response, sendgrid_errors(response))
-    return [reply] * len(transaction.recipients)
-
-
 def bearer_header(route: Route) -> tuple:
     """Return the header fields that carry the route's API key."""
     return (("Authorization", f"Bearer {route.credentials[1]}"),)
@@ -5573,8 +5496,8 @@ def sendgrid_errors(response: HTTPResponse) -> list | None:
     return [": ".join(str(error[key]) for key in ("field", "message") if error.get(key)) for error in errors]
 
 
-def sendgrid_body(transaction: Transaction) -> bytes:
-    """Return the request; raises Rejected if it would lose more of the message than trace fields and charset."""
+def sendgrid_request(transaction: Transaction) -> HTTPRequest:
+    """Return the message in pieces; raises Rejected if it would lose more of it than trace fields and charset."""
     # https://www.twilio.com/docs/sendgrid/api-reference/mail-send
     octets = transaction.octets()
     try:
@@ -5587,24 +5510,31 @@ def sendgrid_body(transaction: Transaction) -> bytes:
             raise ValueError("the subject is empty")
     except (ValueError, LookupError, RecursionError) as error:
         raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
-    return encode_json({key: value for key, value in document.items() if value})
+    body = encode_json({key: value for key, value in document.items() if value})
+    return HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route))
+
+
+def sendgrid_reply(transaction: Transaction, response: HTTPResponse) -> Reply:
+    if response.status != 202:  # 200: valid, but will not be sent
+        return http_failure(transaction.route, response, sendgrid_errors(response))
+    message_id = response.headers.get("X-Message-Id")
+    return http_accepted(transaction.route, response, *([f"X-Message-Id: {message_id}"] if message_id else []))
 
 
 def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
     """Return author and recipients; SendGrid shows every recipient but Bcc, and delivers to every one that it shows."""
     shown = {name: sendgrid_mailboxes(single_field(fields, name)) for name in ("from", "to", "cc", "reply-to")}
-    if len(shown["from"]) != 1:
+    author, reply_to = shown["from"], shown["reply-to"]
+    if len(author) != 1:
         raise ValueError("From has several addresses")
     if not shown["to"]:
         raise ValueError("To has none of the recipients")
     hidden = [{"email": recipient} for recipient in hidden_recipients(transaction, fields)]
     people = {"to": shown["to"], "cc": shown["cc"], "bcc": hidden}
-    document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": shown["from"][0]}
-    reply_to = shown["reply-to"]
-    return {
-        **document,
-        **({"reply_to_list": reply_to} if len(reply_to) > 1 else {"reply_to": reply_to and reply_to[0]}),
-    }
+    document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": author[0]}
+    if len(reply_to) > 1:
+        return {**document, "reply_to_list": reply_to}
+    return {**document, "reply_to": reply_to and reply_to[0]}
 
 
 def hidden_recipients(transaction: Transaction, fields: list) -> list:
@@ -5695,29 +5625,12 @@ def sendgrid_attachment(part: Any) -> dict:
     return {**attachment, "content_id": content_id} if content_id else attachment
 
 
-async def relay_amazonses(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver by version 2 of Amazon SES, which takes the message as it is, for 50 recipients at a time."""
-    replies: list = []
-    for start in range(0, len(transaction.recipients), AMAZONSES_RECIPIENTS):
-        part = transaction._replace(recipients=transaction.recipients[start : start + AMAZONSES_RECIPIENTS])
-        try:
-            call = await asyncio.to_thread(amazonses_request, part, time.time())
-            response = amazonses_reply(
-                transaction.route, await transport.http.request(HTTPTarget.of_route(transaction.route), call)
-            )
-        except Rejected as refused:
-            response = refused.reply
-        replies += [response] * len(part.recipients)
-    return replies
-
-
-AMAZONSES_RECIPIENTS = 50  # https://docs.aws.amazon.com/ses/latest/dg/quotas.html
 AMAZONSES_TEMPORARY = ["TooManyRequestsException", "ThrottlingException", "Throttling"]  # errors 400 that pass
 AMAZONSES_TEMPORARY += ["LimitExceededException", "SendingPausedException"]
 
 
-def amazonses_request(transaction: Transaction, now: float) -> HTTPRequest:
-    """Return the signed request; raises Rejected for a message without exactly one From."""
+def amazonses_request(transaction: Transaction) -> HTTPRequest:
+    """Return the signed request, with the message as it is; raises Rejected for a message without exactly one From."""
     octets = ascii_message(transaction)
     try:
         author = single_field(parse_message(octets)[0], "from")
@@ -5732,7 +5645,7 @@ def amazonses_request(transaction: Transaction, now: float) -> HTTPRequest:
     if transaction.sender and address_key(spec) != address_key(transaction.sender):
         document["FeedbackForwardingEmailAddress"] = transaction.sender
     call = HTTPRequest("POST", "/v2/email/outbound-emails", encode_json(document))
-    return sign_sigv4(call, transaction.route, now)
+    return sign_sigv4(call, transaction.route, time.time())
 
 
 def amazonses_reply(route: Route, response: HTTPResponse) -> Reply:
@@ -5770,20 +5683,12 @@ def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
     return call._replace(headers=(*call.headers, *added, ("Authorization", value)))
 
 
-async def relay_mandrill(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver by Mandrill's messages/send-raw, which takes the message as it is and answers for each recipient."""
-    body = await asyncio.to_thread(mandrill_body, transaction)
-    response = await transport.http.request(
-        HTTPTarget.of_route(transaction.route), HTTPRequest("POST", "/api/1.0/messages/send-raw.json", body)
-    )
-    return mandrill_replies(transaction, response)
-
-
-def mandrill_body(transaction: Transaction) -> bytes:
-    """Return the request."""
+def mandrill_request(transaction: Transaction) -> HTTPRequest:
+    """Return the message as it is."""
     envelope = {"from_email": transaction.sender or None, "to": transaction.recipients}
     content = {"key": transaction.route.credentials[1], "raw_message": ascii_message(transaction).decode()}
-    return encode_json({**content, **envelope, "async": False})
+    body = encode_json({**content, **envelope, "async": False})
+    return HTTPRequest("POST", "/api/1.0/messages/send-raw.json", body)
 
 
 def mandrill_replies(transaction: Transaction, response: HTTPResponse) -> list:
@@ -5896,18 +5801,13 @@ DSN_BY_STATUS = {401: "5.7.8", 403: "5.7.1"}
 
 def parse_retry_after(response: HTTPResponse) -> int:
     """Return the seconds after which to try again (RFC 9110 10.2.3), at most a day; 0 if the response has none."""
-    text, now = response.headers.get("Retry-After", "").strip(), time.time()
-    reset = response.headers.get("X-RateLimit-Reset", "") if response.status == 429 else ""  # SendGrid: Unix time
+    reset = response.headers.get("X-RateLimit-Reset") if response.status == 429 else ""  # SendGrid: Unix time
+    text, now = (response.headers.get("Retry-After") or reset or "").strip(), time.time()
     try:
-        if re.fullmatch(r"[0-9]{1,9}", text):
-            wait = int(text)
-        elif text:
-            wait = parsedate_to_datetime(text).timestamp() - now
-        else:
-            wait = int(reset) - now if re.fullmatch(r"[0-9]{1,10}", reset) else 0
+        wait = int(text) if re.fullmatch("[0-9]{1,10}", text) else parsedate_to_datetime(text).timestamp() - now
     except (TypeError, ValueError, OverflowError):
-        wait = 0
-    return min(max(int(wait), 0), 86400)
+        return 0
+    return min(max(int(wait - now if wait > 1e9 else wait), 0), 86400)
 
 
 def sanitize_lines(lines: Any) -> tuple:
@@ -6074,53 +5974,48 @@ async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> lis
 
 def probe_mx_host(route: Route, hostname: str) -> list:
     """Open a session to one host; if TLS is opportunistic, tell whether the certificate would have been accepted."""
-    strict = probe_session(replace(route, tls_verify=True), hostname)
-    if strict[-1].ok or strict[-1].step != "TLS" or not route.tls_if_offered:
-        return strict
-    loose = probe_session(route, hostname)
-    if loose[-1].ok:
-        return [*loose, CheckResult("TLS", True, f"not verified: {strict[-1].text}")]
-    clear = probe_session(replace(route, tls_if_offered=False), hostname)
-    return [*clear, CheckResult("TLS", True, f"mail goes in clear text: {loose[-1].text}")] if clear[-1].ok else loose
+    clear, why = replace(route, tls_if_offered=False), ""
+    variants = {"": replace(route, tls_verify=True), "not verified": route, "mail goes in clear text": clear}
+    for note, hop in variants.items():
+        results = probe_session(hop, hostname)
+        if results[-1].ok:
+            return results + ([CheckResult("TLS", True, f"{note}: {why}")] if note else [])
+        if results[-1].step != "TLS" or not route.tls_if_offered:
+            break
+        why = results[-1].text
+    return results
 
 
-async def probe_folder(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Tell whether files can be made in the folder."""
+async def probe_local(probe: ConnectivityProbe, transport: TransportContext) -> list:
+    """Tell whether files can be made in the route's folder, if it has one."""
+    if not probe.route.row.into_folder:
+        return [CheckResult("NONE", True, "nothing to connect to")]
     folder = probe.route.folder
     ok = is_writable_folder(folder)
     return [CheckResult("FILE", ok, folder if ok else f"{folder} is no folder that can be written")]
 
 
-async def probe_none(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Report that there is nothing to connect to."""
-    return [CheckResult("NONE", True, "nothing to connect to")]
-
-
 def http_probe(ask: Callable) -> Callable:
     """Make a probe of ask(route, request), which returns a line of text if the login is good or raises Rejected."""
 
-    async def probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
-        return await asyncio.to_thread(_probe_http, probe.route, ask)
-
-    return probe
-
-
-def _probe_http(route: Route, ask: Callable) -> list:
-    results = probe_dns(route)
-    if not results[-1].ok:
+    def steps(route: Route) -> list:
+        results = probe_dns(route)
+        if not results[-1].ok:
+            return results
+        line, place = KeepAliveConnection(HTTPTarget.of_route(route)), f"{route.host}:{route.port}"
+        try:
+            line.open()
+            results.append(CheckResult("TCP", True, f"connected to {place}"))
+            results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
+            results.append(CheckResult("AUTH", True, ask(route, line.exchange)))
+        except Rejected as rejected:
+            step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
+            results.append(failed_step(step, rejected.reply, place))
+        finally:
+            line.close()
         return results
-    line, place = KeepAliveConnection(HTTPTarget.of_route(route)), f"{route.host}:{route.port}"
-    try:
-        line.open()
-        results.append(CheckResult("TCP", True, f"connected to {place}"))
-        results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
-        results.append(CheckResult("AUTH", True, ask(route, line.exchange)))
-    except Rejected as rejected:
-        step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
-        results.append(failed_step(step, rejected.reply, place))
-    finally:
-        line.close()
-    return results
+
+    return lambda probe, transport: asyncio.to_thread(steps, probe.route)
 
 
 @http_probe
@@ -6190,6 +6085,11 @@ send_gmail = functools.partial(relay_by_token, gmailapi_request, 200)
 GRAPH_SCOPES = "https://graph.microsoft.com/.default", "https://graph.microsoft.com/Mail.Send offline_access"
 BY_TOKEN = {"needs": ("auth",), "login": ("username", "oauth2")}
 
+
+relay_haineko = http_relay(haineko_request, haineko_replies)
+relay_sendgrid = http_relay(sendgrid_request, sendgrid_reply)
+relay_amazonses = http_relay(amazonses_request, lambda job, found: amazonses_reply(job.route, found), 50)  # quota
+relay_mandrill = http_relay(mandrill_request, mandrill_replies)
 RELAYS.update(
     ESMTP=Relay(relay_esmtp, probe_esmtp, keeps_octets=True),
     MX=Relay(relay_mx, probe_mx, destination="MX {domain}", refuses=("auth",), keeps_octets=True),
@@ -6199,9 +6099,9 @@ RELAYS.update(
     Mandrill=Relay(relay_mandrill, probe_mandrill, 25, "https://mandrillapp.com", ("auth",), login=("password",)),
     MSGraph=Relay(send_msgraph, probe_msgraph, 25, "https://graph.microsoft.com", scopes=GRAPH_SCOPES, **BY_TOKEN),
     GmailAPI=Relay(send_gmail, probe_gmail, 25, "https://gmail.googleapis.com", **BY_TOKEN),
-    File=Relay(relay_file, probe_folder, destination="File {route.folder}", into_folder=True),
-    Screen=Relay(relay_screen, probe_none, destination="Screen"),
-    Discard=Relay(relay_discard, probe_none, destination="Discard"),
+    File=Relay(relay_file, probe_local, destination="File {route.folder}", into_folder=True),
+    Screen=Relay(relay_screen, probe_local, destination="Screen"),
+    Discard=Relay(relay_discard, probe_local, destination="Discard"),
 )
 
 # ======================================================================================================================
@@ -7353,7 +7253,7 @@ def queue_options(
     found = IDEMPOTENCY_KEY.fullmatch(key)
     if not found:
         raise Rejected(make_reply("key-form"))
-    owner = request.login or f"[{request.client.text}]"  # nobody else may read the response
+    owner = request.login or f"[{request.client}]"  # nobody else may read the response
     digest = hashlib.sha256("\0".join((owner, request.path, found[1] or found[2])).encode()).digest()
     return QueueOptions(async_, digest, body_digest, request.login)
 
@@ -7374,7 +7274,7 @@ async def enqueue_before_sending(
     item = new_item(request, transactions, accepted, options)
     earlier = await app.queue.add(item, leased=not options.async_)
     if options.async_ and not earlier:
-        pairs = log_pairs(client=request.client.text, login=request.login or None, **{"from": f"<{item.sender}>"})
+        pairs = log_pairs(client=request.client, login=request.login or None, **{"from": f"<{item.sender}>"})
         log.lines(f"{item.queueid}: {pairs} (queued, to be delivered at once)")
         app.queue.wake_manager()
     return earlier
@@ -7599,7 +7499,7 @@ def log_line(
     """Return a log line with the keys of Postfix's; keys without a value are left out."""
     line = [f"{queueid or '-'}:"]
     if request.client:
-        line.append(f"client={request.client.text}")
+        line.append(f"client={request.client}")
     if request.login:
         line.append(f"login={log_value(request.login)}")
     if sender is not None:
@@ -7626,7 +7526,7 @@ def answer_document(
         "addresser": submission.mail if submission else None,
         "recipient": accepted if submission else None,
         "response": [reply_to_dict(to, reply) for to, reply in replies.items()],
-        "remoteaddr": request.client.text if request.client else None,
+        "remoteaddr": str(request.client) if request.client else None,
         "remoteport": request.port,
         "useragent": echoed_header(request, "user-agent"),
         "referer": echoed_header(request, "referer"),
@@ -7821,7 +7721,7 @@ def check_monitor(request: Request, submission: None, settings: Settings) -> Rep
     """Require an address in httpd.monitors, and no web page whose name was rebound in DNS."""
     host, reason = request.headers.get("host", "").lower(), hidden_client(request, settings)
     if request.client not in settings.httpd.monitors:
-        reason = f"{request.client.text} is not in httpd.monitors"
+        reason = f"{request.client} is not in httpd.monitors"
     elif not reason and request.forwarded and request.client in LOOPBACK:  # a proxy can't know that it is this machine
         reason = f"{request.forwarded}: a forwarded request is not from this machine"
     elif not reason and not is_own_host(host, settings):
@@ -7868,7 +7768,7 @@ async def change_queued_mail(request: Request, app: App, verb: str, operation: C
     """Answer with the number of recipients that an operation changed, and the mail as it is now."""
     queueid = (await find_queued_mail(request, app))["queueid"]
     count = await app.queue.do(operation, queueid, *values)
-    pairs = log_pairs(client=request.client.text, login=request.login or None)
+    pairs = log_pairs(client=request.client, login=request.login or None)
     log.lines(f"{queueid}: {pairs} {count} recipients {verb}")
     return json_response({verb: count, **message_document(await app.queue.do(message_status, queueid))})
 
