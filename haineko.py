@@ -75,7 +75,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
 from html import unescape
-from html.parser import HTMLParser
 from typing import Any, Callable, NamedTuple
 
 __version__ = "1.0.0"
@@ -960,7 +959,6 @@ class Settings:
     queue: QueueSettings | None = config_field(None, nested(QueueSettings))
     path: str | None = None
     files: tuple = ()  # (path, stat_key) of all that was read
-    route_cache: dict = field(default_factory=dict, init=False)  # (recipient's domain, sender's): resolve_route()'s
 
     @property
     def hostname(self) -> str:
@@ -1475,10 +1473,10 @@ PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}")  # of a mailbox or
 SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")
 ADDRESS_TOKEN = re.compile(
     r'(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<angle><(?:[^<>"\\]|"(?:[^"\\]|\\.)*")*>)|(?P<literal>\[[^\[\]]*\])'
-    r"|(?P<blank>\s+)|(?P<mark>[,;:])|(?P<atom>[^\s\"<>()\[\],;:]+)",
+    r"|(?P<comment>\((?:[^()\\]|\\.|\((?:[^()\\]|\\.|\((?:[^()\\]|\\.)*\))*\))*\))"  # in two others at most
+    r"|(?P<blank>\s+)|(?P<mark>[,;:]|\Z)|(?P<atom>[^\s\"<>()\[\],;:]+)|(?P<fault>.)",
     re.DOTALL,
 )
-COMMENT_TOKEN = re.compile(r"[()]|\\.", re.DOTALL)
 CFWS = ("blank", "comment")
 CHARSET_NAME = re.compile(r"[A-Za-z0-9_.:()+-]{1,40}")
 MESSAGE_ID = r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>"
@@ -1663,7 +1661,10 @@ def parse_mailboxes(text: str) -> tuple:
     if simple and not ("@" in simple[1] and re.search("[,;]", simple[1])):  # else the name holds another mailbox
         return ((simple[1].strip(), _parse_spec(simple[2])),)
     found, tokens, in_group = [], [], False
-    for kind, token in itertools.chain(address_tokens(text), (("mark", ""),)):
+    for match in ADDRESS_TOKEN.finditer(text):
+        kind, token = match.lastgroup, match[0]
+        if kind == "fault":
+            raise ValueError(f'"{token}" out of place')
         if kind != "mark":
             tokens.append((kind, token))
             continue
@@ -1678,48 +1679,25 @@ def parse_mailboxes(text: str) -> tuple:
     return tuple(found)
 
 
-def address_tokens(text: str) -> Any:
-    """Yield (kind, text) of the tokens of an address list."""
-    at = 0
-    while at < len(text):
-        if text[at] == "(":
-            end = _comment_end(text, at)
-            yield "comment", text[at + 1 : end - 1]
-            at = end
-            continue
-        found = ADDRESS_TOKEN.match(text, at)
-        if not found:
-            raise ValueError(f'"{text[at]}" out of place')
-        yield found.lastgroup, found[0]
-        at = found.end()
-
-
-def _comment_end(text: str, start: int) -> int:
-    """Return the position after a comment, which may hold others."""
-    depth = 0
-    for found in COMMENT_TOKEN.finditer(text, start):
-        depth += {"(": 1, ")": -1}.get(found[0], 0)
-        if not depth:
-            return found.end()
-    raise ValueError('a comment without ")"')
-
-
 def _mailbox(tokens: list) -> list:
     """Return [(display name, Mailbox)] of the tokens between two separators, [] if they are comments and blanks."""
-    words = [(" " if kind == "comment" else token, kind) for kind, token in tokens]
-    comments = " ".join(token.strip() for kind, token in tokens if kind == "comment")
+    comments = " ".join(token[1:-1].strip() for kind, token in tokens if kind == "comment")
+    words = [(kind, " " if kind == "comment" else token) for kind, token in tokens]
     kinds = [kind for kind, _ in tokens if kind not in CFWS]
     if "angle" not in kinds:
-        spec = "".join(word for word, _ in words).strip()
+        spec = "".join(word for _, word in words).strip()
         return [(comments, _parse_spec(spec))] if spec else []
     if kinds.index("angle") != len(kinds) - 1:
         raise ValueError("text after an address")
-    name = "".join(
-        re.sub(r"\\(.)", r"\1", word[1:-1]) if kind == "quoted" else word for word, kind in words if kind != "angle"
-    )
-    angle = next(word for word, kind in words if kind == "angle")
-    name = " ".join(filter(None, (name.strip(), comments and f"({comments})"))) if name.strip() else comments
+    angle = next(word for kind, word in words if kind == "angle")
+    name = "".join(unquote(word) for kind, word in words if kind != "angle").strip()
+    name = f"{name} ({comments})" if name and comments else name or comments
     return [(name, _parse_spec(angle[1:-1]))]
+
+
+def unquote(word: str) -> str:
+    """Return what a quoted string says (RFC 5322 3.2.4), any other word as it is."""
+    return re.sub(r"\\(.)", r"\1", word[1:-1]) if word[:1] == '"' else word
 
 
 def _parse_spec(text: str) -> Mailbox:
@@ -2343,7 +2321,7 @@ def _compose_cost(submission: Submission) -> float:
         per_octet = 0.01 if raw.body.isascii() else 0.3
         return per_octet * len(raw.body) + 10 * len(raw.fields) + 30 * raw.body.count(b"\n--")
     cost = (0.02 if header.charset in ("UTF-8", "US-ASCII") else 0.5) * len(submission.body)
-    cost += (0.1 if submission.body else 1.5) * len(submission.html)
+    cost += (0.1 if submission.body else 0.5) * len(submission.html)
     cost += sum(25 + 0.008 * len(item.content or b"") for item in submission.attachments)
     cost += 0.6 * (len(header.subject) + sum(len(value) for _, value, _ in header.extra_fields))
     return cost + 5 * len(header.extra_fields) + 15 * len(header.to + header.cc)
@@ -2725,115 +2703,82 @@ def rfc2231_parameter(name: str, text: str, charset: str) -> str:
 
 
 def guess_media_type(name: str) -> str:
-    """Return the media type for the extension of a file's name."""
+    """Return the media type for the extension of a file's name, by tables that are the same on every system."""
     import mimetypes
 
     extension = os.path.splitext(name)[1].lower()
-    media_type, coding = mimetypes.guess_type("x" + extension)
-    if coding:
-        media_type = f"application/{coding}" if coding == "gzip" else ""
-    media_type = EXTRA_MEDIA_TYPES.get(extension) or media_type or ""
-    return (
-        "application/octet-stream"
-        if media_type.startswith(("message/", "multipart/")) or not media_type
-        else media_type
-    )
+    media_type = EXTRA_MEDIA_TYPES.get(extension) or mimetypes.types_map.get(extension, "message/")
+    return "application/octet-stream" if media_type.startswith("message/") else media_type
 
 
 _OFFICE = "application/vnd.openxmlformats-officedocument."
-EXTRA_MEDIA_TYPES = {  # that not every system's table has
+EXTRA_MEDIA_TYPES = {  # that not every version of Python has
     ".docx": _OFFICE + "wordprocessingml.document", ".xlsx": _OFFICE + "spreadsheetml.sheet",
     ".pptx": _OFFICE + "presentationml.presentation", ".ics": "text/calendar", ".md": "text/markdown",
-    ".webp": "image/webp", ".zip": "application/zip",
+    ".webp": "image/webp", ".zip": "application/zip", ".gz": "application/gzip", ".tgz": "application/gzip",
+    ".odt": "application/vnd.oasis.opendocument.text", ".ods": "application/vnd.oasis.opendocument.spreadsheet",
+    ".rtf": "application/rtf", ".7z": "application/x-7z-compressed",
 }  # fmt: skip
 
 
 def html_to_text(html: str) -> str:
-    """Return the plain text of HTML: words and lines, targets of links, descriptions of pictures."""
-    extractor = HTMLTextExtractor()
-    # Sections like <![if ...]> hold no text, and some versions of the parser fail on them. Without close(), what is
-    # unfinished at the end is left out, as browsers do.
-    extractor.feed(re.sub(r"<!\[(?:[^>-]|-(?!->))*>?", "<! >", html) + "\n")
-    return "".join(extractor.out).strip("\n") + "\n"
+    """Return the plain text of HTML: words and lines, targets of links, descriptions of pictures.
+
+    Text is collected with marks: BREAK, PARAGRAPH and CELL where a tag makes one, "\\n" for a line end that counts, and
+    no-break spaces for those that do. In the end each run of marks and blanks becomes line ends or blanks.
+    """
+    out, pre_depth, link, link_start = [PARAGRAPH], 0, "", 0
+    pieces = HTML_TOKEN.split(html.translate(dict.fromkeys(map(ord, BREAK + PARAGRAPH + CELL))))
+    for text, tag, attributes in itertools.zip_longest(pieces[::4], pieces[2::4], pieces[3::4]):
+        if text and pre_depth:
+            out.append(unescape(text).replace(" ", "\xa0"))
+        elif text:
+            out.append(re.sub(r"[ \t\r\n\f]+", " ", unescape(text)))
+        name = (tag or "").lower()
+        out.append(START_MARKS.get(name) or TAG_MARKS.get(name.lstrip("/"), ""))
+        pre_depth = max(0, pre_depth + (name == "pre") - (name == "/pre"))
+        if name == "img":
+            out.append(html_attribute(attributes, "alt"))
+        elif name == "a":
+            link, link_start = html_attribute(attributes, "href"), len(out)
+        elif name == "/a" and link:
+            shown = "".join(out[link_start:]).strip()
+            if link.startswith(("http:", "https:", "mailto:")) and link.partition("mailto:")[2] != shown != link:
+                out.append(f" <{link}>")
+            link = ""
+    return MARKS.sub(_line_ends, "".join([*out, BREAK])).strip("\n").replace("\xa0", " ") + "\n"
 
 
-class HTMLTextExtractor(HTMLParser):
-    """Parser that writes down the text of HTML."""
+BREAK, PARAGRAPH, CELL = "\x01\x02\x03"
+MARKS = re.compile(f"[ \n{BREAK}{PARAGRAPH}{CELL}]+")
+TAG_MARKS = {
+    **dict.fromkeys(("address", "dd", "div", "dl", "dt", "figcaption", "footer", "form", "header", "li", "main", "nav",
+                     "section", "tr"), BREAK),
+    **dict.fromkeys(("article", "blockquote", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "ol", "p", "pre", "table",
+                     "ul"), PARAGRAPH),
+}  # fmt: skip
+START_MARKS = {"br": "\n", "br/": "\n", "hr": f"{BREAK}-----{BREAK}", "li": f"{BREAK}* ", "td": CELL, "th": CELL}
+# Every alternative ends at the end of the text at the latest, so that none is tried twice.
+HTML_TOKEN = re.compile(
+    r"<!--(?:-?>|.*?(?:-->|\Z))|<(script|style|title|template)(?=[\s/>]).*?(?:</\1[^>]*(?:>|\Z)|\Z)"
+    r"""|<(/?[a-z][^\s/>]*)((?:[^>"']+|"[^"]*(?:"|\Z)|'[^']*(?:'|\Z))*)(?:>|\Z)|<[!?/][^>]*(?:>|\Z)""",
+    re.IGNORECASE | re.DOTALL,
+)
+HTML_ATTRIBUTE = re.compile(r"""([^\s=/>"']+)(?:\s*=\s*("[^"]*"|'[^']*'|[^\s>]*))?""")
 
-    HIDDEN = ("script", "style", "title", "template")
-    LINES = ("address", "dd", "div", "dl", "dt", "figcaption", "footer", "form", "header", "li", "main", "nav",
-             "section", "tr")  # fmt: skip
-    PARAGRAPHS = ("article", "blockquote", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "ol", "p", "pre", "table",
-                  "ul")  # fmt: skip
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.out: list = []
-        self.gap = 2  # line ends after the last word
-        self.space = ""  # to be written before the next word
-        self.hidden, self.pre_depth = "", 0  # the tag that hides; depth of <pre>
-        self.link, self.link_start = "", 0  # target of the open link, and the length of `out` at its start
+def html_attribute(attributes: str, name: str) -> str:
+    """Return the value of an attribute on one line, "" if there is none."""
+    values = (value for key, value in HTML_ATTRIBUTE.findall(attributes) if key.lower() == name)
+    return " ".join(unescape(next(values, "").strip("\"'")).split())
 
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        if self.hidden:
-            return
-        if tag in self.HIDDEN:
-            self.hidden = tag
-        self._break(tag)
-        values = dict(attrs)
-        if tag == "br":
-            self._line(self.gap + 1)
-        elif tag == "li":
-            self.handle_data("* ")
-        elif tag == "hr":
-            self._line(1)
-            self.handle_data("-----")
-            self._line(1)
-        elif tag in ("td", "th") and not self.gap:
-            self.space = "  "
-        elif tag == "img":
-            self.handle_data(values.get("alt") or "")
-        elif tag == "a":
-            self.link, self.link_start = values.get("href") or "", len(self.out)
-        self.pre_depth += tag == "pre"
 
-    def handle_endtag(self, tag: str) -> None:
-        if self.hidden:
-            self.hidden = "" if tag == self.hidden else self.hidden
-            return
-        self._break(tag)
-        self.pre_depth -= tag == "pre" and self.pre_depth > 0
-        if tag == "a":
-            link, self.link = self.link, ""
-            text = "".join(self.out[self.link_start :]).strip() if link else ""
-            if link.startswith(("http:", "https:", "mailto:")) and link.partition("mailto:")[2] != text != link:
-                self.handle_data(f" <{link}>")
-
-    def handle_data(self, data: str) -> None:
-        """Add text, with white space collapsed as browsers do."""
-        if self.hidden:
-            return
-        if self.pre_depth:
-            self.out.append(data)
-            self.gap = int(data.endswith("\n")) if data else self.gap
-            return
-        words = re.sub(r"[ \t\r\n\f]+", " ", data).strip(" ").replace("\xa0", " ")
-        if data[:1].isspace():
-            self.space = self.space or " "
-        if words:
-            self.out.append((self.space if not self.gap else "") + words)
-            self.gap, self.space = 0, " " if data[-1:].isspace() else ""
-
-    def _break(self, tag: str) -> None:
-        if tag in self.LINES or tag in self.PARAGRAPHS:
-            self._line(2 if tag in self.PARAGRAPHS else 1)
-
-    def _line(self, ends: int) -> None:
-        """Make at least this many line ends follow the last word."""
-        if self.gap < ends:
-            self.out.append("\n" * (ends - self.gap))
-            self.gap = ends
-        self.space = ""
+def _line_ends(found: re.Match) -> str:
+    """Return the line ends that a run of marks stands for, or its blanks."""
+    ends = 0
+    for mark in found[0]:
+        ends = ends + 1 if mark == "\n" else max(ends, " \1\2".find(mark))
+    return "\n" * ends or ("  " if CELL in found[0] else " ")
 
 
 @functools.lru_cache(maxsize=4)
@@ -3135,20 +3080,7 @@ def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
 
 
 def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
-    """Return (Route, reason) for mail to `domain`; the look-up costs as much as the domain has labels, once."""
-    cache, key = settings.route_cache, (domain, sender_domain)
-    found = cache.get(key)
-    if not found:
-        if len(cache) >= ROUTE_CACHE_SIZE:
-            cache.clear()
-        found = cache[key] = _find_route(domain, sender_domain, settings)
-    return found
-
-
-ROUTE_CACHE_SIZE = 4096  # pairs of domains
-
-
-def _find_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
+    """Return (Route, reason) for mail to `domain`; the look-up costs as much as the domain has labels."""
     tables = (("mailertable", settings.mailertable, domain), ("sendermt", settings.sendermt, sender_domain))
     for name, table, key in tables:
         for row in lookup_keys(key.lower()) if table else ():

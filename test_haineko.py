@@ -2871,7 +2871,7 @@ class Submissions(unittest.TestCase):
         for what, form, parse, make in (
             ("a text", document(body="a mail of lines\n" * 4000), False, False),
             ("a text in Japanese", document(body="猫" * 9000), False, False),
-            ("HTML alone", document(body=None, html="<b>x</b>" * 1000), False, True),
+            ("HTML alone", document(body=None, html="<b>x</b>" * 2000), False, True),
             ("a long subject", document(header={"subject": "猫" * 20000}), False, True),
             ("many addresses", document(header={"to": ["猫 <a@b.jp>"] * 1500}), True, True),
             ("many fields", document(header={"x-a": ["é@" * 40] * 999}), True, True),
@@ -4683,15 +4683,6 @@ class DerivedText(unittest.TestCase):
 
 
 class Routes(unittest.TestCase):
-    def test_what_was_chosen_is_remembered_and_not_without_end(self):
-        force = settings(mailertable={"a.example": {"host": "a"}, "default": {"host": "b"}})
-        for i in range(haineko.ROUTE_CACHE_SIZE + 9):
-            for domain, host in ((f"{i}.example", "b"), ("a.example", "a")):
-                self.assertEqual(haineko.resolve_route(domain, "example.org", force)[0].host, host)
-        self.assertLessEqual(len(force.route_cache), haineko.ROUTE_CACHE_SIZE)
-        other = replace(force, mailertable={"default": haineko.Route(host="c")})
-        self.assertEqual(haineko.resolve_route("a.example", "example.org", other)[0].host, "c")
-
     def route(self, recipient: str, sender: str, **tables) -> tuple:
         """(host, why) of the route chosen by tables of {key: host}."""
         tables = {name: {key: {"host": host} for key, host in table.items()} for name, table in tables.items()}
