@@ -1494,7 +1494,8 @@ MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x
 MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
 CONTENT_ID = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}"
 NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # RFC 2045 2.7
-TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
+LONG_LINE = re.compile(rb"^[^\r\n]{999,}", re.MULTILINE)  # RFC 5322 2.1.1
+LINE_PIECE = re.compile(rb".{1,998}(?=[ \t]|\Z)|.+")
 RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*(?:\n|\Z)")
 PARAMETER_FIELDS = ("content-type", "content-disposition")
 MAILBOX_FIELDS = ("from", "sender", "to", "cc", "bcc", "reply-to", "resent-from", "resent-sender", "resent-to",
@@ -1505,7 +1506,6 @@ STRUCTURED_FIELDS = re.compile(
     r"|content-transfer-encoding|dkim-signature|domainkey-signature|arc-.*|authentication-results|auto-submitted"
     r"|list-(?:archive|help|owner|post|subscribe|unsubscribe|unsubscribe-post)"
 )
-DELIMITER = re.compile(rb"\n--([^\r\n]*)")
 HIGH_OCTETS = bytes(range(128, 256))
 BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
 CID_LINK = re.compile("[\"'(=]\\s*cid:([^\"'<>()\\s]{1,600})", re.IGNORECASE)  # RFC 2392
@@ -1697,7 +1697,7 @@ def _mailbox(tokens: list) -> list:
 
 def unquote(word: str) -> str:
     """Return what a quoted string says (RFC 5322 3.2.4), any other word as it is."""
-    return re.sub(r"\\(.)", r"\1", word[1:-1]) if word[:1] == '"' else word
+    return re.sub(r'\\(.)|"', r"\1", word) if word[:1] == '"' else word
 
 
 def _parse_spec(text: str) -> Mailbox:
@@ -2011,12 +2011,14 @@ def parse_message(octets: bytes) -> ParsedMessage:
     """Parse a message with any line ends; ValueError says which field is wrong, or which limit is exceeded."""
     found = re.match(rb">?From (?![ \t]*:)[^\n]*\n", octets)  # of an mbox
     octets = octets[found.end() :] if found else octets
-    parts = mime_parts(octets)
-    check_limits(parts)
+    parts: list = []
+    for part in mime_parts(octets, max_fields=MAX_FIELDS):
+        parts.append(part)
+        check_limits(part, len(parts))
     if any(part.encoding == "binary" for part in parts):  # no SMTP path carries it, and its CR and LF are no line ends
         octets = rewrite_parts(octets, parts, _encode_binary)
     octets = octets.replace(b"\r\n", b"\n")
-    header, body = read_header(octets, 0)
+    header, body = read_header(octets, 0, len(octets))
     return ParsedMessage(list(map(_clean_field, header)), octets[body:].replace(b"\r", b"\n"))
 
 
@@ -2028,7 +2030,7 @@ def _clean_field(item: tuple) -> tuple:
     if b"\r" in octets or b"\0" in octets:
         raise ValueError(f"{shown}: has a CR or NUL")
     octets = fold_long_lines(label.rstrip() + b":" + value + (b"" if value.endswith(b"\n") else b"\n"))
-    if TOO_LONG.search(octets):
+    if LONG_LINE.search(octets):
         raise ValueError(f"{shown}: has a line longer than 998 octets")
     if not octets.isascii() and STRUCTURED_FIELDS.fullmatch(name):
         text = octets.decode("latin-1")
@@ -2038,20 +2040,8 @@ def _clean_field(item: tuple) -> tuple:
 
 
 def fold_long_lines(octets: bytes) -> bytes:
-    """Fold a field's lines of more than 998 octets at blanks; those without a blank stay."""
-    if not TOO_LONG.search(octets):
-        return octets
-    lines, end = [], b"\r" if octets.endswith(b"\r\n") else b""
-    for line in octets.split(b"\n"):
-        start = 0
-        while len(line) - start > 998:
-            at = max(line.rfind(b" ", start + 1, start + 998), line.rfind(b"\t", start + 1, start + 998))
-            if at < 0:
-                break
-            lines.append(line[start:at] + end)
-            start = at
-        lines.append(line[start:])
-    return b"\n".join(lines)
+    """Fold a field's lines of more than 998 octets at blanks; what follows a word longer than that stays."""
+    return LONG_LINE.sub(lambda line: b"\r\n".join(LINE_PIECE.findall(line[0])), octets)
 
 
 def is_utf8(octets: bytes) -> bool:
@@ -2070,8 +2060,6 @@ class MIMEPart:
     body: int
     end: int
     depth: int
-    media_type: str = ""
-    boundary: bytes = b""
     is_leaf: bool = True
 
     def value(self, name: str) -> str:
@@ -2082,7 +2070,11 @@ class MIMEPart:
     def parameter(self, name: str) -> str:
         """Return a parameter of Content-Type."""
         found = re.search(rf';\s*{name}\s*=\s*("(?:[^"\\]|\\.)*"|[^\s;"]+)', self.value("content-type"), re.IGNORECASE)
-        return re.sub(r"\\(.)", r"\1", found[1].strip('"')) if found else ""
+        return unquote(found[1]) if found else ""
+
+    @property
+    def media_type(self) -> str:
+        return self.value("content-type").partition(";")[0].strip().lower()
 
     @property
     def is_text(self) -> bool:
@@ -2093,96 +2085,68 @@ class MIMEPart:
         return self.value("content-transfer-encoding").partition("(")[0].strip().lower()
 
 
-def mime_parts(octets: bytes) -> list:
-    """Return the parts of a message (RFC 2046 5.1), each before those within it. It ends soon after a limit."""
-    parts: list = []
-    open_depths: dict = {}  # boundary of each open multipart, from the outermost: depth
-    current = _open_part(octets, 0, 0, parts, open_depths)  # the part that the next delimiter ends
-    for found in DELIMITER.finditer(octets) if open_depths else ():
-        line = found[1].rstrip()
-        is_close = line not in open_depths and line.endswith(b"--")
-        boundary = line[:-2] if is_close else line
-        if boundary not in open_depths or found.start() < parts[-1].body - 1:
-            continue
-        if current and (current.is_leaf or boundary != current.boundary):
-            current.end = max(current.body, found.start() - (octets[found.start() - 1 : found.start()] == b"\r"))
-            current.is_leaf = True  # a multipart without parts is one
-        depth, current = open_depths[boundary], None
-        while list(open_depths)[-1] != boundary:
-            open_depths.popitem()
-        if is_close:
-            open_depths.popitem()
-        elif len(parts) > MAX_PARTS:
-            break
-        else:
-            start = octets.find(b"\n", found.end()) + 1 or len(octets)
-            current = _open_part(octets, start, depth + 1, parts, open_depths)
-    if current:
-        current.is_leaf = True
-    return parts
+def mime_parts(octets: bytes, start: int = 0, end: int = -1, depth: int = 0, max_fields: int = sys.maxsize) -> Any:
+    """Yield the parts of a message (RFC 2046 5.1), each before those within it; a header ends after `max_fields`."""
+    end = len(octets) if end < 0 else end
+    header, body = read_header(octets, start, end, max_fields)
+    part, inner = MIMEPart(header, start, body, end, depth), []
+    if part.media_type == "message/rfc822" and part.encoding not in ("base64", "quoted-printable"):
+        inner = [(body, end)]
+    elif part.media_type.startswith("multipart/") and part.parameter("boundary"):
+        inner = _split_multipart(octets, part, part.parameter("boundary").encode("ascii", "replace"))
+    part.is_leaf = not inner
+    yield part
+    for start, end in inner:
+        yield from mime_parts(octets, start, end, depth + 1, max_fields)
 
 
-def _open_part(octets: bytes, start: int, depth: int, parts: list, open_depths: dict) -> MIMEPart:
-    """Read a part's header and those of messages directly within it; return the innermost part."""
-    while True:
-        header, body = read_header(octets, start)
-        part = MIMEPart(header, start, body, len(octets), depth)
-        parts.append(part)
-        part.media_type = part.value("content-type").partition(";")[0].strip().lower()
-        if depth > MAX_NESTING or len(parts) > MAX_PARTS:
-            return part
-        if part.media_type.startswith("multipart/") and part.parameter("boundary"):
-            part.is_leaf, part.boundary = False, part.parameter("boundary").encode("ascii", "replace")
-            open_depths[part.boundary] = depth
-        elif part.media_type == "message/rfc822" and part.encoding not in ("base64", "quoted-printable"):
-            part.is_leaf, start, depth = False, body, depth + 1
-            continue
-        return part
+def _split_multipart(octets: bytes, part: MIMEPart, boundary: bytes) -> list:
+    """Return [(start, end), ...] of the parts of a multipart; one without parts is a leaf."""
+    spans, start = [], 0
+    delimiter = re.compile(rb"\n--" + re.escape(boundary) + rb"(--)?[ \t]*\r?(?=\n|\Z)")
+    for found in delimiter.finditer(octets, part.body - 1, part.end):
+        end = found.start() - octets.endswith(b"\r", start, found.start())
+        spans += [(start, max(start, end))] if start else []
+        start = min(found.end() + 1, part.end)
+        if found[1]:
+            return spans
+    return [*spans, (start, part.end)] if start else []
 
 
-def read_header(octets: bytes, start: int) -> tuple:
-    """Return ([(name in lower case, octets of the field), ...], start of the body). It ends soon after a limit."""
+def read_header(octets: bytes, start: int, end: int, max_fields: int = sys.maxsize) -> tuple:
+    """Return ([(name in lower case, octets of the field), ...], start of the body)."""
     header, at = [], start
-    while len(header) <= MAX_FIELDS and at - start <= MAX_HEADER:
-        found = RAW_FIELD.match(octets, at)
-        if not found:
-            break
+    while len(header) <= max_fields and (found := RAW_FIELD.match(octets, at, end)):
         header.append((found[1].decode().lower(), found[0]))
         at = found.end()
-    return header, at + (2 if octets.startswith(b"\r\n", at) else octets.startswith(b"\n", at))
+    return header, at + (2 if octets.startswith(b"\r\n", at, end) else octets.startswith(b"\n", at, end))
 
 
-def check_limits(parts: list) -> None:
-    """Raise ValueError if a message exceeds a limit."""
-    parameters = [octets.count(b";") for part in parts for name, octets in part.header if name in PARAMETER_FIELDS]
-    for what, counts, limit in (
-        ("parts", [len(parts)], MAX_PARTS),
-        ("levels of parts", [part.depth for part in parts], MAX_NESTING),
-        ("fields in a header", [len(part.header) for part in parts], MAX_FIELDS),
-        ("octets of a header", [part.body - part.start for part in parts], MAX_HEADER),
-        ("parameters of a field", [0, *parameters], MAX_PARAMETERS),
+def check_limits(part: MIMEPart, number: int) -> None:
+    """Raise ValueError if the message exceeds a limit with this part."""
+    parameters = [octets.count(b";") for name, octets in part.header if name in PARAMETER_FIELDS]
+    for what, count, limit in (
+        ("parts", number, MAX_PARTS),
+        ("levels of parts", part.depth, MAX_NESTING),
+        ("fields in a header", len(part.header), MAX_FIELDS),
+        ("octets of a header", part.body - part.start, MAX_HEADER),
+        ("parameters of a field", max(parameters, default=0), MAX_PARAMETERS),
     ):
-        if max(counts) > limit:
-            raise ValueError(f"{max(counts)} {what} exceed the limit of {limit}")
+        if count > limit:
+            raise ValueError(f"{count} {what} exceed the limit of {limit}")
 
 
 def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool = True) -> bytes:
     """Return the message with the (fields, body) that rewrite(part, body) gives for each part."""
+    dropped = b"" if keep_8bit else HIGH_OCTETS  # from delimiters, and from text between parts that nobody reads
     out, at = [], 0
     for part in parts:
-        between, body = octets[at : part.start], octets[part.body : part.end] if part.is_leaf else b""
-        header, new_body = rewrite(part, body)
-        # Between parts stand delimiters, and text that nobody reads.
-        out.append(between if keep_8bit else between.translate(None, HIGH_OCTETS))
-        if header == part.header:
-            out.append(octets[part.start : part.body])
-        else:
-            length = sum(len(octets) for _, octets in part.header)
-            out += [octets for _, octets in header]
-            out.append(octets[part.start + length : part.body])
-        out.append(new_body)
+        header, body = rewrite(part, octets[part.body : part.end] if part.is_leaf else b"")
+        blank_line = octets[part.start + sum(len(octets) for _, octets in part.header) : part.body]
+        between = octets[at : part.start].translate(None, dropped)
+        out += [between, *(octets for _, octets in header), blank_line, body]
         at = part.end if part.is_leaf else part.body
-    return b"".join([*out, octets[at:] if keep_8bit else octets[at:].translate(None, HIGH_OCTETS)])
+    return b"".join([*out, octets[at:].translate(None, dropped)])
 
 
 def _encode_binary(part: MIMEPart, body: bytes) -> tuple:
@@ -2871,7 +2835,7 @@ def encode_body(text: str, charset: str) -> tuple:
     octets = charset_encoder(charset)(text)
     if not NEEDS_ENCODING.search(octets):
         return "7bit", octets
-    if charset == "ISO-2022-JP" and not octets.translate(None, JIS_OCTETS) and not TOO_LONG.search(octets):
+    if charset == "ISO-2022-JP" and not octets.translate(None, JIS_OCTETS) and not LONG_LINE.search(octets):
         return "7bit", octets
     if charset != "UTF-8" or len(octets) < 2 * len(text):  # else most characters are other than ASCII
         quoted = len(octets) + 2 * len(octets.translate(None, QUOTED_AS_IS))
@@ -2960,7 +2924,7 @@ def complete_raw_message(
     octets = b"".join([*head, b"\n", raw.body, b"" if raw.body.endswith(b"\n") else b"\n"])
     octets = octets.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
     if not octets.isascii() or UNSENDABLE.search(octets):
-        octets = convert_parts(octets, keep_8bit=True, keep_utf8=True)
+        octets = downgrade_8bit(octets, keep_8bit=True, keep_utf8=True)
         if UNSENDABLE.search(octets):
             raise Rejected(make_reply("line-length"))
     return Message((octets,), not octets.isascii(), bool(non_ascii_fields(octets)))
@@ -2978,19 +2942,14 @@ def mime_label(body: bytes) -> bytes:
 
 def non_ascii_fields(octets: bytes) -> list:
     """Return the names of the header fields, those of parts included, that need SMTPUTF8 (RFC 6532 3)."""
-    parts = [] if octets.isascii() else mime_parts(octets)
+    parts = () if octets.isascii() else mime_parts(octets)
     return list(dict.fromkeys(name for part in parts for name, line in part.header if not line.isascii()))
 
 
-def downgrade_8bit(octets: bytes, keep_8bit: bool = False) -> bytes:
-    """Return the message for a server without SMTPUTF8, and without 8BITMIME unless `keep_8bit` (RFC 6152 3). What has
-    no form in ASCII, such as an address, stays: see non_ascii_fields()."""
-    return convert_parts(octets, keep_8bit=keep_8bit, keep_utf8=False)
-
-
-def convert_parts(octets: bytes, keep_8bit: bool, keep_utf8: bool) -> bytes:
-    """Return a message, each of whose parts is encoded where the path can't carry it as it is."""
-    parts = mime_parts(octets)
+def downgrade_8bit(octets: bytes, keep_8bit: bool = False, keep_utf8: bool = False) -> bytes:
+    """Return the message with each part encoded where a path without 8BITMIME (RFC 6152 3) and SMTPUTF8 can't carry it;
+    `keep_8bit` and `keep_utf8`: the path has them. What has no form in ASCII, such as an address, stays."""
+    parts = list(mime_parts(octets))
     convert = functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8)
     octets = rewrite_parts(octets, parts, convert, keep_8bit)
     return octets if octets.endswith(b"\r\n") else octets + b"\r\n"
@@ -3055,8 +3014,7 @@ def encode_comments(text: str) -> str:
 def _encode_parameter(found: re.Match) -> str:
     if found[0].isascii():
         return found[0]
-    value = re.sub(r"\\(.)", r"\1", found[2].strip('"')) if found[2].startswith('"') else found[2].strip()
-    return rfc2231_parameter(found[1].rstrip("*"), value, "UTF-8")
+    return rfc2231_parameter(found[1].rstrip("*"), unquote(found[2].strip()), "UTF-8")
 
 
 def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
