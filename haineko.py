@@ -1492,7 +1492,7 @@ CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
 MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
 MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
-CONTENT_ID = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}"
+CONTENT_ID = re.compile(r"(<)?[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}(?(1)>)")
 NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # RFC 2045 2.7
 LONG_LINE = re.compile(rb"^[^\r\n]{999,}", re.MULTILINE)  # RFC 5322 2.1.1
 LINE_PIECE = re.compile(rb".{1,998}(?=[ \t]|\Z)|.+")
@@ -1602,19 +1602,6 @@ def parse_header_text(value: Any, json_path: str, errors: list) -> str:
     if not value.isprintable() and ("\r" in value or "\n" in value or "\0" in value):
         errors.append(f"{json_path}: has a CR, LF or NUL")
     return value
-
-
-def header_matching(pattern: str, expected: str) -> Callable:
-    """Make a parser of header text that is empty or matches the whole pattern."""
-    compiled = re.compile(pattern)
-
-    def parse(value: Any, json_path: str, errors: list) -> str:
-        value = parse_header_text(value, json_path, errors)
-        if value and not compiled.fullmatch(value):
-            errors.append(f'{json_path}: expected {expected}, got "{sanitize(value, 80)}"')
-        return value
-
-    return parse
 
 
 def parse_mailbox_field(value: Any, json_path: str, errors: list) -> tuple:
@@ -1754,45 +1741,41 @@ IANA_NAMES.update({f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 85
 IANA_NAMES.update({f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))})
 CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
 
-parse_message_id = header_matching(MESSAGE_ID, '"<left@right>"')  # RFC 5322 3.6.4
-parse_ascii_text = header_matching(PLAIN.pattern, "printable ASCII in words of at most 900 characters")
+parse_message_id = matching(re.compile(MESSAGE_ID), '"<left@right>"', optional=True)  # RFC 5322 3.6.4
+parse_ascii_text = matching(PLAIN, "printable ASCII in words of at most 900 characters", optional=True)
 
 
 def parse_message_ids(value: Any, json_path: str, errors: list) -> str:
     """Return message ids, from a list or from a string with white space between them."""
     return " ".join(
-        parse_message_id(item, json_path, errors)
+        parse_message_id(item, json_path, errors) or ""
         for text in list_of(parse_header_text)(value, json_path, errors)
         for item in text.split()
         if len(errors) < MAX_ERRORS
     )
 
 
-def parse_date(value: Any, json_path: str, errors: list) -> str:
-    """Return a date of RFC 5322 3.3."""
-    value = parse_header_text(value, json_path, errors)
-    try:
-        valid = not value or (DATE.fullmatch(value) and parsedate_to_datetime(value))
-    except (ValueError, TypeError):  # the 31st of February
-        valid = False
-    if not valid:
-        errors.append(f'{json_path}: expected a date like "{formatdate(0)}", got "{sanitize(value, 80)}"')
-    return value
+def one_of_words(*words: str) -> Callable:
+    return matching(
+        re.compile("|".join(words), re.IGNORECASE), f"{', '.join(words[:-1])} or {words[-1]}", optional=True
+    )
 
 
-# Fields that a client may set beside those of Header and X-...; the parser decides how a value is written:
-# parse_header_text: may be encoded (RFC 2047); parse_mailbox_field: a list of mailboxes; all others: as it is.
+def is_date(text: str) -> bool:
+    """Return whether a text is a date of RFC 5322 3.3; ValueError for the 31st of February."""
+    return bool(DATE.fullmatch(text) and parsedate_to_datetime(text))
+
+
+# Fields that a client may set beside those of Header and X-...
 EXTRA_FIELDS = {
     "Message-Id": parse_message_id,
     "In-Reply-To": parse_message_ids,
     "References": parse_message_ids,
-    "Date": parse_date,
+    "Date": matching(is_date, f'a date like "{formatdate(0)}"', optional=True),
     "Disposition-Notification-To": parse_mailbox_field,  # RFC 8098
-    "Importance": header_matching("(?i:high|normal|low)", "high, normal or low"),  # RFC 4021 2.1.44
-    "Priority": header_matching("(?i:urgent|normal|non-urgent)", "urgent, normal or non-urgent"),
-    "Sensitivity": header_matching(
-        "(?i:personal|private|company-confidential)", "personal, private or company-confidential"
-    ),
+    "Importance": one_of_words("high", "normal", "low"),  # RFC 4021 2.1.44
+    "Priority": one_of_words("urgent", "normal", "non-urgent"),
+    "Sensitivity": one_of_words("personal", "private", "company-confidential"),
     **dict.fromkeys(("List-Id", "Organization", "Comments", "Keywords"), parse_header_text),
     **dict.fromkeys(("Auto-Submitted", "Precedence", "Feedback-Id"), parse_ascii_text),  # RFC 3834
     **dict.fromkeys(("List-Archive", "List-Help", "List-Owner", "List-Post"), parse_ascii_text),  # RFC 2369
@@ -1843,7 +1826,7 @@ class Header:
     to: tuple = config_field((), parse_recipient_list, "To; with it all recipients get the same message")
     cc: tuple = config_field((), parse_recipient_list, "Cc; the same")
     bcc: tuple = config_field((), parse_recipient_list, "more recipients, in no header")
-    extra_fields: tuple = ()  # ((name, value, parser), ...)
+    extra_fields: tuple = ()  # ((name, value), ...)
 
     @property
     def shared(self) -> bool:
@@ -1871,34 +1854,32 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
             values.update({} if item is None else {attribute: parse(item, item_path, errors)})
         else:
             extra += extra_field(key, item, item_path, errors)
-    size = sum(len(item) for _, item, _ in extra)
+    size = sum(len(item) for _, item in extra)
     if len(extra) > MAX_FIELDS or size > MAX_HEADER:
         errors.append(f"{json_path}: more than {MAX_FIELDS} fields or {MAX_HEADER} characters")
     return Header(**values, extra_fields=tuple(extra))
 
 
 def extra_field(key: str, value: Any, json_path: str, errors: list) -> list:
-    """Return [(name, value, parser), ...] of a key that is not one of Header's own."""
+    """Return [(name, value), ...] of a key that is not one of Header's own."""
     name = FIELD_BY_KEY.get(normalize_key(key))
-    parse, is_x = EXTRA_FIELDS.get(name), X_FIELD.fullmatch(key)
+    is_x = X_FIELD.fullmatch(key)
     if (name or is_x) and value is None:
         return []
     if name:
-        items = (parse(value, json_path, errors),)
+        items = (EXTRA_FIELDS[name](value, json_path, errors),)
     elif is_x:
-        parse, name = parse_header_text, "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
-        items = list_of(parse)(value[: MAX_FIELDS + 1] if type(value) is list else value, json_path, errors)
+        name = "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
+        items = list_of(parse_header_text)(value[: MAX_FIELDS + 1] if type(value) is list else value, json_path, errors)
     elif RESERVED_FIELDS.fullmatch(normalize_key(key)):
         errors.append(f"{json_path}: Haineko makes this field itself")
         return []
     else:
-        names, outside = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)], TOP_KEYS.get(normalize_key(key))
-        hint = f"; did you mean {outside}, outside of header?" if outside else ""
-        errors.append(
-            f"{json_path}: unknown key{hint or (did_you_mean(key, names) if len(errors) < MAX_HINTS else '')}"
-        )
+        names, outside = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)], TOP_KEYS.get(normalize_key(key), "")
+        hint = did_you_mean(key, names) if len(errors) < MAX_HINTS and not outside else ""
+        errors.append(f"{json_path}: unknown key{outside and f'; did you mean {outside}, outside of header?'}{hint}")
         return []
-    return [(name, item, parse) for item in items if item]
+    return [(name, item) for item in items if item]
 
 
 def parse_base64(value: Any, json_path: str, errors: list) -> bytes:
@@ -1906,11 +1887,9 @@ def parse_base64(value: Any, json_path: str, errors: list) -> bytes:
     if type(value) is not str:
         errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
         return b""
-    for text in (value, "".join(value.split())) if "\n" in value or " " in value else (value,):
-        try:
-            octets = binascii.a2b_base64(text)
-        except ValueError:
-            continue
+    text = "".join(value.split())
+    with contextlib.suppress(ValueError):
+        octets = binascii.a2b_base64(text)
         # a2b_base64() skips characters that are not of its alphabet: the length tells whether there were any.
         if len(octets) == len(text) // 4 * 3 - text[-2:].count("=") and len(text) % 4 == 0:
             return octets
@@ -1944,11 +1923,8 @@ def parse_media_type(value: Any, json_path: str, errors: list) -> str:
     return name + "".join(f";\r\n {key}={word}" for key, word in parameters if key.lower().rstrip("*") != "name")
 
 
-def parse_content_id(value: Any, json_path: str, errors: list) -> str:
-    """Return the name that a link "cid:..." in the HTML uses (RFC 2392), without brackets."""
-    if type(value) is str and value.startswith("<") and value.endswith(">"):
-        value = value[1:-1]
-    return header_matching(CONTENT_ID, "letters, digits and @._+-")(value, json_path, errors)
+# The name that a link "cid:..." in the HTML uses (RFC 2392), without brackets.
+parse_content_id = matching(CONTENT_ID, "letters, digits and @._+-", optional=True, convert=lambda cid: cid.strip("<>"))
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -2165,9 +2141,11 @@ def set_encoding(header: list, encoding: str) -> list:
     return [item for item in header if item[0] != name] + new
 
 
-def base64_lines(octets: Any) -> bytes:
+def base64_lines(octets: bytes) -> bytes:
     """Return base64 in lines of 76 characters and CRLF (RFC 2045 6.8)."""
-    return b"\r\n".join(BASE64_LINE.findall(binascii.b2a_base64(octets, newline=False))) + b"\r\n"
+    blocks = (octets[at : at + 57 * 4096] for at in range(0, len(octets), 57 * 4096))  # 57 octets make a line
+    coded = (binascii.b2a_base64(block, newline=False) for block in blocks)
+    return b"".join(b"\r\n".join(BASE64_LINE.findall(block)) + b"\r\n" for block in coded)
 
 
 def header_recipients(header: list) -> list:
@@ -2287,14 +2265,14 @@ def _compose_cost(submission: Submission) -> float:
     cost = (0.02 if header.charset in ("UTF-8", "US-ASCII") else 0.5) * len(submission.body)
     cost += (0.1 if submission.body else 0.5) * len(submission.html)
     cost += sum(25 + 0.008 * len(item.content or b"") for item in submission.attachments)
-    cost += 0.6 * (len(header.subject) + sum(len(value) for _, value, _ in header.extra_fields))
+    cost += 0.6 * (len(header.subject) + sum(len(value) for _, value in header.extra_fields))
     return cost + 5 * len(header.extra_fields) + 15 * len(header.to + header.cc)
 
 
 def provider_header_names(submission: Submission) -> tuple:
     """Return the names of the fields that cloud relays take for commands."""
     raw = submission.raw.fields if submission.raw else ()
-    names = [*(name for name, _, _ in submission.header.extra_fields), *(name for name, _ in raw)]
+    names = [*(name for name, _ in submission.header.extra_fields), *(name for name, _ in raw)]
     return tuple(dict.fromkeys(name for name in names if PROVIDER_HEADER.fullmatch(name)))
 
 
@@ -2337,18 +2315,21 @@ def jis_to_text(text: str) -> str:
     """Decode ISO-2022-JP (RFC 1468, and the rows and kana that CP50220 adds) that a string holds."""
     if "\x1b" not in text or not text.isascii():
         return text
-    head, *segments = re.split(r"\x1b(\$[@B]|\([BJI])", text)
-    parts = [head]
-    for escape, segment in zip(segments[::2], segments[1::2]):
-        if escape[0] == "$":
-            parts.append(jis_bytes_to_text(segment.encode()))
-        elif escape == "(I":
-            parts.append("".join(chr(ord(c) + 0xFF40) if "!" <= c <= "_" else c for c in segment))
-        else:  # JIS X 0201, "(J", has two characters that ASCII has not (RFC 1468)
-            parts.append(segment.replace("\\", "¥").replace("~", "‾") if escape == "(J" else segment)
-    if re.search(r"\x1b[$(]", "".join(parts)):
+    text = JIS_SEGMENT.sub(_decode_segment, text)
+    if re.search(r"\x1b[$(]", text):
         raise ValueError("has an escape sequence that is not ISO-2022-JP's")
-    return "".join(parts)
+    return text
+
+
+JIS_SEGMENT = re.compile(r"\x1b(\$[@B]|\([BJI])([^\x1b]*)")
+JIS_TABLES = {  # JIS X 0201 has kana, and two characters that ASCII has not (RFC 1468)
+    "(B": {}, "(J": str.maketrans("\\~", "¥‾"), "(I": {code: code + 0xFF40 for code in range(0x21, 0x60)},
+}  # fmt: skip
+
+
+def _decode_segment(found: re.Match) -> str:
+    escape, segment = found.groups()
+    return jis_bytes_to_text(segment.encode()) if escape[0] == "$" else segment.translate(JIS_TABLES[escape])
 
 
 def jis_bytes_to_text(octets: bytes) -> str:
@@ -2513,7 +2494,6 @@ def check_message_size(octets: int, settings: Settings) -> Reply | None:
 #    limits on lines; the recipients of a copy, the clock and the queue id are arguments.
 # ======================================================================================================================
 
-BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
 PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
 RFC2231_SEGMENT = 60  # characters of a parameter in one line
 SOUND_MARKS = ("ﾞ", "ﾟ")
@@ -2553,11 +2533,13 @@ def _compose(submission: Submission, charset: str, queueid: str, client: Any, ho
     top = [received_field(submission.ehlo, client, hostname, queueid, date), address_field("From", author, charset)]
     if len(author) > 1 or author[0][1].key != sender.key:
         top.append(f"Sender: {sender.addr_spec}")
-    extra = extra_field_lines(header.extra_fields, charset) if header.extra_fields else {}
+    extra: dict = {}
+    for name, value in header.extra_fields:
+        extra.setdefault(name, []).append(header_field(name, value, charset))
     middle = [address_field("Reply-To", header.replyto, charset)] if header.replyto else []
     middle += [text_field("Subject", header.subject, charset), *extra.pop("Date", (f"Date: {date}",))]
     identity = extra.pop("Message-Id", ())
-    end = [line for lines in extra.values() for line in lines] if extra else []
+    end = [line for lines in extra.values() for line in lines]
     end += loop_field(header.loop, hostname), "MIME-Version: 1.0", ""
     if header.shared:
         shown = [address_field(name, item, charset) for name, item in (("To", header.to), ("Cc", header.cc)) if item]
@@ -2568,17 +2550,7 @@ def _compose(submission: Submission, charset: str, queueid: str, client: Any, ho
         heads = [[*top, "To: "], ["", *middle, f"Message-Id: <{queueid}."], [f"@{hostname}>", *end]]
     *parts, last = ["\r\n".join(lines).encode() for lines in heads]
     utf8 = not (last.isascii() and all(map(bytes.isascii, parts)))  # only an address can be other than ASCII
-    return Message((*parts, join_pieces(last, content)), utf8, utf8)
-
-
-def join_pieces(first: bytes, pieces: Any) -> bytes:
-    """Join octets; the pieces of a generator are never all in memory beside the whole."""
-    if type(pieces) is list:
-        return b"".join((first, *pieces))
-    stream = io.BytesIO(first)
-    stream.seek(0, io.SEEK_END)
-    stream.writelines(pieces)
-    return stream.getvalue()
+    return Message((*parts, b"".join([last, *content])), utf8, utf8)
 
 
 @functools.lru_cache(maxsize=64)
@@ -2586,18 +2558,13 @@ def loop_field(names: tuple, hostname: str) -> str:
     return fold("X-Haineko-Loop:", [name + "," for name in names] + [hostname])
 
 
-def extra_field_lines(extra_fields: tuple, charset: str) -> dict:
-    """Return {name: [line, ...]} of the fields in EXTRA_FIELDS and X-..."""
-    lines: dict = {}
-    for name, value, parse in extra_fields:
-        if parse is parse_mailbox_field:
-            line = address_field(name, value, charset)
-        elif parse is parse_header_text:
-            line = text_field(name, value, charset)
-        else:
-            line = fold(f"{name}:", value.split(" "))
-        lines.setdefault(name, []).append(line)
-    return lines
+def header_field(name: str, value: Any, charset: str) -> str:
+    """Return a field of mailboxes or text, encoded as its grammar allows."""
+    if type(value) is tuple:
+        return address_field(name, value, charset)
+    if STRUCTURED_FIELDS.fullmatch(name.lower()):
+        return fold(f"{name}:", value.split(" "))
+    return text_field(name, value, charset)
 
 
 def text_part(subtype: str, text: str, charset: str) -> list:
@@ -2607,8 +2574,8 @@ def text_part(subtype: str, text: str, charset: str) -> list:
     return [head.encode(), body]
 
 
-def multipart_body(submission: Submission, charset: str, queueid: str) -> Any:
-    """Yield the octets of HTML and attachments: the richest form last (RFC 2046 5.1.4), then the files."""
+def multipart_body(submission: Submission, charset: str, queueid: str) -> list:
+    """Return the octets of HTML and attachments: the richest form last (RFC 2046 5.1.4), then the files."""
     html, attachments = submission.html, submission.attachments
     pictures = [file_part(item, charset) for item in attachments if html and item.cid]
     files = [file_part(item, charset) for item in attachments if not (html and item.cid)]
@@ -2621,31 +2588,28 @@ def multipart_body(submission: Submission, charset: str, queueid: str) -> Any:
     return multipart("mixed", queueid, whole, *files) if files else whole
 
 
-def multipart(subtype: str, queueid: str, *parts: Any) -> Any:
-    """Yield the octets of a multipart; the random queue id makes a boundary that occurs in none of the parts."""
+def multipart(subtype: str, queueid: str, *parts: Any) -> list:
+    """Return the octets of a multipart; the random queue id makes a boundary that occurs in none of the parts."""
     boundary = f"=_{queueid}.{subtype}"
     root = '; type="text/html"' if subtype == "related" else ""  # RFC 2387 3.1
-    yield f'Content-Type: multipart/{subtype}{root};\r\n boundary="{boundary}"\r\n'.encode()
+    pieces = [f'Content-Type: multipart/{subtype}{root};\r\n boundary="{boundary}"\r\n'.encode()]
     for part in parts:
-        yield f"\r\n--{boundary}\r\n".encode()
-        yield from part
-    yield f"\r\n--{boundary}--\r\n".encode()
+        pieces += [f"\r\n--{boundary}\r\n".encode(), *part]
+    return [*pieces, f"\r\n--{boundary}--\r\n".encode()]
 
 
-def file_part(item: Attachment, charset: str) -> Any:
-    """Yield the octets of an attachment, whose content arrives unchanged."""
+def file_part(item: Attachment, charset: str) -> list:
+    """Return [header, body] of an attachment, whose content arrives unchanged."""
     media_type = item.type or guess_media_type(item.filename)
     in_type, in_disposition = name_parameters(item.filename, charset) if item.filename else ("", "")
     disposition = "inline" if item.cid or item.inline else "attachment"
-    # RFC 2046 5.2.1 allows a message/rfc822 no encoding; parse_attachments() has seen that it needs none.
-    is_message = media_type.startswith("message/")
-    head = f"Content-Type: {media_type}{in_type}\r\nContent-Transfer-Encoding: {'7bit' if is_message else 'base64'}\r\n"
+    if media_type.startswith("message/"):  # RFC 2046 5.2.1 allows no encoding; parse_attachments() has seen to that
+        encoding, body = "7bit", item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    else:
+        encoding, body = "base64", base64_lines(item.content)
+    head = f"Content-Type: {media_type}{in_type}\r\nContent-Transfer-Encoding: {encoding}\r\n"
     head += f"Content-Disposition: {disposition}{in_disposition}\r\n"
-    yield (head + (f"Content-ID: <{item.cid}>\r\n\r\n" if item.cid else "\r\n")).encode()
-    if is_message:
-        yield item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-    for start in range(0, 0 if is_message else len(item.content), BASE64_BLOCK):
-        yield base64_lines(item.content[start : start + BASE64_BLOCK])
+    return [(head + (f"Content-ID: <{item.cid}>\r\n\r\n" if item.cid else "\r\n")).encode(), body]
 
 
 def name_parameters(name: str, charset: str) -> tuple:
@@ -2894,13 +2858,10 @@ def jis_extensions() -> tuple:
     for row in (13, 89, 90, 91, 92):
         for cell in range(1, 95):
             octets = bytes((row + 0x20, cell + 0x20))
-            try:
+            with contextlib.suppress(ValueError):  # unassigned
                 character = jis_bytes_to_text(octets)
-                character.encode("iso2022_jp")
-            except UnicodeEncodeError:
-                table.setdefault(character, octets)
-            except ValueError:
-                pass
+                if not character.encode("iso2022_jp", "ignore"):
+                    table.setdefault(character, octets)
     return table, re.compile(f"([{''.join(table)}]+)")
 
 
@@ -2978,21 +2939,17 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
         return label + b":" + value
     text = " ".join(re.split(r"[\r\n]+[ \t]*", decode_octets(value, charset).strip()))
     label = label.decode("ascii").strip()
-    if name in PARAMETER_FIELDS:
-        coded = f"{label}: {encode_comments(PARAMETER.sub(_encode_parameter, text))}"
-    elif name in MAILBOX_FIELDS:
-        try:
-            coded = address_field(label, parse_mailboxes(text) or (("undisclosed-recipients", NULL_SENDER),), "UTF-8")
-        except ValueError:
-            coded = f"{label}: {text}"
-    elif STRUCTURED_FIELDS.fullmatch(name):
-        coded = f"{label}: {encode_comments(text)}"
-    else:
-        tokens: list = []
-        for i, segment in enumerate(ENCODED_WORDS.split(text)):
-            tokens += [segment] if i % 2 else encoded_words(segment, "UTF-8", len(label) + 2) if segment.strip() else []
-        coded = fold(f"{label}:", tokens)
-    return coded.encode() + b"\r\n"
+    if name in MAILBOX_FIELDS:
+        with contextlib.suppress(ValueError):
+            mailboxes = parse_mailboxes(text) or (("undisclosed-recipients", NULL_SENDER),)
+            return address_field(label, mailboxes, "UTF-8").encode() + b"\r\n"
+    if name in (*PARAMETER_FIELDS, *MAILBOX_FIELDS) or STRUCTURED_FIELDS.fullmatch(name):
+        text = PARAMETER.sub(_encode_parameter, text) if name in PARAMETER_FIELDS else text
+        return f"{label}: {encode_comments(text)}\r\n".encode()
+    tokens: list = []
+    for i, segment in enumerate(ENCODED_WORDS.split(text)):
+        tokens += [segment] if i % 2 else encoded_words(segment, "UTF-8", len(label) + 2) if segment.strip() else []
+    return fold(f"{label}:", tokens).encode() + b"\r\n"
 
 
 def decode_octets(octets: bytes, charset: str) -> str:
