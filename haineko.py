@@ -367,8 +367,9 @@ def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", se
     return field(default=default, metadata=metadata)
 
 
-def from_dict(cls: type, raw: Any, json_path: str, errors: list) -> Any:
-    """Return a `cls` made from a JSON object; report unknown, duplicate and invalid entries."""
+def from_dict(cls: type, raw: Any, json_path: str, errors: list, hint: Callable | None = None) -> Any:
+    """Return a `cls` made from a JSON object; report unknown, duplicate and invalid entries. hint(key, known keys) says
+    what an unknown key may mean, like did_you_mean()."""
     if not isinstance(raw, dict):
         errors.append(f"{json_path or 'top level'}: expected an object, got {json_type_name(raw)}")
         return cls()
@@ -385,8 +386,8 @@ def from_dict(cls: type, raw: Any, json_path: str, errors: list) -> Any:
         elif not row:
             if len(errors) >= MAX_ERRORS:
                 break
-            hint = did_you_mean(key, known) if len(errors) < MAX_HINTS else ""
-            errors.append(f"{prefix}{sanitize(key)}: unknown key{hint}")
+            meant = (hint or did_you_mean)(key, known) if len(errors) < MAX_HINTS else ""
+            errors.append(f"{prefix}{sanitize(key)}: unknown key{meant}")
     return cls(**{name: value for name, value in values.items() if value is not None})
 
 
@@ -1795,25 +1796,15 @@ TOP_KEYS.update(dict.fromkeys(("text", "textbody", "plain", "content", "message"
 TOP_KEYS.update(dict.fromkeys(("recipient", "recipients", "mailto", "rcptto"), "rcpt"))
 TOP_KEYS.update(sender="mail", mailfrom="mail", htmlbody="html", files="attachments", attachment="attachments")
 TOP_KEYS.update(contenttype="html or attachments[].type", mimetype="attachments[].type")
+KEYS_OUTSIDE = {key: f"{meant}, outside of header" for key, meant in TOP_KEYS.items()}
 ATTACHMENT_KEYS = dict.fromkeys(("contenttype", "mimetype", "mediatype"), '"type"')
 ATTACHMENT_KEYS.update(data='"content"', contentid='"cid"', disposition='"inline"')
 
 
-def hinted(cls: type, hints: dict) -> Callable:
-    """Make a parser of objects like from_dict() that knows the keys of other programs and other levels."""
-
-    def parse(value: Any, json_path: str, errors: list) -> Any:
-        known = key_table(cls)
-        usual = not isinstance(value, dict) or value.keys() <= known.keys()
-        for key in () if usual else [key for key in value if key not in known]:
-            hint = hints.get(normalize_key(key))
-            if hint and len(errors) < MAX_ERRORS:
-                del value[key]
-                dot = json_path and json_path + "."
-                errors.append(f"{dot}{sanitize(key)}: unknown key; did you mean {hint}?")
-        return from_dict(cls, value, json_path, errors)
-
-    return parse
+def hint_of(table: dict, key: str, known: Any) -> str:
+    """Return what an unknown key may mean, by the table of keys of other programs and levels or by its spelling."""
+    meant = table.get(normalize_key(key))
+    return f"; did you mean {meant}?" if meant else did_you_mean(key, known)
 
 
 @dataclass(repr=False, eq=False)  # made for each mail, and creating a frozen one takes four times as long
@@ -1827,11 +1818,6 @@ class Header:
     cc: tuple = config_field((), parse_recipient_list, "Cc; the same")
     bcc: tuple = config_field((), parse_recipient_list, "more recipients, in no header")
     extra_fields: tuple = ()  # ((name, value), ...)
-
-    @property
-    def shared(self) -> bool:
-        """Whether all recipients get the same message."""
-        return bool(self.to or self.cc)
 
 
 def parse_header(value: Any, json_path: str, errors: list) -> Header:
@@ -1875,9 +1861,9 @@ def extra_field(key: str, value: Any, json_path: str, errors: list) -> list:
         errors.append(f"{json_path}: Haineko makes this field itself")
         return []
     else:
-        names, outside = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)], TOP_KEYS.get(normalize_key(key), "")
-        hint = did_you_mean(key, names) if len(errors) < MAX_HINTS and not outside else ""
-        errors.append(f"{json_path}: unknown key{outside and f'; did you mean {outside}, outside of header?'}{hint}")
+        names = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)]
+        hint = hint_of(KEYS_OUTSIDE, key, names) if len(errors) < MAX_HINTS else ""
+        errors.append(f"{json_path}: unknown key{hint}")
         return []
     return [(name, item) for item in items if item]
 
@@ -1942,7 +1928,9 @@ def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
         errors.append(f"{json_path}: {len(value)} exceed the limit of {MAX_ATTACHMENTS}")
         return ()
     before, cids = len(errors), set()
-    attachments = list_of(hinted(Attachment, ATTACHMENT_KEYS))(value, json_path, errors)
+    attachments = list_of(functools.partial(from_dict, Attachment, hint=functools.partial(hint_of, ATTACHMENT_KEYS)))(
+        value, json_path, errors
+    )
     for i, item in enumerate(attachments if len(errors) == before else ()):
         if item.content is None:
             errors.append(f"{json_path}[{i}].content: is missing")
@@ -2186,7 +2174,7 @@ class Submission:
     @property
     def shared(self) -> bool:
         """Whether all recipients get the same message."""
-        return bool(self.raw or self.header.shared)
+        return bool(self.raw or self.header.to or self.header.cc)
 
 
 class SubmissionResult(NamedTuple):
@@ -2207,13 +2195,13 @@ def parse_submission(body: Any) -> SubmissionResult:
     except ValueError as error:
         return SubmissionResult(None, [sanitize(str(error)) + form_data_hint(bytes(body[:500]))], is_json=False)
     try:
-        if b"\\u001" in body and isinstance(raw, dict) and isinstance(raw.get("header"), dict):
+        if b"\\u001" in body and is_in_jis(raw):
             decode_jis_strings(raw)
     except ValueError as error:
         return SubmissionResult(None, [sanitize(str(error))])
     except RecursionError:
         return SubmissionResult(None, ["nested too deeply"], is_json=False)
-    submission = hinted(Submission, SUBMISSION_KEYS)(raw, "", errors)
+    submission = from_dict(Submission, raw, "", errors, functools.partial(hint_of, SUBMISSION_KEYS))
     if submission.html and not any(error.startswith("attachments") for error in errors):
         check_content_ids(submission, errors)
     if submission.rcpt is None or submission.header.bcc or submission.raw:
@@ -2283,32 +2271,31 @@ def add_header_recipients(submission: Submission, raw: Any, errors: list) -> Sub
         both = [key for key in ("header", "body", "html", "attachments") if raw.get(key) is not None]
         errors.extend(f"{key}: can't stand beside raw" for key in both)
         header = Header(loop=loop_names(submission.raw.fields))
-        if rcpt is None:
-            rcpt = tuple(header_recipients(submission.raw.fields))
-    if rcpt is None:
-        rcpt = tuple(mailbox.as_written for _, mailbox in header.to + header.cc if mailbox.as_written)
-    hidden = tuple(mailbox.as_written for _, mailbox in header.bcc if mailbox.as_written)
-    return replace(submission, header=header, rcpt=rcpt + hidden)
+        rcpt = tuple(header_recipients(submission.raw.fields)) if rcpt is None else rcpt
+    shown = header.to + header.cc if rcpt is None else ()
+    named = (mailbox.as_written for _, mailbox in shown + header.bcc if mailbox.as_written)
+    return replace(submission, header=header, rcpt=(*(rcpt or ()), *named))
 
 
-def decode_jis_strings(raw: dict) -> None:
-    """Decode the strings that hold ISO-2022-JP itself, if that is the charset asked for."""
-    charset = next((value for key, value in raw["header"].items() if normalize_key(key) == "charset"), None)
-    if type(charset) is str and iana_charset(charset) == "ISO-2022-JP":
-        _decode_jis_in(raw, "")
+def is_in_jis(raw: Any) -> bool:
+    """Return whether a submission asks for ISO-2022-JP."""
+    header = raw.get("header") if isinstance(raw, dict) else None
+    items = header.items() if isinstance(header, dict) else ()
+    charset = next((value for key, value in items if normalize_key(key) == "charset"), None)
+    return type(charset) is str and iana_charset(charset) == "ISO-2022-JP"
 
 
-def _decode_jis_in(table: Any, json_path: str) -> None:
+def decode_jis_strings(table: Any, json_path: str = "") -> None:
+    """Decode the strings in an object or list that hold ISO-2022-JP itself."""
     for key, value in table.items() if isinstance(table, dict) else enumerate(table):
-        dot = "." if json_path else ""
-        item_path = f"{json_path}[{key}]" if isinstance(table, list) else f"{json_path}{dot}{sanitize(key)}"
+        item_path = f"{json_path}[{key}]" if isinstance(table, list) else f"{json_path}.{sanitize(key)}".lstrip(".")
         if type(value) is str:
             try:
                 table[key] = jis_to_text(value)
             except ValueError as error:
                 raise ValueError(f"{item_path}: {error}") from None
         elif isinstance(value, (dict, list)):
-            _decode_jis_in(value, item_path)
+            decode_jis_strings(value, item_path)
 
 
 def jis_to_text(text: str) -> str:
@@ -2496,7 +2483,6 @@ def check_message_size(octets: int, settings: Settings) -> Reply | None:
 
 PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
 RFC2231_SEGMENT = 60  # characters of a parameter in one line
-SOUND_MARKS = ("ﾞ", "ﾟ")
 NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
 JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
 QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
@@ -2541,7 +2527,7 @@ def _compose(submission: Submission, charset: str, queueid: str, client: Any, ho
     identity = extra.pop("Message-Id", ())
     end = [line for lines in extra.values() for line in lines]
     end += loop_field(header.loop, hostname), "MIME-Version: 1.0", ""
-    if header.shared:
+    if submission.shared:
         shown = [address_field(name, item, charset) for name, item in (("To", header.to), ("Cc", header.cc)) if item]
         heads = [[*top, *shown, *middle, *(identity or (f"Message-Id: <{queueid}.1@{hostname}>",)), *end]]
     elif identity:
@@ -2774,22 +2760,17 @@ def encoded_words(value: str, charset: str, used: int) -> list:
     """Return encoded words (RFC 2047) of whole characters and at most 75 columns; `used` columns of the first line are
     taken already."""
     encode, words, room, start = charset_encoder(charset), [], 76 - used, 0
+    value = wide_kana(value) if charset == "ISO-2022-JP" else value  # else a sound mark could be split off
     overhead = len(charset) + 7
     while start < len(value) or not words:
         size = min(len(value) - start, room)
         coded = encode(value[start : start + size])
-        while size > 1 and (overhead + (len(coded) + 2) // 3 * 4 > room or splits_cluster(value, start + size)):
+        while size > 1 and overhead + (len(coded) + 2) // 3 * 4 > room:
             size = max(1, min(size - 1, size * (room - overhead) * 3 // (4 * len(coded)) + 1))
             coded = encode(value[start : start + size])
         words.append(f"=?{charset}?B?{binascii.b2a_base64(coded, newline=False).decode()}?=")
         start, room = start + size, 75
     return words
-
-
-def splits_cluster(value: str, at: int) -> bool:
-    """Return whether a break there would separate a half-width kana from its sound mark: ISO-2022-JP encodes the two
-    as one character."""
-    return value.startswith(SOUND_MARKS, at) and not value.startswith(SOUND_MARKS, at - 1)
 
 
 def encode_body(text: str, charset: str) -> tuple:
@@ -2835,19 +2816,23 @@ def encode_jis(text: str) -> bytes:
 
 
 def _encode_jis(text: str) -> bytes:
-    import unicodedata
-
-    def wide(kana: re.Match) -> str:
-        return unicodedata.normalize("NFKC", kana[0]).replace("\u3099", "゛").replace("\u309a", "゜")
-
-    text = re.sub("[\uff61-\uff9f]+", wide, text).translate(CP932_TO_JIS)
     (table, runs), octets = jis_extensions(), []
-    for run in runs.split(text):
+    for run in runs.split(wide_kana(text).translate(CP932_TO_JIS)):
         if run and run[0] in table:
             octets.append(b"\x1b$B%b\x1b(B" % b"".join(table[c] for c in run))
         else:
             octets.append(run.encode("iso2022_jp"))
     return b"".join(octets)
+
+
+def wide_kana(text: str) -> str:
+    """Return text with full-width kana for half-width ones."""
+    import unicodedata
+
+    def wide(kana: re.Match) -> str:
+        return unicodedata.normalize("NFKC", kana[0]).replace("\u3099", "゛").replace("\u309a", "゜")
+
+    return re.sub("[\uff61-\uff9f]+", wide, text)
 
 
 @functools.lru_cache(maxsize=1)
