@@ -1560,15 +1560,11 @@ def parse_address(text: str) -> Mailbox | None:
 @cache_short(1024)
 def is_address_literal(text: str) -> bool:
     """Return whether the text is an address literal (RFC 5321 4.1.3): [192.0.2.1] or [IPv6:2001:db8::1]."""
-    inner = text[1:-1]
-    if "%" in inner:  # ipaddress accepts any characters in a zone, CR and LF included
-        return False
-    is_v6 = inner[:5].lower() == "ipv6:"
-    try:
-        (ipaddress.IPv6Address if is_v6 else ipaddress.IPv4Address)(inner[5:] if is_v6 else inner)
-    except ValueError:
-        return False
-    return True
+    is_v6 = text[1:6].lower() == "ipv6:"
+    address = text[6:-1] if is_v6 else text[1:-1]
+    with contextlib.suppress(ValueError):  # ipaddress accepts any characters in a zone, CR and LF included
+        return "%" not in address and (ipaddress.IPv6Address if is_v6 else ipaddress.IPv4Address)(address) is not None
+    return False
 
 
 def idna_hint(text: str) -> tuple:
@@ -1757,9 +1753,7 @@ def parse_message_ids(value: Any, json_path: str, errors: list) -> str:
 
 
 def one_of_words(*words: str) -> Callable:
-    return matching(
-        re.compile("|".join(words), re.IGNORECASE), f"{', '.join(words[:-1])} or {words[-1]}", optional=True
-    )
+    return matching(re.compile("|".join(words), re.IGNORECASE), " or ".join(words), optional=True)
 
 
 def is_date(text: str) -> bool:
@@ -1870,10 +1864,7 @@ def extra_field(key: str, value: Any, json_path: str, errors: list) -> list:
 
 def parse_base64(value: Any, json_path: str, errors: list) -> bytes:
     """Return the octets of a base64 string (RFC 4648 4); white space in it is ignored."""
-    if type(value) is not str:
-        errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
-        return b""
-    text = "".join(value.split())
+    text = "".join(parse_unicode_text(value, json_path, errors).split())
     with contextlib.suppress(ValueError):
         octets = binascii.a2b_base64(text)
         # a2b_base64() skips characters that are not of its alphabet: the length tells whether there were any.
@@ -1928,9 +1919,8 @@ def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
         errors.append(f"{json_path}: {len(value)} exceed the limit of {MAX_ATTACHMENTS}")
         return ()
     before, cids = len(errors), set()
-    attachments = list_of(functools.partial(from_dict, Attachment, hint=functools.partial(hint_of, ATTACHMENT_KEYS)))(
-        value, json_path, errors
-    )
+    parse = functools.partial(from_dict, Attachment, hint=functools.partial(hint_of, ATTACHMENT_KEYS))
+    attachments = list_of(parse)(value, json_path, errors)
     for i, item in enumerate(attachments if len(errors) == before else ()):
         if item.content is None:
             errors.append(f"{json_path}[{i}].content: is missing")
@@ -2009,10 +1999,9 @@ def fold_long_lines(octets: bytes) -> bytes:
 
 
 def is_utf8(octets: bytes) -> bool:
-    try:
+    with contextlib.suppress(UnicodeDecodeError):
         return octets.decode() is not None
-    except UnicodeDecodeError:
-        return False
+    return False
 
 
 @dataclass(eq=False)
@@ -2167,9 +2156,7 @@ class Submission:
     async_: bool = config_field(False, parse_boolean, "true: answered at once, delivered from the queue", key="async")
     html: str = config_field("", parse_unicode_text, "the same in HTML")
     attachments: tuple = config_field((), parse_attachments, "files")
-    raw: ParsedMessage | None = config_field(
-        None, parse_raw, "a finished message instead of header, body, html and attachments"
-    )
+    raw: ParsedMessage | None = config_field(None, parse_raw, "a finished message instead of header, body, html, files")
 
     @property
     def shared(self) -> bool:
@@ -2209,9 +2196,7 @@ def parse_submission(body: Any) -> SubmissionResult:
     return SubmissionResult(None if errors else submission, errors)
 
 
-SUBMISSION_KEYS = {
-    normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *key_table(Header), "replyto")
-}
+SUBMISSION_KEYS = {normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *reversed(key_table(Header)))}
 SUBMISSION_KEYS.update(TOP_KEYS)
 
 
@@ -2227,34 +2212,25 @@ def check_content_ids(submission: Submission, errors: list) -> None:
     """Append an error for a "cid:" in the HTML without an attachment, and for a `cid` that the HTML does not use."""
     links = {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(submission.html)}
     cids = {item.cid: i for i, item in enumerate(submission.attachments) if item.cid}
-    errors += [
-        f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in sorted(links - cids.keys())
-    ][:MAX_HINTS]
+    unknown = sorted(links - cids.keys())[:MAX_HINTS]
+    errors += [f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in unknown]
     errors += [f'attachments[{i}].cid: the HTML has no "cid:{cid}"' for cid, i in cids.items() if cid not in links]
 
 
 def is_expensive(work: Any) -> bool:
     """Return whether to parse this body, or to compose this Submission, may take over 5 ms and belongs in a thread."""
-    return (_compose_cost(work) if isinstance(work, Submission) else _parse_cost(work)) > 5000
-
-
-def _parse_cost(body: Any) -> float:
-    """Estimate microseconds from above: text is cheap; strings, addresses and raw messages are not."""
-    per_octet = 0.4 if b'"raw"' in body or b"\\u00" in body else 0.01  # the key may be escaped
-    return per_octet * len(body) + 1.5 * body.count(b'"') + 10 * body.count(b"@")
-
-
-def _compose_cost(submission: Submission) -> float:
-    """Estimate microseconds from above, by the slowest inputs of each kind."""
-    header, raw = submission.header, submission.raw
+    if not isinstance(work, Submission):
+        per_octet = 0.4 if b'"raw"' in work or b"\\u00" in work else 0.01  # the key may be escaped
+        return per_octet * len(work) + 1.5 * work.count(b'"') + 10 * work.count(b"@") > 5000
+    header, raw = work.header, work.raw
     if raw:
         per_octet = 0.01 if raw.body.isascii() else 0.3
-        return per_octet * len(raw.body) + 10 * len(raw.fields) + 30 * raw.body.count(b"\n--")
-    cost = (0.02 if header.charset in ("UTF-8", "US-ASCII") else 0.5) * len(submission.body)
-    cost += (0.1 if submission.body else 0.5) * len(submission.html)
-    cost += sum(25 + 0.008 * len(item.content or b"") for item in submission.attachments)
+        return per_octet * len(raw.body) + 10 * len(raw.fields) + 30 * raw.body.count(b"\n--") > 5000
+    cost = (0.02 if header.charset in ("UTF-8", "US-ASCII") else 0.5) * len(work.body)  # microseconds, from above
+    cost += (0.1 if work.body else 0.5) * len(work.html)
+    cost += sum(25 + 0.008 * len(item.content or b"") for item in work.attachments)
     cost += 0.6 * (len(header.subject) + sum(len(value) for _, value in header.extra_fields))
-    return cost + 5 * len(header.extra_fields) + 15 * len(header.to + header.cc)
+    return cost + 5 * len(header.extra_fields) + 15 * len(header.to + header.cc) > 5000
 
 
 def provider_header_names(submission: Submission) -> tuple:
@@ -2493,7 +2469,7 @@ UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, R
 ENCODED_WORDS = re.compile(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)")
 ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
 PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
-COMMENT = re.compile(r"\([^()\\]*\)")
+COMMENT_8BIT = re.compile(r"\(([^()\\\x80-\U0010ffff]*[\x80-\U0010ffff][^()\\]*)\)")
 NOT_BASE64 = bytes({*range(256)} - {*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"})
 
 
@@ -2678,13 +2654,13 @@ HTML_TOKEN = re.compile(
     r"""|<(/?[a-z][^\s/>]*)((?:[^>"']+|"[^"]*(?:"|\Z)|'[^']*(?:'|\Z))*)(?:>|\Z)|<[!?/][^>]*(?:>|\Z)""",
     re.IGNORECASE | re.DOTALL,
 )
-HTML_ATTRIBUTE = re.compile(r"""([^\s=/>"']+)(?:\s*=\s*("[^"]*"|'[^']*'|[^\s>]*))?""")
+HTML_ATTRIBUTE = re.compile(r"""([^\s=/>"']+)(?:\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s>]*)))?""")
 
 
 def html_attribute(attributes: str, name: str) -> str:
     """Return the value of an attribute on one line, "" if there is none."""
-    values = (value for key, value in HTML_ATTRIBUTE.findall(attributes) if key.lower() == name)
-    return " ".join(unescape(next(values, "").strip("\"'")).split())
+    values = ("".join(words) for key, *words in HTML_ATTRIBUTE.findall(attributes) if key.lower() == name)
+    return " ".join(unescape(next(values, "")).split())
 
 
 def _line_ends(found: re.Match) -> str:
@@ -2930,7 +2906,8 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
             return address_field(label, mailboxes, "UTF-8").encode() + b"\r\n"
     if name in (*PARAMETER_FIELDS, *MAILBOX_FIELDS) or STRUCTURED_FIELDS.fullmatch(name):
         text = PARAMETER.sub(_encode_parameter, text) if name in PARAMETER_FIELDS else text
-        return f"{label}: {encode_comments(text)}\r\n".encode()
+        text = COMMENT_8BIT.sub(lambda found: f"({' '.join(encoded_words(found[1], 'UTF-8', 9))})", text)
+        return f"{label}: {text}\r\n".encode()
     tokens: list = []
     for i, segment in enumerate(ENCODED_WORDS.split(text)):
         tokens += [segment] if i % 2 else encoded_words(segment, "UTF-8", len(label) + 2) if segment.strip() else []
@@ -2943,14 +2920,6 @@ def decode_octets(octets: bytes, charset: str) -> str:
         with contextlib.suppress(UnicodeDecodeError):
             return octets.decode(codec)
     return octets.decode("latin-1")
-
-
-def encode_comments(text: str) -> str:
-    """Encode the comments (RFC 2047 5) that are other than ASCII."""
-    return COMMENT.sub(
-        lambda found: found[0] if found[0].isascii() else f"({' '.join(encoded_words(found[0][1:-1], 'UTF-8', 9))})",
-        text,
-    )
 
 
 def _encode_parameter(found: re.Match) -> str:

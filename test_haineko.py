@@ -3173,7 +3173,7 @@ FAULTS = [
         ("date", "2014-01-03", "expected a date like"),
         ("date", "Fri, 31 Feb 2014 18:35:58 +0900", "expected a date like"),
         ("date", "Fri, 03 Jan 2014 18:35:58 +0900\n", "has an unprintable character"), ("importance", "urgent",
-         "expected high, normal or low"),
+         "expected high or normal or low"),
         ("auto-submitted", "猫", "expected printable ASCII"), ("List-Unsubscribe", "<https://x/猫>",
          "expected printable ASCII"),
         ("precedence", "bulk\0", "has an unprintable character"), ("organization", "a\nb", "has a CR, LF or NUL"),
