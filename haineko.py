@@ -2722,13 +2722,9 @@ def fold(line: str, tokens: Any) -> str:
     """Append tokens to a field's name, with a new line before each that would pass column 76 (RFC 2047 2)."""
     lines, column = [line], len(line)
     for token in tokens:
-        column += 1 + len(token)
-        if column > 76 and len(lines) > 1:
-            lines.append("\r\n ")
-            column = 1 + len(token)
-        else:
-            lines.append(" ")
-        lines.append(token)
+        separator = "\r\n " if column + 1 + len(token) > 76 and len(lines) > 1 else " "
+        lines += [separator, token]
+        column = (column if separator == " " else 0) + 1 + len(token)
     return "".join(lines)
 
 
@@ -2773,11 +2769,9 @@ def charset_encoder(charset: str) -> Callable:
 
 def _encode(codec: str, text: str) -> bytes:
     octets = text.encode(codec)
-    try:
+    with contextlib.suppress(UnicodeDecodeError):  # text with the control characters of ISO-2022-JP-2 or ISO-2022-KR
         if octets.decode(codec) == text:
             return octets
-    except UnicodeDecodeError:  # text with the control characters of ISO-2022-JP-2 or ISO-2022-KR
-        pass
     raise UnicodeEncodeError(codec, text, 0, len(text), "no such character")  # EUC-JP turns a yen sign into a backslash
 
 
@@ -2785,30 +2779,20 @@ def encode_jis(text: str) -> bytes:
     """Encode ISO-2022-JP as CP50220 does: half-width kana become full-width, NEC's and IBM's characters stay."""
     if "\x1b" in text:  # a reader would take it for the start of a sequence
         raise UnicodeEncodeError("iso2022_jp", text, text.index("\x1b"), text.index("\x1b") + 1, "no character")
-    try:
+    with contextlib.suppress(UnicodeEncodeError):
         return text.translate(CP932_TO_JIS).encode("iso2022_jp")
-    except UnicodeEncodeError:
-        return _encode_jis(text)
-
-
-def _encode_jis(text: str) -> bytes:
-    (table, runs), octets = jis_extensions(), []
-    for run in runs.split(wide_kana(text).translate(CP932_TO_JIS)):
-        if run and run[0] in table:
-            octets.append(b"\x1b$B%b\x1b(B" % b"".join(table[c] for c in run))
-        else:
-            octets.append(run.encode("iso2022_jp"))
-    return b"".join(octets)
+    table, pattern = jis_extensions()
+    runs = pattern.split(wide_kana(text).translate(CP932_TO_JIS))
+    kanji = {run: b"\x1b$B%b\x1b(B" % b"".join(map(table.get, run)) for run in runs if run[:1] in table}
+    return b"".join(kanji.get(run) or run.encode("iso2022_jp") for run in runs)
 
 
 def wide_kana(text: str) -> str:
     """Return text with full-width kana for half-width ones."""
     import unicodedata
 
-    def wide(kana: re.Match) -> str:
-        return unicodedata.normalize("NFKC", kana[0]).replace("\u3099", "゛").replace("\u309a", "゜")
-
-    return re.sub("[\uff61-\uff9f]+", wide, text)
+    marks = {0x3099: "゛", 0x309A: "゜"}  # those that stand alone
+    return re.sub("[\uff61-\uff9f]+", lambda kana: unicodedata.normalize("NFKC", kana[0]).translate(marks), text)
 
 
 @functools.lru_cache(maxsize=1)
@@ -2964,13 +2948,9 @@ def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
 FALLBACK_ROUTE = Route()
 
 
-def lookup_keys(domain: str) -> Any:
-    """Yield the keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
-    yield domain
-    dot = domain.find(".")
-    while dot >= 0:
-        yield domain[dot:]
-        dot = domain.find(".", dot + 1)
+def lookup_keys(domain: str) -> list:
+    """Return the keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
+    return [domain, *(domain[dot.start() :] for dot in re.finditer(r"\.", domain))]
 
 
 # ======================================================================================================================
