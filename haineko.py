@@ -1475,7 +1475,7 @@ SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")
 ADDRESS_TOKEN = re.compile(
     r'(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<angle><(?:[^<>"\\]|"(?:[^"\\]|\\.)*")*>)|(?P<literal>\[[^\[\]]*\])'
     r"|(?P<comment>\((?:[^()\\]|\\.|\((?:[^()\\]|\\.|\((?:[^()\\]|\\.)*\))*\))*\))"  # in two others at most
-    r"|(?P<blank>\s+)|(?P<mark>[,;:]|\Z)|(?P<atom>[^\s\"<>()\[\],;:]+)|(?P<fault>.)",
+    r"|(?P<blank>\s+)|(?P<mark>[,;:]|\Z)|(?P<atom>[^\s\"<>()\[\],;:]+)|(?P<fault>.+)",
     re.DOTALL,
 )
 CFWS = ("blank", "comment")
@@ -1552,9 +1552,8 @@ def parse_address(text: str) -> Mailbox | None:
     local, domain = found.groups()
     domain = domain if domain.isascii() else ascii_domain(domain)
     mailbox = Mailbox(text, local, domain, f"{local}@{domain}", (local, domain.lower()))
-    if len(mailbox.addr_spec.encode()) > MAX_PATH:
-        return None
-    return mailbox if DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_address_literal(domain)) else None
+    is_host = DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_address_literal(domain))
+    return mailbox if is_host and len(mailbox.addr_spec.encode()) <= MAX_PATH else None
 
 
 @cache_short(1024)
@@ -1648,7 +1647,7 @@ def parse_mailboxes(text: str) -> tuple:
     for match in ADDRESS_TOKEN.finditer(text):
         kind, token = match.lastgroup, match[0]
         if kind == "fault":
-            raise ValueError(f'"{token}" out of place')
+            raise ValueError(f'"{token[0]}" out of place')
         if kind != "mark":
             tokens.append((kind, token))
             continue
@@ -1701,15 +1700,6 @@ def parse_loop_names(value: Any, json_path: str, errors: list) -> tuple:
     return names
 
 
-def parse_charset(value: Any, json_path: str, errors: list) -> str:
-    """Return IANA's name of a charset."""
-    value = parse_header_text(value, json_path, errors)
-    name = iana_charset(value)
-    if not name:
-        errors.append(f'{json_path}: unknown charset "{sanitize(value, 80)}"; "UTF-8" holds every character')
-    return name or "UTF-8"
-
-
 @cache_short(64, limit=40)
 def iana_charset(name: str) -> str:
     """Return IANA's preferred name of a charset, "" for one that Python or mail readers do not know."""
@@ -1738,18 +1728,14 @@ IANA_NAMES.update({f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 85
 IANA_NAMES.update({f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))})
 CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
 
+# IANA's name of a charset.
+parse_charset = matching(iana_charset, 'a charset that mail readers know, like "UTF-8"', convert=iana_charset)
 parse_message_id = matching(re.compile(MESSAGE_ID), '"<left@right>"', optional=True)  # RFC 5322 3.6.4
 parse_ascii_text = matching(PLAIN, "printable ASCII in words of at most 900 characters", optional=True)
-
-
-def parse_message_ids(value: Any, json_path: str, errors: list) -> str:
-    """Return message ids, from a list or from a string with white space between them."""
-    return " ".join(
-        parse_message_id(item, json_path, errors) or ""
-        for text in list_of(parse_header_text)(value, json_path, errors)
-        for item in text.split()
-        if len(errors) < MAX_ERRORS
-    )
+parse_message_ids = list_of(
+    matching(re.compile(rf" *{MESSAGE_ID}(?: +{MESSAGE_ID})* *"), '"<left@right> <left@right>"', optional=True),
+    lambda texts: " ".join(" ".join(texts).split()),
+)
 
 
 def one_of_words(*words: str) -> Callable:
@@ -2856,8 +2842,7 @@ def downgrade_8bit(octets: bytes, keep_8bit: bool = False, keep_utf8: bool = Fal
     """Return the message with each part encoded where a path without 8BITMIME (RFC 6152 3) and SMTPUTF8 can't carry it;
     `keep_8bit` and `keep_utf8`: the path has them. What has no form in ASCII, such as an address, stays."""
     parts = list(mime_parts(octets))
-    convert = functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8)
-    octets = rewrite_parts(octets, parts, convert, keep_8bit)
+    octets = rewrite_parts(octets, parts, functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8), keep_8bit)
     return octets if octets.endswith(b"\r\n") else octets + b"\r\n"
 
 
