@@ -1600,22 +1600,14 @@ def parse_header_text(value: Any, json_path: str, errors: list) -> str:
     return value
 
 
-def parse_mailbox_field(value: Any, json_path: str, errors: list) -> tuple:
-    """Return ((display name, Mailbox), ...) of a field like From; a text that is not empty names at least one."""
-    found = parse_recipient_field(value, json_path, errors)
-    if any(mailbox is NULL_SENDER for _, mailbox in found):
-        errors.append(f"{json_path}: names no mailbox")
-    return found
-
-
-def parse_recipient_field(value: Any, json_path: str, errors: list) -> tuple:
-    """Return the same of a field like To, where ((name, NULL_SENDER),) is an empty group (RFC 5322 3.4)."""
+def parse_recipient_field(value: Any, json_path: str, errors: list, allow_group: bool = True) -> tuple:
+    """Return ((display name, Mailbox), ...) of a field like To, ((name, NULL_SENDER),) of an empty group."""
     value, reason = parse_header_text(value, json_path, errors), ""
     try:
         found = parse_mailboxes(value)
         if found or not value:
             return found
-        if ":" in value:
+        if ":" in value and allow_group:
             name = value.partition(":")[0].strip()
             return ((name if PHRASE.fullmatch(name) else "undisclosed-recipients", NULL_SENDER),)
     except ValueError as error:
@@ -1623,6 +1615,9 @@ def parse_recipient_field(value: Any, json_path: str, errors: list) -> tuple:
     text = f'{json_path}: expected "name <address>", got "{sanitize(value, 80)}"{reason}'
     errors.append("; ".join([text, *idna_hint(value[:MAX_ADDRESS_TEXT])]))
     return ()
+
+
+parse_mailbox_field = functools.partial(parse_recipient_field, allow_group=False)  # a field like From
 
 
 def parse_recipient_list(value: Any, json_path: str, errors: list) -> tuple:
@@ -1829,22 +1824,19 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
 def extra_field(key: str, value: Any, json_path: str, errors: list) -> list:
     """Return [(name, value), ...] of a key that is not one of Header's own."""
     name = FIELD_BY_KEY.get(normalize_key(key))
-    is_x = X_FIELD.fullmatch(key)
-    if (name or is_x) and value is None:
-        return []
-    if name:
-        items = (EXTRA_FIELDS[name](value, json_path, errors),)
-    elif is_x:
+    if not name and X_FIELD.fullmatch(key):
         name = "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
-        items = list_of(parse_header_text)(value[: MAX_FIELDS + 1] if type(value) is list else value, json_path, errors)
-    elif RESERVED_FIELDS.fullmatch(normalize_key(key)):
-        errors.append(f"{json_path}: Haineko makes this field itself")
-        return []
-    else:
+    if not name:
         names = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)]
-        hint = hint_of(KEYS_OUTSIDE, key, names) if len(errors) < MAX_HINTS else ""
-        errors.append(f"{json_path}: unknown key{hint}")
+        fault = "unknown key" + (hint_of(KEYS_OUTSIDE, key, names) if len(errors) < MAX_HINTS else "")
+        is_reserved = RESERVED_FIELDS.fullmatch(normalize_key(key))
+        errors.append(f"{json_path}: {'Haineko makes this field itself' if is_reserved else fault}")
+    if not name or value is None:
         return []
+    if name in EXTRA_FIELDS:
+        items = (EXTRA_FIELDS[name](value, json_path, errors),)
+    else:
+        items = list_of(parse_header_text)(value[: MAX_FIELDS + 1] if type(value) is list else value, json_path, errors)
     return [(name, item) for item in items if item]
 
 
@@ -2221,9 +2213,8 @@ def is_expensive(work: Any) -> bool:
 
 def provider_header_names(submission: Submission) -> tuple:
     """Return the names of the fields that cloud relays take for commands."""
-    raw = submission.raw.fields if submission.raw else ()
-    names = [*(name for name, _ in submission.header.extra_fields), *(name for name, _ in raw)]
-    return tuple(dict.fromkeys(name for name in names if PROVIDER_HEADER.fullmatch(name)))
+    listed = (*submission.header.extra_fields, *(submission.raw.fields if submission.raw else ()))
+    return tuple(dict.fromkeys(name for name, _ in listed if PROVIDER_HEADER.fullmatch(name)))
 
 
 def add_header_recipients(submission: Submission, raw: Any, errors: list) -> Submission:
@@ -2605,11 +2596,10 @@ def html_to_text(html: str) -> str:
     """
     out, pre_depth, link, link_start = [PARAGRAPH], 0, "", 0
     pieces = HTML_TOKEN.split(html.translate(dict.fromkeys(map(ord, BREAK + PARAGRAPH + CELL))))
-    for text, tag, attributes in itertools.zip_longest(pieces[::4], pieces[2::4], pieces[3::4]):
-        if text and pre_depth:
-            out.append(unescape(text).replace(" ", "\xa0"))
-        elif text:
-            out.append(re.sub(r"[ \t\r\n\f]+", " ", unescape(text)))
+    for data, tag, attributes in itertools.zip_longest(pieces[::4], pieces[2::4], pieces[3::4]):
+        if data:
+            text = unescape(data)
+            out.append(text.replace(" ", "\xa0") if pre_depth else re.sub(r"[ \t\r\n\f]+", " ", text))
         name = (tag or "").lower()
         out.append(START_MARKS.get(name) or TAG_MARKS.get(name.lstrip("/"), ""))
         pre_depth = max(0, pre_depth + (name == "pre") - (name == "/pre"))
@@ -2892,9 +2882,8 @@ def decode_octets(octets: bytes, charset: str) -> str:
 
 
 def _encode_parameter(found: re.Match) -> str:
-    if found[0].isascii():
-        return found[0]
-    return rfc2231_parameter(found[1].rstrip("*"), unquote(found[2].strip()), "UTF-8")
+    value = unquote(found[2].strip())
+    return found[0] if found[0].isascii() else rfc2231_parameter(found[1].rstrip("*"), value, "UTF-8")
 
 
 def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
