@@ -2465,10 +2465,6 @@ def compose(submission: Submission, queueid: str, client: IPAddress, hostname: s
 def _compose(submission: Submission, charset: str, queueid: str, client: Any, hostname: str, now: float) -> Message:
     header, sender, date = submission.header, parse_address(submission.mail), rfc5322_date(int(now))
     author = header.from_ or (("", sender),)
-    if submission.html or submission.attachments:
-        content = multipart_body(submission, charset, queueid)
-    else:
-        content = text_part("plain", submission.body, charset)
     top = [received_field(submission.ehlo, client, hostname, queueid, date), address_field("From", author, charset)]
     if len(author) > 1 or author[0][1].key != sender.key:
         top.append(f"Sender: {sender.addr_spec}")
@@ -2489,7 +2485,7 @@ def _compose(submission: Submission, charset: str, queueid: str, client: Any, ho
         heads = [[*top, "To: "], ["", *middle, f"Message-Id: <{queueid}."], [f"@{hostname}>", *end]]
     *parts, last = ["\r\n".join(lines).encode() for lines in heads]
     utf8 = not (last.isascii() and all(map(bytes.isascii, parts)))  # only an address can be other than ASCII
-    return Message((*parts, b"".join([last, *content])), utf8, utf8)
+    return Message((*parts, b"".join([last, *content_pieces(submission, charset, queueid)])), utf8, utf8)
 
 
 @functools.lru_cache(maxsize=64)
@@ -2513,8 +2509,8 @@ def text_part(subtype: str, text: str, charset: str) -> list:
     return [head.encode(), body]
 
 
-def multipart_body(submission: Submission, charset: str, queueid: str) -> list:
-    """Return the octets of HTML and attachments: the richest form last (RFC 2046 5.1.4), then the files."""
+def content_pieces(submission: Submission, charset: str, queueid: str) -> list:
+    """Return the octets of text, HTML and attachments: the richest form last (RFC 2046 5.1.4), then the files."""
     html, attachments = submission.html, submission.attachments
     pictures = [file_part(item, charset) for item in attachments if html and item.cid]
     files = [file_part(item, charset) for item in attachments if not (html and item.cid)]
