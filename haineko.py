@@ -50,7 +50,6 @@ import gc
 import hashlib
 import hmac
 import http.client
-import http.server
 import importlib
 import io
 import ipaddress
@@ -2444,7 +2443,9 @@ def check_content_ids(submission: Submission, errors: list) -> None:
 
 def is_expensive(work: Any) -> bool:
     """Return whether to parse this body, or to compose this Submission, may take over 5 ms and belongs in a thread."""
-    return (_compose_cost(work) if isinstance(work, Submission) else _parse_cost(work)) > 5000
+    if isinstance(work, Submission):
+        return _compose_cost(work) > 5000
+    return len(work) > 2048 and _parse_cost(work) > 5000
 
 
 def _parse_cost(body: Any) -> float:
@@ -6980,14 +6981,17 @@ async def process_submission(request: Request, app: App, queueid: str) -> Respon
     """Take a mail from its JSON to the replies of the other side."""
     settings, submission = request.settings or app.settings, None
     try:
-        checked = await call_in_thread(is_expensive(request.body), parse_and_check, request, settings)
-        submission, replies, accepted = checked.submission, checked.replies, checked.accepted
-        options = queue_options(request, submission, checked.digest, settings)
+        values = request, settings
+        to_thread = is_expensive(request.body)
+        checked = await asyncio.to_thread(parse_and_check, *values) if to_thread else parse_and_check(*values)
+        submission, replies, accepted, digest = checked
+        options = queue_options(request, submission, digest, settings)
         if not accepted:
             return respond(request, 400, replies, queueid, submission)
         request.body = b""  # its memory is needed for the message
         values = request, submission, settings, queueid, accepted
-        message = await call_in_thread(is_expensive(submission), compose_and_check, *values)
+        to_thread = is_expensive(submission)
+        message = await asyncio.to_thread(compose_and_check, *values) if to_thread else compose_and_check(*values)
         transactions, accepted = plan_transactions(submission, message, accepted, settings, queueid)
         submission, values = without_content(submission), ()
         if options.async_ or options.key:
@@ -7005,11 +7009,6 @@ async def process_submission(request: Request, app: App, queueid: str) -> Respon
 
 
 CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
-
-
-async def call_in_thread(expensive: bool, function: Callable, *args: Any) -> Any:
-    """Call a function, in a thread if other requests would have to wait too long."""
-    return await asyncio.to_thread(function, *args) if expensive else function(*args)
 
 
 class CheckedSubmission(NamedTuple):
@@ -7413,7 +7412,10 @@ DEFAULT_RETRY_AFTER = 60  # seconds
 
 def time_to_dict(seconds: float | None) -> dict | None:
     """Return a time as answers show it."""
-    return None if seconds is None else {"datetime": time.ctime(seconds), "unixtime": str(int(seconds))}
+    return None if seconds is None else {"datetime": ctime(int(seconds)), "unixtime": str(int(seconds))}
+
+
+ctime = functools.lru_cache(maxsize=2)(time.ctime)
 
 
 def echoed_header(request: Request, name: str) -> str | None:
@@ -7460,28 +7462,47 @@ class RequestHead(NamedTuple):
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
-HEADER_LINE = re.compile(rf"(?m)^({_TOKEN}+):([^\r\n\0]*)\r\n")
+HEADER_LINE = re.compile(rf"({_TOKEN}+):([^\r\n\0]*)")
 BARE_LF = re.compile(rb"\n\r?\n")  # an end of the head for some servers; looked for if there is no CR LF CR LF
 
 
 def parse_head(octets: bytes) -> RequestHead:
-    """Parse the head of a request, without its empty line; raise Rejected for what RFC 9112 forbids.
-
-    Nothing is cached, because header lines hold credentials.
-    """
+    """Parse the head of a request, without its empty line; raise Rejected for what RFC 9112 forbids."""
     first, _, rest = octets.decode("latin-1").partition("\r\n")
     method, path, is_http10 = parse_request_line(first)
-    if rest.count("\r\n") > MAX_HEADERS:
+    lines = rest.split("\r\n")[:-1]
+    if len(lines) > MAX_HEADERS:
         raise Rejected(make_reply("head-too-large"))
-    lines = HEADER_LINE.findall(rest)
-    if sum([len(name) + len(value) + 3 for name, value in lines]) != len(rest):  # something between them is no line
-        raise Rejected(make_reply("bad-request", "header line"))
     headers: dict = {}
-    for name, value in [(name.lower(), value.strip(" \t")) for name, value in lines]:
+    for line in lines:
+        name, value = (cached_header_line if line.startswith(CACHED_HEADERS) else parse_header_line)(line)
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     connection = headers.get("connection", "").lower()
     keep_alive = "keep-alive" in connection if is_http10 else "close" not in connection
     return RequestHead(method, path, headers, keep_alive, is_http10)
+
+
+def parse_header_line(line: str) -> tuple:
+    """Return (name in lower case, value)."""
+    found = HEADER_LINE.fullmatch(line)
+    if not found:
+        raise Rejected(make_reply("bad-request", "header line"))
+    return found[1].lower(), found[2].strip(" \t")
+
+
+# Most clients send these again and again; lines that may hold credentials are not kept in memory.
+CACHED_HEADERS = (
+    "Host:",
+    "User-Agent:",
+    "Accept",
+    "Content-",
+    "Connection:",
+    "host:",
+    "user-agent:",
+    "accept",
+    "content-",
+)
+cached_header_line = cache_short(512, limit=200)(parse_header_line)
 
 
 def parse_request_line(line: str) -> tuple:
@@ -7737,14 +7758,9 @@ def cors_policy(head: RequestHead, settings: Settings) -> tuple:
     return is_own_host(host, settings) and host == head.headers.get("host", "").lower(), ()
 
 
-class Connection(http.server.BaseHTTPRequestHandler):
-    """One connection of a client.
+class Connection:
+    """One connection of a client."""
 
-    The base class writes responses into `wfile`, a buffer that is sent by one call. Requests are read with a deadline,
-    without a thread, and parsed by parse_head(), which is stricter and faster.
-    """
-
-    protocol_version = request_version = "HTTP/1.1"
     command, head, request, cors_headers, close_connection = "", None, None, (), True
 
     def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
@@ -7839,8 +7855,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.request = request = self._request(head)
         allowed, self.cors_headers = cors_policy(head, self.settings)
         endpoint = self._endpoint(request, allowed)
-        checks = endpoint.checks, request, None, self.settings
-        await call_in_thread(self._needs_password_check(endpoint, request), apply_checks, *checks)
+        if endpoint.checks:
+            values, password = (endpoint.checks, request, None, self.settings), self.settings.password
+            if password.hashes and not password.is_cached(head.headers.get("authorization")):  # one is computed
+                await asyncio.to_thread(apply_checks, *values)
+            else:
+                apply_checks(*values)
         if self.unread and head.method != "POST":
             self.unread = CHUNKED  # it is not waited for: the connection is closed
             raise Rejected(make_reply("bad-request", f"{head.method} takes no body"))
@@ -7875,11 +7895,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise Rejected(make_reply("origin", f"{origin} is not in httpd.allowed_origins"))
         return endpoint or Endpoint(answer_options)
 
-    def _needs_password_check(self, endpoint: Endpoint, request: Request) -> bool:
-        """Return True if a password hash has to be computed."""
-        password, credentials = self.settings.password, request.headers.get("authorization")
-        return bool(password.hashes and endpoint.checks and not password.is_cached(credentials))
-
     def rejection(self, reply: Reply) -> Response:
         """Return the response for a Reply that refuses the request, and log it."""
         request = self.request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
@@ -7890,29 +7905,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
         return response
 
     def response_octets(self, response: Response) -> bytes:
-        self.wfile = io.BytesIO()
-        self.send_response_only(response.status)
-        self.send_header("Server", self.version_string())
-        self.send_header("Date", self.date_time_string())
+        """Return head and body of a response; note that no header value has a CR or LF."""
+        headers = [*response.headers, *self.cors_headers]
         if response.status != 204:
-            self.send_header("Content-Type", response.type)
-            self.send_header("Content-Length", str(len(response.body)))
-        for name, value in (*response.headers, *self.cors_headers):
-            self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        elif self.head.is_http10:
-            self.send_header("Connection", "keep-alive")
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(response.body)
-        return self.wfile.getvalue()
-
-    def version_string(self) -> str:
-        return "Haineko"
-
-    def date_time_string(self, timestamp: float | None = None) -> str:
-        return http_date(int(time.time() if timestamp is None else timestamp))
+            headers += [("Content-Type", response.type), ("Content-Length", len(response.body))]
+        if self.close_connection or self.head.is_http10:
+            headers.append(("Connection", "close" if self.close_connection else "keep-alive"))
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
+        octets = f"{response_start(response.status, int(time.time()))}{lines}\r\n".encode("latin-1")
+        return octets if self.command == "HEAD" else octets + response.body
 
     def _buffered_head(self, searched: int = 0) -> bytes:
         """Return the octets before the empty line, b"" if that has not arrived; `searched` octets need no search."""
@@ -8053,9 +8054,11 @@ def close_notify(sock: Any) -> None:
             pass
 
 
-@functools.lru_cache(maxsize=2)
-def http_date(second: int) -> str:
-    return formatdate(second, usegmt=True)
+@functools.lru_cache(maxsize=16)
+def response_start(status: int, second: int) -> str:
+    """Return the first lines of a response."""
+    reason = http.client.responses.get(status, "")
+    return f"HTTP/1.1 {status} {reason}\r\nServer: Haineko\r\nDate: {formatdate(second, usegmt=True)}\r\n"
 
 
 class Worker:
