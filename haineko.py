@@ -58,7 +58,6 @@ import json
 import math
 import mmap
 import os
-import queue
 import re
 import select
 import signal
@@ -2546,7 +2545,7 @@ def jis_bytes_to_text(octets: bytes) -> str:
 
 # ======================================================================================================================
 # 6. Policy
-#    Takes a request, its submission and the settings; a check gives the Reply that refuses them, or None. Checks have no
+#    Takes a request, its submission and the settings; a check gives the Reply that refuses them, or None, and has no
 #    side effects, except that check_login() names who logged in. CHECKS has them in the order in which faults are told.
 # ======================================================================================================================
 
@@ -6219,7 +6218,7 @@ async def post_webhook(
 class QueueDB:
     """The queue's file as one process uses it.
 
-    One thread runs all operations and commits those that wait in one transaction, so that many mails share one fsync.
+    One thread commits, and what comes meanwhile is the next transaction, so that many mails share one fsync.
     """
 
     BUSY = 5.0  # seconds to wait for another process's lock
@@ -6229,9 +6228,9 @@ class QueueDB:
         self.settings, self.wake_socket = settings, wake_socket
         if wake_socket:
             wake_socket.setblocking(False)
-        self.waiting: queue.SimpleQueue = queue.SimpleQueue()  # of (operation, values, future)
-        self.deferred_writes: deque = deque()  # (operation, values) to be repeated until the file can be used
-        self.thread: Any = None
+        self.waiting: list = []  # of (operation, values, future)
+        self.committing: asyncio.Task | None = None
+        self.thread = ThreadPoolExecutor(1)
         self.db: Any = None
         self.file_ids: dict = {}  # of the files as they were opened
         self.slot = self.locks = 0  # number of the byte that this process has locked; the lock file
@@ -6240,15 +6239,29 @@ class QueueDB:
 
     async def do(self, operation: Callable, *values: Any) -> Any:
         """Return the result of operation(db, slot, *values) once it is on disk; raise Rejected if that fails."""
-        future = asyncio.get_running_loop().create_future()
-        self.waiting.put((operation, values, future))
-        if not self.thread:
-            self.thread = threading.Thread(target=self._work, daemon=True)
-            self.thread.start()
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self.waiting.append((operation, values, future))
+        if not self.committing or self.committing.done():
+            self.committing = loop.create_task(self._commit_waiting())
         result = await future
         if isinstance(result, Exception):
             raise result
         return result
+
+    async def _commit_waiting(self) -> None:
+        while self.waiting:
+            batch, self.waiting = self.waiting[: self.BATCH], self.waiting[self.BATCH :]
+            work = [(operation, values) for operation, values, _ in batch]
+            try:
+                results = await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, work)
+            except Exception:  # callers wait for results
+                log_exception("queue")
+                results = [Rejected(make_reply("store", mailer="Queue"))] * len(work)
+            self.woken = False
+            for (_, _, future), result in zip(batch, results):
+                if not future.done():  # its task was cancelled
+                    future.set_result(result)
 
     async def add(self, item: NewQueueItem, results: list | None = None, leased: bool = False) -> Any:
         """Store an item, see enqueue(); raise Rejected if the disk is too full."""
@@ -6257,11 +6270,15 @@ class QueueDB:
         return await self.do(enqueue, item, results, leased)
 
     async def do_eventually(self, operation: Callable, *values: Any) -> None:
-        """Record what has happened already: at once, or as soon as the file can be used again."""
+        """Record what has happened already: at once, or in a task of its own as soon as the file can be used again."""
         try:
             await self.do(operation, *values)
         except Rejected:
-            self.deferred_writes.append((operation, values))
+            asyncio.get_running_loop().create_task(self._repeat(operation, *values))
+
+    async def _repeat(self, operation: Callable, *values: Any) -> None:
+        await asyncio.sleep(1.0)
+        await self.do_eventually(operation, *values)
 
     async def release(self, operation: Callable, lease: Any) -> None:
         """End the lease of what a bug has kept from being recorded by the operation: it is tried again."""
@@ -6286,34 +6303,8 @@ class QueueDB:
         """Return what is wrong with the file or its disk, "" for nothing."""
         return "the queue can't be used" if self.fault else "" if self.has_free_space() else "disk full"
 
-    def _work(self) -> None:
-        while True:
-            batch = self._take_waiting(self.BATCH, block=True)
-            owed = [self.deferred_writes.popleft() for _ in range(len(self.deferred_writes))]
-            work = [*owed, *[(operation, values) for operation, values, _ in batch]]
-            try:
-                results = self.commit(work, batch)
-            except Exception:  # callers wait for results, and deferred writes must not be lost
-                log_exception("queue")
-                results = [Rejected(make_reply("store", mailer="Queue"))] * len(work)
-            self.deferred_writes.extend(work for work, result in zip(owed, results) if isinstance(result, Rejected))
-            self.woken = False
-            for (_, _, future), result in zip(batch, results[len(owed) :]):
-                future.get_loop().call_soon_threadsafe(future.set_result, result)
-
-    def _take_waiting(self, limit: int, block: bool = False) -> list:
-        """Return what waits; if `block`, wait for it, a second at most if there are deferred writes."""
-        found: list = []
-        with contextlib.suppress(queue.Empty):
-            while len(found) < limit:
-                found.append(self.waiting.get(block and not found, 1.0 if self.deferred_writes else None))
-        return found
-
-    def commit(self, work: list, batch: list | None = None) -> list:
-        """Return the results of operations, on disk in one transaction; a Rejected for each if that fails.
-
-        If `batch` is given, operations queued while waiting for the lock join this transaction.
-        """
+    def commit(self, work: list) -> list:
+        """Return the results of operations, on disk in one transaction; a Rejected for each if that fails."""
         import sqlite3
 
         try:
@@ -6321,10 +6312,6 @@ class QueueDB:
                 self._open()
             fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite itself would wait by sleeping, sometimes long
             db = self._open()  # now, when no other process writes: the files may have been replaced
-            if batch is not None:
-                late = self._take_waiting(self.BATCH - len(batch))
-                batch += late
-                work += [(operation, values) for operation, values, _ in late]
             db.execute("BEGIN IMMEDIATE")
             results = [operation(db, self.slot, *values) for operation, values in work]
             db.execute("COMMIT")

@@ -9239,11 +9239,6 @@ class QueueStore(Quiet):
             self.assertEqual(self.states("first"), ["sending"])
             self.do(haineko.finish_request, "first", [bad], "[]", now)
             self.assertEqual(self.states("first"), ["waiting"])
-        with self.subTest("a write that waited for the file"):
-            self.do(haineko.enqueue, entry("owed"), None, True)
-            self.store.deferred_writes.append((haineko.finish_request, ("owed", [bad], "[]", now)))
-            haineko.run(self.store.do(haineko.queue_stats, now))
-            self.assertEqual(self.states("owed"), ["waiting"])
 
     def test_drop_is_refused_while_sending(self):
         self.do(haineko.enqueue, entry(to=("a@example.jp", "b@example.jp")), None)
