@@ -2621,12 +2621,8 @@ def check_recipient_count(request: Request, submission: Submission, settings: Se
 
 def check_recipients(request: Request, submission: Submission, settings: Settings) -> dict:
     """Return {recipient as written: the Reply that refuses it}."""
-    refused = {}
-    for as_written, mailbox in unique_recipients(submission).items():
-        reply = check_recipient(mailbox, settings, as_written)
-        if reply:
-            refused[as_written] = reply
-    return refused
+    mailboxes = unique_recipients(submission).items()
+    return {to: reply for to, mailbox in mailboxes if (reply := check_recipient(mailbox, settings, to))}
 
 
 def check_body(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -2690,13 +2686,8 @@ def unique_recipients(submission: Submission) -> dict:
 def check_recipient(mailbox: Mailbox | None, settings: Settings, as_written: str = "") -> Reply | None:
     if not mailbox:
         return make_reply("rcpt-form", *idna_hint(as_written))
-    policy = settings.recipients
-    permitted = (
-        policy.open_relay
-        or mailbox.domain.lower() in policy.domainpart
-        or mailbox.addr_spec.lower() in policy.recipients
-    )
-    if permitted:
+    known, domain, address = settings.recipients, mailbox.domain.lower(), mailbox.addr_spec.lower()
+    if known.open_relay or domain in known.domainpart or address in known.recipients:
         return None
     return make_reply("rcpt-policy", "neither recipients.domainpart nor recipients.recipients has it")
 
@@ -6194,6 +6185,8 @@ async def post_webhook(
     leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool, timeout: float = 15.0
 ) -> Reply:
     """POST an event to its webhook; return a reply as a relay gives it."""
+    if not secret:
+        return make_reply("webhook-never", word="the settings have no webhook any more", mailer="Webhook")
     scheme, host, port, path = WEBHOOK_URL.fullmatch(leased.recipient).groups()
     target = HTTPTarget(f"{scheme}://{host}{f':{port}' if port else ''}", timeout, "Webhook")
     body, event_id = leased.message.parts[0], f"msg_{leased.queueid}"
@@ -6872,7 +6865,7 @@ class QueueManager:
         """Return the reply to an attempt and its destination, by the settings that are in force now."""
         try:
             if leased.kind == "event":
-                return await self._post_event(leased, settings.queue), ""
+                return await post_webhook(leased, settings.queue.secret, time.time(), self.app.transport.http), ""
             to, sender = parse_address(leased.recipient), parse_address(leased.sender)
             route = resolve_route(to.domain, sender.domain if sender else "", settings)[0]
             envelope = leased.queueid, leased.sender, (leased.recipient,), leased.message, leased.number, settings.dkim
@@ -6881,11 +6874,6 @@ class QueueManager:
         except Exception:
             log_exception(leased.queueid)
             return make_reply("relay-fault", mailer="Queue"), ""
-
-    async def _post_event(self, leased: LeasedRecipient, settings: QueueSettings) -> Reply:
-        if not settings.secret:
-            return make_reply("webhook-never", word="the settings have no webhook any more", mailer="Webhook")
-        return await post_webhook(leased, settings.secret, time.time(), self.app.transport.http)
 
     def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
         """After a failure to open a session its destination waits, up to the third pause: new mail may wait for it."""
@@ -6979,7 +6967,8 @@ async def process_submission(request: Request, app: App, queueid: str) -> Respon
         values = request, submission, settings, queueid, accepted
         to_thread = is_expensive(submission)
         message = await asyncio.to_thread(compose_and_check, *values) if to_thread else compose_and_check(*values)
-        transactions, accepted = plan_transactions(submission, message, accepted, settings, queueid)
+        values = parse_address(submission.mail), message, accepted, settings, queueid, submission
+        transactions, accepted = plan_transactions(*values)
         submission, values = without_content(submission), ()
         if options.async_ or options.key:
             earlier = await enqueue_before_sending(request, transactions, accepted, options, app)
@@ -6991,24 +6980,25 @@ async def process_submission(request: Request, app: App, queueid: str) -> Respon
     replies.update(zip([mailbox.as_written for mailbox in accepted], delivered))
     response = respond(request, http_status(replies.values()), replies, queueid, submission)
     if options.key:
-        await app.queue.do_eventually(finish_request, queueid, attempts, serialize_response(response), time.time())
+        await app.queue.do_eventually(
+            finish_request,
+            queueid,
+            attempts,
+            ENCODER.encode([response.status, response.headers, response.body.decode()]),
+            time.time(),
+        )
     return response
 
 
 CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
 
 
-class CheckedSubmission(NamedTuple):
-    """A submission that passed the checks."""
+def parse_and_check(request: Request, settings: Settings) -> tuple:
+    """Parse the body of a request; raise Rejected with every error of it, or by the first check that fails.
 
-    submission: Submission
-    replies: dict  # {recipient: the Reply that refuses it, or None}, in order
-    accepted: list  # of Mailbox, the other recipients
-    digest: bytes | None  # of the document, if there is an Idempotency-Key
-
-
-def parse_and_check(request: Request, settings: Settings) -> CheckedSubmission:
-    """Parse the body of a request; raise Rejected with every error of it, or by the first check that fails."""
+    Return (submission, {recipient: the Reply that refuses it, or None}, Mailboxes of the other recipients, digest of
+    the document if there is an Idempotency-Key).
+    """
     submission, errors, is_json = parse_submission(request.body)
     if errors:
         raise Rejected(make_reply("invalid" if is_json else "json", *errors[:MAX_REPORTED_ERRORS]))
@@ -7017,7 +7007,7 @@ def parse_and_check(request: Request, settings: Settings) -> CheckedSubmission:
     replies = {as_written: refused.get(as_written) for as_written in recipients}
     accepted = [mailbox for as_written, mailbox in recipients.items() if not replies[as_written]]
     digest = document_digest(request.body) if "idempotency-key" in request.headers else None
-    return CheckedSubmission(submission, replies, accepted, digest)
+    return submission, replies, accepted, digest
 
 
 def document_digest(body: Any) -> bytes:
@@ -7141,23 +7131,22 @@ async def queue_deferred(
     if not (options.key or any(reply.temporary for reply in replies)):
         return replies, []
     item, now = new_item(request, transactions, accepted, options), time.time()
-    results = [
-        first_attempt_result(item, recipient, reply, settings, now)
-        for recipient, reply in zip(item.recipients, replies)
-    ]
+    pairs = zip(item.recipients, replies)
+    results = [first_attempt_result(item, recipient, reply, settings, now) for recipient, reply in pairs]
+    waiting = [i for i, result in enumerate(results) if result.disposition.state == "open"]
     if not options.key:  # with one it is in the file already
-        waiting = [i for i, result in enumerate(results) if result.disposition.state == "open"]
+        part = item._replace(recipients=tuple([item.recipients[i] for i in waiting]))
         try:
-            await app.queue.add(
-                item._replace(recipients=tuple(item.recipients[i] for i in waiting)), [results[i] for i in waiting]
-            )
+            await app.queue.add(part, [results[i] for i in waiting])
         except Rejected:  # the client reads that it failed for now, and that nobody will try again
             return replies, []
-    log_queued(item, results)
-    return [
-        queued_reply(item.queueid, result.reply) if result.disposition.state == "open" else result.reply
-        for result in results
-    ], results
+    for i in waiting:
+        unsure = "; may arrive twice" if replies[i].maybe_delivered else ""
+        pairs = log_pairs(to=f"<{item.recipients[i].recipient}>", status="deferred")
+        pause = results[i].disposition.pause
+        log.lines(f"{item.queueid}: {pairs} (queued; next attempt in {pause:.0f} s{unsure})")
+        replies[i] = queued_reply(item.queueid, replies[i])
+    return replies, results
 
 
 def first_attempt_result(
@@ -7172,15 +7161,6 @@ def first_attempt_result(
     return AttemptResult(reply, disposition, notifications(first, reply, "open", settings, now))
 
 
-def log_queued(item: NewQueueItem, results: list) -> None:
-    """Log one line for each recipient that waits."""
-    for recipient, (reply, disposition, *_) in zip(item.recipients, results):
-        if disposition.state == "open":
-            unsure = "; may arrive twice" if reply.maybe_delivered else ""
-            pairs = log_pairs(to=f"<{recipient.recipient}>", status="deferred")
-            log.lines(f"{item.queueid}: {pairs} (queued; next attempt in {disposition.pause:.0f} s{unsure})")
-
-
 async def replay_response(
     request: Request, submission: Submission, replies: dict, earlier: tuple, options: QueueOptions, app: App
 ) -> Response:
@@ -7193,17 +7173,11 @@ async def replay_response(
     if answered is None:  # its process ended before it could answer; the queue has taken the mail over
         message = await app.queue.do(message_status, queueid)
         replies.update((row["as_written"], current_reply(queueid, row)) for row in message["recipients"])
-        answered = serialize_response(
-            answer_document(request, http_status(replies.values()), replies, queueid, submission)
-        )
+        response = answer_document(request, http_status(replies.values()), replies, queueid, submission)
+        answered = ENCODER.encode([response.status, response.headers, response.body.decode()])
         await app.queue.do(finish_request, queueid, [], answered, request.now)
     status, headers, text = json.loads(answered)
     return Response(status, text.encode(), (*map(tuple, headers), ("Idempotency-Replayed", "true")))
-
-
-def serialize_response(result: Response) -> str:
-    """Return a response as the queue stores it."""
-    return ENCODER.encode([result.status, result.headers, result.body.decode()])
 
 
 def current_reply(queueid: str, row: Any) -> Reply:
@@ -7214,46 +7188,27 @@ def current_reply(queueid: str, row: Any) -> Reply:
 
 
 def plan_transactions(
-    submission: Submission, message: Message, accepted: list, settings: Settings, queueid: str
+    sender: Mailbox, message: Message, accepted: list, settings: Settings, queueid: str, submission: Any = None
 ) -> tuple:
-    """Return (transactions, the mailboxes in their order): one each recipient, or each route if they share the mail."""
-    sender = parse_address(submission.mail)
-    check_provider_headers(submission, sender, accepted, settings)
-    if submission.shared:
-        transactions = plan_shared(sender, message, accepted, settings, queueid)
-        by_address = {mailbox.addr_spec: mailbox for mailbox in accepted}
-        return transactions, [by_address[to] for transaction in transactions for to in transaction.recipients]
-    routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in accepted]
-    return [
-        Transaction(
-            route, settings.hostname, queueid, sender.addr_spec, (mailbox.addr_spec,), message, number, settings.dkim
-        )
-        for number, (route, mailbox) in enumerate(zip(routes, accepted), 1)
-    ], accepted
+    """Return (transactions, the mailboxes in their order): one each route if the recipients share the mail, else each.
 
-
-def check_provider_headers(submission: Submission, sender: Mailbox, accepted: list, settings: Settings) -> None:
-    """Raise Rejected if a client sets commands of cloud relays where a route does not let it."""
-    names = provider_header_names(submission)
-    routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in accepted] if names else ()
-    if not all(route.provider_headers for route in routes):
+    A mail that is no Submission is shared. By MX it has one for each domain. Raise Rejected for commands of cloud
+    relays that a route does not let a client send.
+    """
+    groups, shared = {}, not submission or submission.shared
+    for i, mailbox in enumerate(accepted):
+        route = resolve_route(mailbox.domain, sender.domain, settings)[0]
+        key = (route, route.relay == "MX" and mailbox.domain.lower()) if shared else i
+        groups.setdefault(key, (route, []))[1].append(mailbox)
+    names = provider_header_names(submission) if submission else ()
+    if names and not all(route.provider_headers for route, _ in groups.values()):
         lines = [f"{sanitize(name)}: the route must have provider_headers to send it" for name in names]
         raise Rejected(make_reply("invalid", *lines[:MAX_REPORTED_ERRORS]))
-
-
-def plan_shared(sender: Mailbox, message: Message, accepted: list, settings: Settings, queueid: str) -> list:
-    """Return one transaction for each route, in which all recipients get the same message; for MX for each domain."""
-    routes: dict = {}
-    for mailbox in accepted:
-        route = resolve_route(mailbox.domain, sender.domain, settings)[0]
-        domain = mailbox.domain.lower() if route.relay == "MX" else ""
-        routes.setdefault((route, domain), []).append(mailbox.addr_spec)
-    return [
-        Transaction(
-            route, settings.hostname, queueid, sender.addr_spec, tuple(recipients), message, number, settings.dkim
-        )
-        for number, ((route, _), recipients) in enumerate(routes.items(), 1)
-    ]
+    transactions = []
+    for number, (route, mailboxes) in enumerate(groups.values(), 1):
+        envelope = settings.hostname, queueid, sender.addr_spec, tuple([mailbox.addr_spec for mailbox in mailboxes])
+        transactions.append(Transaction(route, *envelope, message, number, settings.dkim))
+    return transactions, [mailbox for _, mailboxes in groups.values() for mailbox in mailboxes]
 
 
 def replies_by_recipient(accepted: list, results: list) -> list:
@@ -7265,25 +7220,20 @@ def replies_by_recipient(accepted: list, results: list) -> list:
 async def deliver(transactions: list, transport: TransportContext, settings: Settings) -> list:
     """Return a TransactionResult for each transaction, in order; up to `max_workers` are run side by side."""
     if len(transactions) == 1:
-        return [await run_transaction(transactions[0], transport)]
+        return [await attempt_with_retries(transactions[0], transport)]
     limit = asyncio.Semaphore(settings.smtpd.max_workers)
 
     async def one(transaction: Transaction) -> TransactionResult:
         async with limit:
-            return await run_transaction(transaction, transport)
+            return await attempt_with_retries(transaction, transport)
 
     return await asyncio.gather(*map(one, transactions))
 
 
-def run_transaction(transaction: Transaction, transport: TransportContext) -> Any:
-    """Return an awaitable of the TransactionResult."""
-    return (attempt_with_retries if transaction.route.retry else attempt_transaction)(transaction, transport)
-
-
 async def attempt_with_retries(transaction: Transaction, transport: TransportContext) -> TransactionResult:
     """Attempt a transaction, and again as its route says for the recipients that failed temporarily."""
-    started, route = time.monotonic(), transaction.route
-    replies = (await attempt_transaction(transaction, transport)).replies
+    result, route = await attempt_transaction(transaction, transport), transaction.route
+    replies, started = result.replies, time.monotonic() - result.ms / 1000
     for _ in range(route.retry):
         waiting = [i for i, reply in enumerate(replies) if reply.temporary and not reply.maybe_delivered]
         if not waiting:
@@ -7384,16 +7334,16 @@ def answer_headers(request: Request, status: int, queueid: str | None, replies: 
     if status == 202:
         applied = prefers_async(request.headers.get("prefer", ""))
         return (("Location", f"/queue/{queueid}"), *([("Preference-Applied", "respond-async")] if applied else []))
-    if status == 401:
-        return (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),)
-    if status == 409:
-        return (("Retry-After", "2"),)
     if status == 503:
         seconds = max([DEFAULT_RETRY_AFTER, *[reply.retry_after for reply in replies.values()]])
         return (("Retry-After", str(seconds)),)
-    return ()
+    return HEADERS_OF_STATUS.get(status, ())
 
 
+HEADERS_OF_STATUS = {
+    401: (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),),
+    409: (("Retry-After", "2"),),
+}
 DEFAULT_RETRY_AFTER = 60  # seconds
 
 
@@ -7835,7 +7785,7 @@ class Connection:
 
     async def _respond(self, deadline: float) -> Response:
         """Return an endpoint's response; `unread` are the octets of the body that are not read yet."""
-        self.head = head = parse_head(self._buffered_head() or await self._read_head(deadline))
+        self.head = head = parse_head(await self._read_head(deadline))
         self.command = head.method
         check_host(head)
         self.unread = body_length(head)
@@ -7902,25 +7852,20 @@ class Connection:
         octets = f"{response_start(response.status, int(time.time()))}{lines}\r\n".encode("latin-1")
         return octets if self.command == "HEAD" else octets + response.body
 
-    def _buffered_head(self, searched: int = 0) -> bytes:
-        """Return the octets before the empty line, b"" if that has not arrived; `searched` octets need no search."""
-        end = self.buffer.find(b"\r\n\r\n", searched)
-        if end > MAX_HEAD or (end < 0 and len(self.buffer) > MAX_HEAD):
-            raise Rejected(make_reply("head-too-large"))
-        if end < 0:
+    async def _read_head(self, deadline: float) -> bytes:
+        """Return the octets before the empty line."""
+        searched = 0  # octets that need no search
+        while True:
+            end = self.buffer.find(b"\r\n\r\n", searched)
+            if end > MAX_HEAD or (end < 0 and len(self.buffer) > MAX_HEAD):
+                raise Rejected(make_reply("head-too-large"))
+            if end >= 0:
+                head, self.buffer = self.buffer[: end + 2], self.buffer[end + 4 :]
+                return head
             if BARE_LF.search(self.buffer, searched):
                 raise Rejected(make_reply("bad-request", "line ends with LF alone"))
-            return b""
-        head, self.buffer = self.buffer[: end + 2], self.buffer[end + 4 :]
-        return head
-
-    async def _read_head(self, deadline: float) -> bytes:
-        head = b""
-        while not head:
             searched = max(len(self.buffer) - 3, 0)
             self.buffer += await self._receive(deadline)
-            head = self._buffered_head(searched)
-        return head
 
     async def _receive(self, deadline: float, limit: int = 65536) -> bytes:
         """Return octets from the client; raise Rejected at the deadline."""
@@ -7935,16 +7880,12 @@ class Connection:
             raise ConnectionError("closed within a request")
         self.received += len(octets)
         if self.in_body:
-            self._count_in_flight(len(octets))
+            size = self.settings.smtpd.max_message_size
+            self.in_flight += len(octets)
+            self.app.octets_in_flight += len(octets)
+            if self.app.octets_in_flight > max(MAX_IN_FLIGHT, 4 * size if size else 2 * MAX_BODY):
+                raise Rejected(make_reply("overload"))
         return octets
-
-    def _count_in_flight(self, octets: int) -> None:
-        """Raise Rejected if the bodies of all requests are too large together."""
-        self.in_flight += octets
-        self.app.octets_in_flight += octets
-        size = self.settings.smtpd.max_message_size
-        if self.app.octets_in_flight > max(MAX_IN_FLIGHT, 4 * size if size else 2 * MAX_BODY):
-            raise Rejected(make_reply("overload"))
 
     def precedence(self, now: float, crowded: set) -> tuple:
         """Return a sort key: a connection over the limit makes room by closing the first of the others."""
@@ -8057,10 +7998,10 @@ class Worker:
         self,
         listeners: list,
         settings: Settings,
-        lifeline: socket.socket,
+        lifeline: Any,
         loads: Any = None,
-        slot: int | None = 0,
-        bells: tuple = (None, None),
+        slot: Any = 0,
+        bells: Any = (None,) * 2,
     ) -> None:
         self.app = App(settings, bells[1])
         self.listeners, self.parent_pipe = listeners, lifeline
@@ -8313,7 +8254,8 @@ class Supervisor:
             started, slot = self.workers.pop(pid, (None, 0))
             if started is not None and not self.stopping:
                 name = "queue process" if slot is None else "worker"
-                log.lines(f"{name} {pid} ended ({exit_reason(status)}); starting a new one")
+                reason = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
+                log.lines(f"{name} {pid} ended ({reason}); starting a new one")
                 if time.monotonic() - started < 1:
                     self.respawn_not_before = time.monotonic() + 1
 
@@ -8351,7 +8293,9 @@ class Supervisor:
     def _stop(self, alarm: socket.socket) -> int:
         """Wait for the workers, which answer what is in flight; kill those that take too long."""
         for listener in self.listeners:
-            unlink_socket(listener)
+            if listener.family == socket.AF_UNIX:
+                with contextlib.suppress(OSError):
+                    os.unlink(listener.getsockname())
             listener.close()
         self._signal_workers(signal.SIGTERM)
         deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 3
@@ -8362,11 +8306,6 @@ class Supervisor:
         self._signal_workers(signal.SIGKILL)
         log.lines("stopped")
         return 0
-
-
-def exit_reason(status: int) -> str:
-    """Describe how a process ended."""
-    return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
 
 
 def bind(listen: str) -> socket.socket:
@@ -8385,31 +8324,20 @@ BACKLOG = 1024
 
 def bind_unix(path: str) -> socket.socket:
     """Return a listening Unix socket; one left over by a server that is gone is replaced."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.connect(path)
-    except ConnectionRefusedError:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):  # a file that is no socket refuses as well
-            listener.close()
-            raise OSError(errno.EEXIST, "exists and is not a socket") from None
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        found = client.connect_ex(path)
+    if found == errno.ECONNREFUSED and not stat.S_ISSOCK(os.stat(path).st_mode):  # a file refuses as well
+        raise OSError(errno.EEXIST, "exists and is not a socket")
+    if found == errno.ECONNREFUSED:
         os.unlink(path)
-    except FileNotFoundError:
-        pass
-    else:
-        listener.close()
-        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-    listener.close()
+    elif found != errno.ENOENT:
+        found = found or errno.EADDRINUSE
+        raise OSError(found, os.strerror(found))
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
     os.chmod(path, 0o666)  # the folder's mode decides who may connect, as for other servers' sockets
     listener.listen(BACKLOG)
     return listener
-
-
-def unlink_socket(listener: socket.socket) -> None:
-    if listener.family == socket.AF_UNIX:
-        with contextlib.suppress(OSError):
-            os.unlink(listener.getsockname())
 
 
 def url_of(listener: socket.socket, tls: bool) -> str:
@@ -9167,7 +9095,7 @@ def sendmail(settings: Settings, octets: bytes, sender: str, named: list, from_h
         return print_error(refused.reply.message[0], EX_DATAERR)
     replies = {given: check_recipient(mailbox, settings, given) for given, mailbox in mailboxes.items()}
     good = [mailbox for given, mailbox in mailboxes.items() if not replies[given]]
-    transactions = plan_shared(source, message, good, settings, queueid)
+    transactions, _ = plan_transactions(source, message, good, settings, queueid)
     replies.update(replies_by_recipient(good, run(deliver_and_leave(transactions, settings)) if transactions else []))
     return print_failures(replies)
 

@@ -5545,7 +5545,7 @@ class WebSessions(unittest.TestCase):
                 began = time.monotonic()
                 route = web_route("SendGrid", peer.url, retry=1, sleep=0)
                 sessions = haineko.TransportContext()
-                outcome = haineko.run(and_closed(haineko.run_transaction(composed_job(route), sessions), sessions))
+                outcome = haineko.run(and_closed(haineko.attempt_with_retries(composed_job(route), sessions), sessions))
                 self.assertEqual(outcome.replies[0].code, code)
                 self.assertTrue(least <= time.monotonic() - began < least + 3)
 
