@@ -6625,8 +6625,7 @@ def lease_due(
         count = min(limit - in_flight.get(destination, 0), free)
         if count <= 0:
             continue
-        until = now if destination not in throttled else 0
-        rows = db.execute(DUE_SQL, (destination, until, count)).fetchall()
+        rows = db.execute(DUE_SQL, (destination, 0 if destination in throttled else now, count)).fetchall()
         if destination in throttled:
             attempts = MIN_ATTEMPTS - throttled[destination]
             rows += db.execute(EXPIRED_SQL, (destination, expired_before, attempts, MAX_EXPIRED)).fetchall()
@@ -7111,16 +7110,14 @@ async def enqueue_before_sending(
 
 def new_item(request: Request, transactions: list, accepted: list, options: QueueOptions) -> NewQueueItem:
     """Return the mail as the queue stores it."""
-    first, mailboxes = transactions[0], {mailbox.addr_spec: mailbox for mailbox in accepted}
+    first, mailboxes = transactions[0], iter(accepted)
     recipients = []
     for transaction in transactions:
-        for to in transaction.recipients:
-            destination = destination_key(transaction.route, mailboxes[to].domain)
-            recipients.append(NewRecipient(mailboxes[to].as_written, to, transaction.number, destination))
-    return NewQueueItem(
-        first.queueid, "mail", first.sender, options.login, request.now, first.message, tuple(recipients), options.key,
-        options.body_digest,
-    )  # fmt: skip
+        for to, mailbox in zip(transaction.recipients, mailboxes):  # in their order
+            destination = destination_key(transaction.route, mailbox.domain)
+            recipients.append(NewRecipient(mailbox.as_written, to, transaction.number, destination))
+    envelope = first.queueid, "mail", first.sender, options.login, request.now, first.message
+    return NewQueueItem(*envelope, tuple(recipients), options.key, options.body_digest)
 
 
 async def queue_deferred(
@@ -7521,8 +7518,13 @@ def json_response(document: Any, status: int = 200, headers: tuple = ()) -> Resp
     return Response(status, to_json(document), headers)
 
 
-async def get_root(request: Request, app: App) -> Response:
-    return json_response({"name": "Haineko", "version": __version__})
+def constant(response: Response) -> Endpoint:
+    """Return an endpoint that always answers the same."""
+
+    async def handler(request: Request, app: App) -> Response:
+        return response
+
+    return Endpoint(handler)
 
 
 async def get_health(request: Request, app: App) -> Response:
@@ -7620,10 +7622,6 @@ def message_document(message: dict) -> dict:
     }
 
 
-async def get_sample(request: Request, app: App) -> Response:
-    return json_response(SAMPLES)
-
-
 SAMPLES = json.loads("""[
 {"ehlo": "[127.0.0.1]", "mail": "kijitora@example.org", "rcpt": ["mikeneko@example.jp"], "header": {
   "from": "キジトラ <kijitora@example.com>", "subject": "謹賀新年", "replyto": "straycats@cat-ml.example.org",
@@ -7639,25 +7637,21 @@ SAMPLES = json.loads("""[
 ]""")
 
 
-async def get_neko(request: Request, app: App) -> Response:
-    return Response(200, b"Nyaaaaa", type="text/plain; charset=utf-8")
-
-
 async def answer_options(request: Request, app: App) -> Response:
     return Response(204, b"", (("Allow", ", ".join(allowed_methods(request.path))),))
 
 
 ENDPOINTS = {
     ("POST", "/submit"): Endpoint(submit, checks_at("head")),
-    ("GET", "/"): Endpoint(get_root),
+    ("GET", "/"): constant(json_response({"name": "Haineko", "version": __version__})),
     ("GET", "/health"): Endpoint(get_health),
     ("GET", "/conf"): Endpoint(get_conf, (check_monitor,)),
     ("GET", "/queue"): Endpoint(get_queue, (check_monitor,)),
     ("GET", "/queue/ID"): Endpoint(get_queued_mail, (check_queue_access,)),
     ("DELETE", "/queue/ID"): Endpoint(cancel_queued_mail, (check_queue_access,)),
     ("POST", "/queue/ID/retry"): Endpoint(retry_queued_mail, (check_queue_access,)),
-    ("GET", "/sample/mail"): Endpoint(get_sample),
-    ("GET", "/neko"): Endpoint(get_neko),
+    ("GET", "/sample/mail"): constant(json_response(SAMPLES)),
+    ("GET", "/neko"): constant(Response(200, b"Nyaaaaa", type="text/plain; charset=utf-8")),
 }
 
 
@@ -8090,7 +8084,7 @@ class Worker:
                 continue
             connection = Connection(sock, peer, self)
             self.connections.add(connection)
-            self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
+            self.mark_busy(connection)
             self.loop.create_task(connection.handle())
 
     def _full(self) -> bool:
@@ -8245,10 +8239,7 @@ class Supervisor:
 
     def _reap(self) -> None:
         while self.workers:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
+            pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
                 return
             started, slot = self.workers.pop(pid, (None, 0))
