@@ -6190,11 +6190,8 @@ async def post_webhook(
     scheme, host, port, path = WEBHOOK_URL.fullmatch(leased.recipient).groups()
     target = HTTPTarget(f"{scheme}://{host}{f':{port}' if port else ''}", timeout, "Webhook")
     body, event_id = leased.message.parts[0], f"msg_{leased.queueid}"
-    headers = (
-        ("webhook-id", event_id),
-        ("webhook-timestamp", str(int(now))),
-        ("webhook-signature", sign_webhook(secret, event_id, int(now), body)),
-    )
+    signature = sign_webhook(secret, event_id, int(now), body)
+    headers = ("webhook-id", event_id), ("webhook-timestamp", str(int(now))), ("webhook-signature", signature)
     try:
         status = (await http_pool.request(target, HTTPRequest("POST", path or "/", body, headers))).status
     except Rejected as refused:
@@ -7050,10 +7047,13 @@ async def deliver_or_queue(
 
 
 def respond(request: Request, status: int, replies: dict, queueid: str, submission: Submission | None) -> Response:
-    """Return the response; log each refusal before delivery."""
+    """Return the response; log one line for each refusal before delivery."""
     refused = {to: reply for to, reply in replies.items() if reply.origin == "policy"}
     if refused:
-        log_rejection(request, queueid, submission, refused)
+        listed = [to for to in refused if to is not None] or list(submission.rcpt if submission else ())
+        sender = submission.mail if submission else None
+        for reply in dict.fromkeys(refused.values()):
+            log.lines(log_line(request, queueid, sender, listed[:100], reply))  # the line is cut anyway
     return answer_document(request, status, replies, queueid, submission)
 
 
@@ -7277,14 +7277,6 @@ def result_lines(request: Request, result: TransactionResult) -> list:
 MAX_RCPT_OCTETS = 8 * (MAX_PATH + 3)  # octets of recipients in a line, so that a pipe takes it whole (PIPE_BUF)
 
 
-def log_rejection(request: Request, queueid: str | None, submission: Submission | None, refused: dict) -> None:
-    """Log one line for each refusal before delivery; `refused` is {recipient, None for all: Reply}."""
-    listed = [to for to in refused if to is not None] or list(submission.rcpt if submission else ())
-    sender = submission.mail if submission else None
-    for reply in dict.fromkeys(refused.values()):
-        log.lines(log_line(request, queueid, sender, listed[:100], reply))  # the line is cut anyway
-
-
 def log_line(
     request: Request, queueid: str | None, sender: str | None, recipients: list, reply: Reply, ms: float | None = None
 ) -> str:
@@ -7455,10 +7447,11 @@ def parse_request_line(line: str) -> tuple:
 def check_host(head: RequestHead) -> None:
     """Raise Rejected if Host is missing, repeated or no host (RFC 9112 3.2)."""
     host = head.headers.get("host", "" if head.is_http10 else ",")
-    if not re.fullmatch(r"[^\s,/?#@\\]*", host):
+    if NOT_IN_HOST.search(host):
         raise Rejected(make_reply("bad-request", "Host"))
 
 
+NOT_IN_HOST = re.compile(r"[\s,/?#@\\]")
 CHUNKED = -1
 
 
@@ -7490,9 +7483,7 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
     if forwarded is None or peer not in trusted:
         return peer, port
     for text in reversed(forwarded.split(",")):
-        found = re.fullmatch(
-            r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)", text.strip(" \t")[:100]
-        )  # some proxies add the port
+        found = FORWARDED_ADDRESS.fullmatch(text.strip(" \t")[:100])
         try:
             peer, port = parse_ip(found[1] or found[2] or found[3]), None
         except ValueError:  # it must not pass for the proxy's own request
@@ -7502,9 +7493,9 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
     return peer, port
 
 
-FORWARDING_HEADERS = frozenset(
-    ("via", "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "x-client-ip")
-)  # that proxies add
+FORWARDED_ADDRESS = re.compile(r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)")  # some proxies add the port
+FORWARDING_HEADERS = {f"x-forwarded-{what}" for what in ("for", "host", "proto")}  # that proxies add
+FORWARDING_HEADERS |= {"via", "forwarded", "x-real-ip", "x-client-ip"}
 
 
 class Endpoint(NamedTuple):
@@ -7612,14 +7603,13 @@ def message_document(message: dict) -> dict:
             for attempt in parse_history(row["history"])
         ]
         response.append({**item, "state": row["state"], "next": time_to_dict(row["due"]), "attempts": attempts})
-    return {
+    head = {
         "queueid": message["queueid"],
         "addresser": message["sender"],
         "recipient": [row["as_written"] for row in rows],
-        "response": response,
-        "size": message["size"],
-        "timestamp": time_to_dict(message["created_at"]),
     }
+    timestamp = time_to_dict(message["created_at"])
+    return {**head, "response": response, "size": message["size"], "timestamp": timestamp}
 
 
 SAMPLES = json.loads("""[
@@ -7807,7 +7797,8 @@ class Connection:
         request = Request(
             head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings
         )
-        request.forwarded = ", ".join(sorted(FORWARDING_HEADERS.intersection(head.headers))).title()
+        if not FORWARDING_HEADERS.isdisjoint(head.headers):
+            request.forwarded = ", ".join(sorted(FORWARDING_HEADERS.intersection(head.headers))).title()
         return request
 
     def _endpoint(self, request: Request, origin_allowed: bool) -> Endpoint:
@@ -7900,16 +7891,14 @@ class Connection:
                 await self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n", deadline)
         if length == CHUNKED:
             return await self._read_chunks(limit, deadline)
-        return self._take(length) if length <= len(self.buffer) else await self._read_exactly(length, deadline)
-
-    def _take(self, length: int) -> bytes:
-        """Return up to `length` octets that have arrived."""
-        octets, self.buffer = self.buffer[:length], self.buffer[length:]
-        return octets
+        return await self._read_exactly(length, deadline)
 
     async def _read_exactly(self, length: int, deadline: float) -> bytes:
         """Return `length` octets; a bytearray if they are many, because a copy would need the memory twice."""
-        whole = bytearray(self._take(length))
+        octets, self.buffer = self.buffer[:length], self.buffer[length:]
+        if len(octets) == length:
+            return octets
+        whole = bytearray(octets)
         while len(whole) < length:
             whole += await self._receive(deadline, min(length - len(whole), 1 << 18))
         return whole if length >= LARGE else bytes(whole)
@@ -7947,9 +7936,7 @@ class Connection:
 
 
 def body_limit(size: int, limit: int) -> str:
-    return (
-        f"more than {limit} octets: twice smtpd.max_message_size ({size}) and 65536" if size else f"more than {limit}"
-    )
+    return f"more than {limit} octets" + (f": twice smtpd.max_message_size ({size}) and 65536" if size else "")
 
 
 async def lingering_close(sock: AsyncSocket) -> None:
