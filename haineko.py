@@ -6315,9 +6315,10 @@ class QueueDB:
                 return [self.commit([one])[0] for one in work]
             log_exception("queue")
             ((operation, values),) = work
-            leases = LEASE_CONDITIONS.get(operation)  # they must not outlast it
-            release = release_leases, (self.settings, time.time(), leases, *values[:1])
-            return self.commit([release]) if leases else [error]
+            if operation not in LEASE_CONDITIONS:
+                return [error]
+            values = self.settings, time.time(), LEASE_CONDITIONS[operation], values[0]
+            return self.commit([(release_leases, values)])  # they must not outlast it
         finally:
             if self.locks:
                 fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, 0)
@@ -7540,10 +7541,7 @@ def check_monitor(request: Request, submission: None, settings: Settings) -> Rep
 
 
 def is_own_host(host: str, settings: Settings) -> bool:
-    """Return True if a host, with or without port, is an address, smtpd.hostname or a single label.
-
-    These can't be rebound in DNS by a stranger.
-    """
+    """Tell whether a host is an address, smtpd.hostname or a single label: no stranger can rebind these in DNS."""
     name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
     return "." not in name or name == settings.hostname.lower() or bool(re.fullmatch(r"[\d.]+", name))
 
@@ -7940,10 +7938,7 @@ def body_limit(size: int, limit: int) -> str:
 
 
 async def lingering_close(sock: AsyncSocket) -> None:
-    """Send the end of the stream and read what still arrives (RFC 9112 9.6).
-
-    A connection closed with octets unread is reset, and the client might never see the last response.
-    """
+    """End the stream and read what still arrives: else a reset could destroy the last response (RFC 9112 9.6)."""
     deadline = time.monotonic() + LINGER_TIMEOUT
     with contextlib.suppress(OSError):
         await sock.call(functools.partial(close_notify, sock.sock), deadline)
