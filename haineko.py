@@ -7418,17 +7418,7 @@ def parse_header_line(line: str) -> tuple:
 
 
 # Most clients send these again and again; lines that may hold credentials are not kept in memory.
-CACHED_HEADERS = (
-    "Host:",
-    "User-Agent:",
-    "Accept",
-    "Content-",
-    "Connection:",
-    "host:",
-    "user-agent:",
-    "accept",
-    "content-",
-)
+CACHED_HEADERS = tuple("Host: User-Agent: Accept Content- Connection: host: user-agent: accept content-".split())
 cached_header_line = cache_short(512, limit=200)(parse_header_line)
 
 
