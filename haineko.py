@@ -7418,7 +7418,8 @@ def parse_header_line(line: str) -> tuple:
 
 
 # Most clients send these again and again; lines that may hold credentials are not kept in memory.
-CACHED_HEADERS = tuple("Host: User-Agent: Accept Content- Connection: host: user-agent: accept content-".split())
+CACHED_HEADERS = ("host:", "user-agent:", "accept", "content-", "connection:")
+CACHED_HEADERS += tuple(map(str.title, CACHED_HEADERS))
 cached_header_line = cache_short(512, limit=200)(parse_header_line)
 
 
