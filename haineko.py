@@ -59,7 +59,6 @@ import json
 import math
 import mmap
 import os
-import queue
 import random
 import re
 import select
@@ -2407,6 +2406,8 @@ def check_content_ids(submission: Submission, errors: list) -> None:
 def is_expensive(work: Any) -> bool:
     """Return whether to parse this body, or to compose this Submission, may take over 5 ms and belongs in a thread."""
     if not isinstance(work, Submission):
+        if len(work) <= 2048:
+            return False
         per_octet = 0.4 if b'"raw"' in work or b"\\u00" in work else 0.01  # the key may be escaped
         return per_octet * len(work) + 1.5 * work.count(b'"') + 10 * work.count(b"@") > 5000
     header, raw = work.header, work.raw
@@ -2500,7 +2501,7 @@ def jis_bytes_to_text(octets: bytes) -> str:
 
 # ======================================================================================================================
 # 6. Policy
-#    Takes a request, its submission and the settings; a check gives the Reply that refuses them, or None. Checks have no
+#    Takes a request, its submission and the settings; a check gives the Reply that refuses them, or None, and has no
 #    side effects, except that check_login() names who logged in. CHECKS has them in the order in which faults are told.
 # ======================================================================================================================
 
@@ -2577,12 +2578,8 @@ def check_recipient_count(request: Request, submission: Submission, settings: Se
 
 def check_recipients(request: Request, submission: Submission, settings: Settings) -> dict:
     """Return {recipient as written: the Reply that refuses it}."""
-    refused = {}
-    for as_written, mailbox in unique_recipients(submission).items():
-        reply = check_recipient(mailbox, settings, as_written)
-        if reply:
-            refused[as_written] = reply
-    return refused
+    mailboxes = unique_recipients(submission).items()
+    return {to: reply for to, mailbox in mailboxes if (reply := check_recipient(mailbox, settings, to))}
 
 
 def check_body(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -2646,13 +2643,8 @@ def unique_recipients(submission: Submission) -> dict:
 def check_recipient(mailbox: Mailbox | None, settings: Settings, as_written: str = "") -> Reply | None:
     if not mailbox:
         return make_reply("rcpt-form", *idna_hint(as_written))
-    policy = settings.recipients
-    permitted = (
-        policy.open_relay
-        or mailbox.domain.lower() in policy.domainpart
-        or mailbox.addr_spec.lower() in policy.recipients
-    )
-    if permitted:
+    known, domain, address = settings.recipients, mailbox.domain.lower(), mailbox.addr_spec.lower()
+    if known.open_relay or domain in known.domainpart or address in known.recipients:
         return None
     return make_reply("rcpt-policy", "neither recipients.domainpart nor recipients.recipients has it")
 
@@ -6118,6 +6110,8 @@ async def post_webhook(
     leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool, timeout: float = 15.0
 ) -> Reply:
     """POST an event to its webhook; return a reply as a relay gives it."""
+    if not secret:
+        return make_reply("webhook-never", word="the settings have no webhook any more", mailer="Webhook")
     base_url, path = split_url(leased.recipient)
     target = HTTPTarget(base_url, timeout, "Webhook")
     body, event_id = leased.message.parts[0], f"msg_{leased.queueid}"
@@ -6142,7 +6136,7 @@ async def post_webhook(
 class QueueDB:
     """The queue's file as one process uses it.
 
-    One thread runs all operations and commits those that wait in one transaction, so that many mails share one fsync.
+    One thread commits, and what comes meanwhile is the next transaction, so that many mails share one fsync.
     """
 
     BUSY = 5.0  # seconds to wait for another process's lock
@@ -6152,9 +6146,9 @@ class QueueDB:
         self.settings, self.wake_socket = settings, wake_socket
         if wake_socket:
             wake_socket.setblocking(False)
-        self.waiting: queue.SimpleQueue = queue.SimpleQueue()  # of (operation, values, future)
-        self.deferred_writes: deque = deque()  # (operation, values) to be repeated until the file can be used
-        self.thread: Any = None
+        self.waiting: list = []  # of (operation, values, future)
+        self.committing: asyncio.Task | None = None
+        self.thread = ThreadPoolExecutor(1)
         self.db: Any = None
         self.file_ids: dict = {}  # of the files as they were opened
         self.slot = self.locks = 0  # number of the byte that this process has locked; the lock file
@@ -6163,15 +6157,29 @@ class QueueDB:
 
     async def do(self, operation: Callable, *values: Any) -> Any:
         """Return the result of operation(db, slot, *values) once it is on disk; raise Rejected if that fails."""
-        future = asyncio.get_running_loop().create_future()
-        self.waiting.put((operation, values, future))
-        if not self.thread:
-            self.thread = threading.Thread(target=self._work, daemon=True)
-            self.thread.start()
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self.waiting.append((operation, values, future))
+        if not self.committing or self.committing.done():
+            self.committing = loop.create_task(self._commit_waiting())
         result = await future
         if isinstance(result, Exception):
             raise result
         return result
+
+    async def _commit_waiting(self) -> None:
+        while self.waiting:
+            batch, self.waiting = self.waiting[: self.BATCH], self.waiting[self.BATCH :]
+            work = [(operation, values) for operation, values, _ in batch]
+            try:
+                results = await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, work)
+            except Exception:  # callers wait for results
+                log_exception("queue")
+                results = [Rejected(make_reply("store", mailer="Queue"))] * len(work)
+            self.woken = False
+            for (_, _, future), result in zip(batch, results):
+                if not future.done():  # its task was cancelled
+                    future.set_result(result)
 
     async def add(self, item: NewQueueItem, results: list | None = None, leased: bool = False) -> Any:
         """Store an item, see enqueue(); raise Rejected if the disk is too full."""
@@ -6180,11 +6188,15 @@ class QueueDB:
         return await self.do(enqueue, item, results, leased)
 
     async def do_eventually(self, operation: Callable, *values: Any) -> None:
-        """Record what has happened already: at once, or as soon as the file can be used again."""
+        """Record what has happened already: at once, or in a task of its own as soon as the file can be used again."""
         try:
             await self.do(operation, *values)
         except Rejected:
-            self.deferred_writes.append((operation, values))
+            asyncio.get_running_loop().create_task(self._repeat(operation, *values))
+
+    async def _repeat(self, operation: Callable, *values: Any) -> None:
+        await asyncio.sleep(1.0)
+        await self.do_eventually(operation, *values)
 
     async def release(self, operation: Callable, lease: Any) -> None:
         """End the lease of what a bug has kept from being recorded by the operation: it is tried again."""
@@ -6209,34 +6221,8 @@ class QueueDB:
         """Return what is wrong with the file or its disk, "" for nothing."""
         return "the queue can't be used" if self.fault else "" if self.has_free_space() else "disk full"
 
-    def _work(self) -> None:
-        while True:
-            batch = self._take_waiting(self.BATCH, block=True)
-            owed = [self.deferred_writes.popleft() for _ in range(len(self.deferred_writes))]
-            work = [*owed, *[(operation, values) for operation, values, _ in batch]]
-            try:
-                results = self.commit(work, batch)
-            except Exception:  # callers wait for results, and deferred writes must not be lost
-                log_exception("queue")
-                results = [Rejected(make_reply("store", mailer="Queue"))] * len(work)
-            self.deferred_writes.extend(work for work, result in zip(owed, results) if isinstance(result, Rejected))
-            self.woken = False
-            for (_, _, future), result in zip(batch, results[len(owed) :]):
-                future.get_loop().call_soon_threadsafe(future.set_result, result)
-
-    def _take_waiting(self, limit: int, block: bool = False) -> list:
-        """Return what waits; if `block`, wait for it, a second at most if there are deferred writes."""
-        found: list = []
-        with contextlib.suppress(queue.Empty):
-            while len(found) < limit:
-                found.append(self.waiting.get(block and not found, 1.0 if self.deferred_writes else None))
-        return found
-
-    def commit(self, work: list, batch: list | None = None) -> list:
-        """Return the results of operations, on disk in one transaction; a Rejected for each if that fails.
-
-        If `batch` is given, operations queued while waiting for the lock join this transaction.
-        """
+    def commit(self, work: list) -> list:
+        """Return the results of operations, on disk in one transaction; a Rejected for each if that fails."""
         import sqlite3
 
         try:
@@ -6244,10 +6230,6 @@ class QueueDB:
                 self._open()
             fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite itself would wait by sleeping, sometimes long
             db = self._open()  # now, when no other process writes: the files may have been replaced
-            if batch is not None:
-                late = self._take_waiting(self.BATCH - len(batch))
-                batch += late
-                work += [(operation, values) for operation, values, _ in late]
             db.execute("BEGIN IMMEDIATE")
             results = [operation(db, self.slot, *values) for operation, values in work]
             db.execute("COMMIT")
@@ -6261,9 +6243,10 @@ class QueueDB:
                 return [self.commit([one])[0] for one in work]
             log_exception("queue")
             ((operation, values),) = work
-            leases = LEASE_CONDITIONS.get(operation)  # they must not outlast it
-            release = release_leases, (self.settings, time.time(), leases, *values[:1])
-            return self.commit([release]) if leases else [error]
+            if operation not in LEASE_CONDITIONS:
+                return [error]
+            values = self.settings, time.time(), LEASE_CONDITIONS[operation], values[0]
+            return self.commit([(release_leases, values)])  # they must not outlast it
         finally:
             if self.locks:
                 fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, 0)
@@ -6568,8 +6551,7 @@ def lease_due(
         count = min(limit - in_flight.get(destination, 0), free)
         if count <= 0:
             continue
-        until = now if destination not in throttled else 0
-        rows = db.execute(DUE_SQL, (destination, until, count)).fetchall()
+        rows = db.execute(DUE_SQL, (destination, 0 if destination in throttled else now, count)).fetchall()
         if destination in throttled:
             attempts = MIN_ATTEMPTS - throttled[destination]
             rows += db.execute(EXPIRED_SQL, (destination, expired_before, attempts, MAX_EXPIRED)).fetchall()
@@ -6812,7 +6794,7 @@ class QueueManager:
         """Return the reply to an attempt and its destination, by the settings that are in force now."""
         try:
             if leased.kind == "event":
-                return await self._post_event(leased, settings.queue), ""
+                return await post_webhook(leased, settings.queue.secret, time.time(), self.app.transport.http), ""
             to, sender = parse_address(leased.recipient), parse_address(leased.sender)
             route = resolve_route(to.domain, sender.domain if sender else "", settings)[0]
             envelope = leased.queueid, leased.sender, (leased.recipient,), leased.message, leased.number, settings.dkim
@@ -6821,11 +6803,6 @@ class QueueManager:
         except Exception:
             log_exception(leased.queueid)
             return make_reply("relay-fault", mailer="Queue"), ""
-
-    async def _post_event(self, leased: LeasedRecipient, settings: QueueSettings) -> Reply:
-        if not settings.secret:
-            return make_reply("webhook-never", word="the settings have no webhook any more", mailer="Webhook")
-        return await post_webhook(leased, settings.secret, time.time(), self.app.transport.http)
 
     def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
         """After a failure to open a session its destination waits, up to the third pause: new mail may wait for it."""
@@ -6908,14 +6885,17 @@ async def process_submission(request: Request, app: App, queueid: str) -> Respon
     """Take a mail from its JSON to the replies of the other side."""
     settings, submission = request.settings or app.settings, None
     try:
-        checked = await call_in_thread(is_expensive(request.body), parse_and_check, request, settings)
-        submission, replies, accepted = checked.submission, checked.replies, checked.accepted
-        options = queue_options(request, submission, checked.digest, settings)
+        values = request, settings
+        to_thread = is_expensive(request.body)
+        checked = await asyncio.to_thread(parse_and_check, *values) if to_thread else parse_and_check(*values)
+        submission, replies, accepted, digest = checked
+        options = queue_options(request, submission, digest, settings)
         if not accepted:
             return respond(request, 400, replies, queueid, submission)
         request.body = b""  # its memory is needed for the message
         values = request, submission, settings, queueid, accepted
-        message = await call_in_thread(is_expensive(submission), compose_and_check, *values)
+        to_thread = is_expensive(submission)
+        message = await asyncio.to_thread(compose_and_check, *values) if to_thread else compose_and_check(*values)
         transactions, accepted = plan_transactions(submission, message, accepted, settings, queueid)
         submission, values = without_content(submission), ()
         if options.async_ or options.key:
@@ -6928,29 +6908,25 @@ async def process_submission(request: Request, app: App, queueid: str) -> Respon
     replies.update(zip([mailbox.as_written for mailbox in accepted], delivered))
     response = respond(request, http_status(replies.values()), replies, queueid, submission)
     if options.key:
-        await app.queue.do_eventually(finish_request, queueid, attempts, serialize_response(response), time.time())
+        await app.queue.do_eventually(
+            finish_request,
+            queueid,
+            attempts,
+            ENCODER.encode([response.status, response.headers, response.body.decode()]),
+            time.time(),
+        )
     return response
 
 
 CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
 
 
-async def call_in_thread(expensive: bool, function: Callable, *args: Any) -> Any:
-    """Call a function, in a thread if other requests would have to wait too long."""
-    return await asyncio.to_thread(function, *args) if expensive else function(*args)
+def parse_and_check(request: Request, settings: Settings) -> tuple:
+    """Parse the body of a request; raise Rejected with every error of it, or by the first check that fails.
 
-
-class CheckedSubmission(NamedTuple):
-    """A submission that passed the checks."""
-
-    submission: Submission
-    replies: dict  # {recipient: the Reply that refuses it, or None}, in order
-    accepted: list  # of Mailbox, the other recipients
-    digest: bytes | None  # of the document, if there is an Idempotency-Key
-
-
-def parse_and_check(request: Request, settings: Settings) -> CheckedSubmission:
-    """Parse the body of a request; raise Rejected with every error of it, or by the first check that fails."""
+    Return (submission, {recipient: the Reply that refuses it, or None}, Mailboxes of the other recipients, digest of
+    the document if there is an Idempotency-Key).
+    """
     submission, errors, is_json = parse_submission(request.body)
     if errors:
         raise Rejected(make_reply("invalid" if is_json else "json", *errors[:MAX_REPORTED_ERRORS]))
@@ -6959,7 +6935,7 @@ def parse_and_check(request: Request, settings: Settings) -> CheckedSubmission:
     replies = {as_written: refused.get(as_written) for as_written in recipients}
     accepted = [mailbox for as_written, mailbox in recipients.items() if not replies[as_written]]
     digest = document_digest(request.body) if "idempotency-key" in request.headers else None
-    return CheckedSubmission(submission, replies, accepted, digest)
+    return submission, replies, accepted, digest
 
 
 def document_digest(body: Any) -> bytes:
@@ -7003,10 +6979,13 @@ async def deliver_or_queue(
 
 
 def respond(request: Request, status: int, replies: dict, queueid: str, submission: Submission | None) -> Response:
-    """Return the response; log each refusal before delivery."""
+    """Return the response; log one line for each refusal before delivery."""
     refused = {to: reply for to, reply in replies.items() if reply.origin == "policy"}
     if refused:
-        log_rejection(request, queueid, submission, refused)
+        listed = [to for to in refused if to is not None] or list(submission.rcpt if submission else ())
+        sender = submission.mail if submission else None
+        for reply in dict.fromkeys(refused.values()):
+            log.lines(log_line(request, queueid, sender, listed[:100], reply))  # the line is cut anyway
     return answer_document(request, status, replies, queueid, submission)
 
 
@@ -7063,16 +7042,14 @@ async def enqueue_before_sending(
 
 def new_item(request: Request, transactions: list, accepted: list, options: QueueOptions) -> NewQueueItem:
     """Return the mail as the queue stores it."""
-    first, mailboxes = transactions[0], {mailbox.addr_spec: mailbox for mailbox in accepted}
+    first, mailboxes = transactions[0], iter(accepted)
     recipients = []
     for transaction in transactions:
-        for to in transaction.recipients:
-            destination = destination_key(transaction.route, mailboxes[to].domain)
-            recipients.append(NewRecipient(mailboxes[to].as_written, to, transaction.number, destination))
-    return NewQueueItem(
-        first.queueid, "mail", first.sender, options.login, request.now, first.message, tuple(recipients), options.key,
-        options.body_digest,
-    )  # fmt: skip
+        for to, mailbox in zip(transaction.recipients, mailboxes):  # in their order
+            destination = destination_key(transaction.route, mailbox.domain)
+            recipients.append(NewRecipient(mailbox.as_written, to, transaction.number, destination))
+    envelope = first.queueid, "mail", first.sender, options.login, request.now, first.message
+    return NewQueueItem(*envelope, tuple(recipients), options.key, options.body_digest)
 
 
 async def queue_deferred(
@@ -7083,23 +7060,22 @@ async def queue_deferred(
     if not (options.key or any(reply.temporary for reply in replies)):
         return replies, []
     item, now = new_item(request, transactions, accepted, options), time.time()
-    results = [
-        first_attempt_result(item, recipient, reply, settings, now)
-        for recipient, reply in zip(item.recipients, replies)
-    ]
+    pairs = zip(item.recipients, replies)
+    results = [first_attempt_result(item, recipient, reply, settings, now) for recipient, reply in pairs]
+    waiting = [i for i, result in enumerate(results) if result.disposition.state == "open"]
     if not options.key:  # with one it is in the file already
-        waiting = [i for i, result in enumerate(results) if result.disposition.state == "open"]
+        part = item._replace(recipients=tuple([item.recipients[i] for i in waiting]))
         try:
-            await app.queue.add(
-                item._replace(recipients=tuple(item.recipients[i] for i in waiting)), [results[i] for i in waiting]
-            )
+            await app.queue.add(part, [results[i] for i in waiting])
         except Rejected:  # the client reads that it failed for now, and that nobody will try again
             return replies, []
-    log_queued(item, results)
-    return [
-        queued_reply(item.queueid, result.reply) if result.disposition.state == "open" else result.reply
-        for result in results
-    ], results
+    for i in waiting:
+        unsure = "; may arrive twice" if replies[i].maybe_delivered else ""
+        pairs = log_pairs(to=f"<{item.recipients[i].recipient}>", status="deferred")
+        pause = results[i].disposition.pause
+        log.lines(f"{item.queueid}: {pairs} (queued; next attempt in {pause:.0f} s{unsure})")
+        replies[i] = queued_reply(item.queueid, replies[i])
+    return replies, results
 
 
 def first_attempt_result(
@@ -7114,15 +7090,6 @@ def first_attempt_result(
     return AttemptResult(reply, disposition, notifications(first, reply, "open", settings, now))
 
 
-def log_queued(item: NewQueueItem, results: list) -> None:
-    """Log one line for each recipient that waits."""
-    for recipient, (reply, disposition, *_) in zip(item.recipients, results):
-        if disposition.state == "open":
-            unsure = "; may arrive twice" if reply.maybe_delivered else ""
-            pairs = log_pairs(to=f"<{recipient.recipient}>", status="deferred")
-            log.lines(f"{item.queueid}: {pairs} (queued; next attempt in {disposition.pause:.0f} s{unsure})")
-
-
 async def replay_response(
     request: Request, submission: Submission, replies: dict, earlier: tuple, options: QueueOptions, app: App
 ) -> Response:
@@ -7135,17 +7102,11 @@ async def replay_response(
     if answered is None:  # its process ended before it could answer; the queue has taken the mail over
         message = await app.queue.do(message_status, queueid)
         replies.update((row["as_written"], current_reply(queueid, row)) for row in message["recipients"])
-        answered = serialize_response(
-            answer_document(request, http_status(replies.values()), replies, queueid, submission)
-        )
+        response = answer_document(request, http_status(replies.values()), replies, queueid, submission)
+        answered = ENCODER.encode([response.status, response.headers, response.body.decode()])
         await app.queue.do(finish_request, queueid, [], answered, request.now)
     status, headers, text = json.loads(answered)
     return Response(status, text.encode(), (*map(tuple, headers), ("Idempotency-Replayed", "true")))
-
-
-def serialize_response(result: Response) -> str:
-    """Return a response as the queue stores it."""
-    return ENCODER.encode([result.status, result.headers, result.body.decode()])
 
 
 def current_reply(queueid: str, row: Any) -> Reply:
@@ -7158,68 +7119,44 @@ def current_reply(queueid: str, row: Any) -> Reply:
 def plan_transactions(
     submission: Submission, message: Message, accepted: list, settings: Settings, queueid: str
 ) -> tuple:
-    """Return (transactions, the mailboxes in their order): one each recipient, or each route if they share the mail."""
-    sender = parse_address(submission.mail) or NULL_SENDER
-    check_provider_headers(submission, sender, accepted, settings)
-    if submission.shared:
-        transactions = plan_shared(sender, message, accepted, settings, queueid)
-        by_address = {mailbox.addr_spec: mailbox for mailbox in accepted}
-        return transactions, [by_address[to] for transaction in transactions for to in transaction.recipients]
-    routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in accepted]
-    return [
-        Transaction(
-            route, settings.hostname, queueid, sender.addr_spec, (mailbox.addr_spec,), message, number, settings.dkim
-        )
-        for number, (route, mailbox) in enumerate(zip(routes, accepted), 1)
-    ], accepted
+    """Return (transactions, the mailboxes in their order): one each route if the recipients share the mail, else each.
 
-
-def check_provider_headers(submission: Submission, sender: Mailbox, accepted: list, settings: Settings) -> None:
-    """Raise Rejected if a client sets commands of cloud relays where a route does not let it."""
+    By MX a shared mail has one for each domain. Raise Rejected for commands of cloud relays that a route does not let a
+    client send.
+    """
+    groups, sender = {}, parse_address(submission.mail) or NULL_SENDER
+    for i, mailbox in enumerate(accepted):
+        route = resolve_route(mailbox.domain, sender.domain, settings)[0]
+        key = (route, route.relay == "MX" and mailbox.domain.lower()) if submission.shared else i
+        groups.setdefault(key, (route, []))[1].append(mailbox)
     names = provider_header_names(submission)
-    routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in accepted] if names else ()
-    if not all(route.provider_headers for route in routes):
+    if names and not all(route.provider_headers for route, _ in groups.values()):
         lines = [f"{sanitize(name)}: the route must have provider_headers to send it" for name in names]
         raise Rejected(make_reply("invalid", *lines[:MAX_REPORTED_ERRORS]))
-
-
-def plan_shared(sender: Mailbox, message: Message, accepted: list, settings: Settings, queueid: str) -> list:
-    """Return one transaction for each route, in which all recipients get the same message; for MX for each domain."""
-    routes: dict = {}
-    for mailbox in accepted:
-        route = resolve_route(mailbox.domain, sender.domain, settings)[0]
-        domain = mailbox.domain.lower() if route.relay == "MX" else ""
-        routes.setdefault((route, domain), []).append(mailbox.addr_spec)
-    return [
-        Transaction(
-            route, settings.hostname, queueid, sender.addr_spec, tuple(recipients), message, number, settings.dkim
-        )
-        for number, ((route, _), recipients) in enumerate(routes.items(), 1)
-    ]
+    transactions = []
+    for number, (route, mailboxes) in enumerate(groups.values(), 1):
+        envelope = settings.hostname, queueid, sender.addr_spec, tuple([mailbox.addr_spec for mailbox in mailboxes])
+        transactions.append(Transaction(route, *envelope, message, number, settings.dkim))
+    return transactions, [mailbox for _, mailboxes in groups.values() for mailbox in mailboxes]
 
 
 async def deliver(transactions: list, transport: TransportContext, settings: Settings) -> list:
     """Return a TransactionResult for each transaction, in order; up to `max_workers` are run side by side."""
     if len(transactions) == 1:
-        return [await run_transaction(transactions[0], transport)]
+        return [await attempt_with_retries(transactions[0], transport)]
     limit = asyncio.Semaphore(settings.smtpd.max_workers)
 
     async def one(transaction: Transaction) -> TransactionResult:
         async with limit:
-            return await run_transaction(transaction, transport)
+            return await attempt_with_retries(transaction, transport)
 
     return await asyncio.gather(*map(one, transactions))
 
 
-def run_transaction(transaction: Transaction, transport: TransportContext) -> Any:
-    """Return an awaitable of the TransactionResult."""
-    return (attempt_with_retries if transaction.route.retry else attempt_transaction)(transaction, transport)
-
-
 async def attempt_with_retries(transaction: Transaction, transport: TransportContext) -> TransactionResult:
     """Attempt a transaction, and again as its route says for the recipients that failed temporarily."""
-    started, route = time.monotonic(), transaction.route
-    replies = (await attempt_transaction(transaction, transport)).replies
+    result, route = await attempt_transaction(transaction, transport), transaction.route
+    replies, started = result.replies, time.monotonic() - result.ms / 1000
     for _ in range(route.retry):
         waiting = [i for i, reply in enumerate(replies) if reply.temporary and not reply.maybe_delivered]
         if not waiting:
@@ -7264,14 +7201,6 @@ def result_lines(request: Request, result: TransactionResult) -> list:
 
 
 MAX_RCPT_OCTETS = 8 * (MAX_PATH + 3)  # octets of recipients in a line, so that a pipe takes it whole (PIPE_BUF)
-
-
-def log_rejection(request: Request, queueid: str | None, submission: Submission | None, refused: dict) -> None:
-    """Log one line for each refusal before delivery; `refused` is {recipient, None for all: Reply}."""
-    listed = [to for to in refused if to is not None] or list(submission.rcpt if submission else ())
-    sender = submission.mail if submission else None
-    for reply in dict.fromkeys(refused.values()):
-        log.lines(log_line(request, queueid, sender, listed[:100], reply))  # the line is cut anyway
 
 
 def log_line(
@@ -7320,22 +7249,25 @@ def answer_headers(request: Request, status: int, queueid: str | None, replies: 
     if status == 202:
         applied = prefers_async(request.headers.get("prefer", ""))
         return (("Location", f"/queue/{queueid}"), *([("Preference-Applied", "respond-async")] if applied else []))
-    if status == 401:
-        return (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),)
-    if status == 409:
-        return (("Retry-After", "2"),)
     if status == 503:
         seconds = max([DEFAULT_RETRY_AFTER, *[reply.retry_after for reply in replies.values()]])
         return (("Retry-After", str(seconds)),)
-    return ()
+    return HEADERS_OF_STATUS.get(status, ())
 
 
+HEADERS_OF_STATUS = {
+    401: (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),),
+    409: (("Retry-After", "2"),),
+}
 DEFAULT_RETRY_AFTER = 60  # seconds
 
 
 def time_to_dict(seconds: float | None) -> dict | None:
     """Return a time as answers show it."""
-    return None if seconds is None else {"datetime": time.ctime(seconds), "unixtime": str(int(seconds))}
+    return None if seconds is None else {"datetime": ctime(int(seconds)), "unixtime": str(int(seconds))}
+
+
+ctime = functools.lru_cache(maxsize=2)(time.ctime)
 
 
 def echoed_header(request: Request, name: str) -> str | None:
@@ -7382,28 +7314,38 @@ class RequestHead(NamedTuple):
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
-HEADER_LINE = re.compile(rf"(?m)^({_TOKEN}+):([^\r\n\0]*)\r\n")
+HEADER_LINE = re.compile(rf"({_TOKEN}+):([^\r\n\0]*)")
 BARE_LF = re.compile(rb"\n\r?\n")  # an end of the head for some servers; looked for if there is no CR LF CR LF
 
 
 def parse_head(octets: bytes) -> RequestHead:
-    """Parse the head of a request, without its empty line; raise Rejected for what RFC 9112 forbids.
-
-    Nothing is cached, because header lines hold credentials.
-    """
+    """Parse the head of a request, without its empty line; raise Rejected for what RFC 9112 forbids."""
     first, _, rest = octets.decode("latin-1").partition("\r\n")
     method, path, is_http10 = parse_request_line(first)
-    if rest.count("\r\n") > MAX_HEADERS:
+    lines = rest.split("\r\n")[:-1]
+    if len(lines) > MAX_HEADERS:
         raise Rejected(make_reply("head-too-large"))
-    lines = HEADER_LINE.findall(rest)
-    if sum([len(name) + len(value) + 3 for name, value in lines]) != len(rest):  # something between them is no line
-        raise Rejected(make_reply("bad-request", "header line"))
     headers: dict = {}
-    for name, value in [(name.lower(), value.strip(" \t")) for name, value in lines]:
+    for line in lines:
+        name, value = (cached_header_line if line.startswith(CACHED_HEADERS) else parse_header_line)(line)
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     connection = headers.get("connection", "").lower()
     keep_alive = "keep-alive" in connection if is_http10 else "close" not in connection
     return RequestHead(method, path, headers, keep_alive, is_http10)
+
+
+def parse_header_line(line: str) -> tuple:
+    """Return (name in lower case, value)."""
+    found = HEADER_LINE.fullmatch(line)
+    if not found:
+        raise Rejected(make_reply("bad-request", "header line"))
+    return found[1].lower(), found[2].strip(" \t")
+
+
+# Most clients send these again and again; lines that may hold credentials are not kept in memory.
+CACHED_HEADERS = ("host:", "user-agent:", "accept", "content-", "connection:")
+CACHED_HEADERS += tuple(map(str.title, CACHED_HEADERS))
+cached_header_line = cache_short(512, limit=200)(parse_header_line)
 
 
 def parse_request_line(line: str) -> tuple:
@@ -7422,10 +7364,11 @@ def parse_request_line(line: str) -> tuple:
 def check_host(head: RequestHead) -> None:
     """Raise Rejected if Host is missing, repeated or no host (RFC 9112 3.2)."""
     host = head.headers.get("host", "" if head.is_http10 else ",")
-    if not re.fullmatch(r"[^\s,/?#@\\]*", host):
+    if NOT_IN_HOST.search(host):
         raise Rejected(make_reply("bad-request", "Host"))
 
 
+NOT_IN_HOST = re.compile(r"[\s,/?#@\\]")
 CHUNKED = -1
 
 
@@ -7457,9 +7400,7 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
     if forwarded is None or peer not in trusted:
         return peer, port
     for text in reversed(forwarded.split(",")):
-        found = re.fullmatch(
-            r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)", text.strip(" \t")[:100]
-        )  # some proxies add the port
+        found = FORWARDED_ADDRESS.fullmatch(text.strip(" \t")[:100])
         try:
             peer, port = parse_ip(found[1] or found[2] or found[3]), None
         except ValueError:  # it must not pass for the proxy's own request
@@ -7469,9 +7410,9 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
     return peer, port
 
 
-FORWARDING_HEADERS = frozenset(
-    ("via", "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "x-client-ip")
-)  # that proxies add
+FORWARDED_ADDRESS = re.compile(r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)")  # some proxies add the port
+FORWARDING_HEADERS = {f"x-forwarded-{what}" for what in ("for", "host", "proto")}  # that proxies add
+FORWARDING_HEADERS |= {"via", "forwarded", "x-real-ip", "x-client-ip"}
 
 
 class Endpoint(NamedTuple):
@@ -7485,8 +7426,13 @@ def json_response(document: Any, status: int = 200, headers: tuple = ()) -> Resp
     return Response(status, to_json(document), headers)
 
 
-async def get_root(request: Request, app: App) -> Response:
-    return json_response({"name": "Haineko", "version": __version__})
+def constant(response: Response) -> Endpoint:
+    """Return an endpoint that always answers the same."""
+
+    async def handler(request: Request, app: App) -> Response:
+        return response
+
+    return Endpoint(handler)
 
 
 async def get_health(request: Request, app: App) -> Response:
@@ -7511,10 +7457,7 @@ def check_monitor(request: Request, submission: None, settings: Settings) -> Rep
 
 
 def is_own_host(host: str, settings: Settings) -> bool:
-    """Return True if a host, with or without port, is an address, smtpd.hostname or a single label.
-
-    These can't be rebound in DNS by a stranger.
-    """
+    """Tell whether a host is an address, smtpd.hostname or a single label: no stranger can rebind these in DNS."""
     name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
     return "." not in name or name == settings.hostname.lower() or bool(re.fullmatch(r"[\d.]+", name))
 
@@ -7574,18 +7517,13 @@ def message_document(message: dict) -> dict:
             for attempt in parse_history(row["history"])
         ]
         response.append({**item, "state": row["state"], "next": time_to_dict(row["due"]), "attempts": attempts})
-    return {
+    head = {
         "queueid": message["queueid"],
         "addresser": message["sender"],
         "recipient": [row["as_written"] for row in rows],
-        "response": response,
-        "size": message["size"],
-        "timestamp": time_to_dict(message["created_at"]),
     }
-
-
-async def get_sample(request: Request, app: App) -> Response:
-    return json_response(SAMPLES)
+    timestamp = time_to_dict(message["created_at"])
+    return {**head, "response": response, "size": message["size"], "timestamp": timestamp}
 
 
 SAMPLES = json.loads("""[
@@ -7603,25 +7541,21 @@ SAMPLES = json.loads("""[
 ]""")
 
 
-async def get_neko(request: Request, app: App) -> Response:
-    return Response(200, b"Nyaaaaa", type="text/plain; charset=utf-8")
-
-
 async def answer_options(request: Request, app: App) -> Response:
     return Response(204, b"", (("Allow", ", ".join(allowed_methods(request.path))),))
 
 
 ENDPOINTS = {
     ("POST", "/submit"): Endpoint(submit, checks_at("head")),
-    ("GET", "/"): Endpoint(get_root),
+    ("GET", "/"): constant(json_response({"name": "Haineko", "version": __version__})),
     ("GET", "/health"): Endpoint(get_health),
     ("GET", "/conf"): Endpoint(get_conf, (check_monitor,)),
     ("GET", "/queue"): Endpoint(get_queue, (check_monitor,)),
     ("GET", "/queue/ID"): Endpoint(get_queued_mail, (check_queue_access,)),
     ("DELETE", "/queue/ID"): Endpoint(cancel_queued_mail, (check_queue_access,)),
     ("POST", "/queue/ID/retry"): Endpoint(retry_queued_mail, (check_queue_access,)),
-    ("GET", "/sample/mail"): Endpoint(get_sample),
-    ("GET", "/neko"): Endpoint(get_neko),
+    ("GET", "/sample/mail"): constant(json_response(SAMPLES)),
+    ("GET", "/neko"): constant(Response(200, b"Nyaaaaa", type="text/plain; charset=utf-8")),
 }
 
 
@@ -7754,15 +7688,19 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     async def _respond(self, deadline: float) -> Response:
         """Return an endpoint's response; `unread` are the octets of the body that are not read yet."""
-        self.head = head = parse_head(self._buffered_head() or await self._read_head(deadline))
+        self.head = head = parse_head(await self._read_head(deadline))
         self.command = head.method
         check_host(head)
         self.unread = body_length(head)
         self.request = request = self._request(head)
         allowed, self.cors_headers = cors_policy(head, self.settings)
         endpoint = self._endpoint(request, allowed)
-        checks = endpoint.checks, request, None, self.settings
-        await call_in_thread(self._needs_password_check(endpoint, request), apply_checks, *checks)
+        if endpoint.checks:
+            values, password = (endpoint.checks, request, None, self.settings), self.settings.password
+            if password.hashes and not password.is_cached(head.headers.get("authorization")):  # one is computed
+                await asyncio.to_thread(apply_checks, *values)
+            else:
+                apply_checks(*values)
         if self.unread and head.method != "POST":
             self.unread = CHUNKED  # it is not waited for: the connection is closed
             raise Rejected(make_reply("bad-request", f"{head.method} takes no body"))
@@ -7778,7 +7716,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         request = Request(
             head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings
         )
-        request.forwarded = ", ".join(sorted(FORWARDING_HEADERS.intersection(head.headers))).title()
+        if not FORWARDING_HEADERS.isdisjoint(head.headers):
+            request.forwarded = ", ".join(sorted(FORWARDING_HEADERS.intersection(head.headers))).title()
         return request
 
     def _endpoint(self, request: Request, origin_allowed: bool) -> Endpoint:
@@ -7796,11 +7735,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
             origin = sanitize(request.headers.get("origin", "a cross-site request without Origin"))
             raise Rejected(make_reply("origin", f"{origin} is not in httpd.allowed_origins"))
         return endpoint or Endpoint(answer_options)
-
-    def _needs_password_check(self, endpoint: Endpoint, request: Request) -> bool:
-        """Return True if a password hash has to be computed."""
-        password, credentials = self.settings.password, request.headers.get("authorization")
-        return bool(password.hashes and endpoint.checks and not password.is_cached(credentials))
 
     def rejection(self, reply: Reply) -> Response:
         """Return the response for a Reply that refuses the request, and log it."""
@@ -7836,25 +7770,20 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def date_time_string(self, timestamp: float | None = None) -> str:
         return http_date(int(time.time() if timestamp is None else timestamp))
 
-    def _buffered_head(self, searched: int = 0) -> bytes:
-        """Return the octets before the empty line, b"" if that has not arrived; `searched` octets need no search."""
-        end = self.buffer.find(b"\r\n\r\n", searched)
-        if end > MAX_HEAD or (end < 0 and len(self.buffer) > MAX_HEAD):
-            raise Rejected(make_reply("head-too-large"))
-        if end < 0:
+    async def _read_head(self, deadline: float) -> bytes:
+        """Return the octets before the empty line."""
+        searched = 0  # octets that need no search
+        while True:
+            end = self.buffer.find(b"\r\n\r\n", searched)
+            if end > MAX_HEAD or (end < 0 and len(self.buffer) > MAX_HEAD):
+                raise Rejected(make_reply("head-too-large"))
+            if end >= 0:
+                head, self.buffer = self.buffer[: end + 2], self.buffer[end + 4 :]
+                return head
             if BARE_LF.search(self.buffer, searched):
                 raise Rejected(make_reply("bad-request", "line ends with LF alone"))
-            return b""
-        head, self.buffer = self.buffer[: end + 2], self.buffer[end + 4 :]
-        return head
-
-    async def _read_head(self, deadline: float) -> bytes:
-        head = b""
-        while not head:
             searched = max(len(self.buffer) - 3, 0)
             self.buffer += await self._receive(deadline)
-            head = self._buffered_head(searched)
-        return head
 
     async def _receive(self, deadline: float, limit: int = 65536) -> bytes:
         """Return octets from the client; raise Rejected at the deadline."""
@@ -7869,16 +7798,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise ConnectionError("closed within a request")
         self.received += len(octets)
         if self.in_body:
-            self._count_in_flight(len(octets))
+            size = self.settings.smtpd.max_message_size
+            self.in_flight += len(octets)
+            self.app.octets_in_flight += len(octets)
+            if self.app.octets_in_flight > max(MAX_IN_FLIGHT, 4 * size if size else 2 * MAX_BODY):
+                raise Rejected(make_reply("overload"))
         return octets
-
-    def _count_in_flight(self, octets: int) -> None:
-        """Raise Rejected if the bodies of all requests are too large together."""
-        self.in_flight += octets
-        self.app.octets_in_flight += octets
-        size = self.settings.smtpd.max_message_size
-        if self.app.octets_in_flight > max(MAX_IN_FLIGHT, 4 * size if size else 2 * MAX_BODY):
-            raise Rejected(make_reply("overload"))
 
     def precedence(self, now: float, crowded: set) -> tuple:
         """Return a sort key: a connection over the limit makes room by closing the first of the others."""
@@ -7899,16 +7824,14 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 await self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n", deadline)
         if length == CHUNKED:
             return await self._read_chunks(limit, deadline)
-        return self._take(length) if length <= len(self.buffer) else await self._read_exactly(length, deadline)
-
-    def _take(self, length: int) -> bytes:
-        """Return up to `length` octets that have arrived."""
-        octets, self.buffer = self.buffer[:length], self.buffer[length:]
-        return octets
+        return await self._read_exactly(length, deadline)
 
     async def _read_exactly(self, length: int, deadline: float) -> bytes:
         """Return `length` octets; a bytearray if they are many, because a copy would need the memory twice."""
-        whole = bytearray(self._take(length))
+        octets, self.buffer = self.buffer[:length], self.buffer[length:]
+        if len(octets) == length:
+            return octets
+        whole = bytearray(octets)
         while len(whole) < length:
             whole += await self._receive(deadline, min(length - len(whole), 1 << 18))
         return whole if length >= LARGE else bytes(whole)
@@ -7946,16 +7869,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
 
 def body_limit(size: int, limit: int) -> str:
-    return (
-        f"more than {limit} octets: twice smtpd.max_message_size ({size}) and 65536" if size else f"more than {limit}"
-    )
+    return f"more than {limit} octets" + (f": twice smtpd.max_message_size ({size}) and 65536" if size else "")
 
 
 async def lingering_close(sock: AsyncSocket) -> None:
-    """Send the end of the stream and read what still arrives (RFC 9112 9.6).
-
-    A connection closed with octets unread is reset, and the client might never see the last response.
-    """
+    """End the stream and read what still arrives: else a reset could destroy the last response (RFC 9112 9.6)."""
     deadline = time.monotonic() + LINGER_TIMEOUT
     with contextlib.suppress(OSError):
         await sock.call(functools.partial(close_notify, sock.sock), deadline)
@@ -7989,10 +7907,10 @@ class Worker:
         self,
         listeners: list,
         settings: Settings,
-        lifeline: socket.socket,
+        lifeline: Any,
         loads: Any = None,
-        slot: int | None = 0,
-        bells: tuple = (None, None),
+        slot: Any = 0,
+        bells: Any = (None,) * 2,
     ) -> None:
         self.app = App(settings, bells[1])
         self.listeners, self.parent_pipe = listeners, lifeline
@@ -8081,7 +7999,7 @@ class Worker:
                 continue
             connection = Connection(sock, peer, self)
             self.connections.add(connection)
-            self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
+            self.mark_busy(connection)
             self.loop.create_task(connection.handle())
 
     def _full(self) -> bool:
@@ -8238,16 +8156,14 @@ class Supervisor:
 
     def _reap(self) -> None:
         while self.workers:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
+            pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
                 return
             started, slot = self.workers.pop(pid, (None, 0))
             if started is not None and not self.stopping:
                 name = "queue process" if slot is None else "worker"
-                log.lines(f"{name} {pid} ended ({exit_reason(status)}); starting a new one")
+                reason = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
+                log.lines(f"{name} {pid} ended ({reason}); starting a new one")
                 if time.monotonic() - started < 1:
                     self.respawn_not_before = time.monotonic() + 1
 
@@ -8285,7 +8201,9 @@ class Supervisor:
     def _stop(self, alarm: socket.socket) -> int:
         """Wait for the workers, which answer what is in flight; kill those that take too long."""
         for listener in self.listeners:
-            unlink_socket(listener)
+            if listener.family == socket.AF_UNIX:
+                with contextlib.suppress(OSError):
+                    os.unlink(listener.getsockname())
             listener.close()
         self._signal_workers(signal.SIGTERM)
         deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 3
@@ -8296,11 +8214,6 @@ class Supervisor:
         self._signal_workers(signal.SIGKILL)
         log.lines("stopped")
         return 0
-
-
-def exit_reason(status: int) -> str:
-    """Describe how a process ended."""
-    return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
 
 
 def bind(listen: str) -> socket.socket:
@@ -8319,31 +8232,20 @@ BACKLOG = 1024
 
 def bind_unix(path: str) -> socket.socket:
     """Return a listening Unix socket; one left over by a server that is gone is replaced."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.connect(path)
-    except ConnectionRefusedError:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):  # a file that is no socket refuses as well
-            listener.close()
-            raise OSError(errno.EEXIST, "exists and is not a socket") from None
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        found = client.connect_ex(path)
+    if found == errno.ECONNREFUSED and not stat.S_ISSOCK(os.stat(path).st_mode):  # a file refuses as well
+        raise OSError(errno.EEXIST, "exists and is not a socket")
+    if found == errno.ECONNREFUSED:
         os.unlink(path)
-    except FileNotFoundError:
-        pass
-    else:
-        listener.close()
-        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-    listener.close()
+    elif found != errno.ENOENT:
+        found = found or errno.EADDRINUSE
+        raise OSError(found, os.strerror(found))
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
     os.chmod(path, 0o666)  # the folder's mode decides who may connect, as for other servers' sockets
     listener.listen(BACKLOG)
     return listener
-
-
-def unlink_socket(listener: socket.socket) -> None:
-    if listener.family == socket.AF_UNIX:
-        with contextlib.suppress(OSError):
-            os.unlink(listener.getsockname())
 
 
 def url_of(listener: socket.socket, tls: bool) -> str:
