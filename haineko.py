@@ -265,11 +265,14 @@ REPLIES = {
     "queue-sending": (409, "421", None, "HTTP", "The mail is being sent at this moment"),
     "not-implemented": (501, "421", None, "HTTP", "Transfer-Encoding not implemented"),
     "busy": (503, "421", None, "HTTP", "Too many connections"),
+    "content-encoding": (415, "421", None, "HTTP", "Content-Encoding is not supported"),
+    "overload": (503, "421", None, "HTTP", "Too many octets in flight"),
     "http-version": (505, "421", None, "HTTP", "HTTP version not supported"),
     # a submission against policy
     "login": (401, "535", "5.7.0", "AUTH", "authentication failed"),
     "client": (403, "500", "5.7.1", "AUTH", "Access denied"),
     "json": (400, "421", None, "HTTP", "Malformed JSON string"),
+    "invalid": (400, "554", "5.6.0", "HTTP", "Invalid submission"),
     "loop": (400, "421", "5.4.6", "CONN", "Detected message loop"),
     "ehlo": (400, "501", "5.0.0", "EHLO", "Invalid domain name"),
     "mail-empty": (400, "501", "5.5.2", "MAIL", 'Syntax error in parameters scanning "FROM"'),
@@ -1637,6 +1640,7 @@ class Request:
     settings: Settings | None = None  # in force when it began
     login: str = ""  # who logged in
     message_size: int = 0  # octets of the finished message
+    forwarded: str = ""  # a header by which a proxy says that it forwarded the request
 
 
 class Mailbox(NamedTuple):
@@ -2559,10 +2563,22 @@ def check_login(request: Request, submission: Submission | None, settings: Setti
 
 def check_client(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
     """Require an address in relayhosts, unless the client has to log in."""
-    policy = settings.relayhosts
-    if settings.password.hashes or policy.open_relay or request.client in policy.relayhosts:
+    if settings.password.hashes or settings.relayhosts.open_relay:
         return None
-    return make_reply("client")
+    if request.client not in settings.relayhosts.relayhosts:
+        return make_reply("client", f"{request.client.text} is not in relayhosts.relayhosts")
+    reason = hidden_client(request, settings)
+    return make_reply("client", reason) if reason else None
+
+
+def hidden_client(request: Request, settings: Settings) -> str:
+    """Say why a request from a loopback address was not made by a program on this machine, "" if it may have been."""
+    if not request.forwarded or request.client not in LOOPBACK:
+        return ""
+    proxy = f"{request.forwarded} from {request.peer.text}"
+    if request.peer not in settings.httpd.trusted_proxies:
+        return f"{proxy}, which is not in httpd.trusted_proxies"
+    return "" if "x-forwarded-for" in request.headers else f"{proxy} without X-Forwarded-For"
 
 
 def check_loop(request: Request | None, submission: Submission, settings: Settings) -> Reply | None:
@@ -2579,38 +2595,45 @@ def check_ehlo(request: Request, submission: Submission, settings: Settings) -> 
     if name is None or DOMAIN.fullmatch(name):
         return None
     literal = name[:1] == "[" and name[-1:] == "]" and len(name) <= MAX_PATH and is_address_literal(name)
-    return None if literal else make_reply("ehlo")
+    return None if literal else make_reply("ehlo", 'ehlo: expected a domain or an address literal like "[192.0.2.1]"')
 
 
 def check_sender(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.mail:
-        return make_reply("mail-empty")
-    return None if parse_address(submission.mail) else make_reply("mail-form", *idna_hint(submission.mail))
+        return make_reply("mail-empty", "mail (the envelope sender) is required")
+    if parse_address(submission.mail):
+        return None
+    return make_reply("mail-form", *idna_hint(submission.mail) or ('expected a bare address like "user@example.org"',))
 
 
 def check_recipient_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.rcpt or submission.rcpt == ("",):
-        return make_reply("rcpt-none")
+        return make_reply("rcpt-none", "rcpt is required, unless header has to, cc or bcc")
     limit, count = settings.smtpd.max_rcpts_per_message, len(submission.rcpt)
     if not limit or count <= limit:
         return None
     if count <= 100 * limit + 1000:  # past that, comparing the addresses would take too long
         count = len(unique_recipients(submission))
-    return make_reply("rcpt-many") if count > limit else None
+    if count <= limit:
+        return None
+    return make_reply("rcpt-many", f"{count} recipients exceed smtpd.max_rcpts_per_message ({limit})")
 
 
 def check_recipients(request: Request, submission: Submission, settings: Settings) -> dict:
     """Return {recipient as written: the Reply that refuses it}."""
-    replies = {
-        as_written: check_recipient(mailbox, settings, as_written)
-        for as_written, mailbox in unique_recipients(submission).items()
-    }
-    return {as_written: reply for as_written, reply in replies.items() if reply}
+    refused = {}
+    for as_written, mailbox in unique_recipients(submission).items():
+        reply = check_recipient(mailbox, settings, as_written)
+        if reply:
+            refused[as_written] = reply
+    return refused
 
 
 def check_body(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     raw = submission.raw
-    return None if submission.body or submission.html or (raw and raw.fields) else make_reply("body-empty")
+    if submission.body or submission.html or (raw and raw.fields):
+        return None
+    return make_reply("body-empty", "raw: it has no header fields" if raw else "body or html is required")
 
 
 def check_size(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -2618,7 +2641,9 @@ def check_size(request: Request, submission: Submission, settings: Settings) -> 
 
 
 def check_subject(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    return None if submission.header.subject or submission.raw else make_reply("subject-empty")
+    if submission.header.subject or submission.raw:
+        return None
+    return make_reply("subject-empty", "header.subject is required")
 
 
 # (stage, check) in the order in which faults are reported. A check returns a Reply, which refuses the whole submission,
@@ -2646,9 +2671,10 @@ def apply_checks(checks: tuple, request: Request, submission: Submission | None,
     refused: dict = {}
     for check in checks:
         result = check(request, submission, settings)
-        if isinstance(result, Reply):
+        if isinstance(result, dict):
+            refused.update(result)
+        elif result:
             raise Rejected(result)
-        refused.update(result or ())
     return refused
 
 
@@ -2670,12 +2696,16 @@ def check_recipient(mailbox: Mailbox | None, settings: Settings, as_written: str
         or mailbox.domain.lower() in policy.domainpart
         or mailbox.addr_spec.lower() in policy.recipients
     )
-    return None if permitted else make_reply("rcpt-policy")
+    if permitted:
+        return None
+    return make_reply("rcpt-policy", "neither recipients.domainpart nor recipients.recipients has it")
 
 
 def check_message_size(octets: int, settings: Settings) -> Reply | None:
     limit = settings.smtpd.max_message_size
-    return make_reply("too-big") if limit and octets > limit else None
+    if not limit or octets <= limit:
+        return None
+    return make_reply("too-big", f"{octets} octets exceed smtpd.max_message_size ({limit})")
 
 
 # ======================================================================================================================
@@ -6909,6 +6939,7 @@ class App:
     def __init__(self, settings: Settings, ringer: socket.socket | None = None) -> None:
         self.transport = TransportContext()
         self.stopping = False
+        self.octets_in_flight = 0  # of bodies that arrived in parts
         self.queue = QueueDB(settings.queue, ringer) if settings.queue else None
         self.apply(settings)
 
@@ -6948,20 +6979,17 @@ async def submit(request: Request, app: App) -> Response:
 async def process_submission(request: Request, app: App, queueid: str) -> Response:
     """Take a mail from its JSON to the replies of the other side."""
     settings, submission = request.settings or app.settings, None
-    large = len(request.body) >= LARGE  # processed in a thread, so that small ones need not wait for it
     try:
-        submission = await call_in_thread(large, parse_body, request)
-        refused = apply_checks(CHECKS_OF_SUBMISSION, request, submission, settings)
-        options = queue_options(request, submission, settings)
-        recipients = unique_recipients(submission)
-        accepted = [mailbox for as_written, mailbox in recipients.items() if as_written not in refused]
-        replies = {as_written: refused.get(as_written) for as_written in recipients}
+        checked = await call_in_thread(is_expensive(request.body), parse_and_check, request, settings)
+        submission, replies, accepted = checked.submission, checked.replies, checked.accepted
+        options = queue_options(request, submission, checked.digest, settings)
         if not accepted:
             return respond(request, 400, replies, queueid, submission)
         request.body = b""  # its memory is needed for the message
-        message = await call_in_thread(large, compose_and_check, request, submission, settings, queueid, accepted)
-        submission = without_content(submission)
+        values = request, submission, settings, queueid, accepted
+        message = await call_in_thread(is_expensive(submission), compose_and_check, *values)
         transactions, accepted = plan_transactions(submission, message, accepted, settings, queueid)
+        submission, values = without_content(submission), ()
         if options.async_ or options.key:
             earlier = await enqueue_before_sending(request, transactions, accepted, options, app)
             if earlier:
@@ -6979,16 +7007,37 @@ async def process_submission(request: Request, app: App, queueid: str) -> Respon
 CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
 
 
-async def call_in_thread(large: bool, function: Callable, *args: Any) -> Any:
-    return await asyncio.to_thread(function, *args) if large else function(*args)
+async def call_in_thread(expensive: bool, function: Callable, *args: Any) -> Any:
+    """Call a function, in a thread if other requests would have to wait too long."""
+    return await asyncio.to_thread(function, *args) if expensive else function(*args)
 
 
-def parse_body(request: Request) -> Submission:
-    """Return the submission in a request's body; raise Rejected with every fault of it."""
-    submission, errors, _ = parse_submission(request.body)
+class CheckedSubmission(NamedTuple):
+    """A submission that passed the checks."""
+
+    submission: Submission
+    replies: dict  # {recipient: the Reply that refuses it, or None}, in order
+    accepted: list  # of Mailbox, the other recipients
+    digest: bytes | None  # of the document, if there is an Idempotency-Key
+
+
+def parse_and_check(request: Request, settings: Settings) -> CheckedSubmission:
+    """Parse the body of a request; raise Rejected with every error of it, or by the first check that fails."""
+    submission, errors, is_json = parse_submission(request.body)
     if errors:
-        raise Rejected(make_reply("json", *errors[:MAX_REPORTED_ERRORS]))
-    return submission
+        raise Rejected(make_reply("invalid" if is_json else "json", *errors[:MAX_REPORTED_ERRORS]))
+    refused = apply_checks(CHECKS_OF_SUBMISSION, request, submission, settings)
+    recipients = unique_recipients(submission)
+    replies = {as_written: refused.get(as_written) for as_written in recipients}
+    accepted = [mailbox for as_written, mailbox in recipients.items() if not replies[as_written]]
+    digest = document_digest(request.body) if "idempotency-key" in request.headers else None
+    return CheckedSubmission(submission, replies, accepted, digest)
+
+
+def document_digest(body: Any) -> bytes:
+    """Return a digest of the document in a body, whatever the order of its keys and its white space."""
+    document = parse_json(body.replace(b"\x1b", b"\\u001b"))
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).digest()
 
 
 MAX_REPORTED_ERRORS = 10
@@ -7042,7 +7091,9 @@ class QueueOptions(NamedTuple):
     login: str = ""
 
 
-def queue_options(request: Request, submission: Submission, settings: Settings) -> QueueOptions:
+def queue_options(
+    request: Request, submission: Submission, body_digest: bytes | None, settings: Settings
+) -> QueueOptions:
     """Return the client's options; raise Rejected for one that needs a queue if there is none."""
     key = request.headers.get("idempotency-key")
     if not settings.queue:
@@ -7055,8 +7106,9 @@ def queue_options(request: Request, submission: Submission, settings: Settings) 
     found = IDEMPOTENCY_KEY.fullmatch(key)
     if not found:
         raise Rejected(make_reply("key-form"))
-    digest = hashlib.sha256("\0".join((request.login, request.path, found[1] or found[2])).encode()).digest()
-    return QueueOptions(async_, digest, hashlib.sha256(request.body).digest(), request.login)
+    owner = request.login or f"[{request.client.text}]"  # nobody else may read the response
+    digest = hashlib.sha256("\0".join((owner, request.path, found[1] or found[2])).encode()).digest()
+    return QueueOptions(async_, digest, body_digest, request.login)
 
 
 # A string (RFC 8941 3.3.3), or a word without quotes, which most clients send.
@@ -7075,10 +7127,8 @@ async def enqueue_before_sending(
     queue_item = new_queue_item(request, transactions, good, options)
     earlier = await app.queue.add(queue_item, leased=not options.async_)
     if options.async_ and not earlier:
-        log.lines(
-            f"{queue_item.queueid}: client={request.client.text} from={log_value(f'<{queue_item.sender}>')} "
-            "queued, to be delivered at once"
-        )
+        pairs = log_pairs(client=request.client.text, login=request.login or None, **{"from": f"<{queue_item.sender}>"})
+        log.lines(f"{queue_item.queueid}: {pairs} (queued, to be delivered at once)")
         app.queue.wake_manager()
     return earlier
 
@@ -7182,6 +7232,7 @@ def plan_transactions(
 ) -> tuple:
     """Return (transactions, the mailboxes in their order): one each recipient, or each route if they share the mail."""
     sender = parse_address(submission.mail)
+    check_provider_headers(submission, sender, accepted, settings)
     if submission.shared:
         transactions = plan_shared(sender, message, accepted, settings, queueid)
         by_address = {mailbox.addr_spec: mailbox for mailbox in accepted}
@@ -7193,6 +7244,15 @@ def plan_transactions(
         )
         for number, (route, mailbox) in enumerate(zip(routes, accepted), 1)
     ], accepted
+
+
+def check_provider_headers(submission: Submission, sender: Mailbox, accepted: list, settings: Settings) -> None:
+    """Raise Rejected if a client sets commands of cloud relays where a route does not let it."""
+    names = provider_header_names(submission)
+    routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in accepted] if names else ()
+    if not all(route.provider_headers for route in routes):
+        lines = [f"{sanitize(name)}: the route must have provider_headers to send it" for name in names]
+        raise Rejected(make_reply("invalid", *lines[:MAX_REPORTED_ERRORS]))
 
 
 def plan_shared(sender: Mailbox, message: Message, accepted: list, settings: Settings, queueid: str) -> list:
@@ -7311,7 +7371,7 @@ def log_line(
     if reply.dsn:
         line.append(f"dsn={reply.dsn}")
     at = "" if reply.accepted or reply.origin == "policy" else f" (in reply to {reply.command})"
-    words = sanitize(f"{reply.code} {' '.join(reply.message)}", 500)
+    words = sanitize(f"{reply.code} {('; ' if reply.origin == 'policy' else ' ').join(reply.message)}", 500)
     return f"{' '.join(line)} status={reply.log_status} ({words}{at})"
 
 
@@ -7327,8 +7387,8 @@ def answer_document(
         "response": [reply_to_dict(to, reply) for to, reply in replies.items()],
         "remoteaddr": request.client.text if request.client else None,
         "remoteport": request.port,
-        "useragent": header_to_text(request.headers.get("user-agent")),
-        "referer": header_to_text(request.headers.get("referer")),
+        "useragent": echoed_header(request, "user-agent"),
+        "referer": echoed_header(request, "referer"),
         "timestamp": time_to_dict(request.now),
     }
     return Response(status, to_json(document), answer_headers(request, status, queueid, replies))
@@ -7356,11 +7416,15 @@ def time_to_dict(seconds: float | None) -> dict | None:
     return None if seconds is None else {"datetime": time.ctime(seconds), "unixtime": str(int(seconds))}
 
 
-def header_to_text(value: str | None) -> str | None:
-    """Return a header's value, which was decoded as Latin-1, as the UTF-8 that it most often is."""
+def echoed_header(request: Request, name: str) -> str | None:
+    """Return the start of a header's value, which was decoded as Latin-1, as the UTF-8 that it most often is."""
+    value = request.headers.get(name)
     if value is None or value.isascii():
-        return value
-    return value.encode("latin-1").decode("utf-8", "replace")
+        return value and value[:MAX_ECHO]
+    return value[: 4 * MAX_ECHO].encode("latin-1").decode("utf-8", "replace")[:MAX_ECHO]
+
+
+MAX_ECHO = 200  # characters of a header that an answer repeats, and the queue stores
 
 
 def to_json(document: Any) -> bytes:
@@ -7376,6 +7440,8 @@ def to_json(document: Any) -> bytes:
 MAX_HEAD = 65536  # octets of request line and headers
 MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
+MAX_IN_FLIGHT = 64 << 20  # octets of all bodies of a worker, or of two if these may be larger
+MAX_VICTIMS = 64  # connections that are compared to find the one that is closed in favour of a new one
 LINGER_TIMEOUT = 2.0  # seconds for a client to read the last answer before its connection is closed
 MAX_LINGERING_503 = 64  # connections over the limit that are told so and closed by lingering_close() at a time
 SHUTDOWN_TIMEOUT = 30.0  # seconds for requests in flight to be answered
@@ -7413,8 +7479,6 @@ def parse_head(octets: bytes) -> RequestHead:
     headers: dict = {}
     for name, value in [(name.lower(), value.strip(" \t")) for name, value in lines]:
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    if "," in headers.get("host", ""):  # two of them, RFC 9112 3.2
-        raise Rejected(make_reply("bad-request", "Host"))
     connection = headers.get("connection", "").lower()
     keep_alive = "keep-alive" in connection if is_http10 else "close" not in connection
     return RequestHead(method, path, headers, keep_alive, is_http10)
@@ -7431,6 +7495,13 @@ def parse_request_line(line: str) -> tuple:
     if target[0] != "/" and "://" in target:
         target = "/" + target.split("://", 1)[1].partition("/")[2]  # absolute form, RFC 9112 3.2.2
     return method, target.partition("?")[0], minor == "0"
+
+
+def check_host(head: RequestHead) -> None:
+    """Raise Rejected if Host is missing, repeated or no host (RFC 9112 3.2)."""
+    host = head.headers.get("host", "" if head.is_http10 else ",")
+    if not re.fullmatch(r"[^\s,/?#@\\]*", host):
+        raise Rejected(make_reply("bad-request", "Host"))
 
 
 CHUNKED = -1
@@ -7464,7 +7535,9 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
     if forwarded is None or peer not in trusted:
         return peer, port
     for text in reversed(forwarded.split(",")):
-        found = re.fullmatch(r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)", text.strip(" \t"))  # some proxies add the port
+        found = re.fullmatch(
+            r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)", text.strip(" \t")[:100]
+        )  # some proxies add the port
         try:
             peer, port = parse_ip(found[1] or found[2] or found[3]), None
         except ValueError:  # it must not pass for the proxy's own request
@@ -7472,6 +7545,11 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
         if peer not in trusted:
             break
     return peer, port
+
+
+FORWARDING_HEADERS = frozenset(
+    ("via", "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "x-client-ip")
+)  # that proxies add
 
 
 class Endpoint(NamedTuple):
@@ -7499,11 +7577,15 @@ async def get_conf(request: Request, app: App) -> Response:
 
 
 def check_monitor(request: Request, submission: None, settings: Settings) -> Reply | None:
-    """Require a program on this machine, not a web page whose name was rebound in DNS."""
-    host = request.headers.get("host", "").lower()
-    near = request.client in LOOPBACK and request.peer in LOOPBACK
-    by_name = host and request.port is not None and not is_own_host(host, settings)
-    return None if near and not by_name else make_reply("forbidden")
+    """Require an address in httpd.monitors, and no web page whose name was rebound in DNS."""
+    host, reason = request.headers.get("host", "").lower(), hidden_client(request, settings)
+    if request.client not in settings.httpd.monitors:
+        reason = f"{request.client.text} is not in httpd.monitors"
+    elif not reason and request.forwarded and request.client in LOOPBACK:  # a proxy can't know that it is this machine
+        reason = f"{request.forwarded}: a forwarded request is not from this machine"
+    elif not reason and not is_own_host(host, settings):
+        reason = f"Host: expected an address or smtpd.hostname ({settings.hostname})"
+    return make_reply("forbidden", reason) if reason else None
 
 
 def is_own_host(host: str, settings: Settings) -> bool:
@@ -7516,9 +7598,8 @@ def is_own_host(host: str, settings: Settings) -> bool:
 
 
 def check_queue_access(request: Request, submission: None, settings: Settings) -> Reply | None:
-    if not check_monitor(request, None, settings):
-        return None
-    return check_login(request, None, settings) if settings.password.hashes else make_reply("forbidden")
+    refusal = check_monitor(request, None, settings)
+    return check_login(request, None, settings) if refusal and settings.password.hashes else refusal
 
 
 async def get_queue(request: Request, app: App) -> Response:
@@ -7529,13 +7610,36 @@ async def get_queue(request: Request, app: App) -> Response:
 
 
 async def get_queued_mail(request: Request, app: App) -> Response:
-    """Answer with the state of a mail, to the login that sent it and to monitors."""
-    found = app.queue and await app.queue.do(message_status, request.path.rpartition("/")[2])
+    return json_response(message_document(await find_queued_mail(request, app)))
+
+
+async def cancel_queued_mail(request: Request, app: App) -> Response:
+    return await change_queued_mail(request, app, "cancelled", drop_message, request.now)
+
+
+async def retry_queued_mail(request: Request, app: App) -> Response:
+    response = await change_queued_mail(request, app, "retried", flush_queue)
+    app.queue.wake_manager()
+    return response
+
+
+async def change_queued_mail(request: Request, app: App, verb: str, operation: Callable, *values: Any) -> Response:
+    """Answer with the number of recipients that an operation changed, and the mail as it is now."""
+    queueid = (await find_queued_mail(request, app))["queueid"]
+    count = await app.queue.do(operation, queueid, *values)
+    pairs = log_pairs(client=request.client.text, login=request.login or None)
+    log.lines(f"{queueid}: {pairs} {count} recipients {verb}")
+    return json_response({verb: count, **message_document(await app.queue.do(message_status, queueid))})
+
+
+async def find_queued_mail(request: Request, app: App) -> dict:
+    """Return a mail in the queue; raise Rejected unless the client is a monitor or the login that sent it."""
+    found = app.queue and await app.queue.do(message_status, request.path.split("/")[2])
     if not found:
         raise Rejected(make_reply("not-found"))
     if check_monitor(request, None, app.settings) and found["login"] != request.login:
         raise Rejected(make_reply("forbidden"))
-    return json_response(message_document(found))
+    return found
 
 
 def message_document(message: dict) -> dict:
@@ -7591,17 +7695,21 @@ ENDPOINTS = {
     ("GET", "/health"): Endpoint(get_health),
     ("GET", "/conf"): Endpoint(get_conf, (check_monitor,)),
     ("GET", "/queue"): Endpoint(get_queue, (check_monitor,)),
-    ("GET", "/queue/"): Endpoint(get_queued_mail, (check_queue_access,)),  # and a queue id
+    ("GET", "/queue/ID"): Endpoint(get_queued_mail, (check_queue_access,)),
+    ("DELETE", "/queue/ID"): Endpoint(cancel_queued_mail, (check_queue_access,)),
+    ("POST", "/queue/ID/retry"): Endpoint(retry_queued_mail, (check_queue_access,)),
     ("GET", "/sample/mail"): Endpoint(get_sample),
     ("GET", "/neko"): Endpoint(get_neko),
 }
 
 
 def route_key(path: str) -> str:
-    """Return the path as ENDPOINTS has it: without the queue id behind /queue/."""
-    if not path.startswith("/queue/"):
-        return path
-    return "/queue/" if re.fullmatch(r"/queue/[0-9A-Za-z]{1,64}", path) else ""
+    """Return the path as ENDPOINTS has it: with "ID" for a queue id."""
+    found = QUEUE_PATH.fullmatch(path)
+    return f"/queue/ID{found[1]}" if found else path
+
+
+QUEUE_PATH = re.compile(r"/queue/[0-9A-Za-z]{1,64}((?:/retry)?)")
 
 
 def allowed_methods(path: str) -> list:
@@ -7616,7 +7724,7 @@ def cors_policy(head: RequestHead, settings: Settings) -> tuple:
     """Return (whether a web page of the request's Origin may POST, headers that tell its browser) (Fetch standard)."""
     origin = head.headers.get("origin")
     if origin is None:
-        return True, ()
+        return head.headers.get("sec-fetch-site", "").lower() != "cross-site", ()
     if origin.lower() in settings.httpd.allowed_origins:
         return True, (
             ("Access-Control-Allow-Origin", origin),
@@ -7637,13 +7745,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
     """
 
     protocol_version = request_version = "HTTP/1.1"
-    command, close_connection = "", True
+    command, head, request, cors_headers, close_connection = "", None, None, (), True
 
     def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
         self.connection, self.worker, self.app = AsyncSocket(sock), worker, worker.app
         self.settings = worker.app.settings
-        self.buffer = b""
+        self.buffer, self.in_body = b"", False
+        self.begun, self.received = time.monotonic(), 0  # when the client's turn began, octets received since
         is_inet = isinstance(peer, tuple)
+        self.in_flight = 0  # octets of the body, received in parts
         self.peer = parse_ip(peer[0] if is_inet else "127.0.0.1")  # who may open a Unix socket is on this machine
         self.port = peer[1] if is_inet else None
 
@@ -7656,8 +7766,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 await self.connection.sendall(octets, time.monotonic() + self.settings.httpd.timeout)
                 del octets
                 if self.close_connection:
-                    await lingering_close(self.connection)
+                    await self._while_idle(lingering_close(self.connection))
                     break
+                self.begun, self.received = time.monotonic(), 0
         except (OSError, ValueError):  # the client is gone
             pass
         finally:
@@ -7698,37 +7809,55 @@ class Connection(http.server.BaseHTTPRequestHandler):
     async def handle_one_request(self) -> bytes:
         """Return the octets of the response to the request that has begun; set `close_connection`."""
         self.settings = self.app.settings  # one set from beginning to end
-        deadline = time.monotonic() + self.settings.httpd.timeout
-        self.command, self.close_connection = "", True
-        request = head = None
-        unread, cors_headers = 1, ()
+        self.begun, self.received = time.monotonic(), len(self.buffer)
+        self.head = self.request = None
+        self.command, self.unread, self.cors_headers = "", 1, ()
         try:
-            head = parse_head(self._buffered_head() or await self._read_head(deadline))
-            self.command, unread = head.method, body_length(head)
-            request = self._request(head)
-            allowed, cors_headers = cors_policy(head, self.settings)
-            endpoint = self._endpoint(request, allowed)
-            checks = endpoint.checks, request, None, self.settings
-            await call_in_thread(self._needs_password_check(endpoint, request), apply_checks, *checks)
-            request.body = await self._read_body(head, unread, deadline)
-            unread = 0
-            response = await endpoint.handler(request, self.app)
+            response = await self._respond(self.begun + self.settings.httpd.timeout)
         except Rejected as error:
-            response = self.rejection(request, error.reply)
+            response = self.rejection(error.reply)
         except OSError:
             raise
         except Exception:
             log_exception(None)
-            response = self.rejection(request, make_reply("our-fault"))
-        if 0 < unread <= len(self.buffer) and request:  # a refused body that has arrived already
-            self.buffer, unread = self.buffer[unread:], 0
-        self.close_connection = not (head and head.keep_alive and not unread and not self.app.stopping)
-        keep_alive = (("Connection", "keep-alive"),) if head and head.is_http10 and not self.close_connection else ()
-        return self.response_octets(response, (*cors_headers, *keep_alive))
+            response = self.rejection(make_reply("our-fault"))
+        finally:
+            self.app.octets_in_flight -= self.in_flight
+            self.in_body, self.in_flight = False, 0
+        if 0 < self.unread <= len(self.buffer) and self.request:  # a refused body that has arrived already
+            self.buffer, self.unread = self.buffer[self.unread :], 0
+        self.close_connection = not (self.head and self.head.keep_alive and not self.unread and not self.app.stopping)
+        self.request = None  # an idle connection keeps no body
+        return self.response_octets(response)
+
+    async def _respond(self, deadline: float) -> Response:
+        """Return an endpoint's response; `unread` are the octets of the body that are not read yet."""
+        self.head = head = parse_head(self._buffered_head() or await self._read_head(deadline))
+        self.command = head.method
+        check_host(head)
+        self.unread = body_length(head)
+        self.request = request = self._request(head)
+        allowed, self.cors_headers = cors_policy(head, self.settings)
+        endpoint = self._endpoint(request, allowed)
+        checks = endpoint.checks, request, None, self.settings
+        await call_in_thread(self._needs_password_check(endpoint, request), apply_checks, *checks)
+        if self.unread and head.method != "POST":
+            self.unread = CHUNKED  # it is not waited for: the connection is closed
+            raise Rejected(make_reply("bad-request", f"{head.method} takes no body"))
+        if head.headers.get("content-encoding", "identity").lower() != "identity":
+            raise Rejected(make_reply("content-encoding", "send the document as it is"))
+        self.in_body = True
+        request.body = await self._read_body(head, self.unread, deadline)
+        self.in_body, self.unread = False, 0
+        return await endpoint.handler(request, self.app)
 
     def _request(self, head: RequestHead) -> Request:
         client, port = client_address(self.peer, self.port, head.headers, self.settings)
-        return Request(head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings)
+        request = Request(
+            head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings
+        )
+        request.forwarded = ", ".join(sorted(FORWARDING_HEADERS.intersection(head.headers))).title()
+        return request
 
     def _endpoint(self, request: Request, origin_allowed: bool) -> Endpoint:
         """Return the endpoint for a request; raise Rejected if there is none."""
@@ -7736,29 +7865,31 @@ class Connection(http.server.BaseHTTPRequestHandler):
         endpoint = ENDPOINTS.get((method, route_key(request.path)))
         if not endpoint:
             if not allowed_methods(request.path):
-                raise Rejected(make_reply("not-found"))
-            if method == "OPTIONS":
-                return Endpoint(answer_options)
-            raise Rejected(make_reply("method", word=method))
-        if method == "POST" and not origin_allowed:
-            raise Rejected(make_reply("origin"))
-        return endpoint
+                hint = did_you_mean(request.path, {path for _, path in ENDPOINTS})
+                raise Rejected(make_reply("not-found", *filter(None, [hint.lstrip("; ")])))
+            if method != "OPTIONS":
+                raise Rejected(make_reply("method", word=method))
+        is_preflight = method == "OPTIONS" and "access-control-request-method" in request.headers
+        if not origin_allowed and (method in ("POST", "DELETE") or is_preflight):
+            origin = sanitize(request.headers.get("origin", "a cross-site request without Origin"))
+            raise Rejected(make_reply("origin", f"{origin} is not in httpd.allowed_origins"))
+        return endpoint or Endpoint(answer_options)
 
     def _needs_password_check(self, endpoint: Endpoint, request: Request) -> bool:
         """Return True if a password hash has to be computed."""
         password, credentials = self.settings.password, request.headers.get("authorization")
         return bool(password.hashes and endpoint.checks and not password.is_cached(credentials))
 
-    def rejection(self, request: Request | None, reply: Reply) -> Response:
-        """Return the response for a Reply that refuses a request, and log it."""
-        request = request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
+    def rejection(self, reply: Reply) -> Response:
+        """Return the response for a Reply that refuses the request, and log it."""
+        request = self.request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
         queueid = new_queueid(request.now) if reply.command != "HTTP" else None
         response = respond(request, reply.status, {None: reply}, queueid, None)
         if reply.status == 405:
             return response._replace(headers=(("Allow", ", ".join(allowed_methods(request.path))),))
         return response
 
-    def response_octets(self, response: Response, headers: tuple = ()) -> bytes:
+    def response_octets(self, response: Response) -> bytes:
         self.wfile = io.BytesIO()
         self.send_response_only(response.status)
         self.send_header("Server", self.version_string())
@@ -7766,10 +7897,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if response.status != 204:
             self.send_header("Content-Type", response.type)
             self.send_header("Content-Length", str(len(response.body)))
-        for name, value in (*response.headers, *headers):
+        for name, value in (*response.headers, *self.cors_headers):
             self.send_header(name, value)
         if self.close_connection:
             self.send_header("Connection", "close")
+        elif self.head.is_http10:
+            self.send_header("Connection", "keep-alive")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(response.body)
@@ -7797,7 +7930,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         head = b""
         while not head:
             searched = max(len(self.buffer) - 3, 0)
-            self.buffer += await self._while_idle(self._receive(deadline))
+            self.buffer += await self._receive(deadline)
             head = self._buffered_head(searched)
         return head
 
@@ -7807,20 +7940,35 @@ class Connection(http.server.BaseHTTPRequestHandler):
             await asyncio.sleep(0)  # who sends faster than we read must not keep the others waiting
             if time.monotonic() >= deadline:
                 raise socket.timeout
-            octets = await self.connection.recv(limit, deadline)
+            octets = await self._while_idle(self.connection.recv(limit, deadline))
         except socket.timeout:
             raise Rejected(make_reply("request-timeout")) from None
         if not octets:
             raise ConnectionError("closed within a request")
+        self.received += len(octets)
+        if self.in_body:
+            self._count_in_flight(len(octets))
         return octets
+
+    def _count_in_flight(self, octets: int) -> None:
+        """Raise Rejected if the bodies of all requests are too large together."""
+        self.in_flight += octets
+        self.app.octets_in_flight += octets
+        size = self.settings.smtpd.max_message_size
+        if self.app.octets_in_flight > max(MAX_IN_FLIGHT, 4 * size if size else 2 * MAX_BODY):
+            raise Rejected(make_reply("overload"))
+
+    def precedence(self, now: float, crowded: set) -> tuple:
+        """Return a sort key: a connection over the limit makes room by closing the first of the others."""
+        is_limited = self.port is not None and self.peer not in self.app.settings.httpd.trusted_proxies
+        age = now - self.begun
+        return not (is_limited and self.peer in crowded), age < 1, self.received / max(age, 1)
 
     async def _read_body(self, head: RequestHead, length: int, deadline: float) -> bytes:
         size = self.settings.smtpd.max_message_size
         limit = 2 * size + 65536 if size else MAX_BODY
-        if head.method != "POST":
-            limit = MAX_HEAD  # no endpoint reads it, and nobody has logged in
         if length > limit:
-            raise Rejected(make_reply("body-too-large"))
+            raise Rejected(make_reply("body-too-large", body_limit(size, limit)))
         expected = head.headers.get("expect")
         if expected:
             if expected.lower() != "100-continue":
@@ -7854,7 +8002,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             size = int(found[1], 16)
             total += len(line) + size  # a body of chunks of one octet costs by its lines
             if total > limit:
-                raise Rejected(make_reply("body-too-large"))
+                raise Rejected(make_reply("body-too-large", body_limit(self.settings.smtpd.max_message_size, limit)))
             if not size:
                 break
             body += await self._read_exactly(size, deadline)
@@ -7873,6 +8021,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.buffer += await self._receive(deadline, 4096)
         line, _, self.buffer = self.buffer.partition(b"\r\n")
         return line
+
+
+def body_limit(size: int, limit: int) -> str:
+    return (
+        f"more than {limit} octets: twice smtpd.max_message_size ({size}) and 65536" if size else f"more than {limit}"
+    )
 
 
 async def lingering_close(sock: AsyncSocket) -> None:
@@ -7951,7 +8105,7 @@ class Worker:
             self.connections or (self.queue_manager and any(self.queue_manager.in_flight.values()))
         ) and now < began + SHUTDOWN_TIMEOUT:
             for connection in [
-                one for one in self.idle if not one.buffer or now > began + LINGER_TIMEOUT
+                one for one in self.idle if not one.in_body and (not one.buffer or now > began + LINGER_TIMEOUT)
             ]:  # no request yet
                 self._interrupt(connection)
             await asyncio.sleep(0.02)
@@ -8000,9 +8154,7 @@ class Worker:
             if listener.sock.family != socket.AF_UNIX:
                 with contextlib.suppress(OSError):  # a Mac says so where the client is gone already
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._full():
-                await asyncio.sleep(0)  # so that the idle and the ended ones are known
-            if self._full() and not self._close_idlest():
+            if self._full() and not await self._make_room():
                 self.loop.create_task(self._reject_503(Connection(sock, peer, self)))
                 continue
             connection = Connection(sock, peer, self)
@@ -8012,6 +8164,14 @@ class Worker:
 
     def _full(self) -> bool:
         return len(self.connections) >= self.app.settings.httpd.max_connections
+
+    async def _make_room(self) -> bool:
+        """Return True if there is room for another connection, or one was closed in its favour."""
+        for attempt in range(4):
+            await asyncio.sleep(0)  # until what has arrived is read, and the connections that ended are gone
+            if not self._full() or (attempt and self._close_idlest()):
+                return True
+        return False
 
     def mark_idle(self, connection: Connection) -> None:
         """Note that a connection waits for a request."""
@@ -8032,7 +8192,7 @@ class Worker:
         """Answer 503 to a connection over the limit; close it at once if many are being answered so, or under TLS."""
         linger = self.lingering_503s < MAX_LINGERING_503
         self.lingering_503s += 1
-        octets, sock = connection.response_octets(connection.rejection(None, make_reply("busy"))), connection.connection
+        octets, sock = connection.response_octets(connection.rejection(make_reply("busy"))), connection.connection
         with contextlib.suppress(OSError):
             if not self.app.tls:
                 await sock.sendall(octets, time.monotonic() + LINGER_TIMEOUT)
@@ -8042,8 +8202,15 @@ class Worker:
         sock.close()
 
     def _close_idlest(self) -> bool:
-        """Close the connection that has been idle longest; return False if none is idle."""
-        return any(self._interrupt(connection) for connection in self.idle)  # the first that can be, and no more
+        """Close the connection that sent least for its time; return False if none waits for its client.
+
+        Those of an address with more than a quarter of `max_connections` go first.
+        """
+        limit, now = self.app.settings.httpd.max_connections // 4, time.monotonic()
+        counts = Counter([connection.peer for connection in self.connections])
+        crowded = {peer for peer, count in counts.items() if count > limit}
+        waiting = list(itertools.islice(self.idle, MAX_VICTIMS))
+        return any(map(self._interrupt, sorted(waiting, key=lambda connection: connection.precedence(now, crowded))))
 
     def _interrupt(self, connection: Connection) -> bool:
         """Abort an idle connection; return False if something has just arrived on it."""
