@@ -75,6 +75,7 @@ import urllib.parse
 from collections import Counter, OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
 from html import unescape
 from html.parser import HTMLParser
@@ -271,12 +272,14 @@ REPLIES = {
     # a submission against policy
     "login": (401, "535", "5.7.0", "AUTH", "authentication failed"),
     "client": (403, "500", "5.7.1", "AUTH", "Access denied"),
+    "rate": (429, "450", "4.7.1", "AUTH", "Rate limit exceeded"),
     "json": (400, "421", None, "HTTP", "Malformed JSON string"),
     "invalid": (400, "554", "5.6.0", "HTTP", "Invalid submission"),
     "loop": (400, "421", "5.4.6", "CONN", "Detected message loop"),
     "ehlo": (400, "501", "5.0.0", "EHLO", "Invalid domain name"),
     "mail-empty": (400, "501", "5.5.2", "MAIL", 'Syntax error in parameters scanning "FROM"'),
     "mail-form": (400, "553", "5.5.4", "MAIL", "Domain name required for sender address"),
+    "sender-policy": (403, "553", "5.7.1", "MAIL", "Sender address is not permitted"),
     "rcpt-none": (400, "553", "5.0.0", "RCPT", "User address required"),
     "rcpt-many": (403, "452", "4.5.3", "RCPT", "Too many recipients"),
     "rcpt-form": (400, "553", "5.1.5", "RCPT", "Recipient address is invalid"),
@@ -682,25 +685,36 @@ class Authenticator:
     CACHE_TTL = 600  # seconds
     MAX_CONCURRENT_HASHES = 2  # scrypt takes 16 MiB and a core each
 
-    def __init__(self, hashes: dict) -> None:
-        self.hashes = hashes
-        self.cost = max([NEW_COST, *map(scrypt_cost, hashes.values())])  # of every verification
+    def __init__(self, logins: dict) -> None:
+        self.logins = logins
+        self.keys = {login.hash: name for name, login in logins.items() if login.hash.startswith(KEY_HASH)}
+        self.cost = max([NEW_COST, *[scrypt_cost(login.hash) for login in logins.values()]])  # of every verification
         self.verified: dict = {}  # HMAC of the credentials: monotonic time until which they are taken for right
         self.key = os.urandom(32)  # so that memory holds no plain digest of a password
         self.semaphore = threading.Semaphore(self.MAX_CONCURRENT_HASHES)
 
-    def is_cached(self, credentials: str | None) -> bool:
+    def is_cached(self, credentials: str) -> bool:
         """True if these credentials, an Authorization header, were verified lately."""
-        return bool(self.verified) and self.verified.get(self._cache_key(credentials or ""), 0) > time.monotonic()
+        return bool(self.verified) and self.verified.get(self._cache_key(credentials), 0) > time.monotonic()
 
-    def authenticate(self, credentials: str) -> bool:
-        """Verify an Authorization header (RFC 7617); takes a tenth of a second unless it is cached."""
-        if self.is_cached(credentials):
-            return True
+    def is_fast(self, credentials: str) -> bool:
+        """True if authenticate() need not compute a password hash."""
+        return self.is_cached(credentials) or bool(self.key_owner(credentials)) or ":" not in decode_basic(credentials)
+
+    def key_owner(self, credentials: str) -> str:
+        """Return the login whose API key these credentials are, "" for none. A look-up by digest tells no timing."""
         user, colon, password = decode_basic(credentials).partition(":")
-        if not colon:
-            return False
-        line = self.hashes.get(user, "")
+        return self.keys.get(key_hash(password if colon else user), "") if self.keys else ""
+
+    def authenticate(self, credentials: str) -> str:
+        """Return the name that an Authorization header (RFC 7617) proves, "" for none; takes a tenth of a second for a
+        password unless it is cached."""
+        user, colon, password = decode_basic(credentials).partition(":")
+        if owner := self.key_owner(credentials):
+            return owner
+        if self.is_cached(credentials) or not colon:
+            return user if colon else ""
+        line = self.logins[user].hash if user in self.logins else ""
         with self.semaphore:
             right = bool(line) and verify_password(line, password)
             if rest := self.cost - scrypt_cost(line):  # or the time would tell which users exist
@@ -709,15 +723,10 @@ class Authenticator:
             now = time.monotonic()
             self.verified = {key: expires for key, expires in self.verified.items() if expires > now}
             self.verified[self._cache_key(credentials)] = now + self.CACHE_TTL
-        return right
+        return user if right else ""
 
     def _cache_key(self, credentials: str) -> bytes:
         return hmac.digest(self.key, credentials.encode(), "sha256")
-
-
-def username_of(credentials: str) -> str:
-    """Return the name in an Authorization header of HTTP Basic, "" for none."""
-    return decode_basic(credentials).partition(":")[0]
 
 
 def decode_basic(credentials: str) -> str:
@@ -730,11 +739,23 @@ def decode_basic(credentials: str) -> str:
 
 
 def parse_passwords(value: Any, json_path: str, errors: list) -> Authenticator:
-    return Authenticator(mapping_of(parse_password_hash)(value, json_path, errors))
+    return Authenticator(mapping_of(parse_login)(value, json_path, errors))
+
+
+def parse_login(value: Any, json_path: str, errors: list) -> Login | None:
+    """Parse a hash, or an object that has one; without it there is no login."""
+    if not isinstance(value, dict):
+        value = {"hash": parse_password_hash(value, json_path, errors)}
+    elif not value.get("hash"):
+        errors.append(f"{json_path}.hash: expected a hash")
+    login = from_dict(Login, value, json_path, errors)
+    return login if login.hash else None
 
 
 def verify_password(line: str, password: str) -> bool:
-    """True if `line` (scrypt or {SSHA}) is the hash of the password."""
+    """True if `line` (scrypt or {SSHA}) is the hash of the password. Those of keys are looked up instead."""
+    if line.startswith(KEY_HASH):
+        return False
     found = SCRYPT.fullmatch(line)
     if not found:
         octets = base64.b64decode(line[len("{SSHA}") :])
@@ -744,6 +765,18 @@ def verify_password(line: str, password: str) -> bool:
     return hmac.compare_digest(scrypt(password, salt, cost, block, parallel), digest)
 
 
+def new_key(prefix: str) -> str:
+    """Return a new API key: 43 random digits, and 6 by which scanners for leaked secrets can tell it."""
+    digits = os.urandom(43).translate(RANDOM_DIGITS)
+    return f"{prefix}{digits.decode()}{_base62(binascii.crc32(digits))}"
+
+
+def key_hash(key: str) -> str:
+    """Return the hash of an API key; the key is random, so that a plain digest is enough."""
+    return KEY_HASH + hashlib.sha256(key.encode()).hexdigest()
+
+
+KEY_HASH = "$sha256$"
 NEW_COST = 5  # OWASP's N=2**14, r=8, p=5: as hard as N=2**17, p=1 in an eighth of the memory, 16 MiB
 
 
@@ -771,7 +804,9 @@ _BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9
 SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at most
 SSHA = re.compile(rf"{{SSHA}}(?=.{{27}}[^=]){_BASE64}")  # of 21 octets or more: SHA-1 of password and salt, salt
 parse_password_hash = matching(
-    re.compile(f"{SCRYPT.pattern}|{SSHA.pattern}"), "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True
+    re.compile(rf"{SCRYPT.pattern}|{SSHA.pattern}|\$sha256\$[0-9a-f]{{64}}"),
+    "a hash as `haineko.py pw` prints it, or {SSHA}",
+    secret=True,
 )
 
 
@@ -850,6 +885,43 @@ LIBCRYPTO = {  # function: types of its result and arguments in ctypes
 }  # fmt: skip
 
 
+class Rate(NamedTuple):
+    """A limit such as "100/3600": so many in so many seconds."""
+
+    limit: int
+    seconds: int
+
+
+def parse_rate(value: Any, json_path: str, errors: list) -> Rate | None:
+    """Parse "RECIPIENTS/SECONDS"; "" is no limit."""
+    text = matching(RATE, '"RECIPIENTS/SECONDS", such as "100/3600"', optional=True)(value, json_path, errors)
+    return Rate(*map(int, text.split("/"))) if text else None
+
+
+RATE = re.compile("[1-9][0-9]{0,8}/[1-9][0-9]{0,6}")
+
+
+@functools.lru_cache(maxsize=1024)
+def iso_time(text: str) -> float:
+    """Return the seconds since the epoch of an ISO 8601 date or time, which is UTC unless it says otherwise."""
+    moment = datetime.fromisoformat(re.sub("[Zz]$", "+00:00", text))
+    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+
+
+def fence_key(text: str) -> str:
+    """Return an address, a domain or ".domain" as permits() compares it, "" if it is none of them."""
+    return recipient_key(text) if "@" in text else domain_key(text)
+
+
+def lookup_keys(domain: str) -> Any:
+    """Yield the keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
+    yield domain
+    dot = domain.find(".")
+    while dot >= 0:
+        yield domain[dot:]
+        dot = domain.find(".", dot + 1)
+
+
 def domain_key(name: str) -> str:
     """Return a domain, or ".domain", in lower case and ASCII (RFC 5890); "" if it is none."""
     dot = "." if name.startswith(".") else ""
@@ -888,6 +960,7 @@ IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different
 DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
 parse_domain = matching(plain_domain_key, "a domain", convert=domain_key)
 parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
+parse_fence = list_of(matching(fence_key, 'an address, "example.org" or ".example.org"', convert=fence_key), frozenset)
 parse_aliases = mapping_of(list_of(matching(recipient_key, "an address"), required=True), alias_key, "a name without @")
 
 
@@ -963,6 +1036,26 @@ class Credentials:
     username: str = config_field("", parse_text, "name to log in with")
     password: Any = config_field("", parse_secret, 'a string, {"file": path} or {"env": NAME}', secret=True)
     token: Any = config_field("", parse_secret, "session token of temporary credentials of Amazon", secret=True)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Login:
+    """Who may log in, and what for. A fence that is absent (None) permits everything, an empty one nothing."""
+
+    hash: str = config_field("", parse_password_hash, "of the password or the API key", secret=True)
+    senders: frozenset | None = config_field(None, parse_fence, "addresses and domains that may be used as sender")
+    recipients: frozenset | None = config_field(None, parse_fence, "the same of recipients")
+    networks: Networks | None = config_field(None, parse_networks, "from where it may be used")
+    rate: Rate | None = config_field(None, parse_rate, '"100/3600": recipients in seconds')
+    expires: str = config_field("", matching(iso_time, "an ISO 8601 date or time", optional=True), "when it ends")
+    sandbox: bool = config_field(False, parse_boolean, "1: nothing leaves")
+    trace: bool = config_field(False, parse_boolean, "1: it may ask for the SMTP dialogue")
+
+    def fault(self, client: IPAddress, now: float) -> str:
+        """Say why a right password is of no use here and now, "" if it is."""
+        if self.networks is not None and client not in self.networks:
+            return f"{client.text} is not in its networks"
+        return f"expired at {self.expires}" if self.expires and iso_time(self.expires) <= now else ""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -1360,7 +1453,13 @@ def redacted(value: Any, secret: bool = False) -> Any:
     if secret and value:
         return "********"
     if isinstance(value, Authenticator):
-        return dict.fromkeys(value.hashes, "********")
+        shown = {name: redacted(login) for name, login in value.logins.items()}
+        shown = {
+            name: {key: item for key, item in login.items() if item or item == []} for name, login in shown.items()
+        }
+        return {name: login if len(login) > 1 else "********" for name, login in shown.items()}
+    if isinstance(value, Rate):
+        return f"{value.limit}/{value.seconds}"
     if isinstance(value, Networks):
         return list(value.texts)
     if isinstance(value, dict):
@@ -1639,6 +1738,10 @@ class Request:
     now: float  # seconds since the epoch
     settings: Settings | None = None  # in force when it began
     login: str = ""  # who logged in
+    login_fault: str = ""  # why a login is refused, for the log
+    limits: Any = None  # the server's SharedLimits
+    rate: tuple = ()  # (the Rate that counts, its RateState), for the answer
+    recipient_count: int = 0  # of those that passed the checks
     message_size: int = 0  # octets of the finished message
     forwarded: str = ""  # a header by which a proxy says that it forwarded the request
 
@@ -2545,25 +2648,80 @@ def jis_bytes_to_text(octets: bytes) -> str:
 
 # ======================================================================================================================
 # 6. Policy
-#    Takes a request, its submission and the settings; a check gives the Reply that refuses them, or None. Checks have no
-#    side effects, except that check_login() names who logged in. CHECKS has them in the order in which faults are told.
+#    Takes a request, its submission and the settings; a check gives the Reply that refuses them, or None. check_login()
+#    names who logged in and limits are counted; else checks have no side effects. CHECKS has them in the order in which
+#    faults are told.
 # ======================================================================================================================
 
 
 def check_login(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
-    """Require HTTP Basic (RFC 7617) if the section `password` has a user."""
-    if not settings.password.hashes:
+    """Require a login if the section `password` has one. Wrong ones are counted for each address."""
+    if not settings.password.logins:
         return None
+    credentials = credentials_of(request)
+    name = settings.password.authenticate(credentials)
+    login = settings.password.logins.get(name, ANYBODY)
+    request.login_fault = f"{name}: {fault}" if (fault := login.fault(request.client, request.now)) else ""
+    if name and not fault:
+        request.login = name
+        request.settings = sandboxed(settings) if login.sandbox else request.settings
+        return None
+    request.login_fault = request.login_fault or "no such name, password or key"
+    client = request.client
+    source = f"wrong {client.number >> 64 if client.version == 6 else client.number}"
+    state = request.limits.take(source, 1, WRONG_LOGINS, block=60) if credentials else None
+    return (
+        rate_reply(request, WRONG_LOGINS, state, "wrong logins of this address")
+        if state and state.wait
+        else make_reply("login")
+    )
+
+
+WRONG_LOGINS = Rate(10, 60)
+ANYBODY = Login()
+
+
+def credentials_of(request: Request) -> str:
+    """Return the Authorization header of HTTP Basic (RFC 7617); a Bearer or Postmark token stands in it as it is."""
     credentials = request.headers.get("authorization", "")
-    if not settings.password.authenticate(credentials):
-        return make_reply("login")
-    request.login = username_of(credentials)
-    return None
+    token = credentials[7:] if credentials[:7].lower() == "bearer " else ""
+    token = token or (not credentials and request.headers.get("x-postmark-server-token", ""))
+    return "Basic " + base64.b64encode(token.strip().encode("latin-1")).decode() if token else credentials
+
+
+def login_of(request: Request, settings: Settings) -> Login:
+    return settings.password.logins.get(request.login, ANYBODY)
+
+
+def sandboxed(settings: Settings) -> Settings:
+    """Return settings by which nothing leaves."""
+    return replace(settings, mailertable={"default": SANDBOX_ROUTE}, sendermt={})
+
+
+SANDBOX_ROUTE = Route(mailer="Discard", host="sandbox")
+
+
+def check_rate(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
+    """Take the recipients from the login's budget; before they are known, require that some of it is left."""
+    rate, count = login_of(request, settings).rate, request.recipient_count
+    if not rate:
+        return None
+    state = request.limits.take(f"login {request.login}", count, rate)
+    if not count and not state.remaining:
+        state = state._replace(wait=state.reset - rate.seconds + rate.seconds / rate.limit)
+    return rate_reply(request, rate, state, f"recipients of the login {request.login}")
+
+
+def rate_reply(request: Request, rate: Rate, state: Any, counted: str) -> Reply | None:
+    """Return the refusal if nothing was taken; the answer tells the state in either case."""
+    request.rate = rate, state
+    line = f"{rate.limit} {counted} in {rate.seconds} seconds"
+    return make_reply("rate", line, retry_after=max(math.ceil(state.wait), 1)) if state.wait else None
 
 
 def check_client(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
     """Require an address in relayhosts, unless the client has to log in."""
-    if settings.password.hashes or settings.relayhosts.open_relay:
+    if settings.password.logins or settings.relayhosts.open_relay:
         return None
     if request.client not in settings.relayhosts.relayhosts:
         return make_reply("client", f"{request.client.text} is not in relayhosts.relayhosts")
@@ -2606,6 +2764,36 @@ def check_sender(request: Request, submission: Submission, settings: Settings) -
     return make_reply("mail-form", *idna_hint(submission.mail) or ('expected a bare address like "user@example.org"',))
 
 
+def check_sender_fence(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    """Require that the envelope sender and every author of the message are permitted to the login."""
+    fence = login_of(request, settings).senders
+    authors = () if fence is None else [parse_address(submission.mail), *message_authors(submission)]
+    for mailbox in authors:
+        if not permits(fence, mailbox):
+            address = sanitize(mailbox.addr_spec) if mailbox else "a From or Sender without address"
+            return make_reply("sender-policy", f"{address} is not in password.{request.login}.senders")
+    return None
+
+
+def message_authors(submission: Submission) -> list:
+    """Return the Mailboxes in From and Sender, None for a field that can't be parsed."""
+    found = [mailbox for _, mailbox in submission.header.from_]
+    for name, octets in submission.raw.fields if submission.raw else ():
+        if name in ("from", "sender", "resent-from", "resent-sender"):
+            try:
+                found += [mailbox for _, mailbox in parse_mailboxes(unfold(octets.partition(b":")[2]))] or [None]
+            except ValueError:
+                found.append(None)
+    return found
+
+
+def permits(fence: frozenset | None, mailbox: Mailbox | None) -> bool:
+    """Return True if a fence, of addresses, domains and ".domain", has the mailbox, or if there is none."""
+    if fence is None or not mailbox:
+        return fence is None
+    return mailbox.addr_spec.lower() in fence or not fence.isdisjoint(lookup_keys(mailbox.domain.lower()))
+
+
 def check_recipient_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.rcpt or submission.rcpt == ("",):
         return make_reply("rcpt-none", "rcpt is required, unless header has to, cc or bcc")
@@ -2624,6 +2812,8 @@ def check_recipients(request: Request, submission: Submission, settings: Setting
     refused = {}
     for as_written, mailbox in unique_recipients(submission).items():
         reply = check_recipient(mailbox, settings, as_written)
+        if not reply and not permits(login_of(request, settings).recipients, mailbox):
+            reply = make_reply("rcpt-policy", f"it is not in password.{request.login}.recipients")
         if reply:
             refused[as_written] = reply
     return refused
@@ -2651,14 +2841,17 @@ def check_subject(request: Request, submission: Submission, settings: Settings) 
 CHECKS = (
     ("head", check_login),  # before the body is read; there is no submission yet
     ("head", check_client),
+    ("head", check_rate),
     ("submission", check_loop),
     ("submission", check_ehlo),
     ("submission", check_sender),
+    ("submission", check_sender_fence),
     ("submission", check_recipient_count),
     ("submission", check_recipients),
     ("content", check_body),  # if a recipient is left
     ("message", check_size),  # once the message is composed: request.message_size is known
     ("message", check_subject),
+    ("message", check_rate),  # last: a mail that is refused counts for nothing
 )
 
 
@@ -3306,15 +3499,6 @@ def _find_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
 FALLBACK_ROUTE = Route()
 
 
-def lookup_keys(domain: str) -> Any:
-    """Yield the keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
-    yield domain
-    dot = domain.find(".")
-    while dot >= 0:
-        yield domain[dot:]
-        dot = domain.find(".", dot + 1)
-
-
 # ======================================================================================================================
 # 9. Event loop
 #    asyncio's loop, with sockets that may speak TLS (smtplib's, which asyncio refuses), deadlines that cost no timer
@@ -3354,6 +3538,106 @@ class EventLoop(asyncio.SelectorEventLoop):
         sends, self.sends = self.sends, []
         for sock in sends:
             sock.try_operation(writing=True)
+
+
+# -- Limits shared by all processes of a server
+
+
+class RateState(NamedTuple):
+    """What a limiter answers: how long to wait (0: taken), what is left, and when all of it is back, in seconds."""
+
+    wait: float
+    remaining: int
+    reset: float
+
+
+class SharedLimits:
+    """Limits over all processes of a server: rates (GCRA) and counts of open sessions. Made before the workers fork.
+
+    A rate is one number in shared memory: the theoretical arrival time of the next unit. A session is a lock on one
+    octet of a file without a name, so that the kernel gives back those of a process that died.
+    """
+
+    SLOTS, PROBES = 4096, 16  # cells of the table; how many are looked at for one key
+    MAX_SESSIONS = 1 << 16  # octets that one route may lock
+    TABLE_LOCK = 0  # octet locked while the table is read and written; the sessions' octets follow
+
+    def __init__(self) -> None:
+        self.cells = memoryview(mmap.mmap(-1, 16 * self.SLOTS)).cast("q")  # (fingerprint, arrival time in us)
+        self.file = anonymous_file()
+        self.lock = threading.Lock()  # locks of files hold between processes only
+        self.sessions: set = set()  # octets locked by this process; fcntl itself does not tell
+
+    def take(self, key: str, count: int, rate: Rate, block: int = 0) -> RateState:
+        """Take `count` units from the key's budget, or none if there are not enough of them yet, and then none for
+        another `block` seconds."""
+        with self.lock:
+            return self._take(key, count, rate, block, time.monotonic())
+
+    def _take(self, key: str, count: int, rate: Rate, block: int, now: float) -> RateState:
+        fingerprint, each = _fingerprint(key), rate.seconds / rate.limit
+        fcntl.lockf(self.file, fcntl.LOCK_EX, 1, self.TABLE_LOCK)
+        try:
+            cell = self._cell(fingerprint, now)
+            before = max(self.cells[cell + 1] / 1e6, now) if self.cells[cell] == fingerprint else now
+            after = before + each * min(count, rate.limit)
+            wait = max(after - now - rate.seconds, 0.0)
+            wait = 0.0 if wait < 1e-6 else wait
+            if block and wait and before <= now + rate.seconds:  # it was not blocked yet
+                before, wait = now + rate.seconds + block - each, float(block)
+                self.cells[cell + 1] = int(before * 1e6)
+            if not wait:
+                self.cells[cell], self.cells[cell + 1] = fingerprint, int(after * 1e6)
+        finally:
+            fcntl.lockf(self.file, fcntl.LOCK_UN, 1, self.TABLE_LOCK)
+        used = (before if wait else after) - now
+        return RateState(wait, max(int((rate.seconds - used) / each + 1e-6), 0), used)
+
+    def _cell(self, fingerprint: int, now: float) -> int:
+        """Return the index of the key's cell: its own, else the one among its places that is free or due first."""
+        places = [2 * ((fingerprint + i) % self.SLOTS) for i in range(self.PROBES)]
+        own = [place for place in places if self.cells[place] == fingerprint]
+        return own[0] if own else min(places, key=lambda place: self.cells[place + 1])
+
+    def open_session(self, key: str, limit: int) -> int:
+        """Lock one of the key's `limit` octets and return it; 0 where all are taken."""
+        first = 1 + _fingerprint(key) % (1 << 44) * self.MAX_SESSIONS
+        for octet in range(first, first + limit):
+            if octet not in self.sessions:
+                try:
+                    fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, octet)
+                except OSError:
+                    continue
+                self.sessions.add(octet)
+                return octet
+        return 0
+
+    def close_session(self, octet: int) -> None:
+        """Give back what open_session() gave."""
+        self.sessions.discard(octet)
+        fcntl.lockf(self.file, fcntl.LOCK_UN, 1, octet)
+
+    def __del__(self) -> None:
+        os.close(self.file)
+
+
+def anonymous_file() -> int:
+    """Return a descriptor of a file without a name, in memory if the system can."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("haineko")
+    import tempfile
+
+    handle, name = tempfile.mkstemp()
+    os.unlink(name)
+    return handle
+
+
+@functools.lru_cache(maxsize=4096)
+def _fingerprint(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big") | 1
+
+
+# -- Tasks and sockets
 
 
 def log_task_fault(_: Any, context: dict) -> None:
@@ -4994,7 +5278,8 @@ class TransportContext:
     AGE = 300  # seconds after which a session is not used again
     MAX_IDLE = 256  # sessions of one route
 
-    def __init__(self, nameservers: tuple = ()) -> None:
+    def __init__(self, nameservers: tuple = (), limits: SharedLimits | None = None) -> None:
+        self.limits = limits or SharedLimits()
         self.pools: dict = {}  # (hostname, route): SessionPool
         self.closing: list = []  # sessions that need a QUIT
         self.http = HTTPConnectionPool()
@@ -6886,7 +7171,9 @@ class QueueManager:
             if leased.kind == "event":
                 return await self._post_event(leased, settings.queue), ""
             to, sender = parse_address(leased.recipient), parse_address(leased.sender)
-            route = resolve_route(to.domain, sender.domain if sender else "", settings)[0]
+            sandbox = leased.destination == destination_key(SANDBOX_ROUTE, "")
+            sender_domain = sender.domain if sender else ""
+            route = SANDBOX_ROUTE if sandbox else resolve_route(to.domain, sender_domain, settings)[0]
             envelope = leased.queueid, leased.sender, (leased.recipient,), leased.message, leased.number, settings.dkim
             result = await attempt_transaction(Transaction(route, settings.hostname, *envelope), self.app.transport)
             return result.replies[0], destination_key(route, to.domain)
@@ -6936,8 +7223,10 @@ def log_attempt(
 class App:
     """State of a process: the settings in force, SMTP sessions, the queue, and whether it is stopping."""
 
-    def __init__(self, settings: Settings, ringer: socket.socket | None = None) -> None:
-        self.transport = TransportContext()
+    def __init__(
+        self, settings: Settings, ringer: socket.socket | None = None, limits: SharedLimits | None = None
+    ) -> None:
+        self.transport = TransportContext(limits=limits)
         self.stopping = False
         self.octets_in_flight = 0  # of bodies that arrived in parts
         self.queue = QueueDB(settings.queue, ringer) if settings.queue else None
@@ -7049,7 +7338,7 @@ def compose_and_check(
     """Return the message; raise Rejected if a check of the content or of the message fails."""
     apply_checks(CHECKS_OF_CONTENT, request, submission, settings)
     message = compose(submission, queueid, request.client, settings.hostname, request.now)
-    longest = max([len(mailbox.addr_spec) for mailbox in accepted])
+    request.recipient_count, longest = len(accepted), max([len(mailbox.addr_spec) for mailbox in accepted])
     request.message_size = sum(map(len, message.parts)) + longest + len(str(len(accepted)))
     apply_checks(CHECKS_OF_MESSAGE, request, submission, settings)
     return message
@@ -7361,6 +7650,8 @@ def log_line(
         line.append(f"client={request.client.text}")
     if request.login:
         line.append(f"login={log_value(request.login)}")
+    elif request.login_fault:
+        line.append(f"reason={log_value(request.login_fault)}")
     if sender is not None:
         line.append(f"from={log_value(f'<{sender}>')}")
     if recipients:
@@ -7391,7 +7682,8 @@ def answer_document(
         "referer": echoed_header(request, "referer"),
         "timestamp": time_to_dict(request.now),
     }
-    return Response(status, to_json(document), answer_headers(request, status, queueid, replies))
+    headers = answer_headers(request, status, queueid, replies)
+    return Response(status, to_json(document), headers + (rate_headers(*request.rate) if request.rate else ()))
 
 
 def answer_headers(request: Request, status: int, queueid: str | None, replies: dict) -> tuple:
@@ -7402,10 +7694,22 @@ def answer_headers(request: Request, status: int, queueid: str | None, replies: 
         return (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),)
     if status == 409:
         return (("Retry-After", "2"),)
+    if status == 429:
+        return (("Retry-After", str(max(reply.retry_after for reply in replies.values()))),)
     if status == 503:
         seconds = max([DEFAULT_RETRY_AFTER, *[reply.retry_after for reply in replies.values()]])
         return (("Retry-After", str(seconds)),)
     return ()
+
+
+def rate_headers(rate: Rate, state: RateState) -> tuple:
+    """Return the fields of draft-ietf-httpapi-ratelimit-headers-10, and those that clients knew before."""
+    left, reset = state.remaining, math.ceil(state.reset)
+    return (
+        ("RateLimit-Policy", f'"default";q={rate.limit};w={rate.seconds}'),
+        ("RateLimit", f'"default";r={left};t={reset}'),
+        *zip(("ratelimit-limit", "ratelimit-remaining", "ratelimit-reset"), map(str, (rate.limit, left, reset))),
+    )
 
 
 DEFAULT_RETRY_AFTER = 60  # seconds
@@ -7599,7 +7903,7 @@ def is_own_host(host: str, settings: Settings) -> bool:
 
 def check_queue_access(request: Request, submission: None, settings: Settings) -> Reply | None:
     refusal = check_monitor(request, None, settings)
-    return check_login(request, None, settings) if refusal and settings.password.hashes else refusal
+    return check_login(request, None, settings) if refusal and settings.password.logins else refusal
 
 
 async def get_queue(request: Request, app: App) -> Response:
@@ -7856,6 +8160,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         request = Request(
             head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings
         )
+        request.limits = self.app.transport.limits
         request.forwarded = ", ".join(sorted(FORWARDING_HEADERS.intersection(head.headers))).title()
         return request
 
@@ -7877,8 +8182,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def _needs_password_check(self, endpoint: Endpoint, request: Request) -> bool:
         """Return True if a password hash has to be computed."""
-        password, credentials = self.settings.password, request.headers.get("authorization")
-        return bool(password.hashes and endpoint.checks and not password.is_cached(credentials))
+        password = self.settings.password
+        return bool(password.logins and endpoint.checks and not password.is_fast(credentials_of(request)))
 
     def rejection(self, reply: Reply) -> Response:
         """Return the response for a Reply that refuses the request, and log it."""
@@ -8071,8 +8376,9 @@ class Worker:
         loads: Any = None,
         slot: int | None = 0,
         bells: tuple = (None, None),
+        limits: SharedLimits | None = None,
     ) -> None:
-        self.app = App(settings, bells[1])
+        self.app = App(settings, bells[1], limits)
         self.listeners, self.parent_pipe = listeners, lifeline
         self.busy_counts, self.slot = loads or [0], slot  # busy connections of each worker; index of this one
         self.loop = EventLoop()
@@ -8241,6 +8547,7 @@ class Supervisor:
         self.settings, self.listeners = settings, listeners
         self.workers: dict = {}  # pid: (monotonic time of its start, index in busy_counts, None for the queue's)
         self.busy_counts: Any = [0]
+        self.limits = SharedLimits()
         self.wakeup_pair = socket.socketpair() if settings.queue else (None, None)  # written to when something is due
         self.stopping = self.reload_requested = False
         self.bad_stat_keys: tuple = ()  # of settings whose faults are logged already
@@ -8304,7 +8611,8 @@ class Supervisor:
             gc.freeze()
             gc.set_threshold(20000, 50, 50)
             listeners = [] if slot is None else self.listeners
-            Worker(listeners, self.settings, self.parent_pipe, self.busy_counts, slot, self.wakeup_pair).run()
+            shared = self.parent_pipe, self.busy_counts, slot, self.wakeup_pair, self.limits
+            Worker(listeners, self.settings, *shared).run()
             code = 0
         except BaseException:
             log_exception("worker")
@@ -8521,6 +8829,13 @@ def prepare_server(options: Any) -> tuple:
             listeners.append(bind(place))
         except (OSError, UnicodeError) as error:
             raise CommandError(f"can't listen at {place}: {getattr(error, 'strerror', None) or error}", 1) from None
+    outside = [one for one in listeners if one.family != socket.AF_UNIX]
+    outside = [one for one in outside if parse_ip(one.getsockname()[0]) not in LOOPBACK]
+    if outside and settings.password.logins and not (settings.httpd.tls or settings.httpd.trusted_proxies.texts):
+        advice = "set httpd.tls, or httpd.trusted_proxies behind a proxy with TLS"
+        log.write_bytes(
+            f"haineko: passwords and keys come to {url_of(outside[0], False)} without TLS: {advice}\n".encode()
+        )
     return settings, listeners
 
 
@@ -9052,6 +9367,24 @@ def command_pw(options: Any) -> int:
     return 0
 
 
+def command_key(options: Any) -> int:
+    """Print a new API key, and the line with its hash and its fences."""
+    fences = {"senders": options.sender, "recipients": options.recipient}
+    limits = {"rate": options.rate, "expires": options.expires}
+    key, errors = new_key(options.prefix), []
+    login = {"hash": key_hash(key), **{name: value for name, value in {**fences, **limits}.items() if value}}
+    mapping_of(parse_login)({options.name: login}, "password", errors)
+    matching(KEY_PREFIX, "letters, digits, - and _")(options.prefix, "--prefix", errors)
+    if errors:
+        raise CommandError("; ".join(errors), 2)
+    print(key)
+    print(f"{json.dumps(options.name, ensure_ascii=False)}: {json.dumps(login, ensure_ascii=False)}")
+    return 0
+
+
+KEY_PREFIX = re.compile("[A-Za-z0-9_-]{1,20}")
+
+
 def user_name() -> str:
     """Name of who runs this; a container may have numbers only."""
     import getpass
@@ -9280,6 +9613,21 @@ COMMANDS = {
         command_pw,
         "ask for a password, print its line for the section password",
         ((("-u", "--user"), {"metavar": "USER"}),),
+    ),
+    "key": (
+        command_key,
+        "make an API key: print it, and its line for the section password",
+        (
+            (("name",), {"metavar": "NAME"}),
+            (
+                ("--sender",),
+                {"action": "append", "metavar": "D", "help": "address or domain to send as; again for more"},
+            ),
+            (("--recipient",), {"action": "append", "metavar": "D", "help": "the same to write to"}),
+            (("--rate",), {"metavar": "R", "help": "recipients/seconds"}),
+            (("--expires",), {"metavar": "T", "help": "ISO 8601 date or time"}),
+            (("--prefix",), {"default": "hk_", "metavar": "P"}),
+        ),
     ),
     "setup": (
         command_setup,

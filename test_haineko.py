@@ -2329,7 +2329,7 @@ class SettingsFile(Folder):
         for what, credentials, right in cases:
             with self.subTest(what):
                 self.assertFalse(gate.is_cached(credentials))
-                self.assertEqual(gate.authenticate(credentials), right)
+                self.assertEqual(bool(gate.authenticate(credentials)), right)
                 self.assertEqual(gate.is_cached(credentials), right)
 
     def test_who_was_right_is_remembered(self):
