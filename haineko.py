@@ -105,6 +105,8 @@ class Reply(NamedTuple):
     retry_after: int = 0  # seconds after which to try again, if the other side named them
     origin: str = "relay"  # who gave it: "relay" (the other side, or our part in talking to it), "policy", "queue"
     from_server: bool = False  # the code and the words are the next hop's own
+    before_text: bool = False  # the text of the mail was not sent
+    fallback: str | None = None  # relays of the route's list that failed before
     route_fault: bool = False  # log-in or settings of the route are at fault: no verdict on the mail, which waits
 
     @property
@@ -305,6 +307,7 @@ REPLIES = {
     "mta-sts": (0, "451", "4.7.5", "STARTTLS", "MTA-STS policy of the domain admits none of its hosts"),
     "no-starttls": (0, "454", "4.7.4", "STARTTLS", "STARTTLS is required, but was not offered"),
     "tls": (0, "421", "4.7.5", "STARTTLS", "TLS handshake failed"),
+    "route-limit": (0, "451", "4.3.2", "CONN", "The route's limit is reached"),
     "no-auth": (0, "454", "4.7.0", "AUTH", "AUTH is required, but no mechanism known here was offered"),
     "clear-auth": (0, "454", "4.7.11", "AUTH", "Credentials are not sent over a connection without TLS"),
     "file": (0, "451", "4.3.0", "DATA", "Cannot save the message"),
@@ -1083,6 +1086,8 @@ class Route:
     timeout: int = config_field(30, integer(1, 3600), "seconds for each step of the dialogue")
     retry: int = config_field(0, integer(0, 100), "more tries after a temporary failure while the client waits")
     sleep: int = config_field(5, integer(0, 3600), "seconds between them")
+    sessions: int = config_field(0, integer(0, 10000), "ESMTP: at most so many SMTP sessions; 0 means no limit")
+    rate: Rate | None = config_field(None, parse_rate, '"30/60": at most so many recipients in seconds')
     disabled: bool = config_field(False, parse_boolean, "1: as if this route were not there")
     https: bool = config_field(False, parse_boolean, "Haineko: 1 means TLS")
     dkim: bool = config_field(True, parse_boolean, "ESMTP, MX: 0 means that its mail is not signed")
@@ -1092,6 +1097,7 @@ class Route:
     credentials: tuple = field(default=(), repr=False)
     address: str = ""  # to connect to in place of a look-up; or several, divided by spaces
     tls_if_offered: bool = False  # STARTTLS where the server has it
+    fallbacks: tuple = ()  # the Routes behind it in a list
     token: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
@@ -1100,6 +1106,16 @@ class Route:
 
     def __hash__(self) -> int:
         return hash((self.mailer, self.host, self.port, self.address))  # cheap: routes are keys of the session pools
+
+    @property
+    def choices(self) -> tuple:
+        """The routes of a list, in order; of a route alone itself."""
+        return (self, *self.fallbacks)
+
+    @property
+    def limit_key(self) -> str:
+        """Name of what `sessions` and `rate` limit: a server, or an account of it."""
+        return " ".join([self.mailer, self.host, str(self.port), *self.credentials[:1]])
 
     @property
     def relay(self) -> str:
@@ -1131,6 +1147,12 @@ class Route:
         return next((p for p in (self.mailer, self.host) if p.startswith("/")), "") or tempfile.gettempdir()
 
 
+def parse_route(value: Any, json_path: str, errors: list) -> Route:
+    """Parse a route, or a list of them; the first one holds the others."""
+    first, *others = list_of(nested(Route), required=True)(value, json_path, errors) or (Route(),)
+    return replace(first, fallbacks=tuple(others)) if others else first
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Settings:
     """All of haineko.json, every value checked."""
@@ -1139,8 +1161,8 @@ class Settings:
     smtpd: Smtpd = config_field(Smtpd(), nested(Smtpd))
     relayhosts: Relayhosts = config_field(Relayhosts(), nested(Relayhosts))
     recipients: Recipients | None = config_field(None, nested(Recipients))
-    mailertable: dict = config_field({}, mapping_of(nested(Route), domain_key, DOMAIN_KEYS))
-    sendermt: dict = config_field({}, mapping_of(nested(Route), domain_key, DOMAIN_KEYS))
+    mailertable: dict = config_field({}, mapping_of(parse_route, domain_key, DOMAIN_KEYS))
+    sendermt: dict = config_field({}, mapping_of(parse_route, domain_key, DOMAIN_KEYS))
     authinfo: dict = config_field({}, mapping_of(nested(Credentials)))
     password: Authenticator = config_field(Authenticator({}), parse_passwords)
     queue: QueueSettings | None = config_field(None, nested(QueueSettings))
@@ -1236,7 +1258,8 @@ def referenced_files(settings: Settings) -> list:
     secrets += [settings.queue.webhook_secret] if settings.queue else []
     secrets += [item.key for item in settings.dkim.values()]
     names = [secret["file"] for secret in secrets if isinstance(secret, dict) and "file" in secret]
-    names += [route.ca_file for route in (*settings.mailertable.values(), *settings.sendermt.values())]
+    tables = *settings.mailertable.values(), *settings.sendermt.values()
+    names += [route.ca_file for first in tables for route in first.choices]
     names += [tls.certificate, tls.key] if tls else []
     return [os.path.join(base, name) for name in names if name]
 
@@ -1247,9 +1270,9 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
     logins = {name: _login(login, base, f"authinfo.{name}", errors) for name, login in settings.authinfo.items()}
     tables = {
         table: {
-            key: _route(route, logins, base, f"{table}.{key}", errors)
+            key: _route_list(route, logins, base, f"{table}.{key}", errors)
             for key, route in getattr(settings, table).items()
-            if not route.disabled
+            if not all(choice.disabled for choice in route.choices)
         }
         for table in ("mailertable", "sendermt")
     }
@@ -1335,6 +1358,13 @@ def _check_tls(tls: Tls, base: str, errors: list) -> None:
         server_context(tls, base) if not missing else None
     except OSError as error:
         errors.append(f"httpd.tls: {error.filename}: {error.strerror}")
+
+
+def _route_list(route: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
+    paths = [f"{json_path}[{i}]" for i in range(len(route.choices))] if route.fallbacks else [json_path]
+    choices = [(path, replace(choice, fallbacks=())) for path, choice in zip(paths, route.choices) if not choice.disabled]
+    first, *others = [_route(choice, logins, base, path, errors) for path, choice in choices]
+    return replace(first, fallbacks=tuple(others)) if others else first
 
 
 def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
@@ -1462,6 +1492,8 @@ def redacted(value: Any, secret: bool = False) -> Any:
         return f"{value.limit}/{value.seconds}"
     if isinstance(value, Networks):
         return list(value.texts)
+    if isinstance(value, Route) and value.fallbacks:
+        return [redacted(replace(choice, fallbacks=())) for choice in value.choices]
     if isinstance(value, dict):
         return {key: redacted(item) for key, item in value.items()}
     if isinstance(value, (tuple, frozenset)):
@@ -2781,7 +2813,7 @@ def message_authors(submission: Submission) -> list:
     for name, octets in submission.raw.fields if submission.raw else ():
         if name in ("from", "sender", "resent-from", "resent-sender"):
             try:
-                found += [mailbox for _, mailbox in parse_mailboxes(unfold(octets.partition(b":")[2]))] or [None]
+                found += [mailbox for _, mailbox in parse_mailboxes(unfold(octets))] or [None]
             except ValueError:
                 found.append(None)
     return found
@@ -4773,6 +4805,7 @@ class Session(smtplib.SMTP):
         self._host = route.host  # the name that smtplib has the certificate checked for
         self.route, self.step, self.masked = route, "CONN", False
         self.pool: Any = None  # the SessionPool that it belongs to
+        self.give_back = lambda: None  # its place among the route's `sessions`
         self.stream: Any = None  # AsyncSocket of the open connection
         self.recv_buffer, self.replies = b"", deque()  # received, and parsed, but not asked for yet
         self.maybe_complete = False  # recv_buffer may hold a complete reply
@@ -4899,6 +4932,7 @@ class Session(smtplib.SMTP):
             self.alive = False
         decided = recipient_replies(replies, result, lost, len(transaction.recipients))
         found = [item if isinstance(item, Reply) else self._to_reply(*item) for item in decided]
+        found = found if self.in_data else [reply._replace(before_text=True) for reply in found]
         if self.alive and any(map(self.refused_before_data, found)):
             self.alive = False  # it may have reached a limit of the server
             with contextlib.suppress(OSError):
@@ -5251,12 +5285,17 @@ class SessionPool:
         hopeless = not (self.idle or self.in_use or self.opening)
         full = bool(reply) and not hopeless
         if full:
-            self.refusal, self.open_limit, self.full_until = reply, 1, time.monotonic() + self.FULL_BACKOFF
+            self.slow_down(reply)
         elif hopeless:
-            busy = not reply or (reply.from_server and reply.temporary and reply.command == "CONN")
+            busy = not reply or (reply.temporary and reply.command == "CONN" and (reply.from_server or reply.retry_after))
+            busy = busy or (reply.from_server and reply.code in THROTTLED)
             self.fail_waiters([waiter for waiter in self.waiters if waiter.reply or not busy], None if busy else reply)
         self.wake_waiters()
         return full
+
+    def slow_down(self, reply: Reply) -> None:
+        """Open no session for a while, as long as there is one, since the server takes no more."""
+        self.refusal, self.open_limit, self.full_until = reply, 1, time.monotonic() + self.FULL_BACKOFF
 
     def fail_waiters(self, waiters: list, reply: Reply | None = None) -> None:
         for waiter in waiters:
@@ -5268,6 +5307,9 @@ class SessionPool:
         if self.full:
             self.fail_waiters([waiter for waiter in self.waiters if waiter.deadline <= now])
         self.wake_waiters()
+
+
+THROTTLED = ("432", "454")  # too many connections (Microsoft), throttling failure (Amazon)
 
 
 class TransportContext:
@@ -5282,6 +5324,7 @@ class TransportContext:
         self.limits = limits or SharedLimits()
         self.pools: dict = {}  # (hostname, route): SessionPool
         self.closing: list = []  # sessions that need a QUIT
+        self.route_pauses: dict = {}  # Route that failed: monotonic time until which its list does without it
         self.http = HTTPConnectionPool()
         self.set_nameservers(nameservers)
 
@@ -5317,6 +5360,9 @@ class TransportContext:
                     return session, True
             try:
                 session = Session(route, hostname)
+                if route.sessions:
+                    deadline = deadline or time.monotonic() + route.timeout
+                    session.give_back = await self._await_place(route, pool, deadline)
                 await asyncio.to_thread(session.open)  # smtplib blocks
                 session.stream = AsyncSocket(session.sock)
             except BaseException as error:
@@ -5329,6 +5375,25 @@ class TransportContext:
                 session.pool = pool
                 pool.opened()
                 return session, False
+
+    async def _await_place(self, route: Route, pool: SessionPool, deadline: float) -> Callable:
+        """Take a place among the route's sessions of all processes, and return what gives it back. Raises Rejected if
+        this process has all of them, which are waited for elsewhere, or at the deadline."""
+        while not (octet := self.limits.open_session(route.limit_key, route.sessions)):
+            if pool.idle or pool.in_use or time.monotonic() > deadline:
+                line = f"other mails have all of its sessions ({route.sessions})"
+                raise Rejected(make_reply("route-limit", line, retry_after=route.timeout, **route.endpoint))
+            await asyncio.sleep(0.05)  # nothing tells when another process gives one back
+        return functools.partial(self.limits.close_session, octet)
+
+    async def await_rate(self, route: Route, count: int) -> None:
+        """Wait until the route's rate admits so many recipients; raise Rejected if that takes too long."""
+        deadline = time.monotonic() + route.timeout
+        while route.rate and (wait := self.limits.take(route.limit_key, count, route.rate).wait):
+            if time.monotonic() + wait > deadline:
+                line = f"{route.rate.limit} recipients in {route.rate.seconds} seconds"
+                raise Rejected(make_reply("route-limit", line, retry_after=math.ceil(wait), **route.endpoint))
+            await asyncio.sleep(wait)
 
     def release(self, session: Session) -> None:
         """Hand the session over to a waiter, keep it, or close it if it cannot be used again."""
@@ -5350,7 +5415,8 @@ class TransportContext:
         self.http.sweep(everything)
         now = time.monotonic()
         for key, pool in list(self.pools.items()):
-            idle = self.IDLE_WHEN_FULL if pool.open_limit < pool.OPENING else self.IDLE
+            limited = pool.open_limit < pool.OPENING or key[1].sessions
+            idle = self.IDLE_WHEN_FULL if limited else self.IDLE
             while pool.idle and (everything or pool.idle[0].last_used <= now - idle):
                 self.closing.append(pool.idle.pop(0))
             pool.sweep(now)
@@ -5374,16 +5440,56 @@ class TransportContext:
 async def attempt_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
     """Attempt a transaction once; every recipient has a reply."""
     began = time.monotonic()
-    replies = await attempt_route(transaction, transport)
+    if transaction.route.fallbacks:
+        replies = await attempt_route_list(transaction, transport)
+    else:
+        replies = await attempt_route(transaction, transport)
     for reply in dict.fromkeys(reply for reply in replies if reply.route_fault):
         words = log_value(" ".join((reply.code, *reply.message)))
         log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed, mail waits: {words}")
     return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
 
 
+async def attempt_route_list(transaction: Transaction, transport: TransportContext) -> list:
+    """Return a Reply for each recipient from the first route of a list that does not fail before the text is sent."""
+    now, pauses, waiting = time.monotonic(), transport.route_pauses, list(range(len(transaction.recipients)))
+    replies: list = [None] * len(waiting)
+    routes = transaction.route.choices
+    for route in [one for one in routes if pauses.get(one, 0) <= now] or routes:
+        if route in pauses:
+            pauses[route] = now + ROUTE_PAUSE  # this mail tries it; the others go on without it
+        recipients, failed = tuple(transaction.recipients[i] for i in waiting), {}
+        part = transaction._replace(route=route, recipients=recipients)
+        for i, reply in zip(waiting, await attempt_route(part, transport)):
+            failed.update({i: reply} if try_next_route(reply) else {})
+            before = replies[i] and " ".join(filter(None, (replies[i].fallback, replies[i].relay)))
+            replies[i] = reply._replace(fallback=before)
+        if any(reply.command != "RCPT" or reply.code == "421" for reply in failed.values()):
+            pauses[route] = time.monotonic() + ROUTE_PAUSE
+        else:
+            pauses.pop(route, None)
+        waiting = list(failed)
+        if not waiting:
+            break
+        for reply in dict.fromkeys(failed.values()):
+            words = log_value(" ".join((reply.code, *reply.message)))
+            log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed: {words}")
+    return replies
+
+
+ROUTE_PAUSE = 30  # seconds for which a list does without a route that failed
+
+
+def try_next_route(reply: Reply) -> bool:
+    """Return True if the next route of a list may be tried: this one failed, not the recipient, and before the text."""
+    failed = reply.temporary or (reply.from_server and reply.command == "CONN")
+    return failed and not reply.maybe_delivered and (reply.before_text or reply.route_fault or reply.command != "DATA")
+
+
 async def attempt_route(transaction: Transaction, transport: TransportContext) -> list:
     """Return a Reply for each recipient from the transaction's route, whatever its relay does; a bug is logged."""
     try:
+        await transport.await_rate(transaction.route, len(transaction.recipients))
         return await transaction.route.row.send(await sign_transaction(transaction), transport)
     except Rejected as rejected:
         reply = rejected.reply
@@ -5419,7 +5525,11 @@ async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> 
 
 async def transact_by(session: Session, transaction: Transaction, transport: TransportContext) -> list:
     try:
-        return await session.transact(transaction)
+        replies = await session.transact(transaction)
+        for reply in replies:
+            if reply.code in THROTTLED:
+                session.pool.slow_down(reply)
+        return replies
     except BaseException:
         session.alive = False
         raise
@@ -7202,7 +7312,7 @@ def log_attempt(
 ) -> None:
     """Log one line for each attempt."""
     pairs = log_pairs(
-        **{"from": f"<{leased.sender}>"}, to=f"<{leased.recipient}>", relay=reply.relay,
+        **{"from": f"<{leased.sender}>"}, to=f"<{leased.recipient}>", relay=reply.relay, fallback=reply.fallback,
         delay=f"{max(now - leased.created_at, 0):.2f}", dsn=reply.dsn,
         status={"delivered": "sent", "failed": "bounced", "open": "deferred"}[disposition.state],
     )  # fmt: skip
@@ -7539,7 +7649,7 @@ def check_provider_headers(submission: Submission, sender: Mailbox, accepted: li
     """Raise Rejected if a client sets commands of cloud relays where a route does not let it."""
     names = provider_header_names(submission)
     routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in accepted] if names else ()
-    if not all(route.provider_headers for route in routes):
+    if not all(choice.provider_headers for route in routes for choice in route.choices):
         lines = [f"{sanitize(name)}: the route must have provider_headers to send it" for name in names]
         raise Rejected(make_reply("invalid", *lines[:MAX_REPORTED_ERRORS]))
 
@@ -7659,6 +7769,8 @@ def log_line(
         line.append(f"to={log_value(to, MAX_RCPT_OCTETS if reply.mailer else 500)}")
     if reply.mailer:
         line.append(f"relay={reply.relay} delay={ms / 1000:.3f}")
+    if reply.fallback:
+        line.append(f"fallback={log_value(reply.fallback)}")
     if reply.dsn:
         line.append(f"dsn={reply.dsn}")
     at = "" if reply.accepted or reply.origin == "policy" else f" (in reply to {reply.command})"
@@ -9035,7 +9147,9 @@ def connectivity_probes(settings: Settings, domain: str) -> list:
     probes, tables = [], {name: getattr(settings, name) for name in ("mailertable", "sendermt")}
     for name, key, route in [(name, *item) for name, table in tables.items() for item in table.items()]:
         named = name == "mailertable" and key != "default" and not key.startswith(".")
-        probes.append((f"{name}.{key}", ConnectivityProbe(route, settings.hostname, key if named else domain)))
+        for i, choice in enumerate(route.choices):
+            place = f"{name}.{key}[{i}]" if route.fallbacks else f"{name}.{key}"
+            probes.append((place, ConnectivityProbe(choice, settings.hostname, key if named else domain)))
     if not any("default" in table for table in tables.values()):
         probes.append(("no route", ConnectivityProbe(FALLBACK_ROUTE, settings.hostname)))
     return probes
@@ -9173,6 +9287,8 @@ async def check_dmarc(domain: str, texts: Callable) -> tuple:
 
 def describe_route(route: Route) -> str:
     """Return where a route's mail goes, for people."""
+    if route.fallbacks:
+        return ", else ".join(describe_route(replace(choice, fallbacks=())) for choice in route.choices)
     tls = ", TLS" if route.port == SMTPS else ", STARTTLS" if route.starttls else ""
     login = f", AUTH as {route.auth}" if route.auth else ""
     where = f"{route.relay} {route.url}" if route.url else route.row.destination.format(route=route, domain="").strip()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import base64
+import binascii
 import collections
 import concurrent.futures
 import contextlib
@@ -10652,6 +10653,245 @@ class HttpLogin(unittest.TestCase):
         self.assertEqual(self.server.ask(get("/health"))[0], 200)
         status, _, found = self.server.ask(get("/conf", host="localhost"))
         self.assertEqual((status, set(found["password"].values())), (200, {"********"}))
+
+
+def key_login(key: str, **fences) -> dict:
+    return {"hash": haineko.key_hash(key), **fences}
+
+
+def bearer(key: str) -> str:
+    return f"Authorization: Bearer {key}"
+
+
+class KeysAndFences(Quiet):
+    """Who may send as whom. "open" is a section that permits everything, None one that is absent, () one that is empty."""
+
+    EMPTY, OPEN, ABSENT = (), "open", None
+
+    def answer(self, force: haineko.Settings, *lines: str, client: str = "127.0.0.1", **changes) -> tuple:
+        status, found = over_http(post(document(**changes), *lines), force, client)
+        item = found["response"][0]
+        return status, item["code"], item["message"][0]
+
+    def test_relayhosts_password_fences_and_recipients(self):
+        relayhosts = {self.ABSENT: None, self.EMPTY: {"relayhosts": []}, self.OPEN: {"open-relay": True}}
+        recipients = {self.ABSENT: None, self.EMPTY: {}, self.OPEN: {"open-relay": True}}
+        fences = {self.ABSENT: None, self.EMPTY: [], self.OPEN: ["example.org", "example.jp"]}
+        for hosts, rcpt, password, senders, to, client in itertools.product(
+            relayhosts, recipients, ("absent", "empty", "wrong", "right"), fences, fences, ("127.0.0.1", "192.0.2.1")
+        ):
+            login = {"senders": fences[senders], "recipients": fences[to]}
+            sections = {"relayhosts": relayhosts[hosts], "recipients": recipients[rcpt]}
+            sections["password"] = {"absent": None, "empty": {}}.get(password, {"k": key_login("hk_1", **login)})
+            with self.subTest(hosts=hosts, rcpt=rcpt, password=password, senders=senders, to=to, client=client):
+                known = client == "127.0.0.1" if hosts is self.ABSENT else hosts is self.OPEN
+                logged_in = password in ("wrong", "right")
+                wanted = 200 if rcpt is self.OPEN else 400
+                if logged_in and to is self.EMPTY:
+                    wanted = 400
+                if logged_in and senders is self.EMPTY:
+                    wanted = 403
+                if password == "wrong":
+                    wanted = 401
+                elif not logged_in and not known:
+                    wanted = 403
+                line = bearer("hk_2" if password == "wrong" else "hk_1")
+                self.assertEqual(self.answer(settings(**sections), line, client=client)[0], wanted)
+
+    def test_how_a_key_is_given(self):
+        key = haineko.new_key("hk_")
+        self.assertRegex(key, "^hk_[0-9A-Za-z]{49}$")
+        self.assertEqual(key[-6:], haineko._base62(binascii.crc32(key[3:-6].encode())))
+        force = settings(password={"cron": key_login(key), "neko": SettingsFile.KIJITORA})
+        basic = "Authorization: Basic {}".format
+        cases = [
+            (bearer(key), True), (f"Authorization: bearer  {key}", True), (f"X-Postmark-Server-Token: {key}", True),
+            (basic(base64.b64encode(f"cron:{key}".encode()).decode()), True),
+            (basic(base64.b64encode(f"apikey:{key}".encode()).decode()), True),
+            (basic(base64.b64encode(f"{key}:".encode()).decode()), False),
+            (bearer(key[:-1]), False), (bearer(""), False), (f"Authorization: Token {key}", False),
+            (bearer(haineko.key_hash(key)), False), (bearer("kijitora"), False),
+            (basic(base64.b64encode(b"cron:").decode()), False),
+        ]  # fmt: skip
+        for line, right in cases:
+            with self.subTest(line):
+                self.logged()
+                self.assertEqual(self.answer(force, line)[0], 200 if right else 401)
+                self.assertIn("login=cron" if right else "reason=", self.logged()[-1])
+
+    def test_senders(self):
+        fence = ["a@example.org", "Example.JP", ".example.net"]
+        force = settings(password={"k": key_login("hk_1", senders=fence)})
+        raw = "From: {}\nTo: b@example.jp\nSubject: x\n\nx\n".format
+        cases = [
+            ("a@example.org", None, None, ""), ("A@Example.org", None, None, ""), ("b@example.org", None, None, "b@"),
+            ("x@example.jp", None, None, ""), ("x@sub.example.jp", None, None, "x@"), ("x@a.b.example.net", None, None, ""),
+            ("x@example.net", None, None, "x@"), ("x@notexample.jp", None, None, "x@"),
+            ("x@example.jp", "A <a@example.org>", None, ""), ("x@example.jp", "B <b@example.org>", None, "b@"),
+            ("x@example.jp", "a@example.org, b@example.org", None, "b@"), ("b@example.org", "a@example.org", None, "b@"),
+            ("x@example.jp", "a@example.org <b@example.org>", None, "b@"),
+            ("x@example.jp", None, raw("a@example.org"), ""), ("x@example.jp", None, raw("B <b@example.org>"), "b@"),
+            ("x@example.jp", None, raw("a@example.org\nSender: b@example.org"), "b@"),
+            ("x@example.jp", None, raw("a@example.org\nFrom: b@example.org"), "b@"),
+            ("x@example.jp", None, raw("a@example.org,\n b@example.org"), "b@"),
+            ("x@example.jp", None, raw("nobody"), "a From or Sender"), ("x@example.jp", None, raw("g:;"), "a From or Sender"),
+            ("x@example.jp", None, "To: b@example.jp\n\nx\n", ""),
+        ]  # fmt: skip
+        for mail, author, raw_message, refused in cases:
+            with self.subTest(mail=mail, author=author, raw=raw_message):
+                if raw_message:
+                    given = {"mail": mail, "rcpt": ["m@example.jp"], "raw": raw_message}
+                else:
+                    given = document(mail=mail, header={"from": author})
+                status, found = over_http(post(given, bearer("hk_1")), force)
+                item = found["response"][0]
+                if not refused:
+                    self.assertEqual(status, 200)
+                    continue
+                self.assertEqual((status, item["code"], item["dsn"], item["command"]), (403, "553", "5.7.1", "MAIL"))
+                self.assertEqual(item["message"][0], "Sender address is not permitted")
+                self.assertTrue(item["message"][1].startswith(refused), item)
+                self.assertIn("password.k.senders", item["message"][1])
+
+    def test_recipients_one_by_one(self):
+        force = settings(password={"k": key_login("hk_1", recipients=["ops@example.jp"])})
+        given = document(rcpt=["ops@example.jp", "other@example.jp"])
+        status, found = over_http(post(given, bearer("hk_1")), force)
+        self.assertEqual((status, found["recipient"]), (207, ["ops@example.jp"]))
+        refused = found["response"][1]
+        self.assertEqual((refused["code"], refused["dsn"], refused["command"]), ("553", "5.7.1", "RCPT"))
+        self.assertIn("password.k.recipients", refused["message"][1])
+
+    def test_expiry_and_networks_are_told_to_the_log_only(self):
+        cases = [
+            ({"expires": "2001-01-31"}, "expired"), ({"expires": "2999-01-31T12:00:00Z"}, ""),
+            ({"expires": "2001-01-31T12:00:00+09:00"}, "expired"), ({"networks": ["192.0.2.0/24"]}, "networks"),
+            ({"networks": []}, "networks"), ({"networks": ["127.0.0.1"]}, ""),
+        ]  # fmt: skip
+        for fences, reason in cases:
+            with self.subTest(fences):
+                force = settings(password={"k": key_login("hk_1", **fences)})
+                self.logged()
+                status, found = over_http(post(None, bearer("hk_1")), force)
+                self.assertEqual(status, 401 if reason else 200)
+                if reason:
+                    self.assertEqual(found["response"][0]["message"], ["authentication failed"])
+                    self.assertIn(reason, self.logged()[-1])
+
+    def test_settings_of_a_login(self):
+        hashed = key_login("hk_1")["hash"]
+        cases = [
+            ({"k": {"hash": hashed, "senders": "example.org", "rate": "1/60"}}, None),
+            ({"k": {"senders": []}}, "password.k.hash: expected"), ({"k": {"hash": "x"}}, "password.k.hash: expected"),
+            ({"k": {"hash": hashed, "sender": []}}, "password.k.sender: unknown"),
+            ({"k": {"hash": hashed, "senders": ["@"]}}, "password.k.senders[0]: expected an address"),
+            ({"k": {"hash": hashed, "rate": "0/60"}}, "password.k.rate: expected"),
+            ({"k": {"hash": hashed, "rate": 60}}, "password.k.rate: expected"),
+            ({"k": {"hash": hashed, "expires": "soon"}}, "password.k.expires: expected"),
+            ({"k": 5}, "password.k: expected a string"),
+        ]  # fmt: skip
+        for section, wanted in cases:
+            with self.subTest(section):
+                errors: list = []
+                haineko.parse_passwords(section, "password", errors)
+                self.assertTrue(errors[0].startswith(wanted) if wanted else not errors, errors)
+                self.assertEqual(len(errors), int(bool(wanted)), errors)
+        shown = haineko.redacted(haineko.parse_passwords(cases[0][0], "password", []))
+        self.assertEqual(shown, {"k": {"hash": "********", "senders": ["example.org"], "rate": "1/60"}})
+        self.assertEqual(haineko.redacted(haineko.parse_passwords({"k": hashed}, "password", [])), {"k": "********"})
+
+    def test_the_command_key(self):
+        done = run_program(
+            "key", "cron", "--sender", "example.org", "--rate", "2/60", "--prefix", "sk_live_", text=True
+        )
+        key, line = done.stdout.splitlines()
+        self.assertTrue(key.startswith("sk_live_"))
+        section = json.loads("{" + line + "}")
+        self.assertEqual(section, {"cron": key_login(key, senders=["example.org"], rate="2/60")})
+        self.assertEqual(self.answer(settings(password=section), bearer(key))[0], 200)
+        for flags in (("--rate", "x"), ("--sender", "@"), ("--expires", "soon"), ("--prefix", "a b"), ("--prefix", "")):
+            self.assertEqual(run_program("key", "cron", *flags).returncode, 2, flags)
+
+    def test_nothing_leaves_the_sandbox(self):
+        with tempfile.TemporaryDirectory() as folder:
+            force = settings(
+                password={"k": key_login("hk_1", sandbox=True)}, mailertable={"default": {"mailer": folder}}
+            )
+            status, found = over_http(post(None, bearer("hk_1")), force)
+            self.assertEqual((status, found["response"][0]["mailer"]), (200, "Discard"))
+            self.assertEqual(self.answer(force, bearer("hk_1"), mail="")[0], 400)
+            self.assertEqual(os.listdir(folder), [])
+
+
+class KeysServed(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.peer = SmtpPeer()
+        cls.addClassCleanup(cls.peer.close)
+        fences = {"a": {}, "b": {}, "slow": {"rate": "3/3600"}, "box": {"sandbox": True}}
+        force = queue_settings(cls.peer)
+        force["password"] = {name: key_login(f"hk_{name}", **fence) for name, fence in fences.items()}
+        force["password"]["neko"] = SettingsFile.KIJITORA
+        force["httpd"] = {"workers": 2, "monitors": ["192.0.2.1"]}
+        cls.server = Server(force)
+        cls.addClassCleanup(cls.server.close)
+
+    def submit(self, key: str, *to: str, **headers: str) -> tuple:
+        headers = {"Authorization": f"Bearer hk_{key}", **headers}
+        return self.server.submit(*(to or ("m@example.jp",)), headers=headers)
+
+    def test_a_login_sees_its_own_mail_only(self):
+        _, headers, _ = self.submit("a", Prefer="respond-async")
+        for line, wanted in ((bearer("hk_a"), 200), (bearer("hk_b"), 403), (bearer("hk_c"), 401), ("X: y", 401)):
+            with self.subTest(line):
+                self.assertEqual(self.server.get(headers["Location"], line)[0], wanted)
+
+    def test_an_idempotency_key_counts_for_its_login(self):
+        first, again, other = (self.submit(key, **{"Idempotency-Key": "k1"}) for key in ("a", "a", "b"))
+        self.assertEqual(first[2]["queueid"], again[2]["queueid"])
+        self.assertNotEqual(first[2]["queueid"], other[2]["queueid"])
+        self.assertEqual([found[0] for found in (first, again, other)], [200, 200, 200])
+
+    def test_a_rate_counts_recipients_over_all_workers(self):
+        status, headers, _ = self.submit("slow", "a@example.jp", "b@example.jp")
+        self.assertEqual((status, headers["ratelimit-remaining"]), (200, "1"))
+        self.assertEqual(self.server.submit(headers={"Authorization": "Bearer hk_slow"}, sender="")[0], 400)
+        self.assertEqual(self.submit("slow", "a@example.jp", "b@example.jp")[0], 429)
+        self.assertEqual(self.submit("slow", "a@example.jp")[0], 200)
+        status, headers, found = self.submit("slow", "a@example.jp")
+        item = found["response"][0]
+        self.assertEqual((status, item["code"], item["dsn"], item["command"]), (429, "450", "4.7.1", "AUTH"))
+        self.assertEqual(item["message"][0], "Rate limit exceeded")
+        self.assertEqual(headers["RateLimit-Policy"], '"default";q=3;w=3600')
+        self.assertRegex(headers["RateLimit"], '^"default";r=0;t=3[56][0-9][0-9]$')
+        self.assertEqual((headers["ratelimit-limit"], headers["ratelimit-remaining"]), ("3", "0"))
+        self.assertTrue(1100 < int(headers["Retry-After"]) <= 1200, headers)
+
+    def test_wrong_logins_are_slowed(self):
+        force = {"password": {"k": key_login("hk_k"), "neko": SettingsFile.KIJITORA}, "httpd": {"workers": 2}}
+        server = served(self, force)
+        found = [server.ask(post(None, bearer("hk_x")))[0] for _ in range(12)]
+        self.assertEqual(found, [401] * 10 + [429] * 2)
+        status, headers, _ = server.ask(post(None, bearer("hk_x")))
+        self.assertTrue(status == 429 and 50 < int(headers["Retry-After"]) <= 60, headers)
+        right = "Authorization: Basic " + base64.b64encode(b"neko:kijitora").decode()
+        for line, wanted in ((bearer("hk_k"), 200), (right, 200), ("X: y", 401), (bearer("hk_y"), 429)):
+            self.assertEqual(server.ask(post(None, line))[0], wanted, line)
+
+    def test_queued_mail_of_a_sandbox_stays_there(self):
+        _, headers, _ = self.submit("box", "box@example.jp", Prefer="respond-async")
+        own = bearer("hk_box")
+        eventually(lambda: self.server.get(headers["Location"], own)[1]["response"][0]["state"] == "delivered")
+        self.assertNotIn("box@example.jp", [to for mail in self.peer.mails for to in mail.recipients])
+
+    def test_a_warning_of_logins_in_clear_text(self):
+        for listen, more, warned in (
+            ("0.0.0.0:0", {}, True), ("127.0.0.1:0", {}, False), ("0.0.0.0:0", {"trusted_proxies": ["10.0.0.0/8"]}, False),
+        ):  # fmt: skip
+            with self.subTest(listen, **more):
+                server = served(self, {"password": {"k": key_login("hk_k")}, "httpd": {"listen": listen, **more}})
+                self.assertEqual("without TLS" in server.log(), warned)
+                server.close()
 
 
 class HttpOverTls(unittest.TestCase):
