@@ -1362,7 +1362,9 @@ def _check_tls(tls: Tls, base: str, errors: list) -> None:
 
 def _route_list(route: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
     paths = [f"{json_path}[{i}]" for i in range(len(route.choices))] if route.fallbacks else [json_path]
-    choices = [(path, replace(choice, fallbacks=())) for path, choice in zip(paths, route.choices) if not choice.disabled]
+    choices = [
+        (path, replace(choice, fallbacks=())) for path, choice in zip(paths, route.choices) if not choice.disabled
+    ]
     first, *others = [_route(choice, logins, base, path, errors) for path, choice in choices]
     return replace(first, fallbacks=tuple(others)) if others else first
 
@@ -5078,6 +5080,8 @@ class Session(smtplib.SMTP):
         if self.stream:
             self.stream.release()
         super().close()
+        give_back, self.give_back = self.give_back, lambda: None
+        give_back()
 
     @property
     def has_unsolicited(self) -> bool:
@@ -5287,8 +5291,10 @@ class SessionPool:
         if full:
             self.slow_down(reply)
         elif hopeless:
-            busy = not reply or (reply.temporary and reply.command == "CONN" and (reply.from_server or reply.retry_after))
-            busy = busy or (reply.from_server and reply.code in THROTTLED)
+            busy = not reply or (
+                reply.temporary and reply.command == "CONN" and (reply.from_server or reply.retry_after)
+            )
+            busy = busy or reply.code in THROTTLED
             self.fail_waiters([waiter for waiter in self.waiters if waiter.reply or not busy], None if busy else reply)
         self.wake_waiters()
         return full
