@@ -7135,6 +7135,159 @@ class Relays(Folder, Peers):
                 self.assertIn("| " + shown, lines)
 
 
+class RouteLimits(Peers):
+    def test_sessions_are_counted_over_all_workers(self):
+        most = [0]
+
+        def greet(connection: SmtpConnection, line: str) -> None:
+            others = [one for one in peer.connections if one.sock.fileno() >= 0 and "QUIT" not in one.lines]
+            most[0] = max(most[0], len(others))
+
+        peer = self.peer({"CONN": greet}, "PIPELINING")
+        route = {"port": peer.port, "sessions": 3, "timeout": 20}
+        server = served(self, {"httpd": {"workers": 2}, "mailertable": {"default": route}})
+        with concurrent.futures.ThreadPoolExecutor(20) as pool:
+            found = list(pool.map(lambda i: server.submit(f"a{i}@example.jp")[0], range(200)))
+        self.assertEqual((collections.Counter(found), len(peer.taken)), ({200: 200}, 200))
+        self.assertLessEqual(most[0], 3)
+        self.assertGreater(most[0], 1)
+
+    def test_a_mail_waits_for_a_session_of_another_process_up_to_the_timeout(self):
+        peer = self.peer()
+
+        async def sent(seconds: float) -> haineko.Reply:
+            transport = haineko.TransportContext()
+            route = haineko.Route(port=peer.port, sessions=1, timeout=0.5)
+            octet = transport.limits.open_session(route.limit_key, 1)
+            asyncio.get_running_loop().call_later(seconds, transport.limits.close_session, octet)
+            result = await haineko.attempt_transaction(job(route), transport)
+            await transport.sweep(everything=True)
+            return result.replies[0]
+
+        self.assertEqual(haineko.run(sent(0.1)).code, "250")
+        reply = haineko.run(sent(9))
+        self.assertEqual(brief(reply)[:3], ("451", "4.3.2", "CONN"))
+        self.assertEqual((reply.message[0], reply.temporary, reply.port), (ROUTE_LIMIT, True, peer.port))
+
+    def test_a_rate_is_waited_for_up_to_the_timeout(self):
+        peer = self.peer()
+        cases = [({"rate": "2/1", "timeout": 5}, 200), ({"rate": "2/600", "timeout": 1}, 503)]
+        for route, wanted in cases:
+            with self.subTest(**route):
+                force = {"httpd": {"workers": 2}, "mailertable": {"default": {"port": peer.port, **route}}}
+                server, began = served(self, force), time.monotonic()
+                found = [server.submit("a@example.jp") for _ in range(4)]
+                self.assertEqual([status for status, *_ in found], [200, 200, wanted, wanted])
+                if wanted == 200:
+                    self.assertGreater(time.monotonic() - began, 0.9)
+                    continue
+                _, headers, document = found[-1]
+                item = document["response"][0]
+                self.assertEqual((item["code"], item["dsn"], item["message"][0]), ("451", "4.3.2", ROUTE_LIMIT))
+                self.assertTrue(250 < int(headers["Retry-After"]) <= 300, headers)
+
+    def test_a_throttling_server_is_given_no_more_sessions(self):
+        for words in ("432 4.3.2 Concurrent connections limit exceeded", "454 Throttling failure"):
+            with self.subTest(words):
+                pool = haineko.SessionPool()
+                pool.in_use = 1
+                self.assertTrue(pool.may_open())
+                peer = self.peer({"MAIL": [None, words, None]})
+                replies = carried(*[job(peer) for _ in range(3)])
+                self.assertEqual([reply.code for (reply,) in replies], ["250", "250", "250"])
+
+
+ROUTE_LIMIT = "The route's limit is reached"
+
+
+class RouteLists(Peers):
+    def lists(self, first: dict, *others: dict, **sections) -> haineko.Settings:
+        return settings(mailertable={"default": [first, *others]}, **sections)
+
+    def test_when_the_next_route_is_tried(self):
+        login = {"me": {"username": "neko", "password": "nyaa"}}
+        cases = [
+            ("connection", None, {}, True), ("greeting 421", {"CONN": "421 busy"}, {}, True),
+            ("greeting 554", {"CONN": "554 no"}, {}, True), ("EHLO", {"EHLO": "421 bye"}, {}, True),
+            ("TLS", {}, {"starttls": True}, True), ("AUTH", {}, {"auth": "me"}, True),
+            ("MAIL 4xx", {"MAIL": "451 later"}, {}, True), ("MAIL 5xx", {"MAIL": "550 no"}, {}, False),
+            ("RCPT 4xx", {"RCPT": "451 later"}, {}, True), ("RCPT 5xx", {"RCPT": "550 no"}, {}, False),
+            ("RCPT 421", {"RCPT": "421 bye"}, {}, True), ("DATA 4xx", {"DATA": "451 later"}, {}, True),
+            ("DATA 5xx", {"DATA": "554 no"}, {}, False), ("text 4xx", {".": "451 later"}, {}, False),
+            ("text 5xx", {".": "554 no"}, {}, False), ("in doubt", {".": HANG_UP}, {}, False),
+            ("taken", {}, {}, False),
+        ]  # fmt: skip
+        for what, says, route, tried in cases:
+            with self.subTest(what):
+                first, second = self.peer(says, "AUTH PLAIN"), self.peer()
+                place = {"port": 1} if says is None else esmtp(first)
+                self.logged()
+                status, found = posted(document(), self.lists({**place, **route}, esmtp(second), authinfo=login))
+                item, lines = found["response"][0], self.logged()
+                self.assertEqual(item["port"], second.port if tried else first.port)
+                self.assertEqual(len(second.taken), int(tried))
+                shown = f" fallback=ESMTP:127.0.0.1:{place['port']} "
+                self.assertEqual(any(shown in line and " status=sent " in line for line in lines), tried)
+                self.assertEqual(any("warning: relay=ESMTP:127.0.0.1:" in line for line in lines), tried)
+                self.assertEqual(status == 200, tried or what == "taken")
+
+    def test_each_recipient_by_itself(self):
+        first, second = self.peer({"RCPT": refuses(b="451 later", c="550 no")}), self.peer()
+        force = self.lists(esmtp(first), esmtp(second))
+        _, found = posted(document(header={"to": ", ".join(TO)}, rcpt=None), force)
+        self.assertEqual([item["port"] for item in found["response"]], [first.port, second.port, first.port])
+        self.assertEqual([item["code"] for item in found["response"]], ["250", "250", "550"])
+
+    def test_a_route_that_failed_is_left_out_for_a_while(self):
+        first, second = self.peer({"CONN": ["421 busy", "421 busy", None]}), self.peer()
+        transport, route = None, haineko.Route(port=first.port, fallbacks=(haineko.Route(port=second.port),))
+
+        async def sent() -> list:
+            nonlocal transport
+            transport, ports = haineko.TransportContext(), []
+            for step in range(5):
+                if step in (2, 4):  # the pause is over
+                    transport.route_pauses = dict.fromkeys(transport.route_pauses, 0.0)
+                ports.append((await haineko.attempt_transaction(job(route), transport)).replies[0].port)
+            await transport.sweep(everything=True)
+            return ports
+
+        self.assertEqual(haineko.run(sent()), [second.port] * 4 + [first.port])
+        self.assertEqual(len(first.connections), 3)
+        self.assertEqual(transport.route_pauses, {})
+
+    def test_all_fail(self):
+        status, found = posted(document(), self.lists({"port": 1}, {"port": 2}))
+        self.assertEqual((status, found["response"][0]["port"]), (503, 2))
+
+    def test_settings_with_lists(self):
+        errors: list = []
+        table = {"default": [{"host": "a", "disabled": 1}, {"host": "b"}, {"host": "c", "auth": "x"}], "x.jp": []}
+        found = haineko.from_dict(haineko.Settings, {"mailertable": table}, "", errors)
+        self.assertEqual(errors, ["mailertable.x.jp: expected at least one value"])
+        found, errors = haineko.resolve_settings(found, [])
+        self.assertEqual(errors, ['mailertable.default[2].auth: "x" is not in authinfo'])
+        self.assertEqual([route.host for route in found.mailertable["default"].choices], ["b", "c"])
+        shown = haineko.redacted(found)["mailertable"]["default"]
+        self.assertEqual([route["host"] for route in shown], ["b", "c"])
+        self.assertEqual(haineko.destination_key(found.mailertable["default"], "x"), "ESMTP b:25")
+
+    def test_commands_show_all(self):
+        peer = self.peer()
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "haineko.json")
+            table = {"default": [{"port": 1}, {"port": peer.port}]}
+            with open(path, "w", encoding="utf-8") as stream:
+                json.dump({"mailertable": table, "recipients": {"open-relay": True}}, stream)
+            for command in (("check",), ("route", "a@example.jp")):
+                shown = run_program(*command, "-c", path, text=True).stdout
+                self.assertIn(f"ESMTP 127.0.0.1:1, else ESMTP 127.0.0.1:{peer.port} (", shown)
+            shown = run_program("check", "--connect", "-c", path, text=True)
+            self.assertIn("mailertable.default[0]: TCP: FAILED", shown.stdout)
+            self.assertIn("mailertable.default[1]: TCP: connected", shown.stdout)
+            self.assertEqual(shown.returncode, 1)
+
+
 class MxPeers(WithCertificates):
     """A test with mail hosts on several addresses, and a name server that knows them as mx2.example and so on."""
 
@@ -10664,7 +10817,7 @@ def bearer(key: str) -> str:
 
 
 class KeysAndFences(Quiet):
-    """Who may send as whom. "open" is a section that permits everything, None one that is absent, () one that is empty."""
+    """Who may send as whom. A section or fence is absent, empty, or permits everything."""
 
     EMPTY, OPEN, ABSENT = (), "open", None
 
@@ -10725,16 +10878,19 @@ class KeysAndFences(Quiet):
         raw = "From: {}\nTo: b@example.jp\nSubject: x\n\nx\n".format
         cases = [
             ("a@example.org", None, None, ""), ("A@Example.org", None, None, ""), ("b@example.org", None, None, "b@"),
-            ("x@example.jp", None, None, ""), ("x@sub.example.jp", None, None, "x@"), ("x@a.b.example.net", None, None, ""),
+            ("x@example.jp", None, None, ""), ("x@sub.example.jp", None, None, "x@"),
+            ("x@a.b.example.net", None, None, ""),
             ("x@example.net", None, None, "x@"), ("x@notexample.jp", None, None, "x@"),
             ("x@example.jp", "A <a@example.org>", None, ""), ("x@example.jp", "B <b@example.org>", None, "b@"),
-            ("x@example.jp", "a@example.org, b@example.org", None, "b@"), ("b@example.org", "a@example.org", None, "b@"),
+            ("x@example.jp", "a@example.org, b@example.org", None, "b@"),
+            ("b@example.org", "a@example.org", None, "b@"),
             ("x@example.jp", "a@example.org <b@example.org>", None, "b@"),
             ("x@example.jp", None, raw("a@example.org"), ""), ("x@example.jp", None, raw("B <b@example.org>"), "b@"),
             ("x@example.jp", None, raw("a@example.org\nSender: b@example.org"), "b@"),
             ("x@example.jp", None, raw("a@example.org\nFrom: b@example.org"), "b@"),
             ("x@example.jp", None, raw("a@example.org,\n b@example.org"), "b@"),
-            ("x@example.jp", None, raw("nobody"), "a From or Sender"), ("x@example.jp", None, raw("g:;"), "a From or Sender"),
+            ("x@example.jp", None, raw("nobody"), "a From or Sender"),
+            ("x@example.jp", None, raw("g:;"), "a From or Sender"),
             ("x@example.jp", None, "To: b@example.jp\n\nx\n", ""),
         ]  # fmt: skip
         for mail, author, raw_message, refused in cases:
@@ -10886,7 +11042,8 @@ class KeysServed(unittest.TestCase):
 
     def test_a_warning_of_logins_in_clear_text(self):
         for listen, more, warned in (
-            ("0.0.0.0:0", {}, True), ("127.0.0.1:0", {}, False), ("0.0.0.0:0", {"trusted_proxies": ["10.0.0.0/8"]}, False),
+            ("0.0.0.0:0", {}, True), ("127.0.0.1:0", {}, False),
+            ("0.0.0.0:0", {"trusted_proxies": ["10.0.0.0/8"]}, False),
         ):  # fmt: skip
             with self.subTest(listen, **more):
                 server = served(self, {"password": {"k": key_login("hk_k")}, "httpd": {"listen": listen, **more}})
