@@ -1087,7 +1087,7 @@ class Route:
     retry: int = config_field(0, integer(0, 100), "more tries after a temporary failure while the client waits")
     sleep: int = config_field(5, integer(0, 3600), "seconds between them")
     sessions: int = config_field(0, integer(0, 10000), "ESMTP: at most so many SMTP sessions; 0 means no limit")
-    rate: Rate | None = config_field(None, parse_rate, '"30/60": at most so many recipients in seconds')
+    rate: Rate | str = config_field("", parse_rate, '"30/60": at most so many recipients in seconds')
     disabled: bool = config_field(False, parse_boolean, "1: as if this route were not there")
     https: bool = config_field(False, parse_boolean, "Haineko: 1 means TLS")
     dkim: bool = config_field(True, parse_boolean, "ESMTP, MX: 0 means that its mail is not signed")
