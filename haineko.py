@@ -6,17 +6,18 @@
                                                |  deferred, or to be queued
                                                +-> QueueDB -> QueueManager -> RELAYS -> bounce, webhook
 
-     1  Replies and transactions   10  DNS and connections
-     2  JSON into dataclasses      11  HTTP client
-     3  Settings                   12  Signatures
-     4  Log                        13  SMTP sessions
-     5  Submissions                14  Relays
-     6  Policy                     15  Queue
-     7  Messages                   16  Submission pipeline
-     8  Routes                     17  HTTP server
-     9  Event loop                 18  Commands
+     1  Replies and transactions   11  HTTP client
+     2  JSON into dataclasses      12  Signatures
+     3  Settings                   13  OAuth2
+     4  Log                        14  SMTP sessions
+     5  Submissions                15  Relays
+     6  Policy                     16  Queue
+     7  Messages                   17  Submission pipeline
+     8  Routes                     18  HTTP server
+     9  Event loop                 19  Commands
+    10  DNS and connections
 
-Sections 1, 5 to 8 and 14 to 16 are the pipeline; 2 to 4 and 9 to 13 are infrastructure; 17 and 18 are the two entries.
+Sections 1, 5 to 8 and 15 to 17 are the pipeline; 2 to 4 and 9 to 14 are infrastructure; 18 and 19 are the two entries.
 
 Rules of the file:
   - A section uses only the sections above it; inside a section callers stand above their helpers.
@@ -32,7 +33,7 @@ config_field() in section 3; an endpoint a function and a row of ENDPOINTS; a co
 RFCs: 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS), 3461 (DSN), 3463
 (status codes), 3464 (bounces), 4954 (AUTH), 6152 (8BITMIME), 6531 (SMTPUTF8), 8314 (TLS on 465), 2183, 2231, 2387, 2392
 (attachments), 1035 (DNS), 6891 (EDNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic), 6376, 8463
-(DKIM).
+(DKIM), 6749 (OAuth2), 7628 (OAUTHBEARER).
 """
 
 from __future__ import annotations
@@ -139,12 +140,16 @@ class Rejected(Exception):  # noqa: N818 -- the word that postmasters use
         return self.args[0]
 
 
+DEFAULT_DSN = (" RET=FULL", " NOTIFY=FAILURE,DELAY")  # parameters of MAIL and of RCPT (RFC 3461)
+
+
 class Message(NamedTuple):
     """Finished message (RFC 5322, CRLF); the recipient and the copy's number are inserted between its parts."""
 
     parts: tuple  # (all of it,) or (up to "To: ", up to "Message-Id: <QUEUEID.", the rest) or (up to "To: ", the rest)
     needs_8bitmime: bool = False  # has octets over 127 (RFC 6152)
     needs_smtputf8: bool = False  # has them in its header (RFC 6531)
+    dsn: tuple = DEFAULT_DSN
 
     def copy(self, recipient: str, number: int) -> bytes:
         """Return the octets of one recipient's copy."""
@@ -309,6 +314,7 @@ REPLIES = {
     "tls": (0, "421", "4.7.5", "STARTTLS", "TLS handshake failed"),
     "route-limit": (0, "451", "4.3.2", "CONN", "The route's limit is reached"),
     "no-auth": (0, "454", "4.7.0", "AUTH", "AUTH is required, but no mechanism known here was offered"),
+    "token": (0, "454", "4.7.0", "AUTH", "No access token"),
     "clear-auth": (0, "454", "4.7.11", "AUTH", "Credentials are not sent over a connection without TLS"),
     "file": (0, "451", "4.3.0", "DATA", "Cannot save the message"),
     "store": (503, "451", "4.3.0", "QUEUE", "Cannot store the mail"),
@@ -439,6 +445,18 @@ def sanitize(text: str, limit: int = 200, keep: str = "") -> str:
     """Return text fit for a log or a terminal: cut at `limit`, "?" for unprintable characters other than `keep`."""
     text = text if len(text) <= limit else text[:limit] + "..."
     return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else "?" for c in text)
+
+
+def mask_secrets(text: str, secrets: Any) -> str:
+    """Return a text without the secrets, and without parts of 16 characters: servers cut and fold what they repeat."""
+    hidden: set = set()
+    for secret in secrets:
+        size = min(len(secret), 16)
+        parts = {secret[i : i + size] for i in range(len(secret) - size + 1)}
+        starts = [i for i in range(len(text) - size + 1) if text[i : i + size] in parts]
+        hidden.update(i for start in starts for i in range(start, start + size))
+    marked = "".join("\0" if i in hidden else c for i, c in enumerate(text))
+    return re.sub("\0+", "********", marked) if hidden else text
 
 
 def parse_text(value: Any, json_path: str, errors: list) -> str:
@@ -637,9 +655,9 @@ parse_base_url = matching(
     convert=lambda url: url.rstrip("/"),
 )
 parse_region = matching(re.compile("[a-z0-9-]{1,32}"), 'a region like "eu-west-1"', optional=True)
-parse_webhook_url = matching(
-    functools.partial(is_url, WEBHOOK_URL), 'a URL like "https://www.example.org/hook"', optional=True, secret=True
-)
+is_full_url = functools.partial(is_url, WEBHOOK_URL)
+parse_webhook_url = matching(is_full_url, 'a URL like "https://www.example.org/hook"', optional=True, secret=True)
+parse_token_url = matching(is_full_url, 'a URL like "https://login.example.org/token"', optional=True)
 
 
 def parse_mailer(value: Any, json_path: str, errors: list) -> str:
@@ -663,23 +681,91 @@ class Relay(NamedTuple):
     needs: tuple = ()  # settings that its routes must have
     refuses: tuple = ()  # settings that its routes can't have
     login: tuple = ("username", "password")  # what a login for its API must have
+    scopes: tuple = ()  # for its API, if not the provider's: of an application's tokens, of a user's
     destination: str = "{route.relay} {route.host}:{route.port}"  # template: mail with the same text shares a next hop
     into_folder: bool = False  # delivers into a folder of this machine
     keeps_octets: bool = False  # what it sends arrives unchanged, so that it can be signed
 
 
 UNKNOWN_RELAY = Relay(None, None)  # of a route whose mailer is a fault of the settings
-RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 14
+RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 15
 
 
 def parse_secret(value: Any, json_path: str, errors: list) -> Any:
-    """Parse a string, {"file": path} or {"env": NAME}."""
+    """Parse a string, or an object with one key that tells where the secret is."""
     if not isinstance(value, dict):
         return value if type(value) is str else parse_text(value, json_path, errors)  # _secret() reads its characters
-    if len(value) == 1 and set(value) <= {"file", "env"}:
-        return {key: parse_text(item, f"{json_path}.{key}", errors) for key, item in value.items()}
-    errors.append(f'{json_path}: expected a string, {{"file": path}} or {{"env": NAME}}')
-    return None
+    kind = next(iter(value), "")
+    if len(value) != 1 or kind not in ("file", "env", "command", "credential"):
+        errors.append(f"{json_path}: expected {SECRET_FORMS}")
+        return None
+    parse, count = list_of(parse_text, required=True) if kind == "command" else parse_text, len(errors)
+    where = parse(value[kind], f"{json_path}.{kind}", errors)
+    return {kind: where} if len(errors) == count else None  # a faulty command is not run
+
+
+def read_secret(source: Any, base: str, multiline: bool = False) -> str:
+    """Return a secret from where it is; ValueError tells why that fails, without octets of it. A command blocks."""
+    if isinstance(source, str):
+        return source
+    ((kind, where),) = source.items()
+    name = where[0] if kind == "command" else where
+    try:
+        secret = _secret_octets(kind, where, base).decode().rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise ValueError(f".{kind}: {name}: not UTF-8") from None
+    except OSError as error:
+        raise ValueError(f".{kind}: {name}: {error.strerror}") from None
+    secret = secret.partition("\n")[0].rstrip("\r") if kind == "command" and not multiline else secret
+    if not (multiline or secret.isprintable()):
+        raise ValueError(": has a line end, or another unprintable character")
+    return secret
+
+
+def _secret_octets(kind: str, where: Any, base: str) -> bytes:
+    if kind == "command":
+        return run_secret_command(where, base)
+    if kind == "env":
+        if where not in os.environ:
+            raise ValueError(f".env: no environment variable {where}")
+        return os.fsencode(os.environ[where])
+    if kind == "credential":
+        base = os.environ.get("CREDENTIALS_DIRECTORY", "")
+        if "/" in where or not base:
+            raise ValueError(f".credential: no credential {where}: LoadCredential= of systemd gives it to a unit")
+    with open_regular(os.path.join(base, where)) as stream:
+        if os.fstat(stream.fileno()).st_mode & 0o006:
+            raise ValueError(f".{kind}: can be read by everybody; chmod 600 {where}")
+        return stream.read()
+
+
+def run_secret_command(command: tuple, base: str) -> bytes:
+    """Return what a program prints, run without a shell in the folder of the settings."""
+    from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
+
+    with Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, cwd=base or None, start_new_session=True) as process:
+        try:
+            code = process.wait(SECRET_TIMEOUT)
+        except TimeoutExpired:  # or it has written more than a pipe holds
+            os.killpg(process.pid, signal.SIGKILL)
+            raise ValueError(f".command: {command[0]}: did not end within {SECRET_TIMEOUT} s") from None
+        for pipe in (process.stdout, process.stderr):  # a process that it started may hold them open
+            os.set_blocking(pipe.fileno(), False)
+        output, error = process.stdout.read() or b"", process.stderr.read() or b""
+    if code or not output.strip():
+        words = sanitize(error.decode("utf-8", "replace").strip().rpartition("\n")[2])
+        raise ValueError(f".command: {command[0]}: {words or (f'exit code {code}' if code else 'printed nothing')}")
+    return output
+
+
+SECRET_TIMEOUT = 10  # seconds
+SECRET_FORMS = 'a string, {"file": path}, {"env": NAME}, {"command": [program, argument]} or {"credential": NAME}'
+MICROSOFT, MAIL = "https://login.microsoftonline.com/{tenant}/oauth2/v2.0/token", "https://mail.google.com/"
+OUTLOOK = "https://outlook.office365.com/.default", "https://outlook.office.com/SMTP.Send offline_access"
+PROVIDERS = {  # of access tokens: (token_url, scope of an application's tokens, scope of a user's)
+    "microsoft": (MICROSOFT, *OUTLOOK),
+    "google": ("https://oauth2.googleapis.com/token", MAIL, MAIL),
+}
 
 
 class Authenticator:
@@ -1034,11 +1120,32 @@ class Recipients:
     recipients: frozenset = config_field(frozenset(), list_of(parse_recipient, frozenset), "addresses likewise")
 
 
+@dataclass(frozen=True, repr=False)
+class OAuth2:
+    """Where access tokens come from (RFC 6749). resolve_settings() fills in what the provider has, reads the
+    secrets that don't change."""
+
+    provider: str = config_field("", one_of(PROVIDERS, "provider"), "microsoft or google: known token_url and scope")
+    tenant: str = config_field("", parse_hostname, "microsoft: the directory's id or domain")
+    token_url: str = config_field("", parse_token_url, "where tokens are fetched")
+    scope: str = config_field("", parse_text, "what a token is to permit")
+    client_id: str = config_field("", parse_text, "the application's id")
+    client_secret: Any = config_field("", parse_secret, SECRET_FORMS, secret=True)
+    refresh_token: Any = config_field("", parse_secret, "of a user; absent: the application's own tokens", secret=True)
+    service_account: str = config_field("", parse_text, "JSON file of a Google service account, as the user's delegate")
+    access_token: Any = config_field("", parse_secret, "the token itself, usually by a command", secret=True)
+    base: str = ""  # folder of the settings
+
+    def __hash__(self) -> int:
+        return hash((self.token_url, self.client_id))
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Credentials:
     username: str = config_field("", parse_text, "name to log in with")
-    password: Any = config_field("", parse_secret, 'a string, {"file": path} or {"env": NAME}', secret=True)
+    password: Any = config_field("", parse_secret, SECRET_FORMS, secret=True)
     token: Any = config_field("", parse_secret, "session token of temporary credentials of Amazon", secret=True)
+    oauth2: OAuth2 | None = config_field(None, nested(OAuth2), "access tokens instead of a password")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -1099,6 +1206,7 @@ class Route:
     tls_if_offered: bool = False  # STARTTLS where the server has it
     fallbacks: tuple = ()  # the Routes behind it in a list
     token: str = field(default="", repr=False)
+    oauth2: OAuth2 | None = None
 
     def __post_init__(self) -> None:
         if not self.port:
@@ -1245,7 +1353,8 @@ def holds_secrets(raw: dict) -> bool:
     """True if raw settings hold a secret itself, not only where it is."""
     logins, keys, hashes, queue_settings = (raw.get(name) or {} for name in ("authinfo", "dkim", "password", "queue"))
     holders = [holder for table in (logins, keys) if isinstance(table, dict) for holder in table.values()]
-    names = ("password", "token", "key")
+    holders += [item["oauth2"] for item in holders if isinstance(item, dict) and isinstance(item.get("oauth2"), dict)]
+    names = ("password", "token", "key", "client_secret", "refresh_token", "access_token")
     secrets = [holder.get(name) for holder in holders if isinstance(holder, dict) for name in names]
     secrets += [queue_settings.get("webhook_secret")] if isinstance(queue_settings, dict) else []
     return any(secret and type(secret) is str for secret in secrets) or (isinstance(hashes, dict) and bool(hashes))
@@ -1255,6 +1364,8 @@ def referenced_files(settings: Settings) -> list:
     """Return the paths of files that the settings name and that are read with them."""
     base, tls = os.path.dirname(settings.path or ""), settings.httpd.tls
     secrets = [secret for login in settings.authinfo.values() for secret in (login.password, login.token)]
+    by_token = [login.oauth2 for login in settings.authinfo.values() if login.oauth2]
+    secrets += [secret for item in by_token for secret in (item.client_secret, {"file": item.service_account})]
     secrets += [settings.queue.webhook_secret] if settings.queue else []
     secrets += [item.key for item in settings.dkim.values()]
     names = [secret["file"] for secret in secrets if isinstance(secret, dict) and "file" in secret]
@@ -1301,34 +1412,51 @@ def _dkim_key(key: DkimKey, domain: str, base: str, errors: list) -> DkimKey:
 
 
 def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple:
-    """Return (username, password, token) with the secrets looked up."""
+    """Return (username, password, token, oauth2) with the secrets looked up."""
     password = _secret(login.password, base, f"{json_path}.password", errors)
     token = _secret(login.token, base, f"{json_path}.token", errors)
-    return login.username, password, token
+    if login.oauth2 and not login.username:
+        errors.append(f"{json_path}.username: oauth2 needs it")
+    return login.username, password, token, login.oauth2 and _oauth2(login.oauth2, base, f"{json_path}.oauth2", errors)
+
+
+def _oauth2(oauth2: OAuth2, base: str, json_path: str, errors: list) -> OAuth2:
+    """Return what tokens are fetched with; scope as in the settings."""
+    account = oauth2.service_account and _service_account(oauth2.service_account, base, json_path, errors)
+    provider = "google" if oauth2.service_account else oauth2.provider
+    url = oauth2.token_url or PROVIDERS.get(provider, ("",))[0].format(tenant=oauth2.tenant)
+    secret = _secret(oauth2.client_secret, base, f"{json_path}.client_secret", errors)
+    for key in ("refresh_token", "access_token"):
+        source = getattr(oauth2, key)
+        if not (isinstance(source, dict) and "command" in source):  # which may need the network
+            _secret(source, base, f"{json_path}.{key}", errors)
+    if not (oauth2.service_account or oauth2.access_token):
+        tenant = oauth2.token_url or provider != "microsoft" or oauth2.tenant
+        needs = {"provider": url, "tenant": tenant, "client_id": oauth2.client_id}
+        needs["client_secret"] = oauth2.client_secret or oauth2.refresh_token
+        errors.extend(f"{json_path}.{key}: oauth2 needs it" for key, value in needs.items() if not value)
+    values = {"provider": provider, "token_url": url, "client_secret": secret, "service_account": account}
+    return replace(oauth2, base=base, **values)
+
+
+def _service_account(name: str, base: str, json_path: str, errors: list) -> str:
+    """Return the file's content, checked."""
+    text = _secret({"file": name}, base, f"{json_path}.service_account", errors, multiline=True)
+    try:
+        document = parse_json(text.encode()) if text else None
+        document and (document["client_email"], PrivateKey(document["private_key"].encode()))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        errors.append(f"{json_path}.service_account: {name}: expected the JSON file of a Google service account")
+    return text
 
 
 def _secret(source: Any, base: str, json_path: str, errors: list, multiline: bool = False) -> str:
-    """Return a secret, from the file or the environment variable that `source` names."""
+    """Return a secret from where `source` says that it is."""
     try:
-        if isinstance(source, str):
-            secret = source
-        elif "env" in source:
-            secret = os.environ[source["env"]].rstrip("\r\n")
-        else:
-            with open_regular(os.path.join(base, source["file"])) as stream:
-                if os.fstat(stream.fileno()).st_mode & 0o006:
-                    errors.append(f"{json_path}.file: can be read by everybody; chmod 600 {source['file']}")
-                secret = stream.read().decode().rstrip("\r\n")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"  # the error's text holds octets of the secret
-        errors.append(f"{json_path}.file: {source['file']}: {reason}")
-    except KeyError:
-        errors.append(f"{json_path}.env: no environment variable {source['env']}")
-    else:
-        if multiline or secret.isprintable():
-            return secret
-        errors.append(f"{json_path}: has a line end, or another unprintable character")
-    return ""
+        return read_secret(source, base, multiline)
+    except ValueError as error:
+        errors.append(f"{json_path}{error}")
+        return ""
 
 
 def _queue_settings(settings: QueueSettings, base: str, errors: list) -> QueueSettings:
@@ -1384,16 +1512,23 @@ def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) 
         errors.append(f"{json_path}.ca_file: {ca_file}: {error.strerror or error}")
     if not row.into_folder and route.host.startswith("/"):
         errors.append(f'{json_path}.host: expected a host name, got "{route.host}"')
-    *login, token = logins.get(route.auth, ("",))
-    route = replace(route, ca_file=ca_file, credentials=tuple(login), token=token)
+    *login, token, oauth2 = logins.get(route.auth, ("", None))
+    if row.api_url:
+        oauth2 = oauth2 if "oauth2" in row.login else None
+    elif token:
+        oauth2 = oauth2 or OAuth2(access_token=token)
+    if oauth2 and not oauth2.scope:
+        scopes = row.scopes or PROVIDERS.get(oauth2.provider, ("", "", ""))[1:]
+        oauth2 = replace(oauth2, scope=scopes[bool(oauth2.refresh_token)])
+    route = replace(route, ca_file=ca_file, credentials=tuple(login), token=token, oauth2=oauth2)
     return _web_route(route, row, json_path, errors) if row.api_url else route
 
 
 def _web_route(route: Route, row: Relay, json_path: str, errors: list) -> Route:
     """Return the route of a relay by HTTP with the host and port of its API."""
-    login = dict(zip(("username", "password"), route.credentials), token=route.token)
+    login = dict(zip(("username", "password"), route.credentials), oauth2=route.oauth2)
     if route.credentials and not all(login[key] for key in row.login):
-        errors.append(f"{json_path}.auth: authinfo.{route.auth} needs {' and '.join(f'a {key}' for key in row.login)}")
+        errors.append(f"{json_path}.auth: authinfo.{route.auth} needs {' and '.join(row.login)}")
     site = split_base_url(route.url)
     return replace(route, host=site.host, port=site.port)
 
@@ -1414,6 +1549,12 @@ def split_base_url(url: str) -> BaseURL:
     host, default_port = parts.hostname or "", 443 if parts.scheme == "https" else 80
     name, port = f"[{host}]" if ":" in host else host, parts.port or default_port
     return BaseURL(parts.scheme == "https", host, port, parts.path, name if port == default_port else f"{name}:{port}")
+
+
+def split_url(url: str) -> tuple:
+    """Return (base URL, path and query) of a URL that WEBHOOK_URL matches."""
+    scheme, host, port, path = WEBHOOK_URL.fullmatch(url).groups()
+    return f"{scheme}://{host}{f':{port}' if port else ''}", path or "/"
 
 
 def pin_queue_path(fresh: Settings, queue_settings: QueueSettings | None) -> Settings:
@@ -1560,6 +1701,7 @@ class LogSink:
 class Log:
     """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once."""
 
+    FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
 
     def __init__(self) -> None:
@@ -1569,6 +1711,8 @@ class Log:
         self.buffer: list | None = None  # texts that wait for flush()
         self.loop: Any = None  # event loop that calls flush()
         self.stderr = 2  # a file descriptor
+        self.path = ""  # of the file that descriptors 1 and 2 are, if reopen() is to look for a new one
+        self.quiet = False  # lines for stderr are dropped
         self.stderr_sink, self.syslog_sink = LogSink(), LogSink()
 
     def open(self, settings: Syslog) -> None:
@@ -1584,6 +1728,8 @@ class Log:
         if self.priority is not None:
             for line in lines:
                 self._to_syslog(line)
+            return
+        if self.quiet:
             return
         head = f"{timestamp(int(time.time()))} haineko[{os.getpid()}]: "
         self._add("".join([f"{head}{line}\n" for line in lines]))
@@ -1603,6 +1749,16 @@ class Log:
             self.loop.call_soon_threadsafe(self.flush)
         elif self.loop and first:
             self.loop.call_soon(self.flush)
+
+    def reopen(self) -> None:
+        """Open the log file anew if it was moved away, as logrotate does."""
+        with contextlib.suppress(OSError):
+            if not self.path or (os.path.exists(self.path) and os.path.samestat(os.stat(self.path), os.fstat(2))):
+                return
+            number = os.open(self.path, self.FILE_FLAGS, 0o600)
+            os.dup2(number, 1)
+            os.dup2(number, 2)
+            os.close(number)
 
     def start_buffering(self, loop: Any = None) -> None:
         """Let lines wait for flush(), which the event loop calls in its next iteration.
@@ -1778,6 +1934,7 @@ class Request:
     recipient_count: int = 0  # of those that passed the checks
     message_size: int = 0  # octets of the finished message
     forwarded: str = ""  # a header by which a proxy says that it forwarded the request
+    dsn: tuple = DEFAULT_DSN  # what is asked of the next server
 
 
 class Mailbox(NamedTuple):
@@ -2792,7 +2949,8 @@ def check_ehlo(request: Request, submission: Submission, settings: Settings) -> 
 
 def check_sender(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.mail:
-        return make_reply("mail-empty", "mail (the envelope sender) is required")
+        missing = make_reply("mail-empty", "mail (the envelope sender) is required")
+        return missing if request.peer else None  # the command sendmail may send from <>
     if parse_address(submission.mail):
         return None
     return make_reply("mail-form", *idna_hint(submission.mail) or ('expected a bare address like "user@example.org"',))
@@ -3530,7 +3688,7 @@ def _find_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
     return FALLBACK_ROUTE, "no route matches"
 
 
-FALLBACK_ROUTE = Route()
+FALLBACK_ROUTE = Route(port=25)
 
 
 # ======================================================================================================================
@@ -3866,7 +4024,7 @@ class SharedCalls:
     async def call(self, key: Any, deadline: float, function: Callable, *values: Any) -> Any:
         """Return function(*values, deadline), or the result of the call for this key that is under way."""
         until, task = self.calls.get(key, (0.0, None))
-        if not -5 <= until - deadline <= 1:  # it would give up much earlier than this one, or end later
+        if not task or not -5 <= until - deadline <= 1:  # it would give up much earlier than this one, or end later
             task = asyncio.get_running_loop().create_task(function(*values, deadline))
             self.calls[key] = deadline, task
             task.add_done_callback(functools.partial(self._ended, key))
@@ -4539,6 +4697,17 @@ def error_text(error: Exception) -> str:
     return sanitize(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
+def json_object(response: HTTPResponse) -> dict:
+    """Return the JSON object in a response; {} if it has none."""
+    document = response.document()
+    return document if isinstance(document, dict) else {}
+
+
+def status_text(response: HTTPResponse) -> str:
+    """Return the response's status line for people."""
+    return f"HTTP {response.status} {response.reason}".strip()
+
+
 class MTASTSPolicy(NamedTuple):
     """MTA-STS: the hosts that a domain's mail may be delivered to (RFC 8461 3.2)."""
 
@@ -4717,7 +4886,148 @@ def sign_jwt(claims: dict, key: PrivateKey) -> str:
 
 
 # ======================================================================================================================
-# 13. SMTP sessions
+# 13. OAuth2
+#     Takes a route, gives it with an access token as password, or raises Rejected with the provider's words (RFC 6749).
+#     Each process keeps tokens until shortly before they end.
+# ======================================================================================================================
+
+
+class AccessToken(NamedTuple):
+    """Access token; the times are monotonic."""
+
+    text: str
+    scope: str
+    renew_at: float
+    expires: float
+
+
+class TokenCache:
+    """Access tokens of logins, fetched once for all that wait."""
+
+    DROP_INTERVAL = 60  # seconds between tokens that a server refuses
+
+    def __init__(self, clock: Callable = time.monotonic) -> None:
+        self.clock, self.shared = clock, SharedCalls()
+        self.tokens: dict = {}  # (OAuth2, username): AccessToken
+        self.refresh_tokens: dict = {}  # the same: what the provider gave in place of refresh_token
+        self.dropped = TTLCache(4096, clock)
+
+    async def authorize(self, route: Route) -> Route:
+        """Return the route with an access token as password if its login has oauth2."""
+        if not route.oauth2:
+            return route
+        return replace(route, credentials=(route.credentials[0], (await self.token_for(route)).text))
+
+    async def token_for(self, route: Route) -> AccessToken:
+        """Return a token that will hold for a while, or at least until now."""
+        key = route.oauth2, route.credentials[0]
+        token, now = self.tokens.get(key), self.clock()
+        if token and now < token.renew_at:
+            return token
+        try:
+            return await self.shared.call(key, 0.0, self._fetch, key, route)
+        except ValueError as error:
+            if token and now < token.expires:
+                return token
+            lines = [sanitize(line, 500) for line in str(error).splitlines()[:20]]
+            raise Rejected(make_reply("token", *lines, route_fault=True, **route.endpoint)) from None
+
+    async def _fetch(self, key: tuple, route: Route, _deadline: float) -> AccessToken:
+        try:
+            token, new = await asyncio.to_thread(fetch_token, route, self.refresh_tokens.get(key), self.clock)
+        except ValueError:
+            self.refresh_tokens.pop(key, None)  # the one in the settings may be newer
+            raise
+        if new and (fault := await asyncio.to_thread(save_refresh_token, route.oauth2, new)):
+            self.refresh_tokens[key] = new
+            log.lines(f"warning: the provider replaced the refresh token of {log_value(key[1])}: {fault}")
+        self.tokens[key] = token
+        return token
+
+    def drop(self, route: Route, text: str) -> bool:
+        """Forget a token that a server refused; tell whether to try another one."""
+        key = route.oauth2, route.credentials[0]
+        if key in self.tokens and self.tokens[key].text == text:  # or another one was fetched meanwhile
+            if self.dropped.get(key):
+                return False
+            self.dropped.put(key, True, self.DROP_INTERVAL)
+            del self.tokens[key]
+        return True
+
+
+def fetch_token(route: Route, refresh_token: str | None, clock: Callable) -> tuple:
+    """Return (AccessToken, the refresh token that replaces ours or ""); ValueError tells why there is none. Blocks."""
+    oauth2, now, new = route.oauth2, clock(), ""
+    if oauth2.access_token:
+        document = {"access_token": read_secret(oauth2.access_token, oauth2.base)}
+    else:
+        refresh_token = refresh_token or read_secret(oauth2.refresh_token, oauth2.base)
+        document = request_token(route, token_form(oauth2, route.credentials[0], refresh_token, int(time.time())))
+        new = document.get("refresh_token")
+    text, seconds = document["access_token"], document.get("expires_in")
+    if not (isinstance(text, str) and re.fullmatch("[!-~]+", text)):  # or it would break the line that it is sent in
+        raise ValueError("the access token is not one word of ASCII")
+    found = re.match("[0-9]{1,9}", str(ASSUMED_LIFETIME if seconds is None else seconds))
+    lifetime = min(int(found[0]), 86400) if found else 0
+    scope = sanitize(str(document.get("scope") or oauth2.scope))
+    token = AccessToken(text, scope, now + lifetime - min(RENEW_BEFORE, lifetime / 2), now + lifetime)
+    return token, new if isinstance(new, str) and new != refresh_token else ""
+
+
+ASSUMED_LIFETIME = 600  # seconds, if the provider names none
+RENEW_BEFORE = 600  # seconds before the end
+
+
+def request_token(route: Route, form: dict) -> dict:
+    """Return the provider's document with a token (RFC 6749 5.1); ValueError with its words if it gives none (5.2)."""
+    url, path = split_url(route.oauth2.token_url)
+    target = HTTPTarget(url, route.timeout, route.mailer, ca_file=route.ca_file, confidential=True)
+    body, kind = urllib.parse.urlencode(form).encode(), "application/x-www-form-urlencoded"
+    try:
+        response = KeepAliveConnection(target).exchange_once(HTTPRequest("POST", path, body, type=kind))
+    except Rejected as refused:
+        raise ValueError(f"{url}: {refused.reply.message[-1]}") from None
+    document = json_object(response)
+    if response.status == 200 and document.get("access_token"):
+        return document
+    words = ": ".join(str(document[key]) for key in ("error", "error_description") if document.get(key))
+    secrets = [form.get(key, "") for key in ("client_secret", "refresh_token", "assertion")]
+    raise ValueError(mask_secrets(words or f"{url}: {status_text(response)}, no access token in it", secrets))
+
+
+def token_form(oauth2: OAuth2, username: str, refresh_token: str, now: int) -> dict:
+    """Return the request: a service account's (RFC 7523 2.1), a user's (RFC 6749 6) or an application's (4.4)."""
+    if oauth2.service_account:
+        account = parse_json(oauth2.service_account.encode())
+        claims = {"iss": account["client_email"], "sub": username, "scope": oauth2.scope, "aud": oauth2.token_url}
+        assertion = sign_jwt({**claims, "iat": now, "exp": now + 3600}, PrivateKey(account["private_key"].encode()))
+        return {"grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer", "assertion": assertion}
+    form = {"grant_type": "refresh_token" if refresh_token else "client_credentials", "refresh_token": refresh_token}
+    form.update(client_id=oauth2.client_id, client_secret=oauth2.client_secret, scope=oauth2.scope)
+    return {key: value for key, value in form.items() if value}
+
+
+def save_refresh_token(oauth2: OAuth2, text: str) -> str:
+    """Write it to its {"file"}, complete or not at all, for its owner only; return what else must be done."""
+    import tempfile
+
+    if not (isinstance(oauth2.refresh_token, dict) and "file" in oauth2.refresh_token):
+        return "put the new one into the settings, ours may end"
+    path = os.path.realpath(os.path.join(oauth2.base, oauth2.refresh_token["file"]))
+    try:
+        handle, aside = tempfile.mkstemp(dir=os.path.dirname(path))
+        with open(handle, "w", encoding="utf-8", errors="replace") as stream:
+            stream.write(text + "\n")
+            stream.flush()
+            os.fsync(handle)
+        os.replace(aside, path)
+    except OSError as error:
+        return f"{path} can't be written ({error.strerror}), so the new one is lost when this process ends"
+    return ""
+
+
+# ======================================================================================================================
+# 14. SMTP sessions
 #     Takes a Transaction, gives a Reply for each of its recipients. smtplib opens a session, in a thread; log-in and
 #     transaction are ours, since smtplib tries a password with each mechanism, does no pipelining, and cannot tell
 #     whether the end of a message was lost. Sessions are pooled by route; if a server takes no more, mails wait.
@@ -4805,7 +5115,7 @@ class Session(smtplib.SMTP):
     def __init__(self, route: Route, hostname: str) -> None:
         super().__init__(local_hostname=hostname, timeout=route.timeout)
         self._host = route.host  # the name that smtplib has the certificate checked for
-        self.route, self.step, self.masked = route, "CONN", False
+        self.route, self.step, self.masked = route, "CONN", ""  # masked: what the log shows in place of what is sent
         self.pool: Any = None  # the SessionPool that it belongs to
         self.give_back = lambda: None  # its place among the route's `sessions`
         self.stream: Any = None  # AsyncSocket of the open connection
@@ -4873,31 +5183,35 @@ class Session(smtplib.SMTP):
         if not isinstance(self.sock, ssl.SSLSocket) and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
             raise Rejected(make_reply("clear-auth", **self.route.endpoint))
         offered = self.esmtp_features.get("auth", "").upper().split()
-        for mechanism in [name for name in AUTH_MECHANISMS if name in offered]:
+        known = [name for name, row in AUTH_MECHANISMS.items() if row.by_token == bool(self.route.oauth2)]
+        for mechanism in [name for name in known if name in offered]:
             result = self._authenticate(mechanism)
             if result[0] not in (504, 534):  # RFC 4954 4: unknown mechanism, too weak
                 break
         if not result:
-            raise Rejected(make_reply("no-auth", **self.route.endpoint))
+            raise Rejected(make_reply("no-auth", f"{', '.join(known)} are known", **self.route.endpoint))
         self._expect("AUTH", result)
 
     def _authenticate(self, mechanism: str) -> tuple:
         """Return (code, text) of the server's verdict on our credentials."""
-        has_initial, respond = AUTH_MECHANISMS[mechanism]
-        line = f"AUTH {mechanism}".encode()
-        initial = b" " + base64.b64encode(respond(self.route.credentials, b"", 0)) if has_initial else b""
-        self.masked = True
+        row, line, details = AUTH_MECHANISMS[mechanism], f"AUTH {mechanism}".encode(), b""
+        initial = b" " + base64.b64encode(row.respond(self.route, b"", 0)) if row.has_initial else b""
+        inline = bool(initial) and len(line + initial) <= MAX_COMMAND
+        self.masked = f"AUTH {mechanism} ******** as {self.route.credentials[0]}"
         try:
-            self.send(line + (initial if len(line + initial) <= MAX_COMMAND else b"") + b"\r\n")
+            self.send(line + initial * inline + b"\r\n")
+            self.masked = "********"
             code, text = self.getreply()
-            for turn in range(MAX_CHALLENGES):
+            for turn in range(inline, MAX_CHALLENGES):
                 if code != 334:
                     break
-                self.send(base64.b64encode(respond(self.route.credentials, text, turn)) + b"\r\n")
+                if row.by_token and turn:
+                    details += b"\n" + decode_challenge(text)
+                self.send(base64.b64encode(row.respond(self.route, text, turn)) + b"\r\n")
                 code, text = self.getreply()
         finally:
-            self.masked = False
-        return code, text
+            self.masked = ""
+        return code, text + sanitize(details.decode("utf-8", "replace"), MAX_TEXT, keep="\n").encode()
 
     def _expect(self, step: str, result: tuple) -> None:
         """Raise Rejected with the server's own words unless the code is 2xx."""
@@ -5030,7 +5344,7 @@ class Session(smtplib.SMTP):
     def send(self, s: Any) -> None:
         """Called by smtplib to send."""
         octets = s.encode("ascii") if isinstance(s, str) else s
-        self._log_sent(b"********\r\n" if self.masked else octets)
+        self._log_sent(self.masked.encode() if self.masked else octets)
         self.sock.sendall(octets)
 
     def getreply(self) -> tuple:
@@ -5059,10 +5373,13 @@ class Session(smtplib.SMTP):
         return bool(found)
 
     def _mask_credentials(self, line: str) -> str:
-        """Mask our credentials in a line: some servers repeat a command that they do not understand."""
-        for secret in secret_forms(*self.route.credentials):
-            line = line.replace(secret, "********")
-        return line
+        """Mask our credentials in a line, in base64 too: some servers repeat a command that they do not understand."""
+        secrets = secret_forms(self.route)
+        with contextlib.suppress(ProtocolError, UnicodeDecodeError):
+            decoded = decode_challenge(line.rstrip(".").encode()).decode()
+            if (masked := mask_secrets(decoded, secrets)) != decoded:
+                return base64.b64encode(masked.encode()).decode()
+        return mask_secrets(line, secrets)
 
     def _feed(self, octets: bytes) -> None:
         if not octets:
@@ -5129,26 +5446,46 @@ def is_route_fault(route: Route, step: str, reply: SMTPReply) -> bool:
     return step in ("EHLO", "STARTTLS", "AUTH") or reply.code[:2] == "53" or bool(our_login)  # RFC 4954 6
 
 
-# -- AUTH (RFC 4954): respond((user, password), challenge as it came, number of the challenge) gives the response
+# -- AUTH (RFC 4954)
 
 
-def auth_cram_md5(credentials: tuple, challenge: bytes, turn: int) -> bytes:
-    user, password = credentials  # RFC 2195
+class Mechanism(NamedTuple):
+    """Way to log in."""
+
+    has_initial: bool  # whether the client speaks first
+    respond: Callable  # (route, challenge as it came, number of responses before): gives the response
+    by_token: bool = False  # with an access token as password
+
+
+def auth_cram_md5(route: Route, challenge: bytes, turn: int) -> bytes:
+    user, password = route.credentials  # RFC 2195
     digest = hmac.new(password.encode(), decode_challenge(challenge), "md5").hexdigest()
     return f"{user} {digest}".encode()
 
 
-def auth_plain(credentials: tuple, challenge: bytes, turn: int) -> bytes:
-    return "\0{}\0{}".format(*credentials).encode()  # RFC 4616
+def auth_plain(route: Route, challenge: bytes, turn: int) -> bytes:
+    return "\0{}\0{}".format(*route.credentials).encode()  # RFC 4616
 
 
-def auth_login(credentials: tuple, challenge: bytes, turn: int) -> bytes:
+def auth_xoauth2(route: Route, challenge: bytes, turn: int) -> bytes:
+    """A challenge after the token is an error in JSON, to be answered with an empty line."""
+    # https://developers.google.com/workspace/gmail/imap/xoauth2-protocol
+    return b"" if turn else "user={}\1auth=Bearer {}\1\1".format(*route.credentials).encode()
+
+
+def auth_oauthbearer(route: Route, challenge: bytes, turn: int) -> bytes:
+    user, token = route.credentials[0].replace("=", "=3D").replace(",", "=2C"), route.credentials[1]  # RFC 5801 4
+    text = f"n,a={user},\1host={route.host}\1port={route.port}\1auth=Bearer {token}\1\1"
+    return b"\1" if turn else text.encode()  # RFC 7628 3.1, 3.2.3
+
+
+def auth_login(route: Route, challenge: bytes, turn: int) -> bytes:
     """No RFC says what the server asks: its words count, in base64 or not, else the order."""
     text = challenge.lower()
     with contextlib.suppress(ProtocolError):
         text += decode_challenge(challenge).lower()
     asked = 1 if b"pass" in text else 0 if b"user" in text or b"name" in text else min(turn, 1)
-    return credentials[asked].encode()
+    return route.credentials[asked].encode()
 
 
 def decode_challenge(challenge: bytes) -> bytes:
@@ -5159,19 +5496,23 @@ def decode_challenge(challenge: bytes) -> bytes:
         raise ProtocolError(f"unexpected challenge: {error}") from None
 
 
-AUTH_MECHANISMS = {  # the strongest first: (whether it has an initial response, respond)
-    "CRAM-MD5": (False, auth_cram_md5),
-    "PLAIN": (True, auth_plain),
-    "LOGIN": (False, auth_login),  # with an initial response, some servers fail
+AUTH_MECHANISMS = {  # the strongest first
+    "CRAM-MD5": Mechanism(False, auth_cram_md5),
+    "PLAIN": Mechanism(True, auth_plain),
+    "LOGIN": Mechanism(False, auth_login),  # with an initial response, some servers fail
+    "XOAUTH2": Mechanism(True, auth_xoauth2, by_token=True),
+    "OAUTHBEARER": Mechanism(True, auth_oauthbearer, by_token=True),
 }
 MAX_COMMAND = 510  # octets of a line without CRLF: beyond, the initial response waits to be asked for (RFC 4954 4)
 MAX_CHALLENGES = 4
 
 
-def secret_forms(user: str, password: str) -> list:
-    """Return a password as AUTH sends it and as it is, the longest first; masking short ones would hide nothing."""
-    forms = [base64.b64encode(text.encode()).decode() for text in (f"\0{user}\0{password}", password)]
-    return [*forms, password] if len(password) > 3 else []
+def secret_forms(route: Route) -> list:
+    """Return a password or token as AUTH sends it and as it is; masking short ones would hide nothing."""
+    forms = [row.respond(route, b"", 0) for row in AUTH_MECHANISMS.values() if row.has_initial]
+    secret = route.credentials[1]
+    forms = [base64.b64encode(octets).decode() for octets in (*forms, secret.encode())]
+    return [*forms, secret] if len(secret) > 3 else []
 
 
 # -- a transaction's script, and what its replies mean
@@ -5187,8 +5528,7 @@ def envelope_commands(transaction: Transaction, utf8: bool, size: int, features:
     if utf8:
         mail += " SMTPUTF8"  # RFC 6531
     if "dsn" in features:
-        mail += " RET=FULL"  # RFC 3461
-        rcpt = " NOTIFY=FAILURE,DELAY"
+        mail, rcpt = mail + transaction.message.dsn[0], transaction.message.dsn[1]
     rcpts = [("RCPT", f"RCPT TO:<{to}>{rcpt}\r\n".encode()) for to in transaction.recipients]
     return [("MAIL", f"{mail}\r\n".encode()), *rcpts, ("DATA", b"DATA\r\n")]
 
@@ -5331,7 +5671,7 @@ class TransportContext:
         self.pools: dict = {}  # (hostname, route): SessionPool
         self.closing: list = []  # sessions that need a QUIT
         self.route_pauses: dict = {}  # Route that failed: monotonic time until which its list does without it
-        self.http = HTTPConnectionPool()
+        self.http, self.tokens = HTTPConnectionPool(), TokenCache()
         self.set_nameservers(nameservers)
 
     def set_nameservers(self, nameservers: tuple) -> None:
@@ -5365,12 +5705,7 @@ class TransportContext:
                 if session := await pool.wait(deadline, reply):
                     return session, True
             try:
-                session = Session(route, hostname)
-                if route.sessions:
-                    deadline = deadline or time.monotonic() + route.timeout
-                    session.give_back = await self._await_place(route, pool, deadline)
-                await asyncio.to_thread(session.open)  # smtplib blocks
-                session.stream = AsyncSocket(session.sock)
+                session = await self.connect(route, hostname)
             except BaseException as error:
                 reply = error.reply if isinstance(error, Rejected) else None
                 if not pool.refused(reply):
@@ -5382,9 +5717,25 @@ class TransportContext:
                 pool.opened()
                 return session, False
 
-    async def _await_place(self, route: Route, pool: SessionPool, deadline: float) -> Callable:
+    async def connect(self, route: Route, hostname: str, again: bool = True) -> Session:
+        """Open a session; an access token that the server refuses is replaced once."""
+        session = Session(await self.tokens.authorize(route), hostname)
+        if route.sessions:
+            session.give_back = await self._await_place(route, self.pool(route, hostname))
+        try:
+            await asyncio.to_thread(session.open)  # smtplib blocks
+        except Rejected as refused:
+            again = again and bool(route.oauth2) and refused.reply.code == "535"
+            if not (again and self.tokens.drop(route, session.route.credentials[1])):
+                raise
+            return await self.connect(route, hostname, again=False)
+        session.stream = AsyncSocket(session.sock)
+        return session
+
+    async def _await_place(self, route: Route, pool: SessionPool) -> Callable:
         """Take a place among the route's sessions of all processes, and return what gives it back. Raises Rejected if
-        this process has all of them, which are waited for elsewhere, or at the deadline."""
+        this process has all of them, which are waited for elsewhere, or if that takes too long."""
+        deadline = time.monotonic() + route.timeout
         while not (octet := self.limits.open_session(route.limit_key, route.sessions)):
             if pool.idle or pool.in_use or time.monotonic() > deadline:
                 line = f"other mails have all of its sessions ({route.sessions})"
@@ -5436,7 +5787,7 @@ class TransportContext:
 
 
 # ======================================================================================================================
-# 14. Relays
+# 15. Relays
 #     A relay takes (transaction, transport) and gives one Reply for each recipient, in order. A probe takes
 #     (ConnectivityProbe, transport), sends no mail and gives one CheckResult for each step. Both may raise Rejected or
 #     OSError. RELAYS, at the end, has one row for each relay with all that is known of it.
@@ -6038,6 +6389,63 @@ def mandrill_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
     return http_failure(route, response, None)
 
 
+async def relay_by_token(make_request: Callable, success: int, transaction: Transaction, transport: Any) -> list:
+    """Deliver by an API that takes an access token, and a message as it is with its recipients."""
+    route, call = transaction.route, await asyncio.to_thread(make_request, transaction)
+    for again in (True, False):  # a token that is refused is replaced once
+        login = await transport.tokens.authorize(route)
+        token = login.credentials[1]
+        response = await transport.http.request(HTTPTarget.of_route(route), call._replace(headers=bearer_header(login)))
+        if response.status != 401 or not (again and transport.tokens.drop(route, token)):
+            break
+    response = response._replace(body=response.body.replace(token.encode(), b"********"))
+    ident = response.headers.get("request-id", "none") if success == 202 else json_object(response).get("id")
+    accepted = response.status == success and ident
+    reply = http_accepted(route, response, f"id: {ident}") if accepted else token_api_failure(route, response)
+    return [reply] * len(transaction.recipients)
+
+
+def msgraph_request(transaction: Transaction) -> HTTPRequest:
+    # https://learn.microsoft.com/en-us/graph/api/user-sendmail
+    path = f"/v1.0/users/{urllib.parse.quote(transaction.route.credentials[0], '@')}/sendMail"
+    return HTTPRequest("POST", path, base64.b64encode(addressed_message(transaction)), type="text/plain")
+
+
+def gmailapi_request(transaction: Transaction) -> HTTPRequest:
+    # https://developers.google.com/workspace/gmail/api/reference/rest/v1/users.messages/send
+    path, octets = "/gmail/v1/users/me/messages/send", addressed_message(transaction)
+    if len(octets) > GMAILAPI_UPLOAD:
+        return HTTPRequest("POST", f"/upload{path}?uploadType=media", octets, type="message/rfc822")
+    return HTTPRequest("POST", path, encode_json({"raw": base64.urlsafe_b64encode(octets).decode()}))
+
+
+GMAILAPI_UPLOAD = 1 << 20  # octets from which on a message is uploaded
+
+
+def addressed_message(transaction: Transaction) -> bytes:
+    """Return the message with the envelope's recipients in its header, from which the API takes them."""
+    octets = transaction.octets()
+    try:
+        fields = parse_message(octets).fields
+        if single_field(fields, "bcc"):
+            raise ValueError("the header bcc can't be set")
+        hidden = ",\r\n ".join(hidden_recipients(transaction, fields))
+    except ValueError as error:
+        raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
+    return f"Bcc: {hidden}\r\n".encode() + octets if hidden else octets
+
+
+def token_api_failure(route: Route, response: HTTPResponse) -> Reply:
+    """Return the reply for an error of Graph or Google; a refused token is no verdict on the mail."""
+    error = json_object(response).get("error")
+    lines = [f"{error.get('code')}: {error.get('message')}"] if isinstance(error, dict) else None
+    temporary = bool(lines and GOOGLE_LIMIT.search(str(error.get("errors"))))
+    return http_failure(route, response, lines, temporary)._replace(route_fault=response.status == 401)
+
+
+GOOGLE_LIMIT = re.compile("'reason': '[A-Za-z]*LimitExceeded'")  # with status 403
+
+
 def http_accepted(route: Route, response: HTTPResponse, *lines: str) -> Reply:
     """Return the reply for a mail that the API has taken."""
     return make_reply("web-accepted", *sanitize_lines(lines), word=status_text(response), **route.endpoint)
@@ -6057,17 +6465,6 @@ def http_failure(route: Route, response: HTTPResponse, lines: list | None, tempo
     if temporary:
         return reply._replace(dsn="4.3.0" if status >= 500 else "4.4.5", retry_after=parse_retry_after(response))
     return reply._replace(dsn=DSN_BY_STATUS.get(status, reply.dsn))
-
-
-def json_object(response: HTTPResponse) -> dict:
-    """Return the JSON object in a response; {} if it has none."""
-    document = response.document()
-    return document if isinstance(document, dict) else {}
-
-
-def status_text(response: HTTPResponse) -> str:
-    """Return the response's status line for people."""
-    return f"HTTP {response.status} {response.reason}".strip()
 
 
 DSN_BY_STATUS = {401: "5.7.8", 403: "5.7.1"}
@@ -6350,6 +6747,25 @@ def probe_mandrill(route: Route, request: Callable) -> str:
     raise Rejected(http_failure(route, response, mandrill_errors(response)))
 
 
+def probe_account(path: str, route: Route, request: Callable) -> str:
+    """Read the user's account."""
+    path = path.format(user=urllib.parse.quote(route.credentials[0], "@"))
+    response = request(HTTPRequest("GET", path, headers=bearer_header(route)))
+    document = json_object(response)
+    if response.status == 200 and {"id", "emailAddress"} & set(document):
+        return "the token is good"
+    if response.status == 403 and "error" in document:
+        return "the token is good; it may not read the account, so whether it may send is not known"
+    raise Rejected(token_api_failure(route, response))
+
+
+probe_msgraph = http_probe(functools.partial(probe_account, "/v1.0/users/{user}"))
+probe_gmail = http_probe(functools.partial(probe_account, "/gmail/v1/users/me/profile"))
+send_msgraph = functools.partial(relay_by_token, msgraph_request, 202)
+send_gmail = functools.partial(relay_by_token, gmailapi_request, 200)
+GRAPH_SCOPES = "https://graph.microsoft.com/.default", "https://graph.microsoft.com/Mail.Send offline_access"
+BY_TOKEN = {"needs": ("auth",), "login": ("username", "oauth2")}
+
 RELAYS.update(
     ESMTP=Relay(relay_esmtp, probe_esmtp, keeps_octets=True),
     MX=Relay(relay_mx, probe_mx, destination="MX {domain}", refuses=("auth",), keeps_octets=True),
@@ -6357,13 +6773,15 @@ RELAYS.update(
     SendGrid=Relay(relay_sendgrid, probe_sendgrid, 25, "https://api.sendgrid.com", ("auth",), login=("password",)),
     AmazonSES=Relay(relay_amazonses, probe_amazonses, 25, "https://email.{region}.amazonaws.com", ("auth", "region")),
     Mandrill=Relay(relay_mandrill, probe_mandrill, 25, "https://mandrillapp.com", ("auth",), login=("password",)),
+    MSGraph=Relay(send_msgraph, probe_msgraph, 25, "https://graph.microsoft.com", scopes=GRAPH_SCOPES, **BY_TOKEN),
+    GmailAPI=Relay(send_gmail, probe_gmail, 25, "https://gmail.googleapis.com", **BY_TOKEN),
     File=Relay(relay_file, probe_folder, destination="File {route.folder}", into_folder=True),
     Screen=Relay(relay_screen, probe_none, destination="Screen"),
     Discard=Relay(relay_discard, probe_none, destination="Discard"),
 )
 
 # ======================================================================================================================
-# 15. Queue
+# 16. Queue
 #     Keeps mail that waits in a file (SQLite) and delivers it, in one process. What follows a reply, bounces and events
 #     are functions of values; QueueDB is the file, with its operations; QueueManager delivers.
 # ======================================================================================================================
@@ -6493,7 +6911,7 @@ def webhook_event(name: str, leased: LeasedRecipient, reply: Reply, url: str, no
 def may_bounce(leased: LeasedRecipient, settings: Settings) -> bool:
     """Return whether the sender is told of a failure: others than these could be made to receive strangers' mail."""
     known = leased.login or not check_recipient(parse_address(leased.sender), settings)
-    return leased.kind == "mail" and bool(leased.sender and known)
+    return leased.kind == "mail" and bool(leased.sender and known) and "FAILURE" in leased.message.dsn[1]
 
 
 def new_bounce(leased: LeasedRecipient, reply: Reply, settings: Settings, now: float) -> NewQueueItem:
@@ -6595,8 +7013,8 @@ async def post_webhook(
     leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool, timeout: float = 15.0
 ) -> Reply:
     """POST an event to its webhook; return a reply as a relay gives it."""
-    scheme, host, port, path = WEBHOOK_URL.fullmatch(leased.recipient).groups()
-    target = HTTPTarget(f"{scheme}://{host}{f':{port}' if port else ''}", timeout, "Webhook")
+    base_url, path = split_url(leased.recipient)
+    target = HTTPTarget(base_url, timeout, "Webhook")
     body, event_id = leased.message.parts[0], f"msg_{leased.queueid}"
     headers = (
         ("webhook-id", event_id),
@@ -6604,7 +7022,7 @@ async def post_webhook(
         ("webhook-signature", sign_webhook(secret, event_id, int(now), body)),
     )
     try:
-        status = (await http_pool.request(target, HTTPRequest("POST", path or "/", body, headers))).status
+        status = (await http_pool.request(target, HTTPRequest("POST", path, body, headers))).status
     except Rejected as refused:
         reply = refused.reply
         unreachable = {"command": "CONN"} if reply.command == "CONN" else {}
@@ -6960,8 +7378,8 @@ def enqueue(db: Any, slot: int, item: NewQueueItem, results: list | None, leased
     message = insert(
         db, "messages", queueid=item.queueid, kind=item.kind, sender=item.sender, login=item.login,
         created_at=created_at, open_recipients=len(item.recipients), owner=owner, key=item.key,
-        body_digest=item.body_digest, size=len(octets), parts=json.dumps([flags, *map(len, item.message.parts)]),
-        octets=octets,
+        body_digest=item.body_digest, size=len(octets), octets=octets,
+        parts=json.dumps([flags, *map(len, item.message.parts), *item.message.dsn]),
     )  # fmt: skip
     due = created_at if owner is None else None
     state = {"message": message, "state": "open", "created_at": created_at, "due": due, "owner": owner}
@@ -7065,14 +7483,18 @@ def lease(db: Any, slot: int, row_id: int) -> list:
         " attempts, history, octets FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (row_id,)
     ).fetchone()  # fmt: skip
     try:
-        history, (flags, *lengths) = parse_history(row["history"]), json.loads(row["parts"])
+        history, parts = parse_history(row["history"]), json.loads(row["parts"])
+        flags, *lengths = [part for part in parts if type(part) is int]
     except (ValueError, TypeError):
         log_exception(row["queueid"])
         db.execute("UPDATE recipients SET state='held', due=NULL WHERE id=?", (row_id,))
         return []
     db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row_id))
     octets = io.BytesIO(row["octets"])
-    message = Message(tuple([octets.read(length) for length in lengths]), bool(flags & 1), flags > 1)
+    dsn = tuple([part for part in parts if type(part) is str])  # absent in files of older versions
+    message = Message(
+        tuple([octets.read(length) for length in lengths]), bool(flags & 1), flags > 1, dsn or DEFAULT_DSN
+    )
     return [LeasedRecipient(*row[:-1])._replace(message=message, history=history)]
 
 
@@ -7331,7 +7753,7 @@ def log_attempt(
 
 
 # ======================================================================================================================
-# 16. Submission pipeline
+# 17. Submission pipeline
 #     submit() takes a request and calls every stage in order: parse, check, compose, plan, deliver or queue, answer.
 # ======================================================================================================================
 
@@ -7453,7 +7875,7 @@ def compose_and_check(
 ) -> Message:
     """Return the message; raise Rejected if a check of the content or of the message fails."""
     apply_checks(CHECKS_OF_CONTENT, request, submission, settings)
-    message = compose(submission, queueid, request.client, settings.hostname, request.now)
+    message = compose(submission, queueid, request.client, settings.hostname, request.now)._replace(dsn=request.dsn)
     request.recipient_count, longest = len(accepted), max([len(mailbox.addr_spec) for mailbox in accepted])
     request.message_size = sum(map(len, message.parts)) + longest + len(str(len(accepted)))
     apply_checks(CHECKS_OF_MESSAGE, request, submission, settings)
@@ -7526,21 +7948,21 @@ def prefers_async(value: str) -> bool:
 
 
 async def enqueue_before_sending(
-    request: Request, transactions: list, good: list, options: QueueOptions, app: App
+    request: Request, transactions: list, accepted: list, options: QueueOptions, app: App
 ) -> tuple | None:
-    """The earlier mail with its key, if there is one; else this one is on disk now, before anything is sent."""
-    queue_item = new_queue_item(request, transactions, good, options)
-    earlier = await app.queue.add(queue_item, leased=not options.async_)
+    """Store the mail before anything is sent; if there is an earlier one with its key, return that instead."""
+    item = new_item(request, transactions, accepted, options)
+    earlier = await app.queue.add(item, leased=not options.async_)
     if options.async_ and not earlier:
-        pairs = log_pairs(client=request.client.text, login=request.login or None, **{"from": f"<{queue_item.sender}>"})
-        log.lines(f"{queue_item.queueid}: {pairs} (queued, to be delivered at once)")
+        pairs = log_pairs(client=request.client.text, login=request.login or None, **{"from": f"<{item.sender}>"})
+        log.lines(f"{item.queueid}: {pairs} (queued, to be delivered at once)")
         app.queue.wake_manager()
     return earlier
 
 
-def new_queue_item(request: Request, transactions: list, good: list, options: QueueOptions) -> NewQueueItem:
+def new_item(request: Request, transactions: list, accepted: list, options: QueueOptions) -> NewQueueItem:
     """Return the mail as the queue stores it."""
-    first, mailboxes = transactions[0], {mailbox.addr_spec: mailbox for mailbox in good}
+    first, mailboxes = transactions[0], {mailbox.addr_spec: mailbox for mailbox in accepted}
     recipients = []
     for transaction in transactions:
         for to in transaction.recipients:
@@ -7553,13 +7975,13 @@ def new_queue_item(request: Request, transactions: list, good: list, options: Qu
 
 
 async def queue_deferred(
-    request: Request, transactions: list, good: list, options: QueueOptions, replies: list, app: App
+    request: Request, transactions: list, accepted: list, options: QueueOptions, replies: list, app: App
 ) -> tuple:
     """Return the replies after the first attempts, "queued" where there will be more, and their AttemptResults."""
     settings = request.settings or app.settings
     if not (options.key or any(reply.temporary for reply in replies)):
         return replies, []
-    item, now = new_queue_item(request, transactions, good, options), time.time()
+    item, now = new_item(request, transactions, accepted, options), time.time()
     results = [
         first_attempt_result(item, recipient, reply, settings, now)
         for recipient, reply in zip(item.recipients, replies)
@@ -7603,7 +8025,7 @@ def log_queued(item: NewQueueItem, results: list) -> None:
 async def replay_response(
     request: Request, submission: Submission, replies: dict, earlier: tuple, options: QueueOptions, app: App
 ) -> Response:
-    """The answer to the first request with this key; Refused where there is none yet, or its body was another."""
+    """Return the response to the first request with this key; raise Rejected if there is none, or for another body."""
     queueid, answered = earlier["queueid"], earlier["response"]
     if earlier["body_digest"] != options.body_digest:
         raise Rejected(make_reply("key-reused"))
@@ -7621,7 +8043,7 @@ async def replay_response(
 
 
 def serialize_response(result: Response) -> str:
-    """An answer as the queue keeps it."""
+    """Return a response as the queue stores it."""
     return ENCODER.encode([result.status, result.headers, result.body.decode()])
 
 
@@ -7636,7 +8058,7 @@ def plan_transactions(
     submission: Submission, message: Message, accepted: list, settings: Settings, queueid: str
 ) -> tuple:
     """Return (transactions, the mailboxes in their order): one each recipient, or each route if they share the mail."""
-    sender = parse_address(submission.mail)
+    sender = parse_address(submission.mail) or NULL_SENDER
     check_provider_headers(submission, sender, accepted, settings)
     if submission.shared:
         transactions = plan_shared(sender, message, accepted, settings, queueid)
@@ -7673,12 +8095,6 @@ def plan_shared(sender: Mailbox, message: Message, accepted: list, settings: Set
         )
         for number, ((route, _), recipients) in enumerate(routes.items(), 1)
     ]
-
-
-def replies_by_recipient(accepted: list, results: list) -> list:
-    """Return [(recipient as the client wrote it, Reply), ...] in the order of the recipients."""
-    replies = {to: reply for result in results for to, reply in zip(result.transaction.recipients, result.replies)}
-    return [(mailbox.as_written, replies[mailbox.addr_spec]) for mailbox in accepted]
 
 
 async def deliver(transactions: list, transport: TransportContext, settings: Settings) -> list:
@@ -7854,7 +8270,7 @@ def to_json(document: Any) -> bytes:
 
 
 # ======================================================================================================================
-# 17. HTTP server
+# 18. HTTP server
 #     Takes octets from a socket, gives a Request to an endpoint and sends its Response (RFC 9110, 9112). The supervisor
 #     binds and watches; workers, forked by it, accept. In a worker one event loop serves all connections.
 # ======================================================================================================================
@@ -8384,8 +8800,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def precedence(self, now: float, crowded: set) -> tuple:
         """Return a sort key: a connection over the limit makes room by closing the first of the others."""
         is_limited = self.port is not None and self.peer not in self.app.settings.httpd.trusted_proxies
-        age = now - self.begun
-        return not (is_limited and self.peer in crowded), age < 1, self.received / max(age, 1)
+        rate = (self.received + 500) / max(now - self.begun, 1)  # octets a second, with some to start with
+        return not (is_limited and self.peer in crowded), rate
 
     async def _read_body(self, head: RequestHead, length: int, deadline: float) -> bytes:
         size = self.settings.smtpd.max_message_size
@@ -8645,9 +9061,10 @@ class Worker:
         return found
 
     async def _housekeeping(self) -> None:
-        """Once a second, close SMTP sessions that nobody uses."""
+        """Once a second, close SMTP sessions that nobody uses, and look for a new log file."""
         while True:
             await asyncio.sleep(1.0)
+            log.reopen()
             await self.app.transport.sweep()
 
     async def _reread(self) -> None:
@@ -8688,6 +9105,7 @@ class Supervisor:
             with contextlib.suppress(socket.timeout):
                 alarm.recv(4096)
             self._reap()
+            log.reopen()
             if not self.stopping:
                 self._replace()
                 self._watch()
@@ -8858,75 +9276,91 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 
 
 # ======================================================================================================================
-# 18. Commands
-#     Takes the words of a command line, gives an exit code. What is meant for a person goes to stderr, results to
-#     stdout.
+# 19. Commands
+#     Takes the words of a command line and returns an exit code. Results go to stdout, messages for a person to stderr.
+#     A new command is one function and one row of COMMANDS, the table at the end.
 # ======================================================================================================================
 
 
 class CommandError(Exception):
-    """A command that can't be carried out as it was asked: its message and exit code."""
+    """A command that cannot be carried out; the arguments are a message and the exit code."""
 
 
 def main(argv: list) -> int:
-    """Carries out one command; gives its exit code: 0 fine, 1 failed, 2 wrong usage or settings."""
-    if os.path.basename(sys.argv[0]) == "sendmail":  # a link with that name
-        argv = ["sendmail", *argv]
-    if argv[:1] == ["sendmail"] and "-h" not in argv and "--help" not in argv:
-        return command_sendmail(argv[1:])
-    options = parser(argv[:1] if argv[:1] and argv[0] in COMMANDS else COMMANDS).parse_args(argv)
+    """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage or settings."""
+    open_standard_streams()
     try:
-        return COMMANDS[options.command][0](options)
+        if argv[:1] == ["sendmail"] and argv[1:] not in (["-h"], ["--help"]):
+            return command_sendmail(argv[1:])  # its flags are older than argparse
+        parser, commands = argument_parsers()
+        if not argv or argv[0] not in commands:
+            parser.parse_args(argv)  # prints help, the version, or what is wrong
+        return COMMANDS[argv[0]].run(commands[argv[0]].parse_intermixed_args(argv[1:]))
     except CommandError as error:
-        print(f"haineko: {error.args[0]}", file=sys.stderr)
-        return error.args[1]
+        return print_error(*error.args)
+    except BrokenPipeError:  # of stdout: `queue | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except KeyboardInterrupt:
         return 130
 
 
-def parser(names: Any) -> Any:
-    """An argparse.ArgumentParser that knows these commands."""
+def open_standard_streams() -> None:
+    """Open those of descriptors 0 to 2 that are closed: a socket with such a number would be read or written to."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 -- kept for life
+
+
+def argument_parsers() -> tuple:
+    """Return (the argparse.ArgumentParser, {command: its own})."""
     import argparse
 
     top = argparse.ArgumentParser(
-        prog="haineko.py", description="HTTP API into ESMTP: takes a mail as JSON by HTTP POST and relays it."
+        prog="haineko.py", description="HTTP server that relays mail, POSTed as JSON, by SMTP."
     )
     top.add_argument("--version", action="version", version=f"Haineko {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name in names:
-        _, about, flags = COMMANDS[name]
-        command = commands.add_parser(name, help=about, description=about)
-        for words, details in flags:
-            command.add_argument(*words, **details)
-    return top
+    for name, row in COMMANDS.items():
+        about = row.run.__doc__.rstrip(".")
+        parser = commands.add_parser(name, help=about, description=about)
+        for key in row.arguments.split():
+            names, details = ARGUMENTS[key]
+            parser.add_argument(*names, **details)
+    return top, commands.choices
 
 
 def settings_path(given: str | None) -> str | None:
-    """-c, else $HAINEKO_CONF, else haineko.json beside this file, else none."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "haineko.json")
+    """Return the path of the settings: -c, else $HAINEKO_CONF, else haineko.json beside this file, else None."""
+    beside = os.path.join(os.path.dirname(os.path.realpath(__file__)), "haineko.json")
     named = given or os.environ.get("HAINEKO_CONF")
     return os.path.abspath(named) if named else beside if os.path.exists(beside) else None
 
 
 def usable_settings(given: str | None) -> Settings:
-    """The settings; Usage with every fault where they can't be used."""
+    """Load the settings; CommandError names every fault."""
     settings, errors = load_settings(settings_path(given))
     if errors:
         raise CommandError("\n".join(["the settings can't be used:", *[f"  {error}" for error in errors]]), 2)
     return settings
 
 
+# -- server and daemon
+
+
 def command_serve(options: Any) -> int:
+    """Run the server in the foreground."""
     settings, listeners = prepare_server(options)
     log.devel = options.devel
     return Supervisor(settings, listeners).run(lambda: announce(settings, listeners))
 
 
 def prepare_server(options: Any) -> tuple:
-    """(Settings, listening sockets) of a server."""
-    settings = usable_settings(options.config)
-    errors: list = []
-    changes = {}
+    """Return a server's Settings and its listening sockets."""
+    settings, errors, changes = usable_settings(options.config), [], {}
     if options.listen:
         changes["listen"] = list_of(parse_listen_address)(options.listen, "--listen", errors)
     if options.workers is not None:
@@ -8935,99 +9369,110 @@ def prepare_server(options: Any) -> tuple:
         raise CommandError("; ".join(errors), 2)
     settings = replace(settings, httpd=replace(settings.httpd, **changes))
     raise_nofile_limit()
-    store = settings.queue and QueueDB(settings.queue)
-    if store:
-        store.commit([])
-        store.close(for_good=True)
-        if NEWER_VERSION in store.fault:
-            raise CommandError(f"the queue can't be used: {store.fault}", 2)
-    listeners = []
-    for place in settings.httpd.listen:
-        try:
-            listeners.append(bind(place))
-        except (OSError, UnicodeError) as error:
-            raise CommandError(f"can't listen at {place}: {getattr(error, 'strerror', None) or error}", 1) from None
+    if settings.queue:
+        check_queue_file(settings.queue)
+    listeners = [open_listener(address) for address in settings.httpd.listen]
     outside = [one for one in listeners if one.family != socket.AF_UNIX]
     outside = [one for one in outside if parse_ip(one.getsockname()[0]) not in LOOPBACK]
     if outside and settings.password.logins and not (settings.httpd.tls or settings.httpd.trusted_proxies.texts):
-        advice = "set httpd.tls, or httpd.trusted_proxies behind a proxy with TLS"
-        log.write_bytes(
-            f"haineko: passwords and keys come to {url_of(outside[0], False)} without TLS: {advice}\n".encode()
-        )
+        words = f"passwords and keys come to {url_of(outside[0], False)} without TLS"
+        log.write_bytes(f"haineko: {words}: set httpd.tls, or httpd.trusted_proxies behind a proxy\n".encode())
     return settings, listeners
 
 
+def check_queue_file(settings: QueueSettings) -> None:
+    """Create or upgrade the queue's file; CommandError where a newer Haineko wrote it."""
+    database = QueueDB(settings)
+    database.commit([])
+    database.close(for_good=True)
+    if NEWER_VERSION in database.fault:
+        raise CommandError(f"the queue can't be used: {database.fault}", 2)
+
+
+def open_listener(address: str) -> socket.socket:
+    try:
+        return bind(address)
+    except (OSError, UnicodeError) as error:
+        raise CommandError(f"can't listen at {address}: {getattr(error, 'strerror', None) or error}", 1) from None
+
+
 def raise_nofile_limit() -> None:
-    """As many open files as the machine lets us have: a client has one, and one more for each of its deliveries."""
+    """Allow as many open files as the system permits: each client needs one, and each of its deliveries another."""
     import resource
 
     with contextlib.suppress(OSError, ValueError):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
-        if soft != resource.RLIM_INFINITY and soft < most:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-MAX_OPEN_FILES = 65536  # nobody needs more; some systems have no end of them, and refuse to be asked for that
+MAX_OPEN_FILES = 65536  # some systems report an infinite hard limit, but reject it in setrlimit()
 
 
-def announce(settings: Settings, listeners: list) -> None:
+def announce(settings: Settings, listeners: list, more: str = "") -> str:
+    """Write to the log where the server listens; return that line."""
     if not settings.path:
         log.write_bytes(
             b"haineko: NO SETTINGS FILE: for this machine only, and all mail is printed here instead of sent\n"
         )
-    places = " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
-    log.write_bytes(f"haineko {__version__} listens at {places}\n".encode())
+    line = f"haineko {__version__} listens at {listening_urls(settings, listeners)}"
+    log.write_bytes(f"{line}\n".encode())
+    return f"{line}{more}\n"
+
+
+def listening_urls(settings: Settings, listeners: list) -> str:
+    return " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
 
 
 def command_start(options: Any) -> int:
-    """`serve` as a daemon; ends when it listens."""
+    """Run the server as a daemon; return when it listens."""
     pid_file = pid_file_path(options)
     if running_pid(pid_file):
         raise CommandError(f"runs already (pid {running_pid(pid_file)})", 1)
     settings, listeners = prepare_server(options)
-    told, tell = os.pipe()
+    read_end, write_end = os.pipe()
     sys.stderr.flush()
     if os.fork():
-        os.close(tell)
-        word = os.read(told, 4096).decode()
-        print(word or "haineko: did not start; see the log", end="" if word else "\n", file=sys.stderr)
-        return 0 if " listens at " in word else 1
+        os.close(write_end)
+        line = os.read(read_end, 4096).decode()
+        print(line or "haineko: did not start; see the log\n", end="", file=sys.stderr)
+        return 0 if " listens at " in line else 1
     os.setsid()
-    if os.fork():
+    if os.fork():  # the daemon leads no session, so that it can never get a terminal
         os._exit(0)
     code = 1
     try:
-        code = run_daemon(settings, listeners, pid_file, tell)
+        code = run_daemon(settings, listeners, pid_file, write_end)
     except OSError as error:
-        os.write(tell, f"haineko: can't start: {error}\n".encode())
+        os.write(write_end, f"haineko: can't start: {error}\n".encode())
     finally:
         os._exit(code)
 
 
-def run_daemon(settings: Settings, listeners: list, pid_file: str, tell: int) -> int:
-    """The daemon's own life; `tell` takes a line when it listens."""
+def run_daemon(settings: Settings, listeners: list, pid_file: str, write_end: int) -> int:
+    """Run the server detached from its terminal; `write_end` of a pipe gets a line when it listens."""
     import fcntl
 
     log_file = "/dev/null" if not settings.smtpd.syslog.disabled else re.sub(r"(\.pid)?$", ".log", pid_file, count=1)
-    output = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    handle = os.open(pid_file, os.O_RDWR | os.O_CREAT, 0o644)
+    output = os.open(log_file, log.FILE_FLAGS, 0o600)
+    pid_fd = os.open(pid_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held for life; tells `status` that this is no old file
+        fcntl.flock(pid_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # kept for life: `status` asks for the lock, not for the pid
     except OSError:
-        os.write(tell, b"haineko: runs already\n")
+        os.write(write_end, b"haineko: runs already\n")
         return 1
-    os.ftruncate(handle, 0)
-    os.write(handle, f"{os.getpid()}\n".encode())
+    os.ftruncate(pid_fd, 0)
+    os.write(pid_fd, f"{os.getpid()}\n{listening_urls(settings, listeners)}\n".encode())
     os.chdir("/")
-    for number, target in ((0, os.open("/dev/null", os.O_RDONLY)), (1, output), (2, output)):
+    for number, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
         os.dup2(target, number)
-    places = " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
+    log.path = log_file
 
     def ready() -> None:
-        announce(settings, listeners)
-        os.write(tell, f"haineko {__version__} listens at {places} (pid {os.getpid()}, log {log_file})\n".encode())
-        os.close(tell)
+        line = announce(settings, listeners, f" (pid {os.getpid()}, log {log_file})")
+        os.write(write_end, line.encode())
+        os.close(write_end)
 
     code = Supervisor(settings, listeners).run(ready)
     os.unlink(pid_file)
@@ -9035,32 +9480,30 @@ def run_daemon(settings: Settings, listeners: list, pid_file: str, tell: int) ->
 
 
 def pid_file_path(options: Any) -> str:
-    """--pid-file, else haineko.pid beside the settings or this file."""
-    beside = settings_path(options.config) or os.path.abspath(__file__)
+    """Return --pid-file, else haineko.pid beside the settings or this file."""
+    beside = settings_path(options.config) or os.path.realpath(__file__)
     return os.path.abspath(options.pid_file or os.path.join(os.path.dirname(beside), "haineko.pid"))
 
 
 def running_pid(pid_file: str) -> int:
-    """The pid of the daemon that holds the file, 0 where none does."""
+    """Return the pid of the daemon that has the file locked, 0 if none has."""
     import fcntl
 
     try:
-        with open(pid_file, encoding="ascii") as stream:  # to read: everybody may ask
+        with open(pid_file, encoding="ascii") as stream:  # a shared lock needs no right to write
             try:
                 fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return 0
             except OSError:
-                return int(stream.read() or 0)
+                return int(stream.readline() or 0)  # URLs follow
     except (OSError, ValueError):
         return 0
 
 
 def command_stop(options: Any) -> int:
+    """Stop the daemon when all mail in flight is answered."""
     pid_file = pid_file_path(options)
-    pid = running_pid(pid_file)
-    if not pid:
-        raise CommandError("does not run", 1)
-    signal_daemon(pid, signal.SIGTERM)
+    pid = signal_daemon(pid_file, signal.SIGTERM)
     deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 10
     while running_pid(pid_file):
         if time.monotonic() > deadline:
@@ -9071,38 +9514,46 @@ def command_stop(options: Any) -> int:
 
 
 def command_restart(options: Any) -> int:
-    usable_settings(options.config)  # rather the old server than none
+    """Stop the daemon and start it."""
+    usable_settings(options.config)  # a faulty file must not cost the server that runs
     if running_pid(pid_file_path(options)):
         command_stop(options)
     return command_start(options)
 
 
 def command_status(options: Any) -> int:
+    """Say whether the daemon runs."""
     pid = running_pid(pid_file_path(options))
     print(f"haineko runs (pid {pid})" if pid else "haineko does not run")
     return 0 if pid else 1
 
 
 def command_reload(options: Any) -> int:
+    """Have the daemon read its settings again."""
     usable_settings(options.config)
-    pid = running_pid(pid_file_path(options))
-    if not pid:
-        raise CommandError("does not run", 1)
-    signal_daemon(pid, signal.SIGHUP)
+    signal_daemon(pid_file_path(options), signal.SIGHUP)
     return 0
 
 
-def signal_daemon(pid: int, number: int) -> None:
-    """The signal sent, where there is still who hears it: workers outlive a master that was killed for a while."""
+def signal_daemon(pid_file: str, number: int) -> int:
+    """Send the daemon a signal; return its pid."""
+    pid = running_pid(pid_file)
+    if not pid:
+        raise CommandError("does not run", 1)
     try:
         os.kill(pid, number)
-    except ProcessLookupError:
+    except ProcessLookupError:  # killed, but its workers still hold the lock for a moment
         pass
     except PermissionError:
         raise CommandError(f"pid {pid} is another user's", 1) from None
+    return pid
+
+
+# -- check and route
 
 
 def command_check(options: Any) -> int:
+    """Print every fault of the settings, or where mail would go."""
     path = settings_path(options.config)
     settings, errors = load_settings(path)
     for error in errors:
@@ -9110,9 +9561,14 @@ def command_check(options: Any) -> int:
     if errors:
         return 1
     route, why = resolve_route("", "", settings)
-    routes = len(settings.mailertable) + len(settings.sendermt)
-    more = "; printed" if not path else f"; {routes} route{'s' * (routes != 1)} in all" if routes > 1 else ""
-    print(f"{path or 'no settings file'}: fine; mail goes to {describe_route(route)} ({why}){more}")
+    count = len(settings.mailertable) + len(settings.sendermt)
+    more = "; printed" if not path else f"; {count} routes in all" if count > 1 else ""
+    print(
+        f"{path or 'no settings file'}: fine; mail goes to {describe_route(route)} ({why}){more}; "
+        f"may be written to: {describe_recipients(settings.recipients)}"
+        f"{'' if os.geteuid() else '; warning: the server needs no root'}"
+    )
+    print_warnings(settings)
     return run_checks(settings, options)
 
 
@@ -9139,13 +9595,20 @@ async def _run_checks(settings: Settings, domain: str, selector: str | None, con
 
 
 async def run_probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Return the results of a route's probe, whatever it raises."""
+    """Return the results of fetching a route's access token, and of its probe, whatever it raises."""
+    route, results, step = probe.route, [], "TOKEN"
     try:
-        return await probe.route.row.probe(probe, transport)
+        if route.oauth2:
+            token = await transport.tokens.token_for(route)
+            route = replace(route, credentials=(route.credentials[0], token.text))
+            text = f"ends in {int(token.expires - time.monotonic())} s, scope {token.scope or 'not told'}"
+            results.append(CheckResult(step, True, text))
+        step = ""
+        return results + await route.row.probe(probe._replace(route=route), transport)
     except Rejected as rejected:
-        return [failed_step(rejected.reply.command, rejected.reply)]
+        return [*results, failed_step(step or rejected.reply.command, rejected.reply)]
     except OSError as error:
-        return [CheckResult("CONN", False, error_text(error))]
+        return [*results, CheckResult("CONN", False, error_text(error))]
 
 
 def connectivity_probes(settings: Settings, domain: str) -> list:
@@ -9162,133 +9625,122 @@ def connectivity_probes(settings: Settings, domain: str) -> list:
 
 
 async def check_sender_domain(domain: str, selector: str | None, resolver: Resolver, keys: dict) -> list:
-    """What a large receiver reads in DNS of a sender's domain, and why it would refuse the mail: SPF, DKIM, DMARC."""
-    patience = Resolver.QUERY_TIMEOUT * Resolver.ATTEMPTS
+    """Check what large receivers read in DNS of a sender's domain: SPF, DKIM and DMARC records."""
 
     async def texts(name: str) -> tuple:
-        found = await resolver.lookup(name, TXT, time.monotonic() + patience)
+        found = await resolver.lookup(name, TXT, time.monotonic() + Resolver.QUERY_TIMEOUT * Resolver.ATTEMPTS)
         if found.code == SERVFAIL:
-            raise Rejected(make_reply("dns", f"{name}: {found.why}"))
+            raise ValueError(f"{REPLIES['dns'][-1]}: {name}: {found.why}")
         return found.values
 
+    checks = {"SPF": check_spf(domain, texts), "DKIM": check_dkim(domain, selector, keys, texts)}
     results = []
-    for step, look in (
-        ("SPF", check_spf(domain, texts)),
-        ("DKIM", check_dkim(domain, selector, keys, texts)),
-        ("DMARC", check_dmarc(domain, texts)),
-    ):
+    for step, check in {**checks, "DMARC": check_dmarc(domain, texts)}.items():
         try:
-            results.append(CheckResult(step, *await look))
-        except Rejected as refused:
-            results.append(CheckResult(step, False, ": ".join(refused.reply.message)))
+            results.append(CheckResult(step, True, await check))
+        except ValueError as error:
+            results.append(CheckResult(step, False, str(error)))
     return results
 
 
-async def check_spf(domain: str, texts: Callable) -> tuple:
-    """(fine, words) of the domain's SPF record (RFC 7208)."""
-    record, error = spf_record(await texts(domain))
-    if error:
-        return False, f"{domain}: {error}"
-    looked_up, ahead, seen = 0, [record], {domain}
-    while ahead:
-        for lead, name in re.findall(SPF_LOOK_UP, ahead.pop(0)):
-            looked_up += 1
-            if looked_up > MAX_SPF:
-                return (
-                    False,
-                    f"{domain}: more than {MAX_SPF} look-ups (RFC 7208 4.6.4): receivers stop there and refuse",
-                )
-            if lead.lower() in ("include:", "redirect=") and "%" not in name and name.lower() not in seen:
-                seen.add(name.lower())
-                inner, error = spf_record(await texts(name.lower()), partial=True)
-                if error:
-                    return False, f"{domain}: {lead}{name}: {error}"
-                ahead.append(inner)
-    return True, f"{sanitize(record)} ({looked_up} of {MAX_SPF} look-ups)"
+async def check_spf(domain: str, texts: Callable) -> str:
+    """Describe the domain's SPF record; ValueError says why receivers refuse by it (RFC 7208)."""
+    record = spf_record(domain, await texts(domain))
+    if record.lower().split()[1:2] == ["-all"]:
+        raise ValueError(f"{domain}: v=spf1 -all says that the domain sends no mail at all")
+    lookups, pending, seen = 0, [record], {domain}
+    while pending:
+        for mechanism, name in re.findall(SPF_LOOKUP, pending.pop(0)):
+            lookups += 1
+            if lookups > MAX_SPF_LOOKUPS:
+                raise ValueError(f"{domain}: more than {MAX_SPF_LOOKUPS} look-ups (RFC 7208 4.6.4): receivers refuse")
+            inner = name.lower()
+            if mechanism.lower() in ("include:", "redirect=") and "%" not in inner and inner not in seen:
+                seen.add(inner)
+                pending.append(spf_record(f"{domain}: {mechanism}{name}", await texts(inner)))
+    return f"{sanitize(record)} ({lookups} of {MAX_SPF_LOOKUPS} look-ups)"
 
 
-MAX_SPF = 10  # look-ups, RFC 7208 4.6.4
-SPF_LOOK_UP = r"(?i)(?<=\s)[+?~-]?(include:|redirect=|exists:|(?:a|mx|ptr)(?![^\s:/]):?)([^\s/]*)"
+def spf_record(where: str, texts: tuple) -> str:
+    """Return the one valid SPF record among TXT records."""
+    records = [text for text in texts if re.match(r"(?i)v=spf1(?:\s|$)", text)]
+    if len(records) != 1:
+        raise ValueError(f"{where}: {'two SPF records: neither counts' if records else 'no SPF record'}")
+    for term in records[0].split()[1:]:
+        if not re.fullmatch(SPF_TERM, term):
+            raise ValueError(f'{where}: "{sanitize(term, 80)}" is no term of SPF: the record does not count')
+        if term.lower() in ("all", "+all"):
+            raise ValueError(f"{where}: +all lets everybody send in its name: receivers treat it as spam")
+    return records[0]
+
+
+MAX_SPF_LOOKUPS = 10  # RFC 7208 4.6.4
+SPF_LOOKUP = r"(?i)(?<=\s)[+?~-]?(include:|redirect=|exists:|(?:a|mx|ptr)(?![^\s:/]):?)([^\s/]*)"
 SPF_TERM = (
     r"(?i)[+?~-]?(?:all|include:\S+|exists:\S+|(?:a|mx)(?::[^\s/]+)?(?:/\d+)?(?://\d+)?|ptr(?::\S+)?"
     r"|ip4:[\d.]+(?:/\d+)?|ip6:[\da-f:.]+(?:/\d+)?)|[a-z][\w.-]*=\S*"
 )
 
 
-def spf_record(texts: tuple, partial: bool = False) -> tuple:
-    """(the record, why receivers refuse by it); `partial` where it is a piece of another."""
-    records = [text for text in texts if re.match(r"(?i)v=spf1(?:\s|$)", text)]
-    if len(records) != 1:
-        return "", "no SPF record: nobody vouches for its mail" if not records else "two SPF records: neither counts"
-    terms = records[0].split()[1:]
-    odd = [term for term in terms if not re.fullmatch(SPF_TERM, term)]
-    if odd:
-        return "", f'"{sanitize(odd[0], 80)}" is no term of SPF: the record does not count'
-    words = [term.lower() for term in terms]
-    if not partial and "-all" in words[:1]:
-        return "", "v=spf1 -all says that the domain sends no mail at all"
-    if {"all", "+all"} & set(words):
-        return "", "+all lets everybody send in its name: receivers treat it as spam"
-    return records[0], ""
-
-
-async def check_dkim(domain: str, selector: str | None, keys: dict, texts: Callable) -> tuple:
-    """(fine, words) of the DKIM key with that selector, or of the one in the settings (RFC 6376)."""
+async def check_dkim(domain: str, selector: str | None, keys: dict, texts: Callable) -> str:
+    """Describe the DKIM key of that selector, or of the one in the settings; ValueError says why it is of no use."""
     own = find_dkim_key(domain, keys)
     if own and selector in (None, own.selector):
         domain, selector = own.domain, own.selector
     elif not selector:
-        return True, "not looked at; --selector names the key"
+        return "not looked at; --selector names the key"
     name = f"{selector}._domainkey.{domain}"
     records = await texts(name)
-    error, words = dkim_key(records)
-    if not error and own and own.selector == selector:
-        published, ours = (re.sub(r"\s", "", parse_tags(text)["p"]) for text in (records[0], dkim_record(own)))
-        error = "" if published == ours else f"not the key of the settings, which `haineko.py dkim {domain}` prints"
-    return not error, f"{name}: {error or words}"
+    try:
+        description = dkim_key(records)
+        if own and own.selector == selector:
+            published, ours = (re.sub(r"\s", "", parse_tags(text)["p"]) for text in (records[0], dkim_record(own)))
+            if published != ours:
+                raise ValueError(f"not the key of the settings, which `haineko.py dkim {domain}` prints")
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return f"{name}: {description}"
 
 
-def dkim_key(texts: tuple) -> tuple:
-    """(why receivers can't verify by this key, what it is)."""
+def dkim_key(texts: tuple) -> str:
+    """Describe the public key in the TXT records of a selector."""
     if len(texts) != 1:
-        return "no key: signatures by it can't be verified" if not texts else "more than one record: none counts", ""
+        raise ValueError("more than one record: none counts" if texts else "no key: signatures can't be verified")
     tags = parse_tags(texts[0])
     if tags.get("v", "DKIM1") != "DKIM1" or "p" not in tags:
-        return "not a DKIM key", ""
+        raise ValueError("not a DKIM key")
+    if not tags["p"]:
+        raise ValueError("the key is revoked (p= is empty)")
     try:
         key = base64.b64decode(re.sub(r"\s", "", tags["p"]), validate=True)
     except ValueError:
-        return "the key is no base64", ""
-    if not key:
-        return "the key is revoked (p= is empty)", ""
+        raise ValueError("the key is no base64") from None
     if tags.get("k", "rsa") == "ed25519":
-        return ("", "ed25519") if len(key) == ED25519 else (f"an ed25519 key has {ED25519} octets", "")
+        if len(key) != 32:
+            raise ValueError("an ed25519 key has 32 octets")
+        return "ed25519"
     bits = rsa_bits(key)
-    if bits < SHORTEST_RSA:
-        return f"RSA key of {bits or 'unknown'} bits: receivers want {SHORTEST_RSA} at the least (RFC 8301)", ""
-    return "", f"RSA, {bits} bits" + (
-        "; t=y: under test, so a failure counts as no signature" * ("y" in tags.get("t", ""))
-    )
+    if bits < 1024:
+        raise ValueError(f"RSA key of {bits or 'unknown'} bits: receivers want 1024 at least (RFC 8301)")
+    test = "; t=y: under test, so a failure counts as no signature" if "y" in tags.get("t", "") else ""
+    return f"RSA, {bits} bits{test}"
 
 
-ED25519 = 32  # octets of a key
-SHORTEST_RSA = 1024  # bits
-
-
-async def check_dmarc(domain: str, texts: Callable) -> tuple:
-    """(fine, words) of the DMARC policy for the domain: its own or that of a domain above (RFC 7489 6.6.3)."""
+async def check_dmarc(domain: str, texts: Callable) -> str:
+    """Describe the DMARC policy of the domain or of one above it; ValueError says why it does not count (RFC 7489)."""
     labels = domain.split(".")
     for i in range(max(len(labels) - 1, 1)):
         name = "_dmarc." + ".".join(labels[i:])
         records = [text for text in await texts(name) if re.match(r"v=DMARC1\s*(?:;|$)", text)]
         if len(records) > 1:
-            return False, f"{name}: more than one record: none counts"
+            raise ValueError(f"{name}: more than one record: none counts")
         if records:
             tags = parse_tags(records[0])
-            options = tags.get("sp", tags.get("p", "")) if i else tags.get("p", "")
-            fine = options.lower() in ("none", "quarantine", "reject")
-            return fine, f"{name}: {sanitize(records[0]) if fine else 'p= names no policy: it does not count'}"
-    return False, f"_dmarc.{domain}: no DMARC record: Gmail, Yahoo and Outlook refuse a sender of many mails without"
+            policy = tags.get("sp", tags.get("p", "")) if i else tags.get("p", "")
+            if policy.lower() not in ("none", "quarantine", "reject"):
+                raise ValueError(f"{name}: p= names no policy: it does not count")
+            return f"{name}: {sanitize(records[0])}"
+    raise ValueError(f"_dmarc.{domain}: no DMARC record: Gmail, Yahoo and Outlook refuse bulk mail without")
 
 
 def describe_route(route: Route) -> str:
@@ -9301,16 +9753,44 @@ def describe_route(route: Route) -> str:
     return where + tls + login
 
 
+def describe_recipients(recipients: Recipients) -> str:
+    """Return who may be written to, for people."""
+    if recipients.open_relay:
+        return "everybody"
+    names = [*sorted(f"@{domain}" for domain in recipients.domainpart), *sorted(recipients.recipients)]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"{', '.join(names[:8])}{more} only (setting recipients)" if names else "nobody (setting recipients)"
+
+
+def print_warnings(settings: Settings) -> None:
+    """Warn of files that another user could change."""
+    files = [path for path, _ in settings.files]
+    files += [settings.queue.path] if settings.queue else []
+    for path in dict.fromkeys([*files, *map(os.path.dirname, files)]):
+        with contextlib.suppress(OSError):
+            found = os.stat(path)
+            sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+            if found.st_mode & 0o022 and not sticky:
+                print_error(f"warning: {path} can be changed by other users; chmod go-w {path}", 0)
+            if found.st_uid not in (0, os.geteuid()) and os.geteuid():
+                print_error(f"warning: {path} belongs to another user", 0)
+
+
 def command_route(options: Any) -> int:
-    settings = usable_settings(options.config)
-    to, sender = parse_address(options.address), parse_address(options.sender or "")
-    if not to or (options.sender and not sender):
-        raise CommandError(f'"{options.address if not to else options.sender}" is no mail address', 2)
+    """Say which relay a recipient would take and why."""
+    return print_route(options.address, options.sender or "", usable_settings(options.config))
+
+
+def print_route(address: str, sender_address: str, settings: Settings) -> int:
+    """Print the route of a recipient; return 1 if the recipient is refused."""
+    to, sender = parse_address(address), parse_address(sender_address)
+    if not to or (sender_address and not sender):
+        raise CommandError(f'"{sender_address if to else address}" is no mail address', 2)
     refusal = check_recipient(to, settings)
     route, why = resolve_route(to.domain, sender.domain if sender else "", settings)
-    print(f"{options.address}: {describe_route(route)} ({why})")
+    print(f"{address}: {describe_route(route)} ({why})")
     if refusal:
-        print(f"{options.address}: would be refused: {refusal.code} {refusal.dsn} {refusal.message[0]}")
+        print(f"{address}: would be refused: {refusal.code} {refusal.dsn} {refusal.message[0]}")
     return 1 if refusal else 0
 
 
@@ -9325,63 +9805,91 @@ def command_dkim(options: Any) -> int:
     return 0
 
 
+# -- send
+
+
 def command_send(options: Any) -> int:
-    """Posts a mail to a running Haineko; 0 where every recipient was accepted."""
-    try:
-        url = urllib.parse.urlsplit(options.url)
-        good = url.scheme in ("http", "https") and url.hostname and url.port != 0 and url.path.isascii()
-    except ValueError:  # of a port or brackets
-        good = False
-    if not good:
-        raise CommandError(f'"{options.url}" is no URL of a Haineko', 2)
-    body = submission_from_options(options)
-    path = url.path if url.path.endswith("/submit") else url.path.rstrip("/") + "/submit"
-    credentials = (options.user, ask_password(options.user)) if options.user else ()
-    target = HTTPTarget(f"{url.scheme}://{url.netloc.rpartition('@')[2]}", 300, max_response=MAX_BODY)
-    try:
-        request = HTTPRequest("POST", path, body, basic_auth_header(credentials))
-        text = KeepAliveConnection(target).exchange_once(request).body
-        document = parse_json(text)
-        accepted = [queue_item["error"] == 0 for queue_item in document["response"]]
-    except Rejected as refused:
-        raise CommandError(f"{options.url}: {': '.join(refused.reply.message)}", 1) from None
-    except (ValueError, KeyError, TypeError):
-        raise CommandError(
-            f"{options.url}: not the answer of a Haineko: {sanitize(text.decode('utf-8', 'replace'))}", 1
-        ) from None
+    """Post a mail to a running Haineko."""
+    body, credentials = submission_from_options(options), ()
+    if options.user:
+        remote = re.match(
+            r"http://(?!(?:[^/@]*@)?(?:localhost|127\.[\d.]+|\[::1\])(?:[:/]|\Z))", options.url, re.IGNORECASE
+        )
+        if remote and not options.insecure:
+            raise CommandError(f"{options.url}: the password would go over the network in clear text (--insecure)", 2)
+        credentials = options.user, os.environ.get("HAINEKO_PASSWORD") or ask_password(f"Password of {options.user}: ")
+    _, document = post_submission(options.url, body, credentials)
     print(terminal_json(json.dumps(document, ensure_ascii=False, indent=2)))
+    accepted = [item["error"] == 0 for item in document["response"]]
     return 0 if accepted and all(accepted) else 1
 
 
+def post_submission(url: str, body: bytes, credentials: tuple = ()) -> tuple:
+    """Post a submission to a Haineko at an http, https or unix URL; return (HTTP status, document)."""
+    try:
+        parts = urllib.parse.urlsplit("http://localhost/" if url.startswith("unix:/") else url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and parts.path.isascii()
+    except ValueError:  # of a port or brackets
+        good = False
+    if not good:
+        raise CommandError(f'"{url}" is no URL of a Haineko', 2)
+    path = parts.path if parts.path.endswith("/submit") else parts.path.rstrip("/") + "/submit"
+    target = HTTPTarget(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", 300, max_response=MAX_BODY)
+    connection = KeepAliveConnection(target)
+    try:
+        if url.startswith("unix:"):
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.connect(url[5:])
+        response = connection.exchange_once(HTTPRequest("POST", path, body, basic_auth_header(credentials)))
+    except Rejected as error:
+        raise CommandError(f"{url}: {': '.join(error.reply.message)}", 1) from None
+    except OSError as error:
+        raise CommandError(f"{url}: {error.strerror}", 1) from None
+    document = response.document()
+    if not is_answer(document):
+        text = sanitize(response.body.decode("utf-8", "replace"))
+        raise CommandError(f"{url}: not the answer of a Haineko: {text}", 1)
+    return response.status, document
+
+
+def is_answer(document: Any) -> bool:
+    """Return True if a JSON value is a Haineko's answer to a submission."""
+    try:
+        keys = {"rcpt", "error", "code", "dsn", "command", "message", "mailer"}
+        return all(keys <= item.keys() and isinstance(item["message"], list) for item in document["response"])
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
 def terminal_json(text: str) -> str:
-    """JSON with what a terminal would act on, or can't show, as escapes."""
+    """Escape in JSON what a terminal would obey or can't show."""
     return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1], text)
 
 
 def submission_from_options(options: Any) -> bytes:
-    """The JSON of a submission: a file, stdin, or made from flags."""
+    """Return the JSON of a submission: from a file, from stdin, or made from flags."""
     flags = ("to", "sender", "header_from", "reply_to", "subject", "charset", "body", "html", "attach")
     if any(getattr(options, flag) for flag in flags) and (options.file or not options.to):
         raise CommandError("flags that say what to send want --to, and no FILE, which says all of it", 2)
     if not options.to:
         return read_bytes(options.file or "-")
-    text, html = options.body, options.html and read_bytes(options.html).decode("utf-8", "replace")
-    if text is None and html is None:
-        text = read_bytes("-").decode("utf-8", "replace")
+    html = read_bytes(options.html).decode("utf-8", "replace") if options.html else None
+    body = read_bytes("-").decode("utf-8", "replace") if options.body is None and html is None else options.body
     header = {
         "subject": options.subject or "",
         "from": options.header_from,
         "replyto": options.reply_to,
         "charset": options.charset,
     }
-    files = [read_attachment(path) for path in options.attach or ()] or None
     document = {
-        "mail": options.sender or f"{user_name()}@{local_hostname()}",
+        "mail": options.sender or default_sender(local_hostname()),
         "rcpt": options.to,
         "header": {key: value for key, value in header.items() if value is not None},
+        "body": body,
+        "html": html,
+        "attachments": [read_attachment(path) for path in options.attach or ()] or None,
     }
-    parts = {"body": text, "html": html, "attachments": files}
-    return to_json({**document, **{key: value for key, value in parts.items() if value is not None}})
+    return to_json({key: value for key, value in document.items() if value is not None})
 
 
 def read_attachment(path: str) -> dict:
@@ -9389,38 +9897,47 @@ def read_attachment(path: str) -> dict:
 
 
 def read_bytes(path: str) -> bytes:
-    """What stands in a file; of "-" what comes on stdin."""
-    if path == "-":
-        return sys.stdin.buffer.read()
+    """Read a file; "-" is stdin."""
     try:
-        with open(path, "rb") as stream:
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as stream:
             return stream.read()
     except OSError as error:
         raise CommandError(f"{path}: {error.strerror}", 2) from None
 
 
-def ask_password(user: str) -> str:
-    """From $HAINEKO_PASSWORD, or asked for: never from the command line, which everybody can read."""
+def ask_password(prompt: str) -> str:
+    """Ask for a password on the terminal: everybody can read a command line."""
     import getpass
+    import warnings
 
-    return os.environ.get("HAINEKO_PASSWORD") or getpass.getpass(f"Password of {user}: ")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", getpass.GetPassWarning)  # it would show the password, or read the mail on stdin
+        try:
+            return getpass.getpass(prompt)
+        except (EOFError, UnicodeError):
+            raise CommandError("no password", 1) from None
+        except getpass.GetPassWarning:
+            raise CommandError("there is no terminal to ask for the password", 1) from None
+
+
+# -- queue
 
 
 def command_queue(options: Any) -> int:
-    """Works on the file itself, with the server running or not."""
-    policy = usable_settings(options.config).queue
-    if not policy:
+    """List the mail that waits; show one, try it now, or drop it."""
+    settings = usable_settings(options.config).queue  # the file itself is used, with the server running or not
+    if not settings:
         raise CommandError('the settings have no "queue"', 2)
-    one = options.action in ("show", "drop") or (options.action == "retry" and not options.all)
-    if one != bool(options.id):
-        raise CommandError(f"queue {options.action}: a queue id is {'wanted' if one else 'not wanted'}", 2)
-    if not os.path.exists(policy.path):
-        raise CommandError(f"{policy.path}: does not exist; nothing was ever queued", 1)
-    return QUEUE_ACTIONS[options.action](QueueDB(policy), options.id)
+    wanted = options.action in ("show", "drop") or (options.action == "retry" and not options.all)
+    if wanted != bool(options.id):
+        raise CommandError(f"queue {options.action}: a queue id is {'wanted' if wanted else 'not wanted'}", 2)
+    if not os.path.exists(settings.path):
+        raise CommandError(f"{settings.path}: does not exist; nothing was ever queued", 1)
+    return QUEUE_ACTIONS[options.action](QueueDB(settings), options.id)
 
 
 def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
-    """What the operation on the file gives; Usage where the file can't be used."""
+    """Return the result of an operation on the queue's file."""
     (result,) = store.commit([(operation, values)])
     if isinstance(result, Rejected):
         raise CommandError(store.fault or result.reply.message[0], 1)
@@ -9474,23 +9991,25 @@ QUEUE_ACTIONS = {
 }
 
 
-def command_pw(options: Any) -> int:
-    import getpass
+# -- pw and setup
 
+
+def command_pw(options: Any) -> int:
+    """Ask for a password and print its line for the section password."""
     if sys.stdin.isatty():
-        word = getpass.getpass()
-        if word != getpass.getpass("Again: "):
-            raise CommandError("the two are not the same", 1)
+        password = ask_password("Password: ")
+        if password != ask_password("Again: "):
+            raise CommandError("the two passwords differ", 1)
     else:
-        word = sys.stdin.readline().rstrip("\r\n")
-    if not word:
+        password = sys.stdin.buffer.readline().decode("utf-8", "replace").rstrip("\r\n")
+    if not password:
         raise CommandError("no password", 1)
-    print(f"{json.dumps(options.user or user_name(), ensure_ascii=False)}: {json.dumps(hash_password(word))}")
+    print(f"{json.dumps(options.user or user_name(), ensure_ascii=False)}: {json.dumps(hash_password(password))}")
     return 0
 
 
 def command_key(options: Any) -> int:
-    """Print a new API key, and the line with its hash and its fences."""
+    """Make an API key: print it, and its line for the section `password`."""
     fences = {"senders": options.sender, "recipients": options.recipient}
     limits = {"rate": options.rate, "expires": options.expires}
     key, errors = new_key(options.prefix), []
@@ -9508,7 +10027,7 @@ KEY_PREFIX = re.compile("[A-Za-z0-9_-]{1,20}")
 
 
 def user_name() -> str:
-    """Name of who runs this; a container may have numbers only."""
+    """Return the name of the user who runs this; in a container there may be a number only."""
     import getpass
 
     try:
@@ -9518,21 +10037,26 @@ def user_name() -> str:
 
 
 def command_setup(options: Any) -> int:
-    folder = os.path.abspath(options.dest)
-    code, unit = 0, SYSTEMD_UNIT.format(python=sys.executable, program=os.path.abspath(__file__), folder=folder)
-    for name, mode, content in (
-        ("haineko.json", 0o600, json.dumps(example_settings(), indent=2) + "\n"),
-        ("haineko.service", 0o644, unit),
-    ):
+    """Write haineko.json, haineko.service and with --sendmail a program, never over an existing file."""
+    import py_compile
+
+    program, folder, code = os.path.realpath(__file__), os.path.abspath(options.dest), 0
+    values = {"python": sys.executable, "program": os.path.dirname(program), "folder": folder}
+    settings = json.dumps(example_settings(), indent=2) + "\n"
+    files = [("haineko.json", 0o600, settings), ("haineko.service", 0o644, SYSTEMD_UNIT.format(**values))]
+    if options.sendmail:
+        files.append((os.path.abspath(options.sendmail), 0o755, SENDMAIL_LAUNCHER.format(**values)))
+        with contextlib.suppress(OSError):  # other users can't write the bytecode, but use it
+            py_compile.compile(program)
+    for name, mode, content in files:
         path = os.path.join(folder, name)
         try:
-            os.makedirs(folder, exist_ok=True)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as stream:
                 stream.write(content)
             print(path)
         except OSError as error:
-            print(f"haineko: {path}: {error.strerror}", file=sys.stderr)
-            code = 1
+            code = print_error(f"{path}: {error.strerror}", 1)
     return code
 
 
@@ -9547,7 +10071,8 @@ Wants=network-online.target
 User=haineko
 # the queue is written beside the settings: chown haineko {folder}
 ReadWritePaths={folder}
-ExecStart={python} {program} serve -c {folder}/haineko.json
+WorkingDirectory={program}
+ExecStart={python} -m haineko serve -c {folder}/haineko.json
 ExecReload=/bin/kill -HUP $MAINPID
 Restart=on-failure
 TimeoutStopSec=40
@@ -9564,33 +10089,34 @@ LimitNOFILE=8192
 [Install]
 WantedBy=multi-user.target
 """
+SENDMAIL_LAUNCHER = """\
+#!{python} -IS
+import os, sys; sys.path.insert(0, {program!r}); os.environ.setdefault("HAINEKO_CONF", {folder!r} + "/haineko.json")
+import haineko; sys.exit(haineko.main(["sendmail", *sys.argv[1:]]))
+"""
+
+
+# -- sendmail
 
 
 def command_sendmail(argv: list) -> int:
-    """Like /usr/sbin/sendmail: relays the message on stdin; exit codes of sysexits.h."""
+    """Relay the message on stdin, like /usr/sbin/sendmail."""
     import getopt
 
     try:
-        pairs, named = getopt.gnu_getopt(argv, "C:f:r:F:o:b:B:h:L:N:O:p:R:V:X:tivmnUG")
+        argv = [f"{word} " if word == "-q" else word for word in argv]  # getopt knows no optional value
+        pairs, addresses = getopt.gnu_getopt(argv, "A:B:C:F:GIL:N:O:R:UV:X:ab:ce:f:h:imno:p:q:r:tvx")
+        flags = {**dict(pairs), "-o": [value for flag, value in pairs if flag == "-o"]}
+        sends = "-q" not in flags or "-t" in flags or addresses
+        mode = "i" if "-I" in flags else flags.get("-b", "m" if sends else "q")
+        if mode not in SENDMAIL_MODES:
+            raise CommandError(f"usage: -b{mode} is not served here; `haineko.py serve` runs the server", EX_USAGE)
+        return SENDMAIL_MODES[mode](flags, addresses)
     except getopt.GetoptError as error:
         return print_error(f"usage: {error}", EX_USAGE)
-    flags = dict(pairs)
-    if flags.get("-b", "m") != "m":
-        return print_error(f"usage: -b{flags['-b']} is not known here", EX_USAGE)
-    path = settings_path(flags.get("-C"))
-    if not path:  # to print the mail instead, as `serve` does, would lose it
-        return print_error("no settings file: name one with -C or in $HAINEKO_CONF", EX_CONFIG)
-    settings, errors = load_settings(path)
-    if errors:
-        return print_error("\n".join(errors), EX_CONFIG)
-    octets = sys.stdin.buffer.read() if sys.stdin else b""
-    if "-i" not in flags and ("-o", "i") not in pairs:
-        octets = re.split(rb"(?m)^\.\r?\n", octets, maxsplit=1)[0]
-    sender = flags.get("-f", flags.get("-r", f"{user_name()}@{settings.hostname}")).strip("<>")
-    try:
-        return sendmail(settings, octets, sender, named, "-t" in flags)
-    except ValueError as error:
-        return print_error(str(error), EX_DATAERR)
+    except CommandError as error:
+        text, code = error.args
+        return print_error(text, {1: EX_TEMPFAIL, 2: EX_CONFIG}.get(code, code))
 
 
 EX_OK, EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG = 0, 64, 65, 69, 75, 77, 78
@@ -9601,162 +10127,332 @@ def print_error(text: str, code: int) -> int:
     return code
 
 
-def qualify(name: str, settings: Settings) -> str:
-    """An address, where cron and its like give a user's name only."""
-    return f"{name}@{settings.hostname}" if re.fullmatch("[A-Za-z0-9._+-]+", name) else name
-
-
-def sendmail(settings: Settings, octets: bytes, sender: str, named: list, from_header: bool) -> int:
-    """Relays a finished message; ValueError says what is bad about it."""
-    now = time.time()
-    queueid = new_queueid(now)
-    source = parse_address(qualify(sender, settings)) if sender else NULL_SENDER
-    if not source:
-        return print_error(f'usage: "{sender}" is no mail address', EX_USAGE)
-    raw = parse_message(octets)
-    wanted = (*named, *(header_recipients(raw.fields) if from_header else []))
-    mailboxes = unique_recipients(Submission(rcpt=tuple(qualify(name, settings) for name in wanted)))
-    if not mailboxes:
-        return print_error("usage: no recipient", EX_USAGE)
-    loop = loop_names(raw.fields)
-    if check_loop(None, Submission(header=Header(loop=loop)), settings):
-        return print_error(REPLIES["loop"][-1], EX_UNAVAILABLE)
-    place = f"Received: by {settings.hostname} (Haineko, from uid {os.getuid()}) id {queueid}"
-    trace = f"{place};\r\n\t{rfc5322_date(int(now))}"
+def sendmail_deliver(flags: dict, addresses: list) -> int:
+    """Relay the message on stdin: by its own settings, or if it can't read them, by the server that runs."""
+    settings, urls = sendmail_settings(flags)
+    octets = read_bytes("-")
+    if "-i" not in flags and "i" not in flags["-o"]:
+        octets = re.split(rb"(?m)^\.\r?$", octets, maxsplit=1)[0]
+    sender = sendmail_sender(flags, settings)
     try:
-        message = complete_raw_message(raw, sender, loop, trace, queueid, settings.hostname, now)
-        too_big = check_message_size(len(message.parts[0]), settings)
-        if too_big:
-            raise Rejected(too_big)
-    except Rejected as refused:
-        return print_error(refused.reply.message[0], EX_DATAERR)
-    replies = {given: check_recipient(mailbox, settings, given) for given, mailbox in mailboxes.items()}
-    good = [mailbox for given, mailbox in mailboxes.items() if not replies[given]]
-    transactions = plan_shared(source, message, good, settings, queueid)
-    replies.update(replies_by_recipient(good, run(deliver_and_leave(transactions, settings)) if transactions else []))
-    return print_failures(replies)
+        message = parse_message(octets)
+    except ValueError as error:
+        raise CommandError(str(error), EX_DATAERR) from None
+    fields = [qualified_field(name, field, settings.hostname) for name, field in message.fields]
+    named = [address for text in addresses for address in split_addresses(text, settings.hostname)]
+    named += header_recipients(recipient_fields(fields)) if "-t" in flags else []
+    rcpt = [to for address in named for to in expand_alias(address, settings)]
+    if not rcpt:
+        raise CommandError("usage: no recipient", EX_USAGE)
+    if "from" not in dict(fields):
+        author = parse_address(sender or f"MAILER-DAEMON@{settings.hostname}")
+        name = " ".join(flags.get("-F", "").split())
+        fields.append(("from", address_field("From", ((name, author),), "UTF-8").encode() + b"\n"))
+    raw = b"".join([field for _, field in fields]) + b"\n" + message.body
+    document = {"mail": sender, "rcpt": rcpt, "raw": {"base64": base64.b64encode(raw).decode()}}
+    if urls:
+        document["mail"] = sender or default_sender(settings.hostname)  # the API takes no null sender
+        return report_failures(*post_in_parts(urls, document))
+    response = run(submit_here(to_json(document), settings, dsn_options(flags)))
+    return report_failures(response.status, json.loads(response.body)["response"])
 
 
-async def deliver_and_leave(transactions: list, settings: Settings) -> list:
-    transport = TransportContext(settings.smtpd.resolver)
-    results = await deliver(transactions, transport, settings)
-    await transport.sweep(everything=True)
-    return results
+def sendmail_settings(flags: dict) -> tuple:
+    """Return (Settings, URLs of the server to post to: none if the settings and the queue can be used directly)."""
+    path = settings_path(flags.get("-C"))
+    if not path and "HAINEKO_URL" not in os.environ:  # without, `serve` prints mail, and so loses it
+        raise CommandError("no settings file: name one with -C or in $HAINEKO_CONF", EX_CONFIG)
+    settings, errors = load_settings(path)
+    if not settings.hostname:
+        settings = replace(settings, smtpd=replace(settings.smtpd, hostname=local_hostname()))
+    store = settings.queue.path if settings.queue else ""
+    unwritable = store and not os.access(store if os.path.exists(store) else os.path.dirname(store), os.W_OK)
+    if not path or unwritable or any(os.strerror(errno.EACCES) in error for error in errors):
+        return settings, server_urls(settings, path)
+    if errors:
+        raise CommandError("\n".join(errors), EX_CONFIG)
+    return settings, ()
 
 
-def print_failures(replies: dict) -> int:
-    """Names the recipients that failed; gives the exit code."""
+def server_urls(settings: Settings, path: str | None) -> list:
+    """Return where a server may listen: $HAINEKO_URL, what `start` wrote into the pid file, the settings' addresses."""
+    if "HAINEKO_URL" in os.environ or not path:
+        return [os.environ["HAINEKO_URL"]]
+    urls = []
+    with contextlib.suppress(OSError), open(os.path.join(os.path.dirname(path), "haineko.pid")) as stream:
+        urls = stream.read().split()[1:]
+    scheme = "https" if settings.httpd.tls else "http"
+    for address in settings.httpd.listen:
+        host, _, port = address.rpartition(":")
+        host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+        urls.append(address if address.startswith("unix:") else f"{scheme}://{host}:{port}/")
+    return urls
+
+
+def post_in_parts(urls: list, document: dict) -> tuple:
+    """Post a mail, in parts if it has too many recipients for the server; return (status, items of the answers)."""
+    status, items = post_to_any(urls, to_json(document))
+    rcpt = document["rcpt"]
+    if items[0]["mailer"] or items[0]["dsn"] != "4.5.3" or len(rcpt) == 1:
+        return status, items
+    half = len(rcpt) // 2
+    parts = [post_in_parts(urls, {**document, "rcpt": part}) for part in (rcpt[:half], rcpt[half:])]
+    return max(status for status, _ in parts), [item for _, items in parts for item in items]
+
+
+def post_to_any(urls: list, body: bytes) -> tuple:
+    """Post a submission to the first server that answers; return (status, items of the answer)."""
+    for url in urls:
+        try:
+            status, document = post_submission(url, body)
+            return status, document["response"]
+        except CommandError as error:
+            print_error(error.args[0], 0)
+    raise CommandError("the settings or the queue can't be read, and no server was reached", EX_TEMPFAIL)
+
+
+async def submit_here(body: bytes, settings: Settings, dsn: tuple) -> Response:
+    """Submit a mail without a server, as POST /submit does; the log goes to syslog or nowhere."""
+    smtpd = replace(settings.smtpd, max_rcpts_per_message=0)
+    become_owner(settings)
+    app = App(replace(settings, httpd=Httpd(), smtpd=smtpd, password=Authenticator({})))
+    log.quiet = log.priority is None  # stderr is read by the calling program, which may mail it
+    client = parse_ip("127.0.0.1")
+    request = Request("POST", "/submit", {}, body, client, None, None, time.time(), login=f"uid{os.getuid()}", dsn=dsn)
+    try:
+        return await submit(request, app)
+    finally:
+        await app.transport.sweep(everything=True)
+
+
+def become_owner(settings: Settings) -> None:
+    """Give up root for the owner of the settings: the server could not use a queue that belongs to root."""
+    owner = os.stat(settings.path)
+    if not os.geteuid() and owner.st_uid:
+        os.setgid(owner.st_gid)
+        os.setuid(owner.st_uid)
+
+
+def report_failures(status: int, items: list) -> int:
+    """Print the recipients that failed; return the exit code."""
     codes = {EX_OK}
-    for to, reply in replies.items():
-        if reply and not reply.accepted:
-            codes.add(EX_NOPERM if reply.status else EX_TEMPFAIL if reply.temporary else EX_UNAVAILABLE)
-            print_error(f"<{to}>: {reply.code} {reply.command}: {' '.join(reply.message)}", 0)
-    return next(code for code in (EX_TEMPFAIL, EX_UNAVAILABLE, EX_NOPERM, EX_OK) if code in codes)
+    for item in items:
+        if item["error"]:
+            codes.add(sendmail_code(status, item))
+            to = f"<{item['rcpt']}>: " if item["rcpt"] is not None else ""
+            print_error(f"{to}{item['code']} {item['command']}: {sanitize(' '.join(item['message']), 1000)}", 0)
+    if not all(item["error"] for item in items) and EX_TEMPFAIL in codes:
+        codes = codes - {EX_TEMPFAIL} | {EX_UNAVAILABLE}  # "try again" would send it twice to the others
+    return next(code for code in (EX_TEMPFAIL, EX_UNAVAILABLE, EX_NOPERM, EX_DATAERR, EX_OK) if code in codes)
 
 
-CONFIG = (("-c", "--config"), {"metavar": "FILE", "help": "settings file"})
-PID_FILE = (("--pid-file",), {"metavar": "F", "help": "where the daemon's pid stands"})
-LISTEN = (("--listen",), {"metavar": "ADDR", "help": "host:port, [v6]:port or unix:/path"})
-WORKERS = (("--workers",), {"metavar": "N", "type": int, "help": "processes; 0 means one per core"})
-DEVEL = (("-d", "--devel"), {"action": "store_true", "help": "every SMTP dialogue on stderr, secrets masked"})
-DAEMON = (CONFIG, PID_FILE, LISTEN, WORKERS)
+def sendmail_code(status: int, item: dict) -> int:
+    """Return the exit code (sysexits.h) for a recipient's reply, or for the refusal of the whole mail."""
+    if item["mailer"] or item["dsn"] == "5.4.6":
+        return EX_TEMPFAIL if item["code"][0] == "4" and item["dsn"] != "5.4.6" else EX_UNAVAILABLE
+    codes = {400: EX_DATAERR, 401: EX_NOPERM, 403: EX_NOPERM, 413: EX_DATAERR}
+    return EX_NOPERM if item["rcpt"] is not None else codes.get(status, EX_TEMPFAIL)
 
-# name: (function, what it does, its flags)
+
+# -- addresses of programs that know names of users only
+
+
+def sendmail_sender(flags: dict, settings: Settings) -> str:
+    """Return the envelope sender: of -f or -r, else the user's address; "" is the null sender."""
+    given = flags.get("-f", flags.get("-r"))
+    if given is None:
+        return default_sender(settings.hostname)
+    if given.strip() in ("", "<>"):
+        return ""
+    found = split_addresses(given, settings.hostname)
+    if len(found) != 1 or not parse_address(found[0]):
+        raise CommandError(f'usage: "{given}" is no mail address', EX_USAGE)
+    return found[0]
+
+
+def default_sender(hostname: str) -> str:
+    """Return the address of the user who runs this, valid whatever $LOGNAME is."""
+    name = user_name()
+    if parse_address(name):
+        return name
+    name = re.sub(r"[^A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]+", "_", name.rpartition("\\")[2])
+    name = re.sub(r"\.+", ".", name)[:64].strip("._") or f"uid{os.getuid()}"
+    return f"{name}@{hostname}"
+
+
+def split_addresses(text: str, hostname: str) -> list:
+    """Return the addresses in a list of them, separated by commas or blanks; text that is no list is returned whole."""
+    if re.search(r'[<"(:]', text):
+        return header_recipients([("to", b"To: " + qualified(text, hostname).encode("utf-8", "replace"))])
+    return [qualified(word, hostname) for word in re.split(r"[\s,;]+", text) if word]
+
+
+def recipient_fields(fields: list) -> list:
+    """Return To, Cc and Bcc, or of a message that is sent again the Resent- ones of its last sending, all as "to"."""
+    again: dict = {}
+    for name, octets in fields:
+        if name in again:  # of an earlier sending
+            break
+        if name.startswith("resent-"):
+            again[name] = octets
+    resent = [("to", octets) for name, octets in again.items() if name in ("resent-to", "resent-cc", "resent-bcc")]
+    return resent or [("to", octets) for name, octets in fields if name in ("to", "cc", "bcc")]
+
+
+def expand_alias(address: str, settings: Settings) -> tuple:
+    """Return the addresses that smtpd.aliases has for a name at this machine; else the address itself."""
+    local, _, domain = address.rpartition("@")
+    name = local.lower() if domain.lower() == settings.hostname.lower() else ""
+    return tuple(settings.smtpd.aliases.get(name, (address,)))
+
+
+def qualified_field(name: str, field: bytes, hostname: str) -> tuple:
+    """Return (name, field), in which addresses without a domain have got one (RFC 5322 3.4.1)."""
+    if not re.fullmatch(r"(resent-)?(from|sender|to|cc|bcc|reply-to)|errors-to|return-receipt-to", name):
+        return name, field
+    label, colon, value = field.decode("latin-1").partition(":")
+    return name, (label + colon + qualified(value, hostname)).encode("latin-1")
+
+
+def qualified(text: str, hostname: str) -> str:
+    """Return an address list in which names alone have got the domain; text that is no list stays as it is."""
+    try:
+        tokens = [(kind, f"({token})" if kind == "comment" else token) for kind, token in address_tokens(text)]
+    except ValueError:
+        return text
+    texts = [token for _, token in tokens]
+    words = [i for i, (kind, _) in enumerate(tokens) if kind not in CFWS]
+    for before, i, after in zip([None, *words], words, [*words[1:], None]):
+        name = texts[i].strip("<> ") if tokens[i][0] == "angle" else texts[i]
+        alone = (before is None or texts[before] in (",", ";", ":")) and (after is None or texts[after] in (",", ";"))
+        if LOCAL_NAME.fullmatch(name) and (alone or tokens[i][0] == "angle"):
+            texts[i] = texts[i].replace(name, f"{name}@{hostname}")
+    return "".join(texts)
+
+
+LOCAL_NAME = re.compile(r"[A-Za-z0-9._+-]+")
+
+
+# -- what else sendmail does
+
+
+def dsn_options(flags: dict) -> tuple:
+    """Return what -R, -V and -N ask of the next server: parameters of MAIL, and of RCPT (RFC 3461)."""
+    ret, notify = flags.get("-R", "full").upper(), flags.get("-N", "failure,delay").upper().replace(" ", "")
+    if ret not in ("HDRS", "FULL"):
+        raise CommandError(f"usage: -R {flags['-R']}: expected hdrs or full", EX_USAGE)
+    if notify != "NEVER" and not set(notify.split(",")) <= {"SUCCESS", "FAILURE", "DELAY"}:
+        raise CommandError(f"usage: -N {flags['-N']}: expected never, or some of success, failure, delay", EX_USAGE)
+    envid = re.sub(r"[^!-*,-<>-~]", lambda c: "".join(f"+{b:02X}" for b in c[0].encode()), flags.get("-V", "")[:30])
+    return f" RET={ret}{' ENVID=' if envid else ''}{envid}", f" NOTIFY={notify}"
+
+
+def sendmail_queue(flags: dict, addresses: list) -> int:
+    """List the queue, or with -q make what waits due: all, or with -qIQUEUEID one mail."""
+    settings = usable_settings(flags.get("-C")).queue
+    exists = settings and os.path.exists(settings.path)
+    if "-b" in flags:
+        return queue_list(QueueDB(settings), "") if exists else print("Mail queue is empty") or EX_OK
+    which = flags["-q"].strip()
+    if exists:
+        run_operation(QueueDB(settings), flush_queue, which[1:] if which[:1] == "I" else None)
+    return EX_OK
+
+
+def sendmail_verify(flags: dict, addresses: list) -> int:
+    """Say where mail to the addresses would go."""
+    settings, _ = sendmail_settings(flags)
+    found = [
+        to
+        for text in addresses
+        for address in split_addresses(text, settings.hostname)
+        for to in expand_alias(address, settings)
+    ]
+    return max([EX_NOPERM * print_route(to, "", settings) for to in found], default=EX_OK)
+
+
+SENDMAIL_MODES = {  # of -b; -q alone is "q"
+    "m": sendmail_deliver,
+    "p": sendmail_queue,
+    "q": sendmail_queue,
+    "v": sendmail_verify,
+    **dict.fromkeys(("i", "h", "H"), lambda flags, addresses: EX_OK),  # no database of aliases, none of hosts
+}
+
+
+ARGUMENTS = {  # name: what ArgumentParser.add_argument() takes
+    "config": (("-c", "--config"), {"metavar": "FILE", "help": "settings file"}),
+    "pid-file": (("--pid-file",), {"metavar": "F", "help": "file with the daemon's pid"}),
+    "listen": (("--listen",), {"metavar": "ADDR", "help": "host:port, [v6]:port or unix:/path"}),
+    "workers": (("--workers",), {"metavar": "N", "type": int, "help": "processes; 0 means one per core"}),
+    "devel": (("-d", "--devel"), {"action": "store_true", "help": "print every SMTP dialogue, secrets masked"}),
+    "connect": (("--connect",), {"action": "store_true", "help": "try what each route would use; no mail is sent"}),
+    "records-of": (
+        ("--sender",),
+        {"metavar": "A", "help": "read SPF, DKIM and DMARC records of this address's domain"},
+    ),
+    "selector": (("--selector",), {"metavar": "S", "help": "of the sender's DKIM key"}),
+    "sender": (("--sender",), {"metavar": "ADDRESS"}),
+    "address": (("address",), {"metavar": "ADDRESS"}),
+    "domain": (("domain",), {"metavar": "DOMAIN"}),
+    "file": (("file",), {"metavar": "FILE", "nargs": "?", "help": "JSON of a submission; - or nothing: stdin"}),
+    "url": (("--url",), {"default": "http://127.0.0.1:2794/", "help": "the server's root, or its /submit"}),
+    "insecure": (("--insecure",), {"action": "store_true", "help": "log in over http:// too"}),
+    "login": (("--user",), {"help": "log in; the password is $HAINEKO_PASSWORD or asked for"}),
+    "to": (("--to",), {"action": "append", "metavar": "A", "help": "recipient; again for more"}),
+    "mail": (("--mail", "--sender"), {"dest": "sender", "metavar": "A", "help": "envelope sender"}),
+    "from": (("--from",), {"dest": "header_from", "metavar": "A", "help": "From"}),
+    "reply-to": (("--reply-to",), {"metavar": "A"}),
+    "subject": (("--subject",), {"metavar": "S"}),
+    "charset": (("--charset",), {"metavar": "C"}),
+    "body": (("--body",), {"metavar": "TEXT", "help": "absent, and no --html: stdin"}),
+    "html": (("--html",), {"metavar": "FILE", "help": "the mail in HTML, in UTF-8"}),
+    "attach": (("--attach",), {"action": "append", "metavar": "FILE", "help": "a file to attach; again for more"}),
+    "-C": (("-C",), {"metavar": "FILE", "help": "settings file"}),
+    "-t": (("-t",), {"action": "store_true", "help": "recipients from To, Cc and Bcc too"}),
+    "-i": (("-i",), {"action": "store_true", "help": "a line with a dot alone does not end the message"}),
+    "-f": (("-f",), {"metavar": "SENDER", "help": "envelope sender"}),
+    "addresses": (("address",), {"metavar": "ADDRESS", "nargs": "*"}),
+    "action": (("action",), {"nargs": "?", "choices": tuple(QUEUE_ACTIONS), "default": "list"}),
+    "id": (("id",), {"metavar": "QUEUEID", "nargs": "?"}),
+    "all": (("--all",), {"action": "store_true", "help": "retry: all that waits, as flush does"}),
+    "user": (("-u", "--user"), {"metavar": "USER"}),
+    "name": (("name",), {"metavar": "NAME"}),
+    "senders": (("--sender",), {"action": "append", "metavar": "D", "help": "address or domain; again for more"}),
+    "recipients": (("--recipient",), {"action": "append", "metavar": "D", "help": "the same of recipients"}),
+    "rate": (("--rate",), {"metavar": "R", "help": "recipients/seconds"}),
+    "expires": (("--expires",), {"metavar": "T", "help": "ISO 8601 date or time"}),
+    "prefix": (("--prefix",), {"metavar": "P", "default": "hk_"}),
+    "dest": (("--dest",), {"metavar": "DIR", "required": True}),
+    "sendmail": (("--sendmail",), {"metavar": "PATH", "help": "where a sendmail program is to be written"}),
+}
+
+
+class Command(NamedTuple):
+    """A row of COMMANDS; the function's docstring is its help."""
+
+    run: Callable  # takes the parsed options, returns the exit code
+    arguments: str  # names in ARGUMENTS
+
+
 COMMANDS = {
-    "serve": (command_serve, "run the server in the foreground", (CONFIG, LISTEN, WORKERS, DEVEL)),
-    "start": (command_start, "run the server as a daemon", DAEMON),
-    "stop": (command_stop, "stop the daemon when all mail in flight is answered", (CONFIG, PID_FILE)),
-    "restart": (command_restart, "stop the daemon and start it", DAEMON),
-    "status": (command_status, "say whether the daemon runs", (CONFIG, PID_FILE)),
-    "reload": (command_reload, "have the daemon read its settings again", (CONFIG, PID_FILE)),
-    "check": (
-        command_check,
-        "read the settings and print every fault",
-        (
-            CONFIG,
-            (("--connect",), {"action": "store_true", "help": "try what each route would use; no mail is sent"}),
-            (
-                ("--sender",),
-                {"metavar": "A", "help": "read what receivers ask in DNS of this address: SPF, DKIM, DMARC"},
-            ),
-            (("--selector",), {"metavar": "S", "help": "of the sender's DKIM key"}),
-        ),
-    ),
-    "route": (
-        command_route,
-        "say which relay a recipient would take and why",
-        (CONFIG, (("address",), {"metavar": "ADDRESS"}), (("--sender",), {"metavar": "ADDRESS"})),
-    ),
-    "dkim": (
-        command_dkim,
-        "print the TXT record of a domain's DKIM key in the settings",
-        (CONFIG, (("domain",), {"metavar": "DOMAIN"})),
-    ),
-    "send": (
-        command_send,
-        "post a mail to a running Haineko",
-        (
-            (("file",), {"metavar": "FILE", "nargs": "?", "help": "JSON of a submission; - or nothing: stdin"}),
-            (("--url",), {"default": "http://127.0.0.1:2794/", "help": "the server's root, or its /submit"}),
-            (("--user",), {"help": "log in; the password is $HAINEKO_PASSWORD or asked for"}),
-            (("--to",), {"action": "append", "metavar": "A", "help": "recipient; again for more"}),
-            (("--mail", "--sender"), {"dest": "sender", "metavar": "A", "help": "envelope sender"}),
-            (("--from",), {"dest": "header_from", "metavar": "A", "help": "From"}),
-            (("--reply-to",), {"metavar": "A"}),
-            (("--subject",), {"metavar": "S"}),
-            (("--charset",), {"metavar": "C"}),
-            (("--body",), {"metavar": "TEXT", "help": "absent, and no --html: stdin"}),
-            (("--html",), {"metavar": "FILE", "help": "the mail in HTML, in UTF-8"}),
-            (("--attach",), {"action": "append", "metavar": "FILE", "help": "a file to attach; again for more"}),
-        ),
-    ),
-    "sendmail": (
-        command_sendmail,
-        "relay the message on stdin, like /usr/sbin/sendmail",
-        (
-            (("-C",), {"metavar": "FILE", "help": "settings file"}),
-            (("-t",), {"action": "store_true", "help": "recipients from To, Cc and Bcc"}),
-            (("-i",), {"action": "store_true", "help": "a line with a dot alone doesn't end the message"}),
-            (("-f",), {"metavar": "SENDER", "help": "envelope sender"}),
-            (("address",), {"metavar": "ADDRESS", "nargs": "*"}),
-        ),
-    ),
-    "queue": (
-        command_queue,
-        "list the mail that waits, show one, try it now, drop it",
-        (
-            CONFIG,
-            (("action",), {"nargs": "?", "choices": tuple(QUEUE_ACTIONS), "default": "list"}),
-            (("id",), {"metavar": "QUEUEID", "nargs": "?"}),
-            (("--all",), {"action": "store_true", "help": "retry: all that waits, as flush does"}),
-        ),
-    ),
-    "pw": (
-        command_pw,
-        "ask for a password, print its line for the section password",
-        ((("-u", "--user"), {"metavar": "USER"}),),
-    ),
-    "key": (
-        command_key,
-        "make an API key: print it, and its line for the section password",
-        (
-            (("name",), {"metavar": "NAME"}),
-            (
-                ("--sender",),
-                {"action": "append", "metavar": "D", "help": "address or domain to send as; again for more"},
-            ),
-            (("--recipient",), {"action": "append", "metavar": "D", "help": "the same to write to"}),
-            (("--rate",), {"metavar": "R", "help": "recipients/seconds"}),
-            (("--expires",), {"metavar": "T", "help": "ISO 8601 date or time"}),
-            (("--prefix",), {"default": "hk_", "metavar": "P"}),
-        ),
-    ),
-    "setup": (
-        command_setup,
-        "write haineko.json and haineko.service, never over an existing file",
-        ((("--dest",), {"metavar": "DIR", "required": True}),),
-    ),
+    "serve": Command(command_serve, "config listen workers devel"),
+    "start": Command(command_start, "config pid-file listen workers"),
+    "stop": Command(command_stop, "config pid-file"),
+    "restart": Command(command_restart, "config pid-file listen workers"),
+    "status": Command(command_status, "config pid-file"),
+    "reload": Command(command_reload, "config pid-file"),
+    "check": Command(command_check, "config connect records-of selector"),
+    "route": Command(command_route, "config address sender"),
+    "dkim": Command(command_dkim, "config domain"),
+    "send": Command(command_send, "file url login insecure to mail from reply-to subject charset body html attach"),
+    "sendmail": Command(command_sendmail, "-C -t -i -f addresses"),
+    "queue": Command(command_queue, "config action id all"),
+    "pw": Command(command_pw, "user"),
+    "key": Command(command_key, "name senders recipients rate expires prefix"),
+    "setup": Command(command_setup, "dest sendmail"),
 }
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    link = ["sendmail"] if os.path.basename(sys.argv[0]) == "sendmail" else []
+    sys.exit(main([*link, *sys.argv[1:]]))
