@@ -32,8 +32,7 @@ config_field() in section 3; an endpoint a function and a row of ENDPOINTS; a co
 
 RFCs: 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS), 3461 (DSN), 3463
 (status codes), 3464 (bounces), 4954 (AUTH), 6152 (8BITMIME), 6531 (SMTPUTF8), 8314 (TLS on 465), 2183, 2231, 2387, 2392
-(attachments), 1035 (DNS), 6891 (EDNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic), 6376, 8463
-(DKIM), 6749 (OAuth2), 7628 (OAUTHBEARER).
+(attachments), 1035 (DNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic).
 """
 
 from __future__ import annotations
@@ -61,6 +60,7 @@ import math
 import mmap
 import os
 import queue
+import random
 import re
 import select
 import signal
@@ -73,7 +73,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -207,18 +207,12 @@ def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
 
 def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
     """Return one recipient's item of the answer; `maybe_delivered` is present only if it is true."""
-    item = {
-        "rcpt": recipient,
-        "error": 0 if reply.accepted else 1,
-        "code": reply.code,
-        "dsn": reply.dsn,
-        "command": reply.command,
-        "message": reply.message,
-        "mailer": reply.mailer,
-        "host": reply.host,
-        "port": reply.port,
-    }
+    item = {"rcpt": recipient, "error": 0 if reply.accepted else 1}
+    item.update([(key, getattr(reply, key)) for key in ANSWER_KEYS])
     return {**item, "maybe_delivered": True} if reply.maybe_delivered else item
+
+
+ANSWER_KEYS = ("code", "dsn", "command", "message", "mailer", "host", "port")
 
 
 def cache_short(maxsize: int, limit: int = 512) -> Callable:
@@ -333,9 +327,7 @@ REPLIES = {
     "web-later": (0, "451", "4.3.0", "DATA", "%s"),
     "web-refused": (0, "550", "5.0.0", "DATA", "%s"),
     "inexpressible": (0, "550", "5.6.3", "DATA", "The API can't express this message"),
-    "saved": (0, "200", "2.0.0", "DATA", "%s"),
-    "printed": (0, "200", "2.0.0", "DATA", "Printed"),
-    "discarded": (0, "200", "2.0.0", "DATA", "Discarded"),
+    "done": (0, "200", "2.0.0", "DATA", "%s"),
 }
 
 # ======================================================================================================================
@@ -416,12 +408,8 @@ MAX_ERRORS = 1000  # or a hostile body could yield 100 times its own size in mes
 @functools.lru_cache(maxsize=None)
 def key_table(cls: type) -> dict:
     """Return {key in JSON: (attribute, parser)} of a dataclass made of config_field()."""
-    table = {}
-    for item in fields(cls):
-        if "parse" in item.metadata:
-            for key in item.metadata["keys"] or (item.name,):
-                table[key] = (item.name, item.metadata["parse"])
-    return table
+    known = [item for item in fields(cls) if "parse" in item.metadata]
+    return {key: (i.name, i.metadata["parse"]) for i in known for key in i.metadata["keys"] or (i.name,)}
 
 
 def json_type_name(value: Any) -> str:
@@ -489,10 +477,9 @@ def matching(pattern: Any, expected: str, optional: bool = False, secret: bool =
 
 def one_of(names: Any, kind: str) -> Callable:
     """Return a parser of names that compares without case and returns the name as it stands in `names`."""
-    known = {name.lower(): name for name in names}
 
     def parse(value: Any, json_path: str, errors: list) -> str | None:
-        text = parse_text(value, json_path, errors)
+        text, known = parse_text(value, json_path, errors), {name.lower(): name for name in names}
         if text == value and text.lower() not in known:
             errors.append(f'{json_path}: unknown {kind} "{sanitize(text)}"{did_you_mean(text, names)}')
         return known.get(text.lower())
@@ -566,20 +553,14 @@ def nested(cls: type) -> Callable:
 # ======================================================================================================================
 
 
-class IPAddress(NamedTuple):
-    """Parsed IP address."""
-
-    text: str
-    version: int
-    number: int
+IPAddress = Any  # ipaddress.IPv4Address or IPv6Address
 
 
 @cache_short(4096, 64)
 def parse_ip(text: str) -> IPAddress:
     """Parse an IP address; an IPv4-mapped IPv6 address becomes IPv4. Raises ValueError."""
     found = ipaddress.ip_address(text.partition("%")[0])
-    found = getattr(found, "ipv4_mapped", None) or found
-    return IPAddress(str(found), found.version, int(found))
+    return getattr(found, "ipv4_mapped", None) or found
 
 
 class Networks:
@@ -594,7 +575,7 @@ class Networks:
         self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
 
     def __contains__(self, address: IPAddress) -> bool:
-        version, number = address.version, address.number
+        version, number = address.version, int(address)
         return any(version == of and number >> shift in members for of, shift, members in self.groups)
 
 
@@ -637,22 +618,24 @@ DOMAIN = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(?:\.{_LABEL})*")
 BASE_URL = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?(?:/[A-Za-z0-9/._~-]*)?")
 WEBHOOK_URL = re.compile(r"(https?)://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(/[!-~]*)?")
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+", re.IGNORECASE)
-FACILITIES = ["kern", "user", "mail", "daemon", "auth", "lpr", "news", "uucp", "cron", "syslog"]
-FACILITIES += [f"local{n}" for n in range(8)]
+FACILITIES = {
+    name: i
+    for i, name in enumerate(["kern", "user", "mail", "daemon", "auth", "syslog", "lpr", "news", "uucp", "cron"])
+}
+FACILITIES.update({f"local{i}": 16 + i for i in range(8)})  # RFC 3164 4.1.1
 
 parse_network = matching(functools.partial(ipaddress.ip_network, strict=False), "an IP address or network")
 parse_networks = list_of(parse_network, lambda texts: Networks(tuple(texts)))
 parse_listen_address = matching(is_listen_address, '"host:port", "[v6]:port" or "unix:/path"')
+parse_listen = list_of(parse_listen_address, required=True)
 parse_host = matching(is_host, "a host name or an IP address")
 parse_hostname = matching(DOMAIN, "a host name", optional=True)
 parse_resolver = matching(name_server_endpoint, '"address", "address:port" or "[v6]:port"', optional=True)
 parse_origin = matching(ORIGIN, 'a web origin like "https://www.example.org"', convert=str.lower)
 parse_facility = one_of(FACILITIES, "syslog facility")
+is_base_url = functools.partial(is_url, BASE_URL)
 parse_base_url = matching(
-    functools.partial(is_url, BASE_URL),
-    'a URL like "https://api.example.org"',
-    True,
-    convert=lambda url: url.rstrip("/"),
+    is_base_url, 'a URL like "https://api.example.org"', True, convert=lambda url: url.rstrip("/")
 )
 parse_region = matching(re.compile("[a-z0-9-]{1,32}"), 'a region like "eu-west-1"', optional=True)
 is_full_url = functools.partial(is_url, WEBHOOK_URL)
@@ -661,21 +644,16 @@ parse_token_url = matching(is_full_url, 'a URL like "https://login.example.org/t
 
 
 def parse_mailer(value: Any, json_path: str, errors: list) -> str:
-    """Return the name of a relay in the spelling of RELAYS, or the path of a folder."""
-    value = parse_text(value, json_path, errors)
-    known = {name.lower(): name for name in RELAYS}
-    if not value.startswith("/") and value.lower() not in known:
-        errors.append(f'{json_path}: unknown relay type "{value}"{did_you_mean(value, RELAYS)}')
-    return known.get(value.lower(), value)
+    """Parse the name of a relay, or the path of a folder."""
+    is_folder = isinstance(value, str) and value.startswith("/")
+    return (parse_text if is_folder else one_of(RELAYS, "relay type"))(value, json_path, errors)
 
 
 class Relay(NamedTuple):
     """All that is known of a relay. To add one is to write its functions and a row of RELAYS."""
 
     send: Callable | None  # (Transaction, TransportContext): awaited for a Reply for each recipient
-    probe: (
-        Callable | None
-    )  # (ConnectivityProbe, TransportContext): awaited for a CheckResult for each step; sends no mail
+    probe: Callable | None  # (ConnectivityProbe, TransportContext): awaited for CheckResults; sends no mail
     default_port: int = 25
     api_url: str = ""  # template of the base URL of a relay by HTTP
     needs: tuple = ()  # settings that its routes must have
@@ -687,7 +665,7 @@ class Relay(NamedTuple):
     keeps_octets: bool = False  # what it sends arrives unchanged, so that it can be signed
 
 
-UNKNOWN_RELAY = Relay(None, None)  # of a route whose mailer is a fault of the settings
+UNKNOWN_RELAY = Relay(None, None)  # of a route made before RELAYS is filled
 RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 15
 
 
@@ -783,12 +761,9 @@ class Authenticator:
         self.semaphore = threading.Semaphore(self.MAX_CONCURRENT_HASHES)
 
     def is_cached(self, credentials: str) -> bool:
-        """True if these credentials, an Authorization header, were verified lately."""
-        return bool(self.verified) and self.verified.get(self._cache_key(credentials), 0) > time.monotonic()
-
-    def is_fast(self, credentials: str) -> bool:
-        """True if authenticate() need not compute a password hash."""
-        return self.is_cached(credentials) or bool(self.key_owner(credentials)) or ":" not in decode_basic(credentials)
+        """True if these credentials, an Authorization header, were verified lately, or are a key."""
+        cached = self.verified and self.verified.get(self._cache_key(credentials), 0) > time.monotonic()
+        return bool(cached or self.key_owner(credentials))
 
     def key_owner(self, credentials: str) -> str:
         """Return the login whose API key these credentials are, "" for none. A look-up by digest tells no timing."""
@@ -799,10 +774,8 @@ class Authenticator:
         """Return the name that an Authorization header (RFC 7617) proves, "" for none; takes a tenth of a second for a
         password unless it is cached."""
         user, colon, password = decode_basic(credentials).partition(":")
-        if owner := self.key_owner(credentials):
-            return owner
         if self.is_cached(credentials) or not colon:
-            return user if colon else ""
+            return self.key_owner(credentials) or (user if colon else "")
         line = self.logins[user].hash if user in self.logins else ""
         with self.semaphore:
             right = bool(line) and verify_password(line, password)
@@ -1025,10 +998,6 @@ def recipient_key(text: str) -> str:
     return f"{local.lower()}@{key}" if local and key and key[0] != "." else ""
 
 
-def alias_key(name: str) -> str:
-    return "" if "@" in name else name.lower()
-
-
 def plain_domain_key(name: str) -> str:
     return "" if name.startswith(".") else domain_key(name)
 
@@ -1050,7 +1019,11 @@ DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
 parse_domain = matching(plain_domain_key, "a domain", convert=domain_key)
 parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
 parse_fence = list_of(matching(fence_key, 'an address, "example.org" or ".example.org"', convert=fence_key), frozenset)
-parse_aliases = mapping_of(list_of(matching(recipient_key, "an address"), required=True), alias_key, "a name without @")
+parse_aliases = mapping_of(
+    list_of(matching(recipient_key, "an address"), required=True),
+    lambda name: "" if "@" in name else name.lower(),
+    "a name without @",
+)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -1061,11 +1034,7 @@ class Tls:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Httpd:
-    listen: tuple = config_field(
-        ("127.0.0.1:2794",),
-        list_of(parse_listen_address, required=True),
-        "host:port, [v6]:port or unix:/path, or a list",
-    )
+    listen: tuple = config_field(("127.0.0.1:2794",), parse_listen, "host:port, [v6]:port or unix:/path, or a list")
     workers: int = config_field(0, integer(0, 256), "processes; 0 means one per core")
     max_connections: int = config_field(512, integer(1, 65536), "open connections per worker")
     timeout: int = config_field(30, integer(1, 3600), "seconds for a whole request, and for an idle connection")
@@ -1161,10 +1130,14 @@ class Login:
     sandbox: bool = config_field(False, parse_boolean, "1: nothing leaves")
     trace: bool = config_field(False, parse_boolean, "1: it may ask for the SMTP dialogue")
 
+    @property
+    def is_fenced(self) -> bool:
+        return any(getattr(self, item.name) != item.default for item in fields(self)[1:])
+
     def fault(self, client: IPAddress, now: float) -> str:
         """Say why a right password is of no use here and now, "" if it is."""
         if self.networks is not None and client not in self.networks:
-            return f"{client.text} is not in its networks"
+            return f"{client} is not in its networks"
         return f"expired at {self.expires}" if self.expires and iso_time(self.expires) <= now else ""
 
 
@@ -1379,14 +1352,14 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
     """Return (Settings, errors) with names, secrets and files looked up, so that a mail finds all of it ready."""
     base = os.path.dirname(settings.path or "")
     logins = {name: _login(login, base, f"authinfo.{name}", errors) for name, login in settings.authinfo.items()}
-    tables = {
-        table: {
-            key: _route_list(route, logins, base, f"{table}.{key}", errors)
-            for key, route in getattr(settings, table).items()
-            if not all(choice.disabled for choice in route.choices)
-        }
-        for table in ("mailertable", "sendermt")
-    }
+    tables = {}
+    for table in ("mailertable", "sendermt"):
+        routes = [
+            (key, first)
+            for key, first in getattr(settings, table).items()
+            if not all(one.disabled for one in first.choices)
+        ]
+        tables[table] = {key: _route_list(first, logins, base, f"{table}.{key}", errors) for key, first in routes}
     name = settings.smtpd.hostname or local_hostname()
     if settings.httpd.tls:
         _check_tls(settings.httpd.tls, base, errors)
@@ -1488,13 +1461,13 @@ def _check_tls(tls: Tls, base: str, errors: list) -> None:
         errors.append(f"httpd.tls: {error.filename}: {error.strerror}")
 
 
-def _route_list(route: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
-    paths = [f"{json_path}[{i}]" for i in range(len(route.choices))] if route.fallbacks else [json_path]
-    choices = [
-        (path, replace(choice, fallbacks=())) for path, choice in zip(paths, route.choices) if not choice.disabled
-    ]
-    first, *others = [_route(choice, logins, base, path, errors) for path, choice in choices]
-    return replace(first, fallbacks=tuple(others)) if others else first
+def _route_list(first: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
+    found = []
+    for i, route in enumerate(first.choices):
+        if not route.disabled:
+            path = f"{json_path}[{i}]" if first.fallbacks else json_path
+            found.append(_route(replace(route, fallbacks=()), logins, base, path, errors))
+    return replace(found[0], fallbacks=tuple(found[1:]))
 
 
 def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
@@ -1562,12 +1535,9 @@ def pin_queue_path(fresh: Settings, queue_settings: QueueSettings | None) -> Set
     return replace(fresh, queue=queue_settings and replace(fresh.queue or queue_settings, path=queue_settings.path))
 
 
-def local_hostname() -> str:
-    return qualified_hostname(socket.gethostname())
-
-
-def qualified_hostname(name: str) -> str:
-    """Return a machine's name, made legal for headers; with ".localdomain", as Postfix does, if it has no domain."""
+def local_hostname(name: str | None = None) -> str:
+    """Return a machine's name (this one's), made legal; with ".localdomain", as Postfix does, if it has no domain."""
+    name = socket.gethostname() if name is None else name
     if "." in name and HOSTNAME.fullmatch(name):
         return name
     return (re.sub("[^A-Za-z0-9]+", "-", name)[:63].strip("-") or "localhost") + LOCALDOMAIN
@@ -1575,7 +1545,7 @@ def qualified_hostname(name: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def ehlo_name(hostname: str, address: str) -> str:
-    """Return the name for EHLO from a local address: `hostname`, or if that is illegal or made by qualified_hostname(),
+    """Return the name for EHLO from a local address: `hostname`, or if that is illegal or made by local_hostname(),
     what reverse DNS says, else the address literal (RFC 5321 4.1.4)."""
     if HOSTNAME.fullmatch(hostname) and not hostname.endswith(LOCALDOMAIN):
         return hostname
@@ -1584,7 +1554,7 @@ def ehlo_name(hostname: str, address: str) -> str:
         name = "" if local in LOOPBACK else socket.gethostbyaddr(address)[0]
         if "." in name and HOSTNAME.fullmatch(name) and not name.endswith(LOCALDOMAIN):
             return name
-    return f"[IPv6:{local.text}]" if local.version == 6 else f"[{local.text}]"
+    return f"[IPv6:{local}]" if local.version == 6 else f"[{local}]"
 
 
 LOCALDOMAIN = ".localdomain"
@@ -1626,11 +1596,7 @@ def redacted(value: Any, secret: bool = False) -> Any:
     if secret and value:
         return "********"
     if isinstance(value, Authenticator):
-        shown = {name: redacted(login) for name, login in value.logins.items()}
-        shown = {
-            name: {key: item for key, item in login.items() if item or item == []} for name, login in shown.items()
-        }
-        return {name: login if len(login) > 1 else "********" for name, login in shown.items()}
+        return {name: redacted(login) if login.is_fenced else "********" for name, login in value.logins.items()}
     if isinstance(value, Rate):
         return f"{value.limit}/{value.seconds}"
     if isinstance(value, Networks):
@@ -1642,9 +1608,8 @@ def redacted(value: Any, secret: bool = False) -> Any:
     if isinstance(value, (tuple, frozenset)):
         return sorted(value) if isinstance(value, frozenset) else list(value)
     if hasattr(value, "__dataclass_fields__"):
-        items = [item for item in fields(value) if "parse" in item.metadata]
-        keyed = [(item, (item.metadata["keys"] or (item.name,))[0]) for item in items]
-        return {key: redacted(getattr(value, item.name), item.metadata["secret"]) for item, key in keyed}
+        known = {(i.metadata["keys"] or (i.name,))[0]: i for i in fields(value) if "parse" in i.metadata}
+        return {key: redacted(getattr(value, item.name), item.metadata["secret"]) for key, item in known.items()}
     return value
 
 
@@ -1669,40 +1634,15 @@ def example_settings() -> dict:
 # ======================================================================================================================
 
 
-class LogSink:
-    """Write-readiness of a log destination: waits for it at most 1 s per minute, then lines are dropped and counted."""
-
-    WAIT_BUDGET = 1.0  # seconds per minute
-
-    def __init__(self) -> None:
-        self.lost = 0  # lines, since it stopped reading
-        self.budget, self.waited = self.WAIT_BUDGET, 0.0  # what is left of it, at that monotonic time
-
-    def wait_writable(self, fd: int) -> bool:
-        """Return True once a line can be written."""
-        poller = select.poll()
-        poller.register(fd, select.POLLOUT)
-        if poller.poll(0):
-            return True
-        if self.lost:
-            return False
-        start = time.monotonic()
-        budget = min(self.budget + (start - self.waited) * self.WAIT_BUDGET / 60, self.WAIT_BUDGET)
-        ready = poller.poll(budget * 1000)
-        self.waited = time.monotonic()
-        self.budget = max(budget - (self.waited - start), 0)
-        return bool(ready)
-
-    @property
-    def lost_note(self) -> str:
-        return f"{self.lost} lines were lost, since nobody read them"
-
-
 class Log:
-    """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once."""
+    """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once.
+
+    A reader that is slow is waited for PATIENCE seconds; then lines are dropped and counted until it reads again.
+    """
 
     FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
+    PATIENCE = 0.1
 
     def __init__(self) -> None:
         self.devel = False  # SMTP dialogues are shown, too
@@ -1713,15 +1653,15 @@ class Log:
         self.stderr = 2  # a file descriptor
         self.path = ""  # of the file that descriptors 1 and 2 are, if reopen() is to look for a new one
         self.quiet = False  # lines for stderr are dropped
-        self.stderr_sink, self.syslog_sink = LogSink(), LogSink()
+        self.lost = 0  # lines, since the reader stopped
+
+    @property
+    def lost_note(self) -> str:
+        return f"{self.lost} lines were lost, since nobody read them"
 
     def open(self, settings: Syslog) -> None:
         """Send lines from now on where the settings say."""
-        self.priority = None
-        if not settings.disabled:
-            import syslog
-
-            self.priority = syslog.LOG_INFO | getattr(syslog, "LOG_" + settings.facility.upper())
+        self.priority = None if settings.disabled else FACILITIES[settings.facility] * 8 + 6  # 6: informational
 
     def lines(self, *lines: str) -> None:
         """Write lines by one call, so that those of several processes don't mix."""
@@ -1779,16 +1719,16 @@ class Log:
 
     def write_bytes(self, octets: bytes) -> bool:
         """Write octets to stderr; False if it is closed, full, or a pipe that nobody reads."""
-        start, sink = 0, self.stderr_sink
+        start = 0
         try:
             while start < len(octets):
-                if not sink.wait_writable(self.stderr):
-                    sink.lost += octets.count(b"\n", start)
+                if not select.select([], [self.stderr], [], 0 if self.lost else self.PATIENCE)[1]:
+                    self.lost += octets.count(b"\n", start)
                     return False
                 with contextlib.suppress(BlockingIOError):  # another process was quicker
-                    if sink.lost:
-                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {sink.lost_note}\n".encode())
-                        sink.lost = 0
+                    if self.lost:
+                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {self.lost_note}\n".encode())
+                        self.lost = 0
                         continue  # there may have been room for this only
                     end = octets.rfind(b"\n", start, start + select.PIPE_BUF) + 1  # so much never blocks
                     start += os.write(self.stderr, octets[start : end or start + select.PIPE_BUF])
@@ -1803,21 +1743,19 @@ class Log:
             try:
                 if not self.syslog:
                     self.syslog = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-                    self.syslog.setblocking(False)
                     self.syslog.connect(next(filter(os.path.exists, self.SYSLOG), self.SYSLOG[0]))
-                if not self.syslog_sink.wait_writable(self.syslog.fileno()):
-                    break
-                for text in (self.syslog_sink.lost_note, line) if self.syslog_sink.lost else (line,):
+                self.syslog.settimeout(0 if self.lost else self.PATIENCE)
+                for text in (self.lost_note, line) if self.lost else (line,):
                     self.syslog.send((head + text).encode("utf-8", "backslashreplace"))
-                self.syslog_sink.lost = 0
+                self.lost = 0
                 return
-            except BlockingIOError:  # another process was quicker
+            except (BlockingIOError, socket.timeout):
                 break
             except OSError:
                 if self.syslog:
                     self.syslog.close()
                 self.syslog = None
-        self.syslog_sink.lost += 1
+        self.lost += 1
 
 
 @functools.lru_cache(maxsize=2)
@@ -2858,14 +2796,11 @@ def check_login(request: Request, submission: Submission | None, settings: Setti
         request.settings = sandboxed(settings) if login.sandbox else request.settings
         return None
     request.login_fault = request.login_fault or "no such name, password or key"
-    client = request.client
-    source = f"wrong {client.number >> 64 if client.version == 6 else client.number}"
-    state = request.limits.take(source, 1, WRONG_LOGINS, block=60) if credentials else None
-    return (
-        rate_reply(request, WRONG_LOGINS, state, "wrong logins of this address")
-        if state and state.wait
-        else make_reply("login")
-    )
+    source = int(request.client) >> (64 if request.client.version == 6 else 0)
+    state = request.limits.take(f"wrong {source}", 1, WRONG_LOGINS, block=60) if credentials else None
+    if state and state.wait:
+        return rate_reply(request, WRONG_LOGINS, state, "wrong logins of this address")
+    return make_reply("login")
 
 
 WRONG_LOGINS = Rate(10, 60)
@@ -2915,7 +2850,7 @@ def check_client(request: Request, submission: Submission | None, settings: Sett
     if settings.password.logins or settings.relayhosts.open_relay:
         return None
     if request.client not in settings.relayhosts.relayhosts:
-        return make_reply("client", f"{request.client.text} is not in relayhosts.relayhosts")
+        return make_reply("client", f"{request.client} is not in relayhosts.relayhosts")
     reason = hidden_client(request, settings)
     return make_reply("client", reason) if reason else None
 
@@ -2924,7 +2859,7 @@ def hidden_client(request: Request, settings: Settings) -> str:
     """Say why a request from a loopback address was not made by a program on this machine, "" if it may have been."""
     if not request.forwarded or request.client not in LOOPBACK:
         return ""
-    proxy = f"{request.forwarded} from {request.peer.text}"
+    proxy = f"{request.forwarded} from {request.peer}"
     if request.peer not in settings.httpd.trusted_proxies:
         return f"{proxy}, which is not in httpd.trusted_proxies"
     return "" if "x-forwarded-for" in request.headers else f"{proxy} without X-Forwarded-For"
@@ -3371,7 +3306,7 @@ def rfc5322_date(second: int) -> str:
 
 def received_field(ehlo: str | None, client: IPAddress | None, hostname: str, queueid: str, date: str) -> str:
     """Return the trace field (RFC 5321 4.4)."""
-    address = client.text if client else "127.0.0.1"
+    address = str(client or "127.0.0.1")
     literal = f"[IPv6:{address}]" if ":" in address else f"[{address}]"
     return f"Received: from {ehlo or literal} ({literal})\r\n\tby {hostname} with HTTP id {queueid};\r\n\t{date}"
 
@@ -3693,8 +3628,8 @@ FALLBACK_ROUTE = Route(port=25)
 
 # ======================================================================================================================
 # 9. Event loop
-#    asyncio's loop, with sockets that may speak TLS (smtplib's, which asyncio refuses), deadlines that cost no timer
-#    each, and data that leaves when the log has the lines that tell of it.
+#    asyncio's loop, with sockets that may speak TLS (smtplib's, which asyncio refuses), and data that leaves when the
+#    log has the lines that tell of it.
 # ======================================================================================================================
 
 MAX_THREADS = 256  # one dead host can hold 32 of them, while sessions to it are opened
@@ -3957,8 +3892,8 @@ class AsyncSocket:
 #     messages are built and parsed by functions that know no socket. Nothing received is believed before it is checked.
 # ======================================================================================================================
 
-A, CNAME, SOA, MX, TXT, AAAA, OPT = 1, 5, 6, 15, 16, 28, 41  # record types
-NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP = 0, 1, 2, 3, 4  # RFC 1035 4.1.1, "RCODE"
+A, CNAME, SOA, MX, TXT, AAAA = 1, 5, 6, 15, 16, 28  # record types
+NOERROR, SERVFAIL, NXDOMAIN = 0, 2, 3  # RFC 1035 4.1.1, "RCODE"
 RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED"}
 RESOLV_CONF = "/etc/resolv.conf"
 MAX_NAME = 253  # characters
@@ -3966,7 +3901,6 @@ MAX_POINTERS = 127  # of a compressed name; as many as it can have labels
 MAX_RECORDS = 512  # of one message
 MAX_ALIASES = 8  # CNAME records followed for one answer
 MAX_STRAY_DATAGRAMS = 64  # datagrams received that do not answer the query
-MAX_DATAGRAM = 1232  # octets; what passes everywhere unfragmented
 
 
 class DNSAnswer(NamedTuple):
@@ -4015,29 +3949,20 @@ class TTLCache:
                 self.table.popitem(last=False)
 
 
-class SharedCalls:
-    """Calls under way: a caller that wants the same result waits for that of the first one."""
-
-    def __init__(self) -> None:
-        self.calls: dict = {}  # key: (deadline, asyncio.Task)
-
-    async def call(self, key: Any, deadline: float, function: Callable, *values: Any) -> Any:
-        """Return function(*values, deadline), or the result of the call for this key that is under way."""
-        until, task = self.calls.get(key, (0.0, None))
-        if not task or not -5 <= until - deadline <= 1:  # it would give up much earlier than this one, or end later
-            task = asyncio.get_running_loop().create_task(function(*values, deadline))
-            self.calls[key] = deadline, task
-            task.add_done_callback(functools.partial(self._ended, key))
-        return await asyncio.shield(task)
-
-    def _ended(self, key: Any, task: asyncio.Task) -> None:
-        if self.calls.get(key, (0.0, None))[1] is task:
-            del self.calls[key]
+async def shared_call(calls: dict, key: Any, function: Callable, *values: Any) -> Any:
+    """Return what function(*values) returns, or what the call for this key that is under way, in `calls`, does."""
+    if key not in calls:
+        calls[key] = asyncio.get_running_loop().create_task(function(*values))
+        calls[key].add_done_callback(lambda _: calls.pop(key))
+    return await asyncio.shield(calls[key])
 
 
-def random_unit() -> float:
-    """Return an unpredictable number from 0 up to 1."""
-    return (int.from_bytes(os.urandom(7), "big") >> 3) / (1 << 53)
+random_unit = random.SystemRandom().random  # an unpredictable number from 0 up to 1
+
+
+def error_text(error: Exception) -> str:
+    """Describe an exception, for a reply."""
+    return sanitize(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
 class Resolver:
@@ -4047,40 +3972,39 @@ class Resolver:
     ATTEMPTS = 3  # rounds in which each server is asked
     MAX_TTL = 86400  # seconds
 
-    def __init__(self, nameservers: tuple = (), rng: Callable = random_unit, clock: Callable = time.monotonic) -> None:
-        self.nameservers, self.rng = nameservers, rng
-        self.cache, self.shared = TTLCache(4096, clock), SharedCalls()
+    def __init__(self, nameservers: tuple = (), clock: Callable = time.monotonic) -> None:
+        self.nameservers = nameservers
+        self.cache, self.calls = TTLCache(4096, clock), {}
 
     async def lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
         """Return the records of a type, following aliases, by the deadline (monotonic)."""
         key = name.lower().rstrip("."), rtype
-        return self.cache.get(key) or await self.shared.call(key, deadline, self._lookup, *key)
-
-    async def _lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
-        answer, ttl = await self._resolve_chain(name, rtype, deadline)
-        self.cache.put((name, rtype), answer, ttl)
+        answer = self.cache.get(key)
+        if not answer:
+            answer, ttl = await shared_call(self.calls, key, self._lookup, *key, deadline)
+            self.cache.put(key, answer, ttl)
         return answer
 
     def servers(self) -> tuple:
         """Return (address, port) of each name server in the order in which they are asked."""
-        given = tuple(map(name_server_endpoint, self.nameservers))
-        return given or resolv_conf_servers(RESOLV_CONF, stat_key(RESOLV_CONF))
+        return tuple(map(name_server_endpoint, self.nameservers)) or resolv_conf_servers(RESOLV_CONF)
 
-    async def _resolve_chain(self, name: str, rtype: int, deadline: float) -> tuple:
-        """Return (DNSAnswer, TTL). A recursive server usually gives the whole chain of aliases at once."""
-        ttl, aliases = self.MAX_TTL, 0
-        while aliases <= MAX_ALIASES:
+    async def _lookup(self, name: str, rtype: int, deadline: float) -> tuple:
+        """Return (DNSAnswer, TTL). Each alias is asked for: an answer counts for its own name alone."""
+        ttl = self.MAX_TTL
+        for _ in range(MAX_ALIASES + 1):
             response = await self._query(name, rtype, deadline)
             if isinstance(response, str):
                 return DNSAnswer(SERVFAIL, (), response), 0
-            chain, records = follow_cnames(response.answers, name, rtype)
-            ttl, aliases = min([ttl, *[record.ttl for record in chain + records]]), aliases + len(chain)
-            if records:
-                return DNSAnswer(NOERROR, tuple(record.value for record in records)), ttl
-            negative = [min(record.ttl, record.value) for record in response.authority if record.rtype == SOA]
-            if not chain or negative or response.code == NXDOMAIN:
+            own = [record for record in response.answers if record.name == name and record.rtype in (rtype, CNAME)]
+            found = tuple(record.value for record in own if record.rtype == rtype)
+            if not own:
+                negative = [min(record.ttl, record.value) for record in response.authority if record.rtype == SOA]
                 return DNSAnswer(response.code), min([ttl, *negative]) if negative else 0  # RFC 2308 5
-            name = chain[-1].value
+            ttl = min([ttl, *[record.ttl for record in own]])
+            if found:
+                return DNSAnswer(NOERROR, found), ttl
+            name = own[0].value
         return DNSAnswer(SERVFAIL, (), f"more than {MAX_ALIASES} aliases"), 0
 
     async def _query(self, name: str, rtype: int, deadline: float) -> DNSMessage | str:
@@ -4090,34 +4014,22 @@ class Resolver:
         why = "no name server is known"
         for server in self.servers() * self.ATTEMPTS:
             until = min(deadline, time.monotonic() + self.QUERY_TIMEOUT)
+            question = int(random_unit() * 65536), name, rtype
             try:
-                response = await self._exchange(server, name, rtype, until)
+                response = await query_udp(server, question, until)
+                if response.truncated:  # RFC 7766 5
+                    response = await query_tcp(server, question, until)
                 if response.code in (NOERROR, NXDOMAIN):
                     return response
                 why = f"{server[0]} answers {RCODES.get(response.code, response.code)}"
-            except OSError as error:
-                why = f"{server[0]}: {error.strerror or error}"
-            except ValueError as error:
-                why = f"{server[0]}: {error}"
+            except (OSError, ValueError) as error:
+                why = f"{server[0]}: {error_text(error)}"
             if time.monotonic() >= deadline:
                 break
         return why
 
-    async def _exchange(self, server: tuple, name: str, rtype: int, until: float) -> DNSMessage:
-        """Ask one server by UDP; by TCP if the answer does not fit (RFC 7766 5); again if it does not know EDNS."""
-        for edns in (True, False):
-            number = int(self.rng() * 65536)
-            query, question = build_query(number, name, rtype, edns), (number, name, rtype)
-            response = await query_udp(server, query, question, until)
-            if response.truncated:
-                response = await query_tcp(server, query, question, until)
-            if response.code not in (FORMERR, NOTIMP):
-                break
-        return response
 
-
-@functools.lru_cache(maxsize=8)
-def resolv_conf_servers(path: str, _stat_key: tuple | None) -> tuple:
+def resolv_conf_servers(path: str) -> tuple:
     """Return (address, port) of the first three name servers in resolv.conf; this machine if it names none."""
     try:
         with open(path, encoding="ascii", errors="replace") as stream:
@@ -4128,11 +4040,11 @@ def resolv_conf_servers(path: str, _stat_key: tuple | None) -> tuple:
     return tuple(endpoints[:3]) or (("127.0.0.1", 53),)
 
 
-async def query_udp(server: tuple, query: bytes, question: tuple, until: float) -> DNSMessage:
-    """Return the response to the query; datagrams that do not match it are ignored (RFC 5452 9.1)."""
-    with contextlib.closing(open_socket(server, socket.SOCK_DGRAM)) as sock:
-        sock.sock.connect(server)  # from a random port; the kernel drops datagrams of other senders
-        await sock.sendall(query, until)
+async def query_udp(server: tuple, question: tuple, until: float) -> DNSMessage:
+    """Return the response to (number, name, type); datagrams that do not match it are ignored (RFC 5452 9.1)."""
+    sock = start_connect(server, socket.SOCK_DGRAM)  # from a random port; the kernel drops datagrams of other senders
+    with contextlib.closing(AsyncSocket(sock)) as sock:
+        await sock.sendall(build_query(*question), until)
         for _ in range(MAX_STRAY_DATAGRAMS):
             octets = await sock.recv(65535, until)
             try:
@@ -4142,11 +4054,10 @@ async def query_udp(server: tuple, query: bytes, question: tuple, until: float) 
         raise ValueError("too many datagrams that do not answer the query")
 
 
-async def query_tcp(server: tuple, query: bytes, question: tuple, until: float) -> DNSMessage:
-    """Return the response to the query; over TCP, each message has its length in front (RFC 1035 4.2.2)."""
-    with contextlib.closing(open_socket(server, socket.SOCK_STREAM)) as sock:
-        with contextlib.suppress(BlockingIOError):
-            sock.sock.connect(server)
+async def query_tcp(server: tuple, question: tuple, until: float) -> DNSMessage:
+    """Return the response to (number, name, type); each message has its length in front (RFC 1035 4.2.2)."""
+    query = build_query(*question)
+    with contextlib.closing(AsyncSocket(start_connect(server))) as sock:
         await sock.wait_ready(until, writing=True)
         await sock.sendall(len(query).to_bytes(2, "big") + query, until)
         octets = b""
@@ -4158,35 +4069,32 @@ async def query_tcp(server: tuple, query: bytes, question: tuple, until: float) 
         return parse_response(octets[2:], *question)
 
 
-def open_socket(server: tuple, kind: int) -> AsyncSocket:
-    sock = socket.socket(address_family(server[0]), kind)
-    sock.setblocking(False)
-    return AsyncSocket(sock)
+def start_connect(address: tuple, kind: int = socket.SOCK_STREAM) -> socket.socket:
+    """Return a non-blocking socket that is being connected to (IP address, port)."""
+    sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, kind)
+    try:
+        sock.setblocking(False)
+        sock.connect(address)
+    except BlockingIOError:
+        pass
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
-def address_family(address: str) -> int:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
-
-
-def build_query(number: int, name: str, rtype: int, edns: bool = True) -> bytes:
-    """Return a query to a recursive server (RFC 1035 4.1); EDNS allows a larger response (RFC 6891)."""
+def build_query(number: int, name: str, rtype: int) -> bytes:
+    """Return a query to a recursive server (RFC 1035 4.1)."""
     labels = [label.encode("ascii") for label in name.split(".")] if name else []
     qname = b"".join([bytes((len(label),)) + label for label in labels])
-    option = b"\0" + struct.pack(">HHIH", OPT, MAX_DATAGRAM, 0, 0) if edns else b""
-    return (
-        struct.pack(">6H", number, 0x0100, 1, 0, 0, int(edns)) + qname + b"\0" + struct.pack(">HH", rtype, 1) + option
-    )
+    return struct.pack(">6H", number, 0x0100, 1, 0, 0, 0) + qname + b"\0" + struct.pack(">HH", rtype, 1)
 
 
 def parse_response(octets: bytes, number: int, name: str, rtype: int) -> DNSMessage:
     """Parse the response to that query; ValueError if it answers another one or is malformed."""
     try:
         found, flags, questions, answers, authority, _ = struct.unpack_from(">6H", octets)
-        code = flags & 15
-        # A server that does not know EDNS may answer without repeating the question (RFC 6891 7).
-        if (found, flags >> 15, questions) == (number, 1, 0) and code in (FORMERR, NOTIMP):
-            return DNSMessage(code)
-        qname, at = read_name(octets, 12)
+        code, (qname, at) = flags & 15, read_name(octets, 12)
         if (found, flags >> 15, questions, qname) != (number, 1, 1, name.lower()):
             raise ValueError("not an answer to this query")
         if struct.unpack_from(">HH", octets, at) != (rtype, 1):
@@ -4212,10 +4120,8 @@ def read_record(octets: bytes, at: int) -> tuple:
     if len(data) < length:
         raise ValueError("incomplete record")
     value: Any = None
-    if rtype == A and length == 4:
-        value = socket.inet_ntop(socket.AF_INET, data)
-    elif rtype == AAAA and length == 16:
-        value = socket.inet_ntop(socket.AF_INET6, data)
+    if (rtype, length) in ((A, 4), (AAAA, 16)):
+        value = str(ipaddress.ip_address(data))
     elif rtype == CNAME:
         value = read_name(octets, at)[0]
     elif rtype == MX:
@@ -4260,33 +4166,16 @@ def read_text(data: bytes) -> str:
     return b"".join(parts).decode("utf-8", "replace")
 
 
-def follow_cnames(answers: Any, name: str, rtype: int) -> tuple:
-    """Return ([CNAME records that were followed], [records of the type at their end])."""
-    chain: list = []
-    while len(chain) <= MAX_ALIASES:
-        records = [record for record in answers if (record.name, record.rtype) == (name, rtype)]
-        alias = next((record for record in answers if (record.name, record.rtype) == (name, CNAME)), None)
-        if records or not alias:
-            return chain, records
-        chain.append(alias)
-        name = alias.value
-    return chain, []
-
-
 async def mx_hosts(domain: str, resolver: Resolver, hostname: str, deadline: float) -> list:
     """Return a domain's mail hosts, best first (RFC 5321 5.1); Rejected if it has none."""
     if domain.startswith("["):  # an address literal
         return [domain[1:-1].partition(":")[2] if domain[:6].lower() == "[ipv6:" else domain[1:-1]]
     answer = await resolver.lookup(domain, MX, deadline)
-    if answer.code == SERVFAIL:
-        raise Rejected(make_reply("dns", f"{domain}: {answer.why}", mailer="MX"))
-    if answer.code == NXDOMAIN:
-        raise Rejected(make_reply("no-domain", domain, mailer="MX"))
-    if answer.values and all(not host for _, host in answer.values):
-        raise Rejected(make_reply("null-mx", domain, mailer="MX"))
-    hosts = by_preference(answer.values, hostname, resolver.rng) if answer.values else [domain]
-    if not hosts:
-        raise Rejected(make_reply("mx-loop", domain, mailer="MX"))
+    hosts = by_preference(answer.values, hostname, random_unit) if answer.values else [domain]
+    null = answer.values and not any(host for _, host in answer.values)
+    slug = {SERVFAIL: "dns", NXDOMAIN: "no-domain"}.get(answer.code) or ("null-mx" if null else "mx-loop")
+    if answer.code != NOERROR or not hosts:
+        raise Rejected(make_reply(slug, f"{domain}: {answer.why}" if answer.why else domain, mailer="MX"))
     return hosts
 
 
@@ -4330,88 +4219,40 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
 class Connector:
     """Opens TCP connections, in the caller's thread, and remembers which addresses did not answer."""
 
-    ATTEMPT_DELAY = 0.25  # seconds until the next address is tried as well, RFC 8305 5
+    ATTEMPT_TIMEOUT = 1.5  # seconds for an address if others are left; enough to repeat a packet that was lost
     FAILED_TTL = 300.0  # seconds for which an address that failed is tried last
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.failed: dict = {}  # (IP address, port): time until which it is tried last
-        self.lookups: dict = {}  # host name: Future of the look-up under way
 
     def connect(self, host: str, port: int, deadline: float) -> socket.socket:
-        """Connect to whichever address of a host answers first (RFC 8305), by the deadline."""
-        waiting = deque(self.in_order([(address, port) for address in self.look_up(host, deadline)]))
-        attempts, poll = {}, select.poll()  # file descriptor: (socket, address)
-        error, now = socket.timeout("timed out"), time.monotonic()
-        try:
-            while (waiting or attempts) and now < deadline:
-                results: Any = ()
-                if waiting:
-                    address = waiting.popleft()
-                    try:
-                        sock = socket.socket(address_family(address[0]), socket.SOCK_STREAM)
-                    except OSError as failure:  # no IPv6 in this kernel
-                        error = failure
-                        continue
-                    attempts[sock.fileno()] = sock, address
-                    sock.setblocking(False)
-                    poll.register(sock, select.POLLOUT)
-                    code = sock.connect_ex(address)
-                    results = [(sock.fileno(), code)] if code not in (0, errno.EINPROGRESS) else ()
-                pause = min(deadline - now, self.ATTEMPT_DELAY) if waiting else deadline - now
-                for number, code in results or [
-                    (number, attempts[number][0].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
-                    for number, _ in poll.poll(math.ceil(pause * 1000))
-                ]:
-                    if not code:
-                        return self._winner(attempts, number)
-                    error = OSError(code, os.strerror(code))
-                    poll.unregister(number)
-                    sock, address = attempts.pop(number)
-                    sock.close()
-                    self.mark_failed(address)
-                now = time.monotonic()
-            self.mark_failed(*[address for _, address in attempts.values()])
-            raise error
-        finally:
-            for sock, _ in attempts.values():
-                sock.close()
-
-    def _winner(self, attempts: dict, number: int) -> socket.socket:
-        """Take the connected socket out of the attempts; those that began before it count as failed."""
-        self.mark_failed(*[attempts[key][1] for key in itertools.takewhile(lambda key: key != number, attempts)])
-        sock, address = attempts.pop(number)
-        self.failed.pop(address, None)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
-
-    def in_order(self, addresses: list) -> list:
-        """Alternate between the address families (RFC 8305 4); addresses that failed lately come last."""
-        families = [[item for item in addresses if (":" in item[0]) == six] for six in (False, True)]
-        if addresses and addresses[0] in families[1]:
-            families.reverse()
-        alternating = itertools.chain.from_iterable(itertools.zip_longest(*families))
-        return sorted([address for address in alternating if address], key=self.failed_lately)
+        """Connect to the first address of a host that answers, by the deadline; those that failed lately come last."""
+        addresses = sorted([(address, port) for address in self.look_up(host, deadline)], key=self.failed_lately)
+        error: OSError = socket.timeout("timed out")
+        while addresses and (seconds := deadline - time.monotonic()) > 0:
+            address = addresses.pop(0)
+            try:
+                sock = socket.create_connection(address, min(seconds, self.ATTEMPT_TIMEOUT) if addresses else seconds)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.failed.pop(address, None)
+                return sock
+            except OSError as failure:
+                error = failure
+                if len(self.failed) > 1024:
+                    self.failed.clear()
+                self.failed[address] = time.monotonic() + self.FAILED_TTL
+        raise error
 
     def failed_lately(self, address: tuple) -> bool:
         return self.failed.get(address, 0.0) > time.monotonic()
-
-    def mark_failed(self, *addresses: tuple) -> None:
-        if len(self.failed) > 1024:
-            self.failed.clear()
-        self.failed.update(dict.fromkeys(addresses, time.monotonic() + self.FAILED_TTL))
 
     def look_up(self, host: str, deadline: float) -> list:
         """Return a host's IP addresses, or those that stand in its place, divided by spaces. getaddrinfo() runs in a
         thread of its own, as it knows no deadline."""
         with contextlib.suppress(ValueError):
             return [str(ipaddress.ip_address(address)) for address in host.split()]
-        with self.lock:
-            future = self.lookups.get(host)
-            if not future:
-                future = concurrent.futures.Future()
-                threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()
-                self.lookups[host] = future
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()
         try:
             return future.result(max(deadline - time.monotonic(), 0))
         except concurrent.futures.TimeoutError:
@@ -4421,12 +4262,9 @@ class Connector:
         try:
             name = host.encode("ascii" if host.isascii() else "idna")  # a str would load half a megabyte of tables
             found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-            result, error = list(dict.fromkeys(item[4][0] for item in found)), None
-        except Exception as failure:
-            result, error = None, failure
-        with self.lock:
-            del self.lookups[host]
-        future.set_exception(error) if error else future.set_result(result)
+            future.set_result(list(dict.fromkeys(item[4][0] for item in found)))
+        except Exception as error:
+            future.set_exception(error)
 
 
 connector = Connector()
@@ -4489,7 +4327,6 @@ class HTTPConnectionPool:
     """Idle connections of this process by target, the most recently used last."""
 
     IDLE = 15.0  # seconds after which an idle connection is closed; servers do so after 20 and more
-    AGE = 300.0  # seconds after which a connection is not used again
     MAX_IDLE = 64  # connections to one target
 
     def __init__(self) -> None:
@@ -4497,32 +4334,32 @@ class HTTPConnectionPool:
 
     async def request(self, target: HTTPTarget, request: HTTPRequest) -> HTTPResponse:
         """Return the response. A kept connection that died before the request was sent is replaced once."""
-        deadline, (connection, reused) = time.monotonic() + target.timeout, self._acquire(target)
+        connection = self._acquire(target)
         try:
-            response = await asyncio.to_thread(connection.exchange, request, deadline)
+            response = await asyncio.to_thread(connection.exchange, request)
         except Rejected:
-            if connection.sent or not reused:
+            if connection.sent or not connection.expires:
                 raise
             connection = KeepAliveConnection(target)
-            response = await asyncio.to_thread(connection.exchange, request, deadline)
+            response = await asyncio.to_thread(connection.exchange, request)
         self._release(connection)
         return response
 
-    def _acquire(self, target: HTTPTarget) -> tuple:
-        """Return (connection, whether it was used before)."""
+    def _acquire(self, target: HTTPTarget) -> KeepAliveConnection:
+        """Return an idle connection that the server has not closed, or a new one."""
         idle, now = self.idle.get(target, []), time.monotonic()
         while idle:
             connection = idle.pop()
             if now < connection.expires and not is_readable(connection.sock):
-                return connection, True
+                return connection
             connection.close()
-        return KeepAliveConnection(target), False
+        return KeepAliveConnection(target)
 
     def _release(self, connection: KeepAliveConnection) -> None:
         """Keep the connection, or close it if it cannot be used again."""
-        idle, now = self.idle.setdefault(connection.target, []), time.monotonic()
-        if connection.sock and len(idle) < self.MAX_IDLE and now - connection.created_at < self.AGE:
-            connection.expires = now + min(self.IDLE, connection.keepalive_timeout)
+        idle = self.idle.setdefault(connection.target, [])
+        if connection.sock and len(idle) < self.MAX_IDLE:
+            connection.expires = time.monotonic() + self.IDLE
             idle.append(connection)
         else:
             connection.close()
@@ -4544,31 +4381,26 @@ class KeepAliveConnection(http.client.HTTPConnection):
     def __init__(self, target: HTTPTarget) -> None:
         self.url = split_base_url(target.url)
         super().__init__(self.url.host, self.url.port)
-        self.target, self.deadline, self.sent = target, time.monotonic() + target.timeout, False
-        self.created_at, self.expires, self.keepalive_timeout = time.monotonic(), 0.0, HTTPConnectionPool.IDLE
+        self.target, self.sent = target, False
+        self.deadline, self.expires = time.monotonic() + target.timeout, 0.0  # when an idle connection is closed
 
-    def exchange(self, request: HTTPRequest, deadline: float = 0.0) -> HTTPResponse:
-        """Return the response by the deadline; Rejected if there is none. Blocks."""
-        self.deadline, self.sent, response = deadline or time.monotonic() + self.target.timeout, False, None
+    def exchange(self, request: HTTPRequest) -> HTTPResponse:
+        """Return the response; Rejected if there is none. Blocks."""
+        self.deadline, self.sent, response = time.monotonic() + self.target.timeout, False, None
         if not self.sock:
             self.open()
         try:
             self._send_request(request)
             response = self._read_response()
         except (OSError, http.client.HTTPException) as error:
-            raise Rejected(self._broken(error)) from None
+            slug = "web-lost" if not self.sent else "web-unsure" if isinstance(error, OSError) else "web-rubbish"
+            reply = make_reply(slug, error_text(error), maybe_delivered=self.sent, **self.target.endpoint)
+            raise Rejected(reply) from None
         finally:
             if not (response and self.sent):
                 self.close()
         log.dialogue(self.url.host_header, "<", f"{response.status} {response.reason}, {len(response.body)} octets")
         return response
-
-    def exchange_once(self, request: HTTPRequest, deadline: float = 0.0) -> HTTPResponse:
-        """Return the response as exchange() does; the connection is closed."""
-        try:
-            return self.exchange(request, deadline)
-        finally:
-            self.close()
 
     def open(self) -> None:
         """Connect, with TLS if the URL says so."""
@@ -4577,18 +4409,15 @@ class KeepAliveConnection(http.client.HTTPConnection):
             self.sock = connector.connect(target.address or site.host, site.port, self.deadline)
             self.sock.settimeout(self.seconds_left())  # of the whole handshake
             if site.tls:
-                stat = stat_key(target.ca_file) if target.ca_file else None
-                context = client_context(target.tls_verify, target.ca_file, stat)
+                context = client_context(target.tls_verify, target.ca_file, stat_key(target.ca_file))
                 self.sock = context.wrap_socket(self.sock, server_hostname=site.host)
             elif target.confidential and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
+                self.close()
                 raise Rejected(make_reply("clear-auth", **target.endpoint))
         except OSError as error:
             slug = "web-tls" if self.sock and site.tls else "web-connect"
             self.close()
             raise Rejected(make_reply(slug, error_text(error), **target.endpoint)) from None
-        except Rejected:
-            self.close()
-            raise
 
     def seconds_left(self) -> float:
         """Return the time until the deadline; socket.timeout if it has passed, however fast the peer still sends."""
@@ -4630,8 +4459,6 @@ class KeepAliveConnection(http.client.HTTPConnection):
         if not whole:
             response.close()
             self.close()
-        found = re.search(r"timeout=(\d{1,6})", response.headers.get("Keep-Alive", ""))
-        self.keepalive_timeout = int(found[1]) - 1 if found else HTTPConnectionPool.IDLE
         reason = sanitize(response.reason, 100)
         return HTTPResponse(response.status, reason, response.headers, body if whole else b"")
 
@@ -4640,11 +4467,6 @@ class KeepAliveConnection(http.client.HTTPConnection):
         response = LimitedResponse(sock, *args, **options)
         response.fp = io.BufferedReader(LimitedReader(self, response.fp.detach()))
         return response
-
-    def _broken(self, error: Exception) -> Reply:
-        """Return the reply to a request that got no response."""
-        slug = "web-lost" if not self.sent else "web-unsure" if isinstance(error, OSError) else "web-rubbish"
-        return make_reply(slug, error_text(error), maybe_delivered=self.sent, **self.target.endpoint)
 
 
 class LimitedResponse(http.client.HTTPResponse):
@@ -4692,11 +4514,6 @@ def is_readable(sock: Any) -> bool:
     return bool(poll.poll(0))
 
 
-def error_text(error: Exception) -> str:
-    """Describe an exception, for a reply."""
-    return sanitize(getattr(error, "strerror", None) or str(error) or type(error).__name__)
-
-
 def json_object(response: HTTPResponse) -> dict:
     """Return the JSON object in a response; {} if it has none."""
     document = response.document()
@@ -4726,13 +4543,13 @@ class MTASTSCache:
     NEGATIVE_TTL = 300  # seconds until a policy that could not be fetched is tried again (RFC 8461 3.3)
 
     def __init__(self, resolver: Resolver, port: int = 443, clock: Callable = time.monotonic) -> None:
-        self.resolver, self.port, self.shared = resolver, port, SharedCalls()
+        self.resolver, self.port, self.calls = resolver, port, {}
         self.cache, self.failed = TTLCache(4096, clock), TTLCache(4096, clock)
 
     async def policy_for(self, domain: str, route: Route) -> MTASTSPolicy | None:
         """Return the domain's policy; the cached one if DNS or the web server fails: an attacker could see to that."""
         deadline = time.monotonic() + min(route.timeout, self.FETCH_TIMEOUT)
-        return await self.shared.call((domain, route), deadline, self._policy_for, domain, route)
+        return await shared_call(self.calls, (domain, route), self._policy_for, domain, route, deadline)
 
     async def _policy_for(self, domain: str, route: Route, deadline: float) -> MTASTSPolicy | None:
         policy_id, (cached_id, cached) = "", self.cache.get(domain) or ("", None)
@@ -4753,9 +4570,11 @@ class MTASTSCache:
     async def _fetch(self, host: str, route: Route, deadline: float) -> MTASTSPolicy:
         """Fetch a policy; redirections are not followed (RFC 8461 3.3)."""
         address = (await resolve_addresses(host, self.resolver, route.private, deadline))[0]
-        target = HTTPTarget(f"https://{host}:{self.port}", 0, "MX", True, route.ca_file, False, address, MAX_POLICY)
+        url, seconds = f"https://{host}:{self.port}", deadline - time.monotonic()
+        target = HTTPTarget(url, seconds, "MX", True, route.ca_file, False, address, MAX_POLICY)
         request = HTTPRequest("GET", "/.well-known/mta-sts.txt")
-        response = await asyncio.to_thread(KeepAliveConnection(target).exchange_once, request, deadline)
+        with contextlib.closing(KeepAliveConnection(target)) as connection:
+            response = await asyncio.to_thread(connection.exchange, request)
         if response.status != 200:
             raise ValueError(f"HTTP status {response.status}")
         return parse_mta_sts_policy(response.body.decode("utf-8", "replace"))
@@ -4907,7 +4726,8 @@ class TokenCache:
     DROP_INTERVAL = 60  # seconds between tokens that a server refuses
 
     def __init__(self, clock: Callable = time.monotonic) -> None:
-        self.clock, self.shared = clock, SharedCalls()
+        self.clock = clock
+        self.calls: dict = {}  # fetches under way
         self.tokens: dict = {}  # (OAuth2, username): AccessToken
         self.refresh_tokens: dict = {}  # the same: what the provider gave in place of refresh_token
         self.dropped = TTLCache(4096, clock)
@@ -4925,14 +4745,14 @@ class TokenCache:
         if token and now < token.renew_at:
             return token
         try:
-            return await self.shared.call(key, 0.0, self._fetch, key, route)
+            return await shared_call(self.calls, key, self._fetch, key, route)
         except ValueError as error:
             if token and now < token.expires:
                 return token
             lines = [sanitize(line, 500) for line in str(error).splitlines()[:20]]
             raise Rejected(make_reply("token", *lines, route_fault=True, **route.endpoint)) from None
 
-    async def _fetch(self, key: tuple, route: Route, _deadline: float) -> AccessToken:
+    async def _fetch(self, key: tuple, route: Route) -> AccessToken:
         try:
             token, new = await asyncio.to_thread(fetch_token, route, self.refresh_tokens.get(key), self.clock)
         except ValueError:
@@ -4984,7 +4804,8 @@ def request_token(route: Route, form: dict) -> dict:
     target = HTTPTarget(url, route.timeout, route.mailer, ca_file=route.ca_file, confidential=True)
     body, kind = urllib.parse.urlencode(form).encode(), "application/x-www-form-urlencoded"
     try:
-        response = KeepAliveConnection(target).exchange_once(HTTPRequest("POST", path, body, type=kind))
+        with contextlib.closing(KeepAliveConnection(target)) as connection:
+            response = connection.exchange(HTTPRequest("POST", path, body, type=kind))
     except Rejected as refused:
         raise ValueError(f"{url}: {refused.reply.message[-1]}") from None
     document = json_object(response)
@@ -5047,50 +4868,24 @@ class ProtocolError(ConnectionError):
 
 
 @cache_short(256)  # servers repeat themselves
-def parse_replies(octets: bytes) -> tuple:
-    """Return (complete replies, unparsed rest, whether one is a 421); ProtocolError if the first is malformed."""
-    replies: list = []
-    try:
-        reply, rest = parse_reply(octets)
-        while reply:
-            replies.append(reply)
-            octets = rest
-            reply, rest = parse_reply(octets)
-    except ProtocolError:  # raised again when that reply is the first
-        if not replies:
-            raise
-    return tuple(replies), octets, "421" in [reply.code for reply in replies]
-
-
 def parse_reply(octets: bytes) -> tuple:
     """Return (first reply or None if incomplete, what follows it); ProtocolError if it is malformed."""
-    whole, start = None, 0
-    while True:
+    code, lines, start, more = None, [], 0, True
+    while more:
         end = octets.find(b"\n", start)
         if (end if end >= 0 else len(octets)) - start > MAX_LINE:
             raise ProtocolError(f"a line longer than {MAX_LINE} octets")
         if end < 0:
             return None, octets
-        reply, more = parse_reply_line(octets[start:end])
-        if whole:
-            if reply.code != whole.code:
-                raise ProtocolError(f"unexpected: {reply.code} {reply.lines[0][:200]}")
-            if len(whole.lines) == MAX_LINES:
-                raise ProtocolError(f"a reply of more than {MAX_LINES} lines")
-            reply = whole._replace(lines=whole.lines + reply.lines)
-        whole, start = reply, end + 1
-        if not more:
-            return whole, octets[start:]
-
-
-@functools.lru_cache(maxsize=256)
-def parse_reply_line(line: bytes) -> tuple:
-    """Return (the line as a reply of its own, whether more lines follow)."""
-    found = REPLY_LINE.fullmatch(line.rstrip(b"\r"))
-    if not found:
-        raise ProtocolError(f"unexpected: {sanitize(line[:200].decode('utf-8', 'replace'))}")
-    code, more, text = found.groups(b"")
-    return smtp_reply(code.decode(), (sanitize(text.decode("utf-8", "replace"), MAX_TEXT),)), more == b"-"
+        line = octets[start:end].rstrip(b"\r")
+        found = REPLY_LINE.fullmatch(line)
+        if not found or found[1] != (code or found[1]):
+            raise ProtocolError(f"unexpected: {sanitize(line[:200].decode('utf-8', 'replace'))}")
+        if len(lines) == MAX_LINES:
+            raise ProtocolError(f"a reply of more than {MAX_LINES} lines")
+        lines.append(sanitize((found[3] or b"").decode("utf-8", "replace"), MAX_TEXT))
+        code, start, more = found[1], end + 1, found[2] == b"-"
+    return smtp_reply(found[1].decode(), tuple(lines)), octets[start:]
 
 
 def smtp_reply(code: str, lines: tuple) -> SMTPReply:
@@ -5106,7 +4901,6 @@ MAX_LINES = 128  # of a reply
 SEND_BLOCK = 262144  # octets of a message sent in one step
 PIPELINE_WINDOW = 100  # commands without a reply at a time, so that neither side's buffer fills up (RFC 2920 3.1)
 SMTPS = 465  # RFC 8314: TLS from the first byte
-QUIT_TIMEOUT = 1.0  # seconds for the reply to QUIT
 
 
 class Session(smtplib.SMTP):
@@ -5119,7 +4913,7 @@ class Session(smtplib.SMTP):
         self.pool: Any = None  # the SessionPool that it belongs to
         self.give_back = lambda: None  # its place among the route's `sessions`
         self.stream: Any = None  # AsyncSocket of the open connection
-        self.recv_buffer, self.replies = b"", deque()  # received, and parsed, but not asked for yet
+        self.recv_buffer = b""  # received but not asked for yet
         self.maybe_complete = False  # recv_buffer may hold a complete reply
         self.alive = self.needs_rset = self.in_data = self.eod_sent = False
         self.created_at = self.last_used = time.monotonic()
@@ -5138,7 +4932,7 @@ class Session(smtplib.SMTP):
             self.quit()
             raise
         self.sock.setblocking(False)
-        self.alive = not self.has_unsolicited
+        self.alive = not self.recv_buffer
 
     def steps(self) -> tuple:
         """Return the steps of open(), in order."""
@@ -5163,7 +4957,7 @@ class Session(smtplib.SMTP):
         if not self.has_extn("starttls"):
             raise Rejected(make_reply("no-starttls", **route.endpoint))
         self._expect("STARTTLS", self.docmd("STARTTLS"))
-        if self.has_unsolicited:  # injected in clear text, to be taken for a reply under TLS
+        if self.recv_buffer:  # injected in clear text, to be taken for a reply under TLS
             raise ProtocolError("data behind the reply to STARTTLS")
         self.sock.settimeout(self.timeout)  # of the whole handshake
         self.sock = self._wrap(self.sock)
@@ -5172,7 +4966,7 @@ class Session(smtplib.SMTP):
 
     def _wrap(self, sock: socket.socket) -> ssl.SSLSocket:
         route = self.route
-        context = client_context(route.tls_verify, route.ca_file, stat_key(route.ca_file) if route.ca_file else None)
+        context = client_context(route.tls_verify, route.ca_file, stat_key(route.ca_file))
         return context.wrap_socket(sock, server_hostname=route.host)
 
     def _log_in(self) -> None:
@@ -5217,10 +5011,10 @@ class Session(smtplib.SMTP):
         """Raise Rejected with the server's own words unless the code is 2xx."""
         self.step, (code, text) = step, result
         if not 200 <= code <= 299:
+            lines = tuple(text.decode().split("\n"))
             if not 400 <= code <= 599:
-                raise ProtocolError(f"unexpected: {code} {sanitize(str(text))}")
-            lines = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-            raise Rejected(self._to_reply(step, smtp_reply(str(code), tuple(lines.split("\n")))))
+                raise ProtocolError(f"unexpected: {code} {lines[0]}")
+            raise Rejected(self._to_reply(step, smtp_reply(str(code), lines)))
 
     # -- transaction
 
@@ -5244,15 +5038,13 @@ class Session(smtplib.SMTP):
             self.alive, lost = False, self._broken(error)
         self.last_used = time.monotonic()
         self.needs_rset = not (result and result.code[0] == "2")
-        if self.has_unsolicited:
+        if self.recv_buffer:  # more than was asked for
             self.alive = False
         decided = recipient_replies(replies, result, lost, len(transaction.recipients))
         found = [item if isinstance(item, Reply) else self._to_reply(*item) for item in decided]
         found = found if self.in_data else [reply._replace(before_text=True) for reply in found]
         if self.alive and any(map(self.refused_before_data, found)):
-            self.alive = False  # it may have reached a limit of the server
-            with contextlib.suppress(OSError):
-                self.sock.send(b"QUIT\r\n")
+            self.quit()  # it may have reached a limit of the server
         return found
 
     def refused_before_data(self, reply: Reply) -> bool:
@@ -5282,13 +5074,14 @@ class Session(smtplib.SMTP):
             await self._write(b"RSET\r\n")
             await self._read_reply()
             self.needs_rset = False
-        for batch in pipeline_batches(script, self.has_extn("pipelining")):
+        size = PIPELINE_WINDOW if self.has_extn("pipelining") else 1
+        for batch in [script[i : i + size] for i in range(0, len(script), size)]:
             if replies and (replies[0].code[0] != "2" or (batch[0][0] == "DATA" and not any_accepted(replies))):
                 return
             self.step = batch[0][0]
             await self._write(b"".join([line for _, line in batch]))
             for self.step, _ in batch:
-                reply = self.replies.popleft() if self.replies else await self._read_reply()
+                reply = self._next_reply() or await self._read_reply()
                 if reply.code[0] == ("2" if self.step == "DATA" else "3"):
                     raise ProtocolError(f"unexpected: {reply.code} to {self.step}")
                 replies.append(reply)
@@ -5297,7 +5090,7 @@ class Session(smtplib.SMTP):
 
     async def _send_data(self, chunks: tuple) -> SMTPReply:
         """Return the reply to the end of the message; without a message, that to a lone dot (RFC 2920 3.1)."""
-        if self.has_unsolicited:  # an early refusal counts; anything else would be taken for the reply to the message
+        if self.recv_buffer:  # an early refusal counts; anything else would be taken for the reply to the message
             self.alive, reply = False, await self._read_reply()
             if reply.code[0] in "45":
                 return reply
@@ -5329,11 +5122,10 @@ class Session(smtplib.SMTP):
 
     async def _read_reply(self) -> SMTPReply:
         """Return the next reply; one deadline holds for the whole of it."""
-        deadline = 0.0
-        while not (self.replies or self._parse_buffer()):
-            deadline = deadline or time.monotonic() + self.timeout
+        deadline = time.monotonic() + self.timeout
+        while not (reply := self._next_reply()):
             self._feed(await self.stream.recv(4096, deadline))
-        return self.replies.popleft()
+        return reply
 
     def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
         """Called by smtplib to connect."""
@@ -5350,27 +5142,25 @@ class Session(smtplib.SMTP):
     def getreply(self) -> tuple:
         """Called by smtplib for a reply: (code, text)."""
         deadline = time.monotonic() + self.timeout
-        while not (self.replies or self._parse_buffer()):
+        while not (reply := self._next_reply()):
             self.sock.settimeout(max(deadline - time.monotonic(), 0.001))
             self._feed(self.sock.recv(65536))
-        reply = self.replies.popleft()
         return int(reply.code), "\n".join(reply.lines).encode()
 
-    def _parse_buffer(self) -> bool:
-        """Move complete replies from `recv_buffer` to `replies`; False if there is none."""
+    def _next_reply(self) -> SMTPReply | None:
+        """Take the first complete reply out of `recv_buffer`, None if there is none."""
         if not self.maybe_complete:
-            return False
-        found, self.recv_buffer, closes = parse_replies(self.recv_buffer)
-        self.maybe_complete = bool(found and self.recv_buffer)  # a malformed reply, perhaps
-        if closes:  # RFC 5321 3.8
+            return None
+        reply, self.recv_buffer = parse_reply(self.recv_buffer)
+        self.maybe_complete = bool(reply and self.recv_buffer)
+        if reply and reply.code == "421":  # RFC 5321 3.8
             self.alive = False
-        if self.masked:
-            found = [reply._replace(lines=tuple(map(self._mask_credentials, reply.lines))) for reply in found]
-        for reply in found if log.devel else ():
+        if reply and self.masked:
+            reply = reply._replace(lines=tuple(map(self._mask_credentials, reply.lines)))
+        if reply and log.devel:
             for i, line in enumerate(reply.lines, 1):
                 log.dialogue(self.route.host, "<", f"{reply.code}{' ' if i == len(reply.lines) else '-'}{line}")
-        self.replies.extend(found)
-        return bool(found)
+        return reply
 
     def _mask_credentials(self, line: str) -> str:
         """Mask our credentials in a line, in base64 too: some servers repeat a command that they do not understand."""
@@ -5400,28 +5190,19 @@ class Session(smtplib.SMTP):
         give_back, self.give_back = self.give_back, lambda: None
         give_back()
 
-    @property
-    def has_unsolicited(self) -> bool:
-        """Tell whether the server has sent more than it was asked for."""
-        return bool(self.recv_buffer or self.replies)
-
     def quit(self) -> None:
-        """Send QUIT, without waiting long for the reply (RFC 5321 4.1.1.10)."""
+        """Send QUIT and close, without waiting for the reply."""
         self.alive = False
-        try:
-            self.timeout = QUIT_TIMEOUT
-            self.sock.settimeout(QUIT_TIMEOUT)
+        with contextlib.suppress(OSError, AttributeError):  # broken, or never connected
+            self.sock.setblocking(False)
             self.send("QUIT\r\n")
-            self.getreply()
-        except (OSError, AttributeError):
-            pass
         self.close()
 
     # -- replies
 
     def _to_reply(self, step: str, reply: SMTPReply) -> Reply:
-        fault = is_route_fault(self.route, step, reply)
-        route, more = self.route, {"from_server": True, "route_fault": fault}
+        route = self.route
+        more = {"from_server": True, "route_fault": is_route_fault(route, step, reply)}
         return Reply(reply.code, reply.dsn, step, reply.lines, route.mailer, route.host, route.port, **more)
 
     def _broken(self, error: OSError) -> Reply:
@@ -5533,23 +5314,15 @@ def envelope_commands(transaction: Transaction, utf8: bool, size: int, features:
     return [("MAIL", f"{mail}\r\n".encode()), *rcpts, ("DATA", b"DATA\r\n")]
 
 
-def pipeline_batches(script: list, pipelining: bool) -> list:
-    """Split the script into batches that are sent without waiting for replies."""
-    size = PIPELINE_WINDOW if pipelining else 1
-    return [script[i : i + size] for i in range(0, len(script), size)]
-
-
 def dot_stuff(chunks: tuple) -> Any:
     """Yield a message in blocks, with a dot added to each line that begins with one (RFC 5321 4.5.2)."""
     end = b"\n"
     for chunk in chunks:
         for start in range(0, len(chunk), SEND_BLOCK):
             block = chunk[start : start + SEND_BLOCK]
-            first, last = end == b"\n" and block.startswith(b"."), block.rfind(b".")
-            if first or block.find(b"\n.", 0, last + 1) >= 0:  # one octet is found much faster than two
-                block = b"." * first + block.replace(b"\n.", b"\n..")
+            dot = b"." if end == b"\n" and block.startswith(b".") else b""
+            yield dot + block.replace(b"\n.", b"\n..")
             end = block[-1:]
-            yield block
 
 
 def any_accepted(replies: list) -> bool:
@@ -5605,14 +5378,11 @@ class SessionPool:
         self.waiters.append(SessionWaiter(future, deadline, reply))
         return future
 
-    def next_waiter(self) -> asyncio.Future:
-        return self.waiters.popleft().future
-
     def wake_waiters(self, has_room: bool = False) -> None:
         """Have waiters open sessions, as many as may be opened."""
         while self.waiters and self.may_open(has_room):
             self.opening += 1
-            self.next_waiter().set_result(None)
+            self.waiters.popleft().future.set_result(None)
             has_room = False
 
     def opened(self) -> None:
@@ -5631,10 +5401,10 @@ class SessionPool:
         if full:
             self.slow_down(reply)
         elif hopeless:
-            busy = not reply or (
+            here = not reply or (
                 reply.temporary and reply.command == "CONN" and (reply.from_server or reply.retry_after)
             )
-            busy = busy or reply.code in THROTTLED
+            busy = here or reply.code in THROTTLED
             self.fail_waiters([waiter for waiter in self.waiters if waiter.reply or not busy], None if busy else reply)
         self.wake_waiters()
         return full
@@ -5668,9 +5438,8 @@ class TransportContext:
 
     def __init__(self, nameservers: tuple = (), limits: SharedLimits | None = None) -> None:
         self.limits = limits or SharedLimits()
-        self.pools: dict = {}  # (hostname, route): SessionPool
-        self.closing: list = []  # sessions that need a QUIT
         self.route_pauses: dict = {}  # Route that failed: monotonic time until which its list does without it
+        self.pools: defaultdict = defaultdict(SessionPool)  # by (hostname, route)
         self.http, self.tokens = HTTPConnectionPool(), TokenCache()
         self.set_nameservers(nameservers)
 
@@ -5679,13 +5448,9 @@ class TransportContext:
         self.resolver = Resolver(nameservers)
         self.mta_sts = MTASTSCache(self.resolver)
 
-    def pool(self, route: Route, hostname: str) -> SessionPool:
-        key = hostname, route
-        return self.pools.get(key) or self.pools.setdefault(key, SessionPool())
-
     def acquire_idle(self, route: Route, hostname: str) -> Session | None:
         """Return the idle session that was used last, None if there is none. To be released."""
-        pool = self.pool(route, hostname)
+        pool = self.pools[hostname, route]
         while pool.idle:
             session = pool.idle.pop()
             if not is_readable(session.sock):  # that would be taken for the reply to the next command
@@ -5696,7 +5461,7 @@ class TransportContext:
 
     async def acquire(self, route: Route, hostname: str) -> tuple:
         """Return (Session, whether it was used before), a new one or one released meanwhile; or raise Rejected."""
-        pool, deadline, reply = self.pool(route, hostname), 0.0, None
+        pool, deadline, reply = self.pools[hostname, route], 0.0, None
         while True:
             if pool.may_open():
                 pool.opening += 1
@@ -5721,7 +5486,7 @@ class TransportContext:
         """Open a session; an access token that the server refuses is replaced once."""
         session = Session(await self.tokens.authorize(route), hostname)
         if route.sessions:
-            session.give_back = await self._await_place(route, self.pool(route, hostname))
+            session.give_back = await self._await_place(route, self.pools[hostname, route])
         try:
             await asyncio.to_thread(session.open)  # smtplib blocks
         except Rejected as refused:
@@ -5756,7 +5521,7 @@ class TransportContext:
         """Hand the session over to a waiter, keep it, or close it if it cannot be used again."""
         pool = session.pool
         if session.alive and pool.waiters:
-            pool.next_waiter().set_result(session)
+            pool.waiters.popleft().future.set_result(session)
             return
         pool.in_use -= 1
         if not session.alive:
@@ -5765,25 +5530,20 @@ class TransportContext:
         elif len(pool.idle) < self.MAX_IDLE and session.last_used - session.created_at < self.AGE:
             pool.idle.append(session)
         else:
-            self.closing.append(session)
+            session.quit()
 
     async def sweep(self, everything: bool = False) -> None:
-        """Close the sessions that have been idle too long, or all, with QUIT; waits a second for the replies."""
+        """Close the sessions and connections that have been idle too long, or all."""
         self.http.sweep(everything)
         now = time.monotonic()
         for key, pool in list(self.pools.items()):
             limited = pool.open_limit < pool.OPENING or key[1].sessions
             idle = self.IDLE_WHEN_FULL if limited else self.IDLE
             while pool.idle and (everything or pool.idle[0].last_used <= now - idle):
-                self.closing.append(pool.idle.pop(0))
+                pool.idle.pop(0).quit()
             pool.sweep(now)
             if not (pool.idle or pool.in_use or pool.opening or pool.waiters):
                 del self.pools[key]
-        closing, self.closing = self.closing, []
-        for session in closing:
-            session.stream.release()  # a thread has it from here
-        if closing:
-            await asyncio.gather(*[asyncio.to_thread(session.quit) for session in closing])
 
 
 # ======================================================================================================================
@@ -5869,12 +5629,9 @@ async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> 
         recipients = tuple(transaction.recipients[i] for i in again)
         try:
             session, _ = await transport.acquire(transaction.route, transaction.hostname)
-        except Rejected as refused:
-            if len(again) == len(replies):
-                raise
-            found = [refused.reply] * len(again)
-        else:
             found = await transact_by(session, transaction._replace(recipients=recipients), transport)
+        except Rejected as refused:
+            found = [refused.reply] * len(again)
         for i, reply in zip(again, found):
             replies[i] = reply
     return replies
@@ -6003,13 +5760,13 @@ def save_message(transaction: Transaction) -> Reply:
             os.close(handle)
     except OSError as error:
         return make_reply("file", f"{folder}: {error.strerror or error}", mailer="File")
-    return make_reply("saved", word=path, mailer="File")
+    return make_reply("done", word=path, mailer="File")
 
 
 async def relay_screen(transaction: Transaction, transport: TransportContext) -> list:
     """Print the message on stderr."""
     printed = log.write_bytes(await asyncio.to_thread(screen_text, transaction))
-    reply = make_reply("printed") if printed else make_reply("file", "stderr cannot be written")
+    reply = make_reply("done", word="Printed") if printed else make_reply("file", "stderr cannot be written")
     return [reply._replace(mailer="Screen")] * len(transaction.recipients)
 
 
@@ -6024,22 +5781,34 @@ def screen_text(transaction: Transaction) -> bytes:
 
 async def relay_discard(transaction: Transaction, transport: TransportContext) -> list:
     """Deliver to nobody."""
-    return [make_reply("discarded", mailer="Discard")] * len(transaction.recipients)
+    return [make_reply("done", word="Discarded", mailer="Discard")] * len(transaction.recipients)
 
 
-# -- Relays by HTTP. Each posts to an API; http_accepted() and http_failure() hold what their responses have in common.
+# -- Relays by HTTP. http_accepted() and http_failure() hold what the responses of their APIs have in common.
 
 
-async def relay_haineko(transaction: Transaction, transport: TransportContext) -> list:
-    """To another Haineko, of this kind or of the old one in Perl; what it says of each recipient is handed on."""
-    response = await transport.http.request(
-        HTTPTarget.of_route(transaction.route), await asyncio.to_thread(haineko_request, transaction)
-    )
-    return haineko_replies(transaction, response)
+def http_relay(make_request: Callable, read_replies: Callable, max_recipients: int = 1 << 30) -> Callable:
+    """Return a relay that posts make_request(transaction), an HTTPRequest, for so many recipients at a time;
+    read_replies(transaction, response) returns one Reply or a list of one for each. Both may raise Rejected."""
+
+    async def relay(transaction: Transaction, transport: TransportContext) -> list:
+        replies: list = []
+        for start in range(0, len(transaction.recipients), max_recipients):
+            part = transaction._replace(recipients=transaction.recipients[start : start + max_recipients])
+            try:
+                call = await asyncio.to_thread(make_request, part)
+                found = read_replies(part, await transport.http.request(HTTPTarget.of_route(part.route), call))
+            except Rejected as refused:
+                found = refused.reply
+            replies += found if isinstance(found, list) else [found] * len(part.recipients)
+        return replies
+
+    return relay
 
 
 def haineko_request(transaction: Transaction) -> HTTPRequest:
-    """Return the submission: header and body if they express all of the message (Perl knows no more), else `raw`."""
+    """Return the submission to another Haineko: header and body if they express all of the message (the old one in
+    Perl knows no more), else `raw`."""
     octets = transaction.octets()
     try:
         document = as_plain_submission(transaction, octets)
@@ -6121,21 +5890,6 @@ KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "D
 TRANSFER_DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
 
 
-async def relay_sendgrid(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver by SendGrid's v3 mail/send, which takes a message in pieces."""
-    route, body = transaction.route, await asyncio.to_thread(sendgrid_body, transaction)
-    response = await transport.http.request(
-        HTTPTarget.of_route(transaction.route),
-        HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route)),
-    )
-    if response.status == 202:  # 200: valid, but will not be sent
-        message_id = response.headers.get("X-Message-Id")
-        reply = http_accepted(route, response, *([f"X-Message-Id: {message_id}"] if message_id else []))
-    else:
-        reply = http_failure(route, response, sendgrid_errors(response))
-    return [reply] * len(transaction.recipients)
-
-
 def bearer_header(route: Route) -> tuple:
     """Return the header fields that carry the route's API key."""
     return (("Authorization", f"Bearer {route.credentials[1]}"),)
@@ -6149,8 +5903,8 @@ def sendgrid_errors(response: HTTPResponse) -> list | None:
     return [": ".join(str(error[key]) for key in ("field", "message") if error.get(key)) for error in errors]
 
 
-def sendgrid_body(transaction: Transaction) -> bytes:
-    """Return the request; raises Rejected if it would lose more of the message than trace fields and charset."""
+def sendgrid_request(transaction: Transaction) -> HTTPRequest:
+    """Return the message in pieces; raises Rejected if it would lose more of it than trace fields and charset."""
     # https://www.twilio.com/docs/sendgrid/api-reference/mail-send
     octets = transaction.octets()
     try:
@@ -6163,24 +5917,31 @@ def sendgrid_body(transaction: Transaction) -> bytes:
             raise ValueError("the subject is empty")
     except (ValueError, LookupError, RecursionError) as error:
         raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
-    return encode_json({key: value for key, value in document.items() if value})
+    body = encode_json({key: value for key, value in document.items() if value})
+    return HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route))
+
+
+def sendgrid_reply(transaction: Transaction, response: HTTPResponse) -> Reply:
+    if response.status != 202:  # 200: valid, but will not be sent
+        return http_failure(transaction.route, response, sendgrid_errors(response))
+    message_id = response.headers.get("X-Message-Id")
+    return http_accepted(transaction.route, response, *([f"X-Message-Id: {message_id}"] if message_id else []))
 
 
 def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
     """Return author and recipients; SendGrid shows every recipient but Bcc, and delivers to every one that it shows."""
     shown = {name: sendgrid_mailboxes(single_field(fields, name)) for name in ("from", "to", "cc", "reply-to")}
-    if len(shown["from"]) != 1:
+    author, reply_to = shown["from"], shown["reply-to"]
+    if len(author) != 1:
         raise ValueError("From has several addresses")
     if not shown["to"]:
         raise ValueError("To has none of the recipients")
     hidden = [{"email": recipient} for recipient in hidden_recipients(transaction, fields)]
     people = {"to": shown["to"], "cc": shown["cc"], "bcc": hidden}
-    document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": shown["from"][0]}
-    reply_to = shown["reply-to"]
-    return {
-        **document,
-        **({"reply_to_list": reply_to} if len(reply_to) > 1 else {"reply_to": reply_to and reply_to[0]}),
-    }
+    document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": author[0]}
+    if len(reply_to) > 1:
+        return {**document, "reply_to_list": reply_to}
+    return {**document, "reply_to": reply_to and reply_to[0]}
 
 
 def hidden_recipients(transaction: Transaction, fields: list) -> list:
@@ -6271,29 +6032,12 @@ def sendgrid_attachment(part: Any) -> dict:
     return {**attachment, "content_id": content_id} if content_id else attachment
 
 
-async def relay_amazonses(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver by version 2 of Amazon SES, which takes the message as it is, for 50 recipients at a time."""
-    replies: list = []
-    for start in range(0, len(transaction.recipients), AMAZONSES_RECIPIENTS):
-        part = transaction._replace(recipients=transaction.recipients[start : start + AMAZONSES_RECIPIENTS])
-        try:
-            call = await asyncio.to_thread(amazonses_request, part, time.time())
-            response = amazonses_reply(
-                transaction.route, await transport.http.request(HTTPTarget.of_route(transaction.route), call)
-            )
-        except Rejected as refused:
-            response = refused.reply
-        replies += [response] * len(part.recipients)
-    return replies
-
-
-AMAZONSES_RECIPIENTS = 50  # https://docs.aws.amazon.com/ses/latest/dg/quotas.html
 AMAZONSES_TEMPORARY = ["TooManyRequestsException", "ThrottlingException", "Throttling"]  # errors 400 that pass
 AMAZONSES_TEMPORARY += ["LimitExceededException", "SendingPausedException"]
 
 
-def amazonses_request(transaction: Transaction, now: float) -> HTTPRequest:
-    """Return the signed request; raises Rejected for a message without exactly one From."""
+def amazonses_request(transaction: Transaction) -> HTTPRequest:
+    """Return the signed request, with the message as it is; raises Rejected for a message without exactly one From."""
     octets = ascii_message(transaction)
     try:
         author = single_field(parse_message(octets)[0], "from")
@@ -6308,7 +6052,7 @@ def amazonses_request(transaction: Transaction, now: float) -> HTTPRequest:
     if transaction.sender and address_key(spec) != address_key(transaction.sender):
         document["FeedbackForwardingEmailAddress"] = transaction.sender
     call = HTTPRequest("POST", "/v2/email/outbound-emails", encode_json(document))
-    return sign_sigv4(call, transaction.route, now)
+    return sign_sigv4(call, transaction.route, time.time())
 
 
 def amazonses_reply(route: Route, response: HTTPResponse) -> Reply:
@@ -6346,20 +6090,12 @@ def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
     return call._replace(headers=(*call.headers, *added, ("Authorization", value)))
 
 
-async def relay_mandrill(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver by Mandrill's messages/send-raw, which takes the message as it is and answers for each recipient."""
-    body = await asyncio.to_thread(mandrill_body, transaction)
-    response = await transport.http.request(
-        HTTPTarget.of_route(transaction.route), HTTPRequest("POST", "/api/1.0/messages/send-raw.json", body)
-    )
-    return mandrill_replies(transaction, response)
-
-
-def mandrill_body(transaction: Transaction) -> bytes:
-    """Return the request."""
+def mandrill_request(transaction: Transaction) -> HTTPRequest:
+    """Return the message as it is."""
     envelope = {"from_email": transaction.sender or None, "to": transaction.recipients}
     content = {"key": transaction.route.credentials[1], "raw_message": ascii_message(transaction).decode()}
-    return encode_json({**content, **envelope, "async": False})
+    body = encode_json({**content, **envelope, "async": False})
+    return HTTPRequest("POST", "/api/1.0/messages/send-raw.json", body)
 
 
 def mandrill_replies(transaction: Transaction, response: HTTPResponse) -> list:
@@ -6472,18 +6208,13 @@ DSN_BY_STATUS = {401: "5.7.8", 403: "5.7.1"}
 
 def parse_retry_after(response: HTTPResponse) -> int:
     """Return the seconds after which to try again (RFC 9110 10.2.3), at most a day; 0 if the response has none."""
-    text, now = response.headers.get("Retry-After", "").strip(), time.time()
-    reset = response.headers.get("X-RateLimit-Reset", "") if response.status == 429 else ""  # SendGrid: Unix time
+    reset = response.headers.get("X-RateLimit-Reset") if response.status == 429 else ""  # SendGrid: Unix time
+    text, now = (response.headers.get("Retry-After") or reset or "").strip(), time.time()
     try:
-        if re.fullmatch(r"[0-9]{1,9}", text):
-            wait = int(text)
-        elif text:
-            wait = parsedate_to_datetime(text).timestamp() - now
-        else:
-            wait = int(reset) - now if re.fullmatch(r"[0-9]{1,10}", reset) else 0
+        wait = int(text) if re.fullmatch("[0-9]{1,10}", text) else parsedate_to_datetime(text).timestamp() - now
     except (TypeError, ValueError, OverflowError):
-        wait = 0
-    return min(max(int(wait), 0), 86400)
+        return 0
+    return min(max(int(wait - now if wait > 1e9 else wait), 0), 86400)
 
 
 def sanitize_lines(lines: Any) -> tuple:
@@ -6650,53 +6381,48 @@ async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> lis
 
 def probe_mx_host(route: Route, hostname: str) -> list:
     """Open a session to one host; if TLS is opportunistic, tell whether the certificate would have been accepted."""
-    strict = probe_session(replace(route, tls_verify=True), hostname)
-    if strict[-1].ok or strict[-1].step != "TLS" or not route.tls_if_offered:
-        return strict
-    loose = probe_session(route, hostname)
-    if loose[-1].ok:
-        return [*loose, CheckResult("TLS", True, f"not verified: {strict[-1].text}")]
-    clear = probe_session(replace(route, tls_if_offered=False), hostname)
-    return [*clear, CheckResult("TLS", True, f"mail goes in clear text: {loose[-1].text}")] if clear[-1].ok else loose
+    clear, why = replace(route, tls_if_offered=False), ""
+    variants = {"": replace(route, tls_verify=True), "not verified": route, "mail goes in clear text": clear}
+    for note, hop in variants.items():
+        results = probe_session(hop, hostname)
+        if results[-1].ok:
+            return results + ([CheckResult("TLS", True, f"{note}: {why}")] if note else [])
+        if results[-1].step != "TLS" or not route.tls_if_offered:
+            break
+        why = results[-1].text
+    return results
 
 
-async def probe_folder(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Tell whether files can be made in the folder."""
+async def probe_local(probe: ConnectivityProbe, transport: TransportContext) -> list:
+    """Tell whether files can be made in the route's folder, if it has one."""
+    if not probe.route.row.into_folder:
+        return [CheckResult("NONE", True, "nothing to connect to")]
     folder = probe.route.folder
     ok = is_writable_folder(folder)
     return [CheckResult("FILE", ok, folder if ok else f"{folder} is no folder that can be written")]
 
 
-async def probe_none(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Report that there is nothing to connect to."""
-    return [CheckResult("NONE", True, "nothing to connect to")]
-
-
 def http_probe(ask: Callable) -> Callable:
     """Make a probe of ask(route, request), which returns a line of text if the login is good or raises Rejected."""
 
-    async def probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
-        return await asyncio.to_thread(_probe_http, probe.route, ask)
-
-    return probe
-
-
-def _probe_http(route: Route, ask: Callable) -> list:
-    results = probe_dns(route)
-    if not results[-1].ok:
+    def steps(route: Route) -> list:
+        results = probe_dns(route)
+        if not results[-1].ok:
+            return results
+        line, place = KeepAliveConnection(HTTPTarget.of_route(route)), f"{route.host}:{route.port}"
+        try:
+            line.open()
+            results.append(CheckResult("TCP", True, f"connected to {place}"))
+            results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
+            results.append(CheckResult("AUTH", True, ask(route, line.exchange)))
+        except Rejected as rejected:
+            step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
+            results.append(failed_step(step, rejected.reply, place))
+        finally:
+            line.close()
         return results
-    line, place = KeepAliveConnection(HTTPTarget.of_route(route)), f"{route.host}:{route.port}"
-    try:
-        line.open()
-        results.append(CheckResult("TCP", True, f"connected to {place}"))
-        results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
-        results.append(CheckResult("AUTH", True, ask(route, line.exchange)))
-    except Rejected as rejected:
-        step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
-        results.append(failed_step(step, rejected.reply, place))
-    finally:
-        line.close()
-    return results
+
+    return lambda probe, transport: asyncio.to_thread(steps, probe.route)
 
 
 @http_probe
@@ -6766,6 +6492,11 @@ send_gmail = functools.partial(relay_by_token, gmailapi_request, 200)
 GRAPH_SCOPES = "https://graph.microsoft.com/.default", "https://graph.microsoft.com/Mail.Send offline_access"
 BY_TOKEN = {"needs": ("auth",), "login": ("username", "oauth2")}
 
+
+relay_haineko = http_relay(haineko_request, haineko_replies)
+relay_sendgrid = http_relay(sendgrid_request, sendgrid_reply)
+relay_amazonses = http_relay(amazonses_request, lambda job, found: amazonses_reply(job.route, found), 50)  # quota
+relay_mandrill = http_relay(mandrill_request, mandrill_replies)
 RELAYS.update(
     ESMTP=Relay(relay_esmtp, probe_esmtp, keeps_octets=True),
     MX=Relay(relay_mx, probe_mx, destination="MX {domain}", refuses=("auth",), keeps_octets=True),
@@ -6775,9 +6506,9 @@ RELAYS.update(
     Mandrill=Relay(relay_mandrill, probe_mandrill, 25, "https://mandrillapp.com", ("auth",), login=("password",)),
     MSGraph=Relay(send_msgraph, probe_msgraph, 25, "https://graph.microsoft.com", scopes=GRAPH_SCOPES, **BY_TOKEN),
     GmailAPI=Relay(send_gmail, probe_gmail, 25, "https://gmail.googleapis.com", **BY_TOKEN),
-    File=Relay(relay_file, probe_folder, destination="File {route.folder}", into_folder=True),
-    Screen=Relay(relay_screen, probe_none, destination="Screen"),
-    Discard=Relay(relay_discard, probe_none, destination="Discard"),
+    File=Relay(relay_file, probe_local, destination="File {route.folder}", into_folder=True),
+    Screen=Relay(relay_screen, probe_local, destination="Screen"),
+    Discard=Relay(relay_discard, probe_local, destination="Discard"),
 )
 
 # ======================================================================================================================
@@ -7933,7 +7664,7 @@ def queue_options(
     found = IDEMPOTENCY_KEY.fullmatch(key)
     if not found:
         raise Rejected(make_reply("key-form"))
-    owner = request.login or f"[{request.client.text}]"  # nobody else may read the response
+    owner = request.login or f"[{request.client}]"  # nobody else may read the response
     digest = hashlib.sha256("\0".join((owner, request.path, found[1] or found[2])).encode()).digest()
     return QueueOptions(async_, digest, body_digest, request.login)
 
@@ -7954,7 +7685,7 @@ async def enqueue_before_sending(
     item = new_item(request, transactions, accepted, options)
     earlier = await app.queue.add(item, leased=not options.async_)
     if options.async_ and not earlier:
-        pairs = log_pairs(client=request.client.text, login=request.login or None, **{"from": f"<{item.sender}>"})
+        pairs = log_pairs(client=request.client, login=request.login or None, **{"from": f"<{item.sender}>"})
         log.lines(f"{item.queueid}: {pairs} (queued, to be delivered at once)")
         app.queue.wake_manager()
     return earlier
@@ -8179,7 +7910,7 @@ def log_line(
     """Return a log line with the keys of Postfix's; keys without a value are left out."""
     line = [f"{queueid or '-'}:"]
     if request.client:
-        line.append(f"client={request.client.text}")
+        line.append(f"client={request.client}")
     if request.login:
         line.append(f"login={log_value(request.login)}")
     elif request.login_fault:
@@ -8210,7 +7941,7 @@ def answer_document(
         "addresser": submission.mail if submission else None,
         "recipient": accepted if submission else None,
         "response": [reply_to_dict(to, reply) for to, reply in replies.items()],
-        "remoteaddr": request.client.text if request.client else None,
+        "remoteaddr": str(request.client) if request.client else None,
         "remoteport": request.port,
         "useragent": echoed_header(request, "user-agent"),
         "referer": echoed_header(request, "referer"),
@@ -8418,7 +8149,7 @@ def check_monitor(request: Request, submission: None, settings: Settings) -> Rep
     """Require an address in httpd.monitors, and no web page whose name was rebound in DNS."""
     host, reason = request.headers.get("host", "").lower(), hidden_client(request, settings)
     if request.client not in settings.httpd.monitors:
-        reason = f"{request.client.text} is not in httpd.monitors"
+        reason = f"{request.client} is not in httpd.monitors"
     elif not reason and request.forwarded and request.client in LOOPBACK:  # a proxy can't know that it is this machine
         reason = f"{request.forwarded}: a forwarded request is not from this machine"
     elif not reason and not is_own_host(host, settings):
@@ -8465,7 +8196,7 @@ async def change_queued_mail(request: Request, app: App, verb: str, operation: C
     """Answer with the number of recipients that an operation changed, and the mail as it is now."""
     queueid = (await find_queued_mail(request, app))["queueid"]
     count = await app.queue.do(operation, queueid, *values)
-    pairs = log_pairs(client=request.client.text, login=request.login or None)
+    pairs = log_pairs(client=request.client, login=request.login or None)
     log.lines(f"{queueid}: {pairs} {count} recipients {verb}")
     return json_response({verb: count, **message_document(await app.queue.do(message_status, queueid))})
 
@@ -8717,7 +8448,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def _needs_password_check(self, endpoint: Endpoint, request: Request) -> bool:
         """Return True if a password hash has to be computed."""
         password = self.settings.password
-        return bool(password.logins and endpoint.checks and not password.is_fast(credentials_of(request)))
+        return bool(password.logins and endpoint.checks and not password.is_cached(credentials_of(request)))
 
     def rejection(self, reply: Reply) -> Response:
         """Return the response for a Reply that refuses the request, and log it."""
@@ -9840,7 +9571,8 @@ def post_submission(url: str, body: bytes, credentials: tuple = ()) -> tuple:
         if url.startswith("unix:"):
             connection.sock = socket.socket(socket.AF_UNIX)
             connection.sock.connect(url[5:])
-        response = connection.exchange_once(HTTPRequest("POST", path, body, basic_auth_header(credentials)))
+        with contextlib.closing(connection):
+            response = connection.exchange(HTTPRequest("POST", path, body, basic_auth_header(credentials)))
     except Rejected as error:
         raise CommandError(f"{url}: {': '.join(error.reply.message)}", 1) from None
     except OSError as error:
