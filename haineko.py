@@ -3472,7 +3472,10 @@ class SharedLimits:
 
     def __init__(self) -> None:
         self.cells = memoryview(mmap.mmap(-1, 16 * self.SLOTS)).cast("q")  # (fingerprint, arrival time in us)
-        self.file = anonymous_file()
+        import tempfile
+
+        in_memory = functools.partial(os.memfd_create, "haineko") if hasattr(os, "memfd_create") else None
+        self.file: Any = (in_memory or tempfile.TemporaryFile)()
         self.lock = threading.Lock()  # locks of files hold between processes only
         self.sessions: set = set()  # octets locked by this process; fcntl itself does not tell
 
@@ -3526,18 +3529,7 @@ class SharedLimits:
         fcntl.lockf(self.file, fcntl.LOCK_UN, 1, octet)
 
     def __del__(self) -> None:
-        os.close(self.file)
-
-
-def anonymous_file() -> int:
-    """Return a descriptor of a file without a name, in memory if the system can."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("haineko")
-    import tempfile
-
-    handle, name = tempfile.mkstemp()
-    os.unlink(name)
-    return handle
+        os.close(self.file) if isinstance(self.file, int) else self.file.close()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -5338,10 +5330,7 @@ class TransportContext:
 async def attempt_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
     """Attempt a transaction once; every recipient has a reply."""
     began = time.monotonic()
-    if transaction.route.fallbacks:
-        replies = await attempt_route_list(transaction, transport)
-    else:
-        replies = await attempt_route(transaction, transport)
+    replies = await (attempt_route_list if transaction.route.fallbacks else attempt_route)(transaction, transport)
     for reply in dict.fromkeys(reply for reply in replies if reply.route_fault):
         words = log_value(" ".join((reply.code, *reply.message)))
         log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed, mail waits: {words}")
