@@ -6392,7 +6392,7 @@ def queued_reply(queueid: str, reply: Reply | None = None) -> Reply:
 def notifications(leased: LeasedRecipient, reply: Reply, state: str, settings: Settings, now: float) -> tuple:
     """Return the items that report an attempt: an event for the webhook, a bounce for the sender; usually none."""
     items, event = [], "deferred" if state == "open" and leased.attempts == 1 else state
-    if leased.kind == "mail" and event != "open" and settings.queue.webhook:
+    if leased.kind == "mail" and leased.sender and event != "open" and settings.queue.webhook:  # not of bounces
         items.append(webhook_event(f"message.{event}", leased, reply, settings.queue.webhook, now))
     if state == "failed" and may_bounce(leased, settings):
         items.append(new_bounce(leased, reply, settings, now))
@@ -6401,7 +6401,8 @@ def notifications(leased: LeasedRecipient, reply: Reply, state: str, settings: S
 
 def webhook_event(name: str, leased: LeasedRecipient, reply: Reply, url: str, now: float) -> NewQueueItem:
     """Return an event in the form of Standard Webhooks; its queue id is the webhook-id."""
-    data = {"queueid": leased.queueid, "addresser": leased.sender, **reply_to_dict(leased.as_written, reply)}
+    data = {"queueid": leased.queueid, "login": leased.login or None, "addresser": leased.sender}
+    data.update(reply_to_dict(leased.as_written, reply))
     timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
     event = {"type": name, "timestamp": timestamp, "data": {**data, "attempts": leased.attempts}}
     message = Message((ENCODER.encode(event).encode(),))
