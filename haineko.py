@@ -75,6 +75,7 @@ import urllib.parse
 from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
 from html import unescape
 from html.parser import HTMLParser
@@ -104,6 +105,8 @@ class Reply(NamedTuple):
     retry_after: int = 0  # seconds after which to try again, if the other side named them
     origin: str = "relay"  # who gave it: "relay" (the other side, or our part in talking to it), "policy", "queue"
     from_server: bool = False  # the code and the words are the next hop's own
+    before_text: bool = False  # the text of the mail was not sent
+    fallback: str | None = None  # relays of the route's list that failed before
     route_fault: bool = False  # log-in or settings of the route are at fault: no verdict on the mail, which waits
 
     @property
@@ -269,12 +272,14 @@ REPLIES = {
     # a submission against policy
     "login": (401, "535", "5.7.0", "AUTH", "authentication failed"),
     "client": (403, "500", "5.7.1", "AUTH", "Access denied"),
+    "rate": (429, "450", "4.7.1", "AUTH", "Rate limit exceeded"),
     "json": (400, "421", None, "HTTP", "Malformed JSON string"),
     "invalid": (400, "554", "5.6.0", "HTTP", "Invalid submission"),
     "loop": (400, "421", "5.4.6", "CONN", "Detected message loop"),
     "ehlo": (400, "501", "5.0.0", "EHLO", "Invalid domain name"),
     "mail-empty": (400, "501", "5.5.2", "MAIL", 'Syntax error in parameters scanning "FROM"'),
     "mail-form": (400, "553", "5.5.4", "MAIL", "Domain name required for sender address"),
+    "sender-policy": (403, "553", "5.7.1", "MAIL", "Sender address is not permitted"),
     "rcpt-none": (400, "553", "5.0.0", "RCPT", "User address required"),
     "rcpt-many": (403, "452", "4.5.3", "RCPT", "Too many recipients"),
     "rcpt-form": (400, "553", "5.1.5", "RCPT", "Recipient address is invalid"),
@@ -300,6 +305,7 @@ REPLIES = {
     "mta-sts": (0, "451", "4.7.5", "STARTTLS", "MTA-STS policy of the domain admits none of its hosts"),
     "no-starttls": (0, "454", "4.7.4", "STARTTLS", "STARTTLS is required, but was not offered"),
     "tls": (0, "421", "4.7.5", "STARTTLS", "TLS handshake failed"),
+    "route-limit": (0, "451", "4.3.2", "CONN", "The route's limit is reached"),
     "no-auth": (0, "454", "4.7.0", "AUTH", "AUTH is required, but no mechanism known here was offered"),
     "token": (0, "454", "4.7.0", "AUTH", "No access token"),
     "clear-auth": (0, "454", "4.7.11", "AUTH", "Credentials are not sent over a connection without TLS"),
@@ -746,25 +752,31 @@ class Authenticator:
     CACHE_TTL = 600  # seconds
     MAX_CONCURRENT_HASHES = 2  # scrypt takes 16 MiB and a core each
 
-    def __init__(self, hashes: dict) -> None:
-        self.hashes = hashes
-        self.cost = max([NEW_COST, *map(scrypt_cost, hashes.values())])  # of every verification
+    def __init__(self, logins: dict) -> None:
+        self.logins = logins
+        self.keys = {login.hash: name for name, login in logins.items() if login.hash.startswith(KEY_HASH)}
+        self.cost = max([NEW_COST, *[scrypt_cost(login.hash) for login in logins.values()]])  # of every verification
         self.verified: dict = {}  # HMAC of the credentials: monotonic time until which they are taken for right
         self.key = os.urandom(32)  # so that memory holds no plain digest of a password
         self.semaphore = threading.Semaphore(self.MAX_CONCURRENT_HASHES)
 
-    def is_cached(self, credentials: str | None) -> bool:
-        """True if these credentials, an Authorization header, were verified lately."""
-        return bool(self.verified) and self.verified.get(self._cache_key(credentials or ""), 0) > time.monotonic()
+    def is_cached(self, credentials: str) -> bool:
+        """True if these credentials, an Authorization header, were verified lately, or are a key."""
+        cached = self.verified and self.verified.get(self._cache_key(credentials), 0) > time.monotonic()
+        return bool(cached or self.key_owner(credentials))
 
-    def authenticate(self, credentials: str) -> bool:
-        """Verify an Authorization header (RFC 7617); takes a tenth of a second unless it is cached."""
-        if self.is_cached(credentials):
-            return True
+    def key_owner(self, credentials: str) -> str:
+        """Return the login whose API key these credentials are, "" for none. A look-up by digest tells no timing."""
         user, colon, password = decode_basic(credentials).partition(":")
-        if not colon:
-            return False
-        line = self.hashes.get(user, "")
+        return self.keys.get(key_hash(password if colon else user), "") if self.keys else ""
+
+    def authenticate(self, credentials: str) -> str:
+        """Return the name that an Authorization header (RFC 7617) proves, "" for none; takes a tenth of a second for a
+        password unless it is cached."""
+        user, colon, password = decode_basic(credentials).partition(":")
+        if self.is_cached(credentials) or not colon:
+            return self.key_owner(credentials) or (user if colon else "")
+        line = self.logins[user].hash if user in self.logins else ""
         with self.semaphore:
             right = bool(line) and verify_password(line, password)
             if rest := self.cost - scrypt_cost(line):  # or the time would tell which users exist
@@ -773,7 +785,7 @@ class Authenticator:
             now = time.monotonic()
             self.verified = {key: expires for key, expires in self.verified.items() if expires > now}
             self.verified[self._cache_key(credentials)] = now + self.CACHE_TTL
-        return right
+        return user if right else ""
 
     def _cache_key(self, credentials: str) -> bytes:
         return hmac.digest(self.key, credentials.encode(), "sha256")
@@ -789,11 +801,23 @@ def decode_basic(credentials: str) -> str:
 
 
 def parse_passwords(value: Any, json_path: str, errors: list) -> Authenticator:
-    return Authenticator(mapping_of(parse_password_hash)(value, json_path, errors))
+    return Authenticator(mapping_of(parse_login)(value, json_path, errors))
+
+
+def parse_login(value: Any, json_path: str, errors: list) -> Login | None:
+    """Parse a hash, or an object that has one; without it there is no login."""
+    if not isinstance(value, dict):
+        value = {"hash": parse_password_hash(value, json_path, errors)}
+    elif not value.get("hash"):
+        errors.append(f"{json_path}.hash: expected a hash")
+    login = from_dict(Login, value, json_path, errors)
+    return login if login.hash else None
 
 
 def verify_password(line: str, password: str) -> bool:
-    """True if `line` (scrypt or {SSHA}) is the hash of the password."""
+    """True if `line` (scrypt or {SSHA}) is the hash of the password. Those of keys are looked up instead."""
+    if line.startswith(KEY_HASH):
+        return False
     found = SCRYPT.fullmatch(line)
     if not found:
         octets = base64.b64decode(line[len("{SSHA}") :])
@@ -803,6 +827,18 @@ def verify_password(line: str, password: str) -> bool:
     return hmac.compare_digest(scrypt(password, salt, cost, block, parallel), digest)
 
 
+def new_key(prefix: str) -> str:
+    """Return a new API key: 43 random digits, and 6 by which scanners for leaked secrets can tell it."""
+    digits = os.urandom(43).translate(RANDOM_DIGITS)
+    return f"{prefix}{digits.decode()}{_base62(binascii.crc32(digits))}"
+
+
+def key_hash(key: str) -> str:
+    """Return the hash of an API key; the key is random, so that a plain digest is enough."""
+    return KEY_HASH + hashlib.sha256(key.encode()).hexdigest()
+
+
+KEY_HASH = "$sha256$"
 NEW_COST = 5  # OWASP's N=2**14, r=8, p=5: as hard as N=2**17, p=1 in an eighth of the memory, 16 MiB
 
 
@@ -830,7 +866,9 @@ _BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9
 SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at most
 SSHA = re.compile(rf"{{SSHA}}(?=.{{27}}[^=]){_BASE64}")  # of 21 octets or more: SHA-1 of password and salt, salt
 parse_password_hash = matching(
-    re.compile(f"{SCRYPT.pattern}|{SSHA.pattern}"), "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True
+    re.compile(rf"{SCRYPT.pattern}|{SSHA.pattern}|\$sha256\$[0-9a-f]{{64}}"),
+    "a hash as `haineko.py pw` prints it, or {SSHA}",
+    secret=True,
 )
 
 
@@ -909,6 +947,39 @@ LIBCRYPTO = {  # function: types of its result and arguments in ctypes
 }  # fmt: skip
 
 
+class Rate(NamedTuple):
+    """A limit such as "100/3600": so many in so many seconds."""
+
+    limit: int
+    seconds: int
+
+
+def parse_rate(value: Any, json_path: str, errors: list) -> Rate | None:
+    """Parse "RECIPIENTS/SECONDS"; "" is no limit."""
+    text = matching(RATE, '"RECIPIENTS/SECONDS", such as "100/3600"', optional=True)(value, json_path, errors)
+    return Rate(*map(int, text.split("/"))) if text else None
+
+
+RATE = re.compile("[1-9][0-9]{0,8}/[1-9][0-9]{0,6}")
+
+
+@functools.lru_cache(maxsize=1024)
+def iso_time(text: str) -> float:
+    """Return the seconds since the epoch of an ISO 8601 date or time, which is UTC unless it says otherwise."""
+    moment = datetime.fromisoformat(re.sub("[Zz]$", "+00:00", text))
+    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+
+
+def fence_key(text: str) -> str:
+    """Return an address, a domain or ".domain" as permits() compares it, "" if it is none of them."""
+    return recipient_key(text) if "@" in text else domain_key(text)
+
+
+def lookup_keys(domain: str) -> list:
+    """Return the keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
+    return [domain, *(domain[dot.start() :] for dot in re.finditer(r"\.", domain))]
+
+
 def domain_key(name: str) -> str:
     """Return a domain, or ".domain", in lower case and ASCII (RFC 5890); "" if it is none."""
     dot = "." if name.startswith(".") else ""
@@ -943,6 +1014,7 @@ IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different
 DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
 parse_domain = matching(plain_domain_key, "a domain", convert=domain_key)
 parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
+parse_fence = list_of(matching(fence_key, 'an address, "example.org" or ".example.org"', convert=fence_key), frozenset)
 parse_aliases = mapping_of(
     list_of(matching(recipient_key, "an address"), required=True),
     lambda name: "" if "@" in name else name.lower(),
@@ -1042,6 +1114,30 @@ class Credentials:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
+class Login:
+    """Who may log in, and what for. A fence that is absent (None) permits everything, an empty one nothing."""
+
+    hash: str = config_field("", parse_password_hash, "of the password or the API key", secret=True)
+    senders: frozenset | None = config_field(None, parse_fence, "addresses and domains that may be used as sender")
+    recipients: frozenset | None = config_field(None, parse_fence, "the same of recipients")
+    networks: Networks | None = config_field(None, parse_networks, "from where it may be used")
+    rate: Rate | None = config_field(None, parse_rate, '"100/3600": recipients in seconds')
+    expires: str = config_field("", matching(iso_time, "an ISO 8601 date or time", optional=True), "when it ends")
+    sandbox: bool = config_field(False, parse_boolean, "1: nothing leaves")
+    trace: bool = config_field(False, parse_boolean, "1: it may ask for the SMTP dialogue")
+
+    @property
+    def is_fenced(self) -> bool:
+        return any(getattr(self, item.name) != item.default for item in fields(self)[1:])
+
+    def fault(self, client: IPAddress, now: float) -> str:
+        """Say why a right password is of no use here and now, "" if it is."""
+        if self.networks is not None and client not in self.networks:
+            return f"{client} is not in its networks"
+        return f"expired at {self.expires}" if self.expires and iso_time(self.expires) <= now else ""
+
+
+@dataclass(frozen=True, repr=False, eq=False)
 class DkimKey:
     """What signs the mail of a domain (RFC 6376). resolve_settings() sets domain and private."""
 
@@ -1066,6 +1162,8 @@ class Route:
     timeout: int = config_field(30, integer(1, 3600), "seconds for each step of the dialogue")
     retry: int = config_field(0, integer(0, 100), "more tries after a temporary failure while the client waits")
     sleep: int = config_field(5, integer(0, 3600), "seconds between them")
+    sessions: int = config_field(0, integer(0, 10000), "ESMTP: at most so many SMTP sessions; 0 means no limit")
+    rate: Rate | str = config_field("", parse_rate, '"30/60": at most so many recipients in seconds')
     disabled: bool = config_field(False, parse_boolean, "1: as if this route were not there")
     https: bool = config_field(False, parse_boolean, "Haineko: 1 means TLS")
     dkim: bool = config_field(True, parse_boolean, "ESMTP, MX: 0 means that its mail is not signed")
@@ -1075,6 +1173,7 @@ class Route:
     credentials: tuple = field(default=(), repr=False)
     address: str = ""  # to connect to in place of a look-up; or several, divided by spaces
     tls_if_offered: bool = False  # STARTTLS where the server has it
+    fallbacks: tuple = ()  # the Routes behind it in a list
     token: str = field(default="", repr=False)
     oauth2: OAuth2 | None = None
 
@@ -1084,6 +1183,16 @@ class Route:
 
     def __hash__(self) -> int:
         return hash((self.mailer, self.host, self.port, self.address))  # cheap: routes are keys of the session pools
+
+    @property
+    def choices(self) -> tuple:
+        """The routes of a list, in order; of a route alone itself."""
+        return (self, *self.fallbacks)
+
+    @property
+    def limit_key(self) -> str:
+        """Name of what `sessions` and `rate` limit: a server, or an account of it."""
+        return " ".join([self.mailer, self.host, str(self.port), *self.credentials[:1]])
 
     @property
     def relay(self) -> str:
@@ -1115,6 +1224,12 @@ class Route:
         return next((p for p in (self.mailer, self.host) if p.startswith("/")), "") or tempfile.gettempdir()
 
 
+def parse_route(value: Any, json_path: str, errors: list) -> Route:
+    """Parse a route, or a list of them; the first one holds the others."""
+    first, *others = list_of(nested(Route), required=True)(value, json_path, errors) or (Route(),)
+    return replace(first, fallbacks=tuple(others)) if others else first
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Settings:
     """All of haineko.json, every value checked."""
@@ -1123,8 +1238,8 @@ class Settings:
     smtpd: Smtpd = config_field(Smtpd(), nested(Smtpd))
     relayhosts: Relayhosts = config_field(Relayhosts(), nested(Relayhosts))
     recipients: Recipients | None = config_field(None, nested(Recipients))
-    mailertable: dict = config_field({}, mapping_of(nested(Route), domain_key, DOMAIN_KEYS))
-    sendermt: dict = config_field({}, mapping_of(nested(Route), domain_key, DOMAIN_KEYS))
+    mailertable: dict = config_field({}, mapping_of(parse_route, domain_key, DOMAIN_KEYS))
+    sendermt: dict = config_field({}, mapping_of(parse_route, domain_key, DOMAIN_KEYS))
     authinfo: dict = config_field({}, mapping_of(nested(Credentials)))
     password: Authenticator = config_field(Authenticator({}), parse_passwords)
     queue: QueueSettings | None = config_field(None, nested(QueueSettings))
@@ -1222,7 +1337,8 @@ def referenced_files(settings: Settings) -> list:
     secrets += [settings.queue.webhook_secret] if settings.queue else []
     secrets += [item.key for item in settings.dkim.values()]
     names = [secret["file"] for secret in secrets if isinstance(secret, dict) and "file" in secret]
-    names += [route.ca_file for route in (*settings.mailertable.values(), *settings.sendermt.values())]
+    tables = *settings.mailertable.values(), *settings.sendermt.values()
+    names += [route.ca_file for first in tables for route in first.choices]
     names += [tls.certificate, tls.key] if tls else []
     return [os.path.join(base, name) for name in names if name]
 
@@ -1233,8 +1349,12 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
     logins = {name: _login(login, base, f"authinfo.{name}", errors) for name, login in settings.authinfo.items()}
     tables = {}
     for table in ("mailertable", "sendermt"):
-        routes = [(key, route) for key, route in getattr(settings, table).items() if not route.disabled]
-        tables[table] = {key: _route(route, logins, base, f"{table}.{key}", errors) for key, route in routes}
+        routes = [
+            (key, first)
+            for key, first in getattr(settings, table).items()
+            if not all(one.disabled for one in first.choices)
+        ]
+        tables[table] = {key: _route_list(first, logins, base, f"{table}.{key}", errors) for key, first in routes}
     name = settings.smtpd.hostname or local_hostname()
     if settings.httpd.tls:
         _check_tls(settings.httpd.tls, base, errors)
@@ -1334,6 +1454,15 @@ def _check_tls(tls: Tls, base: str, errors: list) -> None:
         server_context(tls, base) if not missing else None
     except OSError as error:
         errors.append(f"httpd.tls: {error.filename}: {error.strerror}")
+
+
+def _route_list(first: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
+    found = []
+    for i, route in enumerate(first.choices):
+        if not route.disabled:
+            path = f"{json_path}[{i}]" if first.fallbacks else json_path
+            found.append(_route(replace(route, fallbacks=()), logins, base, path, errors))
+    return replace(found[0], fallbacks=tuple(found[1:]))
 
 
 def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
@@ -1462,9 +1591,13 @@ def redacted(value: Any, secret: bool = False) -> Any:
     if secret and value:
         return "********"
     if isinstance(value, Authenticator):
-        return dict.fromkeys(value.hashes, "********")
+        return {name: redacted(login) if login.is_fenced else "********" for name, login in value.logins.items()}
+    if isinstance(value, Rate):
+        return f"{value.limit}/{value.seconds}"
     if isinstance(value, Networks):
         return list(value.texts)
+    if isinstance(value, Route) and value.fallbacks:
+        return [redacted(replace(choice, fallbacks=())) for choice in value.choices]
     if isinstance(value, dict):
         return {key: redacted(item) for key, item in value.items()}
     if isinstance(value, (tuple, frozenset)):
@@ -1728,6 +1861,10 @@ class Request:
     now: float  # seconds since the epoch
     settings: Settings | None = None  # in force when it began
     login: str = ""  # who logged in
+    login_fault: str = ""  # why a login is refused, for the log
+    limits: Any = None  # the server's SharedLimits
+    rate: tuple = ()  # (the Rate that counts, its RateState), for the answer
+    recipient_count: int = 0  # of those that passed the checks
     message_size: int = 0  # octets of the finished message
     forwarded: str = ""  # a header by which a proxy says that it forwarded the request
     dsn: tuple = DEFAULT_DSN  # what is asked of the next server
@@ -2501,25 +2638,77 @@ def jis_bytes_to_text(octets: bytes) -> str:
 
 # ======================================================================================================================
 # 6. Policy
-#    Takes a request, its submission and the settings; a check gives the Reply that refuses them, or None, and has no
-#    side effects, except that check_login() names who logged in. CHECKS has them in the order in which faults are told.
+#    Takes a request, its submission and the settings; a check gives the Reply that refuses them, or None. check_login()
+#    names who logged in and limits are counted; else checks have no side effects. CHECKS has them in the order in which
+#    faults are told.
 # ======================================================================================================================
 
 
 def check_login(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
-    """Require HTTP Basic (RFC 7617) if the section `password` has a user."""
-    if not settings.password.hashes:
+    """Require a login if the section `password` has one. Wrong ones are counted for each address."""
+    if not settings.password.logins:
         return None
+    credentials = credentials_of(request)
+    name = settings.password.authenticate(credentials)
+    login = settings.password.logins.get(name, ANYBODY)
+    request.login_fault = f"{name}: {fault}" if (fault := login.fault(request.client, request.now)) else ""
+    if name and not fault:
+        request.login = name
+        request.settings = sandboxed(settings) if login.sandbox else request.settings
+        return None
+    request.login_fault = request.login_fault or "no such name, password or key"
+    source = int(request.client) >> (64 if request.client.version == 6 else 0)
+    state = request.limits.take(f"wrong {source}", 1, WRONG_LOGINS, block=60) if credentials else None
+    if state and state.wait:
+        return rate_reply(request, WRONG_LOGINS, state, "wrong logins of this address")
+    return make_reply("login")
+
+
+WRONG_LOGINS = Rate(10, 60)
+ANYBODY = Login()
+
+
+def credentials_of(request: Request) -> str:
+    """Return the Authorization header of HTTP Basic (RFC 7617); a Bearer or Postmark token stands in it as it is."""
     credentials = request.headers.get("authorization", "")
-    if not settings.password.authenticate(credentials):
-        return make_reply("login")
-    request.login = decode_basic(credentials).partition(":")[0]
-    return None
+    token = credentials[7:] if credentials[:7].lower() == "bearer " else ""
+    token = token or (not credentials and request.headers.get("x-postmark-server-token", ""))
+    return "Basic " + base64.b64encode(token.strip().encode("latin-1")).decode() if token else credentials
+
+
+def login_of(request: Request, settings: Settings) -> Login:
+    return settings.password.logins.get(request.login, ANYBODY)
+
+
+def sandboxed(settings: Settings) -> Settings:
+    """Return settings by which nothing leaves."""
+    return replace(settings, mailertable={"default": SANDBOX_ROUTE}, sendermt={})
+
+
+SANDBOX_ROUTE = Route(mailer="Discard", host="sandbox")
+
+
+def check_rate(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
+    """Take the recipients from the login's budget; before they are known, require that some of it is left."""
+    rate, count = login_of(request, settings).rate, request.recipient_count
+    if not rate:
+        return None
+    state = request.limits.take(f"login {request.login}", count, rate)
+    if not count and not state.remaining:
+        state = state._replace(wait=state.reset - rate.seconds + rate.seconds / rate.limit)
+    return rate_reply(request, rate, state, f"recipients of the login {request.login}")
+
+
+def rate_reply(request: Request, rate: Rate, state: Any, counted: str) -> Reply | None:
+    """Return the refusal if nothing was taken; the answer tells the state in either case."""
+    request.rate = rate, state
+    line = f"{rate.limit} {counted} in {rate.seconds} seconds"
+    return make_reply("rate", line, retry_after=max(math.ceil(state.wait), 1)) if state.wait else None
 
 
 def check_client(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
     """Require an address in relayhosts, unless the client has to log in."""
-    if settings.password.hashes or settings.relayhosts.open_relay:
+    if settings.password.logins or settings.relayhosts.open_relay:
         return None
     if request.client not in settings.relayhosts.relayhosts:
         return make_reply("client", f"{request.client} is not in relayhosts.relayhosts")
@@ -2563,6 +2752,36 @@ def check_sender(request: Request, submission: Submission, settings: Settings) -
     return make_reply("mail-form", *idna_hint(submission.mail) or ('expected a bare address like "user@example.org"',))
 
 
+def check_sender_fence(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    """Require that the envelope sender and every author of the message are permitted to the login."""
+    fence = login_of(request, settings).senders
+    authors = () if fence is None else [parse_address(submission.mail), *message_authors(submission)]
+    for mailbox in authors:
+        if not permits(fence, mailbox):
+            address = sanitize(mailbox.addr_spec) if mailbox else "a From or Sender without address"
+            return make_reply("sender-policy", f"{address} is not in password.{request.login}.senders")
+    return None
+
+
+def message_authors(submission: Submission) -> list:
+    """Return the Mailboxes in From and Sender, None for a field that can't be parsed."""
+    found = [mailbox for _, mailbox in submission.header.from_]
+    for name, octets in submission.raw.fields if submission.raw else ():
+        if name in ("from", "sender", "resent-from", "resent-sender"):
+            try:
+                found += [mailbox for _, mailbox in parse_mailboxes(unfold(octets))] or [None]
+            except ValueError:
+                found.append(None)
+    return found
+
+
+def permits(fence: frozenset | None, mailbox: Mailbox | None) -> bool:
+    """Return True if a fence, of addresses, domains and ".domain", has the mailbox, or if there is none."""
+    if fence is None or not mailbox:
+        return fence is None
+    return mailbox.addr_spec.lower() in fence or not fence.isdisjoint(lookup_keys(mailbox.domain.lower()))
+
+
 def check_recipient_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.rcpt or submission.rcpt == ("",):
         return make_reply("rcpt-none", "rcpt is required, unless header has to, cc or bcc")
@@ -2578,8 +2797,14 @@ def check_recipient_count(request: Request, submission: Submission, settings: Se
 
 def check_recipients(request: Request, submission: Submission, settings: Settings) -> dict:
     """Return {recipient as written: the Reply that refuses it}."""
-    mailboxes = unique_recipients(submission).items()
-    return {to: reply for to, mailbox in mailboxes if (reply := check_recipient(mailbox, settings, to))}
+    refused = {}
+    for as_written, mailbox in unique_recipients(submission).items():
+        reply = check_recipient(mailbox, settings, as_written)
+        if not reply and not permits(login_of(request, settings).recipients, mailbox):
+            reply = make_reply("rcpt-policy", f"it is not in password.{request.login}.recipients")
+        if reply:
+            refused[as_written] = reply
+    return refused
 
 
 def check_body(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -2604,14 +2829,17 @@ def check_subject(request: Request, submission: Submission, settings: Settings) 
 CHECKS = (
     ("head", check_login),  # before the body is read; there is no submission yet
     ("head", check_client),
+    ("head", check_rate),
     ("submission", check_loop),
     ("submission", check_ehlo),
     ("submission", check_sender),
+    ("submission", check_sender_fence),
     ("submission", check_recipient_count),
     ("submission", check_recipients),
     ("content", check_body),  # if a recipient is left
     ("message", check_size),  # once the message is composed: request.message_size is known
     ("message", check_subject),
+    ("message", check_rate),  # last: a mail that is refused counts for nothing
 )
 
 
@@ -3175,11 +3403,6 @@ def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
 FALLBACK_ROUTE = Route(port=25)
 
 
-def lookup_keys(domain: str) -> list:
-    """Return the keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
-    return [domain, *(domain[dot.start() :] for dot in re.finditer(r"\.", domain))]
-
-
 # ======================================================================================================================
 # 9. Event loop
 #    asyncio's loop, with sockets that may speak TLS (smtplib's, which asyncio refuses), and data that leaves when the
@@ -3219,6 +3442,98 @@ class EventLoop(asyncio.SelectorEventLoop):
         sends, self.sends = self.sends, []
         for sock in sends:
             sock.try_operation(writing=True)
+
+
+# -- Limits shared by all processes of a server
+
+
+class RateState(NamedTuple):
+    """What a limiter answers: how long to wait (0: taken), what is left, and when all of it is back, in seconds."""
+
+    wait: float
+    remaining: int
+    reset: float
+
+
+class SharedLimits:
+    """Limits over all processes of a server: rates (GCRA) and counts of open sessions. Made before the workers fork.
+
+    A rate is one number in shared memory: the theoretical arrival time of the next unit. A session is a lock on one
+    octet of a file without a name, so that the kernel gives back those of a process that died.
+    """
+
+    SLOTS, PROBES = 4096, 16  # cells of the table; how many are looked at for one key
+    MAX_SESSIONS = 1 << 16  # octets that one route may lock
+    TABLE_LOCK = 0  # octet locked while the table is read and written; the sessions' octets follow
+
+    def __init__(self) -> None:
+        self.cells = memoryview(mmap.mmap(-1, 16 * self.SLOTS)).cast("q")  # (fingerprint, arrival time in us)
+        import tempfile
+
+        in_memory = functools.partial(os.memfd_create, "haineko") if hasattr(os, "memfd_create") else None
+        self.file: Any = (in_memory or tempfile.TemporaryFile)()
+        self.lock = threading.Lock()  # locks of files hold between processes only
+        self.sessions: set = set()  # octets locked by this process; fcntl itself does not tell
+
+    def take(self, key: str, count: int, rate: Rate, block: int = 0) -> RateState:
+        """Take `count` units from the key's budget, or none if there are not enough of them yet, and then none for
+        another `block` seconds."""
+        with self.lock:
+            return self._take(key, count, rate, block, time.monotonic())
+
+    def _take(self, key: str, count: int, rate: Rate, block: int, now: float) -> RateState:
+        fingerprint, each = _fingerprint(key), rate.seconds / rate.limit
+        fcntl.lockf(self.file, fcntl.LOCK_EX, 1, self.TABLE_LOCK)
+        try:
+            cell = self._cell(fingerprint, now)
+            before = max(self.cells[cell + 1] / 1e6, now) if self.cells[cell] == fingerprint else now
+            after = before + each * min(count, rate.limit)
+            wait = max(after - now - rate.seconds, 0.0)
+            wait = 0.0 if wait < 1e-6 else wait
+            if block and wait and before <= now + rate.seconds:  # it was not blocked yet
+                before, wait = now + rate.seconds + block - each, float(block)
+                self.cells[cell + 1] = int(before * 1e6)
+            if not wait:
+                self.cells[cell], self.cells[cell + 1] = fingerprint, int(after * 1e6)
+        finally:
+            fcntl.lockf(self.file, fcntl.LOCK_UN, 1, self.TABLE_LOCK)
+        used = (before if wait else after) - now
+        return RateState(wait, max(int((rate.seconds - used) / each + 1e-6), 0), used)
+
+    def _cell(self, fingerprint: int, now: float) -> int:
+        """Return the index of the key's cell: its own, else the one among its places that is free or due first."""
+        places = [2 * ((fingerprint + i) % self.SLOTS) for i in range(self.PROBES)]
+        own = [place for place in places if self.cells[place] == fingerprint]
+        return own[0] if own else min(places, key=lambda place: self.cells[place + 1])
+
+    def open_session(self, key: str, limit: int) -> int:
+        """Lock one of the key's `limit` octets and return it; 0 where all are taken."""
+        first = 1 + _fingerprint(key) % (1 << 44) * self.MAX_SESSIONS
+        for octet in range(first, first + limit):
+            if octet not in self.sessions:
+                try:
+                    fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, octet)
+                except OSError:
+                    continue
+                self.sessions.add(octet)
+                return octet
+        return 0
+
+    def close_session(self, octet: int) -> None:
+        """Give back what open_session() gave."""
+        self.sessions.discard(octet)
+        fcntl.lockf(self.file, fcntl.LOCK_UN, 1, octet)
+
+    def __del__(self) -> None:
+        os.close(self.file) if isinstance(self.file, int) else self.file.close()
+
+
+@functools.lru_cache(maxsize=4096)
+def _fingerprint(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big") | 1
+
+
+# -- Tasks and sockets
 
 
 def log_task_fault(_: Any, context: dict) -> None:
@@ -4365,6 +4680,7 @@ class Session(smtplib.SMTP):
         self._host = route.host  # the name that smtplib has the certificate checked for
         self.route, self.step, self.masked = route, "CONN", ""  # masked: what the log shows in place of what is sent
         self.pool: Any = None  # the SessionPool that it belongs to
+        self.give_back = lambda: None  # its place among the route's `sessions`
         self.stream: Any = None  # AsyncSocket of the open connection
         self.recv_buffer = b""  # received but not asked for yet
         self.maybe_complete = False  # recv_buffer may hold a complete reply
@@ -4495,6 +4811,7 @@ class Session(smtplib.SMTP):
             self.alive = False
         decided = recipient_replies(replies, result, lost, len(transaction.recipients))
         found = [item if isinstance(item, Reply) else self._to_reply(*item) for item in decided]
+        found = found if self.in_data else [reply._replace(before_text=True) for reply in found]
         if self.alive and any(map(self.refused_before_data, found)):
             self.quit()  # it may have reached a limit of the server
         return found
@@ -4639,6 +4956,8 @@ class Session(smtplib.SMTP):
         if self.stream:
             self.stream.release()
         super().close()
+        give_back, self.give_back = self.give_back, lambda: None
+        give_back()
 
     def quit(self) -> None:
         """Send QUIT and close, without waiting for the reply."""
@@ -4849,12 +5168,19 @@ class SessionPool:
         hopeless = not (self.idle or self.in_use or self.opening)
         full = bool(reply) and not hopeless
         if full:
-            self.refusal, self.open_limit, self.full_until = reply, 1, time.monotonic() + self.FULL_BACKOFF
+            self.slow_down(reply)
         elif hopeless:
-            busy = not reply or (reply.from_server and reply.temporary and reply.command == "CONN")
+            here = not reply or (
+                reply.temporary and reply.command == "CONN" and (reply.from_server or reply.retry_after)
+            )
+            busy = here or reply.code in THROTTLED
             self.fail_waiters([waiter for waiter in self.waiters if waiter.reply or not busy], None if busy else reply)
         self.wake_waiters()
         return full
+
+    def slow_down(self, reply: Reply) -> None:
+        """Open no session for a while, as long as there is one, since the server takes no more."""
+        self.refusal, self.open_limit, self.full_until = reply, 1, time.monotonic() + self.FULL_BACKOFF
 
     def fail_waiters(self, waiters: list, reply: Reply | None = None) -> None:
         for waiter in waiters:
@@ -4868,6 +5194,9 @@ class SessionPool:
         self.wake_waiters()
 
 
+THROTTLED = ("432", "454")  # too many connections (Microsoft), throttling failure (Amazon)
+
+
 class TransportContext:
     """What the deliveries of this process share: SMTP sessions, HTTP connections, the resolver, MTA-STS policies."""
 
@@ -4876,7 +5205,9 @@ class TransportContext:
     AGE = 300  # seconds after which a session is not used again
     MAX_IDLE = 256  # sessions of one route
 
-    def __init__(self, nameservers: tuple = ()) -> None:
+    def __init__(self, nameservers: tuple = (), limits: SharedLimits | None = None) -> None:
+        self.limits = limits or SharedLimits()
+        self.route_pauses: dict = {}  # Route that failed: monotonic time until which its list does without it
         self.pools: defaultdict = defaultdict(SessionPool)  # by (hostname, route)
         self.http, self.tokens = HTTPConnectionPool(), TokenCache()
         self.set_nameservers(nameservers)
@@ -4923,6 +5254,8 @@ class TransportContext:
     async def connect(self, route: Route, hostname: str, again: bool = True) -> Session:
         """Open a session; an access token that the server refuses is replaced once."""
         session = Session(await self.tokens.authorize(route), hostname)
+        if route.sessions:
+            session.give_back = await self._await_place(route, self.pools[hostname, route])
         try:
             await asyncio.to_thread(session.open)  # smtplib blocks
         except Rejected as refused:
@@ -4932,6 +5265,26 @@ class TransportContext:
             return await self.connect(route, hostname, again=False)
         session.stream = AsyncSocket(session.sock)
         return session
+
+    async def _await_place(self, route: Route, pool: SessionPool) -> Callable:
+        """Take a place among the route's sessions of all processes, and return what gives it back. Raises Rejected if
+        this process has all of them, which are waited for elsewhere, or if that takes too long."""
+        deadline = time.monotonic() + route.timeout
+        while not (octet := self.limits.open_session(route.limit_key, route.sessions)):
+            if pool.idle or pool.in_use or time.monotonic() > deadline:
+                line = f"other mails have all of its sessions ({route.sessions})"
+                raise Rejected(make_reply("route-limit", line, retry_after=route.timeout, **route.endpoint))
+            await asyncio.sleep(0.05)  # nothing tells when another process gives one back
+        return functools.partial(self.limits.close_session, octet)
+
+    async def await_rate(self, route: Route, count: int) -> None:
+        """Wait until the route's rate admits so many recipients; raise Rejected if that takes too long."""
+        deadline = time.monotonic() + route.timeout
+        while route.rate and (wait := self.limits.take(route.limit_key, count, route.rate).wait):
+            if time.monotonic() + wait > deadline:
+                line = f"{route.rate.limit} recipients in {route.rate.seconds} seconds"
+                raise Rejected(make_reply("route-limit", line, retry_after=math.ceil(wait), **route.endpoint))
+            await asyncio.sleep(wait)
 
     def release(self, session: Session) -> None:
         """Hand the session over to a waiter, keep it, or close it if it cannot be used again."""
@@ -4953,7 +5306,8 @@ class TransportContext:
         self.http.sweep(everything)
         now = time.monotonic()
         for key, pool in list(self.pools.items()):
-            idle = self.IDLE_WHEN_FULL if pool.open_limit < pool.OPENING else self.IDLE
+            limited = pool.open_limit < pool.OPENING or key[1].sessions
+            idle = self.IDLE_WHEN_FULL if limited else self.IDLE
             while pool.idle and (everything or pool.idle[0].last_used <= now - idle):
                 pool.idle.pop(0).quit()
             pool.sweep(now)
@@ -4970,22 +5324,64 @@ class TransportContext:
 
 
 async def attempt_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
-    """Attempt a transaction once; every recipient has a reply, whatever the relay does; a bug is logged."""
-    began, route, reply = time.monotonic(), transaction.route, None
-    try:
-        replies = await route.row.send(await sign_transaction(transaction), transport)
-    except Rejected as rejected:
-        reply = rejected.reply
-    except OSError as error:
-        reply = make_reply("lost", error_text(error), command="CONN", **route.endpoint)
-    except Exception:
-        log_exception(transaction.queueid)
-        reply = make_reply("relay-fault", **route.endpoint)
-    replies = [reply] * len(transaction.recipients) if reply else replies
+    """Attempt a transaction once; every recipient has a reply."""
+    began = time.monotonic()
+    replies = await (attempt_route_list if transaction.route.fallbacks else attempt_route)(transaction, transport)
     for reply in dict.fromkeys(reply for reply in replies if reply.route_fault):
         words = log_value(" ".join((reply.code, *reply.message)))
         log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed, mail waits: {words}")
     return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
+
+
+async def attempt_route_list(transaction: Transaction, transport: TransportContext) -> list:
+    """Return a Reply for each recipient from the first route of a list that does not fail before the text is sent."""
+    now, pauses, waiting = time.monotonic(), transport.route_pauses, list(range(len(transaction.recipients)))
+    replies: list = [None] * len(waiting)
+    routes = transaction.route.choices
+    for route in [one for one in routes if pauses.get(one, 0) <= now] or routes:
+        if route in pauses:
+            pauses[route] = now + ROUTE_PAUSE  # this mail tries it; the others go on without it
+        recipients, failed = tuple(transaction.recipients[i] for i in waiting), {}
+        part = transaction._replace(route=route, recipients=recipients)
+        for i, reply in zip(waiting, await attempt_route(part, transport)):
+            failed.update({i: reply} if try_next_route(reply) else {})
+            before = replies[i] and " ".join(filter(None, (replies[i].fallback, replies[i].relay)))
+            replies[i] = reply._replace(fallback=before)
+        if any(reply.command != "RCPT" or reply.code == "421" for reply in failed.values()):
+            pauses[route] = time.monotonic() + ROUTE_PAUSE
+        else:
+            pauses.pop(route, None)
+        waiting = list(failed)
+        if not waiting:
+            break
+        for reply in dict.fromkeys(failed.values()):
+            words = log_value(" ".join((reply.code, *reply.message)))
+            log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed: {words}")
+    return replies
+
+
+ROUTE_PAUSE = 30  # seconds for which a list does without a route that failed
+
+
+def try_next_route(reply: Reply) -> bool:
+    """Return True if the next route of a list may be tried: this one failed, not the recipient, and before the text."""
+    failed = reply.temporary or (reply.from_server and reply.command == "CONN")
+    return failed and not reply.maybe_delivered and (reply.before_text or reply.route_fault or reply.command != "DATA")
+
+
+async def attempt_route(transaction: Transaction, transport: TransportContext) -> list:
+    """Return a Reply for each recipient from the transaction's route, whatever its relay does; a bug is logged."""
+    try:
+        await transport.await_rate(transaction.route, len(transaction.recipients))
+        return await transaction.route.row.send(await sign_transaction(transaction), transport)
+    except Rejected as rejected:
+        reply = rejected.reply
+    except OSError as error:
+        reply = make_reply("lost", error_text(error), command="CONN", **transaction.route.endpoint)
+    except Exception:
+        log_exception(transaction.queueid)
+        reply = make_reply("relay-fault", **transaction.route.endpoint)
+    return [reply] * len(transaction.recipients)
 
 
 async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> list:
@@ -5009,7 +5405,11 @@ async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> 
 
 async def transact_by(session: Session, transaction: Transaction, transport: TransportContext) -> list:
     try:
-        return await session.transact(transaction)
+        replies = await session.transact(transaction)
+        for reply in replies:
+            if reply.code in THROTTLED:
+                session.pool.slow_down(reply)
+        return replies
     except BaseException:
         session.alive = False
         raise
@@ -5988,7 +6388,7 @@ def queued_reply(queueid: str, reply: Reply | None = None) -> Reply:
 def notifications(leased: LeasedRecipient, reply: Reply, state: str, settings: Settings, now: float) -> tuple:
     """Return the items that report an attempt: an event for the webhook, a bounce for the sender; usually none."""
     items, event = [], "deferred" if state == "open" and leased.attempts == 1 else state
-    if leased.kind == "mail" and event != "open" and settings.queue.webhook:
+    if leased.kind == "mail" and leased.sender and event != "open" and settings.queue.webhook:  # not of bounces
         items.append(webhook_event(f"message.{event}", leased, reply, settings.queue.webhook, now))
     if state == "failed" and may_bounce(leased, settings):
         items.append(new_bounce(leased, reply, settings, now))
@@ -5997,7 +6397,8 @@ def notifications(leased: LeasedRecipient, reply: Reply, state: str, settings: S
 
 def webhook_event(name: str, leased: LeasedRecipient, reply: Reply, url: str, now: float) -> NewQueueItem:
     """Return an event in the form of Standard Webhooks; its queue id is the webhook-id."""
-    data = {"queueid": leased.queueid, "addresser": leased.sender, **reply_to_dict(leased.as_written, reply)}
+    data = {"queueid": leased.queueid, "login": leased.login or None, "addresser": leased.sender}
+    data.update(reply_to_dict(leased.as_written, reply))
     timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
     event = {"type": name, "timestamp": timestamp, "data": {**data, "attempts": leased.attempts}}
     message = Message((ENCODER.encode(event).encode(),))
@@ -6796,7 +7197,9 @@ class QueueManager:
             if leased.kind == "event":
                 return await post_webhook(leased, settings.queue.secret, time.time(), self.app.transport.http), ""
             to, sender = parse_address(leased.recipient), parse_address(leased.sender)
-            route = resolve_route(to.domain, sender.domain if sender else "", settings)[0]
+            sandbox = leased.destination == destination_key(SANDBOX_ROUTE, "")
+            sender_domain = sender.domain if sender else ""
+            route = SANDBOX_ROUTE if sandbox else resolve_route(to.domain, sender_domain, settings)[0]
             envelope = leased.queueid, leased.sender, (leased.recipient,), leased.message, leased.number, settings.dkim
             result = await attempt_transaction(Transaction(route, settings.hostname, *envelope), self.app.transport)
             return result.replies[0], destination_key(route, to.domain)
@@ -6820,7 +7223,7 @@ def log_attempt(
 ) -> None:
     """Log one line for each attempt."""
     pairs = log_pairs(
-        **{"from": f"<{leased.sender}>"}, to=f"<{leased.recipient}>", relay=reply.relay,
+        **{"from": f"<{leased.sender}>"}, to=f"<{leased.recipient}>", relay=reply.relay, fallback=reply.fallback,
         delay=f"{max(now - leased.created_at, 0):.2f}", dsn=reply.dsn,
         status={"delivered": "sent", "failed": "bounced", "open": "deferred"}[disposition.state],
     )  # fmt: skip
@@ -6841,8 +7244,10 @@ def log_attempt(
 class App:
     """State of a process: the settings in force, SMTP sessions, the queue, and whether it is stopping."""
 
-    def __init__(self, settings: Settings, ringer: socket.socket | None = None) -> None:
-        self.transport = TransportContext()
+    def __init__(
+        self, settings: Settings, ringer: socket.socket | None = None, limits: SharedLimits | None = None
+    ) -> None:
+        self.transport = TransportContext(limits=limits)
         self.stopping = False
         self.octets_in_flight = 0  # of bodies that arrived in parts
         self.queue = QueueDB(settings.queue, ringer) if settings.queue else None
@@ -6953,7 +7358,7 @@ def compose_and_check(
     """Return the message; raise Rejected if a check of the content or of the message fails."""
     apply_checks(CHECKS_OF_CONTENT, request, submission, settings)
     message = compose(submission, queueid, request.client, settings.hostname, request.now)._replace(dsn=request.dsn)
-    longest = max([len(mailbox.addr_spec) for mailbox in accepted])
+    request.recipient_count, longest = len(accepted), max([len(mailbox.addr_spec) for mailbox in accepted])
     request.message_size = sum(map(len, message.parts)) + longest + len(str(len(accepted)))
     apply_checks(CHECKS_OF_MESSAGE, request, submission, settings)
     return message
@@ -7130,7 +7535,7 @@ def plan_transactions(
         key = (route, route.relay == "MX" and mailbox.domain.lower()) if submission.shared else i
         groups.setdefault(key, (route, []))[1].append(mailbox)
     names = provider_header_names(submission)
-    if names and not all(route.provider_headers for route, _ in groups.values()):
+    if names and not all(choice.provider_headers for route, _ in groups.values() for choice in route.choices):
         lines = [f"{sanitize(name)}: the route must have provider_headers to send it" for name in names]
         raise Rejected(make_reply("invalid", *lines[:MAX_REPORTED_ERRORS]))
     transactions = []
@@ -7212,6 +7617,8 @@ def log_line(
         line.append(f"client={request.client}")
     if request.login:
         line.append(f"login={log_value(request.login)}")
+    elif request.login_fault:
+        line.append(f"reason={log_value(request.login_fault)}")
     if sender is not None:
         line.append(f"from={log_value(f'<{sender}>')}")
     if recipients:
@@ -7219,6 +7626,8 @@ def log_line(
         line.append(f"to={log_value(to, MAX_RCPT_OCTETS if reply.mailer else 500)}")
     if reply.mailer:
         line.append(f"relay={reply.relay} delay={ms / 1000:.3f}")
+    if reply.fallback:
+        line.append(f"fallback={log_value(reply.fallback)}")
     if reply.dsn:
         line.append(f"dsn={reply.dsn}")
     at = "" if reply.accepted or reply.origin == "policy" else f" (in reply to {reply.command})"
@@ -7242,13 +7651,16 @@ def answer_document(
         "referer": echoed_header(request, "referer"),
         "timestamp": time_to_dict(request.now),
     }
-    return Response(status, to_json(document), answer_headers(request, status, queueid, replies))
+    headers = answer_headers(request, status, queueid, replies)
+    return Response(status, to_json(document), headers + (rate_headers(*request.rate) if request.rate else ()))
 
 
 def answer_headers(request: Request, status: int, queueid: str | None, replies: dict) -> tuple:
     if status == 202:
         applied = prefers_async(request.headers.get("prefer", ""))
         return (("Location", f"/queue/{queueid}"), *([("Preference-Applied", "respond-async")] if applied else []))
+    if status == 429:
+        return (("Retry-After", str(max(reply.retry_after for reply in replies.values()))),)
     if status == 503:
         seconds = max([DEFAULT_RETRY_AFTER, *[reply.retry_after for reply in replies.values()]])
         return (("Retry-After", str(seconds)),)
@@ -7259,6 +7671,18 @@ HEADERS_OF_STATUS = {
     401: (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),),
     409: (("Retry-After", "2"),),
 }
+
+
+def rate_headers(rate: Rate, state: RateState) -> tuple:
+    """Return the fields of draft-ietf-httpapi-ratelimit-headers-10, and those that clients knew before."""
+    left, reset = state.remaining, math.ceil(state.reset)
+    return (
+        ("RateLimit-Policy", f'"default";q={rate.limit};w={rate.seconds}'),
+        ("RateLimit", f'"default";r={left};t={reset}'),
+        *zip(("ratelimit-limit", "ratelimit-remaining", "ratelimit-reset"), map(str, (rate.limit, left, reset))),
+    )
+
+
 DEFAULT_RETRY_AFTER = 60  # seconds
 
 
@@ -7464,7 +7888,7 @@ def is_own_host(host: str, settings: Settings) -> bool:
 
 def check_queue_access(request: Request, submission: None, settings: Settings) -> Reply | None:
     refusal = check_monitor(request, None, settings)
-    return check_login(request, None, settings) if refusal and settings.password.hashes else refusal
+    return check_login(request, None, settings) if refusal and settings.password.logins else refusal
 
 
 async def get_queue(request: Request, app: App) -> Response:
@@ -7697,7 +8121,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         endpoint = self._endpoint(request, allowed)
         if endpoint.checks:
             values, password = (endpoint.checks, request, None, self.settings), self.settings.password
-            if password.hashes and not password.is_cached(head.headers.get("authorization")):  # one is computed
+            if password.logins and not password.is_cached(credentials_of(request)):  # a hash is computed
                 await asyncio.to_thread(apply_checks, *values)
             else:
                 apply_checks(*values)
@@ -7716,6 +8140,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         request = Request(
             head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings
         )
+        request.limits = self.app.transport.limits
         if not FORWARDING_HEADERS.isdisjoint(head.headers):
             request.forwarded = ", ".join(sorted(FORWARDING_HEADERS.intersection(head.headers))).title()
         return request
@@ -7909,10 +8334,11 @@ class Worker:
         settings: Settings,
         lifeline: Any,
         loads: Any = None,
-        slot: Any = 0,
-        bells: Any = (None,) * 2,
+        slot: int | None = 0,
+        bells: tuple = (None, None),
+        limits: SharedLimits | None = None,
     ) -> None:
-        self.app = App(settings, bells[1])
+        self.app = App(settings, bells[1], limits)
         self.listeners, self.parent_pipe = listeners, lifeline
         self.busy_counts, self.slot = loads or [0], slot  # busy connections of each worker; index of this one
         self.loop = EventLoop()
@@ -8082,6 +8508,7 @@ class Supervisor:
         self.settings, self.listeners = settings, listeners
         self.workers: dict = {}  # pid: (monotonic time of its start, index in busy_counts, None for the queue's)
         self.busy_counts: Any = [0]
+        self.limits = SharedLimits()
         self.wakeup_pair = socket.socketpair() if settings.queue else (None, None)  # written to when something is due
         self.stopping = self.reload_requested = False
         self.bad_stat_keys: tuple = ()  # of settings whose faults are logged already
@@ -8146,7 +8573,8 @@ class Supervisor:
             gc.freeze()
             gc.set_threshold(20000, 50, 50)
             listeners = [] if slot is None else self.listeners
-            Worker(listeners, self.settings, self.parent_pipe, self.busy_counts, slot, self.wakeup_pair).run()
+            shared = self.parent_pipe, self.busy_counts, slot, self.wakeup_pair, self.limits
+            Worker(listeners, self.settings, *shared).run()
             code = 0
         except BaseException:
             log_exception("worker")
@@ -8353,7 +8781,13 @@ def prepare_server(options: Any) -> tuple:
     raise_nofile_limit()
     if settings.queue:
         check_queue_file(settings.queue)
-    return settings, [open_listener(address) for address in settings.httpd.listen]
+    listeners = [open_listener(address) for address in settings.httpd.listen]
+    outside = [one for one in listeners if one.family != socket.AF_UNIX]
+    outside = [one for one in outside if parse_ip(one.getsockname()[0]) not in LOOPBACK]
+    if outside and settings.password.logins and not (settings.httpd.tls or settings.httpd.trusted_proxies.texts):
+        words = f"passwords and keys come to {url_of(outside[0], False)} without TLS"
+        log.write_bytes(f"haineko: {words}: set httpd.tls, or httpd.trusted_proxies behind a proxy\n".encode())
+    return settings, listeners
 
 
 def check_queue_file(settings: QueueSettings) -> None:
@@ -8592,7 +9026,9 @@ def connectivity_probes(settings: Settings, domain: str) -> list:
     probes, tables = [], {name: getattr(settings, name) for name in ("mailertable", "sendermt")}
     for name, key, route in [(name, *item) for name, table in tables.items() for item in table.items()]:
         named = name == "mailertable" and key != "default" and not key.startswith(".")
-        probes.append((f"{name}.{key}", ConnectivityProbe(route, settings.hostname, key if named else domain)))
+        for i, choice in enumerate(route.choices):
+            place = f"{name}.{key}[{i}]" if route.fallbacks else f"{name}.{key}"
+            probes.append((place, ConnectivityProbe(choice, settings.hostname, key if named else domain)))
     if not any("default" in table for table in tables.values()):
         probes.append(("no route", ConnectivityProbe(FALLBACK_ROUTE, settings.hostname)))
     return probes
@@ -8719,6 +9155,8 @@ async def check_dmarc(domain: str, texts: Callable) -> str:
 
 def describe_route(route: Route) -> str:
     """Return where a route's mail goes, for people."""
+    if route.fallbacks:
+        return ", else ".join(describe_route(replace(choice, fallbacks=())) for choice in route.choices)
     tls = ", TLS" if route.port == SMTPS else ", STARTTLS" if route.starttls else ""
     login = f", AUTH as {route.auth}" if route.auth else ""
     where = f"{route.relay} {route.url}" if route.url else route.row.destination.format(route=route, domain="").strip()
@@ -8979,6 +9417,24 @@ def command_pw(options: Any) -> int:
         raise CommandError("no password", 1)
     print(f"{json.dumps(options.user or user_name(), ensure_ascii=False)}: {json.dumps(hash_password(password))}")
     return 0
+
+
+def command_key(options: Any) -> int:
+    """Make an API key: print it, and its line for the section `password`."""
+    fences = {"senders": options.sender, "recipients": options.recipient}
+    limits = {"rate": options.rate, "expires": options.expires}
+    key, errors = new_key(options.prefix), []
+    login = {"hash": key_hash(key), **{name: value for name, value in {**fences, **limits}.items() if value}}
+    mapping_of(parse_login)({options.name: login}, "password", errors)
+    matching(KEY_PREFIX, "letters, digits, - and _")(options.prefix, "--prefix", errors)
+    if errors:
+        raise CommandError("; ".join(errors), 2)
+    print(key)
+    print(f"{json.dumps(options.name, ensure_ascii=False)}: {json.dumps(login, ensure_ascii=False)}")
+    return 0
+
+
+KEY_PREFIX = re.compile("[A-Za-z0-9_-]{1,20}")
 
 
 def user_name() -> str:
@@ -9371,6 +9827,12 @@ ARGUMENTS = {  # name: what ArgumentParser.add_argument() takes
     "id": (("id",), {"metavar": "QUEUEID", "nargs": "?"}),
     "all": (("--all",), {"action": "store_true", "help": "retry: all that waits, as flush does"}),
     "user": (("-u", "--user"), {"metavar": "USER"}),
+    "name": (("name",), {"metavar": "NAME"}),
+    "senders": (("--sender",), {"action": "append", "metavar": "D", "help": "address or domain; again for more"}),
+    "recipients": (("--recipient",), {"action": "append", "metavar": "D", "help": "the same of recipients"}),
+    "rate": (("--rate",), {"metavar": "R", "help": "recipients/seconds"}),
+    "expires": (("--expires",), {"metavar": "T", "help": "ISO 8601 date or time"}),
+    "prefix": (("--prefix",), {"metavar": "P", "default": "hk_"}),
     "dest": (("--dest",), {"metavar": "DIR", "required": True}),
     "sendmail": (("--sendmail",), {"metavar": "PATH", "help": "where a sendmail program is to be written"}),
 }
@@ -9397,6 +9859,7 @@ COMMANDS = {
     "sendmail": Command(command_sendmail, "-C -t -i -f addresses"),
     "queue": Command(command_queue, "config action id all"),
     "pw": Command(command_pw, "user"),
+    "key": Command(command_key, "name senders recipients rate expires prefix"),
     "setup": Command(command_setup, "dest sendmail"),
 }
 
