@@ -59,7 +59,6 @@ import json
 import math
 import mmap
 import os
-import queue
 import random
 import re
 import select
@@ -76,6 +75,7 @@ import urllib.parse
 from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
 from html import unescape
 from html.parser import HTMLParser
@@ -105,6 +105,8 @@ class Reply(NamedTuple):
     retry_after: int = 0  # seconds after which to try again, if the other side named them
     origin: str = "relay"  # who gave it: "relay" (the other side, or our part in talking to it), "policy", "queue"
     from_server: bool = False  # the code and the words are the next hop's own
+    before_text: bool = False  # the text of the mail was not sent
+    fallback: str | None = None  # relays of the route's list that failed before
     route_fault: bool = False  # log-in or settings of the route are at fault: no verdict on the mail, which waits
 
     @property
@@ -204,18 +206,12 @@ def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
 
 def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
     """Return one recipient's item of the answer; `maybe_delivered` is present only if it is true."""
-    item = {
-        "rcpt": recipient,
-        "error": 0 if reply.accepted else 1,
-        "code": reply.code,
-        "dsn": reply.dsn,
-        "command": reply.command,
-        "message": reply.message,
-        "mailer": reply.mailer,
-        "host": reply.host,
-        "port": reply.port,
-    }
+    item = {"rcpt": recipient, "error": 0 if reply.accepted else 1}
+    item.update([(key, getattr(reply, key)) for key in ANSWER_KEYS])
     return {**item, "maybe_delivered": True} if reply.maybe_delivered else item
+
+
+ANSWER_KEYS = ("code", "dsn", "command", "message", "mailer", "host", "port")
 
 
 def cache_short(maxsize: int, limit: int = 512) -> Callable:
@@ -276,12 +272,14 @@ REPLIES = {
     # a submission against policy
     "login": (401, "535", "5.7.0", "AUTH", "authentication failed"),
     "client": (403, "500", "5.7.1", "AUTH", "Access denied"),
+    "rate": (429, "450", "4.7.1", "AUTH", "Rate limit exceeded"),
     "json": (400, "421", None, "HTTP", "Malformed JSON string"),
     "invalid": (400, "554", "5.6.0", "HTTP", "Invalid submission"),
     "loop": (400, "421", "5.4.6", "CONN", "Detected message loop"),
     "ehlo": (400, "501", "5.0.0", "EHLO", "Invalid domain name"),
     "mail-empty": (400, "501", "5.5.2", "MAIL", 'Syntax error in parameters scanning "FROM"'),
     "mail-form": (400, "553", "5.5.4", "MAIL", "Domain name required for sender address"),
+    "sender-policy": (403, "553", "5.7.1", "MAIL", "Sender address is not permitted"),
     "rcpt-none": (400, "553", "5.0.0", "RCPT", "User address required"),
     "rcpt-many": (403, "452", "4.5.3", "RCPT", "Too many recipients"),
     "rcpt-form": (400, "553", "5.1.5", "RCPT", "Recipient address is invalid"),
@@ -307,6 +305,7 @@ REPLIES = {
     "mta-sts": (0, "451", "4.7.5", "STARTTLS", "MTA-STS policy of the domain admits none of its hosts"),
     "no-starttls": (0, "454", "4.7.4", "STARTTLS", "STARTTLS is required, but was not offered"),
     "tls": (0, "421", "4.7.5", "STARTTLS", "TLS handshake failed"),
+    "route-limit": (0, "451", "4.3.2", "CONN", "The route's limit is reached"),
     "no-auth": (0, "454", "4.7.0", "AUTH", "AUTH is required, but no mechanism known here was offered"),
     "token": (0, "454", "4.7.0", "AUTH", "No access token"),
     "clear-auth": (0, "454", "4.7.11", "AUTH", "Credentials are not sent over a connection without TLS"),
@@ -327,9 +326,7 @@ REPLIES = {
     "web-later": (0, "451", "4.3.0", "DATA", "%s"),
     "web-refused": (0, "550", "5.0.0", "DATA", "%s"),
     "inexpressible": (0, "550", "5.6.3", "DATA", "The API can't express this message"),
-    "saved": (0, "200", "2.0.0", "DATA", "%s"),
-    "printed": (0, "200", "2.0.0", "DATA", "Printed"),
-    "discarded": (0, "200", "2.0.0", "DATA", "Discarded"),
+    "done": (0, "200", "2.0.0", "DATA", "%s"),
 }
 
 # ======================================================================================================================
@@ -380,8 +377,9 @@ def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", se
     return field(default=default, metadata=metadata)
 
 
-def from_dict(cls: type, raw: Any, json_path: str, errors: list) -> Any:
-    """Return a `cls` made from a JSON object; report unknown, duplicate and invalid entries."""
+def from_dict(cls: type, raw: Any, json_path: str, errors: list, hint: Callable | None = None) -> Any:
+    """Return a `cls` made from a JSON object; report unknown, duplicate and invalid entries. hint(key, known keys) says
+    what an unknown key may mean, like did_you_mean()."""
     if not isinstance(raw, dict):
         errors.append(f"{json_path or 'top level'}: expected an object, got {json_type_name(raw)}")
         return cls()
@@ -398,8 +396,8 @@ def from_dict(cls: type, raw: Any, json_path: str, errors: list) -> Any:
         elif not row:
             if len(errors) >= MAX_ERRORS:
                 break
-            hint = did_you_mean(key, known) if len(errors) < MAX_HINTS else ""
-            errors.append(f"{prefix}{sanitize(key)}: unknown key{hint}")
+            meant = (hint or did_you_mean)(key, known) if len(errors) < MAX_HINTS else ""
+            errors.append(f"{prefix}{sanitize(key)}: unknown key{meant}")
     return cls(**{name: value for name, value in values.items() if value is not None})
 
 
@@ -410,12 +408,8 @@ MAX_ERRORS = 1000  # or a hostile body could yield 100 times its own size in mes
 @functools.lru_cache(maxsize=None)
 def key_table(cls: type) -> dict:
     """Return {key in JSON: (attribute, parser)} of a dataclass made of config_field()."""
-    table = {}
-    for item in fields(cls):
-        if "parse" in item.metadata:
-            for key in item.metadata["keys"] or (item.name,):
-                table[key] = (item.name, item.metadata["parse"])
-    return table
+    known = [item for item in fields(cls) if "parse" in item.metadata]
+    return {key: (i.name, i.metadata["parse"]) for i in known for key in i.metadata["keys"] or (i.name,)}
 
 
 def json_type_name(value: Any) -> str:
@@ -483,10 +477,9 @@ def matching(pattern: Any, expected: str, optional: bool = False, secret: bool =
 
 def one_of(names: Any, kind: str) -> Callable:
     """Return a parser of names that compares without case and returns the name as it stands in `names`."""
-    known = {name.lower(): name for name in names}
 
     def parse(value: Any, json_path: str, errors: list) -> str | None:
-        text = parse_text(value, json_path, errors)
+        text, known = parse_text(value, json_path, errors), {name.lower(): name for name in names}
         if text == value and text.lower() not in known:
             errors.append(f'{json_path}: unknown {kind} "{sanitize(text)}"{did_you_mean(text, names)}')
         return known.get(text.lower())
@@ -560,20 +553,14 @@ def nested(cls: type) -> Callable:
 # ======================================================================================================================
 
 
-class IPAddress(NamedTuple):
-    """Parsed IP address."""
-
-    text: str
-    version: int
-    number: int
+IPAddress = Any  # ipaddress.IPv4Address or IPv6Address
 
 
 @cache_short(4096, 64)
 def parse_ip(text: str) -> IPAddress:
     """Parse an IP address; an IPv4-mapped IPv6 address becomes IPv4. Raises ValueError."""
     found = ipaddress.ip_address(text.partition("%")[0])
-    found = getattr(found, "ipv4_mapped", None) or found
-    return IPAddress(str(found), found.version, int(found))
+    return getattr(found, "ipv4_mapped", None) or found
 
 
 class Networks:
@@ -588,7 +575,7 @@ class Networks:
         self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
 
     def __contains__(self, address: IPAddress) -> bool:
-        version, number = address.version, address.number
+        version, number = address.version, int(address)
         return any(version == of and number >> shift in members for of, shift, members in self.groups)
 
 
@@ -631,22 +618,24 @@ DOMAIN = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(?:\.{_LABEL})*")
 BASE_URL = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?(?:/[A-Za-z0-9/._~-]*)?")
 WEBHOOK_URL = re.compile(r"(https?)://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(/[!-~]*)?")
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+", re.IGNORECASE)
-FACILITIES = ["kern", "user", "mail", "daemon", "auth", "lpr", "news", "uucp", "cron", "syslog"]
-FACILITIES += [f"local{n}" for n in range(8)]
+FACILITIES = {
+    name: i
+    for i, name in enumerate(["kern", "user", "mail", "daemon", "auth", "syslog", "lpr", "news", "uucp", "cron"])
+}
+FACILITIES.update({f"local{i}": 16 + i for i in range(8)})  # RFC 3164 4.1.1
 
 parse_network = matching(functools.partial(ipaddress.ip_network, strict=False), "an IP address or network")
 parse_networks = list_of(parse_network, lambda texts: Networks(tuple(texts)))
 parse_listen_address = matching(is_listen_address, '"host:port", "[v6]:port" or "unix:/path"')
+parse_listen = list_of(parse_listen_address, required=True)
 parse_host = matching(is_host, "a host name or an IP address")
 parse_hostname = matching(DOMAIN, "a host name", optional=True)
 parse_resolver = matching(name_server_endpoint, '"address", "address:port" or "[v6]:port"', optional=True)
 parse_origin = matching(ORIGIN, 'a web origin like "https://www.example.org"', convert=str.lower)
 parse_facility = one_of(FACILITIES, "syslog facility")
+is_base_url = functools.partial(is_url, BASE_URL)
 parse_base_url = matching(
-    functools.partial(is_url, BASE_URL),
-    'a URL like "https://api.example.org"',
-    True,
-    convert=lambda url: url.rstrip("/"),
+    is_base_url, 'a URL like "https://api.example.org"', True, convert=lambda url: url.rstrip("/")
 )
 parse_region = matching(re.compile("[a-z0-9-]{1,32}"), 'a region like "eu-west-1"', optional=True)
 is_full_url = functools.partial(is_url, WEBHOOK_URL)
@@ -655,21 +644,16 @@ parse_token_url = matching(is_full_url, 'a URL like "https://login.example.org/t
 
 
 def parse_mailer(value: Any, json_path: str, errors: list) -> str:
-    """Return the name of a relay in the spelling of RELAYS, or the path of a folder."""
-    value = parse_text(value, json_path, errors)
-    known = {name.lower(): name for name in RELAYS}
-    if not value.startswith("/") and value.lower() not in known:
-        errors.append(f'{json_path}: unknown relay type "{value}"{did_you_mean(value, RELAYS)}')
-    return known.get(value.lower(), value)
+    """Parse the name of a relay, or the path of a folder."""
+    is_folder = isinstance(value, str) and value.startswith("/")
+    return (parse_text if is_folder else one_of(RELAYS, "relay type"))(value, json_path, errors)
 
 
 class Relay(NamedTuple):
     """All that is known of a relay. To add one is to write its functions and a row of RELAYS."""
 
     send: Callable | None  # (Transaction, TransportContext): awaited for a Reply for each recipient
-    probe: (
-        Callable | None
-    )  # (ConnectivityProbe, TransportContext): awaited for a CheckResult for each step; sends no mail
+    probe: Callable | None  # (ConnectivityProbe, TransportContext): awaited for CheckResults; sends no mail
     default_port: int = 25
     api_url: str = ""  # template of the base URL of a relay by HTTP
     needs: tuple = ()  # settings that its routes must have
@@ -681,7 +665,7 @@ class Relay(NamedTuple):
     keeps_octets: bool = False  # what it sends arrives unchanged, so that it can be signed
 
 
-UNKNOWN_RELAY = Relay(None, None)  # of a route whose mailer is a fault of the settings
+UNKNOWN_RELAY = Relay(None, None)  # of a route made before RELAYS is filled
 RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 15
 
 
@@ -768,25 +752,31 @@ class Authenticator:
     CACHE_TTL = 600  # seconds
     MAX_CONCURRENT_HASHES = 2  # scrypt takes 16 MiB and a core each
 
-    def __init__(self, hashes: dict) -> None:
-        self.hashes = hashes
-        self.cost = max([NEW_COST, *map(scrypt_cost, hashes.values())])  # of every verification
+    def __init__(self, logins: dict) -> None:
+        self.logins = logins
+        self.keys = {login.hash: name for name, login in logins.items() if login.hash.startswith(KEY_HASH)}
+        self.cost = max([NEW_COST, *[scrypt_cost(login.hash) for login in logins.values()]])  # of every verification
         self.verified: dict = {}  # HMAC of the credentials: monotonic time until which they are taken for right
         self.key = os.urandom(32)  # so that memory holds no plain digest of a password
         self.semaphore = threading.Semaphore(self.MAX_CONCURRENT_HASHES)
 
-    def is_cached(self, credentials: str | None) -> bool:
-        """True if these credentials, an Authorization header, were verified lately."""
-        return bool(self.verified) and self.verified.get(self._cache_key(credentials or ""), 0) > time.monotonic()
+    def is_cached(self, credentials: str) -> bool:
+        """True if these credentials, an Authorization header, were verified lately, or are a key."""
+        cached = self.verified and self.verified.get(self._cache_key(credentials), 0) > time.monotonic()
+        return bool(cached or self.key_owner(credentials))
 
-    def authenticate(self, credentials: str) -> bool:
-        """Verify an Authorization header (RFC 7617); takes a tenth of a second unless it is cached."""
-        if self.is_cached(credentials):
-            return True
+    def key_owner(self, credentials: str) -> str:
+        """Return the login whose API key these credentials are, "" for none. A look-up by digest tells no timing."""
         user, colon, password = decode_basic(credentials).partition(":")
-        if not colon:
-            return False
-        line = self.hashes.get(user, "")
+        return self.keys.get(key_hash(password if colon else user), "") if self.keys else ""
+
+    def authenticate(self, credentials: str) -> str:
+        """Return the name that an Authorization header (RFC 7617) proves, "" for none; takes a tenth of a second for a
+        password unless it is cached."""
+        user, colon, password = decode_basic(credentials).partition(":")
+        if self.is_cached(credentials) or not colon:
+            return self.key_owner(credentials) or (user if colon else "")
+        line = self.logins[user].hash if user in self.logins else ""
         with self.semaphore:
             right = bool(line) and verify_password(line, password)
             if rest := self.cost - scrypt_cost(line):  # or the time would tell which users exist
@@ -795,15 +785,10 @@ class Authenticator:
             now = time.monotonic()
             self.verified = {key: expires for key, expires in self.verified.items() if expires > now}
             self.verified[self._cache_key(credentials)] = now + self.CACHE_TTL
-        return right
+        return user if right else ""
 
     def _cache_key(self, credentials: str) -> bytes:
         return hmac.digest(self.key, credentials.encode(), "sha256")
-
-
-def username_of(credentials: str) -> str:
-    """Return the name in an Authorization header of HTTP Basic, "" for none."""
-    return decode_basic(credentials).partition(":")[0]
 
 
 def decode_basic(credentials: str) -> str:
@@ -816,11 +801,23 @@ def decode_basic(credentials: str) -> str:
 
 
 def parse_passwords(value: Any, json_path: str, errors: list) -> Authenticator:
-    return Authenticator(mapping_of(parse_password_hash)(value, json_path, errors))
+    return Authenticator(mapping_of(parse_login)(value, json_path, errors))
+
+
+def parse_login(value: Any, json_path: str, errors: list) -> Login | None:
+    """Parse a hash, or an object that has one; without it there is no login."""
+    if not isinstance(value, dict):
+        value = {"hash": parse_password_hash(value, json_path, errors)}
+    elif not value.get("hash"):
+        errors.append(f"{json_path}.hash: expected a hash")
+    login = from_dict(Login, value, json_path, errors)
+    return login if login.hash else None
 
 
 def verify_password(line: str, password: str) -> bool:
-    """True if `line` (scrypt or {SSHA}) is the hash of the password."""
+    """True if `line` (scrypt or {SSHA}) is the hash of the password. Those of keys are looked up instead."""
+    if line.startswith(KEY_HASH):
+        return False
     found = SCRYPT.fullmatch(line)
     if not found:
         octets = base64.b64decode(line[len("{SSHA}") :])
@@ -830,6 +827,18 @@ def verify_password(line: str, password: str) -> bool:
     return hmac.compare_digest(scrypt(password, salt, cost, block, parallel), digest)
 
 
+def new_key(prefix: str) -> str:
+    """Return a new API key: 43 random digits, and 6 by which scanners for leaked secrets can tell it."""
+    digits = os.urandom(43).translate(RANDOM_DIGITS)
+    return f"{prefix}{digits.decode()}{_base62(binascii.crc32(digits))}"
+
+
+def key_hash(key: str) -> str:
+    """Return the hash of an API key; the key is random, so that a plain digest is enough."""
+    return KEY_HASH + hashlib.sha256(key.encode()).hexdigest()
+
+
+KEY_HASH = "$sha256$"
 NEW_COST = 5  # OWASP's N=2**14, r=8, p=5: as hard as N=2**17, p=1 in an eighth of the memory, 16 MiB
 
 
@@ -857,7 +866,9 @@ _BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9
 SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at most
 SSHA = re.compile(rf"{{SSHA}}(?=.{{27}}[^=]){_BASE64}")  # of 21 octets or more: SHA-1 of password and salt, salt
 parse_password_hash = matching(
-    re.compile(f"{SCRYPT.pattern}|{SSHA.pattern}"), "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True
+    re.compile(rf"{SCRYPT.pattern}|{SSHA.pattern}|\$sha256\$[0-9a-f]{{64}}"),
+    "a hash as `haineko.py pw` prints it, or {SSHA}",
+    secret=True,
 )
 
 
@@ -936,6 +947,39 @@ LIBCRYPTO = {  # function: types of its result and arguments in ctypes
 }  # fmt: skip
 
 
+class Rate(NamedTuple):
+    """A limit such as "100/3600": so many in so many seconds."""
+
+    limit: int
+    seconds: int
+
+
+def parse_rate(value: Any, json_path: str, errors: list) -> Rate | None:
+    """Parse "RECIPIENTS/SECONDS"; "" is no limit."""
+    text = matching(RATE, '"RECIPIENTS/SECONDS", such as "100/3600"', optional=True)(value, json_path, errors)
+    return Rate(*map(int, text.split("/"))) if text else None
+
+
+RATE = re.compile("[1-9][0-9]{0,8}/[1-9][0-9]{0,6}")
+
+
+@functools.lru_cache(maxsize=1024)
+def iso_time(text: str) -> float:
+    """Return the seconds since the epoch of an ISO 8601 date or time, which is UTC unless it says otherwise."""
+    moment = datetime.fromisoformat(re.sub("[Zz]$", "+00:00", text))
+    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+
+
+def fence_key(text: str) -> str:
+    """Return an address, a domain or ".domain" as permits() compares it, "" if it is none of them."""
+    return recipient_key(text) if "@" in text else domain_key(text)
+
+
+def lookup_keys(domain: str) -> list:
+    """Return the keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
+    return [domain, *(domain[dot.start() :] for dot in re.finditer(r"\.", domain))]
+
+
 def domain_key(name: str) -> str:
     """Return a domain, or ".domain", in lower case and ASCII (RFC 5890); "" if it is none."""
     dot = "." if name.startswith(".") else ""
@@ -948,10 +992,6 @@ def recipient_key(text: str) -> str:
     local, _, domain = text.rpartition("@")
     key = domain_key(domain)
     return f"{local.lower()}@{key}" if local and key and key[0] != "." else ""
-
-
-def alias_key(name: str) -> str:
-    return "" if "@" in name else name.lower()
 
 
 def plain_domain_key(name: str) -> str:
@@ -974,7 +1014,12 @@ IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different
 DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
 parse_domain = matching(plain_domain_key, "a domain", convert=domain_key)
 parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
-parse_aliases = mapping_of(list_of(matching(recipient_key, "an address"), required=True), alias_key, "a name without @")
+parse_fence = list_of(matching(fence_key, 'an address, "example.org" or ".example.org"', convert=fence_key), frozenset)
+parse_aliases = mapping_of(
+    list_of(matching(recipient_key, "an address"), required=True),
+    lambda name: "" if "@" in name else name.lower(),
+    "a name without @",
+)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -985,11 +1030,7 @@ class Tls:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Httpd:
-    listen: tuple = config_field(
-        ("127.0.0.1:2794",),
-        list_of(parse_listen_address, required=True),
-        "host:port, [v6]:port or unix:/path, or a list",
-    )
+    listen: tuple = config_field(("127.0.0.1:2794",), parse_listen, "host:port, [v6]:port or unix:/path, or a list")
     workers: int = config_field(0, integer(0, 256), "processes; 0 means one per core")
     max_connections: int = config_field(512, integer(1, 65536), "open connections per worker")
     timeout: int = config_field(30, integer(1, 3600), "seconds for a whole request, and for an idle connection")
@@ -1073,6 +1114,30 @@ class Credentials:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
+class Login:
+    """Who may log in, and what for. A fence that is absent (None) permits everything, an empty one nothing."""
+
+    hash: str = config_field("", parse_password_hash, "of the password or the API key", secret=True)
+    senders: frozenset | None = config_field(None, parse_fence, "addresses and domains that may be used as sender")
+    recipients: frozenset | None = config_field(None, parse_fence, "the same of recipients")
+    networks: Networks | None = config_field(None, parse_networks, "from where it may be used")
+    rate: Rate | None = config_field(None, parse_rate, '"100/3600": recipients in seconds')
+    expires: str = config_field("", matching(iso_time, "an ISO 8601 date or time", optional=True), "when it ends")
+    sandbox: bool = config_field(False, parse_boolean, "1: nothing leaves")
+    trace: bool = config_field(False, parse_boolean, "1: it may ask for the SMTP dialogue")
+
+    @property
+    def is_fenced(self) -> bool:
+        return any(getattr(self, item.name) != item.default for item in fields(self)[1:])
+
+    def fault(self, client: IPAddress, now: float) -> str:
+        """Say why a right password is of no use here and now, "" if it is."""
+        if self.networks is not None and client not in self.networks:
+            return f"{client} is not in its networks"
+        return f"expired at {self.expires}" if self.expires and iso_time(self.expires) <= now else ""
+
+
+@dataclass(frozen=True, repr=False, eq=False)
 class DkimKey:
     """What signs the mail of a domain (RFC 6376). resolve_settings() sets domain and private."""
 
@@ -1097,6 +1162,8 @@ class Route:
     timeout: int = config_field(30, integer(1, 3600), "seconds for each step of the dialogue")
     retry: int = config_field(0, integer(0, 100), "more tries after a temporary failure while the client waits")
     sleep: int = config_field(5, integer(0, 3600), "seconds between them")
+    sessions: int = config_field(0, integer(0, 10000), "ESMTP: at most so many SMTP sessions; 0 means no limit")
+    rate: Rate | str = config_field("", parse_rate, '"30/60": at most so many recipients in seconds')
     disabled: bool = config_field(False, parse_boolean, "1: as if this route were not there")
     https: bool = config_field(False, parse_boolean, "Haineko: 1 means TLS")
     dkim: bool = config_field(True, parse_boolean, "ESMTP, MX: 0 means that its mail is not signed")
@@ -1106,6 +1173,7 @@ class Route:
     credentials: tuple = field(default=(), repr=False)
     address: str = ""  # to connect to in place of a look-up; or several, divided by spaces
     tls_if_offered: bool = False  # STARTTLS where the server has it
+    fallbacks: tuple = ()  # the Routes behind it in a list
     token: str = field(default="", repr=False)
     oauth2: OAuth2 | None = None
 
@@ -1115,6 +1183,16 @@ class Route:
 
     def __hash__(self) -> int:
         return hash((self.mailer, self.host, self.port, self.address))  # cheap: routes are keys of the session pools
+
+    @property
+    def choices(self) -> tuple:
+        """The routes of a list, in order; of a route alone itself."""
+        return (self, *self.fallbacks)
+
+    @property
+    def limit_key(self) -> str:
+        """Name of what `sessions` and `rate` limit: a server, or an account of it."""
+        return " ".join([self.mailer, self.host, str(self.port), *self.credentials[:1]])
 
     @property
     def relay(self) -> str:
@@ -1146,6 +1224,12 @@ class Route:
         return next((p for p in (self.mailer, self.host) if p.startswith("/")), "") or tempfile.gettempdir()
 
 
+def parse_route(value: Any, json_path: str, errors: list) -> Route:
+    """Parse a route, or a list of them; the first one holds the others."""
+    first, *others = list_of(nested(Route), required=True)(value, json_path, errors) or (Route(),)
+    return replace(first, fallbacks=tuple(others)) if others else first
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Settings:
     """All of haineko.json, every value checked."""
@@ -1154,15 +1238,14 @@ class Settings:
     smtpd: Smtpd = config_field(Smtpd(), nested(Smtpd))
     relayhosts: Relayhosts = config_field(Relayhosts(), nested(Relayhosts))
     recipients: Recipients | None = config_field(None, nested(Recipients))
-    mailertable: dict = config_field({}, mapping_of(nested(Route), domain_key, DOMAIN_KEYS))
-    sendermt: dict = config_field({}, mapping_of(nested(Route), domain_key, DOMAIN_KEYS))
+    mailertable: dict = config_field({}, mapping_of(parse_route, domain_key, DOMAIN_KEYS))
+    sendermt: dict = config_field({}, mapping_of(parse_route, domain_key, DOMAIN_KEYS))
     authinfo: dict = config_field({}, mapping_of(nested(Credentials)))
     password: Authenticator = config_field(Authenticator({}), parse_passwords)
     queue: QueueSettings | None = config_field(None, nested(QueueSettings))
     dkim: dict = config_field({}, mapping_of(nested(DkimKey), plain_domain_key, "a domain"))
     path: str | None = None
     files: tuple = ()  # (path, stat_key) of all that was read
-    route_cache: dict = field(default_factory=dict, init=False)  # (recipient's domain, sender's): resolve_route()'s
 
     @property
     def hostname(self) -> str:
@@ -1254,7 +1337,8 @@ def referenced_files(settings: Settings) -> list:
     secrets += [settings.queue.webhook_secret] if settings.queue else []
     secrets += [item.key for item in settings.dkim.values()]
     names = [secret["file"] for secret in secrets if isinstance(secret, dict) and "file" in secret]
-    names += [route.ca_file for route in (*settings.mailertable.values(), *settings.sendermt.values())]
+    tables = *settings.mailertable.values(), *settings.sendermt.values()
+    names += [route.ca_file for first in tables for route in first.choices]
     names += [tls.certificate, tls.key] if tls else []
     return [os.path.join(base, name) for name in names if name]
 
@@ -1263,14 +1347,14 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
     """Return (Settings, errors) with names, secrets and files looked up, so that a mail finds all of it ready."""
     base = os.path.dirname(settings.path or "")
     logins = {name: _login(login, base, f"authinfo.{name}", errors) for name, login in settings.authinfo.items()}
-    tables = {
-        table: {
-            key: _route(route, logins, base, f"{table}.{key}", errors)
-            for key, route in getattr(settings, table).items()
-            if not route.disabled
-        }
-        for table in ("mailertable", "sendermt")
-    }
+    tables = {}
+    for table in ("mailertable", "sendermt"):
+        routes = [
+            (key, first)
+            for key, first in getattr(settings, table).items()
+            if not all(one.disabled for one in first.choices)
+        ]
+        tables[table] = {key: _route_list(first, logins, base, f"{table}.{key}", errors) for key, first in routes}
     name = settings.smtpd.hostname or local_hostname()
     if settings.httpd.tls:
         _check_tls(settings.httpd.tls, base, errors)
@@ -1372,6 +1456,15 @@ def _check_tls(tls: Tls, base: str, errors: list) -> None:
         errors.append(f"httpd.tls: {error.filename}: {error.strerror}")
 
 
+def _route_list(first: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
+    found = []
+    for i, route in enumerate(first.choices):
+        if not route.disabled:
+            path = f"{json_path}[{i}]" if first.fallbacks else json_path
+            found.append(_route(replace(route, fallbacks=()), logins, base, path, errors))
+    return replace(found[0], fallbacks=tuple(found[1:]))
+
+
 def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
     row = route.row
     if route.auth and route.auth not in logins:
@@ -1437,12 +1530,9 @@ def pin_queue_path(fresh: Settings, queue_settings: QueueSettings | None) -> Set
     return replace(fresh, queue=queue_settings and replace(fresh.queue or queue_settings, path=queue_settings.path))
 
 
-def local_hostname() -> str:
-    return qualified_hostname(socket.gethostname())
-
-
-def qualified_hostname(name: str) -> str:
-    """Return a machine's name, made legal for headers; with ".localdomain", as Postfix does, if it has no domain."""
+def local_hostname(name: str | None = None) -> str:
+    """Return a machine's name (this one's), made legal; with ".localdomain", as Postfix does, if it has no domain."""
+    name = socket.gethostname() if name is None else name
     if "." in name and HOSTNAME.fullmatch(name):
         return name
     return (re.sub("[^A-Za-z0-9]+", "-", name)[:63].strip("-") or "localhost") + LOCALDOMAIN
@@ -1450,7 +1540,7 @@ def qualified_hostname(name: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def ehlo_name(hostname: str, address: str) -> str:
-    """Return the name for EHLO from a local address: `hostname`, or if that is illegal or made by qualified_hostname(),
+    """Return the name for EHLO from a local address: `hostname`, or if that is illegal or made by local_hostname(),
     what reverse DNS says, else the address literal (RFC 5321 4.1.4)."""
     if HOSTNAME.fullmatch(hostname) and not hostname.endswith(LOCALDOMAIN):
         return hostname
@@ -1459,7 +1549,7 @@ def ehlo_name(hostname: str, address: str) -> str:
         name = "" if local in LOOPBACK else socket.gethostbyaddr(address)[0]
         if "." in name and HOSTNAME.fullmatch(name) and not name.endswith(LOCALDOMAIN):
             return name
-    return f"[IPv6:{local.text}]" if local.version == 6 else f"[{local.text}]"
+    return f"[IPv6:{local}]" if local.version == 6 else f"[{local}]"
 
 
 LOCALDOMAIN = ".localdomain"
@@ -1501,17 +1591,20 @@ def redacted(value: Any, secret: bool = False) -> Any:
     if secret and value:
         return "********"
     if isinstance(value, Authenticator):
-        return dict.fromkeys(value.hashes, "********")
+        return {name: redacted(login) if login.is_fenced else "********" for name, login in value.logins.items()}
+    if isinstance(value, Rate):
+        return f"{value.limit}/{value.seconds}"
     if isinstance(value, Networks):
         return list(value.texts)
+    if isinstance(value, Route) and value.fallbacks:
+        return [redacted(replace(choice, fallbacks=())) for choice in value.choices]
     if isinstance(value, dict):
         return {key: redacted(item) for key, item in value.items()}
     if isinstance(value, (tuple, frozenset)):
         return sorted(value) if isinstance(value, frozenset) else list(value)
     if hasattr(value, "__dataclass_fields__"):
-        items = [item for item in fields(value) if "parse" in item.metadata]
-        keyed = [(item, (item.metadata["keys"] or (item.name,))[0]) for item in items]
-        return {key: redacted(getattr(value, item.name), item.metadata["secret"]) for item, key in keyed}
+        known = {(i.metadata["keys"] or (i.name,))[0]: i for i in fields(value) if "parse" in i.metadata}
+        return {key: redacted(getattr(value, item.name), item.metadata["secret"]) for key, item in known.items()}
     return value
 
 
@@ -1536,40 +1629,15 @@ def example_settings() -> dict:
 # ======================================================================================================================
 
 
-class LogSink:
-    """Write-readiness of a log destination: waits for it at most 1 s per minute, then lines are dropped and counted."""
-
-    WAIT_BUDGET = 1.0  # seconds per minute
-
-    def __init__(self) -> None:
-        self.lost = 0  # lines, since it stopped reading
-        self.budget, self.waited = self.WAIT_BUDGET, 0.0  # what is left of it, at that monotonic time
-
-    def wait_writable(self, fd: int) -> bool:
-        """Return True once a line can be written."""
-        poller = select.poll()
-        poller.register(fd, select.POLLOUT)
-        if poller.poll(0):
-            return True
-        if self.lost:
-            return False
-        start = time.monotonic()
-        budget = min(self.budget + (start - self.waited) * self.WAIT_BUDGET / 60, self.WAIT_BUDGET)
-        ready = poller.poll(budget * 1000)
-        self.waited = time.monotonic()
-        self.budget = max(budget - (self.waited - start), 0)
-        return bool(ready)
-
-    @property
-    def lost_note(self) -> str:
-        return f"{self.lost} lines were lost, since nobody read them"
-
-
 class Log:
-    """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once."""
+    """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once.
+
+    A reader that is slow is waited for PATIENCE seconds; then lines are dropped and counted until it reads again.
+    """
 
     FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
+    PATIENCE = 0.1
 
     def __init__(self) -> None:
         self.devel = False  # SMTP dialogues are shown, too
@@ -1580,15 +1648,15 @@ class Log:
         self.stderr = 2  # a file descriptor
         self.path = ""  # of the file that descriptors 1 and 2 are, if reopen() is to look for a new one
         self.quiet = False  # lines for stderr are dropped
-        self.stderr_sink, self.syslog_sink = LogSink(), LogSink()
+        self.lost = 0  # lines, since the reader stopped
+
+    @property
+    def lost_note(self) -> str:
+        return f"{self.lost} lines were lost, since nobody read them"
 
     def open(self, settings: Syslog) -> None:
         """Send lines from now on where the settings say."""
-        self.priority = None
-        if not settings.disabled:
-            import syslog
-
-            self.priority = syslog.LOG_INFO | getattr(syslog, "LOG_" + settings.facility.upper())
+        self.priority = None if settings.disabled else FACILITIES[settings.facility] * 8 + 6  # 6: informational
 
     def lines(self, *lines: str) -> None:
         """Write lines by one call, so that those of several processes don't mix."""
@@ -1646,16 +1714,16 @@ class Log:
 
     def write_bytes(self, octets: bytes) -> bool:
         """Write octets to stderr; False if it is closed, full, or a pipe that nobody reads."""
-        start, sink = 0, self.stderr_sink
+        start = 0
         try:
             while start < len(octets):
-                if not sink.wait_writable(self.stderr):
-                    sink.lost += octets.count(b"\n", start)
+                if not select.select([], [self.stderr], [], 0 if self.lost else self.PATIENCE)[1]:
+                    self.lost += octets.count(b"\n", start)
                     return False
                 with contextlib.suppress(BlockingIOError):  # another process was quicker
-                    if sink.lost:
-                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {sink.lost_note}\n".encode())
-                        sink.lost = 0
+                    if self.lost:
+                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {self.lost_note}\n".encode())
+                        self.lost = 0
                         continue  # there may have been room for this only
                     end = octets.rfind(b"\n", start, start + select.PIPE_BUF) + 1  # so much never blocks
                     start += os.write(self.stderr, octets[start : end or start + select.PIPE_BUF])
@@ -1670,21 +1738,19 @@ class Log:
             try:
                 if not self.syslog:
                     self.syslog = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-                    self.syslog.setblocking(False)
                     self.syslog.connect(next(filter(os.path.exists, self.SYSLOG), self.SYSLOG[0]))
-                if not self.syslog_sink.wait_writable(self.syslog.fileno()):
-                    break
-                for text in (self.syslog_sink.lost_note, line) if self.syslog_sink.lost else (line,):
+                self.syslog.settimeout(0 if self.lost else self.PATIENCE)
+                for text in (self.lost_note, line) if self.lost else (line,):
                     self.syslog.send((head + text).encode("utf-8", "backslashreplace"))
-                self.syslog_sink.lost = 0
+                self.lost = 0
                 return
-            except BlockingIOError:  # another process was quicker
+            except (BlockingIOError, socket.timeout):
                 break
             except OSError:
                 if self.syslog:
                     self.syslog.close()
                 self.syslog = None
-        self.syslog_sink.lost += 1
+        self.lost += 1
 
 
 @functools.lru_cache(maxsize=2)
@@ -1742,10 +1808,10 @@ PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}")  # of a mailbox or
 SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")
 ADDRESS_TOKEN = re.compile(
     r'(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<angle><(?:[^<>"\\]|"(?:[^"\\]|\\.)*")*>)|(?P<literal>\[[^\[\]]*\])'
-    r"|(?P<blank>\s+)|(?P<mark>[,;:])|(?P<atom>[^\s\"<>()\[\],;:]+)",
+    r"|(?P<comment>\((?:[^()\\]|\\.|\((?:[^()\\]|\\.|\((?:[^()\\]|\\.)*\))*\))*\))"  # in two others at most
+    r"|(?P<blank>\s+)|(?P<mark>[,;:]|\Z)|(?P<atom>[^\s\"<>()\[\],;:]+)|(?P<fault>.+)",
     re.DOTALL,
 )
-COMMENT_TOKEN = re.compile(r"[()]|\\.", re.DOTALL)
 CFWS = ("blank", "comment")
 CHARSET_NAME = re.compile(r"[A-Za-z0-9_.:()+-]{1,40}")
 MESSAGE_ID = r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>"
@@ -1761,9 +1827,10 @@ CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
 MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
 MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
-CONTENT_ID = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}"
+CONTENT_ID = re.compile(r"(<)?[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}(?(1)>)")
 NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # RFC 2045 2.7
-TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
+LONG_LINE = re.compile(rb"^[^\r\n]{999,}", re.MULTILINE)  # RFC 5322 2.1.1
+LINE_PIECE = re.compile(rb".{1,998}(?=[ \t]|\Z)|.+")
 RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*(?:\n|\Z)")
 PARAMETER_FIELDS = ("content-type", "content-disposition")
 MAILBOX_FIELDS = ("from", "sender", "to", "cc", "bcc", "reply-to", "resent-from", "resent-sender", "resent-to",
@@ -1774,7 +1841,6 @@ STRUCTURED_FIELDS = re.compile(
     r"|content-transfer-encoding|dkim-signature|domainkey-signature|arc-.*|authentication-results|auto-submitted"
     r"|list-(?:archive|help|owner|post|subscribe|unsubscribe|unsubscribe-post)"
 )
-DELIMITER = re.compile(rb"\n--([^\r\n]*)")
 HIGH_OCTETS = bytes(range(128, 256))
 BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
 CID_LINK = re.compile("[\"'(=]\\s*cid:([^\"'<>()\\s]{1,600})", re.IGNORECASE)  # RFC 2392
@@ -1795,6 +1861,10 @@ class Request:
     now: float  # seconds since the epoch
     settings: Settings | None = None  # in force when it began
     login: str = ""  # who logged in
+    login_fault: str = ""  # why a login is refused, for the log
+    limits: Any = None  # the server's SharedLimits
+    rate: tuple = ()  # (the Rate that counts, its RateState), for the answer
+    recipient_count: int = 0  # of those that passed the checks
     message_size: int = 0  # octets of the finished message
     forwarded: str = ""  # a header by which a proxy says that it forwarded the request
     dsn: tuple = DEFAULT_DSN  # what is asked of the next server
@@ -1822,23 +1892,18 @@ def parse_address(text: str) -> Mailbox | None:
     local, domain = found.groups()
     domain = domain if domain.isascii() else ascii_domain(domain)
     mailbox = Mailbox(text, local, domain, f"{local}@{domain}", (local, domain.lower()))
-    if len(mailbox.addr_spec.encode()) > MAX_PATH:
-        return None
-    return mailbox if DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_address_literal(domain)) else None
+    is_host = DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_address_literal(domain))
+    return mailbox if is_host and len(mailbox.addr_spec.encode()) <= MAX_PATH else None
 
 
 @cache_short(1024)
 def is_address_literal(text: str) -> bool:
     """Return whether the text is an address literal (RFC 5321 4.1.3): [192.0.2.1] or [IPv6:2001:db8::1]."""
-    inner = text[1:-1]
-    if "%" in inner:  # ipaddress accepts any characters in a zone, CR and LF included
-        return False
-    is_v6 = inner[:5].lower() == "ipv6:"
-    try:
-        (ipaddress.IPv6Address if is_v6 else ipaddress.IPv4Address)(inner[5:] if is_v6 else inner)
-    except ValueError:
-        return False
-    return True
+    is_v6 = text[1:6].lower() == "ipv6:"
+    address = text[6:-1] if is_v6 else text[1:-1]
+    with contextlib.suppress(ValueError):  # ipaddress accepts any characters in a zone, CR and LF included
+        return "%" not in address and (ipaddress.IPv6Address if is_v6 else ipaddress.IPv4Address)(address) is not None
+    return False
 
 
 def idna_hint(text: str) -> tuple:
@@ -1875,35 +1940,14 @@ def parse_header_text(value: Any, json_path: str, errors: list) -> str:
     return value
 
 
-def header_matching(pattern: str, expected: str) -> Callable:
-    """Make a parser of header text that is empty or matches the whole pattern."""
-    compiled = re.compile(pattern)
-
-    def parse(value: Any, json_path: str, errors: list) -> str:
-        value = parse_header_text(value, json_path, errors)
-        if value and not compiled.fullmatch(value):
-            errors.append(f'{json_path}: expected {expected}, got "{sanitize(value, 80)}"')
-        return value
-
-    return parse
-
-
-def parse_mailbox_field(value: Any, json_path: str, errors: list) -> tuple:
-    """Return ((display name, Mailbox), ...) of a field like From; a text that is not empty names at least one."""
-    found = parse_recipient_field(value, json_path, errors)
-    if any(mailbox is NULL_SENDER for _, mailbox in found):
-        errors.append(f"{json_path}: names no mailbox")
-    return found
-
-
-def parse_recipient_field(value: Any, json_path: str, errors: list) -> tuple:
-    """Return the same of a field like To, where ((name, NULL_SENDER),) is an empty group (RFC 5322 3.4)."""
+def parse_recipient_field(value: Any, json_path: str, errors: list, allow_group: bool = True) -> tuple:
+    """Return ((display name, Mailbox), ...) of a field like To, ((name, NULL_SENDER),) of an empty group."""
     value, reason = parse_header_text(value, json_path, errors), ""
     try:
         found = parse_mailboxes(value)
         if found or not value:
             return found
-        if ":" in value:
+        if ":" in value and allow_group:
             name = value.partition(":")[0].strip()
             return ((name if PHRASE.fullmatch(name) else "undisclosed-recipients", NULL_SENDER),)
     except ValueError as error:
@@ -1911,6 +1955,9 @@ def parse_recipient_field(value: Any, json_path: str, errors: list) -> tuple:
     text = f'{json_path}: expected "name <address>", got "{sanitize(value, 80)}"{reason}'
     errors.append("; ".join([text, *idna_hint(value[:MAX_ADDRESS_TEXT])]))
     return ()
+
+
+parse_mailbox_field = functools.partial(parse_recipient_field, allow_group=False)  # a field like From
 
 
 def parse_recipient_list(value: Any, json_path: str, errors: list) -> tuple:
@@ -1932,7 +1979,10 @@ def parse_mailboxes(text: str) -> tuple:
     if simple and not ("@" in simple[1] and re.search("[,;]", simple[1])):  # else the name holds another mailbox
         return ((simple[1].strip(), _parse_spec(simple[2])),)
     found, tokens, in_group = [], [], False
-    for kind, token in itertools.chain(address_tokens(text), (("mark", ""),)):
+    for match in ADDRESS_TOKEN.finditer(text):
+        kind, token = match.lastgroup, match[0]
+        if kind == "fault":
+            raise ValueError(f'"{token[0]}" out of place')
         if kind != "mark":
             tokens.append((kind, token))
             continue
@@ -1947,48 +1997,25 @@ def parse_mailboxes(text: str) -> tuple:
     return tuple(found)
 
 
-def address_tokens(text: str) -> Any:
-    """Yield (kind, text) of the tokens of an address list."""
-    at = 0
-    while at < len(text):
-        if text[at] == "(":
-            end = _comment_end(text, at)
-            yield "comment", text[at + 1 : end - 1]
-            at = end
-            continue
-        found = ADDRESS_TOKEN.match(text, at)
-        if not found:
-            raise ValueError(f'"{text[at]}" out of place')
-        yield found.lastgroup, found[0]
-        at = found.end()
-
-
-def _comment_end(text: str, start: int) -> int:
-    """Return the position after a comment, which may hold others."""
-    depth = 0
-    for found in COMMENT_TOKEN.finditer(text, start):
-        depth += {"(": 1, ")": -1}.get(found[0], 0)
-        if not depth:
-            return found.end()
-    raise ValueError('a comment without ")"')
-
-
 def _mailbox(tokens: list) -> list:
     """Return [(display name, Mailbox)] of the tokens between two separators, [] if they are comments and blanks."""
-    words = [(" " if kind == "comment" else token, kind) for kind, token in tokens]
-    comments = " ".join(token.strip() for kind, token in tokens if kind == "comment")
+    comments = " ".join(token[1:-1].strip() for kind, token in tokens if kind == "comment")
+    words = [(kind, " " if kind == "comment" else token) for kind, token in tokens]
     kinds = [kind for kind, _ in tokens if kind not in CFWS]
     if "angle" not in kinds:
-        spec = "".join(word for word, _ in words).strip()
+        spec = "".join(word for _, word in words).strip()
         return [(comments, _parse_spec(spec))] if spec else []
     if kinds.index("angle") != len(kinds) - 1:
         raise ValueError("text after an address")
-    name = "".join(
-        re.sub(r"\\(.)", r"\1", word[1:-1]) if kind == "quoted" else word for word, kind in words if kind != "angle"
-    )
-    angle = next(word for word, kind in words if kind == "angle")
-    name = " ".join(filter(None, (name.strip(), comments and f"({comments})"))) if name.strip() else comments
+    angle = next(word for kind, word in words if kind == "angle")
+    name = "".join(unquote(word) for kind, word in words if kind != "angle").strip()
+    name = f"{name} ({comments})" if name and comments else name or comments
     return [(name, _parse_spec(angle[1:-1]))]
+
+
+def unquote(word: str) -> str:
+    """Return what a quoted string says (RFC 5322 3.2.4), any other word as it is."""
+    return re.sub(r'\\(.)|"', r"\1", word) if word[:1] == '"' else word
 
 
 def _parse_spec(text: str) -> Mailbox:
@@ -2006,15 +2033,6 @@ def parse_loop_names(value: Any, json_path: str, errors: list) -> tuple:
         if not DOMAIN.fullmatch(name) and len(errors) < MAX_ERRORS:
             errors.append(f'{json_path}: "{sanitize(name, 80)}" is no name of a Haineko')
     return names
-
-
-def parse_charset(value: Any, json_path: str, errors: list) -> str:
-    """Return IANA's name of a charset."""
-    value = parse_header_text(value, json_path, errors)
-    name = iana_charset(value)
-    if not name:
-        errors.append(f'{json_path}: unknown charset "{sanitize(value, 80)}"; "UTF-8" holds every character')
-    return name or "UTF-8"
 
 
 @cache_short(64, limit=40)
@@ -2045,45 +2063,35 @@ IANA_NAMES.update({f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 85
 IANA_NAMES.update({f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))})
 CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
 
-parse_message_id = header_matching(MESSAGE_ID, '"<left@right>"')  # RFC 5322 3.6.4
-parse_ascii_text = header_matching(PLAIN.pattern, "printable ASCII in words of at most 900 characters")
+# IANA's name of a charset.
+parse_charset = matching(iana_charset, 'a charset that mail readers know, like "UTF-8"', convert=iana_charset)
+parse_message_id = matching(re.compile(MESSAGE_ID), '"<left@right>"', optional=True)  # RFC 5322 3.6.4
+parse_ascii_text = matching(PLAIN, "printable ASCII in words of at most 900 characters", optional=True)
+parse_message_ids = list_of(
+    matching(re.compile(rf" *{MESSAGE_ID}(?: +{MESSAGE_ID})* *"), '"<left@right> <left@right>"', optional=True),
+    lambda texts: " ".join(" ".join(texts).split()),
+)
 
 
-def parse_message_ids(value: Any, json_path: str, errors: list) -> str:
-    """Return message ids, from a list or from a string with white space between them."""
-    return " ".join(
-        parse_message_id(item, json_path, errors)
-        for text in list_of(parse_header_text)(value, json_path, errors)
-        for item in text.split()
-        if len(errors) < MAX_ERRORS
-    )
+def one_of_words(*words: str) -> Callable:
+    return matching(re.compile("|".join(words), re.IGNORECASE), " or ".join(words), optional=True)
 
 
-def parse_date(value: Any, json_path: str, errors: list) -> str:
-    """Return a date of RFC 5322 3.3."""
-    value = parse_header_text(value, json_path, errors)
-    try:
-        valid = not value or (DATE.fullmatch(value) and parsedate_to_datetime(value))
-    except (ValueError, TypeError):  # the 31st of February
-        valid = False
-    if not valid:
-        errors.append(f'{json_path}: expected a date like "{formatdate(0)}", got "{sanitize(value, 80)}"')
-    return value
+def is_date(text: str) -> bool:
+    """Return whether a text is a date of RFC 5322 3.3; ValueError for the 31st of February."""
+    return bool(DATE.fullmatch(text) and parsedate_to_datetime(text))
 
 
-# Fields that a client may set beside those of Header and X-...; the parser decides how a value is written:
-# parse_header_text: may be encoded (RFC 2047); parse_mailbox_field: a list of mailboxes; all others: as it is.
+# Fields that a client may set beside those of Header and X-...
 EXTRA_FIELDS = {
     "Message-Id": parse_message_id,
     "In-Reply-To": parse_message_ids,
     "References": parse_message_ids,
-    "Date": parse_date,
+    "Date": matching(is_date, f'a date like "{formatdate(0)}"', optional=True),
     "Disposition-Notification-To": parse_mailbox_field,  # RFC 8098
-    "Importance": header_matching("(?i:high|normal|low)", "high, normal or low"),  # RFC 4021 2.1.44
-    "Priority": header_matching("(?i:urgent|normal|non-urgent)", "urgent, normal or non-urgent"),
-    "Sensitivity": header_matching(
-        "(?i:personal|private|company-confidential)", "personal, private or company-confidential"
-    ),
+    "Importance": one_of_words("high", "normal", "low"),  # RFC 4021 2.1.44
+    "Priority": one_of_words("urgent", "normal", "non-urgent"),
+    "Sensitivity": one_of_words("personal", "private", "company-confidential"),
     **dict.fromkeys(("List-Id", "Organization", "Comments", "Keywords"), parse_header_text),
     **dict.fromkeys(("Auto-Submitted", "Precedence", "Feedback-Id"), parse_ascii_text),  # RFC 3834
     **dict.fromkeys(("List-Archive", "List-Help", "List-Owner", "List-Post"), parse_ascii_text),  # RFC 2369
@@ -2103,25 +2111,15 @@ TOP_KEYS.update(dict.fromkeys(("text", "textbody", "plain", "content", "message"
 TOP_KEYS.update(dict.fromkeys(("recipient", "recipients", "mailto", "rcptto"), "rcpt"))
 TOP_KEYS.update(sender="mail", mailfrom="mail", htmlbody="html", files="attachments", attachment="attachments")
 TOP_KEYS.update(contenttype="html or attachments[].type", mimetype="attachments[].type")
+KEYS_OUTSIDE = {key: f"{meant}, outside of header" for key, meant in TOP_KEYS.items()}
 ATTACHMENT_KEYS = dict.fromkeys(("contenttype", "mimetype", "mediatype"), '"type"')
 ATTACHMENT_KEYS.update(data='"content"', contentid='"cid"', disposition='"inline"')
 
 
-def hinted(cls: type, hints: dict) -> Callable:
-    """Make a parser of objects like from_dict() that knows the keys of other programs and other levels."""
-
-    def parse(value: Any, json_path: str, errors: list) -> Any:
-        known = key_table(cls)
-        usual = not isinstance(value, dict) or value.keys() <= known.keys()
-        for key in () if usual else [key for key in value if key not in known]:
-            hint = hints.get(normalize_key(key))
-            if hint and len(errors) < MAX_ERRORS:
-                del value[key]
-                dot = json_path and json_path + "."
-                errors.append(f"{dot}{sanitize(key)}: unknown key; did you mean {hint}?")
-        return from_dict(cls, value, json_path, errors)
-
-    return parse
+def hint_of(table: dict, key: str, known: Any) -> str:
+    """Return what an unknown key may mean, by the table of keys of other programs and levels or by its spelling."""
+    meant = table.get(normalize_key(key))
+    return f"; did you mean {meant}?" if meant else did_you_mean(key, known)
 
 
 @dataclass(repr=False, eq=False)  # made for each mail, and creating a frozen one takes four times as long
@@ -2134,12 +2132,7 @@ class Header:
     to: tuple = config_field((), parse_recipient_list, "To; with it all recipients get the same message")
     cc: tuple = config_field((), parse_recipient_list, "Cc; the same")
     bcc: tuple = config_field((), parse_recipient_list, "more recipients, in no header")
-    extra_fields: tuple = ()  # ((name, value, parser), ...)
-
-    @property
-    def shared(self) -> bool:
-        """Whether all recipients get the same message."""
-        return bool(self.to or self.cc)
+    extra_fields: tuple = ()  # ((name, value), ...)
 
 
 def parse_header(value: Any, json_path: str, errors: list) -> Header:
@@ -2162,46 +2155,36 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
             values.update({} if item is None else {attribute: parse(item, item_path, errors)})
         else:
             extra += extra_field(key, item, item_path, errors)
-    size = sum(len(item) for _, item, _ in extra)
+    size = sum(len(item) for _, item in extra)
     if len(extra) > MAX_FIELDS or size > MAX_HEADER:
         errors.append(f"{json_path}: more than {MAX_FIELDS} fields or {MAX_HEADER} characters")
     return Header(**values, extra_fields=tuple(extra))
 
 
 def extra_field(key: str, value: Any, json_path: str, errors: list) -> list:
-    """Return [(name, value, parser), ...] of a key that is not one of Header's own."""
+    """Return [(name, value), ...] of a key that is not one of Header's own."""
     name = FIELD_BY_KEY.get(normalize_key(key))
-    parse, is_x = EXTRA_FIELDS.get(name), X_FIELD.fullmatch(key)
-    if (name or is_x) and value is None:
+    if not name and X_FIELD.fullmatch(key):
+        name = "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
+    if not name:
+        names = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)]
+        fault = "unknown key" + (hint_of(KEYS_OUTSIDE, key, names) if len(errors) < MAX_HINTS else "")
+        is_reserved = RESERVED_FIELDS.fullmatch(normalize_key(key))
+        errors.append(f"{json_path}: {'Haineko makes this field itself' if is_reserved else fault}")
+    if not name or value is None:
         return []
-    if name:
-        items = (parse(value, json_path, errors),)
-    elif is_x:
-        parse, name = parse_header_text, "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
-        items = list_of(parse)(value[: MAX_FIELDS + 1] if type(value) is list else value, json_path, errors)
-    elif RESERVED_FIELDS.fullmatch(normalize_key(key)):
-        errors.append(f"{json_path}: Haineko makes this field itself")
-        return []
+    if name in EXTRA_FIELDS:
+        items = (EXTRA_FIELDS[name](value, json_path, errors),)
     else:
-        names, outside = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)], TOP_KEYS.get(normalize_key(key))
-        hint = f"; did you mean {outside}, outside of header?" if outside else ""
-        errors.append(
-            f"{json_path}: unknown key{hint or (did_you_mean(key, names) if len(errors) < MAX_HINTS else '')}"
-        )
-        return []
-    return [(name, item, parse) for item in items if item]
+        items = list_of(parse_header_text)(value[: MAX_FIELDS + 1] if type(value) is list else value, json_path, errors)
+    return [(name, item) for item in items if item]
 
 
 def parse_base64(value: Any, json_path: str, errors: list) -> bytes:
     """Return the octets of a base64 string (RFC 4648 4); white space in it is ignored."""
-    if type(value) is not str:
-        errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
-        return b""
-    for text in (value, "".join(value.split())) if "\n" in value or " " in value else (value,):
-        try:
-            octets = binascii.a2b_base64(text)
-        except ValueError:
-            continue
+    text = "".join(parse_unicode_text(value, json_path, errors).split())
+    with contextlib.suppress(ValueError):
+        octets = binascii.a2b_base64(text)
         # a2b_base64() skips characters that are not of its alphabet: the length tells whether there were any.
         if len(octets) == len(text) // 4 * 3 - text[-2:].count("=") and len(text) % 4 == 0:
             return octets
@@ -2235,11 +2218,8 @@ def parse_media_type(value: Any, json_path: str, errors: list) -> str:
     return name + "".join(f";\r\n {key}={word}" for key, word in parameters if key.lower().rstrip("*") != "name")
 
 
-def parse_content_id(value: Any, json_path: str, errors: list) -> str:
-    """Return the name that a link "cid:..." in the HTML uses (RFC 2392), without brackets."""
-    if type(value) is str and value.startswith("<") and value.endswith(">"):
-        value = value[1:-1]
-    return header_matching(CONTENT_ID, "letters, digits and @._+-")(value, json_path, errors)
+# The name that a link "cid:..." in the HTML uses (RFC 2392), without brackets.
+parse_content_id = matching(CONTENT_ID, "letters, digits and @._+-", optional=True, convert=lambda cid: cid.strip("<>"))
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -2257,7 +2237,8 @@ def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
         errors.append(f"{json_path}: {len(value)} exceed the limit of {MAX_ATTACHMENTS}")
         return ()
     before, cids = len(errors), set()
-    attachments = list_of(hinted(Attachment, ATTACHMENT_KEYS))(value, json_path, errors)
+    parse = functools.partial(from_dict, Attachment, hint=functools.partial(hint_of, ATTACHMENT_KEYS))
+    attachments = list_of(parse)(value, json_path, errors)
     for i, item in enumerate(attachments if len(errors) == before else ()):
         if item.content is None:
             errors.append(f"{json_path}[{i}].content: is missing")
@@ -2302,12 +2283,14 @@ def parse_message(octets: bytes) -> ParsedMessage:
     """Parse a message with any line ends; ValueError says which field is wrong, or which limit is exceeded."""
     found = re.match(rb">?From (?![ \t]*:)[^\n]*\n", octets)  # of an mbox
     octets = octets[found.end() :] if found else octets
-    parts = mime_parts(octets)
-    check_limits(parts)
+    parts: list = []
+    for part in mime_parts(octets, max_fields=MAX_FIELDS):
+        parts.append(part)
+        check_limits(part, len(parts))
     if any(part.encoding == "binary" for part in parts):  # no SMTP path carries it, and its CR and LF are no line ends
         octets = rewrite_parts(octets, parts, _encode_binary)
     octets = octets.replace(b"\r\n", b"\n")
-    header, body = read_header(octets, 0)
+    header, body = read_header(octets, 0, len(octets))
     return ParsedMessage(list(map(_clean_field, header)), octets[body:].replace(b"\r", b"\n"))
 
 
@@ -2319,7 +2302,7 @@ def _clean_field(item: tuple) -> tuple:
     if b"\r" in octets or b"\0" in octets:
         raise ValueError(f"{shown}: has a CR or NUL")
     octets = fold_long_lines(label.rstrip() + b":" + value + (b"" if value.endswith(b"\n") else b"\n"))
-    if TOO_LONG.search(octets):
+    if LONG_LINE.search(octets):
         raise ValueError(f"{shown}: has a line longer than 998 octets")
     if not octets.isascii() and STRUCTURED_FIELDS.fullmatch(name):
         text = octets.decode("latin-1")
@@ -2329,27 +2312,14 @@ def _clean_field(item: tuple) -> tuple:
 
 
 def fold_long_lines(octets: bytes) -> bytes:
-    """Fold a field's lines of more than 998 octets at blanks; those without a blank stay."""
-    if not TOO_LONG.search(octets):
-        return octets
-    lines, end = [], b"\r" if octets.endswith(b"\r\n") else b""
-    for line in octets.split(b"\n"):
-        start = 0
-        while len(line) - start > 998:
-            at = max(line.rfind(b" ", start + 1, start + 998), line.rfind(b"\t", start + 1, start + 998))
-            if at < 0:
-                break
-            lines.append(line[start:at] + end)
-            start = at
-        lines.append(line[start:])
-    return b"\n".join(lines)
+    """Fold a field's lines of more than 998 octets at blanks; what follows a word longer than that stays."""
+    return LONG_LINE.sub(lambda line: b"\r\n".join(LINE_PIECE.findall(line[0])), octets)
 
 
 def is_utf8(octets: bytes) -> bool:
-    try:
+    with contextlib.suppress(UnicodeDecodeError):
         return octets.decode() is not None
-    except UnicodeDecodeError:
-        return False
+    return False
 
 
 @dataclass(eq=False)
@@ -2361,8 +2331,6 @@ class MIMEPart:
     body: int
     end: int
     depth: int
-    media_type: str = ""
-    boundary: bytes = b""
     is_leaf: bool = True
 
     def value(self, name: str) -> str:
@@ -2373,7 +2341,11 @@ class MIMEPart:
     def parameter(self, name: str) -> str:
         """Return a parameter of Content-Type."""
         found = re.search(rf';\s*{name}\s*=\s*("(?:[^"\\]|\\.)*"|[^\s;"]+)', self.value("content-type"), re.IGNORECASE)
-        return re.sub(r"\\(.)", r"\1", found[1].strip('"')) if found else ""
+        return unquote(found[1]) if found else ""
+
+    @property
+    def media_type(self) -> str:
+        return self.value("content-type").partition(";")[0].strip().lower()
 
     @property
     def is_text(self) -> bool:
@@ -2384,96 +2356,68 @@ class MIMEPart:
         return self.value("content-transfer-encoding").partition("(")[0].strip().lower()
 
 
-def mime_parts(octets: bytes) -> list:
-    """Return the parts of a message (RFC 2046 5.1), each before those within it. It ends soon after a limit."""
-    parts: list = []
-    open_depths: dict = {}  # boundary of each open multipart, from the outermost: depth
-    current = _open_part(octets, 0, 0, parts, open_depths)  # the part that the next delimiter ends
-    for found in DELIMITER.finditer(octets) if open_depths else ():
-        line = found[1].rstrip()
-        is_close = line not in open_depths and line.endswith(b"--")
-        boundary = line[:-2] if is_close else line
-        if boundary not in open_depths or found.start() < parts[-1].body - 1:
-            continue
-        if current and (current.is_leaf or boundary != current.boundary):
-            current.end = max(current.body, found.start() - (octets[found.start() - 1 : found.start()] == b"\r"))
-            current.is_leaf = True  # a multipart without parts is one
-        depth, current = open_depths[boundary], None
-        while list(open_depths)[-1] != boundary:
-            open_depths.popitem()
-        if is_close:
-            open_depths.popitem()
-        elif len(parts) > MAX_PARTS:
-            break
-        else:
-            start = octets.find(b"\n", found.end()) + 1 or len(octets)
-            current = _open_part(octets, start, depth + 1, parts, open_depths)
-    if current:
-        current.is_leaf = True
-    return parts
+def mime_parts(octets: bytes, start: int = 0, end: int = -1, depth: int = 0, max_fields: int = sys.maxsize) -> Any:
+    """Yield the parts of a message (RFC 2046 5.1), each before those within it; a header ends after `max_fields`."""
+    end = len(octets) if end < 0 else end
+    header, body = read_header(octets, start, end, max_fields)
+    part, inner = MIMEPart(header, start, body, end, depth), []
+    if part.media_type == "message/rfc822" and part.encoding not in ("base64", "quoted-printable"):
+        inner = [(body, end)]
+    elif part.media_type.startswith("multipart/") and part.parameter("boundary"):
+        inner = _split_multipart(octets, part, part.parameter("boundary").encode("ascii", "replace"))
+    part.is_leaf = not inner
+    yield part
+    for start, end in inner:
+        yield from mime_parts(octets, start, end, depth + 1, max_fields)
 
 
-def _open_part(octets: bytes, start: int, depth: int, parts: list, open_depths: dict) -> MIMEPart:
-    """Read a part's header and those of messages directly within it; return the innermost part."""
-    while True:
-        header, body = read_header(octets, start)
-        part = MIMEPart(header, start, body, len(octets), depth)
-        parts.append(part)
-        part.media_type = part.value("content-type").partition(";")[0].strip().lower()
-        if depth > MAX_NESTING or len(parts) > MAX_PARTS:
-            return part
-        if part.media_type.startswith("multipart/") and part.parameter("boundary"):
-            part.is_leaf, part.boundary = False, part.parameter("boundary").encode("ascii", "replace")
-            open_depths[part.boundary] = depth
-        elif part.media_type == "message/rfc822" and part.encoding not in ("base64", "quoted-printable"):
-            part.is_leaf, start, depth = False, body, depth + 1
-            continue
-        return part
+def _split_multipart(octets: bytes, part: MIMEPart, boundary: bytes) -> list:
+    """Return [(start, end), ...] of the parts of a multipart; one without parts is a leaf."""
+    spans, start = [], 0
+    delimiter = re.compile(rb"\n--" + re.escape(boundary) + rb"(--)?[ \t]*\r?(?=\n|\Z)")
+    for found in delimiter.finditer(octets, part.body - 1, part.end):
+        end = found.start() - octets.endswith(b"\r", start, found.start())
+        spans += [(start, max(start, end))] if start else []
+        start = min(found.end() + 1, part.end)
+        if found[1]:
+            return spans
+    return [*spans, (start, part.end)] if start else []
 
 
-def read_header(octets: bytes, start: int) -> tuple:
-    """Return ([(name in lower case, octets of the field), ...], start of the body). It ends soon after a limit."""
+def read_header(octets: bytes, start: int, end: int, max_fields: int = sys.maxsize) -> tuple:
+    """Return ([(name in lower case, octets of the field), ...], start of the body)."""
     header, at = [], start
-    while len(header) <= MAX_FIELDS and at - start <= MAX_HEADER:
-        found = RAW_FIELD.match(octets, at)
-        if not found:
-            break
+    while len(header) <= max_fields and (found := RAW_FIELD.match(octets, at, end)):
         header.append((found[1].decode().lower(), found[0]))
         at = found.end()
-    return header, at + (2 if octets.startswith(b"\r\n", at) else octets.startswith(b"\n", at))
+    return header, at + (2 if octets.startswith(b"\r\n", at, end) else octets.startswith(b"\n", at, end))
 
 
-def check_limits(parts: list) -> None:
-    """Raise ValueError if a message exceeds a limit."""
-    parameters = [octets.count(b";") for part in parts for name, octets in part.header if name in PARAMETER_FIELDS]
-    for what, counts, limit in (
-        ("parts", [len(parts)], MAX_PARTS),
-        ("levels of parts", [part.depth for part in parts], MAX_NESTING),
-        ("fields in a header", [len(part.header) for part in parts], MAX_FIELDS),
-        ("octets of a header", [part.body - part.start for part in parts], MAX_HEADER),
-        ("parameters of a field", [0, *parameters], MAX_PARAMETERS),
+def check_limits(part: MIMEPart, number: int) -> None:
+    """Raise ValueError if the message exceeds a limit with this part."""
+    parameters = [octets.count(b";") for name, octets in part.header if name in PARAMETER_FIELDS]
+    for what, count, limit in (
+        ("parts", number, MAX_PARTS),
+        ("levels of parts", part.depth, MAX_NESTING),
+        ("fields in a header", len(part.header), MAX_FIELDS),
+        ("octets of a header", part.body - part.start, MAX_HEADER),
+        ("parameters of a field", max(parameters, default=0), MAX_PARAMETERS),
     ):
-        if max(counts) > limit:
-            raise ValueError(f"{max(counts)} {what} exceed the limit of {limit}")
+        if count > limit:
+            raise ValueError(f"{count} {what} exceed the limit of {limit}")
 
 
 def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool = True) -> bytes:
     """Return the message with the (fields, body) that rewrite(part, body) gives for each part."""
+    dropped = b"" if keep_8bit else HIGH_OCTETS  # from delimiters, and from text between parts that nobody reads
     out, at = [], 0
     for part in parts:
-        between, body = octets[at : part.start], octets[part.body : part.end] if part.is_leaf else b""
-        header, new_body = rewrite(part, body)
-        # Between parts stand delimiters, and text that nobody reads.
-        out.append(between if keep_8bit else between.translate(None, HIGH_OCTETS))
-        if header == part.header:
-            out.append(octets[part.start : part.body])
-        else:
-            length = sum(len(octets) for _, octets in part.header)
-            out += [octets for _, octets in header]
-            out.append(octets[part.start + length : part.body])
-        out.append(new_body)
+        header, body = rewrite(part, octets[part.body : part.end] if part.is_leaf else b"")
+        blank_line = octets[part.start + sum(len(octets) for _, octets in part.header) : part.body]
+        between = octets[at : part.start].translate(None, dropped)
+        out += [between, *(octets for _, octets in header), blank_line, body]
         at = part.end if part.is_leaf else part.body
-    return b"".join([*out, octets[at:] if keep_8bit else octets[at:].translate(None, HIGH_OCTETS)])
+    return b"".join([*out, octets[at:].translate(None, dropped)])
 
 
 def _encode_binary(part: MIMEPart, body: bytes) -> tuple:
@@ -2492,9 +2436,11 @@ def set_encoding(header: list, encoding: str) -> list:
     return [item for item in header if item[0] != name] + new
 
 
-def base64_lines(octets: Any) -> bytes:
+def base64_lines(octets: bytes) -> bytes:
     """Return base64 in lines of 76 characters and CRLF (RFC 2045 6.8)."""
-    return b"\r\n".join(BASE64_LINE.findall(binascii.b2a_base64(octets, newline=False))) + b"\r\n"
+    blocks = (octets[at : at + 57 * 4096] for at in range(0, len(octets), 57 * 4096))  # 57 octets make a line
+    coded = (binascii.b2a_base64(block, newline=False) for block in blocks)
+    return b"".join(b"\r\n".join(BASE64_LINE.findall(block)) + b"\r\n" for block in coded)
 
 
 def unfold(octets: bytes) -> str:
@@ -2533,14 +2479,12 @@ class Submission:
     async_: bool = config_field(False, parse_boolean, "true: answered at once, delivered from the queue", key="async")
     html: str = config_field("", parse_unicode_text, "the same in HTML")
     attachments: tuple = config_field((), parse_attachments, "files")
-    raw: ParsedMessage | None = config_field(
-        None, parse_raw, "a finished message instead of header, body, html and attachments"
-    )
+    raw: ParsedMessage | None = config_field(None, parse_raw, "a finished message instead of header, body, html, files")
 
     @property
     def shared(self) -> bool:
         """Whether all recipients get the same message."""
-        return bool(self.raw or self.header.shared)
+        return bool(self.raw or self.header.to or self.header.cc)
 
 
 class SubmissionResult(NamedTuple):
@@ -2561,13 +2505,13 @@ def parse_submission(body: Any) -> SubmissionResult:
     except ValueError as error:
         return SubmissionResult(None, [sanitize(str(error)) + form_data_hint(bytes(body[:500]))], is_json=False)
     try:
-        if b"\\u001" in body and isinstance(raw, dict) and isinstance(raw.get("header"), dict):
+        if b"\\u001" in body and is_in_jis(raw):
             decode_jis_strings(raw)
     except ValueError as error:
         return SubmissionResult(None, [sanitize(str(error))])
     except RecursionError:
         return SubmissionResult(None, ["nested too deeply"], is_json=False)
-    submission = hinted(Submission, SUBMISSION_KEYS)(raw, "", errors)
+    submission = from_dict(Submission, raw, "", errors, functools.partial(hint_of, SUBMISSION_KEYS))
     if submission.html and not any(error.startswith("attachments") for error in errors):
         check_content_ids(submission, errors)
     if submission.rcpt is None or submission.header.bcc or submission.raw:
@@ -2575,9 +2519,7 @@ def parse_submission(body: Any) -> SubmissionResult:
     return SubmissionResult(None if errors else submission, errors)
 
 
-SUBMISSION_KEYS = {
-    normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *key_table(Header), "replyto")
-}
+SUBMISSION_KEYS = {normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *reversed(key_table(Header)))}
 SUBMISSION_KEYS.update(TOP_KEYS)
 
 
@@ -2593,41 +2535,33 @@ def check_content_ids(submission: Submission, errors: list) -> None:
     """Append an error for a "cid:" in the HTML without an attachment, and for a `cid` that the HTML does not use."""
     links = {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(submission.html)}
     cids = {item.cid: i for i, item in enumerate(submission.attachments) if item.cid}
-    errors += [
-        f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in sorted(links - cids.keys())
-    ][:MAX_HINTS]
+    unknown = sorted(links - cids.keys())[:MAX_HINTS]
+    errors += [f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in unknown]
     errors += [f'attachments[{i}].cid: the HTML has no "cid:{cid}"' for cid, i in cids.items() if cid not in links]
 
 
 def is_expensive(work: Any) -> bool:
     """Return whether to parse this body, or to compose this Submission, may take over 5 ms and belongs in a thread."""
-    return (_compose_cost(work) if isinstance(work, Submission) else _parse_cost(work)) > 5000
-
-
-def _parse_cost(body: Any) -> float:
-    """Estimate microseconds from above: text is cheap; strings, addresses and raw messages are not."""
-    per_octet = 0.4 if b'"raw"' in body or b"\\u00" in body else 0.01  # the key may be escaped
-    return per_octet * len(body) + 1.5 * body.count(b'"') + 10 * body.count(b"@")
-
-
-def _compose_cost(submission: Submission) -> float:
-    """Estimate microseconds from above, by the slowest inputs of each kind."""
-    header, raw = submission.header, submission.raw
+    if not isinstance(work, Submission):
+        if len(work) <= 2048:
+            return False
+        per_octet = 0.4 if b'"raw"' in work or b"\\u00" in work else 0.01  # the key may be escaped
+        return per_octet * len(work) + 1.5 * work.count(b'"') + 10 * work.count(b"@") > 5000
+    header, raw = work.header, work.raw
     if raw:
         per_octet = 0.01 if raw.body.isascii() else 0.3
-        return per_octet * len(raw.body) + 10 * len(raw.fields) + 30 * raw.body.count(b"\n--")
-    cost = (0.02 if header.charset in ("UTF-8", "US-ASCII") else 0.5) * len(submission.body)
-    cost += (0.1 if submission.body else 1.5) * len(submission.html)
-    cost += sum(25 + 0.008 * len(item.content or b"") for item in submission.attachments)
-    cost += 0.6 * (len(header.subject) + sum(len(value) for _, value, _ in header.extra_fields))
-    return cost + 5 * len(header.extra_fields) + 15 * len(header.to + header.cc)
+        return per_octet * len(raw.body) + 10 * len(raw.fields) + 30 * raw.body.count(b"\n--") > 5000
+    cost = (0.02 if header.charset in ("UTF-8", "US-ASCII") else 0.5) * len(work.body)  # microseconds, from above
+    cost += (0.1 if work.body else 0.5) * len(work.html)
+    cost += sum(25 + 0.008 * len(item.content or b"") for item in work.attachments)
+    cost += 0.6 * (len(header.subject) + sum(len(value) for _, value in header.extra_fields))
+    return cost + 5 * len(header.extra_fields) + 15 * len(header.to + header.cc) > 5000
 
 
 def provider_header_names(submission: Submission) -> tuple:
     """Return the names of the fields that cloud relays take for commands."""
-    raw = submission.raw.fields if submission.raw else ()
-    names = [*(name for name, _, _ in submission.header.extra_fields), *(name for name, _ in raw)]
-    return tuple(dict.fromkeys(name for name in names if PROVIDER_HEADER.fullmatch(name)))
+    listed = (*submission.header.extra_fields, *(submission.raw.fields if submission.raw else ()))
+    return tuple(dict.fromkeys(name for name, _ in listed if PROVIDER_HEADER.fullmatch(name)))
 
 
 def add_header_recipients(submission: Submission, raw: Any, errors: list) -> Submission:
@@ -2637,50 +2571,52 @@ def add_header_recipients(submission: Submission, raw: Any, errors: list) -> Sub
         both = [key for key in ("header", "body", "html", "attachments") if raw.get(key) is not None]
         errors.extend(f"{key}: can't stand beside raw" for key in both)
         header = Header(loop=loop_names(submission.raw.fields))
-        if rcpt is None:
-            rcpt = tuple(header_recipients(submission.raw.fields))
-    if rcpt is None:
-        rcpt = tuple(mailbox.as_written for _, mailbox in header.to + header.cc if mailbox.as_written)
-    hidden = tuple(mailbox.as_written for _, mailbox in header.bcc if mailbox.as_written)
-    return replace(submission, header=header, rcpt=rcpt + hidden)
+        rcpt = tuple(header_recipients(submission.raw.fields)) if rcpt is None else rcpt
+    shown = header.to + header.cc if rcpt is None else ()
+    named = (mailbox.as_written for _, mailbox in shown + header.bcc if mailbox.as_written)
+    return replace(submission, header=header, rcpt=(*(rcpt or ()), *named))
 
 
-def decode_jis_strings(raw: dict) -> None:
-    """Decode the strings that hold ISO-2022-JP itself, if that is the charset asked for."""
-    charset = next((value for key, value in raw["header"].items() if normalize_key(key) == "charset"), None)
-    if type(charset) is str and iana_charset(charset) == "ISO-2022-JP":
-        _decode_jis_in(raw, "")
+def is_in_jis(raw: Any) -> bool:
+    """Return whether a submission asks for ISO-2022-JP."""
+    header = raw.get("header") if isinstance(raw, dict) else None
+    items = header.items() if isinstance(header, dict) else ()
+    charset = next((value for key, value in items if normalize_key(key) == "charset"), None)
+    return type(charset) is str and iana_charset(charset) == "ISO-2022-JP"
 
 
-def _decode_jis_in(table: Any, json_path: str) -> None:
+def decode_jis_strings(table: Any, json_path: str = "") -> None:
+    """Decode the strings in an object or list that hold ISO-2022-JP itself."""
     for key, value in table.items() if isinstance(table, dict) else enumerate(table):
-        dot = "." if json_path else ""
-        item_path = f"{json_path}[{key}]" if isinstance(table, list) else f"{json_path}{dot}{sanitize(key)}"
+        item_path = f"{json_path}[{key}]" if isinstance(table, list) else f"{json_path}.{sanitize(key)}".lstrip(".")
         if type(value) is str:
             try:
                 table[key] = jis_to_text(value)
             except ValueError as error:
                 raise ValueError(f"{item_path}: {error}") from None
         elif isinstance(value, (dict, list)):
-            _decode_jis_in(value, item_path)
+            decode_jis_strings(value, item_path)
 
 
 def jis_to_text(text: str) -> str:
     """Decode ISO-2022-JP (RFC 1468, and the rows and kana that CP50220 adds) that a string holds."""
     if "\x1b" not in text or not text.isascii():
         return text
-    head, *segments = re.split(r"\x1b(\$[@B]|\([BJI])", text)
-    parts = [head]
-    for escape, segment in zip(segments[::2], segments[1::2]):
-        if escape[0] == "$":
-            parts.append(jis_bytes_to_text(segment.encode()))
-        elif escape == "(I":
-            parts.append("".join(chr(ord(c) + 0xFF40) if "!" <= c <= "_" else c for c in segment))
-        else:  # JIS X 0201, "(J", has two characters that ASCII has not (RFC 1468)
-            parts.append(segment.replace("\\", "¥").replace("~", "‾") if escape == "(J" else segment)
-    if re.search(r"\x1b[$(]", "".join(parts)):
+    text = JIS_SEGMENT.sub(_decode_segment, text)
+    if re.search(r"\x1b[$(]", text):
         raise ValueError("has an escape sequence that is not ISO-2022-JP's")
-    return "".join(parts)
+    return text
+
+
+JIS_SEGMENT = re.compile(r"\x1b(\$[@B]|\([BJI])([^\x1b]*)")
+JIS_TABLES = {  # JIS X 0201 has kana, and two characters that ASCII has not (RFC 1468)
+    "(B": {}, "(J": str.maketrans("\\~", "¥‾"), "(I": {code: code + 0xFF40 for code in range(0x21, 0x60)},
+}  # fmt: skip
+
+
+def _decode_segment(found: re.Match) -> str:
+    escape, segment = found.groups()
+    return jis_bytes_to_text(segment.encode()) if escape[0] == "$" else segment.translate(JIS_TABLES[escape])
 
 
 def jis_bytes_to_text(octets: bytes) -> str:
@@ -2702,28 +2638,80 @@ def jis_bytes_to_text(octets: bytes) -> str:
 
 # ======================================================================================================================
 # 6. Policy
-#    Takes a request, its submission and the settings; a check gives the Reply that refuses them, or None. Checks have no
-#    side effects, except that check_login() names who logged in. CHECKS has them in the order in which faults are told.
+#    Takes a request, its submission and the settings; a check gives the Reply that refuses them, or None. check_login()
+#    names who logged in and limits are counted; else checks have no side effects. CHECKS has them in the order in which
+#    faults are told.
 # ======================================================================================================================
 
 
 def check_login(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
-    """Require HTTP Basic (RFC 7617) if the section `password` has a user."""
-    if not settings.password.hashes:
+    """Require a login if the section `password` has one. Wrong ones are counted for each address."""
+    if not settings.password.logins:
         return None
+    credentials = credentials_of(request)
+    name = settings.password.authenticate(credentials)
+    login = settings.password.logins.get(name, ANYBODY)
+    request.login_fault = f"{name}: {fault}" if (fault := login.fault(request.client, request.now)) else ""
+    if name and not fault:
+        request.login = name
+        request.settings = sandboxed(settings) if login.sandbox else request.settings
+        return None
+    request.login_fault = request.login_fault or "no such name, password or key"
+    source = int(request.client) >> (64 if request.client.version == 6 else 0)
+    state = request.limits.take(f"wrong {source}", 1, WRONG_LOGINS, block=60) if credentials else None
+    if state and state.wait:
+        return rate_reply(request, WRONG_LOGINS, state, "wrong logins of this address")
+    return make_reply("login")
+
+
+WRONG_LOGINS = Rate(10, 60)
+ANYBODY = Login()
+
+
+def credentials_of(request: Request) -> str:
+    """Return the Authorization header of HTTP Basic (RFC 7617); a Bearer or Postmark token stands in it as it is."""
     credentials = request.headers.get("authorization", "")
-    if not settings.password.authenticate(credentials):
-        return make_reply("login")
-    request.login = username_of(credentials)
-    return None
+    token = credentials[7:] if credentials[:7].lower() == "bearer " else ""
+    token = token or (not credentials and request.headers.get("x-postmark-server-token", ""))
+    return "Basic " + base64.b64encode(token.strip().encode("latin-1")).decode() if token else credentials
+
+
+def login_of(request: Request, settings: Settings) -> Login:
+    return settings.password.logins.get(request.login, ANYBODY)
+
+
+def sandboxed(settings: Settings) -> Settings:
+    """Return settings by which nothing leaves."""
+    return replace(settings, mailertable={"default": SANDBOX_ROUTE}, sendermt={})
+
+
+SANDBOX_ROUTE = Route(mailer="Discard", host="sandbox")
+
+
+def check_rate(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
+    """Take the recipients from the login's budget; before they are known, require that some of it is left."""
+    rate, count = login_of(request, settings).rate, request.recipient_count
+    if not rate:
+        return None
+    state = request.limits.take(f"login {request.login}", count, rate)
+    if not count and not state.remaining:
+        state = state._replace(wait=state.reset - rate.seconds + rate.seconds / rate.limit)
+    return rate_reply(request, rate, state, f"recipients of the login {request.login}")
+
+
+def rate_reply(request: Request, rate: Rate, state: Any, counted: str) -> Reply | None:
+    """Return the refusal if nothing was taken; the answer tells the state in either case."""
+    request.rate = rate, state
+    line = f"{rate.limit} {counted} in {rate.seconds} seconds"
+    return make_reply("rate", line, retry_after=max(math.ceil(state.wait), 1)) if state.wait else None
 
 
 def check_client(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
     """Require an address in relayhosts, unless the client has to log in."""
-    if settings.password.hashes or settings.relayhosts.open_relay:
+    if settings.password.logins or settings.relayhosts.open_relay:
         return None
     if request.client not in settings.relayhosts.relayhosts:
-        return make_reply("client", f"{request.client.text} is not in relayhosts.relayhosts")
+        return make_reply("client", f"{request.client} is not in relayhosts.relayhosts")
     reason = hidden_client(request, settings)
     return make_reply("client", reason) if reason else None
 
@@ -2732,7 +2720,7 @@ def hidden_client(request: Request, settings: Settings) -> str:
     """Say why a request from a loopback address was not made by a program on this machine, "" if it may have been."""
     if not request.forwarded or request.client not in LOOPBACK:
         return ""
-    proxy = f"{request.forwarded} from {request.peer.text}"
+    proxy = f"{request.forwarded} from {request.peer}"
     if request.peer not in settings.httpd.trusted_proxies:
         return f"{proxy}, which is not in httpd.trusted_proxies"
     return "" if "x-forwarded-for" in request.headers else f"{proxy} without X-Forwarded-For"
@@ -2764,6 +2752,36 @@ def check_sender(request: Request, submission: Submission, settings: Settings) -
     return make_reply("mail-form", *idna_hint(submission.mail) or ('expected a bare address like "user@example.org"',))
 
 
+def check_sender_fence(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    """Require that the envelope sender and every author of the message are permitted to the login."""
+    fence = login_of(request, settings).senders
+    authors = () if fence is None else [parse_address(submission.mail), *message_authors(submission)]
+    for mailbox in authors:
+        if not permits(fence, mailbox):
+            address = sanitize(mailbox.addr_spec) if mailbox else "a From or Sender without address"
+            return make_reply("sender-policy", f"{address} is not in password.{request.login}.senders")
+    return None
+
+
+def message_authors(submission: Submission) -> list:
+    """Return the Mailboxes in From and Sender, None for a field that can't be parsed."""
+    found = [mailbox for _, mailbox in submission.header.from_]
+    for name, octets in submission.raw.fields if submission.raw else ():
+        if name in ("from", "sender", "resent-from", "resent-sender"):
+            try:
+                found += [mailbox for _, mailbox in parse_mailboxes(unfold(octets))] or [None]
+            except ValueError:
+                found.append(None)
+    return found
+
+
+def permits(fence: frozenset | None, mailbox: Mailbox | None) -> bool:
+    """Return True if a fence, of addresses, domains and ".domain", has the mailbox, or if there is none."""
+    if fence is None or not mailbox:
+        return fence is None
+    return mailbox.addr_spec.lower() in fence or not fence.isdisjoint(lookup_keys(mailbox.domain.lower()))
+
+
 def check_recipient_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.rcpt or submission.rcpt == ("",):
         return make_reply("rcpt-none", "rcpt is required, unless header has to, cc or bcc")
@@ -2782,6 +2800,8 @@ def check_recipients(request: Request, submission: Submission, settings: Setting
     refused = {}
     for as_written, mailbox in unique_recipients(submission).items():
         reply = check_recipient(mailbox, settings, as_written)
+        if not reply and not permits(login_of(request, settings).recipients, mailbox):
+            reply = make_reply("rcpt-policy", f"it is not in password.{request.login}.recipients")
         if reply:
             refused[as_written] = reply
     return refused
@@ -2809,14 +2829,17 @@ def check_subject(request: Request, submission: Submission, settings: Settings) 
 CHECKS = (
     ("head", check_login),  # before the body is read; there is no submission yet
     ("head", check_client),
+    ("head", check_rate),
     ("submission", check_loop),
     ("submission", check_ehlo),
     ("submission", check_sender),
+    ("submission", check_sender_fence),
     ("submission", check_recipient_count),
     ("submission", check_recipients),
     ("content", check_body),  # if a recipient is left
     ("message", check_size),  # once the message is composed: request.message_size is known
     ("message", check_subject),
+    ("message", check_rate),  # last: a mail that is refused counts for nothing
 )
 
 
@@ -2848,13 +2871,8 @@ def unique_recipients(submission: Submission) -> dict:
 def check_recipient(mailbox: Mailbox | None, settings: Settings, as_written: str = "") -> Reply | None:
     if not mailbox:
         return make_reply("rcpt-form", *idna_hint(as_written))
-    policy = settings.recipients
-    permitted = (
-        policy.open_relay
-        or mailbox.domain.lower() in policy.domainpart
-        or mailbox.addr_spec.lower() in policy.recipients
-    )
-    if permitted:
+    known, domain, address = settings.recipients, mailbox.domain.lower(), mailbox.addr_spec.lower()
+    if known.open_relay or domain in known.domainpart or address in known.recipients:
         return None
     return make_reply("rcpt-policy", "neither recipients.domainpart nor recipients.recipients has it")
 
@@ -2872,10 +2890,8 @@ def check_message_size(octets: int, settings: Settings) -> Reply | None:
 #    limits on lines; the recipients of a copy, the clock and the queue id are arguments.
 # ======================================================================================================================
 
-BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
 PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
 RFC2231_SEGMENT = 60  # characters of a parameter in one line
-SOUND_MARKS = ("ﾞ", "ﾟ")
 NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
 JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
 QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
@@ -2886,7 +2902,7 @@ UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, R
 ENCODED_WORDS = re.compile(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)")
 ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
 PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
-COMMENT = re.compile(r"\([^()\\]*\)")
+COMMENT_8BIT = re.compile(r"\(([^()\\\x80-\U0010ffff]*[\x80-\U0010ffff][^()\\]*)\)")
 NOT_BASE64 = bytes({*range(256)} - {*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"})
 
 
@@ -2905,20 +2921,18 @@ def compose(submission: Submission, queueid: str, client: IPAddress, hostname: s
 def _compose(submission: Submission, charset: str, queueid: str, client: Any, hostname: str, now: float) -> Message:
     header, sender, date = submission.header, parse_address(submission.mail), rfc5322_date(int(now))
     author = header.from_ or (("", sender),)
-    if submission.html or submission.attachments:
-        content = multipart_body(submission, charset, queueid)
-    else:
-        content = text_part("plain", submission.body, charset)
     top = [received_field(submission.ehlo, client, hostname, queueid, date), address_field("From", author, charset)]
     if len(author) > 1 or author[0][1].key != sender.key:
         top.append(f"Sender: {sender.addr_spec}")
-    extra = extra_field_lines(header.extra_fields, charset) if header.extra_fields else {}
+    extra: dict = {}
+    for name, value in header.extra_fields:
+        extra.setdefault(name, []).append(header_field(name, value, charset))
     middle = [address_field("Reply-To", header.replyto, charset)] if header.replyto else []
     middle += [text_field("Subject", header.subject, charset), *extra.pop("Date", (f"Date: {date}",))]
     identity = extra.pop("Message-Id", ())
-    end = [line for lines in extra.values() for line in lines] if extra else []
+    end = [line for lines in extra.values() for line in lines]
     end += loop_field(header.loop, hostname), "MIME-Version: 1.0", ""
-    if header.shared:
+    if submission.shared:
         shown = [address_field(name, item, charset) for name, item in (("To", header.to), ("Cc", header.cc)) if item]
         heads = [[*top, *shown, *middle, *(identity or (f"Message-Id: <{queueid}.1@{hostname}>",)), *end]]
     elif identity:
@@ -2927,17 +2941,7 @@ def _compose(submission: Submission, charset: str, queueid: str, client: Any, ho
         heads = [[*top, "To: "], ["", *middle, f"Message-Id: <{queueid}."], [f"@{hostname}>", *end]]
     *parts, last = ["\r\n".join(lines).encode() for lines in heads]
     utf8 = not (last.isascii() and all(map(bytes.isascii, parts)))  # only an address can be other than ASCII
-    return Message((*parts, join_pieces(last, content)), utf8, utf8)
-
-
-def join_pieces(first: bytes, pieces: Any) -> bytes:
-    """Join octets; the pieces of a generator are never all in memory beside the whole."""
-    if type(pieces) is list:
-        return b"".join((first, *pieces))
-    stream = io.BytesIO(first)
-    stream.seek(0, io.SEEK_END)
-    stream.writelines(pieces)
-    return stream.getvalue()
+    return Message((*parts, b"".join([last, *content_pieces(submission, charset, queueid)])), utf8, utf8)
 
 
 @functools.lru_cache(maxsize=64)
@@ -2945,18 +2949,13 @@ def loop_field(names: tuple, hostname: str) -> str:
     return fold("X-Haineko-Loop:", [name + "," for name in names] + [hostname])
 
 
-def extra_field_lines(extra_fields: tuple, charset: str) -> dict:
-    """Return {name: [line, ...]} of the fields in EXTRA_FIELDS and X-..."""
-    lines: dict = {}
-    for name, value, parse in extra_fields:
-        if parse is parse_mailbox_field:
-            line = address_field(name, value, charset)
-        elif parse is parse_header_text:
-            line = text_field(name, value, charset)
-        else:
-            line = fold(f"{name}:", value.split(" "))
-        lines.setdefault(name, []).append(line)
-    return lines
+def header_field(name: str, value: Any, charset: str) -> str:
+    """Return a field of mailboxes or text, encoded as its grammar allows."""
+    if type(value) is tuple:
+        return address_field(name, value, charset)
+    if STRUCTURED_FIELDS.fullmatch(name.lower()):
+        return fold(f"{name}:", value.split(" "))
+    return text_field(name, value, charset)
 
 
 def text_part(subtype: str, text: str, charset: str) -> list:
@@ -2966,8 +2965,8 @@ def text_part(subtype: str, text: str, charset: str) -> list:
     return [head.encode(), body]
 
 
-def multipart_body(submission: Submission, charset: str, queueid: str) -> Any:
-    """Yield the octets of HTML and attachments: the richest form last (RFC 2046 5.1.4), then the files."""
+def content_pieces(submission: Submission, charset: str, queueid: str) -> list:
+    """Return the octets of text, HTML and attachments: the richest form last (RFC 2046 5.1.4), then the files."""
     html, attachments = submission.html, submission.attachments
     pictures = [file_part(item, charset) for item in attachments if html and item.cid]
     files = [file_part(item, charset) for item in attachments if not (html and item.cid)]
@@ -2980,31 +2979,28 @@ def multipart_body(submission: Submission, charset: str, queueid: str) -> Any:
     return multipart("mixed", queueid, whole, *files) if files else whole
 
 
-def multipart(subtype: str, queueid: str, *parts: Any) -> Any:
-    """Yield the octets of a multipart; the random queue id makes a boundary that occurs in none of the parts."""
+def multipart(subtype: str, queueid: str, *parts: Any) -> list:
+    """Return the octets of a multipart; the random queue id makes a boundary that occurs in none of the parts."""
     boundary = f"=_{queueid}.{subtype}"
     root = '; type="text/html"' if subtype == "related" else ""  # RFC 2387 3.1
-    yield f'Content-Type: multipart/{subtype}{root};\r\n boundary="{boundary}"\r\n'.encode()
+    pieces = [f'Content-Type: multipart/{subtype}{root};\r\n boundary="{boundary}"\r\n'.encode()]
     for part in parts:
-        yield f"\r\n--{boundary}\r\n".encode()
-        yield from part
-    yield f"\r\n--{boundary}--\r\n".encode()
+        pieces += [f"\r\n--{boundary}\r\n".encode(), *part]
+    return [*pieces, f"\r\n--{boundary}--\r\n".encode()]
 
 
-def file_part(item: Attachment, charset: str) -> Any:
-    """Yield the octets of an attachment, whose content arrives unchanged."""
+def file_part(item: Attachment, charset: str) -> list:
+    """Return [header, body] of an attachment, whose content arrives unchanged."""
     media_type = item.type or guess_media_type(item.filename)
     in_type, in_disposition = name_parameters(item.filename, charset) if item.filename else ("", "")
     disposition = "inline" if item.cid or item.inline else "attachment"
-    # RFC 2046 5.2.1 allows a message/rfc822 no encoding; parse_attachments() has seen that it needs none.
-    is_message = media_type.startswith("message/")
-    head = f"Content-Type: {media_type}{in_type}\r\nContent-Transfer-Encoding: {'7bit' if is_message else 'base64'}\r\n"
+    if media_type.startswith("message/"):  # RFC 2046 5.2.1 allows no encoding; parse_attachments() has seen to that
+        encoding, body = "7bit", item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    else:
+        encoding, body = "base64", base64_lines(item.content)
+    head = f"Content-Type: {media_type}{in_type}\r\nContent-Transfer-Encoding: {encoding}\r\n"
     head += f"Content-Disposition: {disposition}{in_disposition}\r\n"
-    yield (head + (f"Content-ID: <{item.cid}>\r\n\r\n" if item.cid else "\r\n")).encode()
-    if is_message:
-        yield item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-    for start in range(0, 0 if is_message else len(item.content), BASE64_BLOCK):
-        yield base64_lines(item.content[start : start + BASE64_BLOCK])
+    return [(head + (f"Content-ID: <{item.cid}>\r\n\r\n" if item.cid else "\r\n")).encode(), body]
 
 
 def name_parameters(name: str, charset: str) -> tuple:
@@ -3026,26 +3022,21 @@ def rfc2231_parameter(name: str, text: str, charset: str) -> str:
 
 
 def guess_media_type(name: str) -> str:
-    """Return the media type for the extension of a file's name."""
+    """Return the media type for the extension of a file's name, by tables that are the same on every system."""
     import mimetypes
 
     extension = os.path.splitext(name)[1].lower()
-    media_type, coding = mimetypes.guess_type("x" + extension)
-    if coding:
-        media_type = f"application/{coding}" if coding == "gzip" else ""
-    media_type = EXTRA_MEDIA_TYPES.get(extension) or media_type or ""
-    return (
-        "application/octet-stream"
-        if media_type.startswith(("message/", "multipart/")) or not media_type
-        else media_type
-    )
+    media_type = EXTRA_MEDIA_TYPES.get(extension) or mimetypes.types_map.get(extension, "message/")
+    return "application/octet-stream" if media_type.startswith("message/") else media_type
 
 
 _OFFICE = "application/vnd.openxmlformats-officedocument."
-EXTRA_MEDIA_TYPES = {  # that not every system's table has
+EXTRA_MEDIA_TYPES = {  # that not every version of Python has
     ".docx": _OFFICE + "wordprocessingml.document", ".xlsx": _OFFICE + "spreadsheetml.sheet",
     ".pptx": _OFFICE + "presentationml.presentation", ".ics": "text/calendar", ".md": "text/markdown",
-    ".webp": "image/webp", ".zip": "application/zip",
+    ".webp": "image/webp", ".zip": "application/zip", ".gz": "application/gzip", ".tgz": "application/gzip",
+    ".odt": "application/vnd.oasis.opendocument.text", ".ods": "application/vnd.oasis.opendocument.spreadsheet",
+    ".rtf": "application/rtf", ".7z": "application/x-7z-compressed",
 }  # fmt: skip
 
 
@@ -3144,7 +3135,7 @@ def rfc5322_date(second: int) -> str:
 
 def received_field(ehlo: str | None, client: IPAddress | None, hostname: str, queueid: str, date: str) -> str:
     """Return the trace field (RFC 5321 4.4)."""
-    address = client.text if client else "127.0.0.1"
+    address = str(client or "127.0.0.1")
     literal = f"[IPv6:{address}]" if ":" in address else f"[{address}]"
     return f"Received: from {ehlo or literal} ({literal})\r\n\tby {hostname} with HTTP id {queueid};\r\n\t{date}"
 
@@ -3188,13 +3179,9 @@ def fold(line: str, tokens: Any) -> str:
     """Append tokens to a field's name, with a new line before each that would pass column 76 (RFC 2047 2)."""
     lines, column = [line], len(line)
     for token in tokens:
-        column += 1 + len(token)
-        if column > 76 and len(lines) > 1:
-            lines.append("\r\n ")
-            column = 1 + len(token)
-        else:
-            lines.append(" ")
-        lines.append(token)
+        separator = "\r\n " if column + 1 + len(token) > 76 and len(lines) > 1 else " "
+        lines += [separator, token]
+        column = (column if separator == " " else 0) + 1 + len(token)
     return "".join(lines)
 
 
@@ -3202,22 +3189,17 @@ def encoded_words(value: str, charset: str, used: int) -> list:
     """Return encoded words (RFC 2047) of whole characters and at most 75 columns; `used` columns of the first line are
     taken already."""
     encode, words, room, start = charset_encoder(charset), [], 76 - used, 0
+    value = wide_kana(value) if charset == "ISO-2022-JP" else value  # else a sound mark could be split off
     overhead = len(charset) + 7
     while start < len(value) or not words:
         size = min(len(value) - start, room)
         coded = encode(value[start : start + size])
-        while size > 1 and (overhead + (len(coded) + 2) // 3 * 4 > room or splits_cluster(value, start + size)):
+        while size > 1 and overhead + (len(coded) + 2) // 3 * 4 > room:
             size = max(1, min(size - 1, size * (room - overhead) * 3 // (4 * len(coded)) + 1))
             coded = encode(value[start : start + size])
         words.append(f"=?{charset}?B?{binascii.b2a_base64(coded, newline=False).decode()}?=")
         start, room = start + size, 75
     return words
-
-
-def splits_cluster(value: str, at: int) -> bool:
-    """Return whether a break there would separate a half-width kana from its sound mark: ISO-2022-JP encodes the two
-    as one character."""
-    return value.startswith(SOUND_MARKS, at) and not value.startswith(SOUND_MARKS, at - 1)
 
 
 def encode_body(text: str, charset: str) -> tuple:
@@ -3227,7 +3209,7 @@ def encode_body(text: str, charset: str) -> tuple:
     octets = charset_encoder(charset)(text)
     if not NEEDS_ENCODING.search(octets):
         return "7bit", octets
-    if charset == "ISO-2022-JP" and not octets.translate(None, JIS_OCTETS) and not TOO_LONG.search(octets):
+    if charset == "ISO-2022-JP" and not octets.translate(None, JIS_OCTETS) and not LONG_LINE.search(octets):
         return "7bit", octets
     if charset != "UTF-8" or len(octets) < 2 * len(text):  # else most characters are other than ASCII
         quoted = len(octets) + 2 * len(octets.translate(None, QUOTED_AS_IS))
@@ -3244,11 +3226,9 @@ def charset_encoder(charset: str) -> Callable:
 
 def _encode(codec: str, text: str) -> bytes:
     octets = text.encode(codec)
-    try:
+    with contextlib.suppress(UnicodeDecodeError):  # text with the control characters of ISO-2022-JP-2 or ISO-2022-KR
         if octets.decode(codec) == text:
             return octets
-    except UnicodeDecodeError:  # text with the control characters of ISO-2022-JP-2 or ISO-2022-KR
-        pass
     raise UnicodeEncodeError(codec, text, 0, len(text), "no such character")  # EUC-JP turns a yen sign into a backslash
 
 
@@ -3256,26 +3236,20 @@ def encode_jis(text: str) -> bytes:
     """Encode ISO-2022-JP as CP50220 does: half-width kana become full-width, NEC's and IBM's characters stay."""
     if "\x1b" in text:  # a reader would take it for the start of a sequence
         raise UnicodeEncodeError("iso2022_jp", text, text.index("\x1b"), text.index("\x1b") + 1, "no character")
-    try:
+    with contextlib.suppress(UnicodeEncodeError):
         return text.translate(CP932_TO_JIS).encode("iso2022_jp")
-    except UnicodeEncodeError:
-        return _encode_jis(text)
+    table, pattern = jis_extensions()
+    runs = pattern.split(wide_kana(text).translate(CP932_TO_JIS))
+    kanji = {run: b"\x1b$B%b\x1b(B" % b"".join(map(table.get, run)) for run in runs if run[:1] in table}
+    return b"".join(kanji.get(run) or run.encode("iso2022_jp") for run in runs)
 
 
-def _encode_jis(text: str) -> bytes:
+def wide_kana(text: str) -> str:
+    """Return text with full-width kana for half-width ones."""
     import unicodedata
 
-    def wide(kana: re.Match) -> str:
-        return unicodedata.normalize("NFKC", kana[0]).replace("\u3099", "゛").replace("\u309a", "゜")
-
-    text = re.sub("[\uff61-\uff9f]+", wide, text).translate(CP932_TO_JIS)
-    (table, runs), octets = jis_extensions(), []
-    for run in runs.split(text):
-        if run and run[0] in table:
-            octets.append(b"\x1b$B%b\x1b(B" % b"".join(table[c] for c in run))
-        else:
-            octets.append(run.encode("iso2022_jp"))
-    return b"".join(octets)
+    marks = {0x3099: "゛", 0x309A: "゜"}  # those that stand alone
+    return re.sub("[\uff61-\uff9f]+", lambda kana: unicodedata.normalize("NFKC", kana[0]).translate(marks), text)
 
 
 @functools.lru_cache(maxsize=1)
@@ -3286,13 +3260,10 @@ def jis_extensions() -> tuple:
     for row in (13, 89, 90, 91, 92):
         for cell in range(1, 95):
             octets = bytes((row + 0x20, cell + 0x20))
-            try:
+            with contextlib.suppress(ValueError):  # unassigned
                 character = jis_bytes_to_text(octets)
-                character.encode("iso2022_jp")
-            except UnicodeEncodeError:
-                table.setdefault(character, octets)
-            except ValueError:
-                pass
+                if not character.encode("iso2022_jp", "ignore"):
+                    table.setdefault(character, octets)
     return table, re.compile(f"([{''.join(table)}]+)")
 
 
@@ -3316,7 +3287,7 @@ def complete_raw_message(
     octets = b"".join([*head, b"\n", raw.body, b"" if raw.body.endswith(b"\n") else b"\n"])
     octets = octets.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
     if not octets.isascii() or UNSENDABLE.search(octets):
-        octets = convert_parts(octets, keep_8bit=True, keep_utf8=True)
+        octets = downgrade_8bit(octets, keep_8bit=True, keep_utf8=True)
         if UNSENDABLE.search(octets):
             raise Rejected(make_reply("line-length"))
     return Message((octets,), not octets.isascii(), bool(non_ascii_fields(octets)))
@@ -3334,21 +3305,15 @@ def mime_label(body: bytes) -> bytes:
 
 def non_ascii_fields(octets: bytes) -> list:
     """Return the names of the header fields, those of parts included, that need SMTPUTF8 (RFC 6532 3)."""
-    parts = [] if octets.isascii() else mime_parts(octets)
+    parts = () if octets.isascii() else mime_parts(octets)
     return list(dict.fromkeys(name for part in parts for name, line in part.header if not line.isascii()))
 
 
-def downgrade_8bit(octets: bytes, keep_8bit: bool = False) -> bytes:
-    """Return the message for a server without SMTPUTF8, and without 8BITMIME unless `keep_8bit` (RFC 6152 3). What has
-    no form in ASCII, such as an address, stays: see non_ascii_fields()."""
-    return convert_parts(octets, keep_8bit=keep_8bit, keep_utf8=False)
-
-
-def convert_parts(octets: bytes, keep_8bit: bool, keep_utf8: bool) -> bytes:
-    """Return a message, each of whose parts is encoded where the path can't carry it as it is."""
-    parts = mime_parts(octets)
-    convert = functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8)
-    octets = rewrite_parts(octets, parts, convert, keep_8bit)
+def downgrade_8bit(octets: bytes, keep_8bit: bool = False, keep_utf8: bool = False) -> bytes:
+    """Return the message with each part encoded where a path without 8BITMIME (RFC 6152 3) and SMTPUTF8 can't carry it;
+    `keep_8bit` and `keep_utf8`: the path has them. What has no form in ASCII, such as an address, stays."""
+    parts = list(mime_parts(octets))
+    octets = rewrite_parts(octets, parts, functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8), keep_8bit)
     return octets if octets.endswith(b"\r\n") else octets + b"\r\n"
 
 
@@ -3375,21 +3340,18 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
         return label + b":" + value
     text = " ".join(re.split(r"[\r\n]+[ \t]*", decode_octets(value, charset).strip()))
     label = label.decode("ascii").strip()
-    if name in PARAMETER_FIELDS:
-        coded = f"{label}: {encode_comments(PARAMETER.sub(_encode_parameter, text))}"
-    elif name in MAILBOX_FIELDS:
-        try:
-            coded = address_field(label, parse_mailboxes(text) or (("undisclosed-recipients", NULL_SENDER),), "UTF-8")
-        except ValueError:
-            coded = f"{label}: {text}"
-    elif STRUCTURED_FIELDS.fullmatch(name):
-        coded = f"{label}: {encode_comments(text)}"
-    else:
-        tokens: list = []
-        for i, segment in enumerate(ENCODED_WORDS.split(text)):
-            tokens += [segment] if i % 2 else encoded_words(segment, "UTF-8", len(label) + 2) if segment.strip() else []
-        coded = fold(f"{label}:", tokens)
-    return coded.encode() + b"\r\n"
+    if name in MAILBOX_FIELDS:
+        with contextlib.suppress(ValueError):
+            mailboxes = parse_mailboxes(text) or (("undisclosed-recipients", NULL_SENDER),)
+            return address_field(label, mailboxes, "UTF-8").encode() + b"\r\n"
+    if name in (*PARAMETER_FIELDS, *MAILBOX_FIELDS) or STRUCTURED_FIELDS.fullmatch(name):
+        text = PARAMETER.sub(_encode_parameter, text) if name in PARAMETER_FIELDS else text
+        text = COMMENT_8BIT.sub(lambda found: f"({' '.join(encoded_words(found[1], 'UTF-8', 9))})", text)
+        return f"{label}: {text}\r\n".encode()
+    tokens: list = []
+    for i, segment in enumerate(ENCODED_WORDS.split(text)):
+        tokens += [segment] if i % 2 else encoded_words(segment, "UTF-8", len(label) + 2) if segment.strip() else []
+    return fold(f"{label}:", tokens).encode() + b"\r\n"
 
 
 def decode_octets(octets: bytes, charset: str) -> str:
@@ -3400,19 +3362,9 @@ def decode_octets(octets: bytes, charset: str) -> str:
     return octets.decode("latin-1")
 
 
-def encode_comments(text: str) -> str:
-    """Encode the comments (RFC 2047 5) that are other than ASCII."""
-    return COMMENT.sub(
-        lambda found: found[0] if found[0].isascii() else f"({' '.join(encoded_words(found[0][1:-1], 'UTF-8', 9))})",
-        text,
-    )
-
-
 def _encode_parameter(found: re.Match) -> str:
-    if found[0].isascii():
-        return found[0]
-    value = re.sub(r"\\(.)", r"\1", found[2].strip('"')) if found[2].startswith('"') else found[2].strip()
-    return rfc2231_parameter(found[1].rstrip("*"), value, "UTF-8")
+    value = unquote(found[2].strip())
+    return found[0] if found[0].isascii() else rfc2231_parameter(found[1].rstrip("*"), value, "UTF-8")
 
 
 def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
@@ -3436,20 +3388,7 @@ def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
 
 
 def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
-    """Return (Route, reason) for mail to `domain`; the look-up costs as much as the domain has labels, once."""
-    cache, key = settings.route_cache, (domain, sender_domain)
-    found = cache.get(key)
-    if not found:
-        if len(cache) >= ROUTE_CACHE_SIZE:
-            cache.clear()
-        found = cache[key] = _find_route(domain, sender_domain, settings)
-    return found
-
-
-ROUTE_CACHE_SIZE = 4096  # pairs of domains
-
-
-def _find_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
+    """Return (Route, reason) for mail to `domain`; the look-up costs as much as the domain has labels."""
     tables = (("mailertable", settings.mailertable, domain), ("sendermt", settings.sendermt, sender_domain))
     for name, table, key in tables:
         for row in lookup_keys(key.lower()) if table else ():
@@ -3462,15 +3401,6 @@ def _find_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
 
 
 FALLBACK_ROUTE = Route(port=25)
-
-
-def lookup_keys(domain: str) -> Any:
-    """Yield the keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
-    yield domain
-    dot = domain.find(".")
-    while dot >= 0:
-        yield domain[dot:]
-        dot = domain.find(".", dot + 1)
 
 
 # ======================================================================================================================
@@ -3512,6 +3442,98 @@ class EventLoop(asyncio.SelectorEventLoop):
         sends, self.sends = self.sends, []
         for sock in sends:
             sock.try_operation(writing=True)
+
+
+# -- Limits shared by all processes of a server
+
+
+class RateState(NamedTuple):
+    """What a limiter answers: how long to wait (0: taken), what is left, and when all of it is back, in seconds."""
+
+    wait: float
+    remaining: int
+    reset: float
+
+
+class SharedLimits:
+    """Limits over all processes of a server: rates (GCRA) and counts of open sessions. Made before the workers fork.
+
+    A rate is one number in shared memory: the theoretical arrival time of the next unit. A session is a lock on one
+    octet of a file without a name, so that the kernel gives back those of a process that died.
+    """
+
+    SLOTS, PROBES = 4096, 16  # cells of the table; how many are looked at for one key
+    MAX_SESSIONS = 1 << 16  # octets that one route may lock
+    TABLE_LOCK = 0  # octet locked while the table is read and written; the sessions' octets follow
+
+    def __init__(self) -> None:
+        self.cells = memoryview(mmap.mmap(-1, 16 * self.SLOTS)).cast("q")  # (fingerprint, arrival time in us)
+        import tempfile
+
+        in_memory = functools.partial(os.memfd_create, "haineko") if hasattr(os, "memfd_create") else None
+        self.file: Any = (in_memory or tempfile.TemporaryFile)()
+        self.lock = threading.Lock()  # locks of files hold between processes only
+        self.sessions: set = set()  # octets locked by this process; fcntl itself does not tell
+
+    def take(self, key: str, count: int, rate: Rate, block: int = 0) -> RateState:
+        """Take `count` units from the key's budget, or none if there are not enough of them yet, and then none for
+        another `block` seconds."""
+        with self.lock:
+            return self._take(key, count, rate, block, time.monotonic())
+
+    def _take(self, key: str, count: int, rate: Rate, block: int, now: float) -> RateState:
+        fingerprint, each = _fingerprint(key), rate.seconds / rate.limit
+        fcntl.lockf(self.file, fcntl.LOCK_EX, 1, self.TABLE_LOCK)
+        try:
+            cell = self._cell(fingerprint, now)
+            before = max(self.cells[cell + 1] / 1e6, now) if self.cells[cell] == fingerprint else now
+            after = before + each * min(count, rate.limit)
+            wait = max(after - now - rate.seconds, 0.0)
+            wait = 0.0 if wait < 1e-6 else wait
+            if block and wait and before <= now + rate.seconds:  # it was not blocked yet
+                before, wait = now + rate.seconds + block - each, float(block)
+                self.cells[cell + 1] = int(before * 1e6)
+            if not wait:
+                self.cells[cell], self.cells[cell + 1] = fingerprint, int(after * 1e6)
+        finally:
+            fcntl.lockf(self.file, fcntl.LOCK_UN, 1, self.TABLE_LOCK)
+        used = (before if wait else after) - now
+        return RateState(wait, max(int((rate.seconds - used) / each + 1e-6), 0), used)
+
+    def _cell(self, fingerprint: int, now: float) -> int:
+        """Return the index of the key's cell: its own, else the one among its places that is free or due first."""
+        places = [2 * ((fingerprint + i) % self.SLOTS) for i in range(self.PROBES)]
+        own = [place for place in places if self.cells[place] == fingerprint]
+        return own[0] if own else min(places, key=lambda place: self.cells[place + 1])
+
+    def open_session(self, key: str, limit: int) -> int:
+        """Lock one of the key's `limit` octets and return it; 0 where all are taken."""
+        first = 1 + _fingerprint(key) % (1 << 44) * self.MAX_SESSIONS
+        for octet in range(first, first + limit):
+            if octet not in self.sessions:
+                try:
+                    fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, octet)
+                except OSError:
+                    continue
+                self.sessions.add(octet)
+                return octet
+        return 0
+
+    def close_session(self, octet: int) -> None:
+        """Give back what open_session() gave."""
+        self.sessions.discard(octet)
+        fcntl.lockf(self.file, fcntl.LOCK_UN, 1, octet)
+
+    def __del__(self) -> None:
+        os.close(self.file) if isinstance(self.file, int) else self.file.close()
+
+
+@functools.lru_cache(maxsize=4096)
+def _fingerprint(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big") | 1
+
+
+# -- Tasks and sockets
 
 
 def log_task_fault(_: Any, context: dict) -> None:
@@ -4658,6 +4680,7 @@ class Session(smtplib.SMTP):
         self._host = route.host  # the name that smtplib has the certificate checked for
         self.route, self.step, self.masked = route, "CONN", ""  # masked: what the log shows in place of what is sent
         self.pool: Any = None  # the SessionPool that it belongs to
+        self.give_back = lambda: None  # its place among the route's `sessions`
         self.stream: Any = None  # AsyncSocket of the open connection
         self.recv_buffer = b""  # received but not asked for yet
         self.maybe_complete = False  # recv_buffer may hold a complete reply
@@ -4788,6 +4811,7 @@ class Session(smtplib.SMTP):
             self.alive = False
         decided = recipient_replies(replies, result, lost, len(transaction.recipients))
         found = [item if isinstance(item, Reply) else self._to_reply(*item) for item in decided]
+        found = found if self.in_data else [reply._replace(before_text=True) for reply in found]
         if self.alive and any(map(self.refused_before_data, found)):
             self.quit()  # it may have reached a limit of the server
         return found
@@ -4932,6 +4956,8 @@ class Session(smtplib.SMTP):
         if self.stream:
             self.stream.release()
         super().close()
+        give_back, self.give_back = self.give_back, lambda: None
+        give_back()
 
     def quit(self) -> None:
         """Send QUIT and close, without waiting for the reply."""
@@ -5142,12 +5168,19 @@ class SessionPool:
         hopeless = not (self.idle or self.in_use or self.opening)
         full = bool(reply) and not hopeless
         if full:
-            self.refusal, self.open_limit, self.full_until = reply, 1, time.monotonic() + self.FULL_BACKOFF
+            self.slow_down(reply)
         elif hopeless:
-            busy = not reply or (reply.from_server and reply.temporary and reply.command == "CONN")
+            here = not reply or (
+                reply.temporary and reply.command == "CONN" and (reply.from_server or reply.retry_after)
+            )
+            busy = here or reply.code in THROTTLED
             self.fail_waiters([waiter for waiter in self.waiters if waiter.reply or not busy], None if busy else reply)
         self.wake_waiters()
         return full
+
+    def slow_down(self, reply: Reply) -> None:
+        """Open no session for a while, as long as there is one, since the server takes no more."""
+        self.refusal, self.open_limit, self.full_until = reply, 1, time.monotonic() + self.FULL_BACKOFF
 
     def fail_waiters(self, waiters: list, reply: Reply | None = None) -> None:
         for waiter in waiters:
@@ -5161,6 +5194,9 @@ class SessionPool:
         self.wake_waiters()
 
 
+THROTTLED = ("432", "454")  # too many connections (Microsoft), throttling failure (Amazon)
+
+
 class TransportContext:
     """What the deliveries of this process share: SMTP sessions, HTTP connections, the resolver, MTA-STS policies."""
 
@@ -5169,7 +5205,9 @@ class TransportContext:
     AGE = 300  # seconds after which a session is not used again
     MAX_IDLE = 256  # sessions of one route
 
-    def __init__(self, nameservers: tuple = ()) -> None:
+    def __init__(self, nameservers: tuple = (), limits: SharedLimits | None = None) -> None:
+        self.limits = limits or SharedLimits()
+        self.route_pauses: dict = {}  # Route that failed: monotonic time until which its list does without it
         self.pools: defaultdict = defaultdict(SessionPool)  # by (hostname, route)
         self.http, self.tokens = HTTPConnectionPool(), TokenCache()
         self.set_nameservers(nameservers)
@@ -5216,6 +5254,8 @@ class TransportContext:
     async def connect(self, route: Route, hostname: str, again: bool = True) -> Session:
         """Open a session; an access token that the server refuses is replaced once."""
         session = Session(await self.tokens.authorize(route), hostname)
+        if route.sessions:
+            session.give_back = await self._await_place(route, self.pools[hostname, route])
         try:
             await asyncio.to_thread(session.open)  # smtplib blocks
         except Rejected as refused:
@@ -5225,6 +5265,26 @@ class TransportContext:
             return await self.connect(route, hostname, again=False)
         session.stream = AsyncSocket(session.sock)
         return session
+
+    async def _await_place(self, route: Route, pool: SessionPool) -> Callable:
+        """Take a place among the route's sessions of all processes, and return what gives it back. Raises Rejected if
+        this process has all of them, which are waited for elsewhere, or if that takes too long."""
+        deadline = time.monotonic() + route.timeout
+        while not (octet := self.limits.open_session(route.limit_key, route.sessions)):
+            if pool.idle or pool.in_use or time.monotonic() > deadline:
+                line = f"other mails have all of its sessions ({route.sessions})"
+                raise Rejected(make_reply("route-limit", line, retry_after=route.timeout, **route.endpoint))
+            await asyncio.sleep(0.05)  # nothing tells when another process gives one back
+        return functools.partial(self.limits.close_session, octet)
+
+    async def await_rate(self, route: Route, count: int) -> None:
+        """Wait until the route's rate admits so many recipients; raise Rejected if that takes too long."""
+        deadline = time.monotonic() + route.timeout
+        while route.rate and (wait := self.limits.take(route.limit_key, count, route.rate).wait):
+            if time.monotonic() + wait > deadline:
+                line = f"{route.rate.limit} recipients in {route.rate.seconds} seconds"
+                raise Rejected(make_reply("route-limit", line, retry_after=math.ceil(wait), **route.endpoint))
+            await asyncio.sleep(wait)
 
     def release(self, session: Session) -> None:
         """Hand the session over to a waiter, keep it, or close it if it cannot be used again."""
@@ -5246,7 +5306,8 @@ class TransportContext:
         self.http.sweep(everything)
         now = time.monotonic()
         for key, pool in list(self.pools.items()):
-            idle = self.IDLE_WHEN_FULL if pool.open_limit < pool.OPENING else self.IDLE
+            limited = pool.open_limit < pool.OPENING or key[1].sessions
+            idle = self.IDLE_WHEN_FULL if limited else self.IDLE
             while pool.idle and (everything or pool.idle[0].last_used <= now - idle):
                 pool.idle.pop(0).quit()
             pool.sweep(now)
@@ -5265,16 +5326,53 @@ class TransportContext:
 async def attempt_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
     """Attempt a transaction once; every recipient has a reply."""
     began = time.monotonic()
-    replies = await attempt_route(transaction, transport)
+    replies = await (attempt_route_list if transaction.route.fallbacks else attempt_route)(transaction, transport)
     for reply in dict.fromkeys(reply for reply in replies if reply.route_fault):
         words = log_value(" ".join((reply.code, *reply.message)))
         log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed, mail waits: {words}")
     return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
 
 
+async def attempt_route_list(transaction: Transaction, transport: TransportContext) -> list:
+    """Return a Reply for each recipient from the first route of a list that does not fail before the text is sent."""
+    now, pauses, waiting = time.monotonic(), transport.route_pauses, list(range(len(transaction.recipients)))
+    replies: list = [None] * len(waiting)
+    routes = transaction.route.choices
+    for route in [one for one in routes if pauses.get(one, 0) <= now] or routes:
+        if route in pauses:
+            pauses[route] = now + ROUTE_PAUSE  # this mail tries it; the others go on without it
+        recipients, failed = tuple(transaction.recipients[i] for i in waiting), {}
+        part = transaction._replace(route=route, recipients=recipients)
+        for i, reply in zip(waiting, await attempt_route(part, transport)):
+            failed.update({i: reply} if try_next_route(reply) else {})
+            before = replies[i] and " ".join(filter(None, (replies[i].fallback, replies[i].relay)))
+            replies[i] = reply._replace(fallback=before)
+        if any(reply.command != "RCPT" or reply.code == "421" for reply in failed.values()):
+            pauses[route] = time.monotonic() + ROUTE_PAUSE
+        else:
+            pauses.pop(route, None)
+        waiting = list(failed)
+        if not waiting:
+            break
+        for reply in dict.fromkeys(failed.values()):
+            words = log_value(" ".join((reply.code, *reply.message)))
+            log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed: {words}")
+    return replies
+
+
+ROUTE_PAUSE = 30  # seconds for which a list does without a route that failed
+
+
+def try_next_route(reply: Reply) -> bool:
+    """Return True if the next route of a list may be tried: this one failed, not the recipient, and before the text."""
+    failed = reply.temporary or (reply.from_server and reply.command == "CONN")
+    return failed and not reply.maybe_delivered and (reply.before_text or reply.route_fault or reply.command != "DATA")
+
+
 async def attempt_route(transaction: Transaction, transport: TransportContext) -> list:
     """Return a Reply for each recipient from the transaction's route, whatever its relay does; a bug is logged."""
     try:
+        await transport.await_rate(transaction.route, len(transaction.recipients))
         return await transaction.route.row.send(await sign_transaction(transaction), transport)
     except Rejected as rejected:
         reply = rejected.reply
@@ -5297,12 +5395,9 @@ async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> 
         recipients = tuple(transaction.recipients[i] for i in again)
         try:
             session, _ = await transport.acquire(transaction.route, transaction.hostname)
-        except Rejected as refused:
-            if len(again) == len(replies):
-                raise
-            found = [refused.reply] * len(again)
-        else:
             found = await transact_by(session, transaction._replace(recipients=recipients), transport)
+        except Rejected as refused:
+            found = [refused.reply] * len(again)
         for i, reply in zip(again, found):
             replies[i] = reply
     return replies
@@ -5310,7 +5405,11 @@ async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> 
 
 async def transact_by(session: Session, transaction: Transaction, transport: TransportContext) -> list:
     try:
-        return await session.transact(transaction)
+        replies = await session.transact(transaction)
+        for reply in replies:
+            if reply.code in THROTTLED:
+                session.pool.slow_down(reply)
+        return replies
     except BaseException:
         session.alive = False
         raise
@@ -5427,13 +5526,13 @@ def save_message(transaction: Transaction) -> Reply:
             os.close(handle)
     except OSError as error:
         return make_reply("file", f"{folder}: {error.strerror or error}", mailer="File")
-    return make_reply("saved", word=path, mailer="File")
+    return make_reply("done", word=path, mailer="File")
 
 
 async def relay_screen(transaction: Transaction, transport: TransportContext) -> list:
     """Print the message on stderr."""
     printed = log.write_bytes(await asyncio.to_thread(screen_text, transaction))
-    reply = make_reply("printed") if printed else make_reply("file", "stderr cannot be written")
+    reply = make_reply("done", word="Printed") if printed else make_reply("file", "stderr cannot be written")
     return [reply._replace(mailer="Screen")] * len(transaction.recipients)
 
 
@@ -5448,22 +5547,34 @@ def screen_text(transaction: Transaction) -> bytes:
 
 async def relay_discard(transaction: Transaction, transport: TransportContext) -> list:
     """Deliver to nobody."""
-    return [make_reply("discarded", mailer="Discard")] * len(transaction.recipients)
+    return [make_reply("done", word="Discarded", mailer="Discard")] * len(transaction.recipients)
 
 
-# -- Relays by HTTP. Each posts to an API; http_accepted() and http_failure() hold what their responses have in common.
+# -- Relays by HTTP. http_accepted() and http_failure() hold what the responses of their APIs have in common.
 
 
-async def relay_haineko(transaction: Transaction, transport: TransportContext) -> list:
-    """To another Haineko, of this kind or of the old one in Perl; what it says of each recipient is handed on."""
-    response = await transport.http.request(
-        HTTPTarget.of_route(transaction.route), await asyncio.to_thread(haineko_request, transaction)
-    )
-    return haineko_replies(transaction, response)
+def http_relay(make_request: Callable, read_replies: Callable, max_recipients: int = 1 << 30) -> Callable:
+    """Return a relay that posts make_request(transaction), an HTTPRequest, for so many recipients at a time;
+    read_replies(transaction, response) returns one Reply or a list of one for each. Both may raise Rejected."""
+
+    async def relay(transaction: Transaction, transport: TransportContext) -> list:
+        replies: list = []
+        for start in range(0, len(transaction.recipients), max_recipients):
+            part = transaction._replace(recipients=transaction.recipients[start : start + max_recipients])
+            try:
+                call = await asyncio.to_thread(make_request, part)
+                found = read_replies(part, await transport.http.request(HTTPTarget.of_route(part.route), call))
+            except Rejected as refused:
+                found = refused.reply
+            replies += found if isinstance(found, list) else [found] * len(part.recipients)
+        return replies
+
+    return relay
 
 
 def haineko_request(transaction: Transaction) -> HTTPRequest:
-    """Return the submission: header and body if they express all of the message (Perl knows no more), else `raw`."""
+    """Return the submission to another Haineko: header and body if they express all of the message (the old one in
+    Perl knows no more), else `raw`."""
     octets = transaction.octets()
     try:
         document = as_plain_submission(transaction, octets)
@@ -5545,21 +5656,6 @@ KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "D
 TRANSFER_DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
 
 
-async def relay_sendgrid(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver by SendGrid's v3 mail/send, which takes a message in pieces."""
-    route, body = transaction.route, await asyncio.to_thread(sendgrid_body, transaction)
-    response = await transport.http.request(
-        HTTPTarget.of_route(transaction.route),
-        HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route)),
-    )
-    if response.status == 202:  # 200: valid, but will not be sent
-        message_id = response.headers.get("X-Message-Id")
-        reply = http_accepted(route, response, *([f"X-Message-Id: {message_id}"] if message_id else []))
-    else:
-        reply = http_failure(route, response, sendgrid_errors(response))
-    return [reply] * len(transaction.recipients)
-
-
 def bearer_header(route: Route) -> tuple:
     """Return the header fields that carry the route's API key."""
     return (("Authorization", f"Bearer {route.credentials[1]}"),)
@@ -5573,8 +5669,8 @@ def sendgrid_errors(response: HTTPResponse) -> list | None:
     return [": ".join(str(error[key]) for key in ("field", "message") if error.get(key)) for error in errors]
 
 
-def sendgrid_body(transaction: Transaction) -> bytes:
-    """Return the request; raises Rejected if it would lose more of the message than trace fields and charset."""
+def sendgrid_request(transaction: Transaction) -> HTTPRequest:
+    """Return the message in pieces; raises Rejected if it would lose more of it than trace fields and charset."""
     # https://www.twilio.com/docs/sendgrid/api-reference/mail-send
     octets = transaction.octets()
     try:
@@ -5587,24 +5683,31 @@ def sendgrid_body(transaction: Transaction) -> bytes:
             raise ValueError("the subject is empty")
     except (ValueError, LookupError, RecursionError) as error:
         raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
-    return encode_json({key: value for key, value in document.items() if value})
+    body = encode_json({key: value for key, value in document.items() if value})
+    return HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route))
+
+
+def sendgrid_reply(transaction: Transaction, response: HTTPResponse) -> Reply:
+    if response.status != 202:  # 200: valid, but will not be sent
+        return http_failure(transaction.route, response, sendgrid_errors(response))
+    message_id = response.headers.get("X-Message-Id")
+    return http_accepted(transaction.route, response, *([f"X-Message-Id: {message_id}"] if message_id else []))
 
 
 def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
     """Return author and recipients; SendGrid shows every recipient but Bcc, and delivers to every one that it shows."""
     shown = {name: sendgrid_mailboxes(single_field(fields, name)) for name in ("from", "to", "cc", "reply-to")}
-    if len(shown["from"]) != 1:
+    author, reply_to = shown["from"], shown["reply-to"]
+    if len(author) != 1:
         raise ValueError("From has several addresses")
     if not shown["to"]:
         raise ValueError("To has none of the recipients")
     hidden = [{"email": recipient} for recipient in hidden_recipients(transaction, fields)]
     people = {"to": shown["to"], "cc": shown["cc"], "bcc": hidden}
-    document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": shown["from"][0]}
-    reply_to = shown["reply-to"]
-    return {
-        **document,
-        **({"reply_to_list": reply_to} if len(reply_to) > 1 else {"reply_to": reply_to and reply_to[0]}),
-    }
+    document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": author[0]}
+    if len(reply_to) > 1:
+        return {**document, "reply_to_list": reply_to}
+    return {**document, "reply_to": reply_to and reply_to[0]}
 
 
 def hidden_recipients(transaction: Transaction, fields: list) -> list:
@@ -5695,29 +5798,12 @@ def sendgrid_attachment(part: Any) -> dict:
     return {**attachment, "content_id": content_id} if content_id else attachment
 
 
-async def relay_amazonses(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver by version 2 of Amazon SES, which takes the message as it is, for 50 recipients at a time."""
-    replies: list = []
-    for start in range(0, len(transaction.recipients), AMAZONSES_RECIPIENTS):
-        part = transaction._replace(recipients=transaction.recipients[start : start + AMAZONSES_RECIPIENTS])
-        try:
-            call = await asyncio.to_thread(amazonses_request, part, time.time())
-            response = amazonses_reply(
-                transaction.route, await transport.http.request(HTTPTarget.of_route(transaction.route), call)
-            )
-        except Rejected as refused:
-            response = refused.reply
-        replies += [response] * len(part.recipients)
-    return replies
-
-
-AMAZONSES_RECIPIENTS = 50  # https://docs.aws.amazon.com/ses/latest/dg/quotas.html
 AMAZONSES_TEMPORARY = ["TooManyRequestsException", "ThrottlingException", "Throttling"]  # errors 400 that pass
 AMAZONSES_TEMPORARY += ["LimitExceededException", "SendingPausedException"]
 
 
-def amazonses_request(transaction: Transaction, now: float) -> HTTPRequest:
-    """Return the signed request; raises Rejected for a message without exactly one From."""
+def amazonses_request(transaction: Transaction) -> HTTPRequest:
+    """Return the signed request, with the message as it is; raises Rejected for a message without exactly one From."""
     octets = ascii_message(transaction)
     try:
         author = single_field(parse_message(octets)[0], "from")
@@ -5732,7 +5818,7 @@ def amazonses_request(transaction: Transaction, now: float) -> HTTPRequest:
     if transaction.sender and address_key(spec) != address_key(transaction.sender):
         document["FeedbackForwardingEmailAddress"] = transaction.sender
     call = HTTPRequest("POST", "/v2/email/outbound-emails", encode_json(document))
-    return sign_sigv4(call, transaction.route, now)
+    return sign_sigv4(call, transaction.route, time.time())
 
 
 def amazonses_reply(route: Route, response: HTTPResponse) -> Reply:
@@ -5770,20 +5856,12 @@ def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
     return call._replace(headers=(*call.headers, *added, ("Authorization", value)))
 
 
-async def relay_mandrill(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver by Mandrill's messages/send-raw, which takes the message as it is and answers for each recipient."""
-    body = await asyncio.to_thread(mandrill_body, transaction)
-    response = await transport.http.request(
-        HTTPTarget.of_route(transaction.route), HTTPRequest("POST", "/api/1.0/messages/send-raw.json", body)
-    )
-    return mandrill_replies(transaction, response)
-
-
-def mandrill_body(transaction: Transaction) -> bytes:
-    """Return the request."""
+def mandrill_request(transaction: Transaction) -> HTTPRequest:
+    """Return the message as it is."""
     envelope = {"from_email": transaction.sender or None, "to": transaction.recipients}
     content = {"key": transaction.route.credentials[1], "raw_message": ascii_message(transaction).decode()}
-    return encode_json({**content, **envelope, "async": False})
+    body = encode_json({**content, **envelope, "async": False})
+    return HTTPRequest("POST", "/api/1.0/messages/send-raw.json", body)
 
 
 def mandrill_replies(transaction: Transaction, response: HTTPResponse) -> list:
@@ -5896,18 +5974,13 @@ DSN_BY_STATUS = {401: "5.7.8", 403: "5.7.1"}
 
 def parse_retry_after(response: HTTPResponse) -> int:
     """Return the seconds after which to try again (RFC 9110 10.2.3), at most a day; 0 if the response has none."""
-    text, now = response.headers.get("Retry-After", "").strip(), time.time()
-    reset = response.headers.get("X-RateLimit-Reset", "") if response.status == 429 else ""  # SendGrid: Unix time
+    reset = response.headers.get("X-RateLimit-Reset") if response.status == 429 else ""  # SendGrid: Unix time
+    text, now = (response.headers.get("Retry-After") or reset or "").strip(), time.time()
     try:
-        if re.fullmatch(r"[0-9]{1,9}", text):
-            wait = int(text)
-        elif text:
-            wait = parsedate_to_datetime(text).timestamp() - now
-        else:
-            wait = int(reset) - now if re.fullmatch(r"[0-9]{1,10}", reset) else 0
+        wait = int(text) if re.fullmatch("[0-9]{1,10}", text) else parsedate_to_datetime(text).timestamp() - now
     except (TypeError, ValueError, OverflowError):
-        wait = 0
-    return min(max(int(wait), 0), 86400)
+        return 0
+    return min(max(int(wait - now if wait > 1e9 else wait), 0), 86400)
 
 
 def sanitize_lines(lines: Any) -> tuple:
@@ -6074,53 +6147,48 @@ async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> lis
 
 def probe_mx_host(route: Route, hostname: str) -> list:
     """Open a session to one host; if TLS is opportunistic, tell whether the certificate would have been accepted."""
-    strict = probe_session(replace(route, tls_verify=True), hostname)
-    if strict[-1].ok or strict[-1].step != "TLS" or not route.tls_if_offered:
-        return strict
-    loose = probe_session(route, hostname)
-    if loose[-1].ok:
-        return [*loose, CheckResult("TLS", True, f"not verified: {strict[-1].text}")]
-    clear = probe_session(replace(route, tls_if_offered=False), hostname)
-    return [*clear, CheckResult("TLS", True, f"mail goes in clear text: {loose[-1].text}")] if clear[-1].ok else loose
+    clear, why = replace(route, tls_if_offered=False), ""
+    variants = {"": replace(route, tls_verify=True), "not verified": route, "mail goes in clear text": clear}
+    for note, hop in variants.items():
+        results = probe_session(hop, hostname)
+        if results[-1].ok:
+            return results + ([CheckResult("TLS", True, f"{note}: {why}")] if note else [])
+        if results[-1].step != "TLS" or not route.tls_if_offered:
+            break
+        why = results[-1].text
+    return results
 
 
-async def probe_folder(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Tell whether files can be made in the folder."""
+async def probe_local(probe: ConnectivityProbe, transport: TransportContext) -> list:
+    """Tell whether files can be made in the route's folder, if it has one."""
+    if not probe.route.row.into_folder:
+        return [CheckResult("NONE", True, "nothing to connect to")]
     folder = probe.route.folder
     ok = is_writable_folder(folder)
     return [CheckResult("FILE", ok, folder if ok else f"{folder} is no folder that can be written")]
 
 
-async def probe_none(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Report that there is nothing to connect to."""
-    return [CheckResult("NONE", True, "nothing to connect to")]
-
-
 def http_probe(ask: Callable) -> Callable:
     """Make a probe of ask(route, request), which returns a line of text if the login is good or raises Rejected."""
 
-    async def probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
-        return await asyncio.to_thread(_probe_http, probe.route, ask)
-
-    return probe
-
-
-def _probe_http(route: Route, ask: Callable) -> list:
-    results = probe_dns(route)
-    if not results[-1].ok:
+    def steps(route: Route) -> list:
+        results = probe_dns(route)
+        if not results[-1].ok:
+            return results
+        line, place = KeepAliveConnection(HTTPTarget.of_route(route)), f"{route.host}:{route.port}"
+        try:
+            line.open()
+            results.append(CheckResult("TCP", True, f"connected to {place}"))
+            results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
+            results.append(CheckResult("AUTH", True, ask(route, line.exchange)))
+        except Rejected as rejected:
+            step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
+            results.append(failed_step(step, rejected.reply, place))
+        finally:
+            line.close()
         return results
-    line, place = KeepAliveConnection(HTTPTarget.of_route(route)), f"{route.host}:{route.port}"
-    try:
-        line.open()
-        results.append(CheckResult("TCP", True, f"connected to {place}"))
-        results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
-        results.append(CheckResult("AUTH", True, ask(route, line.exchange)))
-    except Rejected as rejected:
-        step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
-        results.append(failed_step(step, rejected.reply, place))
-    finally:
-        line.close()
-    return results
+
+    return lambda probe, transport: asyncio.to_thread(steps, probe.route)
 
 
 @http_probe
@@ -6190,6 +6258,11 @@ send_gmail = functools.partial(relay_by_token, gmailapi_request, 200)
 GRAPH_SCOPES = "https://graph.microsoft.com/.default", "https://graph.microsoft.com/Mail.Send offline_access"
 BY_TOKEN = {"needs": ("auth",), "login": ("username", "oauth2")}
 
+
+relay_haineko = http_relay(haineko_request, haineko_replies)
+relay_sendgrid = http_relay(sendgrid_request, sendgrid_reply)
+relay_amazonses = http_relay(amazonses_request, lambda job, found: amazonses_reply(job.route, found), 50)  # quota
+relay_mandrill = http_relay(mandrill_request, mandrill_replies)
 RELAYS.update(
     ESMTP=Relay(relay_esmtp, probe_esmtp, keeps_octets=True),
     MX=Relay(relay_mx, probe_mx, destination="MX {domain}", refuses=("auth",), keeps_octets=True),
@@ -6199,9 +6272,9 @@ RELAYS.update(
     Mandrill=Relay(relay_mandrill, probe_mandrill, 25, "https://mandrillapp.com", ("auth",), login=("password",)),
     MSGraph=Relay(send_msgraph, probe_msgraph, 25, "https://graph.microsoft.com", scopes=GRAPH_SCOPES, **BY_TOKEN),
     GmailAPI=Relay(send_gmail, probe_gmail, 25, "https://gmail.googleapis.com", **BY_TOKEN),
-    File=Relay(relay_file, probe_folder, destination="File {route.folder}", into_folder=True),
-    Screen=Relay(relay_screen, probe_none, destination="Screen"),
-    Discard=Relay(relay_discard, probe_none, destination="Discard"),
+    File=Relay(relay_file, probe_local, destination="File {route.folder}", into_folder=True),
+    Screen=Relay(relay_screen, probe_local, destination="Screen"),
+    Discard=Relay(relay_discard, probe_local, destination="Discard"),
 )
 
 # ======================================================================================================================
@@ -6315,7 +6388,7 @@ def queued_reply(queueid: str, reply: Reply | None = None) -> Reply:
 def notifications(leased: LeasedRecipient, reply: Reply, state: str, settings: Settings, now: float) -> tuple:
     """Return the items that report an attempt: an event for the webhook, a bounce for the sender; usually none."""
     items, event = [], "deferred" if state == "open" and leased.attempts == 1 else state
-    if leased.kind == "mail" and event != "open" and settings.queue.webhook:
+    if leased.kind == "mail" and leased.sender and event != "open" and settings.queue.webhook:  # not of bounces
         items.append(webhook_event(f"message.{event}", leased, reply, settings.queue.webhook, now))
     if state == "failed" and may_bounce(leased, settings):
         items.append(new_bounce(leased, reply, settings, now))
@@ -6324,7 +6397,8 @@ def notifications(leased: LeasedRecipient, reply: Reply, state: str, settings: S
 
 def webhook_event(name: str, leased: LeasedRecipient, reply: Reply, url: str, now: float) -> NewQueueItem:
     """Return an event in the form of Standard Webhooks; its queue id is the webhook-id."""
-    data = {"queueid": leased.queueid, "addresser": leased.sender, **reply_to_dict(leased.as_written, reply)}
+    data = {"queueid": leased.queueid, "login": leased.login or None, "addresser": leased.sender}
+    data.update(reply_to_dict(leased.as_written, reply))
     timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
     event = {"type": name, "timestamp": timestamp, "data": {**data, "attempts": leased.attempts}}
     message = Message((ENCODER.encode(event).encode(),))
@@ -6437,6 +6511,8 @@ async def post_webhook(
     leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool, timeout: float = 15.0
 ) -> Reply:
     """POST an event to its webhook; return a reply as a relay gives it."""
+    if not secret:
+        return make_reply("webhook-never", word="the settings have no webhook any more", mailer="Webhook")
     base_url, path = split_url(leased.recipient)
     target = HTTPTarget(base_url, timeout, "Webhook")
     body, event_id = leased.message.parts[0], f"msg_{leased.queueid}"
@@ -6461,7 +6537,7 @@ async def post_webhook(
 class QueueDB:
     """The queue's file as one process uses it.
 
-    One thread runs all operations and commits those that wait in one transaction, so that many mails share one fsync.
+    One thread commits, and what comes meanwhile is the next transaction, so that many mails share one fsync.
     """
 
     BUSY = 5.0  # seconds to wait for another process's lock
@@ -6471,9 +6547,9 @@ class QueueDB:
         self.settings, self.wake_socket = settings, wake_socket
         if wake_socket:
             wake_socket.setblocking(False)
-        self.waiting: queue.SimpleQueue = queue.SimpleQueue()  # of (operation, values, future)
-        self.deferred_writes: deque = deque()  # (operation, values) to be repeated until the file can be used
-        self.thread: Any = None
+        self.waiting: list = []  # of (operation, values, future)
+        self.committing: asyncio.Task | None = None
+        self.thread = ThreadPoolExecutor(1)
         self.db: Any = None
         self.file_ids: dict = {}  # of the files as they were opened
         self.slot = self.locks = 0  # number of the byte that this process has locked; the lock file
@@ -6482,15 +6558,29 @@ class QueueDB:
 
     async def do(self, operation: Callable, *values: Any) -> Any:
         """Return the result of operation(db, slot, *values) once it is on disk; raise Rejected if that fails."""
-        future = asyncio.get_running_loop().create_future()
-        self.waiting.put((operation, values, future))
-        if not self.thread:
-            self.thread = threading.Thread(target=self._work, daemon=True)
-            self.thread.start()
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self.waiting.append((operation, values, future))
+        if not self.committing or self.committing.done():
+            self.committing = loop.create_task(self._commit_waiting())
         result = await future
         if isinstance(result, Exception):
             raise result
         return result
+
+    async def _commit_waiting(self) -> None:
+        while self.waiting:
+            batch, self.waiting = self.waiting[: self.BATCH], self.waiting[self.BATCH :]
+            work = [(operation, values) for operation, values, _ in batch]
+            try:
+                results = await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, work)
+            except Exception:  # callers wait for results
+                log_exception("queue")
+                results = [Rejected(make_reply("store", mailer="Queue"))] * len(work)
+            self.woken = False
+            for (_, _, future), result in zip(batch, results):
+                if not future.done():  # its task was cancelled
+                    future.set_result(result)
 
     async def add(self, item: NewQueueItem, results: list | None = None, leased: bool = False) -> Any:
         """Store an item, see enqueue(); raise Rejected if the disk is too full."""
@@ -6499,11 +6589,15 @@ class QueueDB:
         return await self.do(enqueue, item, results, leased)
 
     async def do_eventually(self, operation: Callable, *values: Any) -> None:
-        """Record what has happened already: at once, or as soon as the file can be used again."""
+        """Record what has happened already: at once, or in a task of its own as soon as the file can be used again."""
         try:
             await self.do(operation, *values)
         except Rejected:
-            self.deferred_writes.append((operation, values))
+            asyncio.get_running_loop().create_task(self._repeat(operation, *values))
+
+    async def _repeat(self, operation: Callable, *values: Any) -> None:
+        await asyncio.sleep(1.0)
+        await self.do_eventually(operation, *values)
 
     async def release(self, operation: Callable, lease: Any) -> None:
         """End the lease of what a bug has kept from being recorded by the operation: it is tried again."""
@@ -6528,34 +6622,8 @@ class QueueDB:
         """Return what is wrong with the file or its disk, "" for nothing."""
         return "the queue can't be used" if self.fault else "" if self.has_free_space() else "disk full"
 
-    def _work(self) -> None:
-        while True:
-            batch = self._take_waiting(self.BATCH, block=True)
-            owed = [self.deferred_writes.popleft() for _ in range(len(self.deferred_writes))]
-            work = [*owed, *[(operation, values) for operation, values, _ in batch]]
-            try:
-                results = self.commit(work, batch)
-            except Exception:  # callers wait for results, and deferred writes must not be lost
-                log_exception("queue")
-                results = [Rejected(make_reply("store", mailer="Queue"))] * len(work)
-            self.deferred_writes.extend(work for work, result in zip(owed, results) if isinstance(result, Rejected))
-            self.woken = False
-            for (_, _, future), result in zip(batch, results[len(owed) :]):
-                future.get_loop().call_soon_threadsafe(future.set_result, result)
-
-    def _take_waiting(self, limit: int, block: bool = False) -> list:
-        """Return what waits; if `block`, wait for it, a second at most if there are deferred writes."""
-        found: list = []
-        with contextlib.suppress(queue.Empty):
-            while len(found) < limit:
-                found.append(self.waiting.get(block and not found, 1.0 if self.deferred_writes else None))
-        return found
-
-    def commit(self, work: list, batch: list | None = None) -> list:
-        """Return the results of operations, on disk in one transaction; a Rejected for each if that fails.
-
-        If `batch` is given, operations queued while waiting for the lock join this transaction.
-        """
+    def commit(self, work: list) -> list:
+        """Return the results of operations, on disk in one transaction; a Rejected for each if that fails."""
         import sqlite3
 
         try:
@@ -6563,10 +6631,6 @@ class QueueDB:
                 self._open()
             fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite itself would wait by sleeping, sometimes long
             db = self._open()  # now, when no other process writes: the files may have been replaced
-            if batch is not None:
-                late = self._take_waiting(self.BATCH - len(batch))
-                batch += late
-                work += [(operation, values) for operation, values, _ in late]
             db.execute("BEGIN IMMEDIATE")
             results = [operation(db, self.slot, *values) for operation, values in work]
             db.execute("COMMIT")
@@ -6580,9 +6644,10 @@ class QueueDB:
                 return [self.commit([one])[0] for one in work]
             log_exception("queue")
             ((operation, values),) = work
-            leases = LEASE_CONDITIONS.get(operation)  # they must not outlast it
-            release = release_leases, (self.settings, time.time(), leases, *values[:1])
-            return self.commit([release]) if leases else [error]
+            if operation not in LEASE_CONDITIONS:
+                return [error]
+            values = self.settings, time.time(), LEASE_CONDITIONS[operation], values[0]
+            return self.commit([(release_leases, values)])  # they must not outlast it
         finally:
             if self.locks:
                 fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, 0)
@@ -6887,8 +6952,7 @@ def lease_due(
         count = min(limit - in_flight.get(destination, 0), free)
         if count <= 0:
             continue
-        until = now if destination not in throttled else 0
-        rows = db.execute(DUE_SQL, (destination, until, count)).fetchall()
+        rows = db.execute(DUE_SQL, (destination, 0 if destination in throttled else now, count)).fetchall()
         if destination in throttled:
             attempts = MIN_ATTEMPTS - throttled[destination]
             rows += db.execute(EXPIRED_SQL, (destination, expired_before, attempts, MAX_EXPIRED)).fetchall()
@@ -7131,20 +7195,17 @@ class QueueManager:
         """Return the reply to an attempt and its destination, by the settings that are in force now."""
         try:
             if leased.kind == "event":
-                return await self._post_event(leased, settings.queue), ""
+                return await post_webhook(leased, settings.queue.secret, time.time(), self.app.transport.http), ""
             to, sender = parse_address(leased.recipient), parse_address(leased.sender)
-            route = resolve_route(to.domain, sender.domain if sender else "", settings)[0]
+            sandbox = leased.destination == destination_key(SANDBOX_ROUTE, "")
+            sender_domain = sender.domain if sender else ""
+            route = SANDBOX_ROUTE if sandbox else resolve_route(to.domain, sender_domain, settings)[0]
             envelope = leased.queueid, leased.sender, (leased.recipient,), leased.message, leased.number, settings.dkim
             result = await attempt_transaction(Transaction(route, settings.hostname, *envelope), self.app.transport)
             return result.replies[0], destination_key(route, to.domain)
         except Exception:
             log_exception(leased.queueid)
             return make_reply("relay-fault", mailer="Queue"), ""
-
-    async def _post_event(self, leased: LeasedRecipient, settings: QueueSettings) -> Reply:
-        if not settings.secret:
-            return make_reply("webhook-never", word="the settings have no webhook any more", mailer="Webhook")
-        return await post_webhook(leased, settings.secret, time.time(), self.app.transport.http)
 
     def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
         """After a failure to open a session its destination waits, up to the third pause: new mail may wait for it."""
@@ -7162,7 +7223,7 @@ def log_attempt(
 ) -> None:
     """Log one line for each attempt."""
     pairs = log_pairs(
-        **{"from": f"<{leased.sender}>"}, to=f"<{leased.recipient}>", relay=reply.relay,
+        **{"from": f"<{leased.sender}>"}, to=f"<{leased.recipient}>", relay=reply.relay, fallback=reply.fallback,
         delay=f"{max(now - leased.created_at, 0):.2f}", dsn=reply.dsn,
         status={"delivered": "sent", "failed": "bounced", "open": "deferred"}[disposition.state],
     )  # fmt: skip
@@ -7183,8 +7244,10 @@ def log_attempt(
 class App:
     """State of a process: the settings in force, SMTP sessions, the queue, and whether it is stopping."""
 
-    def __init__(self, settings: Settings, ringer: socket.socket | None = None) -> None:
-        self.transport = TransportContext()
+    def __init__(
+        self, settings: Settings, ringer: socket.socket | None = None, limits: SharedLimits | None = None
+    ) -> None:
+        self.transport = TransportContext(limits=limits)
         self.stopping = False
         self.octets_in_flight = 0  # of bodies that arrived in parts
         self.queue = QueueDB(settings.queue, ringer) if settings.queue else None
@@ -7227,14 +7290,17 @@ async def process_submission(request: Request, app: App, queueid: str) -> Respon
     """Take a mail from its JSON to the replies of the other side."""
     settings, submission = request.settings or app.settings, None
     try:
-        checked = await call_in_thread(is_expensive(request.body), parse_and_check, request, settings)
-        submission, replies, accepted = checked.submission, checked.replies, checked.accepted
-        options = queue_options(request, submission, checked.digest, settings)
+        values = request, settings
+        to_thread = is_expensive(request.body)
+        checked = await asyncio.to_thread(parse_and_check, *values) if to_thread else parse_and_check(*values)
+        submission, replies, accepted, digest = checked
+        options = queue_options(request, submission, digest, settings)
         if not accepted:
             return respond(request, 400, replies, queueid, submission)
         request.body = b""  # its memory is needed for the message
         values = request, submission, settings, queueid, accepted
-        message = await call_in_thread(is_expensive(submission), compose_and_check, *values)
+        to_thread = is_expensive(submission)
+        message = await asyncio.to_thread(compose_and_check, *values) if to_thread else compose_and_check(*values)
         transactions, accepted = plan_transactions(submission, message, accepted, settings, queueid)
         submission, values = without_content(submission), ()
         if options.async_ or options.key:
@@ -7247,29 +7313,25 @@ async def process_submission(request: Request, app: App, queueid: str) -> Respon
     replies.update(zip([mailbox.as_written for mailbox in accepted], delivered))
     response = respond(request, http_status(replies.values()), replies, queueid, submission)
     if options.key:
-        await app.queue.do_eventually(finish_request, queueid, attempts, serialize_response(response), time.time())
+        await app.queue.do_eventually(
+            finish_request,
+            queueid,
+            attempts,
+            ENCODER.encode([response.status, response.headers, response.body.decode()]),
+            time.time(),
+        )
     return response
 
 
 CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
 
 
-async def call_in_thread(expensive: bool, function: Callable, *args: Any) -> Any:
-    """Call a function, in a thread if other requests would have to wait too long."""
-    return await asyncio.to_thread(function, *args) if expensive else function(*args)
+def parse_and_check(request: Request, settings: Settings) -> tuple:
+    """Parse the body of a request; raise Rejected with every error of it, or by the first check that fails.
 
-
-class CheckedSubmission(NamedTuple):
-    """A submission that passed the checks."""
-
-    submission: Submission
-    replies: dict  # {recipient: the Reply that refuses it, or None}, in order
-    accepted: list  # of Mailbox, the other recipients
-    digest: bytes | None  # of the document, if there is an Idempotency-Key
-
-
-def parse_and_check(request: Request, settings: Settings) -> CheckedSubmission:
-    """Parse the body of a request; raise Rejected with every error of it, or by the first check that fails."""
+    Return (submission, {recipient: the Reply that refuses it, or None}, Mailboxes of the other recipients, digest of
+    the document if there is an Idempotency-Key).
+    """
     submission, errors, is_json = parse_submission(request.body)
     if errors:
         raise Rejected(make_reply("invalid" if is_json else "json", *errors[:MAX_REPORTED_ERRORS]))
@@ -7278,7 +7340,7 @@ def parse_and_check(request: Request, settings: Settings) -> CheckedSubmission:
     replies = {as_written: refused.get(as_written) for as_written in recipients}
     accepted = [mailbox for as_written, mailbox in recipients.items() if not replies[as_written]]
     digest = document_digest(request.body) if "idempotency-key" in request.headers else None
-    return CheckedSubmission(submission, replies, accepted, digest)
+    return submission, replies, accepted, digest
 
 
 def document_digest(body: Any) -> bytes:
@@ -7296,7 +7358,7 @@ def compose_and_check(
     """Return the message; raise Rejected if a check of the content or of the message fails."""
     apply_checks(CHECKS_OF_CONTENT, request, submission, settings)
     message = compose(submission, queueid, request.client, settings.hostname, request.now)._replace(dsn=request.dsn)
-    longest = max([len(mailbox.addr_spec) for mailbox in accepted])
+    request.recipient_count, longest = len(accepted), max([len(mailbox.addr_spec) for mailbox in accepted])
     request.message_size = sum(map(len, message.parts)) + longest + len(str(len(accepted)))
     apply_checks(CHECKS_OF_MESSAGE, request, submission, settings)
     return message
@@ -7322,10 +7384,13 @@ async def deliver_or_queue(
 
 
 def respond(request: Request, status: int, replies: dict, queueid: str, submission: Submission | None) -> Response:
-    """Return the response; log each refusal before delivery."""
+    """Return the response; log one line for each refusal before delivery."""
     refused = {to: reply for to, reply in replies.items() if reply.origin == "policy"}
     if refused:
-        log_rejection(request, queueid, submission, refused)
+        listed = [to for to in refused if to is not None] or list(submission.rcpt if submission else ())
+        sender = submission.mail if submission else None
+        for reply in dict.fromkeys(refused.values()):
+            log.lines(log_line(request, queueid, sender, listed[:100], reply))  # the line is cut anyway
     return answer_document(request, status, replies, queueid, submission)
 
 
@@ -7353,7 +7418,7 @@ def queue_options(
     found = IDEMPOTENCY_KEY.fullmatch(key)
     if not found:
         raise Rejected(make_reply("key-form"))
-    owner = request.login or f"[{request.client.text}]"  # nobody else may read the response
+    owner = request.login or f"[{request.client}]"  # nobody else may read the response
     digest = hashlib.sha256("\0".join((owner, request.path, found[1] or found[2])).encode()).digest()
     return QueueOptions(async_, digest, body_digest, request.login)
 
@@ -7374,7 +7439,7 @@ async def enqueue_before_sending(
     item = new_item(request, transactions, accepted, options)
     earlier = await app.queue.add(item, leased=not options.async_)
     if options.async_ and not earlier:
-        pairs = log_pairs(client=request.client.text, login=request.login or None, **{"from": f"<{item.sender}>"})
+        pairs = log_pairs(client=request.client, login=request.login or None, **{"from": f"<{item.sender}>"})
         log.lines(f"{item.queueid}: {pairs} (queued, to be delivered at once)")
         app.queue.wake_manager()
     return earlier
@@ -7382,16 +7447,14 @@ async def enqueue_before_sending(
 
 def new_item(request: Request, transactions: list, accepted: list, options: QueueOptions) -> NewQueueItem:
     """Return the mail as the queue stores it."""
-    first, mailboxes = transactions[0], {mailbox.addr_spec: mailbox for mailbox in accepted}
+    first, mailboxes = transactions[0], iter(accepted)
     recipients = []
     for transaction in transactions:
-        for to in transaction.recipients:
-            destination = destination_key(transaction.route, mailboxes[to].domain)
-            recipients.append(NewRecipient(mailboxes[to].as_written, to, transaction.number, destination))
-    return NewQueueItem(
-        first.queueid, "mail", first.sender, options.login, request.now, first.message, tuple(recipients), options.key,
-        options.body_digest,
-    )  # fmt: skip
+        for to, mailbox in zip(transaction.recipients, mailboxes):  # in their order
+            destination = destination_key(transaction.route, mailbox.domain)
+            recipients.append(NewRecipient(mailbox.as_written, to, transaction.number, destination))
+    envelope = first.queueid, "mail", first.sender, options.login, request.now, first.message
+    return NewQueueItem(*envelope, tuple(recipients), options.key, options.body_digest)
 
 
 async def queue_deferred(
@@ -7402,23 +7465,22 @@ async def queue_deferred(
     if not (options.key or any(reply.temporary for reply in replies)):
         return replies, []
     item, now = new_item(request, transactions, accepted, options), time.time()
-    results = [
-        first_attempt_result(item, recipient, reply, settings, now)
-        for recipient, reply in zip(item.recipients, replies)
-    ]
+    pairs = zip(item.recipients, replies)
+    results = [first_attempt_result(item, recipient, reply, settings, now) for recipient, reply in pairs]
+    waiting = [i for i, result in enumerate(results) if result.disposition.state == "open"]
     if not options.key:  # with one it is in the file already
-        waiting = [i for i, result in enumerate(results) if result.disposition.state == "open"]
+        part = item._replace(recipients=tuple([item.recipients[i] for i in waiting]))
         try:
-            await app.queue.add(
-                item._replace(recipients=tuple(item.recipients[i] for i in waiting)), [results[i] for i in waiting]
-            )
+            await app.queue.add(part, [results[i] for i in waiting])
         except Rejected:  # the client reads that it failed for now, and that nobody will try again
             return replies, []
-    log_queued(item, results)
-    return [
-        queued_reply(item.queueid, result.reply) if result.disposition.state == "open" else result.reply
-        for result in results
-    ], results
+    for i in waiting:
+        unsure = "; may arrive twice" if replies[i].maybe_delivered else ""
+        pairs = log_pairs(to=f"<{item.recipients[i].recipient}>", status="deferred")
+        pause = results[i].disposition.pause
+        log.lines(f"{item.queueid}: {pairs} (queued; next attempt in {pause:.0f} s{unsure})")
+        replies[i] = queued_reply(item.queueid, replies[i])
+    return replies, results
 
 
 def first_attempt_result(
@@ -7433,15 +7495,6 @@ def first_attempt_result(
     return AttemptResult(reply, disposition, notifications(first, reply, "open", settings, now))
 
 
-def log_queued(item: NewQueueItem, results: list) -> None:
-    """Log one line for each recipient that waits."""
-    for recipient, (reply, disposition, *_) in zip(item.recipients, results):
-        if disposition.state == "open":
-            unsure = "; may arrive twice" if reply.maybe_delivered else ""
-            pairs = log_pairs(to=f"<{recipient.recipient}>", status="deferred")
-            log.lines(f"{item.queueid}: {pairs} (queued; next attempt in {disposition.pause:.0f} s{unsure})")
-
-
 async def replay_response(
     request: Request, submission: Submission, replies: dict, earlier: tuple, options: QueueOptions, app: App
 ) -> Response:
@@ -7454,17 +7507,11 @@ async def replay_response(
     if answered is None:  # its process ended before it could answer; the queue has taken the mail over
         message = await app.queue.do(message_status, queueid)
         replies.update((row["as_written"], current_reply(queueid, row)) for row in message["recipients"])
-        answered = serialize_response(
-            answer_document(request, http_status(replies.values()), replies, queueid, submission)
-        )
+        response = answer_document(request, http_status(replies.values()), replies, queueid, submission)
+        answered = ENCODER.encode([response.status, response.headers, response.body.decode()])
         await app.queue.do(finish_request, queueid, [], answered, request.now)
     status, headers, text = json.loads(answered)
     return Response(status, text.encode(), (*map(tuple, headers), ("Idempotency-Replayed", "true")))
-
-
-def serialize_response(result: Response) -> str:
-    """Return a response as the queue stores it."""
-    return ENCODER.encode([result.status, result.headers, result.body.decode()])
 
 
 def current_reply(queueid: str, row: Any) -> Reply:
@@ -7477,68 +7524,44 @@ def current_reply(queueid: str, row: Any) -> Reply:
 def plan_transactions(
     submission: Submission, message: Message, accepted: list, settings: Settings, queueid: str
 ) -> tuple:
-    """Return (transactions, the mailboxes in their order): one each recipient, or each route if they share the mail."""
-    sender = parse_address(submission.mail) or NULL_SENDER
-    check_provider_headers(submission, sender, accepted, settings)
-    if submission.shared:
-        transactions = plan_shared(sender, message, accepted, settings, queueid)
-        by_address = {mailbox.addr_spec: mailbox for mailbox in accepted}
-        return transactions, [by_address[to] for transaction in transactions for to in transaction.recipients]
-    routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in accepted]
-    return [
-        Transaction(
-            route, settings.hostname, queueid, sender.addr_spec, (mailbox.addr_spec,), message, number, settings.dkim
-        )
-        for number, (route, mailbox) in enumerate(zip(routes, accepted), 1)
-    ], accepted
+    """Return (transactions, the mailboxes in their order): one each route if the recipients share the mail, else each.
 
-
-def check_provider_headers(submission: Submission, sender: Mailbox, accepted: list, settings: Settings) -> None:
-    """Raise Rejected if a client sets commands of cloud relays where a route does not let it."""
+    By MX a shared mail has one for each domain. Raise Rejected for commands of cloud relays that a route does not let a
+    client send.
+    """
+    groups, sender = {}, parse_address(submission.mail) or NULL_SENDER
+    for i, mailbox in enumerate(accepted):
+        route = resolve_route(mailbox.domain, sender.domain, settings)[0]
+        key = (route, route.relay == "MX" and mailbox.domain.lower()) if submission.shared else i
+        groups.setdefault(key, (route, []))[1].append(mailbox)
     names = provider_header_names(submission)
-    routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in accepted] if names else ()
-    if not all(route.provider_headers for route in routes):
+    if names and not all(choice.provider_headers for route, _ in groups.values() for choice in route.choices):
         lines = [f"{sanitize(name)}: the route must have provider_headers to send it" for name in names]
         raise Rejected(make_reply("invalid", *lines[:MAX_REPORTED_ERRORS]))
-
-
-def plan_shared(sender: Mailbox, message: Message, accepted: list, settings: Settings, queueid: str) -> list:
-    """Return one transaction for each route, in which all recipients get the same message; for MX for each domain."""
-    routes: dict = {}
-    for mailbox in accepted:
-        route = resolve_route(mailbox.domain, sender.domain, settings)[0]
-        domain = mailbox.domain.lower() if route.relay == "MX" else ""
-        routes.setdefault((route, domain), []).append(mailbox.addr_spec)
-    return [
-        Transaction(
-            route, settings.hostname, queueid, sender.addr_spec, tuple(recipients), message, number, settings.dkim
-        )
-        for number, ((route, _), recipients) in enumerate(routes.items(), 1)
-    ]
+    transactions = []
+    for number, (route, mailboxes) in enumerate(groups.values(), 1):
+        envelope = settings.hostname, queueid, sender.addr_spec, tuple([mailbox.addr_spec for mailbox in mailboxes])
+        transactions.append(Transaction(route, *envelope, message, number, settings.dkim))
+    return transactions, [mailbox for _, mailboxes in groups.values() for mailbox in mailboxes]
 
 
 async def deliver(transactions: list, transport: TransportContext, settings: Settings) -> list:
     """Return a TransactionResult for each transaction, in order; up to `max_workers` are run side by side."""
     if len(transactions) == 1:
-        return [await run_transaction(transactions[0], transport)]
+        return [await attempt_with_retries(transactions[0], transport)]
     limit = asyncio.Semaphore(settings.smtpd.max_workers)
 
     async def one(transaction: Transaction) -> TransactionResult:
         async with limit:
-            return await run_transaction(transaction, transport)
+            return await attempt_with_retries(transaction, transport)
 
     return await asyncio.gather(*map(one, transactions))
 
 
-def run_transaction(transaction: Transaction, transport: TransportContext) -> Any:
-    """Return an awaitable of the TransactionResult."""
-    return (attempt_with_retries if transaction.route.retry else attempt_transaction)(transaction, transport)
-
-
 async def attempt_with_retries(transaction: Transaction, transport: TransportContext) -> TransactionResult:
     """Attempt a transaction, and again as its route says for the recipients that failed temporarily."""
-    started, route = time.monotonic(), transaction.route
-    replies = (await attempt_transaction(transaction, transport)).replies
+    result, route = await attempt_transaction(transaction, transport), transaction.route
+    replies, started = result.replies, time.monotonic() - result.ms / 1000
     for _ in range(route.retry):
         waiting = [i for i, reply in enumerate(replies) if reply.temporary and not reply.maybe_delivered]
         if not waiting:
@@ -7585,23 +7608,17 @@ def result_lines(request: Request, result: TransactionResult) -> list:
 MAX_RCPT_OCTETS = 8 * (MAX_PATH + 3)  # octets of recipients in a line, so that a pipe takes it whole (PIPE_BUF)
 
 
-def log_rejection(request: Request, queueid: str | None, submission: Submission | None, refused: dict) -> None:
-    """Log one line for each refusal before delivery; `refused` is {recipient, None for all: Reply}."""
-    listed = [to for to in refused if to is not None] or list(submission.rcpt if submission else ())
-    sender = submission.mail if submission else None
-    for reply in dict.fromkeys(refused.values()):
-        log.lines(log_line(request, queueid, sender, listed[:100], reply))  # the line is cut anyway
-
-
 def log_line(
     request: Request, queueid: str | None, sender: str | None, recipients: list, reply: Reply, ms: float | None = None
 ) -> str:
     """Return a log line with the keys of Postfix's; keys without a value are left out."""
     line = [f"{queueid or '-'}:"]
     if request.client:
-        line.append(f"client={request.client.text}")
+        line.append(f"client={request.client}")
     if request.login:
         line.append(f"login={log_value(request.login)}")
+    elif request.login_fault:
+        line.append(f"reason={log_value(request.login_fault)}")
     if sender is not None:
         line.append(f"from={log_value(f'<{sender}>')}")
     if recipients:
@@ -7609,6 +7626,8 @@ def log_line(
         line.append(f"to={log_value(to, MAX_RCPT_OCTETS if reply.mailer else 500)}")
     if reply.mailer:
         line.append(f"relay={reply.relay} delay={ms / 1000:.3f}")
+    if reply.fallback:
+        line.append(f"fallback={log_value(reply.fallback)}")
     if reply.dsn:
         line.append(f"dsn={reply.dsn}")
     at = "" if reply.accepted or reply.origin == "policy" else f" (in reply to {reply.command})"
@@ -7626,27 +7645,42 @@ def answer_document(
         "addresser": submission.mail if submission else None,
         "recipient": accepted if submission else None,
         "response": [reply_to_dict(to, reply) for to, reply in replies.items()],
-        "remoteaddr": request.client.text if request.client else None,
+        "remoteaddr": str(request.client) if request.client else None,
         "remoteport": request.port,
         "useragent": echoed_header(request, "user-agent"),
         "referer": echoed_header(request, "referer"),
         "timestamp": time_to_dict(request.now),
     }
-    return Response(status, to_json(document), answer_headers(request, status, queueid, replies))
+    headers = answer_headers(request, status, queueid, replies)
+    return Response(status, to_json(document), headers + (rate_headers(*request.rate) if request.rate else ()))
 
 
 def answer_headers(request: Request, status: int, queueid: str | None, replies: dict) -> tuple:
     if status == 202:
         applied = prefers_async(request.headers.get("prefer", ""))
         return (("Location", f"/queue/{queueid}"), *([("Preference-Applied", "respond-async")] if applied else []))
-    if status == 401:
-        return (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),)
-    if status == 409:
-        return (("Retry-After", "2"),)
+    if status == 429:
+        return (("Retry-After", str(max(reply.retry_after for reply in replies.values()))),)
     if status == 503:
         seconds = max([DEFAULT_RETRY_AFTER, *[reply.retry_after for reply in replies.values()]])
         return (("Retry-After", str(seconds)),)
-    return ()
+    return HEADERS_OF_STATUS.get(status, ())
+
+
+HEADERS_OF_STATUS = {
+    401: (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),),
+    409: (("Retry-After", "2"),),
+}
+
+
+def rate_headers(rate: Rate, state: RateState) -> tuple:
+    """Return the fields of draft-ietf-httpapi-ratelimit-headers-10, and those that clients knew before."""
+    left, reset = state.remaining, math.ceil(state.reset)
+    return (
+        ("RateLimit-Policy", f'"default";q={rate.limit};w={rate.seconds}'),
+        ("RateLimit", f'"default";r={left};t={reset}'),
+        *zip(("ratelimit-limit", "ratelimit-remaining", "ratelimit-reset"), map(str, (rate.limit, left, reset))),
+    )
 
 
 DEFAULT_RETRY_AFTER = 60  # seconds
@@ -7654,7 +7688,10 @@ DEFAULT_RETRY_AFTER = 60  # seconds
 
 def time_to_dict(seconds: float | None) -> dict | None:
     """Return a time as answers show it."""
-    return None if seconds is None else {"datetime": time.ctime(seconds), "unixtime": str(int(seconds))}
+    return None if seconds is None else {"datetime": ctime(int(seconds)), "unixtime": str(int(seconds))}
+
+
+ctime = functools.lru_cache(maxsize=2)(time.ctime)
 
 
 def echoed_header(request: Request, name: str) -> str | None:
@@ -7701,28 +7738,38 @@ class RequestHead(NamedTuple):
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
-HEADER_LINE = re.compile(rf"(?m)^({_TOKEN}+):([^\r\n\0]*)\r\n")
+HEADER_LINE = re.compile(rf"({_TOKEN}+):([^\r\n\0]*)")
 BARE_LF = re.compile(rb"\n\r?\n")  # an end of the head for some servers; looked for if there is no CR LF CR LF
 
 
 def parse_head(octets: bytes) -> RequestHead:
-    """Parse the head of a request, without its empty line; raise Rejected for what RFC 9112 forbids.
-
-    Nothing is cached, because header lines hold credentials.
-    """
+    """Parse the head of a request, without its empty line; raise Rejected for what RFC 9112 forbids."""
     first, _, rest = octets.decode("latin-1").partition("\r\n")
     method, path, is_http10 = parse_request_line(first)
-    if rest.count("\r\n") > MAX_HEADERS:
+    lines = rest.split("\r\n")[:-1]
+    if len(lines) > MAX_HEADERS:
         raise Rejected(make_reply("head-too-large"))
-    lines = HEADER_LINE.findall(rest)
-    if sum([len(name) + len(value) + 3 for name, value in lines]) != len(rest):  # something between them is no line
-        raise Rejected(make_reply("bad-request", "header line"))
     headers: dict = {}
-    for name, value in [(name.lower(), value.strip(" \t")) for name, value in lines]:
+    for line in lines:
+        name, value = (cached_header_line if line.startswith(CACHED_HEADERS) else parse_header_line)(line)
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     connection = headers.get("connection", "").lower()
     keep_alive = "keep-alive" in connection if is_http10 else "close" not in connection
     return RequestHead(method, path, headers, keep_alive, is_http10)
+
+
+def parse_header_line(line: str) -> tuple:
+    """Return (name in lower case, value)."""
+    found = HEADER_LINE.fullmatch(line)
+    if not found:
+        raise Rejected(make_reply("bad-request", "header line"))
+    return found[1].lower(), found[2].strip(" \t")
+
+
+# Most clients send these again and again; lines that may hold credentials are not kept in memory.
+CACHED_HEADERS = ("host:", "user-agent:", "accept", "content-", "connection:")
+CACHED_HEADERS += tuple(map(str.title, CACHED_HEADERS))
+cached_header_line = cache_short(512, limit=200)(parse_header_line)
 
 
 def parse_request_line(line: str) -> tuple:
@@ -7741,10 +7788,11 @@ def parse_request_line(line: str) -> tuple:
 def check_host(head: RequestHead) -> None:
     """Raise Rejected if Host is missing, repeated or no host (RFC 9112 3.2)."""
     host = head.headers.get("host", "" if head.is_http10 else ",")
-    if not re.fullmatch(r"[^\s,/?#@\\]*", host):
+    if NOT_IN_HOST.search(host):
         raise Rejected(make_reply("bad-request", "Host"))
 
 
+NOT_IN_HOST = re.compile(r"[\s,/?#@\\]")
 CHUNKED = -1
 
 
@@ -7776,9 +7824,7 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
     if forwarded is None or peer not in trusted:
         return peer, port
     for text in reversed(forwarded.split(",")):
-        found = re.fullmatch(
-            r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)", text.strip(" \t")[:100]
-        )  # some proxies add the port
+        found = FORWARDED_ADDRESS.fullmatch(text.strip(" \t")[:100])
         try:
             peer, port = parse_ip(found[1] or found[2] or found[3]), None
         except ValueError:  # it must not pass for the proxy's own request
@@ -7788,9 +7834,9 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
     return peer, port
 
 
-FORWARDING_HEADERS = frozenset(
-    ("via", "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "x-client-ip")
-)  # that proxies add
+FORWARDED_ADDRESS = re.compile(r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)")  # some proxies add the port
+FORWARDING_HEADERS = {f"x-forwarded-{what}" for what in ("for", "host", "proto")}  # that proxies add
+FORWARDING_HEADERS |= {"via", "forwarded", "x-real-ip", "x-client-ip"}
 
 
 class Endpoint(NamedTuple):
@@ -7804,8 +7850,13 @@ def json_response(document: Any, status: int = 200, headers: tuple = ()) -> Resp
     return Response(status, to_json(document), headers)
 
 
-async def get_root(request: Request, app: App) -> Response:
-    return json_response({"name": "Haineko", "version": __version__})
+def constant(response: Response) -> Endpoint:
+    """Return an endpoint that always answers the same."""
+
+    async def handler(request: Request, app: App) -> Response:
+        return response
+
+    return Endpoint(handler)
 
 
 async def get_health(request: Request, app: App) -> Response:
@@ -7821,7 +7872,7 @@ def check_monitor(request: Request, submission: None, settings: Settings) -> Rep
     """Require an address in httpd.monitors, and no web page whose name was rebound in DNS."""
     host, reason = request.headers.get("host", "").lower(), hidden_client(request, settings)
     if request.client not in settings.httpd.monitors:
-        reason = f"{request.client.text} is not in httpd.monitors"
+        reason = f"{request.client} is not in httpd.monitors"
     elif not reason and request.forwarded and request.client in LOOPBACK:  # a proxy can't know that it is this machine
         reason = f"{request.forwarded}: a forwarded request is not from this machine"
     elif not reason and not is_own_host(host, settings):
@@ -7830,17 +7881,14 @@ def check_monitor(request: Request, submission: None, settings: Settings) -> Rep
 
 
 def is_own_host(host: str, settings: Settings) -> bool:
-    """Return True if a host, with or without port, is an address, smtpd.hostname or a single label.
-
-    These can't be rebound in DNS by a stranger.
-    """
+    """Tell whether a host is an address, smtpd.hostname or a single label: no stranger can rebind these in DNS."""
     name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
     return "." not in name or name == settings.hostname.lower() or bool(re.fullmatch(r"[\d.]+", name))
 
 
 def check_queue_access(request: Request, submission: None, settings: Settings) -> Reply | None:
     refusal = check_monitor(request, None, settings)
-    return check_login(request, None, settings) if refusal and settings.password.hashes else refusal
+    return check_login(request, None, settings) if refusal and settings.password.logins else refusal
 
 
 async def get_queue(request: Request, app: App) -> Response:
@@ -7868,7 +7916,7 @@ async def change_queued_mail(request: Request, app: App, verb: str, operation: C
     """Answer with the number of recipients that an operation changed, and the mail as it is now."""
     queueid = (await find_queued_mail(request, app))["queueid"]
     count = await app.queue.do(operation, queueid, *values)
-    pairs = log_pairs(client=request.client.text, login=request.login or None)
+    pairs = log_pairs(client=request.client, login=request.login or None)
     log.lines(f"{queueid}: {pairs} {count} recipients {verb}")
     return json_response({verb: count, **message_document(await app.queue.do(message_status, queueid))})
 
@@ -7893,18 +7941,13 @@ def message_document(message: dict) -> dict:
             for attempt in parse_history(row["history"])
         ]
         response.append({**item, "state": row["state"], "next": time_to_dict(row["due"]), "attempts": attempts})
-    return {
+    head = {
         "queueid": message["queueid"],
         "addresser": message["sender"],
         "recipient": [row["as_written"] for row in rows],
-        "response": response,
-        "size": message["size"],
-        "timestamp": time_to_dict(message["created_at"]),
     }
-
-
-async def get_sample(request: Request, app: App) -> Response:
-    return json_response(SAMPLES)
+    timestamp = time_to_dict(message["created_at"])
+    return {**head, "response": response, "size": message["size"], "timestamp": timestamp}
 
 
 SAMPLES = json.loads("""[
@@ -7922,25 +7965,21 @@ SAMPLES = json.loads("""[
 ]""")
 
 
-async def get_neko(request: Request, app: App) -> Response:
-    return Response(200, b"Nyaaaaa", type="text/plain; charset=utf-8")
-
-
 async def answer_options(request: Request, app: App) -> Response:
     return Response(204, b"", (("Allow", ", ".join(allowed_methods(request.path))),))
 
 
 ENDPOINTS = {
     ("POST", "/submit"): Endpoint(submit, checks_at("head")),
-    ("GET", "/"): Endpoint(get_root),
+    ("GET", "/"): constant(json_response({"name": "Haineko", "version": __version__})),
     ("GET", "/health"): Endpoint(get_health),
     ("GET", "/conf"): Endpoint(get_conf, (check_monitor,)),
     ("GET", "/queue"): Endpoint(get_queue, (check_monitor,)),
     ("GET", "/queue/ID"): Endpoint(get_queued_mail, (check_queue_access,)),
     ("DELETE", "/queue/ID"): Endpoint(cancel_queued_mail, (check_queue_access,)),
     ("POST", "/queue/ID/retry"): Endpoint(retry_queued_mail, (check_queue_access,)),
-    ("GET", "/sample/mail"): Endpoint(get_sample),
-    ("GET", "/neko"): Endpoint(get_neko),
+    ("GET", "/sample/mail"): constant(json_response(SAMPLES)),
+    ("GET", "/neko"): constant(Response(200, b"Nyaaaaa", type="text/plain; charset=utf-8")),
 }
 
 
@@ -8073,15 +8112,19 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     async def _respond(self, deadline: float) -> Response:
         """Return an endpoint's response; `unread` are the octets of the body that are not read yet."""
-        self.head = head = parse_head(self._buffered_head() or await self._read_head(deadline))
+        self.head = head = parse_head(await self._read_head(deadline))
         self.command = head.method
         check_host(head)
         self.unread = body_length(head)
         self.request = request = self._request(head)
         allowed, self.cors_headers = cors_policy(head, self.settings)
         endpoint = self._endpoint(request, allowed)
-        checks = endpoint.checks, request, None, self.settings
-        await call_in_thread(self._needs_password_check(endpoint, request), apply_checks, *checks)
+        if endpoint.checks:
+            values, password = (endpoint.checks, request, None, self.settings), self.settings.password
+            if password.logins and not password.is_cached(credentials_of(request)):  # a hash is computed
+                await asyncio.to_thread(apply_checks, *values)
+            else:
+                apply_checks(*values)
         if self.unread and head.method != "POST":
             self.unread = CHUNKED  # it is not waited for: the connection is closed
             raise Rejected(make_reply("bad-request", f"{head.method} takes no body"))
@@ -8097,7 +8140,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
         request = Request(
             head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings
         )
-        request.forwarded = ", ".join(sorted(FORWARDING_HEADERS.intersection(head.headers))).title()
+        request.limits = self.app.transport.limits
+        if not FORWARDING_HEADERS.isdisjoint(head.headers):
+            request.forwarded = ", ".join(sorted(FORWARDING_HEADERS.intersection(head.headers))).title()
         return request
 
     def _endpoint(self, request: Request, origin_allowed: bool) -> Endpoint:
@@ -8115,11 +8160,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
             origin = sanitize(request.headers.get("origin", "a cross-site request without Origin"))
             raise Rejected(make_reply("origin", f"{origin} is not in httpd.allowed_origins"))
         return endpoint or Endpoint(answer_options)
-
-    def _needs_password_check(self, endpoint: Endpoint, request: Request) -> bool:
-        """Return True if a password hash has to be computed."""
-        password, credentials = self.settings.password, request.headers.get("authorization")
-        return bool(password.hashes and endpoint.checks and not password.is_cached(credentials))
 
     def rejection(self, reply: Reply) -> Response:
         """Return the response for a Reply that refuses the request, and log it."""
@@ -8155,25 +8195,20 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def date_time_string(self, timestamp: float | None = None) -> str:
         return http_date(int(time.time() if timestamp is None else timestamp))
 
-    def _buffered_head(self, searched: int = 0) -> bytes:
-        """Return the octets before the empty line, b"" if that has not arrived; `searched` octets need no search."""
-        end = self.buffer.find(b"\r\n\r\n", searched)
-        if end > MAX_HEAD or (end < 0 and len(self.buffer) > MAX_HEAD):
-            raise Rejected(make_reply("head-too-large"))
-        if end < 0:
+    async def _read_head(self, deadline: float) -> bytes:
+        """Return the octets before the empty line."""
+        searched = 0  # octets that need no search
+        while True:
+            end = self.buffer.find(b"\r\n\r\n", searched)
+            if end > MAX_HEAD or (end < 0 and len(self.buffer) > MAX_HEAD):
+                raise Rejected(make_reply("head-too-large"))
+            if end >= 0:
+                head, self.buffer = self.buffer[: end + 2], self.buffer[end + 4 :]
+                return head
             if BARE_LF.search(self.buffer, searched):
                 raise Rejected(make_reply("bad-request", "line ends with LF alone"))
-            return b""
-        head, self.buffer = self.buffer[: end + 2], self.buffer[end + 4 :]
-        return head
-
-    async def _read_head(self, deadline: float) -> bytes:
-        head = b""
-        while not head:
             searched = max(len(self.buffer) - 3, 0)
             self.buffer += await self._receive(deadline)
-            head = self._buffered_head(searched)
-        return head
 
     async def _receive(self, deadline: float, limit: int = 65536) -> bytes:
         """Return octets from the client; raise Rejected at the deadline."""
@@ -8188,16 +8223,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise ConnectionError("closed within a request")
         self.received += len(octets)
         if self.in_body:
-            self._count_in_flight(len(octets))
+            size = self.settings.smtpd.max_message_size
+            self.in_flight += len(octets)
+            self.app.octets_in_flight += len(octets)
+            if self.app.octets_in_flight > max(MAX_IN_FLIGHT, 4 * size if size else 2 * MAX_BODY):
+                raise Rejected(make_reply("overload"))
         return octets
-
-    def _count_in_flight(self, octets: int) -> None:
-        """Raise Rejected if the bodies of all requests are too large together."""
-        self.in_flight += octets
-        self.app.octets_in_flight += octets
-        size = self.settings.smtpd.max_message_size
-        if self.app.octets_in_flight > max(MAX_IN_FLIGHT, 4 * size if size else 2 * MAX_BODY):
-            raise Rejected(make_reply("overload"))
 
     def precedence(self, now: float, crowded: set) -> tuple:
         """Return a sort key: a connection over the limit makes room by closing the first of the others."""
@@ -8218,16 +8249,14 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 await self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n", deadline)
         if length == CHUNKED:
             return await self._read_chunks(limit, deadline)
-        return self._take(length) if length <= len(self.buffer) else await self._read_exactly(length, deadline)
-
-    def _take(self, length: int) -> bytes:
-        """Return up to `length` octets that have arrived."""
-        octets, self.buffer = self.buffer[:length], self.buffer[length:]
-        return octets
+        return await self._read_exactly(length, deadline)
 
     async def _read_exactly(self, length: int, deadline: float) -> bytes:
         """Return `length` octets; a bytearray if they are many, because a copy would need the memory twice."""
-        whole = bytearray(self._take(length))
+        octets, self.buffer = self.buffer[:length], self.buffer[length:]
+        if len(octets) == length:
+            return octets
+        whole = bytearray(octets)
         while len(whole) < length:
             whole += await self._receive(deadline, min(length - len(whole), 1 << 18))
         return whole if length >= LARGE else bytes(whole)
@@ -8265,16 +8294,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
 
 def body_limit(size: int, limit: int) -> str:
-    return (
-        f"more than {limit} octets: twice smtpd.max_message_size ({size}) and 65536" if size else f"more than {limit}"
-    )
+    return f"more than {limit} octets" + (f": twice smtpd.max_message_size ({size}) and 65536" if size else "")
 
 
 async def lingering_close(sock: AsyncSocket) -> None:
-    """Send the end of the stream and read what still arrives (RFC 9112 9.6).
-
-    A connection closed with octets unread is reset, and the client might never see the last response.
-    """
+    """End the stream and read what still arrives: else a reset could destroy the last response (RFC 9112 9.6)."""
     deadline = time.monotonic() + LINGER_TIMEOUT
     with contextlib.suppress(OSError):
         await sock.call(functools.partial(close_notify, sock.sock), deadline)
@@ -8308,12 +8332,13 @@ class Worker:
         self,
         listeners: list,
         settings: Settings,
-        lifeline: socket.socket,
+        lifeline: Any,
         loads: Any = None,
         slot: int | None = 0,
         bells: tuple = (None, None),
+        limits: SharedLimits | None = None,
     ) -> None:
-        self.app = App(settings, bells[1])
+        self.app = App(settings, bells[1], limits)
         self.listeners, self.parent_pipe = listeners, lifeline
         self.busy_counts, self.slot = loads or [0], slot  # busy connections of each worker; index of this one
         self.loop = EventLoop()
@@ -8400,7 +8425,7 @@ class Worker:
                 continue
             connection = Connection(sock, peer, self)
             self.connections.add(connection)
-            self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
+            self.mark_busy(connection)
             self.loop.create_task(connection.handle())
 
     def _full(self) -> bool:
@@ -8483,6 +8508,7 @@ class Supervisor:
         self.settings, self.listeners = settings, listeners
         self.workers: dict = {}  # pid: (monotonic time of its start, index in busy_counts, None for the queue's)
         self.busy_counts: Any = [0]
+        self.limits = SharedLimits()
         self.wakeup_pair = socket.socketpair() if settings.queue else (None, None)  # written to when something is due
         self.stopping = self.reload_requested = False
         self.bad_stat_keys: tuple = ()  # of settings whose faults are logged already
@@ -8547,7 +8573,8 @@ class Supervisor:
             gc.freeze()
             gc.set_threshold(20000, 50, 50)
             listeners = [] if slot is None else self.listeners
-            Worker(listeners, self.settings, self.parent_pipe, self.busy_counts, slot, self.wakeup_pair).run()
+            shared = self.parent_pipe, self.busy_counts, slot, self.wakeup_pair, self.limits
+            Worker(listeners, self.settings, *shared).run()
             code = 0
         except BaseException:
             log_exception("worker")
@@ -8557,16 +8584,14 @@ class Supervisor:
 
     def _reap(self) -> None:
         while self.workers:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
+            pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
                 return
             started, slot = self.workers.pop(pid, (None, 0))
             if started is not None and not self.stopping:
                 name = "queue process" if slot is None else "worker"
-                log.lines(f"{name} {pid} ended ({exit_reason(status)}); starting a new one")
+                reason = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
+                log.lines(f"{name} {pid} ended ({reason}); starting a new one")
                 if time.monotonic() - started < 1:
                     self.respawn_not_before = time.monotonic() + 1
 
@@ -8604,7 +8629,9 @@ class Supervisor:
     def _stop(self, alarm: socket.socket) -> int:
         """Wait for the workers, which answer what is in flight; kill those that take too long."""
         for listener in self.listeners:
-            unlink_socket(listener)
+            if listener.family == socket.AF_UNIX:
+                with contextlib.suppress(OSError):
+                    os.unlink(listener.getsockname())
             listener.close()
         self._signal_workers(signal.SIGTERM)
         deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 3
@@ -8615,11 +8642,6 @@ class Supervisor:
         self._signal_workers(signal.SIGKILL)
         log.lines("stopped")
         return 0
-
-
-def exit_reason(status: int) -> str:
-    """Describe how a process ended."""
-    return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
 
 
 def bind(listen: str) -> socket.socket:
@@ -8638,31 +8660,20 @@ BACKLOG = 1024
 
 def bind_unix(path: str) -> socket.socket:
     """Return a listening Unix socket; one left over by a server that is gone is replaced."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.connect(path)
-    except ConnectionRefusedError:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):  # a file that is no socket refuses as well
-            listener.close()
-            raise OSError(errno.EEXIST, "exists and is not a socket") from None
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        found = client.connect_ex(path)
+    if found == errno.ECONNREFUSED and not stat.S_ISSOCK(os.stat(path).st_mode):  # a file refuses as well
+        raise OSError(errno.EEXIST, "exists and is not a socket")
+    if found == errno.ECONNREFUSED:
         os.unlink(path)
-    except FileNotFoundError:
-        pass
-    else:
-        listener.close()
-        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-    listener.close()
+    elif found != errno.ENOENT:
+        found = found or errno.EADDRINUSE
+        raise OSError(found, os.strerror(found))
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
     os.chmod(path, 0o666)  # the folder's mode decides who may connect, as for other servers' sockets
     listener.listen(BACKLOG)
     return listener
-
-
-def unlink_socket(listener: socket.socket) -> None:
-    if listener.family == socket.AF_UNIX:
-        with contextlib.suppress(OSError):
-            os.unlink(listener.getsockname())
 
 
 def url_of(listener: socket.socket, tls: bool) -> str:
@@ -8772,7 +8783,13 @@ def prepare_server(options: Any) -> tuple:
         database.close(for_good=True)
         if NEWER_VERSION in database.fault:
             raise CommandError(f"the queue can't be used: {database.fault}", 2)
-    return settings, [open_listener(address) for address in settings.httpd.listen]
+    listeners = [open_listener(address) for address in settings.httpd.listen]
+    outside = [one for one in listeners if one.family != socket.AF_UNIX]
+    outside = [one for one in outside if parse_ip(one.getsockname()[0]) not in LOOPBACK]
+    if outside and settings.password.logins and not (settings.httpd.tls or settings.httpd.trusted_proxies.texts):
+        words = f"passwords and keys come to {url_of(outside[0], False)} without TLS"
+        log.write_bytes(f"haineko: {words}: set httpd.tls, or httpd.trusted_proxies behind a proxy\n".encode())
+    return settings, listeners
 
 
 def open_listener(address: str) -> socket.socket:
@@ -8988,7 +9005,9 @@ def connectivity_probes(settings: Settings, domain: str) -> list:
     for table in ("mailertable", "sendermt"):
         for key, route in getattr(settings, table).items():
             named = table == "mailertable" and key != "default" and not key.startswith(".")
-            probes.append((f"{table}.{key}", ConnectivityProbe(route, settings.hostname, key if named else domain)))
+            for i, choice in enumerate(route.choices):
+                place = f"{table}.{key}[{i}]" if route.fallbacks else f"{table}.{key}"
+                probes.append((place, ConnectivityProbe(choice, settings.hostname, key if named else domain)))
     if "default" not in {**settings.mailertable, **settings.sendermt}:
         probes.append(("no route", ConnectivityProbe(FALLBACK_ROUTE, settings.hostname)))
     return probes
@@ -9117,6 +9136,8 @@ async def check_dmarc(domain: str, texts: Callable) -> str:
 
 def describe_route(route: Route) -> str:
     """Return where a route's mail goes, for people."""
+    if route.fallbacks:
+        return ", else ".join(describe_route(replace(choice, fallbacks=())) for choice in route.choices)
     tls = ", TLS" if route.port == SMTPS else ", STARTTLS" if route.starttls else ""
     login = f", AUTH as {route.auth}" if route.auth else ""
     where = f"{route.relay} {route.url}" if route.url else route.row.destination.format(route=route, domain="").strip()
@@ -9354,6 +9375,24 @@ def command_pw(options: Any) -> int:
         raise CommandError("no password", 1)
     print(f"{json.dumps(options.user or user_name(), ensure_ascii=False)}: {json.dumps(hash_password(password))}")
     return 0
+
+
+def command_key(options: Any) -> int:
+    """Make an API key: print it, and its line for the section `password`."""
+    fences = {"senders": options.sender, "recipients": options.recipient}
+    limits = {"rate": options.rate, "expires": options.expires}
+    key, errors = new_key(options.prefix), []
+    login = {"hash": key_hash(key), **{name: value for name, value in {**fences, **limits}.items() if value}}
+    mapping_of(parse_login)({options.name: login}, "password", errors)
+    matching(KEY_PREFIX, "letters, digits, - and _")(options.prefix, "--prefix", errors)
+    if errors:
+        raise CommandError("; ".join(errors), 2)
+    print(key)
+    print(f"{json.dumps(options.name, ensure_ascii=False)}: {json.dumps(login, ensure_ascii=False)}")
+    return 0
+
+
+KEY_PREFIX = re.compile("[A-Za-z0-9_-]{1,20}")
 
 
 def user_name() -> str:
@@ -9633,9 +9672,8 @@ def qualified_field(name: str, field: bytes, hostname: str) -> tuple:
 
 def qualified(text: str, hostname: str) -> str:
     """Return an address list in which names alone have got the domain; text that is no list stays as it is."""
-    try:
-        tokens = [(kind, f"({token})" if kind == "comment" else token) for kind, token in address_tokens(text)]
-    except ValueError:
+    tokens = [(found.lastgroup, found[0]) for found in ADDRESS_TOKEN.finditer(text) if found[0]]
+    if "fault" in dict(tokens):
         return text
     texts = [token for _, token in tokens]
     words = [i for i, (kind, _) in enumerate(tokens) if kind not in CFWS]
@@ -9721,6 +9759,12 @@ ARGUMENTS = {  # name: what ArgumentParser.add_argument() takes
     "id": (("id",), {"metavar": "QUEUEID", "nargs": "?"}),
     "all": (("--all",), {"action": "store_true", "help": "retry: all that waits, as flush does"}),
     "user": (("-u", "--user"), {"metavar": "USER"}),
+    "name": (("name",), {"metavar": "NAME"}),
+    "senders": (("--sender",), {"action": "append", "metavar": "D", "help": "address or domain; again for more"}),
+    "recipients": (("--recipient",), {"action": "append", "metavar": "D", "help": "the same of recipients"}),
+    "rate": (("--rate",), {"metavar": "R", "help": "recipients/seconds"}),
+    "expires": (("--expires",), {"metavar": "T", "help": "ISO 8601 date or time"}),
+    "prefix": (("--prefix",), {"metavar": "P", "default": "hk_"}),
     "dest": (("--dest",), {"metavar": "DIR", "required": True}),
     "sendmail": (("--sendmail",), {"metavar": "PATH", "help": "where a sendmail program is to be written"}),
 }
@@ -9747,6 +9791,7 @@ COMMANDS = {
     "sendmail": Command(command_sendmail, "-C -t -i -f addresses"),
     "queue": Command(command_queue, "config action id all"),
     "pw": Command(command_pw, "user"),
+    "key": Command(command_key, "name senders recipients rate expires prefix"),
     "setup": Command(command_setup, "dest sendmail"),
 }
 
