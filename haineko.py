@@ -270,6 +270,7 @@ REPLIES = {
     "client": (403, "500", "5.7.1", "AUTH", "Access denied"),
     "json": (400, "421", None, "HTTP", "Malformed JSON string"),
     "invalid": (400, "554", "5.6.0", "HTTP", "Invalid submission"),
+    "batch": (400, "554", "5.6.0", "HTTP", "Too many mails in one request"),
     "loop": (400, "421", "5.4.6", "CONN", "Detected message loop"),
     "ehlo": (400, "501", "5.0.0", "EHLO", "Invalid domain name"),
     "mail-empty": (400, "501", "5.5.2", "MAIL", 'Syntax error in parameters scanning "FROM"'),
@@ -1491,6 +1492,7 @@ DATE = re.compile(
     r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
 )
 RESERVED_FIELDS = re.compile(r"received|sender|returnpath|dkimsignature|mime.*|content.*")  # normalized; made here
+FIELD_NAME = re.compile("[!-9;-~]{1,76}")  # RFC 5322 2.2
 X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
 # U+2028 to U+2069 hold those that make fdp.exe look like exe.pdf.
 CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -1879,7 +1881,7 @@ class Header:
 
 def parse_header(value: Any, json_path: str, errors: list) -> Header:
     """Return a Header; its keys may be spelled in any way."""
-    own = key_table(Header)
+    own, any_name = key_table(Header), isinstance(value, OpenHeader)
     if not isinstance(value, dict) or value.keys() <= own.keys():  # the usual spelling
         return from_dict(Header, value, json_path, errors)
     rows = {normalize_key(key): row for key, row in own.items()}
@@ -1896,14 +1898,18 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
             attribute, parse = rows[name]
             values.update({} if item is None else {attribute: parse(item, item_path, errors)})
         else:
-            extra += extra_field(key, item, item_path, errors)
+            extra += extra_field(key, item, item_path, errors, any_name)
     size = sum(len(item) for _, item, _ in extra)
     if len(extra) > MAX_FIELDS or size > MAX_HEADER:
         errors.append(f"{json_path}: more than {MAX_FIELDS} fields or {MAX_HEADER} characters")
     return Header(**values, extra_fields=tuple(extra))
 
 
-def extra_field(key: str, value: Any, json_path: str, errors: list) -> list:
+class OpenHeader(dict):
+    """A header in which any field may be set that Haineko does not make itself."""
+
+
+def extra_field(key: str, value: Any, json_path: str, errors: list, any_name: bool = False) -> list:
     """Return [(name, value, parser), ...] of a key that is not one of Header's own."""
     name = FIELD_BY_KEY.get(normalize_key(key))
     parse, is_x = EXTRA_FIELDS.get(name), X_FIELD.fullmatch(key)
@@ -1917,6 +1923,8 @@ def extra_field(key: str, value: Any, json_path: str, errors: list) -> list:
     elif RESERVED_FIELDS.fullmatch(normalize_key(key)):
         errors.append(f"{json_path}: Haineko makes this field itself")
         return []
+    elif any_name and FIELD_NAME.fullmatch(key):
+        parse, name, items = parse_header_text, key, (parse_header_text(value, json_path, errors),)
     else:
         names, outside = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)], TOP_KEYS.get(normalize_key(key))
         hint = f"; did you mean {outside}, outside of header?" if outside else ""
@@ -2283,7 +2291,6 @@ class SubmissionResult(NamedTuple):
 
 def parse_submission(body: Any) -> SubmissionResult:
     """Parse the body of a request."""
-    errors: list = []
     if b"\x1b" in body:  # old clients send ISO-2022-JP with its escape character as it is
         body = body.replace(b"\x1b", b"\\u001b")
     try:
@@ -2297,6 +2304,12 @@ def parse_submission(body: Any) -> SubmissionResult:
         return SubmissionResult(None, [sanitize(str(error))])
     except RecursionError:
         return SubmissionResult(None, ["nested too deeply"], is_json=False)
+    return parse_document(raw)
+
+
+def parse_document(raw: Any) -> SubmissionResult:
+    """Parse a submission that is decoded JSON."""
+    errors: list = []
     submission = hinted(Submission, SUBMISSION_KEYS)(raw, "", errors)
     if submission.html and not any(error.startswith("attachments") for error in errors):
         check_content_ids(submission, errors)
@@ -2321,7 +2334,7 @@ def form_data_hint(start: bytes) -> str:
 
 def check_content_ids(submission: Submission, errors: list) -> None:
     """Append an error for a "cid:" in the HTML without an attachment, and for a `cid` that the HTML does not use."""
-    links = {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(submission.html)}
+    links = content_id_links(submission.html)
     cids = {item.cid: i for i, item in enumerate(submission.attachments) if item.cid}
     errors += [
         f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in sorted(links - cids.keys())
@@ -2329,8 +2342,15 @@ def check_content_ids(submission: Submission, errors: list) -> None:
     errors += [f'attachments[{i}].cid: the HTML has no "cid:{cid}"' for cid, i in cids.items() if cid not in links]
 
 
+def content_id_links(html: str) -> set:
+    """Return the names in links "cid:..."."""
+    return {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(html)}
+
+
 def is_expensive(work: Any) -> bool:
     """Return whether to parse this body, or to compose this Submission, may take over 5 ms and belongs in a thread."""
+    if isinstance(work, dict):  # one of many in a body
+        return True
     return (_compose_cost(work) if isinstance(work, Submission) else _parse_cost(work)) > 5000
 
 
@@ -2439,18 +2459,37 @@ def jis_bytes_to_text(octets: bytes) -> str:
 
 def check_login(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
     """Require HTTP Basic (RFC 7617) if the section `password` has a user."""
-    if not settings.password.hashes:
+    if not settings.password.hashes or is_postmark_test(request):
         return None
-    credentials = request.headers.get("authorization", "")
+    credentials = credentials_of(request)
     if not settings.password.authenticate(credentials):
         return make_reply("login")
     request.login = username_of(credentials)
     return None
 
 
+def credentials_of(request: Request) -> str:
+    """Return the Authorization header; "user:password" as token, Postmark's included, is as HTTP Basic has it."""
+    header = request.headers.get("authorization", "")
+    scheme, _, token = header.partition(" ")
+    if not header and request.path in POSTMARK_PATHS:
+        scheme, token = "Bearer", request.headers.get("x-postmark-server-token", "")
+    is_token = scheme.lower() == "bearer" and ":" in token
+    return f"Basic {base64.b64encode(token.strip().encode('latin-1')).decode()}" if is_token else header
+
+
+POSTMARK_PATHS = ("/email", "/email/batch")
+
+
+def is_postmark_test(request: Request) -> bool:
+    """Return whether a request is to be checked only; it needs no login, but an address in relayhosts."""
+    test = request.headers.get("x-postmark-server-token") == "POSTMARK_API_TEST"
+    return test and request.path in POSTMARK_PATHS
+
+
 def check_client(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
     """Require an address in relayhosts, unless the client has to log in."""
-    if settings.password.hashes or settings.relayhosts.open_relay:
+    if (settings.password.hashes and not is_postmark_test(request)) or settings.relayhosts.open_relay:
         return None
     if request.client not in settings.relayhosts.relayhosts:
         return make_reply("client", f"{request.client.text} is not in relayhosts.relayhosts")
@@ -6042,9 +6081,12 @@ class QueueDB:
 
     async def add(self, item: NewQueueItem, results: list | None = None, leased: bool = False) -> Any:
         """Store an item, see enqueue(); raise Rejected if the disk is too full."""
+        return await self.add_by(enqueue, item, results, leased)
+
+    async def add_by(self, operation: Callable, *values: Any) -> Any:
         if not self.has_free_space():
             raise Rejected(make_reply("store", f"less than {self.settings.min_free} octets are free", mailer="Queue"))
-        return await self.do(enqueue, item, results, leased)
+        return await self.do(operation, *values)
 
     async def do_eventually(self, operation: Callable, *values: Any) -> None:
         """Record what has happened already: at once, or as soon as the file can be used again."""
@@ -6360,6 +6402,16 @@ def enqueue(db: Any, slot: int, item: NewQueueItem, results: list | None, leased
     if results:  # their attempts took a while
         finish_request(db, slot, item.queueid, results, None, max(time.time(), created_at))
     return None
+
+
+def enqueue_all(db: Any, slot: int, items: list, response: str | None) -> Any:
+    """Store the mails of a request and its response; or return the earlier mail with the key of the first."""
+    earlier = enqueue(db, slot, items[0], None)
+    if not earlier:
+        for item in items[1:]:
+            enqueue(db, slot, item, None)
+        finish_request(db, slot, items[0].queueid, [], response, items[0].created_at)
+    return earlier
 
 
 def insert(db: Any, table: str, **values: Any) -> int:
@@ -6769,30 +6821,42 @@ async def submit(request: Request, app: App) -> Response:
 
 async def process_submission(request: Request, app: App, queueid: str) -> Response:
     """Take a mail from its JSON to the replies of the other side."""
-    settings, submission = request.settings or app.settings, None
+    settings = request.settings or app.settings
+    mail = await prepare(request, parse_submission, request.body, settings, queueid)
     try:
-        checked = await call_in_thread(is_expensive(request.body), parse_and_check, request, settings)
+        if not mail.transactions:
+            return respond(request, mail.error.status, mail.replies, queueid, mail.submission)
+        if mail.options.async_ or mail.options.key:
+            earlier = await enqueue_before_sending(request, mail.transactions, mail.accepted, mail.options, app)
+            if earlier:
+                return await replay_response(request, mail.submission, mail.replies, earlier, mail.options, app)
+    except Rejected as error:
+        return respond(request, error.reply.status, {None: error.reply}, queueid, mail.submission)
+    delivered, attempts = await deliver_or_queue(request, mail.transactions, mail.accepted, mail.options, app)
+    mail.replies.update(zip([mailbox.as_written for mailbox in mail.accepted], delivered))
+    response = respond(request, http_status(mail.replies.values()), mail.replies, queueid, mail.submission)
+    if mail.options.key:
+        await app.queue.do_eventually(finish_request, queueid, attempts, serialize_response(response), time.time())
+    return response
+
+
+async def prepare(request: Request, parse: Callable, body: Any, settings: Settings, queueid: str) -> PreparedMail:
+    """Parse, check, compose and plan a mail; parse(body) returns a SubmissionResult."""
+    submission = None
+    try:
+        checked = await call_in_thread(is_expensive(body), parse_and_check, request, parse, body, settings)
         submission, replies, accepted = checked.submission, checked.replies, checked.accepted
         options = queue_options(request, submission, checked.digest, settings)
         if not accepted:
-            return respond(request, 400, replies, queueid, submission)
-        request.body = b""  # its memory is needed for the message
+            return PreparedMail(queueid, submission, replies)
+        if body is request.body:
+            request.body = body = b""  # its memory is needed for the message
         values = request, submission, settings, queueid, accepted
         message = await call_in_thread(is_expensive(submission), compose_and_check, *values)
         transactions, accepted = plan_transactions(submission, message, accepted, settings, queueid)
-        submission, values = without_content(submission), ()
-        if options.async_ or options.key:
-            earlier = await enqueue_before_sending(request, transactions, accepted, options, app)
-            if earlier:
-                return await replay_response(request, submission, replies, earlier, options, app)
     except Rejected as error:
-        return respond(request, error.reply.status, {None: error.reply}, queueid, submission)
-    delivered, attempts = await deliver_or_queue(request, transactions, accepted, options, app)
-    replies.update(zip([mailbox.as_written for mailbox in accepted], delivered))
-    response = respond(request, http_status(replies.values()), replies, queueid, submission)
-    if options.key:
-        await app.queue.do_eventually(finish_request, queueid, attempts, serialize_response(response), time.time())
-    return response
+        return PreparedMail(queueid, submission, {None: error.reply})
+    return PreparedMail(queueid, without_content(submission), replies, accepted, transactions, options)
 
 
 CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
@@ -6812,16 +6876,16 @@ class CheckedSubmission(NamedTuple):
     digest: bytes | None  # of the document, if there is an Idempotency-Key
 
 
-def parse_and_check(request: Request, settings: Settings) -> CheckedSubmission:
-    """Parse the body of a request; raise Rejected with every error of it, or by the first check that fails."""
-    submission, errors, is_json = parse_submission(request.body)
+def parse_and_check(request: Request, parse: Callable, body: Any, settings: Settings) -> CheckedSubmission:
+    """Parse a submission; raise Rejected with every error of it, or by the first check that fails."""
+    submission, errors, is_json = parse(body)
     if errors:
         raise Rejected(make_reply("invalid" if is_json else "json", *errors[:MAX_REPORTED_ERRORS]))
     refused = apply_checks(CHECKS_OF_SUBMISSION, request, submission, settings)
     recipients = unique_recipients(submission)
     replies = {as_written: refused.get(as_written) for as_written in recipients}
     accepted = [mailbox for as_written, mailbox in recipients.items() if not replies[as_written]]
-    digest = document_digest(request.body) if "idempotency-key" in request.headers else None
+    digest = document_digest(body) if "idempotency-key" in request.headers and body is request.body else None
     return CheckedSubmission(submission, replies, accepted, digest)
 
 
@@ -6882,6 +6946,29 @@ class QueueOptions(NamedTuple):
     login: str = ""
 
 
+class PreparedMail(NamedTuple):
+    """A mail that may be stored or delivered, unless it has no transactions."""
+
+    queueid: str
+    submission: Submission | None
+    replies: dict  # {recipient: Reply, None if there is none yet}; {None: Reply} if the whole mail is refused
+    accepted: list = ()  # of Mailbox
+    transactions: list = ()
+    options: QueueOptions = QueueOptions()
+
+    @property
+    def refused(self) -> dict:
+        return {to: reply for to, reply in self.replies.items() if reply and not reply.accepted}
+
+    @property
+    def error(self) -> Reply | None:
+        """Why no recipient was accepted, None if one was: what may be tried again comes first."""
+        if len(self.refused) < len(self.replies):
+            return None
+        to, reply = min(self.refused.items(), key=lambda item: (item[1].status or http_status(item[1:])) != 503)
+        return reply if to is None else reply._replace(message=(f"{to}: {reply.message[0]}", *reply.message[1:]))
+
+
 def queue_options(
     request: Request, submission: Submission, body_digest: bytes | None, settings: Settings
 ) -> QueueOptions:
@@ -6918,10 +7005,16 @@ async def enqueue_before_sending(
     queue_item = new_queue_item(request, transactions, good, options)
     earlier = await app.queue.add(queue_item, leased=not options.async_)
     if options.async_ and not earlier:
-        pairs = log_pairs(client=request.client.text, login=request.login or None, **{"from": f"<{queue_item.sender}>"})
-        log.lines(f"{queue_item.queueid}: {pairs} (queued, to be delivered at once)")
-        app.queue.wake_manager()
+        announce_queued(request, [queue_item], app)
     return earlier
+
+
+def announce_queued(request: Request, items: list, app: App) -> None:
+    """Log new mails in the queue and have them delivered."""
+    for item in items:
+        pairs = log_pairs(client=request.client.text, login=request.login or None, **{"from": f"<{item.sender}>"})
+        log.lines(f"{item.queueid}: {pairs} (queued, to be delivered at once)")
+    app.queue.wake_manager()
 
 
 def new_queue_item(request: Request, transactions: list, good: list, options: QueueOptions) -> NewQueueItem:
@@ -6972,9 +7065,12 @@ def first_attempt_result(
     disposition = next_disposition(reply, 1, 0.0, random_unit(), settings.queue)
     if disposition.state != "open":
         return AttemptResult(reply, disposition)
+    return AttemptResult(reply, disposition, notifications(first_lease(item, recipient), reply, "open", settings, now))
+
+
+def first_lease(item: NewQueueItem, recipient: NewRecipient) -> LeasedRecipient:
     envelope = item.queueid, item.kind, item.sender, item.login, item.created_at, item.message
-    first = LeasedRecipient(0, *envelope, *recipient, attempts=1)
-    return AttemptResult(reply, disposition, notifications(first, reply, "open", settings, now))
+    return LeasedRecipient(0, *envelope, *recipient, attempts=1)
 
 
 def log_queued(item: NewQueueItem, results: list) -> None:
@@ -7002,8 +7098,12 @@ async def replay_response(
             answer_document(request, http_status(replies.values()), replies, queueid, submission)
         )
         await app.queue.do(finish_request, queueid, [], answered, request.now)
-    status, headers, text = json.loads(answered)
-    return Response(status, text.encode(), (*map(tuple, headers), ("Idempotency-Replayed", "true")))
+    return stored_response(answered)
+
+
+def stored_response(text: str) -> Response:
+    status, headers, body = json.loads(text)
+    return Response(status, body.encode(), (*map(tuple, headers), ("Idempotency-Replayed", "true")))
 
 
 def serialize_response(result: Response) -> str:
@@ -7214,6 +7314,10 @@ def echoed_header(request: Request, name: str) -> str | None:
 MAX_ECHO = 200  # characters of a header that an answer repeats, and the queue stores
 
 
+def json_response(document: Any, status: int = 200, headers: tuple = ()) -> Response:
+    return Response(status, to_json(document), headers)
+
+
 def to_json(document: Any) -> bytes:
     return ENCODER.encode(document).encode("utf-8", "replace") + b"\n"
 
@@ -7344,10 +7448,6 @@ class Endpoint(NamedTuple):
 
     handler: Callable  # (request, app) -> awaitable of a Response
     checks: tuple = ()
-
-
-def json_response(document: Any, status: int = 200, headers: tuple = ()) -> Response:
-    return Response(status, to_json(document), headers)
 
 
 async def get_root(request: Request, app: App) -> Response:
@@ -7664,7 +7764,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def _needs_password_check(self, endpoint: Endpoint, request: Request) -> bool:
         """Return True if a password hash has to be computed."""
-        password, credentials = self.settings.password, request.headers.get("authorization")
+        password, credentials = self.settings.password, credentials_of(request)
         return bool(password.hashes and endpoint.checks and not password.is_cached(credentials))
 
     def rejection(self, reply: Reply) -> Response:
