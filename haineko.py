@@ -6,17 +6,17 @@
                                                |  deferred, or to be queued
                                                +-> QueueDB -> QueueManager -> RELAYS -> bounce, webhook
 
-     1  Replies and transactions    9  Event loop
-     2  JSON into dataclasses      10  DNS and connections
-     3  Settings                   11  HTTP client
-     4  Log                        12  SMTP sessions
-     5  Submissions                13  Relays and probes
-     6  Policy                     14  Queue
-     7  Messages                   15  Submission pipeline
-     8  Routes                     16  HTTP server
-                                   17  Commands
+     1  Replies and transactions   10  DNS and connections
+     2  JSON into dataclasses      11  HTTP client
+     3  Settings                   12  SMTP sessions
+     4  Log                        13  Relays and probes
+     5  Submissions                14  Queue
+     6  Policy                     15  Submission pipeline
+     7  Messages                   16  Provider endpoints
+     8  Routes                     17  HTTP server
+     9  Event loop                 18  Commands
 
-Sections 1, 5 to 8 and 13 to 15 are the pipeline; 2 to 4 and 9 to 12 are infrastructure; 16 and 17 are the two entries.
+Sections 1, 5 to 8 and 13 to 16 are the pipeline; 2 to 4 and 9 to 12 are infrastructure; 17 and 18 are the two entries.
 
 Rules of the file:
   - A section uses only the sections above it; inside a section callers stand above their helpers.
@@ -2349,7 +2349,7 @@ def content_id_links(html: str) -> set:
 
 def is_expensive(work: Any) -> bool:
     """Return whether to parse this body, or to compose this Submission, may take over 5 ms and belongs in a thread."""
-    if isinstance(work, dict):  # one of many in a body
+    if not isinstance(work, (bytes, bytearray, Submission)):  # of a provider's client, perhaps one of many
         return True
     return (_compose_cost(work) if isinstance(work, Submission) else _parse_cost(work)) > 5000
 
@@ -7323,7 +7323,367 @@ def to_json(document: Any) -> bytes:
 
 
 # ======================================================================================================================
-# 16. HTTP server
+# 16. Provider endpoints
+#     Takes requests of SendGrid's, Postmark's and Resend's clients, passes each mail through the pipeline and answers in
+#     the provider's form. All mails of a request are checked before the first one is stored.
+# ======================================================================================================================
+
+
+class Provider(NamedTuple):
+    """A provider's endpoint."""
+
+    names: dict  # {key of a submission, of its header or of an attachment: the provider's key}
+    unsupported: tuple  # keys that would change the content
+    read: Callable  # (document, limit) -> [mail, ...]
+    answer: Callable  # ([PreparedMail, ...], mails, dry_run) -> Response
+    error: Callable  # (reply, request) -> Response
+    limit: int = 1  # mails of a request
+    permissive: bool = False  # a refused mail does not stop the others
+    is_test: Callable = lambda document, request: False  # everything is checked, nothing sent
+
+
+async def answer_provider(request: Request, app: App) -> Response:
+    """Take the mails of a request and answer in the form of the provider whose endpoint it is."""
+    settings, provider = request.settings or app.settings, PROVIDERS[request.path]
+    document, digest = await call_in_thread(is_expensive(request.body), parse_call, request)
+    mails, prepared, octets = provider.read(document, provider.limit), [], 0
+    for mail in mails:
+        prepared.append(await prepare_theirs(request, mail, provider, settings))
+        octets += request.message_size if prepared[-1].transactions else 0
+        if octets > MAX_CALL:  # SendGrid's mails share their attachments
+            raise Rejected(make_reply("too-big", f"{octets} octets of all mails exceed the limit of {MAX_CALL}"))
+    ready, dry_run = [mail for mail in prepared if mail.transactions], provider.is_test(document, request)
+    asks_permissive = request.headers.get("x-batch-validation", "").lower() == "permissive" and provider.limit > 1
+    permissive = provider.permissive or asks_permissive
+    for mail in prepared:
+        if mail.error and not permissive:
+            return provider.error(mail.error, request)
+    if not (app.queue or dry_run):
+        await deliver_mails(request, ready, settings, app)
+        if all(mail.error for mail in prepared) and not permissive:
+            return provider.error(prepared[0].error, request)
+        return provider.answer(prepared, mails, False)
+    for mail in ready:
+        reply = make_reply("discarded") if dry_run else queued_reply(mail.queueid)
+        mail.replies.update((mailbox.as_written, reply) for mailbox in mail.accepted)
+    response = provider.answer(prepared, mails, dry_run)
+    return await store_mails(request, ready, digest, response, app) if ready and not dry_run else response
+
+
+MAX_CALL = 64 << 20  # octets of all messages of a request
+
+
+def parse_call(request: Request) -> tuple:
+    """Return (document, its digest if there is an Idempotency-Key)."""
+    try:
+        document = parse_json(request.body)
+    except ValueError as error:
+        raise Rejected(make_reply("json", sanitize(str(error)))) from None
+    return document, document_digest(request.body) if "idempotency-key" in request.headers else None
+
+
+async def prepare_theirs(request: Request, mail: Any, provider: Provider, settings: Settings) -> PreparedMail:
+    """Prepare a mail; log its refused recipients and name keys in errors as the provider does."""
+    names, parse = provider.names, functools.partial(parse_mail, provider.names, provider.unsupported)
+    prepared = await prepare(request, parse, mail, settings, new_queueid(request.now))
+    if prepared.refused:
+        log_rejection(request, prepared.queueid, prepared.submission, prepared.refused)
+    replies = {to: reply and in_their_words(reply, names) for to, reply in prepared.replies.items()}
+    return prepared._replace(replies=replies)
+
+
+def in_their_words(reply: Reply, names: dict) -> Reply:
+    """Replace the key of a submission at the start of each line of an error."""
+
+    def name(found: re.Match) -> str:
+        key = {"rcpt": "to", "mail": "from", "replyto": "reply-to"}.get(found[2], found[2])
+        return names.get(key) or (f"{names['headers']}.{key}" if found[1] else key)
+
+    lines = [re.sub(r"^(header\.)?([a-z_-]+)", name, line) for line in reply.message[1:]]
+    return reply._replace(message=(reply.message[0], *lines))
+
+
+async def deliver_mails(request: Request, mails: list, settings: Settings, app: App) -> None:
+    """Deliver mails while the client waits, and add their replies."""
+    results = iter(await deliver([one for mail in mails for one in mail.transactions], app.transport, settings))
+    for mail in mails:
+        done = list(itertools.islice(results, len(mail.transactions)))
+        log.lines(*itertools.chain.from_iterable(result_lines(request, result) for result in done))
+        mail.replies.update(replies_by_recipient(mail.accepted, done))
+
+
+async def store_mails(request: Request, mails: list, digest: Any, response: Response, app: App) -> Response:
+    """Store mails and the reports of their refused recipients; return the response, or that to an earlier request."""
+    key, items, reports = mails[0].options.key, [], []
+    for mail in mails:
+        options = mail.options._replace(key=None if items else key, body_digest=digest)
+        items.append(new_queue_item(request, mail.transactions, mail.accepted, options))
+        for to, reply in mail.refused.items():
+            leased = first_lease(items[-1], NewRecipient(to, to, 1, ""))
+            reports += notifications(leased, reply, "failed", request.settings or app.settings, request.now)
+    earlier = await app.queue.add_by(enqueue_all, [*items, *reports], serialize_response(response) if key else None)
+    if earlier and earlier["body_digest"] != digest:
+        raise Rejected(make_reply("key-reused"))
+    if earlier:
+        return stored_response(earlier["response"])
+    announce_queued(request, items, app)
+    return response
+
+
+# -- Mails
+
+
+def parse_mail(names: dict, unsupported: tuple, mail: Any) -> SubmissionResult:
+    """Parse a mail of a provider's client; keys that are not known are ignored."""
+    if not isinstance(mail, dict):
+        return SubmissionResult(None, [f"expected an object, got {json_type_name(mail)}"])
+    errors = [f"{key}: is not supported" for key in unsupported if mail.get(key)]
+    header = OpenHeader(read_headers(mail.get(names["headers"]), names["headers"], errors))
+    for key in ("from", "to", "cc", "bcc", "reply-to"):
+        value = mail.get(names[key]) or []
+        texts = value[: MAX_ADDRESSES + 1] if isinstance(value, list) else [value]
+        for i, text in enumerate(texts):
+            faults: list = []
+            parse_recipient_field(text, "", faults)
+            shared = key in ("from", "reply-to")
+            label = names[key] if shared else names["address"].format(names[key], i, part=mail.get("part"))
+            errors += [f"Invalid '{label}' address: '{sanitize(str(text), 80)}'."] if faults else []
+        if texts and not errors:
+            header[key] = ", ".join(texts) if shared else texts
+    header["subject"] = mail.get(names["subject"])
+    document = {key: mail[names[key]] for key in ("body", "html", "send_at") if mail.get(names[key]) is not None}
+    senders = parse_mailboxes(header.get("from", "")) if not errors else ()
+    document.update(mail=senders[0][1].as_written if senders else "", header=header)
+    document["attachments"] = read_attachments(mail, names, errors)
+    return SubmissionResult(None, errors) if errors else parse_document(document)
+
+
+def read_headers(value: Any, json_path: str, errors: list) -> dict:
+    """Return fields from {name: value}, or from Postmark's [{"Name", "Value"}]."""
+    header: dict = {}
+    if isinstance(value, list):
+        pairs = [(item.get("Name"), item.get("Value")) if isinstance(item, dict) else (None, None) for item in value]
+    else:
+        pairs = list(value.items()) if isinstance(value, dict) else []
+    for name, text in pairs:
+        if not isinstance(name, str) or normalize_key(name) in OWN_FIELDS:
+            errors.append(f"{json_path}: {sanitize(str(name))} can't be set here")
+        else:
+            header.setdefault(name, []).append(text)
+    return {name: texts[0] if len(texts) == 1 else texts for name, texts in header.items()}
+
+
+OWN_FIELDS = frozenset(("from", "to", "cc", "bcc", "subject", "replyto", "charset"))
+
+
+def read_attachments(mail: dict, names: dict, errors: list) -> Any:
+    """Return attachments as a submission has them; a content id that the HTML does not use is left out."""
+    html, entries, found = mail.get(names["html"]), mail.get(names["attachments"]), []
+    links = content_id_links(html) if isinstance(html, str) else set()
+    for i, entry in enumerate(
+        entries[: MAX_ATTACHMENTS + 1] if isinstance(entries, list) else [entries] * bool(entries)
+    ):
+        if not isinstance(entry, dict) or entry.get("path"):
+            errors.append(f"{names['attachments']}[{i}]{'.path: is not supported' if entry else ': is no object'}")
+            continue
+        item = {key: entry.get(names[key]) for key in ("filename", "type", "content")}
+        cid = re.sub("^cid:|^<|>$", "", str(entry.get(names["cid"]) or entry.get("contentId") or ""))
+        octets = item["content"].get("data") if isinstance(item["content"], dict) else item["content"]
+        if isinstance(octets, list):  # of integers; within an object it is a Buffer of Node.js
+            with contextlib.suppress(ValueError, TypeError):
+                item["content"] = base64.b64encode(bytes(octets)).decode()
+        found.append({**item, "cid": cid if cid in links else "", "inline": entry.get("disposition") == "inline"})
+    return found
+
+
+def read_one(document: Any, limit: int) -> list:
+    return [document]
+
+
+def read_batch(document: Any, limit: int, json_path: str = "top level") -> list:
+    """Return the mails of a list; raise Rejected if there are too many."""
+    if not isinstance(document, list):
+        raise Rejected(make_reply("invalid", f"{json_path}: expected a list, got {json_type_name(document)}"))
+    if not 0 < len(document) <= limit:
+        raise Rejected(make_reply("batch", f"expected 1 to {limit}, got {len(document)}"))
+    return document
+
+
+def read_personalizations(document: Any, limit: int) -> list:
+    """Return one mail for each personalization, whose keys take the place of the document's."""
+    whole = document if isinstance(document, dict) else {}
+    content = whole.get("content") if isinstance(whole.get("content"), list) else []
+    whole = {**whole, "content": []}  # what remains of it is not supported
+    for item in content:
+        kind = str(item.get("type")).partition(";")[0] if isinstance(item, dict) else ""
+        if kind in ("text/plain", "text/html"):
+            whole[f"content.{kind}"] = item.get("value")
+        else:
+            whole["content"].append(item)
+    mails = []
+    for i, part in enumerate(read_batch(whole.get("personalizations"), limit, "personalizations")):
+        mail = {**whole, **(part if isinstance(part, dict) else {}), "part": f"personalizations.{i}"}
+        mail["reply_to"] = mail.get("reply_to_list") or mail.get("reply_to")
+        for key in ("from", "reply_to", "to", "cc", "bcc"):
+            items = mail.get(key) or []
+            mail[key] = [mailbox_text(item) for item in (items if isinstance(items, list) else [items])]
+        mails.append(mail)
+    return mails
+
+
+def mailbox_text(item: Any) -> Any:
+    """Return {"email", "name"} as it is written in a header."""
+    if not isinstance(item, dict):
+        return item
+    name = re.sub(r'(["\\])', r"\\\1", str(item.get("name") or ""))
+    return f'"{name}" <{item.get("email")}>' if name else item.get("email")
+
+
+def is_sandbox(document: Any, request: Request) -> bool:
+    with contextlib.suppress(LookupError, TypeError):
+        return document["mail_settings"]["sandbox_mode"]["enable"] is True
+    return False
+
+
+# -- Answers
+
+
+def answer_sendgrid(prepared: list, mails: list, dry_run: bool) -> Response:
+    queueid = next(mail.queueid for mail in prepared if not mail.error)
+    return Response(200 if dry_run else 202, b"", (("X-Message-Id", queueid),))
+
+
+def answer_postmark(prepared: list, mails: list, dry_run: bool) -> Response:
+    return json_response(postmark_item(prepared[0], mails[0]))
+
+
+def answer_postmark_batch(prepared: list, mails: list, dry_run: bool) -> Response:
+    return json_response([postmark_item(*pair) for pair in zip(prepared, mails)])
+
+
+def postmark_item(prepared: PreparedMail, mail: dict) -> dict:
+    if prepared.error:
+        return {"ErrorCode": error_row(prepared.error, POSTMARK_ERRORS)[1], "Message": words_of(prepared.error)}
+    message = "OK"
+    if prepared.refused:  # clients look for these words
+        words = "; ".join(dict.fromkeys(map(words_of, prepared.refused.values())))
+        refused = ", ".join(prepared.refused)
+        message = (
+            f"Message OK, but will not deliver to these inactive addresses: {refused}. Inactive recipients: {words}"
+        )
+    now = time.strftime("%Y-%m-%dT%H:%M:%S.0000000Z", time.gmtime())
+    sent = {"To": mail.get("To") or "", "SubmittedAt": now, "MessageID": prepared.queueid}
+    return {**sent, "ErrorCode": 0, "Message": message}
+
+
+def answer_resend(prepared: list, mails: list, dry_run: bool) -> Response:
+    return json_response({"id": prepared[0].queueid})
+
+
+def answer_resend_batch(prepared: list, mails: list, dry_run: bool) -> Response:
+    errors = [{"index": i, "message": words_of(mail.error)} for i, mail in enumerate(prepared) if mail.error]
+    document = {"data": [{"id": mail.queueid} for mail in prepared if not mail.error]}
+    return json_response({**document, "errors": errors} if errors else document)
+
+
+def sendgrid_error(reply: Reply, request: Request) -> Response:
+    status, words = error_row(reply, SENDGRID_ERRORS)
+    errors = []
+    for line in reply.message[1:] if slug_of(reply) == "invalid" else ():
+        found = re.match(r"Invalid '([^']+)'|([a-z_][\w./\[\]-]*): ", line)
+        field = found and re.sub(r"\[(\d+)\]", r".\1", found[1] or found[2])
+        errors.append({"message": line, "field": field, "help": None})
+    errors = errors or [{"message": words or words_of(reply), "field": None, "help": None}]
+    return json_response({"errors": errors}, status, error_headers(reply, request))
+
+
+def postmark_error(reply: Reply, request: Request) -> Response:
+    status, code = error_row(reply, POSTMARK_ERRORS)
+    return json_response({"ErrorCode": code, "Message": words_of(reply)}, status, error_headers(reply, request))
+
+
+def resend_error(reply: Reply, request: Request) -> Response:
+    status, name = error_row(reply, RESEND_ERRORS)
+    if reply.status == 401 and "authorization" not in request.headers:
+        status, name = 401, "missing_api_key"
+    document = {"statusCode": status, "name": name, "message": words_of(reply)}
+    return json_response(document, status, error_headers(reply, request))
+
+
+def error_headers(reply: Reply, request: Request) -> tuple:
+    return answer_headers(request, reply.status or http_status((reply,)), None, {None: reply})
+
+
+def error_row(reply: Reply, table: dict) -> tuple:
+    """Return (HTTP status, the provider's name of the error)."""
+    status = reply.status or http_status((reply,))
+    return table.get(slug_of(reply)) or table.get(status) or (status, table[None])
+
+
+def slug_of(reply: Reply) -> str | None:
+    """Return the row of REPLIES of which a reply was made, None for a server's."""
+    return SLUGS.get((reply.status, reply.code, reply.dsn, reply.command, reply.message[0]))
+
+
+def words_of(reply: Reply) -> str:
+    first, *lines = reply.message
+    return "; ".join(lines) if lines and slug_of(reply) == "invalid" else ": ".join((first, *lines))
+
+
+SLUGS = {row: slug for slug, row in REPLIES.items()}
+# {name in REPLIES, or HTTP status of a refusal of POST /submit: (HTTP status, the provider's name of the error)}
+SENDGRID_ERRORS = {
+    "login": (401, "The provided authorization grant is invalid, expired, or revoked"),
+    502: (400, None),
+    None: None,
+}
+POSTMARK_ERRORS = {
+    "json": (422, 402), "batch": (422, 410), "rcpt-many": (422, 300), 400: (422, 300), 401: (401, 10), 403: (422, 405),
+    409: (422, 300), 422: (422, 300), 429: (429, 429), 500: (500, 500), 502: (422, 300), 503: (503, 100), None: 300,
+}  # fmt: skip
+RESEND_ERRORS = {
+    **dict.fromkeys(("mail-empty", "rcpt-none", "subject-empty", "body-empty"), (422, "missing_required_field")),
+    "mail-form": (422, "invalid_from_address"), "key-form": (400, "invalid_idempotency_key"),
+    "json": (400, "validation_error"), 400: (422, "validation_error"), 401: (403, "invalid_api_key"),
+    "rcpt-many": (422, "validation_error"), 403: (401, "restricted_api_key"), 404: (404, "not_found"),
+    409: (409, "concurrent_idempotent_requests"), 413: (413, "validation_error"),
+    422: (409, "invalid_idempotent_request"), 429: (429, "rate_limit_exceeded"), 502: (422, "validation_error"),
+    None: "application_error",
+}  # fmt: skip
+
+KEYS = ("from", "to", "cc", "bcc", "reply-to", "subject", "body", "html", "headers", "attachments",
+        "filename", "type", "content", "cid", "send_at", "address")  # fmt: skip
+SENDGRID_KEYS = dict(zip(KEYS, (
+    "from", "to", "cc", "bcc", "reply_to", "subject", "content.text/plain", "content.text/html", "headers",
+    "attachments", "filename", "type", "content", "content_id", "send_at", "{part}.{}.{}.email",
+)))  # fmt: skip
+POSTMARK_KEYS = dict(zip(KEYS, (
+    "From", "To", "Cc", "Bcc", "ReplyTo", "Subject", "TextBody", "HtmlBody", "Headers",
+    "Attachments", "Name", "ContentType", "Content", "ContentID", "", "{}",
+)))  # fmt: skip
+RESEND_KEYS = dict(zip(KEYS, (
+    "from", "to", "cc", "bcc", "reply_to", "subject", "text", "html", "headers",
+    "attachments", "filename", "content_type", "content", "content_id", "scheduled_at", "{}",
+)))  # fmt: skip
+NOT_SENDGRID = ("template_id", "dynamic_template_data", "substitutions", "batch_id", "asm", "content")
+NOT_POSTMARK, NOT_RESEND = ("TemplateId", "TemplateAlias"), ("template", "topic_id")
+POSTMARK = Provider(
+    POSTMARK_KEYS, NOT_POSTMARK, read_one, answer_postmark, postmark_error, is_test=lambda _, r: is_postmark_test(r)
+)
+RESEND = Provider(RESEND_KEYS, NOT_RESEND, read_one, answer_resend, resend_error)
+PROVIDERS = {
+    "/v3/mail/send": Provider(
+        SENDGRID_KEYS, NOT_SENDGRID, read_personalizations, answer_sendgrid, sendgrid_error, 1000, is_test=is_sandbox
+    ),
+    "/email": POSTMARK,
+    "/email/batch": POSTMARK._replace(read=read_batch, answer=answer_postmark_batch, limit=500, permissive=True),
+    "/emails": RESEND,
+    "/emails/batch": RESEND._replace(read=read_batch, answer=answer_resend_batch, limit=100),
+}
+
+
+# ======================================================================================================================
+# 17. HTTP server
 #     Takes octets from a socket, gives a Request to an endpoint and sends its Response (RFC 9110, 9112). The supervisor
 #     binds and watches; workers, forked by it, accept. In a worker one event loop serves all connections.
 # ======================================================================================================================
@@ -7578,6 +7938,7 @@ async def answer_options(request: Request, app: App) -> Response:
 
 ENDPOINTS = {
     ("POST", "/submit"): Endpoint(submit, checks_at("head")),
+    **{("POST", path): Endpoint(answer_provider, checks_at("head")) for path in PROVIDERS},
     ("GET", "/"): Endpoint(get_root),
     ("GET", "/health"): Endpoint(get_health),
     ("GET", "/conf"): Endpoint(get_conf, (check_monitor,)),
@@ -7772,6 +8133,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         request = self.request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
         queueid = new_queueid(request.now) if reply.command != "HTTP" else None
         response = respond(request, reply.status, {None: reply}, queueid, None)
+        if request.method == "POST" and request.path in PROVIDERS:
+            return PROVIDERS[request.path].error(reply, request)
         if reply.status == 405:
             return response._replace(headers=(("Allow", ", ".join(allowed_methods(request.path))),))
         return response
@@ -8319,7 +8682,7 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 
 
 # ======================================================================================================================
-# 17. Commands
+# 18. Commands
 #     Takes the words of a command line, gives an exit code. What is meant for a person goes to stderr, results to
 #     stdout.
 # ======================================================================================================================
