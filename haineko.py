@@ -7324,8 +7324,8 @@ def to_json(document: Any) -> bytes:
 
 # ======================================================================================================================
 # 16. Provider endpoints
-#     Takes requests of SendGrid's, Postmark's and Resend's clients, passes each mail through the pipeline and answers in
-#     the provider's form. All mails of a request are checked before the first one is stored.
+#     Takes requests of SendGrid's, Postmark's and Resend's clients, passes each mail through the pipeline and answers
+#     in the provider's form. All mails of a request are checked before the first one is stored.
 # ======================================================================================================================
 
 
@@ -7928,6 +7928,92 @@ SAMPLES = json.loads("""[
 ]""")
 
 
+async def get_openapi(request: Request, app: App) -> Response:
+    """Answer with the OpenAPI description of ENDPOINTS, made of the dataclasses and tables."""
+    paths: dict = {}
+    for (method, path), endpoint in ENDPOINTS.items():
+        operation = {
+            "summary": (endpoint.handler.__doc__ or endpoint.handler.__name__).split("\n")[0],
+            **operation_of(path),
+        }
+        if "ID" in path:
+            operation["parameters"] = [{"name": "ID", "in": "path", "required": True, "schema": {"type": "string"}}]
+        paths.setdefault(path.replace("ID", "{ID}"), {})[method.lower()] = operation
+    schemas = {cls.__name__: class_schema(cls) for cls in (Submission, Header, Attachment)}
+    key = {"type": "apiKey", "in": "header", "name": "X-Postmark-Server-Token"}
+    logins = {
+        "basic": {"type": "http", "scheme": "basic"},
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "token": key,
+    }
+    return json_response({
+        "openapi": "3.1.0",
+        "info": {"title": "Haineko", "version": __version__},
+        "paths": paths,
+        "components": {"schemas": schemas, "securitySchemes": logins},
+        "security": [{}, *({name: []} for name in logins)],
+    })  # fmt: skip
+
+
+def operation_of(path: str) -> dict:
+    """Return request body and responses of a path; schemas of responses are those of real ones."""
+    asked = Request("POST", path, {}, b"", None, None, None, 0.0)
+    replies = {"a@example.jp": make_reply("discarded")}
+    answer, body, provider = answer_document(asked, 200, replies, "Q" * 16, None), None, PROVIDERS.get(path)
+    good, bad = ({}, json_content(schema_of(json.loads(answer.body))))
+    if path == "/submit":
+        good, body = bad, {"$ref": "#/components/schemas/Submission"}
+    if provider:
+        mail = {
+            "type": "object",
+            "properties": {name: {} for name in provider.names.values() if re.fullmatch(r"\w+", name)},
+        }
+        body = {"type": "array", "items": mail, "maxItems": provider.limit} if provider.read is read_batch else mail
+        response = provider.answer([PreparedMail("Q" * 16, None, replies)], [{}], False)
+        good = json_content(schema_of(json.loads(response.body))) if response.body else {}
+        bad = json_content(schema_of(json.loads(provider.error(make_reply("login"), asked).body)))
+    responses = {"2XX": {"description": "success", **good}, "default": {"description": "refusal", **bad}}
+    return {"responses": responses, **({"requestBody": {"required": True, **json_content(body)}} if body else {})}
+
+
+def json_content(schema: dict) -> dict:
+    return {"content": {"application/json": {"schema": schema}}}
+
+
+def class_schema(cls: type) -> dict:
+    """Return the schema of a dataclass made of config_field()."""
+    properties = {}
+    for item in fields(cls):
+        nested_schema = {"$ref": f"#/components/schemas/{NESTED_SCHEMAS.get(item.name)}"}
+        kind = {"type": SCHEMA_TYPES[type(item.default)]} if type(item.default) in SCHEMA_TYPES else {}
+        if item.name in NESTED_SCHEMAS:
+            kind = nested_schema if item.name == "header" else {**kind, "items": nested_schema}
+        for key in item.metadata.get("keys") or (item.name,) if "parse" in item.metadata else ():
+            properties[key] = {**kind, "description": item.metadata["doc"]}
+    return {"type": "object", "properties": properties, "additionalProperties": cls is Header}
+
+
+NESTED_SCHEMAS = {"header": "Header", "attachments": "Attachment"}
+SCHEMA_TYPES = {
+    str: ["string", "array", "null"],
+    bool: ["boolean", "integer", "null"],
+    tuple: ["string", "array", "object", "null"],
+}
+
+
+def schema_of(value: Any) -> dict:
+    """Return a schema that a JSON value fits; null stands for any value."""
+    if isinstance(value, dict):
+        return {
+            "type": "object",
+            "properties": {key: schema_of(item) for key, item in value.items()},
+            "required": [*value],
+        }
+    if isinstance(value, list):
+        return {"type": "array", "items": schema_of(value[0])} if value else {"type": "array"}
+    return {} if value is None else {"type": ["string" if isinstance(value, str) else "integer", "null"]}
+
+
 async def get_neko(request: Request, app: App) -> Response:
     return Response(200, b"Nyaaaaa", type="text/plain; charset=utf-8")
 
@@ -7947,6 +8033,7 @@ ENDPOINTS = {
     ("DELETE", "/queue/ID"): Endpoint(cancel_queued_mail, (check_queue_access,)),
     ("POST", "/queue/ID/retry"): Endpoint(retry_queued_mail, (check_queue_access,)),
     ("GET", "/sample/mail"): Endpoint(get_sample),
+    ("GET", "/openapi.json"): Endpoint(get_openapi),
     ("GET", "/neko"): Endpoint(get_neko),
 }
 
