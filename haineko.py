@@ -7397,9 +7397,9 @@ def in_their_words(reply: Reply, names: dict) -> Reply:
 
     def name(found: re.Match) -> str:
         key = {"rcpt": "to", "mail": "from", "replyto": "reply-to"}.get(found[2], found[2])
-        return names.get(key) or (f"{names['headers']}.{key}" if found[1] else key)
+        return names.get(key.lower()) or (f"{names['headers']}.{key}" if found[1] else key)
 
-    lines = [re.sub(r"^(header\.)?([a-z_-]+)", name, line) for line in reply.message[1:]]
+    lines = [re.sub(r"^(header\.)?([A-Za-z_-]+)", name, line) for line in reply.message[1:]]
     return reply._replace(message=(reply.message[0], *lines))
 
 
@@ -7620,9 +7620,9 @@ def error_row(reply: Reply, table: dict) -> tuple:
     return table.get(slug_of(reply)) or table.get(status) or (status, table[None])
 
 
-def slug_of(reply: Reply) -> str | None:
-    """Return the row of REPLIES of which a reply was made, None for a server's."""
-    return SLUGS.get((reply.status, reply.code, reply.dsn, reply.command, reply.message[0]))
+def slug_of(reply: Reply) -> str:
+    """Return the row of REPLIES of which a reply was made, "" for none."""
+    return SLUGS.get((reply.status, reply.code, reply.dsn, reply.command, reply.message[0]), "")
 
 
 def words_of(reply: Reply) -> str:
