@@ -10080,7 +10080,7 @@ class ProviderEndpoints(Peers):
     def test_refused_recipients_are_reported(self):
         hook, peer = HttpPeer(lambda asked: (204, b"", ())).__enter__(), self.peer()
         self.addCleanup(hook.__exit__)
-        queue = {"path": "q.db", "min_free": 0, "webhook": hook.url + "/hook"}
+        queue = {"path": "q.db", "min_free": 0, "webhook": hook.url + "/hook", "webhook_secret": WHSEC}
         server = self.serve(peer, queue=queue, recipients={"domainpart": ["example.jp", "example.org"]})
         status, _, _ = server.ask(post(resend(cc="far@far.example"), path="/emails"))
         self.assertEqual(status, 200)
