@@ -6,17 +6,18 @@
                                                |  deferred, or to be queued
                                                +-> QueueDB -> QueueManager -> RELAYS -> bounce, webhook
 
-     1  Replies and transactions   10  DNS and connections
-     2  JSON into dataclasses      11  HTTP client
-     3  Settings                   12  SMTP sessions
-     4  Log                        13  Relays and probes
-     5  Submissions                14  Queue
-     6  Policy                     15  Submission pipeline
-     7  Messages                   16  Provider endpoints
-     8  Routes                     17  HTTP server
-     9  Event loop                 18  Commands
+     1  Replies and transactions  11  HTTP client
+     2  JSON into dataclasses     12  Signatures
+     3  Settings                  13  SMTP sessions
+     4  Log                       14  Relays
+     5  Submissions               15  Queue
+     6  Policy                    16  Submission pipeline
+     7  Messages                  17  Provider endpoints
+     8  Routes                    18  HTTP server
+     9  Event loop                19  Commands
+    10  DNS and connections
 
-Sections 1, 5 to 8 and 13 to 16 are the pipeline; 2 to 4 and 9 to 12 are infrastructure; 17 and 18 are the two entries.
+Sections 1, 5 to 8 and 14 to 17 are the pipeline; 2 to 4 and 9 to 13 are infrastructure; 18 and 19 are the two entries.
 
 Rules of the file:
   - A section uses only the sections above it; inside a section callers stand above their helpers.
@@ -31,7 +32,8 @@ config_field() in section 3; an endpoint a function and a row of ENDPOINTS; a co
 
 RFCs: 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS), 3461 (DSN), 3463
 (status codes), 3464 (bounces), 4954 (AUTH), 6152 (8BITMIME), 6531 (SMTPUTF8), 8314 (TLS on 465), 2183, 2231, 2387, 2392
-(attachments), 1035 (DNS), 6891 (EDNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic).
+(attachments), 1035 (DNS), 6891 (EDNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic), 6376, 8463
+(DKIM).
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ import hashlib
 import hmac
 import http.client
 import http.server
+import importlib
 import io
 import ipaddress
 import itertools
@@ -161,6 +164,7 @@ class Transaction(NamedTuple):
     recipients: tuple
     message: Message
     number: int = 1  # of the copy
+    dkim: Any = None  # {domain: DkimKey} with which it may be signed
 
     def octets(self) -> bytes:
         return self.message.copy(self.recipients[0], self.number)
@@ -657,16 +661,17 @@ class Relay(NamedTuple):
     login: tuple = ("username", "password")  # what a login for its API must have
     destination: str = "{route.relay} {route.host}:{route.port}"  # template: mail with the same text shares a next hop
     into_folder: bool = False  # delivers into a folder of this machine
+    keeps_octets: bool = False  # what it sends arrives unchanged, so that it can be signed
 
 
 UNKNOWN_RELAY = Relay(None, None)  # of a route whose mailer is a fault of the settings
-RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 13
+RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 14
 
 
 def parse_secret(value: Any, json_path: str, errors: list) -> Any:
     """Parse a string, {"file": path} or {"env": NAME}."""
     if not isinstance(value, dict):
-        return parse_text(value, json_path, errors)
+        return value if type(value) is str else parse_text(value, json_path, errors)  # _secret() reads its characters
     if len(value) == 1 and set(value) <= {"file", "env"}:
         return {key: parse_text(item, f"{json_path}.{key}", errors) for key, item in value.items()}
     errors.append(f'{json_path}: expected a string, {{"file": path}} or {{"env": NAME}}')
@@ -772,6 +777,81 @@ parse_password_hash = matching(
 )
 
 
+class PrivateKey:
+    """Private key, RSA or Ed25519, held by OpenSSL's libcrypto, which Python has loaded already."""
+
+    ED25519_INFO = bytes.fromhex("302a300506032b6570032100")  # stands before the 32 octets of the key, RFC 8410 4
+
+    def __init__(self, pem: bytes) -> None:
+        """Read a PEM key; raise ValueError if it can't be used, OSError if there is no libcrypto."""
+        import ctypes
+
+        crypto, buffer = libcrypto(), ctypes.create_string_buffer(16384)
+        self._free, source = crypto.EVP_PKEY_free, crypto.BIO_new_mem_buf(pem, len(pem))
+        self._key = crypto.PEM_read_bio_PrivateKey(source, None, None, b"")  # b"": OpenSSL asks for no passphrase
+        crypto.BIO_free(source)
+        crypto.ERR_clear_error()  # or this thread's next TLS call would find what was left
+        if not self._key:
+            raise ValueError("expected a PEM private key without a passphrase")
+        fits = 0 < crypto.i2d_PUBKEY(self._key, None) <= len(buffer)
+        size = crypto.i2d_PUBKEY(self._key, ctypes.byref(ctypes.cast(buffer, ctypes.c_void_p))) if fits else 0
+        self.public = buffer.raw[:size]  # SubjectPublicKeyInfo (RFC 5280 4.1) in DER
+        self.is_ed25519 = self.public.startswith(self.ED25519_INFO)
+        if not self.is_ed25519 and rsa_bits(self.public) < 2048:
+            raise ValueError("expected an Ed25519 key, or an RSA key of 2048 bits or more")
+
+    def sign(self, data: bytes) -> bytes:
+        """Return the signature: RSA PKCS #1 v1.5 with SHA-256, or Ed25519. Other threads run meanwhile."""
+        import ctypes
+
+        crypto, size = libcrypto(), ctypes.c_size_t(16384)
+        signature, context = ctypes.create_string_buffer(size.value), crypto.EVP_MD_CTX_new()
+        digest = None if self.is_ed25519 else crypto.EVP_sha256()  # Ed25519 has its own
+        ok = crypto.EVP_DigestSignInit(context, None, digest, None, self._key) == 1
+        ok = ok and crypto.EVP_DigestSign(context, signature, ctypes.byref(size), data, len(data)) == 1
+        crypto.EVP_MD_CTX_free(context)
+        if not ok:
+            raise OSError(errno.EIO, "libcrypto can't sign with this key")
+        return signature.raw[: size.value]
+
+    def __del__(self) -> None:
+        if getattr(self, "_key", None):
+            self._free(self._key)
+
+
+def rsa_bits(public: bytes) -> int:
+    """Return the length of an RSA modulus, the first long INTEGER in the key's DER (RFC 8017 A.1.1); 0 without one."""
+    modulus = re.search(rb"\x02(?:\x82(..)|\x81(.))\x00", public, re.DOTALL)
+    return (int.from_bytes(modulus[1] or modulus[2], "big") - 1) * 8 if modulus else 0
+
+
+@functools.lru_cache(maxsize=1)
+def libcrypto() -> Any:
+    """Return OpenSSL's libcrypto by ctypes; raise OSError if this Python has none that can be used."""
+    import ctypes
+
+    for module in ("_hashlib", "_ssl", ""):  # linked with libcrypto; "": Python itself is
+        try:
+            library = ctypes.CDLL(importlib.import_module(module).__file__ if module else None)
+            for name, prototype in LIBCRYPTO.items():
+                result, *arguments = [kind and getattr(ctypes, f"c_{kind}") for kind in prototype.split(" ")]
+                function = getattr(library, name)
+                function.restype, function.argtypes = result or None, arguments
+        except (ImportError, OSError, AttributeError):
+            continue
+        return library
+    raise OSError(errno.ENOSYS, "this Python has no OpenSSL libcrypto that can be used")
+
+
+LIBCRYPTO = {  # function: types of its result and arguments in ctypes
+    "BIO_new_mem_buf": "void_p char_p int", "BIO_free": "int void_p", "ERR_clear_error": "",
+    "PEM_read_bio_PrivateKey": "void_p void_p void_p void_p char_p", "EVP_PKEY_free": " void_p",
+    "EVP_MD_CTX_new": "void_p", "EVP_MD_CTX_free": " void_p", "EVP_sha256": "void_p",
+    "EVP_DigestSignInit": "int void_p void_p void_p void_p void_p",
+    "EVP_DigestSign": "int void_p char_p void_p char_p size_t", "i2d_PUBKEY": "int void_p void_p",
+}  # fmt: skip
+
+
 def domain_key(name: str) -> str:
     """Return a domain, or ".domain", in lower case and ASCII (RFC 5890); "" if it is none."""
     dot = "." if name.startswith(".") else ""
@@ -790,8 +870,8 @@ def alias_key(name: str) -> str:
     return "" if "@" in name else name.lower()
 
 
-def is_plain_domain(name: str) -> bool:
-    return domain_key(name)[:1] not in ("", ".")
+def plain_domain_key(name: str) -> str:
+    return "" if name.startswith(".") else domain_key(name)
 
 
 def ascii_domain(name: str) -> str:
@@ -808,7 +888,7 @@ def ascii_domain(name: str) -> str:
 
 IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different domains, RFC 5894 7.2
 DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
-parse_domain = matching(is_plain_domain, "a domain", convert=domain_key)
+parse_domain = matching(plain_domain_key, "a domain", convert=domain_key)
 parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
 parse_aliases = mapping_of(list_of(matching(recipient_key, "an address"), required=True), alias_key, "a name without @")
 
@@ -887,6 +967,16 @@ class Credentials:
     token: Any = config_field("", parse_secret, "session token of temporary credentials of Amazon", secret=True)
 
 
+@dataclass(frozen=True, repr=False, eq=False)
+class DkimKey:
+    """What signs the mail of a domain (RFC 6376). resolve_settings() sets domain and private."""
+
+    selector: str = config_field("", matching(DOMAIN, "a selector"), "the key is at SELECTOR._domainkey.DOMAIN in DNS")
+    key: Any = config_field("", parse_secret, "PEM: Ed25519, or RSA of 2048 bits or more", secret=True)
+    domain: str = ""
+    private: PrivateKey | None = None
+
+
 @dataclass(frozen=True, repr=False)
 class Route:
     """Where mail goes. resolve_settings() sets credentials and token, the relay MX address and tls_if_offered."""
@@ -904,6 +994,7 @@ class Route:
     sleep: int = config_field(5, integer(0, 3600), "seconds between them")
     disabled: bool = config_field(False, parse_boolean, "1: as if this route were not there")
     https: bool = config_field(False, parse_boolean, "Haineko: 1 means TLS")
+    dkim: bool = config_field(True, parse_boolean, "ESMTP, MX: 0 means that its mail is not signed")
     provider_headers: bool = config_field(False, parse_boolean, "1: clients may set fields that are commands to relays")
     base_url: str = config_field("", parse_base_url, "relays by HTTP: where the API is, if not at its usual place")
     region: str = config_field("", parse_region, "AmazonSES: the region")
@@ -962,6 +1053,7 @@ class Settings:
     authinfo: dict = config_field({}, mapping_of(nested(Credentials)))
     password: Authenticator = config_field(Authenticator({}), parse_passwords)
     queue: QueueSettings | None = config_field(None, nested(QueueSettings))
+    dkim: dict = config_field({}, mapping_of(nested(DkimKey), plain_domain_key, "a domain"))
     path: str | None = None
     files: tuple = ()  # (path, stat_key) of all that was read
     route_cache: dict = field(default_factory=dict, init=False)  # (recipient's domain, sender's): resolve_route()'s
@@ -1038,9 +1130,10 @@ def open_regular(path: str) -> Any:
 
 def holds_secrets(raw: dict) -> bool:
     """True if raw settings hold a secret itself, not only where it is."""
-    logins, hashes, queue_settings = (raw.get(name) or {} for name in ("authinfo", "password", "queue"))
-    logins = logins.values() if isinstance(logins, dict) else ()
-    secrets = [login.get(key) for login in logins if isinstance(login, dict) for key in ("password", "token")]
+    logins, keys, hashes, queue_settings = (raw.get(name) or {} for name in ("authinfo", "dkim", "password", "queue"))
+    holders = [holder for table in (logins, keys) if isinstance(table, dict) for holder in table.values()]
+    names = ("password", "token", "key")
+    secrets = [holder.get(name) for holder in holders if isinstance(holder, dict) for name in names]
     secrets += [queue_settings.get("webhook_secret")] if isinstance(queue_settings, dict) else []
     return any(secret and type(secret) is str for secret in secrets) or (isinstance(hashes, dict) and bool(hashes))
 
@@ -1050,6 +1143,7 @@ def referenced_files(settings: Settings) -> list:
     base, tls = os.path.dirname(settings.path or ""), settings.httpd.tls
     secrets = [secret for login in settings.authinfo.values() for secret in (login.password, login.token)]
     secrets += [settings.queue.webhook_secret] if settings.queue else []
+    secrets += [item.key for item in settings.dkim.values()]
     names = [secret["file"] for secret in secrets if isinstance(secret, dict) and "file" in secret]
     names += [route.ca_file for route in (*settings.mailertable.values(), *settings.sendermt.values())]
     names += [tls.certificate, tls.key] if tls else []
@@ -1074,7 +1168,22 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
     recipients = settings.recipients or Recipients(domainpart=frozenset([name.lower()]))
     smtpd = replace(settings.smtpd, hostname=name)
     queue_settings = settings.queue and _queue_settings(settings.queue, base, errors)
-    return replace(settings, smtpd=smtpd, recipients=recipients, queue=queue_settings, **tables), errors
+    keys = {domain: _dkim_key(key, domain, base, errors) for domain, key in settings.dkim.items()}
+    return replace(settings, smtpd=smtpd, recipients=recipients, queue=queue_settings, dkim=keys, **tables), errors
+
+
+def _dkim_key(key: DkimKey, domain: str, base: str, errors: list) -> DkimKey:
+    """Return the key loaded."""
+    if not key.selector:
+        errors.append(f"dkim.{domain}.selector: expected a selector")
+    json_path = f"dkim.{domain}.key"
+    pem = _secret(key.key, base, json_path, errors, multiline=True)
+    try:
+        return replace(key, domain=domain, private=PrivateKey(pem.encode()))
+    except (ValueError, OSError) as error:
+        if not errors or not errors[-1].startswith(json_path):
+            errors.append(f"{json_path}: {getattr(error, 'strerror', None) or error}")
+    return key
 
 
 def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple:
@@ -1084,7 +1193,7 @@ def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple
     return login.username, password, token
 
 
-def _secret(source: Any, base: str, json_path: str, errors: list) -> str:
+def _secret(source: Any, base: str, json_path: str, errors: list, multiline: bool = False) -> str:
     """Return a secret, from the file or the environment variable that `source` names."""
     try:
         if isinstance(source, str):
@@ -1102,7 +1211,7 @@ def _secret(source: Any, base: str, json_path: str, errors: list) -> str:
     except KeyError:
         errors.append(f"{json_path}.env: no environment variable {source['env']}")
     else:
-        if secret.isprintable():
+        if multiline or secret.isprintable():
             return secret
         errors.append(f"{json_path}: has a line end, or another unprintable character")
     return ""
@@ -2240,11 +2349,16 @@ def base64_lines(octets: Any) -> bytes:
     return b"\r\n".join(BASE64_LINE.findall(binascii.b2a_base64(octets, newline=False))) + b"\r\n"
 
 
-def header_recipients(fields: list) -> list:
+def unfold(octets: bytes) -> str:
+    """Return the value of a header field on one line."""
+    return re.sub(r"\r?\n", "", octets.decode("utf-8", "replace").partition(":")[2]).strip()
+
+
+def header_recipients(header: list) -> list:
     """Return the addresses in To, Cc and Bcc. A field that is no address list stands for itself: it is never searched
     for addresses, and the reply names it as an invalid recipient."""
     found: list = []
-    for key, value in fields:
+    for key, value in header:
         if key in ("to", "cc", "bcc"):
             text = value.partition(b":")[2].decode("utf-8", "replace").replace("\n", "").strip()
             try:
@@ -2254,9 +2368,9 @@ def header_recipients(fields: list) -> list:
     return found
 
 
-def loop_names(fields: list) -> tuple:
+def loop_names(header: list) -> tuple:
     """Return the names of the Hainekos that a finished message has passed."""
-    texts = [value.partition(b":")[2].decode("ascii", "replace") for key, value in fields if key == "x-haineko-loop"]
+    texts = [value.partition(b":")[2].decode("ascii", "replace") for key, value in header if key == "x-haineko-loop"]
     names = parse_loop_names([text.replace("\n", "") for text in texts], "", [])
     return tuple(name for name in names if DOMAIN.fullmatch(name))
 
@@ -3103,7 +3217,7 @@ def mime_label(body: bytes) -> bytes:
 def non_ascii_fields(octets: bytes) -> list:
     """Return the names of the header fields, those of parts included, that need SMTPUTF8 (RFC 6532 3)."""
     parts = [] if octets.isascii() else mime_parts(octets)
-    return list(dict.fromkeys(name for part in parts for name, field in part.header if not field.isascii()))
+    return list(dict.fromkeys(name for part in parts for name, line in part.header if not line.isascii()))
 
 
 def downgrade_8bit(octets: bytes, keep_8bit: bool = False) -> bytes:
@@ -4224,7 +4338,108 @@ def parse_mta_sts_policy(text: str) -> MTASTSPolicy:
 
 
 # ======================================================================================================================
-# 12. SMTP sessions
+# 12. Signatures
+#     Takes finished octets and a PrivateKey; gives DKIM-Signature (RFC 6376, 8463) or a JSON Web Token (RFC 7519).
+# ======================================================================================================================
+
+
+async def sign_transaction(transaction: Transaction) -> Transaction:
+    """Return a transaction with its message signed, unless its route, its domain or a signature that it has forbid."""
+    route = transaction.route
+    if not (transaction.dkim and route.dkim and route.row.keeps_octets):
+        return transaction
+    if route.host.lower().rstrip(".").endswith(".amazonaws.com"):  # SES changes Date and Message-Id, then signs itself
+        return transaction
+    return await asyncio.to_thread(_sign_transaction, transaction, int(time.time()))
+
+
+def _sign_transaction(transaction: Transaction, now: int) -> Transaction:
+    octets, message = transaction.octets(), transaction.message
+    key = signing_key(parse_message(octets[: octets.index(b"\r\n\r\n") + 2]).fields, transaction.dkim)
+    if not key:
+        return transaction
+    if message.needs_8bitmime:  # it would be converted after the signature for a server without 8BITMIME
+        octets = downgrade_8bit(octets)
+        message = Message((octets,), not octets.isascii(), not octets.partition(b"\r\n\r\n")[0].isascii())
+    first, *others = message.parts
+    return transaction._replace(message=message._replace(parts=(dkim_signature(octets, key, now) + first, *others)))
+
+
+def signing_key(header: list, keys: dict) -> DkimKey | None:
+    """Return the key for the domain of From or a parent of it; None if there is none or that domain has signed."""
+    try:
+        author = parse_mailboxes(next((unfold(octets) for name, octets in header if name == "from"), ""))
+    except ValueError:
+        return None
+    key = find_dkim_key(author[0][1].domain, keys) if author else None
+    signatures = [parse_tags(unfold(octets)) for name, octets in header if name == "dkim-signature"]
+    return None if key and key.domain in [tags.get("d", "").lower() for tags in signatures] else key
+
+
+def find_dkim_key(domain: str, keys: dict) -> DkimKey | None:
+    """Return the key of a domain or of the nearest domain above it."""
+    names = (name.lstrip(".") for name in lookup_keys(domain_key(domain)))
+    return next((keys[name] for name in names if name in keys), None)
+
+
+def parse_tags(record: str) -> dict:
+    """Return {tag: value} of a list "a=b; c=d" (RFC 6376 3.2)."""
+    pairs = [part.partition("=")[::2] for part in record.split(";") if "=" in part]
+    return {key.strip().lower(): value.strip() for key, value in pairs}
+
+
+def dkim_signature(octets: bytes, key: DkimKey, now: int) -> bytes:
+    """Return the field DKIM-Signature, ended by CRLF, of a message with CRLF line ends; relaxed/relaxed."""
+    head, _, body = octets.partition(b"\r\n\r\n")
+    by_name: dict = {}
+    for line in map(_relaxed_field, re.split(rb"\r\n(?![ \t])", head)):
+        by_name.setdefault(line.partition(b":")[0].decode("latin-1"), []).append(line)
+    listed = [name for name in DKIM_OVERSIGNED for _ in range(len(by_name.get(name, ())) + 1)]
+    listed += [name for name in by_name if DKIM_IF_PRESENT.fullmatch(name) for _ in by_name[name]]
+    digest = base64.b64encode(hashlib.sha256(_relaxed_body(body)).digest()).decode()
+    algorithm = "ed25519" if key.private.is_ed25519 else "rsa"
+    tags = ["v=1;", f"a={algorithm}-sha256;", "c=relaxed/relaxed;", f"d={key.domain};", f"s={key.selector};"]
+    tags += [f"t={now};", *f"h={': '.join(listed)};".split(" "), f"bh={digest};", "b="]
+    field_ = fold("DKIM-Signature:", tags)
+    signed = [by_name[name].pop() for name in listed if by_name.get(name)]  # the last first, RFC 6376 5.4.2
+    data = b"\r\n".join([*signed, _relaxed_field(field_.encode())])
+    data = hashlib.sha256(data).digest() if key.private.is_ed25519 else data  # RFC 8463 3
+    signature = base64.b64encode(key.private.sign(data)).decode()
+    return "\r\n ".join([field_, *re.findall(".{1,76}", signature)]).encode() + b"\r\n"
+
+
+DKIM_OVERSIGNED = ("from", "to", "cc", "subject", "date", "message-id", "reply-to", "mime-version", "content-type")
+DKIM_OVERSIGNED += ("content-transfer-encoding",)  # signed once more than present, so that none can be added
+DKIM_IF_PRESENT = re.compile("in-reply-to|references|auto-submitted|list-[a-z-]+")
+
+
+def _relaxed_field(line: bytes) -> bytes:
+    """Return a header field in the canonical form of RFC 6376 3.4.2."""
+    name, _, value = line.partition(b":")
+    return name.strip().lower() + b":" + re.sub(rb"[ \t\r\n]+", b" ", value).strip(b" ")
+
+
+def _relaxed_body(body: bytes) -> bytes:
+    """Return a body in the canonical form of RFC 6376 3.4.4."""
+    body = re.sub(rb"[ \t]{2,}|\t", b" ", body + b"\r\n").replace(b" \r\n", b"\r\n").rstrip(b"\r\n")
+    return body + b"\r\n" if body else b""
+
+
+def dkim_record(key: DkimKey) -> str:
+    """Return the TXT record that publishes a key (RFC 6376 3.6.1, RFC 8463 4.2)."""
+    kind, public = ("ed25519", key.private.public[-32:]) if key.private.is_ed25519 else ("rsa", key.private.public)
+    return f"v=DKIM1; k={kind}; p={base64.b64encode(public).decode()}"
+
+
+def sign_jwt(claims: dict, key: PrivateKey) -> str:
+    """Return a JSON Web Token (RFC 7519) signed by RS256 (RFC 7518 3.3), for which the key must be RSA."""
+    parts = [json.dumps(part, separators=(",", ":")).encode() for part in ({"alg": "RS256", "typ": "JWT"}, claims)]
+    data = b".".join(base64.urlsafe_b64encode(part).rstrip(b"=") for part in parts)
+    return b".".join((data, base64.urlsafe_b64encode(key.sign(data)).rstrip(b"="))).decode()
+
+
+# ======================================================================================================================
+# 13. SMTP sessions
 #     Takes a Transaction, gives a Reply for each of its recipients. smtplib opens a session, in a thread; log-in and
 #     transaction are ours, since smtplib tries a password with each mechanism, does no pipelining, and cannot tell
 #     whether the end of a message was lost. Sessions are pooled by route; if a server takes no more, mails wait.
@@ -4904,7 +5119,7 @@ class TransportContext:
 
 
 # ======================================================================================================================
-# 13. Relays and probes
+# 14. Relays
 #     A relay takes (transaction, transport) and gives one Reply for each recipient, in order. A probe takes
 #     (ConnectivityProbe, transport), sends no mail and gives one CheckResult for each step. Both may raise Rejected or
 #     OSError. RELAYS, at the end, has one row for each relay with all that is known of it.
@@ -4924,7 +5139,7 @@ async def attempt_transaction(transaction: Transaction, transport: TransportCont
 async def attempt_route(transaction: Transaction, transport: TransportContext) -> list:
     """Return a Reply for each recipient from the transaction's route, whatever its relay does; a bug is logged."""
     try:
-        return await transaction.route.row.send(transaction, transport)
+        return await transaction.route.row.send(await sign_transaction(transaction), transport)
     except Rejected as rejected:
         reply = rejected.reply
     except OSError as error:
@@ -5526,11 +5741,6 @@ def ascii_message(transaction: Transaction) -> bytes:
     return octets
 
 
-def unfold(octets: bytes) -> str:
-    """Return the value of a header field on one line."""
-    return re.sub(r"\r?\n", "", octets.decode("utf-8", "replace").partition(":")[2]).strip()
-
-
 def single_field(fields: list, name: str) -> str:
     """Return the value of a header field, "" if it is absent; raises ValueError if it occurs more than once."""
     values = [unfold(octets) for key, octets in fields if key == name]
@@ -5780,8 +5990,8 @@ def probe_mandrill(route: Route, request: Callable) -> str:
 
 
 RELAYS.update(
-    ESMTP=Relay(relay_esmtp, probe_esmtp),
-    MX=Relay(relay_mx, probe_mx, destination="MX {domain}", refuses=("auth",)),
+    ESMTP=Relay(relay_esmtp, probe_esmtp, keeps_octets=True),
+    MX=Relay(relay_mx, probe_mx, destination="MX {domain}", refuses=("auth",), keeps_octets=True),
     Haineko=Relay(relay_haineko, probe_haineko, default_port=2794, api_url="{scheme}://{host}:{port}"),
     SendGrid=Relay(relay_sendgrid, probe_sendgrid, 25, "https://api.sendgrid.com", ("auth",), login=("password",)),
     AmazonSES=Relay(relay_amazonses, probe_amazonses, 25, "https://email.{region}.amazonaws.com", ("auth", "region")),
@@ -5792,7 +6002,7 @@ RELAYS.update(
 )
 
 # ======================================================================================================================
-# 14. Queue
+# 15. Queue
 #     Keeps mail that waits in a file (SQLite) and delivers it, in one process. What follows a reply, bounces and events
 #     are functions of values; QueueDB is the file, with its operations; QueueManager delivers.
 # ======================================================================================================================
@@ -6730,7 +6940,7 @@ class QueueManager:
                 return await self._post_event(leased, settings.queue), ""
             to, sender = parse_address(leased.recipient), parse_address(leased.sender)
             route = resolve_route(to.domain, sender.domain if sender else "", settings)[0]
-            envelope = leased.queueid, leased.sender, (leased.recipient,), leased.message, leased.number
+            envelope = leased.queueid, leased.sender, (leased.recipient,), leased.message, leased.number, settings.dkim
             result = await attempt_transaction(Transaction(route, settings.hostname, *envelope), self.app.transport)
             return result.replies[0], destination_key(route, to.domain)
         except Exception:
@@ -6771,7 +6981,7 @@ def log_attempt(
 
 
 # ======================================================================================================================
-# 15. Submission pipeline
+# 16. Submission pipeline
 #     submit() takes a request and calls every stage in order: parse, check, compose, plan, deliver or queue, answer.
 # ======================================================================================================================
 
@@ -6999,27 +7209,19 @@ def prefers_async(value: str) -> bool:
 
 
 async def enqueue_before_sending(
-    request: Request, transactions: list, good: list, options: QueueOptions, app: App
+    request: Request, transactions: list, accepted: list, options: QueueOptions, app: App
 ) -> tuple | None:
-    """The earlier mail with its key, if there is one; else this one is on disk now, before anything is sent."""
-    queue_item = new_queue_item(request, transactions, good, options)
-    earlier = await app.queue.add(queue_item, leased=not options.async_)
+    """Store the mail before anything is sent; if there is an earlier one with its key, return that instead."""
+    item = new_item(request, transactions, accepted, options)
+    earlier = await app.queue.add(item, leased=not options.async_)
     if options.async_ and not earlier:
-        announce_queued(request, [queue_item], app)
+        announce_queued(request, [item], app)
     return earlier
 
 
-def announce_queued(request: Request, items: list, app: App) -> None:
-    """Log new mails in the queue and have them delivered."""
-    for item in items:
-        pairs = log_pairs(client=request.client.text, login=request.login or None, **{"from": f"<{item.sender}>"})
-        log.lines(f"{item.queueid}: {pairs} (queued, to be delivered at once)")
-    app.queue.wake_manager()
-
-
-def new_queue_item(request: Request, transactions: list, good: list, options: QueueOptions) -> NewQueueItem:
+def new_item(request: Request, transactions: list, accepted: list, options: QueueOptions) -> NewQueueItem:
     """Return the mail as the queue stores it."""
-    first, mailboxes = transactions[0], {mailbox.addr_spec: mailbox for mailbox in good}
+    first, mailboxes = transactions[0], {mailbox.addr_spec: mailbox for mailbox in accepted}
     recipients = []
     for transaction in transactions:
         for to in transaction.recipients:
@@ -7031,14 +7233,22 @@ def new_queue_item(request: Request, transactions: list, good: list, options: Qu
     )  # fmt: skip
 
 
+def announce_queued(request: Request, items: list, app: App) -> None:
+    """Log new mails in the queue and have them delivered."""
+    for item in items:
+        pairs = log_pairs(client=request.client.text, login=request.login or None, **{"from": f"<{item.sender}>"})
+        log.lines(f"{item.queueid}: {pairs} (queued, to be delivered at once)")
+    app.queue.wake_manager()
+
+
 async def queue_deferred(
-    request: Request, transactions: list, good: list, options: QueueOptions, replies: list, app: App
+    request: Request, transactions: list, accepted: list, options: QueueOptions, replies: list, app: App
 ) -> tuple:
     """Return the replies after the first attempts, "queued" where there will be more, and their AttemptResults."""
     settings = request.settings or app.settings
     if not (options.key or any(reply.temporary for reply in replies)):
         return replies, []
-    item, now = new_queue_item(request, transactions, good, options), time.time()
+    item, now = new_item(request, transactions, accepted, options), time.time()
     results = [
         first_attempt_result(item, recipient, reply, settings, now)
         for recipient, reply in zip(item.recipients, replies)
@@ -7085,7 +7295,7 @@ def log_queued(item: NewQueueItem, results: list) -> None:
 async def replay_response(
     request: Request, submission: Submission, replies: dict, earlier: tuple, options: QueueOptions, app: App
 ) -> Response:
-    """The answer to the first request with this key; Refused where there is none yet, or its body was another."""
+    """Return the response to the first request with this key; raise Rejected if there is none, or for another body."""
     queueid, answered = earlier["queueid"], earlier["response"]
     if earlier["body_digest"] != options.body_digest:
         raise Rejected(make_reply("key-reused"))
@@ -7107,7 +7317,7 @@ def stored_response(text: str) -> Response:
 
 
 def serialize_response(result: Response) -> str:
-    """An answer as the queue keeps it."""
+    """Return a response as the queue stores it."""
     return ENCODER.encode([result.status, result.headers, result.body.decode()])
 
 
@@ -7130,7 +7340,9 @@ def plan_transactions(
         return transactions, [by_address[to] for transaction in transactions for to in transaction.recipients]
     routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in accepted]
     return [
-        Transaction(route, settings.hostname, queueid, sender.addr_spec, (mailbox.addr_spec,), message, number)
+        Transaction(
+            route, settings.hostname, queueid, sender.addr_spec, (mailbox.addr_spec,), message, number, settings.dkim
+        )
         for number, (route, mailbox) in enumerate(zip(routes, accepted), 1)
     ], accepted
 
@@ -7152,7 +7364,9 @@ def plan_shared(sender: Mailbox, message: Message, accepted: list, settings: Set
         domain = mailbox.domain.lower() if route.relay == "MX" else ""
         routes.setdefault((route, domain), []).append(mailbox.addr_spec)
     return [
-        Transaction(route, settings.hostname, queueid, sender.addr_spec, tuple(recipients), message, number)
+        Transaction(
+            route, settings.hostname, queueid, sender.addr_spec, tuple(recipients), message, number, settings.dkim
+        )
         for number, ((route, _), recipients) in enumerate(routes.items(), 1)
     ]
 
@@ -7323,7 +7537,7 @@ def to_json(document: Any) -> bytes:
 
 
 # ======================================================================================================================
-# 16. Provider endpoints
+# 17. Provider endpoints
 #     Takes requests of SendGrid's, Postmark's and Resend's clients, passes each mail through the pipeline and answers
 #     in the provider's form. All mails of a request are checked before the first one is stored.
 # ======================================================================================================================
@@ -7417,7 +7631,7 @@ async def store_mails(request: Request, mails: list, digest: Any, response: Resp
     key, items, reports = mails[0].options.key, [], []
     for mail in mails:
         options = mail.options._replace(key=None if items else key, body_digest=digest)
-        items.append(new_queue_item(request, mail.transactions, mail.accepted, options))
+        items.append(new_item(request, mail.transactions, mail.accepted, options))
         for to, reply in mail.refused.items():
             leased = first_lease(items[-1], NewRecipient(to, to, 1, ""))
             reports += notifications(leased, reply, "failed", request.settings or app.settings, request.now)
@@ -7683,7 +7897,7 @@ PROVIDERS = {
 
 
 # ======================================================================================================================
-# 17. HTTP server
+# 18. HTTP server
 #     Takes octets from a socket, gives a Request to an endpoint and sends its Response (RFC 9110, 9112). The supervisor
 #     binds and watches; workers, forked by it, accept. In a worker one event loop serves all connections.
 # ======================================================================================================================
@@ -8298,8 +8512,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def precedence(self, now: float, crowded: set) -> tuple:
         """Return a sort key: a connection over the limit makes room by closing the first of the others."""
         is_limited = self.port is not None and self.peer not in self.app.settings.httpd.trusted_proxies
-        age = now - self.begun
-        return not (is_limited and self.peer in crowded), age < 1, self.received / max(age, 1)
+        rate = (self.received + 500) / max(now - self.begun, 1)  # octets a second, with some to start with
+        return not (is_limited and self.peer in crowded), rate
 
     async def _read_body(self, head: RequestHead, length: int, deadline: float) -> bytes:
         size = self.settings.smtpd.max_message_size
@@ -8769,7 +8983,7 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 
 
 # ======================================================================================================================
-# 18. Commands
+# 19. Commands
 #     Takes the words of a command line, gives an exit code. What is meant for a person goes to stderr, results to
 #     stdout.
 # ======================================================================================================================
@@ -9034,7 +9248,7 @@ async def _run_checks(settings: Settings, domain: str, selector: str | None, con
     transport, failed = TransportContext(settings.smtpd.resolver), False
     checks = [(name, run_probe(probe, transport)) for name, probe in connectivity_probes(settings, domain) if connect]
     if domain:
-        checks.append((domain, check_sender_domain(domain.lower(), selector, transport.resolver)))
+        checks.append((domain, check_sender_domain(domain.lower(), selector, transport.resolver, settings.dkim)))
     for name, check in checks:
         for step, ok, text in await check:
             failed = failed or not ok
@@ -9063,7 +9277,7 @@ def connectivity_probes(settings: Settings, domain: str) -> list:
     return probes
 
 
-async def check_sender_domain(domain: str, selector: str | None, resolver: Resolver) -> list:
+async def check_sender_domain(domain: str, selector: str | None, resolver: Resolver, keys: dict) -> list:
     """What a large receiver reads in DNS of a sender's domain, and why it would refuse the mail: SPF, DKIM, DMARC."""
     patience = Resolver.QUERY_TIMEOUT * Resolver.ATTEMPTS
 
@@ -9076,7 +9290,7 @@ async def check_sender_domain(domain: str, selector: str | None, resolver: Resol
     results = []
     for step, look in (
         ("SPF", check_spf(domain, texts)),
-        ("DKIM", check_dkim(domain, selector, texts)),
+        ("DKIM", check_dkim(domain, selector, keys, texts)),
         ("DMARC", check_dmarc(domain, texts)),
     ):
         try:
@@ -9134,12 +9348,19 @@ def spf_record(texts: tuple, partial: bool = False) -> tuple:
     return records[0], ""
 
 
-async def check_dkim(domain: str, selector: str | None, texts: Callable) -> tuple:
-    """(fine, words) of the DKIM key with that selector (RFC 6376)."""
-    if not selector:
+async def check_dkim(domain: str, selector: str | None, keys: dict, texts: Callable) -> tuple:
+    """(fine, words) of the DKIM key with that selector, or of the one in the settings (RFC 6376)."""
+    own = find_dkim_key(domain, keys)
+    if own and selector in (None, own.selector):
+        domain, selector = own.domain, own.selector
+    elif not selector:
         return True, "not looked at; --selector names the key"
     name = f"{selector}._domainkey.{domain}"
-    error, words = dkim_key(await texts(name))
+    records = await texts(name)
+    error, words = dkim_key(records)
+    if not error and own and own.selector == selector:
+        published, ours = (re.sub(r"\s", "", parse_tags(text)["p"]) for text in (records[0], dkim_record(own)))
+        error = "" if published == ours else f"not the key of the settings, which `haineko.py dkim {domain}` prints"
     return not error, f"{name}: {error or words}"
 
 
@@ -9158,8 +9379,7 @@ def dkim_key(texts: tuple) -> tuple:
         return "the key is revoked (p= is empty)", ""
     if tags.get("k", "rsa") == "ed25519":
         return ("", "ed25519") if len(key) == ED25519 else (f"an ed25519 key has {ED25519} octets", "")
-    modulus = re.search(rb"\x02(?:\x82(..)|\x81(.))\x00", key, re.DOTALL)  # the first INTEGER, RFC 8017 A.1.1
-    bits = (int.from_bytes(modulus[1] or modulus[2], "big") - 1) * 8 if modulus else 0
+    bits = rsa_bits(key)
     if bits < SHORTEST_RSA:
         return f"RSA key of {bits or 'unknown'} bits: receivers want {SHORTEST_RSA} at the least (RFC 8301)", ""
     return "", f"RSA, {bits} bits" + (
@@ -9187,12 +9407,6 @@ async def check_dmarc(domain: str, texts: Callable) -> tuple:
     return False, f"_dmarc.{domain}: no DMARC record: Gmail, Yahoo and Outlook refuse a sender of many mails without"
 
 
-def parse_tags(record: str) -> dict:
-    """{tag: value} of a list "a=b; c=d" (RFC 6376 3.2)."""
-    pairs = [part.partition("=")[::2] for part in record.split(";") if "=" in part]
-    return {key.strip().lower(): value.strip() for key, value in pairs}
-
-
 def describe_route(route: Route) -> str:
     """Return where a route's mail goes, for people."""
     tls = ", TLS" if route.port == SMTPS else ", STARTTLS" if route.starttls else ""
@@ -9212,6 +9426,17 @@ def command_route(options: Any) -> int:
     if refusal:
         print(f"{options.address}: would be refused: {refusal.code} {refusal.dsn} {refusal.message[0]}")
     return 1 if refusal else 0
+
+
+def command_dkim(options: Any) -> int:
+    """Print the TXT record of a domain's key as a line of a zone file, in strings of at most 255 octets."""
+    keys = usable_settings(options.config).dkim
+    key = keys.get(domain_key(options.domain))
+    if not key:
+        raise CommandError(f'"{options.domain}" is not in dkim{did_you_mean(options.domain, keys)}', 1)
+    strings = '" "'.join(re.findall(".{1,255}", dkim_record(key)))
+    print(f'{key.selector}._domainkey.{key.domain}. IN TXT "{strings}"')
+    return 0
 
 
 def command_send(options: Any) -> int:
@@ -9557,6 +9782,11 @@ COMMANDS = {
         command_route,
         "say which relay a recipient would take and why",
         (CONFIG, (("address",), {"metavar": "ADDRESS"}), (("--sender",), {"metavar": "ADDRESS"})),
+    ),
+    "dkim": (
+        command_dkim,
+        "print the TXT record of a domain's DKIM key in the settings",
+        (CONFIG, (("domain",), {"metavar": "DOMAIN"})),
     ),
     "send": (
         command_send,

@@ -19,7 +19,7 @@ from email.mime.image import MIMEImage
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import test_haineko as peers  # noqa: E402
+import test_haineko as peers
 
 KEY = "kijitora:kijitora"
 PNG = base64.b64encode(peers.PNG).decode()
