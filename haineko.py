@@ -7548,9 +7548,9 @@ class Provider(NamedTuple):
 
     names: dict  # {key of a submission, of its header or of an attachment: the provider's key}
     unsupported: tuple  # keys that would change the content
-    read: Callable  # (document, limit) -> [mail, ...]
     answer: Callable  # ([PreparedMail, ...], mails, dry_run) -> Response
-    error: Callable  # (reply, request) -> Response
+    error: Callable  # (reply, request) -> (HTTP status, document)
+    read: Callable = lambda document, limit: [document]  # returns the mails
     limit: int = 1  # mails of a request
     permissive: bool = False  # a refused mail does not stop the others
     is_test: Callable = lambda document, request: False  # everything is checked, nothing sent
@@ -7567,15 +7567,16 @@ async def answer_provider(request: Request, app: App) -> Response:
         if octets > MAX_CALL:  # SendGrid's mails share their attachments
             raise Rejected(make_reply("too-big", f"{octets} octets of all mails exceed the limit of {MAX_CALL}"))
     ready, dry_run = [mail for mail in prepared if mail.transactions], provider.is_test(document, request)
-    asks_permissive = request.headers.get("x-batch-validation", "").lower() == "permissive" and provider.limit > 1
-    permissive = provider.permissive or asks_permissive
+    permissive = provider.read is read_batch and (
+        provider.permissive or request.headers.get("x-batch-validation", "").lower() == "permissive"
+    )
     for mail in prepared:
         if mail.error and not permissive:
-            return provider.error(mail.error, request)
+            return provider_error(mail.error, request)
     if not (app.queue or dry_run):
         await deliver_mails(request, ready, settings, app)
         if all(mail.error for mail in prepared) and not permissive:
-            return provider.error(prepared[0].error, request)
+            return provider_error(prepared[0].error, request)
         return provider.answer(prepared, mails, False)
     for mail in ready:
         reply = make_reply("discarded") if dry_run else queued_reply(mail.queueid)
@@ -7710,10 +7711,6 @@ def read_attachments(mail: dict, names: dict, errors: list) -> Any:
     return found
 
 
-def read_one(document: Any, limit: int) -> list:
-    return [document]
-
-
 def read_batch(document: Any, limit: int, json_path: str = "top level") -> list:
     """Return the mails of a list; raise Rejected if there are too many."""
     if not isinstance(document, list):
@@ -7772,22 +7769,18 @@ def answer_postmark(prepared: list, mails: list, dry_run: bool) -> Response:
 
 
 def answer_postmark_batch(prepared: list, mails: list, dry_run: bool) -> Response:
-    return json_response([postmark_item(*pair) for pair in zip(prepared, mails)])
+    return json_response(list(map(postmark_item, prepared, mails)))
 
 
 def postmark_item(prepared: PreparedMail, mail: dict) -> dict:
     if prepared.error:
-        return {"ErrorCode": error_row(prepared.error, POSTMARK_ERRORS)[1], "Message": words_of(prepared.error)}
-    message = "OK"
-    if prepared.refused:  # clients look for these words
-        words = "; ".join(dict.fromkeys(map(words_of, prepared.refused.values())))
-        refused = ", ".join(prepared.refused)
-        message = (
-            f"Message OK, but will not deliver to these inactive addresses: {refused}. Inactive recipients: {words}"
-        )
+        return postmark_error(prepared.error, None)[1]
+    words = "; ".join(dict.fromkeys(map(words_of, prepared.refused.values())))
+    refused = f"Message OK, but will not deliver to these inactive addresses: {', '.join(prepared.refused)}"
+    message = f"{refused}. Inactive recipients: {words}" if words else "OK"  # clients look for these words
     now = time.strftime("%Y-%m-%dT%H:%M:%S.0000000Z", time.gmtime())
-    sent = {"To": mail.get("To") or "", "SubmittedAt": now, "MessageID": prepared.queueid}
-    return {**sent, "ErrorCode": 0, "Message": message}
+    place = {"To": mail.get("To") or "", "SubmittedAt": now, "MessageID": prepared.queueid}
+    return {**place, "ErrorCode": 0, "Message": message}
 
 
 def answer_resend(prepared: list, mails: list, dry_run: bool) -> Response:
@@ -7800,32 +7793,33 @@ def answer_resend_batch(prepared: list, mails: list, dry_run: bool) -> Response:
     return json_response({**document, "errors": errors} if errors else document)
 
 
-def sendgrid_error(reply: Reply, request: Request) -> Response:
+def provider_error(reply: Reply, request: Request) -> Response:
+    """Return the response to a request that is refused, in the form of its provider."""
+    status, document = PROVIDERS[request.path].error(reply, request)
+    headers = answer_headers(request, reply.status or http_status((reply,)), None, {None: reply})
+    return json_response(document, status, headers)
+
+
+def sendgrid_error(reply: Reply, request: Request) -> tuple:
     status, words = error_row(reply, SENDGRID_ERRORS)
     errors = []
-    for line in reply.message[1:] if slug_of(reply) == "invalid" else ():
+    for line in reply.message[1:] if slug_of(reply) == "invalid" else (words or words_of(reply),):
         found = re.match(r"Invalid '([^']+)'|([a-z_][\w./\[\]-]*): ", line)
-        field = found and re.sub(r"\[(\d+)\]", r".\1", found[1] or found[2])
+        field = re.sub(r"\[(\d+)\]", r".\1", found[1] or found[2]) if found else None
         errors.append({"message": line, "field": field, "help": None})
-    errors = errors or [{"message": words or words_of(reply), "field": None, "help": None}]
-    return json_response({"errors": errors}, status, error_headers(reply, request))
+    return status, {"errors": errors}
 
 
-def postmark_error(reply: Reply, request: Request) -> Response:
+def postmark_error(reply: Reply, request: Request | None) -> tuple:
     status, code = error_row(reply, POSTMARK_ERRORS)
-    return json_response({"ErrorCode": code, "Message": words_of(reply)}, status, error_headers(reply, request))
+    return status, {"ErrorCode": code, "Message": words_of(reply)}
 
 
-def resend_error(reply: Reply, request: Request) -> Response:
+def resend_error(reply: Reply, request: Request) -> tuple:
     status, name = error_row(reply, RESEND_ERRORS)
     if reply.status == 401 and "authorization" not in request.headers:
         status, name = 401, "missing_api_key"
-    document = {"statusCode": status, "name": name, "message": words_of(reply)}
-    return json_response(document, status, error_headers(reply, request))
-
-
-def error_headers(reply: Reply, request: Request) -> tuple:
-    return answer_headers(request, reply.status or http_status((reply,)), None, {None: reply})
+    return status, {"statusCode": status, "name": name, "message": words_of(reply)}
 
 
 def error_row(reply: Reply, table: dict) -> tuple:
@@ -7846,11 +7840,8 @@ def words_of(reply: Reply) -> str:
 
 SLUGS = {row: slug for slug, row in REPLIES.items()}
 # {name in REPLIES, or HTTP status of a refusal of POST /submit: (HTTP status, the provider's name of the error)}
-SENDGRID_ERRORS = {
-    "login": (401, "The provided authorization grant is invalid, expired, or revoked"),
-    502: (400, None),
-    None: None,
-}
+SENDGRID_GRANT = "The provided authorization grant is invalid, expired, or revoked"
+SENDGRID_ERRORS = {"login": (401, SENDGRID_GRANT), 502: (400, None), None: None}
 POSTMARK_ERRORS = {
     "json": (422, 402), "batch": (422, 410), "rcpt-many": (422, 300), 400: (422, 300), 401: (401, 10), 403: (422, 405),
     409: (422, 300), 422: (422, 300), 429: (429, 429), 500: (500, 500), 502: (422, 300), 503: (503, 100), None: 300,
@@ -7865,30 +7856,26 @@ RESEND_ERRORS = {
     None: "application_error",
 }  # fmt: skip
 
-KEYS = ("from", "to", "cc", "bcc", "reply-to", "subject", "body", "html", "headers", "attachments",
-        "filename", "type", "content", "cid", "send_at", "address")  # fmt: skip
-SENDGRID_KEYS = dict(zip(KEYS, (
-    "from", "to", "cc", "bcc", "reply_to", "subject", "content.text/plain", "content.text/html", "headers",
-    "attachments", "filename", "type", "content", "content_id", "send_at", "{part}.{}.{}.email",
-)))  # fmt: skip
-POSTMARK_KEYS = dict(zip(KEYS, (
-    "From", "To", "Cc", "Bcc", "ReplyTo", "Subject", "TextBody", "HtmlBody", "Headers",
-    "Attachments", "Name", "ContentType", "Content", "ContentID", "", "{}",
-)))  # fmt: skip
-RESEND_KEYS = dict(zip(KEYS, (
-    "from", "to", "cc", "bcc", "reply_to", "subject", "text", "html", "headers",
-    "attachments", "filename", "content_type", "content", "content_id", "scheduled_at", "{}",
-)))  # fmt: skip
+KEYS = ("from", "to", "cc", "bcc", "subject", "html", "headers", "attachments", "filename", "content")
+RESEND_KEYS = {
+    **{key: key for key in KEYS}, "reply-to": "reply_to", "body": "text", "type": "content_type",
+    "cid": "content_id", "send_at": "scheduled_at", "address": "{}",
+}  # fmt: skip
+SENDGRID_KEYS = {
+    **RESEND_KEYS, "body": "content.text/plain", "html": "content.text/html", "type": "type", "send_at": "send_at",
+    "address": "{part}.{}.{}.email",
+}  # fmt: skip
+POSTMARK_KEYS = {
+    **{key: key.title() for key in KEYS}, "reply-to": "ReplyTo", "body": "TextBody", "html": "HtmlBody",
+    "filename": "Name", "type": "ContentType", "cid": "ContentID", "send_at": "", "address": "{}",
+}  # fmt: skip
 NOT_SENDGRID = ("template_id", "dynamic_template_data", "substitutions", "batch_id", "asm", "content")
-NOT_POSTMARK, NOT_RESEND = ("TemplateId", "TemplateAlias"), ("template", "topic_id")
-POSTMARK = Provider(
-    POSTMARK_KEYS, NOT_POSTMARK, read_one, answer_postmark, postmark_error, is_test=lambda _, r: is_postmark_test(r)
-)
-RESEND = Provider(RESEND_KEYS, NOT_RESEND, read_one, answer_resend, resend_error)
+SENDGRID = Provider(SENDGRID_KEYS, NOT_SENDGRID, answer_sendgrid, sendgrid_error, read_personalizations, 1000)
+POSTMARK = Provider(POSTMARK_KEYS, ("TemplateId", "TemplateAlias"), answer_postmark, postmark_error)
+POSTMARK = POSTMARK._replace(is_test=lambda _, request: is_postmark_test(request))
+RESEND = Provider(RESEND_KEYS, ("template", "topic_id"), answer_resend, resend_error)
 PROVIDERS = {
-    "/v3/mail/send": Provider(
-        SENDGRID_KEYS, NOT_SENDGRID, read_personalizations, answer_sendgrid, sendgrid_error, 1000, is_test=is_sandbox
-    ),
+    "/v3/mail/send": SENDGRID._replace(is_test=is_sandbox),
     "/email": POSTMARK,
     "/email/batch": POSTMARK._replace(read=read_batch, answer=answer_postmark_batch, limit=500, permissive=True),
     "/emails": RESEND,
@@ -8146,48 +8133,46 @@ async def get_openapi(request: Request, app: App) -> Response:
     """Answer with the OpenAPI description of ENDPOINTS, made of the dataclasses and tables."""
     paths: dict = {}
     for (method, path), endpoint in ENDPOINTS.items():
-        operation = {
-            "summary": (endpoint.handler.__doc__ or endpoint.handler.__name__).split("\n")[0],
-            **operation_of(path),
+        summary = (endpoint.handler.__doc__ or endpoint.handler.__name__).split("\n")[0]
+        operation = paths.setdefault(path.replace("ID", "{ID}"), {})[method.lower()] = {"summary": summary}
+        body, good, bad = schemas_of(path)
+        operation["responses"] = {
+            "2XX": {"description": "success", **good},
+            "default": {"description": "refusal", **bad},
         }
+        if body:
+            operation["requestBody"] = {"required": True, **body}
         if "ID" in path:
             operation["parameters"] = [{"name": "ID", "in": "path", "required": True, "schema": {"type": "string"}}]
-        paths.setdefault(path.replace("ID", "{ID}"), {})[method.lower()] = operation
     schemas = {cls.__name__: class_schema(cls) for cls in (Submission, Header, Attachment)}
-    key = {"type": "apiKey", "in": "header", "name": "X-Postmark-Server-Token"}
-    logins = {
-        "basic": {"type": "http", "scheme": "basic"},
-        "bearer": {"type": "http", "scheme": "bearer"},
-        "token": key,
-    }
+    logins: dict = {scheme: {"type": "http", "scheme": scheme} for scheme in ("basic", "bearer")}
+    logins["token"] = {"type": "apiKey", "in": "header", "name": "X-Postmark-Server-Token"}
     return json_response({
-        "openapi": "3.1.0",
-        "info": {"title": "Haineko", "version": __version__},
-        "paths": paths,
+        "openapi": "3.1.0", "info": {"title": "Haineko", "version": __version__}, "paths": paths,
         "components": {"schemas": schemas, "securitySchemes": logins},
         "security": [{}, *({name: []} for name in logins)],
     })  # fmt: skip
 
 
-def operation_of(path: str) -> dict:
-    """Return request body and responses of a path; schemas of responses are those of real ones."""
-    asked = Request("POST", path, {}, b"", None, None, None, 0.0)
+def schemas_of(path: str) -> tuple:
+    """Return the content of requests, of answers and of refusals; {} for that of no form."""
+    asked, provider = Request("POST", path, {}, b"", None, None, None, 0.0), PROVIDERS.get(path)
     replies = {"a@example.jp": make_reply("discarded")}
-    answer, body, provider = answer_document(asked, 200, replies, "Q" * 16, None), None, PROVIDERS.get(path)
-    good, bad = ({}, json_content(schema_of(json.loads(answer.body))))
-    if path == "/submit":
-        good, body = bad, {"$ref": "#/components/schemas/Submission"}
-    if provider:
-        mail = {
-            "type": "object",
-            "properties": {name: {} for name in provider.names.values() if re.fullmatch(r"\w+", name)},
-        }
-        body = {"type": "array", "items": mail, "maxItems": provider.limit} if provider.read is read_batch else mail
-        response = provider.answer([PreparedMail("Q" * 16, None, replies)], [{}], False)
-        good = json_content(schema_of(json.loads(response.body))) if response.body else {}
-        bad = json_content(schema_of(json.loads(provider.error(make_reply("login"), asked).body)))
-    responses = {"2XX": {"description": "success", **good}, "default": {"description": "refusal", **bad}}
-    return {"responses": responses, **({"requestBody": {"required": True, **json_content(body)}} if body else {})}
+    answer = json_content(schema_of(answer_document(asked, 200, replies, "Q" * 16, None)))
+    if not provider:
+        is_submit = path == "/submit"
+        body = json_content({"$ref": "#/components/schemas/Submission"}) if is_submit else {}
+        return body, answer if is_submit else {}, answer
+    keys = ["personalizations"] if provider.read is read_personalizations else []
+    mail = {
+        "type": "object",
+        "properties": {key: {} for key in (*provider.names.values(), *keys) if key.isidentifier()},
+    }
+    batch = {"type": "array", "items": mail, "maxItems": provider.limit}
+    success = provider.answer([PreparedMail("Q" * 16, None, replies)], [{}], False)
+    refusal = json_content(schema_of(provider_error(make_reply("login"), asked)))
+    body = json_content(batch if provider.read is read_batch else mail)
+    return body, json_content(schema_of(success)) if success.body else {}, refusal
 
 
 def json_content(schema: dict) -> dict:
@@ -8198,10 +8183,10 @@ def class_schema(cls: type) -> dict:
     """Return the schema of a dataclass made of config_field()."""
     properties = {}
     for item in fields(cls):
-        nested_schema = {"$ref": f"#/components/schemas/{NESTED_SCHEMAS.get(item.name)}"}
-        kind = {"type": SCHEMA_TYPES[type(item.default)]} if type(item.default) in SCHEMA_TYPES else {}
+        kind = {"type": types} if (types := SCHEMA_TYPES.get(type(item.default))) else {}
         if item.name in NESTED_SCHEMAS:
-            kind = nested_schema if item.name == "header" else {**kind, "items": nested_schema}
+            reference = {"$ref": f"#/components/schemas/{NESTED_SCHEMAS[item.name]}"}
+            kind = {**kind, "items": reference} if kind else reference
         for key in item.metadata.get("keys") or (item.name,) if "parse" in item.metadata else ():
             properties[key] = {**kind, "description": item.metadata["doc"]}
     return {"type": "object", "properties": properties, "additionalProperties": cls is Header}
@@ -8209,20 +8194,15 @@ def class_schema(cls: type) -> dict:
 
 NESTED_SCHEMAS = {"header": "Header", "attachments": "Attachment"}
 SCHEMA_TYPES = {
-    str: ["string", "array", "null"],
-    bool: ["boolean", "integer", "null"],
-    tuple: ["string", "array", "object", "null"],
-}
+    str: ["string", "array", "null"], bool: ["boolean", "integer", "null"], tuple: ["string", "array", "object", "null"],
+}  # fmt: skip
 
 
 def schema_of(value: Any) -> dict:
-    """Return a schema that a JSON value fits; null stands for any value."""
+    """Return the schema of a real response, or of a value within; null stands for any value."""
+    value = json.loads(value.body) if isinstance(value, Response) else value
     if isinstance(value, dict):
-        return {
-            "type": "object",
-            "properties": {key: schema_of(item) for key, item in value.items()},
-            "required": [*value],
-        }
+        return {"type": "object", "properties": dict(zip(value, map(schema_of, value.values()))), "required": [*value]}
     if isinstance(value, list):
         return {"type": "array", "items": schema_of(value[0])} if value else {"type": "array"}
     return {} if value is None else {"type": ["string" if isinstance(value, str) else "integer", "null"]}
@@ -8435,7 +8415,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         queueid = new_queueid(request.now) if reply.command != "HTTP" else None
         response = respond(request, reply.status, {None: reply}, queueid, None)
         if request.method == "POST" and request.path in PROVIDERS:
-            return PROVIDERS[request.path].error(reply, request)
+            return provider_error(reply, request)
         if reply.status == 405:
             return response._replace(headers=(("Allow", ", ".join(allowed_methods(request.path))),))
         return response
