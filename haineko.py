@@ -7548,7 +7548,7 @@ class Provider(NamedTuple):
 
     names: dict  # {key of a submission, of its header or of an attachment: the provider's key}
     unsupported: tuple  # keys that would change the content
-    answer: Callable  # ([PreparedMail, ...], mails, dry_run) -> Response
+    answer: Callable  # ([PreparedMail, ...], mails, dry_run) -> Response or document
     error: Callable  # (reply, request) -> (HTTP status, document)
     read: Callable = lambda document, limit: [document]  # returns the mails
     limit: int = 1  # mails of a request
@@ -7577,12 +7577,13 @@ async def answer_provider(request: Request, app: App) -> Response:
         await deliver_mails(request, ready, settings, app)
         if all(mail.error for mail in prepared) and not permissive:
             return provider_error(prepared[0].error, request)
-        return provider.answer(prepared, mails, False)
-    for mail in ready:
+    for mail in ready if app.queue or dry_run else ():
         reply = make_reply("discarded") if dry_run else queued_reply(mail.queueid)
         mail.replies.update((mailbox.as_written, reply) for mailbox in mail.accepted)
-    response = provider.answer(prepared, mails, dry_run)
-    return await store_mails(request, ready, digest, response, app) if ready and not dry_run else response
+    answer = provider.answer(prepared, mails, dry_run)
+    response = answer if isinstance(answer, Response) else json_response(answer)
+    is_stored = ready and app.queue and not dry_run
+    return await store_mails(request, ready, digest, response, app) if is_stored else response
 
 
 MAX_CALL = 64 << 20  # octets of all messages of a request
@@ -7760,16 +7761,9 @@ def is_sandbox(document: Any, request: Request) -> bool:
 
 
 def answer_sendgrid(prepared: list, mails: list, dry_run: bool) -> Response:
+    """Return the response; the other providers' is a document."""
     queueid = next(mail.queueid for mail in prepared if not mail.error)
     return Response(200 if dry_run else 202, b"", (("X-Message-Id", queueid),))
-
-
-def answer_postmark(prepared: list, mails: list, dry_run: bool) -> Response:
-    return json_response(postmark_item(prepared[0], mails[0]))
-
-
-def answer_postmark_batch(prepared: list, mails: list, dry_run: bool) -> Response:
-    return json_response(list(map(postmark_item, prepared, mails)))
 
 
 def postmark_item(prepared: PreparedMail, mail: dict) -> dict:
@@ -7783,14 +7777,10 @@ def postmark_item(prepared: PreparedMail, mail: dict) -> dict:
     return {**place, "ErrorCode": 0, "Message": message}
 
 
-def answer_resend(prepared: list, mails: list, dry_run: bool) -> Response:
-    return json_response({"id": prepared[0].queueid})
-
-
-def answer_resend_batch(prepared: list, mails: list, dry_run: bool) -> Response:
+def answer_resend_batch(prepared: list, mails: list, dry_run: bool) -> dict:
     errors = [{"index": i, "message": words_of(mail.error)} for i, mail in enumerate(prepared) if mail.error]
     document = {"data": [{"id": mail.queueid} for mail in prepared if not mail.error]}
-    return json_response({**document, "errors": errors} if errors else document)
+    return {**document, "errors": errors} if errors else document
 
 
 def provider_error(reply: Reply, request: Request) -> Response:
@@ -7871,13 +7861,22 @@ POSTMARK_KEYS = {
 }  # fmt: skip
 NOT_SENDGRID = ("template_id", "dynamic_template_data", "substitutions", "batch_id", "asm", "content")
 SENDGRID = Provider(SENDGRID_KEYS, NOT_SENDGRID, answer_sendgrid, sendgrid_error, read_personalizations, 1000)
-POSTMARK = Provider(POSTMARK_KEYS, ("TemplateId", "TemplateAlias"), answer_postmark, postmark_error)
-POSTMARK = POSTMARK._replace(is_test=lambda _, request: is_postmark_test(request))
-RESEND = Provider(RESEND_KEYS, ("template", "topic_id"), answer_resend, resend_error)
+POSTMARK = Provider(
+    POSTMARK_KEYS, ("TemplateId", "TemplateAlias"), lambda prepared, mails, _: postmark_item(prepared[0], mails[0]),
+    postmark_error, is_test=lambda _, request: is_postmark_test(request),
+)  # fmt: skip
+RESEND = Provider(
+    RESEND_KEYS, ("template", "topic_id"), lambda prepared, mails, _: {"id": prepared[0].queueid}, resend_error
+)
 PROVIDERS = {
     "/v3/mail/send": SENDGRID._replace(is_test=is_sandbox),
     "/email": POSTMARK,
-    "/email/batch": POSTMARK._replace(read=read_batch, answer=answer_postmark_batch, limit=500, permissive=True),
+    "/email/batch": POSTMARK._replace(
+        read=read_batch,
+        answer=lambda prepared, mails, _: [*map(postmark_item, prepared, mails)],
+        limit=500,
+        permissive=True,
+    ),
     "/emails": RESEND,
     "/emails/batch": RESEND._replace(read=read_batch, answer=answer_resend_batch, limit=100),
 }
@@ -8172,7 +8171,7 @@ def schemas_of(path: str) -> tuple:
     success = provider.answer([PreparedMail("Q" * 16, None, replies)], [{}], False)
     refusal = json_content(schema_of(provider_error(make_reply("login"), asked)))
     body = json_content(batch if provider.read is read_batch else mail)
-    return body, json_content(schema_of(success)) if success.body else {}, refusal
+    return body, {} if isinstance(success, Response) else json_content(schema_of(success)), refusal
 
 
 def json_content(schema: dict) -> dict:
@@ -8194,8 +8193,10 @@ def class_schema(cls: type) -> dict:
 
 NESTED_SCHEMAS = {"header": "Header", "attachments": "Attachment"}
 SCHEMA_TYPES = {
-    str: ["string", "array", "null"], bool: ["boolean", "integer", "null"], tuple: ["string", "array", "object", "null"],
-}  # fmt: skip
+    str: ["string", "array", "null"],
+    bool: ["boolean", "integer", "null"],
+    tuple: ["string", "array", "object", "null"],
+}
 
 
 def schema_of(value: Any) -> dict:
