@@ -2692,7 +2692,9 @@ def credentials_of(request: Request) -> str:
     """Return the Authorization header of HTTP Basic (RFC 7617); a Bearer or Postmark token stands in it as it is."""
     credentials = request.headers.get("authorization", "")
     token = credentials[7:] if credentials[:7].lower() == "bearer " else ""
-    if not credentials and not request.path.startswith(("/v3/", "/emails")):  # those clients send header fields of mails
+    if not credentials and not request.path.startswith(
+        ("/v3/", "/emails")
+    ):  # those clients send header fields of mails
         token = request.headers.get("x-postmark-server-token", "")
     return "Basic " + base64.b64encode(token.strip().encode("latin-1")).decode() if token else credentials
 
@@ -9250,12 +9252,10 @@ def main(argv: list) -> int:
 
 def open_standard_streams() -> None:
     """Open those of descriptors 0 to 2 that are closed: a socket with such a number would be read or written to."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 -- kept for life
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # the lowest free number
+        name = ("stdin", "stdout", "stderr")[number]
+        setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 -- kept for life
+    os.close(number)
 
 
 def argument_parsers() -> tuple:
@@ -9302,7 +9302,7 @@ def command_serve(options: Any) -> int:
 
 
 def prepare_server(options: Any) -> tuple:
-    """Return a server's Settings and its listening sockets."""
+    """Return a server's Settings and its listening sockets; create or upgrade the queue's file."""
     settings, errors, changes = usable_settings(options.config), [], {}
     if options.listen:
         changes["listen"] = list_of(parse_listen_address)(options.listen, "--listen", errors)
@@ -9313,7 +9313,11 @@ def prepare_server(options: Any) -> tuple:
     settings = replace(settings, httpd=replace(settings.httpd, **changes))
     raise_nofile_limit()
     if settings.queue:
-        check_queue_file(settings.queue)
+        database = QueueDB(settings.queue)
+        database.commit([])
+        database.close(for_good=True)
+        if NEWER_VERSION in database.fault:
+            raise CommandError(f"the queue can't be used: {database.fault}", 2)
     listeners = [open_listener(address) for address in settings.httpd.listen]
     outside = [one for one in listeners if one.family != socket.AF_UNIX]
     outside = [one for one in outside if parse_ip(one.getsockname()[0]) not in LOOPBACK]
@@ -9323,15 +9327,6 @@ def prepare_server(options: Any) -> tuple:
     return settings, listeners
 
 
-def check_queue_file(settings: QueueSettings) -> None:
-    """Create or upgrade the queue's file; CommandError where a newer Haineko wrote it."""
-    database = QueueDB(settings)
-    database.commit([])
-    database.close(for_good=True)
-    if NEWER_VERSION in database.fault:
-        raise CommandError(f"the queue can't be used: {database.fault}", 2)
-
-
 def open_listener(address: str) -> socket.socket:
     try:
         return bind(address)
@@ -9339,33 +9334,24 @@ def open_listener(address: str) -> socket.socket:
         raise CommandError(f"can't listen at {address}: {getattr(error, 'strerror', None) or error}", 1) from None
 
 
-def raise_nofile_limit() -> None:
+def raise_nofile_limit(most: int = 65536) -> None:
     """Allow as many open files as the system permits: each client needs one, and each of its deliveries another."""
     import resource
 
     with contextlib.suppress(OSError, ValueError):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+        wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)  # setrlimit() may reject infinity
         if soft != resource.RLIM_INFINITY and soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-MAX_OPEN_FILES = 65536  # some systems report an infinite hard limit, but reject it in setrlimit()
-
-
-def announce(settings: Settings, listeners: list, more: str = "") -> str:
-    """Write to the log where the server listens; return that line."""
+def announce(settings: Settings, listeners: list) -> str:
+    """Write to the log where the server listens; return the URLs."""
+    urls = " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
     if not settings.path:
-        log.write_bytes(
-            b"haineko: NO SETTINGS FILE: for this machine only, and all mail is printed here instead of sent\n"
-        )
-    line = f"haineko {__version__} listens at {listening_urls(settings, listeners)}"
-    log.write_bytes(f"{line}\n".encode())
-    return f"{line}{more}\n"
-
-
-def listening_urls(settings: Settings, listeners: list) -> str:
-    return " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
+        log.write_bytes(b"haineko: NO SETTINGS FILE: for this machine only; all mail is printed here, not sent\n")
+    log.write_bytes(f"haineko {__version__} listens at {urls}\n".encode())
+    return urls
 
 
 def command_start(options: Any) -> int:
@@ -9406,15 +9392,15 @@ def run_daemon(settings: Settings, listeners: list, pid_file: str, write_end: in
         os.write(write_end, b"haineko: runs already\n")
         return 1
     os.ftruncate(pid_fd, 0)
-    os.write(pid_fd, f"{os.getpid()}\n{listening_urls(settings, listeners)}\n".encode())
     os.chdir("/")
     for number, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
         os.dup2(target, number)
     log.path = log_file
 
     def ready() -> None:
-        line = announce(settings, listeners, f" (pid {os.getpid()}, log {log_file})")
-        os.write(write_end, line.encode())
+        pid, urls = os.getpid(), announce(settings, listeners)
+        os.write(pid_fd, f"{pid}\n{urls}\n".encode())
+        os.write(write_end, f"haineko {__version__} listens at {urls} (pid {pid}, log {log_file})\n".encode())
         os.close(write_end)
 
     code = Supervisor(settings, listeners).run(ready)
@@ -9432,15 +9418,12 @@ def running_pid(pid_file: str) -> int:
     """Return the pid of the daemon that has the file locked, 0 if none has."""
     import fcntl
 
-    try:
-        with open(pid_file, encoding="ascii") as stream:  # a shared lock needs no right to write
-            try:
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return 0
-            except OSError:
-                return int(stream.readline() or 0)  # URLs follow
-    except (OSError, ValueError):
-        return 0
+    with contextlib.suppress(OSError, ValueError), open(pid_file, encoding="ascii") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a shared lock needs no right to write
+        except OSError:
+            return int(stream.readline() or 0)  # URLs follow
+    return 0
 
 
 def command_stop(options: Any) -> int:
@@ -9512,22 +9495,19 @@ def command_check(options: Any) -> int:
         f"{'' if os.geteuid() else '; warning: the server needs no root'}"
     )
     print_warnings(settings)
-    return run_checks(settings, options)
+    return run(run_checks(settings, options))
 
 
-def run_checks(settings: Settings, options: Any) -> int:
+async def run_checks(settings: Settings, options: Any) -> int:
     """Run the checks that the options ask for, print a line for each step, and return the exit code."""
-    sender = parse_address(options.sender or "")
+    sender, selector = parse_address(options.sender or ""), options.selector
     if options.sender and not (sender and sender.domain[0] != "["):
         raise CommandError(f'"{options.sender}" is no mail address of a domain', 2)
-    if options.selector and not DOMAIN.fullmatch(options.selector):
-        raise CommandError(f'"{options.selector}" is no selector', 2)
-    return run(_run_checks(settings, sender.domain if sender else "", options.selector, options.connect))
-
-
-async def _run_checks(settings: Settings, domain: str, selector: str | None, connect: bool) -> int:
-    transport, failed = TransportContext(settings.smtpd.resolver), False
-    checks = [(name, run_probe(probe, transport)) for name, probe in connectivity_probes(settings, domain) if connect]
+    if selector and not DOMAIN.fullmatch(selector):
+        raise CommandError(f'"{selector}" is no selector', 2)
+    domain, transport, failed = sender.domain if sender else "", TransportContext(settings.smtpd.resolver), False
+    probes = connectivity_probes(settings, domain) if options.connect else ()
+    checks = [(name, run_probe(probe, transport)) for name, probe in probes]
     if domain:
         checks.append((domain, check_sender_domain(domain.lower(), selector, transport.resolver, settings.dkim)))
     for name, check in checks:
@@ -9556,13 +9536,14 @@ async def run_probe(probe: ConnectivityProbe, transport: TransportContext) -> li
 
 def connectivity_probes(settings: Settings, domain: str) -> list:
     """Return (path in the settings, probe) of every route; `domain` is probed where the route is for many domains."""
-    probes, tables = [], {name: getattr(settings, name) for name in ("mailertable", "sendermt")}
-    for name, key, route in [(name, *item) for name, table in tables.items() for item in table.items()]:
-        named = name == "mailertable" and key != "default" and not key.startswith(".")
-        for i, choice in enumerate(route.choices):
-            place = f"{name}.{key}[{i}]" if route.fallbacks else f"{name}.{key}"
-            probes.append((place, ConnectivityProbe(choice, settings.hostname, key if named else domain)))
-    if not any("default" in table for table in tables.values()):
+    probes = []
+    for table in ("mailertable", "sendermt"):
+        for key, route in getattr(settings, table).items():
+            named = table == "mailertable" and key != "default" and not key.startswith(".")
+            for i, choice in enumerate(route.choices):
+                place = f"{table}.{key}[{i}]" if route.fallbacks else f"{table}.{key}"
+                probes.append((place, ConnectivityProbe(choice, settings.hostname, key if named else domain)))
+    if "default" not in {**settings.mailertable, **settings.sendermt}:
         probes.append(("no route", ConnectivityProbe(FALLBACK_ROUTE, settings.hostname)))
     return probes
 
@@ -9576,14 +9557,17 @@ async def check_sender_domain(domain: str, selector: str | None, resolver: Resol
             raise ValueError(f"{REPLIES['dns'][-1]}: {name}: {found.why}")
         return found.values
 
-    checks = {"SPF": check_spf(domain, texts), "DKIM": check_dkim(domain, selector, keys, texts)}
-    results = []
-    for step, check in {**checks, "DMARC": check_dmarc(domain, texts)}.items():
+    async def result(step: str, check: Any) -> CheckResult:
         try:
-            results.append(CheckResult(step, True, await check))
+            return CheckResult(step, True, await check)
         except ValueError as error:
-            results.append(CheckResult(step, False, str(error)))
-    return results
+            return CheckResult(step, False, str(error))
+
+    return [
+        await result("SPF", check_spf(domain, texts)),
+        await result("DKIM", check_dkim(domain, selector, keys, texts)),
+        await result("DMARC", check_dmarc(domain, texts)),
+    ]
 
 
 async def check_spf(domain: str, texts: Callable) -> str:
@@ -9591,16 +9575,16 @@ async def check_spf(domain: str, texts: Callable) -> str:
     record = spf_record(domain, await texts(domain))
     if record.lower().split()[1:2] == ["-all"]:
         raise ValueError(f"{domain}: v=spf1 -all says that the domain sends no mail at all")
-    lookups, pending, seen = 0, [record], {domain}
-    while pending:
-        for mechanism, name in re.findall(SPF_LOOKUP, pending.pop(0)):
+    lookups, records, seen = 0, [record], {domain}
+    for text in records:  # included ones are appended
+        for mechanism, name in re.findall(SPF_LOOKUP, text):
             lookups += 1
             if lookups > MAX_SPF_LOOKUPS:
                 raise ValueError(f"{domain}: more than {MAX_SPF_LOOKUPS} look-ups (RFC 7208 4.6.4): receivers refuse")
             inner = name.lower()
             if mechanism.lower() in ("include:", "redirect=") and "%" not in inner and inner not in seen:
                 seen.add(inner)
-                pending.append(spf_record(f"{domain}: {mechanism}{name}", await texts(inner)))
+                records.append(spf_record(f"{domain}: {mechanism}{name}", await texts(inner)))
     return f"{sanitize(record)} ({lookups} of {MAX_SPF_LOOKUPS} look-ups)"
 
 
@@ -9630,32 +9614,32 @@ async def check_dkim(domain: str, selector: str | None, keys: dict, texts: Calla
     own = find_dkim_key(domain, keys)
     if own and selector in (None, own.selector):
         domain, selector = own.domain, own.selector
-    elif not selector:
+    elif selector:
+        own = None
+    else:
         return "not looked at; --selector names the key"
     name = f"{selector}._domainkey.{domain}"
     records = await texts(name)
     try:
-        description = dkim_key(records)
-        if own and own.selector == selector:
-            published, ours = (re.sub(r"\s", "", parse_tags(text)["p"]) for text in (records[0], dkim_record(own)))
-            if published != ours:
-                raise ValueError(f"not the key of the settings, which `haineko.py dkim {domain}` prints")
+        return f"{name}: {dkim_key(records, own)}"
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    return f"{name}: {description}"
 
 
-def dkim_key(texts: tuple) -> str:
-    """Describe the public key in the TXT records of a selector."""
+def dkim_key(texts: tuple, own: DkimKey | None) -> str:
+    """Describe the public key in the TXT records of a selector, which must be that of `own`, a key of the settings."""
     if len(texts) != 1:
         raise ValueError("more than one record: none counts" if texts else "no key: signatures can't be verified")
     tags = parse_tags(texts[0])
     if tags.get("v", "DKIM1") != "DKIM1" or "p" not in tags:
         raise ValueError("not a DKIM key")
-    if not tags["p"]:
+    public = re.sub(r"\s", "", tags["p"])
+    if not public:
         raise ValueError("the key is revoked (p= is empty)")
+    if own and public != parse_tags(dkim_record(own))["p"]:
+        raise ValueError(f"not the key of the settings, which `haineko.py dkim {own.domain}` prints")
     try:
-        key = base64.b64decode(re.sub(r"\s", "", tags["p"]), validate=True)
+        key = base64.b64decode(public, validate=True)
     except ValueError:
         raise ValueError("the key is no base64") from None
     if tags.get("k", "rsa") == "ed25519":
@@ -9665,8 +9649,7 @@ def dkim_key(texts: tuple) -> str:
     bits = rsa_bits(key)
     if bits < 1024:
         raise ValueError(f"RSA key of {bits or 'unknown'} bits: receivers want 1024 at least (RFC 8301)")
-    test = "; t=y: under test, so a failure counts as no signature" if "y" in tags.get("t", "") else ""
-    return f"RSA, {bits} bits{test}"
+    return f"RSA, {bits} bits" + "; t=y: under test, so a failure counts as no signature" * ("y" in tags.get("t", ""))
 
 
 async def check_dmarc(domain: str, texts: Callable) -> str:
@@ -9755,44 +9738,34 @@ def command_send(options: Any) -> int:
     """Post a mail to a running Haineko."""
     body, credentials = submission_from_options(options), ()
     if options.user:
-        remote = re.match(
-            r"http://(?!(?:[^/@]*@)?(?:localhost|127\.[\d.]+|\[::1\])(?:[:/]|\Z))", options.url, re.IGNORECASE
-        )
+        remote = re.match(r"(?i)http://(?!(?:localhost|127\.[\d.]+|\[::1\])(?:[:/]|\Z))", options.url)
         if remote and not options.insecure:
             raise CommandError(f"{options.url}: the password would go over the network in clear text (--insecure)", 2)
         credentials = options.user, os.environ.get("HAINEKO_PASSWORD") or ask_password(f"Password of {options.user}: ")
-    _, document = post_submission(options.url, body, credentials)
+    document = post_submission(options.url, body, credentials)[1]
     print(terminal_json(json.dumps(document, ensure_ascii=False, indent=2)))
-    accepted = [item["error"] == 0 for item in document["response"]]
-    return 0 if accepted and all(accepted) else 1
+    return int(not document["response"] or any(item["error"] for item in document["response"]))
 
 
 def post_submission(url: str, body: bytes, credentials: tuple = ()) -> tuple:
     """Post a submission to a Haineko at an http, https or unix URL; return (HTTP status, document)."""
-    try:
-        parts = urllib.parse.urlsplit("http://localhost/" if url.startswith("unix:/") else url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and parts.path.isascii()
-    except ValueError:  # of a port or brackets
-        good = False
-    if not good:
+    base = "http://localhost" if url.startswith("unix:/") else re.sub(r"(/submit)?/?\Z", "", url, count=1)
+    if not parse_base_url(base, "", []):
         raise CommandError(f'"{url}" is no URL of a Haineko', 2)
-    path = parts.path if parts.path.endswith("/submit") else parts.path.rstrip("/") + "/submit"
-    target = HTTPTarget(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", 300, max_response=MAX_BODY)
-    connection = KeepAliveConnection(target)
+    connection = KeepAliveConnection(HTTPTarget(base, 300, max_response=MAX_BODY))
     try:
         if url.startswith("unix:"):
             connection.sock = socket.socket(socket.AF_UNIX)
             connection.sock.connect(url[5:])
         with contextlib.closing(connection):
-            response = connection.exchange(HTTPRequest("POST", path, body, basic_auth_header(credentials)))
+            response = connection.exchange(HTTPRequest("POST", "/submit", body, basic_auth_header(credentials)))
     except Rejected as error:
         raise CommandError(f"{url}: {': '.join(error.reply.message)}", 1) from None
     except OSError as error:
         raise CommandError(f"{url}: {error.strerror}", 1) from None
     document = response.document()
     if not is_answer(document):
-        text = sanitize(response.body.decode("utf-8", "replace"))
-        raise CommandError(f"{url}: not the answer of a Haineko: {text}", 1)
+        raise CommandError(f"{url}: not a Haineko's answer: {sanitize(response.body.decode('utf-8', 'replace'))}", 1)
     return response.status, document
 
 
@@ -9812,32 +9785,27 @@ def terminal_json(text: str) -> str:
 
 def submission_from_options(options: Any) -> bytes:
     """Return the JSON of a submission: from a file, from stdin, or made from flags."""
-    flags = ("to", "sender", "header_from", "reply_to", "subject", "charset", "body", "html", "attach")
-    if any(getattr(options, flag) for flag in flags) and (options.file or not options.to):
+    header = {"subject": options.subject or "", "from": options.header_from, "replyto": options.reply_to}
+    header["charset"] = options.charset
+    flags = (options.to, options.sender, *header.values(), options.body, options.html, options.attach)
+    if any(flags) and (options.file or not options.to):
         raise CommandError("flags that say what to send want --to, and no FILE, which says all of it", 2)
     if not options.to:
         return read_bytes(options.file or "-")
-    html = read_bytes(options.html).decode("utf-8", "replace") if options.html else None
-    body = read_bytes("-").decode("utf-8", "replace") if options.body is None and html is None else options.body
-    header = {
-        "subject": options.subject or "",
-        "from": options.header_from,
-        "replyto": options.reply_to,
-        "charset": options.charset,
-    }
+    attachments = [(os.path.basename(path), base64.b64encode(read_bytes(path)).decode()) for path in options.attach]
     document = {
         "mail": options.sender or default_sender(local_hostname()),
         "rcpt": options.to,
-        "header": {key: value for key, value in header.items() if value is not None},
-        "body": body,
-        "html": html,
-        "attachments": [read_attachment(path) for path in options.attach or ()] or None,
+        "header": header,
+        "body": read_utf8("-") if options.body is None and not options.html else options.body,
+        "html": read_utf8(options.html) if options.html else None,
+        "attachments": [{"filename": name, "content": content} for name, content in attachments],
     }
-    return to_json({key: value for key, value in document.items() if value is not None})
+    return to_json(document)
 
 
-def read_attachment(path: str) -> dict:
-    return {"filename": os.path.basename(path), "content": base64.b64encode(read_bytes(path)).decode()}
+def read_utf8(path: str) -> str:
+    return read_bytes(path).decode("utf-8", "replace")
 
 
 def read_bytes(path: str) -> bytes:
@@ -9852,16 +9820,14 @@ def read_bytes(path: str) -> bytes:
 def ask_password(prompt: str) -> str:
     """Ask for a password on the terminal: everybody can read a command line."""
     import getpass
-    import warnings
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", getpass.GetPassWarning)  # it would show the password, or read the mail on stdin
-        try:
+    try:
+        with open("/dev/tty"):  # without a terminal, getpass() would read the mail on stdin
             return getpass.getpass(prompt)
-        except (EOFError, UnicodeError):
-            raise CommandError("no password", 1) from None
-        except getpass.GetPassWarning:
-            raise CommandError("there is no terminal to ask for the password", 1) from None
+    except OSError:
+        raise CommandError("there is no terminal to ask for the password", 1) from None
+    except (EOFError, UnicodeError):
+        raise CommandError("no password", 1) from None
 
 
 # -- queue
@@ -9926,13 +9892,7 @@ def print_count(count: int, what: str, fine: bool) -> int:
     return 0 if count or fine else 1
 
 
-QUEUE_ACTIONS = {
-    "list": queue_list,
-    "show": queue_show,
-    "retry": queue_retry,
-    "drop": queue_drop,
-    "flush": queue_retry,
-}
+QUEUE_ACTIONS = {"list": queue_list, "show": queue_show, "retry": queue_retry, "drop": queue_drop, "flush": queue_retry}
 
 
 # -- pw and setup
@@ -10054,16 +10014,13 @@ def command_sendmail(argv: list) -> int:
         sends = "-q" not in flags or "-t" in flags or addresses
         mode = "i" if "-I" in flags else flags.get("-b", "m" if sends else "q")
         if mode not in SENDMAIL_MODES:
-            raise CommandError(f"usage: -b{mode} is not served here; `haineko.py serve` runs the server", EX_USAGE)
+            raise CommandError(f"usage: -b{mode} is not served here; `haineko.py serve` runs the server", os.EX_USAGE)
         return SENDMAIL_MODES[mode](flags, addresses)
     except getopt.GetoptError as error:
-        return print_error(f"usage: {error}", EX_USAGE)
+        return print_error(f"usage: {error}", os.EX_USAGE)
     except CommandError as error:
         text, code = error.args
-        return print_error(text, {1: EX_TEMPFAIL, 2: EX_CONFIG}.get(code, code))
-
-
-EX_OK, EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG = 0, 64, 65, 69, 75, 77, 78
+        return print_error(text, {1: os.EX_TEMPFAIL, 2: os.EX_CONFIG}.get(code, code))
 
 
 def print_error(text: str, code: int) -> int:
@@ -10081,13 +10038,11 @@ def sendmail_deliver(flags: dict, addresses: list) -> int:
     try:
         message = parse_message(octets)
     except ValueError as error:
-        raise CommandError(str(error), EX_DATAERR) from None
+        raise CommandError(str(error), os.EX_DATAERR) from None
     fields = [qualified_field(name, field, settings.hostname) for name, field in message.fields]
-    named = [address for text in addresses for address in split_addresses(text, settings.hostname)]
-    named += header_recipients(recipient_fields(fields)) if "-t" in flags else []
-    rcpt = [to for address in named for to in expand_alias(address, settings)]
+    rcpt = named_recipients(addresses, recipient_fields(fields) if "-t" in flags else [], settings)
     if not rcpt:
-        raise CommandError("usage: no recipient", EX_USAGE)
+        raise CommandError("usage: no recipient", os.EX_USAGE)
     if "from" not in dict(fields):
         author = parse_address(sender or f"MAILER-DAEMON@{settings.hostname}")
         name = " ".join(flags.get("-F", "").split())
@@ -10105,7 +10060,7 @@ def sendmail_settings(flags: dict) -> tuple:
     """Return (Settings, URLs of the server to post to: none if the settings and the queue can be used directly)."""
     path = settings_path(flags.get("-C"))
     if not path and "HAINEKO_URL" not in os.environ:  # without, `serve` prints mail, and so loses it
-        raise CommandError("no settings file: name one with -C or in $HAINEKO_CONF", EX_CONFIG)
+        raise CommandError("no settings file: name one with -C or in $HAINEKO_CONF", os.EX_CONFIG)
     settings, errors = load_settings(path)
     if not settings.hostname:
         settings = replace(settings, smtpd=replace(settings.smtpd, hostname=local_hostname()))
@@ -10114,7 +10069,7 @@ def sendmail_settings(flags: dict) -> tuple:
     if not path or unwritable or any(os.strerror(errno.EACCES) in error for error in errors):
         return settings, server_urls(settings, path)
     if errors:
-        raise CommandError("\n".join(errors), EX_CONFIG)
+        raise CommandError("\n".join(errors), os.EX_CONFIG)
     return settings, ()
 
 
@@ -10134,31 +10089,31 @@ def server_urls(settings: Settings, path: str | None) -> list:
 
 
 def post_in_parts(urls: list, document: dict) -> tuple:
-    """Post a mail, in parts if it has too many recipients for the server; return (status, items of the answers)."""
-    status, items = post_to_any(urls, to_json(document))
-    rcpt = document["rcpt"]
+    """Post a mail to the first server that answers, in parts if it has too many recipients for the server; return
+    (status, items of the answers)."""
+    for url in urls:
+        try:
+            status, answer = post_submission(url, to_json(document))
+            break
+        except CommandError as error:
+            print_error(error.args[0], 0)
+    else:
+        raise CommandError("the settings or the queue can't be read, and no server was reached", os.EX_TEMPFAIL)
+    rcpt, items = document["rcpt"], answer["response"]
     if items[0]["mailer"] or items[0]["dsn"] != "4.5.3" or len(rcpt) == 1:
         return status, items
     half = len(rcpt) // 2
-    parts = [post_in_parts(urls, {**document, "rcpt": part}) for part in (rcpt[:half], rcpt[half:])]
+    parts = [post_in_parts([url], {**document, "rcpt": part}) for part in (rcpt[:half], rcpt[half:])]
     return max(status for status, _ in parts), [item for _, items in parts for item in items]
-
-
-def post_to_any(urls: list, body: bytes) -> tuple:
-    """Post a submission to the first server that answers; return (status, items of the answer)."""
-    for url in urls:
-        try:
-            status, document = post_submission(url, body)
-            return status, document["response"]
-        except CommandError as error:
-            print_error(error.args[0], 0)
-    raise CommandError("the settings or the queue can't be read, and no server was reached", EX_TEMPFAIL)
 
 
 async def submit_here(body: bytes, settings: Settings, dsn: tuple) -> Response:
     """Submit a mail without a server, as POST /submit does; the log goes to syslog or nowhere."""
+    owner = os.stat(settings.path)
+    if not os.geteuid() and owner.st_uid:  # the server could not use a queue that belongs to root
+        os.setgid(owner.st_gid)
+        os.setuid(owner.st_uid)
     smtpd = replace(settings.smtpd, max_rcpts_per_message=0)
-    become_owner(settings)
     app = App(replace(settings, httpd=Httpd(), smtpd=smtpd, password=Authenticator({})))
     log.quiet = log.priority is None  # stderr is read by the calling program, which may mail it
     client = parse_ip("127.0.0.1")
@@ -10169,36 +10124,25 @@ async def submit_here(body: bytes, settings: Settings, dsn: tuple) -> Response:
         await app.transport.sweep(everything=True)
 
 
-def become_owner(settings: Settings) -> None:
-    """Give up root for the owner of the settings: the server could not use a queue that belongs to root."""
-    owner = os.stat(settings.path)
-    if not os.geteuid() and owner.st_uid:
-        os.setgid(owner.st_gid)
-        os.setuid(owner.st_uid)
-
-
 def report_failures(status: int, items: list) -> int:
     """Print the recipients that failed; return the exit code."""
-    codes = {EX_OK}
-    for item in items:
-        if item["error"]:
-            codes.add(sendmail_code(status, item))
-            to = f"<{item['rcpt']}>: " if item["rcpt"] is not None else ""
-            print_error(f"{to}{item['code']} {item['command']}: {sanitize(' '.join(item['message']), 1000)}", 0)
-    if not all(item["error"] for item in items) and EX_TEMPFAIL in codes:
-        codes = codes - {EX_TEMPFAIL} | {EX_UNAVAILABLE}  # "try again" would send it twice to the others
-    return next(code for code in (EX_TEMPFAIL, EX_UNAVAILABLE, EX_NOPERM, EX_DATAERR, EX_OK) if code in codes)
+    failed = [item for item in items if item["error"]]
+    for item in failed:
+        to = f"<{item['rcpt']}>: " if item["rcpt"] is not None else ""
+        print_error(f"{to}{item['code']} {item['command']}: {sanitize(' '.join(item['message']), 1000)}", 0)
+    codes = {sendmail_code(status, item) for item in failed}
+    if len(failed) < len(items) and os.EX_TEMPFAIL in codes:
+        return os.EX_UNAVAILABLE  # "try again" would send it twice to the others
+    order = (os.EX_TEMPFAIL, os.EX_UNAVAILABLE, os.EX_NOPERM, os.EX_DATAERR)
+    return next((code for code in order if code in codes), os.EX_OK)
 
 
 def sendmail_code(status: int, item: dict) -> int:
     """Return the exit code (sysexits.h) for a recipient's reply, or for the refusal of the whole mail."""
     if item["mailer"] or item["dsn"] == "5.4.6":
-        return EX_TEMPFAIL if item["code"][0] == "4" and item["dsn"] != "5.4.6" else EX_UNAVAILABLE
-    codes = {400: EX_DATAERR, 401: EX_NOPERM, 403: EX_NOPERM, 413: EX_DATAERR}
-    return EX_NOPERM if item["rcpt"] is not None else codes.get(status, EX_TEMPFAIL)
-
-
-# -- addresses of programs that know names of users only
+        return os.EX_TEMPFAIL if item["code"][0] == "4" and item["dsn"] != "5.4.6" else os.EX_UNAVAILABLE
+    codes = {400: os.EX_DATAERR, 401: os.EX_NOPERM, 403: os.EX_NOPERM, 413: os.EX_DATAERR}
+    return os.EX_NOPERM if item["rcpt"] is not None else codes.get(status, os.EX_TEMPFAIL)
 
 
 def sendmail_sender(flags: dict, settings: Settings) -> str:
@@ -10210,7 +10154,7 @@ def sendmail_sender(flags: dict, settings: Settings) -> str:
         return ""
     found = split_addresses(given, settings.hostname)
     if len(found) != 1 or not parse_address(found[0]):
-        raise CommandError(f'usage: "{given}" is no mail address', EX_USAGE)
+        raise CommandError(f'usage: "{given}" is no mail address', os.EX_USAGE)
     return found[0]
 
 
@@ -10222,6 +10166,16 @@ def default_sender(hostname: str) -> str:
     name = re.sub(r"[^A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]+", "_", name.rpartition("\\")[2])
     name = re.sub(r"\.+", ".", name)[:64].strip("._") or f"uid{os.getuid()}"
     return f"{name}@{hostname}"
+
+
+def named_recipients(addresses: list, fields: list, settings: Settings) -> list:
+    """Return the recipients in words of a command line and in header fields, each name in smtpd.aliases expanded."""
+    named = [address for text in addresses for address in split_addresses(text, settings.hostname)]
+    here, found = f"@{settings.hostname.lower()}", []
+    for address in [*named, *header_recipients(fields)]:
+        name = address[: -len(here)] if address.lower().endswith(here) else ""
+        found += settings.smtpd.aliases.get(name.lower(), (address,))
+    return found
 
 
 def split_addresses(text: str, hostname: str) -> list:
@@ -10243,13 +10197,6 @@ def recipient_fields(fields: list) -> list:
     return resent or [("to", octets) for name, octets in fields if name in ("to", "cc", "bcc")]
 
 
-def expand_alias(address: str, settings: Settings) -> tuple:
-    """Return the addresses that smtpd.aliases has for a name at this machine; else the address itself."""
-    local, _, domain = address.rpartition("@")
-    name = local.lower() if domain.lower() == settings.hostname.lower() else ""
-    return tuple(settings.smtpd.aliases.get(name, (address,)))
-
-
 def qualified_field(name: str, field: bytes, hostname: str) -> tuple:
     """Return (name, field), in which addresses without a domain have got one (RFC 5322 3.4.1)."""
     if not re.fullmatch(r"(resent-)?(from|sender|to|cc|bcc|reply-to)|errors-to|return-receipt-to", name):
@@ -10268,24 +10215,18 @@ def qualified(text: str, hostname: str) -> str:
     for before, i, after in zip([None, *words], words, [*words[1:], None]):
         name = texts[i].strip("<> ") if tokens[i][0] == "angle" else texts[i]
         alone = (before is None or texts[before] in (",", ";", ":")) and (after is None or texts[after] in (",", ";"))
-        if LOCAL_NAME.fullmatch(name) and (alone or tokens[i][0] == "angle"):
+        if re.fullmatch("[A-Za-z0-9._+-]+", name) and (alone or tokens[i][0] == "angle"):
             texts[i] = texts[i].replace(name, f"{name}@{hostname}")
     return "".join(texts)
-
-
-LOCAL_NAME = re.compile(r"[A-Za-z0-9._+-]+")
-
-
-# -- what else sendmail does
 
 
 def dsn_options(flags: dict) -> tuple:
     """Return what -R, -V and -N ask of the next server: parameters of MAIL, and of RCPT (RFC 3461)."""
     ret, notify = flags.get("-R", "full").upper(), flags.get("-N", "failure,delay").upper().replace(" ", "")
     if ret not in ("HDRS", "FULL"):
-        raise CommandError(f"usage: -R {flags['-R']}: expected hdrs or full", EX_USAGE)
+        raise CommandError(f"usage: -R {flags['-R']}: expected hdrs or full", os.EX_USAGE)
     if notify != "NEVER" and not set(notify.split(",")) <= {"SUCCESS", "FAILURE", "DELAY"}:
-        raise CommandError(f"usage: -N {flags['-N']}: expected never, or some of success, failure, delay", EX_USAGE)
+        raise CommandError(f"usage: -N {flags['-N']}: expected never, or some of success, failure, delay", os.EX_USAGE)
     envid = re.sub(r"[^!-*,-<>-~]", lambda c: "".join(f"+{b:02X}" for b in c[0].encode()), flags.get("-V", "")[:30])
     return f" RET={ret}{' ENVID=' if envid else ''}{envid}", f" NOTIFY={notify}"
 
@@ -10293,34 +10234,27 @@ def dsn_options(flags: dict) -> tuple:
 def sendmail_queue(flags: dict, addresses: list) -> int:
     """List the queue, or with -q make what waits due: all, or with -qIQUEUEID one mail."""
     settings = usable_settings(flags.get("-C")).queue
-    exists = settings and os.path.exists(settings.path)
-    if "-b" in flags:
-        return queue_list(QueueDB(settings), "") if exists else print("Mail queue is empty") or EX_OK
-    which = flags["-q"].strip()
-    if exists:
-        run_operation(QueueDB(settings), flush_queue, which[1:] if which[:1] == "I" else None)
-    return EX_OK
+    store = QueueDB(settings) if settings and os.path.exists(settings.path) else None
+    if "-b" in flags and not store:
+        print("Mail queue is empty")
+    elif "-b" in flags:
+        return queue_list(store, "")
+    elif store:
+        which = flags["-q"].strip()
+        run_operation(store, flush_queue, which[1:] if which[:1] == "I" else None)
+    return os.EX_OK
 
 
 def sendmail_verify(flags: dict, addresses: list) -> int:
     """Say where mail to the addresses would go."""
     settings, _ = sendmail_settings(flags)
-    found = [
-        to
-        for text in addresses
-        for address in split_addresses(text, settings.hostname)
-        for to in expand_alias(address, settings)
-    ]
-    return max([EX_NOPERM * print_route(to, "", settings) for to in found], default=EX_OK)
+    codes = [print_route(to, "", settings) for to in named_recipients(addresses, [], settings)]
+    return os.EX_NOPERM if any(codes) else os.EX_OK
 
 
-SENDMAIL_MODES = {  # of -b; -q alone is "q"
-    "m": sendmail_deliver,
-    "p": sendmail_queue,
-    "q": sendmail_queue,
-    "v": sendmail_verify,
-    **dict.fromkeys(("i", "h", "H"), lambda flags, addresses: EX_OK),  # no database of aliases, none of hosts
-}
+# Modes of -b; -q alone is "q". There is no database of aliases (-bi, -I), and none of hosts (-bh, -bH).
+SENDMAIL_MODES = {"m": sendmail_deliver, "p": sendmail_queue, "q": sendmail_queue, "v": sendmail_verify}
+SENDMAIL_MODES.update(dict.fromkeys("ihH", lambda flags, addresses: os.EX_OK))
 
 
 ARGUMENTS = {  # name: what ArgumentParser.add_argument() takes
@@ -10330,10 +10264,7 @@ ARGUMENTS = {  # name: what ArgumentParser.add_argument() takes
     "workers": (("--workers",), {"metavar": "N", "type": int, "help": "processes; 0 means one per core"}),
     "devel": (("-d", "--devel"), {"action": "store_true", "help": "print every SMTP dialogue, secrets masked"}),
     "connect": (("--connect",), {"action": "store_true", "help": "try what each route would use; no mail is sent"}),
-    "records-of": (
-        ("--sender",),
-        {"metavar": "A", "help": "read SPF, DKIM and DMARC records of this address's domain"},
-    ),
+    "records-of": (("--sender",), {"metavar": "A", "help": "read SPF, DKIM and DMARC records of its domain"}),
     "selector": (("--selector",), {"metavar": "S", "help": "of the sender's DKIM key"}),
     "sender": (("--sender",), {"metavar": "ADDRESS"}),
     "address": (("address",), {"metavar": "ADDRESS"}),
@@ -10350,7 +10281,10 @@ ARGUMENTS = {  # name: what ArgumentParser.add_argument() takes
     "charset": (("--charset",), {"metavar": "C"}),
     "body": (("--body",), {"metavar": "TEXT", "help": "absent, and no --html: stdin"}),
     "html": (("--html",), {"metavar": "FILE", "help": "the mail in HTML, in UTF-8"}),
-    "attach": (("--attach",), {"action": "append", "metavar": "FILE", "help": "a file to attach; again for more"}),
+    "attach": (
+        ("--attach",),
+        {"action": "append", "default": [], "metavar": "FILE", "help": "a file to attach; again for more"},
+    ),
     "-C": (("-C",), {"metavar": "FILE", "help": "settings file"}),
     "-t": (("-t",), {"action": "store_true", "help": "recipients from To, Cc and Bcc too"}),
     "-i": (("-i",), {"action": "store_true", "help": "a line with a dot alone does not end the message"}),

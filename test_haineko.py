@@ -622,6 +622,28 @@ def run_program(*words: str, given=None, **more) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, PROGRAM, *words], check=False, **more)
 
 
+def run_here(*words: str, given: bytes | str = b"", **variables: str) -> tuple:
+    """(exit code, stdout, stderr) of a command, run in this process: many times faster."""
+    out, err, before, quiet = io.StringIO(), io.StringIO(), dict(os.environ), haineko.log.quiet
+    with tempfile.TemporaryFile() as file, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        file.write(given if isinstance(given, bytes) else given.encode())
+        file.seek(0)
+        stdin = os.dup(0)
+        os.dup2(file.fileno(), 0)
+        os.environ.update(variables)
+        try:
+            code = haineko.main(list(words))
+        except SystemExit as ended:  # of argparse
+            code = ended.code
+        finally:
+            os.dup2(stdin, 0)
+            os.close(stdin)
+            os.environ.clear()
+            os.environ.update(before)
+            haineko.log.quiet = quiet
+    return code, out.getvalue(), err.getvalue()
+
+
 def can_run(program: str, **more) -> bool:
     """Whether a program starts, as another user, for instance."""
     try:
@@ -7966,7 +7988,7 @@ class RelayMx(MxPeers):
         with open(path, "w", encoding="utf-8") as stream:
             json.dump({"smtpd": smtpd, "recipients": {"open-relay": 1}, "mailertable": {"default": route}}, stream)
         to = ["a@neko.example", "b@inu.example", "c@none.example"]
-        for tos, code in ((to[:2], haineko.EX_OK), (to, haineko.EX_UNAVAILABLE)):
+        for tos, code in ((to[:2], os.EX_OK), (to, os.EX_UNAVAILABLE)):
             self.host.mails.clear()
             done = run_program("sendmail", "-C", path, "-f", "k@example.org", *tos, given=b"Subject: Nyaaaa\n\nMeow.\n")
             self.assertEqual(done.returncode, code, done.stderr)
@@ -12319,7 +12341,7 @@ class Workers(Peers):
         code = (
             "import resource, haineko; _, hard = resource.getrlimit(resource.RLIMIT_NOFILE); "
             "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard)); haineko.raise_nofile_limit(); "
-            "print(resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, haineko.MAX_OPEN_FILES), hard), hard)"
+            "print(resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, 65536), hard), hard)"
         )
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=HERE, capture_output=True, env=environment(), check=False
@@ -12395,20 +12417,12 @@ class Commands(Folder, Peers):
         )
         return done.returncode, done.stdout.decode(), done.stderr.decode()
 
-    def called(self, *words: str) -> tuple:
-        """The same without a process, for a command that needs none of its own."""
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            return haineko.main(list(words)), out.getvalue(), err.getvalue()
+    called = staticmethod(run_here)
 
     def each(self, *cases: tuple, given: tuple = (), **variables: str) -> list:
-        """The results of several commands, run side by side."""
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            running = [
-                pool.submit(self.haineko, *words, given=text, **variables)
-                for words, text in itertools.zip_longest(cases, given, fillvalue="")
-            ]
-            return [item.result() for item in running]
+        """The results of several commands."""
+        pairs = itertools.zip_longest(cases, given, fillvalue="")
+        return [self.called(*words, given=text, **variables) for words, text in pairs]
 
     def settings(self, **sections) -> str:
         """Path of a settings file."""
@@ -12421,13 +12435,11 @@ class Commands(Folder, Peers):
             with self.subTest(words):
                 self.assertEqual((code, out), (2, ""))
                 self.assertIn("usage:", err)
-        code, out, _ = self.haineko("-h")
+        code, out, _ = self.called("-h")
         self.assertEqual(code, 0)
         for name in haineko.COMMANDS:
             self.assertIn(f"    {name} ", out)
-            with self.assertRaises(SystemExit) as ended, contextlib.redirect_stdout(None):
-                haineko.main([name, "-h"])
-            self.assertEqual(ended.exception.code, 0)
+            self.assertEqual(self.called(name, "-h")[0], 0)
 
     def test_serve_without_settings_harms_nobody_and_says_so(self) -> None:
         server = served(self, None, "--listen", "127.0.0.1:0", "--workers", "1", "-d")
@@ -12494,19 +12506,19 @@ class Commands(Folder, Peers):
             bad = self.write("bad.json", {"httpd": {"lissen": "x"}, "mailertable": {"default": {"mailer": "ESNTP"}}})
             cases = (
                 (("serve", "--listen", place, "-c", fine), 1, f"can't listen at {place}: Address already in use"),
-                (("serve", "--listen", "nonsense"), 2, 'expected "host:port", "[v6]:port" or "unix:/path"'),
-                (("serve", "--workers", "-1"), 2, "a whole number from 0 to 256"),
+                (("serve", "-c", fine, "--listen", "nonsense"), 2, 'expected "host:port", "[v6]:port" or "unix:/path"'),
+                (("serve", "-c", fine, "--workers", "-1"), 2, "a whole number from 0 to 256"),
                 (("serve", "--workers", "x"), 2, "invalid int value"),
                 (("serve", "-c", bad), 2, 'httpd.lissen: unknown key; did you mean "listen"?'),
                 (("serve", "-c", "/nowhere.json"), 2, "/nowhere.json: No such file or directory"),
             )
-            results = self.each(*[words for words, *_ in cases])
+            results = [self.haineko(*cases[0][0]), *self.each(*[words for words, *_ in cases[1:]])]
             for (words, wanted, reason), (code, out, err) in zip(cases, results):
                 with self.subTest(words):
                     self.assertEqual((code, out), (wanted, ""))
                     self.assertIn(reason, err)
                     self.assertNotIn("Traceback", err)
-            code, _, err = self.haineko("serve", HAINEKO_CONF=bad)
+            code, _, err = self.called("serve", HAINEKO_CONF=bad)
             self.assertEqual(code, 2)
             self.assertIn('mailertable.default.mailer: unknown relay type "ESNTP"', err)
 
@@ -12518,22 +12530,22 @@ class Commands(Folder, Peers):
             httpd={"listen": "127.0.0.1:0", "workers": 1}, mailertable={"default": esmtp(peer, timeout=9)}
         )
         options = ("-c", force, "--pid-file", os.path.join(self.folder, "x.pid"))
-        self.addCleanup(self.haineko, "stop", *options)
+        self.addCleanup(self.called, "stop", *options)
         self.addCleanup(gate.set)
 
         def placed(err: str):
             return place_of(re.search(r"http://\S+", err)[0])
 
         for command in ("status", "stop", "reload"):
-            self.assertEqual(self.haineko(command, *options)[0], 1, command)
+            self.assertEqual(self.called(command, *options)[0], 1, command)
         code, out, err = self.haineko("start", *options)
         self.assertEqual((code, out), (0, ""), err)
-        self.assertEqual(self.haineko("start", *options)[0], 1)
-        code, out, _ = self.haineko("status", *options)
+        self.assertEqual(self.called("start", *options)[0], 1)
+        code, out, _ = self.called("status", *options)
         self.assertEqual((code, int(re.search(r"pid (\d+)", out)[1])), (0, int(re.search(r"pid (\d+)", err)[1])))
         logs = [os.path.join(self.folder, name) for name in ("x.log.1", "x.log")]
         os.rename(logs[1], logs[0])  # as logrotate does
-        self.assertEqual(self.haineko("reload", *options)[0], 0)
+        self.assertEqual(self.called("reload", *options)[0], 0)
         eventually(lambda: os.path.exists(logs[1]), "a new log file")
         with HttpClient(placed(err)) as wire:
             wire.send(post())
@@ -12552,9 +12564,9 @@ class Commands(Folder, Peers):
             self.assertEqual(wire.ask(post())[0], 200)
         self.write("haineko.json", {"httpd": {"lissen": 1}})
         for command in ("reload", "restart"):  # rather the old one than none
-            self.assertEqual(self.haineko(command, *options)[0], 2, command)
-        self.assertEqual(self.haineko("stop", *options)[0], 0)
-        self.assertEqual(self.haineko("status", *options)[:2], (1, "haineko does not run\n"))
+            self.assertEqual(self.called(command, *options)[0], 2, command)
+        self.assertEqual(self.called("stop", *options)[0], 0)
+        self.assertEqual(self.called("status", *options)[:2], (1, "haineko does not run\n"))
         self.assertFalse(os.path.exists(os.path.join(self.folder, "x.pid")))
         text = ""
         for path in logs:
@@ -12592,7 +12604,7 @@ class Commands(Folder, Peers):
             "mailertable": {"default": {"auth": "relai"}, "example.jp": {"port": "25"}},
             "authinfo": login,
         }
-        code, out, err = self.haineko("check", HAINEKO_CONF=self.write("haineko.json", faulty))
+        code, out, err = self.called("check", HAINEKO_CONF=self.write("haineko.json", faulty))
         self.assertEqual((code, err), (1, ""))
         for path, hint in (
             ("htpd", '"httpd"'),
@@ -12607,7 +12619,7 @@ class Commands(Folder, Peers):
         self.assertEqual(self.called("check", "-c", os.path.join(self.folder, "none"))[0], 1)
 
     def test_a_log_or_pid_file_that_is_a_link_is_not_followed(self) -> None:
-        path, victim = self.settings(), self.write("victim", "precious")
+        path, victim = self.settings(httpd={"listen": "127.0.0.1:0"}), self.write("victim", "precious")
         for name in ("x.log", "x.pid"):
             os.symlink(victim, os.path.join(self.folder, name))
             with self.subTest(name):
@@ -12721,8 +12733,7 @@ class Commands(Folder, Peers):
             (("nonsense",), 2, "is no mail address"),
             (("a@example.jp", "--sender", "nonsense"), 2, "is no mail address"),
         )
-        run = [self.called] * (len(cases) - 2) + [self.haineko] * 2
-        results = [call("route", *words, "-c", force) for call, (words, *_) in zip(run, cases)]
+        results = [self.called("route", *words, "-c", force) for words, *_ in cases]
         for (words, wanted, part), (code, out, err) in zip(cases, results):
             with self.subTest(words):
                 self.assertEqual(code, wanted)
@@ -12825,7 +12836,7 @@ class Commands(Folder, Peers):
             self.assertEqual(b"\r\n..\r\nmore\r\n" in octets, dots)
             self.assertTrue(found["Received"] and found["Date"] and found["Message-Id"])
         bad = self.write("bad.json", {"x": 1})
-        self.assertEqual(self.haineko("sendmail", "-C", bad, "a@example.jp", given=text)[0], 78)
+        self.assertEqual(self.called("sendmail", "-C", bad, "a@example.jp", given=text)[0], 78)
         code, _, err = self.haineko("sendmail", "a@example.jp", given=text)
         self.assertEqual((code, "no settings file" in err), (78, True), "it must not be lost on a screen")
 
@@ -12923,16 +12934,16 @@ class Commands(Folder, Peers):
     def test_sendmail_queues(self) -> None:
         peer = self.peer({"RCPT": refuses(l="450 4.2.0 later")})
         path = self.settings(queue={"path": "q.db", "min_free": 0}, mailertable={"default": esmtp(peer)})
-        code, out, err = self.haineko(
+        code, out, err = self.called(
             "sendmail", "-C", path, "-N", "never", "l@example.jp", "a@example.jp", given="\nx\n"
         )
         self.assertEqual((code, out, err), (0, "", ""))
         self.assertEqual([mail[1] for mail in peer.mails], [["RCPT TO:<a@example.jp>"]])
-        code, out, err = self.haineko("sendmail", "-C", path, "-bp")
+        code, out, err = self.called("sendmail", "-C", path, "-bp")
         self.assertEqual((code, err, out.count("\n")), (0, "", 1))
         self.assertRegex(out, "<l@example.jp>.*450 4.2.0 later")
         path = self.settings(mailertable={"default": esmtp(peer)})
-        code, out, err = self.haineko("sendmail", "-C", path, "l@example.jp", "a@example.jp", given="\nx\n")
+        code, out, err = self.called("sendmail", "-C", path, "l@example.jp", "a@example.jp", given="\nx\n")
         self.assertEqual((code, "<l@example.jp>: 450 RCPT" in err), (69, True), err)  # not 75: a@ would get it twice
 
     def test_the_sendmail_program_of_setup(self) -> None:
@@ -13010,13 +13021,13 @@ class Commands(Folder, Peers):
         path = self.settings(dkim=keys)
         for domain, name, octets in (("example.org", "s1._domainkey.example.org.", 32),
                                      ("例え.jp", "s2._domainkey.xn--r8jz45g.jp.", 294)):  # fmt: skip
-            code, out, err = self.haineko("dkim", domain, "-c", path)
+            code, out, err = self.called("dkim", domain, "-c", path)
             self.assertEqual((code, err), (0, ""))
             found = re.fullmatch(rf'{name} IN TXT ("[^"]*"(?: "[^"]*")*)\n', out)
             strings = re.findall('"([^"]*)"', found[1])
             self.assertTrue(all(len(text) <= 255 for text in strings))
             self.assertEqual(len(base64.b64decode(haineko.parse_tags("".join(strings))["p"])), octets)
-        code, out, err = self.haineko("dkim", "exmple.org", "-c", path)
+        code, out, err = self.called("dkim", "exmple.org", "-c", path)
         self.assertEqual((code, out), (1, ""))
         self.assertIn('"exmple.org" is not in dkim; did you mean "example.org"?', err)
 
@@ -13028,9 +13039,9 @@ class CheckConnect(WithCertificates):
         smtpd = {"hostname": "relay.example.org", "resolver": resolver}
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
             json.dump({"smtpd": smtpd, "mailertable": mailertable, **sections}, stream)
-        done = run_program("check", "-c", path, *flags, text=True)
-        self.assertEqual(done.stderr, "")
-        return done.returncode, done.stdout.splitlines()[1:]
+        code, out, err = run_here("check", "-c", path, *flags)
+        self.assertEqual(err, "")
+        return code, out.splitlines()[1:]
 
     def assert_lines(self, lines: list, *wanted: str) -> None:
         """Each line begins as wanted, or has that after the step."""
@@ -13229,11 +13240,11 @@ class CheckConnect(WithCertificates):
             ("--sender", "a@b.example", "--selector", "a b"),
         ):
             with self.subTest(flags):
-                done = run_program("check", "-c", os.path.join(self.folder, "none.json"), *flags, text=True)
-                self.assertEqual(done.returncode, 1)  # no such file
+                code = run_here("check", "-c", os.path.join(self.folder, "none.json"), *flags)[0]
+                self.assertEqual(code, 1)  # no such file
         options = haineko.argument_parsers()[1]["check"].parse_args(["--sender", "a@b.example", "--selector", "a b"])
         with self.assertRaises(haineko.CommandError):
-            haineko.run_checks(haineko.Settings(), options)
+            haineko.run(haineko.run_checks(haineko.Settings(), options))
 
 
 class RecordsOfASender(unittest.TestCase):
@@ -13356,8 +13367,8 @@ class SendmailShares(Folder, Peers):
             + "y" * 1200
             + "\n"
         )
-        ended = run_program("sendmail", "-C", path, "-t", "-i", "-f", "a@example.org", given=text.encode())
-        self.assertEqual((ended.returncode, ended.stderr), (0, b""))
+        ended = run_here("sendmail", "-C", path, "-t", "-i", "-f", "a@example.org", given=text)
+        self.assertEqual(ended, (0, "", ""))
         status, _ = posted({"mail": "a@example.org", "raw": text}, settings(**force))
         self.assertEqual(status, 200)
         (_, rcpt, one, _), (_, rcpt_too, two, _) = peer.mails
@@ -13376,9 +13387,9 @@ class SendmailShares(Folder, Peers):
                 "mailertable": {"default": {"host": peer.host, "port": peer.port, "timeout": 2}},
             },
         )
-        ended = run_program("sendmail", "-C", path, "-f", "<>", "c@日本語.jp", given=b"Subject: x\n\ny\n")
-        self.assertEqual(ended.returncode, 69)
-        self.assertIn("<c@日本語.jp>: 550 RCPT".encode(), ended.stderr)
+        code, _, err = run_here("sendmail", "-C", path, "-f", "<>", "c@日本語.jp", given="Subject: x\n\ny\n")
+        self.assertEqual(code, 69)
+        self.assertIn("<c@日本語.jp>: 550 RCPT", err)
         self.assertIn("MAIL FROM:<>", peer.lines)
 
 
@@ -13581,20 +13592,23 @@ class AttacksOnFiles(Folder):
         haineko.bind(f"unix:{place}").close()
 
     def test_send_to_a_place_that_is_none(self):
-        for url in ("http://127.0.0.1:99999/", "http://[::1", "http://127.0.0.1:9/ねこ", "ftp://127.0.0.1/", "neko"):
+        for url in (
+            "http://127.0.0.1:99999/",
+            "http://[::1",
+            "http://127.0.0.1:9/ねこ",
+            "ftp://127.0.0.1/",
+            "http://a..b/",
+            "neko",
+        ):
             with self.subTest(url):
-                done = run_program("send", "--url", url, given=b"{}")
-                self.assertEqual((done.returncode, done.stdout), (2, b""))
-                self.assertIn(b"is no URL of a Haineko", done.stderr)
-
-    def test_send_to_a_host_that_can_have_no_name(self):
-        done = run_program("send", "--url", "http://a..b/", given=b"{}")
-        self.assertEqual((done.returncode, b"Traceback" in done.stderr), (1, False), done.stderr)
+                code, out, err = run_here("send", "--url", url, given=b"{}")
+                self.assertEqual((code, out), (2, ""))
+                self.assertIn("is no URL of a Haineko", err)
 
     def test_send_by_a_file_and_by_flags_at_once(self):
         for words in (["mail.json", "--to", "a@b.jp"], ["mail.json", "--subject", "x"], ["--sender", "a@b.jp"]):
-            done = run_program("send", *words)
-            self.assertEqual((done.returncode, b"want --to, and no FILE" in done.stderr), (2, True), done.stderr)
+            code, _, err = run_here("send", *words)
+            self.assertEqual((code, "want --to, and no FILE" in err), (2, True), err)
 
     def test_an_answer_with_what_a_terminal_would_obey(self):
         shown = haineko.terminal_json(json.dumps(["\ud800\x9b2J\u202e\x1b", "ねこ🐈"], ensure_ascii=False))
