@@ -76,6 +76,7 @@ import urllib.parse
 from collections import Counter, OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
 from email.utils import formatdate, parsedate_to_datetime
 from html import unescape
 from html.parser import HTMLParser
@@ -2071,6 +2072,19 @@ def parse_date(value: Any, json_path: str, errors: list) -> str:
     return value
 
 
+def parse_send_at(value: Any, json_path: str, errors: list) -> float | None:
+    """Return seconds since the epoch, from whole seconds or from a time of ISO 8601 with its zone."""
+    if type(value) is int:
+        return value
+    for form in SEND_AT_FORMS if type(value) is str else ():
+        with contextlib.suppress(ValueError):
+            return datetime.strptime(value, form).timestamp()
+    got = f'"{sanitize(value, 80)}"' if type(value) is str else json_type_name(value)
+    errors.append(f'{json_path}: expected whole seconds since the epoch, or "2026-12-24T18:00:00+01:00", got {got}')
+    return None
+
+
+SEND_AT_FORMS = ("%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M:%S.%f%z", "%Y-%m-%dT%H:%M%z")
 # Fields that a client may set beside those of Header and X-...; the parser decides how a value is written:
 # parse_header_text: may be encoded (RFC 2047); parse_mailbox_field: a list of mailboxes; all others: as it is.
 EXTRA_FIELDS = {
@@ -2101,6 +2115,7 @@ FIELD_BY_KEY = {normalize_key(name): name for name in EXTRA_FIELDS}
 TOP_KEYS = {key: key for key in ("ehlo", "helo", "mail", "rcpt", "recv", "body", "html", "attachments", "raw", "async")}
 TOP_KEYS.update(dict.fromkeys(("text", "textbody", "plain", "content", "message"), "body"))
 TOP_KEYS.update(dict.fromkeys(("recipient", "recipients", "mailto", "rcptto"), "rcpt"))
+TOP_KEYS.update(sendat="send_at", dryrun="dry_run", trace="trace")
 TOP_KEYS.update(sender="mail", mailfrom="mail", htmlbody="html", files="attachments", attachment="attachments")
 TOP_KEYS.update(contenttype="html or attachments[].type", mimetype="attachments[].type")
 ATTACHMENT_KEYS = dict.fromkeys(("contenttype", "mimetype", "mediatype"), '"type"')
@@ -2531,6 +2546,7 @@ class Submission:
     header: Header = config_field(Header(), parse_header)
     body: str = config_field("", parse_unicode_text, "the text")
     async_: bool = config_field(False, parse_boolean, "true: answered at once, delivered from the queue", key="async")
+    send_at: float | None = config_field(None, parse_send_at, "delivered then, ISO 8601 or seconds since the epoch")
     html: str = config_field("", parse_unicode_text, "the same in HTML")
     attachments: tuple = config_field((), parse_attachments, "files")
     raw: ParsedMessage | None = config_field(
@@ -2738,6 +2754,15 @@ def hidden_client(request: Request, settings: Settings) -> str:
     return "" if "x-forwarded-for" in request.headers else f"{proxy} without X-Forwarded-For"
 
 
+def check_send_at(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    if (submission.send_at or 0) <= request.now + MAX_SEND_AHEAD:
+        return None
+    return make_reply("invalid", f"send_at: expected a time at most {MAX_SEND_AHEAD // 86400} days ahead")
+
+
+MAX_SEND_AHEAD = 30 * 86400  # seconds
+
+
 def check_loop(request: Request | None, submission: Submission, settings: Settings) -> Reply | None:
     names = submission.header.loop
     looped = len(names) > MAX_LOOP_NAMES or settings.hostname.lower() in map(str.lower, names)
@@ -2809,6 +2834,7 @@ def check_subject(request: Request, submission: Submission, settings: Settings) 
 CHECKS = (
     ("head", check_login),  # before the body is read; there is no submission yet
     ("head", check_client),
+    ("submission", check_send_at),
     ("submission", check_loop),
     ("submission", check_ehlo),
     ("submission", check_sender),
@@ -6452,6 +6478,7 @@ class NewQueueItem(NamedTuple):
     recipients: tuple  # of NewRecipient
     key: bytes | None = None  # digest of login, path and Idempotency-Key
     body_digest: bytes | None = None  # of the request's body
+    send_at: float = 0.0  # no attempt is made before
 
 
 class LeasedRecipient(NamedTuple):
@@ -6904,7 +6931,8 @@ SCHEMA = """
         as_written TEXT NOT NULL,          -- by the client
         recipient TEXT NOT NULL,           -- as relays are told
         number INTEGER NOT NULL, destination TEXT NOT NULL,
-        state TEXT NOT NULL, created_at REAL NOT NULL,  -- state: open, delivered, failed, dropped or held
+        state TEXT NOT NULL,               -- open, delivered, failed, dropped or held
+        created_at REAL NOT NULL,          -- the message's, or when it is to be sent
         due REAL,                          -- open and not leased: time of the next attempt; 0: now, even if throttled
         owner INTEGER,                     -- leased: slot of the process that delivers it
         attempts INTEGER NOT NULL,
@@ -6963,7 +6991,7 @@ MAX_REPLY_LINES = 10  # lines kept of a reply
 def enqueue(db: Any, slot: int, item: NewQueueItem, results: list | None, leased: bool = False) -> Any:
     """Store an item and return None, or return the earlier message with the same key.
 
-    Recipients are due at once, leased to this process if `leased`, or as the results of their first attempts say.
+    Recipients are due at once or at send_at, leased to this process if `leased`, or as their first attempts say.
     """
     if item.key:
         expired = item.created_at - RETENTION
@@ -6980,8 +7008,9 @@ def enqueue(db: Any, slot: int, item: NewQueueItem, results: list | None, leased
         body_digest=item.body_digest, size=len(octets), octets=octets,
         parts=json.dumps([flags, *map(len, item.message.parts), *item.message.dsn]),
     )  # fmt: skip
-    due = created_at if owner is None else None
-    state = {"message": message, "state": "open", "created_at": created_at, "due": due, "owner": owner}
+    starts_at = max(created_at, item.send_at)  # the lifetime counts from then
+    due = starts_at if owner is None else None
+    state = {"message": message, "state": "open", "created_at": starts_at, "due": due, "owner": owner}
     for recipient in item.recipients:
         insert(db, "recipients", **recipient._asdict(), **state, attempts=0, history="[]")
     if results:  # their attempts took a while
@@ -7078,7 +7107,7 @@ def lease_due(
 def lease(db: Any, slot: int, row_id: int) -> list:
     """Lease one recipient; one that can't be read is held, or it would keep all others from being read."""
     row = db.execute(
-        "SELECT r.id, queueid, kind, sender, login, m.created_at, parts, as_written, recipient, number, destination,"
+        "SELECT r.id, queueid, kind, sender, login, r.created_at, parts, as_written, recipient, number, destination,"
         " attempts, history, octets FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (row_id,)
     ).fetchone()  # fmt: skip
     try:
@@ -7190,9 +7219,11 @@ def open_recipients_after(db: Any, slot: int, row_id: int, limit: int) -> list:
 
 
 def flush_queue(db: Any, slot: int, queueid: str | None) -> int:
-    """Make what waits, or waits or is held of one mail, due now, even if throttled; return how many recipients."""
+    """Make what waits (but not for `send_at`), or all that waits or is held of one mail, due now, even if throttled;
+    return how many recipients."""
     if not queueid:
-        return db.execute("UPDATE recipients SET due=0 WHERE due IS NOT NULL").rowcount
+        sql = "UPDATE recipients SET due=0 WHERE due IS NOT NULL AND created_at<=?"
+        return db.execute(sql, (time.time(),)).rowcount
     sql = f"UPDATE recipients SET due=0, state='open', interruptions=0 WHERE {WAITING_OF_MESSAGE}"
     return db.execute(sql, (queueid,)).rowcount
 
@@ -7216,7 +7247,8 @@ WAITING_OF_MESSAGE = "(due IS NOT NULL OR state='held') AND message=(SELECT id F
 def correct_due(db: Any, slot: int, settings: QueueSettings, now: float) -> None:
     """Make due what would wait longer than any pause, since the clock was set back; not what is to be sent later."""
     latest = now + 1.2 * max(settings.retry_after)
-    db.execute("UPDATE recipients SET due=? WHERE due>? AND (attempts>0 OR due<=created_at)", (now, latest))
+    created_at = "(SELECT created_at FROM messages WHERE id=message)"
+    db.execute(f"UPDATE recipients SET due=? WHERE due>? AND (attempts>0 OR due<={created_at})", (now, latest))
 
 
 # -- The process that delivers
@@ -7470,7 +7502,8 @@ def compose_and_check(
 ) -> Message:
     """Return the message; raise Rejected if a check of the content or of the message fails."""
     apply_checks(CHECKS_OF_CONTENT, request, submission, settings)
-    message = compose(submission, queueid, request.client, settings.hostname, request.now)._replace(dsn=request.dsn)
+    now = max(request.now, submission.send_at or 0)  # a Date weeks before the delivery would pass for a sign of spam
+    message = compose(submission, queueid, request.client, settings.hostname, now)._replace(dsn=request.dsn)
     longest = max([len(mailbox.addr_spec) for mailbox in accepted])
     request.message_size = sum(map(len, message.parts)) + longest + len(str(len(accepted)))
     apply_checks(CHECKS_OF_MESSAGE, request, submission, settings)
@@ -7511,26 +7544,29 @@ class QueueOptions(NamedTuple):
     key: bytes | None = None  # digest of login, path and Idempotency-Key
     body_digest: bytes | None = None
     login: str = ""
+    send_at: float = 0.0  # deliver then
 
 
 def queue_options(
     request: Request, submission: Submission, body_digest: bytes | None, settings: Settings
 ) -> QueueOptions:
     """Return the client's options; raise Rejected for one that needs a queue if there is none."""
-    key = request.headers.get("idempotency-key")
+    key, later = request.headers.get("idempotency-key"), submission.send_at is not None
     if not settings.queue:
-        if key is not None or submission.async_:  # to ignore them would be unsafe; Prefer may be ignored
-            raise Rejected(make_reply("no-queue", "async" if key is None else "Idempotency-Key"))
+        asked = {"Idempotency-Key": key is not None, "send_at": later, "async": submission.async_}
+        if any(asked.values()):  # to ignore them would be unsafe; Prefer may be ignored
+            raise Rejected(make_reply("no-queue", next(filter(asked.get, asked))))
         return QueueOptions()
-    async_ = submission.async_ or prefers_async(request.headers.get("prefer", ""))
+    async_ = later or submission.async_ or prefers_async(request.headers.get("prefer", ""))
+    send_at = max(submission.send_at or 0, 0)
     if key is None:
-        return QueueOptions(async_, login=request.login)
+        return QueueOptions(async_, login=request.login, send_at=send_at)
     found = IDEMPOTENCY_KEY.fullmatch(key)
     if not found:
         raise Rejected(make_reply("key-form"))
     owner = request.login or f"[{request.client.text}]"  # nobody else may read the response
     digest = hashlib.sha256("\0".join((owner, request.path, found[1] or found[2])).encode()).digest()
-    return QueueOptions(async_, digest, body_digest, request.login)
+    return QueueOptions(async_, digest, body_digest, request.login, send_at)
 
 
 # A string (RFC 8941 3.3.3), or a word without quotes, which most clients send.
@@ -7550,7 +7586,8 @@ async def enqueue_before_sending(
     earlier = await app.queue.add(item, leased=not options.async_)
     if options.async_ and not earlier:
         pairs = log_pairs(client=request.client.text, login=request.login or None, **{"from": f"<{item.sender}>"})
-        log.lines(f"{item.queueid}: {pairs} (queued, to be delivered at once)")
+        when = timestamp(int(item.send_at)) if item.send_at > item.created_at else "once"
+        log.lines(f"{item.queueid}: {pairs} (queued, to be delivered at {when})")
         app.queue.wake_manager()
     return earlier
 
@@ -7565,7 +7602,7 @@ def new_item(request: Request, transactions: list, accepted: list, options: Queu
             recipients.append(NewRecipient(mailboxes[to].as_written, to, transaction.number, destination))
     return NewQueueItem(
         first.queueid, "mail", first.sender, options.login, request.now, first.message, tuple(recipients), options.key,
-        options.body_digest,
+        options.body_digest, options.send_at,
     )  # fmt: skip
 
 

@@ -3368,6 +3368,41 @@ FAULTS = [
 ]  # fmt: skip
 
 
+class Later(Quiet):
+    def test_send_at(self):
+        cases = (
+            (1798113600, 1798113600),
+            (0, 0),
+            (-5, -5),
+            ("2026-12-24T12:00:00Z", 1798113600),
+            ("2026-12-24T21:00:00+09:00", 1798113600),
+            ("2026-12-24T21:00+0900", 1798113600),
+            ("2026-12-24T07:30:00.250-04:30", 1798113600.25),
+            ("2026-12-24T12:00:00", None),
+            ("2026-12-24", None),
+            ("2026-02-30T12:00:00Z", None),
+            ("2026-12-24T12:00:00Z ", None),
+            ("tomorrow", None),
+            ("", None),
+            (1798113600.5, None),
+            (True, None),
+            ([], None),
+        )
+        for value, wanted in cases:
+            with self.subTest(value):
+                found, errors, _ = haineko.parse_submission(as_body(document(send_at=value)))
+                self.assertEqual(found and found.send_at, wanted)
+                self.assertEqual([error.partition(":")[0] for error in errors], [] if found else ["send_at"])
+
+    def test_send_at_needs_a_queue_and_30_days(self):
+        days = 30 * 86400
+        for value, why in ((int(NOW), "send_at"), (0, "send_at"), (int(NOW) + days + 2, "send_at: expected a time at")):
+            with self.subTest(value):
+                status, found = posted(document(send_at=value))
+                self.assertEqual(status, 400)
+                self.assertIn(why, found["response"][0]["message"][1])
+
+
 class PartsRefused(Quiet):
     def test_faults(self):
         for changes, wanted in FAULTS:
@@ -9954,6 +9989,18 @@ class QueueStore(Quiet):
         self.do(haineko.correct_due, self.policy, past)
         self.assertEqual([leased.queueid for leased in self.lease(past)], ["tried", "fresh"])
 
+    def test_mail_for_later(self):
+        """Its lifetime begins when it is due, and a clock that was set back does not send it at once."""
+        now = time.time()
+        for at, queueid in ((now + 99, "later"), (now - 99, "past")):
+            self.do(haineko.enqueue, entry(queueid, born=now, send_at=at), None)
+        self.assertEqual([(leased.queueid, leased.created_at) for leased in self.lease(now)], [("past", now)])
+        self.do(haineko.correct_due, self.policy, now - 9e5)
+        self.assertEqual(self.do(haineko.flush_queue, None), 0)
+        self.assertEqual(self.lease(now + 98), [])
+        ((queueid, created_at),) = [(leased.queueid, leased.created_at) for leased in self.lease(now + 100)]
+        self.assertEqual((queueid, created_at), ("later", now + 99))
+
     def test_expired_mail_of_a_throttled_destination(self):
         """It is leased to be given up once it, or others to that destination, had three attempts."""
         later = haineko.AttemptResult(haineko.Reply("421", None, "CONN", ("x",)), haineko.Disposition("open", 999))
@@ -10099,6 +10146,34 @@ class QueueServed(unittest.TestCase):
         (mail,) = self.peer.to("later2@example.jp")
         self.assertEqual((mail.sender, b"Nyaa" in mail.text), ("kijitora@example.org", True))
         eventually(lambda: self.events(queueid) == ["message.deferred", "message.delivered"], what="events")
+
+    def test_sent_later(self):
+        now = int(time.time())
+        status, fields, answer = self.server.submit("at@example.jp", send_at=now + 3)
+        queueid, (item,) = answer["queueid"], answer["response"]
+        self.assertEqual((status, fields["Location"], item["command"]), (202, f"/queue/{queueid}", "QUEUE"))
+        self.assertEqual(self.server.fate(queueid)["at@example.jp"]["next"]["unixtime"], str(now + 3))
+        far = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now + 86400))
+        cancelled = self.server.submit("never2@example.jp", send_at=far)[2]["queueid"]
+        self.assertIn(
+            f"{cancelled}: client=127.0.0.1 from=<kijitora@example.org> (queued, to be delivered at 2",
+            self.server.log(),
+        )
+        self.assertEqual(self.server.queue("flush").returncode, 0)  # which is for what was tried
+        self.assertEqual(self.server.fate(cancelled)["never2@example.jp"]["state"], "waiting")
+        status, found = self.server.ask(get(f"/queue/{cancelled}", method="DELETE"))[::2]
+        self.assertEqual((status, found["cancelled"], found["response"][0]["state"]), (200, 1, "dropped"))
+        past = self.server.submit("past@example.jp", send_at="2001-02-03T04:05:06.7+09:00")
+        self.assertEqual(past[0], 202)
+        eventually(lambda: self.peer.to("past@example.jp"))
+        self.assertEqual(self.peer.to("at@example.jp"), [])
+        eventually(lambda: self.peer.to("at@example.jp"))
+        self.assertGreaterEqual(time.time(), now + 3)
+        sent = email.message_from_bytes(self.peer.to("at@example.jp")[0].text)
+        self.assertEqual(email.utils.parsedate_to_datetime(sent["Date"]).timestamp(), now + 3)
+        status, _, answer = self.server.submit("at@example.jp", send_at=now + 31 * 86400)
+        self.assertEqual((status, answer["response"][0]["message"][0]), (400, "Invalid submission"))
+        self.assertIn("send_at: ", answer["response"][0]["message"][1])
 
     def test_cancelled_and_retried_by_http(self):
         queueid = self.server.submit("later9@example.jp")[2]["queueid"]
