@@ -313,6 +313,7 @@ REPLIES = {
     "clear-auth": (0, "454", "4.7.11", "AUTH", "Credentials are not sent over a connection without TLS"),
     "file": (0, "451", "4.3.0", "DATA", "Cannot save the message"),
     "store": (503, "451", "4.3.0", "QUEUE", "Cannot store the mail"),
+    "dry-run": (0, "250", "2.0.0", "DRYRUN", "Not sent"),
     "queued": (0, "250", "2.0.0", "QUEUE", "Queued as %s"),
     "interrupted": (0, "421", "4.4.2", "DATA", "The process ended within the delivery; the message may have arrived"),
     "webhook": (0, "250", None, "HTTP", "%s"),
@@ -2547,6 +2548,7 @@ class Submission:
     body: str = config_field("", parse_unicode_text, "the text")
     async_: bool = config_field(False, parse_boolean, "true: answered at once, delivered from the queue", key="async")
     send_at: float | None = config_field(None, parse_send_at, "delivered then, ISO 8601 or seconds since the epoch")
+    dry_run: bool = config_field(False, parse_boolean, "true: all but delivery; the answer has the message in `raw`")
     html: str = config_field("", parse_unicode_text, "the same in HTML")
     attachments: tuple = config_field((), parse_attachments, "files")
     raw: ParsedMessage | None = config_field(
@@ -7444,6 +7446,8 @@ async def process_submission(request: Request, app: App, queueid: str) -> Respon
         message = await call_in_thread(is_expensive(submission), compose_and_check, *values)
         transactions, accepted = plan_transactions(submission, message, accepted, settings, queueid)
         submission, values = without_content(submission), ()
+        if submission.dry_run:
+            return await answer_dry_run(request, submission, replies, transactions, accepted, settings)
         if options.async_ or options.key:
             earlier = await enqueue_before_sending(request, transactions, accepted, options, app)
             if earlier:
@@ -7451,7 +7455,7 @@ async def process_submission(request: Request, app: App, queueid: str) -> Respon
     except Rejected as error:
         return respond(request, error.reply.status, {None: error.reply}, queueid, submission)
     delivered, attempts = await deliver_or_queue(request, transactions, accepted, options, app)
-    replies.update(zip([mailbox.as_written for mailbox in accepted], delivered))
+    add_replies(replies, dict(zip([mailbox.as_written for mailbox in accepted], delivered)))
     response = respond(request, http_status(replies.values()), replies, queueid, submission)
     if options.key:
         await app.queue.do_eventually(finish_request, queueid, attempts, serialize_response(response), time.time())
@@ -7529,12 +7533,45 @@ async def deliver_or_queue(
     return await queue_deferred(request, transactions, accepted, options, replies, app) if app.queue else (replies, [])
 
 
-def respond(request: Request, status: int, replies: dict, queueid: str, submission: Submission | None) -> Response:
+def add_replies(replies: dict, found: dict) -> None:
+    """Give each recipient without a reply its own; if its mail was redirected, that of the first failure, if any."""
+    common = min(found.values(), key=lambda reply: reply.accepted)
+    replies.update([(to, found.get(to, common)) for to, reply in replies.items() if not reply])
+
+
+async def answer_dry_run(
+    request: Request, submission: Submission, replies: dict, transactions: list, accepted: list, settings: Settings
+) -> Response:
+    """Return the response with the route of each recipient, and why, and the first copy of the message."""
+    sender, found = parse_address(submission.mail) or NULL_SENDER, {}
+    for to in accepted:
+        route, why = resolve_route(to.domain, sender.domain, settings)
+        has_host = route.row.destination == UNKNOWN_RELAY.destination
+        where = route.endpoint if has_host else {"mailer": route.relay}
+        found[to.as_written] = make_reply("dry-run", f"{to.addr_spec}: {describe_route(route)} ({why})", **where)
+    add_replies(replies, found)
+    octets = (await sign_transaction(transactions[0])).octets()
+    raw = octets.decode() if is_utf8(octets) else {"base64": base64.b64encode(octets).decode()}
+    more = {"message_octets": len(octets), "raw": raw}
+    return respond(request, http_status(replies.values()), replies, transactions[0].queueid, submission, **more)
+
+
+def describe_route(route: Route) -> str:
+    """Return where a route's mail goes, for people."""
+    tls = ", TLS" if route.port == SMTPS else ", STARTTLS" if route.starttls else ""
+    login = f", AUTH as {route.auth}" if route.auth else ""
+    where = f"{route.relay} {route.url}" if route.url else route.row.destination.format(route=route, domain="").strip()
+    return where + tls + login
+
+
+def respond(
+    request: Request, status: int, replies: dict, queueid: str, submission: Submission | None, **more: Any
+) -> Response:
     """Return the response; log each refusal before delivery."""
     refused = {to: reply for to, reply in replies.items() if reply.origin == "policy"}
     if refused:
         log_rejection(request, queueid, submission, refused)
-    return answer_document(request, status, replies, queueid, submission)
+    return answer_document(request, status, replies, queueid, submission, **more)
 
 
 class QueueOptions(NamedTuple):
@@ -7665,7 +7702,7 @@ async def replay_response(
         raise Rejected(make_reply("key-running"))
     if answered is None:  # its process ended before it could answer; the queue has taken the mail over
         message = await app.queue.do(message_status, queueid)
-        replies.update((row["as_written"], current_reply(queueid, row)) for row in message["recipients"])
+        add_replies(replies, {row["as_written"]: current_reply(queueid, row) for row in message["recipients"]})
         answered = serialize_response(
             answer_document(request, http_status(replies.values()), replies, queueid, submission)
         )
@@ -7829,9 +7866,9 @@ def log_line(
 
 
 def answer_document(
-    request: Request, status: int, replies: dict, queueid: str | None, submission: Submission | None
+    request: Request, status: int, replies: dict, queueid: str | None, submission: Submission | None, **more: Any
 ) -> Response:
-    """Return the response; `replies` is {recipient, None if none is meant: Reply}."""
+    """Return the response; `replies` is {recipient, None if none is meant: Reply}, `more` are further keys."""
     accepted = [to for to, reply in replies.items() if to is not None and reply.origin != "policy"]
     document = {
         "queueid": queueid,
@@ -7843,6 +7880,7 @@ def answer_document(
         "useragent": echoed_header(request, "user-agent"),
         "referer": echoed_header(request, "referer"),
         "timestamp": time_to_dict(request.now),
+        **more,
     }
     return Response(status, to_json(document), answer_headers(request, status, queueid, replies))
 
@@ -9344,14 +9382,6 @@ async def check_dmarc(domain: str, texts: Callable) -> str:
                 raise ValueError(f"{name}: p= names no policy: it does not count")
             return f"{name}: {sanitize(records[0])}"
     raise ValueError(f"_dmarc.{domain}: no DMARC record: Gmail, Yahoo and Outlook refuse bulk mail without")
-
-
-def describe_route(route: Route) -> str:
-    """Return where a route's mail goes, for people."""
-    tls = ", TLS" if route.port == SMTPS else ", STARTTLS" if route.starttls else ""
-    login = f", AUTH as {route.auth}" if route.auth else ""
-    where = f"{route.relay} {route.url}" if route.url else route.row.destination.format(route=route, domain="").strip()
-    return where + tls + login
 
 
 def describe_recipients(recipients: Recipients) -> str:

@@ -10841,6 +10841,70 @@ class Submitting(Peers):
         self.assertTrue(all(re.fullmatch("[0-9A-Za-z]{16}", item) for item in found))
 
 
+class DryRun(Quiet):
+    TABLE = {
+        "default": {"host": "smtp.example.org", "port": 587, "starttls": True},
+        "mx.example": {"mailer": "MX"},
+        "file.example": {"mailer": "/tmp"},
+        "far.example": {"mailer": "Haineko", "host": "haineko.example.org"},
+    }
+
+    def test_routes(self):
+        force = settings(mailertable=self.TABLE, smtpd={"hostname": NAME, "max_rcpts_per_message": 0})
+        cases = {
+            "a@example.jp": ("ESMTP", "smtp.example.org", 587, "ESMTP smtp.example.org:587, STARTTLS (mailertable.default)"),
+            "a@mx.example": ("MX", None, None, 'MX (mailertable["mx.example"])'),
+            "a@file.example": ("File", None, None, 'File /tmp (mailertable["file.example"])'),
+            "a@far.example": (
+                "Haineko", "haineko.example.org", 2794,
+                'Haineko http://haineko.example.org:2794 (mailertable["far.example"])',
+            ),
+        }  # fmt: skip
+        status, found = posted(document(rcpt=list(cases), dry_run=True), force)
+        self.assertEqual((status, found["recipient"], set(found) - TOP), (200, list(cases), {"message_octets", "raw"}))
+        for item in found["response"]:
+            mailer, host, port, line = cases[item["rcpt"]]
+            with self.subTest(item["rcpt"]):
+                self.assertEqual((item["mailer"], item["host"], item["port"]), (mailer, host, port))
+                self.assertEqual(
+                    (item["error"], item["code"], item["dsn"], item["command"]), (0, "250", "2.0.0", "DRYRUN")
+                )
+                self.assertEqual(item["message"], ["Not sent", f"{item['rcpt']}: {line}"])
+        message = email.message_from_string(found["raw"])
+        self.assertEqual((message["To"], message["Subject"]), ("a@example.jp", "Nyaaaa"))
+        self.assertEqual(found["message_octets"], len(found["raw"].encode()))
+        self.assertIn(found["queueid"], message["Message-Id"])
+
+    def test_refusals_are_the_usual_ones(self):
+        force = settings(smtpd={"hostname": NAME, "max_message_size": 2000})
+        for change, status, codes in (
+            ({"rcpt": ["no address"]}, 400, ["553"]),
+            ({"rcpt": ["a@example.jp", "no address"]}, 207, ["250", "553"]),
+            ({"body": "x" * 3000}, 413, ["552"]),
+            ({"header": {"x-mc-tags": "a"}}, 400, ["554"]),
+            ({"dry_run": "yes"}, 400, ["554"]),
+        ):
+            with self.subTest(change):
+                answer = posted(document(**{"dry_run": True, **change}), force)
+                self.assertEqual((answer[0], [item["code"] for item in answer[1]["response"]]), (status, codes))
+
+    def test_a_message_that_is_not_utf_8(self):
+        octets = b"Subject: x\r\nContent-Type: text/plain; charset=iso-8859-1\r\n\r\ncaf\xe9\r\n"
+        raw = {"base64": base64.b64encode(octets).decode()}
+        found = posted({"mail": "a@example.org", "rcpt": "b@example.jp", "raw": raw, "dry_run": True})[1]
+        message = base64.b64decode(found["raw"]["base64"])
+        self.assertTrue(message.endswith(b"caf\xe9\r\n"))
+        self.assertEqual(found["message_octets"], len(message))
+
+    def test_nothing_is_kept(self):
+        with tempfile.TemporaryDirectory(prefix="haineko-test.") as folder:
+            path = os.path.join(folder, "haineko.db")
+            service = haineko.App(settings(queue={"path": path, "min_free": 0}))
+            asked = request(as_body(document(dry_run=True, **{"async": True})), idempotency_key="once")
+            self.assertEqual(answered(asked, service).status, 200)
+            self.assertEqual(os.listdir(folder), [])
+
+
 class SharedTransactions(Peers):
     """Recipients in the header, end to end."""
 
