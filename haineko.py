@@ -975,6 +975,9 @@ def ascii_domain(name: str) -> str:
 IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different domains, RFC 5894 7.2
 DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
 parse_domain = matching(plain_domain_key, "a domain", convert=domain_key)
+parse_plain_address = matching(
+    re.compile(rf"(?=[^@]{{1,64}}@)[\w+-]+(?:\.[\w+-]+)*@{DOMAIN.pattern}", re.ASCII), "an address"
+)
 parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
 parse_aliases = mapping_of(list_of(matching(recipient_key, "an address"), required=True), alias_key, "a name without @")
 
@@ -1015,7 +1018,18 @@ class Smtpd:
     max_workers: int = config_field(4, integer(1, 256), "deliveries of one request at a time")
     resolver: tuple = config_field((), list_of(parse_resolver), "name servers, address:port; none: resolv.conf's")
     aliases: dict = config_field({}, parse_aliases, "addresses for names without a domain")
+    redirect: tuple = config_field(
+        (), list_of(parse_plain_address), "staging: all mail goes to these addresses instead"
+    )
+    subject_prefix: str = config_field("", parse_text, "staging: stands before every subject")
     syslog: Syslog = config_field(Syslog(), nested(Syslog), "the log")
+
+    @property
+    def staging(self) -> str:
+        """Tell people what staging does to all mail; "" if it is off."""
+        notes = [f"all mail goes to {', '.join(self.redirect)} (smtpd.redirect)"] if self.redirect else []
+        notes += [f'subjects begin with "{self.subject_prefix}"'] if self.subject_prefix else []
+        return f"STAGING: {'; '.join(notes)}" if notes else ""
 
 
 @dataclass(frozen=True)
@@ -2077,15 +2091,13 @@ def parse_send_at(value: Any, json_path: str, errors: list) -> float | None:
     """Return seconds since the epoch, from whole seconds or from a time of ISO 8601 with its zone."""
     if type(value) is int:
         return value
-    for form in SEND_AT_FORMS if type(value) is str else ():
+    for seconds in (":%S", ":%S.%f", "") if type(value) is str else ():
         with contextlib.suppress(ValueError):
-            return datetime.strptime(value, form).timestamp()
-    got = f'"{sanitize(value, 80)}"' if type(value) is str else json_type_name(value)
-    errors.append(f'{json_path}: expected whole seconds since the epoch, or "2026-12-24T18:00:00+01:00", got {got}')
+            return datetime.strptime(value, f"%Y-%m-%dT%H:%M{seconds}%z").timestamp()
+    errors.append(f'{json_path}: expected whole seconds since the epoch, or a time like "2026-12-24T18:00:00+01:00"')
     return None
 
 
-SEND_AT_FORMS = ("%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M:%S.%f%z", "%Y-%m-%dT%H:%M%z")
 # Fields that a client may set beside those of Header and X-...; the parser decides how a value is written:
 # parse_header_text: may be encoded (RFC 2047); parse_mailbox_field: a list of mailboxes; all others: as it is.
 EXTRA_FIELDS = {
@@ -2762,15 +2774,13 @@ def check_send_at(request: Request, submission: Submission, settings: Settings) 
     return make_reply("invalid", f"send_at: expected a time at most {MAX_SEND_AHEAD // 86400} days ahead")
 
 
-MAX_SEND_AHEAD = 30 * 86400  # seconds
-
-
 def check_loop(request: Request | None, submission: Submission, settings: Settings) -> Reply | None:
     names = submission.header.loop
     looped = len(names) > MAX_LOOP_NAMES or settings.hostname.lower() in map(str.lower, names)
     return make_reply("loop") if looped else None
 
 
+MAX_SEND_AHEAD = 30 * 86400  # seconds
 MAX_LOOP_NAMES = 25  # instances that one mail may pass; more is a loop through others' names
 
 
@@ -6933,8 +6943,7 @@ SCHEMA = """
         as_written TEXT NOT NULL,          -- by the client
         recipient TEXT NOT NULL,           -- as relays are told
         number INTEGER NOT NULL, destination TEXT NOT NULL,
-        state TEXT NOT NULL,               -- open, delivered, failed, dropped or held
-        created_at REAL NOT NULL,          -- the message's, or when it is to be sent
+        state TEXT NOT NULL, created_at REAL NOT NULL,  -- open, delivered, failed, dropped or held; or its send_at
         due REAL,                          -- open and not leased: time of the next attempt; 0: now, even if throttled
         owner INTEGER,                     -- leased: slot of the process that delivers it
         attempts INTEGER NOT NULL,
@@ -7224,8 +7233,9 @@ def flush_queue(db: Any, slot: int, queueid: str | None) -> int:
     """Make what waits (but not for `send_at`), or all that waits or is held of one mail, due now, even if throttled;
     return how many recipients."""
     if not queueid:
-        sql = "UPDATE recipients SET due=0 WHERE due IS NOT NULL AND created_at<=?"
-        return db.execute(sql, (time.time(),)).rowcount
+        return db.execute(
+            "UPDATE recipients SET due=0 WHERE created_at<=? AND due IS NOT NULL", (time.time(),)
+        ).rowcount
     sql = f"UPDATE recipients SET due=0, state='open', interruptions=0 WHERE {WAITING_OF_MESSAGE}"
     return db.execute(sql, (queueid,)).rowcount
 
@@ -7341,9 +7351,12 @@ class QueueManager:
         try:
             if leased.kind == "event":
                 return await self._post_event(leased, settings.queue), ""
-            to, sender = parse_address(leased.recipient), parse_address(leased.sender)
+            redirect, sender = settings.smtpd.redirect, parse_address(leased.sender)
+            to = parse_address(leased.recipient)
+            if redirect and leased.recipient not in redirect:  # from before, or a bounce
+                to = parse_address(redirect[0])
             route = resolve_route(to.domain, sender.domain if sender else "", settings)[0]
-            envelope = leased.queueid, leased.sender, (leased.recipient,), leased.message, leased.number, settings.dkim
+            envelope = leased.queueid, leased.sender, (to.addr_spec,), leased.message, leased.number, settings.dkim
             result = await attempt_transaction(Transaction(route, settings.hostname, *envelope), self.app.transport)
             return result.replies[0], destination_key(route, to.domain)
         except Exception:
@@ -7507,11 +7520,26 @@ def compose_and_check(
     """Return the message; raise Rejected if a check of the content or of the message fails."""
     apply_checks(CHECKS_OF_CONTENT, request, submission, settings)
     now = max(request.now, submission.send_at or 0)  # a Date weeks before the delivery would pass for a sign of spam
-    message = compose(submission, queueid, request.client, settings.hostname, now)._replace(dsn=request.dsn)
+    shown = staged(submission, accepted, settings.smtpd) if settings.smtpd.staging else submission
+    message = compose(shown, queueid, request.client, settings.hostname, now)._replace(dsn=request.dsn)
     longest = max([len(mailbox.addr_spec) for mailbox in accepted])
     request.message_size = sum(map(len, message.parts)) + longest + len(str(len(accepted)))
     apply_checks(CHECKS_OF_MESSAGE, request, submission, settings)
     return message
+
+
+def staged(submission: Submission, accepted: list, smtpd: Smtpd) -> Submission:
+    """Return the submission with the prefix in its subject, and with a field that names whom redirected mail is for."""
+    header, raw, prefix = submission.header, submission.raw, smtpd.subject_prefix.rstrip()
+    recipients = ", ".join([mailbox.addr_spec for mailbox in accepted])
+    more = [("X-Haineko-Recipients", recipients, parse_header_text)] if smtpd.redirect else []
+    if raw:
+        head = text_field("", prefix, "UTF-8").encode() if prefix else b":"
+        found = [(name, octets.replace(b":", head, 1) if name == "subject" else octets) for name, octets in raw.fields]
+        found += [(name.lower(), text_field(name, text, "UTF-8").encode() + b"\n") for name, text, _ in more]
+        return replace(submission, raw=raw._replace(fields=found))
+    subject = f"{prefix} {header.subject}" if prefix else header.subject
+    return replace(submission, header=replace(header, subject=subject, extra_fields=(*header.extra_fields, *more)))
 
 
 def without_content(submission: Submission) -> Submission:
@@ -7546,14 +7574,13 @@ async def answer_dry_run(
     sender, found = parse_address(submission.mail) or NULL_SENDER, {}
     for to in accepted:
         route, why = resolve_route(to.domain, sender.domain, settings)
-        has_host = route.row.destination == UNKNOWN_RELAY.destination
-        where = route.endpoint if has_host else {"mailer": route.relay}
+        where = route.endpoint if route.row.destination == UNKNOWN_RELAY.destination else {"mailer": route.relay}
         found[to.as_written] = make_reply("dry-run", f"{to.addr_spec}: {describe_route(route)} ({why})", **where)
     add_replies(replies, found)
     octets = (await sign_transaction(transactions[0])).octets()
     raw = octets.decode() if is_utf8(octets) else {"base64": base64.b64encode(octets).decode()}
-    more = {"message_octets": len(octets), "raw": raw}
-    return respond(request, http_status(replies.values()), replies, transactions[0].queueid, submission, **more)
+    values = http_status(replies.values()), replies, transactions[0].queueid, submission
+    return answer_document(request, *values, message_octets=len(octets), raw=raw)
 
 
 def describe_route(route: Route) -> str:
@@ -7564,14 +7591,12 @@ def describe_route(route: Route) -> str:
     return where + tls + login
 
 
-def respond(
-    request: Request, status: int, replies: dict, queueid: str, submission: Submission | None, **more: Any
-) -> Response:
+def respond(request: Request, status: int, replies: dict, queueid: str, submission: Submission | None) -> Response:
     """Return the response; log each refusal before delivery."""
     refused = {to: reply for to, reply in replies.items() if reply.origin == "policy"}
     if refused:
         log_rejection(request, queueid, submission, refused)
-    return answer_document(request, status, replies, queueid, submission, **more)
+    return answer_document(request, status, replies, queueid, submission)
 
 
 class QueueOptions(NamedTuple):
@@ -7595,15 +7620,14 @@ def queue_options(
             raise Rejected(make_reply("no-queue", next(filter(asked.get, asked))))
         return QueueOptions()
     async_ = later or submission.async_ or prefers_async(request.headers.get("prefer", ""))
-    send_at = max(submission.send_at or 0, 0)
     if key is None:
-        return QueueOptions(async_, login=request.login, send_at=send_at)
+        return QueueOptions(async_, login=request.login, send_at=submission.send_at or 0)
     found = IDEMPOTENCY_KEY.fullmatch(key)
     if not found:
         raise Rejected(make_reply("key-form"))
     owner = request.login or f"[{request.client.text}]"  # nobody else may read the response
     digest = hashlib.sha256("\0".join((owner, request.path, found[1] or found[2])).encode()).digest()
-    return QueueOptions(async_, digest, body_digest, request.login, send_at)
+    return QueueOptions(async_, digest, body_digest, request.login, submission.send_at or 0)
 
 
 # A string (RFC 8941 3.3.3), or a word without quotes, which most clients send.
@@ -7728,6 +7752,7 @@ def plan_transactions(
 ) -> tuple:
     """Return (transactions, the mailboxes in their order): one each recipient, or each route if they share the mail."""
     sender = parse_address(submission.mail) or NULL_SENDER
+    accepted = [parse_address(to) for to in settings.smtpd.redirect] or accepted
     check_provider_headers(submission, sender, accepted, settings)
     if submission.shared:
         transactions = plan_shared(sender, message, accepted, settings, queueid)
@@ -8060,7 +8085,10 @@ async def get_root(request: Request, app: App) -> Response:
 
 async def get_health(request: Request, app: App) -> Response:
     error = "stopping" if app.stopping else app.queue and app.queue.health_error()
-    return json_response({"status": error}, 503, (("Retry-After", "5"),)) if error else json_response({"status": "ok"})
+    if error:
+        return json_response({"status": error}, 503, (("Retry-After", "5"),))
+    staging = app.settings.smtpd.staging
+    return json_response({"status": "ok", **({"staging": staging} if staging else {})})
 
 
 async def get_conf(request: Request, app: App) -> Response:
@@ -8843,7 +8871,7 @@ class Supervisor:
             log.lines("queue.path: takes effect at the next start")
         self.settings = fresh = pin_queue_path(fresh, settings.queue)
         log.open(fresh.smtpd.syslog)
-        log.lines(f"reloaded {settings.path}")
+        log.lines(f"reloaded {settings.path}", *filter(None, [fresh.smtpd.staging]))
         self._signal_workers(signal.SIGHUP)
 
     def _signal_workers(self, number: int) -> None:
@@ -9059,6 +9087,8 @@ def announce(settings: Settings, listeners: list, more: str = "") -> str:
         log.write_bytes(
             b"haineko: NO SETTINGS FILE: for this machine only, and all mail is printed here instead of sent\n"
         )
+    if settings.smtpd.staging:
+        log.write_bytes(f"haineko: {settings.smtpd.staging}\n".encode())
     line = f"haineko {__version__} listens at {listening_urls(settings, listeners)}"
     log.write_bytes(f"{line}\n".encode())
     return f"{line}{more}\n"
@@ -9205,9 +9235,10 @@ def command_check(options: Any) -> int:
         return 1
     route, why = resolve_route("", "", settings)
     count = len(settings.mailertable) + len(settings.sendermt)
+    staging = settings.smtpd.staging and f"{settings.smtpd.staging}; "
     more = "; printed" if not path else f"; {count} routes in all" if count > 1 else ""
     print(
-        f"{path or 'no settings file'}: fine; mail goes to {describe_route(route)} ({why}){more}; "
+        f"{path or 'no settings file'}: fine; {staging}mail goes to {describe_route(route)} ({why}){more}; "
         f"may be written to: {describe_recipients(settings.recipients)}"
         f"{'' if os.geteuid() else '; warning: the server needs no root'}"
     )

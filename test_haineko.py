@@ -10852,7 +10852,9 @@ class DryRun(Quiet):
     def test_routes(self):
         force = settings(mailertable=self.TABLE, smtpd={"hostname": NAME, "max_rcpts_per_message": 0})
         cases = {
-            "a@example.jp": ("ESMTP", "smtp.example.org", 587, "ESMTP smtp.example.org:587, STARTTLS (mailertable.default)"),
+            "a@example.jp": (
+                "ESMTP", "smtp.example.org", 587, "ESMTP smtp.example.org:587, STARTTLS (mailertable.default)",
+            ),
             "a@mx.example": ("MX", None, None, 'MX (mailertable["mx.example"])'),
             "a@file.example": ("File", None, None, 'File /tmp (mailertable["file.example"])'),
             "a@far.example": (
@@ -10903,6 +10905,95 @@ class DryRun(Quiet):
             asked = request(as_body(document(dry_run=True, **{"async": True})), idempotency_key="once")
             self.assertEqual(answered(asked, service).status, 200)
             self.assertEqual(os.listdir(folder), [])
+
+
+class Staging(Peers):
+    def sent(self, submission: dict, **smtpd) -> tuple:
+        """(status, document, [(recipients, message)]) of a mail, by those settings."""
+        peer = self.peer()
+        force = settings(mailertable={"dev.example": esmtp(peer)}, smtpd={"hostname": NAME, **smtpd})
+        status, found = posted(submission, force)
+        mails = [
+            ([line[9:-1] for line in lines], email.message_from_bytes(octets)) for _, lines, octets, _ in peer.mails
+        ]
+        return status, found, mails
+
+    def test_all_mail_goes_elsewhere(self):
+        raw = "From: a@example.org\nSubject: =?utf-8?q?n=C3=BA?=\nTo: r0@example.jp\n\nx\n"
+        rcpt = ["r0@example.jp", "no address", "r1@example.jp"]
+        dev, ops = "dev@dev.example", "ops@dev.example"
+        cases = (
+            ("one", document(rcpt=rcpt), dev, [[dev]], dev, "Nyaaaa"),
+            ("a list", document(rcpt=rcpt), [dev, ops], [[dev], [ops]], dev, "Nyaaaa"),
+            ("shown", document(rcpt=rcpt, header={"to": rcpt[0]}), [dev, ops], [[dev, ops]], rcpt[0], "Nyaaaa"),
+            ("raw", {"mail": "a@example.org", "rcpt": rcpt, "raw": raw}, dev, [[dev]], rcpt[0], "nú"),
+        )
+        for what, submission, redirect, envelopes, shown, subject in cases:
+            for prefix in ("", "[TEST]", "[試し] "):
+                with self.subTest(what, prefix=prefix):
+                    status, found, mails = self.sent(submission, redirect=redirect, subject_prefix=prefix)
+                    self.assertEqual((status, [item["error"] for item in found["response"]]), (207, [0, 1, 0]))
+                    self.assertEqual([item["rcpt"] for item in found["response"]], rcpt)
+                    self.assertEqual(found["recipient"], [rcpt[0], rcpt[2]])
+                    self.assertEqual(sorted(to for to, _ in mails), envelopes)
+                    for _, message in mails:
+                        self.assertEqual(message["X-Haineko-Recipients"], "r0@example.jp, r1@example.jp")
+                        self.assertIn(message["To"], (shown, ops))
+                        words = str(email.header.make_header(email.header.decode_header(message["Subject"])))
+                        wanted = f"{prefix.strip()} {subject}".strip()
+                        self.assertEqual(words.replace(" ", ""), wanted.replace(" ", ""))
+
+    def test_the_first_failure_is_told(self):
+        peer = self.peer({"RCPT": lambda connection, line: "550 5.1.1 no" if "ops" in line else None})
+        smtpd = {"hostname": NAME, "redirect": ["dev@dev.example", "ops@dev.example"]}
+        status, found = posted(document(), settings(mailertable={"default": esmtp(peer)}, smtpd=smtpd))
+        (item,) = found["response"]
+        self.assertEqual((status, item["rcpt"], item["code"]), (502, "mikeneko@example.jp", "550"))
+
+    def test_only_the_subject(self):
+        status, _, mails = self.sent(document(rcpt=["a@dev.example"]), subject_prefix="[TEST]")
+        ((to, message),) = mails
+        self.assertEqual((status, to, message["Subject"]), (200, ["a@dev.example"], "[TEST] Nyaaaa"))
+        self.assertIsNone(message["X-Haineko-Recipients"])
+
+    def test_settings(self):
+        for value, good in (
+            ("dev@example.org", True),
+            (["dev@example.org", "ops+test@xn--r8jz45g.jp"], True),
+            ([], True),
+            ("dev", False),
+            ("a b@example.org", False),
+            ("a..b@example.org", False),
+            ("x" * 65 + "@example.org", False),
+            ("dev@example.org\r\nX: y", False),
+        ):
+            with self.subTest(value):
+                errors: list = []
+                found = haineko.from_dict(haineko.Settings, {"smtpd": {"redirect": value}}, "", errors)
+                self.assertEqual(not errors, good, errors)
+                for to in found.smtpd.redirect:
+                    self.assertEqual(haineko.parse_address(to).addr_spec, to)
+
+    def test_people_are_told(self):
+        peer = self.peer()
+        force = {
+            "smtpd": {"hostname": NAME, "redirect": "dev@dev.example", "subject_prefix": "[TEST]"},
+            "mailertable": {"dev.example": {"port": peer.port}, "example.org": {"port": 1}, "example.jp": {"port": 1}},
+            "queue": {"path": "haineko.db", "retry_after": [1], "min_free": 0},
+        }
+        server = served(self, force)
+        told = 'STAGING: all mail goes to dev@dev.example (smtpd.redirect); subjects begin with "[TEST]"'
+        self.assertIn(f"haineko: {told}\n", server.log())
+        self.assertEqual(server.get("/health"), (200, {"status": "ok", "staging": told}))
+        self.assertIn(f"fine; {told}; mail goes to", run_program("check", "-c", server.path, text=True).stdout)
+        queueid = server.submit("a@example.jp", **{"async": True})[2]["queueid"]
+        store = haineko.QueueDB(haineko.QueueSettings(path=os.path.join(os.path.dirname(server.path), "haineko.db")))
+        older = entry("Q" * 16, to=("b@example.jp",), lane="ESMTP 127.0.0.1:1")  # from before
+        self.assertEqual(store.commit([(haineko.enqueue, (older, None))]), [None])
+        store.close(for_good=True)
+        eventually(lambda: len(peer.mails) == 2)
+        self.assertEqual({tuple(lines) for _, lines, _, _ in peer.mails}, {("RCPT TO:<dev@dev.example>",)})
+        eventually(lambda: server.fate(queueid)["dev@dev.example"]["state"] == "delivered")
 
 
 class SharedTransactions(Peers):
