@@ -44,6 +44,7 @@ import binascii
 import codecs
 import concurrent.futures
 import contextlib
+import contextvars
 import errno
 import fcntl
 import functools
@@ -107,6 +108,7 @@ class Reply(NamedTuple):
     origin: str = "relay"  # who gave it: "relay" (the other side, or our part in talking to it), "policy", "queue"
     from_server: bool = False  # the code and the words are the next hop's own
     route_fault: bool = False  # log-in or settings of the route are at fault: no verdict on the mail, which waits
+    dialogue: tuple | None = None  # lines of the SMTP dialogue, if the client asked for it
 
     @property
     def accepted(self) -> bool:
@@ -170,6 +172,7 @@ class Transaction(NamedTuple):
     message: Message
     number: int = 1  # of the copy
     dkim: Any = None  # {domain: DkimKey} with which it may be signed
+    trace: bool = False  # replies are to have the SMTP dialogue
 
     def octets(self) -> bytes:
         return self.message.copy(self.recipients[0], self.number)
@@ -204,7 +207,7 @@ def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
 
 
 def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
-    """Return one recipient's item of the answer; `maybe_delivered` is present only if it is true."""
+    """Return one recipient's item of the answer; `maybe_delivered` and `dialogue` are present only if there is one."""
     item = {
         "rcpt": recipient,
         "error": 0 if reply.accepted else 1,
@@ -216,6 +219,7 @@ def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
         "host": reply.host,
         "port": reply.port,
     }
+    item = item if reply.dialogue is None else {**item, "dialogue": reply.dialogue}
     return {**item, "maybe_delivered": True} if reply.maybe_delivered else item
 
 
@@ -1589,6 +1593,7 @@ class Log:
 
     def __init__(self) -> None:
         self.devel = False  # SMTP dialogues are shown, too
+        self.trace: Any = contextvars.ContextVar("trace", default=None)  # list of a task that collects its dialogue
         self.priority: int | None = None  # of syslog lines; None: they go to stderr
         self.syslog: socket.socket | None = None
         self.buffer: list | None = None  # texts that wait for flush()
@@ -1618,9 +1623,12 @@ class Log:
         self._add("".join([f"{head}{line}\n" for line in lines]))
 
     def dialogue(self, peer: str, direction: str, line: str) -> None:
-        """Show a line of an SMTP dialogue under -d."""
+        """Show a line of an SMTP dialogue under -d, and keep it for a mail that is traced."""
+        line, lines = f"{direction} {sanitize(line, 1000, keep=chr(9))}", self.trace.get()
         if self.devel:
-            self._add(f"{peer} {direction} {sanitize(line, 1000, keep=chr(9))}\n")
+            self._add(f"{peer} {line}\n")
+        if lines is not None:
+            lines.append(line)
 
     def _add(self, text: str) -> None:
         if self.buffer is None:
@@ -2561,6 +2569,7 @@ class Submission:
     async_: bool = config_field(False, parse_boolean, "true: answered at once, delivered from the queue", key="async")
     send_at: float | None = config_field(None, parse_send_at, "delivered then, ISO 8601 or seconds since the epoch")
     dry_run: bool = config_field(False, parse_boolean, "true: all but delivery; the answer has the message in `raw`")
+    trace: bool = config_field(False, parse_boolean, "true: each item of the answer has the SMTP `dialogue`")
     html: str = config_field("", parse_unicode_text, "the same in HTML")
     attachments: tuple = config_field((), parse_attachments, "files")
     raw: ParsedMessage | None = config_field(
@@ -2780,6 +2789,15 @@ def check_loop(request: Request | None, submission: Submission, settings: Settin
     return make_reply("loop") if looped else None
 
 
+def check_trace(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    """Require a login with the right to see SMTP dialogues, or a program on this machine."""
+    login = getattr(settings.password, "logins", {}).get(request.login)
+    local = request.client in LOOPBACK and not request.forwarded
+    if not submission.trace or local or getattr(login, "trace", False):
+        return None
+    return make_reply("forbidden", 'trace: only from this machine, or by a login with "trace": true')
+
+
 MAX_SEND_AHEAD = 30 * 86400  # seconds
 MAX_LOOP_NAMES = 25  # instances that one mail may pass; more is a loop through others' names
 
@@ -2847,6 +2865,7 @@ CHECKS = (
     ("head", check_login),  # before the body is read; there is no submission yet
     ("head", check_client),
     ("submission", check_send_at),
+    ("submission", check_trace),
     ("submission", check_loop),
     ("submission", check_ehlo),
     ("submission", check_sender),
@@ -5084,7 +5103,7 @@ class Session(smtplib.SMTP):
             self.alive = False
         if self.masked:
             found = [reply._replace(lines=tuple(map(self._mask_credentials, reply.lines))) for reply in found]
-        for reply in found if log.devel else ():
+        for reply in found if log.devel or log.trace.get() is not None else ():
             for i, line in enumerate(reply.lines, 1):
                 log.dialogue(self.route.host, "<", f"{reply.code}{' ' if i == len(reply.lines) else '-'}{line}")
         self.replies.extend(found)
@@ -5106,7 +5125,9 @@ class Session(smtplib.SMTP):
         self.maybe_complete = b"\n" in octets or len(self.recv_buffer) - self.recv_buffer.rfind(b"\n") > MAX_LINE
 
     def _log_sent(self, octets: bytes) -> None:
-        if log.devel:
+        if log.devel or log.trace.get() is not None:
+            if self.in_data and not log.devel:
+                octets = b"(%d octets of the message)" % len(octets)
             for line in octets.splitlines():
                 log.dialogue(self.route.host, ">", line.decode("utf-8", "replace"))
 
@@ -6520,7 +6541,8 @@ def destination_key(route: Route, domain: str) -> str:
 
 def queued_reply(queueid: str, reply: Reply | None = None) -> Reply:
     """Return the reply that tells a client that a recipient waits, with the lines of its latest reply."""
-    return make_reply("queued", *(reply.message if reply else ()), word=queueid, mailer="Queue")
+    dialogue = reply and reply.dialogue
+    return make_reply("queued", *(reply.message if reply else ()), word=queueid, mailer="Queue", dialogue=dialogue)
 
 
 # -- Bounces and events
@@ -7467,6 +7489,7 @@ async def process_submission(request: Request, app: App, queueid: str) -> Respon
                 return await replay_response(request, submission, replies, earlier, options, app)
     except Rejected as error:
         return respond(request, error.reply.status, {None: error.reply}, queueid, submission)
+    transactions = [transaction._replace(trace=submission.trace) for transaction in transactions]
     delivered, attempts = await deliver_or_queue(request, transactions, accepted, options, app)
     add_replies(replies, dict(zip([mailbox.as_written for mailbox in accepted], delivered)))
     response = respond(request, http_status(replies.values()), replies, queueid, submission)
@@ -7804,9 +7827,15 @@ async def deliver(transactions: list, transport: TransportContext, settings: Set
     return await asyncio.gather(*map(one, transactions))
 
 
-def run_transaction(transaction: Transaction, transport: TransportContext) -> Any:
-    """Return an awaitable of the TransactionResult."""
-    return (attempt_with_retries if transaction.route.retry else attempt_transaction)(transaction, transport)
+async def run_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
+    """Return the result of a transaction; its replies have the dialogue if it is traced."""
+    run = attempt_with_retries if transaction.route.retry else attempt_transaction
+    if not transaction.trace:
+        return await run(transaction, transport)
+    log.trace.set(lines := [])
+    result = await run(transaction, transport)
+    log.trace.set(None)
+    return result._replace(replies=[reply._replace(dialogue=tuple(lines)) for reply in result.replies])
 
 
 async def attempt_with_retries(transaction: Transaction, transport: TransportContext) -> TransactionResult:

@@ -10996,6 +10996,79 @@ class Staging(Peers):
         eventually(lambda: server.fate(queueid)["dev@dev.example"]["state"] == "delivered")
 
 
+class Traces(Peers):
+    def traced(self, says: dict, offers=(), rcpt=("a@example.jp",), **more) -> dict:
+        """The items of a traced mail's answer."""
+        peer = self.peer(says, *offers, logins={"neko": "sesame-open"})
+        table = {"default": esmtp(peer, **more), "off.example": {"mailer": "Discard"}}
+        authinfo = {"relay": {"username": "neko", "password": "sesame-open"}}
+        force = settings(mailertable=table, authinfo=authinfo, smtpd={"hostname": NAME})
+        found = posted(document(rcpt=list(rcpt), trace=True), force)[1]
+        self.assertTrue(all(ITEM <= set(item) for item in found["response"]))
+        return {item["rcpt"]: item for item in found["response"]}
+
+    def test_the_dialogue(self):
+        items = self.traced({}, ["AUTH PLAIN"], ["a@example.jp", "b@off.example", "no address"], auth="relay")
+        dialogue = items["a@example.jp"]["dialogue"]
+        wanted = [
+            r"< 220 .*", f"> (?i:ehlo) {re.escape(NAME)}", "< 250-peer.example", "< 250-AUTH PLAIN", "< 250 HELP",
+            r"> AUTH PLAIN \*+ as neko", "< 235 .*", "> MAIL FROM:<kijitora@example.org>", "< 250 .*",
+            "> RCPT TO:<a@example.jp>", "< 250 .*", "> DATA", "< 354 .*", r"> \(\d+ octets of the message\)",
+            "< 250 .*",
+        ]  # fmt: skip
+        self.assertEqual(len(dialogue), len(wanted), dialogue)
+        for line, pattern in zip(dialogue, wanted):
+            self.assertRegex(line, f"^{pattern}$")
+        self.assertEqual(items["b@off.example"]["dialogue"], [])
+        self.assertNotIn("dialogue", items["no address"])
+
+    def test_failures_have_it_too_and_no_secret(self):
+        def repeats(connection, line) -> str:
+            return f"535 5.7.8 wrong: {line} {base64.b64decode(line.split()[-1]).decode()[6:]}"
+
+        (item,) = self.traced({"AUTH": repeats}, ["AUTH PLAIN"], auth="relay").values()
+        self.assertEqual((item["code"], item["command"]), ("535", "AUTH"))
+        self.assertRegex(item["dialogue"][-3], "^< 535 5.7.8 wrong: ")
+        self.assertEqual(item["dialogue"][-2:], ["> QUIT", "< 221 2.0.0 bye"])
+        for secret in ("sesame", base64.b64encode(b"\0neko\0sesame-open").decode()):
+            self.assertNotIn(secret, json.dumps(item))
+        (item,) = self.traced({"RCPT": ["450 4.2.0 later", "250 2.1.5 now"]}, retry=1, sleep=0).values()
+        self.assertEqual((item["code"], "< 450 4.2.0 later" in item["dialogue"]), ("250", True))
+
+    def test_each_mail_has_its_own(self):
+        peer = self.peer({}, ("PIPELINING",))
+        force = settings(mailertable={"default": esmtp(peer)}, smtpd={"hostname": NAME, "max_rcpts_per_message": 0})
+        rcpt = [f"r{i}@example.jp" for i in range(20)]
+        service = haineko.App(force)
+        for trace in (True, False):
+            answer = answered(request(as_body(document(rcpt=rcpt, trace=trace))), service)
+            for item in json.loads(answer.body)["response"]:
+                lines = [line for line in item.get("dialogue", ()) if line.startswith("> RCPT")]
+                self.assertEqual(lines, [f"> RCPT TO:<{item['rcpt']}>"] if trace else [])
+
+    def test_a_queued_mail_has_that_of_the_first_attempt(self):
+        peer = self.peer({"MAIL": "451 4.3.0 later"})
+        with tempfile.TemporaryDirectory(prefix="haineko-test.") as folder:
+            queue = {"path": os.path.join(folder, "haineko.db"), "min_free": 0}
+            status, found = posted(document(trace=True), settings(mailertable={"default": esmtp(peer)}, queue=queue))
+        (item,) = found["response"]
+        self.assertEqual((status, item["command"], item["dialogue"][-1]), (202, "QUEUE", "< 451 4.3.0 later"))
+
+    def test_who_may(self):
+        force = settings(relayhosts={"open-relay": True})
+        for client, header, status in (
+            ("127.0.0.1", "", 200),
+            ("192.0.2.1", "", 403),
+            ("127.0.0.1", "Via: 1.1 proxy\r\n", 403),
+        ):
+            with self.subTest(client, header=header):
+                octets = http_post(as_body(document(trace=True))).replace(
+                    b"Host: x\r\n", f"Host: x\r\n{header}".encode()
+                )
+                found = over_http(octets, force, client)
+                self.assertEqual(found[0], status, found)
+
+
 class SharedTransactions(Peers):
     """Recipients in the header, end to end."""
 
