@@ -980,7 +980,7 @@ IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different
 DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
 parse_domain = matching(plain_domain_key, "a domain", convert=domain_key)
 parse_plain_address = matching(
-    re.compile(rf"(?=[^@]{{1,64}}@)[\w+-]+(?:\.[\w+-]+)*@{DOMAIN.pattern}", re.ASCII), "an address"
+    re.compile(rf"(?=.{{3,254}}\Z)[\w+-]+(?:\.[\w+-]+)*@{DOMAIN.pattern}", re.ASCII), "an address"
 )
 parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
 parse_aliases = mapping_of(list_of(matching(recipient_key, "an address"), required=True), alias_key, "a name without @")
@@ -1023,7 +1023,7 @@ class Smtpd:
     resolver: tuple = config_field((), list_of(parse_resolver), "name servers, address:port; none: resolv.conf's")
     aliases: dict = config_field({}, parse_aliases, "addresses for names without a domain")
     redirect: tuple = config_field(
-        (), list_of(parse_plain_address), "staging: all mail goes to these addresses instead"
+        (), list_of(parse_plain_address), "staging: addresses to which all mail goes instead"
     )
     subject_prefix: str = config_field("", parse_text, "staging: stands before every subject")
     syslog: Syslog = config_field(Syslog(), nested(Syslog), "the log")
@@ -7255,9 +7255,7 @@ def flush_queue(db: Any, slot: int, queueid: str | None) -> int:
     """Make what waits (but not for `send_at`), or all that waits or is held of one mail, due now, even if throttled;
     return how many recipients."""
     if not queueid:
-        return db.execute(
-            "UPDATE recipients SET due=0 WHERE created_at<=? AND due IS NOT NULL", (time.time(),)
-        ).rowcount
+        return db.execute("UPDATE recipients SET due=0 WHERE due>=0 AND created_at<=?", (time.time(),)).rowcount
     sql = f"UPDATE recipients SET due=0, state='open', interruptions=0 WHERE {WAITING_OF_MESSAGE}"
     return db.execute(sql, (queueid,)).rowcount
 
@@ -7373,9 +7371,8 @@ class QueueManager:
         try:
             if leased.kind == "event":
                 return await self._post_event(leased, settings.queue), ""
-            redirect, sender = settings.smtpd.redirect, parse_address(leased.sender)
-            to = parse_address(leased.recipient)
-            if redirect and leased.recipient not in redirect:  # from before, or a bounce
+            to, sender = parse_address(leased.recipient), parse_address(leased.sender)
+            if (redirect := settings.smtpd.redirect) and leased.recipient not in redirect:  # from before, or a bounce
                 to = parse_address(redirect[0])
             route = resolve_route(to.domain, sender.domain if sender else "", settings)[0]
             envelope = leased.queueid, leased.sender, (to.addr_spec,), leased.message, leased.number, settings.dkim
@@ -7554,7 +7551,7 @@ def compose_and_check(
 def staged(submission: Submission, accepted: list, smtpd: Smtpd) -> Submission:
     """Return the submission with the prefix in its subject, and with a field that names whom redirected mail is for."""
     header, raw, prefix = submission.header, submission.raw, smtpd.subject_prefix.rstrip()
-    recipients = ", ".join([mailbox.addr_spec for mailbox in accepted])
+    recipients = ", ".join([to.addr_spec for to in accepted])
     more = [("X-Haineko-Recipients", recipients, parse_header_text)] if smtpd.redirect else []
     if raw:
         head = text_field("", prefix, "UTF-8").encode() if prefix else b":"
@@ -8116,8 +8113,8 @@ async def get_health(request: Request, app: App) -> Response:
     error = "stopping" if app.stopping else app.queue and app.queue.health_error()
     if error:
         return json_response({"status": error}, 503, (("Retry-After", "5"),))
-    staging = app.settings.smtpd.staging
-    return json_response({"status": "ok", **({"staging": staging} if staging else {})})
+    document = {"status": "ok", "staging": app.settings.smtpd.staging}
+    return json_response({key: text for key, text in document.items() if text})
 
 
 async def get_conf(request: Request, app: App) -> Response:

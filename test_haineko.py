@@ -10964,7 +10964,8 @@ class Staging(Peers):
             ("dev", False),
             ("a b@example.org", False),
             ("a..b@example.org", False),
-            ("x" * 65 + "@example.org", False),
+            ("x" * 250 + "@example.org", False),
+            ("x" * 64 + "@" + "a." * 100 + "org", False),
             ("dev@example.org\r\nX: y", False),
         ):
             with self.subTest(value):
