@@ -32,8 +32,7 @@ config_field() in section 3; an endpoint a function and a row of ENDPOINTS; a co
 
 RFCs: 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS), 3461 (DSN), 3463
 (status codes), 3464 (bounces), 4954 (AUTH), 6152 (8BITMIME), 6531 (SMTPUTF8), 8314 (TLS on 465), 2183, 2231, 2387, 2392
-(attachments), 1035 (DNS), 6891 (EDNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic), 6376, 8463
-(DKIM), 6749 (OAuth2), 7628 (OAUTHBEARER).
+(attachments), 1035 (DNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic).
 """
 
 from __future__ import annotations
@@ -62,6 +61,7 @@ import math
 import mmap
 import os
 import queue
+import random
 import re
 import select
 import signal
@@ -74,7 +74,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
@@ -208,19 +208,13 @@ def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
 
 def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
     """Return one recipient's item of the answer; `maybe_delivered` and `dialogue` are present only if there is one."""
-    item = {
-        "rcpt": recipient,
-        "error": 0 if reply.accepted else 1,
-        "code": reply.code,
-        "dsn": reply.dsn,
-        "command": reply.command,
-        "message": reply.message,
-        "mailer": reply.mailer,
-        "host": reply.host,
-        "port": reply.port,
-    }
-    item = item if reply.dialogue is None else {**item, "dialogue": reply.dialogue}
+    item = {"rcpt": recipient, "error": 0 if reply.accepted else 1}
+    item.update([(key, getattr(reply, key)) for key in ANSWER_KEYS])
+    item.update({} if reply.dialogue is None else {"dialogue": reply.dialogue})
     return {**item, "maybe_delivered": True} if reply.maybe_delivered else item
+
+
+ANSWER_KEYS = ("code", "dsn", "command", "message", "mailer", "host", "port")
 
 
 def cache_short(maxsize: int, limit: int = 512) -> Callable:
@@ -333,9 +327,7 @@ REPLIES = {
     "web-later": (0, "451", "4.3.0", "DATA", "%s"),
     "web-refused": (0, "550", "5.0.0", "DATA", "%s"),
     "inexpressible": (0, "550", "5.6.3", "DATA", "The API can't express this message"),
-    "saved": (0, "200", "2.0.0", "DATA", "%s"),
-    "printed": (0, "200", "2.0.0", "DATA", "Printed"),
-    "discarded": (0, "200", "2.0.0", "DATA", "Discarded"),
+    "done": (0, "200", "2.0.0", "DATA", "%s"),
 }
 
 # ======================================================================================================================
@@ -386,8 +378,9 @@ def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", se
     return field(default=default, metadata=metadata)
 
 
-def from_dict(cls: type, raw: Any, json_path: str, errors: list) -> Any:
-    """Return a `cls` made from a JSON object; report unknown, duplicate and invalid entries."""
+def from_dict(cls: type, raw: Any, json_path: str, errors: list, hint: Callable | None = None) -> Any:
+    """Return a `cls` made from a JSON object; report unknown, duplicate and invalid entries. hint(key, known keys) says
+    what an unknown key may mean, like did_you_mean()."""
     if not isinstance(raw, dict):
         errors.append(f"{json_path or 'top level'}: expected an object, got {json_type_name(raw)}")
         return cls()
@@ -404,8 +397,8 @@ def from_dict(cls: type, raw: Any, json_path: str, errors: list) -> Any:
         elif not row:
             if len(errors) >= MAX_ERRORS:
                 break
-            hint = did_you_mean(key, known) if len(errors) < MAX_HINTS else ""
-            errors.append(f"{prefix}{sanitize(key)}: unknown key{hint}")
+            meant = (hint or did_you_mean)(key, known) if len(errors) < MAX_HINTS else ""
+            errors.append(f"{prefix}{sanitize(key)}: unknown key{meant}")
     return cls(**{name: value for name, value in values.items() if value is not None})
 
 
@@ -416,12 +409,8 @@ MAX_ERRORS = 1000  # or a hostile body could yield 100 times its own size in mes
 @functools.lru_cache(maxsize=None)
 def key_table(cls: type) -> dict:
     """Return {key in JSON: (attribute, parser)} of a dataclass made of config_field()."""
-    table = {}
-    for item in fields(cls):
-        if "parse" in item.metadata:
-            for key in item.metadata["keys"] or (item.name,):
-                table[key] = (item.name, item.metadata["parse"])
-    return table
+    known = [item for item in fields(cls) if "parse" in item.metadata]
+    return {key: (i.name, i.metadata["parse"]) for i in known for key in i.metadata["keys"] or (i.name,)}
 
 
 def json_type_name(value: Any) -> str:
@@ -489,10 +478,9 @@ def matching(pattern: Any, expected: str, optional: bool = False, secret: bool =
 
 def one_of(names: Any, kind: str) -> Callable:
     """Return a parser of names that compares without case and returns the name as it stands in `names`."""
-    known = {name.lower(): name for name in names}
 
     def parse(value: Any, json_path: str, errors: list) -> str | None:
-        text = parse_text(value, json_path, errors)
+        text, known = parse_text(value, json_path, errors), {name.lower(): name for name in names}
         if text == value and text.lower() not in known:
             errors.append(f'{json_path}: unknown {kind} "{sanitize(text)}"{did_you_mean(text, names)}')
         return known.get(text.lower())
@@ -566,20 +554,14 @@ def nested(cls: type) -> Callable:
 # ======================================================================================================================
 
 
-class IPAddress(NamedTuple):
-    """Parsed IP address."""
-
-    text: str
-    version: int
-    number: int
+IPAddress = Any  # ipaddress.IPv4Address or IPv6Address
 
 
 @cache_short(4096, 64)
 def parse_ip(text: str) -> IPAddress:
     """Parse an IP address; an IPv4-mapped IPv6 address becomes IPv4. Raises ValueError."""
     found = ipaddress.ip_address(text.partition("%")[0])
-    found = getattr(found, "ipv4_mapped", None) or found
-    return IPAddress(str(found), found.version, int(found))
+    return getattr(found, "ipv4_mapped", None) or found
 
 
 class Networks:
@@ -594,7 +576,7 @@ class Networks:
         self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
 
     def __contains__(self, address: IPAddress) -> bool:
-        version, number = address.version, address.number
+        version, number = address.version, int(address)
         return any(version == of and number >> shift in members for of, shift, members in self.groups)
 
 
@@ -637,22 +619,24 @@ DOMAIN = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(?:\.{_LABEL})*")
 BASE_URL = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?(?:/[A-Za-z0-9/._~-]*)?")
 WEBHOOK_URL = re.compile(r"(https?)://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(/[!-~]*)?")
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+", re.IGNORECASE)
-FACILITIES = ["kern", "user", "mail", "daemon", "auth", "lpr", "news", "uucp", "cron", "syslog"]
-FACILITIES += [f"local{n}" for n in range(8)]
+FACILITIES = {
+    name: i
+    for i, name in enumerate(["kern", "user", "mail", "daemon", "auth", "syslog", "lpr", "news", "uucp", "cron"])
+}
+FACILITIES.update({f"local{i}": 16 + i for i in range(8)})  # RFC 3164 4.1.1
 
 parse_network = matching(functools.partial(ipaddress.ip_network, strict=False), "an IP address or network")
 parse_networks = list_of(parse_network, lambda texts: Networks(tuple(texts)))
 parse_listen_address = matching(is_listen_address, '"host:port", "[v6]:port" or "unix:/path"')
+parse_listen = list_of(parse_listen_address, required=True)
 parse_host = matching(is_host, "a host name or an IP address")
 parse_hostname = matching(DOMAIN, "a host name", optional=True)
 parse_resolver = matching(name_server_endpoint, '"address", "address:port" or "[v6]:port"', optional=True)
 parse_origin = matching(ORIGIN, 'a web origin like "https://www.example.org"', convert=str.lower)
 parse_facility = one_of(FACILITIES, "syslog facility")
+is_base_url = functools.partial(is_url, BASE_URL)
 parse_base_url = matching(
-    functools.partial(is_url, BASE_URL),
-    'a URL like "https://api.example.org"',
-    True,
-    convert=lambda url: url.rstrip("/"),
+    is_base_url, 'a URL like "https://api.example.org"', True, convert=lambda url: url.rstrip("/")
 )
 parse_region = matching(re.compile("[a-z0-9-]{1,32}"), 'a region like "eu-west-1"', optional=True)
 is_full_url = functools.partial(is_url, WEBHOOK_URL)
@@ -661,21 +645,16 @@ parse_token_url = matching(is_full_url, 'a URL like "https://login.example.org/t
 
 
 def parse_mailer(value: Any, json_path: str, errors: list) -> str:
-    """Return the name of a relay in the spelling of RELAYS, or the path of a folder."""
-    value = parse_text(value, json_path, errors)
-    known = {name.lower(): name for name in RELAYS}
-    if not value.startswith("/") and value.lower() not in known:
-        errors.append(f'{json_path}: unknown relay type "{value}"{did_you_mean(value, RELAYS)}')
-    return known.get(value.lower(), value)
+    """Parse the name of a relay, or the path of a folder."""
+    is_folder = isinstance(value, str) and value.startswith("/")
+    return (parse_text if is_folder else one_of(RELAYS, "relay type"))(value, json_path, errors)
 
 
 class Relay(NamedTuple):
     """All that is known of a relay. To add one is to write its functions and a row of RELAYS."""
 
     send: Callable | None  # (Transaction, TransportContext): awaited for a Reply for each recipient
-    probe: (
-        Callable | None
-    )  # (ConnectivityProbe, TransportContext): awaited for a CheckResult for each step; sends no mail
+    probe: Callable | None  # (ConnectivityProbe, TransportContext): awaited for CheckResults; sends no mail
     default_port: int = 25
     api_url: str = ""  # template of the base URL of a relay by HTTP
     needs: tuple = ()  # settings that its routes must have
@@ -687,7 +666,7 @@ class Relay(NamedTuple):
     keeps_octets: bool = False  # what it sends arrives unchanged, so that it can be signed
 
 
-UNKNOWN_RELAY = Relay(None, None)  # of a route whose mailer is a fault of the settings
+UNKNOWN_RELAY = Relay(None, None)  # of a route made before RELAYS is filled
 RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 15
 
 
@@ -805,11 +784,6 @@ class Authenticator:
 
     def _cache_key(self, credentials: str) -> bytes:
         return hmac.digest(self.key, credentials.encode(), "sha256")
-
-
-def username_of(credentials: str) -> str:
-    """Return the name in an Authorization header of HTTP Basic, "" for none."""
-    return decode_basic(credentials).partition(":")[0]
 
 
 def decode_basic(credentials: str) -> str:
@@ -956,10 +930,6 @@ def recipient_key(text: str) -> str:
     return f"{local.lower()}@{key}" if local and key and key[0] != "." else ""
 
 
-def alias_key(name: str) -> str:
-    return "" if "@" in name else name.lower()
-
-
 def plain_domain_key(name: str) -> str:
     return "" if name.startswith(".") else domain_key(name)
 
@@ -983,7 +953,11 @@ parse_plain_address = matching(
     re.compile(rf"(?=.{{3,254}}\Z)[\w+-]+(?:\.[\w+-]+)*@{DOMAIN.pattern}", re.ASCII), "an address"
 )
 parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
-parse_aliases = mapping_of(list_of(matching(recipient_key, "an address"), required=True), alias_key, "a name without @")
+parse_aliases = mapping_of(
+    list_of(matching(recipient_key, "an address"), required=True),
+    lambda name: "" if "@" in name else name.lower(),
+    "a name without @",
+)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -994,11 +968,7 @@ class Tls:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Httpd:
-    listen: tuple = config_field(
-        ("127.0.0.1:2794",),
-        list_of(parse_listen_address, required=True),
-        "host:port, [v6]:port or unix:/path, or a list",
-    )
+    listen: tuple = config_field(("127.0.0.1:2794",), parse_listen, "host:port, [v6]:port or unix:/path, or a list")
     workers: int = config_field(0, integer(0, 256), "processes; 0 means one per core")
     max_connections: int = config_field(512, integer(1, 65536), "open connections per worker")
     timeout: int = config_field(30, integer(1, 3600), "seconds for a whole request, and for an idle connection")
@@ -1182,7 +1152,6 @@ class Settings:
     dkim: dict = config_field({}, mapping_of(nested(DkimKey), plain_domain_key, "a domain"))
     path: str | None = None
     files: tuple = ()  # (path, stat_key) of all that was read
-    route_cache: dict = field(default_factory=dict, init=False)  # (recipient's domain, sender's): resolve_route()'s
 
     @property
     def hostname(self) -> str:
@@ -1283,14 +1252,10 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
     """Return (Settings, errors) with names, secrets and files looked up, so that a mail finds all of it ready."""
     base = os.path.dirname(settings.path or "")
     logins = {name: _login(login, base, f"authinfo.{name}", errors) for name, login in settings.authinfo.items()}
-    tables = {
-        table: {
-            key: _route(route, logins, base, f"{table}.{key}", errors)
-            for key, route in getattr(settings, table).items()
-            if not route.disabled
-        }
-        for table in ("mailertable", "sendermt")
-    }
+    tables = {}
+    for table in ("mailertable", "sendermt"):
+        routes = [(key, route) for key, route in getattr(settings, table).items() if not route.disabled]
+        tables[table] = {key: _route(route, logins, base, f"{table}.{key}", errors) for key, route in routes}
     name = settings.smtpd.hostname or local_hostname()
     if settings.httpd.tls:
         _check_tls(settings.httpd.tls, base, errors)
@@ -1457,12 +1422,9 @@ def pin_queue_path(fresh: Settings, queue_settings: QueueSettings | None) -> Set
     return replace(fresh, queue=queue_settings and replace(fresh.queue or queue_settings, path=queue_settings.path))
 
 
-def local_hostname() -> str:
-    return qualified_hostname(socket.gethostname())
-
-
-def qualified_hostname(name: str) -> str:
-    """Return a machine's name, made legal for headers; with ".localdomain", as Postfix does, if it has no domain."""
+def local_hostname(name: str | None = None) -> str:
+    """Return a machine's name (this one's), made legal; with ".localdomain", as Postfix does, if it has no domain."""
+    name = socket.gethostname() if name is None else name
     if "." in name and HOSTNAME.fullmatch(name):
         return name
     return (re.sub("[^A-Za-z0-9]+", "-", name)[:63].strip("-") or "localhost") + LOCALDOMAIN
@@ -1470,7 +1432,7 @@ def qualified_hostname(name: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def ehlo_name(hostname: str, address: str) -> str:
-    """Return the name for EHLO from a local address: `hostname`, or if that is illegal or made by qualified_hostname(),
+    """Return the name for EHLO from a local address: `hostname`, or if that is illegal or made by local_hostname(),
     what reverse DNS says, else the address literal (RFC 5321 4.1.4)."""
     if HOSTNAME.fullmatch(hostname) and not hostname.endswith(LOCALDOMAIN):
         return hostname
@@ -1479,7 +1441,7 @@ def ehlo_name(hostname: str, address: str) -> str:
         name = "" if local in LOOPBACK else socket.gethostbyaddr(address)[0]
         if "." in name and HOSTNAME.fullmatch(name) and not name.endswith(LOCALDOMAIN):
             return name
-    return f"[IPv6:{local.text}]" if local.version == 6 else f"[{local.text}]"
+    return f"[IPv6:{local}]" if local.version == 6 else f"[{local}]"
 
 
 LOCALDOMAIN = ".localdomain"
@@ -1529,9 +1491,8 @@ def redacted(value: Any, secret: bool = False) -> Any:
     if isinstance(value, (tuple, frozenset)):
         return sorted(value) if isinstance(value, frozenset) else list(value)
     if hasattr(value, "__dataclass_fields__"):
-        items = [item for item in fields(value) if "parse" in item.metadata]
-        keyed = [(item, (item.metadata["keys"] or (item.name,))[0]) for item in items]
-        return {key: redacted(getattr(value, item.name), item.metadata["secret"]) for item, key in keyed}
+        known = {(i.metadata["keys"] or (i.name,))[0]: i for i in fields(value) if "parse" in i.metadata}
+        return {key: redacted(getattr(value, item.name), item.metadata["secret"]) for key, item in known.items()}
     return value
 
 
@@ -1556,40 +1517,15 @@ def example_settings() -> dict:
 # ======================================================================================================================
 
 
-class LogSink:
-    """Write-readiness of a log destination: waits for it at most 1 s per minute, then lines are dropped and counted."""
-
-    WAIT_BUDGET = 1.0  # seconds per minute
-
-    def __init__(self) -> None:
-        self.lost = 0  # lines, since it stopped reading
-        self.budget, self.waited = self.WAIT_BUDGET, 0.0  # what is left of it, at that monotonic time
-
-    def wait_writable(self, fd: int) -> bool:
-        """Return True once a line can be written."""
-        poller = select.poll()
-        poller.register(fd, select.POLLOUT)
-        if poller.poll(0):
-            return True
-        if self.lost:
-            return False
-        start = time.monotonic()
-        budget = min(self.budget + (start - self.waited) * self.WAIT_BUDGET / 60, self.WAIT_BUDGET)
-        ready = poller.poll(budget * 1000)
-        self.waited = time.monotonic()
-        self.budget = max(budget - (self.waited - start), 0)
-        return bool(ready)
-
-    @property
-    def lost_note(self) -> str:
-        return f"{self.lost} lines were lost, since nobody read them"
-
-
 class Log:
-    """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once."""
+    """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once.
+
+    A reader that is slow is waited for PATIENCE seconds; then lines are dropped and counted until it reads again.
+    """
 
     FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
+    PATIENCE = 0.1
 
     def __init__(self) -> None:
         self.devel = False  # SMTP dialogues are shown, too
@@ -1601,15 +1537,15 @@ class Log:
         self.stderr = 2  # a file descriptor
         self.path = ""  # of the file that descriptors 1 and 2 are, if reopen() is to look for a new one
         self.quiet = False  # lines for stderr are dropped
-        self.stderr_sink, self.syslog_sink = LogSink(), LogSink()
+        self.lost = 0  # lines, since the reader stopped
+
+    @property
+    def lost_note(self) -> str:
+        return f"{self.lost} lines were lost, since nobody read them"
 
     def open(self, settings: Syslog) -> None:
         """Send lines from now on where the settings say."""
-        self.priority = None
-        if not settings.disabled:
-            import syslog
-
-            self.priority = syslog.LOG_INFO | getattr(syslog, "LOG_" + settings.facility.upper())
+        self.priority = None if settings.disabled else FACILITIES[settings.facility] * 8 + 6  # 6: informational
 
     def lines(self, *lines: str) -> None:
         """Write lines by one call, so that those of several processes don't mix."""
@@ -1670,16 +1606,16 @@ class Log:
 
     def write_bytes(self, octets: bytes) -> bool:
         """Write octets to stderr; False if it is closed, full, or a pipe that nobody reads."""
-        start, sink = 0, self.stderr_sink
+        start = 0
         try:
             while start < len(octets):
-                if not sink.wait_writable(self.stderr):
-                    sink.lost += octets.count(b"\n", start)
+                if not select.select([], [self.stderr], [], 0 if self.lost else self.PATIENCE)[1]:
+                    self.lost += octets.count(b"\n", start)
                     return False
                 with contextlib.suppress(BlockingIOError):  # another process was quicker
-                    if sink.lost:
-                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {sink.lost_note}\n".encode())
-                        sink.lost = 0
+                    if self.lost:
+                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {self.lost_note}\n".encode())
+                        self.lost = 0
                         continue  # there may have been room for this only
                     end = octets.rfind(b"\n", start, start + select.PIPE_BUF) + 1  # so much never blocks
                     start += os.write(self.stderr, octets[start : end or start + select.PIPE_BUF])
@@ -1694,21 +1630,19 @@ class Log:
             try:
                 if not self.syslog:
                     self.syslog = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-                    self.syslog.setblocking(False)
                     self.syslog.connect(next(filter(os.path.exists, self.SYSLOG), self.SYSLOG[0]))
-                if not self.syslog_sink.wait_writable(self.syslog.fileno()):
-                    break
-                for text in (self.syslog_sink.lost_note, line) if self.syslog_sink.lost else (line,):
+                self.syslog.settimeout(0 if self.lost else self.PATIENCE)
+                for text in (self.lost_note, line) if self.lost else (line,):
                     self.syslog.send((head + text).encode("utf-8", "backslashreplace"))
-                self.syslog_sink.lost = 0
+                self.lost = 0
                 return
-            except BlockingIOError:  # another process was quicker
+            except (BlockingIOError, socket.timeout):
                 break
             except OSError:
                 if self.syslog:
                     self.syslog.close()
                 self.syslog = None
-        self.syslog_sink.lost += 1
+        self.lost += 1
 
 
 @functools.lru_cache(maxsize=2)
@@ -1766,10 +1700,10 @@ PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}")  # of a mailbox or
 SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")
 ADDRESS_TOKEN = re.compile(
     r'(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<angle><(?:[^<>"\\]|"(?:[^"\\]|\\.)*")*>)|(?P<literal>\[[^\[\]]*\])'
-    r"|(?P<blank>\s+)|(?P<mark>[,;:])|(?P<atom>[^\s\"<>()\[\],;:]+)",
+    r"|(?P<comment>\((?:[^()\\]|\\.|\((?:[^()\\]|\\.|\((?:[^()\\]|\\.)*\))*\))*\))"  # in two others at most
+    r"|(?P<blank>\s+)|(?P<mark>[,;:]|\Z)|(?P<atom>[^\s\"<>()\[\],;:]+)|(?P<fault>.+)",
     re.DOTALL,
 )
-COMMENT_TOKEN = re.compile(r"[()]|\\.", re.DOTALL)
 CFWS = ("blank", "comment")
 CHARSET_NAME = re.compile(r"[A-Za-z0-9_.:()+-]{1,40}")
 MESSAGE_ID = r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>"
@@ -1785,9 +1719,10 @@ CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
 MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
 MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
-CONTENT_ID = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}"
+CONTENT_ID = re.compile(r"(<)?[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}(?(1)>)")
 NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # RFC 2045 2.7
-TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
+LONG_LINE = re.compile(rb"^[^\r\n]{999,}", re.MULTILINE)  # RFC 5322 2.1.1
+LINE_PIECE = re.compile(rb".{1,998}(?=[ \t]|\Z)|.+")
 RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*(?:\n|\Z)")
 PARAMETER_FIELDS = ("content-type", "content-disposition")
 MAILBOX_FIELDS = ("from", "sender", "to", "cc", "bcc", "reply-to", "resent-from", "resent-sender", "resent-to",
@@ -1798,7 +1733,6 @@ STRUCTURED_FIELDS = re.compile(
     r"|content-transfer-encoding|dkim-signature|domainkey-signature|arc-.*|authentication-results|auto-submitted"
     r"|list-(?:archive|help|owner|post|subscribe|unsubscribe|unsubscribe-post)"
 )
-DELIMITER = re.compile(rb"\n--([^\r\n]*)")
 HIGH_OCTETS = bytes(range(128, 256))
 BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
 CID_LINK = re.compile("[\"'(=]\\s*cid:([^\"'<>()\\s]{1,600})", re.IGNORECASE)  # RFC 2392
@@ -1846,23 +1780,18 @@ def parse_address(text: str) -> Mailbox | None:
     local, domain = found.groups()
     domain = domain if domain.isascii() else ascii_domain(domain)
     mailbox = Mailbox(text, local, domain, f"{local}@{domain}", (local, domain.lower()))
-    if len(mailbox.addr_spec.encode()) > MAX_PATH:
-        return None
-    return mailbox if DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_address_literal(domain)) else None
+    is_host = DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_address_literal(domain))
+    return mailbox if is_host and len(mailbox.addr_spec.encode()) <= MAX_PATH else None
 
 
 @cache_short(1024)
 def is_address_literal(text: str) -> bool:
     """Return whether the text is an address literal (RFC 5321 4.1.3): [192.0.2.1] or [IPv6:2001:db8::1]."""
-    inner = text[1:-1]
-    if "%" in inner:  # ipaddress accepts any characters in a zone, CR and LF included
-        return False
-    is_v6 = inner[:5].lower() == "ipv6:"
-    try:
-        (ipaddress.IPv6Address if is_v6 else ipaddress.IPv4Address)(inner[5:] if is_v6 else inner)
-    except ValueError:
-        return False
-    return True
+    is_v6 = text[1:6].lower() == "ipv6:"
+    address = text[6:-1] if is_v6 else text[1:-1]
+    with contextlib.suppress(ValueError):  # ipaddress accepts any characters in a zone, CR and LF included
+        return "%" not in address and (ipaddress.IPv6Address if is_v6 else ipaddress.IPv4Address)(address) is not None
+    return False
 
 
 def idna_hint(text: str) -> tuple:
@@ -1899,35 +1828,14 @@ def parse_header_text(value: Any, json_path: str, errors: list) -> str:
     return value
 
 
-def header_matching(pattern: str, expected: str) -> Callable:
-    """Make a parser of header text that is empty or matches the whole pattern."""
-    compiled = re.compile(pattern)
-
-    def parse(value: Any, json_path: str, errors: list) -> str:
-        value = parse_header_text(value, json_path, errors)
-        if value and not compiled.fullmatch(value):
-            errors.append(f'{json_path}: expected {expected}, got "{sanitize(value, 80)}"')
-        return value
-
-    return parse
-
-
-def parse_mailbox_field(value: Any, json_path: str, errors: list) -> tuple:
-    """Return ((display name, Mailbox), ...) of a field like From; a text that is not empty names at least one."""
-    found = parse_recipient_field(value, json_path, errors)
-    if any(mailbox is NULL_SENDER for _, mailbox in found):
-        errors.append(f"{json_path}: names no mailbox")
-    return found
-
-
-def parse_recipient_field(value: Any, json_path: str, errors: list) -> tuple:
-    """Return the same of a field like To, where ((name, NULL_SENDER),) is an empty group (RFC 5322 3.4)."""
+def parse_recipient_field(value: Any, json_path: str, errors: list, allow_group: bool = True) -> tuple:
+    """Return ((display name, Mailbox), ...) of a field like To, ((name, NULL_SENDER),) of an empty group."""
     value, reason = parse_header_text(value, json_path, errors), ""
     try:
         found = parse_mailboxes(value)
         if found or not value:
             return found
-        if ":" in value:
+        if ":" in value and allow_group:
             name = value.partition(":")[0].strip()
             return ((name if PHRASE.fullmatch(name) else "undisclosed-recipients", NULL_SENDER),)
     except ValueError as error:
@@ -1935,6 +1843,9 @@ def parse_recipient_field(value: Any, json_path: str, errors: list) -> tuple:
     text = f'{json_path}: expected "name <address>", got "{sanitize(value, 80)}"{reason}'
     errors.append("; ".join([text, *idna_hint(value[:MAX_ADDRESS_TEXT])]))
     return ()
+
+
+parse_mailbox_field = functools.partial(parse_recipient_field, allow_group=False)  # a field like From
 
 
 def parse_recipient_list(value: Any, json_path: str, errors: list) -> tuple:
@@ -1956,7 +1867,10 @@ def parse_mailboxes(text: str) -> tuple:
     if simple and not ("@" in simple[1] and re.search("[,;]", simple[1])):  # else the name holds another mailbox
         return ((simple[1].strip(), _parse_spec(simple[2])),)
     found, tokens, in_group = [], [], False
-    for kind, token in itertools.chain(address_tokens(text), (("mark", ""),)):
+    for match in ADDRESS_TOKEN.finditer(text):
+        kind, token = match.lastgroup, match[0]
+        if kind == "fault":
+            raise ValueError(f'"{token[0]}" out of place')
         if kind != "mark":
             tokens.append((kind, token))
             continue
@@ -1971,48 +1885,25 @@ def parse_mailboxes(text: str) -> tuple:
     return tuple(found)
 
 
-def address_tokens(text: str) -> Any:
-    """Yield (kind, text) of the tokens of an address list."""
-    at = 0
-    while at < len(text):
-        if text[at] == "(":
-            end = _comment_end(text, at)
-            yield "comment", text[at + 1 : end - 1]
-            at = end
-            continue
-        found = ADDRESS_TOKEN.match(text, at)
-        if not found:
-            raise ValueError(f'"{text[at]}" out of place')
-        yield found.lastgroup, found[0]
-        at = found.end()
-
-
-def _comment_end(text: str, start: int) -> int:
-    """Return the position after a comment, which may hold others."""
-    depth = 0
-    for found in COMMENT_TOKEN.finditer(text, start):
-        depth += {"(": 1, ")": -1}.get(found[0], 0)
-        if not depth:
-            return found.end()
-    raise ValueError('a comment without ")"')
-
-
 def _mailbox(tokens: list) -> list:
     """Return [(display name, Mailbox)] of the tokens between two separators, [] if they are comments and blanks."""
-    words = [(" " if kind == "comment" else token, kind) for kind, token in tokens]
-    comments = " ".join(token.strip() for kind, token in tokens if kind == "comment")
+    comments = " ".join(token[1:-1].strip() for kind, token in tokens if kind == "comment")
+    words = [(kind, " " if kind == "comment" else token) for kind, token in tokens]
     kinds = [kind for kind, _ in tokens if kind not in CFWS]
     if "angle" not in kinds:
-        spec = "".join(word for word, _ in words).strip()
+        spec = "".join(word for _, word in words).strip()
         return [(comments, _parse_spec(spec))] if spec else []
     if kinds.index("angle") != len(kinds) - 1:
         raise ValueError("text after an address")
-    name = "".join(
-        re.sub(r"\\(.)", r"\1", word[1:-1]) if kind == "quoted" else word for word, kind in words if kind != "angle"
-    )
-    angle = next(word for word, kind in words if kind == "angle")
-    name = " ".join(filter(None, (name.strip(), comments and f"({comments})"))) if name.strip() else comments
+    angle = next(word for kind, word in words if kind == "angle")
+    name = "".join(unquote(word) for kind, word in words if kind != "angle").strip()
+    name = f"{name} ({comments})" if name and comments else name or comments
     return [(name, _parse_spec(angle[1:-1]))]
+
+
+def unquote(word: str) -> str:
+    """Return what a quoted string says (RFC 5322 3.2.4), any other word as it is."""
+    return re.sub(r'\\(.)|"', r"\1", word) if word[:1] == '"' else word
 
 
 def _parse_spec(text: str) -> Mailbox:
@@ -2030,15 +1921,6 @@ def parse_loop_names(value: Any, json_path: str, errors: list) -> tuple:
         if not DOMAIN.fullmatch(name) and len(errors) < MAX_ERRORS:
             errors.append(f'{json_path}: "{sanitize(name, 80)}" is no name of a Haineko')
     return names
-
-
-def parse_charset(value: Any, json_path: str, errors: list) -> str:
-    """Return IANA's name of a charset."""
-    value = parse_header_text(value, json_path, errors)
-    name = iana_charset(value)
-    if not name:
-        errors.append(f'{json_path}: unknown charset "{sanitize(value, 80)}"; "UTF-8" holds every character')
-    return name or "UTF-8"
 
 
 @cache_short(64, limit=40)
@@ -2069,30 +1951,23 @@ IANA_NAMES.update({f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 85
 IANA_NAMES.update({f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))})
 CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
 
-parse_message_id = header_matching(MESSAGE_ID, '"<left@right>"')  # RFC 5322 3.6.4
-parse_ascii_text = header_matching(PLAIN.pattern, "printable ASCII in words of at most 900 characters")
+# IANA's name of a charset.
+parse_charset = matching(iana_charset, 'a charset that mail readers know, like "UTF-8"', convert=iana_charset)
+parse_message_id = matching(re.compile(MESSAGE_ID), '"<left@right>"', optional=True)  # RFC 5322 3.6.4
+parse_ascii_text = matching(PLAIN, "printable ASCII in words of at most 900 characters", optional=True)
+parse_message_ids = list_of(
+    matching(re.compile(rf" *{MESSAGE_ID}(?: +{MESSAGE_ID})* *"), '"<left@right> <left@right>"', optional=True),
+    lambda texts: " ".join(" ".join(texts).split()),
+)
 
 
-def parse_message_ids(value: Any, json_path: str, errors: list) -> str:
-    """Return message ids, from a list or from a string with white space between them."""
-    return " ".join(
-        parse_message_id(item, json_path, errors)
-        for text in list_of(parse_header_text)(value, json_path, errors)
-        for item in text.split()
-        if len(errors) < MAX_ERRORS
-    )
+def one_of_words(*words: str) -> Callable:
+    return matching(re.compile("|".join(words), re.IGNORECASE), " or ".join(words), optional=True)
 
 
-def parse_date(value: Any, json_path: str, errors: list) -> str:
-    """Return a date of RFC 5322 3.3."""
-    value = parse_header_text(value, json_path, errors)
-    try:
-        valid = not value or (DATE.fullmatch(value) and parsedate_to_datetime(value))
-    except (ValueError, TypeError):  # the 31st of February
-        valid = False
-    if not valid:
-        errors.append(f'{json_path}: expected a date like "{formatdate(0)}", got "{sanitize(value, 80)}"')
-    return value
+def is_date(text: str) -> bool:
+    """Return whether a text is a date of RFC 5322 3.3; ValueError for the 31st of February."""
+    return bool(DATE.fullmatch(text) and parsedate_to_datetime(text))
 
 
 def parse_send_at(value: Any, json_path: str, errors: list) -> float | None:
@@ -2106,19 +1981,16 @@ def parse_send_at(value: Any, json_path: str, errors: list) -> float | None:
     return None
 
 
-# Fields that a client may set beside those of Header and X-...; the parser decides how a value is written:
-# parse_header_text: may be encoded (RFC 2047); parse_mailbox_field: a list of mailboxes; all others: as it is.
+# Fields that a client may set beside those of Header and X-...
 EXTRA_FIELDS = {
     "Message-Id": parse_message_id,
     "In-Reply-To": parse_message_ids,
     "References": parse_message_ids,
-    "Date": parse_date,
+    "Date": matching(is_date, f'a date like "{formatdate(0)}"', optional=True),
     "Disposition-Notification-To": parse_mailbox_field,  # RFC 8098
-    "Importance": header_matching("(?i:high|normal|low)", "high, normal or low"),  # RFC 4021 2.1.44
-    "Priority": header_matching("(?i:urgent|normal|non-urgent)", "urgent, normal or non-urgent"),
-    "Sensitivity": header_matching(
-        "(?i:personal|private|company-confidential)", "personal, private or company-confidential"
-    ),
+    "Importance": one_of_words("high", "normal", "low"),  # RFC 4021 2.1.44
+    "Priority": one_of_words("urgent", "normal", "non-urgent"),
+    "Sensitivity": one_of_words("personal", "private", "company-confidential"),
     **dict.fromkeys(("List-Id", "Organization", "Comments", "Keywords"), parse_header_text),
     **dict.fromkeys(("Auto-Submitted", "Precedence", "Feedback-Id"), parse_ascii_text),  # RFC 3834
     **dict.fromkeys(("List-Archive", "List-Help", "List-Owner", "List-Post"), parse_ascii_text),  # RFC 2369
@@ -2138,26 +2010,16 @@ TOP_KEYS.update(dict.fromkeys(("text", "textbody", "plain", "content", "message"
 TOP_KEYS.update(dict.fromkeys(("recipient", "recipients", "mailto", "rcptto"), "rcpt"))
 TOP_KEYS.update(sendat="send_at", dryrun="dry_run", trace="trace")
 TOP_KEYS.update(sender="mail", mailfrom="mail", htmlbody="html", files="attachments", attachment="attachments")
+KEYS_OUTSIDE = {key: f"{meant}, outside of header" for key, meant in TOP_KEYS.items()}
 TOP_KEYS.update(contenttype="html or attachments[].type", mimetype="attachments[].type")
 ATTACHMENT_KEYS = dict.fromkeys(("contenttype", "mimetype", "mediatype"), '"type"')
 ATTACHMENT_KEYS.update(data='"content"', contentid='"cid"', disposition='"inline"')
 
 
-def hinted(cls: type, hints: dict) -> Callable:
-    """Make a parser of objects like from_dict() that knows the keys of other programs and other levels."""
-
-    def parse(value: Any, json_path: str, errors: list) -> Any:
-        known = key_table(cls)
-        usual = not isinstance(value, dict) or value.keys() <= known.keys()
-        for key in () if usual else [key for key in value if key not in known]:
-            hint = hints.get(normalize_key(key))
-            if hint and len(errors) < MAX_ERRORS:
-                del value[key]
-                dot = json_path and json_path + "."
-                errors.append(f"{dot}{sanitize(key)}: unknown key; did you mean {hint}?")
-        return from_dict(cls, value, json_path, errors)
-
-    return parse
+def hint_of(table: dict, key: str, known: Any) -> str:
+    """Return what an unknown key may mean, by the table of keys of other programs and levels or by its spelling."""
+    meant = table.get(normalize_key(key))
+    return f"; did you mean {meant}?" if meant else did_you_mean(key, known)
 
 
 @dataclass(repr=False, eq=False)  # made for each mail, and creating a frozen one takes four times as long
@@ -2170,12 +2032,7 @@ class Header:
     to: tuple = config_field((), parse_recipient_list, "To; with it all recipients get the same message")
     cc: tuple = config_field((), parse_recipient_list, "Cc; the same")
     bcc: tuple = config_field((), parse_recipient_list, "more recipients, in no header")
-    extra_fields: tuple = ()  # ((name, value, parser), ...)
-
-    @property
-    def shared(self) -> bool:
-        """Whether all recipients get the same message."""
-        return bool(self.to or self.cc)
+    extra_fields: tuple = ()  # ((name, value), ...)
 
 
 def parse_header(value: Any, json_path: str, errors: list) -> Header:
@@ -2198,46 +2055,36 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
             values.update({} if item is None else {attribute: parse(item, item_path, errors)})
         else:
             extra += extra_field(key, item, item_path, errors)
-    size = sum(len(item) for _, item, _ in extra)
+    size = sum(len(item) for _, item in extra)
     if len(extra) > MAX_FIELDS or size > MAX_HEADER:
         errors.append(f"{json_path}: more than {MAX_FIELDS} fields or {MAX_HEADER} characters")
     return Header(**values, extra_fields=tuple(extra))
 
 
 def extra_field(key: str, value: Any, json_path: str, errors: list) -> list:
-    """Return [(name, value, parser), ...] of a key that is not one of Header's own."""
+    """Return [(name, value), ...] of a key that is not one of Header's own."""
     name = FIELD_BY_KEY.get(normalize_key(key))
-    parse, is_x = EXTRA_FIELDS.get(name), X_FIELD.fullmatch(key)
-    if (name or is_x) and value is None:
+    if not name and X_FIELD.fullmatch(key):
+        name = "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
+    if not name:
+        names = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)]
+        fault = "unknown key" + (hint_of(KEYS_OUTSIDE, key, names) if len(errors) < MAX_HINTS else "")
+        is_reserved = RESERVED_FIELDS.fullmatch(normalize_key(key))
+        errors.append(f"{json_path}: {'Haineko makes this field itself' if is_reserved else fault}")
+    if not name or value is None:
         return []
-    if name:
-        items = (parse(value, json_path, errors),)
-    elif is_x:
-        parse, name = parse_header_text, "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
-        items = list_of(parse)(value[: MAX_FIELDS + 1] if type(value) is list else value, json_path, errors)
-    elif RESERVED_FIELDS.fullmatch(normalize_key(key)):
-        errors.append(f"{json_path}: Haineko makes this field itself")
-        return []
+    if name in EXTRA_FIELDS:
+        items = (EXTRA_FIELDS[name](value, json_path, errors),)
     else:
-        names, outside = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)], TOP_KEYS.get(normalize_key(key))
-        hint = f"; did you mean {outside}, outside of header?" if outside else ""
-        errors.append(
-            f"{json_path}: unknown key{hint or (did_you_mean(key, names) if len(errors) < MAX_HINTS else '')}"
-        )
-        return []
-    return [(name, item, parse) for item in items if item]
+        items = list_of(parse_header_text)(value[: MAX_FIELDS + 1] if type(value) is list else value, json_path, errors)
+    return [(name, item) for item in items if item]
 
 
 def parse_base64(value: Any, json_path: str, errors: list) -> bytes:
     """Return the octets of a base64 string (RFC 4648 4); white space in it is ignored."""
-    if type(value) is not str:
-        errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
-        return b""
-    for text in (value, "".join(value.split())) if "\n" in value or " " in value else (value,):
-        try:
-            octets = binascii.a2b_base64(text)
-        except ValueError:
-            continue
+    text = "".join(parse_unicode_text(value, json_path, errors).split())
+    with contextlib.suppress(ValueError):
+        octets = binascii.a2b_base64(text)
         # a2b_base64() skips characters that are not of its alphabet: the length tells whether there were any.
         if len(octets) == len(text) // 4 * 3 - text[-2:].count("=") and len(text) % 4 == 0:
             return octets
@@ -2271,11 +2118,8 @@ def parse_media_type(value: Any, json_path: str, errors: list) -> str:
     return name + "".join(f";\r\n {key}={word}" for key, word in parameters if key.lower().rstrip("*") != "name")
 
 
-def parse_content_id(value: Any, json_path: str, errors: list) -> str:
-    """Return the name that a link "cid:..." in the HTML uses (RFC 2392), without brackets."""
-    if type(value) is str and value.startswith("<") and value.endswith(">"):
-        value = value[1:-1]
-    return header_matching(CONTENT_ID, "letters, digits and @._+-")(value, json_path, errors)
+# The name that a link "cid:..." in the HTML uses (RFC 2392), without brackets.
+parse_content_id = matching(CONTENT_ID, "letters, digits and @._+-", optional=True, convert=lambda cid: cid.strip("<>"))
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -2293,7 +2137,8 @@ def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
         errors.append(f"{json_path}: {len(value)} exceed the limit of {MAX_ATTACHMENTS}")
         return ()
     before, cids = len(errors), set()
-    attachments = list_of(hinted(Attachment, ATTACHMENT_KEYS))(value, json_path, errors)
+    parse = functools.partial(from_dict, Attachment, hint=functools.partial(hint_of, ATTACHMENT_KEYS))
+    attachments = list_of(parse)(value, json_path, errors)
     for i, item in enumerate(attachments if len(errors) == before else ()):
         if item.content is None:
             errors.append(f"{json_path}[{i}].content: is missing")
@@ -2338,12 +2183,14 @@ def parse_message(octets: bytes) -> ParsedMessage:
     """Parse a message with any line ends; ValueError says which field is wrong, or which limit is exceeded."""
     found = re.match(rb">?From (?![ \t]*:)[^\n]*\n", octets)  # of an mbox
     octets = octets[found.end() :] if found else octets
-    parts = mime_parts(octets)
-    check_limits(parts)
+    parts: list = []
+    for part in mime_parts(octets, max_fields=MAX_FIELDS):
+        parts.append(part)
+        check_limits(part, len(parts))
     if any(part.encoding == "binary" for part in parts):  # no SMTP path carries it, and its CR and LF are no line ends
         octets = rewrite_parts(octets, parts, _encode_binary)
     octets = octets.replace(b"\r\n", b"\n")
-    header, body = read_header(octets, 0)
+    header, body = read_header(octets, 0, len(octets))
     return ParsedMessage(list(map(_clean_field, header)), octets[body:].replace(b"\r", b"\n"))
 
 
@@ -2355,7 +2202,7 @@ def _clean_field(item: tuple) -> tuple:
     if b"\r" in octets or b"\0" in octets:
         raise ValueError(f"{shown}: has a CR or NUL")
     octets = fold_long_lines(label.rstrip() + b":" + value + (b"" if value.endswith(b"\n") else b"\n"))
-    if TOO_LONG.search(octets):
+    if LONG_LINE.search(octets):
         raise ValueError(f"{shown}: has a line longer than 998 octets")
     if not octets.isascii() and STRUCTURED_FIELDS.fullmatch(name):
         text = octets.decode("latin-1")
@@ -2365,27 +2212,14 @@ def _clean_field(item: tuple) -> tuple:
 
 
 def fold_long_lines(octets: bytes) -> bytes:
-    """Fold a field's lines of more than 998 octets at blanks; those without a blank stay."""
-    if not TOO_LONG.search(octets):
-        return octets
-    lines, end = [], b"\r" if octets.endswith(b"\r\n") else b""
-    for line in octets.split(b"\n"):
-        start = 0
-        while len(line) - start > 998:
-            at = max(line.rfind(b" ", start + 1, start + 998), line.rfind(b"\t", start + 1, start + 998))
-            if at < 0:
-                break
-            lines.append(line[start:at] + end)
-            start = at
-        lines.append(line[start:])
-    return b"\n".join(lines)
+    """Fold a field's lines of more than 998 octets at blanks; what follows a word longer than that stays."""
+    return LONG_LINE.sub(lambda line: b"\r\n".join(LINE_PIECE.findall(line[0])), octets)
 
 
 def is_utf8(octets: bytes) -> bool:
-    try:
+    with contextlib.suppress(UnicodeDecodeError):
         return octets.decode() is not None
-    except UnicodeDecodeError:
-        return False
+    return False
 
 
 @dataclass(eq=False)
@@ -2397,8 +2231,6 @@ class MIMEPart:
     body: int
     end: int
     depth: int
-    media_type: str = ""
-    boundary: bytes = b""
     is_leaf: bool = True
 
     def value(self, name: str) -> str:
@@ -2409,7 +2241,11 @@ class MIMEPart:
     def parameter(self, name: str) -> str:
         """Return a parameter of Content-Type."""
         found = re.search(rf';\s*{name}\s*=\s*("(?:[^"\\]|\\.)*"|[^\s;"]+)', self.value("content-type"), re.IGNORECASE)
-        return re.sub(r"\\(.)", r"\1", found[1].strip('"')) if found else ""
+        return unquote(found[1]) if found else ""
+
+    @property
+    def media_type(self) -> str:
+        return self.value("content-type").partition(";")[0].strip().lower()
 
     @property
     def is_text(self) -> bool:
@@ -2420,96 +2256,68 @@ class MIMEPart:
         return self.value("content-transfer-encoding").partition("(")[0].strip().lower()
 
 
-def mime_parts(octets: bytes) -> list:
-    """Return the parts of a message (RFC 2046 5.1), each before those within it. It ends soon after a limit."""
-    parts: list = []
-    open_depths: dict = {}  # boundary of each open multipart, from the outermost: depth
-    current = _open_part(octets, 0, 0, parts, open_depths)  # the part that the next delimiter ends
-    for found in DELIMITER.finditer(octets) if open_depths else ():
-        line = found[1].rstrip()
-        is_close = line not in open_depths and line.endswith(b"--")
-        boundary = line[:-2] if is_close else line
-        if boundary not in open_depths or found.start() < parts[-1].body - 1:
-            continue
-        if current and (current.is_leaf or boundary != current.boundary):
-            current.end = max(current.body, found.start() - (octets[found.start() - 1 : found.start()] == b"\r"))
-            current.is_leaf = True  # a multipart without parts is one
-        depth, current = open_depths[boundary], None
-        while list(open_depths)[-1] != boundary:
-            open_depths.popitem()
-        if is_close:
-            open_depths.popitem()
-        elif len(parts) > MAX_PARTS:
-            break
-        else:
-            start = octets.find(b"\n", found.end()) + 1 or len(octets)
-            current = _open_part(octets, start, depth + 1, parts, open_depths)
-    if current:
-        current.is_leaf = True
-    return parts
+def mime_parts(octets: bytes, start: int = 0, end: int = -1, depth: int = 0, max_fields: int = sys.maxsize) -> Any:
+    """Yield the parts of a message (RFC 2046 5.1), each before those within it; a header ends after `max_fields`."""
+    end = len(octets) if end < 0 else end
+    header, body = read_header(octets, start, end, max_fields)
+    part, inner = MIMEPart(header, start, body, end, depth), []
+    if part.media_type == "message/rfc822" and part.encoding not in ("base64", "quoted-printable"):
+        inner = [(body, end)]
+    elif part.media_type.startswith("multipart/") and part.parameter("boundary"):
+        inner = _split_multipart(octets, part, part.parameter("boundary").encode("ascii", "replace"))
+    part.is_leaf = not inner
+    yield part
+    for start, end in inner:
+        yield from mime_parts(octets, start, end, depth + 1, max_fields)
 
 
-def _open_part(octets: bytes, start: int, depth: int, parts: list, open_depths: dict) -> MIMEPart:
-    """Read a part's header and those of messages directly within it; return the innermost part."""
-    while True:
-        header, body = read_header(octets, start)
-        part = MIMEPart(header, start, body, len(octets), depth)
-        parts.append(part)
-        part.media_type = part.value("content-type").partition(";")[0].strip().lower()
-        if depth > MAX_NESTING or len(parts) > MAX_PARTS:
-            return part
-        if part.media_type.startswith("multipart/") and part.parameter("boundary"):
-            part.is_leaf, part.boundary = False, part.parameter("boundary").encode("ascii", "replace")
-            open_depths[part.boundary] = depth
-        elif part.media_type == "message/rfc822" and part.encoding not in ("base64", "quoted-printable"):
-            part.is_leaf, start, depth = False, body, depth + 1
-            continue
-        return part
+def _split_multipart(octets: bytes, part: MIMEPart, boundary: bytes) -> list:
+    """Return [(start, end), ...] of the parts of a multipart; one without parts is a leaf."""
+    spans, start = [], 0
+    delimiter = re.compile(rb"\n--" + re.escape(boundary) + rb"(--)?[ \t]*\r?(?=\n|\Z)")
+    for found in delimiter.finditer(octets, part.body - 1, part.end):
+        end = found.start() - octets.endswith(b"\r", start, found.start())
+        spans += [(start, max(start, end))] if start else []
+        start = min(found.end() + 1, part.end)
+        if found[1]:
+            return spans
+    return [*spans, (start, part.end)] if start else []
 
 
-def read_header(octets: bytes, start: int) -> tuple:
-    """Return ([(name in lower case, octets of the field), ...], start of the body). It ends soon after a limit."""
+def read_header(octets: bytes, start: int, end: int, max_fields: int = sys.maxsize) -> tuple:
+    """Return ([(name in lower case, octets of the field), ...], start of the body)."""
     header, at = [], start
-    while len(header) <= MAX_FIELDS and at - start <= MAX_HEADER:
-        found = RAW_FIELD.match(octets, at)
-        if not found:
-            break
+    while len(header) <= max_fields and (found := RAW_FIELD.match(octets, at, end)):
         header.append((found[1].decode().lower(), found[0]))
         at = found.end()
-    return header, at + (2 if octets.startswith(b"\r\n", at) else octets.startswith(b"\n", at))
+    return header, at + (2 if octets.startswith(b"\r\n", at, end) else octets.startswith(b"\n", at, end))
 
 
-def check_limits(parts: list) -> None:
-    """Raise ValueError if a message exceeds a limit."""
-    parameters = [octets.count(b";") for part in parts for name, octets in part.header if name in PARAMETER_FIELDS]
-    for what, counts, limit in (
-        ("parts", [len(parts)], MAX_PARTS),
-        ("levels of parts", [part.depth for part in parts], MAX_NESTING),
-        ("fields in a header", [len(part.header) for part in parts], MAX_FIELDS),
-        ("octets of a header", [part.body - part.start for part in parts], MAX_HEADER),
-        ("parameters of a field", [0, *parameters], MAX_PARAMETERS),
+def check_limits(part: MIMEPart, number: int) -> None:
+    """Raise ValueError if the message exceeds a limit with this part."""
+    parameters = [octets.count(b";") for name, octets in part.header if name in PARAMETER_FIELDS]
+    for what, count, limit in (
+        ("parts", number, MAX_PARTS),
+        ("levels of parts", part.depth, MAX_NESTING),
+        ("fields in a header", len(part.header), MAX_FIELDS),
+        ("octets of a header", part.body - part.start, MAX_HEADER),
+        ("parameters of a field", max(parameters, default=0), MAX_PARAMETERS),
     ):
-        if max(counts) > limit:
-            raise ValueError(f"{max(counts)} {what} exceed the limit of {limit}")
+        if count > limit:
+            raise ValueError(f"{count} {what} exceed the limit of {limit}")
 
 
 def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool = True) -> bytes:
     """Return the message with the (fields, body) that rewrite(part, body) gives for each part."""
+    dropped = b"" if keep_8bit else HIGH_OCTETS  # from delimiters, and from text between parts that nobody reads
     out, at = [], 0
     for part in parts:
-        between, body = octets[at : part.start], octets[part.body : part.end] if part.is_leaf else b""
-        header, new_body = rewrite(part, body)
-        # Between parts stand delimiters, and text that nobody reads.
-        out.append(between if keep_8bit else between.translate(None, HIGH_OCTETS))
-        if header == part.header:
-            out.append(octets[part.start : part.body])
-        else:
-            length = sum(len(octets) for _, octets in part.header)
-            out += [octets for _, octets in header]
-            out.append(octets[part.start + length : part.body])
-        out.append(new_body)
+        header, body = rewrite(part, octets[part.body : part.end] if part.is_leaf else b"")
+        blank_line = octets[part.start + sum(len(octets) for _, octets in part.header) : part.body]
+        between = octets[at : part.start].translate(None, dropped)
+        out += [between, *(octets for _, octets in header), blank_line, body]
         at = part.end if part.is_leaf else part.body
-    return b"".join([*out, octets[at:] if keep_8bit else octets[at:].translate(None, HIGH_OCTETS)])
+    return b"".join([*out, octets[at:].translate(None, dropped)])
 
 
 def _encode_binary(part: MIMEPart, body: bytes) -> tuple:
@@ -2528,9 +2336,11 @@ def set_encoding(header: list, encoding: str) -> list:
     return [item for item in header if item[0] != name] + new
 
 
-def base64_lines(octets: Any) -> bytes:
+def base64_lines(octets: bytes) -> bytes:
     """Return base64 in lines of 76 characters and CRLF (RFC 2045 6.8)."""
-    return b"\r\n".join(BASE64_LINE.findall(binascii.b2a_base64(octets, newline=False))) + b"\r\n"
+    blocks = (octets[at : at + 57 * 4096] for at in range(0, len(octets), 57 * 4096))  # 57 octets make a line
+    coded = (binascii.b2a_base64(block, newline=False) for block in blocks)
+    return b"".join(b"\r\n".join(BASE64_LINE.findall(block)) + b"\r\n" for block in coded)
 
 
 def unfold(octets: bytes) -> str:
@@ -2572,14 +2382,12 @@ class Submission:
     trace: bool = config_field(False, parse_boolean, "true: each item of the answer has the SMTP `dialogue`")
     html: str = config_field("", parse_unicode_text, "the same in HTML")
     attachments: tuple = config_field((), parse_attachments, "files")
-    raw: ParsedMessage | None = config_field(
-        None, parse_raw, "a finished message instead of header, body, html and attachments"
-    )
+    raw: ParsedMessage | None = config_field(None, parse_raw, "a finished message instead of header, body, html, files")
 
     @property
     def shared(self) -> bool:
         """Whether all recipients get the same message."""
-        return bool(self.raw or self.header.shared)
+        return bool(self.raw or self.header.to or self.header.cc)
 
 
 class SubmissionResult(NamedTuple):
@@ -2600,13 +2408,13 @@ def parse_submission(body: Any) -> SubmissionResult:
     except ValueError as error:
         return SubmissionResult(None, [sanitize(str(error)) + form_data_hint(bytes(body[:500]))], is_json=False)
     try:
-        if b"\\u001" in body and isinstance(raw, dict) and isinstance(raw.get("header"), dict):
+        if b"\\u001" in body and is_in_jis(raw):
             decode_jis_strings(raw)
     except ValueError as error:
         return SubmissionResult(None, [sanitize(str(error))])
     except RecursionError:
         return SubmissionResult(None, ["nested too deeply"], is_json=False)
-    submission = hinted(Submission, SUBMISSION_KEYS)(raw, "", errors)
+    submission = from_dict(Submission, raw, "", errors, functools.partial(hint_of, SUBMISSION_KEYS))
     if submission.html and not any(error.startswith("attachments") for error in errors):
         check_content_ids(submission, errors)
     if submission.rcpt is None or submission.header.bcc or submission.raw:
@@ -2614,9 +2422,7 @@ def parse_submission(body: Any) -> SubmissionResult:
     return SubmissionResult(None if errors else submission, errors)
 
 
-SUBMISSION_KEYS = {
-    normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *key_table(Header), "replyto")
-}
+SUBMISSION_KEYS = {normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *reversed(key_table(Header)))}
 SUBMISSION_KEYS.update(TOP_KEYS)
 
 
@@ -2632,41 +2438,31 @@ def check_content_ids(submission: Submission, errors: list) -> None:
     """Append an error for a "cid:" in the HTML without an attachment, and for a `cid` that the HTML does not use."""
     links = {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(submission.html)}
     cids = {item.cid: i for i, item in enumerate(submission.attachments) if item.cid}
-    errors += [
-        f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in sorted(links - cids.keys())
-    ][:MAX_HINTS]
+    unknown = sorted(links - cids.keys())[:MAX_HINTS]
+    errors += [f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in unknown]
     errors += [f'attachments[{i}].cid: the HTML has no "cid:{cid}"' for cid, i in cids.items() if cid not in links]
 
 
 def is_expensive(work: Any) -> bool:
     """Return whether to parse this body, or to compose this Submission, may take over 5 ms and belongs in a thread."""
-    return (_compose_cost(work) if isinstance(work, Submission) else _parse_cost(work)) > 5000
-
-
-def _parse_cost(body: Any) -> float:
-    """Estimate microseconds from above: text is cheap; strings, addresses and raw messages are not."""
-    per_octet = 0.4 if b'"raw"' in body or b"\\u00" in body else 0.01  # the key may be escaped
-    return per_octet * len(body) + 1.5 * body.count(b'"') + 10 * body.count(b"@")
-
-
-def _compose_cost(submission: Submission) -> float:
-    """Estimate microseconds from above, by the slowest inputs of each kind."""
-    header, raw = submission.header, submission.raw
+    if not isinstance(work, Submission):
+        per_octet = 0.4 if b'"raw"' in work or b"\\u00" in work else 0.01  # the key may be escaped
+        return per_octet * len(work) + 1.5 * work.count(b'"') + 10 * work.count(b"@") > 5000
+    header, raw = work.header, work.raw
     if raw:
         per_octet = 0.01 if raw.body.isascii() else 0.3
-        return per_octet * len(raw.body) + 10 * len(raw.fields) + 30 * raw.body.count(b"\n--")
-    cost = (0.02 if header.charset in ("UTF-8", "US-ASCII") else 0.5) * len(submission.body)
-    cost += (0.1 if submission.body else 1.5) * len(submission.html)
-    cost += sum(25 + 0.008 * len(item.content or b"") for item in submission.attachments)
-    cost += 0.6 * (len(header.subject) + sum(len(value) for _, value, _ in header.extra_fields))
-    return cost + 5 * len(header.extra_fields) + 15 * len(header.to + header.cc)
+        return per_octet * len(raw.body) + 10 * len(raw.fields) + 30 * raw.body.count(b"\n--") > 5000
+    cost = (0.02 if header.charset in ("UTF-8", "US-ASCII") else 0.5) * len(work.body)  # microseconds, from above
+    cost += (0.1 if work.body else 0.5) * len(work.html)
+    cost += sum(25 + 0.008 * len(item.content or b"") for item in work.attachments)
+    cost += 0.6 * (len(header.subject) + sum(len(value) for _, value in header.extra_fields))
+    return cost + 5 * len(header.extra_fields) + 15 * len(header.to + header.cc) > 5000
 
 
 def provider_header_names(submission: Submission) -> tuple:
     """Return the names of the fields that cloud relays take for commands."""
-    raw = submission.raw.fields if submission.raw else ()
-    names = [*(name for name, _, _ in submission.header.extra_fields), *(name for name, _ in raw)]
-    return tuple(dict.fromkeys(name for name in names if PROVIDER_HEADER.fullmatch(name)))
+    listed = (*submission.header.extra_fields, *(submission.raw.fields if submission.raw else ()))
+    return tuple(dict.fromkeys(name for name, _ in listed if PROVIDER_HEADER.fullmatch(name)))
 
 
 def add_header_recipients(submission: Submission, raw: Any, errors: list) -> Submission:
@@ -2676,50 +2472,52 @@ def add_header_recipients(submission: Submission, raw: Any, errors: list) -> Sub
         both = [key for key in ("header", "body", "html", "attachments") if raw.get(key) is not None]
         errors.extend(f"{key}: can't stand beside raw" for key in both)
         header = Header(loop=loop_names(submission.raw.fields))
-        if rcpt is None:
-            rcpt = tuple(header_recipients(submission.raw.fields))
-    if rcpt is None:
-        rcpt = tuple(mailbox.as_written for _, mailbox in header.to + header.cc if mailbox.as_written)
-    hidden = tuple(mailbox.as_written for _, mailbox in header.bcc if mailbox.as_written)
-    return replace(submission, header=header, rcpt=rcpt + hidden)
+        rcpt = tuple(header_recipients(submission.raw.fields)) if rcpt is None else rcpt
+    shown = header.to + header.cc if rcpt is None else ()
+    named = (mailbox.as_written for _, mailbox in shown + header.bcc if mailbox.as_written)
+    return replace(submission, header=header, rcpt=(*(rcpt or ()), *named))
 
 
-def decode_jis_strings(raw: dict) -> None:
-    """Decode the strings that hold ISO-2022-JP itself, if that is the charset asked for."""
-    charset = next((value for key, value in raw["header"].items() if normalize_key(key) == "charset"), None)
-    if type(charset) is str and iana_charset(charset) == "ISO-2022-JP":
-        _decode_jis_in(raw, "")
+def is_in_jis(raw: Any) -> bool:
+    """Return whether a submission asks for ISO-2022-JP."""
+    header = raw.get("header") if isinstance(raw, dict) else None
+    items = header.items() if isinstance(header, dict) else ()
+    charset = next((value for key, value in items if normalize_key(key) == "charset"), None)
+    return type(charset) is str and iana_charset(charset) == "ISO-2022-JP"
 
 
-def _decode_jis_in(table: Any, json_path: str) -> None:
+def decode_jis_strings(table: Any, json_path: str = "") -> None:
+    """Decode the strings in an object or list that hold ISO-2022-JP itself."""
     for key, value in table.items() if isinstance(table, dict) else enumerate(table):
-        dot = "." if json_path else ""
-        item_path = f"{json_path}[{key}]" if isinstance(table, list) else f"{json_path}{dot}{sanitize(key)}"
+        item_path = f"{json_path}[{key}]" if isinstance(table, list) else f"{json_path}.{sanitize(key)}".lstrip(".")
         if type(value) is str:
             try:
                 table[key] = jis_to_text(value)
             except ValueError as error:
                 raise ValueError(f"{item_path}: {error}") from None
         elif isinstance(value, (dict, list)):
-            _decode_jis_in(value, item_path)
+            decode_jis_strings(value, item_path)
 
 
 def jis_to_text(text: str) -> str:
     """Decode ISO-2022-JP (RFC 1468, and the rows and kana that CP50220 adds) that a string holds."""
     if "\x1b" not in text or not text.isascii():
         return text
-    head, *segments = re.split(r"\x1b(\$[@B]|\([BJI])", text)
-    parts = [head]
-    for escape, segment in zip(segments[::2], segments[1::2]):
-        if escape[0] == "$":
-            parts.append(jis_bytes_to_text(segment.encode()))
-        elif escape == "(I":
-            parts.append("".join(chr(ord(c) + 0xFF40) if "!" <= c <= "_" else c for c in segment))
-        else:  # JIS X 0201, "(J", has two characters that ASCII has not (RFC 1468)
-            parts.append(segment.replace("\\", "¥").replace("~", "‾") if escape == "(J" else segment)
-    if re.search(r"\x1b[$(]", "".join(parts)):
+    text = JIS_SEGMENT.sub(_decode_segment, text)
+    if re.search(r"\x1b[$(]", text):
         raise ValueError("has an escape sequence that is not ISO-2022-JP's")
-    return "".join(parts)
+    return text
+
+
+JIS_SEGMENT = re.compile(r"\x1b(\$[@B]|\([BJI])([^\x1b]*)")
+JIS_TABLES = {  # JIS X 0201 has kana, and two characters that ASCII has not (RFC 1468)
+    "(B": {}, "(J": str.maketrans("\\~", "¥‾"), "(I": {code: code + 0xFF40 for code in range(0x21, 0x60)},
+}  # fmt: skip
+
+
+def _decode_segment(found: re.Match) -> str:
+    escape, segment = found.groups()
+    return jis_bytes_to_text(segment.encode()) if escape[0] == "$" else segment.translate(JIS_TABLES[escape])
 
 
 def jis_bytes_to_text(octets: bytes) -> str:
@@ -2753,7 +2551,7 @@ def check_login(request: Request, submission: Submission | None, settings: Setti
     credentials = request.headers.get("authorization", "")
     if not settings.password.authenticate(credentials):
         return make_reply("login")
-    request.login = username_of(credentials)
+    request.login = decode_basic(credentials).partition(":")[0]
     return None
 
 
@@ -2762,7 +2560,7 @@ def check_client(request: Request, submission: Submission | None, settings: Sett
     if settings.password.hashes or settings.relayhosts.open_relay:
         return None
     if request.client not in settings.relayhosts.relayhosts:
-        return make_reply("client", f"{request.client.text} is not in relayhosts.relayhosts")
+        return make_reply("client", f"{request.client} is not in relayhosts.relayhosts")
     reason = hidden_client(request, settings)
     return make_reply("client", reason) if reason else None
 
@@ -2771,7 +2569,7 @@ def hidden_client(request: Request, settings: Settings) -> str:
     """Say why a request from a loopback address was not made by a program on this machine, "" if it may have been."""
     if not request.forwarded or request.client not in LOOPBACK:
         return ""
-    proxy = f"{request.forwarded} from {request.peer.text}"
+    proxy = f"{request.forwarded} from {request.peer}"
     if request.peer not in settings.httpd.trusted_proxies:
         return f"{proxy}, which is not in httpd.trusted_proxies"
     return "" if "x-forwarded-for" in request.headers else f"{proxy} without X-Forwarded-For"
@@ -2929,10 +2727,8 @@ def check_message_size(octets: int, settings: Settings) -> Reply | None:
 #    limits on lines; the recipients of a copy, the clock and the queue id are arguments.
 # ======================================================================================================================
 
-BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
 PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
 RFC2231_SEGMENT = 60  # characters of a parameter in one line
-SOUND_MARKS = ("ﾞ", "ﾟ")
 NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
 JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
 QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
@@ -2943,7 +2739,7 @@ UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, R
 ENCODED_WORDS = re.compile(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)")
 ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
 PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
-COMMENT = re.compile(r"\([^()\\]*\)")
+COMMENT_8BIT = re.compile(r"\(([^()\\\x80-\U0010ffff]*[\x80-\U0010ffff][^()\\]*)\)")
 NOT_BASE64 = bytes({*range(256)} - {*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"})
 
 
@@ -2962,20 +2758,18 @@ def compose(submission: Submission, queueid: str, client: IPAddress, hostname: s
 def _compose(submission: Submission, charset: str, queueid: str, client: Any, hostname: str, now: float) -> Message:
     header, sender, date = submission.header, parse_address(submission.mail), rfc5322_date(int(now))
     author = header.from_ or (("", sender),)
-    if submission.html or submission.attachments:
-        content = multipart_body(submission, charset, queueid)
-    else:
-        content = text_part("plain", submission.body, charset)
     top = [received_field(submission.ehlo, client, hostname, queueid, date), address_field("From", author, charset)]
     if len(author) > 1 or author[0][1].key != sender.key:
         top.append(f"Sender: {sender.addr_spec}")
-    extra = extra_field_lines(header.extra_fields, charset) if header.extra_fields else {}
+    extra: dict = {}
+    for name, value in header.extra_fields:
+        extra.setdefault(name, []).append(header_field(name, value, charset))
     middle = [address_field("Reply-To", header.replyto, charset)] if header.replyto else []
     middle += [text_field("Subject", header.subject, charset), *extra.pop("Date", (f"Date: {date}",))]
     identity = extra.pop("Message-Id", ())
-    end = [line for lines in extra.values() for line in lines] if extra else []
+    end = [line for lines in extra.values() for line in lines]
     end += loop_field(header.loop, hostname), "MIME-Version: 1.0", ""
-    if header.shared:
+    if submission.shared:
         shown = [address_field(name, item, charset) for name, item in (("To", header.to), ("Cc", header.cc)) if item]
         heads = [[*top, *shown, *middle, *(identity or (f"Message-Id: <{queueid}.1@{hostname}>",)), *end]]
     elif identity:
@@ -2984,17 +2778,7 @@ def _compose(submission: Submission, charset: str, queueid: str, client: Any, ho
         heads = [[*top, "To: "], ["", *middle, f"Message-Id: <{queueid}."], [f"@{hostname}>", *end]]
     *parts, last = ["\r\n".join(lines).encode() for lines in heads]
     utf8 = not (last.isascii() and all(map(bytes.isascii, parts)))  # only an address can be other than ASCII
-    return Message((*parts, join_pieces(last, content)), utf8, utf8)
-
-
-def join_pieces(first: bytes, pieces: Any) -> bytes:
-    """Join octets; the pieces of a generator are never all in memory beside the whole."""
-    if type(pieces) is list:
-        return b"".join((first, *pieces))
-    stream = io.BytesIO(first)
-    stream.seek(0, io.SEEK_END)
-    stream.writelines(pieces)
-    return stream.getvalue()
+    return Message((*parts, b"".join([last, *content_pieces(submission, charset, queueid)])), utf8, utf8)
 
 
 @functools.lru_cache(maxsize=64)
@@ -3002,18 +2786,13 @@ def loop_field(names: tuple, hostname: str) -> str:
     return fold("X-Haineko-Loop:", [name + "," for name in names] + [hostname])
 
 
-def extra_field_lines(extra_fields: tuple, charset: str) -> dict:
-    """Return {name: [line, ...]} of the fields in EXTRA_FIELDS and X-..."""
-    lines: dict = {}
-    for name, value, parse in extra_fields:
-        if parse is parse_mailbox_field:
-            line = address_field(name, value, charset)
-        elif parse is parse_header_text:
-            line = text_field(name, value, charset)
-        else:
-            line = fold(f"{name}:", value.split(" "))
-        lines.setdefault(name, []).append(line)
-    return lines
+def header_field(name: str, value: Any, charset: str) -> str:
+    """Return a field of mailboxes or text, encoded as its grammar allows."""
+    if type(value) is tuple:
+        return address_field(name, value, charset)
+    if STRUCTURED_FIELDS.fullmatch(name.lower()):
+        return fold(f"{name}:", value.split(" "))
+    return text_field(name, value, charset)
 
 
 def text_part(subtype: str, text: str, charset: str) -> list:
@@ -3023,8 +2802,8 @@ def text_part(subtype: str, text: str, charset: str) -> list:
     return [head.encode(), body]
 
 
-def multipart_body(submission: Submission, charset: str, queueid: str) -> Any:
-    """Yield the octets of HTML and attachments: the richest form last (RFC 2046 5.1.4), then the files."""
+def content_pieces(submission: Submission, charset: str, queueid: str) -> list:
+    """Return the octets of text, HTML and attachments: the richest form last (RFC 2046 5.1.4), then the files."""
     html, attachments = submission.html, submission.attachments
     pictures = [file_part(item, charset) for item in attachments if html and item.cid]
     files = [file_part(item, charset) for item in attachments if not (html and item.cid)]
@@ -3037,31 +2816,28 @@ def multipart_body(submission: Submission, charset: str, queueid: str) -> Any:
     return multipart("mixed", queueid, whole, *files) if files else whole
 
 
-def multipart(subtype: str, queueid: str, *parts: Any) -> Any:
-    """Yield the octets of a multipart; the random queue id makes a boundary that occurs in none of the parts."""
+def multipart(subtype: str, queueid: str, *parts: Any) -> list:
+    """Return the octets of a multipart; the random queue id makes a boundary that occurs in none of the parts."""
     boundary = f"=_{queueid}.{subtype}"
     root = '; type="text/html"' if subtype == "related" else ""  # RFC 2387 3.1
-    yield f'Content-Type: multipart/{subtype}{root};\r\n boundary="{boundary}"\r\n'.encode()
+    pieces = [f'Content-Type: multipart/{subtype}{root};\r\n boundary="{boundary}"\r\n'.encode()]
     for part in parts:
-        yield f"\r\n--{boundary}\r\n".encode()
-        yield from part
-    yield f"\r\n--{boundary}--\r\n".encode()
+        pieces += [f"\r\n--{boundary}\r\n".encode(), *part]
+    return [*pieces, f"\r\n--{boundary}--\r\n".encode()]
 
 
-def file_part(item: Attachment, charset: str) -> Any:
-    """Yield the octets of an attachment, whose content arrives unchanged."""
+def file_part(item: Attachment, charset: str) -> list:
+    """Return [header, body] of an attachment, whose content arrives unchanged."""
     media_type = item.type or guess_media_type(item.filename)
     in_type, in_disposition = name_parameters(item.filename, charset) if item.filename else ("", "")
     disposition = "inline" if item.cid or item.inline else "attachment"
-    # RFC 2046 5.2.1 allows a message/rfc822 no encoding; parse_attachments() has seen that it needs none.
-    is_message = media_type.startswith("message/")
-    head = f"Content-Type: {media_type}{in_type}\r\nContent-Transfer-Encoding: {'7bit' if is_message else 'base64'}\r\n"
+    if media_type.startswith("message/"):  # RFC 2046 5.2.1 allows no encoding; parse_attachments() has seen to that
+        encoding, body = "7bit", item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    else:
+        encoding, body = "base64", base64_lines(item.content)
+    head = f"Content-Type: {media_type}{in_type}\r\nContent-Transfer-Encoding: {encoding}\r\n"
     head += f"Content-Disposition: {disposition}{in_disposition}\r\n"
-    yield (head + (f"Content-ID: <{item.cid}>\r\n\r\n" if item.cid else "\r\n")).encode()
-    if is_message:
-        yield item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-    for start in range(0, 0 if is_message else len(item.content), BASE64_BLOCK):
-        yield base64_lines(item.content[start : start + BASE64_BLOCK])
+    return [(head + (f"Content-ID: <{item.cid}>\r\n\r\n" if item.cid else "\r\n")).encode(), body]
 
 
 def name_parameters(name: str, charset: str) -> tuple:
@@ -3083,26 +2859,21 @@ def rfc2231_parameter(name: str, text: str, charset: str) -> str:
 
 
 def guess_media_type(name: str) -> str:
-    """Return the media type for the extension of a file's name."""
+    """Return the media type for the extension of a file's name, by tables that are the same on every system."""
     import mimetypes
 
     extension = os.path.splitext(name)[1].lower()
-    media_type, coding = mimetypes.guess_type("x" + extension)
-    if coding:
-        media_type = f"application/{coding}" if coding == "gzip" else ""
-    media_type = EXTRA_MEDIA_TYPES.get(extension) or media_type or ""
-    return (
-        "application/octet-stream"
-        if media_type.startswith(("message/", "multipart/")) or not media_type
-        else media_type
-    )
+    media_type = EXTRA_MEDIA_TYPES.get(extension) or mimetypes.types_map.get(extension, "message/")
+    return "application/octet-stream" if media_type.startswith("message/") else media_type
 
 
 _OFFICE = "application/vnd.openxmlformats-officedocument."
-EXTRA_MEDIA_TYPES = {  # that not every system's table has
+EXTRA_MEDIA_TYPES = {  # that not every version of Python has
     ".docx": _OFFICE + "wordprocessingml.document", ".xlsx": _OFFICE + "spreadsheetml.sheet",
     ".pptx": _OFFICE + "presentationml.presentation", ".ics": "text/calendar", ".md": "text/markdown",
-    ".webp": "image/webp", ".zip": "application/zip",
+    ".webp": "image/webp", ".zip": "application/zip", ".gz": "application/gzip", ".tgz": "application/gzip",
+    ".odt": "application/vnd.oasis.opendocument.text", ".ods": "application/vnd.oasis.opendocument.spreadsheet",
+    ".rtf": "application/rtf", ".7z": "application/x-7z-compressed",
 }  # fmt: skip
 
 
@@ -3201,7 +2972,7 @@ def rfc5322_date(second: int) -> str:
 
 def received_field(ehlo: str | None, client: IPAddress | None, hostname: str, queueid: str, date: str) -> str:
     """Return the trace field (RFC 5321 4.4)."""
-    address = client.text if client else "127.0.0.1"
+    address = str(client or "127.0.0.1")
     literal = f"[IPv6:{address}]" if ":" in address else f"[{address}]"
     return f"Received: from {ehlo or literal} ({literal})\r\n\tby {hostname} with HTTP id {queueid};\r\n\t{date}"
 
@@ -3245,13 +3016,9 @@ def fold(line: str, tokens: Any) -> str:
     """Append tokens to a field's name, with a new line before each that would pass column 76 (RFC 2047 2)."""
     lines, column = [line], len(line)
     for token in tokens:
-        column += 1 + len(token)
-        if column > 76 and len(lines) > 1:
-            lines.append("\r\n ")
-            column = 1 + len(token)
-        else:
-            lines.append(" ")
-        lines.append(token)
+        separator = "\r\n " if column + 1 + len(token) > 76 and len(lines) > 1 else " "
+        lines += [separator, token]
+        column = (column if separator == " " else 0) + 1 + len(token)
     return "".join(lines)
 
 
@@ -3259,22 +3026,17 @@ def encoded_words(value: str, charset: str, used: int) -> list:
     """Return encoded words (RFC 2047) of whole characters and at most 75 columns; `used` columns of the first line are
     taken already."""
     encode, words, room, start = charset_encoder(charset), [], 76 - used, 0
+    value = wide_kana(value) if charset == "ISO-2022-JP" else value  # else a sound mark could be split off
     overhead = len(charset) + 7
     while start < len(value) or not words:
         size = min(len(value) - start, room)
         coded = encode(value[start : start + size])
-        while size > 1 and (overhead + (len(coded) + 2) // 3 * 4 > room or splits_cluster(value, start + size)):
+        while size > 1 and overhead + (len(coded) + 2) // 3 * 4 > room:
             size = max(1, min(size - 1, size * (room - overhead) * 3 // (4 * len(coded)) + 1))
             coded = encode(value[start : start + size])
         words.append(f"=?{charset}?B?{binascii.b2a_base64(coded, newline=False).decode()}?=")
         start, room = start + size, 75
     return words
-
-
-def splits_cluster(value: str, at: int) -> bool:
-    """Return whether a break there would separate a half-width kana from its sound mark: ISO-2022-JP encodes the two
-    as one character."""
-    return value.startswith(SOUND_MARKS, at) and not value.startswith(SOUND_MARKS, at - 1)
 
 
 def encode_body(text: str, charset: str) -> tuple:
@@ -3284,7 +3046,7 @@ def encode_body(text: str, charset: str) -> tuple:
     octets = charset_encoder(charset)(text)
     if not NEEDS_ENCODING.search(octets):
         return "7bit", octets
-    if charset == "ISO-2022-JP" and not octets.translate(None, JIS_OCTETS) and not TOO_LONG.search(octets):
+    if charset == "ISO-2022-JP" and not octets.translate(None, JIS_OCTETS) and not LONG_LINE.search(octets):
         return "7bit", octets
     if charset != "UTF-8" or len(octets) < 2 * len(text):  # else most characters are other than ASCII
         quoted = len(octets) + 2 * len(octets.translate(None, QUOTED_AS_IS))
@@ -3301,11 +3063,9 @@ def charset_encoder(charset: str) -> Callable:
 
 def _encode(codec: str, text: str) -> bytes:
     octets = text.encode(codec)
-    try:
+    with contextlib.suppress(UnicodeDecodeError):  # text with the control characters of ISO-2022-JP-2 or ISO-2022-KR
         if octets.decode(codec) == text:
             return octets
-    except UnicodeDecodeError:  # text with the control characters of ISO-2022-JP-2 or ISO-2022-KR
-        pass
     raise UnicodeEncodeError(codec, text, 0, len(text), "no such character")  # EUC-JP turns a yen sign into a backslash
 
 
@@ -3313,26 +3073,20 @@ def encode_jis(text: str) -> bytes:
     """Encode ISO-2022-JP as CP50220 does: half-width kana become full-width, NEC's and IBM's characters stay."""
     if "\x1b" in text:  # a reader would take it for the start of a sequence
         raise UnicodeEncodeError("iso2022_jp", text, text.index("\x1b"), text.index("\x1b") + 1, "no character")
-    try:
+    with contextlib.suppress(UnicodeEncodeError):
         return text.translate(CP932_TO_JIS).encode("iso2022_jp")
-    except UnicodeEncodeError:
-        return _encode_jis(text)
+    table, pattern = jis_extensions()
+    runs = pattern.split(wide_kana(text).translate(CP932_TO_JIS))
+    kanji = {run: b"\x1b$B%b\x1b(B" % b"".join(map(table.get, run)) for run in runs if run[:1] in table}
+    return b"".join(kanji.get(run) or run.encode("iso2022_jp") for run in runs)
 
 
-def _encode_jis(text: str) -> bytes:
+def wide_kana(text: str) -> str:
+    """Return text with full-width kana for half-width ones."""
     import unicodedata
 
-    def wide(kana: re.Match) -> str:
-        return unicodedata.normalize("NFKC", kana[0]).replace("\u3099", "゛").replace("\u309a", "゜")
-
-    text = re.sub("[\uff61-\uff9f]+", wide, text).translate(CP932_TO_JIS)
-    (table, runs), octets = jis_extensions(), []
-    for run in runs.split(text):
-        if run and run[0] in table:
-            octets.append(b"\x1b$B%b\x1b(B" % b"".join(table[c] for c in run))
-        else:
-            octets.append(run.encode("iso2022_jp"))
-    return b"".join(octets)
+    marks = {0x3099: "゛", 0x309A: "゜"}  # those that stand alone
+    return re.sub("[\uff61-\uff9f]+", lambda kana: unicodedata.normalize("NFKC", kana[0]).translate(marks), text)
 
 
 @functools.lru_cache(maxsize=1)
@@ -3343,13 +3097,10 @@ def jis_extensions() -> tuple:
     for row in (13, 89, 90, 91, 92):
         for cell in range(1, 95):
             octets = bytes((row + 0x20, cell + 0x20))
-            try:
+            with contextlib.suppress(ValueError):  # unassigned
                 character = jis_bytes_to_text(octets)
-                character.encode("iso2022_jp")
-            except UnicodeEncodeError:
-                table.setdefault(character, octets)
-            except ValueError:
-                pass
+                if not character.encode("iso2022_jp", "ignore"):
+                    table.setdefault(character, octets)
     return table, re.compile(f"([{''.join(table)}]+)")
 
 
@@ -3373,7 +3124,7 @@ def complete_raw_message(
     octets = b"".join([*head, b"\n", raw.body, b"" if raw.body.endswith(b"\n") else b"\n"])
     octets = octets.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
     if not octets.isascii() or UNSENDABLE.search(octets):
-        octets = convert_parts(octets, keep_8bit=True, keep_utf8=True)
+        octets = downgrade_8bit(octets, keep_8bit=True, keep_utf8=True)
         if UNSENDABLE.search(octets):
             raise Rejected(make_reply("line-length"))
     return Message((octets,), not octets.isascii(), bool(non_ascii_fields(octets)))
@@ -3391,21 +3142,15 @@ def mime_label(body: bytes) -> bytes:
 
 def non_ascii_fields(octets: bytes) -> list:
     """Return the names of the header fields, those of parts included, that need SMTPUTF8 (RFC 6532 3)."""
-    parts = [] if octets.isascii() else mime_parts(octets)
+    parts = () if octets.isascii() else mime_parts(octets)
     return list(dict.fromkeys(name for part in parts for name, line in part.header if not line.isascii()))
 
 
-def downgrade_8bit(octets: bytes, keep_8bit: bool = False) -> bytes:
-    """Return the message for a server without SMTPUTF8, and without 8BITMIME unless `keep_8bit` (RFC 6152 3). What has
-    no form in ASCII, such as an address, stays: see non_ascii_fields()."""
-    return convert_parts(octets, keep_8bit=keep_8bit, keep_utf8=False)
-
-
-def convert_parts(octets: bytes, keep_8bit: bool, keep_utf8: bool) -> bytes:
-    """Return a message, each of whose parts is encoded where the path can't carry it as it is."""
-    parts = mime_parts(octets)
-    convert = functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8)
-    octets = rewrite_parts(octets, parts, convert, keep_8bit)
+def downgrade_8bit(octets: bytes, keep_8bit: bool = False, keep_utf8: bool = False) -> bytes:
+    """Return the message with each part encoded where a path without 8BITMIME (RFC 6152 3) and SMTPUTF8 can't carry it;
+    `keep_8bit` and `keep_utf8`: the path has them. What has no form in ASCII, such as an address, stays."""
+    parts = list(mime_parts(octets))
+    octets = rewrite_parts(octets, parts, functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8), keep_8bit)
     return octets if octets.endswith(b"\r\n") else octets + b"\r\n"
 
 
@@ -3432,21 +3177,18 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
         return label + b":" + value
     text = " ".join(re.split(r"[\r\n]+[ \t]*", decode_octets(value, charset).strip()))
     label = label.decode("ascii").strip()
-    if name in PARAMETER_FIELDS:
-        coded = f"{label}: {encode_comments(PARAMETER.sub(_encode_parameter, text))}"
-    elif name in MAILBOX_FIELDS:
-        try:
-            coded = address_field(label, parse_mailboxes(text) or (("undisclosed-recipients", NULL_SENDER),), "UTF-8")
-        except ValueError:
-            coded = f"{label}: {text}"
-    elif STRUCTURED_FIELDS.fullmatch(name):
-        coded = f"{label}: {encode_comments(text)}"
-    else:
-        tokens: list = []
-        for i, segment in enumerate(ENCODED_WORDS.split(text)):
-            tokens += [segment] if i % 2 else encoded_words(segment, "UTF-8", len(label) + 2) if segment.strip() else []
-        coded = fold(f"{label}:", tokens)
-    return coded.encode() + b"\r\n"
+    if name in MAILBOX_FIELDS:
+        with contextlib.suppress(ValueError):
+            mailboxes = parse_mailboxes(text) or (("undisclosed-recipients", NULL_SENDER),)
+            return address_field(label, mailboxes, "UTF-8").encode() + b"\r\n"
+    if name in (*PARAMETER_FIELDS, *MAILBOX_FIELDS) or STRUCTURED_FIELDS.fullmatch(name):
+        text = PARAMETER.sub(_encode_parameter, text) if name in PARAMETER_FIELDS else text
+        text = COMMENT_8BIT.sub(lambda found: f"({' '.join(encoded_words(found[1], 'UTF-8', 9))})", text)
+        return f"{label}: {text}\r\n".encode()
+    tokens: list = []
+    for i, segment in enumerate(ENCODED_WORDS.split(text)):
+        tokens += [segment] if i % 2 else encoded_words(segment, "UTF-8", len(label) + 2) if segment.strip() else []
+    return fold(f"{label}:", tokens).encode() + b"\r\n"
 
 
 def decode_octets(octets: bytes, charset: str) -> str:
@@ -3457,19 +3199,9 @@ def decode_octets(octets: bytes, charset: str) -> str:
     return octets.decode("latin-1")
 
 
-def encode_comments(text: str) -> str:
-    """Encode the comments (RFC 2047 5) that are other than ASCII."""
-    return COMMENT.sub(
-        lambda found: found[0] if found[0].isascii() else f"({' '.join(encoded_words(found[0][1:-1], 'UTF-8', 9))})",
-        text,
-    )
-
-
 def _encode_parameter(found: re.Match) -> str:
-    if found[0].isascii():
-        return found[0]
-    value = re.sub(r"\\(.)", r"\1", found[2].strip('"')) if found[2].startswith('"') else found[2].strip()
-    return rfc2231_parameter(found[1].rstrip("*"), value, "UTF-8")
+    value = unquote(found[2].strip())
+    return found[0] if found[0].isascii() else rfc2231_parameter(found[1].rstrip("*"), value, "UTF-8")
 
 
 def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
@@ -3493,20 +3225,7 @@ def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
 
 
 def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
-    """Return (Route, reason) for mail to `domain`; the look-up costs as much as the domain has labels, once."""
-    cache, key = settings.route_cache, (domain, sender_domain)
-    found = cache.get(key)
-    if not found:
-        if len(cache) >= ROUTE_CACHE_SIZE:
-            cache.clear()
-        found = cache[key] = _find_route(domain, sender_domain, settings)
-    return found
-
-
-ROUTE_CACHE_SIZE = 4096  # pairs of domains
-
-
-def _find_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
+    """Return (Route, reason) for mail to `domain`; the look-up costs as much as the domain has labels."""
     tables = (("mailertable", settings.mailertable, domain), ("sendermt", settings.sendermt, sender_domain))
     for name, table, key in tables:
         for row in lookup_keys(key.lower()) if table else ():
@@ -3521,19 +3240,15 @@ def _find_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
 FALLBACK_ROUTE = Route(port=25)
 
 
-def lookup_keys(domain: str) -> Any:
-    """Yield the keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
-    yield domain
-    dot = domain.find(".")
-    while dot >= 0:
-        yield domain[dot:]
-        dot = domain.find(".", dot + 1)
+def lookup_keys(domain: str) -> list:
+    """Return the keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
+    return [domain, *(domain[dot.start() :] for dot in re.finditer(r"\.", domain))]
 
 
 # ======================================================================================================================
 # 9. Event loop
-#    asyncio's loop, with sockets that may speak TLS (smtplib's, which asyncio refuses), deadlines that cost no timer
-#    each, and data that leaves when the log has the lines that tell of it.
+#    asyncio's loop, with sockets that may speak TLS (smtplib's, which asyncio refuses), and data that leaves when the
+#    log has the lines that tell of it.
 # ======================================================================================================================
 
 MAX_THREADS = 256  # one dead host can hold 32 of them, while sessions to it are opened
@@ -3696,8 +3411,8 @@ class AsyncSocket:
 #     messages are built and parsed by functions that know no socket. Nothing received is believed before it is checked.
 # ======================================================================================================================
 
-A, CNAME, SOA, MX, TXT, AAAA, OPT = 1, 5, 6, 15, 16, 28, 41  # record types
-NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP = 0, 1, 2, 3, 4  # RFC 1035 4.1.1, "RCODE"
+A, CNAME, SOA, MX, TXT, AAAA = 1, 5, 6, 15, 16, 28  # record types
+NOERROR, SERVFAIL, NXDOMAIN = 0, 2, 3  # RFC 1035 4.1.1, "RCODE"
 RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED"}
 RESOLV_CONF = "/etc/resolv.conf"
 MAX_NAME = 253  # characters
@@ -3705,7 +3420,6 @@ MAX_POINTERS = 127  # of a compressed name; as many as it can have labels
 MAX_RECORDS = 512  # of one message
 MAX_ALIASES = 8  # CNAME records followed for one answer
 MAX_STRAY_DATAGRAMS = 64  # datagrams received that do not answer the query
-MAX_DATAGRAM = 1232  # octets; what passes everywhere unfragmented
 
 
 class DNSAnswer(NamedTuple):
@@ -3754,29 +3468,20 @@ class TTLCache:
                 self.table.popitem(last=False)
 
 
-class SharedCalls:
-    """Calls under way: a caller that wants the same result waits for that of the first one."""
-
-    def __init__(self) -> None:
-        self.calls: dict = {}  # key: (deadline, asyncio.Task)
-
-    async def call(self, key: Any, deadline: float, function: Callable, *values: Any) -> Any:
-        """Return function(*values, deadline), or the result of the call for this key that is under way."""
-        until, task = self.calls.get(key, (0.0, None))
-        if not task or not -5 <= until - deadline <= 1:  # it would give up much earlier than this one, or end later
-            task = asyncio.get_running_loop().create_task(function(*values, deadline))
-            self.calls[key] = deadline, task
-            task.add_done_callback(functools.partial(self._ended, key))
-        return await asyncio.shield(task)
-
-    def _ended(self, key: Any, task: asyncio.Task) -> None:
-        if self.calls.get(key, (0.0, None))[1] is task:
-            del self.calls[key]
+async def shared_call(calls: dict, key: Any, function: Callable, *values: Any) -> Any:
+    """Return what function(*values) returns, or what the call for this key that is under way, in `calls`, does."""
+    if key not in calls:
+        calls[key] = asyncio.get_running_loop().create_task(function(*values))
+        calls[key].add_done_callback(lambda _: calls.pop(key))
+    return await asyncio.shield(calls[key])
 
 
-def random_unit() -> float:
-    """Return an unpredictable number from 0 up to 1."""
-    return (int.from_bytes(os.urandom(7), "big") >> 3) / (1 << 53)
+random_unit = random.SystemRandom().random  # an unpredictable number from 0 up to 1
+
+
+def error_text(error: Exception) -> str:
+    """Describe an exception, for a reply."""
+    return sanitize(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
 class Resolver:
@@ -3786,40 +3491,39 @@ class Resolver:
     ATTEMPTS = 3  # rounds in which each server is asked
     MAX_TTL = 86400  # seconds
 
-    def __init__(self, nameservers: tuple = (), rng: Callable = random_unit, clock: Callable = time.monotonic) -> None:
-        self.nameservers, self.rng = nameservers, rng
-        self.cache, self.shared = TTLCache(4096, clock), SharedCalls()
+    def __init__(self, nameservers: tuple = (), clock: Callable = time.monotonic) -> None:
+        self.nameservers = nameservers
+        self.cache, self.calls = TTLCache(4096, clock), {}
 
     async def lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
         """Return the records of a type, following aliases, by the deadline (monotonic)."""
         key = name.lower().rstrip("."), rtype
-        return self.cache.get(key) or await self.shared.call(key, deadline, self._lookup, *key)
-
-    async def _lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
-        answer, ttl = await self._resolve_chain(name, rtype, deadline)
-        self.cache.put((name, rtype), answer, ttl)
+        answer = self.cache.get(key)
+        if not answer:
+            answer, ttl = await shared_call(self.calls, key, self._lookup, *key, deadline)
+            self.cache.put(key, answer, ttl)
         return answer
 
     def servers(self) -> tuple:
         """Return (address, port) of each name server in the order in which they are asked."""
-        given = tuple(map(name_server_endpoint, self.nameservers))
-        return given or resolv_conf_servers(RESOLV_CONF, stat_key(RESOLV_CONF))
+        return tuple(map(name_server_endpoint, self.nameservers)) or resolv_conf_servers(RESOLV_CONF)
 
-    async def _resolve_chain(self, name: str, rtype: int, deadline: float) -> tuple:
-        """Return (DNSAnswer, TTL). A recursive server usually gives the whole chain of aliases at once."""
-        ttl, aliases = self.MAX_TTL, 0
-        while aliases <= MAX_ALIASES:
+    async def _lookup(self, name: str, rtype: int, deadline: float) -> tuple:
+        """Return (DNSAnswer, TTL). Each alias is asked for: an answer counts for its own name alone."""
+        ttl = self.MAX_TTL
+        for _ in range(MAX_ALIASES + 1):
             response = await self._query(name, rtype, deadline)
             if isinstance(response, str):
                 return DNSAnswer(SERVFAIL, (), response), 0
-            chain, records = follow_cnames(response.answers, name, rtype)
-            ttl, aliases = min([ttl, *[record.ttl for record in chain + records]]), aliases + len(chain)
-            if records:
-                return DNSAnswer(NOERROR, tuple(record.value for record in records)), ttl
-            negative = [min(record.ttl, record.value) for record in response.authority if record.rtype == SOA]
-            if not chain or negative or response.code == NXDOMAIN:
+            own = [record for record in response.answers if record.name == name and record.rtype in (rtype, CNAME)]
+            found = tuple(record.value for record in own if record.rtype == rtype)
+            if not own:
+                negative = [min(record.ttl, record.value) for record in response.authority if record.rtype == SOA]
                 return DNSAnswer(response.code), min([ttl, *negative]) if negative else 0  # RFC 2308 5
-            name = chain[-1].value
+            ttl = min([ttl, *[record.ttl for record in own]])
+            if found:
+                return DNSAnswer(NOERROR, found), ttl
+            name = own[0].value
         return DNSAnswer(SERVFAIL, (), f"more than {MAX_ALIASES} aliases"), 0
 
     async def _query(self, name: str, rtype: int, deadline: float) -> DNSMessage | str:
@@ -3829,34 +3533,22 @@ class Resolver:
         why = "no name server is known"
         for server in self.servers() * self.ATTEMPTS:
             until = min(deadline, time.monotonic() + self.QUERY_TIMEOUT)
+            question = int(random_unit() * 65536), name, rtype
             try:
-                response = await self._exchange(server, name, rtype, until)
+                response = await query_udp(server, question, until)
+                if response.truncated:  # RFC 7766 5
+                    response = await query_tcp(server, question, until)
                 if response.code in (NOERROR, NXDOMAIN):
                     return response
                 why = f"{server[0]} answers {RCODES.get(response.code, response.code)}"
-            except OSError as error:
-                why = f"{server[0]}: {error.strerror or error}"
-            except ValueError as error:
-                why = f"{server[0]}: {error}"
+            except (OSError, ValueError) as error:
+                why = f"{server[0]}: {error_text(error)}"
             if time.monotonic() >= deadline:
                 break
         return why
 
-    async def _exchange(self, server: tuple, name: str, rtype: int, until: float) -> DNSMessage:
-        """Ask one server by UDP; by TCP if the answer does not fit (RFC 7766 5); again if it does not know EDNS."""
-        for edns in (True, False):
-            number = int(self.rng() * 65536)
-            query, question = build_query(number, name, rtype, edns), (number, name, rtype)
-            response = await query_udp(server, query, question, until)
-            if response.truncated:
-                response = await query_tcp(server, query, question, until)
-            if response.code not in (FORMERR, NOTIMP):
-                break
-        return response
 
-
-@functools.lru_cache(maxsize=8)
-def resolv_conf_servers(path: str, _stat_key: tuple | None) -> tuple:
+def resolv_conf_servers(path: str) -> tuple:
     """Return (address, port) of the first three name servers in resolv.conf; this machine if it names none."""
     try:
         with open(path, encoding="ascii", errors="replace") as stream:
@@ -3867,11 +3559,11 @@ def resolv_conf_servers(path: str, _stat_key: tuple | None) -> tuple:
     return tuple(endpoints[:3]) or (("127.0.0.1", 53),)
 
 
-async def query_udp(server: tuple, query: bytes, question: tuple, until: float) -> DNSMessage:
-    """Return the response to the query; datagrams that do not match it are ignored (RFC 5452 9.1)."""
-    with contextlib.closing(open_socket(server, socket.SOCK_DGRAM)) as sock:
-        sock.sock.connect(server)  # from a random port; the kernel drops datagrams of other senders
-        await sock.sendall(query, until)
+async def query_udp(server: tuple, question: tuple, until: float) -> DNSMessage:
+    """Return the response to (number, name, type); datagrams that do not match it are ignored (RFC 5452 9.1)."""
+    sock = start_connect(server, socket.SOCK_DGRAM)  # from a random port; the kernel drops datagrams of other senders
+    with contextlib.closing(AsyncSocket(sock)) as sock:
+        await sock.sendall(build_query(*question), until)
         for _ in range(MAX_STRAY_DATAGRAMS):
             octets = await sock.recv(65535, until)
             try:
@@ -3881,11 +3573,10 @@ async def query_udp(server: tuple, query: bytes, question: tuple, until: float) 
         raise ValueError("too many datagrams that do not answer the query")
 
 
-async def query_tcp(server: tuple, query: bytes, question: tuple, until: float) -> DNSMessage:
-    """Return the response to the query; over TCP, each message has its length in front (RFC 1035 4.2.2)."""
-    with contextlib.closing(open_socket(server, socket.SOCK_STREAM)) as sock:
-        with contextlib.suppress(BlockingIOError):
-            sock.sock.connect(server)
+async def query_tcp(server: tuple, question: tuple, until: float) -> DNSMessage:
+    """Return the response to (number, name, type); each message has its length in front (RFC 1035 4.2.2)."""
+    query = build_query(*question)
+    with contextlib.closing(AsyncSocket(start_connect(server))) as sock:
         await sock.wait_ready(until, writing=True)
         await sock.sendall(len(query).to_bytes(2, "big") + query, until)
         octets = b""
@@ -3897,35 +3588,32 @@ async def query_tcp(server: tuple, query: bytes, question: tuple, until: float) 
         return parse_response(octets[2:], *question)
 
 
-def open_socket(server: tuple, kind: int) -> AsyncSocket:
-    sock = socket.socket(address_family(server[0]), kind)
-    sock.setblocking(False)
-    return AsyncSocket(sock)
+def start_connect(address: tuple, kind: int = socket.SOCK_STREAM) -> socket.socket:
+    """Return a non-blocking socket that is being connected to (IP address, port)."""
+    sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, kind)
+    try:
+        sock.setblocking(False)
+        sock.connect(address)
+    except BlockingIOError:
+        pass
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
-def address_family(address: str) -> int:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
-
-
-def build_query(number: int, name: str, rtype: int, edns: bool = True) -> bytes:
-    """Return a query to a recursive server (RFC 1035 4.1); EDNS allows a larger response (RFC 6891)."""
+def build_query(number: int, name: str, rtype: int) -> bytes:
+    """Return a query to a recursive server (RFC 1035 4.1)."""
     labels = [label.encode("ascii") for label in name.split(".")] if name else []
     qname = b"".join([bytes((len(label),)) + label for label in labels])
-    option = b"\0" + struct.pack(">HHIH", OPT, MAX_DATAGRAM, 0, 0) if edns else b""
-    return (
-        struct.pack(">6H", number, 0x0100, 1, 0, 0, int(edns)) + qname + b"\0" + struct.pack(">HH", rtype, 1) + option
-    )
+    return struct.pack(">6H", number, 0x0100, 1, 0, 0, 0) + qname + b"\0" + struct.pack(">HH", rtype, 1)
 
 
 def parse_response(octets: bytes, number: int, name: str, rtype: int) -> DNSMessage:
     """Parse the response to that query; ValueError if it answers another one or is malformed."""
     try:
         found, flags, questions, answers, authority, _ = struct.unpack_from(">6H", octets)
-        code = flags & 15
-        # A server that does not know EDNS may answer without repeating the question (RFC 6891 7).
-        if (found, flags >> 15, questions) == (number, 1, 0) and code in (FORMERR, NOTIMP):
-            return DNSMessage(code)
-        qname, at = read_name(octets, 12)
+        code, (qname, at) = flags & 15, read_name(octets, 12)
         if (found, flags >> 15, questions, qname) != (number, 1, 1, name.lower()):
             raise ValueError("not an answer to this query")
         if struct.unpack_from(">HH", octets, at) != (rtype, 1):
@@ -3951,10 +3639,8 @@ def read_record(octets: bytes, at: int) -> tuple:
     if len(data) < length:
         raise ValueError("incomplete record")
     value: Any = None
-    if rtype == A and length == 4:
-        value = socket.inet_ntop(socket.AF_INET, data)
-    elif rtype == AAAA and length == 16:
-        value = socket.inet_ntop(socket.AF_INET6, data)
+    if (rtype, length) in ((A, 4), (AAAA, 16)):
+        value = str(ipaddress.ip_address(data))
     elif rtype == CNAME:
         value = read_name(octets, at)[0]
     elif rtype == MX:
@@ -3999,33 +3685,16 @@ def read_text(data: bytes) -> str:
     return b"".join(parts).decode("utf-8", "replace")
 
 
-def follow_cnames(answers: Any, name: str, rtype: int) -> tuple:
-    """Return ([CNAME records that were followed], [records of the type at their end])."""
-    chain: list = []
-    while len(chain) <= MAX_ALIASES:
-        records = [record for record in answers if (record.name, record.rtype) == (name, rtype)]
-        alias = next((record for record in answers if (record.name, record.rtype) == (name, CNAME)), None)
-        if records or not alias:
-            return chain, records
-        chain.append(alias)
-        name = alias.value
-    return chain, []
-
-
 async def mx_hosts(domain: str, resolver: Resolver, hostname: str, deadline: float) -> list:
     """Return a domain's mail hosts, best first (RFC 5321 5.1); Rejected if it has none."""
     if domain.startswith("["):  # an address literal
         return [domain[1:-1].partition(":")[2] if domain[:6].lower() == "[ipv6:" else domain[1:-1]]
     answer = await resolver.lookup(domain, MX, deadline)
-    if answer.code == SERVFAIL:
-        raise Rejected(make_reply("dns", f"{domain}: {answer.why}", mailer="MX"))
-    if answer.code == NXDOMAIN:
-        raise Rejected(make_reply("no-domain", domain, mailer="MX"))
-    if answer.values and all(not host for _, host in answer.values):
-        raise Rejected(make_reply("null-mx", domain, mailer="MX"))
-    hosts = by_preference(answer.values, hostname, resolver.rng) if answer.values else [domain]
-    if not hosts:
-        raise Rejected(make_reply("mx-loop", domain, mailer="MX"))
+    hosts = by_preference(answer.values, hostname, random_unit) if answer.values else [domain]
+    null = answer.values and not any(host for _, host in answer.values)
+    slug = {SERVFAIL: "dns", NXDOMAIN: "no-domain"}.get(answer.code) or ("null-mx" if null else "mx-loop")
+    if answer.code != NOERROR or not hosts:
+        raise Rejected(make_reply(slug, f"{domain}: {answer.why}" if answer.why else domain, mailer="MX"))
     return hosts
 
 
@@ -4069,88 +3738,40 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
 class Connector:
     """Opens TCP connections, in the caller's thread, and remembers which addresses did not answer."""
 
-    ATTEMPT_DELAY = 0.25  # seconds until the next address is tried as well, RFC 8305 5
+    ATTEMPT_TIMEOUT = 1.5  # seconds for an address if others are left; enough to repeat a packet that was lost
     FAILED_TTL = 300.0  # seconds for which an address that failed is tried last
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.failed: dict = {}  # (IP address, port): time until which it is tried last
-        self.lookups: dict = {}  # host name: Future of the look-up under way
 
     def connect(self, host: str, port: int, deadline: float) -> socket.socket:
-        """Connect to whichever address of a host answers first (RFC 8305), by the deadline."""
-        waiting = deque(self.in_order([(address, port) for address in self.look_up(host, deadline)]))
-        attempts, poll = {}, select.poll()  # file descriptor: (socket, address)
-        error, now = socket.timeout("timed out"), time.monotonic()
-        try:
-            while (waiting or attempts) and now < deadline:
-                results: Any = ()
-                if waiting:
-                    address = waiting.popleft()
-                    try:
-                        sock = socket.socket(address_family(address[0]), socket.SOCK_STREAM)
-                    except OSError as failure:  # no IPv6 in this kernel
-                        error = failure
-                        continue
-                    attempts[sock.fileno()] = sock, address
-                    sock.setblocking(False)
-                    poll.register(sock, select.POLLOUT)
-                    code = sock.connect_ex(address)
-                    results = [(sock.fileno(), code)] if code not in (0, errno.EINPROGRESS) else ()
-                pause = min(deadline - now, self.ATTEMPT_DELAY) if waiting else deadline - now
-                for number, code in results or [
-                    (number, attempts[number][0].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
-                    for number, _ in poll.poll(math.ceil(pause * 1000))
-                ]:
-                    if not code:
-                        return self._winner(attempts, number)
-                    error = OSError(code, os.strerror(code))
-                    poll.unregister(number)
-                    sock, address = attempts.pop(number)
-                    sock.close()
-                    self.mark_failed(address)
-                now = time.monotonic()
-            self.mark_failed(*[address for _, address in attempts.values()])
-            raise error
-        finally:
-            for sock, _ in attempts.values():
-                sock.close()
-
-    def _winner(self, attempts: dict, number: int) -> socket.socket:
-        """Take the connected socket out of the attempts; those that began before it count as failed."""
-        self.mark_failed(*[attempts[key][1] for key in itertools.takewhile(lambda key: key != number, attempts)])
-        sock, address = attempts.pop(number)
-        self.failed.pop(address, None)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
-
-    def in_order(self, addresses: list) -> list:
-        """Alternate between the address families (RFC 8305 4); addresses that failed lately come last."""
-        families = [[item for item in addresses if (":" in item[0]) == six] for six in (False, True)]
-        if addresses and addresses[0] in families[1]:
-            families.reverse()
-        alternating = itertools.chain.from_iterable(itertools.zip_longest(*families))
-        return sorted([address for address in alternating if address], key=self.failed_lately)
+        """Connect to the first address of a host that answers, by the deadline; those that failed lately come last."""
+        addresses = sorted([(address, port) for address in self.look_up(host, deadline)], key=self.failed_lately)
+        error: OSError = socket.timeout("timed out")
+        while addresses and (seconds := deadline - time.monotonic()) > 0:
+            address = addresses.pop(0)
+            try:
+                sock = socket.create_connection(address, min(seconds, self.ATTEMPT_TIMEOUT) if addresses else seconds)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.failed.pop(address, None)
+                return sock
+            except OSError as failure:
+                error = failure
+                if len(self.failed) > 1024:
+                    self.failed.clear()
+                self.failed[address] = time.monotonic() + self.FAILED_TTL
+        raise error
 
     def failed_lately(self, address: tuple) -> bool:
         return self.failed.get(address, 0.0) > time.monotonic()
-
-    def mark_failed(self, *addresses: tuple) -> None:
-        if len(self.failed) > 1024:
-            self.failed.clear()
-        self.failed.update(dict.fromkeys(addresses, time.monotonic() + self.FAILED_TTL))
 
     def look_up(self, host: str, deadline: float) -> list:
         """Return a host's IP addresses, or those that stand in its place, divided by spaces. getaddrinfo() runs in a
         thread of its own, as it knows no deadline."""
         with contextlib.suppress(ValueError):
             return [str(ipaddress.ip_address(address)) for address in host.split()]
-        with self.lock:
-            future = self.lookups.get(host)
-            if not future:
-                future = concurrent.futures.Future()
-                threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()
-                self.lookups[host] = future
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()
         try:
             return future.result(max(deadline - time.monotonic(), 0))
         except concurrent.futures.TimeoutError:
@@ -4160,12 +3781,9 @@ class Connector:
         try:
             name = host.encode("ascii" if host.isascii() else "idna")  # a str would load half a megabyte of tables
             found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-            result, error = list(dict.fromkeys(item[4][0] for item in found)), None
-        except Exception as failure:
-            result, error = None, failure
-        with self.lock:
-            del self.lookups[host]
-        future.set_exception(error) if error else future.set_result(result)
+            future.set_result(list(dict.fromkeys(item[4][0] for item in found)))
+        except Exception as error:
+            future.set_exception(error)
 
 
 connector = Connector()
@@ -4228,7 +3846,6 @@ class HTTPConnectionPool:
     """Idle connections of this process by target, the most recently used last."""
 
     IDLE = 15.0  # seconds after which an idle connection is closed; servers do so after 20 and more
-    AGE = 300.0  # seconds after which a connection is not used again
     MAX_IDLE = 64  # connections to one target
 
     def __init__(self) -> None:
@@ -4236,32 +3853,32 @@ class HTTPConnectionPool:
 
     async def request(self, target: HTTPTarget, request: HTTPRequest) -> HTTPResponse:
         """Return the response. A kept connection that died before the request was sent is replaced once."""
-        deadline, (connection, reused) = time.monotonic() + target.timeout, self._acquire(target)
+        connection = self._acquire(target)
         try:
-            response = await asyncio.to_thread(connection.exchange, request, deadline)
+            response = await asyncio.to_thread(connection.exchange, request)
         except Rejected:
-            if connection.sent or not reused:
+            if connection.sent or not connection.expires:
                 raise
             connection = KeepAliveConnection(target)
-            response = await asyncio.to_thread(connection.exchange, request, deadline)
+            response = await asyncio.to_thread(connection.exchange, request)
         self._release(connection)
         return response
 
-    def _acquire(self, target: HTTPTarget) -> tuple:
-        """Return (connection, whether it was used before)."""
+    def _acquire(self, target: HTTPTarget) -> KeepAliveConnection:
+        """Return an idle connection that the server has not closed, or a new one."""
         idle, now = self.idle.get(target, []), time.monotonic()
         while idle:
             connection = idle.pop()
             if now < connection.expires and not is_readable(connection.sock):
-                return connection, True
+                return connection
             connection.close()
-        return KeepAliveConnection(target), False
+        return KeepAliveConnection(target)
 
     def _release(self, connection: KeepAliveConnection) -> None:
         """Keep the connection, or close it if it cannot be used again."""
-        idle, now = self.idle.setdefault(connection.target, []), time.monotonic()
-        if connection.sock and len(idle) < self.MAX_IDLE and now - connection.created_at < self.AGE:
-            connection.expires = now + min(self.IDLE, connection.keepalive_timeout)
+        idle = self.idle.setdefault(connection.target, [])
+        if connection.sock and len(idle) < self.MAX_IDLE:
+            connection.expires = time.monotonic() + self.IDLE
             idle.append(connection)
         else:
             connection.close()
@@ -4283,31 +3900,26 @@ class KeepAliveConnection(http.client.HTTPConnection):
     def __init__(self, target: HTTPTarget) -> None:
         self.url = split_base_url(target.url)
         super().__init__(self.url.host, self.url.port)
-        self.target, self.deadline, self.sent = target, time.monotonic() + target.timeout, False
-        self.created_at, self.expires, self.keepalive_timeout = time.monotonic(), 0.0, HTTPConnectionPool.IDLE
+        self.target, self.sent = target, False
+        self.deadline, self.expires = time.monotonic() + target.timeout, 0.0  # when an idle connection is closed
 
-    def exchange(self, request: HTTPRequest, deadline: float = 0.0) -> HTTPResponse:
-        """Return the response by the deadline; Rejected if there is none. Blocks."""
-        self.deadline, self.sent, response = deadline or time.monotonic() + self.target.timeout, False, None
+    def exchange(self, request: HTTPRequest) -> HTTPResponse:
+        """Return the response; Rejected if there is none. Blocks."""
+        self.deadline, self.sent, response = time.monotonic() + self.target.timeout, False, None
         if not self.sock:
             self.open()
         try:
             self._send_request(request)
             response = self._read_response()
         except (OSError, http.client.HTTPException) as error:
-            raise Rejected(self._broken(error)) from None
+            slug = "web-lost" if not self.sent else "web-unsure" if isinstance(error, OSError) else "web-rubbish"
+            reply = make_reply(slug, error_text(error), maybe_delivered=self.sent, **self.target.endpoint)
+            raise Rejected(reply) from None
         finally:
             if not (response and self.sent):
                 self.close()
         log.dialogue(self.url.host_header, "<", f"{response.status} {response.reason}, {len(response.body)} octets")
         return response
-
-    def exchange_once(self, request: HTTPRequest, deadline: float = 0.0) -> HTTPResponse:
-        """Return the response as exchange() does; the connection is closed."""
-        try:
-            return self.exchange(request, deadline)
-        finally:
-            self.close()
 
     def open(self) -> None:
         """Connect, with TLS if the URL says so."""
@@ -4316,18 +3928,15 @@ class KeepAliveConnection(http.client.HTTPConnection):
             self.sock = connector.connect(target.address or site.host, site.port, self.deadline)
             self.sock.settimeout(self.seconds_left())  # of the whole handshake
             if site.tls:
-                stat = stat_key(target.ca_file) if target.ca_file else None
-                context = client_context(target.tls_verify, target.ca_file, stat)
+                context = client_context(target.tls_verify, target.ca_file, stat_key(target.ca_file))
                 self.sock = context.wrap_socket(self.sock, server_hostname=site.host)
             elif target.confidential and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
+                self.close()
                 raise Rejected(make_reply("clear-auth", **target.endpoint))
         except OSError as error:
             slug = "web-tls" if self.sock and site.tls else "web-connect"
             self.close()
             raise Rejected(make_reply(slug, error_text(error), **target.endpoint)) from None
-        except Rejected:
-            self.close()
-            raise
 
     def seconds_left(self) -> float:
         """Return the time until the deadline; socket.timeout if it has passed, however fast the peer still sends."""
@@ -4369,8 +3978,6 @@ class KeepAliveConnection(http.client.HTTPConnection):
         if not whole:
             response.close()
             self.close()
-        found = re.search(r"timeout=(\d{1,6})", response.headers.get("Keep-Alive", ""))
-        self.keepalive_timeout = int(found[1]) - 1 if found else HTTPConnectionPool.IDLE
         reason = sanitize(response.reason, 100)
         return HTTPResponse(response.status, reason, response.headers, body if whole else b"")
 
@@ -4379,11 +3986,6 @@ class KeepAliveConnection(http.client.HTTPConnection):
         response = LimitedResponse(sock, *args, **options)
         response.fp = io.BufferedReader(LimitedReader(self, response.fp.detach()))
         return response
-
-    def _broken(self, error: Exception) -> Reply:
-        """Return the reply to a request that got no response."""
-        slug = "web-lost" if not self.sent else "web-unsure" if isinstance(error, OSError) else "web-rubbish"
-        return make_reply(slug, error_text(error), maybe_delivered=self.sent, **self.target.endpoint)
 
 
 class LimitedResponse(http.client.HTTPResponse):
@@ -4431,11 +4033,6 @@ def is_readable(sock: Any) -> bool:
     return bool(poll.poll(0))
 
 
-def error_text(error: Exception) -> str:
-    """Describe an exception, for a reply."""
-    return sanitize(getattr(error, "strerror", None) or str(error) or type(error).__name__)
-
-
 def json_object(response: HTTPResponse) -> dict:
     """Return the JSON object in a response; {} if it has none."""
     document = response.document()
@@ -4465,13 +4062,13 @@ class MTASTSCache:
     NEGATIVE_TTL = 300  # seconds until a policy that could not be fetched is tried again (RFC 8461 3.3)
 
     def __init__(self, resolver: Resolver, port: int = 443, clock: Callable = time.monotonic) -> None:
-        self.resolver, self.port, self.shared = resolver, port, SharedCalls()
+        self.resolver, self.port, self.calls = resolver, port, {}
         self.cache, self.failed = TTLCache(4096, clock), TTLCache(4096, clock)
 
     async def policy_for(self, domain: str, route: Route) -> MTASTSPolicy | None:
         """Return the domain's policy; the cached one if DNS or the web server fails: an attacker could see to that."""
         deadline = time.monotonic() + min(route.timeout, self.FETCH_TIMEOUT)
-        return await self.shared.call((domain, route), deadline, self._policy_for, domain, route)
+        return await shared_call(self.calls, (domain, route), self._policy_for, domain, route, deadline)
 
     async def _policy_for(self, domain: str, route: Route, deadline: float) -> MTASTSPolicy | None:
         policy_id, (cached_id, cached) = "", self.cache.get(domain) or ("", None)
@@ -4492,9 +4089,11 @@ class MTASTSCache:
     async def _fetch(self, host: str, route: Route, deadline: float) -> MTASTSPolicy:
         """Fetch a policy; redirections are not followed (RFC 8461 3.3)."""
         address = (await resolve_addresses(host, self.resolver, route.private, deadline))[0]
-        target = HTTPTarget(f"https://{host}:{self.port}", 0, "MX", True, route.ca_file, False, address, MAX_POLICY)
+        url, seconds = f"https://{host}:{self.port}", deadline - time.monotonic()
+        target = HTTPTarget(url, seconds, "MX", True, route.ca_file, False, address, MAX_POLICY)
         request = HTTPRequest("GET", "/.well-known/mta-sts.txt")
-        response = await asyncio.to_thread(KeepAliveConnection(target).exchange_once, request, deadline)
+        with contextlib.closing(KeepAliveConnection(target)) as connection:
+            response = await asyncio.to_thread(connection.exchange, request)
         if response.status != 200:
             raise ValueError(f"HTTP status {response.status}")
         return parse_mta_sts_policy(response.body.decode("utf-8", "replace"))
@@ -4646,7 +4245,8 @@ class TokenCache:
     DROP_INTERVAL = 60  # seconds between tokens that a server refuses
 
     def __init__(self, clock: Callable = time.monotonic) -> None:
-        self.clock, self.shared = clock, SharedCalls()
+        self.clock = clock
+        self.calls: dict = {}  # fetches under way
         self.tokens: dict = {}  # (OAuth2, username): AccessToken
         self.refresh_tokens: dict = {}  # the same: what the provider gave in place of refresh_token
         self.dropped = TTLCache(4096, clock)
@@ -4664,14 +4264,14 @@ class TokenCache:
         if token and now < token.renew_at:
             return token
         try:
-            return await self.shared.call(key, 0.0, self._fetch, key, route)
+            return await shared_call(self.calls, key, self._fetch, key, route)
         except ValueError as error:
             if token and now < token.expires:
                 return token
             lines = [sanitize(line, 500) for line in str(error).splitlines()[:20]]
             raise Rejected(make_reply("token", *lines, route_fault=True, **route.endpoint)) from None
 
-    async def _fetch(self, key: tuple, route: Route, _deadline: float) -> AccessToken:
+    async def _fetch(self, key: tuple, route: Route) -> AccessToken:
         try:
             token, new = await asyncio.to_thread(fetch_token, route, self.refresh_tokens.get(key), self.clock)
         except ValueError:
@@ -4723,7 +4323,8 @@ def request_token(route: Route, form: dict) -> dict:
     target = HTTPTarget(url, route.timeout, route.mailer, ca_file=route.ca_file, confidential=True)
     body, kind = urllib.parse.urlencode(form).encode(), "application/x-www-form-urlencoded"
     try:
-        response = KeepAliveConnection(target).exchange_once(HTTPRequest("POST", path, body, type=kind))
+        with contextlib.closing(KeepAliveConnection(target)) as connection:
+            response = connection.exchange(HTTPRequest("POST", path, body, type=kind))
     except Rejected as refused:
         raise ValueError(f"{url}: {refused.reply.message[-1]}") from None
     document = json_object(response)
@@ -4786,50 +4387,24 @@ class ProtocolError(ConnectionError):
 
 
 @cache_short(256)  # servers repeat themselves
-def parse_replies(octets: bytes) -> tuple:
-    """Return (complete replies, unparsed rest, whether one is a 421); ProtocolError if the first is malformed."""
-    replies: list = []
-    try:
-        reply, rest = parse_reply(octets)
-        while reply:
-            replies.append(reply)
-            octets = rest
-            reply, rest = parse_reply(octets)
-    except ProtocolError:  # raised again when that reply is the first
-        if not replies:
-            raise
-    return tuple(replies), octets, "421" in [reply.code for reply in replies]
-
-
 def parse_reply(octets: bytes) -> tuple:
     """Return (first reply or None if incomplete, what follows it); ProtocolError if it is malformed."""
-    whole, start = None, 0
-    while True:
+    code, lines, start, more = None, [], 0, True
+    while more:
         end = octets.find(b"\n", start)
         if (end if end >= 0 else len(octets)) - start > MAX_LINE:
             raise ProtocolError(f"a line longer than {MAX_LINE} octets")
         if end < 0:
             return None, octets
-        reply, more = parse_reply_line(octets[start:end])
-        if whole:
-            if reply.code != whole.code:
-                raise ProtocolError(f"unexpected: {reply.code} {reply.lines[0][:200]}")
-            if len(whole.lines) == MAX_LINES:
-                raise ProtocolError(f"a reply of more than {MAX_LINES} lines")
-            reply = whole._replace(lines=whole.lines + reply.lines)
-        whole, start = reply, end + 1
-        if not more:
-            return whole, octets[start:]
-
-
-@functools.lru_cache(maxsize=256)
-def parse_reply_line(line: bytes) -> tuple:
-    """Return (the line as a reply of its own, whether more lines follow)."""
-    found = REPLY_LINE.fullmatch(line.rstrip(b"\r"))
-    if not found:
-        raise ProtocolError(f"unexpected: {sanitize(line[:200].decode('utf-8', 'replace'))}")
-    code, more, text = found.groups(b"")
-    return smtp_reply(code.decode(), (sanitize(text.decode("utf-8", "replace"), MAX_TEXT),)), more == b"-"
+        line = octets[start:end].rstrip(b"\r")
+        found = REPLY_LINE.fullmatch(line)
+        if not found or found[1] != (code or found[1]):
+            raise ProtocolError(f"unexpected: {sanitize(line[:200].decode('utf-8', 'replace'))}")
+        if len(lines) == MAX_LINES:
+            raise ProtocolError(f"a reply of more than {MAX_LINES} lines")
+        lines.append(sanitize((found[3] or b"").decode("utf-8", "replace"), MAX_TEXT))
+        code, start, more = found[1], end + 1, found[2] == b"-"
+    return smtp_reply(found[1].decode(), tuple(lines)), octets[start:]
 
 
 def smtp_reply(code: str, lines: tuple) -> SMTPReply:
@@ -4845,7 +4420,6 @@ MAX_LINES = 128  # of a reply
 SEND_BLOCK = 262144  # octets of a message sent in one step
 PIPELINE_WINDOW = 100  # commands without a reply at a time, so that neither side's buffer fills up (RFC 2920 3.1)
 SMTPS = 465  # RFC 8314: TLS from the first byte
-QUIT_TIMEOUT = 1.0  # seconds for the reply to QUIT
 
 
 class Session(smtplib.SMTP):
@@ -4857,7 +4431,7 @@ class Session(smtplib.SMTP):
         self.route, self.step, self.masked = route, "CONN", ""  # masked: what the log shows in place of what is sent
         self.pool: Any = None  # the SessionPool that it belongs to
         self.stream: Any = None  # AsyncSocket of the open connection
-        self.recv_buffer, self.replies = b"", deque()  # received, and parsed, but not asked for yet
+        self.recv_buffer = b""  # received but not asked for yet
         self.maybe_complete = False  # recv_buffer may hold a complete reply
         self.alive = self.needs_rset = self.in_data = self.eod_sent = False
         self.created_at = self.last_used = time.monotonic()
@@ -4876,7 +4450,7 @@ class Session(smtplib.SMTP):
             self.quit()
             raise
         self.sock.setblocking(False)
-        self.alive = not self.has_unsolicited
+        self.alive = not self.recv_buffer
 
     def steps(self) -> tuple:
         """Return the steps of open(), in order."""
@@ -4901,7 +4475,7 @@ class Session(smtplib.SMTP):
         if not self.has_extn("starttls"):
             raise Rejected(make_reply("no-starttls", **route.endpoint))
         self._expect("STARTTLS", self.docmd("STARTTLS"))
-        if self.has_unsolicited:  # injected in clear text, to be taken for a reply under TLS
+        if self.recv_buffer:  # injected in clear text, to be taken for a reply under TLS
             raise ProtocolError("data behind the reply to STARTTLS")
         self.sock.settimeout(self.timeout)  # of the whole handshake
         self.sock = self._wrap(self.sock)
@@ -4910,7 +4484,7 @@ class Session(smtplib.SMTP):
 
     def _wrap(self, sock: socket.socket) -> ssl.SSLSocket:
         route = self.route
-        context = client_context(route.tls_verify, route.ca_file, stat_key(route.ca_file) if route.ca_file else None)
+        context = client_context(route.tls_verify, route.ca_file, stat_key(route.ca_file))
         return context.wrap_socket(sock, server_hostname=route.host)
 
     def _log_in(self) -> None:
@@ -4955,10 +4529,10 @@ class Session(smtplib.SMTP):
         """Raise Rejected with the server's own words unless the code is 2xx."""
         self.step, (code, text) = step, result
         if not 200 <= code <= 299:
+            lines = tuple(text.decode().split("\n"))
             if not 400 <= code <= 599:
-                raise ProtocolError(f"unexpected: {code} {sanitize(str(text))}")
-            lines = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-            raise Rejected(self._to_reply(step, smtp_reply(str(code), tuple(lines.split("\n")))))
+                raise ProtocolError(f"unexpected: {code} {lines[0]}")
+            raise Rejected(self._to_reply(step, smtp_reply(str(code), lines)))
 
     # -- transaction
 
@@ -4982,14 +4556,12 @@ class Session(smtplib.SMTP):
             self.alive, lost = False, self._broken(error)
         self.last_used = time.monotonic()
         self.needs_rset = not (result and result.code[0] == "2")
-        if self.has_unsolicited:
+        if self.recv_buffer:  # more than was asked for
             self.alive = False
         decided = recipient_replies(replies, result, lost, len(transaction.recipients))
         found = [item if isinstance(item, Reply) else self._to_reply(*item) for item in decided]
         if self.alive and any(map(self.refused_before_data, found)):
-            self.alive = False  # it may have reached a limit of the server
-            with contextlib.suppress(OSError):
-                self.sock.send(b"QUIT\r\n")
+            self.quit()  # it may have reached a limit of the server
         return found
 
     def refused_before_data(self, reply: Reply) -> bool:
@@ -5019,13 +4591,14 @@ class Session(smtplib.SMTP):
             await self._write(b"RSET\r\n")
             await self._read_reply()
             self.needs_rset = False
-        for batch in pipeline_batches(script, self.has_extn("pipelining")):
+        size = PIPELINE_WINDOW if self.has_extn("pipelining") else 1
+        for batch in [script[i : i + size] for i in range(0, len(script), size)]:
             if replies and (replies[0].code[0] != "2" or (batch[0][0] == "DATA" and not any_accepted(replies))):
                 return
             self.step = batch[0][0]
             await self._write(b"".join([line for _, line in batch]))
             for self.step, _ in batch:
-                reply = self.replies.popleft() if self.replies else await self._read_reply()
+                reply = self._next_reply() or await self._read_reply()
                 if reply.code[0] == ("2" if self.step == "DATA" else "3"):
                     raise ProtocolError(f"unexpected: {reply.code} to {self.step}")
                 replies.append(reply)
@@ -5034,7 +4607,7 @@ class Session(smtplib.SMTP):
 
     async def _send_data(self, chunks: tuple) -> SMTPReply:
         """Return the reply to the end of the message; without a message, that to a lone dot (RFC 2920 3.1)."""
-        if self.has_unsolicited:  # an early refusal counts; anything else would be taken for the reply to the message
+        if self.recv_buffer:  # an early refusal counts; anything else would be taken for the reply to the message
             self.alive, reply = False, await self._read_reply()
             if reply.code[0] in "45":
                 return reply
@@ -5061,16 +4634,15 @@ class Session(smtplib.SMTP):
 
     def _write(self, octets: bytes) -> Any:
         """Send all octets; to be awaited."""
-        self._log_sent(octets)
+        self._log_sent(b"(%d octets of the message)" % len(octets) if self.in_data and not log.devel else octets)
         return self.stream.sendall(octets, time.monotonic() + self.timeout)
 
     async def _read_reply(self) -> SMTPReply:
         """Return the next reply; one deadline holds for the whole of it."""
-        deadline = 0.0
-        while not (self.replies or self._parse_buffer()):
-            deadline = deadline or time.monotonic() + self.timeout
+        deadline = time.monotonic() + self.timeout
+        while not (reply := self._next_reply()):
             self._feed(await self.stream.recv(4096, deadline))
-        return self.replies.popleft()
+        return reply
 
     def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
         """Called by smtplib to connect."""
@@ -5087,27 +4659,25 @@ class Session(smtplib.SMTP):
     def getreply(self) -> tuple:
         """Called by smtplib for a reply: (code, text)."""
         deadline = time.monotonic() + self.timeout
-        while not (self.replies or self._parse_buffer()):
+        while not (reply := self._next_reply()):
             self.sock.settimeout(max(deadline - time.monotonic(), 0.001))
             self._feed(self.sock.recv(65536))
-        reply = self.replies.popleft()
         return int(reply.code), "\n".join(reply.lines).encode()
 
-    def _parse_buffer(self) -> bool:
-        """Move complete replies from `recv_buffer` to `replies`; False if there is none."""
+    def _next_reply(self) -> SMTPReply | None:
+        """Take the first complete reply out of `recv_buffer`, None if there is none."""
         if not self.maybe_complete:
-            return False
-        found, self.recv_buffer, closes = parse_replies(self.recv_buffer)
-        self.maybe_complete = bool(found and self.recv_buffer)  # a malformed reply, perhaps
-        if closes:  # RFC 5321 3.8
+            return None
+        reply, self.recv_buffer = parse_reply(self.recv_buffer)
+        self.maybe_complete = bool(reply and self.recv_buffer)
+        if reply and reply.code == "421":  # RFC 5321 3.8
             self.alive = False
-        if self.masked:
-            found = [reply._replace(lines=tuple(map(self._mask_credentials, reply.lines))) for reply in found]
-        for reply in found if log.devel or log.trace.get() is not None else ():
+        if reply and self.masked:
+            reply = reply._replace(lines=tuple(map(self._mask_credentials, reply.lines)))
+        if reply and (log.devel or log.trace.get() is not None):
             for i, line in enumerate(reply.lines, 1):
                 log.dialogue(self.route.host, "<", f"{reply.code}{' ' if i == len(reply.lines) else '-'}{line}")
-        self.replies.extend(found)
-        return bool(found)
+        return reply
 
     def _mask_credentials(self, line: str) -> str:
         """Mask our credentials in a line, in base64 too: some servers repeat a command that they do not understand."""
@@ -5126,8 +4696,6 @@ class Session(smtplib.SMTP):
 
     def _log_sent(self, octets: bytes) -> None:
         if log.devel or log.trace.get() is not None:
-            if self.in_data and not log.devel:
-                octets = b"(%d octets of the message)" % len(octets)
             for line in octets.splitlines():
                 log.dialogue(self.route.host, ">", line.decode("utf-8", "replace"))
 
@@ -5137,28 +4705,19 @@ class Session(smtplib.SMTP):
             self.stream.release()
         super().close()
 
-    @property
-    def has_unsolicited(self) -> bool:
-        """Tell whether the server has sent more than it was asked for."""
-        return bool(self.recv_buffer or self.replies)
-
     def quit(self) -> None:
-        """Send QUIT, without waiting long for the reply (RFC 5321 4.1.1.10)."""
+        """Send QUIT and close, without waiting for the reply."""
         self.alive = False
-        try:
-            self.timeout = QUIT_TIMEOUT
-            self.sock.settimeout(QUIT_TIMEOUT)
+        with contextlib.suppress(OSError, AttributeError):  # broken, or never connected
+            self.sock.setblocking(False)
             self.send("QUIT\r\n")
-            self.getreply()
-        except (OSError, AttributeError):
-            pass
         self.close()
 
     # -- replies
 
     def _to_reply(self, step: str, reply: SMTPReply) -> Reply:
-        fault = is_route_fault(self.route, step, reply)
-        route, more = self.route, {"from_server": True, "route_fault": fault}
+        route = self.route
+        more = {"from_server": True, "route_fault": is_route_fault(route, step, reply)}
         return Reply(reply.code, reply.dsn, step, reply.lines, route.mailer, route.host, route.port, **more)
 
     def _broken(self, error: OSError) -> Reply:
@@ -5270,23 +4829,15 @@ def envelope_commands(transaction: Transaction, utf8: bool, size: int, features:
     return [("MAIL", f"{mail}\r\n".encode()), *rcpts, ("DATA", b"DATA\r\n")]
 
 
-def pipeline_batches(script: list, pipelining: bool) -> list:
-    """Split the script into batches that are sent without waiting for replies."""
-    size = PIPELINE_WINDOW if pipelining else 1
-    return [script[i : i + size] for i in range(0, len(script), size)]
-
-
 def dot_stuff(chunks: tuple) -> Any:
     """Yield a message in blocks, with a dot added to each line that begins with one (RFC 5321 4.5.2)."""
     end = b"\n"
     for chunk in chunks:
         for start in range(0, len(chunk), SEND_BLOCK):
             block = chunk[start : start + SEND_BLOCK]
-            first, last = end == b"\n" and block.startswith(b"."), block.rfind(b".")
-            if first or block.find(b"\n.", 0, last + 1) >= 0:  # one octet is found much faster than two
-                block = b"." * first + block.replace(b"\n.", b"\n..")
+            dot = b"." if end == b"\n" and block.startswith(b".") else b""
+            yield dot + block.replace(b"\n.", b"\n..")
             end = block[-1:]
-            yield block
 
 
 def any_accepted(replies: list) -> bool:
@@ -5342,14 +4893,11 @@ class SessionPool:
         self.waiters.append(SessionWaiter(future, deadline, reply))
         return future
 
-    def next_waiter(self) -> asyncio.Future:
-        return self.waiters.popleft().future
-
     def wake_waiters(self, has_room: bool = False) -> None:
         """Have waiters open sessions, as many as may be opened."""
         while self.waiters and self.may_open(has_room):
             self.opening += 1
-            self.next_waiter().set_result(None)
+            self.waiters.popleft().future.set_result(None)
             has_room = False
 
     def opened(self) -> None:
@@ -5394,8 +4942,7 @@ class TransportContext:
     MAX_IDLE = 256  # sessions of one route
 
     def __init__(self, nameservers: tuple = ()) -> None:
-        self.pools: dict = {}  # (hostname, route): SessionPool
-        self.closing: list = []  # sessions that need a QUIT
+        self.pools: defaultdict = defaultdict(SessionPool)  # by (hostname, route)
         self.http, self.tokens = HTTPConnectionPool(), TokenCache()
         self.set_nameservers(nameservers)
 
@@ -5404,13 +4951,9 @@ class TransportContext:
         self.resolver = Resolver(nameservers)
         self.mta_sts = MTASTSCache(self.resolver)
 
-    def pool(self, route: Route, hostname: str) -> SessionPool:
-        key = hostname, route
-        return self.pools.get(key) or self.pools.setdefault(key, SessionPool())
-
     def acquire_idle(self, route: Route, hostname: str) -> Session | None:
         """Return the idle session that was used last, None if there is none. To be released."""
-        pool = self.pool(route, hostname)
+        pool = self.pools[hostname, route]
         while pool.idle:
             session = pool.idle.pop()
             if not is_readable(session.sock):  # that would be taken for the reply to the next command
@@ -5421,7 +4964,7 @@ class TransportContext:
 
     async def acquire(self, route: Route, hostname: str) -> tuple:
         """Return (Session, whether it was used before), a new one or one released meanwhile; or raise Rejected."""
-        pool, deadline, reply = self.pool(route, hostname), 0.0, None
+        pool, deadline, reply = self.pools[hostname, route], 0.0, None
         while True:
             if pool.may_open():
                 pool.opening += 1
@@ -5459,7 +5002,7 @@ class TransportContext:
         """Hand the session over to a waiter, keep it, or close it if it cannot be used again."""
         pool = session.pool
         if session.alive and pool.waiters:
-            pool.next_waiter().set_result(session)
+            pool.waiters.popleft().future.set_result(session)
             return
         pool.in_use -= 1
         if not session.alive:
@@ -5468,24 +5011,19 @@ class TransportContext:
         elif len(pool.idle) < self.MAX_IDLE and session.last_used - session.created_at < self.AGE:
             pool.idle.append(session)
         else:
-            self.closing.append(session)
+            session.quit()
 
     async def sweep(self, everything: bool = False) -> None:
-        """Close the sessions that have been idle too long, or all, with QUIT; waits a second for the replies."""
+        """Close the sessions and connections that have been idle too long, or all."""
         self.http.sweep(everything)
         now = time.monotonic()
         for key, pool in list(self.pools.items()):
             idle = self.IDLE_WHEN_FULL if pool.open_limit < pool.OPENING else self.IDLE
             while pool.idle and (everything or pool.idle[0].last_used <= now - idle):
-                self.closing.append(pool.idle.pop(0))
+                pool.idle.pop(0).quit()
             pool.sweep(now)
             if not (pool.idle or pool.in_use or pool.opening or pool.waiters):
                 del self.pools[key]
-        closing, self.closing = self.closing, []
-        for session in closing:
-            session.stream.release()  # a thread has it from here
-        if closing:
-            await asyncio.gather(*[asyncio.to_thread(session.quit) for session in closing])
 
 
 # ======================================================================================================================
@@ -5497,27 +5035,22 @@ class TransportContext:
 
 
 async def attempt_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
-    """Attempt a transaction once; every recipient has a reply."""
-    began = time.monotonic()
-    replies = await attempt_route(transaction, transport)
+    """Attempt a transaction once; every recipient has a reply, whatever the relay does; a bug is logged."""
+    began, route, reply = time.monotonic(), transaction.route, None
+    try:
+        replies = await route.row.send(await sign_transaction(transaction), transport)
+    except Rejected as rejected:
+        reply = rejected.reply
+    except OSError as error:
+        reply = make_reply("lost", error_text(error), command="CONN", **route.endpoint)
+    except Exception:
+        log_exception(transaction.queueid)
+        reply = make_reply("relay-fault", **route.endpoint)
+    replies = [reply] * len(transaction.recipients) if reply else replies
     for reply in dict.fromkeys(reply for reply in replies if reply.route_fault):
         words = log_value(" ".join((reply.code, *reply.message)))
         log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed, mail waits: {words}")
     return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
-
-
-async def attempt_route(transaction: Transaction, transport: TransportContext) -> list:
-    """Return a Reply for each recipient from the transaction's route, whatever its relay does; a bug is logged."""
-    try:
-        return await transaction.route.row.send(await sign_transaction(transaction), transport)
-    except Rejected as rejected:
-        reply = rejected.reply
-    except OSError as error:
-        reply = make_reply("lost", error_text(error), command="CONN", **transaction.route.endpoint)
-    except Exception:
-        log_exception(transaction.queueid)
-        reply = make_reply("relay-fault", **transaction.route.endpoint)
-    return [reply] * len(transaction.recipients)
 
 
 async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> list:
@@ -5531,12 +5064,9 @@ async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> 
         recipients = tuple(transaction.recipients[i] for i in again)
         try:
             session, _ = await transport.acquire(transaction.route, transaction.hostname)
-        except Rejected as refused:
-            if len(again) == len(replies):
-                raise
-            found = [refused.reply] * len(again)
-        else:
             found = await transact_by(session, transaction._replace(recipients=recipients), transport)
+        except Rejected as refused:
+            found = [refused.reply] * len(again)
         for i, reply in zip(again, found):
             replies[i] = reply
     return replies
@@ -5661,13 +5191,13 @@ def save_message(transaction: Transaction) -> Reply:
             os.close(handle)
     except OSError as error:
         return make_reply("file", f"{folder}: {error.strerror or error}", mailer="File")
-    return make_reply("saved", word=path, mailer="File")
+    return make_reply("done", word=path, mailer="File")
 
 
 async def relay_screen(transaction: Transaction, transport: TransportContext) -> list:
     """Print the message on stderr."""
     printed = log.write_bytes(await asyncio.to_thread(screen_text, transaction))
-    reply = make_reply("printed") if printed else make_reply("file", "stderr cannot be written")
+    reply = make_reply("done", word="Printed") if printed else make_reply("file", "stderr cannot be written")
     return [reply._replace(mailer="Screen")] * len(transaction.recipients)
 
 
@@ -5682,22 +5212,34 @@ def screen_text(transaction: Transaction) -> bytes:
 
 async def relay_discard(transaction: Transaction, transport: TransportContext) -> list:
     """Deliver to nobody."""
-    return [make_reply("discarded", mailer="Discard")] * len(transaction.recipients)
+    return [make_reply("done", word="Discarded", mailer="Discard")] * len(transaction.recipients)
 
 
-# -- Relays by HTTP. Each posts to an API; http_accepted() and http_failure() hold what their responses have in common.
+# -- Relays by HTTP. http_accepted() and http_failure() hold what the responses of their APIs have in common.
 
 
-async def relay_haineko(transaction: Transaction, transport: TransportContext) -> list:
-    """To another Haineko, of this kind or of the old one in Perl; what it says of each recipient is handed on."""
-    response = await transport.http.request(
-        HTTPTarget.of_route(transaction.route), await asyncio.to_thread(haineko_request, transaction)
-    )
-    return haineko_replies(transaction, response)
+def http_relay(make_request: Callable, read_replies: Callable, max_recipients: int = 1 << 30) -> Callable:
+    """Return a relay that posts make_request(transaction), an HTTPRequest, for so many recipients at a time;
+    read_replies(transaction, response) returns one Reply or a list of one for each. Both may raise Rejected."""
+
+    async def relay(transaction: Transaction, transport: TransportContext) -> list:
+        replies: list = []
+        for start in range(0, len(transaction.recipients), max_recipients):
+            part = transaction._replace(recipients=transaction.recipients[start : start + max_recipients])
+            try:
+                call = await asyncio.to_thread(make_request, part)
+                found = read_replies(part, await transport.http.request(HTTPTarget.of_route(part.route), call))
+            except Rejected as refused:
+                found = refused.reply
+            replies += found if isinstance(found, list) else [found] * len(part.recipients)
+        return replies
+
+    return relay
 
 
 def haineko_request(transaction: Transaction) -> HTTPRequest:
-    """Return the submission: header and body if they express all of the message (Perl knows no more), else `raw`."""
+    """Return the submission to another Haineko: header and body if they express all of the message (the old one in
+    Perl knows no more), else `raw`."""
     octets = transaction.octets()
     try:
         document = as_plain_submission(transaction, octets)
@@ -5779,21 +5321,6 @@ KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "D
 TRANSFER_DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
 
 
-async def relay_sendgrid(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver by SendGrid's v3 mail/send, which takes a message in pieces."""
-    route, body = transaction.route, await asyncio.to_thread(sendgrid_body, transaction)
-    response = await transport.http.request(
-        HTTPTarget.of_route(transaction.route),
-        HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route)),
-    )
-    if response.status == 202:  # 200: valid, but will not be sent
-        message_id = response.headers.get("X-Message-Id")
-        reply = http_accepted(route, response, *([f"X-Message-Id: {message_id}"] if message_id else []))
-    else:
-        reply = http_failure(route, response, sendgrid_errors(response))
-    return [reply] * len(transaction.recipients)
-
-
 def bearer_header(route: Route) -> tuple:
     """Return the header fields that carry the route's API key."""
     return (("Authorization", f"Bearer {route.credentials[1]}"),)
@@ -5807,8 +5334,8 @@ def sendgrid_errors(response: HTTPResponse) -> list | None:
     return [": ".join(str(error[key]) for key in ("field", "message") if error.get(key)) for error in errors]
 
 
-def sendgrid_body(transaction: Transaction) -> bytes:
-    """Return the request; raises Rejected if it would lose more of the message than trace fields and charset."""
+def sendgrid_request(transaction: Transaction) -> HTTPRequest:
+    """Return the message in pieces; raises Rejected if it would lose more of it than trace fields and charset."""
     # https://www.twilio.com/docs/sendgrid/api-reference/mail-send
     octets = transaction.octets()
     try:
@@ -5821,24 +5348,31 @@ def sendgrid_body(transaction: Transaction) -> bytes:
             raise ValueError("the subject is empty")
     except (ValueError, LookupError, RecursionError) as error:
         raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
-    return encode_json({key: value for key, value in document.items() if value})
+    body = encode_json({key: value for key, value in document.items() if value})
+    return HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route))
+
+
+def sendgrid_reply(transaction: Transaction, response: HTTPResponse) -> Reply:
+    if response.status != 202:  # 200: valid, but will not be sent
+        return http_failure(transaction.route, response, sendgrid_errors(response))
+    message_id = response.headers.get("X-Message-Id")
+    return http_accepted(transaction.route, response, *([f"X-Message-Id: {message_id}"] if message_id else []))
 
 
 def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
     """Return author and recipients; SendGrid shows every recipient but Bcc, and delivers to every one that it shows."""
     shown = {name: sendgrid_mailboxes(single_field(fields, name)) for name in ("from", "to", "cc", "reply-to")}
-    if len(shown["from"]) != 1:
+    author, reply_to = shown["from"], shown["reply-to"]
+    if len(author) != 1:
         raise ValueError("From has several addresses")
     if not shown["to"]:
         raise ValueError("To has none of the recipients")
     hidden = [{"email": recipient} for recipient in hidden_recipients(transaction, fields)]
     people = {"to": shown["to"], "cc": shown["cc"], "bcc": hidden}
-    document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": shown["from"][0]}
-    reply_to = shown["reply-to"]
-    return {
-        **document,
-        **({"reply_to_list": reply_to} if len(reply_to) > 1 else {"reply_to": reply_to and reply_to[0]}),
-    }
+    document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": author[0]}
+    if len(reply_to) > 1:
+        return {**document, "reply_to_list": reply_to}
+    return {**document, "reply_to": reply_to and reply_to[0]}
 
 
 def hidden_recipients(transaction: Transaction, fields: list) -> list:
@@ -5929,29 +5463,12 @@ def sendgrid_attachment(part: Any) -> dict:
     return {**attachment, "content_id": content_id} if content_id else attachment
 
 
-async def relay_amazonses(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver by version 2 of Amazon SES, which takes the message as it is, for 50 recipients at a time."""
-    replies: list = []
-    for start in range(0, len(transaction.recipients), AMAZONSES_RECIPIENTS):
-        part = transaction._replace(recipients=transaction.recipients[start : start + AMAZONSES_RECIPIENTS])
-        try:
-            call = await asyncio.to_thread(amazonses_request, part, time.time())
-            response = amazonses_reply(
-                transaction.route, await transport.http.request(HTTPTarget.of_route(transaction.route), call)
-            )
-        except Rejected as refused:
-            response = refused.reply
-        replies += [response] * len(part.recipients)
-    return replies
-
-
-AMAZONSES_RECIPIENTS = 50  # https://docs.aws.amazon.com/ses/latest/dg/quotas.html
 AMAZONSES_TEMPORARY = ["TooManyRequestsException", "ThrottlingException", "Throttling"]  # errors 400 that pass
 AMAZONSES_TEMPORARY += ["LimitExceededException", "SendingPausedException"]
 
 
-def amazonses_request(transaction: Transaction, now: float) -> HTTPRequest:
-    """Return the signed request; raises Rejected for a message without exactly one From."""
+def amazonses_request(transaction: Transaction) -> HTTPRequest:
+    """Return the signed request, with the message as it is; raises Rejected for a message without exactly one From."""
     octets = ascii_message(transaction)
     try:
         author = single_field(parse_message(octets)[0], "from")
@@ -5966,7 +5483,7 @@ def amazonses_request(transaction: Transaction, now: float) -> HTTPRequest:
     if transaction.sender and address_key(spec) != address_key(transaction.sender):
         document["FeedbackForwardingEmailAddress"] = transaction.sender
     call = HTTPRequest("POST", "/v2/email/outbound-emails", encode_json(document))
-    return sign_sigv4(call, transaction.route, now)
+    return sign_sigv4(call, transaction.route, time.time())
 
 
 def amazonses_reply(route: Route, response: HTTPResponse) -> Reply:
@@ -6004,20 +5521,12 @@ def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
     return call._replace(headers=(*call.headers, *added, ("Authorization", value)))
 
 
-async def relay_mandrill(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver by Mandrill's messages/send-raw, which takes the message as it is and answers for each recipient."""
-    body = await asyncio.to_thread(mandrill_body, transaction)
-    response = await transport.http.request(
-        HTTPTarget.of_route(transaction.route), HTTPRequest("POST", "/api/1.0/messages/send-raw.json", body)
-    )
-    return mandrill_replies(transaction, response)
-
-
-def mandrill_body(transaction: Transaction) -> bytes:
-    """Return the request."""
+def mandrill_request(transaction: Transaction) -> HTTPRequest:
+    """Return the message as it is."""
     envelope = {"from_email": transaction.sender or None, "to": transaction.recipients}
     content = {"key": transaction.route.credentials[1], "raw_message": ascii_message(transaction).decode()}
-    return encode_json({**content, **envelope, "async": False})
+    body = encode_json({**content, **envelope, "async": False})
+    return HTTPRequest("POST", "/api/1.0/messages/send-raw.json", body)
 
 
 def mandrill_replies(transaction: Transaction, response: HTTPResponse) -> list:
@@ -6130,18 +5639,13 @@ DSN_BY_STATUS = {401: "5.7.8", 403: "5.7.1"}
 
 def parse_retry_after(response: HTTPResponse) -> int:
     """Return the seconds after which to try again (RFC 9110 10.2.3), at most a day; 0 if the response has none."""
-    text, now = response.headers.get("Retry-After", "").strip(), time.time()
-    reset = response.headers.get("X-RateLimit-Reset", "") if response.status == 429 else ""  # SendGrid: Unix time
+    reset = response.headers.get("X-RateLimit-Reset") if response.status == 429 else ""  # SendGrid: Unix time
+    text, now = (response.headers.get("Retry-After") or reset or "").strip(), time.time()
     try:
-        if re.fullmatch(r"[0-9]{1,9}", text):
-            wait = int(text)
-        elif text:
-            wait = parsedate_to_datetime(text).timestamp() - now
-        else:
-            wait = int(reset) - now if re.fullmatch(r"[0-9]{1,10}", reset) else 0
+        wait = int(text) if re.fullmatch("[0-9]{1,10}", text) else parsedate_to_datetime(text).timestamp() - now
     except (TypeError, ValueError, OverflowError):
-        wait = 0
-    return min(max(int(wait), 0), 86400)
+        return 0
+    return min(max(int(wait - now if wait > 1e9 else wait), 0), 86400)
 
 
 def sanitize_lines(lines: Any) -> tuple:
@@ -6308,53 +5812,48 @@ async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> lis
 
 def probe_mx_host(route: Route, hostname: str) -> list:
     """Open a session to one host; if TLS is opportunistic, tell whether the certificate would have been accepted."""
-    strict = probe_session(replace(route, tls_verify=True), hostname)
-    if strict[-1].ok or strict[-1].step != "TLS" or not route.tls_if_offered:
-        return strict
-    loose = probe_session(route, hostname)
-    if loose[-1].ok:
-        return [*loose, CheckResult("TLS", True, f"not verified: {strict[-1].text}")]
-    clear = probe_session(replace(route, tls_if_offered=False), hostname)
-    return [*clear, CheckResult("TLS", True, f"mail goes in clear text: {loose[-1].text}")] if clear[-1].ok else loose
+    clear, why = replace(route, tls_if_offered=False), ""
+    variants = {"": replace(route, tls_verify=True), "not verified": route, "mail goes in clear text": clear}
+    for note, hop in variants.items():
+        results = probe_session(hop, hostname)
+        if results[-1].ok:
+            return results + ([CheckResult("TLS", True, f"{note}: {why}")] if note else [])
+        if results[-1].step != "TLS" or not route.tls_if_offered:
+            break
+        why = results[-1].text
+    return results
 
 
-async def probe_folder(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Tell whether files can be made in the folder."""
+async def probe_local(probe: ConnectivityProbe, transport: TransportContext) -> list:
+    """Tell whether files can be made in the route's folder, if it has one."""
+    if not probe.route.row.into_folder:
+        return [CheckResult("NONE", True, "nothing to connect to")]
     folder = probe.route.folder
     ok = is_writable_folder(folder)
     return [CheckResult("FILE", ok, folder if ok else f"{folder} is no folder that can be written")]
 
 
-async def probe_none(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Report that there is nothing to connect to."""
-    return [CheckResult("NONE", True, "nothing to connect to")]
-
-
 def http_probe(ask: Callable) -> Callable:
     """Make a probe of ask(route, request), which returns a line of text if the login is good or raises Rejected."""
 
-    async def probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
-        return await asyncio.to_thread(_probe_http, probe.route, ask)
-
-    return probe
-
-
-def _probe_http(route: Route, ask: Callable) -> list:
-    results = probe_dns(route)
-    if not results[-1].ok:
+    def steps(route: Route) -> list:
+        results = probe_dns(route)
+        if not results[-1].ok:
+            return results
+        line, place = KeepAliveConnection(HTTPTarget.of_route(route)), f"{route.host}:{route.port}"
+        try:
+            line.open()
+            results.append(CheckResult("TCP", True, f"connected to {place}"))
+            results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
+            results.append(CheckResult("AUTH", True, ask(route, line.exchange)))
+        except Rejected as rejected:
+            step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
+            results.append(failed_step(step, rejected.reply, place))
+        finally:
+            line.close()
         return results
-    line, place = KeepAliveConnection(HTTPTarget.of_route(route)), f"{route.host}:{route.port}"
-    try:
-        line.open()
-        results.append(CheckResult("TCP", True, f"connected to {place}"))
-        results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
-        results.append(CheckResult("AUTH", True, ask(route, line.exchange)))
-    except Rejected as rejected:
-        step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
-        results.append(failed_step(step, rejected.reply, place))
-    finally:
-        line.close()
-    return results
+
+    return lambda probe, transport: asyncio.to_thread(steps, probe.route)
 
 
 @http_probe
@@ -6424,6 +5923,11 @@ send_gmail = functools.partial(relay_by_token, gmailapi_request, 200)
 GRAPH_SCOPES = "https://graph.microsoft.com/.default", "https://graph.microsoft.com/Mail.Send offline_access"
 BY_TOKEN = {"needs": ("auth",), "login": ("username", "oauth2")}
 
+
+relay_haineko = http_relay(haineko_request, haineko_replies)
+relay_sendgrid = http_relay(sendgrid_request, sendgrid_reply)
+relay_amazonses = http_relay(amazonses_request, lambda job, found: amazonses_reply(job.route, found), 50)  # quota
+relay_mandrill = http_relay(mandrill_request, mandrill_replies)
 RELAYS.update(
     ESMTP=Relay(relay_esmtp, probe_esmtp, keeps_octets=True),
     MX=Relay(relay_mx, probe_mx, destination="MX {domain}", refuses=("auth",), keeps_octets=True),
@@ -6433,9 +5937,9 @@ RELAYS.update(
     Mandrill=Relay(relay_mandrill, probe_mandrill, 25, "https://mandrillapp.com", ("auth",), login=("password",)),
     MSGraph=Relay(send_msgraph, probe_msgraph, 25, "https://graph.microsoft.com", scopes=GRAPH_SCOPES, **BY_TOKEN),
     GmailAPI=Relay(send_gmail, probe_gmail, 25, "https://gmail.googleapis.com", **BY_TOKEN),
-    File=Relay(relay_file, probe_folder, destination="File {route.folder}", into_folder=True),
-    Screen=Relay(relay_screen, probe_none, destination="Screen"),
-    Discard=Relay(relay_discard, probe_none, destination="Discard"),
+    File=Relay(relay_file, probe_local, destination="File {route.folder}", into_folder=True),
+    Screen=Relay(relay_screen, probe_local, destination="Screen"),
+    Discard=Relay(relay_discard, probe_local, destination="Discard"),
 )
 
 # ======================================================================================================================
@@ -7551,12 +7055,11 @@ def compose_and_check(
 def staged(submission: Submission, accepted: list, smtpd: Smtpd) -> Submission:
     """Return the submission with the prefix in its subject, and with a field that names whom redirected mail is for."""
     header, raw, prefix = submission.header, submission.raw, smtpd.subject_prefix.rstrip()
-    recipients = ", ".join([to.addr_spec for to in accepted])
-    more = [("X-Haineko-Recipients", recipients, parse_header_text)] if smtpd.redirect else []
+    more = [("X-Haineko-Recipients", ", ".join([to.addr_spec for to in accepted]))] if smtpd.redirect else []
     if raw:
         head = text_field("", prefix, "UTF-8").encode() if prefix else b":"
         found = [(name, octets.replace(b":", head, 1) if name == "subject" else octets) for name, octets in raw.fields]
-        found += [(name.lower(), text_field(name, text, "UTF-8").encode() + b"\n") for name, text, _ in more]
+        found += [(name.lower(), text_field(name, text, "UTF-8").encode() + b"\n") for name, text in more]
         return replace(submission, raw=raw._replace(fields=found))
     subject = f"{prefix} {header.subject}" if prefix else header.subject
     return replace(submission, header=replace(header, subject=subject, extra_fields=(*header.extra_fields, *more)))
@@ -7645,7 +7148,7 @@ def queue_options(
     found = IDEMPOTENCY_KEY.fullmatch(key)
     if not found:
         raise Rejected(make_reply("key-form"))
-    owner = request.login or f"[{request.client.text}]"  # nobody else may read the response
+    owner = request.login or f"[{request.client}]"  # nobody else may read the response
     digest = hashlib.sha256("\0".join((owner, request.path, found[1] or found[2])).encode()).digest()
     return QueueOptions(async_, digest, body_digest, request.login, submission.send_at or 0)
 
@@ -7666,7 +7169,7 @@ async def enqueue_before_sending(
     item = new_item(request, transactions, accepted, options)
     earlier = await app.queue.add(item, leased=not options.async_)
     if options.async_ and not earlier:
-        pairs = log_pairs(client=request.client.text, login=request.login or None, **{"from": f"<{item.sender}>"})
+        pairs = log_pairs(client=request.client, login=request.login or None, **{"from": f"<{item.sender}>"})
         when = timestamp(int(item.send_at)) if item.send_at > item.created_at else "once"
         log.lines(f"{item.queueid}: {pairs} (queued, to be delivered at {when})")
         app.queue.wake_manager()
@@ -7899,7 +7402,7 @@ def log_line(
     """Return a log line with the keys of Postfix's; keys without a value are left out."""
     line = [f"{queueid or '-'}:"]
     if request.client:
-        line.append(f"client={request.client.text}")
+        line.append(f"client={request.client}")
     if request.login:
         line.append(f"login={log_value(request.login)}")
     if sender is not None:
@@ -7926,7 +7429,7 @@ def answer_document(
         "addresser": submission.mail if submission else None,
         "recipient": accepted if submission else None,
         "response": [reply_to_dict(to, reply) for to, reply in replies.items()],
-        "remoteaddr": request.client.text if request.client else None,
+        "remoteaddr": str(request.client) if request.client else None,
         "remoteport": request.port,
         "useragent": echoed_header(request, "user-agent"),
         "referer": echoed_header(request, "referer"),
@@ -8125,7 +7628,7 @@ def check_monitor(request: Request, submission: None, settings: Settings) -> Rep
     """Require an address in httpd.monitors, and no web page whose name was rebound in DNS."""
     host, reason = request.headers.get("host", "").lower(), hidden_client(request, settings)
     if request.client not in settings.httpd.monitors:
-        reason = f"{request.client.text} is not in httpd.monitors"
+        reason = f"{request.client} is not in httpd.monitors"
     elif not reason and request.forwarded and request.client in LOOPBACK:  # a proxy can't know that it is this machine
         reason = f"{request.forwarded}: a forwarded request is not from this machine"
     elif not reason and not is_own_host(host, settings):
@@ -8172,7 +7675,7 @@ async def change_queued_mail(request: Request, app: App, verb: str, operation: C
     """Answer with the number of recipients that an operation changed, and the mail as it is now."""
     queueid = (await find_queued_mail(request, app))["queueid"]
     count = await app.queue.do(operation, queueid, *values)
-    pairs = log_pairs(client=request.client.text, login=request.login or None)
+    pairs = log_pairs(client=request.client, login=request.login or None)
     log.lines(f"{queueid}: {pairs} {count} recipients {verb}")
     return json_response({verb: count, **message_document(await app.queue.do(message_status, queueid))})
 
@@ -9528,7 +9031,8 @@ def post_submission(url: str, body: bytes, credentials: tuple = ()) -> tuple:
         if url.startswith("unix:"):
             connection.sock = socket.socket(socket.AF_UNIX)
             connection.sock.connect(url[5:])
-        response = connection.exchange_once(HTTPRequest("POST", path, body, basic_auth_header(credentials)))
+        with contextlib.closing(connection):
+            response = connection.exchange(HTTPRequest("POST", path, body, basic_auth_header(credentials)))
     except Rejected as error:
         raise CommandError(f"{url}: {': '.join(error.reply.message)}", 1) from None
     except OSError as error:
@@ -9986,9 +9490,8 @@ def qualified_field(name: str, field: bytes, hostname: str) -> tuple:
 
 def qualified(text: str, hostname: str) -> str:
     """Return an address list in which names alone have got the domain; text that is no list stays as it is."""
-    try:
-        tokens = [(kind, f"({token})" if kind == "comment" else token) for kind, token in address_tokens(text)]
-    except ValueError:
+    tokens = [(found.lastgroup, found[0]) for found in ADDRESS_TOKEN.finditer(text) if found[0]]
+    if "fault" in dict(tokens):
         return text
     texts = [token for _, token in tokens]
     words = [i for i, (kind, _) in enumerate(tokens) if kind not in CFWS]

@@ -1185,7 +1185,7 @@ class Question:
 
     def __init__(self, octets: bytes) -> None:
         self.octets, at, labels = octets, 12, []
-        self.number, self.flags, _, _, _, self.additional = struct.unpack_from(">6H", octets)
+        self.number, self.flags, *_ = struct.unpack_from(">6H", octets)
         while octets[at]:
             labels.append(octets[at + 1 : at + 1 + octets[at]].decode())
             at += 1 + octets[at]
@@ -2559,7 +2559,7 @@ class SettingsFile(Folder):
             ("a" * 64 + ".jp", "a" * 63 + ".localdomain"),
         ):  # fmt: skip
             with self.subTest(name):
-                self.assertEqual(haineko.qualified_hostname(name), wanted)
+                self.assertEqual(haineko.local_hostname(name), wanted)
         for hostname, address, wanted in (
             ("mail.example.org", "127.0.0.1", "mail.example.org"), ("mail", "::1", "mail"),
             ("box.localdomain", "127.0.0.1", "[127.0.0.1]"), ("box.localdomain", "::1", "[IPv6:::1]"),
@@ -2743,7 +2743,7 @@ class LogLines(Quiet):
     def test_syslog_may_come_go_and_stop_reading(self):
         with tempfile.TemporaryDirectory(prefix="haineko.") as folder:
             log, path = haineko.Log(), os.path.join(folder, "log")
-            log.SYSLOG, log.syslog_sink.budget, log.syslog_sink.waited = (path + "not", path), 0.05, time.monotonic()
+            log.SYSLOG = (path + "not", path)
             log.open(haineko.Syslog(disabled=False, facility="mail"))
             log.lines("nobody is there")
             daemon = self.syslogd(folder)
@@ -2758,7 +2758,7 @@ class LogLines(Quiet):
             )
             log.lines(*["unread"] * 3000)
             count = len(self.read(daemon))
-            self.assertEqual((count > 0, log.syslog_sink.lost, log.stderr_sink.lost), (True, 3000 - count, 0))
+            self.assertEqual((count > 0, log.lost), (True, 3000 - count))
             log.lines("read again")
             self.assertEqual(
                 [line.partition("]: ")[2] for line in self.read(daemon)],
@@ -2790,8 +2790,7 @@ class LogLines(Quiet):
         os.dup2(writing, 2)
         os.close(writing)
         self.addCleanup(setattr, haineko.log, "buffer", None)
-        self.addCleanup(setattr, haineko.log, "stderr_sink", haineko.LogSink())
-        haineko.log.buffer, haineko.log.stderr_sink.budget, haineko.log.stderr_sink.waited = [], 0.02, time.monotonic()
+        haineko.log.buffer = []
         os.set_blocking(2, False)
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -2940,7 +2939,7 @@ class Submissions(unittest.TestCase):
             ({"header": {"from": "nobody"}}, ["header.from: " + wanted + '"nobody"']),
             ({"header": {"replyto": "a b c"}}, ["header.replyto: " + wanted + '"a b c"']),
             ({"header": {"charset": "UTF-9"}},
-             ['header.charset: unknown charset "UTF-9"; "UTF-8" holds every character']),
+             ['header.charset: expected a charset that mail readers know, like "UTF-8", got "UTF-9"']),
             ({"header": {"x-haineko-loop": "a b"}}, ['header.x-haineko-loop: "a b" is no name of a Haineko']),
             ({"header": {"x-haineko-loop": [1]}}, ["header.x-haineko-loop[0]: expected a string, got a number"]),
             (b'{"body": "a", "body": "b"}', ["body: duplicate key"]),
@@ -3029,7 +3028,7 @@ class Submissions(unittest.TestCase):
         for what, form, parse, make in (
             ("a text", document(body="a mail of lines\n" * 4000), False, False),
             ("a text in Japanese", document(body="猫" * 9000), False, False),
-            ("HTML alone", document(body=None, html="<b>x</b>" * 1000), False, True),
+            ("HTML alone", document(body=None, html="<b>x</b>" * 2000), False, True),
             ("a long subject", document(header={"subject": "猫" * 20000}), False, True),
             ("many addresses", document(header={"to": ["猫 <a@b.jp>"] * 1500}), True, True),
             ("many fields", document(header={"x-a": ["é@" * 40] * 999}), True, True),
@@ -3327,14 +3326,14 @@ FAULTS = [
         ("bcc", {"a": 1}, "expected a string, got an object"), ("message-id", "a@b", 'expected "<left@right>"'),
         ("Message_ID", "<a b@c>", 'expected "<left@right>"'), ("message-id", "<a@b> <c@d>",
          'expected "<left@right>"'),
-        ("references", ["<a@b>", "c"], 'expected "<left@right>"'), ("in-reply-to", 1, "expected a string"),
+        ("references[1]", ["<a@b>", "c"], 'expected "<left@right>'), ("in-reply-to", 1, "expected a string"),
         ("date", "2014-01-03", "expected a date like"),
         ("date", "Fri, 31 Feb 2014 18:35:58 +0900", "expected a date like"),
-        ("date", "Fri, 03 Jan 2014 18:35:58 +0900\n", "has a CR, LF or NUL"), ("importance", "urgent",
-         "expected high, normal or low"),
+        ("date", "Fri, 03 Jan 2014 18:35:58 +0900\n", "has an unprintable character"), ("importance", "urgent",
+         "expected high or normal or low"),
         ("auto-submitted", "猫", "expected printable ASCII"), ("List-Unsubscribe", "<https://x/猫>",
          "expected printable ASCII"),
-        ("precedence", "bulk\0", "has a CR, LF or NUL"), ("organization", "a\nb", "has a CR, LF or NUL"),
+        ("precedence", "bulk\0", "has an unprintable character"), ("organization", "a\nb", "has a CR, LF or NUL"),
         ("x-a", 1, "expected a string, got a number"), ("x-a[1]", ["a", "b\r\nBcc: c"], "has a CR, LF or NUL"),
         ("x-a", {"b": 1}, "expected a string, got an object"), ("disposition-notification-to", "a",
          'expected "name <address>"'),
@@ -4948,15 +4947,6 @@ class DerivedText(unittest.TestCase):
 
 
 class Routes(unittest.TestCase):
-    def test_what_was_chosen_is_remembered_and_not_without_end(self):
-        force = settings(mailertable={"a.example": {"host": "a"}, "default": {"host": "b"}})
-        for i in range(haineko.ROUTE_CACHE_SIZE + 9):
-            for domain, host in ((f"{i}.example", "b"), ("a.example", "a")):
-                self.assertEqual(haineko.resolve_route(domain, "example.org", force)[0].host, host)
-        self.assertLessEqual(len(force.route_cache), haineko.ROUTE_CACHE_SIZE)
-        other = replace(force, mailertable={"default": haineko.Route(host="c")})
-        self.assertEqual(haineko.resolve_route("a.example", "example.org", other)[0].host, "c")
-
     def route(self, recipient: str, sender: str, **tables) -> tuple:
         """(host, why) of the route chosen by tables of {key: host}."""
         tables = {name: {key: {"host": host} for key, host in table.items()} for name, table in tables.items()}
@@ -5056,12 +5046,9 @@ class DnsMessages(unittest.TestCase):
         question = b"\x04neko\x07example\0\0\x0f\0\x01"
         self.assertEqual(
             haineko.build_query(0x1234, "neko.example", haineko.MX),
-            b"\x12\x34\x01\0\0\x01\0\0\0\0\0\x01" + question + b"\0\0\x29\x04\xd0\0\0\0\0\0\0",
+            b"\x12\x34\x01\0\0\x01\0\0\0\0\0\0" + question,
         )
-        self.assertEqual(
-            haineko.build_query(1, "neko.example", haineko.MX, edns=False), b"\0\x01\x01\0\0\x01\0\0\0\0\0\0" + question
-        )
-        self.assertEqual(haineko.build_query(1, "", haineko.A, edns=False)[12:], b"\0\0\x01\0\x01")
+        self.assertEqual(haineko.build_query(1, "", haineko.A)[12:], b"\0\0\x01\0\x01")
 
     def test_every_kind_of_record_is_read(self):
         long_text = "v=spf1 " + "x" * 300
@@ -5112,9 +5099,6 @@ class DnsMessages(unittest.TestCase):
             with self.subTest(what), self.assertRaises(ValueError):
                 self.parse(octets)
 
-    def test_a_refusal_of_edns_may_leave_the_question_out(self):
-        self.assertEqual(self.parse(struct.pack(">6H", 7, 0x8181, 0, 0, 0, 0)).code, haineko.FORMERR)
-
     def test_a_dot_within_a_label_makes_no_other_name(self):
         octets = self.QUESTION.answer(wire_record("neko.example", haineko.MX, (1, "x"))[:-3] + b"\x04a.jp\0")
         octets = octets.replace(b"\0\x05\0\x01\x04a.jp", b"\0\x08\0\x01\x04a.jp")
@@ -5149,23 +5133,6 @@ class DnsMessages(unittest.TestCase):
                 self.assertLess(time.process_time() - began, 0.2)
         with self.assertRaises(ValueError):
             haineko.read_name(b"\0" + chain.replace(chain[:2], b"\0\0"), len(chain) - 1)
-
-    def test_aliases_are_followed_to_their_end(self):
-        def alias(name: str, to: str) -> haineko.ResourceRecord:
-            return haineko.ResourceRecord(name, haineko.CNAME, 60, to)
-
-        end = haineko.ResourceRecord("c", haineko.A, 60, "192.0.2.1")
-        long = [alias(str(i), str(i + 1)) for i in range(20)]
-        for what, answers, hops, values in (
-            ("no answer", [], 0, 0),
-            ("in any order", [end, alias("b", "c"), alias("a", "b")], 2, 1),
-            ("a circle", [alias("a", "b"), alias("b", "a")], haineko.MAX_ALIASES + 1, 0),
-            ("an end that isn't told", [alias("a", "b")], 1, 0),
-        ):
-            with self.subTest(what):
-                chain, found = haineko.follow_cnames(answers, "a", haineko.A)
-                self.assertEqual((len(chain), len(found)), (hops, values))
-        self.assertEqual(len(haineko.follow_cnames(long, "0", haineko.A)[0]), haineko.MAX_ALIASES + 1)
 
 
 class NameServers(WithCertificates):
@@ -5248,18 +5215,6 @@ class NameServers(WithCertificates):
                 lambda q, tcp: [q.answer(bad, number=q.number ^ 1) if tcp else q.answer(flags=truncated)],
                 None,
             ),
-            ("no EDNS known", lambda q, _: [q.answer(good) if not q.additional else q.answer(code=1)], ("192.0.2.1",)),
-            ("EDNS: NOTIMP", lambda q, _: [q.answer(good) if not q.additional else q.answer(code=4)], ("192.0.2.1",)),
-            *(
-                (
-                    f"EDNS: {code} without a question",
-                    lambda q, _, code=code: [
-                        q.answer(good) if not q.additional else struct.pack(">6H", q.number, 0x8180 | code, 0, 0, 0, 0)
-                    ],
-                    ("192.0.2.1",),
-                )
-                for code in (haineko.FORMERR, haineko.NOTIMP)
-            ),
             (
                 "a datagram larger than it should be",
                 lambda q, _: [q.answer(*many)],
@@ -5331,7 +5286,7 @@ class NameServers(WithCertificates):
         for name, times in (
             ("a.example", [(0, 1), (1, 0), (99, 0), (101, 1), (150, 0)]),
             ("zero.example", [(0, 1), (0, 1)]),
-            ("alias.example", [(0, 1), (49, 0), (51, 1)]),
+            ("alias.example", [(0, 2), (49, 0), (51, 2)]),
             ("none.example", [(0, 1), (29, 0), (31, 1)]),  # as the SOA says
             ("fails.example", [(0, haineko.Resolver.ATTEMPTS)] * 2),
             ("ages.example", [(0, 1), (0, 1)]),  # RFC 2181 8
@@ -5366,8 +5321,8 @@ class NameServers(WithCertificates):
             with self.subTest(content):
                 with open(path, "w", encoding="ascii") as stream:
                     stream.write(content)
-                self.assertEqual(haineko.resolv_conf_servers(path, haineko.stat_key(path)), wanted)
-        self.assertEqual(haineko.resolv_conf_servers(path + "x", None), (("127.0.0.1", 53),))
+                self.assertEqual(haineko.resolv_conf_servers(path), wanted)
+        self.assertEqual(haineko.resolv_conf_servers(path + "x"), (("127.0.0.1", 53),))
 
     def test_the_setting_resolver(self):
         for value, wanted in (
@@ -5384,7 +5339,7 @@ class NameServers(WithCertificates):
                 faults: list = []
                 found = haineko.from_dict(haineko.Smtpd, {"resolver": value}, "smtpd", faults)
                 self.assertEqual(haineko.name_server_endpoint(value), wanted)
-                self.assertEqual((found.resolver, bool(faults)), ((value,), not wanted))
+                self.assertEqual((found.resolver, bool(faults)), ((value,) if wanted else (), not wanted))
 
     def test_look_ups_under_way_are_shared(self):
         server = self.enter(NameServer({"a.example": {haineko.A: ["192.0.2.1"], "ttl": 0}}))
@@ -5399,10 +5354,10 @@ class NameServers(WithCertificates):
             async def one(found=found) -> None:
                 found.append(await resolver.lookup("a.example", haineko.A, time.monotonic() + 5))
 
-            haineko.run(haineko.gather([one() for _ in range(64)]))
+            haineko.run(together(*[one() for _ in range(64)]))
             self.assertEqual([answer.values for answer in found], [values] * 64)
             self.assertEqual(len(server.asked), asked)
-        self.assertEqual(resolver.shared.calls, {})
+        self.assertEqual(resolver.calls, {})
 
 
 class Names(haineko.Connector):
@@ -5410,20 +5365,17 @@ class Names(haineko.Connector):
 
     def __init__(self, addresses: list | None) -> None:
         super().__init__()
-        self.addresses, self.gate, self.asked = addresses, threading.Event(), 0
+        self.addresses, self.gate = addresses, threading.Event()
 
     def _look_up(self, host: str, future) -> None:
-        self.asked += 1
         if self.addresses is None:
             self.gate.wait(9)
-        with self.lock:
-            del self.lookups[host]
         future.set_result(self.addresses or ["127.0.0.1"])
 
 
 def swallow(test: unittest.TestCase, address: str, port: int) -> str:
     """The address, which from now on answers no attempt to connect to that port: its queue is full."""
-    family = haineko.address_family(address)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family)
     test.addCleanup(listener.close)
     listener.bind((address, port))
@@ -5437,17 +5389,17 @@ def swallow(test: unittest.TestCase, address: str, port: int) -> str:
 
 
 class Connections(unittest.TestCase):
-    def test_addresses_race(self):
+    def test_an_address_that_is_silent_is_tried_last_for_a_while(self):
         with socket.create_server(("127.0.0.1", 0)) as good:
             port = good.getsockname()[1]
             connector = Names([swallow(self, "::1", port), "127.0.0.1"])
-            for limits in ((0.2, 2.0), (0.0, 0.2)):  # what failed is tried last for a while
+            for limits in ((0.2, 4.0), (0.0, 0.2)):  # what failed is tried last for a while
                 began = time.monotonic()
                 with connector.connect("host.example", port, began + 9) as sock:
                     self.assertEqual(sock.getpeername(), ("127.0.0.1", port))
                 self.assertTrue(limits[0] <= time.monotonic() - began < limits[1])
-            connector.FAILED_TTL = 0.0
-            connector.mark_failed(("::1", port))
+            self.assertTrue(connector.failed_lately(("::1", port)))
+            connector.failed["::1", port] -= connector.FAILED_TTL
             self.assertFalse(connector.failed_lately(("::1", port)))
 
     def test_none_answers(self):
@@ -5460,21 +5412,12 @@ class Connections(unittest.TestCase):
             Names([host]).connect("host.example", port, began + 0.4)
         self.assertLess(time.monotonic() - began, 2)
 
-    def test_families_take_turns(self):
-        a, b, c, d = [(name, 25) for name in ("2001:db8::1", "2001:db8::2", "192.0.2.1", "192.0.2.2")]
-        connector = haineko.Connector()
-        for given, wanted in (([a, b, c, d], [a, c, b, d]), ([c, a, b], [c, a, b]), ([a, b], [a, b]), ([], [])):
-            self.assertEqual(connector.in_order(given), wanted)
-        connector.mark_failed(a)
-        self.assertEqual(connector.in_order([a, b, c]), [c, b, a])
-
-    def test_a_slow_look_up_ends_at_the_deadline_and_is_shared(self):
+    def test_a_slow_look_up_ends_at_the_deadline(self):
         connector, began = Names(None), time.monotonic()
         for _ in range(3):
             with self.assertRaises(socket.timeout):
                 connector.connect("host.example", 25, time.monotonic() + 0.1)
         self.assertLess(time.monotonic() - began, 3)
-        self.assertEqual(connector.asked, 1)
         connector.gate.set()
         self.assertRaises(OSError, haineko.Connector().connect, "no.such.host.invalid", 25, time.monotonic() + 9)
 
@@ -5637,27 +5580,20 @@ class WebSessions(unittest.TestCase):
         async def story(route, peer) -> None:
             web = haineko.HTTPConnectionPool()
             call = haineko.HTTPRequest("GET", "/v3/scopes", headers=haineko.bearer_header(route))
-            await asyncio.gather(*[web.request(route, call) for _ in range(5)])
-            self.assertEqual((peer.lines, len(web.idle[route])), (5, 5))
+            target = haineko.HTTPTarget.of_route(route)
+            await asyncio.gather(*[web.request(target, call) for _ in range(5)])
+            self.assertEqual((peer.lines, len(web.idle[target])), (5, 5))
             web.MAX_IDLE = 2
             web.sweep(everything=True)
-            await asyncio.gather(*[web.request(route, call) for _ in range(5)])
-            self.assertEqual(len(web.idle[route]), 2)
-            for line in web.idle[route]:
+            await asyncio.gather(*[web.request(target, call) for _ in range(5)])
+            self.assertEqual(len(web.idle[target]), 2)
+            for line in web.idle[target]:
                 line.expires = 0.0
             web.sweep()
             self.assertEqual(web.idle, {})
 
         with HttpPeer(as_sendgrid) as peer:
             haineko.run(story(web_route("SendGrid", peer.url), peer))
-
-    def test_a_server_says_how_long_it_keeps(self):
-        def answer(asked):
-            return 200, {"MessageId": "1"}, (("Keep-Alive", "timeout=1"),)
-
-        with HttpPeer(answer) as peer:
-            relayed(composed_job(web_route("AmazonSES", peer.url)), times=2)
-            self.assertEqual([asked.line for asked in peer.asked], [1, 2])
 
     def test_messages_by_others_go_to_another_haineko_as_they_are(self):
         head = "From: a@example.org\nTo: b@example.jp\nSubject: x\nMIME-Version: 1.0\n"
@@ -5763,8 +5699,9 @@ class WebSessions(unittest.TestCase):
                 with self.subTest(what, pause=pause), Endless(first, more * count, pause) as peer:
                     target = haineko.HTTPTarget(peer.url, 0.6, "Webhook")
                     began, connection = time.monotonic(), haineko.KeepAliveConnection(target)
+                    self.addCleanup(connection.close)
                     try:
-                        response = connection.exchange_once(haineko.HTTPRequest("POST", "/", b"{}"))
+                        response = connection.exchange(haineko.HTTPRequest("POST", "/", b"{}"))
                         self.assertEqual((response.status, response.body), (status, b""))
                     except haineko.Rejected as refused:
                         self.assertEqual((refused.reply.code, refused.reply.maybe_delivered, status), ("451", True, 0))
@@ -6584,36 +6521,38 @@ class SmtpSessions(Peers):
         ok, go = haineko.SMTPReply("250", "2.1.0", ("2.1.0 ok",)), haineko.SMTPReply("354", None, ("go on",))
         bye = haineko.SMTPReply("421", "4.3.2", ("4.3.2 bye", "see you"))
         cases = [
-            (b"250 2.1.0 ok\r\n", (ok,), b"", False),
-            (b"250 2.1.0 ok\r\n250 2.1.0 ok\n354 go on\r\n", (ok, ok, go), b"", False),
-            (b"250 2.1.0 ok\r\n354 go", (ok,), b"354 go", False),
-            (b"250 2.1.0 ok\r\n421-4.3.2 bye\r\n421 see you\r\n", (ok, bye), b"", True),
-            (b"250 2.1.0 ok\r\n421-4.3.2 bye\r\n", (ok,), b"421-4.3.2 bye\r\n", False),
-            (b"250 2.1.0 ok\r\nrubbish\r\n354 go on\r\n", (ok,), b"rubbish\r\n354 go on\r\n", False),
-            (b"250 2.1.0 ok\r\n" * 99, (ok,) * 99, b"", False),
-            (b"25", (), b"25", False),
+            (b"250 2.1.0 ok\r\n", (ok,), b""),
+            (b"250 2.1.0 ok\r\n250 2.1.0 ok\n354 go on\r\n", (ok, ok, go), b""),
+            (b"250 2.1.0 ok\r\n354 go", (ok,), b"354 go"),
+            (b"250 2.1.0 ok\r\n421-4.3.2 bye\r\n421 see you\r\n", (ok, bye), b""),
+            (b"250 2.1.0 ok\r\n421-4.3.2 bye\r\n", (ok,), b"421-4.3.2 bye\r\n"),
+            (b"250 2.1.0 ok\r\n" * 99, (ok,) * 99, b""),
+            (b"25", (), b"25"),
         ]
-        for octets, *wanted in cases:
+        for octets, wanted, rest in cases:
             with self.subTest(octets):
-                for _ in range(2):  # the second time it is remembered
-                    self.assertEqual(list(haineko.parse_replies(octets)), wanted)
+                session = haineko.Session(haineko.Route(), "here.example")
+                session._feed(octets)
+                self.assertEqual(tuple(iter(session._next_reply, None)), wanted)
+                self.assertEqual((session.recv_buffer, session.alive), (rest, False))
+        self.assertEqual(haineko.parse_reply(b"250 2.1.0 ok\r\nrubbish\r\n"), (ok, b"rubbish\r\n"))
         for octets in (b"rubbish\r\n250 ok\r\n", b"250-a\r\n251 b\r\n", b"x" * (haineko.MAX_LINE + 1)):
             with self.subTest(octets[:30]), self.assertRaises(haineko.ProtocolError):
-                haineko.parse_replies(octets)
+                haineko.parse_reply(octets)
 
     def test_the_code_of_a_reply_decides_whatever_its_text_is(self) -> None:
         for octets in (b"250\tok", b"250 a\rb", b"250 ok\r", b"250", b"250 \xff\x00", b"250 " + b"x" * 6000):
             with self.subTest(octets[:30]):
-                [(code, _, [line])], rest, _ = haineko.parse_replies(octets + b"\r\n")
+                (code, _, [line]), rest = haineko.parse_reply(octets + b"\r\n")
                 self.assertEqual((code, rest), ("250", b""))
                 self.assertTrue(line.isprintable() and len(line) <= haineko.MAX_TEXT + len("..."))
 
     def test_a_reply_that_comes_in_single_octets_is_read_once(self) -> None:
         session, octets = haineko.Session(haineko.Route(), "here.example"), b"250 2.0.0 once and for all\r\n"
-        found = [session._feed(octets[i : i + 1]) or session._parse_buffer() for i in range(len(octets))]
-        self.assertEqual(found, [False] * (len(octets) - 1) + [True])
+        found = [session._feed(octets[i : i + 1]) or session._next_reply() for i in range(len(octets))]
+        self.assertEqual(found, [None] * (len(octets) - 1) + [haineko.parse_reply(octets)[0]])
         session._feed(b"2" * (haineko.MAX_LINE + 1))
-        self.assertRaises(haineko.ProtocolError, session._parse_buffer)
+        self.assertRaises(haineko.ProtocolError, session._next_reply)
 
     def test_what_was_said_before_rubbish_counts(self) -> None:
         peer = self.peer({"RCPT": refuses(a="550 5.1.1 no"), "DATA": "rubbish"}, "PIPELINING")
@@ -6683,7 +6622,7 @@ class SmtpSessions(Peers):
 
     def test_a_machine_without_a_domain_greets_with_its_address(self) -> None:
         peer = self.peer({"EHLO": "502 5.5.1 what?"})
-        carried(job(peer)._replace(hostname=haineko.qualified_hostname("my_container")))
+        carried(job(peer)._replace(hostname=haineko.local_hostname("my_container")))
         self.assertEqual(peer.lines[:2], ["ehlo [127.0.0.1]", "helo [127.0.0.1]"])
 
     def test_parameters_are_those_that_are_offered(self) -> None:
@@ -6907,7 +6846,7 @@ class SmtpSessions(Peers):
             self.skipTest("this machine has no address but loopback")
         login = {"auth": "x", "credentials": ("a", "b")}
         self.assertEqual(self.told(carried(job(peer, **login))[0]), [("454", "4.7.11", "AUTH")])
-        self.assertEqual([line[:4] for line in peer.lines], ["ehlo", "QUIT"])
+        eventually(lambda: [line[:4] for line in peer.lines] == ["ehlo", "QUIT"])
         self.assertEqual(self.told(carried(job(peer, **login, starttls=True, tls_verify=False))[0]), [FINE])
 
     def test_the_log_of_a_dialogue_shows_no_secret(self) -> None:
@@ -6933,7 +6872,7 @@ class SmtpSessions(Peers):
             replies = carried(*[job(peer)] * 3)
             self.assertEqual([said.code for [said] in replies], ["250"] * 3)
             self.assertEqual((len(peer.connections), len(peer.mails)), (1, 3))
-            self.assertEqual(peer.lines[-1], "QUIT")
+            eventually(lambda peer=peer: peer.lines[-1] == "QUIT")
             self.assertNotIn("RSET", peer.lines)
 
     def test_after_a_refusal_the_session_is_cleared_first(self) -> None:
@@ -7104,7 +7043,7 @@ class SmtpSessions(Peers):
     def test_where_a_session_ends_one_who_waits_opens_another(self) -> None:
         async def story() -> None:
             sessions, route, futures = haineko.TransportContext(), haineko.Route(), []
-            pool, session = sessions.pool(route, "here.example"), haineko.Session(route, "here.example")
+            pool, session = sessions.pools["here.example", route], haineko.Session(route, "here.example")
             session.pool, pool.opening = pool, 4
             pool.opened()
             pool.opened()
@@ -7214,7 +7153,7 @@ class SmtpSessions(Peers):
             with self.subTest(limit):
                 peer = self.peer()
                 haineko.run(idle_for_a_while(limit, most))
-                self.assertEqual(peer.lines[-1], "QUIT")
+                eventually(lambda peer=peer: peer.lines[-1] == "QUIT")
 
     def test_a_session_that_reached_a_limit_is_replaced_once(self) -> None:
         for verb, no in (
@@ -7245,7 +7184,7 @@ class SmtpSessions(Peers):
             )
             _, replies = carried(job(peer), job(peer, TO))
             self.assertEqual([reply.code for reply in replies], ["250"] * 3)
-            sent = [[line[9:10] for line in recipients] for _, recipients, _ in peer.mails]
+            sent = [[line[9:10] for line in recipients] for _, recipients, *_ in peer.mails]
             self.assertEqual(sent, [["a"], ["a", "c"], ["b"]])
         peer = self.peer({"RCPT": refuses(b="450 4.2.0 later")})
         replies = carried(job(peer, TO), job(peer, TO))
@@ -7376,7 +7315,7 @@ class SmtpSessions(Peers):
             began = time.perf_counter()
             for start in range(0, len(octets), 4096):
                 try:
-                    haineko.parse_replies(octets[: start + 4096])
+                    haineko.parse_reply(octets[: start + 4096])
                 except haineko.ProtocolError:
                     break
             return time.perf_counter() - began
@@ -7384,7 +7323,7 @@ class SmtpSessions(Peers):
         for shape in (b"250-" + b"\r" * 65536 + b"x\n", b"250-" + b"\r" * 65536, b"250" + b"\t" * 65536 + b"x\n"):
             self.assertLess(seconds(shape), 0.5)
         for line in (b"250 " + b"x" * haineko.MAX_LINE + b"\r\n", b"250 " + b"\r" * haineko.MAX_LINE + b"\r\n"):
-            self.assertRaises(haineko.ProtocolError, haineko.parse_replies, line)
+            self.assertRaises(haineko.ProtocolError, haineko.parse_reply, line)
 
 
 class BeyondAscii(Peers):
@@ -7968,11 +7907,11 @@ class RelayMx(MxPeers):
         swallow(self, "127.0.0.5", self.host.port)
         self.dns.zone["mx9.example"] = {haineko.A: ["127.0.0.5", "127.0.0.3"]}
         self.domain((10, 9))
-        for least, most in ((0.2, 2.0), (0.0, 0.2)):
+        for least, most in ((0.2, 4.0), (0.0, 0.2)):
             began = time.monotonic()
             self.assertEqual(self.one(private=True, timeout=9)[0].code, "250")
             self.assertTrue(least <= time.monotonic() - began < most)
-        self.assertEqual(self.host.opened, ["127.0.0.3"] * 2)
+        self.assertEqual([connection.host for connection in self.host.connections], ["127.0.0.3"] * 2)
 
 
 class RelayMxByPolicy(MxPeers):
@@ -8043,8 +7982,12 @@ class RelayMxByPolicy(MxPeers):
                 self.host.mails.clear()
                 self.host.says_at = {"127.0.0.2": manner}
                 self.assertEqual(self.deliver(), wanted)
-                self.assertEqual([mail[1] for mail in self.host.mails], [] if secure is None else [secure])
-        self.assertIn("GET /.well-known/mta-sts.txt HTTP/1.1\r\nHost: mta-sts.sts.example:", self.web.asked[0])
+                self.assertEqual(
+                    [mail.connection.secure for mail in self.host.mails], [] if secure is None else [secure]
+                )
+        asked = self.web.asked[0]
+        self.assertEqual((asked.method, asked.path), ("GET", "/.well-known/mta-sts.txt"))
+        self.assertEqual(asked.headers["host"], f"mta-sts.sts.example:{self.web.port}")
 
     def test_a_certificate_for_another_name_is_none(self):
         self.dns.zone["sts.example"] = {haineko.MX: [(10, "mx2.sts.example"), (20, "mx.sts.example")]}
@@ -8101,7 +8044,7 @@ class RelayMxByPolicy(MxPeers):
         async def one() -> None:
             found.append(await sessions.mta_sts.policy_for("sts.example", route))
 
-        haineko.run(haineko.gather([one() for _ in range(64)]))
+        haineko.run(together(*[one() for _ in range(64)]))
         self.assertEqual({policy.hosts for policy in found}, {("mx.sts.example",)})
         self.assertEqual((len(found), len(self.web.asked)), (64, 1))
         self.assertEqual(len(self.dns.asked), 3)  # the TXT record, and both kinds of address
@@ -9135,14 +9078,14 @@ class SendGridBody(unittest.TestCase):
     TO = ("mikeneko@example.jp", "tama@example.jp", "shiro@example.jp", "kuro@example.jp")
 
     def body(self, octets, to=TO) -> dict:
-        return json.loads(haineko.sendgrid_body(raw_job(web_route("SendGrid"), octets, to)))
+        return json.loads(haineko.sendgrid_request(raw_job(web_route("SendGrid"), octets, to)).body)
 
     def test_plain_text(self):
         job = composed_job(
             web_route("SendGrid"),
             web_submission(header={"x-haineko-loop": ["far.example"], "charset": "ISO-2022-JP"}, body="①ｱ\nにゃあ\n"),
         )
-        document = json.loads(haineko.sendgrid_body(job))
+        document = json.loads(haineko.sendgrid_request(job).body)
         date = email.message_from_bytes(job.octets())["Date"]
         self.assertEqual(
             document,
@@ -11029,8 +10972,8 @@ class Traces(Peers):
 
         (item,) = self.traced({"AUTH": repeats}, ["AUTH PLAIN"], auth="relay").values()
         self.assertEqual((item["code"], item["command"]), ("535", "AUTH"))
-        self.assertRegex(item["dialogue"][-3], "^< 535 5.7.8 wrong: ")
-        self.assertEqual(item["dialogue"][-2:], ["> QUIT", "< 221 2.0.0 bye"])
+        self.assertRegex(item["dialogue"][-2], "^< 535 5.7.8 wrong: ")
+        self.assertEqual(item["dialogue"][-1], "> QUIT")
         for secret in ("sesame", base64.b64encode(b"\0neko\0sesame-open").decode()):
             self.assertNotIn(secret, json.dumps(item))
         (item,) = self.traced({"RCPT": ["450 4.2.0 later", "250 2.1.5 now"]}, retry=1, sleep=0).values()
@@ -11053,7 +10996,8 @@ class Traces(Peers):
             queue = {"path": os.path.join(folder, "haineko.db"), "min_free": 0}
             status, found = posted(document(trace=True), settings(mailertable={"default": esmtp(peer)}, queue=queue))
         (item,) = found["response"]
-        self.assertEqual((status, item["command"], item["dialogue"][-1]), (202, "QUEUE", "< 451 4.3.0 later"))
+        self.assertEqual((status, item["command"]), (202, "QUEUE"))
+        self.assertEqual(item["dialogue"][-2:], ["< 451 4.3.0 later", "> QUIT"])
 
     def test_who_may(self):
         force = settings(relayhosts={"open-relay": True})
@@ -11860,7 +11804,7 @@ class Workers(Peers):
                     status, headers, _ = wire.answer()
                     self.assertEqual((status, headers["Connection"]), (200, "close"))
                     self.assertEqual(server.process.wait(15), 0)
-                self.assertEqual(peer.lines[-1], "QUIT")
+                eventually(lambda peer=peer: peer.lines[-1] == "QUIT")
 
     def test_settings_that_are_mended_are_taken(self) -> None:
         server = self.server({})
@@ -13017,8 +12961,8 @@ class Attacks(Quiet):
             ("a length again and again", length_of, b"111111111111111111" + b",111111111111111111" * 3000 + b",1"),
             ("spaces within a value", haineko.parse_head, head + b"A: x" + spaces + b"y\r\n"),
             ("spaces and a NUL", haineko.parse_head, head + b"A:" + spaces + b"\0\r\n"),
-            ("spaces in a reply", haineko.parse_reply_line, b"250 " + spaces + b"\rx"),
-            ("white space in a reply", haineko.parse_reply_line, b"250" + b"\t" * 60000 + b"x"),
+            ("spaces in a reply", haineko.parse_reply, b"250 " + spaces + b"\rx\n"),
+            ("white space in a reply", haineko.parse_reply, b"250" + b"\t" * 60000 + b"x\n"),
         ):
             with self.subTest(what):
                 began = time.process_time()
@@ -13029,8 +12973,8 @@ class Attacks(Quiet):
     def test_white_space_around_values(self):
         found = haineko.parse_head(b"GET / HTTP/1.1\r\nA: \t b \t\r\nB:\r\nC:\xa0c\x0b\r\n").headers
         self.assertEqual(found, {"a": "b", "b": "", "c": "\xa0c\x0b"})
-        for line, wanted in ((b"250 a b \r", "a b "), (b"250\t\r", ""), (b"250", ""), (b"250-\r\r", "")):
-            self.assertEqual(haineko.parse_reply_line(line)[0].lines[0], wanted)
+        for line, wanted in ((b"250 a b \r", "a b "), (b"250\t\r", ""), (b"250", ""), (b"250 \r\r", "")):
+            self.assertEqual(haineko.parse_reply(line + b"\n")[0].lines[0], wanted)
         odd = haineko.parse_head(b"POST / HTTP/1.1\r\nContent-Length: 5\xa0\r\n")
         with self.assertRaises(haineko.Rejected):
             haineko.body_length(odd)
@@ -13072,7 +13016,7 @@ class Attacks(Quiet):
         many = range(20000)
         for body in (
             {"header": {"subject": "x", **{f"odd{i}": 1 for i in many}}},
-            {"header": {"references": " ".join("x" for _ in many)}},
+            {"header": {"references": ["x" for _ in many]}},
             {"rcpt": [1 for _ in many]},
         ):
             self.assertEqual(len(haineko.parse_submission(json.dumps(body).encode())[1]), haineko.MAX_ERRORS)
@@ -13152,7 +13096,7 @@ class Attacks(Quiet):
         )
         asked = haineko.Request("", "", {}, b"", haineko.parse_ip("127.0.0.1"), None, None, NOW, settings())
         lines = haineko.result_lines(
-            asked, haineko.TransactionResult(job, [haineko.make_reply("discarded", mailer="Discard")], 1.0)
+            asked, haineko.TransactionResult(job, [haineko.make_reply("done", word="Discarded", mailer="Discard")], 1.0)
         )
         self.assertIn(
             r'from="<\"a> code=250\"@x.jp>" to="<\"b> dsn=2.0.0\"@x.jp>" relay=Discard delay=0.001 dsn=2.0.0 ', lines[0]
@@ -13165,8 +13109,7 @@ class Attacks(Quiet):
         session = haineko.Session(route, "relay.example.org")
         session.masked = "********"
         session._feed(f"500 unknown: {plain} {word} hunter2secret\r\n".encode())
-        self.assertTrue(session._parse_buffer())
-        self.assertEqual(session.replies.popleft().lines, ("unknown: ******** ******** ********",))
+        self.assertEqual(session._next_reply().lines, ("unknown: ******** ******** ********",))
 
 
 class AttacksOnFiles(Folder):
