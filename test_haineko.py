@@ -1891,7 +1891,7 @@ class RepliesAndJobs(unittest.TestCase):
                 self.assertRegex(code, r"\A[245]\d\d\Z")
                 self.assertRegex(dsn or "0.0.0", r"\A[0245]\.\d{1,3}\.\d{1,3}\Z")
                 self.assertIn(
-                    command, ("CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE", "HTTP", "")
+                    command, ("CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "DRYRUN", "QUEUE", "HTTP", "")
                 )
                 self.assertTrue(text)
                 said = haineko.make_reply(slug, "more", word="50% of it")
@@ -10785,15 +10785,14 @@ class Submitting(Peers):
 
 
 class DryRun(Quiet):
-    TABLE = {
-        "default": {"host": "smtp.example.org", "port": 587, "starttls": True},
-        "mx.example": {"mailer": "MX"},
-        "file.example": {"mailer": "/tmp"},
-        "far.example": {"mailer": "Haineko", "host": "haineko.example.org"},
-    }
-
     def test_routes(self):
-        force = settings(mailertable=self.TABLE, smtpd={"hostname": NAME, "max_rcpts_per_message": 0})
+        table = {
+            "default": {"host": "smtp.example.org", "port": 587, "starttls": True},
+            "mx.example": {"mailer": "MX"},
+            "file.example": {"mailer": "/tmp"},
+            "far.example": {"mailer": "Haineko", "host": "haineko.example.org"},
+        }
+        force = settings(mailertable=table, smtpd={"hostname": NAME, "max_rcpts_per_message": 0})
         cases = {
             "a@example.jp": (
                 "ESMTP", "smtp.example.org", 587, "ESMTP smtp.example.org:587, STARTTLS (mailertable.default)",
@@ -10948,7 +10947,7 @@ class Traces(Peers):
         authinfo = {"relay": {"username": "neko", "password": "sesame-open"}}
         force = settings(mailertable=table, authinfo=authinfo, smtpd={"hostname": NAME})
         found = posted(document(rcpt=list(rcpt), trace=True), force)[1]
-        self.assertTrue(all(ITEM <= set(item) for item in found["response"]))
+        self.assertTrue(all(set(item) >= ITEM for item in found["response"]))
         return {item["rcpt"]: item for item in found["response"]}
 
     def test_the_dialogue(self):
