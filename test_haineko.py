@@ -11148,11 +11148,21 @@ class Traces(Peers):
         self.assertEqual(item["dialogue"][-2:], ["< 451 4.3.0 later", "> QUIT"])
 
     def test_who_may(self):
-        force = settings(relayhosts={"open-relay": True})
-        for client, header, status in (
-            ("127.0.0.1", "", 200),
-            ("192.0.2.1", "", 403),
-            ("127.0.0.1", "Via: 1.1 proxy\r\n", 403),
+        anybody = settings(relayhosts={"open-relay": True})
+        scrypt = {
+            name: {"hash": SettingsFile.KIJITORA, "trace": name == "kijitora"} for name in ("kijitora", "mikeneko")
+        }
+        by_login = settings(password=scrypt)
+        basic = {
+            name: f"Authorization: Basic {base64.b64encode(f'{name}:kijitora'.encode()).decode()}\r\n"
+            for name in scrypt
+        }
+        for force, client, header, status in (
+            (anybody, "127.0.0.1", "", 200),
+            (anybody, "192.0.2.1", "", 403),
+            (anybody, "127.0.0.1", "Via: 1.1 proxy\r\n", 403),
+            (by_login, "192.0.2.1", basic["kijitora"], 200),
+            (by_login, "192.0.2.1", basic["mikeneko"], 403),
         ):
             with self.subTest(client, header=header):
                 octets = http_post(as_body(document(trace=True))).replace(
