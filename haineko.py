@@ -2730,7 +2730,9 @@ def credentials_of(request: Request) -> str:
     """Return the Authorization header of HTTP Basic (RFC 7617); a Bearer or Postmark token stands in it as it is."""
     credentials = request.headers.get("authorization", "")
     token = credentials[7:] if credentials[:7].lower() == "bearer " else ""
-    if not credentials and not request.path.startswith(("/v3/", "/emails")):  # those clients send header fields of mails
+    if not credentials and not request.path.startswith(
+        ("/v3/", "/emails")
+    ):  # those clients send header fields of mails
         token = request.headers.get("x-postmark-server-token", "")
     return "Basic " + base64.b64encode(token.strip().encode("latin-1")).decode() if token else credentials
 
