@@ -43,6 +43,7 @@ import binascii
 import codecs
 import concurrent.futures
 import contextlib
+import contextvars
 import errno
 import fcntl
 import functools
@@ -108,6 +109,7 @@ class Reply(NamedTuple):
     before_text: bool = False  # the text of the mail was not sent
     fallback: str | None = None  # relays of the route's list that failed before
     route_fault: bool = False  # log-in or settings of the route are at fault: no verdict on the mail, which waits
+    dialogue: tuple | None = None  # lines of the SMTP dialogue, if the client asked for it
 
     @property
     def accepted(self) -> bool:
@@ -171,6 +173,7 @@ class Transaction(NamedTuple):
     message: Message
     number: int = 1  # of the copy
     dkim: Any = None  # {domain: DkimKey} with which it may be signed
+    trace: bool = False  # replies are to have the SMTP dialogue
 
     def octets(self) -> bytes:
         return self.message.copy(self.recipients[0], self.number)
@@ -205,9 +208,10 @@ def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
 
 
 def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
-    """Return one recipient's item of the answer; `maybe_delivered` is present only if it is true."""
+    """Return one recipient's item of the answer; `maybe_delivered` and `dialogue` are present only if there is one."""
     item = {"rcpt": recipient, "error": 0 if reply.accepted else 1}
     item.update([(key, getattr(reply, key)) for key in ANSWER_KEYS])
+    item.update({} if reply.dialogue is None else {"dialogue": reply.dialogue})
     return {**item, "maybe_delivered": True} if reply.maybe_delivered else item
 
 
@@ -312,6 +316,7 @@ REPLIES = {
     "clear-auth": (0, "454", "4.7.11", "AUTH", "Credentials are not sent over a connection without TLS"),
     "file": (0, "451", "4.3.0", "DATA", "Cannot save the message"),
     "store": (503, "451", "4.3.0", "QUEUE", "Cannot store the mail"),
+    "dry-run": (0, "250", "2.0.0", "DRYRUN", "Not sent"),
     "queued": (0, "250", "2.0.0", "QUEUE", "Queued as %s"),
     "interrupted": (0, "421", "4.4.2", "DATA", "The process ended within the delivery; the message may have arrived"),
     "webhook": (0, "250", None, "HTTP", "%s"),
@@ -1014,6 +1019,9 @@ def ascii_domain(name: str) -> str:
 IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different domains, RFC 5894 7.2
 DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
 parse_domain = matching(plain_domain_key, "a domain", convert=domain_key)
+parse_plain_address = matching(
+    re.compile(rf"(?=.{{3,254}}\Z)[\w+-]+(?:\.[\w+-]+)*@{DOMAIN.pattern}", re.ASCII), "an address"
+)
 parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
 parse_fence = list_of(matching(fence_key, 'an address, "example.org" or ".example.org"', convert=fence_key), frozenset)
 parse_aliases = mapping_of(
@@ -1055,7 +1063,18 @@ class Smtpd:
     max_workers: int = config_field(4, integer(1, 256), "deliveries of one request at a time")
     resolver: tuple = config_field((), list_of(parse_resolver), "name servers, address:port; none: resolv.conf's")
     aliases: dict = config_field({}, parse_aliases, "addresses for names without a domain")
+    redirect: tuple = config_field(
+        (), list_of(parse_plain_address), "staging: addresses to which all mail goes instead"
+    )
+    subject_prefix: str = config_field("", parse_text, "staging: stands before every subject")
     syslog: Syslog = config_field(Syslog(), nested(Syslog), "the log")
+
+    @property
+    def staging(self) -> str:
+        """Tell people what staging does to all mail; "" if it is off."""
+        notes = [f"all mail goes to {', '.join(self.redirect)} (smtpd.redirect)"] if self.redirect else []
+        notes += [f'subjects begin with "{self.subject_prefix}"'] if self.subject_prefix else []
+        return f"STAGING: {'; '.join(notes)}" if notes else ""
 
 
 @dataclass(frozen=True)
@@ -1642,6 +1661,7 @@ class Log:
 
     def __init__(self) -> None:
         self.devel = False  # SMTP dialogues are shown, too
+        self.trace: Any = contextvars.ContextVar("trace", default=None)  # list of a task that collects its dialogue
         self.priority: int | None = None  # of syslog lines; None: they go to stderr
         self.syslog: socket.socket | None = None
         self.buffer: list | None = None  # texts that wait for flush()
@@ -1671,9 +1691,12 @@ class Log:
         self._add("".join([f"{head}{line}\n" for line in lines]))
 
     def dialogue(self, peer: str, direction: str, line: str) -> None:
-        """Show a line of an SMTP dialogue under -d."""
+        """Show a line of an SMTP dialogue under -d, and keep it for a mail that is traced."""
+        line, lines = f"{direction} {sanitize(line, 1000, keep=chr(9))}", self.trace.get()
         if self.devel:
-            self._add(f"{peer} {direction} {sanitize(line, 1000, keep=chr(9))}\n")
+            self._add(f"{peer} {line}\n")
+        if lines is not None:
+            lines.append(line)
 
     def _add(self, text: str) -> None:
         if self.buffer is None:
@@ -2084,6 +2107,17 @@ def is_date(text: str) -> bool:
     return bool(DATE.fullmatch(text) and parsedate_to_datetime(text))
 
 
+def parse_send_at(value: Any, json_path: str, errors: list) -> float | None:
+    """Return seconds since the epoch, from whole seconds or from a time of ISO 8601 with its zone."""
+    if type(value) is int:
+        return value
+    for seconds in (":%S", ":%S.%f", "") if type(value) is str else ():
+        with contextlib.suppress(ValueError):
+            return datetime.strptime(value, f"%Y-%m-%dT%H:%M{seconds}%z").timestamp()
+    errors.append(f'{json_path}: expected whole seconds since the epoch, or a time like "2026-12-24T18:00:00+01:00"')
+    return None
+
+
 # Fields that a client may set beside those of Header and X-...
 EXTRA_FIELDS = {
     "Message-Id": parse_message_id,
@@ -2111,9 +2145,10 @@ FIELD_BY_KEY = {normalize_key(name): name for name in EXTRA_FIELDS}
 TOP_KEYS = {key: key for key in ("ehlo", "helo", "mail", "rcpt", "recv", "body", "html", "attachments", "raw", "async")}
 TOP_KEYS.update(dict.fromkeys(("text", "textbody", "plain", "content", "message"), "body"))
 TOP_KEYS.update(dict.fromkeys(("recipient", "recipients", "mailto", "rcptto"), "rcpt"))
+TOP_KEYS.update(sendat="send_at", dryrun="dry_run", trace="trace")
 TOP_KEYS.update(sender="mail", mailfrom="mail", htmlbody="html", files="attachments", attachment="attachments")
-TOP_KEYS.update(contenttype="html or attachments[].type", mimetype="attachments[].type")
 KEYS_OUTSIDE = {key: f"{meant}, outside of header" for key, meant in TOP_KEYS.items()}
+TOP_KEYS.update(contenttype="html or attachments[].type", mimetype="attachments[].type")
 ATTACHMENT_KEYS = dict.fromkeys(("contenttype", "mimetype", "mediatype"), '"type"')
 ATTACHMENT_KEYS.update(data='"content"', contentid='"cid"', disposition='"inline"')
 
@@ -2485,6 +2520,9 @@ class Submission:
     header: Header = config_field(Header(), parse_header)
     body: str = config_field("", parse_unicode_text, "the text")
     async_: bool = config_field(False, parse_boolean, "true: answered at once, delivered from the queue", key="async")
+    send_at: float | None = config_field(None, parse_send_at, "delivered then, ISO 8601 or seconds since the epoch")
+    dry_run: bool = config_field(False, parse_boolean, "true: all but delivery; the answer has the message in `raw`")
+    trace: bool = config_field(False, parse_boolean, "true: each item of the answer has the SMTP `dialogue`")
     html: str = config_field("", parse_unicode_text, "the same in HTML")
     attachments: tuple = config_field((), parse_attachments, "files")
     raw: ParsedMessage | None = config_field(None, parse_raw, "a finished message instead of header, body, html, files")
@@ -2758,12 +2796,28 @@ def hidden_client(request: Request, settings: Settings) -> str:
     return "" if "x-forwarded-for" in request.headers else f"{proxy} without X-Forwarded-For"
 
 
+def check_send_at(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    if (submission.send_at or 0) <= request.now + MAX_SEND_AHEAD:
+        return None
+    return make_reply("invalid", f"send_at: expected a time at most {MAX_SEND_AHEAD // 86400} days ahead")
+
+
 def check_loop(request: Request | None, submission: Submission, settings: Settings) -> Reply | None:
     names = submission.header.loop
     looped = len(names) > MAX_LOOP_NAMES or settings.hostname.lower() in map(str.lower, names)
     return make_reply("loop") if looped else None
 
 
+def check_trace(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    """Require a login with the right to see SMTP dialogues, or a program on this machine."""
+    login = settings.password.logins.get(request.login)
+    local = request.client in LOOPBACK and not request.forwarded
+    if not submission.trace or local or getattr(login, "trace", False):
+        return None
+    return make_reply("forbidden", 'trace: only from this machine, or by a login with "trace": true')
+
+
+MAX_SEND_AHEAD = 30 * 86400  # seconds
 MAX_LOOP_NAMES = 25  # instances that one mail may pass; more is a loop through others' names
 
 
@@ -2862,6 +2916,8 @@ CHECKS = (
     ("head", check_login),  # before the body is read; there is no submission yet
     ("head", check_client),
     ("head", check_rate),
+    ("submission", check_send_at),
+    ("submission", check_trace),
     ("submission", check_loop),
     ("submission", check_ehlo),
     ("submission", check_sender),
@@ -4918,7 +4974,7 @@ class Session(smtplib.SMTP):
 
     def _write(self, octets: bytes) -> Any:
         """Send all octets; to be awaited."""
-        self._log_sent(octets)
+        self._log_sent(b"(%d octets of the message)" % len(octets) if self.in_data and not log.devel else octets)
         return self.stream.sendall(octets, time.monotonic() + self.timeout)
 
     async def _read_reply(self) -> SMTPReply:
@@ -4958,7 +5014,7 @@ class Session(smtplib.SMTP):
             self.alive = False
         if reply and self.masked:
             reply = reply._replace(lines=tuple(map(self._mask_credentials, reply.lines)))
-        if reply and log.devel:
+        if reply and (log.devel or log.trace.get() is not None):
             for i, line in enumerate(reply.lines, 1):
                 log.dialogue(self.route.host, "<", f"{reply.code}{' ' if i == len(reply.lines) else '-'}{line}")
         return reply
@@ -4979,7 +5035,7 @@ class Session(smtplib.SMTP):
         self.maybe_complete = b"\n" in octets or len(self.recv_buffer) - self.recv_buffer.rfind(b"\n") > MAX_LINE
 
     def _log_sent(self, octets: bytes) -> None:
-        if log.devel:
+        if log.devel or log.trace.get() is not None:
             for line in octets.splitlines():
                 log.dialogue(self.route.host, ">", line.decode("utf-8", "replace"))
 
@@ -6382,6 +6438,7 @@ class NewQueueItem(NamedTuple):
     recipients: tuple  # of NewRecipient
     key: bytes | None = None  # digest of login, path and Idempotency-Key
     body_digest: bytes | None = None  # of the request's body
+    send_at: float = 0.0  # no attempt is made before
 
 
 class LeasedRecipient(NamedTuple):
@@ -6411,7 +6468,8 @@ def destination_key(route: Route, domain: str) -> str:
 
 def queued_reply(queueid: str, reply: Reply | None = None) -> Reply:
     """Return the reply that tells a client that a recipient waits, with the lines of its latest reply."""
-    return make_reply("queued", *(reply.message if reply else ()), word=queueid, mailer="Queue")
+    dialogue = reply and reply.dialogue
+    return make_reply("queued", *(reply.message if reply else ()), word=queueid, mailer="Queue", dialogue=dialogue)
 
 
 # -- Bounces and events
@@ -6829,7 +6887,7 @@ SCHEMA = """
         as_written TEXT NOT NULL,          -- by the client
         recipient TEXT NOT NULL,           -- as relays are told
         number INTEGER NOT NULL, destination TEXT NOT NULL,
-        state TEXT NOT NULL, created_at REAL NOT NULL,  -- state: open, delivered, failed, dropped or held
+        state TEXT NOT NULL, created_at REAL NOT NULL,  -- open, delivered, failed, dropped or held; or its send_at
         due REAL,                          -- open and not leased: time of the next attempt; 0: now, even if throttled
         owner INTEGER,                     -- leased: slot of the process that delivers it
         attempts INTEGER NOT NULL,
@@ -6888,7 +6946,7 @@ MAX_REPLY_LINES = 10  # lines kept of a reply
 def enqueue(db: Any, slot: int, item: NewQueueItem, results: list | None, leased: bool = False) -> Any:
     """Store an item and return None, or return the earlier message with the same key.
 
-    Recipients are due at once, leased to this process if `leased`, or as the results of their first attempts say.
+    Recipients are due at once or at send_at, leased to this process if `leased`, or as their first attempts say.
     """
     if item.key:
         expired = item.created_at - RETENTION
@@ -6905,8 +6963,9 @@ def enqueue(db: Any, slot: int, item: NewQueueItem, results: list | None, leased
         body_digest=item.body_digest, size=len(octets), octets=octets,
         parts=json.dumps([flags, *map(len, item.message.parts), *item.message.dsn]),
     )  # fmt: skip
-    due = created_at if owner is None else None
-    state = {"message": message, "state": "open", "created_at": created_at, "due": due, "owner": owner}
+    starts_at = max(created_at, item.send_at)  # the lifetime counts from then
+    due = starts_at if owner is None else None
+    state = {"message": message, "state": "open", "created_at": starts_at, "due": due, "owner": owner}
     for recipient in item.recipients:
         insert(db, "recipients", **recipient._asdict(), **state, attempts=0, history="[]")
     if results:  # their attempts took a while
@@ -7012,7 +7071,7 @@ def lease_due(
 def lease(db: Any, slot: int, row_id: int) -> list:
     """Lease one recipient; one that can't be read is held, or it would keep all others from being read."""
     row = db.execute(
-        "SELECT r.id, queueid, kind, sender, login, m.created_at, parts, as_written, recipient, number, destination,"
+        "SELECT r.id, queueid, kind, sender, login, r.created_at, parts, as_written, recipient, number, destination,"
         " attempts, history, octets FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (row_id,)
     ).fetchone()  # fmt: skip
     try:
@@ -7124,9 +7183,10 @@ def open_recipients_after(db: Any, slot: int, row_id: int, limit: int) -> list:
 
 
 def flush_queue(db: Any, slot: int, queueid: str | None) -> int:
-    """Make what waits, or waits or is held of one mail, due now, even if throttled; return how many recipients."""
+    """Make what waits (but not for `send_at`), or all that waits or is held of one mail, due now, even if throttled;
+    return how many recipients."""
     if not queueid:
-        return db.execute("UPDATE recipients SET due=0 WHERE due IS NOT NULL").rowcount
+        return db.execute("UPDATE recipients SET due=0 WHERE due>=0 AND created_at<=?", (time.time(),)).rowcount
     sql = f"UPDATE recipients SET due=0, state='open', interruptions=0 WHERE {WAITING_OF_MESSAGE}"
     return db.execute(sql, (queueid,)).rowcount
 
@@ -7150,7 +7210,8 @@ WAITING_OF_MESSAGE = "(due IS NOT NULL OR state='held') AND message=(SELECT id F
 def correct_due(db: Any, slot: int, settings: QueueSettings, now: float) -> None:
     """Make due what would wait longer than any pause, since the clock was set back; not what is to be sent later."""
     latest = now + 1.2 * max(settings.retry_after)
-    db.execute("UPDATE recipients SET due=? WHERE due>? AND (attempts>0 OR due<=created_at)", (now, latest))
+    created_at = "(SELECT created_at FROM messages WHERE id=message)"
+    db.execute(f"UPDATE recipients SET due=? WHERE due>? AND (attempts>0 OR due<={created_at})", (now, latest))
 
 
 # -- The process that delivers
@@ -7242,10 +7303,12 @@ class QueueManager:
             if leased.kind == "event":
                 return await post_webhook(leased, settings.queue.secret, time.time(), self.app.transport.http), ""
             to, sender = parse_address(leased.recipient), parse_address(leased.sender)
+            if (redirect := settings.smtpd.redirect) and leased.recipient not in redirect:  # from before, or a bounce
+                to = parse_address(redirect[0])
             sandbox = leased.destination == destination_key(SANDBOX_ROUTE, "")
             sender_domain = sender.domain if sender else ""
             route = SANDBOX_ROUTE if sandbox else resolve_route(to.domain, sender_domain, settings)[0]
-            envelope = leased.queueid, leased.sender, (leased.recipient,), leased.message, leased.number, settings.dkim
+            envelope = leased.queueid, leased.sender, (to.addr_spec,), leased.message, leased.number, settings.dkim
             result = await attempt_transaction(Transaction(route, settings.hostname, *envelope), self.app.transport)
             return result.replies[0], destination_key(route, to.domain)
         except Exception:
@@ -7338,14 +7401,17 @@ async def process_submission(request: Request, app: App, queueid: str) -> Respon
     try:
         if not mail.transactions:
             return respond(request, mail.error.status, mail.replies, queueid, mail.submission)
+        if mail.submission.dry_run:
+            return await answer_dry_run(request, mail, settings)
         if mail.options.async_ or mail.options.key:
             earlier = await enqueue_before_sending(request, mail.transactions, mail.accepted, mail.options, app)
             if earlier:
                 return await replay_response(request, mail.submission, mail.replies, earlier, mail.options, app)
     except Rejected as error:
         return respond(request, error.reply.status, {None: error.reply}, queueid, mail.submission)
-    delivered, attempts = await deliver_or_queue(request, mail.transactions, mail.accepted, mail.options, app)
-    mail.replies.update(zip([mailbox.as_written for mailbox in mail.accepted], delivered))
+    transactions = [transaction._replace(trace=mail.submission.trace) for transaction in mail.transactions]
+    delivered, attempts = await deliver_or_queue(request, transactions, mail.accepted, mail.options, app)
+    add_replies(mail.replies, dict(zip([mailbox.as_written for mailbox in mail.accepted], delivered)))
     response = respond(request, http_status(mail.replies.values()), mail.replies, queueid, mail.submission)
     if mail.options.key:
         await app.queue.do_eventually(finish_request, queueid, attempts, serialize_response(response), time.time())
@@ -7415,11 +7481,26 @@ def compose_and_check(
 ) -> Message:
     """Return the message; raise Rejected if a check of the content or of the message fails."""
     apply_checks(CHECKS_OF_CONTENT, request, submission, settings)
-    message = compose(submission, queueid, request.client, settings.hostname, request.now)._replace(dsn=request.dsn)
+    now = max(request.now, submission.send_at or 0)  # a Date weeks before the delivery would pass for a sign of spam
+    shown = staged(submission, accepted, settings.smtpd) if settings.smtpd.staging else submission
+    message = compose(shown, queueid, request.client, settings.hostname, now)._replace(dsn=request.dsn)
     request.recipient_count, longest = len(accepted), max([len(mailbox.addr_spec) for mailbox in accepted])
     request.message_size = sum(map(len, message.parts)) + longest + len(str(len(accepted)))
     apply_checks(CHECKS_OF_MESSAGE, request, submission, settings)
     return message
+
+
+def staged(submission: Submission, accepted: list, smtpd: Smtpd) -> Submission:
+    """Return the submission with the prefix in its subject, and with a field that names whom redirected mail is for."""
+    header, raw, prefix = submission.header, submission.raw, smtpd.subject_prefix.rstrip()
+    more = [("X-Haineko-Recipients", ", ".join([to.addr_spec for to in accepted]))] if smtpd.redirect else []
+    if raw:
+        head = text_field("", prefix, "UTF-8").encode() if prefix else b":"
+        found = [(name, octets.replace(b":", head, 1) if name == "subject" else octets) for name, octets in raw.fields]
+        found += [(name.lower(), text_field(name, text, "UTF-8").encode() + b"\n") for name, text in more]
+        return replace(submission, raw=raw._replace(fields=found))
+    subject = f"{prefix} {header.subject}" if prefix else header.subject
+    return replace(submission, header=replace(header, subject=subject, extra_fields=(*header.extra_fields, *more)))
 
 
 def without_content(submission: Submission) -> Submission:
@@ -7439,6 +7520,36 @@ async def deliver_or_queue(
     log.lines(*itertools.chain.from_iterable(result_lines(request, result) for result in results))
     replies = [reply for result in results for reply in result.replies]
     return await queue_deferred(request, transactions, accepted, options, replies, app) if app.queue else (replies, [])
+
+
+def add_replies(replies: dict, found: dict) -> None:
+    """Give each recipient without a reply its own; if its mail was redirected, that of the first failure, if any."""
+    common = min(found.values(), key=lambda reply: reply.accepted)
+    replies.update([(to, found.get(to, common)) for to, reply in replies.items() if not reply])
+
+
+async def answer_dry_run(request: Request, mail: PreparedMail, settings: Settings) -> Response:
+    """Return the response with the route of each recipient, and why, and the first copy of the message."""
+    sender, found = parse_address(mail.submission.mail) or NULL_SENDER, {}
+    for to in mail.accepted:
+        route, why = resolve_route(to.domain, sender.domain, settings)
+        where = route.endpoint if route.row.destination == UNKNOWN_RELAY.destination else {"mailer": route.relay}
+        found[to.as_written] = make_reply("dry-run", f"{to.addr_spec}: {describe_route(route)} ({why})", **where)
+    add_replies(mail.replies, found)
+    octets = (await sign_transaction(mail.transactions[0])).octets()
+    raw = octets.decode() if is_utf8(octets) else {"base64": base64.b64encode(octets).decode()}
+    values = http_status(mail.replies.values()), mail.replies, mail.queueid, mail.submission
+    return answer_document(request, *values, message_octets=len(octets), raw=raw)
+
+
+def describe_route(route: Route) -> str:
+    """Return where a route's mail goes, for people."""
+    if route.fallbacks:
+        return ", else ".join(describe_route(replace(choice, fallbacks=())) for choice in route.choices)
+    tls = ", TLS" if route.port == SMTPS else ", STARTTLS" if route.starttls else ""
+    login = f", AUTH as {route.auth}" if route.auth else ""
+    where = f"{route.relay} {route.url}" if route.url else route.row.destination.format(route=route, domain="").strip()
+    return where + tls + login
 
 
 def respond(request: Request, status: int, replies: dict, queueid: str, submission: Submission | None) -> Response:
@@ -7464,6 +7575,7 @@ class QueueOptions(NamedTuple):
     key: bytes | None = None  # digest of login, path and Idempotency-Key
     body_digest: bytes | None = None
     login: str = ""
+    send_at: float = 0.0  # deliver then
 
 
 class PreparedMail(NamedTuple):
@@ -7493,20 +7605,21 @@ def queue_options(
     request: Request, submission: Submission, body_digest: bytes | None, settings: Settings
 ) -> QueueOptions:
     """Return the client's options; raise Rejected for one that needs a queue if there is none."""
-    key = request.headers.get("idempotency-key")
+    key, later = request.headers.get("idempotency-key"), submission.send_at is not None
     if not settings.queue:
-        if key is not None or submission.async_:  # to ignore them would be unsafe; Prefer may be ignored
-            raise Rejected(make_reply("no-queue", "async" if key is None else "Idempotency-Key"))
+        asked = {"Idempotency-Key": key is not None, "send_at": later, "async": submission.async_}
+        if any(asked.values()):  # to ignore them would be unsafe; Prefer may be ignored
+            raise Rejected(make_reply("no-queue", next(filter(asked.get, asked))))
         return QueueOptions()
-    async_ = submission.async_ or prefers_async(request.headers.get("prefer", ""))
+    async_ = later or submission.async_ or prefers_async(request.headers.get("prefer", ""))
     if key is None:
-        return QueueOptions(async_, login=request.login)
+        return QueueOptions(async_, login=request.login, send_at=submission.send_at or 0)
     found = IDEMPOTENCY_KEY.fullmatch(key)
     if not found:
         raise Rejected(make_reply("key-form"))
     owner = request.login or f"[{request.client}]"  # nobody else may read the response
     digest = hashlib.sha256("\0".join((owner, request.path, found[1] or found[2])).encode()).digest()
-    return QueueOptions(async_, digest, body_digest, request.login)
+    return QueueOptions(async_, digest, body_digest, request.login, submission.send_at or 0)
 
 
 # A string (RFC 8941 3.3.3), or a word without quotes, which most clients send.
@@ -7538,14 +7651,15 @@ def new_item(request: Request, transactions: list, accepted: list, options: Queu
             destination = destination_key(transaction.route, mailbox.domain)
             recipients.append(NewRecipient(mailbox.as_written, to, transaction.number, destination))
     envelope = first.queueid, "mail", first.sender, options.login, request.now, first.message
-    return NewQueueItem(*envelope, tuple(recipients), options.key, options.body_digest)
+    return NewQueueItem(*envelope, tuple(recipients), options.key, options.body_digest, options.send_at)
 
 
 def announce_queued(request: Request, items: list, app: App) -> None:
     """Log new mails in the queue and have them delivered."""
     for item in items:
         pairs = log_pairs(client=request.client, login=request.login or None, **{"from": f"<{item.sender}>"})
-        log.lines(f"{item.queueid}: {pairs} (queued, to be delivered at once)")
+        when = timestamp(int(item.send_at)) if item.send_at > item.created_at else "once"
+        log.lines(f"{item.queueid}: {pairs} (queued, to be delivered at {when})")
     app.queue.wake_manager()
 
 
@@ -7596,7 +7710,7 @@ async def replay_response(
         raise Rejected(make_reply("key-running"))
     if answered is None:  # its process ended before it could answer; the queue has taken the mail over
         message = await app.queue.do(message_status, queueid)
-        replies.update((row["as_written"], current_reply(queueid, row)) for row in message["recipients"])
+        add_replies(replies, {row["as_written"]: current_reply(queueid, row) for row in message["recipients"]})
         response = answer_document(request, http_status(replies.values()), replies, queueid, submission)
         answered = ENCODER.encode([response.status, response.headers, response.body.decode()])
         await app.queue.do(finish_request, queueid, [], answered, request.now)
@@ -7634,6 +7748,7 @@ def plan_transactions(
     client send.
     """
     groups, sender = {}, parse_address(submission.mail) or NULL_SENDER
+    accepted = [parse_address(to) for to in settings.smtpd.redirect] or accepted
     for i, mailbox in enumerate(accepted):
         route = resolve_route(mailbox.domain, sender.domain, settings)[0]
         key = (route, route.relay == "MX" and mailbox.domain.lower()) if submission.shared else i
@@ -7652,14 +7767,24 @@ def plan_transactions(
 async def deliver(transactions: list, transport: TransportContext, settings: Settings) -> list:
     """Return a TransactionResult for each transaction, in order; up to `max_workers` are run side by side."""
     if len(transactions) == 1:
-        return [await attempt_with_retries(transactions[0], transport)]
+        return [await run_transaction(transactions[0], transport)]
     limit = asyncio.Semaphore(settings.smtpd.max_workers)
 
     async def one(transaction: Transaction) -> TransactionResult:
         async with limit:
-            return await attempt_with_retries(transaction, transport)
+            return await run_transaction(transaction, transport)
 
     return await asyncio.gather(*map(one, transactions))
+
+
+async def run_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
+    """Return the result of a transaction; its replies have the dialogue if it is traced."""
+    if not transaction.trace:
+        return await attempt_with_retries(transaction, transport)
+    log.trace.set(lines := [])
+    result = await attempt_with_retries(transaction, transport)
+    log.trace.set(None)
+    return result._replace(replies=[reply._replace(dialogue=tuple(lines)) for reply in result.replies])
 
 
 async def attempt_with_retries(transaction: Transaction, transport: TransportContext) -> TransactionResult:
@@ -7740,9 +7865,9 @@ def log_line(
 
 
 def answer_document(
-    request: Request, status: int, replies: dict, queueid: str | None, submission: Submission | None
+    request: Request, status: int, replies: dict, queueid: str | None, submission: Submission | None, **more: Any
 ) -> Response:
-    """Return the response; `replies` is {recipient, None if none is meant: Reply}."""
+    """Return the response; `replies` is {recipient, None if none is meant: Reply}, `more` are further keys."""
     accepted = [to for to, reply in replies.items() if to is not None and reply.origin != "policy"]
     document = {
         "queueid": queueid,
@@ -7754,6 +7879,7 @@ def answer_document(
         "useragent": echoed_header(request, "user-agent"),
         "referer": echoed_header(request, "referer"),
         "timestamp": time_to_dict(request.now),
+        **more,
     }
     headers = answer_headers(request, status, queueid, replies)
     return Response(status, to_json(document), headers + (rate_headers(*request.rate) if request.rate else ()))
@@ -7859,7 +7985,7 @@ async def answer_provider(request: Request, app: App) -> Response:
         if all(mail.error for mail in prepared) and not permissive:
             return provider_error(prepared[0].error, request)
     for mail in ready if app.queue or dry_run else ():
-        mail.replies.update((mailbox.as_written, queued_reply(mail.queueid)) for mailbox in mail.accepted)
+        add_replies(mail.replies, {mailbox.as_written: queued_reply(mail.queueid) for mailbox in mail.accepted})
     answer = provider.answer(prepared, mails, dry_run)
     response = answer if isinstance(answer, Response) else json_response(answer)
     is_stored = ready and app.queue and not dry_run
@@ -7906,7 +8032,7 @@ async def deliver_mails(request: Request, mails: list, settings: Settings, app: 
         done = list(itertools.islice(results, len(mail.transactions)))
         log.lines(*itertools.chain.from_iterable(result_lines(request, result) for result in done))
         replies = [reply for result in done for reply in result.replies]
-        mail.replies.update(zip([mailbox.as_written for mailbox in mail.accepted], replies))
+        add_replies(mail.replies, dict(zip([mailbox.as_written for mailbox in mail.accepted], replies)))
 
 
 async def store_mails(request: Request, mails: list, digest: Any, response: Response, app: App) -> Response:
@@ -8311,7 +8437,10 @@ def constant(response: Response) -> Endpoint:
 
 async def get_health(request: Request, app: App) -> Response:
     error = "stopping" if app.stopping else app.queue and app.queue.health_error()
-    return json_response({"status": error}, 503, (("Retry-After", "5"),)) if error else json_response({"status": "ok"})
+    if error:
+        return json_response({"status": error}, 503, (("Retry-After", "5"),))
+    document = {"status": "ok", "staging": app.settings.smtpd.staging}
+    return json_response({key: text for key, text in document.items() if text})
 
 
 async def get_conf(request: Request, app: App) -> Response:
@@ -9153,7 +9282,7 @@ class Supervisor:
             log.lines("queue.path: takes effect at the next start")
         self.settings = fresh = pin_queue_path(fresh, settings.queue)
         log.open(fresh.smtpd.syslog)
-        log.lines(f"reloaded {settings.path}")
+        log.lines(f"reloaded {settings.path}", *filter(None, [fresh.smtpd.staging]))
         self._signal_workers(signal.SIGHUP)
 
     def _signal_workers(self, number: int) -> None:
@@ -9349,9 +9478,14 @@ def announce(settings: Settings, listeners: list) -> str:
     """Write to the log where the server listens; return the URLs."""
     urls = " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
     if not settings.path:
-        log.write_bytes(b"haineko: NO SETTINGS FILE: for this machine only; all mail is printed here, not sent\n")
-    log.write_bytes(f"haineko {__version__} listens at {urls}\n".encode())
-    return urls
+        log.write_bytes(
+            b"haineko: NO SETTINGS FILE: for this machine only, and all mail is printed here instead of sent\n"
+        )
+    if settings.smtpd.staging:
+        log.write_bytes(f"haineko: {settings.smtpd.staging}\n".encode())
+    line = f"haineko {__version__} listens at {listening_urls(settings, listeners)}"
+    log.write_bytes(f"{line}\n".encode())
+    return f"{line}{more}\n"
 
 
 def command_start(options: Any) -> int:
@@ -9488,9 +9622,10 @@ def command_check(options: Any) -> int:
         return 1
     route, why = resolve_route("", "", settings)
     count = len(settings.mailertable) + len(settings.sendermt)
+    staging = settings.smtpd.staging and f"{settings.smtpd.staging}; "
     more = "; printed" if not path else f"; {count} routes in all" if count > 1 else ""
     print(
-        f"{path or 'no settings file'}: fine; mail goes to {describe_route(route)} ({why}){more}; "
+        f"{path or 'no settings file'}: fine; {staging}mail goes to {describe_route(route)} ({why}){more}; "
         f"may be written to: {describe_recipients(settings.recipients)}"
         f"{'' if os.geteuid() else '; warning: the server needs no root'}"
     )
@@ -9667,16 +9802,6 @@ async def check_dmarc(domain: str, texts: Callable) -> str:
                 raise ValueError(f"{name}: p= names no policy: it does not count")
             return f"{name}: {sanitize(records[0])}"
     raise ValueError(f"_dmarc.{domain}: no DMARC record: Gmail, Yahoo and Outlook refuse bulk mail without")
-
-
-def describe_route(route: Route) -> str:
-    """Return where a route's mail goes, for people."""
-    if route.fallbacks:
-        return ", else ".join(describe_route(replace(choice, fallbacks=())) for choice in route.choices)
-    tls = ", TLS" if route.port == SMTPS else ", STARTTLS" if route.starttls else ""
-    login = f", AUTH as {route.auth}" if route.auth else ""
-    where = f"{route.relay} {route.url}" if route.url else route.row.destination.format(route=route, domain="").strip()
-    return where + tls + login
 
 
 def describe_recipients(recipients: Recipients) -> str:

@@ -1914,7 +1914,7 @@ class RepliesAndJobs(unittest.TestCase):
                 self.assertRegex(code, r"\A[245]\d\d\Z")
                 self.assertRegex(dsn or "0.0.0", r"\A[0245]\.\d{1,3}\.\d{1,3}\Z")
                 self.assertIn(
-                    command, ("CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE", "HTTP", "")
+                    command, ("CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "DRYRUN", "QUEUE", "HTTP", "")
                 )
                 self.assertTrue(text)
                 said = haineko.make_reply(slug, "more", word="50% of it")
@@ -3388,6 +3388,41 @@ FAULTS = [
          "raw: header A: has a line longer than 998"),
         ("\ud800", "raw: has half a surrogate pair at character 0")]],
 ]  # fmt: skip
+
+
+class Later(Quiet):
+    def test_send_at(self):
+        cases = (
+            (1798113600, 1798113600),
+            (0, 0),
+            (-5, -5),
+            ("2026-12-24T12:00:00Z", 1798113600),
+            ("2026-12-24T21:00:00+09:00", 1798113600),
+            ("2026-12-24T21:00+0900", 1798113600),
+            ("2026-12-24T07:30:00.250-04:30", 1798113600.25),
+            ("2026-12-24T12:00:00", None),
+            ("2026-12-24", None),
+            ("2026-02-30T12:00:00Z", None),
+            ("2026-12-24T12:00:00Z ", None),
+            ("tomorrow", None),
+            ("", None),
+            (1798113600.5, None),
+            (True, None),
+            ([], None),
+        )
+        for value, wanted in cases:
+            with self.subTest(value):
+                found, errors, _ = haineko.parse_submission(as_body(document(send_at=value)))
+                self.assertEqual(found and found.send_at, wanted)
+                self.assertEqual([error.partition(":")[0] for error in errors], [] if found else ["send_at"])
+
+    def test_send_at_needs_a_queue_and_30_days(self):
+        days = 30 * 86400
+        for value, why in ((int(NOW), "send_at"), (0, "send_at"), (int(NOW) + days + 2, "send_at: expected a time at")):
+            with self.subTest(value):
+                status, found = posted(document(send_at=value))
+                self.assertEqual(status, 400)
+                self.assertIn(why, found["response"][0]["message"][1])
 
 
 class PartsRefused(Quiet):
@@ -10068,6 +10103,18 @@ class QueueStore(Quiet):
         self.do(haineko.correct_due, self.policy, past)
         self.assertEqual([leased.queueid for leased in self.lease(past)], ["tried", "fresh"])
 
+    def test_mail_for_later(self):
+        """Its lifetime begins when it is due, and a clock that was set back does not send it at once."""
+        now = time.time()
+        for at, queueid in ((now + 99, "later"), (now - 99, "past")):
+            self.do(haineko.enqueue, entry(queueid, born=now, send_at=at), None)
+        self.assertEqual([(leased.queueid, leased.created_at) for leased in self.lease(now)], [("past", now)])
+        self.do(haineko.correct_due, self.policy, now - 9e5)
+        self.assertEqual(self.do(haineko.flush_queue, None), 0)
+        self.assertEqual(self.lease(now + 98), [])
+        ((queueid, created_at),) = [(leased.queueid, leased.created_at) for leased in self.lease(now + 100)]
+        self.assertEqual((queueid, created_at), ("later", now + 99))
+
     def test_expired_mail_of_a_throttled_destination(self):
         """It is leased to be given up once it, or others to that destination, had three attempts."""
         later = haineko.AttemptResult(haineko.Reply("421", None, "CONN", ("x",)), haineko.Disposition("open", 999))
@@ -10213,6 +10260,34 @@ class QueueServed(unittest.TestCase):
         (mail,) = self.peer.to("later2@example.jp")
         self.assertEqual((mail.sender, b"Nyaa" in mail.text), ("kijitora@example.org", True))
         eventually(lambda: self.events(queueid) == ["message.deferred", "message.delivered"], what="events")
+
+    def test_sent_later(self):
+        now = int(time.time())
+        status, fields, answer = self.server.submit("at@example.jp", send_at=now + 3)
+        queueid, (item,) = answer["queueid"], answer["response"]
+        self.assertEqual((status, fields["Location"], item["command"]), (202, f"/queue/{queueid}", "QUEUE"))
+        self.assertEqual(self.server.fate(queueid)["at@example.jp"]["next"]["unixtime"], str(now + 3))
+        far = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now + 86400))
+        cancelled = self.server.submit("never2@example.jp", send_at=far)[2]["queueid"]
+        self.assertIn(
+            f"{cancelled}: client=127.0.0.1 from=<kijitora@example.org> (queued, to be delivered at 2",
+            self.server.log(),
+        )
+        self.assertEqual(self.server.queue("flush").returncode, 0)  # which is for what was tried
+        self.assertEqual(self.server.fate(cancelled)["never2@example.jp"]["state"], "waiting")
+        status, found = self.server.ask(get(f"/queue/{cancelled}", method="DELETE"))[::2]
+        self.assertEqual((status, found["cancelled"], found["response"][0]["state"]), (200, 1, "dropped"))
+        past = self.server.submit("past@example.jp", send_at="2001-02-03T04:05:06.7+09:00")
+        self.assertEqual(past[0], 202)
+        eventually(lambda: self.peer.to("past@example.jp"))
+        self.assertEqual(self.peer.to("at@example.jp"), [])
+        eventually(lambda: self.peer.to("at@example.jp"))
+        self.assertGreaterEqual(time.time(), now + 3)
+        sent = email.message_from_bytes(self.peer.to("at@example.jp")[0].text)
+        self.assertEqual(email.utils.parsedate_to_datetime(sent["Date"]).timestamp(), now + 3)
+        status, _, answer = self.server.submit("at@example.jp", send_at=now + 31 * 86400)
+        self.assertEqual((status, answer["response"][0]["message"][0]), (400, "Invalid submission"))
+        self.assertIn("send_at: ", answer["response"][0]["message"][1])
 
     def test_cancelled_and_retried_by_http(self):
         queueid = self.server.submit("later9@example.jp")[2]["queueid"]
@@ -10878,6 +10953,245 @@ class Submitting(Peers):
         found = {haineko.new_queueid(1388741758.0) for _ in range(20000)}
         self.assertEqual(len(found), 20000)
         self.assertTrue(all(re.fullmatch("[0-9A-Za-z]{16}", item) for item in found))
+
+
+class DryRun(Quiet):
+    def test_routes(self):
+        table = {
+            "default": {"host": "smtp.example.org", "port": 587, "starttls": True},
+            "mx.example": {"mailer": "MX"},
+            "file.example": {"mailer": "/tmp"},
+            "far.example": {"mailer": "Haineko", "host": "haineko.example.org"},
+        }
+        force = settings(mailertable=table, smtpd={"hostname": NAME, "max_rcpts_per_message": 0})
+        cases = {
+            "a@example.jp": (
+                "ESMTP", "smtp.example.org", 587, "ESMTP smtp.example.org:587, STARTTLS (mailertable.default)",
+            ),
+            "a@mx.example": ("MX", None, None, 'MX (mailertable["mx.example"])'),
+            "a@file.example": ("File", None, None, 'File /tmp (mailertable["file.example"])'),
+            "a@far.example": (
+                "Haineko", "haineko.example.org", 2794,
+                'Haineko http://haineko.example.org:2794 (mailertable["far.example"])',
+            ),
+        }  # fmt: skip
+        status, found = posted(document(rcpt=list(cases), dry_run=True), force)
+        self.assertEqual((status, found["recipient"], set(found) - TOP), (200, list(cases), {"message_octets", "raw"}))
+        for item in found["response"]:
+            mailer, host, port, line = cases[item["rcpt"]]
+            with self.subTest(item["rcpt"]):
+                self.assertEqual((item["mailer"], item["host"], item["port"]), (mailer, host, port))
+                self.assertEqual(
+                    (item["error"], item["code"], item["dsn"], item["command"]), (0, "250", "2.0.0", "DRYRUN")
+                )
+                self.assertEqual(item["message"], ["Not sent", f"{item['rcpt']}: {line}"])
+        message = email.message_from_string(found["raw"])
+        self.assertEqual((message["To"], message["Subject"]), ("a@example.jp", "Nyaaaa"))
+        self.assertEqual(found["message_octets"], len(found["raw"].encode()))
+        self.assertIn(found["queueid"], message["Message-Id"])
+
+    def test_refusals_are_the_usual_ones(self):
+        force = settings(smtpd={"hostname": NAME, "max_message_size": 2000})
+        for change, status, codes in (
+            ({"rcpt": ["no address"]}, 400, ["553"]),
+            ({"rcpt": ["a@example.jp", "no address"]}, 207, ["250", "553"]),
+            ({"body": "x" * 3000}, 413, ["552"]),
+            ({"header": {"x-mc-tags": "a"}}, 400, ["554"]),
+            ({"dry_run": "yes"}, 400, ["554"]),
+        ):
+            with self.subTest(change):
+                answer = posted(document(**{"dry_run": True, **change}), force)
+                self.assertEqual((answer[0], [item["code"] for item in answer[1]["response"]]), (status, codes))
+
+    def test_a_message_that_is_not_utf_8(self):
+        octets = b"Subject: x\r\nContent-Type: text/plain; charset=iso-8859-1\r\n\r\ncaf\xe9\r\n"
+        raw = {"base64": base64.b64encode(octets).decode()}
+        found = posted({"mail": "a@example.org", "rcpt": "b@example.jp", "raw": raw, "dry_run": True})[1]
+        message = base64.b64decode(found["raw"]["base64"])
+        self.assertTrue(message.endswith(b"caf\xe9\r\n"))
+        self.assertEqual(found["message_octets"], len(message))
+
+    def test_nothing_is_kept(self):
+        with tempfile.TemporaryDirectory(prefix="haineko-test.") as folder:
+            path = os.path.join(folder, "haineko.db")
+            service = haineko.App(settings(queue={"path": path, "min_free": 0}))
+            asked = request(as_body(document(dry_run=True, **{"async": True})), idempotency_key="once")
+            self.assertEqual(answered(asked, service).status, 200)
+            self.assertEqual(os.listdir(folder), [])
+
+
+class Staging(Peers):
+    def sent(self, submission: dict, **smtpd) -> tuple:
+        """(status, document, [(recipients, message)]) of a mail, by those settings."""
+        peer = self.peer()
+        force = settings(mailertable={"dev.example": esmtp(peer)}, smtpd={"hostname": NAME, **smtpd})
+        status, found = posted(submission, force)
+        mails = [
+            ([line[9:-1] for line in lines], email.message_from_bytes(octets)) for _, lines, octets, _ in peer.mails
+        ]
+        return status, found, mails
+
+    def test_all_mail_goes_elsewhere(self):
+        raw = "From: a@example.org\nSubject: =?utf-8?q?n=C3=BA?=\nTo: r0@example.jp\n\nx\n"
+        rcpt = ["r0@example.jp", "no address", "r1@example.jp"]
+        dev, ops = "dev@dev.example", "ops@dev.example"
+        cases = (
+            ("one", document(rcpt=rcpt), dev, [[dev]], dev, "Nyaaaa"),
+            ("a list", document(rcpt=rcpt), [dev, ops], [[dev], [ops]], dev, "Nyaaaa"),
+            ("shown", document(rcpt=rcpt, header={"to": rcpt[0]}), [dev, ops], [[dev, ops]], rcpt[0], "Nyaaaa"),
+            ("raw", {"mail": "a@example.org", "rcpt": rcpt, "raw": raw}, dev, [[dev]], rcpt[0], "nú"),
+        )
+        for what, submission, redirect, envelopes, shown, subject in cases:
+            for prefix in ("", "[TEST]", "[試し] "):
+                with self.subTest(what, prefix=prefix):
+                    status, found, mails = self.sent(submission, redirect=redirect, subject_prefix=prefix)
+                    self.assertEqual((status, [item["error"] for item in found["response"]]), (207, [0, 1, 0]))
+                    self.assertEqual([item["rcpt"] for item in found["response"]], rcpt)
+                    self.assertEqual(found["recipient"], [rcpt[0], rcpt[2]])
+                    self.assertEqual(sorted(to for to, _ in mails), envelopes)
+                    for _, message in mails:
+                        self.assertEqual(message["X-Haineko-Recipients"], "r0@example.jp, r1@example.jp")
+                        self.assertIn(message["To"], (shown, ops))
+                        words = str(email.header.make_header(email.header.decode_header(message["Subject"])))
+                        wanted = f"{prefix.strip()} {subject}".strip()
+                        self.assertEqual(words.replace(" ", ""), wanted.replace(" ", ""))
+
+    def test_the_first_failure_is_told(self):
+        peer = self.peer({"RCPT": lambda connection, line: "550 5.1.1 no" if "ops" in line else None})
+        smtpd = {"hostname": NAME, "redirect": ["dev@dev.example", "ops@dev.example"]}
+        status, found = posted(document(), settings(mailertable={"default": esmtp(peer)}, smtpd=smtpd))
+        (item,) = found["response"]
+        self.assertEqual((status, item["rcpt"], item["code"]), (502, "mikeneko@example.jp", "550"))
+
+    def test_only_the_subject(self):
+        status, _, mails = self.sent(document(rcpt=["a@dev.example"]), subject_prefix="[TEST]")
+        ((to, message),) = mails
+        self.assertEqual((status, to, message["Subject"]), (200, ["a@dev.example"], "[TEST] Nyaaaa"))
+        self.assertIsNone(message["X-Haineko-Recipients"])
+
+    def test_settings(self):
+        for value, good in (
+            ("dev@example.org", True),
+            (["dev@example.org", "ops+test@xn--r8jz45g.jp"], True),
+            ([], True),
+            ("dev", False),
+            ("a b@example.org", False),
+            ("a..b@example.org", False),
+            ("x" * 250 + "@example.org", False),
+            ("x" * 64 + "@" + "a." * 100 + "org", False),
+            ("dev@example.org\r\nX: y", False),
+        ):
+            with self.subTest(value):
+                errors: list = []
+                found = haineko.from_dict(haineko.Settings, {"smtpd": {"redirect": value}}, "", errors)
+                self.assertEqual(not errors, good, errors)
+                for to in found.smtpd.redirect:
+                    self.assertEqual(haineko.parse_address(to).addr_spec, to)
+
+    def test_people_are_told(self):
+        peer = self.peer()
+        force = {
+            "smtpd": {"hostname": NAME, "redirect": "dev@dev.example", "subject_prefix": "[TEST]"},
+            "mailertable": {"dev.example": {"port": peer.port}, "example.org": {"port": 1}, "example.jp": {"port": 1}},
+            "queue": {"path": "haineko.db", "retry_after": [1], "min_free": 0},
+        }
+        server = served(self, force)
+        told = 'STAGING: all mail goes to dev@dev.example (smtpd.redirect); subjects begin with "[TEST]"'
+        self.assertIn(f"haineko: {told}\n", server.log())
+        self.assertEqual(server.get("/health"), (200, {"status": "ok", "staging": told}))
+        self.assertIn(f"fine; {told}; mail goes to", run_program("check", "-c", server.path, text=True).stdout)
+        queueid = server.submit("a@example.jp", **{"async": True})[2]["queueid"]
+        store = haineko.QueueDB(haineko.QueueSettings(path=os.path.join(os.path.dirname(server.path), "haineko.db")))
+        older = entry("Q" * 16, to=("b@example.jp",), lane="ESMTP 127.0.0.1:1")  # from before
+        self.assertEqual(store.commit([(haineko.enqueue, (older, None))]), [None])
+        store.close(for_good=True)
+        eventually(lambda: len(peer.mails) == 2)
+        self.assertEqual({tuple(lines) for _, lines, _, _ in peer.mails}, {("RCPT TO:<dev@dev.example>",)})
+        eventually(lambda: server.fate(queueid)["dev@dev.example"]["state"] == "delivered")
+
+
+class Traces(Peers):
+    def traced(self, says: dict, offers=(), rcpt=("a@example.jp",), **more) -> dict:
+        """The items of a traced mail's answer."""
+        peer = self.peer(says, *offers, logins={"neko": "sesame-open"})
+        table = {"default": esmtp(peer, **more), "off.example": {"mailer": "Discard"}}
+        authinfo = {"relay": {"username": "neko", "password": "sesame-open"}}
+        force = settings(mailertable=table, authinfo=authinfo, smtpd={"hostname": NAME})
+        found = posted(document(rcpt=list(rcpt), trace=True), force)[1]
+        self.assertTrue(all(set(item) >= ITEM for item in found["response"]))
+        return {item["rcpt"]: item for item in found["response"]}
+
+    def test_the_dialogue(self):
+        items = self.traced({}, ["AUTH PLAIN"], ["a@example.jp", "b@off.example", "no address"], auth="relay")
+        dialogue = items["a@example.jp"]["dialogue"]
+        wanted = [
+            r"< 220 .*", f"> (?i:ehlo) {re.escape(NAME)}", "< 250-peer.example", "< 250-AUTH PLAIN", "< 250 HELP",
+            r"> AUTH PLAIN \*+ as neko", "< 235 .*", "> MAIL FROM:<kijitora@example.org>", "< 250 .*",
+            "> RCPT TO:<a@example.jp>", "< 250 .*", "> DATA", "< 354 .*", r"> \(\d+ octets of the message\)",
+            "< 250 .*",
+        ]  # fmt: skip
+        self.assertEqual(len(dialogue), len(wanted), dialogue)
+        for line, pattern in zip(dialogue, wanted):
+            self.assertRegex(line, f"^{pattern}$")
+        self.assertEqual(items["b@off.example"]["dialogue"], [])
+        self.assertNotIn("dialogue", items["no address"])
+
+    def test_failures_have_it_too_and_no_secret(self):
+        def repeats(connection, line) -> str:
+            return f"535 5.7.8 wrong: {line} {base64.b64decode(line.split()[-1]).decode()[6:]}"
+
+        (item,) = self.traced({"AUTH": repeats}, ["AUTH PLAIN"], auth="relay").values()
+        self.assertEqual((item["code"], item["command"]), ("535", "AUTH"))
+        self.assertRegex(item["dialogue"][-2], "^< 535 5.7.8 wrong: ")
+        self.assertEqual(item["dialogue"][-1], "> QUIT")
+        for secret in ("sesame", base64.b64encode(b"\0neko\0sesame-open").decode()):
+            self.assertNotIn(secret, json.dumps(item))
+        (item,) = self.traced({"RCPT": ["450 4.2.0 later", "250 2.1.5 now"]}, retry=1, sleep=0).values()
+        self.assertEqual((item["code"], "< 450 4.2.0 later" in item["dialogue"]), ("250", True))
+
+    def test_each_mail_has_its_own(self):
+        peer = self.peer({}, ("PIPELINING",))
+        force = settings(mailertable={"default": esmtp(peer)}, smtpd={"hostname": NAME, "max_rcpts_per_message": 0})
+        rcpt = [f"r{i}@example.jp" for i in range(20)]
+        service = haineko.App(force)
+        for trace in (True, False):
+            answer = answered(request(as_body(document(rcpt=rcpt, trace=trace))), service)
+            for item in json.loads(answer.body)["response"]:
+                lines = [line for line in item.get("dialogue", ()) if line.startswith("> RCPT")]
+                self.assertEqual(lines, [f"> RCPT TO:<{item['rcpt']}>"] if trace else [])
+
+    def test_a_queued_mail_has_that_of_the_first_attempt(self):
+        peer = self.peer({"MAIL": "451 4.3.0 later"})
+        with tempfile.TemporaryDirectory(prefix="haineko-test.") as folder:
+            queue = {"path": os.path.join(folder, "haineko.db"), "min_free": 0}
+            status, found = posted(document(trace=True), settings(mailertable={"default": esmtp(peer)}, queue=queue))
+        (item,) = found["response"]
+        self.assertEqual((status, item["command"]), (202, "QUEUE"))
+        self.assertEqual(item["dialogue"][-2:], ["< 451 4.3.0 later", "> QUIT"])
+
+    def test_who_may(self):
+        anybody = settings(relayhosts={"open-relay": True})
+        scrypt = {
+            name: {"hash": SettingsFile.KIJITORA, "trace": name == "kijitora"} for name in ("kijitora", "mikeneko")
+        }
+        by_login = settings(password=scrypt)
+        basic = {
+            name: f"Authorization: Basic {base64.b64encode(f'{name}:kijitora'.encode()).decode()}\r\n"
+            for name in scrypt
+        }
+        for force, client, header, status in (
+            (anybody, "127.0.0.1", "", 200),
+            (anybody, "192.0.2.1", "", 403),
+            (anybody, "127.0.0.1", "Via: 1.1 proxy\r\n", 403),
+            (by_login, "192.0.2.1", basic["kijitora"], 200),
+            (by_login, "192.0.2.1", basic["mikeneko"], 403),
+        ):
+            with self.subTest(client, header=header):
+                octets = http_post(as_body(document(trace=True))).replace(
+                    b"Host: x\r\n", f"Host: x\r\n{header}".encode()
+                )
+                found = over_http(octets, force, client)
+                self.assertEqual(found[0], status, found)
 
 
 class SharedTransactions(Peers):
