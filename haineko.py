@@ -9478,14 +9478,11 @@ def announce(settings: Settings, listeners: list) -> str:
     """Write to the log where the server listens; return the URLs."""
     urls = " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
     if not settings.path:
-        log.write_bytes(
-            b"haineko: NO SETTINGS FILE: for this machine only, and all mail is printed here instead of sent\n"
-        )
+        log.write_bytes(b"haineko: NO SETTINGS FILE: for this machine only; all mail is printed here, not sent\n")
     if settings.smtpd.staging:
         log.write_bytes(f"haineko: {settings.smtpd.staging}\n".encode())
-    line = f"haineko {__version__} listens at {listening_urls(settings, listeners)}"
-    log.write_bytes(f"{line}\n".encode())
-    return f"{line}{more}\n"
+    log.write_bytes(f"haineko {__version__} listens at {urls}\n".encode())
+    return urls
 
 
 def command_start(options: Any) -> int:
