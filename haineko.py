@@ -9,7 +9,7 @@
      1  Replies and transactions   10  DNS and connections
      2  JSON into dataclasses      11  HTTP client
      3  Settings                   12  Signatures
-     4  Log                        13  SMTP sessions
+     4  Log and metrics            13  SMTP sessions
      5  Submissions                14  Relays
      6  Policy                     15  Queue
      7  Messages                   16  Submission pipeline
@@ -40,6 +40,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import bisect
 import codecs
 import concurrent.futures
 import contextlib
@@ -105,6 +106,7 @@ class Reply(NamedTuple):
     origin: str = "relay"  # who gave it: "relay" (the other side, or our part in talking to it), "policy", "queue"
     from_server: bool = False  # the code and the words are the next hop's own
     route_fault: bool = False  # log-in or settings of the route are at fault: no verdict on the mail, which waits
+    slug: str = ""  # name in REPLIES of a refusal before delivery
 
     @property
     def accepted(self) -> bool:
@@ -198,6 +200,7 @@ def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
     status, code, dsn, command, text = REPLIES[slug]
     origin = "queue" if command == "QUEUE" else "policy" if status and not endpoint.get("mailer") else "relay"
     values = {"command": command, "status": status, "origin": origin, **endpoint}
+    values["slug"] = slug if origin == "policy" else ""
     return Reply(code, dsn, message=(text % word if "%s" in text else text, *lines), **values)
 
 
@@ -1393,9 +1396,9 @@ def example_settings() -> dict:
 
 
 # ======================================================================================================================
-# 4. Log
+# 4. Log and metrics
 #    One line for each event, on stderr or to syslog, safe for terminals and log readers. A destination that does not
-#    read costs lines, never a mail. `log` is the only state that all sections share.
+#    read costs lines, never a mail. `log` and `metrics` are the only state that all sections share.
 # ======================================================================================================================
 
 
@@ -1405,7 +1408,7 @@ class LogSink:
     WAIT_BUDGET = 1.0  # seconds per minute
 
     def __init__(self) -> None:
-        self.lost = 0  # lines, since it stopped reading
+        self.lost = self.lost_ever = 0  # lines, since it stopped reading; and in all that are not in the metrics yet
         self.budget, self.waited = self.WAIT_BUDGET, 0.0  # what is left of it, at that monotonic time
 
     def wait_writable(self, fd: int) -> bool:
@@ -1422,6 +1425,9 @@ class LogSink:
         self.waited = time.monotonic()
         self.budget = max(budget - (self.waited - start), 0)
         return bool(ready)
+
+    def lose(self, count: int) -> None:
+        self.lost, self.lost_ever = self.lost + count, self.lost_ever + count
 
     @property
     def lost_note(self) -> str:
@@ -1513,7 +1519,7 @@ class Log:
         try:
             while start < len(octets):
                 if not sink.wait_writable(self.stderr):
-                    sink.lost += octets.count(b"\n", start)
+                    sink.lose(octets.count(b"\n", start))
                     return False
                 with contextlib.suppress(BlockingIOError):  # another process was quicker
                     if sink.lost:
@@ -1547,7 +1553,7 @@ class Log:
                 if self.syslog:
                     self.syslog.close()
                 self.syslog = None
-        self.syslog_sink.lost += 1
+        self.syslog_sink.lose(1)
 
 
 @functools.lru_cache(maxsize=2)
@@ -1578,6 +1584,79 @@ def log_value(value: Any, limit: int = 500) -> str:
     if value and " " not in value and '"' not in value:
         return value
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+class Metrics:
+    """64-bit columns that all processes share: each adds to its own row, and a scrape sums them. Not for threads.
+
+    The row of a worker is kept when it is replaced, so that no counter goes back.
+    """
+
+    BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds; one more cell has their sum
+
+    def __init__(self) -> None:
+        self.table: dict = {}  # {name: (type, help, {label: its values})}
+        self.columns: dict = {}  # {(name, *label values): column}; nothing is counted before allocate()
+        self.cells: Any = None
+        self.width = self.first = 0  # columns; index of the first cell of this process
+
+    def allocate(self, table: dict, rows: int) -> None:
+        """Make room for the metrics of a table in so many rows; this process gets the last one."""
+        self.table, self.columns, width = table, {}, 0
+        for name, (kind, _, labels) in table.items():
+            for values in itertools.product(*labels.values()):
+                self.columns[(name, *values)] = width
+                width += len(self.BUCKETS) + 2 if kind == "histogram" else 1
+        self.cells, self.width = memoryview(mmap.mmap(-1, 8 * width * rows)).cast("q"), width
+        self.use_row(rows - 1)
+
+    def use_row(self, row: int) -> None:
+        self.first = row * self.width
+
+    def add(self, *key: Any, by: int = 1) -> None:
+        """Add to a counter; the key is its name and the values of its labels."""
+        if key in self.columns:
+            self.cells[self.first + self.columns[key]] += by
+
+    def set(self, *key: Any, to: int) -> None:
+        """Set this process's part of a gauge."""
+        if key in self.columns:
+            self.cells[self.first + self.columns[key]] = to
+
+    def observe(self, *key: Any, seconds: float) -> None:
+        """Count a duration in a histogram."""
+        if key in self.columns:
+            column = self.first + self.columns[key]
+            self.cells[column + bisect.bisect_left(self.BUCKETS, seconds)] += 1
+            self.cells[column + len(self.BUCKETS) + 1] += round(seconds * 1e6)
+
+    def total(self, column: int) -> int:
+        return sum(self.cells[column :: self.width])
+
+    def text(self, current: dict) -> str:
+        """Return all in Prometheus's text format; `current` are values by key that are no sums, None if unknown."""
+        lines = []
+        for name, (kind, about, labels) in self.table.items():
+            lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
+            for values in itertools.product(*labels.values()):
+                column = self.columns[(name, *values)]
+                pairs = [f'{label}="{value}"' for label, value in zip(labels, values)]
+                if kind == "histogram":
+                    lines += self._histogram(name, column, pairs)
+                    continue
+                value = current.get((name, *values), self.total(column))
+                lines += [] if value is None else [f"{name}{{{','.join(pairs)}}} {value}".replace("{}", "")]
+        return "\n".join(lines) + "\n"
+
+    def _histogram(self, name: str, column: int, pairs: list) -> list:
+        bounds, labels = [*self.BUCKETS, "+Inf"], f"{{{','.join(pairs)}}}" if pairs else ""
+        counts = list(itertools.accumulate([self.total(column + i) for i in range(len(bounds))]))
+        head, seconds = "".join([f"{pair}," for pair in pairs]), self.total(column + len(bounds)) / 1e6
+        lines = [f'{name}_bucket{{{head}le="{bound}"}} {count}' for bound, count in zip(bounds, counts)]
+        return [*lines, f"{name}_sum{labels} {seconds}", f"{name}_count{labels} {counts[-1]}"]
+
+
+metrics = Metrics()
 
 
 # ======================================================================================================================
@@ -5113,7 +5192,11 @@ async def attempt_transaction(transaction: Transaction, transport: TransportCont
     for reply in dict.fromkeys(reply for reply in replies if reply.route_fault):
         words = log_value(" ".join((reply.code, *reply.message)))
         log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed, mail waits: {words}")
-    return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
+    seconds, relay = time.monotonic() - began, transaction.route.relay
+    metrics.observe("haineko_delivery_seconds", relay, seconds=seconds)
+    for reply in replies:
+        metrics.add("haineko_replies_total", relay, reply.code[0])
+    return TransactionResult(transaction, replies, seconds * 1000)
 
 
 async def attempt_route(transaction: Transaction, transport: TransportContext) -> list:
@@ -6295,11 +6378,15 @@ class QueueDB:
 
     def has_free_space(self) -> bool:
         """Return whether the disk has as much free space as it should."""
+        return self.free_space() >= self.settings.min_free
+
+    def free_space(self) -> int:
+        """Return how many octets the disk has free, -1 if it can't be used."""
         try:
             disk = os.statvfs(os.path.dirname(self.settings.path))
         except OSError:
-            return False
-        return disk.f_bavail * disk.f_frsize >= self.settings.min_free
+            return -1
+        return disk.f_bavail * disk.f_frsize
 
     def health_error(self) -> str:
         """Return what is wrong with the file or its disk, "" for nothing."""
@@ -6900,6 +6987,11 @@ class QueueManager:
             self._throttle(leased.destination, reply, settings.queue)
         now = time.time()
         log_attempt(leased, reply, disposition, settings, now)
+        outcome = {"delivered": "accepted", "failed": "failed", "open": "deferred"}[disposition.state]
+        if leased.kind == "event":
+            metrics.add("haineko_webhook_events_total", outcome.replace("accepted", "delivered"))
+        else:
+            count_recipient(reply, "unsure" if outcome == "deferred" and reply.maybe_delivered else outcome)
         follow_ups = notifications(leased, reply, disposition.state, settings, now)
         result = AttemptResult(None if expired else reply, disposition, follow_ups, destination)
         await self.db.do_eventually(finish_attempt, leased.id, result, now)
@@ -6934,6 +7026,12 @@ class QueueManager:
             self.throttled[destination] = Throttle(now + pause, failures)
 
 
+def count_recipient(reply: Reply, outcome: str, relay: str | None = None) -> None:
+    """Count what became of a recipient in the metrics."""
+    relay = relay or ("File" if (reply.mailer or "").startswith("/") else reply.mailer)
+    metrics.add("haineko_recipients_total", relay if relay in RELAYS else "other", outcome)
+
+
 def log_attempt(
     leased: LeasedRecipient, reply: Reply, disposition: Disposition, settings: Settings, now: float
 ) -> None:
@@ -6964,6 +7062,7 @@ class App:
         self.transport = TransportContext()
         self.stopping = False
         self.octets_in_flight = 0  # of bodies that arrived in parts
+        self.update_gauges: Callable = int  # the worker's
         self.queue = QueueDB(settings.queue, ringer) if settings.queue else None
         self.apply(settings)
 
@@ -7021,11 +7120,21 @@ async def process_submission(request: Request, app: App, queueid: str) -> Respon
     except Rejected as error:
         return respond(request, error.reply.status, {None: error.reply}, queueid, submission)
     delivered, attempts = await deliver_or_queue(request, transactions, accepted, options, app)
+    relays = [transaction.route.relay for transaction in transactions for _ in transaction.recipients]
+    for relay, reply in zip(relays, delivered):
+        count_recipient(reply, recipient_outcome(reply), relay)
     replies.update(zip([mailbox.as_written for mailbox in accepted], delivered))
     response = respond(request, http_status(replies.values()), replies, queueid, submission)
     if options.key:
         await app.queue.do_eventually(finish_request, queueid, attempts, serialize_response(response), time.time())
     return response
+
+
+def recipient_outcome(reply: Reply) -> str:
+    """Return what the metrics call the final reply to a request about a recipient."""
+    if reply.accepted:
+        return "queued" if reply.origin == "queue" else "accepted"
+    return "unsure" if reply.maybe_delivered else "deferred" if reply.temporary else "refused"
 
 
 CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
@@ -7101,6 +7210,8 @@ async def deliver_or_queue(
 def respond(request: Request, status: int, replies: dict, queueid: str, submission: Submission | None) -> Response:
     """Return the response; log each refusal before delivery."""
     refused = {to: reply for to, reply in replies.items() if reply.origin == "policy"}
+    for reply in refused.values():
+        metrics.add("haineko_rejections_total", reply.slug)
     if refused:
         log_rejection(request, queueid, submission, refused)
     return answer_document(request, status, replies, queueid, submission)
@@ -7680,6 +7791,36 @@ def message_document(message: dict) -> dict:
     }
 
 
+async def get_metrics(request: Request, app: App) -> Response:
+    """Answer with the metrics of all processes."""
+    app.update_gauges()
+    current = await asyncio.to_thread(process_metrics)
+    stats: dict = dict.fromkeys(("waiting", "sending", "oldest"), None if app.queue else 0)
+    if app.queue:
+        with contextlib.suppress(Rejected):  # the other metrics are needed then
+            stats = await app.queue.do(queue_stats, request.now)
+    current.update({("haineko_queue_recipients", state): stats[state] for state in ("waiting", "sending")})
+    current[("haineko_queue_oldest_seconds",)] = stats["oldest"] or (stats["waiting"] and 0)
+    current[("haineko_queue_disk_free_bytes",)] = app.queue and app.queue.free_space()
+    return Response(200, metrics.text(current).encode(), type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def process_metrics() -> dict:
+    """Return the process_... metrics of the supervisor as far as /proc tells them."""
+    import resource
+
+    found: list = [None] * len(PROCESS_METRICS)
+    with contextlib.suppress(OSError, ValueError):
+        folder, tick = f"/proc/{os.getppid()}", os.sysconf("SC_CLK_TCK")
+        with open(f"{folder}/stat", "rb") as process, open("/proc/stat", "rb") as system:
+            words = process.read().rpartition(b")")[2].split()  # from the third field of proc(5) on
+            booted = int(system.read().partition(b"\nbtime ")[2].split()[0])
+        found[0] = (int(words[11]) + int(words[12])) / tick
+        found[1:4] = booted + int(words[19]) / tick, int(words[20]), int(words[21]) * mmap.PAGESIZE
+        found[4:] = len(os.listdir(f"{folder}/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return {(name,): value for name, value in zip(PROCESS_METRICS, found)}
+
+
 async def get_sample(request: Request, app: App) -> Response:
     return json_response(SAMPLES)
 
@@ -7712,12 +7853,47 @@ ENDPOINTS = {
     ("GET", "/"): Endpoint(get_root),
     ("GET", "/health"): Endpoint(get_health),
     ("GET", "/conf"): Endpoint(get_conf, (check_monitor,)),
+    ("GET", "/metrics"): Endpoint(get_metrics, (check_monitor,)),
     ("GET", "/queue"): Endpoint(get_queue, (check_monitor,)),
     ("GET", "/queue/ID"): Endpoint(get_queued_mail, (check_queue_access,)),
     ("DELETE", "/queue/ID"): Endpoint(cancel_queued_mail, (check_queue_access,)),
     ("POST", "/queue/ID/retry"): Endpoint(retry_queued_mail, (check_queue_access,)),
     ("GET", "/sample/mail"): Endpoint(get_sample),
     ("GET", "/neko"): Endpoint(get_neko),
+}
+
+
+PROCESS_METRICS = {
+    "process_cpu_seconds_total": ("counter", "CPU time of the supervisor.", {}),
+    "process_start_time_seconds": ("gauge", "When the supervisor started, since the epoch.", {}),
+    "process_virtual_memory_bytes": ("gauge", "Virtual memory of the supervisor.", {}),
+    "process_resident_memory_bytes": ("gauge", "Resident memory of the supervisor.", {}),
+    "process_open_fds": ("gauge", "Files that the supervisor has open.", {}),
+    "process_max_fds": ("gauge", "Files that a process may have open.", {}),
+}
+STATUSES = (*sorted({200, 202, 204, 207, 502, *[row[0] for row in REPLIES.values() if row[0]]}), "other")
+PATHS, RELAY_KINDS = (*dict.fromkeys(path for _, path in ENDPOINTS), "other"), (*RELAYS, "other")
+OUTCOMES = ("accepted", "queued", "refused", "deferred", "failed", "unsure")
+REASONS = tuple(slug for slug in REPLIES if make_reply(slug).slug)
+METRICS = {  # name: (type, help, {label: all its values})
+    "haineko_http_requests_total": ("counter", "Requests answered.", {"endpoint": PATHS, "status": STATUSES}),
+    "haineko_http_request_seconds": ("histogram", "Time from the start of a request to its response.", {}),
+    "haineko_recipients_total": ("counter", "Results.", {"relay": RELAY_KINDS, "outcome": OUTCOMES}),
+    "haineko_rejections_total": ("counter", "Refusals before delivery.", {"reason": REASONS}),
+    "haineko_delivery_seconds": ("histogram", "Time of a transaction with the next hop.", {"relay": tuple(RELAYS)}),
+    "haineko_replies_total": ("counter", "Replies of relays.", {"relay": tuple(RELAYS), "class": ("2", "4", "5")}),
+    "haineko_queue_recipients": ("gauge", "Recipients in the queue.", {"state": ("waiting", "sending")}),
+    "haineko_queue_oldest_seconds": ("gauge", "Age of the oldest recipient in the queue.", {}),
+    "haineko_queue_disk_free_bytes": ("gauge", "Free space on the disk of the queue.", {}),
+    "haineko_sessions": ("gauge", "SMTP sessions.", {"state": ("idle", "in_use", "opening")}),
+    "haineko_connections": ("gauge", "Connections of clients.", {"state": ("idle", "busy")}),
+    "haineko_log_lines_lost_total": ("counter", "Log lines that nobody read.", {}),
+    "haineko_webhook_events_total": ("counter", "Posts.", {"outcome": ("delivered", "deferred", "failed")}),
+    "haineko_token_errors_total": ("counter", "Failures to get an OAuth2 token.", {}),
+    "haineko_workers_restarted_total": ("counter", "Processes that ended and were replaced.", {}),
+    "haineko_reload_success": ("gauge", "1 if the settings had no fault when they were last read.", {}),
+    "haineko_build_info": ("gauge", "Versions.", {"version": (__version__,), "python": (sys.version.split()[0],)}),
+    **PROCESS_METRICS,
 }
 
 
@@ -7845,8 +8021,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if 0 < self.unread <= len(self.buffer) and self.request:  # a refused body that has arrived already
             self.buffer, self.unread = self.buffer[self.unread :], 0
         self.close_connection = not (self.head and self.head.keep_alive and not self.unread and not self.app.stopping)
+        self._count(response.status)
         self.request = None  # an idle connection keeps no body
         return self.response_octets(response)
+
+    def _count(self, status: int) -> None:
+        path = route_key(self.request.path) if self.request else ""
+        endpoint = path if path in PATHS else "other"
+        metrics.add("haineko_http_requests_total", endpoint, status if status in STATUSES else "other")
+        metrics.observe("haineko_http_request_seconds", seconds=time.monotonic() - self.begun)
 
     async def _respond(self, deadline: float) -> Response:
         """Return an endpoint's response; `unread` are the octets of the body that are not read yet."""
@@ -8093,6 +8276,7 @@ class Worker:
         self.app = App(settings, bells[1])
         self.listeners, self.parent_pipe = listeners, lifeline
         self.busy_counts, self.slot = loads or [0], slot  # busy connections of each worker; index of this one
+        self.app.update_gauges = self.update_gauges
         self.loop = EventLoop()
         self.queue_manager = QueueManager(self.app, bells[0]) if slot is None else None
         self.connections: set = set()
@@ -8211,6 +8395,7 @@ class Worker:
         linger = self.lingering_503s < MAX_LINGERING_503
         self.lingering_503s += 1
         octets, sock = connection.response_octets(connection.rejection(make_reply("busy"))), connection.connection
+        metrics.add("haineko_http_requests_total", "other", 503)
         with contextlib.suppress(OSError):
             if not self.app.tls:
                 await sock.sendall(octets, time.monotonic() + LINGER_TIMEOUT)
@@ -8239,11 +8424,24 @@ class Worker:
         return found
 
     async def _housekeeping(self) -> None:
-        """Once a second, close SMTP sessions that nobody uses, and look for a new log file."""
+        """Once a second, close SMTP sessions that nobody uses, look for a new log file, and update the metrics."""
         while True:
             await asyncio.sleep(1.0)
             log.reopen()
+            self.update_gauges()
             await self.app.transport.sweep()
+
+    def update_gauges(self) -> None:
+        """Write what this process has at the moment into the metrics."""
+        pools = self.app.transport.pools.values()
+        metrics.set("haineko_sessions", "idle", to=sum([len(pool.idle) for pool in pools]))
+        metrics.set("haineko_sessions", "in_use", to=sum([pool.in_use for pool in pools]))
+        metrics.set("haineko_sessions", "opening", to=sum([pool.opening for pool in pools]))
+        metrics.set("haineko_connections", "idle", to=len(self.idle))
+        metrics.set("haineko_connections", "busy", to=len(self.connections) - len(self.idle))
+        for sink in (log.stderr_sink, log.syslog_sink):
+            lost, sink.lost_ever = sink.lost_ever, 0
+            metrics.add("haineko_log_lines_lost_total", by=lost)
 
     async def _reread(self) -> None:
         """Apply settings that changed; the supervisor has logged their faults. The last ones win."""
@@ -8275,6 +8473,9 @@ class Supervisor:
         self.parent_pipe, self.child_pipe_end = socket.socketpair()
         wanted = self.settings.httpd.workers or os.cpu_count() or 1
         self.busy_counts = memoryview(mmap.mmap(-1, 4 * wanted)).cast("i")  # shared by all that are forked
+        metrics.allocate(METRICS, wanted + 2)  # the last rows are the queue's process's and the supervisor's
+        metrics.set("haineko_build_info", __version__, sys.version.split()[0], to=1)
+        metrics.set("haineko_reload_success", to=1)
         alarm.settimeout(1.0)
         self._replace()
         ready()
@@ -8324,6 +8525,7 @@ class Supervisor:
             gc.freeze()
             gc.set_threshold(20000, 50, 50)
             listeners = [] if slot is None else self.listeners
+            metrics.use_row(len(self.busy_counts) if slot is None else slot)
             Worker(listeners, self.settings, self.parent_pipe, self.busy_counts, slot, self.wakeup_pair).run()
             code = 0
         except BaseException:
@@ -8344,6 +8546,7 @@ class Supervisor:
             if started is not None and not self.stopping:
                 name = "queue process" if slot is None else "worker"
                 log.lines(f"{name} {pid} ended ({exit_reason(status)}); starting a new one")
+                metrics.add("haineko_workers_restarted_total")
                 if time.monotonic() - started < 1:
                     self.respawn_not_before = time.monotonic() + 1
 
@@ -8357,6 +8560,7 @@ class Supervisor:
             return
         self.reload_requested = False
         fresh, errors = load_settings(settings.path)
+        metrics.set("haineko_reload_success", to=int(not errors))
         if errors:
             self.bad_stat_keys = fresh.files
             log.lines("reload failed; keeping the current settings:", *[f"  {sanitize(error)}" for error in errors])

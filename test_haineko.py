@@ -1775,8 +1775,9 @@ class HouseRules(unittest.TestCase):
         bases = [(node.name, ast.unparse(base)) for node in classes for base in node.bases]
         self.assertEqual([(name, base) for name, base in bases if base in self.house.names], [])
 
-    def test_nothing_changes_module_state_but_the_log(self):
-        self.assertEqual([line for line in self.house.mutations() if " changes log " not in line], [])
+    def test_nothing_changes_module_state_but_the_log_and_the_metrics(self):
+        allowed = re.compile(" changes (?:log|metrics) ")
+        self.assertEqual([line for line in self.house.mutations() if not allowed.search(line)], [])
 
     def test_the_rule_on_state_sees_a_breach(self):
         for line in ("T['a'] = 1", "T.update(a=1)", "T['a'].b = 1", "del T['a']", "global T"):
@@ -2727,6 +2728,49 @@ class LogLines(Quiet):
 # ======================================================================================================================
 # 5. Submissions
 # ======================================================================================================================
+
+
+class MetricsTable(unittest.TestCase):
+    def test_processes_add_to_rows_of_their_own_and_nothing_is_lost(self):
+        metrics = haineko.Metrics()
+        metrics.add("cats_total", "a")  # before allocate(): nothing
+        table = {
+            "cats_total": ("counter", "Cats.", {"kind": ("a", "b")}),
+            "naps_seconds": ("histogram", "Naps.", {}),
+            "food_bytes": ("gauge", "Food.", {}),
+        }
+        metrics.allocate(table, 4)
+        metrics.set("food_bytes", to=7)
+        pids = []
+        for row in range(3):
+            pid = os.fork()
+            if not pid:
+                metrics.use_row(row)
+                for _ in range(2000):
+                    metrics.add("cats_total", "a")
+                    metrics.add("cats_total", "unknown")
+                metrics.observe("naps_seconds", seconds=(0.005, 0.3, 99)[row])
+                os._exit(0)
+            pids.append(pid)
+        self.assertEqual([os.waitpid(pid, 0)[1] for pid in pids], [0, 0, 0])
+        lines = metrics.text({}).splitlines()
+        self.assertEqual(
+            [line for line in lines if line.startswith("cats")], ['cats_total{kind="a"} 6000', 'cats_total{kind="b"} 0']
+        )
+        for line in (
+            "# HELP naps_seconds Naps.",
+            "# TYPE naps_seconds histogram",
+            'naps_seconds_bucket{le="0.005"} 1',
+            'naps_seconds_bucket{le="0.25"} 1',
+            'naps_seconds_bucket{le="0.5"} 2',
+            'naps_seconds_bucket{le="30"} 2',
+            'naps_seconds_bucket{le="+Inf"} 3',
+            "naps_seconds_count 3",
+            "naps_seconds_sum 99.305",
+            "food_bytes 7",
+        ):
+            self.assertIn(line, lines)
+        self.assertNotIn("\nfood_bytes ", metrics.text({("food_bytes",): None}))
 
 
 class Submissions(unittest.TestCase):
@@ -11021,6 +11065,74 @@ class Workers(Peers):
 # ======================================================================================================================
 
 
+class MetricsServed(Peers):
+    def reply(self, _, line: str) -> str | None:
+        return "550 5.1.1 no" if "no@" in str(line) else "451 4.0.0 later" if "later@" in str(line) else None
+
+    def metrics(self, server: Server) -> dict:
+        """{series: value}"""
+        status, headers, text = server.ask(get("/metrics"))
+        self.assertEqual((status, headers["Content-Type"]), (200, "text/plain; version=0.0.4; charset=utf-8"))
+        self.assertTrue(text.endswith("\n"))
+        series = r"[a-z_]+(?:\{[a-z_]+=\"[^\"]*\"(?:,[a-z_]+=\"[^\"]*\")*\})?"
+        comment = r"# (?:HELP [a-z_]+ .+|TYPE [a-z_]+ (?:counter|gauge|histogram))"
+        self.assertRegex(text, rf"\A(?:(?:{series} -?[\d.]+(?:e[+-]\d+)?|{comment})\n)+\Z")
+        pairs = [line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#"]
+        self.assertEqual(len({name for name, _ in pairs}), len(pairs))
+        return {name: float(value) for name, value in pairs}
+
+    def test_all_of_it(self) -> None:
+        peer = self.peer({"RCPT": self.reply})
+        server = served(self, {"mailertable": {"default": esmtp(peer)}, "smtpd": {"max_rcpts_per_message": 4}})
+        names = {
+            'haineko_http_requests_total{endpoint="/submit",status="200"}': 1,
+            'haineko_http_requests_total{endpoint="/submit",status="400"}': 1,
+            'haineko_http_requests_total{endpoint="/submit",status="207"}': 1,
+            'haineko_http_requests_total{endpoint="other",status="404"}': 1,
+            'haineko_rejections_total{reason="invalid"}': 1,
+            'haineko_rejections_total{reason="not-found"}': 1,
+            'haineko_recipients_total{relay="ESMTP",outcome="accepted"}': 2,
+            'haineko_recipients_total{relay="ESMTP",outcome="refused"}': 1,
+            'haineko_recipients_total{relay="ESMTP",outcome="deferred"}': 1,
+            'haineko_replies_total{relay="ESMTP",class="2"}': 2,
+            'haineko_replies_total{relay="ESMTP",class="4"}': 1,
+            'haineko_replies_total{relay="ESMTP",class="5"}': 1,
+        }
+        first = self.metrics(server)
+        self.assertEqual({name: first.get(name) for name in names}, dict.fromkeys(names, 0))
+        for relay in haineko.RELAYS:
+            self.assertEqual(first[f'haineko_delivery_seconds_bucket{{relay="{relay}",le="+Inf"}}'], 0)
+        for name, value in (("haineko_reload_success", 1), ("haineko_workers_restarted_total", 0)):
+            self.assertEqual(first[name], value)
+        self.assertEqual(first[f'haineko_build_info{{version="1.0.0",python="{sys.version.split()[0]}"}}'], 1)
+        server.submit("a@example.jp")
+        server.submit("a@example.jp", "no@example.jp", "later@example.jp")
+        server.ask(post("{"))
+        server.ask(get("/nowhere"))
+        found = self.metrics(server)
+        self.assertEqual({name: found[name] for name in names}, names)
+        self.assertEqual(found["haineko_http_request_seconds_count"], 5)
+        self.assertEqual(found['haineko_connections{state="busy"}'], 1)
+        os.kill(*server.workers(), signal.SIGKILL)
+        eventually(lambda: "starting a new one" in server.log())
+        again = self.metrics(server)
+        self.assertEqual({name: again[name] for name in names}, names)
+        self.assertEqual(again["haineko_workers_restarted_total"], 1)
+        server.write({"smtpd": {"max_workers": -1}})
+        eventually(lambda: "reload failed" in server.log())
+        self.assertEqual(self.metrics(server)["haineko_reload_success"], 0)
+
+    def test_what_waits_in_the_queue(self) -> None:
+        peer = self.peer({"RCPT": self.reply})
+        server = served(self, {"mailertable": {"default": esmtp(peer)}, "queue": {"path": "q.db"}})
+        self.assertEqual(server.submit("later@example.jp")[0], 202)
+        found = self.metrics(server)
+        self.assertEqual(found['haineko_queue_recipients{state="waiting"}'], 1)
+        self.assertEqual(found['haineko_recipients_total{relay="ESMTP",outcome="queued"}'], 1)
+        self.assertGreaterEqual(found["haineko_queue_oldest_seconds"], 0)
+        self.assertGreater(found["haineko_queue_disk_free_bytes"], 0)
+
+
 class Commands(Folder, Peers):
     def setUp(self) -> None:
         Folder.setUp(self)
@@ -12338,6 +12450,7 @@ class Readme(unittest.TestCase):
             *[("sh", mark) for mark in ("first", "curl", "smarthost", "client", "root", "queue", "")],
             *[("json", mark) for mark in ("answer", "faulty", "settings", "submission", "event")],
             *[(name, "client") for name in ("python", "javascript", "php", "ruby", "perl", "go", "java", "html")],
+            ("yaml", ""),
             ("console", ""),
             ("console", "connect"),
             ("nginx", ""),
@@ -12484,6 +12597,17 @@ class Readme(unittest.TestCase):
             place += "".join(f"{name}_temp_path {self.folder}/{name};" for name in ("fastcgi", "uwsgi", "scgi"))
             path = self.write("nginx.conf", f"pid {self.folder}/pid; events {{}} http {{ {place}\n{block} }}")
             self.run_it(["nginx", "-t", "-q", "-e", "stderr", "-p", self.folder, "-c", path])
+
+    def test_rules_of_alerts(self):
+        if not shutil.which("promtool"):
+            self.skipTest("no promtool on this machine")
+        (rules,) = re.findall(r"(?ms)^```yaml\n(.*?)^```$", self.text)
+        path = os.path.join(self.folder, "rules.yml")
+        with open(path, "w") as stream:
+            stream.write(rules)
+        self.assertIn("SUCCESS: 5 rules found", self.run_it(["promtool", "check", "rules", path]))
+        for name in re.findall(r"haineko_\w+", rules):
+            self.assertIn(name, haineko.METRICS)
 
     def test_systemd(self):
         output = self.run_it(["python3", "haineko.py", "setup", "--dest", "etc"])
