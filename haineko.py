@@ -934,6 +934,7 @@ class Smtpd:
     max_workers: int = config_field(4, integer(1, 256), "deliveries of one request at a time")
     resolver: tuple = config_field((), list_of(parse_resolver), "name servers, address:port; none: resolv.conf's")
     aliases: dict = config_field({}, parse_aliases, "addresses for names without a domain")
+    log: str = config_field("text", one_of(("text", "json"), "form of the log"), "text, or json: one object a line")
     syslog: Syslog = config_field(Syslog(), nested(Syslog), "the log")
 
 
@@ -1438,11 +1439,13 @@ class Log:
     """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once."""
 
     FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    LEVELS = {"error": 3, "warning": 4, "info": 6}  # of syslog(3)  # noqa: RUF012
     SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
 
     def __init__(self) -> None:
         self.devel = False  # SMTP dialogues are shown, too
-        self.priority: int | None = None  # of syslog lines; None: they go to stderr
+        self.facility: int | None = None  # of syslog lines; None: they go to stderr
+        self.is_json = self.is_journal = False  # a JSON object a line; to systemd's journal, which adds time and name
         self.syslog: socket.socket | None = None
         self.buffer: list | None = None  # texts that wait for flush()
         self.loop: Any = None  # event loop that calls flush()
@@ -1451,28 +1454,47 @@ class Log:
         self.quiet = False  # lines for stderr are dropped
         self.stderr_sink, self.syslog_sink = LogSink(), LogSink()
 
-    def open(self, settings: Syslog) -> None:
+    def open(self, settings: Syslog, form: str = "text") -> None:
         """Send lines from now on where the settings say."""
-        self.priority = None
+        self.facility, self.is_json = None, form == "json"
+        with contextlib.suppress(OSError):
+            found = os.fstat(2)
+            self.is_journal = os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
         if not settings.disabled:
             import syslog
 
-            self.priority = syslog.LOG_INFO | getattr(syslog, "LOG_" + settings.facility.upper())
+            self.facility = getattr(syslog, "LOG_" + settings.facility.upper())
 
-    def lines(self, *lines: str) -> None:
+    def event(self, level: str, event: str, message: str, **fields: Any) -> None:
+        """Write a line about an event: QUEUEID: key=value ... (code message), or JSON; fields are left out if None."""
+        fields = {key: value for key, value in fields.items() if value is not None}
+        self._write(level, [json_line(level, event, message, fields) if self.is_json else text_line(message, **fields)])
+
+    def lines(self, *lines: str, level: str = "info") -> None:
         """Write lines by one call, so that those of several processes don't mix."""
-        if self.priority is not None:
+        self._write(level, [json_line(level, "server", line, {}) for line in lines] if self.is_json else lines)
+
+    def banner(self, text: str) -> None:
+        """Write a line to stderr, wherever the others go."""
+        line = json_line("info", "server", text, {}) if self.is_json else text
+        self.write_bytes(f"{'<6>' if self.is_journal else ''}{line}\n".encode())
+
+    def _write(self, level: str, lines: Any) -> None:
+        if self.facility is not None:
             for line in lines:
-                self._to_syslog(line)
+                self._to_syslog(line, self.facility | self.LEVELS[level])
             return
         if self.quiet:
             return
-        head = f"{timestamp(int(time.time()))} haineko[{os.getpid()}]: "
+        head = "" if self.is_json else f"{timestamp(int(time.time()))} haineko[{os.getpid()}]: "
+        head = f"<{self.LEVELS[level]}>" if self.is_journal else head
         self._add("".join([f"{head}{line}\n" for line in lines]))
 
     def dialogue(self, peer: str, direction: str, line: str) -> None:
         """Show a line of an SMTP dialogue under -d."""
-        if self.devel:
+        if self.devel and self.is_json:
+            self.lines(f"{peer} {direction} {line}")
+        elif self.devel:
             self._add(f"{peer} {direction} {sanitize(line, 1000, keep=chr(9))}\n")
 
     def _add(self, text: str) -> None:
@@ -1532,9 +1554,9 @@ class Log:
             return False
         return True
 
-    def _to_syslog(self, line: str) -> None:
+    def _to_syslog(self, line: str, priority: int) -> None:
         """Send a line (RFC 3164) to a daemon that may be absent or stuck, where syslog.syslog() would block."""
-        head = f"<{self.priority}>{time.strftime('%b %e %H:%M:%S')} haineko[{os.getpid()}]: "
+        head = f"<{priority}>{time.strftime('%b %e %H:%M:%S')} haineko[{os.getpid()}]: "
         for _ in range(2):
             try:
                 if not self.syslog:
@@ -1568,12 +1590,38 @@ def log_exception(queueid: str | None) -> None:
     """Log the traceback of the current exception."""
     import traceback
 
-    log.lines(*[f"{queueid or '-'}: {sanitize(line, 500)}" for line in traceback.format_exc().splitlines()])
+    lines = traceback.format_exc().splitlines()
+    log.lines(*[f"{queueid or '-'}: {sanitize(line, 500)}" for line in lines], level="error")
 
 
-def log_pairs(**values: Any) -> str:
-    """Return key=value for each value but None."""
-    return " ".join([f"{key}={log_value(value)}" for key, value in values.items() if value is not None])
+def json_line(level: str, event: str, message: str, fields: dict) -> str:
+    """Return an event as a JSON object in a line."""
+    now = time.time()
+    zoned = timestamp(int(now))
+    values = {"time": f"{zoned[:19]}.{int(now % 1 * 1000):03d}{zoned[19:22]}:{zoned[22:]}", "level": level}
+    values.update({"event": event, **fields, "message": sanitize(message, 1000)})
+    for key, value in values.items():
+        if key == "to":
+            values[key] = [sanitize(to, 254) for to in value]
+        elif key in ("code", "delay"):
+            values[key] = int(value) if key == "code" else round(value, 3)
+        else:
+            values[key] = sanitize(value, 1000)
+    return ENCODER.encode(values)
+
+
+def text_line(message: str, queueid: str | None = None, code: str = "", **fields: Any) -> str:
+    """Return an event as people and log readers of mail servers read it."""
+    sent = "relay" in fields
+    for key, form in (("from", "<{}>".format), ("delay", "{:.3f}".format), ("to", lambda to: f"<{'>,<'.join(to)}>")):
+        if key in fields:
+            fields[key] = form(fields[key])
+    pairs = [f"{key}={log_value(value, MAX_TO if key == 'to' and sent else 500)}" for key, value in fields.items()]
+    words = sanitize(f"{code} {message}".lstrip(), 600)
+    return " ".join([*([f"{queueid}:"] if queueid else []), *pairs, f"({words})" if pairs else words])
+
+
+MAX_TO = 8 * 257  # octets of recipients of a transaction in a line, so that a pipe takes it whole (PIPE_BUF)
 
 
 def log_value(value: Any, limit: int = 500) -> str:
@@ -1740,6 +1788,20 @@ class Request:
     message_size: int = 0  # octets of the finished message
     forwarded: str = ""  # a header by which a proxy says that it forwarded the request
     dsn: tuple = DEFAULT_DSN  # what is asked of the next server
+
+    def log_fields(self) -> dict:
+        """Return the keys of its log lines that say whose it is, and the ids by which other programs know it."""
+        fields = {"client": self.client and self.client.text, "login": self.login or None}
+        for key, pattern in TRACE_HEADERS.items():
+            value = self.headers.get(key, "")
+            fields[key.removeprefix("x-").replace("-", "_")] = value if pattern.fullmatch(value) else None
+        return fields
+
+
+TRACE_HEADERS = {  # what a request may have in its log lines
+    "x-request-id": re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}"),
+    "traceparent": re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"),  # W3C Trace Context
+}
 
 
 class Mailbox(NamedTuple):
@@ -4357,7 +4419,7 @@ class MTASTSCache:
             policy = await self._fetch(f"mta-sts.{domain}", route, deadline)
         except (OSError, ValueError, Rejected) as error:
             why = ": ".join(error.reply.message) if isinstance(error, Rejected) else str(error)
-            log.lines(f"cannot fetch the MTA-STS policy of {domain}: {sanitize(why)}")
+            log.lines(f"cannot fetch the MTA-STS policy of {domain}: {sanitize(why)}", level="warning")
             self.failed.put((domain, policy_id), True, self.NEGATIVE_TTL)
             return cached
         self.cache.put(domain, (policy_id, policy), policy.max_age)
@@ -5191,7 +5253,8 @@ async def attempt_transaction(transaction: Transaction, transport: TransportCont
     replies = await attempt_route(transaction, transport)
     for reply in dict.fromkeys(reply for reply in replies if reply.route_fault):
         words = log_value(" ".join((reply.code, *reply.message)))
-        log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed, mail waits: {words}")
+        text = f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed, mail waits: {words}"
+        log.lines(text, level="warning")
     seconds, relay = time.monotonic() - began, transaction.route.relay
     metrics.observe("haineko_delivery_seconds", relay, seconds=seconds)
     for reply in replies:
@@ -6464,7 +6527,8 @@ class QueueDB:
 
     def _log_fault(self, error: str) -> None:
         if error != self.fault:
-            log.lines(f"queue: {sanitize(error)}; nothing is accepted into it" if error else "queue: can be used again")
+            text = f"queue: {sanitize(error)}; nothing is accepted into it" if error else "queue: can be used again"
+            log.lines(text, level="error" if error else "info")
         self.fault = error
 
     def _open(self) -> Any:
@@ -6822,9 +6886,9 @@ def release_leases(
     ).fetchall()  # fmt: skip
     for row in rows:
         held = row["interruptions"] + 1 >= MAX_INTERRUPTIONS
-        pairs = log_pairs(to=f"<{row['recipient']}>", status="held" if held else "deferred")
         what = f"held after {MAX_INTERRUPTIONS} times; see `queue retry`" if held else "to be tried again"
-        log.lines(f"{row['queueid']}: {pairs} (delivery interrupted, the mail may arrive twice; {what})")
+        text, status = f"delivery interrupted, the mail may arrive twice; {what}", "held" if held else "deferred"
+        log.event("warning", "interrupted", text, queueid=row["queueid"], to=[row["recipient"]], status=status)
         pause = next_disposition(reply, row["attempts"] + 1, 0, random_unit(), settings).pause
         db.execute(
             "UPDATE recipients SET state=?, due=?, owner=NULL, attempts=attempts+1, interruptions=interruptions+1,"
@@ -7036,17 +7100,19 @@ def log_attempt(
     leased: LeasedRecipient, reply: Reply, disposition: Disposition, settings: Settings, now: float
 ) -> None:
     """Log one line for each attempt."""
-    pairs = log_pairs(
-        **{"from": f"<{leased.sender}>"}, to=f"<{leased.recipient}>", relay=reply.relay,
-        delay=f"{max(now - leased.created_at, 0):.2f}", dsn=reply.dsn,
-        status={"delivered": "sent", "failed": "bounced", "open": "deferred"}[disposition.state],
-    )  # fmt: skip
+    status = {"delivered": "sent", "failed": "bounced", "open": "deferred"}[disposition.state]
+    fields = {"queueid": leased.queueid, "from": leased.sender, "to": [leased.recipient], "relay": reply.relay}
+    fields.update({"delay": max(now - leased.created_at, 0), "code": reply.code, "dsn": reply.dsn, "status": status})
     notes = f"; next attempt in {disposition.pause:.0f} s" if disposition.state == "open" else ""
     notes += "; may arrive twice" if reply.maybe_delivered else ""
     if disposition.state == "failed" and leased.sender and not may_bounce(leased, settings):
         notes += "; no bounce, since the sender did not log in and `recipients` does not permit the address"
-    words = sanitize(" ".join((reply.code, *reply.message)), 500)
-    log.lines(f"{leased.queueid}: {pairs} ({words}{notes})")
+    log.event(level_of(status), "attempt", sanitize(" ".join(reply.message), 500) + notes, **fields)
+
+
+def level_of(status: str) -> str:
+    """Return the level of a log line by its status=."""
+    return "warning" if status in ("deferred", "bounced") else "info"
 
 
 # ======================================================================================================================
@@ -7073,7 +7139,7 @@ class App:
             self.queue.settings = settings.queue
         tls, base = settings.httpd.tls, os.path.dirname(settings.path or "")
         self.tls = server_context(tls, base) if tls else None
-        log.open(settings.smtpd.syslog)
+        log.open(settings.smtpd.syslog, settings.smtpd.log)
         if settings.smtpd.resolver != self.transport.resolver.nameservers:
             self.transport.set_nameservers(settings.smtpd.resolver)
         self.settings = settings
@@ -7202,7 +7268,8 @@ async def deliver_or_queue(
     if options.async_:
         return [queued_reply(transactions[0].queueid)] * len(accepted), []
     results = await deliver(transactions, app.transport, request.settings or app.settings)
-    log.lines(*itertools.chain.from_iterable(result_lines(request, result) for result in results))
+    for result in results:
+        log_result(request, result)
     replies = [reply for result in results for reply in result.replies]
     return await queue_deferred(request, transactions, accepted, options, replies, app) if app.queue else (replies, [])
 
@@ -7262,8 +7329,8 @@ async def enqueue_before_sending(
     item = new_item(request, transactions, accepted, options)
     earlier = await app.queue.add(item, leased=not options.async_)
     if options.async_ and not earlier:
-        pairs = log_pairs(client=request.client.text, login=request.login or None, **{"from": f"<{item.sender}>"})
-        log.lines(f"{item.queueid}: {pairs} (queued, to be delivered at once)")
+        fields = {"queueid": item.queueid, **request.log_fields(), "from": item.sender}
+        log.event("info", "queued", "queued, to be delivered at once", **fields)
         app.queue.wake_manager()
     return earlier
 
@@ -7326,8 +7393,8 @@ def log_queued(item: NewQueueItem, results: list) -> None:
     for recipient, (reply, disposition, *_) in zip(item.recipients, results):
         if disposition.state == "open":
             unsure = "; may arrive twice" if reply.maybe_delivered else ""
-            pairs = log_pairs(to=f"<{recipient.recipient}>", status="deferred")
-            log.lines(f"{item.queueid}: {pairs} (queued; next attempt in {disposition.pause:.0f} s{unsure})")
+            text = f"queued; next attempt in {disposition.pause:.0f} s{unsure}"
+            log.event("info", "queued", text, queueid=item.queueid, to=[recipient.recipient], status="deferred")
 
 
 async def replay_response(
@@ -7456,21 +7523,16 @@ def http_status(replies: Any) -> int:
     return 503 if any(reply.temporary for reply in replies) else 502
 
 
-def result_lines(request: Request, result: TransactionResult) -> list:
-    """Return log lines of a transaction: one for each reply, or more if its recipients don't fit into one line."""
-    transaction, lines = result.transaction, []
-    by_reply: dict = {}
+def log_result(request: Request, result: TransactionResult) -> None:
+    """Log a transaction: one line for each reply, or more if its recipients don't fit into one line."""
+    transaction, by_reply = result.transaction, {}
     for to, reply in zip(transaction.recipients, result.replies):
         by_reply.setdefault(reply, []).append(to)
     for reply, recipients in by_reply.items():
-        step = 8 if len(recipients) <= 8 else MAX_RCPT_OCTETS // max([len(to.encode()) + 3 for to in recipients])
+        step = 8 if len(recipients) <= 8 else MAX_TO // max([len(to.encode()) + 3 for to in recipients])
         for i in range(0, len(recipients), step):
             to = recipients[i : i + step]
-            lines.append(log_line(request, transaction.queueid, transaction.sender, to, reply, result.ms))
-    return lines
-
-
-MAX_RCPT_OCTETS = 8 * (MAX_PATH + 3)  # octets of recipients in a line, so that a pipe takes it whole (PIPE_BUF)
+            log_reply(request, transaction.queueid, transaction.sender, to, reply, result.ms / 1000)
 
 
 def log_rejection(request: Request, queueid: str | None, submission: Submission | None, refused: dict) -> None:
@@ -7478,30 +7540,21 @@ def log_rejection(request: Request, queueid: str | None, submission: Submission 
     listed = [to for to in refused if to is not None] or list(submission.rcpt if submission else ())
     sender = submission.mail if submission else None
     for reply in dict.fromkeys(refused.values()):
-        log.lines(log_line(request, queueid, sender, listed[:100], reply))  # the line is cut anyway
+        log_reply(request, queueid, sender, listed[:20], reply)  # the line is cut anyway
 
 
-def log_line(
-    request: Request, queueid: str | None, sender: str | None, recipients: list, reply: Reply, ms: float | None = None
-) -> str:
-    """Return a log line with the keys of Postfix's; keys without a value are left out."""
-    line = [f"{queueid or '-'}:"]
-    if request.client:
-        line.append(f"client={request.client.text}")
-    if request.login:
-        line.append(f"login={log_value(request.login)}")
-    if sender is not None:
-        line.append(f"from={log_value(f'<{sender}>')}")
-    if recipients:
-        to = f"<{'>,<'.join(recipients)}>"
-        line.append(f"to={log_value(to, MAX_RCPT_OCTETS if reply.mailer else 500)}")
-    if reply.mailer:
-        line.append(f"relay={reply.relay} delay={ms / 1000:.3f}")
-    if reply.dsn:
-        line.append(f"dsn={reply.dsn}")
-    at = "" if reply.accepted or reply.origin == "policy" else f" (in reply to {reply.command})"
-    words = sanitize(f"{reply.code} {('; ' if reply.origin == 'policy' else ' ').join(reply.message)}", 500)
-    return f"{' '.join(line)} status={reply.log_status} ({words}{at})"
+def log_reply(
+    request: Request, queueid: str | None, sender: str | None, to: list, reply: Reply, delay: float | None = None
+) -> None:
+    """Log a reply with the keys of Postfix's."""
+    is_refusal = reply.origin == "policy"
+    at = "" if reply.accepted or is_refusal else f" (in reply to {reply.command})"
+    log.event(
+        level_of(reply.log_status), "rejection" if is_refusal else "delivery",
+        sanitize(("; " if is_refusal else " ").join(reply.message), 500) + at,
+        queueid=queueid or "-", **request.log_fields(), **{"from": sender}, to=to or None, relay=reply.relay,
+        delay=delay if reply.mailer else None, code=reply.code, dsn=reply.dsn, status=reply.log_status,
+    )  # fmt: skip
 
 
 def answer_document(
@@ -7756,8 +7809,7 @@ async def change_queued_mail(request: Request, app: App, verb: str, operation: C
     """Answer with the number of recipients that an operation changed, and the mail as it is now."""
     queueid = (await find_queued_mail(request, app))["queueid"]
     count = await app.queue.do(operation, queueid, *values)
-    pairs = log_pairs(client=request.client.text, login=request.login or None)
-    log.lines(f"{queueid}: {pairs} {count} recipients {verb}")
+    log.event("info", verb, f"{count} recipients {verb}", queueid=queueid, **request.log_fields())
     return json_response({verb: count, **message_document(await app.queue.do(message_status, queueid))})
 
 
@@ -7939,7 +7991,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     """
 
     protocol_version = request_version = "HTTP/1.1"
-    command, head, request, cors_headers, close_connection = "", None, None, (), True
+    command, head, request, extra_headers, close_connection = "", None, None, (), True
 
     def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
         self.connection, self.worker, self.app = AsyncSocket(sock), worker, worker.app
@@ -8005,7 +8057,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.settings = self.app.settings  # one set from beginning to end
         self.begun, self.received = time.monotonic(), len(self.buffer)
         self.head = self.request = None
-        self.command, self.unread, self.cors_headers = "", 1, ()
+        self.command, self.unread, self.extra_headers = "", 1, ()
         try:
             response = await self._respond(self.begun + self.settings.httpd.timeout)
         except Rejected as error:
@@ -8038,7 +8090,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
         check_host(head)
         self.unread = body_length(head)
         self.request = request = self._request(head)
-        allowed, self.cors_headers = cors_policy(head, self.settings)
+        if request_id := request.log_fields()["request_id"]:
+            self.extra_headers = (("X-Request-Id", request_id),)
+        allowed, cors_headers = cors_policy(head, self.settings)
+        self.extra_headers += cors_headers
         endpoint = self._endpoint(request, allowed)
         checks = endpoint.checks, request, None, self.settings
         await call_in_thread(self._needs_password_check(endpoint, request), apply_checks, *checks)
@@ -8098,7 +8153,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if response.status != 204:
             self.send_header("Content-Type", response.type)
             self.send_header("Content-Length", str(len(response.body)))
-        for name, value in (*response.headers, *self.cors_headers):
+        for name, value in (*response.headers, *self.extra_headers):
             self.send_header(name, value)
         if self.close_connection:
             self.send_header("Connection", "close")
@@ -8465,6 +8520,7 @@ class Supervisor:
 
     def run(self, ready: Callable) -> int:
         """Run until SIGTERM or SIGINT; return the exit code."""
+        log.open(self.settings.smtpd.syslog, self.settings.smtpd.log)
         alarm, wake = socket.socketpair()
         wake.setblocking(False)
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
@@ -8507,7 +8563,7 @@ class Supervisor:
             try:
                 pid = os.fork()
             except OSError as error:  # no process is left: those that run must go on
-                log.lines(f"cannot start a worker: {error.strerror}")
+                log.lines(f"cannot start a worker: {error.strerror}", level="error")
                 pid, self.respawn_not_before = -1, time.monotonic() + 1
             if not pid:
                 self._become_worker(slot)
@@ -8545,7 +8601,7 @@ class Supervisor:
             started, slot = self.workers.pop(pid, (None, 0))
             if started is not None and not self.stopping:
                 name = "queue process" if slot is None else "worker"
-                log.lines(f"{name} {pid} ended ({exit_reason(status)}); starting a new one")
+                log.lines(f"{name} {pid} ended ({exit_reason(status)}); starting a new one", level="error")
                 metrics.add("haineko_workers_restarted_total")
                 if time.monotonic() - started < 1:
                     self.respawn_not_before = time.monotonic() + 1
@@ -8563,7 +8619,8 @@ class Supervisor:
         metrics.set("haineko_reload_success", to=int(not errors))
         if errors:
             self.bad_stat_keys = fresh.files
-            log.lines("reload failed; keeping the current settings:", *[f"  {sanitize(error)}" for error in errors])
+            lines = [f"  {sanitize(error)}" for error in errors]
+            log.lines("reload failed; keeping the current settings:", *lines, level="error")
             return
         self.bad_stat_keys = ()
         for part in ("listen", "workers"):
@@ -8573,7 +8630,7 @@ class Supervisor:
         if (fresh.queue and fresh.queue.path) != (settings.queue and settings.queue.path):
             log.lines("queue.path: takes effect at the next start")
         self.settings = fresh = pin_queue_path(fresh, settings.queue)
-        log.open(fresh.smtpd.syslog)
+        log.open(fresh.smtpd.syslog, fresh.smtpd.log)
         log.lines(f"reloaded {settings.path}")
         self._signal_workers(signal.SIGHUP)
 
@@ -8787,11 +8844,9 @@ MAX_OPEN_FILES = 65536  # some systems report an infinite hard limit, but reject
 def announce(settings: Settings, listeners: list, more: str = "") -> str:
     """Write to the log where the server listens; return that line."""
     if not settings.path:
-        log.write_bytes(
-            b"haineko: NO SETTINGS FILE: for this machine only, and all mail is printed here instead of sent\n"
-        )
+        log.banner("haineko: NO SETTINGS FILE: for this machine only, and all mail is printed here instead of sent")
     line = f"haineko {__version__} listens at {listening_urls(settings, listeners)}"
-    log.write_bytes(f"{line}\n".encode())
+    log.banner(line)
     return f"{line}{more}\n"
 
 
