@@ -1650,7 +1650,7 @@ class Metrics:
 
     def allocate(self, table: dict, rows: int) -> None:
         """Make room for the metrics of a table in so many rows; this process gets the last one."""
-        self.table, self.columns, width = table, {}, 0
+        self.table, self.columns, width = table, {}, 1  # the first cell is the heartbeat
         for name, (kind, _, labels) in table.items():
             for values in itertools.product(*labels.values()):
                 self.columns[(name, *values)] = width
@@ -1677,6 +1677,14 @@ class Metrics:
             column = self.first + self.columns[key]
             self.cells[column + bisect.bisect_left(self.BUCKETS, seconds)] += 1
             self.cells[column + len(self.BUCKETS) + 1] += round(seconds * 1e6)
+
+    def beat(self) -> None:
+        """Note that this process is not stuck."""
+        self.cells[self.first] = time.monotonic_ns()
+
+    def last_beat(self, row: int) -> float:
+        """Return when the process with that row was not stuck, in seconds of time.monotonic()."""
+        return self.cells[row * self.width] / 1e9
 
     def total(self, column: int) -> int:
         return sum(self.cells[column :: self.width])
@@ -8350,7 +8358,7 @@ class Worker:
         for sock in (*self.listeners, self.parent_pipe):
             sock.setblocking(False)
         listeners = list(map(AsyncSocket, self.listeners))
-        vital = [*map(self._accept, listeners), self._watch_parent(), self._housekeeping()]
+        vital = [*map(self._accept, listeners), self._watch_parent(), self._housekeeping(), self._beat()]
         for coroutine in (*vital, self.queue_manager.run()) if self.queue_manager else vital:
             self.loop.create_task(self._stop_on_error(coroutine))
         await self.stopped.wait()
@@ -8478,6 +8486,12 @@ class Worker:
             self.connections.discard(connection)
         return found
 
+    async def _beat(self) -> None:
+        """Show the supervisor that this loop is not stuck."""
+        while metrics.columns:
+            metrics.beat()
+            await asyncio.sleep(0.5)
+
     async def _housekeeping(self) -> None:
         """Once a second, close SMTP sessions that nobody uses, look for a new log file, and update the metrics."""
         while True:
@@ -8517,6 +8531,10 @@ class Supervisor:
         self.stopping = self.reload_requested = False
         self.bad_stat_keys: tuple = ()  # of settings whose faults are logged already
         self.respawn_not_before = 0.0  # no worker is started before this time
+        self.notify_path = os.environ.pop("NOTIFY_SOCKET", "")  # systemd's; no other process speaks to it
+        is_ours = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self.watchdog = int(is_ours and os.environ.pop("WATCHDOG_USEC", "0")) / 2e6  # seconds between messages to it
+        self.looked = self.petted = 0.0  # time.monotonic() of the last look at the workers, and of the last message
 
     def run(self, ready: Callable) -> int:
         """Run until SIGTERM or SIGINT; return the exit code."""
@@ -8532,18 +8550,49 @@ class Supervisor:
         metrics.allocate(METRICS, wanted + 2)  # the last rows are the queue's process's and the supervisor's
         metrics.set("haineko_build_info", __version__, sys.version.split()[0], to=1)
         metrics.set("haineko_reload_success", to=1)
-        alarm.settimeout(1.0)
+        alarm.settimeout(min(self.watchdog or 1.0, 1.0))
         self._replace()
         ready()
+        where = " ".join(url_of(listener, bool(self.settings.httpd.tls)) for listener in self.listeners)
+        self._notify("READY=1", f"STATUS=listens at {where}")
         while not self.stopping:
             with contextlib.suppress(socket.timeout):
                 alarm.recv(4096)
             self._reap()
             log.reopen()
             if not self.stopping:
+                self._check_heartbeats(time.monotonic())
                 self._replace()
                 self._watch()
         return self._stop(alarm)
+
+    def _notify(self, *lines: str) -> None:
+        """Tell systemd, if it asks for it (sd_notify(3))."""
+        path = "\0" + self.notify_path[1:] if self.notify_path[:1] == "@" else self.notify_path
+        if path:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.setblocking(False)
+                sock.sendto("\n".join(lines).encode(), path)
+
+    def _check_heartbeats(self, now: float) -> None:
+        """Kill the workers that hang; while none does, say so to systemd's watchdog."""
+        was_asleep, self.looked = (
+            now - self.looked > HANG_TIMEOUT / 2,
+            now,
+        )  # the machine, or this process: so were they
+        rows = [(pid, max(began, metrics.last_beat(self._row(slot)))) for pid, (began, slot) in self.workers.items()]
+        hanging = [pid for pid, beat in rows if now - beat > HANG_TIMEOUT and not was_asleep]
+        for pid in hanging:
+            log.lines(f"worker {pid} hangs; killing it", level="error")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self.watchdog and not hanging and now - self.petted > self.watchdog * 0.9:
+            self.petted = now
+            self._notify("WATCHDOG=1")
+
+    def _row(self, slot: int | None) -> int:
+        """Return the row in the metrics of a worker, or of the queue's process."""
+        return len(self.busy_counts) if slot is None else slot
 
     def _signalled(self, number: int, _: Any) -> None:
         self.stopping = self.stopping or number in (signal.SIGTERM, signal.SIGINT)
@@ -8581,7 +8630,7 @@ class Supervisor:
             gc.freeze()
             gc.set_threshold(20000, 50, 50)
             listeners = [] if slot is None else self.listeners
-            metrics.use_row(len(self.busy_counts) if slot is None else slot)
+            metrics.use_row(self._row(slot))
             Worker(listeners, self.settings, self.parent_pipe, self.busy_counts, slot, self.wakeup_pair).run()
             code = 0
         except BaseException:
@@ -8615,7 +8664,9 @@ class Supervisor:
         if not self.reload_requested and seen == tuple((path, stat_key(path)) for path, _ in seen):
             return
         self.reload_requested = False
+        self._notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         fresh, errors = load_settings(settings.path)
+        self._notify("READY=1", f"STATUS=reload failed: {len(errors)} errors" if errors else "STATUS=reloaded")
         metrics.set("haineko_reload_success", to=int(not errors))
         if errors:
             self.bad_stat_keys = fresh.files
@@ -8641,6 +8692,7 @@ class Supervisor:
 
     def _stop(self, alarm: socket.socket) -> int:
         """Wait for the workers, which answer what is in flight; kill those that take too long."""
+        self._notify("STOPPING=1", "STATUS=answering what is in flight")
         for listener in self.listeners:
             unlink_socket(listener)
             listener.close()
@@ -8653,6 +8705,9 @@ class Supervisor:
         self._signal_workers(signal.SIGKILL)
         log.lines("stopped")
         return 0
+
+
+HANG_TIMEOUT = 10.0  # seconds without a heartbeat
 
 
 def exit_reason(status: int) -> str:
@@ -8697,8 +8752,25 @@ def bind_unix(path: str) -> socket.socket:
     return listener
 
 
+class ActivatedSocket(socket.socket):
+    """Listening socket that systemd has opened, and removes."""
+
+
+def activated_sockets() -> list:
+    """Return the sockets that systemd passes to this process, from descriptor 3 on (sd_listen_fds(3))."""
+    pid, count, _ = [os.environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES")]
+    if pid != str(os.getpid()) or not count.isdecimal():
+        return []
+    listeners = [ActivatedSocket(fileno=number) for number in range(3, 3 + int(count))]
+    for listener in listeners:
+        listener.set_inheritable(False)
+        if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise OSError(errno.EINVAL, "expected a listening socket")
+    return listeners
+
+
 def unlink_socket(listener: socket.socket) -> None:
-    if listener.family == socket.AF_UNIX:
+    if listener.family == socket.AF_UNIX and not isinstance(listener, ActivatedSocket):
         with contextlib.suppress(OSError):
             os.unlink(listener.getsockname())
 
@@ -8808,7 +8880,10 @@ def prepare_server(options: Any) -> tuple:
     raise_nofile_limit()
     if settings.queue:
         check_queue_file(settings.queue)
-    return settings, [open_listener(address) for address in settings.httpd.listen]
+    try:
+        return settings, activated_sockets() or [open_listener(address) for address in settings.httpd.listen]
+    except OSError as error:
+        raise CommandError(f"a socket of $LISTEN_FDS can't be used: {error.strerror}", 1) from None
 
 
 def check_queue_file(settings: QueueSettings) -> None:
@@ -8860,6 +8935,8 @@ def command_start(options: Any) -> int:
     if running_pid(pid_file):
         raise CommandError(f"runs already (pid {running_pid(pid_file)})", 1)
     settings, listeners = prepare_server(options)
+    for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC"):  # systemd waits for the process that it has started
+        os.environ.pop(name, None)
     read_end, write_end = os.pipe()
     sys.stderr.flush()
     if os.fork():
@@ -9437,13 +9514,21 @@ def user_name() -> str:
 
 
 def command_setup(options: Any) -> int:
-    """Write haineko.json, haineko.service and with --sendmail a program, never over an existing file."""
+    """Write haineko.json, units for systemd and with --sendmail a program, never over an existing file."""
     import py_compile
 
     program, folder, code = os.path.realpath(__file__), os.path.abspath(options.dest), 0
-    values = {"python": sys.executable, "program": os.path.dirname(program), "folder": folder}
-    settings = json.dumps(example_settings(), indent=2) + "\n"
-    files = [("haineko.json", 0o600, settings), ("haineko.service", 0o644, SYSTEMD_UNIT.format(**values))]
+    values, settings = (
+        {"python": sys.executable, "program": os.path.dirname(program), "folder": folder},
+        example_settings(),
+    )
+    if f"{folder}/".startswith("/etc/"):  # which the server must not write to
+        settings["queue"]["path"] = "/var/lib/haineko/haineko.db"
+        values["writable"] = "# the queue is there: /var/lib/haineko\nStateDirectory=haineko\nStateDirectoryMode=0700"
+    else:
+        values["writable"] = f"# the queue is beside the settings: chown haineko {folder}\nReadWritePaths={folder}"
+    files = [("haineko.json", 0o600, json.dumps(settings, indent=2) + "\n")]
+    files += [("haineko.service", 0o644, SYSTEMD_UNIT.format(**values)), ("haineko.socket", 0o644, SYSTEMD_SOCKET)]
     if options.sendmail:
         files.append((os.path.abspath(options.sendmail), 0o755, SENDMAIL_LAUNCHER.format(**values)))
         with contextlib.suppress(OSError):  # other users can't write the bytecode, but use it
@@ -9467,27 +9552,60 @@ After=network-online.target
 Wants=network-online.target
 
 [Service]
-# useradd --system haineko; chown haineko {folder}/haineko.json
+Type=notify
+WatchdogSec=60
+# useradd --system haineko; chown root:haineko {folder}/haineko.json; chmod 640 {folder}/haineko.json
 User=haineko
-# the queue is written beside the settings: chown haineko {folder}
-ReadWritePaths={folder}
+{writable}
 WorkingDirectory={program}
 ExecStart={python} -m haineko serve -c {folder}/haineko.json
 ExecReload=/bin/kill -HUP $MAINPID
 Restart=on-failure
 TimeoutStopSec=40
+LimitNOFILE=65536
+# then the settings may have: "password": {{"file": "/run/credentials/haineko.service/relay"}}
+#LoadCredential=relay:{folder}/relay.secret
+UMask=0077
+# for ports below 1024 this, and no PrivateUsers: AmbientCapabilities=CAP_NET_BIND_SERVICE
+CapabilityBoundingSet=
+PrivateUsers=yes
 NoNewPrivileges=yes
 PrivateTmp=yes
 PrivateDevices=yes
-ProtectSystem=full
+ProtectSystem=strict
 ProtectHome=read-only
+ProtectProc=invisible
+ProtectClock=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
 ProtectKernelTunables=yes
 ProtectControlGroups=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+RestrictNamespaces=yes
+RestrictRealtime=yes
 RestrictSUIDSGID=yes
-LimitNOFILE=8192
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RemoveIPC=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
 
 [Install]
 WantedBy=multi-user.target
+"""
+SYSTEMD_SOCKET = """\
+# optional: systemd listens, in place of httpd.listen, and no connection is refused during a restart
+[Unit]
+Description=Socket of Haineko
+
+[Socket]
+ListenStream=127.0.0.1:2794
+
+[Install]
+WantedBy=sockets.target
 """
 SENDMAIL_LAUNCHER = """\
 #!{python} -IS

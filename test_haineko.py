@@ -11195,6 +11195,73 @@ class LogServed(Peers):
         self.assertEqual([line for line in lines if line[:3] not in ("<6>", "<4>", "<3>")], [])
 
 
+class UnderSystemd(Peers):
+    """Servers that are started as systemd starts them."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        folder = tempfile.TemporaryDirectory(prefix="haineko-test-")
+        self.addCleanup(folder.cleanup)
+        self.path = os.path.join(folder.name, "notify")
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(self.socket.close)
+        self.socket.bind(self.path)
+        self.socket.settimeout(10)
+
+    def heard(self, wanted: str) -> list:
+        """The lines of the first message that has a line."""
+        while True:
+            lines = self.socket.recv(4096).decode().split("\n")
+            if wanted in lines:
+                return lines
+
+    def server(self, setup: str, **sections) -> Server:
+        script = (
+            "import os, sys; sys.path.insert(0, os.path.dirname(sys.argv[1])); import haineko\n"
+            f"os.environ['NOTIFY_SOCKET'] = {self.path!r}\n{setup}\nsys.exit(haineko.main(sys.argv[2:]))"
+        )
+        kind = type("ServerOfSystemd", (Server,), {"COMMAND": ("-c", script, PROGRAM)})
+        server = kind({"mailertable": {"default": {"mailer": "Discard"}}, **sections})
+        self.addCleanup(server.close)
+        return server
+
+    def test_states(self) -> None:
+        server = self.server("")
+        self.assertEqual(self.heard("READY=1")[1], f"STATUS=listens at {server.urls[0]}")
+        server.write({"httpd": {"nyaa": 1}, "smtpd": {"nyaa": 1}})
+        self.assertRegex(self.heard("RELOADING=1")[1], r"\AMONOTONIC_USEC=\d+\Z")
+        self.assertEqual(self.heard("READY=1")[1], "STATUS=reload failed: 2 errors")
+        server.write({})
+        self.heard("RELOADING=1")
+        self.assertEqual(self.heard("READY=1")[1], "STATUS=reloaded")
+        server.stop()
+        self.heard("STOPPING=1")
+
+    def test_a_worker_that_hangs_is_replaced(self) -> None:
+        server = self.server("haineko.HANG_TIMEOUT = 2.5; os.environ['WATCHDOG_USEC'] = '200000'")
+        self.heard("WATCHDOG=1")
+        (pid,) = server.workers()
+        os.kill(pid, signal.SIGSTOP)
+        eventually(lambda: f"worker {pid} hangs; killing it" in server.log(), "a kill", 15)
+        eventually(lambda: pid not in server.workers() and server.workers())
+        self.assertEqual(server.submit("a@example.jp")[0], 200)
+        self.heard("WATCHDOG=1")
+
+    def test_sockets_of_systemd(self) -> None:
+        setup = (
+            f"import socket; a = socket.create_server(('127.0.0.1', 0)); b = socket.socket(socket.AF_UNIX)\n"
+            f"b.bind({self.path + '.http'!r}); b.listen(); c, d = a.detach(), os.dup(b.detach())\n"
+            "os.dup2(d, 99); os.dup2(c, 3); os.dup2(99, 4)\n"
+            "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='2')"
+        )
+        server = self.server(setup)
+        self.assertEqual(len(server.urls), 2)
+        for i in (0, 1):
+            self.assertEqual(server.ask(post(document(rcpt=["a@example.jp"])), i=i)[0], 200)
+        server.stop()
+        self.assertTrue(os.path.exists(self.path + ".http"))  # systemd's
+
+
 class Commands(Folder, Peers):
     def setUp(self) -> None:
         Folder.setUp(self)
@@ -11802,7 +11869,7 @@ class Commands(Folder, Peers):
     def test_setup_writes_what_is_not_there(self) -> None:
         folder = os.path.join(self.folder, "new", "folder")
         code, out, err = self.haineko("setup", "--dest", folder)
-        names = [os.path.join(folder, name) for name in ("haineko.json", "haineko.service")]
+        names = [os.path.join(folder, name) for name in ("haineko.json", "haineko.service", "haineko.socket")]
         self.assertEqual((code, out.splitlines(), err), (0, names, ""))
         self.assertEqual(stat.S_IMODE(os.stat(names[0]).st_mode), 0o600)
         self.assertEqual(self.called("check", "-c", names[0])[0], 0)
@@ -11813,6 +11880,7 @@ class Commands(Folder, Peers):
         with open(names[0], "w") as stream:
             stream.write("mine")
         os.unlink(names[1])
+        os.unlink(names[2])
         code, out, err = self.haineko("setup", "--dest", folder)
         self.assertEqual((code, out.splitlines()), (1, names[1:]))
         self.assertIn("File exists", err)
@@ -12675,12 +12743,16 @@ class Readme(unittest.TestCase):
 
     def test_systemd(self):
         output = self.run_it(["python3", "haineko.py", "setup", "--dest", "etc"])
-        paths = [os.path.join(self.folder, "etc", name) for name in ("haineko.json", "haineko.service")]
+        paths = [
+            os.path.join(self.folder, "etc", name) for name in ("haineko.json", "haineko.service", "haineko.socket")
+        ]
         self.assertEqual(output.split(), paths)
         self.assertEqual(haineko.load_settings(paths[0])[1], [])
         if not shutil.which("systemd-analyze"):
             self.skipTest("no systemd-analyze on this machine")
-        self.assertEqual(self.run_it(["systemd-analyze", "verify", "--man=no", paths[1]]), "")
+        self.assertEqual(self.run_it(["systemd-analyze", "verify", "--man=no", *paths[1:]]), "")
+        found = self.run_it(["systemd-analyze", "security", "--offline=yes", paths[1]])
+        self.assertLessEqual(float(re.search(r"exposure level for haineko.service: ([\d.]+)", found)[1]), 1.5)
 
     def test_every_setting_stands_in_a_table(self):
         """With its default."""
