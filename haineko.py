@@ -6,17 +6,18 @@
                                                |  deferred, or to be queued
                                                +-> QueueDB -> QueueManager -> RELAYS -> bounce, webhook
 
-     1  Replies and transactions   10  DNS and connections
-     2  JSON into dataclasses      11  HTTP client
-     3  Settings                   12  Signatures
-     4  Log and metrics            13  SMTP sessions
-     5  Submissions                14  Relays
-     6  Policy                     15  Queue
-     7  Messages                   16  Submission pipeline
-     8  Routes                     17  HTTP server
-     9  Event loop                 18  Commands
+     1  Replies and transactions   11  HTTP client
+     2  JSON into dataclasses      12  Signatures
+     3  Settings                   13  OAuth2
+     4  Log and metrics            14  SMTP sessions
+     5  Submissions                15  Relays
+     6  Policy                     16  Queue
+     7  Messages                   17  Submission pipeline
+     8  Routes                     18  HTTP server
+     9  Event loop                 19  Commands
+    10  DNS and connections
 
-Sections 1, 5 to 8 and 14 to 16 are the pipeline; 2 to 4 and 9 to 13 are infrastructure; 17 and 18 are the two entries.
+Sections 1, 5 to 8 and 15 to 17 are the pipeline; 2 to 4 and 9 to 14 are infrastructure; 18 and 19 are the two entries.
 
 Rules of the file:
   - A section uses only the sections above it; inside a section callers stand above their helpers.
@@ -31,8 +32,7 @@ config_field() in section 3; an endpoint a function and a row of ENDPOINTS; a co
 
 RFCs: 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS), 3461 (DSN), 3463
 (status codes), 3464 (bounces), 4954 (AUTH), 6152 (8BITMIME), 6531 (SMTPUTF8), 8314 (TLS on 465), 2183, 2231, 2387, 2392
-(attachments), 1035 (DNS), 6891 (EDNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic), 6376, 8463
-(DKIM).
+(attachments), 1035 (DNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic).
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ import math
 import mmap
 import os
 import queue
+import random
 import re
 import select
 import signal
@@ -73,7 +74,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
@@ -206,18 +207,12 @@ def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
 
 def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
     """Return one recipient's item of the answer; `maybe_delivered` is present only if it is true."""
-    item = {
-        "rcpt": recipient,
-        "error": 0 if reply.accepted else 1,
-        "code": reply.code,
-        "dsn": reply.dsn,
-        "command": reply.command,
-        "message": reply.message,
-        "mailer": reply.mailer,
-        "host": reply.host,
-        "port": reply.port,
-    }
+    item = {"rcpt": recipient, "error": 0 if reply.accepted else 1}
+    item.update([(key, getattr(reply, key)) for key in ANSWER_KEYS])
     return {**item, "maybe_delivered": True} if reply.maybe_delivered else item
+
+
+ANSWER_KEYS = ("code", "dsn", "command", "message", "mailer", "host", "port")
 
 
 def cache_short(maxsize: int, limit: int = 512) -> Callable:
@@ -310,6 +305,7 @@ REPLIES = {
     "no-starttls": (0, "454", "4.7.4", "STARTTLS", "STARTTLS is required, but was not offered"),
     "tls": (0, "421", "4.7.5", "STARTTLS", "TLS handshake failed"),
     "no-auth": (0, "454", "4.7.0", "AUTH", "AUTH is required, but no mechanism known here was offered"),
+    "token": (0, "454", "4.7.0", "AUTH", "No access token"),
     "clear-auth": (0, "454", "4.7.11", "AUTH", "Credentials are not sent over a connection without TLS"),
     "file": (0, "451", "4.3.0", "DATA", "Cannot save the message"),
     "store": (503, "451", "4.3.0", "QUEUE", "Cannot store the mail"),
@@ -328,9 +324,7 @@ REPLIES = {
     "web-later": (0, "451", "4.3.0", "DATA", "%s"),
     "web-refused": (0, "550", "5.0.0", "DATA", "%s"),
     "inexpressible": (0, "550", "5.6.3", "DATA", "The API can't express this message"),
-    "saved": (0, "200", "2.0.0", "DATA", "%s"),
-    "printed": (0, "200", "2.0.0", "DATA", "Printed"),
-    "discarded": (0, "200", "2.0.0", "DATA", "Discarded"),
+    "done": (0, "200", "2.0.0", "DATA", "%s"),
 }
 
 # ======================================================================================================================
@@ -411,12 +405,8 @@ MAX_ERRORS = 1000  # or a hostile body could yield 100 times its own size in mes
 @functools.lru_cache(maxsize=None)
 def key_table(cls: type) -> dict:
     """Return {key in JSON: (attribute, parser)} of a dataclass made of config_field()."""
-    table = {}
-    for item in fields(cls):
-        if "parse" in item.metadata:
-            for key in item.metadata["keys"] or (item.name,):
-                table[key] = (item.name, item.metadata["parse"])
-    return table
+    known = [item for item in fields(cls) if "parse" in item.metadata]
+    return {key: (i.name, i.metadata["parse"]) for i in known for key in i.metadata["keys"] or (i.name,)}
 
 
 def json_type_name(value: Any) -> str:
@@ -440,6 +430,18 @@ def sanitize(text: str, limit: int = 200, keep: str = "") -> str:
     """Return text fit for a log or a terminal: cut at `limit`, "?" for unprintable characters other than `keep`."""
     text = text if len(text) <= limit else text[:limit] + "..."
     return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else "?" for c in text)
+
+
+def mask_secrets(text: str, secrets: Any) -> str:
+    """Return a text without the secrets, and without parts of 16 characters: servers cut and fold what they repeat."""
+    hidden: set = set()
+    for secret in secrets:
+        size = min(len(secret), 16)
+        parts = {secret[i : i + size] for i in range(len(secret) - size + 1)}
+        starts = [i for i in range(len(text) - size + 1) if text[i : i + size] in parts]
+        hidden.update(i for start in starts for i in range(start, start + size))
+    marked = "".join("\0" if i in hidden else c for i, c in enumerate(text))
+    return re.sub("\0+", "********", marked) if hidden else text
 
 
 def parse_text(value: Any, json_path: str, errors: list) -> str:
@@ -472,10 +474,9 @@ def matching(pattern: Any, expected: str, optional: bool = False, secret: bool =
 
 def one_of(names: Any, kind: str) -> Callable:
     """Return a parser of names that compares without case and returns the name as it stands in `names`."""
-    known = {name.lower(): name for name in names}
 
     def parse(value: Any, json_path: str, errors: list) -> str | None:
-        text = parse_text(value, json_path, errors)
+        text, known = parse_text(value, json_path, errors), {name.lower(): name for name in names}
         if text == value and text.lower() not in known:
             errors.append(f'{json_path}: unknown {kind} "{sanitize(text)}"{did_you_mean(text, names)}')
         return known.get(text.lower())
@@ -549,20 +550,14 @@ def nested(cls: type) -> Callable:
 # ======================================================================================================================
 
 
-class IPAddress(NamedTuple):
-    """Parsed IP address."""
-
-    text: str
-    version: int
-    number: int
+IPAddress = Any  # ipaddress.IPv4Address or IPv6Address
 
 
 @cache_short(4096, 64)
 def parse_ip(text: str) -> IPAddress:
     """Parse an IP address; an IPv4-mapped IPv6 address becomes IPv4. Raises ValueError."""
     found = ipaddress.ip_address(text.partition("%")[0])
-    found = getattr(found, "ipv4_mapped", None) or found
-    return IPAddress(str(found), found.version, int(found))
+    return getattr(found, "ipv4_mapped", None) or found
 
 
 class Networks:
@@ -577,7 +572,7 @@ class Networks:
         self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
 
     def __contains__(self, address: IPAddress) -> bool:
-        version, number = address.version, address.number
+        version, number = address.version, int(address)
         return any(version == of and number >> shift in members for of, shift, members in self.groups)
 
 
@@ -620,67 +615,132 @@ DOMAIN = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(?:\.{_LABEL})*")
 BASE_URL = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?(?:/[A-Za-z0-9/._~-]*)?")
 WEBHOOK_URL = re.compile(r"(https?)://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(/[!-~]*)?")
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+", re.IGNORECASE)
-FACILITIES = ["kern", "user", "mail", "daemon", "auth", "lpr", "news", "uucp", "cron", "syslog"]
-FACILITIES += [f"local{n}" for n in range(8)]
+FACILITIES = {
+    name: i
+    for i, name in enumerate(["kern", "user", "mail", "daemon", "auth", "syslog", "lpr", "news", "uucp", "cron"])
+}
+FACILITIES.update({f"local{i}": 16 + i for i in range(8)})  # RFC 3164 4.1.1
 
 parse_network = matching(functools.partial(ipaddress.ip_network, strict=False), "an IP address or network")
 parse_networks = list_of(parse_network, lambda texts: Networks(tuple(texts)))
 parse_listen_address = matching(is_listen_address, '"host:port", "[v6]:port" or "unix:/path"')
+parse_listen = list_of(parse_listen_address, required=True)
 parse_host = matching(is_host, "a host name or an IP address")
 parse_hostname = matching(DOMAIN, "a host name", optional=True)
 parse_resolver = matching(name_server_endpoint, '"address", "address:port" or "[v6]:port"', optional=True)
 parse_origin = matching(ORIGIN, 'a web origin like "https://www.example.org"', convert=str.lower)
 parse_facility = one_of(FACILITIES, "syslog facility")
+is_base_url = functools.partial(is_url, BASE_URL)
 parse_base_url = matching(
-    functools.partial(is_url, BASE_URL),
-    'a URL like "https://api.example.org"',
-    True,
-    convert=lambda url: url.rstrip("/"),
+    is_base_url, 'a URL like "https://api.example.org"', True, convert=lambda url: url.rstrip("/")
 )
 parse_region = matching(re.compile("[a-z0-9-]{1,32}"), 'a region like "eu-west-1"', optional=True)
-parse_webhook_url = matching(
-    functools.partial(is_url, WEBHOOK_URL), 'a URL like "https://www.example.org/hook"', optional=True, secret=True
-)
+is_full_url = functools.partial(is_url, WEBHOOK_URL)
+parse_webhook_url = matching(is_full_url, 'a URL like "https://www.example.org/hook"', optional=True, secret=True)
+parse_token_url = matching(is_full_url, 'a URL like "https://login.example.org/token"', optional=True)
 
 
 def parse_mailer(value: Any, json_path: str, errors: list) -> str:
-    """Return the name of a relay in the spelling of RELAYS, or the path of a folder."""
-    value = parse_text(value, json_path, errors)
-    known = {name.lower(): name for name in RELAYS}
-    if not value.startswith("/") and value.lower() not in known:
-        errors.append(f'{json_path}: unknown relay type "{value}"{did_you_mean(value, RELAYS)}')
-    return known.get(value.lower(), value)
+    """Parse the name of a relay, or the path of a folder."""
+    is_folder = isinstance(value, str) and value.startswith("/")
+    return (parse_text if is_folder else one_of(RELAYS, "relay type"))(value, json_path, errors)
 
 
 class Relay(NamedTuple):
     """All that is known of a relay. To add one is to write its functions and a row of RELAYS."""
 
     send: Callable | None  # (Transaction, TransportContext): awaited for a Reply for each recipient
-    probe: (
-        Callable | None
-    )  # (ConnectivityProbe, TransportContext): awaited for a CheckResult for each step; sends no mail
+    probe: Callable | None  # (ConnectivityProbe, TransportContext): awaited for CheckResults; sends no mail
     default_port: int = 25
     api_url: str = ""  # template of the base URL of a relay by HTTP
     needs: tuple = ()  # settings that its routes must have
     refuses: tuple = ()  # settings that its routes can't have
     login: tuple = ("username", "password")  # what a login for its API must have
+    scopes: tuple = ()  # for its API, if not the provider's: of an application's tokens, of a user's
     destination: str = "{route.relay} {route.host}:{route.port}"  # template: mail with the same text shares a next hop
     into_folder: bool = False  # delivers into a folder of this machine
     keeps_octets: bool = False  # what it sends arrives unchanged, so that it can be signed
 
 
-UNKNOWN_RELAY = Relay(None, None)  # of a route whose mailer is a fault of the settings
-RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 14
+UNKNOWN_RELAY = Relay(None, None)  # of a route made before RELAYS is filled
+RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 15
 
 
 def parse_secret(value: Any, json_path: str, errors: list) -> Any:
-    """Parse a string, {"file": path} or {"env": NAME}."""
+    """Parse a string, or an object with one key that tells where the secret is."""
     if not isinstance(value, dict):
         return value if type(value) is str else parse_text(value, json_path, errors)  # _secret() reads its characters
-    if len(value) == 1 and set(value) <= {"file", "env"}:
-        return {key: parse_text(item, f"{json_path}.{key}", errors) for key, item in value.items()}
-    errors.append(f'{json_path}: expected a string, {{"file": path}} or {{"env": NAME}}')
-    return None
+    kind = next(iter(value), "")
+    if len(value) != 1 or kind not in ("file", "env", "command", "credential"):
+        errors.append(f"{json_path}: expected {SECRET_FORMS}")
+        return None
+    parse, count = list_of(parse_text, required=True) if kind == "command" else parse_text, len(errors)
+    where = parse(value[kind], f"{json_path}.{kind}", errors)
+    return {kind: where} if len(errors) == count else None  # a faulty command is not run
+
+
+def read_secret(source: Any, base: str, multiline: bool = False) -> str:
+    """Return a secret from where it is; ValueError tells why that fails, without octets of it. A command blocks."""
+    if isinstance(source, str):
+        return source
+    ((kind, where),) = source.items()
+    name = where[0] if kind == "command" else where
+    try:
+        secret = _secret_octets(kind, where, base).decode().rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise ValueError(f".{kind}: {name}: not UTF-8") from None
+    except OSError as error:
+        raise ValueError(f".{kind}: {name}: {error.strerror}") from None
+    secret = secret.partition("\n")[0].rstrip("\r") if kind == "command" and not multiline else secret
+    if not (multiline or secret.isprintable()):
+        raise ValueError(": has a line end, or another unprintable character")
+    return secret
+
+
+def _secret_octets(kind: str, where: Any, base: str) -> bytes:
+    if kind == "command":
+        return run_secret_command(where, base)
+    if kind == "env":
+        if where not in os.environ:
+            raise ValueError(f".env: no environment variable {where}")
+        return os.fsencode(os.environ[where])
+    if kind == "credential":
+        base = os.environ.get("CREDENTIALS_DIRECTORY", "")
+        if "/" in where or not base:
+            raise ValueError(f".credential: no credential {where}: LoadCredential= of systemd gives it to a unit")
+    with open_regular(os.path.join(base, where)) as stream:
+        if os.fstat(stream.fileno()).st_mode & 0o006:
+            raise ValueError(f".{kind}: can be read by everybody; chmod 600 {where}")
+        return stream.read()
+
+
+def run_secret_command(command: tuple, base: str) -> bytes:
+    """Return what a program prints, run without a shell in the folder of the settings."""
+    from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
+
+    with Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, cwd=base or None, start_new_session=True) as process:
+        try:
+            code = process.wait(SECRET_TIMEOUT)
+        except TimeoutExpired:  # or it has written more than a pipe holds
+            os.killpg(process.pid, signal.SIGKILL)
+            raise ValueError(f".command: {command[0]}: did not end within {SECRET_TIMEOUT} s") from None
+        for pipe in (process.stdout, process.stderr):  # a process that it started may hold them open
+            os.set_blocking(pipe.fileno(), False)
+        output, error = process.stdout.read() or b"", process.stderr.read() or b""
+    if code or not output.strip():
+        words = sanitize(error.decode("utf-8", "replace").strip().rpartition("\n")[2])
+        raise ValueError(f".command: {command[0]}: {words or (f'exit code {code}' if code else 'printed nothing')}")
+    return output
+
+
+SECRET_TIMEOUT = 10  # seconds
+SECRET_FORMS = 'a string, {"file": path}, {"env": NAME}, {"command": [program, argument]} or {"credential": NAME}'
+MICROSOFT, MAIL = "https://login.microsoftonline.com/{tenant}/oauth2/v2.0/token", "https://mail.google.com/"
+OUTLOOK = "https://outlook.office365.com/.default", "https://outlook.office.com/SMTP.Send offline_access"
+PROVIDERS = {  # of access tokens: (token_url, scope of an application's tokens, scope of a user's)
+    "microsoft": (MICROSOFT, *OUTLOOK),
+    "google": ("https://oauth2.googleapis.com/token", MAIL, MAIL),
+}
 
 
 class Authenticator:
@@ -720,11 +780,6 @@ class Authenticator:
 
     def _cache_key(self, credentials: str) -> bytes:
         return hmac.digest(self.key, credentials.encode(), "sha256")
-
-
-def username_of(credentials: str) -> str:
-    """Return the name in an Authorization header of HTTP Basic, "" for none."""
-    return decode_basic(credentials).partition(":")[0]
 
 
 def decode_basic(credentials: str) -> str:
@@ -871,10 +926,6 @@ def recipient_key(text: str) -> str:
     return f"{local.lower()}@{key}" if local and key and key[0] != "." else ""
 
 
-def alias_key(name: str) -> str:
-    return "" if "@" in name else name.lower()
-
-
 def plain_domain_key(name: str) -> str:
     return "" if name.startswith(".") else domain_key(name)
 
@@ -895,7 +946,11 @@ IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different
 DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
 parse_domain = matching(plain_domain_key, "a domain", convert=domain_key)
 parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
-parse_aliases = mapping_of(list_of(matching(recipient_key, "an address"), required=True), alias_key, "a name without @")
+parse_aliases = mapping_of(
+    list_of(matching(recipient_key, "an address"), required=True),
+    lambda name: "" if "@" in name else name.lower(),
+    "a name without @",
+)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -906,11 +961,7 @@ class Tls:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Httpd:
-    listen: tuple = config_field(
-        ("127.0.0.1:2794",),
-        list_of(parse_listen_address, required=True),
-        "host:port, [v6]:port or unix:/path, or a list",
-    )
+    listen: tuple = config_field(("127.0.0.1:2794",), parse_listen, "host:port, [v6]:port or unix:/path, or a list")
     workers: int = config_field(0, integer(0, 256), "processes; 0 means one per core")
     max_connections: int = config_field(512, integer(1, 65536), "open connections per worker")
     timeout: int = config_field(30, integer(1, 3600), "seconds for a whole request, and for an idle connection")
@@ -966,11 +1017,32 @@ class Recipients:
     recipients: frozenset = config_field(frozenset(), list_of(parse_recipient, frozenset), "addresses likewise")
 
 
+@dataclass(frozen=True, repr=False)
+class OAuth2:
+    """Where access tokens come from (RFC 6749). resolve_settings() fills in what the provider has, reads the
+    secrets that don't change."""
+
+    provider: str = config_field("", one_of(PROVIDERS, "provider"), "microsoft or google: known token_url and scope")
+    tenant: str = config_field("", parse_hostname, "microsoft: the directory's id or domain")
+    token_url: str = config_field("", parse_token_url, "where tokens are fetched")
+    scope: str = config_field("", parse_text, "what a token is to permit")
+    client_id: str = config_field("", parse_text, "the application's id")
+    client_secret: Any = config_field("", parse_secret, SECRET_FORMS, secret=True)
+    refresh_token: Any = config_field("", parse_secret, "of a user; absent: the application's own tokens", secret=True)
+    service_account: str = config_field("", parse_text, "JSON file of a Google service account, as the user's delegate")
+    access_token: Any = config_field("", parse_secret, "the token itself, usually by a command", secret=True)
+    base: str = ""  # folder of the settings
+
+    def __hash__(self) -> int:
+        return hash((self.token_url, self.client_id))
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Credentials:
     username: str = config_field("", parse_text, "name to log in with")
-    password: Any = config_field("", parse_secret, 'a string, {"file": path} or {"env": NAME}', secret=True)
+    password: Any = config_field("", parse_secret, SECRET_FORMS, secret=True)
     token: Any = config_field("", parse_secret, "session token of temporary credentials of Amazon", secret=True)
+    oauth2: OAuth2 | None = config_field(None, nested(OAuth2), "access tokens instead of a password")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -1008,6 +1080,7 @@ class Route:
     address: str = ""  # to connect to in place of a look-up; or several, divided by spaces
     tls_if_offered: bool = False  # STARTTLS where the server has it
     token: str = field(default="", repr=False)
+    oauth2: OAuth2 | None = None
 
     def __post_init__(self) -> None:
         if not self.port:
@@ -1138,7 +1211,8 @@ def holds_secrets(raw: dict) -> bool:
     """True if raw settings hold a secret itself, not only where it is."""
     logins, keys, hashes, queue_settings = (raw.get(name) or {} for name in ("authinfo", "dkim", "password", "queue"))
     holders = [holder for table in (logins, keys) if isinstance(table, dict) for holder in table.values()]
-    names = ("password", "token", "key")
+    holders += [item["oauth2"] for item in holders if isinstance(item, dict) and isinstance(item.get("oauth2"), dict)]
+    names = ("password", "token", "key", "client_secret", "refresh_token", "access_token")
     secrets = [holder.get(name) for holder in holders if isinstance(holder, dict) for name in names]
     secrets += [queue_settings.get("webhook_secret")] if isinstance(queue_settings, dict) else []
     return any(secret and type(secret) is str for secret in secrets) or (isinstance(hashes, dict) and bool(hashes))
@@ -1148,6 +1222,8 @@ def referenced_files(settings: Settings) -> list:
     """Return the paths of files that the settings name and that are read with them."""
     base, tls = os.path.dirname(settings.path or ""), settings.httpd.tls
     secrets = [secret for login in settings.authinfo.values() for secret in (login.password, login.token)]
+    by_token = [login.oauth2 for login in settings.authinfo.values() if login.oauth2]
+    secrets += [secret for item in by_token for secret in (item.client_secret, {"file": item.service_account})]
     secrets += [settings.queue.webhook_secret] if settings.queue else []
     secrets += [item.key for item in settings.dkim.values()]
     names = [secret["file"] for secret in secrets if isinstance(secret, dict) and "file" in secret]
@@ -1160,14 +1236,10 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
     """Return (Settings, errors) with names, secrets and files looked up, so that a mail finds all of it ready."""
     base = os.path.dirname(settings.path or "")
     logins = {name: _login(login, base, f"authinfo.{name}", errors) for name, login in settings.authinfo.items()}
-    tables = {
-        table: {
-            key: _route(route, logins, base, f"{table}.{key}", errors)
-            for key, route in getattr(settings, table).items()
-            if not route.disabled
-        }
-        for table in ("mailertable", "sendermt")
-    }
+    tables = {}
+    for table in ("mailertable", "sendermt"):
+        routes = [(key, route) for key, route in getattr(settings, table).items() if not route.disabled]
+        tables[table] = {key: _route(route, logins, base, f"{table}.{key}", errors) for key, route in routes}
     name = settings.smtpd.hostname or local_hostname()
     if settings.httpd.tls:
         _check_tls(settings.httpd.tls, base, errors)
@@ -1193,34 +1265,51 @@ def _dkim_key(key: DkimKey, domain: str, base: str, errors: list) -> DkimKey:
 
 
 def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple:
-    """Return (username, password, token) with the secrets looked up."""
+    """Return (username, password, token, oauth2) with the secrets looked up."""
     password = _secret(login.password, base, f"{json_path}.password", errors)
     token = _secret(login.token, base, f"{json_path}.token", errors)
-    return login.username, password, token
+    if login.oauth2 and not login.username:
+        errors.append(f"{json_path}.username: oauth2 needs it")
+    return login.username, password, token, login.oauth2 and _oauth2(login.oauth2, base, f"{json_path}.oauth2", errors)
+
+
+def _oauth2(oauth2: OAuth2, base: str, json_path: str, errors: list) -> OAuth2:
+    """Return what tokens are fetched with; scope as in the settings."""
+    account = oauth2.service_account and _service_account(oauth2.service_account, base, json_path, errors)
+    provider = "google" if oauth2.service_account else oauth2.provider
+    url = oauth2.token_url or PROVIDERS.get(provider, ("",))[0].format(tenant=oauth2.tenant)
+    secret = _secret(oauth2.client_secret, base, f"{json_path}.client_secret", errors)
+    for key in ("refresh_token", "access_token"):
+        source = getattr(oauth2, key)
+        if not (isinstance(source, dict) and "command" in source):  # which may need the network
+            _secret(source, base, f"{json_path}.{key}", errors)
+    if not (oauth2.service_account or oauth2.access_token):
+        tenant = oauth2.token_url or provider != "microsoft" or oauth2.tenant
+        needs = {"provider": url, "tenant": tenant, "client_id": oauth2.client_id}
+        needs["client_secret"] = oauth2.client_secret or oauth2.refresh_token
+        errors.extend(f"{json_path}.{key}: oauth2 needs it" for key, value in needs.items() if not value)
+    values = {"provider": provider, "token_url": url, "client_secret": secret, "service_account": account}
+    return replace(oauth2, base=base, **values)
+
+
+def _service_account(name: str, base: str, json_path: str, errors: list) -> str:
+    """Return the file's content, checked."""
+    text = _secret({"file": name}, base, f"{json_path}.service_account", errors, multiline=True)
+    try:
+        document = parse_json(text.encode()) if text else None
+        document and (document["client_email"], PrivateKey(document["private_key"].encode()))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        errors.append(f"{json_path}.service_account: {name}: expected the JSON file of a Google service account")
+    return text
 
 
 def _secret(source: Any, base: str, json_path: str, errors: list, multiline: bool = False) -> str:
-    """Return a secret, from the file or the environment variable that `source` names."""
+    """Return a secret from where `source` says that it is."""
     try:
-        if isinstance(source, str):
-            secret = source
-        elif "env" in source:
-            secret = os.environ[source["env"]].rstrip("\r\n")
-        else:
-            with open_regular(os.path.join(base, source["file"])) as stream:
-                if os.fstat(stream.fileno()).st_mode & 0o006:
-                    errors.append(f"{json_path}.file: can be read by everybody; chmod 600 {source['file']}")
-                secret = stream.read().decode().rstrip("\r\n")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"  # the error's text holds octets of the secret
-        errors.append(f"{json_path}.file: {source['file']}: {reason}")
-    except KeyError:
-        errors.append(f"{json_path}.env: no environment variable {source['env']}")
-    else:
-        if multiline or secret.isprintable():
-            return secret
-        errors.append(f"{json_path}: has a line end, or another unprintable character")
-    return ""
+        return read_secret(source, base, multiline)
+    except ValueError as error:
+        errors.append(f"{json_path}{error}")
+        return ""
 
 
 def _queue_settings(settings: QueueSettings, base: str, errors: list) -> QueueSettings:
@@ -1267,16 +1356,23 @@ def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) 
         errors.append(f"{json_path}.ca_file: {ca_file}: {error.strerror or error}")
     if not row.into_folder and route.host.startswith("/"):
         errors.append(f'{json_path}.host: expected a host name, got "{route.host}"')
-    *login, token = logins.get(route.auth, ("",))
-    route = replace(route, ca_file=ca_file, credentials=tuple(login), token=token)
+    *login, token, oauth2 = logins.get(route.auth, ("", None))
+    if row.api_url:
+        oauth2 = oauth2 if "oauth2" in row.login else None
+    elif token:
+        oauth2 = oauth2 or OAuth2(access_token=token)
+    if oauth2 and not oauth2.scope:
+        scopes = row.scopes or PROVIDERS.get(oauth2.provider, ("", "", ""))[1:]
+        oauth2 = replace(oauth2, scope=scopes[bool(oauth2.refresh_token)])
+    route = replace(route, ca_file=ca_file, credentials=tuple(login), token=token, oauth2=oauth2)
     return _web_route(route, row, json_path, errors) if row.api_url else route
 
 
 def _web_route(route: Route, row: Relay, json_path: str, errors: list) -> Route:
     """Return the route of a relay by HTTP with the host and port of its API."""
-    login = dict(zip(("username", "password"), route.credentials), token=route.token)
+    login = dict(zip(("username", "password"), route.credentials), oauth2=route.oauth2)
     if route.credentials and not all(login[key] for key in row.login):
-        errors.append(f"{json_path}.auth: authinfo.{route.auth} needs {' and '.join(f'a {key}' for key in row.login)}")
+        errors.append(f"{json_path}.auth: authinfo.{route.auth} needs {' and '.join(row.login)}")
     site = split_base_url(route.url)
     return replace(route, host=site.host, port=site.port)
 
@@ -1299,17 +1395,20 @@ def split_base_url(url: str) -> BaseURL:
     return BaseURL(parts.scheme == "https", host, port, parts.path, name if port == default_port else f"{name}:{port}")
 
 
+def split_url(url: str) -> tuple:
+    """Return (base URL, path and query) of a URL that WEBHOOK_URL matches."""
+    scheme, host, port, path = WEBHOOK_URL.fullmatch(url).groups()
+    return f"{scheme}://{host}{f':{port}' if port else ''}", path or "/"
+
+
 def pin_queue_path(fresh: Settings, queue_settings: QueueSettings | None) -> Settings:
     """Return reloaded settings with the queue's present file: another one takes effect at the next start."""
     return replace(fresh, queue=queue_settings and replace(fresh.queue or queue_settings, path=queue_settings.path))
 
 
-def local_hostname() -> str:
-    return qualified_hostname(socket.gethostname())
-
-
-def qualified_hostname(name: str) -> str:
-    """Return a machine's name, made legal for headers; with ".localdomain", as Postfix does, if it has no domain."""
+def local_hostname(name: str | None = None) -> str:
+    """Return a machine's name (this one's), made legal; with ".localdomain", as Postfix does, if it has no domain."""
+    name = socket.gethostname() if name is None else name
     if "." in name and HOSTNAME.fullmatch(name):
         return name
     return (re.sub("[^A-Za-z0-9]+", "-", name)[:63].strip("-") or "localhost") + LOCALDOMAIN
@@ -1317,7 +1416,7 @@ def qualified_hostname(name: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def ehlo_name(hostname: str, address: str) -> str:
-    """Return the name for EHLO from a local address: `hostname`, or if that is illegal or made by qualified_hostname(),
+    """Return the name for EHLO from a local address: `hostname`, or if that is illegal or made by local_hostname(),
     what reverse DNS says, else the address literal (RFC 5321 4.1.4)."""
     if HOSTNAME.fullmatch(hostname) and not hostname.endswith(LOCALDOMAIN):
         return hostname
@@ -1326,7 +1425,7 @@ def ehlo_name(hostname: str, address: str) -> str:
         name = "" if local in LOOPBACK else socket.gethostbyaddr(address)[0]
         if "." in name and HOSTNAME.fullmatch(name) and not name.endswith(LOCALDOMAIN):
             return name
-    return f"[IPv6:{local.text}]" if local.version == 6 else f"[{local.text}]"
+    return f"[IPv6:{local}]" if local.version == 6 else f"[{local}]"
 
 
 LOCALDOMAIN = ".localdomain"
@@ -1376,9 +1475,8 @@ def redacted(value: Any, secret: bool = False) -> Any:
     if isinstance(value, (tuple, frozenset)):
         return sorted(value) if isinstance(value, frozenset) else list(value)
     if hasattr(value, "__dataclass_fields__"):
-        items = [item for item in fields(value) if "parse" in item.metadata]
-        keyed = [(item, (item.metadata["keys"] or (item.name,))[0]) for item in items]
-        return {key: redacted(getattr(value, item.name), item.metadata["secret"]) for item, key in keyed}
+        known = {(i.metadata["keys"] or (i.name,))[0]: i for i in fields(value) if "parse" in i.metadata}
+        return {key: redacted(getattr(value, item.name), item.metadata["secret"]) for key, item in known.items()}
     return value
 
 
@@ -1403,44 +1501,16 @@ def example_settings() -> dict:
 # ======================================================================================================================
 
 
-class LogSink:
-    """Write-readiness of a log destination: waits for it at most 1 s per minute, then lines are dropped and counted."""
-
-    WAIT_BUDGET = 1.0  # seconds per minute
-
-    def __init__(self) -> None:
-        self.lost = self.lost_ever = 0  # lines, since it stopped reading; and in all that are not in the metrics yet
-        self.budget, self.waited = self.WAIT_BUDGET, 0.0  # what is left of it, at that monotonic time
-
-    def wait_writable(self, fd: int) -> bool:
-        """Return True once a line can be written."""
-        poller = select.poll()
-        poller.register(fd, select.POLLOUT)
-        if poller.poll(0):
-            return True
-        if self.lost:
-            return False
-        start = time.monotonic()
-        budget = min(self.budget + (start - self.waited) * self.WAIT_BUDGET / 60, self.WAIT_BUDGET)
-        ready = poller.poll(budget * 1000)
-        self.waited = time.monotonic()
-        self.budget = max(budget - (self.waited - start), 0)
-        return bool(ready)
-
-    def lose(self, count: int) -> None:
-        self.lost, self.lost_ever = self.lost + count, self.lost_ever + count
-
-    @property
-    def lost_note(self) -> str:
-        return f"{self.lost} lines were lost, since nobody read them"
-
-
 class Log:
-    """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once."""
+    """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once.
+
+    A reader that is slow is waited for PATIENCE seconds; then lines are dropped and counted until it reads again.
+    """
 
     FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     LEVELS = {"error": 3, "warning": 4, "info": 6}  # of syslog(3)  # noqa: RUF012
     SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
+    PATIENCE = 0.1
 
     def __init__(self) -> None:
         self.devel = False  # SMTP dialogues are shown, too
@@ -1452,18 +1522,22 @@ class Log:
         self.stderr = 2  # a file descriptor
         self.path = ""  # of the file that descriptors 1 and 2 are, if reopen() is to look for a new one
         self.quiet = False  # lines for stderr are dropped
-        self.stderr_sink, self.syslog_sink = LogSink(), LogSink()
+        self.lost = self.lost_ever = 0  # lines, since the reader stopped; and in all that are not in the metrics yet
+
+    def _lose(self, count: int) -> None:
+        self.lost, self.lost_ever = self.lost + count, self.lost_ever + count
+
+    @property
+    def lost_note(self) -> str:
+        return f"{self.lost} lines were lost, since nobody read them"
 
     def open(self, settings: Syslog, form: str = "text") -> None:
         """Send lines from now on where the settings say."""
-        self.facility, self.is_json = None, form == "json"
+        self.facility = None if settings.disabled else FACILITIES[settings.facility] * 8
+        self.is_json = form == "json"
         with contextlib.suppress(OSError):
             found = os.fstat(2)
             self.is_journal = os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
-        if not settings.disabled:
-            import syslog
-
-            self.facility = getattr(syslog, "LOG_" + settings.facility.upper())
 
     def event(self, level: str, event: str, message: str, **fields: Any) -> None:
         """Write a line about an event: QUEUEID: key=value ... (code message), or JSON; fields are left out if None."""
@@ -1537,16 +1611,16 @@ class Log:
 
     def write_bytes(self, octets: bytes) -> bool:
         """Write octets to stderr; False if it is closed, full, or a pipe that nobody reads."""
-        start, sink = 0, self.stderr_sink
+        start = 0
         try:
             while start < len(octets):
-                if not sink.wait_writable(self.stderr):
-                    sink.lose(octets.count(b"\n", start))
+                if not select.select([], [self.stderr], [], 0 if self.lost else self.PATIENCE)[1]:
+                    self._lose(octets.count(b"\n", start))
                     return False
                 with contextlib.suppress(BlockingIOError):  # another process was quicker
-                    if sink.lost:
-                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {sink.lost_note}\n".encode())
-                        sink.lost = 0
+                    if self.lost:
+                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {self.lost_note}\n".encode())
+                        self.lost = 0
                         continue  # there may have been room for this only
                     end = octets.rfind(b"\n", start, start + select.PIPE_BUF) + 1  # so much never blocks
                     start += os.write(self.stderr, octets[start : end or start + select.PIPE_BUF])
@@ -1561,21 +1635,19 @@ class Log:
             try:
                 if not self.syslog:
                     self.syslog = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-                    self.syslog.setblocking(False)
                     self.syslog.connect(next(filter(os.path.exists, self.SYSLOG), self.SYSLOG[0]))
-                if not self.syslog_sink.wait_writable(self.syslog.fileno()):
-                    break
-                for text in (self.syslog_sink.lost_note, line) if self.syslog_sink.lost else (line,):
+                self.syslog.settimeout(0 if self.lost else self.PATIENCE)
+                for text in (self.lost_note, line) if self.lost else (line,):
                     self.syslog.send((head + text).encode("utf-8", "backslashreplace"))
-                self.syslog_sink.lost = 0
+                self.lost = 0
                 return
-            except BlockingIOError:  # another process was quicker
+            except (BlockingIOError, socket.timeout):
                 break
             except OSError:
                 if self.syslog:
                     self.syslog.close()
                 self.syslog = None
-        self.syslog_sink.lose(1)
+        self._lose(1)
 
 
 @functools.lru_cache(maxsize=2)
@@ -1799,7 +1871,7 @@ class Request:
 
     def log_fields(self) -> dict:
         """Return the keys of its log lines that say whose it is, and the ids by which other programs know it."""
-        fields = {"client": self.client and self.client.text, "login": self.login or None}
+        fields = {"client": str(self.client) if self.client else None, "login": self.login or None}
         for key, pattern in TRACE_HEADERS.items():
             value = self.headers.get(key, "")
             fields[key.removeprefix("x-").replace("-", "_")] = value if pattern.fullmatch(value) else None
@@ -2726,7 +2798,7 @@ def check_login(request: Request, submission: Submission | None, settings: Setti
     credentials = request.headers.get("authorization", "")
     if not settings.password.authenticate(credentials):
         return make_reply("login")
-    request.login = username_of(credentials)
+    request.login = decode_basic(credentials).partition(":")[0]
     return None
 
 
@@ -2735,7 +2807,7 @@ def check_client(request: Request, submission: Submission | None, settings: Sett
     if settings.password.hashes or settings.relayhosts.open_relay:
         return None
     if request.client not in settings.relayhosts.relayhosts:
-        return make_reply("client", f"{request.client.text} is not in relayhosts.relayhosts")
+        return make_reply("client", f"{request.client} is not in relayhosts.relayhosts")
     reason = hidden_client(request, settings)
     return make_reply("client", reason) if reason else None
 
@@ -2744,7 +2816,7 @@ def hidden_client(request: Request, settings: Settings) -> str:
     """Say why a request from a loopback address was not made by a program on this machine, "" if it may have been."""
     if not request.forwarded or request.client not in LOOPBACK:
         return ""
-    proxy = f"{request.forwarded} from {request.peer.text}"
+    proxy = f"{request.forwarded} from {request.peer}"
     if request.peer not in settings.httpd.trusted_proxies:
         return f"{proxy}, which is not in httpd.trusted_proxies"
     return "" if "x-forwarded-for" in request.headers else f"{proxy} without X-Forwarded-For"
@@ -3156,7 +3228,7 @@ def rfc5322_date(second: int) -> str:
 
 def received_field(ehlo: str | None, client: IPAddress | None, hostname: str, queueid: str, date: str) -> str:
     """Return the trace field (RFC 5321 4.4)."""
-    address = client.text if client else "127.0.0.1"
+    address = str(client or "127.0.0.1")
     literal = f"[IPv6:{address}]" if ":" in address else f"[{address}]"
     return f"Received: from {ehlo or literal} ({literal})\r\n\tby {hostname} with HTTP id {queueid};\r\n\t{date}"
 
@@ -3487,8 +3559,8 @@ def lookup_keys(domain: str) -> Any:
 
 # ======================================================================================================================
 # 9. Event loop
-#    asyncio's loop, with sockets that may speak TLS (smtplib's, which asyncio refuses), deadlines that cost no timer
-#    each, and data that leaves when the log has the lines that tell of it.
+#    asyncio's loop, with sockets that may speak TLS (smtplib's, which asyncio refuses), and data that leaves when the
+#    log has the lines that tell of it.
 # ======================================================================================================================
 
 MAX_THREADS = 256  # one dead host can hold 32 of them, while sessions to it are opened
@@ -3651,8 +3723,8 @@ class AsyncSocket:
 #     messages are built and parsed by functions that know no socket. Nothing received is believed before it is checked.
 # ======================================================================================================================
 
-A, CNAME, SOA, MX, TXT, AAAA, OPT = 1, 5, 6, 15, 16, 28, 41  # record types
-NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP = 0, 1, 2, 3, 4  # RFC 1035 4.1.1, "RCODE"
+A, CNAME, SOA, MX, TXT, AAAA = 1, 5, 6, 15, 16, 28  # record types
+NOERROR, SERVFAIL, NXDOMAIN = 0, 2, 3  # RFC 1035 4.1.1, "RCODE"
 RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED"}
 RESOLV_CONF = "/etc/resolv.conf"
 MAX_NAME = 253  # characters
@@ -3660,7 +3732,6 @@ MAX_POINTERS = 127  # of a compressed name; as many as it can have labels
 MAX_RECORDS = 512  # of one message
 MAX_ALIASES = 8  # CNAME records followed for one answer
 MAX_STRAY_DATAGRAMS = 64  # datagrams received that do not answer the query
-MAX_DATAGRAM = 1232  # octets; what passes everywhere unfragmented
 
 
 class DNSAnswer(NamedTuple):
@@ -3709,29 +3780,20 @@ class TTLCache:
                 self.table.popitem(last=False)
 
 
-class SharedCalls:
-    """Calls under way: a caller that wants the same result waits for that of the first one."""
-
-    def __init__(self) -> None:
-        self.calls: dict = {}  # key: (deadline, asyncio.Task)
-
-    async def call(self, key: Any, deadline: float, function: Callable, *values: Any) -> Any:
-        """Return function(*values, deadline), or the result of the call for this key that is under way."""
-        until, task = self.calls.get(key, (0.0, None))
-        if not -5 <= until - deadline <= 1:  # it would give up much earlier than this one, or end later
-            task = asyncio.get_running_loop().create_task(function(*values, deadline))
-            self.calls[key] = deadline, task
-            task.add_done_callback(functools.partial(self._ended, key))
-        return await asyncio.shield(task)
-
-    def _ended(self, key: Any, task: asyncio.Task) -> None:
-        if self.calls.get(key, (0.0, None))[1] is task:
-            del self.calls[key]
+async def shared_call(calls: dict, key: Any, function: Callable, *values: Any) -> Any:
+    """Return what function(*values) returns, or what the call for this key that is under way, in `calls`, does."""
+    if key not in calls:
+        calls[key] = asyncio.get_running_loop().create_task(function(*values))
+        calls[key].add_done_callback(lambda _: calls.pop(key))
+    return await asyncio.shield(calls[key])
 
 
-def random_unit() -> float:
-    """Return an unpredictable number from 0 up to 1."""
-    return (int.from_bytes(os.urandom(7), "big") >> 3) / (1 << 53)
+random_unit = random.SystemRandom().random  # an unpredictable number from 0 up to 1
+
+
+def error_text(error: Exception) -> str:
+    """Describe an exception, for a reply."""
+    return sanitize(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
 class Resolver:
@@ -3741,40 +3803,39 @@ class Resolver:
     ATTEMPTS = 3  # rounds in which each server is asked
     MAX_TTL = 86400  # seconds
 
-    def __init__(self, nameservers: tuple = (), rng: Callable = random_unit, clock: Callable = time.monotonic) -> None:
-        self.nameservers, self.rng = nameservers, rng
-        self.cache, self.shared = TTLCache(4096, clock), SharedCalls()
+    def __init__(self, nameservers: tuple = (), clock: Callable = time.monotonic) -> None:
+        self.nameservers = nameservers
+        self.cache, self.calls = TTLCache(4096, clock), {}
 
     async def lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
         """Return the records of a type, following aliases, by the deadline (monotonic)."""
         key = name.lower().rstrip("."), rtype
-        return self.cache.get(key) or await self.shared.call(key, deadline, self._lookup, *key)
-
-    async def _lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
-        answer, ttl = await self._resolve_chain(name, rtype, deadline)
-        self.cache.put((name, rtype), answer, ttl)
+        answer = self.cache.get(key)
+        if not answer:
+            answer, ttl = await shared_call(self.calls, key, self._lookup, *key, deadline)
+            self.cache.put(key, answer, ttl)
         return answer
 
     def servers(self) -> tuple:
         """Return (address, port) of each name server in the order in which they are asked."""
-        given = tuple(map(name_server_endpoint, self.nameservers))
-        return given or resolv_conf_servers(RESOLV_CONF, stat_key(RESOLV_CONF))
+        return tuple(map(name_server_endpoint, self.nameservers)) or resolv_conf_servers(RESOLV_CONF)
 
-    async def _resolve_chain(self, name: str, rtype: int, deadline: float) -> tuple:
-        """Return (DNSAnswer, TTL). A recursive server usually gives the whole chain of aliases at once."""
-        ttl, aliases = self.MAX_TTL, 0
-        while aliases <= MAX_ALIASES:
+    async def _lookup(self, name: str, rtype: int, deadline: float) -> tuple:
+        """Return (DNSAnswer, TTL). Each alias is asked for: an answer counts for its own name alone."""
+        ttl = self.MAX_TTL
+        for _ in range(MAX_ALIASES + 1):
             response = await self._query(name, rtype, deadline)
             if isinstance(response, str):
                 return DNSAnswer(SERVFAIL, (), response), 0
-            chain, records = follow_cnames(response.answers, name, rtype)
-            ttl, aliases = min([ttl, *[record.ttl for record in chain + records]]), aliases + len(chain)
-            if records:
-                return DNSAnswer(NOERROR, tuple(record.value for record in records)), ttl
-            negative = [min(record.ttl, record.value) for record in response.authority if record.rtype == SOA]
-            if not chain or negative or response.code == NXDOMAIN:
+            own = [record for record in response.answers if record.name == name and record.rtype in (rtype, CNAME)]
+            found = tuple(record.value for record in own if record.rtype == rtype)
+            if not own:
+                negative = [min(record.ttl, record.value) for record in response.authority if record.rtype == SOA]
                 return DNSAnswer(response.code), min([ttl, *negative]) if negative else 0  # RFC 2308 5
-            name = chain[-1].value
+            ttl = min([ttl, *[record.ttl for record in own]])
+            if found:
+                return DNSAnswer(NOERROR, found), ttl
+            name = own[0].value
         return DNSAnswer(SERVFAIL, (), f"more than {MAX_ALIASES} aliases"), 0
 
     async def _query(self, name: str, rtype: int, deadline: float) -> DNSMessage | str:
@@ -3784,34 +3845,22 @@ class Resolver:
         why = "no name server is known"
         for server in self.servers() * self.ATTEMPTS:
             until = min(deadline, time.monotonic() + self.QUERY_TIMEOUT)
+            question = int(random_unit() * 65536), name, rtype
             try:
-                response = await self._exchange(server, name, rtype, until)
+                response = await query_udp(server, question, until)
+                if response.truncated:  # RFC 7766 5
+                    response = await query_tcp(server, question, until)
                 if response.code in (NOERROR, NXDOMAIN):
                     return response
                 why = f"{server[0]} answers {RCODES.get(response.code, response.code)}"
-            except OSError as error:
-                why = f"{server[0]}: {error.strerror or error}"
-            except ValueError as error:
-                why = f"{server[0]}: {error}"
+            except (OSError, ValueError) as error:
+                why = f"{server[0]}: {error_text(error)}"
             if time.monotonic() >= deadline:
                 break
         return why
 
-    async def _exchange(self, server: tuple, name: str, rtype: int, until: float) -> DNSMessage:
-        """Ask one server by UDP; by TCP if the answer does not fit (RFC 7766 5); again if it does not know EDNS."""
-        for edns in (True, False):
-            number = int(self.rng() * 65536)
-            query, question = build_query(number, name, rtype, edns), (number, name, rtype)
-            response = await query_udp(server, query, question, until)
-            if response.truncated:
-                response = await query_tcp(server, query, question, until)
-            if response.code not in (FORMERR, NOTIMP):
-                break
-        return response
 
-
-@functools.lru_cache(maxsize=8)
-def resolv_conf_servers(path: str, _stat_key: tuple | None) -> tuple:
+def resolv_conf_servers(path: str) -> tuple:
     """Return (address, port) of the first three name servers in resolv.conf; this machine if it names none."""
     try:
         with open(path, encoding="ascii", errors="replace") as stream:
@@ -3822,11 +3871,11 @@ def resolv_conf_servers(path: str, _stat_key: tuple | None) -> tuple:
     return tuple(endpoints[:3]) or (("127.0.0.1", 53),)
 
 
-async def query_udp(server: tuple, query: bytes, question: tuple, until: float) -> DNSMessage:
-    """Return the response to the query; datagrams that do not match it are ignored (RFC 5452 9.1)."""
-    with contextlib.closing(open_socket(server, socket.SOCK_DGRAM)) as sock:
-        sock.sock.connect(server)  # from a random port; the kernel drops datagrams of other senders
-        await sock.sendall(query, until)
+async def query_udp(server: tuple, question: tuple, until: float) -> DNSMessage:
+    """Return the response to (number, name, type); datagrams that do not match it are ignored (RFC 5452 9.1)."""
+    sock = start_connect(server, socket.SOCK_DGRAM)  # from a random port; the kernel drops datagrams of other senders
+    with contextlib.closing(AsyncSocket(sock)) as sock:
+        await sock.sendall(build_query(*question), until)
         for _ in range(MAX_STRAY_DATAGRAMS):
             octets = await sock.recv(65535, until)
             try:
@@ -3836,11 +3885,10 @@ async def query_udp(server: tuple, query: bytes, question: tuple, until: float) 
         raise ValueError("too many datagrams that do not answer the query")
 
 
-async def query_tcp(server: tuple, query: bytes, question: tuple, until: float) -> DNSMessage:
-    """Return the response to the query; over TCP, each message has its length in front (RFC 1035 4.2.2)."""
-    with contextlib.closing(open_socket(server, socket.SOCK_STREAM)) as sock:
-        with contextlib.suppress(BlockingIOError):
-            sock.sock.connect(server)
+async def query_tcp(server: tuple, question: tuple, until: float) -> DNSMessage:
+    """Return the response to (number, name, type); each message has its length in front (RFC 1035 4.2.2)."""
+    query = build_query(*question)
+    with contextlib.closing(AsyncSocket(start_connect(server))) as sock:
         await sock.wait_ready(until, writing=True)
         await sock.sendall(len(query).to_bytes(2, "big") + query, until)
         octets = b""
@@ -3852,35 +3900,32 @@ async def query_tcp(server: tuple, query: bytes, question: tuple, until: float) 
         return parse_response(octets[2:], *question)
 
 
-def open_socket(server: tuple, kind: int) -> AsyncSocket:
-    sock = socket.socket(address_family(server[0]), kind)
-    sock.setblocking(False)
-    return AsyncSocket(sock)
+def start_connect(address: tuple, kind: int = socket.SOCK_STREAM) -> socket.socket:
+    """Return a non-blocking socket that is being connected to (IP address, port)."""
+    sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, kind)
+    try:
+        sock.setblocking(False)
+        sock.connect(address)
+    except BlockingIOError:
+        pass
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
-def address_family(address: str) -> int:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
-
-
-def build_query(number: int, name: str, rtype: int, edns: bool = True) -> bytes:
-    """Return a query to a recursive server (RFC 1035 4.1); EDNS allows a larger response (RFC 6891)."""
+def build_query(number: int, name: str, rtype: int) -> bytes:
+    """Return a query to a recursive server (RFC 1035 4.1)."""
     labels = [label.encode("ascii") for label in name.split(".")] if name else []
     qname = b"".join([bytes((len(label),)) + label for label in labels])
-    option = b"\0" + struct.pack(">HHIH", OPT, MAX_DATAGRAM, 0, 0) if edns else b""
-    return (
-        struct.pack(">6H", number, 0x0100, 1, 0, 0, int(edns)) + qname + b"\0" + struct.pack(">HH", rtype, 1) + option
-    )
+    return struct.pack(">6H", number, 0x0100, 1, 0, 0, 0) + qname + b"\0" + struct.pack(">HH", rtype, 1)
 
 
 def parse_response(octets: bytes, number: int, name: str, rtype: int) -> DNSMessage:
     """Parse the response to that query; ValueError if it answers another one or is malformed."""
     try:
         found, flags, questions, answers, authority, _ = struct.unpack_from(">6H", octets)
-        code = flags & 15
-        # A server that does not know EDNS may answer without repeating the question (RFC 6891 7).
-        if (found, flags >> 15, questions) == (number, 1, 0) and code in (FORMERR, NOTIMP):
-            return DNSMessage(code)
-        qname, at = read_name(octets, 12)
+        code, (qname, at) = flags & 15, read_name(octets, 12)
         if (found, flags >> 15, questions, qname) != (number, 1, 1, name.lower()):
             raise ValueError("not an answer to this query")
         if struct.unpack_from(">HH", octets, at) != (rtype, 1):
@@ -3906,10 +3951,8 @@ def read_record(octets: bytes, at: int) -> tuple:
     if len(data) < length:
         raise ValueError("incomplete record")
     value: Any = None
-    if rtype == A and length == 4:
-        value = socket.inet_ntop(socket.AF_INET, data)
-    elif rtype == AAAA and length == 16:
-        value = socket.inet_ntop(socket.AF_INET6, data)
+    if (rtype, length) in ((A, 4), (AAAA, 16)):
+        value = str(ipaddress.ip_address(data))
     elif rtype == CNAME:
         value = read_name(octets, at)[0]
     elif rtype == MX:
@@ -3954,33 +3997,16 @@ def read_text(data: bytes) -> str:
     return b"".join(parts).decode("utf-8", "replace")
 
 
-def follow_cnames(answers: Any, name: str, rtype: int) -> tuple:
-    """Return ([CNAME records that were followed], [records of the type at their end])."""
-    chain: list = []
-    while len(chain) <= MAX_ALIASES:
-        records = [record for record in answers if (record.name, record.rtype) == (name, rtype)]
-        alias = next((record for record in answers if (record.name, record.rtype) == (name, CNAME)), None)
-        if records or not alias:
-            return chain, records
-        chain.append(alias)
-        name = alias.value
-    return chain, []
-
-
 async def mx_hosts(domain: str, resolver: Resolver, hostname: str, deadline: float) -> list:
     """Return a domain's mail hosts, best first (RFC 5321 5.1); Rejected if it has none."""
     if domain.startswith("["):  # an address literal
         return [domain[1:-1].partition(":")[2] if domain[:6].lower() == "[ipv6:" else domain[1:-1]]
     answer = await resolver.lookup(domain, MX, deadline)
-    if answer.code == SERVFAIL:
-        raise Rejected(make_reply("dns", f"{domain}: {answer.why}", mailer="MX"))
-    if answer.code == NXDOMAIN:
-        raise Rejected(make_reply("no-domain", domain, mailer="MX"))
-    if answer.values and all(not host for _, host in answer.values):
-        raise Rejected(make_reply("null-mx", domain, mailer="MX"))
-    hosts = by_preference(answer.values, hostname, resolver.rng) if answer.values else [domain]
-    if not hosts:
-        raise Rejected(make_reply("mx-loop", domain, mailer="MX"))
+    hosts = by_preference(answer.values, hostname, random_unit) if answer.values else [domain]
+    null = answer.values and not any(host for _, host in answer.values)
+    slug = {SERVFAIL: "dns", NXDOMAIN: "no-domain"}.get(answer.code) or ("null-mx" if null else "mx-loop")
+    if answer.code != NOERROR or not hosts:
+        raise Rejected(make_reply(slug, f"{domain}: {answer.why}" if answer.why else domain, mailer="MX"))
     return hosts
 
 
@@ -4024,88 +4050,40 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
 class Connector:
     """Opens TCP connections, in the caller's thread, and remembers which addresses did not answer."""
 
-    ATTEMPT_DELAY = 0.25  # seconds until the next address is tried as well, RFC 8305 5
+    ATTEMPT_TIMEOUT = 1.5  # seconds for an address if others are left; enough to repeat a packet that was lost
     FAILED_TTL = 300.0  # seconds for which an address that failed is tried last
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.failed: dict = {}  # (IP address, port): time until which it is tried last
-        self.lookups: dict = {}  # host name: Future of the look-up under way
 
     def connect(self, host: str, port: int, deadline: float) -> socket.socket:
-        """Connect to whichever address of a host answers first (RFC 8305), by the deadline."""
-        waiting = deque(self.in_order([(address, port) for address in self.look_up(host, deadline)]))
-        attempts, poll = {}, select.poll()  # file descriptor: (socket, address)
-        error, now = socket.timeout("timed out"), time.monotonic()
-        try:
-            while (waiting or attempts) and now < deadline:
-                results: Any = ()
-                if waiting:
-                    address = waiting.popleft()
-                    try:
-                        sock = socket.socket(address_family(address[0]), socket.SOCK_STREAM)
-                    except OSError as failure:  # no IPv6 in this kernel
-                        error = failure
-                        continue
-                    attempts[sock.fileno()] = sock, address
-                    sock.setblocking(False)
-                    poll.register(sock, select.POLLOUT)
-                    code = sock.connect_ex(address)
-                    results = [(sock.fileno(), code)] if code not in (0, errno.EINPROGRESS) else ()
-                pause = min(deadline - now, self.ATTEMPT_DELAY) if waiting else deadline - now
-                for number, code in results or [
-                    (number, attempts[number][0].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
-                    for number, _ in poll.poll(math.ceil(pause * 1000))
-                ]:
-                    if not code:
-                        return self._winner(attempts, number)
-                    error = OSError(code, os.strerror(code))
-                    poll.unregister(number)
-                    sock, address = attempts.pop(number)
-                    sock.close()
-                    self.mark_failed(address)
-                now = time.monotonic()
-            self.mark_failed(*[address for _, address in attempts.values()])
-            raise error
-        finally:
-            for sock, _ in attempts.values():
-                sock.close()
-
-    def _winner(self, attempts: dict, number: int) -> socket.socket:
-        """Take the connected socket out of the attempts; those that began before it count as failed."""
-        self.mark_failed(*[attempts[key][1] for key in itertools.takewhile(lambda key: key != number, attempts)])
-        sock, address = attempts.pop(number)
-        self.failed.pop(address, None)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
-
-    def in_order(self, addresses: list) -> list:
-        """Alternate between the address families (RFC 8305 4); addresses that failed lately come last."""
-        families = [[item for item in addresses if (":" in item[0]) == six] for six in (False, True)]
-        if addresses and addresses[0] in families[1]:
-            families.reverse()
-        alternating = itertools.chain.from_iterable(itertools.zip_longest(*families))
-        return sorted([address for address in alternating if address], key=self.failed_lately)
+        """Connect to the first address of a host that answers, by the deadline; those that failed lately come last."""
+        addresses = sorted([(address, port) for address in self.look_up(host, deadline)], key=self.failed_lately)
+        error: OSError = socket.timeout("timed out")
+        while addresses and (seconds := deadline - time.monotonic()) > 0:
+            address = addresses.pop(0)
+            try:
+                sock = socket.create_connection(address, min(seconds, self.ATTEMPT_TIMEOUT) if addresses else seconds)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.failed.pop(address, None)
+                return sock
+            except OSError as failure:
+                error = failure
+                if len(self.failed) > 1024:
+                    self.failed.clear()
+                self.failed[address] = time.monotonic() + self.FAILED_TTL
+        raise error
 
     def failed_lately(self, address: tuple) -> bool:
         return self.failed.get(address, 0.0) > time.monotonic()
-
-    def mark_failed(self, *addresses: tuple) -> None:
-        if len(self.failed) > 1024:
-            self.failed.clear()
-        self.failed.update(dict.fromkeys(addresses, time.monotonic() + self.FAILED_TTL))
 
     def look_up(self, host: str, deadline: float) -> list:
         """Return a host's IP addresses, or those that stand in its place, divided by spaces. getaddrinfo() runs in a
         thread of its own, as it knows no deadline."""
         with contextlib.suppress(ValueError):
             return [str(ipaddress.ip_address(address)) for address in host.split()]
-        with self.lock:
-            future = self.lookups.get(host)
-            if not future:
-                future = concurrent.futures.Future()
-                threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()
-                self.lookups[host] = future
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()
         try:
             return future.result(max(deadline - time.monotonic(), 0))
         except concurrent.futures.TimeoutError:
@@ -4115,12 +4093,9 @@ class Connector:
         try:
             name = host.encode("ascii" if host.isascii() else "idna")  # a str would load half a megabyte of tables
             found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-            result, error = list(dict.fromkeys(item[4][0] for item in found)), None
-        except Exception as failure:
-            result, error = None, failure
-        with self.lock:
-            del self.lookups[host]
-        future.set_exception(error) if error else future.set_result(result)
+            future.set_result(list(dict.fromkeys(item[4][0] for item in found)))
+        except Exception as error:
+            future.set_exception(error)
 
 
 connector = Connector()
@@ -4183,7 +4158,6 @@ class HTTPConnectionPool:
     """Idle connections of this process by target, the most recently used last."""
 
     IDLE = 15.0  # seconds after which an idle connection is closed; servers do so after 20 and more
-    AGE = 300.0  # seconds after which a connection is not used again
     MAX_IDLE = 64  # connections to one target
 
     def __init__(self) -> None:
@@ -4191,32 +4165,32 @@ class HTTPConnectionPool:
 
     async def request(self, target: HTTPTarget, request: HTTPRequest) -> HTTPResponse:
         """Return the response. A kept connection that died before the request was sent is replaced once."""
-        deadline, (connection, reused) = time.monotonic() + target.timeout, self._acquire(target)
+        connection = self._acquire(target)
         try:
-            response = await asyncio.to_thread(connection.exchange, request, deadline)
+            response = await asyncio.to_thread(connection.exchange, request)
         except Rejected:
-            if connection.sent or not reused:
+            if connection.sent or not connection.expires:
                 raise
             connection = KeepAliveConnection(target)
-            response = await asyncio.to_thread(connection.exchange, request, deadline)
+            response = await asyncio.to_thread(connection.exchange, request)
         self._release(connection)
         return response
 
-    def _acquire(self, target: HTTPTarget) -> tuple:
-        """Return (connection, whether it was used before)."""
+    def _acquire(self, target: HTTPTarget) -> KeepAliveConnection:
+        """Return an idle connection that the server has not closed, or a new one."""
         idle, now = self.idle.get(target, []), time.monotonic()
         while idle:
             connection = idle.pop()
             if now < connection.expires and not is_readable(connection.sock):
-                return connection, True
+                return connection
             connection.close()
-        return KeepAliveConnection(target), False
+        return KeepAliveConnection(target)
 
     def _release(self, connection: KeepAliveConnection) -> None:
         """Keep the connection, or close it if it cannot be used again."""
-        idle, now = self.idle.setdefault(connection.target, []), time.monotonic()
-        if connection.sock and len(idle) < self.MAX_IDLE and now - connection.created_at < self.AGE:
-            connection.expires = now + min(self.IDLE, connection.keepalive_timeout)
+        idle = self.idle.setdefault(connection.target, [])
+        if connection.sock and len(idle) < self.MAX_IDLE:
+            connection.expires = time.monotonic() + self.IDLE
             idle.append(connection)
         else:
             connection.close()
@@ -4238,31 +4212,26 @@ class KeepAliveConnection(http.client.HTTPConnection):
     def __init__(self, target: HTTPTarget) -> None:
         self.url = split_base_url(target.url)
         super().__init__(self.url.host, self.url.port)
-        self.target, self.deadline, self.sent = target, time.monotonic() + target.timeout, False
-        self.created_at, self.expires, self.keepalive_timeout = time.monotonic(), 0.0, HTTPConnectionPool.IDLE
+        self.target, self.sent = target, False
+        self.deadline, self.expires = time.monotonic() + target.timeout, 0.0  # when an idle connection is closed
 
-    def exchange(self, request: HTTPRequest, deadline: float = 0.0) -> HTTPResponse:
-        """Return the response by the deadline; Rejected if there is none. Blocks."""
-        self.deadline, self.sent, response = deadline or time.monotonic() + self.target.timeout, False, None
+    def exchange(self, request: HTTPRequest) -> HTTPResponse:
+        """Return the response; Rejected if there is none. Blocks."""
+        self.deadline, self.sent, response = time.monotonic() + self.target.timeout, False, None
         if not self.sock:
             self.open()
         try:
             self._send_request(request)
             response = self._read_response()
         except (OSError, http.client.HTTPException) as error:
-            raise Rejected(self._broken(error)) from None
+            slug = "web-lost" if not self.sent else "web-unsure" if isinstance(error, OSError) else "web-rubbish"
+            reply = make_reply(slug, error_text(error), maybe_delivered=self.sent, **self.target.endpoint)
+            raise Rejected(reply) from None
         finally:
             if not (response and self.sent):
                 self.close()
         log.dialogue(self.url.host_header, "<", f"{response.status} {response.reason}, {len(response.body)} octets")
         return response
-
-    def exchange_once(self, request: HTTPRequest, deadline: float = 0.0) -> HTTPResponse:
-        """Return the response as exchange() does; the connection is closed."""
-        try:
-            return self.exchange(request, deadline)
-        finally:
-            self.close()
 
     def open(self) -> None:
         """Connect, with TLS if the URL says so."""
@@ -4271,18 +4240,15 @@ class KeepAliveConnection(http.client.HTTPConnection):
             self.sock = connector.connect(target.address or site.host, site.port, self.deadline)
             self.sock.settimeout(self.seconds_left())  # of the whole handshake
             if site.tls:
-                stat = stat_key(target.ca_file) if target.ca_file else None
-                context = client_context(target.tls_verify, target.ca_file, stat)
+                context = client_context(target.tls_verify, target.ca_file, stat_key(target.ca_file))
                 self.sock = context.wrap_socket(self.sock, server_hostname=site.host)
             elif target.confidential and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
+                self.close()
                 raise Rejected(make_reply("clear-auth", **target.endpoint))
         except OSError as error:
             slug = "web-tls" if self.sock and site.tls else "web-connect"
             self.close()
             raise Rejected(make_reply(slug, error_text(error), **target.endpoint)) from None
-        except Rejected:
-            self.close()
-            raise
 
     def seconds_left(self) -> float:
         """Return the time until the deadline; socket.timeout if it has passed, however fast the peer still sends."""
@@ -4324,8 +4290,6 @@ class KeepAliveConnection(http.client.HTTPConnection):
         if not whole:
             response.close()
             self.close()
-        found = re.search(r"timeout=(\d{1,6})", response.headers.get("Keep-Alive", ""))
-        self.keepalive_timeout = int(found[1]) - 1 if found else HTTPConnectionPool.IDLE
         reason = sanitize(response.reason, 100)
         return HTTPResponse(response.status, reason, response.headers, body if whole else b"")
 
@@ -4334,11 +4298,6 @@ class KeepAliveConnection(http.client.HTTPConnection):
         response = LimitedResponse(sock, *args, **options)
         response.fp = io.BufferedReader(LimitedReader(self, response.fp.detach()))
         return response
-
-    def _broken(self, error: Exception) -> Reply:
-        """Return the reply to a request that got no response."""
-        slug = "web-lost" if not self.sent else "web-unsure" if isinstance(error, OSError) else "web-rubbish"
-        return make_reply(slug, error_text(error), maybe_delivered=self.sent, **self.target.endpoint)
 
 
 class LimitedResponse(http.client.HTTPResponse):
@@ -4386,9 +4345,15 @@ def is_readable(sock: Any) -> bool:
     return bool(poll.poll(0))
 
 
-def error_text(error: Exception) -> str:
-    """Describe an exception, for a reply."""
-    return sanitize(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+def json_object(response: HTTPResponse) -> dict:
+    """Return the JSON object in a response; {} if it has none."""
+    document = response.document()
+    return document if isinstance(document, dict) else {}
+
+
+def status_text(response: HTTPResponse) -> str:
+    """Return the response's status line for people."""
+    return f"HTTP {response.status} {response.reason}".strip()
 
 
 class MTASTSPolicy(NamedTuple):
@@ -4409,13 +4374,13 @@ class MTASTSCache:
     NEGATIVE_TTL = 300  # seconds until a policy that could not be fetched is tried again (RFC 8461 3.3)
 
     def __init__(self, resolver: Resolver, port: int = 443, clock: Callable = time.monotonic) -> None:
-        self.resolver, self.port, self.shared = resolver, port, SharedCalls()
+        self.resolver, self.port, self.calls = resolver, port, {}
         self.cache, self.failed = TTLCache(4096, clock), TTLCache(4096, clock)
 
     async def policy_for(self, domain: str, route: Route) -> MTASTSPolicy | None:
         """Return the domain's policy; the cached one if DNS or the web server fails: an attacker could see to that."""
         deadline = time.monotonic() + min(route.timeout, self.FETCH_TIMEOUT)
-        return await self.shared.call((domain, route), deadline, self._policy_for, domain, route)
+        return await shared_call(self.calls, (domain, route), self._policy_for, domain, route, deadline)
 
     async def _policy_for(self, domain: str, route: Route, deadline: float) -> MTASTSPolicy | None:
         policy_id, (cached_id, cached) = "", self.cache.get(domain) or ("", None)
@@ -4436,9 +4401,11 @@ class MTASTSCache:
     async def _fetch(self, host: str, route: Route, deadline: float) -> MTASTSPolicy:
         """Fetch a policy; redirections are not followed (RFC 8461 3.3)."""
         address = (await resolve_addresses(host, self.resolver, route.private, deadline))[0]
-        target = HTTPTarget(f"https://{host}:{self.port}", 0, "MX", True, route.ca_file, False, address, MAX_POLICY)
+        url, seconds = f"https://{host}:{self.port}", deadline - time.monotonic()
+        target = HTTPTarget(url, seconds, "MX", True, route.ca_file, False, address, MAX_POLICY)
         request = HTTPRequest("GET", "/.well-known/mta-sts.txt")
-        response = await asyncio.to_thread(KeepAliveConnection(target).exchange_once, request, deadline)
+        with contextlib.closing(KeepAliveConnection(target)) as connection:
+            response = await asyncio.to_thread(connection.exchange, request)
         if response.status != 200:
             raise ValueError(f"HTTP status {response.status}")
         return parse_mta_sts_policy(response.body.decode("utf-8", "replace"))
@@ -4569,7 +4536,152 @@ def sign_jwt(claims: dict, key: PrivateKey) -> str:
 
 
 # ======================================================================================================================
-# 13. SMTP sessions
+# 13. OAuth2
+#     Takes a route, gives it with an access token as password, or raises Rejected with the provider's words (RFC 6749).
+#     Each process keeps tokens until shortly before they end.
+# ======================================================================================================================
+
+
+class AccessToken(NamedTuple):
+    """Access token; the times are monotonic."""
+
+    text: str
+    scope: str
+    renew_at: float
+    expires: float
+
+
+class TokenCache:
+    """Access tokens of logins, fetched once for all that wait."""
+
+    DROP_INTERVAL = 60  # seconds between tokens that a server refuses
+
+    def __init__(self, clock: Callable = time.monotonic) -> None:
+        self.clock = clock
+        self.calls: dict = {}  # fetches under way
+        self.tokens: dict = {}  # (OAuth2, username): AccessToken
+        self.refresh_tokens: dict = {}  # the same: what the provider gave in place of refresh_token
+        self.dropped = TTLCache(4096, clock)
+
+    async def authorize(self, route: Route) -> Route:
+        """Return the route with an access token as password if its login has oauth2."""
+        if not route.oauth2:
+            return route
+        return replace(route, credentials=(route.credentials[0], (await self.token_for(route)).text))
+
+    async def token_for(self, route: Route) -> AccessToken:
+        """Return a token that will hold for a while, or at least until now."""
+        key = route.oauth2, route.credentials[0]
+        token, now = self.tokens.get(key), self.clock()
+        if token and now < token.renew_at:
+            return token
+        try:
+            return await shared_call(self.calls, key, self._fetch, key, route)
+        except ValueError as error:
+            if token and now < token.expires:
+                return token
+            lines = [sanitize(line, 500) for line in str(error).splitlines()[:20]]
+            raise Rejected(make_reply("token", *lines, route_fault=True, **route.endpoint)) from None
+
+    async def _fetch(self, key: tuple, route: Route) -> AccessToken:
+        try:
+            token, new = await asyncio.to_thread(fetch_token, route, self.refresh_tokens.get(key), self.clock)
+        except ValueError:
+            self.refresh_tokens.pop(key, None)  # the one in the settings may be newer
+            metrics.add("haineko_token_errors_total")
+            raise
+        if new and (fault := await asyncio.to_thread(save_refresh_token, route.oauth2, new)):
+            self.refresh_tokens[key] = new
+            text = f"warning: the provider replaced the refresh token of {log_value(key[1])}: {fault}"
+            log.lines(text, level="warning")
+        self.tokens[key] = token
+        return token
+
+    def drop(self, route: Route, text: str) -> bool:
+        """Forget a token that a server refused; tell whether to try another one."""
+        key = route.oauth2, route.credentials[0]
+        if key in self.tokens and self.tokens[key].text == text:  # or another one was fetched meanwhile
+            if self.dropped.get(key):
+                return False
+            self.dropped.put(key, True, self.DROP_INTERVAL)
+            del self.tokens[key]
+        return True
+
+
+def fetch_token(route: Route, refresh_token: str | None, clock: Callable) -> tuple:
+    """Return (AccessToken, the refresh token that replaces ours or ""); ValueError tells why there is none. Blocks."""
+    oauth2, now, new = route.oauth2, clock(), ""
+    if oauth2.access_token:
+        document = {"access_token": read_secret(oauth2.access_token, oauth2.base)}
+    else:
+        refresh_token = refresh_token or read_secret(oauth2.refresh_token, oauth2.base)
+        document = request_token(route, token_form(oauth2, route.credentials[0], refresh_token, int(time.time())))
+        new = document.get("refresh_token")
+    text, seconds = document["access_token"], document.get("expires_in")
+    if not (isinstance(text, str) and re.fullmatch("[!-~]+", text)):  # or it would break the line that it is sent in
+        raise ValueError("the access token is not one word of ASCII")
+    found = re.match("[0-9]{1,9}", str(ASSUMED_LIFETIME if seconds is None else seconds))
+    lifetime = min(int(found[0]), 86400) if found else 0
+    scope = sanitize(str(document.get("scope") or oauth2.scope))
+    token = AccessToken(text, scope, now + lifetime - min(RENEW_BEFORE, lifetime / 2), now + lifetime)
+    return token, new if isinstance(new, str) and new != refresh_token else ""
+
+
+ASSUMED_LIFETIME = 600  # seconds, if the provider names none
+RENEW_BEFORE = 600  # seconds before the end
+
+
+def request_token(route: Route, form: dict) -> dict:
+    """Return the provider's document with a token (RFC 6749 5.1); ValueError with its words if it gives none (5.2)."""
+    url, path = split_url(route.oauth2.token_url)
+    target = HTTPTarget(url, route.timeout, route.mailer, ca_file=route.ca_file, confidential=True)
+    body, kind = urllib.parse.urlencode(form).encode(), "application/x-www-form-urlencoded"
+    try:
+        with contextlib.closing(KeepAliveConnection(target)) as connection:
+            response = connection.exchange(HTTPRequest("POST", path, body, type=kind))
+    except Rejected as refused:
+        raise ValueError(f"{url}: {refused.reply.message[-1]}") from None
+    document = json_object(response)
+    if response.status == 200 and document.get("access_token"):
+        return document
+    words = ": ".join(str(document[key]) for key in ("error", "error_description") if document.get(key))
+    secrets = [form.get(key, "") for key in ("client_secret", "refresh_token", "assertion")]
+    raise ValueError(mask_secrets(words or f"{url}: {status_text(response)}, no access token in it", secrets))
+
+
+def token_form(oauth2: OAuth2, username: str, refresh_token: str, now: int) -> dict:
+    """Return the request: a service account's (RFC 7523 2.1), a user's (RFC 6749 6) or an application's (4.4)."""
+    if oauth2.service_account:
+        account = parse_json(oauth2.service_account.encode())
+        claims = {"iss": account["client_email"], "sub": username, "scope": oauth2.scope, "aud": oauth2.token_url}
+        assertion = sign_jwt({**claims, "iat": now, "exp": now + 3600}, PrivateKey(account["private_key"].encode()))
+        return {"grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer", "assertion": assertion}
+    form = {"grant_type": "refresh_token" if refresh_token else "client_credentials", "refresh_token": refresh_token}
+    form.update(client_id=oauth2.client_id, client_secret=oauth2.client_secret, scope=oauth2.scope)
+    return {key: value for key, value in form.items() if value}
+
+
+def save_refresh_token(oauth2: OAuth2, text: str) -> str:
+    """Write it to its {"file"}, complete or not at all, for its owner only; return what else must be done."""
+    import tempfile
+
+    if not (isinstance(oauth2.refresh_token, dict) and "file" in oauth2.refresh_token):
+        return "put the new one into the settings, ours may end"
+    path = os.path.realpath(os.path.join(oauth2.base, oauth2.refresh_token["file"]))
+    try:
+        handle, aside = tempfile.mkstemp(dir=os.path.dirname(path))
+        with open(handle, "w", encoding="utf-8", errors="replace") as stream:
+            stream.write(text + "\n")
+            stream.flush()
+            os.fsync(handle)
+        os.replace(aside, path)
+    except OSError as error:
+        return f"{path} can't be written ({error.strerror}), so the new one is lost when this process ends"
+    return ""
+
+
+# ======================================================================================================================
+# 14. SMTP sessions
 #     Takes a Transaction, gives a Reply for each of its recipients. smtplib opens a session, in a thread; log-in and
 #     transaction are ours, since smtplib tries a password with each mechanism, does no pipelining, and cannot tell
 #     whether the end of a message was lost. Sessions are pooled by route; if a server takes no more, mails wait.
@@ -4589,50 +4701,24 @@ class ProtocolError(ConnectionError):
 
 
 @cache_short(256)  # servers repeat themselves
-def parse_replies(octets: bytes) -> tuple:
-    """Return (complete replies, unparsed rest, whether one is a 421); ProtocolError if the first is malformed."""
-    replies: list = []
-    try:
-        reply, rest = parse_reply(octets)
-        while reply:
-            replies.append(reply)
-            octets = rest
-            reply, rest = parse_reply(octets)
-    except ProtocolError:  # raised again when that reply is the first
-        if not replies:
-            raise
-    return tuple(replies), octets, "421" in [reply.code for reply in replies]
-
-
 def parse_reply(octets: bytes) -> tuple:
     """Return (first reply or None if incomplete, what follows it); ProtocolError if it is malformed."""
-    whole, start = None, 0
-    while True:
+    code, lines, start, more = None, [], 0, True
+    while more:
         end = octets.find(b"\n", start)
         if (end if end >= 0 else len(octets)) - start > MAX_LINE:
             raise ProtocolError(f"a line longer than {MAX_LINE} octets")
         if end < 0:
             return None, octets
-        reply, more = parse_reply_line(octets[start:end])
-        if whole:
-            if reply.code != whole.code:
-                raise ProtocolError(f"unexpected: {reply.code} {reply.lines[0][:200]}")
-            if len(whole.lines) == MAX_LINES:
-                raise ProtocolError(f"a reply of more than {MAX_LINES} lines")
-            reply = whole._replace(lines=whole.lines + reply.lines)
-        whole, start = reply, end + 1
-        if not more:
-            return whole, octets[start:]
-
-
-@functools.lru_cache(maxsize=256)
-def parse_reply_line(line: bytes) -> tuple:
-    """Return (the line as a reply of its own, whether more lines follow)."""
-    found = REPLY_LINE.fullmatch(line.rstrip(b"\r"))
-    if not found:
-        raise ProtocolError(f"unexpected: {sanitize(line[:200].decode('utf-8', 'replace'))}")
-    code, more, text = found.groups(b"")
-    return smtp_reply(code.decode(), (sanitize(text.decode("utf-8", "replace"), MAX_TEXT),)), more == b"-"
+        line = octets[start:end].rstrip(b"\r")
+        found = REPLY_LINE.fullmatch(line)
+        if not found or found[1] != (code or found[1]):
+            raise ProtocolError(f"unexpected: {sanitize(line[:200].decode('utf-8', 'replace'))}")
+        if len(lines) == MAX_LINES:
+            raise ProtocolError(f"a reply of more than {MAX_LINES} lines")
+        lines.append(sanitize((found[3] or b"").decode("utf-8", "replace"), MAX_TEXT))
+        code, start, more = found[1], end + 1, found[2] == b"-"
+    return smtp_reply(found[1].decode(), tuple(lines)), octets[start:]
 
 
 def smtp_reply(code: str, lines: tuple) -> SMTPReply:
@@ -4648,7 +4734,6 @@ MAX_LINES = 128  # of a reply
 SEND_BLOCK = 262144  # octets of a message sent in one step
 PIPELINE_WINDOW = 100  # commands without a reply at a time, so that neither side's buffer fills up (RFC 2920 3.1)
 SMTPS = 465  # RFC 8314: TLS from the first byte
-QUIT_TIMEOUT = 1.0  # seconds for the reply to QUIT
 
 
 class Session(smtplib.SMTP):
@@ -4657,10 +4742,10 @@ class Session(smtplib.SMTP):
     def __init__(self, route: Route, hostname: str) -> None:
         super().__init__(local_hostname=hostname, timeout=route.timeout)
         self._host = route.host  # the name that smtplib has the certificate checked for
-        self.route, self.step, self.masked = route, "CONN", False
+        self.route, self.step, self.masked = route, "CONN", ""  # masked: what the log shows in place of what is sent
         self.pool: Any = None  # the SessionPool that it belongs to
         self.stream: Any = None  # AsyncSocket of the open connection
-        self.recv_buffer, self.replies = b"", deque()  # received, and parsed, but not asked for yet
+        self.recv_buffer = b""  # received but not asked for yet
         self.maybe_complete = False  # recv_buffer may hold a complete reply
         self.alive = self.needs_rset = self.in_data = self.eod_sent = False
         self.created_at = self.last_used = time.monotonic()
@@ -4679,7 +4764,7 @@ class Session(smtplib.SMTP):
             self.quit()
             raise
         self.sock.setblocking(False)
-        self.alive = not self.has_unsolicited
+        self.alive = not self.recv_buffer
 
     def steps(self) -> tuple:
         """Return the steps of open(), in order."""
@@ -4704,7 +4789,7 @@ class Session(smtplib.SMTP):
         if not self.has_extn("starttls"):
             raise Rejected(make_reply("no-starttls", **route.endpoint))
         self._expect("STARTTLS", self.docmd("STARTTLS"))
-        if self.has_unsolicited:  # injected in clear text, to be taken for a reply under TLS
+        if self.recv_buffer:  # injected in clear text, to be taken for a reply under TLS
             raise ProtocolError("data behind the reply to STARTTLS")
         self.sock.settimeout(self.timeout)  # of the whole handshake
         self.sock = self._wrap(self.sock)
@@ -4713,7 +4798,7 @@ class Session(smtplib.SMTP):
 
     def _wrap(self, sock: socket.socket) -> ssl.SSLSocket:
         route = self.route
-        context = client_context(route.tls_verify, route.ca_file, stat_key(route.ca_file) if route.ca_file else None)
+        context = client_context(route.tls_verify, route.ca_file, stat_key(route.ca_file))
         return context.wrap_socket(sock, server_hostname=route.host)
 
     def _log_in(self) -> None:
@@ -4724,40 +4809,44 @@ class Session(smtplib.SMTP):
         if not isinstance(self.sock, ssl.SSLSocket) and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
             raise Rejected(make_reply("clear-auth", **self.route.endpoint))
         offered = self.esmtp_features.get("auth", "").upper().split()
-        for mechanism in [name for name in AUTH_MECHANISMS if name in offered]:
+        known = [name for name, row in AUTH_MECHANISMS.items() if row.by_token == bool(self.route.oauth2)]
+        for mechanism in [name for name in known if name in offered]:
             result = self._authenticate(mechanism)
             if result[0] not in (504, 534):  # RFC 4954 4: unknown mechanism, too weak
                 break
         if not result:
-            raise Rejected(make_reply("no-auth", **self.route.endpoint))
+            raise Rejected(make_reply("no-auth", f"{', '.join(known)} are known", **self.route.endpoint))
         self._expect("AUTH", result)
 
     def _authenticate(self, mechanism: str) -> tuple:
         """Return (code, text) of the server's verdict on our credentials."""
-        has_initial, respond = AUTH_MECHANISMS[mechanism]
-        line = f"AUTH {mechanism}".encode()
-        initial = b" " + base64.b64encode(respond(self.route.credentials, b"", 0)) if has_initial else b""
-        self.masked = True
+        row, line, details = AUTH_MECHANISMS[mechanism], f"AUTH {mechanism}".encode(), b""
+        initial = b" " + base64.b64encode(row.respond(self.route, b"", 0)) if row.has_initial else b""
+        inline = bool(initial) and len(line + initial) <= MAX_COMMAND
+        self.masked = f"AUTH {mechanism} ******** as {self.route.credentials[0]}"
         try:
-            self.send(line + (initial if len(line + initial) <= MAX_COMMAND else b"") + b"\r\n")
+            self.send(line + initial * inline + b"\r\n")
+            self.masked = "********"
             code, text = self.getreply()
-            for turn in range(MAX_CHALLENGES):
+            for turn in range(inline, MAX_CHALLENGES):
                 if code != 334:
                     break
-                self.send(base64.b64encode(respond(self.route.credentials, text, turn)) + b"\r\n")
+                if row.by_token and turn:
+                    details += b"\n" + decode_challenge(text)
+                self.send(base64.b64encode(row.respond(self.route, text, turn)) + b"\r\n")
                 code, text = self.getreply()
         finally:
-            self.masked = False
-        return code, text
+            self.masked = ""
+        return code, text + sanitize(details.decode("utf-8", "replace"), MAX_TEXT, keep="\n").encode()
 
     def _expect(self, step: str, result: tuple) -> None:
         """Raise Rejected with the server's own words unless the code is 2xx."""
         self.step, (code, text) = step, result
         if not 200 <= code <= 299:
+            lines = tuple(text.decode().split("\n"))
             if not 400 <= code <= 599:
-                raise ProtocolError(f"unexpected: {code} {sanitize(str(text))}")
-            lines = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-            raise Rejected(self._to_reply(step, smtp_reply(str(code), tuple(lines.split("\n")))))
+                raise ProtocolError(f"unexpected: {code} {lines[0]}")
+            raise Rejected(self._to_reply(step, smtp_reply(str(code), lines)))
 
     # -- transaction
 
@@ -4781,14 +4870,12 @@ class Session(smtplib.SMTP):
             self.alive, lost = False, self._broken(error)
         self.last_used = time.monotonic()
         self.needs_rset = not (result and result.code[0] == "2")
-        if self.has_unsolicited:
+        if self.recv_buffer:  # more than was asked for
             self.alive = False
         decided = recipient_replies(replies, result, lost, len(transaction.recipients))
         found = [item if isinstance(item, Reply) else self._to_reply(*item) for item in decided]
         if self.alive and any(map(self.refused_before_data, found)):
-            self.alive = False  # it may have reached a limit of the server
-            with contextlib.suppress(OSError):
-                self.sock.send(b"QUIT\r\n")
+            self.quit()  # it may have reached a limit of the server
         return found
 
     def refused_before_data(self, reply: Reply) -> bool:
@@ -4818,13 +4905,14 @@ class Session(smtplib.SMTP):
             await self._write(b"RSET\r\n")
             await self._read_reply()
             self.needs_rset = False
-        for batch in pipeline_batches(script, self.has_extn("pipelining")):
+        size = PIPELINE_WINDOW if self.has_extn("pipelining") else 1
+        for batch in [script[i : i + size] for i in range(0, len(script), size)]:
             if replies and (replies[0].code[0] != "2" or (batch[0][0] == "DATA" and not any_accepted(replies))):
                 return
             self.step = batch[0][0]
             await self._write(b"".join([line for _, line in batch]))
             for self.step, _ in batch:
-                reply = self.replies.popleft() if self.replies else await self._read_reply()
+                reply = self._next_reply() or await self._read_reply()
                 if reply.code[0] == ("2" if self.step == "DATA" else "3"):
                     raise ProtocolError(f"unexpected: {reply.code} to {self.step}")
                 replies.append(reply)
@@ -4833,7 +4921,7 @@ class Session(smtplib.SMTP):
 
     async def _send_data(self, chunks: tuple) -> SMTPReply:
         """Return the reply to the end of the message; without a message, that to a lone dot (RFC 2920 3.1)."""
-        if self.has_unsolicited:  # an early refusal counts; anything else would be taken for the reply to the message
+        if self.recv_buffer:  # an early refusal counts; anything else would be taken for the reply to the message
             self.alive, reply = False, await self._read_reply()
             if reply.code[0] in "45":
                 return reply
@@ -4865,11 +4953,10 @@ class Session(smtplib.SMTP):
 
     async def _read_reply(self) -> SMTPReply:
         """Return the next reply; one deadline holds for the whole of it."""
-        deadline = 0.0
-        while not (self.replies or self._parse_buffer()):
-            deadline = deadline or time.monotonic() + self.timeout
+        deadline = time.monotonic() + self.timeout
+        while not (reply := self._next_reply()):
             self._feed(await self.stream.recv(4096, deadline))
-        return self.replies.popleft()
+        return reply
 
     def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
         """Called by smtplib to connect."""
@@ -4880,39 +4967,40 @@ class Session(smtplib.SMTP):
     def send(self, s: Any) -> None:
         """Called by smtplib to send."""
         octets = s.encode("ascii") if isinstance(s, str) else s
-        self._log_sent(b"********\r\n" if self.masked else octets)
+        self._log_sent(self.masked.encode() if self.masked else octets)
         self.sock.sendall(octets)
 
     def getreply(self) -> tuple:
         """Called by smtplib for a reply: (code, text)."""
         deadline = time.monotonic() + self.timeout
-        while not (self.replies or self._parse_buffer()):
+        while not (reply := self._next_reply()):
             self.sock.settimeout(max(deadline - time.monotonic(), 0.001))
             self._feed(self.sock.recv(65536))
-        reply = self.replies.popleft()
         return int(reply.code), "\n".join(reply.lines).encode()
 
-    def _parse_buffer(self) -> bool:
-        """Move complete replies from `recv_buffer` to `replies`; False if there is none."""
+    def _next_reply(self) -> SMTPReply | None:
+        """Take the first complete reply out of `recv_buffer`, None if there is none."""
         if not self.maybe_complete:
-            return False
-        found, self.recv_buffer, closes = parse_replies(self.recv_buffer)
-        self.maybe_complete = bool(found and self.recv_buffer)  # a malformed reply, perhaps
-        if closes:  # RFC 5321 3.8
+            return None
+        reply, self.recv_buffer = parse_reply(self.recv_buffer)
+        self.maybe_complete = bool(reply and self.recv_buffer)
+        if reply and reply.code == "421":  # RFC 5321 3.8
             self.alive = False
-        if self.masked:
-            found = [reply._replace(lines=tuple(map(self._mask_credentials, reply.lines))) for reply in found]
-        for reply in found if log.devel else ():
+        if reply and self.masked:
+            reply = reply._replace(lines=tuple(map(self._mask_credentials, reply.lines)))
+        if reply and log.devel:
             for i, line in enumerate(reply.lines, 1):
                 log.dialogue(self.route.host, "<", f"{reply.code}{' ' if i == len(reply.lines) else '-'}{line}")
-        self.replies.extend(found)
-        return bool(found)
+        return reply
 
     def _mask_credentials(self, line: str) -> str:
-        """Mask our credentials in a line: some servers repeat a command that they do not understand."""
-        for secret in secret_forms(*self.route.credentials):
-            line = line.replace(secret, "********")
-        return line
+        """Mask our credentials in a line, in base64 too: some servers repeat a command that they do not understand."""
+        secrets = secret_forms(self.route)
+        with contextlib.suppress(ProtocolError, UnicodeDecodeError):
+            decoded = decode_challenge(line.rstrip(".").encode()).decode()
+            if (masked := mask_secrets(decoded, secrets)) != decoded:
+                return base64.b64encode(masked.encode()).decode()
+        return mask_secrets(line, secrets)
 
     def _feed(self, octets: bytes) -> None:
         if not octets:
@@ -4931,28 +5019,19 @@ class Session(smtplib.SMTP):
             self.stream.release()
         super().close()
 
-    @property
-    def has_unsolicited(self) -> bool:
-        """Tell whether the server has sent more than it was asked for."""
-        return bool(self.recv_buffer or self.replies)
-
     def quit(self) -> None:
-        """Send QUIT, without waiting long for the reply (RFC 5321 4.1.1.10)."""
+        """Send QUIT and close, without waiting for the reply."""
         self.alive = False
-        try:
-            self.timeout = QUIT_TIMEOUT
-            self.sock.settimeout(QUIT_TIMEOUT)
+        with contextlib.suppress(OSError, AttributeError):  # broken, or never connected
+            self.sock.setblocking(False)
             self.send("QUIT\r\n")
-            self.getreply()
-        except (OSError, AttributeError):
-            pass
         self.close()
 
     # -- replies
 
     def _to_reply(self, step: str, reply: SMTPReply) -> Reply:
-        fault = is_route_fault(self.route, step, reply)
-        route, more = self.route, {"from_server": True, "route_fault": fault}
+        route = self.route
+        more = {"from_server": True, "route_fault": is_route_fault(route, step, reply)}
         return Reply(reply.code, reply.dsn, step, reply.lines, route.mailer, route.host, route.port, **more)
 
     def _broken(self, error: OSError) -> Reply:
@@ -4977,26 +5056,46 @@ def is_route_fault(route: Route, step: str, reply: SMTPReply) -> bool:
     return step in ("EHLO", "STARTTLS", "AUTH") or reply.code[:2] == "53" or bool(our_login)  # RFC 4954 6
 
 
-# -- AUTH (RFC 4954): respond((user, password), challenge as it came, number of the challenge) gives the response
+# -- AUTH (RFC 4954)
 
 
-def auth_cram_md5(credentials: tuple, challenge: bytes, turn: int) -> bytes:
-    user, password = credentials  # RFC 2195
+class Mechanism(NamedTuple):
+    """Way to log in."""
+
+    has_initial: bool  # whether the client speaks first
+    respond: Callable  # (route, challenge as it came, number of responses before): gives the response
+    by_token: bool = False  # with an access token as password
+
+
+def auth_cram_md5(route: Route, challenge: bytes, turn: int) -> bytes:
+    user, password = route.credentials  # RFC 2195
     digest = hmac.new(password.encode(), decode_challenge(challenge), "md5").hexdigest()
     return f"{user} {digest}".encode()
 
 
-def auth_plain(credentials: tuple, challenge: bytes, turn: int) -> bytes:
-    return "\0{}\0{}".format(*credentials).encode()  # RFC 4616
+def auth_plain(route: Route, challenge: bytes, turn: int) -> bytes:
+    return "\0{}\0{}".format(*route.credentials).encode()  # RFC 4616
 
 
-def auth_login(credentials: tuple, challenge: bytes, turn: int) -> bytes:
+def auth_xoauth2(route: Route, challenge: bytes, turn: int) -> bytes:
+    """A challenge after the token is an error in JSON, to be answered with an empty line."""
+    # https://developers.google.com/workspace/gmail/imap/xoauth2-protocol
+    return b"" if turn else "user={}\1auth=Bearer {}\1\1".format(*route.credentials).encode()
+
+
+def auth_oauthbearer(route: Route, challenge: bytes, turn: int) -> bytes:
+    user, token = route.credentials[0].replace("=", "=3D").replace(",", "=2C"), route.credentials[1]  # RFC 5801 4
+    text = f"n,a={user},\1host={route.host}\1port={route.port}\1auth=Bearer {token}\1\1"
+    return b"\1" if turn else text.encode()  # RFC 7628 3.1, 3.2.3
+
+
+def auth_login(route: Route, challenge: bytes, turn: int) -> bytes:
     """No RFC says what the server asks: its words count, in base64 or not, else the order."""
     text = challenge.lower()
     with contextlib.suppress(ProtocolError):
         text += decode_challenge(challenge).lower()
     asked = 1 if b"pass" in text else 0 if b"user" in text or b"name" in text else min(turn, 1)
-    return credentials[asked].encode()
+    return route.credentials[asked].encode()
 
 
 def decode_challenge(challenge: bytes) -> bytes:
@@ -5007,19 +5106,23 @@ def decode_challenge(challenge: bytes) -> bytes:
         raise ProtocolError(f"unexpected challenge: {error}") from None
 
 
-AUTH_MECHANISMS = {  # the strongest first: (whether it has an initial response, respond)
-    "CRAM-MD5": (False, auth_cram_md5),
-    "PLAIN": (True, auth_plain),
-    "LOGIN": (False, auth_login),  # with an initial response, some servers fail
+AUTH_MECHANISMS = {  # the strongest first
+    "CRAM-MD5": Mechanism(False, auth_cram_md5),
+    "PLAIN": Mechanism(True, auth_plain),
+    "LOGIN": Mechanism(False, auth_login),  # with an initial response, some servers fail
+    "XOAUTH2": Mechanism(True, auth_xoauth2, by_token=True),
+    "OAUTHBEARER": Mechanism(True, auth_oauthbearer, by_token=True),
 }
 MAX_COMMAND = 510  # octets of a line without CRLF: beyond, the initial response waits to be asked for (RFC 4954 4)
 MAX_CHALLENGES = 4
 
 
-def secret_forms(user: str, password: str) -> list:
-    """Return a password as AUTH sends it and as it is, the longest first; masking short ones would hide nothing."""
-    forms = [base64.b64encode(text.encode()).decode() for text in (f"\0{user}\0{password}", password)]
-    return [*forms, password] if len(password) > 3 else []
+def secret_forms(route: Route) -> list:
+    """Return a password or token as AUTH sends it and as it is; masking short ones would hide nothing."""
+    forms = [row.respond(route, b"", 0) for row in AUTH_MECHANISMS.values() if row.has_initial]
+    secret = route.credentials[1]
+    forms = [base64.b64encode(octets).decode() for octets in (*forms, secret.encode())]
+    return [*forms, secret] if len(secret) > 3 else []
 
 
 # -- a transaction's script, and what its replies mean
@@ -5040,23 +5143,15 @@ def envelope_commands(transaction: Transaction, utf8: bool, size: int, features:
     return [("MAIL", f"{mail}\r\n".encode()), *rcpts, ("DATA", b"DATA\r\n")]
 
 
-def pipeline_batches(script: list, pipelining: bool) -> list:
-    """Split the script into batches that are sent without waiting for replies."""
-    size = PIPELINE_WINDOW if pipelining else 1
-    return [script[i : i + size] for i in range(0, len(script), size)]
-
-
 def dot_stuff(chunks: tuple) -> Any:
     """Yield a message in blocks, with a dot added to each line that begins with one (RFC 5321 4.5.2)."""
     end = b"\n"
     for chunk in chunks:
         for start in range(0, len(chunk), SEND_BLOCK):
             block = chunk[start : start + SEND_BLOCK]
-            first, last = end == b"\n" and block.startswith(b"."), block.rfind(b".")
-            if first or block.find(b"\n.", 0, last + 1) >= 0:  # one octet is found much faster than two
-                block = b"." * first + block.replace(b"\n.", b"\n..")
+            dot = b"." if end == b"\n" and block.startswith(b".") else b""
+            yield dot + block.replace(b"\n.", b"\n..")
             end = block[-1:]
-            yield block
 
 
 def any_accepted(replies: list) -> bool:
@@ -5112,14 +5207,11 @@ class SessionPool:
         self.waiters.append(SessionWaiter(future, deadline, reply))
         return future
 
-    def next_waiter(self) -> asyncio.Future:
-        return self.waiters.popleft().future
-
     def wake_waiters(self, has_room: bool = False) -> None:
         """Have waiters open sessions, as many as may be opened."""
         while self.waiters and self.may_open(has_room):
             self.opening += 1
-            self.next_waiter().set_result(None)
+            self.waiters.popleft().future.set_result(None)
             has_room = False
 
     def opened(self) -> None:
@@ -5164,9 +5256,8 @@ class TransportContext:
     MAX_IDLE = 256  # sessions of one route
 
     def __init__(self, nameservers: tuple = ()) -> None:
-        self.pools: dict = {}  # (hostname, route): SessionPool
-        self.closing: list = []  # sessions that need a QUIT
-        self.http = HTTPConnectionPool()
+        self.pools: defaultdict = defaultdict(SessionPool)  # by (hostname, route)
+        self.http, self.tokens = HTTPConnectionPool(), TokenCache()
         self.set_nameservers(nameservers)
 
     def set_nameservers(self, nameservers: tuple) -> None:
@@ -5174,13 +5265,9 @@ class TransportContext:
         self.resolver = Resolver(nameservers)
         self.mta_sts = MTASTSCache(self.resolver)
 
-    def pool(self, route: Route, hostname: str) -> SessionPool:
-        key = hostname, route
-        return self.pools.get(key) or self.pools.setdefault(key, SessionPool())
-
     def acquire_idle(self, route: Route, hostname: str) -> Session | None:
         """Return the idle session that was used last, None if there is none. To be released."""
-        pool = self.pool(route, hostname)
+        pool = self.pools[hostname, route]
         while pool.idle:
             session = pool.idle.pop()
             if not is_readable(session.sock):  # that would be taken for the reply to the next command
@@ -5191,7 +5278,7 @@ class TransportContext:
 
     async def acquire(self, route: Route, hostname: str) -> tuple:
         """Return (Session, whether it was used before), a new one or one released meanwhile; or raise Rejected."""
-        pool, deadline, reply = self.pool(route, hostname), 0.0, None
+        pool, deadline, reply = self.pools[hostname, route], 0.0, None
         while True:
             if pool.may_open():
                 pool.opening += 1
@@ -5200,9 +5287,7 @@ class TransportContext:
                 if session := await pool.wait(deadline, reply):
                     return session, True
             try:
-                session = Session(route, hostname)
-                await asyncio.to_thread(session.open)  # smtplib blocks
-                session.stream = AsyncSocket(session.sock)
+                session = await self.connect(route, hostname)
             except BaseException as error:
                 reply = error.reply if isinstance(error, Rejected) else None
                 if not pool.refused(reply):
@@ -5214,11 +5299,24 @@ class TransportContext:
                 pool.opened()
                 return session, False
 
+    async def connect(self, route: Route, hostname: str, again: bool = True) -> Session:
+        """Open a session; an access token that the server refuses is replaced once."""
+        session = Session(await self.tokens.authorize(route), hostname)
+        try:
+            await asyncio.to_thread(session.open)  # smtplib blocks
+        except Rejected as refused:
+            again = again and bool(route.oauth2) and refused.reply.code == "535"
+            if not (again and self.tokens.drop(route, session.route.credentials[1])):
+                raise
+            return await self.connect(route, hostname, again=False)
+        session.stream = AsyncSocket(session.sock)
+        return session
+
     def release(self, session: Session) -> None:
         """Hand the session over to a waiter, keep it, or close it if it cannot be used again."""
         pool = session.pool
         if session.alive and pool.waiters:
-            pool.next_waiter().set_result(session)
+            pool.waiters.popleft().future.set_result(session)
             return
         pool.in_use -= 1
         if not session.alive:
@@ -5227,28 +5325,23 @@ class TransportContext:
         elif len(pool.idle) < self.MAX_IDLE and session.last_used - session.created_at < self.AGE:
             pool.idle.append(session)
         else:
-            self.closing.append(session)
+            session.quit()
 
     async def sweep(self, everything: bool = False) -> None:
-        """Close the sessions that have been idle too long, or all, with QUIT; waits a second for the replies."""
+        """Close the sessions and connections that have been idle too long, or all."""
         self.http.sweep(everything)
         now = time.monotonic()
         for key, pool in list(self.pools.items()):
             idle = self.IDLE_WHEN_FULL if pool.open_limit < pool.OPENING else self.IDLE
             while pool.idle and (everything or pool.idle[0].last_used <= now - idle):
-                self.closing.append(pool.idle.pop(0))
+                pool.idle.pop(0).quit()
             pool.sweep(now)
             if not (pool.idle or pool.in_use or pool.opening or pool.waiters):
                 del self.pools[key]
-        closing, self.closing = self.closing, []
-        for session in closing:
-            session.stream.release()  # a thread has it from here
-        if closing:
-            await asyncio.gather(*[asyncio.to_thread(session.quit) for session in closing])
 
 
 # ======================================================================================================================
-# 14. Relays
+# 15. Relays
 #     A relay takes (transaction, transport) and gives one Reply for each recipient, in order. A probe takes
 #     (ConnectivityProbe, transport), sends no mail and gives one CheckResult for each step. Both may raise Rejected or
 #     OSError. RELAYS, at the end, has one row for each relay with all that is known of it.
@@ -5256,9 +5349,18 @@ class TransportContext:
 
 
 async def attempt_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
-    """Attempt a transaction once; every recipient has a reply."""
-    began = time.monotonic()
-    replies = await attempt_route(transaction, transport)
+    """Attempt a transaction once; every recipient has a reply, whatever the relay does; a bug is logged."""
+    began, route, reply = time.monotonic(), transaction.route, None
+    try:
+        replies = await route.row.send(await sign_transaction(transaction), transport)
+    except Rejected as rejected:
+        reply = rejected.reply
+    except OSError as error:
+        reply = make_reply("lost", error_text(error), command="CONN", **route.endpoint)
+    except Exception:
+        log_exception(transaction.queueid)
+        reply = make_reply("relay-fault", **route.endpoint)
+    replies = [reply] * len(transaction.recipients) if reply else replies
     for reply in dict.fromkeys(reply for reply in replies if reply.route_fault):
         words = log_value(" ".join((reply.code, *reply.message)))
         text = f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed, mail waits: {words}"
@@ -5268,20 +5370,6 @@ async def attempt_transaction(transaction: Transaction, transport: TransportCont
     for reply in replies:
         metrics.add("haineko_replies_total", relay, reply.code[0])
     return TransactionResult(transaction, replies, seconds * 1000)
-
-
-async def attempt_route(transaction: Transaction, transport: TransportContext) -> list:
-    """Return a Reply for each recipient from the transaction's route, whatever its relay does; a bug is logged."""
-    try:
-        return await transaction.route.row.send(await sign_transaction(transaction), transport)
-    except Rejected as rejected:
-        reply = rejected.reply
-    except OSError as error:
-        reply = make_reply("lost", error_text(error), command="CONN", **transaction.route.endpoint)
-    except Exception:
-        log_exception(transaction.queueid)
-        reply = make_reply("relay-fault", **transaction.route.endpoint)
-    return [reply] * len(transaction.recipients)
 
 
 async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> list:
@@ -5295,12 +5383,9 @@ async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> 
         recipients = tuple(transaction.recipients[i] for i in again)
         try:
             session, _ = await transport.acquire(transaction.route, transaction.hostname)
-        except Rejected as refused:
-            if len(again) == len(replies):
-                raise
-            found = [refused.reply] * len(again)
-        else:
             found = await transact_by(session, transaction._replace(recipients=recipients), transport)
+        except Rejected as refused:
+            found = [refused.reply] * len(again)
         for i, reply in zip(again, found):
             replies[i] = reply
     return replies
@@ -5425,13 +5510,13 @@ def save_message(transaction: Transaction) -> Reply:
             os.close(handle)
     except OSError as error:
         return make_reply("file", f"{folder}: {error.strerror or error}", mailer="File")
-    return make_reply("saved", word=path, mailer="File")
+    return make_reply("done", word=path, mailer="File")
 
 
 async def relay_screen(transaction: Transaction, transport: TransportContext) -> list:
     """Print the message on stderr."""
     printed = log.write_bytes(await asyncio.to_thread(screen_text, transaction))
-    reply = make_reply("printed") if printed else make_reply("file", "stderr cannot be written")
+    reply = make_reply("done", word="Printed") if printed else make_reply("file", "stderr cannot be written")
     return [reply._replace(mailer="Screen")] * len(transaction.recipients)
 
 
@@ -5446,22 +5531,34 @@ def screen_text(transaction: Transaction) -> bytes:
 
 async def relay_discard(transaction: Transaction, transport: TransportContext) -> list:
     """Deliver to nobody."""
-    return [make_reply("discarded", mailer="Discard")] * len(transaction.recipients)
+    return [make_reply("done", word="Discarded", mailer="Discard")] * len(transaction.recipients)
 
 
-# -- Relays by HTTP. Each posts to an API; http_accepted() and http_failure() hold what their responses have in common.
+# -- Relays by HTTP. http_accepted() and http_failure() hold what the responses of their APIs have in common.
 
 
-async def relay_haineko(transaction: Transaction, transport: TransportContext) -> list:
-    """To another Haineko, of this kind or of the old one in Perl; what it says of each recipient is handed on."""
-    response = await transport.http.request(
-        HTTPTarget.of_route(transaction.route), await asyncio.to_thread(haineko_request, transaction)
-    )
-    return haineko_replies(transaction, response)
+def http_relay(make_request: Callable, read_replies: Callable, max_recipients: int = 1 << 30) -> Callable:
+    """Return a relay that posts make_request(transaction), an HTTPRequest, for so many recipients at a time;
+    read_replies(transaction, response) returns one Reply or a list of one for each. Both may raise Rejected."""
+
+    async def relay(transaction: Transaction, transport: TransportContext) -> list:
+        replies: list = []
+        for start in range(0, len(transaction.recipients), max_recipients):
+            part = transaction._replace(recipients=transaction.recipients[start : start + max_recipients])
+            try:
+                call = await asyncio.to_thread(make_request, part)
+                found = read_replies(part, await transport.http.request(HTTPTarget.of_route(part.route), call))
+            except Rejected as refused:
+                found = refused.reply
+            replies += found if isinstance(found, list) else [found] * len(part.recipients)
+        return replies
+
+    return relay
 
 
 def haineko_request(transaction: Transaction) -> HTTPRequest:
-    """Return the submission: header and body if they express all of the message (Perl knows no more), else `raw`."""
+    """Return the submission to another Haineko: header and body if they express all of the message (the old one in
+    Perl knows no more), else `raw`."""
     octets = transaction.octets()
     try:
         document = as_plain_submission(transaction, octets)
@@ -5543,21 +5640,6 @@ KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "D
 TRANSFER_DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
 
 
-async def relay_sendgrid(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver by SendGrid's v3 mail/send, which takes a message in pieces."""
-    route, body = transaction.route, await asyncio.to_thread(sendgrid_body, transaction)
-    response = await transport.http.request(
-        HTTPTarget.of_route(transaction.route),
-        HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route)),
-    )
-    if response.status == 202:  # 200: valid, but will not be sent
-        message_id = response.headers.get("X-Message-Id")
-        reply = http_accepted(route, response, *([f"X-Message-Id: {message_id}"] if message_id else []))
-    else:
-        reply = http_failure(route, response, sendgrid_errors(response))
-    return [reply] * len(transaction.recipients)
-
-
 def bearer_header(route: Route) -> tuple:
     """Return the header fields that carry the route's API key."""
     return (("Authorization", f"Bearer {route.credentials[1]}"),)
@@ -5571,8 +5653,8 @@ def sendgrid_errors(response: HTTPResponse) -> list | None:
     return [": ".join(str(error[key]) for key in ("field", "message") if error.get(key)) for error in errors]
 
 
-def sendgrid_body(transaction: Transaction) -> bytes:
-    """Return the request; raises Rejected if it would lose more of the message than trace fields and charset."""
+def sendgrid_request(transaction: Transaction) -> HTTPRequest:
+    """Return the message in pieces; raises Rejected if it would lose more of it than trace fields and charset."""
     # https://www.twilio.com/docs/sendgrid/api-reference/mail-send
     octets = transaction.octets()
     try:
@@ -5585,24 +5667,31 @@ def sendgrid_body(transaction: Transaction) -> bytes:
             raise ValueError("the subject is empty")
     except (ValueError, LookupError, RecursionError) as error:
         raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
-    return encode_json({key: value for key, value in document.items() if value})
+    body = encode_json({key: value for key, value in document.items() if value})
+    return HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route))
+
+
+def sendgrid_reply(transaction: Transaction, response: HTTPResponse) -> Reply:
+    if response.status != 202:  # 200: valid, but will not be sent
+        return http_failure(transaction.route, response, sendgrid_errors(response))
+    message_id = response.headers.get("X-Message-Id")
+    return http_accepted(transaction.route, response, *([f"X-Message-Id: {message_id}"] if message_id else []))
 
 
 def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
     """Return author and recipients; SendGrid shows every recipient but Bcc, and delivers to every one that it shows."""
     shown = {name: sendgrid_mailboxes(single_field(fields, name)) for name in ("from", "to", "cc", "reply-to")}
-    if len(shown["from"]) != 1:
+    author, reply_to = shown["from"], shown["reply-to"]
+    if len(author) != 1:
         raise ValueError("From has several addresses")
     if not shown["to"]:
         raise ValueError("To has none of the recipients")
     hidden = [{"email": recipient} for recipient in hidden_recipients(transaction, fields)]
     people = {"to": shown["to"], "cc": shown["cc"], "bcc": hidden}
-    document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": shown["from"][0]}
-    reply_to = shown["reply-to"]
-    return {
-        **document,
-        **({"reply_to_list": reply_to} if len(reply_to) > 1 else {"reply_to": reply_to and reply_to[0]}),
-    }
+    document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": author[0]}
+    if len(reply_to) > 1:
+        return {**document, "reply_to_list": reply_to}
+    return {**document, "reply_to": reply_to and reply_to[0]}
 
 
 def hidden_recipients(transaction: Transaction, fields: list) -> list:
@@ -5693,29 +5782,12 @@ def sendgrid_attachment(part: Any) -> dict:
     return {**attachment, "content_id": content_id} if content_id else attachment
 
 
-async def relay_amazonses(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver by version 2 of Amazon SES, which takes the message as it is, for 50 recipients at a time."""
-    replies: list = []
-    for start in range(0, len(transaction.recipients), AMAZONSES_RECIPIENTS):
-        part = transaction._replace(recipients=transaction.recipients[start : start + AMAZONSES_RECIPIENTS])
-        try:
-            call = await asyncio.to_thread(amazonses_request, part, time.time())
-            response = amazonses_reply(
-                transaction.route, await transport.http.request(HTTPTarget.of_route(transaction.route), call)
-            )
-        except Rejected as refused:
-            response = refused.reply
-        replies += [response] * len(part.recipients)
-    return replies
-
-
-AMAZONSES_RECIPIENTS = 50  # https://docs.aws.amazon.com/ses/latest/dg/quotas.html
 AMAZONSES_TEMPORARY = ["TooManyRequestsException", "ThrottlingException", "Throttling"]  # errors 400 that pass
 AMAZONSES_TEMPORARY += ["LimitExceededException", "SendingPausedException"]
 
 
-def amazonses_request(transaction: Transaction, now: float) -> HTTPRequest:
-    """Return the signed request; raises Rejected for a message without exactly one From."""
+def amazonses_request(transaction: Transaction) -> HTTPRequest:
+    """Return the signed request, with the message as it is; raises Rejected for a message without exactly one From."""
     octets = ascii_message(transaction)
     try:
         author = single_field(parse_message(octets)[0], "from")
@@ -5730,7 +5802,7 @@ def amazonses_request(transaction: Transaction, now: float) -> HTTPRequest:
     if transaction.sender and address_key(spec) != address_key(transaction.sender):
         document["FeedbackForwardingEmailAddress"] = transaction.sender
     call = HTTPRequest("POST", "/v2/email/outbound-emails", encode_json(document))
-    return sign_sigv4(call, transaction.route, now)
+    return sign_sigv4(call, transaction.route, time.time())
 
 
 def amazonses_reply(route: Route, response: HTTPResponse) -> Reply:
@@ -5768,20 +5840,12 @@ def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
     return call._replace(headers=(*call.headers, *added, ("Authorization", value)))
 
 
-async def relay_mandrill(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver by Mandrill's messages/send-raw, which takes the message as it is and answers for each recipient."""
-    body = await asyncio.to_thread(mandrill_body, transaction)
-    response = await transport.http.request(
-        HTTPTarget.of_route(transaction.route), HTTPRequest("POST", "/api/1.0/messages/send-raw.json", body)
-    )
-    return mandrill_replies(transaction, response)
-
-
-def mandrill_body(transaction: Transaction) -> bytes:
-    """Return the request."""
+def mandrill_request(transaction: Transaction) -> HTTPRequest:
+    """Return the message as it is."""
     envelope = {"from_email": transaction.sender or None, "to": transaction.recipients}
     content = {"key": transaction.route.credentials[1], "raw_message": ascii_message(transaction).decode()}
-    return encode_json({**content, **envelope, "async": False})
+    body = encode_json({**content, **envelope, "async": False})
+    return HTTPRequest("POST", "/api/1.0/messages/send-raw.json", body)
 
 
 def mandrill_replies(transaction: Transaction, response: HTTPResponse) -> list:
@@ -5811,6 +5875,63 @@ def mandrill_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
     return http_failure(route, response, None)
 
 
+async def relay_by_token(make_request: Callable, success: int, transaction: Transaction, transport: Any) -> list:
+    """Deliver by an API that takes an access token, and a message as it is with its recipients."""
+    route, call = transaction.route, await asyncio.to_thread(make_request, transaction)
+    for again in (True, False):  # a token that is refused is replaced once
+        login = await transport.tokens.authorize(route)
+        token = login.credentials[1]
+        response = await transport.http.request(HTTPTarget.of_route(route), call._replace(headers=bearer_header(login)))
+        if response.status != 401 or not (again and transport.tokens.drop(route, token)):
+            break
+    response = response._replace(body=response.body.replace(token.encode(), b"********"))
+    ident = response.headers.get("request-id", "none") if success == 202 else json_object(response).get("id")
+    accepted = response.status == success and ident
+    reply = http_accepted(route, response, f"id: {ident}") if accepted else token_api_failure(route, response)
+    return [reply] * len(transaction.recipients)
+
+
+def msgraph_request(transaction: Transaction) -> HTTPRequest:
+    # https://learn.microsoft.com/en-us/graph/api/user-sendmail
+    path = f"/v1.0/users/{urllib.parse.quote(transaction.route.credentials[0], '@')}/sendMail"
+    return HTTPRequest("POST", path, base64.b64encode(addressed_message(transaction)), type="text/plain")
+
+
+def gmailapi_request(transaction: Transaction) -> HTTPRequest:
+    # https://developers.google.com/workspace/gmail/api/reference/rest/v1/users.messages/send
+    path, octets = "/gmail/v1/users/me/messages/send", addressed_message(transaction)
+    if len(octets) > GMAILAPI_UPLOAD:
+        return HTTPRequest("POST", f"/upload{path}?uploadType=media", octets, type="message/rfc822")
+    return HTTPRequest("POST", path, encode_json({"raw": base64.urlsafe_b64encode(octets).decode()}))
+
+
+GMAILAPI_UPLOAD = 1 << 20  # octets from which on a message is uploaded
+
+
+def addressed_message(transaction: Transaction) -> bytes:
+    """Return the message with the envelope's recipients in its header, from which the API takes them."""
+    octets = transaction.octets()
+    try:
+        fields = parse_message(octets).fields
+        if single_field(fields, "bcc"):
+            raise ValueError("the header bcc can't be set")
+        hidden = ",\r\n ".join(hidden_recipients(transaction, fields))
+    except ValueError as error:
+        raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
+    return f"Bcc: {hidden}\r\n".encode() + octets if hidden else octets
+
+
+def token_api_failure(route: Route, response: HTTPResponse) -> Reply:
+    """Return the reply for an error of Graph or Google; a refused token is no verdict on the mail."""
+    error = json_object(response).get("error")
+    lines = [f"{error.get('code')}: {error.get('message')}"] if isinstance(error, dict) else None
+    temporary = bool(lines and GOOGLE_LIMIT.search(str(error.get("errors"))))
+    return http_failure(route, response, lines, temporary)._replace(route_fault=response.status == 401)
+
+
+GOOGLE_LIMIT = re.compile("'reason': '[A-Za-z]*LimitExceeded'")  # with status 403
+
+
 def http_accepted(route: Route, response: HTTPResponse, *lines: str) -> Reply:
     """Return the reply for a mail that the API has taken."""
     return make_reply("web-accepted", *sanitize_lines(lines), word=status_text(response), **route.endpoint)
@@ -5832,34 +5953,18 @@ def http_failure(route: Route, response: HTTPResponse, lines: list | None, tempo
     return reply._replace(dsn=DSN_BY_STATUS.get(status, reply.dsn))
 
 
-def json_object(response: HTTPResponse) -> dict:
-    """Return the JSON object in a response; {} if it has none."""
-    document = response.document()
-    return document if isinstance(document, dict) else {}
-
-
-def status_text(response: HTTPResponse) -> str:
-    """Return the response's status line for people."""
-    return f"HTTP {response.status} {response.reason}".strip()
-
-
 DSN_BY_STATUS = {401: "5.7.8", 403: "5.7.1"}
 
 
 def parse_retry_after(response: HTTPResponse) -> int:
     """Return the seconds after which to try again (RFC 9110 10.2.3), at most a day; 0 if the response has none."""
-    text, now = response.headers.get("Retry-After", "").strip(), time.time()
-    reset = response.headers.get("X-RateLimit-Reset", "") if response.status == 429 else ""  # SendGrid: Unix time
+    reset = response.headers.get("X-RateLimit-Reset") if response.status == 429 else ""  # SendGrid: Unix time
+    text, now = (response.headers.get("Retry-After") or reset or "").strip(), time.time()
     try:
-        if re.fullmatch(r"[0-9]{1,9}", text):
-            wait = int(text)
-        elif text:
-            wait = parsedate_to_datetime(text).timestamp() - now
-        else:
-            wait = int(reset) - now if re.fullmatch(r"[0-9]{1,10}", reset) else 0
+        wait = int(text) if re.fullmatch("[0-9]{1,10}", text) else parsedate_to_datetime(text).timestamp() - now
     except (TypeError, ValueError, OverflowError):
-        wait = 0
-    return min(max(int(wait), 0), 86400)
+        return 0
+    return min(max(int(wait - now if wait > 1e9 else wait), 0), 86400)
 
 
 def sanitize_lines(lines: Any) -> tuple:
@@ -6026,53 +6131,48 @@ async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> lis
 
 def probe_mx_host(route: Route, hostname: str) -> list:
     """Open a session to one host; if TLS is opportunistic, tell whether the certificate would have been accepted."""
-    strict = probe_session(replace(route, tls_verify=True), hostname)
-    if strict[-1].ok or strict[-1].step != "TLS" or not route.tls_if_offered:
-        return strict
-    loose = probe_session(route, hostname)
-    if loose[-1].ok:
-        return [*loose, CheckResult("TLS", True, f"not verified: {strict[-1].text}")]
-    clear = probe_session(replace(route, tls_if_offered=False), hostname)
-    return [*clear, CheckResult("TLS", True, f"mail goes in clear text: {loose[-1].text}")] if clear[-1].ok else loose
+    clear, why = replace(route, tls_if_offered=False), ""
+    variants = {"": replace(route, tls_verify=True), "not verified": route, "mail goes in clear text": clear}
+    for note, hop in variants.items():
+        results = probe_session(hop, hostname)
+        if results[-1].ok:
+            return results + ([CheckResult("TLS", True, f"{note}: {why}")] if note else [])
+        if results[-1].step != "TLS" or not route.tls_if_offered:
+            break
+        why = results[-1].text
+    return results
 
 
-async def probe_folder(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Tell whether files can be made in the folder."""
+async def probe_local(probe: ConnectivityProbe, transport: TransportContext) -> list:
+    """Tell whether files can be made in the route's folder, if it has one."""
+    if not probe.route.row.into_folder:
+        return [CheckResult("NONE", True, "nothing to connect to")]
     folder = probe.route.folder
     ok = is_writable_folder(folder)
     return [CheckResult("FILE", ok, folder if ok else f"{folder} is no folder that can be written")]
 
 
-async def probe_none(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Report that there is nothing to connect to."""
-    return [CheckResult("NONE", True, "nothing to connect to")]
-
-
 def http_probe(ask: Callable) -> Callable:
     """Make a probe of ask(route, request), which returns a line of text if the login is good or raises Rejected."""
 
-    async def probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
-        return await asyncio.to_thread(_probe_http, probe.route, ask)
-
-    return probe
-
-
-def _probe_http(route: Route, ask: Callable) -> list:
-    results = probe_dns(route)
-    if not results[-1].ok:
+    def steps(route: Route) -> list:
+        results = probe_dns(route)
+        if not results[-1].ok:
+            return results
+        line, place = KeepAliveConnection(HTTPTarget.of_route(route)), f"{route.host}:{route.port}"
+        try:
+            line.open()
+            results.append(CheckResult("TCP", True, f"connected to {place}"))
+            results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
+            results.append(CheckResult("AUTH", True, ask(route, line.exchange)))
+        except Rejected as rejected:
+            step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
+            results.append(failed_step(step, rejected.reply, place))
+        finally:
+            line.close()
         return results
-    line, place = KeepAliveConnection(HTTPTarget.of_route(route)), f"{route.host}:{route.port}"
-    try:
-        line.open()
-        results.append(CheckResult("TCP", True, f"connected to {place}"))
-        results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
-        results.append(CheckResult("AUTH", True, ask(route, line.exchange)))
-    except Rejected as rejected:
-        step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
-        results.append(failed_step(step, rejected.reply, place))
-    finally:
-        line.close()
-    return results
+
+    return lambda probe, transport: asyncio.to_thread(steps, probe.route)
 
 
 @http_probe
@@ -6123,6 +6223,30 @@ def probe_mandrill(route: Route, request: Callable) -> str:
     raise Rejected(http_failure(route, response, mandrill_errors(response)))
 
 
+def probe_account(path: str, route: Route, request: Callable) -> str:
+    """Read the user's account."""
+    path = path.format(user=urllib.parse.quote(route.credentials[0], "@"))
+    response = request(HTTPRequest("GET", path, headers=bearer_header(route)))
+    document = json_object(response)
+    if response.status == 200 and {"id", "emailAddress"} & set(document):
+        return "the token is good"
+    if response.status == 403 and "error" in document:
+        return "the token is good; it may not read the account, so whether it may send is not known"
+    raise Rejected(token_api_failure(route, response))
+
+
+probe_msgraph = http_probe(functools.partial(probe_account, "/v1.0/users/{user}"))
+probe_gmail = http_probe(functools.partial(probe_account, "/gmail/v1/users/me/profile"))
+send_msgraph = functools.partial(relay_by_token, msgraph_request, 202)
+send_gmail = functools.partial(relay_by_token, gmailapi_request, 200)
+GRAPH_SCOPES = "https://graph.microsoft.com/.default", "https://graph.microsoft.com/Mail.Send offline_access"
+BY_TOKEN = {"needs": ("auth",), "login": ("username", "oauth2")}
+
+
+relay_haineko = http_relay(haineko_request, haineko_replies)
+relay_sendgrid = http_relay(sendgrid_request, sendgrid_reply)
+relay_amazonses = http_relay(amazonses_request, lambda job, found: amazonses_reply(job.route, found), 50)  # quota
+relay_mandrill = http_relay(mandrill_request, mandrill_replies)
 RELAYS.update(
     ESMTP=Relay(relay_esmtp, probe_esmtp, keeps_octets=True),
     MX=Relay(relay_mx, probe_mx, destination="MX {domain}", refuses=("auth",), keeps_octets=True),
@@ -6130,13 +6254,15 @@ RELAYS.update(
     SendGrid=Relay(relay_sendgrid, probe_sendgrid, 25, "https://api.sendgrid.com", ("auth",), login=("password",)),
     AmazonSES=Relay(relay_amazonses, probe_amazonses, 25, "https://email.{region}.amazonaws.com", ("auth", "region")),
     Mandrill=Relay(relay_mandrill, probe_mandrill, 25, "https://mandrillapp.com", ("auth",), login=("password",)),
-    File=Relay(relay_file, probe_folder, destination="File {route.folder}", into_folder=True),
-    Screen=Relay(relay_screen, probe_none, destination="Screen"),
-    Discard=Relay(relay_discard, probe_none, destination="Discard"),
+    MSGraph=Relay(send_msgraph, probe_msgraph, 25, "https://graph.microsoft.com", scopes=GRAPH_SCOPES, **BY_TOKEN),
+    GmailAPI=Relay(send_gmail, probe_gmail, 25, "https://gmail.googleapis.com", **BY_TOKEN),
+    File=Relay(relay_file, probe_local, destination="File {route.folder}", into_folder=True),
+    Screen=Relay(relay_screen, probe_local, destination="Screen"),
+    Discard=Relay(relay_discard, probe_local, destination="Discard"),
 )
 
 # ======================================================================================================================
-# 15. Queue
+# 16. Queue
 #     Keeps mail that waits in a file (SQLite) and delivers it, in one process. What follows a reply, bounces and events
 #     are functions of values; QueueDB is the file, with its operations; QueueManager delivers.
 # ======================================================================================================================
@@ -6368,8 +6494,8 @@ async def post_webhook(
     leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool, timeout: float = 15.0
 ) -> Reply:
     """POST an event to its webhook; return a reply as a relay gives it."""
-    scheme, host, port, path = WEBHOOK_URL.fullmatch(leased.recipient).groups()
-    target = HTTPTarget(f"{scheme}://{host}{f':{port}' if port else ''}", timeout, "Webhook")
+    base_url, path = split_url(leased.recipient)
+    target = HTTPTarget(base_url, timeout, "Webhook")
     body, event_id = leased.message.parts[0], f"msg_{leased.queueid}"
     headers = (
         ("webhook-id", event_id),
@@ -6377,7 +6503,7 @@ async def post_webhook(
         ("webhook-signature", sign_webhook(secret, event_id, int(now), body)),
     )
     try:
-        status = (await http_pool.request(target, HTTPRequest("POST", path or "/", body, headers))).status
+        status = (await http_pool.request(target, HTTPRequest("POST", path, body, headers))).status
     except Rejected as refused:
         reply = refused.reply
         unreachable = {"command": "CONN"} if reply.command == "CONN" else {}
@@ -7124,7 +7250,7 @@ def level_of(status: str) -> str:
 
 
 # ======================================================================================================================
-# 16. Submission pipeline
+# 17. Submission pipeline
 #     submit() takes a request and calls every stage in order: parse, check, compose, plan, deliver or queue, answer.
 # ======================================================================================================================
 
@@ -7316,7 +7442,7 @@ def queue_options(
     found = IDEMPOTENCY_KEY.fullmatch(key)
     if not found:
         raise Rejected(make_reply("key-form"))
-    owner = request.login or f"[{request.client.text}]"  # nobody else may read the response
+    owner = request.login or f"[{request.client}]"  # nobody else may read the response
     digest = hashlib.sha256("\0".join((owner, request.path, found[1] or found[2])).encode()).digest()
     return QueueOptions(async_, digest, body_digest, request.login)
 
@@ -7575,7 +7701,7 @@ def answer_document(
         "addresser": submission.mail if submission else None,
         "recipient": accepted if submission else None,
         "response": [reply_to_dict(to, reply) for to, reply in replies.items()],
-        "remoteaddr": request.client.text if request.client else None,
+        "remoteaddr": str(request.client) if request.client else None,
         "remoteport": request.port,
         "useragent": echoed_header(request, "user-agent"),
         "referer": echoed_header(request, "referer"),
@@ -7622,7 +7748,7 @@ def to_json(document: Any) -> bytes:
 
 
 # ======================================================================================================================
-# 17. HTTP server
+# 18. HTTP server
 #     Takes octets from a socket, gives a Request to an endpoint and sends its Response (RFC 9110, 9112). The supervisor
 #     binds and watches; workers, forked by it, accept. In a worker one event loop serves all connections.
 # ======================================================================================================================
@@ -7770,7 +7896,7 @@ def check_monitor(request: Request, submission: None, settings: Settings) -> Rep
     """Require an address in httpd.monitors, and no web page whose name was rebound in DNS."""
     host, reason = request.headers.get("host", "").lower(), hidden_client(request, settings)
     if request.client not in settings.httpd.monitors:
-        reason = f"{request.client.text} is not in httpd.monitors"
+        reason = f"{request.client} is not in httpd.monitors"
     elif not reason and request.forwarded and request.client in LOOPBACK:  # a proxy can't know that it is this machine
         reason = f"{request.forwarded}: a forwarded request is not from this machine"
     elif not reason and not is_own_host(host, settings):
@@ -8508,9 +8634,8 @@ class Worker:
         metrics.set("haineko_sessions", "opening", to=sum([pool.opening for pool in pools]))
         metrics.set("haineko_connections", "idle", to=len(self.idle))
         metrics.set("haineko_connections", "busy", to=len(self.connections) - len(self.idle))
-        for sink in (log.stderr_sink, log.syslog_sink):
-            lost, sink.lost_ever = sink.lost_ever, 0
-            metrics.add("haineko_log_lines_lost_total", by=lost)
+        lost, log.lost_ever = log.lost_ever, 0
+        metrics.add("haineko_log_lines_lost_total", by=lost)
 
     async def _reread(self) -> None:
         """Apply settings that changed; the supervisor has logged their faults. The last ones win."""
@@ -8785,7 +8910,7 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 
 
 # ======================================================================================================================
-# 18. Commands
+# 19. Commands
 #     Takes the words of a command line and returns an exit code. Results go to stdout, messages for a person to stderr.
 #     A new command is one function and one row of COMMANDS, the table at the end.
 # ======================================================================================================================
@@ -9101,13 +9226,20 @@ async def _run_checks(settings: Settings, domain: str, selector: str | None, con
 
 
 async def run_probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Return the results of a route's probe, whatever it raises."""
+    """Return the results of fetching a route's access token, and of its probe, whatever it raises."""
+    route, results, step = probe.route, [], "TOKEN"
     try:
-        return await probe.route.row.probe(probe, transport)
+        if route.oauth2:
+            token = await transport.tokens.token_for(route)
+            route = replace(route, credentials=(route.credentials[0], token.text))
+            text = f"ends in {int(token.expires - time.monotonic())} s, scope {token.scope or 'not told'}"
+            results.append(CheckResult(step, True, text))
+        step = ""
+        return results + await route.row.probe(probe._replace(route=route), transport)
     except Rejected as rejected:
-        return [failed_step(rejected.reply.command, rejected.reply)]
+        return [*results, failed_step(step or rejected.reply.command, rejected.reply)]
     except OSError as error:
-        return [CheckResult("CONN", False, error_text(error))]
+        return [*results, CheckResult("CONN", False, error_text(error))]
 
 
 def connectivity_probes(settings: Settings, domain: str) -> list:
@@ -9335,7 +9467,8 @@ def post_submission(url: str, body: bytes, credentials: tuple = ()) -> tuple:
         if url.startswith("unix:"):
             connection.sock = socket.socket(socket.AF_UNIX)
             connection.sock.connect(url[5:])
-        response = connection.exchange_once(HTTPRequest("POST", path, body, basic_auth_header(credentials)))
+        with contextlib.closing(connection):
+            response = connection.exchange(HTTPRequest("POST", path, body, basic_auth_header(credentials)))
     except Rejected as error:
         raise CommandError(f"{url}: {': '.join(error.reply.message)}", 1) from None
     except OSError as error:
@@ -9734,7 +9867,7 @@ async def submit_here(body: bytes, settings: Settings, dsn: tuple) -> Response:
     smtpd = replace(settings.smtpd, max_rcpts_per_message=0)
     become_owner(settings)
     app = App(replace(settings, httpd=Httpd(), smtpd=smtpd, password=Authenticator({})))
-    log.quiet = log.priority is None  # stderr is read by the calling program, which may mail it
+    log.quiet = log.facility is None  # stderr is read by the calling program, which may mail it
     client = parse_ip("127.0.0.1")
     request = Request("POST", "/submit", {}, body, client, None, None, time.time(), login=f"uid{os.getuid()}", dsn=dsn)
     try:

@@ -309,6 +309,7 @@ class SmtpPeer:
         self.lost: list = []  # those that were answered with LOST
         self.tries: collections.Counter = collections.Counter()  # texts for each recipient
         self.lone = 0  # texts without a line
+        self.answers: list = []  # what came after a token was refused
         self.lock = threading.Lock()
         self.now = self.most = 0  # texts that wait for their reply; the most at once
         self.listeners: list = []
@@ -512,6 +513,13 @@ class SmtpConnection:
         elif mechanism == "LOGIN":
             user = base64.b64decode(first or self.asked(b"Username:")).decode()
             right = self.peer.logins.get(user) == base64.b64decode(self.asked(b"Password:")).decode()
+        elif mechanism in ("XOAUTH2", "OAUTHBEARER"):
+            fields = base64.b64decode(first or self.asked(b"")).decode().split("\1")
+            user = fields[0].partition("=")[2].rstrip(",").replace("=2C", ",").replace("=3D", "=")
+            token = next(item[12:] for item in fields if item.startswith("auth=Bearer "))
+            right = self.peer.logins.get(user) == token
+            if not right:
+                self.peer.answers.append(self.asked(json.dumps({"status": "401", "told": token}).encode()))
         else:
             challenge = b"<17.1@peer.example>"
             user, digest = base64.b64decode(self.asked(challenge)).decode().split(" ")
@@ -1178,7 +1186,7 @@ class Question:
 
     def __init__(self, octets: bytes) -> None:
         self.octets, at, labels = octets, 12, []
-        self.number, self.flags, _, _, _, self.additional = struct.unpack_from(">6H", octets)
+        self.number, self.flags, *_ = struct.unpack_from(">6H", octets)
         while octets[at]:
             labels.append(octets[at + 1 : at + 1 + octets[at]].decode())
             at += 1 + octets[at]
@@ -1419,7 +1427,7 @@ def on_the_wire(status: int, document=b"", headers=()) -> bytes:
 
 def web_settings(route: dict, **sections) -> haineko.Settings:
     """Settings with that route for everything, and the login `key`."""
-    logins = {"key": {"username": KEY, "password": SECRET}}
+    logins = {"key": {"username": KEY, "password": SECRET, "oauth2": {"access_token": SECRET}}}
     table = {"default": route}
     return settings(**{"smtpd": {"hostname": "here.example"}, "authinfo": logins, "mailertable": table, **sections})
 
@@ -1435,6 +1443,11 @@ def web_route(mailer: str, url: str = "", **more) -> haineko.Route:
     return web_settings(
         {"mailer": mailer, **{key: value for key, value in more.items() if value not in ("", None)}}
     ).mailertable["default"]
+
+
+def with_wrong_login(route: haineko.Route) -> haineko.Route:
+    oauth2 = route.oauth2 and replace(route.oauth2, access_token="wrong")
+    return replace(route, credentials=(KEY, "wrong"), oauth2=oauth2)
 
 
 def web_submission(**changes) -> dict:
@@ -1848,7 +1861,7 @@ class HouseRules(unittest.TestCase):
     def test_everything_stands_in_the_readme(self):
         readme = README
         sections = [haineko.Httpd, haineko.Tls, haineko.Smtpd, haineko.Syslog, haineko.Relayhosts, haineko.Recipients]
-        sections += [haineko.Credentials, haineko.Route, haineko.Header, haineko.Submission]
+        sections += [haineko.Credentials, haineko.OAuth2, haineko.Route, haineko.Header, haineko.Submission]
         wanted = [f"`{name}" for name in (*haineko.COMMANDS, *haineko.RELAYS)]
         wanted += [f"`{method} {path}`" for method, path in haineko.ENDPOINTS]
         wanted += [text for _, _, _, _, text in haineko.REPLIES.values() if "%s" not in text]
@@ -2172,7 +2185,7 @@ class SettingsFile(Folder):
                 "mailertable.example.jp.retry: expected a whole number from 0 to 100, got 1.5",
                 "sendermt: expected an object, got a list",
                 'authinfo.a.user: unknown key; did you mean "username"?',
-                'authinfo.b.password: expected a string, {"file": path} or {"env": NAME}',
+                f"authinfo.b.password: expected {haineko.SECRET_FORMS}",
                 "authinfo.c.password: expected a string, got a number",
                 "password.u: expected a hash as `haineko.py pw` prints it, or {SSHA}",
             ],
@@ -2453,7 +2466,9 @@ class SettingsFile(Folder):
         for word in ("hush-1", self.KIJITORA, self.KIJITORA[6:]):
             self.assertNotIn(word, text)
         shown = json.loads(text)
-        self.assertEqual(shown["authinfo"]["relay"], {"username": "mikeneko", "password": "********", "token": ""})
+        self.assertEqual(
+            shown["authinfo"]["relay"], {"username": "mikeneko", "password": "********", "token": "", "oauth2": None}
+        )
         self.assertEqual(shown["authinfo"]["none"]["password"], "")
         self.assertEqual(shown["password"], {"kijitora": "********"})
         self.assertEqual(shown["relayhosts"], {"open-relay": False, "relayhosts": ["192.0.2.0/24"]})
@@ -2546,7 +2561,7 @@ class SettingsFile(Folder):
             ("a" * 64 + ".jp", "a" * 63 + ".localdomain"),
         ):  # fmt: skip
             with self.subTest(name):
-                self.assertEqual(haineko.qualified_hostname(name), wanted)
+                self.assertEqual(haineko.local_hostname(name), wanted)
         for hostname, address, wanted in (
             ("mail.example.org", "127.0.0.1", "mail.example.org"), ("mail", "::1", "mail"),
             ("box.localdomain", "127.0.0.1", "[127.0.0.1]"), ("box.localdomain", "::1", "[IPv6:::1]"),
@@ -2580,6 +2595,105 @@ class SettingsFile(Folder):
 # ======================================================================================================================
 # 4. Log
 # ======================================================================================================================
+
+
+class Secrets(Folder):
+    """Where a secret may stand."""
+
+    def read(self, source) -> tuple:
+        """(the password, faults) of settings with that password."""
+        logins = {"key": {"username": "u", "password": source}}
+        route = {"host": "mx.example", "auth": "key"}
+        found, faults = haineko.load_settings(
+            self.write("haineko.json", {"authinfo": logins, "mailertable": {"default": route}})
+        )
+        return found.mailertable["default"].credentials[1], faults
+
+    def shell(self, script: str) -> dict:
+        return {"command": ["sh", "-c", script]}
+
+    def test_what_is_read(self):
+        self.write("secret", "from a file\n")
+        self.write("program", "#!/bin/sh\necho from $1 in $(basename $PWD)\n", 0o700)
+        os.environ["CREDENTIALS_DIRECTORY"] = self.folder
+        self.addCleanup(os.environ.pop, "CREDENTIALS_DIRECTORY")
+        for source, wanted in (
+            ("a string", "a string"),
+            ({"file": "secret"}, "from a file"),
+            ({"credential": "secret"}, "from a file"),
+            (
+                {"command": ["./program", "here; echo no shell"]},
+                f"from here; echo no shell in {os.path.basename(self.folder)}",
+            ),
+            (self.shell("echo one; echo two"), "one"),
+            (self.shell("printf 'no line end'"), "no line end"),
+            (self.shell("printf 'crlf\\r\\n'"), "crlf"),
+            (self.shell("echo starts another; sleep 60 & exit 0"), "starts another"),
+        ):
+            with self.subTest(source):
+                self.assertEqual(self.read(source), (wanted, []))
+
+    def test_what_can_not_be_read(self):
+        self.write("secret", "word", 0o644)
+        self.write("latin", b"geheim\xff")
+        with patched(haineko, SECRET_TIMEOUT=0.3):
+            for source, fault in (
+                ({"file": "none"}, ".file: none: No such file or directory"),
+                ({"file": "secret"}, ".file: can be read by everybody; chmod 600 secret"),
+                ({"file": "latin"}, ".file: latin: not UTF-8"),
+                ({"env": "HAINEKO_NONE"}, ".env: no environment variable HAINEKO_NONE"),
+                ({"credential": "x"}, ".credential: no credential x: LoadCredential= of systemd gives it to a unit"),
+                ({"command": ["/nowhere/x"]}, ".command: /nowhere/x: No such file or directory"),
+                ({"command": []}, ".command: expected at least one value"),
+                ({"command": ["touch", 5, "ran"]}, ".command[1]: expected a string, got a number"),
+                ({"file": ""}, ".file: : Is a directory"),
+                ({"env": ""}, ".env: no environment variable "),
+                ({"command": "x", "file": "x"}, f": expected {haineko.SECRET_FORMS}"),
+                ({"comand": "x"}, f": expected {haineko.SECRET_FORMS}"),
+                ({}, f": expected {haineko.SECRET_FORMS}"),
+                (
+                    self.shell("echo geheim; echo first >&2; echo vault is sealed >&2; exit 3"),
+                    ".command: sh: vault is sealed",
+                ),
+                (self.shell("exit 3"), ".command: sh: exit code 3"),
+                (self.shell("true"), ".command: sh: printed nothing"),
+                (self.shell("sleep 60; echo late"), ".command: sh: did not end within 0.3 s"),
+                (self.shell("yes geheim"), ".command: sh: did not end within 0.3 s"),
+                (self.shell("printf 'geheim\\377'"), ".command: sh: not UTF-8"),
+                (self.shell("printf 'geheim\\001'"), ": has a line end, or another unprintable character"),
+            ):
+                with self.subTest(source):
+                    began = time.monotonic()
+                    _, faults = self.read(source)
+                    self.assertEqual(faults, [f"authinfo.key.password{fault}"])
+                    self.assertNotIn("ran", os.listdir(self.folder))
+                    self.assertLess(time.monotonic() - began, 5)
+
+    def test_all_of_them_are_masked(self):
+        names = ("client_secret", "refresh_token", "access_token")
+        oauth2 = {"provider": "google", "client_id": "app", **dict.fromkeys(names, "geheim")}
+        force = settings(
+            authinfo={"key": {"username": "u", "oauth2": oauth2}}, mailertable={"default": {"auth": "key"}}
+        )
+        route = force.mailertable["default"]
+        self.assertEqual(route.oauth2.access_token, "geheim")
+        self.assertNotIn("geheim", json.dumps(haineko.redacted(force)) + repr(route) + repr(force))
+        for name in names:
+            self.assertTrue(haineko.holds_secrets({"authinfo": {"key": {"oauth2": {name: "x"}}}}))
+        self.assertFalse(haineko.holds_secrets({"authinfo": {"key": {"oauth2": {"access_token": {"env": "X"}}}}}))
+
+
+@contextlib.contextmanager
+def patched(where, **values):
+    """Other values for names of a module or class, meanwhile."""
+    before = {name: getattr(where, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(where, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(where, name, value)
 
 
 class LogLines(Quiet):
@@ -2631,7 +2745,7 @@ class LogLines(Quiet):
     def test_syslog_may_come_go_and_stop_reading(self):
         with tempfile.TemporaryDirectory(prefix="haineko.") as folder:
             log, path = haineko.Log(), os.path.join(folder, "log")
-            log.SYSLOG, log.syslog_sink.budget, log.syslog_sink.waited = (path + "not", path), 0.05, time.monotonic()
+            log.SYSLOG = (path + "not", path)
             log.open(haineko.Syslog(disabled=False, facility="mail"))
             log.lines("nobody is there")
             daemon = self.syslogd(folder)
@@ -2646,7 +2760,7 @@ class LogLines(Quiet):
             )
             log.lines(*["unread"] * 3000)
             count = len(self.read(daemon))
-            self.assertEqual((count > 0, log.syslog_sink.lost, log.stderr_sink.lost), (True, 3000 - count, 0))
+            self.assertEqual((count > 0, log.lost), (True, 3000 - count))
             log.lines("read again")
             self.assertEqual(
                 [line.partition("]: ")[2] for line in self.read(daemon)],
@@ -2678,8 +2792,7 @@ class LogLines(Quiet):
         os.dup2(writing, 2)
         os.close(writing)
         self.addCleanup(setattr, haineko.log, "buffer", None)
-        self.addCleanup(setattr, haineko.log, "stderr_sink", haineko.LogSink())
-        haineko.log.buffer, haineko.log.stderr_sink.budget, haineko.log.stderr_sink.waited = [], 0.02, time.monotonic()
+        haineko.log.buffer = []
         os.set_blocking(2, False)
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -4969,12 +5082,9 @@ class DnsMessages(unittest.TestCase):
         question = b"\x04neko\x07example\0\0\x0f\0\x01"
         self.assertEqual(
             haineko.build_query(0x1234, "neko.example", haineko.MX),
-            b"\x12\x34\x01\0\0\x01\0\0\0\0\0\x01" + question + b"\0\0\x29\x04\xd0\0\0\0\0\0\0",
+            b"\x12\x34\x01\0\0\x01\0\0\0\0\0\0" + question,
         )
-        self.assertEqual(
-            haineko.build_query(1, "neko.example", haineko.MX, edns=False), b"\0\x01\x01\0\0\x01\0\0\0\0\0\0" + question
-        )
-        self.assertEqual(haineko.build_query(1, "", haineko.A, edns=False)[12:], b"\0\0\x01\0\x01")
+        self.assertEqual(haineko.build_query(1, "", haineko.A)[12:], b"\0\0\x01\0\x01")
 
     def test_every_kind_of_record_is_read(self):
         long_text = "v=spf1 " + "x" * 300
@@ -5025,9 +5135,6 @@ class DnsMessages(unittest.TestCase):
             with self.subTest(what), self.assertRaises(ValueError):
                 self.parse(octets)
 
-    def test_a_refusal_of_edns_may_leave_the_question_out(self):
-        self.assertEqual(self.parse(struct.pack(">6H", 7, 0x8181, 0, 0, 0, 0)).code, haineko.FORMERR)
-
     def test_a_dot_within_a_label_makes_no_other_name(self):
         octets = self.QUESTION.answer(wire_record("neko.example", haineko.MX, (1, "x"))[:-3] + b"\x04a.jp\0")
         octets = octets.replace(b"\0\x05\0\x01\x04a.jp", b"\0\x08\0\x01\x04a.jp")
@@ -5062,23 +5169,6 @@ class DnsMessages(unittest.TestCase):
                 self.assertLess(time.process_time() - began, 0.2)
         with self.assertRaises(ValueError):
             haineko.read_name(b"\0" + chain.replace(chain[:2], b"\0\0"), len(chain) - 1)
-
-    def test_aliases_are_followed_to_their_end(self):
-        def alias(name: str, to: str) -> haineko.ResourceRecord:
-            return haineko.ResourceRecord(name, haineko.CNAME, 60, to)
-
-        end = haineko.ResourceRecord("c", haineko.A, 60, "192.0.2.1")
-        long = [alias(str(i), str(i + 1)) for i in range(20)]
-        for what, answers, hops, values in (
-            ("no answer", [], 0, 0),
-            ("in any order", [end, alias("b", "c"), alias("a", "b")], 2, 1),
-            ("a circle", [alias("a", "b"), alias("b", "a")], haineko.MAX_ALIASES + 1, 0),
-            ("an end that isn't told", [alias("a", "b")], 1, 0),
-        ):
-            with self.subTest(what):
-                chain, found = haineko.follow_cnames(answers, "a", haineko.A)
-                self.assertEqual((len(chain), len(found)), (hops, values))
-        self.assertEqual(len(haineko.follow_cnames(long, "0", haineko.A)[0]), haineko.MAX_ALIASES + 1)
 
 
 class NameServers(WithCertificates):
@@ -5161,18 +5251,6 @@ class NameServers(WithCertificates):
                 lambda q, tcp: [q.answer(bad, number=q.number ^ 1) if tcp else q.answer(flags=truncated)],
                 None,
             ),
-            ("no EDNS known", lambda q, _: [q.answer(good) if not q.additional else q.answer(code=1)], ("192.0.2.1",)),
-            ("EDNS: NOTIMP", lambda q, _: [q.answer(good) if not q.additional else q.answer(code=4)], ("192.0.2.1",)),
-            *(
-                (
-                    f"EDNS: {code} without a question",
-                    lambda q, _, code=code: [
-                        q.answer(good) if not q.additional else struct.pack(">6H", q.number, 0x8180 | code, 0, 0, 0, 0)
-                    ],
-                    ("192.0.2.1",),
-                )
-                for code in (haineko.FORMERR, haineko.NOTIMP)
-            ),
             (
                 "a datagram larger than it should be",
                 lambda q, _: [q.answer(*many)],
@@ -5244,7 +5322,7 @@ class NameServers(WithCertificates):
         for name, times in (
             ("a.example", [(0, 1), (1, 0), (99, 0), (101, 1), (150, 0)]),
             ("zero.example", [(0, 1), (0, 1)]),
-            ("alias.example", [(0, 1), (49, 0), (51, 1)]),
+            ("alias.example", [(0, 2), (49, 0), (51, 2)]),
             ("none.example", [(0, 1), (29, 0), (31, 1)]),  # as the SOA says
             ("fails.example", [(0, haineko.Resolver.ATTEMPTS)] * 2),
             ("ages.example", [(0, 1), (0, 1)]),  # RFC 2181 8
@@ -5279,8 +5357,8 @@ class NameServers(WithCertificates):
             with self.subTest(content):
                 with open(path, "w", encoding="ascii") as stream:
                     stream.write(content)
-                self.assertEqual(haineko.resolv_conf_servers(path, haineko.stat_key(path)), wanted)
-        self.assertEqual(haineko.resolv_conf_servers(path + "x", None), (("127.0.0.1", 53),))
+                self.assertEqual(haineko.resolv_conf_servers(path), wanted)
+        self.assertEqual(haineko.resolv_conf_servers(path + "x"), (("127.0.0.1", 53),))
 
     def test_the_setting_resolver(self):
         for value, wanted in (
@@ -5297,7 +5375,7 @@ class NameServers(WithCertificates):
                 faults: list = []
                 found = haineko.from_dict(haineko.Smtpd, {"resolver": value}, "smtpd", faults)
                 self.assertEqual(haineko.name_server_endpoint(value), wanted)
-                self.assertEqual((found.resolver, bool(faults)), ((value,), not wanted))
+                self.assertEqual((found.resolver, bool(faults)), ((value,) if wanted else (), not wanted))
 
     def test_look_ups_under_way_are_shared(self):
         server = self.enter(NameServer({"a.example": {haineko.A: ["192.0.2.1"], "ttl": 0}}))
@@ -5312,10 +5390,10 @@ class NameServers(WithCertificates):
             async def one(found=found) -> None:
                 found.append(await resolver.lookup("a.example", haineko.A, time.monotonic() + 5))
 
-            haineko.run(haineko.gather([one() for _ in range(64)]))
+            haineko.run(together(*[one() for _ in range(64)]))
             self.assertEqual([answer.values for answer in found], [values] * 64)
             self.assertEqual(len(server.asked), asked)
-        self.assertEqual(resolver.shared.calls, {})
+        self.assertEqual(resolver.calls, {})
 
 
 class Names(haineko.Connector):
@@ -5323,20 +5401,17 @@ class Names(haineko.Connector):
 
     def __init__(self, addresses: list | None) -> None:
         super().__init__()
-        self.addresses, self.gate, self.asked = addresses, threading.Event(), 0
+        self.addresses, self.gate = addresses, threading.Event()
 
     def _look_up(self, host: str, future) -> None:
-        self.asked += 1
         if self.addresses is None:
             self.gate.wait(9)
-        with self.lock:
-            del self.lookups[host]
         future.set_result(self.addresses or ["127.0.0.1"])
 
 
 def swallow(test: unittest.TestCase, address: str, port: int) -> str:
     """The address, which from now on answers no attempt to connect to that port: its queue is full."""
-    family = haineko.address_family(address)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family)
     test.addCleanup(listener.close)
     listener.bind((address, port))
@@ -5350,17 +5425,17 @@ def swallow(test: unittest.TestCase, address: str, port: int) -> str:
 
 
 class Connections(unittest.TestCase):
-    def test_addresses_race(self):
+    def test_an_address_that_is_silent_is_tried_last_for_a_while(self):
         with socket.create_server(("127.0.0.1", 0)) as good:
             port = good.getsockname()[1]
             connector = Names([swallow(self, "::1", port), "127.0.0.1"])
-            for limits in ((0.2, 2.0), (0.0, 0.2)):  # what failed is tried last for a while
+            for limits in ((0.2, 4.0), (0.0, 0.2)):  # what failed is tried last for a while
                 began = time.monotonic()
                 with connector.connect("host.example", port, began + 9) as sock:
                     self.assertEqual(sock.getpeername(), ("127.0.0.1", port))
                 self.assertTrue(limits[0] <= time.monotonic() - began < limits[1])
-            connector.FAILED_TTL = 0.0
-            connector.mark_failed(("::1", port))
+            self.assertTrue(connector.failed_lately(("::1", port)))
+            connector.failed["::1", port] -= connector.FAILED_TTL
             self.assertFalse(connector.failed_lately(("::1", port)))
 
     def test_none_answers(self):
@@ -5373,21 +5448,12 @@ class Connections(unittest.TestCase):
             Names([host]).connect("host.example", port, began + 0.4)
         self.assertLess(time.monotonic() - began, 2)
 
-    def test_families_take_turns(self):
-        a, b, c, d = [(name, 25) for name in ("2001:db8::1", "2001:db8::2", "192.0.2.1", "192.0.2.2")]
-        connector = haineko.Connector()
-        for given, wanted in (([a, b, c, d], [a, c, b, d]), ([c, a, b], [c, a, b]), ([a, b], [a, b]), ([], [])):
-            self.assertEqual(connector.in_order(given), wanted)
-        connector.mark_failed(a)
-        self.assertEqual(connector.in_order([a, b, c]), [c, b, a])
-
-    def test_a_slow_look_up_ends_at_the_deadline_and_is_shared(self):
+    def test_a_slow_look_up_ends_at_the_deadline(self):
         connector, began = Names(None), time.monotonic()
         for _ in range(3):
             with self.assertRaises(socket.timeout):
                 connector.connect("host.example", 25, time.monotonic() + 0.1)
         self.assertLess(time.monotonic() - began, 3)
-        self.assertEqual(connector.asked, 1)
         connector.gate.set()
         self.assertRaises(OSError, haineko.Connector().connect, "no.such.host.invalid", 25, time.monotonic() + 9)
 
@@ -5550,27 +5616,20 @@ class WebSessions(unittest.TestCase):
         async def story(route, peer) -> None:
             web = haineko.HTTPConnectionPool()
             call = haineko.HTTPRequest("GET", "/v3/scopes", headers=haineko.bearer_header(route))
-            await asyncio.gather(*[web.request(route, call) for _ in range(5)])
-            self.assertEqual((peer.lines, len(web.idle[route])), (5, 5))
+            target = haineko.HTTPTarget.of_route(route)
+            await asyncio.gather(*[web.request(target, call) for _ in range(5)])
+            self.assertEqual((peer.lines, len(web.idle[target])), (5, 5))
             web.MAX_IDLE = 2
             web.sweep(everything=True)
-            await asyncio.gather(*[web.request(route, call) for _ in range(5)])
-            self.assertEqual(len(web.idle[route]), 2)
-            for line in web.idle[route]:
+            await asyncio.gather(*[web.request(target, call) for _ in range(5)])
+            self.assertEqual(len(web.idle[target]), 2)
+            for line in web.idle[target]:
                 line.expires = 0.0
             web.sweep()
             self.assertEqual(web.idle, {})
 
         with HttpPeer(as_sendgrid) as peer:
             haineko.run(story(web_route("SendGrid", peer.url), peer))
-
-    def test_a_server_says_how_long_it_keeps(self):
-        def answer(asked):
-            return 200, {"MessageId": "1"}, (("Keep-Alive", "timeout=1"),)
-
-        with HttpPeer(answer) as peer:
-            relayed(composed_job(web_route("AmazonSES", peer.url)), times=2)
-            self.assertEqual([asked.line for asked in peer.asked], [1, 2])
 
     def test_messages_by_others_go_to_another_haineko_as_they_are(self):
         head = "From: a@example.org\nTo: b@example.jp\nSubject: x\nMIME-Version: 1.0\n"
@@ -5676,8 +5735,9 @@ class WebSessions(unittest.TestCase):
                 with self.subTest(what, pause=pause), Endless(first, more * count, pause) as peer:
                     target = haineko.HTTPTarget(peer.url, 0.6, "Webhook")
                     began, connection = time.monotonic(), haineko.KeepAliveConnection(target)
+                    self.addCleanup(connection.close)
                     try:
-                        response = connection.exchange_once(haineko.HTTPRequest("POST", "/", b"{}"))
+                        response = connection.exchange(haineko.HTTPRequest("POST", "/", b"{}"))
                         self.assertEqual((response.status, response.body), (status, b""))
                     except haineko.Rejected as refused:
                         self.assertEqual((refused.reply.code, refused.reply.maybe_delivered, status), ("451", True, 0))
@@ -6012,7 +6072,416 @@ FOUR = {"hostname": NAME, "max_rcpts_per_message": 4}
 
 
 # ======================================================================================================================
-# 13. SMTP sessions
+# 13. OAuth2
+# ======================================================================================================================
+
+
+class OAuth2Settings(Folder):
+    """`oauth2` of a login, and what follows from it."""
+
+    def test_faults(self):
+        self.write("account.json", {"client_email": "x", "private_key": "none"})
+        self.write("open.json", {}, 0o644)
+        for oauth2, fault in (
+            ({"provider": "microsft"}, '.provider: unknown provider "microsft"; did you mean "microsoft"?'),
+            ({"provider": "microsoft", "client_id": "i", "client_secret": "s"}, ".tenant: oauth2 needs it"),
+            ({"provider": "google", "client_secret": "s"}, ".client_id: oauth2 needs it"),
+            ({"provider": "google", "client_id": "i"}, ".client_secret: oauth2 needs it"),
+            ({"client_id": "i", "client_secret": "s"}, ".provider: oauth2 needs it"),
+            ({"token_url": "ftp://x", "access_token": "t"}, ".token_url: expected a URL"),
+            ({"provider": "microsoft", "tenant": "a/b", "access_token": "t"}, ".tenant: expected a host name"),
+            (
+                {"provider": "google", "client_id": "i", "refresh_token": {"file": "none"}},
+                ".refresh_token.file: none: No such",
+            ),
+            ({"access_token": {"env": "HAINEKO_NONE"}}, ".access_token.env: no environment variable"),
+            ({"service_account": "none"}, ".service_account.file: none: No such file"),
+            ({"service_account": "open.json"}, ".service_account.file: can be read by everybody"),
+            ({"service_account": "account.json"}, ".service_account: account.json: expected the JSON file of a Google"),
+            ({"client": "x"}, ".client: unknown key"),
+        ):
+            with self.subTest(oauth2):
+                login = {"key": {"username": "u", "oauth2": oauth2}}
+                faults = haineko.load_settings(self.write("haineko.json", {"authinfo": login}))[1]
+                self.assertTrue(faults[0].startswith(f"authinfo.key.oauth2{fault}"), faults)
+        faults = haineko.load_settings(
+            self.write("haineko.json", {"authinfo": {"key": {"oauth2": {"access_token": "t"}}}})
+        )[1]
+        self.assertEqual(faults, ["authinfo.key.username: oauth2 needs it"])
+
+    def test_what_the_provider_fills_in(self):
+        microsoft = {"provider": "microsoft", "tenant": "example.org", "client_id": "i", "client_secret": "s"}
+        google = {"provider": "google", "client_id": "i", "client_secret": "s", "refresh_token": "r"}
+        url = "https://login.microsoftonline.com/example.org/oauth2/v2.0/token"
+        for oauth2, mailer, wanted in (
+            (microsoft, "ESMTP", (url, "https://outlook.office365.com/.default")),
+            (
+                {**microsoft, "refresh_token": "r"},
+                "ESMTP",
+                (url, "https://outlook.office.com/SMTP.Send offline_access"),
+            ),
+            ({**microsoft, "scope": "x", "token_url": "http://127.0.0.1/t?a"}, "ESMTP", ("http://127.0.0.1/t?a", "x")),
+            (microsoft, "MSGraph", (url, "https://graph.microsoft.com/.default")),
+            (google, "ESMTP", ("https://oauth2.googleapis.com/token", "https://mail.google.com/")),
+            (google, "GmailAPI", ("https://oauth2.googleapis.com/token", "https://mail.google.com/")),
+        ):
+            with self.subTest(oauth2, mailer=mailer):
+                login = {"key": {"username": "u", "oauth2": oauth2}}
+                found = settings(authinfo=login, mailertable={"default": {"mailer": mailer, "auth": "key"}})
+                resolved = found.mailertable["default"].oauth2
+                self.assertEqual((resolved.token_url, resolved.scope), wanted)
+
+
+class TokenPeers(Folder, Peers):
+    """A test with token endpoints."""
+
+    def setUp(self) -> None:
+        Peers.setUp(self)
+        Folder.setUp(self)
+
+    def route(self, provider, hop: SmtpPeer | None = None, user: str = "neko", **oauth2) -> haineko.Route:
+        hop = hop or self.peer({}, "AUTH XOAUTH2", logins={user: "ya29.token"})
+        url = getattr(provider, "url", provider) + "/token?x=1"
+        oauth2 = {"token_url": url, "client_id": "app", "client_secret": "geheim-1", "scope": "s", **oauth2}
+        login = {"key": {"username": user, "oauth2": {key: value for key, value in oauth2.items() if value}}}
+        route = {"host": hop.host, "port": hop.port, "auth": "key", "timeout": 1}
+        content = {"authinfo": login, "mailertable": {"default": route}}
+        found, faults = haineko.load_settings(self.write("haineko.json", content))
+        self.assertEqual(faults, [])
+        return found.mailertable["default"]
+
+    def provider(self, *said) -> HttpPeer:
+        """A token endpoint; the last answer holds for ever."""
+        said = list(said or [(200, {"access_token": "ya29.token", "expires_in": 3600})])
+        peer = HttpPeer(lambda asked: said.pop(0) if len(said) > 1 else said[0])
+        peer.__enter__()
+        self.addCleanup(peer.__exit__)
+        return peer
+
+    def asked(self, peer: HttpPeer) -> list:
+        return [dict(urllib.parse.parse_qsl(item.body.decode())) for item in peer.asked]
+
+
+class AccessTokens(TokenPeers):
+    """Tokens: fetched, kept, renewed."""
+
+    def test_one_fetch_for_all_who_wait(self):
+        provider = self.provider()
+        route = self.route(provider)
+        tokens, found = haineko.TokenCache(), []
+
+        async def one() -> None:
+            found.append((await tokens.authorize(route)).credentials)
+
+        haineko.run(together(*[one() for _ in range(20)]))
+        self.assertEqual(found, [("neko", "ya29.token")] * 20)
+        tokens, provider.answer, hops = haineko.TokenCache(), lambda _: (400, {}), []
+
+        async def refused(host: str) -> None:
+            try:
+                await tokens.authorize(replace(route, host=host))
+            except haineko.Rejected as rejected:
+                hops.append(rejected.reply.host)
+
+        haineko.run(together(refused("a.example"), refused("b.example")))
+        self.assertEqual((hops, len(provider.asked)), (["a.example", "b.example"], 2))
+        form = {"grant_type": "client_credentials", "client_id": "app", "client_secret": "geheim-1", "scope": "s"}
+        self.assertEqual(self.asked(provider), [form] * 2)
+        self.assertEqual(provider.asked[0].path, "/token?x=1")
+        self.assertEqual(provider.asked[0].headers["content-type"], "application/x-www-form-urlencoded")
+
+    def test_when_it_is_renewed(self):
+        date = (("Date", "Mon, 01 Jan 2001 00:00:00 GMT"),)  # a clock that is wrong
+        for lifetime, fresh, renewed in (
+            ({"expires_in": 3600}, 2999, 3001),
+            ({"expires_in": "3600"}, 2999, 3001),
+            ({"expires_in": 600}, 299, 301),
+            ({}, 299, 301),
+            ({"expires_in": None}, 299, 301),
+            ({"expires_in": 3600.5}, 2999, 3001),
+            ({"expires_in": 10}, 4.9, 5.1),
+            ({"expires_in": 0}, -1, 0),
+            ({"expires_in": -5}, -1, 0),
+            ({"expires_in": [1]}, -1, 0),
+        ):
+            with self.subTest(lifetime):
+                provider, clock = self.provider((200, {"access_token": "ya29.token", **lifetime}, date)), [0.0]
+                route, tokens = self.route(provider), haineko.TokenCache(lambda clock=clock: clock[0])
+
+                async def at(now: float, tokens=tokens, route=route, clock=clock) -> None:
+                    clock[0] = now
+                    self.assertEqual((await tokens.token_for(route)).text, "ya29.token")
+
+                for now, count in ((0.0, 1), (fresh, 1), (renewed, 2)) if fresh > 0 else ((0.0, 1), (renewed, 2)):
+                    haineko.run(at(now))
+                    self.assertEqual(len(provider.asked), count)
+
+    def test_one_that_still_holds_is_used_while_the_provider_fails(self):
+        provider = self.provider((200, {"access_token": "a", "expires_in": 3600}), (503, b"later"))
+        route, clock = self.route(provider), [0.0]
+        tokens = haineko.TokenCache(lambda: clock[0])
+        for now, wanted in ((0.0, "a"), (3599.0, "a"), (3601.0, None)):
+            clock[0] = now
+            try:
+                found = haineko.run(tokens.token_for(route)).text
+            except haineko.Rejected as rejected:
+                found = None
+                self.assertIn("HTTP 503", rejected.reply.message[1])
+            self.assertEqual(found, wanted)
+
+    def test_what_a_provider_may_say(self):
+        long = "AADSTS7000215: Invalid client secret provided.\r\nTrace ID: 1\r\nTimestamp: 2026"
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            nobody = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        for what, said, words in (
+            (
+                "wrong tenant",
+                (400, {"error": "invalid_request", "error_description": "AADSTS90002: Tenant not found"}),
+                "invalid_request: AADSTS90002: Tenant not found",
+            ),
+            (
+                "expired secret",
+                (401, {"error": "invalid_client", "error_description": long}),
+                "invalid_client: AADSTS7000215: Invalid client secret provided.",
+            ),
+            ("revoked grant", (400, {"error": "invalid_grant"}), "invalid_grant"),
+            (
+                "repeats the secret",
+                (400, {"error": "invalid_client", "error_description": "geheim-1 is wrong"}),
+                "invalid_client: ******** is wrong",
+            ),
+            ("HTML", (200, b"<html>Log in"), "HTTP 200 OK, no access token in it"),
+            ("no token", (200, {"token_type": "Bearer"}), "HTTP 200 OK, no access token in it"),
+            ("an error with 200", (200, {"error": "slow_down"}), "slow_down"),
+            ("a list", (200, [1]), "HTTP 200 OK, no access token in it"),
+            ("a token with a line end", (200, {"access_token": "a\r\nb"}), "the access token is not one word of ASCII"),
+            ("a token that is a number", (200, {"access_token": 5}), "the access token is not one word of ASCII"),
+            (
+                "a redirection",
+                (302, b"", (("Location", "http://127.0.0.1/"),)),
+                "HTTP 302 Because, no access token in it",
+            ),
+            ("hangs", "hang", "timed out"),
+            ("drips", "drip", "timed out"),
+            ("hangs up", "close", "Remote end closed connection"),
+            ("nobody there", None, "Connection refused"),
+        ):
+            with self.subTest(what):
+                provider = nobody if said is None else self.provider(said)
+                hop = self.peer({}, "AUTH XOAUTH2")
+                began = time.monotonic()
+                ((reply,),) = carried(job(self.route(provider, hop, timeout=None)))
+                self.assertLess(time.monotonic() - began, 3)
+                self.assertEqual(
+                    (reply.code, reply.dsn, reply.command, reply.message[0]),
+                    ("454", "4.7.0", "AUTH", "No access token"),
+                )
+                self.assertTrue(reply.route_fault and reply.temporary and not reply.maybe_delivered)
+                self.assertEqual((reply.mailer, reply.host, reply.port), ("ESMTP", hop.host, hop.port))
+                self.assertIn(words, reply.message[1])
+                (line,) = self.logged()
+                self.assertIn("AUTH failed, mail waits", line)
+                self.assertNotIn("geheim-1", line + " ".join(reply.message))
+                self.assertEqual(hop.connections, [])
+
+    def test_a_mail_without_a_token_is_answered_503(self):
+        provider, hop = self.provider((400, {"error": "invalid_grant"})), self.peer({}, "AUTH XOAUTH2")
+        oauth2 = {"token_url": f"{provider.url}/t", "client_id": "i", "client_secret": "s"}
+        login = {"key": {"username": "u", "oauth2": oauth2}}
+        status, answer = posted(document(), settings(authinfo=login, mailertable={"default": esmtp(hop, auth="key")}))
+        self.assertEqual((status, answer["response"][0]["message"]), (503, ["No access token", "invalid_grant"]))
+
+    def test_refresh_tokens(self):
+        fine = {"access_token": "ya29.token", "expires_in": 0}
+        provider = self.provider((200, {**fine, "refresh_token": "new"}), (200, fine))
+        link, kept = os.path.join(self.folder, "link"), self.write("refresh", "old\n")
+        os.symlink(kept, link)
+        for source, told in (
+            ({"file": "link"}, ""),
+            ("old", "put the new one into the settings, ours may end"),
+        ):
+            with self.subTest(source):
+                provider = self.provider(
+                    (200, {**fine, "refresh_token": "new"}), (200, fine), (400, {"error": "invalid_grant"}), (200, fine)
+                )
+                route, tokens = self.route(provider, refresh_token=source), haineko.TokenCache()
+                for _ in range(4):
+                    with contextlib.suppress(haineko.Rejected):
+                        haineko.run(tokens.token_for(route))
+                used = [form["refresh_token"] for form in self.asked(provider)]
+                self.assertEqual(used, ["old", "new", "new", "new" if isinstance(source, dict) else "old"])
+                self.assertEqual(self.asked(provider)[0]["grant_type"], "refresh_token")
+                lines = "".join(self.logged())
+                self.assertEqual("the provider replaced the refresh token of neko" in lines, bool(told))
+                self.assertIn(told, lines)
+        with open(kept) as stream:
+            self.assertEqual(stream.read(), "new\n")
+        self.assertEqual((os.stat(kept).st_mode & 0o777, os.path.islink(link)), (0o600, True))
+        self.assertEqual(sorted(os.listdir(self.folder)), ["haineko.json", "link", "refresh"])
+        self.assertIn(
+            "can't be written", haineko.save_refresh_token(haineko.OAuth2(refresh_token={"file": "/nowhere/x"}), "new")
+        )
+
+    def test_a_service_account(self):
+        account = {"client_email": "bot@example.iam", "private_key": TEST_RSA_KEY, "type": "service_account"}
+        self.write("account.json", account)
+        provider = self.provider()
+        route = self.route(provider, service_account="account.json", client_id="", client_secret="", scope="")
+        self.assertEqual(haineko.run(haineko.TokenCache().token_for(route)).text, "ya29.token")
+        (form,) = self.asked(provider)
+        self.assertEqual(form["grant_type"], "urn:ietf:params:oauth:grant-type:jwt-bearer")
+        head, claims, signature = (base64.urlsafe_b64decode(part + "==") for part in form["assertion"].split("."))
+        claims = json.loads(claims)
+        self.assertEqual((json.loads(head)["alg"], len(signature)), ("RS256", 256))
+        self.assertEqual(
+            (claims["iss"], claims["sub"], claims["aud"]), ("bot@example.iam", "neko", route.oauth2.token_url)
+        )
+        self.assertEqual((claims["exp"] - claims["iat"], claims["scope"]), (3600, "https://mail.google.com/"))
+        self.assertLess(abs(claims["iat"] - time.time()), 60)
+
+    def test_a_token_by_a_command(self):
+        self.write(
+            "program", "#!/bin/sh\ntest -e sealed && { echo vault is sealed >&2; exit 1; }\necho ya29.token\n", 0o700
+        )
+        route = self.route("http://127.0.0.1", access_token={"command": ["./program"]})
+        sealed = replace(
+            route, oauth2=replace(route.oauth2, access_token={"command": ["sh", "-c", "echo sealed >&2; exit 1"]})
+        )
+        self.assertEqual(carried(job(route))[0][0].code, "250")
+        self.assertEqual(carried(job(sealed))[0][0].message, ("No access token", ".command: sh: sealed"))
+
+
+class TokenLogins(TokenPeers):
+    """XOAUTH2 and OAUTHBEARER."""
+
+    def test_both_mechanisms(self):
+        for offer, length, inline, user in (
+            ("AUTH LOGIN XOAUTH2", 20, True, "neko@example.org"),
+            ("AUTH OAUTHBEARER PLAIN", 20, True, "ne,k=o"),
+            ("AUTH OAUTHBEARER XOAUTH2", 20, True, "neko"),
+            ("AUTH XOAUTH2", 4096, False, "neko"),
+            ("AUTH OAUTHBEARER", 4096, False, "neko"),
+        ):
+            with self.subTest(offer, length=length):
+                token = "t" * length
+                hop = self.peer({}, offer, logins={user: token})
+                provider = self.provider((200, {"access_token": token, "expires_in": 3600}))
+                replies = carried(*[job(self.route(provider, hop, user))] * 2)
+                self.assertEqual([reply.code for (reply,) in replies], ["250", "250"])
+                command = next(line for line in hop.lines if line.startswith("AUTH"))
+                self.assertEqual(command.split()[1], "XOAUTH2" if "XOAUTH2" in offer else "OAUTHBEARER")
+                self.assertEqual(len(command.split()) == 3, inline)
+                self.assertEqual((len(hop.connections), len(provider.asked)), (1, 1))
+
+    def test_the_line_is_at_most_512_octets(self):
+        for length, inline in ((333, True), (348, True), (349, False)):  # 5 + 7 + 1 + 4 * ceil((length + 24) / 3) + 2
+            hop = self.peer({}, "AUTH XOAUTH2", logins={"neko": "t" * length})
+            with self.subTest(length):
+                provider = self.provider((200, {"access_token": "t" * length, "expires_in": 3600}))
+                self.assertEqual(carried(job(self.route(provider, hop)))[0][0].code, "250")
+                command = next(line for line in hop.lines if line.startswith("AUTH"))
+                self.assertEqual(" " in command[5:], inline)
+                self.assertLessEqual(len(command) + 2, 512)
+
+    def test_a_token_that_is_refused_is_replaced_once_a_minute(self):
+        for offer, answer in (("AUTH XOAUTH2", ""), ("AUTH OAUTHBEARER", "AQ==")):
+            with self.subTest(offer):
+                hop = self.peer({}, offer, logins={"neko": "good"})
+                said = [(200, {"access_token": word, "expires_in": 3600}) for word in ("bad.token", "good")]
+                provider = self.provider(*said)
+                route = self.route(provider, hop)
+                self.assertEqual([reply.code for (reply,) in carried(job(route), job(route))], ["250", "250"])
+                self.assertEqual((hop.answers, len(provider.asked)), ([answer], 2))
+                self.assertEqual(len(hop.connections), 2)
+                hop = self.peer({}, offer, logins={"neko": "good"})
+                provider = self.provider((200, {"access_token": "still.bad", "expires_in": 3600}))
+                route = self.route(provider, hop)
+                for (reply,) in carried(job(route), job(route)):
+                    self.assertEqual((reply.code, reply.dsn, reply.command), ("535", "5.7.8", "AUTH"))
+                    self.assertEqual(reply.message, ("5.7.8 who are you?", '{"status": "401", "told": "********"}'))
+                    self.assertTrue(reply.route_fault)
+                self.assertEqual((len(provider.asked), len(hop.connections)), (2, 3))
+
+    def test_never_by_password(self):
+        hop = self.peer({}, "AUTH LOGIN PLAIN CRAM-MD5", logins={"neko": "ya29.token"})
+        ((reply,),) = carried(job(self.route(self.provider(), hop)))
+        self.assertEqual((reply.code, reply.dsn, reply.command), ("454", "4.7.0", "AUTH"))
+        self.assertIn("XOAUTH2, OAUTHBEARER", reply.message[1])
+        self.assertFalse([line for line in hop.lines if line.startswith("AUTH")])
+
+    def test_a_server_that_hangs_up_after_its_challenge(self):
+        hop = self.peer({"AUTH": b"334 eyJzdGF0dXMiOiI0MDEifQ==\r\n", "": HANG_UP}, "AUTH XOAUTH2")
+        ((reply,),) = carried(job(self.route(self.provider(), hop)))
+        self.assertEqual((reply.code, reply.command, reply.route_fault), ("421", "AUTH", False))
+
+    def test_no_token_without_tls(self):
+        outside = outside_address()
+        if not outside:
+            self.skipTest("this machine has no address but loopback")
+        hop = self.enter_peer(SmtpPeer({}, ("AUTH XOAUTH2",), logins={"neko": "ya29.token"}, hosts=(outside,)))
+        ((reply,),) = carried(job(self.route(self.provider(), hop)))
+        self.assertEqual((reply.dsn, hop.lines[1:]), ("4.7.11", ["QUIT"]))
+        reply = first_reply(job(self.route(f"http://{outside}:{hop.port}")))
+        self.assertIn("Credentials are not sent over a connection without TLS", reply.message[1])
+
+    def enter_peer(self, peer: SmtpPeer) -> SmtpPeer:
+        self.addCleanup(peer.close)
+        return peer
+
+    def test_the_log_shows_mechanism_and_user_and_no_secret(self):
+        haineko.log.devel = True
+        self.addCleanup(setattr, haineko.log, "devel", False)
+        token = "".join(chr(65 + i * 7 % 26) for i in range(4096))
+        for says in (
+            {},
+            {"AUTH": lambda _, line: f"535 5.7.8 {line}"},
+            {"AUTH": lambda _, line: f"535-5.7.8 {line[600:900]}\n535 {token[:3000]}"},
+        ):
+            for offer in ("AUTH XOAUTH2", "AUTH OAUTHBEARER"):
+                hop = self.peer(says, offer, logins={"neko": "other"})
+                ((reply,),) = carried(
+                    job(self.route(self.provider((200, {"access_token": token, "expires_in": 9})), hop))
+                )
+                lines = self.logged()
+                self.assertIn(f"127.0.0.1 > {offer} ******** as neko", lines)
+                told = "\n".join(lines) + "\n".join(reply.message)
+                forms = [
+                    base64.b64encode(item).decode()
+                    for item in (
+                        token.encode(),
+                        f"user=neko\1auth=Bearer {token}\1\1".encode(),
+                        f"n,a=neko,\1host={hop.host}\1port={hop.port}\1auth=Bearer {token}\1\1".encode(),
+                    )
+                ]
+                for form in (token, *forms, "geheim-1"):
+                    for start in range(0, len(form) - 8, 97):
+                        self.assertNotIn(form[start : start + 40], told)
+
+    def test_check_connect(self):
+        for said, words, ok in (
+            (
+                (200, {"access_token": "ya29.token", "expires_in": 3600, "scope": "a b"}),
+                "ends in 3[56]\\d\\d s, scope a b",
+                True,
+            ),
+            (
+                (400, {"error": "invalid_grant", "error_description": "AADSTS700082: expired"}),
+                "454 No access token: invalid_grant: AADSTS700082: expired",
+                False,
+            ),
+        ):
+            with self.subTest(ok):
+                probe = haineko.ConnectivityProbe(self.route(self.provider(said)), NAME)
+                found = haineko.run(haineko.run_probe(probe, haineko.TransportContext()))
+                steps = ["TOKEN", "DNS", "TCP", "EHLO", "TLS", "AUTH"] if ok else ["TOKEN"]
+                self.assertEqual([item.step for item in found], steps)
+                token = next(item for item in found if item.step == "TOKEN")
+                self.assertEqual(token.ok, ok)
+                self.assertRegex(token.text, words)
+
+
+# ======================================================================================================================
+# 14. SMTP sessions
 # ======================================================================================================================
 
 
@@ -6088,36 +6557,38 @@ class SmtpSessions(Peers):
         ok, go = haineko.SMTPReply("250", "2.1.0", ("2.1.0 ok",)), haineko.SMTPReply("354", None, ("go on",))
         bye = haineko.SMTPReply("421", "4.3.2", ("4.3.2 bye", "see you"))
         cases = [
-            (b"250 2.1.0 ok\r\n", (ok,), b"", False),
-            (b"250 2.1.0 ok\r\n250 2.1.0 ok\n354 go on\r\n", (ok, ok, go), b"", False),
-            (b"250 2.1.0 ok\r\n354 go", (ok,), b"354 go", False),
-            (b"250 2.1.0 ok\r\n421-4.3.2 bye\r\n421 see you\r\n", (ok, bye), b"", True),
-            (b"250 2.1.0 ok\r\n421-4.3.2 bye\r\n", (ok,), b"421-4.3.2 bye\r\n", False),
-            (b"250 2.1.0 ok\r\nrubbish\r\n354 go on\r\n", (ok,), b"rubbish\r\n354 go on\r\n", False),
-            (b"250 2.1.0 ok\r\n" * 99, (ok,) * 99, b"", False),
-            (b"25", (), b"25", False),
+            (b"250 2.1.0 ok\r\n", (ok,), b""),
+            (b"250 2.1.0 ok\r\n250 2.1.0 ok\n354 go on\r\n", (ok, ok, go), b""),
+            (b"250 2.1.0 ok\r\n354 go", (ok,), b"354 go"),
+            (b"250 2.1.0 ok\r\n421-4.3.2 bye\r\n421 see you\r\n", (ok, bye), b""),
+            (b"250 2.1.0 ok\r\n421-4.3.2 bye\r\n", (ok,), b"421-4.3.2 bye\r\n"),
+            (b"250 2.1.0 ok\r\n" * 99, (ok,) * 99, b""),
+            (b"25", (), b"25"),
         ]
-        for octets, *wanted in cases:
+        for octets, wanted, rest in cases:
             with self.subTest(octets):
-                for _ in range(2):  # the second time it is remembered
-                    self.assertEqual(list(haineko.parse_replies(octets)), wanted)
+                session = haineko.Session(haineko.Route(), "here.example")
+                session._feed(octets)
+                self.assertEqual(tuple(iter(session._next_reply, None)), wanted)
+                self.assertEqual((session.recv_buffer, session.alive), (rest, False))
+        self.assertEqual(haineko.parse_reply(b"250 2.1.0 ok\r\nrubbish\r\n"), (ok, b"rubbish\r\n"))
         for octets in (b"rubbish\r\n250 ok\r\n", b"250-a\r\n251 b\r\n", b"x" * (haineko.MAX_LINE + 1)):
             with self.subTest(octets[:30]), self.assertRaises(haineko.ProtocolError):
-                haineko.parse_replies(octets)
+                haineko.parse_reply(octets)
 
     def test_the_code_of_a_reply_decides_whatever_its_text_is(self) -> None:
         for octets in (b"250\tok", b"250 a\rb", b"250 ok\r", b"250", b"250 \xff\x00", b"250 " + b"x" * 6000):
             with self.subTest(octets[:30]):
-                [(code, _, [line])], rest, _ = haineko.parse_replies(octets + b"\r\n")
+                (code, _, [line]), rest = haineko.parse_reply(octets + b"\r\n")
                 self.assertEqual((code, rest), ("250", b""))
                 self.assertTrue(line.isprintable() and len(line) <= haineko.MAX_TEXT + len("..."))
 
     def test_a_reply_that_comes_in_single_octets_is_read_once(self) -> None:
         session, octets = haineko.Session(haineko.Route(), "here.example"), b"250 2.0.0 once and for all\r\n"
-        found = [session._feed(octets[i : i + 1]) or session._parse_buffer() for i in range(len(octets))]
-        self.assertEqual(found, [False] * (len(octets) - 1) + [True])
+        found = [session._feed(octets[i : i + 1]) or session._next_reply() for i in range(len(octets))]
+        self.assertEqual(found, [None] * (len(octets) - 1) + [haineko.parse_reply(octets)[0]])
         session._feed(b"2" * (haineko.MAX_LINE + 1))
-        self.assertRaises(haineko.ProtocolError, session._parse_buffer)
+        self.assertRaises(haineko.ProtocolError, session._next_reply)
 
     def test_what_was_said_before_rubbish_counts(self) -> None:
         peer = self.peer({"RCPT": refuses(a="550 5.1.1 no"), "DATA": "rubbish"}, "PIPELINING")
@@ -6187,7 +6658,7 @@ class SmtpSessions(Peers):
 
     def test_a_machine_without_a_domain_greets_with_its_address(self) -> None:
         peer = self.peer({"EHLO": "502 5.5.1 what?"})
-        carried(job(peer)._replace(hostname=haineko.qualified_hostname("my_container")))
+        carried(job(peer)._replace(hostname=haineko.local_hostname("my_container")))
         self.assertEqual(peer.lines[:2], ["ehlo [127.0.0.1]", "helo [127.0.0.1]"])
 
     def test_parameters_are_those_that_are_offered(self) -> None:
@@ -6411,7 +6882,7 @@ class SmtpSessions(Peers):
             self.skipTest("this machine has no address but loopback")
         login = {"auth": "x", "credentials": ("a", "b")}
         self.assertEqual(self.told(carried(job(peer, **login))[0]), [("454", "4.7.11", "AUTH")])
-        self.assertEqual([line[:4] for line in peer.lines], ["ehlo", "QUIT"])
+        eventually(lambda: [line[:4] for line in peer.lines] == ["ehlo", "QUIT"])
         self.assertEqual(self.told(carried(job(peer, **login, starttls=True, tls_verify=False))[0]), [FINE])
 
     def test_the_log_of_a_dialogue_shows_no_secret(self) -> None:
@@ -6437,7 +6908,7 @@ class SmtpSessions(Peers):
             replies = carried(*[job(peer)] * 3)
             self.assertEqual([said.code for [said] in replies], ["250"] * 3)
             self.assertEqual((len(peer.connections), len(peer.mails)), (1, 3))
-            self.assertEqual(peer.lines[-1], "QUIT")
+            eventually(lambda peer=peer: peer.lines[-1] == "QUIT")
             self.assertNotIn("RSET", peer.lines)
 
     def test_after_a_refusal_the_session_is_cleared_first(self) -> None:
@@ -6608,7 +7079,7 @@ class SmtpSessions(Peers):
     def test_where_a_session_ends_one_who_waits_opens_another(self) -> None:
         async def story() -> None:
             sessions, route, futures = haineko.TransportContext(), haineko.Route(), []
-            pool, session = sessions.pool(route, "here.example"), haineko.Session(route, "here.example")
+            pool, session = sessions.pools["here.example", route], haineko.Session(route, "here.example")
             session.pool, pool.opening = pool, 4
             pool.opened()
             pool.opened()
@@ -6718,7 +7189,7 @@ class SmtpSessions(Peers):
             with self.subTest(limit):
                 peer = self.peer()
                 haineko.run(idle_for_a_while(limit, most))
-                self.assertEqual(peer.lines[-1], "QUIT")
+                eventually(lambda peer=peer: peer.lines[-1] == "QUIT")
 
     def test_a_session_that_reached_a_limit_is_replaced_once(self) -> None:
         for verb, no in (
@@ -6749,7 +7220,7 @@ class SmtpSessions(Peers):
             )
             _, replies = carried(job(peer), job(peer, TO))
             self.assertEqual([reply.code for reply in replies], ["250"] * 3)
-            sent = [[line[9:10] for line in recipients] for _, recipients, _ in peer.mails]
+            sent = [[line[9:10] for line in recipients] for _, recipients, *_ in peer.mails]
             self.assertEqual(sent, [["a"], ["a", "c"], ["b"]])
         peer = self.peer({"RCPT": refuses(b="450 4.2.0 later")})
         replies = carried(job(peer, TO), job(peer, TO))
@@ -6880,7 +7351,7 @@ class SmtpSessions(Peers):
             began = time.perf_counter()
             for start in range(0, len(octets), 4096):
                 try:
-                    haineko.parse_replies(octets[: start + 4096])
+                    haineko.parse_reply(octets[: start + 4096])
                 except haineko.ProtocolError:
                     break
             return time.perf_counter() - began
@@ -6888,7 +7359,7 @@ class SmtpSessions(Peers):
         for shape in (b"250-" + b"\r" * 65536 + b"x\n", b"250-" + b"\r" * 65536, b"250" + b"\t" * 65536 + b"x\n"):
             self.assertLess(seconds(shape), 0.5)
         for line in (b"250 " + b"x" * haineko.MAX_LINE + b"\r\n", b"250 " + b"\r" * haineko.MAX_LINE + b"\r\n"):
-            self.assertRaises(haineko.ProtocolError, haineko.parse_replies, line)
+            self.assertRaises(haineko.ProtocolError, haineko.parse_reply, line)
 
 
 class BeyondAscii(Peers):
@@ -7049,7 +7520,7 @@ class BeyondAscii(Peers):
 
 
 # ======================================================================================================================
-# 14. Relays
+# 15. Relays
 # ======================================================================================================================
 
 
@@ -7098,6 +7569,8 @@ class Relays(Folder, Peers):
             "region": "eu-west-1",
         }
         places = {"File": {"host": self.folder}, "MX": {"private": True}, "SendGrid": web, "Mandrill": web}
+        by_token = {**web, "oauth2": haineko.OAuth2(access_token="b")}
+        places.update(MSGraph=by_token, GmailAPI=by_token)
         to = [item.replace("example.jp", "[127.0.0.1]") for item in TO] if name == "MX" else TO
         return job(peer, to, mailer=name, **{"AmazonSES": web, **places}.get(name, {}), **more)
 
@@ -7470,11 +7943,11 @@ class RelayMx(MxPeers):
         swallow(self, "127.0.0.5", self.host.port)
         self.dns.zone["mx9.example"] = {haineko.A: ["127.0.0.5", "127.0.0.3"]}
         self.domain((10, 9))
-        for least, most in ((0.2, 2.0), (0.0, 0.2)):
+        for least, most in ((0.2, 4.0), (0.0, 0.2)):
             began = time.monotonic()
             self.assertEqual(self.one(private=True, timeout=9)[0].code, "250")
             self.assertTrue(least <= time.monotonic() - began < most)
-        self.assertEqual(self.host.opened, ["127.0.0.3"] * 2)
+        self.assertEqual([connection.host for connection in self.host.connections], ["127.0.0.3"] * 2)
 
 
 class RelayMxByPolicy(MxPeers):
@@ -7545,8 +8018,12 @@ class RelayMxByPolicy(MxPeers):
                 self.host.mails.clear()
                 self.host.says_at = {"127.0.0.2": manner}
                 self.assertEqual(self.deliver(), wanted)
-                self.assertEqual([mail[1] for mail in self.host.mails], [] if secure is None else [secure])
-        self.assertIn("GET /.well-known/mta-sts.txt HTTP/1.1\r\nHost: mta-sts.sts.example:", self.web.asked[0])
+                self.assertEqual(
+                    [mail.connection.secure for mail in self.host.mails], [] if secure is None else [secure]
+                )
+        asked = self.web.asked[0]
+        self.assertEqual((asked.method, asked.path), ("GET", "/.well-known/mta-sts.txt"))
+        self.assertEqual(asked.headers["host"], f"mta-sts.sts.example:{self.web.port}")
 
     def test_a_certificate_for_another_name_is_none(self):
         self.dns.zone["sts.example"] = {haineko.MX: [(10, "mx2.sts.example"), (20, "mx.sts.example")]}
@@ -7603,7 +8080,7 @@ class RelayMxByPolicy(MxPeers):
         async def one() -> None:
             found.append(await sessions.mta_sts.policy_for("sts.example", route))
 
-        haineko.run(haineko.gather([one() for _ in range(64)]))
+        haineko.run(together(*[one() for _ in range(64)]))
         self.assertEqual({policy.hosts for policy in found}, {("mx.sts.example",)})
         self.assertEqual((len(found), len(self.web.asked)), (64, 1))
         self.assertEqual(len(self.dns.asked), 3)  # the TXT record, and both kinds of address
@@ -7810,10 +8287,47 @@ def as_haineko(asked: Asked):
     return 200, {"response": [{**good, "rcpt": to} for to in asked.json()["rcpt"]]}
 
 
+def as_graph(asked: Asked):
+    """Graph, for a token that may send and nothing else."""
+    if asked.headers.get("authorization") != f"Bearer {SECRET}":
+        return 401, {"error": {"code": "InvalidAuthenticationToken", "message": "Access token is empty."}}
+    if asked.method == "GET":
+        return 403, {"error": {"code": "Authorization_RequestDenied", "message": "Insufficient privileges"}}
+    if asked.path != f"/v1.0/users/{KEY}/sendMail" or asked.headers["content-type"] != "text/plain":
+        return 400, {"error": {"code": "ErrorMimeContentInvalid", "message": asked.path}}
+    header_of(base64.b64decode(asked.body, validate=True))
+    return 202, b"", (("request-id", "5d9f-graph"),)
+
+
+def as_gmail(asked: Asked):
+    if asked.headers.get("authorization") != f"Bearer {SECRET}":
+        return 401, {"error": {"code": 401, "message": "Invalid Credentials", "status": "UNAUTHENTICATED"}}
+    if asked.path == "/gmail/v1/users/me/profile":
+        return 200, {"emailAddress": KEY, "messagesTotal": 1}
+    if asked.path == "/gmail/v1/users/me/messages/send":
+        header_of(base64.b64decode(asked.json()["raw"], b"-_", validate=True))
+    elif (asked.path, asked.headers["content-type"]) == (
+        "/upload/gmail/v1/users/me/messages/send?uploadType=media",
+        "message/rfc822",
+    ):
+        header_of(asked.body)
+    else:
+        return 404, {"error": {"code": 404, "message": "Not found"}}
+    return 200, {"id": "18c2f0", "threadId": "18c2f0", "labelIds": ["SENT"]}
+
+
+def header_of(octets: bytes) -> email.message.Message:
+    """The header of a message for an API that takes recipients from it."""
+    found = email.message_from_bytes(octets)
+    assert found["From"] and (found["To"] or found["Bcc"]), octets[:200]
+    return found
+
+
 PEERS = {"Haineko": as_haineko, "SendGrid": as_sendgrid, "AmazonSES": as_amazonses, "Mandrill": as_mandrill}
+PEERS.update(MSGraph=as_graph, GmailAPI=as_gmail)
 
 
-class WebRelays(unittest.TestCase):
+class WebRelays(Quiet):
     """What holds for each of them."""
 
     def test_a_mail_is_taken_by_a_peer_that_checks_the_request(self):
@@ -7831,6 +8345,8 @@ class WebRelays(unittest.TestCase):
             ("AmazonSES", "MessageId: 010001864-aaaa-000000"),
             ("Mandrill", "_id: abcm"),
             ("Haineko", "2.0.0 Ok: queued as 4F"),
+            ("MSGraph", "id: 5d9f-graph"),
+            ("GmailAPI", "id: 18c2f0"),
         ):
             with self.subTest(mailer), HttpPeer(PEERS[mailer]) as peer:
                 self.assertIn(line, first_reply(composed_job(web_route(mailer, peer.url))).message)
@@ -7841,11 +8357,13 @@ class WebRelays(unittest.TestCase):
             ("SendGrid", "550", "5.7.8"),
             ("AmazonSES", "550", "5.7.1"),
             ("Mandrill", "451", "4.3.0"),  # which says 500 to that
+            ("MSGraph", "550", "5.7.8"),
+            ("GmailAPI", "550", "5.7.8"),
         ):
             with self.subTest(mailer), HttpPeer(PEERS[mailer]) as peer:
-                route = replace(web_route(mailer, peer.url), credentials=(KEY, "wrong"))
-                said = first_reply(composed_job(route))
+                said = first_reply(composed_job(with_wrong_login(web_route(mailer, peer.url))))
                 self.assertEqual((said.code, said.dsn), (code, dsn), said)
+                self.assertEqual(said.route_fault, mailer in ("MSGraph", "GmailAPI"))
                 self.assertNotIn("wrong", " ".join(said.message))
 
     def test_answers_that_are_no_success(self):
@@ -8003,8 +8521,10 @@ class WebRelays(unittest.TestCase):
                 haineko.run(together(*[one(mailer) for mailer in PEERS]))
                 self.assertLess(time.monotonic() - began, 2.5)
                 self.assertEqual({said.mailer for said in replies}, set(PEERS))
-                self.assertEqual([(said.code, said.maybe_delivered) for said in replies], [(code, unsure)] * 4, replies)
-                self.assertEqual(len(peer.asked), 4)
+                self.assertEqual(
+                    [(said.code, said.maybe_delivered) for said in replies], [(code, unsure)] * len(PEERS), replies
+                )
+                self.assertEqual(len(peer.asked), len(PEERS))
 
     def test_nobody_there(self):
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -8073,9 +8593,9 @@ class WebRoutes(unittest.TestCase):
             ),
             (
                 {"mailer": "SendGrid", "auth": "empty"},
-                "mailertable.default.auth: authinfo.empty needs a password",
+                "mailertable.default.auth: authinfo.empty needs password",
             ),
-            ({"mailer": "AmazonSES", "auth": "half", "region": "eu"}, "authinfo.half needs a username and a password"),
+            ({"mailer": "AmazonSES", "auth": "half", "region": "eu"}, "authinfo.half needs username and password"),
             ({"mailer": "SendGrd", "auth": "key"}, 'did you mean "SendGrid"?'),
         )
         logins = {"key": {"username": "a", "password": "b"}, "empty": {}, "half": {"password": "file"}}
@@ -8156,6 +8676,105 @@ class WebRoutes(unittest.TestCase):
         self.assertEqual(
             haineko.referenced_files(web_settings({"mailer": "SendGrid", "auth": "key"}, authinfo=logins)), []
         )
+
+
+class TokenRelays(Quiet):
+    """MSGraph and GmailAPI, which take recipients from the header."""
+
+    def test_the_envelope_is_in_the_header(self):
+        shown = b"From: a@example.org\r\nTo: B <b@example.jp>\r\nCc: c@example.jp\r\nSubject: Nya\r\n\r\nMeow.\r\n"
+        for what, octets, to, bcc, words in (
+            ("shown", shown, ("b@example.jp", "c@example.jp"), None, ""),
+            ("one hidden", shown, ("b@example.jp", "c@example.jp", "d@example.jp"), "d@example.jp", ""),
+            (
+                "nobody shown",
+                shown.replace(b"To:", b"X-To:").replace(b"Cc:", b"X-Cc:"),
+                ("d@example.jp", "e@example.jp"),
+                "d@example.jp, e@example.jp",
+                "",
+            ),
+            ("somebody else shown", shown, ("b@example.jp",), None, "Cc has c@example.jp"),
+            ("Bcc is set", b"Bcc: x@example.jp\r\n" + shown, ("b@example.jp", "c@example.jp"), None, "the header bcc"),
+        ):
+            for mailer in ("MSGraph", "GmailAPI"):
+                with self.subTest(what, mailer=mailer), HttpPeer(PEERS[mailer]) as peer:
+                    reply = first_reply(raw_job(web_route(mailer, peer.url), octets, to))
+                    if words:
+                        self.assertEqual((reply.code, reply.dsn, len(peer.asked)), ("550", "5.6.3", 0))
+                        self.assertIn(words, reply.message[1])
+                        continue
+                    self.assertEqual(reply.code, "250", reply)
+                    body = peer.asked[0].body
+                    sent = (
+                        base64.b64decode(body)
+                        if mailer == "MSGraph"
+                        else base64.urlsafe_b64decode(json.loads(body)["raw"])
+                    )
+                    self.assertEqual(re.sub("\\s+", " ", str(header_of(sent)["Bcc"])), str(bcc))
+                    self.assertTrue(sent.endswith(b"Meow.\r\n"))
+
+    def test_a_large_message_is_uploaded(self):
+        with HttpPeer(as_gmail) as peer:
+            self.assertEqual(
+                first_reply(
+                    composed_job(web_route("GmailAPI", peer.url, timeout=9), web_submission(body="x\n" * (1 << 20)))
+                ).code,
+                "250",
+            )
+            self.assertIn("uploadType=media", peer.asked[0].path)
+
+    def test_a_refused_token_is_fetched_anew_once(self):
+        tokens, said = (
+            ["old", SECRET],
+            {"error": {"code": "InvalidAuthenticationToken", "message": f"old and {SECRET}"}},
+        )
+        with (
+            HttpPeer(lambda _: (200, {"access_token": tokens.pop(0) if len(tokens) > 1 else tokens[0]})) as provider,
+            HttpPeer(as_graph) as peer,
+        ):
+            oauth2 = haineko.OAuth2(token_url=f"{provider.url}/t", client_id="i", client_secret="s")
+            route = replace(web_route("MSGraph", peer.url), oauth2=oauth2)
+            self.assertEqual(first_reply(composed_job(route)).code, "250")
+            peer.answer = lambda _: (401, said)
+            reply = first_reply(composed_job(route))
+            self.assertEqual(
+                (reply.route_fault, reply.message[1]), (True, "InvalidAuthenticationToken: old and ********")
+            )
+            self.assertEqual((len(provider.asked), len(peer.asked)), (4, 4))
+
+    def test_words_of_the_apis(self):
+        for mailer, status, error, headers, code, words in (
+            (
+                "MSGraph",
+                403,
+                {"code": "ErrorAccessDenied", "message": "Access is denied."},
+                (),
+                "550",
+                "ErrorAccessDenied: Access is denied.",
+            ),
+            (
+                "MSGraph",
+                429,
+                {"code": "ApplicationThrottled", "message": "slow"},
+                (("Retry-After", "9"),),
+                "451",
+                "ApplicationThrottled: slow",
+            ),
+            (
+                "GmailAPI",
+                403,
+                {"code": 403, "message": "slow", "errors": [{"reason": "userRateLimitExceeded"}]},
+                (),
+                "451",
+                "403: slow",
+            ),
+            ("GmailAPI", 403, {"code": 403, "message": "no", "errors": [5]}, (), "550", "403: no"),
+            ("GmailAPI", 403, {"code": 403, "message": "no", "errors": 5}, (), "550", "403: no"),
+            ("GmailAPI", 403, {"code": 403, "message": "Delegation denied"}, (), "550", "403: Delegation denied"),
+        ):
+            with self.subTest(words), HttpPeer(lambda _, said=(status, {"error": error}, headers): said) as peer:
+                reply = first_reply(composed_job(web_route(mailer, peer.url)))
+                self.assertEqual((reply.code, reply.message[1], reply.retry_after), (code, words, 9 if headers else 0))
 
 
 class FarHaineko(Quiet):
@@ -8495,14 +9114,14 @@ class SendGridBody(unittest.TestCase):
     TO = ("mikeneko@example.jp", "tama@example.jp", "shiro@example.jp", "kuro@example.jp")
 
     def body(self, octets, to=TO) -> dict:
-        return json.loads(haineko.sendgrid_body(raw_job(web_route("SendGrid"), octets, to)))
+        return json.loads(haineko.sendgrid_request(raw_job(web_route("SendGrid"), octets, to)).body)
 
     def test_plain_text(self):
         job = composed_job(
             web_route("SendGrid"),
             web_submission(header={"x-haineko-loop": ["far.example"], "charset": "ISO-2022-JP"}, body="①ｱ\nにゃあ\n"),
         )
-        document = json.loads(haineko.sendgrid_body(job))
+        document = json.loads(haineko.sendgrid_request(job).body)
         date = email.message_from_bytes(job.octets())["Date"]
         self.assertEqual(
             document,
@@ -8730,7 +9349,7 @@ class WebProbes(unittest.TestCase):
     def findings(self, route: haineko.Route) -> list:
         probe = haineko.ConnectivityProbe(route, "here.example")
         sessions = haineko.TransportContext()
-        return haineko.run(and_closed(route.row.probe(probe, sessions), sessions))
+        return haineko.run(and_closed(haineko.run_probe(probe, sessions), sessions))
 
     def test_good_credentials(self):
         for mailer, words in (
@@ -8738,10 +9357,13 @@ class WebProbes(unittest.TestCase):
             ("SendGrid", "the API key may send"),
             ("AmazonSES", "to verified recipients only"),
             ("Mandrill", "the key is good"),
+            ("MSGraph", "the token is good; it may not read the account"),
+            ("GmailAPI", "the token is good"),
         ):
             with self.subTest(mailer), HttpPeer(PEERS[mailer]) as peer:
                 findings = self.findings(web_route(mailer, peer.url))
-                self.assertEqual([item.step for item in findings], ["DNS", "TCP", "TLS", "AUTH"])
+                token = ["TOKEN"] if mailer in ("MSGraph", "GmailAPI") else []
+                self.assertEqual([item.step for item in findings], [*token, "DNS", "TCP", "TLS", "AUTH"])
                 self.assertTrue(all(item.ok and item.text.isprintable() for item in findings), findings)
                 self.assertIn(words, findings[-1].text)
                 self.assertFalse(any(b"rcpt" in asked.body or b"raw" in asked.body for asked in peer.asked))
@@ -8755,9 +9377,8 @@ class WebProbes(unittest.TestCase):
                 ("silence", lambda asked: "close"),
             ):
                 with self.subTest(mailer, what=what), HttpPeer(peer_answer) as peer:
-                    route = replace(
-                        web_route(mailer, peer.url), credentials=(KEY, "wrong" if what == "wrong" else SECRET)
-                    )
+                    route = web_route(mailer, peer.url)
+                    route = with_wrong_login(route) if what == "wrong" else route
                     findings = self.findings(route)
                     self.assertEqual([(item.step, item.ok) for item in findings][-1], ("AUTH", False))
                     self.assertNotIn("wrong", findings[-1].text)
@@ -8774,11 +9395,12 @@ class WebProbes(unittest.TestCase):
         for mailer in PEERS:
             with self.subTest(mailer):
                 findings = self.findings(web_route(mailer, url))
-                self.assertEqual([(item.step, item.ok) for item in findings], [("DNS", True), ("TCP", False)])
+                findings = [(item.step, item.ok) for item in findings if item.step != "TOKEN"]
+                self.assertEqual(findings, [("DNS", True), ("TCP", False)])
 
 
 # ======================================================================================================================
-# 15. Queue
+# 16. Queue
 # ======================================================================================================================
 
 
@@ -9976,7 +10598,7 @@ class QueueCrash(unittest.TestCase):
 
 
 # ======================================================================================================================
-# 16. The way of a mail
+# 17. The way of a mail
 # ======================================================================================================================
 
 
@@ -10210,7 +10832,7 @@ class SharedTransactions(Peers):
 
 
 # ======================================================================================================================
-# 17. HTTP
+# 18. HTTP
 # ======================================================================================================================
 
 
@@ -10948,7 +11570,7 @@ class Workers(Peers):
                     status, headers, _ = wire.answer()
                     self.assertEqual((status, headers["Connection"]), (200, "close"))
                     self.assertEqual(server.process.wait(15), 0)
-                self.assertEqual(peer.lines[-1], "QUIT")
+                eventually(lambda peer=peer: peer.lines[-1] == "QUIT")
 
     def test_settings_that_are_mended_are_taken(self) -> None:
         server = self.server({})
@@ -11079,7 +11701,7 @@ class Workers(Peers):
 
 
 # ======================================================================================================================
-# 18. Commands
+# 19. Commands
 # ======================================================================================================================
 
 
@@ -12285,8 +12907,8 @@ class Attacks(Quiet):
             ("a length again and again", length_of, b"111111111111111111" + b",111111111111111111" * 3000 + b",1"),
             ("spaces within a value", haineko.parse_head, head + b"A: x" + spaces + b"y\r\n"),
             ("spaces and a NUL", haineko.parse_head, head + b"A:" + spaces + b"\0\r\n"),
-            ("spaces in a reply", haineko.parse_reply_line, b"250 " + spaces + b"\rx"),
-            ("white space in a reply", haineko.parse_reply_line, b"250" + b"\t" * 60000 + b"x"),
+            ("spaces in a reply", haineko.parse_reply, b"250 " + spaces + b"\rx\n"),
+            ("white space in a reply", haineko.parse_reply, b"250" + b"\t" * 60000 + b"x\n"),
         ):
             with self.subTest(what):
                 began = time.process_time()
@@ -12297,8 +12919,8 @@ class Attacks(Quiet):
     def test_white_space_around_values(self):
         found = haineko.parse_head(b"GET / HTTP/1.1\r\nA: \t b \t\r\nB:\r\nC:\xa0c\x0b\r\n").headers
         self.assertEqual(found, {"a": "b", "b": "", "c": "\xa0c\x0b"})
-        for line, wanted in ((b"250 a b \r", "a b "), (b"250\t\r", ""), (b"250", ""), (b"250-\r\r", "")):
-            self.assertEqual(haineko.parse_reply_line(line)[0].lines[0], wanted)
+        for line, wanted in ((b"250 a b \r", "a b "), (b"250\t\r", ""), (b"250", ""), (b"250 \r\r", "")):
+            self.assertEqual(haineko.parse_reply(line + b"\n")[0].lines[0], wanted)
         odd = haineko.parse_head(b"POST / HTTP/1.1\r\nContent-Length: 5\xa0\r\n")
         with self.assertRaises(haineko.Rejected):
             haineko.body_length(odd)
@@ -12421,7 +13043,7 @@ class Attacks(Quiet):
         )
         asked = haineko.Request("", "", {}, b"", haineko.parse_ip("127.0.0.1"), None, None, NOW, settings())
         haineko.log_result(
-            asked, haineko.TransactionResult(job, [haineko.make_reply("discarded", mailer="Discard")], 1.0)
+            asked, haineko.TransactionResult(job, [haineko.make_reply("done", word="Discarded", mailer="Discard")], 1.0)
         )
         lines = self.logged()
         self.assertIn(
@@ -12433,10 +13055,9 @@ class Attacks(Quiet):
         word = base64.b64encode(b"hunter2secret").decode()
         route = haineko.Route(credentials=("neko", "hunter2secret"))
         session = haineko.Session(route, "relay.example.org")
-        session.masked = True
+        session.masked = "********"
         session._feed(f"500 unknown: {plain} {word} hunter2secret\r\n".encode())
-        self.assertTrue(session._parse_buffer())
-        self.assertEqual(session.replies.popleft().lines, ("unknown: ******** ******** ********",))
+        self.assertEqual(session._next_reply().lines, ("unknown: ******** ******** ********",))
 
 
 class AttacksOnFiles(Folder):
@@ -12757,7 +13378,7 @@ class Readme(unittest.TestCase):
     def test_every_setting_stands_in_a_table(self):
         """With its default."""
         classes = (haineko.Httpd, haineko.Tls, haineko.Smtpd, haineko.Syslog, haineko.Relayhosts, haineko.Recipients)
-        for cls in (*classes, haineko.Route, haineko.Credentials):
+        for cls in (*classes, haineko.Route, haineko.Credentials, haineko.OAuth2):
             for key, default in haineko.redacted(cls()).items():
                 wanted = default[0] if key == "listen" else default
                 wanted = "see below" if key == "syslog" else f"`{json.dumps(wanted)}`"
@@ -12770,7 +13391,7 @@ class Readme(unittest.TestCase):
     def rows_of_section(self, cls):
         """The rows of a table of settings from that of the section's name to that of the next one."""
         names = {haineko.Tls: "`httpd.tls`", haineko.Syslog: "`smtpd.syslog`"}
-        names.update({haineko.Route: "a route", haineko.Credentials: "`authinfo`, a name"})
+        names.update({haineko.Route: "a route", haineko.Credentials: "`authinfo`, a name", haineko.OAuth2: "`oauth2`"})
         name = names.get(cls, f"`{cls.__name__.lower()}`")
         (found,) = re.findall(rf"(?m)^\| {re.escape(name)} \|.*\n(?:\| \| .*\n)*", self.text)
         return found
