@@ -9390,17 +9390,73 @@ def describe_recipients(recipients: Recipients) -> str:
 
 
 def print_warnings(settings: Settings) -> None:
-    """Warn of files that another user could change."""
-    files = [path for path, _ in settings.files]
+    """Warn of what careful postmasters would not run."""
+    for text in dict.fromkeys([*route_warnings(settings), *server_warnings(settings), *file_warnings(settings)]):
+        print(sanitize(f"warning: {text}", 500), file=sys.stderr)
+
+
+def route_warnings(settings: Settings) -> list:
+    found, tables = [], {"mailertable": settings.mailertable, "sendermt": settings.sendermt}
+    for where, route in [(f"{table}.{key}", route) for table in tables for key, route in tables[table].items()]:
+        if re.search(r"(?:\A|\.)example(?:\.(?:com|net|org))?\Z", route.host):
+            found.append(f"{where}.host: {route.host} is an example")
+        if route.relay == "ESMTP" and not (route.starttls or route.port == SMTPS or is_loopback(route.host)):
+            found.append(f"{where}.starttls: mail goes to {route.host} without TLS")
+        for key, value in zip(("username", "password"), route.credentials if route.auth else ()):
+            if not value and key in route.row.login and not (route.oauth2 and key == "password"):
+                found.append(f"authinfo.{route.auth}.{key}: is empty")
+    return found
+
+
+def server_warnings(settings: Settings) -> list:
+    httpd, relayhosts, recipients, found = settings.httpd, settings.relayhosts, settings.recipients, []
+    for address in () if httpd.tls or httpd.trusted_proxies.texts else httpd.listen:
+        if not (address.startswith("unix:") or is_loopback(address.rpartition(":")[0].strip("[]"))):
+            found.append(
+                f"httpd.listen: {address} takes mail from other machines without TLS; set tls or trusted_proxies"
+            )
+    networks = [ipaddress.ip_network(text, strict=False) for text in relayhosts.relayhosts.texts]
+    from_outside = relayhosts.open_relay or not all(network.is_loopback for network in networks)
+    if recipients.open_relay and from_outside and not settings.password.hashes:
+        found.append("recipients.open-relay: other machines (relayhosts) may write to everybody without a login")
+    named = recipients.open_relay or recipients.recipients or recipients.domainpart - {settings.hostname.lower()}
+    if not named and resolve_route("", "", settings)[0].relay not in ("Screen", "Discard", "File"):
+        found.append(f"recipients: only addresses at {settings.hostname} may be written to")
+    old = sorted(user for user, line in settings.password.hashes.items() if line.startswith("{SSHA}"))
+    return found + [
+        f"password.{user}: {{SSHA}} is quick to guess; `haineko.py pw` prints a better line" for user in old
+    ]
+
+
+def is_loopback(host: str) -> bool:
+    return host == "localhost" or (is_ip(host) and parse_ip(host) in LOOPBACK)
+
+
+def file_warnings(settings: Settings) -> list:
+    """Return warnings of files that another user could change, and of a queue that a restart or a network may lose."""
+    found, files = [], [path for path, _ in settings.files]
     files += [settings.queue.path] if settings.queue else []
     for path in dict.fromkeys([*files, *map(os.path.dirname, files)]):
         with contextlib.suppress(OSError):
-            found = os.stat(path)
-            sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
-            if found.st_mode & 0o022 and not sticky:
-                print_error(f"warning: {path} can be changed by other users; chmod go-w {path}", 0)
-            if found.st_uid not in (0, os.geteuid()) and os.geteuid():
-                print_error(f"warning: {path} belongs to another user", 0)
+            about = os.stat(path)
+            sticky = stat.S_ISDIR(about.st_mode) and about.st_mode & stat.S_ISVTX
+            if about.st_mode & 0o022 and not sticky:
+                found.append(f"{path} can be changed by other users; chmod go-w {path}")
+            if about.st_uid not in (0, os.geteuid()) and os.geteuid():
+                found.append(f"{path} belongs to another user")
+    kind = file_system(settings.queue.path) if settings.queue else ""
+    volatile = re.fullmatch(r"tmpfs|ramfs|nfs\d?|cifs|smb3|fuse\.sshfs|9p", kind)
+    return [*found, f"queue.path: {kind} is no file system of a disk of this machine"] if volatile else found
+
+
+def file_system(path: str) -> str:
+    """Return the type of the file system that a path is on, "" if unknown."""
+    mounts, folder = {"/": ""}, os.path.realpath(path)
+    with contextlib.suppress(OSError), open("/proc/mounts", encoding="utf-8", errors="replace") as stream:
+        mounts.update([line.split(" ")[1:3] for line in stream])
+    while folder not in mounts:
+        folder = os.path.dirname(folder)
+    return mounts[folder]
 
 
 def command_route(options: Any) -> int:
@@ -9561,7 +9617,7 @@ def command_queue(options: Any) -> int:
         raise CommandError(f"queue {options.action}: a queue id is {'wanted' if wanted else 'not wanted'}", 2)
     if not os.path.exists(settings.path):
         raise CommandError(f"{settings.path}: does not exist; nothing was ever queued", 1)
-    return QUEUE_ACTIONS[options.action](QueueDB(settings), options.id)
+    return QUEUE_ACTIONS[options.action](QueueDB(settings), options.id, options.json)
 
 
 def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
@@ -9572,36 +9628,70 @@ def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
     return result
 
 
-def queue_list(store: QueueDB, _: str) -> int:
-    last, form = 0, "%Y-%m-%d %H:%M:%S"
-    while True:
-        rows = run_operation(store, open_recipients_after, last, 500)  # in parts: the server works on meanwhile
+def queue_list(store: QueueDB, _: str, as_json: bool = False) -> int:
+    last, count = 0, 0
+    if not as_json:
+        print(f"{'QUEUE ID':16}  {'SIZE':>9}  {'ARRIVED':25}  {'NEXT ATTEMPT':30}  SENDER -> RECIPIENT  LAST REPLY")
+    while rows := run_operation(store, open_recipients_after, last, 500):  # in parts: the server works on meanwhile
         for row in rows:
-            created_at, due = row["created_at"], row["due"]
-            when = row["state"] if due is None else time.strftime(form, time.localtime(max(due, created_at)))
-            reply = parse_history(row["history"])[-1:]
-            words = f"{reply[0].reply.code} {' '.join(reply[0].reply.message)}" if reply else ""
-            came = time.strftime(form, time.localtime(created_at))
-            envelope = f"<{row['sender']}> -> <{row['recipient']}>"
-            print(f"{row['queueid']}  {row['size']:>9}  {came}  next {when}  {envelope}  {sanitize(words)}")
-        if not rows:
-            return 0
+            print(
+                f"{',' if count else '['}\n{queue_row_json(row)}" if as_json else queue_row(row),
+                end="" if as_json else "\n",
+            )
+            count += 1
         last = rows[-1]["id"]
-
-
-def queue_show(store: QueueDB, queueid: str) -> int:
-    found = run_operation(store, message_status, queueid)
-    if not found:
-        raise CommandError(f"{sanitize(queueid)}: not in the queue", 1)
-    print(json.dumps(message_document(found), ensure_ascii=False, indent=2))
+    print(("\n]" if count else "[]") if as_json else f"{count} recipient{'s' * (count != 1)}")
     return 0
 
 
-def queue_retry(store: QueueDB, queueid: str | None) -> int:
+def queue_row(row: Any) -> str:
+    """Return a recipient in the queue as a line of a table."""
+    due, attempts = row["due"], parse_history(row["history"])
+    when = row["state"] if due is None else local_time(max(due, row["created_at"]))
+    words = one_line(attempts[-1].reply) if attempts else ""
+    envelope = f"<{row['sender']}> -> <{row['recipient']}>"
+    came = local_time(row["created_at"])
+    return f"{row['queueid']}  {row['size']:>9}  {came}  next {when:25}  {envelope}  {words}"
+
+
+def queue_row_json(row: Any) -> str:
+    attempts = parse_history(row["history"])
+    reply = reply_to_dict(row["recipient"], attempts[-1].reply) if attempts else None
+    values = {key: row[key] for key in ("queueid", "size", "state", "sender", "recipient")}
+    times = {"arrived": time_to_dict(row["created_at"]), "next": time_to_dict(row["due"])}
+    return json.dumps({**values, **times, "attempts": len(attempts), "response": reply}, ensure_ascii=False)
+
+
+def local_time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(seconds))
+
+
+def one_line(reply: Reply) -> str:
+    return sanitize(f"{reply.code} {' '.join(reply.message)}", 500)
+
+
+def queue_show(store: QueueDB, queueid: str, as_json: bool = False) -> int:
+    found = run_operation(store, message_status, queueid)
+    if not found:
+        raise CommandError(f"{sanitize(queueid)}: not in the queue", 1)
+    if as_json:
+        print(json.dumps(message_document(found), ensure_ascii=False, indent=2))
+        return 0
+    print(f"{queueid}  {found['size']} octets  arrived {local_time(found['created_at'])}\nfrom <{found['sender']}>")
+    for row in found["recipients"]:
+        due = row["due"]
+        when = "" if due is None else f", next attempt {local_time(max(due, found['created_at']))}"
+        print(f"to <{sanitize(row['as_written'])}>: {row['state']}{when}")
+        for attempt in parse_history(row["history"]):
+            print(f"   {local_time(attempt.time)}  {attempt.reply.relay}: {one_line(attempt.reply)}")
+    return 0
+
+
+def queue_retry(store: QueueDB, queueid: str | None, _: bool = False) -> int:
     return print_count(run_operation(store, flush_queue, queueid), "to be tried at once", not queueid)
 
 
-def queue_drop(store: QueueDB, queueid: str) -> int:
+def queue_drop(store: QueueDB, queueid: str, _: bool = False) -> int:
     return print_count(run_operation(store, drop_message, queueid, time.time()), "dropped", False)
 
 
@@ -10066,6 +10156,7 @@ ARGUMENTS = {  # name: what ArgumentParser.add_argument() takes
     "addresses": (("address",), {"metavar": "ADDRESS", "nargs": "*"}),
     "action": (("action",), {"nargs": "?", "choices": tuple(QUEUE_ACTIONS), "default": "list"}),
     "id": (("id",), {"metavar": "QUEUEID", "nargs": "?"}),
+    "json": (("--json",), {"action": "store_true", "help": "list, show: as JSON"}),
     "all": (("--all",), {"action": "store_true", "help": "retry: all that waits, as flush does"}),
     "user": (("-u", "--user"), {"metavar": "USER"}),
     "dest": (("--dest",), {"metavar": "DIR", "required": True}),
@@ -10092,7 +10183,7 @@ COMMANDS = {
     "dkim": Command(command_dkim, "config domain"),
     "send": Command(command_send, "file url login insecure to mail from reply-to subject charset body html attach"),
     "sendmail": Command(command_sendmail, "-C -t -i -f addresses"),
-    "queue": Command(command_queue, "config action id all"),
+    "queue": Command(command_queue, "config action id all json"),
     "pw": Command(command_pw, "user"),
     "setup": Command(command_setup, "dest sendmail"),
 }

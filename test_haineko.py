@@ -10410,7 +10410,9 @@ class QueueAlone(unittest.TestCase):
         table = (
             ("list", ("list",), 0, one),
             ("bare", (), 0, three),
-            ("show", ("show", one), 0, '"state": "waiting"'),
+            ("as a table", ("list",), 0, "\n3 recipients\n"),
+            ("show", ("show", one), 0, "to <later1a@example.jp>: waiting, next attempt "),
+            ("for programs", ("--json", "show", one), 0, '"state": "waiting"'),
             ("show nothing", ("show", "nothing"), 1, ""),
             ("show what", ("show",), 2, ""),
             ("drop", ("drop", two), 0, "1 recipient dropped"),
@@ -10419,6 +10421,9 @@ class QueueAlone(unittest.TestCase):
             ("flush", ("flush",), 0, "to be tried at once"),
             ("unknown", ("pet",), 2, ""),
         )
+        rows = json.loads(server.queue("--json").stdout)
+        self.assertEqual([row["queueid"] for row in rows], [one, two, three])
+        self.assertEqual((rows[0]["state"], rows[0]["response"]["code"][0], rows[0]["attempts"]), ("waiting", "4", 1))
         for what, words, code, wanted in table:
             with self.subTest(what):
                 found = server.queue(*words)
@@ -10428,9 +10433,10 @@ class QueueAlone(unittest.TestCase):
         self.assertEqual(
             sorted(mail.recipients[0] for mail in peer.taken), ["later1a@example.jp", "later1c@example.jp"]
         )
+        self.assertEqual(json.loads(server.queue("list", "--json").stdout), [])
         server.kill()
         self.assertEqual(server.queue("retry", "--all").stdout, "0 recipients to be tried at once\n")
-        self.assertIn('"dropped"', server.queue("show", two).stdout)
+        self.assertIn(": dropped\n", server.queue("show", two).stdout)
 
     def test_readme(self):
         """What it says of the queue is so."""
@@ -11797,6 +11803,17 @@ class LogServed(Peers):
         self.assertEqual((found["event"], found["status"], "request_id" in found), ("rejection", "rejected", False))
         self.assertEqual(lines[-1]["message"], "stopped")
 
+    def test_as_any_user_without_a_home(self) -> None:
+        script = (
+            "import os, sys; os.environ.clear(); sys.path.insert(0, os.path.dirname(sys.argv[1])); import haineko\n"
+            "os.geteuid() or (os.setgid(12345), os.setuid(12345))\nsys.exit(haineko.main(sys.argv[2:]))"
+        )
+        server = type("ServerOfNobody", (Server,), {"COMMAND": ("-c", script, PROGRAM)})(
+            None, "--listen", "127.0.0.1:0"
+        )
+        self.addCleanup(server.close)
+        self.assertEqual(server.submit("a@example.jp")[0], 200)
+
     def test_lines_for_the_journal_have_a_level_and_no_time(self) -> None:
         script = (
             "import os, sys; f = os.fstat(2); os.environ['JOURNAL_STREAM'] = f'{f.st_dev}:{f.st_ino}';"
@@ -12487,6 +12504,52 @@ class Commands(Folder, Peers):
             credentials = base64.b64encode(f"kiji:{word}".encode()).decode()
             self.assertEqual(server.ask(post(None, f"Authorization: Basic {credentials}"))[0], wanted)
         self.assertEqual(self.haineko("pw", given="")[0], 1)
+
+    def test_check_warns_of_what_careful_postmasters_would_not_run(self) -> None:
+        def route(**more) -> dict:
+            return {"mailertable": {"default": {"mailer": "ESMTP", "host": "mx.test", "starttls": True, **more}}}
+
+        open_to_all = {"recipients": {"open-relay": 1}}
+        outside, login = {"relayhosts": {"relayhosts": ["192.0.2.0/24"]}}, {"password": {"neko": "{SSHA}" + "A" * 40}}
+        cases = (
+            (route(), []),
+            (route(host="127.0.0.1", starttls=False), []),
+            (route(port=465, starttls=False), []),
+            (route(starttls=False), ["mailertable.default.starttls: mail goes to mx.test without TLS"]),
+            (route(host="smtp.example.org"), ["mailertable.default.host: smtp.example.org is an example"]),
+            (
+                {**route(auth="a"), "authinfo": {"a": {"username": "", "password": ""}}},
+                ["authinfo.a.username: is empty", "authinfo.a.password: is empty"],
+            ),
+            (outside, ["recipients.open-relay: other machines (relayhosts) may write to everybody without a login"]),
+            ({**outside, **login}, ["password.neko: {SSHA} is quick to guess; `haineko.py pw` prints a better line"]),
+            ({"httpd": {"listen": ["127.0.0.1:1", "[::1]:1", "localhost:1", "unix:/x"]}}, []),
+            ({"httpd": {"listen": "0.0.0.0:1", "trusted_proxies": ["192.0.2.1"]}}, []),
+            (
+                {"httpd": {"listen": "0.0.0.0:1"}},
+                ["httpd.listen: 0.0.0.0:1 takes mail from other machines without TLS; set tls or trusted_proxies"],
+            ),
+            (
+                {**route(), "recipients": None, "smtpd": {"hostname": "here.test"}},
+                ["recipients: only addresses at here.test may be written to"],
+            ),
+        )
+        for sections, wanted in cases:
+            with self.subTest(sections):
+                whole = {key: value for key, value in {**open_to_all, **sections}.items() if value is not None}
+                path = self.write("warned.json", whole)
+                code, out, err = self.called("check", "-c", path)
+                self.assertEqual((code, err.splitlines()), (0, [f"warning: {line}" for line in wanted]), out)
+        if haineko.file_system("/dev/shm") == "tmpfs":
+            with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+                path = self.write("warned.json", {**open_to_all, "queue": {"path": os.path.join(folder, "q.db")}})
+                found = self.called("check", "-c", path)[2]
+                self.assertEqual(found, "warning: queue.path: tmpfs is no file system of a disk of this machine\n")
+        example = os.path.join(HERE, "haineko.json.example")
+        wanted = ["mailertable.default.host: smtp.example.org is an example"]
+        wanted += ["authinfo.relay.username: is empty", "authinfo.relay.password: is empty"]
+        lines = [line for line in self.called("check", "-c", example)[2].splitlines() if "chmod" not in line]
+        self.assertEqual([line for line in lines if "queue.path" not in line], [f"warning: {line}" for line in wanted])
 
     def test_setup_writes_what_is_not_there(self) -> None:
         folder = os.path.join(self.folder, "new", "folder")
@@ -13204,6 +13267,7 @@ class Readme(unittest.TestCase):
             *[("json", mark) for mark in ("answer", "faulty", "settings", "submission", "event")],
             *[(name, "client") for name in ("python", "javascript", "php", "ruby", "perl", "go", "java", "html")],
             ("yaml", ""),
+            ("dockerfile", ""),
             ("console", ""),
             ("console", "connect"),
             ("nginx", ""),
