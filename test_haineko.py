@@ -11803,10 +11803,10 @@ class LogServed(Peers):
         self.assertEqual((found["event"], found["status"], "request_id" in found), ("rejection", "rejected", False))
         self.assertEqual(lines[-1]["message"], "stopped")
 
-    def test_as_any_user_without_a_home(self) -> None:
+    def test_without_environment(self) -> None:
         script = (
             "import os, sys; os.environ.clear(); sys.path.insert(0, os.path.dirname(sys.argv[1])); import haineko\n"
-            "os.geteuid() or (os.setgid(12345), os.setuid(12345))\nsys.exit(haineko.main(sys.argv[2:]))"
+            "sys.exit(haineko.main(sys.argv[2:]))"
         )
         server = type("ServerOfNobody", (Server,), {"COMMAND": ("-c", script, PROGRAM)})(
             None, "--listen", "127.0.0.1:0"
