@@ -1671,24 +1671,17 @@ def json_line(level: str, event: str, message: str, fields: dict) -> str:
     now = time.time()
     zoned = timestamp(int(now))
     values = {"time": f"{zoned[:19]}.{int(now % 1 * 1000):03d}{zoned[19:22]}:{zoned[22:]}", "level": level}
-    values.update({"event": event, **fields, "message": sanitize(message, 1000)})
-    for key, value in values.items():
-        if key == "to":
-            values[key] = [sanitize(to, 254) for to in value]
-        elif key in ("code", "delay"):
-            values[key] = int(value) if key == "code" else round(value, 3)
-        else:
-            values[key] = sanitize(value, 1000)
-    return ENCODER.encode(values)
+    values.update({"event": event, **fields, "message": message})
+    forms = {"to": lambda to: [sanitize(item, 254) for item in to], "code": int, "delay": lambda delay: round(delay, 3)}
+    return ENCODER.encode({key: forms.get(key, lambda text: sanitize(text, 1000))(values[key]) for key in values})
 
 
 def text_line(message: str, queueid: str | None = None, code: str = "", **fields: Any) -> str:
     """Return an event as people and log readers of mail servers read it."""
     sent = "relay" in fields
-    for key, form in (("from", "<{}>".format), ("delay", "{:.3f}".format), ("to", lambda to: f"<{'>,<'.join(to)}>")):
-        if key in fields:
-            fields[key] = form(fields[key])
-    pairs = [f"{key}={log_value(value, MAX_TO if key == 'to' and sent else 500)}" for key, value in fields.items()]
+    forms = {"from": "<{}>".format, "delay": "{:.3f}".format, "to": lambda to: f"<{'>,<'.join(to)}>"}
+    values = {key: forms.get(key, str)(value) for key, value in fields.items()}
+    pairs = [f"{key}={log_value(value, MAX_TO if key == 'to' and sent else 500)}" for key, value in values.items()]
     words = sanitize(f"{code} {message}".lstrip(), 600)
     return " ".join([*([f"{queueid}:"] if queueid else []), *pairs, f"({words})" if pairs else words])
 
@@ -8482,12 +8475,11 @@ class Supervisor:
 
     def _check_heartbeats(self, now: float) -> None:
         """Kill the workers that hang; while none does, say so to systemd's watchdog."""
-        was_asleep, self.looked = (
-            now - self.looked > HANG_TIMEOUT / 2,
-            now,
-        )  # the machine, or this process: so were they
-        rows = [(pid, max(began, metrics.last_beat(self._row(slot)))) for pid, (began, slot) in self.workers.items()]
-        hanging = [pid for pid, beat in rows if now - beat > HANG_TIMEOUT and not was_asleep]
+        beats = {pid: max(began, metrics.last_beat(self._row(slot))) for pid, (began, slot) in self.workers.items()}
+        hanging = [pid for pid, beat in beats.items() if now - beat > HANG_TIMEOUT]
+        if now - self.looked > HANG_TIMEOUT / 2:  # this process, or the machine, did not run either
+            hanging = []
+        self.looked = now
         for pid in hanging:
             log.lines(f"worker {pid} hangs; killing it", level="error")
             with contextlib.suppress(ProcessLookupError):
