@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import base64
+import binascii
 import collections
 import concurrent.futures
 import contextlib
@@ -2355,7 +2356,7 @@ class SettingsFile(Folder):
         for what, credentials, right in cases:
             with self.subTest(what):
                 self.assertFalse(gate.is_cached(credentials))
-                self.assertEqual(gate.authenticate(credentials), right)
+                self.assertEqual(bool(gate.authenticate(credentials)), right)
                 self.assertEqual(gate.is_cached(credentials), right)
 
     def test_who_was_right_is_remembered(self):
@@ -5668,7 +5669,7 @@ class WebSessions(unittest.TestCase):
                 began = time.monotonic()
                 route = web_route("SendGrid", peer.url, retry=1, sleep=0)
                 sessions = haineko.TransportContext()
-                outcome = haineko.run(and_closed(haineko.run_transaction(composed_job(route), sessions), sessions))
+                outcome = haineko.run(and_closed(haineko.attempt_with_retries(composed_job(route), sessions), sessions))
                 self.assertEqual(outcome.replies[0].code, code)
                 self.assertTrue(least <= time.monotonic() - began < least + 3)
 
@@ -7671,6 +7672,159 @@ class Relays(Folder, Peers):
                 self.assertIn("| " + shown, lines)
 
 
+class RouteLimits(Peers):
+    def test_sessions_are_counted_over_all_workers(self):
+        most = [0]
+
+        def greet(connection: SmtpConnection, line: str) -> None:
+            others = [one for one in peer.connections if one.sock.fileno() >= 0 and "QUIT" not in one.lines]
+            most[0] = max(most[0], len(others))
+
+        peer = self.peer({"CONN": greet}, "PIPELINING")
+        route = {"port": peer.port, "sessions": 3, "timeout": 20}
+        server = served(self, {"httpd": {"workers": 2}, "mailertable": {"default": route}})
+        with concurrent.futures.ThreadPoolExecutor(20) as pool:
+            found = list(pool.map(lambda i: server.submit(f"a{i}@example.jp")[0], range(200)))
+        self.assertEqual((collections.Counter(found), len(peer.taken)), ({200: 200}, 200))
+        self.assertLessEqual(most[0], 3)
+        self.assertGreater(most[0], 1)
+
+    def test_a_mail_waits_for_a_session_of_another_process_up_to_the_timeout(self):
+        peer = self.peer()
+
+        async def sent(seconds: float) -> haineko.Reply:
+            transport = haineko.TransportContext()
+            route = haineko.Route(port=peer.port, sessions=1, timeout=0.5)
+            octet = transport.limits.open_session(route.limit_key, 1)
+            asyncio.get_running_loop().call_later(seconds, transport.limits.close_session, octet)
+            result = await haineko.attempt_transaction(job(route), transport)
+            await transport.sweep(everything=True)
+            return result.replies[0]
+
+        self.assertEqual(haineko.run(sent(0.1)).code, "250")
+        reply = haineko.run(sent(9))
+        self.assertEqual(brief(reply)[:3], ("451", "4.3.2", "CONN"))
+        self.assertEqual((reply.message[0], reply.temporary, reply.port), (ROUTE_LIMIT, True, peer.port))
+
+    def test_a_rate_is_waited_for_up_to_the_timeout(self):
+        peer = self.peer()
+        cases = [({"rate": "2/1", "timeout": 5}, 200), ({"rate": "2/600", "timeout": 1}, 503)]
+        for route, wanted in cases:
+            with self.subTest(**route):
+                force = {"httpd": {"workers": 2}, "mailertable": {"default": {"port": peer.port, **route}}}
+                server, began = served(self, force), time.monotonic()
+                found = [server.submit("a@example.jp") for _ in range(4)]
+                self.assertEqual([status for status, *_ in found], [200, 200, wanted, wanted])
+                if wanted == 200:
+                    self.assertGreater(time.monotonic() - began, 0.9)
+                    continue
+                _, headers, document = found[-1]
+                item = document["response"][0]
+                self.assertEqual((item["code"], item["dsn"], item["message"][0]), ("451", "4.3.2", ROUTE_LIMIT))
+                self.assertTrue(250 < int(headers["Retry-After"]) <= 300, headers)
+
+    def test_a_throttling_server_is_given_no_more_sessions(self):
+        for words in ("432 4.3.2 Concurrent connections limit exceeded", "454 Throttling failure"):
+            with self.subTest(words):
+                pool = haineko.SessionPool()
+                pool.in_use = 1
+                self.assertTrue(pool.may_open())
+                peer = self.peer({"MAIL": [None, words, None]})
+                replies = carried(*[job(peer) for _ in range(3)])
+                self.assertEqual([reply.code for (reply,) in replies], ["250", "250", "250"])
+
+
+ROUTE_LIMIT = "The route's limit is reached"
+
+
+class RouteLists(Peers):
+    def lists(self, first: dict, *others: dict, **sections) -> haineko.Settings:
+        return settings(mailertable={"default": [first, *others]}, **sections)
+
+    def test_when_the_next_route_is_tried(self):
+        login = {"me": {"username": "neko", "password": "nyaa"}}
+        cases = [
+            ("connection", None, {}, True), ("greeting 421", {"CONN": "421 busy"}, {}, True),
+            ("greeting 554", {"CONN": "554 no"}, {}, True), ("EHLO", {"EHLO": "421 bye"}, {}, True),
+            ("TLS", {}, {"starttls": True}, True), ("AUTH", {}, {"auth": "me"}, True),
+            ("MAIL 4xx", {"MAIL": "451 later"}, {}, True), ("MAIL 5xx", {"MAIL": "550 no"}, {}, False),
+            ("RCPT 4xx", {"RCPT": "451 later"}, {}, True), ("RCPT 5xx", {"RCPT": "550 no"}, {}, False),
+            ("RCPT 421", {"RCPT": "421 bye"}, {}, True), ("DATA 4xx", {"DATA": "451 later"}, {}, True),
+            ("DATA 5xx", {"DATA": "554 no"}, {}, False), ("text 4xx", {".": "451 later"}, {}, False),
+            ("text 5xx", {".": "554 no"}, {}, False), ("in doubt", {".": HANG_UP}, {}, False),
+            ("taken", {}, {}, False),
+        ]  # fmt: skip
+        for what, says, route, tried in cases:
+            with self.subTest(what):
+                first, second = self.peer(says, "AUTH PLAIN"), self.peer()
+                place = {"port": 1} if says is None else esmtp(first)
+                self.logged()
+                status, found = posted(document(), self.lists({**place, **route}, esmtp(second), authinfo=login))
+                item, lines = found["response"][0], self.logged()
+                self.assertEqual(item["port"], second.port if tried else first.port)
+                self.assertEqual(len(second.taken), int(tried))
+                shown = f" fallback=ESMTP:127.0.0.1:{place['port']} "
+                self.assertEqual(any(shown in line and " status=sent " in line for line in lines), tried)
+                self.assertEqual(any("warning: relay=ESMTP:127.0.0.1:" in line for line in lines), tried)
+                self.assertEqual(status == 200, tried or what == "taken")
+
+    def test_each_recipient_by_itself(self):
+        first, second = self.peer({"RCPT": refuses(b="451 later", c="550 no")}), self.peer()
+        force = self.lists(esmtp(first), esmtp(second))
+        _, found = posted(document(header={"to": ", ".join(TO)}, rcpt=None), force)
+        self.assertEqual([item["port"] for item in found["response"]], [first.port, second.port, first.port])
+        self.assertEqual([item["code"] for item in found["response"]], ["250", "250", "550"])
+
+    def test_a_route_that_failed_is_left_out_for_a_while(self):
+        first, second = self.peer({"CONN": ["421 busy", "421 busy", None]}), self.peer()
+        transport, route = None, haineko.Route(port=first.port, fallbacks=(haineko.Route(port=second.port),))
+
+        async def sent() -> list:
+            nonlocal transport
+            transport, ports = haineko.TransportContext(), []
+            for step in range(5):
+                if step in (2, 4):  # the pause is over
+                    transport.route_pauses = dict.fromkeys(transport.route_pauses, 0.0)
+                ports.append((await haineko.attempt_transaction(job(route), transport)).replies[0].port)
+            await transport.sweep(everything=True)
+            return ports
+
+        self.assertEqual(haineko.run(sent()), [second.port] * 4 + [first.port])
+        self.assertEqual(len(first.connections), 3)
+        self.assertEqual(transport.route_pauses, {})
+
+    def test_all_fail(self):
+        status, found = posted(document(), self.lists({"port": 1}, {"port": 2}))
+        self.assertEqual((status, found["response"][0]["port"]), (503, 2))
+
+    def test_settings_with_lists(self):
+        errors: list = []
+        table = {"default": [{"host": "a", "disabled": 1}, {"host": "b"}, {"host": "c", "auth": "x"}], "x.jp": []}
+        found = haineko.from_dict(haineko.Settings, {"mailertable": table}, "", errors)
+        self.assertEqual(errors, ["mailertable.x.jp: expected at least one value"])
+        found, errors = haineko.resolve_settings(found, [])
+        self.assertEqual(errors, ['mailertable.default[2].auth: "x" is not in authinfo'])
+        self.assertEqual([route.host for route in found.mailertable["default"].choices], ["b", "c"])
+        shown = haineko.redacted(found)["mailertable"]["default"]
+        self.assertEqual([route["host"] for route in shown], ["b", "c"])
+        self.assertEqual(haineko.destination_key(found.mailertable["default"], "x"), "ESMTP b:25")
+
+    def test_commands_show_all(self):
+        peer = self.peer()
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "haineko.json")
+            table = {"default": [{"port": 1}, {"port": peer.port}]}
+            with open(path, "w", encoding="utf-8") as stream:
+                json.dump({"mailertable": table, "recipients": {"open-relay": True}}, stream)
+            for command in (("check",), ("route", "a@example.jp")):
+                shown = run_program(*command, "-c", path, text=True).stdout
+                self.assertIn(f"ESMTP 127.0.0.1:1, else ESMTP 127.0.0.1:{peer.port} (", shown)
+            shown = run_program("check", "--connect", "-c", path, text=True)
+            self.assertIn("mailertable.default[0]: TCP: FAILED", shown.stdout)
+            self.assertIn("mailertable.default[1]: TCP: connected", shown.stdout)
+            self.assertEqual(shown.returncode, 1)
+
+
 class MxPeers(WithCertificates):
     """A test with mail hosts on several addresses, and a name server that knows them as mx2.example and so on."""
 
@@ -9540,7 +9694,7 @@ class QueuePure(unittest.TestCase):
             ("first delay", self.parcel(attempts=1), "open", ["message.deferred"]),
             ("second delay", self.parcel(attempts=2), "open", []),
             ("failed", self.parcel(), "failed", ["message.failed", "bounce"]),
-            ("a bounce failed", self.parcel(sender=""), "failed", ["message.failed"]),
+            ("a bounce failed", self.parcel(sender=""), "failed", []),
             ("an event failed", self.parcel(kind="event", sender=""), "failed", []),
             ("a sender that may not be written to", self.parcel(sender="a@example.net"), "failed", ["message.failed"]),
             ("its login", self.parcel(sender="a@example.net", login="tama"), "failed", ["message.failed", "bounce"]),
@@ -9925,11 +10079,6 @@ class QueueStore(Quiet):
             self.assertEqual(self.states("first"), ["sending"])
             self.do(haineko.finish_request, "first", [bad], "[]", now)
             self.assertEqual(self.states("first"), ["waiting"])
-        with self.subTest("a write that waited for the file"):
-            self.do(haineko.enqueue, entry("owed"), None, True)
-            self.store.deferred_writes.append((haineko.finish_request, ("owed", [bad], "[]", now)))
-            haineko.run(self.store.do(haineko.queue_stats, now))
-            self.assertEqual(self.states("owed"), ["waiting"])
 
     def test_drop_is_refused_while_sending(self):
         self.do(haineko.enqueue, entry(to=("a@example.jp", "b@example.jp")), None)
@@ -11344,6 +11493,252 @@ class HttpLogin(unittest.TestCase):
         self.assertEqual(self.server.ask(get("/health"))[0], 200)
         status, _, found = self.server.ask(get("/conf", host="localhost"))
         self.assertEqual((status, set(found["password"].values())), (200, {"********"}))
+
+
+def key_login(key: str, **fences) -> dict:
+    return {"hash": haineko.key_hash(key), **fences}
+
+
+def bearer(key: str) -> str:
+    return f"Authorization: Bearer {key}"
+
+
+class KeysAndFences(Quiet):
+    """Who may send as whom. A section or fence is absent, empty, or permits everything."""
+
+    EMPTY, OPEN, ABSENT = (), "open", None
+
+    def answer(self, force: haineko.Settings, *lines: str, client: str = "127.0.0.1", **changes) -> tuple:
+        status, found = over_http(post(document(**changes), *lines), force, client)
+        item = found["response"][0]
+        return status, item["code"], item["message"][0]
+
+    def test_relayhosts_password_fences_and_recipients(self):
+        relayhosts = {self.ABSENT: None, self.EMPTY: {"relayhosts": []}, self.OPEN: {"open-relay": True}}
+        recipients = {self.ABSENT: None, self.EMPTY: {}, self.OPEN: {"open-relay": True}}
+        fences = {self.ABSENT: None, self.EMPTY: [], self.OPEN: ["example.org", "example.jp"]}
+        for hosts, rcpt, password, senders, to, client in itertools.product(
+            relayhosts, recipients, ("absent", "empty", "wrong", "right"), fences, fences, ("127.0.0.1", "192.0.2.1")
+        ):
+            login = {"senders": fences[senders], "recipients": fences[to]}
+            sections = {"relayhosts": relayhosts[hosts], "recipients": recipients[rcpt]}
+            sections["password"] = {"absent": None, "empty": {}}.get(password, {"k": key_login("hk_1", **login)})
+            with self.subTest(hosts=hosts, rcpt=rcpt, password=password, senders=senders, to=to, client=client):
+                known = client == "127.0.0.1" if hosts is self.ABSENT else hosts is self.OPEN
+                logged_in = password in ("wrong", "right")
+                wanted = 200 if rcpt is self.OPEN else 400
+                if logged_in and to is self.EMPTY:
+                    wanted = 400
+                if logged_in and senders is self.EMPTY:
+                    wanted = 403
+                if password == "wrong":
+                    wanted = 401
+                elif not logged_in and not known:
+                    wanted = 403
+                line = bearer("hk_2" if password == "wrong" else "hk_1")
+                self.assertEqual(self.answer(settings(**sections), line, client=client)[0], wanted)
+
+    def test_how_a_key_is_given(self):
+        key = haineko.new_key("hk_")
+        self.assertRegex(key, "^hk_[0-9A-Za-z]{49}$")
+        self.assertEqual(key[-6:], haineko._base62(binascii.crc32(key[3:-6].encode())))
+        force = settings(password={"cron": key_login(key), "neko": SettingsFile.KIJITORA})
+        basic = "Authorization: Basic {}".format
+        cases = [
+            (bearer(key), True), (f"Authorization: bearer  {key}", True), (f"X-Postmark-Server-Token: {key}", True),
+            (basic(base64.b64encode(f"cron:{key}".encode()).decode()), True),
+            (basic(base64.b64encode(f"apikey:{key}".encode()).decode()), True),
+            (basic(base64.b64encode(f"{key}:".encode()).decode()), False),
+            (bearer(key[:-1]), False), (bearer(""), False), (f"Authorization: Token {key}", False),
+            (bearer(haineko.key_hash(key)), False), (bearer("kijitora"), False),
+            (basic(base64.b64encode(b"cron:").decode()), False),
+        ]  # fmt: skip
+        for line, right in cases:
+            with self.subTest(line):
+                self.logged()
+                self.assertEqual(self.answer(force, line)[0], 200 if right else 401)
+                self.assertIn("login=cron" if right else "reason=", self.logged()[-1])
+
+    def test_senders(self):
+        fence = ["a@example.org", "Example.JP", ".example.net"]
+        force = settings(password={"k": key_login("hk_1", senders=fence)})
+        raw = "From: {}\nTo: b@example.jp\nSubject: x\n\nx\n".format
+        cases = [
+            ("a@example.org", None, None, ""), ("A@Example.org", None, None, ""), ("b@example.org", None, None, "b@"),
+            ("x@example.jp", None, None, ""), ("x@sub.example.jp", None, None, "x@"),
+            ("x@a.b.example.net", None, None, ""),
+            ("x@example.net", None, None, "x@"), ("x@notexample.jp", None, None, "x@"),
+            ("x@example.jp", "A <a@example.org>", None, ""), ("x@example.jp", "B <b@example.org>", None, "b@"),
+            ("x@example.jp", "a@example.org, b@example.org", None, "b@"),
+            ("b@example.org", "a@example.org", None, "b@"),
+            ("x@example.jp", "a@example.org <b@example.org>", None, "b@"),
+            ("x@example.jp", None, raw("a@example.org"), ""), ("x@example.jp", None, raw("B <b@example.org>"), "b@"),
+            ("x@example.jp", None, raw("a@example.org\nSender: b@example.org"), "b@"),
+            ("x@example.jp", None, raw("a@example.org\nFrom: b@example.org"), "b@"),
+            ("x@example.jp", None, raw("a@example.org,\n b@example.org"), "b@"),
+            ("x@example.jp", None, raw("nobody"), "a From or Sender"),
+            ("x@example.jp", None, raw("g:;"), "a From or Sender"),
+            ("x@example.jp", None, "To: b@example.jp\n\nx\n", ""),
+        ]  # fmt: skip
+        for mail, author, raw_message, refused in cases:
+            with self.subTest(mail=mail, author=author, raw=raw_message):
+                if raw_message:
+                    given = {"mail": mail, "rcpt": ["m@example.jp"], "raw": raw_message}
+                else:
+                    given = document(mail=mail, header={"from": author})
+                status, found = over_http(post(given, bearer("hk_1")), force)
+                item = found["response"][0]
+                if not refused:
+                    self.assertEqual(status, 200)
+                    continue
+                self.assertEqual((status, item["code"], item["dsn"], item["command"]), (403, "553", "5.7.1", "MAIL"))
+                self.assertEqual(item["message"][0], "Sender address is not permitted")
+                self.assertTrue(item["message"][1].startswith(refused), item)
+                self.assertIn("password.k.senders", item["message"][1])
+
+    def test_recipients_one_by_one(self):
+        force = settings(password={"k": key_login("hk_1", recipients=["ops@example.jp"])})
+        given = document(rcpt=["ops@example.jp", "other@example.jp"])
+        status, found = over_http(post(given, bearer("hk_1")), force)
+        self.assertEqual((status, found["recipient"]), (207, ["ops@example.jp"]))
+        refused = found["response"][1]
+        self.assertEqual((refused["code"], refused["dsn"], refused["command"]), ("553", "5.7.1", "RCPT"))
+        self.assertIn("password.k.recipients", refused["message"][1])
+
+    def test_expiry_and_networks_are_told_to_the_log_only(self):
+        cases = [
+            ({"expires": "2001-01-31"}, "expired"), ({"expires": "2999-01-31T12:00:00Z"}, ""),
+            ({"expires": "2001-01-31T12:00:00+09:00"}, "expired"), ({"networks": ["192.0.2.0/24"]}, "networks"),
+            ({"networks": []}, "networks"), ({"networks": ["127.0.0.1"]}, ""),
+        ]  # fmt: skip
+        for fences, reason in cases:
+            with self.subTest(fences):
+                force = settings(password={"k": key_login("hk_1", **fences)})
+                self.logged()
+                status, found = over_http(post(None, bearer("hk_1")), force)
+                self.assertEqual(status, 401 if reason else 200)
+                if reason:
+                    self.assertEqual(found["response"][0]["message"], ["authentication failed"])
+                    self.assertIn(reason, self.logged()[-1])
+
+    def test_settings_of_a_login(self):
+        hashed = key_login("hk_1")["hash"]
+        cases = [
+            ({"k": {"hash": hashed, "senders": "example.org", "rate": "1/60"}}, None),
+            ({"k": {"senders": []}}, "password.k.hash: expected"), ({"k": {"hash": "x"}}, "password.k.hash: expected"),
+            ({"k": {"hash": hashed, "sender": []}}, "password.k.sender: unknown"),
+            ({"k": {"hash": hashed, "senders": ["@"]}}, "password.k.senders[0]: expected an address"),
+            ({"k": {"hash": hashed, "rate": "0/60"}}, "password.k.rate: expected"),
+            ({"k": {"hash": hashed, "rate": 60}}, "password.k.rate: expected"),
+            ({"k": {"hash": hashed, "expires": "soon"}}, "password.k.expires: expected"),
+            ({"k": 5}, "password.k: expected a string"),
+        ]  # fmt: skip
+        for section, wanted in cases:
+            with self.subTest(section):
+                errors: list = []
+                haineko.parse_passwords(section, "password", errors)
+                self.assertTrue(errors[0].startswith(wanted) if wanted else not errors, errors)
+                self.assertEqual(len(errors), int(bool(wanted)), errors)
+        shown = haineko.redacted(haineko.parse_passwords(cases[0][0], "password", []))
+        self.assertEqual(
+            {key: shown["k"][key] for key in ("hash", "senders", "rate")},
+            {"hash": "********", "senders": ["example.org"], "rate": "1/60"},
+        )
+        self.assertEqual(haineko.redacted(haineko.parse_passwords({"k": hashed}, "password", [])), {"k": "********"})
+
+    def test_the_command_key(self):
+        done = run_program(
+            "key", "cron", "--sender", "example.org", "--rate", "2/60", "--prefix", "sk_live_", text=True
+        )
+        key, line = done.stdout.splitlines()
+        self.assertTrue(key.startswith("sk_live_"))
+        section = json.loads("{" + line + "}")
+        self.assertEqual(section, {"cron": key_login(key, senders=["example.org"], rate="2/60")})
+        self.assertEqual(self.answer(settings(password=section), bearer(key))[0], 200)
+        for flags in (("--rate", "x"), ("--sender", "@"), ("--expires", "soon"), ("--prefix", "a b"), ("--prefix", "")):
+            self.assertEqual(run_program("key", "cron", *flags).returncode, 2, flags)
+
+    def test_nothing_leaves_the_sandbox(self):
+        with tempfile.TemporaryDirectory() as folder:
+            force = settings(
+                password={"k": key_login("hk_1", sandbox=True)}, mailertable={"default": {"mailer": folder}}
+            )
+            status, found = over_http(post(None, bearer("hk_1")), force)
+            self.assertEqual((status, found["response"][0]["mailer"]), (200, "Discard"))
+            self.assertEqual(self.answer(force, bearer("hk_1"), mail="")[0], 400)
+            self.assertEqual(os.listdir(folder), [])
+
+
+class KeysServed(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.peer = SmtpPeer()
+        cls.addClassCleanup(cls.peer.close)
+        fences = {"a": {}, "b": {}, "slow": {"rate": "3/3600"}, "box": {"sandbox": True}}
+        force = queue_settings(cls.peer)
+        force["password"] = {name: key_login(f"hk_{name}", **fence) for name, fence in fences.items()}
+        force["password"]["neko"] = SettingsFile.KIJITORA
+        force["httpd"] = {"workers": 2, "monitors": ["192.0.2.1"]}
+        cls.server = Server(force)
+        cls.addClassCleanup(cls.server.close)
+
+    def submit(self, key: str, *to: str, **headers: str) -> tuple:
+        headers = {"Authorization": f"Bearer hk_{key}", **headers}
+        return self.server.submit(*(to or ("m@example.jp",)), headers=headers)
+
+    def test_a_login_sees_its_own_mail_only(self):
+        _, headers, _ = self.submit("a", Prefer="respond-async")
+        for line, wanted in ((bearer("hk_a"), 200), (bearer("hk_b"), 403), (bearer("hk_c"), 401), ("X: y", 401)):
+            with self.subTest(line):
+                self.assertEqual(self.server.get(headers["Location"], line)[0], wanted)
+
+    def test_an_idempotency_key_counts_for_its_login(self):
+        first, again, other = (self.submit(key, **{"Idempotency-Key": "k1"}) for key in ("a", "a", "b"))
+        self.assertEqual(first[2]["queueid"], again[2]["queueid"])
+        self.assertNotEqual(first[2]["queueid"], other[2]["queueid"])
+        self.assertEqual([found[0] for found in (first, again, other)], [200, 200, 200])
+
+    def test_a_rate_counts_recipients_over_all_workers(self):
+        status, headers, _ = self.submit("slow", "a@example.jp", "b@example.jp")
+        self.assertEqual((status, headers["ratelimit-remaining"]), (200, "1"))
+        self.assertEqual(self.server.submit(headers={"Authorization": "Bearer hk_slow"}, sender="")[0], 400)
+        self.assertEqual(self.submit("slow", "a@example.jp", "b@example.jp")[0], 429)
+        self.assertEqual(self.submit("slow", "a@example.jp")[0], 200)
+        status, headers, found = self.submit("slow", "a@example.jp")
+        item = found["response"][0]
+        self.assertEqual((status, item["code"], item["dsn"], item["command"]), (429, "450", "4.7.1", "AUTH"))
+        self.assertEqual(item["message"][0], "Rate limit exceeded")
+        self.assertEqual(headers["RateLimit-Policy"], '"default";q=3;w=3600')
+        self.assertRegex(headers["RateLimit"], '^"default";r=0;t=3[56][0-9][0-9]$')
+        self.assertEqual((headers["ratelimit-limit"], headers["ratelimit-remaining"]), ("3", "0"))
+        self.assertTrue(1100 < int(headers["Retry-After"]) <= 1200, headers)
+
+    def test_wrong_logins_are_slowed(self):
+        force = {"password": {"k": key_login("hk_k"), "neko": SettingsFile.KIJITORA}, "httpd": {"workers": 2}}
+        server = served(self, force)
+        found = [server.ask(post(None, bearer("hk_x")))[0] for _ in range(12)]
+        self.assertEqual(found, [401] * 10 + [429] * 2)
+        status, headers, _ = server.ask(post(None, bearer("hk_x")))
+        self.assertTrue(status == 429 and 50 < int(headers["Retry-After"]) <= 60, headers)
+        right = "Authorization: Basic " + base64.b64encode(b"neko:kijitora").decode()
+        for line, wanted in ((bearer("hk_k"), 200), (right, 200), ("X: y", 401), (bearer("hk_y"), 429)):
+            self.assertEqual(server.ask(post(None, line))[0], wanted, line)
+
+    def test_queued_mail_of_a_sandbox_stays_there(self):
+        _, headers, _ = self.submit("box", "box@example.jp", Prefer="respond-async")
+        own = bearer("hk_box")
+        eventually(lambda: self.server.get(headers["Location"], own)[1]["response"][0]["state"] == "delivered")
+        self.assertNotIn("box@example.jp", [to for mail in self.peer.mails for to in mail.recipients])
+
+    def test_a_warning_of_logins_in_clear_text(self):
+        for listen, more, warned in (
+            ("0.0.0.0:0", {}, True), ("127.0.0.1:0", {}, False),
+            ("0.0.0.0:0", {"trusted_proxies": ["10.0.0.0/8"]}, False),
+        ):  # fmt: skip
+            with self.subTest(listen, **more):
+                server = served(self, {"password": {"k": key_login("hk_k")}, "httpd": {"listen": listen, **more}})
+                self.assertEqual("without TLS" in server.log(), warned)
+                server.close()
 
 
 class HttpOverTls(unittest.TestCase):
