@@ -13,11 +13,11 @@
      5  Submissions                15  Relays
      6  Policy                     16  Queue
      7  Messages                   17  Submission pipeline
-     8  Routes                     18  HTTP server
-     9  Event loop                 19  Commands
-    10  DNS and connections
+     8  Routes                     18  Provider endpoints
+     9  Event loop                 19  HTTP server
+    10  DNS and connections        20  Commands
 
-Sections 1, 5 to 8 and 15 to 17 are the pipeline; 2 to 4 and 9 to 14 are infrastructure; 18 and 19 are the two entries.
+Sections 1, 5 to 8 and 15 to 18 are the pipeline; 2 to 4 and 9 to 14 are infrastructure; 19 and 20 are the two entries.
 
 Rules of the file:
   - A section uses only the sections above it; inside a section callers stand above their helpers.
@@ -278,6 +278,7 @@ REPLIES = {
     "rate": (429, "450", "4.7.1", "AUTH", "Rate limit exceeded"),
     "json": (400, "421", None, "HTTP", "Malformed JSON string"),
     "invalid": (400, "554", "5.6.0", "HTTP", "Invalid submission"),
+    "batch": (400, "554", "5.6.0", "HTTP", "Too many mails in one request"),
     "loop": (400, "421", "5.4.6", "CONN", "Detected message loop"),
     "ehlo": (400, "501", "5.0.0", "EHLO", "Invalid domain name"),
     "mail-empty": (400, "501", "5.5.2", "MAIL", 'Syntax error in parameters scanning "FROM"'),
@@ -1950,6 +1951,7 @@ DATE = re.compile(
     r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
 )
 RESERVED_FIELDS = re.compile(r"received|sender|returnpath|dkimsignature|mime.*|content.*")  # normalized; made here
+FIELD_NAME = re.compile("[!-9;-~]{1,76}")  # RFC 5322 2.2
 X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
 # U+2028 to U+2069 hold those that make fdp.exe look like exe.pdf.
 CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -2281,7 +2283,7 @@ class Header:
 
 def parse_header(value: Any, json_path: str, errors: list) -> Header:
     """Return a Header; its keys may be spelled in any way."""
-    own = key_table(Header)
+    own, any_name = key_table(Header), isinstance(value, OpenHeader)
     if not isinstance(value, dict) or value.keys() <= own.keys():  # the usual spelling
         return from_dict(Header, value, json_path, errors)
     rows = {normalize_key(key): row for key, row in own.items()}
@@ -2298,18 +2300,24 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
             attribute, parse = rows[name]
             values.update({} if item is None else {attribute: parse(item, item_path, errors)})
         else:
-            extra += extra_field(key, item, item_path, errors)
+            extra += extra_field(key, item, item_path, errors, any_name)
     size = sum(len(item) for _, item in extra)
     if len(extra) > MAX_FIELDS or size > MAX_HEADER:
         errors.append(f"{json_path}: more than {MAX_FIELDS} fields or {MAX_HEADER} characters")
     return Header(**values, extra_fields=tuple(extra))
 
 
-def extra_field(key: str, value: Any, json_path: str, errors: list) -> list:
+class OpenHeader(dict):
+    """A header in which any field may be set that Haineko does not make itself."""
+
+
+def extra_field(key: str, value: Any, json_path: str, errors: list, any_name: bool = False) -> list:
     """Return [(name, value), ...] of a key that is not one of Header's own."""
     name = FIELD_BY_KEY.get(normalize_key(key))
     if not name and X_FIELD.fullmatch(key):
         name = "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
+    if not name and any_name and FIELD_NAME.fullmatch(key) and not RESERVED_FIELDS.fullmatch(normalize_key(key)):
+        name = key
     if not name:
         names = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)]
         fault = "unknown key" + (hint_of(KEYS_OUTSIDE, key, names) if len(errors) < MAX_HINTS else "")
@@ -2641,7 +2649,6 @@ class SubmissionResult(NamedTuple):
 
 def parse_submission(body: Any) -> SubmissionResult:
     """Parse the body of a request."""
-    errors: list = []
     if b"\x1b" in body:  # old clients send ISO-2022-JP with its escape character as it is
         body = body.replace(b"\x1b", b"\\u001b")
     try:
@@ -2655,6 +2662,12 @@ def parse_submission(body: Any) -> SubmissionResult:
         return SubmissionResult(None, [sanitize(str(error))])
     except RecursionError:
         return SubmissionResult(None, ["nested too deeply"], is_json=False)
+    return parse_document(raw)
+
+
+def parse_document(raw: Any) -> SubmissionResult:
+    """Parse a submission that is decoded JSON."""
+    errors: list = []
     submission = from_dict(Submission, raw, "", errors, functools.partial(hint_of, SUBMISSION_KEYS))
     if submission.html and not any(error.startswith("attachments") for error in errors):
         check_content_ids(submission, errors)
@@ -2677,15 +2690,22 @@ def form_data_hint(start: bytes) -> str:
 
 def check_content_ids(submission: Submission, errors: list) -> None:
     """Append an error for a "cid:" in the HTML without an attachment, and for a `cid` that the HTML does not use."""
-    links = {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(submission.html)}
+    links = content_id_links(submission.html)
     cids = {item.cid: i for i, item in enumerate(submission.attachments) if item.cid}
     unknown = sorted(links - cids.keys())[:MAX_HINTS]
     errors += [f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in unknown]
     errors += [f'attachments[{i}].cid: the HTML has no "cid:{cid}"' for cid, i in cids.items() if cid not in links]
 
 
+def content_id_links(html: str) -> set:
+    """Return the names in links "cid:..."."""
+    return {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(html)}
+
+
 def is_expensive(work: Any) -> bool:
     """Return whether to parse this body, or to compose this Submission, may take over 5 ms and belongs in a thread."""
+    if not isinstance(work, (bytes, bytearray, Submission)):  # of a provider's client, perhaps one of many
+        return True
     if not isinstance(work, Submission):
         if len(work) <= 2048:
             return False
@@ -2790,7 +2810,7 @@ def jis_bytes_to_text(octets: bytes) -> str:
 
 def check_login(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
     """Require a login if the section `password` has one. Wrong ones are counted for each address."""
-    if not settings.password.logins:
+    if not settings.password.logins or is_postmark_test(request):
         return None
     credentials = credentials_of(request)
     name = settings.password.authenticate(credentials)
@@ -2816,7 +2836,10 @@ def credentials_of(request: Request) -> str:
     """Return the Authorization header of HTTP Basic (RFC 7617); a Bearer or Postmark token stands in it as it is."""
     credentials = request.headers.get("authorization", "")
     token = credentials[7:] if credentials[:7].lower() == "bearer " else ""
-    token = token or (not credentials and request.headers.get("x-postmark-server-token", ""))
+    if not credentials and not request.path.startswith(
+        ("/v3/", "/emails")
+    ):  # those clients send header fields of mails
+        token = request.headers.get("x-postmark-server-token", "")
     return "Basic " + base64.b64encode(token.strip().encode("latin-1")).decode() if token else credentials
 
 
@@ -2850,9 +2873,18 @@ def rate_reply(request: Request, rate: Rate, state: Any, counted: str) -> Reply 
     return make_reply("rate", line, retry_after=max(math.ceil(state.wait), 1)) if state.wait else None
 
 
+POSTMARK_PATHS = ("/email", "/email/batch")
+
+
+def is_postmark_test(request: Request) -> bool:
+    """Return whether a request is to be checked only; it needs no login, but an address in relayhosts."""
+    test = request.headers.get("x-postmark-server-token") == "POSTMARK_API_TEST"
+    return test and request.path in POSTMARK_PATHS
+
+
 def check_client(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
     """Require an address in relayhosts, unless the client has to log in."""
-    if settings.password.logins or settings.relayhosts.open_relay:
+    if (settings.password.logins and not is_postmark_test(request)) or settings.relayhosts.open_relay:
         return None
     if request.client not in settings.relayhosts.relayhosts:
         return make_reply("client", f"{request.client} is not in relayhosts.relayhosts")
@@ -6735,9 +6767,12 @@ class QueueDB:
 
     async def add(self, item: NewQueueItem, results: list | None = None, leased: bool = False) -> Any:
         """Store an item, see enqueue(); raise Rejected if the disk is too full."""
+        return await self.add_by(enqueue, item, results, leased)
+
+    async def add_by(self, operation: Callable, *values: Any) -> Any:
         if not self.has_free_space():
             raise Rejected(make_reply("store", f"less than {self.settings.min_free} octets are free", mailer="Queue"))
-        return await self.do(enqueue, item, results, leased)
+        return await self.do(operation, *values)
 
     async def do_eventually(self, operation: Callable, *values: Any) -> None:
         """Record what has happened already: at once, or in a task of its own as soon as the file can be used again."""
@@ -7033,6 +7068,16 @@ def enqueue(db: Any, slot: int, item: NewQueueItem, results: list | None, leased
     if results:  # their attempts took a while
         finish_request(db, slot, item.queueid, results, None, max(time.time(), created_at))
     return None
+
+
+def enqueue_all(db: Any, slot: int, items: list, response: str | None) -> Any:
+    """Store the mails of a request and its response; or return the earlier mail with the key of the first."""
+    earlier = enqueue(db, slot, items[0], None)
+    if not earlier:
+        for item in items[1:]:
+            enqueue(db, slot, item, None)
+        finish_request(db, slot, items[0].queueid, [], response, items[0].created_at)
+    return earlier
 
 
 def insert(db: Any, table: str, **values: Any) -> int:
@@ -7459,42 +7504,55 @@ async def submit(request: Request, app: App) -> Response:
 
 async def process_submission(request: Request, app: App, queueid: str) -> Response:
     """Take a mail from its JSON to the replies of the other side."""
-    settings, submission = request.settings or app.settings, None
+    settings = request.settings or app.settings
+    mail = await prepare(request, parse_submission, request.body, settings, queueid)
     try:
-        values = request, settings
-        to_thread = is_expensive(request.body)
-        checked = await asyncio.to_thread(parse_and_check, *values) if to_thread else parse_and_check(*values)
-        submission, replies, accepted, digest = checked
-        options = queue_options(request, submission, digest, settings)
-        if not accepted:
-            return respond(request, 400, replies, queueid, submission)
-        request.body = b""  # its memory is needed for the message
-        values = request, submission, settings, queueid, accepted
-        to_thread = is_expensive(submission)
-        message = await asyncio.to_thread(compose_and_check, *values) if to_thread else compose_and_check(*values)
-        transactions, accepted = plan_transactions(submission, message, accepted, settings, queueid)
-        submission, values = without_content(submission), ()
-        if options.async_ or options.key:
-            earlier = await enqueue_before_sending(request, transactions, accepted, options, app)
+        if not mail.transactions:
+            return respond(request, mail.error.status, mail.replies, queueid, mail.submission)
+        if mail.options.async_ or mail.options.key:
+            earlier = await enqueue_before_sending(request, mail.transactions, mail.accepted, mail.options, app)
             if earlier:
-                return await replay_response(request, submission, replies, earlier, options, app)
+                return await replay_response(request, mail.submission, mail.replies, earlier, mail.options, app)
     except Rejected as error:
-        return respond(request, error.reply.status, {None: error.reply}, queueid, submission)
-    delivered, attempts = await deliver_or_queue(request, transactions, accepted, options, app)
-    relays = [transaction.route.relay for transaction in transactions for _ in transaction.recipients]
-    for relay, reply in zip(relays, delivered):
-        count_recipient(reply, recipient_outcome(reply), relay)
-    replies.update(zip([mailbox.as_written for mailbox in accepted], delivered))
-    response = respond(request, http_status(replies.values()), replies, queueid, submission)
-    if options.key:
-        await app.queue.do_eventually(
-            finish_request,
-            queueid,
-            attempts,
-            ENCODER.encode([response.status, response.headers, response.body.decode()]),
-            time.time(),
-        )
+        return respond(request, error.reply.status, {None: error.reply}, queueid, mail.submission)
+    delivered, attempts = await deliver_or_queue(request, mail.transactions, mail.accepted, mail.options, app)
+    count_recipients(mail.transactions, delivered)
+    mail.replies.update(zip([mailbox.as_written for mailbox in mail.accepted], delivered))
+    response = respond(request, http_status(mail.replies.values()), mail.replies, queueid, mail.submission)
+    if mail.options.key:
+        await app.queue.do_eventually(finish_request, queueid, attempts, serialize_response(response), time.time())
     return response
+
+
+async def prepare(request: Request, parse: Callable, body: Any, settings: Settings, queueid: str) -> PreparedMail:
+    """Parse, check, compose and plan a mail; parse(body) returns a SubmissionResult."""
+    submission = None
+    try:
+        checked = await call_in_thread(is_expensive(body), parse_and_check, request, parse, body, settings)
+        submission, replies, accepted = checked.submission, checked.replies, checked.accepted
+        options = queue_options(request, submission, checked.digest, settings)
+        if not accepted:
+            return PreparedMail(queueid, submission, replies)
+        if body is request.body:
+            request.body = body = b""  # its memory is needed for the message
+        values = request, submission, settings, queueid, accepted
+        message = await call_in_thread(is_expensive(submission), compose_and_check, *values)
+        transactions, accepted = plan_transactions(submission, message, accepted, settings, queueid)
+    except Rejected as error:
+        return PreparedMail(queueid, submission, {None: error.reply})
+    return PreparedMail(queueid, without_content(submission), replies, accepted, transactions, options)
+
+
+async def call_in_thread(expensive: bool, function: Callable, *args: Any) -> Any:
+    """Call a function, in a thread if other requests would have to wait too long."""
+    return await asyncio.to_thread(function, *args) if expensive else function(*args)
+
+
+def count_recipients(transactions: list, replies: list) -> None:
+    """Count the final replies to a request in the metrics."""
+    relays = [transaction.route.relay for transaction in transactions for _ in transaction.recipients]
+    for relay, reply in zip(relays, replies):
+        count_recipient(reply, recipient_outcome(reply), relay)
 
 
 def recipient_outcome(reply: Reply) -> str:
@@ -7507,21 +7565,26 @@ def recipient_outcome(reply: Reply) -> str:
 CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
 
 
-def parse_and_check(request: Request, settings: Settings) -> tuple:
-    """Parse the body of a request; raise Rejected with every error of it, or by the first check that fails.
+class CheckedSubmission(NamedTuple):
+    """A submission that passed the checks."""
 
-    Return (submission, {recipient: the Reply that refuses it, or None}, Mailboxes of the other recipients, digest of
-    the document if there is an Idempotency-Key).
-    """
-    submission, errors, is_json = parse_submission(request.body)
+    submission: Submission
+    replies: dict  # {recipient: the Reply that refuses it, or None}, in order
+    accepted: list  # of Mailbox, the other recipients
+    digest: bytes | None  # of the document, if there is an Idempotency-Key
+
+
+def parse_and_check(request: Request, parse: Callable, body: Any, settings: Settings) -> CheckedSubmission:
+    """Parse a submission; raise Rejected with every error of it, or by the first check that fails."""
+    submission, errors, is_json = parse(body)
     if errors:
         raise Rejected(make_reply("invalid" if is_json else "json", *errors[:MAX_REPORTED_ERRORS]))
     refused = apply_checks(CHECKS_OF_SUBMISSION, request, submission, settings)
     recipients = unique_recipients(submission)
     replies = {as_written: refused.get(as_written) for as_written in recipients}
     accepted = [mailbox for as_written, mailbox in recipients.items() if not replies[as_written]]
-    digest = document_digest(request.body) if "idempotency-key" in request.headers else None
-    return submission, replies, accepted, digest
+    digest = document_digest(body) if "idempotency-key" in request.headers and body is request.body else None
+    return CheckedSubmission(submission, replies, accepted, digest)
 
 
 def document_digest(body: Any) -> bytes:
@@ -7566,16 +7629,21 @@ async def deliver_or_queue(
 
 
 def respond(request: Request, status: int, replies: dict, queueid: str, submission: Submission | None) -> Response:
-    """Return the response; log one line for each refusal before delivery."""
+    """Return the response; log each refusal before delivery."""
     refused = {to: reply for to, reply in replies.items() if reply.origin == "policy"}
+    if refused:
+        log_rejection(request, queueid, submission, refused)
+    return answer_document(request, status, replies, queueid, submission)
+
+
+def log_rejection(request: Request, queueid: str | None, submission: Submission | None, refused: dict) -> None:
+    """Log one line for each refusal before delivery; `refused` is {recipient, None for all: Reply}."""
     for reply in refused.values():
         metrics.add("haineko_rejections_total", reply.slug)
-    if refused:
-        listed = [to for to in refused if to is not None] or list(submission.rcpt if submission else ())
-        sender = submission.mail if submission else None
-        for reply in dict.fromkeys(refused.values()):
-            log_reply(request, queueid, sender, listed[:20], reply)  # the line is cut anyway
-    return answer_document(request, status, replies, queueid, submission)
+    listed = [to for to in refused if to is not None] or list(submission.rcpt if submission else ())
+    sender = submission.mail if submission else None
+    for reply in dict.fromkeys(refused.values()):
+        log_reply(request, queueid, sender, listed[:20], reply)  # the line is cut anyway
 
 
 class QueueOptions(NamedTuple):
@@ -7585,6 +7653,29 @@ class QueueOptions(NamedTuple):
     key: bytes | None = None  # digest of login, path and Idempotency-Key
     body_digest: bytes | None = None
     login: str = ""
+
+
+class PreparedMail(NamedTuple):
+    """A mail that may be stored or delivered, unless it has no transactions."""
+
+    queueid: str
+    submission: Submission | None
+    replies: dict  # {recipient: Reply, None if there is none yet}; {None: Reply} if the whole mail is refused
+    accepted: list = ()  # of Mailbox
+    transactions: list = ()
+    options: QueueOptions = QueueOptions()
+
+    @property
+    def refused(self) -> dict:
+        return {to: reply for to, reply in self.replies.items() if reply and not reply.accepted}
+
+    @property
+    def error(self) -> Reply | None:
+        """Why no recipient was accepted, None if one was: what may be tried again comes first."""
+        if len(self.refused) < len(self.replies):
+            return None
+        to, reply = min(self.refused.items(), key=lambda item: (item[1].status or http_status(item[1:])) != 503)
+        return reply if to is None else reply._replace(message=(f"{to}: {reply.message[0]}", *reply.message[1:]))
 
 
 def queue_options(
@@ -7623,9 +7714,7 @@ async def enqueue_before_sending(
     item = new_item(request, transactions, accepted, options)
     earlier = await app.queue.add(item, leased=not options.async_)
     if options.async_ and not earlier:
-        fields = {"queueid": item.queueid, **request.log_fields(), "from": item.sender}
-        log.event("info", "queued", "queued, to be delivered at once", **fields)
-        app.queue.wake_manager()
+        announce_queued(request, [item], app)
     return earlier
 
 
@@ -7639,6 +7728,14 @@ def new_item(request: Request, transactions: list, accepted: list, options: Queu
             recipients.append(NewRecipient(mailbox.as_written, to, transaction.number, destination))
     envelope = first.queueid, "mail", first.sender, options.login, request.now, first.message
     return NewQueueItem(*envelope, tuple(recipients), options.key, options.body_digest)
+
+
+def announce_queued(request: Request, items: list, app: App) -> None:
+    """Log new mails in the queue and have them delivered."""
+    for item in items:
+        fields = {"queueid": item.queueid, **request.log_fields(), "from": item.sender}
+        log.event("info", "queued", "queued, to be delivered at once", **fields)
+    app.queue.wake_manager()
 
 
 async def queue_deferred(
@@ -7673,9 +7770,7 @@ def first_attempt_result(
     disposition = next_disposition(reply, 1, 0.0, random_unit(), settings.queue)
     if disposition.state != "open":
         return AttemptResult(reply, disposition)
-    envelope = item.queueid, item.kind, item.sender, item.login, item.created_at, item.message
-    first = LeasedRecipient(0, *envelope, *recipient, attempts=1)
-    return AttemptResult(reply, disposition, notifications(first, reply, "open", settings, now))
+    return AttemptResult(reply, disposition, notifications(first_lease(item, recipient), reply, "open", settings, now))
 
 
 async def replay_response(
@@ -7693,8 +7788,22 @@ async def replay_response(
         response = answer_document(request, http_status(replies.values()), replies, queueid, submission)
         answered = ENCODER.encode([response.status, response.headers, response.body.decode()])
         await app.queue.do(finish_request, queueid, [], answered, request.now)
-    status, headers, text = json.loads(answered)
-    return Response(status, text.encode(), (*map(tuple, headers), ("Idempotency-Replayed", "true")))
+    return stored_response(answered)
+
+
+def first_lease(item: NewQueueItem, recipient: NewRecipient) -> LeasedRecipient:
+    envelope = item.queueid, item.kind, item.sender, item.login, item.created_at, item.message
+    return LeasedRecipient(0, *envelope, *recipient, attempts=1)
+
+
+def serialize_response(result: Response) -> str:
+    """Return a response as the queue stores it."""
+    return ENCODER.encode([result.status, result.headers, result.body.decode()])
+
+
+def stored_response(text: str) -> Response:
+    status, headers, body = json.loads(text)
+    return Response(status, body.encode(), (*map(tuple, headers), ("Idempotency-Replayed", "true")))
 
 
 def current_reply(queueid: str, row: Any) -> Reply:
@@ -7871,12 +7980,364 @@ def echoed_header(request: Request, name: str) -> str | None:
 MAX_ECHO = 200  # characters of a header that an answer repeats, and the queue stores
 
 
+def json_response(document: Any, status: int = 200, headers: tuple = ()) -> Response:
+    return Response(status, to_json(document), headers)
+
+
 def to_json(document: Any) -> bytes:
     return ENCODER.encode(document).encode("utf-8", "replace") + b"\n"
 
 
 # ======================================================================================================================
-# 18. HTTP server
+# 18. Provider endpoints
+#     Takes requests of SendGrid's, Postmark's and Resend's clients, passes each mail through the pipeline and answers
+#     in the provider's form. All mails of a request are checked before the first one is stored.
+# ======================================================================================================================
+
+
+class Provider(NamedTuple):
+    """A provider's endpoint."""
+
+    names: dict  # {key of a submission, of its header or of an attachment: the provider's key}
+    unsupported: tuple  # keys that would change the content
+    answer: Callable  # ([PreparedMail, ...], mails, dry_run) -> Response or document
+    error: Callable  # (reply, request) -> (HTTP status, document)
+    read: Callable = lambda document, limit: [document]  # returns the mails
+    limit: int = 1  # mails of a request
+    permissive: bool = False  # a refused mail does not stop the others
+    is_test: Callable = lambda document, request: False  # everything is checked, nothing sent
+
+
+async def answer_provider(request: Request, app: App) -> Response:
+    """Take the mails of a request and answer in the form of the provider whose endpoint it is."""
+    settings, provider = request.settings or app.settings, PROVIDER_ENDPOINTS[request.path]
+    document, digest = await call_in_thread(is_expensive(request.body), parse_call, request)
+    mails, prepared, octets = provider.read(document, provider.limit), [], 0
+    for mail in mails:
+        prepared.append(await prepare_theirs(request, mail, provider, settings))
+        octets += request.message_size if prepared[-1].transactions else 0
+        if octets > MAX_CALL:  # SendGrid's mails share their attachments
+            raise Rejected(make_reply("too-big", f"{octets} octets of all mails exceed the limit of {MAX_CALL}"))
+    ready, dry_run = [mail for mail in prepared if mail.transactions], provider.is_test(document, request)
+    permissive = provider.read is read_batch and (
+        provider.permissive or request.headers.get("x-batch-validation", "").lower() == "permissive"
+    )
+    for mail in prepared:
+        if mail.error and not permissive:
+            return provider_error(mail.error, request)
+    if not (app.queue or dry_run):
+        await deliver_mails(request, ready, settings, app)
+        if all(mail.error for mail in prepared) and not permissive:
+            return provider_error(prepared[0].error, request)
+    for mail in ready if app.queue or dry_run else ():
+        mail.replies.update((mailbox.as_written, queued_reply(mail.queueid)) for mailbox in mail.accepted)
+    answer = provider.answer(prepared, mails, dry_run)
+    response = answer if isinstance(answer, Response) else json_response(answer)
+    is_stored = ready and app.queue and not dry_run
+    return await store_mails(request, ready, digest, response, app) if is_stored else response
+
+
+MAX_CALL = 64 << 20  # octets of all messages of a request
+
+
+def parse_call(request: Request) -> tuple:
+    """Return (document, its digest if there is an Idempotency-Key)."""
+    try:
+        document = parse_json(request.body)
+    except ValueError as error:
+        raise Rejected(make_reply("json", sanitize(str(error)))) from None
+    return document, document_digest(request.body) if "idempotency-key" in request.headers else None
+
+
+async def prepare_theirs(request: Request, mail: Any, provider: Provider, settings: Settings) -> PreparedMail:
+    """Prepare a mail; log its refused recipients and name keys in errors as the provider does."""
+    names, parse = provider.names, functools.partial(parse_mail, provider.names, provider.unsupported)
+    prepared = await prepare(request, parse, mail, settings, new_queueid(request.now))
+    if prepared.refused:
+        log_rejection(request, prepared.queueid, prepared.submission, prepared.refused)
+    replies = {to: reply and in_their_words(reply, names) for to, reply in prepared.replies.items()}
+    return prepared._replace(replies=replies)
+
+
+def in_their_words(reply: Reply, names: dict) -> Reply:
+    """Replace the key of a submission at the start of each line of an error."""
+
+    def name(found: re.Match) -> str:
+        key = {"rcpt": "to", "mail": "from", "replyto": "reply-to"}.get(found[2], found[2])
+        return names.get(key.lower()) or (f"{names['headers']}.{key}" if found[1] else key)
+
+    lines = [re.sub(r"^(header\.)?([A-Za-z_-]+)", name, line) for line in reply.message[1:]]
+    return reply._replace(message=(reply.message[0], *lines))
+
+
+async def deliver_mails(request: Request, mails: list, settings: Settings, app: App) -> None:
+    """Deliver mails while the client waits, and add their replies."""
+    results = iter(await deliver([one for mail in mails for one in mail.transactions], app.transport, settings))
+    for mail in mails:
+        done = list(itertools.islice(results, len(mail.transactions)))
+        for result in done:
+            log_result(request, result)
+        replies = [reply for result in done for reply in result.replies]
+        count_recipients(mail.transactions, replies)
+        mail.replies.update(zip([mailbox.as_written for mailbox in mail.accepted], replies))
+
+
+async def store_mails(request: Request, mails: list, digest: Any, response: Response, app: App) -> Response:
+    """Store mails and the reports of their refused recipients; return the response, or that to an earlier request."""
+    key, items, reports = mails[0].options.key, [], []
+    for mail in mails:
+        options = mail.options._replace(key=None if items else key, body_digest=digest)
+        items.append(new_item(request, mail.transactions, mail.accepted, options))
+        for to, reply in mail.refused.items():
+            leased = first_lease(items[-1], NewRecipient(to, to, 1, ""))
+            reports += notifications(leased, reply, "failed", request.settings or app.settings, request.now)
+    earlier = await app.queue.add_by(enqueue_all, [*items, *reports], serialize_response(response) if key else None)
+    if earlier and earlier["body_digest"] != digest:
+        raise Rejected(make_reply("key-reused"))
+    if earlier:
+        return stored_response(earlier["response"])
+    announce_queued(request, items, app)
+    return response
+
+
+# -- Mails
+
+
+def parse_mail(names: dict, unsupported: tuple, mail: Any) -> SubmissionResult:
+    """Parse a mail of a provider's client; keys that are not known are ignored."""
+    if not isinstance(mail, dict):
+        return SubmissionResult(None, [f"expected an object, got {json_type_name(mail)}"])
+    errors = [f"{key}: is not supported" for key in unsupported if mail.get(key)]
+    header = OpenHeader(read_headers(mail.get(names["headers"]), names["headers"], errors))
+    for key in ("from", "to", "cc", "bcc", "reply-to"):
+        value = mail.get(names[key]) or []
+        texts = value[: MAX_ADDRESSES + 1] if isinstance(value, list) else [value]
+        for i, text in enumerate(texts):
+            faults: list = []
+            parse_recipient_field(text, "", faults)
+            shared = key in ("from", "reply-to")
+            label = names[key] if shared else names["address"].format(names[key], i, part=mail.get("part"))
+            errors += [f"Invalid '{label}' address: '{sanitize(str(text), 80)}'."] if faults else []
+        if texts and not errors:
+            header[key] = ", ".join(texts) if shared else texts
+    header["subject"] = mail.get(names["subject"])
+    document = {key: mail[names[key]] for key in ("body", "html", "send_at") if mail.get(names[key]) is not None}
+    senders = parse_mailboxes(header.get("from", "")) if not errors else ()
+    document.update(mail=senders[0][1].as_written if senders else "", header=header)
+    document["attachments"] = read_attachments(mail, names, errors)
+    return SubmissionResult(None, errors) if errors else parse_document(document)
+
+
+def read_headers(value: Any, json_path: str, errors: list) -> dict:
+    """Return fields from {name: value}, or from Postmark's [{"Name", "Value"}]."""
+    header: dict = {}
+    if isinstance(value, list):
+        pairs = [(item.get("Name"), item.get("Value")) if isinstance(item, dict) else (None, None) for item in value]
+    else:
+        pairs = list(value.items()) if isinstance(value, dict) else []
+    for name, text in pairs:
+        if not isinstance(name, str) or normalize_key(name) in OWN_FIELDS:
+            errors.append(f"{json_path}: {sanitize(str(name))} can't be set here")
+        else:
+            header.setdefault(name, []).append(text)
+    return {name: texts[0] if len(texts) == 1 else texts for name, texts in header.items()}
+
+
+OWN_FIELDS = frozenset(("from", "to", "cc", "bcc", "subject", "replyto", "charset"))
+
+
+def read_attachments(mail: dict, names: dict, errors: list) -> Any:
+    """Return attachments as a submission has them; a content id that the HTML does not use is left out."""
+    html, entries, found = mail.get(names["html"]), mail.get(names["attachments"]), []
+    links = content_id_links(html) if isinstance(html, str) else set()
+    for i, entry in enumerate(
+        entries[: MAX_ATTACHMENTS + 1] if isinstance(entries, list) else [entries] * bool(entries)
+    ):
+        if not isinstance(entry, dict) or entry.get("path"):
+            errors.append(f"{names['attachments']}[{i}]{'.path: is not supported' if entry else ': is no object'}")
+            continue
+        item = {key: entry.get(names[key]) for key in ("filename", "type", "content")}
+        cid = re.sub("^cid:|^<|>$", "", str(entry.get(names["cid"]) or entry.get("contentId") or ""))
+        octets = item["content"].get("data") if isinstance(item["content"], dict) else item["content"]
+        if isinstance(octets, list):  # of integers; within an object it is a Buffer of Node.js
+            with contextlib.suppress(ValueError, TypeError):
+                item["content"] = base64.b64encode(bytes(octets)).decode()
+        found.append({**item, "cid": cid if cid in links else "", "inline": entry.get("disposition") == "inline"})
+    return found
+
+
+def read_batch(document: Any, limit: int, json_path: str = "top level") -> list:
+    """Return the mails of a list; raise Rejected if there are too many."""
+    if not isinstance(document, list):
+        raise Rejected(make_reply("invalid", f"{json_path}: expected a list, got {json_type_name(document)}"))
+    if not 0 < len(document) <= limit:
+        raise Rejected(make_reply("batch", f"expected 1 to {limit}, got {len(document)}"))
+    return document
+
+
+def read_personalizations(document: Any, limit: int) -> list:
+    """Return one mail for each personalization, whose keys take the place of the document's."""
+    whole = document if isinstance(document, dict) else {}
+    content = whole.get("content") if isinstance(whole.get("content"), list) else []
+    whole = {**whole, "content": []}  # what remains of it is not supported
+    for item in content:
+        kind = str(item.get("type")).partition(";")[0] if isinstance(item, dict) else ""
+        if kind in ("text/plain", "text/html"):
+            whole[f"content.{kind}"] = item.get("value")
+        else:
+            whole["content"].append(item)
+    mails = []
+    for i, part in enumerate(read_batch(whole.get("personalizations"), limit, "personalizations")):
+        mail = {**whole, **(part if isinstance(part, dict) else {}), "part": f"personalizations.{i}"}
+        mail["reply_to"] = mail.get("reply_to_list") or mail.get("reply_to")
+        for key in ("from", "reply_to", "to", "cc", "bcc"):
+            items = mail.get(key) or []
+            mail[key] = [mailbox_text(item) for item in (items if isinstance(items, list) else [items])]
+        mails.append(mail)
+    return mails
+
+
+def mailbox_text(item: Any) -> Any:
+    """Return {"email", "name"} as it is written in a header."""
+    if not isinstance(item, dict):
+        return item
+    name = re.sub(r'(["\\])', r"\\\1", str(item.get("name") or ""))
+    return f'"{name}" <{item.get("email")}>' if name else item.get("email")
+
+
+def is_sandbox(document: Any, request: Request) -> bool:
+    with contextlib.suppress(LookupError, TypeError):
+        return document["mail_settings"]["sandbox_mode"]["enable"] is True
+    return False
+
+
+# -- Answers
+
+
+def answer_sendgrid(prepared: list, mails: list, dry_run: bool) -> Response:
+    """Return the response; the other providers' is a document."""
+    queueid = next(mail.queueid for mail in prepared if not mail.error)
+    return Response(200 if dry_run else 202, b"", (("X-Message-Id", queueid),))
+
+
+def postmark_item(prepared: PreparedMail, mail: dict) -> dict:
+    if prepared.error:
+        return postmark_error(prepared.error, None)[1]
+    words = "; ".join(dict.fromkeys(map(words_of, prepared.refused.values())))
+    refused = f"Message OK, but will not deliver to these inactive addresses: {', '.join(prepared.refused)}"
+    message = f"{refused}. Inactive recipients: {words}" if words else "OK"  # clients look for these words
+    now = time.strftime("%Y-%m-%dT%H:%M:%S.0000000Z", time.gmtime())
+    place = {"To": mail.get("To") or "", "SubmittedAt": now, "MessageID": prepared.queueid}
+    return {**place, "ErrorCode": 0, "Message": message}
+
+
+def answer_resend_batch(prepared: list, mails: list, dry_run: bool) -> dict:
+    errors = [{"index": i, "message": words_of(mail.error)} for i, mail in enumerate(prepared) if mail.error]
+    document = {"data": [{"id": mail.queueid} for mail in prepared if not mail.error]}
+    return {**document, "errors": errors} if errors else document
+
+
+def provider_error(reply: Reply, request: Request) -> Response:
+    """Return the response to a request that is refused, in the form of its provider."""
+    status, document = PROVIDER_ENDPOINTS[request.path].error(reply, request)
+    headers = answer_headers(request, reply.status or http_status((reply,)), None, {None: reply})
+    return json_response(document, status, headers)
+
+
+def sendgrid_error(reply: Reply, request: Request) -> tuple:
+    status, words = error_row(reply, SENDGRID_ERRORS)
+    errors = []
+    for line in reply.message[1:] if slug_of(reply) == "invalid" else (words or words_of(reply),):
+        found = re.match(r"Invalid '([^']+)'|([a-z_][\w./\[\]-]*): ", line)
+        field = re.sub(r"\[(\d+)\]", r".\1", found[1] or found[2]) if found else None
+        errors.append({"message": line, "field": field, "help": None})
+    return status, {"errors": errors}
+
+
+def postmark_error(reply: Reply, request: Request | None) -> tuple:
+    status, code = error_row(reply, POSTMARK_ERRORS)
+    return status, {"ErrorCode": code, "Message": words_of(reply)}
+
+
+def resend_error(reply: Reply, request: Request) -> tuple:
+    status, name = error_row(reply, RESEND_ERRORS)
+    if reply.status == 401 and "authorization" not in request.headers:
+        status, name = 401, "missing_api_key"
+    return status, {"statusCode": status, "name": name, "message": words_of(reply)}
+
+
+def error_row(reply: Reply, table: dict) -> tuple:
+    """Return (HTTP status, the provider's name of the error)."""
+    status = reply.status or http_status((reply,))
+    return table.get(slug_of(reply)) or table.get(status) or (status, table[None])
+
+
+def slug_of(reply: Reply) -> str:
+    """Return the row of REPLIES of which a reply was made, "" for none."""
+    return SLUGS.get((reply.status, reply.code, reply.dsn, reply.command, reply.message[0]), "")
+
+
+def words_of(reply: Reply) -> str:
+    first, *lines = reply.message
+    return "; ".join(lines) if lines and slug_of(reply) == "invalid" else ": ".join((first, *lines))
+
+
+SLUGS = {row: slug for slug, row in REPLIES.items()}
+# {name in REPLIES, or HTTP status of a refusal of POST /submit: (HTTP status, the provider's name of the error)}
+SENDGRID_GRANT = "The provided authorization grant is invalid, expired, or revoked"
+SENDGRID_ERRORS = {"login": (401, SENDGRID_GRANT), 502: (400, None), None: None}
+POSTMARK_ERRORS = {
+    "json": (422, 402), "batch": (422, 410), "rcpt-many": (422, 300), 400: (422, 300), 401: (401, 10), 403: (422, 405),
+    409: (422, 300), 422: (422, 300), 429: (429, 429), 500: (500, 500), 502: (422, 300), 503: (503, 100), None: 300,
+}  # fmt: skip
+RESEND_ERRORS = {
+    **dict.fromkeys(("mail-empty", "rcpt-none", "subject-empty", "body-empty"), (422, "missing_required_field")),
+    "mail-form": (422, "invalid_from_address"), "key-form": (400, "invalid_idempotency_key"),
+    "json": (400, "validation_error"), 400: (422, "validation_error"), 401: (403, "invalid_api_key"),
+    "rcpt-many": (422, "validation_error"), 403: (401, "restricted_api_key"), 404: (404, "not_found"),
+    409: (409, "concurrent_idempotent_requests"), 413: (413, "validation_error"),
+    422: (409, "invalid_idempotent_request"), 429: (429, "rate_limit_exceeded"), 502: (422, "validation_error"),
+    None: "application_error",
+}  # fmt: skip
+
+KEYS = ("from", "to", "cc", "bcc", "subject", "html", "headers", "attachments", "filename", "content")
+RESEND_KEYS = {
+    **{key: key for key in KEYS}, "reply-to": "reply_to", "body": "text", "type": "content_type",
+    "cid": "content_id", "send_at": "scheduled_at", "address": "{}",
+}  # fmt: skip
+SENDGRID_KEYS = {
+    **RESEND_KEYS, "body": "content.text/plain", "html": "content.text/html", "type": "type", "send_at": "send_at",
+    "address": "{part}.{}.{}.email",
+}  # fmt: skip
+POSTMARK_KEYS = {
+    **{key: key.title() for key in KEYS}, "reply-to": "ReplyTo", "body": "TextBody", "html": "HtmlBody",
+    "filename": "Name", "type": "ContentType", "cid": "ContentID", "send_at": "", "address": "{}",
+}  # fmt: skip
+NOT_SENDGRID = ("template_id", "dynamic_template_data", "substitutions", "batch_id", "asm", "content")
+SENDGRID = Provider(SENDGRID_KEYS, NOT_SENDGRID, answer_sendgrid, sendgrid_error, read_personalizations, 1000)
+POSTMARK = Provider(
+    POSTMARK_KEYS, ("TemplateId", "TemplateAlias"), lambda prepared, mails, _: postmark_item(prepared[0], mails[0]),
+    postmark_error, is_test=lambda _, request: is_postmark_test(request),
+)  # fmt: skip
+RESEND = Provider(
+    RESEND_KEYS, ("template", "topic_id"), lambda prepared, mails, _: {"id": prepared[0].queueid}, resend_error
+)
+PROVIDER_ENDPOINTS = {
+    "/v3/mail/send": SENDGRID._replace(is_test=is_sandbox),
+    "/email": POSTMARK,
+    "/email/batch": POSTMARK._replace(
+        read=read_batch,
+        answer=lambda prepared, mails, _: [*map(postmark_item, prepared, mails)],
+        limit=500,
+        permissive=True,
+    ),
+    "/emails": RESEND,
+    "/emails/batch": RESEND._replace(read=read_batch, answer=answer_resend_batch, limit=100),
+}
+
+
+# ======================================================================================================================
+# 19. HTTP server
 #     Takes octets from a socket, gives a Request to an endpoint and sends its Response (RFC 9110, 9112). The supervisor
 #     binds and watches; workers, forked by it, accept. In a worker one event loop serves all connections.
 # ======================================================================================================================
@@ -8010,10 +8471,6 @@ class Endpoint(NamedTuple):
 
     handler: Callable  # (request, app) -> awaitable of a Response
     checks: tuple = ()
-
-
-def json_response(document: Any, status: int = 200, headers: tuple = ()) -> Response:
-    return Response(status, to_json(document), headers)
 
 
 def constant(response: Response) -> Endpoint:
@@ -8160,12 +8617,94 @@ SAMPLES = json.loads("""[
 ]""")
 
 
+async def get_openapi(request: Request, app: App) -> Response:
+    """Answer with the OpenAPI description of ENDPOINTS, made of the dataclasses and tables."""
+    paths: dict = {}
+    for (method, path), endpoint in ENDPOINTS.items():
+        summary = (endpoint.handler.__doc__ or endpoint.handler.__name__).split("\n")[0]
+        operation = paths.setdefault(path.replace("ID", "{ID}"), {})[method.lower()] = {"summary": summary}
+        body, good, bad = schemas_of(path)
+        operation["responses"] = {
+            "2XX": {"description": "success", **good},
+            "default": {"description": "refusal", **bad},
+        }
+        if body:
+            operation["requestBody"] = {"required": True, **body}
+        if "ID" in path:
+            operation["parameters"] = [{"name": "ID", "in": "path", "required": True, "schema": {"type": "string"}}]
+    schemas = {cls.__name__: class_schema(cls) for cls in (Submission, Header, Attachment)}
+    logins: dict = {scheme: {"type": "http", "scheme": scheme} for scheme in ("basic", "bearer")}
+    logins["token"] = {"type": "apiKey", "in": "header", "name": "X-Postmark-Server-Token"}
+    return json_response({
+        "openapi": "3.1.0", "info": {"title": "Haineko", "version": __version__}, "paths": paths,
+        "components": {"schemas": schemas, "securitySchemes": logins},
+        "security": [{}, *({name: []} for name in logins)],
+    })  # fmt: skip
+
+
+def schemas_of(path: str) -> tuple:
+    """Return the content of requests, of answers and of refusals; {} for that of no form."""
+    asked, provider = Request("POST", path, {}, b"", None, None, None, 0.0), PROVIDER_ENDPOINTS.get(path)
+    replies = {"a@example.jp": queued_reply("Q" * 16)}
+    answer = json_content(schema_of(answer_document(asked, 200, replies, "Q" * 16, None)))
+    if not provider:
+        is_submit = path == "/submit"
+        body = json_content({"$ref": "#/components/schemas/Submission"}) if is_submit else {}
+        return body, answer if is_submit else {}, answer
+    keys = ["personalizations"] if provider.read is read_personalizations else []
+    mail = {
+        "type": "object",
+        "properties": {key: {} for key in (*provider.names.values(), *keys) if key.isidentifier()},
+    }
+    batch = {"type": "array", "items": mail, "maxItems": provider.limit}
+    success = provider.answer([PreparedMail("Q" * 16, None, replies)], [{}], False)
+    refusal = json_content(schema_of(provider_error(make_reply("login"), asked)))
+    body = json_content(batch if provider.read is read_batch else mail)
+    return body, {} if isinstance(success, Response) else json_content(schema_of(success)), refusal
+
+
+def json_content(schema: dict) -> dict:
+    return {"content": {"application/json": {"schema": schema}}}
+
+
+def class_schema(cls: type) -> dict:
+    """Return the schema of a dataclass made of config_field()."""
+    properties = {}
+    for item in fields(cls):
+        kind = {"type": types} if (types := SCHEMA_TYPES.get(type(item.default))) else {}
+        if item.name in NESTED_SCHEMAS:
+            reference = {"$ref": f"#/components/schemas/{NESTED_SCHEMAS[item.name]}"}
+            kind = {**kind, "items": reference} if kind else reference
+        for key in item.metadata.get("keys") or (item.name,) if "parse" in item.metadata else ():
+            properties[key] = {**kind, "description": item.metadata["doc"]}
+    return {"type": "object", "properties": properties, "additionalProperties": cls is Header}
+
+
+NESTED_SCHEMAS = {"header": "Header", "attachments": "Attachment"}
+SCHEMA_TYPES = {
+    str: ["string", "array", "null"],
+    bool: ["boolean", "integer", "null"],
+    tuple: ["string", "array", "object", "null"],
+}
+
+
+def schema_of(value: Any) -> dict:
+    """Return the schema of a real response, or of a value within; null stands for any value."""
+    value = json.loads(value.body) if isinstance(value, Response) else value
+    if isinstance(value, dict):
+        return {"type": "object", "properties": dict(zip(value, map(schema_of, value.values()))), "required": [*value]}
+    if isinstance(value, list):
+        return {"type": "array", "items": schema_of(value[0])} if value else {"type": "array"}
+    return {} if value is None else {"type": ["string" if isinstance(value, str) else "integer", "null"]}
+
+
 async def answer_options(request: Request, app: App) -> Response:
     return Response(204, b"", (("Allow", ", ".join(allowed_methods(request.path))),))
 
 
 ENDPOINTS = {
     ("POST", "/submit"): Endpoint(submit, checks_at("head")),
+    **{("POST", path): Endpoint(answer_provider, checks_at("head")) for path in PROVIDER_ENDPOINTS},
     ("GET", "/"): constant(json_response({"name": "Haineko", "version": __version__})),
     ("GET", "/health"): Endpoint(get_health),
     ("GET", "/conf"): Endpoint(get_conf, (check_monitor,)),
@@ -8175,6 +8714,7 @@ ENDPOINTS = {
     ("DELETE", "/queue/ID"): Endpoint(cancel_queued_mail, (check_queue_access,)),
     ("POST", "/queue/ID/retry"): Endpoint(retry_queued_mail, (check_queue_access,)),
     ("GET", "/sample/mail"): constant(json_response(SAMPLES)),
+    ("GET", "/openapi.json"): Endpoint(get_openapi),
     ("GET", "/neko"): constant(Response(200, b"Nyaaaaa", type="text/plain; charset=utf-8")),
 }
 
@@ -8406,6 +8946,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         request = self.request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
         queueid = new_queueid(request.now) if reply.command != "HTTP" else None
         response = respond(request, reply.status, {None: reply}, queueid, None)
+        if request.method == "POST" and request.path in PROVIDER_ENDPOINTS:
+            return provider_error(reply, request)
         if reply.status == 405:
             return response._replace(headers=(("Allow", ", ".join(allowed_methods(request.path))),))
         return response
@@ -9011,7 +9553,7 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 
 
 # ======================================================================================================================
-# 19. Commands
+# 20. Commands
 #     Takes the words of a command line and returns an exit code. Results go to stdout, messages for a person to stderr.
 #     A new command is one function and one row of COMMANDS, the table at the end.
 # ======================================================================================================================

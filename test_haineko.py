@@ -10978,6 +10978,357 @@ class SharedTransactions(Peers):
 
 
 # ======================================================================================================================
+# 16. Provider endpoints
+# ======================================================================================================================
+
+
+def sendgrid(**changes) -> dict:
+    """A mail as SendGrid's clients send it."""
+    whole = {
+        "from": {"email": "kijitora@example.org", "name": 'Kiji "K", tora'},
+        "personalizations": [
+            {
+                "to": [{"email": "mike@example.jp", "name": "三毛, 猫"}, {"email": "kuro@example.jp"}],
+                "cc": [{"email": "cc@example.jp"}],
+                "bcc": [{"email": "bcc@example.jp"}],
+            }
+        ],
+        "subject": "Nyaaa ☃",
+        "reply_to_list": [{"email": "r1@example.org"}, {"email": "r2@example.org", "name": "R"}],
+        "content": [{"type": "text/plain", "value": "Meow."}, {"type": "text/html", "value": "<img src=cid:logo>"}],
+        "attachments": [
+            {**file("a.txt", b"nya\n"), "type": "text/plain; charset=utf-8"},
+            {**file("logo.png", PNG), "type": "image/png", "disposition": "inline", "contentId": "logo"},
+        ],
+        "headers": {"x-cat": "1", "Foo-Bar": "2"},
+        "categories": ["a"],
+        "custom_args": {"b": "c"},
+        "tracking_settings": {"click_tracking": {"enable": False}},
+    }
+    return {**whole, **changes}
+
+
+def postmark(**changes) -> dict:
+    """A mail as Postmark's clients send it."""
+    octets = base64.encodebytes(PNG).decode().replace("\n", "\r\n")
+    whole = {
+        "From": '"Kiji \\"K\\", tora" <kijitora@example.org>',
+        "To": '"三毛, 猫" <mike@example.jp>,kuro@example.jp',
+        "Cc": "cc@example.jp",
+        "Bcc": "bcc@example.jp",
+        "ReplyTo": "r1@example.org, R <r2@example.org>",
+        "Subject": "Nyaaa ☃",
+        "TextBody": "Meow.",
+        "HtmlBody": "<img src=cid:logo>",
+        "Headers": [{"Name": "X-Cat", "Value": "1"}, {"Name": "Foo-Bar", "Value": "2"}],
+        "Attachments": [
+            {"Name": "a.txt", "Content": "bnlhCg==", "ContentType": "text/plain"},
+            {"Name": "logo.png", "Content": octets, "ContentType": "image/png", "ContentID": "cid:logo"},
+        ],
+        "Tag": None,
+        "TrackOpens": None,
+        "TrackLinks": "None",
+        "Metadata": {},
+        "MessageStream": "outbound",
+    }
+    return {**whole, **changes}
+
+
+def resend(**changes) -> dict:
+    """A mail as Resend's clients send it."""
+    whole = {
+        "from": '"Kiji \\"K\\", tora" <kijitora@example.org>',
+        "to": ['"三毛, 猫" <mike@example.jp>', "kuro@example.jp"],
+        "cc": "cc@example.jp",
+        "bcc": ["bcc@example.jp"],
+        "reply_to": ["r1@example.org", "R <r2@example.org>"],
+        "subject": "Nyaaa ☃",
+        "text": "Meow.",
+        "html": "<img src=cid:logo>",
+        "headers": {"X-Cat": "1", "Foo-Bar": "2"},
+        "attachments": [
+            {"filename": "a.txt", "content": list(b"nya\n"), "content_type": "text/plain", "content_id": "unused"},
+            {"filename": "logo.png", "content": {"type": "Buffer", "data": list(PNG)}, "content_id": "<logo>"},
+        ],
+        "tags": [{"name": "a", "value": "b"}],
+    }
+    return {**whole, **changes}
+
+
+ALL_RECIPIENTS = ["bcc@example.jp", "cc@example.jp", "kuro@example.jp", "mike@example.jp"]
+MAILS = {"/v3/mail/send": sendgrid(), "/email": postmark(), "/emails": resend()}
+BATCHES = {"/email/batch": postmark, "/emails/batch": resend}
+
+
+def said_by(path: str, status: int, found) -> tuple:
+    """(status, words of the error, what the provider calls it) of an answer."""
+    if path.startswith("/v3"):
+        return status, found["errors"][0]["message"], found["errors"][0]["field"]
+    return (
+        (status, found["Message"], found["ErrorCode"]) if "Message" in found else (status, *list(found.values())[:0:-1])
+    )
+
+
+class ProviderEndpoints(Peers):
+    def serve(self, peer: SmtpPeer, **sections) -> Server:
+        force = {
+            "smtpd": {"hostname": NAME, "max_rcpts_per_message": 8},
+            "mailertable": {"default": {"port": peer.port}},
+        }
+        return served(self, {**force, **sections})
+
+    def check_arrived(self, peer: SmtpPeer, queueid: str) -> None:
+        """Check that a mail arrived at every recipient and that the first copy is what the client sent."""
+
+        def recipients() -> list:
+            got = [mail.recipients for mail in peer.taken if queueid.encode() in mail.text]
+            return sorted(itertools.chain(*got))
+
+        eventually(lambda: recipients() == ALL_RECIPIENTS, "a mail")
+        got = next(mail for mail in peer.taken if queueid.encode() in mail.text)
+        self.assertEqual(got.sender, "kijitora@example.org")
+        message = parsed(got.text)
+        self.assertEqual([a.display_name for a in message["from"].addresses], ['Kiji "K", tora'])
+        self.assertEqual([a.display_name for a in message["to"].addresses], ["三毛, 猫", ""])
+        self.assertEqual([a.addr_spec for a in message["reply-to"].addresses], ["r1@example.org", "r2@example.org"])
+        names = ("cc", "bcc", "subject", "x-cat", "foo-bar")
+        self.assertEqual([message[name] for name in names], ["cc@example.jp", None, "Nyaaa ☃", "1", "2"])
+        self.assertEqual(message.get_body(("plain",)).get_content().strip(), "Meow.")
+        self.assertIn("cid:logo", message.get_body(("html",)).get_content())
+        files = {part.get_filename(): part for part in message.walk() if part.get_filename()}
+        self.assertEqual(files["a.txt"].get_payload(decode=True).split(), [b"nya"])
+        self.assertEqual(files["logo.png"].get_payload(decode=True), PNG)
+        self.assertEqual((files["logo.png"]["content-id"], files["a.txt"]["content-id"]), ("<logo>", None))
+
+    def test_mails_of_their_clients(self):
+        for queue in ({}, {"queue": {"path": "q.db", "min_free": 0}}):
+            peer = self.peer()
+            server = self.serve(peer, **queue)
+            for path, mail in MAILS.items():
+                with self.subTest(path, queue=bool(queue)):
+                    status, headers, found = server.ask(post(mail, path=path))
+                    if path == "/v3/mail/send":
+                        self.assertEqual((status, headers["Content-Length"], found), (202, "0", ""))
+                        queueid = headers["X-Message-Id"]
+                    else:
+                        self.assertEqual(status, 200)
+                        queueid = found["MessageID" if path == "/email" else "id"]
+                    self.assertRegex(queueid, r"\A[0-9A-Za-z]{16}\Z")
+                    self.check_arrived(peer, queueid)
+                    if path == "/email":
+                        self.assertRegex(found.pop("SubmittedAt"), r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.0000000Z\Z")
+                        wanted = {"To": mail["To"], "MessageID": queueid, "ErrorCode": 0, "Message": "OK"}
+                        self.assertEqual(found, wanted)
+
+    def test_batches(self):
+        for queue in ({}, {"queue": {"path": "q.db", "min_free": 0}}):
+            peer = self.peer()
+            server = self.serve(peer, **queue)
+            for path, mail in BATCHES.items():
+                with self.subTest(path, queue=bool(queue)):
+                    status, _, found = server.ask(post([mail(), mail()], path=path))
+                    self.assertEqual(status, 200)
+                    items = found["data"] if isinstance(found, dict) else found
+                    queueids = {item.get("id") or item["MessageID"] for item in items}
+                    self.assertEqual(len(queueids), 2)
+                    for queueid in queueids:
+                        self.check_arrived(peer, queueid)
+            before = len(peer.taken)
+            parts = [{"to": [{"email": f"{name}@example.jp"}], "subject": name} for name in "ab"]
+            status, _, _ = server.ask(post(sendgrid(personalizations=parts), path="/v3/mail/send"))
+            self.assertEqual(status, 202)
+            eventually(lambda: len(peer.taken) == before + 2, "two more mails")  # noqa: B023 -- called here
+            found = sorted((mail.recipients, parsed(mail.text)["subject"]) for mail in peer.taken[before:])
+            self.assertEqual(found, [(["a@example.jp"], "a"), (["b@example.jp"], "b")])
+
+    def test_a_batch_with_a_fault(self):
+        peer = self.peer()
+        server = self.serve(peer, queue={"path": "q.db", "min_free": 0})
+        status, _, found = server.ask(post([resend(), resend(to="@")], path="/emails/batch"))
+        self.assertEqual((status, found["name"]), (422, "validation_error"))
+        self.assertEqual(server.get("/queue")[1]["waiting"] + len(peer.taken), 0)
+        permissive = "x-batch-validation: permissive"
+        status, _, found = server.ask(post([resend(), resend(to="@"), resend()], permissive, path="/emails/batch"))
+        self.assertEqual((status, len(found["data"])), (200, 2))
+        self.assertEqual(found["errors"], [{"index": 1, "message": "Invalid 'to' address: '@'."}])
+        status, _, found = server.ask(post([postmark(), postmark(To="@")], path="/email/batch"))
+        self.assertEqual((status, found[0]["ErrorCode"]), (200, 0))
+        self.assertEqual(found[1], {"ErrorCode": 300, "Message": "Invalid 'To' address: '@'."})
+        self.assertEqual(server.ask(post(sendgrid(personalizations=[{}]), path="/v3/mail/send"))[0], 400)
+        eventually(lambda: len(peer.taken) == 3 * len(ALL_RECIPIENTS) and server.idle(), "the good ones")
+
+    def test_refusals(self):
+        server = self.serve(self.peer(), recipients={"domainpart": ["example.jp"]}, smtpd={"hostname": NAME})
+        one, empty = {"email": "a@example.jp"}, [{"to": [{"email": "a@example.jp"}]}]
+        cases = (
+            ("/v3/mail/send", b"{", 400, None, "Malformed JSON"),
+            ("/v3/mail/send", [], 400, "personalizations", "expected a list"),
+            ("/v3/mail/send", sendgrid(personalizations=[]), 400, None, "Too many mails in one request: expected 1 to"),
+            ("/v3/mail/send", sendgrid(personalizations=empty * 1001), 400, None, "got 1001"),
+            ("/v3/mail/send", sendgrid(personalizations=[{"to": [one, {"email": "@"}]}]), 400,
+             "personalizations.0.to.1.email", "Invalid 'personalizations.0.to.1.email' address: '@'."),
+            ("/v3/mail/send", sendgrid(template_id="d-1"), 400, "template_id", ""),
+            ("/v3/mail/send", sendgrid(content=[{"type": "text/x-amp-html", "value": "x"}]), 400, "content", ""),
+            ("/v3/mail/send", sendgrid(asm={"group_id": 1}), 400, "asm", ""),
+            ("/v3/mail/send", sendgrid(headers={"Subject": "x"}), 400, "headers", "Subject can't be set here"),
+            ("/v3/mail/send", sendgrid(headers={"Content-Type": "x"}), 400, "headers.Content-Type", ""),
+            ("/v3/mail/send", sendgrid(headers={"Foo": "a\r\nBcc: x@y.jp"}), 400, "headers.Foo", "CR, LF or NUL"),
+            ("/v3/mail/send", sendgrid(headers={"Foo:": "a"}), 400, None, "headers.Foo:: unknown key"),
+            ("/v3/mail/send", sendgrid(attachments=[{"content": "!"}]), 400, "attachments.0.content", "is not base64"),
+            ("/v3/mail/send", sendgrid(subject=""), 400, None, "subject is required"),
+            ("/v3/mail/send", sendgrid(personalizations=[{"to": [{"email": "a@x.jp"}]}]), 400, None, "a@x.jp: Recip"),
+            ("/email", b"{", 422, 402, "Malformed JSON"),
+            ("/email", postmark(To="x"), 422, 300, "Invalid 'To' address: 'x'."),
+            ("/email", postmark(TextBody="", HtmlBody=None), 422, 300, "TextBody or html is required"),
+            ("/email", postmark(TemplateId=1), 422, 300, "TemplateId: is not supported"),
+            ("/email", postmark(To=",".join(f"{i}@example.jp" for i in range(9))), 422, 300, "Too many"),
+            ("/email/batch", [postmark()] * 501, 422, 410, "got 501"),
+            ("/email/batch", {}, 422, 300, "expected a list"),
+            ("/emails", b"{", 400, "validation_error", "Malformed JSON"),
+            ("/emails", resend(to=["a@example.jp", 5]), 422, "validation_error", "Invalid 'to' address: '5'."),
+            ("/emails", resend(subject=None), 422, "missing_required_field", "subject is required"),
+            ("/emails", resend(template={"id": 1}), 422, "validation_error", "template: is not supported"),
+            ("/emails", resend(attachments=[{"path": "http://x/"}]), 422, "validation_error", "attachments[0].path"),
+            ("/emails", resend(attachments=[{"content": [256]}]), 422, "validation_error", "attachments[0].content"),
+            ("/emails", resend(to="a@far.example", cc=None, bcc=None), 422, "validation_error", "a@far.example: Recip"),
+            ("/emails/batch", [resend()] * 101, 422, "validation_error", "got 101"),
+            ("/emails/batch", [5], 422, "validation_error", "expected an object, got a number"),
+        )  # fmt: skip
+        for path, mail, status, name, words in cases:
+            with self.subTest(path, name=name, words=words):
+                found = said_by(path, *server.ask(post(mail, path=path))[::2])
+                self.assertEqual((found[0], found[2]), (status, name))
+                self.assertIn(words, found[1])
+        for path in MAILS:
+            with self.subTest(path):
+                self.assertEqual(server.ask(get(path))[0], 405)
+
+    def test_answers_of_the_next_hop(self):
+        replies = {"RCPT": lambda _, line: "550 5.1.1 no such cat" if "kuro" in line else None}
+        server = self.serve(self.peer(replies))
+        status, _, found = server.ask(post(postmark(), path="/email"))
+        text = "Message OK, but will not deliver to these inactive addresses: kuro@example.jp. Inactive recipients: "
+        self.assertEqual((status, found["ErrorCode"], found["Message"]), (200, 0, text + "5.1.1 no such cat"))
+        cases = (("550 5.7.1 no cats", 400, 422, 422), ("450 4.7.1 sleeping cats", 503, 503, 503))
+        for reply, *statuses in cases:
+            server = self.serve(self.peer({"MAIL": reply}))
+            for (path, mail), status in zip(MAILS.items(), statuses):
+                with self.subTest(path, reply=reply):
+                    got, headers, found = server.ask(post(mail, path=path))
+                    self.assertEqual((got, "Retry-After" in headers), (status, status == 503))
+                    self.assertIn("cats", said_by(path, got, found)[1])
+
+    def test_refused_recipients_are_reported(self):
+        hook, peer = HttpPeer(lambda asked: (204, b"", ())).__enter__(), self.peer()
+        self.addCleanup(hook.__exit__)
+        queue = {"path": "q.db", "min_free": 0, "webhook": hook.url + "/hook", "webhook_secret": WHSEC}
+        server = self.serve(peer, queue=queue, recipients={"domainpart": ["example.jp", "example.org"]})
+        status, _, _ = server.ask(post(resend(cc="far@far.example"), path="/emails"))
+        self.assertEqual(status, 200)
+        eventually(lambda: len(peer.taken) == 4 and len(hook.asked) == 4, "mails, bounce, events")
+        bounce = next(mail for mail in peer.taken if not mail.sender)
+        self.assertEqual(bounce.recipients, ["kijitora@example.org"])
+        self.assertIn(b"far@far.example", bounce.text)
+
+    def test_logins_and_tests(self):
+        peer = self.peer()
+        queue = {"path": "q.db", "min_free": 0}
+        server = self.serve(peer, queue=queue, password={"kijitora": SettingsFile.KIJITORA})
+        sandbox = sendgrid(mail_settings={"sandbox_mode": {"enable": True}})
+        grant = "The provided authorization grant is invalid, expired, or revoked"
+        bearer, basic = "Authorization: Bearer kijitora:kijitora", "Authorization: Basic a2lqaXRvcmE6a2lqaXRvcmE="
+        token = "X-Postmark-Server-Token: "
+        cases = (
+            ("/v3/mail/send", sandbox, (), 401, grant),
+            ("/v3/mail/send", sandbox, ("Authorization: Bearer SG.x",), 401, grant),
+            ("/v3/mail/send", sandbox, (token + "kijitora:kijitora",), 401, grant),
+            ("/v3/mail/send", sandbox, (bearer,), 200, ""),
+            ("/v3/mail/send", sandbox, (basic,), 200, ""),
+            ("/v3/mail/send", {**sandbox, "subject": ""}, (basic,), 400, "Subject header is empty"),
+            ("/email", postmark(), (), 401, "authentication failed"),
+            ("/email", postmark(), (token + "kijitora:neko",), 401, "authentication failed"),
+            ("/email", postmark(), (token + "POSTMARK_API_TEST",), 200, "OK"),
+            ("/email/batch", [postmark()], (token + "POSTMARK_API_TEST",), 200, ""),
+            ("/email", postmark(To="@"), (token + "POSTMARK_API_TEST",), 422, "Invalid 'To' address: '@'."),
+            ("/submit", None, (token + "POSTMARK_API_TEST",), 401, ""),
+            ("/emails", resend(), (), 401, "missing_api_key"),
+            ("/emails", resend(), ("Authorization: Bearer kijitora:x",), 403, "invalid_api_key"),
+        )
+        for path, mail, lines, status, words in cases:
+            with self.subTest(path, lines=lines):
+                got, _, found = server.ask(post(mail, *lines, path=path))
+                self.assertEqual(got, status)
+                self.assertIn(words, json.dumps(found))
+        self.assertEqual((peer.taken, server.get("/queue")[1]["waiting"]), ([], 0))
+        for path, mail in MAILS.items():
+            line = token + "kijitora:kijitora" if path == "/email" else bearer
+            self.assertIn(server.ask(post(mail, line, path=path))[0], (200, 202))
+        eventually(lambda: len(peer.taken) == 3 * len(ALL_RECIPIENTS), "all mails")
+        closed = self.serve(peer, password={"kijitora": SettingsFile.KIJITORA}, relayhosts={"relayhosts": []})
+        self.assertEqual(closed.ask(post(postmark(), token + "POSTMARK_API_TEST", path="/email"))[0], 422)
+
+    def test_idempotency_keys(self):
+        peer = self.peer()
+        server = self.serve(peer, queue={"path": "q.db", "min_free": 0})
+        for path, mail in (*MAILS.items(), ("/emails/batch", [resend(), resend()])):
+            with self.subTest(path):
+                first, again = [server.ask(post(mail, "Idempotency-Key: k-1", path=path)) for _ in range(2)]
+                self.assertEqual((first[0], first[2]), (again[0], again[2]))
+                self.assertEqual(first[1].get("X-Message-Id"), again[1].get("X-Message-Id"))
+                self.assertEqual(
+                    (first[1].get("Idempotency-Replayed"), again[1]["Idempotency-Replayed"]), (None, "true")
+                )
+        cases = (
+            ("/emails", resend(subject="x"), "k-1", 409, "invalid_idempotent_request"),
+            ("/emails", resend(), '"', 400, "invalid_idempotency_key"),
+            ("/v3/mail/send", sendgrid(subject="x"), "k-1", 422, "another body"),
+            ("/email", postmark(Subject="x"), "k-1", 422, "another body"),
+        )
+        for path, mail, key, status, words in cases:
+            with self.subTest(path, key=key):
+                got, _, found = server.ask(post(mail, f"Idempotency-Key: {key}", path=path))
+                self.assertEqual(got, status)
+                self.assertIn(words, json.dumps(found))
+        eventually(lambda: len(peer.taken) == 5 * len(ALL_RECIPIENTS) and server.idle(), "each mail once")
+        no_queue = self.serve(peer)
+        self.assertEqual(no_queue.ask(post(resend(), "Idempotency-Key: k", path="/emails"))[0], 422)
+
+    def test_all_messages_of_a_request_have_a_limit(self):
+        server = self.serve(self.peer(), queue={"path": "q.db", "min_free": 0})
+        parts = [{"to": [{"email": "a@example.jp"}]}] * 1000
+        content = [{"type": "text/plain", "value": "x"}]
+        whole = sendgrid(personalizations=parts, attachments=[file("a", bytes(1 << 20))], content=content)
+        status, _, found = server.ask(post(whole, path="/v3/mail/send"))
+        self.assertEqual(status, 413)
+        self.assertIn("exceed the limit of 67108864", found["errors"][0]["message"])
+
+    def test_a_full_queue(self):
+        server = self.serve(self.peer(), queue={"path": "q.db", "min_free": 1 << 50})
+        for path, mail in MAILS.items():
+            with self.subTest(path):
+                status, headers, found = server.ask(post(mail, path=path))
+                self.assertEqual((status, "Retry-After" in headers), (503, True))
+                self.assertIn("Cannot store the mail", said_by(path, status, found)[1])
+
+    def test_openapi(self):
+        server = served(self, {})
+        status, found = server.get("/openapi.json")
+        self.assertEqual((status, found["openapi"]), (200, "3.1.0"))
+        rows = {
+            (method.upper(), path.replace("{ID}", "ID")) for path, item in found["paths"].items() for method in item
+        }
+        self.assertEqual(rows, set(haineko.ENDPOINTS))
+        schemas = found["components"]["schemas"]
+        for cls in (haineko.Submission, haineko.Header, haineko.Attachment):
+            self.assertEqual(set(schemas[cls.__name__]["properties"]), set(haineko.key_table(cls)))
+        references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(found)))
+        self.assertEqual(references, set(schemas))
+        answer = found["paths"]["/submit"]["post"]["responses"]["default"]["content"]["application/json"]["schema"]
+        self.assertEqual(set(answer["required"]), TOP)
+        self.assertEqual(set(answer["properties"]["response"]["items"]["required"]), ITEM)
+
+
+# ======================================================================================================================
 # 18. HTTP
 # ======================================================================================================================
 
