@@ -2636,7 +2636,7 @@ def jis_bytes_to_text(octets: bytes) -> str:
 
 # ======================================================================================================================
 # 6. Policy
-#    Takes a request, its submission and the settings; a check gives the Reply that refuses them, or None. Checks have no
+#    Takes a request, its submission and the settings; a check gives the Reply that refuses, or None. Checks have no
 #    side effects, except that check_login() names who logged in. CHECKS has them in the order in which faults are told.
 # ======================================================================================================================
 
