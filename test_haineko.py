@@ -3400,13 +3400,14 @@ class PartsRefused(Quiet):
             ({"html": "x", "header": {"subject": ""}}, "Subject header is empty"), ({"rcpt": [],
              "header": {"to": "a@b.jp"}},
              "User address required"), ({"rcpt": None}, "User address required"),
-            ({"rcpt": None, "header": {"bcc": "a@straße.de"}}, "Malformed JSON string"),
+            ({"rcpt": None, "header": {"bcc": "a@straße.de"}}, "Invalid submission"),
         ]:  # fmt: skip
             with self.subTest(wanted):
                 status, answer = posted(document(**changes))
                 self.assertEqual((status, answer["response"][0]["message"][0]), (400, wanted))
         status, answer = posted({"mail": "a@example.org", "rcpt": "b@example.jp", "raw": ""})
-        self.assertEqual((status, answer["response"][0]["message"]), (400, ["Message body is empty"]))
+        wanted = ["Message body is empty", "raw: it has no header fields"]
+        self.assertEqual((status, answer["response"][0]["message"]), (400, wanted))
 
     def test_the_size_is_that_of_the_finished_message(self):
         submission = document(attachments=[file("a.bin", b"x" * 30000)])
