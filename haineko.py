@@ -372,8 +372,9 @@ def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", se
     return field(default=default, metadata=metadata)
 
 
-def from_dict(cls: type, raw: Any, json_path: str, errors: list) -> Any:
-    """Return a `cls` made from a JSON object; report unknown, duplicate and invalid entries."""
+def from_dict(cls: type, raw: Any, json_path: str, errors: list, hint: Callable | None = None) -> Any:
+    """Return a `cls` made from a JSON object; report unknown, duplicate and invalid entries. hint(key, known keys) says
+    what an unknown key may mean, like did_you_mean()."""
     if not isinstance(raw, dict):
         errors.append(f"{json_path or 'top level'}: expected an object, got {json_type_name(raw)}")
         return cls()
@@ -390,8 +391,8 @@ def from_dict(cls: type, raw: Any, json_path: str, errors: list) -> Any:
         elif not row:
             if len(errors) >= MAX_ERRORS:
                 break
-            hint = did_you_mean(key, known) if len(errors) < MAX_HINTS else ""
-            errors.append(f"{prefix}{sanitize(key)}: unknown key{hint}")
+            meant = (hint or did_you_mean)(key, known) if len(errors) < MAX_HINTS else ""
+            errors.append(f"{prefix}{sanitize(key)}: unknown key{meant}")
     return cls(**{name: value for name, value in values.items() if value is not None})
 
 
@@ -1131,7 +1132,6 @@ class Settings:
     dkim: dict = config_field({}, mapping_of(nested(DkimKey), plain_domain_key, "a domain"))
     path: str | None = None
     files: tuple = ()  # (path, stat_key) of all that was read
-    route_cache: dict = field(default_factory=dict, init=False)  # (recipient's domain, sender's): resolve_route()'s
 
     @property
     def hostname(self) -> str:
@@ -1676,10 +1676,10 @@ PHRASE = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~ -]{1,60}")  # of a mailbox or
 SIMPLE_MAILBOX = re.compile(r"([^<>\"\\]*)<([^<>\s]+)>\s*")
 ADDRESS_TOKEN = re.compile(
     r'(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<angle><(?:[^<>"\\]|"(?:[^"\\]|\\.)*")*>)|(?P<literal>\[[^\[\]]*\])'
-    r"|(?P<blank>\s+)|(?P<mark>[,;:])|(?P<atom>[^\s\"<>()\[\],;:]+)",
+    r"|(?P<comment>\((?:[^()\\]|\\.|\((?:[^()\\]|\\.|\((?:[^()\\]|\\.)*\))*\))*\))"  # in two others at most
+    r"|(?P<blank>\s+)|(?P<mark>[,;:]|\Z)|(?P<atom>[^\s\"<>()\[\],;:]+)|(?P<fault>.+)",
     re.DOTALL,
 )
-COMMENT_TOKEN = re.compile(r"[()]|\\.", re.DOTALL)
 CFWS = ("blank", "comment")
 CHARSET_NAME = re.compile(r"[A-Za-z0-9_.:()+-]{1,40}")
 MESSAGE_ID = r"<[!-;=?A-~]{1,400}@[!-;=?A-~]{1,400}>"
@@ -1695,9 +1695,10 @@ CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`{|}~-]+"
 MEDIA_PARAMETER = re.compile(rf';[ \t]*({_TOKEN})=({_TOKEN}|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")[ \t]*')
 MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})[ \t]*((?:{MEDIA_PARAMETER.pattern})*)(?:;[ \t]*)?")
-CONTENT_ID = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}"
+CONTENT_ID = re.compile(r"(<)?[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@-]{1,200}(?(1)>)")
 NOT_7BIT = re.compile(rb"[\0\x80-\xff]|\r(?!\n)|^[^\r\n]{999}", re.MULTILINE)  # RFC 2045 2.7
-TOO_LONG = re.compile(rb"^[^\r\n]{999}", re.MULTILINE)  # RFC 5322 2.1.1
+LONG_LINE = re.compile(rb"^[^\r\n]{999,}", re.MULTILINE)  # RFC 5322 2.1.1
+LINE_PIECE = re.compile(rb".{1,998}(?=[ \t]|\Z)|.+")
 RAW_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:[^\n]*(?:\n[ \t][^\n]*)*(?:\n|\Z)")
 PARAMETER_FIELDS = ("content-type", "content-disposition")
 MAILBOX_FIELDS = ("from", "sender", "to", "cc", "bcc", "reply-to", "resent-from", "resent-sender", "resent-to",
@@ -1708,7 +1709,6 @@ STRUCTURED_FIELDS = re.compile(
     r"|content-transfer-encoding|dkim-signature|domainkey-signature|arc-.*|authentication-results|auto-submitted"
     r"|list-(?:archive|help|owner|post|subscribe|unsubscribe|unsubscribe-post)"
 )
-DELIMITER = re.compile(rb"\n--([^\r\n]*)")
 HIGH_OCTETS = bytes(range(128, 256))
 BASE64_LINE = re.compile(rb".{1,76}", re.DOTALL)  # DOTALL: without a look at each octet
 CID_LINK = re.compile("[\"'(=]\\s*cid:([^\"'<>()\\s]{1,600})", re.IGNORECASE)  # RFC 2392
@@ -1756,23 +1756,18 @@ def parse_address(text: str) -> Mailbox | None:
     local, domain = found.groups()
     domain = domain if domain.isascii() else ascii_domain(domain)
     mailbox = Mailbox(text, local, domain, f"{local}@{domain}", (local, domain.lower()))
-    if len(mailbox.addr_spec.encode()) > MAX_PATH:
-        return None
-    return mailbox if DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_address_literal(domain)) else None
+    is_host = DOMAIN.fullmatch(domain) or (domain[:1] == "[" and is_address_literal(domain))
+    return mailbox if is_host and len(mailbox.addr_spec.encode()) <= MAX_PATH else None
 
 
 @cache_short(1024)
 def is_address_literal(text: str) -> bool:
     """Return whether the text is an address literal (RFC 5321 4.1.3): [192.0.2.1] or [IPv6:2001:db8::1]."""
-    inner = text[1:-1]
-    if "%" in inner:  # ipaddress accepts any characters in a zone, CR and LF included
-        return False
-    is_v6 = inner[:5].lower() == "ipv6:"
-    try:
-        (ipaddress.IPv6Address if is_v6 else ipaddress.IPv4Address)(inner[5:] if is_v6 else inner)
-    except ValueError:
-        return False
-    return True
+    is_v6 = text[1:6].lower() == "ipv6:"
+    address = text[6:-1] if is_v6 else text[1:-1]
+    with contextlib.suppress(ValueError):  # ipaddress accepts any characters in a zone, CR and LF included
+        return "%" not in address and (ipaddress.IPv6Address if is_v6 else ipaddress.IPv4Address)(address) is not None
+    return False
 
 
 def idna_hint(text: str) -> tuple:
@@ -1809,35 +1804,14 @@ def parse_header_text(value: Any, json_path: str, errors: list) -> str:
     return value
 
 
-def header_matching(pattern: str, expected: str) -> Callable:
-    """Make a parser of header text that is empty or matches the whole pattern."""
-    compiled = re.compile(pattern)
-
-    def parse(value: Any, json_path: str, errors: list) -> str:
-        value = parse_header_text(value, json_path, errors)
-        if value and not compiled.fullmatch(value):
-            errors.append(f'{json_path}: expected {expected}, got "{sanitize(value, 80)}"')
-        return value
-
-    return parse
-
-
-def parse_mailbox_field(value: Any, json_path: str, errors: list) -> tuple:
-    """Return ((display name, Mailbox), ...) of a field like From; a text that is not empty names at least one."""
-    found = parse_recipient_field(value, json_path, errors)
-    if any(mailbox is NULL_SENDER for _, mailbox in found):
-        errors.append(f"{json_path}: names no mailbox")
-    return found
-
-
-def parse_recipient_field(value: Any, json_path: str, errors: list) -> tuple:
-    """Return the same of a field like To, where ((name, NULL_SENDER),) is an empty group (RFC 5322 3.4)."""
+def parse_recipient_field(value: Any, json_path: str, errors: list, allow_group: bool = True) -> tuple:
+    """Return ((display name, Mailbox), ...) of a field like To, ((name, NULL_SENDER),) of an empty group."""
     value, reason = parse_header_text(value, json_path, errors), ""
     try:
         found = parse_mailboxes(value)
         if found or not value:
             return found
-        if ":" in value:
+        if ":" in value and allow_group:
             name = value.partition(":")[0].strip()
             return ((name if PHRASE.fullmatch(name) else "undisclosed-recipients", NULL_SENDER),)
     except ValueError as error:
@@ -1845,6 +1819,9 @@ def parse_recipient_field(value: Any, json_path: str, errors: list) -> tuple:
     text = f'{json_path}: expected "name <address>", got "{sanitize(value, 80)}"{reason}'
     errors.append("; ".join([text, *idna_hint(value[:MAX_ADDRESS_TEXT])]))
     return ()
+
+
+parse_mailbox_field = functools.partial(parse_recipient_field, allow_group=False)  # a field like From
 
 
 def parse_recipient_list(value: Any, json_path: str, errors: list) -> tuple:
@@ -1866,7 +1843,10 @@ def parse_mailboxes(text: str) -> tuple:
     if simple and not ("@" in simple[1] and re.search("[,;]", simple[1])):  # else the name holds another mailbox
         return ((simple[1].strip(), _parse_spec(simple[2])),)
     found, tokens, in_group = [], [], False
-    for kind, token in itertools.chain(address_tokens(text), (("mark", ""),)):
+    for match in ADDRESS_TOKEN.finditer(text):
+        kind, token = match.lastgroup, match[0]
+        if kind == "fault":
+            raise ValueError(f'"{token[0]}" out of place')
         if kind != "mark":
             tokens.append((kind, token))
             continue
@@ -1881,48 +1861,25 @@ def parse_mailboxes(text: str) -> tuple:
     return tuple(found)
 
 
-def address_tokens(text: str) -> Any:
-    """Yield (kind, text) of the tokens of an address list."""
-    at = 0
-    while at < len(text):
-        if text[at] == "(":
-            end = _comment_end(text, at)
-            yield "comment", text[at + 1 : end - 1]
-            at = end
-            continue
-        found = ADDRESS_TOKEN.match(text, at)
-        if not found:
-            raise ValueError(f'"{text[at]}" out of place')
-        yield found.lastgroup, found[0]
-        at = found.end()
-
-
-def _comment_end(text: str, start: int) -> int:
-    """Return the position after a comment, which may hold others."""
-    depth = 0
-    for found in COMMENT_TOKEN.finditer(text, start):
-        depth += {"(": 1, ")": -1}.get(found[0], 0)
-        if not depth:
-            return found.end()
-    raise ValueError('a comment without ")"')
-
-
 def _mailbox(tokens: list) -> list:
     """Return [(display name, Mailbox)] of the tokens between two separators, [] if they are comments and blanks."""
-    words = [(" " if kind == "comment" else token, kind) for kind, token in tokens]
-    comments = " ".join(token.strip() for kind, token in tokens if kind == "comment")
+    comments = " ".join(token[1:-1].strip() for kind, token in tokens if kind == "comment")
+    words = [(kind, " " if kind == "comment" else token) for kind, token in tokens]
     kinds = [kind for kind, _ in tokens if kind not in CFWS]
     if "angle" not in kinds:
-        spec = "".join(word for word, _ in words).strip()
+        spec = "".join(word for _, word in words).strip()
         return [(comments, _parse_spec(spec))] if spec else []
     if kinds.index("angle") != len(kinds) - 1:
         raise ValueError("text after an address")
-    name = "".join(
-        re.sub(r"\\(.)", r"\1", word[1:-1]) if kind == "quoted" else word for word, kind in words if kind != "angle"
-    )
-    angle = next(word for word, kind in words if kind == "angle")
-    name = " ".join(filter(None, (name.strip(), comments and f"({comments})"))) if name.strip() else comments
+    angle = next(word for kind, word in words if kind == "angle")
+    name = "".join(unquote(word) for kind, word in words if kind != "angle").strip()
+    name = f"{name} ({comments})" if name and comments else name or comments
     return [(name, _parse_spec(angle[1:-1]))]
+
+
+def unquote(word: str) -> str:
+    """Return what a quoted string says (RFC 5322 3.2.4), any other word as it is."""
+    return re.sub(r'\\(.)|"', r"\1", word) if word[:1] == '"' else word
 
 
 def _parse_spec(text: str) -> Mailbox:
@@ -1940,15 +1897,6 @@ def parse_loop_names(value: Any, json_path: str, errors: list) -> tuple:
         if not DOMAIN.fullmatch(name) and len(errors) < MAX_ERRORS:
             errors.append(f'{json_path}: "{sanitize(name, 80)}" is no name of a Haineko')
     return names
-
-
-def parse_charset(value: Any, json_path: str, errors: list) -> str:
-    """Return IANA's name of a charset."""
-    value = parse_header_text(value, json_path, errors)
-    name = iana_charset(value)
-    if not name:
-        errors.append(f'{json_path}: unknown charset "{sanitize(value, 80)}"; "UTF-8" holds every character')
-    return name or "UTF-8"
 
 
 @cache_short(64, limit=40)
@@ -1979,45 +1927,35 @@ IANA_NAMES.update({f"cp{page}": f"IBM{page}" for page in (437, 775, 850, 852, 85
 IANA_NAMES.update({f"iso8859-{part}": f"ISO-8859-{part}" for part in (*range(1, 11), *range(13, 17))})
 CODECS = {name.lower(): codec for codec, name in IANA_NAMES.items()}
 
-parse_message_id = header_matching(MESSAGE_ID, '"<left@right>"')  # RFC 5322 3.6.4
-parse_ascii_text = header_matching(PLAIN.pattern, "printable ASCII in words of at most 900 characters")
+# IANA's name of a charset.
+parse_charset = matching(iana_charset, 'a charset that mail readers know, like "UTF-8"', convert=iana_charset)
+parse_message_id = matching(re.compile(MESSAGE_ID), '"<left@right>"', optional=True)  # RFC 5322 3.6.4
+parse_ascii_text = matching(PLAIN, "printable ASCII in words of at most 900 characters", optional=True)
+parse_message_ids = list_of(
+    matching(re.compile(rf" *{MESSAGE_ID}(?: +{MESSAGE_ID})* *"), '"<left@right> <left@right>"', optional=True),
+    lambda texts: " ".join(" ".join(texts).split()),
+)
 
 
-def parse_message_ids(value: Any, json_path: str, errors: list) -> str:
-    """Return message ids, from a list or from a string with white space between them."""
-    return " ".join(
-        parse_message_id(item, json_path, errors)
-        for text in list_of(parse_header_text)(value, json_path, errors)
-        for item in text.split()
-        if len(errors) < MAX_ERRORS
-    )
+def one_of_words(*words: str) -> Callable:
+    return matching(re.compile("|".join(words), re.IGNORECASE), " or ".join(words), optional=True)
 
 
-def parse_date(value: Any, json_path: str, errors: list) -> str:
-    """Return a date of RFC 5322 3.3."""
-    value = parse_header_text(value, json_path, errors)
-    try:
-        valid = not value or (DATE.fullmatch(value) and parsedate_to_datetime(value))
-    except (ValueError, TypeError):  # the 31st of February
-        valid = False
-    if not valid:
-        errors.append(f'{json_path}: expected a date like "{formatdate(0)}", got "{sanitize(value, 80)}"')
-    return value
+def is_date(text: str) -> bool:
+    """Return whether a text is a date of RFC 5322 3.3; ValueError for the 31st of February."""
+    return bool(DATE.fullmatch(text) and parsedate_to_datetime(text))
 
 
-# Fields that a client may set beside those of Header and X-...; the parser decides how a value is written:
-# parse_header_text: may be encoded (RFC 2047); parse_mailbox_field: a list of mailboxes; all others: as it is.
+# Fields that a client may set beside those of Header and X-...
 EXTRA_FIELDS = {
     "Message-Id": parse_message_id,
     "In-Reply-To": parse_message_ids,
     "References": parse_message_ids,
-    "Date": parse_date,
+    "Date": matching(is_date, f'a date like "{formatdate(0)}"', optional=True),
     "Disposition-Notification-To": parse_mailbox_field,  # RFC 8098
-    "Importance": header_matching("(?i:high|normal|low)", "high, normal or low"),  # RFC 4021 2.1.44
-    "Priority": header_matching("(?i:urgent|normal|non-urgent)", "urgent, normal or non-urgent"),
-    "Sensitivity": header_matching(
-        "(?i:personal|private|company-confidential)", "personal, private or company-confidential"
-    ),
+    "Importance": one_of_words("high", "normal", "low"),  # RFC 4021 2.1.44
+    "Priority": one_of_words("urgent", "normal", "non-urgent"),
+    "Sensitivity": one_of_words("personal", "private", "company-confidential"),
     **dict.fromkeys(("List-Id", "Organization", "Comments", "Keywords"), parse_header_text),
     **dict.fromkeys(("Auto-Submitted", "Precedence", "Feedback-Id"), parse_ascii_text),  # RFC 3834
     **dict.fromkeys(("List-Archive", "List-Help", "List-Owner", "List-Post"), parse_ascii_text),  # RFC 2369
@@ -2037,25 +1975,15 @@ TOP_KEYS.update(dict.fromkeys(("text", "textbody", "plain", "content", "message"
 TOP_KEYS.update(dict.fromkeys(("recipient", "recipients", "mailto", "rcptto"), "rcpt"))
 TOP_KEYS.update(sender="mail", mailfrom="mail", htmlbody="html", files="attachments", attachment="attachments")
 TOP_KEYS.update(contenttype="html or attachments[].type", mimetype="attachments[].type")
+KEYS_OUTSIDE = {key: f"{meant}, outside of header" for key, meant in TOP_KEYS.items()}
 ATTACHMENT_KEYS = dict.fromkeys(("contenttype", "mimetype", "mediatype"), '"type"')
 ATTACHMENT_KEYS.update(data='"content"', contentid='"cid"', disposition='"inline"')
 
 
-def hinted(cls: type, hints: dict) -> Callable:
-    """Make a parser of objects like from_dict() that knows the keys of other programs and other levels."""
-
-    def parse(value: Any, json_path: str, errors: list) -> Any:
-        known = key_table(cls)
-        usual = not isinstance(value, dict) or value.keys() <= known.keys()
-        for key in () if usual else [key for key in value if key not in known]:
-            hint = hints.get(normalize_key(key))
-            if hint and len(errors) < MAX_ERRORS:
-                del value[key]
-                dot = json_path and json_path + "."
-                errors.append(f"{dot}{sanitize(key)}: unknown key; did you mean {hint}?")
-        return from_dict(cls, value, json_path, errors)
-
-    return parse
+def hint_of(table: dict, key: str, known: Any) -> str:
+    """Return what an unknown key may mean, by the table of keys of other programs and levels or by its spelling."""
+    meant = table.get(normalize_key(key))
+    return f"; did you mean {meant}?" if meant else did_you_mean(key, known)
 
 
 @dataclass(repr=False, eq=False)  # made for each mail, and creating a frozen one takes four times as long
@@ -2068,12 +1996,7 @@ class Header:
     to: tuple = config_field((), parse_recipient_list, "To; with it all recipients get the same message")
     cc: tuple = config_field((), parse_recipient_list, "Cc; the same")
     bcc: tuple = config_field((), parse_recipient_list, "more recipients, in no header")
-    extra_fields: tuple = ()  # ((name, value, parser), ...)
-
-    @property
-    def shared(self) -> bool:
-        """Whether all recipients get the same message."""
-        return bool(self.to or self.cc)
+    extra_fields: tuple = ()  # ((name, value), ...)
 
 
 def parse_header(value: Any, json_path: str, errors: list) -> Header:
@@ -2096,46 +2019,36 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
             values.update({} if item is None else {attribute: parse(item, item_path, errors)})
         else:
             extra += extra_field(key, item, item_path, errors)
-    size = sum(len(item) for _, item, _ in extra)
+    size = sum(len(item) for _, item in extra)
     if len(extra) > MAX_FIELDS or size > MAX_HEADER:
         errors.append(f"{json_path}: more than {MAX_FIELDS} fields or {MAX_HEADER} characters")
     return Header(**values, extra_fields=tuple(extra))
 
 
 def extra_field(key: str, value: Any, json_path: str, errors: list) -> list:
-    """Return [(name, value, parser), ...] of a key that is not one of Header's own."""
+    """Return [(name, value), ...] of a key that is not one of Header's own."""
     name = FIELD_BY_KEY.get(normalize_key(key))
-    parse, is_x = EXTRA_FIELDS.get(name), X_FIELD.fullmatch(key)
-    if (name or is_x) and value is None:
+    if not name and X_FIELD.fullmatch(key):
+        name = "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
+    if not name:
+        names = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)]
+        fault = "unknown key" + (hint_of(KEYS_OUTSIDE, key, names) if len(errors) < MAX_HINTS else "")
+        is_reserved = RESERVED_FIELDS.fullmatch(normalize_key(key))
+        errors.append(f"{json_path}: {'Haineko makes this field itself' if is_reserved else fault}")
+    if not name or value is None:
         return []
-    if name:
-        items = (parse(value, json_path, errors),)
-    elif is_x:
-        parse, name = parse_header_text, "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
-        items = list_of(parse)(value[: MAX_FIELDS + 1] if type(value) is list else value, json_path, errors)
-    elif RESERVED_FIELDS.fullmatch(normalize_key(key)):
-        errors.append(f"{json_path}: Haineko makes this field itself")
-        return []
+    if name in EXTRA_FIELDS:
+        items = (EXTRA_FIELDS[name](value, json_path, errors),)
     else:
-        names, outside = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)], TOP_KEYS.get(normalize_key(key))
-        hint = f"; did you mean {outside}, outside of header?" if outside else ""
-        errors.append(
-            f"{json_path}: unknown key{hint or (did_you_mean(key, names) if len(errors) < MAX_HINTS else '')}"
-        )
-        return []
-    return [(name, item, parse) for item in items if item]
+        items = list_of(parse_header_text)(value[: MAX_FIELDS + 1] if type(value) is list else value, json_path, errors)
+    return [(name, item) for item in items if item]
 
 
 def parse_base64(value: Any, json_path: str, errors: list) -> bytes:
     """Return the octets of a base64 string (RFC 4648 4); white space in it is ignored."""
-    if type(value) is not str:
-        errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
-        return b""
-    for text in (value, "".join(value.split())) if "\n" in value or " " in value else (value,):
-        try:
-            octets = binascii.a2b_base64(text)
-        except ValueError:
-            continue
+    text = "".join(parse_unicode_text(value, json_path, errors).split())
+    with contextlib.suppress(ValueError):
+        octets = binascii.a2b_base64(text)
         # a2b_base64() skips characters that are not of its alphabet: the length tells whether there were any.
         if len(octets) == len(text) // 4 * 3 - text[-2:].count("=") and len(text) % 4 == 0:
             return octets
@@ -2169,11 +2082,8 @@ def parse_media_type(value: Any, json_path: str, errors: list) -> str:
     return name + "".join(f";\r\n {key}={word}" for key, word in parameters if key.lower().rstrip("*") != "name")
 
 
-def parse_content_id(value: Any, json_path: str, errors: list) -> str:
-    """Return the name that a link "cid:..." in the HTML uses (RFC 2392), without brackets."""
-    if type(value) is str and value.startswith("<") and value.endswith(">"):
-        value = value[1:-1]
-    return header_matching(CONTENT_ID, "letters, digits and @._+-")(value, json_path, errors)
+# The name that a link "cid:..." in the HTML uses (RFC 2392), without brackets.
+parse_content_id = matching(CONTENT_ID, "letters, digits and @._+-", optional=True, convert=lambda cid: cid.strip("<>"))
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -2191,7 +2101,8 @@ def parse_attachments(value: Any, json_path: str, errors: list) -> tuple:
         errors.append(f"{json_path}: {len(value)} exceed the limit of {MAX_ATTACHMENTS}")
         return ()
     before, cids = len(errors), set()
-    attachments = list_of(hinted(Attachment, ATTACHMENT_KEYS))(value, json_path, errors)
+    parse = functools.partial(from_dict, Attachment, hint=functools.partial(hint_of, ATTACHMENT_KEYS))
+    attachments = list_of(parse)(value, json_path, errors)
     for i, item in enumerate(attachments if len(errors) == before else ()):
         if item.content is None:
             errors.append(f"{json_path}[{i}].content: is missing")
@@ -2236,12 +2147,14 @@ def parse_message(octets: bytes) -> ParsedMessage:
     """Parse a message with any line ends; ValueError says which field is wrong, or which limit is exceeded."""
     found = re.match(rb">?From (?![ \t]*:)[^\n]*\n", octets)  # of an mbox
     octets = octets[found.end() :] if found else octets
-    parts = mime_parts(octets)
-    check_limits(parts)
+    parts: list = []
+    for part in mime_parts(octets, max_fields=MAX_FIELDS):
+        parts.append(part)
+        check_limits(part, len(parts))
     if any(part.encoding == "binary" for part in parts):  # no SMTP path carries it, and its CR and LF are no line ends
         octets = rewrite_parts(octets, parts, _encode_binary)
     octets = octets.replace(b"\r\n", b"\n")
-    header, body = read_header(octets, 0)
+    header, body = read_header(octets, 0, len(octets))
     return ParsedMessage(list(map(_clean_field, header)), octets[body:].replace(b"\r", b"\n"))
 
 
@@ -2253,7 +2166,7 @@ def _clean_field(item: tuple) -> tuple:
     if b"\r" in octets or b"\0" in octets:
         raise ValueError(f"{shown}: has a CR or NUL")
     octets = fold_long_lines(label.rstrip() + b":" + value + (b"" if value.endswith(b"\n") else b"\n"))
-    if TOO_LONG.search(octets):
+    if LONG_LINE.search(octets):
         raise ValueError(f"{shown}: has a line longer than 998 octets")
     if not octets.isascii() and STRUCTURED_FIELDS.fullmatch(name):
         text = octets.decode("latin-1")
@@ -2263,27 +2176,14 @@ def _clean_field(item: tuple) -> tuple:
 
 
 def fold_long_lines(octets: bytes) -> bytes:
-    """Fold a field's lines of more than 998 octets at blanks; those without a blank stay."""
-    if not TOO_LONG.search(octets):
-        return octets
-    lines, end = [], b"\r" if octets.endswith(b"\r\n") else b""
-    for line in octets.split(b"\n"):
-        start = 0
-        while len(line) - start > 998:
-            at = max(line.rfind(b" ", start + 1, start + 998), line.rfind(b"\t", start + 1, start + 998))
-            if at < 0:
-                break
-            lines.append(line[start:at] + end)
-            start = at
-        lines.append(line[start:])
-    return b"\n".join(lines)
+    """Fold a field's lines of more than 998 octets at blanks; what follows a word longer than that stays."""
+    return LONG_LINE.sub(lambda line: b"\r\n".join(LINE_PIECE.findall(line[0])), octets)
 
 
 def is_utf8(octets: bytes) -> bool:
-    try:
+    with contextlib.suppress(UnicodeDecodeError):
         return octets.decode() is not None
-    except UnicodeDecodeError:
-        return False
+    return False
 
 
 @dataclass(eq=False)
@@ -2295,8 +2195,6 @@ class MIMEPart:
     body: int
     end: int
     depth: int
-    media_type: str = ""
-    boundary: bytes = b""
     is_leaf: bool = True
 
     def value(self, name: str) -> str:
@@ -2307,7 +2205,11 @@ class MIMEPart:
     def parameter(self, name: str) -> str:
         """Return a parameter of Content-Type."""
         found = re.search(rf';\s*{name}\s*=\s*("(?:[^"\\]|\\.)*"|[^\s;"]+)', self.value("content-type"), re.IGNORECASE)
-        return re.sub(r"\\(.)", r"\1", found[1].strip('"')) if found else ""
+        return unquote(found[1]) if found else ""
+
+    @property
+    def media_type(self) -> str:
+        return self.value("content-type").partition(";")[0].strip().lower()
 
     @property
     def is_text(self) -> bool:
@@ -2318,96 +2220,68 @@ class MIMEPart:
         return self.value("content-transfer-encoding").partition("(")[0].strip().lower()
 
 
-def mime_parts(octets: bytes) -> list:
-    """Return the parts of a message (RFC 2046 5.1), each before those within it. It ends soon after a limit."""
-    parts: list = []
-    open_depths: dict = {}  # boundary of each open multipart, from the outermost: depth
-    current = _open_part(octets, 0, 0, parts, open_depths)  # the part that the next delimiter ends
-    for found in DELIMITER.finditer(octets) if open_depths else ():
-        line = found[1].rstrip()
-        is_close = line not in open_depths and line.endswith(b"--")
-        boundary = line[:-2] if is_close else line
-        if boundary not in open_depths or found.start() < parts[-1].body - 1:
-            continue
-        if current and (current.is_leaf or boundary != current.boundary):
-            current.end = max(current.body, found.start() - (octets[found.start() - 1 : found.start()] == b"\r"))
-            current.is_leaf = True  # a multipart without parts is one
-        depth, current = open_depths[boundary], None
-        while list(open_depths)[-1] != boundary:
-            open_depths.popitem()
-        if is_close:
-            open_depths.popitem()
-        elif len(parts) > MAX_PARTS:
-            break
-        else:
-            start = octets.find(b"\n", found.end()) + 1 or len(octets)
-            current = _open_part(octets, start, depth + 1, parts, open_depths)
-    if current:
-        current.is_leaf = True
-    return parts
+def mime_parts(octets: bytes, start: int = 0, end: int = -1, depth: int = 0, max_fields: int = sys.maxsize) -> Any:
+    """Yield the parts of a message (RFC 2046 5.1), each before those within it; a header ends after `max_fields`."""
+    end = len(octets) if end < 0 else end
+    header, body = read_header(octets, start, end, max_fields)
+    part, inner = MIMEPart(header, start, body, end, depth), []
+    if part.media_type == "message/rfc822" and part.encoding not in ("base64", "quoted-printable"):
+        inner = [(body, end)]
+    elif part.media_type.startswith("multipart/") and part.parameter("boundary"):
+        inner = _split_multipart(octets, part, part.parameter("boundary").encode("ascii", "replace"))
+    part.is_leaf = not inner
+    yield part
+    for start, end in inner:
+        yield from mime_parts(octets, start, end, depth + 1, max_fields)
 
 
-def _open_part(octets: bytes, start: int, depth: int, parts: list, open_depths: dict) -> MIMEPart:
-    """Read a part's header and those of messages directly within it; return the innermost part."""
-    while True:
-        header, body = read_header(octets, start)
-        part = MIMEPart(header, start, body, len(octets), depth)
-        parts.append(part)
-        part.media_type = part.value("content-type").partition(";")[0].strip().lower()
-        if depth > MAX_NESTING or len(parts) > MAX_PARTS:
-            return part
-        if part.media_type.startswith("multipart/") and part.parameter("boundary"):
-            part.is_leaf, part.boundary = False, part.parameter("boundary").encode("ascii", "replace")
-            open_depths[part.boundary] = depth
-        elif part.media_type == "message/rfc822" and part.encoding not in ("base64", "quoted-printable"):
-            part.is_leaf, start, depth = False, body, depth + 1
-            continue
-        return part
+def _split_multipart(octets: bytes, part: MIMEPart, boundary: bytes) -> list:
+    """Return [(start, end), ...] of the parts of a multipart; one without parts is a leaf."""
+    spans, start = [], 0
+    delimiter = re.compile(rb"\n--" + re.escape(boundary) + rb"(--)?[ \t]*\r?(?=\n|\Z)")
+    for found in delimiter.finditer(octets, part.body - 1, part.end):
+        end = found.start() - octets.endswith(b"\r", start, found.start())
+        spans += [(start, max(start, end))] if start else []
+        start = min(found.end() + 1, part.end)
+        if found[1]:
+            return spans
+    return [*spans, (start, part.end)] if start else []
 
 
-def read_header(octets: bytes, start: int) -> tuple:
-    """Return ([(name in lower case, octets of the field), ...], start of the body). It ends soon after a limit."""
+def read_header(octets: bytes, start: int, end: int, max_fields: int = sys.maxsize) -> tuple:
+    """Return ([(name in lower case, octets of the field), ...], start of the body)."""
     header, at = [], start
-    while len(header) <= MAX_FIELDS and at - start <= MAX_HEADER:
-        found = RAW_FIELD.match(octets, at)
-        if not found:
-            break
+    while len(header) <= max_fields and (found := RAW_FIELD.match(octets, at, end)):
         header.append((found[1].decode().lower(), found[0]))
         at = found.end()
-    return header, at + (2 if octets.startswith(b"\r\n", at) else octets.startswith(b"\n", at))
+    return header, at + (2 if octets.startswith(b"\r\n", at, end) else octets.startswith(b"\n", at, end))
 
 
-def check_limits(parts: list) -> None:
-    """Raise ValueError if a message exceeds a limit."""
-    parameters = [octets.count(b";") for part in parts for name, octets in part.header if name in PARAMETER_FIELDS]
-    for what, counts, limit in (
-        ("parts", [len(parts)], MAX_PARTS),
-        ("levels of parts", [part.depth for part in parts], MAX_NESTING),
-        ("fields in a header", [len(part.header) for part in parts], MAX_FIELDS),
-        ("octets of a header", [part.body - part.start for part in parts], MAX_HEADER),
-        ("parameters of a field", [0, *parameters], MAX_PARAMETERS),
+def check_limits(part: MIMEPart, number: int) -> None:
+    """Raise ValueError if the message exceeds a limit with this part."""
+    parameters = [octets.count(b";") for name, octets in part.header if name in PARAMETER_FIELDS]
+    for what, count, limit in (
+        ("parts", number, MAX_PARTS),
+        ("levels of parts", part.depth, MAX_NESTING),
+        ("fields in a header", len(part.header), MAX_FIELDS),
+        ("octets of a header", part.body - part.start, MAX_HEADER),
+        ("parameters of a field", max(parameters, default=0), MAX_PARAMETERS),
     ):
-        if max(counts) > limit:
-            raise ValueError(f"{max(counts)} {what} exceed the limit of {limit}")
+        if count > limit:
+            raise ValueError(f"{count} {what} exceed the limit of {limit}")
 
 
 def rewrite_parts(octets: bytes, parts: list, rewrite: Callable, keep_8bit: bool = True) -> bytes:
     """Return the message with the (fields, body) that rewrite(part, body) gives for each part."""
+    dropped = b"" if keep_8bit else HIGH_OCTETS  # from delimiters, and from text between parts that nobody reads
     out, at = [], 0
     for part in parts:
-        between, body = octets[at : part.start], octets[part.body : part.end] if part.is_leaf else b""
-        header, new_body = rewrite(part, body)
-        # Between parts stand delimiters, and text that nobody reads.
-        out.append(between if keep_8bit else between.translate(None, HIGH_OCTETS))
-        if header == part.header:
-            out.append(octets[part.start : part.body])
-        else:
-            length = sum(len(octets) for _, octets in part.header)
-            out += [octets for _, octets in header]
-            out.append(octets[part.start + length : part.body])
-        out.append(new_body)
+        header, body = rewrite(part, octets[part.body : part.end] if part.is_leaf else b"")
+        blank_line = octets[part.start + sum(len(octets) for _, octets in part.header) : part.body]
+        between = octets[at : part.start].translate(None, dropped)
+        out += [between, *(octets for _, octets in header), blank_line, body]
         at = part.end if part.is_leaf else part.body
-    return b"".join([*out, octets[at:] if keep_8bit else octets[at:].translate(None, HIGH_OCTETS)])
+    return b"".join([*out, octets[at:].translate(None, dropped)])
 
 
 def _encode_binary(part: MIMEPart, body: bytes) -> tuple:
@@ -2426,9 +2300,11 @@ def set_encoding(header: list, encoding: str) -> list:
     return [item for item in header if item[0] != name] + new
 
 
-def base64_lines(octets: Any) -> bytes:
+def base64_lines(octets: bytes) -> bytes:
     """Return base64 in lines of 76 characters and CRLF (RFC 2045 6.8)."""
-    return b"\r\n".join(BASE64_LINE.findall(binascii.b2a_base64(octets, newline=False))) + b"\r\n"
+    blocks = (octets[at : at + 57 * 4096] for at in range(0, len(octets), 57 * 4096))  # 57 octets make a line
+    coded = (binascii.b2a_base64(block, newline=False) for block in blocks)
+    return b"".join(b"\r\n".join(BASE64_LINE.findall(block)) + b"\r\n" for block in coded)
 
 
 def unfold(octets: bytes) -> str:
@@ -2467,14 +2343,12 @@ class Submission:
     async_: bool = config_field(False, parse_boolean, "true: answered at once, delivered from the queue", key="async")
     html: str = config_field("", parse_unicode_text, "the same in HTML")
     attachments: tuple = config_field((), parse_attachments, "files")
-    raw: ParsedMessage | None = config_field(
-        None, parse_raw, "a finished message instead of header, body, html and attachments"
-    )
+    raw: ParsedMessage | None = config_field(None, parse_raw, "a finished message instead of header, body, html, files")
 
     @property
     def shared(self) -> bool:
         """Whether all recipients get the same message."""
-        return bool(self.raw or self.header.shared)
+        return bool(self.raw or self.header.to or self.header.cc)
 
 
 class SubmissionResult(NamedTuple):
@@ -2495,13 +2369,13 @@ def parse_submission(body: Any) -> SubmissionResult:
     except ValueError as error:
         return SubmissionResult(None, [sanitize(str(error)) + form_data_hint(bytes(body[:500]))], is_json=False)
     try:
-        if b"\\u001" in body and isinstance(raw, dict) and isinstance(raw.get("header"), dict):
+        if b"\\u001" in body and is_in_jis(raw):
             decode_jis_strings(raw)
     except ValueError as error:
         return SubmissionResult(None, [sanitize(str(error))])
     except RecursionError:
         return SubmissionResult(None, ["nested too deeply"], is_json=False)
-    submission = hinted(Submission, SUBMISSION_KEYS)(raw, "", errors)
+    submission = from_dict(Submission, raw, "", errors, functools.partial(hint_of, SUBMISSION_KEYS))
     if submission.html and not any(error.startswith("attachments") for error in errors):
         check_content_ids(submission, errors)
     if submission.rcpt is None or submission.header.bcc or submission.raw:
@@ -2509,9 +2383,7 @@ def parse_submission(body: Any) -> SubmissionResult:
     return SubmissionResult(None if errors else submission, errors)
 
 
-SUBMISSION_KEYS = {
-    normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *key_table(Header), "replyto")
-}
+SUBMISSION_KEYS = {normalize_key(key): f"header.{key.lower()}" for key in (*EXTRA_FIELDS, *reversed(key_table(Header)))}
 SUBMISSION_KEYS.update(TOP_KEYS)
 
 
@@ -2527,41 +2399,31 @@ def check_content_ids(submission: Submission, errors: list) -> None:
     """Append an error for a "cid:" in the HTML without an attachment, and for a `cid` that the HTML does not use."""
     links = {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(submission.html)}
     cids = {item.cid: i for i, item in enumerate(submission.attachments) if item.cid}
-    errors += [
-        f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in sorted(links - cids.keys())
-    ][:MAX_HINTS]
+    unknown = sorted(links - cids.keys())[:MAX_HINTS]
+    errors += [f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in unknown]
     errors += [f'attachments[{i}].cid: the HTML has no "cid:{cid}"' for cid, i in cids.items() if cid not in links]
 
 
 def is_expensive(work: Any) -> bool:
     """Return whether to parse this body, or to compose this Submission, may take over 5 ms and belongs in a thread."""
-    return (_compose_cost(work) if isinstance(work, Submission) else _parse_cost(work)) > 5000
-
-
-def _parse_cost(body: Any) -> float:
-    """Estimate microseconds from above: text is cheap; strings, addresses and raw messages are not."""
-    per_octet = 0.4 if b'"raw"' in body or b"\\u00" in body else 0.01  # the key may be escaped
-    return per_octet * len(body) + 1.5 * body.count(b'"') + 10 * body.count(b"@")
-
-
-def _compose_cost(submission: Submission) -> float:
-    """Estimate microseconds from above, by the slowest inputs of each kind."""
-    header, raw = submission.header, submission.raw
+    if not isinstance(work, Submission):
+        per_octet = 0.4 if b'"raw"' in work or b"\\u00" in work else 0.01  # the key may be escaped
+        return per_octet * len(work) + 1.5 * work.count(b'"') + 10 * work.count(b"@") > 5000
+    header, raw = work.header, work.raw
     if raw:
         per_octet = 0.01 if raw.body.isascii() else 0.3
-        return per_octet * len(raw.body) + 10 * len(raw.fields) + 30 * raw.body.count(b"\n--")
-    cost = (0.02 if header.charset in ("UTF-8", "US-ASCII") else 0.5) * len(submission.body)
-    cost += (0.1 if submission.body else 1.5) * len(submission.html)
-    cost += sum(25 + 0.008 * len(item.content or b"") for item in submission.attachments)
-    cost += 0.6 * (len(header.subject) + sum(len(value) for _, value, _ in header.extra_fields))
-    return cost + 5 * len(header.extra_fields) + 15 * len(header.to + header.cc)
+        return per_octet * len(raw.body) + 10 * len(raw.fields) + 30 * raw.body.count(b"\n--") > 5000
+    cost = (0.02 if header.charset in ("UTF-8", "US-ASCII") else 0.5) * len(work.body)  # microseconds, from above
+    cost += (0.1 if work.body else 0.5) * len(work.html)
+    cost += sum(25 + 0.008 * len(item.content or b"") for item in work.attachments)
+    cost += 0.6 * (len(header.subject) + sum(len(value) for _, value in header.extra_fields))
+    return cost + 5 * len(header.extra_fields) + 15 * len(header.to + header.cc) > 5000
 
 
 def provider_header_names(submission: Submission) -> tuple:
     """Return the names of the fields that cloud relays take for commands."""
-    raw = submission.raw.fields if submission.raw else ()
-    names = [*(name for name, _, _ in submission.header.extra_fields), *(name for name, _ in raw)]
-    return tuple(dict.fromkeys(name for name in names if PROVIDER_HEADER.fullmatch(name)))
+    listed = (*submission.header.extra_fields, *(submission.raw.fields if submission.raw else ()))
+    return tuple(dict.fromkeys(name for name, _ in listed if PROVIDER_HEADER.fullmatch(name)))
 
 
 def add_header_recipients(submission: Submission, raw: Any, errors: list) -> Submission:
@@ -2571,50 +2433,52 @@ def add_header_recipients(submission: Submission, raw: Any, errors: list) -> Sub
         both = [key for key in ("header", "body", "html", "attachments") if raw.get(key) is not None]
         errors.extend(f"{key}: can't stand beside raw" for key in both)
         header = Header(loop=loop_names(submission.raw.fields))
-        if rcpt is None:
-            rcpt = tuple(header_recipients(submission.raw.fields))
-    if rcpt is None:
-        rcpt = tuple(mailbox.as_written for _, mailbox in header.to + header.cc if mailbox.as_written)
-    hidden = tuple(mailbox.as_written for _, mailbox in header.bcc if mailbox.as_written)
-    return replace(submission, header=header, rcpt=rcpt + hidden)
+        rcpt = tuple(header_recipients(submission.raw.fields)) if rcpt is None else rcpt
+    shown = header.to + header.cc if rcpt is None else ()
+    named = (mailbox.as_written for _, mailbox in shown + header.bcc if mailbox.as_written)
+    return replace(submission, header=header, rcpt=(*(rcpt or ()), *named))
 
 
-def decode_jis_strings(raw: dict) -> None:
-    """Decode the strings that hold ISO-2022-JP itself, if that is the charset asked for."""
-    charset = next((value for key, value in raw["header"].items() if normalize_key(key) == "charset"), None)
-    if type(charset) is str and iana_charset(charset) == "ISO-2022-JP":
-        _decode_jis_in(raw, "")
+def is_in_jis(raw: Any) -> bool:
+    """Return whether a submission asks for ISO-2022-JP."""
+    header = raw.get("header") if isinstance(raw, dict) else None
+    items = header.items() if isinstance(header, dict) else ()
+    charset = next((value for key, value in items if normalize_key(key) == "charset"), None)
+    return type(charset) is str and iana_charset(charset) == "ISO-2022-JP"
 
 
-def _decode_jis_in(table: Any, json_path: str) -> None:
+def decode_jis_strings(table: Any, json_path: str = "") -> None:
+    """Decode the strings in an object or list that hold ISO-2022-JP itself."""
     for key, value in table.items() if isinstance(table, dict) else enumerate(table):
-        dot = "." if json_path else ""
-        item_path = f"{json_path}[{key}]" if isinstance(table, list) else f"{json_path}{dot}{sanitize(key)}"
+        item_path = f"{json_path}[{key}]" if isinstance(table, list) else f"{json_path}.{sanitize(key)}".lstrip(".")
         if type(value) is str:
             try:
                 table[key] = jis_to_text(value)
             except ValueError as error:
                 raise ValueError(f"{item_path}: {error}") from None
         elif isinstance(value, (dict, list)):
-            _decode_jis_in(value, item_path)
+            decode_jis_strings(value, item_path)
 
 
 def jis_to_text(text: str) -> str:
     """Decode ISO-2022-JP (RFC 1468, and the rows and kana that CP50220 adds) that a string holds."""
     if "\x1b" not in text or not text.isascii():
         return text
-    head, *segments = re.split(r"\x1b(\$[@B]|\([BJI])", text)
-    parts = [head]
-    for escape, segment in zip(segments[::2], segments[1::2]):
-        if escape[0] == "$":
-            parts.append(jis_bytes_to_text(segment.encode()))
-        elif escape == "(I":
-            parts.append("".join(chr(ord(c) + 0xFF40) if "!" <= c <= "_" else c for c in segment))
-        else:  # JIS X 0201, "(J", has two characters that ASCII has not (RFC 1468)
-            parts.append(segment.replace("\\", "¥").replace("~", "‾") if escape == "(J" else segment)
-    if re.search(r"\x1b[$(]", "".join(parts)):
+    text = JIS_SEGMENT.sub(_decode_segment, text)
+    if re.search(r"\x1b[$(]", text):
         raise ValueError("has an escape sequence that is not ISO-2022-JP's")
-    return "".join(parts)
+    return text
+
+
+JIS_SEGMENT = re.compile(r"\x1b(\$[@B]|\([BJI])([^\x1b]*)")
+JIS_TABLES = {  # JIS X 0201 has kana, and two characters that ASCII has not (RFC 1468)
+    "(B": {}, "(J": str.maketrans("\\~", "¥‾"), "(I": {code: code + 0xFF40 for code in range(0x21, 0x60)},
+}  # fmt: skip
+
+
+def _decode_segment(found: re.Match) -> str:
+    escape, segment = found.groups()
+    return jis_bytes_to_text(segment.encode()) if escape[0] == "$" else segment.translate(JIS_TABLES[escape])
 
 
 def jis_bytes_to_text(octets: bytes) -> str:
@@ -2806,10 +2670,8 @@ def check_message_size(octets: int, settings: Settings) -> Reply | None:
 #    limits on lines; the recipients of a copy, the clock and the queue id are arguments.
 # ======================================================================================================================
 
-BASE64_BLOCK = 57 * 4096  # octets; a line holds 57
 PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
 RFC2231_SEGMENT = 60  # characters of a parameter in one line
-SOUND_MARKS = ("ﾞ", "ﾟ")
 NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
 JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
 QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
@@ -2820,7 +2682,7 @@ UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, R
 ENCODED_WORDS = re.compile(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)")
 ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
 PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
-COMMENT = re.compile(r"\([^()\\]*\)")
+COMMENT_8BIT = re.compile(r"\(([^()\\\x80-\U0010ffff]*[\x80-\U0010ffff][^()\\]*)\)")
 NOT_BASE64 = bytes({*range(256)} - {*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"})
 
 
@@ -2839,20 +2701,18 @@ def compose(submission: Submission, queueid: str, client: IPAddress, hostname: s
 def _compose(submission: Submission, charset: str, queueid: str, client: Any, hostname: str, now: float) -> Message:
     header, sender, date = submission.header, parse_address(submission.mail), rfc5322_date(int(now))
     author = header.from_ or (("", sender),)
-    if submission.html or submission.attachments:
-        content = multipart_body(submission, charset, queueid)
-    else:
-        content = text_part("plain", submission.body, charset)
     top = [received_field(submission.ehlo, client, hostname, queueid, date), address_field("From", author, charset)]
     if len(author) > 1 or author[0][1].key != sender.key:
         top.append(f"Sender: {sender.addr_spec}")
-    extra = extra_field_lines(header.extra_fields, charset) if header.extra_fields else {}
+    extra: dict = {}
+    for name, value in header.extra_fields:
+        extra.setdefault(name, []).append(header_field(name, value, charset))
     middle = [address_field("Reply-To", header.replyto, charset)] if header.replyto else []
     middle += [text_field("Subject", header.subject, charset), *extra.pop("Date", (f"Date: {date}",))]
     identity = extra.pop("Message-Id", ())
-    end = [line for lines in extra.values() for line in lines] if extra else []
+    end = [line for lines in extra.values() for line in lines]
     end += loop_field(header.loop, hostname), "MIME-Version: 1.0", ""
-    if header.shared:
+    if submission.shared:
         shown = [address_field(name, item, charset) for name, item in (("To", header.to), ("Cc", header.cc)) if item]
         heads = [[*top, *shown, *middle, *(identity or (f"Message-Id: <{queueid}.1@{hostname}>",)), *end]]
     elif identity:
@@ -2861,17 +2721,7 @@ def _compose(submission: Submission, charset: str, queueid: str, client: Any, ho
         heads = [[*top, "To: "], ["", *middle, f"Message-Id: <{queueid}."], [f"@{hostname}>", *end]]
     *parts, last = ["\r\n".join(lines).encode() for lines in heads]
     utf8 = not (last.isascii() and all(map(bytes.isascii, parts)))  # only an address can be other than ASCII
-    return Message((*parts, join_pieces(last, content)), utf8, utf8)
-
-
-def join_pieces(first: bytes, pieces: Any) -> bytes:
-    """Join octets; the pieces of a generator are never all in memory beside the whole."""
-    if type(pieces) is list:
-        return b"".join((first, *pieces))
-    stream = io.BytesIO(first)
-    stream.seek(0, io.SEEK_END)
-    stream.writelines(pieces)
-    return stream.getvalue()
+    return Message((*parts, b"".join([last, *content_pieces(submission, charset, queueid)])), utf8, utf8)
 
 
 @functools.lru_cache(maxsize=64)
@@ -2879,18 +2729,13 @@ def loop_field(names: tuple, hostname: str) -> str:
     return fold("X-Haineko-Loop:", [name + "," for name in names] + [hostname])
 
 
-def extra_field_lines(extra_fields: tuple, charset: str) -> dict:
-    """Return {name: [line, ...]} of the fields in EXTRA_FIELDS and X-..."""
-    lines: dict = {}
-    for name, value, parse in extra_fields:
-        if parse is parse_mailbox_field:
-            line = address_field(name, value, charset)
-        elif parse is parse_header_text:
-            line = text_field(name, value, charset)
-        else:
-            line = fold(f"{name}:", value.split(" "))
-        lines.setdefault(name, []).append(line)
-    return lines
+def header_field(name: str, value: Any, charset: str) -> str:
+    """Return a field of mailboxes or text, encoded as its grammar allows."""
+    if type(value) is tuple:
+        return address_field(name, value, charset)
+    if STRUCTURED_FIELDS.fullmatch(name.lower()):
+        return fold(f"{name}:", value.split(" "))
+    return text_field(name, value, charset)
 
 
 def text_part(subtype: str, text: str, charset: str) -> list:
@@ -2900,8 +2745,8 @@ def text_part(subtype: str, text: str, charset: str) -> list:
     return [head.encode(), body]
 
 
-def multipart_body(submission: Submission, charset: str, queueid: str) -> Any:
-    """Yield the octets of HTML and attachments: the richest form last (RFC 2046 5.1.4), then the files."""
+def content_pieces(submission: Submission, charset: str, queueid: str) -> list:
+    """Return the octets of text, HTML and attachments: the richest form last (RFC 2046 5.1.4), then the files."""
     html, attachments = submission.html, submission.attachments
     pictures = [file_part(item, charset) for item in attachments if html and item.cid]
     files = [file_part(item, charset) for item in attachments if not (html and item.cid)]
@@ -2914,31 +2759,28 @@ def multipart_body(submission: Submission, charset: str, queueid: str) -> Any:
     return multipart("mixed", queueid, whole, *files) if files else whole
 
 
-def multipart(subtype: str, queueid: str, *parts: Any) -> Any:
-    """Yield the octets of a multipart; the random queue id makes a boundary that occurs in none of the parts."""
+def multipart(subtype: str, queueid: str, *parts: Any) -> list:
+    """Return the octets of a multipart; the random queue id makes a boundary that occurs in none of the parts."""
     boundary = f"=_{queueid}.{subtype}"
     root = '; type="text/html"' if subtype == "related" else ""  # RFC 2387 3.1
-    yield f'Content-Type: multipart/{subtype}{root};\r\n boundary="{boundary}"\r\n'.encode()
+    pieces = [f'Content-Type: multipart/{subtype}{root};\r\n boundary="{boundary}"\r\n'.encode()]
     for part in parts:
-        yield f"\r\n--{boundary}\r\n".encode()
-        yield from part
-    yield f"\r\n--{boundary}--\r\n".encode()
+        pieces += [f"\r\n--{boundary}\r\n".encode(), *part]
+    return [*pieces, f"\r\n--{boundary}--\r\n".encode()]
 
 
-def file_part(item: Attachment, charset: str) -> Any:
-    """Yield the octets of an attachment, whose content arrives unchanged."""
+def file_part(item: Attachment, charset: str) -> list:
+    """Return [header, body] of an attachment, whose content arrives unchanged."""
     media_type = item.type or guess_media_type(item.filename)
     in_type, in_disposition = name_parameters(item.filename, charset) if item.filename else ("", "")
     disposition = "inline" if item.cid or item.inline else "attachment"
-    # RFC 2046 5.2.1 allows a message/rfc822 no encoding; parse_attachments() has seen that it needs none.
-    is_message = media_type.startswith("message/")
-    head = f"Content-Type: {media_type}{in_type}\r\nContent-Transfer-Encoding: {'7bit' if is_message else 'base64'}\r\n"
+    if media_type.startswith("message/"):  # RFC 2046 5.2.1 allows no encoding; parse_attachments() has seen to that
+        encoding, body = "7bit", item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    else:
+        encoding, body = "base64", base64_lines(item.content)
+    head = f"Content-Type: {media_type}{in_type}\r\nContent-Transfer-Encoding: {encoding}\r\n"
     head += f"Content-Disposition: {disposition}{in_disposition}\r\n"
-    yield (head + (f"Content-ID: <{item.cid}>\r\n\r\n" if item.cid else "\r\n")).encode()
-    if is_message:
-        yield item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-    for start in range(0, 0 if is_message else len(item.content), BASE64_BLOCK):
-        yield base64_lines(item.content[start : start + BASE64_BLOCK])
+    return [(head + (f"Content-ID: <{item.cid}>\r\n\r\n" if item.cid else "\r\n")).encode(), body]
 
 
 def name_parameters(name: str, charset: str) -> tuple:
@@ -2960,26 +2802,21 @@ def rfc2231_parameter(name: str, text: str, charset: str) -> str:
 
 
 def guess_media_type(name: str) -> str:
-    """Return the media type for the extension of a file's name."""
+    """Return the media type for the extension of a file's name, by tables that are the same on every system."""
     import mimetypes
 
     extension = os.path.splitext(name)[1].lower()
-    media_type, coding = mimetypes.guess_type("x" + extension)
-    if coding:
-        media_type = f"application/{coding}" if coding == "gzip" else ""
-    media_type = EXTRA_MEDIA_TYPES.get(extension) or media_type or ""
-    return (
-        "application/octet-stream"
-        if media_type.startswith(("message/", "multipart/")) or not media_type
-        else media_type
-    )
+    media_type = EXTRA_MEDIA_TYPES.get(extension) or mimetypes.types_map.get(extension, "message/")
+    return "application/octet-stream" if media_type.startswith("message/") else media_type
 
 
 _OFFICE = "application/vnd.openxmlformats-officedocument."
-EXTRA_MEDIA_TYPES = {  # that not every system's table has
+EXTRA_MEDIA_TYPES = {  # that not every version of Python has
     ".docx": _OFFICE + "wordprocessingml.document", ".xlsx": _OFFICE + "spreadsheetml.sheet",
     ".pptx": _OFFICE + "presentationml.presentation", ".ics": "text/calendar", ".md": "text/markdown",
-    ".webp": "image/webp", ".zip": "application/zip",
+    ".webp": "image/webp", ".zip": "application/zip", ".gz": "application/gzip", ".tgz": "application/gzip",
+    ".odt": "application/vnd.oasis.opendocument.text", ".ods": "application/vnd.oasis.opendocument.spreadsheet",
+    ".rtf": "application/rtf", ".7z": "application/x-7z-compressed",
 }  # fmt: skip
 
 
@@ -3122,13 +2959,9 @@ def fold(line: str, tokens: Any) -> str:
     """Append tokens to a field's name, with a new line before each that would pass column 76 (RFC 2047 2)."""
     lines, column = [line], len(line)
     for token in tokens:
-        column += 1 + len(token)
-        if column > 76 and len(lines) > 1:
-            lines.append("\r\n ")
-            column = 1 + len(token)
-        else:
-            lines.append(" ")
-        lines.append(token)
+        separator = "\r\n " if column + 1 + len(token) > 76 and len(lines) > 1 else " "
+        lines += [separator, token]
+        column = (column if separator == " " else 0) + 1 + len(token)
     return "".join(lines)
 
 
@@ -3136,22 +2969,17 @@ def encoded_words(value: str, charset: str, used: int) -> list:
     """Return encoded words (RFC 2047) of whole characters and at most 75 columns; `used` columns of the first line are
     taken already."""
     encode, words, room, start = charset_encoder(charset), [], 76 - used, 0
+    value = wide_kana(value) if charset == "ISO-2022-JP" else value  # else a sound mark could be split off
     overhead = len(charset) + 7
     while start < len(value) or not words:
         size = min(len(value) - start, room)
         coded = encode(value[start : start + size])
-        while size > 1 and (overhead + (len(coded) + 2) // 3 * 4 > room or splits_cluster(value, start + size)):
+        while size > 1 and overhead + (len(coded) + 2) // 3 * 4 > room:
             size = max(1, min(size - 1, size * (room - overhead) * 3 // (4 * len(coded)) + 1))
             coded = encode(value[start : start + size])
         words.append(f"=?{charset}?B?{binascii.b2a_base64(coded, newline=False).decode()}?=")
         start, room = start + size, 75
     return words
-
-
-def splits_cluster(value: str, at: int) -> bool:
-    """Return whether a break there would separate a half-width kana from its sound mark: ISO-2022-JP encodes the two
-    as one character."""
-    return value.startswith(SOUND_MARKS, at) and not value.startswith(SOUND_MARKS, at - 1)
 
 
 def encode_body(text: str, charset: str) -> tuple:
@@ -3161,7 +2989,7 @@ def encode_body(text: str, charset: str) -> tuple:
     octets = charset_encoder(charset)(text)
     if not NEEDS_ENCODING.search(octets):
         return "7bit", octets
-    if charset == "ISO-2022-JP" and not octets.translate(None, JIS_OCTETS) and not TOO_LONG.search(octets):
+    if charset == "ISO-2022-JP" and not octets.translate(None, JIS_OCTETS) and not LONG_LINE.search(octets):
         return "7bit", octets
     if charset != "UTF-8" or len(octets) < 2 * len(text):  # else most characters are other than ASCII
         quoted = len(octets) + 2 * len(octets.translate(None, QUOTED_AS_IS))
@@ -3178,11 +3006,9 @@ def charset_encoder(charset: str) -> Callable:
 
 def _encode(codec: str, text: str) -> bytes:
     octets = text.encode(codec)
-    try:
+    with contextlib.suppress(UnicodeDecodeError):  # text with the control characters of ISO-2022-JP-2 or ISO-2022-KR
         if octets.decode(codec) == text:
             return octets
-    except UnicodeDecodeError:  # text with the control characters of ISO-2022-JP-2 or ISO-2022-KR
-        pass
     raise UnicodeEncodeError(codec, text, 0, len(text), "no such character")  # EUC-JP turns a yen sign into a backslash
 
 
@@ -3190,26 +3016,20 @@ def encode_jis(text: str) -> bytes:
     """Encode ISO-2022-JP as CP50220 does: half-width kana become full-width, NEC's and IBM's characters stay."""
     if "\x1b" in text:  # a reader would take it for the start of a sequence
         raise UnicodeEncodeError("iso2022_jp", text, text.index("\x1b"), text.index("\x1b") + 1, "no character")
-    try:
+    with contextlib.suppress(UnicodeEncodeError):
         return text.translate(CP932_TO_JIS).encode("iso2022_jp")
-    except UnicodeEncodeError:
-        return _encode_jis(text)
+    table, pattern = jis_extensions()
+    runs = pattern.split(wide_kana(text).translate(CP932_TO_JIS))
+    kanji = {run: b"\x1b$B%b\x1b(B" % b"".join(map(table.get, run)) for run in runs if run[:1] in table}
+    return b"".join(kanji.get(run) or run.encode("iso2022_jp") for run in runs)
 
 
-def _encode_jis(text: str) -> bytes:
+def wide_kana(text: str) -> str:
+    """Return text with full-width kana for half-width ones."""
     import unicodedata
 
-    def wide(kana: re.Match) -> str:
-        return unicodedata.normalize("NFKC", kana[0]).replace("\u3099", "゛").replace("\u309a", "゜")
-
-    text = re.sub("[\uff61-\uff9f]+", wide, text).translate(CP932_TO_JIS)
-    (table, runs), octets = jis_extensions(), []
-    for run in runs.split(text):
-        if run and run[0] in table:
-            octets.append(b"\x1b$B%b\x1b(B" % b"".join(table[c] for c in run))
-        else:
-            octets.append(run.encode("iso2022_jp"))
-    return b"".join(octets)
+    marks = {0x3099: "゛", 0x309A: "゜"}  # those that stand alone
+    return re.sub("[\uff61-\uff9f]+", lambda kana: unicodedata.normalize("NFKC", kana[0]).translate(marks), text)
 
 
 @functools.lru_cache(maxsize=1)
@@ -3220,13 +3040,10 @@ def jis_extensions() -> tuple:
     for row in (13, 89, 90, 91, 92):
         for cell in range(1, 95):
             octets = bytes((row + 0x20, cell + 0x20))
-            try:
+            with contextlib.suppress(ValueError):  # unassigned
                 character = jis_bytes_to_text(octets)
-                character.encode("iso2022_jp")
-            except UnicodeEncodeError:
-                table.setdefault(character, octets)
-            except ValueError:
-                pass
+                if not character.encode("iso2022_jp", "ignore"):
+                    table.setdefault(character, octets)
     return table, re.compile(f"([{''.join(table)}]+)")
 
 
@@ -3250,7 +3067,7 @@ def complete_raw_message(
     octets = b"".join([*head, b"\n", raw.body, b"" if raw.body.endswith(b"\n") else b"\n"])
     octets = octets.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
     if not octets.isascii() or UNSENDABLE.search(octets):
-        octets = convert_parts(octets, keep_8bit=True, keep_utf8=True)
+        octets = downgrade_8bit(octets, keep_8bit=True, keep_utf8=True)
         if UNSENDABLE.search(octets):
             raise Rejected(make_reply("line-length"))
     return Message((octets,), not octets.isascii(), bool(non_ascii_fields(octets)))
@@ -3268,21 +3085,15 @@ def mime_label(body: bytes) -> bytes:
 
 def non_ascii_fields(octets: bytes) -> list:
     """Return the names of the header fields, those of parts included, that need SMTPUTF8 (RFC 6532 3)."""
-    parts = [] if octets.isascii() else mime_parts(octets)
+    parts = () if octets.isascii() else mime_parts(octets)
     return list(dict.fromkeys(name for part in parts for name, line in part.header if not line.isascii()))
 
 
-def downgrade_8bit(octets: bytes, keep_8bit: bool = False) -> bytes:
-    """Return the message for a server without SMTPUTF8, and without 8BITMIME unless `keep_8bit` (RFC 6152 3). What has
-    no form in ASCII, such as an address, stays: see non_ascii_fields()."""
-    return convert_parts(octets, keep_8bit=keep_8bit, keep_utf8=False)
-
-
-def convert_parts(octets: bytes, keep_8bit: bool, keep_utf8: bool) -> bytes:
-    """Return a message, each of whose parts is encoded where the path can't carry it as it is."""
-    parts = mime_parts(octets)
-    convert = functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8)
-    octets = rewrite_parts(octets, parts, convert, keep_8bit)
+def downgrade_8bit(octets: bytes, keep_8bit: bool = False, keep_utf8: bool = False) -> bytes:
+    """Return the message with each part encoded where a path without 8BITMIME (RFC 6152 3) and SMTPUTF8 can't carry it;
+    `keep_8bit` and `keep_utf8`: the path has them. What has no form in ASCII, such as an address, stays."""
+    parts = list(mime_parts(octets))
+    octets = rewrite_parts(octets, parts, functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8), keep_8bit)
     return octets if octets.endswith(b"\r\n") else octets + b"\r\n"
 
 
@@ -3309,21 +3120,18 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
         return label + b":" + value
     text = " ".join(re.split(r"[\r\n]+[ \t]*", decode_octets(value, charset).strip()))
     label = label.decode("ascii").strip()
-    if name in PARAMETER_FIELDS:
-        coded = f"{label}: {encode_comments(PARAMETER.sub(_encode_parameter, text))}"
-    elif name in MAILBOX_FIELDS:
-        try:
-            coded = address_field(label, parse_mailboxes(text) or (("undisclosed-recipients", NULL_SENDER),), "UTF-8")
-        except ValueError:
-            coded = f"{label}: {text}"
-    elif STRUCTURED_FIELDS.fullmatch(name):
-        coded = f"{label}: {encode_comments(text)}"
-    else:
-        tokens: list = []
-        for i, segment in enumerate(ENCODED_WORDS.split(text)):
-            tokens += [segment] if i % 2 else encoded_words(segment, "UTF-8", len(label) + 2) if segment.strip() else []
-        coded = fold(f"{label}:", tokens)
-    return coded.encode() + b"\r\n"
+    if name in MAILBOX_FIELDS:
+        with contextlib.suppress(ValueError):
+            mailboxes = parse_mailboxes(text) or (("undisclosed-recipients", NULL_SENDER),)
+            return address_field(label, mailboxes, "UTF-8").encode() + b"\r\n"
+    if name in (*PARAMETER_FIELDS, *MAILBOX_FIELDS) or STRUCTURED_FIELDS.fullmatch(name):
+        text = PARAMETER.sub(_encode_parameter, text) if name in PARAMETER_FIELDS else text
+        text = COMMENT_8BIT.sub(lambda found: f"({' '.join(encoded_words(found[1], 'UTF-8', 9))})", text)
+        return f"{label}: {text}\r\n".encode()
+    tokens: list = []
+    for i, segment in enumerate(ENCODED_WORDS.split(text)):
+        tokens += [segment] if i % 2 else encoded_words(segment, "UTF-8", len(label) + 2) if segment.strip() else []
+    return fold(f"{label}:", tokens).encode() + b"\r\n"
 
 
 def decode_octets(octets: bytes, charset: str) -> str:
@@ -3334,19 +3142,9 @@ def decode_octets(octets: bytes, charset: str) -> str:
     return octets.decode("latin-1")
 
 
-def encode_comments(text: str) -> str:
-    """Encode the comments (RFC 2047 5) that are other than ASCII."""
-    return COMMENT.sub(
-        lambda found: found[0] if found[0].isascii() else f"({' '.join(encoded_words(found[0][1:-1], 'UTF-8', 9))})",
-        text,
-    )
-
-
 def _encode_parameter(found: re.Match) -> str:
-    if found[0].isascii():
-        return found[0]
-    value = re.sub(r"\\(.)", r"\1", found[2].strip('"')) if found[2].startswith('"') else found[2].strip()
-    return rfc2231_parameter(found[1].rstrip("*"), value, "UTF-8")
+    value = unquote(found[2].strip())
+    return found[0] if found[0].isascii() else rfc2231_parameter(found[1].rstrip("*"), value, "UTF-8")
 
 
 def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
@@ -3370,20 +3168,7 @@ def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
 
 
 def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
-    """Return (Route, reason) for mail to `domain`; the look-up costs as much as the domain has labels, once."""
-    cache, key = settings.route_cache, (domain, sender_domain)
-    found = cache.get(key)
-    if not found:
-        if len(cache) >= ROUTE_CACHE_SIZE:
-            cache.clear()
-        found = cache[key] = _find_route(domain, sender_domain, settings)
-    return found
-
-
-ROUTE_CACHE_SIZE = 4096  # pairs of domains
-
-
-def _find_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
+    """Return (Route, reason) for mail to `domain`; the look-up costs as much as the domain has labels."""
     tables = (("mailertable", settings.mailertable, domain), ("sendermt", settings.sendermt, sender_domain))
     for name, table, key in tables:
         for row in lookup_keys(key.lower()) if table else ():
@@ -3398,13 +3183,9 @@ def _find_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
 FALLBACK_ROUTE = Route(port=25)
 
 
-def lookup_keys(domain: str) -> Any:
-    """Yield the keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
-    yield domain
-    dot = domain.find(".")
-    while dot >= 0:
-        yield domain[dot:]
-        dot = domain.find(".", dot + 1)
+def lookup_keys(domain: str) -> list:
+    """Return the keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
+    return [domain, *(domain[dot.start() :] for dot in re.finditer(r"\.", domain))]
 
 
 # ======================================================================================================================
@@ -9588,9 +9369,8 @@ def qualified_field(name: str, field: bytes, hostname: str) -> tuple:
 
 def qualified(text: str, hostname: str) -> str:
     """Return an address list in which names alone have got the domain; text that is no list stays as it is."""
-    try:
-        tokens = [(kind, f"({token})" if kind == "comment" else token) for kind, token in address_tokens(text)]
-    except ValueError:
+    tokens = [(found.lastgroup, found[0]) for found in ADDRESS_TOKEN.finditer(text) if found[0]]
+    if "fault" in dict(tokens):
         return text
     texts = [token for _, token in tokens]
     words = [i for i, (kind, _) in enumerate(tokens) if kind not in CFWS]

@@ -2942,7 +2942,7 @@ class Submissions(unittest.TestCase):
             ({"header": {"from": "nobody"}}, ["header.from: " + wanted + '"nobody"']),
             ({"header": {"replyto": "a b c"}}, ["header.replyto: " + wanted + '"a b c"']),
             ({"header": {"charset": "UTF-9"}},
-             ['header.charset: unknown charset "UTF-9"; "UTF-8" holds every character']),
+             ['header.charset: expected a charset that mail readers know, like "UTF-8", got "UTF-9"']),
             ({"header": {"x-haineko-loop": "a b"}}, ['header.x-haineko-loop: "a b" is no name of a Haineko']),
             ({"header": {"x-haineko-loop": [1]}}, ["header.x-haineko-loop[0]: expected a string, got a number"]),
             (b'{"body": "a", "body": "b"}', ["body: duplicate key"]),
@@ -3031,7 +3031,7 @@ class Submissions(unittest.TestCase):
         for what, form, parse, make in (
             ("a text", document(body="a mail of lines\n" * 4000), False, False),
             ("a text in Japanese", document(body="猫" * 9000), False, False),
-            ("HTML alone", document(body=None, html="<b>x</b>" * 1000), False, True),
+            ("HTML alone", document(body=None, html="<b>x</b>" * 2000), False, True),
             ("a long subject", document(header={"subject": "猫" * 20000}), False, True),
             ("many addresses", document(header={"to": ["猫 <a@b.jp>"] * 1500}), True, True),
             ("many fields", document(header={"x-a": ["é@" * 40] * 999}), True, True),
@@ -3329,14 +3329,14 @@ FAULTS = [
         ("bcc", {"a": 1}, "expected a string, got an object"), ("message-id", "a@b", 'expected "<left@right>"'),
         ("Message_ID", "<a b@c>", 'expected "<left@right>"'), ("message-id", "<a@b> <c@d>",
          'expected "<left@right>"'),
-        ("references", ["<a@b>", "c"], 'expected "<left@right>"'), ("in-reply-to", 1, "expected a string"),
+        ("references[1]", ["<a@b>", "c"], 'expected "<left@right>'), ("in-reply-to", 1, "expected a string"),
         ("date", "2014-01-03", "expected a date like"),
         ("date", "Fri, 31 Feb 2014 18:35:58 +0900", "expected a date like"),
-        ("date", "Fri, 03 Jan 2014 18:35:58 +0900\n", "has a CR, LF or NUL"), ("importance", "urgent",
-         "expected high, normal or low"),
+        ("date", "Fri, 03 Jan 2014 18:35:58 +0900\n", "has an unprintable character"), ("importance", "urgent",
+         "expected high or normal or low"),
         ("auto-submitted", "猫", "expected printable ASCII"), ("List-Unsubscribe", "<https://x/猫>",
          "expected printable ASCII"),
-        ("precedence", "bulk\0", "has a CR, LF or NUL"), ("organization", "a\nb", "has a CR, LF or NUL"),
+        ("precedence", "bulk\0", "has an unprintable character"), ("organization", "a\nb", "has a CR, LF or NUL"),
         ("x-a", 1, "expected a string, got a number"), ("x-a[1]", ["a", "b\r\nBcc: c"], "has a CR, LF or NUL"),
         ("x-a", {"b": 1}, "expected a string, got an object"), ("disposition-notification-to", "a",
          'expected "name <address>"'),
@@ -4916,15 +4916,6 @@ class DerivedText(unittest.TestCase):
 
 
 class Routes(unittest.TestCase):
-    def test_what_was_chosen_is_remembered_and_not_without_end(self):
-        force = settings(mailertable={"a.example": {"host": "a"}, "default": {"host": "b"}})
-        for i in range(haineko.ROUTE_CACHE_SIZE + 9):
-            for domain, host in ((f"{i}.example", "b"), ("a.example", "a")):
-                self.assertEqual(haineko.resolve_route(domain, "example.org", force)[0].host, host)
-        self.assertLessEqual(len(force.route_cache), haineko.ROUTE_CACHE_SIZE)
-        other = replace(force, mailertable={"default": haineko.Route(host="c")})
-        self.assertEqual(haineko.resolve_route("a.example", "example.org", other)[0].host, "c")
-
     def route(self, recipient: str, sender: str, **tables) -> tuple:
         """(host, why) of the route chosen by tables of {key: host}."""
         tables = {name: {key: {"host": host} for key, host in table.items()} for name, table in tables.items()}
@@ -12724,7 +12715,7 @@ class Attacks(Quiet):
         many = range(20000)
         for body in (
             {"header": {"subject": "x", **{f"odd{i}": 1 for i in many}}},
-            {"header": {"references": " ".join("x" for _ in many)}},
+            {"header": {"references": ["x" for _ in many]}},
             {"rcpt": [1 for _ in many]},
         ):
             self.assertEqual(len(haineko.parse_submission(json.dumps(body).encode())[1]), haineko.MAX_ERRORS)
