@@ -6938,8 +6938,8 @@ class SmtpSessions(Peers):
         self.assertEqual(self.at_once(peer, count), {("250", "DATA"): count})
         self.assertLessEqual(len(peer.connections), 2 * most)
 
-    def crowded(self, places: int, ends: bool = False) -> SmtpPeer:
-        """A peer that takes so many sessions at a time, and ends each after a mail or not."""
+    def crowded(self, places: int, ends: bool = False, mails: int = 99) -> SmtpPeer:
+        """A peer that takes so many sessions at a time, and ends each after a mail or not, or instead of one more."""
         lock, taken = threading.Lock(), []
 
         def greet(connection: SmtpConnection, line: str) -> str:
@@ -6954,7 +6954,14 @@ class SmtpSessions(Peers):
                 taken.remove(connection)
                 return b"250 2.0.0 taken\r\n421 4.3.2 one mail a session\r\n"
 
-        return self.peer({"CONN": greet, ".": end if ends else None})
+        def begin(connection: SmtpConnection, line: str) -> str:
+            if sum(old.startswith("MAIL") for old in connection.lines) <= mails:
+                return USUAL["MAIL"]
+            with lock:
+                taken.remove(connection)
+                return "421 4.7.0 too many mails"
+
+        return self.peer({"CONN": greet, "MAIL": begin, ".": end if ends else None})
 
     def test_a_server_that_takes_few_sessions_gets_all_mail(self) -> None:
         for places, ends in ((1, False), (3, False), (1, True), (3, True)):
@@ -6963,6 +6970,11 @@ class SmtpSessions(Peers):
                 self.assertEqual(self.at_once(peer, count), {("250", "DATA"): count})
                 self.assertEqual(len(peer.mails), count)
                 self.assertLessEqual(len(peer.connections), haineko.SessionPool.OPENING + (count if ends else places))
+
+    def test_a_server_that_takes_few_sessions_of_few_mails_gets_all_mail(self) -> None:
+        peer = self.crowded(3, mails=3)
+        self.assertEqual(self.at_once(peer, 40), {("250", "DATA"): 40})
+        self.assertEqual(len(peer.mails), 40)
 
     def test_who_is_refused_takes_a_session_that_was_given_back_meanwhile(self) -> None:
         gate, codes = threading.Event(), []
@@ -7159,6 +7171,26 @@ class SmtpSessions(Peers):
         replies = carried(job(peer, TO), job(peer, TO))
         self.assertEqual([[reply.code for reply in its] for its in replies], [["250", "450", "250"]] * 2)
         self.assertEqual((len(peer.connections), len(peer.mails)), (2, 2))
+
+    def test_nobody_is_tried_again_after_the_text_however_many_sessions_are_replaced(self) -> None:
+        class Reusing(haineko.TransportContext):
+            """As where the server takes no more sessions and others are given back."""
+
+            async def acquire(self, route: haineko.Route, hostname: str) -> tuple:
+                session = self.acquire_idle(route, hostname)
+                return (session, True) if session else await super().acquire(route, hostname)
+
+        async def four() -> list:
+            sessions = Reusing()
+            await asyncio.gather(*[haineko.attempt_transaction(job(peer), sessions) for _ in range(3)])
+            found = await haineko.attempt_transaction(job(peer, TO), sessions)
+            await sessions.sweep(everything=True)
+            return [(reply.code, reply.command) for reply in found.replies]
+
+        peer = self.peer({"RCPT": refuses(b="450 4.2.0 later"), ".": [*[USUAL["."]] * 3, "451 4.3.0 later"]})
+        self.assertEqual(haineko.run(four()), [("451", "DATA"), ("450", "RCPT"), ("451", "DATA")])
+        self.assertEqual((len(peer.connections), len(peer.mails)), (4, 4))
+        self.assertEqual(sum(line.startswith("RCPT TO:<b@") for line in peer.lines), 4)
 
     def test_a_fault_of_the_route_is_no_verdict_on_the_mail(self) -> None:
         login = {"auth": "x", "credentials": ("kijitora", "nyaa")}
