@@ -601,7 +601,9 @@ class Postfix(unittest.TestCase):
 
 
 class LimitedServer:
-    """Tests of a server with STARTTLS, a login, and few sessions at once or few mails in each."""
+    """Tests of a server with few sessions at once or few mails in each, and as a rule with STARTTLS and a login."""
+
+    SECURE, UNKNOWN = True, "550"
 
     @classmethod
     def setUpClass(cls):
@@ -619,7 +621,9 @@ class LimitedServer:
         if process.poll() is not None:
             with open(os.path.join(cls.folder, "output"), encoding="utf-8") as output:
                 raise unittest.SkipTest(output.read())
-        route = {"port": port, "starttls": True, "auth": "right", "ca_file": at("tls.pem"), "timeout": 10}
+        route = {"port": port, "timeout": 10}
+        if cls.SECURE:
+            route.update(starttls=True, auth="right", ca_file=at("tls.pem"))
         logins = {name: {"username": "kijitora", "password": name} for name in ("right", "wrong")}
         table = {"default": route, "wrong.example": {**route, "auth": "wrong"}}
         cls.server = Server(cls, table, authinfo=logins)
@@ -653,6 +657,8 @@ class LimitedServer:
             self.assertTrue(octets.rstrip(b"\n").endswith(b"\n\nMeow\n..\n.x"), octets)
 
     def test_wrong_password(self):
+        if not self.SECURE:
+            self.skipTest("no login")
         to, told = "mikeneko@wrong.example", []
 
         def has_room():  # the sessions of another test rest for a while
@@ -665,7 +671,7 @@ class LimitedServer:
 
     def test_one_recipient_is_unknown(self):
         status, answer = self.server.post(CATS)
-        told = [("250", "DATA"), ("550", "RCPT"), ("250", "DATA")]
+        told = [("250", "DATA"), (self.UNKNOWN, "RCPT"), ("250", "DATA")]
         self.assertEqual((status, outcome(answer)), (207, [(to, *what) for to, what in zip(CATS, told)]))
 
     def test_more_clients_than_sessions(self):
@@ -775,14 +781,11 @@ class Exim(LimitedServer, unittest.TestCase):
 
 
 SMTPD_CONF = """\
-pki foreign cert "@tls@.pem"
-pki foreign key "@tls@.key"
-table logins { kijitora = "@hash@" }
-table people { mikeneko@example.jp = nobody, sabineko@example.jp = nobody }
+table people { "mikeneko@example.jp" = nobody, "sabineko@example.jp" = nobody }
 smtp limit max-mails 5
-listen on 127.0.0.1 port @port@ tls-require pki foreign auth <logins> hostname opensmtpd.example
-action in maildir "@folder@/mail" virtual <people>
-match from any for domain "example.jp" action in
+listen on 127.0.0.1 port @port@ hostname opensmtpd.example
+action "in" maildir "@folder@/mail" virtual <people>
+match from any for domain "example.jp" action "in"
 """
 
 
@@ -790,11 +793,11 @@ match from any for domain "example.jp" action in
 class OpenSmtpd(LimitedServer, unittest.TestCase):
     """Five mails in a session. Its queue is that of the machine: the program knows no other."""
 
+    SECURE, UNKNOWN = False, "524"  # release 6.8 fails to sign by OpenSSL 3
+
     @classmethod
     def command(cls, port):
-        done = subprocess.run(["openssl", "passwd", "-6", "right"], check=True, capture_output=True, text=True)
-        path = cls.write("smtpd.conf", SMTPD_CONF, port=port, hash=done.stdout.strip())
-        return [shutil.which("smtpd"), "-d", "-f", path]
+        return [shutil.which("smtpd"), "-d", "-f", cls.write("smtpd.conf", SMTPD_CONF, port=port)]
 
 
 @unittest.skipUnless(shutil.which("nginx"), "no nginx on this machine")
