@@ -13,11 +13,11 @@
      5  Submissions                15  Relays
      6  Policy                     16  Queue
      7  Messages                   17  Submission pipeline
-     8  Routes                     18  HTTP server
-     9  Event loop                 19  Commands
-    10  DNS and connections
+     8  Routes                     18  Provider endpoints
+     9  Event loop                 19  HTTP server
+    10  DNS and connections        20  Commands
 
-Sections 1, 5 to 8 and 15 to 17 are the pipeline; 2 to 4 and 9 to 14 are infrastructure; 18 and 19 are the two entries.
+Sections 1, 5 to 8 and 15 to 18 are the pipeline; 2 to 4 and 9 to 14 are infrastructure; 19 and 20 are the two entries.
 
 Rules of the file:
   - A section uses only the sections above it; inside a section callers stand above their helpers.
@@ -59,7 +59,6 @@ import json
 import math
 import mmap
 import os
-import queue
 import random
 import re
 import select
@@ -76,6 +75,7 @@ import urllib.parse
 from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
 from html import unescape
 from html.parser import HTMLParser
@@ -105,6 +105,8 @@ class Reply(NamedTuple):
     retry_after: int = 0  # seconds after which to try again, if the other side named them
     origin: str = "relay"  # who gave it: "relay" (the other side, or our part in talking to it), "policy", "queue"
     from_server: bool = False  # the code and the words are the next hop's own
+    before_text: bool = False  # the text of the mail was not sent
+    fallback: str | None = None  # relays of the route's list that failed before
     route_fault: bool = False  # log-in or settings of the route are at fault: no verdict on the mail, which waits
 
     @property
@@ -270,12 +272,15 @@ REPLIES = {
     # a submission against policy
     "login": (401, "535", "5.7.0", "AUTH", "authentication failed"),
     "client": (403, "500", "5.7.1", "AUTH", "Access denied"),
+    "rate": (429, "450", "4.7.1", "AUTH", "Rate limit exceeded"),
     "json": (400, "421", None, "HTTP", "Malformed JSON string"),
     "invalid": (400, "554", "5.6.0", "HTTP", "Invalid submission"),
+    "batch": (400, "554", "5.6.0", "HTTP", "Too many mails in one request"),
     "loop": (400, "421", "5.4.6", "CONN", "Detected message loop"),
     "ehlo": (400, "501", "5.0.0", "EHLO", "Invalid domain name"),
     "mail-empty": (400, "501", "5.5.2", "MAIL", 'Syntax error in parameters scanning "FROM"'),
     "mail-form": (400, "553", "5.5.4", "MAIL", "Domain name required for sender address"),
+    "sender-policy": (403, "553", "5.7.1", "MAIL", "Sender address is not permitted"),
     "rcpt-none": (400, "553", "5.0.0", "RCPT", "User address required"),
     "rcpt-many": (403, "452", "4.5.3", "RCPT", "Too many recipients"),
     "rcpt-form": (400, "553", "5.1.5", "RCPT", "Recipient address is invalid"),
@@ -301,6 +306,7 @@ REPLIES = {
     "mta-sts": (0, "451", "4.7.5", "STARTTLS", "MTA-STS policy of the domain admits none of its hosts"),
     "no-starttls": (0, "454", "4.7.4", "STARTTLS", "STARTTLS is required, but was not offered"),
     "tls": (0, "421", "4.7.5", "STARTTLS", "TLS handshake failed"),
+    "route-limit": (0, "451", "4.3.2", "CONN", "The route's limit is reached"),
     "no-auth": (0, "454", "4.7.0", "AUTH", "AUTH is required, but no mechanism known here was offered"),
     "token": (0, "454", "4.7.0", "AUTH", "No access token"),
     "clear-auth": (0, "454", "4.7.11", "AUTH", "Credentials are not sent over a connection without TLS"),
@@ -747,25 +753,31 @@ class Authenticator:
     CACHE_TTL = 600  # seconds
     MAX_CONCURRENT_HASHES = 2  # scrypt takes 16 MiB and a core each
 
-    def __init__(self, hashes: dict) -> None:
-        self.hashes = hashes
-        self.cost = max([NEW_COST, *map(scrypt_cost, hashes.values())])  # of every verification
+    def __init__(self, logins: dict) -> None:
+        self.logins = logins
+        self.keys = {login.hash: name for name, login in logins.items() if login.hash.startswith(KEY_HASH)}
+        self.cost = max([NEW_COST, *[scrypt_cost(login.hash) for login in logins.values()]])  # of every verification
         self.verified: dict = {}  # HMAC of the credentials: monotonic time until which they are taken for right
         self.key = os.urandom(32)  # so that memory holds no plain digest of a password
         self.semaphore = threading.Semaphore(self.MAX_CONCURRENT_HASHES)
 
-    def is_cached(self, credentials: str | None) -> bool:
-        """True if these credentials, an Authorization header, were verified lately."""
-        return bool(self.verified) and self.verified.get(self._cache_key(credentials or ""), 0) > time.monotonic()
+    def is_cached(self, credentials: str) -> bool:
+        """True if these credentials, an Authorization header, were verified lately, or are a key."""
+        cached = self.verified and self.verified.get(self._cache_key(credentials), 0) > time.monotonic()
+        return bool(cached or self.key_owner(credentials))
 
-    def authenticate(self, credentials: str) -> bool:
-        """Verify an Authorization header (RFC 7617); takes a tenth of a second unless it is cached."""
-        if self.is_cached(credentials):
-            return True
+    def key_owner(self, credentials: str) -> str:
+        """Return the login whose API key these credentials are, "" for none. A look-up by digest tells no timing."""
         user, colon, password = decode_basic(credentials).partition(":")
-        if not colon:
-            return False
-        line = self.hashes.get(user, "")
+        return self.keys.get(key_hash(password if colon else user), "") if self.keys else ""
+
+    def authenticate(self, credentials: str) -> str:
+        """Return the name that an Authorization header (RFC 7617) proves, "" for none; takes a tenth of a second for a
+        password unless it is cached."""
+        user, colon, password = decode_basic(credentials).partition(":")
+        if self.is_cached(credentials) or not colon:
+            return self.key_owner(credentials) or (user if colon else "")
+        line = self.logins[user].hash if user in self.logins else ""
         with self.semaphore:
             right = bool(line) and verify_password(line, password)
             if rest := self.cost - scrypt_cost(line):  # or the time would tell which users exist
@@ -774,7 +786,7 @@ class Authenticator:
             now = time.monotonic()
             self.verified = {key: expires for key, expires in self.verified.items() if expires > now}
             self.verified[self._cache_key(credentials)] = now + self.CACHE_TTL
-        return right
+        return user if right else ""
 
     def _cache_key(self, credentials: str) -> bytes:
         return hmac.digest(self.key, credentials.encode(), "sha256")
@@ -790,11 +802,23 @@ def decode_basic(credentials: str) -> str:
 
 
 def parse_passwords(value: Any, json_path: str, errors: list) -> Authenticator:
-    return Authenticator(mapping_of(parse_password_hash)(value, json_path, errors))
+    return Authenticator(mapping_of(parse_login)(value, json_path, errors))
+
+
+def parse_login(value: Any, json_path: str, errors: list) -> Login | None:
+    """Parse a hash, or an object that has one; without it there is no login."""
+    if not isinstance(value, dict):
+        value = {"hash": parse_password_hash(value, json_path, errors)}
+    elif not value.get("hash"):
+        errors.append(f"{json_path}.hash: expected a hash")
+    login = from_dict(Login, value, json_path, errors)
+    return login if login.hash else None
 
 
 def verify_password(line: str, password: str) -> bool:
-    """True if `line` (scrypt or {SSHA}) is the hash of the password."""
+    """True if `line` (scrypt or {SSHA}) is the hash of the password. Those of keys are looked up instead."""
+    if line.startswith(KEY_HASH):
+        return False
     found = SCRYPT.fullmatch(line)
     if not found:
         octets = base64.b64decode(line[len("{SSHA}") :])
@@ -804,6 +828,18 @@ def verify_password(line: str, password: str) -> bool:
     return hmac.compare_digest(scrypt(password, salt, cost, block, parallel), digest)
 
 
+def new_key(prefix: str) -> str:
+    """Return a new API key: 43 random digits, and 6 by which scanners for leaked secrets can tell it."""
+    digits = os.urandom(43).translate(RANDOM_DIGITS)
+    return f"{prefix}{digits.decode()}{_base62(binascii.crc32(digits))}"
+
+
+def key_hash(key: str) -> str:
+    """Return the hash of an API key; the key is random, so that a plain digest is enough."""
+    return KEY_HASH + hashlib.sha256(key.encode()).hexdigest()
+
+
+KEY_HASH = "$sha256$"
 NEW_COST = 5  # OWASP's N=2**14, r=8, p=5: as hard as N=2**17, p=1 in an eighth of the memory, 16 MiB
 
 
@@ -831,7 +867,9 @@ _BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9
 SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at most
 SSHA = re.compile(rf"{{SSHA}}(?=.{{27}}[^=]){_BASE64}")  # of 21 octets or more: SHA-1 of password and salt, salt
 parse_password_hash = matching(
-    re.compile(f"{SCRYPT.pattern}|{SSHA.pattern}"), "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True
+    re.compile(rf"{SCRYPT.pattern}|{SSHA.pattern}|\$sha256\$[0-9a-f]{{64}}"),
+    "a hash as `haineko.py pw` prints it, or {SSHA}",
+    secret=True,
 )
 
 
@@ -910,6 +948,39 @@ LIBCRYPTO = {  # function: types of its result and arguments in ctypes
 }  # fmt: skip
 
 
+class Rate(NamedTuple):
+    """A limit such as "100/3600": so many in so many seconds."""
+
+    limit: int
+    seconds: int
+
+
+def parse_rate(value: Any, json_path: str, errors: list) -> Rate | None:
+    """Parse "RECIPIENTS/SECONDS"; "" is no limit."""
+    text = matching(RATE, '"RECIPIENTS/SECONDS", such as "100/3600"', optional=True)(value, json_path, errors)
+    return Rate(*map(int, text.split("/"))) if text else None
+
+
+RATE = re.compile("[1-9][0-9]{0,8}/[1-9][0-9]{0,6}")
+
+
+@functools.lru_cache(maxsize=1024)
+def iso_time(text: str) -> float:
+    """Return the seconds since the epoch of an ISO 8601 date or time, which is UTC unless it says otherwise."""
+    moment = datetime.fromisoformat(re.sub("[Zz]$", "+00:00", text))
+    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+
+
+def fence_key(text: str) -> str:
+    """Return an address, a domain or ".domain" as permits() compares it, "" if it is none of them."""
+    return recipient_key(text) if "@" in text else domain_key(text)
+
+
+def lookup_keys(domain: str) -> list:
+    """Return the keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
+    return [domain, *(domain[dot.start() :] for dot in re.finditer(r"\.", domain))]
+
+
 def domain_key(name: str) -> str:
     """Return a domain, or ".domain", in lower case and ASCII (RFC 5890); "" if it is none."""
     dot = "." if name.startswith(".") else ""
@@ -944,6 +1015,7 @@ IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different
 DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
 parse_domain = matching(plain_domain_key, "a domain", convert=domain_key)
 parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
+parse_fence = list_of(matching(fence_key, 'an address, "example.org" or ".example.org"', convert=fence_key), frozenset)
 parse_aliases = mapping_of(
     list_of(matching(recipient_key, "an address"), required=True),
     lambda name: "" if "@" in name else name.lower(),
@@ -1043,6 +1115,30 @@ class Credentials:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
+class Login:
+    """Who may log in, and what for. A fence that is absent (None) permits everything, an empty one nothing."""
+
+    hash: str = config_field("", parse_password_hash, "of the password or the API key", secret=True)
+    senders: frozenset | None = config_field(None, parse_fence, "addresses and domains that may be used as sender")
+    recipients: frozenset | None = config_field(None, parse_fence, "the same of recipients")
+    networks: Networks | None = config_field(None, parse_networks, "from where it may be used")
+    rate: Rate | None = config_field(None, parse_rate, '"100/3600": recipients in seconds')
+    expires: str = config_field("", matching(iso_time, "an ISO 8601 date or time", optional=True), "when it ends")
+    sandbox: bool = config_field(False, parse_boolean, "1: nothing leaves")
+    trace: bool = config_field(False, parse_boolean, "1: it may ask for the SMTP dialogue")
+
+    @property
+    def is_fenced(self) -> bool:
+        return any(getattr(self, item.name) != item.default for item in fields(self)[1:])
+
+    def fault(self, client: IPAddress, now: float) -> str:
+        """Say why a right password is of no use here and now, "" if it is."""
+        if self.networks is not None and client not in self.networks:
+            return f"{client} is not in its networks"
+        return f"expired at {self.expires}" if self.expires and iso_time(self.expires) <= now else ""
+
+
+@dataclass(frozen=True, repr=False, eq=False)
 class DkimKey:
     """What signs the mail of a domain (RFC 6376). resolve_settings() sets domain and private."""
 
@@ -1067,6 +1163,8 @@ class Route:
     timeout: int = config_field(30, integer(1, 3600), "seconds for each step of the dialogue")
     retry: int = config_field(0, integer(0, 100), "more tries after a temporary failure while the client waits")
     sleep: int = config_field(5, integer(0, 3600), "seconds between them")
+    sessions: int = config_field(0, integer(0, 10000), "ESMTP: at most so many SMTP sessions; 0 means no limit")
+    rate: Rate | str = config_field("", parse_rate, '"30/60": at most so many recipients in seconds')
     disabled: bool = config_field(False, parse_boolean, "1: as if this route were not there")
     https: bool = config_field(False, parse_boolean, "Haineko: 1 means TLS")
     dkim: bool = config_field(True, parse_boolean, "ESMTP, MX: 0 means that its mail is not signed")
@@ -1076,6 +1174,7 @@ class Route:
     credentials: tuple = field(default=(), repr=False)
     address: str = ""  # to connect to in place of a look-up; or several, divided by spaces
     tls_if_offered: bool = False  # STARTTLS where the server has it
+    fallbacks: tuple = ()  # the Routes behind it in a list
     token: str = field(default="", repr=False)
     oauth2: OAuth2 | None = None
 
@@ -1085,6 +1184,16 @@ class Route:
 
     def __hash__(self) -> int:
         return hash((self.mailer, self.host, self.port, self.address))  # cheap: routes are keys of the session pools
+
+    @property
+    def choices(self) -> tuple:
+        """The routes of a list, in order; of a route alone itself."""
+        return (self, *self.fallbacks)
+
+    @property
+    def limit_key(self) -> str:
+        """Name of what `sessions` and `rate` limit: a server, or an account of it."""
+        return " ".join([self.mailer, self.host, str(self.port), *self.credentials[:1]])
 
     @property
     def relay(self) -> str:
@@ -1116,6 +1225,12 @@ class Route:
         return next((p for p in (self.mailer, self.host) if p.startswith("/")), "") or tempfile.gettempdir()
 
 
+def parse_route(value: Any, json_path: str, errors: list) -> Route:
+    """Parse a route, or a list of them; the first one holds the others."""
+    first, *others = list_of(nested(Route), required=True)(value, json_path, errors) or (Route(),)
+    return replace(first, fallbacks=tuple(others)) if others else first
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Settings:
     """All of haineko.json, every value checked."""
@@ -1124,8 +1239,8 @@ class Settings:
     smtpd: Smtpd = config_field(Smtpd(), nested(Smtpd))
     relayhosts: Relayhosts = config_field(Relayhosts(), nested(Relayhosts))
     recipients: Recipients | None = config_field(None, nested(Recipients))
-    mailertable: dict = config_field({}, mapping_of(nested(Route), domain_key, DOMAIN_KEYS))
-    sendermt: dict = config_field({}, mapping_of(nested(Route), domain_key, DOMAIN_KEYS))
+    mailertable: dict = config_field({}, mapping_of(parse_route, domain_key, DOMAIN_KEYS))
+    sendermt: dict = config_field({}, mapping_of(parse_route, domain_key, DOMAIN_KEYS))
     authinfo: dict = config_field({}, mapping_of(nested(Credentials)))
     password: Authenticator = config_field(Authenticator({}), parse_passwords)
     queue: QueueSettings | None = config_field(None, nested(QueueSettings))
@@ -1223,7 +1338,8 @@ def referenced_files(settings: Settings) -> list:
     secrets += [settings.queue.webhook_secret] if settings.queue else []
     secrets += [item.key for item in settings.dkim.values()]
     names = [secret["file"] for secret in secrets if isinstance(secret, dict) and "file" in secret]
-    names += [route.ca_file for route in (*settings.mailertable.values(), *settings.sendermt.values())]
+    tables = *settings.mailertable.values(), *settings.sendermt.values()
+    names += [route.ca_file for first in tables for route in first.choices]
     names += [tls.certificate, tls.key] if tls else []
     return [os.path.join(base, name) for name in names if name]
 
@@ -1234,8 +1350,12 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
     logins = {name: _login(login, base, f"authinfo.{name}", errors) for name, login in settings.authinfo.items()}
     tables = {}
     for table in ("mailertable", "sendermt"):
-        routes = [(key, route) for key, route in getattr(settings, table).items() if not route.disabled]
-        tables[table] = {key: _route(route, logins, base, f"{table}.{key}", errors) for key, route in routes}
+        routes = [
+            (key, first)
+            for key, first in getattr(settings, table).items()
+            if not all(one.disabled for one in first.choices)
+        ]
+        tables[table] = {key: _route_list(first, logins, base, f"{table}.{key}", errors) for key, first in routes}
     name = settings.smtpd.hostname or local_hostname()
     if settings.httpd.tls:
         _check_tls(settings.httpd.tls, base, errors)
@@ -1335,6 +1455,15 @@ def _check_tls(tls: Tls, base: str, errors: list) -> None:
         server_context(tls, base) if not missing else None
     except OSError as error:
         errors.append(f"httpd.tls: {error.filename}: {error.strerror}")
+
+
+def _route_list(first: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
+    found = []
+    for i, route in enumerate(first.choices):
+        if not route.disabled:
+            path = f"{json_path}[{i}]" if first.fallbacks else json_path
+            found.append(_route(replace(route, fallbacks=()), logins, base, path, errors))
+    return replace(found[0], fallbacks=tuple(found[1:]))
 
 
 def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
@@ -1463,9 +1592,13 @@ def redacted(value: Any, secret: bool = False) -> Any:
     if secret and value:
         return "********"
     if isinstance(value, Authenticator):
-        return dict.fromkeys(value.hashes, "********")
+        return {name: redacted(login) if login.is_fenced else "********" for name, login in value.logins.items()}
+    if isinstance(value, Rate):
+        return f"{value.limit}/{value.seconds}"
     if isinstance(value, Networks):
         return list(value.texts)
+    if isinstance(value, Route) and value.fallbacks:
+        return [redacted(replace(choice, fallbacks=())) for choice in value.choices]
     if isinstance(value, dict):
         return {key: redacted(item) for key, item in value.items()}
     if isinstance(value, (tuple, frozenset)):
@@ -1689,6 +1822,7 @@ DATE = re.compile(
     r"[0-9]{2}:[0-9]{2}(?::[0-9]{2})? (?:[+-][0-9]{4}|GMT|UT|UTC)(?: \([A-Za-z]{1,9}\))?"
 )
 RESERVED_FIELDS = re.compile(r"received|sender|returnpath|dkimsignature|mime.*|content.*")  # normalized; made here
+FIELD_NAME = re.compile("[!-9;-~]{1,76}")  # RFC 5322 2.2
 X_FIELD = re.compile(r"[Xx][-_][A-Za-z0-9](?:[A-Za-z0-9._-]{0,70}[A-Za-z0-9])?")
 # U+2028 to U+2069 hold those that make fdp.exe look like exe.pdf.
 CONTROL_OR_BIDI = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -1729,6 +1863,10 @@ class Request:
     now: float  # seconds since the epoch
     settings: Settings | None = None  # in force when it began
     login: str = ""  # who logged in
+    login_fault: str = ""  # why a login is refused, for the log
+    limits: Any = None  # the server's SharedLimits
+    rate: tuple = ()  # (the Rate that counts, its RateState), for the answer
+    recipient_count: int = 0  # of those that passed the checks
     message_size: int = 0  # octets of the finished message
     forwarded: str = ""  # a header by which a proxy says that it forwarded the request
     dsn: tuple = DEFAULT_DSN  # what is asked of the next server
@@ -2001,7 +2139,7 @@ class Header:
 
 def parse_header(value: Any, json_path: str, errors: list) -> Header:
     """Return a Header; its keys may be spelled in any way."""
-    own = key_table(Header)
+    own, any_name = key_table(Header), isinstance(value, OpenHeader)
     if not isinstance(value, dict) or value.keys() <= own.keys():  # the usual spelling
         return from_dict(Header, value, json_path, errors)
     rows = {normalize_key(key): row for key, row in own.items()}
@@ -2018,18 +2156,24 @@ def parse_header(value: Any, json_path: str, errors: list) -> Header:
             attribute, parse = rows[name]
             values.update({} if item is None else {attribute: parse(item, item_path, errors)})
         else:
-            extra += extra_field(key, item, item_path, errors)
+            extra += extra_field(key, item, item_path, errors, any_name)
     size = sum(len(item) for _, item in extra)
     if len(extra) > MAX_FIELDS or size > MAX_HEADER:
         errors.append(f"{json_path}: more than {MAX_FIELDS} fields or {MAX_HEADER} characters")
     return Header(**values, extra_fields=tuple(extra))
 
 
-def extra_field(key: str, value: Any, json_path: str, errors: list) -> list:
+class OpenHeader(dict):
+    """A header in which any field may be set that Haineko does not make itself."""
+
+
+def extra_field(key: str, value: Any, json_path: str, errors: list, any_name: bool = False) -> list:
     """Return [(name, value), ...] of a key that is not one of Header's own."""
     name = FIELD_BY_KEY.get(normalize_key(key))
     if not name and X_FIELD.fullmatch(key):
         name = "-".join(word[:1].upper() + word[1:] for word in re.split("[-_]", key))
+    if not name and any_name and FIELD_NAME.fullmatch(key) and not RESERVED_FIELDS.fullmatch(normalize_key(key)):
+        name = key
     if not name:
         names = [*key_table(Header), *map(str.lower, EXTRA_FIELDS)]
         fault = "unknown key" + (hint_of(KEYS_OUTSIDE, key, names) if len(errors) < MAX_HINTS else "")
@@ -2361,7 +2505,6 @@ class SubmissionResult(NamedTuple):
 
 def parse_submission(body: Any) -> SubmissionResult:
     """Parse the body of a request."""
-    errors: list = []
     if b"\x1b" in body:  # old clients send ISO-2022-JP with its escape character as it is
         body = body.replace(b"\x1b", b"\\u001b")
     try:
@@ -2375,6 +2518,12 @@ def parse_submission(body: Any) -> SubmissionResult:
         return SubmissionResult(None, [sanitize(str(error))])
     except RecursionError:
         return SubmissionResult(None, ["nested too deeply"], is_json=False)
+    return parse_document(raw)
+
+
+def parse_document(raw: Any) -> SubmissionResult:
+    """Parse a submission that is decoded JSON."""
+    errors: list = []
     submission = from_dict(Submission, raw, "", errors, functools.partial(hint_of, SUBMISSION_KEYS))
     if submission.html and not any(error.startswith("attachments") for error in errors):
         check_content_ids(submission, errors)
@@ -2397,16 +2546,25 @@ def form_data_hint(start: bytes) -> str:
 
 def check_content_ids(submission: Submission, errors: list) -> None:
     """Append an error for a "cid:" in the HTML without an attachment, and for a `cid` that the HTML does not use."""
-    links = {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(submission.html)}
+    links = content_id_links(submission.html)
     cids = {item.cid: i for i, item in enumerate(submission.attachments) if item.cid}
     unknown = sorted(links - cids.keys())[:MAX_HINTS]
     errors += [f'html: "cid:{sanitize(link, 80)}" has no attachment with this cid' for link in unknown]
     errors += [f'attachments[{i}].cid: the HTML has no "cid:{cid}"' for cid, i in cids.items() if cid not in links]
 
 
+def content_id_links(html: str) -> set:
+    """Return the names in links "cid:..."."""
+    return {urllib.parse.unquote(unescape(link)) for link in CID_LINK.findall(html)}
+
+
 def is_expensive(work: Any) -> bool:
     """Return whether to parse this body, or to compose this Submission, may take over 5 ms and belongs in a thread."""
+    if not isinstance(work, (bytes, bytearray, Submission)):  # of a provider's client, perhaps one of many
+        return True
     if not isinstance(work, Submission):
+        if len(work) <= 2048:
+            return False
         per_octet = 0.4 if b'"raw"' in work or b"\\u00" in work else 0.01  # the key may be escaped
         return per_octet * len(work) + 1.5 * work.count(b'"') + 10 * work.count(b"@") > 5000
     header, raw = work.header, work.raw
@@ -2500,25 +2658,86 @@ def jis_bytes_to_text(octets: bytes) -> str:
 
 # ======================================================================================================================
 # 6. Policy
-#    Takes a request, its submission and the settings; a check gives the Reply that refuses, or None. Checks have no
-#    side effects, except that check_login() names who logged in. CHECKS has them in the order in which faults are told.
+#    Takes a request, its submission and the settings; a check gives the Reply that refuses them, or None. check_login()
+#    names who logged in and limits are counted; else checks have no side effects. CHECKS has them in the order in which
+#    faults are told.
 # ======================================================================================================================
 
 
 def check_login(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
-    """Require HTTP Basic (RFC 7617) if the section `password` has a user."""
-    if not settings.password.hashes:
+    """Require a login if the section `password` has one. Wrong ones are counted for each address."""
+    if not settings.password.logins or is_postmark_test(request):
         return None
+    credentials = credentials_of(request)
+    name = settings.password.authenticate(credentials)
+    login = settings.password.logins.get(name, ANYBODY)
+    request.login_fault = f"{name}: {fault}" if (fault := login.fault(request.client, request.now)) else ""
+    if name and not fault:
+        request.login = name
+        request.settings = sandboxed(settings) if login.sandbox else request.settings
+        return None
+    request.login_fault = request.login_fault or "no such name, password or key"
+    source = int(request.client) >> (64 if request.client.version == 6 else 0)
+    state = request.limits.take(f"wrong {source}", 1, WRONG_LOGINS, block=60) if credentials else None
+    if state and state.wait:
+        return rate_reply(request, WRONG_LOGINS, state, "wrong logins of this address")
+    return make_reply("login")
+
+
+WRONG_LOGINS = Rate(10, 60)
+ANYBODY = Login()
+
+
+def credentials_of(request: Request) -> str:
+    """Return the Authorization header of HTTP Basic (RFC 7617); a Bearer or Postmark token stands in it as it is."""
     credentials = request.headers.get("authorization", "")
-    if not settings.password.authenticate(credentials):
-        return make_reply("login")
-    request.login = decode_basic(credentials).partition(":")[0]
-    return None
+    token = credentials[7:] if credentials[:7].lower() == "bearer " else ""
+    token = token or (not credentials and request.headers.get("x-postmark-server-token", ""))
+    return "Basic " + base64.b64encode(token.strip().encode("latin-1")).decode() if token else credentials
+
+
+def login_of(request: Request, settings: Settings) -> Login:
+    return settings.password.logins.get(request.login, ANYBODY)
+
+
+def sandboxed(settings: Settings) -> Settings:
+    """Return settings by which nothing leaves."""
+    return replace(settings, mailertable={"default": SANDBOX_ROUTE}, sendermt={})
+
+
+SANDBOX_ROUTE = Route(mailer="Discard", host="sandbox")
+
+
+def check_rate(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
+    """Take the recipients from the login's budget; before they are known, require that some of it is left."""
+    rate, count = login_of(request, settings).rate, request.recipient_count
+    if not rate:
+        return None
+    state = request.limits.take(f"login {request.login}", count, rate)
+    if not count and not state.remaining:
+        state = state._replace(wait=state.reset - rate.seconds + rate.seconds / rate.limit)
+    return rate_reply(request, rate, state, f"recipients of the login {request.login}")
+
+
+def rate_reply(request: Request, rate: Rate, state: Any, counted: str) -> Reply | None:
+    """Return the refusal if nothing was taken; the answer tells the state in either case."""
+    request.rate = rate, state
+    line = f"{rate.limit} {counted} in {rate.seconds} seconds"
+    return make_reply("rate", line, retry_after=max(math.ceil(state.wait), 1)) if state.wait else None
+
+
+POSTMARK_PATHS = ("/email", "/email/batch")
+
+
+def is_postmark_test(request: Request) -> bool:
+    """Return whether a request is to be checked only; it needs no login, but an address in relayhosts."""
+    test = request.headers.get("x-postmark-server-token") == "POSTMARK_API_TEST"
+    return test and request.path in POSTMARK_PATHS
 
 
 def check_client(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
     """Require an address in relayhosts, unless the client has to log in."""
-    if settings.password.hashes or settings.relayhosts.open_relay:
+    if (settings.password.logins and not is_postmark_test(request)) or settings.relayhosts.open_relay:
         return None
     if request.client not in settings.relayhosts.relayhosts:
         return make_reply("client", f"{request.client} is not in relayhosts.relayhosts")
@@ -2562,6 +2781,36 @@ def check_sender(request: Request, submission: Submission, settings: Settings) -
     return make_reply("mail-form", *idna_hint(submission.mail) or ('expected a bare address like "user@example.org"',))
 
 
+def check_sender_fence(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    """Require that the envelope sender and every author of the message are permitted to the login."""
+    fence = login_of(request, settings).senders
+    authors = () if fence is None else [parse_address(submission.mail), *message_authors(submission)]
+    for mailbox in authors:
+        if not permits(fence, mailbox):
+            address = sanitize(mailbox.addr_spec) if mailbox else "a From or Sender without address"
+            return make_reply("sender-policy", f"{address} is not in password.{request.login}.senders")
+    return None
+
+
+def message_authors(submission: Submission) -> list:
+    """Return the Mailboxes in From and Sender, None for a field that can't be parsed."""
+    found = [mailbox for _, mailbox in submission.header.from_]
+    for name, octets in submission.raw.fields if submission.raw else ():
+        if name in ("from", "sender", "resent-from", "resent-sender"):
+            try:
+                found += [mailbox for _, mailbox in parse_mailboxes(unfold(octets))] or [None]
+            except ValueError:
+                found.append(None)
+    return found
+
+
+def permits(fence: frozenset | None, mailbox: Mailbox | None) -> bool:
+    """Return True if a fence, of addresses, domains and ".domain", has the mailbox, or if there is none."""
+    if fence is None or not mailbox:
+        return fence is None
+    return mailbox.addr_spec.lower() in fence or not fence.isdisjoint(lookup_keys(mailbox.domain.lower()))
+
+
 def check_recipient_count(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     if not submission.rcpt or submission.rcpt == ("",):
         return make_reply("rcpt-none", "rcpt is required, unless header has to, cc or bcc")
@@ -2580,6 +2829,8 @@ def check_recipients(request: Request, submission: Submission, settings: Setting
     refused = {}
     for as_written, mailbox in unique_recipients(submission).items():
         reply = check_recipient(mailbox, settings, as_written)
+        if not reply and not permits(login_of(request, settings).recipients, mailbox):
+            reply = make_reply("rcpt-policy", f"it is not in password.{request.login}.recipients")
         if reply:
             refused[as_written] = reply
     return refused
@@ -2607,14 +2858,17 @@ def check_subject(request: Request, submission: Submission, settings: Settings) 
 CHECKS = (
     ("head", check_login),  # before the body is read; there is no submission yet
     ("head", check_client),
+    ("head", check_rate),
     ("submission", check_loop),
     ("submission", check_ehlo),
     ("submission", check_sender),
+    ("submission", check_sender_fence),
     ("submission", check_recipient_count),
     ("submission", check_recipients),
     ("content", check_body),  # if a recipient is left
     ("message", check_size),  # once the message is composed: request.message_size is known
     ("message", check_subject),
+    ("message", check_rate),  # last: a mail that is refused counts for nothing
 )
 
 
@@ -2646,13 +2900,8 @@ def unique_recipients(submission: Submission) -> dict:
 def check_recipient(mailbox: Mailbox | None, settings: Settings, as_written: str = "") -> Reply | None:
     if not mailbox:
         return make_reply("rcpt-form", *idna_hint(as_written))
-    policy = settings.recipients
-    permitted = (
-        policy.open_relay
-        or mailbox.domain.lower() in policy.domainpart
-        or mailbox.addr_spec.lower() in policy.recipients
-    )
-    if permitted:
+    known, domain, address = settings.recipients, mailbox.domain.lower(), mailbox.addr_spec.lower()
+    if known.open_relay or domain in known.domainpart or address in known.recipients:
         return None
     return make_reply("rcpt-policy", "neither recipients.domainpart nor recipients.recipients has it")
 
@@ -3183,11 +3432,6 @@ def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
 FALLBACK_ROUTE = Route(port=25)
 
 
-def lookup_keys(domain: str) -> list:
-    """Return the keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
-    return [domain, *(domain[dot.start() :] for dot in re.finditer(r"\.", domain))]
-
-
 # ======================================================================================================================
 # 9. Event loop
 #    asyncio's loop, with sockets that may speak TLS (smtplib's, which asyncio refuses), and data that leaves when the
@@ -3227,6 +3471,98 @@ class EventLoop(asyncio.SelectorEventLoop):
         sends, self.sends = self.sends, []
         for sock in sends:
             sock.try_operation(writing=True)
+
+
+# -- Limits shared by all processes of a server
+
+
+class RateState(NamedTuple):
+    """What a limiter answers: how long to wait (0: taken), what is left, and when all of it is back, in seconds."""
+
+    wait: float
+    remaining: int
+    reset: float
+
+
+class SharedLimits:
+    """Limits over all processes of a server: rates (GCRA) and counts of open sessions. Made before the workers fork.
+
+    A rate is one number in shared memory: the theoretical arrival time of the next unit. A session is a lock on one
+    octet of a file without a name, so that the kernel gives back those of a process that died.
+    """
+
+    SLOTS, PROBES = 4096, 16  # cells of the table; how many are looked at for one key
+    MAX_SESSIONS = 1 << 16  # octets that one route may lock
+    TABLE_LOCK = 0  # octet locked while the table is read and written; the sessions' octets follow
+
+    def __init__(self) -> None:
+        self.cells = memoryview(mmap.mmap(-1, 16 * self.SLOTS)).cast("q")  # (fingerprint, arrival time in us)
+        import tempfile
+
+        in_memory = functools.partial(os.memfd_create, "haineko") if hasattr(os, "memfd_create") else None
+        self.file: Any = (in_memory or tempfile.TemporaryFile)()
+        self.lock = threading.Lock()  # locks of files hold between processes only
+        self.sessions: set = set()  # octets locked by this process; fcntl itself does not tell
+
+    def take(self, key: str, count: int, rate: Rate, block: int = 0) -> RateState:
+        """Take `count` units from the key's budget, or none if there are not enough of them yet, and then none for
+        another `block` seconds."""
+        with self.lock:
+            return self._take(key, count, rate, block, time.monotonic())
+
+    def _take(self, key: str, count: int, rate: Rate, block: int, now: float) -> RateState:
+        fingerprint, each = _fingerprint(key), rate.seconds / rate.limit
+        fcntl.lockf(self.file, fcntl.LOCK_EX, 1, self.TABLE_LOCK)
+        try:
+            cell = self._cell(fingerprint, now)
+            before = max(self.cells[cell + 1] / 1e6, now) if self.cells[cell] == fingerprint else now
+            after = before + each * min(count, rate.limit)
+            wait = max(after - now - rate.seconds, 0.0)
+            wait = 0.0 if wait < 1e-6 else wait
+            if block and wait and before <= now + rate.seconds:  # it was not blocked yet
+                before, wait = now + rate.seconds + block - each, float(block)
+                self.cells[cell + 1] = int(before * 1e6)
+            if not wait:
+                self.cells[cell], self.cells[cell + 1] = fingerprint, int(after * 1e6)
+        finally:
+            fcntl.lockf(self.file, fcntl.LOCK_UN, 1, self.TABLE_LOCK)
+        used = (before if wait else after) - now
+        return RateState(wait, max(int((rate.seconds - used) / each + 1e-6), 0), used)
+
+    def _cell(self, fingerprint: int, now: float) -> int:
+        """Return the index of the key's cell: its own, else the one among its places that is free or due first."""
+        places = [2 * ((fingerprint + i) % self.SLOTS) for i in range(self.PROBES)]
+        own = [place for place in places if self.cells[place] == fingerprint]
+        return own[0] if own else min(places, key=lambda place: self.cells[place + 1])
+
+    def open_session(self, key: str, limit: int) -> int:
+        """Lock one of the key's `limit` octets and return it; 0 where all are taken."""
+        first = 1 + _fingerprint(key) % (1 << 44) * self.MAX_SESSIONS
+        for octet in range(first, first + limit):
+            if octet not in self.sessions:
+                try:
+                    fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, octet)
+                except OSError:
+                    continue
+                self.sessions.add(octet)
+                return octet
+        return 0
+
+    def close_session(self, octet: int) -> None:
+        """Give back what open_session() gave."""
+        self.sessions.discard(octet)
+        fcntl.lockf(self.file, fcntl.LOCK_UN, 1, octet)
+
+    def __del__(self) -> None:
+        os.close(self.file) if isinstance(self.file, int) else self.file.close()
+
+
+@functools.lru_cache(maxsize=4096)
+def _fingerprint(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big") | 1
+
+
+# -- Tasks and sockets
 
 
 def log_task_fault(_: Any, context: dict) -> None:
@@ -4373,6 +4709,7 @@ class Session(smtplib.SMTP):
         self._host = route.host  # the name that smtplib has the certificate checked for
         self.route, self.step, self.masked = route, "CONN", ""  # masked: what the log shows in place of what is sent
         self.pool: Any = None  # the SessionPool that it belongs to
+        self.give_back = lambda: None  # its place among the route's `sessions`
         self.stream: Any = None  # AsyncSocket of the open connection
         self.recv_buffer = b""  # received but not asked for yet
         self.maybe_complete = False  # recv_buffer may hold a complete reply
@@ -4503,6 +4840,7 @@ class Session(smtplib.SMTP):
             self.alive = False
         decided = recipient_replies(replies, result, lost, len(transaction.recipients))
         found = [item if isinstance(item, Reply) else self._to_reply(*item) for item in decided]
+        found = found if self.in_data else [reply._replace(before_text=True) for reply in found]
         if self.alive and any(map(self.refused_before_data, found)):
             self.quit()  # it may have reached a limit of the server
         return found
@@ -4647,6 +4985,8 @@ class Session(smtplib.SMTP):
         if self.stream:
             self.stream.release()
         super().close()
+        give_back, self.give_back = self.give_back, lambda: None
+        give_back()
 
     def quit(self) -> None:
         """Send QUIT and close, without waiting for the reply."""
@@ -4857,12 +5197,19 @@ class SessionPool:
         hopeless = not (self.idle or self.in_use or self.opening)
         full = bool(reply) and not hopeless
         if full:
-            self.refusal, self.open_limit, self.full_until = reply, 1, time.monotonic() + self.FULL_BACKOFF
+            self.slow_down(reply)
         elif hopeless:
-            busy = not reply or (reply.from_server and reply.temporary and reply.command == "CONN")
+            here = not reply or (
+                reply.temporary and reply.command == "CONN" and (reply.from_server or reply.retry_after)
+            )
+            busy = here or reply.code in THROTTLED
             self.fail_waiters([waiter for waiter in self.waiters if waiter.reply or not busy], None if busy else reply)
         self.wake_waiters()
         return full
+
+    def slow_down(self, reply: Reply) -> None:
+        """Open no session for a while, as long as there is one, since the server takes no more."""
+        self.refusal, self.open_limit, self.full_until = reply, 1, time.monotonic() + self.FULL_BACKOFF
 
     def fail_waiters(self, waiters: list, reply: Reply | None = None) -> None:
         for waiter in waiters:
@@ -4876,6 +5223,9 @@ class SessionPool:
         self.wake_waiters()
 
 
+THROTTLED = ("432", "454")  # too many connections (Microsoft), throttling failure (Amazon)
+
+
 class TransportContext:
     """What the deliveries of this process share: SMTP sessions, HTTP connections, the resolver, MTA-STS policies."""
 
@@ -4884,7 +5234,9 @@ class TransportContext:
     AGE = 300  # seconds after which a session is not used again
     MAX_IDLE = 256  # sessions of one route
 
-    def __init__(self, nameservers: tuple = ()) -> None:
+    def __init__(self, nameservers: tuple = (), limits: SharedLimits | None = None) -> None:
+        self.limits = limits or SharedLimits()
+        self.route_pauses: dict = {}  # Route that failed: monotonic time until which its list does without it
         self.pools: defaultdict = defaultdict(SessionPool)  # by (hostname, route)
         self.http, self.tokens = HTTPConnectionPool(), TokenCache()
         self.set_nameservers(nameservers)
@@ -4931,6 +5283,8 @@ class TransportContext:
     async def connect(self, route: Route, hostname: str, again: bool = True) -> Session:
         """Open a session; an access token that the server refuses is replaced once."""
         session = Session(await self.tokens.authorize(route), hostname)
+        if route.sessions:
+            session.give_back = await self._await_place(route, self.pools[hostname, route])
         try:
             await asyncio.to_thread(session.open)  # smtplib blocks
         except Rejected as refused:
@@ -4940,6 +5294,26 @@ class TransportContext:
             return await self.connect(route, hostname, again=False)
         session.stream = AsyncSocket(session.sock)
         return session
+
+    async def _await_place(self, route: Route, pool: SessionPool) -> Callable:
+        """Take a place among the route's sessions of all processes, and return what gives it back. Raises Rejected if
+        this process has all of them, which are waited for elsewhere, or if that takes too long."""
+        deadline = time.monotonic() + route.timeout
+        while not (octet := self.limits.open_session(route.limit_key, route.sessions)):
+            if pool.idle or pool.in_use or time.monotonic() > deadline:
+                line = f"other mails have all of its sessions ({route.sessions})"
+                raise Rejected(make_reply("route-limit", line, retry_after=route.timeout, **route.endpoint))
+            await asyncio.sleep(0.05)  # nothing tells when another process gives one back
+        return functools.partial(self.limits.close_session, octet)
+
+    async def await_rate(self, route: Route, count: int) -> None:
+        """Wait until the route's rate admits so many recipients; raise Rejected if that takes too long."""
+        deadline = time.monotonic() + route.timeout
+        while route.rate and (wait := self.limits.take(route.limit_key, count, route.rate).wait):
+            if time.monotonic() + wait > deadline:
+                line = f"{route.rate.limit} recipients in {route.rate.seconds} seconds"
+                raise Rejected(make_reply("route-limit", line, retry_after=math.ceil(wait), **route.endpoint))
+            await asyncio.sleep(wait)
 
     def release(self, session: Session) -> None:
         """Hand the session over to a waiter, keep it, or close it if it cannot be used again."""
@@ -4961,7 +5335,8 @@ class TransportContext:
         self.http.sweep(everything)
         now = time.monotonic()
         for key, pool in list(self.pools.items()):
-            idle = self.IDLE_WHEN_FULL if pool.open_limit < pool.OPENING else self.IDLE
+            limited = pool.open_limit < pool.OPENING or key[1].sessions
+            idle = self.IDLE_WHEN_FULL if limited else self.IDLE
             while pool.idle and (everything or pool.idle[0].last_used <= now - idle):
                 pool.idle.pop(0).quit()
             pool.sweep(now)
@@ -4978,22 +5353,64 @@ class TransportContext:
 
 
 async def attempt_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
-    """Attempt a transaction once; every recipient has a reply, whatever the relay does; a bug is logged."""
-    began, route, reply = time.monotonic(), transaction.route, None
-    try:
-        replies = await route.row.send(await sign_transaction(transaction), transport)
-    except Rejected as rejected:
-        reply = rejected.reply
-    except OSError as error:
-        reply = make_reply("lost", error_text(error), command="CONN", **route.endpoint)
-    except Exception:
-        log_exception(transaction.queueid)
-        reply = make_reply("relay-fault", **route.endpoint)
-    replies = [reply] * len(transaction.recipients) if reply else replies
+    """Attempt a transaction once; every recipient has a reply."""
+    began = time.monotonic()
+    replies = await (attempt_route_list if transaction.route.fallbacks else attempt_route)(transaction, transport)
     for reply in dict.fromkeys(reply for reply in replies if reply.route_fault):
         words = log_value(" ".join((reply.code, *reply.message)))
         log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed, mail waits: {words}")
     return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
+
+
+async def attempt_route_list(transaction: Transaction, transport: TransportContext) -> list:
+    """Return a Reply for each recipient from the first route of a list that does not fail before the text is sent."""
+    now, pauses, waiting = time.monotonic(), transport.route_pauses, list(range(len(transaction.recipients)))
+    replies: list = [None] * len(waiting)
+    routes = transaction.route.choices
+    for route in [one for one in routes if pauses.get(one, 0) <= now] or routes:
+        if route in pauses:
+            pauses[route] = now + ROUTE_PAUSE  # this mail tries it; the others go on without it
+        recipients, failed = tuple(transaction.recipients[i] for i in waiting), {}
+        part = transaction._replace(route=route, recipients=recipients)
+        for i, reply in zip(waiting, await attempt_route(part, transport)):
+            failed.update({i: reply} if try_next_route(reply) else {})
+            before = replies[i] and " ".join(filter(None, (replies[i].fallback, replies[i].relay)))
+            replies[i] = reply._replace(fallback=before)
+        if any(reply.command != "RCPT" or reply.code == "421" for reply in failed.values()):
+            pauses[route] = time.monotonic() + ROUTE_PAUSE
+        else:
+            pauses.pop(route, None)
+        waiting = list(failed)
+        if not waiting:
+            break
+        for reply in dict.fromkeys(failed.values()):
+            words = log_value(" ".join((reply.code, *reply.message)))
+            log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed: {words}")
+    return replies
+
+
+ROUTE_PAUSE = 30  # seconds for which a list does without a route that failed
+
+
+def try_next_route(reply: Reply) -> bool:
+    """Return True if the next route of a list may be tried: this one failed, not the recipient, and before the text."""
+    failed = reply.temporary or (reply.from_server and reply.command == "CONN")
+    return failed and not reply.maybe_delivered and (reply.before_text or reply.route_fault or reply.command != "DATA")
+
+
+async def attempt_route(transaction: Transaction, transport: TransportContext) -> list:
+    """Return a Reply for each recipient from the transaction's route, whatever its relay does; a bug is logged."""
+    try:
+        await transport.await_rate(transaction.route, len(transaction.recipients))
+        return await transaction.route.row.send(await sign_transaction(transaction), transport)
+    except Rejected as rejected:
+        reply = rejected.reply
+    except OSError as error:
+        reply = make_reply("lost", error_text(error), command="CONN", **transaction.route.endpoint)
+    except Exception:
+        log_exception(transaction.queueid)
+        reply = make_reply("relay-fault", **transaction.route.endpoint)
+    return [reply] * len(transaction.recipients)
 
 
 async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> list:
@@ -5024,7 +5441,11 @@ MAX_REPLACEMENTS = 4  # of one mail's session; where sessions are few, the next 
 
 async def transact_by(session: Session, transaction: Transaction, transport: TransportContext) -> list:
     try:
-        return await session.transact(transaction)
+        replies = await session.transact(transaction)
+        for reply in replies:
+            if reply.code in THROTTLED:
+                session.pool.slow_down(reply)
+        return replies
     except BaseException:
         session.alive = False
         raise
@@ -6003,7 +6424,7 @@ def queued_reply(queueid: str, reply: Reply | None = None) -> Reply:
 def notifications(leased: LeasedRecipient, reply: Reply, state: str, settings: Settings, now: float) -> tuple:
     """Return the items that report an attempt: an event for the webhook, a bounce for the sender; usually none."""
     items, event = [], "deferred" if state == "open" and leased.attempts == 1 else state
-    if leased.kind == "mail" and event != "open" and settings.queue.webhook:
+    if leased.kind == "mail" and leased.sender and event != "open" and settings.queue.webhook:  # not of bounces
         items.append(webhook_event(f"message.{event}", leased, reply, settings.queue.webhook, now))
     if state == "failed" and may_bounce(leased, settings):
         items.append(new_bounce(leased, reply, settings, now))
@@ -6012,7 +6433,8 @@ def notifications(leased: LeasedRecipient, reply: Reply, state: str, settings: S
 
 def webhook_event(name: str, leased: LeasedRecipient, reply: Reply, url: str, now: float) -> NewQueueItem:
     """Return an event in the form of Standard Webhooks; its queue id is the webhook-id."""
-    data = {"queueid": leased.queueid, "addresser": leased.sender, **reply_to_dict(leased.as_written, reply)}
+    data = {"queueid": leased.queueid, "login": leased.login or None, "addresser": leased.sender}
+    data.update(reply_to_dict(leased.as_written, reply))
     timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
     event = {"type": name, "timestamp": timestamp, "data": {**data, "attempts": leased.attempts}}
     message = Message((ENCODER.encode(event).encode(),))
@@ -6125,6 +6547,8 @@ async def post_webhook(
     leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool, timeout: float = 15.0
 ) -> Reply:
     """POST an event to its webhook; return a reply as a relay gives it."""
+    if not secret:
+        return make_reply("webhook-never", word="the settings have no webhook any more", mailer="Webhook")
     base_url, path = split_url(leased.recipient)
     target = HTTPTarget(base_url, timeout, "Webhook")
     body, event_id = leased.message.parts[0], f"msg_{leased.queueid}"
@@ -6149,7 +6573,7 @@ async def post_webhook(
 class QueueDB:
     """The queue's file as one process uses it.
 
-    One thread runs all operations and commits those that wait in one transaction, so that many mails share one fsync.
+    One thread commits, and what comes meanwhile is the next transaction, so that many mails share one fsync.
     """
 
     BUSY = 5.0  # seconds to wait for another process's lock
@@ -6159,9 +6583,9 @@ class QueueDB:
         self.settings, self.wake_socket = settings, wake_socket
         if wake_socket:
             wake_socket.setblocking(False)
-        self.waiting: queue.SimpleQueue = queue.SimpleQueue()  # of (operation, values, future)
-        self.deferred_writes: deque = deque()  # (operation, values) to be repeated until the file can be used
-        self.thread: Any = None
+        self.waiting: list = []  # of (operation, values, future)
+        self.committing: asyncio.Task | None = None
+        self.thread = ThreadPoolExecutor(1)
         self.db: Any = None
         self.file_ids: dict = {}  # of the files as they were opened
         self.slot = self.locks = 0  # number of the byte that this process has locked; the lock file
@@ -6170,28 +6594,49 @@ class QueueDB:
 
     async def do(self, operation: Callable, *values: Any) -> Any:
         """Return the result of operation(db, slot, *values) once it is on disk; raise Rejected if that fails."""
-        future = asyncio.get_running_loop().create_future()
-        self.waiting.put((operation, values, future))
-        if not self.thread:
-            self.thread = threading.Thread(target=self._work, daemon=True)
-            self.thread.start()
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self.waiting.append((operation, values, future))
+        if not self.committing or self.committing.done():
+            self.committing = loop.create_task(self._commit_waiting())
         result = await future
         if isinstance(result, Exception):
             raise result
         return result
 
+    async def _commit_waiting(self) -> None:
+        while self.waiting:
+            batch, self.waiting = self.waiting[: self.BATCH], self.waiting[self.BATCH :]
+            work = [(operation, values) for operation, values, _ in batch]
+            try:
+                results = await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, work)
+            except Exception:  # callers wait for results
+                log_exception("queue")
+                results = [Rejected(make_reply("store", mailer="Queue"))] * len(work)
+            self.woken = False
+            for (_, _, future), result in zip(batch, results):
+                if not future.done():  # its task was cancelled
+                    future.set_result(result)
+
     async def add(self, item: NewQueueItem, results: list | None = None, leased: bool = False) -> Any:
         """Store an item, see enqueue(); raise Rejected if the disk is too full."""
+        return await self.add_by(enqueue, item, results, leased)
+
+    async def add_by(self, operation: Callable, *values: Any) -> Any:
         if not self.has_free_space():
             raise Rejected(make_reply("store", f"less than {self.settings.min_free} octets are free", mailer="Queue"))
-        return await self.do(enqueue, item, results, leased)
+        return await self.do(operation, *values)
 
     async def do_eventually(self, operation: Callable, *values: Any) -> None:
-        """Record what has happened already: at once, or as soon as the file can be used again."""
+        """Record what has happened already: at once, or in a task of its own as soon as the file can be used again."""
         try:
             await self.do(operation, *values)
         except Rejected:
-            self.deferred_writes.append((operation, values))
+            asyncio.get_running_loop().create_task(self._repeat(operation, *values))
+
+    async def _repeat(self, operation: Callable, *values: Any) -> None:
+        await asyncio.sleep(1.0)
+        await self.do_eventually(operation, *values)
 
     async def release(self, operation: Callable, lease: Any) -> None:
         """End the lease of what a bug has kept from being recorded by the operation: it is tried again."""
@@ -6216,34 +6661,8 @@ class QueueDB:
         """Return what is wrong with the file or its disk, "" for nothing."""
         return "the queue can't be used" if self.fault else "" if self.has_free_space() else "disk full"
 
-    def _work(self) -> None:
-        while True:
-            batch = self._take_waiting(self.BATCH, block=True)
-            owed = [self.deferred_writes.popleft() for _ in range(len(self.deferred_writes))]
-            work = [*owed, *[(operation, values) for operation, values, _ in batch]]
-            try:
-                results = self.commit(work, batch)
-            except Exception:  # callers wait for results, and deferred writes must not be lost
-                log_exception("queue")
-                results = [Rejected(make_reply("store", mailer="Queue"))] * len(work)
-            self.deferred_writes.extend(work for work, result in zip(owed, results) if isinstance(result, Rejected))
-            self.woken = False
-            for (_, _, future), result in zip(batch, results[len(owed) :]):
-                future.get_loop().call_soon_threadsafe(future.set_result, result)
-
-    def _take_waiting(self, limit: int, block: bool = False) -> list:
-        """Return what waits; if `block`, wait for it, a second at most if there are deferred writes."""
-        found: list = []
-        with contextlib.suppress(queue.Empty):
-            while len(found) < limit:
-                found.append(self.waiting.get(block and not found, 1.0 if self.deferred_writes else None))
-        return found
-
-    def commit(self, work: list, batch: list | None = None) -> list:
-        """Return the results of operations, on disk in one transaction; a Rejected for each if that fails.
-
-        If `batch` is given, operations queued while waiting for the lock join this transaction.
-        """
+    def commit(self, work: list) -> list:
+        """Return the results of operations, on disk in one transaction; a Rejected for each if that fails."""
         import sqlite3
 
         try:
@@ -6251,10 +6670,6 @@ class QueueDB:
                 self._open()
             fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite itself would wait by sleeping, sometimes long
             db = self._open()  # now, when no other process writes: the files may have been replaced
-            if batch is not None:
-                late = self._take_waiting(self.BATCH - len(batch))
-                batch += late
-                work += [(operation, values) for operation, values, _ in late]
             db.execute("BEGIN IMMEDIATE")
             results = [operation(db, self.slot, *values) for operation, values in work]
             db.execute("COMMIT")
@@ -6268,9 +6683,10 @@ class QueueDB:
                 return [self.commit([one])[0] for one in work]
             log_exception("queue")
             ((operation, values),) = work
-            leases = LEASE_CONDITIONS.get(operation)  # they must not outlast it
-            release = release_leases, (self.settings, time.time(), leases, *values[:1])
-            return self.commit([release]) if leases else [error]
+            if operation not in LEASE_CONDITIONS:
+                return [error]
+            values = self.settings, time.time(), LEASE_CONDITIONS[operation], values[0]
+            return self.commit([(release_leases, values)])  # they must not outlast it
         finally:
             if self.locks:
                 fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, 0)
@@ -6502,6 +6918,16 @@ def enqueue(db: Any, slot: int, item: NewQueueItem, results: list | None, leased
     return None
 
 
+def enqueue_all(db: Any, slot: int, items: list, response: str | None) -> Any:
+    """Store the mails of a request and its response; or return the earlier mail with the key of the first."""
+    earlier = enqueue(db, slot, items[0], None)
+    if not earlier:
+        for item in items[1:]:
+            enqueue(db, slot, item, None)
+        finish_request(db, slot, items[0].queueid, [], response, items[0].created_at)
+    return earlier
+
+
 def insert(db: Any, table: str, **values: Any) -> int:
     """Insert a row and return its id."""
     places = ",".join("?" * len(values))
@@ -6575,8 +7001,7 @@ def lease_due(
         count = min(limit - in_flight.get(destination, 0), free)
         if count <= 0:
             continue
-        until = now if destination not in throttled else 0
-        rows = db.execute(DUE_SQL, (destination, until, count)).fetchall()
+        rows = db.execute(DUE_SQL, (destination, 0 if destination in throttled else now, count)).fetchall()
         if destination in throttled:
             attempts = MIN_ATTEMPTS - throttled[destination]
             rows += db.execute(EXPIRED_SQL, (destination, expired_before, attempts, MAX_EXPIRED)).fetchall()
@@ -6819,20 +7244,17 @@ class QueueManager:
         """Return the reply to an attempt and its destination, by the settings that are in force now."""
         try:
             if leased.kind == "event":
-                return await self._post_event(leased, settings.queue), ""
+                return await post_webhook(leased, settings.queue.secret, time.time(), self.app.transport.http), ""
             to, sender = parse_address(leased.recipient), parse_address(leased.sender)
-            route = resolve_route(to.domain, sender.domain if sender else "", settings)[0]
+            sandbox = leased.destination == destination_key(SANDBOX_ROUTE, "")
+            sender_domain = sender.domain if sender else ""
+            route = SANDBOX_ROUTE if sandbox else resolve_route(to.domain, sender_domain, settings)[0]
             envelope = leased.queueid, leased.sender, (leased.recipient,), leased.message, leased.number, settings.dkim
             result = await attempt_transaction(Transaction(route, settings.hostname, *envelope), self.app.transport)
             return result.replies[0], destination_key(route, to.domain)
         except Exception:
             log_exception(leased.queueid)
             return make_reply("relay-fault", mailer="Queue"), ""
-
-    async def _post_event(self, leased: LeasedRecipient, settings: QueueSettings) -> Reply:
-        if not settings.secret:
-            return make_reply("webhook-never", word="the settings have no webhook any more", mailer="Webhook")
-        return await post_webhook(leased, settings.secret, time.time(), self.app.transport.http)
 
     def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
         """After a failure to open a session its destination waits, up to the third pause: new mail may wait for it."""
@@ -6850,7 +7272,7 @@ def log_attempt(
 ) -> None:
     """Log one line for each attempt."""
     pairs = log_pairs(
-        **{"from": f"<{leased.sender}>"}, to=f"<{leased.recipient}>", relay=reply.relay,
+        **{"from": f"<{leased.sender}>"}, to=f"<{leased.recipient}>", relay=reply.relay, fallback=reply.fallback,
         delay=f"{max(now - leased.created_at, 0):.2f}", dsn=reply.dsn,
         status={"delivered": "sent", "failed": "bounced", "open": "deferred"}[disposition.state],
     )  # fmt: skip
@@ -6871,8 +7293,10 @@ def log_attempt(
 class App:
     """State of a process: the settings in force, SMTP sessions, the queue, and whether it is stopping."""
 
-    def __init__(self, settings: Settings, ringer: socket.socket | None = None) -> None:
-        self.transport = TransportContext()
+    def __init__(
+        self, settings: Settings, ringer: socket.socket | None = None, limits: SharedLimits | None = None
+    ) -> None:
+        self.transport = TransportContext(limits=limits)
         self.stopping = False
         self.octets_in_flight = 0  # of bodies that arrived in parts
         self.queue = QueueDB(settings.queue, ringer) if settings.queue else None
@@ -6913,38 +7337,50 @@ async def submit(request: Request, app: App) -> Response:
 
 async def process_submission(request: Request, app: App, queueid: str) -> Response:
     """Take a mail from its JSON to the replies of the other side."""
-    settings, submission = request.settings or app.settings, None
+    settings = request.settings or app.settings
+    mail = await prepare(request, parse_submission, request.body, settings, queueid)
     try:
-        checked = await call_in_thread(is_expensive(request.body), parse_and_check, request, settings)
-        submission, replies, accepted = checked.submission, checked.replies, checked.accepted
-        options = queue_options(request, submission, checked.digest, settings)
-        if not accepted:
-            return respond(request, 400, replies, queueid, submission)
-        request.body = b""  # its memory is needed for the message
-        values = request, submission, settings, queueid, accepted
-        message = await call_in_thread(is_expensive(submission), compose_and_check, *values)
-        transactions, accepted = plan_transactions(submission, message, accepted, settings, queueid)
-        submission, values = without_content(submission), ()
-        if options.async_ or options.key:
-            earlier = await enqueue_before_sending(request, transactions, accepted, options, app)
+        if not mail.transactions:
+            return respond(request, mail.error.status, mail.replies, queueid, mail.submission)
+        if mail.options.async_ or mail.options.key:
+            earlier = await enqueue_before_sending(request, mail.transactions, mail.accepted, mail.options, app)
             if earlier:
-                return await replay_response(request, submission, replies, earlier, options, app)
+                return await replay_response(request, mail.submission, mail.replies, earlier, mail.options, app)
     except Rejected as error:
-        return respond(request, error.reply.status, {None: error.reply}, queueid, submission)
-    delivered, attempts = await deliver_or_queue(request, transactions, accepted, options, app)
-    replies.update(zip([mailbox.as_written for mailbox in accepted], delivered))
-    response = respond(request, http_status(replies.values()), replies, queueid, submission)
-    if options.key:
+        return respond(request, error.reply.status, {None: error.reply}, queueid, mail.submission)
+    delivered, attempts = await deliver_or_queue(request, mail.transactions, mail.accepted, mail.options, app)
+    mail.replies.update(zip([mailbox.as_written for mailbox in mail.accepted], delivered))
+    response = respond(request, http_status(mail.replies.values()), mail.replies, queueid, mail.submission)
+    if mail.options.key:
         await app.queue.do_eventually(finish_request, queueid, attempts, serialize_response(response), time.time())
     return response
 
 
-CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
+async def prepare(request: Request, parse: Callable, body: Any, settings: Settings, queueid: str) -> PreparedMail:
+    """Parse, check, compose and plan a mail; parse(body) returns a SubmissionResult."""
+    submission = None
+    try:
+        checked = await call_in_thread(is_expensive(body), parse_and_check, request, parse, body, settings)
+        submission, replies, accepted = checked.submission, checked.replies, checked.accepted
+        options = queue_options(request, submission, checked.digest, settings)
+        if not accepted:
+            return PreparedMail(queueid, submission, replies)
+        if body is request.body:
+            request.body = body = b""  # its memory is needed for the message
+        values = request, submission, settings, queueid, accepted
+        message = await call_in_thread(is_expensive(submission), compose_and_check, *values)
+        transactions, accepted = plan_transactions(submission, message, accepted, settings, queueid)
+    except Rejected as error:
+        return PreparedMail(queueid, submission, {None: error.reply})
+    return PreparedMail(queueid, without_content(submission), replies, accepted, transactions, options)
 
 
 async def call_in_thread(expensive: bool, function: Callable, *args: Any) -> Any:
     """Call a function, in a thread if other requests would have to wait too long."""
     return await asyncio.to_thread(function, *args) if expensive else function(*args)
+
+
+CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
 
 
 class CheckedSubmission(NamedTuple):
@@ -6956,16 +7392,16 @@ class CheckedSubmission(NamedTuple):
     digest: bytes | None  # of the document, if there is an Idempotency-Key
 
 
-def parse_and_check(request: Request, settings: Settings) -> CheckedSubmission:
-    """Parse the body of a request; raise Rejected with every error of it, or by the first check that fails."""
-    submission, errors, is_json = parse_submission(request.body)
+def parse_and_check(request: Request, parse: Callable, body: Any, settings: Settings) -> CheckedSubmission:
+    """Parse a submission; raise Rejected with every error of it, or by the first check that fails."""
+    submission, errors, is_json = parse(body)
     if errors:
         raise Rejected(make_reply("invalid" if is_json else "json", *errors[:MAX_REPORTED_ERRORS]))
     refused = apply_checks(CHECKS_OF_SUBMISSION, request, submission, settings)
     recipients = unique_recipients(submission)
     replies = {as_written: refused.get(as_written) for as_written in recipients}
     accepted = [mailbox for as_written, mailbox in recipients.items() if not replies[as_written]]
-    digest = document_digest(request.body) if "idempotency-key" in request.headers else None
+    digest = document_digest(body) if "idempotency-key" in request.headers and body is request.body else None
     return CheckedSubmission(submission, replies, accepted, digest)
 
 
@@ -6984,7 +7420,7 @@ def compose_and_check(
     """Return the message; raise Rejected if a check of the content or of the message fails."""
     apply_checks(CHECKS_OF_CONTENT, request, submission, settings)
     message = compose(submission, queueid, request.client, settings.hostname, request.now)._replace(dsn=request.dsn)
-    longest = max([len(mailbox.addr_spec) for mailbox in accepted])
+    request.recipient_count, longest = len(accepted), max([len(mailbox.addr_spec) for mailbox in accepted])
     request.message_size = sum(map(len, message.parts)) + longest + len(str(len(accepted)))
     apply_checks(CHECKS_OF_MESSAGE, request, submission, settings)
     return message
@@ -7017,6 +7453,14 @@ def respond(request: Request, status: int, replies: dict, queueid: str, submissi
     return answer_document(request, status, replies, queueid, submission)
 
 
+def log_rejection(request: Request, queueid: str | None, submission: Submission | None, refused: dict) -> None:
+    """Log one line for each refusal before delivery; `refused` is {recipient, None for all: Reply}."""
+    listed = [to for to in refused if to is not None] or list(submission.rcpt if submission else ())
+    sender = submission.mail if submission else None
+    for reply in dict.fromkeys(refused.values()):
+        log.lines(log_line(request, queueid, sender, listed[:100], reply))  # the line is cut anyway
+
+
 class QueueOptions(NamedTuple):
     """What a client asks of the queue."""
 
@@ -7024,6 +7468,29 @@ class QueueOptions(NamedTuple):
     key: bytes | None = None  # digest of login, path and Idempotency-Key
     body_digest: bytes | None = None
     login: str = ""
+
+
+class PreparedMail(NamedTuple):
+    """A mail that may be stored or delivered, unless it has no transactions."""
+
+    queueid: str
+    submission: Submission | None
+    replies: dict  # {recipient: Reply, None if there is none yet}; {None: Reply} if the whole mail is refused
+    accepted: list = ()  # of Mailbox
+    transactions: list = ()
+    options: QueueOptions = QueueOptions()
+
+    @property
+    def refused(self) -> dict:
+        return {to: reply for to, reply in self.replies.items() if reply and not reply.accepted}
+
+    @property
+    def error(self) -> Reply | None:
+        """Why no recipient was accepted, None if one was: what may be tried again comes first."""
+        if len(self.refused) < len(self.replies):
+            return None
+        to, reply = min(self.refused.items(), key=lambda item: (item[1].status or http_status(item[1:])) != 503)
+        return reply if to is None else reply._replace(message=(f"{to}: {reply.message[0]}", *reply.message[1:]))
 
 
 def queue_options(
@@ -7062,24 +7529,28 @@ async def enqueue_before_sending(
     item = new_item(request, transactions, accepted, options)
     earlier = await app.queue.add(item, leased=not options.async_)
     if options.async_ and not earlier:
-        pairs = log_pairs(client=request.client, login=request.login or None, **{"from": f"<{item.sender}>"})
-        log.lines(f"{item.queueid}: {pairs} (queued, to be delivered at once)")
-        app.queue.wake_manager()
+        announce_queued(request, [item], app)
     return earlier
 
 
 def new_item(request: Request, transactions: list, accepted: list, options: QueueOptions) -> NewQueueItem:
     """Return the mail as the queue stores it."""
-    first, mailboxes = transactions[0], {mailbox.addr_spec: mailbox for mailbox in accepted}
+    first, mailboxes = transactions[0], iter(accepted)
     recipients = []
     for transaction in transactions:
-        for to in transaction.recipients:
-            destination = destination_key(transaction.route, mailboxes[to].domain)
-            recipients.append(NewRecipient(mailboxes[to].as_written, to, transaction.number, destination))
-    return NewQueueItem(
-        first.queueid, "mail", first.sender, options.login, request.now, first.message, tuple(recipients), options.key,
-        options.body_digest,
-    )  # fmt: skip
+        for to, mailbox in zip(transaction.recipients, mailboxes):  # in their order
+            destination = destination_key(transaction.route, mailbox.domain)
+            recipients.append(NewRecipient(mailbox.as_written, to, transaction.number, destination))
+    envelope = first.queueid, "mail", first.sender, options.login, request.now, first.message
+    return NewQueueItem(*envelope, tuple(recipients), options.key, options.body_digest)
+
+
+def announce_queued(request: Request, items: list, app: App) -> None:
+    """Log new mails in the queue and have them delivered."""
+    for item in items:
+        pairs = log_pairs(client=request.client, login=request.login or None, **{"from": f"<{item.sender}>"})
+        log.lines(f"{item.queueid}: {pairs} (queued, to be delivered at once)")
+    app.queue.wake_manager()
 
 
 async def queue_deferred(
@@ -7090,23 +7561,22 @@ async def queue_deferred(
     if not (options.key or any(reply.temporary for reply in replies)):
         return replies, []
     item, now = new_item(request, transactions, accepted, options), time.time()
-    results = [
-        first_attempt_result(item, recipient, reply, settings, now)
-        for recipient, reply in zip(item.recipients, replies)
-    ]
+    pairs = zip(item.recipients, replies)
+    results = [first_attempt_result(item, recipient, reply, settings, now) for recipient, reply in pairs]
+    waiting = [i for i, result in enumerate(results) if result.disposition.state == "open"]
     if not options.key:  # with one it is in the file already
-        waiting = [i for i, result in enumerate(results) if result.disposition.state == "open"]
+        part = item._replace(recipients=tuple([item.recipients[i] for i in waiting]))
         try:
-            await app.queue.add(
-                item._replace(recipients=tuple(item.recipients[i] for i in waiting)), [results[i] for i in waiting]
-            )
+            await app.queue.add(part, [results[i] for i in waiting])
         except Rejected:  # the client reads that it failed for now, and that nobody will try again
             return replies, []
-    log_queued(item, results)
-    return [
-        queued_reply(item.queueid, result.reply) if result.disposition.state == "open" else result.reply
-        for result in results
-    ], results
+    for i in waiting:
+        unsure = "; may arrive twice" if replies[i].maybe_delivered else ""
+        pairs = log_pairs(to=f"<{item.recipients[i].recipient}>", status="deferred")
+        pause = results[i].disposition.pause
+        log.lines(f"{item.queueid}: {pairs} (queued; next attempt in {pause:.0f} s{unsure})")
+        replies[i] = queued_reply(item.queueid, replies[i])
+    return replies, results
 
 
 def first_attempt_result(
@@ -7116,18 +7586,7 @@ def first_attempt_result(
     disposition = next_disposition(reply, 1, 0.0, random_unit(), settings.queue)
     if disposition.state != "open":
         return AttemptResult(reply, disposition)
-    envelope = item.queueid, item.kind, item.sender, item.login, item.created_at, item.message
-    first = LeasedRecipient(0, *envelope, *recipient, attempts=1)
-    return AttemptResult(reply, disposition, notifications(first, reply, "open", settings, now))
-
-
-def log_queued(item: NewQueueItem, results: list) -> None:
-    """Log one line for each recipient that waits."""
-    for recipient, (reply, disposition, *_) in zip(item.recipients, results):
-        if disposition.state == "open":
-            unsure = "; may arrive twice" if reply.maybe_delivered else ""
-            pairs = log_pairs(to=f"<{recipient.recipient}>", status="deferred")
-            log.lines(f"{item.queueid}: {pairs} (queued; next attempt in {disposition.pause:.0f} s{unsure})")
+    return AttemptResult(reply, disposition, notifications(first_lease(item, recipient), reply, "open", settings, now))
 
 
 async def replay_response(
@@ -7142,17 +7601,25 @@ async def replay_response(
     if answered is None:  # its process ended before it could answer; the queue has taken the mail over
         message = await app.queue.do(message_status, queueid)
         replies.update((row["as_written"], current_reply(queueid, row)) for row in message["recipients"])
-        answered = serialize_response(
-            answer_document(request, http_status(replies.values()), replies, queueid, submission)
-        )
+        response = answer_document(request, http_status(replies.values()), replies, queueid, submission)
+        answered = ENCODER.encode([response.status, response.headers, response.body.decode()])
         await app.queue.do(finish_request, queueid, [], answered, request.now)
-    status, headers, text = json.loads(answered)
-    return Response(status, text.encode(), (*map(tuple, headers), ("Idempotency-Replayed", "true")))
+    return stored_response(answered)
+
+
+def first_lease(item: NewQueueItem, recipient: NewRecipient) -> LeasedRecipient:
+    envelope = item.queueid, item.kind, item.sender, item.login, item.created_at, item.message
+    return LeasedRecipient(0, *envelope, *recipient, attempts=1)
 
 
 def serialize_response(result: Response) -> str:
     """Return a response as the queue stores it."""
     return ENCODER.encode([result.status, result.headers, result.body.decode()])
+
+
+def stored_response(text: str) -> Response:
+    status, headers, body = json.loads(text)
+    return Response(status, body.encode(), (*map(tuple, headers), ("Idempotency-Replayed", "true")))
 
 
 def current_reply(queueid: str, row: Any) -> Reply:
@@ -7165,68 +7632,44 @@ def current_reply(queueid: str, row: Any) -> Reply:
 def plan_transactions(
     submission: Submission, message: Message, accepted: list, settings: Settings, queueid: str
 ) -> tuple:
-    """Return (transactions, the mailboxes in their order): one each recipient, or each route if they share the mail."""
-    sender = parse_address(submission.mail) or NULL_SENDER
-    check_provider_headers(submission, sender, accepted, settings)
-    if submission.shared:
-        transactions = plan_shared(sender, message, accepted, settings, queueid)
-        by_address = {mailbox.addr_spec: mailbox for mailbox in accepted}
-        return transactions, [by_address[to] for transaction in transactions for to in transaction.recipients]
-    routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in accepted]
-    return [
-        Transaction(
-            route, settings.hostname, queueid, sender.addr_spec, (mailbox.addr_spec,), message, number, settings.dkim
-        )
-        for number, (route, mailbox) in enumerate(zip(routes, accepted), 1)
-    ], accepted
+    """Return (transactions, the mailboxes in their order): one each route if the recipients share the mail, else each.
 
-
-def check_provider_headers(submission: Submission, sender: Mailbox, accepted: list, settings: Settings) -> None:
-    """Raise Rejected if a client sets commands of cloud relays where a route does not let it."""
+    By MX a shared mail has one for each domain. Raise Rejected for commands of cloud relays that a route does not let a
+    client send.
+    """
+    groups, sender = {}, parse_address(submission.mail) or NULL_SENDER
+    for i, mailbox in enumerate(accepted):
+        route = resolve_route(mailbox.domain, sender.domain, settings)[0]
+        key = (route, route.relay == "MX" and mailbox.domain.lower()) if submission.shared else i
+        groups.setdefault(key, (route, []))[1].append(mailbox)
     names = provider_header_names(submission)
-    routes = [resolve_route(mailbox.domain, sender.domain, settings)[0] for mailbox in accepted] if names else ()
-    if not all(route.provider_headers for route in routes):
+    if names and not all(choice.provider_headers for route, _ in groups.values() for choice in route.choices):
         lines = [f"{sanitize(name)}: the route must have provider_headers to send it" for name in names]
         raise Rejected(make_reply("invalid", *lines[:MAX_REPORTED_ERRORS]))
-
-
-def plan_shared(sender: Mailbox, message: Message, accepted: list, settings: Settings, queueid: str) -> list:
-    """Return one transaction for each route, in which all recipients get the same message; for MX for each domain."""
-    routes: dict = {}
-    for mailbox in accepted:
-        route = resolve_route(mailbox.domain, sender.domain, settings)[0]
-        domain = mailbox.domain.lower() if route.relay == "MX" else ""
-        routes.setdefault((route, domain), []).append(mailbox.addr_spec)
-    return [
-        Transaction(
-            route, settings.hostname, queueid, sender.addr_spec, tuple(recipients), message, number, settings.dkim
-        )
-        for number, ((route, _), recipients) in enumerate(routes.items(), 1)
-    ]
+    transactions = []
+    for number, (route, mailboxes) in enumerate(groups.values(), 1):
+        envelope = settings.hostname, queueid, sender.addr_spec, tuple([mailbox.addr_spec for mailbox in mailboxes])
+        transactions.append(Transaction(route, *envelope, message, number, settings.dkim))
+    return transactions, [mailbox for _, mailboxes in groups.values() for mailbox in mailboxes]
 
 
 async def deliver(transactions: list, transport: TransportContext, settings: Settings) -> list:
     """Return a TransactionResult for each transaction, in order; up to `max_workers` are run side by side."""
     if len(transactions) == 1:
-        return [await run_transaction(transactions[0], transport)]
+        return [await attempt_with_retries(transactions[0], transport)]
     limit = asyncio.Semaphore(settings.smtpd.max_workers)
 
     async def one(transaction: Transaction) -> TransactionResult:
         async with limit:
-            return await run_transaction(transaction, transport)
+            return await attempt_with_retries(transaction, transport)
 
     return await asyncio.gather(*map(one, transactions))
 
 
-def run_transaction(transaction: Transaction, transport: TransportContext) -> Any:
-    """Return an awaitable of the TransactionResult."""
-    return (attempt_with_retries if transaction.route.retry else attempt_transaction)(transaction, transport)
-
-
 async def attempt_with_retries(transaction: Transaction, transport: TransportContext) -> TransactionResult:
     """Attempt a transaction, and again as its route says for the recipients that failed temporarily."""
-    started, route = time.monotonic(), transaction.route
-    replies = (await attempt_transaction(transaction, transport)).replies
+    result, route = await attempt_transaction(transaction, transport), transaction.route
+    replies, started = result.replies, time.monotonic() - result.ms / 1000
     for _ in range(route.retry):
         waiting = [i for i, reply in enumerate(replies) if reply.temporary and not reply.maybe_delivered]
         if not waiting:
@@ -7273,14 +7716,6 @@ def result_lines(request: Request, result: TransactionResult) -> list:
 MAX_RCPT_OCTETS = 8 * (MAX_PATH + 3)  # octets of recipients in a line, so that a pipe takes it whole (PIPE_BUF)
 
 
-def log_rejection(request: Request, queueid: str | None, submission: Submission | None, refused: dict) -> None:
-    """Log one line for each refusal before delivery; `refused` is {recipient, None for all: Reply}."""
-    listed = [to for to in refused if to is not None] or list(submission.rcpt if submission else ())
-    sender = submission.mail if submission else None
-    for reply in dict.fromkeys(refused.values()):
-        log.lines(log_line(request, queueid, sender, listed[:100], reply))  # the line is cut anyway
-
-
 def log_line(
     request: Request, queueid: str | None, sender: str | None, recipients: list, reply: Reply, ms: float | None = None
 ) -> str:
@@ -7290,6 +7725,8 @@ def log_line(
         line.append(f"client={request.client}")
     if request.login:
         line.append(f"login={log_value(request.login)}")
+    elif request.login_fault:
+        line.append(f"reason={log_value(request.login_fault)}")
     if sender is not None:
         line.append(f"from={log_value(f'<{sender}>')}")
     if recipients:
@@ -7297,6 +7734,8 @@ def log_line(
         line.append(f"to={log_value(to, MAX_RCPT_OCTETS if reply.mailer else 500)}")
     if reply.mailer:
         line.append(f"relay={reply.relay} delay={ms / 1000:.3f}")
+    if reply.fallback:
+        line.append(f"fallback={log_value(reply.fallback)}")
     if reply.dsn:
         line.append(f"dsn={reply.dsn}")
     at = "" if reply.accepted or reply.origin == "policy" else f" (in reply to {reply.command})"
@@ -7320,21 +7759,36 @@ def answer_document(
         "referer": echoed_header(request, "referer"),
         "timestamp": time_to_dict(request.now),
     }
-    return Response(status, to_json(document), answer_headers(request, status, queueid, replies))
+    headers = answer_headers(request, status, queueid, replies)
+    return Response(status, to_json(document), headers + (rate_headers(*request.rate) if request.rate else ()))
 
 
 def answer_headers(request: Request, status: int, queueid: str | None, replies: dict) -> tuple:
     if status == 202:
         applied = prefers_async(request.headers.get("prefer", ""))
         return (("Location", f"/queue/{queueid}"), *([("Preference-Applied", "respond-async")] if applied else []))
-    if status == 401:
-        return (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),)
-    if status == 409:
-        return (("Retry-After", "2"),)
+    if status == 429:
+        return (("Retry-After", str(max(reply.retry_after for reply in replies.values()))),)
     if status == 503:
         seconds = max([DEFAULT_RETRY_AFTER, *[reply.retry_after for reply in replies.values()]])
         return (("Retry-After", str(seconds)),)
-    return ()
+    return HEADERS_OF_STATUS.get(status, ())
+
+
+HEADERS_OF_STATUS = {
+    401: (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),),
+    409: (("Retry-After", "2"),),
+}
+
+
+def rate_headers(rate: Rate, state: RateState) -> tuple:
+    """Return the fields of draft-ietf-httpapi-ratelimit-headers-10, and those that clients knew before."""
+    left, reset = state.remaining, math.ceil(state.reset)
+    return (
+        ("RateLimit-Policy", f'"default";q={rate.limit};w={rate.seconds}'),
+        ("RateLimit", f'"default";r={left};t={reset}'),
+        *zip(("ratelimit-limit", "ratelimit-remaining", "ratelimit-reset"), map(str, (rate.limit, left, reset))),
+    )
 
 
 DEFAULT_RETRY_AFTER = 60  # seconds
@@ -7342,7 +7796,10 @@ DEFAULT_RETRY_AFTER = 60  # seconds
 
 def time_to_dict(seconds: float | None) -> dict | None:
     """Return a time as answers show it."""
-    return None if seconds is None else {"datetime": time.ctime(seconds), "unixtime": str(int(seconds))}
+    return None if seconds is None else {"datetime": ctime(int(seconds)), "unixtime": str(int(seconds))}
+
+
+ctime = functools.lru_cache(maxsize=2)(time.ctime)
 
 
 def echoed_header(request: Request, name: str) -> str | None:
@@ -7356,12 +7813,362 @@ def echoed_header(request: Request, name: str) -> str | None:
 MAX_ECHO = 200  # characters of a header that an answer repeats, and the queue stores
 
 
+def json_response(document: Any, status: int = 200, headers: tuple = ()) -> Response:
+    return Response(status, to_json(document), headers)
+
+
 def to_json(document: Any) -> bytes:
     return ENCODER.encode(document).encode("utf-8", "replace") + b"\n"
 
 
 # ======================================================================================================================
-# 18. HTTP server
+# 18. Provider endpoints
+#     Takes requests of SendGrid's, Postmark's and Resend's clients, passes each mail through the pipeline and answers
+#     in the provider's form. All mails of a request are checked before the first one is stored.
+# ======================================================================================================================
+
+
+class Provider(NamedTuple):
+    """A provider's endpoint."""
+
+    names: dict  # {key of a submission, of its header or of an attachment: the provider's key}
+    unsupported: tuple  # keys that would change the content
+    answer: Callable  # ([PreparedMail, ...], mails, dry_run) -> Response or document
+    error: Callable  # (reply, request) -> (HTTP status, document)
+    read: Callable = lambda document, limit: [document]  # returns the mails
+    limit: int = 1  # mails of a request
+    permissive: bool = False  # a refused mail does not stop the others
+    is_test: Callable = lambda document, request: False  # everything is checked, nothing sent
+
+
+async def answer_provider(request: Request, app: App) -> Response:
+    """Take the mails of a request and answer in the form of the provider whose endpoint it is."""
+    settings, provider = request.settings or app.settings, PROVIDER_ENDPOINTS[request.path]
+    document, digest = await call_in_thread(is_expensive(request.body), parse_call, request)
+    mails, prepared, octets = provider.read(document, provider.limit), [], 0
+    for mail in mails:
+        prepared.append(await prepare_theirs(request, mail, provider, settings))
+        octets += request.message_size if prepared[-1].transactions else 0
+        if octets > MAX_CALL:  # SendGrid's mails share their attachments
+            raise Rejected(make_reply("too-big", f"{octets} octets of all mails exceed the limit of {MAX_CALL}"))
+    ready, dry_run = [mail for mail in prepared if mail.transactions], provider.is_test(document, request)
+    permissive = provider.read is read_batch and (
+        provider.permissive or request.headers.get("x-batch-validation", "").lower() == "permissive"
+    )
+    for mail in prepared:
+        if mail.error and not permissive:
+            return provider_error(mail.error, request)
+    if not (app.queue or dry_run):
+        await deliver_mails(request, ready, settings, app)
+        if all(mail.error for mail in prepared) and not permissive:
+            return provider_error(prepared[0].error, request)
+    for mail in ready if app.queue or dry_run else ():
+        mail.replies.update((mailbox.as_written, queued_reply(mail.queueid)) for mailbox in mail.accepted)
+    answer = provider.answer(prepared, mails, dry_run)
+    response = answer if isinstance(answer, Response) else json_response(answer)
+    is_stored = ready and app.queue and not dry_run
+    return await store_mails(request, ready, digest, response, app) if is_stored else response
+
+
+MAX_CALL = 64 << 20  # octets of all messages of a request
+
+
+def parse_call(request: Request) -> tuple:
+    """Return (document, its digest if there is an Idempotency-Key)."""
+    try:
+        document = parse_json(request.body)
+    except ValueError as error:
+        raise Rejected(make_reply("json", sanitize(str(error)))) from None
+    return document, document_digest(request.body) if "idempotency-key" in request.headers else None
+
+
+async def prepare_theirs(request: Request, mail: Any, provider: Provider, settings: Settings) -> PreparedMail:
+    """Prepare a mail; log its refused recipients and name keys in errors as the provider does."""
+    names, parse = provider.names, functools.partial(parse_mail, provider.names, provider.unsupported)
+    prepared = await prepare(request, parse, mail, settings, new_queueid(request.now))
+    if prepared.refused:
+        log_rejection(request, prepared.queueid, prepared.submission, prepared.refused)
+    replies = {to: reply and in_their_words(reply, names) for to, reply in prepared.replies.items()}
+    return prepared._replace(replies=replies)
+
+
+def in_their_words(reply: Reply, names: dict) -> Reply:
+    """Replace the key of a submission at the start of each line of an error."""
+
+    def name(found: re.Match) -> str:
+        key = {"rcpt": "to", "mail": "from", "replyto": "reply-to"}.get(found[2], found[2])
+        return names.get(key.lower()) or (f"{names['headers']}.{key}" if found[1] else key)
+
+    lines = [re.sub(r"^(header\.)?([A-Za-z_-]+)", name, line) for line in reply.message[1:]]
+    return reply._replace(message=(reply.message[0], *lines))
+
+
+async def deliver_mails(request: Request, mails: list, settings: Settings, app: App) -> None:
+    """Deliver mails while the client waits, and add their replies."""
+    results = iter(await deliver([one for mail in mails for one in mail.transactions], app.transport, settings))
+    for mail in mails:
+        done = list(itertools.islice(results, len(mail.transactions)))
+        log.lines(*itertools.chain.from_iterable(result_lines(request, result) for result in done))
+        replies = [reply for result in done for reply in result.replies]
+        mail.replies.update(zip([mailbox.as_written for mailbox in mail.accepted], replies))
+
+
+async def store_mails(request: Request, mails: list, digest: Any, response: Response, app: App) -> Response:
+    """Store mails and the reports of their refused recipients; return the response, or that to an earlier request."""
+    key, items, reports = mails[0].options.key, [], []
+    for mail in mails:
+        options = mail.options._replace(key=None if items else key, body_digest=digest)
+        items.append(new_item(request, mail.transactions, mail.accepted, options))
+        for to, reply in mail.refused.items():
+            leased = first_lease(items[-1], NewRecipient(to, to, 1, ""))
+            reports += notifications(leased, reply, "failed", request.settings or app.settings, request.now)
+    earlier = await app.queue.add_by(enqueue_all, [*items, *reports], serialize_response(response) if key else None)
+    if earlier and earlier["body_digest"] != digest:
+        raise Rejected(make_reply("key-reused"))
+    if earlier:
+        return stored_response(earlier["response"])
+    announce_queued(request, items, app)
+    return response
+
+
+# -- Mails
+
+
+def parse_mail(names: dict, unsupported: tuple, mail: Any) -> SubmissionResult:
+    """Parse a mail of a provider's client; keys that are not known are ignored."""
+    if not isinstance(mail, dict):
+        return SubmissionResult(None, [f"expected an object, got {json_type_name(mail)}"])
+    errors = [f"{key}: is not supported" for key in unsupported if mail.get(key)]
+    header = OpenHeader(read_headers(mail.get(names["headers"]), names["headers"], errors))
+    for key in ("from", "to", "cc", "bcc", "reply-to"):
+        value = mail.get(names[key]) or []
+        texts = value[: MAX_ADDRESSES + 1] if isinstance(value, list) else [value]
+        for i, text in enumerate(texts):
+            faults: list = []
+            parse_recipient_field(text, "", faults)
+            shared = key in ("from", "reply-to")
+            label = names[key] if shared else names["address"].format(names[key], i, part=mail.get("part"))
+            errors += [f"Invalid '{label}' address: '{sanitize(str(text), 80)}'."] if faults else []
+        if texts and not errors:
+            header[key] = ", ".join(texts) if shared else texts
+    header["subject"] = mail.get(names["subject"])
+    document = {key: mail[names[key]] for key in ("body", "html", "send_at") if mail.get(names[key]) is not None}
+    senders = parse_mailboxes(header.get("from", "")) if not errors else ()
+    document.update(mail=senders[0][1].as_written if senders else "", header=header)
+    document["attachments"] = read_attachments(mail, names, errors)
+    return SubmissionResult(None, errors) if errors else parse_document(document)
+
+
+def read_headers(value: Any, json_path: str, errors: list) -> dict:
+    """Return fields from {name: value}, or from Postmark's [{"Name", "Value"}]."""
+    header: dict = {}
+    if isinstance(value, list):
+        pairs = [(item.get("Name"), item.get("Value")) if isinstance(item, dict) else (None, None) for item in value]
+    else:
+        pairs = list(value.items()) if isinstance(value, dict) else []
+    for name, text in pairs:
+        if not isinstance(name, str) or normalize_key(name) in OWN_FIELDS:
+            errors.append(f"{json_path}: {sanitize(str(name))} can't be set here")
+        else:
+            header.setdefault(name, []).append(text)
+    return {name: texts[0] if len(texts) == 1 else texts for name, texts in header.items()}
+
+
+OWN_FIELDS = frozenset(("from", "to", "cc", "bcc", "subject", "replyto", "charset"))
+
+
+def read_attachments(mail: dict, names: dict, errors: list) -> Any:
+    """Return attachments as a submission has them; a content id that the HTML does not use is left out."""
+    html, entries, found = mail.get(names["html"]), mail.get(names["attachments"]), []
+    links = content_id_links(html) if isinstance(html, str) else set()
+    for i, entry in enumerate(
+        entries[: MAX_ATTACHMENTS + 1] if isinstance(entries, list) else [entries] * bool(entries)
+    ):
+        if not isinstance(entry, dict) or entry.get("path"):
+            errors.append(f"{names['attachments']}[{i}]{'.path: is not supported' if entry else ': is no object'}")
+            continue
+        item = {key: entry.get(names[key]) for key in ("filename", "type", "content")}
+        cid = re.sub("^cid:|^<|>$", "", str(entry.get(names["cid"]) or entry.get("contentId") or ""))
+        octets = item["content"].get("data") if isinstance(item["content"], dict) else item["content"]
+        if isinstance(octets, list):  # of integers; within an object it is a Buffer of Node.js
+            with contextlib.suppress(ValueError, TypeError):
+                item["content"] = base64.b64encode(bytes(octets)).decode()
+        found.append({**item, "cid": cid if cid in links else "", "inline": entry.get("disposition") == "inline"})
+    return found
+
+
+def read_batch(document: Any, limit: int, json_path: str = "top level") -> list:
+    """Return the mails of a list; raise Rejected if there are too many."""
+    if not isinstance(document, list):
+        raise Rejected(make_reply("invalid", f"{json_path}: expected a list, got {json_type_name(document)}"))
+    if not 0 < len(document) <= limit:
+        raise Rejected(make_reply("batch", f"expected 1 to {limit}, got {len(document)}"))
+    return document
+
+
+def read_personalizations(document: Any, limit: int) -> list:
+    """Return one mail for each personalization, whose keys take the place of the document's."""
+    whole = document if isinstance(document, dict) else {}
+    content = whole.get("content") if isinstance(whole.get("content"), list) else []
+    whole = {**whole, "content": []}  # what remains of it is not supported
+    for item in content:
+        kind = str(item.get("type")).partition(";")[0] if isinstance(item, dict) else ""
+        if kind in ("text/plain", "text/html"):
+            whole[f"content.{kind}"] = item.get("value")
+        else:
+            whole["content"].append(item)
+    mails = []
+    for i, part in enumerate(read_batch(whole.get("personalizations"), limit, "personalizations")):
+        mail = {**whole, **(part if isinstance(part, dict) else {}), "part": f"personalizations.{i}"}
+        mail["reply_to"] = mail.get("reply_to_list") or mail.get("reply_to")
+        for key in ("from", "reply_to", "to", "cc", "bcc"):
+            items = mail.get(key) or []
+            mail[key] = [mailbox_text(item) for item in (items if isinstance(items, list) else [items])]
+        mails.append(mail)
+    return mails
+
+
+def mailbox_text(item: Any) -> Any:
+    """Return {"email", "name"} as it is written in a header."""
+    if not isinstance(item, dict):
+        return item
+    name = re.sub(r'(["\\])', r"\\\1", str(item.get("name") or ""))
+    return f'"{name}" <{item.get("email")}>' if name else item.get("email")
+
+
+def is_sandbox(document: Any, request: Request) -> bool:
+    with contextlib.suppress(LookupError, TypeError):
+        return document["mail_settings"]["sandbox_mode"]["enable"] is True
+    return False
+
+
+# -- Answers
+
+
+def answer_sendgrid(prepared: list, mails: list, dry_run: bool) -> Response:
+    """Return the response; the other providers' is a document."""
+    queueid = next(mail.queueid for mail in prepared if not mail.error)
+    return Response(200 if dry_run else 202, b"", (("X-Message-Id", queueid),))
+
+
+def postmark_item(prepared: PreparedMail, mail: dict) -> dict:
+    if prepared.error:
+        return postmark_error(prepared.error, None)[1]
+    words = "; ".join(dict.fromkeys(map(words_of, prepared.refused.values())))
+    refused = f"Message OK, but will not deliver to these inactive addresses: {', '.join(prepared.refused)}"
+    message = f"{refused}. Inactive recipients: {words}" if words else "OK"  # clients look for these words
+    now = time.strftime("%Y-%m-%dT%H:%M:%S.0000000Z", time.gmtime())
+    place = {"To": mail.get("To") or "", "SubmittedAt": now, "MessageID": prepared.queueid}
+    return {**place, "ErrorCode": 0, "Message": message}
+
+
+def answer_resend_batch(prepared: list, mails: list, dry_run: bool) -> dict:
+    errors = [{"index": i, "message": words_of(mail.error)} for i, mail in enumerate(prepared) if mail.error]
+    document = {"data": [{"id": mail.queueid} for mail in prepared if not mail.error]}
+    return {**document, "errors": errors} if errors else document
+
+
+def provider_error(reply: Reply, request: Request) -> Response:
+    """Return the response to a request that is refused, in the form of its provider."""
+    status, document = PROVIDER_ENDPOINTS[request.path].error(reply, request)
+    headers = answer_headers(request, reply.status or http_status((reply,)), None, {None: reply})
+    return json_response(document, status, headers)
+
+
+def sendgrid_error(reply: Reply, request: Request) -> tuple:
+    status, words = error_row(reply, SENDGRID_ERRORS)
+    errors = []
+    for line in reply.message[1:] if slug_of(reply) == "invalid" else (words or words_of(reply),):
+        found = re.match(r"Invalid '([^']+)'|([a-z_][\w./\[\]-]*): ", line)
+        field = re.sub(r"\[(\d+)\]", r".\1", found[1] or found[2]) if found else None
+        errors.append({"message": line, "field": field, "help": None})
+    return status, {"errors": errors}
+
+
+def postmark_error(reply: Reply, request: Request | None) -> tuple:
+    status, code = error_row(reply, POSTMARK_ERRORS)
+    return status, {"ErrorCode": code, "Message": words_of(reply)}
+
+
+def resend_error(reply: Reply, request: Request) -> tuple:
+    status, name = error_row(reply, RESEND_ERRORS)
+    if reply.status == 401 and "authorization" not in request.headers:
+        status, name = 401, "missing_api_key"
+    return status, {"statusCode": status, "name": name, "message": words_of(reply)}
+
+
+def error_row(reply: Reply, table: dict) -> tuple:
+    """Return (HTTP status, the provider's name of the error)."""
+    status = reply.status or http_status((reply,))
+    return table.get(slug_of(reply)) or table.get(status) or (status, table[None])
+
+
+def slug_of(reply: Reply) -> str:
+    """Return the row of REPLIES of which a reply was made, "" for none."""
+    return SLUGS.get((reply.status, reply.code, reply.dsn, reply.command, reply.message[0]), "")
+
+
+def words_of(reply: Reply) -> str:
+    first, *lines = reply.message
+    return "; ".join(lines) if lines and slug_of(reply) == "invalid" else ": ".join((first, *lines))
+
+
+SLUGS = {row: slug for slug, row in REPLIES.items()}
+# {name in REPLIES, or HTTP status of a refusal of POST /submit: (HTTP status, the provider's name of the error)}
+SENDGRID_GRANT = "The provided authorization grant is invalid, expired, or revoked"
+SENDGRID_ERRORS = {"login": (401, SENDGRID_GRANT), 502: (400, None), None: None}
+POSTMARK_ERRORS = {
+    "json": (422, 402), "batch": (422, 410), "rcpt-many": (422, 300), 400: (422, 300), 401: (401, 10), 403: (422, 405),
+    409: (422, 300), 422: (422, 300), 429: (429, 429), 500: (500, 500), 502: (422, 300), 503: (503, 100), None: 300,
+}  # fmt: skip
+RESEND_ERRORS = {
+    **dict.fromkeys(("mail-empty", "rcpt-none", "subject-empty", "body-empty"), (422, "missing_required_field")),
+    "mail-form": (422, "invalid_from_address"), "key-form": (400, "invalid_idempotency_key"),
+    "json": (400, "validation_error"), 400: (422, "validation_error"), 401: (403, "invalid_api_key"),
+    "rcpt-many": (422, "validation_error"), 403: (401, "restricted_api_key"), 404: (404, "not_found"),
+    409: (409, "concurrent_idempotent_requests"), 413: (413, "validation_error"),
+    422: (409, "invalid_idempotent_request"), 429: (429, "rate_limit_exceeded"), 502: (422, "validation_error"),
+    None: "application_error",
+}  # fmt: skip
+
+KEYS = ("from", "to", "cc", "bcc", "subject", "html", "headers", "attachments", "filename", "content")
+RESEND_KEYS = {
+    **{key: key for key in KEYS}, "reply-to": "reply_to", "body": "text", "type": "content_type",
+    "cid": "content_id", "send_at": "scheduled_at", "address": "{}",
+}  # fmt: skip
+SENDGRID_KEYS = {
+    **RESEND_KEYS, "body": "content.text/plain", "html": "content.text/html", "type": "type", "send_at": "send_at",
+    "address": "{part}.{}.{}.email",
+}  # fmt: skip
+POSTMARK_KEYS = {
+    **{key: key.title() for key in KEYS}, "reply-to": "ReplyTo", "body": "TextBody", "html": "HtmlBody",
+    "filename": "Name", "type": "ContentType", "cid": "ContentID", "send_at": "", "address": "{}",
+}  # fmt: skip
+NOT_SENDGRID = ("template_id", "dynamic_template_data", "substitutions", "batch_id", "asm", "content")
+SENDGRID = Provider(SENDGRID_KEYS, NOT_SENDGRID, answer_sendgrid, sendgrid_error, read_personalizations, 1000)
+POSTMARK = Provider(
+    POSTMARK_KEYS, ("TemplateId", "TemplateAlias"), lambda prepared, mails, _: postmark_item(prepared[0], mails[0]),
+    postmark_error, is_test=lambda _, request: is_postmark_test(request),
+)  # fmt: skip
+RESEND = Provider(
+    RESEND_KEYS, ("template", "topic_id"), lambda prepared, mails, _: {"id": prepared[0].queueid}, resend_error
+)
+PROVIDER_ENDPOINTS = {
+    "/v3/mail/send": SENDGRID._replace(is_test=is_sandbox),
+    "/email": POSTMARK,
+    "/email/batch": POSTMARK._replace(
+        read=read_batch,
+        answer=lambda prepared, mails, _: [*map(postmark_item, prepared, mails)],
+        limit=500,
+        permissive=True,
+    ),
+    "/emails": RESEND,
+    "/emails/batch": RESEND._replace(read=read_batch, answer=answer_resend_batch, limit=100),
+}
+
+
+# ======================================================================================================================
+# 19. HTTP server
 #     Takes octets from a socket, gives a Request to an endpoint and sends its Response (RFC 9110, 9112). The supervisor
 #     binds and watches; workers, forked by it, accept. In a worker one event loop serves all connections.
 # ======================================================================================================================
@@ -7389,28 +8196,38 @@ class RequestHead(NamedTuple):
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
-HEADER_LINE = re.compile(rf"(?m)^({_TOKEN}+):([^\r\n\0]*)\r\n")
+HEADER_LINE = re.compile(rf"({_TOKEN}+):([^\r\n\0]*)")
 BARE_LF = re.compile(rb"\n\r?\n")  # an end of the head for some servers; looked for if there is no CR LF CR LF
 
 
 def parse_head(octets: bytes) -> RequestHead:
-    """Parse the head of a request, without its empty line; raise Rejected for what RFC 9112 forbids.
-
-    Nothing is cached, because header lines hold credentials.
-    """
+    """Parse the head of a request, without its empty line; raise Rejected for what RFC 9112 forbids."""
     first, _, rest = octets.decode("latin-1").partition("\r\n")
     method, path, is_http10 = parse_request_line(first)
-    if rest.count("\r\n") > MAX_HEADERS:
+    lines = rest.split("\r\n")[:-1]
+    if len(lines) > MAX_HEADERS:
         raise Rejected(make_reply("head-too-large"))
-    lines = HEADER_LINE.findall(rest)
-    if sum([len(name) + len(value) + 3 for name, value in lines]) != len(rest):  # something between them is no line
-        raise Rejected(make_reply("bad-request", "header line"))
     headers: dict = {}
-    for name, value in [(name.lower(), value.strip(" \t")) for name, value in lines]:
+    for line in lines:
+        name, value = (cached_header_line if line.startswith(CACHED_HEADERS) else parse_header_line)(line)
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     connection = headers.get("connection", "").lower()
     keep_alive = "keep-alive" in connection if is_http10 else "close" not in connection
     return RequestHead(method, path, headers, keep_alive, is_http10)
+
+
+def parse_header_line(line: str) -> tuple:
+    """Return (name in lower case, value)."""
+    found = HEADER_LINE.fullmatch(line)
+    if not found:
+        raise Rejected(make_reply("bad-request", "header line"))
+    return found[1].lower(), found[2].strip(" \t")
+
+
+# Most clients send these again and again; lines that may hold credentials are not kept in memory.
+CACHED_HEADERS = ("host:", "user-agent:", "accept", "content-", "connection:")
+CACHED_HEADERS += tuple(map(str.title, CACHED_HEADERS))
+cached_header_line = cache_short(512, limit=200)(parse_header_line)
 
 
 def parse_request_line(line: str) -> tuple:
@@ -7429,10 +8246,11 @@ def parse_request_line(line: str) -> tuple:
 def check_host(head: RequestHead) -> None:
     """Raise Rejected if Host is missing, repeated or no host (RFC 9112 3.2)."""
     host = head.headers.get("host", "" if head.is_http10 else ",")
-    if not re.fullmatch(r"[^\s,/?#@\\]*", host):
+    if NOT_IN_HOST.search(host):
         raise Rejected(make_reply("bad-request", "Host"))
 
 
+NOT_IN_HOST = re.compile(r"[\s,/?#@\\]")
 CHUNKED = -1
 
 
@@ -7464,9 +8282,7 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
     if forwarded is None or peer not in trusted:
         return peer, port
     for text in reversed(forwarded.split(",")):
-        found = re.fullmatch(
-            r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)", text.strip(" \t")[:100]
-        )  # some proxies add the port
+        found = FORWARDED_ADDRESS.fullmatch(text.strip(" \t")[:100])
         try:
             peer, port = parse_ip(found[1] or found[2] or found[3]), None
         except ValueError:  # it must not pass for the proxy's own request
@@ -7476,9 +8292,9 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
     return peer, port
 
 
-FORWARDING_HEADERS = frozenset(
-    ("via", "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "x-client-ip")
-)  # that proxies add
+FORWARDED_ADDRESS = re.compile(r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)")  # some proxies add the port
+FORWARDING_HEADERS = {f"x-forwarded-{what}" for what in ("for", "host", "proto")}  # that proxies add
+FORWARDING_HEADERS |= {"via", "forwarded", "x-real-ip", "x-client-ip"}
 
 
 class Endpoint(NamedTuple):
@@ -7488,12 +8304,13 @@ class Endpoint(NamedTuple):
     checks: tuple = ()
 
 
-def json_response(document: Any, status: int = 200, headers: tuple = ()) -> Response:
-    return Response(status, to_json(document), headers)
+def constant(response: Response) -> Endpoint:
+    """Return an endpoint that always answers the same."""
 
+    async def handler(request: Request, app: App) -> Response:
+        return response
 
-async def get_root(request: Request, app: App) -> Response:
-    return json_response({"name": "Haineko", "version": __version__})
+    return Endpoint(handler)
 
 
 async def get_health(request: Request, app: App) -> Response:
@@ -7518,17 +8335,14 @@ def check_monitor(request: Request, submission: None, settings: Settings) -> Rep
 
 
 def is_own_host(host: str, settings: Settings) -> bool:
-    """Return True if a host, with or without port, is an address, smtpd.hostname or a single label.
-
-    These can't be rebound in DNS by a stranger.
-    """
+    """Tell whether a host is an address, smtpd.hostname or a single label: no stranger can rebind these in DNS."""
     name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
     return "." not in name or name == settings.hostname.lower() or bool(re.fullmatch(r"[\d.]+", name))
 
 
 def check_queue_access(request: Request, submission: None, settings: Settings) -> Reply | None:
     refusal = check_monitor(request, None, settings)
-    return check_login(request, None, settings) if refusal and settings.password.hashes else refusal
+    return check_login(request, None, settings) if refusal and settings.password.logins else refusal
 
 
 async def get_queue(request: Request, app: App) -> Response:
@@ -7581,18 +8395,13 @@ def message_document(message: dict) -> dict:
             for attempt in parse_history(row["history"])
         ]
         response.append({**item, "state": row["state"], "next": time_to_dict(row["due"]), "attempts": attempts})
-    return {
+    head = {
         "queueid": message["queueid"],
         "addresser": message["sender"],
         "recipient": [row["as_written"] for row in rows],
-        "response": response,
-        "size": message["size"],
-        "timestamp": time_to_dict(message["created_at"]),
     }
-
-
-async def get_sample(request: Request, app: App) -> Response:
-    return json_response(SAMPLES)
+    timestamp = time_to_dict(message["created_at"])
+    return {**head, "response": response, "size": message["size"], "timestamp": timestamp}
 
 
 SAMPLES = json.loads("""[
@@ -7610,8 +8419,85 @@ SAMPLES = json.loads("""[
 ]""")
 
 
-async def get_neko(request: Request, app: App) -> Response:
-    return Response(200, b"Nyaaaaa", type="text/plain; charset=utf-8")
+async def get_openapi(request: Request, app: App) -> Response:
+    """Answer with the OpenAPI description of ENDPOINTS, made of the dataclasses and tables."""
+    paths: dict = {}
+    for (method, path), endpoint in ENDPOINTS.items():
+        summary = (endpoint.handler.__doc__ or endpoint.handler.__name__).split("\n")[0]
+        operation = paths.setdefault(path.replace("ID", "{ID}"), {})[method.lower()] = {"summary": summary}
+        body, good, bad = schemas_of(path)
+        operation["responses"] = {
+            "2XX": {"description": "success", **good},
+            "default": {"description": "refusal", **bad},
+        }
+        if body:
+            operation["requestBody"] = {"required": True, **body}
+        if "ID" in path:
+            operation["parameters"] = [{"name": "ID", "in": "path", "required": True, "schema": {"type": "string"}}]
+    schemas = {cls.__name__: class_schema(cls) for cls in (Submission, Header, Attachment)}
+    logins: dict = {scheme: {"type": "http", "scheme": scheme} for scheme in ("basic", "bearer")}
+    logins["token"] = {"type": "apiKey", "in": "header", "name": "X-Postmark-Server-Token"}
+    return json_response({
+        "openapi": "3.1.0", "info": {"title": "Haineko", "version": __version__}, "paths": paths,
+        "components": {"schemas": schemas, "securitySchemes": logins},
+        "security": [{}, *({name: []} for name in logins)],
+    })  # fmt: skip
+
+
+def schemas_of(path: str) -> tuple:
+    """Return the content of requests, of answers and of refusals; {} for that of no form."""
+    asked, provider = Request("POST", path, {}, b"", None, None, None, 0.0), PROVIDER_ENDPOINTS.get(path)
+    replies = {"a@example.jp": queued_reply("Q" * 16)}
+    answer = json_content(schema_of(answer_document(asked, 200, replies, "Q" * 16, None)))
+    if not provider:
+        is_submit = path == "/submit"
+        body = json_content({"$ref": "#/components/schemas/Submission"}) if is_submit else {}
+        return body, answer if is_submit else {}, answer
+    keys = ["personalizations"] if provider.read is read_personalizations else []
+    mail = {
+        "type": "object",
+        "properties": {key: {} for key in (*provider.names.values(), *keys) if key.isidentifier()},
+    }
+    batch = {"type": "array", "items": mail, "maxItems": provider.limit}
+    success = provider.answer([PreparedMail("Q" * 16, None, replies)], [{}], False)
+    refusal = json_content(schema_of(provider_error(make_reply("login"), asked)))
+    body = json_content(batch if provider.read is read_batch else mail)
+    return body, {} if isinstance(success, Response) else json_content(schema_of(success)), refusal
+
+
+def json_content(schema: dict) -> dict:
+    return {"content": {"application/json": {"schema": schema}}}
+
+
+def class_schema(cls: type) -> dict:
+    """Return the schema of a dataclass made of config_field()."""
+    properties = {}
+    for item in fields(cls):
+        kind = {"type": types} if (types := SCHEMA_TYPES.get(type(item.default))) else {}
+        if item.name in NESTED_SCHEMAS:
+            reference = {"$ref": f"#/components/schemas/{NESTED_SCHEMAS[item.name]}"}
+            kind = {**kind, "items": reference} if kind else reference
+        for key in item.metadata.get("keys") or (item.name,) if "parse" in item.metadata else ():
+            properties[key] = {**kind, "description": item.metadata["doc"]}
+    return {"type": "object", "properties": properties, "additionalProperties": cls is Header}
+
+
+NESTED_SCHEMAS = {"header": "Header", "attachments": "Attachment"}
+SCHEMA_TYPES = {
+    str: ["string", "array", "null"],
+    bool: ["boolean", "integer", "null"],
+    tuple: ["string", "array", "object", "null"],
+}
+
+
+def schema_of(value: Any) -> dict:
+    """Return the schema of a real response, or of a value within; null stands for any value."""
+    value = json.loads(value.body) if isinstance(value, Response) else value
+    if isinstance(value, dict):
+        return {"type": "object", "properties": dict(zip(value, map(schema_of, value.values()))), "required": [*value]}
+    if isinstance(value, list):
+        return {"type": "array", "items": schema_of(value[0])} if value else {"type": "array"}
+    return {} if value is None else {"type": ["string" if isinstance(value, str) else "integer", "null"]}
 
 
 async def answer_options(request: Request, app: App) -> Response:
@@ -7620,15 +8506,17 @@ async def answer_options(request: Request, app: App) -> Response:
 
 ENDPOINTS = {
     ("POST", "/submit"): Endpoint(submit, checks_at("head")),
-    ("GET", "/"): Endpoint(get_root),
+    **{("POST", path): Endpoint(answer_provider, checks_at("head")) for path in PROVIDER_ENDPOINTS},
+    ("GET", "/"): constant(json_response({"name": "Haineko", "version": __version__})),
     ("GET", "/health"): Endpoint(get_health),
     ("GET", "/conf"): Endpoint(get_conf, (check_monitor,)),
     ("GET", "/queue"): Endpoint(get_queue, (check_monitor,)),
     ("GET", "/queue/ID"): Endpoint(get_queued_mail, (check_queue_access,)),
     ("DELETE", "/queue/ID"): Endpoint(cancel_queued_mail, (check_queue_access,)),
     ("POST", "/queue/ID/retry"): Endpoint(retry_queued_mail, (check_queue_access,)),
-    ("GET", "/sample/mail"): Endpoint(get_sample),
-    ("GET", "/neko"): Endpoint(get_neko),
+    ("GET", "/sample/mail"): constant(json_response(SAMPLES)),
+    ("GET", "/openapi.json"): Endpoint(get_openapi),
+    ("GET", "/neko"): constant(Response(200, b"Nyaaaaa", type="text/plain; charset=utf-8")),
 }
 
 
@@ -7761,15 +8649,19 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     async def _respond(self, deadline: float) -> Response:
         """Return an endpoint's response; `unread` are the octets of the body that are not read yet."""
-        self.head = head = parse_head(self._buffered_head() or await self._read_head(deadline))
+        self.head = head = parse_head(await self._read_head(deadline))
         self.command = head.method
         check_host(head)
         self.unread = body_length(head)
         self.request = request = self._request(head)
         allowed, self.cors_headers = cors_policy(head, self.settings)
         endpoint = self._endpoint(request, allowed)
-        checks = endpoint.checks, request, None, self.settings
-        await call_in_thread(self._needs_password_check(endpoint, request), apply_checks, *checks)
+        if endpoint.checks:
+            values, password = (endpoint.checks, request, None, self.settings), self.settings.password
+            if password.logins and not password.is_cached(credentials_of(request)):  # a hash is computed
+                await asyncio.to_thread(apply_checks, *values)
+            else:
+                apply_checks(*values)
         if self.unread and head.method != "POST":
             self.unread = CHUNKED  # it is not waited for: the connection is closed
             raise Rejected(make_reply("bad-request", f"{head.method} takes no body"))
@@ -7785,7 +8677,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
         request = Request(
             head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings
         )
-        request.forwarded = ", ".join(sorted(FORWARDING_HEADERS.intersection(head.headers))).title()
+        request.limits = self.app.transport.limits
+        if not FORWARDING_HEADERS.isdisjoint(head.headers):
+            request.forwarded = ", ".join(sorted(FORWARDING_HEADERS.intersection(head.headers))).title()
         return request
 
     def _endpoint(self, request: Request, origin_allowed: bool) -> Endpoint:
@@ -7804,16 +8698,13 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise Rejected(make_reply("origin", f"{origin} is not in httpd.allowed_origins"))
         return endpoint or Endpoint(answer_options)
 
-    def _needs_password_check(self, endpoint: Endpoint, request: Request) -> bool:
-        """Return True if a password hash has to be computed."""
-        password, credentials = self.settings.password, request.headers.get("authorization")
-        return bool(password.hashes and endpoint.checks and not password.is_cached(credentials))
-
     def rejection(self, reply: Reply) -> Response:
         """Return the response for a Reply that refuses the request, and log it."""
         request = self.request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
         queueid = new_queueid(request.now) if reply.command != "HTTP" else None
         response = respond(request, reply.status, {None: reply}, queueid, None)
+        if request.method == "POST" and request.path in PROVIDER_ENDPOINTS:
+            return provider_error(reply, request)
         if reply.status == 405:
             return response._replace(headers=(("Allow", ", ".join(allowed_methods(request.path))),))
         return response
@@ -7843,25 +8734,20 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def date_time_string(self, timestamp: float | None = None) -> str:
         return http_date(int(time.time() if timestamp is None else timestamp))
 
-    def _buffered_head(self, searched: int = 0) -> bytes:
-        """Return the octets before the empty line, b"" if that has not arrived; `searched` octets need no search."""
-        end = self.buffer.find(b"\r\n\r\n", searched)
-        if end > MAX_HEAD or (end < 0 and len(self.buffer) > MAX_HEAD):
-            raise Rejected(make_reply("head-too-large"))
-        if end < 0:
+    async def _read_head(self, deadline: float) -> bytes:
+        """Return the octets before the empty line."""
+        searched = 0  # octets that need no search
+        while True:
+            end = self.buffer.find(b"\r\n\r\n", searched)
+            if end > MAX_HEAD or (end < 0 and len(self.buffer) > MAX_HEAD):
+                raise Rejected(make_reply("head-too-large"))
+            if end >= 0:
+                head, self.buffer = self.buffer[: end + 2], self.buffer[end + 4 :]
+                return head
             if BARE_LF.search(self.buffer, searched):
                 raise Rejected(make_reply("bad-request", "line ends with LF alone"))
-            return b""
-        head, self.buffer = self.buffer[: end + 2], self.buffer[end + 4 :]
-        return head
-
-    async def _read_head(self, deadline: float) -> bytes:
-        head = b""
-        while not head:
             searched = max(len(self.buffer) - 3, 0)
             self.buffer += await self._receive(deadline)
-            head = self._buffered_head(searched)
-        return head
 
     async def _receive(self, deadline: float, limit: int = 65536) -> bytes:
         """Return octets from the client; raise Rejected at the deadline."""
@@ -7876,16 +8762,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise ConnectionError("closed within a request")
         self.received += len(octets)
         if self.in_body:
-            self._count_in_flight(len(octets))
+            size = self.settings.smtpd.max_message_size
+            self.in_flight += len(octets)
+            self.app.octets_in_flight += len(octets)
+            if self.app.octets_in_flight > max(MAX_IN_FLIGHT, 4 * size if size else 2 * MAX_BODY):
+                raise Rejected(make_reply("overload"))
         return octets
-
-    def _count_in_flight(self, octets: int) -> None:
-        """Raise Rejected if the bodies of all requests are too large together."""
-        self.in_flight += octets
-        self.app.octets_in_flight += octets
-        size = self.settings.smtpd.max_message_size
-        if self.app.octets_in_flight > max(MAX_IN_FLIGHT, 4 * size if size else 2 * MAX_BODY):
-            raise Rejected(make_reply("overload"))
 
     def precedence(self, now: float, crowded: set) -> tuple:
         """Return a sort key: a connection over the limit makes room by closing the first of the others."""
@@ -7906,16 +8788,14 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 await self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n", deadline)
         if length == CHUNKED:
             return await self._read_chunks(limit, deadline)
-        return self._take(length) if length <= len(self.buffer) else await self._read_exactly(length, deadline)
-
-    def _take(self, length: int) -> bytes:
-        """Return up to `length` octets that have arrived."""
-        octets, self.buffer = self.buffer[:length], self.buffer[length:]
-        return octets
+        return await self._read_exactly(length, deadline)
 
     async def _read_exactly(self, length: int, deadline: float) -> bytes:
         """Return `length` octets; a bytearray if they are many, because a copy would need the memory twice."""
-        whole = bytearray(self._take(length))
+        octets, self.buffer = self.buffer[:length], self.buffer[length:]
+        if len(octets) == length:
+            return octets
+        whole = bytearray(octets)
         while len(whole) < length:
             whole += await self._receive(deadline, min(length - len(whole), 1 << 18))
         return whole if length >= LARGE else bytes(whole)
@@ -7953,16 +8833,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
 
 def body_limit(size: int, limit: int) -> str:
-    return (
-        f"more than {limit} octets: twice smtpd.max_message_size ({size}) and 65536" if size else f"more than {limit}"
-    )
+    return f"more than {limit} octets" + (f": twice smtpd.max_message_size ({size}) and 65536" if size else "")
 
 
 async def lingering_close(sock: AsyncSocket) -> None:
-    """Send the end of the stream and read what still arrives (RFC 9112 9.6).
-
-    A connection closed with octets unread is reset, and the client might never see the last response.
-    """
+    """End the stream and read what still arrives: else a reset could destroy the last response (RFC 9112 9.6)."""
     deadline = time.monotonic() + LINGER_TIMEOUT
     with contextlib.suppress(OSError):
         await sock.call(functools.partial(close_notify, sock.sock), deadline)
@@ -7996,12 +8871,13 @@ class Worker:
         self,
         listeners: list,
         settings: Settings,
-        lifeline: socket.socket,
+        lifeline: Any,
         loads: Any = None,
         slot: int | None = 0,
         bells: tuple = (None, None),
+        limits: SharedLimits | None = None,
     ) -> None:
-        self.app = App(settings, bells[1])
+        self.app = App(settings, bells[1], limits)
         self.listeners, self.parent_pipe = listeners, lifeline
         self.busy_counts, self.slot = loads or [0], slot  # busy connections of each worker; index of this one
         self.loop = EventLoop()
@@ -8088,7 +8964,7 @@ class Worker:
                 continue
             connection = Connection(sock, peer, self)
             self.connections.add(connection)
-            self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
+            self.mark_busy(connection)
             self.loop.create_task(connection.handle())
 
     def _full(self) -> bool:
@@ -8171,6 +9047,7 @@ class Supervisor:
         self.settings, self.listeners = settings, listeners
         self.workers: dict = {}  # pid: (monotonic time of its start, index in busy_counts, None for the queue's)
         self.busy_counts: Any = [0]
+        self.limits = SharedLimits()
         self.wakeup_pair = socket.socketpair() if settings.queue else (None, None)  # written to when something is due
         self.stopping = self.reload_requested = False
         self.bad_stat_keys: tuple = ()  # of settings whose faults are logged already
@@ -8235,7 +9112,8 @@ class Supervisor:
             gc.freeze()
             gc.set_threshold(20000, 50, 50)
             listeners = [] if slot is None else self.listeners
-            Worker(listeners, self.settings, self.parent_pipe, self.busy_counts, slot, self.wakeup_pair).run()
+            shared = self.parent_pipe, self.busy_counts, slot, self.wakeup_pair, self.limits
+            Worker(listeners, self.settings, *shared).run()
             code = 0
         except BaseException:
             log_exception("worker")
@@ -8245,16 +9123,14 @@ class Supervisor:
 
     def _reap(self) -> None:
         while self.workers:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
+            pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
                 return
             started, slot = self.workers.pop(pid, (None, 0))
             if started is not None and not self.stopping:
                 name = "queue process" if slot is None else "worker"
-                log.lines(f"{name} {pid} ended ({exit_reason(status)}); starting a new one")
+                reason = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
+                log.lines(f"{name} {pid} ended ({reason}); starting a new one")
                 if time.monotonic() - started < 1:
                     self.respawn_not_before = time.monotonic() + 1
 
@@ -8292,7 +9168,9 @@ class Supervisor:
     def _stop(self, alarm: socket.socket) -> int:
         """Wait for the workers, which answer what is in flight; kill those that take too long."""
         for listener in self.listeners:
-            unlink_socket(listener)
+            if listener.family == socket.AF_UNIX:
+                with contextlib.suppress(OSError):
+                    os.unlink(listener.getsockname())
             listener.close()
         self._signal_workers(signal.SIGTERM)
         deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 3
@@ -8303,11 +9181,6 @@ class Supervisor:
         self._signal_workers(signal.SIGKILL)
         log.lines("stopped")
         return 0
-
-
-def exit_reason(status: int) -> str:
-    """Describe how a process ended."""
-    return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
 
 
 def bind(listen: str) -> socket.socket:
@@ -8326,31 +9199,20 @@ BACKLOG = 1024
 
 def bind_unix(path: str) -> socket.socket:
     """Return a listening Unix socket; one left over by a server that is gone is replaced."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.connect(path)
-    except ConnectionRefusedError:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):  # a file that is no socket refuses as well
-            listener.close()
-            raise OSError(errno.EEXIST, "exists and is not a socket") from None
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        found = client.connect_ex(path)
+    if found == errno.ECONNREFUSED and not stat.S_ISSOCK(os.stat(path).st_mode):  # a file refuses as well
+        raise OSError(errno.EEXIST, "exists and is not a socket")
+    if found == errno.ECONNREFUSED:
         os.unlink(path)
-    except FileNotFoundError:
-        pass
-    else:
-        listener.close()
-        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-    listener.close()
+    elif found != errno.ENOENT:
+        found = found or errno.EADDRINUSE
+        raise OSError(found, os.strerror(found))
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
     os.chmod(path, 0o666)  # the folder's mode decides who may connect, as for other servers' sockets
     listener.listen(BACKLOG)
     return listener
-
-
-def unlink_socket(listener: socket.socket) -> None:
-    if listener.family == socket.AF_UNIX:
-        with contextlib.suppress(OSError):
-            os.unlink(listener.getsockname())
 
 
 def url_of(listener: socket.socket, tls: bool) -> str:
@@ -8363,7 +9225,7 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 
 
 # ======================================================================================================================
-# 19. Commands
+# 20. Commands
 #     Takes the words of a command line and returns an exit code. Results go to stdout, messages for a person to stderr.
 #     A new command is one function and one row of COMMANDS, the table at the end.
 # ======================================================================================================================
@@ -8458,7 +9320,13 @@ def prepare_server(options: Any) -> tuple:
     raise_nofile_limit()
     if settings.queue:
         check_queue_file(settings.queue)
-    return settings, [open_listener(address) for address in settings.httpd.listen]
+    listeners = [open_listener(address) for address in settings.httpd.listen]
+    outside = [one for one in listeners if one.family != socket.AF_UNIX]
+    outside = [one for one in outside if parse_ip(one.getsockname()[0]) not in LOOPBACK]
+    if outside and settings.password.logins and not (settings.httpd.tls or settings.httpd.trusted_proxies.texts):
+        words = f"passwords and keys come to {url_of(outside[0], False)} without TLS"
+        log.write_bytes(f"haineko: {words}: set httpd.tls, or httpd.trusted_proxies behind a proxy\n".encode())
+    return settings, listeners
 
 
 def check_queue_file(settings: QueueSettings) -> None:
@@ -8697,7 +9565,9 @@ def connectivity_probes(settings: Settings, domain: str) -> list:
     probes, tables = [], {name: getattr(settings, name) for name in ("mailertable", "sendermt")}
     for name, key, route in [(name, *item) for name, table in tables.items() for item in table.items()]:
         named = name == "mailertable" and key != "default" and not key.startswith(".")
-        probes.append((f"{name}.{key}", ConnectivityProbe(route, settings.hostname, key if named else domain)))
+        for i, choice in enumerate(route.choices):
+            place = f"{name}.{key}[{i}]" if route.fallbacks else f"{name}.{key}"
+            probes.append((place, ConnectivityProbe(choice, settings.hostname, key if named else domain)))
     if not any("default" in table for table in tables.values()):
         probes.append(("no route", ConnectivityProbe(FALLBACK_ROUTE, settings.hostname)))
     return probes
@@ -8824,6 +9694,8 @@ async def check_dmarc(domain: str, texts: Callable) -> str:
 
 def describe_route(route: Route) -> str:
     """Return where a route's mail goes, for people."""
+    if route.fallbacks:
+        return ", else ".join(describe_route(replace(choice, fallbacks=())) for choice in route.choices)
     tls = ", TLS" if route.port == SMTPS else ", STARTTLS" if route.starttls else ""
     login = f", AUTH as {route.auth}" if route.auth else ""
     where = f"{route.relay} {route.url}" if route.url else route.row.destination.format(route=route, domain="").strip()
@@ -9084,6 +9956,24 @@ def command_pw(options: Any) -> int:
         raise CommandError("no password", 1)
     print(f"{json.dumps(options.user or user_name(), ensure_ascii=False)}: {json.dumps(hash_password(password))}")
     return 0
+
+
+def command_key(options: Any) -> int:
+    """Make an API key: print it, and its line for the section `password`."""
+    fences = {"senders": options.sender, "recipients": options.recipient}
+    limits = {"rate": options.rate, "expires": options.expires}
+    key, errors = new_key(options.prefix), []
+    login = {"hash": key_hash(key), **{name: value for name, value in {**fences, **limits}.items() if value}}
+    mapping_of(parse_login)({options.name: login}, "password", errors)
+    matching(KEY_PREFIX, "letters, digits, - and _")(options.prefix, "--prefix", errors)
+    if errors:
+        raise CommandError("; ".join(errors), 2)
+    print(key)
+    print(f"{json.dumps(options.name, ensure_ascii=False)}: {json.dumps(login, ensure_ascii=False)}")
+    return 0
+
+
+KEY_PREFIX = re.compile("[A-Za-z0-9_-]{1,20}")
 
 
 def user_name() -> str:
@@ -9476,6 +10366,12 @@ ARGUMENTS = {  # name: what ArgumentParser.add_argument() takes
     "id": (("id",), {"metavar": "QUEUEID", "nargs": "?"}),
     "all": (("--all",), {"action": "store_true", "help": "retry: all that waits, as flush does"}),
     "user": (("-u", "--user"), {"metavar": "USER"}),
+    "name": (("name",), {"metavar": "NAME"}),
+    "senders": (("--sender",), {"action": "append", "metavar": "D", "help": "address or domain; again for more"}),
+    "recipients": (("--recipient",), {"action": "append", "metavar": "D", "help": "the same of recipients"}),
+    "rate": (("--rate",), {"metavar": "R", "help": "recipients/seconds"}),
+    "expires": (("--expires",), {"metavar": "T", "help": "ISO 8601 date or time"}),
+    "prefix": (("--prefix",), {"metavar": "P", "default": "hk_"}),
     "dest": (("--dest",), {"metavar": "DIR", "required": True}),
     "sendmail": (("--sendmail",), {"metavar": "PATH", "help": "where a sendmail program is to be written"}),
 }
@@ -9502,6 +10398,7 @@ COMMANDS = {
     "sendmail": Command(command_sendmail, "-C -t -i -f addresses"),
     "queue": Command(command_queue, "config action id all"),
     "pw": Command(command_pw, "user"),
+    "key": Command(command_key, "name senders recipients rate expires prefix"),
     "setup": Command(command_setup, "dest sendmail"),
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import base64
+import binascii
 import collections
 import concurrent.futures
 import contextlib
@@ -2356,7 +2357,7 @@ class SettingsFile(Folder):
         for what, credentials, right in cases:
             with self.subTest(what):
                 self.assertFalse(gate.is_cached(credentials))
-                self.assertEqual(gate.authenticate(credentials), right)
+                self.assertEqual(bool(gate.authenticate(credentials)), right)
                 self.assertEqual(gate.is_cached(credentials), right)
 
     def test_who_was_right_is_remembered(self):
@@ -5610,7 +5611,7 @@ class WebSessions(unittest.TestCase):
                 began = time.monotonic()
                 route = web_route("SendGrid", peer.url, retry=1, sleep=0)
                 sessions = haineko.TransportContext()
-                outcome = haineko.run(and_closed(haineko.run_transaction(composed_job(route), sessions), sessions))
+                outcome = haineko.run(and_closed(haineko.attempt_with_retries(composed_job(route), sessions), sessions))
                 self.assertEqual(outcome.replies[0].code, code)
                 self.assertTrue(least <= time.monotonic() - began < least + 3)
 
@@ -7645,6 +7646,159 @@ class Relays(Folder, Peers):
                 self.assertIn("| " + shown, lines)
 
 
+class RouteLimits(Peers):
+    def test_sessions_are_counted_over_all_workers(self):
+        most = [0]
+
+        def greet(connection: SmtpConnection, line: str) -> None:
+            others = [one for one in peer.connections if one.sock.fileno() >= 0 and "QUIT" not in one.lines]
+            most[0] = max(most[0], len(others))
+
+        peer = self.peer({"CONN": greet}, "PIPELINING")
+        route = {"port": peer.port, "sessions": 3, "timeout": 20}
+        server = served(self, {"httpd": {"workers": 2}, "mailertable": {"default": route}})
+        with concurrent.futures.ThreadPoolExecutor(20) as pool:
+            found = list(pool.map(lambda i: server.submit(f"a{i}@example.jp")[0], range(200)))
+        self.assertEqual((collections.Counter(found), len(peer.taken)), ({200: 200}, 200))
+        self.assertLessEqual(most[0], 3)
+        self.assertGreater(most[0], 1)
+
+    def test_a_mail_waits_for_a_session_of_another_process_up_to_the_timeout(self):
+        peer = self.peer()
+
+        async def sent(seconds: float) -> haineko.Reply:
+            transport = haineko.TransportContext()
+            route = haineko.Route(port=peer.port, sessions=1, timeout=0.5)
+            octet = transport.limits.open_session(route.limit_key, 1)
+            asyncio.get_running_loop().call_later(seconds, transport.limits.close_session, octet)
+            result = await haineko.attempt_transaction(job(route), transport)
+            await transport.sweep(everything=True)
+            return result.replies[0]
+
+        self.assertEqual(haineko.run(sent(0.1)).code, "250")
+        reply = haineko.run(sent(9))
+        self.assertEqual(brief(reply)[:3], ("451", "4.3.2", "CONN"))
+        self.assertEqual((reply.message[0], reply.temporary, reply.port), (ROUTE_LIMIT, True, peer.port))
+
+    def test_a_rate_is_waited_for_up_to_the_timeout(self):
+        peer = self.peer()
+        cases = [({"rate": "2/1", "timeout": 5}, 200), ({"rate": "2/600", "timeout": 1}, 503)]
+        for route, wanted in cases:
+            with self.subTest(**route):
+                force = {"httpd": {"workers": 2}, "mailertable": {"default": {"port": peer.port, **route}}}
+                server, began = served(self, force), time.monotonic()
+                found = [server.submit("a@example.jp") for _ in range(4)]
+                self.assertEqual([status for status, *_ in found], [200, 200, wanted, wanted])
+                if wanted == 200:
+                    self.assertGreater(time.monotonic() - began, 0.9)
+                    continue
+                _, headers, document = found[-1]
+                item = document["response"][0]
+                self.assertEqual((item["code"], item["dsn"], item["message"][0]), ("451", "4.3.2", ROUTE_LIMIT))
+                self.assertTrue(250 < int(headers["Retry-After"]) <= 300, headers)
+
+    def test_a_throttling_server_is_given_no_more_sessions(self):
+        for words in ("432 4.3.2 Concurrent connections limit exceeded", "454 Throttling failure"):
+            with self.subTest(words):
+                pool = haineko.SessionPool()
+                pool.in_use = 1
+                self.assertTrue(pool.may_open())
+                peer = self.peer({"MAIL": [None, words, None]})
+                replies = carried(*[job(peer) for _ in range(3)])
+                self.assertEqual([reply.code for (reply,) in replies], ["250", "250", "250"])
+
+
+ROUTE_LIMIT = "The route's limit is reached"
+
+
+class RouteLists(Peers):
+    def lists(self, first: dict, *others: dict, **sections) -> haineko.Settings:
+        return settings(mailertable={"default": [first, *others]}, **sections)
+
+    def test_when_the_next_route_is_tried(self):
+        login = {"me": {"username": "neko", "password": "nyaa"}}
+        cases = [
+            ("connection", None, {}, True), ("greeting 421", {"CONN": "421 busy"}, {}, True),
+            ("greeting 554", {"CONN": "554 no"}, {}, True), ("EHLO", {"EHLO": "421 bye"}, {}, True),
+            ("TLS", {}, {"starttls": True}, True), ("AUTH", {}, {"auth": "me"}, True),
+            ("MAIL 4xx", {"MAIL": "451 later"}, {}, True), ("MAIL 5xx", {"MAIL": "550 no"}, {}, False),
+            ("RCPT 4xx", {"RCPT": "451 later"}, {}, True), ("RCPT 5xx", {"RCPT": "550 no"}, {}, False),
+            ("RCPT 421", {"RCPT": "421 bye"}, {}, True), ("DATA 4xx", {"DATA": "451 later"}, {}, True),
+            ("DATA 5xx", {"DATA": "554 no"}, {}, False), ("text 4xx", {".": "451 later"}, {}, False),
+            ("text 5xx", {".": "554 no"}, {}, False), ("in doubt", {".": HANG_UP}, {}, False),
+            ("taken", {}, {}, False),
+        ]  # fmt: skip
+        for what, says, route, tried in cases:
+            with self.subTest(what):
+                first, second = self.peer(says, "AUTH PLAIN"), self.peer()
+                place = {"port": 1} if says is None else esmtp(first)
+                self.logged()
+                status, found = posted(document(), self.lists({**place, **route}, esmtp(second), authinfo=login))
+                item, lines = found["response"][0], self.logged()
+                self.assertEqual(item["port"], second.port if tried else first.port)
+                self.assertEqual(len(second.taken), int(tried))
+                shown = f" fallback=ESMTP:127.0.0.1:{place['port']} "
+                self.assertEqual(any(shown in line and " status=sent " in line for line in lines), tried)
+                self.assertEqual(any("warning: relay=ESMTP:127.0.0.1:" in line for line in lines), tried)
+                self.assertEqual(status == 200, tried or what == "taken")
+
+    def test_each_recipient_by_itself(self):
+        first, second = self.peer({"RCPT": refuses(b="451 later", c="550 no")}), self.peer()
+        force = self.lists(esmtp(first), esmtp(second))
+        _, found = posted(document(header={"to": ", ".join(TO)}, rcpt=None), force)
+        self.assertEqual([item["port"] for item in found["response"]], [first.port, second.port, first.port])
+        self.assertEqual([item["code"] for item in found["response"]], ["250", "250", "550"])
+
+    def test_a_route_that_failed_is_left_out_for_a_while(self):
+        first, second = self.peer({"CONN": ["421 busy", "421 busy", None]}), self.peer()
+        transport, route = None, haineko.Route(port=first.port, fallbacks=(haineko.Route(port=second.port),))
+
+        async def sent() -> list:
+            nonlocal transport
+            transport, ports = haineko.TransportContext(), []
+            for step in range(5):
+                if step in (2, 4):  # the pause is over
+                    transport.route_pauses = dict.fromkeys(transport.route_pauses, 0.0)
+                ports.append((await haineko.attempt_transaction(job(route), transport)).replies[0].port)
+            await transport.sweep(everything=True)
+            return ports
+
+        self.assertEqual(haineko.run(sent()), [second.port] * 4 + [first.port])
+        self.assertEqual(len(first.connections), 3)
+        self.assertEqual(transport.route_pauses, {})
+
+    def test_all_fail(self):
+        status, found = posted(document(), self.lists({"port": 1}, {"port": 2}))
+        self.assertEqual((status, found["response"][0]["port"]), (503, 2))
+
+    def test_settings_with_lists(self):
+        errors: list = []
+        table = {"default": [{"host": "a", "disabled": 1}, {"host": "b"}, {"host": "c", "auth": "x"}], "x.jp": []}
+        found = haineko.from_dict(haineko.Settings, {"mailertable": table}, "", errors)
+        self.assertEqual(errors, ["mailertable.x.jp: expected at least one value"])
+        found, errors = haineko.resolve_settings(found, [])
+        self.assertEqual(errors, ['mailertable.default[2].auth: "x" is not in authinfo'])
+        self.assertEqual([route.host for route in found.mailertable["default"].choices], ["b", "c"])
+        shown = haineko.redacted(found)["mailertable"]["default"]
+        self.assertEqual([route["host"] for route in shown], ["b", "c"])
+        self.assertEqual(haineko.destination_key(found.mailertable["default"], "x"), "ESMTP b:25")
+
+    def test_commands_show_all(self):
+        peer = self.peer()
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "haineko.json")
+            table = {"default": [{"port": 1}, {"port": peer.port}]}
+            with open(path, "w", encoding="utf-8") as stream:
+                json.dump({"mailertable": table, "recipients": {"open-relay": True}}, stream)
+            for command in (("check",), ("route", "a@example.jp")):
+                shown = run_program(*command, "-c", path, text=True).stdout
+                self.assertIn(f"ESMTP 127.0.0.1:1, else ESMTP 127.0.0.1:{peer.port} (", shown)
+            shown = run_program("check", "--connect", "-c", path, text=True)
+            self.assertIn("mailertable.default[0]: TCP: FAILED", shown.stdout)
+            self.assertIn("mailertable.default[1]: TCP: connected", shown.stdout)
+            self.assertEqual(shown.returncode, 1)
+
+
 class MxPeers(WithCertificates):
     """A test with mail hosts on several addresses, and a name server that knows them as mx2.example and so on."""
 
@@ -9514,7 +9668,7 @@ class QueuePure(unittest.TestCase):
             ("first delay", self.parcel(attempts=1), "open", ["message.deferred"]),
             ("second delay", self.parcel(attempts=2), "open", []),
             ("failed", self.parcel(), "failed", ["message.failed", "bounce"]),
-            ("a bounce failed", self.parcel(sender=""), "failed", ["message.failed"]),
+            ("a bounce failed", self.parcel(sender=""), "failed", []),
             ("an event failed", self.parcel(kind="event", sender=""), "failed", []),
             ("a sender that may not be written to", self.parcel(sender="a@example.net"), "failed", ["message.failed"]),
             ("its login", self.parcel(sender="a@example.net", login="tama"), "failed", ["message.failed", "bounce"]),
@@ -9899,11 +10053,6 @@ class QueueStore(Quiet):
             self.assertEqual(self.states("first"), ["sending"])
             self.do(haineko.finish_request, "first", [bad], "[]", now)
             self.assertEqual(self.states("first"), ["waiting"])
-        with self.subTest("a write that waited for the file"):
-            self.do(haineko.enqueue, entry("owed"), None, True)
-            self.store.deferred_writes.append((haineko.finish_request, ("owed", [bad], "[]", now)))
-            haineko.run(self.store.do(haineko.queue_stats, now))
-            self.assertEqual(self.states("owed"), ["waiting"])
 
     def test_drop_is_refused_while_sending(self):
         self.do(haineko.enqueue, entry(to=("a@example.jp", "b@example.jp")), None)
@@ -10797,6 +10946,357 @@ class SharedTransactions(Peers):
 
 
 # ======================================================================================================================
+# 16. Provider endpoints
+# ======================================================================================================================
+
+
+def sendgrid(**changes) -> dict:
+    """A mail as SendGrid's clients send it."""
+    whole = {
+        "from": {"email": "kijitora@example.org", "name": 'Kiji "K", tora'},
+        "personalizations": [
+            {
+                "to": [{"email": "mike@example.jp", "name": "三毛, 猫"}, {"email": "kuro@example.jp"}],
+                "cc": [{"email": "cc@example.jp"}],
+                "bcc": [{"email": "bcc@example.jp"}],
+            }
+        ],
+        "subject": "Nyaaa ☃",
+        "reply_to_list": [{"email": "r1@example.org"}, {"email": "r2@example.org", "name": "R"}],
+        "content": [{"type": "text/plain", "value": "Meow."}, {"type": "text/html", "value": "<img src=cid:logo>"}],
+        "attachments": [
+            {**file("a.txt", b"nya\n"), "type": "text/plain; charset=utf-8"},
+            {**file("logo.png", PNG), "type": "image/png", "disposition": "inline", "contentId": "logo"},
+        ],
+        "headers": {"x-cat": "1", "Foo-Bar": "2"},
+        "categories": ["a"],
+        "custom_args": {"b": "c"},
+        "tracking_settings": {"click_tracking": {"enable": False}},
+    }
+    return {**whole, **changes}
+
+
+def postmark(**changes) -> dict:
+    """A mail as Postmark's clients send it."""
+    octets = base64.encodebytes(PNG).decode().replace("\n", "\r\n")
+    whole = {
+        "From": '"Kiji \\"K\\", tora" <kijitora@example.org>',
+        "To": '"三毛, 猫" <mike@example.jp>,kuro@example.jp',
+        "Cc": "cc@example.jp",
+        "Bcc": "bcc@example.jp",
+        "ReplyTo": "r1@example.org, R <r2@example.org>",
+        "Subject": "Nyaaa ☃",
+        "TextBody": "Meow.",
+        "HtmlBody": "<img src=cid:logo>",
+        "Headers": [{"Name": "X-Cat", "Value": "1"}, {"Name": "Foo-Bar", "Value": "2"}],
+        "Attachments": [
+            {"Name": "a.txt", "Content": "bnlhCg==", "ContentType": "text/plain"},
+            {"Name": "logo.png", "Content": octets, "ContentType": "image/png", "ContentID": "cid:logo"},
+        ],
+        "Tag": None,
+        "TrackOpens": None,
+        "TrackLinks": "None",
+        "Metadata": {},
+        "MessageStream": "outbound",
+    }
+    return {**whole, **changes}
+
+
+def resend(**changes) -> dict:
+    """A mail as Resend's clients send it."""
+    whole = {
+        "from": '"Kiji \\"K\\", tora" <kijitora@example.org>',
+        "to": ['"三毛, 猫" <mike@example.jp>', "kuro@example.jp"],
+        "cc": "cc@example.jp",
+        "bcc": ["bcc@example.jp"],
+        "reply_to": ["r1@example.org", "R <r2@example.org>"],
+        "subject": "Nyaaa ☃",
+        "text": "Meow.",
+        "html": "<img src=cid:logo>",
+        "headers": {"X-Cat": "1", "Foo-Bar": "2"},
+        "attachments": [
+            {"filename": "a.txt", "content": list(b"nya\n"), "content_type": "text/plain", "content_id": "unused"},
+            {"filename": "logo.png", "content": {"type": "Buffer", "data": list(PNG)}, "content_id": "<logo>"},
+        ],
+        "tags": [{"name": "a", "value": "b"}],
+    }
+    return {**whole, **changes}
+
+
+ALL_RECIPIENTS = ["bcc@example.jp", "cc@example.jp", "kuro@example.jp", "mike@example.jp"]
+MAILS = {"/v3/mail/send": sendgrid(), "/email": postmark(), "/emails": resend()}
+BATCHES = {"/email/batch": postmark, "/emails/batch": resend}
+
+
+def said_by(path: str, status: int, found) -> tuple:
+    """(status, words of the error, what the provider calls it) of an answer."""
+    if path.startswith("/v3"):
+        return status, found["errors"][0]["message"], found["errors"][0]["field"]
+    return (
+        (status, found["Message"], found["ErrorCode"]) if "Message" in found else (status, *list(found.values())[:0:-1])
+    )
+
+
+class ProviderEndpoints(Peers):
+    def serve(self, peer: SmtpPeer, **sections) -> Server:
+        force = {
+            "smtpd": {"hostname": NAME, "max_rcpts_per_message": 8},
+            "mailertable": {"default": {"port": peer.port}},
+        }
+        return served(self, {**force, **sections})
+
+    def check_arrived(self, peer: SmtpPeer, queueid: str) -> None:
+        """Check that a mail arrived at every recipient and that the first copy is what the client sent."""
+
+        def recipients() -> list:
+            got = [mail.recipients for mail in peer.taken if queueid.encode() in mail.text]
+            return sorted(itertools.chain(*got))
+
+        eventually(lambda: recipients() == ALL_RECIPIENTS, "a mail")
+        got = next(mail for mail in peer.taken if queueid.encode() in mail.text)
+        self.assertEqual(got.sender, "kijitora@example.org")
+        message = parsed(got.text)
+        self.assertEqual([a.display_name for a in message["from"].addresses], ['Kiji "K", tora'])
+        self.assertEqual([a.display_name for a in message["to"].addresses], ["三毛, 猫", ""])
+        self.assertEqual([a.addr_spec for a in message["reply-to"].addresses], ["r1@example.org", "r2@example.org"])
+        names = ("cc", "bcc", "subject", "x-cat", "foo-bar")
+        self.assertEqual([message[name] for name in names], ["cc@example.jp", None, "Nyaaa ☃", "1", "2"])
+        self.assertEqual(message.get_body(("plain",)).get_content().strip(), "Meow.")
+        self.assertIn("cid:logo", message.get_body(("html",)).get_content())
+        files = {part.get_filename(): part for part in message.walk() if part.get_filename()}
+        self.assertEqual(files["a.txt"].get_payload(decode=True).split(), [b"nya"])
+        self.assertEqual(files["logo.png"].get_payload(decode=True), PNG)
+        self.assertEqual((files["logo.png"]["content-id"], files["a.txt"]["content-id"]), ("<logo>", None))
+
+    def test_mails_of_their_clients(self):
+        for queue in ({}, {"queue": {"path": "q.db", "min_free": 0}}):
+            peer = self.peer()
+            server = self.serve(peer, **queue)
+            for path, mail in MAILS.items():
+                with self.subTest(path, queue=bool(queue)):
+                    status, headers, found = server.ask(post(mail, path=path))
+                    if path == "/v3/mail/send":
+                        self.assertEqual((status, headers["Content-Length"], found), (202, "0", ""))
+                        queueid = headers["X-Message-Id"]
+                    else:
+                        self.assertEqual(status, 200)
+                        queueid = found["MessageID" if path == "/email" else "id"]
+                    self.assertRegex(queueid, r"\A[0-9A-Za-z]{16}\Z")
+                    self.check_arrived(peer, queueid)
+                    if path == "/email":
+                        self.assertRegex(found.pop("SubmittedAt"), r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.0000000Z\Z")
+                        wanted = {"To": mail["To"], "MessageID": queueid, "ErrorCode": 0, "Message": "OK"}
+                        self.assertEqual(found, wanted)
+
+    def test_batches(self):
+        for queue in ({}, {"queue": {"path": "q.db", "min_free": 0}}):
+            peer = self.peer()
+            server = self.serve(peer, **queue)
+            for path, mail in BATCHES.items():
+                with self.subTest(path, queue=bool(queue)):
+                    status, _, found = server.ask(post([mail(), mail()], path=path))
+                    self.assertEqual(status, 200)
+                    items = found["data"] if isinstance(found, dict) else found
+                    queueids = {item.get("id") or item["MessageID"] for item in items}
+                    self.assertEqual(len(queueids), 2)
+                    for queueid in queueids:
+                        self.check_arrived(peer, queueid)
+            before = len(peer.taken)
+            parts = [{"to": [{"email": f"{name}@example.jp"}], "subject": name} for name in "ab"]
+            status, _, _ = server.ask(post(sendgrid(personalizations=parts), path="/v3/mail/send"))
+            self.assertEqual(status, 202)
+            eventually(lambda: len(peer.taken) == before + 2, "two more mails")  # noqa: B023 -- called here
+            found = sorted((mail.recipients, parsed(mail.text)["subject"]) for mail in peer.taken[before:])
+            self.assertEqual(found, [(["a@example.jp"], "a"), (["b@example.jp"], "b")])
+
+    def test_a_batch_with_a_fault(self):
+        peer = self.peer()
+        server = self.serve(peer, queue={"path": "q.db", "min_free": 0})
+        status, _, found = server.ask(post([resend(), resend(to="@")], path="/emails/batch"))
+        self.assertEqual((status, found["name"]), (422, "validation_error"))
+        self.assertEqual(server.get("/queue")[1]["waiting"] + len(peer.taken), 0)
+        permissive = "x-batch-validation: permissive"
+        status, _, found = server.ask(post([resend(), resend(to="@"), resend()], permissive, path="/emails/batch"))
+        self.assertEqual((status, len(found["data"])), (200, 2))
+        self.assertEqual(found["errors"], [{"index": 1, "message": "Invalid 'to' address: '@'."}])
+        status, _, found = server.ask(post([postmark(), postmark(To="@")], path="/email/batch"))
+        self.assertEqual((status, found[0]["ErrorCode"]), (200, 0))
+        self.assertEqual(found[1], {"ErrorCode": 300, "Message": "Invalid 'To' address: '@'."})
+        self.assertEqual(server.ask(post(sendgrid(personalizations=[{}]), path="/v3/mail/send"))[0], 400)
+        eventually(lambda: len(peer.taken) == 3 * len(ALL_RECIPIENTS) and server.idle(), "the good ones")
+
+    def test_refusals(self):
+        server = self.serve(self.peer(), recipients={"domainpart": ["example.jp"]}, smtpd={"hostname": NAME})
+        one, empty = {"email": "a@example.jp"}, [{"to": [{"email": "a@example.jp"}]}]
+        cases = (
+            ("/v3/mail/send", b"{", 400, None, "Malformed JSON"),
+            ("/v3/mail/send", [], 400, "personalizations", "expected a list"),
+            ("/v3/mail/send", sendgrid(personalizations=[]), 400, None, "Too many mails in one request: expected 1 to"),
+            ("/v3/mail/send", sendgrid(personalizations=empty * 1001), 400, None, "got 1001"),
+            ("/v3/mail/send", sendgrid(personalizations=[{"to": [one, {"email": "@"}]}]), 400,
+             "personalizations.0.to.1.email", "Invalid 'personalizations.0.to.1.email' address: '@'."),
+            ("/v3/mail/send", sendgrid(template_id="d-1"), 400, "template_id", ""),
+            ("/v3/mail/send", sendgrid(content=[{"type": "text/x-amp-html", "value": "x"}]), 400, "content", ""),
+            ("/v3/mail/send", sendgrid(asm={"group_id": 1}), 400, "asm", ""),
+            ("/v3/mail/send", sendgrid(headers={"Subject": "x"}), 400, "headers", "Subject can't be set here"),
+            ("/v3/mail/send", sendgrid(headers={"Content-Type": "x"}), 400, "headers.Content-Type", ""),
+            ("/v3/mail/send", sendgrid(headers={"Foo": "a\r\nBcc: x@y.jp"}), 400, "headers.Foo", "CR, LF or NUL"),
+            ("/v3/mail/send", sendgrid(headers={"Foo:": "a"}), 400, None, "headers.Foo:: unknown key"),
+            ("/v3/mail/send", sendgrid(attachments=[{"content": "!"}]), 400, "attachments.0.content", "is not base64"),
+            ("/v3/mail/send", sendgrid(subject=""), 400, None, "subject is required"),
+            ("/v3/mail/send", sendgrid(personalizations=[{"to": [{"email": "a@x.jp"}]}]), 400, None, "a@x.jp: Recip"),
+            ("/email", b"{", 422, 402, "Malformed JSON"),
+            ("/email", postmark(To="x"), 422, 300, "Invalid 'To' address: 'x'."),
+            ("/email", postmark(TextBody="", HtmlBody=None), 422, 300, "TextBody or html is required"),
+            ("/email", postmark(TemplateId=1), 422, 300, "TemplateId: is not supported"),
+            ("/email", postmark(To=",".join(f"{i}@example.jp" for i in range(9))), 422, 300, "Too many"),
+            ("/email/batch", [postmark()] * 501, 422, 410, "got 501"),
+            ("/email/batch", {}, 422, 300, "expected a list"),
+            ("/emails", b"{", 400, "validation_error", "Malformed JSON"),
+            ("/emails", resend(to=["a@example.jp", 5]), 422, "validation_error", "Invalid 'to' address: '5'."),
+            ("/emails", resend(subject=None), 422, "missing_required_field", "subject is required"),
+            ("/emails", resend(template={"id": 1}), 422, "validation_error", "template: is not supported"),
+            ("/emails", resend(attachments=[{"path": "http://x/"}]), 422, "validation_error", "attachments[0].path"),
+            ("/emails", resend(attachments=[{"content": [256]}]), 422, "validation_error", "attachments[0].content"),
+            ("/emails", resend(to="a@far.example", cc=None, bcc=None), 422, "validation_error", "a@far.example: Recip"),
+            ("/emails/batch", [resend()] * 101, 422, "validation_error", "got 101"),
+            ("/emails/batch", [5], 422, "validation_error", "expected an object, got a number"),
+        )  # fmt: skip
+        for path, mail, status, name, words in cases:
+            with self.subTest(path, name=name, words=words):
+                found = said_by(path, *server.ask(post(mail, path=path))[::2])
+                self.assertEqual((found[0], found[2]), (status, name))
+                self.assertIn(words, found[1])
+        for path in MAILS:
+            with self.subTest(path):
+                self.assertEqual(server.ask(get(path))[0], 405)
+
+    def test_answers_of_the_next_hop(self):
+        replies = {"RCPT": lambda _, line: "550 5.1.1 no such cat" if "kuro" in line else None}
+        server = self.serve(self.peer(replies))
+        status, _, found = server.ask(post(postmark(), path="/email"))
+        text = "Message OK, but will not deliver to these inactive addresses: kuro@example.jp. Inactive recipients: "
+        self.assertEqual((status, found["ErrorCode"], found["Message"]), (200, 0, text + "5.1.1 no such cat"))
+        cases = (("550 5.7.1 no cats", 400, 422, 422), ("450 4.7.1 sleeping cats", 503, 503, 503))
+        for reply, *statuses in cases:
+            server = self.serve(self.peer({"MAIL": reply}))
+            for (path, mail), status in zip(MAILS.items(), statuses):
+                with self.subTest(path, reply=reply):
+                    got, headers, found = server.ask(post(mail, path=path))
+                    self.assertEqual((got, "Retry-After" in headers), (status, status == 503))
+                    self.assertIn("cats", said_by(path, got, found)[1])
+
+    def test_refused_recipients_are_reported(self):
+        hook, peer = HttpPeer(lambda asked: (204, b"", ())).__enter__(), self.peer()
+        self.addCleanup(hook.__exit__)
+        queue = {"path": "q.db", "min_free": 0, "webhook": hook.url + "/hook", "webhook_secret": WHSEC}
+        server = self.serve(peer, queue=queue, recipients={"domainpart": ["example.jp", "example.org"]})
+        status, _, _ = server.ask(post(resend(cc="far@far.example"), path="/emails"))
+        self.assertEqual(status, 200)
+        eventually(lambda: len(peer.taken) == 4 and len(hook.asked) == 5, "mails, bounce, events")
+        bounce = next(mail for mail in peer.taken if not mail.sender)
+        self.assertEqual(bounce.recipients, ["kijitora@example.org"])
+        self.assertIn(b"far@far.example", bounce.text)
+
+    def test_logins_and_tests(self):
+        peer = self.peer()
+        queue = {"path": "q.db", "min_free": 0}
+        server = self.serve(peer, queue=queue, password={"kijitora": SettingsFile.KIJITORA})
+        sandbox = sendgrid(mail_settings={"sandbox_mode": {"enable": True}})
+        grant = "The provided authorization grant is invalid, expired, or revoked"
+        bearer, basic = "Authorization: Bearer kijitora:kijitora", "Authorization: Basic a2lqaXRvcmE6a2lqaXRvcmE="
+        token = "X-Postmark-Server-Token: "
+        cases = (
+            ("/v3/mail/send", sandbox, (), 401, grant),
+            ("/v3/mail/send", sandbox, ("Authorization: Bearer SG.x",), 401, grant),
+            ("/v3/mail/send", sandbox, (token + "kijitora:kijitora",), 401, grant),
+            ("/v3/mail/send", sandbox, (bearer,), 200, ""),
+            ("/v3/mail/send", sandbox, (basic,), 200, ""),
+            ("/v3/mail/send", {**sandbox, "subject": ""}, (basic,), 400, "Subject header is empty"),
+            ("/email", postmark(), (), 401, "authentication failed"),
+            ("/email", postmark(), (token + "kijitora:neko",), 401, "authentication failed"),
+            ("/email", postmark(), (token + "POSTMARK_API_TEST",), 200, "OK"),
+            ("/email/batch", [postmark()], (token + "POSTMARK_API_TEST",), 200, ""),
+            ("/email", postmark(To="@"), (token + "POSTMARK_API_TEST",), 422, "Invalid 'To' address: '@'."),
+            ("/submit", None, (token + "POSTMARK_API_TEST",), 401, ""),
+            ("/emails", resend(), (), 401, "missing_api_key"),
+            ("/emails", resend(), ("Authorization: Bearer kijitora:x",), 403, "invalid_api_key"),
+        )
+        for path, mail, lines, status, words in cases:
+            with self.subTest(path, lines=lines):
+                got, _, found = server.ask(post(mail, *lines, path=path))
+                self.assertEqual(got, status)
+                self.assertIn(words, json.dumps(found))
+        self.assertEqual((peer.taken, server.get("/queue")[1]["waiting"]), ([], 0))
+        for path, mail in MAILS.items():
+            line = token + "kijitora:kijitora" if path == "/email" else bearer
+            self.assertIn(server.ask(post(mail, line, path=path))[0], (200, 202))
+        eventually(lambda: len(peer.taken) == 3 * len(ALL_RECIPIENTS), "all mails")
+        closed = self.serve(peer, password={"kijitora": SettingsFile.KIJITORA}, relayhosts={"relayhosts": []})
+        self.assertEqual(closed.ask(post(postmark(), token + "POSTMARK_API_TEST", path="/email"))[0], 422)
+
+    def test_idempotency_keys(self):
+        peer = self.peer()
+        server = self.serve(peer, queue={"path": "q.db", "min_free": 0})
+        for path, mail in (*MAILS.items(), ("/emails/batch", [resend(), resend()])):
+            with self.subTest(path):
+                first, again = [server.ask(post(mail, "Idempotency-Key: k-1", path=path)) for _ in range(2)]
+                self.assertEqual((first[0], first[2]), (again[0], again[2]))
+                self.assertEqual(first[1].get("X-Message-Id"), again[1].get("X-Message-Id"))
+                self.assertEqual(
+                    (first[1].get("Idempotency-Replayed"), again[1]["Idempotency-Replayed"]), (None, "true")
+                )
+        cases = (
+            ("/emails", resend(subject="x"), "k-1", 409, "invalid_idempotent_request"),
+            ("/emails", resend(), '"', 400, "invalid_idempotency_key"),
+            ("/v3/mail/send", sendgrid(subject="x"), "k-1", 422, "another body"),
+            ("/email", postmark(Subject="x"), "k-1", 422, "another body"),
+        )
+        for path, mail, key, status, words in cases:
+            with self.subTest(path, key=key):
+                got, _, found = server.ask(post(mail, f"Idempotency-Key: {key}", path=path))
+                self.assertEqual(got, status)
+                self.assertIn(words, json.dumps(found))
+        eventually(lambda: len(peer.taken) == 5 * len(ALL_RECIPIENTS) and server.idle(), "each mail once")
+        no_queue = self.serve(peer)
+        self.assertEqual(no_queue.ask(post(resend(), "Idempotency-Key: k", path="/emails"))[0], 422)
+
+    def test_all_messages_of_a_request_have_a_limit(self):
+        server = self.serve(self.peer(), queue={"path": "q.db", "min_free": 0})
+        parts = [{"to": [{"email": "a@example.jp"}]}] * 1000
+        content = [{"type": "text/plain", "value": "x"}]
+        whole = sendgrid(personalizations=parts, attachments=[file("a", bytes(1 << 20))], content=content)
+        status, _, found = server.ask(post(whole, path="/v3/mail/send"))
+        self.assertEqual(status, 413)
+        self.assertIn("exceed the limit of 67108864", found["errors"][0]["message"])
+
+    def test_a_full_queue(self):
+        server = self.serve(self.peer(), queue={"path": "q.db", "min_free": 1 << 50})
+        for path, mail in MAILS.items():
+            with self.subTest(path):
+                status, headers, found = server.ask(post(mail, path=path))
+                self.assertEqual((status, "Retry-After" in headers), (503, True))
+                self.assertIn("Cannot store the mail", said_by(path, status, found)[1])
+
+    def test_openapi(self):
+        server = served(self, {})
+        status, found = server.get("/openapi.json")
+        self.assertEqual((status, found["openapi"]), (200, "3.1.0"))
+        rows = {
+            (method.upper(), path.replace("{ID}", "ID")) for path, item in found["paths"].items() for method in item
+        }
+        self.assertEqual(rows, set(haineko.ENDPOINTS))
+        schemas = found["components"]["schemas"]
+        for cls in (haineko.Submission, haineko.Header, haineko.Attachment):
+            self.assertEqual(set(schemas[cls.__name__]["properties"]), set(haineko.key_table(cls)))
+        references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(found)))
+        self.assertEqual(references, set(schemas))
+        answer = found["paths"]["/submit"]["post"]["responses"]["default"]["content"]["application/json"]["schema"]
+        self.assertEqual(set(answer["required"]), TOP)
+        self.assertEqual(set(answer["properties"]["response"]["items"]["required"]), ITEM)
+
+
+# ======================================================================================================================
 # 18. HTTP
 # ======================================================================================================================
 
@@ -11312,6 +11812,252 @@ class HttpLogin(unittest.TestCase):
         self.assertEqual(self.server.ask(get("/health"))[0], 200)
         status, _, found = self.server.ask(get("/conf", host="localhost"))
         self.assertEqual((status, set(found["password"].values())), (200, {"********"}))
+
+
+def key_login(key: str, **fences) -> dict:
+    return {"hash": haineko.key_hash(key), **fences}
+
+
+def bearer(key: str) -> str:
+    return f"Authorization: Bearer {key}"
+
+
+class KeysAndFences(Quiet):
+    """Who may send as whom. A section or fence is absent, empty, or permits everything."""
+
+    EMPTY, OPEN, ABSENT = (), "open", None
+
+    def answer(self, force: haineko.Settings, *lines: str, client: str = "127.0.0.1", **changes) -> tuple:
+        status, found = over_http(post(document(**changes), *lines), force, client)
+        item = found["response"][0]
+        return status, item["code"], item["message"][0]
+
+    def test_relayhosts_password_fences_and_recipients(self):
+        relayhosts = {self.ABSENT: None, self.EMPTY: {"relayhosts": []}, self.OPEN: {"open-relay": True}}
+        recipients = {self.ABSENT: None, self.EMPTY: {}, self.OPEN: {"open-relay": True}}
+        fences = {self.ABSENT: None, self.EMPTY: [], self.OPEN: ["example.org", "example.jp"]}
+        for hosts, rcpt, password, senders, to, client in itertools.product(
+            relayhosts, recipients, ("absent", "empty", "wrong", "right"), fences, fences, ("127.0.0.1", "192.0.2.1")
+        ):
+            login = {"senders": fences[senders], "recipients": fences[to]}
+            sections = {"relayhosts": relayhosts[hosts], "recipients": recipients[rcpt]}
+            sections["password"] = {"absent": None, "empty": {}}.get(password, {"k": key_login("hk_1", **login)})
+            with self.subTest(hosts=hosts, rcpt=rcpt, password=password, senders=senders, to=to, client=client):
+                known = client == "127.0.0.1" if hosts is self.ABSENT else hosts is self.OPEN
+                logged_in = password in ("wrong", "right")
+                wanted = 200 if rcpt is self.OPEN else 400
+                if logged_in and to is self.EMPTY:
+                    wanted = 400
+                if logged_in and senders is self.EMPTY:
+                    wanted = 403
+                if password == "wrong":
+                    wanted = 401
+                elif not logged_in and not known:
+                    wanted = 403
+                line = bearer("hk_2" if password == "wrong" else "hk_1")
+                self.assertEqual(self.answer(settings(**sections), line, client=client)[0], wanted)
+
+    def test_how_a_key_is_given(self):
+        key = haineko.new_key("hk_")
+        self.assertRegex(key, "^hk_[0-9A-Za-z]{49}$")
+        self.assertEqual(key[-6:], haineko._base62(binascii.crc32(key[3:-6].encode())))
+        force = settings(password={"cron": key_login(key), "neko": SettingsFile.KIJITORA})
+        basic = "Authorization: Basic {}".format
+        cases = [
+            (bearer(key), True), (f"Authorization: bearer  {key}", True), (f"X-Postmark-Server-Token: {key}", True),
+            (basic(base64.b64encode(f"cron:{key}".encode()).decode()), True),
+            (basic(base64.b64encode(f"apikey:{key}".encode()).decode()), True),
+            (basic(base64.b64encode(f"{key}:".encode()).decode()), False),
+            (bearer(key[:-1]), False), (bearer(""), False), (f"Authorization: Token {key}", False),
+            (bearer(haineko.key_hash(key)), False), (bearer("kijitora"), False),
+            (basic(base64.b64encode(b"cron:").decode()), False),
+        ]  # fmt: skip
+        for line, right in cases:
+            with self.subTest(line):
+                self.logged()
+                self.assertEqual(self.answer(force, line)[0], 200 if right else 401)
+                self.assertIn("login=cron" if right else "reason=", self.logged()[-1])
+
+    def test_senders(self):
+        fence = ["a@example.org", "Example.JP", ".example.net"]
+        force = settings(password={"k": key_login("hk_1", senders=fence)})
+        raw = "From: {}\nTo: b@example.jp\nSubject: x\n\nx\n".format
+        cases = [
+            ("a@example.org", None, None, ""), ("A@Example.org", None, None, ""), ("b@example.org", None, None, "b@"),
+            ("x@example.jp", None, None, ""), ("x@sub.example.jp", None, None, "x@"),
+            ("x@a.b.example.net", None, None, ""),
+            ("x@example.net", None, None, "x@"), ("x@notexample.jp", None, None, "x@"),
+            ("x@example.jp", "A <a@example.org>", None, ""), ("x@example.jp", "B <b@example.org>", None, "b@"),
+            ("x@example.jp", "a@example.org, b@example.org", None, "b@"),
+            ("b@example.org", "a@example.org", None, "b@"),
+            ("x@example.jp", "a@example.org <b@example.org>", None, "b@"),
+            ("x@example.jp", None, raw("a@example.org"), ""), ("x@example.jp", None, raw("B <b@example.org>"), "b@"),
+            ("x@example.jp", None, raw("a@example.org\nSender: b@example.org"), "b@"),
+            ("x@example.jp", None, raw("a@example.org\nFrom: b@example.org"), "b@"),
+            ("x@example.jp", None, raw("a@example.org,\n b@example.org"), "b@"),
+            ("x@example.jp", None, raw("nobody"), "a From or Sender"),
+            ("x@example.jp", None, raw("g:;"), "a From or Sender"),
+            ("x@example.jp", None, "To: b@example.jp\n\nx\n", ""),
+        ]  # fmt: skip
+        for mail, author, raw_message, refused in cases:
+            with self.subTest(mail=mail, author=author, raw=raw_message):
+                if raw_message:
+                    given = {"mail": mail, "rcpt": ["m@example.jp"], "raw": raw_message}
+                else:
+                    given = document(mail=mail, header={"from": author})
+                status, found = over_http(post(given, bearer("hk_1")), force)
+                item = found["response"][0]
+                if not refused:
+                    self.assertEqual(status, 200)
+                    continue
+                self.assertEqual((status, item["code"], item["dsn"], item["command"]), (403, "553", "5.7.1", "MAIL"))
+                self.assertEqual(item["message"][0], "Sender address is not permitted")
+                self.assertTrue(item["message"][1].startswith(refused), item)
+                self.assertIn("password.k.senders", item["message"][1])
+
+    def test_recipients_one_by_one(self):
+        force = settings(password={"k": key_login("hk_1", recipients=["ops@example.jp"])})
+        given = document(rcpt=["ops@example.jp", "other@example.jp"])
+        status, found = over_http(post(given, bearer("hk_1")), force)
+        self.assertEqual((status, found["recipient"]), (207, ["ops@example.jp"]))
+        refused = found["response"][1]
+        self.assertEqual((refused["code"], refused["dsn"], refused["command"]), ("553", "5.7.1", "RCPT"))
+        self.assertIn("password.k.recipients", refused["message"][1])
+
+    def test_expiry_and_networks_are_told_to_the_log_only(self):
+        cases = [
+            ({"expires": "2001-01-31"}, "expired"), ({"expires": "2999-01-31T12:00:00Z"}, ""),
+            ({"expires": "2001-01-31T12:00:00+09:00"}, "expired"), ({"networks": ["192.0.2.0/24"]}, "networks"),
+            ({"networks": []}, "networks"), ({"networks": ["127.0.0.1"]}, ""),
+        ]  # fmt: skip
+        for fences, reason in cases:
+            with self.subTest(fences):
+                force = settings(password={"k": key_login("hk_1", **fences)})
+                self.logged()
+                status, found = over_http(post(None, bearer("hk_1")), force)
+                self.assertEqual(status, 401 if reason else 200)
+                if reason:
+                    self.assertEqual(found["response"][0]["message"], ["authentication failed"])
+                    self.assertIn(reason, self.logged()[-1])
+
+    def test_settings_of_a_login(self):
+        hashed = key_login("hk_1")["hash"]
+        cases = [
+            ({"k": {"hash": hashed, "senders": "example.org", "rate": "1/60"}}, None),
+            ({"k": {"senders": []}}, "password.k.hash: expected"), ({"k": {"hash": "x"}}, "password.k.hash: expected"),
+            ({"k": {"hash": hashed, "sender": []}}, "password.k.sender: unknown"),
+            ({"k": {"hash": hashed, "senders": ["@"]}}, "password.k.senders[0]: expected an address"),
+            ({"k": {"hash": hashed, "rate": "0/60"}}, "password.k.rate: expected"),
+            ({"k": {"hash": hashed, "rate": 60}}, "password.k.rate: expected"),
+            ({"k": {"hash": hashed, "expires": "soon"}}, "password.k.expires: expected"),
+            ({"k": 5}, "password.k: expected a string"),
+        ]  # fmt: skip
+        for section, wanted in cases:
+            with self.subTest(section):
+                errors: list = []
+                haineko.parse_passwords(section, "password", errors)
+                self.assertTrue(errors[0].startswith(wanted) if wanted else not errors, errors)
+                self.assertEqual(len(errors), int(bool(wanted)), errors)
+        shown = haineko.redacted(haineko.parse_passwords(cases[0][0], "password", []))
+        self.assertEqual(
+            {key: shown["k"][key] for key in ("hash", "senders", "rate")},
+            {"hash": "********", "senders": ["example.org"], "rate": "1/60"},
+        )
+        self.assertEqual(haineko.redacted(haineko.parse_passwords({"k": hashed}, "password", [])), {"k": "********"})
+
+    def test_the_command_key(self):
+        done = run_program(
+            "key", "cron", "--sender", "example.org", "--rate", "2/60", "--prefix", "sk_live_", text=True
+        )
+        key, line = done.stdout.splitlines()
+        self.assertTrue(key.startswith("sk_live_"))
+        section = json.loads("{" + line + "}")
+        self.assertEqual(section, {"cron": key_login(key, senders=["example.org"], rate="2/60")})
+        self.assertEqual(self.answer(settings(password=section), bearer(key))[0], 200)
+        for flags in (("--rate", "x"), ("--sender", "@"), ("--expires", "soon"), ("--prefix", "a b"), ("--prefix", "")):
+            self.assertEqual(run_program("key", "cron", *flags).returncode, 2, flags)
+
+    def test_nothing_leaves_the_sandbox(self):
+        with tempfile.TemporaryDirectory() as folder:
+            force = settings(
+                password={"k": key_login("hk_1", sandbox=True)}, mailertable={"default": {"mailer": folder}}
+            )
+            status, found = over_http(post(None, bearer("hk_1")), force)
+            self.assertEqual((status, found["response"][0]["mailer"]), (200, "Discard"))
+            self.assertEqual(self.answer(force, bearer("hk_1"), mail="")[0], 400)
+            self.assertEqual(os.listdir(folder), [])
+
+
+class KeysServed(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.peer = SmtpPeer()
+        cls.addClassCleanup(cls.peer.close)
+        fences = {"a": {}, "b": {}, "slow": {"rate": "3/3600"}, "box": {"sandbox": True}}
+        force = queue_settings(cls.peer)
+        force["password"] = {name: key_login(f"hk_{name}", **fence) for name, fence in fences.items()}
+        force["password"]["neko"] = SettingsFile.KIJITORA
+        force["httpd"] = {"workers": 2, "monitors": ["192.0.2.1"]}
+        cls.server = Server(force)
+        cls.addClassCleanup(cls.server.close)
+
+    def submit(self, key: str, *to: str, **headers: str) -> tuple:
+        headers = {"Authorization": f"Bearer hk_{key}", **headers}
+        return self.server.submit(*(to or ("m@example.jp",)), headers=headers)
+
+    def test_a_login_sees_its_own_mail_only(self):
+        _, headers, _ = self.submit("a", Prefer="respond-async")
+        for line, wanted in ((bearer("hk_a"), 200), (bearer("hk_b"), 403), (bearer("hk_c"), 401), ("X: y", 401)):
+            with self.subTest(line):
+                self.assertEqual(self.server.get(headers["Location"], line)[0], wanted)
+
+    def test_an_idempotency_key_counts_for_its_login(self):
+        first, again, other = (self.submit(key, **{"Idempotency-Key": "k1"}) for key in ("a", "a", "b"))
+        self.assertEqual(first[2]["queueid"], again[2]["queueid"])
+        self.assertNotEqual(first[2]["queueid"], other[2]["queueid"])
+        self.assertEqual([found[0] for found in (first, again, other)], [200, 200, 200])
+
+    def test_a_rate_counts_recipients_over_all_workers(self):
+        status, headers, _ = self.submit("slow", "a@example.jp", "b@example.jp")
+        self.assertEqual((status, headers["ratelimit-remaining"]), (200, "1"))
+        self.assertEqual(self.server.submit(headers={"Authorization": "Bearer hk_slow"}, sender="")[0], 400)
+        self.assertEqual(self.submit("slow", "a@example.jp", "b@example.jp")[0], 429)
+        self.assertEqual(self.submit("slow", "a@example.jp")[0], 200)
+        status, headers, found = self.submit("slow", "a@example.jp")
+        item = found["response"][0]
+        self.assertEqual((status, item["code"], item["dsn"], item["command"]), (429, "450", "4.7.1", "AUTH"))
+        self.assertEqual(item["message"][0], "Rate limit exceeded")
+        self.assertEqual(headers["RateLimit-Policy"], '"default";q=3;w=3600')
+        self.assertRegex(headers["RateLimit"], '^"default";r=0;t=3[56][0-9][0-9]$')
+        self.assertEqual((headers["ratelimit-limit"], headers["ratelimit-remaining"]), ("3", "0"))
+        self.assertTrue(1100 < int(headers["Retry-After"]) <= 1200, headers)
+
+    def test_wrong_logins_are_slowed(self):
+        force = {"password": {"k": key_login("hk_k"), "neko": SettingsFile.KIJITORA}, "httpd": {"workers": 2}}
+        server = served(self, force)
+        found = [server.ask(post(None, bearer("hk_x")))[0] for _ in range(12)]
+        self.assertEqual(found, [401] * 10 + [429] * 2)
+        status, headers, _ = server.ask(post(None, bearer("hk_x")))
+        self.assertTrue(status == 429 and 50 < int(headers["Retry-After"]) <= 60, headers)
+        right = "Authorization: Basic " + base64.b64encode(b"neko:kijitora").decode()
+        for line, wanted in ((bearer("hk_k"), 200), (right, 200), ("X: y", 401), (bearer("hk_y"), 429)):
+            self.assertEqual(server.ask(post(None, line))[0], wanted, line)
+
+    def test_queued_mail_of_a_sandbox_stays_there(self):
+        _, headers, _ = self.submit("box", "box@example.jp", Prefer="respond-async")
+        own = bearer("hk_box")
+        eventually(lambda: self.server.get(headers["Location"], own)[1]["response"][0]["state"] == "delivered")
+        self.assertNotIn("box@example.jp", [to for mail in self.peer.mails for to in mail.recipients])
+
+    def test_a_warning_of_logins_in_clear_text(self):
+        for listen, more, warned in (
+            ("0.0.0.0:0", {}, True), ("127.0.0.1:0", {}, False),
+            ("0.0.0.0:0", {"trusted_proxies": ["10.0.0.0/8"]}, False),
+        ):  # fmt: skip
+            with self.subTest(listen, **more):
+                server = served(self, {"password": {"k": key_login("hk_k")}, "httpd": {"listen": listen, **more}})
+                self.assertEqual("without TLS" in server.log(), warned)
+                server.close()
 
 
 class HttpOverTls(unittest.TestCase):
