@@ -43,6 +43,7 @@ import binascii
 import codecs
 import concurrent.futures
 import contextlib
+import contextvars
 import errno
 import fcntl
 import functools
@@ -108,6 +109,7 @@ class Reply(NamedTuple):
     before_text: bool = False  # the text of the mail was not sent
     fallback: str | None = None  # relays of the route's list that failed before
     route_fault: bool = False  # log-in or settings of the route are at fault: no verdict on the mail, which waits
+    dialogue: tuple | None = None  # lines of the SMTP dialogue, if the client asked for it
 
     @property
     def accepted(self) -> bool:
@@ -171,6 +173,7 @@ class Transaction(NamedTuple):
     message: Message
     number: int = 1  # of the copy
     dkim: Any = None  # {domain: DkimKey} with which it may be signed
+    trace: bool = False  # replies are to have the SMTP dialogue
 
     def octets(self) -> bytes:
         return self.message.copy(self.recipients[0], self.number)
@@ -205,9 +208,10 @@ def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
 
 
 def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
-    """Return one recipient's item of the answer; `maybe_delivered` is present only if it is true."""
+    """Return one recipient's item of the answer; `maybe_delivered` and `dialogue` are present only if there is one."""
     item = {"rcpt": recipient, "error": 0 if reply.accepted else 1}
     item.update([(key, getattr(reply, key)) for key in ANSWER_KEYS])
+    item.update({} if reply.dialogue is None else {"dialogue": reply.dialogue})
     return {**item, "maybe_delivered": True} if reply.maybe_delivered else item
 
 
@@ -312,6 +316,7 @@ REPLIES = {
     "clear-auth": (0, "454", "4.7.11", "AUTH", "Credentials are not sent over a connection without TLS"),
     "file": (0, "451", "4.3.0", "DATA", "Cannot save the message"),
     "store": (503, "451", "4.3.0", "QUEUE", "Cannot store the mail"),
+    "dry-run": (0, "250", "2.0.0", "DRYRUN", "Not sent"),
     "queued": (0, "250", "2.0.0", "QUEUE", "Queued as %s"),
     "interrupted": (0, "421", "4.4.2", "DATA", "The process ended within the delivery; the message may have arrived"),
     "webhook": (0, "250", None, "HTTP", "%s"),
@@ -1014,6 +1019,9 @@ def ascii_domain(name: str) -> str:
 IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different domains, RFC 5894 7.2
 DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
 parse_domain = matching(plain_domain_key, "a domain", convert=domain_key)
+parse_plain_address = matching(
+    re.compile(rf"(?=.{{3,254}}\Z)[\w+-]+(?:\.[\w+-]+)*@{DOMAIN.pattern}", re.ASCII), "an address"
+)
 parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
 parse_fence = list_of(matching(fence_key, 'an address, "example.org" or ".example.org"', convert=fence_key), frozenset)
 parse_aliases = mapping_of(
@@ -1055,7 +1063,18 @@ class Smtpd:
     max_workers: int = config_field(4, integer(1, 256), "deliveries of one request at a time")
     resolver: tuple = config_field((), list_of(parse_resolver), "name servers, address:port; none: resolv.conf's")
     aliases: dict = config_field({}, parse_aliases, "addresses for names without a domain")
+    redirect: tuple = config_field(
+        (), list_of(parse_plain_address), "staging: addresses to which all mail goes instead"
+    )
+    subject_prefix: str = config_field("", parse_text, "staging: stands before every subject")
     syslog: Syslog = config_field(Syslog(), nested(Syslog), "the log")
+
+    @property
+    def staging(self) -> str:
+        """Tell people what staging does to all mail; "" if it is off."""
+        notes = [f"all mail goes to {', '.join(self.redirect)} (smtpd.redirect)"] if self.redirect else []
+        notes += [f'subjects begin with "{self.subject_prefix}"'] if self.subject_prefix else []
+        return f"STAGING: {'; '.join(notes)}" if notes else ""
 
 
 @dataclass(frozen=True)
@@ -1642,6 +1661,7 @@ class Log:
 
     def __init__(self) -> None:
         self.devel = False  # SMTP dialogues are shown, too
+        self.trace: Any = contextvars.ContextVar("trace", default=None)  # list of a task that collects its dialogue
         self.priority: int | None = None  # of syslog lines; None: they go to stderr
         self.syslog: socket.socket | None = None
         self.buffer: list | None = None  # texts that wait for flush()
@@ -1671,9 +1691,12 @@ class Log:
         self._add("".join([f"{head}{line}\n" for line in lines]))
 
     def dialogue(self, peer: str, direction: str, line: str) -> None:
-        """Show a line of an SMTP dialogue under -d."""
+        """Show a line of an SMTP dialogue under -d, and keep it for a mail that is traced."""
+        line, lines = f"{direction} {sanitize(line, 1000, keep=chr(9))}", self.trace.get()
         if self.devel:
-            self._add(f"{peer} {direction} {sanitize(line, 1000, keep=chr(9))}\n")
+            self._add(f"{peer} {line}\n")
+        if lines is not None:
+            lines.append(line)
 
     def _add(self, text: str) -> None:
         if self.buffer is None:
@@ -2084,6 +2107,17 @@ def is_date(text: str) -> bool:
     return bool(DATE.fullmatch(text) and parsedate_to_datetime(text))
 
 
+def parse_send_at(value: Any, json_path: str, errors: list) -> float | None:
+    """Return seconds since the epoch, from whole seconds or from a time of ISO 8601 with its zone."""
+    if type(value) is int:
+        return value
+    for seconds in (":%S", ":%S.%f", "") if type(value) is str else ():
+        with contextlib.suppress(ValueError):
+            return datetime.strptime(value, f"%Y-%m-%dT%H:%M{seconds}%z").timestamp()
+    errors.append(f'{json_path}: expected whole seconds since the epoch, or a time like "2026-12-24T18:00:00+01:00"')
+    return None
+
+
 # Fields that a client may set beside those of Header and X-...
 EXTRA_FIELDS = {
     "Message-Id": parse_message_id,
@@ -2111,9 +2145,10 @@ FIELD_BY_KEY = {normalize_key(name): name for name in EXTRA_FIELDS}
 TOP_KEYS = {key: key for key in ("ehlo", "helo", "mail", "rcpt", "recv", "body", "html", "attachments", "raw", "async")}
 TOP_KEYS.update(dict.fromkeys(("text", "textbody", "plain", "content", "message"), "body"))
 TOP_KEYS.update(dict.fromkeys(("recipient", "recipients", "mailto", "rcptto"), "rcpt"))
+TOP_KEYS.update(sendat="send_at", dryrun="dry_run", trace="trace")
 TOP_KEYS.update(sender="mail", mailfrom="mail", htmlbody="html", files="attachments", attachment="attachments")
-TOP_KEYS.update(contenttype="html or attachments[].type", mimetype="attachments[].type")
 KEYS_OUTSIDE = {key: f"{meant}, outside of header" for key, meant in TOP_KEYS.items()}
+TOP_KEYS.update(contenttype="html or attachments[].type", mimetype="attachments[].type")
 ATTACHMENT_KEYS = dict.fromkeys(("contenttype", "mimetype", "mediatype"), '"type"')
 ATTACHMENT_KEYS.update(data='"content"', contentid='"cid"', disposition='"inline"')
 
@@ -2485,6 +2520,9 @@ class Submission:
     header: Header = config_field(Header(), parse_header)
     body: str = config_field("", parse_unicode_text, "the text")
     async_: bool = config_field(False, parse_boolean, "true: answered at once, delivered from the queue", key="async")
+    send_at: float | None = config_field(None, parse_send_at, "delivered then, ISO 8601 or seconds since the epoch")
+    dry_run: bool = config_field(False, parse_boolean, "true: all but delivery; the answer has the message in `raw`")
+    trace: bool = config_field(False, parse_boolean, "true: each item of the answer has the SMTP `dialogue`")
     html: str = config_field("", parse_unicode_text, "the same in HTML")
     attachments: tuple = config_field((), parse_attachments, "files")
     raw: ParsedMessage | None = config_field(None, parse_raw, "a finished message instead of header, body, html, files")
@@ -2692,7 +2730,10 @@ def credentials_of(request: Request) -> str:
     """Return the Authorization header of HTTP Basic (RFC 7617); a Bearer or Postmark token stands in it as it is."""
     credentials = request.headers.get("authorization", "")
     token = credentials[7:] if credentials[:7].lower() == "bearer " else ""
-    token = token or (not credentials and request.headers.get("x-postmark-server-token", ""))
+    if not credentials and not request.path.startswith(
+        ("/v3/", "/emails")
+    ):  # those clients send header fields of mails
+        token = request.headers.get("x-postmark-server-token", "")
     return "Basic " + base64.b64encode(token.strip().encode("latin-1")).decode() if token else credentials
 
 
@@ -2755,12 +2796,28 @@ def hidden_client(request: Request, settings: Settings) -> str:
     return "" if "x-forwarded-for" in request.headers else f"{proxy} without X-Forwarded-For"
 
 
+def check_send_at(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    if (submission.send_at or 0) <= request.now + MAX_SEND_AHEAD:
+        return None
+    return make_reply("invalid", f"send_at: expected a time at most {MAX_SEND_AHEAD // 86400} days ahead")
+
+
 def check_loop(request: Request | None, submission: Submission, settings: Settings) -> Reply | None:
     names = submission.header.loop
     looped = len(names) > MAX_LOOP_NAMES or settings.hostname.lower() in map(str.lower, names)
     return make_reply("loop") if looped else None
 
 
+def check_trace(request: Request, submission: Submission, settings: Settings) -> Reply | None:
+    """Require a login with the right to see SMTP dialogues, or a program on this machine."""
+    login = settings.password.logins.get(request.login)
+    local = request.client in LOOPBACK and not request.forwarded
+    if not submission.trace or local or getattr(login, "trace", False):
+        return None
+    return make_reply("forbidden", 'trace: only from this machine, or by a login with "trace": true')
+
+
+MAX_SEND_AHEAD = 30 * 86400  # seconds
 MAX_LOOP_NAMES = 25  # instances that one mail may pass; more is a loop through others' names
 
 
@@ -2859,6 +2916,8 @@ CHECKS = (
     ("head", check_login),  # before the body is read; there is no submission yet
     ("head", check_client),
     ("head", check_rate),
+    ("submission", check_send_at),
+    ("submission", check_trace),
     ("submission", check_loop),
     ("submission", check_ehlo),
     ("submission", check_sender),
@@ -4915,7 +4974,7 @@ class Session(smtplib.SMTP):
 
     def _write(self, octets: bytes) -> Any:
         """Send all octets; to be awaited."""
-        self._log_sent(octets)
+        self._log_sent(b"(%d octets of the message)" % len(octets) if self.in_data and not log.devel else octets)
         return self.stream.sendall(octets, time.monotonic() + self.timeout)
 
     async def _read_reply(self) -> SMTPReply:
@@ -4955,7 +5014,7 @@ class Session(smtplib.SMTP):
             self.alive = False
         if reply and self.masked:
             reply = reply._replace(lines=tuple(map(self._mask_credentials, reply.lines)))
-        if reply and log.devel:
+        if reply and (log.devel or log.trace.get() is not None):
             for i, line in enumerate(reply.lines, 1):
                 log.dialogue(self.route.host, "<", f"{reply.code}{' ' if i == len(reply.lines) else '-'}{line}")
         return reply
@@ -4976,7 +5035,7 @@ class Session(smtplib.SMTP):
         self.maybe_complete = b"\n" in octets or len(self.recv_buffer) - self.recv_buffer.rfind(b"\n") > MAX_LINE
 
     def _log_sent(self, octets: bytes) -> None:
-        if log.devel:
+        if log.devel or log.trace.get() is not None:
             for line in octets.splitlines():
                 log.dialogue(self.route.host, ">", line.decode("utf-8", "replace"))
 
@@ -6386,6 +6445,7 @@ class NewQueueItem(NamedTuple):
     recipients: tuple  # of NewRecipient
     key: bytes | None = None  # digest of login, path and Idempotency-Key
     body_digest: bytes | None = None  # of the request's body
+    send_at: float = 0.0  # no attempt is made before
 
 
 class LeasedRecipient(NamedTuple):
@@ -6415,7 +6475,8 @@ def destination_key(route: Route, domain: str) -> str:
 
 def queued_reply(queueid: str, reply: Reply | None = None) -> Reply:
     """Return the reply that tells a client that a recipient waits, with the lines of its latest reply."""
-    return make_reply("queued", *(reply.message if reply else ()), word=queueid, mailer="Queue")
+    dialogue = reply and reply.dialogue
+    return make_reply("queued", *(reply.message if reply else ()), word=queueid, mailer="Queue", dialogue=dialogue)
 
 
 # -- Bounces and events
@@ -6833,7 +6894,7 @@ SCHEMA = """
         as_written TEXT NOT NULL,          -- by the client
         recipient TEXT NOT NULL,           -- as relays are told
         number INTEGER NOT NULL, destination TEXT NOT NULL,
-        state TEXT NOT NULL, created_at REAL NOT NULL,  -- state: open, delivered, failed, dropped or held
+        state TEXT NOT NULL, created_at REAL NOT NULL,  -- open, delivered, failed, dropped or held; or its send_at
         due REAL,                          -- open and not leased: time of the next attempt; 0: now, even if throttled
         owner INTEGER,                     -- leased: slot of the process that delivers it
         attempts INTEGER NOT NULL,
@@ -6892,7 +6953,7 @@ MAX_REPLY_LINES = 10  # lines kept of a reply
 def enqueue(db: Any, slot: int, item: NewQueueItem, results: list | None, leased: bool = False) -> Any:
     """Store an item and return None, or return the earlier message with the same key.
 
-    Recipients are due at once, leased to this process if `leased`, or as the results of their first attempts say.
+    Recipients are due at once or at send_at, leased to this process if `leased`, or as their first attempts say.
     """
     if item.key:
         expired = item.created_at - RETENTION
@@ -6909,8 +6970,9 @@ def enqueue(db: Any, slot: int, item: NewQueueItem, results: list | None, leased
         body_digest=item.body_digest, size=len(octets), octets=octets,
         parts=json.dumps([flags, *map(len, item.message.parts), *item.message.dsn]),
     )  # fmt: skip
-    due = created_at if owner is None else None
-    state = {"message": message, "state": "open", "created_at": created_at, "due": due, "owner": owner}
+    starts_at = max(created_at, item.send_at)  # the lifetime counts from then
+    due = starts_at if owner is None else None
+    state = {"message": message, "state": "open", "created_at": starts_at, "due": due, "owner": owner}
     for recipient in item.recipients:
         insert(db, "recipients", **recipient._asdict(), **state, attempts=0, history="[]")
     if results:  # their attempts took a while
@@ -7016,7 +7078,7 @@ def lease_due(
 def lease(db: Any, slot: int, row_id: int) -> list:
     """Lease one recipient; one that can't be read is held, or it would keep all others from being read."""
     row = db.execute(
-        "SELECT r.id, queueid, kind, sender, login, m.created_at, parts, as_written, recipient, number, destination,"
+        "SELECT r.id, queueid, kind, sender, login, r.created_at, parts, as_written, recipient, number, destination,"
         " attempts, history, octets FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (row_id,)
     ).fetchone()  # fmt: skip
     try:
@@ -7128,9 +7190,10 @@ def open_recipients_after(db: Any, slot: int, row_id: int, limit: int) -> list:
 
 
 def flush_queue(db: Any, slot: int, queueid: str | None) -> int:
-    """Make what waits, or waits or is held of one mail, due now, even if throttled; return how many recipients."""
+    """Make what waits (but not for `send_at`), or all that waits or is held of one mail, due now, even if throttled;
+    return how many recipients."""
     if not queueid:
-        return db.execute("UPDATE recipients SET due=0 WHERE due IS NOT NULL").rowcount
+        return db.execute("UPDATE recipients SET due=0 WHERE due>=0 AND created_at<=?", (time.time(),)).rowcount
     sql = f"UPDATE recipients SET due=0, state='open', interruptions=0 WHERE {WAITING_OF_MESSAGE}"
     return db.execute(sql, (queueid,)).rowcount
 
@@ -7154,7 +7217,8 @@ WAITING_OF_MESSAGE = "(due IS NOT NULL OR state='held') AND message=(SELECT id F
 def correct_due(db: Any, slot: int, settings: QueueSettings, now: float) -> None:
     """Make due what would wait longer than any pause, since the clock was set back; not what is to be sent later."""
     latest = now + 1.2 * max(settings.retry_after)
-    db.execute("UPDATE recipients SET due=? WHERE due>? AND (attempts>0 OR due<=created_at)", (now, latest))
+    created_at = "(SELECT created_at FROM messages WHERE id=message)"
+    db.execute(f"UPDATE recipients SET due=? WHERE due>? AND (attempts>0 OR due<={created_at})", (now, latest))
 
 
 # -- The process that delivers
@@ -7246,10 +7310,12 @@ class QueueManager:
             if leased.kind == "event":
                 return await post_webhook(leased, settings.queue.secret, time.time(), self.app.transport.http), ""
             to, sender = parse_address(leased.recipient), parse_address(leased.sender)
+            if (redirect := settings.smtpd.redirect) and leased.recipient not in redirect:  # from before, or a bounce
+                to = parse_address(redirect[0])
             sandbox = leased.destination == destination_key(SANDBOX_ROUTE, "")
             sender_domain = sender.domain if sender else ""
             route = SANDBOX_ROUTE if sandbox else resolve_route(to.domain, sender_domain, settings)[0]
-            envelope = leased.queueid, leased.sender, (leased.recipient,), leased.message, leased.number, settings.dkim
+            envelope = leased.queueid, leased.sender, (to.addr_spec,), leased.message, leased.number, settings.dkim
             result = await attempt_transaction(Transaction(route, settings.hostname, *envelope), self.app.transport)
             return result.replies[0], destination_key(route, to.domain)
         except Exception:
@@ -7342,14 +7408,17 @@ async def process_submission(request: Request, app: App, queueid: str) -> Respon
     try:
         if not mail.transactions:
             return respond(request, mail.error.status, mail.replies, queueid, mail.submission)
+        if mail.submission.dry_run:
+            return await answer_dry_run(request, mail, settings)
         if mail.options.async_ or mail.options.key:
             earlier = await enqueue_before_sending(request, mail.transactions, mail.accepted, mail.options, app)
             if earlier:
                 return await replay_response(request, mail.submission, mail.replies, earlier, mail.options, app)
     except Rejected as error:
         return respond(request, error.reply.status, {None: error.reply}, queueid, mail.submission)
-    delivered, attempts = await deliver_or_queue(request, mail.transactions, mail.accepted, mail.options, app)
-    mail.replies.update(zip([mailbox.as_written for mailbox in mail.accepted], delivered))
+    transactions = [transaction._replace(trace=mail.submission.trace) for transaction in mail.transactions]
+    delivered, attempts = await deliver_or_queue(request, transactions, mail.accepted, mail.options, app)
+    add_replies(mail.replies, dict(zip([mailbox.as_written for mailbox in mail.accepted], delivered)))
     response = respond(request, http_status(mail.replies.values()), mail.replies, queueid, mail.submission)
     if mail.options.key:
         await app.queue.do_eventually(finish_request, queueid, attempts, serialize_response(response), time.time())
@@ -7419,11 +7488,26 @@ def compose_and_check(
 ) -> Message:
     """Return the message; raise Rejected if a check of the content or of the message fails."""
     apply_checks(CHECKS_OF_CONTENT, request, submission, settings)
-    message = compose(submission, queueid, request.client, settings.hostname, request.now)._replace(dsn=request.dsn)
+    now = max(request.now, submission.send_at or 0)  # a Date weeks before the delivery would pass for a sign of spam
+    shown = staged(submission, accepted, settings.smtpd) if settings.smtpd.staging else submission
+    message = compose(shown, queueid, request.client, settings.hostname, now)._replace(dsn=request.dsn)
     request.recipient_count, longest = len(accepted), max([len(mailbox.addr_spec) for mailbox in accepted])
     request.message_size = sum(map(len, message.parts)) + longest + len(str(len(accepted)))
     apply_checks(CHECKS_OF_MESSAGE, request, submission, settings)
     return message
+
+
+def staged(submission: Submission, accepted: list, smtpd: Smtpd) -> Submission:
+    """Return the submission with the prefix in its subject, and with a field that names whom redirected mail is for."""
+    header, raw, prefix = submission.header, submission.raw, smtpd.subject_prefix.rstrip()
+    more = [("X-Haineko-Recipients", ", ".join([to.addr_spec for to in accepted]))] if smtpd.redirect else []
+    if raw:
+        head = text_field("", prefix, "UTF-8").encode() if prefix else b":"
+        found = [(name, octets.replace(b":", head, 1) if name == "subject" else octets) for name, octets in raw.fields]
+        found += [(name.lower(), text_field(name, text, "UTF-8").encode() + b"\n") for name, text in more]
+        return replace(submission, raw=raw._replace(fields=found))
+    subject = f"{prefix} {header.subject}" if prefix else header.subject
+    return replace(submission, header=replace(header, subject=subject, extra_fields=(*header.extra_fields, *more)))
 
 
 def without_content(submission: Submission) -> Submission:
@@ -7443,6 +7527,36 @@ async def deliver_or_queue(
     log.lines(*itertools.chain.from_iterable(result_lines(request, result) for result in results))
     replies = [reply for result in results for reply in result.replies]
     return await queue_deferred(request, transactions, accepted, options, replies, app) if app.queue else (replies, [])
+
+
+def add_replies(replies: dict, found: dict) -> None:
+    """Give each recipient without a reply its own; if its mail was redirected, that of the first failure, if any."""
+    common = min(found.values(), key=lambda reply: reply.accepted)
+    replies.update([(to, found.get(to, common)) for to, reply in replies.items() if not reply])
+
+
+async def answer_dry_run(request: Request, mail: PreparedMail, settings: Settings) -> Response:
+    """Return the response with the route of each recipient, and why, and the first copy of the message."""
+    sender, found = parse_address(mail.submission.mail) or NULL_SENDER, {}
+    for to in mail.accepted:
+        route, why = resolve_route(to.domain, sender.domain, settings)
+        where = route.endpoint if route.row.destination == UNKNOWN_RELAY.destination else {"mailer": route.relay}
+        found[to.as_written] = make_reply("dry-run", f"{to.addr_spec}: {describe_route(route)} ({why})", **where)
+    add_replies(mail.replies, found)
+    octets = (await sign_transaction(mail.transactions[0])).octets()
+    raw = octets.decode() if is_utf8(octets) else {"base64": base64.b64encode(octets).decode()}
+    values = http_status(mail.replies.values()), mail.replies, mail.queueid, mail.submission
+    return answer_document(request, *values, message_octets=len(octets), raw=raw)
+
+
+def describe_route(route: Route) -> str:
+    """Return where a route's mail goes, for people."""
+    if route.fallbacks:
+        return ", else ".join(describe_route(replace(choice, fallbacks=())) for choice in route.choices)
+    tls = ", TLS" if route.port == SMTPS else ", STARTTLS" if route.starttls else ""
+    login = f", AUTH as {route.auth}" if route.auth else ""
+    where = f"{route.relay} {route.url}" if route.url else route.row.destination.format(route=route, domain="").strip()
+    return where + tls + login
 
 
 def respond(request: Request, status: int, replies: dict, queueid: str, submission: Submission | None) -> Response:
@@ -7468,6 +7582,7 @@ class QueueOptions(NamedTuple):
     key: bytes | None = None  # digest of login, path and Idempotency-Key
     body_digest: bytes | None = None
     login: str = ""
+    send_at: float = 0.0  # deliver then
 
 
 class PreparedMail(NamedTuple):
@@ -7497,20 +7612,21 @@ def queue_options(
     request: Request, submission: Submission, body_digest: bytes | None, settings: Settings
 ) -> QueueOptions:
     """Return the client's options; raise Rejected for one that needs a queue if there is none."""
-    key = request.headers.get("idempotency-key")
+    key, later = request.headers.get("idempotency-key"), submission.send_at is not None
     if not settings.queue:
-        if key is not None or submission.async_:  # to ignore them would be unsafe; Prefer may be ignored
-            raise Rejected(make_reply("no-queue", "async" if key is None else "Idempotency-Key"))
+        asked = {"Idempotency-Key": key is not None, "send_at": later, "async": submission.async_}
+        if any(asked.values()):  # to ignore them would be unsafe; Prefer may be ignored
+            raise Rejected(make_reply("no-queue", next(filter(asked.get, asked))))
         return QueueOptions()
-    async_ = submission.async_ or prefers_async(request.headers.get("prefer", ""))
+    async_ = later or submission.async_ or prefers_async(request.headers.get("prefer", ""))
     if key is None:
-        return QueueOptions(async_, login=request.login)
+        return QueueOptions(async_, login=request.login, send_at=submission.send_at or 0)
     found = IDEMPOTENCY_KEY.fullmatch(key)
     if not found:
         raise Rejected(make_reply("key-form"))
     owner = request.login or f"[{request.client}]"  # nobody else may read the response
     digest = hashlib.sha256("\0".join((owner, request.path, found[1] or found[2])).encode()).digest()
-    return QueueOptions(async_, digest, body_digest, request.login)
+    return QueueOptions(async_, digest, body_digest, request.login, submission.send_at or 0)
 
 
 # A string (RFC 8941 3.3.3), or a word without quotes, which most clients send.
@@ -7542,14 +7658,15 @@ def new_item(request: Request, transactions: list, accepted: list, options: Queu
             destination = destination_key(transaction.route, mailbox.domain)
             recipients.append(NewRecipient(mailbox.as_written, to, transaction.number, destination))
     envelope = first.queueid, "mail", first.sender, options.login, request.now, first.message
-    return NewQueueItem(*envelope, tuple(recipients), options.key, options.body_digest)
+    return NewQueueItem(*envelope, tuple(recipients), options.key, options.body_digest, options.send_at)
 
 
 def announce_queued(request: Request, items: list, app: App) -> None:
     """Log new mails in the queue and have them delivered."""
     for item in items:
         pairs = log_pairs(client=request.client, login=request.login or None, **{"from": f"<{item.sender}>"})
-        log.lines(f"{item.queueid}: {pairs} (queued, to be delivered at once)")
+        when = timestamp(int(item.send_at)) if item.send_at > item.created_at else "once"
+        log.lines(f"{item.queueid}: {pairs} (queued, to be delivered at {when})")
     app.queue.wake_manager()
 
 
@@ -7600,7 +7717,7 @@ async def replay_response(
         raise Rejected(make_reply("key-running"))
     if answered is None:  # its process ended before it could answer; the queue has taken the mail over
         message = await app.queue.do(message_status, queueid)
-        replies.update((row["as_written"], current_reply(queueid, row)) for row in message["recipients"])
+        add_replies(replies, {row["as_written"]: current_reply(queueid, row) for row in message["recipients"]})
         response = answer_document(request, http_status(replies.values()), replies, queueid, submission)
         answered = ENCODER.encode([response.status, response.headers, response.body.decode()])
         await app.queue.do(finish_request, queueid, [], answered, request.now)
@@ -7638,6 +7755,7 @@ def plan_transactions(
     client send.
     """
     groups, sender = {}, parse_address(submission.mail) or NULL_SENDER
+    accepted = [parse_address(to) for to in settings.smtpd.redirect] or accepted
     for i, mailbox in enumerate(accepted):
         route = resolve_route(mailbox.domain, sender.domain, settings)[0]
         key = (route, route.relay == "MX" and mailbox.domain.lower()) if submission.shared else i
@@ -7656,14 +7774,24 @@ def plan_transactions(
 async def deliver(transactions: list, transport: TransportContext, settings: Settings) -> list:
     """Return a TransactionResult for each transaction, in order; up to `max_workers` are run side by side."""
     if len(transactions) == 1:
-        return [await attempt_with_retries(transactions[0], transport)]
+        return [await run_transaction(transactions[0], transport)]
     limit = asyncio.Semaphore(settings.smtpd.max_workers)
 
     async def one(transaction: Transaction) -> TransactionResult:
         async with limit:
-            return await attempt_with_retries(transaction, transport)
+            return await run_transaction(transaction, transport)
 
     return await asyncio.gather(*map(one, transactions))
+
+
+async def run_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
+    """Return the result of a transaction; its replies have the dialogue if it is traced."""
+    if not transaction.trace:
+        return await attempt_with_retries(transaction, transport)
+    log.trace.set(lines := [])
+    result = await attempt_with_retries(transaction, transport)
+    log.trace.set(None)
+    return result._replace(replies=[reply._replace(dialogue=tuple(lines)) for reply in result.replies])
 
 
 async def attempt_with_retries(transaction: Transaction, transport: TransportContext) -> TransactionResult:
@@ -7744,9 +7872,9 @@ def log_line(
 
 
 def answer_document(
-    request: Request, status: int, replies: dict, queueid: str | None, submission: Submission | None
+    request: Request, status: int, replies: dict, queueid: str | None, submission: Submission | None, **more: Any
 ) -> Response:
-    """Return the response; `replies` is {recipient, None if none is meant: Reply}."""
+    """Return the response; `replies` is {recipient, None if none is meant: Reply}, `more` are further keys."""
     accepted = [to for to, reply in replies.items() if to is not None and reply.origin != "policy"]
     document = {
         "queueid": queueid,
@@ -7758,6 +7886,7 @@ def answer_document(
         "useragent": echoed_header(request, "user-agent"),
         "referer": echoed_header(request, "referer"),
         "timestamp": time_to_dict(request.now),
+        **more,
     }
     headers = answer_headers(request, status, queueid, replies)
     return Response(status, to_json(document), headers + (rate_headers(*request.rate) if request.rate else ()))
@@ -7863,7 +7992,7 @@ async def answer_provider(request: Request, app: App) -> Response:
         if all(mail.error for mail in prepared) and not permissive:
             return provider_error(prepared[0].error, request)
     for mail in ready if app.queue or dry_run else ():
-        mail.replies.update((mailbox.as_written, queued_reply(mail.queueid)) for mailbox in mail.accepted)
+        add_replies(mail.replies, {mailbox.as_written: queued_reply(mail.queueid) for mailbox in mail.accepted})
     answer = provider.answer(prepared, mails, dry_run)
     response = answer if isinstance(answer, Response) else json_response(answer)
     is_stored = ready and app.queue and not dry_run
@@ -7910,7 +8039,7 @@ async def deliver_mails(request: Request, mails: list, settings: Settings, app: 
         done = list(itertools.islice(results, len(mail.transactions)))
         log.lines(*itertools.chain.from_iterable(result_lines(request, result) for result in done))
         replies = [reply for result in done for reply in result.replies]
-        mail.replies.update(zip([mailbox.as_written for mailbox in mail.accepted], replies))
+        add_replies(mail.replies, dict(zip([mailbox.as_written for mailbox in mail.accepted], replies)))
 
 
 async def store_mails(request: Request, mails: list, digest: Any, response: Response, app: App) -> Response:
@@ -8315,7 +8444,10 @@ def constant(response: Response) -> Endpoint:
 
 async def get_health(request: Request, app: App) -> Response:
     error = "stopping" if app.stopping else app.queue and app.queue.health_error()
-    return json_response({"status": error}, 503, (("Retry-After", "5"),)) if error else json_response({"status": "ok"})
+    if error:
+        return json_response({"status": error}, 503, (("Retry-After", "5"),))
+    document = {"status": "ok", "staging": app.settings.smtpd.staging}
+    return json_response({key: text for key, text in document.items() if text})
 
 
 async def get_conf(request: Request, app: App) -> Response:
@@ -9157,7 +9289,7 @@ class Supervisor:
             log.lines("queue.path: takes effect at the next start")
         self.settings = fresh = pin_queue_path(fresh, settings.queue)
         log.open(fresh.smtpd.syslog)
-        log.lines(f"reloaded {settings.path}")
+        log.lines(f"reloaded {settings.path}", *filter(None, [fresh.smtpd.staging]))
         self._signal_workers(signal.SIGHUP)
 
     def _signal_workers(self, number: int) -> None:
@@ -9256,12 +9388,10 @@ def main(argv: list) -> int:
 
 def open_standard_streams() -> None:
     """Open those of descriptors 0 to 2 that are closed: a socket with such a number would be read or written to."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 -- kept for life
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # the lowest free number
+        name = ("stdin", "stdout", "stderr")[number]
+        setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 -- kept for life
+    os.close(number)
 
 
 def argument_parsers() -> tuple:
@@ -9308,7 +9438,7 @@ def command_serve(options: Any) -> int:
 
 
 def prepare_server(options: Any) -> tuple:
-    """Return a server's Settings and its listening sockets."""
+    """Return a server's Settings and its listening sockets; create or upgrade the queue's file."""
     settings, errors, changes = usable_settings(options.config), [], {}
     if options.listen:
         changes["listen"] = list_of(parse_listen_address)(options.listen, "--listen", errors)
@@ -9319,7 +9449,11 @@ def prepare_server(options: Any) -> tuple:
     settings = replace(settings, httpd=replace(settings.httpd, **changes))
     raise_nofile_limit()
     if settings.queue:
-        check_queue_file(settings.queue)
+        database = QueueDB(settings.queue)
+        database.commit([])
+        database.close(for_good=True)
+        if NEWER_VERSION in database.fault:
+            raise CommandError(f"the queue can't be used: {database.fault}", 2)
     listeners = [open_listener(address) for address in settings.httpd.listen]
     outside = [one for one in listeners if one.family != socket.AF_UNIX]
     outside = [one for one in outside if parse_ip(one.getsockname()[0]) not in LOOPBACK]
@@ -9329,15 +9463,6 @@ def prepare_server(options: Any) -> tuple:
     return settings, listeners
 
 
-def check_queue_file(settings: QueueSettings) -> None:
-    """Create or upgrade the queue's file; CommandError where a newer Haineko wrote it."""
-    database = QueueDB(settings)
-    database.commit([])
-    database.close(for_good=True)
-    if NEWER_VERSION in database.fault:
-        raise CommandError(f"the queue can't be used: {database.fault}", 2)
-
-
 def open_listener(address: str) -> socket.socket:
     try:
         return bind(address)
@@ -9345,33 +9470,26 @@ def open_listener(address: str) -> socket.socket:
         raise CommandError(f"can't listen at {address}: {getattr(error, 'strerror', None) or error}", 1) from None
 
 
-def raise_nofile_limit() -> None:
+def raise_nofile_limit(most: int = 65536) -> None:
     """Allow as many open files as the system permits: each client needs one, and each of its deliveries another."""
     import resource
 
     with contextlib.suppress(OSError, ValueError):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+        wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)  # setrlimit() may reject infinity
         if soft != resource.RLIM_INFINITY and soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-MAX_OPEN_FILES = 65536  # some systems report an infinite hard limit, but reject it in setrlimit()
-
-
-def announce(settings: Settings, listeners: list, more: str = "") -> str:
-    """Write to the log where the server listens; return that line."""
+def announce(settings: Settings, listeners: list) -> str:
+    """Write to the log where the server listens; return the URLs."""
+    urls = " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
     if not settings.path:
-        log.write_bytes(
-            b"haineko: NO SETTINGS FILE: for this machine only, and all mail is printed here instead of sent\n"
-        )
-    line = f"haineko {__version__} listens at {listening_urls(settings, listeners)}"
-    log.write_bytes(f"{line}\n".encode())
-    return f"{line}{more}\n"
-
-
-def listening_urls(settings: Settings, listeners: list) -> str:
-    return " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
+        log.write_bytes(b"haineko: NO SETTINGS FILE: for this machine only; all mail is printed here, not sent\n")
+    if settings.smtpd.staging:
+        log.write_bytes(f"haineko: {settings.smtpd.staging}\n".encode())
+    log.write_bytes(f"haineko {__version__} listens at {urls}\n".encode())
+    return urls
 
 
 def command_start(options: Any) -> int:
@@ -9412,15 +9530,15 @@ def run_daemon(settings: Settings, listeners: list, pid_file: str, write_end: in
         os.write(write_end, b"haineko: runs already\n")
         return 1
     os.ftruncate(pid_fd, 0)
-    os.write(pid_fd, f"{os.getpid()}\n{listening_urls(settings, listeners)}\n".encode())
     os.chdir("/")
     for number, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
         os.dup2(target, number)
     log.path = log_file
 
     def ready() -> None:
-        line = announce(settings, listeners, f" (pid {os.getpid()}, log {log_file})")
-        os.write(write_end, line.encode())
+        pid, urls = os.getpid(), announce(settings, listeners)
+        os.write(pid_fd, f"{pid}\n{urls}\n".encode())
+        os.write(write_end, f"haineko {__version__} listens at {urls} (pid {pid}, log {log_file})\n".encode())
         os.close(write_end)
 
     code = Supervisor(settings, listeners).run(ready)
@@ -9438,15 +9556,12 @@ def running_pid(pid_file: str) -> int:
     """Return the pid of the daemon that has the file locked, 0 if none has."""
     import fcntl
 
-    try:
-        with open(pid_file, encoding="ascii") as stream:  # a shared lock needs no right to write
-            try:
-                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return 0
-            except OSError:
-                return int(stream.readline() or 0)  # URLs follow
-    except (OSError, ValueError):
-        return 0
+    with contextlib.suppress(OSError, ValueError), open(pid_file, encoding="ascii") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a shared lock needs no right to write
+        except OSError:
+            return int(stream.readline() or 0)  # URLs follow
+    return 0
 
 
 def command_stop(options: Any) -> int:
@@ -9511,29 +9626,27 @@ def command_check(options: Any) -> int:
         return 1
     route, why = resolve_route("", "", settings)
     count = len(settings.mailertable) + len(settings.sendermt)
+    staging = settings.smtpd.staging and f"{settings.smtpd.staging}; "
     more = "; printed" if not path else f"; {count} routes in all" if count > 1 else ""
     print(
-        f"{path or 'no settings file'}: fine; mail goes to {describe_route(route)} ({why}){more}; "
+        f"{path or 'no settings file'}: fine; {staging}mail goes to {describe_route(route)} ({why}){more}; "
         f"may be written to: {describe_recipients(settings.recipients)}"
         f"{'' if os.geteuid() else '; warning: the server needs no root'}"
     )
     print_warnings(settings)
-    return run_checks(settings, options)
+    return run(run_checks(settings, options))
 
 
-def run_checks(settings: Settings, options: Any) -> int:
+async def run_checks(settings: Settings, options: Any) -> int:
     """Run the checks that the options ask for, print a line for each step, and return the exit code."""
-    sender = parse_address(options.sender or "")
+    sender, selector = parse_address(options.sender or ""), options.selector
     if options.sender and not (sender and sender.domain[0] != "["):
         raise CommandError(f'"{options.sender}" is no mail address of a domain', 2)
-    if options.selector and not DOMAIN.fullmatch(options.selector):
-        raise CommandError(f'"{options.selector}" is no selector', 2)
-    return run(_run_checks(settings, sender.domain if sender else "", options.selector, options.connect))
-
-
-async def _run_checks(settings: Settings, domain: str, selector: str | None, connect: bool) -> int:
-    transport, failed = TransportContext(settings.smtpd.resolver), False
-    checks = [(name, run_probe(probe, transport)) for name, probe in connectivity_probes(settings, domain) if connect]
+    if selector and not DOMAIN.fullmatch(selector):
+        raise CommandError(f'"{selector}" is no selector', 2)
+    domain, transport, failed = sender.domain if sender else "", TransportContext(settings.smtpd.resolver), False
+    probes = connectivity_probes(settings, domain) if options.connect else ()
+    checks = [(name, run_probe(probe, transport)) for name, probe in probes]
     if domain:
         checks.append((domain, check_sender_domain(domain.lower(), selector, transport.resolver, settings.dkim)))
     for name, check in checks:
@@ -9562,13 +9675,14 @@ async def run_probe(probe: ConnectivityProbe, transport: TransportContext) -> li
 
 def connectivity_probes(settings: Settings, domain: str) -> list:
     """Return (path in the settings, probe) of every route; `domain` is probed where the route is for many domains."""
-    probes, tables = [], {name: getattr(settings, name) for name in ("mailertable", "sendermt")}
-    for name, key, route in [(name, *item) for name, table in tables.items() for item in table.items()]:
-        named = name == "mailertable" and key != "default" and not key.startswith(".")
-        for i, choice in enumerate(route.choices):
-            place = f"{name}.{key}[{i}]" if route.fallbacks else f"{name}.{key}"
-            probes.append((place, ConnectivityProbe(choice, settings.hostname, key if named else domain)))
-    if not any("default" in table for table in tables.values()):
+    probes = []
+    for table in ("mailertable", "sendermt"):
+        for key, route in getattr(settings, table).items():
+            named = table == "mailertable" and key != "default" and not key.startswith(".")
+            for i, choice in enumerate(route.choices):
+                place = f"{table}.{key}[{i}]" if route.fallbacks else f"{table}.{key}"
+                probes.append((place, ConnectivityProbe(choice, settings.hostname, key if named else domain)))
+    if "default" not in {**settings.mailertable, **settings.sendermt}:
         probes.append(("no route", ConnectivityProbe(FALLBACK_ROUTE, settings.hostname)))
     return probes
 
@@ -9582,14 +9696,17 @@ async def check_sender_domain(domain: str, selector: str | None, resolver: Resol
             raise ValueError(f"{REPLIES['dns'][-1]}: {name}: {found.why}")
         return found.values
 
-    checks = {"SPF": check_spf(domain, texts), "DKIM": check_dkim(domain, selector, keys, texts)}
-    results = []
-    for step, check in {**checks, "DMARC": check_dmarc(domain, texts)}.items():
+    async def result(step: str, check: Any) -> CheckResult:
         try:
-            results.append(CheckResult(step, True, await check))
+            return CheckResult(step, True, await check)
         except ValueError as error:
-            results.append(CheckResult(step, False, str(error)))
-    return results
+            return CheckResult(step, False, str(error))
+
+    return [
+        await result("SPF", check_spf(domain, texts)),
+        await result("DKIM", check_dkim(domain, selector, keys, texts)),
+        await result("DMARC", check_dmarc(domain, texts)),
+    ]
 
 
 async def check_spf(domain: str, texts: Callable) -> str:
@@ -9597,16 +9714,16 @@ async def check_spf(domain: str, texts: Callable) -> str:
     record = spf_record(domain, await texts(domain))
     if record.lower().split()[1:2] == ["-all"]:
         raise ValueError(f"{domain}: v=spf1 -all says that the domain sends no mail at all")
-    lookups, pending, seen = 0, [record], {domain}
-    while pending:
-        for mechanism, name in re.findall(SPF_LOOKUP, pending.pop(0)):
+    lookups, records, seen = 0, [record], {domain}
+    for text in records:  # included ones are appended
+        for mechanism, name in re.findall(SPF_LOOKUP, text):
             lookups += 1
             if lookups > MAX_SPF_LOOKUPS:
                 raise ValueError(f"{domain}: more than {MAX_SPF_LOOKUPS} look-ups (RFC 7208 4.6.4): receivers refuse")
             inner = name.lower()
             if mechanism.lower() in ("include:", "redirect=") and "%" not in inner and inner not in seen:
                 seen.add(inner)
-                pending.append(spf_record(f"{domain}: {mechanism}{name}", await texts(inner)))
+                records.append(spf_record(f"{domain}: {mechanism}{name}", await texts(inner)))
     return f"{sanitize(record)} ({lookups} of {MAX_SPF_LOOKUPS} look-ups)"
 
 
@@ -9636,32 +9753,32 @@ async def check_dkim(domain: str, selector: str | None, keys: dict, texts: Calla
     own = find_dkim_key(domain, keys)
     if own and selector in (None, own.selector):
         domain, selector = own.domain, own.selector
-    elif not selector:
+    elif selector:
+        own = None
+    else:
         return "not looked at; --selector names the key"
     name = f"{selector}._domainkey.{domain}"
     records = await texts(name)
     try:
-        description = dkim_key(records)
-        if own and own.selector == selector:
-            published, ours = (re.sub(r"\s", "", parse_tags(text)["p"]) for text in (records[0], dkim_record(own)))
-            if published != ours:
-                raise ValueError(f"not the key of the settings, which `haineko.py dkim {domain}` prints")
+        return f"{name}: {dkim_key(records, own)}"
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    return f"{name}: {description}"
 
 
-def dkim_key(texts: tuple) -> str:
-    """Describe the public key in the TXT records of a selector."""
+def dkim_key(texts: tuple, own: DkimKey | None) -> str:
+    """Describe the public key in the TXT records of a selector, which must be that of `own`, a key of the settings."""
     if len(texts) != 1:
         raise ValueError("more than one record: none counts" if texts else "no key: signatures can't be verified")
     tags = parse_tags(texts[0])
     if tags.get("v", "DKIM1") != "DKIM1" or "p" not in tags:
         raise ValueError("not a DKIM key")
-    if not tags["p"]:
+    public = re.sub(r"\s", "", tags["p"])
+    if not public:
         raise ValueError("the key is revoked (p= is empty)")
+    if own and public != parse_tags(dkim_record(own))["p"]:
+        raise ValueError(f"not the key of the settings, which `haineko.py dkim {own.domain}` prints")
     try:
-        key = base64.b64decode(re.sub(r"\s", "", tags["p"]), validate=True)
+        key = base64.b64decode(public, validate=True)
     except ValueError:
         raise ValueError("the key is no base64") from None
     if tags.get("k", "rsa") == "ed25519":
@@ -9671,8 +9788,7 @@ def dkim_key(texts: tuple) -> str:
     bits = rsa_bits(key)
     if bits < 1024:
         raise ValueError(f"RSA key of {bits or 'unknown'} bits: receivers want 1024 at least (RFC 8301)")
-    test = "; t=y: under test, so a failure counts as no signature" if "y" in tags.get("t", "") else ""
-    return f"RSA, {bits} bits{test}"
+    return f"RSA, {bits} bits" + "; t=y: under test, so a failure counts as no signature" * ("y" in tags.get("t", ""))
 
 
 async def check_dmarc(domain: str, texts: Callable) -> str:
@@ -9690,16 +9806,6 @@ async def check_dmarc(domain: str, texts: Callable) -> str:
                 raise ValueError(f"{name}: p= names no policy: it does not count")
             return f"{name}: {sanitize(records[0])}"
     raise ValueError(f"_dmarc.{domain}: no DMARC record: Gmail, Yahoo and Outlook refuse bulk mail without")
-
-
-def describe_route(route: Route) -> str:
-    """Return where a route's mail goes, for people."""
-    if route.fallbacks:
-        return ", else ".join(describe_route(replace(choice, fallbacks=())) for choice in route.choices)
-    tls = ", TLS" if route.port == SMTPS else ", STARTTLS" if route.starttls else ""
-    login = f", AUTH as {route.auth}" if route.auth else ""
-    where = f"{route.relay} {route.url}" if route.url else route.row.destination.format(route=route, domain="").strip()
-    return where + tls + login
 
 
 def describe_recipients(recipients: Recipients) -> str:
@@ -9761,44 +9867,34 @@ def command_send(options: Any) -> int:
     """Post a mail to a running Haineko."""
     body, credentials = submission_from_options(options), ()
     if options.user:
-        remote = re.match(
-            r"http://(?!(?:[^/@]*@)?(?:localhost|127\.[\d.]+|\[::1\])(?:[:/]|\Z))", options.url, re.IGNORECASE
-        )
+        remote = re.match(r"(?i)http://(?!(?:localhost|127\.[\d.]+|\[::1\])(?:[:/]|\Z))", options.url)
         if remote and not options.insecure:
             raise CommandError(f"{options.url}: the password would go over the network in clear text (--insecure)", 2)
         credentials = options.user, os.environ.get("HAINEKO_PASSWORD") or ask_password(f"Password of {options.user}: ")
-    _, document = post_submission(options.url, body, credentials)
+    document = post_submission(options.url, body, credentials)[1]
     print(terminal_json(json.dumps(document, ensure_ascii=False, indent=2)))
-    accepted = [item["error"] == 0 for item in document["response"]]
-    return 0 if accepted and all(accepted) else 1
+    return int(not document["response"] or any(item["error"] for item in document["response"]))
 
 
 def post_submission(url: str, body: bytes, credentials: tuple = ()) -> tuple:
     """Post a submission to a Haineko at an http, https or unix URL; return (HTTP status, document)."""
-    try:
-        parts = urllib.parse.urlsplit("http://localhost/" if url.startswith("unix:/") else url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and parts.path.isascii()
-    except ValueError:  # of a port or brackets
-        good = False
-    if not good:
+    base = "http://localhost" if url.startswith("unix:/") else re.sub(r"(/submit)?/?\Z", "", url, count=1)
+    if not parse_base_url(base, "", []):
         raise CommandError(f'"{url}" is no URL of a Haineko', 2)
-    path = parts.path if parts.path.endswith("/submit") else parts.path.rstrip("/") + "/submit"
-    target = HTTPTarget(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", 300, max_response=MAX_BODY)
-    connection = KeepAliveConnection(target)
+    connection = KeepAliveConnection(HTTPTarget(base, 300, max_response=MAX_BODY))
     try:
         if url.startswith("unix:"):
             connection.sock = socket.socket(socket.AF_UNIX)
             connection.sock.connect(url[5:])
         with contextlib.closing(connection):
-            response = connection.exchange(HTTPRequest("POST", path, body, basic_auth_header(credentials)))
+            response = connection.exchange(HTTPRequest("POST", "/submit", body, basic_auth_header(credentials)))
     except Rejected as error:
         raise CommandError(f"{url}: {': '.join(error.reply.message)}", 1) from None
     except OSError as error:
         raise CommandError(f"{url}: {error.strerror}", 1) from None
     document = response.document()
     if not is_answer(document):
-        text = sanitize(response.body.decode("utf-8", "replace"))
-        raise CommandError(f"{url}: not the answer of a Haineko: {text}", 1)
+        raise CommandError(f"{url}: not a Haineko's answer: {sanitize(response.body.decode('utf-8', 'replace'))}", 1)
     return response.status, document
 
 
@@ -9818,32 +9914,27 @@ def terminal_json(text: str) -> str:
 
 def submission_from_options(options: Any) -> bytes:
     """Return the JSON of a submission: from a file, from stdin, or made from flags."""
-    flags = ("to", "sender", "header_from", "reply_to", "subject", "charset", "body", "html", "attach")
-    if any(getattr(options, flag) for flag in flags) and (options.file or not options.to):
+    header = {"subject": options.subject or "", "from": options.header_from, "replyto": options.reply_to}
+    header["charset"] = options.charset
+    flags = (options.to, options.sender, *header.values(), options.body, options.html, options.attach)
+    if any(flags) and (options.file or not options.to):
         raise CommandError("flags that say what to send want --to, and no FILE, which says all of it", 2)
     if not options.to:
         return read_bytes(options.file or "-")
-    html = read_bytes(options.html).decode("utf-8", "replace") if options.html else None
-    body = read_bytes("-").decode("utf-8", "replace") if options.body is None and html is None else options.body
-    header = {
-        "subject": options.subject or "",
-        "from": options.header_from,
-        "replyto": options.reply_to,
-        "charset": options.charset,
-    }
+    attachments = [(os.path.basename(path), base64.b64encode(read_bytes(path)).decode()) for path in options.attach]
     document = {
         "mail": options.sender or default_sender(local_hostname()),
         "rcpt": options.to,
-        "header": {key: value for key, value in header.items() if value is not None},
-        "body": body,
-        "html": html,
-        "attachments": [read_attachment(path) for path in options.attach or ()] or None,
+        "header": header,
+        "body": read_utf8("-") if options.body is None and not options.html else options.body,
+        "html": read_utf8(options.html) if options.html else None,
+        "attachments": [{"filename": name, "content": content} for name, content in attachments],
     }
-    return to_json({key: value for key, value in document.items() if value is not None})
+    return to_json(document)
 
 
-def read_attachment(path: str) -> dict:
-    return {"filename": os.path.basename(path), "content": base64.b64encode(read_bytes(path)).decode()}
+def read_utf8(path: str) -> str:
+    return read_bytes(path).decode("utf-8", "replace")
 
 
 def read_bytes(path: str) -> bytes:
@@ -9858,16 +9949,14 @@ def read_bytes(path: str) -> bytes:
 def ask_password(prompt: str) -> str:
     """Ask for a password on the terminal: everybody can read a command line."""
     import getpass
-    import warnings
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", getpass.GetPassWarning)  # it would show the password, or read the mail on stdin
-        try:
+    try:
+        with open("/dev/tty"):  # without a terminal, getpass() would read the mail on stdin
             return getpass.getpass(prompt)
-        except (EOFError, UnicodeError):
-            raise CommandError("no password", 1) from None
-        except getpass.GetPassWarning:
-            raise CommandError("there is no terminal to ask for the password", 1) from None
+    except OSError:
+        raise CommandError("there is no terminal to ask for the password", 1) from None
+    except (EOFError, UnicodeError):
+        raise CommandError("no password", 1) from None
 
 
 # -- queue
@@ -9932,13 +10021,7 @@ def print_count(count: int, what: str, fine: bool) -> int:
     return 0 if count or fine else 1
 
 
-QUEUE_ACTIONS = {
-    "list": queue_list,
-    "show": queue_show,
-    "retry": queue_retry,
-    "drop": queue_drop,
-    "flush": queue_retry,
-}
+QUEUE_ACTIONS = {"list": queue_list, "show": queue_show, "retry": queue_retry, "drop": queue_drop, "flush": queue_retry}
 
 
 # -- pw and setup
@@ -10060,16 +10143,13 @@ def command_sendmail(argv: list) -> int:
         sends = "-q" not in flags or "-t" in flags or addresses
         mode = "i" if "-I" in flags else flags.get("-b", "m" if sends else "q")
         if mode not in SENDMAIL_MODES:
-            raise CommandError(f"usage: -b{mode} is not served here; `haineko.py serve` runs the server", EX_USAGE)
+            raise CommandError(f"usage: -b{mode} is not served here; `haineko.py serve` runs the server", os.EX_USAGE)
         return SENDMAIL_MODES[mode](flags, addresses)
     except getopt.GetoptError as error:
-        return print_error(f"usage: {error}", EX_USAGE)
+        return print_error(f"usage: {error}", os.EX_USAGE)
     except CommandError as error:
         text, code = error.args
-        return print_error(text, {1: EX_TEMPFAIL, 2: EX_CONFIG}.get(code, code))
-
-
-EX_OK, EX_USAGE, EX_DATAERR, EX_UNAVAILABLE, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG = 0, 64, 65, 69, 75, 77, 78
+        return print_error(text, {1: os.EX_TEMPFAIL, 2: os.EX_CONFIG}.get(code, code))
 
 
 def print_error(text: str, code: int) -> int:
@@ -10087,13 +10167,11 @@ def sendmail_deliver(flags: dict, addresses: list) -> int:
     try:
         message = parse_message(octets)
     except ValueError as error:
-        raise CommandError(str(error), EX_DATAERR) from None
+        raise CommandError(str(error), os.EX_DATAERR) from None
     fields = [qualified_field(name, field, settings.hostname) for name, field in message.fields]
-    named = [address for text in addresses for address in split_addresses(text, settings.hostname)]
-    named += header_recipients(recipient_fields(fields)) if "-t" in flags else []
-    rcpt = [to for address in named for to in expand_alias(address, settings)]
+    rcpt = named_recipients(addresses, recipient_fields(fields) if "-t" in flags else [], settings)
     if not rcpt:
-        raise CommandError("usage: no recipient", EX_USAGE)
+        raise CommandError("usage: no recipient", os.EX_USAGE)
     if "from" not in dict(fields):
         author = parse_address(sender or f"MAILER-DAEMON@{settings.hostname}")
         name = " ".join(flags.get("-F", "").split())
@@ -10111,7 +10189,7 @@ def sendmail_settings(flags: dict) -> tuple:
     """Return (Settings, URLs of the server to post to: none if the settings and the queue can be used directly)."""
     path = settings_path(flags.get("-C"))
     if not path and "HAINEKO_URL" not in os.environ:  # without, `serve` prints mail, and so loses it
-        raise CommandError("no settings file: name one with -C or in $HAINEKO_CONF", EX_CONFIG)
+        raise CommandError("no settings file: name one with -C or in $HAINEKO_CONF", os.EX_CONFIG)
     settings, errors = load_settings(path)
     if not settings.hostname:
         settings = replace(settings, smtpd=replace(settings.smtpd, hostname=local_hostname()))
@@ -10120,7 +10198,7 @@ def sendmail_settings(flags: dict) -> tuple:
     if not path or unwritable or any(os.strerror(errno.EACCES) in error for error in errors):
         return settings, server_urls(settings, path)
     if errors:
-        raise CommandError("\n".join(errors), EX_CONFIG)
+        raise CommandError("\n".join(errors), os.EX_CONFIG)
     return settings, ()
 
 
@@ -10140,31 +10218,31 @@ def server_urls(settings: Settings, path: str | None) -> list:
 
 
 def post_in_parts(urls: list, document: dict) -> tuple:
-    """Post a mail, in parts if it has too many recipients for the server; return (status, items of the answers)."""
-    status, items = post_to_any(urls, to_json(document))
-    rcpt = document["rcpt"]
+    """Post a mail to the first server that answers, in parts if it has too many recipients for the server; return
+    (status, items of the answers)."""
+    for url in urls:
+        try:
+            status, answer = post_submission(url, to_json(document))
+            break
+        except CommandError as error:
+            print_error(error.args[0], 0)
+    else:
+        raise CommandError("the settings or the queue can't be read, and no server was reached", os.EX_TEMPFAIL)
+    rcpt, items = document["rcpt"], answer["response"]
     if items[0]["mailer"] or items[0]["dsn"] != "4.5.3" or len(rcpt) == 1:
         return status, items
     half = len(rcpt) // 2
-    parts = [post_in_parts(urls, {**document, "rcpt": part}) for part in (rcpt[:half], rcpt[half:])]
+    parts = [post_in_parts([url], {**document, "rcpt": part}) for part in (rcpt[:half], rcpt[half:])]
     return max(status for status, _ in parts), [item for _, items in parts for item in items]
-
-
-def post_to_any(urls: list, body: bytes) -> tuple:
-    """Post a submission to the first server that answers; return (status, items of the answer)."""
-    for url in urls:
-        try:
-            status, document = post_submission(url, body)
-            return status, document["response"]
-        except CommandError as error:
-            print_error(error.args[0], 0)
-    raise CommandError("the settings or the queue can't be read, and no server was reached", EX_TEMPFAIL)
 
 
 async def submit_here(body: bytes, settings: Settings, dsn: tuple) -> Response:
     """Submit a mail without a server, as POST /submit does; the log goes to syslog or nowhere."""
+    owner = os.stat(settings.path)
+    if not os.geteuid() and owner.st_uid:  # the server could not use a queue that belongs to root
+        os.setgid(owner.st_gid)
+        os.setuid(owner.st_uid)
     smtpd = replace(settings.smtpd, max_rcpts_per_message=0)
-    become_owner(settings)
     app = App(replace(settings, httpd=Httpd(), smtpd=smtpd, password=Authenticator({})))
     log.quiet = log.priority is None  # stderr is read by the calling program, which may mail it
     client = parse_ip("127.0.0.1")
@@ -10175,36 +10253,25 @@ async def submit_here(body: bytes, settings: Settings, dsn: tuple) -> Response:
         await app.transport.sweep(everything=True)
 
 
-def become_owner(settings: Settings) -> None:
-    """Give up root for the owner of the settings: the server could not use a queue that belongs to root."""
-    owner = os.stat(settings.path)
-    if not os.geteuid() and owner.st_uid:
-        os.setgid(owner.st_gid)
-        os.setuid(owner.st_uid)
-
-
 def report_failures(status: int, items: list) -> int:
     """Print the recipients that failed; return the exit code."""
-    codes = {EX_OK}
-    for item in items:
-        if item["error"]:
-            codes.add(sendmail_code(status, item))
-            to = f"<{item['rcpt']}>: " if item["rcpt"] is not None else ""
-            print_error(f"{to}{item['code']} {item['command']}: {sanitize(' '.join(item['message']), 1000)}", 0)
-    if not all(item["error"] for item in items) and EX_TEMPFAIL in codes:
-        codes = codes - {EX_TEMPFAIL} | {EX_UNAVAILABLE}  # "try again" would send it twice to the others
-    return next(code for code in (EX_TEMPFAIL, EX_UNAVAILABLE, EX_NOPERM, EX_DATAERR, EX_OK) if code in codes)
+    failed = [item for item in items if item["error"]]
+    for item in failed:
+        to = f"<{item['rcpt']}>: " if item["rcpt"] is not None else ""
+        print_error(f"{to}{item['code']} {item['command']}: {sanitize(' '.join(item['message']), 1000)}", 0)
+    codes = {sendmail_code(status, item) for item in failed}
+    if len(failed) < len(items) and os.EX_TEMPFAIL in codes:
+        return os.EX_UNAVAILABLE  # "try again" would send it twice to the others
+    order = (os.EX_TEMPFAIL, os.EX_UNAVAILABLE, os.EX_NOPERM, os.EX_DATAERR)
+    return next((code for code in order if code in codes), os.EX_OK)
 
 
 def sendmail_code(status: int, item: dict) -> int:
     """Return the exit code (sysexits.h) for a recipient's reply, or for the refusal of the whole mail."""
     if item["mailer"] or item["dsn"] == "5.4.6":
-        return EX_TEMPFAIL if item["code"][0] == "4" and item["dsn"] != "5.4.6" else EX_UNAVAILABLE
-    codes = {400: EX_DATAERR, 401: EX_NOPERM, 403: EX_NOPERM, 413: EX_DATAERR}
-    return EX_NOPERM if item["rcpt"] is not None else codes.get(status, EX_TEMPFAIL)
-
-
-# -- addresses of programs that know names of users only
+        return os.EX_TEMPFAIL if item["code"][0] == "4" and item["dsn"] != "5.4.6" else os.EX_UNAVAILABLE
+    codes = {400: os.EX_DATAERR, 401: os.EX_NOPERM, 403: os.EX_NOPERM, 413: os.EX_DATAERR}
+    return os.EX_NOPERM if item["rcpt"] is not None else codes.get(status, os.EX_TEMPFAIL)
 
 
 def sendmail_sender(flags: dict, settings: Settings) -> str:
@@ -10216,7 +10283,7 @@ def sendmail_sender(flags: dict, settings: Settings) -> str:
         return ""
     found = split_addresses(given, settings.hostname)
     if len(found) != 1 or not parse_address(found[0]):
-        raise CommandError(f'usage: "{given}" is no mail address', EX_USAGE)
+        raise CommandError(f'usage: "{given}" is no mail address', os.EX_USAGE)
     return found[0]
 
 
@@ -10228,6 +10295,16 @@ def default_sender(hostname: str) -> str:
     name = re.sub(r"[^A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]+", "_", name.rpartition("\\")[2])
     name = re.sub(r"\.+", ".", name)[:64].strip("._") or f"uid{os.getuid()}"
     return f"{name}@{hostname}"
+
+
+def named_recipients(addresses: list, fields: list, settings: Settings) -> list:
+    """Return the recipients in words of a command line and in header fields, each name in smtpd.aliases expanded."""
+    named = [address for text in addresses for address in split_addresses(text, settings.hostname)]
+    here, found = f"@{settings.hostname.lower()}", []
+    for address in [*named, *header_recipients(fields)]:
+        name = address[: -len(here)] if address.lower().endswith(here) else ""
+        found += settings.smtpd.aliases.get(name.lower(), (address,))
+    return found
 
 
 def split_addresses(text: str, hostname: str) -> list:
@@ -10249,13 +10326,6 @@ def recipient_fields(fields: list) -> list:
     return resent or [("to", octets) for name, octets in fields if name in ("to", "cc", "bcc")]
 
 
-def expand_alias(address: str, settings: Settings) -> tuple:
-    """Return the addresses that smtpd.aliases has for a name at this machine; else the address itself."""
-    local, _, domain = address.rpartition("@")
-    name = local.lower() if domain.lower() == settings.hostname.lower() else ""
-    return tuple(settings.smtpd.aliases.get(name, (address,)))
-
-
 def qualified_field(name: str, field: bytes, hostname: str) -> tuple:
     """Return (name, field), in which addresses without a domain have got one (RFC 5322 3.4.1)."""
     if not re.fullmatch(r"(resent-)?(from|sender|to|cc|bcc|reply-to)|errors-to|return-receipt-to", name):
@@ -10274,24 +10344,18 @@ def qualified(text: str, hostname: str) -> str:
     for before, i, after in zip([None, *words], words, [*words[1:], None]):
         name = texts[i].strip("<> ") if tokens[i][0] == "angle" else texts[i]
         alone = (before is None or texts[before] in (",", ";", ":")) and (after is None or texts[after] in (",", ";"))
-        if LOCAL_NAME.fullmatch(name) and (alone or tokens[i][0] == "angle"):
+        if re.fullmatch("[A-Za-z0-9._+-]+", name) and (alone or tokens[i][0] == "angle"):
             texts[i] = texts[i].replace(name, f"{name}@{hostname}")
     return "".join(texts)
-
-
-LOCAL_NAME = re.compile(r"[A-Za-z0-9._+-]+")
-
-
-# -- what else sendmail does
 
 
 def dsn_options(flags: dict) -> tuple:
     """Return what -R, -V and -N ask of the next server: parameters of MAIL, and of RCPT (RFC 3461)."""
     ret, notify = flags.get("-R", "full").upper(), flags.get("-N", "failure,delay").upper().replace(" ", "")
     if ret not in ("HDRS", "FULL"):
-        raise CommandError(f"usage: -R {flags['-R']}: expected hdrs or full", EX_USAGE)
+        raise CommandError(f"usage: -R {flags['-R']}: expected hdrs or full", os.EX_USAGE)
     if notify != "NEVER" and not set(notify.split(",")) <= {"SUCCESS", "FAILURE", "DELAY"}:
-        raise CommandError(f"usage: -N {flags['-N']}: expected never, or some of success, failure, delay", EX_USAGE)
+        raise CommandError(f"usage: -N {flags['-N']}: expected never, or some of success, failure, delay", os.EX_USAGE)
     envid = re.sub(r"[^!-*,-<>-~]", lambda c: "".join(f"+{b:02X}" for b in c[0].encode()), flags.get("-V", "")[:30])
     return f" RET={ret}{' ENVID=' if envid else ''}{envid}", f" NOTIFY={notify}"
 
@@ -10299,34 +10363,27 @@ def dsn_options(flags: dict) -> tuple:
 def sendmail_queue(flags: dict, addresses: list) -> int:
     """List the queue, or with -q make what waits due: all, or with -qIQUEUEID one mail."""
     settings = usable_settings(flags.get("-C")).queue
-    exists = settings and os.path.exists(settings.path)
-    if "-b" in flags:
-        return queue_list(QueueDB(settings), "") if exists else print("Mail queue is empty") or EX_OK
-    which = flags["-q"].strip()
-    if exists:
-        run_operation(QueueDB(settings), flush_queue, which[1:] if which[:1] == "I" else None)
-    return EX_OK
+    store = QueueDB(settings) if settings and os.path.exists(settings.path) else None
+    if "-b" in flags and not store:
+        print("Mail queue is empty")
+    elif "-b" in flags:
+        return queue_list(store, "")
+    elif store:
+        which = flags["-q"].strip()
+        run_operation(store, flush_queue, which[1:] if which[:1] == "I" else None)
+    return os.EX_OK
 
 
 def sendmail_verify(flags: dict, addresses: list) -> int:
     """Say where mail to the addresses would go."""
     settings, _ = sendmail_settings(flags)
-    found = [
-        to
-        for text in addresses
-        for address in split_addresses(text, settings.hostname)
-        for to in expand_alias(address, settings)
-    ]
-    return max([EX_NOPERM * print_route(to, "", settings) for to in found], default=EX_OK)
+    codes = [print_route(to, "", settings) for to in named_recipients(addresses, [], settings)]
+    return os.EX_NOPERM if any(codes) else os.EX_OK
 
 
-SENDMAIL_MODES = {  # of -b; -q alone is "q"
-    "m": sendmail_deliver,
-    "p": sendmail_queue,
-    "q": sendmail_queue,
-    "v": sendmail_verify,
-    **dict.fromkeys(("i", "h", "H"), lambda flags, addresses: EX_OK),  # no database of aliases, none of hosts
-}
+# Modes of -b; -q alone is "q". There is no database of aliases (-bi, -I), and none of hosts (-bh, -bH).
+SENDMAIL_MODES = {"m": sendmail_deliver, "p": sendmail_queue, "q": sendmail_queue, "v": sendmail_verify}
+SENDMAIL_MODES.update(dict.fromkeys("ihH", lambda flags, addresses: os.EX_OK))
 
 
 ARGUMENTS = {  # name: what ArgumentParser.add_argument() takes
@@ -10336,10 +10393,7 @@ ARGUMENTS = {  # name: what ArgumentParser.add_argument() takes
     "workers": (("--workers",), {"metavar": "N", "type": int, "help": "processes; 0 means one per core"}),
     "devel": (("-d", "--devel"), {"action": "store_true", "help": "print every SMTP dialogue, secrets masked"}),
     "connect": (("--connect",), {"action": "store_true", "help": "try what each route would use; no mail is sent"}),
-    "records-of": (
-        ("--sender",),
-        {"metavar": "A", "help": "read SPF, DKIM and DMARC records of this address's domain"},
-    ),
+    "records-of": (("--sender",), {"metavar": "A", "help": "read SPF, DKIM and DMARC records of its domain"}),
     "selector": (("--selector",), {"metavar": "S", "help": "of the sender's DKIM key"}),
     "sender": (("--sender",), {"metavar": "ADDRESS"}),
     "address": (("address",), {"metavar": "ADDRESS"}),
@@ -10356,7 +10410,10 @@ ARGUMENTS = {  # name: what ArgumentParser.add_argument() takes
     "charset": (("--charset",), {"metavar": "C"}),
     "body": (("--body",), {"metavar": "TEXT", "help": "absent, and no --html: stdin"}),
     "html": (("--html",), {"metavar": "FILE", "help": "the mail in HTML, in UTF-8"}),
-    "attach": (("--attach",), {"action": "append", "metavar": "FILE", "help": "a file to attach; again for more"}),
+    "attach": (
+        ("--attach",),
+        {"action": "append", "default": [], "metavar": "FILE", "help": "a file to attach; again for more"},
+    ),
     "-C": (("-C",), {"metavar": "FILE", "help": "settings file"}),
     "-t": (("-t",), {"action": "store_true", "help": "recipients from To, Cc and Bcc too"}),
     "-i": (("-i",), {"action": "store_true", "help": "a line with a dot alone does not end the message"}),
