@@ -5624,22 +5624,29 @@ async def attempt_route(transaction: Transaction, transport: TransportContext) -
 
 
 async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> list:
-    """By SMTP to the route's host. A reused session that dies or says 4xx before the message is replaced once."""
+    """By SMTP to the route's host. A reused session that dies or says 4xx before the message is replaced, by a new one
+    if the server takes another."""
     session, reused = transport.acquire_idle(transaction.route, transaction.hostname), True
     if not session:
         session, reused = await transport.acquire(transaction.route, transaction.hostname)
     replies = await transact_by(session, transaction, transport)
-    again = [i for i, reply in enumerate(replies) if reused and session.refused_before_data(reply)]
-    if again:
+    again = list(range(len(replies)))
+    for _ in range(MAX_REPLACEMENTS):
+        again = [i for i in again if reused and session.refused_before_data(replies[i])]
+        if not again:
+            break
         recipients = tuple(transaction.recipients[i] for i in again)
         try:
-            session, _ = await transport.acquire(transaction.route, transaction.hostname)
+            session, reused = await transport.acquire(transaction.route, transaction.hostname)
             found = await transact_by(session, transaction._replace(recipients=recipients), transport)
         except Rejected as refused:
-            found = [refused.reply] * len(again)
+            found, reused = [refused.reply] * len(again), False
         for i, reply in zip(again, found):
             replies[i] = reply
     return replies
+
+
+MAX_REPLACEMENTS = 4  # of one mail's session; where sessions are few, the next one may be at its limit of mails as well
 
 
 async def transact_by(session: Session, transaction: Transaction, transport: TransportContext) -> list:

@@ -1201,7 +1201,10 @@ Ix/pQgRr3opUf1fq/j3ruOIZJizWcr0GvKnG26pRLfI2FVK2KoxtB0zOUV/DfghU
 olOJQv2bJyX/du1Pd5qPVg==
 -----END PRIVATE KEY-----
 """
-RFC8463_KEY = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIJ1hsZ3v/VpguoRK9JLsLMREScVpezJpGXA7rAMcrn9g\n-----END PRIVATE KEY-----\n"
+RFC8463_KEY = """-----BEGIN PRIVATE KEY-----
+MC4CAQAwBQYDK2VwBCIEIJ1hsZ3v/VpguoRK9JLsLMREScVpezJpGXA7rAMcrn9g
+-----END PRIVATE KEY-----
+"""
 
 
 class Question:
@@ -3517,13 +3520,14 @@ class PartsRefused(Quiet):
             ({"html": "x", "header": {"subject": ""}}, "Subject header is empty"), ({"rcpt": [],
              "header": {"to": "a@b.jp"}},
              "User address required"), ({"rcpt": None}, "User address required"),
-            ({"rcpt": None, "header": {"bcc": "a@straße.de"}}, "Malformed JSON string"),
+            ({"rcpt": None, "header": {"bcc": "a@straße.de"}}, "Invalid submission"),
         ]:  # fmt: skip
             with self.subTest(wanted):
                 status, answer = posted(document(**changes))
                 self.assertEqual((status, answer["response"][0]["message"][0]), (400, wanted))
         status, answer = posted({"mail": "a@example.org", "rcpt": "b@example.jp", "raw": ""})
-        self.assertEqual((status, answer["response"][0]["message"]), (400, ["Message body is empty"]))
+        wanted = ["Message body is empty", "raw: it has no header fields"]
+        self.assertEqual((status, answer["response"][0]["message"]), (400, wanted))
 
     def test_the_size_is_that_of_the_finished_message(self):
         submission = document(attachments=[file("a.bin", b"x" * 30000)])
@@ -7054,8 +7058,8 @@ class SmtpSessions(Peers):
         self.assertEqual(self.at_once(peer, count), {("250", "DATA"): count})
         self.assertLessEqual(len(peer.connections), 2 * most)
 
-    def crowded(self, places: int, ends: bool = False) -> SmtpPeer:
-        """A peer that takes so many sessions at a time, and ends each after a mail or not."""
+    def crowded(self, places: int, ends: bool = False, mails: int = 99) -> SmtpPeer:
+        """A peer that takes so many sessions at a time, and ends each after a mail or not, or instead of one more."""
         lock, taken = threading.Lock(), []
 
         def greet(connection: SmtpConnection, line: str) -> str:
@@ -7070,7 +7074,14 @@ class SmtpSessions(Peers):
                 taken.remove(connection)
                 return b"250 2.0.0 taken\r\n421 4.3.2 one mail a session\r\n"
 
-        return self.peer({"CONN": greet, ".": end if ends else None})
+        def begin(connection: SmtpConnection, line: str) -> str:
+            if sum(old.startswith("MAIL") for old in connection.lines) <= mails:
+                return USUAL["MAIL"]
+            with lock:
+                taken.remove(connection)
+                return "421 4.7.0 too many mails"
+
+        return self.peer({"CONN": greet, "MAIL": begin, ".": end if ends else None})
 
     def test_a_server_that_takes_few_sessions_gets_all_mail(self) -> None:
         for places, ends in ((1, False), (3, False), (1, True), (3, True)):
@@ -7079,6 +7090,11 @@ class SmtpSessions(Peers):
                 self.assertEqual(self.at_once(peer, count), {("250", "DATA"): count})
                 self.assertEqual(len(peer.mails), count)
                 self.assertLessEqual(len(peer.connections), haineko.SessionPool.OPENING + (count if ends else places))
+
+    def test_a_server_that_takes_few_sessions_of_few_mails_gets_all_mail(self) -> None:
+        peer = self.crowded(3, mails=3)
+        self.assertEqual(self.at_once(peer, 40), {("250", "DATA"): 40})
+        self.assertEqual(len(peer.mails), 40)
 
     def test_who_is_refused_takes_a_session_that_was_given_back_meanwhile(self) -> None:
         gate, codes = threading.Event(), []
@@ -7275,6 +7291,26 @@ class SmtpSessions(Peers):
         replies = carried(job(peer, TO), job(peer, TO))
         self.assertEqual([[reply.code for reply in its] for its in replies], [["250", "450", "250"]] * 2)
         self.assertEqual((len(peer.connections), len(peer.mails)), (2, 2))
+
+    def test_nobody_is_tried_again_after_the_text_however_many_sessions_are_replaced(self) -> None:
+        class Reusing(haineko.TransportContext):
+            """As where the server takes no more sessions and others are given back."""
+
+            async def acquire(self, route: haineko.Route, hostname: str) -> tuple:
+                session = self.acquire_idle(route, hostname)
+                return (session, True) if session else await super().acquire(route, hostname)
+
+        async def four() -> list:
+            sessions = Reusing()
+            await asyncio.gather(*[haineko.attempt_transaction(job(peer), sessions) for _ in range(3)])
+            found = await haineko.attempt_transaction(job(peer, TO), sessions)
+            await sessions.sweep(everything=True)
+            return [(reply.code, reply.command) for reply in found.replies]
+
+        peer = self.peer({"RCPT": refuses(b="450 4.2.0 later"), ".": [*[USUAL["."]] * 3, "451 4.3.0 later"]})
+        self.assertEqual(haineko.run(four()), [("451", "DATA"), ("450", "RCPT"), ("451", "DATA")])
+        self.assertEqual((len(peer.connections), len(peer.mails)), (4, 4))
+        self.assertEqual(sum(line.startswith("RCPT TO:<b@") for line in peer.lines), 4)
 
     def test_a_fault_of_the_route_is_no_verdict_on_the_mail(self) -> None:
         login = {"auth": "x", "credentials": ("kijitora", "nyaa")}

@@ -62,7 +62,7 @@ class Frozen(datetime.datetime):
 def signed_by_botocore(call: haineko.HTTPRequest, to: haineko.Route) -> str:
     headers = {"Content-Type": call.type} if call.method == "POST" else {}
     request = botocore.awsrequest.AWSRequest(call.method, to.url + call.path, headers, call.body)
-    credentials = botocore.credentials.Credentials(*to.login, to.token or None)
+    credentials = botocore.credentials.Credentials(*to.credentials, to.token or None)
     clock = mock.patch.object(botocore.auth, "get_current_datetime", Frozen.utcnow, create=True)
     with clock, mock.patch("datetime.datetime", Frozen):
         botocore.auth.SigV4Auth(credentials, "ses", to.region).add_auth(request)
@@ -87,7 +87,7 @@ class Signatures(unittest.TestCase):
         octets = b"From: =?UTF-8?B?44Kt44K4?= <a@b.example>\r\nTo: c@d.example\r\n\r\nx\r\n"
         message = haineko.Message((octets,))
         job = haineko.Transaction(route(*CASES[0][:5]), "h", "Q" * 16, "e@f.example", ("c@d.example",), message)
-        call = haineko.amazonses_request(job, NOW)
+        call = haineko.amazonses_request(job)
         body = json.loads(call.body)
         report = botocore.validate.ParamValidator().validate(body, model.input_shape)
         self.assertFalse(report.has_errors(), report.generate_report())

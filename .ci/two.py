@@ -105,6 +105,7 @@ class TwoBehindNginx(unittest.TestCase):
         self.sink, self.folder = Sink(), Path(folder.name)
         route = {"mailer": "ESMTP", "host": "127.0.0.1", "port": self.sink.port}
         settings = {
+            "httpd": {"trusted_proxies": ["127.0.0.1"]},
             "recipients": {"open-relay": 1},
             "mailertable": {"default": route},
             "smtpd": {"hostname": "relay.example"},
