@@ -9,7 +9,7 @@
      1  Replies and transactions   11  HTTP client
      2  JSON into dataclasses      12  Signatures
      3  Settings                   13  OAuth2
-     4  Log                        14  SMTP sessions
+     4  Log and metrics            14  SMTP sessions
      5  Submissions                15  Relays
      6  Policy                     16  Queue
      7  Messages                   17  Submission pipeline
@@ -40,6 +40,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import bisect
 import codecs
 import concurrent.futures
 import contextlib
@@ -109,6 +110,7 @@ class Reply(NamedTuple):
     before_text: bool = False  # the text of the mail was not sent
     fallback: str | None = None  # relays of the route's list that failed before
     route_fault: bool = False  # log-in or settings of the route are at fault: no verdict on the mail, which waits
+    slug: str = ""  # name in REPLIES of a refusal before delivery
     dialogue: tuple | None = None  # lines of the SMTP dialogue, if the client asked for it
 
     @property
@@ -204,6 +206,7 @@ def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
     status, code, dsn, command, text = REPLIES[slug]
     origin = "queue" if command == "QUEUE" else "policy" if status and not endpoint.get("mailer") else "relay"
     values = {"command": command, "status": status, "origin": origin, **endpoint}
+    values["slug"] = slug if origin == "policy" else ""
     return Reply(code, dsn, message=(text % word if "%s" in text else text, *lines), **values)
 
 
@@ -1067,6 +1070,7 @@ class Smtpd:
         (), list_of(parse_plain_address), "staging: addresses to which all mail goes instead"
     )
     subject_prefix: str = config_field("", parse_text, "staging: stands before every subject")
+    log: str = config_field("text", one_of(("text", "json"), "form of the log"), "text, or json: one object a line")
     syslog: Syslog = config_field(Syslog(), nested(Syslog), "the log")
 
     @property
@@ -1643,9 +1647,9 @@ def example_settings() -> dict:
 
 
 # ======================================================================================================================
-# 4. Log
+# 4. Log and metrics
 #    One line for each event, on stderr or to syslog, safe for terminals and log readers. A destination that does not
-#    read costs lines, never a mail. `log` is the only state that all sections share.
+#    read costs lines, never a mail. `log` and `metrics` are the only state that all sections share.
 # ======================================================================================================================
 
 
@@ -1656,44 +1660,69 @@ class Log:
     """
 
     FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    LEVELS = {"error": 3, "warning": 4, "info": 6}  # of syslog(3)  # noqa: RUF012
     SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
     PATIENCE = 0.1
 
     def __init__(self) -> None:
         self.devel = False  # SMTP dialogues are shown, too
         self.trace: Any = contextvars.ContextVar("trace", default=None)  # list of a task that collects its dialogue
-        self.priority: int | None = None  # of syslog lines; None: they go to stderr
+        self.facility: int | None = None  # of syslog lines; None: they go to stderr
+        self.is_json = self.is_journal = False  # a JSON object a line; to systemd's journal, which adds time and name
         self.syslog: socket.socket | None = None
         self.buffer: list | None = None  # texts that wait for flush()
         self.loop: Any = None  # event loop that calls flush()
         self.stderr = 2  # a file descriptor
         self.path = ""  # of the file that descriptors 1 and 2 are, if reopen() is to look for a new one
         self.quiet = False  # lines for stderr are dropped
-        self.lost = 0  # lines, since the reader stopped
+        self.lost = self.lost_ever = 0  # lines, since the reader stopped; and in all that are not in the metrics yet
+
+    def _lose(self, count: int) -> None:
+        self.lost, self.lost_ever = self.lost + count, self.lost_ever + count
 
     @property
     def lost_note(self) -> str:
         return f"{self.lost} lines were lost, since nobody read them"
 
-    def open(self, settings: Syslog) -> None:
+    def open(self, settings: Syslog, form: str = "text") -> None:
         """Send lines from now on where the settings say."""
-        self.priority = None if settings.disabled else FACILITIES[settings.facility] * 8 + 6  # 6: informational
+        self.facility = None if settings.disabled else FACILITIES[settings.facility] * 8
+        self.is_json = form == "json"
+        with contextlib.suppress(OSError):
+            found = os.fstat(2)
+            self.is_journal = os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
-    def lines(self, *lines: str) -> None:
+    def event(self, level: str, event: str, message: str, **fields: Any) -> None:
+        """Write a line about an event: QUEUEID: key=value ... (code message), or JSON; fields are left out if None."""
+        fields = {key: value for key, value in fields.items() if value is not None}
+        self._write(level, [json_line(level, event, message, fields) if self.is_json else text_line(message, **fields)])
+
+    def lines(self, *lines: str, level: str = "info") -> None:
         """Write lines by one call, so that those of several processes don't mix."""
-        if self.priority is not None:
+        self._write(level, [json_line(level, "server", line, {}) for line in lines] if self.is_json else lines)
+
+    def banner(self, text: str) -> None:
+        """Write a line to stderr, wherever the others go."""
+        line = json_line("info", "server", text, {}) if self.is_json else text
+        self.write_bytes(f"{'<6>' if self.is_journal else ''}{line}\n".encode())
+
+    def _write(self, level: str, lines: Any) -> None:
+        if self.facility is not None:
             for line in lines:
-                self._to_syslog(line)
+                self._to_syslog(line, self.facility | self.LEVELS[level])
             return
         if self.quiet:
             return
-        head = f"{timestamp(int(time.time()))} haineko[{os.getpid()}]: "
+        head = "" if self.is_json else f"{timestamp(int(time.time()))} haineko[{os.getpid()}]: "
+        head = f"<{self.LEVELS[level]}>" if self.is_journal else head
         self._add("".join([f"{head}{line}\n" for line in lines]))
 
     def dialogue(self, peer: str, direction: str, line: str) -> None:
         """Show a line of an SMTP dialogue under -d, and keep it for a mail that is traced."""
         line, lines = f"{direction} {sanitize(line, 1000, keep=chr(9))}", self.trace.get()
-        if self.devel:
+        if self.devel and self.is_json:
+            self.lines(f"{peer} {line}")
+        elif self.devel:
             self._add(f"{peer} {line}\n")
         if lines is not None:
             lines.append(line)
@@ -1742,7 +1771,7 @@ class Log:
         try:
             while start < len(octets):
                 if not select.select([], [self.stderr], [], 0 if self.lost else self.PATIENCE)[1]:
-                    self.lost += octets.count(b"\n", start)
+                    self._lose(octets.count(b"\n", start))
                     return False
                 with contextlib.suppress(BlockingIOError):  # another process was quicker
                     if self.lost:
@@ -1755,9 +1784,9 @@ class Log:
             return False
         return True
 
-    def _to_syslog(self, line: str) -> None:
+    def _to_syslog(self, line: str, priority: int) -> None:
         """Send a line (RFC 3164) to a daemon that may be absent or stuck, where syslog.syslog() would block."""
-        head = f"<{self.priority}>{time.strftime('%b %e %H:%M:%S')} haineko[{os.getpid()}]: "
+        head = f"<{priority}>{time.strftime('%b %e %H:%M:%S')} haineko[{os.getpid()}]: "
         for _ in range(2):
             try:
                 if not self.syslog:
@@ -1774,7 +1803,7 @@ class Log:
                 if self.syslog:
                     self.syslog.close()
                 self.syslog = None
-        self.lost += 1
+        self._lose(1)
 
 
 @functools.lru_cache(maxsize=2)
@@ -1789,12 +1818,31 @@ def log_exception(queueid: str | None) -> None:
     """Log the traceback of the current exception."""
     import traceback
 
-    log.lines(*[f"{queueid or '-'}: {sanitize(line, 500)}" for line in traceback.format_exc().splitlines()])
+    lines = traceback.format_exc().splitlines()
+    log.lines(*[f"{queueid or '-'}: {sanitize(line, 500)}" for line in lines], level="error")
 
 
-def log_pairs(**values: Any) -> str:
-    """Return key=value for each value but None."""
-    return " ".join([f"{key}={log_value(value)}" for key, value in values.items() if value is not None])
+def json_line(level: str, event: str, message: str, fields: dict) -> str:
+    """Return an event as a JSON object in a line."""
+    now = time.time()
+    zoned = timestamp(int(now))
+    values = {"time": f"{zoned[:19]}.{int(now % 1 * 1000):03d}{zoned[19:22]}:{zoned[22:]}", "level": level}
+    values.update({"event": event, **fields, "message": message})
+    forms = {"to": lambda to: [sanitize(item, 254) for item in to], "code": int, "delay": lambda delay: round(delay, 3)}
+    return ENCODER.encode({key: forms.get(key, lambda text: sanitize(text, 1000))(values[key]) for key in values})
+
+
+def text_line(message: str, queueid: str | None = None, code: str = "", **fields: Any) -> str:
+    """Return an event as people and log readers of mail servers read it."""
+    sent = "relay" in fields
+    forms = {"from": "<{}>".format, "delay": "{:.3f}".format, "to": lambda to: f"<{'>,<'.join(to)}>"}
+    values = {key: forms.get(key, str)(value) for key, value in fields.items()}
+    pairs = [f"{key}={log_value(value, MAX_TO if key == 'to' and sent else 500)}" for key, value in values.items()]
+    words = sanitize(f"{code} {message}".lstrip(), 600)
+    return " ".join([*([f"{queueid}:"] if queueid else []), *pairs, f"({words})" if pairs else words])
+
+
+MAX_TO = 8 * 257  # octets of recipients of a transaction in a line, so that a pipe takes it whole (PIPE_BUF)
 
 
 def log_value(value: Any, limit: int = 500) -> str:
@@ -1805,6 +1853,87 @@ def log_value(value: Any, limit: int = 500) -> str:
     if value and " " not in value and '"' not in value:
         return value
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+class Metrics:
+    """64-bit columns that all processes share: each adds to its own row, and a scrape sums them. Not for threads.
+
+    The row of a worker is kept when it is replaced, so that no counter goes back.
+    """
+
+    BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds; one more cell has their sum
+
+    def __init__(self) -> None:
+        self.table: dict = {}  # {name: (type, help, {label: its values})}
+        self.columns: dict = {}  # {(name, *label values): column}; nothing is counted before allocate()
+        self.cells: Any = None
+        self.width = self.first = 0  # columns; index of the first cell of this process
+
+    def allocate(self, table: dict, rows: int) -> None:
+        """Make room for the metrics of a table in so many rows; this process gets the last one."""
+        self.table, self.columns, width = table, {}, 1  # the first cell is the heartbeat
+        for name, (kind, _, labels) in table.items():
+            for values in itertools.product(*labels.values()):
+                self.columns[(name, *values)] = width
+                width += len(self.BUCKETS) + 2 if kind == "histogram" else 1
+        self.cells, self.width = memoryview(mmap.mmap(-1, 8 * width * rows)).cast("q"), width
+        self.use_row(rows - 1)
+
+    def use_row(self, row: int) -> None:
+        self.first = row * self.width
+
+    def add(self, *key: Any, by: int = 1) -> None:
+        """Add to a counter; the key is its name and the values of its labels."""
+        if key in self.columns:
+            self.cells[self.first + self.columns[key]] += by
+
+    def set(self, *key: Any, to: int) -> None:
+        """Set this process's part of a gauge."""
+        if key in self.columns:
+            self.cells[self.first + self.columns[key]] = to
+
+    def observe(self, *key: Any, seconds: float) -> None:
+        """Count a duration in a histogram."""
+        if key in self.columns:
+            column = self.first + self.columns[key]
+            self.cells[column + bisect.bisect_left(self.BUCKETS, seconds)] += 1
+            self.cells[column + len(self.BUCKETS) + 1] += round(seconds * 1e6)
+
+    def beat(self) -> None:
+        """Note that this process is not stuck."""
+        self.cells[self.first] = time.monotonic_ns()
+
+    def last_beat(self, row: int) -> float:
+        """Return when the process with that row was not stuck, in seconds of time.monotonic()."""
+        return self.cells[row * self.width] / 1e9
+
+    def total(self, column: int) -> int:
+        return sum(self.cells[column :: self.width])
+
+    def text(self, current: dict) -> str:
+        """Return all in Prometheus's text format; `current` are values by key that are no sums, None if unknown."""
+        lines = []
+        for name, (kind, about, labels) in self.table.items():
+            lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
+            for values in itertools.product(*labels.values()):
+                column = self.columns[(name, *values)]
+                pairs = [f'{label}="{value}"' for label, value in zip(labels, values)]
+                if kind == "histogram":
+                    lines += self._histogram(name, column, pairs)
+                    continue
+                value = current.get((name, *values), self.total(column))
+                lines += [] if value is None else [f"{name}{{{','.join(pairs)}}} {value}".replace("{}", "")]
+        return "\n".join(lines) + "\n"
+
+    def _histogram(self, name: str, column: int, pairs: list) -> list:
+        bounds, labels = [*self.BUCKETS, "+Inf"], f"{{{','.join(pairs)}}}" if pairs else ""
+        counts = list(itertools.accumulate([self.total(column + i) for i in range(len(bounds))]))
+        head, seconds = "".join([f"{pair}," for pair in pairs]), self.total(column + len(bounds)) / 1e6
+        lines = [f'{name}_bucket{{{head}le="{bound}"}} {count}' for bound, count in zip(bounds, counts)]
+        return [*lines, f"{name}_sum{labels} {seconds}", f"{name}_count{labels} {counts[-1]}"]
+
+
+metrics = Metrics()
 
 
 # ======================================================================================================================
@@ -1893,6 +2022,21 @@ class Request:
     message_size: int = 0  # octets of the finished message
     forwarded: str = ""  # a header by which a proxy says that it forwarded the request
     dsn: tuple = DEFAULT_DSN  # what is asked of the next server
+
+    def log_fields(self) -> dict:
+        """Return the keys of its log lines that say whose it is, and the ids by which other programs know it."""
+        fields = {"client": str(self.client) if self.client else None, "login": self.login or None}
+        fields["reason"] = None if self.login else self.login_fault or None
+        for key, pattern in TRACE_HEADERS.items():
+            value = self.headers.get(key, "")
+            fields[key.removeprefix("x-").replace("-", "_")] = value if pattern.fullmatch(value) else None
+        return fields
+
+
+TRACE_HEADERS = {  # what a request may have in its log lines
+    "x-request-id": re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}"),
+    "traceparent": re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"),  # W3C Trace Context
+}
 
 
 class Mailbox(NamedTuple):
@@ -4418,7 +4562,7 @@ class MTASTSCache:
             policy = await self._fetch(f"mta-sts.{domain}", route, deadline)
         except (OSError, ValueError, Rejected) as error:
             why = ": ".join(error.reply.message) if isinstance(error, Rejected) else str(error)
-            log.lines(f"cannot fetch the MTA-STS policy of {domain}: {sanitize(why)}")
+            log.lines(f"cannot fetch the MTA-STS policy of {domain}: {sanitize(why)}", level="warning")
             self.failed.put((domain, policy_id), True, self.NEGATIVE_TTL)
             return cached
         self.cache.put(domain, (policy_id, policy), policy.max_age)
@@ -4614,10 +4758,12 @@ class TokenCache:
             token, new = await asyncio.to_thread(fetch_token, route, self.refresh_tokens.get(key), self.clock)
         except ValueError:
             self.refresh_tokens.pop(key, None)  # the one in the settings may be newer
+            metrics.add("haineko_token_errors_total")
             raise
         if new and (fault := await asyncio.to_thread(save_refresh_token, route.oauth2, new)):
             self.refresh_tokens[key] = new
-            log.lines(f"warning: the provider replaced the refresh token of {log_value(key[1])}: {fault}")
+            text = f"warning: the provider replaced the refresh token of {log_value(key[1])}: {fault}"
+            log.lines(text, level="warning")
         self.tokens[key] = token
         return token
 
@@ -5417,8 +5563,13 @@ async def attempt_transaction(transaction: Transaction, transport: TransportCont
     replies = await (attempt_route_list if transaction.route.fallbacks else attempt_route)(transaction, transport)
     for reply in dict.fromkeys(reply for reply in replies if reply.route_fault):
         words = log_value(" ".join((reply.code, *reply.message)))
-        log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed, mail waits: {words}")
-    return TransactionResult(transaction, replies, (time.monotonic() - began) * 1000)
+        text = f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed, mail waits: {words}"
+        log.lines(text, level="warning")
+    seconds, relay = time.monotonic() - began, transaction.route.relay
+    metrics.observe("haineko_delivery_seconds", relay, seconds=seconds)
+    for reply in replies:
+        metrics.add("haineko_replies_total", relay, reply.code[0])
+    return TransactionResult(transaction, replies, seconds * 1000)
 
 
 async def attempt_route_list(transaction: Transaction, transport: TransportContext) -> list:
@@ -6712,11 +6863,15 @@ class QueueDB:
 
     def has_free_space(self) -> bool:
         """Return whether the disk has as much free space as it should."""
+        return self.free_space() >= self.settings.min_free
+
+    def free_space(self) -> int:
+        """Return how many octets the disk has free, -1 if it can't be used."""
         try:
             disk = os.statvfs(os.path.dirname(self.settings.path))
         except OSError:
-            return False
-        return disk.f_bavail * disk.f_frsize >= self.settings.min_free
+            return -1
+        return disk.f_bavail * disk.f_frsize
 
     def health_error(self) -> str:
         """Return what is wrong with the file or its disk, "" for nothing."""
@@ -6765,7 +6920,8 @@ class QueueDB:
 
     def _log_fault(self, error: str) -> None:
         if error != self.fault:
-            log.lines(f"queue: {sanitize(error)}; nothing is accepted into it" if error else "queue: can be used again")
+            text = f"queue: {sanitize(error)}; nothing is accepted into it" if error else "queue: can be used again"
+            log.lines(text, level="error" if error else "info")
         self.fault = error
 
     def _open(self) -> Any:
@@ -7133,9 +7289,9 @@ def release_leases(
     ).fetchall()  # fmt: skip
     for row in rows:
         held = row["interruptions"] + 1 >= MAX_INTERRUPTIONS
-        pairs = log_pairs(to=f"<{row['recipient']}>", status="held" if held else "deferred")
         what = f"held after {MAX_INTERRUPTIONS} times; see `queue retry`" if held else "to be tried again"
-        log.lines(f"{row['queueid']}: {pairs} (delivery interrupted, the mail may arrive twice; {what})")
+        text, status = f"delivery interrupted, the mail may arrive twice; {what}", "held" if held else "deferred"
+        log.event("warning", "interrupted", text, queueid=row["queueid"], to=[row["recipient"]], status=status)
         pause = next_disposition(reply, row["attempts"] + 1, 0, random_unit(), settings).pause
         db.execute(
             "UPDATE recipients SET state=?, due=?, owner=NULL, attempts=attempts+1, interruptions=interruptions+1,"
@@ -7300,6 +7456,11 @@ class QueueManager:
             self._throttle(leased.destination, reply, settings.queue)
         now = time.time()
         log_attempt(leased, reply, disposition, settings, now)
+        outcome = {"delivered": "accepted", "failed": "failed", "open": "deferred"}[disposition.state]
+        if leased.kind == "event":
+            metrics.add("haineko_webhook_events_total", outcome.replace("accepted", "delivered"))
+        else:
+            count_recipient(reply, "unsure" if outcome == "deferred" and reply.maybe_delivered else outcome)
         follow_ups = notifications(leased, reply, disposition.state, settings, now)
         result = AttemptResult(None if expired else reply, disposition, follow_ups, destination)
         await self.db.do_eventually(finish_attempt, leased.id, result, now)
@@ -7333,21 +7494,30 @@ class QueueManager:
             self.throttled[destination] = Throttle(now + pause, failures)
 
 
+def count_recipient(reply: Reply, outcome: str, relay: str | None = None) -> None:
+    """Count what became of a recipient in the metrics."""
+    relay = relay or ("File" if (reply.mailer or "").startswith("/") else reply.mailer)
+    metrics.add("haineko_recipients_total", relay if relay in RELAYS else "other", outcome)
+
+
 def log_attempt(
     leased: LeasedRecipient, reply: Reply, disposition: Disposition, settings: Settings, now: float
 ) -> None:
     """Log one line for each attempt."""
-    pairs = log_pairs(
-        **{"from": f"<{leased.sender}>"}, to=f"<{leased.recipient}>", relay=reply.relay, fallback=reply.fallback,
-        delay=f"{max(now - leased.created_at, 0):.2f}", dsn=reply.dsn,
-        status={"delivered": "sent", "failed": "bounced", "open": "deferred"}[disposition.state],
-    )  # fmt: skip
+    status = {"delivered": "sent", "failed": "bounced", "open": "deferred"}[disposition.state]
+    fields = {"queueid": leased.queueid, "from": leased.sender, "to": [leased.recipient], "relay": reply.relay}
+    fields.update({"fallback": reply.fallback, "delay": max(now - leased.created_at, 0), "code": reply.code})
+    fields.update({"dsn": reply.dsn, "status": status})
     notes = f"; next attempt in {disposition.pause:.0f} s" if disposition.state == "open" else ""
     notes += "; may arrive twice" if reply.maybe_delivered else ""
     if disposition.state == "failed" and leased.sender and not may_bounce(leased, settings):
         notes += "; no bounce, since the sender did not log in and `recipients` does not permit the address"
-    words = sanitize(" ".join((reply.code, *reply.message)), 500)
-    log.lines(f"{leased.queueid}: {pairs} ({words}{notes})")
+    log.event(level_of(status), "attempt", sanitize(" ".join(reply.message), 500) + notes, **fields)
+
+
+def level_of(status: str) -> str:
+    """Return the level of a log line by its status=."""
+    return "warning" if status in ("deferred", "bounced") else "info"
 
 
 # ======================================================================================================================
@@ -7365,6 +7535,7 @@ class App:
         self.transport = TransportContext(limits=limits)
         self.stopping = False
         self.octets_in_flight = 0  # of bodies that arrived in parts
+        self.update_gauges: Callable = int  # the worker's
         self.queue = QueueDB(settings.queue, ringer) if settings.queue else None
         self.apply(settings)
 
@@ -7375,7 +7546,7 @@ class App:
             self.queue.settings = settings.queue
         tls, base = settings.httpd.tls, os.path.dirname(settings.path or "")
         self.tls = server_context(tls, base) if tls else None
-        log.open(settings.smtpd.syslog)
+        log.open(settings.smtpd.syslog, settings.smtpd.log)
         if settings.smtpd.resolver != self.transport.resolver.nameservers:
             self.transport.set_nameservers(settings.smtpd.resolver)
         self.settings = settings
@@ -7418,6 +7589,7 @@ async def process_submission(request: Request, app: App, queueid: str) -> Respon
         return respond(request, error.reply.status, {None: error.reply}, queueid, mail.submission)
     transactions = [transaction._replace(trace=mail.submission.trace) for transaction in mail.transactions]
     delivered, attempts = await deliver_or_queue(request, transactions, mail.accepted, mail.options, app)
+    count_recipients(mail.transactions, delivered)
     add_replies(mail.replies, dict(zip([mailbox.as_written for mailbox in mail.accepted], delivered)))
     response = respond(request, http_status(mail.replies.values()), mail.replies, queueid, mail.submission)
     if mail.options.key:
@@ -7447,6 +7619,20 @@ async def prepare(request: Request, parse: Callable, body: Any, settings: Settin
 async def call_in_thread(expensive: bool, function: Callable, *args: Any) -> Any:
     """Call a function, in a thread if other requests would have to wait too long."""
     return await asyncio.to_thread(function, *args) if expensive else function(*args)
+
+
+def count_recipients(transactions: list, replies: list) -> None:
+    """Count the final replies to a request in the metrics."""
+    relays = [transaction.route.relay for transaction in transactions for _ in transaction.recipients]
+    for relay, reply in zip(relays, replies):
+        count_recipient(reply, recipient_outcome(reply), relay)
+
+
+def recipient_outcome(reply: Reply) -> str:
+    """Return what the metrics call the final reply to a request about a recipient."""
+    if reply.accepted:
+        return "queued" if reply.origin == "queue" else "accepted"
+    return "unsure" if reply.maybe_delivered else "deferred" if reply.temporary else "refused"
 
 
 CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
@@ -7524,7 +7710,8 @@ async def deliver_or_queue(
     if options.async_:
         return [queued_reply(transactions[0].queueid)] * len(accepted), []
     results = await deliver(transactions, app.transport, request.settings or app.settings)
-    log.lines(*itertools.chain.from_iterable(result_lines(request, result) for result in results))
+    for result in results:
+        log_result(request, result)
     replies = [reply for result in results for reply in result.replies]
     return await queue_deferred(request, transactions, accepted, options, replies, app) if app.queue else (replies, [])
 
@@ -7569,10 +7756,12 @@ def respond(request: Request, status: int, replies: dict, queueid: str, submissi
 
 def log_rejection(request: Request, queueid: str | None, submission: Submission | None, refused: dict) -> None:
     """Log one line for each refusal before delivery; `refused` is {recipient, None for all: Reply}."""
+    for reply in refused.values():
+        metrics.add("haineko_rejections_total", reply.slug)
     listed = [to for to in refused if to is not None] or list(submission.rcpt if submission else ())
     sender = submission.mail if submission else None
     for reply in dict.fromkeys(refused.values()):
-        log.lines(log_line(request, queueid, sender, listed[:100], reply))  # the line is cut anyway
+        log_reply(request, queueid, sender, listed[:20], reply)  # the line is cut anyway
 
 
 class QueueOptions(NamedTuple):
@@ -7664,9 +7853,9 @@ def new_item(request: Request, transactions: list, accepted: list, options: Queu
 def announce_queued(request: Request, items: list, app: App) -> None:
     """Log new mails in the queue and have them delivered."""
     for item in items:
-        pairs = log_pairs(client=request.client, login=request.login or None, **{"from": f"<{item.sender}>"})
+        fields = {"queueid": item.queueid, **request.log_fields(), "from": item.sender}
         when = timestamp(int(item.send_at)) if item.send_at > item.created_at else "once"
-        log.lines(f"{item.queueid}: {pairs} (queued, to be delivered at {when})")
+        log.event("info", "queued", f"queued, to be delivered at {when}", **fields)
     app.queue.wake_manager()
 
 
@@ -7689,9 +7878,8 @@ async def queue_deferred(
             return replies, []
     for i in waiting:
         unsure = "; may arrive twice" if replies[i].maybe_delivered else ""
-        pairs = log_pairs(to=f"<{item.recipients[i].recipient}>", status="deferred")
-        pause = results[i].disposition.pause
-        log.lines(f"{item.queueid}: {pairs} (queued; next attempt in {pause:.0f} s{unsure})")
+        text = f"queued; next attempt in {results[i].disposition.pause:.0f} s{unsure}"
+        log.event("info", "queued", text, queueid=item.queueid, to=[item.recipients[i].recipient], status="deferred")
         replies[i] = queued_reply(item.queueid, replies[i])
     return replies, results
 
@@ -7827,48 +8015,31 @@ def http_status(replies: Any) -> int:
     return 503 if any(reply.temporary for reply in replies) else 502
 
 
-def result_lines(request: Request, result: TransactionResult) -> list:
-    """Return log lines of a transaction: one for each reply, or more if its recipients don't fit into one line."""
-    transaction, lines = result.transaction, []
-    by_reply: dict = {}
+def log_result(request: Request, result: TransactionResult) -> None:
+    """Log a transaction: one line for each reply, or more if its recipients don't fit into one line."""
+    transaction, by_reply = result.transaction, {}
     for to, reply in zip(transaction.recipients, result.replies):
         by_reply.setdefault(reply, []).append(to)
     for reply, recipients in by_reply.items():
-        step = 8 if len(recipients) <= 8 else MAX_RCPT_OCTETS // max([len(to.encode()) + 3 for to in recipients])
+        step = 8 if len(recipients) <= 8 else MAX_TO // max([len(to.encode()) + 3 for to in recipients])
         for i in range(0, len(recipients), step):
             to = recipients[i : i + step]
-            lines.append(log_line(request, transaction.queueid, transaction.sender, to, reply, result.ms))
-    return lines
+            log_reply(request, transaction.queueid, transaction.sender, to, reply, result.ms / 1000)
 
 
-MAX_RCPT_OCTETS = 8 * (MAX_PATH + 3)  # octets of recipients in a line, so that a pipe takes it whole (PIPE_BUF)
-
-
-def log_line(
-    request: Request, queueid: str | None, sender: str | None, recipients: list, reply: Reply, ms: float | None = None
-) -> str:
-    """Return a log line with the keys of Postfix's; keys without a value are left out."""
-    line = [f"{queueid or '-'}:"]
-    if request.client:
-        line.append(f"client={request.client}")
-    if request.login:
-        line.append(f"login={log_value(request.login)}")
-    elif request.login_fault:
-        line.append(f"reason={log_value(request.login_fault)}")
-    if sender is not None:
-        line.append(f"from={log_value(f'<{sender}>')}")
-    if recipients:
-        to = f"<{'>,<'.join(recipients)}>"
-        line.append(f"to={log_value(to, MAX_RCPT_OCTETS if reply.mailer else 500)}")
-    if reply.mailer:
-        line.append(f"relay={reply.relay} delay={ms / 1000:.3f}")
-    if reply.fallback:
-        line.append(f"fallback={log_value(reply.fallback)}")
-    if reply.dsn:
-        line.append(f"dsn={reply.dsn}")
-    at = "" if reply.accepted or reply.origin == "policy" else f" (in reply to {reply.command})"
-    words = sanitize(f"{reply.code} {('; ' if reply.origin == 'policy' else ' ').join(reply.message)}", 500)
-    return f"{' '.join(line)} status={reply.log_status} ({words}{at})"
+def log_reply(
+    request: Request, queueid: str | None, sender: str | None, to: list, reply: Reply, delay: float | None = None
+) -> None:
+    """Log a reply with the keys of Postfix's."""
+    is_refusal = reply.origin == "policy"
+    at = "" if reply.accepted or is_refusal else f" (in reply to {reply.command})"
+    log.event(
+        level_of(reply.log_status), "rejection" if is_refusal else "delivery",
+        sanitize(("; " if is_refusal else " ").join(reply.message), 500) + at,
+        queueid=queueid or "-", **request.log_fields(), **{"from": sender}, to=to or None, relay=reply.relay,
+        delay=delay if reply.mailer else None, fallback=reply.fallback, code=reply.code, dsn=reply.dsn,
+        status=reply.log_status,
+    )  # fmt: skip
 
 
 def answer_document(
@@ -8037,8 +8208,10 @@ async def deliver_mails(request: Request, mails: list, settings: Settings, app: 
     results = iter(await deliver([one for mail in mails for one in mail.transactions], app.transport, settings))
     for mail in mails:
         done = list(itertools.islice(results, len(mail.transactions)))
-        log.lines(*itertools.chain.from_iterable(result_lines(request, result) for result in done))
+        for result in done:
+            log_result(request, result)
         replies = [reply for result in done for reply in result.replies]
+        count_recipients(mail.transactions, replies)
         add_replies(mail.replies, dict(zip([mailbox.as_written for mailbox in mail.accepted], replies)))
 
 
@@ -8502,8 +8675,7 @@ async def change_queued_mail(request: Request, app: App, verb: str, operation: C
     """Answer with the number of recipients that an operation changed, and the mail as it is now."""
     queueid = (await find_queued_mail(request, app))["queueid"]
     count = await app.queue.do(operation, queueid, *values)
-    pairs = log_pairs(client=request.client, login=request.login or None)
-    log.lines(f"{queueid}: {pairs} {count} recipients {verb}")
+    log.event("info", verb, f"{count} recipients {verb}", queueid=queueid, **request.log_fields())
     return json_response({verb: count, **message_document(await app.queue.do(message_status, queueid))})
 
 
@@ -8534,6 +8706,36 @@ def message_document(message: dict) -> dict:
     }
     timestamp = time_to_dict(message["created_at"])
     return {**head, "response": response, "size": message["size"], "timestamp": timestamp}
+
+
+async def get_metrics(request: Request, app: App) -> Response:
+    """Answer with the metrics of all processes."""
+    app.update_gauges()
+    current = await asyncio.to_thread(process_metrics)
+    stats: dict = dict.fromkeys(("waiting", "sending", "oldest"), None if app.queue else 0)
+    if app.queue:
+        with contextlib.suppress(Rejected):  # the other metrics are needed then
+            stats = await app.queue.do(queue_stats, request.now)
+    current.update({("haineko_queue_recipients", state): stats[state] for state in ("waiting", "sending")})
+    current[("haineko_queue_oldest_seconds",)] = stats["oldest"] or (stats["waiting"] and 0)
+    current[("haineko_queue_disk_free_bytes",)] = app.queue and app.queue.free_space()
+    return Response(200, metrics.text(current).encode(), type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def process_metrics() -> dict:
+    """Return the process_... metrics of the supervisor as far as /proc tells them."""
+    import resource
+
+    found: list = [None] * len(PROCESS_METRICS)
+    with contextlib.suppress(OSError, ValueError):
+        folder, tick = f"/proc/{os.getppid()}", os.sysconf("SC_CLK_TCK")
+        with open(f"{folder}/stat", "rb") as process, open("/proc/stat", "rb") as system:
+            words = process.read().rpartition(b")")[2].split()  # from the third field of proc(5) on
+            booted = int(system.read().partition(b"\nbtime ")[2].split()[0])
+        found[0] = (int(words[11]) + int(words[12])) / tick
+        found[1:4] = booted + int(words[19]) / tick, int(words[20]), int(words[21]) * mmap.PAGESIZE
+        found[4:] = len(os.listdir(f"{folder}/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return {(name,): value for name, value in zip(PROCESS_METRICS, found)}
 
 
 SAMPLES = json.loads("""[
@@ -8642,6 +8844,7 @@ ENDPOINTS = {
     ("GET", "/"): constant(json_response({"name": "Haineko", "version": __version__})),
     ("GET", "/health"): Endpoint(get_health),
     ("GET", "/conf"): Endpoint(get_conf, (check_monitor,)),
+    ("GET", "/metrics"): Endpoint(get_metrics, (check_monitor,)),
     ("GET", "/queue"): Endpoint(get_queue, (check_monitor,)),
     ("GET", "/queue/ID"): Endpoint(get_queued_mail, (check_queue_access,)),
     ("DELETE", "/queue/ID"): Endpoint(cancel_queued_mail, (check_queue_access,)),
@@ -8649,6 +8852,40 @@ ENDPOINTS = {
     ("GET", "/sample/mail"): constant(json_response(SAMPLES)),
     ("GET", "/openapi.json"): Endpoint(get_openapi),
     ("GET", "/neko"): constant(Response(200, b"Nyaaaaa", type="text/plain; charset=utf-8")),
+}
+
+
+PROCESS_METRICS = {
+    "process_cpu_seconds_total": ("counter", "CPU time of the supervisor.", {}),
+    "process_start_time_seconds": ("gauge", "When the supervisor started, since the epoch.", {}),
+    "process_virtual_memory_bytes": ("gauge", "Virtual memory of the supervisor.", {}),
+    "process_resident_memory_bytes": ("gauge", "Resident memory of the supervisor.", {}),
+    "process_open_fds": ("gauge", "Files that the supervisor has open.", {}),
+    "process_max_fds": ("gauge", "Files that a process may have open.", {}),
+}
+STATUSES = (*sorted({200, 202, 204, 207, 502, *[row[0] for row in REPLIES.values() if row[0]]}), "other")
+PATHS, RELAY_KINDS = (*dict.fromkeys(path for _, path in ENDPOINTS), "other"), (*RELAYS, "other")
+OUTCOMES = ("accepted", "queued", "refused", "deferred", "failed", "unsure")
+REASONS = tuple(slug for slug in REPLIES if make_reply(slug).slug)
+METRICS = {  # name: (type, help, {label: all its values})
+    "haineko_http_requests_total": ("counter", "Requests answered.", {"endpoint": PATHS, "status": STATUSES}),
+    "haineko_http_request_seconds": ("histogram", "Time from the start of a request to its response.", {}),
+    "haineko_recipients_total": ("counter", "Results.", {"relay": RELAY_KINDS, "outcome": OUTCOMES}),
+    "haineko_rejections_total": ("counter", "Refusals before delivery.", {"reason": REASONS}),
+    "haineko_delivery_seconds": ("histogram", "Time of a transaction with the next hop.", {"relay": tuple(RELAYS)}),
+    "haineko_replies_total": ("counter", "Replies of relays.", {"relay": tuple(RELAYS), "class": ("2", "4", "5")}),
+    "haineko_queue_recipients": ("gauge", "Recipients in the queue.", {"state": ("waiting", "sending")}),
+    "haineko_queue_oldest_seconds": ("gauge", "Age of the oldest recipient in the queue.", {}),
+    "haineko_queue_disk_free_bytes": ("gauge", "Free space on the disk of the queue.", {}),
+    "haineko_sessions": ("gauge", "SMTP sessions.", {"state": ("idle", "in_use", "opening")}),
+    "haineko_connections": ("gauge", "Connections of clients.", {"state": ("idle", "busy")}),
+    "haineko_log_lines_lost_total": ("counter", "Log lines that nobody read.", {}),
+    "haineko_webhook_events_total": ("counter", "Posts.", {"outcome": ("delivered", "deferred", "failed")}),
+    "haineko_token_errors_total": ("counter", "Failures to get an OAuth2 token.", {}),
+    "haineko_workers_restarted_total": ("counter", "Processes that ended and were replaced.", {}),
+    "haineko_reload_success": ("gauge", "1 if the settings had no fault when they were last read.", {}),
+    "haineko_build_info": ("gauge", "Versions.", {"version": (__version__,), "python": (sys.version.split()[0],)}),
+    **PROCESS_METRICS,
 }
 
 
@@ -8694,7 +8931,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     """
 
     protocol_version = request_version = "HTTP/1.1"
-    command, head, request, cors_headers, close_connection = "", None, None, (), True
+    command, head, request, extra_headers, close_connection = "", None, None, (), True
 
     def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
         self.connection, self.worker, self.app = AsyncSocket(sock), worker, worker.app
@@ -8760,7 +8997,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.settings = self.app.settings  # one set from beginning to end
         self.begun, self.received = time.monotonic(), len(self.buffer)
         self.head = self.request = None
-        self.command, self.unread, self.cors_headers = "", 1, ()
+        self.command, self.unread, self.extra_headers = "", 1, ()
         try:
             response = await self._respond(self.begun + self.settings.httpd.timeout)
         except Rejected as error:
@@ -8776,8 +9013,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if 0 < self.unread <= len(self.buffer) and self.request:  # a refused body that has arrived already
             self.buffer, self.unread = self.buffer[self.unread :], 0
         self.close_connection = not (self.head and self.head.keep_alive and not self.unread and not self.app.stopping)
+        self._count(response.status)
         self.request = None  # an idle connection keeps no body
         return self.response_octets(response)
+
+    def _count(self, status: int) -> None:
+        path = route_key(self.request.path) if self.request else ""
+        endpoint = path if path in PATHS else "other"
+        metrics.add("haineko_http_requests_total", endpoint, status if status in STATUSES else "other")
+        metrics.observe("haineko_http_request_seconds", seconds=time.monotonic() - self.begun)
 
     async def _respond(self, deadline: float) -> Response:
         """Return an endpoint's response; `unread` are the octets of the body that are not read yet."""
@@ -8786,7 +9030,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
         check_host(head)
         self.unread = body_length(head)
         self.request = request = self._request(head)
-        allowed, self.cors_headers = cors_policy(head, self.settings)
+        if request_id := request.log_fields()["request_id"]:
+            self.extra_headers = (("X-Request-Id", request_id),)
+        allowed, cors_headers = cors_policy(head, self.settings)
+        self.extra_headers += cors_headers
         endpoint = self._endpoint(request, allowed)
         if endpoint.checks:
             values, password = (endpoint.checks, request, None, self.settings), self.settings.password
@@ -8849,7 +9096,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if response.status != 204:
             self.send_header("Content-Type", response.type)
             self.send_header("Content-Length", str(len(response.body)))
-        for name, value in (*response.headers, *self.cors_headers):
+        for name, value in (*response.headers, *self.extra_headers):
             self.send_header(name, value)
         if self.close_connection:
             self.send_header("Connection", "close")
@@ -9012,6 +9259,7 @@ class Worker:
         self.app = App(settings, bells[1], limits)
         self.listeners, self.parent_pipe = listeners, lifeline
         self.busy_counts, self.slot = loads or [0], slot  # busy connections of each worker; index of this one
+        self.app.update_gauges = self.update_gauges
         self.loop = EventLoop()
         self.queue_manager = QueueManager(self.app, bells[0]) if slot is None else None
         self.connections: set = set()
@@ -9030,7 +9278,7 @@ class Worker:
         for sock in (*self.listeners, self.parent_pipe):
             sock.setblocking(False)
         listeners = list(map(AsyncSocket, self.listeners))
-        vital = [*map(self._accept, listeners), self._watch_parent(), self._housekeeping()]
+        vital = [*map(self._accept, listeners), self._watch_parent(), self._housekeeping(), self._beat()]
         for coroutine in (*vital, self.queue_manager.run()) if self.queue_manager else vital:
             self.loop.create_task(self._stop_on_error(coroutine))
         await self.stopped.wait()
@@ -9130,6 +9378,7 @@ class Worker:
         linger = self.lingering_503s < MAX_LINGERING_503
         self.lingering_503s += 1
         octets, sock = connection.response_octets(connection.rejection(make_reply("busy"))), connection.connection
+        metrics.add("haineko_http_requests_total", "other", 503)
         with contextlib.suppress(OSError):
             if not self.app.tls:
                 await sock.sendall(octets, time.monotonic() + LINGER_TIMEOUT)
@@ -9157,12 +9406,30 @@ class Worker:
             self.connections.discard(connection)
         return found
 
+    async def _beat(self) -> None:
+        """Show the supervisor that this loop is not stuck."""
+        while metrics.columns:
+            metrics.beat()
+            await asyncio.sleep(0.5)
+
     async def _housekeeping(self) -> None:
-        """Once a second, close SMTP sessions that nobody uses, and look for a new log file."""
+        """Once a second, close SMTP sessions that nobody uses, look for a new log file, and update the metrics."""
         while True:
             await asyncio.sleep(1.0)
             log.reopen()
+            self.update_gauges()
             await self.app.transport.sweep()
+
+    def update_gauges(self) -> None:
+        """Write what this process has at the moment into the metrics."""
+        pools = self.app.transport.pools.values()
+        metrics.set("haineko_sessions", "idle", to=sum([len(pool.idle) for pool in pools]))
+        metrics.set("haineko_sessions", "in_use", to=sum([pool.in_use for pool in pools]))
+        metrics.set("haineko_sessions", "opening", to=sum([pool.opening for pool in pools]))
+        metrics.set("haineko_connections", "idle", to=len(self.idle))
+        metrics.set("haineko_connections", "busy", to=len(self.connections) - len(self.idle))
+        lost, log.lost_ever = log.lost_ever, 0
+        metrics.add("haineko_log_lines_lost_total", by=lost)
 
     async def _reread(self) -> None:
         """Apply settings that changed; the supervisor has logged their faults. The last ones win."""
@@ -9184,9 +9451,14 @@ class Supervisor:
         self.stopping = self.reload_requested = False
         self.bad_stat_keys: tuple = ()  # of settings whose faults are logged already
         self.respawn_not_before = 0.0  # no worker is started before this time
+        self.notify_path = os.environ.pop("NOTIFY_SOCKET", "")  # systemd's; no other process speaks to it
+        is_ours = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self.watchdog = int(is_ours and os.environ.pop("WATCHDOG_USEC", "0")) / 2e6  # seconds between messages to it
+        self.looked = self.petted = 0.0  # time.monotonic() of the last look at the workers, and of the last message
 
     def run(self, ready: Callable) -> int:
         """Run until SIGTERM or SIGINT; return the exit code."""
+        log.open(self.settings.smtpd.syslog, self.settings.smtpd.log)
         alarm, wake = socket.socketpair()
         wake.setblocking(False)
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
@@ -9195,18 +9467,51 @@ class Supervisor:
         self.parent_pipe, self.child_pipe_end = socket.socketpair()
         wanted = self.settings.httpd.workers or os.cpu_count() or 1
         self.busy_counts = memoryview(mmap.mmap(-1, 4 * wanted)).cast("i")  # shared by all that are forked
-        alarm.settimeout(1.0)
+        metrics.allocate(METRICS, wanted + 2)  # the last rows are the queue's process's and the supervisor's
+        metrics.set("haineko_build_info", __version__, sys.version.split()[0], to=1)
+        metrics.set("haineko_reload_success", to=1)
+        alarm.settimeout(min(self.watchdog or 1.0, 1.0))
         self._replace()
         ready()
+        where = " ".join(url_of(listener, bool(self.settings.httpd.tls)) for listener in self.listeners)
+        self._notify("READY=1", f"STATUS=listens at {where}")
         while not self.stopping:
             with contextlib.suppress(socket.timeout):
                 alarm.recv(4096)
             self._reap()
             log.reopen()
             if not self.stopping:
+                self._check_heartbeats(time.monotonic())
                 self._replace()
                 self._watch()
         return self._stop(alarm)
+
+    def _notify(self, *lines: str) -> None:
+        """Tell systemd, if it asks for it (sd_notify(3))."""
+        path = "\0" + self.notify_path[1:] if self.notify_path[:1] == "@" else self.notify_path
+        if path:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.setblocking(False)
+                sock.sendto("\n".join(lines).encode(), path)
+
+    def _check_heartbeats(self, now: float) -> None:
+        """Kill the workers that hang; while none does, say so to systemd's watchdog."""
+        beats = {pid: max(began, metrics.last_beat(self._row(slot))) for pid, (began, slot) in self.workers.items()}
+        hanging = [pid for pid, beat in beats.items() if now - beat > HANG_TIMEOUT]
+        if now - self.looked > HANG_TIMEOUT / 2:  # this process, or the machine, did not run either
+            hanging = []
+        self.looked = now
+        for pid in hanging:
+            log.lines(f"worker {pid} hangs; killing it", level="error")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self.watchdog and not hanging and now - self.petted > self.watchdog * 0.9:
+            self.petted = now
+            self._notify("WATCHDOG=1")
+
+    def _row(self, slot: int | None) -> int:
+        """Return the row in the metrics of a worker, or of the queue's process."""
+        return len(self.busy_counts) if slot is None else slot
 
     def _signalled(self, number: int, _: Any) -> None:
         self.stopping = self.stopping or number in (signal.SIGTERM, signal.SIGINT)
@@ -9226,7 +9531,7 @@ class Supervisor:
             try:
                 pid = os.fork()
             except OSError as error:  # no process is left: those that run must go on
-                log.lines(f"cannot start a worker: {error.strerror}")
+                log.lines(f"cannot start a worker: {error.strerror}", level="error")
                 pid, self.respawn_not_before = -1, time.monotonic() + 1
             if not pid:
                 self._become_worker(slot)
@@ -9244,6 +9549,7 @@ class Supervisor:
             gc.freeze()
             gc.set_threshold(20000, 50, 50)
             listeners = [] if slot is None else self.listeners
+            metrics.use_row(self._row(slot))
             shared = self.parent_pipe, self.busy_counts, slot, self.wakeup_pair, self.limits
             Worker(listeners, self.settings, *shared).run()
             code = 0
@@ -9262,7 +9568,8 @@ class Supervisor:
             if started is not None and not self.stopping:
                 name = "queue process" if slot is None else "worker"
                 reason = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
-                log.lines(f"{name} {pid} ended ({reason}); starting a new one")
+                log.lines(f"{name} {pid} ended ({reason}); starting a new one", level="error")
+                metrics.add("haineko_workers_restarted_total")
                 if time.monotonic() - started < 1:
                     self.respawn_not_before = time.monotonic() + 1
 
@@ -9275,10 +9582,14 @@ class Supervisor:
         if not self.reload_requested and seen == tuple((path, stat_key(path)) for path, _ in seen):
             return
         self.reload_requested = False
+        self._notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         fresh, errors = load_settings(settings.path)
+        self._notify("READY=1", f"STATUS=reload failed: {len(errors)} errors" if errors else "STATUS=reloaded")
+        metrics.set("haineko_reload_success", to=int(not errors))
         if errors:
             self.bad_stat_keys = fresh.files
-            log.lines("reload failed; keeping the current settings:", *[f"  {sanitize(error)}" for error in errors])
+            lines = [f"  {sanitize(error)}" for error in errors]
+            log.lines("reload failed; keeping the current settings:", *lines, level="error")
             return
         self.bad_stat_keys = ()
         for part in ("listen", "workers"):
@@ -9288,7 +9599,7 @@ class Supervisor:
         if (fresh.queue and fresh.queue.path) != (settings.queue and settings.queue.path):
             log.lines("queue.path: takes effect at the next start")
         self.settings = fresh = pin_queue_path(fresh, settings.queue)
-        log.open(fresh.smtpd.syslog)
+        log.open(fresh.smtpd.syslog, fresh.smtpd.log)
         log.lines(f"reloaded {settings.path}", *filter(None, [fresh.smtpd.staging]))
         self._signal_workers(signal.SIGHUP)
 
@@ -9299,8 +9610,9 @@ class Supervisor:
 
     def _stop(self, alarm: socket.socket) -> int:
         """Wait for the workers, which answer what is in flight; kill those that take too long."""
+        self._notify("STOPPING=1", "STATUS=answering what is in flight")
         for listener in self.listeners:
-            if listener.family == socket.AF_UNIX:
+            if listener.family == socket.AF_UNIX and not isinstance(listener, ActivatedSocket):
                 with contextlib.suppress(OSError):
                     os.unlink(listener.getsockname())
             listener.close()
@@ -9313,6 +9625,9 @@ class Supervisor:
         self._signal_workers(signal.SIGKILL)
         log.lines("stopped")
         return 0
+
+
+HANG_TIMEOUT = 10.0  # seconds without a heartbeat
 
 
 def bind(listen: str) -> socket.socket:
@@ -9345,6 +9660,23 @@ def bind_unix(path: str) -> socket.socket:
     os.chmod(path, 0o666)  # the folder's mode decides who may connect, as for other servers' sockets
     listener.listen(BACKLOG)
     return listener
+
+
+class ActivatedSocket(socket.socket):
+    """Listening socket that systemd has opened, and removes."""
+
+
+def activated_sockets() -> list:
+    """Return the sockets that systemd passes to this process, from descriptor 3 on (sd_listen_fds(3))."""
+    pid, count, _ = [os.environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES")]
+    if pid != str(os.getpid()) or not count.isdecimal():
+        return []
+    listeners = [ActivatedSocket(fileno=number) for number in range(3, 3 + int(count))]
+    for listener in listeners:
+        listener.set_inheritable(False)
+        if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise OSError(errno.EINVAL, "expected a listening socket")
+    return listeners
 
 
 def url_of(listener: socket.socket, tls: bool) -> str:
@@ -9438,7 +9770,7 @@ def command_serve(options: Any) -> int:
 
 
 def prepare_server(options: Any) -> tuple:
-    """Return a server's Settings and its listening sockets; create or upgrade the queue's file."""
+    """Return a server's Settings and its listening sockets."""
     settings, errors, changes = usable_settings(options.config), [], {}
     if options.listen:
         changes["listen"] = list_of(parse_listen_address)(options.listen, "--listen", errors)
@@ -9454,7 +9786,10 @@ def prepare_server(options: Any) -> tuple:
         database.close(for_good=True)
         if NEWER_VERSION in database.fault:
             raise CommandError(f"the queue can't be used: {database.fault}", 2)
-    listeners = [open_listener(address) for address in settings.httpd.listen]
+    try:
+        listeners = activated_sockets() or [open_listener(address) for address in settings.httpd.listen]
+    except OSError as error:
+        raise CommandError(f"a socket of $LISTEN_FDS can't be used: {error.strerror}", 1) from None
     outside = [one for one in listeners if one.family != socket.AF_UNIX]
     outside = [one for one in outside if parse_ip(one.getsockname()[0]) not in LOOPBACK]
     if outside and settings.password.logins and not (settings.httpd.tls or settings.httpd.trusted_proxies.texts):
@@ -9485,10 +9820,10 @@ def announce(settings: Settings, listeners: list) -> str:
     """Write to the log where the server listens; return the URLs."""
     urls = " ".join(url_of(listener, bool(settings.httpd.tls)) for listener in listeners)
     if not settings.path:
-        log.write_bytes(b"haineko: NO SETTINGS FILE: for this machine only; all mail is printed here, not sent\n")
+        log.banner("haineko: NO SETTINGS FILE: for this machine only; all mail is printed here, not sent")
     if settings.smtpd.staging:
-        log.write_bytes(f"haineko: {settings.smtpd.staging}\n".encode())
-    log.write_bytes(f"haineko {__version__} listens at {urls}\n".encode())
+        log.banner(f"haineko: {settings.smtpd.staging}")
+    log.banner(f"haineko {__version__} listens at {urls}")
     return urls
 
 
@@ -9498,6 +9833,8 @@ def command_start(options: Any) -> int:
     if running_pid(pid_file):
         raise CommandError(f"runs already (pid {running_pid(pid_file)})", 1)
     settings, listeners = prepare_server(options)
+    for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC"):  # systemd waits for the process that it has started
+        os.environ.pop(name, None)
     read_end, write_end = os.pipe()
     sys.stderr.flush()
     if os.fork():
@@ -9818,17 +10155,73 @@ def describe_recipients(recipients: Recipients) -> str:
 
 
 def print_warnings(settings: Settings) -> None:
-    """Warn of files that another user could change."""
-    files = [path for path, _ in settings.files]
+    """Warn of what careful postmasters would not run."""
+    for text in dict.fromkeys([*route_warnings(settings), *server_warnings(settings), *file_warnings(settings)]):
+        print(sanitize(f"warning: {text}", 500), file=sys.stderr)
+
+
+def route_warnings(settings: Settings) -> list:
+    found, tables = [], {"mailertable": settings.mailertable, "sendermt": settings.sendermt}
+    for where, route in [(f"{table}.{key}", route) for table in tables for key, route in tables[table].items()]:
+        if re.search(r"(?:\A|\.)example(?:\.(?:com|net|org))?\Z", route.host):
+            found.append(f"{where}.host: {route.host} is an example")
+        if route.relay == "ESMTP" and not (route.starttls or route.port == SMTPS or is_loopback(route.host)):
+            found.append(f"{where}.starttls: mail goes to {route.host} without TLS")
+        for key, value in zip(("username", "password"), route.credentials if route.auth else ()):
+            if not value and key in route.row.login and not (route.oauth2 and key == "password"):
+                found.append(f"authinfo.{route.auth}.{key}: is empty")
+    return found
+
+
+def server_warnings(settings: Settings) -> list:
+    httpd, relayhosts, recipients, found = settings.httpd, settings.relayhosts, settings.recipients, []
+    for address in () if httpd.tls or httpd.trusted_proxies.texts else httpd.listen:
+        if not (address.startswith("unix:") or is_loopback(address.rpartition(":")[0].strip("[]"))):
+            found.append(
+                f"httpd.listen: {address} takes mail from other machines without TLS; set tls or trusted_proxies"
+            )
+    networks = [ipaddress.ip_network(text, strict=False) for text in relayhosts.relayhosts.texts]
+    from_outside = relayhosts.open_relay or not all(network.is_loopback for network in networks)
+    if recipients.open_relay and from_outside and not settings.password.logins:
+        found.append("recipients.open-relay: other machines (relayhosts) may write to everybody without a login")
+    named = recipients.open_relay or recipients.recipients or recipients.domainpart - {settings.hostname.lower()}
+    if not named and resolve_route("", "", settings)[0].relay not in ("Screen", "Discard", "File"):
+        found.append(f"recipients: only addresses at {settings.hostname} may be written to")
+    old = sorted(user for user, login in settings.password.logins.items() if login.hash.startswith("{SSHA}"))
+    return found + [
+        f"password.{user}: {{SSHA}} is quick to guess; `haineko.py pw` prints a better line" for user in old
+    ]
+
+
+def is_loopback(host: str) -> bool:
+    return host == "localhost" or (is_ip(host) and parse_ip(host) in LOOPBACK)
+
+
+def file_warnings(settings: Settings) -> list:
+    """Return warnings of files that another user could change, and of a queue that a restart or a network may lose."""
+    found, files = [], [path for path, _ in settings.files]
     files += [settings.queue.path] if settings.queue else []
     for path in dict.fromkeys([*files, *map(os.path.dirname, files)]):
         with contextlib.suppress(OSError):
-            found = os.stat(path)
-            sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
-            if found.st_mode & 0o022 and not sticky:
-                print_error(f"warning: {path} can be changed by other users; chmod go-w {path}", 0)
-            if found.st_uid not in (0, os.geteuid()) and os.geteuid():
-                print_error(f"warning: {path} belongs to another user", 0)
+            about = os.stat(path)
+            sticky = stat.S_ISDIR(about.st_mode) and about.st_mode & stat.S_ISVTX
+            if about.st_mode & 0o022 and not sticky:
+                found.append(f"{path} can be changed by other users; chmod go-w {path}")
+            if about.st_uid not in (0, os.geteuid()) and os.geteuid():
+                found.append(f"{path} belongs to another user")
+    kind = file_system(settings.queue.path) if settings.queue else ""
+    volatile = re.fullmatch(r"tmpfs|ramfs|nfs\d?|cifs|smb3|fuse\.sshfs|9p", kind)
+    return [*found, f"queue.path: {kind} is no file system of a disk of this machine"] if volatile else found
+
+
+def file_system(path: str) -> str:
+    """Return the type of the file system that a path is on, "" if unknown."""
+    mounts, folder = {"/": ""}, os.path.realpath(path)
+    with contextlib.suppress(OSError), open("/proc/mounts", encoding="utf-8", errors="replace") as stream:
+        mounts.update([line.split(" ")[1:3] for line in stream])
+    while folder not in mounts:
+        folder = os.path.dirname(folder)
+    return mounts[folder]
 
 
 def command_route(options: Any) -> int:
@@ -9972,7 +10365,7 @@ def command_queue(options: Any) -> int:
         raise CommandError(f"queue {options.action}: a queue id is {'wanted' if wanted else 'not wanted'}", 2)
     if not os.path.exists(settings.path):
         raise CommandError(f"{settings.path}: does not exist; nothing was ever queued", 1)
-    return QUEUE_ACTIONS[options.action](QueueDB(settings), options.id)
+    return QUEUE_ACTIONS[options.action](QueueDB(settings), options.id, options.json)
 
 
 def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
@@ -9983,36 +10376,70 @@ def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
     return result
 
 
-def queue_list(store: QueueDB, _: str) -> int:
-    last, form = 0, "%Y-%m-%d %H:%M:%S"
-    while True:
-        rows = run_operation(store, open_recipients_after, last, 500)  # in parts: the server works on meanwhile
+def queue_list(store: QueueDB, _: str, as_json: bool = False) -> int:
+    last, count = 0, 0
+    if not as_json:
+        print(f"{'QUEUE ID':16}  {'SIZE':>9}  {'ARRIVED':25}  {'NEXT ATTEMPT':30}  SENDER -> RECIPIENT  LAST REPLY")
+    while rows := run_operation(store, open_recipients_after, last, 500):  # in parts: the server works on meanwhile
         for row in rows:
-            created_at, due = row["created_at"], row["due"]
-            when = row["state"] if due is None else time.strftime(form, time.localtime(max(due, created_at)))
-            reply = parse_history(row["history"])[-1:]
-            words = f"{reply[0].reply.code} {' '.join(reply[0].reply.message)}" if reply else ""
-            came = time.strftime(form, time.localtime(created_at))
-            envelope = f"<{row['sender']}> -> <{row['recipient']}>"
-            print(f"{row['queueid']}  {row['size']:>9}  {came}  next {when}  {envelope}  {sanitize(words)}")
-        if not rows:
-            return 0
+            print(
+                f"{',' if count else '['}\n{queue_row_json(row)}" if as_json else queue_row(row),
+                end="" if as_json else "\n",
+            )
+            count += 1
         last = rows[-1]["id"]
-
-
-def queue_show(store: QueueDB, queueid: str) -> int:
-    found = run_operation(store, message_status, queueid)
-    if not found:
-        raise CommandError(f"{sanitize(queueid)}: not in the queue", 1)
-    print(json.dumps(message_document(found), ensure_ascii=False, indent=2))
+    print(("\n]" if count else "[]") if as_json else f"{count} recipient{'s' * (count != 1)}")
     return 0
 
 
-def queue_retry(store: QueueDB, queueid: str | None) -> int:
+def queue_row(row: Any) -> str:
+    """Return a recipient in the queue as a line of a table."""
+    due, attempts = row["due"], parse_history(row["history"])
+    when = row["state"] if due is None else local_time(max(due, row["created_at"]))
+    words = one_line(attempts[-1].reply) if attempts else ""
+    envelope = f"<{row['sender']}> -> <{row['recipient']}>"
+    came = local_time(row["created_at"])
+    return f"{row['queueid']}  {row['size']:>9}  {came}  next {when:25}  {envelope}  {words}"
+
+
+def queue_row_json(row: Any) -> str:
+    attempts = parse_history(row["history"])
+    reply = reply_to_dict(row["recipient"], attempts[-1].reply) if attempts else None
+    values = {key: row[key] for key in ("queueid", "size", "state", "sender", "recipient")}
+    times = {"arrived": time_to_dict(row["created_at"]), "next": time_to_dict(row["due"])}
+    return json.dumps({**values, **times, "attempts": len(attempts), "response": reply}, ensure_ascii=False)
+
+
+def local_time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(seconds))
+
+
+def one_line(reply: Reply) -> str:
+    return sanitize(f"{reply.code} {' '.join(reply.message)}", 500)
+
+
+def queue_show(store: QueueDB, queueid: str, as_json: bool = False) -> int:
+    found = run_operation(store, message_status, queueid)
+    if not found:
+        raise CommandError(f"{sanitize(queueid)}: not in the queue", 1)
+    if as_json:
+        print(json.dumps(message_document(found), ensure_ascii=False, indent=2))
+        return 0
+    print(f"{queueid}  {found['size']} octets  arrived {local_time(found['created_at'])}\nfrom <{found['sender']}>")
+    for row in found["recipients"]:
+        due = row["due"]
+        when = "" if due is None else f", next attempt {local_time(max(due, found['created_at']))}"
+        print(f"to <{sanitize(row['as_written'])}>: {row['state']}{when}")
+        for attempt in parse_history(row["history"]):
+            print(f"   {local_time(attempt.time)}  {attempt.reply.relay}: {one_line(attempt.reply)}")
+    return 0
+
+
+def queue_retry(store: QueueDB, queueid: str | None, _: bool = False) -> int:
     return print_count(run_operation(store, flush_queue, queueid), "to be tried at once", not queueid)
 
 
-def queue_drop(store: QueueDB, queueid: str) -> int:
+def queue_drop(store: QueueDB, queueid: str, _: bool = False) -> int:
     return print_count(run_operation(store, drop_message, queueid, time.time()), "dropped", False)
 
 
@@ -10070,13 +10497,21 @@ def user_name() -> str:
 
 
 def command_setup(options: Any) -> int:
-    """Write haineko.json, haineko.service and with --sendmail a program, never over an existing file."""
+    """Write haineko.json, units for systemd and with --sendmail a program, never over an existing file."""
     import py_compile
 
     program, folder, code = os.path.realpath(__file__), os.path.abspath(options.dest), 0
-    values = {"python": sys.executable, "program": os.path.dirname(program), "folder": folder}
-    settings = json.dumps(example_settings(), indent=2) + "\n"
-    files = [("haineko.json", 0o600, settings), ("haineko.service", 0o644, SYSTEMD_UNIT.format(**values))]
+    values, settings = (
+        {"python": sys.executable, "program": os.path.dirname(program), "folder": folder},
+        example_settings(),
+    )
+    if f"{folder}/".startswith("/etc/"):  # which the server must not write to
+        settings["queue"]["path"] = "/var/lib/haineko/haineko.db"
+        values["writable"] = "# the queue is there: /var/lib/haineko\nStateDirectory=haineko\nStateDirectoryMode=0700"
+    else:
+        values["writable"] = f"# the queue is beside the settings: chown haineko {folder}\nReadWritePaths={folder}"
+    files = [("haineko.json", 0o600, json.dumps(settings, indent=2) + "\n")]
+    files += [("haineko.service", 0o644, SYSTEMD_UNIT.format(**values)), ("haineko.socket", 0o644, SYSTEMD_SOCKET)]
     if options.sendmail:
         files.append((os.path.abspath(options.sendmail), 0o755, SENDMAIL_LAUNCHER.format(**values)))
         with contextlib.suppress(OSError):  # other users can't write the bytecode, but use it
@@ -10100,27 +10535,60 @@ After=network-online.target
 Wants=network-online.target
 
 [Service]
-# useradd --system haineko; chown haineko {folder}/haineko.json
+Type=notify
+WatchdogSec=60
+# useradd --system haineko; chown root:haineko {folder}/haineko.json; chmod 640 {folder}/haineko.json
 User=haineko
-# the queue is written beside the settings: chown haineko {folder}
-ReadWritePaths={folder}
+{writable}
 WorkingDirectory={program}
 ExecStart={python} -m haineko serve -c {folder}/haineko.json
 ExecReload=/bin/kill -HUP $MAINPID
 Restart=on-failure
 TimeoutStopSec=40
+LimitNOFILE=65536
+# then the settings may have: "password": {{"file": "/run/credentials/haineko.service/relay"}}
+#LoadCredential=relay:{folder}/relay.secret
+UMask=0077
+# for ports below 1024 this, and no PrivateUsers: AmbientCapabilities=CAP_NET_BIND_SERVICE
+CapabilityBoundingSet=
+PrivateUsers=yes
 NoNewPrivileges=yes
 PrivateTmp=yes
 PrivateDevices=yes
-ProtectSystem=full
+ProtectSystem=strict
 ProtectHome=read-only
+ProtectProc=invisible
+ProtectClock=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
 ProtectKernelTunables=yes
 ProtectControlGroups=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+RestrictNamespaces=yes
+RestrictRealtime=yes
 RestrictSUIDSGID=yes
-LimitNOFILE=8192
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RemoveIPC=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
 
 [Install]
 WantedBy=multi-user.target
+"""
+SYSTEMD_SOCKET = """\
+# optional: systemd listens, in place of httpd.listen, and no connection is refused during a restart
+[Unit]
+Description=Socket of Haineko
+
+[Socket]
+ListenStream=127.0.0.1:2794
+
+[Install]
+WantedBy=sockets.target
 """
 SENDMAIL_LAUNCHER = """\
 #!{python} -IS
@@ -10244,7 +10712,7 @@ async def submit_here(body: bytes, settings: Settings, dsn: tuple) -> Response:
         os.setuid(owner.st_uid)
     smtpd = replace(settings.smtpd, max_rcpts_per_message=0)
     app = App(replace(settings, httpd=Httpd(), smtpd=smtpd, password=Authenticator({})))
-    log.quiet = log.priority is None  # stderr is read by the calling program, which may mail it
+    log.quiet = log.facility is None  # stderr is read by the calling program, which may mail it
     client = parse_ip("127.0.0.1")
     request = Request("POST", "/submit", {}, body, client, None, None, time.time(), login=f"uid{os.getuid()}", dsn=dsn)
     try:
@@ -10421,6 +10889,7 @@ ARGUMENTS = {  # name: what ArgumentParser.add_argument() takes
     "addresses": (("address",), {"metavar": "ADDRESS", "nargs": "*"}),
     "action": (("action",), {"nargs": "?", "choices": tuple(QUEUE_ACTIONS), "default": "list"}),
     "id": (("id",), {"metavar": "QUEUEID", "nargs": "?"}),
+    "json": (("--json",), {"action": "store_true", "help": "list, show: as JSON"}),
     "all": (("--all",), {"action": "store_true", "help": "retry: all that waits, as flush does"}),
     "user": (("-u", "--user"), {"metavar": "USER"}),
     "name": (("name",), {"metavar": "NAME"}),
@@ -10453,7 +10922,7 @@ COMMANDS = {
     "dkim": Command(command_dkim, "config domain"),
     "send": Command(command_send, "file url login insecure to mail from reply-to subject charset body html attach"),
     "sendmail": Command(command_sendmail, "-C -t -i -f addresses"),
-    "queue": Command(command_queue, "config action id all"),
+    "queue": Command(command_queue, "config action id all json"),
     "pw": Command(command_pw, "user"),
     "key": Command(command_key, "name senders recipients rate expires prefix"),
     "setup": Command(command_setup, "dest sendmail"),

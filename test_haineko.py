@@ -14,6 +14,7 @@ import binascii
 import collections
 import concurrent.futures
 import contextlib
+import datetime
 import email
 import email.header
 import email.policy
@@ -1815,8 +1816,9 @@ class HouseRules(unittest.TestCase):
         bases = [(node.name, ast.unparse(base)) for node in classes for base in node.bases]
         self.assertEqual([(name, base) for name, base in bases if base in self.house.names], [])
 
-    def test_nothing_changes_module_state_but_the_log(self):
-        self.assertEqual([line for line in self.house.mutations() if " changes log " not in line], [])
+    def test_nothing_changes_module_state_but_the_log_and_the_metrics(self):
+        allowed = re.compile(" changes (?:log|metrics) ")
+        self.assertEqual([line for line in self.house.mutations() if not allowed.search(line)], [])
 
     def test_the_rule_on_state_sees_a_breach(self):
         for line in ("T['a'] = 1", "T.update(a=1)", "T['a'].b = 1", "del T['a']", "global T"):
@@ -2840,17 +2842,34 @@ class LogLines(Quiet):
         for i in range(300):
             haineko.log.lines(f"{name}{i}")
 
-    def test_pairs(self):
+    def test_lines_of_fields(self):
         cases = [
-            ({"a": "b", "c": 1}, "a=b c=1"),
-            ({"a": None, "b": ""}, 'b=""'),
-            ({"a": 'say "x y"'}, r'a="say \"x y\""'),
-            ({"a": "x\r\ny\x1b[2J"}, "a=x??y?[2J"),
-            ({"a": "x" * 501}, "a=" + "x" * 500 + "..."),
+            ({"login": "b", "queueid": "Q", "code": "250", "dsn": "2.0.0"}, "Q: login=b dsn=2.0.0 (250 nyaa)"),
+            ({"a": ""}, 'a="" (nyaa)'),
+            ({"a": 'say "x y"'}, r'a="say \"x y\"" (nyaa)'),
+            ({"a": "x\r\ny\x1b[2J"}, "a=x??y?[2J (nyaa)"),
+            ({"a": "x" * 501}, "a=" + "x" * 500 + "... (nyaa)"),
+            ({"from": "", "to": ["a@x.jp", "b@x.jp"], "delay": 0.5}, "from=<> to=<a@x.jp>,<b@x.jp> delay=0.500 (nyaa)"),
+            ({}, "nyaa"),
         ]
         for values, wanted in cases:
             with self.subTest(wanted):
-                self.assertEqual(haineko.log_pairs(**values), wanted)
+                self.assertEqual(haineko.text_line("nyaa", **values), wanted)
+
+    def test_lines_of_json(self):
+        self.addCleanup(haineko.log.open, haineko.Syslog())
+        haineko.log.open(haineko.Syslog(), "json")
+        haineko.log.lines("half \ud800", "two\r\nねこ")
+        fields = {"queueid": "Q", "from": "", "to": ["a\x1b@x.jp"], "delay": 0.12345, "code": "250", "dsn": None}
+        haineko.log.event("warning", "delivery", "nyaa", **fields)
+        found = [json.loads(line) for line in self.logged()]
+        for line in found:
+            at = datetime.datetime.fromisoformat(line.pop("time"))
+            self.assertLess(abs(time.time() - at.timestamp()), 60)
+        plain = {"level": "info", "event": "server"}
+        fields = {"queueid": "Q", "from": "", "to": ["a?@x.jp"], "delay": 0.123, "code": 250, "message": "nyaa"}
+        wanted = [{**plain, "message": "half ?"}, {**plain, "message": "two??ねこ"}]
+        self.assertEqual(found, [*wanted, {"level": "warning", "event": "delivery", **fields}])
 
     def test_tabs_of_a_dialogue_are_kept(self):
         self.addCleanup(setattr, haineko.log, "devel", False)
@@ -2867,6 +2886,49 @@ class LogLines(Quiet):
 # ======================================================================================================================
 # 5. Submissions
 # ======================================================================================================================
+
+
+class MetricsTable(unittest.TestCase):
+    def test_processes_add_to_rows_of_their_own_and_nothing_is_lost(self):
+        metrics = haineko.Metrics()
+        metrics.add("cats_total", "a")  # before allocate(): nothing
+        table = {
+            "cats_total": ("counter", "Cats.", {"kind": ("a", "b")}),
+            "naps_seconds": ("histogram", "Naps.", {}),
+            "food_bytes": ("gauge", "Food.", {}),
+        }
+        metrics.allocate(table, 4)
+        metrics.set("food_bytes", to=7)
+        pids = []
+        for row in range(3):
+            pid = os.fork()
+            if not pid:
+                metrics.use_row(row)
+                for _ in range(2000):
+                    metrics.add("cats_total", "a")
+                    metrics.add("cats_total", "unknown")
+                metrics.observe("naps_seconds", seconds=(0.005, 0.3, 99)[row])
+                os._exit(0)
+            pids.append(pid)
+        self.assertEqual([os.waitpid(pid, 0)[1] for pid in pids], [0, 0, 0])
+        lines = metrics.text({}).splitlines()
+        self.assertEqual(
+            [line for line in lines if line.startswith("cats")], ['cats_total{kind="a"} 6000', 'cats_total{kind="b"} 0']
+        )
+        for line in (
+            "# HELP naps_seconds Naps.",
+            "# TYPE naps_seconds histogram",
+            'naps_seconds_bucket{le="0.005"} 1',
+            'naps_seconds_bucket{le="0.25"} 1',
+            'naps_seconds_bucket{le="0.5"} 2',
+            'naps_seconds_bucket{le="30"} 2',
+            'naps_seconds_bucket{le="+Inf"} 3',
+            "naps_seconds_count 3",
+            "naps_seconds_sum 99.305",
+            "food_bytes 7",
+        ):
+            self.assertIn(line, lines)
+        self.assertNotIn("\nfood_bytes ", metrics.text({("food_bytes",): None}))
 
 
 class Submissions(unittest.TestCase):
@@ -10625,7 +10687,9 @@ class QueueAlone(unittest.TestCase):
         table = (
             ("list", ("list",), 0, one),
             ("bare", (), 0, three),
-            ("show", ("show", one), 0, '"state": "waiting"'),
+            ("as a table", ("list",), 0, "\n3 recipients\n"),
+            ("show", ("show", one), 0, "to <later1a@example.jp>: waiting, next attempt "),
+            ("for programs", ("--json", "show", one), 0, '"state": "waiting"'),
             ("show nothing", ("show", "nothing"), 1, ""),
             ("show what", ("show",), 2, ""),
             ("drop", ("drop", two), 0, "1 recipient dropped"),
@@ -10634,6 +10698,9 @@ class QueueAlone(unittest.TestCase):
             ("flush", ("flush",), 0, "to be tried at once"),
             ("unknown", ("pet",), 2, ""),
         )
+        rows = json.loads(server.queue("--json").stdout)
+        self.assertEqual([row["queueid"] for row in rows], [one, two, three])
+        self.assertEqual((rows[0]["state"], rows[0]["response"]["code"][0], rows[0]["attempts"]), ("waiting", "4", 1))
         for what, words, code, wanted in table:
             with self.subTest(what):
                 found = server.queue(*words)
@@ -10643,9 +10710,10 @@ class QueueAlone(unittest.TestCase):
         self.assertEqual(
             sorted(mail.recipients[0] for mail in peer.taken), ["later1a@example.jp", "later1c@example.jp"]
         )
+        self.assertEqual(json.loads(server.queue("list", "--json").stdout), [])
         server.kill()
         self.assertEqual(server.queue("retry", "--all").stdout, "0 recipients to be tried at once\n")
-        self.assertIn('"dropped"', server.queue("show", two).stdout)
+        self.assertIn(": dropped\n", server.queue("show", two).stdout)
 
     def test_readme(self):
         """What it says of the queue is so."""
@@ -12756,6 +12824,196 @@ class Workers(Peers):
 # ======================================================================================================================
 
 
+class MetricsServed(Peers):
+    def reply(self, _, line: str) -> str | None:
+        return "550 5.1.1 no" if "no@" in str(line) else "451 4.0.0 later" if "later@" in str(line) else None
+
+    def metrics(self, server: Server) -> dict:
+        """{series: value}"""
+        status, headers, text = server.ask(get("/metrics"))
+        self.assertEqual((status, headers["Content-Type"]), (200, "text/plain; version=0.0.4; charset=utf-8"))
+        self.assertTrue(text.endswith("\n"))
+        series = r"[a-z_]+(?:\{[a-z_]+=\"[^\"]*\"(?:,[a-z_]+=\"[^\"]*\")*\})?"
+        comment = r"# (?:HELP [a-z_]+ .+|TYPE [a-z_]+ (?:counter|gauge|histogram))"
+        self.assertRegex(text, rf"\A(?:(?:{series} -?[\d.]+(?:e[+-]\d+)?|{comment})\n)+\Z")
+        pairs = [line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#"]
+        self.assertEqual(len({name for name, _ in pairs}), len(pairs))
+        return {name: float(value) for name, value in pairs}
+
+    def test_all_of_it(self) -> None:
+        peer = self.peer({"RCPT": self.reply})
+        server = served(self, {"mailertable": {"default": esmtp(peer)}, "smtpd": {"max_rcpts_per_message": 4}})
+        names = {
+            'haineko_http_requests_total{endpoint="/submit",status="200"}': 1,
+            'haineko_http_requests_total{endpoint="/submit",status="400"}': 1,
+            'haineko_http_requests_total{endpoint="/submit",status="207"}': 1,
+            'haineko_http_requests_total{endpoint="other",status="404"}': 1,
+            'haineko_rejections_total{reason="invalid"}': 1,
+            'haineko_rejections_total{reason="not-found"}': 1,
+            'haineko_recipients_total{relay="ESMTP",outcome="accepted"}': 2,
+            'haineko_recipients_total{relay="ESMTP",outcome="refused"}': 1,
+            'haineko_recipients_total{relay="ESMTP",outcome="deferred"}': 1,
+            'haineko_replies_total{relay="ESMTP",class="2"}': 2,
+            'haineko_replies_total{relay="ESMTP",class="4"}': 1,
+            'haineko_replies_total{relay="ESMTP",class="5"}': 1,
+        }
+        first = self.metrics(server)
+        self.assertEqual({name: first.get(name) for name in names}, dict.fromkeys(names, 0))
+        for relay in haineko.RELAYS:
+            self.assertEqual(first[f'haineko_delivery_seconds_bucket{{relay="{relay}",le="+Inf"}}'], 0)
+        for name, value in (("haineko_reload_success", 1), ("haineko_workers_restarted_total", 0)):
+            self.assertEqual(first[name], value)
+        self.assertEqual(first[f'haineko_build_info{{version="1.0.0",python="{sys.version.split()[0]}"}}'], 1)
+        server.submit("a@example.jp")
+        server.submit("a@example.jp", "no@example.jp", "later@example.jp")
+        server.ask(post("{"))
+        server.ask(get("/nowhere"))
+        found = self.metrics(server)
+        self.assertEqual({name: found[name] for name in names}, names)
+        self.assertEqual(found["haineko_http_request_seconds_count"], 5)
+        self.assertEqual(found['haineko_connections{state="busy"}'], 1)
+        os.kill(*server.workers(), signal.SIGKILL)
+        eventually(lambda: "starting a new one" in server.log())
+        again = self.metrics(server)
+        self.assertEqual({name: again[name] for name in names}, names)
+        self.assertEqual(again["haineko_workers_restarted_total"], 1)
+        server.write({"smtpd": {"max_workers": -1}})
+        eventually(lambda: "reload failed" in server.log())
+        self.assertEqual(self.metrics(server)["haineko_reload_success"], 0)
+
+    def test_what_waits_in_the_queue(self) -> None:
+        peer = self.peer({"RCPT": self.reply})
+        server = served(self, {"mailertable": {"default": esmtp(peer)}, "queue": {"path": "q.db"}})
+        self.assertEqual(server.submit("later@example.jp")[0], 202)
+        found = self.metrics(server)
+        self.assertEqual(found['haineko_queue_recipients{state="waiting"}'], 1)
+        self.assertEqual(found['haineko_recipients_total{relay="ESMTP",outcome="queued"}'], 1)
+        self.assertGreaterEqual(found["haineko_queue_oldest_seconds"], 0)
+        self.assertGreater(found["haineko_queue_disk_free_bytes"], 0)
+
+
+class LogServed(Peers):
+    def test_json(self) -> None:
+        server = Server({"smtpd": {"log": "json"}, "mailertable": {"default": {"mailer": "Discard"}}})
+        self.addCleanup(server.close)
+        trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+        ids = ("X-Request-Id: cat-1", f"traceparent: {trace}")
+        status, headers, answer = server.ask(post(document(rcpt=["a@example.jp"]), *ids))
+        self.assertEqual((status, headers["X-Request-Id"]), (200, "cat-1"))
+        status, headers, refused = server.ask(post("{", "X-Request-Id: cat 2", "traceparent: 00-cat"))
+        self.assertEqual((status, "X-Request-Id" in headers), (400, False))
+        self.assertEqual(server.ask(get("/nowhere", "X-Request-Id: cat-3"))[1]["X-Request-Id"], "cat-3")
+        server.stop()
+        lines = [json.loads(line) for line in server.log().splitlines()]
+        wanted = {"level": "info", "event": "delivery", "queueid": answer["queueid"], "client": "127.0.0.1"}
+        wanted.update(code=200, dsn="2.0.0", status="sent", to=["a@example.jp"], request_id="cat-1", traceparent=trace)
+        for line in lines:
+            self.assertRegex(line["time"], r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d\Z")
+        [found] = [line for line in lines if line.get("queueid") == answer["queueid"]]
+        self.assertEqual({key: found[key] for key in wanted}, wanted)
+        self.assertIsInstance(found["delay"], float)
+        [found] = [line for line in lines if line.get("queueid") == refused["queueid"]]
+        self.assertEqual((found["event"], found["status"], "request_id" in found), ("rejection", "rejected", False))
+        self.assertEqual(lines[-1]["message"], "stopped")
+
+    def test_without_environment(self) -> None:
+        script = (
+            "import os, sys; os.environ.clear(); sys.path.insert(0, os.path.dirname(sys.argv[1])); import haineko\n"
+            "sys.exit(haineko.main(sys.argv[2:]))"
+        )
+        server = type("ServerOfNobody", (Server,), {"COMMAND": ("-c", script, PROGRAM)})(
+            None, "--listen", "127.0.0.1:0"
+        )
+        self.addCleanup(server.close)
+        self.assertEqual(server.submit("a@example.jp")[0], 200)
+
+    def test_lines_for_the_journal_have_a_level_and_no_time(self) -> None:
+        script = (
+            "import os, sys; f = os.fstat(2); os.environ['JOURNAL_STREAM'] = f'{f.st_dev}:{f.st_ino}';"
+            "sys.path.insert(0, os.path.dirname(sys.argv[1])); import haineko; sys.exit(haineko.main(sys.argv[2:]))"
+        )
+        kind = type("ServerOfSystemd", (Server,), {"COMMAND": ("-c", script, PROGRAM)})
+        server = kind({"mailertable": {"default": {"mailer": "Discard"}}})
+        self.addCleanup(server.close)
+        queueid = server.submit("a@example.jp")[2]["queueid"]
+        for pid in server.workers():
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: "starting" in server.log())
+        server.stop()
+        lines = server.log().splitlines()
+        self.assertRegex(lines[0], r"\A<6>haineko \S+ listens at ")
+        self.assertTrue([line for line in lines if line.startswith(f"<6>{queueid}: client=127.0.0.1 ")], lines)
+        self.assertTrue([line for line in lines if line.startswith("<3>worker ")], lines)
+        self.assertEqual([line for line in lines if line[:3] not in ("<6>", "<4>", "<3>")], [])
+
+
+class UnderSystemd(Peers):
+    """Servers that are started as systemd starts them."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        folder = tempfile.TemporaryDirectory(prefix="haineko-test-")
+        self.addCleanup(folder.cleanup)
+        self.path = os.path.join(folder.name, "notify")
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(self.socket.close)
+        self.socket.bind(self.path)
+        self.socket.settimeout(10)
+
+    def heard(self, wanted: str) -> list:
+        """The lines of the first message that has a line."""
+        while True:
+            lines = self.socket.recv(4096).decode().split("\n")
+            if wanted in lines:
+                return lines
+
+    def server(self, setup: str, **sections) -> Server:
+        script = (
+            "import os, sys; sys.path.insert(0, os.path.dirname(sys.argv[1])); import haineko\n"
+            f"os.environ['NOTIFY_SOCKET'] = {self.path!r}\n{setup}\nsys.exit(haineko.main(sys.argv[2:]))"
+        )
+        kind = type("ServerOfSystemd", (Server,), {"COMMAND": ("-c", script, PROGRAM)})
+        server = kind({"mailertable": {"default": {"mailer": "Discard"}}, **sections})
+        self.addCleanup(server.close)
+        return server
+
+    def test_states(self) -> None:
+        server = self.server("")
+        self.assertEqual(self.heard("READY=1")[1], f"STATUS=listens at {server.urls[0]}")
+        server.write({"httpd": {"nyaa": 1}, "smtpd": {"nyaa": 1}})
+        self.assertRegex(self.heard("RELOADING=1")[1], r"\AMONOTONIC_USEC=\d+\Z")
+        self.assertEqual(self.heard("READY=1")[1], "STATUS=reload failed: 2 errors")
+        server.write({})
+        self.heard("RELOADING=1")
+        self.assertEqual(self.heard("READY=1")[1], "STATUS=reloaded")
+        server.stop()
+        self.heard("STOPPING=1")
+
+    def test_a_worker_that_hangs_is_replaced(self) -> None:
+        server = self.server("haineko.HANG_TIMEOUT = 2.5; os.environ['WATCHDOG_USEC'] = '200000'")
+        self.heard("WATCHDOG=1")
+        (pid,) = server.workers()
+        os.kill(pid, signal.SIGSTOP)
+        eventually(lambda: f"worker {pid} hangs; killing it" in server.log(), "a kill", 15)
+        eventually(lambda: pid not in server.workers() and server.workers())
+        self.assertEqual(server.submit("a@example.jp")[0], 200)
+        self.heard("WATCHDOG=1")
+
+    def test_sockets_of_systemd(self) -> None:
+        setup = (
+            f"import socket; a = socket.create_server(('127.0.0.1', 0)); b = socket.socket(socket.AF_UNIX)\n"
+            f"b.bind({self.path + '.http'!r}); b.listen(); c, d = a.detach(), os.dup(b.detach())\n"
+            "os.dup2(d, 99); os.dup2(c, 3); os.dup2(99, 4)\n"
+            "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='2')"
+        )
+        server = self.server(setup)
+        self.assertEqual(len(server.urls), 2)
+        for i in (0, 1):
+            self.assertEqual(server.ask(post(document(rcpt=["a@example.jp"])), i=i)[0], 200)
+        server.stop()
+        self.assertTrue(os.path.exists(self.path + ".http"))  # systemd's
+
+
 class Commands(Folder, Peers):
     def setUp(self) -> None:
         Folder.setUp(self)
@@ -13349,10 +13607,56 @@ class Commands(Folder, Peers):
             self.assertEqual(server.ask(post(None, f"Authorization: Basic {credentials}"))[0], wanted)
         self.assertEqual(self.haineko("pw", given="")[0], 1)
 
+    def test_check_warns_of_what_careful_postmasters_would_not_run(self) -> None:
+        def route(**more) -> dict:
+            return {"mailertable": {"default": {"mailer": "ESMTP", "host": "mx.test", "starttls": True, **more}}}
+
+        open_to_all = {"recipients": {"open-relay": 1}}
+        outside, login = {"relayhosts": {"relayhosts": ["192.0.2.0/24"]}}, {"password": {"neko": "{SSHA}" + "A" * 40}}
+        cases = (
+            (route(), []),
+            (route(host="127.0.0.1", starttls=False), []),
+            (route(port=465, starttls=False), []),
+            (route(starttls=False), ["mailertable.default.starttls: mail goes to mx.test without TLS"]),
+            (route(host="smtp.example.org"), ["mailertable.default.host: smtp.example.org is an example"]),
+            (
+                {**route(auth="a"), "authinfo": {"a": {"username": "", "password": ""}}},
+                ["authinfo.a.username: is empty", "authinfo.a.password: is empty"],
+            ),
+            (outside, ["recipients.open-relay: other machines (relayhosts) may write to everybody without a login"]),
+            ({**outside, **login}, ["password.neko: {SSHA} is quick to guess; `haineko.py pw` prints a better line"]),
+            ({"httpd": {"listen": ["127.0.0.1:1", "[::1]:1", "localhost:1", "unix:/x"]}}, []),
+            ({"httpd": {"listen": "0.0.0.0:1", "trusted_proxies": ["192.0.2.1"]}}, []),
+            (
+                {"httpd": {"listen": "0.0.0.0:1"}},
+                ["httpd.listen: 0.0.0.0:1 takes mail from other machines without TLS; set tls or trusted_proxies"],
+            ),
+            (
+                {**route(), "recipients": None, "smtpd": {"hostname": "here.test"}},
+                ["recipients: only addresses at here.test may be written to"],
+            ),
+        )
+        for sections, wanted in cases:
+            with self.subTest(sections):
+                whole = {key: value for key, value in {**open_to_all, **sections}.items() if value is not None}
+                path = self.write("warned.json", whole)
+                code, out, err = self.called("check", "-c", path)
+                self.assertEqual((code, err.splitlines()), (0, [f"warning: {line}" for line in wanted]), out)
+        if haineko.file_system("/dev/shm") == "tmpfs":
+            with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+                path = self.write("warned.json", {**open_to_all, "queue": {"path": os.path.join(folder, "q.db")}})
+                found = self.called("check", "-c", path)[2]
+                self.assertEqual(found, "warning: queue.path: tmpfs is no file system of a disk of this machine\n")
+        example = os.path.join(HERE, "haineko.json.example")
+        wanted = ["mailertable.default.host: smtp.example.org is an example"]
+        wanted += ["authinfo.relay.username: is empty", "authinfo.relay.password: is empty"]
+        lines = [line for line in self.called("check", "-c", example)[2].splitlines() if "chmod" not in line]
+        self.assertEqual([line for line in lines if "queue.path" not in line], [f"warning: {line}" for line in wanted])
+
     def test_setup_writes_what_is_not_there(self) -> None:
         folder = os.path.join(self.folder, "new", "folder")
         code, out, err = self.haineko("setup", "--dest", folder)
-        names = [os.path.join(folder, name) for name in ("haineko.json", "haineko.service")]
+        names = [os.path.join(folder, name) for name in ("haineko.json", "haineko.service", "haineko.socket")]
         self.assertEqual((code, out.splitlines(), err), (0, names, ""))
         self.assertEqual(stat.S_IMODE(os.stat(names[0]).st_mode), 0o600)
         self.assertEqual(self.called("check", "-c", names[0])[0], 0)
@@ -13363,6 +13667,7 @@ class Commands(Folder, Peers):
         with open(names[0], "w") as stream:
             stream.write("mine")
         os.unlink(names[1])
+        os.unlink(names[2])
         code, out, err = self.haineko("setup", "--dest", folder)
         self.assertEqual((code, out.splitlines()), (1, names[1:]))
         self.assertIn("File exists", err)
@@ -13889,10 +14194,11 @@ class Attacks(Quiet):
             mail = haineko.Transaction(
                 haineko.Route(), NAME, "Q" * 16, "a@example.org", tuple(to), haineko.Message((b"",))
             )
-            lines = haineko.result_lines(request(b""), haineko.TransactionResult(mail, [said] * 20, 1.0))
+            haineko.log_result(request(b""), haineko.TransactionResult(mail, [said] * 20, 1.0))
+            lines = self.logged()
             with self.subTest(name[:3]):
                 self.assertEqual([line.count("@") - 1 for line in lines], counts)
-                self.assertLess(max(len(line.encode()) for line in lines), select.PIPE_BUF - 60)
+                self.assertLess(max(len(line.encode()) for line in lines), select.PIPE_BUF)
                 self.assertEqual(re.findall("<(x[^>]*)>", "".join(lines)), to)
 
     def test_an_address_can_not_forge_a_field_of_the_log(self):
@@ -13901,9 +14207,10 @@ class Attacks(Quiet):
             route, NAME, "q", '"a> code=250"@x.jp', ('"b> dsn=2.0.0"@x.jp',), haineko.Message((b"",))
         )
         asked = haineko.Request("", "", {}, b"", haineko.parse_ip("127.0.0.1"), None, None, NOW, settings())
-        lines = haineko.result_lines(
+        haineko.log_result(
             asked, haineko.TransactionResult(job, [haineko.make_reply("done", word="Discarded", mailer="Discard")], 1.0)
         )
+        lines = self.logged()
         self.assertIn(
             r'from="<\"a> code=250\"@x.jp>" to="<\"b> dsn=2.0.0\"@x.jp>" relay=Discard delay=0.001 dsn=2.0.0 ', lines[0]
         )
@@ -14064,6 +14371,8 @@ class Readme(unittest.TestCase):
             *[("sh", mark) for mark in ("first", "curl", "smarthost", "client", "root", "queue", "")],
             *[("json", mark) for mark in ("answer", "faulty", "settings", "submission", "event")],
             *[(name, "client") for name in ("python", "javascript", "php", "ruby", "perl", "go", "java", "html")],
+            ("yaml", ""),
+            ("dockerfile", ""),
             ("console", ""),
             ("console", "connect"),
             ("nginx", ""),
@@ -14211,14 +14520,29 @@ class Readme(unittest.TestCase):
             path = self.write("nginx.conf", f"pid {self.folder}/pid; events {{}} http {{ {place}\n{block} }}")
             self.run_it(["nginx", "-t", "-q", "-e", "stderr", "-p", self.folder, "-c", path])
 
+    def test_rules_of_alerts(self):
+        if not shutil.which("promtool"):
+            self.skipTest("no promtool on this machine")
+        (rules,) = re.findall(r"(?ms)^```yaml\n(.*?)^```$", self.text)
+        path = os.path.join(self.folder, "rules.yml")
+        with open(path, "w") as stream:
+            stream.write(rules)
+        self.assertIn("SUCCESS: 5 rules found", self.run_it(["promtool", "check", "rules", path]))
+        for name in re.findall(r"haineko_\w+", rules):
+            self.assertIn(name, haineko.METRICS)
+
     def test_systemd(self):
         output = self.run_it(["python3", "haineko.py", "setup", "--dest", "etc"])
-        paths = [os.path.join(self.folder, "etc", name) for name in ("haineko.json", "haineko.service")]
+        paths = [
+            os.path.join(self.folder, "etc", name) for name in ("haineko.json", "haineko.service", "haineko.socket")
+        ]
         self.assertEqual(output.split(), paths)
         self.assertEqual(haineko.load_settings(paths[0])[1], [])
         if not shutil.which("systemd-analyze"):
             self.skipTest("no systemd-analyze on this machine")
-        self.assertEqual(self.run_it(["systemd-analyze", "verify", "--man=no", paths[1]]), "")
+        self.assertEqual(self.run_it(["systemd-analyze", "verify", "--man=no", *paths[1:]]), "")
+        found = self.run_it(["systemd-analyze", "security", "--offline=yes", paths[1]])
+        self.assertLessEqual(float(re.search(r"exposure level for haineko.service: ([\d.]+)", found)[1]), 1.5)
 
     def test_every_setting_stands_in_a_table(self):
         """With its default."""
