@@ -682,7 +682,8 @@ class Server:
             start_new_session=True,
         )
         try:
-            eventually(lambda: self.process.poll() is not None or " listens at " in self.log()[seen:], "a server", 20)
+            ready = re.compile(r" listens at .*\n")  # the whole line
+            eventually(lambda: self.process.poll() is not None or ready.search(self.log()[seen:]), "a server", 20)
         except AssertionError:
             self.close()
             raise
@@ -893,12 +894,12 @@ class AsyncSockets(Quiet):
     """AsyncSocket and EventLoop, with the selector of the system and with select()."""
 
     def on_each(self, story) -> None:
-        """Runs the coroutine function with each selector; it may take 5 seconds."""
+        """Runs the coroutine function with each selector; it may take 20 seconds."""
         for selector in (selectors.DefaultSelector, selectors.SelectSelector):
             with self.subTest(selector.__name__):
                 loop = haineko.EventLoop(selector())
                 try:
-                    loop.run_until_complete(asyncio.wait_for(story(), 5))
+                    loop.run_until_complete(asyncio.wait_for(story(), 20))
                 finally:
                     loop.close()
 
@@ -921,8 +922,8 @@ class AsyncSockets(Quiet):
             return late
 
         async def story() -> None:
-            lates = []
-            for _ in range(3):  # a busy machine may be late once
+            lates = [1.0]
+            while len(lates) < 9 and min(lates) >= 0.03:  # a busy machine may be late
                 found = await asyncio.gather(*[one(*self.pair(), seconds) for seconds in (0.1, 0.03, 0.06)])
                 self.assertGreaterEqual(min(found), -0.002)
                 lates.append(max(found))
@@ -933,7 +934,7 @@ class AsyncSockets(Quiet):
     def test_a_later_wait_may_have_a_sooner_or_a_later_deadline(self) -> None:
         async def story() -> None:
             here, there = self.pair()
-            for first, second in ((0.5, 0.05), (0.02, 0.1), (float("inf"), 0.05)):
+            for first, second in ((2, 0.05), (0.3, 0.4), (float("inf"), 0.05)):
                 with self.assertRaises(socket.timeout):
                     await here.recv(1, time.monotonic() - 1)
                 asyncio.get_running_loop().call_later(0.01, there.send, b"y")
@@ -941,7 +942,7 @@ class AsyncSockets(Quiet):
                 began = time.monotonic()
                 with self.assertRaises(socket.timeout):
                     await here.recv(1, began + second)
-                self.assertTrue(second - 0.002 <= time.monotonic() - began < 0.4, (first, second))
+                self.assertTrue(second - 0.002 <= time.monotonic() - began < 1.5, (first, second))
 
         self.on_each(story)
 
@@ -6473,7 +6474,8 @@ class TokenLogins(TokenPeers):
             self.skipTest("this machine has no address but loopback")
         hop = self.enter_peer(SmtpPeer({}, ("AUTH XOAUTH2",), logins={"neko": "ya29.token"}, hosts=(outside,)))
         ((reply,),) = carried(job(self.route(self.provider(), hop)))
-        self.assertEqual((reply.dsn, hop.lines[1:]), ("4.7.11", ["QUIT"]))
+        self.assertEqual(reply.dsn, "4.7.11")
+        eventually(lambda: hop.lines[1:] == ["QUIT"])
         reply = first_reply(job(self.route(f"http://{outside}:{hop.port}")))
         self.assertIn("Credentials are not sent over a connection without TLS", reply.message[1])
 
@@ -6968,6 +6970,7 @@ class SmtpSessions(Peers):
         peer = self.peer({"RCPT": ["550 5.1.1 no", "250 2.1.5 yes"]})
         replies = carried(job(peer), job(peer))
         self.assertEqual([said.code for [said] in replies], ["550", "250"])
+        eventually(lambda: peer.lines[-1] == "QUIT")
         verbs = " ".join(line[:4] for line in peer.lines[1:])
         self.assertEqual(verbs, "MAIL RCPT RSET MAIL RCPT DATA QUIT")
 
@@ -10608,7 +10611,8 @@ class QueueAlone(unittest.TestCase):
         gate = threading.Event()
         self.addCleanup(gate.set)
         peer = self.peer(lambda to, count: gate if count == 1 else "250 2.0.0 Ok")
-        server = self.served({**queue_settings(peer), "httpd": {"workers": 2, "timeout": 60}})
+        slow = {"default": {"port": peer.port, "timeout": 60}}
+        server = self.served({**queue_settings(peer), "mailertable": slow, "httpd": {"workers": 2, "timeout": 60}})
         key = {"Idempotency-Key": "k"}
         caught = []
 
