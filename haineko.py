@@ -32,7 +32,8 @@ config_field() in section 3; an endpoint a function and a row of ENDPOINTS; a co
 
 RFCs: 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS), 3461 (DSN), 3463
 (status codes), 3464 (bounces), 4954 (AUTH), 6152 (8BITMIME), 6531 (SMTPUTF8), 8314 (TLS on 465), 2183, 2231, 2387, 2392
-(attachments), 1035 (DNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic).
+(attachments), 1035 (DNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic), 6376, 8463 (DKIM), 6749
+(OAuth 2.0), 7519 (JWT), 7628 (OAUTHBEARER).
 """
 
 from __future__ import annotations
@@ -4220,29 +4221,70 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
 class Connector:
     """Opens TCP connections, in the caller's thread, and remembers which addresses did not answer."""
 
-    ATTEMPT_TIMEOUT = 1.5  # seconds for an address if others are left; enough to repeat a packet that was lost
+    DELAY = 0.25  # seconds until the next address is tried as well, RFC 8305 5
     FAILED_TTL = 300.0  # seconds for which an address that failed is tried last
 
     def __init__(self) -> None:
         self.failed: dict = {}  # (IP address, port): time until which it is tried last
 
     def connect(self, host: str, port: int, deadline: float) -> socket.socket:
-        """Connect to the first address of a host that answers, by the deadline; those that failed lately come last."""
-        addresses = sorted([(address, port) for address in self.look_up(host, deadline)], key=self.failed_lately)
-        error: OSError = socket.timeout("timed out")
-        while addresses and (seconds := deadline - time.monotonic()) > 0:
-            address = addresses.pop(0)
-            try:
-                sock = socket.create_connection(address, min(seconds, self.ATTEMPT_TIMEOUT) if addresses else seconds)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self.failed.pop(address, None)
-                return sock
-            except OSError as failure:
-                error = failure
-                if len(self.failed) > 1024:
-                    self.failed.clear()
-                self.failed[address] = time.monotonic() + self.FAILED_TTL
+        """Connect to the address of a host that answers first, by the deadline (RFC 8305)."""
+        addresses = self.in_order([(address, port) for address in self.look_up(host, deadline)])
+        attempts: dict = {}  # file descriptor: (socket, address)
+        poll, error = select.poll(), socket.timeout("timed out")
+        try:
+            while (addresses or attempts) and (seconds := deadline - time.monotonic()) > 0:
+                if addresses and (failure := self._start(addresses.pop(0), attempts, poll)):
+                    error = failure
+                    continue
+                for descriptor, _ in poll.poll(1000 * (min(seconds, self.DELAY) if addresses else seconds)):
+                    poll.unregister(descriptor)
+                    sock, address = attempts.pop(descriptor)
+                    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if not code:
+                        self.failed.pop(address, None)
+                        sock.setblocking(True)
+                        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                        return sock
+                    sock.close()
+                    error = self._failed(address, OSError(code, os.strerror(code)))
+        finally:
+            for sock, address in attempts.values():
+                sock.close()
+                self._failed(address)
         raise error
+
+    def in_order(self, addresses: list) -> list:
+        """Return the addresses with their families in turn, those that failed lately last."""
+        families: dict = {4: 0, 6: 0}
+        ranked = []
+        for address in addresses:
+            version = ipaddress.ip_address(address[0]).version
+            families[version] += 1
+            ranked.append((self.failed_lately(address), families[version], len(ranked), address))
+        return [address for *_, address in sorted(ranked)]
+
+    def _start(self, address: tuple, attempts: dict, poll: Any) -> OSError | None:
+        """Begin to connect; return why that cannot be."""
+        try:
+            sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_STREAM)
+            sock.setblocking(False)
+            code = sock.connect_ex(address)
+        except OSError as failure:  # this kernel has no IPv6
+            return self._failed(address, failure)
+        if code not in (0, errno.EINPROGRESS):
+            sock.close()
+            return self._failed(address, OSError(code, os.strerror(code)))
+        attempts[sock.fileno()] = sock, address
+        poll.register(sock, select.POLLOUT)
+        return None
+
+    def _failed(self, address: tuple, failure: Any = None) -> Any:
+        """Have an address tried last for a while; return the failure."""
+        if len(self.failed) > 1024:
+            self.failed.clear()
+        self.failed[address] = time.monotonic() + self.FAILED_TTL
+        return failure
 
     def failed_lately(self, address: tuple) -> bool:
         return self.failed.get(address, 0.0) > time.monotonic()
