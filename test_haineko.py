@@ -8963,7 +8963,7 @@ class TokenRelays(Quiet):
         with HttpPeer(as_gmail) as peer:
             self.assertEqual(
                 first_reply(
-                    composed_job(web_route("GmailAPI", peer.url, timeout=9), web_submission(body="x\n" * (1 << 20)))
+                    composed_job(web_route("GmailAPI", peer.url, timeout=60), web_submission(body="x\n" * (1 << 20)))
                 ).code,
                 "250",
             )
