@@ -98,7 +98,7 @@ class Reply(NamedTuple):
 
     code: str  # three digits, RFC 5321 4.2
     dsn: str | None  # enhanced status code, RFC 3463; None if there was none
-    command: str  # the command that decided: CONN EHLO STARTTLS AUTH MAIL RCPT DATA, QUEUE or HTTP
+    command: str  # the command that decided: CONN EHLO STARTTLS AUTH MAIL RCPT DATA, QUEUE, DRYRUN or HTTP
     message: tuple  # lines of text without the code
     mailer: str | None = None  # name of the relay; None for a refusal before delivery
     host: str | None = None
@@ -106,11 +106,11 @@ class Reply(NamedTuple):
     status: int = 0  # HTTP status of a refusal before delivery
     maybe_delivered: bool = False  # the end of the text was sent and no reply came
     retry_after: int = 0  # seconds after which to try again, if the other side named them
-    origin: str = "relay"  # who gave it: "relay" (the other side, or our part in talking to it), "policy", "queue"
+    origin: str = "relay"  # source: "relay" (the other side, or our part in talking to it), "policy", "queue"
     from_server: bool = False  # the code and the words are the next hop's own
     before_text: bool = False  # the text of the mail was not sent
     fallback: str | None = None  # relays of the route's list that failed before
-    route_fault: bool = False  # log-in or settings of the route are at fault: no verdict on the mail, which waits
+    route_fault: bool = False  # log-in or settings of the route are at fault, not the mail, which is tried again
     slug: str = ""  # name in REPLIES of a refusal before delivery
     dialogue: tuple | None = None  # lines of the SMTP dialogue, if the client asked for it
 
@@ -120,17 +120,17 @@ class Reply(NamedTuple):
 
     @property
     def temporary(self) -> bool:
-        """Tell whether to try again: 4yz, or 5yz that only the administrator can mend."""
+        """Return whether to try again: 4yz, or 5yz that only the administrator can fix."""
         return self.code[0] == "4" or self.route_fault
 
     @property
     def relay(self) -> str | None:
-        """Name the server that replied, for the log."""
+        """Return the name of the server that replied, for the log."""
         return f"{self.mailer}:{self.host}:{self.port}" if self.host else self.mailer
 
     @property
     def log_status(self) -> str:
-        """The value of status= in a line of the log."""
+        """Return the value of status= in a log line."""
         if self.origin == "policy":
             return "rejected"
         return "sent" if self.accepted else "deferred" if self.temporary else "bounced"
@@ -190,12 +190,12 @@ class Transaction(NamedTuple):
 
     @property
     def needs_smtputf8(self) -> bool:
-        """True if the envelope or the header is not ASCII (RFC 6531)."""
+        """Return whether the envelope or the header has characters beyond ASCII (RFC 6531)."""
         return self.message.needs_smtputf8 or not (self.sender.isascii() and all(map(str.isascii, self.recipients)))
 
 
 class TransactionResult(NamedTuple):
-    """Outcome of one transaction."""
+    """Result of one transaction."""
 
     transaction: Transaction
     replies: list  # of Reply, one for each recipient
@@ -478,7 +478,7 @@ def matching(pattern: Any, expected: str, optional: bool = False, secret: bool =
         with contextlib.suppress(ValueError):
             if accepts(text) or (optional and not text):
                 return convert(text)
-        if text == value:  # else parse_text() has told
+        if text == value:  # else parse_text() has reported it
             errors.append(f"{json_path}: expected {expected}" + ("" if secret else f', got "{sanitize(text)}"'))
         return None
 
@@ -605,7 +605,7 @@ def is_listen_address(text: str) -> bool:
 
 
 def is_host(text: str) -> bool:
-    """True for a domain or an IP address; or a folder, for the relay File."""
+    """Return whether the text is a domain or an IP address; or a folder, for the relay File."""
     return text.startswith("/") or bool(DOMAIN.fullmatch(text)) or is_ip(text)
 
 
@@ -617,7 +617,7 @@ def name_server_endpoint(text: str) -> tuple:
 
 
 def is_url(pattern: re.Pattern, url: str) -> bool:
-    """True if the pattern matches, and host and port can be connected to; may raise ValueError."""
+    """Return whether the pattern matches, and host and port can be connected to; may raise ValueError."""
     parts = urllib.parse.urlsplit(url)
     name, port = parts.hostname or "", parts.port
     return bool(pattern.fullmatch(url) and port != 0 and (DOMAIN.fullmatch(name) or ipaddress.IPv6Address(name)))
@@ -680,7 +680,7 @@ RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 15
 
 
 def parse_secret(value: Any, json_path: str, errors: list) -> Any:
-    """Parse a string, or an object with one key that tells where the secret is."""
+    """Parse a string, or an object with one key that names the source of the secret."""
     if not isinstance(value, dict):
         return value if type(value) is str else parse_text(value, json_path, errors)  # _secret() reads its characters
     kind = next(iter(value), "")
@@ -771,12 +771,12 @@ class Authenticator:
         self.semaphore = threading.Semaphore(self.MAX_CONCURRENT_HASHES)
 
     def is_cached(self, credentials: str) -> bool:
-        """True if these credentials, an Authorization header, were verified lately, or are a key."""
+        """Return whether these credentials, an Authorization header, were verified lately, or are a key."""
         cached = self.verified and self.verified.get(self._cache_key(credentials), 0) > time.monotonic()
         return bool(cached or self.key_owner(credentials))
 
     def key_owner(self, credentials: str) -> str:
-        """Return the login whose API key these credentials are, "" for none. A look-up by digest tells no timing."""
+        """Return the login whose API key these credentials are, "" for none. A look-up by digest leaks no timing."""
         user, colon, password = decode_basic(credentials).partition(":")
         return self.keys.get(key_hash(password if colon else user), "") if self.keys else ""
 
@@ -789,7 +789,7 @@ class Authenticator:
         line = self.logins[user].hash if user in self.logins else ""
         with self.semaphore:
             right = bool(line) and verify_password(line, password)
-            if rest := self.cost - scrypt_cost(line):  # or the time would tell which users exist
+            if rest := self.cost - scrypt_cost(line):  # or the time would reveal which users exist
                 scrypt(password, b"", parallel=rest)
         if right:
             now = time.monotonic()
@@ -825,7 +825,7 @@ def parse_login(value: Any, json_path: str, errors: list) -> Login | None:
 
 
 def verify_password(line: str, password: str) -> bool:
-    """True if `line` (scrypt or {SSHA}) is the hash of the password. Those of keys are looked up instead."""
+    """Return whether `line` (scrypt or {SSHA}) is the hash of the password. Those of keys are looked up instead."""
     if line.startswith(KEY_HASH):
         return False
     found = SCRYPT.fullmatch(line)
@@ -838,7 +838,7 @@ def verify_password(line: str, password: str) -> bool:
 
 
 def new_key(prefix: str) -> str:
-    """Return a new API key: 43 random digits, and 6 by which scanners for leaked secrets can tell it."""
+    """Return a new API key: 43 random digits, and 6 by which scanners for leaked secrets recognize it."""
     digits = os.urandom(43).translate(RANDOM_DIGITS)
     return f"{prefix}{digits.decode()}{_base62(binascii.crc32(digits))}"
 
@@ -1211,39 +1211,39 @@ class Route:
 
     @property
     def choices(self) -> tuple:
-        """The routes of a list, in order; of a route alone itself."""
+        """Return the routes of a list, in order; a single route is a list of itself."""
         return (self, *self.fallbacks)
 
     @property
     def limit_key(self) -> str:
-        """Name of what `sessions` and `rate` limit: a server, or an account of it."""
+        """Return the name of what `sessions` and `rate` limit: a server, or an account of it."""
         return " ".join([self.mailer, self.host, str(self.port), *self.credentials[:1]])
 
     @property
     def relay(self) -> str:
-        """Name of the relay in RELAYS."""
+        """Return the name of the relay in RELAYS."""
         return "File" if self.mailer.startswith("/") else self.mailer
 
     @property
     def row(self) -> Relay:
-        """What is known of the relay."""
+        """Return the row of RELAYS."""
         return RELAYS.get(self.relay, UNKNOWN_RELAY)
 
     @property
     def endpoint(self) -> dict:
-        """Fields of a Reply that this route gives."""
+        """Return the fields of a Reply that identify this route."""
         return {"mailer": self.mailer, "host": self.host, "port": self.port}
 
     @property
     def url(self) -> str:
-        """Where the API of a relay by HTTP is; "" for the other relays."""
+        """Return the base URL of a relay's HTTP API; "" for the other relays."""
         name = f"[{self.host}]" if ":" in self.host else self.host
         values = {"scheme": "https" if self.https else "http", "host": name, "port": self.port, "region": self.region}
         return self.base_url or self.row.api_url.format(**values)
 
     @property
     def folder(self) -> str:
-        """Where the relay File puts its files."""
+        """Return the folder in which the relay File saves messages."""
         import tempfile
 
         return next((p for p in (self.mailer, self.host) if p.startswith("/")), "") or tempfile.gettempdir()
@@ -1299,13 +1299,13 @@ def load_settings(path: str | None) -> tuple:
 
 
 def _follows(error: str, reported: set) -> bool:
-    """True if an error only follows from one at a reported path."""
+    """Return whether an error only follows from one at a reported path."""
     path = error.partition(": ")[0]
     return path in reported or path.rpartition(".")[0] in reported or ("authinfo" in reported and "authinfo" in error)
 
 
 def stat_key(path: str) -> tuple | None:
-    """Return what changes when a file is written anew, None if there is none."""
+    """Return values that change when a file is rewritten, None if there is none."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):  # ValueError: a NUL in the name
@@ -1343,7 +1343,7 @@ def open_regular(path: str) -> Any:
 
 
 def holds_secrets(raw: dict) -> bool:
-    """True if raw settings hold a secret itself, not only where it is."""
+    """Return whether raw settings hold a secret itself, not only where it is."""
     logins, keys, hashes, queue_settings = (raw.get(name) or {} for name in ("authinfo", "dkim", "password", "queue"))
     holders = [holder for table in (logins, keys) if isinstance(table, dict) for holder in table.values()]
     holders += [item["oauth2"] for item in holders if isinstance(item, dict) and isinstance(item.get("oauth2"), dict)]
@@ -1740,7 +1740,7 @@ class Log:
             self.loop.call_soon(self.flush)
 
     def reopen(self) -> None:
-        """Open the log file anew if it was moved away, as logrotate does."""
+        """Open the log file again if it was moved away, as logrotate does."""
         with contextlib.suppress(OSError):
             if not self.path or (os.path.exists(self.path) and os.path.samestat(os.stat(self.path), os.fstat(2))):
                 return
@@ -2015,7 +2015,7 @@ class Request:
     port: int | None  # of the client
     now: float  # seconds since the epoch
     settings: Settings | None = None  # in force when it began
-    login: str = ""  # who logged in
+    login: str = ""  # name of the login that was verified
     login_fault: str = ""  # why a login is refused, for the log
     limits: Any = None  # the server's SharedLimits
     rate: tuple = ()  # (the Rate that counts, its RateState), for the answer
@@ -2373,7 +2373,7 @@ def parse_base64(value: Any, json_path: str, errors: list) -> bytes:
     text = "".join(parse_unicode_text(value, json_path, errors).split())
     with contextlib.suppress(ValueError):
         octets = binascii.a2b_base64(text)
-        # a2b_base64() skips characters that are not of its alphabet: the length tells whether there were any.
+        # a2b_base64() skips characters that are not of its alphabet: the length shows whether there were any.
         if len(octets) == len(text) // 4 * 3 - text[-2:].count("=") and len(text) % 4 == 0:
             return octets
     errors.append(f"{json_path}: is not base64")
@@ -2674,7 +2674,7 @@ class Submission:
 
     @property
     def shared(self) -> bool:
-        """Whether all recipients get the same message."""
+        """Return whether all recipients get the same message."""
         return bool(self.raw or self.header.to or self.header.cc)
 
 
@@ -2841,9 +2841,9 @@ def jis_bytes_to_text(octets: bytes) -> str:
 
 # ======================================================================================================================
 # 6. Policy
-#    Takes a request, its submission and the settings; a check gives the Reply that refuses them, or None. check_login()
-#    names who logged in and limits are counted; else checks have no side effects. CHECKS has them in the order in which
-#    faults are told.
+#    Takes a request, its submission and the settings; a check gives the Reply that refuses the submission, {recipient:
+#    Reply} for these recipients only, or None. check_login() sets request.login and rates are counted; otherwise checks
+#    have no side effects. CHECKS has them in the order in which faults are reported.
 # ======================================================================================================================
 
 
@@ -2887,7 +2887,7 @@ def login_of(request: Request, settings: Settings) -> Login:
 
 
 def sandboxed(settings: Settings) -> Settings:
-    """Return settings by which nothing leaves."""
+    """Return settings by which all mail is discarded."""
     return replace(settings, mailertable={"default": SANDBOX_ROUTE}, sendermt={})
 
 
@@ -2906,7 +2906,7 @@ def check_rate(request: Request, submission: Submission | None, settings: Settin
 
 
 def rate_reply(request: Request, rate: Rate, state: Any, counted: str) -> Reply | None:
-    """Return the refusal if nothing was taken; the answer tells the state in either case."""
+    """Return the refusal if nothing was taken; the answer shows the state in either case."""
     request.rate = rate, state
     line = f"{rate.limit} {counted} in {rate.seconds} seconds"
     return make_reply("rate", line, retry_after=max(math.ceil(state.wait), 1)) if state.wait else None
@@ -3227,7 +3227,7 @@ def file_part(item: Attachment, charset: str) -> list:
     media_type = item.type or guess_media_type(item.filename)
     in_type, in_disposition = name_parameters(item.filename, charset) if item.filename else ("", "")
     disposition = "inline" if item.cid or item.inline else "attachment"
-    if media_type.startswith("message/"):  # RFC 2046 5.2.1 allows no encoding; parse_attachments() has seen to that
+    if media_type.startswith("message/"):  # RFC 2046 5.2.1 allows no encoding; parse_attachments() checks that
         encoding, body = "7bit", item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
     else:
         encoding, body = "base64", base64_lines(item.content)
@@ -3507,7 +3507,7 @@ def complete_raw_message(
     raw: ParsedMessage, sender: str, loop: tuple, trace: str, queueid: str, hostname: str, now: float
 ) -> Message:
     """Complete a finished message: add trace and loop fields and required ones that are missing, remove Bcc. Its other
-    octets stay as they are, unless no path can carry them; raises Rejected if nothing can be done about that."""
+    octets stay as they are, unless no path can carry them; raise Rejected if nothing can be done about that."""
     names = {name for name, _ in raw.fields}
     dropped = ("bcc", "resent-bcc", "return-path", "x-haineko-loop")
     head = [trace.encode() + b"\n", *(octets for name, octets in raw.fields if name not in dropped)]
@@ -3639,7 +3639,7 @@ FALLBACK_ROUTE = Route(port=25)
 # ======================================================================================================================
 # 9. Event loop
 #    asyncio's loop, with sockets that may speak TLS (smtplib's, which asyncio refuses), and data that leaves when the
-#    log has the lines that tell of it.
+#    log has the lines about it.
 # ======================================================================================================================
 
 MAX_THREADS = 256  # one dead host can hold 32 of them, while sessions to it are opened
@@ -3670,7 +3670,7 @@ class EventLoop(asyncio.SelectorEventLoop):
         return task
 
     def flush_sends(self) -> None:
-        """Send what one iteration has to send, behind the log lines that tell of it."""
+        """Send the data of one iteration, after the log lines about it."""
         log.flush()
         sends, self.sends = self.sends, []
         for sock in sends:
@@ -3706,7 +3706,7 @@ class SharedLimits:
         in_memory = functools.partial(os.memfd_create, "haineko") if hasattr(os, "memfd_create") else None
         self.file: Any = (in_memory or tempfile.TemporaryFile)()
         self.lock = threading.Lock()  # locks of files hold between processes only
-        self.sessions: set = set()  # octets locked by this process; fcntl itself does not tell
+        self.sessions: set = set()  # octets locked by this process; fcntl does not report a process's own locks
 
     def take(self, key: str, count: int, rate: Rate, block: int = 0) -> RateState:
         """Take `count` units from the key's budget, or none if there are not enough of them yet, and then none for
@@ -3791,7 +3791,7 @@ class AsyncSocket:
         self.watched = [False, False]  # for reading, for writing
 
     def recv(self, most: int, deadline: float) -> Any:
-        """Return octets as they come, b"" at the end; to be awaited. TLS may have some that no event tells of."""
+        """Return octets as they come, b"" at the end; to be awaited. TLS may have some buffered, without an event."""
         operation = functools.partial(self.sock.recv, most)
         if isinstance(self.sock, ssl.SSLSocket):
             return self.call(operation, deadline)
@@ -3845,7 +3845,7 @@ class AsyncSocket:
             self.watched[writing] = on
 
     def try_operation(self, writing: bool) -> None:
-        """Called on an event, at once: in the next iteration the same event would be told again."""
+        """Try the operation at once when an event comes: the next iteration would report the same event again."""
         if not self.waiting or self.writing != writing:
             self._watch(writing, on=False)
             return
@@ -3891,7 +3891,7 @@ class AsyncSocket:
 # 10. DNS and connections
 #     Takes a name and a record type, gives the answer of the name servers (RFC 1035); from that come a domain's mail
 #     hosts (RFC 5321 5.1) and a host's addresses. A Connector connects to whichever address answers first. DNS
-#     messages are built and parsed by functions that know no socket. Nothing received is believed before it is checked.
+#     messages are built and parsed by functions that know no socket. Everything received is checked before use.
 # ======================================================================================================================
 
 A, CNAME, SOA, MX, TXT, AAAA = 1, 5, 6, 15, 16, 28  # record types
@@ -3952,7 +3952,7 @@ class TTLCache:
 
 
 async def shared_call(calls: dict, key: Any, function: Callable, *values: Any) -> Any:
-    """Return what function(*values) returns, or what the call for this key that is under way, in `calls`, does."""
+    """Return what function(*values) returns; concurrent calls with the same key, in `calls`, share one call."""
     if key not in calls:
         calls[key] = asyncio.get_running_loop().create_task(function(*values))
         calls[key].add_done_callback(lambda _: calls.pop(key))
@@ -4207,7 +4207,7 @@ async def resolve_addresses(host: str, resolver: Resolver, private: bool, deadli
 
 
 def is_public(text: str) -> bool:
-    """Tell whether an address is globally reachable; of an embedded IPv4 address, that one counts."""
+    """Return whether an address is globally reachable; of an embedded IPv4 address, that one counts."""
     address = ipaddress.ip_address(text)
     address = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
     if address in NAT64:
@@ -4291,7 +4291,7 @@ class Connector:
 
     def look_up(self, host: str, deadline: float) -> list:
         """Return a host's IP addresses, or those that stand in its place, divided by spaces. getaddrinfo() runs in a
-        thread of its own, as it knows no deadline."""
+        thread of its own, as it takes no deadline."""
         with contextlib.suppress(ValueError):
             return [str(ipaddress.ip_address(address)) for address in host.split()]
         future: concurrent.futures.Future = concurrent.futures.Future()
@@ -4340,7 +4340,7 @@ class HTTPTarget(NamedTuple):
 
     @property
     def endpoint(self) -> dict:
-        """The fields of a Reply that say who gave it."""
+        """Return the fields of a Reply that identify the server."""
         return {"mailer": self.mailer, "host": split_base_url(self.url).host, "port": split_base_url(self.url).port}
 
 
@@ -4419,7 +4419,7 @@ class HTTPConnectionPool:
 
 
 class KeepAliveConnection(http.client.HTTPConnection):
-    """Connection to a target. `sent` tells that a request was sent as a whole and may have been acted upon."""
+    """Connection to a target. `sent`: a request was sent as a whole and may have been acted upon."""
 
     def __init__(self, target: HTTPTarget) -> None:
         self.url = split_base_url(target.url)
@@ -4486,7 +4486,7 @@ class KeepAliveConnection(http.client.HTTPConnection):
             pass
 
     def send(self, octets: bytes) -> None:
-        """Called by http.client to send."""
+        """Send data; http.client calls this."""
         for start in range(0, len(octets), CHUNK):
             self.sock.settimeout(self.seconds_left())
             self.sock.sendall(octets[start : start + CHUNK])
@@ -4506,7 +4506,7 @@ class KeepAliveConnection(http.client.HTTPConnection):
         return HTTPResponse(response.status, reason, response.headers, body if whole else b"")
 
     def response_class(self, sock: Any, *args: Any, **options: Any) -> LimitedResponse:
-        """Called by http.client to make the object that reads the response."""
+        """Make the object that reads the response; http.client calls this."""
         response = LimitedResponse(sock, *args, **options)
         response.fp = io.BufferedReader(LimitedReader(self, response.fp.detach()))
         return response
@@ -4551,7 +4551,7 @@ MAX_RESPONSE_HEAD = 65536  # octets, interim responses and trailers included
 
 
 def is_readable(sock: Any) -> bool:
-    """Tell whether an idle connection was closed by the peer, or has data that nothing asked for."""
+    """Return whether an idle connection was closed by the peer, or has data that nothing asked for."""
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     return bool(poll.poll(0))
@@ -4590,7 +4590,7 @@ class MTASTSCache:
         self.cache, self.failed = TTLCache(4096, clock), TTLCache(4096, clock)
 
     async def policy_for(self, domain: str, route: Route) -> MTASTSPolicy | None:
-        """Return the domain's policy; the cached one if DNS or the web server fails: an attacker could see to that."""
+        """Return the domain's policy; the cached one if DNS or the web server fails: an attacker could cause that."""
         deadline = time.monotonic() + min(route.timeout, self.FETCH_TIMEOUT)
         return await shared_call(self.calls, (domain, route), self._policy_for, domain, route, deadline)
 
@@ -4782,7 +4782,7 @@ class TokenCache:
         return replace(route, credentials=(route.credentials[0], (await self.token_for(route)).text))
 
     async def token_for(self, route: Route) -> AccessToken:
-        """Return a token that will hold for a while, or at least until now."""
+        """Return a token that is valid for a while, or at least now."""
         key = route.oauth2, route.credentials[0]
         token, now = self.tokens.get(key), self.clock()
         if token and now < token.renew_at:
@@ -4810,7 +4810,7 @@ class TokenCache:
         return token
 
     def drop(self, route: Route, text: str) -> bool:
-        """Forget a token that a server refused; tell whether to try another one."""
+        """Forget a token that a server refused; return whether to try another one."""
         key = route.oauth2, route.credentials[0]
         if key in self.tokens and self.tokens[key].text == text:  # or another one was fetched meanwhile
             if self.dropped.get(key):
@@ -4874,7 +4874,7 @@ def token_form(oauth2: OAuth2, username: str, refresh_token: str, now: int) -> d
 
 
 def save_refresh_token(oauth2: OAuth2, text: str) -> str:
-    """Write it to its {"file"}, complete or not at all, for its owner only; return what else must be done."""
+    """Write the token to its {"file"}, complete or not at all, for its owner only; return what else must be done."""
     import tempfile
 
     if not (isinstance(oauth2.refresh_token, dict) and "file" in oauth2.refresh_token):
@@ -4896,7 +4896,7 @@ def save_refresh_token(oauth2: OAuth2, text: str) -> str:
 # 14. SMTP sessions
 #     Takes a Transaction, gives a Reply for each of its recipients. smtplib opens a session, in a thread; log-in and
 #     transaction are ours, since smtplib tries a password with each mechanism, does no pipelining, and cannot tell
-#     whether the end of a message was lost. Sessions are pooled by route; if a server takes no more, mails wait.
+#     whether the end of a message was lost. Sessions are pooled by route; if a server accepts no more, mails wait.
 # ======================================================================================================================
 
 
@@ -4949,7 +4949,7 @@ SMTPS = 465  # RFC 8314: TLS from the first byte
 
 
 class Session(smtplib.SMTP):
-    """Connection to one next hop. `step` names the command under way; `alive` tells that it may be used again."""
+    """Connection to one next hop. `step` names the command under way; `alive`: it may be used again."""
 
     def __init__(self, route: Route, hostname: str) -> None:
         super().__init__(local_hostname=hostname, timeout=route.timeout)
@@ -5093,7 +5093,7 @@ class Session(smtplib.SMTP):
         return found
 
     def refused_before_data(self, reply: Reply) -> bool:
-        """Tell whether a temporary failure of the last transaction came before the message was sent."""
+        """Return whether a temporary failure of the last transaction came before the message was sent."""
         return reply.code[0] == "4" and (not self.in_data or reply.command == "RCPT")
 
     async def _transact_in_ascii(self, transaction: Transaction) -> list:
@@ -5173,19 +5173,19 @@ class Session(smtplib.SMTP):
         return reply
 
     def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
-        """Called by smtplib to connect."""
+        """Connect; smtplib calls this."""
         sock = connector.connect(host, port, time.monotonic() + timeout)
         sock.settimeout(timeout)
         return self._wrap(sock) if port == SMTPS else sock
 
     def send(self, s: Any) -> None:
-        """Called by smtplib to send."""
+        """Send a command; smtplib calls this."""
         octets = s.encode("ascii") if isinstance(s, str) else s
         self._log_sent(self.masked.encode() if self.masked else octets)
         self.sock.sendall(octets)
 
     def getreply(self) -> tuple:
-        """Called by smtplib for a reply: (code, text)."""
+        """Return a reply as (code, text); smtplib calls this."""
         deadline = time.monotonic() + self.timeout
         while not (reply := self._next_reply()):
             self.sock.settimeout(max(deadline - time.monotonic(), 0.001))
@@ -5265,7 +5265,7 @@ class Session(smtplib.SMTP):
 
 
 def is_route_fault(route: Route, step: str, reply: SMTPReply) -> bool:
-    """Tell whether a refusal is due to our log-in or the route's settings. It is no verdict on the mail then."""
+    """Return whether a refusal is due to our log-in or the route's settings. The mail is not at fault then."""
     if reply.code[0] != "5" or route.mailer == "MX":
         return False
     our_login = step == "MAIL" and route.auth and (reply.code, reply.dsn) == ("550", "5.7.1")
@@ -5294,7 +5294,7 @@ def auth_plain(route: Route, challenge: bytes, turn: int) -> bytes:
 
 
 def auth_xoauth2(route: Route, challenge: bytes, turn: int) -> bytes:
-    """A challenge after the token is an error in JSON, to be answered with an empty line."""
+    """Answer with the token, then with an empty line to a further challenge, which is an error in JSON."""
     # https://developers.google.com/workspace/gmail/imap/xoauth2-protocol
     return b"" if turn else "user={}\1auth=Bearer {}\1\1".format(*route.credentials).encode()
 
@@ -5306,7 +5306,7 @@ def auth_oauthbearer(route: Route, challenge: bytes, turn: int) -> bytes:
 
 
 def auth_login(route: Route, challenge: bytes, turn: int) -> bytes:
-    """No RFC says what the server asks: its words count, in base64 or not, else the order."""
+    """Answer with user name or password, by the words of the challenge, else by its turn: no RFC defines the words."""
     text = challenge.lower()
     with contextlib.suppress(ProtocolError):
         text += decode_challenge(challenge).lower()
@@ -5371,7 +5371,7 @@ def dot_stuff(chunks: tuple) -> Any:
 
 
 def any_accepted(replies: list) -> bool:
-    """Tell whether the sender and at least one recipient were accepted."""
+    """Return whether the sender and at least one recipient were accepted."""
     return replies[0].code[0] == "2" and "2" in [reply.code[0] for reply in replies[1:]]
 
 
@@ -5396,7 +5396,7 @@ class SessionWaiter(NamedTuple):
 
 
 class SessionPool:
-    """Sessions of one route. If one cannot be opened while others work, the server takes no more: the mail waits for
+    """Sessions of one route. If one cannot be opened while others work, the server accepts no more: the mail waits for
     one of those, until the deadline."""
 
     OPENING = 32  # sessions opened at a time, each in a thread
@@ -5411,11 +5411,11 @@ class SessionPool:
 
     @property
     def full(self) -> bool:
-        """Tell whether the server takes no more sessions, and one that it took, or may still take, will come back."""
+        """Return whether the server accepts no more for now, and there is a session to wait for."""
         return self.in_use + self.opening > 0 and time.monotonic() < self.full_until
 
     def may_open(self, has_room: bool = False) -> bool:
-        """Tell whether another session may be opened now; `has_room` means that the server has just lost one."""
+        """Return whether another session may be opened now; `has_room` means that the server has just lost one."""
         return self.opening < self.OPENING if has_room else self.opening < self.open_limit and not self.full
 
     def wait(self, deadline: float, reply: Reply | None) -> asyncio.Future:
@@ -5438,24 +5438,24 @@ class SessionPool:
         self.wake_waiters()
 
     def refused(self, reply: Reply | None) -> bool:
-        """Count a session that was not opened; True if it is worth waiting for another one. If there is none, a
-        temporary greeting is meant for those that heard one, any other failure for all that wait."""
+        """Count a session that was not opened; return True if it is worth waiting for another one. Without any, a
+        temporary greeting fails only the waiters that got one themselves, any other failure all of them."""
         self.opening -= 1
-        hopeless = not (self.idle or self.in_use or self.opening)
-        full = bool(reply) and not hopeless
+        none_left = not (self.idle or self.in_use or self.opening)
+        full = bool(reply) and not none_left
         if full:
             self.slow_down(reply)
-        elif hopeless:
-            here = not reply or (
+        elif none_left:
+            only_this = not reply or (
                 reply.temporary and reply.command == "CONN" and (reply.from_server or reply.retry_after)
             )
-            busy = here or reply.code in THROTTLED
+            busy = only_this or reply.code in THROTTLED
             self.fail_waiters([waiter for waiter in self.waiters if waiter.reply or not busy], None if busy else reply)
         self.wake_waiters()
         return full
 
     def slow_down(self, reply: Reply) -> None:
-        """Open no session for a while, as long as there is one, since the server takes no more."""
+        """Open no session for a while, as long as there is one, since the server accepts no more."""
         self.refusal, self.open_limit, self.full_until = reply, 1, time.monotonic() + self.FULL_BACKOFF
 
     def fail_waiters(self, waiters: list, reply: Reply | None = None) -> None:
@@ -5550,7 +5550,7 @@ class TransportContext:
             if pool.idle or pool.in_use or time.monotonic() > deadline:
                 line = f"other mails have all of its sessions ({route.sessions})"
                 raise Rejected(make_reply("route-limit", line, retry_after=route.timeout, **route.endpoint))
-            await asyncio.sleep(0.05)  # nothing tells when another process gives one back
+            await asyncio.sleep(0.05)  # there is no event when another process releases one
         return functools.partial(self.limits.close_session, octet)
 
     async def await_rate(self, route: Route, count: int) -> None:
@@ -5666,8 +5666,8 @@ async def attempt_route(transaction: Transaction, transport: TransportContext) -
 
 
 async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> list:
-    """By SMTP to the route's host. A reused session that dies or says 4xx before the message is replaced, by a new one
-    if the server takes another."""
+    """Deliver by SMTP to the route's host. A reused session that dies or replies 4xx before the message is replaced, by
+    a new one if the server takes another."""
     session, reused = transport.acquire_idle(transaction.route, transaction.hostname), True
     if not session:
         session, reused = await transport.acquire(transaction.route, transaction.hostname)
@@ -5721,7 +5721,7 @@ async def relay_mx(transaction: Transaction, transport: TransportContext) -> lis
 
 
 async def deliver_to_domain(domain: str, transaction: Transaction, transport: TransportContext) -> dict:
-    """Return {recipient: Reply} from the first host that works; raises Rejected if the domain has no host."""
+    """Return {recipient: Reply} from the first host that works; raise Rejected if the domain has no host."""
     route, waiting, attempts = transaction.route, transaction.recipients, 0
     hosts = await mx_hosts(domain, transport.resolver, transaction.hostname, time.monotonic() + route.timeout)
     policy = await transport.mta_sts.policy_for(domain, route)
@@ -5744,7 +5744,7 @@ MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take the route's t
 
 
 def admitted_hosts(hosts: list, policy: MTASTSPolicy | None) -> list:
-    """Return the hosts that the domain's MTA-STS policy allows; raises Rejected if there is none."""
+    """Return the hosts that the domain's MTA-STS policy allows; raise Rejected if there is none."""
     admitted = [host for host in hosts if not policy or policy.allows(host)]
     if not admitted:
         raise Rejected(make_reply("mta-sts", *hosts, mailer="MX"))
@@ -5919,7 +5919,7 @@ def encode_json(document: dict) -> bytes:
 
 
 def address_key(given: Any) -> Any:
-    """The same for two spellings of one address; None for what is none."""
+    """Return a key that is equal for two spellings of one address; None for anything else."""
     mailbox = parse_address(given) if type(given) is str else None
     return mailbox and mailbox.key
 
@@ -5958,7 +5958,7 @@ def sendgrid_errors(response: HTTPResponse) -> list | None:
 
 
 def sendgrid_request(transaction: Transaction) -> HTTPRequest:
-    """Return the message in pieces; raises Rejected if it would lose more of it than trace fields and charset."""
+    """Return the message in pieces; raise Rejected if it would lose more of it than trace fields and charset."""
     # https://www.twilio.com/docs/sendgrid/api-reference/mail-send
     octets = transaction.octets()
     try:
@@ -5999,7 +5999,7 @@ def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
 
 
 def hidden_recipients(transaction: Transaction, fields: list) -> list:
-    """Return the recipients that To and Cc don't show; raises ValueError if they show anybody else."""
+    """Return the recipients that To and Cc don't show; raise ValueError if they show anybody else."""
     hidden = {address_key(to): to for to in transaction.recipients}
     for name in ("to", "cc"):
         for _, mailbox in parse_mailboxes(single_field(fields, name)):
@@ -6059,7 +6059,7 @@ def sendgrid_parts(octets: bytes) -> dict:
 
 
 def leaf_parts(part: Any, outer: str = "") -> list:
-    """Return the parts that are no multipart; raises ValueError for a nesting whose meaning would be lost."""
+    """Return the parts that are no multipart; raise ValueError for a nesting whose meaning would be lost."""
     if part.get_content_maintype() != "multipart":
         return [part]
     nesting = f"{outer}/{part.get_content_subtype()}".strip("/")
@@ -6091,7 +6091,7 @@ AMAZONSES_TEMPORARY += ["LimitExceededException", "SendingPausedException"]
 
 
 def amazonses_request(transaction: Transaction) -> HTTPRequest:
-    """Return the signed request, with the message as it is; raises Rejected for a message without exactly one From."""
+    """Return the signed request, with the message as it is; raise Rejected for a message without exactly one From."""
     octets = ascii_message(transaction)
     try:
         author = single_field(parse_message(octets)[0], "from")
@@ -6277,7 +6277,7 @@ def sanitize_lines(lines: Any) -> tuple:
 
 
 def ascii_message(transaction: Transaction) -> bytes:
-    """Return the message in ASCII, which the APIs want; raises Rejected if that can't be."""
+    """Return the message in ASCII, which the APIs want; raise Rejected if that can't be."""
     octets = downgrade_8bit(transaction.octets()) if transaction.message.needs_8bitmime else transaction.octets()
     if not octets.isascii():
         raise Rejected(make_reply("inexpressible", "it has octets over 127", **transaction.route.endpoint))
@@ -6285,7 +6285,7 @@ def ascii_message(transaction: Transaction) -> bytes:
 
 
 def single_field(fields: list, name: str) -> str:
-    """Return the value of a header field, "" if it is absent; raises ValueError if it occurs more than once."""
+    """Return the value of a header field, "" if it is absent; raise ValueError if it occurs more than once."""
     values = [unfold(octets) for key, octets in fields if key == name]
     if len(values) > 1:
         raise ValueError(f"the header {name} occurs more than once")
@@ -6293,7 +6293,7 @@ def single_field(fields: list, name: str) -> str:
 
 
 def decode_encoded_words(text: str) -> str:
-    """Decode the encoded words (RFC 2047) in a text; raises ValueError or LookupError if one can't be."""
+    """Decode the encoded words (RFC 2047) in a text; raise ValueError or LookupError if one can't be."""
     return ENCODED_WORD.sub(_decode_encoded_word, re.sub(r"(?<=\?=)\s+(?==\?)", "", text))
 
 
@@ -6366,7 +6366,7 @@ def probe_dns(route: Route) -> list:
 
 
 def probe_session(route: Route, hostname: str) -> list:
-    """Return every step to a session that could take a mail; the last one tells where it failed."""
+    """Return every step to a session that could take a mail; the last one shows where it failed."""
     session, results = Session(route, hostname), []
     try:
         for step in session.steps():
@@ -6434,7 +6434,7 @@ async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> lis
 
 
 def probe_mx_host(route: Route, hostname: str) -> list:
-    """Open a session to one host; if TLS is opportunistic, tell whether the certificate would have been accepted."""
+    """Open a session to one host; if TLS is opportunistic, find out whether the certificate is accepted."""
     clear, why = replace(route, tls_if_offered=False), ""
     variants = {"": replace(route, tls_verify=True), "not verified": route, "mail goes in clear text": clear}
     for note, hop in variants.items():
@@ -6448,7 +6448,7 @@ def probe_mx_host(route: Route, hostname: str) -> list:
 
 
 async def probe_local(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Tell whether files can be made in the route's folder, if it has one."""
+    """Return whether files can be made in the route's folder, if it has one."""
     if not probe.route.row.into_folder:
         return [CheckResult("NONE", True, "nothing to connect to")]
     folder = probe.route.folder
@@ -6549,7 +6549,9 @@ BY_TOKEN = {"needs": ("auth",), "login": ("username", "oauth2")}
 
 relay_haineko = http_relay(haineko_request, haineko_replies)
 relay_sendgrid = http_relay(sendgrid_request, sendgrid_reply)
-relay_amazonses = http_relay(amazonses_request, lambda job, found: amazonses_reply(job.route, found), 50)  # quota
+relay_amazonses = http_relay(  # at most 50 recipients: Amazon's quota
+    amazonses_request, lambda transaction, response: amazonses_reply(transaction.route, response), 50
+)
 relay_mandrill = http_relay(mandrill_request, mandrill_replies)
 RELAYS.update(
     ESMTP=Relay(relay_esmtp, probe_esmtp, keeps_octets=True),
@@ -6621,7 +6623,7 @@ class NewRecipient(NamedTuple):
     """Recipient of a new item."""
 
     as_written: str  # by the client
-    recipient: str  # as relays are told
+    recipient: str  # as passed to relays
     number: int  # of the copy
     destination: str  # see destination_key()
 
@@ -6667,7 +6669,7 @@ def destination_key(route: Route, domain: str) -> str:
 
 
 def queued_reply(queueid: str, reply: Reply | None = None) -> Reply:
-    """Return the reply that tells a client that a recipient waits, with the lines of its latest reply."""
+    """Return the reply for a recipient that waits, with the lines of its latest reply."""
     dialogue = reply and reply.dialogue
     return make_reply("queued", *(reply.message if reply else ()), word=queueid, mailer="Queue", dialogue=dialogue)
 
@@ -6697,7 +6699,7 @@ def webhook_event(name: str, leased: LeasedRecipient, reply: Reply, url: str, no
 
 
 def may_bounce(leased: LeasedRecipient, settings: Settings) -> bool:
-    """Return whether the sender is told of a failure: others than these could be made to receive strangers' mail."""
+    """Return whether the sender gets a bounce: only if known, since others' addresses may be forged (backscatter)."""
     known = leased.login or not check_recipient(parse_address(leased.sender), settings)
     return leased.kind == "mail" and bool(leased.sender and known) and "FAILURE" in leased.message.dsn[1]
 
@@ -6733,7 +6735,7 @@ def bounce_message(leased: LeasedRecipient, reply: Reply, hostname: str, queueid
 
 
 def returned_header(octets: bytes) -> bytes:
-    """Return the fields by which a sender knows the message again, as far as they are short."""
+    """Return the fields by which a sender recognizes the message, as far as they are short."""
     found, size = [], 0
     for match in RETURNED_FIELD.finditer(octets.partition(b"\r\n\r\n")[0] + b"\r\n"):
         size += len(match[0])
@@ -6893,7 +6895,7 @@ class QueueDB:
         await self.do_eventually(operation, *values)
 
     async def release(self, operation: Callable, lease: Any) -> None:
-        """End the lease of what a bug has kept from being recorded by the operation: it is tried again."""
+        """End the lease whose result the operation failed to record because of a bug: the delivery is tried again."""
         await self.do_eventually(release_leases, self.settings, time.time(), LEASE_CONDITIONS[operation], lease)
 
     def wake_manager(self) -> None:
@@ -7197,7 +7199,7 @@ def insert(db: Any, table: str, **values: Any) -> int:
 def finish_request(db: Any, slot: int, queueid: str, results: list, response: str | None, now: float) -> None:
     """Record the results of a mail's first attempts, and the response to its client."""
     message = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone()
-    if not message:  # another file is in its place
+    if not message:  # the file was replaced meanwhile
         return
     rows = db.execute("SELECT id FROM recipients WHERE message=? ORDER BY id", (message["id"],)).fetchall()
     for row, result in zip(rows, results):
@@ -7209,7 +7211,7 @@ def finish_attempt(db: Any, slot: int, row_id: int, result: AttemptResult, now: 
     """Record the result of an attempt and what reports it; ends the lease."""
     sql = "SELECT message, destination, history FROM recipients WHERE id=? AND owner=?"
     row = db.execute(sql, (row_id, slot)).fetchone()
-    if not row:  # another file is in its place
+    if not row:  # the file was replaced meanwhile
         return
     state, pause = result.disposition
     history = add_attempt(row["history"], now, result.reply) if result.reply else row["history"]
@@ -7226,7 +7228,7 @@ def finish_attempt(db: Any, slot: int, row_id: int, result: AttemptResult, now: 
 
 
 def close_recipients(db: Any, message: int, count: int, now: float) -> None:
-    """Count recipients that are done with; after the last one the octets go, the result stays for a while."""
+    """Count recipients that are done with; after the last one delete the octets; the result stays until purge()."""
     db.execute("UPDATE messages SET open_recipients=open_recipients-? WHERE id=?", (count, message))
     db.execute("UPDATE messages SET completed_at=?, octets=x'' WHERE id=? AND open_recipients<=0", (now, message))
 
@@ -7252,7 +7254,7 @@ def lease_due(
 ) -> list:
     """Lease what is due to this process: up to `limit` of each destination, less those in flight.
 
-    Of a throttled destination (with its failures) only what is due at once, and what was created before
+    `throttled` is {destination: failures}; of these only what flush_queue() made due, and what was created before
     `expired_before` and needs no more attempts.
     """
     free, leased = MAX_ACTIVE - sum(in_flight.values()), []
@@ -7312,7 +7314,7 @@ EXPIRED_SQL = f"{WAITING_SQL} created_at<=? AND attempts>=? ORDER BY created_at 
 
 
 def reclaim_dead_leases(db: Any, slot: int, locks: int, settings: QueueSettings, now: float) -> None:
-    """Release what processes that are gone had leased."""
+    """Release the leases of processes that have ended."""
     sql = "SELECT DISTINCT owner FROM recipients WHERE owner IS NOT NULL AND owner<>?"
     for (owner,) in db.execute(sql, (slot,)).fetchall():
         if lock_byte(locks, owner):  # its process is gone
@@ -7323,7 +7325,7 @@ def reclaim_dead_leases(db: Any, slot: int, locks: int, settings: QueueSettings,
 def release_leases(
     db: Any, owner: int, settings: QueueSettings, now: float, condition: str = "", lease: Any = None
 ) -> None:
-    """End the slot's leases, or those that a row of LEASE_CONDITIONS says; nobody knows whether their mail was sent."""
+    """End the slot's leases, or those that a row of LEASE_CONDITIONS selects; their mail may have been sent."""
     reply = make_reply("interrupted", mailer="Queue")
     rows = db.execute(
         "SELECT r.*, m.queueid FROM recipients r"
@@ -7344,7 +7346,7 @@ def release_leases(
         db.execute("UPDATE messages SET owner=NULL WHERE id=?", (row["message"],))
 
 
-# {operation that ends leases: which ones, by its first value}: if it fails by a bug, they are released
+# {operation that ends leases: SQL that selects them by its first value}: if it fails by a bug, they are released
 LEASE_CONDITIONS = {finish_attempt: " AND r.id=?", finish_request: " AND m.queueid=?"}
 
 
@@ -7432,28 +7434,28 @@ class Throttle(NamedTuple):
 class QueueManager:
     """Delivers what is due: a few at a time to each destination, so that an unreachable host delays no other."""
 
-    def __init__(self, app: Any, bell: socket.socket) -> None:
-        self.app, self.db, self.wake_socket = app, app.queue, bell
+    def __init__(self, app: Any, wake_socket: socket.socket) -> None:
+        self.app, self.db, self.wake_socket = app, app.queue, wake_socket
         self.in_flight: dict = {}  # destination: number of deliveries
-        self.settings: Settings | None = None  # when it looked last
+        self.settings: Settings | None = None  # those of the latest _schedule()
         self.throttled: dict = {}  # destination: Throttle
 
     async def run(self) -> None:
         """Deliver until the server stops."""
         self.wake_socket.setblocking(False)
-        bell, looked, clock = AsyncSocket(self.wake_socket), 0.0, float("inf")
+        wakeups, checked_at, clock_offset = AsyncSocket(self.wake_socket), 0.0, float("inf")
         while not self.app.stopping:
             now = time.time()
             try:
-                if time.monotonic() - looked > 1:
-                    looked = time.monotonic()
+                if time.monotonic() - checked_at > 1:
+                    checked_at = time.monotonic()
                     await self.db.do(reclaim_dead_leases, self.db.locks, self.db.settings, now)
                     await self.db.do(purge, now)
-                    if now - looked < clock - 60:  # it was set back; perhaps while no process ran
+                    if now - checked_at < clock_offset - 60:  # the clock was set back, perhaps while no process ran
                         await self.db.do(correct_due, self.db.settings, now)
-                    clock = now - looked  # against time.monotonic()
+                    clock_offset = now - checked_at  # from time.monotonic()
                 await self._schedule(now)
-                await bell.recv(65536, time.monotonic() + 1)
+                await wakeups.recv(65536, time.monotonic() + 1)
             except socket.timeout:
                 pass
             except Rejected:  # the log says why
@@ -7472,11 +7474,11 @@ class QueueManager:
         for leased in await self.db.do(lease_due, now, *limits):
             self.in_flight[leased.destination] = self.in_flight.get(leased.destination, 0) + 1
             expired = leased.destination in throttled and leased.created_at <= expired_before and leased.history
-            expired = expired and leased.attempts + throttled[leased.destination] >= MIN_ATTEMPTS  # others' count, too
+            expired = expired and leased.attempts + throttled[leased.destination] >= MIN_ATTEMPTS  # with other mails'
             asyncio.get_running_loop().create_task(self._deliver(leased, bool(expired)))
 
     async def _deliver(self, leased: LeasedRecipient, expired: bool) -> None:
-        """Make an attempt and record its result; without an attempt if it has expired and its destination is dead."""
+        """Attempt a delivery; end the lease if its result can't be recorded because of a bug."""
         try:
             await self._attempt_and_record(leased, expired)
         except Exception:  # nobody else would end the lease
@@ -7487,6 +7489,7 @@ class QueueManager:
         self.db.wake_manager()
 
     async def _attempt_and_record(self, leased: LeasedRecipient, expired: bool) -> None:
+        """Make an attempt and record its result; if the mail has expired, record a failure without an attempt."""
         settings, destination = self.app.settings, ""
         if expired:
             reply, disposition = leased.history[-1].reply, Disposition("failed")
@@ -7526,7 +7529,7 @@ class QueueManager:
             return make_reply("relay-fault", mailer="Queue"), ""
 
     def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
-        """After a failure to open a session its destination waits, up to the third pause: new mail may wait for it."""
+        """Throttle a destination after a failure to open a session, for the third pause at most: new mail waits too."""
         throttle, now = self.throttled.get(destination, Throttle(0, 0)), time.monotonic()
         if not (reply.temporary and reply.command in ("CONN", "EHLO", "STARTTLS", "AUTH")):  # before the first mail
             self.throttled.pop(destination, None)
@@ -7572,13 +7575,13 @@ class App:
     """State of a process: the settings in force, SMTP sessions, the queue, and whether it is stopping."""
 
     def __init__(
-        self, settings: Settings, ringer: socket.socket | None = None, limits: SharedLimits | None = None
+        self, settings: Settings, wake_socket: socket.socket | None = None, limits: SharedLimits | None = None
     ) -> None:
         self.transport = TransportContext(limits=limits)
         self.stopping = False
         self.octets_in_flight = 0  # of bodies that arrived in parts
-        self.update_gauges: Callable = int  # the worker's
-        self.queue = QueueDB(settings.queue, ringer) if settings.queue else None
+        self.update_gauges: Callable = int  # replaced by Worker.update_gauges()
+        self.queue = QueueDB(settings.queue, wake_socket) if settings.queue else None
         self.apply(settings)
 
     def apply(self, settings: Settings) -> None:
@@ -7832,7 +7835,7 @@ class PreparedMail(NamedTuple):
 
     @property
     def error(self) -> Reply | None:
-        """Why no recipient was accepted, None if one was: what may be tried again comes first."""
+        """Return a reply if no recipient was accepted, else None; one of status 503 comes first."""
         if len(self.refused) < len(self.replies):
             return None
         to, reply = min(self.refused.items(), key=lambda item: (item[1].status or http_status(item[1:])) != 503)
@@ -7885,7 +7888,7 @@ def new_item(request: Request, transactions: list, accepted: list, options: Queu
     first, mailboxes = transactions[0], iter(accepted)
     recipients = []
     for transaction in transactions:
-        for to, mailbox in zip(transaction.recipients, mailboxes):  # in their order
+        for to, mailbox in zip(transaction.recipients, mailboxes):  # both in the order of the transactions
             destination = destination_key(transaction.route, mailbox.domain)
             recipients.append(NewRecipient(mailbox.as_written, to, transaction.number, destination))
     envelope = first.queueid, "mail", first.sender, options.login, request.now, first.message
@@ -7929,7 +7932,7 @@ async def queue_deferred(
 def first_attempt_result(
     item: NewQueueItem, recipient: NewRecipient, reply: Reply, settings: Settings, now: float
 ) -> AttemptResult:
-    """Return the result of a first attempt; only a delay is reported, since the response tells the others."""
+    """Return the result of a first attempt; only a delay is reported, since the response has the others."""
     disposition = next_disposition(reply, 1, 0.0, random_unit(), settings.queue)
     if disposition.state != "open":
         return AttemptResult(reply, disposition)
@@ -7955,6 +7958,7 @@ async def replay_response(
 
 
 def first_lease(item: NewQueueItem, recipient: NewRecipient) -> LeasedRecipient:
+    """Return a recipient as after its first attempt, which was made outside the queue."""
     envelope = item.queueid, item.kind, item.sender, item.login, item.created_at, item.message
     return LeasedRecipient(0, *envelope, *recipient, attempts=1)
 
@@ -7970,7 +7974,7 @@ def stored_response(text: str) -> Response:
 
 
 def current_reply(queueid: str, row: Any) -> Reply:
-    """Return the reply that tells the state of a recipient in the queue."""
+    """Return the reply for the state of a recipient in the queue."""
     history = parse_history(row["history"])
     reply = history[-1].reply if history else None
     return reply if reply and row["state"] in ("delivered", "failed", "dropped") else queued_reply(queueid, reply)
@@ -8523,7 +8527,7 @@ MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
 MAX_IN_FLIGHT = 64 << 20  # octets of all bodies of a worker, or of two if these may be larger
 MAX_VICTIMS = 64  # connections that are compared to find the one that is closed in favour of a new one
 LINGER_TIMEOUT = 2.0  # seconds for a client to read the last answer before its connection is closed
-MAX_LINGERING_503 = 64  # connections over the limit that are told so and closed by lingering_close() at a time
+MAX_LINGERING_503 = 64  # connections over the limit that are answered so and closed by lingering_close() at a time
 SHUTDOWN_TIMEOUT = 30.0  # seconds for requests in flight to be answered
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that a worker handles
 
@@ -8682,7 +8686,7 @@ def check_monitor(request: Request, submission: None, settings: Settings) -> Rep
 
 
 def is_own_host(host: str, settings: Settings) -> bool:
-    """Tell whether a host is an address, smtpd.hostname or a single label: no stranger can rebind these in DNS."""
+    """Return whether a host is an address, smtpd.hostname or a single label: no stranger can rebind these in DNS."""
     name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
     return "." not in name or name == settings.hostname.lower() or bool(re.fullmatch(r"[\d.]+", name))
 
@@ -8765,7 +8769,7 @@ async def get_metrics(request: Request, app: App) -> Response:
 
 
 def process_metrics() -> dict:
-    """Return the process_... metrics of the supervisor as far as /proc tells them."""
+    """Return the process_... metrics of the supervisor as far as /proc has them."""
     import resource
 
     found: list = [None] * len(PROCESS_METRICS)
@@ -8949,7 +8953,7 @@ def allowed_methods(path: str) -> list:
 
 
 def cors_policy(head: RequestHead, settings: Settings) -> tuple:
-    """Return (whether a web page of the request's Origin may POST, headers that tell its browser) (Fetch standard)."""
+    """Return (whether a web page of the request's Origin may POST, headers that its browser reads) (Fetch standard)."""
     origin = head.headers.get("origin")
     if origin is None:
         return head.headers.get("sec-fetch-site", "").lower() != "cross-site", ()
@@ -8982,7 +8986,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.begun, self.received = time.monotonic(), 0  # when the client's turn began, octets received since
         is_inet = isinstance(peer, tuple)
         self.in_flight = 0  # octets of the body, received in parts
-        self.peer = parse_ip(peer[0] if is_inet else "127.0.0.1")  # who may open a Unix socket is on this machine
+        self.peer = parse_ip(peer[0] if is_inet else "127.0.0.1")  # a client of a Unix socket is on this machine
         self.port = peer[1] if is_inet else None
 
     async def handle(self) -> None:
@@ -9173,7 +9177,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     async def _receive(self, deadline: float, limit: int = 65536) -> bytes:
         """Return octets from the client; raise Rejected at the deadline."""
         try:
-            await asyncio.sleep(0)  # who sends faster than we read must not keep the others waiting
+            await asyncio.sleep(0)  # a client that sends faster than we read must not delay the others
             if time.monotonic() >= deadline:
                 raise socket.timeout
             octets = await self._while_idle(self.connection.recv(limit, deadline))
@@ -9292,24 +9296,24 @@ class Worker:
         self,
         listeners: list,
         settings: Settings,
-        lifeline: Any,
-        loads: Any = None,
+        parent_pipe: Any,
+        busy_counts: Any = None,
         slot: int | None = 0,
-        bells: tuple = (None, None),
+        wakeup_pair: tuple = (None, None),
         limits: SharedLimits | None = None,
     ) -> None:
-        self.app = App(settings, bells[1], limits)
-        self.listeners, self.parent_pipe = listeners, lifeline
-        self.busy_counts, self.slot = loads or [0], slot  # busy connections of each worker; index of this one
+        self.app = App(settings, wakeup_pair[1], limits)
+        self.listeners, self.parent_pipe = listeners, parent_pipe
+        self.busy_counts, self.slot = busy_counts or [0], slot  # busy connections of each worker; index of this one
         self.app.update_gauges = self.update_gauges
         self.loop = EventLoop()
-        self.queue_manager = QueueManager(self.app, bells[0]) if slot is None else None
+        self.queue_manager = QueueManager(self.app, wakeup_pair[0]) if slot is None else None
         self.connections: set = set()
         self.idle: OrderedDict = OrderedDict()  # connections without a request, the longest-idle first
         self.lingering_503s = 0  # of them, now
 
     def run(self) -> None:
-        """Serve until told to stop and all requests in flight are answered."""
+        """Serve until a signal to stop comes and all requests in flight are answered."""
         log.start_buffering(self.loop)
         sys.setswitchinterval(0.001)  # a thread at work on a large mail must not hold up the small ones for longer
         self.loop.run_until_complete(self._serve())
@@ -9343,7 +9347,7 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self._stop)
         self.loop.add_signal_handler(signal.SIGHUP, lambda: self.loop.create_task(self._reread()))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came since the fork is heard now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came since the fork is handled now
 
     def _stop(self) -> None:
         self.app.stopping = True
@@ -9379,7 +9383,7 @@ class Worker:
                 continue
             sock.setblocking(False)
             if listener.sock.family != socket.AF_UNIX:
-                with contextlib.suppress(OSError):  # a Mac says so where the client is gone already
+                with contextlib.suppress(OSError):  # macOS fails here if the client is gone already
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._full() and not await self._make_room():
                 self.loop.create_task(self._reject_503(Connection(sock, peer, self)))
@@ -9560,7 +9564,7 @@ class Supervisor:
         self.reload_requested = self.reload_requested or number == signal.SIGHUP
 
     def _replace(self) -> None:
-        """Start the workers that are missing; one that died young is replaced a second later."""
+        """Start the workers that are missing; one that died within a second is replaced a second later."""
         free = set(range(len(self.busy_counts))) - {slot for _, slot in self.workers.values()}
         missing = self.settings.queue and None not in [slot for _, slot in self.workers.values()]
         for slot in (*([None] if missing else []), *sorted(free)):
@@ -9733,7 +9737,7 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 # ======================================================================================================================
 # 20. Commands
 #     Takes the words of a command line and returns an exit code. Results go to stdout, messages for a person to stderr.
-#     A new command is one function and one row of COMMANDS, the table at the end.
+#     A new command is one function and one row of COMMANDS, the table at the end, with its arguments in ARGUMENTS.
 # ======================================================================================================================
 
 
@@ -10188,7 +10192,7 @@ async def check_dmarc(domain: str, texts: Callable) -> str:
 
 
 def describe_recipients(recipients: Recipients) -> str:
-    """Return who may be written to, for people."""
+    """Describe the recipients that are permitted, for people."""
     if recipients.open_relay:
         return "everybody"
     names = [*sorted(f"@{domain}" for domain in recipients.domainpart), *sorted(recipients.recipients)]
@@ -10197,7 +10201,7 @@ def describe_recipients(recipients: Recipients) -> str:
 
 
 def print_warnings(settings: Settings) -> None:
-    """Warn of what careful postmasters would not run."""
+    """Print warnings of settings that are valid but risky."""
     for text in dict.fromkeys([*route_warnings(settings), *server_warnings(settings), *file_warnings(settings)]):
         print(sanitize(f"warning: {text}", 500), file=sys.stderr)
 
