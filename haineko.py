@@ -9795,6 +9795,8 @@ def prepare_server(options: Any) -> tuple:
     if outside and settings.password.logins and not (settings.httpd.tls or settings.httpd.trusted_proxies.texts):
         words = f"passwords and keys come to {url_of(outside[0], False)} without TLS"
         log.write_bytes(f"haineko: {words}: set httpd.tls, or httpd.trusted_proxies behind a proxy\n".encode())
+    for text in risk_warnings(settings):
+        log.write_bytes(sanitize(f"haineko: warning: {text}", 500).encode() + b"\n")
     return settings, listeners
 
 
@@ -10174,16 +10176,13 @@ def route_warnings(settings: Settings) -> list:
 
 
 def server_warnings(settings: Settings) -> list:
-    httpd, relayhosts, recipients, found = settings.httpd, settings.relayhosts, settings.recipients, []
+    httpd, recipients, found = settings.httpd, settings.recipients, []
     for address in () if httpd.tls or httpd.trusted_proxies.texts else httpd.listen:
         if not (address.startswith("unix:") or is_loopback(address.rpartition(":")[0].strip("[]"))):
             found.append(
                 f"httpd.listen: {address} takes mail from other machines without TLS; set tls or trusted_proxies"
             )
-    networks = [ipaddress.ip_network(text, strict=False) for text in relayhosts.relayhosts.texts]
-    from_outside = relayhosts.open_relay or not all(network.is_loopback for network in networks)
-    if recipients.open_relay and from_outside and not settings.password.logins:
-        found.append("recipients.open-relay: other machines (relayhosts) may write to everybody without a login")
+    found += risk_warnings(settings)
     named = recipients.open_relay or recipients.recipients or recipients.domainpart - {settings.hostname.lower()}
     if not named and resolve_route("", "", settings)[0].relay not in ("Screen", "Discard", "File"):
         found.append(f"recipients: only addresses at {settings.hostname} may be written to")
@@ -10191,6 +10190,26 @@ def server_warnings(settings: Settings) -> list:
     return found + [
         f"password.{user}: {{SSHA}} is quick to guess; `haineko.py pw` prints a better line" for user in old
     ]
+
+
+def risk_warnings(settings: Settings) -> list:
+    """Return warnings of what lets strangers use the server or learn a secret; the start tells them too."""
+    relayhosts, found = settings.relayhosts, []
+    networks = [ipaddress.ip_network(text, strict=False) for text in relayhosts.relayhosts.texts]
+    from_outside = relayhosts.open_relay or not all(network.is_loopback for network in networks)
+    if settings.recipients.open_relay and from_outside and not settings.password.logins:
+        found.append("recipients.open-relay: other machines (relayhosts) may write to everybody without a login")
+    for text in settings.httpd.trusted_proxies.texts:
+        if not ipaddress.ip_network(text, strict=False).prefixlen:
+            found.append(f"httpd.trusted_proxies: {text} lets every client say that it has any address")
+    for table, routes in (("mailertable", settings.mailertable), ("sendermt", settings.sendermt)):
+        for key, route in routes.items():
+            for i, choice in enumerate(route.choices):
+                if choice.auth and not choice.tls_verify:
+                    where = f"{table}.{key}[{i}]" if route.fallbacks else f"{table}.{key}"
+                    words = f"whoever is in between can read the secret of authinfo.{choice.auth}"
+                    found.append(f"{where}.tls_verify: {words}")
+    return found
 
 
 def is_loopback(host: str) -> bool:

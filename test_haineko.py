@@ -12471,6 +12471,11 @@ class KeysServed(unittest.TestCase):
                 self.assertEqual("without TLS" in server.log(), warned)
                 server.close()
 
+    def test_the_start_warns_of_what_lets_strangers_in(self):
+        server = served(self, {"httpd": {"listen": "127.0.0.1:0", "trusted_proxies": ["0.0.0.0/0"]}})
+        self.assertIn("haineko: warning: httpd.trusted_proxies: 0.0.0.0/0 lets every client", server.log())
+        server.close()
+
 
 class HttpOverTls(unittest.TestCase):
     @classmethod
@@ -13631,6 +13636,15 @@ class Commands(Folder, Peers):
             ({**outside, **login}, ["password.neko: {SSHA} is quick to guess; `haineko.py pw` prints a better line"]),
             ({"httpd": {"listen": ["127.0.0.1:1", "[::1]:1", "localhost:1", "unix:/x"]}}, []),
             ({"httpd": {"listen": "0.0.0.0:1", "trusted_proxies": ["192.0.2.1"]}}, []),
+            (
+                {"httpd": {"trusted_proxies": ["0.0.0.0/0", "::/0", "10.0.0.0/8"]}},
+                [f"httpd.trusted_proxies: {one} lets every client say that it has any address"
+                 for one in ("0.0.0.0/0", "::/0")],
+            ),  # fmt: skip
+            (
+                {**route(auth="a", tls_verify=0), "authinfo": {"a": {"username": "u", "password": "p"}}},
+                ["mailertable.default.tls_verify: whoever is in between can read the secret of authinfo.a"],
+            ),
             (
                 {"httpd": {"listen": "0.0.0.0:1"}},
                 ["httpd.listen: 0.0.0.0:1 takes mail from other machines without TLS; set tls or trusted_proxies"],
