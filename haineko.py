@@ -3577,7 +3577,9 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
             mailboxes = parse_mailboxes(text) or (("undisclosed-recipients", NULL_SENDER),)
             return address_field(label, mailboxes, "UTF-8").encode() + b"\r\n"
     if name in (*PARAMETER_FIELDS, *MAILBOX_FIELDS) or STRUCTURED_FIELDS.fullmatch(name):
-        text = PARAMETER.sub(_encode_parameter, text) if name in PARAMETER_FIELDS else text
+        if name in PARAMETER_FIELDS:
+            names = {found[1].lower() for found in PARAMETER.finditer(text)}
+            text = PARAMETER.sub(functools.partial(_encode_parameter, names), text)
         text = COMMENT_8BIT.sub(lambda found: f"({' '.join(encoded_words(found[1], 'UTF-8', 9))})", text)
         return f"{label}: {text}\r\n".encode()
     tokens: list = []
@@ -3594,9 +3596,14 @@ def decode_octets(octets: bytes, charset: str) -> str:
     return octets.decode("latin-1")
 
 
-def _encode_parameter(found: re.Match) -> str:
-    value = unquote(found[2].strip())
-    return found[0] if found[0].isascii() else rfc2231_parameter(found[1].rstrip("*"), value, "UTF-8")
+def _encode_parameter(names: set, found: re.Match) -> str:
+    if found[0].isascii():
+        return found[0]
+    if names & {f"{found[1].lower()}*", f"{found[1].lower()}*0*"}:
+        return ""  # the extended form says it already, and a name may come once
+    if found[1].endswith("*") and found[2].lower().startswith("utf-8'"):
+        return re.sub(r"[^\x00-\x7f]+", lambda octets: urllib.parse.quote(octets[0]), found[0])
+    return rfc2231_parameter(found[1].rstrip("*"), unquote(found[2].strip()), "UTF-8")
 
 
 def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
