@@ -3578,7 +3578,9 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
             mailboxes = parse_mailboxes(text) or (("undisclosed-recipients", NULL_SENDER),)
             return address_field(label, mailboxes, "UTF-8").encode() + b"\r\n"
     if name in (*PARAMETER_FIELDS, *MAILBOX_FIELDS) or STRUCTURED_FIELDS.fullmatch(name):
-        text = PARAMETER.sub(_encode_parameter, text) if name in PARAMETER_FIELDS else text
+        if name in PARAMETER_FIELDS:
+            names = {found[1].lower() for found in PARAMETER.finditer(text)}
+            text = PARAMETER.sub(functools.partial(_encode_parameter, names), text)
         text = COMMENT_8BIT.sub(lambda found: f"({' '.join(encoded_words(found[1], 'UTF-8', 9))})", text)
         return f"{label}: {text}\r\n".encode()
     tokens: list = []
@@ -3595,9 +3597,14 @@ def decode_octets(octets: bytes, charset: str) -> str:
     return octets.decode("latin-1")
 
 
-def _encode_parameter(found: re.Match) -> str:
-    value = unquote(found[2].strip())
-    return found[0] if found[0].isascii() else rfc2231_parameter(found[1].rstrip("*"), value, "UTF-8")
+def _encode_parameter(names: set, found: re.Match) -> str:
+    if found[0].isascii():
+        return found[0]
+    if names & {f"{found[1].lower()}*", f"{found[1].lower()}*0*"}:
+        return ""  # the extended form says it already, and a name may come once
+    if found[1].endswith("*") and found[2].lower().startswith("utf-8'"):
+        return re.sub(r"[^\x00-\x7f]+", lambda octets: urllib.parse.quote(octets[0]), found[0])
+    return rfc2231_parameter(found[1].rstrip("*"), unquote(found[2].strip()), "UTF-8")
 
 
 def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
@@ -9841,6 +9848,8 @@ def prepare_server(options: Any) -> tuple:
     if outside and settings.password.logins and not (settings.httpd.tls or settings.httpd.trusted_proxies.texts):
         words = f"passwords and keys come to {url_of(outside[0], False)} without TLS"
         log.write_bytes(f"haineko: {words}: set httpd.tls, or httpd.trusted_proxies behind a proxy\n".encode())
+    for text in risk_warnings(settings):
+        log.write_bytes(sanitize(f"haineko: warning: {text}", 500).encode() + b"\n")
     return settings, listeners
 
 
@@ -10220,16 +10229,13 @@ def route_warnings(settings: Settings) -> list:
 
 
 def server_warnings(settings: Settings) -> list:
-    httpd, relayhosts, recipients, found = settings.httpd, settings.relayhosts, settings.recipients, []
+    httpd, recipients, found = settings.httpd, settings.recipients, []
     for address in () if httpd.tls or httpd.trusted_proxies.texts else httpd.listen:
         if not (address.startswith("unix:") or is_loopback(address.rpartition(":")[0].strip("[]"))):
             found.append(
                 f"httpd.listen: {address} takes mail from other machines without TLS; set tls or trusted_proxies"
             )
-    networks = [ipaddress.ip_network(text, strict=False) for text in relayhosts.relayhosts.texts]
-    from_outside = relayhosts.open_relay or not all(network.is_loopback for network in networks)
-    if recipients.open_relay and from_outside and not settings.password.logins:
-        found.append("recipients.open-relay: other machines (relayhosts) may write to everybody without a login")
+    found += risk_warnings(settings)
     named = recipients.open_relay or recipients.recipients or recipients.domainpart - {settings.hostname.lower()}
     if not named and resolve_route("", "", settings)[0].relay not in ("Screen", "Discard", "File"):
         found.append(f"recipients: only addresses at {settings.hostname} may be written to")
@@ -10237,6 +10243,26 @@ def server_warnings(settings: Settings) -> list:
     return found + [
         f"password.{user}: {{SSHA}} is quick to guess; `haineko.py pw` prints a better line" for user in old
     ]
+
+
+def risk_warnings(settings: Settings) -> list:
+    """Return warnings of what lets strangers use the server or learn a secret; the start tells them too."""
+    relayhosts, found = settings.relayhosts, []
+    networks = [ipaddress.ip_network(text, strict=False) for text in relayhosts.relayhosts.texts]
+    from_outside = relayhosts.open_relay or not all(network.is_loopback for network in networks)
+    if settings.recipients.open_relay and from_outside and not settings.password.logins:
+        found.append("recipients.open-relay: other machines (relayhosts) may write to everybody without a login")
+    for text in settings.httpd.trusted_proxies.texts:
+        if not ipaddress.ip_network(text, strict=False).prefixlen:
+            found.append(f"httpd.trusted_proxies: {text} lets every client say that it has any address")
+    for table, routes in (("mailertable", settings.mailertable), ("sendermt", settings.sendermt)):
+        for key, route in routes.items():
+            for i, choice in enumerate(route.choices):
+                if choice.auth and not choice.tls_verify:
+                    where = f"{table}.{key}[{i}]" if route.fallbacks else f"{table}.{key}"
+                    words = f"whoever is in between can read the secret of authinfo.{choice.auth}"
+                    found.append(f"{where}.tls_verify: {words}")
+    return found
 
 
 def is_loopback(host: str) -> bool:

@@ -3669,6 +3669,9 @@ class RawMessages(Quiet):
             ("a quoted one", 'Content-Disposition: attachment; filename="é\\".txt"; size=1',
              "attachment;\r\n filename*=UTF-8''%C3%A9%22.txt; size=1"),
             ("two", "Content-Type: a/b; x=é; y=é", "a/b;\r\n x*=UTF-8''%C3%A9;\r\n y*=UTF-8''%C3%A9"),
+            ("one in both forms", "Content-Disposition: a; filename=\"é\"; Filename*=UTF-8''%C3%A9; x=y",
+             "a; Filename*=UTF-8''%C3%A9; x=y"),
+            ("an extended one", "Content-Type: a/b; x*=UTF-8''a%20é; y=z", "a/b; x*=UTF-8''a%20%C3%A9; y=z"),
             ("a comment", "Date: Sat, 28 Nov 2026 12:00:00 +0200 (Mitteleuropäische Zeit)",
              "Sat, 28 Nov 2026 12:00:00 +0200 (=?UTF-8?B?TWl0dGVsZXVyb3DDpGlzY2hlIFplaXQ=?=)"),
             ("Received", "Received: from a (é [192.0.2.1]) by b; x",
@@ -12471,6 +12474,11 @@ class KeysServed(unittest.TestCase):
                 self.assertEqual("without TLS" in server.log(), warned)
                 server.close()
 
+    def test_the_start_warns_of_what_lets_strangers_in(self):
+        server = served(self, {"httpd": {"listen": "127.0.0.1:0", "trusted_proxies": ["0.0.0.0/0"]}})
+        self.assertIn("haineko: warning: httpd.trusted_proxies: 0.0.0.0/0 lets every client", server.log())
+        server.close()
+
 
 class HttpOverTls(unittest.TestCase):
     @classmethod
@@ -13631,6 +13639,17 @@ class Commands(Folder, Peers):
             ({**outside, **login}, ["password.neko: {SSHA} is quick to guess; `haineko.py pw` prints a better line"]),
             ({"httpd": {"listen": ["127.0.0.1:1", "[::1]:1", "localhost:1", "unix:/x"]}}, []),
             ({"httpd": {"listen": "0.0.0.0:1", "trusted_proxies": ["192.0.2.1"]}}, []),
+            (
+                {"httpd": {"trusted_proxies": ["0.0.0.0/0", "::/0", "10.0.0.0/8"]}},
+                [
+                    f"httpd.trusted_proxies: {one} lets every client say that it has any address"
+                    for one in ("0.0.0.0/0", "::/0")
+                ],
+            ),  # fmt: skip
+            (
+                {**route(auth="a", tls_verify=0), "authinfo": {"a": {"username": "u", "password": "p"}}},
+                ["mailertable.default.tls_verify: whoever is in between can read the secret of authinfo.a"],
+            ),
             (
                 {"httpd": {"listen": "0.0.0.0:1"}},
                 ["httpd.listen: 0.0.0.0:1 takes mail from other machines without TLS; set tls or trusted_proxies"],
