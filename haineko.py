@@ -8065,7 +8065,12 @@ def http_status(replies: Any) -> int:
         return 202 if any(reply.origin == "queue" for reply in replies) else 200
     if any(accepted):
         return 207
+    if all(reply.status == 400 or (reply.dsn == "5.6.7" and reply.message[0] == NOT_ASCII) for reply in replies):
+        return 400  # the addresses are wrong, even if it took the next server to tell
     return 503 if any(reply.temporary for reply in replies) else 502
+
+
+NOT_ASCII = REPLIES["rcpt-ascii"][4]
 
 
 def log_result(request: Request, result: TransactionResult) -> None:

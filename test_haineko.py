@@ -7498,7 +7498,7 @@ class BeyondAscii(Peers):
         status, said, mails, lines = self.sent(submission, "8BITMIME")
         self.assertEqual((status, said, len(mails)), (207, [self.NO_RCPT, self.FINE], 1))
         status, said, mails, lines = self.sent(document(rcpt=[self.NEKO]), "8BITMIME")
-        self.assertEqual((status, said, mails, lines), (502, [self.NO_RCPT], [], []))
+        self.assertEqual((status, said, mails, lines), (400, [self.NO_RCPT], [], []))
 
     def test_recipients_of_one_message(self):
         header = {"to": self.PLAIN, "bcc": [self.NEKO, "b@example.jp"]}
@@ -7516,7 +7516,7 @@ class BeyondAscii(Peers):
         )
         self.assertIn(f"\r\nFrom: {self.NEKO}\r\n".encode(), mails[0][2])
         status, said, mails, lines = self.sent(submission, "8BITMIME")
-        self.assertEqual((status, said, lines), (502, [("553", "5.6.7", "MAIL")], []))
+        self.assertEqual((status, said, lines), (400, [("553", "5.6.7", "MAIL")], []))
 
     def test_an_address_in_the_header(self):
         submission = document(header={"replyto": f"ねこ <{self.NEKO}>", "subject": "猫"})
