@@ -13645,7 +13645,7 @@ class Commands(Folder, Peers):
                     f"httpd.trusted_proxies: {one} lets every client say that it has any address"
                     for one in ("0.0.0.0/0", "::/0")
                 ],
-            ),  # fmt: skip
+            ),
             (
                 {**route(auth="a", tls_verify=0), "authinfo": {"a": {"username": "u", "password": "p"}}},
                 ["mailertable.default.tls_verify: whoever is in between can read the secret of authinfo.a"],
