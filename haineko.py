@@ -7320,12 +7320,13 @@ DUE_SQL = f"{WAITING_SQL} due<=? ORDER BY due LIMIT ?"
 EXPIRED_SQL = f"{WAITING_SQL} created_at<=? AND attempts>=? ORDER BY created_at LIMIT ?"
 
 
-def reclaim_dead_leases(db: Any, slot: int, locks: int, settings: QueueSettings, now: float) -> None:
-    """Release the leases of processes that have ended."""
+def reclaim_dead_leases(db: Any, slot: int, queue_db: QueueDB, now: float) -> None:
+    """Release the leases of processes that have ended; `queue_db` opens its lock file with its first transaction."""
+    locks = queue_db.locks
     sql = "SELECT DISTINCT owner FROM recipients WHERE owner IS NOT NULL AND owner<>?"
     for (owner,) in db.execute(sql, (slot,)).fetchall():
         if lock_byte(locks, owner):  # its process is gone
-            release_leases(db, owner, settings, now)
+            release_leases(db, owner, queue_db.settings, now)
             fcntl.lockf(locks, fcntl.LOCK_UN, 1, owner)  # a process that takes the slot now waits for this commit
 
 
@@ -7456,7 +7457,7 @@ class QueueManager:
             try:
                 if time.monotonic() - checked_at > 1:
                     checked_at = time.monotonic()
-                    await self.db.do(reclaim_dead_leases, self.db.locks, self.db.settings, now)
+                    await self.db.do(reclaim_dead_leases, self.db, now)
                     await self.db.do(purge, now)
                     if now - checked_at < clock_offset - 60:  # the clock was set back, perhaps while no process ran
                         await self.db.do(correct_due, self.db.settings, now)

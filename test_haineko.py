@@ -9947,15 +9947,21 @@ class QueueStore(Quiet):
         self.assertEqual(self.do(haineko.lease_due, time.time(), 9, {}, {}, 0), [])
         code = (
             f"import haineko, time; s = haineko.QueueDB(haineko.QueueSettings(path={self.policy.path!r}, min_free=0));"
-            "s.commit([(haineko.reclaim_dead_leases, (s.locks, s.settings, time.time()))]);"
-            "s.commit([(haineko.reclaim_dead_leases, (s.locks, s.settings, time.time()))]);"
+            "s.commit([(haineko.reclaim_dead_leases, (s, time.time()))]);"
             "print(s.slot, len(s.commit([(haineko.lease_due, (time.time() + 999, 9, {}, {}, 0))])[0]))"
         )
 
         def other():
             words = [sys.executable, "-c", code]
             return subprocess.run(
-                words, capture_output=True, text=True, cwd=HERE, env=environment(), timeout=20, check=False
+                words,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                cwd=HERE,
+                env=environment(),
+                timeout=20,
+                check=False,
             )
 
         self.assertEqual(other().stdout, "2 0\n")  # we live
@@ -10258,7 +10264,7 @@ class QueueStore(Quiet):
         self.do(haineko.queue_stats, 0)
         code = (
             f"import haineko, time; s = haineko.QueueDB(haineko.QueueSettings(path={self.policy.path!r}, min_free=0));"
-            "s.commit([]); s.commit([(haineko.reclaim_dead_leases, (s.locks, s.settings, time.time()))]);"
+            "s.commit([]); s.commit([(haineko.reclaim_dead_leases, (s, time.time()))]);"
             "print(s.slot, len(s.commit([(haineko.lease_due, (time.time() + 999, 9, {}, {}, 0))])[0]))"
         )
         words = [sys.executable, "-c", code]
