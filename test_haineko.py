@@ -13265,8 +13265,13 @@ class Commands(Folder, Peers):
         server = subprocess.Popen(command, shell=True, env=environment())
         self.addCleanup(server.wait)
         self.addCleanup(server.terminate)
-        eventually(lambda: os.path.exists(place) or server.poll() is not None, "a socket", 20)
-        with HttpClient(place) as wire:
+
+        def connected():
+            with contextlib.suppress(OSError):  # it is not bound, or does not listen yet
+                return HttpClient(place)
+            return None
+
+        with eventually(connected, "a server", 20) as wire:
             self.assertEqual(wire.ask(post(document()))[0], 200)
 
     def test_options_stand_before_or_after_words(self) -> None:
