@@ -8415,7 +8415,7 @@ def answer_sendgrid(prepared: list, mails: list, dry_run: bool) -> Response:
 def postmark_item(prepared: PreparedMail, mail: dict) -> dict:
     if prepared.error:
         return postmark_error(prepared.error, None)[1]
-    words = "; ".join(dict.fromkeys(map(words_of, prepared.refused.values())))
+    words = "; ".join(dict.fromkeys(map(reply_text, prepared.refused.values())))
     refused = f"Message OK, but will not deliver to these inactive addresses: {', '.join(prepared.refused)}"
     message = f"{refused}. Inactive recipients: {words}" if words else "OK"  # clients look for these words
     now = time.strftime("%Y-%m-%dT%H:%M:%S.0000000Z", time.gmtime())
@@ -8424,7 +8424,7 @@ def postmark_item(prepared: PreparedMail, mail: dict) -> dict:
 
 
 def answer_resend_batch(prepared: list, mails: list, dry_run: bool) -> dict:
-    errors = [{"index": i, "message": words_of(mail.error)} for i, mail in enumerate(prepared) if mail.error]
+    errors = [{"index": i, "message": reply_text(mail.error)} for i, mail in enumerate(prepared) if mail.error]
     document = {"data": [{"id": mail.queueid} for mail in prepared if not mail.error]}
     return {**document, "errors": errors} if errors else document
 
@@ -8439,7 +8439,7 @@ def provider_error(reply: Reply, request: Request) -> Response:
 def sendgrid_error(reply: Reply, request: Request) -> tuple:
     status, words = error_row(reply, SENDGRID_ERRORS)
     errors = []
-    for line in reply.message[1:] if slug_of(reply) == "invalid" else (words or words_of(reply),):
+    for line in reply.message[1:] if reply.slug == "invalid" else (words or reply_text(reply),):
         found = re.match(r"Invalid '([^']+)'|([a-z_][\w./\[\]-]*): ", line)
         field = re.sub(r"\[(\d+)\]", r".\1", found[1] or found[2]) if found else None
         errors.append({"message": line, "field": field, "help": None})
@@ -8448,33 +8448,28 @@ def sendgrid_error(reply: Reply, request: Request) -> tuple:
 
 def postmark_error(reply: Reply, request: Request | None) -> tuple:
     status, code = error_row(reply, POSTMARK_ERRORS)
-    return status, {"ErrorCode": code, "Message": words_of(reply)}
+    return status, {"ErrorCode": code, "Message": reply_text(reply)}
 
 
 def resend_error(reply: Reply, request: Request) -> tuple:
     status, name = error_row(reply, RESEND_ERRORS)
     if reply.status == 401 and "authorization" not in request.headers:
         status, name = 401, "missing_api_key"
-    return status, {"statusCode": status, "name": name, "message": words_of(reply)}
+    return status, {"statusCode": status, "name": name, "message": reply_text(reply)}
 
 
 def error_row(reply: Reply, table: dict) -> tuple:
     """Return (HTTP status, the provider's name of the error)."""
     status = reply.status or http_status((reply,))
-    return table.get(slug_of(reply)) or table.get(status) or (status, table[None])
+    return table.get(reply.slug) or table.get(status) or (status, table[None])
 
 
-def slug_of(reply: Reply) -> str:
-    """Return the row of REPLIES of which a reply was made, "" for none."""
-    return SLUGS.get((reply.status, reply.code, reply.dsn, reply.command, reply.message[0]), "")
-
-
-def words_of(reply: Reply) -> str:
+def reply_text(reply: Reply) -> str:
+    """Return the message of a reply on one line."""
     first, *lines = reply.message
-    return "; ".join(lines) if lines and slug_of(reply) == "invalid" else ": ".join((first, *lines))
+    return "; ".join(lines) if lines and reply.slug == "invalid" else ": ".join((first, *lines))
 
 
-SLUGS = {row: slug for slug, row in REPLIES.items()}
 # {name in REPLIES, or HTTP status of a refusal of POST /submit: (HTTP status, the provider's name of the error)}
 SENDGRID_GRANT = "The provided authorization grant is invalid, expired, or revoked"
 SENDGRID_ERRORS = {"login": (401, SENDGRID_GRANT), 502: (400, None), None: None}
@@ -10474,7 +10469,7 @@ def queue_row(row: Any) -> str:
     """Return a recipient in the queue as a line of a table."""
     due, attempts = row["due"], parse_history(row["history"])
     when = row["state"] if due is None else local_time(max(due, row["created_at"]))
-    words = one_line(attempts[-1].reply) if attempts else ""
+    words = reply_line(attempts[-1].reply) if attempts else ""
     envelope = f"<{row['sender']}> -> <{row['recipient']}>"
     came = local_time(row["created_at"])
     return f"{row['queueid']}  {row['size']:>9}  {came}  next {when:25}  {envelope}  {words}"
@@ -10492,7 +10487,7 @@ def local_time(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(seconds))
 
 
-def one_line(reply: Reply) -> str:
+def reply_line(reply: Reply) -> str:
     return sanitize(f"{reply.code} {' '.join(reply.message)}", 500)
 
 
@@ -10509,7 +10504,7 @@ def queue_show(store: QueueDB, queueid: str, as_json: bool = False) -> int:
         when = "" if due is None else f", next attempt {local_time(max(due, found['created_at']))}"
         print(f"to <{sanitize(row['as_written'])}>: {row['state']}{when}")
         for attempt in parse_history(row["history"]):
-            print(f"   {local_time(attempt.time)}  {attempt.reply.relay}: {one_line(attempt.reply)}")
+            print(f"   {local_time(attempt.time)}  {attempt.reply.relay}: {reply_line(attempt.reply)}")
     return 0
 
 
