@@ -1,4 +1,4 @@
-"""Haineko against servers and readers that nobody here wrote: aiosmtpd, smtp-sink, postfix, smtp-server of npm,
+"""Haineko against servers and readers that nobody here wrote: aiosmtpd, smtp-sink, postfix, smtp-server of npm, dovecot,
 exim4, OpenSMTPD, nginx, email.policy.
 
 Run as `python .ci/foreign.py` where aiosmtpd and hypothesis are installed; what else a class needs stands at its top.
@@ -32,6 +32,8 @@ from hypothesis import strategies as st
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+import signed  # noqa: E402
+
 import haineko  # noqa: E402
 
 FOLDER = tempfile.mkdtemp(prefix="haineko-foreign.")
@@ -460,6 +462,8 @@ class Postfix(unittest.TestCase):
         routes["submission"].update(starttls=True, ca_file=at("tls.pem"))
         table = {f"{name}.test": route for name, route in routes.items()}
         cls.server = Server(cls, {"default": routes["submission"]}, sendermt=table)
+        signing = {"mailertable": {"default": routes["clear"]}, "dkim": signed.dkim_keys("example.org")}
+        cls.signing_server = Server(cls, **signing)
 
     @classmethod
     def write(cls, name, text):
@@ -516,6 +520,21 @@ class Postfix(unittest.TestCase):
             self.assertEqual(message["to"], message["delivered-to"])
             trace = message.get_all("received")[0]
             self.assertIn("with ESMTPS id" if name == "submission" else "with ESMTP id", trace)
+
+    def test_signatures_survive(self):
+        record = signed.haineko.dkim_record(signed.settings(dkim=signed.dkim_keys("example.org")).dkim["example.org"])
+        arrived = {}
+        for name, document in signed.mails().items():
+            is_shared = (document.get("header") or {}).get("to")
+            body = json.dumps(document if is_shared else {**document, "rcpt": CATS[:1]}).encode()
+            status, answer = request(self.signing_server.port, "POST", "/submit", body)
+            if status in (200, 207):
+                octets = self.delivered(answer["queueid"], 1)[0].replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+                arrived[name] = octets
+                self.assertTrue(signed.dkim.verify(octets, dnsfunc=lambda *_, **__: record.encode()), name)
+        self.assertGreater(len(arrived), 60)
+        if signed.has_mailauth():
+            self.assertEqual({*signed.mailauth_verdicts(list(arrived.values()), record)}, {"pass"})
 
     def test_refusals(self):
         large = "Meow.\n" * 1000
@@ -708,13 +727,14 @@ new SMTPServer({
 """
 
 
-def has_smtp_server():
-    return bool(shutil.which("node")) and not subprocess.call(
-        ["node", "-e", "require('smtp-server')"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+def has_node_packages(*names):
+    """Whether these packages of npm are in NODE_PATH."""
+    code = "".join(f"require.resolve('{name}');" for name in names)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return bool(shutil.which("node")) and not subprocess.call(["node", "-e", code], **quiet)
 
 
-@unittest.skipUnless(has_smtp_server(), "no smtp-server of npm in NODE_PATH")
+@unittest.skipUnless(has_node_packages("smtp-server"), "no smtp-server of npm in NODE_PATH")
 class SmtpServerOfNpm(LimitedServer, unittest.TestCase):
     """Three sessions at once."""
 
@@ -722,6 +742,173 @@ class SmtpServerOfNpm(LimitedServer, unittest.TestCase):
     def command(cls, port):
         os.chmod(os.path.join(cls.folder, "mail"), 0o777)
         return ["node", cls.write("server.js", SMTP_SERVER_JS, port=port)]
+
+
+TOKEN_JS = """\
+const {OAuth2Server} = require("oauth2-mock-server"), server = new OAuth2Server(), revoked = new Set();
+let count = 0;
+server.service.on("beforeTokenSigning", token => { token.payload.jti = String(++count); });
+server.service.on("beforeResponse", (response, request) => {
+  if (request.body.client_secret !== "purr" && request.body.refresh_token !== "kibble") {
+    response.statusCode = 401;
+    response.body = {error: "invalid_client", error_description: "AADSTS7000222: the secret has expired"};
+  }
+});
+const words = token => JSON.parse(Buffer.from(token.split(".")[1], "base64url"));
+const good = token => { try { return words(token).jti !== "1"; } catch { return false; } };  // the first one is refused
+server.service.on("beforeUserinfo", (response, request) => {
+  response.body = {active: good(request.headers.authorization.split(" ")[1]), email: "kijitora"};
+});
+module.exports = good;
+server.issuer.keys.generate("RS256").then(() => server.start(@token_port@, "127.0.0.1"));
+"""
+OAUTH2_SMTP_SERVER_JS = """\
+const fs = require("fs"), {SMTPServer} = require("smtp-server"), good = require("@folder@/token.js");
+new SMTPServer({
+  key: fs.readFileSync("@tls@.key"), cert: fs.readFileSync("@tls@.pem"), logger: false, authMethods: ["XOAUTH2"],
+  onAuth: (auth, session, done) => done(null, good(auth.accessToken) && auth.username == "kijitora"
+    ? {user: auth.username} : {data: {status: "401", schemes: "bearer", scope: "mail"}}),
+  onData: (stream, session, done) => { stream.on("end", done); stream.resume(); },
+}).listen(@port@, "127.0.0.1");
+"""
+
+
+class OAuth2Peer:
+    """Tests of a server that takes access tokens only, those of oauth2-mock-server."""
+
+    TOKEN_SCRIPT = "token.js"  # what runs beside the mail server
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = at(cls.__name__)
+        os.mkdir(cls.folder)
+        cls.ports = {"port": free_port(), "token_port": free_port()}
+        cls.write("token.js", TOKEN_JS)
+        cls.run_peers()
+        wait_for(lambda: all(map(listens, cls.ports.values())), f"{cls.__name__} listens", 20)
+        secret = {"token_url": f"http://127.0.0.1:{cls.ports['token_port']}/token", "client_id": "cat"}
+        logins = {
+            "application": {**secret, "client_secret": "purr", "scope": "mail"},
+            "user": {**secret, "refresh_token": "kibble"},
+            "expired": {**secret, "client_secret": "hiss"},
+        }
+        logins = {name: {"username": "kijitora", "oauth2": oauth2} for name, oauth2 in logins.items()}
+        logins["password"] = {"username": "kijitora", "password": "right"}
+        route = {"port": cls.ports["port"], "starttls": True, "ca_file": at("tls.pem"), "timeout": 30}
+        table = {f"{name}.example": {**route, "auth": name} for name in logins}
+        cls.server = Server(cls, table, authinfo=logins)
+
+    @classmethod
+    def write(cls, name, text):
+        """The path of a file with the text, its @names@ replaced."""
+        path, values = os.path.join(cls.folder, name), {"folder": cls.folder, "tls": at("tls"), **cls.ports}
+        with open(path, "w", encoding="utf-8") as stream:
+            stream.write(re.sub(r"@(\w+)@", lambda found: str(values[found[1]]), text))
+        return path
+
+    @classmethod
+    def start(cls, *command):
+        with open(os.path.join(cls.folder, "output"), "ab") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        cls.addClassCleanup(process.wait)
+        cls.addClassCleanup(os.killpg, process.pid, signal.SIGTERM)
+
+    def test_tokens(self):
+        for name, status, code, words in (
+            ("application", 200, "250", ""),  # the server refuses the first token, and another one is fetched
+            ("application", 200, "250", ""),
+            ("user", 200, "250", ""),
+            ("expired", 503, "454", "AADSTS7000222: the secret has expired"),
+            ("password", 503, "454", "no mechanism known here was offered"),
+        ):
+            with self.subTest(name):
+                to = f"mikeneko@{name}.example"
+                got, answer = self.server.post([to])
+                self.assertEqual((got, outcome(answer)), (status, [(to, code, "DATA" if code == "250" else "AUTH")]))
+                self.assertIn(words, " ".join(answer["response"][0]["message"]))
+        said = self.server.said()
+        for secret in ("purr", "hiss", "kibble", "Bearer", "eyJ"):
+            self.assertNotIn(secret, said)
+
+
+@unittest.skipUnless(
+    has_node_packages("smtp-server", "oauth2-mock-server"), "no smtp-server, oauth2-mock-server of npm"
+)
+class OAuth2AtSmtpServer(OAuth2Peer, unittest.TestCase):
+    """XOAUTH2."""
+
+    @classmethod
+    def run_peers(cls):
+        cls.start("node", cls.write("server.js", OAUTH2_SMTP_SERVER_JS))
+
+
+DOVECOT_CONF = """\
+protocols = submission
+listen = 127.0.0.1
+base_dir = @folder@/run
+state_dir = @folder@/state
+log_path = @folder@/log
+hostname = dovecot.example
+ssl = required
+ssl_cert = <@tls@.pem
+ssl_key = <@tls@.key
+auth_mechanisms = @mechanism@
+mail_location = maildir:@folder@/mail
+first_valid_uid = 1
+passdb {
+  driver = oauth2
+  mechanisms = xoauth2 oauthbearer
+  args = @folder@/introspection.conf
+}
+userdb {
+  driver = static
+  args = uid=nobody gid=nogroup home=@folder@/mail
+}
+submission_relay_host = 127.0.0.1
+submission_relay_port = @relay_port@
+service submission-login {
+  inet_listener submission {
+    port = @port@
+  }
+}
+"""
+INTROSPECTION_CONF = """\
+introspection_mode = auth
+introspection_url = http://127.0.0.1:@token_port@/userinfo
+username_attribute = email
+active_attribute = active
+active_value = true
+"""
+
+
+@unittest.skipUnless(has_node_packages("oauth2-mock-server"), "no oauth2-mock-server of npm")
+@unittest.skipUnless(
+    os.path.exists("/usr/lib/dovecot/submission") and os.getuid() == 0, "no dovecot-submissiond, or not root"
+)
+class OAuth2AtDovecot(OAuth2Peer, unittest.TestCase):
+    """XOAUTH2, the tokens looked up at the provider; the mail goes on to aiosmtpd."""
+
+    MECHANISM = "xoauth2"
+
+    @classmethod
+    def run_peers(cls):
+        box = Controller(Mailbox(), hostname="127.0.0.1", port=free_port())
+        box.start()
+        cls.addClassCleanup(box.stop)
+        cls.ports.update(relay_port=box.port, mechanism=cls.MECHANISM)
+        mail = os.path.join(cls.folder, "mail")
+        os.mkdir(mail)
+        shutil.chown(mail, "nobody", "nogroup")
+        cls.write("introspection.conf", INTROSPECTION_CONF)
+        cls.start("node", os.path.join(cls.folder, "token.js"))
+        cls.start("dovecot", "-F", "-c", cls.write("dovecot.conf", DOVECOT_CONF))
+        cls.ports.pop("mechanism")
+
+
+class OAuthBearerAtDovecot(OAuth2AtDovecot):
+    """OAUTHBEARER."""
+
+    MECHANISM = "oauthbearer"
 
 
 EXIM_CONF = """\

@@ -1,25 +1,35 @@
-"""DKIM signatures against dkimpy's verifier (for CI; needs dkimpy and pynacl from PyPI).
+"""DKIM signatures against verifiers that nobody here wrote (for CI): dkimpy and pynacl from PyPI, mailauth of npm, and
+opendkim-testkey.
 
-Mails of many forms are submitted, signed, sent by SMTP to a peer that offers more or less, and verified as they
-arrived, RSA and Ed25519.
+Mails of many forms are submitted, signed, sent by SMTP to a peer that offers more or less, or through a postfix (see
+foreign.py), and verified as they arrived, RSA and Ed25519. As root, `signed.py DOMAIN SELECTOR KEY RECORD` runs
+opendkim-testkey in a network of its own, whose name server has that record.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
+import json
 import os
 import re
+import shutil
+import socket
+import subprocess
 import sys
+import tempfile
+import threading
 import unittest
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # this file has the name of dkimpy's module
+import dkim
 
-import dkim  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import haineko  # noqa: E402
-from test_haineko import (  # noqa: E402
+import haineko
+from test_haineko import (
     RFC8463_KEY,
     TEST_RSA_KEY,
+    Question,
     Quiet,
     SmtpPeer,
     dkim_keys,
@@ -27,6 +37,7 @@ from test_haineko import (  # noqa: E402
     esmtp,
     posted,
     settings,
+    wire_record,
 )
 
 BODIES = {
@@ -92,12 +103,35 @@ def mails() -> dict:
     return table
 
 
+MAILAUTH_JS = """
+const {dkimVerify} = require("mailauth/lib/dkim/verify"), {record, mails} = JSON.parse(require("fs").readFileSync(0));
+const verdict = async octets => {
+  const {results} = await dkimVerify(Buffer.from(octets, "base64"), {resolver: async () => [[record]]});
+  return results.filter(one => one.signingDomain === "example.org").map(one => one.status.result).join();
+};
+Promise.all(mails.map(verdict)).then(all => console.log(JSON.stringify(all)));
+"""
+
+
+def has_mailauth() -> bool:
+    command = ["node", "-e", "require('mailauth')"]
+    return bool(shutil.which("node")) and not subprocess.run(command, capture_output=True, check=False).returncode
+
+
+def mailauth_verdicts(mails: list, record: str) -> list:
+    """Return "pass" or what is wrong for each mail, as octets."""
+    document = {"record": record, "mails": [base64.b64encode(octets).decode() for octets in mails]}
+    command = ["node", "-e", MAILAUTH_JS]
+    done = subprocess.run(command, input=json.dumps(document).encode(), capture_output=True, check=True, timeout=60)
+    return json.loads(done.stdout)
+
+
 class Verified(Quiet):
     def verify_all(self, pem: str, *offers: str) -> None:
         with SmtpPeer(None, offers) as peer:
             keys = dkim_keys("example.org", key=pem)
             force = settings(mailertable={"default": esmtp(peer)}, dkim=keys, smtpd={"max_rcpts_per_message": 0})
-            record = haineko.dkim_record(force.dkim["example.org"]).encode()
+            record, arrived = haineko.dkim_record(force.dkim["example.org"]).encode(), {}
             for name, submission in mails().items():
                 with self.subTest(name, offers=offers):
                     peer.mails.clear()
@@ -107,9 +141,13 @@ class Verified(Quiet):
                         continue
                     self.assertEqual((status, len(peer.mails)), (200, 1), answer)
                     octets = re.sub(rb"(?m)^\.", b"", peer.mails[0].text)  # RFC 5321 4.5.2
+                    arrived[name] = octets
                     self.assertTrue(dkim.verify(octets, dnsfunc=lambda *_, **__: record))
                     changed = octets.replace(b"Subject:", b"Subject: more", 1)
                     self.assertFalse(dkim.verify(changed, dnsfunc=lambda *_, **__: record))
+            if has_mailauth():
+                verdicts = mailauth_verdicts(list(arrived.values()), record.decode())
+                self.assertEqual({name: word for name, word in zip(arrived, verdicts) if word != "pass"}, {})
 
     def test_rsa(self) -> None:
         self.verify_all(TEST_RSA_KEY)
@@ -120,6 +158,41 @@ class Verified(Quiet):
     def test_rsa_to_a_server_with_extensions(self) -> None:
         self.verify_all(TEST_RSA_KEY, "8BITMIME", "SMTPUTF8", "PIPELINING")
 
+    @unittest.skipUnless(shutil.which("opendkim-testkey") and os.getuid() == 0, "no opendkim-testkey, or not root")
+    def test_opendkim_testkey(self) -> None:
+        record = haineko.dkim_record(settings(dkim=dkim_keys("example.org", key=TEST_RSA_KEY)).dkim["example.org"])
+        with tempfile.NamedTemporaryFile("w") as key:  # mode 0600
+            key.write(TEST_RSA_KEY)
+            key.flush()
+            for published, code in ((record, 0), (record.replace("p=MII", "p=MIJ"), 65)):
+                with self.subTest(code):
+                    command = [sys.executable, __file__, "example.org", "s1", key.name, published]
+                    done = subprocess.run(["unshare", "-n", *command], capture_output=True, check=False, timeout=60)
+                    self.assertEqual(done.returncode, code, done.stderr)
+
+
+def run_testkey(domain: str, selector: str, key: str, record: str) -> int:
+    """Return the exit code of opendkim-testkey, which asks a name server on port 53 of this network."""
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    with tempfile.NamedTemporaryFile("w") as conf:
+        conf.write("Nameservers 127.0.0.1\n")
+        conf.flush()
+        with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as server:
+            server.bind(("127.0.0.1", 53))
+            threading.Thread(target=serve_record, args=(server, record), daemon=True).start()
+            command = ["opendkim-testkey", "-d", domain, "-s", selector, "-k", key, "-x", conf.name, "-vvv"]
+            return subprocess.run(command, check=False, timeout=40).returncode
+
+
+def serve_record(server: socket.socket, record: str) -> None:
+    while True:
+        octets, peer = server.recvfrom(65535)
+        question = Question(octets)
+        records = [wire_record(question.name, haineko.TXT, record)] if question.kind == haineko.TXT else []
+        server.sendto(question.answer(*records), peer)
+
 
 if __name__ == "__main__":
+    if len(sys.argv) == 5:
+        sys.exit(run_testkey(*sys.argv[1:]))
     unittest.main()
