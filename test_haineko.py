@@ -31,6 +31,7 @@ import itertools
 import json
 import os
 import pty
+import py_compile
 import random
 import re
 import resource
@@ -68,6 +69,10 @@ parser = getattr(re, "_parser", None) or importlib.import_module("sre_parse")  #
 SCRATCH = tempfile.TemporaryDirectory(prefix="haineko-test-")
 # Processes run a copy: beside the original there may be settings of which no test may make use.
 PROGRAM = shutil.copy(os.path.join(HERE, "haineko.py"), SCRATCH.name)
+py_compile.compile(PROGRAM, doraise=True)  # once: a process that runs LAUNCHER takes the bytecode
+LAUNCHER = os.path.join(SCRATCH.name, "run.py")
+with open(LAUNCHER, "w", encoding="utf-8") as launcher:
+    launcher.write("import sys, haineko; sys.exit(haineko.main(sys.argv[1:]))")
 os.environ["HAINEKO_CONF"] = os.path.join(SCRATCH.name, "none.json")  # for what runs in this process
 NOW = 1388741758.0
 NAME = "relay.example.org"  # of the Haineko under test
@@ -625,7 +630,7 @@ def run_program(*words: str, given=None, **more) -> subprocess.CompletedProcess:
     """Run haineko.py with these words and wait for it; `more` goes to subprocess.run."""
     more = {"env": environment(), "capture_output": True, "timeout": 30, **more}
     more.update({"stdin": subprocess.DEVNULL} if given is None else {"input": given})
-    return subprocess.run([sys.executable, PROGRAM, *words], check=False, **more)
+    return subprocess.run([sys.executable, LAUNCHER, *words], check=False, **more)
 
 
 def run_here(*words: str, given: bytes | str = b"", **variables: str) -> tuple:
@@ -661,7 +666,7 @@ def can_run(program: str, **more) -> bool:
 class Server:
     """A real `haineko.py serve` with settings in a folder of its own; without settings where they are None."""
 
-    COMMAND = (PROGRAM,)
+    COMMAND = (LAUNCHER,)
 
     def __init__(self, force: dict | None, *options: str, before=None) -> None:
         self.temporary = tempfile.TemporaryDirectory(prefix="haineko-test-")
@@ -12754,7 +12759,7 @@ class Workers(Peers):
         path = os.path.join(folder.name, "haineko.json")
         with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as stream:
             json.dump({"recipients": {"open-relay": 1}, "mailertable": {"default": {"mailer": "Discard"}}}, stream)
-        command = [sys.executable, PROGRAM, "serve", "-c", path, "--listen", "127.0.0.1:0", "--workers", "1"]
+        command = [sys.executable, LAUNCHER, "serve", "-c", path, "--listen", "127.0.0.1:0", "--workers", "1"]
         server = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment())
         self.addCleanup(server.stderr.close)
         self.addCleanup(server.wait)
@@ -12939,7 +12944,7 @@ class LogServed(Peers):
             "import os, sys; os.environ.clear(); sys.path.insert(0, os.path.dirname(sys.argv[1])); import haineko\n"
             "sys.exit(haineko.main(sys.argv[2:]))"
         )
-        server = type("ServerOfNobody", (Server,), {"COMMAND": ("-c", script, PROGRAM)})(
+        server = type("ServerOfNobody", (Server,), {"COMMAND": ("-c", script, LAUNCHER)})(
             None, "--listen", "127.0.0.1:0"
         )
         self.addCleanup(server.close)
@@ -12950,7 +12955,7 @@ class LogServed(Peers):
             "import os, sys; f = os.fstat(2); os.environ['JOURNAL_STREAM'] = f'{f.st_dev}:{f.st_ino}';"
             "sys.path.insert(0, os.path.dirname(sys.argv[1])); import haineko; sys.exit(haineko.main(sys.argv[2:]))"
         )
-        kind = type("ServerOfSystemd", (Server,), {"COMMAND": ("-c", script, PROGRAM)})
+        kind = type("ServerOfSystemd", (Server,), {"COMMAND": ("-c", script, LAUNCHER)})
         server = kind({"mailertable": {"default": {"mailer": "Discard"}}})
         self.addCleanup(server.close)
         queueid = server.submit("a@example.jp")[2]["queueid"]
@@ -12990,7 +12995,7 @@ class UnderSystemd(Peers):
             "import os, sys; sys.path.insert(0, os.path.dirname(sys.argv[1])); import haineko\n"
             f"os.environ['NOTIFY_SOCKET'] = {self.path!r}\n{setup}\nsys.exit(haineko.main(sys.argv[2:]))"
         )
-        kind = type("ServerOfSystemd", (Server,), {"COMMAND": ("-c", script, PROGRAM)})
+        kind = type("ServerOfSystemd", (Server,), {"COMMAND": ("-c", script, LAUNCHER)})
         server = kind({"mailertable": {"default": {"mailer": "Discard"}}, **sections})
         self.addCleanup(server.close)
         return server
@@ -13292,7 +13297,7 @@ class Commands(Folder, Peers):
             with self.subTest(words, terminal=True):
                 ours, theirs = pty.openpty()
                 running = subprocess.Popen(
-                    [sys.executable, PROGRAM, *words],
+                    [sys.executable, LAUNCHER, *words],
                     stdin=theirs,
                     stderr=subprocess.PIPE,
                     env=environment(),
