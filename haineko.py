@@ -5215,12 +5215,16 @@ class Session(smtplib.SMTP):
         return reply
 
     def _mask_credentials(self, line: str) -> str:
-        """Mask our credentials in a line, in base64 too: some servers repeat a command that they do not understand."""
+        """Mask our credentials in a line, in base64 too: some servers repeat a command that they do not understand.
+
+        A challenge stays as it is: it may share a part with a token, and the log-in goes on from it."""
         secrets = secret_forms(self.route)
         with contextlib.suppress(ProtocolError, UnicodeDecodeError):
             decoded = decode_challenge(line.rstrip(".").encode()).decode()
             if (masked := mask_secrets(decoded, secrets)) != decoded:
                 return base64.b64encode(masked.encode()).decode()
+            if not any(secret in line for secret in secrets):
+                return line
         return mask_secrets(line, secrets)
 
     def _feed(self, octets: bytes) -> None:

@@ -6469,6 +6469,13 @@ class TokenLogins(TokenPeers):
                     self.assertTrue(reply.route_fault)
                 self.assertEqual((len(provider.asked), len(hop.connections)), (2, 3))
 
+    def test_a_challenge_that_has_a_part_in_common_with_the_token(self):
+        challenge = base64.b64encode(b'{"status": "401", "scope": "mail"}')
+        hop = self.peer({"AUTH": b"334 " + challenge + b"\r\n", "": b"535 5.7.8 no\r\n"}, "AUTH XOAUTH2")
+        provider = self.provider((200, {"access_token": challenge.decode().rstrip("=") + ".x", "expires_in": 3600}))
+        ((reply,),) = carried(job(self.route(provider, hop)))
+        self.assertEqual((reply.code, reply.message), ("535", ("5.7.8 no", '{"status": "401", "scope": "mail"}')))
+
     def test_never_by_password(self):
         hop = self.peer({}, "AUTH LOGIN PLAIN CRAM-MD5", logins={"neko": "ya29.token"})
         ((reply,),) = carried(job(self.route(self.provider(), hop)))
