@@ -7644,94 +7644,116 @@ class Response(NamedTuple):
     type: str = "application/json; charset=utf-8"
 
 
+class Mail(NamedTuple):
+    """A mail on its way from the request to the answer; without transactions it is refused."""
+
+    queueid: str
+    submission: Submission | None
+    replies: dict  # {recipient: Reply, None if there is none yet}; {None: Reply} if the whole mail is refused
+    accepted: list = ()  # of Mailbox: recipients that passed the checks, in the order of the transactions
+    transactions: list = ()
+    is_async: bool = False  # answer at once, deliver from the queue
+    key: bytes | None = None  # digest of login, path and Idempotency-Key
+    body_digest: bytes | None = None
+
+    @property
+    def refused(self) -> dict:
+        return {to: reply for to, reply in self.replies.items() if reply and not reply.accepted}
+
+    @property
+    def error(self) -> Reply | None:
+        """Return a reply if no recipient was accepted, else None; one of status 503 comes first."""
+        if len(self.refused) < len(self.replies):
+            return None
+        to, reply = min(self.refused.items(), key=lambda item: (item[1].status or http_status(item[1:])) != 503)
+        return reply if to is None else reply._replace(message=(f"{to}: {reply.message[0]}", *reply.message[1:]))
+
+    def add_replies(self, replies: list) -> None:
+        """Give each accepted recipient its reply; all of a mail that was redirected get the first failure, if any."""
+        found = dict(zip([mailbox.as_written for mailbox in self.accepted], replies))
+        for to, reply in self.replies.items():
+            if not reply:
+                self.replies[to] = found.get(to) or min(replies, key=lambda reply: reply.accepted)
+
+
 async def submit(request: Request, app: App) -> Response:
-    """Answer POST /submit."""
-    queueid = new_queueid(request.now)
+    """Answer POST /submit: take a mail from its JSON to the replies of the other side."""
+    settings, queueid = request.settings or app.settings, new_queueid(request.now)
+    mail = await prepare(request, parse_submission, request.body, settings, queueid)
+    if not mail.transactions:
+        return respond(request, mail.error.status, mail.replies, queueid, mail.submission)
+    if mail.submission.dry_run:
+        return await answer_dry_run(request, mail, settings)
     try:
-        return await process_submission(request, app, queueid)
+        if mail.is_async or mail.key:  # it is stored before anything is sent
+            item = new_item(request, mail)
+            if earlier := await app.queue.add(item, leased=not mail.is_async):
+                return await replay_response(request, mail, earlier, app)
+        if mail.is_async:
+            announce_queued(request, [item], app)
+            replies, attempts = [queued_reply(queueid)] * len(mail.accepted), []
+        else:
+            results = await deliver(mail.transactions, app.transport, settings)
+            replies, attempts = log_results(request, results), []
+            if app.queue:
+                replies, attempts = await queue_deferred(request, mail, replies, settings, app)
+        count_recipients(mail.transactions, replies)
+        mail.add_replies(replies)
+        response = respond(request, http_status(mail.replies.values()), mail.replies, queueid, mail.submission)
+        if mail.key:
+            await app.queue.do_eventually(finish_request, queueid, attempts, serialize_response(response), time.time())
+        return response
+    except Rejected as error:
+        return respond(request, error.reply.status, {None: error.reply}, queueid, mail.submission)
     except Exception:  # a bug: what this request has leased is left to the queue
         if app.queue:
             await app.queue.release(finish_request, queueid)
         raise
 
 
-async def process_submission(request: Request, app: App, queueid: str) -> Response:
-    """Take a mail from its JSON to the replies of the other side."""
-    settings = request.settings or app.settings
-    mail = await prepare(request, parse_submission, request.body, settings, queueid)
-    try:
-        if not mail.transactions:
-            return respond(request, mail.error.status, mail.replies, queueid, mail.submission)
-        if mail.submission.dry_run:
-            return await answer_dry_run(request, mail, settings)
-        if mail.options.async_ or mail.options.key:
-            earlier = await enqueue_before_sending(request, mail.transactions, mail.accepted, mail.options, app)
-            if earlier:
-                return await replay_response(request, mail.submission, mail.replies, earlier, mail.options, app)
-    except Rejected as error:
-        return respond(request, error.reply.status, {None: error.reply}, queueid, mail.submission)
-    transactions = [transaction._replace(trace=mail.submission.trace) for transaction in mail.transactions]
-    delivered, attempts = await deliver_or_queue(request, transactions, mail.accepted, mail.options, app)
-    count_recipients(mail.transactions, delivered)
-    add_replies(mail.replies, dict(zip([mailbox.as_written for mailbox in mail.accepted], delivered)))
-    response = respond(request, http_status(mail.replies.values()), mail.replies, queueid, mail.submission)
-    if mail.options.key:
-        await app.queue.do_eventually(finish_request, queueid, attempts, serialize_response(response), time.time())
-    return response
-
-
-async def prepare(request: Request, parse: Callable, body: Any, settings: Settings, queueid: str) -> PreparedMail:
-    """Parse, check, compose and plan a mail; parse(body) returns a SubmissionResult."""
+async def prepare(request: Request, parse: Callable, body: Any, settings: Settings, queueid: str) -> Mail:
+    """Parse, check, compose and plan a mail; parse(body) returns a SubmissionResult. What takes long runs in a thread,
+    or other requests would have to wait."""
     submission = None
     try:
-        checked = await call_in_thread(is_expensive(body), parse_and_check, request, parse, body, settings)
-        submission, replies, accepted = checked.submission, checked.replies, checked.accepted
-        options = queue_options(request, submission, checked.digest, settings)
+        values = request, parse, body, settings
+        parsed = await asyncio.to_thread(parse_and_check, *values) if is_expensive(body) else parse_and_check(*values)
+        submission, replies, accepted, digest = parsed
+        is_async, key = queue_options(request, submission, settings)
         if not accepted:
-            return PreparedMail(queueid, submission, replies)
+            return Mail(queueid, submission, replies)
         if body is request.body:
             request.body = body = b""  # its memory is needed for the message
         values = request, submission, settings, queueid, accepted
-        message = await call_in_thread(is_expensive(submission), compose_and_check, *values)
+        in_thread = is_expensive(submission)
+        message = await asyncio.to_thread(compose_and_check, *values) if in_thread else compose_and_check(*values)
         transactions, accepted = plan_transactions(submission, message, accepted, settings, queueid)
     except Rejected as error:
-        return PreparedMail(queueid, submission, {None: error.reply})
-    return PreparedMail(queueid, without_content(submission), replies, accepted, transactions, options)
-
-
-async def call_in_thread(expensive: bool, function: Callable, *args: Any) -> Any:
-    """Call a function, in a thread if other requests would have to wait too long."""
-    return await asyncio.to_thread(function, *args) if expensive else function(*args)
+        return Mail(queueid, submission, {None: error.reply})
+    if submission.attachments or submission.raw:  # they only fill memory now
+        raw = submission.raw and ParsedMessage([], b"")
+        submission = replace(submission, body="", html="", attachments=(), raw=raw)
+    return Mail(queueid, submission, replies, accepted, transactions, is_async, key, digest)
 
 
 def count_recipients(transactions: list, replies: list) -> None:
     """Count the final replies to a request in the metrics."""
     relays = [transaction.route.relay for transaction in transactions for _ in transaction.recipients]
     for relay, reply in zip(relays, replies):
-        count_recipient(reply, recipient_outcome(reply), relay)
-
-
-def recipient_outcome(reply: Reply) -> str:
-    """Return what the metrics call the final reply to a request about a recipient."""
-    if reply.accepted:
-        return "queued" if reply.origin == "queue" else "accepted"
-    return "unsure" if reply.maybe_delivered else "deferred" if reply.temporary else "refused"
+        if reply.accepted:
+            outcome = "queued" if reply.origin == "queue" else "accepted"
+        else:
+            outcome = "unsure" if reply.maybe_delivered else "deferred" if reply.temporary else "refused"
+        metrics.add("haineko_recipients_total", relay, outcome)
 
 
 CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
+MAX_REPORTED_ERRORS = 10
 
 
-class CheckedSubmission(NamedTuple):
-    """A submission that passed the checks."""
-
-    submission: Submission
-    replies: dict  # {recipient: the Reply that refuses it, or None}, in order
-    accepted: list  # of Mailbox, the other recipients
-    digest: bytes | None  # of the document, if there is an Idempotency-Key
-
-
-def parse_and_check(request: Request, parse: Callable, body: Any, settings: Settings) -> CheckedSubmission:
-    """Parse a submission; raise Rejected with every error of it, or by the first check that fails."""
+def parse_and_check(request: Request, parse: Callable, body: Any, settings: Settings) -> tuple:
+    """Return (Submission, {recipient: the Reply that refuses it, or None}, Mailboxes of the others, digest of the
+    document if there is an Idempotency-Key); raise Rejected with every error, or by the first check that fails."""
     submission, errors, is_json = parse(body)
     if errors:
         raise Rejected(make_reply("invalid" if is_json else "json", *errors[:MAX_REPORTED_ERRORS]))
@@ -7740,7 +7762,7 @@ def parse_and_check(request: Request, parse: Callable, body: Any, settings: Sett
     replies = {as_written: refused.get(as_written) for as_written in recipients}
     accepted = [mailbox for as_written, mailbox in recipients.items() if not replies[as_written]]
     digest = document_digest(body) if "idempotency-key" in request.headers and body is request.body else None
-    return CheckedSubmission(submission, replies, accepted, digest)
+    return submission, replies, accepted, digest
 
 
 def document_digest(body: Any) -> bytes:
@@ -7749,24 +7771,23 @@ def document_digest(body: Any) -> bytes:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).digest()
 
 
-MAX_REPORTED_ERRORS = 10
-
-
 def compose_and_check(
     request: Request, submission: Submission, settings: Settings, queueid: str, accepted: list
 ) -> Message:
     """Return the message; raise Rejected if a check of the content or of the message fails."""
     apply_checks(CHECKS_OF_CONTENT, request, submission, settings)
     now = max(request.now, submission.send_at or 0)  # a Date weeks before the delivery would pass for a sign of spam
-    shown = staged(submission, accepted, settings.smtpd) if settings.smtpd.staging else submission
-    message = compose(shown, queueid, request.client, settings.hostname, now)._replace(dsn=request.dsn)
+    shown = apply_staging(submission, accepted, settings.smtpd) if settings.smtpd.staging else submission
+    message = compose(shown, queueid, request.client, settings.hostname, now)
+    if request.dsn is not DEFAULT_DSN:
+        message = message._replace(dsn=request.dsn)
     request.recipient_count, longest = len(accepted), max([len(mailbox.addr_spec) for mailbox in accepted])
     request.message_size = sum(map(len, message.parts)) + longest + len(str(len(accepted)))
     apply_checks(CHECKS_OF_MESSAGE, request, submission, settings)
     return message
 
 
-def staged(submission: Submission, accepted: list, smtpd: Smtpd) -> Submission:
+def apply_staging(submission: Submission, accepted: list, smtpd: Smtpd) -> Submission:
     """Return the submission with the prefix in its subject, and with a field that names whom redirected mail is for."""
     header, raw, prefix = submission.header, submission.raw, smtpd.subject_prefix.rstrip()
     more = [("X-Haineko-Recipients", ", ".join([to.addr_spec for to in accepted]))] if smtpd.redirect else []
@@ -7779,40 +7800,14 @@ def staged(submission: Submission, accepted: list, smtpd: Smtpd) -> Submission:
     return replace(submission, header=replace(header, subject=subject, extra_fields=(*header.extra_fields, *more)))
 
 
-def without_content(submission: Submission) -> Submission:
-    """Return a submission without what only fills memory once its message is composed."""
-    if not (submission.attachments or submission.raw):
-        return submission
-    return replace(submission, body="", html="", attachments=(), raw=submission.raw and ParsedMessage([], b""))
-
-
-async def deliver_or_queue(
-    request: Request, transactions: list, accepted: list, options: QueueOptions, app: App
-) -> tuple:
-    """Return (a Reply for each accepted recipient, what the queue has to know of each first attempt)."""
-    if options.async_:
-        return [queued_reply(transactions[0].queueid)] * len(accepted), []
-    results = await deliver(transactions, app.transport, request.settings or app.settings)
-    for result in results:
-        log_result(request, result)
-    replies = [reply for result in results for reply in result.replies]
-    return await queue_deferred(request, transactions, accepted, options, replies, app) if app.queue else (replies, [])
-
-
-def add_replies(replies: dict, found: dict) -> None:
-    """Give each recipient without a reply its own; if its mail was redirected, that of the first failure, if any."""
-    common = min(found.values(), key=lambda reply: reply.accepted)
-    replies.update([(to, found.get(to, common)) for to, reply in replies.items() if not reply])
-
-
-async def answer_dry_run(request: Request, mail: PreparedMail, settings: Settings) -> Response:
+async def answer_dry_run(request: Request, mail: Mail, settings: Settings) -> Response:
     """Return the response with the route of each recipient, and why, and the first copy of the message."""
-    sender, found = parse_address(mail.submission.mail) or NULL_SENDER, {}
+    sender, replies = parse_address(mail.submission.mail) or NULL_SENDER, []
     for to in mail.accepted:
         route, why = resolve_route(to.domain, sender.domain, settings)
         where = route.endpoint if route.row.destination == UNKNOWN_RELAY.destination else {"mailer": route.relay}
-        found[to.as_written] = make_reply("dry-run", f"{to.addr_spec}: {describe_route(route)} ({why})", **where)
-    add_replies(mail.replies, found)
+        replies.append(make_reply("dry-run", f"{to.addr_spec}: {describe_route(route)} ({why})", **where))
+    mail.add_replies(replies)
     octets = (await sign_transaction(mail.transactions[0])).octets()
     raw = octets.decode() if is_utf8(octets) else {"base64": base64.b64encode(octets).decode()}
     values = http_status(mail.replies.values()), mail.replies, mail.queueid, mail.submission
@@ -7847,58 +7842,23 @@ def log_rejection(request: Request, queueid: str | None, submission: Submission 
         log_reply(request, queueid, sender, listed[:20], reply)  # the line is cut anyway
 
 
-class QueueOptions(NamedTuple):
-    """What a client asks of the queue."""
-
-    async_: bool = False  # answer at once, deliver from the queue
-    key: bytes | None = None  # digest of login, path and Idempotency-Key
-    body_digest: bytes | None = None
-    login: str = ""
-    send_at: float = 0.0  # deliver then
-
-
-class PreparedMail(NamedTuple):
-    """A mail that may be stored or delivered, unless it has no transactions."""
-
-    queueid: str
-    submission: Submission | None
-    replies: dict  # {recipient: Reply, None if there is none yet}; {None: Reply} if the whole mail is refused
-    accepted: list = ()  # of Mailbox
-    transactions: list = ()
-    options: QueueOptions = QueueOptions()
-
-    @property
-    def refused(self) -> dict:
-        return {to: reply for to, reply in self.replies.items() if reply and not reply.accepted}
-
-    @property
-    def error(self) -> Reply | None:
-        """Return a reply if no recipient was accepted, else None; one of status 503 comes first."""
-        if len(self.refused) < len(self.replies):
-            return None
-        to, reply = min(self.refused.items(), key=lambda item: (item[1].status or http_status(item[1:])) != 503)
-        return reply if to is None else reply._replace(message=(f"{to}: {reply.message[0]}", *reply.message[1:]))
-
-
-def queue_options(
-    request: Request, submission: Submission, body_digest: bytes | None, settings: Settings
-) -> QueueOptions:
-    """Return the client's options; raise Rejected for one that needs a queue if there is none."""
+def queue_options(request: Request, submission: Submission, settings: Settings) -> tuple:
+    """Return (whether to answer at once, digest of login, path and Idempotency-Key or None); raise Rejected for what
+    needs a queue if there is none."""
     key, later = request.headers.get("idempotency-key"), submission.send_at is not None
     if not settings.queue:
         asked = {"Idempotency-Key": key is not None, "send_at": later, "async": submission.async_}
         if any(asked.values()):  # to ignore them would be unsafe; Prefer may be ignored
             raise Rejected(make_reply("no-queue", next(filter(asked.get, asked))))
-        return QueueOptions()
-    async_ = later or submission.async_ or prefers_async(request.headers.get("prefer", ""))
+        return False, None
+    is_async = later or submission.async_ or prefers_async(request.headers.get("prefer", ""))
     if key is None:
-        return QueueOptions(async_, login=request.login, send_at=submission.send_at or 0)
+        return is_async, None
     found = IDEMPOTENCY_KEY.fullmatch(key)
     if not found:
         raise Rejected(make_reply("key-form"))
     owner = request.login or f"[{request.client}]"  # nobody else may read the response
-    digest = hashlib.sha256("\0".join((owner, request.path, found[1] or found[2])).encode()).digest()
-    return QueueOptions(async_, digest, body_digest, request.login, submission.send_at or 0)
+    return is_async, hashlib.sha256("\0".join((owner, request.path, found[1] or found[2])).encode()).digest()
 
 
 # A string (RFC 8941 3.3.3), or a word without quotes, which most clients send.
@@ -7910,27 +7870,15 @@ def prefers_async(value: str) -> bool:
     return any(part.partition(";")[0].strip().lower() == "respond-async" for part in value.split(","))
 
 
-async def enqueue_before_sending(
-    request: Request, transactions: list, accepted: list, options: QueueOptions, app: App
-) -> tuple | None:
-    """Store the mail before anything is sent; if there is an earlier one with its key, return that instead."""
-    item = new_item(request, transactions, accepted, options)
-    earlier = await app.queue.add(item, leased=not options.async_)
-    if options.async_ and not earlier:
-        announce_queued(request, [item], app)
-    return earlier
-
-
-def new_item(request: Request, transactions: list, accepted: list, options: QueueOptions) -> NewQueueItem:
+def new_item(request: Request, mail: Mail) -> NewQueueItem:
     """Return the mail as the queue stores it."""
-    first, mailboxes = transactions[0], iter(accepted)
-    recipients = []
-    for transaction in transactions:
+    first, mailboxes, recipients = mail.transactions[0], iter(mail.accepted), []
+    for transaction in mail.transactions:
         for to, mailbox in zip(transaction.recipients, mailboxes):  # both in the order of the transactions
             destination = destination_key(transaction.route, mailbox.domain)
             recipients.append(NewRecipient(mailbox.as_written, to, transaction.number, destination))
-    envelope = first.queueid, "mail", first.sender, options.login, request.now, first.message
-    return NewQueueItem(*envelope, tuple(recipients), options.key, options.body_digest, options.send_at)
+    envelope = first.queueid, "mail", first.sender, request.login, request.now, first.message
+    return NewQueueItem(*envelope, tuple(recipients), mail.key, mail.body_digest, mail.submission.send_at or 0.0)
 
 
 def announce_queued(request: Request, items: list, app: App) -> None:
@@ -7942,18 +7890,19 @@ def announce_queued(request: Request, items: list, app: App) -> None:
     app.queue.wake_manager()
 
 
-async def queue_deferred(
-    request: Request, transactions: list, accepted: list, options: QueueOptions, replies: list, app: App
-) -> tuple:
+async def queue_deferred(request: Request, mail: Mail, replies: list, settings: Settings, app: App) -> tuple:
     """Return the replies after the first attempts, "queued" where there will be more, and their AttemptResults."""
-    settings = request.settings or app.settings
-    if not (options.key or any(reply.temporary for reply in replies)):
+    if not (mail.key or any(reply.temporary for reply in replies)):
         return replies, []
-    item, now = new_item(request, transactions, accepted, options), time.time()
-    pairs = zip(item.recipients, replies)
-    results = [first_attempt_result(item, recipient, reply, settings, now) for recipient, reply in pairs]
+    item, now, results = new_item(request, mail), time.time(), []
+    for recipient, reply in zip(item.recipients, replies):
+        disposition = next_disposition(reply, 1, 0.0, random_unit(), settings.queue)
+        reports: tuple = ()  # only a delay is reported, since the response has the others
+        if disposition.state == "open":
+            reports = notifications(first_lease(item, recipient), reply, "open", settings, now)
+        results.append(AttemptResult(reply, disposition, reports))
     waiting = [i for i, result in enumerate(results) if result.disposition.state == "open"]
-    if not options.key:  # with one it is in the file already
+    if not mail.key:  # with one it is in the file already
         part = item._replace(recipients=tuple([item.recipients[i] for i in waiting]))
         try:
             await app.queue.add(part, [results[i] for i in waiting])
@@ -7967,30 +7916,18 @@ async def queue_deferred(
     return replies, results
 
 
-def first_attempt_result(
-    item: NewQueueItem, recipient: NewRecipient, reply: Reply, settings: Settings, now: float
-) -> AttemptResult:
-    """Return the result of a first attempt; only a delay is reported, since the response has the others."""
-    disposition = next_disposition(reply, 1, 0.0, random_unit(), settings.queue)
-    if disposition.state != "open":
-        return AttemptResult(reply, disposition)
-    return AttemptResult(reply, disposition, notifications(first_lease(item, recipient), reply, "open", settings, now))
-
-
-async def replay_response(
-    request: Request, submission: Submission, replies: dict, earlier: tuple, options: QueueOptions, app: App
-) -> Response:
+async def replay_response(request: Request, mail: Mail, earlier: tuple, app: App) -> Response:
     """Return the response to the first request with this key; raise Rejected if there is none, or for another body."""
     queueid, answered = earlier["queueid"], earlier["response"]
-    if earlier["body_digest"] != options.body_digest:
+    if earlier["body_digest"] != mail.body_digest:
         raise Rejected(make_reply("key-reused"))
     if answered is None and earlier["owner"] is not None:
         raise Rejected(make_reply("key-running"))
     if answered is None:  # its process ended before it could answer; the queue has taken the mail over
-        message = await app.queue.do(message_status, queueid)
-        add_replies(replies, {row["as_written"]: current_reply(queueid, row) for row in message["recipients"]})
-        response = answer_document(request, http_status(replies.values()), replies, queueid, submission)
-        answered = ENCODER.encode([response.status, response.headers, response.body.decode()])
+        rows = {row["as_written"]: row for row in (await app.queue.do(message_status, queueid))["recipients"]}
+        mail.add_replies([current_reply(queueid, rows[mailbox.as_written]) for mailbox in mail.accepted])
+        response = answer_document(request, http_status(mail.replies.values()), mail.replies, queueid, mail.submission)
+        answered = serialize_response(response)
         await app.queue.do(finish_request, queueid, [], answered, request.now)
     return stored_response(answered)
 
@@ -8039,7 +7976,7 @@ def plan_transactions(
     transactions = []
     for number, (route, mailboxes) in enumerate(groups.values(), 1):
         envelope = settings.hostname, queueid, sender.addr_spec, tuple([mailbox.addr_spec for mailbox in mailboxes])
-        transactions.append(Transaction(route, *envelope, message, number, settings.dkim))
+        transactions.append(Transaction(route, *envelope, message, number, settings.dkim, submission.trace))
     return transactions, [mailbox for _, mailboxes in groups.values() for mailbox in mailboxes]
 
 
@@ -8057,31 +7994,25 @@ async def deliver(transactions: list, transport: TransportContext, settings: Set
 
 
 async def run_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
-    """Return the result of a transaction; its replies have the dialogue if it is traced."""
-    if not transaction.trace:
-        return await attempt_with_retries(transaction, transport)
-    log.trace.set(lines := [])
-    result = await attempt_with_retries(transaction, transport)
-    log.trace.set(None)
-    return result._replace(replies=[reply._replace(dialogue=tuple(lines)) for reply in result.replies])
-
-
-async def attempt_with_retries(transaction: Transaction, transport: TransportContext) -> TransactionResult:
-    """Attempt a transaction, and again as its route says for the recipients that failed temporarily."""
+    """Attempt a transaction, and again as its route says for the recipients that failed temporarily; the replies have
+    the SMTP dialogue if it is traced."""
+    lines: list | None = [] if transaction.trace else None
+    log.trace.set(lines)
     result, route = await attempt_transaction(transaction, transport), transaction.route
     replies, started = result.replies, time.monotonic() - result.ms / 1000
     for _ in range(route.retry):
         waiting = [i for i, reply in enumerate(replies) if reply.temporary and not reply.maybe_delivered]
-        if not waiting:
-            break
         pause = max([route.sleep, *[replies[i].retry_after for i in waiting]])
-        if pause > max(route.sleep, MAX_INLINE_WAIT):
+        if not waiting or pause > max(route.sleep, MAX_INLINE_WAIT):
             break  # the client reads Retry-After
         await asyncio.sleep(pause)
-        recipients = tuple(transaction.recipients[i] for i in waiting)
+        recipients = tuple([transaction.recipients[i] for i in waiting])
         again = await attempt_transaction(transaction._replace(recipients=recipients), transport)
         for i, reply in zip(waiting, again.replies):
             replies[i] = reply
+    if lines is not None:
+        log.trace.set(None)
+        replies = [reply._replace(dialogue=tuple(lines)) for reply in replies]
     return TransactionResult(transaction, replies, (time.monotonic() - started) * 1000)
 
 
@@ -8104,16 +8035,18 @@ def http_status(replies: Any) -> int:
 NOT_ASCII = REPLIES["rcpt-ascii"][4]
 
 
-def log_result(request: Request, result: TransactionResult) -> None:
-    """Log a transaction: one line for each reply, or more if its recipients don't fit into one line."""
-    transaction, by_reply = result.transaction, {}
-    for to, reply in zip(transaction.recipients, result.replies):
-        by_reply.setdefault(reply, []).append(to)
-    for reply, recipients in by_reply.items():
-        step = 8 if len(recipients) <= 8 else MAX_TO // max([len(to.encode()) + 3 for to in recipients])
-        for i in range(0, len(recipients), step):
-            to = recipients[i : i + step]
-            log_reply(request, transaction.queueid, transaction.sender, to, reply, result.ms / 1000)
+def log_results(request: Request, results: list) -> list:
+    """Return all replies; log one line for each different one, or more if its recipients don't fit into one line."""
+    for transaction, replies, ms in results:
+        by_reply: dict = {}
+        for to, reply in zip(transaction.recipients, replies):
+            by_reply.setdefault(reply, []).append(to)
+        for reply, recipients in by_reply.items():
+            step = 8 if len(recipients) <= 8 else MAX_TO // max([len(to.encode()) + 3 for to in recipients])
+            for i in range(0, len(recipients), step):
+                to = recipients[i : i + step]
+                log_reply(request, transaction.queueid, transaction.sender, to, reply, ms / 1000)
+    return [reply for result in results for reply in result.replies]
 
 
 def log_reply(
@@ -8222,7 +8155,7 @@ class Provider(NamedTuple):
 
     names: dict  # {key of a submission, of its header or of an attachment: the provider's key}
     unsupported: tuple  # keys that would change the content
-    answer: Callable  # ([PreparedMail, ...], mails, dry_run) -> Response or document
+    answer: Callable  # ([Mail, ...], mails, dry_run) -> Response or document
     error: Callable  # (reply, request) -> (HTTP status, document)
     read: Callable = lambda document, limit: [document]  # returns the mails
     limit: int = 1  # mails of a request
@@ -8233,7 +8166,7 @@ class Provider(NamedTuple):
 async def answer_provider(request: Request, app: App) -> Response:
     """Take the mails of a request and answer in the form of the provider whose endpoint it is."""
     settings, provider = request.settings or app.settings, PROVIDER_ENDPOINTS[request.path]
-    document, digest = await call_in_thread(is_expensive(request.body), parse_call, request)
+    document, digest = await asyncio.to_thread(parse_call, request)
     mails, prepared, octets = provider.read(document, provider.limit), [], 0
     for mail in mails:
         prepared.append(await prepare_theirs(request, mail, provider, settings))
@@ -8252,7 +8185,7 @@ async def answer_provider(request: Request, app: App) -> Response:
         if all(mail.error for mail in prepared) and not permissive:
             return provider_error(prepared[0].error, request)
     for mail in ready if app.queue or dry_run else ():
-        add_replies(mail.replies, {mailbox.as_written: queued_reply(mail.queueid) for mailbox in mail.accepted})
+        mail.add_replies([queued_reply(mail.queueid)] * len(mail.accepted))
     answer = provider.answer(prepared, mails, dry_run)
     response = answer if isinstance(answer, Response) else json_response(answer)
     is_stored = ready and app.queue and not dry_run
@@ -8271,7 +8204,7 @@ def parse_call(request: Request) -> tuple:
     return document, document_digest(request.body) if "idempotency-key" in request.headers else None
 
 
-async def prepare_theirs(request: Request, mail: Any, provider: Provider, settings: Settings) -> PreparedMail:
+async def prepare_theirs(request: Request, mail: Any, provider: Provider, settings: Settings) -> Mail:
     """Prepare a mail; log its refused recipients and name keys in errors as the provider does."""
     names, parse = provider.names, functools.partial(parse_mail, provider.names, provider.unsupported)
     prepared = await prepare(request, parse, mail, settings, new_queueid(request.now))
@@ -8296,20 +8229,16 @@ async def deliver_mails(request: Request, mails: list, settings: Settings, app: 
     """Deliver mails while the client waits, and add their replies."""
     results = iter(await deliver([one for mail in mails for one in mail.transactions], app.transport, settings))
     for mail in mails:
-        done = list(itertools.islice(results, len(mail.transactions)))
-        for result in done:
-            log_result(request, result)
-        replies = [reply for result in done for reply in result.replies]
+        replies = log_results(request, list(itertools.islice(results, len(mail.transactions))))
         count_recipients(mail.transactions, replies)
-        add_replies(mail.replies, dict(zip([mailbox.as_written for mailbox in mail.accepted], replies)))
+        mail.add_replies(replies)
 
 
 async def store_mails(request: Request, mails: list, digest: Any, response: Response, app: App) -> Response:
     """Store mails and the reports of their refused recipients; return the response, or that to an earlier request."""
-    key, items, reports = mails[0].options.key, [], []
+    key, items, reports = mails[0].key, [], []
     for mail in mails:
-        options = mail.options._replace(key=None if items else key, body_digest=digest)
-        items.append(new_item(request, mail.transactions, mail.accepted, options))
+        items.append(new_item(request, mail._replace(key=None if items else key, body_digest=digest)))
         for to, reply in mail.refused.items():
             leased = first_lease(items[-1], NewRecipient(to, to, 1, ""))
             reports += notifications(leased, reply, "failed", request.settings or app.settings, request.now)
@@ -8318,6 +8247,8 @@ async def store_mails(request: Request, mails: list, digest: Any, response: Resp
         raise Rejected(make_reply("key-reused"))
     if earlier:
         return stored_response(earlier["response"])
+    for mail in mails:
+        count_recipients(mail.transactions, [queued_reply(mail.queueid)] * len(mail.accepted))
     announce_queued(request, items, app)
     return response
 
@@ -8442,7 +8373,7 @@ def answer_sendgrid(prepared: list, mails: list, dry_run: bool) -> Response:
     return Response(200 if dry_run else 202, b"", (("X-Message-Id", queueid),))
 
 
-def postmark_item(prepared: PreparedMail, mail: dict) -> dict:
+def postmark_item(prepared: Mail, mail: dict) -> dict:
     if prepared.error:
         return postmark_error(prepared.error, None)[1]
     words = "; ".join(dict.fromkeys(map(reply_text, prepared.refused.values())))
@@ -8877,7 +8808,7 @@ def schemas_of(path: str) -> tuple:
         "properties": {key: {} for key in (*provider.names.values(), *keys) if key.isidentifier()},
     }
     batch = {"type": "array", "items": mail, "maxItems": provider.limit}
-    success = provider.answer([PreparedMail("Q" * 16, None, replies)], [{}], False)
+    success = provider.answer([Mail("Q" * 16, None, replies)], [{}], False)
     refusal = json_content(schema_of(provider_error(make_reply("login"), asked)))
     body = json_content(batch if provider.read is read_batch else mail)
     return body, {} if isinstance(success, Response) else json_content(schema_of(success)), refusal

@@ -5744,7 +5744,7 @@ class WebSessions(unittest.TestCase):
                 began = time.monotonic()
                 route = web_route("SendGrid", peer.url, retry=1, sleep=0)
                 sessions = haineko.TransportContext()
-                outcome = haineko.run(and_closed(haineko.attempt_with_retries(composed_job(route), sessions), sessions))
+                outcome = haineko.run(and_closed(haineko.run_transaction(composed_job(route), sessions), sessions))
                 self.assertEqual(outcome.replies[0].code, code)
                 self.assertTrue(least <= time.monotonic() - began < least + 3)
 
@@ -14212,7 +14212,7 @@ class Attacks(Quiet):
         for client, login in (("192.0.2.1", ""), ("192.0.2.2", ""), ("192.0.2.1", "neko"), ("192.0.2.2", "neko")):
             asked = request(b"{}", client, **{"idempotency-key": "k"})
             asked.login = login
-            found.add(haineko.queue_options(asked, haineko.Submission(), b"", force).key)
+            found.add(haineko.queue_options(asked, haineko.Submission(), force)[1])
         self.assertEqual(len(found), 3)
 
     def test_settings_are_not_for_a_page_whose_name_was_rebound(self):
@@ -14240,7 +14240,7 @@ class Attacks(Quiet):
             mail = haineko.Transaction(
                 haineko.Route(), NAME, "Q" * 16, "a@example.org", tuple(to), haineko.Message((b"",))
             )
-            haineko.log_result(request(b""), haineko.TransactionResult(mail, [said] * 20, 1.0))
+            haineko.log_results(request(b""), [haineko.TransactionResult(mail, [said] * 20, 1.0)])
             lines = self.logged()
             with self.subTest(name[:3]):
                 self.assertEqual([line.count("@") - 1 for line in lines], counts)
@@ -14253,9 +14253,8 @@ class Attacks(Quiet):
             route, NAME, "q", '"a> code=250"@x.jp', ('"b> dsn=2.0.0"@x.jp',), haineko.Message((b"",))
         )
         asked = haineko.Request("", "", {}, b"", haineko.parse_ip("127.0.0.1"), None, None, NOW, settings())
-        haineko.log_result(
-            asked, haineko.TransactionResult(job, [haineko.make_reply("done", word="Discarded", mailer="Discard")], 1.0)
-        )
+        said = haineko.make_reply("done", word="Discarded", mailer="Discard")
+        haineko.log_results(asked, [haineko.TransactionResult(job, [said], 1.0)])
         lines = self.logged()
         self.assertIn(
             r'from="<\"a> code=250\"@x.jp>" to="<\"b> dsn=2.0.0\"@x.jp>" relay=Discard delay=0.001 dsn=2.0.0 ', lines[0]
