@@ -2016,6 +2016,7 @@ class Request:
     now: float  # seconds since the epoch
     settings: Settings | None = None  # in force when it began
     login: str = ""  # name of the login that was verified
+    rights: Login = Login()  # what it permits
     login_fault: str = ""  # why a login is refused, for the log
     limits: Any = None  # the server's SharedLimits
     rate: tuple = ()  # (the Rate that counts, its RateState), for the answer
@@ -2026,15 +2027,18 @@ class Request:
 
     def log_fields(self) -> dict:
         """Return the keys of its log lines that say whose it is, and the ids by which other programs know it."""
-        fields = {"client": str(self.client) if self.client else None, "login": self.login or None}
+        fields = {"client": self.client and str(self.client), "login": self.login or None}
         fields["reason"] = None if self.login else self.login_fault or None
-        for key, pattern in TRACE_HEADERS.items():
-            value = self.headers.get(key, "")
-            fields[key.removeprefix("x-").replace("-", "_")] = value if pattern.fullmatch(value) else None
+        fields["request_id"], fields["traceparent"] = self.trace_id("x-request-id"), self.trace_id("traceparent")
         return fields
 
+    def trace_id(self, header: str) -> str | None:
+        """Return the value of a header by which other programs know the request, None if it is absent or malformed."""
+        value = self.headers.get(header)
+        return value if value and TRACE_HEADERS[header].fullmatch(value) else None
 
-TRACE_HEADERS = {  # what a request may have in its log lines
+
+TRACE_HEADERS = {
     "x-request-id": re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}"),
     "traceparent": re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"),  # W3C Trace Context
 }
@@ -2626,9 +2630,11 @@ def set_encoding(header: list, encoding: str) -> list:
 
 def base64_lines(octets: bytes) -> bytes:
     """Return base64 in lines of 76 characters and CRLF (RFC 2045 6.8)."""
-    blocks = (octets[at : at + 57 * 4096] for at in range(0, len(octets), 57 * 4096))  # 57 octets make a line
-    coded = (binascii.b2a_base64(block, newline=False) for block in blocks)
-    return b"".join(b"\r\n".join(BASE64_LINE.findall(block)) + b"\r\n" for block in coded)
+    blocks: list = []
+    for at in range(0, len(octets), 57 * 4096):  # 57 octets make a line
+        coded = binascii.b2a_base64(octets[at : at + 57 * 4096], newline=False)
+        blocks.append(b"\r\n".join(BASE64_LINE.findall(coded)))
+    return b"\r\n".join([*blocks, b""])
 
 
 def unfold(octets: bytes) -> str:
@@ -2853,10 +2859,10 @@ def check_login(request: Request, submission: Submission | None, settings: Setti
         return None
     credentials = credentials_of(request)
     name = settings.password.authenticate(credentials)
-    login = settings.password.logins.get(name, ANYBODY)
+    login = settings.password.logins.get(name, request.rights)
     request.login_fault = f"{name}: {fault}" if (fault := login.fault(request.client, request.now)) else ""
     if name and not fault:
-        request.login = name
+        request.login, request.rights = name, login
         request.settings = sandboxed(settings) if login.sandbox else request.settings
         return None
     request.login_fault = request.login_fault or "no such name, password or key"
@@ -2868,7 +2874,6 @@ def check_login(request: Request, submission: Submission | None, settings: Setti
 
 
 WRONG_LOGINS = Rate(10, 60)
-ANYBODY = Login()
 
 
 def credentials_of(request: Request) -> str:
@@ -2882,10 +2887,6 @@ def credentials_of(request: Request) -> str:
     return "Basic " + base64.b64encode(token.strip().encode("latin-1")).decode() if token else credentials
 
 
-def login_of(request: Request, settings: Settings) -> Login:
-    return settings.password.logins.get(request.login, ANYBODY)
-
-
 def sandboxed(settings: Settings) -> Settings:
     """Return settings by which all mail is discarded."""
     return replace(settings, mailertable={"default": SANDBOX_ROUTE}, sendermt={})
@@ -2896,7 +2897,7 @@ SANDBOX_ROUTE = Route(mailer="Discard", host="sandbox")
 
 def check_rate(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
     """Take the recipients from the login's budget; before they are known, require that some of it is left."""
-    rate, count = login_of(request, settings).rate, request.recipient_count
+    rate, count = request.rights.rate, request.recipient_count
     if not rate:
         return None
     state = request.limits.take(f"login {request.login}", count, rate)
@@ -2955,9 +2956,8 @@ def check_loop(request: Request | None, submission: Submission, settings: Settin
 
 def check_trace(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     """Require a login with the right to see SMTP dialogues, or a program on this machine."""
-    login = settings.password.logins.get(request.login)
     local = request.client in LOOPBACK and not request.forwarded
-    if not submission.trace or local or getattr(login, "trace", False):
+    if not submission.trace or local or request.rights.trace:
         return None
     return make_reply("forbidden", 'trace: only from this machine, or by a login with "trace": true')
 
@@ -2985,7 +2985,7 @@ def check_sender(request: Request, submission: Submission, settings: Settings) -
 
 def check_sender_fence(request: Request, submission: Submission, settings: Settings) -> Reply | None:
     """Require that the envelope sender and every author of the message are permitted to the login."""
-    fence = login_of(request, settings).senders
+    fence = request.rights.senders
     authors = () if fence is None else [parse_address(submission.mail), *message_authors(submission)]
     for mailbox in authors:
         if not permits(fence, mailbox):
@@ -3031,7 +3031,7 @@ def check_recipients(request: Request, submission: Submission, settings: Setting
     refused = {}
     for as_written, mailbox in unique_recipients(submission).items():
         reply = check_recipient(mailbox, settings, as_written)
-        if not reply and not permits(login_of(request, settings).recipients, mailbox):
+        if not reply and not permits(request.rights.recipients, mailbox):
             reply = make_reply("rcpt-policy", f"it is not in password.{request.login}.recipients")
         if reply:
             refused[as_written] = reply
@@ -5593,7 +5593,7 @@ class TransportContext:
     async def await_rate(self, route: Route, count: int) -> None:
         """Wait until the route's rate admits so many recipients; raise Rejected if that takes too long."""
         deadline = time.monotonic() + route.timeout
-        while route.rate and (wait := self.limits.take(route.limit_key, count, route.rate).wait):
+        while wait := self.limits.take(route.limit_key, count, route.rate).wait:
             if time.monotonic() + wait > deadline:
                 line = f"{route.rate.limit} recipients in {route.rate.seconds} seconds"
                 raise Rejected(make_reply("route-limit", line, retry_after=math.ceil(wait), **route.endpoint))
@@ -5640,7 +5640,7 @@ async def attempt_transaction(transaction: Transaction, transport: TransportCont
     """Attempt a transaction once; every recipient has a reply."""
     began = time.monotonic()
     replies = await (attempt_route_list if transaction.route.fallbacks else attempt_route)(transaction, transport)
-    for reply in dict.fromkeys(reply for reply in replies if reply.route_fault):
+    for reply in dict.fromkeys([reply for reply in replies if reply.route_fault]):
         words = log_value(" ".join((reply.code, *reply.message)))
         text = f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed, mail waits: {words}"
         log.lines(text, level="warning")
@@ -5690,8 +5690,11 @@ def try_next_route(reply: Reply) -> bool:
 async def attempt_route(transaction: Transaction, transport: TransportContext) -> list:
     """Return a Reply for each recipient from the transaction's route, whatever its relay does; a bug is logged."""
     try:
-        await transport.await_rate(transaction.route, len(transaction.recipients))
-        return await transaction.route.row.send(await sign_transaction(transaction), transport)
+        if transaction.route.rate:
+            await transport.await_rate(transaction.route, len(transaction.recipients))
+        if transaction.dkim:
+            transaction = await sign_transaction(transaction)
+        return await transaction.route.row.send(transaction, transport)
     except Rejected as rejected:
         reply = rejected.reply
     except OSError as error:
@@ -9047,7 +9050,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         check_host(head)
         self.unread = body_length(head)
         self.request = request = self._request(head)
-        if request_id := request.log_fields()["request_id"]:
+        if request_id := request.trace_id("x-request-id"):
             self.extra_headers = (("X-Request-Id", request_id),)
         allowed, cors_headers = cors_policy(head, self.settings)
         self.extra_headers += cors_headers
