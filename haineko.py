@@ -177,6 +177,7 @@ class Transaction(NamedTuple):
     number: int = 1  # of the copy
     dkim: Any = None  # {domain: DkimKey} with which it may be signed
     trace: bool = False  # replies are to have the SMTP dialogue
+    signed: dict | None = None  # {"message": task that signs it}, of all transactions with one message
 
     def octets(self) -> bytes:
         return self.message.copy(self.recipients[0], self.number)
@@ -4692,19 +4693,23 @@ async def sign_transaction(transaction: Transaction) -> Transaction:
         return transaction
     if route.host.lower().rstrip(".").endswith(".amazonaws.com"):  # SES changes Date and Message-Id, then signs itself
         return transaction
-    return await asyncio.to_thread(_sign_transaction, transaction, int(time.time()))
+    tasks = transaction.signed if transaction.signed is not None and len(transaction.message.parts) == 1 else {}
+    if "message" not in tasks:
+        signing = asyncio.to_thread(signed_message, transaction, int(time.time()))
+        tasks["message"] = asyncio.get_running_loop().create_task(signing)
+    return transaction._replace(message=await tasks["message"])
 
 
-def _sign_transaction(transaction: Transaction, now: int) -> Transaction:
+def signed_message(transaction: Transaction, now: int) -> Message:
     octets, message = transaction.octets(), transaction.message
     key = signing_key(parse_message(octets[: octets.index(b"\r\n\r\n") + 2]).fields, transaction.dkim)
     if not key:
-        return transaction
+        return message
     if message.needs_8bitmime:  # it would be converted after the signature for a server without 8BITMIME
         octets = downgrade_8bit(octets)
         message = Message((octets,), not octets.isascii(), not octets.partition(b"\r\n\r\n")[0].isascii())
     first, *others = message.parts
-    return transaction._replace(message=message._replace(parts=(dkim_signature(octets, key, now) + first, *others)))
+    return message._replace(parts=(dkim_signature(octets, key, now) + first, *others))
 
 
 def signing_key(header: list, keys: dict) -> DkimKey | None:
@@ -5976,8 +5981,9 @@ def haineko_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
     command = item.get("command") if item.get("command") in KNOWN_COMMANDS else "DATA"
     message = sanitize_lines(lines) or (status_text(response),)
     maybe_delivered = code[0] == "4" and item.get("maybe_delivered") is True
-    wait = 0 if code[0] == "2" else parse_retry_after(response)
-    return Reply(code, dsn, command, message, **route.endpoint, maybe_delivered=maybe_delivered, retry_after=wait)
+    more = {"maybe_delivered": maybe_delivered, "route_fault": response.status == 401}
+    more["retry_after"] = 0 if code[0] == "2" else parse_retry_after(response)
+    return Reply(code, dsn, command, message, **route.endpoint, **more)
 
 
 KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE")
@@ -6157,7 +6163,8 @@ def amazonses_reply(route: Route, response: HTTPResponse) -> Reply:
     name = str(response.headers.get("x-amzn-ErrorType") or document.get("__type") or "")
     name = name.partition(":")[0].rpartition("#")[2]  # some have a namespace in front, or a URL behind
     lines = [str(value) for value in (name, document.get("message") or document.get("Message")) if value]
-    return http_failure(route, response, lines or None, temporary=name in AMAZONSES_TEMPORARY)
+    reply = http_failure(route, response, lines or None, temporary=name in AMAZONSES_TEMPORARY)
+    return reply._replace(route_fault=bool(re.search("Signature|Token|UnrecognizedClient", name)))
 
 
 def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
@@ -6270,7 +6277,7 @@ def token_api_failure(route: Route, response: HTTPResponse) -> Reply:
     error = json_object(response).get("error")
     lines = [f"{error.get('code')}: {error.get('message')}"] if isinstance(error, dict) else None
     temporary = bool(lines and GOOGLE_LIMIT.search(str(error.get("errors"))))
-    return http_failure(route, response, lines, temporary)._replace(route_fault=response.status == 401)
+    return http_failure(route, response, lines, temporary)
 
 
 GOOGLE_LIMIT = re.compile("'reason': '[A-Za-z]*LimitExceeded'")  # with status 403
@@ -6294,7 +6301,7 @@ def http_failure(route: Route, response: HTTPResponse, lines: list | None, tempo
     reply = make_reply("web-later" if temporary else "web-refused", *sanitize_lines(lines), word=text, **endpoint)
     if temporary:
         return reply._replace(dsn="4.3.0" if status >= 500 else "4.4.5", retry_after=parse_retry_after(response))
-    return reply._replace(dsn=DSN_BY_STATUS.get(status, reply.dsn))
+    return reply._replace(dsn=DSN_BY_STATUS.get(status, reply.dsn), route_fault=status == 401)
 
 
 DSN_BY_STATUS = {401: "5.7.8", 403: "5.7.1"}
@@ -7976,10 +7983,10 @@ def plan_transactions(
     if names and not all(choice.provider_headers for route, _ in groups.values() for choice in route.choices):
         lines = [f"{sanitize(name)}: the route must have provider_headers to send it" for name in names]
         raise Rejected(make_reply("invalid", *lines[:MAX_REPORTED_ERRORS]))
-    transactions = []
+    transactions, signed = [], {}
     for number, (route, mailboxes) in enumerate(groups.values(), 1):
         envelope = settings.hostname, queueid, sender.addr_spec, tuple([mailbox.addr_spec for mailbox in mailboxes])
-        transactions.append(Transaction(route, *envelope, message, number, settings.dkim, submission.trace))
+        transactions.append(Transaction(route, *envelope, message, number, settings.dkim, submission.trace, signed))
     return transactions, [mailbox for _, mailboxes in groups.values() for mailbox in mailboxes]
 
 
@@ -9449,8 +9456,7 @@ class Worker:
         metrics.set("haineko_sessions", "opening", to=sum([pool.opening for pool in pools]))
         metrics.set("haineko_connections", "idle", to=len(self.idle))
         metrics.set("haineko_connections", "busy", to=len(self.connections) - len(self.idle))
-        lost, log.lost_ever = log.lost_ever, 0
-        metrics.add("haineko_log_lines_lost_total", by=lost)
+        count_lost_lines()
 
     async def _reread(self) -> None:
         """Apply settings that changed; the supervisor has logged their faults. The last ones win."""
@@ -9458,6 +9464,11 @@ class Worker:
             settings, errors = await asyncio.to_thread(load_settings, self.app.settings.path)
             if not errors:
                 self.app.apply(settings)
+
+
+def count_lost_lines() -> None:
+    lost, log.lost_ever = log.lost_ever, 0
+    metrics.add("haineko_log_lines_lost_total", by=lost)
 
 
 class Supervisor:
@@ -9501,6 +9512,7 @@ class Supervisor:
                 alarm.recv(4096)
             self._reap()
             log.reopen()
+            count_lost_lines()
             if not self.stopping:
                 self._check_heartbeats(time.monotonic())
                 self._replace()
@@ -9881,7 +9893,7 @@ def run_daemon(settings: Settings, listeners: list, pid_file: str, write_end: in
     """Run the server detached from its terminal; `write_end` of a pipe gets a line when it listens."""
     import fcntl
 
-    log_file = "/dev/null" if not settings.smtpd.syslog.disabled else re.sub(r"(\.pid)?$", ".log", pid_file, count=1)
+    log_file = log_path(pid_file) if settings.smtpd.syslog.disabled else "/dev/null"
     output = os.open(log_file, log.FILE_FLAGS, 0o600)
     pid_fd = os.open(pid_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
@@ -9910,6 +9922,10 @@ def pid_file_path(options: Any) -> str:
     """Return --pid-file, else haineko.pid beside the settings or this file."""
     beside = settings_path(options.config) or os.path.realpath(__file__)
     return os.path.abspath(options.pid_file or os.path.join(os.path.dirname(beside), "haineko.pid"))
+
+
+def log_path(pid_file: str) -> str:
+    return re.sub(r"(\.pid)?$", ".log", pid_file, count=1)
 
 
 def running_pid(pid_file: str) -> int:
@@ -9946,10 +9962,17 @@ def command_restart(options: Any) -> int:
 
 
 def command_status(options: Any) -> int:
-    """Say whether the daemon runs."""
-    pid = running_pid(pid_file_path(options))
-    print(f"haineko runs (pid {pid})" if pid else "haineko does not run")
-    return 0 if pid else 1
+    """Say whether the daemon runs, since when and where it listens."""
+    pid_file = pid_file_path(options)
+    pid = running_pid(pid_file)
+    if not pid:
+        print("haineko does not run")
+        return 1
+    since = local_time(os.stat(pid_file).st_mtime)
+    with open(pid_file, encoding="ascii") as stream:
+        urls = " ".join(stream.read().split()[1:])
+    print(f"haineko runs (pid {pid}) since {since}, listens at {urls}, log {log_path(pid_file)}")
+    return 0
 
 
 def command_reload(options: Any) -> int:
