@@ -5450,6 +5450,7 @@ class SessionPool:
         self.waiters: deque = deque()  # of SessionWaiter, the longest first
         self.open_limit, self.full_until = self.OPENING, 0.0  # may be opened at a time; but none until then
         self.refusal: Reply | None = None  # the last one
+        self.gave_up = 0.0  # when a session was closed so that another process can open one
 
     @property
     def full(self) -> bool:
@@ -5460,10 +5461,14 @@ class SessionPool:
         """Return whether another session may be opened now; `has_room` means that the server has just lost one."""
         return self.opening < self.OPENING if has_room else self.opening < self.open_limit and not self.full
 
-    def wait(self, deadline: float, reply: Reply | None) -> asyncio.Future:
-        future = asyncio.get_running_loop().create_future()
-        self.waiters.append(SessionWaiter(future, deadline, reply))
-        return future
+    async def wait(self, deadline: float, reply: Reply | None) -> Any:
+        waiter = SessionWaiter(asyncio.get_running_loop().create_future(), deadline, reply)
+        self.waiters.append(waiter)
+        try:
+            return await waiter.future
+        finally:
+            if waiter in self.waiters:  # cancelled
+                self.waiters.remove(waiter)
 
     def wake_waiters(self, has_room: bool = False) -> None:
         """Have waiters open sessions, as many as may be opened."""
@@ -5521,6 +5526,7 @@ class TransportContext:
     IDLE = 20  # seconds after which an idle session is closed; servers wait for minutes
     IDLE_WHEN_FULL = 1  # the same if the server limits sessions: other processes of ours may need one
     AGE = 300  # seconds after which a session is not used again
+    SHARE = 5  # the same if the route's sessions are limited: another process may wait for its place
     MAX_IDLE = 256  # sessions of one route
 
     def __init__(self, nameservers: tuple = (), limits: SharedLimits | None = None) -> None:
@@ -5588,6 +5594,8 @@ class TransportContext:
         """Take a place among the route's sessions of all processes, and return what gives it back. Raises Rejected if
         this process has all of them, which are waited for elsewhere, or if that takes too long."""
         deadline = time.monotonic() + route.timeout
+        if time.monotonic() - pool.gave_up < 0.2:
+            await asyncio.sleep(0.2)  # one that has waited longer takes it
         while not (octet := self.limits.open_session(route.limit_key, route.sessions)):
             if pool.idle or pool.in_use or time.monotonic() > deadline:
                 line = f"other mails have all of its sessions ({route.sessions})"
@@ -5606,18 +5614,20 @@ class TransportContext:
 
     def release(self, session: Session) -> None:
         """Hand the session over to a waiter, keep it, or close it if it cannot be used again."""
-        pool = session.pool
-        if session.alive and pool.waiters:
+        pool, limited = session.pool, bool(session.route.sessions)
+        is_old = session.last_used - session.created_at >= (self.SHARE if limited else self.AGE)
+        if session.alive and pool.waiters and not (limited and is_old):
             pool.waiters.popleft().future.set_result(session)
             return
         pool.in_use -= 1
-        if not session.alive:
-            session.close()
-            pool.wake_waiters(has_room=True)
-        elif len(pool.idle) < self.MAX_IDLE and session.last_used - session.created_at < self.AGE:
+        if session.alive and not is_old and len(pool.idle) < self.MAX_IDLE:
             pool.idle.append(session)
-        else:
+            return
+        if session.alive:
+            pool.gave_up = time.monotonic()
             session.quit()
+        session.close()
+        pool.wake_waiters(has_room=True)
 
     async def sweep(self, everything: bool = False) -> None:
         """Close the sessions and connections that have been idle too long, or all."""

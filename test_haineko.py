@@ -7840,6 +7840,30 @@ class RouteLimits(Peers):
         self.assertEqual(brief(reply)[:3], ("451", "4.3.2", "CONN"))
         self.assertEqual((reply.message[0], reply.temporary, reply.port), (ROUTE_LIMIT, True, peer.port))
 
+    def test_a_busy_process_gives_its_session_up(self):
+        class Sharing(haineko.TransportContext):
+            SHARE = 0.2
+
+        async def story() -> haineko.Reply:
+            limits, route = haineko.SharedLimits(), haineko.Route(port=self.peer().port, sessions=1, timeout=5)
+            busy, other = Sharing(limits=limits), Sharing(limits=limits)
+
+            async def mail_after_mail() -> None:
+                while True:
+                    await haineko.attempt_transaction(job(route), busy)
+
+            tasks = [asyncio.ensure_future(mail_after_mail()) for _ in range(3)]
+            await asyncio.sleep(0.1)
+            result = await haineko.attempt_transaction(job(route), other)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            for transport in (busy, other):
+                await transport.sweep(everything=True)
+            return result.replies[0]
+
+        self.assertEqual(haineko.run(story()).code, "250")
+
     def test_a_rate_is_waited_for_up_to_the_timeout(self):
         peer = self.peer()
         cases = [({"rate": "2/1", "timeout": 5}, 200), ({"rate": "2/600", "timeout": 1}, 503)]
