@@ -379,8 +379,9 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object_from_pairs, parse_constant=
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
 
 
-def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", secret: bool = False) -> Any:
-    """Return a dataclass field for from_dict(): default, parser, meaning, keys in JSON ("a|b" are aliases)."""
+def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", secret: str = "") -> Any:
+    """Return a dataclass field for from_dict(): default, parser, meaning, keys in JSON ("a|b" are aliases), and how a
+    secret is read: "line", "text" of several lines, or "later", each time that it is used."""
     metadata = {"parse": parse, "doc": doc, "keys": tuple(key.split("|")) if key else (), "secret": secret}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
@@ -692,14 +693,35 @@ def parse_secret(value: Any, json_path: str, errors: list) -> Any:
     return {kind: where} if len(errors) == count else None  # a faulty command is not run
 
 
+def parse_file(value: Any, json_path: str, errors: list) -> dict:
+    """Parse the name of a file that is a secret as a whole."""
+    name = parse_text(value, json_path, errors)
+    return {"file": name} if name else ""
+
+
 def read_secret(source: Any, base: str, multiline: bool = False) -> str:
     """Return a secret from where it is; ValueError tells why that fails, without octets of it. A command blocks."""
     if isinstance(source, str):
         return source
     ((kind, where),) = source.items()
-    name = where[0] if kind == "command" else where
+    name, folder = where[0] if kind == "command" else where, base
+    if kind == "credential":
+        folder = os.environ.get("CREDENTIALS_DIRECTORY", "")
+        if "/" in where or not folder:
+            raise ValueError(f".credential: no credential {where}: LoadCredential= of systemd gives it to a unit")
+    if kind == "env" and where not in os.environ:
+        raise ValueError(f".env: no environment variable {where}")
     try:
-        secret = _secret_octets(kind, where, base).decode().rstrip("\r\n")
+        if kind == "command":
+            octets = run_secret_command(where, base)
+        elif kind == "env":
+            octets = os.fsencode(os.environ[where])
+        else:
+            with open_regular(os.path.join(folder, where)) as stream:
+                octets = stream.read()
+                if os.fstat(stream.fileno()).st_mode & 0o006:
+                    raise ValueError(f".{kind}: can be read by everybody; chmod 600 {where}")
+        secret = octets.decode().rstrip("\r\n")
     except UnicodeDecodeError:
         raise ValueError(f".{kind}: {name}: not UTF-8") from None
     except OSError as error:
@@ -708,23 +730,6 @@ def read_secret(source: Any, base: str, multiline: bool = False) -> str:
     if not (multiline or secret.isprintable()):
         raise ValueError(": has a line end, or another unprintable character")
     return secret
-
-
-def _secret_octets(kind: str, where: Any, base: str) -> bytes:
-    if kind == "command":
-        return run_secret_command(where, base)
-    if kind == "env":
-        if where not in os.environ:
-            raise ValueError(f".env: no environment variable {where}")
-        return os.fsencode(os.environ[where])
-    if kind == "credential":
-        base = os.environ.get("CREDENTIALS_DIRECTORY", "")
-        if "/" in where or not base:
-            raise ValueError(f".credential: no credential {where}: LoadCredential= of systemd gives it to a unit")
-    with open_regular(os.path.join(base, where)) as stream:
-        if os.fstat(stream.fileno()).st_mode & 0o006:
-            raise ValueError(f".{kind}: can be read by everybody; chmod 600 {where}")
-        return stream.read()
 
 
 def run_secret_command(command: tuple, base: str) -> bytes:
@@ -1093,7 +1098,7 @@ class QueueSettings:
     )
     min_free: int = config_field(100 << 20, integer(0, 1 << 50), "octets that must be free on its disk")
     webhook: str = config_field("", parse_webhook_url, "URL to which the result of each queued recipient is POSTed")
-    webhook_secret: Any = config_field("", parse_secret, '"whsec_" and base64 of 24 to 64 octets', secret=True)
+    webhook_secret: Any = config_field("", parse_secret, '"whsec_" and base64 of 24 to 64 octets', secret="line")
     secret: bytes = field(default=b"", repr=False)  # octets of webhook_secret, set by resolve_settings()
 
 
@@ -1120,10 +1125,12 @@ class OAuth2:
     token_url: str = config_field("", parse_token_url, "where tokens are fetched")
     scope: str = config_field("", parse_text, "what a token is to permit")
     client_id: str = config_field("", parse_text, "the application's id")
-    client_secret: Any = config_field("", parse_secret, SECRET_FORMS, secret=True)
-    refresh_token: Any = config_field("", parse_secret, "of a user; absent: the application's own tokens", secret=True)
-    service_account: str = config_field("", parse_text, "JSON file of a Google service account, as the user's delegate")
-    access_token: Any = config_field("", parse_secret, "the token itself, usually by a command", secret=True)
+    client_secret: Any = config_field("", parse_secret, SECRET_FORMS, secret="line")
+    refresh_token: Any = config_field(
+        "", parse_secret, "of a user; absent: the application's own tokens", secret="later"
+    )
+    service_account: Any = config_field("", parse_file, "JSON file of a Google service account", secret="text")
+    access_token: Any = config_field("", parse_secret, "the token itself, usually by a command", secret="later")
     base: str = ""  # folder of the settings
 
     def __hash__(self) -> int:
@@ -1133,8 +1140,8 @@ class OAuth2:
 @dataclass(frozen=True, repr=False, eq=False)
 class Credentials:
     username: str = config_field("", parse_text, "name to log in with")
-    password: Any = config_field("", parse_secret, SECRET_FORMS, secret=True)
-    token: Any = config_field("", parse_secret, "session token of temporary credentials of Amazon", secret=True)
+    password: Any = config_field("", parse_secret, SECRET_FORMS, secret="line")
+    token: Any = config_field("", parse_secret, "session token of temporary credentials of Amazon", secret="line")
     oauth2: OAuth2 | None = config_field(None, nested(OAuth2), "access tokens instead of a password")
 
 
@@ -1142,7 +1149,7 @@ class Credentials:
 class Login:
     """Who may log in, and what for. A fence that is absent (None) permits everything, an empty one nothing."""
 
-    hash: str = config_field("", parse_password_hash, "of the password or the API key", secret=True)
+    hash: str = config_field("", parse_password_hash, "of the password or the API key", secret="line")
     senders: frozenset | None = config_field(None, parse_fence, "addresses and domains that may be used as sender")
     recipients: frozenset | None = config_field(None, parse_fence, "the same of recipients")
     networks: Networks | None = config_field(None, parse_networks, "from where it may be used")
@@ -1167,7 +1174,7 @@ class DkimKey:
     """What signs the mail of a domain (RFC 6376). resolve_settings() sets domain and private."""
 
     selector: str = config_field("", matching(DOMAIN, "a selector"), "the key is at SELECTOR._domainkey.DOMAIN in DNS")
-    key: Any = config_field("", parse_secret, "PEM: Ed25519, or RSA of 2048 bits or more", secret=True)
+    key: Any = config_field("", parse_secret, "PEM: Ed25519, or RSA of 2048 bits or more", secret="text")
     domain: str = ""
     private: PrivateKey | None = None
 
@@ -1282,39 +1289,43 @@ def load_settings(path: str | None) -> tuple:
     if path is None:
         screen = {"default": Route(mailer="Screen")}
         return resolve_settings(Settings(recipients=Recipients(open_relay=True), mailertable=screen), [])
-    errors: list = []
-    files = {path: stat_key(path)}
-    raw = read_json_file(path, errors)
-    for name, value in raw.items():
-        if isinstance(value, str) and name in key_table(Settings):
-            aside = os.path.join(os.path.dirname(path), value)
-            files[aside] = stat_key(aside)
-            raw[name] = read_json_file(aside, errors, name)
-    settings = from_dict(Settings, raw, "", errors)
-    settings, dependent = resolve_settings(replace(settings, path=path), [])
+    errors, public, aside, files = [], [], {}, {path: stat_key(path)}
+    raw = read_json_file(path, errors, public)
+    for section, name in raw.items():
+        if isinstance(name, str) and section in key_table(Settings):
+            aside[section] = file = os.path.join(os.path.dirname(path), name)
+            files[file] = stat_key(file)
+            raw[section] = read_json_file(file, errors, public, section)
+    settings = replace(from_dict(Settings, raw, "", errors), path=path, files=tuple(files.items()))
+    plain = [where for where, holder, name, _ in secret_fields(settings) if isinstance(getattr(holder, name), str)]
+    secret_files = {aside.get(where.partition(".")[0], path) for where in plain}
+    errors += [
+        f"{name}: holds secrets and can be read by everybody; chmod 600 {name}"
+        for name in public
+        if name in secret_files
+    ]
     reported = {error.partition(": ")[0] for error in errors}
-    errors += [error for error in dependent if not _follows(error, reported)]
-    files.update((name, stat_key(name)) for name in referenced_files(settings))
-    return replace(settings, files=tuple(files.items())), errors
-
-
-def _follows(error: str, reported: set) -> bool:
-    """Return whether an error only follows from one at a reported path."""
-    path = error.partition(": ")[0]
-    return path in reported or path.rpartition(".")[0] in reported or ("authinfo" in reported and "authinfo" in error)
+    settings, dependent = resolve_settings(settings, [])
+    for error in dependent:
+        where = error.partition(": ")[0]
+        is_login = "authinfo" in reported and "authinfo" in error
+        if not (
+            is_login or where in reported or where.rpartition(".")[0] in reported
+        ):  # else it only follows from those
+            errors.append(error)
+    return settings, errors
 
 
 def stat_key(path: str) -> tuple | None:
     """Return values that change when a file is rewritten, None if there is none."""
-    try:
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in the name
         found = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a NUL in the name
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode, found.st_uid
+        return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode, found.st_uid
+    return None
 
 
-def read_json_file(path: str, errors: list, section: str = "") -> dict:
-    """Return the JSON object in the settings file or in that of one section; {} and an error if there is none."""
+def read_json_file(path: str, errors: list, public: list, section: str = "") -> dict:
+    """Return the JSON object in a file, {} and an error if there is none; note in `public` that everybody can read it."""
     label = f"{section}: {path}" if section else path
     try:
         with open_regular(path) as stream:
@@ -1323,14 +1334,12 @@ def read_json_file(path: str, errors: list, section: str = "") -> dict:
     except (OSError, ValueError) as error:
         errors.append(f"{label}: {getattr(error, 'strerror', None) or error}")
         return {}
-    if not isinstance(raw, dict):
-        errors.append(f"{label}: expected an object, got {json_type_name(raw)}")
-        return {}
+    public += [path] if mode & 0o004 else []
     if mode & 0o002:
         errors.append(f"{label}: can be written by everybody; chmod 600 {path}")
-    elif mode & 0o004 and holds_secrets({section: raw} if section else raw):
-        errors.append(f"{label}: holds secrets and can be read by everybody; chmod 600 {path}")
-    return raw
+    if not isinstance(raw, dict):
+        errors.append(f"{label}: expected an object, got {json_type_name(raw)}")
+    return raw if isinstance(raw, dict) else {}
 
 
 def open_regular(path: str) -> Any:
@@ -1342,127 +1351,116 @@ def open_regular(path: str) -> Any:
     return stream
 
 
-def holds_secrets(raw: dict) -> bool:
-    """Return whether raw settings hold a secret itself, not only where it is."""
-    logins, keys, hashes, queue_settings = (raw.get(name) or {} for name in ("authinfo", "dkim", "password", "queue"))
-    holders = [holder for table in (logins, keys) if isinstance(table, dict) for holder in table.values()]
-    holders += [item["oauth2"] for item in holders if isinstance(item, dict) and isinstance(item.get("oauth2"), dict)]
-    names = ("password", "token", "key", "client_secret", "refresh_token", "access_token")
-    secrets = [holder.get(name) for holder in holders if isinstance(holder, dict) for name in names]
-    secrets += [queue_settings.get("webhook_secret")] if isinstance(queue_settings, dict) else []
-    return any(secret and type(secret) is str for secret in secrets) or (isinstance(hashes, dict) and bool(hashes))
+def secret_fields(value: Any, json_path: str = "") -> Any:
+    """Yield (JSON path, the dataclass that holds it, its name, how it is read) of each secret in settings."""
+    value = getattr(value, "logins", value)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from secret_fields(item, f"{json_path}.{key}")
+    for item in fields(value) if hasattr(value, "__dataclass_fields__") else ():
+        where, secret = f"{json_path}.{item.name}".lstrip("."), item.metadata.get("secret")
+        if secret and getattr(value, item.name):
+            yield where, value, item.name, secret
+        elif not secret:
+            yield from secret_fields(getattr(value, item.name), where)
 
 
-def referenced_files(settings: Settings) -> list:
-    """Return the paths of files that the settings name and that are read with them."""
-    base, tls = os.path.dirname(settings.path or ""), settings.httpd.tls
-    secrets = [secret for login in settings.authinfo.values() for secret in (login.password, login.token)]
-    by_token = [login.oauth2 for login in settings.authinfo.values() if login.oauth2]
-    secrets += [secret for item in by_token for secret in (item.client_secret, {"file": item.service_account})]
-    secrets += [settings.queue.webhook_secret] if settings.queue else []
-    secrets += [item.key for item in settings.dkim.values()]
-    names = [secret["file"] for secret in secrets if isinstance(secret, dict) and "file" in secret]
-    tables = *settings.mailertable.values(), *settings.sendermt.values()
-    names += [route.ca_file for first in tables for route in first.choices]
-    names += [tls.certificate, tls.key] if tls else []
-    return [os.path.join(base, name) for name in names if name]
+def resolve_secrets(settings: Settings, base: str, errors: list) -> list:
+    """Put each secret in place of its source, which stays where that fails; return the names of the files read."""
+    names = []
+    for json_path, holder, name, how in secret_fields(settings):
+        source = getattr(holder, name)
+        if isinstance(source, str) or (how == "later" and "command" in source):  # a command may need the network
+            continue
+        try:
+            secret = read_secret(source, base, how == "text")
+        except ValueError as error:
+            errors.append(f"{json_path}{error}")
+            continue
+        if how != "later":
+            object.__setattr__(holder, name, secret)
+            names += [source["file"]] if "file" in source else []
+    return names
 
 
 def resolve_settings(settings: Settings, errors: list) -> tuple:
     """Return (Settings, errors) with names, secrets and files looked up, so that a mail finds all of it ready."""
-    base = os.path.dirname(settings.path or "")
-    logins = {name: _login(login, base, f"authinfo.{name}", errors) for name, login in settings.authinfo.items()}
-    tables = {}
-    for table in ("mailertable", "sendermt"):
-        routes = [
-            (key, first)
-            for key, first in getattr(settings, table).items()
-            if not all(one.disabled for one in first.choices)
-        ]
-        tables[table] = {key: _route_list(first, logins, base, f"{table}.{key}", errors) for key, first in routes}
-    name = settings.smtpd.hostname or local_hostname()
-    if settings.httpd.tls:
-        _check_tls(settings.httpd.tls, base, errors)
-    recipients = settings.recipients or Recipients(domainpart=frozenset([name.lower()]))
-    smtpd = replace(settings.smtpd, hostname=name)
-    queue_settings = settings.queue and _queue_settings(settings.queue, base, errors)
-    keys = {domain: _dkim_key(key, domain, base, errors) for domain, key in settings.dkim.items()}
-    return replace(settings, smtpd=smtpd, recipients=recipients, queue=queue_settings, dkim=keys, **tables), errors
+    base, name, tls = (
+        os.path.dirname(settings.path or ""),
+        settings.smtpd.hostname or local_hostname(),
+        settings.httpd.tls,
+    )
+    files = resolve_secrets(settings, base, errors)
+    logins = {key: _login(login, base, f"authinfo.{key}", errors) for key, login in settings.authinfo.items()}
+    tables: dict = {"mailertable": {}, "sendermt": {}}
+    for table, routes in tables.items():
+        for key, first in getattr(settings, table).items():
+            paths = [f"{table}.{key}[{i}]" if first.fallbacks else f"{table}.{key}" for i in range(len(first.choices))]
+            choices = [pair for pair in zip(first.choices, paths) if not pair[0].disabled]
+            found = [_route(replace(one, fallbacks=()), logins, base, path, errors) for one, path in choices]
+            routes.update({key: replace(found[0], fallbacks=tuple(found[1:]))} if found else {})
+            files += [route.ca_file for route in found]
+    if tls:
+        files += [tls.certificate, tls.key]
+        missing = [key for key in ("certificate", "key") if not getattr(tls, key)]
+        errors.extend(f"httpd.tls.{key}: expected the name of a PEM file" for key in missing)
+        try:
+            server_context(tls, base) if not missing else None
+        except OSError as error:
+            errors.append(f"httpd.tls: {error.filename}: {error.strerror}")
+    values = {
+        "smtpd": replace(settings.smtpd, hostname=name),
+        "recipients": settings.recipients or Recipients(domainpart=frozenset([name.lower()])),
+        "queue": settings.queue and _queue_settings(settings.queue, base, errors),
+        "dkim": {domain: _dkim_key(key, domain, errors) for domain, key in settings.dkim.items()},
+        "files": (
+            *settings.files,
+            *[(path, stat_key(path)) for path in (os.path.join(base, name) for name in files if name)],
+        ),
+    }
+    return replace(settings, **values, **tables), errors
 
 
-def _dkim_key(key: DkimKey, domain: str, base: str, errors: list) -> DkimKey:
+def _dkim_key(key: DkimKey, domain: str, errors: list) -> DkimKey:
     """Return the key loaded."""
     if not key.selector:
         errors.append(f"dkim.{domain}.selector: expected a selector")
-    json_path = f"dkim.{domain}.key"
-    pem = _secret(key.key, base, json_path, errors, multiline=True)
     try:
-        return replace(key, domain=domain, private=PrivateKey(pem.encode()))
+        return replace(key, domain=domain, private=PrivateKey(key.key.encode())) if isinstance(key.key, str) else key
     except (ValueError, OSError) as error:
-        if not errors or not errors[-1].startswith(json_path):
-            errors.append(f"{json_path}: {getattr(error, 'strerror', None) or error}")
-    return key
+        errors.append(f"dkim.{domain}.key: {getattr(error, 'strerror', None) or error}")
+        return key
 
 
-def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple:
-    """Return (username, password, token, oauth2) with the secrets looked up."""
-    password = _secret(login.password, base, f"{json_path}.password", errors)
-    token = _secret(login.token, base, f"{json_path}.token", errors)
-    if login.oauth2 and not login.username:
-        errors.append(f"{json_path}.username: oauth2 needs it")
-    return login.username, password, token, login.oauth2 and _oauth2(login.oauth2, base, f"{json_path}.oauth2", errors)
-
-
-def _oauth2(oauth2: OAuth2, base: str, json_path: str, errors: list) -> OAuth2:
-    """Return what tokens are fetched with; scope as in the settings."""
-    account = oauth2.service_account and _service_account(oauth2.service_account, base, json_path, errors)
-    provider = "google" if oauth2.service_account else oauth2.provider
+def _login(login: Credentials, base: str, json_path: str, errors: list) -> Credentials:
+    """Return the login with what tokens are fetched with; scope as in the settings."""
+    oauth2 = login.oauth2
+    if not oauth2:
+        return login
+    provider, account = "google" if oauth2.service_account else oauth2.provider, oauth2.service_account
     url = oauth2.token_url or PROVIDERS.get(provider, ("",))[0].format(tenant=oauth2.tenant)
-    secret = _secret(oauth2.client_secret, base, f"{json_path}.client_secret", errors)
-    for key in ("refresh_token", "access_token"):
-        source = getattr(oauth2, key)
-        if not (isinstance(source, dict) and "command" in source):  # which may need the network
-            _secret(source, base, f"{json_path}.{key}", errors)
-    if not (oauth2.service_account or oauth2.access_token):
+    needs = {"username": login.username}
+    if not (account or oauth2.access_token):
         tenant = oauth2.token_url or provider != "microsoft" or oauth2.tenant
-        needs = {"provider": url, "tenant": tenant, "client_id": oauth2.client_id}
-        needs["client_secret"] = oauth2.client_secret or oauth2.refresh_token
-        errors.extend(f"{json_path}.{key}: oauth2 needs it" for key, value in needs.items() if not value)
-    values = {"provider": provider, "token_url": url, "client_secret": secret, "service_account": account}
-    return replace(oauth2, base=base, **values)
-
-
-def _service_account(name: str, base: str, json_path: str, errors: list) -> str:
-    """Return the file's content, checked."""
-    text = _secret({"file": name}, base, f"{json_path}.service_account", errors, multiline=True)
+        needs.update({"oauth2.provider": url, "oauth2.tenant": tenant, "oauth2.client_id": oauth2.client_id})
+        needs["oauth2.client_secret"] = oauth2.client_secret or oauth2.refresh_token
+    errors.extend(f"{json_path}.{key}: oauth2 needs it" for key, value in needs.items() if not value)
     try:
-        document = parse_json(text.encode()) if text else None
+        document = parse_json(account.encode()) if account and isinstance(account, str) else None
         document and (document["client_email"], PrivateKey(document["private_key"].encode()))
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        errors.append(f"{json_path}.service_account: {name}: expected the JSON file of a Google service account")
-    return text
-
-
-def _secret(source: Any, base: str, json_path: str, errors: list, multiline: bool = False) -> str:
-    """Return a secret from where `source` says that it is."""
-    try:
-        return read_secret(source, base, multiline)
-    except ValueError as error:
-        errors.append(f"{json_path}{error}")
-        return ""
+        errors.append(f"{json_path}.oauth2.service_account: expected the JSON file of a Google service account")
+    return replace(login, oauth2=replace(oauth2, base=base, provider=provider, token_url=url))
 
 
 def _queue_settings(settings: QueueSettings, base: str, errors: list) -> QueueSettings:
-    path = os.path.abspath(os.path.join(base, settings.path))
+    path, secret, octets = os.path.abspath(os.path.join(base, settings.path)), settings.webhook_secret, b""
     if not settings.path or os.path.isdir(path):
         errors.append("queue.path: expected the name of a file")
     elif not is_writable_folder(os.path.dirname(path)):
         errors.append(f"queue.path: {os.path.dirname(path)} is not a folder that can be written")
-    secret = _secret(settings.webhook_secret, base, "queue.webhook_secret", errors)
-    try:
-        octets = base64.b64decode(secret[6:], validate=True) if secret.startswith("whsec_") else b""
-    except ValueError:
-        octets = b""
+    with contextlib.suppress(ValueError):
+        octets = base64.b64decode(str(secret).partition("whsec_")[2], validate=True)
     if (settings.webhook or secret) and not 24 <= len(octets) <= 64:
         errors.append('queue.webhook_secret: expected "whsec_" and base64 of 24 to 64 octets')
     return replace(settings, path=path, secret=octets)
@@ -1472,58 +1470,34 @@ def is_writable_folder(path: str) -> bool:
     return os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
 
 
-def _check_tls(tls: Tls, base: str, errors: list) -> None:
-    missing = [key for key in ("certificate", "key") if not getattr(tls, key)]
-    errors.extend(f"httpd.tls.{key}: expected the name of a PEM file" for key in missing)
-    try:
-        server_context(tls, base) if not missing else None
-    except OSError as error:
-        errors.append(f"httpd.tls: {error.filename}: {error.strerror}")
-
-
-def _route_list(first: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
-    found = []
-    for i, route in enumerate(first.choices):
-        if not route.disabled:
-            path = f"{json_path}[{i}]" if first.fallbacks else json_path
-            found.append(_route(replace(route, fallbacks=()), logins, base, path, errors))
-    return replace(found[0], fallbacks=tuple(found[1:]))
-
-
 def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
-    row = route.row
-    if route.auth and route.auth not in logins:
+    """Return the route with its login, and the host and port of its API."""
+    row, login, has_login = route.row, logins.get(route.auth, Credentials()), route.auth in logins
+    if route.auth and not has_login:
         errors.append(f'{json_path}.auth: "{route.auth}" is not in authinfo{did_you_mean(route.auth, logins)}')
+    elif route.auth and row.api_url and not all(getattr(login, key) for key in row.login):
+        errors.append(f"{json_path}.auth: authinfo.{route.auth} needs {' and '.join(row.login)}")
     errors += [f"{json_path}.{key}: {route.relay} takes no such setting" for key in row.refuses if getattr(route, key)]
     errors += [f"{json_path}.{key}: {route.relay} needs it" for key in row.needs if not getattr(route, key)]
     if row.into_folder and not is_writable_folder(route.folder):
         errors.append(f"{json_path}.mailer: {route.folder} is not a folder that can be written")
+    if not row.into_folder and route.host.startswith("/"):
+        errors.append(f'{json_path}.host: expected a host name, got "{route.host}"')
     ca_file = os.path.join(base, route.ca_file) if route.ca_file else ""
     try:
         client_context(route.tls_verify, ca_file, stat_key(ca_file)) if ca_file else None
     except OSError as error:
         errors.append(f"{json_path}.ca_file: {ca_file}: {error.strerror or error}")
-    if not row.into_folder and route.host.startswith("/"):
-        errors.append(f'{json_path}.host: expected a host name, got "{route.host}"')
-    *login, token, oauth2 = logins.get(route.auth, ("", None))
-    if row.api_url:
-        oauth2 = oauth2 if "oauth2" in row.login else None
-    elif token:
-        oauth2 = oauth2 or OAuth2(access_token=token)
+    oauth2 = login.oauth2 if not row.api_url or "oauth2" in row.login else None
+    if login.token and not row.api_url:
+        oauth2 = oauth2 or OAuth2(access_token=login.token)
     if oauth2 and not oauth2.scope:
         scopes = row.scopes or PROVIDERS.get(oauth2.provider, ("", "", ""))[1:]
         oauth2 = replace(oauth2, scope=scopes[bool(oauth2.refresh_token)])
-    route = replace(route, ca_file=ca_file, credentials=tuple(login), token=token, oauth2=oauth2)
-    return _web_route(route, row, json_path, errors) if row.api_url else route
-
-
-def _web_route(route: Route, row: Relay, json_path: str, errors: list) -> Route:
-    """Return the route of a relay by HTTP with the host and port of its API."""
-    login = dict(zip(("username", "password"), route.credentials), oauth2=route.oauth2)
-    if route.credentials and not all(login[key] for key in row.login):
-        errors.append(f"{json_path}.auth: authinfo.{route.auth} needs {' and '.join(row.login)}")
-    site = split_base_url(route.url)
-    return replace(route, host=site.host, port=site.port)
+    site = split_base_url(route.url) if row.api_url else route
+    credentials = (login.username, login.password) if has_login else ()
+    values = {"host": site.host, "port": site.port, "credentials": credentials, "token": login.token}
+    return replace(route, ca_file=ca_file, oauth2=oauth2, **values)
 
 
 class BaseURL(NamedTuple):
