@@ -92,6 +92,12 @@ __version__ = "1.0.0"
 #    settings, sockets and JSON.
 # ======================================================================================================================
 
+DEFAULT_DSN = (" RET=FULL", " NOTIFY=FAILURE,DELAY")  # parameters of MAIL and of RCPT (RFC 3461)
+LARGE = 65536  # octets; work on more than this takes milliseconds
+ANSWER_KEYS = ("code", "dsn", "command", "message", "mailer", "host", "port")
+BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+RANDOM_DIGITS = bytes(ord(BASE62[i % 62]) for i in range(256))
+
 
 class Reply(NamedTuple):
     """Reply about one recipient: an SMTP reply, or one of Haineko's own, with the command that decided."""
@@ -125,7 +131,6 @@ class Reply(NamedTuple):
 
     @property
     def relay(self) -> str | None:
-        """Return the name of the server that replied, for the log."""
         return f"{self.mailer}:{self.host}:{self.port}" if self.host else self.mailer
 
     @property
@@ -144,9 +149,6 @@ class Rejected(Exception):  # noqa: N818 -- the word that postmasters use
         return self.args[0]
 
 
-DEFAULT_DSN = (" RET=FULL", " NOTIFY=FAILURE,DELAY")  # parameters of MAIL and of RCPT (RFC 3461)
-
-
 class Message(NamedTuple):
     """Finished message (RFC 5322, CRLF); the recipient and the copy's number are inserted between its parts."""
 
@@ -156,13 +158,9 @@ class Message(NamedTuple):
     dsn: tuple = DEFAULT_DSN
 
     def copy(self, recipient: str, number: int) -> bytes:
-        """Return the octets of one recipient's copy."""
         if len(self.parts) == 3:
             return b"%b%b%b%d%b" % (self.parts[0], recipient.encode(), self.parts[1], number, self.parts[2])
         return recipient.encode().join(self.parts)
-
-
-LARGE = 65536  # octets; work on more than this takes milliseconds
 
 
 class Transaction(NamedTuple):
@@ -219,23 +217,16 @@ def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
     return {**item, "maybe_delivered": True} if reply.maybe_delivered else item
 
 
-ANSWER_KEYS = ("code", "dsn", "command", "message", "mailer", "host", "port")
-
-
 def cache_short(maxsize: int, limit: int = 512) -> Callable:
-    """Decorate a function with an LRU cache for calls whose first argument is short.
-
-    Clients choose what is parsed; long values would fill the memory.
-    """
+    """Decorate a function with an LRU cache for short first arguments: clients' long ones would fill the memory."""
 
     def decorate(function: Callable) -> Callable:
         cached = functools.lru_cache(maxsize)(function)
 
-        @functools.wraps(function)
         def call(first: Any, *others: Any) -> Any:
             return (cached if len(first) <= limit else function)(first, *others)
 
-        return call
+        return functools.wraps(function)(call)
 
     return decorate
 
@@ -248,10 +239,6 @@ def new_queueid(now: float) -> str:
 @functools.lru_cache(maxsize=2)
 def _base62(second: int) -> str:
     return "".join(BASE62[second // 62**place % 62] for place in range(5, -1, -1))
-
-
-BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-RANDOM_DIGITS = bytes(ord(BASE62[i % 62]) for i in range(256))
 
 
 # name: (HTTP status of a refusal, code, dsn, command, text)
@@ -346,9 +333,13 @@ REPLIES = {
 #    then return None, which keeps the default.
 # ======================================================================================================================
 
+MAX_HINTS = 50  # a hint takes some 50 us, and a hostile body has a million keys
+MAX_ERRORS = 1000  # or a hostile body could yield 100 times its own size in messages
+JSON_TYPES = {bool: "true or false", str: "a string", (int, float): "a number", list: "a list", dict: "an object"}
+
 
 class DuplicateKeyDict(dict):
-    """JSON object with keys that were repeated: `duplicate_keys`."""
+    """JSON object with repeated keys."""
 
     duplicate_keys: tuple = ()
 
@@ -364,14 +355,13 @@ def parse_json(octets: bytes) -> Any:
 
 
 def _object_from_pairs(pairs: list) -> dict:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        result, counts = DuplicateKeyDict(result), Counter(key for key, _ in pairs)
-        result.duplicate_keys = tuple(key for key, count in counts.items() if count > 1)
+    if len(result := dict(pairs)) < len(pairs):
+        result = DuplicateKeyDict(result)
+        result.duplicate_keys = tuple(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
     return result
 
 
-def _reject_constant(name: str):
+def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
@@ -398,22 +388,15 @@ def from_dict(cls: type, raw: Any, json_path: str, errors: list, hint: Callable 
     if type(raw) is DuplicateKeyDict:
         errors.extend(f"{prefix}{sanitize(key)}: duplicate key" for key in raw.duplicate_keys[:MAX_ERRORS])
     for key, value in raw.items():
-        row = known.get(key)
-        if row and value is not None:
-            name, parse = row
+        name, parse = known.get(key, ("", None))
+        if name and value is not None:
             if name in values:
                 errors.append(f"{prefix}{key}: duplicate: an alias of this key is already set")
             values[name] = parse(value, prefix + key, errors)
-        elif not row:
-            if len(errors) >= MAX_ERRORS:
-                break
+        elif not name and len(errors) < MAX_ERRORS:
             meant = (hint or did_you_mean)(key, known) if len(errors) < MAX_HINTS else ""
             errors.append(f"{prefix}{sanitize(key)}: unknown key{meant}")
     return cls(**{name: value for name, value in values.items() if value is not None})
-
-
-MAX_HINTS = 50  # a hint takes some 50 us, and a hostile body has a million keys
-MAX_ERRORS = 1000  # or a hostile body could yield 100 times its own size in messages
 
 
 @functools.lru_cache(maxsize=None)
@@ -424,11 +407,7 @@ def key_table(cls: type) -> dict:
 
 
 def json_type_name(value: Any) -> str:
-    """Return "a string", "a list" and so on."""
     return next((name for kind, name in JSON_TYPES.items() if isinstance(value, kind)), "null")
-
-
-JSON_TYPES = {bool: "true or false", str: "a string", (int, float): "a number", list: "a list", dict: "an object"}
 
 
 def did_you_mean(word: str, words: Any) -> str:
@@ -533,13 +512,13 @@ def list_of(parse: Callable, collect: Callable = tuple, required: bool = False) 
     return parse_all
 
 
-def mapping_of(parse: Callable, fold: Callable = str, expected: str = "a name") -> Callable:
+def mapping_of(parse: Callable, fold: Callable = str, expected: str = "a name", collect: Callable = dict) -> Callable:
     """Return a parser of objects whose keys are names; `fold` returns a name's canonical form, or "" for none."""
 
-    def parse_all(value: Any, json_path: str, errors: list) -> dict:
+    def parse_all(value: Any, json_path: str, errors: list) -> Any:
         if not isinstance(value, dict):
             errors.append(f"{json_path}: expected an object, got {json_type_name(value)}")
-            return {}
+            return collect({})
         paths = {key: f"{json_path}.{sanitize(key)}" for key in value}
         errors.extend(f"{paths[key]}: duplicate key" for key in getattr(value, "duplicate_keys", ()))
         errors.extend(f"{paths[key]}: expected {expected}" for key in value if not fold(key))
@@ -547,13 +526,12 @@ def mapping_of(parse: Callable, fold: Callable = str, expected: str = "a name") 
         if len(set(names)) < len(names):
             errors.append(f"{json_path}: two keys differ in case only")
         parsed = {fold(key): parse(item, paths[key], errors) for key, item in value.items()}
-        return {key: item for key, item in parsed.items() if item is not None}
+        return collect({key: item for key, item in parsed.items() if item is not None})
 
     return parse_all
 
 
 def nested(cls: type) -> Callable:
-    """Return a parser of nested objects."""
     return functools.partial(from_dict, cls)
 
 
@@ -563,8 +541,44 @@ def nested(cls: type) -> Callable:
 #    Each field states its default, limits and meaning; the example file is made from them.
 # ======================================================================================================================
 
-
 IPAddress = Any  # ipaddress.IPv4Address or IPv6Address
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+DOMAIN = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(?:\.{_LABEL})*")
+_LDH = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # letters, digits, hyphens
+HOSTNAME = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)*(?=[0-9-]*[A-Za-z]){_LDH}")  # RFC 5321 4.1.2, and no number
+LOCALDOMAIN = ".localdomain"
+IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different domains, RFC 5894 7.2
+DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
+LISTEN_ADDRESS = re.compile(r"(?:[^:]+|\[[^]]+\]):([0-9]{1,5})|unix:/.*")
+NAME_SERVER = re.compile(r"\[([^]]+)\]:(\d{1,5})|([^:]+):(\d{1,5})|(\S+)")
+BASE_URL = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?(?:/[A-Za-z0-9/._~-]*)?")
+WEBHOOK_URL = re.compile(r"(https?)://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(/[!-~]*)?")
+ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+", re.IGNORECASE)
+FACILITIES = (
+    "kern user mail daemon auth syslog lpr news uucp cron - - - - - - local0 local1 local2 local3 local4 local5"
+)
+FACILITIES = {name: i for i, name in enumerate(f"{FACILITIES} local6 local7".split()) if name != "-"}  # RFC 3164 4.1.1
+RATE = re.compile("[1-9][0-9]{0,8}/[1-9][0-9]{0,6}")
+_BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==))"
+SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at most
+SSHA = re.compile(rf"{{SSHA}}(?=.{{27}}[^=]){_BASE64}")  # of 21 octets or more: SHA-1 of password and salt, salt
+KEY_HASH = "$sha256$"
+NEW_COST = 5  # OWASP's N=2**14, r=8, p=5: as hard as N=2**17, p=1 in an eighth of the memory, 16 MiB
+SECRET_TIMEOUT = 10  # seconds
+SECRET_FORMS = 'a string, {"file": path}, {"env": NAME}, {"command": [program, argument]} or {"credential": NAME}'
+MICROSOFT, MAIL = "https://login.microsoftonline.com/{tenant}/oauth2/v2.0/token", "https://mail.google.com/"
+OUTLOOK = "https://outlook.office365.com/.default", "https://outlook.office.com/SMTP.Send offline_access"
+PROVIDERS = {  # of access tokens: (token_url, scope of an application's tokens, scope of a user's)
+    "microsoft": (MICROSOFT, *OUTLOOK),
+    "google": ("https://oauth2.googleapis.com/token", MAIL, MAIL),
+}
+LIBCRYPTO = {  # function: types of its result and arguments in ctypes
+    "BIO_new_mem_buf": "void_p char_p int", "BIO_free": "int void_p", "ERR_clear_error": "",
+    "PEM_read_bio_PrivateKey": "void_p void_p void_p void_p char_p", "EVP_PKEY_free": " void_p",
+    "EVP_MD_CTX_new": "void_p", "EVP_MD_CTX_free": " void_p", "EVP_sha256": "void_p",
+    "EVP_DigestSignInit": "int void_p void_p void_p void_p void_p",
+    "EVP_DigestSign": "int void_p char_p void_p char_p size_t", "i2d_PUBKEY": "int void_p void_p",
+}  # fmt: skip
 
 
 @cache_short(4096, 64)
@@ -578,11 +592,10 @@ class Networks:
     """Set of IP networks; `address in networks` takes as long for 100,000 of them as for ten."""
 
     def __init__(self, texts: tuple = ()) -> None:
-        self.texts = texts
-        groups: dict = {}
+        self.texts, groups = texts, defaultdict(set)
         for network in map(functools.partial(ipaddress.ip_network, strict=False), texts):
             shift = network.max_prefixlen - network.prefixlen
-            groups.setdefault((network.version, shift), set()).add(int(network.network_address) >> shift)
+            groups[network.version, shift].add(int(network.network_address) >> shift)
         self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
 
     def __contains__(self, address: IPAddress) -> bool:
@@ -590,19 +603,15 @@ class Networks:
         return any(version == of and number >> shift in members for of, shift, members in self.groups)
 
 
-LOOPBACK = Networks(("127.0.0.0/8", "::1"))
-
-
 def is_ip(text: str) -> bool:
-    try:
+    with contextlib.suppress(ValueError):
         return bool(ipaddress.ip_address(text))
-    except ValueError:
-        return False
+    return False
 
 
 def is_listen_address(text: str) -> bool:
-    found = re.fullmatch(r"(?:[^:]+|\[[^]]+\]):([0-9]{1,5})", text)
-    return int(found[1]) < 65536 if found else text.startswith("unix:/")
+    found = LISTEN_ADDRESS.fullmatch(text)
+    return bool(found) and int(found[1] or 0) < 65536
 
 
 def is_host(text: str) -> bool:
@@ -612,29 +621,83 @@ def is_host(text: str) -> bool:
 
 def name_server_endpoint(text: str) -> tuple:
     """Return (IP address, port) of "address", "address:port" or "[v6]:port"; () if it is none of them."""
-    found = re.fullmatch(r"\[([^]]+)\]:(\d{1,5})|([^:]+):(\d{1,5})|(\S+)", text)
+    found = NAME_SERVER.fullmatch(text)
     name, port = (found[1] or found[3] or found[5], int(found[2] or found[4] or 53)) if found else ("", 0)
     return (name, port) if is_ip(name) and 0 < port < 65536 else ()
 
 
-def is_url(pattern: re.Pattern, url: str) -> bool:
-    """Return whether the pattern matches, and host and port can be connected to; may raise ValueError."""
-    parts = urllib.parse.urlsplit(url)
-    name, port = parts.hostname or "", parts.port
-    return bool(pattern.fullmatch(url) and port != 0 and (DOMAIN.fullmatch(name) or ipaddress.IPv6Address(name)))
+def url_parser(pattern: re.Pattern, example: str, **options: Any) -> Callable:
+    """Return a parser of URLs, or "", that the pattern matches and whose host and port can be connected to."""
+
+    def accepts(url: str) -> bool:
+        parts = urllib.parse.urlsplit(url)
+        name, port = parts.hostname or "", parts.port
+        return bool(pattern.fullmatch(url) and port != 0 and (DOMAIN.fullmatch(name) or ipaddress.IPv6Address(name)))
+
+    return matching(accepts, f'a URL like "{example}"', optional=True, **options)
 
 
-_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
-DOMAIN = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(?:\.{_LABEL})*")
-BASE_URL = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?(?:/[A-Za-z0-9/._~-]*)?")
-WEBHOOK_URL = re.compile(r"(https?)://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(/[!-~]*)?")
-ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+", re.IGNORECASE)
-FACILITIES = {
-    name: i
-    for i, name in enumerate(["kern", "user", "mail", "daemon", "auth", "syslog", "lpr", "news", "uucp", "cron"])
-}
-FACILITIES.update({f"local{i}": 16 + i for i in range(8)})  # RFC 3164 4.1.1
+def ascii_domain(name: str) -> str:
+    """Return the domain in ASCII (IDNA 2003), or "" if it has none or if IDNA 2008 has another one."""
+    if name.isascii():
+        return name
+    with contextlib.suppress(UnicodeError):
+        return "" if any(c in name for c in IDNA_DEVIATIONS) else name.encode("idna").decode()
+    return ""
 
+
+def domain_key(name: str) -> str:
+    """Return a domain in lower case and ASCII (RFC 5890); "" if it is none."""
+    domain = ascii_domain(name).lower()
+    return domain if DOMAIN.fullmatch(domain) or re.fullmatch(r"\[[0-9a-z:.]+\]", domain) else ""
+
+
+def table_key(name: str) -> str:
+    """Return a domain, or ".domain" for those below it, likewise."""
+    key = domain_key(name[1:] if name.startswith(".") else name)
+    return f".{key}" if key and name.startswith(".") else key
+
+
+def recipient_key(text: str) -> str:
+    """Return an address in lower case and ASCII as policy compares it, "" if it is none."""
+    local, _, domain = text.rpartition("@")
+    return f"{local.lower()}@{key}" if local and (key := domain_key(domain)) else ""
+
+
+def fence_key(text: str) -> str:
+    return recipient_key(text) if "@" in text else table_key(text)
+
+
+def lookup_keys(domain: str) -> list:
+    """Return the keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
+    return [domain, *(domain[dot.start() :] for dot in re.finditer(r"\.", domain))]
+
+
+class Rate(NamedTuple):
+    """A limit such as "100/3600": so many in so many seconds."""
+
+    limit: int
+    seconds: int
+
+
+def rate_of(text: str) -> Rate | None:
+    return Rate(*map(int, text.split("/"))) if text else None
+
+
+@functools.lru_cache(maxsize=1024)
+def iso_time(text: str) -> float:
+    """Return the seconds since the epoch of an ISO 8601 date or time, which is UTC unless it says otherwise."""
+    moment = datetime.fromisoformat(re.sub("[Zz]$", "+00:00", text))
+    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+
+
+def parse_mailer(value: Any, json_path: str, errors: list) -> str:
+    """Parse the name of a relay, or the path of a folder."""
+    is_folder = isinstance(value, str) and value.startswith("/")
+    return (parse_text if is_folder else one_of(RELAYS, "relay type"))(value, json_path, errors)
+
+
+LOOPBACK = Networks(("127.0.0.0/8", "::1"))
 parse_network = matching(functools.partial(ipaddress.ip_network, strict=False), "an IP address or network")
 parse_networks = list_of(parse_network, lambda texts: Networks(tuple(texts)))
 parse_listen_address = matching(is_listen_address, '"host:port", "[v6]:port" or "unix:/path"')
@@ -643,21 +706,20 @@ parse_host = matching(is_host, "a host name or an IP address")
 parse_hostname = matching(DOMAIN, "a host name", optional=True)
 parse_resolver = matching(name_server_endpoint, '"address", "address:port" or "[v6]:port"', optional=True)
 parse_origin = matching(ORIGIN, 'a web origin like "https://www.example.org"', convert=str.lower)
-parse_facility = one_of(FACILITIES, "syslog facility")
-is_base_url = functools.partial(is_url, BASE_URL)
-parse_base_url = matching(
-    is_base_url, 'a URL like "https://api.example.org"', True, convert=lambda url: url.rstrip("/")
-)
+parse_base_url = url_parser(BASE_URL, "https://api.example.org", convert=lambda url: url.rstrip("/"))
+parse_webhook_url = url_parser(WEBHOOK_URL, "https://www.example.org/hook", secret=True)
+parse_token_url = url_parser(WEBHOOK_URL, "https://login.example.org/token")
 parse_region = matching(re.compile("[a-z0-9-]{1,32}"), 'a region like "eu-west-1"', optional=True)
-is_full_url = functools.partial(is_url, WEBHOOK_URL)
-parse_webhook_url = matching(is_full_url, 'a URL like "https://www.example.org/hook"', optional=True, secret=True)
-parse_token_url = matching(is_full_url, 'a URL like "https://login.example.org/token"', optional=True)
-
-
-def parse_mailer(value: Any, json_path: str, errors: list) -> str:
-    """Parse the name of a relay, or the path of a folder."""
-    is_folder = isinstance(value, str) and value.startswith("/")
-    return (parse_text if is_folder else one_of(RELAYS, "relay type"))(value, json_path, errors)
+parse_rate = matching(RATE, '"RECIPIENTS/SECONDS", such as "100/3600"', optional=True, convert=rate_of)
+parse_domain = matching(domain_key, "a domain", convert=domain_key)
+PLAIN_ADDRESS = re.compile(rf"(?=.{{3,254}}\Z)[\w+-]+(?:\.[\w+-]+)*@{DOMAIN.pattern}", re.ASCII)
+parse_plain_address = matching(PLAIN_ADDRESS, "an address")
+parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
+parse_fence = list_of(matching(fence_key, 'an address, "example.org" or ".example.org"', convert=fence_key), frozenset)
+parse_alias = list_of(matching(recipient_key, "an address"), required=True)
+parse_aliases = mapping_of(parse_alias, lambda name: "" if "@" in name else name.lower(), "a name without @")
+PASSWORD_HASH = re.compile(rf"{SCRYPT.pattern}|{SSHA.pattern}|\$sha256\$[0-9a-f]{{64}}")
+parse_password_hash = matching(PASSWORD_HASH, "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True)
 
 
 class Relay(NamedTuple):
@@ -751,16 +813,6 @@ def run_secret_command(command: tuple, base: str) -> bytes:
     return output
 
 
-SECRET_TIMEOUT = 10  # seconds
-SECRET_FORMS = 'a string, {"file": path}, {"env": NAME}, {"command": [program, argument]} or {"credential": NAME}'
-MICROSOFT, MAIL = "https://login.microsoftonline.com/{tenant}/oauth2/v2.0/token", "https://mail.google.com/"
-OUTLOOK = "https://outlook.office365.com/.default", "https://outlook.office.com/SMTP.Send offline_access"
-PROVIDERS = {  # of access tokens: (token_url, scope of an application's tokens, scope of a user's)
-    "microsoft": (MICROSOFT, *OUTLOOK),
-    "google": ("https://oauth2.googleapis.com/token", MAIL, MAIL),
-}
-
-
 class Authenticator:
     """The section `password`: who may log in. Successful logins are cached, because scrypt is slow by design."""
 
@@ -775,22 +827,19 @@ class Authenticator:
         self.key = os.urandom(32)  # so that memory holds no plain digest of a password
         self.semaphore = threading.Semaphore(self.MAX_CONCURRENT_HASHES)
 
-    def is_cached(self, credentials: str) -> bool:
-        """Return whether these credentials, an Authorization header, were verified lately, or are a key."""
-        cached = self.verified and self.verified.get(self._cache_key(credentials), 0) > time.monotonic()
-        return bool(cached or self.key_owner(credentials))
-
-    def key_owner(self, credentials: str) -> str:
-        """Return the login whose API key these credentials are, "" for none. A look-up by digest leaks no timing."""
-        user, colon, password = decode_basic(credentials).partition(":")
-        return self.keys.get(key_hash(password if colon else user), "") if self.keys else ""
+    def cached_login(self, credentials: str) -> str:
+        """Return the login of an API key, or of a password that was verified lately, "" for none."""
+        user, colon, password = decode_basic(credentials)
+        if self.keys and (name := self.keys.get(key_hash(password if colon else user))):  # a digest leaks no timing
+            return name
+        known = self.verified and self.verified.get(hmac.digest(self.key, credentials.encode(), "sha256"), 0)
+        return user if known and known > time.monotonic() else ""
 
     def authenticate(self, credentials: str) -> str:
-        """Return the name that an Authorization header (RFC 7617) proves, "" for none; takes a tenth of a second for a
-        password unless it is cached."""
-        user, colon, password = decode_basic(credentials).partition(":")
-        if self.is_cached(credentials) or not colon:
-            return self.key_owner(credentials) or (user if colon else "")
+        """Return the login that an Authorization header proves, "" for none; a password takes a tenth of a second."""
+        name, (user, colon, password) = self.cached_login(credentials), decode_basic(credentials)
+        if name or not colon:
+            return name
         line = self.logins[user].hash if user in self.logins else ""
         with self.semaphore:
             right = bool(line) and verify_password(line, password)
@@ -799,24 +848,17 @@ class Authenticator:
         if right:
             now = time.monotonic()
             self.verified = {key: expires for key, expires in self.verified.items() if expires > now}
-            self.verified[self._cache_key(credentials)] = now + self.CACHE_TTL
+            self.verified[hmac.digest(self.key, credentials.encode(), "sha256")] = now + self.CACHE_TTL
         return user if right else ""
 
-    def _cache_key(self, credentials: str) -> bytes:
-        return hmac.digest(self.key, credentials.encode(), "sha256")
 
-
-def decode_basic(credentials: str) -> str:
-    """Return "user:password" of an Authorization header (RFC 7617), "" if it is malformed."""
+def decode_basic(credentials: str) -> tuple:
+    """Return (user, ":", password) of an Authorization header (RFC 7617), empty strings if it is malformed."""
     scheme, _, token = credentials.partition(" ")
-    try:
-        return base64.b64decode(token.strip(), validate=True).decode() if scheme.lower() == "basic" else ""
-    except ValueError:
-        return ""
-
-
-def parse_passwords(value: Any, json_path: str, errors: list) -> Authenticator:
-    return Authenticator(mapping_of(parse_login)(value, json_path, errors))
+    text = ""
+    with contextlib.suppress(ValueError):
+        text = base64.b64decode(token.strip(), validate=True).decode() if scheme.lower() == "basic" else ""
+    return text.partition(":")
 
 
 def parse_login(value: Any, json_path: str, errors: list) -> Login | None:
@@ -853,10 +895,6 @@ def key_hash(key: str) -> str:
     return KEY_HASH + hashlib.sha256(key.encode()).hexdigest()
 
 
-KEY_HASH = "$sha256$"
-NEW_COST = 5  # OWASP's N=2**14, r=8, p=5: as hard as N=2**17, p=1 in an eighth of the memory, 16 MiB
-
-
 def hash_password(password: str) -> str:
     """Return a new line for the section `password`."""
     salt = os.urandom(16)
@@ -875,16 +913,6 @@ def scrypt_cost(line: str) -> int:
     found = SCRYPT.fullmatch(line)
     cost, block, parallel = (int(n) for n in found.groups()[:3]) if found else (0, 0, 0)
     return (parallel * block << cost) >> 17
-
-
-_BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==))"
-SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at most
-SSHA = re.compile(rf"{{SSHA}}(?=.{{27}}[^=]){_BASE64}")  # of 21 octets or more: SHA-1 of password and salt, salt
-parse_password_hash = matching(
-    re.compile(rf"{SCRYPT.pattern}|{SSHA.pattern}|\$sha256\$[0-9a-f]{{64}}"),
-    "a hash as `haineko.py pw` prints it, or {SSHA}",
-    secret=True,
-)
 
 
 class PrivateKey:
@@ -953,93 +981,6 @@ def libcrypto() -> Any:
     raise OSError(errno.ENOSYS, "this Python has no OpenSSL libcrypto that can be used")
 
 
-LIBCRYPTO = {  # function: types of its result and arguments in ctypes
-    "BIO_new_mem_buf": "void_p char_p int", "BIO_free": "int void_p", "ERR_clear_error": "",
-    "PEM_read_bio_PrivateKey": "void_p void_p void_p void_p char_p", "EVP_PKEY_free": " void_p",
-    "EVP_MD_CTX_new": "void_p", "EVP_MD_CTX_free": " void_p", "EVP_sha256": "void_p",
-    "EVP_DigestSignInit": "int void_p void_p void_p void_p void_p",
-    "EVP_DigestSign": "int void_p char_p void_p char_p size_t", "i2d_PUBKEY": "int void_p void_p",
-}  # fmt: skip
-
-
-class Rate(NamedTuple):
-    """A limit such as "100/3600": so many in so many seconds."""
-
-    limit: int
-    seconds: int
-
-
-def parse_rate(value: Any, json_path: str, errors: list) -> Rate | None:
-    """Parse "RECIPIENTS/SECONDS"; "" is no limit."""
-    text = matching(RATE, '"RECIPIENTS/SECONDS", such as "100/3600"', optional=True)(value, json_path, errors)
-    return Rate(*map(int, text.split("/"))) if text else None
-
-
-RATE = re.compile("[1-9][0-9]{0,8}/[1-9][0-9]{0,6}")
-
-
-@functools.lru_cache(maxsize=1024)
-def iso_time(text: str) -> float:
-    """Return the seconds since the epoch of an ISO 8601 date or time, which is UTC unless it says otherwise."""
-    moment = datetime.fromisoformat(re.sub("[Zz]$", "+00:00", text))
-    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
-
-
-def fence_key(text: str) -> str:
-    """Return an address, a domain or ".domain" as permits() compares it, "" if it is none of them."""
-    return recipient_key(text) if "@" in text else domain_key(text)
-
-
-def lookup_keys(domain: str) -> list:
-    """Return the keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
-    return [domain, *(domain[dot.start() :] for dot in re.finditer(r"\.", domain))]
-
-
-def domain_key(name: str) -> str:
-    """Return a domain, or ".domain", in lower case and ASCII (RFC 5890); "" if it is none."""
-    dot = "." if name.startswith(".") else ""
-    domain = ascii_domain(name[len(dot) :]).lower()
-    return dot + domain if DOMAIN.fullmatch(domain) or re.fullmatch(r"\[[0-9a-z:.]+\]", domain) else ""
-
-
-def recipient_key(text: str) -> str:
-    """Return an address in lower case and ASCII as policy compares it, "" if it is none."""
-    local, _, domain = text.rpartition("@")
-    key = domain_key(domain)
-    return f"{local.lower()}@{key}" if local and key and key[0] != "." else ""
-
-
-def plain_domain_key(name: str) -> str:
-    return "" if name.startswith(".") else domain_key(name)
-
-
-def ascii_domain(name: str) -> str:
-    """Return the domain in ASCII (IDNA 2003), or "" if it has none or if IDNA 2008 has another one."""
-    if name.isascii():
-        return name
-    if any(c in name for c in IDNA_DEVIATIONS):
-        return ""
-    try:
-        return name.encode("idna").decode()
-    except UnicodeError:
-        return ""
-
-
-IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different domains, RFC 5894 7.2
-DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
-parse_domain = matching(plain_domain_key, "a domain", convert=domain_key)
-parse_plain_address = matching(
-    re.compile(rf"(?=.{{3,254}}\Z)[\w+-]+(?:\.[\w+-]+)*@{DOMAIN.pattern}", re.ASCII), "an address"
-)
-parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
-parse_fence = list_of(matching(fence_key, 'an address, "example.org" or ".example.org"', convert=fence_key), frozenset)
-parse_aliases = mapping_of(
-    list_of(matching(recipient_key, "an address"), required=True),
-    lambda name: "" if "@" in name else name.lower(),
-    "a name without @",
-)
-
-
 @dataclass(frozen=True, repr=False, eq=False)
 class Tls:
     certificate: str = config_field("", parse_text, "PEM file of the certificate chain")
@@ -1061,7 +1002,7 @@ class Httpd:
 @dataclass(frozen=True, repr=False, eq=False)
 class Syslog:
     disabled: bool = config_field(True, parse_boolean, "1: the log goes to stderr")
-    facility: str = config_field("local2", parse_facility, "syslog facility")
+    facility: str = config_field("local2", one_of(FACILITIES, "syslog facility"), "syslog facility")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -1145,7 +1086,7 @@ class Credentials:
     oauth2: OAuth2 | None = config_field(None, nested(OAuth2), "access tokens instead of a password")
 
 
-@dataclass(frozen=True, repr=False, eq=False)
+@dataclass(frozen=True, repr=False)
 class Login:
     """Who may log in, and what for. A fence that is absent (None) permits everything, an empty one nothing."""
 
@@ -1157,10 +1098,6 @@ class Login:
     expires: str = config_field("", matching(iso_time, "an ISO 8601 date or time", optional=True), "when it ends")
     sandbox: bool = config_field(False, parse_boolean, "1: nothing leaves")
     trace: bool = config_field(False, parse_boolean, "1: it may ask for the SMTP dialogue")
-
-    @property
-    def is_fenced(self) -> bool:
-        return any(getattr(self, item.name) != item.default for item in fields(self)[1:])
 
     def fault(self, client: IPAddress, now: float) -> str:
         """Say why a right password is of no use here and now, "" if it is."""
@@ -1218,7 +1155,6 @@ class Route:
 
     @property
     def choices(self) -> tuple:
-        """Return the routes of a list, in order; a single route is a list of itself."""
         return (self, *self.fallbacks)
 
     @property
@@ -1228,12 +1164,10 @@ class Route:
 
     @property
     def relay(self) -> str:
-        """Return the name of the relay in RELAYS."""
         return "File" if self.mailer.startswith("/") else self.mailer
 
     @property
     def row(self) -> Relay:
-        """Return the row of RELAYS."""
         return RELAYS.get(self.relay, UNKNOWN_RELAY)
 
     @property
@@ -1250,7 +1184,6 @@ class Route:
 
     @property
     def folder(self) -> str:
-        """Return the folder in which the relay File saves messages."""
         import tempfile
 
         return next((p for p in (self.mailer, self.host) if p.startswith("/")), "") or tempfile.gettempdir()
@@ -1270,12 +1203,12 @@ class Settings:
     smtpd: Smtpd = config_field(Smtpd(), nested(Smtpd))
     relayhosts: Relayhosts = config_field(Relayhosts(), nested(Relayhosts))
     recipients: Recipients | None = config_field(None, nested(Recipients))
-    mailertable: dict = config_field({}, mapping_of(parse_route, domain_key, DOMAIN_KEYS))
-    sendermt: dict = config_field({}, mapping_of(parse_route, domain_key, DOMAIN_KEYS))
+    mailertable: dict = config_field({}, mapping_of(parse_route, table_key, DOMAIN_KEYS))
+    sendermt: dict = config_field({}, mapping_of(parse_route, table_key, DOMAIN_KEYS))
     authinfo: dict = config_field({}, mapping_of(nested(Credentials)))
-    password: Authenticator = config_field(Authenticator({}), parse_passwords)
+    password: Authenticator = config_field(Authenticator({}), mapping_of(parse_login, collect=Authenticator))
     queue: QueueSettings | None = config_field(None, nested(QueueSettings))
-    dkim: dict = config_field({}, mapping_of(nested(DkimKey), plain_domain_key, "a domain"))
+    dkim: dict = config_field({}, mapping_of(nested(DkimKey), domain_key, "a domain"))
     path: str | None = None
     files: tuple = ()  # (path, stat_key) of all that was read
 
@@ -1325,7 +1258,7 @@ def stat_key(path: str) -> tuple | None:
 
 
 def read_json_file(path: str, errors: list, public: list, section: str = "") -> dict:
-    """Return the JSON object in a file, {} and an error if there is none; note in `public` that everybody can read it."""
+    """Return the JSON object in a file, {} and an error if there is none; `public` gets those that all can read."""
     label = f"{section}: {path}" if section else path
     try:
         with open_regular(path) as stream:
@@ -1551,11 +1484,6 @@ def ehlo_name(hostname: str, address: str) -> str:
     return f"[IPv6:{local}]" if local.version == 6 else f"[{local}]"
 
 
-LOCALDOMAIN = ".localdomain"
-_LDH = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # letters, digits, hyphens
-HOSTNAME = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)*(?=[0-9-]*[A-Za-z]){_LDH}")  # RFC 5321 4.1.2, and no number
-
-
 def server_context(tls: Tls, base: str) -> ssl.SSLContext:
     """Return a context for TLS 1.2 and later with the certificate; OSError with the file's name if it can't be used."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -1585,12 +1513,14 @@ def client_context(verify: bool, ca_file: str, _stat_key: tuple | None = None) -
     return context
 
 
-def redacted(value: Any, secret: bool = False) -> Any:
+def redacted(value: Any, secret: str = "") -> Any:
     """Return settings as JSON values, each secret as ********."""
     if secret and value:
         return "********"
     if isinstance(value, Authenticator):
-        return {name: redacted(login) if login.is_fenced else "********" for name, login in value.logins.items()}
+        return {
+            name: "********" if login == Login(login.hash) else redacted(login) for name, login in value.logins.items()
+        }
     if isinstance(value, Rate):
         return f"{value.limit}/{value.seconds}"
     if isinstance(value, Networks):
@@ -9065,7 +8995,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         endpoint = self._endpoint(request, allowed)
         if endpoint.checks:
             values, password = (endpoint.checks, request, None, self.settings), self.settings.password
-            if password.logins and not password.is_cached(credentials_of(request)):  # a hash is computed
+            if password.logins and not password.cached_login(credentials_of(request)):  # a hash is computed
                 await asyncio.to_thread(apply_checks, *values)
             else:
                 apply_checks(*values)

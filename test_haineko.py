@@ -2386,9 +2386,9 @@ class SettingsFile(Folder):
         ]
         for what, credentials, right in cases:
             with self.subTest(what):
-                self.assertFalse(gate.is_cached(credentials))
+                self.assertFalse(gate.cached_login(credentials))
                 self.assertEqual(bool(gate.authenticate(credentials)), right)
-                self.assertEqual(gate.is_cached(credentials), right)
+                self.assertEqual(bool(gate.cached_login(credentials)), right)
 
     def test_who_was_right_is_remembered(self):
         gate = settings(password={"u": haineko.hash_password("neko")}).password
@@ -12374,10 +12374,10 @@ class KeysAndFences(Quiet):
         for section, wanted in cases:
             with self.subTest(section):
                 errors: list = []
-                haineko.parse_passwords(section, "password", errors)
+                haineko.from_dict(haineko.Settings, {"password": section}, "", errors)
                 self.assertTrue(errors[0].startswith(wanted) if wanted else not errors, errors)
                 self.assertEqual(len(errors), int(bool(wanted)), errors)
-        shown = haineko.redacted(haineko.parse_passwords(cases[0][0], "password", []))
+        shown = haineko.redacted(settings(password=cases[0][0]).password)
         self.assertEqual(
             {key: shown["k"][key] for key in ("hash", "senders", "rate")},
             {"hash": "********", "senders": ["example.org"], "rate": "1/60"},
