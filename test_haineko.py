@@ -12382,7 +12382,7 @@ class KeysAndFences(Quiet):
             {key: shown["k"][key] for key in ("hash", "senders", "rate")},
             {"hash": "********", "senders": ["example.org"], "rate": "1/60"},
         )
-        self.assertEqual(haineko.redacted(haineko.parse_passwords({"k": hashed}, "password", [])), {"k": "********"})
+        self.assertEqual(haineko.redacted(settings(password={"k": hashed}).password), {"k": "********"})
 
     def test_the_command_key(self):
         done = run_program(
