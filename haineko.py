@@ -609,16 +609,6 @@ def is_ip(text: str) -> bool:
     return False
 
 
-def is_listen_address(text: str) -> bool:
-    found = LISTEN_ADDRESS.fullmatch(text)
-    return bool(found) and int(found[1] or 0) < 65536
-
-
-def is_host(text: str) -> bool:
-    """Return whether the text is a domain or an IP address; or a folder, for the relay File."""
-    return text.startswith("/") or bool(DOMAIN.fullmatch(text)) or is_ip(text)
-
-
 def name_server_endpoint(text: str) -> tuple:
     """Return (IP address, port) of "address", "address:port" or "[v6]:port"; () if it is none of them."""
     found = NAME_SERVER.fullmatch(text)
@@ -680,10 +670,6 @@ class Rate(NamedTuple):
     seconds: int
 
 
-def rate_of(text: str) -> Rate | None:
-    return Rate(*map(int, text.split("/"))) if text else None
-
-
 @functools.lru_cache(maxsize=1024)
 def iso_time(text: str) -> float:
     """Return the seconds since the epoch of an ISO 8601 date or time, which is UTC unless it says otherwise."""
@@ -700,9 +686,14 @@ def parse_mailer(value: Any, json_path: str, errors: list) -> str:
 LOOPBACK = Networks(("127.0.0.0/8", "::1"))
 parse_network = matching(functools.partial(ipaddress.ip_network, strict=False), "an IP address or network")
 parse_networks = list_of(parse_network, lambda texts: Networks(tuple(texts)))
-parse_listen_address = matching(is_listen_address, '"host:port", "[v6]:port" or "unix:/path"')
+parse_listen_address = matching(
+    lambda text: (found := LISTEN_ADDRESS.fullmatch(text)) and int(found[1] or 0) < 65536,
+    '"host:port", "[v6]:port" or "unix:/path"',
+)
 parse_listen = list_of(parse_listen_address, required=True)
-parse_host = matching(is_host, "a host name or an IP address")
+parse_host = matching(  # or a folder, for the relay File
+    lambda text: text.startswith("/") or DOMAIN.fullmatch(text) or is_ip(text), "a host name or an IP address"
+)
 parse_hostname = matching(DOMAIN, "a host name", optional=True)
 parse_resolver = matching(name_server_endpoint, '"address", "address:port" or "[v6]:port"', optional=True)
 parse_origin = matching(ORIGIN, 'a web origin like "https://www.example.org"', convert=str.lower)
@@ -710,7 +701,13 @@ parse_base_url = url_parser(BASE_URL, "https://api.example.org", convert=lambda 
 parse_webhook_url = url_parser(WEBHOOK_URL, "https://www.example.org/hook", secret=True)
 parse_token_url = url_parser(WEBHOOK_URL, "https://login.example.org/token")
 parse_region = matching(re.compile("[a-z0-9-]{1,32}"), 'a region like "eu-west-1"', optional=True)
-parse_rate = matching(RATE, '"RECIPIENTS/SECONDS", such as "100/3600"', optional=True, convert=rate_of)
+parse_rate = matching(
+    RATE,
+    '"RECIPIENTS/SECONDS", such as "100/3600"',
+    optional=True,
+    convert=lambda text: Rate(*map(int, text.split("/"))) if text else None,
+)
+parse_file = matching(str, "the name of a file", optional=True, convert=lambda name: name and {"file": name})
 parse_domain = matching(domain_key, "a domain", convert=domain_key)
 PLAIN_ADDRESS = re.compile(rf"(?=.{{3,254}}\Z)[\w+-]+(?:\.[\w+-]+)*@{DOMAIN.pattern}", re.ASCII)
 parse_plain_address = matching(PLAIN_ADDRESS, "an address")
@@ -753,12 +750,6 @@ def parse_secret(value: Any, json_path: str, errors: list) -> Any:
     parse, count = list_of(parse_text, required=True) if kind == "command" else parse_text, len(errors)
     where = parse(value[kind], f"{json_path}.{kind}", errors)
     return {kind: where} if len(errors) == count else None  # a faulty command is not run
-
-
-def parse_file(value: Any, json_path: str, errors: list) -> dict:
-    """Parse the name of a file that is a secret as a whole."""
-    name = parse_text(value, json_path, errors)
-    return {"file": name} if name else ""
 
 
 def read_secret(source: Any, base: str, multiline: bool = False) -> str:
@@ -916,12 +907,11 @@ def scrypt_cost(line: str) -> int:
 
 
 class PrivateKey:
-    """Private key, RSA or Ed25519, held by OpenSSL's libcrypto, which Python has loaded already."""
+    """Private key in PEM, RSA or Ed25519, held by OpenSSL's libcrypto, which Python has loaded already."""
 
     ED25519_INFO = bytes.fromhex("302a300506032b6570032100")  # stands before the 32 octets of the key, RFC 8410 4
 
     def __init__(self, pem: bytes) -> None:
-        """Read a PEM key; raise ValueError if it can't be used, OSError if there is no libcrypto."""
         import ctypes
 
         crypto, buffer = libcrypto(), ctypes.create_string_buffer(16384)
@@ -1557,6 +1547,8 @@ def example_settings() -> dict:
 #    read costs lines, never a mail. `log` and `metrics` are the only state that all sections share.
 # ======================================================================================================================
 
+MAX_TO = 8 * 257  # octets of recipients of a transaction in a line, so that a pipe takes it whole (PIPE_BUF)
+
 
 class Log:
     """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once.
@@ -1567,6 +1559,7 @@ class Log:
     FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     LEVELS = {"error": 3, "warning": 4, "info": 6}  # of syslog(3)  # noqa: RUF012
     SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
+    LOST = "{} lines were lost, since nobody read them"
     PATIENCE = 0.1
 
     def __init__(self) -> None:
@@ -1582,13 +1575,6 @@ class Log:
         self.quiet = False  # lines for stderr are dropped
         self.lost = self.lost_ever = 0  # lines, since the reader stopped; and in all that are not in the metrics yet
 
-    def _lose(self, count: int) -> None:
-        self.lost, self.lost_ever = self.lost + count, self.lost_ever + count
-
-    @property
-    def lost_note(self) -> str:
-        return f"{self.lost} lines were lost, since nobody read them"
-
     def open(self, settings: Syslog, form: str = "text") -> None:
         """Send lines from now on where the settings say."""
         self.facility = None if settings.disabled else FACILITIES[settings.facility] * 8
@@ -1600,27 +1586,16 @@ class Log:
     def event(self, level: str, event: str, message: str, **fields: Any) -> None:
         """Write a line about an event: QUEUEID: key=value ... (code message), or JSON; fields are left out if None."""
         fields = {key: value for key, value in fields.items() if value is not None}
-        self._write(level, [json_line(level, event, message, fields) if self.is_json else text_line(message, **fields)])
+        self._write(level, json_line(level, event, message, fields) if self.is_json else text_line(message, **fields))
 
     def lines(self, *lines: str, level: str = "info") -> None:
         """Write lines by one call, so that those of several processes don't mix."""
-        self._write(level, [json_line(level, "server", line, {}) for line in lines] if self.is_json else lines)
+        self._write(level, *([json_line(level, "server", line, {}) for line in lines] if self.is_json else lines))
 
     def banner(self, text: str) -> None:
         """Write a line to stderr, wherever the others go."""
         line = json_line("info", "server", text, {}) if self.is_json else text
         self.write_bytes(f"{'<6>' if self.is_journal else ''}{line}\n".encode())
-
-    def _write(self, level: str, lines: Any) -> None:
-        if self.facility is not None:
-            for line in lines:
-                self._to_syslog(line, self.facility | self.LEVELS[level])
-            return
-        if self.quiet:
-            return
-        head = "" if self.is_json else f"{timestamp(int(time.time()))} haineko[{os.getpid()}]: "
-        head = f"<{self.LEVELS[level]}>" if self.is_journal else head
-        self._add("".join([f"{head}{line}\n" for line in lines]))
 
     def dialogue(self, peer: str, direction: str, line: str) -> None:
         """Show a line of an SMTP dialogue under -d, and keep it for a mail that is traced."""
@@ -1632,32 +1607,37 @@ class Log:
         if lines is not None:
             lines.append(line)
 
+    def _write(self, level: str, *lines: str) -> None:
+        if self.facility is not None:
+            for line in lines:
+                self._to_syslog(line, self.facility | self.LEVELS[level])
+        elif not self.quiet:
+            head = "" if self.is_json else f"{timestamp(int(time.time()))} haineko[{os.getpid()}]: "
+            head = f"<{self.LEVELS[level]}>" if self.is_journal else head
+            self._add("".join([f"{head}{line}\n" for line in lines]))
+
     def _add(self, text: str) -> None:
         if self.buffer is None:
             self.write_bytes(text.encode("utf-8", "backslashreplace"))
             return
-        first = not self.buffer
         self.buffer.append(text)
         if self.loop and threading.current_thread() is not threading.main_thread():
             self.loop.call_soon_threadsafe(self.flush)
-        elif self.loop and first:
+        elif self.loop and len(self.buffer) == 1:
             self.loop.call_soon(self.flush)
 
     def reopen(self) -> None:
         """Open the log file again if it was moved away, as logrotate does."""
         with contextlib.suppress(OSError):
-            if not self.path or (os.path.exists(self.path) and os.path.samestat(os.stat(self.path), os.fstat(2))):
-                return
-            number = os.open(self.path, self.FILE_FLAGS, 0o600)
-            os.dup2(number, 1)
-            os.dup2(number, 2)
-            os.close(number)
+            if self.path and not (os.path.exists(self.path) and os.path.samestat(os.stat(self.path), os.fstat(2))):
+                number = os.open(self.path, self.FILE_FLAGS, 0o600)
+                os.dup2(number, 1)
+                os.dup2(number, 2)
+                os.close(number)
 
     def start_buffering(self, loop: Any = None) -> None:
-        """Let lines wait for flush(), which the event loop calls in its next iteration.
-
-        A process that is killed loses those of the current one, of which no request was answered yet.
-        """
+        """Let lines wait for flush(), which the event loop calls in its next iteration. A process that is killed loses
+        those of the current one, of which no request was answered yet."""
         self.buffer, self.loop = [], loop
         with contextlib.suppress(OSError):  # reopened: in a shared pipe another process may take the room meanwhile
             if stat.S_ISFIFO(os.fstat(2).st_mode):
@@ -1673,21 +1653,21 @@ class Log:
     def write_bytes(self, octets: bytes) -> bool:
         """Write octets to stderr; False if it is closed, full, or a pipe that nobody reads."""
         start = 0
-        try:
+        with contextlib.suppress(OSError):
             while start < len(octets):
                 if not select.select([], [self.stderr], [], 0 if self.lost else self.PATIENCE)[1]:
-                    self._lose(octets.count(b"\n", start))
+                    self.lost += octets.count(b"\n", start)
+                    self.lost_ever += octets.count(b"\n", start)
                     return False
                 with contextlib.suppress(BlockingIOError):  # another process was quicker
                     if self.lost:
-                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {self.lost_note}\n".encode())
+                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {self.LOST.format(self.lost)}\n".encode())
                         self.lost = 0
                         continue  # there may have been room for this only
                     end = octets.rfind(b"\n", start, start + select.PIPE_BUF) + 1  # so much never blocks
                     start += os.write(self.stderr, octets[start : end or start + select.PIPE_BUF])
-        except OSError:
-            return False
-        return True
+            return True
+        return False
 
     def _to_syslog(self, line: str, priority: int) -> None:
         """Send a line (RFC 3164) to a daemon that may be absent or stuck, where syslog.syslog() would block."""
@@ -1698,25 +1678,22 @@ class Log:
                     self.syslog = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
                     self.syslog.connect(next(filter(os.path.exists, self.SYSLOG), self.SYSLOG[0]))
                 self.syslog.settimeout(0 if self.lost else self.PATIENCE)
-                for text in (self.lost_note, line) if self.lost else (line,):
+                for text in (self.LOST.format(self.lost), line) if self.lost else (line,):
                     self.syslog.send((head + text).encode("utf-8", "backslashreplace"))
                 self.lost = 0
                 return
             except (BlockingIOError, socket.timeout):
                 break
-            except OSError:
+            except OSError:  # the daemon went; another one may be there
                 if self.syslog:
                     self.syslog.close()
                 self.syslog = None
-        self._lose(1)
+        self.lost, self.lost_ever = self.lost + 1, self.lost_ever + 1
 
 
 @functools.lru_cache(maxsize=2)
 def timestamp(second: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(second))
-
-
-log = Log()
 
 
 def log_exception(queueid: str | None) -> None:
@@ -1747,14 +1724,9 @@ def text_line(message: str, queueid: str | None = None, code: str = "", **fields
     return " ".join([*([f"{queueid}:"] if queueid else []), *pairs, f"({words})" if pairs else words])
 
 
-MAX_TO = 8 * 257  # octets of recipients of a transaction in a line, so that a pipe takes it whole (PIPE_BUF)
-
-
 def log_value(value: Any, limit: int = 500) -> str:
     """Return a value for a log line, in quotes if it is empty or has blanks or quotes, "?" for unprintables."""
-    value = str(value)
-    if len(value) > limit or not value.isprintable():
-        value = sanitize(value, limit)
+    value = sanitize(str(value), limit)
     if value and " " not in value and '"' not in value:
         return value
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
@@ -1817,27 +1789,26 @@ class Metrics:
 
     def text(self, current: dict) -> str:
         """Return all in Prometheus's text format; `current` are values by key that are no sums, None if unknown."""
-        lines = []
+        lines, bounds = [], [*self.BUCKETS, "+Inf"]
         for name, (kind, about, labels) in self.table.items():
             lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
             for values in itertools.product(*labels.values()):
-                column = self.columns[(name, *values)]
-                pairs = [f'{label}="{value}"' for label, value in zip(labels, values)]
+                column, samples = self.columns[(name, *values)], {}
+                pairs = "".join([f'{label}="{value}",' for label, value in zip(labels, values)])
                 if kind == "histogram":
-                    lines += self._histogram(name, column, pairs)
-                    continue
-                value = current.get((name, *values), self.total(column))
-                lines += [] if value is None else [f"{name}{{{','.join(pairs)}}} {value}".replace("{}", "")]
+                    counts = itertools.accumulate([self.total(column + i) for i in range(len(bounds))])
+                    samples = {f'_bucket{{{pairs}le="{bound}",': count for bound, count in zip(bounds, counts)}
+                    samples[f"_count{{{pairs}"] = samples[f'_bucket{{{pairs}le="+Inf",']
+                    samples[f"_sum{{{pairs}"] = self.total(column + len(bounds)) / 1e6
+                elif (value := current.get((name, *values), self.total(column))) is not None:
+                    samples = {f"{{{pairs}": value}
+                lines += [
+                    f"{name}{head}}} {value}".replace(",}", "}").replace("{}", "") for head, value in samples.items()
+                ]
         return "\n".join(lines) + "\n"
 
-    def _histogram(self, name: str, column: int, pairs: list) -> list:
-        bounds, labels = [*self.BUCKETS, "+Inf"], f"{{{','.join(pairs)}}}" if pairs else ""
-        counts = list(itertools.accumulate([self.total(column + i) for i in range(len(bounds))]))
-        head, seconds = "".join([f"{pair}," for pair in pairs]), self.total(column + len(bounds)) / 1e6
-        lines = [f'{name}_bucket{{{head}le="{bound}"}} {count}' for bound, count in zip(bounds, counts)]
-        return [*lines, f"{name}_sum{labels} {seconds}", f"{name}_count{labels} {counts[-1]}"]
 
-
+log = Log()
 metrics = Metrics()
 
 
