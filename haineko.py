@@ -135,7 +135,6 @@ class Reply(NamedTuple):
 
     @property
     def log_status(self) -> str:
-        """Return the value of status= in a log line."""
         if self.origin == "policy":
             return "rejected"
         return "sent" if self.accepted else "deferred" if self.temporary else "bounced"
@@ -193,8 +192,6 @@ class Transaction(NamedTuple):
 
 
 class TransactionResult(NamedTuple):
-    """Result of one transaction."""
-
     transaction: Transaction
     replies: list  # of Reply, one for each recipient
     ms: float
@@ -478,7 +475,6 @@ def one_of(names: Any, kind: str) -> Callable:
 
 
 def parse_boolean(value: Any, json_path: str, errors: list) -> bool | None:
-    """Parse true or false; 1 and 0 mean the same."""
     if value in (0, 1) and not isinstance(value, float):
         return bool(value)
     errors.append(f"{json_path}: expected true or false, got {json_type_name(value)}")
@@ -486,7 +482,6 @@ def parse_boolean(value: Any, json_path: str, errors: list) -> bool | None:
 
 
 def integer(low: int, high: int) -> Callable:
-    """Return a parser of whole numbers from low to high."""
 
     def parse(value: Any, json_path: str, errors: list) -> int | None:
         if type(value) is int and low <= value <= high:
@@ -572,13 +567,7 @@ PROVIDERS = {  # of access tokens: (token_url, scope of an application's tokens,
     "microsoft": (MICROSOFT, *OUTLOOK),
     "google": ("https://oauth2.googleapis.com/token", MAIL, MAIL),
 }
-LIBCRYPTO = {  # function: types of its result and arguments in ctypes
-    "BIO_new_mem_buf": "void_p char_p int", "BIO_free": "int void_p", "ERR_clear_error": "",
-    "PEM_read_bio_PrivateKey": "void_p void_p void_p void_p char_p", "EVP_PKEY_free": " void_p",
-    "EVP_MD_CTX_new": "void_p", "EVP_MD_CTX_free": " void_p", "EVP_sha256": "void_p",
-    "EVP_DigestSignInit": "int void_p void_p void_p void_p void_p",
-    "EVP_DigestSign": "int void_p char_p void_p char_p size_t", "i2d_PUBKEY": "int void_p void_p",
-}  # fmt: skip
+LIBCRYPTO = ("BIO_new_mem_buf", "PEM_read_bio_PrivateKey", "EVP_MD_CTX_new", "EVP_sha256")  # they return pointers
 
 
 @cache_short(4096, 64)
@@ -678,7 +667,6 @@ def iso_time(text: str) -> float:
 
 
 def parse_mailer(value: Any, json_path: str, errors: list) -> str:
-    """Parse the name of a relay, or the path of a folder."""
     is_folder = isinstance(value, str) and value.startswith("/")
     return (parse_text if is_folder else one_of(RELAYS, "relay type"))(value, json_path, errors)
 
@@ -887,14 +875,12 @@ def key_hash(key: str) -> str:
 
 
 def hash_password(password: str) -> str:
-    """Return a new line for the section `password`."""
     salt = os.urandom(16)
     parts = (base64.b64encode(octets).decode() for octets in (salt, scrypt(password, salt)))
     return f"$scrypt$ln=14,r=8,p={NEW_COST}$" + "$".join(parts)
 
 
 def scrypt(password: str, salt: bytes, cost: int = 14, block: int = 8, parallel: int = NEW_COST) -> bytes:
-    """Return the hash of RFC 7914 with N = 2**cost."""
     memory = 128 * block * ((1 << cost) + parallel + 2)
     return hashlib.scrypt(password.encode(), salt=salt, n=1 << cost, r=block, p=parallel, maxmem=memory + (1 << 20))
 
@@ -934,9 +920,9 @@ class PrivateKey:
 
         crypto, size = libcrypto(), ctypes.c_size_t(16384)
         signature, context = ctypes.create_string_buffer(size.value), crypto.EVP_MD_CTX_new()
-        digest = None if self.is_ed25519 else crypto.EVP_sha256()  # Ed25519 has its own
+        digest, length = None if self.is_ed25519 else crypto.EVP_sha256(), ctypes.c_size_t(len(data))
         ok = crypto.EVP_DigestSignInit(context, None, digest, None, self._key) == 1
-        ok = ok and crypto.EVP_DigestSign(context, signature, ctypes.byref(size), data, len(data)) == 1
+        ok = ok and crypto.EVP_DigestSign(context, signature, ctypes.byref(size), data, length) == 1
         crypto.EVP_MD_CTX_free(context)
         if not ok:
             raise OSError(errno.EIO, "libcrypto can't sign with this key")
@@ -958,16 +944,14 @@ def libcrypto() -> Any:
     """Return OpenSSL's libcrypto by ctypes; raise OSError if this Python has none that can be used."""
     import ctypes
 
+    pointer = type("pointer", (ctypes.c_void_p,), {})  # a class of its own, or ctypes would return an int
     for module in ("_hashlib", "_ssl", ""):  # linked with libcrypto; "": Python itself is
-        try:
+        with contextlib.suppress(ImportError, OSError, AttributeError):
             library = ctypes.CDLL(importlib.import_module(module).__file__ if module else None)
-            for name, prototype in LIBCRYPTO.items():
-                result, *arguments = [kind and getattr(ctypes, f"c_{kind}") for kind in prototype.split(" ")]
-                function = getattr(library, name)
-                function.restype, function.argtypes = result or None, arguments
-        except (ImportError, OSError, AttributeError):
-            continue
-        return library
+            for name in LIBCRYPTO:
+                getattr(library, name).restype = pointer
+            library.EVP_DigestSign.restype = ctypes.c_int  # OpenSSL has it since 1.1.1
+            return library
     raise OSError(errno.ENOSYS, "this Python has no OpenSSL libcrypto that can be used")
 
 
@@ -1003,9 +987,7 @@ class Smtpd:
     max_workers: int = config_field(4, integer(1, 256), "deliveries of one request at a time")
     resolver: tuple = config_field((), list_of(parse_resolver), "name servers, address:port; none: resolv.conf's")
     aliases: dict = config_field({}, parse_aliases, "addresses for names without a domain")
-    redirect: tuple = config_field(
-        (), list_of(parse_plain_address), "staging: addresses to which all mail goes instead"
-    )
+    redirect: tuple = config_field((), list_of(parse_plain_address), "staging: all mail goes there instead")
     subject_prefix: str = config_field("", parse_text, "staging: stands before every subject")
     log: str = config_field("text", one_of(("text", "json"), "form of the log"), "text, or json: one object a line")
     syslog: Syslog = config_field(Syslog(), nested(Syslog), "the log")
@@ -1048,8 +1030,7 @@ class Recipients:
 
 @dataclass(frozen=True, repr=False)
 class OAuth2:
-    """Where access tokens come from (RFC 6749). resolve_settings() fills in what the provider has, reads the
-    secrets that don't change."""
+    """Where access tokens come from (RFC 6749). resolve_settings() fills in what the provider has."""
 
     provider: str = config_field("", one_of(PROVIDERS, "provider"), "microsoft or google: known token_url and scope")
     tenant: str = config_field("", parse_hostname, "microsoft: the directory's id or domain")
@@ -1058,7 +1039,7 @@ class OAuth2:
     client_id: str = config_field("", parse_text, "the application's id")
     client_secret: Any = config_field("", parse_secret, SECRET_FORMS, secret="line")
     refresh_token: Any = config_field(
-        "", parse_secret, "of a user; absent: the application's own tokens", secret="later"
+        "", parse_secret, "of a user, else tokens are the application's own", secret="later"
     )
     service_account: Any = config_field("", parse_file, "JSON file of a Google service account", secret="text")
     access_token: Any = config_field("", parse_secret, "the token itself, usually by a command", secret="later")
@@ -1187,8 +1168,6 @@ def parse_route(value: Any, json_path: str, errors: list) -> Route:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Settings:
-    """All of haineko.json, every value checked."""
-
     httpd: Httpd = config_field(Httpd(), nested(Httpd))
     smtpd: Smtpd = config_field(Smtpd(), nested(Smtpd))
     relayhosts: Relayhosts = config_field(Relayhosts(), nested(Relayhosts))
@@ -1221,22 +1200,13 @@ def load_settings(path: str | None) -> tuple:
             raw[section] = read_json_file(file, errors, public, section)
     settings = replace(from_dict(Settings, raw, "", errors), path=path, files=tuple(files.items()))
     plain = [where for where, holder, name, _ in secret_fields(settings) if isinstance(getattr(holder, name), str)]
-    secret_files = {aside.get(where.partition(".")[0], path) for where in plain}
-    errors += [
-        f"{name}: holds secrets and can be read by everybody; chmod 600 {name}"
-        for name in public
-        if name in secret_files
-    ]
-    reported = {error.partition(": ")[0] for error in errors}
+    found = {aside.get(where.partition(".")[0], path) for where in plain}.intersection(public)
+    errors += [f"{name}: holds secrets and can be read by everybody; chmod 600 {name}" for name in found]
+    reported = tuple(error.partition(": ")[0] for error in errors)
     settings, dependent = resolve_settings(settings, [])
-    for error in dependent:
-        where = error.partition(": ")[0]
-        is_login = "authinfo" in reported and "authinfo" in error
-        if not (
-            is_login or where in reported or where.rpartition(".")[0] in reported
-        ):  # else it only follows from those
-            errors.append(error)
-    return settings, errors
+    return settings, errors + [
+        error for error in dependent if not error.startswith(reported)
+    ]  # which follow from those
 
 
 def stat_key(path: str) -> tuple | None:
@@ -1308,19 +1278,15 @@ def resolve_secrets(settings: Settings, base: str, errors: list) -> list:
 
 def resolve_settings(settings: Settings, errors: list) -> tuple:
     """Return (Settings, errors) with names, secrets and files looked up, so that a mail finds all of it ready."""
-    base, name, tls = (
-        os.path.dirname(settings.path or ""),
-        settings.smtpd.hostname or local_hostname(),
-        settings.httpd.tls,
-    )
+    base, tls = os.path.dirname(settings.path or ""), settings.httpd.tls
     files = resolve_secrets(settings, base, errors)
     logins = {key: _login(login, base, f"authinfo.{key}", errors) for key, login in settings.authinfo.items()}
     tables: dict = {"mailertable": {}, "sendermt": {}}
     for table, routes in tables.items():
         for key, first in getattr(settings, table).items():
-            paths = [f"{table}.{key}[{i}]" if first.fallbacks else f"{table}.{key}" for i in range(len(first.choices))]
-            choices = [pair for pair in zip(first.choices, paths) if not pair[0].disabled]
-            found = [_route(replace(one, fallbacks=()), logins, base, path, errors) for one, path in choices]
+            names = [f"{table}.{key}[{i}]" if first.fallbacks else f"{table}.{key}" for i in range(len(first.choices))]
+            choices = [(name, route) for name, route in zip(names, first.choices) if not route.disabled]
+            found = [_route(replace(route, fallbacks=()), logins, base, name, errors) for name, route in choices]
             routes.update({key: replace(found[0], fallbacks=tuple(found[1:]))} if found else {})
             files += [route.ca_file for route in found]
     if tls:
@@ -1331,21 +1297,16 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
             server_context(tls, base) if not missing else None
         except OSError as error:
             errors.append(f"httpd.tls: {error.filename}: {error.strerror}")
-    values = {
-        "smtpd": replace(settings.smtpd, hostname=name),
-        "recipients": settings.recipients or Recipients(domainpart=frozenset([name.lower()])),
-        "queue": settings.queue and _queue_settings(settings.queue, base, errors),
-        "dkim": {domain: _dkim_key(key, domain, errors) for domain, key in settings.dkim.items()},
-        "files": (
-            *settings.files,
-            *[(path, stat_key(path)) for path in (os.path.join(base, name) for name in files if name)],
-        ),
-    }
-    return replace(settings, **values, **tables), errors
+    smtpd = replace(settings.smtpd, hostname=settings.smtpd.hostname or local_hostname())
+    recipients = settings.recipients or Recipients(domainpart=frozenset([smtpd.hostname.lower()]))
+    queue_settings = settings.queue and _queue_settings(settings.queue, base, errors)
+    keys = {domain: _dkim_key(key, domain, errors) for domain, key in settings.dkim.items()}
+    paths = [os.path.join(base, name) for name in files if name]
+    values = {"smtpd": smtpd, "recipients": recipients, "queue": queue_settings, "dkim": keys, **tables}
+    return replace(settings, **values, files=(*settings.files, *[(path, stat_key(path)) for path in paths])), errors
 
 
 def _dkim_key(key: DkimKey, domain: str, errors: list) -> DkimKey:
-    """Return the key loaded."""
     if not key.selector:
         errors.append(f"dkim.{domain}.selector: expected a selector")
     try:
@@ -1424,8 +1385,6 @@ def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) 
 
 
 class BaseURL(NamedTuple):
-    """Base URL in parts."""
-
     tls: bool
     host: str
     port: int
@@ -1508,9 +1467,9 @@ def redacted(value: Any, secret: str = "") -> Any:
     if secret and value:
         return "********"
     if isinstance(value, Authenticator):
-        return {
-            name: "********" if login == Login(login.hash) else redacted(login) for name, login in value.logins.items()
-        }
+        value = value.logins
+    if isinstance(value, Login) and value == Login(value.hash):
+        return "********"
     if isinstance(value, Rate):
         return f"{value.limit}/{value.seconds}"
     if isinstance(value, Networks):
@@ -1644,7 +1603,6 @@ class Log:
                 self.stderr = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def flush(self) -> None:
-        """Write the lines that wait."""
         if self.buffer:
             texts = self.buffer[:]
             del self.buffer[: len(texts)]  # a thread may have added to them meanwhile
@@ -1697,7 +1655,6 @@ def timestamp(second: int) -> str:
 
 
 def log_exception(queueid: str | None) -> None:
-    """Log the traceback of the current exception."""
     import traceback
 
     lines = traceback.format_exc().splitlines()
@@ -1765,7 +1722,6 @@ class Metrics:
             self.cells[self.first + self.columns[key]] += by
 
     def set(self, *key: Any, to: int) -> None:
-        """Set this process's part of a gauge."""
         if key in self.columns:
             self.cells[self.first + self.columns[key]] = to
 
@@ -1777,7 +1733,6 @@ class Metrics:
             self.cells[column + len(self.BUCKETS) + 1] += round(seconds * 1e6)
 
     def beat(self) -> None:
-        """Note that this process is not stuck."""
         self.cells[self.first] = time.monotonic_ns()
 
     def last_beat(self, row: int) -> float:
