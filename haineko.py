@@ -88,8 +88,7 @@ __version__ = "1.0.0"
 
 # ======================================================================================================================
 # 1. Replies and transactions
-#    The values that pass from section to section, and every reply that Haineko gives in its own name. Independent of
-#    settings, sockets and JSON.
+#    The values that pass from section to section, and every reply that Haineko gives in its own name.
 # ======================================================================================================================
 
 DEFAULT_DSN = (" RET=FULL", " NOTIFY=FAILURE,DELAY")  # parameters of MAIL and of RCPT (RFC 3461)
@@ -325,9 +324,8 @@ REPLIES = {
 
 # ======================================================================================================================
 # 2. JSON into dataclasses
-#    Takes JSON, gives frozen dataclasses and a list of all errors with their JSON paths; used for settings and
-#    submissions. A parser is called as parse(value, json_path, errors): it appends what is wrong to `errors`, and may
-#    then return None, which keeps the default.
+#    Takes JSON, gives frozen dataclasses and a list of all errors with JSON paths. A parser(value, json_path, errors)
+#    appends what is wrong to `errors`, and may then return None, which keeps the default.
 # ======================================================================================================================
 
 MAX_HINTS = 50  # a hint takes some 50 us, and a hostile body has a million keys
@@ -376,8 +374,7 @@ def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", se
 
 
 def from_dict(cls: type, raw: Any, json_path: str, errors: list, hint: Callable | None = None) -> Any:
-    """Return a `cls` made from a JSON object; report unknown, duplicate and invalid entries. hint(key, known keys) says
-    what an unknown key may mean, like did_you_mean()."""
+    """Return a `cls` made from a JSON object; hint(key, known keys) says what an unknown key may mean."""
     if not isinstance(raw, dict):
         errors.append(f"{json_path or 'top level'}: expected an object, got {json_type_name(raw)}")
         return cls()
@@ -547,7 +544,9 @@ DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
 LISTEN_ADDRESS = re.compile(r"(?:[^:]+|\[[^]]+\]):([0-9]{1,5})|unix:/.*")
 NAME_SERVER = re.compile(r"\[([^]]+)\]:(\d{1,5})|([^:]+):(\d{1,5})|(\S+)")
 BASE_URL = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?(?:/[A-Za-z0-9/._~-]*)?")
-WEBHOOK_URL = re.compile(r"(https?)://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(/[!-~]*)?")
+WEBHOOK_URL = re.compile(
+    r"(?P<base>https?://(?P<host>[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?)(?P<path>/[!-~]*)?"
+)
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+", re.IGNORECASE)
 FACILITIES = (
     "kern user mail daemon auth syslog lpr news uucp cron - - - - - - local0 local1 local2 local3 local4 local5"
@@ -1300,20 +1299,17 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
     smtpd = replace(settings.smtpd, hostname=settings.smtpd.hostname or local_hostname())
     recipients = settings.recipients or Recipients(domainpart=frozenset([smtpd.hostname.lower()]))
     queue_settings = settings.queue and _queue_settings(settings.queue, base, errors)
-    keys = {domain: _dkim_key(key, domain, errors) for domain, key in settings.dkim.items()}
+    keys = {domain: replace(key, domain=domain) for domain, key in settings.dkim.items()}
+    for domain, key in keys.items():
+        if not key.selector:
+            errors.append(f"dkim.{domain}.selector: expected a selector")
+        try:
+            keys[domain] = replace(key, private=PrivateKey(key.key.encode())) if isinstance(key.key, str) else key
+        except (ValueError, OSError) as error:
+            errors.append(f"dkim.{domain}.key: {getattr(error, 'strerror', None) or error}")
     paths = [os.path.join(base, name) for name in files if name]
     values = {"smtpd": smtpd, "recipients": recipients, "queue": queue_settings, "dkim": keys, **tables}
     return replace(settings, **values, files=(*settings.files, *[(path, stat_key(path)) for path in paths])), errors
-
-
-def _dkim_key(key: DkimKey, domain: str, errors: list) -> DkimKey:
-    if not key.selector:
-        errors.append(f"dkim.{domain}.selector: expected a selector")
-    try:
-        return replace(key, domain=domain, private=PrivateKey(key.key.encode())) if isinstance(key.key, str) else key
-    except (ValueError, OSError) as error:
-        errors.append(f"dkim.{domain}.key: {getattr(error, 'strerror', None) or error}")
-        return key
 
 
 def _login(login: Credentials, base: str, json_path: str, errors: list) -> Credentials:
@@ -1400,12 +1396,6 @@ def split_base_url(url: str) -> BaseURL:
     return BaseURL(parts.scheme == "https", host, port, parts.path, name if port == default_port else f"{name}:{port}")
 
 
-def split_url(url: str) -> tuple:
-    """Return (base URL, path and query) of a URL that WEBHOOK_URL matches."""
-    scheme, host, port, path = WEBHOOK_URL.fullmatch(url).groups()
-    return f"{scheme}://{host}{f':{port}' if port else ''}", path or "/"
-
-
 def pin_queue_path(fresh: Settings, queue_settings: QueueSettings | None) -> Settings:
     """Return reloaded settings with the queue's present file: another one takes effect at the next start."""
     return replace(fresh, queue=queue_settings and replace(fresh.queue or queue_settings, path=queue_settings.path))
@@ -1464,37 +1454,27 @@ def client_context(verify: bool, ca_file: str, _stat_key: tuple | None = None) -
 
 def redacted(value: Any, secret: str = "") -> Any:
     """Return settings as JSON values, each secret as ********."""
-    if secret and value:
-        return "********"
-    if isinstance(value, Authenticator):
-        value = value.logins
-    if isinstance(value, Login) and value == Login(value.hash):
+    if (secret and value) or (isinstance(value, Login) and value == Login(value.hash)):
         return "********"
     if isinstance(value, Rate):
         return f"{value.limit}/{value.seconds}"
-    if isinstance(value, Networks):
-        return list(value.texts)
     if isinstance(value, Route) and value.fallbacks:
         return [redacted(replace(choice, fallbacks=())) for choice in value.choices]
-    if isinstance(value, dict):
-        return {key: redacted(item) for key, item in value.items()}
-    if isinstance(value, (tuple, frozenset)):
-        return sorted(value) if isinstance(value, frozenset) else list(value)
     if hasattr(value, "__dataclass_fields__"):
         known = {(i.metadata["keys"] or (i.name,))[0]: i for i in fields(value) if "parse" in i.metadata}
         return {key: redacted(getattr(value, item.name), item.metadata["secret"]) for key, item in known.items()}
-    return value
+    value = getattr(value, "logins", getattr(value, "texts", value))  # of an Authenticator, of Networks
+    if isinstance(value, dict):
+        return {key: redacted(item) for key, item in value.items()}
+    return sorted(value) if isinstance(value, frozenset) else list(value) if isinstance(value, tuple) else value
 
 
 def example_settings() -> dict:
     """Return the settings of the example file: complete, valid, and three lines short of a smart host."""
-    route = {"mailer": "ESMTP", "host": "smtp.example.org", "port": 587, "starttls": True, "auth": "relay"}
     settings = redacted(Settings(recipients=Recipients(open_relay=True), queue=QueueSettings(path="haineko.db")))
-    settings["mailertable"] = {
-        "default": route,
-        "example.com": {"mailer": "Discard", "disabled": True},
-        ".example.net": {"mailer": "/var/spool/haineko", "disabled": True},
-    }
+    route = {"mailer": "ESMTP", "host": "smtp.example.org", "port": 587, "starttls": True, "auth": "relay"}
+    folder, discard = {"mailer": "/var/spool/haineko", "disabled": True}, {"mailer": "Discard", "disabled": True}
+    settings["mailertable"] = {"default": route, "example.com": discard, ".example.net": folder}
     settings["sendermt"] = {"example.net": {"mailer": "Screen", "disabled": True}}
     settings["authinfo"] = {"relay": {"username": "", "password": ""}}
     return settings
@@ -1502,18 +1482,16 @@ def example_settings() -> dict:
 
 # ======================================================================================================================
 # 4. Log and metrics
-#    One line for each event, on stderr or to syslog, safe for terminals and log readers. A destination that does not
-#    read costs lines, never a mail. `log` and `metrics` are the only state that all sections share.
+#    One line for each event, on stderr or to syslog. A destination that does not read costs lines, never a mail. `log`
+#    and `metrics` are the only state that all sections share.
 # ======================================================================================================================
 
 MAX_TO = 8 * 257  # octets of recipients of a transaction in a line, so that a pipe takes it whole (PIPE_BUF)
 
 
 class Log:
-    """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once.
-
-    A reader that is slow is waited for PATIENCE seconds; then lines are dropped and counted until it reads again.
-    """
+    """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once. A
+    reader that is slow is waited for PATIENCE seconds; then lines are dropped and counted until it reads again."""
 
     FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     LEVELS = {"error": 3, "warning": 4, "info": 6}  # of syslog(3)  # noqa: RUF012
@@ -1690,10 +1668,8 @@ def log_value(value: Any, limit: int = 500) -> str:
 
 
 class Metrics:
-    """64-bit columns that all processes share: each adds to its own row, and a scrape sums them. Not for threads.
-
-    The row of a worker is kept when it is replaced, so that no counter goes back.
-    """
+    """64-bit columns that all processes share: each adds to its own row, and a scrape sums them. Not for threads. The
+    row of a worker is kept when it is replaced, so that no counter goes back."""
 
     BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds; one more cell has their sum
 
@@ -4682,12 +4658,12 @@ RENEW_BEFORE = 600  # seconds before the end
 
 def request_token(route: Route, form: dict) -> dict:
     """Return the provider's document with a token (RFC 6749 5.1); ValueError with its words if it gives none (5.2)."""
-    url, path = split_url(route.oauth2.token_url)
+    url, path = WEBHOOK_URL.fullmatch(route.oauth2.token_url).group("base", "path")
     target = HTTPTarget(url, route.timeout, route.mailer, ca_file=route.ca_file, confidential=True)
     body, kind = urllib.parse.urlencode(form).encode(), "application/x-www-form-urlencoded"
     try:
         with contextlib.closing(KeepAliveConnection(target)) as connection:
-            response = connection.exchange(HTTPRequest("POST", path, body, type=kind))
+            response = connection.exchange(HTTPRequest("POST", path or "/", body, type=kind))
     except Rejected as refused:
         raise ValueError(f"{url}: {refused.reply.message[-1]}") from None
     document = json_object(response)
@@ -6531,7 +6507,7 @@ def webhook_event(name: str, leased: LeasedRecipient, reply: Reply, url: str, no
     timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
     event = {"type": name, "timestamp": timestamp, "data": {**data, "attempts": leased.attempts}}
     message = Message((ENCODER.encode(event).encode(),))
-    recipient = NewRecipient(url, url, 1, f"Webhook {WEBHOOK_URL.fullmatch(url)[2]}")
+    recipient = NewRecipient(url, url, 1, f"Webhook {WEBHOOK_URL.fullmatch(url)['host']}")
     return NewQueueItem(new_queueid(now), "event", "", "", now, message, (recipient,))
 
 
@@ -6642,7 +6618,7 @@ async def post_webhook(
     """POST an event to its webhook; return a reply as a relay gives it."""
     if not secret:
         return make_reply("webhook-never", word="the settings have no webhook any more", mailer="Webhook")
-    base_url, path = split_url(leased.recipient)
+    base_url, path = WEBHOOK_URL.fullmatch(leased.recipient).group("base", "path")
     target = HTTPTarget(base_url, timeout, "Webhook")
     body, event_id = leased.message.parts[0], f"msg_{leased.queueid}"
     headers = (
@@ -6651,7 +6627,7 @@ async def post_webhook(
         ("webhook-signature", sign_webhook(secret, event_id, int(now), body)),
     )
     try:
-        status = (await http_pool.request(target, HTTPRequest("POST", path, body, headers))).status
+        status = (await http_pool.request(target, HTTPRequest("POST", path or "/", body, headers))).status
     except Rejected as refused:
         reply = refused.reply
         unreachable = {"command": "CONN"} if reply.command == "CONN" else {}
