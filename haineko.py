@@ -443,8 +443,7 @@ def parse_text(value: Any, json_path: str, errors: list) -> str:
 
 
 def matching(pattern: Any, expected: str, optional: bool = False, secret: bool = False, convert: Any = str) -> Callable:
-    """Return a parser of strings that `pattern` accepts: a regex, or a function that is true for them and may raise
-    ValueError for others. A `secret` is not shown in errors."""
+    """Return a parser of strings that `pattern` accepts, a regex or a function; a `secret` is not shown in errors."""
     accepts = getattr(pattern, "fullmatch", pattern)
 
     def parse(value: Any, json_path: str, errors: list) -> Any:
@@ -658,7 +657,6 @@ class Rate(NamedTuple):
     seconds: int
 
 
-@functools.lru_cache(maxsize=1024)
 def iso_time(text: str) -> float:
     """Return the seconds since the epoch of an ISO 8601 date or time, which is UTC unless it says otherwise."""
     moment = datetime.fromisoformat(re.sub("[Zz]$", "+00:00", text))
@@ -744,11 +742,10 @@ def read_secret(source: Any, base: str, multiline: bool = False) -> str:
     if isinstance(source, str):
         return source
     ((kind, where),) = source.items()
-    name, folder = where[0] if kind == "command" else where, base
-    if kind == "credential":
-        folder = os.environ.get("CREDENTIALS_DIRECTORY", "")
-        if "/" in where or not folder:
-            raise ValueError(f".credential: no credential {where}: LoadCredential= of systemd gives it to a unit")
+    name = where[0] if kind == "command" else where
+    folder = os.environ.get("CREDENTIALS_DIRECTORY", "") if kind == "credential" else base
+    if kind == "credential" and ("/" in where or not folder):
+        raise ValueError(f".credential: no credential {where}: LoadCredential= of systemd gives it to a unit")
     if kind == "env" and where not in os.environ:
         raise ValueError(f".env: no environment variable {where}")
     try:
@@ -795,7 +792,6 @@ class Authenticator:
     """The section `password`: who may log in. Successful logins are cached, because scrypt is slow by design."""
 
     CACHE_TTL = 600  # seconds
-    MAX_CONCURRENT_HASHES = 2  # scrypt takes 16 MiB and a core each
 
     def __init__(self, logins: dict) -> None:
         self.logins = logins
@@ -803,7 +799,7 @@ class Authenticator:
         self.cost = max([NEW_COST, *[scrypt_cost(login.hash) for login in logins.values()]])  # of every verification
         self.verified: dict = {}  # HMAC of the credentials: monotonic time until which they are taken for right
         self.key = os.urandom(32)  # so that memory holds no plain digest of a password
-        self.semaphore = threading.Semaphore(self.MAX_CONCURRENT_HASHES)
+        self.semaphore = threading.Semaphore(2)  # scrypt takes 16 MiB and a core each
 
     def cached_login(self, credentials: str) -> str:
         """Return the login of an API key, or of a password that was verified lately, "" for none."""
@@ -1142,7 +1138,6 @@ class Route:
 
     @property
     def endpoint(self) -> dict:
-        """Return the fields of a Reply that identify this route."""
         return {"mailer": self.mailer, "host": self.host, "port": self.port}
 
     @property
@@ -1651,10 +1646,9 @@ def json_line(level: str, event: str, message: str, fields: dict) -> str:
 
 def text_line(message: str, queueid: str | None = None, code: str = "", **fields: Any) -> str:
     """Return an event as people and log readers of mail servers read it."""
-    sent = "relay" in fields
+    limits = {"to": MAX_TO} if "relay" in fields else {}
     forms = {"from": "<{}>".format, "delay": "{:.3f}".format, "to": lambda to: f"<{'>,<'.join(to)}>"}
-    values = {key: forms.get(key, str)(value) for key, value in fields.items()}
-    pairs = [f"{key}={log_value(value, MAX_TO if key == 'to' and sent else 500)}" for key, value in values.items()]
+    pairs = [f"{key}={log_value(forms.get(key, str)(value), limits.get(key, 500))}" for key, value in fields.items()]
     words = sanitize(f"{code} {message}".lstrip(), 600)
     return " ".join([*([f"{queueid}:"] if queueid else []), *pairs, f"({words})" if pairs else words])
 
