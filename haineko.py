@@ -142,9 +142,7 @@ class Reply(NamedTuple):
 class Rejected(Exception):  # noqa: N818 -- the word that postmasters use
     """Exception that carries a Reply, its one argument, up the call stack."""
 
-    @property
-    def reply(self) -> Reply:
-        return self.args[0]
+    reply = property(lambda self: self.args[0])
 
 
 class Message(NamedTuple):
