@@ -26,7 +26,6 @@ import hashlib
 import hmac
 import importlib.util
 import io
-import ipaddress
 import itertools
 import json
 import os
