@@ -553,6 +553,7 @@ RATE = re.compile("[1-9][0-9]{0,8}/[1-9][0-9]{0,6}")
 _BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==))"
 SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at most
 SSHA = re.compile(rf"{{SSHA}}(?=.{{27}}[^=]){_BASE64}")  # of 21 octets or more: SHA-1 of password and salt, salt
+MAX_MEMORY = (1 << 31) - 1  # of scrypt: more than what SCRYPT admits takes
 KEY_HASH = "$sha256$"
 NEW_COST = 5  # OWASP's N=2**14, r=8, p=5: as hard as N=2**17, p=1 in an eighth of the memory, 16 MiB
 SECRET_TIMEOUT = 10  # seconds
@@ -874,8 +875,7 @@ def hash_password(password: str) -> str:
 
 
 def scrypt(password: str, salt: bytes, cost: int = 14, block: int = 8, parallel: int = NEW_COST) -> bytes:
-    memory = 128 * block * ((1 << cost) + parallel + 2)
-    return hashlib.scrypt(password.encode(), salt=salt, n=1 << cost, r=block, p=parallel, maxmem=memory + (1 << 20))
+    return hashlib.scrypt(password.encode(), salt=salt, n=1 << cost, r=block, p=parallel, maxmem=MAX_MEMORY)
 
 
 def scrypt_cost(line: str) -> int:
@@ -1530,10 +1530,8 @@ class Log:
     def dialogue(self, peer: str, direction: str, line: str) -> None:
         """Show a line of an SMTP dialogue under -d, and keep it for a mail that is traced."""
         line, lines = f"{direction} {sanitize(line, 1000, keep=chr(9))}", self.trace.get()
-        if self.devel and self.is_json:
-            self.lines(f"{peer} {line}")
-        elif self.devel:
-            self._add(f"{peer} {line}\n")
+        if self.devel:
+            self.lines(f"{peer} {line}") if self.is_json else self._add(f"{peer} {line}\n")
         if lines is not None:
             lines.append(line)
 
