@@ -88,9 +88,14 @@ __version__ = "1.0.0"
 
 # ======================================================================================================================
 # 1. Replies and transactions
-#    The values that pass from section to section, and every reply that Haineko gives in its own name. Independent of
-#    settings, sockets and JSON.
+#    The values that pass from section to section, and every reply that Haineko gives in its own name.
 # ======================================================================================================================
+
+DEFAULT_DSN = (" RET=FULL", " NOTIFY=FAILURE,DELAY")  # parameters of MAIL and of RCPT (RFC 3461)
+LARGE = 65536  # octets; work on more than this takes milliseconds
+ANSWER_KEYS = ("code", "dsn", "command", "message", "mailer", "host", "port")
+BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+RANDOM_DIGITS = bytes(ord(BASE62[i % 62]) for i in range(256))
 
 
 class Reply(NamedTuple):
@@ -125,12 +130,10 @@ class Reply(NamedTuple):
 
     @property
     def relay(self) -> str | None:
-        """Return the name of the server that replied, for the log."""
         return f"{self.mailer}:{self.host}:{self.port}" if self.host else self.mailer
 
     @property
     def log_status(self) -> str:
-        """Return the value of status= in a log line."""
         if self.origin == "policy":
             return "rejected"
         return "sent" if self.accepted else "deferred" if self.temporary else "bounced"
@@ -139,12 +142,7 @@ class Reply(NamedTuple):
 class Rejected(Exception):  # noqa: N818 -- the word that postmasters use
     """Exception that carries a Reply, its one argument, up the call stack."""
 
-    @property
-    def reply(self) -> Reply:
-        return self.args[0]
-
-
-DEFAULT_DSN = (" RET=FULL", " NOTIFY=FAILURE,DELAY")  # parameters of MAIL and of RCPT (RFC 3461)
+    reply = property(lambda self: self.args[0])
 
 
 class Message(NamedTuple):
@@ -156,13 +154,9 @@ class Message(NamedTuple):
     dsn: tuple = DEFAULT_DSN
 
     def copy(self, recipient: str, number: int) -> bytes:
-        """Return the octets of one recipient's copy."""
         if len(self.parts) == 3:
             return b"%b%b%b%d%b" % (self.parts[0], recipient.encode(), self.parts[1], number, self.parts[2])
         return recipient.encode().join(self.parts)
-
-
-LARGE = 65536  # octets; work on more than this takes milliseconds
 
 
 class Transaction(NamedTuple):
@@ -196,8 +190,6 @@ class Transaction(NamedTuple):
 
 
 class TransactionResult(NamedTuple):
-    """Result of one transaction."""
-
     transaction: Transaction
     replies: list  # of Reply, one for each recipient
     ms: float
@@ -220,23 +212,16 @@ def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
     return {**item, "maybe_delivered": True} if reply.maybe_delivered else item
 
 
-ANSWER_KEYS = ("code", "dsn", "command", "message", "mailer", "host", "port")
-
-
 def cache_short(maxsize: int, limit: int = 512) -> Callable:
-    """Decorate a function with an LRU cache for calls whose first argument is short.
-
-    Clients choose what is parsed; long values would fill the memory.
-    """
+    """Decorate a function with an LRU cache for short first arguments: clients' long ones would fill the memory."""
 
     def decorate(function: Callable) -> Callable:
         cached = functools.lru_cache(maxsize)(function)
 
-        @functools.wraps(function)
         def call(first: Any, *others: Any) -> Any:
             return (cached if len(first) <= limit else function)(first, *others)
 
-        return call
+        return functools.wraps(function)(call)
 
     return decorate
 
@@ -249,10 +234,6 @@ def new_queueid(now: float) -> str:
 @functools.lru_cache(maxsize=2)
 def _base62(second: int) -> str:
     return "".join(BASE62[second // 62**place % 62] for place in range(5, -1, -1))
-
-
-BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-RANDOM_DIGITS = bytes(ord(BASE62[i % 62]) for i in range(256))
 
 
 # name: (HTTP status of a refusal, code, dsn, command, text)
@@ -342,14 +323,17 @@ REPLIES = {
 
 # ======================================================================================================================
 # 2. JSON into dataclasses
-#    Takes JSON, gives frozen dataclasses and a list of all errors with their JSON paths; used for settings and
-#    submissions. A parser is called as parse(value, json_path, errors): it appends what is wrong to `errors`, and may
-#    then return None, which keeps the default.
+#    Takes JSON, gives frozen dataclasses and a list of all errors with JSON paths. A parser(value, json_path, errors)
+#    appends what is wrong to `errors`, and may then return None, which keeps the default.
 # ======================================================================================================================
+
+MAX_HINTS = 50  # a hint takes some 50 us, and a hostile body has a million keys
+MAX_ERRORS = 1000  # or a hostile body could yield 100 times its own size in messages
+JSON_TYPES = {bool: "true or false", str: "a string", (int, float): "a number", list: "a list", dict: "an object"}
 
 
 class DuplicateKeyDict(dict):
-    """JSON object with keys that were repeated: `duplicate_keys`."""
+    """JSON object with repeated keys."""
 
     duplicate_keys: tuple = ()
 
@@ -365,14 +349,13 @@ def parse_json(octets: bytes) -> Any:
 
 
 def _object_from_pairs(pairs: list) -> dict:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        result, counts = DuplicateKeyDict(result), Counter(key for key, _ in pairs)
-        result.duplicate_keys = tuple(key for key, count in counts.items() if count > 1)
+    if len(result := dict(pairs)) < len(pairs):
+        result = DuplicateKeyDict(result)
+        result.duplicate_keys = tuple(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
     return result
 
 
-def _reject_constant(name: str):
+def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
@@ -380,8 +363,9 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object_from_pairs, parse_constant=
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
 
 
-def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", secret: bool = False) -> Any:
-    """Return a dataclass field for from_dict(): default, parser, meaning, keys in JSON ("a|b" are aliases)."""
+def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", secret: str = "") -> Any:
+    """Return a dataclass field for from_dict(): default, parser, meaning, keys in JSON ("a|b" are aliases), and how a
+    secret is read: "line", "text" of several lines, or "later", each time that it is used."""
     metadata = {"parse": parse, "doc": doc, "keys": tuple(key.split("|")) if key else (), "secret": secret}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
@@ -389,8 +373,7 @@ def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", se
 
 
 def from_dict(cls: type, raw: Any, json_path: str, errors: list, hint: Callable | None = None) -> Any:
-    """Return a `cls` made from a JSON object; report unknown, duplicate and invalid entries. hint(key, known keys) says
-    what an unknown key may mean, like did_you_mean()."""
+    """Return a `cls` made from a JSON object; hint(key, known keys) says what an unknown key may mean."""
     if not isinstance(raw, dict):
         errors.append(f"{json_path or 'top level'}: expected an object, got {json_type_name(raw)}")
         return cls()
@@ -398,22 +381,15 @@ def from_dict(cls: type, raw: Any, json_path: str, errors: list, hint: Callable 
     if type(raw) is DuplicateKeyDict:
         errors.extend(f"{prefix}{sanitize(key)}: duplicate key" for key in raw.duplicate_keys[:MAX_ERRORS])
     for key, value in raw.items():
-        row = known.get(key)
-        if row and value is not None:
-            name, parse = row
+        name, parse = known.get(key, ("", None))
+        if name and value is not None:
             if name in values:
                 errors.append(f"{prefix}{key}: duplicate: an alias of this key is already set")
             values[name] = parse(value, prefix + key, errors)
-        elif not row:
-            if len(errors) >= MAX_ERRORS:
-                break
+        elif not name and len(errors) < MAX_ERRORS:
             meant = (hint or did_you_mean)(key, known) if len(errors) < MAX_HINTS else ""
             errors.append(f"{prefix}{sanitize(key)}: unknown key{meant}")
     return cls(**{name: value for name, value in values.items() if value is not None})
-
-
-MAX_HINTS = 50  # a hint takes some 50 us, and a hostile body has a million keys
-MAX_ERRORS = 1000  # or a hostile body could yield 100 times its own size in messages
 
 
 @functools.lru_cache(maxsize=None)
@@ -424,11 +400,7 @@ def key_table(cls: type) -> dict:
 
 
 def json_type_name(value: Any) -> str:
-    """Return "a string", "a list" and so on."""
     return next((name for kind, name in JSON_TYPES.items() if isinstance(value, kind)), "null")
-
-
-JSON_TYPES = {bool: "true or false", str: "a string", (int, float): "a number", list: "a list", dict: "an object"}
 
 
 def did_you_mean(word: str, words: Any) -> str:
@@ -470,8 +442,7 @@ def parse_text(value: Any, json_path: str, errors: list) -> str:
 
 
 def matching(pattern: Any, expected: str, optional: bool = False, secret: bool = False, convert: Any = str) -> Callable:
-    """Return a parser of strings that `pattern` accepts: a regex, or a function that is true for them and may raise
-    ValueError for others. A `secret` is not shown in errors."""
+    """Return a parser of strings that `pattern` accepts, a regex or a function; a `secret` is not shown in errors."""
     accepts = getattr(pattern, "fullmatch", pattern)
 
     def parse(value: Any, json_path: str, errors: list) -> Any:
@@ -499,7 +470,6 @@ def one_of(names: Any, kind: str) -> Callable:
 
 
 def parse_boolean(value: Any, json_path: str, errors: list) -> bool | None:
-    """Parse true or false; 1 and 0 mean the same."""
     if value in (0, 1) and not isinstance(value, float):
         return bool(value)
     errors.append(f"{json_path}: expected true or false, got {json_type_name(value)}")
@@ -507,7 +477,6 @@ def parse_boolean(value: Any, json_path: str, errors: list) -> bool | None:
 
 
 def integer(low: int, high: int) -> Callable:
-    """Return a parser of whole numbers from low to high."""
 
     def parse(value: Any, json_path: str, errors: list) -> int | None:
         if type(value) is int and low <= value <= high:
@@ -533,13 +502,13 @@ def list_of(parse: Callable, collect: Callable = tuple, required: bool = False) 
     return parse_all
 
 
-def mapping_of(parse: Callable, fold: Callable = str, expected: str = "a name") -> Callable:
+def mapping_of(parse: Callable, fold: Callable = str, expected: str = "a name", collect: Callable = dict) -> Callable:
     """Return a parser of objects whose keys are names; `fold` returns a name's canonical form, or "" for none."""
 
-    def parse_all(value: Any, json_path: str, errors: list) -> dict:
+    def parse_all(value: Any, json_path: str, errors: list) -> Any:
         if not isinstance(value, dict):
             errors.append(f"{json_path}: expected an object, got {json_type_name(value)}")
-            return {}
+            return collect({})
         paths = {key: f"{json_path}.{sanitize(key)}" for key in value}
         errors.extend(f"{paths[key]}: duplicate key" for key in getattr(value, "duplicate_keys", ()))
         errors.extend(f"{paths[key]}: expected {expected}" for key in value if not fold(key))
@@ -547,13 +516,12 @@ def mapping_of(parse: Callable, fold: Callable = str, expected: str = "a name") 
         if len(set(names)) < len(names):
             errors.append(f"{json_path}: two keys differ in case only")
         parsed = {fold(key): parse(item, paths[key], errors) for key, item in value.items()}
-        return {key: item for key, item in parsed.items() if item is not None}
+        return collect({key: item for key, item in parsed.items() if item is not None})
 
     return parse_all
 
 
 def nested(cls: type) -> Callable:
-    """Return a parser of nested objects."""
     return functools.partial(from_dict, cls)
 
 
@@ -563,8 +531,41 @@ def nested(cls: type) -> Callable:
 #    Each field states its default, limits and meaning; the example file is made from them.
 # ======================================================================================================================
 
-
 IPAddress = Any  # ipaddress.IPv4Address or IPv6Address
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+DOMAIN = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(?:\.{_LABEL})*")
+_LDH = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # letters, digits, hyphens
+HOSTNAME = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)*(?=[0-9-]*[A-Za-z]){_LDH}")  # RFC 5321 4.1.2, and no number
+LOCALDOMAIN = ".localdomain"
+IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different domains, RFC 5894 7.2
+DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
+LISTEN_ADDRESS = re.compile(r"(?:[^:]+|\[[^]]+\]):([0-9]{1,5})|unix:/.*")
+NAME_SERVER = re.compile(r"\[([^]]+)\]:(\d{1,5})|([^:]+):(\d{1,5})|(\S+)")
+BASE_URL = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?(?:/[A-Za-z0-9/._~-]*)?")
+WEBHOOK_URL = re.compile(
+    r"(?P<base>https?://(?P<host>[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?)(?P<path>/[!-~]*)?"
+)
+ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+", re.IGNORECASE)
+FACILITIES = (
+    "kern user mail daemon auth syslog lpr news uucp cron - - - - - - local0 local1 local2 local3 local4 local5"
+)
+FACILITIES = {name: i for i, name in enumerate(f"{FACILITIES} local6 local7".split()) if name != "-"}  # RFC 3164 4.1.1
+RATE = re.compile("[1-9][0-9]{0,8}/[1-9][0-9]{0,6}")
+_BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==))"
+SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at most
+SSHA = re.compile(rf"{{SSHA}}(?=.{{27}}[^=]){_BASE64}")  # of 21 octets or more: SHA-1 of password and salt, salt
+MAX_MEMORY = (1 << 31) - 1  # of scrypt: more than what SCRYPT admits takes
+KEY_HASH = "$sha256$"
+NEW_COST = 5  # OWASP's N=2**14, r=8, p=5: as hard as N=2**17, p=1 in an eighth of the memory, 16 MiB
+SECRET_TIMEOUT = 10  # seconds
+SECRET_FORMS = 'a string, {"file": path}, {"env": NAME}, {"command": [program, argument]} or {"credential": NAME}'
+MICROSOFT, MAIL = "https://login.microsoftonline.com/{tenant}/oauth2/v2.0/token", "https://mail.google.com/"
+OUTLOOK = "https://outlook.office365.com/.default", "https://outlook.office.com/SMTP.Send offline_access"
+PROVIDERS = {  # of access tokens: (token_url, scope of an application's tokens, scope of a user's)
+    "microsoft": (MICROSOFT, *OUTLOOK),
+    "google": ("https://oauth2.googleapis.com/token", MAIL, MAIL),
+}
+LIBCRYPTO = ("BIO_new_mem_buf", "PEM_read_bio_PrivateKey", "EVP_MD_CTX_new", "EVP_sha256")  # they return pointers
 
 
 @cache_short(4096, 64)
@@ -578,11 +579,10 @@ class Networks:
     """Set of IP networks; `address in networks` takes as long for 100,000 of them as for ten."""
 
     def __init__(self, texts: tuple = ()) -> None:
-        self.texts = texts
-        groups: dict = {}
+        self.texts, groups = texts, defaultdict(set)
         for network in map(functools.partial(ipaddress.ip_network, strict=False), texts):
             shift = network.max_prefixlen - network.prefixlen
-            groups.setdefault((network.version, shift), set()).add(int(network.network_address) >> shift)
+            groups[network.version, shift].add(int(network.network_address) >> shift)
         self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
 
     def __contains__(self, address: IPAddress) -> bool:
@@ -590,74 +590,118 @@ class Networks:
         return any(version == of and number >> shift in members for of, shift, members in self.groups)
 
 
-LOOPBACK = Networks(("127.0.0.0/8", "::1"))
-
-
 def is_ip(text: str) -> bool:
-    try:
+    with contextlib.suppress(ValueError):
         return bool(ipaddress.ip_address(text))
-    except ValueError:
-        return False
-
-
-def is_listen_address(text: str) -> bool:
-    found = re.fullmatch(r"(?:[^:]+|\[[^]]+\]):([0-9]{1,5})", text)
-    return int(found[1]) < 65536 if found else text.startswith("unix:/")
-
-
-def is_host(text: str) -> bool:
-    """Return whether the text is a domain or an IP address; or a folder, for the relay File."""
-    return text.startswith("/") or bool(DOMAIN.fullmatch(text)) or is_ip(text)
+    return False
 
 
 def name_server_endpoint(text: str) -> tuple:
     """Return (IP address, port) of "address", "address:port" or "[v6]:port"; () if it is none of them."""
-    found = re.fullmatch(r"\[([^]]+)\]:(\d{1,5})|([^:]+):(\d{1,5})|(\S+)", text)
+    found = NAME_SERVER.fullmatch(text)
     name, port = (found[1] or found[3] or found[5], int(found[2] or found[4] or 53)) if found else ("", 0)
     return (name, port) if is_ip(name) and 0 < port < 65536 else ()
 
 
-def is_url(pattern: re.Pattern, url: str) -> bool:
-    """Return whether the pattern matches, and host and port can be connected to; may raise ValueError."""
-    parts = urllib.parse.urlsplit(url)
-    name, port = parts.hostname or "", parts.port
-    return bool(pattern.fullmatch(url) and port != 0 and (DOMAIN.fullmatch(name) or ipaddress.IPv6Address(name)))
+def url_parser(pattern: re.Pattern, example: str, **options: Any) -> Callable:
+    """Return a parser of URLs, or "", that the pattern matches and whose host and port can be connected to."""
+
+    def accepts(url: str) -> bool:
+        parts = urllib.parse.urlsplit(url)
+        name, port = parts.hostname or "", parts.port
+        return bool(pattern.fullmatch(url) and port != 0 and (DOMAIN.fullmatch(name) or ipaddress.IPv6Address(name)))
+
+    return matching(accepts, f'a URL like "{example}"', optional=True, **options)
 
 
-_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
-DOMAIN = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(?:\.{_LABEL})*")
-BASE_URL = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?(?:/[A-Za-z0-9/._~-]*)?")
-WEBHOOK_URL = re.compile(r"(https?)://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(/[!-~]*)?")
-ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+", re.IGNORECASE)
-FACILITIES = {
-    name: i
-    for i, name in enumerate(["kern", "user", "mail", "daemon", "auth", "syslog", "lpr", "news", "uucp", "cron"])
-}
-FACILITIES.update({f"local{i}": 16 + i for i in range(8)})  # RFC 3164 4.1.1
+def ascii_domain(name: str) -> str:
+    """Return the domain in ASCII (IDNA 2003), or "" if it has none or if IDNA 2008 has another one."""
+    if name.isascii():
+        return name
+    with contextlib.suppress(UnicodeError):
+        return "" if any(c in name for c in IDNA_DEVIATIONS) else name.encode("idna").decode()
+    return ""
 
-parse_network = matching(functools.partial(ipaddress.ip_network, strict=False), "an IP address or network")
-parse_networks = list_of(parse_network, lambda texts: Networks(tuple(texts)))
-parse_listen_address = matching(is_listen_address, '"host:port", "[v6]:port" or "unix:/path"')
-parse_listen = list_of(parse_listen_address, required=True)
-parse_host = matching(is_host, "a host name or an IP address")
-parse_hostname = matching(DOMAIN, "a host name", optional=True)
-parse_resolver = matching(name_server_endpoint, '"address", "address:port" or "[v6]:port"', optional=True)
-parse_origin = matching(ORIGIN, 'a web origin like "https://www.example.org"', convert=str.lower)
-parse_facility = one_of(FACILITIES, "syslog facility")
-is_base_url = functools.partial(is_url, BASE_URL)
-parse_base_url = matching(
-    is_base_url, 'a URL like "https://api.example.org"', True, convert=lambda url: url.rstrip("/")
-)
-parse_region = matching(re.compile("[a-z0-9-]{1,32}"), 'a region like "eu-west-1"', optional=True)
-is_full_url = functools.partial(is_url, WEBHOOK_URL)
-parse_webhook_url = matching(is_full_url, 'a URL like "https://www.example.org/hook"', optional=True, secret=True)
-parse_token_url = matching(is_full_url, 'a URL like "https://login.example.org/token"', optional=True)
+
+def domain_key(name: str) -> str:
+    """Return a domain in lower case and ASCII (RFC 5890); "" if it is none."""
+    domain = ascii_domain(name).lower()
+    return domain if DOMAIN.fullmatch(domain) or re.fullmatch(r"\[[0-9a-z:.]+\]", domain) else ""
+
+
+def table_key(name: str) -> str:
+    """Return a domain, or ".domain" for those below it, likewise."""
+    key = domain_key(name[1:] if name.startswith(".") else name)
+    return f".{key}" if key and name.startswith(".") else key
+
+
+def recipient_key(text: str) -> str:
+    """Return an address in lower case and ASCII as policy compares it, "" if it is none."""
+    local, _, domain = text.rpartition("@")
+    return f"{local.lower()}@{key}" if local and (key := domain_key(domain)) else ""
+
+
+def fence_key(text: str) -> str:
+    return recipient_key(text) if "@" in text else table_key(text)
+
+
+def lookup_keys(domain: str) -> list:
+    """Return the keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
+    return [domain, *(domain[dot.start() :] for dot in re.finditer(r"\.", domain))]
+
+
+class Rate(NamedTuple):
+    """A limit such as "100/3600": so many in so many seconds."""
+
+    limit: int
+    seconds: int
+
+
+def iso_time(text: str) -> float:
+    """Return the seconds since the epoch of an ISO 8601 date or time, which is UTC unless it says otherwise."""
+    moment = datetime.fromisoformat(re.sub("[Zz]$", "+00:00", text))
+    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
 
 
 def parse_mailer(value: Any, json_path: str, errors: list) -> str:
-    """Parse the name of a relay, or the path of a folder."""
     is_folder = isinstance(value, str) and value.startswith("/")
     return (parse_text if is_folder else one_of(RELAYS, "relay type"))(value, json_path, errors)
+
+
+LOOPBACK = Networks(("127.0.0.0/8", "::1"))
+parse_network = matching(functools.partial(ipaddress.ip_network, strict=False), "an IP address or network")
+parse_networks = list_of(parse_network, lambda texts: Networks(tuple(texts)))
+parse_listen_address = matching(
+    lambda text: (found := LISTEN_ADDRESS.fullmatch(text)) and int(found[1] or 0) < 65536,
+    '"host:port", "[v6]:port" or "unix:/path"',
+)
+parse_listen = list_of(parse_listen_address, required=True)
+parse_host = matching(  # or a folder, for the relay File
+    lambda text: text.startswith("/") or DOMAIN.fullmatch(text) or is_ip(text), "a host name or an IP address"
+)
+parse_hostname = matching(DOMAIN, "a host name", optional=True)
+parse_resolver = matching(name_server_endpoint, '"address", "address:port" or "[v6]:port"', optional=True)
+parse_origin = matching(ORIGIN, 'a web origin like "https://www.example.org"', convert=str.lower)
+parse_base_url = url_parser(BASE_URL, "https://api.example.org", convert=lambda url: url.rstrip("/"))
+parse_webhook_url = url_parser(WEBHOOK_URL, "https://www.example.org/hook", secret=True)
+parse_token_url = url_parser(WEBHOOK_URL, "https://login.example.org/token")
+parse_region = matching(re.compile("[a-z0-9-]{1,32}"), 'a region like "eu-west-1"', optional=True)
+parse_rate = matching(
+    RATE,
+    '"RECIPIENTS/SECONDS", such as "100/3600"',
+    optional=True,
+    convert=lambda text: Rate(*map(int, text.split("/"))) if text else None,
+)
+parse_file = matching(str, "the name of a file", optional=True, convert=lambda name: name and {"file": name})
+parse_domain = matching(domain_key, "a domain", convert=domain_key)
+PLAIN_ADDRESS = re.compile(rf"(?=.{{3,254}}\Z)[\w+-]+(?:\.[\w+-]+)*@{DOMAIN.pattern}", re.ASCII)
+parse_plain_address = matching(PLAIN_ADDRESS, "an address")
+parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
+parse_fence = list_of(matching(fence_key, 'an address, "example.org" or ".example.org"', convert=fence_key), frozenset)
+parse_alias = list_of(matching(recipient_key, "an address"), required=True)
+parse_aliases = mapping_of(parse_alias, lambda name: "" if "@" in name else name.lower(), "a name without @")
+PASSWORD_HASH = re.compile(rf"{SCRYPT.pattern}|{SSHA.pattern}|\$sha256\$[0-9a-f]{{64}}")
+parse_password_hash = matching(PASSWORD_HASH, "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True)
 
 
 class Relay(NamedTuple):
@@ -699,8 +743,22 @@ def read_secret(source: Any, base: str, multiline: bool = False) -> str:
         return source
     ((kind, where),) = source.items()
     name = where[0] if kind == "command" else where
+    folder = os.environ.get("CREDENTIALS_DIRECTORY", "") if kind == "credential" else base
+    if kind == "credential" and ("/" in where or not folder):
+        raise ValueError(f".credential: no credential {where}: LoadCredential= of systemd gives it to a unit")
+    if kind == "env" and where not in os.environ:
+        raise ValueError(f".env: no environment variable {where}")
     try:
-        secret = _secret_octets(kind, where, base).decode().rstrip("\r\n")
+        if kind == "command":
+            octets = run_secret_command(where, base)
+        elif kind == "env":
+            octets = os.fsencode(os.environ[where])
+        else:
+            with open_regular(os.path.join(folder, where)) as stream:
+                octets = stream.read()
+                if os.fstat(stream.fileno()).st_mode & 0o006:
+                    raise ValueError(f".{kind}: can be read by everybody; chmod 600 {where}")
+        secret = octets.decode().rstrip("\r\n")
     except UnicodeDecodeError:
         raise ValueError(f".{kind}: {name}: not UTF-8") from None
     except OSError as error:
@@ -709,23 +767,6 @@ def read_secret(source: Any, base: str, multiline: bool = False) -> str:
     if not (multiline or secret.isprintable()):
         raise ValueError(": has a line end, or another unprintable character")
     return secret
-
-
-def _secret_octets(kind: str, where: Any, base: str) -> bytes:
-    if kind == "command":
-        return run_secret_command(where, base)
-    if kind == "env":
-        if where not in os.environ:
-            raise ValueError(f".env: no environment variable {where}")
-        return os.fsencode(os.environ[where])
-    if kind == "credential":
-        base = os.environ.get("CREDENTIALS_DIRECTORY", "")
-        if "/" in where or not base:
-            raise ValueError(f".credential: no credential {where}: LoadCredential= of systemd gives it to a unit")
-    with open_regular(os.path.join(base, where)) as stream:
-        if os.fstat(stream.fileno()).st_mode & 0o006:
-            raise ValueError(f".{kind}: can be read by everybody; chmod 600 {where}")
-        return stream.read()
 
 
 def run_secret_command(command: tuple, base: str) -> bytes:
@@ -747,21 +788,10 @@ def run_secret_command(command: tuple, base: str) -> bytes:
     return output
 
 
-SECRET_TIMEOUT = 10  # seconds
-SECRET_FORMS = 'a string, {"file": path}, {"env": NAME}, {"command": [program, argument]} or {"credential": NAME}'
-MICROSOFT, MAIL = "https://login.microsoftonline.com/{tenant}/oauth2/v2.0/token", "https://mail.google.com/"
-OUTLOOK = "https://outlook.office365.com/.default", "https://outlook.office.com/SMTP.Send offline_access"
-PROVIDERS = {  # of access tokens: (token_url, scope of an application's tokens, scope of a user's)
-    "microsoft": (MICROSOFT, *OUTLOOK),
-    "google": ("https://oauth2.googleapis.com/token", MAIL, MAIL),
-}
-
-
 class Authenticator:
     """The section `password`: who may log in. Successful logins are cached, because scrypt is slow by design."""
 
     CACHE_TTL = 600  # seconds
-    MAX_CONCURRENT_HASHES = 2  # scrypt takes 16 MiB and a core each
 
     def __init__(self, logins: dict) -> None:
         self.logins = logins
@@ -769,24 +799,21 @@ class Authenticator:
         self.cost = max([NEW_COST, *[scrypt_cost(login.hash) for login in logins.values()]])  # of every verification
         self.verified: dict = {}  # HMAC of the credentials: monotonic time until which they are taken for right
         self.key = os.urandom(32)  # so that memory holds no plain digest of a password
-        self.semaphore = threading.Semaphore(self.MAX_CONCURRENT_HASHES)
+        self.semaphore = threading.Semaphore(2)  # scrypt takes 16 MiB and a core each
 
-    def is_cached(self, credentials: str) -> bool:
-        """Return whether these credentials, an Authorization header, were verified lately, or are a key."""
-        cached = self.verified and self.verified.get(self._cache_key(credentials), 0) > time.monotonic()
-        return bool(cached or self.key_owner(credentials))
-
-    def key_owner(self, credentials: str) -> str:
-        """Return the login whose API key these credentials are, "" for none. A look-up by digest leaks no timing."""
-        user, colon, password = decode_basic(credentials).partition(":")
-        return self.keys.get(key_hash(password if colon else user), "") if self.keys else ""
+    def cached_login(self, credentials: str) -> str:
+        """Return the login of an API key, or of a password that was verified lately, "" for none."""
+        user, colon, password = decode_basic(credentials)
+        if self.keys and (name := self.keys.get(key_hash(password if colon else user))):  # a digest leaks no timing
+            return name
+        known = self.verified and self.verified.get(hmac.digest(self.key, credentials.encode(), "sha256"), 0)
+        return user if known and known > time.monotonic() else ""
 
     def authenticate(self, credentials: str) -> str:
-        """Return the name that an Authorization header (RFC 7617) proves, "" for none; takes a tenth of a second for a
-        password unless it is cached."""
-        user, colon, password = decode_basic(credentials).partition(":")
-        if self.is_cached(credentials) or not colon:
-            return self.key_owner(credentials) or (user if colon else "")
+        """Return the login that an Authorization header proves, "" for none; a password takes a tenth of a second."""
+        name, (user, colon, password) = self.cached_login(credentials), decode_basic(credentials)
+        if name or not colon:
+            return name
         line = self.logins[user].hash if user in self.logins else ""
         with self.semaphore:
             right = bool(line) and verify_password(line, password)
@@ -795,24 +822,17 @@ class Authenticator:
         if right:
             now = time.monotonic()
             self.verified = {key: expires for key, expires in self.verified.items() if expires > now}
-            self.verified[self._cache_key(credentials)] = now + self.CACHE_TTL
+            self.verified[hmac.digest(self.key, credentials.encode(), "sha256")] = now + self.CACHE_TTL
         return user if right else ""
 
-    def _cache_key(self, credentials: str) -> bytes:
-        return hmac.digest(self.key, credentials.encode(), "sha256")
 
-
-def decode_basic(credentials: str) -> str:
-    """Return "user:password" of an Authorization header (RFC 7617), "" if it is malformed."""
+def decode_basic(credentials: str) -> tuple:
+    """Return (user, ":", password) of an Authorization header (RFC 7617), empty strings if it is malformed."""
     scheme, _, token = credentials.partition(" ")
-    try:
-        return base64.b64decode(token.strip(), validate=True).decode() if scheme.lower() == "basic" else ""
-    except ValueError:
-        return ""
-
-
-def parse_passwords(value: Any, json_path: str, errors: list) -> Authenticator:
-    return Authenticator(mapping_of(parse_login)(value, json_path, errors))
+    text = ""
+    with contextlib.suppress(ValueError):
+        text = base64.b64decode(token.strip(), validate=True).decode() if scheme.lower() == "basic" else ""
+    return text.partition(":")
 
 
 def parse_login(value: Any, json_path: str, errors: list) -> Login | None:
@@ -849,21 +869,14 @@ def key_hash(key: str) -> str:
     return KEY_HASH + hashlib.sha256(key.encode()).hexdigest()
 
 
-KEY_HASH = "$sha256$"
-NEW_COST = 5  # OWASP's N=2**14, r=8, p=5: as hard as N=2**17, p=1 in an eighth of the memory, 16 MiB
-
-
 def hash_password(password: str) -> str:
-    """Return a new line for the section `password`."""
     salt = os.urandom(16)
     parts = (base64.b64encode(octets).decode() for octets in (salt, scrypt(password, salt)))
     return f"$scrypt$ln=14,r=8,p={NEW_COST}$" + "$".join(parts)
 
 
 def scrypt(password: str, salt: bytes, cost: int = 14, block: int = 8, parallel: int = NEW_COST) -> bytes:
-    """Return the hash of RFC 7914 with N = 2**cost."""
-    memory = 128 * block * ((1 << cost) + parallel + 2)
-    return hashlib.scrypt(password.encode(), salt=salt, n=1 << cost, r=block, p=parallel, maxmem=memory + (1 << 20))
+    return hashlib.scrypt(password.encode(), salt=salt, n=1 << cost, r=block, p=parallel, maxmem=MAX_MEMORY)
 
 
 def scrypt_cost(line: str) -> int:
@@ -873,23 +886,12 @@ def scrypt_cost(line: str) -> int:
     return (parallel * block << cost) >> 17
 
 
-_BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==))"
-SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at most
-SSHA = re.compile(rf"{{SSHA}}(?=.{{27}}[^=]){_BASE64}")  # of 21 octets or more: SHA-1 of password and salt, salt
-parse_password_hash = matching(
-    re.compile(rf"{SCRYPT.pattern}|{SSHA.pattern}|\$sha256\$[0-9a-f]{{64}}"),
-    "a hash as `haineko.py pw` prints it, or {SSHA}",
-    secret=True,
-)
-
-
 class PrivateKey:
-    """Private key, RSA or Ed25519, held by OpenSSL's libcrypto, which Python has loaded already."""
+    """Private key in PEM, RSA or Ed25519, held by OpenSSL's libcrypto, which Python has loaded already."""
 
     ED25519_INFO = bytes.fromhex("302a300506032b6570032100")  # stands before the 32 octets of the key, RFC 8410 4
 
     def __init__(self, pem: bytes) -> None:
-        """Read a PEM key; raise ValueError if it can't be used, OSError if there is no libcrypto."""
         import ctypes
 
         crypto, buffer = libcrypto(), ctypes.create_string_buffer(16384)
@@ -912,9 +914,9 @@ class PrivateKey:
 
         crypto, size = libcrypto(), ctypes.c_size_t(16384)
         signature, context = ctypes.create_string_buffer(size.value), crypto.EVP_MD_CTX_new()
-        digest = None if self.is_ed25519 else crypto.EVP_sha256()  # Ed25519 has its own
+        digest, length = None if self.is_ed25519 else crypto.EVP_sha256(), ctypes.c_size_t(len(data))
         ok = crypto.EVP_DigestSignInit(context, None, digest, None, self._key) == 1
-        ok = ok and crypto.EVP_DigestSign(context, signature, ctypes.byref(size), data, len(data)) == 1
+        ok = ok and crypto.EVP_DigestSign(context, signature, ctypes.byref(size), data, length) == 1
         crypto.EVP_MD_CTX_free(context)
         if not ok:
             raise OSError(errno.EIO, "libcrypto can't sign with this key")
@@ -936,104 +938,15 @@ def libcrypto() -> Any:
     """Return OpenSSL's libcrypto by ctypes; raise OSError if this Python has none that can be used."""
     import ctypes
 
+    pointer = type("pointer", (ctypes.c_void_p,), {})  # a class of its own, or ctypes would return an int
     for module in ("_hashlib", "_ssl", ""):  # linked with libcrypto; "": Python itself is
-        try:
+        with contextlib.suppress(ImportError, OSError, AttributeError):
             library = ctypes.CDLL(importlib.import_module(module).__file__ if module else None)
-            for name, prototype in LIBCRYPTO.items():
-                result, *arguments = [kind and getattr(ctypes, f"c_{kind}") for kind in prototype.split(" ")]
-                function = getattr(library, name)
-                function.restype, function.argtypes = result or None, arguments
-        except (ImportError, OSError, AttributeError):
-            continue
-        return library
+            for name in LIBCRYPTO:
+                getattr(library, name).restype = pointer
+            library.EVP_DigestSign.restype = ctypes.c_int  # OpenSSL has it since 1.1.1
+            return library
     raise OSError(errno.ENOSYS, "this Python has no OpenSSL libcrypto that can be used")
-
-
-LIBCRYPTO = {  # function: types of its result and arguments in ctypes
-    "BIO_new_mem_buf": "void_p char_p int", "BIO_free": "int void_p", "ERR_clear_error": "",
-    "PEM_read_bio_PrivateKey": "void_p void_p void_p void_p char_p", "EVP_PKEY_free": " void_p",
-    "EVP_MD_CTX_new": "void_p", "EVP_MD_CTX_free": " void_p", "EVP_sha256": "void_p",
-    "EVP_DigestSignInit": "int void_p void_p void_p void_p void_p",
-    "EVP_DigestSign": "int void_p char_p void_p char_p size_t", "i2d_PUBKEY": "int void_p void_p",
-}  # fmt: skip
-
-
-class Rate(NamedTuple):
-    """A limit such as "100/3600": so many in so many seconds."""
-
-    limit: int
-    seconds: int
-
-
-def parse_rate(value: Any, json_path: str, errors: list) -> Rate | None:
-    """Parse "RECIPIENTS/SECONDS"; "" is no limit."""
-    text = matching(RATE, '"RECIPIENTS/SECONDS", such as "100/3600"', optional=True)(value, json_path, errors)
-    return Rate(*map(int, text.split("/"))) if text else None
-
-
-RATE = re.compile("[1-9][0-9]{0,8}/[1-9][0-9]{0,6}")
-
-
-@functools.lru_cache(maxsize=1024)
-def iso_time(text: str) -> float:
-    """Return the seconds since the epoch of an ISO 8601 date or time, which is UTC unless it says otherwise."""
-    moment = datetime.fromisoformat(re.sub("[Zz]$", "+00:00", text))
-    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
-
-
-def fence_key(text: str) -> str:
-    """Return an address, a domain or ".domain" as permits() compares it, "" if it is none of them."""
-    return recipient_key(text) if "@" in text else domain_key(text)
-
-
-def lookup_keys(domain: str) -> list:
-    """Return the keys that match a domain, the best first: itself, then ".parent" from the longest to the shortest."""
-    return [domain, *(domain[dot.start() :] for dot in re.finditer(r"\.", domain))]
-
-
-def domain_key(name: str) -> str:
-    """Return a domain, or ".domain", in lower case and ASCII (RFC 5890); "" if it is none."""
-    dot = "." if name.startswith(".") else ""
-    domain = ascii_domain(name[len(dot) :]).lower()
-    return dot + domain if DOMAIN.fullmatch(domain) or re.fullmatch(r"\[[0-9a-z:.]+\]", domain) else ""
-
-
-def recipient_key(text: str) -> str:
-    """Return an address in lower case and ASCII as policy compares it, "" if it is none."""
-    local, _, domain = text.rpartition("@")
-    key = domain_key(domain)
-    return f"{local.lower()}@{key}" if local and key and key[0] != "." else ""
-
-
-def plain_domain_key(name: str) -> str:
-    return "" if name.startswith(".") else domain_key(name)
-
-
-def ascii_domain(name: str) -> str:
-    """Return the domain in ASCII (IDNA 2003), or "" if it has none or if IDNA 2008 has another one."""
-    if name.isascii():
-        return name
-    if any(c in name for c in IDNA_DEVIATIONS):
-        return ""
-    try:
-        return name.encode("idna").decode()
-    except UnicodeError:
-        return ""
-
-
-IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different domains, RFC 5894 7.2
-DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
-parse_domain = matching(plain_domain_key, "a domain", convert=domain_key)
-parse_plain_address = matching(
-    re.compile(rf"(?=.{{3,254}}\Z)[\w+-]+(?:\.[\w+-]+)*@{DOMAIN.pattern}", re.ASCII), "an address"
-)
-parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
-parse_fence = list_of(matching(fence_key, 'an address, "example.org" or ".example.org"', convert=fence_key), frozenset)
-parse_aliases = mapping_of(
-    list_of(matching(recipient_key, "an address"), required=True),
-    lambda name: "" if "@" in name else name.lower(),
-    "a name without @",
-)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -1057,7 +970,7 @@ class Httpd:
 @dataclass(frozen=True, repr=False, eq=False)
 class Syslog:
     disabled: bool = config_field(True, parse_boolean, "1: the log goes to stderr")
-    facility: str = config_field("local2", parse_facility, "syslog facility")
+    facility: str = config_field("local2", one_of(FACILITIES, "syslog facility"), "syslog facility")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -1068,9 +981,7 @@ class Smtpd:
     max_workers: int = config_field(4, integer(1, 256), "deliveries of one request at a time")
     resolver: tuple = config_field((), list_of(parse_resolver), "name servers, address:port; none: resolv.conf's")
     aliases: dict = config_field({}, parse_aliases, "addresses for names without a domain")
-    redirect: tuple = config_field(
-        (), list_of(parse_plain_address), "staging: addresses to which all mail goes instead"
-    )
+    redirect: tuple = config_field((), list_of(parse_plain_address), "staging: all mail goes there instead")
     subject_prefix: str = config_field("", parse_text, "staging: stands before every subject")
     log: str = config_field("text", one_of(("text", "json"), "form of the log"), "text, or json: one object a line")
     syslog: Syslog = config_field(Syslog(), nested(Syslog), "the log")
@@ -1094,7 +1005,7 @@ class QueueSettings:
     )
     min_free: int = config_field(100 << 20, integer(0, 1 << 50), "octets that must be free on its disk")
     webhook: str = config_field("", parse_webhook_url, "URL to which the result of each queued recipient is POSTed")
-    webhook_secret: Any = config_field("", parse_secret, '"whsec_" and base64 of 24 to 64 octets', secret=True)
+    webhook_secret: Any = config_field("", parse_secret, '"whsec_" and base64 of 24 to 64 octets', secret="line")
     secret: bytes = field(default=b"", repr=False)  # octets of webhook_secret, set by resolve_settings()
 
 
@@ -1113,18 +1024,19 @@ class Recipients:
 
 @dataclass(frozen=True, repr=False)
 class OAuth2:
-    """Where access tokens come from (RFC 6749). resolve_settings() fills in what the provider has, reads the
-    secrets that don't change."""
+    """Where access tokens come from (RFC 6749). resolve_settings() fills in what the provider has."""
 
     provider: str = config_field("", one_of(PROVIDERS, "provider"), "microsoft or google: known token_url and scope")
     tenant: str = config_field("", parse_hostname, "microsoft: the directory's id or domain")
     token_url: str = config_field("", parse_token_url, "where tokens are fetched")
     scope: str = config_field("", parse_text, "what a token is to permit")
     client_id: str = config_field("", parse_text, "the application's id")
-    client_secret: Any = config_field("", parse_secret, SECRET_FORMS, secret=True)
-    refresh_token: Any = config_field("", parse_secret, "of a user; absent: the application's own tokens", secret=True)
-    service_account: str = config_field("", parse_text, "JSON file of a Google service account, as the user's delegate")
-    access_token: Any = config_field("", parse_secret, "the token itself, usually by a command", secret=True)
+    client_secret: Any = config_field("", parse_secret, SECRET_FORMS, secret="line")
+    refresh_token: Any = config_field(
+        "", parse_secret, "of a user, else tokens are the application's own", secret="later"
+    )
+    service_account: Any = config_field("", parse_file, "JSON file of a Google service account", secret="text")
+    access_token: Any = config_field("", parse_secret, "the token itself, usually by a command", secret="later")
     base: str = ""  # folder of the settings
 
     def __hash__(self) -> int:
@@ -1134,16 +1046,16 @@ class OAuth2:
 @dataclass(frozen=True, repr=False, eq=False)
 class Credentials:
     username: str = config_field("", parse_text, "name to log in with")
-    password: Any = config_field("", parse_secret, SECRET_FORMS, secret=True)
-    token: Any = config_field("", parse_secret, "session token of temporary credentials of Amazon", secret=True)
+    password: Any = config_field("", parse_secret, SECRET_FORMS, secret="line")
+    token: Any = config_field("", parse_secret, "session token of temporary credentials of Amazon", secret="line")
     oauth2: OAuth2 | None = config_field(None, nested(OAuth2), "access tokens instead of a password")
 
 
-@dataclass(frozen=True, repr=False, eq=False)
+@dataclass(frozen=True, repr=False)
 class Login:
     """Who may log in, and what for. A fence that is absent (None) permits everything, an empty one nothing."""
 
-    hash: str = config_field("", parse_password_hash, "of the password or the API key", secret=True)
+    hash: str = config_field("", parse_password_hash, "of the password or the API key", secret="line")
     senders: frozenset | None = config_field(None, parse_fence, "addresses and domains that may be used as sender")
     recipients: frozenset | None = config_field(None, parse_fence, "the same of recipients")
     networks: Networks | None = config_field(None, parse_networks, "from where it may be used")
@@ -1151,10 +1063,6 @@ class Login:
     expires: str = config_field("", matching(iso_time, "an ISO 8601 date or time", optional=True), "when it ends")
     sandbox: bool = config_field(False, parse_boolean, "1: nothing leaves")
     trace: bool = config_field(False, parse_boolean, "1: it may ask for the SMTP dialogue")
-
-    @property
-    def is_fenced(self) -> bool:
-        return any(getattr(self, item.name) != item.default for item in fields(self)[1:])
 
     def fault(self, client: IPAddress, now: float) -> str:
         """Say why a right password is of no use here and now, "" if it is."""
@@ -1168,7 +1076,7 @@ class DkimKey:
     """What signs the mail of a domain (RFC 6376). resolve_settings() sets domain and private."""
 
     selector: str = config_field("", matching(DOMAIN, "a selector"), "the key is at SELECTOR._domainkey.DOMAIN in DNS")
-    key: Any = config_field("", parse_secret, "PEM: Ed25519, or RSA of 2048 bits or more", secret=True)
+    key: Any = config_field("", parse_secret, "PEM: Ed25519, or RSA of 2048 bits or more", secret="text")
     domain: str = ""
     private: PrivateKey | None = None
 
@@ -1212,7 +1120,6 @@ class Route:
 
     @property
     def choices(self) -> tuple:
-        """Return the routes of a list, in order; a single route is a list of itself."""
         return (self, *self.fallbacks)
 
     @property
@@ -1222,17 +1129,14 @@ class Route:
 
     @property
     def relay(self) -> str:
-        """Return the name of the relay in RELAYS."""
         return "File" if self.mailer.startswith("/") else self.mailer
 
     @property
     def row(self) -> Relay:
-        """Return the row of RELAYS."""
         return RELAYS.get(self.relay, UNKNOWN_RELAY)
 
     @property
     def endpoint(self) -> dict:
-        """Return the fields of a Reply that identify this route."""
         return {"mailer": self.mailer, "host": self.host, "port": self.port}
 
     @property
@@ -1244,7 +1148,6 @@ class Route:
 
     @property
     def folder(self) -> str:
-        """Return the folder in which the relay File saves messages."""
         import tempfile
 
         return next((p for p in (self.mailer, self.host) if p.startswith("/")), "") or tempfile.gettempdir()
@@ -1258,18 +1161,16 @@ def parse_route(value: Any, json_path: str, errors: list) -> Route:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Settings:
-    """All of haineko.json, every value checked."""
-
     httpd: Httpd = config_field(Httpd(), nested(Httpd))
     smtpd: Smtpd = config_field(Smtpd(), nested(Smtpd))
     relayhosts: Relayhosts = config_field(Relayhosts(), nested(Relayhosts))
     recipients: Recipients | None = config_field(None, nested(Recipients))
-    mailertable: dict = config_field({}, mapping_of(parse_route, domain_key, DOMAIN_KEYS))
-    sendermt: dict = config_field({}, mapping_of(parse_route, domain_key, DOMAIN_KEYS))
+    mailertable: dict = config_field({}, mapping_of(parse_route, table_key, DOMAIN_KEYS))
+    sendermt: dict = config_field({}, mapping_of(parse_route, table_key, DOMAIN_KEYS))
     authinfo: dict = config_field({}, mapping_of(nested(Credentials)))
-    password: Authenticator = config_field(Authenticator({}), parse_passwords)
+    password: Authenticator = config_field(Authenticator({}), mapping_of(parse_login, collect=Authenticator))
     queue: QueueSettings | None = config_field(None, nested(QueueSettings))
-    dkim: dict = config_field({}, mapping_of(nested(DkimKey), plain_domain_key, "a domain"))
+    dkim: dict = config_field({}, mapping_of(nested(DkimKey), domain_key, "a domain"))
     path: str | None = None
     files: tuple = ()  # (path, stat_key) of all that was read
 
@@ -1283,39 +1184,34 @@ def load_settings(path: str | None) -> tuple:
     if path is None:
         screen = {"default": Route(mailer="Screen")}
         return resolve_settings(Settings(recipients=Recipients(open_relay=True), mailertable=screen), [])
-    errors: list = []
-    files = {path: stat_key(path)}
-    raw = read_json_file(path, errors)
-    for name, value in raw.items():
-        if isinstance(value, str) and name in key_table(Settings):
-            aside = os.path.join(os.path.dirname(path), value)
-            files[aside] = stat_key(aside)
-            raw[name] = read_json_file(aside, errors, name)
-    settings = from_dict(Settings, raw, "", errors)
-    settings, dependent = resolve_settings(replace(settings, path=path), [])
-    reported = {error.partition(": ")[0] for error in errors}
-    errors += [error for error in dependent if not _follows(error, reported)]
-    files.update((name, stat_key(name)) for name in referenced_files(settings))
-    return replace(settings, files=tuple(files.items())), errors
-
-
-def _follows(error: str, reported: set) -> bool:
-    """Return whether an error only follows from one at a reported path."""
-    path = error.partition(": ")[0]
-    return path in reported or path.rpartition(".")[0] in reported or ("authinfo" in reported and "authinfo" in error)
+    errors, public, aside, files = [], [], {}, {path: stat_key(path)}
+    raw = read_json_file(path, errors, public)
+    for section, name in raw.items():
+        if isinstance(name, str) and section in key_table(Settings):
+            aside[section] = file = os.path.join(os.path.dirname(path), name)
+            files[file] = stat_key(file)
+            raw[section] = read_json_file(file, errors, public, section)
+    settings = replace(from_dict(Settings, raw, "", errors), path=path, files=tuple(files.items()))
+    plain = [where for where, holder, name, _ in secret_fields(settings) if isinstance(getattr(holder, name), str)]
+    found = {aside.get(where.partition(".")[0], path) for where in plain}.intersection(public)
+    errors += [f"{name}: holds secrets and can be read by everybody; chmod 600 {name}" for name in found]
+    reported = tuple(error.partition(": ")[0] for error in errors)
+    settings, dependent = resolve_settings(settings, [])
+    return settings, errors + [
+        error for error in dependent if not error.startswith(reported)
+    ]  # which follow from those
 
 
 def stat_key(path: str) -> tuple | None:
     """Return values that change when a file is rewritten, None if there is none."""
-    try:
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in the name
         found = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a NUL in the name
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode, found.st_uid
+        return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode, found.st_uid
+    return None
 
 
-def read_json_file(path: str, errors: list, section: str = "") -> dict:
-    """Return the JSON object in the settings file or in that of one section; {} and an error if there is none."""
+def read_json_file(path: str, errors: list, public: list, section: str = "") -> dict:
+    """Return the JSON object in a file, {} and an error if there is none; `public` gets those that all can read."""
     label = f"{section}: {path}" if section else path
     try:
         with open_regular(path) as stream:
@@ -1324,14 +1220,12 @@ def read_json_file(path: str, errors: list, section: str = "") -> dict:
     except (OSError, ValueError) as error:
         errors.append(f"{label}: {getattr(error, 'strerror', None) or error}")
         return {}
-    if not isinstance(raw, dict):
-        errors.append(f"{label}: expected an object, got {json_type_name(raw)}")
-        return {}
+    public += [path] if mode & 0o004 else []
     if mode & 0o002:
         errors.append(f"{label}: can be written by everybody; chmod 600 {path}")
-    elif mode & 0o004 and holds_secrets({section: raw} if section else raw):
-        errors.append(f"{label}: holds secrets and can be read by everybody; chmod 600 {path}")
-    return raw
+    if not isinstance(raw, dict):
+        errors.append(f"{label}: expected an object, got {json_type_name(raw)}")
+    return raw if isinstance(raw, dict) else {}
 
 
 def open_regular(path: str) -> Any:
@@ -1343,127 +1237,104 @@ def open_regular(path: str) -> Any:
     return stream
 
 
-def holds_secrets(raw: dict) -> bool:
-    """Return whether raw settings hold a secret itself, not only where it is."""
-    logins, keys, hashes, queue_settings = (raw.get(name) or {} for name in ("authinfo", "dkim", "password", "queue"))
-    holders = [holder for table in (logins, keys) if isinstance(table, dict) for holder in table.values()]
-    holders += [item["oauth2"] for item in holders if isinstance(item, dict) and isinstance(item.get("oauth2"), dict)]
-    names = ("password", "token", "key", "client_secret", "refresh_token", "access_token")
-    secrets = [holder.get(name) for holder in holders if isinstance(holder, dict) for name in names]
-    secrets += [queue_settings.get("webhook_secret")] if isinstance(queue_settings, dict) else []
-    return any(secret and type(secret) is str for secret in secrets) or (isinstance(hashes, dict) and bool(hashes))
+def secret_fields(value: Any, json_path: str = "") -> Any:
+    """Yield (JSON path, the dataclass that holds it, its name, how it is read) of each secret in settings."""
+    value = getattr(value, "logins", value)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from secret_fields(item, f"{json_path}.{key}")
+    for item in fields(value) if hasattr(value, "__dataclass_fields__") else ():
+        where, secret = f"{json_path}.{item.name}".lstrip("."), item.metadata.get("secret")
+        if secret and getattr(value, item.name):
+            yield where, value, item.name, secret
+        elif not secret:
+            yield from secret_fields(getattr(value, item.name), where)
 
 
-def referenced_files(settings: Settings) -> list:
-    """Return the paths of files that the settings name and that are read with them."""
-    base, tls = os.path.dirname(settings.path or ""), settings.httpd.tls
-    secrets = [secret for login in settings.authinfo.values() for secret in (login.password, login.token)]
-    by_token = [login.oauth2 for login in settings.authinfo.values() if login.oauth2]
-    secrets += [secret for item in by_token for secret in (item.client_secret, {"file": item.service_account})]
-    secrets += [settings.queue.webhook_secret] if settings.queue else []
-    secrets += [item.key for item in settings.dkim.values()]
-    names = [secret["file"] for secret in secrets if isinstance(secret, dict) and "file" in secret]
-    tables = *settings.mailertable.values(), *settings.sendermt.values()
-    names += [route.ca_file for first in tables for route in first.choices]
-    names += [tls.certificate, tls.key] if tls else []
-    return [os.path.join(base, name) for name in names if name]
+def resolve_secrets(settings: Settings, base: str, errors: list) -> list:
+    """Put each secret in place of its source, which stays where that fails; return the names of the files read."""
+    names = []
+    for json_path, holder, name, how in secret_fields(settings):
+        source = getattr(holder, name)
+        if isinstance(source, str) or (how == "later" and "command" in source):  # a command may need the network
+            continue
+        try:
+            secret = read_secret(source, base, how == "text")
+        except ValueError as error:
+            errors.append(f"{json_path}{error}")
+            continue
+        if how != "later":
+            object.__setattr__(holder, name, secret)
+            names += [source["file"]] if "file" in source else []
+    return names
 
 
 def resolve_settings(settings: Settings, errors: list) -> tuple:
     """Return (Settings, errors) with names, secrets and files looked up, so that a mail finds all of it ready."""
-    base = os.path.dirname(settings.path or "")
-    logins = {name: _login(login, base, f"authinfo.{name}", errors) for name, login in settings.authinfo.items()}
-    tables = {}
-    for table in ("mailertable", "sendermt"):
-        routes = [
-            (key, first)
-            for key, first in getattr(settings, table).items()
-            if not all(one.disabled for one in first.choices)
-        ]
-        tables[table] = {key: _route_list(first, logins, base, f"{table}.{key}", errors) for key, first in routes}
-    name = settings.smtpd.hostname or local_hostname()
-    if settings.httpd.tls:
-        _check_tls(settings.httpd.tls, base, errors)
-    recipients = settings.recipients or Recipients(domainpart=frozenset([name.lower()]))
-    smtpd = replace(settings.smtpd, hostname=name)
+    base, tls = os.path.dirname(settings.path or ""), settings.httpd.tls
+    files = resolve_secrets(settings, base, errors)
+    logins = {key: _login(login, base, f"authinfo.{key}", errors) for key, login in settings.authinfo.items()}
+    tables: dict = {"mailertable": {}, "sendermt": {}}
+    for table, routes in tables.items():
+        for key, first in getattr(settings, table).items():
+            names = [f"{table}.{key}[{i}]" if first.fallbacks else f"{table}.{key}" for i in range(len(first.choices))]
+            choices = [(name, route) for name, route in zip(names, first.choices) if not route.disabled]
+            found = [_route(replace(route, fallbacks=()), logins, base, name, errors) for name, route in choices]
+            routes.update({key: replace(found[0], fallbacks=tuple(found[1:]))} if found else {})
+            files += [route.ca_file for route in found]
+    if tls:
+        files += [tls.certificate, tls.key]
+        missing = [key for key in ("certificate", "key") if not getattr(tls, key)]
+        errors.extend(f"httpd.tls.{key}: expected the name of a PEM file" for key in missing)
+        try:
+            server_context(tls, base) if not missing else None
+        except OSError as error:
+            errors.append(f"httpd.tls: {error.filename}: {error.strerror}")
+    smtpd = replace(settings.smtpd, hostname=settings.smtpd.hostname or local_hostname())
+    recipients = settings.recipients or Recipients(domainpart=frozenset([smtpd.hostname.lower()]))
     queue_settings = settings.queue and _queue_settings(settings.queue, base, errors)
-    keys = {domain: _dkim_key(key, domain, base, errors) for domain, key in settings.dkim.items()}
-    return replace(settings, smtpd=smtpd, recipients=recipients, queue=queue_settings, dkim=keys, **tables), errors
+    keys = {domain: replace(key, domain=domain) for domain, key in settings.dkim.items()}
+    for domain, key in keys.items():
+        if not key.selector:
+            errors.append(f"dkim.{domain}.selector: expected a selector")
+        try:
+            keys[domain] = replace(key, private=PrivateKey(key.key.encode())) if isinstance(key.key, str) else key
+        except (ValueError, OSError) as error:
+            errors.append(f"dkim.{domain}.key: {getattr(error, 'strerror', None) or error}")
+    paths = [os.path.join(base, name) for name in files if name]
+    values = {"smtpd": smtpd, "recipients": recipients, "queue": queue_settings, "dkim": keys, **tables}
+    return replace(settings, **values, files=(*settings.files, *[(path, stat_key(path)) for path in paths])), errors
 
 
-def _dkim_key(key: DkimKey, domain: str, base: str, errors: list) -> DkimKey:
-    """Return the key loaded."""
-    if not key.selector:
-        errors.append(f"dkim.{domain}.selector: expected a selector")
-    json_path = f"dkim.{domain}.key"
-    pem = _secret(key.key, base, json_path, errors, multiline=True)
-    try:
-        return replace(key, domain=domain, private=PrivateKey(pem.encode()))
-    except (ValueError, OSError) as error:
-        if not errors or not errors[-1].startswith(json_path):
-            errors.append(f"{json_path}: {getattr(error, 'strerror', None) or error}")
-    return key
-
-
-def _login(login: Credentials, base: str, json_path: str, errors: list) -> tuple:
-    """Return (username, password, token, oauth2) with the secrets looked up."""
-    password = _secret(login.password, base, f"{json_path}.password", errors)
-    token = _secret(login.token, base, f"{json_path}.token", errors)
-    if login.oauth2 and not login.username:
-        errors.append(f"{json_path}.username: oauth2 needs it")
-    return login.username, password, token, login.oauth2 and _oauth2(login.oauth2, base, f"{json_path}.oauth2", errors)
-
-
-def _oauth2(oauth2: OAuth2, base: str, json_path: str, errors: list) -> OAuth2:
-    """Return what tokens are fetched with; scope as in the settings."""
-    account = oauth2.service_account and _service_account(oauth2.service_account, base, json_path, errors)
-    provider = "google" if oauth2.service_account else oauth2.provider
+def _login(login: Credentials, base: str, json_path: str, errors: list) -> Credentials:
+    """Return the login with what tokens are fetched with; scope as in the settings."""
+    oauth2 = login.oauth2
+    if not oauth2:
+        return login
+    provider, account = "google" if oauth2.service_account else oauth2.provider, oauth2.service_account
     url = oauth2.token_url or PROVIDERS.get(provider, ("",))[0].format(tenant=oauth2.tenant)
-    secret = _secret(oauth2.client_secret, base, f"{json_path}.client_secret", errors)
-    for key in ("refresh_token", "access_token"):
-        source = getattr(oauth2, key)
-        if not (isinstance(source, dict) and "command" in source):  # which may need the network
-            _secret(source, base, f"{json_path}.{key}", errors)
-    if not (oauth2.service_account or oauth2.access_token):
+    needs = {"username": login.username}
+    if not (account or oauth2.access_token):
         tenant = oauth2.token_url or provider != "microsoft" or oauth2.tenant
-        needs = {"provider": url, "tenant": tenant, "client_id": oauth2.client_id}
-        needs["client_secret"] = oauth2.client_secret or oauth2.refresh_token
-        errors.extend(f"{json_path}.{key}: oauth2 needs it" for key, value in needs.items() if not value)
-    values = {"provider": provider, "token_url": url, "client_secret": secret, "service_account": account}
-    return replace(oauth2, base=base, **values)
-
-
-def _service_account(name: str, base: str, json_path: str, errors: list) -> str:
-    """Return the file's content, checked."""
-    text = _secret({"file": name}, base, f"{json_path}.service_account", errors, multiline=True)
+        needs.update({"oauth2.provider": url, "oauth2.tenant": tenant, "oauth2.client_id": oauth2.client_id})
+        needs["oauth2.client_secret"] = oauth2.client_secret or oauth2.refresh_token
+    errors.extend(f"{json_path}.{key}: oauth2 needs it" for key, value in needs.items() if not value)
     try:
-        document = parse_json(text.encode()) if text else None
+        document = parse_json(account.encode()) if account and isinstance(account, str) else None
         document and (document["client_email"], PrivateKey(document["private_key"].encode()))
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        errors.append(f"{json_path}.service_account: {name}: expected the JSON file of a Google service account")
-    return text
-
-
-def _secret(source: Any, base: str, json_path: str, errors: list, multiline: bool = False) -> str:
-    """Return a secret from where `source` says that it is."""
-    try:
-        return read_secret(source, base, multiline)
-    except ValueError as error:
-        errors.append(f"{json_path}{error}")
-        return ""
+        errors.append(f"{json_path}.oauth2.service_account: expected the JSON file of a Google service account")
+    return replace(login, oauth2=replace(oauth2, base=base, provider=provider, token_url=url))
 
 
 def _queue_settings(settings: QueueSettings, base: str, errors: list) -> QueueSettings:
-    path = os.path.abspath(os.path.join(base, settings.path))
+    path, secret, octets = os.path.abspath(os.path.join(base, settings.path)), settings.webhook_secret, b""
     if not settings.path or os.path.isdir(path):
         errors.append("queue.path: expected the name of a file")
     elif not is_writable_folder(os.path.dirname(path)):
         errors.append(f"queue.path: {os.path.dirname(path)} is not a folder that can be written")
-    secret = _secret(settings.webhook_secret, base, "queue.webhook_secret", errors)
-    try:
-        octets = base64.b64decode(secret[6:], validate=True) if secret.startswith("whsec_") else b""
-    except ValueError:
-        octets = b""
+    with contextlib.suppress(ValueError):
+        octets = base64.b64decode(str(secret).partition("whsec_")[2], validate=True)
     if (settings.webhook or secret) and not 24 <= len(octets) <= 64:
         errors.append('queue.webhook_secret: expected "whsec_" and base64 of 24 to 64 octets')
     return replace(settings, path=path, secret=octets)
@@ -1473,63 +1344,37 @@ def is_writable_folder(path: str) -> bool:
     return os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
 
 
-def _check_tls(tls: Tls, base: str, errors: list) -> None:
-    missing = [key for key in ("certificate", "key") if not getattr(tls, key)]
-    errors.extend(f"httpd.tls.{key}: expected the name of a PEM file" for key in missing)
-    try:
-        server_context(tls, base) if not missing else None
-    except OSError as error:
-        errors.append(f"httpd.tls: {error.filename}: {error.strerror}")
-
-
-def _route_list(first: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
-    found = []
-    for i, route in enumerate(first.choices):
-        if not route.disabled:
-            path = f"{json_path}[{i}]" if first.fallbacks else json_path
-            found.append(_route(replace(route, fallbacks=()), logins, base, path, errors))
-    return replace(found[0], fallbacks=tuple(found[1:]))
-
-
 def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
-    row = route.row
-    if route.auth and route.auth not in logins:
+    """Return the route with its login, and the host and port of its API."""
+    row, login, has_login = route.row, logins.get(route.auth, Credentials()), route.auth in logins
+    if route.auth and not has_login:
         errors.append(f'{json_path}.auth: "{route.auth}" is not in authinfo{did_you_mean(route.auth, logins)}')
+    elif route.auth and row.api_url and not all(getattr(login, key) for key in row.login):
+        errors.append(f"{json_path}.auth: authinfo.{route.auth} needs {' and '.join(row.login)}")
     errors += [f"{json_path}.{key}: {route.relay} takes no such setting" for key in row.refuses if getattr(route, key)]
     errors += [f"{json_path}.{key}: {route.relay} needs it" for key in row.needs if not getattr(route, key)]
     if row.into_folder and not is_writable_folder(route.folder):
         errors.append(f"{json_path}.mailer: {route.folder} is not a folder that can be written")
+    if not row.into_folder and route.host.startswith("/"):
+        errors.append(f'{json_path}.host: expected a host name, got "{route.host}"')
     ca_file = os.path.join(base, route.ca_file) if route.ca_file else ""
     try:
         client_context(route.tls_verify, ca_file, stat_key(ca_file)) if ca_file else None
     except OSError as error:
         errors.append(f"{json_path}.ca_file: {ca_file}: {error.strerror or error}")
-    if not row.into_folder and route.host.startswith("/"):
-        errors.append(f'{json_path}.host: expected a host name, got "{route.host}"')
-    *login, token, oauth2 = logins.get(route.auth, ("", None))
-    if row.api_url:
-        oauth2 = oauth2 if "oauth2" in row.login else None
-    elif token:
-        oauth2 = oauth2 or OAuth2(access_token=token)
+    oauth2 = login.oauth2 if not row.api_url or "oauth2" in row.login else None
+    if login.token and not row.api_url:
+        oauth2 = oauth2 or OAuth2(access_token=login.token)
     if oauth2 and not oauth2.scope:
         scopes = row.scopes or PROVIDERS.get(oauth2.provider, ("", "", ""))[1:]
         oauth2 = replace(oauth2, scope=scopes[bool(oauth2.refresh_token)])
-    route = replace(route, ca_file=ca_file, credentials=tuple(login), token=token, oauth2=oauth2)
-    return _web_route(route, row, json_path, errors) if row.api_url else route
-
-
-def _web_route(route: Route, row: Relay, json_path: str, errors: list) -> Route:
-    """Return the route of a relay by HTTP with the host and port of its API."""
-    login = dict(zip(("username", "password"), route.credentials), oauth2=route.oauth2)
-    if route.credentials and not all(login[key] for key in row.login):
-        errors.append(f"{json_path}.auth: authinfo.{route.auth} needs {' and '.join(row.login)}")
-    site = split_base_url(route.url)
-    return replace(route, host=site.host, port=site.port)
+    site = split_base_url(route.url) if row.api_url else route
+    credentials = (login.username, login.password) if has_login else ()
+    values = {"host": site.host, "port": site.port, "credentials": credentials, "token": login.token}
+    return replace(route, ca_file=ca_file, oauth2=oauth2, **values)
 
 
 class BaseURL(NamedTuple):
-    """Base URL in parts."""
-
     tls: bool
     host: str
     port: int
@@ -1543,12 +1388,6 @@ def split_base_url(url: str) -> BaseURL:
     host, default_port = parts.hostname or "", 443 if parts.scheme == "https" else 80
     name, port = f"[{host}]" if ":" in host else host, parts.port or default_port
     return BaseURL(parts.scheme == "https", host, port, parts.path, name if port == default_port else f"{name}:{port}")
-
-
-def split_url(url: str) -> tuple:
-    """Return (base URL, path and query) of a URL that WEBHOOK_URL matches."""
-    scheme, host, port, path = WEBHOOK_URL.fullmatch(url).groups()
-    return f"{scheme}://{host}{f':{port}' if port else ''}", path or "/"
 
 
 def pin_queue_path(fresh: Settings, queue_settings: QueueSettings | None) -> Settings:
@@ -1576,11 +1415,6 @@ def ehlo_name(hostname: str, address: str) -> str:
         if "." in name and HOSTNAME.fullmatch(name) and not name.endswith(LOCALDOMAIN):
             return name
     return f"[IPv6:{local}]" if local.version == 6 else f"[{local}]"
-
-
-LOCALDOMAIN = ".localdomain"
-_LDH = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # letters, digits, hyphens
-HOSTNAME = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)*(?=[0-9-]*[A-Za-z]){_LDH}")  # RFC 5321 4.1.2, and no number
 
 
 def server_context(tls: Tls, base: str) -> ssl.SSLContext:
@@ -1612,37 +1446,29 @@ def client_context(verify: bool, ca_file: str, _stat_key: tuple | None = None) -
     return context
 
 
-def redacted(value: Any, secret: bool = False) -> Any:
+def redacted(value: Any, secret: str = "") -> Any:
     """Return settings as JSON values, each secret as ********."""
-    if secret and value:
+    if (secret and value) or (isinstance(value, Login) and value == Login(value.hash)):
         return "********"
-    if isinstance(value, Authenticator):
-        return {name: redacted(login) if login.is_fenced else "********" for name, login in value.logins.items()}
     if isinstance(value, Rate):
         return f"{value.limit}/{value.seconds}"
-    if isinstance(value, Networks):
-        return list(value.texts)
     if isinstance(value, Route) and value.fallbacks:
         return [redacted(replace(choice, fallbacks=())) for choice in value.choices]
-    if isinstance(value, dict):
-        return {key: redacted(item) for key, item in value.items()}
-    if isinstance(value, (tuple, frozenset)):
-        return sorted(value) if isinstance(value, frozenset) else list(value)
     if hasattr(value, "__dataclass_fields__"):
         known = {(i.metadata["keys"] or (i.name,))[0]: i for i in fields(value) if "parse" in i.metadata}
         return {key: redacted(getattr(value, item.name), item.metadata["secret"]) for key, item in known.items()}
-    return value
+    value = getattr(value, "logins", getattr(value, "texts", value))  # of an Authenticator, of Networks
+    if isinstance(value, dict):
+        return {key: redacted(item) for key, item in value.items()}
+    return sorted(value) if isinstance(value, frozenset) else list(value) if isinstance(value, tuple) else value
 
 
 def example_settings() -> dict:
     """Return the settings of the example file: complete, valid, and three lines short of a smart host."""
-    route = {"mailer": "ESMTP", "host": "smtp.example.org", "port": 587, "starttls": True, "auth": "relay"}
     settings = redacted(Settings(recipients=Recipients(open_relay=True), queue=QueueSettings(path="haineko.db")))
-    settings["mailertable"] = {
-        "default": route,
-        "example.com": {"mailer": "Discard", "disabled": True},
-        ".example.net": {"mailer": "/var/spool/haineko", "disabled": True},
-    }
+    route = {"mailer": "ESMTP", "host": "smtp.example.org", "port": 587, "starttls": True, "auth": "relay"}
+    folder, discard = {"mailer": "/var/spool/haineko", "disabled": True}, {"mailer": "Discard", "disabled": True}
+    settings["mailertable"] = {"default": route, "example.com": discard, ".example.net": folder}
     settings["sendermt"] = {"example.net": {"mailer": "Screen", "disabled": True}}
     settings["authinfo"] = {"relay": {"username": "", "password": ""}}
     return settings
@@ -1650,20 +1476,21 @@ def example_settings() -> dict:
 
 # ======================================================================================================================
 # 4. Log and metrics
-#    One line for each event, on stderr or to syslog, safe for terminals and log readers. A destination that does not
-#    read costs lines, never a mail. `log` and `metrics` are the only state that all sections share.
+#    One line for each event, on stderr or to syslog. A destination that does not read costs lines, never a mail. `log`
+#    and `metrics` are the only state that all sections share.
 # ======================================================================================================================
+
+MAX_TO = 8 * 257  # octets of recipients of a transaction in a line, so that a pipe takes it whole (PIPE_BUF)
 
 
 class Log:
-    """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once.
-
-    A reader that is slow is waited for PATIENCE seconds; then lines are dropped and counted until it reads again.
-    """
+    """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once. A
+    reader that is slow is waited for PATIENCE seconds; then lines are dropped and counted until it reads again."""
 
     FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     LEVELS = {"error": 3, "warning": 4, "info": 6}  # of syslog(3)  # noqa: RUF012
     SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
+    LOST = "{} lines were lost, since nobody read them"
     PATIENCE = 0.1
 
     def __init__(self) -> None:
@@ -1679,13 +1506,6 @@ class Log:
         self.quiet = False  # lines for stderr are dropped
         self.lost = self.lost_ever = 0  # lines, since the reader stopped; and in all that are not in the metrics yet
 
-    def _lose(self, count: int) -> None:
-        self.lost, self.lost_ever = self.lost + count, self.lost_ever + count
-
-    @property
-    def lost_note(self) -> str:
-        return f"{self.lost} lines were lost, since nobody read them"
-
     def open(self, settings: Syslog, form: str = "text") -> None:
         """Send lines from now on where the settings say."""
         self.facility = None if settings.disabled else FACILITIES[settings.facility] * 8
@@ -1697,71 +1517,62 @@ class Log:
     def event(self, level: str, event: str, message: str, **fields: Any) -> None:
         """Write a line about an event: QUEUEID: key=value ... (code message), or JSON; fields are left out if None."""
         fields = {key: value for key, value in fields.items() if value is not None}
-        self._write(level, [json_line(level, event, message, fields) if self.is_json else text_line(message, **fields)])
+        self._write(level, json_line(level, event, message, fields) if self.is_json else text_line(message, **fields))
 
     def lines(self, *lines: str, level: str = "info") -> None:
         """Write lines by one call, so that those of several processes don't mix."""
-        self._write(level, [json_line(level, "server", line, {}) for line in lines] if self.is_json else lines)
+        self._write(level, *([json_line(level, "server", line, {}) for line in lines] if self.is_json else lines))
 
     def banner(self, text: str) -> None:
         """Write a line to stderr, wherever the others go."""
         line = json_line("info", "server", text, {}) if self.is_json else text
         self.write_bytes(f"{'<6>' if self.is_journal else ''}{line}\n".encode())
 
-    def _write(self, level: str, lines: Any) -> None:
-        if self.facility is not None:
-            for line in lines:
-                self._to_syslog(line, self.facility | self.LEVELS[level])
-            return
-        if self.quiet:
-            return
-        head = "" if self.is_json else f"{timestamp(int(time.time()))} haineko[{os.getpid()}]: "
-        head = f"<{self.LEVELS[level]}>" if self.is_journal else head
-        self._add("".join([f"{head}{line}\n" for line in lines]))
-
     def dialogue(self, peer: str, direction: str, line: str) -> None:
         """Show a line of an SMTP dialogue under -d, and keep it for a mail that is traced."""
         line, lines = f"{direction} {sanitize(line, 1000, keep=chr(9))}", self.trace.get()
-        if self.devel and self.is_json:
-            self.lines(f"{peer} {line}")
-        elif self.devel:
-            self._add(f"{peer} {line}\n")
+        if self.devel:
+            self.lines(f"{peer} {line}") if self.is_json else self._add(f"{peer} {line}\n")
         if lines is not None:
             lines.append(line)
+
+    def _write(self, level: str, *lines: str) -> None:
+        if self.facility is not None:
+            for line in lines:
+                self._to_syslog(line, self.facility | self.LEVELS[level])
+        elif not self.quiet:
+            head = "" if self.is_json else f"{timestamp(int(time.time()))} haineko[{os.getpid()}]: "
+            head = f"<{self.LEVELS[level]}>" if self.is_journal else head
+            self._add("".join([f"{head}{line}\n" for line in lines]))
 
     def _add(self, text: str) -> None:
         if self.buffer is None:
             self.write_bytes(text.encode("utf-8", "backslashreplace"))
             return
-        first = not self.buffer
         self.buffer.append(text)
         if self.loop and threading.current_thread() is not threading.main_thread():
             self.loop.call_soon_threadsafe(self.flush)
-        elif self.loop and first:
+        elif self.loop and len(self.buffer) == 1:
             self.loop.call_soon(self.flush)
 
     def reopen(self) -> None:
         """Open the log file again if it was moved away, as logrotate does."""
         with contextlib.suppress(OSError):
-            if not self.path or (os.path.exists(self.path) and os.path.samestat(os.stat(self.path), os.fstat(2))):
-                return
-            number = os.open(self.path, self.FILE_FLAGS, 0o600)
-            os.dup2(number, 1)
-            os.dup2(number, 2)
-            os.close(number)
+            if self.path and not (os.path.exists(self.path) and os.path.samestat(os.stat(self.path), os.fstat(2))):
+                number = os.open(self.path, self.FILE_FLAGS, 0o600)
+                os.dup2(number, 1)
+                os.dup2(number, 2)
+                os.close(number)
 
     def start_buffering(self, loop: Any = None) -> None:
-        """Let lines wait for flush(), which the event loop calls in its next iteration.
-
-        A process that is killed loses those of the current one, of which no request was answered yet.
-        """
+        """Let lines wait for flush(), which the event loop calls in its next iteration. A process that is killed loses
+        those of the current one, of which no request was answered yet."""
         self.buffer, self.loop = [], loop
         with contextlib.suppress(OSError):  # reopened: in a shared pipe another process may take the room meanwhile
             if stat.S_ISFIFO(os.fstat(2).st_mode):
                 self.stderr = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def flush(self) -> None:
-        """Write the lines that wait."""
         if self.buffer:
             texts = self.buffer[:]
             del self.buffer[: len(texts)]  # a thread may have added to them meanwhile
@@ -1770,21 +1581,21 @@ class Log:
     def write_bytes(self, octets: bytes) -> bool:
         """Write octets to stderr; False if it is closed, full, or a pipe that nobody reads."""
         start = 0
-        try:
+        with contextlib.suppress(OSError):
             while start < len(octets):
                 if not select.select([], [self.stderr], [], 0 if self.lost else self.PATIENCE)[1]:
-                    self._lose(octets.count(b"\n", start))
+                    self.lost += octets.count(b"\n", start)
+                    self.lost_ever += octets.count(b"\n", start)
                     return False
                 with contextlib.suppress(BlockingIOError):  # another process was quicker
                     if self.lost:
-                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {self.lost_note}\n".encode())
+                        os.write(self.stderr, f"\nhaineko[{os.getpid()}]: {self.LOST.format(self.lost)}\n".encode())
                         self.lost = 0
                         continue  # there may have been room for this only
                     end = octets.rfind(b"\n", start, start + select.PIPE_BUF) + 1  # so much never blocks
                     start += os.write(self.stderr, octets[start : end or start + select.PIPE_BUF])
-        except OSError:
-            return False
-        return True
+            return True
+        return False
 
     def _to_syslog(self, line: str, priority: int) -> None:
         """Send a line (RFC 3164) to a daemon that may be absent or stuck, where syslog.syslog() would block."""
@@ -1795,17 +1606,17 @@ class Log:
                     self.syslog = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
                     self.syslog.connect(next(filter(os.path.exists, self.SYSLOG), self.SYSLOG[0]))
                 self.syslog.settimeout(0 if self.lost else self.PATIENCE)
-                for text in (self.lost_note, line) if self.lost else (line,):
+                for text in (self.LOST.format(self.lost), line) if self.lost else (line,):
                     self.syslog.send((head + text).encode("utf-8", "backslashreplace"))
                 self.lost = 0
                 return
             except (BlockingIOError, socket.timeout):
                 break
-            except OSError:
+            except OSError:  # the daemon went; another one may be there
                 if self.syslog:
                     self.syslog.close()
                 self.syslog = None
-        self._lose(1)
+        self.lost, self.lost_ever = self.lost + 1, self.lost_ever + 1
 
 
 @functools.lru_cache(maxsize=2)
@@ -1813,11 +1624,7 @@ def timestamp(second: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(second))
 
 
-log = Log()
-
-
 def log_exception(queueid: str | None) -> None:
-    """Log the traceback of the current exception."""
     import traceback
 
     lines = traceback.format_exc().splitlines()
@@ -1836,32 +1643,24 @@ def json_line(level: str, event: str, message: str, fields: dict) -> str:
 
 def text_line(message: str, queueid: str | None = None, code: str = "", **fields: Any) -> str:
     """Return an event as people and log readers of mail servers read it."""
-    sent = "relay" in fields
+    limits = {"to": MAX_TO} if "relay" in fields else {}
     forms = {"from": "<{}>".format, "delay": "{:.3f}".format, "to": lambda to: f"<{'>,<'.join(to)}>"}
-    values = {key: forms.get(key, str)(value) for key, value in fields.items()}
-    pairs = [f"{key}={log_value(value, MAX_TO if key == 'to' and sent else 500)}" for key, value in values.items()]
+    pairs = [f"{key}={log_value(forms.get(key, str)(value), limits.get(key, 500))}" for key, value in fields.items()]
     words = sanitize(f"{code} {message}".lstrip(), 600)
     return " ".join([*([f"{queueid}:"] if queueid else []), *pairs, f"({words})" if pairs else words])
 
 
-MAX_TO = 8 * 257  # octets of recipients of a transaction in a line, so that a pipe takes it whole (PIPE_BUF)
-
-
 def log_value(value: Any, limit: int = 500) -> str:
     """Return a value for a log line, in quotes if it is empty or has blanks or quotes, "?" for unprintables."""
-    value = str(value)
-    if len(value) > limit or not value.isprintable():
-        value = sanitize(value, limit)
+    value = sanitize(str(value), limit)
     if value and " " not in value and '"' not in value:
         return value
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 class Metrics:
-    """64-bit columns that all processes share: each adds to its own row, and a scrape sums them. Not for threads.
-
-    The row of a worker is kept when it is replaced, so that no counter goes back.
-    """
+    """64-bit columns that all processes share: each adds to its own row, and a scrape sums them. Not for threads. The
+    row of a worker is kept when it is replaced, so that no counter goes back."""
 
     BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds; one more cell has their sum
 
@@ -1890,7 +1689,6 @@ class Metrics:
             self.cells[self.first + self.columns[key]] += by
 
     def set(self, *key: Any, to: int) -> None:
-        """Set this process's part of a gauge."""
         if key in self.columns:
             self.cells[self.first + self.columns[key]] = to
 
@@ -1902,7 +1700,6 @@ class Metrics:
             self.cells[column + len(self.BUCKETS) + 1] += round(seconds * 1e6)
 
     def beat(self) -> None:
-        """Note that this process is not stuck."""
         self.cells[self.first] = time.monotonic_ns()
 
     def last_beat(self, row: int) -> float:
@@ -1914,27 +1711,26 @@ class Metrics:
 
     def text(self, current: dict) -> str:
         """Return all in Prometheus's text format; `current` are values by key that are no sums, None if unknown."""
-        lines = []
+        lines, bounds = [], [*self.BUCKETS, "+Inf"]
         for name, (kind, about, labels) in self.table.items():
             lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
             for values in itertools.product(*labels.values()):
-                column = self.columns[(name, *values)]
-                pairs = [f'{label}="{value}"' for label, value in zip(labels, values)]
+                column, samples = self.columns[(name, *values)], {}
+                pairs = "".join([f'{label}="{value}",' for label, value in zip(labels, values)])
                 if kind == "histogram":
-                    lines += self._histogram(name, column, pairs)
-                    continue
-                value = current.get((name, *values), self.total(column))
-                lines += [] if value is None else [f"{name}{{{','.join(pairs)}}} {value}".replace("{}", "")]
+                    counts = itertools.accumulate([self.total(column + i) for i in range(len(bounds))])
+                    samples = {f'_bucket{{{pairs}le="{bound}",': count for bound, count in zip(bounds, counts)}
+                    samples[f"_count{{{pairs}"] = samples[f'_bucket{{{pairs}le="+Inf",']
+                    samples[f"_sum{{{pairs}"] = self.total(column + len(bounds)) / 1e6
+                elif (value := current.get((name, *values), self.total(column))) is not None:
+                    samples = {f"{{{pairs}": value}
+                lines += [
+                    f"{name}{head}}} {value}".replace(",}", "}").replace("{}", "") for head, value in samples.items()
+                ]
         return "\n".join(lines) + "\n"
 
-    def _histogram(self, name: str, column: int, pairs: list) -> list:
-        bounds, labels = [*self.BUCKETS, "+Inf"], f"{{{','.join(pairs)}}}" if pairs else ""
-        counts = list(itertools.accumulate([self.total(column + i) for i in range(len(bounds))]))
-        head, seconds = "".join([f"{pair}," for pair in pairs]), self.total(column + len(bounds)) / 1e6
-        lines = [f'{name}_bucket{{{head}le="{bound}"}} {count}' for bound, count in zip(bounds, counts)]
-        return [*lines, f"{name}_sum{labels} {seconds}", f"{name}_count{labels} {counts[-1]}"]
 
-
+log = Log()
 metrics = Metrics()
 
 
@@ -4883,12 +4679,12 @@ RENEW_BEFORE = 600  # seconds before the end
 
 def request_token(route: Route, form: dict) -> dict:
     """Return the provider's document with a token (RFC 6749 5.1); ValueError with its words if it gives none (5.2)."""
-    url, path = split_url(route.oauth2.token_url)
+    url, path = WEBHOOK_URL.fullmatch(route.oauth2.token_url).group("base", "path")
     target = HTTPTarget(url, route.timeout, route.mailer, ca_file=route.ca_file, confidential=True)
     body, kind = urllib.parse.urlencode(form).encode(), "application/x-www-form-urlencoded"
     try:
         with contextlib.closing(KeepAliveConnection(target)) as connection:
-            response = connection.exchange(HTTPRequest("POST", path, body, type=kind))
+            response = connection.exchange(HTTPRequest("POST", path or "/", body, type=kind))
     except Rejected as refused:
         raise ValueError(f"{url}: {refused.reply.message[-1]}") from None
     document = json_object(response)
@@ -5461,20 +5257,24 @@ class SessionPool:
         """Return whether another session may be opened now; `has_room` means that the server has just lost one."""
         return self.opening < self.OPENING if has_room else self.opening < self.open_limit and not self.full
 
-    async def wait(self, deadline: float, reply: Reply | None) -> Any:
-        waiter = SessionWaiter(asyncio.get_running_loop().create_future(), deadline, reply)
-        self.waiters.append(waiter)
-        try:
-            return await waiter.future
-        finally:
-            if waiter in self.waiters:  # cancelled
-                self.waiters.remove(waiter)
+    def wait(self, deadline: float, reply: Reply | None) -> asyncio.Future:
+        future = asyncio.get_running_loop().create_future()
+        self.waiters.append(SessionWaiter(future, deadline, reply))
+        return future
+
+    def next_waiter(self) -> asyncio.Future | None:
+        """Take the one that has waited longest, if any; one that was cancelled waits no more."""
+        while self.waiters:
+            future = self.waiters.popleft().future
+            if not future.done():
+                return future
+        return None
 
     def wake_waiters(self, has_room: bool = False) -> None:
         """Have waiters open sessions, as many as may be opened."""
-        while self.waiters and self.may_open(has_room):
+        while self.may_open(has_room) and (future := self.next_waiter()):
             self.opening += 1
-            self.waiters.popleft().future.set_result(None)
+            future.set_result(None)
             has_room = False
 
     def opened(self) -> None:
@@ -5616,8 +5416,8 @@ class TransportContext:
         """Hand the session over to a waiter, keep it, or close it if it cannot be used again."""
         pool, limited = session.pool, bool(session.route.sessions)
         is_old = session.last_used - session.created_at >= (self.SHARE if limited else self.AGE)
-        if session.alive and pool.waiters and not (limited and is_old):
-            pool.waiters.popleft().future.set_result(session)
+        if session.alive and not (limited and is_old) and (future := pool.next_waiter()):
+            future.set_result(session)
             return
         pool.in_use -= 1
         if session.alive and not is_old and len(pool.idle) < self.MAX_IDLE:
@@ -6751,7 +6551,7 @@ def webhook_event(name: str, leased: LeasedRecipient, reply: Reply, url: str, no
     timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
     event = {"type": name, "timestamp": timestamp, "data": {**data, "attempts": leased.attempts}}
     message = Message((ENCODER.encode(event).encode(),))
-    recipient = NewRecipient(url, url, 1, f"Webhook {WEBHOOK_URL.fullmatch(url)[2]}")
+    recipient = NewRecipient(url, url, 1, f"Webhook {WEBHOOK_URL.fullmatch(url)['host']}")
     return NewQueueItem(new_queueid(now), "event", "", "", now, message, (recipient,))
 
 
@@ -6862,7 +6662,7 @@ async def post_webhook(
     """POST an event to its webhook; return a reply as a relay gives it."""
     if not secret:
         return make_reply("webhook-never", word="the settings have no webhook any more", mailer="Webhook")
-    base_url, path = split_url(leased.recipient)
+    base_url, path = WEBHOOK_URL.fullmatch(leased.recipient).group("base", "path")
     target = HTTPTarget(base_url, timeout, "Webhook")
     body, event_id = leased.message.parts[0], f"msg_{leased.queueid}"
     headers = (
@@ -6871,7 +6671,7 @@ async def post_webhook(
         ("webhook-signature", sign_webhook(secret, event_id, int(now), body)),
     )
     try:
-        status = (await http_pool.request(target, HTTPRequest("POST", path, body, headers))).status
+        status = (await http_pool.request(target, HTTPRequest("POST", path or "/", body, headers))).status
     except Rejected as refused:
         reply = refused.reply
         unreachable = {"command": "CONN"} if reply.command == "CONN" else {}
@@ -9074,7 +8874,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         endpoint = self._endpoint(request, allowed)
         if endpoint.checks:
             values, password = (endpoint.checks, request, None, self.settings), self.settings.password
-            if password.logins and not password.is_cached(credentials_of(request)):  # a hash is computed
+            if password.logins and not password.cached_login(credentials_of(request)):  # a hash is computed
                 await asyncio.to_thread(apply_checks, *values)
             else:
                 apply_checks(*values)

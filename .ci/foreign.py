@@ -1,4 +1,4 @@
-"""Haineko against servers and readers that nobody here wrote: aiosmtpd, smtp-sink, postfix, smtp-server of npm, dovecot,
+"""Haineko against servers and readers that nobody here wrote: aiosmtpd, smtp-sink, postfix, dovecot, npm's smtp-server,
 exim4, OpenSMTPD, nginx, email.policy.
 
 Run as `python .ci/foreign.py` where aiosmtpd and hypothesis are installed; what else a class needs stands at its top.
