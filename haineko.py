@@ -2259,7 +2259,7 @@ def parse_raw(value: Any, json_path: str, errors: list) -> ParsedMessage:
     else:
         octets = parse_unicode_text(value, json_path, errors).encode("utf-8", "replace")
     try:
-        message = parse_message(octets)
+        message = parse_message(octets, strict=True)
         if message.body and not message.fields:
             raise ValueError("has no header")
     except ValueError as error:
@@ -2268,8 +2268,9 @@ def parse_raw(value: Any, json_path: str, errors: list) -> ParsedMessage:
     return message
 
 
-def parse_message(octets: bytes) -> ParsedMessage:
-    """Parse a message with any line ends; ValueError says which field is wrong, or which limit is exceeded."""
+def parse_message(octets: bytes, strict: bool = False) -> ParsedMessage:
+    """Parse a message with any line ends; ValueError says which field is wrong, or which limit is exceeded. A line that
+    is no field ends the header, as for sendmail, unless `strict`."""
     found = re.match(rb">?From (?![ \t]*:)[^\n]*\n", octets)  # of an mbox
     octets = octets[found.end() :] if found else octets
     parts: list = []
@@ -2280,6 +2281,13 @@ def parse_message(octets: bytes) -> ParsedMessage:
         octets = rewrite_parts(octets, parts, _encode_binary)
     octets = octets.replace(b"\r\n", b"\n")
     header, body = read_header(octets, 0, len(octets))
+    end = sum([len(field) for _, field in header])
+    if strict and header and octets[end : end + 1] not in (b"\n", b""):
+        line = sanitize(octets[end : end + 80].partition(b"\n")[0].decode("utf-8", "replace"))
+        number = octets.count(b"\n", 0, end) + 1
+        raise ValueError(f'line {number} is neither a header field nor the empty line behind them: "{line}"')
+    if [name for name, _ in header].count("from") > 1:
+        raise ValueError("has more than one field From")
     return ParsedMessage(list(map(_clean_field, header)), octets[body:].replace(b"\r", b"\n"))
 
 
@@ -3363,35 +3371,52 @@ def _convert_part(top: MIMEPart, keep_8bit: bool, keep_utf8: bool, part: MIMEPar
 
 def encode_field(name: str, octets: bytes, charset: str) -> bytes:
     """Return a field in ASCII, encoded as its grammar allows. Octets that are not UTF-8 are in the message's charset,
-    or Latin-1. What can't be encoded, such as an address, stays."""
+    or in an unknown one (RFC 1428). What can't be encoded, such as an address, stays."""
     label, _, value = octets.partition(b":")
     value = ENCODED_WORD_8BIT.sub(lambda word: re.sub(rb"[\x80-\xff]", lambda c: b"=%02X" % ord(c[0]), word[0]), value)
     if value.isascii():
         return label + b":" + value
-    text = " ".join(re.split(r"[\r\n]+[ \t]*", decode_octets(value, charset).strip()))
-    label = label.decode("ascii").strip()
-    if name in MAILBOX_FIELDS:
-        with contextlib.suppress(ValueError):
-            mailboxes = parse_mailboxes(text) or (("undisclosed-recipients", NULL_SENDER),)
-            return address_field(label, mailboxes, "UTF-8").encode() + b"\r\n"
+    known = decode_octets(value, charset)
+    text = " ".join(re.split(r"[\r\n]+[ \t]*", (known or value.decode("latin-1")).strip()))
+    tokens: list = []
     if name in (*PARAMETER_FIELDS, *MAILBOX_FIELDS) or STRUCTURED_FIELDS.fullmatch(name):
         if name in PARAMETER_FIELDS:
             names = {found[1].lower() for found in PARAMETER.finditer(text)}
             text = PARAMETER.sub(functools.partial(_encode_parameter, names), text)
+        text = encode_phrases(text) if name in MAILBOX_FIELDS else text
         text = COMMENT_8BIT.sub(lambda found: f"({' '.join(encoded_words(found[1], 'UTF-8', 9))})", text)
-        return f"{label}: {text}\r\n".encode()
-    tokens: list = []
-    for i, segment in enumerate(ENCODED_WORDS.split(text)):
-        tokens += [segment] if i % 2 else encoded_words(segment, "UTF-8", len(label) + 2) if segment.strip() else []
-    return fold(f"{label}:", tokens).encode() + b"\r\n"
+        tokens = text.split(" ") if name in MAILBOX_FIELDS else [text]
+    elif known is None:
+        for piece in re.findall(".{1,18}", text):
+            coded = re.sub("[^A-Za-z0-9]", lambda found: f"={ord(found[0]):02X}", piece)
+            tokens.append(f"=?unknown-8bit?Q?{coded}?=")
+    else:
+        for i, piece in enumerate(ENCODED_WORDS.split(text)):
+            words = [piece] if i % 2 else encoded_words(piece, "UTF-8", len(label) + 2) if piece.strip() else []
+            tokens += words
+    return fold(f"{label.decode('ascii').strip()}:", tokens).encode() + b"\r\n"
 
 
-def decode_octets(octets: bytes, charset: str) -> str:
-    """Decode octets of a header: UTF-8, else the charset, else Latin-1."""
-    for codec in ("utf-8", codec_name(iana_charset(charset)) or "latin-1"):
-        with contextlib.suppress(UnicodeDecodeError):
+def encode_phrases(text: str) -> str:
+    """Return an address list with the names of mailboxes and groups in encoded words where they are not ASCII."""
+    out, raw, phrase = "", "", ""
+    for found in ADDRESS_TOKEN.finditer(text):
+        if found.lastgroup in ("atom", "quoted", "blank"):
+            raw, phrase = raw + found[0], phrase + unquote(found[0])
+            continue
+        if not raw.isascii() and "@" not in raw:
+            raw = raw[: len(raw) - len(raw.lstrip())] + " ".join(encoded_words(phrase.strip(), "UTF-8", 20))
+            raw += " " * (found[0][:1] in ("<", "("))
+        out, raw, phrase = out + raw + found[0], "", ""
+    return out
+
+
+def decode_octets(octets: bytes, charset: str) -> str | None:
+    """Decode octets of a header: UTF-8, else the charset; None if they are neither."""
+    for codec in ("utf-8", codec_name(iana_charset(charset))):
+        with contextlib.suppress(UnicodeDecodeError, LookupError):
             return octets.decode(codec)
-    return octets.decode("latin-1")
+    return None
 
 
 def _encode_parameter(names: set, found: re.Match) -> str:
