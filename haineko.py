@@ -9125,6 +9125,7 @@ class Worker:
         self.loop = EventLoop()
         self.queue_manager = QueueManager(self.app, wakeup_pair[0]) if slot is None else None
         self.connections: set = set()
+        self.per_address: Counter = Counter()  # of the connections
         self.idle: OrderedDict = OrderedDict()  # connections without a request, the longest-idle first
         self.lingering_503s = 0  # of them, now
 
@@ -9206,6 +9207,7 @@ class Worker:
                 continue
             connection = Connection(sock, peer, self)
             self.connections.add(connection)
+            self.per_address[connection.peer] += 1
             self.mark_busy(connection)
             self.loop.create_task(connection.handle())
 
@@ -9232,7 +9234,11 @@ class Worker:
 
     def forget(self, connection: Connection) -> None:
         """Note that a connection is closed."""
-        self.connections.discard(connection)
+        if connection in self.connections:
+            self.connections.discard(connection)
+            self.per_address[connection.peer] -= 1
+            if not self.per_address[connection.peer]:
+                del self.per_address[connection.peer]
         self.mark_busy(connection)
 
     async def _reject_503(self, connection: Connection) -> None:
@@ -9256,8 +9262,7 @@ class Worker:
         Those of an address with more than a quarter of `max_connections` go first.
         """
         limit, now = self.app.settings.httpd.max_connections // 4, time.monotonic()
-        counts = Counter([connection.peer for connection in self.connections])
-        crowded = {peer for peer, count in counts.items() if count > limit}
+        crowded = {peer for peer, count in self.per_address.items() if count > limit}
         waiting = list(itertools.islice(self.idle, MAX_VICTIMS))
         return any(map(self._interrupt, sorted(waiting, key=lambda connection: connection.precedence(now, crowded))))
 
@@ -9265,8 +9270,7 @@ class Worker:
         """Abort an idle connection; return False if something has just arrived on it."""
         found = connection.connection.abort(ConnectionAbortedError("closed for another"))
         if found:
-            del self.idle[connection]
-            self.connections.discard(connection)
+            self.forget(connection)
         return found
 
     async def _beat(self) -> None:
