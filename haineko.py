@@ -1740,6 +1740,15 @@ metrics = Metrics()
 #    Unicode; strings for headers have no CR, LF or NUL; addresses in headers are parsed. Knows no settings.
 # ======================================================================================================================
 
+TRACE_HEADERS = {
+    "x-request-id": re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}"),
+    "traceparent": re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"),  # W3C Trace Context
+}
+JIS_SEGMENT = re.compile(r"\x1b(\$[@B]|\([BJI])([^\x1b]*)")
+JIS_TABLES = {  # JIS X 0201 has kana, and two characters that ASCII has not (RFC 1468)
+    "(B": {}, "(J": str.maketrans("\\~", "¥‾"), "(I": {code: code + 0xFF40 for code in range(0x21, 0x60)},
+}  # fmt: skip
+
 # Limits; a name or field over them is refused, and they are checked before the work.
 MAX_PATH = 254  # octets of an address, RFC 5321 4.5.3.1.3 less the brackets
 MAX_ADDRESSES = 2000  # of one field
@@ -1833,12 +1842,6 @@ class Request:
         """Return the value of a header by which other programs know the request, None if it is absent or malformed."""
         value = self.headers.get(header)
         return value if value and TRACE_HEADERS[header].fullmatch(value) else None
-
-
-TRACE_HEADERS = {
-    "x-request-id": re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}"),
-    "traceparent": re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"),  # W3C Trace Context
-}
 
 
 class Mailbox(NamedTuple):
@@ -2622,12 +2625,6 @@ def jis_to_text(text: str) -> str:
     return text
 
 
-JIS_SEGMENT = re.compile(r"\x1b(\$[@B]|\([BJI])([^\x1b]*)")
-JIS_TABLES = {  # JIS X 0201 has kana, and two characters that ASCII has not (RFC 1468)
-    "(B": {}, "(J": str.maketrans("\\~", "¥‾"), "(I": {code: code + 0xFF40 for code in range(0x21, 0x60)},
-}  # fmt: skip
-
-
 def _decode_segment(found: re.Match) -> str:
     escape, segment = found.groups()
     return jis_bytes_to_text(segment.encode()) if escape[0] == "$" else segment.translate(JIS_TABLES[escape])
@@ -2657,6 +2654,12 @@ def jis_bytes_to_text(octets: bytes) -> str:
 #    have no side effects. CHECKS has them in the order in which faults are reported.
 # ======================================================================================================================
 
+WRONG_LOGINS = Rate(10, 60)
+SANDBOX_ROUTE = Route(mailer="Discard", host="sandbox")
+POSTMARK_PATHS = ("/email", "/email/batch")
+MAX_SEND_AHEAD = 30 * 86400  # seconds
+MAX_LOOP_NAMES = 25  # instances that one mail may pass; more is a loop through others' names
+
 
 def check_login(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
     """Require a login if the section `password` has one. Wrong ones are counted for each address."""
@@ -2678,9 +2681,6 @@ def check_login(request: Request, submission: Submission | None, settings: Setti
     return make_reply("login")
 
 
-WRONG_LOGINS = Rate(10, 60)
-
-
 def credentials_of(request: Request) -> str:
     """Return the Authorization header of HTTP Basic (RFC 7617); a Bearer or Postmark token stands in it as it is."""
     credentials = request.headers.get("authorization", "")
@@ -2695,9 +2695,6 @@ def credentials_of(request: Request) -> str:
 def sandboxed(settings: Settings) -> Settings:
     """Return settings by which all mail is discarded."""
     return replace(settings, mailertable={"default": SANDBOX_ROUTE}, sendermt={})
-
-
-SANDBOX_ROUTE = Route(mailer="Discard", host="sandbox")
 
 
 def check_rate(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
@@ -2716,9 +2713,6 @@ def rate_reply(request: Request, rate: Rate, state: Any, counted: str) -> Reply 
     request.rate = rate, state
     line = f"{rate.limit} {counted} in {rate.seconds} seconds"
     return make_reply("rate", line, retry_after=max(math.ceil(state.wait), 1)) if state.wait else None
-
-
-POSTMARK_PATHS = ("/email", "/email/batch")
 
 
 def is_postmark_test(request: Request) -> bool:
@@ -2765,10 +2759,6 @@ def check_trace(request: Request, submission: Submission, settings: Settings) ->
     if not submission.trace or local or request.rights.trace:
         return None
     return make_reply("forbidden", 'trace: only from this machine, or by a login with "trace": true')
-
-
-MAX_SEND_AHEAD = 30 * 86400  # seconds
-MAX_LOOP_NAMES = 25  # instances that one mail may pass; more is a loop through others' names
 
 
 def check_ehlo(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -2928,6 +2918,15 @@ def check_message_size(octets: int, settings: Settings) -> Reply | None:
 #    limits on lines; the recipients of a copy, the clock and the queue id are arguments.
 # ======================================================================================================================
 
+_OFFICE = "application/vnd.openxmlformats-officedocument."
+EXTRA_MEDIA_TYPES = {  # that not every version of Python has
+    ".docx": _OFFICE + "wordprocessingml.document", ".xlsx": _OFFICE + "spreadsheetml.sheet",
+    ".pptx": _OFFICE + "presentationml.presentation", ".ics": "text/calendar", ".md": "text/markdown",
+    ".webp": "image/webp", ".zip": "application/zip", ".gz": "application/gzip", ".tgz": "application/gzip",
+    ".odt": "application/vnd.oasis.opendocument.text", ".ods": "application/vnd.oasis.opendocument.spreadsheet",
+    ".rtf": "application/rtf", ".7z": "application/x-7z-compressed",
+}  # fmt: skip
+
 PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
 RFC2231_SEGMENT = 60  # characters of a parameter in one line
 NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
@@ -3066,16 +3065,6 @@ def guess_media_type(name: str) -> str:
     extension = os.path.splitext(name)[1].lower()
     media_type = EXTRA_MEDIA_TYPES.get(extension) or mimetypes.types_map.get(extension, "message/")
     return "application/octet-stream" if media_type.startswith("message/") else media_type
-
-
-_OFFICE = "application/vnd.openxmlformats-officedocument."
-EXTRA_MEDIA_TYPES = {  # that not every version of Python has
-    ".docx": _OFFICE + "wordprocessingml.document", ".xlsx": _OFFICE + "spreadsheetml.sheet",
-    ".pptx": _OFFICE + "presentationml.presentation", ".ics": "text/calendar", ".md": "text/markdown",
-    ".webp": "image/webp", ".zip": "application/zip", ".gz": "application/gzip", ".tgz": "application/gzip",
-    ".odt": "application/vnd.oasis.opendocument.text", ".ods": "application/vnd.oasis.opendocument.spreadsheet",
-    ".rtf": "application/rtf", ".7z": "application/x-7z-compressed",
-}  # fmt: skip
 
 
 def html_to_text(html: str) -> str:
@@ -3448,6 +3437,8 @@ def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
 #    Takes domains of recipient and sender, gives the Route of the settings and the table row that it comes from.
 # ======================================================================================================================
 
+FALLBACK_ROUTE = Route(port=25)
+
 
 def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
     """Return (Route, reason) for mail to `domain`; the look-up costs as much as the domain has labels."""
@@ -3460,9 +3451,6 @@ def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
         if "default" in table:
             return table["default"], f"{name}.default"
     return FALLBACK_ROUTE, "no route matches"
-
-
-FALLBACK_ROUTE = Route(port=25)
 
 
 # ======================================================================================================================
@@ -3749,6 +3737,9 @@ class AsyncSocket:
 #     messages are built and parsed by functions that know no socket. Everything received is checked before use.
 # ======================================================================================================================
 
+random_unit = random.SystemRandom().random  # an unpredictable number from 0 up to 1
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
+
 A, CNAME, SOA, MX, TXT, AAAA = 1, 5, 6, 15, 16, 28  # record types
 NOERROR, SERVFAIL, NXDOMAIN = 0, 2, 3  # RFC 1035 4.1.1, "RCODE"
 RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED"}
@@ -3812,9 +3803,6 @@ async def shared_call(calls: dict, key: Any, function: Callable, *values: Any) -
         calls[key] = asyncio.get_running_loop().create_task(function(*values))
         calls[key].add_done_callback(lambda _: calls.pop(key))
     return await asyncio.shield(calls[key])
-
-
-random_unit = random.SystemRandom().random  # an unpredictable number from 0 up to 1
 
 
 def error_text(error: Exception) -> str:
@@ -4070,9 +4058,6 @@ def is_public(text: str) -> bool:
     return address.is_global and not address.is_multicast and not getattr(address, "is_site_local", False)
 
 
-NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
-
-
 class Connector:
     """Opens TCP connections, in the caller's thread, and remembers which addresses did not answer."""
 
@@ -4174,6 +4159,10 @@ connector = Connector()
 #     threads, since it blocks; deadlines, limits and the question whether a request may have been acted upon are ours.
 #     MTA-STS policies (RFC 8461) are fetched by it; otherwise it knows nothing of mail.
 # ======================================================================================================================
+
+CHUNK = 65536  # octets sent or read in one step
+MAX_RESPONSE_HEAD = 65536  # octets, interim responses and trailers included
+MAX_POLICY = 65536  # octets
 
 
 class HTTPTarget(NamedTuple):
@@ -4401,10 +4390,6 @@ class LimitedReader(io.RawIOBase):
         super().close()
 
 
-CHUNK = 65536  # octets sent or read in one step
-MAX_RESPONSE_HEAD = 65536  # octets, interim responses and trailers included
-
-
 def is_readable(sock: Any) -> bool:
     """Return whether an idle connection was closed by the peer, or has data that nothing asked for."""
     poll = select.poll()
@@ -4476,9 +4461,6 @@ class MTASTSCache:
         if response.status != 200:
             raise ValueError(f"HTTP status {response.status}")
         return parse_mta_sts_policy(response.body.decode("utf-8", "replace"))
-
-
-MAX_POLICY = 65536  # octets
 
 
 def mta_sts_id(texts: tuple) -> str:
@@ -4612,6 +4594,9 @@ def sign_jwt(claims: dict, key: PrivateKey) -> str:
 #     Each process keeps tokens until shortly before they end.
 # ======================================================================================================================
 
+ASSUMED_LIFETIME = 600  # seconds, if the provider names none
+RENEW_BEFORE = 600  # seconds before the end
+
 
 class AccessToken(NamedTuple):
     """Access token; the times are monotonic."""
@@ -4698,10 +4683,6 @@ def fetch_token(route: Route, refresh_token: str | None, clock: Callable) -> tup
     return token, new if isinstance(new, str) and new != refresh_token else ""
 
 
-ASSUMED_LIFETIME = 600  # seconds, if the provider names none
-RENEW_BEFORE = 600  # seconds before the end
-
-
 def request_token(route: Route, form: dict) -> dict:
     """Return the provider's document with a token (RFC 6749 5.1); ValueError with its words if it gives none (5.2)."""
     url, path = WEBHOOK_URL.fullmatch(route.oauth2.token_url).group("base", "path")
@@ -4758,6 +4739,16 @@ def save_refresh_token(oauth2: OAuth2, text: str) -> str:
 #     whether the end of a message was lost. Sessions are pooled by route; if a server accepts no more, mails wait.
 # ======================================================================================================================
 
+REPLY_LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ \t-])(.*)|\s*)")  # the code decides, whatever the text is
+DSN = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?:\s|$)")
+MAX_LINE = 8192  # octets of a line; RFC 5321 4.5.3.1.5 says 512
+MAX_TEXT = 2048  # characters of a line that are reported
+MAX_LINES = 128  # of a reply
+SEND_BLOCK = 262144  # octets of a message sent in one step
+PIPELINE_WINDOW = 100  # commands without a reply at a time, so that neither side's buffer fills up (RFC 2920 3.1)
+SMTPS = 465  # RFC 8314: TLS from the first byte
+THROTTLED = ("432", "454")  # too many connections (Microsoft), throttling failure (Amazon)
+
 
 class SMTPReply(NamedTuple):
     """One reply of a server, RFC 5321 4.2."""
@@ -4795,16 +4786,6 @@ def parse_reply(octets: bytes) -> tuple:
 def smtp_reply(code: str, lines: tuple) -> SMTPReply:
     found = DSN.match(lines[0])
     return SMTPReply(code, found[1] if found else None, lines)
-
-
-REPLY_LINE = re.compile(rb"([2-5][0-9][0-9])(?:([ \t-])(.*)|\s*)")  # the code decides, whatever the text is
-DSN = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?:\s|$)")
-MAX_LINE = 8192  # octets of a line; RFC 5321 4.5.3.1.5 says 512
-MAX_TEXT = 2048  # characters of a line that are reported
-MAX_LINES = 128  # of a reply
-SEND_BLOCK = 262144  # octets of a message sent in one step
-PIPELINE_WINDOW = 100  # commands without a reply at a time, so that neither side's buffer fills up (RFC 2920 3.1)
-SMTPS = 465  # RFC 8314: TLS from the first byte
 
 
 class Session(smtplib.SMTP):
@@ -5342,9 +5323,6 @@ class SessionPool:
         self.wake_waiters()
 
 
-THROTTLED = ("432", "454")  # too many connections (Microsoft), throttling failure (Amazon)
-
-
 class TransportContext:
     """What the deliveries of this process share: SMTP sessions, HTTP connections, the resolver, MTA-STS policies."""
 
@@ -5475,6 +5453,17 @@ class TransportContext:
 #     OSError. RELAYS, at the end, has one row for each relay with all that is known of it.
 # ======================================================================================================================
 
+ROUTE_PAUSE = 30  # seconds for which a list does without a route that failed
+MAX_REPLACEMENTS = 4  # of one mail's session; where sessions are few, the next one may be at its limit of mails as well
+MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take the route's timeout
+KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE")
+TRANSFER_DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
+GMAILAPI_UPLOAD = 1 << 20  # octets from which on a message is uploaded
+GOOGLE_LIMIT = re.compile("'reason': '[A-Za-z]*LimitExceeded'")  # with status 403
+DSN_BY_STATUS = {401: "5.7.8", 403: "5.7.1"}
+ENCODED_WORD = re.compile(r"=\?([^?*\s]+)(?:\*[^?\s]*)?\?([BbQq])\?([^?\s]*)\?=")  # RFC 2047
+SCREEN_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # all controls but the tab
+
 
 async def attempt_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
     """Attempt a transaction once; every recipient has a reply."""
@@ -5516,9 +5505,6 @@ async def attempt_route_list(transaction: Transaction, transport: TransportConte
             words = log_value(" ".join((reply.code, *reply.message)))
             log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed: {words}")
     return replies
-
-
-ROUTE_PAUSE = 30  # seconds for which a list does without a route that failed
 
 
 def try_next_route(reply: Reply) -> bool:
@@ -5568,9 +5554,6 @@ async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> 
     return replies
 
 
-MAX_REPLACEMENTS = 4  # of one mail's session; where sessions are few, the next one may be at its limit of mails as well
-
-
 async def transact_by(session: Session, transaction: Transaction, transport: TransportContext) -> list:
     try:
         replies = await session.transact(transaction)
@@ -5618,9 +5601,6 @@ async def deliver_to_domain(domain: str, transaction: Transaction, transport: Tr
             if not waiting or attempts == MAX_MX_ATTEMPTS:
                 return replies
     return replies
-
-
-MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take the route's timeout
 
 
 def admitted_hosts(hosts: list, policy: MTASTSPolicy | None) -> list:
@@ -5819,10 +5799,6 @@ def haineko_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
     more = {"maybe_delivered": maybe_delivered, "route_fault": response.status == 401}
     more["retry_after"] = 0 if code[0] == "2" else parse_retry_after(response)
     return Reply(code, dsn, command, message, **route.endpoint, **more)
-
-
-KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE")
-TRANSFER_DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
 
 
 def bearer_header(route: Route) -> tuple:
@@ -6091,9 +6067,6 @@ def gmailapi_request(transaction: Transaction) -> HTTPRequest:
     return HTTPRequest("POST", path, encode_json({"raw": base64.urlsafe_b64encode(octets).decode()}))
 
 
-GMAILAPI_UPLOAD = 1 << 20  # octets from which on a message is uploaded
-
-
 def addressed_message(transaction: Transaction) -> bytes:
     """Return the message with the envelope's recipients in its header, from which the API takes them."""
     octets = transaction.octets()
@@ -6115,9 +6088,6 @@ def token_api_failure(route: Route, response: HTTPResponse) -> Reply:
     return http_failure(route, response, lines, temporary)
 
 
-GOOGLE_LIMIT = re.compile("'reason': '[A-Za-z]*LimitExceeded'")  # with status 403
-
-
 def http_accepted(route: Route, response: HTTPResponse, *lines: str) -> Reply:
     """Return the reply for a mail that the API has taken."""
     return make_reply("web-accepted", *sanitize_lines(lines), word=status_text(response), **route.endpoint)
@@ -6137,9 +6107,6 @@ def http_failure(route: Route, response: HTTPResponse, lines: list | None, tempo
     if temporary:
         return reply._replace(dsn="4.3.0" if status >= 500 else "4.4.5", retry_after=parse_retry_after(response))
     return reply._replace(dsn=DSN_BY_STATUS.get(status, reply.dsn), route_fault=status == 401)
-
-
-DSN_BY_STATUS = {401: "5.7.8", 403: "5.7.1"}
 
 
 def parse_retry_after(response: HTTPResponse) -> int:
@@ -6185,9 +6152,6 @@ def _decode_encoded_word(found: Any) -> str:
     return decode_charset(decoded, charset)
 
 
-ENCODED_WORD = re.compile(r"=\?([^?*\s]+)(?:\*[^?\s]*)?\?([BbQq])\?([^?\s]*)\?=")  # RFC 2047
-
-
 def decode_charset(octets: bytes, charset: str) -> str:
     """Decode text in a MIME charset."""
     if charset.upper() == "ISO-2022-JP":
@@ -6203,9 +6167,6 @@ def format_mailboxes(text: str) -> str:
         quoted = '"' + re.sub(r'(["\\])', r"\\\1", name) + '"' if re.search(r'[()<>@,;:\\".\[\]]', name) else name
         people.append(f"{quoted} <{spec}>" if name else spec)
     return ", ".join(people)
-
-
-SCREEN_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # all controls but the tab
 
 
 # -- Probes, for `check --connect`
@@ -6455,6 +6416,29 @@ RELAYS.update(
 #     are functions of values; QueueDB is the file, with its operations; QueueManager delivers.
 # ======================================================================================================================
 
+MIN_ATTEMPTS = 3  # before a mail is given up, however old: the clock may have been set forward by days
+MAX_SLOTS = 4096  # processes
+NEWER_VERSION = "is of a newer version,"
+RETENTION = 86400  # seconds for which completed mails and responses to an Idempotency-Key are kept
+MAX_HISTORY = 50  # attempts kept of each recipient: the first one and the last ones
+MAX_REPLY_LINES = 10  # lines kept of a reply
+MAX_INTERRUPTIONS = 3  # in a row, after which a mail is held; before the last one no other suspect is in flight
+SUSPECT_SQL = "SELECT count(*) FROM recipients WHERE owner IS NOT NULL AND interruptions>=?"
+MAX_ACTIVE = 256  # deliveries under way
+MAX_EXPIRED = 64  # mails given up at a time
+DESTINATIONS_SQL = """
+    WITH RECURSIVE found(destination) AS (
+        SELECT min(destination) FROM recipients WHERE due IS NOT NULL
+        UNION ALL SELECT (SELECT min(destination) FROM recipients WHERE due IS NOT NULL
+                          AND destination > found.destination)
+                  FROM found WHERE destination IS NOT NULL)
+    SELECT destination FROM found WHERE destination IS NOT NULL"""  # one index search each, however many wait
+WAITING_SQL = "SELECT id, interruptions FROM recipients WHERE destination=? AND due IS NOT NULL AND"
+DUE_SQL = f"{WAITING_SQL} due<=? ORDER BY due LIMIT ?"
+EXPIRED_SQL = f"{WAITING_SQL} created_at<=? AND attempts>=? ORDER BY created_at LIMIT ?"
+STATE_SQL = "CASE WHEN due IS NOT NULL THEN 'waiting' WHEN state='open' THEN 'sending' ELSE state END AS state"
+WAITING_OF_MESSAGE = "(due IS NOT NULL OR state='held') AND message=(SELECT id FROM messages WHERE queueid=?)"
+
 # Nothing is answered 2xx before it is committed to disk. After a process was killed,
 #  - a mail that was not yet in the file is sent again by its client, who has no answer. With an Idempotency-Key it is
 #    in the file before anything is sent, and is not sent twice.
@@ -6480,9 +6464,6 @@ def next_disposition(reply: Reply, attempts: int, age: float, jitter: float, set
     pause = settings.retry_after[min(attempts, len(settings.retry_after)) - 1] * (0.8 + 0.4 * jitter)
     left = settings.lifetime if expired else max(settings.lifetime - age, 1.0)  # the last attempt is at its end
     return Disposition("open", min(max(pause, reply.retry_after), left))
-
-
-MIN_ATTEMPTS = 3  # before a mail is given up, however old: the clock may have been set forward by days
 
 
 class AttemptResult(NamedTuple):
@@ -6930,9 +6911,6 @@ def lock_slot(path: str, preferred: int) -> tuple:
     raise OSError(errno.EAGAIN, "too many processes use it")
 
 
-MAX_SLOTS = 4096  # processes
-
-
 def open_private(path: str, flags: int) -> int:
     """Open or create a file that its owner alone may read; raise OSError for a link and for another user's file."""
     handle, user = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), os.geteuid()
@@ -7021,12 +6999,6 @@ def migrate(db: Any, migrations: tuple = MIGRATIONS) -> None:
             db.execute(statement)
     db.execute(f"PRAGMA user_version={newest}")
     db.execute("COMMIT")
-
-
-NEWER_VERSION = "is of a newer version,"
-RETENTION = 86400  # seconds for which completed mails and responses to an Idempotency-Key are kept
-MAX_HISTORY = 50  # attempts kept of each recipient: the first one and the last ones
-MAX_REPLY_LINES = 10  # lines kept of a reply
 
 
 # -- Operations on the file, called as operation(db, slot, *values) within a transaction; rows are sqlite3.Row
@@ -7179,22 +7151,6 @@ def lease(db: Any, slot: int, row_id: int) -> list:
     return [LeasedRecipient(*row[:-1])._replace(message=message, history=history)]
 
 
-MAX_INTERRUPTIONS = 3  # in a row, after which a mail is held; before the last one no other suspect is in flight
-SUSPECT_SQL = "SELECT count(*) FROM recipients WHERE owner IS NOT NULL AND interruptions>=?"
-MAX_ACTIVE = 256  # deliveries under way
-MAX_EXPIRED = 64  # mails given up at a time
-DESTINATIONS_SQL = """
-    WITH RECURSIVE found(destination) AS (
-        SELECT min(destination) FROM recipients WHERE due IS NOT NULL
-        UNION ALL SELECT (SELECT min(destination) FROM recipients WHERE due IS NOT NULL
-                          AND destination > found.destination)
-                  FROM found WHERE destination IS NOT NULL)
-    SELECT destination FROM found WHERE destination IS NOT NULL"""  # one index search each, however many wait
-WAITING_SQL = "SELECT id, interruptions FROM recipients WHERE destination=? AND due IS NOT NULL AND"
-DUE_SQL = f"{WAITING_SQL} due<=? ORDER BY due LIMIT ?"
-EXPIRED_SQL = f"{WAITING_SQL} created_at<=? AND attempts>=? ORDER BY created_at LIMIT ?"
-
-
 def reclaim_dead_leases(db: Any, slot: int, queue_db: QueueDB, now: float) -> None:
     """Release the leases of processes that have ended; `queue_db` opens its lock file with its first transaction."""
     locks = queue_db.locks
@@ -7247,9 +7203,6 @@ def message_status(db: Any, slot: int, queueid: str) -> dict | None:
     return message and {**dict(message), "recipients": db.execute(sql, (message["id"],)).fetchall()}
 
 
-STATE_SQL = "CASE WHEN due IS NOT NULL THEN 'waiting' WHEN state='open' THEN 'sending' ELSE state END AS state"
-
-
 def queue_stats(db: Any, slot: int, now: float) -> dict:
     """Return how many recipients wait, are being sent or held, in all and by destination, and the age of the oldest."""
     routes: dict = {}
@@ -7292,9 +7245,6 @@ def drop_message(db: Any, slot: int, queueid: str, now: float) -> Any:
     if count:
         close_recipients(db, message["id"], count, now)
     return count
-
-
-WAITING_OF_MESSAGE = "(due IS NOT NULL OR state='held') AND message=(SELECT id FROM messages WHERE queueid=?)"
 
 
 def correct_due(db: Any, slot: int, settings: QueueSettings, now: float) -> None:
@@ -7453,6 +7403,20 @@ def level_of(status: str) -> str:
 #     submit() takes a request and calls every stage in order: parse, check, compose, plan, deliver or queue, answer.
 # ======================================================================================================================
 
+CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
+MAX_REPORTED_ERRORS = 10
+# A string (RFC 8941 3.3.3), or a word without quotes, which most clients send.
+IDEMPOTENCY_KEY = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\]){1,255})"|([!#-+\--~]{1,255})')
+MAX_INLINE_WAIT = 60  # seconds that a cloud may ask for while the client waits
+NOT_ASCII = REPLIES["rcpt-ascii"][4]
+HEADERS_OF_STATUS = {
+    401: (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),),
+    409: (("Retry-After", "2"),),
+}
+DEFAULT_RETRY_AFTER = 60  # seconds
+ctime = functools.lru_cache(maxsize=2)(time.ctime)
+MAX_ECHO = 200  # characters of a header that an answer repeats, and the queue stores
+
 
 class App:
     """State of a process: the settings in force, SMTP sessions, the queue, and whether it is stopping."""
@@ -7592,10 +7556,6 @@ def count_recipients(transactions: list, replies: list) -> None:
         metrics.add("haineko_recipients_total", relay, outcome)
 
 
-CHECKS_OF_SUBMISSION, CHECKS_OF_CONTENT, CHECKS_OF_MESSAGE = map(checks_at, ("submission", "content", "message"))
-MAX_REPORTED_ERRORS = 10
-
-
 def parse_and_check(request: Request, parse: Callable, body: Any, settings: Settings) -> tuple:
     """Return (Submission, {recipient: the Reply that refuses it, or None}, Mailboxes of the others, digest of the
     document if there is an Idempotency-Key); raise Rejected with every error, or by the first check that fails."""
@@ -7704,10 +7664,6 @@ def queue_options(request: Request, submission: Submission, settings: Settings) 
         raise Rejected(make_reply("key-form"))
     owner = request.login or f"[{request.client}]"  # nobody else may read the response
     return is_async, hashlib.sha256("\0".join((owner, request.path, found[1] or found[2])).encode()).digest()
-
-
-# A string (RFC 8941 3.3.3), or a word without quotes, which most clients send.
-IDEMPOTENCY_KEY = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\]){1,255})"|([!#-+\--~]{1,255})')
 
 
 def prefers_async(value: str) -> bool:
@@ -7861,9 +7817,6 @@ async def run_transaction(transaction: Transaction, transport: TransportContext)
     return TransactionResult(transaction, replies, (time.monotonic() - started) * 1000)
 
 
-MAX_INLINE_WAIT = 60  # seconds that a cloud may ask for while the client waits
-
-
 def http_status(replies: Any) -> int:
     """Return the HTTP status of a submission that went to its relays."""
     replies = list(replies)
@@ -7875,9 +7828,6 @@ def http_status(replies: Any) -> int:
     if all(reply.status == 400 or (reply.dsn == "5.6.7" and reply.message[0] == NOT_ASCII) for reply in replies):
         return 400  # the addresses are wrong, even if it took the next server to tell
     return 503 if any(reply.temporary for reply in replies) else 502
-
-
-NOT_ASCII = REPLIES["rcpt-ascii"][4]
 
 
 def log_results(request: Request, results: list) -> list:
@@ -7942,12 +7892,6 @@ def answer_headers(request: Request, status: int, queueid: str | None, replies: 
     return HEADERS_OF_STATUS.get(status, ())
 
 
-HEADERS_OF_STATUS = {
-    401: (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),),
-    409: (("Retry-After", "2"),),
-}
-
-
 def rate_headers(rate: Rate, state: RateState) -> tuple:
     """Return the fields of draft-ietf-httpapi-ratelimit-headers-10, and those that clients knew before."""
     left, reset = state.remaining, math.ceil(state.reset)
@@ -7958,15 +7902,9 @@ def rate_headers(rate: Rate, state: RateState) -> tuple:
     )
 
 
-DEFAULT_RETRY_AFTER = 60  # seconds
-
-
 def time_to_dict(seconds: float | None) -> dict | None:
     """Return a time as answers show it."""
     return None if seconds is None else {"datetime": ctime(int(seconds)), "unixtime": str(int(seconds))}
-
-
-ctime = functools.lru_cache(maxsize=2)(time.ctime)
 
 
 def echoed_header(request: Request, name: str) -> str | None:
@@ -7975,9 +7913,6 @@ def echoed_header(request: Request, name: str) -> str | None:
     if value is None or value.isascii():
         return value and value[:MAX_ECHO]
     return value[: 4 * MAX_ECHO].encode("latin-1").decode("utf-8", "replace")[:MAX_ECHO]
-
-
-MAX_ECHO = 200  # characters of a header that an answer repeats, and the queue stores
 
 
 def json_response(document: Any, status: int = 200, headers: tuple = ()) -> Response:
@@ -7993,6 +7928,9 @@ def to_json(document: Any) -> bytes:
 #     Takes requests of SendGrid's, Postmark's and Resend's clients, passes each mail through the pipeline and answers
 #     in the provider's form. All mails of a request are checked before the first one is stored.
 # ======================================================================================================================
+
+MAX_CALL = 64 << 20  # octets of all messages of a request
+OWN_FIELDS = frozenset(("from", "to", "cc", "bcc", "subject", "replyto", "charset"))
 
 
 class Provider(NamedTuple):
@@ -8035,9 +7973,6 @@ async def answer_provider(request: Request, app: App) -> Response:
     response = answer if isinstance(answer, Response) else json_response(answer)
     is_stored = ready and app.queue and not dry_run
     return await store_mails(request, ready, digest, response, app) if is_stored else response
-
-
-MAX_CALL = 64 << 20  # octets of all messages of a request
 
 
 def parse_call(request: Request) -> tuple:
@@ -8139,9 +8074,6 @@ def read_headers(value: Any, json_path: str, errors: list) -> dict:
         else:
             header.setdefault(name, []).append(text)
     return {name: texts[0] if len(texts) == 1 else texts for name, texts in header.items()}
-
-
-OWN_FIELDS = frozenset(("from", "to", "cc", "bcc", "subject", "replyto", "charset"))
 
 
 def read_attachments(mail: dict, names: dict, errors: list) -> Any:
@@ -8335,6 +8267,36 @@ PROVIDER_ENDPOINTS = {
 #     binds and watches; workers, forked by it, accept. In a worker one event loop serves all connections.
 # ======================================================================================================================
 
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]"
+REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
+HEADER_LINE = re.compile(rf"({_TOKEN}+):([^\r\n\0]*)")
+BARE_LF = re.compile(rb"\n\r?\n")  # an end of the head for some servers; looked for if there is no CR LF CR LF
+NOT_IN_HOST = re.compile(r"[\s,/?#@\\]")
+CHUNKED = -1
+LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # or the same one, repeated
+SAMPLES = json.loads("""[
+{"ehlo": "[127.0.0.1]", "mail": "kijitora@example.org", "rcpt": ["mikeneko@example.jp"], "header": {
+  "from": "キジトラ <kijitora@example.com>", "subject": "謹賀新年", "replyto": "straycats@cat-ml.example.org",
+  "charset": "UTF-8"}, "body": "あとでお年玉貰いに行きます"},
+{"mail": "cron@example.org", "rcpt": ["root@example.jp", "ops@example.jp"], "header": {"subject": "Backup done"},
+  "body": "42 files, 0 errors\\n"},
+{"mail": "shop@example.org", "header": {
+  "from": "ねこ屋 <shop@example.org>", "to": "三毛猫 <mikeneko@example.jp>", "subject": "領収書 42"},
+  "html": "<p><img src=\\"cid:logo\\" alt=\\"ねこ屋\\"></p><p>合計 <b>1,980円</b></p>", "attachments": [
+    {"filename": "logo.png", "cid": "logo", "content":
+      "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="},
+    {"filename": "領収書 42.csv", "content": "c3VtLDE5ODAK"}]}
+]""")
+NESTED_SCHEMAS = {"header": "Header", "attachments": "Attachment"}
+SCHEMA_TYPES = {
+    str: ["string", "array", "null"],
+    bool: ["boolean", "integer", "null"],
+    tuple: ["string", "array", "object", "null"],
+}
+QUEUE_PATH = re.compile(r"/queue/[0-9A-Za-z]{1,64}((?:/retry)?)")
+HANG_TIMEOUT = 10.0  # seconds without a heartbeat
+BACKLOG = 1024
+
 MAX_HEAD = 65536  # octets of request line and headers
 MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
@@ -8354,12 +8316,6 @@ class RequestHead(NamedTuple):
     headers: dict  # by name in lower case; values of a repeated name are joined by ", "
     keep_alive: bool  # the client wants to go on using the connection
     is_http10: bool
-
-
-_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]"
-REQUEST_LINE = re.compile(rf"({_TOKEN}{{1,32}}) ([\x21-\x7e\x80-\xff]+) HTTP/(\d)\.(\d)")
-HEADER_LINE = re.compile(rf"({_TOKEN}+):([^\r\n\0]*)")
-BARE_LF = re.compile(rb"\n\r?\n")  # an end of the head for some servers; looked for if there is no CR LF CR LF
 
 
 def parse_head(octets: bytes) -> RequestHead:
@@ -8412,10 +8368,6 @@ def check_host(head: RequestHead) -> None:
         raise Rejected(make_reply("bad-request", "Host"))
 
 
-NOT_IN_HOST = re.compile(r"[\s,/?#@\\]")
-CHUNKED = -1
-
-
 def body_length(head: RequestHead) -> int:
     """Return the octets of the body, or CHUNKED; raise Rejected if two parsers could differ (RFC 9112 6.3)."""
     length, coding = head.headers.get("content-length"), head.headers.get("transfer-encoding")
@@ -8433,9 +8385,6 @@ def body_length(head: RequestHead) -> int:
     if not found:
         raise Rejected(make_reply("bad-request", "Content-Length"))
     return int(found[1])
-
-
-LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # or the same one, repeated
 
 
 def client_address(peer: Any, port: int | None, headers: dict, settings: Settings) -> tuple:
@@ -8598,21 +8547,6 @@ def process_metrics() -> dict:
     return {(name,): value for name, value in zip(PROCESS_METRICS, found)}
 
 
-SAMPLES = json.loads("""[
-{"ehlo": "[127.0.0.1]", "mail": "kijitora@example.org", "rcpt": ["mikeneko@example.jp"], "header": {
-  "from": "キジトラ <kijitora@example.com>", "subject": "謹賀新年", "replyto": "straycats@cat-ml.example.org",
-  "charset": "UTF-8"}, "body": "あとでお年玉貰いに行きます"},
-{"mail": "cron@example.org", "rcpt": ["root@example.jp", "ops@example.jp"], "header": {"subject": "Backup done"},
-  "body": "42 files, 0 errors\\n"},
-{"mail": "shop@example.org", "header": {
-  "from": "ねこ屋 <shop@example.org>", "to": "三毛猫 <mikeneko@example.jp>", "subject": "領収書 42"},
-  "html": "<p><img src=\\"cid:logo\\" alt=\\"ねこ屋\\"></p><p>合計 <b>1,980円</b></p>", "attachments": [
-    {"filename": "logo.png", "cid": "logo", "content":
-      "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="},
-    {"filename": "領収書 42.csv", "content": "c3VtLDE5ODAK"}]}
-]""")
-
-
 async def get_openapi(request: Request, app: App) -> Response:
     """Answer with the OpenAPI description of ENDPOINTS, made of the dataclasses and tables."""
     paths: dict = {}
@@ -8674,14 +8608,6 @@ def class_schema(cls: type) -> dict:
         for key in item.metadata.get("keys") or (item.name,) if "parse" in item.metadata else ():
             properties[key] = {**kind, "description": item.metadata["doc"]}
     return {"type": "object", "properties": properties, "additionalProperties": cls is Header}
-
-
-NESTED_SCHEMAS = {"header": "Header", "attachments": "Attachment"}
-SCHEMA_TYPES = {
-    str: ["string", "array", "null"],
-    bool: ["boolean", "integer", "null"],
-    tuple: ["string", "array", "object", "null"],
-}
 
 
 def schema_of(value: Any) -> dict:
@@ -8753,9 +8679,6 @@ def route_key(path: str) -> str:
     """Return the path as ENDPOINTS has it: with "ID" for a queue id."""
     found = QUEUE_PATH.fullmatch(path)
     return f"/queue/ID{found[1]}" if found else path
-
-
-QUEUE_PATH = re.compile(r"/queue/[0-9A-Za-z]{1,64}((?:/retry)?)")
 
 
 def allowed_methods(path: str) -> list:
@@ -9499,9 +9422,6 @@ class Supervisor:
         return 0
 
 
-HANG_TIMEOUT = 10.0  # seconds without a heartbeat
-
-
 def bind(listen: str) -> socket.socket:
     """Return a listening TCP or Unix socket; raise OSError."""
     if listen.startswith("unix:"):
@@ -9511,9 +9431,6 @@ def bind(listen: str) -> socket.socket:
         ascii_domain(name.strip("[]")).encode(), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
     return socket.create_server(address, family=family, backlog=BACKLOG)
-
-
-BACKLOG = 1024
 
 
 def bind_unix(path: str) -> socket.socket:
