@@ -1481,6 +1481,7 @@ def example_settings() -> dict:
 # ======================================================================================================================
 
 MAX_TO = 8 * 257  # octets of recipients of a transaction in a line, so that a pipe takes it whole (PIPE_BUF)
+LOG_FORMS = {"from": "<{}>".format, "delay": "{:.3f}".format, "to": lambda to: f"<{'>,<'.join(to)}>"}  # in text
 
 
 class Log:
@@ -1643,9 +1644,10 @@ def json_line(level: str, event: str, message: str, fields: dict) -> str:
 
 def text_line(message: str, queueid: str | None = None, code: str = "", **fields: Any) -> str:
     """Return an event as people and log readers of mail servers read it."""
-    limits = {"to": MAX_TO} if "relay" in fields else {}
-    forms = {"from": "<{}>".format, "delay": "{:.3f}".format, "to": lambda to: f"<{'>,<'.join(to)}>"}
-    pairs = [f"{key}={log_value(forms.get(key, str)(value), limits.get(key, 500))}" for key, value in fields.items()]
+    pairs = []
+    for key, value in fields.items():
+        text = LOG_FORMS[key](value) if key in LOG_FORMS else value
+        pairs.append(f"{key}={log_value(text, MAX_TO if key == 'to' and 'relay' in fields else 500)}")
     words = sanitize(f"{code} {message}".lstrip(), 600)
     return " ".join([*([f"{queueid}:"] if queueid else []), *pairs, f"({words})" if pairs else words])
 
