@@ -565,7 +565,15 @@ PROVIDERS = {  # of access tokens: (token_url, scope of an application's tokens,
     "microsoft": (MICROSOFT, *OUTLOOK),
     "google": ("https://oauth2.googleapis.com/token", MAIL, MAIL),
 }
-LIBCRYPTO = ("BIO_new_mem_buf", "PEM_read_bio_PrivateKey", "EVP_MD_CTX_new", "EVP_sha256")  # they return pointers
+LIBCRYPTO = {  # function: types of its result and arguments in ctypes
+    "BIO_new_mem_buf": "void_p char_p int", "BIO_free": "int void_p", "ERR_clear_error": "",
+    "PEM_read_bio_PrivateKey": "void_p void_p void_p void_p char_p", "EVP_PKEY_free": " void_p",
+    "EVP_MD_CTX_new": "void_p", "EVP_MD_CTX_free": " void_p", "EVP_sha256": "void_p",
+    "EVP_DigestSignInit": "int void_p void_p void_p void_p void_p",
+    "EVP_DigestSign": "int void_p char_p void_p char_p size_t", "i2d_PUBKEY": "int void_p void_p",
+    "EVP_DigestVerifyInit": "int void_p void_p void_p void_p void_p",
+    "EVP_DigestVerify": "int void_p char_p size_t char_p size_t", "d2i_PUBKEY": "void_p void_p void_p long",
+}  # fmt: skip
 
 
 @cache_short(4096, 64)
@@ -914,13 +922,28 @@ class PrivateKey:
 
         crypto, size = libcrypto(), ctypes.c_size_t(16384)
         signature, context = ctypes.create_string_buffer(size.value), crypto.EVP_MD_CTX_new()
-        digest, length = None if self.is_ed25519 else crypto.EVP_sha256(), ctypes.c_size_t(len(data))
+        digest = None if self.is_ed25519 else crypto.EVP_sha256()  # Ed25519 has its own
         ok = crypto.EVP_DigestSignInit(context, None, digest, None, self._key) == 1
-        ok = ok and crypto.EVP_DigestSign(context, signature, ctypes.byref(size), data, length) == 1
+        ok = ok and crypto.EVP_DigestSign(context, signature, ctypes.byref(size), data, len(data)) == 1
         crypto.EVP_MD_CTX_free(context)
         if not ok:
             raise OSError(errno.EIO, "libcrypto can't sign with this key")
         return signature.raw[: size.value]
+
+    @classmethod
+    def verify(cls, public: bytes, data: bytes, signature: bytes) -> bool:
+        """Return whether a signature is valid by a public key, a SubjectPublicKeyInfo in DER."""
+        import ctypes
+
+        crypto, context = libcrypto(), libcrypto().EVP_MD_CTX_new()
+        key = crypto.d2i_PUBKEY(None, ctypes.byref(ctypes.c_char_p(public)), len(public))
+        digest = None if public.startswith(cls.ED25519_INFO) else crypto.EVP_sha256()
+        valid = bool(key) and crypto.EVP_DigestVerifyInit(context, None, digest, None, key) == 1
+        valid = valid and crypto.EVP_DigestVerify(context, signature, len(signature), data, len(data)) == 1
+        crypto.EVP_MD_CTX_free(context)
+        crypto.EVP_PKEY_free(key)
+        crypto.ERR_clear_error()
+        return valid
 
     def __del__(self) -> None:
         if getattr(self, "_key", None):
@@ -938,14 +961,16 @@ def libcrypto() -> Any:
     """Return OpenSSL's libcrypto by ctypes; raise OSError if this Python has none that can be used."""
     import ctypes
 
-    pointer = type("pointer", (ctypes.c_void_p,), {})  # a class of its own, or ctypes would return an int
     for module in ("_hashlib", "_ssl", ""):  # linked with libcrypto; "": Python itself is
-        with contextlib.suppress(ImportError, OSError, AttributeError):
+        try:
             library = ctypes.CDLL(importlib.import_module(module).__file__ if module else None)
-            for name in LIBCRYPTO:
-                getattr(library, name).restype = pointer
-            library.EVP_DigestSign.restype = ctypes.c_int  # OpenSSL has it since 1.1.1
-            return library
+            for name, prototype in LIBCRYPTO.items():
+                result, *arguments = [kind and getattr(ctypes, f"c_{kind}") for kind in prototype.split(" ")]
+                function = getattr(library, name)
+                function.restype, function.argtypes = result or None, arguments
+        except (ImportError, OSError, AttributeError):
+            continue
+        return library
     raise OSError(errno.ENOSYS, "this Python has no OpenSSL libcrypto that can be used")
 
 
@@ -9922,9 +9947,14 @@ def dkim_key(texts: tuple, own: DkimKey | None) -> str:
         key = base64.b64decode(public, validate=True)
     except ValueError:
         raise ValueError("the key is no base64") from None
-    if tags.get("k", "rsa") == "ed25519":
-        if len(key) != 32:
-            raise ValueError("an ed25519 key has 32 octets")
+    is_ed25519 = tags.get("k", "rsa") == "ed25519"
+    if is_ed25519 and len(key) != 32:
+        raise ValueError("an ed25519 key has 32 octets")
+    if own:
+        info = PrivateKey.ED25519_INFO + key if is_ed25519 else key
+        if not PrivateKey.verify(info, b"Haineko", own.private.sign(b"Haineko")):
+            raise ValueError("a signature of ours is not valid by this key")
+    if is_ed25519:
         return "ed25519"
     bits = rsa_bits(key)
     if bits < 1024:
@@ -10559,8 +10589,10 @@ def sendmail_code(status: int, item: dict) -> int:
     """Return the exit code (sysexits.h) for a recipient's reply, or for the refusal of the whole mail."""
     if item["mailer"] or item["dsn"] == "5.4.6":
         return os.EX_TEMPFAIL if item["code"][0] == "4" and item["dsn"] != "5.4.6" else os.EX_UNAVAILABLE
+    if item["rcpt"] is not None:
+        return os.EX_DATAERR if item["dsn"] == "5.1.5" else os.EX_NOPERM  # 5.1.5: not an address
     codes = {400: os.EX_DATAERR, 401: os.EX_NOPERM, 403: os.EX_NOPERM, 413: os.EX_DATAERR}
-    return os.EX_NOPERM if item["rcpt"] is not None else codes.get(status, os.EX_TEMPFAIL)
+    return codes.get(status, os.EX_TEMPFAIL)
 
 
 def sendmail_sender(flags: dict, settings: Settings) -> str:
