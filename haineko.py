@@ -2316,8 +2316,6 @@ def parse_message(octets: bytes, strict: bool = False) -> ParsedMessage:
         line = sanitize(octets[end : end + 80].partition(b"\n")[0].decode("utf-8", "replace"))
         number = octets.count(b"\n", 0, end) + 1
         raise ValueError(f'line {number} is neither a header field nor the empty line behind them: "{line}"')
-    if [name for name, _ in header].count("from") > 1:
-        raise ValueError("has more than one field From")
     return ParsedMessage(list(map(_clean_field, header)), octets[body:].replace(b"\r", b"\n"))
 
 
