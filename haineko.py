@@ -9097,16 +9097,17 @@ class Worker:
         await asyncio.sleep(0.01)  # requests that have come meanwhile are accepted
         for listener in listeners:
             listener.close()
-        while (
-            self.connections or (self.queue_manager and any(self.queue_manager.in_flight.values()))
-        ) and now < began + SHUTDOWN_TIMEOUT:
-            for connection in [
-                one for one in self.idle if not one.in_body and (not one.buffer or now > began + LINGER_TIMEOUT)
-            ]:  # no request yet
-                self._interrupt(connection)
+        while now < began + SHUTDOWN_TIMEOUT and self._has_work():
+            patient = now <= began + LINGER_TIMEOUT
+            for one in list(self.idle):
+                if not (one.in_body or (patient and (one.buffer or one.connection.outbox))):
+                    self._interrupt(one)  # no request has begun, and no response is on its way
             await asyncio.sleep(0.02)
             now = time.monotonic()
         await asyncio.wait([self.loop.create_task(self.app.transport.sweep(everything=True))], timeout=LINGER_TIMEOUT)
+
+    def _has_work(self) -> bool:
+        return bool(self.connections or (self.queue_manager and any(self.queue_manager.in_flight.values())))
 
     def _listen_to_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
