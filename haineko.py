@@ -2752,11 +2752,11 @@ def check_client(request: Request, submission: Submission | None, settings: Sett
         return None
     if request.client not in settings.relayhosts.relayhosts:
         return make_reply("client", f"{request.client} is not in relayhosts.relayhosts")
-    reason = hidden_client(request, settings)
+    reason = proxied_client_error(request, settings)
     return make_reply("client", reason) if reason else None
 
 
-def hidden_client(request: Request, settings: Settings) -> str:
+def proxied_client_error(request: Request, settings: Settings) -> str:
     """Say why a request from a loopback address was not made by a program on this machine, "" if it may have been."""
     if not request.forwarded or request.client not in LOOPBACK:
         return ""
@@ -4821,7 +4821,7 @@ class Session(smtplib.SMTP):
         self._host = route.host  # the name that smtplib has the certificate checked for
         self.route, self.step, self.masked = route, "CONN", ""  # masked: what the log shows in place of what is sent
         self.pool: Any = None  # the SessionPool that it belongs to
-        self.give_back = lambda: None  # its place among the route's `sessions`
+        self.release_place = lambda: None  # its place among the route's `sessions`
         self.stream: Any = None  # AsyncSocket of the open connection
         self.recv_buffer = b""  # received but not asked for yet
         self.maybe_complete = False  # recv_buffer may hold a complete reply
@@ -5101,8 +5101,8 @@ class Session(smtplib.SMTP):
         if self.stream:
             self.stream.release()
         super().close()
-        give_back, self.give_back = self.give_back, lambda: None
-        give_back()
+        release_place, self.release_place = self.release_place, lambda: None
+        release_place()
 
     def quit(self) -> None:
         """Send QUIT and close, without waiting for the reply."""
@@ -5407,7 +5407,7 @@ class TransportContext:
         """Open a session; an access token that the server refuses is replaced once."""
         session = Session(await self.tokens.authorize(route), hostname)
         if route.sessions:
-            session.give_back = await self._await_place(route, self.pools[hostname, route])
+            session.release_place = await self._await_place(route, self.pools[hostname, route])
         try:
             await asyncio.to_thread(session.open)  # smtplib blocks
         except Rejected as refused:
@@ -7977,7 +7977,7 @@ async def answer_provider(request: Request, app: App) -> Response:
     document, digest = await asyncio.to_thread(parse_call, request)
     mails, prepared, octets = provider.read(document, provider.limit), [], 0
     for mail in mails:
-        prepared.append(await prepare_theirs(request, mail, provider, settings))
+        prepared.append(await prepare_provider_mail(request, mail, provider, settings))
         octets += request.message_size if prepared[-1].transactions else 0
         if octets > MAX_CALL:  # SendGrid's mails share their attachments
             raise Rejected(make_reply("too-big", f"{octets} octets of all mails exceed the limit of {MAX_CALL}"))
@@ -8009,17 +8009,17 @@ def parse_call(request: Request) -> tuple:
     return document, document_digest(request.body) if "idempotency-key" in request.headers else None
 
 
-async def prepare_theirs(request: Request, mail: Any, provider: Provider, settings: Settings) -> Mail:
+async def prepare_provider_mail(request: Request, mail: Any, provider: Provider, settings: Settings) -> Mail:
     """Prepare a mail; log its refused recipients and name keys in errors as the provider does."""
     names, parse = provider.names, functools.partial(parse_mail, provider.names, provider.unsupported)
     prepared = await prepare(request, parse, mail, settings, new_queueid(request.now))
     if prepared.refused:
         log_rejection(request, prepared.queueid, prepared.submission, prepared.refused)
-    replies = {to: reply and in_their_words(reply, names) for to, reply in prepared.replies.items()}
+    replies = {to: reply and use_provider_keys(reply, names) for to, reply in prepared.replies.items()}
     return prepared._replace(replies=replies)
 
 
-def in_their_words(reply: Reply, names: dict) -> Reply:
+def use_provider_keys(reply: Reply, names: dict) -> Reply:
     """Replace the key of a submission at the start of each line of an error."""
 
     def name(found: re.Match) -> str:
@@ -8463,7 +8463,7 @@ async def get_conf(request: Request, app: App) -> Response:
 
 def check_monitor(request: Request, submission: None, settings: Settings) -> Reply | None:
     """Require an address in httpd.monitors, and no web page whose name was rebound in DNS."""
-    host, reason = request.headers.get("host", "").lower(), hidden_client(request, settings)
+    host, reason = request.headers.get("host", "").lower(), proxied_client_error(request, settings)
     if request.client not in settings.httpd.monitors:
         reason = f"{request.client} is not in httpd.monitors"
     elif not reason and request.forwarded and request.client in LOOPBACK:  # a proxy can't know that it is this machine

@@ -12784,7 +12784,7 @@ class Workers(Peers):
         """Connections that stay open, one at least for each worker."""
         workers, found, wires = eventually(lambda: len(server.workers()) == 2 and server.workers()), set(), []
         while found != workers:
-            self.assertLess(len(wires), 50)
+            self.assertLess(len(wires), 300)
             wires.append(server.wire())
             self.addCleanup(wires[-1].close)
             queueid = wires[-1].ask(post())[2]["queueid"]
