@@ -363,6 +363,10 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object_from_pairs, parse_constant=
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
 
 
+def encode_json(document: Any) -> bytes:
+    return ENCODER.encode(document).encode("utf-8", "replace") + b"\n"
+
+
 def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", secret: str = "") -> Any:
     """Return a dataclass field for from_dict(): default, parser, meaning, keys in JSON ("a|b" are aliases), and how a
     secret is read: "line", "text" of several lines, or "later", each time that it is used."""
@@ -2078,11 +2082,6 @@ def one_of_words(*words: str) -> Callable:
     return matching(re.compile("|".join(words), re.IGNORECASE), " or ".join(words), optional=True)
 
 
-def is_date(text: str) -> bool:
-    """Return whether a text is a date of RFC 5322 3.3; ValueError for the 31st of February."""
-    return bool(DATE.fullmatch(text) and parsedate_to_datetime(text))
-
-
 def parse_send_at(value: Any, json_path: str, errors: list) -> float | None:
     """Return seconds since the epoch, from whole seconds or from a time of ISO 8601 with its zone."""
     if type(value) is int:
@@ -2099,7 +2098,11 @@ EXTRA_FIELDS = {
     "Message-Id": parse_message_id,
     "In-Reply-To": parse_message_ids,
     "References": parse_message_ids,
-    "Date": matching(is_date, f'a date like "{formatdate(0)}"', optional=True),
+    "Date": matching(
+        lambda text: DATE.fullmatch(text) and parsedate_to_datetime(text),
+        f'a date like "{formatdate(0)}"',
+        optional=True,
+    ),
     "Disposition-Notification-To": parse_mailbox_field,  # RFC 8098
     "Importance": one_of_words("high", "normal", "low"),  # RFC 4021 2.1.44
     "Priority": one_of_words("urgent", "normal", "non-urgent"),
@@ -2696,7 +2699,8 @@ def check_login(request: Request, submission: Submission | None, settings: Setti
     request.login_fault = f"{name}: {fault}" if (fault := login.fault(request.client, request.now)) else ""
     if name and not fault:
         request.login, request.rights = name, login
-        request.settings = sandboxed(settings) if login.sandbox else request.settings
+        if login.sandbox:  # all mail is discarded
+            request.settings = replace(settings, mailertable={"default": SANDBOX_ROUTE}, sendermt={})
         return None
     request.login_fault = request.login_fault or "no such name, password or key"
     source = int(request.client) >> (64 if request.client.version == 6 else 0)
@@ -2715,11 +2719,6 @@ def credentials_of(request: Request) -> str:
     ):  # those clients send header fields of mails
         token = request.headers.get("x-postmark-server-token", "")
     return "Basic " + base64.b64encode(token.strip().encode("latin-1")).decode() if token else credentials
-
-
-def sandboxed(settings: Settings) -> Settings:
-    """Return settings by which all mail is discarded."""
-    return replace(settings, mailertable={"default": SANDBOX_ROUTE}, sendermt={})
 
 
 def check_rate(request: Request, submission: Submission | None, settings: Settings) -> Reply | None:
@@ -2866,7 +2865,10 @@ def check_body(request: Request, submission: Submission, settings: Settings) -> 
 
 
 def check_size(request: Request, submission: Submission, settings: Settings) -> Reply | None:
-    return check_message_size(request.message_size, settings)
+    limit = settings.smtpd.max_message_size
+    if not limit or request.message_size <= limit:
+        return None
+    return make_reply("too-big", f"{request.message_size} octets exceed smtpd.max_message_size ({limit})")
 
 
 def check_subject(request: Request, submission: Submission, settings: Settings) -> Reply | None:
@@ -2928,13 +2930,6 @@ def check_recipient(mailbox: Mailbox | None, settings: Settings, as_written: str
     if known.open_relay or domain in known.domainpart or address in known.recipients:
         return None
     return make_reply("rcpt-policy", "neither recipients.domainpart nor recipients.recipients has it")
-
-
-def check_message_size(octets: int, settings: Settings) -> Reply | None:
-    limit = settings.smtpd.max_message_size
-    if not limit or octets <= limit:
-        return None
-    return make_reply("too-big", f"{octets} octets exceed smtpd.max_message_size ({limit})")
 
 
 # ======================================================================================================================
@@ -5798,11 +5793,6 @@ def haineko_items(response: HTTPResponse) -> list:
     return items if isinstance(items, list) and all(isinstance(item, dict) for item in items) else []
 
 
-def encode_json(document: dict) -> bytes:
-    """Return a request's body."""
-    return ENCODER.encode(document).encode()
-
-
 def address_key(given: Any) -> Any:
     """Return a key that is equal for two spellings of one address; None for anything else."""
     mailbox = parse_address(given) if type(given) is str else None
@@ -6600,16 +6590,11 @@ def new_bounce(leased: LeasedRecipient, reply: Reply, settings: Settings, now: f
     return NewQueueItem(queueid, "mail", "", leased.login, now, message, (recipient,))
 
 
-def sign_webhook(secret: bytes, webhook_id: str, second: int, body: bytes) -> str:
-    """Return webhook-signature of Standard Webhooks 1.0: the HMAC-SHA256 of "id.timestamp.body"."""
-    digest = hmac.digest(secret, b"%b.%d.%b" % (webhook_id.encode(), second, body), "sha256")
-    return "v1," + base64.b64encode(digest).decode()
-
-
 def bounce_message(leased: LeasedRecipient, reply: Reply, hostname: str, queueid: str, now: float) -> Message:
     """Return the delivery status notification (RFC 3464) that a recipient's mail has failed."""
     header = returned_header(leased.message.copy(leased.recipient, leased.number))
-    lines, is_ascii = diagnostic_lines(reply), leased.recipient.isascii()
+    lines = [sanitize(line, 500).encode("ascii", "replace").decode() for line in reply.message[:MAX_REPLY_LINES]]
+    lines, is_ascii = [f"{reply.code} {line}".rstrip() for line in lines or [""]], leased.recipient.isascii()
     text = BOUNCE_TEMPLATE.format(
         leased=leased, hostname=hostname, queueid=queueid, boundary=f"{queueid}/report", date=rfc5322_date(int(now)),
         encoding="7bit" if header.isascii() and is_ascii else "8bit", address_type="rfc822" if is_ascii else "utf-8",
@@ -6681,12 +6666,6 @@ Content-Transfer-Encoding: {encoding}
 """.replace("\n", "\r\n")
 
 
-def diagnostic_lines(reply: Reply) -> list:
-    """Return a reply's lines for a message: ASCII, short, each with the code."""
-    lines = [sanitize(line, 500).encode("ascii", "replace").decode() for line in reply.message[:MAX_REPLY_LINES]]
-    return [f"{reply.code} {line}".rstrip() for line in lines or [""]]
-
-
 async def post_webhook(
     leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool, timeout: float = 15.0
 ) -> Reply:
@@ -6696,10 +6675,11 @@ async def post_webhook(
     base_url, path = WEBHOOK_URL.fullmatch(leased.recipient).group("base", "path")
     target = HTTPTarget(base_url, timeout, "Webhook")
     body, event_id = leased.message.parts[0], f"msg_{leased.queueid}"
-    headers = (
+    digest = hmac.digest(secret, b"%b.%d.%b" % (event_id.encode(), int(now), body), "sha256")
+    headers = (  # Standard Webhooks 1.0
         ("webhook-id", event_id),
         ("webhook-timestamp", str(int(now))),
-        ("webhook-signature", sign_webhook(secret, event_id, int(now), body)),
+        ("webhook-signature", f"v1,{base64.b64encode(digest).decode()}"),
     )
     try:
         status = (await http_pool.request(target, HTTPRequest("POST", path or "/", body, headers))).status
@@ -7363,7 +7343,9 @@ class QueueManager:
         if leased.kind == "event":
             metrics.add("haineko_webhook_events_total", outcome.replace("accepted", "delivered"))
         else:
-            count_recipient(reply, "unsure" if outcome == "deferred" and reply.maybe_delivered else outcome)
+            outcome = "unsure" if outcome == "deferred" and reply.maybe_delivered else outcome
+            relay = "File" if (reply.mailer or "").startswith("/") else reply.mailer
+            metrics.add("haineko_recipients_total", relay if relay in RELAYS else "other", outcome)
         follow_ups = notifications(leased, reply, disposition.state, settings, now)
         result = AttemptResult(None if expired else reply, disposition, follow_ups, destination)
         await self.db.do_eventually(finish_attempt, leased.id, result, now)
@@ -7395,12 +7377,6 @@ class QueueManager:
             failures = throttle.failures + 1
             pause = next_disposition(reply, min(failures, 3), 0, random_unit(), settings).pause
             self.throttled[destination] = Throttle(now + pause, failures)
-
-
-def count_recipient(reply: Reply, outcome: str, relay: str | None = None) -> None:
-    """Count what became of a recipient in the metrics."""
-    relay = relay or ("File" if (reply.mailer or "").startswith("/") else reply.mailer)
-    metrics.add("haineko_recipients_total", relay if relay in RELAYS else "other", outcome)
 
 
 def log_attempt(
@@ -7902,7 +7878,7 @@ def answer_document(
         **more,
     }
     headers = answer_headers(request, status, queueid, replies)
-    return Response(status, to_json(document), headers + (rate_headers(*request.rate) if request.rate else ()))
+    return Response(status, encode_json(document), headers + (rate_headers(*request.rate) if request.rate else ()))
 
 
 def answer_headers(request: Request, status: int, queueid: str | None, replies: dict) -> tuple:
@@ -7941,11 +7917,7 @@ def echoed_header(request: Request, name: str) -> str | None:
 
 
 def json_response(document: Any, status: int = 200, headers: tuple = ()) -> Response:
-    return Response(status, to_json(document), headers)
-
-
-def to_json(document: Any) -> bytes:
-    return ENCODER.encode(document).encode("utf-8", "replace") + b"\n"
+    return Response(status, encode_json(document), headers)
 
 
 # ======================================================================================================================
@@ -8384,13 +8356,6 @@ def parse_request_line(line: str) -> tuple:
     if target[0] != "/" and "://" in target:
         target = "/" + target.split("://", 1)[1].partition("/")[2]  # absolute form, RFC 9112 3.2.2
     return method, target.partition("?")[0], minor == "0"
-
-
-def check_host(head: RequestHead) -> None:
-    """Raise Rejected if Host is missing, repeated or no host (RFC 9112 3.2)."""
-    host = head.headers.get("host", "" if head.is_http10 else ",")
-    if NOT_IN_HOST.search(host):
-        raise Rejected(make_reply("bad-request", "Host"))
 
 
 def body_length(head: RequestHead) -> int:
@@ -8837,7 +8802,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Return an endpoint's response; `unread` are the octets of the body that are not read yet."""
         self.head = head = parse_head(await self._read_head(deadline))
         self.command = head.method
-        check_host(head)
+        if NOT_IN_HOST.search(head.headers.get("host", "" if head.is_http10 else ",")):  # RFC 9112 3.2
+            raise Rejected(make_reply("bad-request", "Host"))
         self.unread = body_length(head)
         self.request = request = self._request(head)
         if request_id := request.trace_id("x-request-id"):
@@ -10173,7 +10139,7 @@ def submission_from_options(options: Any) -> bytes:
         "html": read_utf8(options.html) if options.html else None,
         "attachments": [{"filename": name, "content": content} for name, content in attachments],
     }
-    return to_json(document)
+    return encode_json(document)
 
 
 def read_utf8(path: str) -> str:
@@ -10499,7 +10465,7 @@ def sendmail_deliver(flags: dict, addresses: list) -> int:
     if urls:
         document["mail"] = sender or default_sender(settings.hostname)  # the API takes no null sender
         return report_failures(*post_in_parts(urls, document))
-    response = run(submit_here(to_json(document), settings, dsn_options(flags)))
+    response = run(submit_here(encode_json(document), settings, dsn_options(flags)))
     return report_failures(response.status, json.loads(response.body)["response"])
 
 
@@ -10540,7 +10506,7 @@ def post_in_parts(urls: list, document: dict) -> tuple:
     (status, items of the answers)."""
     for url in urls:
         try:
-            status, answer = post_submission(url, to_json(document))
+            status, answer = post_submission(url, encode_json(document))
             break
         except CommandError as error:
             print_error(error.args[0], 0)
