@@ -684,7 +684,7 @@ class LimitedServer:
             told[:] = self.server.post([to])
             return told[1]["response"][0]["command"] != "CONN"
 
-        wait_for(has_room, "a session")
+        wait_for(has_room, "a session", 30)  # idle ones of another test are kept for 20
         self.assertEqual((told[0], outcome(told[1])), (503, [(to, "535", "AUTH")]))
         self.assertEqual(self.server.post(CATS[:1])[0], 200)
 
