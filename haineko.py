@@ -5474,7 +5474,7 @@ class TransportContext:
 # ======================================================================================================================
 
 ROUTE_PAUSE = 30  # seconds for which a list does without a route that failed
-MAX_REPLACEMENTS = 4  # of one mail's session; where sessions are few, the next one may be at its limit of mails as well
+MAX_REPLACEMENTS = 8  # of one mail's session; where sessions are few, the next one may be at its limit of mails as well
 MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take the route's timeout
 KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE")
 TRANSFER_DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
