@@ -1223,12 +1223,14 @@ def load_settings(path: str | None) -> tuple:
     settings = replace(from_dict(Settings, raw, "", errors), path=path, files=tuple(files.items()))
     plain = [where for where, holder, name, _ in secret_fields(settings) if isinstance(getattr(holder, name), str)]
     found = {aside.get(where.partition(".")[0], path) for where in plain}.intersection(public)
-    errors += [f"{name}: holds secrets and can be read by everybody; chmod 600 {name}" for name in found]
-    reported = tuple(error.partition(": ")[0] for error in errors)
+    errors += [f"{name}: holds secrets and can be read by everybody; chmod 600 {name}" for name in sorted(found)]
+    paths = {error.partition(": ")[0] for error in errors}
+    causes = tuple(f"{json_path}{mark}" for json_path in paths for mark in ".:[")
     settings, dependent = resolve_settings(settings, [])
-    return settings, errors + [
-        error for error in dependent if not error.startswith(reported)
-    ]  # which follow from those
+    for error in dependent:  # without those that only follow from others
+        if not (error.startswith(causes) or ("authinfo" in paths and "in authinfo" in error)):
+            errors.append(error)
+    return settings, errors
 
 
 def stat_key(path: str) -> tuple | None:
@@ -3385,39 +3387,44 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
     value = ENCODED_WORD_8BIT.sub(lambda word: re.sub(rb"[\x80-\xff]", lambda c: b"=%02X" % ord(c[0]), word[0]), value)
     if value.isascii():
         return label + b":" + value
-    known = decode_octets(value, charset)
+    label, known, tokens = label.decode("ascii").strip(), decode_octets(value, charset), []
+    encode = unknown_words if known is None else lambda piece: encoded_words(piece, "UTF-8", len(label) + 3)
     text = " ".join(re.split(r"[\r\n]+[ \t]*", (known or value.decode("latin-1")).strip()))
-    tokens: list = []
     if name in (*PARAMETER_FIELDS, *MAILBOX_FIELDS) or STRUCTURED_FIELDS.fullmatch(name):
         if name in PARAMETER_FIELDS:
             names = {found[1].lower() for found in PARAMETER.finditer(text)}
             text = PARAMETER.sub(functools.partial(_encode_parameter, names), text)
-        text = encode_phrases(text) if name in MAILBOX_FIELDS else text
-        text = COMMENT_8BIT.sub(lambda found: f"({' '.join(encoded_words(found[1], 'UTF-8', 9))})", text)
+        text = encode_phrases(text, encode) if name in MAILBOX_FIELDS else text
+        text = COMMENT_8BIT.sub(lambda found: f"({' '.join(encode(found[1]))})", text)
         tokens = text.split(" ") if name in MAILBOX_FIELDS else [text]
-    elif known is None:
-        for piece in re.findall(".{1,18}", text):
-            coded = re.sub("[^A-Za-z0-9]", lambda found: f"={ord(found[0]):02X}", piece)
-            tokens.append(f"=?unknown-8bit?Q?{coded}?=")
     else:
         for i, piece in enumerate(ENCODED_WORDS.split(text)):
-            words = [piece] if i % 2 else encoded_words(piece, "UTF-8", len(label) + 2) if piece.strip() else []
-            tokens += words
-    return fold(f"{label.decode('ascii').strip()}:", tokens).encode() + b"\r\n"
+            tokens += [piece] if i % 2 else encode(piece) if piece.strip() else []
+    return fold(f"{label}:", tokens).encode() + b"\r\n"
 
 
-def encode_phrases(text: str) -> str:
+def unknown_words(text: str) -> list:
+    """Return encoded words for octets of an unknown charset (RFC 1428), which stand in a string as Latin-1."""
+    pieces = re.findall(".{1,18}", text)
+    coded = [re.sub("[^A-Za-z0-9]", lambda found: f"={ord(found[0]):02X}", piece) for piece in pieces]
+    return [f"=?unknown-8bit?Q?{piece}?=" for piece in coded]
+
+
+def encode_phrases(text: str, encode: Callable) -> str:
     """Return an address list with the names of mailboxes and groups in encoded words where they are not ASCII."""
-    out, raw, phrase = "", "", ""
+    out, phrase = [], []  # phrase: the tokens since the last mark, address or comment
     for found in ADDRESS_TOKEN.finditer(text):
         if found.lastgroup in ("atom", "quoted", "blank"):
-            raw, phrase = raw + found[0], phrase + unquote(found[0])
+            phrase.append(found[0])
             continue
-        if not raw.isascii() and "@" not in raw:
-            raw = raw[: len(raw) - len(raw.lstrip())] + " ".join(encoded_words(phrase.strip(), "UTF-8", 20))
-            raw += " " * (found[0][:1] in ("<", "("))
-        out, raw, phrase = out + raw + found[0], "", ""
-    return out
+        name = "".join(phrase)
+        if not name.isascii() and "@" not in name:
+            blank = " " * name[:1].isspace()
+            name = blank + " ".join(encode("".join(map(unquote, phrase)).strip()))
+            name += " " * (found[0][:1] in ("<", "("))
+        out += [name, found[0]]
+        phrase = []
+    return "".join(out)
 
 
 def decode_octets(octets: bytes, charset: str) -> str | None:
@@ -4520,7 +4527,7 @@ async def sign_transaction(transaction: Transaction) -> Transaction:
     if "message" not in tasks:
         signing = asyncio.to_thread(signed_message, transaction, int(time.time()))
         tasks["message"] = asyncio.get_running_loop().create_task(signing)
-    return transaction._replace(message=await tasks["message"])
+    return transaction._replace(message=await asyncio.shield(tasks["message"]))
 
 
 def signed_message(transaction: Transaction, now: int) -> Message:
@@ -7798,8 +7805,8 @@ async def deliver(transactions: list, transport: TransportContext, settings: Set
 async def run_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
     """Attempt a transaction, and again as its route says for the recipients that failed temporarily; the replies have
     the SMTP dialogue if it is traced."""
-    lines: list | None = [] if transaction.trace else None
-    log.trace.set(lines)
+    if transaction.trace:
+        log.trace.set(lines := [])
     result, route = await attempt_transaction(transaction, transport), transaction.route
     replies, started = result.replies, time.monotonic() - result.ms / 1000
     for _ in range(route.retry):
@@ -7812,7 +7819,7 @@ async def run_transaction(transaction: Transaction, transport: TransportContext)
         again = await attempt_transaction(transaction._replace(recipients=recipients), transport)
         for i, reply in zip(waiting, again.replies):
             replies[i] = reply
-    if lines is not None:
+    if transaction.trace:
         log.trace.set(None)
         replies = [reply._replace(dialogue=tuple(lines)) for reply in replies]
     return TransactionResult(transaction, replies, (time.monotonic() - started) * 1000)
@@ -9716,10 +9723,13 @@ def command_status(options: Any) -> int:
     if not pid:
         print("haineko does not run")
         return 1
-    since = local_time(os.stat(pid_file).st_mtime)
-    with open(pid_file, encoding="ascii") as stream:
-        urls = " ".join(stream.read().split()[1:])
-    print(f"haineko runs (pid {pid}) since {since}, listens at {urls}, log {log_path(pid_file)}")
+    text = f"haineko runs (pid {pid})"
+    with contextlib.suppress(OSError), open(pid_file, encoding="ascii") as stream:  # it may stop just now
+        urls, log_file = " ".join(stream.read().split()[1:]), log_path(pid_file)
+        text += f" since {local_time(os.fstat(stream.fileno()).st_mtime)}"
+        text += f", listens at {urls}" if urls else ", starting"
+        text += f", log {log_file}" if os.path.exists(log_file) else ""
+    print(text)
     return 0
 
 

@@ -2471,7 +2471,9 @@ class SettingsFile(Folder):
             ({"queue": {"path": "gone/x.db", "lifetime": 0}}, ["queue.lifetime", "queue.path"]),
             ({"httpd": {"tls": {"certificate": "gone", "key": "gone"}, "timeout": 0}}, ["httpd.timeout", "httpd.tls"]),
             ({"authinfo": {"a": {"password": {"file": "gone"}}}, "smtpd": 1}, ["smtpd", "authinfo.a.password.file"]),
-            ({"authinfo": "gone", "mailertable": {"default": {"auth": "x"}}}, ["authinfo", "mailertable.default.auth"]),
+            ({"authinfo": "gone", "mailertable": {"default": {"auth": "x"}}}, ["authinfo"]),
+            ({"mailertable": {"a.jp": {"mailer": 1, "auth": "x"}, "a.jp.example": {"auth": "x"}, "a.j": 5}},
+             ["mailertable.a.jp.mailer", "mailertable.a.j", "mailertable.a.jp.auth", "mailertable.a.jp.example.auth"]),
             ({"authinfo": {"x": 5}, "mailertable": {"default": {"auth": "x"}}}, ["authinfo.x"]),
             ({"authinfo": {"x": {"password": {"file": 5}}, "y": {"token": {"env": []}}}},
              ["authinfo.x.password.file", "authinfo.y.token.env"]),
@@ -3620,6 +3622,8 @@ class RawMessages(Quiet):
              "=?UTF-8?B?w6kgw7w=?=: a@x.jp, =?UTF-8?B?w7Y=?= <b@x.jp>\r\n (=?UTF-8?B?w6Q=?=), c@x.jp;"),
             ("a name", "Reply-To: é <a@example.jp>", "=?UTF-8?B?w6k=?= <a@example.jp>"),
             ("octets of an unknown charset", "X-A: a é".encode("latin-1"), "=?unknown-8bit?Q?a=20=E9?="),
+            ("these in a name", "Cc: é <b@x.jp> (ü)".encode("latin-1"),
+             "=?unknown-8bit?Q?=E9?= <b@x.jp> (=?unknown-8bit?Q?=FC?=)"),
             ("an encoded word", b"Subject: =?iso-8859-1?Q?Gr\xfc=DFe?=", "=?iso-8859-1?Q?Gr=FC=DFe?="),
         ):  # fmt: skip
             with self.subTest(what):
@@ -3627,6 +3631,17 @@ class RawMessages(Quiet):
                 found = self.sent(b"From: a@example.org\r\n" + octets + b"\r\n\r\nx\r\n", (True,))
                 self.assertTrue(found.isascii())
                 self.assertIn(f"\r\n{octets.partition(b':')[0].decode()}: {wanted}\r\n".encode(), found)
+
+    def test_fields_take_time_by_their_length_only(self):
+        for shape in ("é,", "é ", '"é",', "é:a@b,", "(é)", "<é>"):
+            seconds = []
+            for count in (4000, 32000):
+                octets = b"To: " + (shape * count).encode() + b"\r\n"
+                began = time.process_time()
+                haineko.encode_field("to", octets, "")
+                seconds.append(time.process_time() - began)
+            with self.subTest(shape, seconds=seconds):
+                self.assertLess(seconds[1], 24 * max(seconds[0], 0.01))  # 8 times as long, not 64
 
     def test_octets_in_a_header_that_have_no_form_in_ascii(self):
         for field in ("Message-ID: <ü@example.org>", "References: <é@b>", "From: é@example.org", "Content-ID: <é>"):
