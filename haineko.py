@@ -6455,9 +6455,9 @@ DESTINATIONS_SQL = """
                           AND destination > found.destination)
                   FROM found WHERE destination IS NOT NULL)
     SELECT destination FROM found WHERE destination IS NOT NULL"""  # one index search each, however many wait
-WAITING_SQL = "SELECT id, interruptions FROM recipients WHERE destination=? AND due IS NOT NULL AND"
-DUE_SQL = f"{WAITING_SQL} due<=? ORDER BY due LIMIT ?"
-EXPIRED_SQL = f"{WAITING_SQL} created_at<=? AND attempts>=? ORDER BY created_at LIMIT ?"
+WAITING_SQL = "SELECT id, interruptions, {} FROM recipients WHERE destination=? AND due IS NOT NULL AND"
+DUE_SQL = f"{WAITING_SQL.format(0)} due<=? ORDER BY due LIMIT ?"
+EXPIRED_SQL = f"{WAITING_SQL.format(1)} created_at<=? AND attempts>=? ORDER BY created_at LIMIT ?"
 STATE_SQL = "CASE WHEN due IS NOT NULL THEN 'waiting' WHEN state='open' THEN 'sending' ELSE state END AS state"
 WAITING_OF_MESSAGE = "(due IS NOT NULL OR state='held') AND message=(SELECT id FROM messages WHERE queueid=?)"
 
@@ -6469,32 +6469,27 @@ WAITING_OF_MESSAGE = "(due IS NOT NULL OR state='held') AND message=(SELECT id F
 #  - the result of an attempt is there together with the bounce and the event that report it, or not at all.
 
 
-class Disposition(NamedTuple):
-    """What follows for a recipient after an attempt."""
-
-    state: str  # "open", "delivered" or "failed"
-    pause: float = 0.0  # seconds until the next attempt, if open
-
-
-def next_disposition(reply: Reply, attempts: int, age: float, jitter: float, settings: QueueSettings) -> Disposition:
-    """Return what follows the reply to the latest of `attempts` for a mail `age` seconds old; jitter is 0 to 1."""
-    if reply.accepted:
-        return Disposition("delivered")
-    expired = age >= settings.lifetime
-    if not reply.temporary or (expired and attempts >= MIN_ATTEMPTS):
-        return Disposition("failed")
-    pause = settings.retry_after[min(attempts, len(settings.retry_after)) - 1] * (0.8 + 0.4 * jitter)
-    left = settings.lifetime if expired else max(settings.lifetime - age, 1.0)  # the last attempt is at its end
-    return Disposition("open", min(max(pause, reply.retry_after), left))
-
-
 class AttemptResult(NamedTuple):
-    """Result of an attempt, to be recorded."""
+    """Result of an attempt, to be recorded, and what follows for its recipient."""
 
     reply: Reply | None  # None: the lifetime ended without another attempt
-    disposition: Disposition
-    follow_ups: tuple = ()  # NewQueueItems that report it
+    state: str  # "open", "delivered", "failed", or "held" after too many interruptions
+    pause: float = 0.0  # seconds until the next attempt, if open
+    follow_ups: tuple = ()  # QueueItems that report it
     destination: str = ""  # by the settings now in force; "": as it was
+    interruptions: int = 0  # in a row
+
+
+def attempt_result(reply: Reply, attempts: int, age: float, jitter: float, settings: QueueSettings) -> AttemptResult:
+    """Return what follows the reply to the latest of `attempts` for a mail `age` seconds old; jitter is 0 to 1."""
+    if reply.accepted:
+        return AttemptResult(reply, "delivered")
+    expired = age >= settings.lifetime
+    if not reply.temporary or (expired and attempts >= MIN_ATTEMPTS):
+        return AttemptResult(reply, "failed")
+    pause = settings.retry_after[min(attempts, len(settings.retry_after)) - 1] * (0.8 + 0.4 * jitter)
+    left = settings.lifetime if expired else max(settings.lifetime - age, 1.0)  # the last attempt is at its end
+    return AttemptResult(reply, "open", min(max(pause, reply.retry_after), left))
 
 
 class Attempt(NamedTuple):
@@ -6513,8 +6508,8 @@ class NewRecipient(NamedTuple):
     destination: str  # see destination_key()
 
 
-class NewQueueItem(NamedTuple):
-    """Mail, or event for the webhook, to be stored."""
+class QueueItem(NamedTuple):
+    """Mail, or event for the webhook."""
 
     queueid: str
     kind: str  # "mail" or "event"
@@ -6522,7 +6517,7 @@ class NewQueueItem(NamedTuple):
     login: str  # user name that sent it; "" if none was needed
     created_at: float
     message: Message
-    recipients: tuple  # of NewRecipient
+    recipients: tuple = ()  # of NewRecipient
     key: bytes | None = None  # digest of login, path and Idempotency-Key
     body_digest: bytes | None = None  # of the request's body
     send_at: float = 0.0  # no attempt is made before
@@ -6532,25 +6527,17 @@ class LeasedRecipient(NamedTuple):
     """Recipient leased to this process, with all that its delivery needs."""
 
     id: int
-    queueid: str
-    kind: str
-    sender: str
-    login: str
-    created_at: float
-    message: Message
-    as_written: str
-    recipient: str
-    number: int
-    destination: str
+    item: QueueItem  # without its recipients, created when its lifetime began
+    to: NewRecipient
     attempts: int
     history: tuple = ()  # of Attempt
+    expired: bool = False  # to be given up without another attempt
 
 
 def destination_key(route: Route, domain: str) -> str:
     """Return the key of the next hop: an unreachable host delays mail to its own destination only."""
-    if route.relay == "File":
-        return f"File {route.folder}"
-    return f"MX {domain.lower()}" if route.relay == "MX" else f"{route.relay} {route.host}:{route.port}"
+    row = route.row if route.relay in ("File", "MX") else UNKNOWN_RELAY
+    return row.destination.format(route=route, domain=domain.lower())
 
 
 def queued_reply(queueid: str, reply: Reply | None = None) -> Reply:
@@ -6563,64 +6550,58 @@ def queued_reply(queueid: str, reply: Reply | None = None) -> Reply:
 
 
 def notifications(leased: LeasedRecipient, reply: Reply, state: str, settings: Settings, now: float) -> tuple:
-    """Return the items that report an attempt: an event for the webhook, a bounce for the sender; usually none."""
-    items, event = [], "deferred" if state == "open" and leased.attempts == 1 else state
-    if leased.kind == "mail" and leased.sender and event != "open" and settings.queue.webhook:  # not of bounces
-        items.append(webhook_event(f"message.{event}", leased, reply, settings.queue.webhook, now))
-    if state == "failed" and may_bounce(leased, settings):
+    """Return the items that report an attempt: an event for the webhook, in the form of Standard Webhooks with its
+    queue id as the webhook-id, and a bounce for the sender; usually none."""
+    item, url, items = leased.item, settings.queue.webhook, []
+    event = "deferred" if state == "open" and leased.attempts == 1 else state
+    if item.kind == "mail" and item.sender and event != "open" and url:  # not of bounces
+        data = {"queueid": item.queueid, "login": item.login or None, "addresser": item.sender}
+        data = {**data, **reply_to_dict(leased.to.as_written, reply), "attempts": leased.attempts}
+        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
+        body = ENCODER.encode({"type": f"message.{event}", "timestamp": moment, "data": data}).encode()
+        to = NewRecipient(url, url, 1, f"Webhook {WEBHOOK_URL.fullmatch(url)['host']}")
+        items.append(QueueItem(new_queueid(now), "event", "", "", now, Message((body,)), (to,)))
+    if state == "failed" and may_bounce(item, settings):
         items.append(new_bounce(leased, reply, settings, now))
     return tuple(items)
 
 
-def webhook_event(name: str, leased: LeasedRecipient, reply: Reply, url: str, now: float) -> NewQueueItem:
-    """Return an event in the form of Standard Webhooks; its queue id is the webhook-id."""
-    data = {"queueid": leased.queueid, "login": leased.login or None, "addresser": leased.sender}
-    data.update(reply_to_dict(leased.as_written, reply))
-    timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
-    event = {"type": name, "timestamp": timestamp, "data": {**data, "attempts": leased.attempts}}
-    message = Message((ENCODER.encode(event).encode(),))
-    recipient = NewRecipient(url, url, 1, f"Webhook {WEBHOOK_URL.fullmatch(url)['host']}")
-    return NewQueueItem(new_queueid(now), "event", "", "", now, message, (recipient,))
-
-
-def may_bounce(leased: LeasedRecipient, settings: Settings) -> bool:
+def may_bounce(item: QueueItem, settings: Settings) -> bool:
     """Return whether the sender gets a bounce: only if known, since others' addresses may be forged (backscatter)."""
-    known = leased.login or not check_recipient(parse_address(leased.sender), settings)
-    return leased.kind == "mail" and bool(leased.sender and known) and "FAILURE" in leased.message.dsn[1]
+    known = item.login or not check_recipient(parse_address(item.sender), settings)
+    return item.kind == "mail" and bool(item.sender and known) and "FAILURE" in item.message.dsn[1]
 
 
-def new_bounce(leased: LeasedRecipient, reply: Reply, settings: Settings, now: float) -> NewQueueItem:
-    queueid, domain = new_queueid(now), parse_address(leased.sender).domain
-    message = bounce_message(leased, reply, settings.hostname, queueid, now)
-    destination = destination_key(resolve_route(domain, "", settings)[0], domain)
-    recipient = NewRecipient(leased.sender, leased.sender, 1, destination)
-    return NewQueueItem(queueid, "mail", "", leased.login, now, message, (recipient,))
-
-
-def bounce_message(leased: LeasedRecipient, reply: Reply, hostname: str, queueid: str, now: float) -> Message:
+def new_bounce(leased: LeasedRecipient, reply: Reply, settings: Settings, now: float) -> QueueItem:
     """Return the delivery status notification (RFC 3464) that a recipient's mail has failed."""
-    header = returned_header(leased.message.copy(leased.recipient, leased.number))
+    item, to, queueid = leased.item, leased.to.recipient, new_queueid(now)
+    header = returned_header(item.message.copy(to, leased.to.number))
     lines = [sanitize(line, 500).encode("ascii", "replace").decode() for line in reply.message[:MAX_REPLY_LINES]]
-    lines, is_ascii = [f"{reply.code} {line}".rstrip() for line in lines or [""]], leased.recipient.isascii()
     text = BOUNCE_TEMPLATE.format(
-        leased=leased, hostname=hostname, queueid=queueid, boundary=f"{queueid}/report", date=rfc5322_date(int(now)),
-        encoding="7bit" if header.isascii() and is_ascii else "8bit", address_type="rfc822" if is_ascii else "utf-8",
-        arrival_date=rfc5322_date(int(leased.created_at)),
-        server=f" ({reply.host})" if reply.host else "", reply="\r\n    ".join(lines),
+        item=item, to=to, attempts=leased.attempts, hostname=settings.hostname, queueid=queueid,
+        boundary=f"{queueid}/report", date=rfc5322_date(int(now)), arrival_date=rfc5322_date(int(item.created_at)),
+        encoding="7bit" if (header + to.encode()).isascii() else "8bit",
+        address_type="rfc822" if to.isascii() else "utf-8", server=f" ({reply.host})" if reply.host else "",
+        reply="\r\n    ".join([f"{reply.code} {line}".rstrip() for line in lines or [""]]),
         remote_mta=f"Remote-MTA: dns; {reply.host}\r\n" if reply.host else "",
         status=reply.dsn or ("4.4.7" if reply.temporary else "5.0.0"),  # RFC 3463: delivery time expired; undefined
     )  # fmt: skip
-    octets = text.encode() + header + f"\r\n--{queueid}/report--\r\n".encode()
-    return Message((octets,), needs_8bitmime=not octets.isascii())
+    octets, domain = (
+        text.encode() + header + f"\r\n--{queueid}/report--\r\n".encode(),
+        parse_address(item.sender).domain,
+    )
+    destination = destination_key(resolve_route(domain, "", settings)[0], domain)
+    recipients = (NewRecipient(item.sender, item.sender, 1, destination),)
+    message = Message((octets,), needs_8bitmime=not octets.isascii())
+    return QueueItem(queueid, "mail", "", item.login, now, message, recipients)
 
 
 def returned_header(octets: bytes) -> bytes:
     """Return the fields by which a sender recognizes the message, as far as they are short."""
-    found, size = [], 0
+    found = b""
     for match in RETURNED_FIELD.finditer(octets.partition(b"\r\n\r\n")[0] + b"\r\n"):
-        size += len(match[0])
-        found += [match[0]] if size <= MAX_RETURNED else []
-    return b"".join(found)
+        found += match[0] if len(found) + len(match[0]) <= MAX_RETURNED else b""
+    return found
 
 
 RETURNED_FIELD = re.compile(rb"(?im)^(?:From|To|Subject|Date|Message-Id):[^\r\n]*\r\n(?:[ \t][^\r\n]*\r\n)*")
@@ -6630,7 +6611,7 @@ BOUNCE_TEMPLATE = """\
 Received: by {hostname} (Haineko) id {queueid};
 	{date}
 From: Mail Delivery System <MAILER-DAEMON@{hostname}>
-To: {leased.sender}
+To: {item.sender}
 Subject: Undelivered Mail Returned to Sender
 Date: {date}
 Message-Id: <{queueid}.1@{hostname}>
@@ -6646,9 +6627,9 @@ Content-Transfer-Encoding: {encoding}
 
 This is the mail system at {hostname}. Your mail to
 
-    {leased.recipient}
+    {to}
 
-could not be delivered. After {leased.attempts} attempt(s) since {arrival_date} the last reply{server} was:
+could not be delivered. After {attempts} attempt(s) since {arrival_date} the last reply{server} was:
 
     {reply}
 
@@ -6658,10 +6639,10 @@ It will not be tried again. The beginning of its header is attached.
 Content-Type: message/delivery-status
 
 Reporting-MTA: dns; {hostname}
-X-Haineko-Queueid: {leased.queueid}
+X-Haineko-Queueid: {item.queueid}
 Arrival-Date: {arrival_date}
 
-Final-Recipient: {address_type}; {leased.recipient}
+Final-Recipient: {address_type}; {to}
 Action: failed
 Status: {status}
 {remote_mta}Diagnostic-Code: smtp; {reply}
@@ -6676,24 +6657,20 @@ Content-Transfer-Encoding: {encoding}
 async def post_webhook(
     leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool, timeout: float = 15.0
 ) -> Reply:
-    """POST an event to its webhook; return a reply as a relay gives it."""
+    """POST an event to its webhook (Standard Webhooks 1.0); return a reply as a relay gives it."""
     if not secret:
         return make_reply("webhook-never", word="the settings have no webhook any more", mailer="Webhook")
-    base_url, path = WEBHOOK_URL.fullmatch(leased.recipient).group("base", "path")
-    target = HTTPTarget(base_url, timeout, "Webhook")
-    body, event_id = leased.message.parts[0], f"msg_{leased.queueid}"
-    digest = hmac.digest(secret, b"%b.%d.%b" % (event_id.encode(), int(now), body), "sha256")
-    headers = (  # Standard Webhooks 1.0
-        ("webhook-id", event_id),
-        ("webhook-timestamp", str(int(now))),
-        ("webhook-signature", f"v1,{base64.b64encode(digest).decode()}"),
-    )
+    base_url, path = WEBHOOK_URL.fullmatch(leased.to.recipient).group("base", "path")
+    target, body = HTTPTarget(base_url, timeout, "Webhook"), leased.item.message.parts[0]
+    event_id, moment = f"msg_{leased.item.queueid}", str(int(now))
+    digest = hmac.digest(secret, f"{event_id}.{moment}.".encode() + body, "sha256")
+    headers = {"webhook-id": event_id, "webhook-timestamp": moment}
+    headers["webhook-signature"] = f"v1,{base64.b64encode(digest).decode()}"
     try:
-        status = (await http_pool.request(target, HTTPRequest("POST", path or "/", body, headers))).status
+        request = HTTPRequest("POST", path or "/", body, tuple(headers.items()))
+        status = (await http_pool.request(target, request)).status
     except Rejected as refused:
-        reply = refused.reply
-        unreachable = {"command": "CONN"} if reply.command == "CONN" else {}
-        return make_reply("webhook-later", word=": ".join(reply.message), **target.endpoint, **unreachable)
+        return refused.reply
     slug = "webhook" if 200 <= status <= 299 else "webhook-never" if status == 410 else "webhook-later"  # 410 is Gone
     return make_reply(slug, word=str(status), **target.endpoint)
 
@@ -6718,10 +6695,10 @@ class QueueDB:
         self.committing: asyncio.Task | None = None
         self.thread = ThreadPoolExecutor(1)
         self.db: Any = None
-        self.file_ids: dict = {}  # of the files as they were opened
+        self.file_ids: list = []  # of the files as they were opened
         self.slot = self.locks = 0  # number of the byte that this process has locked; the lock file
+        self.slot_is_new = False  # what its last process had leased is not released yet
         self.fault = ""  # why the file can't be used
-        self.woken = False  # since the last commit
 
     async def do(self, operation: Callable, *values: Any) -> Any:
         """Return the result of operation(db, slot, *values) once it is on disk; raise Rejected if that fails."""
@@ -6744,17 +6721,13 @@ class QueueDB:
             except Exception:  # callers wait for results
                 log_exception("queue")
                 results = [Rejected(make_reply("store", mailer="Queue"))] * len(work)
-            self.woken = False
             for (_, _, future), result in zip(batch, results):
                 if not future.done():  # its task was cancelled
                     future.set_result(result)
 
-    async def add(self, item: NewQueueItem, results: list | None = None, leased: bool = False) -> Any:
-        """Store an item, see enqueue(); raise Rejected if the disk is too full."""
-        return await self.add_by(enqueue, item, results, leased)
-
-    async def add_by(self, operation: Callable, *values: Any) -> Any:
-        if not self.has_free_space():
+    async def add(self, operation: Callable, *values: Any) -> Any:
+        """Return the result of an operation that stores mail; raise Rejected if the disk is too full."""
+        if self.free_space() < self.settings.min_free:
             raise Rejected(make_reply("store", f"less than {self.settings.min_free} octets are free", mailer="Queue"))
         return await self.do(operation, *values)
 
@@ -6763,49 +6736,37 @@ class QueueDB:
         try:
             await self.do(operation, *values)
         except Rejected:
-            asyncio.get_running_loop().create_task(self._repeat(operation, *values))
-
-    async def _repeat(self, operation: Callable, *values: Any) -> None:
-        await asyncio.sleep(1.0)
-        await self.do_eventually(operation, *values)
-
-    async def release(self, operation: Callable, lease: Any) -> None:
-        """End the lease whose result the operation failed to record because of a bug: the delivery is tried again."""
-        await self.do_eventually(release_leases, self.settings, time.time(), LEASE_CONDITIONS[operation], lease)
+            loop = asyncio.get_running_loop()
+            loop.call_later(1.0, lambda: loop.create_task(self.do_eventually(operation, *values)))
 
     def wake_manager(self) -> None:
-        """Tell the queue manager that something is due; once after each commit is enough."""
-        if self.wake_socket and not self.woken:
-            self.woken = True
-            with contextlib.suppress(OSError):  # it has been woken often enough
+        """Tell the queue manager that something is due."""
+        with contextlib.suppress(OSError):  # it has been woken often enough
+            if self.wake_socket:
                 self.wake_socket.send(b"\0")
-
-    def has_free_space(self) -> bool:
-        """Return whether the disk has as much free space as it should."""
-        return self.free_space() >= self.settings.min_free
 
     def free_space(self) -> int:
         """Return how many octets the disk has free, -1 if it can't be used."""
-        try:
+        with contextlib.suppress(OSError):
             disk = os.statvfs(os.path.dirname(self.settings.path))
-        except OSError:
-            return -1
-        return disk.f_bavail * disk.f_frsize
+            return disk.f_bavail * disk.f_frsize
+        return -1
 
     def health_error(self) -> str:
         """Return what is wrong with the file or its disk, "" for nothing."""
-        return "the queue can't be used" if self.fault else "" if self.has_free_space() else "disk full"
+        is_full = self.free_space() < self.settings.min_free
+        return "the queue can't be used" if self.fault else "disk full" if is_full else ""
 
     def commit(self, work: list) -> list:
         """Return the results of operations, on disk in one transaction; a Rejected for each if that fails."""
         import sqlite3
 
         try:
-            if not self.db:
-                self._open()
-            fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite itself would wait by sleeping, sometimes long
+            self._lock()
             db = self._open()  # now, when no other process writes: the files may have been replaced
             db.execute("BEGIN IMMEDIATE")
+            if self.slot_is_new:
+                release_leases(db, self.slot, self.settings, time.time())
             results = [operation(db, self.slot, *values) for operation, values in work]
             db.execute("COMMIT")
         except (sqlite3.Error, OSError) as error:
@@ -6817,14 +6778,11 @@ class QueueDB:
             if len(work) > 1:
                 return [self.commit([one])[0] for one in work]
             log_exception("queue")
-            ((operation, values),) = work
-            if operation not in LEASE_CONDITIONS:
-                return [error]
-            values = self.settings, time.time(), LEASE_CONDITIONS[operation], values[0]
-            return self.commit([(release_leases, values)])  # they must not outlast it
+            return [error]
         finally:
             if self.locks:
                 fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, 0)
+        self.slot_is_new = False
         self._log_fault("")
         return results
 
@@ -6833,7 +6791,7 @@ class QueueDB:
         if self.db:
             self.db.close()
         self.db = None
-        if for_good and self.slot:
+        if for_good and self.locks:
             os.close(self.locks)
             self.slot = self.locks = 0
 
@@ -6843,61 +6801,51 @@ class QueueDB:
             log.lines(text, level="error" if error else "info")
         self.fault = error
 
+    def _lock(self) -> None:
+        """Lock the lock file's first byte for a transaction, and another one, the slot, for good.
+
+        The kernel unlocks them when the process ends, so the owner of a lease is known to be alive. No process may open
+        the file twice: closing one handle would unlock all.
+        """
+        path, slots = self.settings.path + ".lock", (self.slot or 1, *range(1, MAX_SLOTS))
+        if self.locks and file_id(path) != file_id(self.locks):  # it was replaced
+            os.close(self.locks)
+            self.locks = 0
+        if not self.locks:
+            locks = open_private(path, os.O_RDWR)
+            slot = next((slot for slot in slots if lock_byte(locks, slot)), None)
+            if not slot:
+                os.close(locks)
+                raise OSError(errno.EAGAIN, "too many processes use it")
+            self.slot_is_new = self.slot_is_new or slot != self.slot
+            self.locks, self.slot = locks, slot
+        fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite itself would wait by sleeping, sometimes long
+
     def _open(self) -> Any:
         """Return the connection; raise sqlite3.Error or OSError."""
         import sqlite3
 
-        if self.db and (self.file_ids == self._file_ids() or not self._leave_files()):
-            self._lock_slot(self.db)
+        path, *logs = paths = [self.settings.path + suffix for suffix in ("", "-wal", "-shm")]
+        if self.db and self.file_ids != list(map(file_id, paths)):  # they were moved or replaced
+            if self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()["busy"]:  # another program reads them now
+                return self.db
+            log.lines(f"queue: {sanitize(path)} was moved or replaced; opening what is there now")
+            for name, before in zip(logs, self.file_ids[1:]):  # all mail is in the file that was moved
+                if before and file_id(name) == before:
+                    os.unlink(name)  # or it would be read with the new one
+            self.close()
+        if self.db:
             return self.db
-        path = self.settings.path
-        for suffix in ("", "-wal", "-shm"):
-            if not suffix or os.path.lexists(path + suffix):
-                os.close(open_private(path + suffix, os.O_RDONLY))
+        for name in paths:
+            if name == path or os.path.lexists(name):
+                os.close(open_private(name, os.O_RDONLY))
         db = self.db = sqlite3.connect(path, timeout=self.BUSY, isolation_level=None, check_same_thread=False)
         db.row_factory = sqlite3.Row
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
             db.execute(f"PRAGMA {pragma}")
         migrate(db)
-        self._lock_slot(db)
-        self.file_ids = self._file_ids()
+        self.file_ids = list(map(file_id, paths))
         return db
-
-    def _file_ids(self) -> dict:
-        return {path: file_id(path) for path in [self.settings.path + suffix for suffix in ("", "-wal", "-shm")]}
-
-    def _leave_files(self) -> bool:
-        """Close files that were moved or replaced while in use; return False if another program reads them just now.
-
-        All mail must be in the file that was moved, and what remains here of its log must not be read with a new one.
-        """
-        if self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()["busy"]:
-            return False
-        log.lines(f"queue: {sanitize(self.settings.path)} was moved or replaced; opening what is there now")
-        for path, before in self.file_ids.items():
-            if path != self.settings.path and before and file_id(path) == before:
-                os.unlink(path)
-        self.close()
-        return True
-
-    def _lock_slot(self, db: Any) -> None:
-        """Lock a slot, the same again if the lock file was replaced; what its last process had leased is released."""
-        path, before = self.settings.path + ".lock", self.slot
-        if before and file_id(path) == file_id(self.locks):
-            return
-        if before:
-            os.close(self.locks)
-        self.slot = self.locks = 0
-        locks, slot = lock_slot(path, before)
-        if slot != before:
-            try:
-                db.execute("BEGIN IMMEDIATE")
-                release_leases(db, slot, self.settings, time.time())
-                db.execute("COMMIT")
-            except BaseException:
-                os.close(locks)
-                raise
-        self.locks, self.slot = locks, slot
 
 
 def file_id(file: str | int) -> tuple | None:
@@ -6907,20 +6855,6 @@ def file_id(file: str | int) -> tuple | None:
     except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino
-
-
-def lock_slot(path: str, preferred: int) -> tuple:
-    """Return the open lock file and the number of a byte in it, now locked.
-
-    The kernel unlocks it when the process ends, so the owner of a lease is known to be alive. No process may open the
-    file twice: closing one handle would unlock all.
-    """
-    handle = open_private(path, os.O_RDWR)
-    for slot in (preferred or 1, *range(1, MAX_SLOTS)):
-        if lock_byte(handle, slot):
-            return handle, slot
-    os.close(handle)
-    raise OSError(errno.EAGAIN, "too many processes use it")
 
 
 def open_private(path: str, flags: int) -> int:
@@ -6999,24 +6933,18 @@ MIGRATIONS = (
 
 def migrate(db: Any, migrations: tuple = MIGRATIONS) -> None:
     """Bring the file to the newest version in one transaction; refuse a newer one."""
-    newest = 1 + len(migrations)
-    if db.execute("PRAGMA user_version").fetchone()[0] == newest:
-        return
-    db.execute("BEGIN IMMEDIATE")
-    version = db.execute("PRAGMA user_version").fetchone()[0]
+    version, newest = db.execute("PRAGMA user_version").fetchone()[0], 1 + len(migrations)
     if version > newest:
         raise OSError(f"{NEWER_VERSION} {version}; this Haineko knows {newest}")
-    for script in migrations[version - 1 :] if version else (SCHEMA,):
-        for statement in re.sub(r" *--[^\n]*", "", script).split(";"):
-            db.execute(statement)
-    db.execute(f"PRAGMA user_version={newest}")
-    db.execute("COMMIT")
+    if version < newest:
+        script = ";".join(migrations[version - 1 :] if version else (SCHEMA,))
+        db.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version={newest}; COMMIT")
 
 
 # -- Operations on the file, called as operation(db, slot, *values) within a transaction; rows are sqlite3.Row
 
 
-def enqueue(db: Any, slot: int, item: NewQueueItem, results: list | None, leased: bool = False) -> Any:
+def enqueue(db: Any, slot: int, item: QueueItem, results: list | None = None, leased: bool = False) -> Any:
     """Store an item and return None, or return the earlier message with the same key.
 
     Recipients are due at once or at send_at, leased to this process if `leased`, or as their first attempts say.
@@ -7029,29 +6957,29 @@ def enqueue(db: Any, slot: int, item: NewQueueItem, results: list | None, leased
         if found:
             return found
     octets, flags = b"".join(item.message.parts), item.message.needs_8bitmime + 2 * item.message.needs_smtputf8
-    owner, created_at = slot if leased or results else None, item.created_at
+    owner = slot if leased or results else None
     message = insert(
         db, "messages", queueid=item.queueid, kind=item.kind, sender=item.sender, login=item.login,
-        created_at=created_at, open_recipients=len(item.recipients), owner=owner, key=item.key,
+        created_at=item.created_at, open_recipients=len(item.recipients), owner=owner, key=item.key,
         body_digest=item.body_digest, size=len(octets), octets=octets,
         parts=json.dumps([flags, *map(len, item.message.parts), *item.message.dsn]),
     )  # fmt: skip
-    starts_at = max(created_at, item.send_at)  # the lifetime counts from then
+    starts_at = max(item.created_at, item.send_at)  # the lifetime counts from then
     due = starts_at if owner is None else None
     state = {"message": message, "state": "open", "created_at": starts_at, "due": due, "owner": owner}
     for recipient in item.recipients:
         insert(db, "recipients", **recipient._asdict(), **state, attempts=0, history="[]")
     if results:  # their attempts took a while
-        finish_request(db, slot, item.queueid, results, None, max(time.time(), created_at))
+        finish_request(db, slot, item.queueid, results, None, max(time.time(), item.created_at))
     return None
 
 
 def enqueue_all(db: Any, slot: int, items: list, response: str | None) -> Any:
     """Store the mails of a request and its response; or return the earlier mail with the key of the first."""
-    earlier = enqueue(db, slot, items[0], None)
+    earlier = enqueue(db, slot, items[0])
     if not earlier:
         for item in items[1:]:
-            enqueue(db, slot, item, None)
+            enqueue(db, slot, item)
         finish_request(db, slot, items[0].queueid, [], response, items[0].created_at)
     return earlier
 
@@ -7079,18 +7007,18 @@ def finish_attempt(db: Any, slot: int, row_id: int, result: AttemptResult, now: 
     row = db.execute(sql, (row_id, slot)).fetchone()
     if not row:  # the file was replaced meanwhile
         return
-    state, pause = result.disposition
+    due = now + result.pause if result.state == "open" else None
     history = add_attempt(row["history"], now, result.reply) if result.reply else row["history"]
     db.execute(
-        "UPDATE recipients SET destination=?, state=?, due=?, owner=NULL, attempts=attempts+?, interruptions=0,"
+        "UPDATE recipients SET destination=?, state=?, due=?, owner=NULL, attempts=attempts+?, interruptions=?,"
         " history=? WHERE id=?",
-        (result.destination or row["destination"], state, now + pause if state == "open" else None,
-         result.reply is not None, history, row_id),
+        (result.destination or row["destination"], result.state, due, result.reply is not None, result.interruptions,
+         history, row_id),
     )  # fmt: skip
-    if state != "open":
+    if result.state in ("delivered", "failed"):
         close_recipients(db, row["message"], 1, now)
     for item in result.follow_ups:
-        enqueue(db, slot, item, None)
+        enqueue(db, slot, item)
 
 
 def close_recipients(db: Any, message: int, count: int, now: float) -> None:
@@ -7133,19 +7061,19 @@ def lease_due(
         if destination in throttled:
             attempts = MIN_ATTEMPTS - throttled[destination]
             rows += db.execute(EXPIRED_SQL, (destination, expired_before, attempts, MAX_EXPIRED)).fetchall()
-        for row_id, interruptions in dict(map(tuple, rows)).items():
+        for row_id, interruptions, expired in {row["id"]: row for row in rows}.values():
             if interruptions < MAX_INTERRUPTIONS - 1 or not suspect:
                 suspect = suspect or interruptions >= MAX_INTERRUPTIONS - 1
-                leased += lease(db, slot, row_id)
+                leased += lease(db, slot, row_id, expired)
         free -= len(rows)
     return leased
 
 
-def lease(db: Any, slot: int, row_id: int) -> list:
+def lease(db: Any, slot: int, row_id: int, expired: int) -> list:
     """Lease one recipient; one that can't be read is held, or it would keep all others from being read."""
     row = db.execute(
-        "SELECT r.id, queueid, kind, sender, login, r.created_at, parts, as_written, recipient, number, destination,"
-        " attempts, history, octets FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (row_id,)
+        "SELECT r.*, queueid, kind, sender, login, parts, octets"
+        " FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (row_id,)
     ).fetchone()  # fmt: skip
     try:
         history, parts = parse_history(row["history"]), json.loads(row["parts"])
@@ -7156,49 +7084,41 @@ def lease(db: Any, slot: int, row_id: int) -> list:
         return []
     db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row_id))
     octets = io.BytesIO(row["octets"])
-    dsn = tuple([part for part in parts if type(part) is str])  # absent in files of older versions
-    message = Message(
-        tuple([octets.read(length) for length in lengths]), bool(flags & 1), flags > 1, dsn or DEFAULT_DSN
-    )
-    return [LeasedRecipient(*row[:-1])._replace(message=message, history=history)]
+    dsn = tuple([part for part in parts if type(part) is str]) or DEFAULT_DSN  # absent in files of older versions
+    message = Message(tuple([octets.read(length) for length in lengths]), bool(flags & 1), flags > 1, dsn)
+    item = QueueItem(row["queueid"], row["kind"], row["sender"], row["login"], row["created_at"], message)
+    to = NewRecipient(*[row[name] for name in NewRecipient._fields])
+    return [LeasedRecipient(row_id, item, to, row["attempts"], history, bool(expired and history))]
 
 
 def reclaim_dead_leases(db: Any, slot: int, queue_db: QueueDB, now: float) -> None:
-    """Release the leases of processes that have ended; `queue_db` opens its lock file with its first transaction."""
-    locks = queue_db.locks
+    """Release the leases of processes that have ended; `queue_db` has the lock file."""
     sql = "SELECT DISTINCT owner FROM recipients WHERE owner IS NOT NULL AND owner<>?"
     for (owner,) in db.execute(sql, (slot,)).fetchall():
-        if lock_byte(locks, owner):  # its process is gone
+        if lock_byte(queue_db.locks, owner):  # its process is gone
             release_leases(db, owner, queue_db.settings, now)
-            fcntl.lockf(locks, fcntl.LOCK_UN, 1, owner)  # a process that takes the slot now waits for this commit
+            fcntl.lockf(queue_db.locks, fcntl.LOCK_UN, 1, owner)  # one that takes the slot now waits for this commit
 
 
 def release_leases(
-    db: Any, owner: int, settings: QueueSettings, now: float, condition: str = "", lease: Any = None
+    db: Any, owner: int, settings: QueueSettings, now: float, condition: str = "", value: Any = None
 ) -> None:
-    """End the slot's leases, or those that a row of LEASE_CONDITIONS selects; their mail may have been sent."""
+    """End the slot's leases, or those for which an SQL condition is true; their mail may have been sent."""
     reply = make_reply("interrupted", mailer="Queue")
     rows = db.execute(
         "SELECT r.*, m.queueid FROM recipients r"
-        f" JOIN messages m ON m.id=r.message WHERE r.owner=?{condition}", (owner, *([lease] if condition else []))
+        f" JOIN messages m ON m.id=r.message WHERE r.owner=?{condition}", (owner, *([value] if condition else []))
     ).fetchall()  # fmt: skip
     for row in rows:
-        held = row["interruptions"] + 1 >= MAX_INTERRUPTIONS
+        count = row["interruptions"] + 1
+        held = count >= MAX_INTERRUPTIONS
         what = f"held after {MAX_INTERRUPTIONS} times; see `queue retry`" if held else "to be tried again"
         text, status = f"delivery interrupted, the mail may arrive twice; {what}", "held" if held else "deferred"
         log.event("warning", "interrupted", text, queueid=row["queueid"], to=[row["recipient"]], status=status)
-        pause = next_disposition(reply, row["attempts"] + 1, 0, random_unit(), settings).pause
-        db.execute(
-            "UPDATE recipients SET state=?, due=?, owner=NULL, attempts=attempts+1, interruptions=interruptions+1,"
-            " history=? WHERE id=?",
-            ("held" if held else "open", None if held else now + pause, add_attempt(row["history"], now, reply),
-             row["id"]),
-        )  # fmt: skip
+        pause = attempt_result(reply, row["attempts"] + 1, 0, random_unit(), settings).pause
+        result = AttemptResult(reply, "held" if held else "open", pause, interruptions=count)
+        finish_attempt(db, owner, row["id"], result, now)
         db.execute("UPDATE messages SET owner=NULL WHERE id=?", (row["message"],))
-
-
-# {operation that ends leases: SQL that selects them by its first value}: if it fails by a bug, they are released
-LEASE_CONDITIONS = {finish_attempt: " AND r.id=?", finish_request: " AND m.queueid=?"}
 
 
 def purge(db: Any, slot: int, now: float) -> None:
@@ -7269,21 +7189,14 @@ def correct_due(db: Any, slot: int, settings: QueueSettings, now: float) -> None
 # -- The process that delivers
 
 
-class Throttle(NamedTuple):
-    """Destination to which nothing can be sent for now."""
-
-    until: float  # time.monotonic()
-    failures: int  # in a row
-
-
 class QueueManager:
     """Delivers what is due: a few at a time to each destination, so that an unreachable host delays no other."""
 
     def __init__(self, app: Any, wake_socket: socket.socket) -> None:
         self.app, self.db, self.wake_socket = app, app.queue, wake_socket
-        self.in_flight: dict = {}  # destination: number of deliveries
+        self.in_flight: Counter = Counter()  # deliveries by destination
         self.settings: Settings | None = None  # those of the latest _schedule()
-        self.throttled: dict = {}  # destination: Throttle
+        self.throttled: dict = {}  # destination: (time.monotonic() of its end, failures in a row)
 
     async def run(self) -> None:
         """Deliver until the server stops."""
@@ -7308,102 +7221,103 @@ class QueueManager:
 
     async def _schedule(self, now: float) -> None:
         """Start to deliver what is due."""
-        settings = self.app.settings
+        settings, monotonic = self.app.settings, time.monotonic()
         if settings is not self.settings:  # a destination may mean another host now
             self.settings, self.throttled = settings, {}
-        monotonic = time.monotonic()
-        throttled = {key: found.failures for key, found in self.throttled.items() if found.until > monotonic}
-        self.in_flight = {destination: count for destination, count in self.in_flight.items() if count}
-        expired_before = now - settings.queue.lifetime
-        limits = settings.smtpd.max_workers, dict(self.in_flight), throttled, expired_before
+        throttled = {key: failures for key, (until, failures) in self.throttled.items() if until > monotonic}
+        self.in_flight = +self.in_flight  # without those that have none
+        limits = settings.smtpd.max_workers, self.in_flight.copy(), throttled, now - settings.queue.lifetime
         for leased in await self.db.do(lease_due, now, *limits):
-            self.in_flight[leased.destination] = self.in_flight.get(leased.destination, 0) + 1
-            expired = leased.destination in throttled and leased.created_at <= expired_before and leased.history
-            expired = expired and leased.attempts + throttled[leased.destination] >= MIN_ATTEMPTS  # with other mails'
-            asyncio.get_running_loop().create_task(self._deliver(leased, bool(expired)))
+            self.in_flight[leased.to.destination] += 1
+            asyncio.get_running_loop().create_task(self._deliver(leased))
 
-    async def _deliver(self, leased: LeasedRecipient, expired: bool) -> None:
+    async def _deliver(self, leased: LeasedRecipient) -> None:
         """Attempt a delivery; end the lease if its result can't be recorded because of a bug."""
         try:
-            await self._attempt_and_record(leased, expired)
+            await self._attempt_and_record(leased)
         except Exception:  # nobody else would end the lease
-            log_exception(leased.queueid)
-            await self.db.release(finish_attempt, leased.id)
+            log_exception(leased.item.queueid)
+            lease = self.db.settings, time.time(), " AND r.id=?", leased.id
+            await self.db.do_eventually(release_leases, *lease)
         finally:
-            self.in_flight[leased.destination] -= 1
+            self.in_flight[leased.to.destination] -= 1
         self.db.wake_manager()
 
-    async def _attempt_and_record(self, leased: LeasedRecipient, expired: bool) -> None:
+    async def _attempt_and_record(self, leased: LeasedRecipient) -> None:
         """Make an attempt and record its result; if the mail has expired, record a failure without an attempt."""
-        settings, destination = self.app.settings, ""
-        if expired:
-            reply, disposition = leased.history[-1].reply, Disposition("failed")
+        settings = self.app.settings
+        if leased.expired:
+            reply, result = leased.history[-1].reply, AttemptResult(None, "failed")
         else:
             reply, destination = await self._attempt(leased, settings)
             leased = leased._replace(attempts=leased.attempts + 1)
-            age = time.time() - leased.created_at
-            disposition = next_disposition(reply, leased.attempts, age, random_unit(), settings.queue)
-            self._throttle(leased.destination, reply, settings.queue)
+            age = time.time() - leased.item.created_at
+            result = attempt_result(reply, leased.attempts, age, random_unit(), settings.queue)
+            result = result._replace(destination=destination)
+            self._throttle(leased.to.destination, reply, settings.queue)
         now = time.time()
-        log_attempt(leased, reply, disposition, settings, now)
-        outcome = {"delivered": "accepted", "failed": "failed", "open": "deferred"}[disposition.state]
-        if leased.kind == "event":
-            metrics.add("haineko_webhook_events_total", outcome.replace("accepted", "delivered"))
-        else:
-            outcome = "unsure" if outcome == "deferred" and reply.maybe_delivered else outcome
-            relay = "File" if (reply.mailer or "").startswith("/") else reply.mailer
-            metrics.add("haineko_recipients_total", relay if relay in RELAYS else "other", outcome)
-        follow_ups = notifications(leased, reply, disposition.state, settings, now)
-        result = AttemptResult(None if expired else reply, disposition, follow_ups, destination)
+        report_attempt(leased, reply, result, settings, now)
+        result = result._replace(follow_ups=notifications(leased, reply, result.state, settings, now))
         await self.db.do_eventually(finish_attempt, leased.id, result, now)
 
     async def _attempt(self, leased: LeasedRecipient, settings: Settings) -> tuple:
         """Return the reply to an attempt and its destination, by the settings that are in force now."""
+        item, recipient = leased.item, leased.to.recipient
         try:
-            if leased.kind == "event":
+            if item.kind == "event":
                 return await post_webhook(leased, settings.queue.secret, time.time(), self.app.transport.http), ""
-            to, sender = parse_address(leased.recipient), parse_address(leased.sender)
-            if (redirect := settings.smtpd.redirect) and leased.recipient not in redirect:  # from before, or a bounce
-                to = parse_address(redirect[0])
-            sandbox = leased.destination == destination_key(SANDBOX_ROUTE, "")
-            sender_domain = sender.domain if sender else ""
-            route = SANDBOX_ROUTE if sandbox else resolve_route(to.domain, sender_domain, settings)[0]
-            envelope = leased.queueid, leased.sender, (to.addr_spec,), leased.message, leased.number, settings.dkim
+            redirect, sender = settings.smtpd.redirect, parse_address(item.sender) or NULL_SENDER
+            elsewhere = redirect and recipient not in redirect  # mail from before, or a bounce
+            to = parse_address(redirect[0] if elsewhere else recipient)
+            sandbox = leased.to.destination == destination_key(SANDBOX_ROUTE, "")
+            route = SANDBOX_ROUTE if sandbox else resolve_route(to.domain, sender.domain, settings)[0]
+            envelope = item.queueid, item.sender, (to.addr_spec,), item.message, leased.to.number, settings.dkim
             result = await attempt_transaction(Transaction(route, settings.hostname, *envelope), self.app.transport)
             return result.replies[0], destination_key(route, to.domain)
         except Exception:
-            log_exception(leased.queueid)
+            log_exception(item.queueid)
             return make_reply("relay-fault", mailer="Queue"), ""
 
     def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
         """Throttle a destination after a failure to open a session, for the third pause at most: new mail waits too."""
-        throttle, now = self.throttled.get(destination, Throttle(0, 0)), time.monotonic()
+        (until, failures), now = self.throttled.get(destination, (0.0, 0)), time.monotonic()
         if not (reply.temporary and reply.command in ("CONN", "EHLO", "STARTTLS", "AUTH")):  # before the first mail
             self.throttled.pop(destination, None)
-        elif throttle.until <= now:
-            failures = throttle.failures + 1
-            pause = next_disposition(reply, min(failures, 3), 0, random_unit(), settings).pause
-            self.throttled[destination] = Throttle(now + pause, failures)
+        elif until <= now:
+            pause = attempt_result(reply, min(failures + 1, 3), 0, random_unit(), settings).pause
+            self.throttled[destination] = now + pause, failures + 1
 
 
-def log_attempt(
-    leased: LeasedRecipient, reply: Reply, disposition: Disposition, settings: Settings, now: float
+def report_attempt(
+    leased: LeasedRecipient, reply: Reply, result: AttemptResult, settings: Settings, now: float
 ) -> None:
-    """Log one line for each attempt."""
-    status = {"delivered": "sent", "failed": "bounced", "open": "deferred"}[disposition.state]
-    fields = {"queueid": leased.queueid, "from": leased.sender, "to": [leased.recipient], "relay": reply.relay}
-    fields.update({"fallback": reply.fallback, "delay": max(now - leased.created_at, 0), "code": reply.code})
-    fields.update({"dsn": reply.dsn, "status": status})
-    notes = f"; next attempt in {disposition.pause:.0f} s" if disposition.state == "open" else ""
-    notes += "; may arrive twice" if reply.maybe_delivered else ""
-    if disposition.state == "failed" and leased.sender and not may_bounce(leased, settings):
-        notes += "; no bounce, since the sender did not log in and `recipients` does not permit the address"
-    log.event(level_of(status), "attempt", sanitize(" ".join(reply.message), 500) + notes, **fields)
+    """Log one line for each attempt, and count it."""
+    item, state = leased.item, result.state
+    note = f"; next attempt in {result.pause:.0f} s" if state == "open" else ""
+    note += "; may arrive twice" if reply.maybe_delivered else ""
+    if state == "failed" and item.sender and not may_bounce(item, settings):
+        note += "; no bounce, since the sender did not log in and `recipients` does not permit the address"
+    status, outcome = {
+        "delivered": ("sent", "accepted"), "failed": ("bounced", "failed"), "open": ("deferred", "deferred"),
+    }[state]  # fmt: skip
+    fields = {"queueid": item.queueid, "from": item.sender, "to": [leased.to.recipient]}
+    log_reply("attempt", reply, status, max(now - item.created_at, 0), note, **fields)
+    if item.kind == "event":
+        metrics.add("haineko_webhook_events_total", outcome.replace("accepted", "delivered"))
+    else:
+        relay = "File" if (reply.mailer or "").startswith("/") else reply.mailer
+        outcome = "unsure" if state == "open" and reply.maybe_delivered else outcome
+        metrics.add("haineko_recipients_total", relay if relay in RELAYS else "other", outcome)
 
 
-def level_of(status: str) -> str:
-    """Return the level of a log line by its status=."""
-    return "warning" if status in ("deferred", "bounced") else "info"
+def log_reply(event: str, reply: Reply, status: str, delay: float | None, note: str = "", **fields: Any) -> None:
+    """Log a reply with the keys of Postfix's; `fields` come first in the line."""
+    refused = reply.origin == "policy"
+    text = sanitize(("; " if refused else " ").join(reply.message), 500)
+    text += "" if refused or reply.accepted else f" (in reply to {reply.command})"
+    more = {"relay": reply.relay, "delay": delay, "fallback": reply.fallback, "code": reply.code, "dsn": reply.dsn}
+    level = "warning" if status in ("deferred", "bounced") else "info"
+    log.event(level, event, text + note, **fields, **more, status=status)
 
 
 # ======================================================================================================================
@@ -7417,11 +7331,7 @@ MAX_REPORTED_ERRORS = 10
 IDEMPOTENCY_KEY = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\]){1,255})"|([!#-+\--~]{1,255})')
 MAX_INLINE_WAIT = 60  # seconds that a cloud may ask for while the client waits
 NOT_ASCII = REPLIES["rcpt-ascii"][4]
-HEADERS_OF_STATUS = {
-    401: (("WWW-Authenticate", 'Basic realm="Haineko", charset="UTF-8"'),),
-    409: (("Retry-After", "2"),),
-}
-DEFAULT_RETRY_AFTER = 60  # seconds
+LEAST_RETRY_AFTER = {409: 2, 429: 1, 503: 60}  # seconds by HTTP status
 ctime = functools.lru_cache(maxsize=2)(time.ctime)
 MAX_ECHO = 200  # characters of a header that an answer repeats, and the queue stores
 
@@ -7482,7 +7392,7 @@ class Mail(NamedTuple):
         """Return a reply if no recipient was accepted, else None; one of status 503 comes first."""
         if len(self.refused) < len(self.replies):
             return None
-        to, reply = min(self.refused.items(), key=lambda item: (item[1].status or http_status(item[1:])) != 503)
+        to, reply = min(self.refused.items(), key=lambda item: http_status(item[1:]) != 503)
         return reply if to is None else reply._replace(message=(f"{to}: {reply.message[0]}", *reply.message[1:]))
 
     def add_replies(self, replies: list) -> None:
@@ -7498,33 +7408,34 @@ async def submit(request: Request, app: App) -> Response:
     settings, queueid = request.settings or app.settings, new_queueid(request.now)
     mail = await prepare(request, parse_submission, request.body, settings, queueid)
     if not mail.transactions:
-        return respond(request, mail.error.status, mail.replies, queueid, mail.submission)
+        return respond(request, mail)
     if mail.submission.dry_run:
         return await answer_dry_run(request, mail, settings)
     try:
         if mail.is_async or mail.key:  # it is stored before anything is sent
             item = new_item(request, mail)
-            if earlier := await app.queue.add(item, leased=not mail.is_async):
+            if earlier := await app.queue.add(enqueue, item, None, not mail.is_async):
                 return await replay_response(request, mail, earlier, app)
+        results: list = []
         if mail.is_async:
             announce_queued(request, [item], app)
-            replies, attempts = [queued_reply(queueid)] * len(mail.accepted), []
+            replies = [queued_reply(queueid)] * len(mail.accepted)
         else:
-            results = await deliver(mail.transactions, app.transport, settings)
-            replies, attempts = log_results(request, results), []
+            replies = log_results(request, await deliver(mail.transactions, app.transport, settings))
             if app.queue:
-                replies, attempts = await queue_deferred(request, mail, replies, settings, app)
+                replies, results = await queue_deferred(request, mail, replies, settings, app)
         count_recipients(mail.transactions, replies)
         mail.add_replies(replies)
-        response = respond(request, http_status(mail.replies.values()), mail.replies, queueid, mail.submission)
+        response = respond(request, mail)
         if mail.key:
-            await app.queue.do_eventually(finish_request, queueid, attempts, serialize_response(response), time.time())
+            await app.queue.do_eventually(finish_request, queueid, results, serialize_response(response), time.time())
         return response
     except Rejected as error:
-        return respond(request, error.reply.status, {None: error.reply}, queueid, mail.submission)
+        return respond(request, mail._replace(replies={None: error.reply}))
     except Exception:  # a bug: what this request has leased is left to the queue
         if app.queue:
-            await app.queue.release(finish_request, queueid)
+            lease = app.queue.settings, time.time(), " AND m.queueid=?", queueid
+            await app.queue.do_eventually(release_leases, *lease)
         raise
 
 
@@ -7623,8 +7534,7 @@ async def answer_dry_run(request: Request, mail: Mail, settings: Settings) -> Re
     mail.add_replies(replies)
     octets = (await sign_transaction(mail.transactions[0])).octets()
     raw = octets.decode() if is_utf8(octets) else {"base64": base64.b64encode(octets).decode()}
-    values = http_status(mail.replies.values()), mail.replies, mail.queueid, mail.submission
-    return answer_document(request, *values, message_octets=len(octets), raw=raw)
+    return respond(request, mail, message_octets=len(octets), raw=raw)
 
 
 def describe_route(route: Route) -> str:
@@ -7637,22 +7547,17 @@ def describe_route(route: Route) -> str:
     return where + tls + login
 
 
-def respond(request: Request, status: int, replies: dict, queueid: str, submission: Submission | None) -> Response:
-    """Return the response; log each refusal before delivery."""
-    refused = {to: reply for to, reply in replies.items() if reply.origin == "policy"}
-    if refused:
-        log_rejection(request, queueid, submission, refused)
-    return answer_document(request, status, replies, queueid, submission)
-
-
-def log_rejection(request: Request, queueid: str | None, submission: Submission | None, refused: dict) -> None:
+def log_rejections(request: Request, mail: Mail, refused: dict) -> None:
     """Log one line for each refusal before delivery; `refused` is {recipient, None for all: Reply}."""
     for reply in refused.values():
         metrics.add("haineko_rejections_total", reply.slug)
+    submission = mail.submission
     listed = [to for to in refused if to is not None] or list(submission.rcpt if submission else ())
-    sender = submission.mail if submission else None
+    fields = {"queueid": mail.queueid or "-", **request.log_fields(), "from": submission and submission.mail}
     for reply in dict.fromkeys(refused.values()):
-        log_reply(request, queueid, sender, listed[:20], reply)  # the line is cut anyway
+        log_reply(
+            "rejection", reply, reply.log_status, None, **fields, to=listed[:20] or None
+        )  # the line is cut anyway
 
 
 def queue_options(request: Request, submission: Submission, settings: Settings) -> tuple:
@@ -7664,7 +7569,7 @@ def queue_options(request: Request, submission: Submission, settings: Settings) 
         if any(asked.values()):  # to ignore them would be unsafe; Prefer may be ignored
             raise Rejected(make_reply("no-queue", next(filter(asked.get, asked))))
         return False, None
-    is_async = later or submission.async_ or prefers_async(request.headers.get("prefer", ""))
+    is_async = later or submission.async_ or prefers_async(request)
     if key is None:
         return is_async, None
     found = IDEMPOTENCY_KEY.fullmatch(key)
@@ -7674,12 +7579,13 @@ def queue_options(request: Request, submission: Submission, settings: Settings) 
     return is_async, hashlib.sha256("\0".join((owner, request.path, found[1] or found[2])).encode()).digest()
 
 
-def prefers_async(value: str) -> bool:
+def prefers_async(request: Request) -> bool:
     """Return True if a Prefer header asks for respond-async (RFC 7240 4.1)."""
-    return any(part.partition(";")[0].strip().lower() == "respond-async" for part in value.split(","))
+    preferences = request.headers.get("prefer", "").split(",")
+    return any(part.partition(";")[0].strip().lower() == "respond-async" for part in preferences)
 
 
-def new_item(request: Request, mail: Mail) -> NewQueueItem:
+def new_item(request: Request, mail: Mail) -> QueueItem:
     """Return the mail as the queue stores it."""
     first, mailboxes, recipients = mail.transactions[0], iter(mail.accepted), []
     for transaction in mail.transactions:
@@ -7687,7 +7593,7 @@ def new_item(request: Request, mail: Mail) -> NewQueueItem:
             destination = destination_key(transaction.route, mailbox.domain)
             recipients.append(NewRecipient(mailbox.as_written, to, transaction.number, destination))
     envelope = first.queueid, "mail", first.sender, request.login, request.now, first.message
-    return NewQueueItem(*envelope, tuple(recipients), mail.key, mail.body_digest, mail.submission.send_at or 0.0)
+    return QueueItem(*envelope, tuple(recipients), mail.key, mail.body_digest, mail.submission.send_at or 0.0)
 
 
 def announce_queued(request: Request, items: list, app: App) -> None:
@@ -7703,29 +7609,27 @@ async def queue_deferred(request: Request, mail: Mail, replies: list, settings: 
     """Return the replies after the first attempts, "queued" where there will be more, and their AttemptResults."""
     if not (mail.key or any(reply.temporary for reply in replies)):
         return replies, []
-    item, now, results = new_item(request, mail), time.time(), []
-    for recipient, reply in zip(item.recipients, replies):
-        disposition = next_disposition(reply, 1, 0.0, random_unit(), settings.queue)
-        reports: tuple = ()  # only a delay is reported, since the response has the others
-        if disposition.state == "open":
-            reports = notifications(first_lease(item, recipient), reply, "open", settings, now)
-        results.append(AttemptResult(reply, disposition, reports))
-    waiting = [i for i, result in enumerate(results) if result.disposition.state == "open"]
+    item, now = new_item(request, mail), time.time()
+    results = [attempt_result(reply, 1, 0.0, random_unit(), settings.queue) for reply in replies]
+    waiting = [i for i, result in enumerate(results) if result.state == "open"]
+    for i in waiting:  # only a delay is reported, since the response has the others
+        leased = LeasedRecipient(0, item, item.recipients[i], attempts=1)
+        results[i] = results[i]._replace(follow_ups=notifications(leased, replies[i], "open", settings, now))
     if not mail.key:  # with one it is in the file already
         part = item._replace(recipients=tuple([item.recipients[i] for i in waiting]))
         try:
-            await app.queue.add(part, [results[i] for i in waiting])
+            await app.queue.add(enqueue, part, [results[i] for i in waiting])
         except Rejected:  # the client reads that it failed for now, and that nobody will try again
             return replies, []
     for i in waiting:
         unsure = "; may arrive twice" if replies[i].maybe_delivered else ""
-        text = f"queued; next attempt in {results[i].disposition.pause:.0f} s{unsure}"
+        text = f"queued; next attempt in {results[i].pause:.0f} s{unsure}"
         log.event("info", "queued", text, queueid=item.queueid, to=[item.recipients[i].recipient], status="deferred")
         replies[i] = queued_reply(item.queueid, replies[i])
     return replies, results
 
 
-async def replay_response(request: Request, mail: Mail, earlier: tuple, app: App) -> Response:
+async def replay_response(request: Request, mail: Mail, earlier: Any, app: App) -> Response:
     """Return the response to the first request with this key; raise Rejected if there is none, or for another body."""
     queueid, answered = earlier["queueid"], earlier["response"]
     if earlier["body_digest"] != mail.body_digest:
@@ -7735,16 +7639,9 @@ async def replay_response(request: Request, mail: Mail, earlier: tuple, app: App
     if answered is None:  # its process ended before it could answer; the queue has taken the mail over
         rows = {row["as_written"]: row for row in (await app.queue.do(message_status, queueid))["recipients"]}
         mail.add_replies([current_reply(queueid, rows[mailbox.as_written]) for mailbox in mail.accepted])
-        response = answer_document(request, http_status(mail.replies.values()), mail.replies, queueid, mail.submission)
-        answered = serialize_response(response)
+        answered = serialize_response(respond(request, mail._replace(queueid=queueid)))
         await app.queue.do(finish_request, queueid, [], answered, request.now)
     return stored_response(answered)
-
-
-def first_lease(item: NewQueueItem, recipient: NewRecipient) -> LeasedRecipient:
-    """Return a recipient as after its first attempt, which was made outside the queue."""
-    envelope = item.queueid, item.kind, item.sender, item.login, item.created_at, item.message
-    return LeasedRecipient(0, *envelope, *recipient, attempts=1)
 
 
 def serialize_response(result: Response) -> str:
@@ -7826,15 +7723,18 @@ async def run_transaction(transaction: Transaction, transport: TransportContext)
 
 
 def http_status(replies: Any) -> int:
-    """Return the HTTP status of a submission that went to its relays."""
+    """Return the HTTP status of a submission."""
     replies = list(replies)
     accepted = [reply.accepted for reply in replies]
     if all(accepted):
         return 202 if any(reply.origin == "queue" for reply in replies) else 200
     if any(accepted):
         return 207
-    if all(reply.status == 400 or (reply.dsn == "5.6.7" and reply.message[0] == NOT_ASCII) for reply in replies):
-        return 400  # the addresses are wrong, even if it took the next server to tell
+    statuses = {400 if reply.dsn == "5.6.7" and reply.message[0] == NOT_ASCII else reply.status for reply in replies}
+    if len(statuses) == 1 and statuses != {0}:
+        return (
+            statuses.pop()
+        )  # refused before delivery, or an address is wrong, even if it took the next server to tell
     return 503 if any(reply.temporary for reply in replies) else 502
 
 
@@ -7844,39 +7744,26 @@ def log_results(request: Request, results: list) -> list:
         by_reply: dict = {}
         for to, reply in zip(transaction.recipients, replies):
             by_reply.setdefault(reply, []).append(to)
+        fields = {"queueid": transaction.queueid, **request.log_fields(), "from": transaction.sender}
         for reply, recipients in by_reply.items():
             step = 8 if len(recipients) <= 8 else MAX_TO // max([len(to.encode()) + 3 for to in recipients])
             for i in range(0, len(recipients), step):
                 to = recipients[i : i + step]
-                log_reply(request, transaction.queueid, transaction.sender, to, reply, ms / 1000)
+                log_reply("delivery", reply, reply.log_status, ms / 1000, **fields, to=to)
     return [reply for result in results for reply in result.replies]
 
 
-def log_reply(
-    request: Request, queueid: str | None, sender: str | None, to: list, reply: Reply, delay: float | None = None
-) -> None:
-    """Log a reply with the keys of Postfix's."""
-    is_refusal = reply.origin == "policy"
-    at = "" if reply.accepted or is_refusal else f" (in reply to {reply.command})"
-    log.event(
-        level_of(reply.log_status), "rejection" if is_refusal else "delivery",
-        sanitize(("; " if is_refusal else " ").join(reply.message), 500) + at,
-        queueid=queueid or "-", **request.log_fields(), **{"from": sender}, to=to or None, relay=reply.relay,
-        delay=delay if reply.mailer else None, fallback=reply.fallback, code=reply.code, dsn=reply.dsn,
-        status=reply.log_status,
-    )  # fmt: skip
-
-
-def answer_document(
-    request: Request, status: int, replies: dict, queueid: str | None, submission: Submission | None, **more: Any
-) -> Response:
-    """Return the response; `replies` is {recipient, None if none is meant: Reply}, `more` are further keys."""
-    accepted = [to for to, reply in replies.items() if to is not None and reply.origin != "policy"]
+def respond(request: Request, mail: Mail, **more: Any) -> Response:
+    """Return the response, with `more` keys; log each refusal before delivery."""
+    refused = {to: reply for to, reply in mail.replies.items() if reply.origin == "policy"}
+    if refused:
+        log_rejections(request, mail, refused)
+    submission, status = mail.submission, http_status(mail.replies.values())
     document = {
-        "queueid": queueid,
+        "queueid": mail.queueid,
         "addresser": submission.mail if submission else None,
-        "recipient": accepted if submission else None,
-        "response": [reply_to_dict(to, reply) for to, reply in replies.items()],
+        "recipient": [to for to in mail.replies if to is not None and to not in refused] if submission else None,
+        "response": [reply_to_dict(to, reply) for to, reply in mail.replies.items()],
         "remoteaddr": str(request.client) if request.client else None,
         "remoteport": request.port,
         "useragent": echoed_header(request, "user-agent"),
@@ -7884,30 +7771,30 @@ def answer_document(
         "timestamp": time_to_dict(request.now),
         **more,
     }
-    headers = answer_headers(request, status, queueid, replies)
-    return Response(status, encode_json(document), headers + (rate_headers(*request.rate) if request.rate else ()))
+    return json_response(document, status, answer_headers(request, status, mail.queueid, mail.replies))
 
 
 def answer_headers(request: Request, status: int, queueid: str | None, replies: dict) -> tuple:
+    headers = {}
     if status == 202:
-        applied = prefers_async(request.headers.get("prefer", ""))
-        return (("Location", f"/queue/{queueid}"), *([("Preference-Applied", "respond-async")] if applied else []))
-    if status == 429:
-        return (("Retry-After", str(max(reply.retry_after for reply in replies.values()))),)
-    if status == 503:
-        seconds = max([DEFAULT_RETRY_AFTER, *[reply.retry_after for reply in replies.values()]])
-        return (("Retry-After", str(seconds)),)
-    return HEADERS_OF_STATUS.get(status, ())
-
-
-def rate_headers(rate: Rate, state: RateState) -> tuple:
-    """Return the fields of draft-ietf-httpapi-ratelimit-headers-10, and those that clients knew before."""
-    left, reset = state.remaining, math.ceil(state.reset)
-    return (
-        ("RateLimit-Policy", f'"default";q={rate.limit};w={rate.seconds}'),
-        ("RateLimit", f'"default";r={left};t={reset}'),
-        *zip(("ratelimit-limit", "ratelimit-remaining", "ratelimit-reset"), map(str, (rate.limit, left, reset))),
-    )
+        headers["Location"] = f"/queue/{queueid}"
+        if prefers_async(request):
+            headers["Preference-Applied"] = "respond-async"
+    elif status == 401:
+        headers["WWW-Authenticate"] = 'Basic realm="Haineko", charset="UTF-8"'
+    elif status in LEAST_RETRY_AFTER:
+        seconds = max([LEAST_RETRY_AFTER[status], *[reply.retry_after for reply in replies.values()]])
+        headers["Retry-After"] = str(seconds)
+    if request.rate:
+        rate, state = request.rate
+        left, reset = state.remaining, math.ceil(state.reset)
+        headers["RateLimit-Policy"] = (
+            f'"default";q={rate.limit};w={rate.seconds}'  # draft-ietf-httpapi-ratelimit-headers-10
+        )
+        headers["RateLimit"] = f'"default";r={left};t={reset}'
+        known = {"ratelimit-limit": rate.limit, "ratelimit-remaining": left, "ratelimit-reset": reset}  # before it
+        headers.update({name: str(value) for name, value in known.items()})
+    return tuple(headers.items())
 
 
 def time_to_dict(seconds: float | None) -> dict | None:
@@ -7993,7 +7880,7 @@ async def prepare_provider_mail(request: Request, mail: Any, provider: Provider,
     names, parse = provider.names, functools.partial(parse_mail, provider.names, provider.unsupported)
     prepared = await prepare(request, parse, mail, settings, new_queueid(request.now))
     if prepared.refused:
-        log_rejection(request, prepared.queueid, prepared.submission, prepared.refused)
+        log_rejections(request, prepared, prepared.refused)
     replies = {to: reply and use_provider_keys(reply, names) for to, reply in prepared.replies.items()}
     return prepared._replace(replies=replies)
 
@@ -8024,9 +7911,9 @@ async def store_mails(request: Request, mails: list, digest: Any, response: Resp
     for mail in mails:
         items.append(new_item(request, mail._replace(key=None if items else key, body_digest=digest)))
         for to, reply in mail.refused.items():
-            leased = first_lease(items[-1], NewRecipient(to, to, 1, ""))
+            leased = LeasedRecipient(0, items[-1], NewRecipient(to, to, 1, ""), attempts=1)
             reports += notifications(leased, reply, "failed", request.settings or app.settings, request.now)
-    earlier = await app.queue.add_by(enqueue_all, [*items, *reports], serialize_response(response) if key else None)
+    earlier = await app.queue.add(enqueue_all, [*items, *reports], serialize_response(response) if key else None)
     if earlier and earlier["body_digest"] != digest:
         raise Rejected(make_reply("key-reused"))
     if earlier:
@@ -8573,7 +8460,7 @@ def schemas_of(path: str) -> tuple:
     """Return the content of requests, of answers and of refusals; {} for that of no form."""
     asked, provider = Request("POST", path, {}, b"", None, None, None, 0.0), PROVIDER_ENDPOINTS.get(path)
     replies = {"a@example.jp": queued_reply("Q" * 16)}
-    answer = json_content(schema_of(answer_document(asked, 200, replies, "Q" * 16, None)))
+    answer = json_content(schema_of(respond(asked, Mail("Q" * 16, None, replies))))
     if not provider:
         is_submit = path == "/submit"
         body = json_content({"$ref": "#/components/schemas/Submission"}) if is_submit else {}
@@ -8864,7 +8751,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Return the response for a Reply that refuses the request, and log it."""
         request = self.request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
         queueid = new_queueid(request.now) if reply.command != "HTTP" else None
-        response = respond(request, reply.status, {None: reply}, queueid, None)
+        response = respond(request, Mail(queueid, None, {None: reply}))
         if request.method == "POST" and request.path in PROVIDER_ENDPOINTS:
             return provider_error(reply, request)
         if reply.status == 405:
