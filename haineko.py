@@ -6439,7 +6439,6 @@ RELAYS.update(
 # ======================================================================================================================
 
 MIN_ATTEMPTS = 3  # before a mail is given up, however old: the clock may have been set forward by days
-MAX_SLOTS = 4096  # processes
 NEWER_VERSION = "is of a newer version,"
 RETENTION = 86400  # seconds for which completed mails and responses to an Idempotency-Key are kept
 MAX_HISTORY = 50  # attempts kept of each recipient: the first one and the last ones
@@ -6586,14 +6585,11 @@ def new_bounce(leased: LeasedRecipient, reply: Reply, settings: Settings, now: f
         remote_mta=f"Remote-MTA: dns; {reply.host}\r\n" if reply.host else "",
         status=reply.dsn or ("4.4.7" if reply.temporary else "5.0.0"),  # RFC 3463: delivery time expired; undefined
     )  # fmt: skip
-    octets, domain = (
-        text.encode() + header + f"\r\n--{queueid}/report--\r\n".encode(),
-        parse_address(item.sender).domain,
-    )
+    octets = text.encode() + header + f"\r\n--{queueid}/report--\r\n".encode()
+    message, domain = Message((octets,), needs_8bitmime=not octets.isascii()), parse_address(item.sender).domain
     destination = destination_key(resolve_route(domain, "", settings)[0], domain)
-    recipients = (NewRecipient(item.sender, item.sender, 1, destination),)
-    message = Message((octets,), needs_8bitmime=not octets.isascii())
-    return QueueItem(queueid, "mail", "", item.login, now, message, recipients)
+    sender = NewRecipient(item.sender, item.sender, 1, destination)
+    return QueueItem(queueid, "mail", "", item.login, now, message, (sender,))
 
 
 def returned_header(octets: bytes) -> bytes:
@@ -6625,11 +6621,8 @@ Content-Type: multipart/report; report-type=delivery-status;
 Content-Type: text/plain; charset=UTF-8
 Content-Transfer-Encoding: {encoding}
 
-This is the mail system at {hostname}. Your mail to
-
-    {to}
-
-could not be delivered. After {attempts} attempt(s) since {arrival_date} the last reply{server} was:
+This is the mail system at {hostname}. Your mail to <{to}> could not be delivered.
+After {attempts} attempt(s) since {arrival_date} the last reply{server} was:
 
     {reply}
 
@@ -6685,45 +6678,36 @@ class QueueDB:
     """
 
     BUSY = 5.0  # seconds to wait for another process's lock
-    BATCH = 256  # operations in one transaction
 
     def __init__(self, settings: QueueSettings, wake_socket: socket.socket | None = None) -> None:
         self.settings, self.wake_socket = settings, wake_socket
         if wake_socket:
             wake_socket.setblocking(False)
-        self.waiting: list = []  # of (operation, values, future)
-        self.committing: asyncio.Task | None = None
+        self.batch: list = []  # of (operation, values) for the next transaction
+        self.commit_task: asyncio.Task | None = None  # of that, or of the latest one
         self.thread = ThreadPoolExecutor(1)
         self.db: Any = None
         self.file_ids: list = []  # of the files as they were opened
-        self.slot = self.locks = 0  # number of the byte that this process has locked; the lock file
-        self.slot_is_new = False  # what its last process had leased is not released yet
+        self.slot = 1 + int.from_bytes(os.urandom(4), "big")  # owner of this process's leases; no other has the number
+        self.locks = 0  # the lock file
         self.fault = ""  # why the file can't be used
 
     async def do(self, operation: Callable, *values: Any) -> Any:
         """Return the result of operation(db, slot, *values) once it is on disk; raise Rejected if that fails."""
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        self.waiting.append((operation, values, future))
-        if not self.committing or self.committing.done():
-            self.committing = loop.create_task(self._commit_waiting())
-        result = await future
+        if not self.batch:
+            self.commit_task = asyncio.get_running_loop().create_task(self._commit_batch(self.commit_task))
+        self.batch.append((operation, values))
+        number, task = len(self.batch) - 1, self.commit_task
+        result = (await asyncio.shield(task))[number]
         if isinstance(result, Exception):
             raise result
         return result
 
-    async def _commit_waiting(self) -> None:
-        while self.waiting:
-            batch, self.waiting = self.waiting[: self.BATCH], self.waiting[self.BATCH :]
-            work = [(operation, values) for operation, values, _ in batch]
-            try:
-                results = await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, work)
-            except Exception:  # callers wait for results
-                log_exception("queue")
-                results = [Rejected(make_reply("store", mailer="Queue"))] * len(work)
-            for (_, _, future), result in zip(batch, results):
-                if not future.done():  # its task was cancelled
-                    future.set_result(result)
+    async def _commit_batch(self, previous: asyncio.Task | None) -> list:
+        if previous and not previous.done():
+            await asyncio.wait([previous])
+        batch, self.batch = self.batch, []
+        return await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, batch)
 
     async def add(self, operation: Callable, *values: Any) -> Any:
         """Return the result of an operation that stores mail; raise Rejected if the disk is too full."""
@@ -6765,8 +6749,6 @@ class QueueDB:
             self._lock()
             db = self._open()  # now, when no other process writes: the files may have been replaced
             db.execute("BEGIN IMMEDIATE")
-            if self.slot_is_new:
-                release_leases(db, self.slot, self.settings, time.time())
             results = [operation(db, self.slot, *values) for operation, values in work]
             db.execute("COMMIT")
         except (sqlite3.Error, OSError) as error:
@@ -6782,7 +6764,6 @@ class QueueDB:
         finally:
             if self.locks:
                 fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, 0)
-        self.slot_is_new = False
         self._log_fault("")
         return results
 
@@ -6793,7 +6774,7 @@ class QueueDB:
         self.db = None
         if for_good and self.locks:
             os.close(self.locks)
-            self.slot = self.locks = 0
+            self.locks = 0
 
     def _log_fault(self, error: str) -> None:
         if error != self.fault:
@@ -6802,24 +6783,18 @@ class QueueDB:
         self.fault = error
 
     def _lock(self) -> None:
-        """Lock the lock file's first byte for a transaction, and another one, the slot, for good.
+        """Lock the lock file's first byte, for a transaction, and the one of this process's slot, for good.
 
         The kernel unlocks them when the process ends, so the owner of a lease is known to be alive. No process may open
         the file twice: closing one handle would unlock all.
         """
-        path, slots = self.settings.path + ".lock", (self.slot or 1, *range(1, MAX_SLOTS))
+        path = self.settings.path + ".lock"
         if self.locks and file_id(path) != file_id(self.locks):  # it was replaced
             os.close(self.locks)
             self.locks = 0
-        if not self.locks:
-            locks = open_private(path, os.O_RDWR)
-            slot = next((slot for slot in slots if lock_byte(locks, slot)), None)
-            if not slot:
-                os.close(locks)
-                raise OSError(errno.EAGAIN, "too many processes use it")
-            self.slot_is_new = self.slot_is_new or slot != self.slot
-            self.locks, self.slot = locks, slot
-        fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, 0)  # SQLite itself would wait by sleeping, sometimes long
+        self.locks = self.locks or open_private(path, os.O_RDWR)
+        for byte in (0, self.slot):
+            fcntl.lockf(self.locks, fcntl.LOCK_EX, 1, byte)  # SQLite itself would wait by sleeping, sometimes long
 
     def _open(self) -> Any:
         """Return the connection; raise sqlite3.Error or OSError."""
@@ -6851,7 +6826,7 @@ class QueueDB:
 def file_id(file: str | int) -> tuple | None:
     """Return the device and inode of a path or an open file, None if there is none."""
     try:
-        found = os.fstat(file) if isinstance(file, int) else os.lstat(file)
+        found = os.stat(file)
     except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino
@@ -6869,20 +6844,10 @@ def open_private(path: str, flags: int) -> int:
     raise OSError(errno.EPERM, "is not a regular file of this user", path)
 
 
-def lock_byte(handle: int, offset: int) -> bool:
-    """Lock one byte of the file; return False if another process has it."""
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
-    except OSError:
-        return False
-    return True
-
-
 # A new file; times are seconds since the epoch.
 SCHEMA = """
     CREATE TABLE messages (
-        id INTEGER PRIMARY KEY, queueid TEXT NOT NULL UNIQUE,
-        kind TEXT NOT NULL,                -- mail, or event for the webhook
+        id INTEGER PRIMARY KEY, queueid TEXT NOT NULL UNIQUE, kind TEXT NOT NULL,  -- mail, or event for the webhook
         sender TEXT NOT NULL, login TEXT NOT NULL, created_at REAL NOT NULL,
         open_recipients INTEGER NOT NULL,  -- how many are neither delivered nor given up
         completed_at REAL,                 -- when none was left
@@ -6897,14 +6862,11 @@ SCHEMA = """
     CREATE INDEX messages_by_done ON messages(completed_at) WHERE completed_at IS NOT NULL;
     CREATE TABLE recipients (
         id INTEGER PRIMARY KEY, message INTEGER NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
-        as_written TEXT NOT NULL,          -- by the client
-        recipient TEXT NOT NULL,           -- as relays are told
-        number INTEGER NOT NULL, destination TEXT NOT NULL,
+        as_written TEXT NOT NULL, recipient TEXT NOT NULL, number INTEGER NOT NULL, destination TEXT NOT NULL,
         state TEXT NOT NULL, created_at REAL NOT NULL,  -- open, delivered, failed, dropped or held; or its send_at
         due REAL,                          -- open and not leased: time of the next attempt; 0: now, even if throttled
         owner INTEGER,                     -- leased: slot of the process that delivers it
-        attempts INTEGER NOT NULL,
-        history TEXT NOT NULL,             -- JSON, see add_attempt()
+        attempts INTEGER NOT NULL, history TEXT NOT NULL,  -- JSON, see add_attempt()
         interruptions INTEGER NOT NULL DEFAULT 0  -- in a row
     );
     CREATE INDEX recipients_by_message ON recipients(message);
@@ -6992,13 +6954,10 @@ def insert(db: Any, table: str, **values: Any) -> int:
 
 def finish_request(db: Any, slot: int, queueid: str, results: list, response: str | None, now: float) -> None:
     """Record the results of a mail's first attempts, and the response to its client."""
-    message = db.execute("SELECT id FROM messages WHERE queueid=?", (queueid,)).fetchone()
-    if not message:  # the file was replaced meanwhile
-        return
-    rows = db.execute("SELECT id FROM recipients WHERE message=? ORDER BY id", (message["id"],)).fetchall()
-    for row, result in zip(rows, results):
+    sql = "SELECT r.id FROM recipients r JOIN messages m ON m.id=r.message WHERE queueid=? ORDER BY r.id"
+    for row, result in zip(db.execute(sql, (queueid,)).fetchall(), results):
         finish_attempt(db, slot, row["id"], result, now)
-    db.execute("UPDATE messages SET owner=NULL, response=? WHERE id=?", (response, message["id"]))
+    db.execute("UPDATE messages SET owner=NULL, response=? WHERE queueid=?", (response, queueid))
 
 
 def finish_attempt(db: Any, slot: int, row_id: int, result: AttemptResult, now: float) -> None:
@@ -7095,21 +7054,19 @@ def reclaim_dead_leases(db: Any, slot: int, queue_db: QueueDB, now: float) -> No
     """Release the leases of processes that have ended; `queue_db` has the lock file."""
     sql = "SELECT DISTINCT owner FROM recipients WHERE owner IS NOT NULL AND owner<>?"
     for (owner,) in db.execute(sql, (slot,)).fetchall():
-        if lock_byte(queue_db.locks, owner):  # its process is gone
-            release_leases(db, owner, queue_db.settings, now)
-            fcntl.lockf(queue_db.locks, fcntl.LOCK_UN, 1, owner)  # one that takes the slot now waits for this commit
+        try:
+            fcntl.lockf(queue_db.locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, owner)
+        except OSError:  # it lives
+            continue
+        release_leases(db, owner, queue_db.settings, now)
+        fcntl.lockf(queue_db.locks, fcntl.LOCK_UN, 1, owner)
 
 
-def release_leases(
-    db: Any, owner: int, settings: QueueSettings, now: float, condition: str = "", value: Any = None
-) -> None:
-    """End the slot's leases, or those for which an SQL condition is true; their mail may have been sent."""
+def release_leases(db: Any, owner: int, settings: QueueSettings, now: float, where: str = "", *values: Any) -> None:
+    """End the leases of a slot, or those that an SQL condition selects; their mail may have been sent."""
     reply = make_reply("interrupted", mailer="Queue")
-    rows = db.execute(
-        "SELECT r.*, m.queueid FROM recipients r"
-        f" JOIN messages m ON m.id=r.message WHERE r.owner=?{condition}", (owner, *([value] if condition else []))
-    ).fetchall()  # fmt: skip
-    for row in rows:
+    sql = f"SELECT r.*, m.queueid FROM recipients r JOIN messages m ON m.id=r.message WHERE r.owner=?{where}"
+    for row in db.execute(sql, (owner, *values)).fetchall():
         count = row["interruptions"] + 1
         held = count >= MAX_INTERRUPTIONS
         what = f"held after {MAX_INTERRUPTIONS} times; see `queue retry`" if held else "to be tried again"
@@ -7244,39 +7201,47 @@ class QueueManager:
         self.db.wake_manager()
 
     async def _attempt_and_record(self, leased: LeasedRecipient) -> None:
-        """Make an attempt and record its result; if the mail has expired, record a failure without an attempt."""
-        settings = self.app.settings
+        """Make an attempt, log and record its result; if the mail has expired, that of the last attempt is final."""
+        settings, item = self.app.settings, leased.item
         if leased.expired:
             reply, result = leased.history[-1].reply, AttemptResult(None, "failed")
         else:
             reply, destination = await self._attempt(leased, settings)
-            leased = leased._replace(attempts=leased.attempts + 1)
-            age = time.time() - leased.item.created_at
+            leased, age = leased._replace(attempts=leased.attempts + 1), time.time() - item.created_at
             result = attempt_result(reply, leased.attempts, age, random_unit(), settings.queue)
             result = result._replace(destination=destination)
             self._throttle(leased.to.destination, reply, settings.queue)
-        now = time.time()
-        report_attempt(leased, reply, result, settings, now)
-        result = result._replace(follow_ups=notifications(leased, reply, result.state, settings, now))
+        now, state, relay = time.time(), result.state, (reply.mailer or "")
+        note = f"; next attempt in {result.pause:.0f} s" if state == "open" else ""
+        note += "; may arrive twice" if reply.maybe_delivered else ""
+        if state == "failed" and item.sender and not may_bounce(item, settings):
+            note += "; no bounce, since the sender did not log in and `recipients` does not permit the address"
+        status = {"delivered": "sent", "failed": "bounced", "open": "deferred"}[state]
+        fields = {"queueid": item.queueid, "from": item.sender, "to": [leased.to.recipient]}
+        log_reply("attempt", reply, status, max(now - item.created_at, 0), note, **fields)
+        if item.kind == "event":
+            metrics.add("haineko_webhook_events_total", "deferred" if state == "open" else state)
+        else:
+            outcome = {"delivered": "accepted", "failed": "failed"}.get(state)
+            outcome = outcome or ("unsure" if reply.maybe_delivered else "deferred")
+            relay = "File" if relay.startswith("/") else relay if relay in RELAYS else "other"
+            metrics.add("haineko_recipients_total", relay, outcome)
+        result = result._replace(follow_ups=notifications(leased, reply, state, settings, now))
         await self.db.do_eventually(finish_attempt, leased.id, result, now)
 
     async def _attempt(self, leased: LeasedRecipient, settings: Settings) -> tuple:
         """Return the reply to an attempt and its destination, by the settings that are in force now."""
         item, recipient = leased.item, leased.to.recipient
-        try:
-            if item.kind == "event":
-                return await post_webhook(leased, settings.queue.secret, time.time(), self.app.transport.http), ""
-            redirect, sender = settings.smtpd.redirect, parse_address(item.sender) or NULL_SENDER
-            elsewhere = redirect and recipient not in redirect  # mail from before, or a bounce
-            to = parse_address(redirect[0] if elsewhere else recipient)
-            sandbox = leased.to.destination == destination_key(SANDBOX_ROUTE, "")
-            route = SANDBOX_ROUTE if sandbox else resolve_route(to.domain, sender.domain, settings)[0]
-            envelope = item.queueid, item.sender, (to.addr_spec,), item.message, leased.to.number, settings.dkim
-            result = await attempt_transaction(Transaction(route, settings.hostname, *envelope), self.app.transport)
-            return result.replies[0], destination_key(route, to.domain)
-        except Exception:
-            log_exception(item.queueid)
-            return make_reply("relay-fault", mailer="Queue"), ""
+        if item.kind == "event":
+            return await post_webhook(leased, settings.queue.secret, time.time(), self.app.transport.http), ""
+        redirect, sender = settings.smtpd.redirect, parse_address(item.sender) or NULL_SENDER
+        elsewhere = redirect and recipient not in redirect  # mail from before, or a bounce
+        to = parse_address(redirect[0] if elsewhere else recipient)
+        sandbox = leased.to.destination == destination_key(SANDBOX_ROUTE, "")
+        route = SANDBOX_ROUTE if sandbox else resolve_route(to.domain, sender.domain, settings)[0]
+        envelope = item.queueid, item.sender, (to.addr_spec,), item.message, leased.to.number, settings.dkim
+        result = await attempt_transaction(Transaction(route, settings.hostname, *envelope), self.app.transport)
+        return result.replies[0], destination_key(route, to.domain)
 
     def _throttle(self, destination: str, reply: Reply, settings: QueueSettings) -> None:
         """Throttle a destination after a failure to open a session, for the third pause at most: new mail waits too."""
@@ -7286,28 +7251,6 @@ class QueueManager:
         elif until <= now:
             pause = attempt_result(reply, min(failures + 1, 3), 0, random_unit(), settings).pause
             self.throttled[destination] = now + pause, failures + 1
-
-
-def report_attempt(
-    leased: LeasedRecipient, reply: Reply, result: AttemptResult, settings: Settings, now: float
-) -> None:
-    """Log one line for each attempt, and count it."""
-    item, state = leased.item, result.state
-    note = f"; next attempt in {result.pause:.0f} s" if state == "open" else ""
-    note += "; may arrive twice" if reply.maybe_delivered else ""
-    if state == "failed" and item.sender and not may_bounce(item, settings):
-        note += "; no bounce, since the sender did not log in and `recipients` does not permit the address"
-    status, outcome = {
-        "delivered": ("sent", "accepted"), "failed": ("bounced", "failed"), "open": ("deferred", "deferred"),
-    }[state]  # fmt: skip
-    fields = {"queueid": item.queueid, "from": item.sender, "to": [leased.to.recipient]}
-    log_reply("attempt", reply, status, max(now - item.created_at, 0), note, **fields)
-    if item.kind == "event":
-        metrics.add("haineko_webhook_events_total", outcome.replace("accepted", "delivered"))
-    else:
-        relay = "File" if (reply.mailer or "").startswith("/") else reply.mailer
-        outcome = "unsure" if state == "open" and reply.maybe_delivered else outcome
-        metrics.add("haineko_recipients_total", relay if relay in RELAYS else "other", outcome)
 
 
 def log_reply(event: str, reply: Reply, status: str, delay: float | None, note: str = "", **fields: Any) -> None:
@@ -7339,9 +7282,7 @@ MAX_ECHO = 200  # characters of a header that an answer repeats, and the queue s
 class App:
     """State of a process: the settings in force, SMTP sessions, the queue, and whether it is stopping."""
 
-    def __init__(
-        self, settings: Settings, wake_socket: socket.socket | None = None, limits: SharedLimits | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, wake_socket: Any = None, limits: SharedLimits | None = None) -> None:
         self.transport = TransportContext(limits=limits)
         self.stopping = False
         self.octets_in_flight = 0  # of bodies that arrived in parts
@@ -7554,10 +7495,9 @@ def log_rejections(request: Request, mail: Mail, refused: dict) -> None:
     submission = mail.submission
     listed = [to for to in refused if to is not None] or list(submission.rcpt if submission else ())
     fields = {"queueid": mail.queueid or "-", **request.log_fields(), "from": submission and submission.mail}
+    fields["to"] = listed[:20] or None  # the line is cut anyway
     for reply in dict.fromkeys(refused.values()):
-        log_reply(
-            "rejection", reply, reply.log_status, None, **fields, to=listed[:20] or None
-        )  # the line is cut anyway
+        log_reply("rejection", reply, reply.log_status, None, **fields)
 
 
 def queue_options(request: Request, submission: Submission, settings: Settings) -> tuple:
@@ -7732,9 +7672,7 @@ def http_status(replies: Any) -> int:
         return 207
     statuses = {400 if reply.dsn == "5.6.7" and reply.message[0] == NOT_ASCII else reply.status for reply in replies}
     if len(statuses) == 1 and statuses != {0}:
-        return (
-            statuses.pop()
-        )  # refused before delivery, or an address is wrong, even if it took the next server to tell
+        return statuses.pop()  # refused here, or the addresses are wrong, even if it took the next server to tell
     return 503 if any(reply.temporary for reply in replies) else 502
 
 
@@ -7775,6 +7713,7 @@ def respond(request: Request, mail: Mail, **more: Any) -> Response:
 
 
 def answer_headers(request: Request, status: int, queueid: str | None, replies: dict) -> tuple:
+    """Return header fields; of a rate those of draft-ietf-httpapi-ratelimit-headers-10 and those known before."""
     headers = {}
     if status == 202:
         headers["Location"] = f"/queue/{queueid}"
@@ -7788,12 +7727,10 @@ def answer_headers(request: Request, status: int, queueid: str | None, replies: 
     if request.rate:
         rate, state = request.rate
         left, reset = state.remaining, math.ceil(state.reset)
-        headers["RateLimit-Policy"] = (
-            f'"default";q={rate.limit};w={rate.seconds}'  # draft-ietf-httpapi-ratelimit-headers-10
-        )
+        headers["RateLimit-Policy"] = f'"default";q={rate.limit};w={rate.seconds}'
         headers["RateLimit"] = f'"default";r={left};t={reset}'
-        known = {"ratelimit-limit": rate.limit, "ratelimit-remaining": left, "ratelimit-reset": reset}  # before it
-        headers.update({name: str(value) for name, value in known.items()})
+        older = {"ratelimit-limit": rate.limit, "ratelimit-remaining": left, "ratelimit-reset": reset}
+        headers.update({name: str(value) for name, value in older.items()})
     return tuple(headers.items())
 
 
