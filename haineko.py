@@ -6447,13 +6447,7 @@ MAX_INTERRUPTIONS = 3  # in a row, after which a mail is held; before the last o
 SUSPECT_SQL = "SELECT count(*) FROM recipients WHERE owner IS NOT NULL AND interruptions>=?"
 MAX_ACTIVE = 256  # deliveries under way
 MAX_EXPIRED = 64  # mails given up at a time
-DESTINATIONS_SQL = """
-    WITH RECURSIVE found(destination) AS (
-        SELECT min(destination) FROM recipients WHERE due IS NOT NULL
-        UNION ALL SELECT (SELECT min(destination) FROM recipients WHERE due IS NOT NULL
-                          AND destination > found.destination)
-                  FROM found WHERE destination IS NOT NULL)
-    SELECT destination FROM found WHERE destination IS NOT NULL"""  # one index search each, however many wait
+NEXT_SQL = "SELECT min(destination) FROM recipients WHERE due IS NOT NULL AND destination>?"  # one index search
 WAITING_SQL = "SELECT id, interruptions, {} FROM recipients WHERE destination=? AND due IS NOT NULL AND"
 DUE_SQL = f"{WAITING_SQL.format(0)} due<=? ORDER BY due LIMIT ?"
 EXPIRED_SQL = f"{WAITING_SQL.format(1)} created_at<=? AND attempts>=? ORDER BY created_at LIMIT ?"
@@ -6492,15 +6486,11 @@ def attempt_result(reply: Reply, attempts: int, age: float, jitter: float, setti
 
 
 class Attempt(NamedTuple):
-    """Earlier attempt to deliver to a recipient."""
-
     time: float
     reply: Reply
 
 
 class NewRecipient(NamedTuple):
-    """Recipient of a new item."""
-
     as_written: str  # by the client
     recipient: str  # as passed to relays
     number: int  # of the copy
@@ -6549,26 +6539,22 @@ def queued_reply(queueid: str, reply: Reply | None = None) -> Reply:
 
 
 def notifications(leased: LeasedRecipient, reply: Reply, state: str, settings: Settings, now: float) -> tuple:
-    """Return the items that report an attempt: an event for the webhook, in the form of Standard Webhooks with its
-    queue id as the webhook-id, and a bounce for the sender; usually none."""
+    """Return the items that report an attempt: an event for the webhook, a bounce for the sender; usually none."""
     item, url, items = leased.item, settings.queue.webhook, []
     event = "deferred" if state == "open" and leased.attempts == 1 else state
-    if item.kind == "mail" and item.sender and event != "open" and url:  # not of bounces
+    if item.kind == "event" or not item.sender:  # a bounce
+        return ()
+    if event != "open" and url:  # in the form of Standard Webhooks; the queue id is the webhook-id
         data = {"queueid": item.queueid, "login": item.login or None, "addresser": item.sender}
         data = {**data, **reply_to_dict(leased.to.as_written, reply), "attempts": leased.attempts}
         moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
         body = ENCODER.encode({"type": f"message.{event}", "timestamp": moment, "data": data}).encode()
         to = NewRecipient(url, url, 1, f"Webhook {WEBHOOK_URL.fullmatch(url)['host']}")
         items.append(QueueItem(new_queueid(now), "event", "", "", now, Message((body,)), (to,)))
-    if state == "failed" and may_bounce(item, settings):
-        items.append(new_bounce(leased, reply, settings, now))
+    if state == "failed" and "FAILURE" in item.message.dsn[1]:
+        if item.login or not check_recipient(parse_address(item.sender), settings):
+            items.append(new_bounce(leased, reply, settings, now))  # others' addresses may be forged (backscatter)
     return tuple(items)
-
-
-def may_bounce(item: QueueItem, settings: Settings) -> bool:
-    """Return whether the sender gets a bounce: only if known, since others' addresses may be forged (backscatter)."""
-    known = item.login or not check_recipient(parse_address(item.sender), settings)
-    return item.kind == "mail" and bool(item.sender and known) and "FAILURE" in item.message.dsn[1]
 
 
 def new_bounce(leased: LeasedRecipient, reply: Reply, settings: Settings, now: float) -> QueueItem:
@@ -6672,10 +6658,8 @@ async def post_webhook(
 
 
 class QueueDB:
-    """The queue's file as one process uses it.
-
-    One thread commits, and what comes meanwhile is the next transaction, so that many mails share one fsync.
-    """
+    """The queue's file as one process uses it. One thread commits, and what comes meanwhile is the next transaction, so
+    that many mails share one fsync."""
 
     BUSY = 5.0  # seconds to wait for another process's lock
 
@@ -6783,11 +6767,9 @@ class QueueDB:
         self.fault = error
 
     def _lock(self) -> None:
-        """Lock the lock file's first byte, for a transaction, and the one of this process's slot, for good.
-
-        The kernel unlocks them when the process ends, so the owner of a lease is known to be alive. No process may open
-        the file twice: closing one handle would unlock all.
-        """
+        """Lock the lock file's first byte, for a transaction, and the one of this process's slot, for good. The kernel
+        unlocks them when the process ends, so the owner of a lease is known to be alive. No process may open the file
+        twice: closing one handle would unlock all."""
         path = self.settings.path + ".lock"
         if self.locks and file_id(path) != file_id(self.locks):  # it was replaced
             os.close(self.locks)
@@ -6907,10 +6889,8 @@ def migrate(db: Any, migrations: tuple = MIGRATIONS) -> None:
 
 
 def enqueue(db: Any, slot: int, item: QueueItem, results: list | None = None, leased: bool = False) -> Any:
-    """Store an item and return None, or return the earlier message with the same key.
-
-    Recipients are due at once or at send_at, leased to this process if `leased`, or as their first attempts say.
-    """
+    """Store an item and return None, or return the earlier message with the same key. Recipients are due at once or at
+    send_at, leased to this process if `leased`, or as their first attempts say."""
     if item.key:
         expired = item.created_at - RETENTION
         db.execute("UPDATE messages SET key=NULL WHERE key=? AND created_at<=?", (item.key, expired))
@@ -7002,52 +6982,41 @@ def parse_history(history: str) -> tuple:
     ])  # fmt: skip
 
 
-def lease_due(
-    db: Any, slot: int, now: float, limit: int, in_flight: dict, throttled: dict, expired_before: float
-) -> list:
-    """Lease what is due to this process: up to `limit` of each destination, less those in flight.
-
-    `throttled` is {destination: failures}; of these only what flush_queue() made due, and what was created before
-    `expired_before` and needs no more attempts.
-    """
-    free, leased = MAX_ACTIVE - sum(in_flight.values()), []
+def lease_due(db: Any, slot: int, now: float, limit: int, in_flight: dict, throttled: dict, expired: float) -> list:
+    """Lease what is due to this process: up to `limit` of each destination, less those in flight. `throttled` is
+    {destination: failures}; of these only what flush_queue() made due, and what was created before `expired` and needs
+    no more attempts."""
+    free, leased, destination = MAX_ACTIVE - sum(in_flight.values()), [], ""
     suspect = db.execute(SUSPECT_SQL, (MAX_INTERRUPTIONS - 1,)).fetchone()[0]
-    for (destination,) in db.execute(DESTINATIONS_SQL).fetchall():
+    while destination := db.execute(NEXT_SQL, (destination,)).fetchone()[0]:
         count = min(limit - in_flight.get(destination, 0), free)
         if count <= 0:
             continue
         rows = db.execute(DUE_SQL, (destination, 0 if destination in throttled else now, count)).fetchall()
         if destination in throttled:
             attempts = MIN_ATTEMPTS - throttled[destination]
-            rows += db.execute(EXPIRED_SQL, (destination, expired_before, attempts, MAX_EXPIRED)).fetchall()
-        for row_id, interruptions, expired in {row["id"]: row for row in rows}.values():
+            rows += db.execute(EXPIRED_SQL, (destination, expired, attempts, MAX_EXPIRED)).fetchall()
+        for row_id, interruptions, is_expired in {row["id"]: row for row in rows}.values():
             if interruptions < MAX_INTERRUPTIONS - 1 or not suspect:
                 suspect = suspect or interruptions >= MAX_INTERRUPTIONS - 1
-                leased += lease(db, slot, row_id, expired)
+                leased.append(lease(db, slot, row_id, is_expired))
         free -= len(rows)
     return leased
 
 
-def lease(db: Any, slot: int, row_id: int, expired: int) -> list:
-    """Lease one recipient; one that can't be read is held, or it would keep all others from being read."""
+def lease(db: Any, slot: int, row_id: int, is_expired: int) -> LeasedRecipient:
+    db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row_id))
     row = db.execute(
         "SELECT r.*, queueid, kind, sender, login, parts, octets"
         " FROM recipients r JOIN messages m ON m.id=r.message WHERE r.id=?", (row_id,)
     ).fetchone()  # fmt: skip
-    try:
-        history, parts = parse_history(row["history"]), json.loads(row["parts"])
-        flags, *lengths = [part for part in parts if type(part) is int]
-    except (ValueError, TypeError):
-        log_exception(row["queueid"])
-        db.execute("UPDATE recipients SET state='held', due=NULL WHERE id=?", (row_id,))
-        return []
-    db.execute("UPDATE recipients SET due=NULL, owner=? WHERE id=?", (slot, row_id))
-    octets = io.BytesIO(row["octets"])
+    history, octets, parts = parse_history(row["history"]), io.BytesIO(row["octets"]), json.loads(row["parts"])
+    flags, *lengths = [part for part in parts if type(part) is int]
     dsn = tuple([part for part in parts if type(part) is str]) or DEFAULT_DSN  # absent in files of older versions
     message = Message(tuple([octets.read(length) for length in lengths]), bool(flags & 1), flags > 1, dsn)
     item = QueueItem(row["queueid"], row["kind"], row["sender"], row["login"], row["created_at"], message)
     to = NewRecipient(*[row[name] for name in NewRecipient._fields])
-    return [LeasedRecipient(row_id, item, to, row["attempts"], history, bool(expired and history))]
+    return LeasedRecipient(row_id, item, to, row["attempts"], history, bool(is_expired and history))
 
 
 def reclaim_dead_leases(db: Any, slot: int, queue_db: QueueDB, now: float) -> None:
@@ -7115,8 +7084,7 @@ def open_recipients_after(db: Any, slot: int, row_id: int, limit: int) -> list:
 
 
 def flush_queue(db: Any, slot: int, queueid: str | None) -> int:
-    """Make what waits (but not for `send_at`), or all that waits or is held of one mail, due now, even if throttled;
-    return how many recipients."""
+    """Make what waits (not for `send_at`), or waits or is held of one mail, due now; return how many recipients."""
     if not queueid:
         return db.execute("UPDATE recipients SET due=0 WHERE due>=0 AND created_at<=?", (time.time(),)).rowcount
     sql = f"UPDATE recipients SET due=0, state='open', interruptions=0 WHERE {WAITING_OF_MESSAGE}"
@@ -7156,7 +7124,6 @@ class QueueManager:
         self.throttled: dict = {}  # destination: (time.monotonic() of its end, failures in a row)
 
     async def run(self) -> None:
-        """Deliver until the server stops."""
         self.wake_socket.setblocking(False)
         wakeups, checked_at, clock_offset = AsyncSocket(self.wake_socket), 0.0, float("inf")
         while not self.app.stopping:
@@ -7177,7 +7144,6 @@ class QueueManager:
                 await asyncio.sleep(1.0)
 
     async def _schedule(self, now: float) -> None:
-        """Start to deliver what is due."""
         settings, monotonic = self.app.settings, time.monotonic()
         if settings is not self.settings:  # a destination may mean another host now
             self.settings, self.throttled = settings, {}
@@ -7214,8 +7180,6 @@ class QueueManager:
         now, state, relay = time.time(), result.state, (reply.mailer or "")
         note = f"; next attempt in {result.pause:.0f} s" if state == "open" else ""
         note += "; may arrive twice" if reply.maybe_delivered else ""
-        if state == "failed" and item.sender and not may_bounce(item, settings):
-            note += "; no bounce, since the sender did not log in and `recipients` does not permit the address"
         status = {"delivered": "sent", "failed": "bounced", "open": "deferred"}[state]
         fields = {"queueid": item.queueid, "from": item.sender, "to": [leased.to.recipient]}
         log_reply("attempt", reply, status, max(now - item.created_at, 0), note, **fields)
@@ -7304,8 +7268,6 @@ class App:
 
 
 class Response(NamedTuple):
-    """An HTTP response."""
-
     status: int
     body: bytes
     headers: tuple = ()  # of (name, value)
@@ -7526,7 +7488,6 @@ def prefers_async(request: Request) -> bool:
 
 
 def new_item(request: Request, mail: Mail) -> QueueItem:
-    """Return the mail as the queue stores it."""
     first, mailboxes, recipients = mail.transactions[0], iter(mail.accepted), []
     for transaction in mail.transactions:
         for to, mailbox in zip(transaction.recipients, mailboxes):  # both in the order of the transactions
@@ -7585,7 +7546,6 @@ async def replay_response(request: Request, mail: Mail, earlier: Any, app: App) 
 
 
 def serialize_response(result: Response) -> str:
-    """Return a response as the queue stores it."""
     return ENCODER.encode([result.status, result.headers, result.body.decode()])
 
 
@@ -7604,11 +7564,8 @@ def current_reply(queueid: str, row: Any) -> Reply:
 def plan_transactions(
     submission: Submission, message: Message, accepted: list, settings: Settings, queueid: str
 ) -> tuple:
-    """Return (transactions, the mailboxes in their order): one each route if the recipients share the mail, else each.
-
-    By MX a shared mail has one for each domain. Raise Rejected for commands of cloud relays that a route does not let a
-    client send.
-    """
+    """Return (transactions, the mailboxes in their order): one each route if the recipients share the mail, by MX one
+    each domain; else each. Raise Rejected for commands of cloud relays that a route does not let a client send."""
     groups, sender = {}, parse_address(submission.mail) or NULL_SENDER
     accepted = [parse_address(to) for to in settings.smtpd.redirect] or accepted
     for i, mailbox in enumerate(accepted):
@@ -7663,8 +7620,6 @@ async def run_transaction(transaction: Transaction, transport: TransportContext)
 
 
 def http_status(replies: Any) -> int:
-    """Return the HTTP status of a submission."""
-    replies = list(replies)
     accepted = [reply.accepted for reply in replies]
     if all(accepted):
         return 202 if any(reply.origin == "queue" for reply in replies) else 200
@@ -7735,16 +7690,13 @@ def answer_headers(request: Request, status: int, queueid: str | None, replies: 
 
 
 def time_to_dict(seconds: float | None) -> dict | None:
-    """Return a time as answers show it."""
     return None if seconds is None else {"datetime": ctime(int(seconds)), "unixtime": str(int(seconds))}
 
 
 def echoed_header(request: Request, name: str) -> str | None:
     """Return the start of a header's value, which was decoded as Latin-1, as the UTF-8 that it most often is."""
     value = request.headers.get(name)
-    if value is None or value.isascii():
-        return value and value[:MAX_ECHO]
-    return value[: 4 * MAX_ECHO].encode("latin-1").decode("utf-8", "replace")[:MAX_ECHO]
+    return value and value[: 4 * MAX_ECHO].encode("latin-1").decode("utf-8", "replace")[:MAX_ECHO]
 
 
 def json_response(document: Any, status: int = 200, headers: tuple = ()) -> Response:

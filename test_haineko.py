@@ -10149,17 +10149,6 @@ class QueueStore(Quiet):
             self.interrupt(now)
         self.assertEqual(self.do(haineko.queue_stats, now)["held"], 1)
 
-    def test_a_row_that_can_not_be_read_is_held(self):
-        for name in ("bad", "good"):
-            self.do(haineko.enqueue, entry(name), None)
-        for column, value in (("history", "nonsense"), ("history", "[[1]]"), ("history", "[1]")):
-            with self.subTest(column=column, value=value):
-                sql = f"UPDATE recipients SET state='open', due=0, {column}=? WHERE id=1"
-                self.store.db.execute(sql, (value,))
-                self.store.db.execute("UPDATE recipients SET due=0, owner=NULL WHERE id=2")
-                self.assertEqual([leased.item.queueid for leased in self.lease()], ["good"])
-                self.assertEqual(self.do(haineko.queue_stats, 0)["held"], 1)
-
     def test_a_bug_ends_no_lease_never(self):
         """What can't be recorded because of a bug is tried again, and held at the third time."""
         self.do(haineko.enqueue, entry(to=("a@example.jp", "b@example.jp")), None)
