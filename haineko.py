@@ -6498,10 +6498,8 @@ class NewRecipient(NamedTuple):
 
 
 class QueueItem(NamedTuple):
-    """Mail, or event for the webhook."""
-
     queueid: str
-    kind: str  # "mail" or "event"
+    kind: str  # "mail", or "event" for the webhook
     sender: str  # "" is the null sender
     login: str  # user name that sent it; "" if none was needed
     created_at: float
@@ -6513,8 +6511,6 @@ class QueueItem(NamedTuple):
 
 
 class LeasedRecipient(NamedTuple):
-    """Recipient leased to this process, with all that its delivery needs."""
-
     id: int
     item: QueueItem  # without its recipients, created when its lifetime began
     to: NewRecipient
@@ -6665,8 +6661,6 @@ class QueueDB:
 
     def __init__(self, settings: QueueSettings, wake_socket: socket.socket | None = None) -> None:
         self.settings, self.wake_socket = settings, wake_socket
-        if wake_socket:
-            wake_socket.setblocking(False)
         self.batch: list = []  # of (operation, values) for the next transaction
         self.commit_task: asyncio.Task | None = None  # of that, or of the latest one
         self.thread = ThreadPoolExecutor(1)
@@ -6711,7 +6705,7 @@ class QueueDB:
         """Tell the queue manager that something is due."""
         with contextlib.suppress(OSError):  # it has been woken often enough
             if self.wake_socket:
-                self.wake_socket.send(b"\0")
+                self.wake_socket.send(b"\0", socket.MSG_DONTWAIT)
 
     def free_space(self) -> int:
         """Return how many octets the disk has free, -1 if it can't be used."""
@@ -6831,12 +6825,10 @@ SCHEMA = """
     CREATE TABLE messages (
         id INTEGER PRIMARY KEY, queueid TEXT NOT NULL UNIQUE, kind TEXT NOT NULL,  -- mail, or event for the webhook
         sender TEXT NOT NULL, login TEXT NOT NULL, created_at REAL NOT NULL,
-        open_recipients INTEGER NOT NULL,  -- how many are neither delivered nor given up
-        completed_at REAL,                 -- when none was left
+        open_recipients INTEGER NOT NULL, completed_at REAL,  -- neither delivered nor given up; when none was left
         owner INTEGER,                     -- slot of the process that has yet to answer its client
         key BLOB UNIQUE,                   -- with Idempotency-Key: digest of login, path and key
-        body_digest BLOB,                  -- of the request
-        response TEXT,                     -- to the client: JSON of status, headers, body
+        body_digest BLOB, response TEXT,   -- of the request; JSON of status, headers, body
         size INTEGER NOT NULL,             -- octets of the message
         parts TEXT NOT NULL,               -- JSON: flags (1: 8BITMIME, 2: SMTPUTF8), then the length of each part
         octets BLOB NOT NULL               -- the parts; empty once completed
@@ -6894,10 +6886,9 @@ def enqueue(db: Any, slot: int, item: QueueItem, results: list | None = None, le
     if item.key:
         expired = item.created_at - RETENTION
         db.execute("UPDATE messages SET key=NULL WHERE key=? AND created_at<=?", (item.key, expired))
-        earlier = "SELECT queueid, body_digest, owner, response FROM messages WHERE key=?"
-        found = db.execute(earlier, (item.key,)).fetchone()
-        if found:
-            return found
+        sql = "SELECT queueid, body_digest, owner, response FROM messages WHERE key=?"
+        if earlier := db.execute(sql, (item.key,)).fetchone():
+            return earlier
     octets, flags = b"".join(item.message.parts), item.message.needs_8bitmime + 2 * item.message.needs_smtputf8
     owner = slot if leased or results else None
     message = insert(
@@ -6942,17 +6933,15 @@ def finish_request(db: Any, slot: int, queueid: str, results: list, response: st
 
 def finish_attempt(db: Any, slot: int, row_id: int, result: AttemptResult, now: float) -> None:
     """Record the result of an attempt and what reports it; ends the lease."""
-    sql = "SELECT message, destination, history FROM recipients WHERE id=? AND owner=?"
-    row = db.execute(sql, (row_id, slot)).fetchone()
+    row = db.execute("SELECT * FROM recipients WHERE id=? AND owner=?", (row_id, slot)).fetchone()
     if not row:  # the file was replaced meanwhile
         return
     due = now + result.pause if result.state == "open" else None
     history = add_attempt(row["history"], now, result.reply) if result.reply else row["history"]
+    attempts, destination = row["attempts"] + bool(result.reply), result.destination or row["destination"]
     db.execute(
-        "UPDATE recipients SET destination=?, state=?, due=?, owner=NULL, attempts=attempts+?, interruptions=?,"
-        " history=? WHERE id=?",
-        (result.destination or row["destination"], result.state, due, result.reply is not None, result.interruptions,
-         history, row_id),
+        "UPDATE recipients SET state=?, due=?, owner=NULL, attempts=?, interruptions=?, history=?, destination=?"
+        " WHERE id=?", (result.state, due, attempts, result.interruptions, history, destination, row_id)
     )  # fmt: skip
     if result.state in ("delivered", "failed"):
         close_recipients(db, row["message"], 1, now)
@@ -7096,10 +7085,8 @@ def drop_message(db: Any, slot: int, queueid: str, now: float) -> Any:
     message = message_status(db, slot, queueid)
     if message and any(row["state"] == "sending" for row in message["recipients"]):
         return Rejected(make_reply("queue-sending"))
-    count = db.execute(
-        f"UPDATE recipients SET state='dropped', due=NULL WHERE {WAITING_OF_MESSAGE}", (queueid,)
-    ).rowcount
-    if count:
+    sql = f"UPDATE recipients SET state='dropped', due=NULL WHERE {WAITING_OF_MESSAGE}"
+    if count := db.execute(sql, (queueid,)).rowcount:
         close_recipients(db, message["id"], count, now)
     return count
 
