@@ -6629,9 +6629,7 @@ Content-Transfer-Encoding: {encoding}
 """.replace("\n", "\r\n")
 
 
-async def post_webhook(
-    leased: LeasedRecipient, secret: bytes, now: float, http_pool: HTTPConnectionPool, timeout: float = 15.0
-) -> Reply:
+async def post_webhook(leased: LeasedRecipient, secret: bytes, now: float, pool: Any, timeout: float = 15.0) -> Reply:
     """POST an event to its webhook (Standard Webhooks 1.0); return a reply as a relay gives it."""
     if not secret:
         return make_reply("webhook-never", word="the settings have no webhook any more", mailer="Webhook")
@@ -6642,8 +6640,7 @@ async def post_webhook(
     headers = {"webhook-id": event_id, "webhook-timestamp": moment}
     headers["webhook-signature"] = f"v1,{base64.b64encode(digest).decode()}"
     try:
-        request = HTTPRequest("POST", path or "/", body, tuple(headers.items()))
-        status = (await http_pool.request(target, request)).status
+        status = (await pool.request(target, HTTPRequest("POST", path or "/", body, tuple(headers.items())))).status
     except Rejected as refused:
         return refused.reply
     slug = "webhook" if 200 <= status <= 299 else "webhook-never" if status == 410 else "webhook-later"  # 410 is Gone
@@ -6661,8 +6658,8 @@ class QueueDB:
 
     def __init__(self, settings: QueueSettings, wake_socket: socket.socket | None = None) -> None:
         self.settings, self.wake_socket = settings, wake_socket
-        self.batch: list = []  # of (operation, values) for the next transaction
-        self.commit_task: asyncio.Task | None = None  # of that, or of the latest one
+        self.waiting: list = []  # of (operation, values, future)
+        self.committing: asyncio.Task | None = None
         self.thread = ThreadPoolExecutor(1)
         self.db: Any = None
         self.file_ids: list = []  # of the files as they were opened
@@ -6672,20 +6669,24 @@ class QueueDB:
 
     async def do(self, operation: Callable, *values: Any) -> Any:
         """Return the result of operation(db, slot, *values) once it is on disk; raise Rejected if that fails."""
-        if not self.batch:
-            self.commit_task = asyncio.get_running_loop().create_task(self._commit_batch(self.commit_task))
-        self.batch.append((operation, values))
-        number, task = len(self.batch) - 1, self.commit_task
-        result = (await asyncio.shield(task))[number]
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self.waiting.append((operation, values, future))
+        if not self.committing or self.committing.done():
+            self.committing = loop.create_task(self._commit_waiting())
+        result = await future
         if isinstance(result, Exception):
             raise result
         return result
 
-    async def _commit_batch(self, previous: asyncio.Task | None) -> list:
-        if previous and not previous.done():
-            await asyncio.wait([previous])
-        batch, self.batch = self.batch, []
-        return await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, batch)
+    async def _commit_waiting(self) -> None:
+        while self.waiting:
+            batch, self.waiting = self.waiting, []
+            work = [(operation, values) for operation, values, _ in batch]
+            results = await asyncio.get_running_loop().run_in_executor(self.thread, self.commit, work)
+            for (_, _, future), result in zip(batch, results):
+                if not future.done():  # its task was cancelled
+                    future.set_result(result)
 
     async def add(self, operation: Callable, *values: Any) -> Any:
         """Return the result of an operation that stores mail; raise Rejected if the disk is too full."""
@@ -6703,16 +6704,17 @@ class QueueDB:
 
     def wake_manager(self) -> None:
         """Tell the queue manager that something is due."""
-        with contextlib.suppress(OSError):  # it has been woken often enough
-            if self.wake_socket:
+        if self.wake_socket:
+            with contextlib.suppress(OSError):  # it has been woken often enough
                 self.wake_socket.send(b"\0", socket.MSG_DONTWAIT)
 
     def free_space(self) -> int:
         """Return how many octets the disk has free, -1 if it can't be used."""
-        with contextlib.suppress(OSError):
+        try:
             disk = os.statvfs(os.path.dirname(self.settings.path))
-            return disk.f_bavail * disk.f_frsize
-        return -1
+        except OSError:
+            return -1
+        return disk.f_bavail * disk.f_frsize
 
     def health_error(self) -> str:
         """Return what is wrong with the file or its disk, "" for nothing."""
@@ -7224,7 +7226,6 @@ MAX_REPORTED_ERRORS = 10
 # A string (RFC 8941 3.3.3), or a word without quotes, which most clients send.
 IDEMPOTENCY_KEY = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\]){1,255})"|([!#-+\--~]{1,255})')
 MAX_INLINE_WAIT = 60  # seconds that a cloud may ask for while the client waits
-NOT_ASCII = REPLIES["rcpt-ascii"][4]
 LEAST_RETRY_AFTER = {409: 2, 429: 1, 503: 60}  # seconds by HTTP status
 ctime = functools.lru_cache(maxsize=2)(time.ctime)
 MAX_ECHO = 200  # characters of a header that an answer repeats, and the queue stores
@@ -7330,8 +7331,7 @@ async def submit(request: Request, app: App) -> Response:
 
 
 async def prepare(request: Request, parse: Callable, body: Any, settings: Settings, queueid: str) -> Mail:
-    """Parse, check, compose and plan a mail; parse(body) returns a SubmissionResult. What takes long runs in a thread,
-    or other requests would have to wait."""
+    """Parse, check, compose and plan a mail, in a thread if it takes long; parse(body) returns a SubmissionResult."""
     submission = None
     try:
         values = request, parse, body, settings
@@ -7450,8 +7450,7 @@ def log_rejections(request: Request, mail: Mail, refused: dict) -> None:
 
 
 def queue_options(request: Request, submission: Submission, settings: Settings) -> tuple:
-    """Return (whether to answer at once, digest of login, path and Idempotency-Key or None); raise Rejected for what
-    needs a queue if there is none."""
+    """Return (whether to answer at once, digest of login, path and Idempotency-Key or None); Rejected without a queue."""
     key, later = request.headers.get("idempotency-key"), submission.send_at is not None
     if not settings.queue:
         asked = {"Idempotency-Key": key is not None, "send_at": later, "async": submission.async_}
@@ -7584,8 +7583,7 @@ async def deliver(transactions: list, transport: TransportContext, settings: Set
 
 
 async def run_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
-    """Attempt a transaction, and again as its route says for the recipients that failed temporarily; the replies have
-    the SMTP dialogue if it is traced."""
+    """Attempt a transaction, and again as its route says for recipients that failed temporarily; trace it if asked to."""
     if transaction.trace:
         log.trace.set(lines := [])
     result, route = await attempt_transaction(transaction, transport), transaction.route
@@ -7612,9 +7610,10 @@ def http_status(replies: Any) -> int:
         return 202 if any(reply.origin == "queue" for reply in replies) else 200
     if any(accepted):
         return 207
-    statuses = {400 if reply.dsn == "5.6.7" and reply.message[0] == NOT_ASCII else reply.status for reply in replies}
+    not_ascii = REPLIES["rcpt-ascii"][4]  # the address is wrong, even if it took the next server to tell
+    statuses = {400 if reply.dsn == "5.6.7" and reply.message[0] == not_ascii else reply.status for reply in replies}
     if len(statuses) == 1 and statuses != {0}:
-        return statuses.pop()  # refused here, or the addresses are wrong, even if it took the next server to tell
+        return statuses.pop()
     return 503 if any(reply.temporary for reply in replies) else 502
 
 
