@@ -7450,7 +7450,7 @@ def log_rejections(request: Request, mail: Mail, refused: dict) -> None:
 
 
 def queue_options(request: Request, submission: Submission, settings: Settings) -> tuple:
-    """Return (whether to answer at once, digest of login, path and Idempotency-Key or None); Rejected without a queue."""
+    """Return (whether to answer at once, digest of login, path and Idempotency-Key or None). Both need a queue."""
     key, later = request.headers.get("idempotency-key"), submission.send_at is not None
     if not settings.queue:
         asked = {"Idempotency-Key": key is not None, "send_at": later, "async": submission.async_}
@@ -7583,7 +7583,7 @@ async def deliver(transactions: list, transport: TransportContext, settings: Set
 
 
 async def run_transaction(transaction: Transaction, transport: TransportContext) -> TransactionResult:
-    """Attempt a transaction, and again as its route says for recipients that failed temporarily; trace it if asked to."""
+    """Attempt a transaction, and again as its route says for recipients that failed temporarily; trace it if asked."""
     if transaction.trace:
         log.trace.set(lines := [])
     result, route = await attempt_transaction(transaction, transport), transaction.route
