@@ -75,6 +75,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -217,11 +218,7 @@ def cache_short(maxsize: int, limit: int = 512) -> Callable:
 
     def decorate(function: Callable) -> Callable:
         cached = functools.lru_cache(maxsize)(function)
-
-        def call(first: Any, *others: Any) -> Any:
-            return (cached if len(first) <= limit else function)(first, *others)
-
-        return functools.wraps(function)(call)
+        return lambda first, *others: (cached if len(first) <= limit else function)(first, *others)
 
     return decorate
 
@@ -332,10 +329,15 @@ MAX_ERRORS = 1000  # or a hostile body could yield 100 times its own size in mes
 JSON_TYPES = {bool: "true or false", str: "a string", (int, float): "a number", list: "a list", dict: "an object"}
 
 
-class DuplicateKeyDict(dict):
-    """JSON object with repeated keys."""
+class JSONObject(dict):
+    """JSON object that knows which of its keys were repeated."""
 
     duplicate_keys: tuple = ()
+
+    def __init__(self, pairs: list) -> None:
+        dict.__init__(self, pairs)
+        if len(self) < len(pairs):
+            self.duplicate_keys = tuple(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
 
 
 def parse_json(octets: bytes) -> Any:
@@ -348,18 +350,11 @@ def parse_json(octets: bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _object_from_pairs(pairs: list) -> dict:
-    if len(result := dict(pairs)) < len(pairs):
-        result = DuplicateKeyDict(result)
-        result.duplicate_keys = tuple(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-    return result
-
-
 def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_object_from_pairs, parse_constant=_reject_constant)
+DECODER = json.JSONDecoder(object_pairs_hook=JSONObject, parse_constant=_reject_constant)
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
 
 
@@ -382,8 +377,7 @@ def from_dict(cls: type, raw: Any, json_path: str, errors: list, hint: Callable 
         errors.append(f"{json_path or 'top level'}: expected an object, got {json_type_name(raw)}")
         return cls()
     known, values, prefix = key_table(cls), {}, json_path and json_path + "."
-    if type(raw) is DuplicateKeyDict:
-        errors.extend(f"{prefix}{sanitize(key)}: duplicate key" for key in raw.duplicate_keys[:MAX_ERRORS])
+    errors.extend(f"{prefix}{sanitize(key)}: duplicate key" for key in getattr(raw, "duplicate_keys", ())[:MAX_ERRORS])
     for key, value in raw.items():
         name, parse = known.get(key, ("", None))
         if name and value is not None:
@@ -424,24 +418,21 @@ def sanitize(text: str, limit: int = 200, keep: str = "") -> str:
 
 def mask_secrets(text: str, secrets: Any) -> str:
     """Return a text without the secrets, and without parts of 16 characters: servers cut and fold what they repeat."""
-    hidden: set = set()
+    marked = list(text)
     for secret in secrets:
         size = min(len(secret), 16)
-        parts = {secret[i : i + size] for i in range(len(secret) - size + 1)}
-        starts = [i for i in range(len(text) - size + 1) if text[i : i + size] in parts]
-        hidden.update(i for start in starts for i in range(start, start + size))
-    marked = "".join("\0" if i in hidden else c for i, c in enumerate(text))
-    return re.sub("\0+", "********", marked) if hidden else text
+        for start in range(len(text) - size + 1):
+            if text[start : start + size] in secret:
+                marked[start : start + size] = "\0" * size
+    return re.sub("\0+", "********", "".join(marked))
 
 
 def parse_text(value: Any, json_path: str, errors: list) -> str:
     """Parse a string without control characters; "" if it is none."""
-    if type(value) is not str:
-        errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
-    elif not value.isprintable():
-        errors.append(f"{json_path}: has an unprintable character")
-    else:
+    if type(value) is str and value.isprintable():
         return value
+    fault = "has an unprintable character" if type(value) is str else f"expected a string, got {json_type_name(value)}"
+    errors.append(f"{json_path}: {fault}")
     return ""
 
 
@@ -481,7 +472,6 @@ def parse_boolean(value: Any, json_path: str, errors: list) -> bool | None:
 
 
 def integer(low: int, high: int) -> Callable:
-
     def parse(value: Any, json_path: str, errors: list) -> int | None:
         if type(value) is int and low <= value <= high:
             return value
@@ -544,23 +534,18 @@ LOCALDOMAIN = ".localdomain"
 IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different domains, RFC 5894 7.2
 DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
 LISTEN_ADDRESS = re.compile(r"(?:[^:]+|\[[^]]+\]):([0-9]{1,5})|unix:/.*")
-NAME_SERVER = re.compile(r"\[([^]]+)\]:(\d{1,5})|([^:]+):(\d{1,5})|(\S+)")
-BASE_URL = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?(?:/[A-Za-z0-9/._~-]*)?")
-WEBHOOK_URL = re.compile(
-    r"(?P<base>https?://(?P<host>[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?)(?P<path>/[!-~]*)?"
-)
+_SITE = r"(?P<base>https?://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?)"
+BASE_URL, WEBHOOK_URL = re.compile(_SITE + "(?:/[A-Za-z0-9/._~-]*)?"), re.compile(_SITE + "(?P<path>/[!-~]*)?")
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+", re.IGNORECASE)
-FACILITIES = (
-    "kern user mail daemon auth syslog lpr news uucp cron - - - - - - local0 local1 local2 local3 local4 local5"
-)
-FACILITIES = {name: i for i, name in enumerate(f"{FACILITIES} local6 local7".split()) if name != "-"}  # RFC 3164 4.1.1
+_FACILITIES = "kern user mail daemon auth syslog lpr news uucp cron"  # RFC 3164 4.1.1
+FACILITIES = {**{name: i for i, name in enumerate(_FACILITIES.split())}, **{f"local{i}": 16 + i for i in range(8)}}
 RATE = re.compile("[1-9][0-9]{0,8}/[1-9][0-9]{0,6}")
 _BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==))"
 SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at most
 SSHA = re.compile(rf"{{SSHA}}(?=.{{27}}[^=]){_BASE64}")  # of 21 octets or more: SHA-1 of password and salt, salt
-MAX_MEMORY = (1 << 31) - 1  # of scrypt: more than what SCRYPT admits takes
 KEY_HASH = "$sha256$"
 NEW_COST = 5  # OWASP's N=2**14, r=8, p=5: as hard as N=2**17, p=1 in an eighth of the memory, 16 MiB
+RETRY_AFTER = (60, 300, 900, 1800, 3600, 7200, 14400)  # seconds, give or take a fifth; the last one repeats
 SECRET_TIMEOUT = 10  # seconds
 SECRET_FORMS = 'a string, {"file": path}, {"env": NAME}, {"command": [program, argument]} or {"credential": NAME}'
 MICROSOFT, MAIL = "https://login.microsoftonline.com/{tenant}/oauth2/v2.0/token", "https://mail.google.com/"
@@ -575,8 +560,6 @@ LIBCRYPTO = {  # function: types of its result and arguments in ctypes
     "EVP_MD_CTX_new": "void_p", "EVP_MD_CTX_free": " void_p", "EVP_sha256": "void_p",
     "EVP_DigestSignInit": "int void_p void_p void_p void_p void_p",
     "EVP_DigestSign": "int void_p char_p void_p char_p size_t", "i2d_PUBKEY": "int void_p void_p",
-    "EVP_DigestVerifyInit": "int void_p void_p void_p void_p void_p",
-    "EVP_DigestVerify": "int void_p char_p size_t char_p size_t", "d2i_PUBKEY": "void_p void_p void_p long",
 }  # fmt: skip
 
 
@@ -610,9 +593,9 @@ def is_ip(text: str) -> bool:
 
 def name_server_endpoint(text: str) -> tuple:
     """Return (IP address, port) of "address", "address:port" or "[v6]:port"; () if it is none of them."""
-    found = NAME_SERVER.fullmatch(text)
-    name, port = (found[1] or found[3] or found[5], int(found[2] or found[4] or 53)) if found else ("", 0)
-    return (name, port) if is_ip(name) and 0 < port < 65536 else ()
+    name, _, port = text.rpartition(":") if "]:" in text or text.count(":") == 1 else (text, "", "53")
+    name = name.strip("[]")
+    return (name, int(port)) if is_ip(name) and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536 else ()
 
 
 def url_parser(pattern: re.Pattern, example: str, **options: Any) -> Callable:
@@ -647,14 +630,11 @@ def table_key(name: str) -> str:
     return f".{key}" if key and name.startswith(".") else key
 
 
-def recipient_key(text: str) -> str:
-    """Return an address in lower case and ASCII as policy compares it, "" if it is none."""
-    local, _, domain = text.rpartition("@")
-    return f"{local.lower()}@{key}" if local and (key := domain_key(domain)) else ""
-
-
 def fence_key(text: str) -> str:
-    return recipient_key(text) if "@" in text else table_key(text)
+    """Return a domain, ".domain" or an address, as policy compares it, likewise."""
+    local, at, name = text.rpartition("@")
+    key = domain_key(name) if at else table_key(name)
+    return f"{local.lower()}{at}{key}" if key and bool(local) == bool(at) else ""
 
 
 def lookup_keys(domain: str) -> list:
@@ -701,16 +681,16 @@ parse_region = matching(re.compile("[a-z0-9-]{1,32}"), 'a region like "eu-west-1
 parse_rate = matching(
     RATE,
     '"RECIPIENTS/SECONDS", such as "100/3600"',
-    optional=True,
-    convert=lambda text: Rate(*map(int, text.split("/"))) if text else None,
+    True,
+    convert=lambda text: text and Rate(*map(int, text.split("/"))),
 )
 parse_file = matching(str, "the name of a file", optional=True, convert=lambda name: name and {"file": name})
 parse_domain = matching(domain_key, "a domain", convert=domain_key)
 PLAIN_ADDRESS = re.compile(rf"(?=.{{3,254}}\Z)[\w+-]+(?:\.[\w+-]+)*@{DOMAIN.pattern}", re.ASCII)
 parse_plain_address = matching(PLAIN_ADDRESS, "an address")
-parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
+parse_recipient = matching(lambda text: "@" in text and fence_key(text), "an address", convert=fence_key)
 parse_fence = list_of(matching(fence_key, 'an address, "example.org" or ".example.org"', convert=fence_key), frozenset)
-parse_alias = list_of(matching(recipient_key, "an address"), required=True)
+parse_alias = list_of(matching(lambda text: "@" in text and fence_key(text), "an address"), required=True)
 parse_aliases = mapping_of(parse_alias, lambda name: "" if "@" in name else name.lower(), "a name without @")
 PASSWORD_HASH = re.compile(rf"{SCRYPT.pattern}|{SSHA.pattern}|\$sha256\$[0-9a-f]{{64}}")
 parse_password_hash = matching(PASSWORD_HASH, "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True)
@@ -754,28 +734,26 @@ def read_secret(source: Any, base: str, multiline: bool = False) -> str:
     if isinstance(source, str):
         return source
     ((kind, where),) = source.items()
-    name = where[0] if kind == "command" else where
     folder = os.environ.get("CREDENTIALS_DIRECTORY", "") if kind == "credential" else base
     if kind == "credential" and ("/" in where or not folder):
         raise ValueError(f".credential: no credential {where}: LoadCredential= of systemd gives it to a unit")
-    if kind == "env" and where not in os.environ:
-        raise ValueError(f".env: no environment variable {where}")
     try:
         if kind == "command":
-            octets = run_secret_command(where, base)
+            output = run_secret_command(where, base)
+            octets = output if multiline else output.partition(b"\n")[0]
         elif kind == "env":
             octets = os.fsencode(os.environ[where])
         else:
             with open_regular(os.path.join(folder, where)) as stream:
-                octets = stream.read()
                 if os.fstat(stream.fileno()).st_mode & 0o006:
                     raise ValueError(f".{kind}: can be read by everybody; chmod 600 {where}")
+                octets = stream.read()
         secret = octets.decode().rstrip("\r\n")
-    except UnicodeDecodeError:
-        raise ValueError(f".{kind}: {name}: not UTF-8") from None
-    except OSError as error:
-        raise ValueError(f".{kind}: {name}: {error.strerror}") from None
-    secret = secret.partition("\n")[0].rstrip("\r") if kind == "command" and not multiline else secret
+    except KeyError:
+        raise ValueError(f".env: no environment variable {where}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        name = where[0] if kind == "command" else where
+        raise ValueError(f".{kind}: {name}: {getattr(error, 'strerror', 'not UTF-8')}") from None
     if not (multiline or secret.isprintable()):
         raise ValueError(": has a line end, or another unprintable character")
     return secret
@@ -816,7 +794,7 @@ class Authenticator:
     def cached_login(self, credentials: str) -> str:
         """Return the login of an API key, or of a password that was verified lately, "" for none."""
         user, colon, password = decode_basic(credentials)
-        if self.keys and (name := self.keys.get(key_hash(password if colon else user))):  # a digest leaks no timing
+        if name := self.keys.get(key_hash(password if colon else user)):  # a digest leaks no timing
             return name
         known = self.verified and self.verified.get(hmac.digest(self.key, credentials.encode(), "sha256"), 0)
         return user if known and known > time.monotonic() else ""
@@ -828,14 +806,15 @@ class Authenticator:
             return name
         line = self.logins[user].hash if user in self.logins else ""
         with self.semaphore:
-            right = bool(line) and verify_password(line, password)
+            right = verify_password(line, password)
             if rest := self.cost - scrypt_cost(line):  # or the time would reveal which users exist
                 scrypt(password, b"", parallel=rest)
-        if right:
-            now = time.monotonic()
-            self.verified = {key: expires for key, expires in self.verified.items() if expires > now}
-            self.verified[hmac.digest(self.key, credentials.encode(), "sha256")] = now + self.CACHE_TTL
-        return user if right else ""
+        if not right:
+            return ""
+        now = time.monotonic()
+        self.verified = {key: expires for key, expires in self.verified.items() if expires > now}
+        self.verified[hmac.digest(self.key, credentials.encode(), "sha256")] = now + self.CACHE_TTL
+        return user
 
 
 def decode_basic(credentials: str) -> tuple:
@@ -859,14 +838,13 @@ def parse_login(value: Any, json_path: str, errors: list) -> Login | None:
 
 def verify_password(line: str, password: str) -> bool:
     """Return whether `line` (scrypt or {SSHA}) is the hash of the password. Those of keys are looked up instead."""
-    if line.startswith(KEY_HASH):
-        return False
-    found = SCRYPT.fullmatch(line)
-    if not found:
+    if line.startswith("{SSHA}"):
         octets = base64.b64decode(line[len("{SSHA}") :])
         return hmac.compare_digest(hashlib.sha1(password.encode() + octets[20:]).digest(), octets[:20])
-    cost, block, parallel = (int(n) for n in found.groups()[:3])
-    salt, digest = (base64.b64decode(item) for item in found.groups()[3:])
+    if not (found := SCRYPT.fullmatch(line)):
+        return False
+    cost, block, parallel = map(int, found.groups()[:3])
+    salt, digest = map(base64.b64decode, found.groups()[3:])
     return hmac.compare_digest(scrypt(password, salt, cost, block, parallel), digest)
 
 
@@ -888,35 +866,33 @@ def hash_password(password: str) -> str:
 
 
 def scrypt(password: str, salt: bytes, cost: int = 14, block: int = 8, parallel: int = NEW_COST) -> bytes:
-    return hashlib.scrypt(password.encode(), salt=salt, n=1 << cost, r=block, p=parallel, maxmem=MAX_MEMORY)
+    return hashlib.scrypt(password.encode(), salt=salt, n=1 << cost, r=block, p=parallel, maxmem=(1 << 31) - 1)
 
 
 def scrypt_cost(line: str) -> int:
     """Return the time to verify a line, in units of N=2**14, r=8, p=1; 0 for {SSHA}."""
     found = SCRYPT.fullmatch(line)
-    cost, block, parallel = (int(n) for n in found.groups()[:3]) if found else (0, 0, 0)
-    return (parallel * block << cost) >> 17
+    return (int(found[3]) * int(found[2]) << int(found[1])) >> 17 if found else 0
 
 
 class PrivateKey:
     """Private key in PEM, RSA or Ed25519, held by OpenSSL's libcrypto, which Python has loaded already."""
 
-    ED25519_INFO = bytes.fromhex("302a300506032b6570032100")  # stands before the 32 octets of the key, RFC 8410 4
-
     def __init__(self, pem: bytes) -> None:
         import ctypes
 
-        crypto, buffer = libcrypto(), ctypes.create_string_buffer(16384)
-        self._free, source = crypto.EVP_PKEY_free, crypto.BIO_new_mem_buf(pem, len(pem))
+        crypto = libcrypto()
+        source = crypto.BIO_new_mem_buf(pem, len(pem))
         self._key = crypto.PEM_read_bio_PrivateKey(source, None, None, b"")  # b"": OpenSSL asks for no passphrase
         crypto.BIO_free(source)
         crypto.ERR_clear_error()  # or this thread's next TLS call would find what was left
         if not self._key:
             raise ValueError("expected a PEM private key without a passphrase")
-        fits = 0 < crypto.i2d_PUBKEY(self._key, None) <= len(buffer)
-        size = crypto.i2d_PUBKEY(self._key, ctypes.byref(ctypes.cast(buffer, ctypes.c_void_p))) if fits else 0
-        self.public = buffer.raw[:size]  # SubjectPublicKeyInfo (RFC 5280 4.1) in DER
-        self.is_ed25519 = self.public.startswith(self.ED25519_INFO)
+        weakref.finalize(self, crypto.EVP_PKEY_free, self._key)
+        buffer = ctypes.create_string_buffer(max(crypto.i2d_PUBKEY(self._key, None), 1))
+        crypto.i2d_PUBKEY(self._key, ctypes.byref(ctypes.cast(buffer, ctypes.c_void_p)))
+        self.public = buffer.raw  # SubjectPublicKeyInfo (RFC 5280 4.1) in DER
+        self.is_ed25519 = self.public.startswith(bytes.fromhex("302a300506032b6570032100"))  # RFC 8410 4
         if not self.is_ed25519 and rsa_bits(self.public) < 2048:
             raise ValueError("expected an Ed25519 key, or an RSA key of 2048 bits or more")
 
@@ -933,25 +909,6 @@ class PrivateKey:
         if not ok:
             raise OSError(errno.EIO, "libcrypto can't sign with this key")
         return signature.raw[: size.value]
-
-    @classmethod
-    def verify(cls, public: bytes, data: bytes, signature: bytes) -> bool:
-        """Return whether a signature is valid by a public key, a SubjectPublicKeyInfo in DER."""
-        import ctypes
-
-        crypto, context = libcrypto(), libcrypto().EVP_MD_CTX_new()
-        key = crypto.d2i_PUBKEY(None, ctypes.byref(ctypes.c_char_p(public)), len(public))
-        digest = None if public.startswith(cls.ED25519_INFO) else crypto.EVP_sha256()
-        valid = bool(key) and crypto.EVP_DigestVerifyInit(context, None, digest, None, key) == 1
-        valid = valid and crypto.EVP_DigestVerify(context, signature, len(signature), data, len(data)) == 1
-        crypto.EVP_MD_CTX_free(context)
-        crypto.EVP_PKEY_free(key)
-        crypto.ERR_clear_error()
-        return valid
-
-    def __del__(self) -> None:
-        if getattr(self, "_key", None):
-            self._free(self._key)
 
 
 def rsa_bits(public: bytes) -> int:
@@ -1027,11 +984,7 @@ class Smtpd:
 class QueueSettings:
     path: str = config_field("", parse_text, "the file, relative to this one")
     lifetime: int = config_field(432000, integer(1, 31536000), "seconds until a mail is given up")
-    retry_after: tuple = config_field(
-        (60, 300, 900, 1800, 3600, 7200, 14400),
-        list_of(integer(0, 604800), required=True),
-        "seconds between attempts, give or take a fifth; the last one repeats",
-    )
+    retry_after: tuple = config_field(RETRY_AFTER, list_of(integer(0, 604800), required=True), "seconds between tries")
     min_free: int = config_field(100 << 20, integer(0, 1 << 50), "octets that must be free on its disk")
     webhook: str = config_field("", parse_webhook_url, "URL to which the result of each queued recipient is POSTed")
     webhook_secret: Any = config_field("", parse_secret, '"whsec_" and base64 of 24 to 64 octets', secret="line")
@@ -1061,9 +1014,7 @@ class OAuth2:
     scope: str = config_field("", parse_text, "what a token is to permit")
     client_id: str = config_field("", parse_text, "the application's id")
     client_secret: Any = config_field("", parse_secret, SECRET_FORMS, secret="line")
-    refresh_token: Any = config_field(
-        "", parse_secret, "of a user, else tokens are the application's own", secret="later"
-    )
+    refresh_token: Any = config_field("", parse_secret, "of a user; else tokens are the application's", secret="later")
     service_account: Any = config_field("", parse_file, "JSON file of a Google service account", secret="text")
     access_token: Any = config_field("", parse_secret, "the token itself, usually by a command", secret="later")
     base: str = ""  # folder of the settings
@@ -1213,17 +1164,18 @@ def load_settings(path: str | None) -> tuple:
     if path is None:
         screen = {"default": Route(mailer="Screen")}
         return resolve_settings(Settings(recipients=Recipients(open_relay=True), mailertable=screen), [])
-    errors, public, aside, files = [], [], {}, {path: stat_key(path)}
-    raw = read_json_file(path, errors, public)
+    errors, aside, files = [], {}, {path: stat_key(path)}
+    raw = read_json_file(path, path, errors)
     for section, name in raw.items():
         if isinstance(name, str) and section in key_table(Settings):
             aside[section] = file = os.path.join(os.path.dirname(path), name)
             files[file] = stat_key(file)
-            raw[section] = read_json_file(file, errors, public, section)
+            raw[section] = read_json_file(file, f"{section}: {file}", errors)
     settings = replace(from_dict(Settings, raw, "", errors), path=path, files=tuple(files.items()))
     plain = [where for where, holder, name, _ in secret_fields(settings) if isinstance(getattr(holder, name), str)]
-    found = {aside.get(where.partition(".")[0], path) for where in plain}.intersection(public)
-    errors += [f"{name}: holds secrets and can be read by everybody; chmod 600 {name}" for name in sorted(found)]
+    public = {file for file, found in files.items() if found and found[3] & 0o004}
+    exposed = public.intersection(aside.get(where.partition(".")[0], path) for where in plain)
+    errors += [f"{name}: holds secrets and can be read by everybody; chmod 600 {name}" for name in sorted(exposed)]
     paths = {error.partition(": ")[0] for error in errors}
     causes = tuple(f"{json_path}{mark}" for json_path in paths for mark in ".:[")
     settings, dependent = resolve_settings(settings, [])
@@ -1241,22 +1193,19 @@ def stat_key(path: str) -> tuple | None:
     return None
 
 
-def read_json_file(path: str, errors: list, public: list, section: str = "") -> dict:
-    """Return the JSON object in a file, {} and an error if there is none; `public` gets those that all can read."""
-    label = f"{section}: {path}" if section else path
+def read_json_file(path: str, label: str, errors: list) -> dict:
+    """Return the JSON object in a file, {} and an error if there is none."""
     try:
         with open_regular(path) as stream:
-            mode = os.fstat(stream.fileno()).st_mode
+            if os.fstat(stream.fileno()).st_mode & 0o002:
+                errors.append(f"{label}: can be written by everybody; chmod 600 {path}")
             raw = parse_json(stream.read())
+        if not isinstance(raw, dict):
+            raise ValueError(f"expected an object, got {json_type_name(raw)}")
     except (OSError, ValueError) as error:
         errors.append(f"{label}: {getattr(error, 'strerror', None) or error}")
         return {}
-    public += [path] if mode & 0o004 else []
-    if mode & 0o002:
-        errors.append(f"{label}: can be written by everybody; chmod 600 {path}")
-    if not isinstance(raw, dict):
-        errors.append(f"{label}: expected an object, got {json_type_name(raw)}")
-    return raw if isinstance(raw, dict) else {}
+    return raw
 
 
 def open_regular(path: str) -> Any:
@@ -1313,12 +1262,12 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
             found = [_route(replace(route, fallbacks=()), logins, base, name, errors) for name, route in choices]
             routes.update({key: replace(found[0], fallbacks=tuple(found[1:]))} if found else {})
             files += [route.ca_file for route in found]
-    if tls:
+    missing = [key for key in ("certificate", "key") if tls and not getattr(tls, key)]
+    errors.extend(f"httpd.tls.{key}: expected the name of a PEM file" for key in missing)
+    if tls and not missing:
         files += [tls.certificate, tls.key]
-        missing = [key for key in ("certificate", "key") if not getattr(tls, key)]
-        errors.extend(f"httpd.tls.{key}: expected the name of a PEM file" for key in missing)
         try:
-            server_context(tls, base) if not missing else None
+            server_context(tls, base)
         except OSError as error:
             errors.append(f"httpd.tls: {error.filename}: {error.strerror}")
     smtpd = replace(settings.smtpd, hostname=settings.smtpd.hostname or local_hostname())
@@ -1472,8 +1421,7 @@ def client_context(verify: bool, ca_file: str, _stat_key: tuple | None = None) -
         open_regular(ca_file).close()
         context.load_verify_locations(ca_file)
     if not verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
 
 
@@ -9925,10 +9873,6 @@ def dkim_key(texts: tuple, own: DkimKey | None) -> str:
     is_ed25519 = tags.get("k", "rsa") == "ed25519"
     if is_ed25519 and len(key) != 32:
         raise ValueError("an ed25519 key has 32 octets")
-    if own:
-        info = PrivateKey.ED25519_INFO + key if is_ed25519 else key
-        if not PrivateKey.verify(info, b"Haineko", own.private.sign(b"Haineko")):
-            raise ValueError("a signature of ours is not valid by this key")
     if is_ed25519:
         return "ed25519"
     bits = rsa_bits(key)
