@@ -1497,35 +1497,37 @@ class Log:
     def event(self, level: str, event: str, message: str, **fields: Any) -> None:
         """Write a line about an event: QUEUEID: key=value ... (code message), or JSON; fields are left out if None."""
         fields = {key: value for key, value in fields.items() if value is not None}
-        self._write(level, json_line(level, event, message, fields) if self.is_json else text_line(message, **fields))
+        self._write(level, [json_line(level, event, message, fields) if self.is_json else text_line(message, **fields)])
 
     def lines(self, *lines: str, level: str = "info") -> None:
         """Write lines by one call, so that those of several processes don't mix."""
-        self._write(level, *([json_line(level, "server", line, {}) for line in lines] if self.is_json else lines))
+        self._write(level, [json_line(level, "server", line, {}) if self.is_json else line for line in lines])
 
     def banner(self, text: str) -> None:
         """Write a line to stderr, wherever the others go."""
         line = json_line("info", "server", text, {}) if self.is_json else text
-        self.write_bytes(f"{'<6>' if self.is_journal else ''}{line}\n".encode())
+        self._to_stderr(f"{'<6>' if self.is_journal else ''}{line}\n")
 
     def dialogue(self, peer: str, direction: str, line: str) -> None:
         """Show a line of an SMTP dialogue under -d, and keep it for a mail that is traced."""
         line, lines = f"{direction} {sanitize(line, 1000, keep=chr(9))}", self.trace.get()
         if self.devel:
-            self.lines(f"{peer} {line}") if self.is_json else self._add(f"{peer} {line}\n")
+            self.banner(f"{peer} {line}")
         if lines is not None:
             lines.append(line)
 
-    def _write(self, level: str, *lines: str) -> None:
+    def _write(self, level: str, lines: list) -> None:
+        name = f"haineko[{os.getpid()}]: "
         if self.facility is not None:
+            head = f"<{self.facility | self.LEVELS[level]}>{time.strftime('%b %e %H:%M:%S')} {name}"  # RFC 3164
             for line in lines:
-                self._to_syslog(line, self.facility | self.LEVELS[level])
+                self._to_syslog(head, line)
         elif not self.quiet:
-            head = "" if self.is_json else f"{timestamp(int(time.time()))} haineko[{os.getpid()}]: "
+            head = "" if self.is_json else f"{timestamp(int(time.time()))} {name}"
             head = f"<{self.LEVELS[level]}>" if self.is_journal else head
-            self._add("".join([f"{head}{line}\n" for line in lines]))
+            self._to_stderr("".join([f"{head}{line}\n" for line in lines]))
 
-    def _add(self, text: str) -> None:
+    def _to_stderr(self, text: str) -> None:
         if self.buffer is None:
             self.write_bytes(text.encode("utf-8", "backslashreplace"))
             return
@@ -1564,8 +1566,7 @@ class Log:
         with contextlib.suppress(OSError):
             while start < len(octets):
                 if not select.select([], [self.stderr], [], 0 if self.lost else self.PATIENCE)[1]:
-                    self.lost += octets.count(b"\n", start)
-                    self.lost_ever += octets.count(b"\n", start)
+                    self._count_lost(octets.count(b"\n", start))
                     return False
                 with contextlib.suppress(BlockingIOError):  # another process was quicker
                     if self.lost:
@@ -1577,26 +1578,20 @@ class Log:
             return True
         return False
 
-    def _to_syslog(self, line: str, priority: int) -> None:
-        """Send a line (RFC 3164) to a daemon that may be absent or stuck, where syslog.syslog() would block."""
-        head = f"<{priority}>{time.strftime('%b %e %H:%M:%S')} haineko[{os.getpid()}]: "
-        for _ in range(2):
-            try:
-                if not self.syslog:
-                    self.syslog = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-                    self.syslog.connect(next(filter(os.path.exists, self.SYSLOG), self.SYSLOG[0]))
-                self.syslog.settimeout(0 if self.lost else self.PATIENCE)
-                for text in (self.LOST.format(self.lost), line) if self.lost else (line,):
-                    self.syslog.send((head + text).encode("utf-8", "backslashreplace"))
-                self.lost = 0
-                return
-            except (BlockingIOError, socket.timeout):
-                break
-            except OSError:  # the daemon went; another one may be there
-                if self.syslog:
-                    self.syslog.close()
-                self.syslog = None
-        self.lost, self.lost_ever = self.lost + 1, self.lost_ever + 1
+    def _to_syslog(self, head: str, line: str) -> None:
+        """Send a line to a daemon that may be absent, another one or stuck, where syslog.syslog() would block."""
+        path = next(filter(os.path.exists, self.SYSLOG), self.SYSLOG[0])
+        try:
+            self.syslog = self.syslog or socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self.syslog.settimeout(0 if self.lost else self.PATIENCE)
+            for text in (self.LOST.format(self.lost), line) if self.lost else (line,):
+                self.syslog.sendto(f"{head}{text}".encode("utf-8", "backslashreplace"), path)
+            self.lost = 0
+        except OSError:
+            self._count_lost(1)
+
+    def _count_lost(self, lines: int) -> None:
+        self.lost, self.lost_ever = self.lost + lines, self.lost_ever + lines
 
 
 @functools.lru_cache(maxsize=2)
@@ -1613,10 +1608,8 @@ def log_exception(queueid: str | None) -> None:
 
 def json_line(level: str, event: str, message: str, fields: dict) -> str:
     """Return an event as a JSON object in a line."""
-    now = time.time()
-    zoned = timestamp(int(now))
-    values = {"time": f"{zoned[:19]}.{int(now % 1 * 1000):03d}{zoned[19:22]}:{zoned[22:]}", "level": level}
-    values.update({"event": event, **fields, "message": message})
+    moment = datetime.now().astimezone().isoformat(timespec="milliseconds")
+    values = {"time": moment, "level": level, "event": event, **fields, "message": message}
     forms = {"to": lambda to: [sanitize(item, 254) for item in to], "code": int, "delay": lambda delay: round(delay, 3)}
     return ENCODER.encode({key: forms.get(key, lambda text: sanitize(text, 1000))(values[key]) for key in values})
 
@@ -1692,22 +1685,20 @@ class Metrics:
 
     def text(self, current: dict) -> str:
         """Return all in Prometheus's text format; `current` are values by key that are no sums, None if unknown."""
-        lines, bounds = [], [*self.BUCKETS, "+Inf"]
+        lines = []
         for name, (kind, about, labels) in self.table.items():
             lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
-            for values in itertools.product(*labels.values()):
-                column, samples = self.columns[(name, *values)], {}
-                pairs = "".join([f'{label}="{value}",' for label, value in zip(labels, values)])
+            for key in itertools.product((name,), *labels.values()):
+                column, pairs = self.columns[key], [f'{label}="{value}"' for label, value in zip(labels, key[1:])]
+                samples = [(name, pairs, current.get(key, self.total(column)))]
                 if kind == "histogram":
-                    counts = itertools.accumulate([self.total(column + i) for i in range(len(bounds))])
-                    samples = {f'_bucket{{{pairs}le="{bound}",': count for bound, count in zip(bounds, counts)}
-                    samples[f"_count{{{pairs}"] = samples[f'_bucket{{{pairs}le="+Inf",']
-                    samples[f"_sum{{{pairs}"] = self.total(column + len(bounds)) / 1e6
-                elif (value := current.get((name, *values), self.total(column))) is not None:
-                    samples = {f"{{{pairs}": value}
-                lines += [
-                    f"{name}{head}}} {value}".replace(",}", "}").replace("{}", "") for head, value in samples.items()
-                ]
+                    counts = list(itertools.accumulate(self.total(column + i) for i in range(len(self.BUCKETS) + 1)))
+                    bounds = [[*pairs, f'le="{bound}"'] for bound in (*self.BUCKETS, "+Inf")]
+                    samples = [(f"{name}_bucket", *sample) for sample in zip(bounds, counts)]
+                    seconds = self.total(column + len(counts)) / 1e6
+                    samples += [(f"{name}_count", pairs, counts[-1]), (f"{name}_sum", pairs, seconds)]
+                for series, pairs, value in samples if samples[0][2] is not None else ():
+                    lines.append(f"{series}{{{','.join(pairs)}}} {value}".replace("{}", ""))
         return "\n".join(lines) + "\n"
 
 
