@@ -29,11 +29,6 @@ Rules of the file:
 
 To add: a relay is a function and a row of RELAYS; a check a function, a row of REPLIES and one of CHECKS; a setting a
 config_field() in section 3; an endpoint a function and a row of ENDPOINTS; a command a function and a row of COMMANDS.
-
-RFCs: 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS), 3461 (DSN), 3463
-(status codes), 3464 (bounces), 4954 (AUTH), 6152 (8BITMIME), 6531 (SMTPUTF8), 8314 (TLS on 465), 2183, 2231, 2387, 2392
-(attachments), 1035 (DNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic), 6376, 8463 (DKIM), 6749
-(OAuth 2.0), 7519 (JWT), 7628 (OAUTHBEARER).
 """
 
 from __future__ import annotations
@@ -54,7 +49,6 @@ import hashlib
 import hmac
 import http.client
 import http.server
-import importlib
 import io
 import ipaddress
 import itertools
@@ -791,39 +785,29 @@ class Authenticator:
         self.key = os.urandom(32)  # so that memory holds no plain digest of a password
         self.semaphore = threading.Semaphore(2)  # scrypt takes 16 MiB and a core each
 
-    def cached_login(self, credentials: str) -> str:
-        """Return the login of an API key, or of a password that was verified lately, "" for none."""
-        user, colon, password = decode_basic(credentials)
+    def authenticate(self, credentials: str, cached: bool = False) -> str:
+        """Return the login that an Authorization header (RFC 7617) proves, "" for none. A password takes a tenth of a
+        second, unless it was verified lately; `cached`: only what takes no time."""
+        scheme, _, token = credentials.partition(" ")
+        user, colon, password = "", "", ""
+        with contextlib.suppress(ValueError):
+            if scheme.lower() == "basic":
+                user, colon, password = base64.b64decode(token.strip(), validate=True).decode().partition(":")
         if name := self.keys.get(key_hash(password if colon else user)):  # a digest leaks no timing
             return name
-        known = self.verified and self.verified.get(hmac.digest(self.key, credentials.encode(), "sha256"), 0)
-        return user if known and known > time.monotonic() else ""
-
-    def authenticate(self, credentials: str) -> str:
-        """Return the login that an Authorization header proves, "" for none; a password takes a tenth of a second."""
-        name, (user, colon, password) = self.cached_login(credentials), decode_basic(credentials)
-        if name or not colon:
-            return name
+        digest, now = hmac.digest(self.key, credentials.encode(), "sha256"), time.monotonic()
+        known = self.verified.get(digest, 0) > now
+        if known or cached or not colon:
+            return user if known else ""
         line = self.logins[user].hash if user in self.logins else ""
         with self.semaphore:
             right = verify_password(line, password)
             if rest := self.cost - scrypt_cost(line):  # or the time would reveal which users exist
                 scrypt(password, b"", parallel=rest)
-        if not right:
-            return ""
-        now = time.monotonic()
-        self.verified = {key: expires for key, expires in self.verified.items() if expires > now}
-        self.verified[hmac.digest(self.key, credentials.encode(), "sha256")] = now + self.CACHE_TTL
-        return user
-
-
-def decode_basic(credentials: str) -> tuple:
-    """Return (user, ":", password) of an Authorization header (RFC 7617), empty strings if it is malformed."""
-    scheme, _, token = credentials.partition(" ")
-    text = ""
-    with contextlib.suppress(ValueError):
-        text = base64.b64decode(token.strip(), validate=True).decode() if scheme.lower() == "basic" else ""
-    return text.partition(":")
+        if right:
+            self.verified = {key: expires for key, expires in self.verified.items() if expires > now}
+            self.verified[digest] = now + self.CACHE_TTL
+        return user if right else ""
 
 
 def parse_login(value: Any, json_path: str, errors: list) -> Login | None:
@@ -922,16 +906,16 @@ def libcrypto() -> Any:
     """Return OpenSSL's libcrypto by ctypes; raise OSError if this Python has none that can be used."""
     import ctypes
 
-    for module in ("_hashlib", "_ssl", ""):  # linked with libcrypto; "": Python itself is
+    for module in ("_hashlib", "_ssl"):  # are linked with libcrypto, or Python itself is (None)
         try:
-            library = ctypes.CDLL(importlib.import_module(module).__file__ if module else None)
+            library = ctypes.CDLL(getattr(sys.modules.get(module), "__file__", None))
             for name, prototype in LIBCRYPTO.items():
                 result, *arguments = [kind and getattr(ctypes, f"c_{kind}") for kind in prototype.split(" ")]
                 function = getattr(library, name)
                 function.restype, function.argtypes = result or None, arguments
-        except (ImportError, OSError, AttributeError):
+            return library
+        except (OSError, AttributeError):
             continue
-        return library
     raise OSError(errno.ENOSYS, "this Python has no OpenSSL libcrypto that can be used")
 
 
@@ -1164,21 +1148,24 @@ def load_settings(path: str | None) -> tuple:
     if path is None:
         screen = {"default": Route(mailer="Screen")}
         return resolve_settings(Settings(recipients=Recipients(open_relay=True), mailertable=screen), [])
-    errors, aside, files = [], {}, {path: stat_key(path)}
+    errors, base, aside, files = [], os.path.dirname(path), {}, {path: stat_key(path)}
     raw = read_json_file(path, path, errors)
     for section, name in raw.items():
         if isinstance(name, str) and section in key_table(Settings):
-            aside[section] = file = os.path.join(os.path.dirname(path), name)
+            aside[section] = file = os.path.join(base, name)
             files[file] = stat_key(file)
             raw[section] = read_json_file(file, f"{section}: {file}", errors)
-    settings = replace(from_dict(Settings, raw, "", errors), path=path, files=tuple(files.items()))
-    plain = [where for where, holder, name, _ in secret_fields(settings) if isinstance(getattr(holder, name), str)]
-    public = {file for file, found in files.items() if found and found[3] & 0o004}
-    exposed = public.intersection(aside.get(where.partition(".")[0], path) for where in plain)
-    errors += [f"{name}: holds secrets and can be read by everybody; chmod 600 {name}" for name in sorted(exposed)]
+    settings = from_dict(Settings, raw, "", errors)
     paths = {error.partition(": ")[0] for error in errors}
+    secrets = list(resolve_secrets(settings, "", base, errors))
+    exposed = {aside.get(where.partition(".")[0], path) for where, source, _ in secrets if isinstance(source, str)}
+    exposed = sorted(file for file in exposed if files[file] and files[file][3] & 0o004)
+    errors += [f"{file}: holds secrets and can be read by everybody; chmod 600 {file}" for file in exposed]
+    sources = [source for _, source, how in secrets if isinstance(source, dict) and how != "later"]
+    names = [os.path.join(base, source["file"]) for source in sources if "file" in source]
+    files.update((name, stat_key(name)) for name in names)
     causes = tuple(f"{json_path}{mark}" for json_path in paths for mark in ".:[")
-    settings, dependent = resolve_settings(settings, [])
+    settings, dependent = resolve_settings(replace(settings, path=path, files=tuple(files.items())), [])
     for error in dependent:  # without those that only follow from others
         if not (error.startswith(causes) or ("authinfo" in paths and "in authinfo" in error)):
             errors.append(error)
@@ -1217,42 +1204,30 @@ def open_regular(path: str) -> Any:
     return stream
 
 
-def secret_fields(value: Any, json_path: str = "") -> Any:
-    """Yield (JSON path, the dataclass that holds it, its name, how it is read) of each secret in settings."""
+def resolve_secrets(value: Any, json_path: str, base: str, errors: list) -> Any:
+    """Put each secret in settings in place of its source, which stays where that fails; yield (JSON path, source, how
+    it is read) of each."""
     value = getattr(value, "logins", value)
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from secret_fields(item, f"{json_path}.{key}")
+    for key, item in value.items() if isinstance(value, dict) else ():
+        yield from resolve_secrets(item, f"{json_path}.{key}", base, errors)
     for item in fields(value) if hasattr(value, "__dataclass_fields__") else ():
-        where, secret = f"{json_path}.{item.name}".lstrip("."), item.metadata.get("secret")
-        if secret and getattr(value, item.name):
-            yield where, value, item.name, secret
-        elif not secret:
-            yield from secret_fields(getattr(value, item.name), where)
-
-
-def resolve_secrets(settings: Settings, base: str, errors: list) -> list:
-    """Put each secret in place of its source, which stays where that fails; return the names of the files read."""
-    names = []
-    for json_path, holder, name, how in secret_fields(settings):
-        source = getattr(holder, name)
-        if isinstance(source, str) or (how == "later" and "command" in source):  # a command may need the network
-            continue
-        try:
-            secret = read_secret(source, base, how == "text")
-        except ValueError as error:
-            errors.append(f"{json_path}{error}")
-            continue
-        if how != "later":
-            object.__setattr__(holder, name, secret)
-            names += [source["file"]] if "file" in source else []
-    return names
+        where, how = f"{json_path}.{item.name}".lstrip("."), item.metadata.get("secret")
+        source = getattr(value, item.name)
+        if not how:
+            yield from resolve_secrets(source, where, base, errors)
+        elif source:
+            yield where, source, how
+            try:
+                secret = source if "command" in source and how == "later" else read_secret(source, base, how == "text")
+                object.__setattr__(value, item.name, source if how == "later" else secret)
+            except ValueError as error:
+                errors.append(f"{where}{error}")
 
 
 def resolve_settings(settings: Settings, errors: list) -> tuple:
     """Return (Settings, errors) with names, secrets and files looked up, so that a mail finds all of it ready."""
     base, tls = os.path.dirname(settings.path or ""), settings.httpd.tls
-    files = resolve_secrets(settings, base, errors)
+    files: list = []
     logins = {key: _login(login, base, f"authinfo.{key}", errors) for key, login in settings.authinfo.items()}
     tables: dict = {"mailertable": {}, "sendermt": {}}
     for table, routes in tables.items():
@@ -1642,39 +1617,35 @@ class Metrics:
         self.table: dict = {}  # {name: (type, help, {label: its values})}
         self.columns: dict = {}  # {(name, *label values): column}; nothing is counted before allocate()
         self.cells: Any = None
-        self.width = self.first = 0  # columns; index of the first cell of this process
+        self.width = self.row = 0  # columns; row of this process
 
     def allocate(self, table: dict, rows: int) -> None:
         """Make room for the metrics of a table in so many rows; this process gets the last one."""
-        self.table, self.columns, width = table, {}, 1  # the first cell is the heartbeat
+        self.table, self.columns, self.row, width = table, {}, rows - 1, 1  # the first cell is the heartbeat
         for name, (kind, _, labels) in table.items():
             for values in itertools.product(*labels.values()):
                 self.columns[(name, *values)] = width
                 width += len(self.BUCKETS) + 2 if kind == "histogram" else 1
         self.cells, self.width = memoryview(mmap.mmap(-1, 8 * width * rows)).cast("q"), width
-        self.use_row(rows - 1)
-
-    def use_row(self, row: int) -> None:
-        self.first = row * self.width
 
     def add(self, *key: Any, by: int = 1) -> None:
         """Add to a counter; the key is its name and the values of its labels."""
         if key in self.columns:
-            self.cells[self.first + self.columns[key]] += by
+            self.cells[self.row * self.width + self.columns[key]] += by
 
     def set(self, *key: Any, to: int) -> None:
         if key in self.columns:
-            self.cells[self.first + self.columns[key]] = to
+            self.cells[self.row * self.width + self.columns[key]] = to
 
     def observe(self, *key: Any, seconds: float) -> None:
         """Count a duration in a histogram."""
         if key in self.columns:
-            column = self.first + self.columns[key]
-            self.cells[column + bisect.bisect_left(self.BUCKETS, seconds)] += 1
-            self.cells[column + len(self.BUCKETS) + 1] += round(seconds * 1e6)
+            first = self.row * self.width + self.columns[key]
+            self.cells[first + bisect.bisect_left(self.BUCKETS, seconds)] += 1
+            self.cells[first + len(self.BUCKETS) + 1] += round(seconds * 1e6)
 
     def beat(self) -> None:
-        self.cells[self.first] = time.monotonic_ns()
+        self.cells[self.row * self.width] = time.monotonic_ns()
 
     def last_beat(self, row: int) -> float:
         """Return when the process with that row was not stuck, in seconds of time.monotonic()."""
@@ -8759,7 +8730,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
         endpoint = self._endpoint(request, allowed)
         if endpoint.checks:
             values, password = (endpoint.checks, request, None, self.settings), self.settings.password
-            if password.logins and not password.cached_login(credentials_of(request)):  # a hash is computed
+            if password.logins and not password.authenticate(
+                credentials_of(request), cached=True
+            ):  # a hash is computed
                 await asyncio.to_thread(apply_checks, *values)
             else:
                 apply_checks(*values)
@@ -9282,7 +9255,7 @@ class Supervisor:
             gc.freeze()
             gc.set_threshold(20000, 50, 50)
             listeners = [] if slot is None else self.listeners
-            metrics.use_row(self._row(slot))
+            metrics.row = self._row(slot)
             shared = self.parent_pipe, self.busy_counts, slot, self.wakeup_pair, self.limits
             Worker(listeners, self.settings, *shared).run()
             code = 0

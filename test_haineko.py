@@ -2361,9 +2361,9 @@ class SettingsFile(Folder):
         ]
         for what, credentials, right in cases:
             with self.subTest(what):
-                self.assertFalse(gate.cached_login(credentials))
+                self.assertFalse(gate.authenticate(credentials, cached=True))
                 self.assertEqual(bool(gate.authenticate(credentials)), right)
-                self.assertEqual(bool(gate.cached_login(credentials)), right)
+                self.assertEqual(bool(gate.authenticate(credentials, cached=True)), right)
 
     def test_who_was_right_is_remembered(self):
         gate = settings(password={"u": haineko.hash_password("neko")}).password
@@ -2846,7 +2846,7 @@ class MetricsTable(unittest.TestCase):
         for row in range(3):
             pid = os.fork()
             if not pid:
-                metrics.use_row(row)
+                metrics.row = row
                 for _ in range(2000):
                     metrics.add("cats_total", "a")
                     metrics.add("cats_total", "unknown")
