@@ -88,7 +88,6 @@ __version__ = "1.0.0"
 
 DEFAULT_DSN = (" RET=FULL", " NOTIFY=FAILURE,DELAY")  # parameters of MAIL and of RCPT (RFC 3461)
 LARGE = 65536  # octets; work on more than this takes milliseconds
-ANSWER_KEYS = ("code", "dsn", "command", "message", "mailer", "host", "port")
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 RANDOM_DIGITS = bytes(ord(BASE62[i % 62]) for i in range(256))
 
@@ -114,9 +113,7 @@ class Reply(NamedTuple):
     slug: str = ""  # name in REPLIES of a refusal before delivery
     dialogue: tuple | None = None  # lines of the SMTP dialogue, if the client asked for it
 
-    @property
-    def accepted(self) -> bool:
-        return self.code[0] == "2"
+    accepted = property(lambda self: self.code[0] == "2")
 
     @property
     def temporary(self) -> bool:
@@ -195,14 +192,14 @@ def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
     status, code, dsn, command, text = REPLIES[slug]
     origin = "queue" if command == "QUEUE" else "policy" if status and not endpoint.get("mailer") else "relay"
     values = {"command": command, "status": status, "origin": origin, **endpoint}
-    values["slug"] = slug if origin == "policy" else ""
-    return Reply(code, dsn, message=(text % word if "%s" in text else text, *lines), **values)
+    shown = slug if origin == "policy" else ""
+    return Reply(code, dsn, message=(text % word if "%s" in text else text, *lines), slug=shown, **values)
 
 
 def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
     """Return one recipient's item of the answer; `maybe_delivered` and `dialogue` are present only if there is one."""
     item = {"rcpt": recipient, "error": 0 if reply.accepted else 1}
-    item.update([(key, getattr(reply, key)) for key in ANSWER_KEYS])
+    item.update([(key, getattr(reply, key)) for key in ("code", "dsn", "command", "message", "mailer", "host", "port")])
     item.update({} if reply.dialogue is None else {"dialogue": reply.dialogue})
     return {**item, "maybe_delivered": True} if reply.maybe_delivered else item
 
@@ -437,8 +434,8 @@ def matching(pattern: Any, expected: str, optional: bool = False, secret: bool =
     def parse(value: Any, json_path: str, errors: list) -> Any:
         text = parse_text(value, json_path, errors)
         with contextlib.suppress(ValueError):
-            if accepts(text) or (optional and not text):
-                return convert(text)
+            if (optional and not text) or accepts(text):
+                return convert(text) if text else text
         if text == value:  # else parse_text() has reported it
             errors.append(f"{json_path}: expected {expected}" + ("" if secret else f', got "{sanitize(text)}"'))
         return None
@@ -526,9 +523,8 @@ _LDH = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # letters, digits, hyph
 HOSTNAME = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)*(?=[0-9-]*[A-Za-z]){_LDH}")  # RFC 5321 4.1.2, and no number
 LOCALDOMAIN = ".localdomain"
 IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different domains, RFC 5894 7.2
-DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
-LISTEN_ADDRESS = re.compile(r"(?:[^:]+|\[[^]]+\]):([0-9]{1,5})|unix:/.*")
-_SITE = r"(?P<base>https?://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?)"
+PORT = r"(?:[0-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+_SITE = rf"(?P<base>https?://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::{PORT})?)"
 BASE_URL, WEBHOOK_URL = re.compile(_SITE + "(?:/[A-Za-z0-9/._~-]*)?"), re.compile(_SITE + "(?P<path>/[!-~]*)?")
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+", re.IGNORECASE)
 _FACILITIES = "kern user mail daemon auth syslog lpr news uucp cron"  # RFC 3164 4.1.1
@@ -589,7 +585,7 @@ def name_server_endpoint(text: str) -> tuple:
     """Return (IP address, port) of "address", "address:port" or "[v6]:port"; () if it is none of them."""
     name, _, port = text.rpartition(":") if "]:" in text or text.count(":") == 1 else (text, "", "53")
     name = name.strip("[]")
-    return (name, int(port)) if is_ip(name) and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536 else ()
+    return (name, int(port)) if is_ip(name) and re.fullmatch(PORT, port) and int(port) else ()
 
 
 def url_parser(pattern: re.Pattern, example: str, **options: Any) -> Callable:
@@ -618,17 +614,12 @@ def domain_key(name: str) -> str:
     return domain if DOMAIN.fullmatch(domain) or re.fullmatch(r"\[[0-9a-z:.]+\]", domain) else ""
 
 
-def table_key(name: str) -> str:
-    """Return a domain, or ".domain" for those below it, likewise."""
-    key = domain_key(name[1:] if name.startswith(".") else name)
-    return f".{key}" if key and name.startswith(".") else key
-
-
-def fence_key(text: str) -> str:
-    """Return a domain, ".domain" or an address, as policy compares it, likewise."""
+def match_key(text: str) -> str:
+    """Return a domain, ".domain" for those below it, or an address, likewise."""
     local, at, name = text.rpartition("@")
-    key = domain_key(name) if at else table_key(name)
-    return f"{local.lower()}{at}{key}" if key and bool(local) == bool(at) else ""
+    dot = "." if name.startswith(".") and not at else ""
+    key = domain_key(name[len(dot) :])
+    return f"{local.lower()}{at}{dot}{key}" if key and bool(local) == bool(at) else ""
 
 
 def lookup_keys(domain: str) -> list:
@@ -657,10 +648,8 @@ def parse_mailer(value: Any, json_path: str, errors: list) -> str:
 LOOPBACK = Networks(("127.0.0.0/8", "::1"))
 parse_network = matching(functools.partial(ipaddress.ip_network, strict=False), "an IP address or network")
 parse_networks = list_of(parse_network, lambda texts: Networks(tuple(texts)))
-parse_listen_address = matching(
-    lambda text: (found := LISTEN_ADDRESS.fullmatch(text)) and int(found[1] or 0) < 65536,
-    '"host:port", "[v6]:port" or "unix:/path"',
-)
+LISTEN_ADDRESS = re.compile(rf"(?:[^:]+|\[[^]]+\]):{PORT}|unix:/.*")
+parse_listen_address = matching(LISTEN_ADDRESS, '"host:port", "[v6]:port" or "unix:/path"')
 parse_listen = list_of(parse_listen_address, required=True)
 parse_host = matching(  # or a folder, for the relay File
     lambda text: text.startswith("/") or DOMAIN.fullmatch(text) or is_ip(text), "a host name or an IP address"
@@ -673,18 +662,15 @@ parse_webhook_url = url_parser(WEBHOOK_URL, "https://www.example.org/hook", secr
 parse_token_url = url_parser(WEBHOOK_URL, "https://login.example.org/token")
 parse_region = matching(re.compile("[a-z0-9-]{1,32}"), 'a region like "eu-west-1"', optional=True)
 parse_rate = matching(
-    RATE,
-    '"RECIPIENTS/SECONDS", such as "100/3600"',
-    True,
-    convert=lambda text: text and Rate(*map(int, text.split("/"))),
+    RATE, '"RECIPIENTS/SECONDS", such as "100/3600"', True, convert=lambda text: Rate(*map(int, text.split("/")))
 )
-parse_file = matching(str, "the name of a file", optional=True, convert=lambda name: name and {"file": name})
+parse_file = matching(str, "the name of a file", optional=True, convert=lambda name: {"file": name})
 parse_domain = matching(domain_key, "a domain", convert=domain_key)
 PLAIN_ADDRESS = re.compile(rf"(?=.{{3,254}}\Z)[\w+-]+(?:\.[\w+-]+)*@{DOMAIN.pattern}", re.ASCII)
 parse_plain_address = matching(PLAIN_ADDRESS, "an address")
-parse_recipient = matching(lambda text: "@" in text and fence_key(text), "an address", convert=fence_key)
-parse_fence = list_of(matching(fence_key, 'an address, "example.org" or ".example.org"', convert=fence_key), frozenset)
-parse_alias = list_of(matching(lambda text: "@" in text and fence_key(text), "an address"), required=True)
+parse_recipient = matching(lambda text: "@" in text and match_key(text), "an address", convert=match_key)
+parse_fence = list_of(matching(match_key, 'an address, "example.org" or ".example.org"', convert=match_key), frozenset)
+parse_alias = list_of(matching(lambda text: "@" in text and match_key(text), "an address"), required=True)
 parse_aliases = mapping_of(parse_alias, lambda name: "" if "@" in name else name.lower(), "a name without @")
 PASSWORD_HASH = re.compile(rf"{SCRYPT.pattern}|{SSHA.pattern}|\$sha256\$[0-9a-f]{{64}}")
 parse_password_hash = matching(PASSWORD_HASH, "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True)
@@ -1082,26 +1068,15 @@ class Route:
     def __hash__(self) -> int:
         return hash((self.mailer, self.host, self.port, self.address))  # cheap: routes are keys of the session pools
 
-    @property
-    def choices(self) -> tuple:
-        return (self, *self.fallbacks)
+    choices = property(lambda self: (self, *self.fallbacks))
+    relay = property(lambda self: "File" if self.mailer.startswith("/") else self.mailer)
+    row = property(lambda self: RELAYS.get(self.relay, UNKNOWN_RELAY))
+    endpoint = property(lambda self: {"mailer": self.mailer, "host": self.host, "port": self.port})
 
     @property
     def limit_key(self) -> str:
         """Return the name of what `sessions` and `rate` limit: a server, or an account of it."""
         return " ".join([self.mailer, self.host, str(self.port), *self.credentials[:1]])
-
-    @property
-    def relay(self) -> str:
-        return "File" if self.mailer.startswith("/") else self.mailer
-
-    @property
-    def row(self) -> Relay:
-        return RELAYS.get(self.relay, UNKNOWN_RELAY)
-
-    @property
-    def endpoint(self) -> dict:
-        return {"mailer": self.mailer, "host": self.host, "port": self.port}
 
     @property
     def url(self) -> str:
@@ -1123,24 +1098,25 @@ def parse_route(value: Any, json_path: str, errors: list) -> Route:
     return replace(first, fallbacks=tuple(others)) if others else first
 
 
+ROUTE_KEYS = '"example.jp", ".example.jp" or "default"'
+parse_routes = mapping_of(parse_route, lambda name: "" if "@" in name else match_key(name), ROUTE_KEYS)
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Settings:
     httpd: Httpd = config_field(Httpd(), nested(Httpd))
     smtpd: Smtpd = config_field(Smtpd(), nested(Smtpd))
     relayhosts: Relayhosts = config_field(Relayhosts(), nested(Relayhosts))
     recipients: Recipients | None = config_field(None, nested(Recipients))
-    mailertable: dict = config_field({}, mapping_of(parse_route, table_key, DOMAIN_KEYS))
-    sendermt: dict = config_field({}, mapping_of(parse_route, table_key, DOMAIN_KEYS))
+    mailertable: dict = config_field({}, parse_routes)
+    sendermt: dict = config_field({}, parse_routes)
     authinfo: dict = config_field({}, mapping_of(nested(Credentials)))
     password: Authenticator = config_field(Authenticator({}), mapping_of(parse_login, collect=Authenticator))
     queue: QueueSettings | None = config_field(None, nested(QueueSettings))
     dkim: dict = config_field({}, mapping_of(nested(DkimKey), domain_key, "a domain"))
     path: str | None = None
     files: tuple = ()  # (path, stat_key) of all that was read
-
-    @property
-    def hostname(self) -> str:
-        return self.smtpd.hostname
+    hostname = property(lambda self: self.smtpd.hostname)
 
 
 def load_settings(path: str | None) -> tuple:
