@@ -114,15 +114,8 @@ class Reply(NamedTuple):
     dialogue: tuple | None = None  # lines of the SMTP dialogue, if the client asked for it
 
     accepted = property(lambda self: self.code[0] == "2")
-
-    @property
-    def temporary(self) -> bool:
-        """Return whether to try again: 4yz, or 5yz that only the administrator can fix."""
-        return self.code[0] == "4" or self.route_fault
-
-    @property
-    def relay(self) -> str | None:
-        return f"{self.mailer}:{self.host}:{self.port}" if self.host else self.mailer
+    temporary = property(lambda self: self.code[0] == "4" or self.route_fault)  # to be tried again
+    relay = property(lambda self: f"{self.mailer}:{self.host}:{self.port}" if self.host else self.mailer)
 
     @property
     def log_status(self) -> str:
@@ -311,8 +304,7 @@ REPLIES = {
 
 # ======================================================================================================================
 # 2. JSON into dataclasses
-#    Takes JSON, gives frozen dataclasses and a list of all errors with JSON paths. A parser(value, json_path, errors)
-#    appends what is wrong to `errors`, and may then return None, which keeps the default.
+#    A parser(value, json_path, errors) appends what is wrong to `errors`, and may then return None, for the default.
 # ======================================================================================================================
 
 MAX_HINTS = 50  # a hint takes some 50 us, and a hostile body has a million keys
@@ -357,9 +349,8 @@ def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", se
     """Return a dataclass field for from_dict(): default, parser, meaning, keys in JSON ("a|b" are aliases), and how a
     secret is read: "line", "text" of several lines, or "later", each time that it is used."""
     metadata = {"parse": parse, "doc": doc, "keys": tuple(key.split("|")) if key else (), "secret": secret}
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    values: dict = {"default_factory": dict} if isinstance(default, dict) else {"default": default}
+    return field(**values, metadata=metadata)
 
 
 def from_dict(cls: type, raw: Any, json_path: str, errors: list, hint: Callable | None = None) -> Any:
@@ -513,7 +504,6 @@ def nested(cls: type) -> Callable:
 # ======================================================================================================================
 # 3. Settings
 #    Takes the path of haineko.json, gives one frozen Settings, with all that can be computed once, and its errors.
-#    Each field states its default, limits and meaning; the example file is made from them.
 # ======================================================================================================================
 
 IPAddress = Any  # ipaddress.IPv4Address or IPv6Address
@@ -628,10 +618,8 @@ def lookup_keys(domain: str) -> list:
 
 
 class Rate(NamedTuple):
-    """A limit such as "100/3600": so many in so many seconds."""
-
-    limit: int
-    seconds: int
+    limit: int  # "100/3600": at most so many
+    seconds: int  # in so many seconds
 
 
 def iso_time(text: str) -> float:
@@ -1072,11 +1060,8 @@ class Route:
     relay = property(lambda self: "File" if self.mailer.startswith("/") else self.mailer)
     row = property(lambda self: RELAYS.get(self.relay, UNKNOWN_RELAY))
     endpoint = property(lambda self: {"mailer": self.mailer, "host": self.host, "port": self.port})
-
-    @property
-    def limit_key(self) -> str:
-        """Return the name of what `sessions` and `rate` limit: a server, or an account of it."""
-        return " ".join([self.mailer, self.host, str(self.port), *self.credentials[:1]])
+    # what `sessions` and `rate` limit: a server, or an account of it
+    limit_key = property(lambda self: " ".join([self.mailer, self.host, str(self.port), *self.credentials[:1]]))
 
     @property
     def url(self) -> str:
@@ -1181,8 +1166,7 @@ def open_regular(path: str) -> Any:
 
 
 def resolve_secrets(value: Any, json_path: str, base: str, errors: list) -> Any:
-    """Put each secret in settings in place of its source, which stays where that fails; yield (JSON path, source, how
-    it is read) of each."""
+    """Put each secret in place of its source, if it can be read; yield (JSON path, source, how it is read) of each."""
     value = getattr(value, "logins", value)
     for key, item in value.items() if isinstance(value, dict) else ():
         yield from resolve_secrets(item, f"{json_path}.{key}", base, errors)
@@ -1202,8 +1186,7 @@ def resolve_secrets(value: Any, json_path: str, base: str, errors: list) -> Any:
 
 def resolve_settings(settings: Settings, errors: list) -> tuple:
     """Return (Settings, errors) with names, secrets and files looked up, so that a mail finds all of it ready."""
-    base, tls = os.path.dirname(settings.path or ""), settings.httpd.tls
-    files: list = []
+    base, tls, files = os.path.dirname(settings.path or ""), settings.httpd.tls, []
     logins = {key: _login(login, base, f"authinfo.{key}", errors) for key, login in settings.authinfo.items()}
     tables: dict = {"mailertable": {}, "sendermt": {}}
     for table, routes in tables.items():
@@ -1336,8 +1319,7 @@ def local_hostname(name: str | None = None) -> str:
 
 @functools.lru_cache(maxsize=64)
 def ehlo_name(hostname: str, address: str) -> str:
-    """Return the name for EHLO from a local address: `hostname`, or if that is illegal or made by local_hostname(),
-    what reverse DNS says, else the address literal (RFC 5321 4.1.4)."""
+    """Return the name for EHLO from a local address: `hostname` if that is legal, else by reverse DNS, else [IP]."""
     if HOSTNAME.fullmatch(hostname) and not hostname.endswith(LOCALDOMAIN):
         return hostname
     local = parse_ip(address)
@@ -1406,8 +1388,7 @@ def example_settings() -> dict:
 
 # ======================================================================================================================
 # 4. Log and metrics
-#    One line for each event, on stderr or to syslog. A destination that does not read costs lines, never a mail. `log`
-#    and `metrics` are the only state that all sections share.
+#    A destination that does not read costs lines, never a mail. `log` and `metrics` are the only state that all share.
 # ======================================================================================================================
 
 MAX_TO = 8 * 257  # octets of recipients of a transaction in a line, so that a pipe takes it whole (PIPE_BUF)
@@ -1438,7 +1419,6 @@ class Log:
         self.lost = self.lost_ever = 0  # lines, since the reader stopped; and in all that are not in the metrics yet
 
     def open(self, settings: Syslog, form: str = "text") -> None:
-        """Send lines from now on where the settings say."""
         self.facility = None if settings.disabled else FACILITIES[settings.facility] * 8
         self.is_json = form == "json"
         with contextlib.suppress(OSError):
@@ -1498,8 +1478,7 @@ class Log:
                 os.close(number)
 
     def start_buffering(self, loop: Any = None) -> None:
-        """Let lines wait for flush(), which the event loop calls in its next iteration. A process that is killed loses
-        those of the current one, of which no request was answered yet."""
+        """Let lines wait for flush(), which the event loop calls in its next iteration."""
         self.buffer, self.loop = [], loop
         with contextlib.suppress(OSError):  # reopened: in a shared pipe another process may take the room meanwhile
             if stat.S_ISFIFO(os.fstat(2).st_mode):
@@ -1584,8 +1563,7 @@ def log_value(value: Any, limit: int = 500) -> str:
 
 
 class Metrics:
-    """64-bit columns that all processes share: each adds to its own row, and a scrape sums them. Not for threads. The
-    row of a worker is kept when it is replaced, so that no counter goes back."""
+    """64-bit columns that all processes share: each adds to its own row, which a worker inherits. Not for threads."""
 
     BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds; one more cell has their sum
 
@@ -1614,7 +1592,6 @@ class Metrics:
             self.cells[self.row * self.width + self.columns[key]] = to
 
     def observe(self, *key: Any, seconds: float) -> None:
-        """Count a duration in a histogram."""
         if key in self.columns:
             first = self.row * self.width + self.columns[key]
             self.cells[first + bisect.bisect_left(self.BUCKETS, seconds)] += 1
@@ -1637,15 +1614,14 @@ class Metrics:
             lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
             for key in itertools.product((name,), *labels.values()):
                 column, pairs = self.columns[key], [f'{label}="{value}"' for label, value in zip(labels, key[1:])]
-                samples = [(name, pairs, current.get(key, self.total(column)))]
+                samples = [("", pairs, current.get(key, self.total(column)))]
                 if kind == "histogram":
                     counts = list(itertools.accumulate(self.total(column + i) for i in range(len(self.BUCKETS) + 1)))
                     bounds = [[*pairs, f'le="{bound}"'] for bound in (*self.BUCKETS, "+Inf")]
-                    samples = [(f"{name}_bucket", *sample) for sample in zip(bounds, counts)]
-                    seconds = self.total(column + len(counts)) / 1e6
-                    samples += [(f"{name}_count", pairs, counts[-1]), (f"{name}_sum", pairs, seconds)]
-                for series, pairs, value in samples if samples[0][2] is not None else ():
-                    lines.append(f"{series}{{{','.join(pairs)}}} {value}".replace("{}", ""))
+                    samples = [("_bucket", *sample) for sample in zip(bounds, counts)]
+                    samples += [("_count", pairs, counts[-1]), ("_sum", pairs, self.total(column + len(counts)) / 1e6)]
+                samples = [(f"{name}{suffix}{{{','.join(pairs)}}}", value) for suffix, pairs, value in samples]
+                lines += [f"{series} {value}".replace("{}", "") for series, value in samples if value is not None]
         return "\n".join(lines) + "\n"
 
 
