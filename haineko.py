@@ -346,8 +346,9 @@ def encode_json(document: Any) -> bytes:
 
 
 def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", secret: str = "") -> Any:
-    """Return a dataclass field for from_dict(): default, parser, meaning, keys in JSON ("a|b" are aliases), and how a
-    secret is read: "line", "text" of several lines, or "later", each time that it is used."""
+    """Return a dataclass field for from_dict(): default, parser or class, meaning, keys in JSON ("a|b" are aliases),
+    and how a secret is read: "line", "text" of several lines, or "later", each time that it is used."""
+    parse = functools.partial(from_dict, parse) if isinstance(parse, type) else parse
     metadata = {"parse": parse, "doc": doc, "keys": tuple(key.split("|")) if key else (), "secret": secret}
     values: dict = {"default_factory": dict} if isinstance(default, dict) else {"default": default}
     return field(**values, metadata=metadata)
@@ -497,10 +498,6 @@ def mapping_of(parse: Callable, fold: Callable = str, expected: str = "a name", 
     return parse_all
 
 
-def nested(cls: type) -> Callable:
-    return functools.partial(from_dict, cls)
-
-
 # ======================================================================================================================
 # 3. Settings
 #    Takes the path of haineko.json, gives one frozen Settings, with all that can be computed once, and its errors.
@@ -551,18 +548,13 @@ def parse_ip(text: str) -> IPAddress:
 
 
 class Networks:
-    """Set of IP networks; `address in networks` takes as long for 100,000 of them as for ten."""
+    """Set of IP networks."""
 
     def __init__(self, texts: tuple = ()) -> None:
-        self.texts, groups = texts, defaultdict(set)
-        for network in map(functools.partial(ipaddress.ip_network, strict=False), texts):
-            shift = network.max_prefixlen - network.prefixlen
-            groups[network.version, shift].add(int(network.network_address) >> shift)
-        self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
+        self.texts, self.networks = texts, [ipaddress.ip_network(text, strict=False) for text in texts]
 
     def __contains__(self, address: IPAddress) -> bool:
-        version, number = address.version, int(address)
-        return any(version == of and number >> shift in members for of, shift, members in self.groups)
+        return any(address in network for network in self.networks)
 
 
 def is_ip(text: str) -> bool:
@@ -908,7 +900,7 @@ class Httpd:
     trusted_proxies: Networks = config_field(Networks(), parse_networks, "networks whose X-Forwarded-For is believed")
     monitors: Networks = config_field(LOOPBACK, parse_networks, "networks that may read /conf, /queue and /metrics")
     allowed_origins: tuple = config_field((), list_of(parse_origin), "web origins that may POST from a browser")
-    tls: Tls | None = config_field(None, nested(Tls), "certificate and key: serve HTTPS")
+    tls: Tls | None = config_field(None, Tls, "certificate and key: serve HTTPS")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -928,7 +920,7 @@ class Smtpd:
     redirect: tuple = config_field((), list_of(parse_plain_address), "staging: all mail goes there instead")
     subject_prefix: str = config_field("", parse_text, "staging: stands before every subject")
     log: str = config_field("text", one_of(("text", "json"), "form of the log"), "text, or json: one object a line")
-    syslog: Syslog = config_field(Syslog(), nested(Syslog), "the log")
+    syslog: Syslog = config_field(Syslog(), Syslog, "the log")
 
     @property
     def staging(self) -> str:
@@ -986,7 +978,7 @@ class Credentials:
     username: str = config_field("", parse_text, "name to log in with")
     password: Any = config_field("", parse_secret, SECRET_FORMS, secret="line")
     token: Any = config_field("", parse_secret, "session token of temporary credentials of Amazon", secret="line")
-    oauth2: OAuth2 | None = config_field(None, nested(OAuth2), "access tokens instead of a password")
+    oauth2: OAuth2 | None = config_field(None, OAuth2, "access tokens instead of a password")
 
 
 @dataclass(frozen=True, repr=False)
@@ -1079,7 +1071,7 @@ class Route:
 
 def parse_route(value: Any, json_path: str, errors: list) -> Route:
     """Parse a route, or a list of them; the first one holds the others."""
-    first, *others = list_of(nested(Route), required=True)(value, json_path, errors) or (Route(),)
+    first, *others = list_of(functools.partial(from_dict, Route), required=True)(value, json_path, errors) or (Route(),)
     return replace(first, fallbacks=tuple(others)) if others else first
 
 
@@ -1089,16 +1081,16 @@ parse_routes = mapping_of(parse_route, lambda name: "" if "@" in name else match
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Settings:
-    httpd: Httpd = config_field(Httpd(), nested(Httpd))
-    smtpd: Smtpd = config_field(Smtpd(), nested(Smtpd))
-    relayhosts: Relayhosts = config_field(Relayhosts(), nested(Relayhosts))
-    recipients: Recipients | None = config_field(None, nested(Recipients))
+    httpd: Httpd = config_field(Httpd(), Httpd)
+    smtpd: Smtpd = config_field(Smtpd(), Smtpd)
+    relayhosts: Relayhosts = config_field(Relayhosts(), Relayhosts)
+    recipients: Recipients | None = config_field(None, Recipients)
     mailertable: dict = config_field({}, parse_routes)
     sendermt: dict = config_field({}, parse_routes)
-    authinfo: dict = config_field({}, mapping_of(nested(Credentials)))
+    authinfo: dict = config_field({}, mapping_of(functools.partial(from_dict, Credentials)))
     password: Authenticator = config_field(Authenticator({}), mapping_of(parse_login, collect=Authenticator))
-    queue: QueueSettings | None = config_field(None, nested(QueueSettings))
-    dkim: dict = config_field({}, mapping_of(nested(DkimKey), domain_key, "a domain"))
+    queue: QueueSettings | None = config_field(None, QueueSettings)
+    dkim: dict = config_field({}, mapping_of(functools.partial(from_dict, DkimKey), domain_key, "a domain"))
     path: str | None = None
     files: tuple = ()  # (path, stat_key) of all that was read
     hostname = property(lambda self: self.smtpd.hostname)
@@ -1109,7 +1101,7 @@ def load_settings(path: str | None) -> tuple:
     if path is None:
         screen = {"default": Route(mailer="Screen")}
         return resolve_settings(Settings(recipients=Recipients(open_relay=True), mailertable=screen), [])
-    errors, base, aside, files = [], os.path.dirname(path), {}, {path: stat_key(path)}
+    errors, base, aside, exposed, files = [], os.path.dirname(path), {}, set(), {path: stat_key(path)}
     raw = read_json_file(path, path, errors)
     for section, name in raw.items():
         if isinstance(name, str) and section in key_table(Settings):
@@ -1118,13 +1110,14 @@ def load_settings(path: str | None) -> tuple:
             raw[section] = read_json_file(file, f"{section}: {file}", errors)
     settings = from_dict(Settings, raw, "", errors)
     paths = {error.partition(": ")[0] for error in errors}
-    secrets = list(resolve_secrets(settings, "", base, errors))
-    exposed = {aside.get(where.partition(".")[0], path) for where, source, _ in secrets if isinstance(source, str)}
+    for json_path, source, how in resolve_secrets(settings, "", base, errors):
+        if isinstance(source, str):
+            exposed.add(aside.get(json_path.partition(".")[0], path))
+        elif "file" in source and how != "later":
+            name = os.path.join(base, source["file"])
+            files[name] = stat_key(name)
     exposed = sorted(file for file in exposed if files[file] and files[file][3] & 0o004)
     errors += [f"{file}: holds secrets and can be read by everybody; chmod 600 {file}" for file in exposed]
-    sources = [source for _, source, how in secrets if isinstance(source, dict) and how != "later"]
-    names = [os.path.join(base, source["file"]) for source in sources if "file" in source]
-    files.update((name, stat_key(name)) for name in names)
     causes = tuple(f"{json_path}{mark}" for json_path in paths for mark in ".:[")
     settings, dependent = resolve_settings(replace(settings, path=path, files=tuple(files.items())), [])
     for error in dependent:  # without those that only follow from others
@@ -1222,8 +1215,7 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
 
 def _login(login: Credentials, base: str, json_path: str, errors: list) -> Credentials:
     """Return the login with what tokens are fetched with; scope as in the settings."""
-    oauth2 = login.oauth2
-    if not oauth2:
+    if not (oauth2 := login.oauth2):
         return login
     provider, account = "google" if oauth2.service_account else oauth2.provider, oauth2.service_account
     url = oauth2.token_url or PROVIDERS.get(provider, ("",))[0].format(tenant=oauth2.tenant)
@@ -1496,7 +1488,8 @@ class Log:
         with contextlib.suppress(OSError):
             while start < len(octets):
                 if not select.select([], [self.stderr], [], 0 if self.lost else self.PATIENCE)[1]:
-                    self._count_lost(octets.count(b"\n", start))
+                    lines = octets.count(b"\n", start)
+                    self.lost, self.lost_ever = self.lost + lines, self.lost_ever + lines
                     return False
                 with contextlib.suppress(BlockingIOError):  # another process was quicker
                     if self.lost:
@@ -1518,10 +1511,7 @@ class Log:
                 self.syslog.sendto(f"{head}{text}".encode("utf-8", "backslashreplace"), path)
             self.lost = 0
         except OSError:
-            self._count_lost(1)
-
-    def _count_lost(self, lines: int) -> None:
-        self.lost, self.lost_ever = self.lost + lines, self.lost_ever + lines
+            self.lost, self.lost_ever = self.lost + 1, self.lost_ever + 1
 
 
 @functools.lru_cache(maxsize=2)
@@ -1546,10 +1536,9 @@ def json_line(level: str, event: str, message: str, fields: dict) -> str:
 
 def text_line(message: str, queueid: str | None = None, code: str = "", **fields: Any) -> str:
     """Return an event as people and log readers of mail servers read it."""
-    pairs = []
-    for key, value in fields.items():
-        text = LOG_FORMS[key](value) if key in LOG_FORMS else value
-        pairs.append(f"{key}={log_value(text, MAX_TO if key == 'to' and 'relay' in fields else 500)}")
+    shown = {key: LOG_FORMS.get(key, str)(value) for key, value in fields.items()}
+    limits = {"to": MAX_TO} if "relay" in fields else {}
+    pairs = [f"{key}={log_value(value, limits.get(key, 500))}" for key, value in shown.items()]
     words = sanitize(f"{code} {message}".lstrip(), 600)
     return " ".join([*([f"{queueid}:"] if queueid else []), *pairs, f"({words})" if pairs else words])
 
