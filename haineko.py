@@ -679,7 +679,7 @@ RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 15
 def parse_secret(value: Any, json_path: str, errors: list) -> Any:
     """Parse a string, or an object with one key that names the source of the secret."""
     if not isinstance(value, dict):
-        return value if type(value) is str else parse_text(value, json_path, errors)  # _secret() reads its characters
+        return value if type(value) is str else parse_text(value, json_path, errors)  # read_secret() checks it
     kind = next(iter(value), "")
     if len(value) != 1 or kind not in ("file", "env", "command", "credential"):
         errors.append(f"{json_path}: expected {SECRET_FORMS}")
@@ -1546,9 +1546,7 @@ def text_line(message: str, queueid: str | None = None, code: str = "", **fields
 def log_value(value: Any, limit: int = 500) -> str:
     """Return a value for a log line, in quotes if it is empty or has blanks or quotes, "?" for unprintables."""
     value = sanitize(str(value), limit)
-    if value and " " not in value and '"' not in value:
-        return value
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return value if value and " " not in value and '"' not in value else ENCODER.encode(value)
 
 
 class Metrics:
@@ -1559,42 +1557,44 @@ class Metrics:
     def __init__(self) -> None:
         self.table: dict = {}  # {name: (type, help, {label: its values})}
         self.columns: dict = {}  # {(name, *label values): column}; nothing is counted before allocate()
-        self.cells: Any = None
-        self.width = self.row = 0  # columns; row of this process
+        self.rows: list = []  # of all processes
+        self.cells: Any = None  # the row of this one
 
     def allocate(self, table: dict, rows: int) -> None:
         """Make room for the metrics of a table in so many rows; this process gets the last one."""
-        self.table, self.columns, self.row, width = table, {}, rows - 1, 1  # the first cell is the heartbeat
+        self.table, self.columns, width = table, {}, 1  # the first cell is the heartbeat
         for name, (kind, _, labels) in table.items():
             for values in itertools.product(*labels.values()):
                 self.columns[(name, *values)] = width
                 width += len(self.BUCKETS) + 2 if kind == "histogram" else 1
-        self.cells, self.width = memoryview(mmap.mmap(-1, 8 * width * rows)).cast("q"), width
+        cells = memoryview(mmap.mmap(-1, 8 * width * rows)).cast("q")
+        self.rows = [cells[first : first + width] for first in range(0, width * rows, width)]
+        self.cells = self.rows[-1]
 
     def add(self, *key: Any, by: int = 1) -> None:
         """Add to a counter; the key is its name and the values of its labels."""
         if key in self.columns:
-            self.cells[self.row * self.width + self.columns[key]] += by
+            self.cells[self.columns[key]] += by
 
     def set(self, *key: Any, to: int) -> None:
         if key in self.columns:
-            self.cells[self.row * self.width + self.columns[key]] = to
+            self.cells[self.columns[key]] = to
 
     def observe(self, *key: Any, seconds: float) -> None:
         if key in self.columns:
-            first = self.row * self.width + self.columns[key]
-            self.cells[first + bisect.bisect_left(self.BUCKETS, seconds)] += 1
-            self.cells[first + len(self.BUCKETS) + 1] += round(seconds * 1e6)
+            column = self.columns[key]
+            self.cells[column + bisect.bisect_left(self.BUCKETS, seconds)] += 1
+            self.cells[column + len(self.BUCKETS) + 1] += round(seconds * 1e6)
 
     def beat(self) -> None:
-        self.cells[self.row * self.width] = time.monotonic_ns()
+        self.cells[0] = time.monotonic_ns()
 
     def last_beat(self, row: int) -> float:
         """Return when the process with that row was not stuck, in seconds of time.monotonic()."""
-        return self.cells[row * self.width] / 1e9
+        return self.rows[row][0] / 1e9
 
     def total(self, column: int) -> int:
-        return sum(self.cells[column :: self.width])
+        return sum([row[column] for row in self.rows])
 
     def text(self, current: dict) -> str:
         """Return all in Prometheus's text format; `current` are values by key that are no sums, None if unknown."""
@@ -9196,7 +9196,7 @@ class Supervisor:
             gc.freeze()
             gc.set_threshold(20000, 50, 50)
             listeners = [] if slot is None else self.listeners
-            metrics.row = self._row(slot)
+            metrics.cells = metrics.rows[self._row(slot)]
             shared = self.parent_pipe, self.busy_counts, slot, self.wakeup_pair, self.limits
             Worker(listeners, self.settings, *shared).run()
             code = 0

@@ -2846,7 +2846,7 @@ class MetricsTable(unittest.TestCase):
         for row in range(3):
             pid = os.fork()
             if not pid:
-                metrics.row = row
+                metrics.cells = metrics.rows[row]
                 for _ in range(2000):
                     metrics.add("cats_total", "a")
                     metrics.add("cats_total", "unknown")
