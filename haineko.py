@@ -66,8 +66,10 @@ import ssl
 import stat
 import struct
 import sys
+import tempfile
 import threading
 import time
+import traceback
 import urllib.parse
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -77,6 +79,7 @@ from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
 from html import unescape
 from html.parser import HTMLParser
+from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
 from typing import Any, Callable, NamedTuple
 
 __version__ = "1.0.0"
@@ -721,8 +724,6 @@ def read_secret(source: Any, base: str, multiline: bool = False) -> str:
 
 def run_secret_command(command: tuple, base: str) -> bytes:
     """Return what a program prints, run without a shell in the folder of the settings."""
-    from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
-
     with Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, cwd=base or None, start_new_session=True) as process:
         try:
             code = process.wait(SECRET_TIMEOUT)
@@ -829,9 +830,7 @@ class PrivateKey:
     """Private key in PEM, RSA or Ed25519, held by OpenSSL's libcrypto, which Python has loaded already."""
 
     def __init__(self, pem: bytes) -> None:
-        import ctypes
-
-        crypto = libcrypto()
+        ctypes, crypto = libcrypto()
         source = crypto.BIO_new_mem_buf(pem, len(pem))
         self._key = crypto.PEM_read_bio_PrivateKey(source, None, None, b"")  # b"": OpenSSL asks for no passphrase
         crypto.BIO_free(source)
@@ -848,10 +847,9 @@ class PrivateKey:
 
     def sign(self, data: bytes) -> bytes:
         """Return the signature: RSA PKCS #1 v1.5 with SHA-256, or Ed25519. Other threads run meanwhile."""
-        import ctypes
-
-        crypto, size = libcrypto(), ctypes.c_size_t(16384)
-        signature, context = ctypes.create_string_buffer(size.value), crypto.EVP_MD_CTX_new()
+        ctypes, crypto = libcrypto()
+        size, context = ctypes.c_size_t(16384), crypto.EVP_MD_CTX_new()
+        signature = ctypes.create_string_buffer(size.value)
         digest = None if self.is_ed25519 else crypto.EVP_sha256()  # Ed25519 has its own
         ok = crypto.EVP_DigestSignInit(context, None, digest, None, self._key) == 1
         ok = ok and crypto.EVP_DigestSign(context, signature, ctypes.byref(size), data, len(data)) == 1
@@ -868,8 +866,8 @@ def rsa_bits(public: bytes) -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def libcrypto() -> Any:
-    """Return OpenSSL's libcrypto by ctypes; raise OSError if this Python has none that can be used."""
+def libcrypto() -> tuple:
+    """Return ctypes, and OpenSSL's libcrypto by it; raise OSError if this Python has none that can be used."""
     import ctypes
 
     for module in ("_hashlib", "_ssl"):  # are linked with libcrypto, or Python itself is (None)
@@ -879,7 +877,7 @@ def libcrypto() -> Any:
                 result, *arguments = [kind and getattr(ctypes, f"c_{kind}") for kind in prototype.split(" ")]
                 function = getattr(library, name)
                 function.restype, function.argtypes = result or None, arguments
-            return library
+            return ctypes, library
         except (OSError, AttributeError):
             continue
     raise OSError(errno.ENOSYS, "this Python has no OpenSSL libcrypto that can be used")
@@ -1064,8 +1062,6 @@ class Route:
 
     @property
     def folder(self) -> str:
-        import tempfile
-
         return next((p for p in (self.mailer, self.host) if p.startswith("/")), "") or tempfile.gettempdir()
 
 
@@ -1520,8 +1516,6 @@ def timestamp(second: int) -> str:
 
 
 def log_exception(queueid: str | None) -> None:
-    import traceback
-
     lines = traceback.format_exc().splitlines()
     log.lines(*[f"{queueid or '-'}: {sanitize(line, 500)}" for line in lines], level="error")
 
