@@ -612,9 +612,11 @@ def lookup_keys(domain: str) -> list:
     return [domain, *(domain[dot.start() :] for dot in re.finditer(r"\.", domain))]
 
 
-class Rate(NamedTuple):
-    limit: int  # "100/3600": at most so many
-    seconds: int  # in so many seconds
+class Rate(str):
+    """Limit such as "100/3600": so many in so many seconds."""
+
+    limit = property(lambda self: int(self.partition("/")[0]))
+    seconds = property(lambda self: int(self.partition("/")[2]))
 
 
 def iso_time(text: str) -> float:
@@ -644,9 +646,7 @@ parse_base_url = url_parser(BASE_URL, "https://api.example.org", convert=lambda 
 parse_webhook_url = url_parser(WEBHOOK_URL, "https://www.example.org/hook", secret=True)
 parse_token_url = url_parser(WEBHOOK_URL, "https://login.example.org/token")
 parse_region = matching(re.compile("[a-z0-9-]{1,32}"), 'a region like "eu-west-1"', optional=True)
-parse_rate = matching(
-    RATE, '"RECIPIENTS/SECONDS", such as "100/3600"', True, convert=lambda text: Rate(*map(int, text.split("/")))
-)
+parse_rate = matching(RATE, '"RECIPIENTS/SECONDS", such as "100/3600"', optional=True, convert=Rate)
 parse_file = matching(str, "the name of a file", optional=True, convert=lambda name: {"file": name})
 parse_domain = matching(domain_key, "a domain", convert=domain_key)
 PLAIN_ADDRESS = re.compile(rf"(?=.{{3,254}}\Z)[\w+-]+(?:\.[\w+-]+)*@{DOMAIN.pattern}", re.ASCII)
@@ -1350,8 +1350,6 @@ def redacted(value: Any, secret: str = "") -> Any:
     """Return settings as JSON values, each secret as ********."""
     if (secret and value) or (isinstance(value, Login) and value == Login(value.hash)):
         return "********"
-    if isinstance(value, Rate):
-        return f"{value.limit}/{value.seconds}"
     if isinstance(value, Route) and value.fallbacks:
         return [redacted(replace(choice, fallbacks=())) for choice in value.choices]
     if hasattr(value, "__dataclass_fields__"):
@@ -2529,7 +2527,7 @@ def jis_bytes_to_text(octets: bytes) -> str:
 #    have no side effects. CHECKS has them in the order in which faults are reported.
 # ======================================================================================================================
 
-WRONG_LOGINS = Rate(10, 60)
+WRONG_LOGINS = Rate("10/60")
 SANDBOX_ROUTE = Route(mailer="Discard", host="sandbox")
 POSTMARK_PATHS = ("/email", "/email/batch")
 MAX_SEND_AHEAD = 30 * 86400  # seconds
