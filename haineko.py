@@ -29,11 +29,6 @@ Rules of the file:
 
 To add: a relay is a function and a row of RELAYS; a check a function, a row of REPLIES and one of CHECKS; a setting a
 config_field() in section 3; an endpoint a function and a row of ENDPOINTS; a command a function and a row of COMMANDS.
-
-RFCs: 5321 (SMTP), 5322 (messages), 2045-2047 (MIME), 1870 (SIZE), 2920 (PIPELINING), 3207 (STARTTLS), 3461 (DSN), 3463
-(status codes), 3464 (bounces), 4954 (AUTH), 6152 (8BITMIME), 6531 (SMTPUTF8), 8314 (TLS on 465), 2183, 2231, 2387, 2392
-(attachments), 1035 (DNS), 7505 (null MX), 8461 (MTA-STS), 9110, 9112 (HTTP/1.1), 7617 (Basic), 6376, 8463 (DKIM), 6749
-(OAuth 2.0), 7519 (JWT), 7628 (OAUTHBEARER).
 """
 
 from __future__ import annotations
@@ -54,7 +49,6 @@ import hashlib
 import hmac
 import http.client
 import http.server
-import importlib
 import io
 import ipaddress
 import itertools
@@ -72,9 +66,12 @@ import ssl
 import stat
 import struct
 import sys
+import tempfile
 import threading
 import time
+import traceback
 import urllib.parse
+import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -82,6 +79,7 @@ from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
 from html import unescape
 from html.parser import HTMLParser
+from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
 from typing import Any, Callable, NamedTuple
 
 __version__ = "1.0.0"
@@ -93,7 +91,6 @@ __version__ = "1.0.0"
 
 DEFAULT_DSN = (" RET=FULL", " NOTIFY=FAILURE,DELAY")  # parameters of MAIL and of RCPT (RFC 3461)
 LARGE = 65536  # octets; work on more than this takes milliseconds
-ANSWER_KEYS = ("code", "dsn", "command", "message", "mailer", "host", "port")
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 RANDOM_DIGITS = bytes(ord(BASE62[i % 62]) for i in range(256))
 
@@ -119,18 +116,9 @@ class Reply(NamedTuple):
     slug: str = ""  # name in REPLIES of a refusal before delivery
     dialogue: tuple | None = None  # lines of the SMTP dialogue, if the client asked for it
 
-    @property
-    def accepted(self) -> bool:
-        return self.code[0] == "2"
-
-    @property
-    def temporary(self) -> bool:
-        """Return whether to try again: 4yz, or 5yz that only the administrator can fix."""
-        return self.code[0] == "4" or self.route_fault
-
-    @property
-    def relay(self) -> str | None:
-        return f"{self.mailer}:{self.host}:{self.port}" if self.host else self.mailer
+    accepted = property(lambda self: self.code[0] == "2")
+    temporary = property(lambda self: self.code[0] == "4" or self.route_fault)  # to be tried again
+    relay = property(lambda self: f"{self.mailer}:{self.host}:{self.port}" if self.host else self.mailer)
 
     @property
     def log_status(self) -> str:
@@ -200,14 +188,14 @@ def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
     status, code, dsn, command, text = REPLIES[slug]
     origin = "queue" if command == "QUEUE" else "policy" if status and not endpoint.get("mailer") else "relay"
     values = {"command": command, "status": status, "origin": origin, **endpoint}
-    values["slug"] = slug if origin == "policy" else ""
-    return Reply(code, dsn, message=(text % word if "%s" in text else text, *lines), **values)
+    shown = slug if origin == "policy" else ""
+    return Reply(code, dsn, message=(text % word if "%s" in text else text, *lines), slug=shown, **values)
 
 
 def reply_to_dict(recipient: str | None, reply: Reply) -> dict:
     """Return one recipient's item of the answer; `maybe_delivered` and `dialogue` are present only if there is one."""
     item = {"rcpt": recipient, "error": 0 if reply.accepted else 1}
-    item.update([(key, getattr(reply, key)) for key in ANSWER_KEYS])
+    item.update([(key, getattr(reply, key)) for key in ("code", "dsn", "command", "message", "mailer", "host", "port")])
     item.update({} if reply.dialogue is None else {"dialogue": reply.dialogue})
     return {**item, "maybe_delivered": True} if reply.maybe_delivered else item
 
@@ -217,11 +205,7 @@ def cache_short(maxsize: int, limit: int = 512) -> Callable:
 
     def decorate(function: Callable) -> Callable:
         cached = functools.lru_cache(maxsize)(function)
-
-        def call(first: Any, *others: Any) -> Any:
-            return (cached if len(first) <= limit else function)(first, *others)
-
-        return functools.wraps(function)(call)
+        return lambda first, *others: (cached if len(first) <= limit else function)(first, *others)
 
     return decorate
 
@@ -323,8 +307,7 @@ REPLIES = {
 
 # ======================================================================================================================
 # 2. JSON into dataclasses
-#    Takes JSON, gives frozen dataclasses and a list of all errors with JSON paths. A parser(value, json_path, errors)
-#    appends what is wrong to `errors`, and may then return None, which keeps the default.
+#    A parser(value, json_path, errors) appends what is wrong to `errors`, and may then return None, for the default.
 # ======================================================================================================================
 
 MAX_HINTS = 50  # a hint takes some 50 us, and a hostile body has a million keys
@@ -332,10 +315,15 @@ MAX_ERRORS = 1000  # or a hostile body could yield 100 times its own size in mes
 JSON_TYPES = {bool: "true or false", str: "a string", (int, float): "a number", list: "a list", dict: "an object"}
 
 
-class DuplicateKeyDict(dict):
-    """JSON object with repeated keys."""
+class JSONObject(dict):
+    """JSON object that knows which of its keys were repeated."""
 
     duplicate_keys: tuple = ()
+
+    def __init__(self, pairs: list) -> None:
+        dict.__init__(self, pairs)
+        if len(self) < len(pairs):
+            self.duplicate_keys = tuple(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
 
 
 def parse_json(octets: bytes) -> Any:
@@ -348,18 +336,11 @@ def parse_json(octets: bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _object_from_pairs(pairs: list) -> dict:
-    if len(result := dict(pairs)) < len(pairs):
-        result = DuplicateKeyDict(result)
-        result.duplicate_keys = tuple(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-    return result
-
-
 def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_object_from_pairs, parse_constant=_reject_constant)
+DECODER = json.JSONDecoder(object_pairs_hook=JSONObject, parse_constant=_reject_constant)
 ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False)
 
 
@@ -368,12 +349,12 @@ def encode_json(document: Any) -> bytes:
 
 
 def config_field(default: Any, parse: Callable, doc: str = "", key: str = "", secret: str = "") -> Any:
-    """Return a dataclass field for from_dict(): default, parser, meaning, keys in JSON ("a|b" are aliases), and how a
-    secret is read: "line", "text" of several lines, or "later", each time that it is used."""
+    """Return a dataclass field for from_dict(): default, parser or class, meaning, keys in JSON ("a|b" are aliases),
+    and how a secret is read: "line", "text" of several lines, or "later", each time that it is used."""
+    parse = functools.partial(from_dict, parse) if isinstance(parse, type) else parse
     metadata = {"parse": parse, "doc": doc, "keys": tuple(key.split("|")) if key else (), "secret": secret}
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    values: dict = {"default_factory": dict} if isinstance(default, dict) else {"default": default}
+    return field(**values, metadata=metadata)
 
 
 def from_dict(cls: type, raw: Any, json_path: str, errors: list, hint: Callable | None = None) -> Any:
@@ -382,8 +363,7 @@ def from_dict(cls: type, raw: Any, json_path: str, errors: list, hint: Callable 
         errors.append(f"{json_path or 'top level'}: expected an object, got {json_type_name(raw)}")
         return cls()
     known, values, prefix = key_table(cls), {}, json_path and json_path + "."
-    if type(raw) is DuplicateKeyDict:
-        errors.extend(f"{prefix}{sanitize(key)}: duplicate key" for key in raw.duplicate_keys[:MAX_ERRORS])
+    errors.extend(f"{prefix}{sanitize(key)}: duplicate key" for key in getattr(raw, "duplicate_keys", ())[:MAX_ERRORS])
     for key, value in raw.items():
         name, parse = known.get(key, ("", None))
         if name and value is not None:
@@ -424,24 +404,21 @@ def sanitize(text: str, limit: int = 200, keep: str = "") -> str:
 
 def mask_secrets(text: str, secrets: Any) -> str:
     """Return a text without the secrets, and without parts of 16 characters: servers cut and fold what they repeat."""
-    hidden: set = set()
+    marked = list(text)
     for secret in secrets:
         size = min(len(secret), 16)
-        parts = {secret[i : i + size] for i in range(len(secret) - size + 1)}
-        starts = [i for i in range(len(text) - size + 1) if text[i : i + size] in parts]
-        hidden.update(i for start in starts for i in range(start, start + size))
-    marked = "".join("\0" if i in hidden else c for i, c in enumerate(text))
-    return re.sub("\0+", "********", marked) if hidden else text
+        for start in range(len(text) - size + 1):
+            if text[start : start + size] in secret:
+                marked[start : start + size] = "\0" * size
+    return re.sub("\0+", "********", "".join(marked))
 
 
 def parse_text(value: Any, json_path: str, errors: list) -> str:
     """Parse a string without control characters; "" if it is none."""
-    if type(value) is not str:
-        errors.append(f"{json_path}: expected a string, got {json_type_name(value)}")
-    elif not value.isprintable():
-        errors.append(f"{json_path}: has an unprintable character")
-    else:
+    if type(value) is str and value.isprintable():
         return value
+    fault = "has an unprintable character" if type(value) is str else f"expected a string, got {json_type_name(value)}"
+    errors.append(f"{json_path}: {fault}")
     return ""
 
 
@@ -452,8 +429,8 @@ def matching(pattern: Any, expected: str, optional: bool = False, secret: bool =
     def parse(value: Any, json_path: str, errors: list) -> Any:
         text = parse_text(value, json_path, errors)
         with contextlib.suppress(ValueError):
-            if accepts(text) or (optional and not text):
-                return convert(text)
+            if (optional and not text) or accepts(text):
+                return convert(text) if text else text
         if text == value:  # else parse_text() has reported it
             errors.append(f"{json_path}: expected {expected}" + ("" if secret else f', got "{sanitize(text)}"'))
         return None
@@ -481,7 +458,6 @@ def parse_boolean(value: Any, json_path: str, errors: list) -> bool | None:
 
 
 def integer(low: int, high: int) -> Callable:
-
     def parse(value: Any, json_path: str, errors: list) -> int | None:
         if type(value) is int and low <= value <= high:
             return value
@@ -525,14 +501,9 @@ def mapping_of(parse: Callable, fold: Callable = str, expected: str = "a name", 
     return parse_all
 
 
-def nested(cls: type) -> Callable:
-    return functools.partial(from_dict, cls)
-
-
 # ======================================================================================================================
 # 3. Settings
 #    Takes the path of haineko.json, gives one frozen Settings, with all that can be computed once, and its errors.
-#    Each field states its default, limits and meaning; the example file is made from them.
 # ======================================================================================================================
 
 IPAddress = Any  # ipaddress.IPv4Address or IPv6Address
@@ -542,25 +513,19 @@ _LDH = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # letters, digits, hyph
 HOSTNAME = re.compile(rf"(?=.{{1,255}}\Z)(?:{_LDH}\.)*(?=[0-9-]*[A-Za-z]){_LDH}")  # RFC 5321 4.1.2, and no number
 LOCALDOMAIN = ".localdomain"
 IDNA_DEVIATIONS = "ßς\u200c\u200d"  # IDNA 2003 and 2008 map them to different domains, RFC 5894 7.2
-DOMAIN_KEYS = '"example.jp", ".example.jp" or "default"'
-LISTEN_ADDRESS = re.compile(r"(?:[^:]+|\[[^]]+\]):([0-9]{1,5})|unix:/.*")
-NAME_SERVER = re.compile(r"\[([^]]+)\]:(\d{1,5})|([^:]+):(\d{1,5})|(\S+)")
-BASE_URL = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?(?:/[A-Za-z0-9/._~-]*)?")
-WEBHOOK_URL = re.compile(
-    r"(?P<base>https?://(?P<host>[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?)(?P<path>/[!-~]*)?"
-)
+PORT = r"(?:[0-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+_SITE = rf"(?P<base>https?://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::{PORT})?)"
+BASE_URL, WEBHOOK_URL = re.compile(_SITE + "(?:/[A-Za-z0-9/._~-]*)?"), re.compile(_SITE + "(?P<path>/[!-~]*)?")
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+", re.IGNORECASE)
-FACILITIES = (
-    "kern user mail daemon auth syslog lpr news uucp cron - - - - - - local0 local1 local2 local3 local4 local5"
-)
-FACILITIES = {name: i for i, name in enumerate(f"{FACILITIES} local6 local7".split()) if name != "-"}  # RFC 3164 4.1.1
+_FACILITIES = "kern user mail daemon auth syslog lpr news uucp cron"  # RFC 3164 4.1.1
+FACILITIES = {**{name: i for i, name in enumerate(_FACILITIES.split())}, **{f"local{i}": 16 + i for i in range(8)}}
 RATE = re.compile("[1-9][0-9]{0,8}/[1-9][0-9]{0,6}")
 _BASE64 = r"((?:[A-Za-z0-9+/]{4})*[A-Za-z0-9+/]{2}(?:[A-Za-z0-9+/]{2}|[A-Za-z0-9+/]=|==))"
 SCRYPT = re.compile(rf"\$scrypt\$ln=(1[0-9]),r=([1-9]|1[0-6]),p=([1-9])\${_BASE64}\${_BASE64}")  # 1 GiB at most
 SSHA = re.compile(rf"{{SSHA}}(?=.{{27}}[^=]){_BASE64}")  # of 21 octets or more: SHA-1 of password and salt, salt
-MAX_MEMORY = (1 << 31) - 1  # of scrypt: more than what SCRYPT admits takes
 KEY_HASH = "$sha256$"
 NEW_COST = 5  # OWASP's N=2**14, r=8, p=5: as hard as N=2**17, p=1 in an eighth of the memory, 16 MiB
+RETRY_AFTER = (60, 300, 900, 1800, 3600, 7200, 14400)  # seconds, give or take a fifth; the last one repeats
 SECRET_TIMEOUT = 10  # seconds
 SECRET_FORMS = 'a string, {"file": path}, {"env": NAME}, {"command": [program, argument]} or {"credential": NAME}'
 MICROSOFT, MAIL = "https://login.microsoftonline.com/{tenant}/oauth2/v2.0/token", "https://mail.google.com/"
@@ -575,8 +540,6 @@ LIBCRYPTO = {  # function: types of its result and arguments in ctypes
     "EVP_MD_CTX_new": "void_p", "EVP_MD_CTX_free": " void_p", "EVP_sha256": "void_p",
     "EVP_DigestSignInit": "int void_p void_p void_p void_p void_p",
     "EVP_DigestSign": "int void_p char_p void_p char_p size_t", "i2d_PUBKEY": "int void_p void_p",
-    "EVP_DigestVerifyInit": "int void_p void_p void_p void_p void_p",
-    "EVP_DigestVerify": "int void_p char_p size_t char_p size_t", "d2i_PUBKEY": "void_p void_p void_p long",
 }  # fmt: skip
 
 
@@ -588,18 +551,13 @@ def parse_ip(text: str) -> IPAddress:
 
 
 class Networks:
-    """Set of IP networks; `address in networks` takes as long for 100,000 of them as for ten."""
+    """Set of IP networks."""
 
     def __init__(self, texts: tuple = ()) -> None:
-        self.texts, groups = texts, defaultdict(set)
-        for network in map(functools.partial(ipaddress.ip_network, strict=False), texts):
-            shift = network.max_prefixlen - network.prefixlen
-            groups[network.version, shift].add(int(network.network_address) >> shift)
-        self.groups = tuple((version, shift, members) for (version, shift), members in groups.items())
+        self.texts, self.networks = texts, [ipaddress.ip_network(text, strict=False) for text in texts]
 
     def __contains__(self, address: IPAddress) -> bool:
-        version, number = address.version, int(address)
-        return any(version == of and number >> shift in members for of, shift, members in self.groups)
+        return any(address in network for network in self.networks)
 
 
 def is_ip(text: str) -> bool:
@@ -610,9 +568,9 @@ def is_ip(text: str) -> bool:
 
 def name_server_endpoint(text: str) -> tuple:
     """Return (IP address, port) of "address", "address:port" or "[v6]:port"; () if it is none of them."""
-    found = NAME_SERVER.fullmatch(text)
-    name, port = (found[1] or found[3] or found[5], int(found[2] or found[4] or 53)) if found else ("", 0)
-    return (name, port) if is_ip(name) and 0 < port < 65536 else ()
+    name, _, port = text.rpartition(":") if "]:" in text or text.count(":") == 1 else (text, "", "53")
+    name = name.strip("[]")
+    return (name, int(port)) if is_ip(name) and re.fullmatch(PORT, port) and int(port) else ()
 
 
 def url_parser(pattern: re.Pattern, example: str, **options: Any) -> Callable:
@@ -641,20 +599,12 @@ def domain_key(name: str) -> str:
     return domain if DOMAIN.fullmatch(domain) or re.fullmatch(r"\[[0-9a-z:.]+\]", domain) else ""
 
 
-def table_key(name: str) -> str:
-    """Return a domain, or ".domain" for those below it, likewise."""
-    key = domain_key(name[1:] if name.startswith(".") else name)
-    return f".{key}" if key and name.startswith(".") else key
-
-
-def recipient_key(text: str) -> str:
-    """Return an address in lower case and ASCII as policy compares it, "" if it is none."""
-    local, _, domain = text.rpartition("@")
-    return f"{local.lower()}@{key}" if local and (key := domain_key(domain)) else ""
-
-
-def fence_key(text: str) -> str:
-    return recipient_key(text) if "@" in text else table_key(text)
+def match_key(text: str) -> str:
+    """Return a domain, ".domain" for those below it, or an address, likewise."""
+    local, at, name = text.rpartition("@")
+    dot = "." if name.startswith(".") and not at else ""
+    key = domain_key(name[len(dot) :])
+    return f"{local.lower()}{at}{dot}{key}" if key and bool(local) == bool(at) else ""
 
 
 def lookup_keys(domain: str) -> list:
@@ -662,11 +612,11 @@ def lookup_keys(domain: str) -> list:
     return [domain, *(domain[dot.start() :] for dot in re.finditer(r"\.", domain))]
 
 
-class Rate(NamedTuple):
-    """A limit such as "100/3600": so many in so many seconds."""
+class Rate(str):
+    """Limit such as "100/3600": so many in so many seconds."""
 
-    limit: int
-    seconds: int
+    limit = property(lambda self: int(self.partition("/")[0]))
+    seconds = property(lambda self: int(self.partition("/")[2]))
 
 
 def iso_time(text: str) -> float:
@@ -683,10 +633,8 @@ def parse_mailer(value: Any, json_path: str, errors: list) -> str:
 LOOPBACK = Networks(("127.0.0.0/8", "::1"))
 parse_network = matching(functools.partial(ipaddress.ip_network, strict=False), "an IP address or network")
 parse_networks = list_of(parse_network, lambda texts: Networks(tuple(texts)))
-parse_listen_address = matching(
-    lambda text: (found := LISTEN_ADDRESS.fullmatch(text)) and int(found[1] or 0) < 65536,
-    '"host:port", "[v6]:port" or "unix:/path"',
-)
+LISTEN_ADDRESS = re.compile(rf"(?:[^:]+|\[[^]]+\]):{PORT}|unix:/.*")
+parse_listen_address = matching(LISTEN_ADDRESS, '"host:port", "[v6]:port" or "unix:/path"')
 parse_listen = list_of(parse_listen_address, required=True)
 parse_host = matching(  # or a folder, for the relay File
     lambda text: text.startswith("/") or DOMAIN.fullmatch(text) or is_ip(text), "a host name or an IP address"
@@ -698,19 +646,14 @@ parse_base_url = url_parser(BASE_URL, "https://api.example.org", convert=lambda 
 parse_webhook_url = url_parser(WEBHOOK_URL, "https://www.example.org/hook", secret=True)
 parse_token_url = url_parser(WEBHOOK_URL, "https://login.example.org/token")
 parse_region = matching(re.compile("[a-z0-9-]{1,32}"), 'a region like "eu-west-1"', optional=True)
-parse_rate = matching(
-    RATE,
-    '"RECIPIENTS/SECONDS", such as "100/3600"',
-    optional=True,
-    convert=lambda text: Rate(*map(int, text.split("/"))) if text else None,
-)
-parse_file = matching(str, "the name of a file", optional=True, convert=lambda name: name and {"file": name})
+parse_rate = matching(RATE, '"RECIPIENTS/SECONDS", such as "100/3600"', optional=True, convert=Rate)
+parse_file = matching(str, "the name of a file", optional=True, convert=lambda name: {"file": name})
 parse_domain = matching(domain_key, "a domain", convert=domain_key)
 PLAIN_ADDRESS = re.compile(rf"(?=.{{3,254}}\Z)[\w+-]+(?:\.[\w+-]+)*@{DOMAIN.pattern}", re.ASCII)
 parse_plain_address = matching(PLAIN_ADDRESS, "an address")
-parse_recipient = matching(recipient_key, "an address", convert=recipient_key)
-parse_fence = list_of(matching(fence_key, 'an address, "example.org" or ".example.org"', convert=fence_key), frozenset)
-parse_alias = list_of(matching(recipient_key, "an address"), required=True)
+parse_recipient = matching(lambda text: "@" in text and match_key(text), "an address", convert=match_key)
+parse_fence = list_of(matching(match_key, 'an address, "example.org" or ".example.org"', convert=match_key), frozenset)
+parse_alias = list_of(matching(lambda text: "@" in text and match_key(text), "an address"), required=True)
 parse_aliases = mapping_of(parse_alias, lambda name: "" if "@" in name else name.lower(), "a name without @")
 PASSWORD_HASH = re.compile(rf"{SCRYPT.pattern}|{SSHA.pattern}|\$sha256\$[0-9a-f]{{64}}")
 parse_password_hash = matching(PASSWORD_HASH, "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True)
@@ -739,7 +682,7 @@ RELAYS: dict[str, Relay] = {}  # by name; filled at the end of section 15
 def parse_secret(value: Any, json_path: str, errors: list) -> Any:
     """Parse a string, or an object with one key that names the source of the secret."""
     if not isinstance(value, dict):
-        return value if type(value) is str else parse_text(value, json_path, errors)  # _secret() reads its characters
+        return value if type(value) is str else parse_text(value, json_path, errors)  # read_secret() checks it
     kind = next(iter(value), "")
     if len(value) != 1 or kind not in ("file", "env", "command", "credential"):
         errors.append(f"{json_path}: expected {SECRET_FORMS}")
@@ -754,28 +697,26 @@ def read_secret(source: Any, base: str, multiline: bool = False) -> str:
     if isinstance(source, str):
         return source
     ((kind, where),) = source.items()
-    name = where[0] if kind == "command" else where
     folder = os.environ.get("CREDENTIALS_DIRECTORY", "") if kind == "credential" else base
     if kind == "credential" and ("/" in where or not folder):
         raise ValueError(f".credential: no credential {where}: LoadCredential= of systemd gives it to a unit")
-    if kind == "env" and where not in os.environ:
-        raise ValueError(f".env: no environment variable {where}")
     try:
         if kind == "command":
-            octets = run_secret_command(where, base)
+            output = run_secret_command(where, base)
+            octets = output if multiline else output.partition(b"\n")[0]
         elif kind == "env":
             octets = os.fsencode(os.environ[where])
         else:
             with open_regular(os.path.join(folder, where)) as stream:
-                octets = stream.read()
                 if os.fstat(stream.fileno()).st_mode & 0o006:
                     raise ValueError(f".{kind}: can be read by everybody; chmod 600 {where}")
+                octets = stream.read()
         secret = octets.decode().rstrip("\r\n")
-    except UnicodeDecodeError:
-        raise ValueError(f".{kind}: {name}: not UTF-8") from None
-    except OSError as error:
-        raise ValueError(f".{kind}: {name}: {error.strerror}") from None
-    secret = secret.partition("\n")[0].rstrip("\r") if kind == "command" and not multiline else secret
+    except KeyError:
+        raise ValueError(f".env: no environment variable {where}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        name = where[0] if kind == "command" else where
+        raise ValueError(f".{kind}: {name}: {getattr(error, 'strerror', 'not UTF-8')}") from None
     if not (multiline or secret.isprintable()):
         raise ValueError(": has a line end, or another unprintable character")
     return secret
@@ -783,8 +724,6 @@ def read_secret(source: Any, base: str, multiline: bool = False) -> str:
 
 def run_secret_command(command: tuple, base: str) -> bytes:
     """Return what a program prints, run without a shell in the folder of the settings."""
-    from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
-
     with Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, cwd=base or None, start_new_session=True) as process:
         try:
             code = process.wait(SECRET_TIMEOUT)
@@ -813,38 +752,29 @@ class Authenticator:
         self.key = os.urandom(32)  # so that memory holds no plain digest of a password
         self.semaphore = threading.Semaphore(2)  # scrypt takes 16 MiB and a core each
 
-    def cached_login(self, credentials: str) -> str:
-        """Return the login of an API key, or of a password that was verified lately, "" for none."""
-        user, colon, password = decode_basic(credentials)
-        if self.keys and (name := self.keys.get(key_hash(password if colon else user))):  # a digest leaks no timing
+    def authenticate(self, credentials: str, cached: bool = False) -> str:
+        """Return the login that an Authorization header (RFC 7617) proves, "" for none. A password takes a tenth of a
+        second, unless it was verified lately; `cached`: only what takes no time."""
+        scheme, _, token = credentials.partition(" ")
+        user, colon, password = "", "", ""
+        with contextlib.suppress(ValueError):
+            if scheme.lower() == "basic":
+                user, colon, password = base64.b64decode(token.strip(), validate=True).decode().partition(":")
+        if name := self.keys.get(key_hash(password if colon else user)):  # a digest leaks no timing
             return name
-        known = self.verified and self.verified.get(hmac.digest(self.key, credentials.encode(), "sha256"), 0)
-        return user if known and known > time.monotonic() else ""
-
-    def authenticate(self, credentials: str) -> str:
-        """Return the login that an Authorization header proves, "" for none; a password takes a tenth of a second."""
-        name, (user, colon, password) = self.cached_login(credentials), decode_basic(credentials)
-        if name or not colon:
-            return name
+        digest, now = hmac.digest(self.key, credentials.encode(), "sha256"), time.monotonic()
+        known = self.verified.get(digest, 0) > now
+        if known or cached or not colon:
+            return user if known else ""
         line = self.logins[user].hash if user in self.logins else ""
         with self.semaphore:
-            right = bool(line) and verify_password(line, password)
+            right = verify_password(line, password)
             if rest := self.cost - scrypt_cost(line):  # or the time would reveal which users exist
                 scrypt(password, b"", parallel=rest)
         if right:
-            now = time.monotonic()
             self.verified = {key: expires for key, expires in self.verified.items() if expires > now}
-            self.verified[hmac.digest(self.key, credentials.encode(), "sha256")] = now + self.CACHE_TTL
+            self.verified[digest] = now + self.CACHE_TTL
         return user if right else ""
-
-
-def decode_basic(credentials: str) -> tuple:
-    """Return (user, ":", password) of an Authorization header (RFC 7617), empty strings if it is malformed."""
-    scheme, _, token = credentials.partition(" ")
-    text = ""
-    with contextlib.suppress(ValueError):
-        text = base64.b64decode(token.strip(), validate=True).decode() if scheme.lower() == "basic" else ""
-    return text.partition(":")
 
 
 def parse_login(value: Any, json_path: str, errors: list) -> Login | None:
@@ -859,14 +789,13 @@ def parse_login(value: Any, json_path: str, errors: list) -> Login | None:
 
 def verify_password(line: str, password: str) -> bool:
     """Return whether `line` (scrypt or {SSHA}) is the hash of the password. Those of keys are looked up instead."""
-    if line.startswith(KEY_HASH):
-        return False
-    found = SCRYPT.fullmatch(line)
-    if not found:
+    if line.startswith("{SSHA}"):
         octets = base64.b64decode(line[len("{SSHA}") :])
         return hmac.compare_digest(hashlib.sha1(password.encode() + octets[20:]).digest(), octets[:20])
-    cost, block, parallel = (int(n) for n in found.groups()[:3])
-    salt, digest = (base64.b64decode(item) for item in found.groups()[3:])
+    if not (found := SCRYPT.fullmatch(line)):
+        return False
+    cost, block, parallel = map(int, found.groups()[:3])
+    salt, digest = map(base64.b64decode, found.groups()[3:])
     return hmac.compare_digest(scrypt(password, salt, cost, block, parallel), digest)
 
 
@@ -888,44 +817,39 @@ def hash_password(password: str) -> str:
 
 
 def scrypt(password: str, salt: bytes, cost: int = 14, block: int = 8, parallel: int = NEW_COST) -> bytes:
-    return hashlib.scrypt(password.encode(), salt=salt, n=1 << cost, r=block, p=parallel, maxmem=MAX_MEMORY)
+    return hashlib.scrypt(password.encode(), salt=salt, n=1 << cost, r=block, p=parallel, maxmem=(1 << 31) - 1)
 
 
 def scrypt_cost(line: str) -> int:
     """Return the time to verify a line, in units of N=2**14, r=8, p=1; 0 for {SSHA}."""
     found = SCRYPT.fullmatch(line)
-    cost, block, parallel = (int(n) for n in found.groups()[:3]) if found else (0, 0, 0)
-    return (parallel * block << cost) >> 17
+    return (int(found[3]) * int(found[2]) << int(found[1])) >> 17 if found else 0
 
 
 class PrivateKey:
     """Private key in PEM, RSA or Ed25519, held by OpenSSL's libcrypto, which Python has loaded already."""
 
-    ED25519_INFO = bytes.fromhex("302a300506032b6570032100")  # stands before the 32 octets of the key, RFC 8410 4
-
     def __init__(self, pem: bytes) -> None:
-        import ctypes
-
-        crypto, buffer = libcrypto(), ctypes.create_string_buffer(16384)
-        self._free, source = crypto.EVP_PKEY_free, crypto.BIO_new_mem_buf(pem, len(pem))
+        ctypes, crypto = libcrypto()
+        source = crypto.BIO_new_mem_buf(pem, len(pem))
         self._key = crypto.PEM_read_bio_PrivateKey(source, None, None, b"")  # b"": OpenSSL asks for no passphrase
         crypto.BIO_free(source)
         crypto.ERR_clear_error()  # or this thread's next TLS call would find what was left
         if not self._key:
             raise ValueError("expected a PEM private key without a passphrase")
-        fits = 0 < crypto.i2d_PUBKEY(self._key, None) <= len(buffer)
-        size = crypto.i2d_PUBKEY(self._key, ctypes.byref(ctypes.cast(buffer, ctypes.c_void_p))) if fits else 0
-        self.public = buffer.raw[:size]  # SubjectPublicKeyInfo (RFC 5280 4.1) in DER
-        self.is_ed25519 = self.public.startswith(self.ED25519_INFO)
+        weakref.finalize(self, crypto.EVP_PKEY_free, self._key)
+        buffer = ctypes.create_string_buffer(max(crypto.i2d_PUBKEY(self._key, None), 1))
+        crypto.i2d_PUBKEY(self._key, ctypes.byref(ctypes.cast(buffer, ctypes.c_void_p)))
+        self.public = buffer.raw  # SubjectPublicKeyInfo (RFC 5280 4.1) in DER
+        self.is_ed25519 = self.public.startswith(bytes.fromhex("302a300506032b6570032100"))  # RFC 8410 4
         if not self.is_ed25519 and rsa_bits(self.public) < 2048:
             raise ValueError("expected an Ed25519 key, or an RSA key of 2048 bits or more")
 
     def sign(self, data: bytes) -> bytes:
         """Return the signature: RSA PKCS #1 v1.5 with SHA-256, or Ed25519. Other threads run meanwhile."""
-        import ctypes
-
-        crypto, size = libcrypto(), ctypes.c_size_t(16384)
-        signature, context = ctypes.create_string_buffer(size.value), crypto.EVP_MD_CTX_new()
+        ctypes, crypto = libcrypto()
+        size, context = ctypes.c_size_t(16384), crypto.EVP_MD_CTX_new()
+        signature = ctypes.create_string_buffer(size.value)
         digest = None if self.is_ed25519 else crypto.EVP_sha256()  # Ed25519 has its own
         ok = crypto.EVP_DigestSignInit(context, None, digest, None, self._key) == 1
         ok = ok and crypto.EVP_DigestSign(context, signature, ctypes.byref(size), data, len(data)) == 1
@@ -933,25 +857,6 @@ class PrivateKey:
         if not ok:
             raise OSError(errno.EIO, "libcrypto can't sign with this key")
         return signature.raw[: size.value]
-
-    @classmethod
-    def verify(cls, public: bytes, data: bytes, signature: bytes) -> bool:
-        """Return whether a signature is valid by a public key, a SubjectPublicKeyInfo in DER."""
-        import ctypes
-
-        crypto, context = libcrypto(), libcrypto().EVP_MD_CTX_new()
-        key = crypto.d2i_PUBKEY(None, ctypes.byref(ctypes.c_char_p(public)), len(public))
-        digest = None if public.startswith(cls.ED25519_INFO) else crypto.EVP_sha256()
-        valid = bool(key) and crypto.EVP_DigestVerifyInit(context, None, digest, None, key) == 1
-        valid = valid and crypto.EVP_DigestVerify(context, signature, len(signature), data, len(data)) == 1
-        crypto.EVP_MD_CTX_free(context)
-        crypto.EVP_PKEY_free(key)
-        crypto.ERR_clear_error()
-        return valid
-
-    def __del__(self) -> None:
-        if getattr(self, "_key", None):
-            self._free(self._key)
 
 
 def rsa_bits(public: bytes) -> int:
@@ -961,20 +866,20 @@ def rsa_bits(public: bytes) -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def libcrypto() -> Any:
-    """Return OpenSSL's libcrypto by ctypes; raise OSError if this Python has none that can be used."""
+def libcrypto() -> tuple:
+    """Return ctypes, and OpenSSL's libcrypto by it; raise OSError if this Python has none that can be used."""
     import ctypes
 
-    for module in ("_hashlib", "_ssl", ""):  # linked with libcrypto; "": Python itself is
+    for module in ("_hashlib", "_ssl"):  # are linked with libcrypto, or Python itself is (None)
         try:
-            library = ctypes.CDLL(importlib.import_module(module).__file__ if module else None)
+            library = ctypes.CDLL(getattr(sys.modules.get(module), "__file__", None))
             for name, prototype in LIBCRYPTO.items():
                 result, *arguments = [kind and getattr(ctypes, f"c_{kind}") for kind in prototype.split(" ")]
                 function = getattr(library, name)
                 function.restype, function.argtypes = result or None, arguments
-        except (ImportError, OSError, AttributeError):
+            return ctypes, library
+        except (OSError, AttributeError):
             continue
-        return library
     raise OSError(errno.ENOSYS, "this Python has no OpenSSL libcrypto that can be used")
 
 
@@ -993,7 +898,7 @@ class Httpd:
     trusted_proxies: Networks = config_field(Networks(), parse_networks, "networks whose X-Forwarded-For is believed")
     monitors: Networks = config_field(LOOPBACK, parse_networks, "networks that may read /conf, /queue and /metrics")
     allowed_origins: tuple = config_field((), list_of(parse_origin), "web origins that may POST from a browser")
-    tls: Tls | None = config_field(None, nested(Tls), "certificate and key: serve HTTPS")
+    tls: Tls | None = config_field(None, Tls, "certificate and key: serve HTTPS")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -1013,7 +918,7 @@ class Smtpd:
     redirect: tuple = config_field((), list_of(parse_plain_address), "staging: all mail goes there instead")
     subject_prefix: str = config_field("", parse_text, "staging: stands before every subject")
     log: str = config_field("text", one_of(("text", "json"), "form of the log"), "text, or json: one object a line")
-    syslog: Syslog = config_field(Syslog(), nested(Syslog), "the log")
+    syslog: Syslog = config_field(Syslog(), Syslog, "the log")
 
     @property
     def staging(self) -> str:
@@ -1027,11 +932,7 @@ class Smtpd:
 class QueueSettings:
     path: str = config_field("", parse_text, "the file, relative to this one")
     lifetime: int = config_field(432000, integer(1, 31536000), "seconds until a mail is given up")
-    retry_after: tuple = config_field(
-        (60, 300, 900, 1800, 3600, 7200, 14400),
-        list_of(integer(0, 604800), required=True),
-        "seconds between attempts, give or take a fifth; the last one repeats",
-    )
+    retry_after: tuple = config_field(RETRY_AFTER, list_of(integer(0, 604800), required=True), "seconds between tries")
     min_free: int = config_field(100 << 20, integer(0, 1 << 50), "octets that must be free on its disk")
     webhook: str = config_field("", parse_webhook_url, "URL to which the result of each queued recipient is POSTed")
     webhook_secret: Any = config_field("", parse_secret, '"whsec_" and base64 of 24 to 64 octets', secret="line")
@@ -1061,9 +962,7 @@ class OAuth2:
     scope: str = config_field("", parse_text, "what a token is to permit")
     client_id: str = config_field("", parse_text, "the application's id")
     client_secret: Any = config_field("", parse_secret, SECRET_FORMS, secret="line")
-    refresh_token: Any = config_field(
-        "", parse_secret, "of a user, else tokens are the application's own", secret="later"
-    )
+    refresh_token: Any = config_field("", parse_secret, "of a user; else tokens are the application's", secret="later")
     service_account: Any = config_field("", parse_file, "JSON file of a Google service account", secret="text")
     access_token: Any = config_field("", parse_secret, "the token itself, usually by a command", secret="later")
     base: str = ""  # folder of the settings
@@ -1077,7 +976,7 @@ class Credentials:
     username: str = config_field("", parse_text, "name to log in with")
     password: Any = config_field("", parse_secret, SECRET_FORMS, secret="line")
     token: Any = config_field("", parse_secret, "session token of temporary credentials of Amazon", secret="line")
-    oauth2: OAuth2 | None = config_field(None, nested(OAuth2), "access tokens instead of a password")
+    oauth2: OAuth2 | None = config_field(None, OAuth2, "access tokens instead of a password")
 
 
 @dataclass(frozen=True, repr=False)
@@ -1147,26 +1046,12 @@ class Route:
     def __hash__(self) -> int:
         return hash((self.mailer, self.host, self.port, self.address))  # cheap: routes are keys of the session pools
 
-    @property
-    def choices(self) -> tuple:
-        return (self, *self.fallbacks)
-
-    @property
-    def limit_key(self) -> str:
-        """Return the name of what `sessions` and `rate` limit: a server, or an account of it."""
-        return " ".join([self.mailer, self.host, str(self.port), *self.credentials[:1]])
-
-    @property
-    def relay(self) -> str:
-        return "File" if self.mailer.startswith("/") else self.mailer
-
-    @property
-    def row(self) -> Relay:
-        return RELAYS.get(self.relay, UNKNOWN_RELAY)
-
-    @property
-    def endpoint(self) -> dict:
-        return {"mailer": self.mailer, "host": self.host, "port": self.port}
+    choices = property(lambda self: (self, *self.fallbacks))
+    relay = property(lambda self: "File" if self.mailer.startswith("/") else self.mailer)
+    row = property(lambda self: RELAYS.get(self.relay, UNKNOWN_RELAY))
+    endpoint = property(lambda self: {"mailer": self.mailer, "host": self.host, "port": self.port})
+    # what `sessions` and `rate` limit: a server, or an account of it
+    limit_key = property(lambda self: " ".join([self.mailer, self.host, str(self.port), *self.credentials[:1]]))
 
     @property
     def url(self) -> str:
@@ -1177,35 +1062,34 @@ class Route:
 
     @property
     def folder(self) -> str:
-        import tempfile
-
         return next((p for p in (self.mailer, self.host) if p.startswith("/")), "") or tempfile.gettempdir()
 
 
 def parse_route(value: Any, json_path: str, errors: list) -> Route:
     """Parse a route, or a list of them; the first one holds the others."""
-    first, *others = list_of(nested(Route), required=True)(value, json_path, errors) or (Route(),)
+    first, *others = list_of(functools.partial(from_dict, Route), required=True)(value, json_path, errors) or (Route(),)
     return replace(first, fallbacks=tuple(others)) if others else first
+
+
+ROUTE_KEYS = '"example.jp", ".example.jp" or "default"'
+parse_routes = mapping_of(parse_route, lambda name: "" if "@" in name else match_key(name), ROUTE_KEYS)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Settings:
-    httpd: Httpd = config_field(Httpd(), nested(Httpd))
-    smtpd: Smtpd = config_field(Smtpd(), nested(Smtpd))
-    relayhosts: Relayhosts = config_field(Relayhosts(), nested(Relayhosts))
-    recipients: Recipients | None = config_field(None, nested(Recipients))
-    mailertable: dict = config_field({}, mapping_of(parse_route, table_key, DOMAIN_KEYS))
-    sendermt: dict = config_field({}, mapping_of(parse_route, table_key, DOMAIN_KEYS))
-    authinfo: dict = config_field({}, mapping_of(nested(Credentials)))
+    httpd: Httpd = config_field(Httpd(), Httpd)
+    smtpd: Smtpd = config_field(Smtpd(), Smtpd)
+    relayhosts: Relayhosts = config_field(Relayhosts(), Relayhosts)
+    recipients: Recipients | None = config_field(None, Recipients)
+    mailertable: dict = config_field({}, parse_routes)
+    sendermt: dict = config_field({}, parse_routes)
+    authinfo: dict = config_field({}, mapping_of(functools.partial(from_dict, Credentials)))
     password: Authenticator = config_field(Authenticator({}), mapping_of(parse_login, collect=Authenticator))
-    queue: QueueSettings | None = config_field(None, nested(QueueSettings))
-    dkim: dict = config_field({}, mapping_of(nested(DkimKey), domain_key, "a domain"))
+    queue: QueueSettings | None = config_field(None, QueueSettings)
+    dkim: dict = config_field({}, mapping_of(functools.partial(from_dict, DkimKey), domain_key, "a domain"))
     path: str | None = None
     files: tuple = ()  # (path, stat_key) of all that was read
-
-    @property
-    def hostname(self) -> str:
-        return self.smtpd.hostname
+    hostname = property(lambda self: self.smtpd.hostname)
 
 
 def load_settings(path: str | None) -> tuple:
@@ -1213,20 +1097,25 @@ def load_settings(path: str | None) -> tuple:
     if path is None:
         screen = {"default": Route(mailer="Screen")}
         return resolve_settings(Settings(recipients=Recipients(open_relay=True), mailertable=screen), [])
-    errors, public, aside, files = [], [], {}, {path: stat_key(path)}
-    raw = read_json_file(path, errors, public)
+    errors, base, aside, exposed, files = [], os.path.dirname(path), {}, set(), {path: stat_key(path)}
+    raw = read_json_file(path, path, errors)
     for section, name in raw.items():
         if isinstance(name, str) and section in key_table(Settings):
-            aside[section] = file = os.path.join(os.path.dirname(path), name)
+            aside[section] = file = os.path.join(base, name)
             files[file] = stat_key(file)
-            raw[section] = read_json_file(file, errors, public, section)
-    settings = replace(from_dict(Settings, raw, "", errors), path=path, files=tuple(files.items()))
-    plain = [where for where, holder, name, _ in secret_fields(settings) if isinstance(getattr(holder, name), str)]
-    found = {aside.get(where.partition(".")[0], path) for where in plain}.intersection(public)
-    errors += [f"{name}: holds secrets and can be read by everybody; chmod 600 {name}" for name in sorted(found)]
+            raw[section] = read_json_file(file, f"{section}: {file}", errors)
+    settings = from_dict(Settings, raw, "", errors)
     paths = {error.partition(": ")[0] for error in errors}
+    for json_path, source, how in resolve_secrets(settings, "", base, errors):
+        if isinstance(source, str):
+            exposed.add(aside.get(json_path.partition(".")[0], path))
+        elif "file" in source and how != "later":
+            name = os.path.join(base, source["file"])
+            files[name] = stat_key(name)
+    exposed = sorted(file for file in exposed if files[file] and files[file][3] & 0o004)
+    errors += [f"{file}: holds secrets and can be read by everybody; chmod 600 {file}" for file in exposed]
     causes = tuple(f"{json_path}{mark}" for json_path in paths for mark in ".:[")
-    settings, dependent = resolve_settings(settings, [])
+    settings, dependent = resolve_settings(replace(settings, path=path, files=tuple(files.items())), [])
     for error in dependent:  # without those that only follow from others
         if not (error.startswith(causes) or ("authinfo" in paths and "in authinfo" in error)):
             errors.append(error)
@@ -1241,22 +1130,19 @@ def stat_key(path: str) -> tuple | None:
     return None
 
 
-def read_json_file(path: str, errors: list, public: list, section: str = "") -> dict:
-    """Return the JSON object in a file, {} and an error if there is none; `public` gets those that all can read."""
-    label = f"{section}: {path}" if section else path
+def read_json_file(path: str, label: str, errors: list) -> dict:
+    """Return the JSON object in a file, {} and an error if there is none."""
     try:
         with open_regular(path) as stream:
-            mode = os.fstat(stream.fileno()).st_mode
+            if os.fstat(stream.fileno()).st_mode & 0o002:
+                errors.append(f"{label}: can be written by everybody; chmod 600 {path}")
             raw = parse_json(stream.read())
+        if not isinstance(raw, dict):
+            raise ValueError(f"expected an object, got {json_type_name(raw)}")
     except (OSError, ValueError) as error:
         errors.append(f"{label}: {getattr(error, 'strerror', None) or error}")
         return {}
-    public += [path] if mode & 0o004 else []
-    if mode & 0o002:
-        errors.append(f"{label}: can be written by everybody; chmod 600 {path}")
-    if not isinstance(raw, dict):
-        errors.append(f"{label}: expected an object, got {json_type_name(raw)}")
-    return raw if isinstance(raw, dict) else {}
+    return raw
 
 
 def open_regular(path: str) -> Any:
@@ -1268,42 +1154,28 @@ def open_regular(path: str) -> Any:
     return stream
 
 
-def secret_fields(value: Any, json_path: str = "") -> Any:
-    """Yield (JSON path, the dataclass that holds it, its name, how it is read) of each secret in settings."""
+def resolve_secrets(value: Any, json_path: str, base: str, errors: list) -> Any:
+    """Put each secret in place of its source, if it can be read; yield (JSON path, source, how it is read) of each."""
     value = getattr(value, "logins", value)
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from secret_fields(item, f"{json_path}.{key}")
+    for key, item in value.items() if isinstance(value, dict) else ():
+        yield from resolve_secrets(item, f"{json_path}.{key}", base, errors)
     for item in fields(value) if hasattr(value, "__dataclass_fields__") else ():
-        where, secret = f"{json_path}.{item.name}".lstrip("."), item.metadata.get("secret")
-        if secret and getattr(value, item.name):
-            yield where, value, item.name, secret
-        elif not secret:
-            yield from secret_fields(getattr(value, item.name), where)
-
-
-def resolve_secrets(settings: Settings, base: str, errors: list) -> list:
-    """Put each secret in place of its source, which stays where that fails; return the names of the files read."""
-    names = []
-    for json_path, holder, name, how in secret_fields(settings):
-        source = getattr(holder, name)
-        if isinstance(source, str) or (how == "later" and "command" in source):  # a command may need the network
-            continue
-        try:
-            secret = read_secret(source, base, how == "text")
-        except ValueError as error:
-            errors.append(f"{json_path}{error}")
-            continue
-        if how != "later":
-            object.__setattr__(holder, name, secret)
-            names += [source["file"]] if "file" in source else []
-    return names
+        where, how = f"{json_path}.{item.name}".lstrip("."), item.metadata.get("secret")
+        source = getattr(value, item.name)
+        if not how:
+            yield from resolve_secrets(source, where, base, errors)
+        elif source:
+            yield where, source, how
+            try:
+                secret = source if "command" in source and how == "later" else read_secret(source, base, how == "text")
+                object.__setattr__(value, item.name, source if how == "later" else secret)
+            except ValueError as error:
+                errors.append(f"{where}{error}")
 
 
 def resolve_settings(settings: Settings, errors: list) -> tuple:
     """Return (Settings, errors) with names, secrets and files looked up, so that a mail finds all of it ready."""
-    base, tls = os.path.dirname(settings.path or ""), settings.httpd.tls
-    files = resolve_secrets(settings, base, errors)
+    base, tls, files = os.path.dirname(settings.path or ""), settings.httpd.tls, []
     logins = {key: _login(login, base, f"authinfo.{key}", errors) for key, login in settings.authinfo.items()}
     tables: dict = {"mailertable": {}, "sendermt": {}}
     for table, routes in tables.items():
@@ -1313,12 +1185,12 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
             found = [_route(replace(route, fallbacks=()), logins, base, name, errors) for name, route in choices]
             routes.update({key: replace(found[0], fallbacks=tuple(found[1:]))} if found else {})
             files += [route.ca_file for route in found]
-    if tls:
+    missing = [key for key in ("certificate", "key") if tls and not getattr(tls, key)]
+    errors.extend(f"httpd.tls.{key}: expected the name of a PEM file" for key in missing)
+    if tls and not missing:
         files += [tls.certificate, tls.key]
-        missing = [key for key in ("certificate", "key") if not getattr(tls, key)]
-        errors.extend(f"httpd.tls.{key}: expected the name of a PEM file" for key in missing)
         try:
-            server_context(tls, base) if not missing else None
+            server_context(tls, base)
         except OSError as error:
             errors.append(f"httpd.tls: {error.filename}: {error.strerror}")
     smtpd = replace(settings.smtpd, hostname=settings.smtpd.hostname or local_hostname())
@@ -1339,8 +1211,7 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
 
 def _login(login: Credentials, base: str, json_path: str, errors: list) -> Credentials:
     """Return the login with what tokens are fetched with; scope as in the settings."""
-    oauth2 = login.oauth2
-    if not oauth2:
+    if not (oauth2 := login.oauth2):
         return login
     provider, account = "google" if oauth2.service_account else oauth2.provider, oauth2.service_account
     url = oauth2.token_url or PROVIDERS.get(provider, ("",))[0].format(tenant=oauth2.tenant)
@@ -1436,8 +1307,7 @@ def local_hostname(name: str | None = None) -> str:
 
 @functools.lru_cache(maxsize=64)
 def ehlo_name(hostname: str, address: str) -> str:
-    """Return the name for EHLO from a local address: `hostname`, or if that is illegal or made by local_hostname(),
-    what reverse DNS says, else the address literal (RFC 5321 4.1.4)."""
+    """Return the name for EHLO from a local address: `hostname` if that is legal, else by reverse DNS, else [IP]."""
     if HOSTNAME.fullmatch(hostname) and not hostname.endswith(LOCALDOMAIN):
         return hostname
     local = parse_ip(address)
@@ -1472,8 +1342,7 @@ def client_context(verify: bool, ca_file: str, _stat_key: tuple | None = None) -
         open_regular(ca_file).close()
         context.load_verify_locations(ca_file)
     if not verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
 
 
@@ -1481,8 +1350,6 @@ def redacted(value: Any, secret: str = "") -> Any:
     """Return settings as JSON values, each secret as ********."""
     if (secret and value) or (isinstance(value, Login) and value == Login(value.hash)):
         return "********"
-    if isinstance(value, Rate):
-        return f"{value.limit}/{value.seconds}"
     if isinstance(value, Route) and value.fallbacks:
         return [redacted(replace(choice, fallbacks=())) for choice in value.choices]
     if hasattr(value, "__dataclass_fields__"):
@@ -1507,8 +1374,7 @@ def example_settings() -> dict:
 
 # ======================================================================================================================
 # 4. Log and metrics
-#    One line for each event, on stderr or to syslog. A destination that does not read costs lines, never a mail. `log`
-#    and `metrics` are the only state that all sections share.
+#    A destination that does not read costs lines, never a mail. `log` and `metrics` are the only state that all share.
 # ======================================================================================================================
 
 MAX_TO = 8 * 257  # octets of recipients of a transaction in a line, so that a pipe takes it whole (PIPE_BUF)
@@ -1539,7 +1405,6 @@ class Log:
         self.lost = self.lost_ever = 0  # lines, since the reader stopped; and in all that are not in the metrics yet
 
     def open(self, settings: Syslog, form: str = "text") -> None:
-        """Send lines from now on where the settings say."""
         self.facility = None if settings.disabled else FACILITIES[settings.facility] * 8
         self.is_json = form == "json"
         with contextlib.suppress(OSError):
@@ -1549,35 +1414,37 @@ class Log:
     def event(self, level: str, event: str, message: str, **fields: Any) -> None:
         """Write a line about an event: QUEUEID: key=value ... (code message), or JSON; fields are left out if None."""
         fields = {key: value for key, value in fields.items() if value is not None}
-        self._write(level, json_line(level, event, message, fields) if self.is_json else text_line(message, **fields))
+        self._write(level, [json_line(level, event, message, fields) if self.is_json else text_line(message, **fields)])
 
     def lines(self, *lines: str, level: str = "info") -> None:
         """Write lines by one call, so that those of several processes don't mix."""
-        self._write(level, *([json_line(level, "server", line, {}) for line in lines] if self.is_json else lines))
+        self._write(level, [json_line(level, "server", line, {}) if self.is_json else line for line in lines])
 
     def banner(self, text: str) -> None:
         """Write a line to stderr, wherever the others go."""
         line = json_line("info", "server", text, {}) if self.is_json else text
-        self.write_bytes(f"{'<6>' if self.is_journal else ''}{line}\n".encode())
+        self._to_stderr(f"{'<6>' if self.is_journal else ''}{line}\n")
 
     def dialogue(self, peer: str, direction: str, line: str) -> None:
         """Show a line of an SMTP dialogue under -d, and keep it for a mail that is traced."""
         line, lines = f"{direction} {sanitize(line, 1000, keep=chr(9))}", self.trace.get()
         if self.devel:
-            self.lines(f"{peer} {line}") if self.is_json else self._add(f"{peer} {line}\n")
+            self.banner(f"{peer} {line}")
         if lines is not None:
             lines.append(line)
 
-    def _write(self, level: str, *lines: str) -> None:
+    def _write(self, level: str, lines: list) -> None:
+        name = f"haineko[{os.getpid()}]: "
         if self.facility is not None:
+            head = f"<{self.facility | self.LEVELS[level]}>{time.strftime('%b %e %H:%M:%S')} {name}"  # RFC 3164
             for line in lines:
-                self._to_syslog(line, self.facility | self.LEVELS[level])
+                self._to_syslog(head, line)
         elif not self.quiet:
-            head = "" if self.is_json else f"{timestamp(int(time.time()))} haineko[{os.getpid()}]: "
+            head = "" if self.is_json else f"{timestamp(int(time.time()))} {name}"
             head = f"<{self.LEVELS[level]}>" if self.is_journal else head
-            self._add("".join([f"{head}{line}\n" for line in lines]))
+            self._to_stderr("".join([f"{head}{line}\n" for line in lines]))
 
-    def _add(self, text: str) -> None:
+    def _to_stderr(self, text: str) -> None:
         if self.buffer is None:
             self.write_bytes(text.encode("utf-8", "backslashreplace"))
             return
@@ -1597,8 +1464,7 @@ class Log:
                 os.close(number)
 
     def start_buffering(self, loop: Any = None) -> None:
-        """Let lines wait for flush(), which the event loop calls in its next iteration. A process that is killed loses
-        those of the current one, of which no request was answered yet."""
+        """Let lines wait for flush(), which the event loop calls in its next iteration."""
         self.buffer, self.loop = [], loop
         with contextlib.suppress(OSError):  # reopened: in a shared pipe another process may take the room meanwhile
             if stat.S_ISFIFO(os.fstat(2).st_mode):
@@ -1616,8 +1482,8 @@ class Log:
         with contextlib.suppress(OSError):
             while start < len(octets):
                 if not select.select([], [self.stderr], [], 0 if self.lost else self.PATIENCE)[1]:
-                    self.lost += octets.count(b"\n", start)
-                    self.lost_ever += octets.count(b"\n", start)
+                    lines = octets.count(b"\n", start)
+                    self.lost, self.lost_ever = self.lost + lines, self.lost_ever + lines
                     return False
                 with contextlib.suppress(BlockingIOError):  # another process was quicker
                     if self.lost:
@@ -1629,26 +1495,17 @@ class Log:
             return True
         return False
 
-    def _to_syslog(self, line: str, priority: int) -> None:
-        """Send a line (RFC 3164) to a daemon that may be absent or stuck, where syslog.syslog() would block."""
-        head = f"<{priority}>{time.strftime('%b %e %H:%M:%S')} haineko[{os.getpid()}]: "
-        for _ in range(2):
-            try:
-                if not self.syslog:
-                    self.syslog = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-                    self.syslog.connect(next(filter(os.path.exists, self.SYSLOG), self.SYSLOG[0]))
-                self.syslog.settimeout(0 if self.lost else self.PATIENCE)
-                for text in (self.LOST.format(self.lost), line) if self.lost else (line,):
-                    self.syslog.send((head + text).encode("utf-8", "backslashreplace"))
-                self.lost = 0
-                return
-            except (BlockingIOError, socket.timeout):
-                break
-            except OSError:  # the daemon went; another one may be there
-                if self.syslog:
-                    self.syslog.close()
-                self.syslog = None
-        self.lost, self.lost_ever = self.lost + 1, self.lost_ever + 1
+    def _to_syslog(self, head: str, line: str) -> None:
+        """Send a line to a daemon that may be absent, another one or stuck, where syslog.syslog() would block."""
+        path = next(filter(os.path.exists, self.SYSLOG), self.SYSLOG[0])
+        try:
+            self.syslog = self.syslog or socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self.syslog.settimeout(0 if self.lost else self.PATIENCE)
+            for text in (self.LOST.format(self.lost), line) if self.lost else (line,):
+                self.syslog.sendto(f"{head}{text}".encode("utf-8", "backslashreplace"), path)
+            self.lost = 0
+        except OSError:
+            self.lost, self.lost_ever = self.lost + 1, self.lost_ever + 1
 
 
 @functools.lru_cache(maxsize=2)
@@ -1657,28 +1514,23 @@ def timestamp(second: int) -> str:
 
 
 def log_exception(queueid: str | None) -> None:
-    import traceback
-
     lines = traceback.format_exc().splitlines()
     log.lines(*[f"{queueid or '-'}: {sanitize(line, 500)}" for line in lines], level="error")
 
 
 def json_line(level: str, event: str, message: str, fields: dict) -> str:
     """Return an event as a JSON object in a line."""
-    now = time.time()
-    zoned = timestamp(int(now))
-    values = {"time": f"{zoned[:19]}.{int(now % 1 * 1000):03d}{zoned[19:22]}:{zoned[22:]}", "level": level}
-    values.update({"event": event, **fields, "message": message})
+    moment = datetime.now().astimezone().isoformat(timespec="milliseconds")
+    values = {"time": moment, "level": level, "event": event, **fields, "message": message}
     forms = {"to": lambda to: [sanitize(item, 254) for item in to], "code": int, "delay": lambda delay: round(delay, 3)}
     return ENCODER.encode({key: forms.get(key, lambda text: sanitize(text, 1000))(values[key]) for key in values})
 
 
 def text_line(message: str, queueid: str | None = None, code: str = "", **fields: Any) -> str:
     """Return an event as people and log readers of mail servers read it."""
-    pairs = []
-    for key, value in fields.items():
-        text = LOG_FORMS[key](value) if key in LOG_FORMS else value
-        pairs.append(f"{key}={log_value(text, MAX_TO if key == 'to' and 'relay' in fields else 500)}")
+    shown = {key: LOG_FORMS.get(key, str)(value) for key, value in fields.items()}
+    limits = {"to": MAX_TO} if "relay" in fields else {}
+    pairs = [f"{key}={log_value(value, limits.get(key, 500))}" for key, value in shown.items()]
     words = sanitize(f"{code} {message}".lstrip(), 600)
     return " ".join([*([f"{queueid}:"] if queueid else []), *pairs, f"({words})" if pairs else words])
 
@@ -1686,22 +1538,19 @@ def text_line(message: str, queueid: str | None = None, code: str = "", **fields
 def log_value(value: Any, limit: int = 500) -> str:
     """Return a value for a log line, in quotes if it is empty or has blanks or quotes, "?" for unprintables."""
     value = sanitize(str(value), limit)
-    if value and " " not in value and '"' not in value:
-        return value
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return value if value and " " not in value and '"' not in value else ENCODER.encode(value)
 
 
 class Metrics:
-    """64-bit columns that all processes share: each adds to its own row, and a scrape sums them. Not for threads. The
-    row of a worker is kept when it is replaced, so that no counter goes back."""
+    """64-bit columns that all processes share: each adds to its own row, which a worker inherits. Not for threads."""
 
     BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds; one more cell has their sum
 
     def __init__(self) -> None:
         self.table: dict = {}  # {name: (type, help, {label: its values})}
         self.columns: dict = {}  # {(name, *label values): column}; nothing is counted before allocate()
-        self.cells: Any = None
-        self.width = self.first = 0  # columns; index of the first cell of this process
+        self.rows: list = []  # of all processes
+        self.cells: Any = None  # the row of this one
 
     def allocate(self, table: dict, rows: int) -> None:
         """Make room for the metrics of a table in so many rows; this process gets the last one."""
@@ -1710,56 +1559,50 @@ class Metrics:
             for values in itertools.product(*labels.values()):
                 self.columns[(name, *values)] = width
                 width += len(self.BUCKETS) + 2 if kind == "histogram" else 1
-        self.cells, self.width = memoryview(mmap.mmap(-1, 8 * width * rows)).cast("q"), width
-        self.use_row(rows - 1)
-
-    def use_row(self, row: int) -> None:
-        self.first = row * self.width
+        cells = memoryview(mmap.mmap(-1, 8 * width * rows)).cast("q")
+        self.rows = [cells[first : first + width] for first in range(0, width * rows, width)]
+        self.cells = self.rows[-1]
 
     def add(self, *key: Any, by: int = 1) -> None:
         """Add to a counter; the key is its name and the values of its labels."""
         if key in self.columns:
-            self.cells[self.first + self.columns[key]] += by
+            self.cells[self.columns[key]] += by
 
     def set(self, *key: Any, to: int) -> None:
         if key in self.columns:
-            self.cells[self.first + self.columns[key]] = to
+            self.cells[self.columns[key]] = to
 
     def observe(self, *key: Any, seconds: float) -> None:
-        """Count a duration in a histogram."""
         if key in self.columns:
-            column = self.first + self.columns[key]
+            column = self.columns[key]
             self.cells[column + bisect.bisect_left(self.BUCKETS, seconds)] += 1
             self.cells[column + len(self.BUCKETS) + 1] += round(seconds * 1e6)
 
     def beat(self) -> None:
-        self.cells[self.first] = time.monotonic_ns()
+        self.cells[0] = time.monotonic_ns()
 
     def last_beat(self, row: int) -> float:
         """Return when the process with that row was not stuck, in seconds of time.monotonic()."""
-        return self.cells[row * self.width] / 1e9
+        return self.rows[row][0] / 1e9
 
     def total(self, column: int) -> int:
-        return sum(self.cells[column :: self.width])
+        return sum([row[column] for row in self.rows])
 
     def text(self, current: dict) -> str:
         """Return all in Prometheus's text format; `current` are values by key that are no sums, None if unknown."""
-        lines, bounds = [], [*self.BUCKETS, "+Inf"]
+        lines = []
         for name, (kind, about, labels) in self.table.items():
             lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
-            for values in itertools.product(*labels.values()):
-                column, samples = self.columns[(name, *values)], {}
-                pairs = "".join([f'{label}="{value}",' for label, value in zip(labels, values)])
+            for key in itertools.product((name,), *labels.values()):
+                column, pairs = self.columns[key], [f'{label}="{value}"' for label, value in zip(labels, key[1:])]
+                samples = [("", pairs, current.get(key, self.total(column)))]
                 if kind == "histogram":
-                    counts = itertools.accumulate([self.total(column + i) for i in range(len(bounds))])
-                    samples = {f'_bucket{{{pairs}le="{bound}",': count for bound, count in zip(bounds, counts)}
-                    samples[f"_count{{{pairs}"] = samples[f'_bucket{{{pairs}le="+Inf",']
-                    samples[f"_sum{{{pairs}"] = self.total(column + len(bounds)) / 1e6
-                elif (value := current.get((name, *values), self.total(column))) is not None:
-                    samples = {f"{{{pairs}": value}
-                lines += [
-                    f"{name}{head}}} {value}".replace(",}", "}").replace("{}", "") for head, value in samples.items()
-                ]
+                    counts = list(itertools.accumulate(self.total(column + i) for i in range(len(self.BUCKETS) + 1)))
+                    bounds = [[*pairs, f'le="{bound}"'] for bound in (*self.BUCKETS, "+Inf")]
+                    samples = [("_bucket", *sample) for sample in zip(bounds, counts)]
+                    samples += [("_count", pairs, counts[-1]), ("_sum", pairs, self.total(column + len(counts)) / 1e6)]
+                samples = [(f"{name}{suffix}{{{','.join(pairs)}}}", value) for suffix, pairs, value in samples]
+                lines += [f"{series} {value}".replace("{}", "") for series, value in samples if value is not None]
         return "\n".join(lines) + "\n"
 
 
@@ -2684,7 +2527,7 @@ def jis_bytes_to_text(octets: bytes) -> str:
 #    have no side effects. CHECKS has them in the order in which faults are reported.
 # ======================================================================================================================
 
-WRONG_LOGINS = Rate(10, 60)
+WRONG_LOGINS = Rate("10/60")
 SANDBOX_ROUTE = Route(mailer="Discard", host="sandbox")
 POSTMARK_PATHS = ("/email", "/email/batch")
 MAX_SEND_AHEAD = 30 * 86400  # seconds
@@ -8582,7 +8425,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
         endpoint = self._endpoint(request, allowed)
         if endpoint.checks:
             values, password = (endpoint.checks, request, None, self.settings), self.settings.password
-            if password.logins and not password.cached_login(credentials_of(request)):  # a hash is computed
+            if password.logins and not password.authenticate(
+                credentials_of(request), cached=True
+            ):  # a hash is computed
                 await asyncio.to_thread(apply_checks, *values)
             else:
                 apply_checks(*values)
@@ -9105,7 +8950,7 @@ class Supervisor:
             gc.freeze()
             gc.set_threshold(20000, 50, 50)
             listeners = [] if slot is None else self.listeners
-            metrics.use_row(self._row(slot))
+            metrics.cells = metrics.rows[self._row(slot)]
             shared = self.parent_pipe, self.busy_counts, slot, self.wakeup_pair, self.limits
             Worker(listeners, self.settings, *shared).run()
             code = 0
@@ -9687,10 +9532,6 @@ def dkim_key(texts: tuple, own: DkimKey | None) -> str:
     is_ed25519 = tags.get("k", "rsa") == "ed25519"
     if is_ed25519 and len(key) != 32:
         raise ValueError("an ed25519 key has 32 octets")
-    if own:
-        info = PrivateKey.ED25519_INFO + key if is_ed25519 else key
-        if not PrivateKey.verify(info, b"Haineko", own.private.sign(b"Haineko")):
-            raise ValueError("a signature of ours is not valid by this key")
     if is_ed25519:
         return "ed25519"
     bits = rsa_bits(key)
