@@ -5484,9 +5484,12 @@ ROUTE_PAUSE = 30  # seconds for which a list does without a route that failed
 MAX_REPLACEMENTS = 8  # of one mail's session; where sessions are few, the next one may be at its limit of mails as well
 MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take the route's timeout
 KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE")
-TRANSFER_DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
+DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
+DECODERS.update(B=binascii.a2b_base64, Q=functools.partial(binascii.a2b_qp, header=True))  # RFC 2047 4
 GMAILAPI_UPLOAD = 1 << 20  # octets from which on a message is uploaded
-GOOGLE_LIMIT = re.compile("'reason': '[A-Za-z]*LimitExceeded'")  # with status 403
+API_LIMIT = re.compile(
+    r"(?:TooManyRequests|Throttling|SendingPaused|\w*LimitExceeded)(?:Exception)?"
+)  # errors that pass
 DSN_BY_STATUS = {401: "5.7.8", 403: "5.7.1"}
 ENCODED_WORD = re.compile(r"=\?([^?*\s]+)(?:\*[^?\s]*)?\?([BbQq])\?([^?\s]*)\?=")  # RFC 2047
 SCREEN_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # all controls but the tab
@@ -5561,24 +5564,21 @@ async def attempt_route(transaction: Transaction, transport: TransportContext) -
 async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> list:
     """Deliver by SMTP to the route's host. A reused session that dies or replies 4xx before the message is replaced, by
     a new one if the server takes another."""
+    recipients, replies = transaction.recipients, {}
     session, reused = transport.acquire_idle(transaction.route, transaction.hostname), True
-    if not session:
-        session, reused = await transport.acquire(transaction.route, transaction.hostname)
-    replies = await transact_by(session, transaction, transport)
-    again = list(range(len(replies)))
-    for _ in range(MAX_REPLACEMENTS):
-        again = [i for i in again if reused and session.refused_before_data(replies[i])]
+    for _ in range(1 + MAX_REPLACEMENTS):
+        try:
+            if not session:
+                session, reused = await transport.acquire(transaction.route, transaction.hostname)
+            found = await transact_by(session, transaction, transport)
+        except Rejected as refused:
+            found, reused = [refused.reply] * len(transaction.recipients), False
+        replies.update(zip(transaction.recipients, found))
+        again = reused and [to for to in transaction.recipients if session.refused_before_data(replies[to])]
         if not again:
             break
-        recipients = tuple(transaction.recipients[i] for i in again)
-        try:
-            session, reused = await transport.acquire(transaction.route, transaction.hostname)
-            found = await transact_by(session, transaction._replace(recipients=recipients), transport)
-        except Rejected as refused:
-            found, reused = [refused.reply] * len(again), False
-        for i, reply in zip(again, found):
-            replies[i] = reply
-    return replies
+        transaction, session = transaction._replace(recipients=tuple(again)), None
+    return [replies[to] for to in recipients]
 
 
 async def transact_by(session: Session, transaction: Transaction, transport: TransportContext) -> list:
@@ -5613,14 +5613,16 @@ async def relay_mx(transaction: Transaction, transport: TransportContext) -> lis
 async def deliver_to_domain(domain: str, transaction: Transaction, transport: TransportContext) -> dict:
     """Return {recipient: Reply} from the first host that works; raise Rejected if the domain has no host."""
     route, waiting, attempts = transaction.route, transaction.recipients, 0
-    hosts = await mx_hosts(domain, transport.resolver, transaction.hostname, time.monotonic() + route.timeout)
-    policy = await transport.mta_sts.policy_for(domain, route)
+    hosts, policy = await admitted_hosts(domain, route, transaction.hostname, transport)
     replies: dict = {}
-    for host in admitted_hosts(hosts, policy):
+    for host in hosts:
         for hop in await next_hops(host, route, policy, transport.resolver):
             answers = [hop] * len(waiting)
             if isinstance(hop, Route):
-                answers = await deliver_to_host(transaction._replace(route=hop, recipients=waiting), transport)
+                part = transaction._replace(route=hop, recipients=waiting)
+                answers = await relay_esmtp(part, transport)
+                if hop.tls_if_offered and all(reply.command == "STARTTLS" for reply in answers):
+                    answers = await relay_esmtp(part._replace(route=replace(hop, tls_if_offered=False)), transport)
             for recipient, reply in zip(waiting, answers):
                 if recipient not in replies or reply.temporary or not try_next_host(reply):
                     replies[recipient] = reply
@@ -5630,12 +5632,14 @@ async def deliver_to_domain(domain: str, transaction: Transaction, transport: Tr
     return replies
 
 
-def admitted_hosts(hosts: list, policy: MTASTSPolicy | None) -> list:
-    """Return the hosts that the domain's MTA-STS policy allows; raise Rejected if there is none."""
+async def admitted_hosts(domain: str, route: Route, hostname: str, transport: TransportContext) -> tuple:
+    """Return (hosts of a domain, its MTA-STS policy, which admits them); raise Rejected if there is none."""
+    hosts = await mx_hosts(domain, transport.resolver, hostname, time.monotonic() + route.timeout)
+    policy = await transport.mta_sts.policy_for(domain, route)
     admitted = [host for host in hosts if not policy or policy.allows(host)]
     if not admitted:
         raise Rejected(make_reply("mta-sts", *hosts, mailer="MX"))
-    return admitted
+    return admitted, policy
 
 
 async def next_hops(host: str, route: Route, policy: MTASTSPolicy | None, resolver: Resolver) -> list:
@@ -5645,25 +5649,11 @@ async def next_hops(host: str, route: Route, policy: MTASTSPolicy | None, resolv
         addresses = await resolve_addresses(host, resolver, route.private, time.monotonic() + route.timeout)
     except Rejected as rejected:
         return [rejected.reply]
-    hop = replace(route, host=host)
+    tls = {} if route.starttls else {"tls_if_offered": True, "tls_verify": False}  # RFC 7435: better than clear text
     if policy and policy.mode == "enforce":
-        hop = replace(hop, starttls=True, tls_verify=True)
-    elif not route.starttls:
-        hop = replace(hop, tls_if_offered=True, tls_verify=False)  # RFC 7435: encrypted by anybody is better than clear
+        tls = {"starttls": True, "tls_verify": True}
     addresses.sort(key=lambda address: connector.failed_lately((address, route.port)))
-    return [replace(hop, address=" ".join(addresses[i:])) for i in range(len(addresses))]
-
-
-async def deliver_to_host(transaction: Transaction, transport: TransportContext) -> list:
-    """Return a Reply for each recipient from one address; falls back to clear text if opportunistic TLS fails."""
-    try:
-        return await relay_esmtp(transaction, transport)
-    except Rejected as rejected:
-        reply = rejected.reply
-    if reply.command == "STARTTLS" and transaction.route.tls_if_offered:
-        clear = replace(transaction.route, tls_if_offered=False)
-        return await deliver_to_host(transaction._replace(route=clear), transport)
-    return [reply] * len(transaction.recipients)
+    return [replace(route, host=host, address=" ".join(addresses[i:]), **tls) for i in range(len(addresses))]
 
 
 def try_next_host(reply: Reply) -> bool:
@@ -5725,26 +5715,42 @@ async def relay_discard(transaction: Transaction, transport: TransportContext) -
     return [make_reply("done", word="Discarded", mailer="Discard")] * len(transaction.recipients)
 
 
-# -- Relays by HTTP. http_accepted() and http_failure() hold what the responses of their APIs have in common.
+# -- Relays by HTTP. api_errors() and http_failure() hold what the responses of their APIs have in common.
 
 
 def http_relay(make_request: Callable, read_replies: Callable, max_recipients: int = 1 << 30) -> Callable:
-    """Return a relay that posts make_request(transaction), an HTTPRequest, for so many recipients at a time;
-    read_replies(transaction, response) returns one Reply or a list of one for each. Both may raise Rejected."""
+    """Return a relay that posts make_request(transaction), an HTTPRequest, for so many recipients at a time; it raises
+    ValueError if the API can't express the message. read_replies(transaction, response) returns one Reply or a list."""
 
     async def relay(transaction: Transaction, transport: TransportContext) -> list:
         replies: list = []
         for start in range(0, len(transaction.recipients), max_recipients):
             part = transaction._replace(recipients=transaction.recipients[start : start + max_recipients])
             try:
-                call = await asyncio.to_thread(make_request, part)
-                found = read_replies(part, await transport.http.request(HTTPTarget.of_route(part.route), call))
+                found = read_replies(part, await post_message(make_request, part, transport))
             except Rejected as refused:
                 found = refused.reply
             replies += found if isinstance(found, list) else [found] * len(part.recipients)
         return replies
 
     return relay
+
+
+async def post_message(make_request: Callable, transaction: Transaction, transport: TransportContext) -> HTTPResponse:
+    """Return the API's response; an access token that it refuses is replaced once."""
+    for again in (True, False):
+        login = await transport.tokens.authorize(transaction.route)
+        try:
+            call = await asyncio.to_thread(make_request, transaction._replace(route=login))
+        except (ValueError, LookupError, RecursionError) as error:  # LookupError: an unknown charset
+            raise Rejected(make_reply("inexpressible", sanitize(str(error)), **login.endpoint)) from None
+        response = await transport.http.request(HTTPTarget.of_route(login), call)
+        if not login.oauth2:
+            return response
+        token = login.credentials[1]
+        if response.status != 401 or not (again and transport.tokens.drop(login, token)):
+            break
+    return response._replace(body=response.body.replace(token.encode(), b"********"))
 
 
 def haineko_request(transaction: Transaction) -> HTTPRequest:
@@ -5766,38 +5772,36 @@ def basic_auth_header(login: tuple) -> tuple:
 
 def as_plain_submission(transaction: Transaction, octets: bytes) -> dict:
     """Return the submission of plain text from which compose() made these octets, else raise ValueError."""
-    listed, body = parse_message(octets)
-    lines = {name: unfold(value) for name, value in listed}
+    fields, body = parse_message(octets)
+    lines = {name: unfold(value) for name, value in fields}
     charset = lines["content-type"].rpartition("charset=")[2]
-    header = {"from": format_mailboxes(lines["from"]), "subject": decode_encoded_words(lines["subject"])}
-    if "reply-to" in lines:
-        header["replyto"] = format_mailboxes(lines["reply-to"])
     *passed, hostname = [name.strip() for name in lines["x-haineko-loop"].split(",")]
-    text = decode_charset(TRANSFER_DECODERS.get(lines["content-transfer-encoding"], bytes)(body), charset)
+    header = {"subject": decode_encoded_words(lines["subject"]), "charset": charset, "x-haineko-loop": passed}
+    header.update({key.replace("-", ""): format_mailboxes(lines[key]) for key in ("from", "reply-to") if key in lines})
+    text = decode_charset(DECODERS.get(lines["content-transfer-encoding"], bytes)(body), charset)
     document = {"mail": transaction.sender, "rcpt": transaction.recipients, "body": text.replace("\r\n", "\n")}
-    document["header"] = {**header, "charset": charset, "x-haineko-loop": passed}
-    submission = parse_submission(encode_json(document)).submission
-    now = parsedate_to_datetime(lines["date"]).timestamp()
-    again = submission and transaction.sender and compose(submission, transaction.queueid, None, hostname, now)
-    composed = again.copy(transaction.recipients[0], transaction.number) if again else b""
+    submission = parse_submission(encode_json({**document, "header": header})).submission
+    composed = b""
+    if submission and transaction.sender:
+        now = parsedate_to_datetime(lines["date"]).timestamp()
+        again = compose(submission, transaction.queueid, None, hostname, now)
+        composed = again.copy(transaction.recipients[0], transaction.number)
     if not composed or composed.partition(b"\r\n\tby ")[2] != octets.partition(b"\r\n\tby ")[2]:  # in Received
         raise ValueError("compose() would make another message")
-    document["header"]["x-haineko-loop"] = [*passed, hostname]
-    return {**document, "ehlo": hostname}
+    return {**document, "header": {**header, "x-haineko-loop": [*passed, hostname]}, "ehlo": hostname}
 
 
 def haineko_replies(transaction: Transaction, response: HTTPResponse) -> list:
     """Return a Reply for each recipient from the far end's items; one without recipient is meant for all."""
-    route = transaction.route
-    replies = {address_key(item.get("rcpt")): haineko_reply(route, response, item) for item in haineko_items(response)}
-    missing = replies.get(None) or http_failure(route, response, None)
-    return [replies.get(address_key(to), missing) for to in transaction.recipients]
+    items = items_by_address(json_object(response).get("response"), "rcpt")
+    found = [items.get(address_key(to)) or items.get(None, {}) for to in transaction.recipients]
+    return [haineko_reply(transaction.route, response, item) for item in found]
 
 
-def haineko_items(response: HTTPResponse) -> list:
-    """Return the items of the far end's answer; none if it has another form."""
-    items = json_object(response).get("response")
-    return items if isinstance(items, list) and all(isinstance(item, dict) for item in items) else []
+def items_by_address(items: Any, key: str) -> dict:
+    """Return {address_key: item} of the objects in a list that an API should have given."""
+    items = items if isinstance(items, list) else []
+    return {address_key(item.get(key)): item for item in items if isinstance(item, dict)}
 
 
 def address_key(given: Any) -> Any:
@@ -5809,18 +5813,19 @@ def address_key(given: Any) -> Any:
 def haineko_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
     """Return an item of the far end as a Reply; the Perl version reports a relayed mail with the reply to QUIT."""
     code, dsn, lines = str(item.get("code")), item.get("dsn"), item.get("message")
-    lines = [lines] if isinstance(lines, str) else lines if isinstance(lines, list) else []
     if not re.fullmatch(r"[245][0-9][0-9]", code) or (code[0] == "2") == bool(item.get("error")):
-        return http_failure(route, response, None)
+        return http_failure(route, response)
     if code[0] == "2" and response.status not in (200, 202, 207):  # something on the way changed one of the two
-        return http_failure(route, response, None)._replace(maybe_delivered=True)
+        return http_failure(route, response)._replace(maybe_delivered=True)
+    lines = [lines] if isinstance(lines, str) else lines if isinstance(lines, list) else []
     dsn = dsn if isinstance(dsn, str) and re.fullmatch(r"[245]\.[0-9]{1,3}\.[0-9]{1,3}", dsn) else None
     command = item.get("command") if item.get("command") in KNOWN_COMMANDS else "DATA"
-    message = sanitize_lines(lines) or (status_text(response),)
+    reply = Reply(code, dsn, command, sanitize_lines(lines) or (status_text(response),), **route.endpoint)
+    if reply.accepted:
+        return reply
     maybe_delivered = code[0] == "4" and item.get("maybe_delivered") is True
-    more = {"maybe_delivered": maybe_delivered, "route_fault": response.status == 401}
-    more["retry_after"] = 0 if code[0] == "2" else parse_retry_after(response)
-    return Reply(code, dsn, command, message, **route.endpoint, **more)
+    wait, route_fault = parse_retry_after(response), response.status == 401
+    return reply._replace(maybe_delivered=maybe_delivered, retry_after=wait, route_fault=route_fault)
 
 
 def bearer_header(route: Route) -> tuple:
@@ -5828,42 +5833,27 @@ def bearer_header(route: Route) -> tuple:
     return (("Authorization", f"Bearer {route.credentials[1]}"),)
 
 
-def sendgrid_errors(response: HTTPResponse) -> list | None:
-    """Return the error messages in a response; None if it has none."""
-    errors = json_object(response).get("errors")
-    if not (isinstance(errors, list) and errors and all(isinstance(error, dict) for error in errors)):
-        return None
-    return [": ".join(str(error[key]) for key in ("field", "message") if error.get(key)) for error in errors]
-
-
 def sendgrid_request(transaction: Transaction) -> HTTPRequest:
-    """Return the message in pieces; raise Rejected if it would lose more of it than trace fields and charset."""
+    """Return the message in pieces; raise ValueError if it would lose more of it than trace fields and charset."""
     # https://www.twilio.com/docs/sendgrid/api-reference/mail-send
     octets = transaction.octets()
-    try:
-        fields, _ = parse_message(octets)
-        document = sendgrid_addresses(transaction, fields)
-        document["subject"] = decode_encoded_words(single_field(fields, "subject"))
-        document["headers"] = sendgrid_headers(fields)
-        document.update(sendgrid_parts(octets))
-        if not document["subject"]:
-            raise ValueError("the subject is empty")
-    except (ValueError, LookupError, RecursionError) as error:
-        raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
+    fields = parse_message(octets).fields
+    subject = decode_encoded_words(single_field(fields, "subject"))
+    if not subject:
+        raise ValueError("the subject is empty")
+    document = {**sendgrid_addresses(transaction, fields), "subject": subject}
+    document.update(headers=sendgrid_headers(fields), **sendgrid_parts(octets))
     body = encode_json({key: value for key, value in document.items() if value})
     return HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route))
 
 
-def sendgrid_reply(transaction: Transaction, response: HTTPResponse) -> Reply:
-    if response.status != 202:  # 200: valid, but will not be sent
-        return http_failure(transaction.route, response, sendgrid_errors(response))
-    message_id = response.headers.get("X-Message-Id")
-    return http_accepted(transaction.route, response, *([f"X-Message-Id: {message_id}"] if message_id else []))
-
-
 def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
     """Return author and recipients; SendGrid shows every recipient but Bcc, and delivers to every one that it shows."""
-    shown = {name: sendgrid_mailboxes(single_field(fields, name)) for name in ("from", "to", "cc", "reply-to")}
+    shown = {}
+    for field_name in ("from", "to", "cc", "reply-to"):
+        people = parse_mailboxes(single_field(fields, field_name))
+        named = [(decode_encoded_words(name), mailbox.addr_spec) for name, mailbox in people]
+        shown[field_name] = [{"email": spec, "name": name} if name else {"email": spec} for name, spec in named]
     author, reply_to = shown["from"], shown["reply-to"]
     if len(author) != 1:
         raise ValueError("From has several addresses")
@@ -5872,9 +5862,10 @@ def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
     hidden = [{"email": recipient} for recipient in hidden_recipients(transaction, fields)]
     people = {"to": shown["to"], "cc": shown["cc"], "bcc": hidden}
     document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": author[0]}
-    if len(reply_to) > 1:
-        return {**document, "reply_to_list": reply_to}
-    return {**document, "reply_to": reply_to and reply_to[0]}
+    return {
+        **document,
+        **({"reply_to_list": reply_to} if len(reply_to) > 1 else {"reply_to": reply_to and reply_to[0]}),
+    }
 
 
 def hidden_recipients(transaction: Transaction, fields: list) -> list:
@@ -5887,11 +5878,6 @@ def hidden_recipients(transaction: Transaction, fields: list) -> list:
     return list(hidden.values())
 
 
-def sendgrid_mailboxes(text: str) -> list:
-    named = [(decode_encoded_words(name), mailbox.addr_spec) for name, mailbox in parse_mailboxes(text)]
-    return [{"email": spec, "name": name} if name else {"email": spec} for name, spec in named]
-
-
 def sendgrid_headers(fields: list) -> dict:
     """Return the fields that SendGrid takes as they are, still encoded."""
     headers: dict = {}
@@ -5900,11 +5886,9 @@ def sendgrid_headers(fields: list) -> dict:
             raise ValueError(f"the header {name} can't be set")
         if name in SENDGRID_OWN or name.startswith("content-"):
             continue
-        if name in map(str.lower, headers):
-            raise ValueError(f"the header {name} occurs more than once")
         if not octets.isascii():
             raise ValueError(f"the header {name} is not ASCII")
-        headers[octets.partition(b":")[0].decode().strip()] = unfold(octets)
+        headers[octets.partition(b":")[0].decode()] = single_field(fields, name)
     return headers
 
 
@@ -5965,39 +5949,22 @@ def sendgrid_attachment(part: Any) -> dict:
     return {**attachment, "content_id": content_id} if content_id else attachment
 
 
-AMAZONSES_TEMPORARY = ["TooManyRequestsException", "ThrottlingException", "Throttling"]  # errors 400 that pass
-AMAZONSES_TEMPORARY += ["LimitExceededException", "SendingPausedException"]
-
-
 def amazonses_request(transaction: Transaction) -> HTTPRequest:
-    """Return the signed request, with the message as it is; raise Rejected for a message without exactly one From."""
+    """Return the signed request, with the message as it is; raise ValueError for a message without exactly one From."""
     octets = ascii_message(transaction)
-    try:
-        author = single_field(parse_message(octets)[0], "from")
-        spec = parse_mailboxes(author)[0][1].addr_spec
-    except (ValueError, IndexError):
-        raise Rejected(make_reply("inexpressible", "one header From is wanted", **transaction.route.endpoint)) from None
+    author = single_field(parse_message(octets).fields, "from")
     document = {
         "FromEmailAddress": author,
         "Destination": {"ToAddresses": transaction.recipients},
         "Content": {"Raw": {"Data": base64.b64encode(octets).decode()}},
     }
-    if transaction.sender and address_key(spec) != address_key(transaction.sender):
+    mailboxes = parse_mailboxes(author)
+    if not mailboxes:
+        raise ValueError("From has no address")
+    if transaction.sender and mailboxes[0][1].key != address_key(transaction.sender):
         document["FeedbackForwardingEmailAddress"] = transaction.sender
     call = HTTPRequest("POST", "/v2/email/outbound-emails", encode_json(document))
     return sign_sigv4(call, transaction.route, time.time())
-
-
-def amazonses_reply(route: Route, response: HTTPResponse) -> Reply:
-    """Return the reply for a response of Amazon SES."""
-    document = json_object(response)
-    if response.status == 200 and isinstance(document.get("MessageId"), str):
-        return http_accepted(route, response, f"MessageId: {document['MessageId']}")
-    name = str(response.headers.get("x-amzn-ErrorType") or document.get("__type") or "")
-    name = name.partition(":")[0].rpartition("#")[2]  # some have a namespace in front, or a URL behind
-    lines = [str(value) for value in (name, document.get("message") or document.get("Message")) if value]
-    reply = http_failure(route, response, lines or None, temporary=name in AMAZONSES_TEMPORARY)
-    return reply._replace(route_fault=bool(re.search("Signature|Token|UnrecognizedClient", name)))
 
 
 def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
@@ -6011,15 +5978,20 @@ def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
     if route.token:
         headers["x-amz-security-token"] = route.token
     names = ";".join(sorted(headers))
-    lines = [f"{name}:{headers[name]}" for name in sorted(headers)]
-    lines = [call.method, site.path + call.path, "", *lines, "", names]
+    lines = [
+        call.method,
+        site.path + call.path,
+        "",
+        *(f"{name}:{headers[name]}" for name in sorted(headers)),
+        "",
+        names,
+    ]
     canonical = "\n".join([*lines, hashlib.sha256(call.body).hexdigest()])
     text = f"AWS4-HMAC-SHA256\n{moment}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
     key = b"AWS4" + route.credentials[1].encode()
-    for part in scope.split("/"):
+    for part in (*scope.split("/"), text):
         key = hmac.digest(key, part.encode(), "sha256")
-    signature = hmac.new(key, text.encode(), "sha256").hexdigest()
-    value = f"AWS4-HMAC-SHA256 Credential={route.credentials[0]}/{scope}, SignedHeaders={names}, Signature={signature}"
+    value = f"AWS4-HMAC-SHA256 Credential={route.credentials[0]}/{scope}, SignedHeaders={names}, Signature={key.hex()}"
     added = [(name, headers[name]) for name in ("x-amz-date", "x-amz-security-token") if name in headers]
     return call._replace(headers=(*call.headers, *added, ("Authorization", value)))
 
@@ -6034,101 +6006,93 @@ def mandrill_request(transaction: Transaction) -> HTTPRequest:
 
 def mandrill_replies(transaction: Transaction, response: HTTPResponse) -> list:
     """Return a Reply for each recipient; a response that doesn't name one breaks the API's promise."""
-    route, errors, document = transaction.route, mandrill_errors(response), response.document()
-    if errors:
-        return [http_failure(route, response, errors)] * len(transaction.recipients)
-    listed = document if response.status == 200 and isinstance(document, list) else []
-    items = {address_key(item.get("email")): item for item in listed if isinstance(item, dict)}
-    return [mandrill_reply(route, response, items.get(address_key(to), {})) for to in transaction.recipients]
-
-
-def mandrill_errors(response: HTTPResponse) -> list | None:
-    """Return the error message in a response; None if it has none."""
-    document = json_object(response)
-    return [f"{document.get('name')}: {document.get('message')}"] if document.get("status") == "error" else None
+    items = items_by_address(response.document() if response.status == 200 else None, "email")
+    found = [items.get(address_key(to), {}) for to in transaction.recipients]
+    return [mandrill_reply(transaction.route, response, item) for item in found]
 
 
 def mandrill_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
     """Return one recipient's item as a Reply."""
     status, lines = item.get("status"), [f"{key}: {item[key]}" for key in ("reject_reason", "_id") if item.get(key)]
     if status in ("sent", "queued", "scheduled"):
-        return http_accepted(route, response, status, *lines)
+        return http_reply("web-accepted", route, response, [status, *lines])
     if status in ("rejected", "invalid"):
-        dsn = "5.1.3" if status == "invalid" else "5.7.1"
-        return make_reply("web-refused", *sanitize_lines(lines), word=status, **route.endpoint)._replace(dsn=dsn)
-    return http_failure(route, response, None)
-
-
-async def relay_by_token(make_request: Callable, success: int, transaction: Transaction, transport: Any) -> list:
-    """Deliver by an API that takes an access token, and a message as it is with its recipients."""
-    route, call = transaction.route, await asyncio.to_thread(make_request, transaction)
-    for again in (True, False):  # a token that is refused is replaced once
-        login = await transport.tokens.authorize(route)
-        token = login.credentials[1]
-        response = await transport.http.request(HTTPTarget.of_route(route), call._replace(headers=bearer_header(login)))
-        if response.status != 401 or not (again and transport.tokens.drop(route, token)):
-            break
-    response = response._replace(body=response.body.replace(token.encode(), b"********"))
-    ident = response.headers.get("request-id", "none") if success == 202 else json_object(response).get("id")
-    accepted = response.status == success and ident
-    reply = http_accepted(route, response, f"id: {ident}") if accepted else token_api_failure(route, response)
-    return [reply] * len(transaction.recipients)
+        reply = make_reply("web-refused", *sanitize_lines(lines), word=status, **route.endpoint)
+        return reply._replace(dsn="5.1.3" if status == "invalid" else "5.7.1")
+    return http_failure(route, response)
 
 
 def msgraph_request(transaction: Transaction) -> HTTPRequest:
     # https://learn.microsoft.com/en-us/graph/api/user-sendmail
     path = f"/v1.0/users/{urllib.parse.quote(transaction.route.credentials[0], '@')}/sendMail"
-    return HTTPRequest("POST", path, base64.b64encode(addressed_message(transaction)), type="text/plain")
+    body = base64.b64encode(addressed_message(transaction))
+    return HTTPRequest("POST", path, body, bearer_header(transaction.route), "text/plain")
 
 
 def gmailapi_request(transaction: Transaction) -> HTTPRequest:
     # https://developers.google.com/workspace/gmail/api/reference/rest/v1/users.messages/send
-    path, octets = "/gmail/v1/users/me/messages/send", addressed_message(transaction)
+    path, octets, login = "/gmail/v1/users/me/messages/send", addressed_message(transaction), transaction.route
     if len(octets) > GMAILAPI_UPLOAD:
-        return HTTPRequest("POST", f"/upload{path}?uploadType=media", octets, type="message/rfc822")
-    return HTTPRequest("POST", path, encode_json({"raw": base64.urlsafe_b64encode(octets).decode()}))
+        return HTTPRequest("POST", f"/upload{path}?uploadType=media", octets, bearer_header(login), "message/rfc822")
+    body = encode_json({"raw": base64.urlsafe_b64encode(octets).decode()})
+    return HTTPRequest("POST", path, body, bearer_header(login))
 
 
 def addressed_message(transaction: Transaction) -> bytes:
     """Return the message with the envelope's recipients in its header, from which the API takes them."""
     octets = transaction.octets()
-    try:
-        fields = parse_message(octets).fields
-        if single_field(fields, "bcc"):
-            raise ValueError("the header bcc can't be set")
-        hidden = ",\r\n ".join(hidden_recipients(transaction, fields))
-    except ValueError as error:
-        raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
+    fields = parse_message(octets).fields
+    if single_field(fields, "bcc"):
+        raise ValueError("the header bcc can't be set")
+    hidden = ",\r\n ".join(hidden_recipients(transaction, fields))
     return f"Bcc: {hidden}\r\n".encode() + octets if hidden else octets
 
 
-def token_api_failure(route: Route, response: HTTPResponse) -> Reply:
-    """Return the reply for an error of Graph or Google; a refused token is no verdict on the mail."""
-    error = json_object(response).get("error")
-    lines = [f"{error.get('code')}: {error.get('message')}"] if isinstance(error, dict) else None
-    temporary = bool(lines and GOOGLE_LIMIT.search(str(error.get("errors"))))
-    return http_failure(route, response, lines, temporary)
+def api_reply(success: int, name: str, header: str, transaction: Transaction, response: HTTPResponse) -> Reply:
+    """Return the reply of an API that takes the mail for all recipients, or not; its id is in a header or in JSON."""
+    ident = response.headers.get(header) if header else json_object(response).get(name)
+    if response.status != success or not (ident or header):
+        return http_failure(transaction.route, response)
+    return http_reply("web-accepted", transaction.route, response, [f"{name}: {ident}"] if ident else [])
 
 
-def http_accepted(route: Route, response: HTTPResponse, *lines: str) -> Reply:
-    """Return the reply for a mail that the API has taken."""
-    return make_reply("web-accepted", *sanitize_lines(lines), word=status_text(response), **route.endpoint)
+def api_errors(response: HTTPResponse) -> list | None:
+    """Return the error messages in a response; None if it has none in a form that one of the APIs uses."""
+    document, amazon = json_object(response), response.headers.get("x-amzn-ErrorType")
+    amazon = str(amazon or document.get("__type") or "").partition(":")[0].rpartition("#")[2]
+    errors, error = document.get("errors"), document.get("error")
+    if amazon:  # some have a namespace in front, or a URL behind
+        return [amazon, *(str(document[key]) for key in ("message", "Message") if document.get(key))]
+    if document.get("status") == "error":  # Mandrill
+        return [f"{document.get('name')}: {document.get('message')}"]
+    if isinstance(error, dict):  # Graph and Google
+        reasons = re.findall(r"'reason': '(\w+)'", str(error.get("errors")))
+        return [f"{error.get('code')}: {error.get('message')}", *reasons]
+    if isinstance(errors, list) and errors and all(isinstance(error, dict) for error in errors):  # SendGrid
+        return [": ".join(str(error[key]) for key in ("field", "message") if error.get(key)) for error in errors]
+    return None
 
 
-def http_failure(route: Route, response: HTTPResponse, lines: list | None, temporary: bool = False) -> Reply:
-    """Return the reply for a response that is no success; `lines` are the API's error messages, None if it has none."""
-    status, text, endpoint = response.status, status_text(response), route.endpoint
-    temporary = temporary or status == 429 or status >= 500
+def http_reply(slug: str, route: Route, response: HTTPResponse, lines: Any = ()) -> Reply:
+    """Return a reply with the response's status line, followed by lines of the other side."""
+    return make_reply(slug, *sanitize_lines(lines), word=status_text(response), **route.endpoint)
+
+
+def http_failure(route: Route, response: HTTPResponse) -> Reply:
+    """Return the reply for a response that is no success."""
+    status, lines, wait = response.status, api_errors(response), parse_retry_after(response)
     if status == 413:  # from a proxy too, without the API's error messages; the mail will not be smaller next time
-        return make_reply("web-refused", *sanitize_lines(lines or []), word=text, **endpoint)._replace(dsn="5.3.4")
-    if lines is None or not (temporary or status >= 400):
+        return http_reply("web-refused", route, response, lines or ())._replace(dsn="5.3.4")
+    if lines is None or status < 400:
         excerpt = sanitize(response.body[:400].decode("utf-8", "replace"), 100)
-        endpoint.update(maybe_delivered=200 <= status < 300, retry_after=parse_retry_after(response))
-        return make_reply("web-rubbish", text, *([excerpt] if excerpt else []), **endpoint)
-    reply = make_reply("web-later" if temporary else "web-refused", *sanitize_lines(lines), word=text, **endpoint)
-    if temporary:
-        return reply._replace(dsn="4.3.0" if status >= 500 else "4.4.5", retry_after=parse_retry_after(response))
-    return reply._replace(dsn=DSN_BY_STATUS.get(status, reply.dsn), route_fault=status == 401)
+        reply = http_reply("web-rubbish", route, response, filter(None, (status_text(response), excerpt)))
+        return reply._replace(maybe_delivered=200 <= status < 300, retry_after=wait)
+    if status == 429 or status >= 500 or any(map(API_LIMIT.fullmatch, lines)):
+        reply = http_reply("web-later", route, response, lines)
+        return reply._replace(dsn="4.3.0" if status >= 500 else "4.4.5", retry_after=wait)
+    reply = http_reply("web-refused", route, response, lines)
+    wrong_key = lines[0].isalpha() and re.search("Signature|Token|UnrecognizedClient", lines[0])  # Amazon's exceptions
+    return reply._replace(dsn=DSN_BY_STATUS.get(status, reply.dsn), route_fault=status == 401 or bool(wrong_key))
 
 
 def parse_retry_after(response: HTTPResponse) -> int:
@@ -6148,10 +6112,10 @@ def sanitize_lines(lines: Any) -> tuple:
 
 
 def ascii_message(transaction: Transaction) -> bytes:
-    """Return the message in ASCII, which the APIs want; raise Rejected if that can't be."""
+    """Return the message in ASCII, which the APIs want; raise ValueError if that can't be."""
     octets = downgrade_8bit(transaction.octets()) if transaction.message.needs_8bitmime else transaction.octets()
     if not octets.isascii():
-        raise Rejected(make_reply("inexpressible", "it has octets over 127", **transaction.route.endpoint))
+        raise ValueError("it has octets over 127")
     return octets
 
 
@@ -6165,13 +6129,11 @@ def single_field(fields: list, name: str) -> str:
 
 def decode_encoded_words(text: str) -> str:
     """Decode the encoded words (RFC 2047) in a text; raise ValueError or LookupError if one can't be."""
-    return ENCODED_WORD.sub(_decode_encoded_word, re.sub(r"(?<=\?=)\s+(?==\?)", "", text))
 
+    def decode(found: re.Match) -> str:
+        return decode_charset(DECODERS[found[2].upper()](found[3].encode()), found[1])
 
-def _decode_encoded_word(found: Any) -> str:
-    charset, encoding, octets = found[1], found[2].upper(), found[3].encode()
-    decoded = binascii.a2b_base64(octets) if encoding == "B" else binascii.a2b_qp(octets, header=True)
-    return decode_charset(decoded, charset)
+    return ENCODED_WORD.sub(decode, re.sub(r"(?<=\?=)\s+(?==\?)", "", text))
 
 
 def decode_charset(octets: bytes, charset: str) -> str:
@@ -6217,48 +6179,46 @@ def failed_step(step: str, reply: Reply, endpoint: str = "") -> CheckResult:
 
 async def probe_esmtp(probe: ConnectivityProbe, transport: TransportContext) -> list:
     """Look the host up as a delivery would, then open a session."""
-    results = await asyncio.to_thread(probe_dns, probe.route)
-    return results + (await asyncio.to_thread(probe_session, probe.route, probe.hostname) if results[-1].ok else [])
+    found = await asyncio.to_thread(probe_dns, probe.route)
+    return [found, *(await asyncio.to_thread(probe_session, probe.route, probe.hostname) if found.ok else ())]
 
 
-def probe_dns(route: Route) -> list:
+def probe_dns(route: Route) -> CheckResult:
     """Look up the route's host."""
     try:
         found = socket.getaddrinfo(route.host, route.port, type=socket.SOCK_STREAM)
     except OSError as error:
-        return [CheckResult("DNS", False, f"{route.host}: {error.strerror}")]
-    return [CheckResult("DNS", True, f"{route.host} is {', '.join(dict.fromkeys(item[4][0] for item in found))}")]
+        return CheckResult("DNS", False, f"{route.host}: {error.strerror}")
+    return CheckResult("DNS", True, f"{route.host} is {', '.join(dict.fromkeys(item[4][0] for item in found))}")
 
 
 def probe_session(route: Route, hostname: str) -> list:
     """Return every step to a session that could take a mail; the last one shows where it failed."""
-    session, results = Session(route, hostname), []
+    session, done, failed = Session(route, hostname), {}, []
     try:
         for step in session.steps():
             step()
-            results = session_results(session)
+            done["TCP"] = "connected to {}:{}".format(*session.sock.getpeername())
+            if session.ehlo_resp:
+                extensions = [
+                    " ".join([name.upper(), *value.split()]) for name, value in session.esmtp_features.items()
+                ]
+                done["EHLO"] = sanitize(", ".join(extensions) or "no extensions", 500)
+            if isinstance(session.sock, ssl.SSLSocket):
+                done["TLS"] = describe_certificate(session.sock)
+            elif session.step in ("STARTTLS", "AUTH"):
+                done["TLS"] = "none" + ", though it is offered" * session.has_extn("starttls")
+        if route.auth:
+            done["AUTH"] = f"logged in as {route.credentials[0]}"
     except (OSError, Rejected) as error:
         session.close()
         reply = error.reply if isinstance(error, Rejected) else session._broken(error)
         name = {"CONN": "TCP", "STARTTLS": "TLS"}.get(reply.command, reply.command)
-        failed = failed_step(name, reply, f"{route.address or route.host}:{route.port}")
-        return [*(result for result in results if result.step != name), failed]
-    session.quit()
-    return results + ([CheckResult("AUTH", True, f"logged in as {route.credentials[0]}")] if route.auth else [])
-
-
-def session_results(session: Session) -> list:
-    """Return the steps that a session has done so far."""
-    peer = session.sock.getpeername()
-    results = [CheckResult("TCP", True, f"connected to {peer[0]}:{peer[1]}")]
-    if session.ehlo_resp:
-        extensions = [" ".join([name.upper(), *value.split()]) for name, value in session.esmtp_features.items()]
-        results.append(CheckResult("EHLO", True, sanitize(", ".join(extensions) or "no extensions", 500)))
-    if isinstance(session.sock, ssl.SSLSocket):
-        results.append(CheckResult("TLS", True, describe_certificate(session.sock)))
-    elif session.step in ("STARTTLS", "AUTH"):
-        results.append(CheckResult("TLS", True, "none" + ", though it is offered" * session.has_extn("starttls")))
-    return results
+        done.pop(name, None)
+        failed = [failed_step(name, reply, f"{route.address or route.host}:{route.port}")]
+    else:
+        session.quit()
+    return [CheckResult(name, True, text) for name, text in done.items()] + failed
 
 
 def describe_certificate(sock: ssl.SSLSocket) -> str:
@@ -6275,38 +6235,39 @@ def describe_certificate(sock: ssl.SSLSocket) -> str:
 
 async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> list:
     """Query the name servers, then open a session to the first host of the domain that works."""
-    route, deadline = probe.route, time.monotonic() + probe.route.timeout
+    route = probe.route
     if not probe.domain:
-        found = await transport.resolver.lookup(probe.hostname, MX, deadline)
+        found = await transport.resolver.lookup(probe.hostname, MX, time.monotonic() + route.timeout)
         return [CheckResult("DNS", found.code != SERVFAIL, found.why or "name servers answer")]
     try:
-        hosts = await mx_hosts(probe.domain, transport.resolver, probe.hostname, deadline)
-        results = [CheckResult("DNS", True, f"{probe.domain} takes mail at {', '.join(hosts)}")]
-        policy = await transport.mta_sts.policy_for(probe.domain, route)
-        if policy:
-            results.append(CheckResult("MTA-STS", True, f"mode {policy.mode}: {', '.join(policy.hosts)}"))
-        for host in admitted_hosts(hosts, policy):
-            for hop in await next_hops(host, route, policy, transport.resolver):
-                if not isinstance(hop, Route):
-                    results.append(CheckResult("DNS", False, ": ".join(hop.message)))
-                    continue
-                results += await asyncio.to_thread(probe_mx_host, hop, probe.hostname)
-                if results[-1].ok:
-                    return results
+        hosts, policy = await admitted_hosts(probe.domain, route, probe.hostname, transport)
     except Rejected as rejected:
         return [failed_step("DNS", rejected.reply)]
+    results = [CheckResult("DNS", True, f"{probe.domain} takes mail at {', '.join(hosts)}")]
+    if policy:
+        results.append(CheckResult("MTA-STS", True, f"mode {policy.mode}: {', '.join(policy.hosts)}"))
+    for host in hosts:
+        for hop in await next_hops(host, route, policy, transport.resolver):
+            if not isinstance(hop, Route):
+                results.append(CheckResult("DNS", False, ": ".join(hop.message)))
+                continue
+            results += await asyncio.to_thread(probe_mx_host, hop, probe.hostname)
+            if results[-1].ok:
+                return results
     return results
 
 
 def probe_mx_host(route: Route, hostname: str) -> list:
     """Open a session to one host; if TLS is opportunistic, find out whether the certificate is accepted."""
+    if not route.tls_if_offered:
+        return probe_session(route, hostname)
     clear, why = replace(route, tls_if_offered=False), ""
     variants = {"": replace(route, tls_verify=True), "not verified": route, "mail goes in clear text": clear}
     for note, hop in variants.items():
         results = probe_session(hop, hostname)
         if results[-1].ok:
             return results + ([CheckResult("TLS", True, f"{note}: {why}")] if note else [])
-        if results[-1].step != "TLS" or not route.tls_if_offered:
+        if results[-1].step != "TLS":
             break
         why = results[-1].text
     return results
@@ -6322,77 +6283,76 @@ async def probe_local(probe: ConnectivityProbe, transport: TransportContext) -> 
 
 
 def http_probe(ask: Callable) -> Callable:
-    """Make a probe of ask(route, request), which returns a line of text if the login is good or raises Rejected."""
+    """Make a probe of ask(route, request), which returns a line of text if the login is good, else a Reply."""
 
     def steps(route: Route) -> list:
-        results = probe_dns(route)
-        if not results[-1].ok:
+        results = [probe_dns(route)]
+        if not results[0].ok:
             return results
         line, place = KeepAliveConnection(HTTPTarget.of_route(route)), f"{route.host}:{route.port}"
         try:
             line.open()
             results.append(CheckResult("TCP", True, f"connected to {place}"))
             results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
-            results.append(CheckResult("AUTH", True, ask(route, line.exchange)))
+            found = ask(route, line.exchange)
         except Rejected as rejected:
-            step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
-            results.append(failed_step(step, rejected.reply, place))
+            found = rejected.reply
         finally:
             line.close()
-        return results
+        if isinstance(found, str):
+            return [*results, CheckResult("AUTH", True, found)]
+        step = {"CONN": "TLS" if found.dsn == "4.7.5" else "TCP"}.get(found.command, "AUTH")
+        return [*results, failed_step(step, found, place)]
 
     return lambda probe, transport: asyncio.to_thread(steps, probe.route)
 
 
 @http_probe
-def probe_haineko(route: Route, request: Callable) -> str:
+def probe_haineko(route: Route, request: Callable) -> Any:
     """Post an empty submission, which is refused after the login."""
     response = request(HTTPRequest("POST", "/submit", b"{}", basic_auth_header(route.credentials)))
-    items = haineko_items(response)
-    if not items:
-        raise Rejected(http_failure(route, response, None))
-    if items[0].get("command") == "AUTH" or response.status in (401, 403, 404):
-        raise Rejected(haineko_reply(route, response, items[0]))
+    item = next(iter(items_by_address(json_object(response).get("response"), "rcpt").values()), {})
+    if not item or item.get("command") == "AUTH" or response.status in (401, 403, 404):
+        return haineko_reply(route, response, item)
     return "a Haineko that takes our login" if route.credentials else "a Haineko that wants no login"
 
 
 @http_probe
-def probe_sendgrid(route: Route, request: Callable) -> str:
+def probe_sendgrid(route: Route, request: Callable) -> Any:
     """Ask for the permissions of the API key."""
     response = request(HTTPRequest("GET", "/v3/scopes", headers=bearer_header(route)))
-    scopes = json_object(response).get("scopes") if response.status == 200 else None
-    if not isinstance(scopes, list):
-        raise Rejected(http_failure(route, response, sendgrid_errors(response)))
-    if "mail.send" not in scopes:
-        raise Rejected(make_reply("web-refused", word="the API key lacks the permission mail.send", **route.endpoint))
-    return "the API key may send"
+    scopes = json_object(response).get("scopes")
+    if response.status != 200 or not isinstance(scopes, list):
+        return http_failure(route, response)
+    if "mail.send" in scopes:
+        return "the API key may send"
+    return make_reply("web-refused", word="the API key lacks the permission mail.send", **route.endpoint)
 
 
 @http_probe
-def probe_amazonses(route: Route, request: Callable) -> str:
+def probe_amazonses(route: Route, request: Callable) -> Any:
     """Ask for the state of the account."""
     response = request(sign_sigv4(HTTPRequest("GET", "/v2/email/account"), route, time.time()))
-    document, failure = json_object(response), amazonses_reply(route, response)
+    document, failure = json_object(response), http_failure(route, response)
     if response.status == 403 and any("AccessDenied" in line for line in failure.message):
         return "the key is good; it may not read the account, so whether it may send is not known"
     if response.status != 200 or "SendingEnabled" not in document:
-        raise Rejected(failure)
+        return failure
     if not document["SendingEnabled"]:
-        raise Rejected(make_reply("web-refused", word="sending is switched off for this account", **route.endpoint))
+        return make_reply("web-refused", word="sending is switched off for this account", **route.endpoint)
     sandbox = "" if document.get("ProductionAccessEnabled", True) else ", in the sandbox: to verified recipients only"
     return f"the key is good, the account may send{sandbox}"
 
 
 @http_probe
-def probe_mandrill(route: Route, request: Callable) -> str:
+def probe_mandrill(route: Route, request: Callable) -> Any:
     """Ping with the API key."""
     response = request(HTTPRequest("POST", "/api/1.0/users/ping2.json", encode_json({"key": route.credentials[1]})))
-    if response.status == 200 and json_object(response).get("PING") == "PONG!":
-        return "the key is good"
-    raise Rejected(http_failure(route, response, mandrill_errors(response)))
+    good = response.status == 200 and json_object(response).get("PING") == "PONG!"
+    return "the key is good" if good else http_failure(route, response)
 
 
-def probe_account(path: str, route: Route, request: Callable) -> str:
+def probe_account(path: str, route: Route, request: Callable) -> Any:
     """Read the user's account."""
     path = path.format(user=urllib.parse.quote(route.credentials[0], "@"))
     response = request(HTTPRequest("GET", path, headers=bearer_header(route)))
@@ -6401,23 +6361,19 @@ def probe_account(path: str, route: Route, request: Callable) -> str:
         return "the token is good"
     if response.status == 403 and "error" in document:
         return "the token is good; it may not read the account, so whether it may send is not known"
-    raise Rejected(token_api_failure(route, response))
+    return http_failure(route, response)
 
 
 probe_msgraph = http_probe(functools.partial(probe_account, "/v1.0/users/{user}"))
-probe_gmail = http_probe(functools.partial(probe_account, "/gmail/v1/users/me/profile"))
-send_msgraph = functools.partial(relay_by_token, msgraph_request, 202)
-send_gmail = functools.partial(relay_by_token, gmailapi_request, 200)
+probe_gmailapi = http_probe(functools.partial(probe_account, "/gmail/v1/users/me/profile"))
+relay_haineko = http_relay(haineko_request, haineko_replies)
+relay_sendgrid = http_relay(sendgrid_request, functools.partial(api_reply, 202, "X-Message-Id", "X-Message-Id"))
+relay_amazonses = http_relay(amazonses_request, functools.partial(api_reply, 200, "MessageId", ""), 50)  # their quota
+relay_mandrill = http_relay(mandrill_request, mandrill_replies)
+relay_msgraph = http_relay(msgraph_request, functools.partial(api_reply, 202, "id", "request-id"))
+relay_gmailapi = http_relay(gmailapi_request, functools.partial(api_reply, 200, "id", ""))
 GRAPH_SCOPES = "https://graph.microsoft.com/.default", "https://graph.microsoft.com/Mail.Send offline_access"
 BY_TOKEN = {"needs": ("auth",), "login": ("username", "oauth2")}
-
-
-relay_haineko = http_relay(haineko_request, haineko_replies)
-relay_sendgrid = http_relay(sendgrid_request, sendgrid_reply)
-relay_amazonses = http_relay(  # at most 50 recipients: Amazon's quota
-    amazonses_request, lambda transaction, response: amazonses_reply(transaction.route, response), 50
-)
-relay_mandrill = http_relay(mandrill_request, mandrill_replies)
 RELAYS.update(
     ESMTP=Relay(relay_esmtp, probe_esmtp, keeps_octets=True),
     MX=Relay(relay_mx, probe_mx, destination="MX {domain}", refuses=("auth",), keeps_octets=True),
@@ -6425,8 +6381,8 @@ RELAYS.update(
     SendGrid=Relay(relay_sendgrid, probe_sendgrid, 25, "https://api.sendgrid.com", ("auth",), login=("password",)),
     AmazonSES=Relay(relay_amazonses, probe_amazonses, 25, "https://email.{region}.amazonaws.com", ("auth", "region")),
     Mandrill=Relay(relay_mandrill, probe_mandrill, 25, "https://mandrillapp.com", ("auth",), login=("password",)),
-    MSGraph=Relay(send_msgraph, probe_msgraph, 25, "https://graph.microsoft.com", scopes=GRAPH_SCOPES, **BY_TOKEN),
-    GmailAPI=Relay(send_gmail, probe_gmail, 25, "https://gmail.googleapis.com", **BY_TOKEN),
+    MSGraph=Relay(relay_msgraph, probe_msgraph, 25, "https://graph.microsoft.com", scopes=GRAPH_SCOPES, **BY_TOKEN),
+    GmailAPI=Relay(relay_gmailapi, probe_gmailapi, 25, "https://gmail.googleapis.com", **BY_TOKEN),
     File=Relay(relay_file, probe_local, destination="File {route.folder}", into_folder=True),
     Screen=Relay(relay_screen, probe_local, destination="Screen"),
     Discard=Relay(relay_discard, probe_local, destination="Discard"),
