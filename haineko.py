@@ -5521,19 +5521,20 @@ async def attempt_route_list(transaction: Transaction, transport: TransportConte
         recipients, failed = tuple(transaction.recipients[i] for i in waiting), {}
         part = transaction._replace(route=route, recipients=recipients)
         for i, reply in zip(waiting, await attempt_route(part, transport)):
-            failed.update({i: reply} if try_next_route(reply) else {})
             before = replies[i] and " ".join(filter(None, (replies[i].fallback, replies[i].relay)))
             replies[i] = reply._replace(fallback=before)
+            if try_next_route(reply):
+                failed[i] = reply
         if any(reply.command != "RCPT" or reply.code == "421" for reply in failed.values()):
             pauses[route] = time.monotonic() + ROUTE_PAUSE
         else:
             pauses.pop(route, None)
-        waiting = list(failed)
-        if not waiting:
-            break
         for reply in dict.fromkeys(failed.values()):
             words = log_value(" ".join((reply.code, *reply.message)))
             log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed: {words}")
+        waiting = list(failed)
+        if not waiting:
+            break
     return replies
 
 
@@ -5570,29 +5571,25 @@ async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> 
         try:
             if not session:
                 session, reused = await transport.acquire(transaction.route, transaction.hostname)
-            found = await transact_by(session, transaction, transport)
         except Rejected as refused:
-            found, reused = [refused.reply] * len(transaction.recipients), False
+            replies.update(dict.fromkeys(transaction.recipients, refused.reply))
+            break
+        try:
+            found = await session.transact(transaction)
+            for reply in found:
+                if reply.code in THROTTLED:
+                    session.pool.slow_down(reply)
+        except BaseException:
+            session.alive = False
+            raise
+        finally:
+            transport.release(session)
         replies.update(zip(transaction.recipients, found))
         again = reused and [to for to in transaction.recipients if session.refused_before_data(replies[to])]
         if not again:
             break
         transaction, session = transaction._replace(recipients=tuple(again)), None
     return [replies[to] for to in recipients]
-
-
-async def transact_by(session: Session, transaction: Transaction, transport: TransportContext) -> list:
-    try:
-        replies = await session.transact(transaction)
-        for reply in replies:
-            if reply.code in THROTTLED:
-                session.pool.slow_down(reply)
-        return replies
-    except BaseException:
-        session.alive = False
-        raise
-    finally:
-        transport.release(session)
 
 
 async def relay_mx(transaction: Transaction, transport: TransportContext) -> list:
@@ -5715,9 +5712,6 @@ async def relay_discard(transaction: Transaction, transport: TransportContext) -
     return [make_reply("done", word="Discarded", mailer="Discard")] * len(transaction.recipients)
 
 
-# -- Relays by HTTP. api_errors() and http_failure() hold what the responses of their APIs have in common.
-
-
 def http_relay(make_request: Callable, read_replies: Callable, max_recipients: int = 1 << 30) -> Callable:
     """Return a relay that posts make_request(transaction), an HTTPRequest, for so many recipients at a time; it raises
     ValueError if the API can't express the message. read_replies(transaction, response) returns one Reply or a list."""
@@ -5837,12 +5831,18 @@ def sendgrid_request(transaction: Transaction) -> HTTPRequest:
     """Return the message in pieces; raise ValueError if it would lose more of it than trace fields and charset."""
     # https://www.twilio.com/docs/sendgrid/api-reference/mail-send
     octets = transaction.octets()
-    fields = parse_message(octets).fields
-    subject = decode_encoded_words(single_field(fields, "subject"))
-    if not subject:
+    fields, headers = parse_message(octets).fields, {}  # headers go as they are, still encoded
+    for name, line in fields:
+        if name in SENDGRID_RESERVED:
+            raise ValueError(f"the header {name} can't be set")
+        if name not in SENDGRID_OWN and not name.startswith("content-"):
+            headers[line.partition(b":")[0].decode()] = single_field(fields, name)
+            if not line.isascii():
+                raise ValueError(f"the header {name} is not ASCII")
+    document = {**sendgrid_addresses(transaction, fields), "headers": headers, **sendgrid_parts(octets)}
+    document["subject"] = decode_encoded_words(single_field(fields, "subject"))
+    if not document["subject"]:
         raise ValueError("the subject is empty")
-    document = {**sendgrid_addresses(transaction, fields), "subject": subject}
-    document.update(headers=sendgrid_headers(fields), **sendgrid_parts(octets))
     body = encode_json({key: value for key, value in document.items() if value})
     return HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route))
 
@@ -5878,74 +5878,48 @@ def hidden_recipients(transaction: Transaction, fields: list) -> list:
     return list(hidden.values())
 
 
-def sendgrid_headers(fields: list) -> dict:
-    """Return the fields that SendGrid takes as they are, still encoded."""
-    headers: dict = {}
-    for name, octets in fields:
-        if name in SENDGRID_RESERVED:
-            raise ValueError(f"the header {name} can't be set")
-        if name in SENDGRID_OWN or name.startswith("content-"):
-            continue
-        if not octets.isascii():
-            raise ValueError(f"the header {name} is not ASCII")
-        headers[octets.partition(b":")[0].decode()] = single_field(fields, name)
-    return headers
-
-
 SENDGRID_RESERVED = ("x-sg-id", "x-sg-eid", "dkim-signature", "bcc")
 SENDGRID_OWN = ("received", "mime-version", "from", "to", "cc", "subject", "reply-to")  # made from the other keys
-SENDGRID_NESTING = ["mixed", "alternative", "related"]  # subtypes of a multipart, and of one in another
-SENDGRID_NESTING += ["mixed/alternative", "mixed/related", "alternative/related", "related/alternative"]
+SENDGRID_MULTIPARTS = ("mixed", "alternative", "related")
 
 
 def sendgrid_parts(octets: bytes) -> dict:
     """Return content and attachments."""
     import email
 
-    message = email.message_from_bytes(octets)
-    content: list = []
-    attachments: list = []
-    for part in leaf_parts(message):
-        named = part.get_content_disposition() == "attachment" or part.get_filename() or part["Content-ID"]
-        if part.get_content_maintype() == "text" and not named:
+    content, attachments, multiparts, parts = [], [], set(), [email.message_from_bytes(octets)]
+    while parts:
+        part = parts.pop(0)
+        kind, named = part.get_content_subtype(), part.get_filename() or part["Content-ID"]
+        if part.get_content_maintype() == "multipart":
+            if kind not in SENDGRID_MULTIPARTS or not part.is_multipart():
+                raise ValueError(f"multipart/{kind} can't be kept")
+            multiparts.add(kind)
+            parts[:0] = part.get_payload()
+        elif part.get_content_maintype() != "text" or named or part.get_content_disposition() == "attachment":
+            attachments.append(sendgrid_attachment(part))
+        else:
             text = decode_charset(part.get_payload(decode=True), part.get_content_charset("us-ascii"))
             content.append({"type": part.get_content_type(), "value": text.replace("\r\n", "\n")})
-        else:
-            attachments.append(sendgrid_attachment(part))
-    alternative = any(part.get_content_subtype() == "alternative" for part in message.walk())
     types = [item["type"] for item in content]
-    if types not in (["text/plain"], ["text/html"]) and not (alternative and types == ["text/plain", "text/html"]):
+    both = ["text/plain", "text/html"]
+    if not (types == both and "alternative" in multiparts) and types not in (both[:1], both[1:]):
         raise ValueError(f"its texts are {', '.join(types) or 'none'}, not a plain one, an HTML one, or these two")
     if not all(item["value"] for item in content):
         raise ValueError("a text is empty")
     return {"content": content, "attachments": attachments}
 
 
-def leaf_parts(part: Any, outer: str = "") -> list:
-    """Return the parts that are no multipart; raise ValueError for a nesting whose meaning would be lost."""
-    if part.get_content_maintype() != "multipart":
-        return [part]
-    nesting = f"{outer}/{part.get_content_subtype()}".strip("/")
-    if nesting not in SENDGRID_NESTING or not part.is_multipart():
-        raise ValueError(f"multipart/{nesting.replace('/', ' with multipart/')} can't be kept")
-    return [leaf for inner in part.get_payload() for leaf in leaf_parts(inner, part.get_content_subtype())]
-
-
 def sendgrid_attachment(part: Any) -> dict:
-    """Return a part as an attachment."""
-    charset, content_id = part.get_content_charset("utf-8"), (part["Content-ID"] or "").strip("<> ")
+    content_id, disposition = (part["Content-ID"] or "").strip("<> "), part.get_content_disposition()
+    octets = part.get_payload(decode=True)
     if part.get_content_maintype() == "message":
         octets = part.as_bytes(policy=part.policy.clone(linesep="\r\n")).partition(b"\r\n\r\n")[2]
-    else:
-        octets = part.get_payload(decode=True)
     name = decode_encoded_words(part.get_filename() or content_id)
     if not (name and octets):
         raise ValueError("an attachment has no name" if octets else f"the attachment {name} is empty")
-    if part.get_content_maintype() == "text" and charset not in ("utf-8", "us-ascii"):
-        raise ValueError(f"the attachment {name} has the charset {charset}, which can't be declared")
     attachment = {"content": base64.b64encode(octets).decode(), "type": part.get_content_type(), "filename": name}
-    inline = part.get_content_disposition() == "inline" or (content_id and not part.get_content_disposition())
-    attachment["disposition"] = "inline" if inline else "attachment"
+    attachment["disposition"] = disposition or ("inline" if content_id else "attachment")
     return {**attachment, "content_id": content_id} if content_id else attachment
 
 
@@ -5953,11 +5927,8 @@ def amazonses_request(transaction: Transaction) -> HTTPRequest:
     """Return the signed request, with the message as it is; raise ValueError for a message without exactly one From."""
     octets = ascii_message(transaction)
     author = single_field(parse_message(octets).fields, "from")
-    document = {
-        "FromEmailAddress": author,
-        "Destination": {"ToAddresses": transaction.recipients},
-        "Content": {"Raw": {"Data": base64.b64encode(octets).decode()}},
-    }
+    content = {"Raw": {"Data": base64.b64encode(octets).decode()}}
+    document = {"FromEmailAddress": author, "Destination": {"ToAddresses": transaction.recipients}, "Content": content}
     mailboxes = parse_mailboxes(author)
     if not mailboxes:
         raise ValueError("From has no address")
@@ -5978,14 +5949,8 @@ def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
     if route.token:
         headers["x-amz-security-token"] = route.token
     names = ";".join(sorted(headers))
-    lines = [
-        call.method,
-        site.path + call.path,
-        "",
-        *(f"{name}:{headers[name]}" for name in sorted(headers)),
-        "",
-        names,
-    ]
+    lines = [f"{name}:{headers[name]}" for name in sorted(headers)]
+    lines = [call.method, site.path + call.path, "", *lines, "", names]
     canonical = "\n".join([*lines, hashlib.sha256(call.body).hexdigest()])
     text = f"AWS4-HMAC-SHA256\n{moment}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
     key = b"AWS4" + route.credentials[1].encode()
@@ -5997,29 +5962,25 @@ def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
 
 
 def mandrill_request(transaction: Transaction) -> HTTPRequest:
-    """Return the message as it is."""
-    envelope = {"from_email": transaction.sender or None, "to": transaction.recipients}
-    content = {"key": transaction.route.credentials[1], "raw_message": ascii_message(transaction).decode()}
-    body = encode_json({**content, **envelope, "async": False})
-    return HTTPRequest("POST", "/api/1.0/messages/send-raw.json", body)
+    document = {"key": transaction.route.credentials[1], "raw_message": ascii_message(transaction).decode()}
+    document.update({"from_email": transaction.sender or None, "to": transaction.recipients, "async": False})
+    return HTTPRequest("POST", "/api/1.0/messages/send-raw.json", encode_json(document))
 
 
 def mandrill_replies(transaction: Transaction, response: HTTPResponse) -> list:
     """Return a Reply for each recipient; a response that doesn't name one breaks the API's promise."""
+    replies, route = [], transaction.route
     items = items_by_address(response.document() if response.status == 200 else None, "email")
-    found = [items.get(address_key(to), {}) for to in transaction.recipients]
-    return [mandrill_reply(transaction.route, response, item) for item in found]
-
-
-def mandrill_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
-    """Return one recipient's item as a Reply."""
-    status, lines = item.get("status"), [f"{key}: {item[key]}" for key in ("reject_reason", "_id") if item.get(key)]
-    if status in ("sent", "queued", "scheduled"):
-        return http_reply("web-accepted", route, response, [status, *lines])
-    if status in ("rejected", "invalid"):
-        reply = make_reply("web-refused", *sanitize_lines(lines), word=status, **route.endpoint)
-        return reply._replace(dsn="5.1.3" if status == "invalid" else "5.7.1")
-    return http_failure(route, response)
+    for item in [items.get(address_key(to), {}) for to in transaction.recipients]:
+        status, lines = item.get("status"), [f"{key}: {item[key]}" for key in ("reject_reason", "_id") if item.get(key)]
+        if status in ("sent", "queued", "scheduled"):
+            replies.append(http_reply("web-accepted", route, response, [status, *lines]))
+        elif status in ("rejected", "invalid"):
+            reply = make_reply("web-refused", *sanitize_lines(lines), word=status, **route.endpoint)
+            replies.append(reply._replace(dsn="5.1.3" if status == "invalid" else "5.7.1"))
+        else:
+            replies.append(http_failure(route, response))
+    return replies
 
 
 def msgraph_request(transaction: Transaction) -> HTTPRequest:
@@ -6282,8 +6243,9 @@ async def probe_local(probe: ConnectivityProbe, transport: TransportContext) -> 
     return [CheckResult("FILE", ok, folder if ok else f"{folder} is no folder that can be written")]
 
 
-def http_probe(ask: Callable) -> Callable:
-    """Make a probe of ask(route, request), which returns a line of text if the login is good, else a Reply."""
+def http_probe(make_request: Callable, judge: Callable | None = None) -> Callable:
+    """Make a probe that sends make_request(route). judge(route, response), or judge_account(), returns what a good
+    response says of the login, "" for another one; or it raises Rejected."""
 
     def steps(route: Route) -> list:
         results = [probe_dns(route)]
@@ -6294,84 +6256,71 @@ def http_probe(ask: Callable) -> Callable:
             line.open()
             results.append(CheckResult("TCP", True, f"connected to {place}"))
             results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
-            found = ask(route, line.exchange)
+            response = line.exchange(make_request(route))
+            text = (judge or judge_account)(route, response)
+            if not text:
+                raise Rejected(http_failure(route, response))
+            results.append(CheckResult("AUTH", True, text))
         except Rejected as rejected:
-            found = rejected.reply
+            step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
+            results.append(failed_step(step, rejected.reply, place))
         finally:
             line.close()
-        if isinstance(found, str):
-            return [*results, CheckResult("AUTH", True, found)]
-        step = {"CONN": "TLS" if found.dsn == "4.7.5" else "TCP"}.get(found.command, "AUTH")
-        return [*results, failed_step(step, found, place)]
+        return results
 
     return lambda probe, transport: asyncio.to_thread(steps, probe.route)
 
 
-@http_probe
-def probe_haineko(route: Route, request: Callable) -> Any:
-    """Post an empty submission, which is refused after the login."""
-    response = request(HTTPRequest("POST", "/submit", b"{}", basic_auth_header(route.credentials)))
+def judge_haineko(route: Route, response: HTTPResponse) -> str:
+    """Read the answer to an empty submission, which is refused after the login."""
     item = next(iter(items_by_address(json_object(response).get("response"), "rcpt").values()), {})
-    if not item or item.get("command") == "AUTH" or response.status in (401, 403, 404):
-        return haineko_reply(route, response, item)
-    return "a Haineko that takes our login" if route.credentials else "a Haineko that wants no login"
+    if item.get("command") == "AUTH" or response.status in (401, 403, 404):
+        raise Rejected(haineko_reply(route, response, item))
+    return f"a Haineko that {'takes our' if route.credentials else 'wants no'} login" if item else ""
 
 
-@http_probe
-def probe_sendgrid(route: Route, request: Callable) -> Any:
-    """Ask for the permissions of the API key."""
-    response = request(HTTPRequest("GET", "/v3/scopes", headers=bearer_header(route)))
-    scopes = json_object(response).get("scopes")
-    if response.status != 200 or not isinstance(scopes, list):
-        return http_failure(route, response)
-    if "mail.send" in scopes:
-        return "the API key may send"
-    return make_reply("web-refused", word="the API key lacks the permission mail.send", **route.endpoint)
+def judge_account(route: Route, response: HTTPResponse) -> str:
+    """Read what an API tells of the account, or of the permissions of its key."""
+    document, good, refusal = json_object(response), f"the {'token' if route.oauth2 else 'key'} is good", ""
+    if response.status == 403 and ("error" in document or "AccessDenied" in (api_errors(response) or ("",))[0]):
+        return f"{good}; it may not read the account, so whether it may send is not known"
+    if response.status != 200:
+        return ""
+    if isinstance(document.get("scopes"), list):  # SendGrid
+        good = "the API key may send"
+        refusal = "" if "mail.send" in document["scopes"] else "the API key lacks the permission mail.send"
+    elif "SendingEnabled" in document:  # Amazon SES
+        sandbox = not document.get("ProductionAccessEnabled", True)
+        good += ", the account may send" + ", in the sandbox: to verified recipients only" * sandbox
+        refusal = "" if document["SendingEnabled"] else "sending is switched off for this account"
+    elif document.get("PING") != "PONG!" and not {"id", "emailAddress"} & set(document):  # Mandrill; Graph, Gmail
+        return ""
+    if refusal:
+        raise Rejected(make_reply("web-refused", word=refusal, **route.endpoint))
+    return good
 
 
-@http_probe
-def probe_amazonses(route: Route, request: Callable) -> Any:
-    """Ask for the state of the account."""
-    response = request(sign_sigv4(HTTPRequest("GET", "/v2/email/account"), route, time.time()))
-    document, failure = json_object(response), http_failure(route, response)
-    if response.status == 403 and any("AccessDenied" in line for line in failure.message):
-        return "the key is good; it may not read the account, so whether it may send is not known"
-    if response.status != 200 or "SendingEnabled" not in document:
-        return failure
-    if not document["SendingEnabled"]:
-        return make_reply("web-refused", word="sending is switched off for this account", **route.endpoint)
-    sandbox = "" if document.get("ProductionAccessEnabled", True) else ", in the sandbox: to verified recipients only"
-    return f"the key is good, the account may send{sandbox}"
-
-
-@http_probe
-def probe_mandrill(route: Route, request: Callable) -> Any:
-    """Ping with the API key."""
-    response = request(HTTPRequest("POST", "/api/1.0/users/ping2.json", encode_json({"key": route.credentials[1]})))
-    good = response.status == 200 and json_object(response).get("PING") == "PONG!"
-    return "the key is good" if good else http_failure(route, response)
-
-
-def probe_account(path: str, route: Route, request: Callable) -> Any:
-    """Read the user's account."""
+def account_request(path: str, route: Route) -> HTTPRequest:
     path = path.format(user=urllib.parse.quote(route.credentials[0], "@"))
-    response = request(HTTPRequest("GET", path, headers=bearer_header(route)))
-    document = json_object(response)
-    if response.status == 200 and {"id", "emailAddress"} & set(document):
-        return "the token is good"
-    if response.status == 403 and "error" in document:
-        return "the token is good; it may not read the account, so whether it may send is not known"
-    return http_failure(route, response)
+    return HTTPRequest("GET", path, headers=bearer_header(route))
 
 
-probe_msgraph = http_probe(functools.partial(probe_account, "/v1.0/users/{user}"))
-probe_gmailapi = http_probe(functools.partial(probe_account, "/gmail/v1/users/me/profile"))
 relay_haineko = http_relay(haineko_request, haineko_replies)
 relay_sendgrid = http_relay(sendgrid_request, functools.partial(api_reply, 202, "X-Message-Id", "X-Message-Id"))
 relay_amazonses = http_relay(amazonses_request, functools.partial(api_reply, 200, "MessageId", ""), 50)  # their quota
 relay_mandrill = http_relay(mandrill_request, mandrill_replies)
 relay_msgraph = http_relay(msgraph_request, functools.partial(api_reply, 202, "id", "request-id"))
 relay_gmailapi = http_relay(gmailapi_request, functools.partial(api_reply, 200, "id", ""))
+probe_haineko = http_probe(
+    lambda route: HTTPRequest("POST", "/submit", b"{}", basic_auth_header(route.credentials)), judge_haineko
+)
+probe_sendgrid = http_probe(functools.partial(account_request, "/v3/scopes"))
+probe_amazonses = http_probe(lambda route: sign_sigv4(HTTPRequest("GET", "/v2/email/account"), route, time.time()))
+probe_mandrill = http_probe(
+    lambda route: HTTPRequest("POST", "/api/1.0/users/ping2.json", encode_json({"key": route.credentials[1]}))
+)
+probe_msgraph = http_probe(functools.partial(account_request, "/v1.0/users/{user}"))
+probe_gmailapi = http_probe(functools.partial(account_request, "/gmail/v1/users/me/profile"))
 GRAPH_SCOPES = "https://graph.microsoft.com/.default", "https://graph.microsoft.com/Mail.Send offline_access"
 BY_TOKEN = {"needs": ("auth",), "login": ("username", "oauth2")}
 RELAYS.update(
