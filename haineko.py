@@ -5487,10 +5487,7 @@ KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "D
 DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
 DECODERS.update(B=binascii.a2b_base64, Q=functools.partial(binascii.a2b_qp, header=True))  # RFC 2047 4
 GMAILAPI_UPLOAD = 1 << 20  # octets from which on a message is uploaded
-API_LIMIT = re.compile(
-    r"(?:TooManyRequests|Throttling|SendingPaused|\w*LimitExceeded)(?:Exception)?"
-)  # errors that pass
-DSN_BY_STATUS = {401: "5.7.8", 403: "5.7.1"}
+API_LIMIT = re.compile(r"(TooManyRequests|Throttling|SendingPaused|\w*LimitExceeded)(Exception)?")  # errors that pass
 ENCODED_WORD = re.compile(r"=\?([^?*\s]+)(?:\*[^?\s]*)?\?([BbQq])\?([^?\s]*)\?=")  # RFC 2047
 SCREEN_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # all controls but the tab
 
@@ -5700,11 +5697,11 @@ async def relay_screen(transaction: Transaction, transport: TransportContext) ->
 
 def screen_text(transaction: Transaction) -> bytes:
     """Return the message with controls escaped, and marked so that no line of it can pass for one of the log."""
-    rule = f"{transaction.queueid}.{transaction.number} from <{transaction.sender}> to"
-    rule = f"--- {rule} <{'>, <'.join(transaction.recipients)}>"
+    people = f"from <{transaction.sender}> to <{'>, <'.join(transaction.recipients)}>"
     text = transaction.octets().decode("utf-8", "backslashreplace").replace("\r\n", "\n").rstrip("\n")
-    escape = functools.partial(SCREEN_UNSAFE.sub, lambda found: ascii(found[0])[1:-1])
-    return "\n".join([escape(rule), *[f"| {escape(line)}" for line in text.split("\n")], "---\n"]).encode()
+    lines = [f"--- {transaction.queueid}.{transaction.number} {people}", *(f"| {line}" for line in text.split("\n"))]
+    escaped = [SCREEN_UNSAFE.sub(lambda found: ascii(found[0])[1:-1], line) for line in lines]
+    return "\n".join([*escaped, "---\n"]).encode()
 
 
 async def relay_discard(transaction: Transaction, transport: TransportContext) -> list:
@@ -5712,26 +5709,9 @@ async def relay_discard(transaction: Transaction, transport: TransportContext) -
     return [make_reply("done", word="Discarded", mailer="Discard")] * len(transaction.recipients)
 
 
-def http_relay(make_request: Callable, read_replies: Callable, max_recipients: int = 1 << 30) -> Callable:
-    """Return a relay that posts make_request(transaction), an HTTPRequest, for so many recipients at a time; it raises
-    ValueError if the API can't express the message. read_replies(transaction, response) returns one Reply or a list."""
-
-    async def relay(transaction: Transaction, transport: TransportContext) -> list:
-        replies: list = []
-        for start in range(0, len(transaction.recipients), max_recipients):
-            part = transaction._replace(recipients=transaction.recipients[start : start + max_recipients])
-            try:
-                found = read_replies(part, await post_message(make_request, part, transport))
-            except Rejected as refused:
-                found = refused.reply
-            replies += found if isinstance(found, list) else [found] * len(part.recipients)
-        return replies
-
-    return relay
-
-
-async def post_message(make_request: Callable, transaction: Transaction, transport: TransportContext) -> HTTPResponse:
-    """Return the API's response; an access token that it refuses is replaced once."""
+async def relay_http(make_request: Callable, read_replies: Callable, transaction: Transaction, transport: Any) -> list:
+    """Post make_request(transaction), an HTTPRequest, which raises ValueError if the API can't express the message.
+    read_replies(transaction, response) returns the replies. An access token that is refused is replaced once."""
     for again in (True, False):
         login = await transport.tokens.authorize(transaction.route)
         try:
@@ -5739,12 +5719,12 @@ async def post_message(make_request: Callable, transaction: Transaction, transpo
         except (ValueError, LookupError, RecursionError) as error:  # LookupError: an unknown charset
             raise Rejected(make_reply("inexpressible", sanitize(str(error)), **login.endpoint)) from None
         response = await transport.http.request(HTTPTarget.of_route(login), call)
-        if not login.oauth2:
-            return response
-        token = login.credentials[1]
-        if response.status != 401 or not (again and transport.tokens.drop(login, token)):
+        token = login.credentials[1] if login.oauth2 else ""
+        if not (again and token and response.status == 401 and transport.tokens.drop(login, token)):
             break
-    return response._replace(body=response.body.replace(token.encode(), b"********"))
+    if token:
+        response = response._replace(body=response.body.replace(token.encode(), b"********"))
+    return read_replies(transaction, response)
 
 
 def haineko_request(transaction: Transaction) -> HTTPRequest:
@@ -5841,8 +5821,6 @@ def sendgrid_request(transaction: Transaction) -> HTTPRequest:
                 raise ValueError(f"the header {name} is not ASCII")
     document = {**sendgrid_addresses(transaction, fields), "headers": headers, **sendgrid_parts(octets)}
     document["subject"] = decode_encoded_words(single_field(fields, "subject"))
-    if not document["subject"]:
-        raise ValueError("the subject is empty")
     body = encode_json({key: value for key, value in document.items() if value})
     return HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route))
 
@@ -5857,15 +5835,11 @@ def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
     author, reply_to = shown["from"], shown["reply-to"]
     if len(author) != 1:
         raise ValueError("From has several addresses")
-    if not shown["to"]:
-        raise ValueError("To has none of the recipients")
     hidden = [{"email": recipient} for recipient in hidden_recipients(transaction, fields)]
     people = {"to": shown["to"], "cc": shown["cc"], "bcc": hidden}
-    document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": author[0]}
-    return {
-        **document,
-        **({"reply_to_list": reply_to} if len(reply_to) > 1 else {"reply_to": reply_to and reply_to[0]}),
-    }
+    people = [{key: value for key, value in people.items() if value}]
+    replies = {"reply_to_list": reply_to} if len(reply_to) > 1 else {"reply_to": reply_to and reply_to[0]}
+    return {"personalizations": people, "from": author[0], **replies}
 
 
 def hidden_recipients(transaction: Transaction, fields: list) -> list:
@@ -5905,8 +5879,6 @@ def sendgrid_parts(octets: bytes) -> dict:
     both = ["text/plain", "text/html"]
     if not (types == both and "alternative" in multiparts) and types not in (both[:1], both[1:]):
         raise ValueError(f"its texts are {', '.join(types) or 'none'}, not a plain one, an HTML one, or these two")
-    if not all(item["value"] for item in content):
-        raise ValueError("a text is empty")
     return {"content": content, "attachments": attachments}
 
 
@@ -5916,24 +5888,29 @@ def sendgrid_attachment(part: Any) -> dict:
     if part.get_content_maintype() == "message":
         octets = part.as_bytes(policy=part.policy.clone(linesep="\r\n")).partition(b"\r\n\r\n")[2]
     name = decode_encoded_words(part.get_filename() or content_id)
-    if not (name and octets):
-        raise ValueError("an attachment has no name" if octets else f"the attachment {name} is empty")
     attachment = {"content": base64.b64encode(octets).decode(), "type": part.get_content_type(), "filename": name}
-    attachment["disposition"] = disposition or ("inline" if content_id else "attachment")
+    inline = disposition == "inline" or (content_id and not disposition)
+    attachment["disposition"] = "inline" if inline else "attachment"
     return {**attachment, "content_id": content_id} if content_id else attachment
 
 
+async def relay_amazonses(transaction: Transaction, transport: TransportContext) -> list:
+    """Deliver to 50 recipients at a time, Amazon's quota."""
+    replies, read_replies = [], functools.partial(api_replies, 200, "MessageId", "")
+    for start in range(0, len(transaction.recipients), 50):
+        part = transaction._replace(recipients=transaction.recipients[start : start + 50])
+        try:
+            replies += await relay_http(amazonses_request, read_replies, part, transport)
+        except Rejected as refused:
+            replies += [refused.reply] * len(part.recipients)
+    return replies
+
+
 def amazonses_request(transaction: Transaction) -> HTTPRequest:
-    """Return the signed request, with the message as it is; raise ValueError for a message without exactly one From."""
-    octets = ascii_message(transaction)
-    author = single_field(parse_message(octets).fields, "from")
-    content = {"Raw": {"Data": base64.b64encode(octets).decode()}}
-    document = {"FromEmailAddress": author, "Destination": {"ToAddresses": transaction.recipients}, "Content": content}
-    mailboxes = parse_mailboxes(author)
-    if not mailboxes:
-        raise ValueError("From has no address")
-    if transaction.sender and mailboxes[0][1].key != address_key(transaction.sender):
-        document["FeedbackForwardingEmailAddress"] = transaction.sender
+    """Return the signed request, with the message as it is."""
+    content = {"Raw": {"Data": base64.b64encode(ascii_message(transaction)).decode()}}
+    document = {"Destination": {"ToAddresses": transaction.recipients}, "Content": content}
+    document.update({"FeedbackForwardingEmailAddress": transaction.sender} if transaction.sender else {})
     call = HTTPRequest("POST", "/v2/email/outbound-emails", encode_json(document))
     return sign_sigv4(call, transaction.route, time.time())
 
@@ -5943,21 +5920,16 @@ def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
     # https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html
     site, moment = split_base_url(route.url), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
     scope = f"{moment[:8]}/{route.region}/ses/aws4_request"
-    headers = {"host": site.host_header, "x-amz-date": moment}
-    if call.method == "POST":
-        headers["content-type"] = call.type
-    if route.token:
-        headers["x-amz-security-token"] = route.token
-    names = ";".join(sorted(headers))
-    lines = [f"{name}:{headers[name]}" for name in sorted(headers)]
-    lines = [call.method, site.path + call.path, "", *lines, "", names]
+    added = [("x-amz-date", moment)] + [("x-amz-security-token", route.token)] * bool(route.token)
+    signed = [("content-type", call.type)] * (call.method == "POST") + [("host", site.host_header), *added]
+    names = ";".join(name for name, _ in signed)
+    lines = [call.method, site.path + call.path, "", *(f"{name}:{value}" for name, value in signed), "", names]
     canonical = "\n".join([*lines, hashlib.sha256(call.body).hexdigest()])
     text = f"AWS4-HMAC-SHA256\n{moment}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
     key = b"AWS4" + route.credentials[1].encode()
     for part in (*scope.split("/"), text):
         key = hmac.digest(key, part.encode(), "sha256")
     value = f"AWS4-HMAC-SHA256 Credential={route.credentials[0]}/{scope}, SignedHeaders={names}, Signature={key.hex()}"
-    added = [(name, headers[name]) for name in ("x-amz-date", "x-amz-security-token") if name in headers]
     return call._replace(headers=(*call.headers, *added, ("Authorization", value)))
 
 
@@ -5976,7 +5948,7 @@ def mandrill_replies(transaction: Transaction, response: HTTPResponse) -> list:
         if status in ("sent", "queued", "scheduled"):
             replies.append(http_reply("web-accepted", route, response, [status, *lines]))
         elif status in ("rejected", "invalid"):
-            reply = make_reply("web-refused", *sanitize_lines(lines), word=status, **route.endpoint)
+            reply = http_reply("web-refused", route, response, lines, status)
             replies.append(reply._replace(dsn="5.1.3" if status == "invalid" else "5.7.1"))
         else:
             replies.append(http_failure(route, response))
@@ -6009,12 +5981,13 @@ def addressed_message(transaction: Transaction) -> bytes:
     return f"Bcc: {hidden}\r\n".encode() + octets if hidden else octets
 
 
-def api_reply(success: int, name: str, header: str, transaction: Transaction, response: HTTPResponse) -> Reply:
-    """Return the reply of an API that takes the mail for all recipients, or not; its id is in a header or in JSON."""
+def api_replies(success: int, name: str, header: str, transaction: Transaction, response: HTTPResponse) -> list:
+    """Return the replies of an API that takes the mail for all recipients, or not; its id is in a header or in JSON."""
     ident = response.headers.get(header) if header else json_object(response).get(name)
+    reply = http_reply("web-accepted", transaction.route, response, [f"{name}: {ident}"] if ident else [])
     if response.status != success or not (ident or header):
-        return http_failure(transaction.route, response)
-    return http_reply("web-accepted", transaction.route, response, [f"{name}: {ident}"] if ident else [])
+        reply = http_failure(transaction.route, response)
+    return [reply] * len(transaction.recipients)
 
 
 def api_errors(response: HTTPResponse) -> list | None:
@@ -6034,9 +6007,9 @@ def api_errors(response: HTTPResponse) -> list | None:
     return None
 
 
-def http_reply(slug: str, route: Route, response: HTTPResponse, lines: Any = ()) -> Reply:
-    """Return a reply with the response's status line, followed by lines of the other side."""
-    return make_reply(slug, *sanitize_lines(lines), word=status_text(response), **route.endpoint)
+def http_reply(slug: str, route: Route, response: HTTPResponse, lines: Any, word: str = "") -> Reply:
+    """Return a reply with the response's status line or a word of it, followed by lines of the other side."""
+    return make_reply(slug, *sanitize_lines(lines), word=word or status_text(response), **route.endpoint)
 
 
 def http_failure(route: Route, response: HTTPResponse) -> Reply:
@@ -6053,7 +6026,9 @@ def http_failure(route: Route, response: HTTPResponse) -> Reply:
         return reply._replace(dsn="4.3.0" if status >= 500 else "4.4.5", retry_after=wait)
     reply = http_reply("web-refused", route, response, lines)
     wrong_key = lines[0].isalpha() and re.search("Signature|Token|UnrecognizedClient", lines[0])  # Amazon's exceptions
-    return reply._replace(dsn=DSN_BY_STATUS.get(status, reply.dsn), route_fault=status == 401 or bool(wrong_key))
+    return reply._replace(
+        dsn={401: "5.7.8", 403: "5.7.1"}.get(status, reply.dsn), route_fault=status == 401 or bool(wrong_key)
+    )
 
 
 def parse_retry_after(response: HTTPResponse) -> int:
@@ -6090,11 +6065,8 @@ def single_field(fields: list, name: str) -> str:
 
 def decode_encoded_words(text: str) -> str:
     """Decode the encoded words (RFC 2047) in a text; raise ValueError or LookupError if one can't be."""
-
-    def decode(found: re.Match) -> str:
-        return decode_charset(DECODERS[found[2].upper()](found[3].encode()), found[1])
-
-    return ENCODED_WORD.sub(decode, re.sub(r"(?<=\?=)\s+(?==\?)", "", text))
+    text = re.sub(r"(?<=\?=)\s+(?==\?)", "", text)
+    return ENCODED_WORD.sub(lambda word: decode_charset(DECODERS[word[2].upper()](word[3].encode()), word[1]), text)
 
 
 def decode_charset(octets: bytes, charset: str) -> str:
@@ -6161,10 +6133,9 @@ def probe_session(route: Route, hostname: str) -> list:
             step()
             done["TCP"] = "connected to {}:{}".format(*session.sock.getpeername())
             if session.ehlo_resp:
-                extensions = [
-                    " ".join([name.upper(), *value.split()]) for name, value in session.esmtp_features.items()
-                ]
-                done["EHLO"] = sanitize(", ".join(extensions) or "no extensions", 500)
+                offers = session.esmtp_features.items()
+                extensions = ", ".join(" ".join([name.upper(), *value.split()]) for name, value in offers)
+                done["EHLO"] = sanitize(extensions or "no extensions", 500)
             if isinstance(session.sock, ssl.SSLSocket):
                 done["TLS"] = describe_certificate(session.sock)
             elif session.step in ("STARTTLS", "AUTH"):
@@ -6188,10 +6159,9 @@ def describe_certificate(sock: ssl.SSLSocket) -> str:
     if not certificate:
         return f"{sock.version()}, certificate not verified"
     subject = ", ".join(f"{key}={value}" for item in certificate["subject"] for key, value in item)
-    names = ", ".join(value for _, value in certificate.get("subjectAltName", ()))
-    left = int((ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()) // 86400)
-    until = f"until {certificate['notAfter']} ({left} days)"
-    return sanitize(f"{sock.version()}, certificate of {subject or names}, {until}", 500)
+    names, until = ", ".join(value for _, value in certificate.get("subjectAltName", ())), certificate["notAfter"]
+    days = int((ssl.cert_time_to_seconds(until) - time.time()) // 86400)
+    return sanitize(f"{sock.version()}, certificate of {subject or names}, until {until} ({days} days)", 500)
 
 
 async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> list:
@@ -6236,9 +6206,9 @@ def probe_mx_host(route: Route, hostname: str) -> list:
 
 async def probe_local(probe: ConnectivityProbe, transport: TransportContext) -> list:
     """Return whether files can be made in the route's folder, if it has one."""
-    if not probe.route.row.into_folder:
+    row, folder = probe.route.row, probe.route.folder
+    if not row.into_folder:
         return [CheckResult("NONE", True, "nothing to connect to")]
-    folder = probe.route.folder
     ok = is_writable_folder(folder)
     return [CheckResult("FILE", ok, folder if ok else f"{folder} is no folder that can be written")]
 
@@ -6251,12 +6221,13 @@ def http_probe(make_request: Callable, judge: Callable | None = None) -> Callabl
         results = [probe_dns(route)]
         if not results[0].ok:
             return results
-        line, place = KeepAliveConnection(HTTPTarget.of_route(route)), f"{route.host}:{route.port}"
+        place = f"{route.host}:{route.port}"
         try:
-            line.open()
-            results.append(CheckResult("TCP", True, f"connected to {place}"))
-            results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
-            response = line.exchange(make_request(route))
+            with contextlib.closing(KeepAliveConnection(HTTPTarget.of_route(route))) as line:
+                line.open()
+                results.append(CheckResult("TCP", True, f"connected to {place}"))
+                results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
+                response = line.exchange(make_request(route))
             text = (judge or judge_account)(route, response)
             if not text:
                 raise Rejected(http_failure(route, response))
@@ -6264,8 +6235,6 @@ def http_probe(make_request: Callable, judge: Callable | None = None) -> Callabl
         except Rejected as rejected:
             step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
             results.append(failed_step(step, rejected.reply, place))
-        finally:
-            line.close()
         return results
 
     return lambda probe, transport: asyncio.to_thread(steps, probe.route)
@@ -6305,12 +6274,12 @@ def account_request(path: str, route: Route) -> HTTPRequest:
     return HTTPRequest("GET", path, headers=bearer_header(route))
 
 
-relay_haineko = http_relay(haineko_request, haineko_replies)
-relay_sendgrid = http_relay(sendgrid_request, functools.partial(api_reply, 202, "X-Message-Id", "X-Message-Id"))
-relay_amazonses = http_relay(amazonses_request, functools.partial(api_reply, 200, "MessageId", ""), 50)  # their quota
-relay_mandrill = http_relay(mandrill_request, mandrill_replies)
-relay_msgraph = http_relay(msgraph_request, functools.partial(api_reply, 202, "id", "request-id"))
-relay_gmailapi = http_relay(gmailapi_request, functools.partial(api_reply, 200, "id", ""))
+relay_haineko = functools.partial(relay_http, haineko_request, haineko_replies)
+sendgrid_replies = functools.partial(api_replies, 202, "X-Message-Id", "X-Message-Id")
+relay_sendgrid = functools.partial(relay_http, sendgrid_request, sendgrid_replies)
+relay_mandrill = functools.partial(relay_http, mandrill_request, mandrill_replies)
+relay_msgraph = functools.partial(relay_http, msgraph_request, functools.partial(api_replies, 202, "id", "request-id"))
+relay_gmailapi = functools.partial(relay_http, gmailapi_request, functools.partial(api_replies, 200, "id", ""))
 probe_haineko = http_probe(
     lambda route: HTTPRequest("POST", "/submit", b"{}", basic_auth_header(route.credentials)), judge_haineko
 )
