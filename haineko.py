@@ -5509,19 +5509,18 @@ async def attempt_transaction(transaction: Transaction, transport: TransportCont
 
 async def attempt_route_list(transaction: Transaction, transport: TransportContext) -> list:
     """Return a Reply for each recipient from the first route of a list that does not fail before the text is sent."""
-    now, pauses, waiting = time.monotonic(), transport.route_pauses, list(range(len(transaction.recipients)))
-    replies: list = [None] * len(waiting)
-    routes = transaction.route.choices
+    now, pauses, routes = time.monotonic(), transport.route_pauses, transaction.route.choices
+    replies, waiting = {}, transaction.recipients
     for route in [one for one in routes if pauses.get(one, 0) <= now] or routes:
         if route in pauses:
             pauses[route] = now + ROUTE_PAUSE  # this mail tries it; the others go on without it
-        recipients, failed = tuple(transaction.recipients[i] for i in waiting), {}
-        part = transaction._replace(route=route, recipients=recipients)
-        for i, reply in zip(waiting, await attempt_route(part, transport)):
-            before = replies[i] and " ".join(filter(None, (replies[i].fallback, replies[i].relay)))
-            replies[i] = reply._replace(fallback=before)
+        failed = {}
+        part = transaction._replace(route=route, recipients=waiting)
+        for to, reply in zip(waiting, await attempt_route(part, transport)):
+            before = " ".join(filter(None, (replies[to].fallback, replies[to].relay))) if to in replies else None
+            replies[to] = reply._replace(fallback=before)
             if try_next_route(reply):
-                failed[i] = reply
+                failed[to] = reply
         if any(reply.command != "RCPT" or reply.code == "421" for reply in failed.values()):
             pauses[route] = time.monotonic() + ROUTE_PAUSE
         else:
@@ -5529,10 +5528,10 @@ async def attempt_route_list(transaction: Transaction, transport: TransportConte
         for reply in dict.fromkeys(failed.values()):
             words = log_value(" ".join((reply.code, *reply.message)))
             log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed: {words}")
-        waiting = list(failed)
+        waiting = tuple(failed)
         if not waiting:
             break
-    return replies
+    return [replies[to] for to in transaction.recipients]
 
 
 def try_next_route(reply: Reply) -> bool:
@@ -5656,7 +5655,6 @@ def try_next_host(reply: Reply) -> bool:
 
 
 async def relay_file(transaction: Transaction, transport: TransportContext) -> list:
-    """Save the message in the route's folder."""
     return [await asyncio.to_thread(save_message, transaction)] * len(transaction.recipients)
 
 
@@ -5689,7 +5687,6 @@ def save_message(transaction: Transaction) -> Reply:
 
 
 async def relay_screen(transaction: Transaction, transport: TransportContext) -> list:
-    """Print the message on stderr."""
     printed = log.write_bytes(await asyncio.to_thread(screen_text, transaction))
     reply = make_reply("done", word="Printed") if printed else make_reply("file", "stderr cannot be written")
     return [reply._replace(mailer="Screen")] * len(transaction.recipients)
@@ -5705,7 +5702,6 @@ def screen_text(transaction: Transaction) -> bytes:
 
 
 async def relay_discard(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver to nobody."""
     return [make_reply("done", word="Discarded", mailer="Discard")] * len(transaction.recipients)
 
 
@@ -5755,12 +5751,12 @@ def as_plain_submission(transaction: Transaction, octets: bytes) -> dict:
     text = decode_charset(DECODERS.get(lines["content-transfer-encoding"], bytes)(body), charset)
     document = {"mail": transaction.sender, "rcpt": transaction.recipients, "body": text.replace("\r\n", "\n")}
     submission = parse_submission(encode_json({**document, "header": header})).submission
-    composed = b""
-    if submission and transaction.sender:
-        now = parsedate_to_datetime(lines["date"]).timestamp()
-        again = compose(submission, transaction.queueid, None, hostname, now)
-        composed = again.copy(transaction.recipients[0], transaction.number)
-    if not composed or composed.partition(b"\r\n\tby ")[2] != octets.partition(b"\r\n\tby ")[2]:  # in Received
+    if not (submission and transaction.sender):
+        raise ValueError("compose() could not make it")
+    now = parsedate_to_datetime(lines["date"]).timestamp()
+    composed = compose(submission, transaction.queueid, None, hostname, now)
+    composed = composed.copy(transaction.recipients[0], transaction.number)
+    if composed.partition(b"\r\n\tby ")[2] != octets.partition(b"\r\n\tby ")[2]:  # in Received
         raise ValueError("compose() would make another message")
     return {**document, "header": {**header, "x-haineko-loop": [*passed, hostname]}, "ehlo": hostname}
 
@@ -5792,9 +5788,10 @@ def haineko_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
     if code[0] == "2" and response.status not in (200, 202, 207):  # something on the way changed one of the two
         return http_failure(route, response)._replace(maybe_delivered=True)
     lines = [lines] if isinstance(lines, str) else lines if isinstance(lines, list) else []
+    lines = [sanitize(str(line), 500) for line in lines][:20] or [status_text(response)]
     dsn = dsn if isinstance(dsn, str) and re.fullmatch(r"[245]\.[0-9]{1,3}\.[0-9]{1,3}", dsn) else None
     command = item.get("command") if item.get("command") in KNOWN_COMMANDS else "DATA"
-    reply = Reply(code, dsn, command, sanitize_lines(lines) or (status_text(response),), **route.endpoint)
+    reply = Reply(code, dsn, command, tuple(lines), **route.endpoint)
     if reply.accepted:
         return reply
     maybe_delivered = code[0] == "4" and item.get("maybe_delivered") is True
@@ -5827,19 +5824,17 @@ def sendgrid_request(transaction: Transaction) -> HTTPRequest:
 
 def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
     """Return author and recipients; SendGrid shows every recipient but Bcc, and delivers to every one that it shows."""
-    shown = {}
-    for field_name in ("from", "to", "cc", "reply-to"):
-        people = parse_mailboxes(single_field(fields, field_name))
-        named = [(decode_encoded_words(name), mailbox.addr_spec) for name, mailbox in people]
-        shown[field_name] = [{"email": spec, "name": name} if name else {"email": spec} for name, spec in named]
-    author, reply_to = shown["from"], shown["reply-to"]
-    if len(author) != 1:
+    people = {"bcc": [{"email": recipient} for recipient in hidden_recipients(transaction, fields)]}
+    for key in ("from", "to", "cc", "reply-to"):
+        mailboxes = parse_mailboxes(single_field(fields, key))
+        named = [(decode_encoded_words(name), mailbox.addr_spec) for name, mailbox in mailboxes]
+        people[key] = [{"email": spec, "name": name} if name else {"email": spec} for name, spec in named]
+    if len(people["from"]) != 1:
         raise ValueError("From has several addresses")
-    hidden = [{"email": recipient} for recipient in hidden_recipients(transaction, fields)]
-    people = {"to": shown["to"], "cc": shown["cc"], "bcc": hidden}
-    people = [{key: value for key, value in people.items() if value}]
-    replies = {"reply_to_list": reply_to} if len(reply_to) > 1 else {"reply_to": reply_to and reply_to[0]}
-    return {"personalizations": people, "from": author[0], **replies}
+    replies = people["reply-to"]
+    replies = {"reply_to": replies[0]} if len(replies) == 1 else {"reply_to_list": replies}
+    envelope = {key: people[key] for key in ("to", "cc", "bcc") if people[key]}
+    return {"personalizations": [envelope], "from": people["from"][0], **replies}
 
 
 def hidden_recipients(transaction: Transaction, fields: list) -> list:
@@ -5854,11 +5849,9 @@ def hidden_recipients(transaction: Transaction, fields: list) -> list:
 
 SENDGRID_RESERVED = ("x-sg-id", "x-sg-eid", "dkim-signature", "bcc")
 SENDGRID_OWN = ("received", "mime-version", "from", "to", "cc", "subject", "reply-to")  # made from the other keys
-SENDGRID_MULTIPARTS = ("mixed", "alternative", "related")
 
 
 def sendgrid_parts(octets: bytes) -> dict:
-    """Return content and attachments."""
     import email
 
     content, attachments, multiparts, parts = [], [], set(), [email.message_from_bytes(octets)]
@@ -5866,7 +5859,7 @@ def sendgrid_parts(octets: bytes) -> dict:
         part = parts.pop(0)
         kind, named = part.get_content_subtype(), part.get_filename() or part["Content-ID"]
         if part.get_content_maintype() == "multipart":
-            if kind not in SENDGRID_MULTIPARTS or not part.is_multipart():
+            if kind not in ("mixed", "alternative", "related") or not part.is_multipart():
                 raise ValueError(f"multipart/{kind} can't be kept")
             multiparts.add(kind)
             parts[:0] = part.get_payload()
@@ -5888,10 +5881,10 @@ def sendgrid_attachment(part: Any) -> dict:
     if part.get_content_maintype() == "message":
         octets = part.as_bytes(policy=part.policy.clone(linesep="\r\n")).partition(b"\r\n\r\n")[2]
     name = decode_encoded_words(part.get_filename() or content_id)
-    attachment = {"content": base64.b64encode(octets).decode(), "type": part.get_content_type(), "filename": name}
     inline = disposition == "inline" or (content_id and not disposition)
-    attachment["disposition"] = "inline" if inline else "attachment"
-    return {**attachment, "content_id": content_id} if content_id else attachment
+    attachment = {"content": base64.b64encode(octets).decode(), "type": part.get_content_type(), "filename": name}
+    attachment.update(disposition="inline" if inline else "attachment", content_id=content_id)
+    return {key: value for key, value in attachment.items() if value}
 
 
 async def relay_amazonses(transaction: Transaction, transport: TransportContext) -> list:
@@ -6009,7 +6002,8 @@ def api_errors(response: HTTPResponse) -> list | None:
 
 def http_reply(slug: str, route: Route, response: HTTPResponse, lines: Any, word: str = "") -> Reply:
     """Return a reply with the response's status line or a word of it, followed by lines of the other side."""
-    return make_reply(slug, *sanitize_lines(lines), word=word or status_text(response), **route.endpoint)
+    lines = [sanitize(str(line), 500) for line in lines][:20]
+    return make_reply(slug, *lines, word=word or status_text(response), **route.endpoint)
 
 
 def http_failure(route: Route, response: HTTPResponse) -> Reply:
@@ -6042,11 +6036,6 @@ def parse_retry_after(response: HTTPResponse) -> int:
     return min(max(int(wait - now if wait > 1e9 else wait), 0), 86400)
 
 
-def sanitize_lines(lines: Any) -> tuple:
-    """Return lines of the other side as a reply may carry them."""
-    return tuple(sanitize(str(line), 500) for line in lines)[:20]
-
-
 def ascii_message(transaction: Transaction) -> bytes:
     """Return the message in ASCII, which the APIs want; raise ValueError if that can't be."""
     octets = downgrade_8bit(transaction.octets()) if transaction.message.needs_8bitmime else transaction.octets()
@@ -6070,14 +6059,12 @@ def decode_encoded_words(text: str) -> str:
 
 
 def decode_charset(octets: bytes, charset: str) -> str:
-    """Decode text in a MIME charset."""
     if charset.upper() == "ISO-2022-JP":
         return jis_to_text(octets.decode("ascii"))
     return octets.decode(codec_name(charset))
 
 
 def format_mailboxes(text: str) -> str:
-    """Return an address field as a submission has it."""
     people = []
     for coded, mailbox in parse_mailboxes(text):
         name, spec = decode_encoded_words(coded), mailbox.addr_spec
@@ -6086,11 +6073,8 @@ def format_mailboxes(text: str) -> str:
     return ", ".join(people)
 
 
-# -- Probes, for `check --connect`
-
-
 class ConnectivityProbe(NamedTuple):
-    """A route to try, and for MX the domain of a recipient."""
+    """A route to try for `check --connect`, and for MX the domain of a recipient."""
 
     route: Route
     hostname: str  # our own name, for EHLO
@@ -6098,8 +6082,6 @@ class ConnectivityProbe(NamedTuple):
 
 
 class CheckResult(NamedTuple):
-    """The result of one step of a check."""
-
     step: str
     ok: bool
     text: str
@@ -6117,7 +6099,6 @@ async def probe_esmtp(probe: ConnectivityProbe, transport: TransportContext) -> 
 
 
 def probe_dns(route: Route) -> CheckResult:
-    """Look up the route's host."""
     try:
         found = socket.getaddrinfo(route.host, route.port, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -6190,10 +6171,10 @@ async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> lis
 
 def probe_mx_host(route: Route, hostname: str) -> list:
     """Open a session to one host; if TLS is opportunistic, find out whether the certificate is accepted."""
-    if not route.tls_if_offered:
-        return probe_session(route, hostname)
-    clear, why = replace(route, tls_if_offered=False), ""
-    variants = {"": replace(route, tls_verify=True), "not verified": route, "mail goes in clear text": clear}
+    variants, why = {"": route}, ""
+    if route.tls_if_offered:
+        variants = {"": replace(route, tls_verify=True), "not verified": route}
+        variants["mail goes in clear text"] = replace(route, tls_if_offered=False)
     for note, hop in variants.items():
         results = probe_session(hop, hostname)
         if results[-1].ok:
@@ -6213,9 +6194,8 @@ async def probe_local(probe: ConnectivityProbe, transport: TransportContext) -> 
     return [CheckResult("FILE", ok, folder if ok else f"{folder} is no folder that can be written")]
 
 
-def http_probe(make_request: Callable, judge: Callable | None = None) -> Callable:
-    """Make a probe that sends make_request(route). judge(route, response), or judge_account(), returns what a good
-    response says of the login, "" for another one; or it raises Rejected."""
+def http_probe(make_request: Callable) -> Callable:
+    """Make a probe that sends make_request(route) and reads the response by account_state()."""
 
     def steps(route: Route) -> list:
         results = [probe_dns(route)]
@@ -6228,10 +6208,7 @@ def http_probe(make_request: Callable, judge: Callable | None = None) -> Callabl
                 results.append(CheckResult("TCP", True, f"connected to {place}"))
                 results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
                 response = line.exchange(make_request(route))
-            text = (judge or judge_account)(route, response)
-            if not text:
-                raise Rejected(http_failure(route, response))
-            results.append(CheckResult("AUTH", True, text))
+            results.append(CheckResult("AUTH", True, account_state(route, response)))
         except Rejected as rejected:
             step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
             results.append(failed_step(step, rejected.reply, place))
@@ -6240,32 +6217,29 @@ def http_probe(make_request: Callable, judge: Callable | None = None) -> Callabl
     return lambda probe, transport: asyncio.to_thread(steps, probe.route)
 
 
-def judge_haineko(route: Route, response: HTTPResponse) -> str:
-    """Read the answer to an empty submission, which is refused after the login."""
-    item = next(iter(items_by_address(json_object(response).get("response"), "rcpt").values()), {})
-    if item.get("command") == "AUTH" or response.status in (401, 403, 404):
-        raise Rejected(haineko_reply(route, response, item))
-    return f"a Haineko that {'takes our' if route.credentials else 'wants no'} login" if item else ""
-
-
-def judge_account(route: Route, response: HTTPResponse) -> str:
-    """Read what an API tells of the account, or of the permissions of its key."""
-    document, good, refusal = json_object(response), f"the {'token' if route.oauth2 else 'key'} is good", ""
-    if response.status == 403 and ("error" in document or "AccessDenied" in (api_errors(response) or ("",))[0]):
-        return f"{good}; it may not read the account, so whether it may send is not known"
-    if response.status != 200:
-        return ""
-    if isinstance(document.get("scopes"), list):  # SendGrid
+def account_state(route: Route, response: HTTPResponse) -> str:
+    """Return what a response tells of the account, or of the permissions of its key; raise Rejected if it can't send."""
+    document, good, refusal = json_object(response), f"the {'token' if route.oauth2 else 'key'} is good", None
+    items = list(items_by_address(document.get("response"), "rcpt").values())
+    if items:  # of a Haineko, which refuses the empty submission after the login
+        good = f"a Haineko that {'takes our' if route.credentials else 'wants no'} login"
+        if items[0].get("command") == "AUTH" or response.status in (401, 403, 404):
+            refusal = haineko_reply(route, response, items[0])
+    elif response.status == 403 and ("error" in document or "AccessDenied" in (api_errors(response) or ("",))[0]):
+        good += "; it may not read the account, so whether it may send is not known"
+    elif response.status == 200 and isinstance(document.get("scopes"), list):  # SendGrid
         good = "the API key may send"
-        refusal = "" if "mail.send" in document["scopes"] else "the API key lacks the permission mail.send"
-    elif "SendingEnabled" in document:  # Amazon SES
+        if "mail.send" not in document["scopes"]:
+            refusal = http_reply("web-refused", route, response, (), "the API key lacks the permission mail.send")
+    elif response.status == 200 and "SendingEnabled" in document:  # Amazon SES
         sandbox = not document.get("ProductionAccessEnabled", True)
         good += ", the account may send" + ", in the sandbox: to verified recipients only" * sandbox
-        refusal = "" if document["SendingEnabled"] else "sending is switched off for this account"
-    elif document.get("PING") != "PONG!" and not {"id", "emailAddress"} & set(document):  # Mandrill; Graph, Gmail
-        return ""
+        if not document["SendingEnabled"]:
+            refusal = http_reply("web-refused", route, response, (), "sending is switched off for this account")
+    elif response.status != 200 or not (document.get("PING") or {"id", "emailAddress"} & set(document)):
+        refusal = http_failure(route, response)
     if refusal:
-        raise Rejected(make_reply("web-refused", word=refusal, **route.endpoint))
+        raise Rejected(refusal)
     return good
 
 
@@ -6280,9 +6254,7 @@ relay_sendgrid = functools.partial(relay_http, sendgrid_request, sendgrid_replie
 relay_mandrill = functools.partial(relay_http, mandrill_request, mandrill_replies)
 relay_msgraph = functools.partial(relay_http, msgraph_request, functools.partial(api_replies, 202, "id", "request-id"))
 relay_gmailapi = functools.partial(relay_http, gmailapi_request, functools.partial(api_replies, 200, "id", ""))
-probe_haineko = http_probe(
-    lambda route: HTTPRequest("POST", "/submit", b"{}", basic_auth_header(route.credentials)), judge_haineko
-)
+probe_haineko = http_probe(lambda route: HTTPRequest("POST", "/submit", b"{}", basic_auth_header(route.credentials)))
 probe_sendgrid = http_probe(functools.partial(account_request, "/v3/scopes"))
 probe_amazonses = http_probe(lambda route: sign_sigv4(HTTPRequest("GET", "/v2/email/account"), route, time.time()))
 probe_mandrill = http_probe(
