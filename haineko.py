@@ -5486,7 +5486,6 @@ MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take the route's t
 KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE")
 DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
 DECODERS.update(B=binascii.a2b_base64, Q=functools.partial(binascii.a2b_qp, header=True))  # RFC 2047 4
-GMAILAPI_UPLOAD = 1 << 20  # octets from which on a message is uploaded
 API_LIMIT = re.compile(r"(TooManyRequests|Throttling|SendingPaused|\w*LimitExceeded)(Exception)?")  # errors that pass
 ENCODED_WORD = re.compile(r"=\?([^?*\s]+)(?:\*[^?\s]*)?\?([BbQq])\?([^?\s]*)\?=")  # RFC 2047
 SCREEN_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # all controls but the tab
@@ -5559,8 +5558,7 @@ async def attempt_route(transaction: Transaction, transport: TransportContext) -
 
 
 async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver by SMTP to the route's host. A reused session that dies or replies 4xx before the message is replaced, by
-    a new one if the server takes another."""
+    """Deliver by SMTP to the route's host. A reused session that dies or replies 4xx before the message is replaced."""
     recipients, replies = transaction.recipients, {}
     session, reused = transport.acquire_idle(transaction.route, transaction.hostname), True
     for _ in range(1 + MAX_REPLACEMENTS):
@@ -5636,8 +5634,7 @@ async def admitted_hosts(domain: str, route: Route, hostname: str, transport: Tr
 
 
 async def next_hops(host: str, route: Route, policy: MTASTSPolicy | None, resolver: Resolver) -> list:
-    """Return a Route to each address of the host, and to those behind it if it does not answer; or the one Reply that
-    says why there is none."""
+    """Return a Route to each address of the host and, behind it, to the others; or the Reply that says why not."""
     try:
         addresses = await resolve_addresses(host, resolver, route.private, time.monotonic() + route.timeout)
     except Rejected as rejected:
@@ -5660,13 +5657,11 @@ async def relay_file(transaction: Transaction, transport: TransportContext) -> l
 
 def save_message(transaction: Transaction) -> Reply:
     """Write the message aside, sync it, then rename it: it is there completely or not at all."""
-    import tempfile
-
     folder = transaction.route.folder
     name = f"haineko.{time.strftime('%Y-%m-%d-%H%M%S')}.{transaction.queueid}.{transaction.number}.eml"
-    path = os.path.join(folder, name)
+    path, aside = os.path.join(folder, name), os.path.join(folder, f".{name}")
     try:
-        handle, aside = tempfile.mkstemp(prefix=".haineko.", dir=folder)  # mode 0600
+        handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with open(handle, "wb") as stream:
                 stream.write(transaction.octets())
@@ -5687,18 +5682,15 @@ def save_message(transaction: Transaction) -> Reply:
 
 
 async def relay_screen(transaction: Transaction, transport: TransportContext) -> list:
-    printed = log.write_bytes(await asyncio.to_thread(screen_text, transaction))
-    reply = make_reply("done", word="Printed") if printed else make_reply("file", "stderr cannot be written")
-    return [reply._replace(mailer="Screen")] * len(transaction.recipients)
-
-
-def screen_text(transaction: Transaction) -> bytes:
-    """Return the message with controls escaped, and marked so that no line of it can pass for one of the log."""
+    """Print the message, with controls escaped, and marked so that no line of it can pass for one of the log."""
     people = f"from <{transaction.sender}> to <{'>, <'.join(transaction.recipients)}>"
     text = transaction.octets().decode("utf-8", "backslashreplace").replace("\r\n", "\n").rstrip("\n")
     lines = [f"--- {transaction.queueid}.{transaction.number} {people}", *(f"| {line}" for line in text.split("\n"))]
-    escaped = [SCREEN_UNSAFE.sub(lambda found: ascii(found[0])[1:-1], line) for line in lines]
-    return "\n".join([*escaped, "---\n"]).encode()
+    lines = [SCREEN_UNSAFE.sub(lambda found: ascii(found[0])[1:-1], line) for line in lines]
+    reply = make_reply("done", word="Printed", mailer="Screen")
+    if not log.write_bytes("\n".join([*lines, "---\n"]).encode()):
+        reply = make_reply("file", "stderr cannot be written", mailer="Screen")
+    return [reply] * len(transaction.recipients)
 
 
 async def relay_discard(transaction: Transaction, transport: TransportContext) -> list:
@@ -5957,11 +5949,14 @@ def msgraph_request(transaction: Transaction) -> HTTPRequest:
 
 def gmailapi_request(transaction: Transaction) -> HTTPRequest:
     # https://developers.google.com/workspace/gmail/api/reference/rest/v1/users.messages/send
-    path, octets, login = "/gmail/v1/users/me/messages/send", addressed_message(transaction), transaction.route
-    if len(octets) > GMAILAPI_UPLOAD:
-        return HTTPRequest("POST", f"/upload{path}?uploadType=media", octets, bearer_header(login), "message/rfc822")
-    body = encode_json({"raw": base64.urlsafe_b64encode(octets).decode()})
-    return HTTPRequest("POST", path, body, bearer_header(login))
+    path, octets, header = (
+        "/gmail/v1/users/me/messages/send",
+        addressed_message(transaction),
+        bearer_header(transaction.route),
+    )
+    if len(octets) > 1 << 20:  # a large one is uploaded
+        return HTTPRequest("POST", f"/upload{path}?uploadType=media", octets, header, "message/rfc822")
+    return HTTPRequest("POST", path, encode_json({"raw": base64.urlsafe_b64encode(octets).decode()}), header)
 
 
 def addressed_message(transaction: Transaction) -> bytes:
@@ -6114,8 +6109,7 @@ def probe_session(route: Route, hostname: str) -> list:
             step()
             done["TCP"] = "connected to {}:{}".format(*session.sock.getpeername())
             if session.ehlo_resp:
-                offers = session.esmtp_features.items()
-                extensions = ", ".join(" ".join([name.upper(), *value.split()]) for name, value in offers)
+                extensions = ", ".join(session.ehlo_resp.decode().split("\n")[1:])
                 done["EHLO"] = sanitize(extensions or "no extensions", 500)
             if isinstance(session.sock, ssl.SSLSocket):
                 done["TLS"] = describe_certificate(session.sock)
@@ -6186,12 +6180,9 @@ def probe_mx_host(route: Route, hostname: str) -> list:
 
 
 async def probe_local(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Return whether files can be made in the route's folder, if it has one."""
-    row, folder = probe.route.row, probe.route.folder
-    if not row.into_folder:
-        return [CheckResult("NONE", True, "nothing to connect to")]
-    ok = is_writable_folder(folder)
-    return [CheckResult("FILE", ok, folder if ok else f"{folder} is no folder that can be written")]
+    """Return the route's folder, if it has one; load_settings() has checked that it can be written."""
+    folder = probe.route.folder if probe.route.row.into_folder else ""
+    return [CheckResult("FILE" if folder else "NONE", True, folder or "nothing to connect to")]
 
 
 def http_probe(make_request: Callable) -> Callable:
@@ -6218,7 +6209,7 @@ def http_probe(make_request: Callable) -> Callable:
 
 
 def account_state(route: Route, response: HTTPResponse) -> str:
-    """Return what a response tells of the account, or of the permissions of its key; raise Rejected if it can't send."""
+    """Return what a response tells of the account, or of its key's permissions; raise Rejected if it can't send."""
     document, good, refusal = json_object(response), f"the {'token' if route.oauth2 else 'key'} is good", None
     items = list(items_by_address(document.get("response"), "rcpt").values())
     if items:  # of a Haineko, which refuses the empty submission after the login
