@@ -5509,27 +5509,24 @@ async def attempt_transaction(transaction: Transaction, transport: TransportCont
 async def attempt_route_list(transaction: Transaction, transport: TransportContext) -> list:
     """Return a Reply for each recipient from the first route of a list that does not fail before the text is sent."""
     now, pauses, routes = time.monotonic(), transport.route_pauses, transaction.route.choices
-    replies, waiting = {}, transaction.recipients
+    replies, waiting, tried = {}, transaction.recipients, None
     for route in [one for one in routes if pauses.get(one, 0) <= now] or routes:
         if route in pauses:
             pauses[route] = now + ROUTE_PAUSE  # this mail tries it; the others go on without it
-        failed = {}
-        part = transaction._replace(route=route, recipients=waiting)
-        for to, reply in zip(waiting, await attempt_route(part, transport)):
-            before = " ".join(filter(None, (replies[to].fallback, replies[to].relay))) if to in replies else None
-            replies[to] = reply._replace(fallback=before)
-            if try_next_route(reply):
-                failed[to] = reply
-        if any(reply.command != "RCPT" or reply.code == "421" for reply in failed.values()):
+        found = await attempt_route(transaction._replace(route=route, recipients=waiting), transport)
+        replies.update({to: reply._replace(fallback=tried) for to, reply in zip(waiting, found)})
+        failed = [reply for reply in found if try_next_route(reply)]
+        if any(reply.command != "RCPT" or reply.code == "421" for reply in failed):
             pauses[route] = time.monotonic() + ROUTE_PAUSE
         else:
             pauses.pop(route, None)
-        for reply in dict.fromkeys(failed.values()):
+        if not failed:
+            break
+        for reply in dict.fromkeys(failed):
             words = log_value(" ".join((reply.code, *reply.message)))
             log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed: {words}")
-        waiting = tuple(failed)
-        if not waiting:
-            break
+        waiting = tuple(to for to in waiting if try_next_route(replies[to]))
+        tried = " ".join(filter(None, (tried, failed[0].relay)))
     return [replies[to] for to in transaction.recipients]
 
 
@@ -5949,11 +5946,8 @@ def msgraph_request(transaction: Transaction) -> HTTPRequest:
 
 def gmailapi_request(transaction: Transaction) -> HTTPRequest:
     # https://developers.google.com/workspace/gmail/api/reference/rest/v1/users.messages/send
-    path, octets, header = (
-        "/gmail/v1/users/me/messages/send",
-        addressed_message(transaction),
-        bearer_header(transaction.route),
-    )
+    path, octets = "/gmail/v1/users/me/messages/send", addressed_message(transaction)
+    header = bearer_header(transaction.route)
     if len(octets) > 1 << 20:  # a large one is uploaded
         return HTTPRequest("POST", f"/upload{path}?uploadType=media", octets, header, "message/rfc822")
     return HTTPRequest("POST", path, encode_json({"raw": base64.urlsafe_b64encode(octets).decode()}), header)
@@ -6015,9 +6009,8 @@ def http_failure(route: Route, response: HTTPResponse) -> Reply:
         return reply._replace(dsn="4.3.0" if status >= 500 else "4.4.5", retry_after=wait)
     reply = http_reply("web-refused", route, response, lines)
     wrong_key = lines[0].isalpha() and re.search("Signature|Token|UnrecognizedClient", lines[0])  # Amazon's exceptions
-    return reply._replace(
-        dsn={401: "5.7.8", 403: "5.7.1"}.get(status, reply.dsn), route_fault=status == 401 or bool(wrong_key)
-    )
+    dsn = {401: "5.7.8", 403: "5.7.1"}.get(status, reply.dsn)
+    return reply._replace(dsn=dsn, route_fault=status == 401 or bool(wrong_key))
 
 
 def parse_retry_after(response: HTTPResponse) -> int:
