@@ -5789,7 +5789,6 @@ def haineko_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
 
 
 def bearer_header(route: Route) -> tuple:
-    """Return the header fields that carry the route's API key."""
     return (("Authorization", f"Bearer {route.credentials[1]}"),)
 
 
@@ -5889,7 +5888,6 @@ async def relay_amazonses(transaction: Transaction, transport: TransportContext)
 
 
 def amazonses_request(transaction: Transaction) -> HTTPRequest:
-    """Return the signed request, with the message as it is."""
     content = {"Raw": {"Data": base64.b64encode(ascii_message(transaction)).decode()}}
     document = {"Destination": {"ToAddresses": transaction.recipients}, "Content": content}
     document.update({"FeedbackForwardingEmailAddress": transaction.sender} if transaction.sender else {})
@@ -5996,7 +5994,6 @@ def http_reply(slug: str, route: Route, response: HTTPResponse, lines: Any, word
 
 
 def http_failure(route: Route, response: HTTPResponse) -> Reply:
-    """Return the reply for a response that is no success."""
     status, lines, wait = response.status, api_errors(response), parse_retry_after(response)
     if status == 413:  # from a proxy too, without the API's error messages; the mail will not be smaller next time
         return http_reply("web-refused", route, response, lines or ())._replace(dsn="5.3.4")
@@ -6017,11 +6014,10 @@ def parse_retry_after(response: HTTPResponse) -> int:
     """Return the seconds after which to try again (RFC 9110 10.2.3), at most a day; 0 if the response has none."""
     reset = response.headers.get("X-RateLimit-Reset") if response.status == 429 else ""  # SendGrid: Unix time
     text, now = (response.headers.get("Retry-After") or reset or "").strip(), time.time()
-    try:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         wait = int(text) if re.fullmatch("[0-9]{1,10}", text) else parsedate_to_datetime(text).timestamp() - now
-    except (TypeError, ValueError, OverflowError):
-        return 0
-    return min(max(int(wait - now if wait > 1e9 else wait), 0), 86400)
+        return min(max(int(wait - now if wait > 1e9 else wait), 0), 86400)
+    return 0
 
 
 def ascii_message(transaction: Transaction) -> bytes:
@@ -6076,7 +6072,6 @@ class CheckResult(NamedTuple):
 
 
 def failed_step(step: str, reply: Reply, endpoint: str = "") -> CheckResult:
-    """Return the result of a step that a Reply ended."""
     return CheckResult(step, False, f"{endpoint and endpoint + ': '}{reply.code} {': '.join(reply.message)}")
 
 
@@ -6220,7 +6215,7 @@ def account_state(route: Route, response: HTTPResponse) -> str:
         good += ", the account may send" + ", in the sandbox: to verified recipients only" * sandbox
         if not document["SendingEnabled"]:
             refusal = http_reply("web-refused", route, response, (), "sending is switched off for this account")
-    elif response.status != 200 or not (document.get("PING") or {"id", "emailAddress"} & set(document)):
+    elif response.status != 200 or not (document.get("PING") == "PONG!" or {"id", "emailAddress"} & set(document)):
         refusal = http_failure(route, response)
     if refusal:
         raise Rejected(refusal)
