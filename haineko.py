@@ -5888,8 +5888,12 @@ async def relay_amazonses(transaction: Transaction, transport: TransportContext)
 
 
 def amazonses_request(transaction: Transaction) -> HTTPRequest:
-    content = {"Raw": {"Data": base64.b64encode(ascii_message(transaction)).decode()}}
-    document = {"Destination": {"ToAddresses": transaction.recipients}, "Content": content}
+    octets = ascii_message(transaction)
+    author = single_field(parse_message(octets).fields, "from")
+    if not parse_mailboxes(author):
+        raise ValueError("From has no address")
+    content = {"Raw": {"Data": base64.b64encode(octets).decode()}}
+    document = {"FromEmailAddress": author, "Destination": {"ToAddresses": transaction.recipients}, "Content": content}
     document.update({"FeedbackForwardingEmailAddress": transaction.sender} if transaction.sender else {})
     call = HTTPRequest("POST", "/v2/email/outbound-emails", encode_json(document))
     return sign_sigv4(call, transaction.route, time.time())
