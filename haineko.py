@@ -5327,10 +5327,9 @@ ROUTE_PAUSE = 30  # seconds for which a list does without a route that failed
 MAX_REPLACEMENTS = 8  # of one mail's session; where sessions are few, the next one may be at its limit of mails as well
 MAX_MX_ATTEMPTS = 8  # addresses tried for one mail; each may take the route's timeout
 KNOWN_COMMANDS = ("HTTP", "CONN", "EHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "QUEUE")
-TRANSFER_DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
-GMAILAPI_UPLOAD = 1 << 20  # octets from which on a message is uploaded
-GOOGLE_LIMIT = re.compile("'reason': '[A-Za-z]*LimitExceeded'")  # with status 403
-DSN_BY_STATUS = {401: "5.7.8", 403: "5.7.1"}
+DECODERS = {"base64": binascii.a2b_base64, "quoted-printable": binascii.a2b_qp}  # RFC 2045 6
+DECODERS.update(B=binascii.a2b_base64, Q=functools.partial(binascii.a2b_qp, header=True))  # RFC 2047 4
+API_LIMIT = re.compile(r"(TooManyRequests|Throttling|SendingPaused|\w*LimitExceeded)(Exception)?")  # errors that pass
 ENCODED_WORD = re.compile(r"=\?([^?*\s]+)(?:\*[^?\s]*)?\?([BbQq])\?([^?\s]*)\?=")  # RFC 2047
 SCREEN_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # all controls but the tab
 
@@ -5352,29 +5351,26 @@ async def attempt_transaction(transaction: Transaction, transport: TransportCont
 
 async def attempt_route_list(transaction: Transaction, transport: TransportContext) -> list:
     """Return a Reply for each recipient from the first route of a list that does not fail before the text is sent."""
-    now, pauses, waiting = time.monotonic(), transport.route_pauses, list(range(len(transaction.recipients)))
-    replies: list = [None] * len(waiting)
-    routes = transaction.route.choices
+    now, pauses, routes = time.monotonic(), transport.route_pauses, transaction.route.choices
+    replies, waiting, tried = {}, transaction.recipients, None
     for route in [one for one in routes if pauses.get(one, 0) <= now] or routes:
         if route in pauses:
             pauses[route] = now + ROUTE_PAUSE  # this mail tries it; the others go on without it
-        recipients, failed = tuple(transaction.recipients[i] for i in waiting), {}
-        part = transaction._replace(route=route, recipients=recipients)
-        for i, reply in zip(waiting, await attempt_route(part, transport)):
-            failed.update({i: reply} if try_next_route(reply) else {})
-            before = replies[i] and " ".join(filter(None, (replies[i].fallback, replies[i].relay)))
-            replies[i] = reply._replace(fallback=before)
-        if any(reply.command != "RCPT" or reply.code == "421" for reply in failed.values()):
+        found = await attempt_route(transaction._replace(route=route, recipients=waiting), transport)
+        replies.update({to: reply._replace(fallback=tried) for to, reply in zip(waiting, found)})
+        failed = [reply for reply in found if try_next_route(reply)]
+        if any(reply.command != "RCPT" or reply.code == "421" for reply in failed):
             pauses[route] = time.monotonic() + ROUTE_PAUSE
         else:
             pauses.pop(route, None)
-        waiting = list(failed)
-        if not waiting:
+        if not failed:
             break
-        for reply in dict.fromkeys(failed.values()):
+        for reply in dict.fromkeys(failed):
             words = log_value(" ".join((reply.code, *reply.message)))
             log.lines(f"{transaction.queueid}: warning: relay={reply.relay} {reply.command} failed: {words}")
-    return replies
+        waiting = tuple(to for to in waiting if try_next_route(replies[to]))
+        tried = " ".join(filter(None, (tried, failed[0].relay)))
+    return [replies[to] for to in transaction.recipients]
 
 
 def try_next_route(reply: Reply) -> bool:
@@ -5402,40 +5398,32 @@ async def attempt_route(transaction: Transaction, transport: TransportContext) -
 
 
 async def relay_esmtp(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver by SMTP to the route's host. A reused session that dies or replies 4xx before the message is replaced, by
-    a new one if the server takes another."""
+    """Deliver by SMTP to the route's host. A reused session that dies or replies 4xx before the message is replaced."""
+    recipients, replies = transaction.recipients, {}
     session, reused = transport.acquire_idle(transaction.route, transaction.hostname), True
-    if not session:
-        session, reused = await transport.acquire(transaction.route, transaction.hostname)
-    replies = await transact_by(session, transaction, transport)
-    again = list(range(len(replies)))
-    for _ in range(MAX_REPLACEMENTS):
-        again = [i for i in again if reused and session.refused_before_data(replies[i])]
+    for _ in range(1 + MAX_REPLACEMENTS):
+        try:
+            if not session:
+                session, reused = await transport.acquire(transaction.route, transaction.hostname)
+        except Rejected as refused:
+            replies.update(dict.fromkeys(transaction.recipients, refused.reply))
+            break
+        try:
+            found = await session.transact(transaction)
+            for reply in found:
+                if reply.code in THROTTLED:
+                    session.pool.slow_down(reply)
+        except BaseException:
+            session.alive = False
+            raise
+        finally:
+            transport.release(session)
+        replies.update(zip(transaction.recipients, found))
+        again = reused and [to for to in transaction.recipients if session.refused_before_data(replies[to])]
         if not again:
             break
-        recipients = tuple(transaction.recipients[i] for i in again)
-        try:
-            session, reused = await transport.acquire(transaction.route, transaction.hostname)
-            found = await transact_by(session, transaction._replace(recipients=recipients), transport)
-        except Rejected as refused:
-            found, reused = [refused.reply] * len(again), False
-        for i, reply in zip(again, found):
-            replies[i] = reply
-    return replies
-
-
-async def transact_by(session: Session, transaction: Transaction, transport: TransportContext) -> list:
-    try:
-        replies = await session.transact(transaction)
-        for reply in replies:
-            if reply.code in THROTTLED:
-                session.pool.slow_down(reply)
-        return replies
-    except BaseException:
-        session.alive = False
-        raise
-    finally:
-        transport.release(session)
+        transaction, session = transaction._replace(recipients=tuple(again)), None
+    return [replies[to] for to in recipients]
 
 
 async def relay_mx(transaction: Transaction, transport: TransportContext) -> list:
@@ -5456,14 +5444,16 @@ async def relay_mx(transaction: Transaction, transport: TransportContext) -> lis
 async def deliver_to_domain(domain: str, transaction: Transaction, transport: TransportContext) -> dict:
     """Return {recipient: Reply} from the first host that works; raise Rejected if the domain has no host."""
     route, waiting, attempts = transaction.route, transaction.recipients, 0
-    hosts = await mx_hosts(domain, transport.resolver, transaction.hostname, time.monotonic() + route.timeout)
-    policy = await transport.mta_sts.policy_for(domain, route)
+    hosts, policy = await admitted_hosts(domain, route, transaction.hostname, transport)
     replies: dict = {}
-    for host in admitted_hosts(hosts, policy):
+    for host in hosts:
         for hop in await next_hops(host, route, policy, transport.resolver):
             answers = [hop] * len(waiting)
             if isinstance(hop, Route):
-                answers = await deliver_to_host(transaction._replace(route=hop, recipients=waiting), transport)
+                part = transaction._replace(route=hop, recipients=waiting)
+                answers = await relay_esmtp(part, transport)
+                if hop.tls_if_offered and all(reply.command == "STARTTLS" for reply in answers):
+                    answers = await relay_esmtp(part._replace(route=replace(hop, tls_if_offered=False)), transport)
             for recipient, reply in zip(waiting, answers):
                 if recipient not in replies or reply.temporary or not try_next_host(reply):
                     replies[recipient] = reply
@@ -5473,40 +5463,27 @@ async def deliver_to_domain(domain: str, transaction: Transaction, transport: Tr
     return replies
 
 
-def admitted_hosts(hosts: list, policy: MTASTSPolicy | None) -> list:
-    """Return the hosts that the domain's MTA-STS policy allows; raise Rejected if there is none."""
+async def admitted_hosts(domain: str, route: Route, hostname: str, transport: TransportContext) -> tuple:
+    """Return (hosts of a domain, its MTA-STS policy, which admits them); raise Rejected if there is none."""
+    hosts = await mx_hosts(domain, transport.resolver, hostname, time.monotonic() + route.timeout)
+    policy = await transport.mta_sts.policy_for(domain, route)
     admitted = [host for host in hosts if not policy or policy.allows(host)]
     if not admitted:
         raise Rejected(make_reply("mta-sts", *hosts, mailer="MX"))
-    return admitted
+    return admitted, policy
 
 
 async def next_hops(host: str, route: Route, policy: MTASTSPolicy | None, resolver: Resolver) -> list:
-    """Return a Route to each address of the host, and to those behind it if it does not answer; or the one Reply that
-    says why there is none."""
+    """Return a Route to each address of the host and, behind it, to the others; or the Reply that says why not."""
     try:
         addresses = await resolve_addresses(host, resolver, route.private, time.monotonic() + route.timeout)
     except Rejected as rejected:
         return [rejected.reply]
-    hop = replace(route, host=host)
+    tls = {} if route.starttls else {"tls_if_offered": True, "tls_verify": False}  # RFC 7435: better than clear text
     if policy and policy.mode == "enforce":
-        hop = replace(hop, starttls=True, tls_verify=True)
-    elif not route.starttls:
-        hop = replace(hop, tls_if_offered=True, tls_verify=False)  # RFC 7435: encrypted by anybody is better than clear
+        tls = {"starttls": True, "tls_verify": True}
     addresses.sort(key=lambda address: connector.failed_lately((address, route.port)))
-    return [replace(hop, address=" ".join(addresses[i:])) for i in range(len(addresses))]
-
-
-async def deliver_to_host(transaction: Transaction, transport: TransportContext) -> list:
-    """Return a Reply for each recipient from one address; falls back to clear text if opportunistic TLS fails."""
-    try:
-        return await relay_esmtp(transaction, transport)
-    except Rejected as rejected:
-        reply = rejected.reply
-    if reply.command == "STARTTLS" and transaction.route.tls_if_offered:
-        clear = replace(transaction.route, tls_if_offered=False)
-        return await deliver_to_host(transaction._replace(route=clear), transport)
-    return [reply] * len(transaction.recipients)
+    return [replace(route, host=host, address=" ".join(addresses[i:]), **tls) for i in range(len(addresses))]
 
 
 def try_next_host(reply: Reply) -> bool:
@@ -5515,19 +5492,16 @@ def try_next_host(reply: Reply) -> bool:
 
 
 async def relay_file(transaction: Transaction, transport: TransportContext) -> list:
-    """Save the message in the route's folder."""
     return [await asyncio.to_thread(save_message, transaction)] * len(transaction.recipients)
 
 
 def save_message(transaction: Transaction) -> Reply:
     """Write the message aside, sync it, then rename it: it is there completely or not at all."""
-    import tempfile
-
     folder = transaction.route.folder
     name = f"haineko.{time.strftime('%Y-%m-%d-%H%M%S')}.{transaction.queueid}.{transaction.number}.eml"
-    path = os.path.join(folder, name)
+    path, aside = os.path.join(folder, name), os.path.join(folder, f".{name}")
     try:
-        handle, aside = tempfile.mkstemp(prefix=".haineko.", dir=folder)  # mode 0600
+        handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with open(handle, "wb") as stream:
                 stream.write(transaction.octets())
@@ -5548,46 +5522,37 @@ def save_message(transaction: Transaction) -> Reply:
 
 
 async def relay_screen(transaction: Transaction, transport: TransportContext) -> list:
-    """Print the message on stderr."""
-    printed = log.write_bytes(await asyncio.to_thread(screen_text, transaction))
-    reply = make_reply("done", word="Printed") if printed else make_reply("file", "stderr cannot be written")
-    return [reply._replace(mailer="Screen")] * len(transaction.recipients)
-
-
-def screen_text(transaction: Transaction) -> bytes:
-    """Return the message with controls escaped, and marked so that no line of it can pass for one of the log."""
-    rule = f"{transaction.queueid}.{transaction.number} from <{transaction.sender}> to"
-    rule = f"--- {rule} <{'>, <'.join(transaction.recipients)}>"
+    """Print the message, with controls escaped, and marked so that no line of it can pass for one of the log."""
+    people = f"from <{transaction.sender}> to <{'>, <'.join(transaction.recipients)}>"
     text = transaction.octets().decode("utf-8", "backslashreplace").replace("\r\n", "\n").rstrip("\n")
-    escape = functools.partial(SCREEN_UNSAFE.sub, lambda found: ascii(found[0])[1:-1])
-    return "\n".join([escape(rule), *[f"| {escape(line)}" for line in text.split("\n")], "---\n"]).encode()
+    lines = [f"--- {transaction.queueid}.{transaction.number} {people}", *(f"| {line}" for line in text.split("\n"))]
+    lines = [SCREEN_UNSAFE.sub(lambda found: ascii(found[0])[1:-1], line) for line in lines]
+    reply = make_reply("done", word="Printed", mailer="Screen")
+    if not log.write_bytes("\n".join([*lines, "---\n"]).encode()):
+        reply = make_reply("file", "stderr cannot be written", mailer="Screen")
+    return [reply] * len(transaction.recipients)
 
 
 async def relay_discard(transaction: Transaction, transport: TransportContext) -> list:
-    """Deliver to nobody."""
     return [make_reply("done", word="Discarded", mailer="Discard")] * len(transaction.recipients)
 
 
-# -- Relays by HTTP. http_accepted() and http_failure() hold what the responses of their APIs have in common.
-
-
-def http_relay(make_request: Callable, read_replies: Callable, max_recipients: int = 1 << 30) -> Callable:
-    """Return a relay that posts make_request(transaction), an HTTPRequest, for so many recipients at a time;
-    read_replies(transaction, response) returns one Reply or a list of one for each. Both may raise Rejected."""
-
-    async def relay(transaction: Transaction, transport: TransportContext) -> list:
-        replies: list = []
-        for start in range(0, len(transaction.recipients), max_recipients):
-            part = transaction._replace(recipients=transaction.recipients[start : start + max_recipients])
-            try:
-                call = await asyncio.to_thread(make_request, part)
-                found = read_replies(part, await transport.http.request(HTTPTarget.of_route(part.route), call))
-            except Rejected as refused:
-                found = refused.reply
-            replies += found if isinstance(found, list) else [found] * len(part.recipients)
-        return replies
-
-    return relay
+async def relay_http(make_request: Callable, read_replies: Callable, transaction: Transaction, transport: Any) -> list:
+    """Post make_request(transaction), an HTTPRequest, which raises ValueError if the API can't express the message.
+    read_replies(transaction, response) returns the replies. An access token that is refused is replaced once."""
+    for again in (True, False):
+        login = await transport.tokens.authorize(transaction.route)
+        try:
+            call = await asyncio.to_thread(make_request, transaction._replace(route=login))
+        except (ValueError, LookupError, RecursionError) as error:  # LookupError: an unknown charset
+            raise Rejected(make_reply("inexpressible", sanitize(str(error)), **login.endpoint)) from None
+        response = await transport.http.request(HTTPTarget.of_route(login), call)
+        token = login.credentials[1] if login.oauth2 else ""
+        if not (again and token and response.status == 401 and transport.tokens.drop(login, token)):
+            break
+    if token:
+        response = response._replace(body=response.body.replace(token.encode(), b"********"))
+    return read_replies(transaction, response)
 
 
 def haineko_request(transaction: Transaction) -> HTTPRequest:
@@ -5609,38 +5574,36 @@ def basic_auth_header(login: tuple) -> tuple:
 
 def as_plain_submission(transaction: Transaction, octets: bytes) -> dict:
     """Return the submission of plain text from which compose() made these octets, else raise ValueError."""
-    listed, body = parse_message(octets)
-    lines = {name: unfold(value) for name, value in listed}
+    fields, body = parse_message(octets)
+    lines = {name: unfold(value) for name, value in fields}
     charset = lines["content-type"].rpartition("charset=")[2]
-    header = {"from": format_mailboxes(lines["from"]), "subject": decode_encoded_words(lines["subject"])}
-    if "reply-to" in lines:
-        header["replyto"] = format_mailboxes(lines["reply-to"])
     *passed, hostname = [name.strip() for name in lines["x-haineko-loop"].split(",")]
-    text = decode_charset(TRANSFER_DECODERS.get(lines["content-transfer-encoding"], bytes)(body), charset)
+    header = {"subject": decode_encoded_words(lines["subject"]), "charset": charset, "x-haineko-loop": passed}
+    header.update({key.replace("-", ""): format_mailboxes(lines[key]) for key in ("from", "reply-to") if key in lines})
+    text = decode_charset(DECODERS.get(lines["content-transfer-encoding"], bytes)(body), charset)
     document = {"mail": transaction.sender, "rcpt": transaction.recipients, "body": text.replace("\r\n", "\n")}
-    document["header"] = {**header, "charset": charset, "x-haineko-loop": passed}
-    submission = parse_submission(encode_json(document)).submission
+    submission = parse_submission(encode_json({**document, "header": header})).submission
+    if not (submission and transaction.sender):
+        raise ValueError("compose() could not make it")
     now = parsedate_to_datetime(lines["date"]).timestamp()
-    again = submission and transaction.sender and compose(submission, transaction.queueid, None, hostname, now)
-    composed = again.copy(transaction.recipients[0], transaction.number) if again else b""
-    if not composed or composed.partition(b"\r\n\tby ")[2] != octets.partition(b"\r\n\tby ")[2]:  # in Received
+    composed = compose(submission, transaction.queueid, None, hostname, now)
+    composed = composed.copy(transaction.recipients[0], transaction.number)
+    if composed.partition(b"\r\n\tby ")[2] != octets.partition(b"\r\n\tby ")[2]:  # in Received
         raise ValueError("compose() would make another message")
-    document["header"]["x-haineko-loop"] = [*passed, hostname]
-    return {**document, "ehlo": hostname}
+    return {**document, "header": {**header, "x-haineko-loop": [*passed, hostname]}, "ehlo": hostname}
 
 
 def haineko_replies(transaction: Transaction, response: HTTPResponse) -> list:
     """Return a Reply for each recipient from the far end's items; one without recipient is meant for all."""
-    route = transaction.route
-    replies = {address_key(item.get("rcpt")): haineko_reply(route, response, item) for item in haineko_items(response)}
-    missing = replies.get(None) or http_failure(route, response, None)
-    return [replies.get(address_key(to), missing) for to in transaction.recipients]
+    items = items_by_address(json_object(response).get("response"), "rcpt")
+    found = [items.get(address_key(to)) or items.get(None, {}) for to in transaction.recipients]
+    return [haineko_reply(transaction.route, response, item) for item in found]
 
 
-def haineko_items(response: HTTPResponse) -> list:
-    """Return the items of the far end's answer; none if it has another form."""
-    items = json_object(response).get("response")
-    return items if isinstance(items, list) and all(isinstance(item, dict) for item in items) else []
+def items_by_address(items: Any, key: str) -> dict:
+    """Return {address_key: item} of the objects in a list that an API should have given."""
+    items = items if isinstance(items, list) else []
+    return {address_key(item.get(key)): item for item in items if isinstance(item, dict)}
 
 
 def address_key(given: Any) -> Any:
@@ -5652,72 +5615,57 @@ def address_key(given: Any) -> Any:
 def haineko_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
     """Return an item of the far end as a Reply; the Perl version reports a relayed mail with the reply to QUIT."""
     code, dsn, lines = str(item.get("code")), item.get("dsn"), item.get("message")
-    lines = [lines] if isinstance(lines, str) else lines if isinstance(lines, list) else []
     if not re.fullmatch(r"[245][0-9][0-9]", code) or (code[0] == "2") == bool(item.get("error")):
-        return http_failure(route, response, None)
+        return http_failure(route, response)
     if code[0] == "2" and response.status not in (200, 202, 207):  # something on the way changed one of the two
-        return http_failure(route, response, None)._replace(maybe_delivered=True)
+        return http_failure(route, response)._replace(maybe_delivered=True)
+    lines = [lines] if isinstance(lines, str) else lines if isinstance(lines, list) else []
+    lines = [sanitize(str(line), 500) for line in lines][:20] or [status_text(response)]
     dsn = dsn if isinstance(dsn, str) and re.fullmatch(r"[245]\.[0-9]{1,3}\.[0-9]{1,3}", dsn) else None
     command = item.get("command") if item.get("command") in KNOWN_COMMANDS else "DATA"
-    message = sanitize_lines(lines) or (status_text(response),)
+    reply = Reply(code, dsn, command, tuple(lines), **route.endpoint)
+    if reply.accepted:
+        return reply
     maybe_delivered = code[0] == "4" and item.get("maybe_delivered") is True
-    more = {"maybe_delivered": maybe_delivered, "route_fault": response.status == 401}
-    more["retry_after"] = 0 if code[0] == "2" else parse_retry_after(response)
-    return Reply(code, dsn, command, message, **route.endpoint, **more)
+    wait, route_fault = parse_retry_after(response), response.status == 401
+    return reply._replace(maybe_delivered=maybe_delivered, retry_after=wait, route_fault=route_fault)
 
 
 def bearer_header(route: Route) -> tuple:
-    """Return the header fields that carry the route's API key."""
     return (("Authorization", f"Bearer {route.credentials[1]}"),)
 
 
-def sendgrid_errors(response: HTTPResponse) -> list | None:
-    """Return the error messages in a response; None if it has none."""
-    errors = json_object(response).get("errors")
-    if not (isinstance(errors, list) and errors and all(isinstance(error, dict) for error in errors)):
-        return None
-    return [": ".join(str(error[key]) for key in ("field", "message") if error.get(key)) for error in errors]
-
-
 def sendgrid_request(transaction: Transaction) -> HTTPRequest:
-    """Return the message in pieces; raise Rejected if it would lose more of it than trace fields and charset."""
+    """Return the message in pieces; raise ValueError if it would lose more of it than trace fields and charset."""
     # https://www.twilio.com/docs/sendgrid/api-reference/mail-send
     octets = transaction.octets()
-    try:
-        fields, _ = parse_message(octets)
-        document = sendgrid_addresses(transaction, fields)
-        document["subject"] = decode_encoded_words(single_field(fields, "subject"))
-        document["headers"] = sendgrid_headers(fields)
-        document.update(sendgrid_parts(octets))
-        if not document["subject"]:
-            raise ValueError("the subject is empty")
-    except (ValueError, LookupError, RecursionError) as error:
-        raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
+    fields, headers = parse_message(octets).fields, {}  # headers go as they are, still encoded
+    for name, line in fields:
+        if name in SENDGRID_RESERVED:
+            raise ValueError(f"the header {name} can't be set")
+        if name not in SENDGRID_OWN and not name.startswith("content-"):
+            headers[line.partition(b":")[0].decode()] = single_field(fields, name)
+            if not line.isascii():
+                raise ValueError(f"the header {name} is not ASCII")
+    document = {**sendgrid_addresses(transaction, fields), "headers": headers, **sendgrid_parts(octets)}
+    document["subject"] = decode_encoded_words(single_field(fields, "subject"))
     body = encode_json({key: value for key, value in document.items() if value})
     return HTTPRequest("POST", "/v3/mail/send", body, bearer_header(transaction.route))
 
 
-def sendgrid_reply(transaction: Transaction, response: HTTPResponse) -> Reply:
-    if response.status != 202:  # 200: valid, but will not be sent
-        return http_failure(transaction.route, response, sendgrid_errors(response))
-    message_id = response.headers.get("X-Message-Id")
-    return http_accepted(transaction.route, response, *([f"X-Message-Id: {message_id}"] if message_id else []))
-
-
 def sendgrid_addresses(transaction: Transaction, fields: list) -> dict:
     """Return author and recipients; SendGrid shows every recipient but Bcc, and delivers to every one that it shows."""
-    shown = {name: sendgrid_mailboxes(single_field(fields, name)) for name in ("from", "to", "cc", "reply-to")}
-    author, reply_to = shown["from"], shown["reply-to"]
-    if len(author) != 1:
+    people = {"bcc": [{"email": recipient} for recipient in hidden_recipients(transaction, fields)]}
+    for key in ("from", "to", "cc", "reply-to"):
+        mailboxes = parse_mailboxes(single_field(fields, key))
+        named = [(decode_encoded_words(name), mailbox.addr_spec) for name, mailbox in mailboxes]
+        people[key] = [{"email": spec, "name": name} if name else {"email": spec} for name, spec in named]
+    if len(people["from"]) != 1:
         raise ValueError("From has several addresses")
-    if not shown["to"]:
-        raise ValueError("To has none of the recipients")
-    hidden = [{"email": recipient} for recipient in hidden_recipients(transaction, fields)]
-    people = {"to": shown["to"], "cc": shown["cc"], "bcc": hidden}
-    document = {"personalizations": [{key: value for key, value in people.items() if value}], "from": author[0]}
-    if len(reply_to) > 1:
-        return {**document, "reply_to_list": reply_to}
-    return {**document, "reply_to": reply_to and reply_to[0]}
+    replies = people["reply-to"]
+    replies = {"reply_to": replies[0]} if len(replies) == 1 else {"reply_to_list": replies}
+    envelope = {key: people[key] for key in ("to", "cc", "bcc") if people[key]}
+    return {"personalizations": [envelope], "from": people["from"][0], **replies}
 
 
 def hidden_recipients(transaction: Transaction, fields: list) -> list:
@@ -5730,117 +5678,68 @@ def hidden_recipients(transaction: Transaction, fields: list) -> list:
     return list(hidden.values())
 
 
-def sendgrid_mailboxes(text: str) -> list:
-    named = [(decode_encoded_words(name), mailbox.addr_spec) for name, mailbox in parse_mailboxes(text)]
-    return [{"email": spec, "name": name} if name else {"email": spec} for name, spec in named]
-
-
-def sendgrid_headers(fields: list) -> dict:
-    """Return the fields that SendGrid takes as they are, still encoded."""
-    headers: dict = {}
-    for name, octets in fields:
-        if name in SENDGRID_RESERVED:
-            raise ValueError(f"the header {name} can't be set")
-        if name in SENDGRID_OWN or name.startswith("content-"):
-            continue
-        if name in map(str.lower, headers):
-            raise ValueError(f"the header {name} occurs more than once")
-        if not octets.isascii():
-            raise ValueError(f"the header {name} is not ASCII")
-        headers[octets.partition(b":")[0].decode().strip()] = unfold(octets)
-    return headers
-
-
 SENDGRID_RESERVED = ("x-sg-id", "x-sg-eid", "dkim-signature", "bcc")
 SENDGRID_OWN = ("received", "mime-version", "from", "to", "cc", "subject", "reply-to")  # made from the other keys
-SENDGRID_NESTING = ["mixed", "alternative", "related"]  # subtypes of a multipart, and of one in another
-SENDGRID_NESTING += ["mixed/alternative", "mixed/related", "alternative/related", "related/alternative"]
 
 
 def sendgrid_parts(octets: bytes) -> dict:
-    """Return content and attachments."""
     import email
 
-    message = email.message_from_bytes(octets)
-    content: list = []
-    attachments: list = []
-    for part in leaf_parts(message):
-        named = part.get_content_disposition() == "attachment" or part.get_filename() or part["Content-ID"]
-        if part.get_content_maintype() == "text" and not named:
+    content, attachments, multiparts, parts = [], [], set(), [email.message_from_bytes(octets)]
+    while parts:
+        part = parts.pop(0)
+        kind, named = part.get_content_subtype(), part.get_filename() or part["Content-ID"]
+        if part.get_content_maintype() == "multipart":
+            if kind not in ("mixed", "alternative", "related") or not part.is_multipart():
+                raise ValueError(f"multipart/{kind} can't be kept")
+            multiparts.add(kind)
+            parts[:0] = part.get_payload()
+        elif part.get_content_maintype() != "text" or named or part.get_content_disposition() == "attachment":
+            attachments.append(sendgrid_attachment(part))
+        else:
             text = decode_charset(part.get_payload(decode=True), part.get_content_charset("us-ascii"))
             content.append({"type": part.get_content_type(), "value": text.replace("\r\n", "\n")})
-        else:
-            attachments.append(sendgrid_attachment(part))
-    alternative = any(part.get_content_subtype() == "alternative" for part in message.walk())
     types = [item["type"] for item in content]
-    if types not in (["text/plain"], ["text/html"]) and not (alternative and types == ["text/plain", "text/html"]):
+    both = ["text/plain", "text/html"]
+    if not (types == both and "alternative" in multiparts) and types not in (both[:1], both[1:]):
         raise ValueError(f"its texts are {', '.join(types) or 'none'}, not a plain one, an HTML one, or these two")
-    if not all(item["value"] for item in content):
-        raise ValueError("a text is empty")
     return {"content": content, "attachments": attachments}
 
 
-def leaf_parts(part: Any, outer: str = "") -> list:
-    """Return the parts that are no multipart; raise ValueError for a nesting whose meaning would be lost."""
-    if part.get_content_maintype() != "multipart":
-        return [part]
-    nesting = f"{outer}/{part.get_content_subtype()}".strip("/")
-    if nesting not in SENDGRID_NESTING or not part.is_multipart():
-        raise ValueError(f"multipart/{nesting.replace('/', ' with multipart/')} can't be kept")
-    return [leaf for inner in part.get_payload() for leaf in leaf_parts(inner, part.get_content_subtype())]
-
-
 def sendgrid_attachment(part: Any) -> dict:
-    """Return a part as an attachment."""
-    charset, content_id = part.get_content_charset("utf-8"), (part["Content-ID"] or "").strip("<> ")
+    content_id, disposition = (part["Content-ID"] or "").strip("<> "), part.get_content_disposition()
+    octets = part.get_payload(decode=True)
     if part.get_content_maintype() == "message":
         octets = part.as_bytes(policy=part.policy.clone(linesep="\r\n")).partition(b"\r\n\r\n")[2]
-    else:
-        octets = part.get_payload(decode=True)
     name = decode_encoded_words(part.get_filename() or content_id)
-    if not (name and octets):
-        raise ValueError("an attachment has no name" if octets else f"the attachment {name} is empty")
-    if part.get_content_maintype() == "text" and charset not in ("utf-8", "us-ascii"):
-        raise ValueError(f"the attachment {name} has the charset {charset}, which can't be declared")
+    inline = disposition == "inline" or (content_id and not disposition)
     attachment = {"content": base64.b64encode(octets).decode(), "type": part.get_content_type(), "filename": name}
-    inline = part.get_content_disposition() == "inline" or (content_id and not part.get_content_disposition())
-    attachment["disposition"] = "inline" if inline else "attachment"
-    return {**attachment, "content_id": content_id} if content_id else attachment
+    attachment.update(disposition="inline" if inline else "attachment", content_id=content_id)
+    return {key: value for key, value in attachment.items() if value}
 
 
-AMAZONSES_TEMPORARY = ["TooManyRequestsException", "ThrottlingException", "Throttling"]  # errors 400 that pass
-AMAZONSES_TEMPORARY += ["LimitExceededException", "SendingPausedException"]
+async def relay_amazonses(transaction: Transaction, transport: TransportContext) -> list:
+    """Deliver to 50 recipients at a time, Amazon's quota."""
+    replies, read_replies = [], functools.partial(api_replies, 200, "MessageId", "")
+    for start in range(0, len(transaction.recipients), 50):
+        part = transaction._replace(recipients=transaction.recipients[start : start + 50])
+        try:
+            replies += await relay_http(amazonses_request, read_replies, part, transport)
+        except Rejected as refused:
+            replies += [refused.reply] * len(part.recipients)
+    return replies
 
 
 def amazonses_request(transaction: Transaction) -> HTTPRequest:
-    """Return the signed request, with the message as it is; raise Rejected for a message without exactly one From."""
     octets = ascii_message(transaction)
-    try:
-        author = single_field(parse_message(octets)[0], "from")
-        spec = parse_mailboxes(author)[0][1].addr_spec
-    except (ValueError, IndexError):
-        raise Rejected(make_reply("inexpressible", "one header From is wanted", **transaction.route.endpoint)) from None
-    document = {
-        "FromEmailAddress": author,
-        "Destination": {"ToAddresses": transaction.recipients},
-        "Content": {"Raw": {"Data": base64.b64encode(octets).decode()}},
-    }
-    if transaction.sender and address_key(spec) != address_key(transaction.sender):
-        document["FeedbackForwardingEmailAddress"] = transaction.sender
+    author = single_field(parse_message(octets).fields, "from")
+    if not parse_mailboxes(author):
+        raise ValueError("From has no address")
+    content = {"Raw": {"Data": base64.b64encode(octets).decode()}}
+    document = {"FromEmailAddress": author, "Destination": {"ToAddresses": transaction.recipients}, "Content": content}
+    document.update({"FeedbackForwardingEmailAddress": transaction.sender} if transaction.sender else {})
     call = HTTPRequest("POST", "/v2/email/outbound-emails", encode_json(document))
     return sign_sigv4(call, transaction.route, time.time())
-
-
-def amazonses_reply(route: Route, response: HTTPResponse) -> Reply:
-    """Return the reply for a response of Amazon SES."""
-    document = json_object(response)
-    if response.status == 200 and isinstance(document.get("MessageId"), str):
-        return http_accepted(route, response, f"MessageId: {document['MessageId']}")
-    name = str(response.headers.get("x-amzn-ErrorType") or document.get("__type") or "")
-    name = name.partition(":")[0].rpartition("#")[2]  # some have a namespace in front, or a URL behind
-    lines = [str(value) for value in (name, document.get("message") or document.get("Message")) if value]
-    reply = http_failure(route, response, lines or None, temporary=name in AMAZONSES_TEMPORARY)
-    return reply._replace(route_fault=bool(re.search("Signature|Token|UnrecognizedClient", name)))
 
 
 def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
@@ -5848,153 +5747,131 @@ def sign_sigv4(call: HTTPRequest, route: Route, now: float) -> HTTPRequest:
     # https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html
     site, moment = split_base_url(route.url), time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
     scope = f"{moment[:8]}/{route.region}/ses/aws4_request"
-    headers = {"host": site.host_header, "x-amz-date": moment}
-    if call.method == "POST":
-        headers["content-type"] = call.type
-    if route.token:
-        headers["x-amz-security-token"] = route.token
-    names = ";".join(sorted(headers))
-    lines = [f"{name}:{headers[name]}" for name in sorted(headers)]
-    lines = [call.method, site.path + call.path, "", *lines, "", names]
+    added = [("x-amz-date", moment)] + [("x-amz-security-token", route.token)] * bool(route.token)
+    signed = [("content-type", call.type)] * (call.method == "POST") + [("host", site.host_header), *added]
+    names = ";".join(name for name, _ in signed)
+    lines = [call.method, site.path + call.path, "", *(f"{name}:{value}" for name, value in signed), "", names]
     canonical = "\n".join([*lines, hashlib.sha256(call.body).hexdigest()])
     text = f"AWS4-HMAC-SHA256\n{moment}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
     key = b"AWS4" + route.credentials[1].encode()
-    for part in scope.split("/"):
+    for part in (*scope.split("/"), text):
         key = hmac.digest(key, part.encode(), "sha256")
-    signature = hmac.new(key, text.encode(), "sha256").hexdigest()
-    value = f"AWS4-HMAC-SHA256 Credential={route.credentials[0]}/{scope}, SignedHeaders={names}, Signature={signature}"
-    added = [(name, headers[name]) for name in ("x-amz-date", "x-amz-security-token") if name in headers]
+    value = f"AWS4-HMAC-SHA256 Credential={route.credentials[0]}/{scope}, SignedHeaders={names}, Signature={key.hex()}"
     return call._replace(headers=(*call.headers, *added, ("Authorization", value)))
 
 
 def mandrill_request(transaction: Transaction) -> HTTPRequest:
-    """Return the message as it is."""
-    envelope = {"from_email": transaction.sender or None, "to": transaction.recipients}
-    content = {"key": transaction.route.credentials[1], "raw_message": ascii_message(transaction).decode()}
-    body = encode_json({**content, **envelope, "async": False})
-    return HTTPRequest("POST", "/api/1.0/messages/send-raw.json", body)
+    document = {"key": transaction.route.credentials[1], "raw_message": ascii_message(transaction).decode()}
+    document.update({"from_email": transaction.sender or None, "to": transaction.recipients, "async": False})
+    return HTTPRequest("POST", "/api/1.0/messages/send-raw.json", encode_json(document))
 
 
 def mandrill_replies(transaction: Transaction, response: HTTPResponse) -> list:
     """Return a Reply for each recipient; a response that doesn't name one breaks the API's promise."""
-    route, errors, document = transaction.route, mandrill_errors(response), response.document()
-    if errors:
-        return [http_failure(route, response, errors)] * len(transaction.recipients)
-    listed = document if response.status == 200 and isinstance(document, list) else []
-    items = {address_key(item.get("email")): item for item in listed if isinstance(item, dict)}
-    return [mandrill_reply(route, response, items.get(address_key(to), {})) for to in transaction.recipients]
-
-
-def mandrill_errors(response: HTTPResponse) -> list | None:
-    """Return the error message in a response; None if it has none."""
-    document = json_object(response)
-    return [f"{document.get('name')}: {document.get('message')}"] if document.get("status") == "error" else None
-
-
-def mandrill_reply(route: Route, response: HTTPResponse, item: dict) -> Reply:
-    """Return one recipient's item as a Reply."""
-    status, lines = item.get("status"), [f"{key}: {item[key]}" for key in ("reject_reason", "_id") if item.get(key)]
-    if status in ("sent", "queued", "scheduled"):
-        return http_accepted(route, response, status, *lines)
-    if status in ("rejected", "invalid"):
-        dsn = "5.1.3" if status == "invalid" else "5.7.1"
-        return make_reply("web-refused", *sanitize_lines(lines), word=status, **route.endpoint)._replace(dsn=dsn)
-    return http_failure(route, response, None)
-
-
-async def relay_by_token(make_request: Callable, success: int, transaction: Transaction, transport: Any) -> list:
-    """Deliver by an API that takes an access token, and a message as it is with its recipients."""
-    route, call = transaction.route, await asyncio.to_thread(make_request, transaction)
-    for again in (True, False):  # a token that is refused is replaced once
-        login = await transport.tokens.authorize(route)
-        token = login.credentials[1]
-        response = await transport.http.request(HTTPTarget.of_route(route), call._replace(headers=bearer_header(login)))
-        if response.status != 401 or not (again and transport.tokens.drop(route, token)):
-            break
-    response = response._replace(body=response.body.replace(token.encode(), b"********"))
-    ident = response.headers.get("request-id", "none") if success == 202 else json_object(response).get("id")
-    accepted = response.status == success and ident
-    reply = http_accepted(route, response, f"id: {ident}") if accepted else token_api_failure(route, response)
-    return [reply] * len(transaction.recipients)
+    replies, route = [], transaction.route
+    items = items_by_address(response.document() if response.status == 200 else None, "email")
+    for item in [items.get(address_key(to), {}) for to in transaction.recipients]:
+        status, lines = item.get("status"), [f"{key}: {item[key]}" for key in ("reject_reason", "_id") if item.get(key)]
+        if status in ("sent", "queued", "scheduled"):
+            replies.append(http_reply("web-accepted", route, response, [status, *lines]))
+        elif status in ("rejected", "invalid"):
+            reply = http_reply("web-refused", route, response, lines, status)
+            replies.append(reply._replace(dsn="5.1.3" if status == "invalid" else "5.7.1"))
+        else:
+            replies.append(http_failure(route, response))
+    return replies
 
 
 def msgraph_request(transaction: Transaction) -> HTTPRequest:
     # https://learn.microsoft.com/en-us/graph/api/user-sendmail
     path = f"/v1.0/users/{urllib.parse.quote(transaction.route.credentials[0], '@')}/sendMail"
-    return HTTPRequest("POST", path, base64.b64encode(addressed_message(transaction)), type="text/plain")
+    body = base64.b64encode(addressed_message(transaction))
+    return HTTPRequest("POST", path, body, bearer_header(transaction.route), "text/plain")
 
 
 def gmailapi_request(transaction: Transaction) -> HTTPRequest:
     # https://developers.google.com/workspace/gmail/api/reference/rest/v1/users.messages/send
     path, octets = "/gmail/v1/users/me/messages/send", addressed_message(transaction)
-    if len(octets) > GMAILAPI_UPLOAD:
-        return HTTPRequest("POST", f"/upload{path}?uploadType=media", octets, type="message/rfc822")
-    return HTTPRequest("POST", path, encode_json({"raw": base64.urlsafe_b64encode(octets).decode()}))
+    header = bearer_header(transaction.route)
+    if len(octets) > 1 << 20:  # a large one is uploaded
+        return HTTPRequest("POST", f"/upload{path}?uploadType=media", octets, header, "message/rfc822")
+    return HTTPRequest("POST", path, encode_json({"raw": base64.urlsafe_b64encode(octets).decode()}), header)
 
 
 def addressed_message(transaction: Transaction) -> bytes:
     """Return the message with the envelope's recipients in its header, from which the API takes them."""
     octets = transaction.octets()
-    try:
-        fields = parse_message(octets).fields
-        if single_field(fields, "bcc"):
-            raise ValueError("the header bcc can't be set")
-        hidden = ",\r\n ".join(hidden_recipients(transaction, fields))
-    except ValueError as error:
-        raise Rejected(make_reply("inexpressible", sanitize(str(error)), **transaction.route.endpoint)) from None
+    fields = parse_message(octets).fields
+    if single_field(fields, "bcc"):
+        raise ValueError("the header bcc can't be set")
+    hidden = ",\r\n ".join(hidden_recipients(transaction, fields))
     return f"Bcc: {hidden}\r\n".encode() + octets if hidden else octets
 
 
-def token_api_failure(route: Route, response: HTTPResponse) -> Reply:
-    """Return the reply for an error of Graph or Google; a refused token is no verdict on the mail."""
-    error = json_object(response).get("error")
-    lines = [f"{error.get('code')}: {error.get('message')}"] if isinstance(error, dict) else None
-    temporary = bool(lines and GOOGLE_LIMIT.search(str(error.get("errors"))))
-    return http_failure(route, response, lines, temporary)
+def api_replies(success: int, name: str, header: str, transaction: Transaction, response: HTTPResponse) -> list:
+    """Return the replies of an API that takes the mail for all recipients, or not; its id is in a header or in JSON."""
+    ident = response.headers.get(header) if header else json_object(response).get(name)
+    reply = http_reply("web-accepted", transaction.route, response, [f"{name}: {ident}"] if ident else [])
+    if response.status != success or not (ident or header):
+        reply = http_failure(transaction.route, response)
+    return [reply] * len(transaction.recipients)
 
 
-def http_accepted(route: Route, response: HTTPResponse, *lines: str) -> Reply:
-    """Return the reply for a mail that the API has taken."""
-    return make_reply("web-accepted", *sanitize_lines(lines), word=status_text(response), **route.endpoint)
+def api_errors(response: HTTPResponse) -> list | None:
+    """Return the error messages in a response; None if it has none in a form that one of the APIs uses."""
+    document, amazon = json_object(response), response.headers.get("x-amzn-ErrorType")
+    amazon = str(amazon or document.get("__type") or "").partition(":")[0].rpartition("#")[2]
+    errors, error = document.get("errors"), document.get("error")
+    if amazon:  # some have a namespace in front, or a URL behind
+        return [amazon, *(str(document[key]) for key in ("message", "Message") if document.get(key))]
+    if document.get("status") == "error":  # Mandrill
+        return [f"{document.get('name')}: {document.get('message')}"]
+    if isinstance(error, dict):  # Graph and Google
+        reasons = re.findall(r"'reason': '(\w+)'", str(error.get("errors")))
+        return [f"{error.get('code')}: {error.get('message')}", *reasons]
+    if isinstance(errors, list) and errors and all(isinstance(error, dict) for error in errors):  # SendGrid
+        return [": ".join(str(error[key]) for key in ("field", "message") if error.get(key)) for error in errors]
+    return None
 
 
-def http_failure(route: Route, response: HTTPResponse, lines: list | None, temporary: bool = False) -> Reply:
-    """Return the reply for a response that is no success; `lines` are the API's error messages, None if it has none."""
-    status, text, endpoint = response.status, status_text(response), route.endpoint
-    temporary = temporary or status == 429 or status >= 500
+def http_reply(slug: str, route: Route, response: HTTPResponse, lines: Any, word: str = "") -> Reply:
+    """Return a reply with the response's status line or a word of it, followed by lines of the other side."""
+    lines = [sanitize(str(line), 500) for line in lines][:20]
+    return make_reply(slug, *lines, word=word or status_text(response), **route.endpoint)
+
+
+def http_failure(route: Route, response: HTTPResponse) -> Reply:
+    status, lines, wait = response.status, api_errors(response), parse_retry_after(response)
     if status == 413:  # from a proxy too, without the API's error messages; the mail will not be smaller next time
-        return make_reply("web-refused", *sanitize_lines(lines or []), word=text, **endpoint)._replace(dsn="5.3.4")
-    if lines is None or not (temporary or status >= 400):
+        return http_reply("web-refused", route, response, lines or ())._replace(dsn="5.3.4")
+    if lines is None or status < 400:
         excerpt = sanitize(response.body[:400].decode("utf-8", "replace"), 100)
-        endpoint.update(maybe_delivered=200 <= status < 300, retry_after=parse_retry_after(response))
-        return make_reply("web-rubbish", text, *([excerpt] if excerpt else []), **endpoint)
-    reply = make_reply("web-later" if temporary else "web-refused", *sanitize_lines(lines), word=text, **endpoint)
-    if temporary:
-        return reply._replace(dsn="4.3.0" if status >= 500 else "4.4.5", retry_after=parse_retry_after(response))
-    return reply._replace(dsn=DSN_BY_STATUS.get(status, reply.dsn), route_fault=status == 401)
+        reply = http_reply("web-rubbish", route, response, filter(None, (status_text(response), excerpt)))
+        return reply._replace(maybe_delivered=200 <= status < 300, retry_after=wait)
+    if status == 429 or status >= 500 or any(map(API_LIMIT.fullmatch, lines)):
+        reply = http_reply("web-later", route, response, lines)
+        return reply._replace(dsn="4.3.0" if status >= 500 else "4.4.5", retry_after=wait)
+    reply = http_reply("web-refused", route, response, lines)
+    wrong_key = lines[0].isalpha() and re.search("Signature|Token|UnrecognizedClient", lines[0])  # Amazon's exceptions
+    dsn = {401: "5.7.8", 403: "5.7.1"}.get(status, reply.dsn)
+    return reply._replace(dsn=dsn, route_fault=status == 401 or bool(wrong_key))
 
 
 def parse_retry_after(response: HTTPResponse) -> int:
     """Return the seconds after which to try again (RFC 9110 10.2.3), at most a day; 0 if the response has none."""
     reset = response.headers.get("X-RateLimit-Reset") if response.status == 429 else ""  # SendGrid: Unix time
     text, now = (response.headers.get("Retry-After") or reset or "").strip(), time.time()
-    try:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         wait = int(text) if re.fullmatch("[0-9]{1,10}", text) else parsedate_to_datetime(text).timestamp() - now
-    except (TypeError, ValueError, OverflowError):
-        return 0
-    return min(max(int(wait - now if wait > 1e9 else wait), 0), 86400)
-
-
-def sanitize_lines(lines: Any) -> tuple:
-    """Return lines of the other side as a reply may carry them."""
-    return tuple(sanitize(str(line), 500) for line in lines)[:20]
+        return min(max(int(wait - now if wait > 1e9 else wait), 0), 86400)
+    return 0
 
 
 def ascii_message(transaction: Transaction) -> bytes:
-    """Return the message in ASCII, which the APIs want; raise Rejected if that can't be."""
+    """Return the message in ASCII, which the APIs want; raise ValueError if that can't be."""
     octets = downgrade_8bit(transaction.octets()) if transaction.message.needs_8bitmime else transaction.octets()
     if not octets.isascii():
-        raise Rejected(make_reply("inexpressible", "it has octets over 127", **transaction.route.endpoint))
+        raise ValueError("it has octets over 127")
     return octets
 
 
@@ -6008,24 +5885,17 @@ def single_field(fields: list, name: str) -> str:
 
 def decode_encoded_words(text: str) -> str:
     """Decode the encoded words (RFC 2047) in a text; raise ValueError or LookupError if one can't be."""
-    return ENCODED_WORD.sub(_decode_encoded_word, re.sub(r"(?<=\?=)\s+(?==\?)", "", text))
-
-
-def _decode_encoded_word(found: Any) -> str:
-    charset, encoding, octets = found[1], found[2].upper(), found[3].encode()
-    decoded = binascii.a2b_base64(octets) if encoding == "B" else binascii.a2b_qp(octets, header=True)
-    return decode_charset(decoded, charset)
+    text = re.sub(r"(?<=\?=)\s+(?==\?)", "", text)
+    return ENCODED_WORD.sub(lambda word: decode_charset(DECODERS[word[2].upper()](word[3].encode()), word[1]), text)
 
 
 def decode_charset(octets: bytes, charset: str) -> str:
-    """Decode text in a MIME charset."""
     if charset.upper() == "ISO-2022-JP":
         return jis_to_text(octets.decode("ascii"))
     return octets.decode(codec_name(charset))
 
 
 def format_mailboxes(text: str) -> str:
-    """Return an address field as a submission has it."""
     people = []
     for coded, mailbox in parse_mailboxes(text):
         name, spec = decode_encoded_words(coded), mailbox.addr_spec
@@ -6034,11 +5904,8 @@ def format_mailboxes(text: str) -> str:
     return ", ".join(people)
 
 
-# -- Probes, for `check --connect`
-
-
 class ConnectivityProbe(NamedTuple):
-    """A route to try, and for MX the domain of a recipient."""
+    """A route to try for `check --connect`, and for MX the domain of a recipient."""
 
     route: Route
     hostname: str  # our own name, for EHLO
@@ -6046,62 +5913,54 @@ class ConnectivityProbe(NamedTuple):
 
 
 class CheckResult(NamedTuple):
-    """The result of one step of a check."""
-
     step: str
     ok: bool
     text: str
 
 
 def failed_step(step: str, reply: Reply, endpoint: str = "") -> CheckResult:
-    """Return the result of a step that a Reply ended."""
     return CheckResult(step, False, f"{endpoint and endpoint + ': '}{reply.code} {': '.join(reply.message)}")
 
 
 async def probe_esmtp(probe: ConnectivityProbe, transport: TransportContext) -> list:
     """Look the host up as a delivery would, then open a session."""
-    results = await asyncio.to_thread(probe_dns, probe.route)
-    return results + (await asyncio.to_thread(probe_session, probe.route, probe.hostname) if results[-1].ok else [])
+    found = await asyncio.to_thread(probe_dns, probe.route)
+    return [found, *(await asyncio.to_thread(probe_session, probe.route, probe.hostname) if found.ok else ())]
 
 
-def probe_dns(route: Route) -> list:
-    """Look up the route's host."""
+def probe_dns(route: Route) -> CheckResult:
     try:
         found = socket.getaddrinfo(route.host, route.port, type=socket.SOCK_STREAM)
     except OSError as error:
-        return [CheckResult("DNS", False, f"{route.host}: {error.strerror}")]
-    return [CheckResult("DNS", True, f"{route.host} is {', '.join(dict.fromkeys(item[4][0] for item in found))}")]
+        return CheckResult("DNS", False, f"{route.host}: {error.strerror}")
+    return CheckResult("DNS", True, f"{route.host} is {', '.join(dict.fromkeys(item[4][0] for item in found))}")
 
 
 def probe_session(route: Route, hostname: str) -> list:
     """Return every step to a session that could take a mail; the last one shows where it failed."""
-    session, results = Session(route, hostname), []
+    session, done, failed = Session(route, hostname), {}, []
     try:
         for step in session.steps():
             step()
-            results = session_results(session)
+            done["TCP"] = "connected to {}:{}".format(*session.sock.getpeername())
+            if session.ehlo_resp:
+                extensions = ", ".join(session.ehlo_resp.decode().split("\n")[1:])
+                done["EHLO"] = sanitize(extensions or "no extensions", 500)
+            if isinstance(session.sock, ssl.SSLSocket):
+                done["TLS"] = describe_certificate(session.sock)
+            elif session.step in ("STARTTLS", "AUTH"):
+                done["TLS"] = "none" + ", though it is offered" * session.has_extn("starttls")
+        if route.auth:
+            done["AUTH"] = f"logged in as {route.credentials[0]}"
     except (OSError, Rejected) as error:
         session.close()
         reply = error.reply if isinstance(error, Rejected) else session._broken(error)
         name = {"CONN": "TCP", "STARTTLS": "TLS"}.get(reply.command, reply.command)
-        failed = failed_step(name, reply, f"{route.address or route.host}:{route.port}")
-        return [*(result for result in results if result.step != name), failed]
-    session.quit()
-    return results + ([CheckResult("AUTH", True, f"logged in as {route.credentials[0]}")] if route.auth else [])
-
-
-def session_results(session: Session) -> list:
-    """Return the steps that a session has done so far."""
-    peer = session.sock.getpeername()
-    results = [CheckResult("TCP", True, f"connected to {peer[0]}:{peer[1]}")]
-    if session.ehlo_resp:
-        extensions = [" ".join([name.upper(), *value.split()]) for name, value in session.esmtp_features.items()]
-        results.append(CheckResult("EHLO", True, sanitize(", ".join(extensions) or "no extensions", 500)))
-    if isinstance(session.sock, ssl.SSLSocket):
-        results.append(CheckResult("TLS", True, describe_certificate(session.sock)))
-    elif session.step in ("STARTTLS", "AUTH"):
-        results.append(CheckResult("TLS", True, "none" + ", though it is offered" * session.has_extn("starttls")))
-    return results
+        done.pop(name, None)
+        failed = [failed_step(name, reply, f"{route.address or route.host}:{route.port}")]
+    else:
+        session.quit()
+    return [CheckResult(name, True, text) for name, text in done.items()] + failed
 
 
 def describe_certificate(sock: ssl.SSLSocket) -> str:
@@ -6110,157 +5969,127 @@ def describe_certificate(sock: ssl.SSLSocket) -> str:
     if not certificate:
         return f"{sock.version()}, certificate not verified"
     subject = ", ".join(f"{key}={value}" for item in certificate["subject"] for key, value in item)
-    names = ", ".join(value for _, value in certificate.get("subjectAltName", ()))
-    left = int((ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()) // 86400)
-    until = f"until {certificate['notAfter']} ({left} days)"
-    return sanitize(f"{sock.version()}, certificate of {subject or names}, {until}", 500)
+    names, until = ", ".join(value for _, value in certificate.get("subjectAltName", ())), certificate["notAfter"]
+    days = int((ssl.cert_time_to_seconds(until) - time.time()) // 86400)
+    return sanitize(f"{sock.version()}, certificate of {subject or names}, until {until} ({days} days)", 500)
 
 
 async def probe_mx(probe: ConnectivityProbe, transport: TransportContext) -> list:
     """Query the name servers, then open a session to the first host of the domain that works."""
-    route, deadline = probe.route, time.monotonic() + probe.route.timeout
+    route = probe.route
     if not probe.domain:
-        found = await transport.resolver.lookup(probe.hostname, MX, deadline)
+        found = await transport.resolver.lookup(probe.hostname, MX, time.monotonic() + route.timeout)
         return [CheckResult("DNS", found.code != SERVFAIL, found.why or "name servers answer")]
     try:
-        hosts = await mx_hosts(probe.domain, transport.resolver, probe.hostname, deadline)
-        results = [CheckResult("DNS", True, f"{probe.domain} takes mail at {', '.join(hosts)}")]
-        policy = await transport.mta_sts.policy_for(probe.domain, route)
-        if policy:
-            results.append(CheckResult("MTA-STS", True, f"mode {policy.mode}: {', '.join(policy.hosts)}"))
-        for host in admitted_hosts(hosts, policy):
-            for hop in await next_hops(host, route, policy, transport.resolver):
-                if not isinstance(hop, Route):
-                    results.append(CheckResult("DNS", False, ": ".join(hop.message)))
-                    continue
-                results += await asyncio.to_thread(probe_mx_host, hop, probe.hostname)
-                if results[-1].ok:
-                    return results
+        hosts, policy = await admitted_hosts(probe.domain, route, probe.hostname, transport)
     except Rejected as rejected:
         return [failed_step("DNS", rejected.reply)]
+    results = [CheckResult("DNS", True, f"{probe.domain} takes mail at {', '.join(hosts)}")]
+    if policy:
+        results.append(CheckResult("MTA-STS", True, f"mode {policy.mode}: {', '.join(policy.hosts)}"))
+    for host in hosts:
+        for hop in await next_hops(host, route, policy, transport.resolver):
+            if not isinstance(hop, Route):
+                results.append(CheckResult("DNS", False, ": ".join(hop.message)))
+                continue
+            results += await asyncio.to_thread(probe_mx_host, hop, probe.hostname)
+            if results[-1].ok:
+                return results
     return results
 
 
 def probe_mx_host(route: Route, hostname: str) -> list:
     """Open a session to one host; if TLS is opportunistic, find out whether the certificate is accepted."""
-    clear, why = replace(route, tls_if_offered=False), ""
-    variants = {"": replace(route, tls_verify=True), "not verified": route, "mail goes in clear text": clear}
+    variants, why = {"": route}, ""
+    if route.tls_if_offered:
+        variants = {"": replace(route, tls_verify=True), "not verified": route}
+        variants["mail goes in clear text"] = replace(route, tls_if_offered=False)
     for note, hop in variants.items():
         results = probe_session(hop, hostname)
         if results[-1].ok:
             return results + ([CheckResult("TLS", True, f"{note}: {why}")] if note else [])
-        if results[-1].step != "TLS" or not route.tls_if_offered:
+        if results[-1].step != "TLS":
             break
         why = results[-1].text
     return results
 
 
 async def probe_local(probe: ConnectivityProbe, transport: TransportContext) -> list:
-    """Return whether files can be made in the route's folder, if it has one."""
-    if not probe.route.row.into_folder:
-        return [CheckResult("NONE", True, "nothing to connect to")]
-    folder = probe.route.folder
-    ok = is_writable_folder(folder)
-    return [CheckResult("FILE", ok, folder if ok else f"{folder} is no folder that can be written")]
+    """Return the route's folder, if it has one; load_settings() has checked that it can be written."""
+    folder = probe.route.folder if probe.route.row.into_folder else ""
+    return [CheckResult("FILE" if folder else "NONE", True, folder or "nothing to connect to")]
 
 
-def http_probe(ask: Callable) -> Callable:
-    """Make a probe of ask(route, request), which returns a line of text if the login is good or raises Rejected."""
+def http_probe(make_request: Callable) -> Callable:
+    """Make a probe that sends make_request(route) and reads the response by account_state()."""
 
     def steps(route: Route) -> list:
-        results = probe_dns(route)
-        if not results[-1].ok:
+        results = [probe_dns(route)]
+        if not results[0].ok:
             return results
-        line, place = KeepAliveConnection(HTTPTarget.of_route(route)), f"{route.host}:{route.port}"
+        place = f"{route.host}:{route.port}"
         try:
-            line.open()
-            results.append(CheckResult("TCP", True, f"connected to {place}"))
-            results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
-            results.append(CheckResult("AUTH", True, ask(route, line.exchange)))
+            with contextlib.closing(KeepAliveConnection(HTTPTarget.of_route(route))) as line:
+                line.open()
+                results.append(CheckResult("TCP", True, f"connected to {place}"))
+                results.append(CheckResult("TLS", True, describe_certificate(line.sock) if line.url.tls else "none"))
+                response = line.exchange(make_request(route))
+            results.append(CheckResult("AUTH", True, account_state(route, response)))
         except Rejected as rejected:
             step = {"CONN": "TLS" if rejected.reply.dsn == "4.7.5" else "TCP"}.get(rejected.reply.command, "AUTH")
             results.append(failed_step(step, rejected.reply, place))
-        finally:
-            line.close()
         return results
 
     return lambda probe, transport: asyncio.to_thread(steps, probe.route)
 
 
-@http_probe
-def probe_haineko(route: Route, request: Callable) -> str:
-    """Post an empty submission, which is refused after the login."""
-    response = request(HTTPRequest("POST", "/submit", b"{}", basic_auth_header(route.credentials)))
-    items = haineko_items(response)
-    if not items:
-        raise Rejected(http_failure(route, response, None))
-    if items[0].get("command") == "AUTH" or response.status in (401, 403, 404):
-        raise Rejected(haineko_reply(route, response, items[0]))
-    return "a Haineko that takes our login" if route.credentials else "a Haineko that wants no login"
+def account_state(route: Route, response: HTTPResponse) -> str:
+    """Return what a response tells of the account, or of its key's permissions; raise Rejected if it can't send."""
+    document, good, refusal = json_object(response), f"the {'token' if route.oauth2 else 'key'} is good", None
+    items = list(items_by_address(document.get("response"), "rcpt").values())
+    if items:  # of a Haineko, which refuses the empty submission after the login
+        good = f"a Haineko that {'takes our' if route.credentials else 'wants no'} login"
+        if items[0].get("command") == "AUTH" or response.status in (401, 403, 404):
+            refusal = haineko_reply(route, response, items[0])
+    elif response.status == 403 and ("error" in document or "AccessDenied" in (api_errors(response) or ("",))[0]):
+        good += "; it may not read the account, so whether it may send is not known"
+    elif response.status == 200 and isinstance(document.get("scopes"), list):  # SendGrid
+        good = "the API key may send"
+        if "mail.send" not in document["scopes"]:
+            refusal = http_reply("web-refused", route, response, (), "the API key lacks the permission mail.send")
+    elif response.status == 200 and "SendingEnabled" in document:  # Amazon SES
+        sandbox = not document.get("ProductionAccessEnabled", True)
+        good += ", the account may send" + ", in the sandbox: to verified recipients only" * sandbox
+        if not document["SendingEnabled"]:
+            refusal = http_reply("web-refused", route, response, (), "sending is switched off for this account")
+    elif response.status != 200 or not (document.get("PING") == "PONG!" or {"id", "emailAddress"} & set(document)):
+        refusal = http_failure(route, response)
+    if refusal:
+        raise Rejected(refusal)
+    return good
 
 
-@http_probe
-def probe_sendgrid(route: Route, request: Callable) -> str:
-    """Ask for the permissions of the API key."""
-    response = request(HTTPRequest("GET", "/v3/scopes", headers=bearer_header(route)))
-    scopes = json_object(response).get("scopes") if response.status == 200 else None
-    if not isinstance(scopes, list):
-        raise Rejected(http_failure(route, response, sendgrid_errors(response)))
-    if "mail.send" not in scopes:
-        raise Rejected(make_reply("web-refused", word="the API key lacks the permission mail.send", **route.endpoint))
-    return "the API key may send"
-
-
-@http_probe
-def probe_amazonses(route: Route, request: Callable) -> str:
-    """Ask for the state of the account."""
-    response = request(sign_sigv4(HTTPRequest("GET", "/v2/email/account"), route, time.time()))
-    document, failure = json_object(response), amazonses_reply(route, response)
-    if response.status == 403 and any("AccessDenied" in line for line in failure.message):
-        return "the key is good; it may not read the account, so whether it may send is not known"
-    if response.status != 200 or "SendingEnabled" not in document:
-        raise Rejected(failure)
-    if not document["SendingEnabled"]:
-        raise Rejected(make_reply("web-refused", word="sending is switched off for this account", **route.endpoint))
-    sandbox = "" if document.get("ProductionAccessEnabled", True) else ", in the sandbox: to verified recipients only"
-    return f"the key is good, the account may send{sandbox}"
-
-
-@http_probe
-def probe_mandrill(route: Route, request: Callable) -> str:
-    """Ping with the API key."""
-    response = request(HTTPRequest("POST", "/api/1.0/users/ping2.json", encode_json({"key": route.credentials[1]})))
-    if response.status == 200 and json_object(response).get("PING") == "PONG!":
-        return "the key is good"
-    raise Rejected(http_failure(route, response, mandrill_errors(response)))
-
-
-def probe_account(path: str, route: Route, request: Callable) -> str:
-    """Read the user's account."""
+def account_request(path: str, route: Route) -> HTTPRequest:
     path = path.format(user=urllib.parse.quote(route.credentials[0], "@"))
-    response = request(HTTPRequest("GET", path, headers=bearer_header(route)))
-    document = json_object(response)
-    if response.status == 200 and {"id", "emailAddress"} & set(document):
-        return "the token is good"
-    if response.status == 403 and "error" in document:
-        return "the token is good; it may not read the account, so whether it may send is not known"
-    raise Rejected(token_api_failure(route, response))
+    return HTTPRequest("GET", path, headers=bearer_header(route))
 
 
-probe_msgraph = http_probe(functools.partial(probe_account, "/v1.0/users/{user}"))
-probe_gmail = http_probe(functools.partial(probe_account, "/gmail/v1/users/me/profile"))
-send_msgraph = functools.partial(relay_by_token, msgraph_request, 202)
-send_gmail = functools.partial(relay_by_token, gmailapi_request, 200)
+relay_haineko = functools.partial(relay_http, haineko_request, haineko_replies)
+sendgrid_replies = functools.partial(api_replies, 202, "X-Message-Id", "X-Message-Id")
+relay_sendgrid = functools.partial(relay_http, sendgrid_request, sendgrid_replies)
+relay_mandrill = functools.partial(relay_http, mandrill_request, mandrill_replies)
+relay_msgraph = functools.partial(relay_http, msgraph_request, functools.partial(api_replies, 202, "id", "request-id"))
+relay_gmailapi = functools.partial(relay_http, gmailapi_request, functools.partial(api_replies, 200, "id", ""))
+probe_haineko = http_probe(lambda route: HTTPRequest("POST", "/submit", b"{}", basic_auth_header(route.credentials)))
+probe_sendgrid = http_probe(functools.partial(account_request, "/v3/scopes"))
+probe_amazonses = http_probe(lambda route: sign_sigv4(HTTPRequest("GET", "/v2/email/account"), route, time.time()))
+probe_mandrill = http_probe(
+    lambda route: HTTPRequest("POST", "/api/1.0/users/ping2.json", encode_json({"key": route.credentials[1]}))
+)
+probe_msgraph = http_probe(functools.partial(account_request, "/v1.0/users/{user}"))
+probe_gmailapi = http_probe(functools.partial(account_request, "/gmail/v1/users/me/profile"))
 GRAPH_SCOPES = "https://graph.microsoft.com/.default", "https://graph.microsoft.com/Mail.Send offline_access"
 BY_TOKEN = {"needs": ("auth",), "login": ("username", "oauth2")}
-
-
-relay_haineko = http_relay(haineko_request, haineko_replies)
-relay_sendgrid = http_relay(sendgrid_request, sendgrid_reply)
-relay_amazonses = http_relay(  # at most 50 recipients: Amazon's quota
-    amazonses_request, lambda transaction, response: amazonses_reply(transaction.route, response), 50
-)
-relay_mandrill = http_relay(mandrill_request, mandrill_replies)
 RELAYS.update(
     ESMTP=Relay(relay_esmtp, probe_esmtp, keeps_octets=True),
     MX=Relay(relay_mx, probe_mx, destination="MX {domain}", refuses=("auth",), keeps_octets=True),
@@ -6268,8 +6097,8 @@ RELAYS.update(
     SendGrid=Relay(relay_sendgrid, probe_sendgrid, 25, "https://api.sendgrid.com", ("auth",), login=("password",)),
     AmazonSES=Relay(relay_amazonses, probe_amazonses, 25, "https://email.{region}.amazonaws.com", ("auth", "region")),
     Mandrill=Relay(relay_mandrill, probe_mandrill, 25, "https://mandrillapp.com", ("auth",), login=("password",)),
-    MSGraph=Relay(send_msgraph, probe_msgraph, 25, "https://graph.microsoft.com", scopes=GRAPH_SCOPES, **BY_TOKEN),
-    GmailAPI=Relay(send_gmail, probe_gmail, 25, "https://gmail.googleapis.com", **BY_TOKEN),
+    MSGraph=Relay(relay_msgraph, probe_msgraph, 25, "https://graph.microsoft.com", scopes=GRAPH_SCOPES, **BY_TOKEN),
+    GmailAPI=Relay(relay_gmailapi, probe_gmailapi, 25, "https://gmail.googleapis.com", **BY_TOKEN),
     File=Relay(relay_file, probe_local, destination="File {route.folder}", into_folder=True),
     Screen=Relay(relay_screen, probe_local, destination="Screen"),
     Discard=Relay(relay_discard, probe_local, destination="Discard"),

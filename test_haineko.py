@@ -9421,7 +9421,7 @@ class SendGridBody(unittest.TestCase):
         cases = (
             ("several authors", text.replace("From: ", "From: z@b.example, "), one, "From has several addresses"),
             ("no author", text.replace("From: a@b.example\n", ""), one, "From"),
-            ("no subject", text.replace("Subject: x", "Subject:"), one, "subject is empty"),
+            ("no subject", text.replace("Subject: x", "Subject:"), one, ""),
             (
                 "another recipient is shown",
                 text.replace("To: ", "To: x@y.example, "),
@@ -9432,7 +9432,7 @@ class SendGridBody(unittest.TestCase):
                 "no recipient is shown",
                 text.replace("To: mikeneko@example.jp\n", ""),
                 one,
-                "To has none of the recipients",
+                "",
             ),
             ("a signature", text + "DKIM-Signature: v=1\n", one, "dkim-signature can't be set"),
             ("a header twice", text + "X-A: 1\nx-a: 2\n", one, "x-a occurs more than once"),
@@ -9475,7 +9475,7 @@ class SendGridBody(unittest.TestCase):
                 text
                 + "Content-Type: multipart/mixed; boundary=m\n\n--m\n\na\n--m\nContent-Type: image/png\n\nb\n--m--\n",
                 one,
-                "an attachment has no name",
+                "",
             ),
             (
                 "an empty attachment",
@@ -9483,15 +9483,18 @@ class SendGridBody(unittest.TestCase):
                 + "Content-Type: multipart/mixed; boundary=m\n\n--m\n\na\n--m\n"
                 + "Content-Disposition: attachment; filename=a.txt\n\n--m--\n",
                 one,
-                "the attachment a.txt is empty",
+                "",
             ),
-            ("an empty text", text + "\n", one, "a text is empty"),
+            ("an empty text", text + "\n", one, ""),
         )
         for what, written, to, words in cases:
             with self.subTest(what), HttpPeer(as_sendgrid) as peer:
                 octets = written if isinstance(written, bytes) else written.encode()
                 octets += b"" if b"\n\n" in octets else b"\nx\n"
                 said = first_reply(raw_job(web_route("SendGrid", peer.url), octets, to))
+                if not words:  # SendGrid says so
+                    self.assertEqual((said.code, said.command, len(peer.asked)), ("550", "DATA", 1))
+                    continue
                 self.assertEqual(
                     (said.code, said.dsn, said.message[0]),
                     ("550", "5.6.3", "The API can't express this message"),
