@@ -7940,26 +7940,23 @@ OWN_FIELDS = frozenset(("from", "to", "cc", "bcc", "subject", "replyto", "charse
 
 
 class Provider(NamedTuple):
-    """A provider's endpoint."""
-
     names: dict  # {key of a submission, of its header or of an attachment: the provider's key}
     unsupported: tuple  # keys that would change the content
     answer: Callable  # ([Mail, ...], mails, dry_run) -> Response or document
     error: Callable  # (reply, request) -> (HTTP status, document)
-    read: Callable = lambda document, limit: [document]  # returns the mails
-    limit: int = 1  # mails of a request
+    read: Callable = lambda document: [document]  # returns the mails
     is_permissive: Callable = lambda request: False  # a refused mail does not stop the others
-    is_test: Callable = lambda document, request: False  # everything is checked, nothing sent
+    is_test: Callable = lambda document: False  # everything is checked, nothing sent; see is_postmark_test() as well
 
 
 async def answer_provider(request: Request, app: App) -> Response:
     """Take the mails of a request and answer in the form of the provider whose endpoint it is."""
-    settings, provider = request.settings or app.settings, PROVIDER_ENDPOINTS[request.path]
+    settings, provider = request.settings, PROVIDER_ENDPOINTS[request.path]
     try:
         document = await asyncio.to_thread(parse_json, request.body)
     except ValueError as error:
         raise Rejected(make_reply("json", sanitize(str(error)))) from None
-    mails, dry_run = provider.read(document, provider.limit), provider.is_test(document, request)
+    mails, dry_run = provider.read(document), provider.is_test(document) or is_postmark_test(request)
     prepared = await prepare_mails(request, mails, provider, settings)
     ready, permissive = [mail for mail in prepared if mail.transactions], provider.is_permissive(request)
     for mail in prepared:
@@ -8016,7 +8013,7 @@ async def store_mails(request: Request, mails: list, response: Response, app: Ap
         items.append(new_item(request, mail._replace(key=None if items else key, body_digest=digest)))
         for to, reply in mail.refused.items():
             leased = first_lease(items[-1], NewRecipient(to, to, 1, ""))
-            reports += notifications(leased, reply, "failed", request.settings or app.settings, request.now)
+            reports += notifications(leased, reply, "failed", request.settings, request.now)
     earlier = await app.queue.add_by(enqueue_all, [*items, *reports], serialize_response(response) if key else None)
     if earlier and earlier["body_digest"] != digest:
         raise Rejected(make_reply("key-reused"))
@@ -8059,15 +8056,13 @@ def parse_mail(provider: Provider, mail: Any) -> SubmissionResult:
 def read_headers(value: Any, json_path: str, errors: list) -> dict:
     """Return fields from {name: value}, or from Postmark's [{"Name", "Value"}]."""
     header: dict = {}
-    if isinstance(value, list):
-        pairs = [(item.get("Name"), item.get("Value")) if isinstance(item, dict) else (None, None) for item in value]
-    else:
-        pairs = list(value.items()) if isinstance(value, dict) else []
-    for name, text in pairs:
+    items = [{"Name": name, "Value": text} for name, text in value.items()] if isinstance(value, dict) else value
+    for item in items if isinstance(items, list) else []:
+        name = item.get("Name") if isinstance(item, dict) else None
         if not isinstance(name, str) or normalize_key(name) in OWN_FIELDS:
             errors.append(f"{json_path}: {sanitize(str(name))} can't be set here")
         else:
-            header.setdefault(name, []).append(text)
+            header.setdefault(name, []).append(item.get("Value"))
     return {name: texts[0] if len(texts) == 1 else texts for name, texts in header.items()}
 
 
@@ -8098,7 +8093,7 @@ def read_batch(document: Any, limit: int, json_path: str = "top level") -> list:
     return document
 
 
-def read_personalizations(document: Any, limit: int) -> list:
+def read_personalizations(document: Any) -> list:
     """Return one mail for each personalization, whose keys take the place of the document's."""
     whole = document if isinstance(document, dict) else {}
     content = whole.get("content") if isinstance(whole.get("content"), list) else []
@@ -8110,7 +8105,7 @@ def read_personalizations(document: Any, limit: int) -> list:
         else:
             whole["content"].append(item)
     mails = []
-    for i, part in enumerate(read_batch(whole.get("personalizations"), limit, "personalizations")):
+    for i, part in enumerate(read_batch(whole.get("personalizations"), 1000, "personalizations")):
         mail = {**whole, **(part if isinstance(part, dict) else {}), "part": f"personalizations.{i}"}
         mail["reply_to"] = mail.get("reply_to_list") or mail.get("reply_to")
         for key in ("from", "reply_to", "to", "cc", "bcc"):
@@ -8128,7 +8123,7 @@ def mailbox_text(item: Any) -> Any:
     return f'"{name}" <{item.get("email")}>' if name else item.get("email")
 
 
-def is_sandbox(document: Any, request: Request) -> bool:
+def is_sandbox(document: dict) -> bool:
     with contextlib.suppress(LookupError, TypeError):
         return document["mail_settings"]["sandbox_mode"]["enable"] is True
     return False
@@ -8230,24 +8225,25 @@ POSTMARK_KEYS = {
     "filename": "Name", "type": "ContentType", "cid": "ContentID", "send_at": "", "address": "{}",
 }  # fmt: skip
 NOT_SENDGRID = ("template_id", "dynamic_template_data", "substitutions", "batch_id", "asm", "content")
-SENDGRID = Provider(SENDGRID_KEYS, NOT_SENDGRID, answer_sendgrid, sendgrid_error, read_personalizations, 1000)
 POSTMARK = Provider(
     POSTMARK_KEYS, ("TemplateId", "TemplateAlias"), lambda prepared, mails, _: postmark_item(prepared[0], mails[0]),
-    postmark_error, is_test=lambda _, request: is_postmark_test(request),
+    postmark_error,
 )  # fmt: skip
 RESEND = Provider(
     RESEND_KEYS, ("template", "topic_id"), lambda prepared, mails, _: {"id": prepared[0].queueid}, resend_error
 )
 PROVIDER_ENDPOINTS = {
-    "/v3/mail/send": SENDGRID._replace(is_test=is_sandbox),
+    "/v3/mail/send": Provider(
+        SENDGRID_KEYS, NOT_SENDGRID, answer_sendgrid, sendgrid_error, read_personalizations, is_test=is_sandbox
+    ),
     "/email": POSTMARK,
     "/email/batch": POSTMARK._replace(
         answer=lambda prepared, mails, _: [*map(postmark_item, prepared, mails)],
-        read=read_batch, limit=500, is_permissive=lambda request: True,
+        read=lambda document: read_batch(document, 500), is_permissive=lambda request: True,
     ),
     "/emails": RESEND,
     "/emails/batch": RESEND._replace(
-        answer=answer_resend_batch, read=read_batch, limit=100,
+        answer=answer_resend_batch, read=lambda document: read_batch(document, 100),
         is_permissive=lambda request: request.headers.get("x-batch-validation", "").lower() == "permissive",
     ),
 }  # fmt: skip
@@ -8266,7 +8262,6 @@ BARE_LF = re.compile(rb"\n\r?\n")  # an end of the head for some servers; looked
 NOT_IN_HOST = re.compile(r"[\s,/?#@\\]")
 CHUNKED = -1
 LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # or the same one, repeated
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?")
 FORWARDED_ADDRESS = re.compile(r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)")  # some proxies add the port
 FORWARDING_HEADERS = {f"x-forwarded-{what}" for what in ("for", "host", "proto")}  # that proxies add
 FORWARDING_HEADERS |= {"via", "forwarded", "x-real-ip", "x-client-ip"}
@@ -8274,8 +8269,6 @@ SAMPLES = json.loads("""[
 {"ehlo": "[127.0.0.1]", "mail": "kijitora@example.org", "rcpt": ["mikeneko@example.jp"], "header": {
   "from": "キジトラ <kijitora@example.com>", "subject": "謹賀新年", "replyto": "straycats@cat-ml.example.org",
   "charset": "UTF-8"}, "body": "あとでお年玉貰いに行きます"},
-{"mail": "cron@example.org", "rcpt": ["root@example.jp", "ops@example.jp"], "header": {"subject": "Backup done"},
-  "body": "42 files, 0 errors\\n"},
 {"mail": "shop@example.org", "header": {
   "from": "ねこ屋 <shop@example.org>", "to": "三毛猫 <mikeneko@example.jp>", "subject": "領収書 42"},
   "html": "<p><img src=\\"cid:logo\\" alt=\\"ねこ屋\\"></p><p>合計 <b>1,980円</b></p>", "attachments": [
@@ -8291,7 +8284,7 @@ MAX_HEAD = 65536  # octets of request line and headers
 MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
 MAX_IN_FLIGHT = 64 << 20  # octets of all bodies of a worker, or of two if these may be larger
-MAX_VICTIMS = 64  # connections that are compared to find the one that is closed in favour of a new one
+MAX_VICTIMS = 64  # idle connections of which one is closed in favour of a new one
 LINGER_TIMEOUT = 2.0  # seconds for a client to read the last answer before its connection is closed
 MAX_LINGERING_503 = 64  # connections over the limit that are answered so and closed by lingering_close() at a time
 SHUTDOWN_TIMEOUT = 30.0  # seconds for requests in flight to be answered
@@ -8361,24 +8354,16 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
 class Endpoint(NamedTuple):
     """A row of ENDPOINTS: what answers, and the checks before the body is read."""
 
-    handler: Callable  # (request, app) -> awaitable of a Response
+    handler: Callable  # (request, app) -> Response, or an awaitable of one
     checks: tuple = ()
 
 
-async def get_constant(request: Request, app: App) -> Response:
-    return CONSTANT_RESPONSES[request.path]
-
-
-async def get_health(request: Request, app: App) -> Response:
+def get_health(request: Request, app: App) -> Response:
     error = "stopping" if app.stopping else app.queue and app.queue.health_error()
     if error:
         return json_response({"status": error}, 503, (("Retry-After", "5"),))
     staging = app.settings.smtpd.staging
     return json_response({"status": "ok", **({"staging": staging} if staging else {})})
-
-
-async def get_conf(request: Request, app: App) -> Response:
-    return json_response(redacted(app.settings))
 
 
 def check_monitor(request: Request, submission: None, settings: Settings) -> Reply | None:
@@ -8457,18 +8442,15 @@ async def get_metrics(request: Request, app: App) -> Response:
     return Response(200, metrics.text(current).encode(), type="text/plain; version=0.0.4; charset=utf-8")
 
 
-async def get_openapi(request: Request, app: App) -> Response:
+def get_openapi(request: Request, app: App) -> Response:
     """Answer with the OpenAPI description of ENDPOINTS, made of the dataclasses and of an answer."""
     sample = answer_document(request, 200, {"a@example.jp": queued_reply("Q" * 16)}, "Q" * 16, None)
     answer = {"content": {"application/json": {"schema": schema_of(json.loads(sample.body))}}}
     paths: dict = {}
     for (method, path), endpoint in ENDPOINTS.items():
         operation = paths.setdefault(path.replace("ID", "{ID}"), {})[method.lower()] = {
-            "summary": (endpoint.handler.__doc__ or endpoint.handler.__name__).split("\n")[0],
-            "responses": {
-                "2XX": {"description": "success", **(answer if path == "/submit" else {})},
-                "default": {"description": "refusal", **({} if path in PROVIDER_ENDPOINTS else answer)},
-            },
+            "summary": (endpoint.handler.__doc__ or f"{method} {path}").split("\n")[0],
+            "responses": {"default": {"description": "answer or refusal", **(answer if path == "/submit" else {})}},
         }
         if "ID" in path:
             operation["parameters"] = [{"name": "ID", "in": "path", "required": True, "schema": {"type": "string"}}]
@@ -8515,27 +8497,22 @@ def schema_of(value: Any) -> dict:
     return {} if value is None else {"type": ["string" if isinstance(value, str) else "integer", "null"]}
 
 
-async def answer_options(request: Request, app: App) -> Response:
-    return Response(204, b"", (("Allow", ", ".join(allowed_methods(request.path))),))
-
-
-CONSTANT_RESPONSES = {
-    "/": json_response({"name": "Haineko", "version": __version__}),
-    "/sample/mail": json_response(SAMPLES),
-    "/neko": Response(200, b"Nyaaaaa", type="text/plain; charset=utf-8"),
-}
+SAMPLE_RESPONSE, ROOT_RESPONSE = json_response(SAMPLES), json_response({"name": "Haineko", "version": __version__})
+NEKO_RESPONSE = Response(200, b"Nyaaaaa", type="text/plain; charset=utf-8")
 ENDPOINTS = {
     ("POST", "/submit"): Endpoint(submit, checks_at("head")),
     **{("POST", path): Endpoint(answer_provider, checks_at("head")) for path in PROVIDER_ENDPOINTS},
-    **{("GET", path): Endpoint(get_constant) for path in CONSTANT_RESPONSES},
+    ("GET", "/"): Endpoint(lambda *_: ROOT_RESPONSE),
     ("GET", "/health"): Endpoint(get_health),
-    ("GET", "/conf"): Endpoint(get_conf, (check_monitor,)),
+    ("GET", "/conf"): Endpoint(lambda _, app: json_response(redacted(app.settings)), (check_monitor,)),
     ("GET", "/metrics"): Endpoint(get_metrics, (check_monitor,)),
     ("GET", "/queue"): Endpoint(get_queue, (check_monitor,)),
     ("GET", "/queue/ID"): Endpoint(answer_queued_mail, (check_queue_access,)),
     ("DELETE", "/queue/ID"): Endpoint(answer_queued_mail, (check_queue_access,)),
     ("POST", "/queue/ID/retry"): Endpoint(answer_queued_mail, (check_queue_access,)),
+    ("GET", "/sample/mail"): Endpoint(lambda *_: SAMPLE_RESPONSE),
     ("GET", "/openapi.json"): Endpoint(get_openapi),
+    ("GET", "/neko"): Endpoint(lambda *_: NEKO_RESPONSE),
 }
 STATUSES = (*sorted({200, 202, 204, 207, 502, *[row[0] for row in REPLIES.values() if row[0]]}), "other")
 PATHS, RELAY_KINDS = (*dict.fromkeys(path for _, path in ENDPOINTS), "other"), (*RELAYS, "other")
@@ -8568,10 +8545,10 @@ def route_key(path: str) -> str:
     return f"/queue/ID{found[1]}" if found else path
 
 
-def allowed_methods(path: str) -> list:
-    """Return the methods for a path, none if it is unknown; "*" is the whole server (RFC 9110 9.3.7)."""
+def allowed_methods(path: str) -> str:
+    """Return the value of Allow, "" for an unknown path; "*" is the whole server (RFC 9110 9.3.7)."""
     methods = dict.fromkeys(method for method, known in ENDPOINTS if path == "*" or known == route_key(path))
-    return [*methods, *(["HEAD"] if "GET" in methods else []), *(["OPTIONS"] if methods else [])]
+    return ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), *(["OPTIONS"] if methods else [])])
 
 
 def cors_policy(request: Request, settings: Settings) -> tuple:
@@ -8592,11 +8569,8 @@ def cors_policy(request: Request, settings: Settings) -> tuple:
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
-    """One connection of a client.
-
-    The base class writes responses into `wfile`, a buffer that is sent by one call. Requests are read with a deadline,
-    without a thread, and parsed by parse_head(), which is stricter and faster.
-    """
+    """One connection of a client. The base class writes responses, into a buffer that is sent by one call. Requests are
+    read with a deadline, without a thread, and parsed by parse_head(), which is stricter and faster."""
 
     protocol_version = request_version = "HTTP/1.1"
     command, request, extra_headers, close_connection = "", None, (), True
@@ -8605,17 +8579,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.connection, self.worker, self.app = AsyncSocket(sock), worker, worker.app
         self.settings, self.buffer = worker.app.settings, b""
         self.in_body, self.in_flight = False, 0  # octets of the body, received in parts
-        self.begun, self.received = time.monotonic(), 0  # when the client's turn began, octets received since
-        is_inet = isinstance(peer, tuple)
-        self.peer = parse_ip(peer[0] if is_inet else "127.0.0.1")  # a client of a Unix socket is on this machine
-        self.port = peer[1] if is_inet else None
+        address, self.port = peer[:2] if isinstance(peer, tuple) else ("127.0.0.1", None)  # of a Unix socket
+        self.peer = parse_ip(address)
 
     async def handle(self) -> None:
         """Serve requests, one after the other, until one side closes."""
         try:
             if self.app.tls:
                 sock = self.app.tls.wrap_socket(self.connection.sock, server_side=True, do_handshake_on_connect=False)
-                self.connection.sock, deadline = sock, self.begun + self.settings.httpd.timeout
+                self.connection.sock, deadline = sock, time.monotonic() + self.settings.httpd.timeout
                 await self._while_idle(self.connection.call(sock.do_handshake, deadline))
             while await self._wait_request():
                 octets = await self.handle_one_request()
@@ -8626,7 +8598,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
                     await self.connection.drain(deadline)
                     await self._while_idle(lingering_close(self.connection))
                     break
-                self.begun, self.received = time.monotonic(), 0
         except (OSError, ValueError):  # the client is gone
             pass
         finally:
@@ -8656,8 +8627,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
     async def handle_one_request(self) -> bytes:
         """Return the octets of the response to the request that has begun; set `close_connection`."""
         self.settings = self.app.settings  # one set from beginning to end
-        self.begun, self.received = time.monotonic(), len(self.buffer)
-        self.deadline = self.begun + self.settings.httpd.timeout
+        began = time.monotonic()
+        self.deadline = began + self.settings.httpd.timeout
         self.request, self.command, self.unread, self.extra_headers = None, "", CHUNKED, ()
         try:
             response = await self._respond()
@@ -8678,7 +8649,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         path = route_key(request.path) if request else ""
         labels = path if path in PATHS else "other", status if status in STATUSES else "other"
         metrics.add("haineko_http_requests_total", *labels)
-        metrics.observe("haineko_http_request_seconds", seconds=time.monotonic() - self.begun)
+        metrics.observe("haineko_http_request_seconds", seconds=time.monotonic() - began)
         octets, self.request = self.response_octets(response), None  # an idle connection keeps no body
         return octets
 
@@ -8713,7 +8684,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.in_body = True
         request.body = await self._read_body(request, self.unread)
         self.in_body, self.unread = False, 0
-        return await endpoint.handler(request, self.app)
+        response = endpoint.handler(request, self.app)
+        return response if isinstance(response, Response) else await response
 
     def _endpoint(self, request: Request, origin_allowed: bool) -> Endpoint:
         """Return the endpoint for a request; raise Rejected if there is none."""
@@ -8729,7 +8701,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if not origin_allowed and (method in ("POST", "DELETE") or is_preflight):
             origin = sanitize(request.headers.get("origin", "a cross-site request without Origin"))
             raise Rejected(make_reply("origin", f"{origin} is not in httpd.allowed_origins"))
-        return endpoint or Endpoint(answer_options)
+        return endpoint or Endpoint(lambda *_: Response(204, b"", (("Allow", allowed_methods(request.path)),)))
 
     def rejection(self, reply: Reply) -> Response:
         """Return the response for a Reply that refuses the request, and log it."""
@@ -8739,7 +8711,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if request.method == "POST" and request.path in PROVIDER_ENDPOINTS:
             return provider_error(reply, request)
         if reply.status == 405:
-            return response._replace(headers=(("Allow", ", ".join(allowed_methods(request.path))),))
+            return response._replace(headers=(("Allow", allowed_methods(request.path)),))
         return response
 
     def response_octets(self, response: Response) -> bytes:
@@ -8783,7 +8755,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise Rejected(make_reply("request-timeout")) from None
         if not octets:
             raise ConnectionError("closed within a request")
-        self.received += len(octets)
         if self.in_body:
             size = self.settings.smtpd.max_message_size
             self.in_flight += len(octets)
@@ -8825,7 +8796,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         body, total, size = bytearray(), 0, 1
         while size:
             line = await self._read_until(b"\r\n", 4096, "bad-request", "chunk line")
-            found = CHUNK_LINE.fullmatch(line)
+            found = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?", line)
             if not found:
                 raise Rejected(make_reply("bad-request", "chunk size"))
             size = int(found[1], 16)
@@ -8879,16 +8850,17 @@ class Worker:
         sys.setswitchinterval(0.001)  # a thread at work on a large mail must not hold up the small ones for longer
         self.stopped, self.reloading = asyncio.Event(), asyncio.Lock()
         for number in (signal.SIGTERM, signal.SIGINT):
-            self.loop.add_signal_handler(number, self._stop)
+            self.loop.add_signal_handler(number, self.stopped.set)
         self.loop.add_signal_handler(signal.SIGHUP, lambda: self.loop.create_task(self._reread()))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came since the fork is handled now
         for sock in (*self.listeners, self.parent_pipe):
             sock.setblocking(False)
         listeners, parent = list(map(AsyncSocket, self.listeners)), AsyncSocket(self.parent_pipe)
-        vital = [*map(self._accept, listeners), self._housekeeping(), parent.recv(1, float("inf"))]
-        for waiting in (*vital, self.queue_manager.run()) if self.queue_manager else vital:
+        work = [self.queue_manager.run()] if self.queue_manager else map(self._accept, listeners)
+        for waiting in (*work, self._housekeeping(), parent.recv(1, float("inf"))):
             self.loop.create_task(self._stop_after(waiting))
         await self.stopped.wait()
+        self.app.stopping = True
         began = now = time.monotonic()
         await asyncio.sleep(0.01)  # requests that have come meanwhile are accepted
         for listener in listeners:
@@ -8903,17 +8875,13 @@ class Worker:
             now = time.monotonic()
         await asyncio.wait([self.loop.create_task(self.app.transport.sweep(everything=True))], timeout=LINGER_TIMEOUT)
 
-    def _stop(self) -> None:
-        self.app.stopping = True
-        self.stopped.set()
-
     async def _stop_after(self, waiting: Any) -> None:
         """Stop when something ends that the worker can't do without: another takes over, or the supervisor is dead."""
         try:
             await waiting
         except Exception:
             log_exception("worker")
-        self._stop()
+        self.stopped.set()
 
     async def _accept(self, listener: AsyncSocket) -> None:
         while listener.sock.fileno() >= 0:
@@ -8931,9 +8899,8 @@ class Worker:
                     await asyncio.sleep(0 if self._close_idlest() else 0.05)
                 continue
             sock.setblocking(False)
-            if listener.sock.family != socket.AF_UNIX:
-                with contextlib.suppress(OSError):  # macOS fails here if the client is gone already
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(OSError):  # a Unix socket, or macOS and the client is gone already
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection = Connection(sock, peer, self)
             if len(self.connections) >= limit and not await self._make_room(limit):
                 self.loop.create_task(self._reject_503(connection))
@@ -8978,18 +8945,8 @@ class Worker:
         sock.close()
 
     def _close_idlest(self) -> bool:
-        """Close the connection that sent least for its time; return False if none waits for its client.
-
-        Those of an address with more than a quarter of `max_connections` go first.
-        """
-        now, httpd, count = time.monotonic(), self.app.settings.httpd, Counter([one.peer for one in self.connections])
-
-        def precedence(one: Connection) -> tuple:
-            is_limited = one.port is not None and one.peer not in httpd.trusted_proxies
-            rate = (one.received + 500) / max(now - one.begun, 1)  # octets a second, with some to start with
-            return not (is_limited and count[one.peer] > httpd.max_connections // 4), rate
-
-        return any(map(self._interrupt, sorted(itertools.islice(self.idle, MAX_VICTIMS), key=precedence)))
+        """Close the connection that waits longest for its client; return False if none does."""
+        return any(map(self._interrupt, list(itertools.islice(self.idle, MAX_VICTIMS))))
 
     def _interrupt(self, connection: Connection) -> bool:
         """Abort an idle connection; return False if something has just arrived on it."""
@@ -9042,7 +8999,7 @@ class Supervisor:
         self.limits = SharedLimits()
         self.wakeup_pair = socket.socketpair() if settings.queue else (None, None)  # written to when something is due
         self.stopping = self.reload_requested = False
-        self.bad_stat_keys: tuple = ()  # of settings whose faults are logged already
+        self.files = settings.files  # of the settings that were read last, faulty or not
         self.respawn_not_before = 0.0  # no worker is started before this time
         self.notify_path = os.environ.pop("NOTIFY_SOCKET", "")  # systemd's; no other process speaks to it
         is_ours = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
@@ -9127,12 +9084,8 @@ class Supervisor:
         code = 1
         try:
             self.child_pipe_end.close()
-            if slot == len(self.busy_counts):  # the queue's process accepts nothing
-                for listener in self.listeners:
-                    listener.close()
-                self.listeners = []
-            else:
-                self.busy_counts[slot] = 0  # what its predecessor left there
+            if slot < len(self.busy_counts):
+                self.busy_counts[slot] = 0  # its predecessor has left a number there
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             gc.freeze()
             gc.set_threshold(20000, 50, 50)
@@ -9165,15 +9118,14 @@ class Supervisor:
         settings = self.settings
         if not settings.path:
             return
-        seen = self.bad_stat_keys or settings.files
-        if not self.reload_requested and seen == tuple((path, stat_key(path)) for path, _ in seen):
+        if not self.reload_requested and self.files == tuple((path, stat_key(path)) for path, _ in self.files):
             return
         self.reload_requested = False
         self._notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         fresh, errors = load_settings(settings.path)
         self._notify("READY=1", f"STATUS=reload failed: {len(errors)} errors" if errors else "STATUS=reloaded")
         metrics.set("haineko_reload_success", to=int(not errors))
-        self.bad_stat_keys = fresh.files if errors else ()
+        self.files = fresh.files
         if errors:
             lines = [f"  {sanitize(error)}" for error in errors]
             log.lines("reload failed; keeping the current settings:", *lines, level="error")
@@ -9255,7 +9207,6 @@ def activated_sockets() -> list:
 
 
 def url_of(listener: socket.socket, tls: bool) -> str:
-    """Return the URL of a listener."""
     address = listener.getsockname()
     if listener.family == socket.AF_UNIX:
         return f"unix:{address}"

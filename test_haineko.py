@@ -12638,19 +12638,6 @@ class Workers(Peers):
                     self.assertEqual(late.ask(post())[0], 200)
                 del good
 
-    def test_who_sends_gives_way_after_who_does_not(self) -> None:
-        server = self.server({"httpd": {"max_connections": 4}})
-        body = as_body(document(body="x" * 4000))
-        head, _, _ = post(document(body="x" * 4000)).partition(b"\r\n\r\n")
-        with server.wire() as sender, contextlib.ExitStack() as stack:
-            sender.send(head + b"\r\n\r\n" + body[:3000])
-            self.assertEqual(server.ask(get("/neko"))[0], 200)  # so it was read
-            for _ in range(3):
-                stack.enter_context(server.wire()).send(posting("Content-Length: 4000", body="{"))
-            for _ in range(12):
-                self.assertEqual(server.ask(get("/neko"))[0], 200)
-            self.assertEqual(sender.ask(body[3000:])[0], 200)
-
     def test_octets_in_flight_are_bounded(self) -> None:
         server = self.server({"httpd": {"timeout": 20}})
         part = posting("Content-Length: 8000000", body="{") + b" " * 7990000
