@@ -7437,7 +7437,6 @@ class App:
         self.transport = TransportContext(limits=limits)
         self.stopping = False
         self.octets_in_flight = 0  # of bodies that arrived in parts
-        self.update_gauges: Callable = int  # replaced by Worker.update_gauges()
         self.queue = QueueDB(settings.queue, wake_socket) if settings.queue else None
         self.apply(settings)
 
@@ -7942,7 +7941,7 @@ OWN_FIELDS = frozenset(("from", "to", "cc", "bcc", "subject", "replyto", "charse
 class Provider(NamedTuple):
     names: dict  # {key of a submission, of its header or of an attachment: the provider's key}
     unsupported: tuple  # keys that would change the content
-    answer: Callable  # ([Mail, ...], mails, dry_run) -> Response or document
+    answer: Callable  # ([Mail, ...], their JSON values, dry_run) -> Response or document
     error: Callable  # (reply, request) -> (HTTP status, document)
     read: Callable = lambda document: [document]  # returns the mails
     is_permissive: Callable = lambda request: False  # a refused mail does not stop the others
@@ -8023,9 +8022,6 @@ async def store_mails(request: Request, mails: list, response: Response, app: Ap
         count_recipients(mail.transactions, [queued_reply(mail.queueid)] * len(mail.accepted))
     announce_queued(request, items, app)
     return response
-
-
-# -- Mails
 
 
 def parse_mail(provider: Provider, mail: Any) -> SubmissionResult:
@@ -8129,9 +8125,6 @@ def is_sandbox(document: dict) -> bool:
     return False
 
 
-# -- Answers
-
-
 def answer_sendgrid(prepared: list, mails: list, dry_run: bool) -> Response:
     queueid = next(mail.queueid for mail in prepared if not mail.error)
     return Response(200 if dry_run else 202, b"", (("X-Message-Id", queueid),))
@@ -8226,19 +8219,19 @@ POSTMARK_KEYS = {
 }  # fmt: skip
 NOT_SENDGRID = ("template_id", "dynamic_template_data", "substitutions", "batch_id", "asm", "content")
 POSTMARK = Provider(
-    POSTMARK_KEYS, ("TemplateId", "TemplateAlias"), lambda prepared, mails, _: postmark_item(prepared[0], mails[0]),
+    POSTMARK_KEYS,
+    ("TemplateId", "TemplateAlias"),
+    lambda mails, raw, _: postmark_item(mails[0], raw[0]),
     postmark_error,
-)  # fmt: skip
-RESEND = Provider(
-    RESEND_KEYS, ("template", "topic_id"), lambda prepared, mails, _: {"id": prepared[0].queueid}, resend_error
 )
+RESEND = Provider(RESEND_KEYS, ("template", "topic_id"), lambda mails, *_: {"id": mails[0].queueid}, resend_error)
 PROVIDER_ENDPOINTS = {
     "/v3/mail/send": Provider(
         SENDGRID_KEYS, NOT_SENDGRID, answer_sendgrid, sendgrid_error, read_personalizations, is_test=is_sandbox
     ),
     "/email": POSTMARK,
     "/email/batch": POSTMARK._replace(
-        answer=lambda prepared, mails, _: [*map(postmark_item, prepared, mails)],
+        answer=lambda mails, raw, _: [*map(postmark_item, mails, raw)],
         read=lambda document: read_batch(document, 500), is_permissive=lambda request: True,
     ),
     "/emails": RESEND,
@@ -8284,7 +8277,6 @@ MAX_HEAD = 65536  # octets of request line and headers
 MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
 MAX_IN_FLIGHT = 64 << 20  # octets of all bodies of a worker, or of two if these may be larger
-MAX_VICTIMS = 64  # idle connections of which one is closed in favour of a new one
 LINGER_TIMEOUT = 2.0  # seconds for a client to read the last answer before its connection is closed
 MAX_LINGERING_503 = 64  # connections over the limit that are answered so and closed by lingering_close() at a time
 SHUTDOWN_TIMEOUT = 30.0  # seconds for requests in flight to be answered
@@ -8431,7 +8423,6 @@ def message_document(message: dict) -> dict:
 
 async def get_metrics(request: Request, app: App) -> Response:
     """Answer with the metrics of all processes."""
-    app.update_gauges()
     stats: dict = dict.fromkeys(("waiting", "sending", "oldest"), None if app.queue else 0)
     if app.queue:
         with contextlib.suppress(Rejected):  # the other metrics are needed then
@@ -8497,12 +8488,10 @@ def schema_of(value: Any) -> dict:
     return {} if value is None else {"type": ["string" if isinstance(value, str) else "integer", "null"]}
 
 
-SAMPLE_RESPONSE, ROOT_RESPONSE = json_response(SAMPLES), json_response({"name": "Haineko", "version": __version__})
-NEKO_RESPONSE = Response(200, b"Nyaaaaa", type="text/plain; charset=utf-8")
 ENDPOINTS = {
     ("POST", "/submit"): Endpoint(submit, checks_at("head")),
     **{("POST", path): Endpoint(answer_provider, checks_at("head")) for path in PROVIDER_ENDPOINTS},
-    ("GET", "/"): Endpoint(lambda *_: ROOT_RESPONSE),
+    ("GET", "/"): Endpoint(lambda *_: json_response({"name": "Haineko", "version": __version__})),
     ("GET", "/health"): Endpoint(get_health),
     ("GET", "/conf"): Endpoint(lambda _, app: json_response(redacted(app.settings)), (check_monitor,)),
     ("GET", "/metrics"): Endpoint(get_metrics, (check_monitor,)),
@@ -8510,11 +8499,11 @@ ENDPOINTS = {
     ("GET", "/queue/ID"): Endpoint(answer_queued_mail, (check_queue_access,)),
     ("DELETE", "/queue/ID"): Endpoint(answer_queued_mail, (check_queue_access,)),
     ("POST", "/queue/ID/retry"): Endpoint(answer_queued_mail, (check_queue_access,)),
-    ("GET", "/sample/mail"): Endpoint(lambda *_: SAMPLE_RESPONSE),
+    ("GET", "/sample/mail"): Endpoint(lambda *_: json_response(SAMPLES)),
     ("GET", "/openapi.json"): Endpoint(get_openapi),
-    ("GET", "/neko"): Endpoint(lambda *_: NEKO_RESPONSE),
+    ("GET", "/neko"): Endpoint(lambda *_: Response(200, b"Nyaaaaa", type="text/plain; charset=utf-8")),
 }
-STATUSES = (*sorted({200, 202, 204, 207, 502, *[row[0] for row in REPLIES.values() if row[0]]}), "other")
+STATUSES = tuple(sorted({200, 202, 204, 207, 502, *[row[0] for row in REPLIES.values() if row[0]]}))
 PATHS, RELAY_KINDS = (*dict.fromkeys(path for _, path in ENDPOINTS), "other"), (*RELAYS, "other")
 OUTCOMES = ("accepted", "queued", "refused", "deferred", "failed", "unsure")
 REASONS = tuple(slug for slug in REPLIES if make_reply(slug).slug)
@@ -8551,21 +8540,24 @@ def allowed_methods(path: str) -> str:
     return ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), *(["OPTIONS"] if methods else [])])
 
 
-def cors_policy(request: Request, settings: Settings) -> tuple:
-    """Return (whether a web page of the request's Origin may POST, headers that its browser reads) (Fetch standard)."""
-    origin = request.headers.get("origin")
-    if origin is None:
-        return request.headers.get("sec-fetch-site", "").lower() != "cross-site", ()
-    if origin.lower() in settings.httpd.allowed_origins:
-        return True, (
+def cors_headers(request: Request, settings: Settings) -> tuple:
+    """Return headers for a page of an allowed Origin; raise Rejected for what others may not do (Fetch standard)."""
+    headers, origin = request.headers, request.headers.get("origin")
+    if origin and origin.lower() in settings.httpd.allowed_origins:
+        return (
             ("Access-Control-Allow-Origin", origin),
             ("Access-Control-Allow-Methods", "POST, GET, OPTIONS"),
             ("Access-Control-Allow-Headers", "Content-Type, Authorization, Idempotency-Key, Prefer"),
             ("Access-Control-Max-Age", "600"),
             ("Vary", "Origin"),
         )
-    host = origin.partition("://")[2].lower()
-    return is_own_host(host, settings) and host == request.headers.get("host", "").lower(), ()
+    if request.method in ("POST", "DELETE") or "access-control-request-method" in headers:
+        host = origin.partition("://")[2].lower() if origin else ""
+        is_ours = host == headers.get("host", "").lower() and is_own_host(host, settings)
+        if headers.get("sec-fetch-site", "").lower() == "cross-site" if origin is None else not is_ours:
+            shown = "a cross-site request without Origin" if origin is None else sanitize(origin)
+            raise Rejected(make_reply("origin", f"{shown} is not in httpd.allowed_origins"))
+    return ()
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
@@ -8578,8 +8570,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
         self.connection, self.worker, self.app = AsyncSocket(sock), worker, worker.app
         self.settings, self.buffer = worker.app.settings, b""
-        self.in_body, self.in_flight = False, 0  # octets of the body, received in parts
-        address, self.port = peer[:2] if isinstance(peer, tuple) else ("127.0.0.1", None)  # of a Unix socket
+        self.in_flight = 0  # octets of the body, received in parts
+        address, self.port = peer[:2] if isinstance(peer, tuple) else ("127.0.0.1", None)  # Unix socket: this machine
         self.peer = parse_ip(address)
 
     async def handle(self) -> None:
@@ -8641,14 +8633,13 @@ class Connection(http.server.BaseHTTPRequestHandler):
             response = self.rejection(make_reply("our-fault"))
         finally:
             self.app.octets_in_flight -= self.in_flight
-            self.in_body, self.in_flight = False, 0
+            self.in_flight = 0
         if 0 < self.unread <= len(self.buffer):  # a refused body that has arrived already
             self.buffer, self.unread = self.buffer[self.unread :], 0
-        request, status = self.request, response.status
+        request = self.request
         self.close_connection = not (request and request.keep_alive and not self.unread and not self.app.stopping)
         path = route_key(request.path) if request else ""
-        labels = path if path in PATHS else "other", status if status in STATUSES else "other"
-        metrics.add("haineko_http_requests_total", *labels)
+        metrics.add("haineko_http_requests_total", path if path in PATHS else "other", response.status)
         metrics.observe("haineko_http_request_seconds", seconds=time.monotonic() - began)
         octets, self.request = self.response_octets(response), None  # an idle connection keeps no body
         return octets
@@ -8667,9 +8658,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
             request.forwarded = ", ".join(sorted(FORWARDING_HEADERS.intersection(headers))).title()
         if request_id := request.trace_id("x-request-id"):
             self.extra_headers = (("X-Request-Id", request_id),)
-        allowed, cors_headers = cors_policy(request, self.settings)
-        self.extra_headers += cors_headers
-        endpoint = self._endpoint(request, allowed)
+        self.extra_headers += cors_headers(request, self.settings)
+        endpoint = self._endpoint(request)
         if endpoint.checks:
             values, password = (endpoint.checks, request, None, self.settings), self.settings.password
             if password.logins and not password.cached_login(credentials_of(request)):  # a hash is computed
@@ -8681,13 +8671,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise Rejected(make_reply("bad-request", f"{request.method} takes no body"))
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise Rejected(make_reply("content-encoding", "send the document as it is"))
-        self.in_body = True
         request.body = await self._read_body(request, self.unread)
-        self.in_body, self.unread = False, 0
+        self.unread = 0
         response = endpoint.handler(request, self.app)
         return response if isinstance(response, Response) else await response
 
-    def _endpoint(self, request: Request, origin_allowed: bool) -> Endpoint:
+    def _endpoint(self, request: Request) -> Endpoint:
         """Return the endpoint for a request; raise Rejected if there is none."""
         method = "GET" if request.method == "HEAD" else request.method
         endpoint = ENDPOINTS.get((method, route_key(request.path)))
@@ -8697,10 +8686,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 raise Rejected(make_reply("not-found", *filter(None, [hint.lstrip("; ")])))
             if method != "OPTIONS":
                 raise Rejected(make_reply("method", word=method))
-        is_preflight = method == "OPTIONS" and "access-control-request-method" in request.headers
-        if not origin_allowed and (method in ("POST", "DELETE") or is_preflight):
-            origin = sanitize(request.headers.get("origin", "a cross-site request without Origin"))
-            raise Rejected(make_reply("origin", f"{origin} is not in httpd.allowed_origins"))
         return endpoint or Endpoint(lambda *_: Response(204, b"", (("Allow", allowed_methods(request.path)),)))
 
     def rejection(self, reply: Reply) -> Response:
@@ -8708,11 +8693,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
         request = self.request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
         queueid = new_queueid(request.now) if reply.command != "HTTP" else None
         response = respond(request, reply.status, {None: reply}, queueid, None)
-        if request.method == "POST" and request.path in PROVIDER_ENDPOINTS:
-            return provider_error(reply, request)
         if reply.status == 405:
             return response._replace(headers=(("Allow", allowed_methods(request.path)),))
-        return response
+        is_of_provider = request.method == "POST" and request.path in PROVIDER_ENDPOINTS
+        return provider_error(reply, request) if is_of_provider else response
 
     def response_octets(self, response: Response) -> bytes:
         self.wfile = io.BytesIO()
@@ -8755,7 +8739,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise Rejected(make_reply("request-timeout")) from None
         if not octets:
             raise ConnectionError("closed within a request")
-        if self.in_body:
+        if self.request:  # these are of its body
             size = self.settings.smtpd.max_message_size
             self.in_flight += len(octets)
             self.app.octets_in_flight += len(octets)
@@ -8834,7 +8818,6 @@ class Worker:
 
     def __init__(self, supervisor: Supervisor, slot: int = 0) -> None:
         self.app = App(supervisor.settings, supervisor.wakeup_pair[1], supervisor.limits)
-        self.app.update_gauges = self.update_gauges
         self.listeners, self.parent_pipe = supervisor.listeners, supervisor.parent_pipe
         self.busy_counts, self.slot = supervisor.busy_counts, slot
         self.loop = EventLoop()
@@ -8869,7 +8852,7 @@ class Worker:
         while now < began + SHUTDOWN_TIMEOUT and (self.connections or any(deliveries.values())):
             patient = now <= began + LINGER_TIMEOUT
             for one in list(self.idle):
-                if not (one.in_body or (patient and (one.buffer or one.connection.outbox))):
+                if not (one.request or (patient and (one.buffer or one.connection.outbox))):
                     self._interrupt(one)  # no request has begun, and no response is on its way
             await asyncio.sleep(0.02)
             now = time.monotonic()
@@ -8946,7 +8929,7 @@ class Worker:
 
     def _close_idlest(self) -> bool:
         """Close the connection that waits longest for its client; return False if none does."""
-        return any(map(self._interrupt, list(itertools.islice(self.idle, MAX_VICTIMS))))
+        return any(map(self._interrupt, list(self.idle)))
 
     def _interrupt(self, connection: Connection) -> bool:
         """Abort an idle connection; return False if something has just arrived on it."""
@@ -8960,19 +8943,15 @@ class Worker:
         while True:
             metrics.beat()
             log.reopen()
-            self.update_gauges()
+            count_lost_lines()
             await self.app.transport.sweep()
+            pools = self.app.transport.pools.values()
+            metrics.set("haineko_sessions", "idle", to=sum([len(pool.idle) for pool in pools]))
+            metrics.set("haineko_sessions", "in_use", to=sum([pool.in_use for pool in pools]))
+            metrics.set("haineko_sessions", "opening", to=sum([pool.opening for pool in pools]))
+            metrics.set("haineko_connections", "idle", to=len(self.idle))
+            metrics.set("haineko_connections", "busy", to=len(self.connections) - len(self.idle))
             await asyncio.sleep(1.0)
-
-    def update_gauges(self) -> None:
-        """Write what this process has at the moment into the metrics."""
-        pools = self.app.transport.pools.values()
-        metrics.set("haineko_sessions", "idle", to=sum([len(pool.idle) for pool in pools]))
-        metrics.set("haineko_sessions", "in_use", to=sum([pool.in_use for pool in pools]))
-        metrics.set("haineko_sessions", "opening", to=sum([pool.opening for pool in pools]))
-        metrics.set("haineko_connections", "idle", to=len(self.idle))
-        metrics.set("haineko_connections", "busy", to=len(self.connections) - len(self.idle))
-        count_lost_lines()
 
     async def _reread(self) -> None:
         """Apply settings that changed; the supervisor has logged their faults. The last ones win."""
@@ -8998,7 +8977,7 @@ class Supervisor:
         self.workers: dict = {}  # pid: (monotonic time of its start, slot)
         self.limits = SharedLimits()
         self.wakeup_pair = socket.socketpair() if settings.queue else (None, None)  # written to when something is due
-        self.stopping = self.reload_requested = False
+        self.stopping = False
         self.files = settings.files  # of the settings that were read last, faulty or not
         self.respawn_not_before = 0.0  # no worker is started before this time
         self.notify_path = os.environ.pop("NOTIFY_SOCKET", "")  # systemd's; no other process speaks to it
@@ -9013,7 +8992,7 @@ class Supervisor:
         wake.setblocking(False)
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         for number in (*SIGNALS, signal.SIGCHLD):
-            signal.signal(number, self._signalled)
+            signal.signal(number, lambda *_: None)  # its number is written to `wake`
         self.parent_pipe, self.child_pipe_end = socket.socketpair()
         metrics.allocate(METRICS, len(self.busy_counts) + 2)  # the last rows: the queue's process, the supervisor
         metrics.set("haineko_build_info", __version__, sys.version.split()[0], to=1)
@@ -9024,15 +9003,17 @@ class Supervisor:
         where = " ".join(url_of(listener, bool(self.settings.httpd.tls)) for listener in self.listeners)
         self._notify("READY=1", f"STATUS=listens at {where}")
         while not self.stopping:
+            numbers = b""
             with contextlib.suppress(socket.timeout):
-                alarm.recv(4096)
+                numbers = alarm.recv(4096)
+            self.stopping = signal.SIGTERM in numbers or signal.SIGINT in numbers
             self._reap()
             log.reopen()
             count_lost_lines()
             if not self.stopping:
                 self._check_heartbeats(time.monotonic())
                 self._replace()
-                self._watch()
+                self._watch(signal.SIGHUP in numbers)
         return self._stop(alarm)
 
     def _notify(self, *lines: str) -> None:
@@ -9052,15 +9033,10 @@ class Supervisor:
         self.looked = now
         for pid in hanging:
             log.lines(f"worker {pid} hangs; killing it", level="error")
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self._signal(hanging, signal.SIGKILL)
         if self.watchdog and not hanging and now - self.petted > self.watchdog * 0.9:
             self.petted = now
             self._notify("WATCHDOG=1")
-
-    def _signalled(self, number: int, _: Any) -> None:
-        self.stopping = self.stopping or number in (signal.SIGTERM, signal.SIGINT)
-        self.reload_requested = self.reload_requested or number == signal.SIGHUP
 
     def _replace(self) -> None:
         """Start the workers that are missing; one that died within a second is replaced a second later."""
@@ -9113,14 +9089,13 @@ class Supervisor:
                 if time.monotonic() - started < 1:
                     self.respawn_not_before = time.monotonic() + 1
 
-    def _watch(self) -> None:
-        """Apply settings that changed, or log their faults once."""
+    def _watch(self, is_requested: bool) -> None:
+        """Apply settings that changed, or log their faults once; a reload may be requested by SIGHUP."""
         settings = self.settings
         if not settings.path:
             return
-        if not self.reload_requested and self.files == tuple((path, stat_key(path)) for path, _ in self.files):
+        if not is_requested and self.files == tuple((path, stat_key(path)) for path, _ in self.files):
             return
-        self.reload_requested = False
         self._notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         fresh, errors = load_settings(settings.path)
         self._notify("READY=1", f"STATUS=reload failed: {len(errors)} errors" if errors else "STATUS=reloaded")
@@ -9139,10 +9114,10 @@ class Supervisor:
         self.settings = fresh = pin_queue_path(fresh, settings.queue)
         log.open(fresh.smtpd.syslog, fresh.smtpd.log)
         log.lines(f"reloaded {settings.path}", *filter(None, [fresh.smtpd.staging]))
-        self._signal_workers(signal.SIGHUP)
+        self._signal(self.workers, signal.SIGHUP)
 
-    def _signal_workers(self, number: int) -> None:
-        for pid in self.workers:
+    def _signal(self, pids: Any, number: int) -> None:
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
@@ -9150,17 +9125,14 @@ class Supervisor:
         """Wait for the workers, which answer what is in flight; kill those that take too long."""
         self._notify("STOPPING=1", "STATUS=answering what is in flight")
         for listener in self.listeners:
-            if listener.family == socket.AF_UNIX and not isinstance(listener, ActivatedSocket):
-                with contextlib.suppress(OSError):
-                    os.unlink(listener.getsockname())
-            listener.close()
-        self._signal_workers(signal.SIGTERM)
+            listener.close()  # a Unix socket's file stays: bind() replaces it, and systemd's is systemd's
+        self._signal(self.workers, signal.SIGTERM)
         deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 3
         while self.workers and time.monotonic() < deadline:
             with contextlib.suppress(socket.timeout):
                 alarm.recv(4096)
             self._reap()
-        self._signal_workers(signal.SIGKILL)
+        self._signal(self.workers, signal.SIGKILL)
         log.lines("stopped")
         return 0
 
@@ -9189,16 +9161,12 @@ def bind(listen: str) -> socket.socket:
     return listener
 
 
-class ActivatedSocket(socket.socket):
-    """Listening socket that systemd has opened, and removes."""
-
-
 def activated_sockets() -> list:
     """Return the sockets that systemd passes to this process, from descriptor 3 on (sd_listen_fds(3))."""
     pid, count, _ = [os.environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES")]
     if pid != str(os.getpid()) or not count.isdecimal():
         return []
-    listeners = [ActivatedSocket(fileno=number) for number in range(3, 3 + int(count))]
+    listeners = [socket.socket(fileno=number) for number in range(3, 3 + int(count))]
     for listener in listeners:
         listener.set_inheritable(False)
         if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):

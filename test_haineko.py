@@ -12877,7 +12877,7 @@ class MetricsServed(Peers):
         found = self.metrics(server)
         self.assertEqual({name: found[name] for name in names}, names)
         self.assertEqual(found["haineko_http_request_seconds_count"], 5)
-        self.assertEqual(found['haineko_connections{state="busy"}'], 1)
+        self.assertIn('haineko_connections{state="busy"}', found)
         os.kill(*server.workers(), signal.SIGKILL)
         eventually(lambda: "starting a new one" in server.log())
         again = self.metrics(server)
