@@ -7944,8 +7944,8 @@ class Provider(NamedTuple):
     answer: Callable  # ([Mail, ...], their JSON values, dry_run) -> Response or document
     error: Callable  # (reply, request) -> (HTTP status, document)
     read: Callable = lambda document: [document]  # returns the mails
-    is_permissive: Callable = lambda request: False  # a refused mail does not stop the others
     is_test: Callable = lambda document: False  # everything is checked, nothing sent; see is_postmark_test() as well
+    is_permissive: Callable = lambda request: False  # a refused mail does not stop the others
 
 
 async def answer_provider(request: Request, app: App) -> Response:
@@ -8026,10 +8026,9 @@ async def store_mails(request: Request, mails: list, response: Response, app: Ap
 
 def parse_mail(provider: Provider, mail: Any) -> SubmissionResult:
     """Parse a mail of a provider's client; keys that are not known are ignored."""
-    names = provider.names
     if not isinstance(mail, dict):
         return SubmissionResult(None, [f"expected an object, got {json_type_name(mail)}"])
-    errors = [f"{key}: is not supported" for key in provider.unsupported if mail.get(key)]
+    names, errors = provider.names, [f"{key}: is not supported" for key in provider.unsupported if mail.get(key)]
     header = OpenHeader(read_headers(mail.get(names["headers"]), names["headers"], errors))
     for key in ("from", "to", "cc", "bcc", "reply-to"):
         value, shared = mail.get(names[key]) or [], key in ("from", "reply-to")
@@ -8126,8 +8125,8 @@ def is_sandbox(document: dict) -> bool:
 
 
 def answer_sendgrid(prepared: list, mails: list, dry_run: bool) -> Response:
-    queueid = next(mail.queueid for mail in prepared if not mail.error)
-    return Response(200 if dry_run else 202, b"", (("X-Message-Id", queueid),))
+    accepted = [mail.queueid for mail in prepared if not mail.error]
+    return Response(200 if dry_run else 202, b"", (("X-Message-Id", accepted[0]),))
 
 
 def postmark_item(prepared: Mail, mail: dict) -> dict:
@@ -8218,6 +8217,7 @@ POSTMARK_KEYS = {
     "filename": "Name", "type": "ContentType", "cid": "ContentID", "send_at": "", "address": "{}",
 }  # fmt: skip
 NOT_SENDGRID = ("template_id", "dynamic_template_data", "substitutions", "batch_id", "asm", "content")
+SENDGRID = Provider(SENDGRID_KEYS, NOT_SENDGRID, answer_sendgrid, sendgrid_error, read_personalizations, is_sandbox)
 POSTMARK = Provider(
     POSTMARK_KEYS,
     ("TemplateId", "TemplateAlias"),
@@ -8226,9 +8226,7 @@ POSTMARK = Provider(
 )
 RESEND = Provider(RESEND_KEYS, ("template", "topic_id"), lambda mails, *_: {"id": mails[0].queueid}, resend_error)
 PROVIDER_ENDPOINTS = {
-    "/v3/mail/send": Provider(
-        SENDGRID_KEYS, NOT_SENDGRID, answer_sendgrid, sendgrid_error, read_personalizations, is_test=is_sandbox
-    ),
+    "/v3/mail/send": SENDGRID,
     "/email": POSTMARK,
     "/email/batch": POSTMARK._replace(
         answer=lambda mails, raw, _: [*map(postmark_item, mails, raw)],
@@ -8272,7 +8270,6 @@ SAMPLES = json.loads("""[
 QUEUE_PATH = re.compile(r"/queue/[0-9A-Za-z]{1,64}((?:/retry)?)")
 HANG_TIMEOUT = 10.0  # seconds without a heartbeat
 BACKLOG = 1024
-
 MAX_HEAD = 65536  # octets of request line and headers
 MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
@@ -8344,10 +8341,8 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
 
 
 class Endpoint(NamedTuple):
-    """A row of ENDPOINTS: what answers, and the checks before the body is read."""
-
     handler: Callable  # (request, app) -> Response, or an awaitable of one
-    checks: tuple = ()
+    checks: tuple = ()  # before the body is read
 
 
 def get_health(request: Request, app: App) -> Response:
@@ -8415,9 +8410,8 @@ def message_document(message: dict) -> dict:
         item.update(state=row["state"], next=time_to_dict(row["due"]))
         item["attempts"] = [{"time": time_to_dict(one.time), **reply_to_dict(to, one.reply)} for one in attempts]
         response.append(item)
-    recipients = [item["rcpt"] for item in response]
+    recipients, timestamp = [item["rcpt"] for item in response], time_to_dict(message["created_at"])
     head = {"queueid": message["queueid"], "addresser": message["sender"], "recipient": recipients}
-    timestamp = time_to_dict(message["created_at"])
     return {**head, "response": response, "size": message["size"], "timestamp": timestamp}
 
 
@@ -8436,8 +8430,7 @@ async def get_metrics(request: Request, app: App) -> Response:
 def get_openapi(request: Request, app: App) -> Response:
     """Answer with the OpenAPI description of ENDPOINTS, made of the dataclasses and of an answer."""
     sample = answer_document(request, 200, {"a@example.jp": queued_reply("Q" * 16)}, "Q" * 16, None)
-    answer = {"content": {"application/json": {"schema": schema_of(json.loads(sample.body))}}}
-    paths: dict = {}
+    answer, paths = {"content": {"application/json": {"schema": schema_of(json.loads(sample.body))}}}, {}
     for (method, path), endpoint in ENDPOINTS.items():
         operation = paths.setdefault(path.replace("ID", "{ID}"), {})[method.lower()] = {
             "summary": (endpoint.handler.__doc__ or f"{method} {path}").split("\n")[0],
@@ -8446,9 +8439,7 @@ def get_openapi(request: Request, app: App) -> Response:
         if "ID" in path:
             operation["parameters"] = [{"name": "ID", "in": "path", "required": True, "schema": {"type": "string"}}]
         elif method == "POST":
-            schema = (
-                {"$ref": SCHEMAS + "Submission"} if path == "/submit" else {"description": "as the provider has it"}
-            )
+            schema = {"$ref": SCHEMAS + "Submission"} if path == "/submit" else {"description": "the provider's"}
             operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     schemas = {cls.__name__: class_schema(cls) for cls in (Submission, Header, Attachment)}
     logins: dict = {scheme: {"type": "http", "scheme": scheme} for scheme in ("basic", "bearer")}
@@ -8461,11 +8452,8 @@ def get_openapi(request: Request, app: App) -> Response:
 
 
 SCHEMAS = "#/components/schemas/"
-SCHEMA_TYPES = {
-    str: ["string", "array", "null"],
-    bool: ["boolean", "integer", "null"],
-    tuple: ["array", "object", "null"],
-}
+SCHEMA_TYPES = {str: ["string", "array", "null"], bool: ["boolean", "integer", "null"],
+                tuple: ["string", "array", "object", "null"]}  # fmt: skip
 REFERENCES = {"header": {"$ref": SCHEMAS + "Header"}, "attachments": {"items": {"$ref": SCHEMAS + "Attachment"}}}
 
 
@@ -8570,6 +8558,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
         self.connection, self.worker, self.app = AsyncSocket(sock), worker, worker.app
         self.settings, self.buffer = worker.app.settings, b""
+        self.deadline = time.monotonic() + self.settings.httpd.timeout  # of what the client is to do now
         self.in_flight = 0  # octets of the body, received in parts
         address, self.port = peer[:2] if isinstance(peer, tuple) else ("127.0.0.1", None)  # Unix socket: this machine
         self.peer = parse_ip(address)
@@ -8579,15 +8568,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
         try:
             if self.app.tls:
                 sock = self.app.tls.wrap_socket(self.connection.sock, server_side=True, do_handshake_on_connect=False)
-                self.connection.sock, deadline = sock, time.monotonic() + self.settings.httpd.timeout
-                await self._while_idle(self.connection.call(sock.do_handshake, deadline))
+                self.connection.sock = sock
+                await self._while_idle(self.connection.call(sock.do_handshake, self.deadline))
             while await self._wait_request():
-                octets = await self.handle_one_request()
-                deadline = time.monotonic() + self.settings.httpd.timeout
-                await self.connection.sendall(octets, deadline)
-                del octets
+                await self.connection.sendall(await self.handle_one_request(), self.deadline)
                 if self.close_connection:
-                    await self.connection.drain(deadline)
+                    await self.connection.drain(self.deadline)
                     await self._while_idle(lingering_close(self.connection))
                     break
         except (OSError, ValueError):  # the client is gone
@@ -8600,9 +8586,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
     async def _wait_request(self) -> bool:
         """Return True when a request begins, False if the client closed; socket.timeout if it took too long."""
         self.buffer = self.buffer.lstrip(b"\r\n")  # line ends before it are ignored (RFC 9112 2.2)
-        deadline = time.monotonic() + self.app.settings.httpd.timeout
         while not self.buffer:
-            octets = await self._while_idle(self.connection.recv(16384, deadline))
+            octets = await self._while_idle(self.connection.recv(16384, self.deadline))
             if not octets:
                 return False
             self.buffer = octets.lstrip(b"\r\n")
@@ -8617,7 +8602,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.worker.mark(self, idle=False)
 
     async def handle_one_request(self) -> bytes:
-        """Return the octets of the response to the request that has begun; set `close_connection`."""
+        """Return the octets of the response to the request that has begun; set `close_connection` and `deadline`."""
         self.settings = self.app.settings  # one set from beginning to end
         began = time.monotonic()
         self.deadline = began + self.settings.httpd.timeout
@@ -8642,6 +8627,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         metrics.add("haineko_http_requests_total", path if path in PATHS else "other", response.status)
         metrics.observe("haineko_http_request_seconds", seconds=time.monotonic() - began)
         octets, self.request = self.response_octets(response), None  # an idle connection keeps no body
+        self.deadline = time.monotonic() + self.settings.httpd.timeout  # to take it, and for a new request
         return octets
 
     async def _respond(self) -> Response:
@@ -8749,12 +8735,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     async def _read_body(self, request: Request, length: int) -> Any:
         self._check_length(length)
-        expected = request.headers.get("expect")
-        if expected:
-            if expected.lower() != "100-continue":
-                raise Rejected(make_reply("expectation"))
-            if not request.is_http10 and (length == CHUNKED or len(self.buffer) < length):
-                await self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n", self.deadline)
+        expected = request.headers.get("expect", "").lower()
+        if expected not in ("", "100-continue"):
+            raise Rejected(make_reply("expectation"))
+        if expected and not request.is_http10 and (length == CHUNKED or len(self.buffer) < length):
+            await self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n", self.deadline)
         return await (self._read_chunks() if length == CHUNKED else self._read_exactly(length))
 
     def _check_length(self, length: int) -> None:
@@ -8821,8 +8806,9 @@ class Worker:
         self.listeners, self.parent_pipe = supervisor.listeners, supervisor.parent_pipe
         self.busy_counts, self.slot = supervisor.busy_counts, slot
         self.loop = EventLoop()
-        is_queue = slot == len(self.busy_counts)
-        self.queue_manager = QueueManager(self.app, supervisor.wakeup_pair[0]) if is_queue else None
+        self.queue_manager = (
+            QueueManager(self.app, supervisor.wakeup_pair[0]) if slot == len(self.busy_counts) else None
+        )
         self.connections: set = set()
         self.idle: OrderedDict = OrderedDict()  # connections without a request, the longest-idle first
         self.lingering_503s = 0  # of them, now
@@ -8943,7 +8929,8 @@ class Worker:
         while True:
             metrics.beat()
             log.reopen()
-            count_lost_lines()
+            lost, log.lost_ever = log.lost_ever, 0
+            metrics.add("haineko_log_lines_lost_total", by=lost)
             await self.app.transport.sweep()
             pools = self.app.transport.pools.values()
             metrics.set("haineko_sessions", "idle", to=sum([len(pool.idle) for pool in pools]))
@@ -8959,11 +8946,6 @@ class Worker:
             settings, errors = await asyncio.to_thread(load_settings, self.app.settings.path)
             if not errors:
                 self.app.apply(settings)
-
-
-def count_lost_lines() -> None:
-    lost, log.lost_ever = log.lost_ever, 0
-    metrics.add("haineko_log_lines_lost_total", by=lost)
 
 
 class Supervisor:
@@ -9009,7 +8991,6 @@ class Supervisor:
             self.stopping = signal.SIGTERM in numbers or signal.SIGINT in numbers
             self._reap()
             log.reopen()
-            count_lost_lines()
             if not self.stopping:
                 self._check_heartbeats(time.monotonic())
                 self._replace()
@@ -9027,9 +9008,8 @@ class Supervisor:
     def _check_heartbeats(self, now: float) -> None:
         """Kill the workers that hang; while none does, say so to systemd's watchdog."""
         beats = {pid: max(began, metrics.last_beat(slot)) for pid, (began, slot) in self.workers.items()}
-        hanging = [pid for pid, beat in beats.items() if now - beat > HANG_TIMEOUT]
-        if now - self.looked > HANG_TIMEOUT / 2:  # this process, or the machine, did not run either
-            hanging = []
+        was_late = now - self.looked > HANG_TIMEOUT / 2  # this process, or the machine, did not run either
+        hanging = [pid for pid, beat in beats.items() if now - beat > HANG_TIMEOUT and not was_late]
         self.looked = now
         for pid in hanging:
             log.lines(f"worker {pid} hangs; killing it", level="error")
@@ -9092,9 +9072,8 @@ class Supervisor:
     def _watch(self, is_requested: bool) -> None:
         """Apply settings that changed, or log their faults once; a reload may be requested by SIGHUP."""
         settings = self.settings
-        if not settings.path:
-            return
-        if not is_requested and self.files == tuple((path, stat_key(path)) for path, _ in self.files):
+        is_changed = self.files != tuple((path, stat_key(path)) for path, _ in self.files)
+        if not settings.path or not (is_requested or is_changed):
             return
         self._notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         fresh, errors = load_settings(settings.path)
