@@ -7979,9 +7979,8 @@ async def answer_provider(request: Request, app: App) -> Response:
 
 async def prepare_mails(request: Request, mails: list, provider: Provider, settings: Settings) -> list:
     """Prepare the mails; log their refused recipients, and name keys in errors as the provider does."""
-    prepared, octets = [], 0
+    prepared, octets, parse = [], 0, functools.partial(parse_mail, provider)
     for raw in mails:
-        parse = functools.partial(parse_mail, provider)
         mail = await prepare(request, parse, raw, settings, new_queueid(request.now))
         if mail.refused:
             log_rejection(request, mail.queueid, mail.submission, mail.refused)
@@ -8092,14 +8091,13 @@ def read_personalizations(document: Any) -> list:
     """Return one mail for each personalization, whose keys take the place of the document's."""
     whole = document if isinstance(document, dict) else {}
     content = whole.get("content") if isinstance(whole.get("content"), list) else []
-    whole = {**whole, "content": []}  # what remains of it is not supported
+    mails, whole = [], {**whole, "content": []}  # what remains of it is not supported
     for item in content:
         kind = str(item.get("type")).partition(";")[0] if isinstance(item, dict) else ""
         if kind in ("text/plain", "text/html"):
             whole[f"content.{kind}"] = item.get("value")
         else:
             whole["content"].append(item)
-    mails = []
     for i, part in enumerate(read_batch(whole.get("personalizations"), 1000, "personalizations")):
         mail = {**whole, **(part if isinstance(part, dict) else {}), "part": f"personalizations.{i}"}
         mail["reply_to"] = mail.get("reply_to_list") or mail.get("reply_to")
@@ -8219,11 +8217,9 @@ POSTMARK_KEYS = {
 NOT_SENDGRID = ("template_id", "dynamic_template_data", "substitutions", "batch_id", "asm", "content")
 SENDGRID = Provider(SENDGRID_KEYS, NOT_SENDGRID, answer_sendgrid, sendgrid_error, read_personalizations, is_sandbox)
 POSTMARK = Provider(
-    POSTMARK_KEYS,
-    ("TemplateId", "TemplateAlias"),
-    lambda mails, raw, _: postmark_item(mails[0], raw[0]),
+    POSTMARK_KEYS, ("TemplateId", "TemplateAlias"), lambda mails, raw, _: postmark_item(mails[0], raw[0]),
     postmark_error,
-)
+)  # fmt: skip
 RESEND = Provider(RESEND_KEYS, ("template", "topic_id"), lambda mails, *_: {"id": mails[0].queueid}, resend_error)
 PROVIDER_ENDPOINTS = {
     "/v3/mail/send": SENDGRID,
@@ -8557,9 +8553,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
         self.connection, self.worker, self.app = AsyncSocket(sock), worker, worker.app
-        self.settings, self.buffer = worker.app.settings, b""
+        self.settings, self.buffer, self.in_flight = worker.app.settings, b"", 0  # octets of a body that comes in parts
         self.deadline = time.monotonic() + self.settings.httpd.timeout  # of what the client is to do now
-        self.in_flight = 0  # octets of the body, received in parts
         address, self.port = peer[:2] if isinstance(peer, tuple) else ("127.0.0.1", None)  # Unix socket: this machine
         self.peer = parse_ip(address)
 
@@ -8959,9 +8954,8 @@ class Supervisor:
         self.workers: dict = {}  # pid: (monotonic time of its start, slot)
         self.limits = SharedLimits()
         self.wakeup_pair = socket.socketpair() if settings.queue else (None, None)  # written to when something is due
-        self.stopping = False
         self.files = settings.files  # of the settings that were read last, faulty or not
-        self.respawn_not_before = 0.0  # no worker is started before this time
+        self.stopping, self.respawn_not_before = False, 0.0  # no worker is started before this time
         self.notify_path = os.environ.pop("NOTIFY_SOCKET", "")  # systemd's; no other process speaks to it
         is_ours = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self.watchdog = int(is_ours and os.environ.pop("WATCHDOG_USEC", "0")) / 2e6  # seconds between messages to it
