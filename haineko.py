@@ -8538,7 +8538,8 @@ def cors_headers(request: Request, settings: Settings) -> tuple:
     if request.method in ("POST", "DELETE") or "access-control-request-method" in headers:
         host = origin.partition("://")[2].lower() if origin else ""
         is_ours = host == headers.get("host", "").lower() and is_own_host(host, settings)
-        if headers.get("sec-fetch-site", "").lower() == "cross-site" if origin is None else not is_ours:
+        is_foreign = headers.get("sec-fetch-site", "").lower() == "cross-site" if origin is None else not is_ours
+        if is_foreign:
             shown = "a cross-site request without Origin" if origin is None else sanitize(origin)
             raise Rejected(make_reply("origin", f"{shown} is not in httpd.allowed_origins"))
     return ()
