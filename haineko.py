@@ -1706,6 +1706,8 @@ class Request:
     message_size: int = 0  # octets of the finished message
     forwarded: str = ""  # a header by which a proxy says that it forwarded the request
     dsn: tuple = DEFAULT_DSN  # what is asked of the next server
+    is_http10: bool = False
+    keep_alive: bool = False  # the client wants to go on using the connection
 
     def log_fields(self) -> dict:
         """Return the keys of its log lines that say whose it is, and the ids by which other programs know it."""
@@ -6910,7 +6912,6 @@ class App:
         self.transport = TransportContext(limits=limits)
         self.stopping = False
         self.octets_in_flight = 0  # of bodies that arrived in parts
-        self.update_gauges: Callable = int  # replaced by Worker.update_gauges()
         self.queue = QueueDB(settings.queue, wake_socket) if settings.queue else None
         self.apply(settings)
 
@@ -7372,64 +7373,57 @@ OWN_FIELDS = frozenset(("from", "to", "cc", "bcc", "subject", "replyto", "charse
 
 
 class Provider(NamedTuple):
-    """A provider's endpoint."""
-
     names: dict  # {key of a submission, of its header or of an attachment: the provider's key}
     unsupported: tuple  # keys that would change the content
-    answer: Callable  # ([Mail, ...], mails, dry_run) -> Response or document
+    answer: Callable  # ([Mail, ...], their JSON values, dry_run) -> Response or document
     error: Callable  # (reply, request) -> (HTTP status, document)
-    read: Callable = lambda document, limit: [document]  # returns the mails
-    limit: int = 1  # mails of a request
-    permissive: bool = False  # a refused mail does not stop the others
-    is_test: Callable = lambda document, request: False  # everything is checked, nothing sent
+    read: Callable = lambda document: [document]  # returns the mails
+    is_test: Callable = lambda document: False  # everything is checked, nothing sent; see is_postmark_test() as well
+    is_permissive: Callable = lambda request: False  # a refused mail does not stop the others
 
 
 async def answer_provider(request: Request, app: App) -> Response:
     """Take the mails of a request and answer in the form of the provider whose endpoint it is."""
-    settings, provider = request.settings or app.settings, PROVIDER_ENDPOINTS[request.path]
-    document, digest = await asyncio.to_thread(parse_call, request)
-    mails, prepared, octets = provider.read(document, provider.limit), [], 0
-    for mail in mails:
-        prepared.append(await prepare_provider_mail(request, mail, provider, settings))
-        octets += request.message_size if prepared[-1].transactions else 0
-        if octets > MAX_CALL:  # SendGrid's mails share their attachments
-            raise Rejected(make_reply("too-big", f"{octets} octets of all mails exceed the limit of {MAX_CALL}"))
-    ready, dry_run = [mail for mail in prepared if mail.transactions], provider.is_test(document, request)
-    permissive = provider.read is read_batch and (
-        provider.permissive or request.headers.get("x-batch-validation", "").lower() == "permissive"
-    )
+    settings, provider = request.settings, PROVIDER_ENDPOINTS[request.path]
+    try:
+        document = await asyncio.to_thread(parse_json, request.body)
+    except ValueError as error:
+        raise Rejected(make_reply("json", sanitize(str(error)))) from None
+    mails, dry_run = provider.read(document), provider.is_test(document) or is_postmark_test(request)
+    prepared = await prepare_mails(request, mails, provider, settings)
+    ready, permissive = [mail for mail in prepared if mail.transactions], provider.is_permissive(request)
     for mail in prepared:
         if mail.error and not permissive:
             return provider_error(mail.error, request)
-    if not (app.queue or dry_run):
-        await deliver_mails(request, ready, settings, app)
+    if app.queue or dry_run:
+        for mail in ready:
+            mail.add_replies([queued_reply(mail.queueid)] * len(mail.accepted))
+    else:
+        results = iter(await deliver([one for mail in ready for one in mail.transactions], app.transport, settings))
+        for mail in ready:
+            replies = log_results(request, list(itertools.islice(results, len(mail.transactions))))
+            count_recipients(mail.transactions, replies)
+            mail.add_replies(replies)
         if all(mail.error for mail in prepared) and not permissive:
             return provider_error(prepared[0].error, request)
-    for mail in ready if app.queue or dry_run else ():
-        mail.add_replies([queued_reply(mail.queueid)] * len(mail.accepted))
     answer = provider.answer(prepared, mails, dry_run)
     response = answer if isinstance(answer, Response) else json_response(answer)
-    is_stored = ready and app.queue and not dry_run
-    return await store_mails(request, ready, digest, response, app) if is_stored else response
+    return await store_mails(request, ready, response, app) if ready and app.queue and not dry_run else response
 
 
-def parse_call(request: Request) -> tuple:
-    """Return (document, its digest if there is an Idempotency-Key)."""
-    try:
-        document = parse_json(request.body)
-    except ValueError as error:
-        raise Rejected(make_reply("json", sanitize(str(error)))) from None
-    return document, document_digest(request.body) if "idempotency-key" in request.headers else None
-
-
-async def prepare_provider_mail(request: Request, mail: Any, provider: Provider, settings: Settings) -> Mail:
-    """Prepare a mail; log its refused recipients and name keys in errors as the provider does."""
-    names, parse = provider.names, functools.partial(parse_mail, provider.names, provider.unsupported)
-    prepared = await prepare(request, parse, mail, settings, new_queueid(request.now))
-    if prepared.refused:
-        log_rejections(request, prepared, prepared.refused)
-    replies = {to: reply and use_provider_keys(reply, names) for to, reply in prepared.replies.items()}
-    return prepared._replace(replies=replies)
+async def prepare_mails(request: Request, mails: list, provider: Provider, settings: Settings) -> list:
+    """Prepare the mails; log their refused recipients, and name keys in errors as the provider does."""
+    prepared, octets, parse = [], 0, functools.partial(parse_mail, provider)
+    for raw in mails:
+        mail = await prepare(request, parse, raw, settings, new_queueid(request.now))
+        if mail.refused:
+            log_rejections(request, mail, mail.refused)
+        replies = {to: reply and use_provider_keys(reply, provider.names) for to, reply in mail.replies.items()}
+        prepared.append(mail._replace(replies=replies))
+        octets += request.message_size if mail.transactions else 0
+        if octets > MAX_CALL:  # SendGrid's mails share their attachments
+            raise Rejected(make_reply("too-big", f"{octets} octets of all mails exceed the limit of {MAX_CALL}"))
+    return prepared
 
 
 def use_provider_keys(reply: Reply, names: dict) -> Reply:
@@ -7443,23 +7437,15 @@ def use_provider_keys(reply: Reply, names: dict) -> Reply:
     return reply._replace(message=(reply.message[0], *lines))
 
 
-async def deliver_mails(request: Request, mails: list, settings: Settings, app: App) -> None:
-    """Deliver mails while the client waits, and add their replies."""
-    results = iter(await deliver([one for mail in mails for one in mail.transactions], app.transport, settings))
-    for mail in mails:
-        replies = log_results(request, list(itertools.islice(results, len(mail.transactions))))
-        count_recipients(mail.transactions, replies)
-        mail.add_replies(replies)
-
-
-async def store_mails(request: Request, mails: list, digest: Any, response: Response, app: App) -> Response:
+async def store_mails(request: Request, mails: list, response: Response, app: App) -> Response:
     """Store mails and the reports of their refused recipients; return the response, or that to an earlier request."""
     key, items, reports = mails[0].key, [], []
+    digest = await asyncio.to_thread(document_digest, request.body) if key else None
     for mail in mails:
         items.append(new_item(request, mail._replace(key=None if items else key, body_digest=digest)))
         for to, reply in mail.refused.items():
             leased = LeasedRecipient(0, items[-1], NewRecipient(to, to, 1, ""), attempts=1)
-            reports += notifications(leased, reply, "failed", request.settings or app.settings, request.now)
+            reports += notifications(leased, reply, "failed", request.settings, request.now)
     earlier = await app.queue.add(enqueue_all, [*items, *reports], serialize_response(response) if key else None)
     if earlier and earlier["body_digest"] != digest:
         raise Rejected(make_reply("key-reused"))
@@ -7471,22 +7457,18 @@ async def store_mails(request: Request, mails: list, digest: Any, response: Resp
     return response
 
 
-# -- Mails
-
-
-def parse_mail(names: dict, unsupported: tuple, mail: Any) -> SubmissionResult:
+def parse_mail(provider: Provider, mail: Any) -> SubmissionResult:
     """Parse a mail of a provider's client; keys that are not known are ignored."""
     if not isinstance(mail, dict):
         return SubmissionResult(None, [f"expected an object, got {json_type_name(mail)}"])
-    errors = [f"{key}: is not supported" for key in unsupported if mail.get(key)]
+    names, errors = provider.names, [f"{key}: is not supported" for key in provider.unsupported if mail.get(key)]
     header = OpenHeader(read_headers(mail.get(names["headers"]), names["headers"], errors))
     for key in ("from", "to", "cc", "bcc", "reply-to"):
-        value = mail.get(names[key]) or []
+        value, shared = mail.get(names[key]) or [], key in ("from", "reply-to")
         texts = value[: MAX_ADDRESSES + 1] if isinstance(value, list) else [value]
         for i, text in enumerate(texts):
             faults: list = []
             parse_recipient_field(text, "", faults)
-            shared = key in ("from", "reply-to")
             label = names[key] if shared else names["address"].format(names[key], i, part=mail.get("part"))
             errors += [f"Invalid '{label}' address: '{sanitize(str(text), 80)}'."] if faults else []
         if texts and not errors:
@@ -7502,25 +7484,21 @@ def parse_mail(names: dict, unsupported: tuple, mail: Any) -> SubmissionResult:
 def read_headers(value: Any, json_path: str, errors: list) -> dict:
     """Return fields from {name: value}, or from Postmark's [{"Name", "Value"}]."""
     header: dict = {}
-    if isinstance(value, list):
-        pairs = [(item.get("Name"), item.get("Value")) if isinstance(item, dict) else (None, None) for item in value]
-    else:
-        pairs = list(value.items()) if isinstance(value, dict) else []
-    for name, text in pairs:
+    items = [{"Name": name, "Value": text} for name, text in value.items()] if isinstance(value, dict) else value
+    for item in items if isinstance(items, list) else []:
+        name = item.get("Name") if isinstance(item, dict) else None
         if not isinstance(name, str) or normalize_key(name) in OWN_FIELDS:
             errors.append(f"{json_path}: {sanitize(str(name))} can't be set here")
         else:
-            header.setdefault(name, []).append(text)
+            header.setdefault(name, []).append(item.get("Value"))
     return {name: texts[0] if len(texts) == 1 else texts for name, texts in header.items()}
 
 
-def read_attachments(mail: dict, names: dict, errors: list) -> Any:
+def read_attachments(mail: dict, names: dict, errors: list) -> list:
     """Return attachments as a submission has them; a content id that the HTML does not use is left out."""
-    html, entries, found = mail.get(names["html"]), mail.get(names["attachments"]), []
+    html, entries, found = mail.get(names["html"]), mail.get(names["attachments"]) or [], []
     links = content_id_links(html) if isinstance(html, str) else set()
-    for i, entry in enumerate(
-        entries[: MAX_ATTACHMENTS + 1] if isinstance(entries, list) else [entries] * bool(entries)
-    ):
+    for i, entry in enumerate(entries[: MAX_ATTACHMENTS + 1] if isinstance(entries, list) else [entries]):
         if not isinstance(entry, dict) or entry.get("path"):
             errors.append(f"{names['attachments']}[{i}]{'.path: is not supported' if entry else ': is no object'}")
             continue
@@ -7543,19 +7521,18 @@ def read_batch(document: Any, limit: int, json_path: str = "top level") -> list:
     return document
 
 
-def read_personalizations(document: Any, limit: int) -> list:
+def read_personalizations(document: Any) -> list:
     """Return one mail for each personalization, whose keys take the place of the document's."""
     whole = document if isinstance(document, dict) else {}
     content = whole.get("content") if isinstance(whole.get("content"), list) else []
-    whole = {**whole, "content": []}  # what remains of it is not supported
+    mails, whole = [], {**whole, "content": []}  # what remains of it is not supported
     for item in content:
         kind = str(item.get("type")).partition(";")[0] if isinstance(item, dict) else ""
         if kind in ("text/plain", "text/html"):
             whole[f"content.{kind}"] = item.get("value")
         else:
             whole["content"].append(item)
-    mails = []
-    for i, part in enumerate(read_batch(whole.get("personalizations"), limit, "personalizations")):
+    for i, part in enumerate(read_batch(whole.get("personalizations"), 1000, "personalizations")):
         mail = {**whole, **(part if isinstance(part, dict) else {}), "part": f"personalizations.{i}"}
         mail["reply_to"] = mail.get("reply_to_list") or mail.get("reply_to")
         for key in ("from", "reply_to", "to", "cc", "bcc"):
@@ -7573,19 +7550,15 @@ def mailbox_text(item: Any) -> Any:
     return f'"{name}" <{item.get("email")}>' if name else item.get("email")
 
 
-def is_sandbox(document: Any, request: Request) -> bool:
+def is_sandbox(document: dict) -> bool:
     with contextlib.suppress(LookupError, TypeError):
         return document["mail_settings"]["sandbox_mode"]["enable"] is True
     return False
 
 
-# -- Answers
-
-
 def answer_sendgrid(prepared: list, mails: list, dry_run: bool) -> Response:
-    """Return the response; the other providers' is a document."""
-    queueid = next(mail.queueid for mail in prepared if not mail.error)
-    return Response(200 if dry_run else 202, b"", (("X-Message-Id", queueid),))
+    accepted = [mail.queueid for mail in prepared if not mail.error]
+    return Response(200 if dry_run else 202, b"", (("X-Message-Id", accepted[0]),))
 
 
 def postmark_item(prepared: Mail, mail: dict) -> dict:
@@ -7655,12 +7628,11 @@ POSTMARK_ERRORS = {
 }  # fmt: skip
 RESEND_ERRORS = {
     **dict.fromkeys(("mail-empty", "rcpt-none", "subject-empty", "body-empty"), (422, "missing_required_field")),
+    **dict.fromkeys(("rcpt-many", 400, 502), (422, "validation_error")), "json": (400, "validation_error"),
     "mail-form": (422, "invalid_from_address"), "key-form": (400, "invalid_idempotency_key"),
-    "json": (400, "validation_error"), 400: (422, "validation_error"), 401: (403, "invalid_api_key"),
-    "rcpt-many": (422, "validation_error"), 403: (401, "restricted_api_key"), 404: (404, "not_found"),
+    401: (403, "invalid_api_key"), 403: (401, "restricted_api_key"), 404: (404, "not_found"),
     409: (409, "concurrent_idempotent_requests"), 413: (413, "validation_error"),
-    422: (409, "invalid_idempotent_request"), 429: (429, "rate_limit_exceeded"), 502: (422, "validation_error"),
-    None: "application_error",
+    422: (409, "invalid_idempotent_request"), 429: (429, "rate_limit_exceeded"), None: "application_error",
 }  # fmt: skip
 
 KEYS = ("from", "to", "cc", "bcc", "subject", "html", "headers", "attachments", "filename", "content")
@@ -7677,26 +7649,25 @@ POSTMARK_KEYS = {
     "filename": "Name", "type": "ContentType", "cid": "ContentID", "send_at": "", "address": "{}",
 }  # fmt: skip
 NOT_SENDGRID = ("template_id", "dynamic_template_data", "substitutions", "batch_id", "asm", "content")
-SENDGRID = Provider(SENDGRID_KEYS, NOT_SENDGRID, answer_sendgrid, sendgrid_error, read_personalizations, 1000)
+SENDGRID = Provider(SENDGRID_KEYS, NOT_SENDGRID, answer_sendgrid, sendgrid_error, read_personalizations, is_sandbox)
 POSTMARK = Provider(
-    POSTMARK_KEYS, ("TemplateId", "TemplateAlias"), lambda prepared, mails, _: postmark_item(prepared[0], mails[0]),
-    postmark_error, is_test=lambda _, request: is_postmark_test(request),
+    POSTMARK_KEYS, ("TemplateId", "TemplateAlias"), lambda mails, raw, _: postmark_item(mails[0], raw[0]),
+    postmark_error,
 )  # fmt: skip
-RESEND = Provider(
-    RESEND_KEYS, ("template", "topic_id"), lambda prepared, mails, _: {"id": prepared[0].queueid}, resend_error
-)
+RESEND = Provider(RESEND_KEYS, ("template", "topic_id"), lambda mails, *_: {"id": mails[0].queueid}, resend_error)
 PROVIDER_ENDPOINTS = {
-    "/v3/mail/send": SENDGRID._replace(is_test=is_sandbox),
+    "/v3/mail/send": SENDGRID,
     "/email": POSTMARK,
     "/email/batch": POSTMARK._replace(
-        read=read_batch,
-        answer=lambda prepared, mails, _: [*map(postmark_item, prepared, mails)],
-        limit=500,
-        permissive=True,
+        answer=lambda mails, raw, _: [*map(postmark_item, mails, raw)],
+        read=lambda document: read_batch(document, 500), is_permissive=lambda request: True,
     ),
     "/emails": RESEND,
-    "/emails/batch": RESEND._replace(read=read_batch, answer=answer_resend_batch, limit=100),
-}
+    "/emails/batch": RESEND._replace(
+        answer=answer_resend_batch, read=lambda document: read_batch(document, 100),
+        is_permissive=lambda request: request.headers.get("x-batch-validation", "").lower() == "permissive",
+    ),
+}  # fmt: skip
 
 
 # ======================================================================================================================
@@ -7712,12 +7683,13 @@ BARE_LF = re.compile(rb"\n\r?\n")  # an end of the head for some servers; looked
 NOT_IN_HOST = re.compile(r"[\s,/?#@\\]")
 CHUNKED = -1
 LENGTH = re.compile(r"([0-9]{1,18})(?:[ \t]*,[ \t]*\1)*")  # or the same one, repeated
+FORWARDED_ADDRESS = re.compile(r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)")  # some proxies add the port
+FORWARDING_HEADERS = {f"x-forwarded-{what}" for what in ("for", "host", "proto")}  # that proxies add
+FORWARDING_HEADERS |= {"via", "forwarded", "x-real-ip", "x-client-ip"}
 SAMPLES = json.loads("""[
 {"ehlo": "[127.0.0.1]", "mail": "kijitora@example.org", "rcpt": ["mikeneko@example.jp"], "header": {
   "from": "キジトラ <kijitora@example.com>", "subject": "謹賀新年", "replyto": "straycats@cat-ml.example.org",
   "charset": "UTF-8"}, "body": "あとでお年玉貰いに行きます"},
-{"mail": "cron@example.org", "rcpt": ["root@example.jp", "ops@example.jp"], "header": {"subject": "Backup done"},
-  "body": "42 files, 0 errors\\n"},
 {"mail": "shop@example.org", "header": {
   "from": "ねこ屋 <shop@example.org>", "to": "三毛猫 <mikeneko@example.jp>", "subject": "領収書 42"},
   "html": "<p><img src=\\"cid:logo\\" alt=\\"ねこ屋\\"></p><p>合計 <b>1,980円</b></p>", "attachments": [
@@ -7725,70 +7697,24 @@ SAMPLES = json.loads("""[
       "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="},
     {"filename": "領収書 42.csv", "content": "c3VtLDE5ODAK"}]}
 ]""")
-NESTED_SCHEMAS = {"header": "Header", "attachments": "Attachment"}
-SCHEMA_TYPES = {
-    str: ["string", "array", "null"],
-    bool: ["boolean", "integer", "null"],
-    tuple: ["string", "array", "object", "null"],
-}
 QUEUE_PATH = re.compile(r"/queue/[0-9A-Za-z]{1,64}((?:/retry)?)")
 HANG_TIMEOUT = 10.0  # seconds without a heartbeat
 BACKLOG = 1024
-
 MAX_HEAD = 65536  # octets of request line and headers
 MAX_HEADERS = 100  # lines
 MAX_BODY = 256 << 20  # octets of a body if max_message_size sets no limit
 MAX_IN_FLIGHT = 64 << 20  # octets of all bodies of a worker, or of two if these may be larger
-MAX_VICTIMS = 64  # connections that are compared to find the one that is closed in favour of a new one
 LINGER_TIMEOUT = 2.0  # seconds for a client to read the last answer before its connection is closed
 MAX_LINGERING_503 = 64  # connections over the limit that are answered so and closed by lingering_close() at a time
 SHUTDOWN_TIMEOUT = 30.0  # seconds for requests in flight to be answered
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that a worker handles
+http_date = functools.lru_cache(maxsize=2)(functools.partial(formatdate, usegmt=True))
 
 
-class RequestHead(NamedTuple):
-    """Request line and headers of a request."""
-
-    method: str
-    path: str  # without the query
-    headers: dict  # by name in lower case; values of a repeated name are joined by ", "
-    keep_alive: bool  # the client wants to go on using the connection
-    is_http10: bool
-
-
-def parse_head(octets: bytes) -> RequestHead:
-    """Parse the head of a request, without its empty line; raise Rejected for what RFC 9112 forbids."""
-    first, _, rest = octets.decode("latin-1").partition("\r\n")
-    method, path, is_http10 = parse_request_line(first)
-    lines = rest.split("\r\n")[:-1]
-    if len(lines) > MAX_HEADERS:
-        raise Rejected(make_reply("head-too-large"))
-    headers: dict = {}
-    for line in lines:
-        name, value = (cached_header_line if line.startswith(CACHED_HEADERS) else parse_header_line)(line)
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    connection = headers.get("connection", "").lower()
-    keep_alive = "keep-alive" in connection if is_http10 else "close" not in connection
-    return RequestHead(method, path, headers, keep_alive, is_http10)
-
-
-def parse_header_line(line: str) -> tuple:
-    """Return (name in lower case, value)."""
-    found = HEADER_LINE.fullmatch(line)
-    if not found:
-        raise Rejected(make_reply("bad-request", "header line"))
-    return found[1].lower(), found[2].strip(" \t")
-
-
-# Most clients send these again and again; lines that may hold credentials are not kept in memory.
-CACHED_HEADERS = ("host:", "user-agent:", "accept", "content-", "connection:")
-CACHED_HEADERS += tuple(map(str.title, CACHED_HEADERS))
-cached_header_line = cache_short(512, limit=200)(parse_header_line)
-
-
-def parse_request_line(line: str) -> tuple:
-    """Return (method, path without its query, True for HTTP/1.0)."""
-    found = REQUEST_LINE.fullmatch(line)
+def parse_head(octets: bytes) -> Request:
+    """Parse the head of a request, without its last line end; raise Rejected for what RFC 9112 forbids."""
+    first, *lines = octets.decode("latin-1").split("\r\n")
+    found = REQUEST_LINE.fullmatch(first)
     if not found:
         raise Rejected(make_reply("bad-request", "request line"))
     method, target, major, minor = found.groups()
@@ -7796,23 +7722,33 @@ def parse_request_line(line: str) -> tuple:
         raise Rejected(make_reply("http-version"))
     if target[0] != "/" and "://" in target:
         target = "/" + target.split("://", 1)[1].partition("/")[2]  # absolute form, RFC 9112 3.2.2
-    return method, target.partition("?")[0], minor == "0"
+    if len(lines) > MAX_HEADERS:
+        raise Rejected(make_reply("head-too-large"))
+    headers: dict = {}
+    for line in lines:
+        found = HEADER_LINE.fullmatch(line)
+        if not found:
+            raise Rejected(make_reply("bad-request", "header line"))
+        name, value = found[1].lower(), found[2].strip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    connection, is_http10 = headers.get("connection", "").lower(), minor == "0"
+    keep_alive = "keep-alive" in connection if is_http10 else "close" not in connection
+    values = method, target.partition("?")[0], headers, b"", None, None, None, time.time()
+    return Request(*values, is_http10=is_http10, keep_alive=keep_alive)
 
 
-def body_length(head: RequestHead) -> int:
+def body_length(request: Request) -> int:
     """Return the octets of the body, or CHUNKED; raise Rejected if two parsers could differ (RFC 9112 6.3)."""
-    length, coding = head.headers.get("content-length"), head.headers.get("transfer-encoding")
+    length, coding = request.headers.get("content-length"), request.headers.get("transfer-encoding")
     if coding is not None:
-        if length is not None or head.is_http10:
+        if length is not None or request.is_http10:
             raise Rejected(make_reply("bad-request", "Transfer-Encoding"))
         if coding.lower() != "chunked":
             raise Rejected(make_reply("not-implemented"))
         return CHUNKED
-    if length is None:
-        if head.method == "POST":
-            raise Rejected(make_reply("length-required"))
-        return 0
-    found = LENGTH.fullmatch(length)
+    if length is None and request.method == "POST":
+        raise Rejected(make_reply("length-required"))
+    found = LENGTH.fullmatch("0" if length is None else length)
     if not found:
         raise Rejected(make_reply("bad-request", "Content-Length"))
     return int(found[1])
@@ -7834,37 +7770,17 @@ def client_address(peer: Any, port: int | None, headers: dict, settings: Setting
     return peer, port
 
 
-FORWARDED_ADDRESS = re.compile(r"\[([^]]+)\](?::\d+)?|([^:]+):\d+|(.*)")  # some proxies add the port
-FORWARDING_HEADERS = {f"x-forwarded-{what}" for what in ("for", "host", "proto")}  # that proxies add
-FORWARDING_HEADERS |= {"via", "forwarded", "x-real-ip", "x-client-ip"}
-
-
 class Endpoint(NamedTuple):
-    """A row of ENDPOINTS: what answers, and the checks before the body is read."""
-
-    handler: Callable  # (request, app) -> awaitable of a Response
-    checks: tuple = ()
+    handler: Callable  # (request, app) -> Response, or an awaitable of one
+    checks: tuple = ()  # before the body is read
 
 
-def constant(response: Response) -> Endpoint:
-    """Return an endpoint that always answers the same."""
-
-    async def handler(request: Request, app: App) -> Response:
-        return response
-
-    return Endpoint(handler)
-
-
-async def get_health(request: Request, app: App) -> Response:
+def get_health(request: Request, app: App) -> Response:
     error = "stopping" if app.stopping else app.queue and app.queue.health_error()
     if error:
         return json_response({"status": error}, 503, (("Retry-After", "5"),))
-    document = {"status": "ok", "staging": app.settings.smtpd.staging}
-    return json_response({key: text for key, text in document.items() if text})
-
-
-async def get_conf(request: Request, app: App) -> Response:
-    return json_response(redacted(app.settings))
+    staging = app.settings.smtpd.staging
+    return json_response({"status": "ok", **({"staging": staging} if staging else {})})
 
 
 def check_monitor(request: Request, submission: None, settings: Settings) -> Reply | None:
@@ -7897,102 +7813,64 @@ async def get_queue(request: Request, app: App) -> Response:
     return json_response(await app.queue.do(queue_stats, request.now))
 
 
-async def get_queued_mail(request: Request, app: App) -> Response:
-    return json_response(message_document(await find_queued_mail(request, app)))
-
-
-async def cancel_queued_mail(request: Request, app: App) -> Response:
-    return await change_queued_mail(request, app, "cancelled", drop_message, request.now)
-
-
-async def retry_queued_mail(request: Request, app: App) -> Response:
-    response = await change_queued_mail(request, app, "retried", flush_queue)
-    app.queue.wake_manager()
-    return response
-
-
-async def change_queued_mail(request: Request, app: App, verb: str, operation: Callable, *values: Any) -> Response:
-    """Answer with the number of recipients that an operation changed, and the mail as it is now."""
-    queueid = (await find_queued_mail(request, app))["queueid"]
-    count = await app.queue.do(operation, queueid, *values)
-    log.event("info", verb, f"{count} recipients {verb}", queueid=queueid, **request.log_fields())
-    return json_response({verb: count, **message_document(await app.queue.do(message_status, queueid))})
-
-
-async def find_queued_mail(request: Request, app: App) -> dict:
-    """Return a mail in the queue; raise Rejected unless the client is a monitor or the login that sent it."""
-    found = app.queue and await app.queue.do(message_status, request.path.split("/")[2])
+async def answer_queued_mail(request: Request, app: App) -> Response:
+    """Show a mail in the queue to a monitor or the login that sent it; DELETE cancels it, POST makes it due now."""
+    queueid, count = request.path.split("/")[2], {}
+    found = app.queue and await app.queue.do(message_status, queueid)
     if not found:
         raise Rejected(make_reply("not-found"))
     if check_monitor(request, None, app.settings) and found["login"] != request.login:
         raise Rejected(make_reply("forbidden"))
-    return found
+    if request.method in ("DELETE", "POST"):
+        is_retry = request.method == "POST"
+        operation, verb = (flush_queue, "retried") if is_retry else (drop_message, "cancelled")
+        count[verb] = await app.queue.do(operation, queueid, *(() if is_retry else (request.now,)))
+        log.event("info", verb, f"{count[verb]} recipients {verb}", queueid=queueid, **request.log_fields())
+        app.queue.wake_manager()
+        found = await app.queue.do(message_status, queueid)
+    return json_response({**count, **message_document(found)})
 
 
 def message_document(message: dict) -> dict:
     """Return a mail in the queue: every recipient with its state, its reply, its next attempt and every earlier one."""
-    response, rows = [], message["recipients"]
-    for row in rows:
-        item = reply_to_dict(row["as_written"], current_reply(message["queueid"], row))
-        attempts = [
-            {"time": time_to_dict(attempt.time), **reply_to_dict(row["as_written"], attempt.reply)}
-            for attempt in parse_history(row["history"])
-        ]
-        response.append({**item, "state": row["state"], "next": time_to_dict(row["due"]), "attempts": attempts})
-    head = {
-        "queueid": message["queueid"],
-        "addresser": message["sender"],
-        "recipient": [row["as_written"] for row in rows],
-    }
-    timestamp = time_to_dict(message["created_at"])
+    response = []
+    for row in message["recipients"]:
+        to, attempts = row["as_written"], parse_history(row["history"])
+        item = reply_to_dict(to, current_reply(message["queueid"], row))
+        item.update(state=row["state"], next=time_to_dict(row["due"]))
+        item["attempts"] = [{"time": time_to_dict(one.time), **reply_to_dict(to, one.reply)} for one in attempts]
+        response.append(item)
+    recipients, timestamp = [item["rcpt"] for item in response], time_to_dict(message["created_at"])
+    head = {"queueid": message["queueid"], "addresser": message["sender"], "recipient": recipients}
     return {**head, "response": response, "size": message["size"], "timestamp": timestamp}
 
 
 async def get_metrics(request: Request, app: App) -> Response:
     """Answer with the metrics of all processes."""
-    app.update_gauges()
-    current = await asyncio.to_thread(process_metrics)
     stats: dict = dict.fromkeys(("waiting", "sending", "oldest"), None if app.queue else 0)
     if app.queue:
         with contextlib.suppress(Rejected):  # the other metrics are needed then
             stats = await app.queue.do(queue_stats, request.now)
-    current.update({("haineko_queue_recipients", state): stats[state] for state in ("waiting", "sending")})
+    current = {("haineko_queue_recipients", state): stats[state] for state in ("waiting", "sending")}
     current[("haineko_queue_oldest_seconds",)] = stats["oldest"] or (stats["waiting"] and 0)
     current[("haineko_queue_disk_free_bytes",)] = app.queue and app.queue.free_space()
     return Response(200, metrics.text(current).encode(), type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def process_metrics() -> dict:
-    """Return the process_... metrics of the supervisor as far as /proc has them."""
-    import resource
-
-    found: list = [None] * len(PROCESS_METRICS)
-    with contextlib.suppress(OSError, ValueError):
-        folder, tick = f"/proc/{os.getppid()}", os.sysconf("SC_CLK_TCK")
-        with open(f"{folder}/stat", "rb") as process, open("/proc/stat", "rb") as system:
-            words = process.read().rpartition(b")")[2].split()  # from the third field of proc(5) on
-            booted = int(system.read().partition(b"\nbtime ")[2].split()[0])
-        found[0] = (int(words[11]) + int(words[12])) / tick
-        found[1:4] = booted + int(words[19]) / tick, int(words[20]), int(words[21]) * mmap.PAGESIZE
-        found[4:] = len(os.listdir(f"{folder}/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return {(name,): value for name, value in zip(PROCESS_METRICS, found)}
-
-
-async def get_openapi(request: Request, app: App) -> Response:
-    """Answer with the OpenAPI description of ENDPOINTS, made of the dataclasses and tables."""
-    paths: dict = {}
+def get_openapi(request: Request, app: App) -> Response:
+    """Answer with the OpenAPI description of ENDPOINTS, made of the dataclasses and of an answer."""
+    sample = respond(request, Mail("Q" * 16, None, {"a@example.jp": queued_reply("Q" * 16)}))
+    answer, paths = {"content": {"application/json": {"schema": schema_of(json.loads(sample.body))}}}, {}
     for (method, path), endpoint in ENDPOINTS.items():
-        summary = (endpoint.handler.__doc__ or endpoint.handler.__name__).split("\n")[0]
-        operation = paths.setdefault(path.replace("ID", "{ID}"), {})[method.lower()] = {"summary": summary}
-        body, good, bad = schemas_of(path)
-        operation["responses"] = {
-            "2XX": {"description": "success", **good},
-            "default": {"description": "refusal", **bad},
+        operation = paths.setdefault(path.replace("ID", "{ID}"), {})[method.lower()] = {
+            "summary": (endpoint.handler.__doc__ or f"{method} {path}").split("\n")[0],
+            "responses": {"default": {"description": "answer or refusal", **(answer if path == "/submit" else {})}},
         }
-        if body:
-            operation["requestBody"] = {"required": True, **body}
         if "ID" in path:
             operation["parameters"] = [{"name": "ID", "in": "path", "required": True, "schema": {"type": "string"}}]
+        elif method == "POST":
+            schema = {"$ref": SCHEMAS + "Submission"} if path == "/submit" else {"description": "the provider's"}
+            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     schemas = {cls.__name__: class_schema(cls) for cls in (Submission, Header, Attachment)}
     logins: dict = {scheme: {"type": "http", "scheme": scheme} for scheme in ("basic", "bearer")}
     logins["token"] = {"type": "apiKey", "in": "header", "name": "X-Postmark-Server-Token"}
@@ -8003,84 +7881,47 @@ async def get_openapi(request: Request, app: App) -> Response:
     })  # fmt: skip
 
 
-def schemas_of(path: str) -> tuple:
-    """Return the content of requests, of answers and of refusals; {} for that of no form."""
-    asked, provider = Request("POST", path, {}, b"", None, None, None, 0.0), PROVIDER_ENDPOINTS.get(path)
-    replies = {"a@example.jp": queued_reply("Q" * 16)}
-    answer = json_content(schema_of(respond(asked, Mail("Q" * 16, None, replies))))
-    if not provider:
-        is_submit = path == "/submit"
-        body = json_content({"$ref": "#/components/schemas/Submission"}) if is_submit else {}
-        return body, answer if is_submit else {}, answer
-    keys = ["personalizations"] if provider.read is read_personalizations else []
-    mail = {
-        "type": "object",
-        "properties": {key: {} for key in (*provider.names.values(), *keys) if key.isidentifier()},
-    }
-    batch = {"type": "array", "items": mail, "maxItems": provider.limit}
-    success = provider.answer([Mail("Q" * 16, None, replies)], [{}], False)
-    refusal = json_content(schema_of(provider_error(make_reply("login"), asked)))
-    body = json_content(batch if provider.read is read_batch else mail)
-    return body, {} if isinstance(success, Response) else json_content(schema_of(success)), refusal
-
-
-def json_content(schema: dict) -> dict:
-    return {"content": {"application/json": {"schema": schema}}}
+SCHEMAS = "#/components/schemas/"
+SCHEMA_TYPES = {str: ["string", "array", "null"], bool: ["boolean", "integer", "null"],
+                tuple: ["string", "array", "object", "null"]}  # fmt: skip
+REFERENCES = {"header": {"$ref": SCHEMAS + "Header"}, "attachments": {"items": {"$ref": SCHEMAS + "Attachment"}}}
 
 
 def class_schema(cls: type) -> dict:
     """Return the schema of a dataclass made of config_field()."""
-    properties = {}
-    for item in fields(cls):
-        kind = {"type": types} if (types := SCHEMA_TYPES.get(type(item.default))) else {}
-        if item.name in NESTED_SCHEMAS:
-            reference = {"$ref": f"#/components/schemas/{NESTED_SCHEMAS[item.name]}"}
-            kind = {**kind, "items": reference} if kind else reference
-        for key in item.metadata.get("keys") or (item.name,) if "parse" in item.metadata else ():
-            properties[key] = {**kind, "description": item.metadata["doc"]}
+    properties, items = {}, {item.name: item for item in fields(cls)}
+    for key, (name, _) in key_table(cls).items():
+        types = SCHEMA_TYPES.get(type(items[name].default))
+        kind = {"type": types} if types else {}
+        properties[key] = {**kind, **REFERENCES.get(name, {}), "description": items[name].metadata["doc"]}
     return {"type": "object", "properties": properties, "additionalProperties": cls is Header}
 
 
 def schema_of(value: Any) -> dict:
-    """Return the schema of a real response, or of a value within; null stands for any value."""
-    value = json.loads(value.body) if isinstance(value, Response) else value
+    """Return the schema of a value of an answer; null stands for any value."""
     if isinstance(value, dict):
         return {"type": "object", "properties": dict(zip(value, map(schema_of, value.values()))), "required": [*value]}
     if isinstance(value, list):
-        return {"type": "array", "items": schema_of(value[0])} if value else {"type": "array"}
+        return {"type": "array", "items": schema_of(value[0])}
     return {} if value is None else {"type": ["string" if isinstance(value, str) else "integer", "null"]}
-
-
-async def answer_options(request: Request, app: App) -> Response:
-    return Response(204, b"", (("Allow", ", ".join(allowed_methods(request.path))),))
 
 
 ENDPOINTS = {
     ("POST", "/submit"): Endpoint(submit, checks_at("head")),
     **{("POST", path): Endpoint(answer_provider, checks_at("head")) for path in PROVIDER_ENDPOINTS},
-    ("GET", "/"): constant(json_response({"name": "Haineko", "version": __version__})),
+    ("GET", "/"): Endpoint(lambda *_: json_response({"name": "Haineko", "version": __version__})),
     ("GET", "/health"): Endpoint(get_health),
-    ("GET", "/conf"): Endpoint(get_conf, (check_monitor,)),
+    ("GET", "/conf"): Endpoint(lambda _, app: json_response(redacted(app.settings)), (check_monitor,)),
     ("GET", "/metrics"): Endpoint(get_metrics, (check_monitor,)),
     ("GET", "/queue"): Endpoint(get_queue, (check_monitor,)),
-    ("GET", "/queue/ID"): Endpoint(get_queued_mail, (check_queue_access,)),
-    ("DELETE", "/queue/ID"): Endpoint(cancel_queued_mail, (check_queue_access,)),
-    ("POST", "/queue/ID/retry"): Endpoint(retry_queued_mail, (check_queue_access,)),
-    ("GET", "/sample/mail"): constant(json_response(SAMPLES)),
+    ("GET", "/queue/ID"): Endpoint(answer_queued_mail, (check_queue_access,)),
+    ("DELETE", "/queue/ID"): Endpoint(answer_queued_mail, (check_queue_access,)),
+    ("POST", "/queue/ID/retry"): Endpoint(answer_queued_mail, (check_queue_access,)),
+    ("GET", "/sample/mail"): Endpoint(lambda *_: json_response(SAMPLES)),
     ("GET", "/openapi.json"): Endpoint(get_openapi),
-    ("GET", "/neko"): constant(Response(200, b"Nyaaaaa", type="text/plain; charset=utf-8")),
+    ("GET", "/neko"): Endpoint(lambda *_: Response(200, b"Nyaaaaa", type="text/plain; charset=utf-8")),
 }
-
-
-PROCESS_METRICS = {
-    "process_cpu_seconds_total": ("counter", "CPU time of the supervisor.", {}),
-    "process_start_time_seconds": ("gauge", "When the supervisor started, since the epoch.", {}),
-    "process_virtual_memory_bytes": ("gauge", "Virtual memory of the supervisor.", {}),
-    "process_resident_memory_bytes": ("gauge", "Resident memory of the supervisor.", {}),
-    "process_open_fds": ("gauge", "Files that the supervisor has open.", {}),
-    "process_max_fds": ("gauge", "Files that a process may have open.", {}),
-}
-STATUSES = (*sorted({200, 202, 204, 207, 502, *[row[0] for row in REPLIES.values() if row[0]]}), "other")
+STATUSES = tuple(sorted({200, 202, 204, 207, 502, *[row[0] for row in REPLIES.values() if row[0]]}))
 PATHS, RELAY_KINDS = (*dict.fromkeys(path for _, path in ENDPOINTS), "other"), (*RELAYS, "other")
 OUTCOMES = ("accepted", "queued", "refused", "deferred", "failed", "unsure")
 REASONS = tuple(slug for slug in REPLIES if make_reply(slug).slug)
@@ -8102,7 +7943,6 @@ METRICS = {  # name: (type, help, {label: all its values})
     "haineko_workers_restarted_total": ("counter", "Processes that ended and were replaced.", {}),
     "haineko_reload_success": ("gauge", "1 if the settings had no fault when they were last read.", {}),
     "haineko_build_info": ("gauge", "Versions.", {"version": (__version__,), "python": (sys.version.split()[0],)}),
-    **PROCESS_METRICS,
 }
 
 
@@ -8112,110 +7952,93 @@ def route_key(path: str) -> str:
     return f"/queue/ID{found[1]}" if found else path
 
 
-def allowed_methods(path: str) -> list:
-    """Return the methods for a path, none if it is unknown."""
-    if path == "*":  # OPTIONS for the whole server, RFC 9110 9.3.7
-        return ["GET", "HEAD", "POST", "OPTIONS"]
-    methods = [method for method, known in ENDPOINTS if known == route_key(path)]
-    return [*methods, *(["HEAD"] if "GET" in methods else []), *(["OPTIONS"] if methods else [])]
+def allowed_methods(path: str) -> str:
+    """Return the value of Allow, "" for an unknown path; "*" is the whole server (RFC 9110 9.3.7)."""
+    methods = dict.fromkeys(method for method, known in ENDPOINTS if path == "*" or known == route_key(path))
+    return ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), *(["OPTIONS"] if methods else [])])
 
 
-def cors_policy(head: RequestHead, settings: Settings) -> tuple:
-    """Return (whether a web page of the request's Origin may POST, headers that its browser reads) (Fetch standard)."""
-    origin = head.headers.get("origin")
-    if origin is None:
-        return head.headers.get("sec-fetch-site", "").lower() != "cross-site", ()
-    if origin.lower() in settings.httpd.allowed_origins:
-        return True, (
+def cors_headers(request: Request, settings: Settings) -> tuple:
+    """Return headers for a page of an allowed Origin; raise Rejected for what others may not do (Fetch standard)."""
+    headers, origin = request.headers, request.headers.get("origin")
+    if origin and origin.lower() in settings.httpd.allowed_origins:
+        return (
             ("Access-Control-Allow-Origin", origin),
             ("Access-Control-Allow-Methods", "POST, GET, OPTIONS"),
             ("Access-Control-Allow-Headers", "Content-Type, Authorization, Idempotency-Key, Prefer"),
             ("Access-Control-Max-Age", "600"),
             ("Vary", "Origin"),
         )
-    host = origin.partition("://")[2].lower()
-    return is_own_host(host, settings) and host == head.headers.get("host", "").lower(), ()
+    if request.method in ("POST", "DELETE") or "access-control-request-method" in headers:
+        host = origin.partition("://")[2].lower() if origin else ""
+        is_ours = host == headers.get("host", "").lower() and is_own_host(host, settings)
+        is_foreign = headers.get("sec-fetch-site", "").lower() == "cross-site" if origin is None else not is_ours
+        if is_foreign:
+            shown = "a cross-site request without Origin" if origin is None else sanitize(origin)
+            raise Rejected(make_reply("origin", f"{shown} is not in httpd.allowed_origins"))
+    return ()
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
-    """One connection of a client.
-
-    The base class writes responses into `wfile`, a buffer that is sent by one call. Requests are read with a deadline,
-    without a thread, and parsed by parse_head(), which is stricter and faster.
-    """
+    """One connection of a client. The base class writes responses, into a buffer that is sent by one call. Requests are
+    read with a deadline, without a thread, and parsed by parse_head(), which is stricter and faster."""
 
     protocol_version = request_version = "HTTP/1.1"
-    command, head, request, extra_headers, close_connection = "", None, None, (), True
+    command, request, extra_headers, close_connection = "", None, (), True
 
     def __init__(self, sock: socket.socket, peer: tuple | str, worker: Worker) -> None:
         self.connection, self.worker, self.app = AsyncSocket(sock), worker, worker.app
-        self.settings = worker.app.settings
-        self.buffer, self.in_body = b"", False
-        self.begun, self.received = time.monotonic(), 0  # when the client's turn began, octets received since
-        is_inet = isinstance(peer, tuple)
-        self.in_flight = 0  # octets of the body, received in parts
-        self.peer = parse_ip(peer[0] if is_inet else "127.0.0.1")  # a client of a Unix socket is on this machine
-        self.port = peer[1] if is_inet else None
+        self.settings, self.buffer, self.in_flight = worker.app.settings, b"", 0  # octets of a body that comes in parts
+        self.deadline = time.monotonic() + self.settings.httpd.timeout  # of what the client is to do now
+        address, self.port = peer[:2] if isinstance(peer, tuple) else ("127.0.0.1", None)  # Unix socket: this machine
+        self.peer = parse_ip(address)
 
     async def handle(self) -> None:
         """Serve requests, one after the other, until one side closes."""
         try:
-            await self._tls_handshake()
-            while self._skip_blank_lines() or await self._wait_request():
-                octets = await self.handle_one_request()
-                deadline = time.monotonic() + self.settings.httpd.timeout
-                await self.connection.sendall(octets, deadline)
-                del octets
+            if self.app.tls:
+                sock = self.app.tls.wrap_socket(self.connection.sock, server_side=True, do_handshake_on_connect=False)
+                self.connection.sock = sock
+                await self._while_idle(self.connection.call(sock.do_handshake, self.deadline))
+            while await self._wait_request():
+                await self.connection.sendall(await self.handle_one_request(), self.deadline)
                 if self.close_connection:
-                    await self.connection.drain(deadline)
+                    await self.connection.drain(self.deadline)
                     await self._while_idle(lingering_close(self.connection))
                     break
-                self.begun, self.received = time.monotonic(), 0
         except (OSError, ValueError):  # the client is gone
             pass
         finally:
-            with contextlib.suppress(OSError):
-                close_notify(self.connection.sock)
+            close_notify(self.connection.sock)
             self.connection.close()
             self.worker.forget(self)
 
-    async def _tls_handshake(self) -> None:
-        if not self.app.tls:
-            return
-        deadline = time.monotonic() + self.app.settings.httpd.timeout
-        sock = self.app.tls.wrap_socket(self.connection.sock, server_side=True, do_handshake_on_connect=False)
-        self.connection.sock = sock
-        await self._while_idle(self.connection.call(sock.do_handshake, deadline))
-
     async def _wait_request(self) -> bool:
         """Return True when a request begins, False if the client closed; socket.timeout if it took too long."""
-        deadline = time.monotonic() + self.app.settings.httpd.timeout
-        while True:
-            self.buffer = await self._while_idle(self.connection.recv(16384, deadline))
-            if not self.buffer or self._skip_blank_lines():
-                return bool(self.buffer)
-
-    def _skip_blank_lines(self) -> bytes:
-        """Return what has arrived of the next request; line ends before it are ignored (RFC 9112 2.2)."""
-        self.buffer = self.buffer.lstrip(b"\r\n")
-        return self.buffer
+        self.buffer = self.buffer.lstrip(b"\r\n")  # line ends before it are ignored (RFC 9112 2.2)
+        while not self.buffer:
+            octets = await self._while_idle(self.connection.recv(16384, self.deadline))
+            if not octets:
+                return False
+            self.buffer = octets.lstrip(b"\r\n")
+        return True
 
     async def _while_idle(self, waiting: Any) -> Any:
         """Await something while the connection may be closed in favour of another."""
-        self.worker.mark_idle(self)
+        self.worker.mark(self, idle=True)
         try:
             return await waiting
         finally:
-            self.worker.mark_busy(self)
+            self.worker.mark(self, idle=False)
 
     async def handle_one_request(self) -> bytes:
-        """Return the octets of the response to the request that has begun; set `close_connection`."""
+        """Return the octets of the response to the request that has begun; set `close_connection` and `deadline`."""
         self.settings = self.app.settings  # one set from beginning to end
-        self.begun, self.received = time.monotonic(), len(self.buffer)
-        self.head = self.request = None
-        self.command, self.unread, self.extra_headers = "", 1, ()
+        began = time.monotonic()
+        self.deadline = began + self.settings.httpd.timeout
+        self.request, self.command, self.unread, self.extra_headers = None, "", CHUNKED, ()
         try:
-            response = await self._respond(self.begun + self.settings.httpd.timeout)
+            response = await self._respond()
         except Rejected as error:
             response = self.rejection(error.reply)
         except OSError:
@@ -8225,33 +8048,34 @@ class Connection(http.server.BaseHTTPRequestHandler):
             response = self.rejection(make_reply("our-fault"))
         finally:
             self.app.octets_in_flight -= self.in_flight
-            self.in_body, self.in_flight = False, 0
-        if 0 < self.unread <= len(self.buffer) and self.request:  # a refused body that has arrived already
+            self.in_flight = 0
+        if 0 < self.unread <= len(self.buffer):  # a refused body that has arrived already
             self.buffer, self.unread = self.buffer[self.unread :], 0
-        self.close_connection = not (self.head and self.head.keep_alive and not self.unread and not self.app.stopping)
-        self._count(response.status)
-        self.request = None  # an idle connection keeps no body
-        return self.response_octets(response)
+        request = self.request
+        self.close_connection = not (request and request.keep_alive and not self.unread and not self.app.stopping)
+        path = route_key(request.path) if request else ""
+        metrics.add("haineko_http_requests_total", path if path in PATHS else "other", response.status)
+        metrics.observe("haineko_http_request_seconds", seconds=time.monotonic() - began)
+        octets, self.request = self.response_octets(response), None  # an idle connection keeps no body
+        self.deadline = time.monotonic() + self.settings.httpd.timeout  # to take it, and for a new request
+        return octets
 
-    def _count(self, status: int) -> None:
-        path = route_key(self.request.path) if self.request else ""
-        endpoint = path if path in PATHS else "other"
-        metrics.add("haineko_http_requests_total", endpoint, status if status in STATUSES else "other")
-        metrics.observe("haineko_http_request_seconds", seconds=time.monotonic() - self.begun)
-
-    async def _respond(self, deadline: float) -> Response:
-        """Return an endpoint's response; `unread` are the octets of the body that are not read yet."""
-        self.head = head = parse_head(await self._read_head(deadline))
-        self.command = head.method
-        if NOT_IN_HOST.search(head.headers.get("host", "" if head.is_http10 else ",")):  # RFC 9112 3.2
+    async def _respond(self) -> Response:
+        """Return an endpoint's response; `unread` are the octets of the body that are unread, CHUNKED if unknown."""
+        request = parse_head(await self._read_until(b"\r\n\r\n", MAX_HEAD, "head-too-large"))
+        self.request, self.command, headers = request, request.method, request.headers
+        request.client, request.peer, request.port = self.peer, self.peer, self.port
+        request.settings, request.limits = self.settings, self.app.transport.limits
+        if NOT_IN_HOST.search(headers.get("host", "" if request.is_http10 else ",")):  # RFC 9112 3.2
             raise Rejected(make_reply("bad-request", "Host"))
-        self.unread = body_length(head)
-        self.request = request = self._request(head)
+        self.unread = body_length(request)
+        request.client, request.port = client_address(self.peer, self.port, headers, self.settings)
+        if not FORWARDING_HEADERS.isdisjoint(headers):
+            request.forwarded = ", ".join(sorted(FORWARDING_HEADERS.intersection(headers))).title()
         if request_id := request.trace_id("x-request-id"):
             self.extra_headers = (("X-Request-Id", request_id),)
-        allowed, cors_headers = cors_policy(head, self.settings)
-        self.extra_headers += cors_headers
-        endpoint = self._endpoint(request, allowed)
+        self.extra_headers += cors_headers(request, self.settings)
+        endpoint = self._endpoint(request)
         if endpoint.checks:
             values, password = (endpoint.checks, request, None, self.settings), self.settings.password
             if password.logins and not password.authenticate(
@@ -8260,27 +8084,17 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 await asyncio.to_thread(apply_checks, *values)
             else:
                 apply_checks(*values)
-        if self.unread and head.method != "POST":
+        if self.unread and request.method != "POST":
             self.unread = CHUNKED  # it is not waited for: the connection is closed
-            raise Rejected(make_reply("bad-request", f"{head.method} takes no body"))
-        if head.headers.get("content-encoding", "identity").lower() != "identity":
+            raise Rejected(make_reply("bad-request", f"{request.method} takes no body"))
+        if headers.get("content-encoding", "identity").lower() != "identity":
             raise Rejected(make_reply("content-encoding", "send the document as it is"))
-        self.in_body = True
-        request.body = await self._read_body(head, self.unread, deadline)
-        self.in_body, self.unread = False, 0
-        return await endpoint.handler(request, self.app)
+        request.body = await self._read_body(request, self.unread)
+        self.unread = 0
+        response = endpoint.handler(request, self.app)
+        return response if isinstance(response, Response) else await response
 
-    def _request(self, head: RequestHead) -> Request:
-        client, port = client_address(self.peer, self.port, head.headers, self.settings)
-        request = Request(
-            head.method, head.path, head.headers, b"", client, self.peer, port, time.time(), self.settings
-        )
-        request.limits = self.app.transport.limits
-        if not FORWARDING_HEADERS.isdisjoint(head.headers):
-            request.forwarded = ", ".join(sorted(FORWARDING_HEADERS.intersection(head.headers))).title()
-        return request
-
-    def _endpoint(self, request: Request, origin_allowed: bool) -> Endpoint:
+    def _endpoint(self, request: Request) -> Endpoint:
         """Return the endpoint for a request; raise Rejected if there is none."""
         method = "GET" if request.method == "HEAD" else request.method
         endpoint = ENDPOINTS.get((method, route_key(request.path)))
@@ -8290,76 +8104,60 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 raise Rejected(make_reply("not-found", *filter(None, [hint.lstrip("; ")])))
             if method != "OPTIONS":
                 raise Rejected(make_reply("method", word=method))
-        is_preflight = method == "OPTIONS" and "access-control-request-method" in request.headers
-        if not origin_allowed and (method in ("POST", "DELETE") or is_preflight):
-            origin = sanitize(request.headers.get("origin", "a cross-site request without Origin"))
-            raise Rejected(make_reply("origin", f"{origin} is not in httpd.allowed_origins"))
-        return endpoint or Endpoint(answer_options)
+        return endpoint or Endpoint(lambda *_: Response(204, b"", (("Allow", allowed_methods(request.path)),)))
 
     def rejection(self, reply: Reply) -> Response:
         """Return the response for a Reply that refuses the request, and log it."""
         request = self.request or Request("", "", {}, b"", self.peer, self.peer, self.port, time.time())
         queueid = new_queueid(request.now) if reply.command != "HTTP" else None
         response = respond(request, Mail(queueid, None, {None: reply}))
-        if request.method == "POST" and request.path in PROVIDER_ENDPOINTS:
-            return provider_error(reply, request)
         if reply.status == 405:
-            return response._replace(headers=(("Allow", ", ".join(allowed_methods(request.path))),))
-        return response
+            return response._replace(headers=(("Allow", allowed_methods(request.path)),))
+        is_of_provider = request.method == "POST" and request.path in PROVIDER_ENDPOINTS
+        return provider_error(reply, request) if is_of_provider else response
 
     def response_octets(self, response: Response) -> bytes:
         self.wfile = io.BytesIO()
         self.send_response_only(response.status)
-        self.send_header("Server", self.version_string())
-        self.send_header("Date", self.date_time_string())
+        headers = [("Server", "Haineko"), ("Date", http_date(int(time.time())))]
         if response.status != 204:
-            self.send_header("Content-Type", response.type)
-            self.send_header("Content-Length", str(len(response.body)))
-        for name, value in (*response.headers, *self.extra_headers):
+            headers += ("Content-Type", response.type), ("Content-Length", str(len(response.body)))
+        for name, value in (*headers, *response.headers, *self.extra_headers):
             self.send_header(name, value)
         if self.close_connection:
             self.send_header("Connection", "close")
-        elif self.head.is_http10:
+        elif self.request.is_http10:
             self.send_header("Connection", "keep-alive")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(response.body)
         return self.wfile.getvalue()
 
-    def version_string(self) -> str:
-        return "Haineko"
-
-    def date_time_string(self, timestamp: float | None = None) -> str:
-        return http_date(int(time.time() if timestamp is None else timestamp))
-
-    async def _read_head(self, deadline: float) -> bytes:
-        """Return the octets before the empty line."""
+    async def _read_until(self, mark: bytes, limit: int, slug: str, *lines: str) -> bytes:
+        """Return the octets before a mark; raise Rejected by make_reply(slug, *lines) if they are more than `limit`."""
         searched = 0  # octets that need no search
         while True:
-            end = self.buffer.find(b"\r\n\r\n", searched)
-            if end > MAX_HEAD or (end < 0 and len(self.buffer) > MAX_HEAD):
-                raise Rejected(make_reply("head-too-large"))
+            end = self.buffer.find(mark, searched)
+            if end > limit or (end < 0 and len(self.buffer) > limit):
+                raise Rejected(make_reply(slug, *lines))
             if end >= 0:
-                head, self.buffer = self.buffer[: end + 2], self.buffer[end + 4 :]
-                return head
+                octets, self.buffer = self.buffer[:end], self.buffer[end + len(mark) :]
+                return octets
             if BARE_LF.search(self.buffer, searched):
                 raise Rejected(make_reply("bad-request", "line ends with LF alone"))
             searched = max(len(self.buffer) - 3, 0)
-            self.buffer += await self._receive(deadline)
+            self.buffer += await self._receive()
 
-    async def _receive(self, deadline: float, limit: int = 65536) -> bytes:
+    async def _receive(self, limit: int = 65536) -> bytes:
         """Return octets from the client; raise Rejected at the deadline."""
         try:
             await asyncio.sleep(0)  # a client that sends faster than we read must not delay the others
-            if time.monotonic() >= deadline:
-                raise socket.timeout
-            octets = await self._while_idle(self.connection.recv(limit, deadline))
+            octets = await self._while_idle(self.connection.recv(limit, self.deadline))
         except socket.timeout:
             raise Rejected(make_reply("request-timeout")) from None
         if not octets:
             raise ConnectionError("closed within a request")
-        self.received += len(octets)
-        if self.in_body:
+        if self.request:  # these are of its body
             size = self.settings.smtpd.max_message_size
             self.in_flight += len(octets)
             self.app.octets_in_flight += len(octets)
@@ -8367,185 +8165,130 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 raise Rejected(make_reply("overload"))
         return octets
 
-    def precedence(self, now: float, crowded: set) -> tuple:
-        """Return a sort key: a connection over the limit makes room by closing the first of the others."""
-        is_limited = self.port is not None and self.peer not in self.app.settings.httpd.trusted_proxies
-        rate = (self.received + 500) / max(now - self.begun, 1)  # octets a second, with some to start with
-        return not (is_limited and self.peer in crowded), rate
+    async def _read_body(self, request: Request, length: int) -> Any:
+        self._check_length(length)
+        expected = request.headers.get("expect", "").lower()
+        if expected not in ("", "100-continue"):
+            raise Rejected(make_reply("expectation"))
+        if expected and not request.is_http10 and (length == CHUNKED or len(self.buffer) < length):
+            await self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n", self.deadline)
+        return await (self._read_chunks() if length == CHUNKED else self._read_exactly(length))
 
-    async def _read_body(self, head: RequestHead, length: int, deadline: float) -> bytes:
+    def _check_length(self, length: int) -> None:
+        """Raise Rejected if a body is longer than one that any message needs."""
         size = self.settings.smtpd.max_message_size
         limit = 2 * size + 65536 if size else MAX_BODY
         if length > limit:
-            raise Rejected(make_reply("body-too-large", body_limit(size, limit)))
-        expected = head.headers.get("expect")
-        if expected:
-            if expected.lower() != "100-continue":
-                raise Rejected(make_reply("expectation"))
-            if not head.is_http10 and (length == CHUNKED or len(self.buffer) < length):
-                await self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n", deadline)
-        if length == CHUNKED:
-            return await self._read_chunks(limit, deadline)
-        return await self._read_exactly(length, deadline)
+            why = f": twice smtpd.max_message_size ({size}) and 65536" if size else ""
+            raise Rejected(make_reply("body-too-large", f"more than {limit} octets{why}"))
 
-    async def _read_exactly(self, length: int, deadline: float) -> bytes:
-        """Return `length` octets; a bytearray if they are many, because a copy would need the memory twice."""
+    async def _read_exactly(self, length: int) -> Any:
+        """Return `length` octets; a bytearray if they come in parts, because a copy would need the memory twice."""
         octets, self.buffer = self.buffer[:length], self.buffer[length:]
         if len(octets) == length:
             return octets
         whole = bytearray(octets)
         while len(whole) < length:
-            whole += await self._receive(deadline, min(length - len(whole), 1 << 18))
-        return whole if length >= LARGE else bytes(whole)
+            whole += await self._receive(min(length - len(whole), 1 << 18))
+        return whole
 
-    async def _read_chunks(self, limit: int, deadline: float) -> bytes:
+    async def _read_chunks(self) -> bytearray:
         """Return a chunked body (RFC 9112 7.1)."""
-        body, total = bytearray(), 0
-        while True:
-            line = await self._read_line(deadline)
+        body, total, size = bytearray(), 0, 1
+        while size:
+            line = await self._read_until(b"\r\n", 4096, "bad-request", "chunk line")
             found = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?", line)
             if not found:
                 raise Rejected(make_reply("bad-request", "chunk size"))
             size = int(found[1], 16)
             total += len(line) + size  # a body of chunks of one octet costs by its lines
-            if total > limit:
-                raise Rejected(make_reply("body-too-large", body_limit(self.settings.smtpd.max_message_size, limit)))
-            if not size:
-                break
-            body += await self._read_exactly(size, deadline)
+            self._check_length(total)
+            body += await self._read_exactly(size)
             await asyncio.sleep(0)  # a chunk may be one octet, and thousands of them may have arrived
-            if await self._read_exactly(2, deadline) != b"\r\n":
+            if size and await self._read_exactly(2) != b"\r\n":
                 raise Rejected(make_reply("bad-request", "end of chunk"))
         for _ in range(MAX_HEADERS):
-            if not await self._read_line(deadline):
-                return body if len(body) >= LARGE else bytes(body)
+            if not await self._read_until(b"\r\n", 4096, "bad-request", "chunk line"):
+                return body
         raise Rejected(make_reply("head-too-large"))
-
-    async def _read_line(self, deadline: float) -> bytes:
-        while b"\r\n" not in self.buffer:
-            if len(self.buffer) > 4096:
-                raise Rejected(make_reply("bad-request", "chunk line"))
-            self.buffer += await self._receive(deadline, 4096)
-        line, _, self.buffer = self.buffer.partition(b"\r\n")
-        return line
-
-
-def body_limit(size: int, limit: int) -> str:
-    return f"more than {limit} octets" + (f": twice smtpd.max_message_size ({size}) and 65536" if size else "")
 
 
 async def lingering_close(sock: AsyncSocket) -> None:
     """End the stream and read what still arrives: else a reset could destroy the last response (RFC 9112 9.6)."""
     deadline = time.monotonic() + LINGER_TIMEOUT
     with contextlib.suppress(OSError):
-        await sock.call(functools.partial(close_notify, sock.sock), deadline)
+        close_notify(sock.sock)
         sock.sock.shutdown(socket.SHUT_WR)
         while await sock.recv(1 << 18, deadline):
             pass
 
 
 def close_notify(sock: Any) -> None:
-    """Send the closure alert of TLS (RFC 9112 9.8), once; the client's own is not waited for."""
+    """Send the closure alert of TLS (RFC 9112 9.8); the client's own is not waited for."""
     if isinstance(sock, ssl.SSLSocket):
-        try:
+        with contextlib.suppress(OSError, ValueError):  # not answered yet, or the connection is broken or closed
             sock.unwrap()
-        except ssl.SSLWantWriteError:
-            raise
-        except (OSError, ValueError):  # sent and not answered yet, or the connection is broken, or closed already
-            pass
-
-
-@functools.lru_cache(maxsize=2)
-def http_date(second: int) -> str:
-    return formatdate(second, usegmt=True)
 
 
 class Worker:
     """Process that serves all its connections in one thread, or that delivers from the queue."""
 
-    ACCEPT_DELAY = 0.001  # seconds for which a worker that is busier than another leaves a new connection to it
-
-    def __init__(
-        self,
-        listeners: list,
-        settings: Settings,
-        parent_pipe: Any,
-        busy_counts: Any = None,
-        slot: int | None = 0,
-        wakeup_pair: tuple = (None, None),
-        limits: SharedLimits | None = None,
-    ) -> None:
-        self.app = App(settings, wakeup_pair[1], limits)
-        self.listeners, self.parent_pipe = listeners, parent_pipe
-        self.busy_counts, self.slot = busy_counts or [0], slot  # busy connections of each worker; index of this one
-        self.app.update_gauges = self.update_gauges
+    def __init__(self, supervisor: Supervisor, slot: int = 0) -> None:
+        self.app = App(supervisor.settings, supervisor.wakeup_pair[1], supervisor.limits)
+        self.listeners, self.parent_pipe = supervisor.listeners, supervisor.parent_pipe
+        self.busy_counts, self.slot = supervisor.busy_counts, slot
         self.loop = EventLoop()
-        self.queue_manager = QueueManager(self.app, wakeup_pair[0]) if slot is None else None
+        self.queue_manager = (
+            QueueManager(self.app, supervisor.wakeup_pair[0]) if slot == len(self.busy_counts) else None
+        )
         self.connections: set = set()
-        self.per_address: Counter = Counter()  # of the connections
         self.idle: OrderedDict = OrderedDict()  # connections without a request, the longest-idle first
         self.lingering_503s = 0  # of them, now
 
-    def run(self) -> None:
+    async def serve(self) -> None:
         """Serve until a signal to stop comes and all requests in flight are answered."""
         log.start_buffering(self.loop)
         sys.setswitchinterval(0.001)  # a thread at work on a large mail must not hold up the small ones for longer
-        self.loop.run_until_complete(self._serve())
-
-    async def _serve(self) -> None:
         self.stopped, self.reloading = asyncio.Event(), asyncio.Lock()
-        self._listen_to_signals()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.add_signal_handler(number, self.stopped.set)
+        self.loop.add_signal_handler(signal.SIGHUP, lambda: self.loop.create_task(self._reread()))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came since the fork is handled now
         for sock in (*self.listeners, self.parent_pipe):
             sock.setblocking(False)
-        listeners = list(map(AsyncSocket, self.listeners))
-        vital = [*map(self._accept, listeners), self._watch_parent(), self._housekeeping(), self._beat()]
-        for coroutine in (*vital, self.queue_manager.run()) if self.queue_manager else vital:
-            self.loop.create_task(self._stop_on_error(coroutine))
+        listeners, parent = list(map(AsyncSocket, self.listeners)), AsyncSocket(self.parent_pipe)
+        work = [self.queue_manager.run()] if self.queue_manager else map(self._accept, listeners)
+        for waiting in (*work, self._housekeeping(), parent.recv(1, float("inf"))):
+            self.loop.create_task(self._stop_after(waiting))
         await self.stopped.wait()
+        self.app.stopping = True
         began = now = time.monotonic()
         await asyncio.sleep(0.01)  # requests that have come meanwhile are accepted
         for listener in listeners:
             listener.close()
-        while now < began + SHUTDOWN_TIMEOUT and self._has_work():
+        deliveries = self.queue_manager.in_flight if self.queue_manager else {}
+        while now < began + SHUTDOWN_TIMEOUT and (self.connections or any(deliveries.values())):
             patient = now <= began + LINGER_TIMEOUT
             for one in list(self.idle):
-                if not (one.in_body or (patient and (one.buffer or one.connection.outbox))):
+                if not (one.request or (patient and (one.buffer or one.connection.outbox))):
                     self._interrupt(one)  # no request has begun, and no response is on its way
             await asyncio.sleep(0.02)
             now = time.monotonic()
         await asyncio.wait([self.loop.create_task(self.app.transport.sweep(everything=True))], timeout=LINGER_TIMEOUT)
 
-    def _has_work(self) -> bool:
-        return bool(self.connections or (self.queue_manager and any(self.queue_manager.in_flight.values())))
-
-    def _listen_to_signals(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.loop.add_signal_handler(number, self._stop)
-        self.loop.add_signal_handler(signal.SIGHUP, lambda: self.loop.create_task(self._reread()))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came since the fork is handled now
-
-    def _stop(self) -> None:
-        self.app.stopping = True
-        self.stopped.set()
-
-    async def _watch_parent(self) -> None:
-        """Stop when the supervisor has died, which could neither replace nor stop this process."""
-        await AsyncSocket(self.parent_pipe).recv(1, float("inf"))
-        self._stop()
-
-    async def _stop_on_error(self, coroutine: Any) -> None:
-        """Await a coroutine that the worker can't do without: if it fails, another worker takes over."""
+    async def _stop_after(self, waiting: Any) -> None:
+        """Stop when something ends that the worker can't do without: another takes over, or the supervisor is dead."""
         try:
-            await coroutine
+            await waiting
         except Exception:
             log_exception("worker")
-            self._stop()
+        self.stopped.set()
 
     async def _accept(self, listener: AsyncSocket) -> None:
         while listener.sock.fileno() >= 0:
-            least = min(self.busy_counts)
+            least, limit = min(self.busy_counts), self.app.settings.httpd.max_connections
             if len(self.connections) - len(self.idle) > least + least // 4:  # of many, some more make no difference
-                await asyncio.sleep(self.ACCEPT_DELAY)
+                await asyncio.sleep(0.001)  # a worker that is less busy takes the connection
             try:
                 sock, peer = listener.sock.accept()
             except BlockingIOError:
@@ -8557,72 +8300,54 @@ class Worker:
                     await asyncio.sleep(0 if self._close_idlest() else 0.05)
                 continue
             sock.setblocking(False)
-            if listener.sock.family != socket.AF_UNIX:
-                with contextlib.suppress(OSError):  # macOS fails here if the client is gone already
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._full() and not await self._make_room():
-                self.loop.create_task(self._reject_503(Connection(sock, peer, self)))
-                continue
+            with contextlib.suppress(OSError):  # a Unix socket, or macOS and the client is gone already
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection = Connection(sock, peer, self)
+            if len(self.connections) >= limit and not await self._make_room(limit):
+                self.loop.create_task(self._reject_503(connection))
+                continue
             self.connections.add(connection)
-            self.per_address[connection.peer] += 1
-            self.mark_busy(connection)
+            self.mark(connection, idle=False)
             self.loop.create_task(connection.handle())
 
-    def _full(self) -> bool:
-        return len(self.connections) >= self.app.settings.httpd.max_connections
-
-    async def _make_room(self) -> bool:
+    async def _make_room(self, limit: int) -> bool:
         """Return True if there is room for another connection, or one was closed in its favour."""
         for attempt in range(4):
             await asyncio.sleep(0)  # until what has arrived is read, and the connections that ended are gone
-            if not self._full() or (attempt and self._close_idlest()):
+            if len(self.connections) < limit or (attempt and self._close_idlest()):
                 return True
         return False
 
-    def mark_idle(self, connection: Connection) -> None:
-        """Note that a connection waits for a request."""
-        self.idle[connection] = None
-        self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
-
-    def mark_busy(self, connection: Connection) -> None:
-        """Note that a connection has a request."""
-        self.idle.pop(connection, None)
+    def mark(self, connection: Connection, idle: bool) -> None:
+        """Note whether a connection waits for its client."""
+        if idle:
+            self.idle[connection] = None
+        else:
+            self.idle.pop(connection, None)
         self.busy_counts[self.slot] = len(self.connections) - len(self.idle)
 
     def forget(self, connection: Connection) -> None:
-        """Note that a connection is closed."""
-        if connection in self.connections:
-            self.connections.discard(connection)
-            self.per_address[connection.peer] -= 1
-            if not self.per_address[connection.peer]:
-                del self.per_address[connection.peer]
-        self.mark_busy(connection)
+        self.connections.discard(connection)
+        self.mark(connection, idle=False)
 
     async def _reject_503(self, connection: Connection) -> None:
         """Answer 503 to a connection over the limit; close it at once if many are being answered so, or under TLS."""
-        linger = self.lingering_503s < MAX_LINGERING_503
-        self.lingering_503s += 1
         octets, sock = connection.response_octets(connection.rejection(make_reply("busy"))), connection.connection
         metrics.add("haineko_http_requests_total", "other", 503)
+        deadline = time.monotonic() + LINGER_TIMEOUT
+        self.lingering_503s += 1
         with contextlib.suppress(OSError):
             if not self.app.tls:
-                await sock.sendall(octets, time.monotonic() + LINGER_TIMEOUT)
-                await sock.drain(time.monotonic() + LINGER_TIMEOUT)
-                if linger:
+                await sock.sendall(octets, deadline)
+                await sock.drain(deadline)
+                if self.lingering_503s <= MAX_LINGERING_503:
                     await lingering_close(sock)
         self.lingering_503s -= 1
         sock.close()
 
     def _close_idlest(self) -> bool:
-        """Close the connection that sent least for its time; return False if none waits for its client.
-
-        Those of an address with more than a quarter of `max_connections` go first.
-        """
-        limit, now = self.app.settings.httpd.max_connections // 4, time.monotonic()
-        crowded = {peer for peer, count in self.per_address.items() if count > limit}
-        waiting = list(itertools.islice(self.idle, MAX_VICTIMS))
-        return any(map(self._interrupt, sorted(waiting, key=lambda connection: connection.precedence(now, crowded))))
+        """Close the connection that waits longest for its client; return False if none does."""
+        return any(map(self._interrupt, list(self.idle)))
 
     def _interrupt(self, connection: Connection) -> bool:
         """Abort an idle connection; return False if something has just arrived on it."""
@@ -8631,29 +8356,21 @@ class Worker:
             self.forget(connection)
         return found
 
-    async def _beat(self) -> None:
-        """Show the supervisor that this loop is not stuck."""
-        while metrics.columns:
-            metrics.beat()
-            await asyncio.sleep(0.5)
-
     async def _housekeeping(self) -> None:
-        """Once a second, close SMTP sessions that nobody uses, look for a new log file, and update the metrics."""
+        """Once a second, show that this loop is not stuck, close idle SMTP sessions, and update the log and metrics."""
         while True:
-            await asyncio.sleep(1.0)
+            metrics.beat()
             log.reopen()
-            self.update_gauges()
+            lost, log.lost_ever = log.lost_ever, 0
+            metrics.add("haineko_log_lines_lost_total", by=lost)
             await self.app.transport.sweep()
-
-    def update_gauges(self) -> None:
-        """Write what this process has at the moment into the metrics."""
-        pools = self.app.transport.pools.values()
-        metrics.set("haineko_sessions", "idle", to=sum([len(pool.idle) for pool in pools]))
-        metrics.set("haineko_sessions", "in_use", to=sum([pool.in_use for pool in pools]))
-        metrics.set("haineko_sessions", "opening", to=sum([pool.opening for pool in pools]))
-        metrics.set("haineko_connections", "idle", to=len(self.idle))
-        metrics.set("haineko_connections", "busy", to=len(self.connections) - len(self.idle))
-        count_lost_lines()
+            pools = self.app.transport.pools.values()
+            metrics.set("haineko_sessions", "idle", to=sum([len(pool.idle) for pool in pools]))
+            metrics.set("haineko_sessions", "in_use", to=sum([pool.in_use for pool in pools]))
+            metrics.set("haineko_sessions", "opening", to=sum([pool.opening for pool in pools]))
+            metrics.set("haineko_connections", "idle", to=len(self.idle))
+            metrics.set("haineko_connections", "busy", to=len(self.connections) - len(self.idle))
+            await asyncio.sleep(1.0)
 
     async def _reread(self) -> None:
         """Apply settings that changed; the supervisor has logged their faults. The last ones win."""
@@ -8663,23 +8380,19 @@ class Worker:
                 self.app.apply(settings)
 
 
-def count_lost_lines() -> None:
-    lost, log.lost_ever = log.lost_ever, 0
-    metrics.add("haineko_log_lines_lost_total", by=lost)
-
-
 class Supervisor:
     """Process that binds, forks workers, replaces those that die, and watches the settings."""
 
     def __init__(self, settings: Settings, listeners: list) -> None:
         self.settings, self.listeners = settings, listeners
-        self.workers: dict = {}  # pid: (monotonic time of its start, index in busy_counts, None for the queue's)
-        self.busy_counts: Any = [0]
+        workers = settings.httpd.workers or os.cpu_count() or 1
+        self.busy_counts = memoryview(mmap.mmap(-1, 4 * workers)).cast("i")  # busy connections of each; for all to see
+        self.slots = range(workers + bool(settings.queue))  # indices in busy_counts; the last is the queue's process
+        self.workers: dict = {}  # pid: (monotonic time of its start, slot)
         self.limits = SharedLimits()
         self.wakeup_pair = socket.socketpair() if settings.queue else (None, None)  # written to when something is due
-        self.stopping = self.reload_requested = False
-        self.bad_stat_keys: tuple = ()  # of settings whose faults are logged already
-        self.respawn_not_before = 0.0  # no worker is started before this time
+        self.files = settings.files  # of the settings that were read last, faulty or not
+        self.stopping, self.respawn_not_before = False, 0.0  # no worker is started before this time
         self.notify_path = os.environ.pop("NOTIFY_SOCKET", "")  # systemd's; no other process speaks to it
         is_ours = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self.watchdog = int(is_ours and os.environ.pop("WATCHDOG_USEC", "0")) / 2e6  # seconds between messages to it
@@ -8691,12 +8404,10 @@ class Supervisor:
         alarm, wake = socket.socketpair()
         wake.setblocking(False)
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, self._signalled)
+        for number in (*SIGNALS, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)  # its number is written to `wake`
         self.parent_pipe, self.child_pipe_end = socket.socketpair()
-        wanted = self.settings.httpd.workers or os.cpu_count() or 1
-        self.busy_counts = memoryview(mmap.mmap(-1, 4 * wanted)).cast("i")  # shared by all that are forked
-        metrics.allocate(METRICS, wanted + 2)  # the last rows are the queue's process's and the supervisor's
+        metrics.allocate(METRICS, len(self.busy_counts) + 2)  # the last rows: the queue's process, the supervisor
         metrics.set("haineko_build_info", __version__, sys.version.split()[0], to=1)
         metrics.set("haineko_reload_success", to=1)
         alarm.settimeout(min(self.watchdog or 1.0, 1.0))
@@ -8705,15 +8416,16 @@ class Supervisor:
         where = " ".join(url_of(listener, bool(self.settings.httpd.tls)) for listener in self.listeners)
         self._notify("READY=1", f"STATUS=listens at {where}")
         while not self.stopping:
+            numbers = b""
             with contextlib.suppress(socket.timeout):
-                alarm.recv(4096)
+                numbers = alarm.recv(4096)
+            self.stopping = signal.SIGTERM in numbers or signal.SIGINT in numbers
             self._reap()
             log.reopen()
-            count_lost_lines()
             if not self.stopping:
                 self._check_heartbeats(time.monotonic())
                 self._replace()
-                self._watch()
+                self._watch(signal.SIGHUP in numbers)
         return self._stop(alarm)
 
     def _notify(self, *lines: str) -> None:
@@ -8726,37 +8438,23 @@ class Supervisor:
 
     def _check_heartbeats(self, now: float) -> None:
         """Kill the workers that hang; while none does, say so to systemd's watchdog."""
-        beats = {pid: max(began, metrics.last_beat(self._row(slot))) for pid, (began, slot) in self.workers.items()}
-        hanging = [pid for pid, beat in beats.items() if now - beat > HANG_TIMEOUT]
-        if now - self.looked > HANG_TIMEOUT / 2:  # this process, or the machine, did not run either
-            hanging = []
+        beats = {pid: max(began, metrics.last_beat(slot)) for pid, (began, slot) in self.workers.items()}
+        was_late = now - self.looked > HANG_TIMEOUT / 2  # this process, or the machine, did not run either
+        hanging = [pid for pid, beat in beats.items() if now - beat > HANG_TIMEOUT and not was_late]
         self.looked = now
         for pid in hanging:
             log.lines(f"worker {pid} hangs; killing it", level="error")
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self._signal(hanging, signal.SIGKILL)
         if self.watchdog and not hanging and now - self.petted > self.watchdog * 0.9:
             self.petted = now
             self._notify("WATCHDOG=1")
 
-    def _row(self, slot: int | None) -> int:
-        """Return the row in the metrics of a worker, or of the queue's process."""
-        return len(self.busy_counts) if slot is None else slot
-
-    def _signalled(self, number: int, _: Any) -> None:
-        self.stopping = self.stopping or number in (signal.SIGTERM, signal.SIGINT)
-        self.reload_requested = self.reload_requested or number == signal.SIGHUP
-
     def _replace(self) -> None:
         """Start the workers that are missing; one that died within a second is replaced a second later."""
-        free = set(range(len(self.busy_counts))) - {slot for _, slot in self.workers.values()}
-        missing = self.settings.queue and None not in [slot for _, slot in self.workers.values()]
-        for slot in (*([None] if missing else []), *sorted(free)):
+        for slot in sorted(set(self.slots) - {slot for _, slot in self.workers.values()}):
             if time.monotonic() < self.respawn_not_before:
                 return
             sys.stderr.flush()
-            if slot is not None:
-                self.busy_counts[slot] = 0
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the worker handles them
             try:
                 pid = os.fork()
@@ -8769,19 +8467,18 @@ class Supervisor:
             if pid > 0:
                 self.workers[pid] = time.monotonic(), slot
 
-    def _become_worker(self, slot: int | None) -> None:
+    def _become_worker(self, slot: int) -> None:
         code = 1
         try:
             self.child_pipe_end.close()
-            for listener in self.listeners if slot is None else ():
-                listener.close()
+            if slot < len(self.busy_counts):
+                self.busy_counts[slot] = 0  # its predecessor has left a number there
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             gc.freeze()
             gc.set_threshold(20000, 50, 50)
-            listeners = [] if slot is None else self.listeners
-            metrics.cells = metrics.rows[self._row(slot)]
-            shared = self.parent_pipe, self.busy_counts, slot, self.wakeup_pair, self.limits
-            Worker(listeners, self.settings, *shared).run()
+            metrics.cells = metrics.rows[slot]
+            worker = Worker(self, slot)
+            worker.loop.run_until_complete(worker.serve())
             code = 0
         except BaseException:
             log_exception("worker")
@@ -8796,32 +8493,28 @@ class Supervisor:
                 return
             started, slot = self.workers.pop(pid, (None, 0))
             if started is not None and not self.stopping:
-                name = "queue process" if slot is None else "worker"
+                name = "worker" if slot < len(self.busy_counts) else "queue process"
                 reason = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
                 log.lines(f"{name} {pid} ended ({reason}); starting a new one", level="error")
                 metrics.add("haineko_workers_restarted_total")
                 if time.monotonic() - started < 1:
                     self.respawn_not_before = time.monotonic() + 1
 
-    def _watch(self) -> None:
-        """Apply settings that changed, or log their faults once."""
+    def _watch(self, is_requested: bool) -> None:
+        """Apply settings that changed, or log their faults once; a reload may be requested by SIGHUP."""
         settings = self.settings
-        if not settings.path:
+        is_changed = self.files != tuple((path, stat_key(path)) for path, _ in self.files)
+        if not settings.path or not (is_requested or is_changed):
             return
-        seen = self.bad_stat_keys or settings.files
-        if not self.reload_requested and seen == tuple((path, stat_key(path)) for path, _ in seen):
-            return
-        self.reload_requested = False
         self._notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         fresh, errors = load_settings(settings.path)
         self._notify("READY=1", f"STATUS=reload failed: {len(errors)} errors" if errors else "STATUS=reloaded")
         metrics.set("haineko_reload_success", to=int(not errors))
+        self.files = fresh.files
         if errors:
-            self.bad_stat_keys = fresh.files
             lines = [f"  {sanitize(error)}" for error in errors]
             log.lines("reload failed; keeping the current settings:", *lines, level="error")
             return
-        self.bad_stat_keys = ()
         for part in ("listen", "workers"):
             if getattr(fresh.httpd, part) != getattr(settings.httpd, part):
                 log.lines(f"httpd.{part}: takes effect at the next start")
@@ -8831,10 +8524,10 @@ class Supervisor:
         self.settings = fresh = pin_queue_path(fresh, settings.queue)
         log.open(fresh.smtpd.syslog, fresh.smtpd.log)
         log.lines(f"reloaded {settings.path}", *filter(None, [fresh.smtpd.staging]))
-        self._signal_workers(signal.SIGHUP)
+        self._signal(self.workers, signal.SIGHUP)
 
-    def _signal_workers(self, number: int) -> None:
-        for pid in self.workers:
+    def _signal(self, pids: Any, number: int) -> None:
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
@@ -8842,34 +8535,26 @@ class Supervisor:
         """Wait for the workers, which answer what is in flight; kill those that take too long."""
         self._notify("STOPPING=1", "STATUS=answering what is in flight")
         for listener in self.listeners:
-            if listener.family == socket.AF_UNIX and not isinstance(listener, ActivatedSocket):
-                with contextlib.suppress(OSError):
-                    os.unlink(listener.getsockname())
-            listener.close()
-        self._signal_workers(signal.SIGTERM)
+            listener.close()  # a Unix socket's file stays: bind() replaces it, and systemd's is systemd's
+        self._signal(self.workers, signal.SIGTERM)
         deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 3
         while self.workers and time.monotonic() < deadline:
             with contextlib.suppress(socket.timeout):
                 alarm.recv(4096)
             self._reap()
-        self._signal_workers(signal.SIGKILL)
+        self._signal(self.workers, signal.SIGKILL)
         log.lines("stopped")
         return 0
 
 
 def bind(listen: str) -> socket.socket:
-    """Return a listening TCP or Unix socket; raise OSError."""
-    if listen.startswith("unix:"):
-        return bind_unix(listen[5:])
-    name, _, port = listen.rpartition(":")
-    family, *_, address = socket.getaddrinfo(
-        ascii_domain(name.strip("[]")).encode(), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    return socket.create_server(address, family=family, backlog=BACKLOG)
-
-
-def bind_unix(path: str) -> socket.socket:
-    """Return a listening Unix socket; one left over by a server that is gone is replaced."""
+    """Return a listening TCP or Unix socket, in place of one that a server left which is gone; raise OSError."""
+    if not listen.startswith("unix:"):
+        name, _, port = listen.rpartition(":")
+        host = ascii_domain(name.strip("[]")).encode()
+        family, *_, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address, family=family, backlog=BACKLOG)
+    path = listen[5:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         found = client.connect_ex(path)
     if found == errno.ECONNREFUSED and not stat.S_ISSOCK(os.stat(path).st_mode):  # a file refuses as well
@@ -8886,16 +8571,12 @@ def bind_unix(path: str) -> socket.socket:
     return listener
 
 
-class ActivatedSocket(socket.socket):
-    """Listening socket that systemd has opened, and removes."""
-
-
 def activated_sockets() -> list:
     """Return the sockets that systemd passes to this process, from descriptor 3 on (sd_listen_fds(3))."""
     pid, count, _ = [os.environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES")]
     if pid != str(os.getpid()) or not count.isdecimal():
         return []
-    listeners = [ActivatedSocket(fileno=number) for number in range(3, 3 + int(count))]
+    listeners = [socket.socket(fileno=number) for number in range(3, 3 + int(count))]
     for listener in listeners:
         listener.set_inheritable(False)
         if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -8904,7 +8585,6 @@ def activated_sockets() -> list:
 
 
 def url_of(listener: socket.socket, tls: bool) -> str:
-    """Return the URL of a listener."""
     address = listener.getsockname()
     if listener.family == socket.AF_UNIX:
         return f"unix:{address}"
