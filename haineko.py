@@ -9517,9 +9517,7 @@ def parse_arguments(argv: list) -> tuple:
     import argparse
 
     names = "\n".join(f"    {name:9} {command.__doc__}" for name, (command, _) in COMMANDS.items())
-    top = argparse.ArgumentParser(
-        "haineko.py", "haineko.py COMMAND [options]", epilog=f"commands (-h on each):\n{names}"
-    )
+    top = argparse.ArgumentParser("haineko.py", "haineko.py COMMAND [options]", epilog=f"commands:\n{names}")
     top.formatter_class = argparse.RawDescriptionHelpFormatter
     top.add_argument("--version", action="version", version=f"Haineko {__version__}")
     top.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
@@ -9591,15 +9589,13 @@ def prepare_server(options: Any) -> tuple:
     return settings, listeners
 
 
-def raise_nofile_limit(most: int = 65536) -> None:
+def raise_nofile_limit() -> None:
     """Allow as many open files as the system permits: each client needs one, and each of its deliveries another."""
     import resource
 
     with contextlib.suppress(OSError, ValueError):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)  # setrlimit() may reject infinity
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
 
 
 def announce(settings: Settings, listeners: list) -> str:
@@ -9720,18 +9716,15 @@ def command_check(options: Any) -> int:
     """Print every fault of the settings, or where mail would go."""
     path = settings_path(options.config)
     settings, errors = load_settings(path)
-    for error in errors:
-        print(error)
     if errors:
+        print(*errors, sep="\n")
         return 1
     route, why = resolve_route("", "", settings)
     staging, printed = settings.smtpd.staging and f"{settings.smtpd.staging}; ", "" if path else "; printed"
     to = settings.recipients
     names = [*sorted(f"@{domain}" for domain in to.domainpart), *sorted(to.recipients)]
-    names[8:] = [f"and {len(names) - 8} more"] if len(names) > 8 else []
-    permitted = (
-        "everybody" if to.open_relay else f"{', '.join(names) + ' only' if names else 'nobody'} (setting recipients)"
-    )
+    permitted = f"{', '.join(names[:8])}{f' and {len(names) - 8} more' * (len(names) > 8)} only" if names else "nobody"
+    permitted = "everybody" if to.open_relay else f"{permitted} (setting recipients)"
     print(
         f"{path or 'no settings file'}: fine; {staging}mail goes to {describe_route(route)} ({why}){printed}; "
         f"may be written to: {permitted}{'' if os.geteuid() else '; warning: the server needs no root'}"
@@ -9774,17 +9767,17 @@ def named_routes(settings: Settings) -> Any:
 
 async def run_probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
     """Return the results of fetching a route's access token, and of its probe, whatever it raises."""
-    route, results, step = probe.route, [], "TOKEN"
+    route, results = probe.route, []
     try:
         if route.oauth2:
             token = await transport.tokens.token_for(route)
             route = replace(route, credentials=(route.credentials[0], token.text))
             text = f"ends in {int(token.expires - time.monotonic())} s, scope {token.scope or 'not told'}"
-            results.append(CheckResult(step, True, text))
-        step = ""
+            results.append(CheckResult("TOKEN", True, text))
         return results + await route.row.probe(probe._replace(route=route), transport)
     except Rejected as rejected:
-        return [*results, failed_step(step or rejected.reply.command, rejected.reply)]
+        step = "TOKEN" if route.oauth2 and not results else rejected.reply.command
+        return [*results, failed_step(step, rejected.reply)]
     except OSError as error:
         return [*results, CheckResult("CONN", False, error_text(error))]
 
@@ -9852,13 +9845,10 @@ def raise_fault(name: str, *faults: tuple) -> None:
 async def check_dkim(domain: str, selector: str | None, resolver: Resolver, keys: dict) -> str:
     """Check the DKIM key of that selector, or of the one in the settings (RFC 6376)."""
     own = find_dkim_key(domain, keys)
-    if own and selector in (None, own.selector):
-        domain, selector = own.domain, own.selector
-    elif selector:
-        own = None
-    else:
+    if not (own or selector):
         return "not looked at; --selector names the key"
-    name = f"{selector}._domainkey.{domain}"
+    own = own if own and selector in (None, own.selector) else None
+    name = f"{own.selector}._domainkey.{own.domain}" if own else f"{selector}._domainkey.{domain}"
     record = await txt_record(name, "", resolver)
     tags, key = parse_tags(record), b""
     public, is_ed25519 = re.sub(r"\s", "", tags.get("p", "")), tags.get("k", "rsa") == "ed25519"
@@ -9972,9 +9962,6 @@ def command_dkim(options: Any) -> int:
     return 0
 
 
-# -- send
-
-
 def command_send(options: Any) -> int:
     """Post a mail to a running Haineko."""
     body, credentials = submission_from_options(options), ()
@@ -10062,9 +10049,6 @@ def ask_password(prompt: str) -> str:
         raise CommandError("no password", 1) from None
 
 
-# -- queue
-
-
 def command_queue(options: Any) -> int:
     """List the mail that waits; show one, try it now, or drop it."""
     settings = usable_settings(options.config).queue  # the file itself is used, with the server running or not
@@ -10120,16 +10104,13 @@ def queue_row(row: Any, as_json: bool) -> str:
         values["response"] = reply and reply_to_dict(row["recipient"], reply)
         return json.dumps(values, ensure_ascii=False)
     when = row["state"] if due is None else local_time(max(due, created_at))
+    words = sanitize(f"{reply.code} {' '.join(reply.message)}", 500) if reply else ""
     head = f"{row['queueid']}  {row['size']:>9}  {local_time(created_at)}  next {when:25}"
-    return f"{head}  <{row['sender']}> -> <{row['recipient']}>  {reply_line(reply) if reply else ''}"
+    return f"{head}  <{row['sender']}> -> <{row['recipient']}>  {words}"
 
 
 def local_time(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(seconds))
-
-
-def reply_line(reply: Reply) -> str:
-    return sanitize(f"{reply.code} {' '.join(reply.message)}", 500)
 
 
 def queue_show(store: QueueDB, queueid: str, as_json: bool) -> int:
@@ -10141,15 +10122,12 @@ def queue_show(store: QueueDB, queueid: str, as_json: bool) -> int:
         return 0
     print(f"{queueid}  {found['size']} octets  arrived {local_time(found['created_at'])}\nfrom <{found['sender']}>")
     for row in found["recipients"]:
-        due = row["due"]
-        when = "" if due is None else f", next attempt {local_time(max(due, found['created_at']))}"
+        when = "" if row["due"] is None else f", next attempt {local_time(max(row['due'], found['created_at']))}"
         print(f"to <{sanitize(row['as_written'])}>: {row['state']}{when}")
-        for attempt in parse_history(row["history"]):
-            print(f"   {local_time(attempt.time)}  {attempt.reply.relay}: {reply_line(attempt.reply)}")
+        for moment, reply in parse_history(row["history"]):
+            words = sanitize(f"{reply.code} {' '.join(reply.message)}", 500)
+            print(f"   {local_time(moment)}  {reply.relay}: {words}")
     return 0
-
-
-# -- pw, key and setup
 
 
 def command_pw(options: Any) -> int:
@@ -10238,8 +10216,6 @@ WorkingDirectory={program}
 ExecStart={python} -m haineko serve -c {folder}/haineko.json
 ExecReload=/bin/kill -HUP $MAINPID
 Restart=on-failure
-TimeoutStopSec=40
-LimitNOFILE=65536
 # then the settings may have: "password": {{"file": "/run/credentials/haineko.service/relay"}}
 #LoadCredential=relay:{folder}/relay.secret
 UMask=0077
@@ -10283,6 +10259,8 @@ import haineko; sys.exit(haineko.main(["sendmail", *sys.argv[1:]]))
 
 # -- sendmail
 
+ADDRESS_FIELDS = re.compile(r"(?:resent-)?(?:from|sender|to|cc|bcc|reply-to)|errors-to|return-receipt-to")
+
 
 def command_sendmail(argv: list) -> int:
     """Relay the message on stdin, like /usr/sbin/sendmail, with its flags (-t, -i, -f SENDER, -C FILE, ...)."""
@@ -10294,9 +10272,17 @@ def command_sendmail(argv: list) -> int:
         flags = {**dict(pairs), "-o": [value for flag, value in pairs if flag == "-o"]}
         sends = "-q" not in flags or "-t" in flags or addresses
         mode = "i" if "-I" in flags else flags.get("-b", "m" if sends else "q")
-        if mode not in SENDMAIL_MODES:
-            raise CommandError(f"usage: -b{mode} is not served here; `haineko.py serve` runs the server", os.EX_USAGE)
-        return SENDMAIL_MODES[mode](flags, addresses)
+        if mode == "m":
+            return sendmail_deliver(flags, addresses)
+        if mode in ("p", "q"):
+            return sendmail_queue(flags)
+        if mode == "v":
+            settings, _ = sendmail_settings(flags)
+            refused = [print_route(to, "", settings) for to in named_recipients(addresses, [], settings)]
+            return os.EX_NOPERM if any(refused) else os.EX_OK
+        if mode in ("i", "h", "H"):  # there is no database of aliases, and none of hosts
+            return os.EX_OK
+        raise CommandError(f"usage: -b{mode} is not served here; `haineko.py serve` runs the server", os.EX_USAGE)
     except getopt.GetoptError as error:
         return print_message(f"usage: {error}", os.EX_USAGE)
     except CommandError as error:
@@ -10315,13 +10301,10 @@ def sendmail_deliver(flags: dict, addresses: list) -> int:
         message = parse_message(octets)
     except ValueError as error:
         raise CommandError(str(error), os.EX_DATAERR) from None
-    fields = [
-        (
-            name,
-            qualified(field.decode("latin-1"), hostname).encode("latin-1") if ADDRESS_FIELDS.fullmatch(name) else field,
-        )
-        for name, field in message.fields
-    ]
+    fields = []
+    for name, octets in message.fields:
+        listed = ADDRESS_FIELDS.fullmatch(name)
+        fields.append((name, qualified(octets.decode("latin-1"), hostname).encode("latin-1") if listed else octets))
     rcpt = named_recipients(addresses, recipient_fields(fields) if "-t" in flags else [], settings)
     if not rcpt:
         raise CommandError("usage: no recipient", os.EX_USAGE)
@@ -10479,9 +10462,6 @@ def qualified(text: str, hostname: str) -> str:
     return "".join(texts)
 
 
-ADDRESS_FIELDS = re.compile(r"(?:resent-)?(?:from|sender|to|cc|bcc|reply-to)|errors-to|return-receipt-to")
-
-
 def dsn_options(flags: dict) -> tuple:
     """Return what -R, -V and -N ask of the next server: parameters of MAIL, and of RCPT (RFC 3461)."""
     ret, notify = flags.get("-R", "full").upper(), flags.get("-N", "failure,delay").upper().replace(" ", "")
@@ -10493,7 +10473,7 @@ def dsn_options(flags: dict) -> tuple:
     return f" RET={ret}{' ENVID=' if envid else ''}{envid}", f" NOTIFY={notify}"
 
 
-def sendmail_queue(flags: dict, addresses: list) -> int:
+def sendmail_queue(flags: dict) -> int:
     """List the queue, or with -q make what waits due: all, or with -qIQUEUEID one mail."""
     settings = usable_settings(flags.get("-C")).queue
     store = QueueDB(settings) if settings and os.path.exists(settings.path) else None
@@ -10505,18 +10485,6 @@ def sendmail_queue(flags: dict, addresses: list) -> int:
         which = flags["-q"].strip()
         run_operation(store, flush_queue, which[1:] if which[:1] == "I" else None)
     return os.EX_OK
-
-
-def sendmail_verify(flags: dict, addresses: list) -> int:
-    """Say where mail to the addresses would go."""
-    settings, _ = sendmail_settings(flags)
-    codes = [print_route(to, "", settings) for to in named_recipients(addresses, [], settings)]
-    return os.EX_NOPERM if any(codes) else os.EX_OK
-
-
-# Modes of -b; -q alone is "q". There is no database of aliases (-bi, -I), and none of hosts (-bh, -bH).
-SENDMAIL_MODES = {"m": sendmail_deliver, "p": sendmail_queue, "q": sendmail_queue, "v": sendmail_verify}
-SENDMAIL_MODES.update(dict.fromkeys("ihH", lambda flags, addresses: os.EX_OK))
 
 
 # Word in COMMANDS: (names, what else ArgumentParser.add_argument() takes). A word that is not here is the name itself.
