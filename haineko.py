@@ -9482,6 +9482,13 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 #     A new command is one function and one row of COMMANDS, the table at the end, with its arguments in ARGUMENTS.
 # ======================================================================================================================
 
+LOCAL_HOST = r"(?:localhost|127\.[\d.]+|\[?::1\]?)"
+ADDRESS_FIELDS = re.compile(r"(?:resent-)?(?:from|sender|to|cc|bcc|reply-to)|errors-to|return-receipt-to")
+SPF_TERM = (  # RFC 7208; `lookup`: what counts as one, `inner`: a domain whose record counts too
+    r"[+?~-]?(?:all|ip4:[\d.]+(?:/\d+)?|ip6:[\da-f:.]+(?:/\d+)?|(?P<lookup>(?:include:|redirect=)(?P<inner>\S+)"
+    r"|exists:\S+|(?:a|mx)(?::[^\s/]+)?(?:/\d+)?(?://\d+)?|ptr(?::\S+)?))|[a-z][\w.-]*=\S*"
+)
+
 
 class CommandError(Exception):
     """A command that cannot be carried out; the arguments are a message and the exit code."""
@@ -9489,7 +9496,10 @@ class CommandError(Exception):
 
 def main(argv: list) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage or settings."""
-    open_standard_streams()
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # closed: a socket would get the number, and what is printed
+        name = ("stdin", "stdout", "stderr")[number]
+        setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 -- kept for life
+    os.close(number)
     try:
         if argv[:1] == ["sendmail"] and argv[1:] not in (["-h"], ["--help"]):
             return command_sendmail(argv[1:])  # its flags are older than argparse
@@ -9502,14 +9512,6 @@ def main(argv: list) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-
-
-def open_standard_streams() -> None:
-    """Open those of descriptors 0 to 2 that are closed: a socket with such a number would be read or written to."""
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # the lowest free number
-        name = ("stdin", "stdout", "stderr")[number]
-        setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 -- kept for life
-    os.close(number)
 
 
 def parse_arguments(argv: list) -> tuple:
@@ -9548,9 +9550,6 @@ def usable_settings(given: str | None) -> Settings:
     if errors:
         raise CommandError("\n".join(["the settings can't be used:", *[f"  {error}" for error in errors]]), 2)
     return settings
-
-
-# -- server and daemon
 
 
 def command_serve(options: Any) -> int:
@@ -9702,14 +9701,9 @@ def signal_daemon(options: Any, number: int) -> int:
         raise CommandError("does not run", 1)
     try:
         os.kill(pid, number)
-    except ProcessLookupError:  # killed, but its workers still hold the lock for a moment
-        pass
-    except PermissionError:
-        raise CommandError(f"pid {pid} is another user's", 1) from None
+    except OSError as error:
+        raise CommandError(f"pid {pid}: {error.strerror}", 1) from None
     return pid
-
-
-# -- check and route
 
 
 def command_check(options: Any) -> int:
@@ -9811,8 +9805,9 @@ async def check_spf(domain: str, resolver: Resolver) -> str:
     for name in names:  # included ones are appended
         record = await txt_record(name, r"(?i)v=spf1(?:\s|$)", resolver)
         terms = record.lower().split()[1:]
-        unknown = next((term for term in terms if not re.fullmatch(SPF_TERM, term)), "")
-        lookups += len([term for term in terms if re.match(SPF_LOOKUP, term)])
+        found = [re.fullmatch(SPF_TERM, term) for term in terms]
+        unknown = next((term for term, match in zip(terms, found) if not match), "")
+        lookups += len([match for match in found if match and match["lookup"]])
         raise_fault(
             name,
             (not record, "no SPF record"),
@@ -9821,18 +9816,10 @@ async def check_spf(domain: str, resolver: Resolver) -> str:
             ({"all", "+all"}.intersection(terms), "+all lets everybody send in its name: receivers treat it as spam"),
             (lookups > 10, f"{domain} has more than 10 look-ups (RFC 7208 4.6.4): receivers refuse"),
         )
-        included = [found[1] for found in (re.fullmatch(SPF_INCLUDE, term) for term in terms) if found]
-        names += [inner for inner in included if inner not in names]
+        inner = [match["inner"] for match in found if match["inner"] and "%" not in match["inner"]]  # %: of a mail
+        names += [included for included in inner if included not in names]
         shown = shown or sanitize(record)
     return f"{shown} ({lookups} of 10 look-ups)"
-
-
-SPF_LOOKUP = r"[+?~-]?(?:include:|redirect=|exists:|(?:a|mx|ptr)(?![^:/]))"
-SPF_INCLUDE = r"[+?~-]?(?:include:|redirect=)([^%]+)"  # a macro stands for what only a mail has
-SPF_TERM = (
-    r"[+?~-]?(?:all|include:\S+|exists:\S+|(?:a|mx)(?::[^\s/]+)?(?:/\d+)?(?://\d+)?|ptr(?::\S+)?"
-    r"|ip4:[\d.]+(?:/\d+)?|ip6:[\da-f:.]+(?:/\d+)?)|[a-z][\w.-]*=\S*"
-)
 
 
 def raise_fault(name: str, *faults: tuple) -> None:
@@ -9887,7 +9874,7 @@ def risk_warnings(settings: Settings) -> Any:
     """Yield warnings of what lets strangers use the server or learn a secret; the start tells them too."""
     httpd, relayhosts = settings.httpd, settings.relayhosts
     for address in () if httpd.tls or httpd.trusted_proxies.texts else httpd.listen:
-        if not (address.startswith("unix:") or is_loopback(address.rpartition(":")[0].strip("[]"))):
+        if not re.fullmatch(rf"unix:.*|{LOCAL_HOST}:\d+", address):
             yield f"httpd.listen: {address} takes mail from other machines without TLS; set tls or trusted_proxies"
     networks = [ipaddress.ip_network(text, strict=False) for text in relayhosts.relayhosts.texts]
     from_outside = relayhosts.open_relay or not all(network.is_loopback for network in networks)
@@ -9901,16 +9888,14 @@ def risk_warnings(settings: Settings) -> Any:
             yield f"{name}.tls_verify: whoever is in between can read the secret of authinfo.{route.auth}"
 
 
-def is_loopback(host: str) -> bool:
-    return host == "localhost" or (is_ip(host) and parse_ip(host) in LOOPBACK)
-
-
 def other_warnings(settings: Settings) -> Any:
     """Yield warnings of values that are valid, but hardly meant, and of files that another user could change."""
     for name, route, _ in named_routes(settings):
         if re.search(r"(?:\A|\.)example(?:\.(?:com|net|org))?\Z", route.host):
             yield f"{name}.host: {route.host} is an example"
-        if route.relay == "ESMTP" and not (route.starttls or route.port == SMTPS or is_loopback(route.host)):
+        if route.relay == "ESMTP" and not (
+            route.starttls or route.port == SMTPS or re.fullmatch(LOCAL_HOST, route.host)
+        ):
             yield f"{name}.starttls: mail goes to {route.host} without TLS"
         for key, value in zip(("username", "password"), route.credentials if route.auth else ()):
             if not value and key in route.row.login and not (route.oauth2 and key == "password"):
@@ -9966,12 +9951,13 @@ def command_send(options: Any) -> int:
     """Post a mail to a running Haineko."""
     body, credentials = submission_from_options(options), ()
     if options.user:
-        remote = re.match(r"(?i)http://(?!(?:localhost|127\.[\d.]+|\[::1\])(?:[:/]|\Z))", options.url)
+        remote = re.match(rf"(?i)http://(?!{LOCAL_HOST}(?:[:/]|\Z))", options.url)
         if remote and not options.insecure:
             raise CommandError(f"{options.url}: the password would go over the network in clear text (--insecure)", 2)
         credentials = options.user, os.environ.get("HAINEKO_PASSWORD") or ask_password(f"Password of {options.user}: ")
     document = post_submission(options.url, body, credentials)[1]
-    print(terminal_json(json.dumps(document, ensure_ascii=False, indent=2)))
+    text = json.dumps(document, ensure_ascii=False, indent=2)  # without what a terminal would obey or can't show
+    print(re.sub(r"[^\n -~]", lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text))
     return int(not document["response"] or any(item["error"] for item in document["response"]))
 
 
@@ -10011,20 +9997,14 @@ def post_submission(url: str, body: bytes, credentials: tuple = ()) -> tuple:
             connection.sock.connect(url[5:])
         with contextlib.closing(connection):
             response = connection.exchange(HTTPRequest("POST", "/submit", body, basic_auth_header(credentials)))
-    except Rejected as error:
-        raise CommandError(f"{url}: {': '.join(error.reply.message)}", 1) from None
-    except OSError as error:
-        raise CommandError(f"{url}: {error.strerror}", 1) from None
+    except (Rejected, OSError) as error:
+        reason = ": ".join(error.reply.message) if isinstance(error, Rejected) else error.strerror
+        raise CommandError(f"{url}: {reason}", 1) from None
     document, keys = response.document(), {"rcpt", "error", "code", "dsn", "command", "message", "mailer"}
     with contextlib.suppress(KeyError, TypeError, AttributeError):  # of JSON in another form
         if all(keys <= item.keys() and isinstance(item["message"], list) for item in document["response"]):
             return response.status, document
     raise CommandError(f"{url}: not a Haineko's answer: {sanitize(response.body.decode('utf-8', 'replace'))}", 1)
-
-
-def terminal_json(text: str) -> str:
-    """Escape in JSON what a terminal would obey or can't show."""
-    return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1], text)
 
 
 def read_bytes(path: str) -> bytes:
@@ -10148,9 +10128,9 @@ def command_key(options: Any) -> int:
     """Make an API key: print it, and its line for the section `password`."""
     prefix, errors = options.prefix or "hk_", []
     key = new_key(prefix)
-    values = {"hash": key_hash(key), "senders": options.sender, "recipients": options.recipient}
-    values.update({"rate": options.rate, "expires": options.expires})
-    login = {name: value for name, value in values.items() if value}
+    fences = {"senders": options.sender, "recipients": options.recipient, "rate": options.rate}
+    fences = {name: value for name, value in {**fences, "expires": options.expires}.items() if value}
+    login = {"hash": key_hash(key), **fences}
     mapping_of(parse_login)({options.name: login}, "password", errors)
     matching(re.compile("[A-Za-z0-9_-]{1,20}"), "letters, digits, - and _")(prefix, "--prefix", errors)
     if errors:
@@ -10216,8 +10196,7 @@ WorkingDirectory={program}
 ExecStart={python} -m haineko serve -c {folder}/haineko.json
 ExecReload=/bin/kill -HUP $MAINPID
 Restart=on-failure
-# then the settings may have: "password": {{"file": "/run/credentials/haineko.service/relay"}}
-#LoadCredential=relay:{folder}/relay.secret
+# for a secret {{"credential": "relay"}} in the settings: LoadCredential=relay:{folder}/relay.secret
 UMask=0077
 # for ports below 1024 this, and no PrivateUsers: AmbientCapabilities=CAP_NET_BIND_SERVICE
 CapabilityBoundingSet=
@@ -10241,9 +10220,6 @@ HARDENING = (  # what is "yes" in the unit, see systemd.exec(5)
 )
 SYSTEMD_SOCKET = """\
 # optional: systemd listens, in place of httpd.listen, and no connection is refused during a restart
-[Unit]
-Description=Socket of Haineko
-
 [Socket]
 ListenStream=127.0.0.1:2794
 
@@ -10255,11 +10231,6 @@ SENDMAIL_LAUNCHER = """\
 import os, sys; sys.path.insert(0, {program!r}); os.environ.setdefault("HAINEKO_CONF", {folder!r} + "/haineko.json")
 import haineko; sys.exit(haineko.main(["sendmail", *sys.argv[1:]]))
 """
-
-
-# -- sendmail
-
-ADDRESS_FIELDS = re.compile(r"(?:resent-)?(?:from|sender|to|cc|bcc|reply-to)|errors-to|return-receipt-to")
 
 
 def command_sendmail(argv: list) -> int:
@@ -10345,22 +10316,20 @@ def sendmail_settings(flags: dict) -> tuple:
 
 
 def post_in_parts(urls: list, document: dict) -> tuple:
-    """Post a mail to the first server that answers, in parts if it has too many recipients for the server; return
-    (status, items of the answers)."""
+    """Post a mail to the first server that answers, in parts if need be; return (status, items of the answers)."""
     for url in urls:
         try:
             status, answer = post_submission(url, encode_json(document))
-            break
         except CommandError as error:
             print_message(error.args[0], 0)
-    else:
-        raise CommandError("the settings or the queue can't be read, and no server was reached", os.EX_TEMPFAIL)
-    rcpt, items = document["rcpt"], answer["response"]
-    if items[0]["mailer"] or items[0]["dsn"] != "4.5.3" or len(rcpt) == 1:
-        return status, items
-    half = len(rcpt) // 2
-    parts = [post_in_parts([url], {**document, "rcpt": part}) for part in (rcpt[:half], rcpt[half:])]
-    return max(status for status, _ in parts), [item for _, items in parts for item in items]
+            continue
+        rcpt, items = document["rcpt"], answer["response"]
+        if items[0]["mailer"] or items[0]["dsn"] != "4.5.3" or len(rcpt) == 1:
+            return status, items
+        half = len(rcpt) // 2  # too many recipients for the server
+        parts = [post_in_parts([url], {**document, "rcpt": part}) for part in (rcpt[:half], rcpt[half:])]
+        return max(status for status, _ in parts), [item for _, items in parts for item in items]
+    raise CommandError("the settings or the queue can't be read, and no server was reached", os.EX_TEMPFAIL)
 
 
 async def submit_here(body: bytes, settings: Settings, dsn: tuple) -> Response:
@@ -10447,10 +10416,9 @@ def recipient_fields(fields: list) -> list:
 
 
 def qualified(text: str, hostname: str) -> str:
-    """Return an address list, or a field with one, in which names alone have got the domain (RFC 5322 3.4.1); text that
-    is no list stays as it is."""
+    """Return an address list, or a field with one, in which names alone have got the domain (RFC 5322 3.4.1)."""
     tokens = [(found.lastgroup, found[0]) for found in ADDRESS_TOKEN.finditer(text) if found[0]]
-    if "fault" in dict(tokens):
+    if "fault" in dict(tokens):  # no list
         return text
     texts = [token for _, token in tokens]
     places = [i for i, (kind, _) in enumerate(tokens) if kind not in CFWS]
@@ -10490,7 +10458,6 @@ def sendmail_queue(flags: dict) -> int:
 # Word in COMMANDS: (names, what else ArgumentParser.add_argument() takes). A word that is not here is the name itself.
 ARGUMENTS = {
     "config": ("-c --config", {"metavar": "FILE", "help": "settings file"}),
-    "pid-file": ("--pid-file", {"metavar": "F", "help": "file with the daemon's pid"}),
     "listen": ("--listen", {"metavar": "ADDR", "help": "host:port, [v6]:port or unix:/path"}),
     "workers": ("--workers", {"metavar": "N", "type": int, "help": "processes; 0 means one per core"}),
     "devel": ("-d --devel", {"action": "store_true", "help": "print every SMTP dialogue, secrets masked"}),
@@ -10521,11 +10488,11 @@ ARGUMENTS = {
 }
 COMMANDS = {  # name: (function that takes the options and returns the exit code; its docstring is the help, arguments)
     "serve": (command_serve, "config listen workers devel"),
-    "start": (command_start, "config pid-file listen workers"),
-    "stop": (command_stop, "config pid-file"),
-    "restart": (command_restart, "config pid-file listen workers"),
-    "status": (command_status, "config pid-file"),
-    "reload": (command_reload, "config pid-file"),
+    "start": (command_start, "config --pid-file listen workers"),
+    "stop": (command_stop, "config --pid-file"),
+    "restart": (command_restart, "config --pid-file listen workers"),
+    "status": (command_status, "config --pid-file"),
+    "reload": (command_reload, "config --pid-file"),
     "check": (command_check, "config connect records-of selector"),
     "route": (command_route, "config address --sender"),
     "dkim": (command_dkim, "config domain"),

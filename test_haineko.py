@@ -14296,9 +14296,13 @@ class AttacksOnFiles(Folder):
             self.assertEqual((code, "want --to, and no FILE" in err), (2, True), err)
 
     def test_an_answer_with_what_a_terminal_would_obey(self):
-        shown = haineko.terminal_json(json.dumps(["\ud800\x9b2J\u202e\x1b", "ねこ🐈"], ensure_ascii=False))
-        self.assertEqual(shown, r'["\ud800\u009b2J\u202e\u001b", "ねこ🐈"]')
-        shown.encode()
+        item = dict.fromkeys(("rcpt", "error", "code", "dsn", "command", "mailer"), 0)
+        item["message"] = ["\ud800\x9b2J\u202e\x1b", "ねこ🐈"]
+        with HttpPeer(lambda asked: (200, json.dumps({"response": [item]}).encode())) as peer:
+            shown = run_here("send", "--url", peer.url, given=b"{}")[1]
+        self.assertIn(r'"\ud800\u009b2J\u202e\u001b"', shown)
+        self.assertIn('"ねこ🐈"', shown)
+        self.assertTrue(shown.replace("\n", "").isprintable())
 
     def test_sendmail_without_stdin(self):
         config = self.write(
