@@ -50,6 +50,8 @@ import errno
 import fcntl
 import functools
 import gc
+import getopt
+import getpass
 import hashlib
 import hmac
 import http.client
@@ -62,8 +64,10 @@ import json
 import math
 import mmap
 import os
+import py_compile
 import random
 import re
+import resource
 import select
 import signal
 import smtplib
@@ -8530,8 +8534,6 @@ async def get_metrics(request: Request, app: App) -> Response:
 
 def process_metrics() -> dict:
     """Return the process_... metrics of the supervisor as far as /proc has them."""
-    import resource
-
     found: list = [None] * len(PROCESS_METRICS)
     with contextlib.suppress(OSError, ValueError):
         folder, tick = f"/proc/{os.getppid()}", os.sysconf("SC_CLK_TCK")
@@ -9614,7 +9616,6 @@ def command_start(options: Any) -> int:
     if pid := running_daemon(pid_file)[0]:
         raise CommandError(f"runs already (pid {pid})", 1)
     settings, listeners = prepare_server(options)
-    log_file = log_file if settings.smtpd.syslog.disabled else os.devnull
     try:
         output = os.open(log_file, log.FILE_FLAGS, 0o600)
         pid_fd = os.open(pid_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -9682,8 +9683,8 @@ def command_status(options: Any) -> int:
     """Say whether the daemon runs, since when and where it listens."""
     pid_file, log_file = daemon_files(options)
     pid, since, urls = running_daemon(pid_file)
-    told = f"haineko runs (pid {pid}) since {local_time(since)}, listens at {urls}" if pid else "haineko does not run"
-    print(told + f", log {log_file}" * bool(pid and os.path.exists(log_file)))
+    where = f" (pid {pid}) since {local_time(since)}, listens at {urls}, log {log_file}"
+    print(f"haineko runs{where}" if pid else "haineko does not run")
     return int(not pid)
 
 
@@ -9900,10 +9901,6 @@ def other_warnings(settings: Settings) -> Any:
         for key, value in zip(("username", "password"), route.credentials if route.auth else ()):
             if not value and key in route.row.login and not (route.oauth2 and key == "password"):
                 yield f"authinfo.{route.auth}.{key}: is empty"
-    to = settings.recipients
-    named = to.open_relay or to.recipients or to.domainpart - {settings.hostname.lower()}
-    if not named and resolve_route("", "", settings)[0].relay not in ("Screen", "Discard", "File"):
-        yield f"recipients: only addresses at {settings.hostname} may be written to"
     for user, login in sorted(settings.password.logins.items()):
         if login.hash.startswith("{SSHA}"):
             yield f"password.{user}: {{SSHA}} is quick to guess; `haineko.py pw` prints a better line"
@@ -9963,8 +9960,7 @@ def command_send(options: Any) -> int:
 
 def submission_from_options(options: Any) -> bytes:
     """Return the JSON of a submission: from a file, from stdin, or made from flags."""
-    header = {"subject": options.subject or "", "from": options.header_from, "replyto": options.reply_to}
-    header["charset"] = options.charset
+    header = {key: getattr(options, key) for key in ("from", "reply_to", "subject", "charset")}
     flags = (options.to, options.sender, *header.values(), options.body, options.html, options.attach)
     if any(flags) and (options.file or not options.to):
         raise CommandError("flags that say what to send want --to, and no FILE, which says all of it", 2)
@@ -10018,8 +10014,6 @@ def read_bytes(path: str) -> bytes:
 
 def ask_password(prompt: str) -> str:
     """Ask for a password on the terminal: everybody can read a command line."""
-    import getpass
-
     try:
         with open("/dev/tty"):  # without a terminal, getpass() would read the mail on stdin
             return getpass.getpass(prompt)
@@ -10142,8 +10136,6 @@ def command_key(options: Any) -> int:
 
 def user_name() -> str:
     """Return the name of the user who runs this; in a container there may be a number only."""
-    import getpass
-
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -10152,8 +10144,6 @@ def user_name() -> str:
 
 def command_setup(options: Any) -> int:
     """Write haineko.json, units for systemd and with --sendmail a program, never over an existing file."""
-    import py_compile
-
     program, folder, settings, code = os.path.realpath(__file__), os.path.abspath(options.dest), example_settings(), 0
     values = {"python": sys.executable, "program": os.path.dirname(program), "folder": folder}
     values["hardening"] = "\n".join(f"{name}=yes" for name in HARDENING.split())
@@ -10235,8 +10225,6 @@ import haineko; sys.exit(haineko.main(["sendmail", *sys.argv[1:]]))
 
 def command_sendmail(argv: list) -> int:
     """Relay the message on stdin, like /usr/sbin/sendmail, with its flags (-t, -i, -f SENDER, -C FILE, ...)."""
-    import getopt
-
     try:
         argv = [f"{word} " if word == "-q" else word for word in argv]  # getopt knows no optional value
         pairs, addresses = getopt.gnu_getopt(argv, "A:B:C:F:GIL:N:O:R:UV:X:ab:ce:f:h:imno:p:q:r:tvx")
@@ -10470,7 +10458,6 @@ ARGUMENTS = {
     "insecure": ("--insecure", {"action": "store_true", "help": "log in over http:// too"}),
     "mail": ("--mail --sender", {"dest": "sender", "metavar": "A", "help": "envelope sender"}),
     "to": ("--to", {"action": "append", "metavar": "A", "help": "recipient; again for more"}),
-    "from": ("--from", {"dest": "header_from", "metavar": "A", "help": "From"}),
     "body": ("--body", {"metavar": "TEXT", "help": "absent, and no --html: stdin"}),
     "html": ("--html", {"metavar": "FILE", "help": "the mail in HTML, in UTF-8"}),
     "attach": ("--attach", {"action": "append", "default": [], "metavar": "FILE", "help": "a file; again for more"}),
@@ -10496,7 +10483,7 @@ COMMANDS = {  # name: (function that takes the options and returns the exit code
     "check": (command_check, "config connect records-of selector"),
     "route": (command_route, "config address --sender"),
     "dkim": (command_dkim, "config domain"),
-    "send": (command_send, "file url login insecure mail to from --reply-to --subject --charset body html attach"),
+    "send": (command_send, "file url login insecure mail to --from --reply-to --subject --charset body html attach"),
     "sendmail": (command_sendmail, ""),
     "queue": (command_queue, "config action id all json"),
     "pw": (command_pw, "user"),
