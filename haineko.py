@@ -579,8 +579,6 @@ LIBCRYPTO = {  # function: types of its result and arguments in ctypes
     "EVP_MD_CTX_new": "void_p", "EVP_MD_CTX_free": " void_p", "EVP_sha256": "void_p",
     "EVP_DigestSignInit": "int void_p void_p void_p void_p void_p",
     "EVP_DigestSign": "int void_p char_p void_p char_p size_t", "i2d_PUBKEY": "int void_p void_p",
-    "EVP_DigestVerifyInit": "int void_p void_p void_p void_p void_p",
-    "EVP_DigestVerify": "int void_p char_p size_t char_p size_t", "d2i_PUBKEY": "void_p void_p void_p long",
 }  # fmt: skip
 
 
@@ -937,21 +935,6 @@ class PrivateKey:
         if not ok:
             raise OSError(errno.EIO, "libcrypto can't sign with this key")
         return signature.raw[: size.value]
-
-    @classmethod
-    def verify(cls, public: bytes, data: bytes, signature: bytes) -> bool:
-        """Return whether a signature is valid by a public key, a SubjectPublicKeyInfo in DER."""
-        import ctypes
-
-        crypto, context = libcrypto(), libcrypto().EVP_MD_CTX_new()
-        key = crypto.d2i_PUBKEY(None, ctypes.byref(ctypes.c_char_p(public)), len(public))
-        digest = None if public.startswith(cls.ED25519_INFO) else crypto.EVP_sha256()
-        valid = bool(key) and crypto.EVP_DigestVerifyInit(context, None, digest, None, key) == 1
-        valid = valid and crypto.EVP_DigestVerify(context, signature, len(signature), data, len(data)) == 1
-        crypto.EVP_MD_CTX_free(context)
-        crypto.EVP_PKEY_free(key)
-        crypto.ERR_clear_error()
-        return valid
 
     def __del__(self) -> None:
         if getattr(self, "_key", None):
