@@ -9464,11 +9464,10 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 # ======================================================================================================================
 # 20. Commands
 #     Takes the words of a command line and returns an exit code. Results go to stdout, messages for a person to stderr.
-#     A new command is one function and one row of COMMANDS, the table at the end, with its arguments in ARGUMENTS.
+#     Commands stand in the order of COMMANDS, the table at the end; a new one is a function and a row there.
 # ======================================================================================================================
 
 LOCAL_HOST = r"(?:localhost|127\.[\d.]+|\[?::1\]?)"
-ADDRESS_FIELDS = re.compile(r"(?:resent-)?(?:from|sender|to|cc|bcc|reply-to)|errors-to|return-receipt-to")
 SPF_TERM = (  # RFC 7208; `lookup`: what counts as one, `inner`: a domain whose record counts too
     r"[+?~-]?(?:all|ip4:[\d.]+(?:/\d+)?|ip6:[\da-f:.]+(?:/\d+)?|(?P<lookup>(?:include:|redirect=)(?P<inner>\S+)"
     r"|exists:\S+|(?:a|mx)(?::[^\s/]+)?(?:/\d+)?(?://\d+)?|ptr(?::\S+)?))|[a-z][\w.-]*=\S*"
@@ -9554,7 +9553,9 @@ def prepare_server(options: Any) -> tuple:
     if errors:
         raise CommandError("; ".join(errors), 2)
     settings = replace(settings, httpd=replace(settings.httpd, **changes))
-    raise_nofile_limit()
+    with contextlib.suppress(OSError, ValueError):  # each client needs an open file, and each of its deliveries another
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
     if settings.queue:
         database = QueueDB(settings.queue)
         database.commit([])
@@ -9571,15 +9572,6 @@ def prepare_server(options: Any) -> tuple:
     for text in risk_warnings(settings):
         log.write_bytes(sanitize(f"haineko: warning: {text}", 500).encode() + b"\n")
     return settings, listeners
-
-
-def raise_nofile_limit() -> None:
-    """Allow as many open files as the system permits: each client needs one, and each of its deliveries another."""
-    import resource
-
-    with contextlib.suppress(OSError, ValueError):
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
 
 
 def announce(settings: Settings, listeners: list) -> str:
@@ -9645,8 +9637,7 @@ def running_daemon(pid_file: str) -> tuple:
 
 def command_stop(options: Any) -> int:
     """Stop the daemon when all mail in flight is answered."""
-    pid = signal_daemon(options, signal.SIGTERM)
-    deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 10
+    pid, deadline = signal_daemon(options, signal.SIGTERM), time.monotonic() + SHUTDOWN_TIMEOUT + 10
     while running_daemon(daemon_files(options)[0])[0]:
         if time.monotonic() > deadline:
             raise CommandError(f"pid {pid} does not stop", 1)
@@ -10245,7 +10236,7 @@ def sendmail_deliver(flags: dict, addresses: list) -> int:
         raise CommandError(str(error), os.EX_DATAERR) from None
     fields = []
     for name, octets in message.fields:
-        listed = ADDRESS_FIELDS.fullmatch(name)
+        listed = re.fullmatch(r"(?:resent-)?(?:from|sender|to|cc|bcc|reply-to)|errors-to|return-receipt-to", name)
         fields.append((name, qualified(octets.decode("latin-1"), hostname).encode("latin-1") if listed else octets))
     rcpt = named_recipients(addresses, recipient_fields(fields) if "-t" in flags else [], settings)
     if not rcpt:
@@ -10467,11 +10458,11 @@ COMMANDS = {  # name: (function that takes the options and returns the exit code
     "route": (command_route, "config address --sender"),
     "dkim": (command_dkim, "config domain"),
     "send": (command_send, "file url login insecure mail to --from --reply-to --subject --charset body html attach"),
-    "sendmail": (command_sendmail, ""),
     "queue": (command_queue, "config action id all json"),
     "pw": (command_pw, "user"),
     "key": (command_key, "name senders recipients rate expires --prefix"),
     "setup": (command_setup, "dest sendmail"),
+    "sendmail": (command_sendmail, ""),
 }
 
 if __name__ == "__main__":

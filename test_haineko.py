@@ -12760,7 +12760,8 @@ class Workers(Peers):
     def test_as_many_files_as_the_machine_allows(self) -> None:
         code = (
             "import resource, haineko; _, hard = resource.getrlimit(resource.RLIMIT_NOFILE); "
-            "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard)); haineko.raise_nofile_limit(); "
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard)); "
+            "haineko.prepare_server(haineko.parse_arguments(['serve', '--listen', '127.0.0.1:0'])[1]); "
             "print(resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, 65536), hard), hard)"
         )
         done = subprocess.run(
