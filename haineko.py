@@ -10094,13 +10094,12 @@ def command_pw(options: Any) -> int:
 
 def command_key(options: Any) -> int:
     """Make an API key: print it, and its line for the section `password`."""
-    prefix, errors = options.prefix or "hk_", []
-    key = new_key(prefix)
+    key, errors = new_key(options.prefix), []
     fences = {"senders": options.sender, "recipients": options.recipient, "rate": options.rate}
     fences = {name: value for name, value in {**fences, "expires": options.expires}.items() if value}
     login = {"hash": key_hash(key), **fences}
     mapping_of(parse_login)({options.name: login}, "password", errors)
-    matching(re.compile("[A-Za-z0-9_-]{1,20}"), "letters, digits, - and _")(prefix, "--prefix", errors)
+    matching(re.compile("[A-Za-z0-9_-]{1,20}"), "letters, digits, - and _")(options.prefix, "--prefix", errors)
     if errors:
         raise CommandError("; ".join(errors), 2)
     print(key)
@@ -10443,6 +10442,7 @@ ARGUMENTS = {
     "recipients": ("--recipient", {"action": "append", "metavar": "D", "help": "the same of recipients"}),
     "rate": ("--rate", {"metavar": "R", "help": "recipients/seconds"}),
     "expires": ("--expires", {"metavar": "T", "help": "ISO 8601 date or time"}),
+    "prefix": ("--prefix", {"metavar": "P", "default": "hk_"}),
     "user": ("-u --user", {"metavar": "USER"}),
     "dest": ("--dest", {"metavar": "DIR", "required": True}),
     "sendmail": ("--sendmail", {"metavar": "PATH", "help": "where a sendmail program is to be written"}),
@@ -10460,7 +10460,7 @@ COMMANDS = {  # name: (function that takes the options and returns the exit code
     "send": (command_send, "file url login insecure mail to --from --reply-to --subject --charset body html attach"),
     "queue": (command_queue, "config action id all json"),
     "pw": (command_pw, "user"),
-    "key": (command_key, "name senders recipients rate expires --prefix"),
+    "key": (command_key, "name senders recipients rate expires prefix"),
     "setup": (command_setup, "dest sendmail"),
     "sendmail": (command_sendmail, ""),
 }
