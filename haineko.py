@@ -45,6 +45,8 @@ import errno
 import fcntl
 import functools
 import gc
+import getopt
+import getpass
 import hashlib
 import hmac
 import http.client
@@ -56,8 +58,10 @@ import json
 import math
 import mmap
 import os
+import py_compile
 import random
 import re
+import resource
 import select
 import signal
 import smtplib
@@ -8595,8 +8599,14 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 # ======================================================================================================================
 # 20. Commands
 #     Takes the words of a command line and returns an exit code. Results go to stdout, messages for a person to stderr.
-#     A new command is one function and one row of COMMANDS, the table at the end, with its arguments in ARGUMENTS.
+#     Commands stand in the order of COMMANDS, the table at the end; a new one is a function and a row there.
 # ======================================================================================================================
+
+LOCAL_HOST = r"(?:localhost|127\.[\d.]+|\[?::1\]?)"
+SPF_TERM = (  # RFC 7208; `lookup`: what counts as one, `inner`: a domain whose record counts too
+    r"[+?~-]?(?:all|ip4:[\d.]+(?:/\d+)?|ip6:[\da-f:.]+(?:/\d+)?|(?P<lookup>(?:include:|redirect=)(?P<inner>\S+)"
+    r"|exists:\S+|(?:a|mx)(?::[^\s/]+)?(?:/\d+)?(?://\d+)?|ptr(?::\S+)?))|[a-z][\w.-]*=\S*"
+)
 
 
 class CommandError(Exception):
@@ -8605,16 +8615,17 @@ class CommandError(Exception):
 
 def main(argv: list) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage or settings."""
-    open_standard_streams()
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # closed: a socket would get the number, and what is printed
+        name = ("stdin", "stdout", "stderr")[number]
+        setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 -- kept for life
+    os.close(number)
     try:
         if argv[:1] == ["sendmail"] and argv[1:] not in (["-h"], ["--help"]):
             return command_sendmail(argv[1:])  # its flags are older than argparse
-        parser, commands = argument_parsers()
-        if not argv or argv[0] not in commands:
-            parser.parse_args(argv)  # prints help, the version, or what is wrong
-        return COMMANDS[argv[0]].run(commands[argv[0]].parse_intermixed_args(argv[1:]))
+        command, options = parse_arguments(argv)
+        return command(options)
     except CommandError as error:
-        return print_error(*error.args)
+        return print_message(*error.args)
     except BrokenPipeError:  # of stdout: `queue | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
@@ -8622,30 +8633,27 @@ def main(argv: list) -> int:
         return 130
 
 
-def open_standard_streams() -> None:
-    """Open those of descriptors 0 to 2 that are closed: a socket with such a number would be read or written to."""
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # the lowest free number
-        name = ("stdin", "stdout", "stderr")[number]
-        setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 -- kept for life
-    os.close(number)
-
-
-def argument_parsers() -> tuple:
-    """Return (the argparse.ArgumentParser, {command: its own})."""
+def parse_arguments(argv: list) -> tuple:
+    """Return (function of the command, its options); help, the version and wrong usage end the program."""
     import argparse
 
-    top = argparse.ArgumentParser(
-        prog="haineko.py", description="HTTP server that relays mail, POSTed as JSON, by SMTP."
-    )
+    names = "\n".join(f"    {name:9} {command.__doc__}" for name, (command, _) in COMMANDS.items())
+    top = argparse.ArgumentParser("haineko.py", "haineko.py COMMAND [options]", epilog=f"commands:\n{names}")
+    top.formatter_class = argparse.RawDescriptionHelpFormatter
     top.add_argument("--version", action="version", version=f"Haineko {__version__}")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, row in COMMANDS.items():
-        about = row.run.__doc__.rstrip(".")
-        parser = commands.add_parser(name, help=about, description=about)
-        for key in row.arguments.split():
-            names, details = ARGUMENTS[key]
-            parser.add_argument(*names, **details)
-    return top, commands.choices
+    top.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
+    name = top.parse_args(argv[:1]).command
+    command, arguments = COMMANDS[name]
+    parser = argparse.ArgumentParser(f"haineko.py {name}", description=command.__doc__)
+    for word in arguments.split():
+        names, details = ARGUMENTS.get(word, (word, {}))
+        parser.add_argument(*names.split(), **details)
+    return command, parser.parse_intermixed_args(argv[1:])
+
+
+def print_message(text: str, code: int) -> int:
+    print(f"haineko: {text}", file=sys.stderr)
+    return code
 
 
 def settings_path(given: str | None) -> str | None:
@@ -8661,9 +8669,6 @@ def usable_settings(given: str | None) -> Settings:
     if errors:
         raise CommandError("\n".join(["the settings can't be used:", *[f"  {error}" for error in errors]]), 2)
     return settings
-
-
-# -- server and daemon
 
 
 def command_serve(options: Any) -> int:
@@ -8683,43 +8688,25 @@ def prepare_server(options: Any) -> tuple:
     if errors:
         raise CommandError("; ".join(errors), 2)
     settings = replace(settings, httpd=replace(settings.httpd, **changes))
-    raise_nofile_limit()
+    with contextlib.suppress(OSError, ValueError):  # each client needs an open file, and each of its deliveries another
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
     if settings.queue:
         database = QueueDB(settings.queue)
         database.commit([])
         database.close(for_good=True)
         if NEWER_VERSION in database.fault:
             raise CommandError(f"the queue can't be used: {database.fault}", 2)
+    address = "a socket of $LISTEN_FDS"
     try:
-        listeners = activated_sockets() or [open_listener(address) for address in settings.httpd.listen]
-    except OSError as error:
-        raise CommandError(f"a socket of $LISTEN_FDS can't be used: {error.strerror}", 1) from None
-    outside = [one for one in listeners if one.family != socket.AF_UNIX]
-    outside = [one for one in outside if parse_ip(one.getsockname()[0]) not in LOOPBACK]
-    if outside and settings.password.logins and not (settings.httpd.tls or settings.httpd.trusted_proxies.texts):
-        words = f"passwords and keys come to {url_of(outside[0], False)} without TLS"
-        log.write_bytes(f"haineko: {words}: set httpd.tls, or httpd.trusted_proxies behind a proxy\n".encode())
+        listeners = activated_sockets()
+        for address in () if listeners else settings.httpd.listen:
+            listeners.append(bind(address))
+    except (OSError, UnicodeError) as error:
+        raise CommandError(f"can't listen at {address}: {getattr(error, 'strerror', None) or error}", 1) from None
     for text in risk_warnings(settings):
         log.write_bytes(sanitize(f"haineko: warning: {text}", 500).encode() + b"\n")
     return settings, listeners
-
-
-def open_listener(address: str) -> socket.socket:
-    try:
-        return bind(address)
-    except (OSError, UnicodeError) as error:
-        raise CommandError(f"can't listen at {address}: {getattr(error, 'strerror', None) or error}", 1) from None
-
-
-def raise_nofile_limit(most: int = 65536) -> None:
-    """Allow as many open files as the system permits: each client needs one, and each of its deliveries another."""
-    import resource
-
-    with contextlib.suppress(OSError, ValueError):
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)  # setrlimit() may reject infinity
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def announce(settings: Settings, listeners: list) -> str:
@@ -8735,175 +8722,133 @@ def announce(settings: Settings, listeners: list) -> str:
 
 def command_start(options: Any) -> int:
     """Run the server as a daemon; return when it listens."""
-    pid_file = pid_file_path(options)
-    if running_pid(pid_file):
-        raise CommandError(f"runs already (pid {running_pid(pid_file)})", 1)
+    pid_file, log_file = daemon_files(options)
+    if pid := running_daemon(pid_file)[0]:
+        raise CommandError(f"runs already (pid {pid})", 1)
     settings, listeners = prepare_server(options)
-    for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC"):  # systemd waits for the process that it has started
-        os.environ.pop(name, None)
-    read_end, write_end = os.pipe()
-    sys.stderr.flush()
-    if os.fork():
-        os.close(write_end)
-        line = os.read(read_end, 4096).decode()
-        print(line or "haineko: did not start; see the log\n", end="", file=sys.stderr)
-        return 0 if " listens at " in line else 1
-    os.setsid()
-    if os.fork():  # the daemon leads no session, so that it can never get a terminal
-        os._exit(0)
-    code = 1
     try:
-        code = run_daemon(settings, listeners, pid_file, write_end)
-    except OSError as error:
-        os.write(write_end, f"haineko: can't start: {error}\n".encode())
-    finally:
-        os._exit(code)
-
-
-def run_daemon(settings: Settings, listeners: list, pid_file: str, write_end: int) -> int:
-    """Run the server detached from its terminal; `write_end` of a pipe gets a line when it listens."""
-    import fcntl
-
-    log_file = log_path(pid_file) if settings.smtpd.syslog.disabled else "/dev/null"
-    output = os.open(log_file, log.FILE_FLAGS, 0o600)
-    pid_fd = os.open(pid_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    try:
+        output = os.open(log_file, log.FILE_FLAGS, 0o600)
+        pid_fd = os.open(pid_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         fcntl.flock(pid_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # kept for life: `status` asks for the lock, not for the pid
-    except OSError:
-        os.write(write_end, b"haineko: runs already\n")
-        return 1
-    os.ftruncate(pid_fd, 0)
+        os.ftruncate(pid_fd, 0)
+    except OSError as error:
+        raise CommandError(f"can't start: {error}", 1) from None
+    sys.stderr.flush()
+    if pid := os.fork():
+        while not (urls := running_daemon(pid_file)[2]):
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                raise CommandError("did not start; see the log", 1)
+            time.sleep(0.02)
+        return print_message(f"listens at {urls} (pid {pid}, log {log_file})", 0)
+    os.setsid()
     os.chdir("/")
     for number, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
         os.dup2(target, number)
     log.path = log_file
-
-    def ready() -> None:
-        pid, urls = os.getpid(), announce(settings, listeners)
-        os.write(pid_fd, f"{pid}\n{urls}\n".encode())
-        os.write(write_end, f"haineko {__version__} listens at {urls} (pid {pid}, log {log_file})\n".encode())
-        os.close(write_end)
-
-    code = Supervisor(settings, listeners).run(ready)
+    code = Supervisor(settings, listeners).run(
+        lambda: os.write(pid_fd, f"{os.getpid()}\n{announce(settings, listeners)}\n".encode())
+    )
     os.unlink(pid_file)
     return code
 
 
-def pid_file_path(options: Any) -> str:
-    """Return --pid-file, else haineko.pid beside the settings or this file."""
+def daemon_files(options: Any) -> tuple:
+    """Return the paths of the pid file, --pid-file or haineko.pid beside the settings or this file, and of the log."""
     beside = settings_path(options.config) or os.path.realpath(__file__)
-    return os.path.abspath(options.pid_file or os.path.join(os.path.dirname(beside), "haineko.pid"))
+    pid_file = os.path.abspath(options.pid_file or os.path.join(os.path.dirname(beside), "haineko.pid"))
+    return pid_file, pid_file.removesuffix(".pid") + ".log"
 
 
-def log_path(pid_file: str) -> str:
-    return re.sub(r"(\.pid)?$", ".log", pid_file, count=1)
-
-
-def running_pid(pid_file: str) -> int:
-    """Return the pid of the daemon that has the file locked, 0 if none has."""
-    import fcntl
-
+def running_daemon(pid_file: str) -> tuple:
+    """Return (pid, time of its start, URLs) of the daemon that has the file locked; (0, 0.0, "") if none has."""
     with contextlib.suppress(OSError, ValueError), open(pid_file, encoding="ascii") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a shared lock needs no right to write
         except OSError:
-            return int(stream.readline() or 0)  # URLs follow
-    return 0
+            pid, *urls = stream.read().split()
+            return int(pid), os.fstat(stream.fileno()).st_mtime, " ".join(urls)
+    return 0, 0.0, ""
 
 
 def command_stop(options: Any) -> int:
     """Stop the daemon when all mail in flight is answered."""
-    pid_file = pid_file_path(options)
-    pid = signal_daemon(pid_file, signal.SIGTERM)
-    deadline = time.monotonic() + SHUTDOWN_TIMEOUT + 10
-    while running_pid(pid_file):
+    pid, deadline = signal_daemon(options, signal.SIGTERM), time.monotonic() + SHUTDOWN_TIMEOUT + 10
+    while running_daemon(daemon_files(options)[0])[0]:
         if time.monotonic() > deadline:
             raise CommandError(f"pid {pid} does not stop", 1)
         time.sleep(0.05)
-    print("haineko: stopped", file=sys.stderr)
-    return 0
+    return print_message("stopped", 0)
 
 
 def command_restart(options: Any) -> int:
     """Stop the daemon and start it."""
     usable_settings(options.config)  # a faulty file must not cost the server that runs
-    if running_pid(pid_file_path(options)):
+    if running_daemon(daemon_files(options)[0])[0]:
         command_stop(options)
     return command_start(options)
 
 
 def command_status(options: Any) -> int:
     """Say whether the daemon runs, since when and where it listens."""
-    pid_file = pid_file_path(options)
-    pid = running_pid(pid_file)
-    if not pid:
-        print("haineko does not run")
-        return 1
-    text = f"haineko runs (pid {pid})"
-    with contextlib.suppress(OSError), open(pid_file, encoding="ascii") as stream:  # it may stop just now
-        urls, log_file = " ".join(stream.read().split()[1:]), log_path(pid_file)
-        text += f" since {local_time(os.fstat(stream.fileno()).st_mtime)}"
-        text += f", listens at {urls}" if urls else ", starting"
-        text += f", log {log_file}" if os.path.exists(log_file) else ""
-    print(text)
-    return 0
+    pid_file, log_file = daemon_files(options)
+    pid, since, urls = running_daemon(pid_file)
+    where = f" (pid {pid}) since {local_time(since)}, listens at {urls}, log {log_file}"
+    print(f"haineko runs{where}" if pid else "haineko does not run")
+    return int(not pid)
 
 
 def command_reload(options: Any) -> int:
     """Have the daemon read its settings again."""
     usable_settings(options.config)
-    signal_daemon(pid_file_path(options), signal.SIGHUP)
+    signal_daemon(options, signal.SIGHUP)
     return 0
 
 
-def signal_daemon(pid_file: str, number: int) -> int:
+def signal_daemon(options: Any, number: int) -> int:
     """Send the daemon a signal; return its pid."""
-    pid = running_pid(pid_file)
+    pid = running_daemon(daemon_files(options)[0])[0]
     if not pid:
         raise CommandError("does not run", 1)
     try:
         os.kill(pid, number)
-    except ProcessLookupError:  # killed, but its workers still hold the lock for a moment
-        pass
-    except PermissionError:
-        raise CommandError(f"pid {pid} is another user's", 1) from None
+    except OSError as error:
+        raise CommandError(f"pid {pid}: {error.strerror}", 1) from None
     return pid
-
-
-# -- check and route
 
 
 def command_check(options: Any) -> int:
     """Print every fault of the settings, or where mail would go."""
     path = settings_path(options.config)
     settings, errors = load_settings(path)
-    for error in errors:
-        print(error)
     if errors:
+        print(*errors, sep="\n")
         return 1
     route, why = resolve_route("", "", settings)
-    count = len(settings.mailertable) + len(settings.sendermt)
-    staging = settings.smtpd.staging and f"{settings.smtpd.staging}; "
-    more = "; printed" if not path else f"; {count} routes in all" if count > 1 else ""
+    staging, printed = settings.smtpd.staging and f"{settings.smtpd.staging}; ", "" if path else "; printed"
+    to = settings.recipients
+    names = [*sorted(f"@{domain}" for domain in to.domainpart), *sorted(to.recipients)]
+    permitted = f"{', '.join(names[:8])}{f' and {len(names) - 8} more' * (len(names) > 8)} only" if names else "nobody"
+    permitted = "everybody" if to.open_relay else f"{permitted} (setting recipients)"
     print(
-        f"{path or 'no settings file'}: fine; {staging}mail goes to {describe_route(route)} ({why}){more}; "
-        f"may be written to: {describe_recipients(settings.recipients)}"
-        f"{'' if os.geteuid() else '; warning: the server needs no root'}"
+        f"{path or 'no settings file'}: fine; {staging}mail goes to {describe_route(route)} ({why}){printed}; "
+        f"may be written to: {permitted}{'' if os.geteuid() else '; warning: the server needs no root'}"
     )
-    print_warnings(settings)
+    for text in dict.fromkeys([*risk_warnings(settings), *other_warnings(settings)]):
+        print(sanitize(f"warning: {text}", 500), file=sys.stderr)
     return run(run_checks(settings, options))
 
 
 async def run_checks(settings: Settings, options: Any) -> int:
     """Run the checks that the options ask for, print a line for each step, and return the exit code."""
-    sender, selector = parse_address(options.sender or ""), options.selector
+    sender, selector, failed = parse_address(options.sender or ""), options.selector, False
     if options.sender and not (sender and sender.domain[0] != "["):
         raise CommandError(f'"{options.sender}" is no mail address of a domain', 2)
     if selector and not DOMAIN.fullmatch(selector):
         raise CommandError(f'"{selector}" is no selector', 2)
-    domain, transport, failed = sender.domain if sender else "", TransportContext(settings.smtpd.resolver), False
-    probes = connectivity_probes(settings, domain) if options.connect else ()
-    checks = [(name, run_probe(probe, transport)) for name, probe in probes]
+    domain, transport, checks = sender.domain if sender else "", TransportContext(settings.smtpd.resolver), []
+    for name, route, only_domain in named_routes(settings) if options.connect else ():
+        probe = ConnectivityProbe(route, settings.hostname, only_domain or domain)
+        checks.append((name, run_probe(probe, transport)))
     if domain:
         checks.append((domain, check_sender_domain(domain.lower(), selector, transport.resolver, settings.dkim)))
     for name, check in checks:
@@ -8913,253 +8858,170 @@ async def run_checks(settings: Settings, options: Any) -> int:
     return int(failed)
 
 
+def named_routes(settings: Settings) -> Any:
+    """Yield (path in the settings, Route, the one domain that it is for or "") of every route."""
+    for table in ("mailertable", "sendermt"):
+        for key, first in getattr(settings, table).items():
+            domain = key if table == "mailertable" and key != "default" and not key.startswith(".") else ""
+            for i, route in enumerate(first.choices):
+                yield f"{table}.{key}[{i}]" if first.fallbacks else f"{table}.{key}", route, domain
+    if "default" not in {**settings.mailertable, **settings.sendermt}:
+        yield "no route", FALLBACK_ROUTE, ""
+
+
 async def run_probe(probe: ConnectivityProbe, transport: TransportContext) -> list:
     """Return the results of fetching a route's access token, and of its probe, whatever it raises."""
-    route, results, step = probe.route, [], "TOKEN"
+    route, results = probe.route, []
     try:
         if route.oauth2:
             token = await transport.tokens.token_for(route)
             route = replace(route, credentials=(route.credentials[0], token.text))
             text = f"ends in {int(token.expires - time.monotonic())} s, scope {token.scope or 'not told'}"
-            results.append(CheckResult(step, True, text))
-        step = ""
+            results.append(CheckResult("TOKEN", True, text))
         return results + await route.row.probe(probe._replace(route=route), transport)
     except Rejected as rejected:
-        return [*results, failed_step(step or rejected.reply.command, rejected.reply)]
+        step = "TOKEN" if route.oauth2 and not results else rejected.reply.command
+        return [*results, failed_step(step, rejected.reply)]
     except OSError as error:
         return [*results, CheckResult("CONN", False, error_text(error))]
 
 
-def connectivity_probes(settings: Settings, domain: str) -> list:
-    """Return (path in the settings, probe) of every route; `domain` is probed where the route is for many domains."""
-    probes = []
-    for table in ("mailertable", "sendermt"):
-        for key, route in getattr(settings, table).items():
-            named = table == "mailertable" and key != "default" and not key.startswith(".")
-            for i, choice in enumerate(route.choices):
-                place = f"{table}.{key}[{i}]" if route.fallbacks else f"{table}.{key}"
-                probes.append((place, ConnectivityProbe(choice, settings.hostname, key if named else domain)))
-    if "default" not in {**settings.mailertable, **settings.sendermt}:
-        probes.append(("no route", ConnectivityProbe(FALLBACK_ROUTE, settings.hostname)))
-    return probes
-
-
 async def check_sender_domain(domain: str, selector: str | None, resolver: Resolver, keys: dict) -> list:
-    """Check what large receivers read in DNS of a sender's domain: SPF, DKIM and DMARC records."""
-
-    async def texts(name: str) -> tuple:
-        found = await resolver.lookup(name, TXT, time.monotonic() + Resolver.QUERY_TIMEOUT * Resolver.ATTEMPTS)
-        if found.code == SERVFAIL:
-            raise ValueError(f"{REPLIES['dns'][-1]}: {name}: {found.why}")
-        return found.values
-
-    async def result(step: str, check: Any) -> CheckResult:
+    """Check what large receivers read in DNS of a sender's domain; a check describes a record or raises ValueError."""
+    checks = (check_spf(domain, resolver), check_dkim(domain, selector, resolver, keys), check_dmarc(domain, resolver))
+    results = []
+    for step, check in zip(("SPF", "DKIM", "DMARC"), checks):
         try:
-            return CheckResult(step, True, await check)
+            results.append(CheckResult(step, True, await check))
         except ValueError as error:
-            return CheckResult(step, False, str(error))
-
-    return [
-        await result("SPF", check_spf(domain, texts)),
-        await result("DKIM", check_dkim(domain, selector, keys, texts)),
-        await result("DMARC", check_dmarc(domain, texts)),
-    ]
+            results.append(CheckResult(step, False, str(error)))
+    return results
 
 
-async def check_spf(domain: str, texts: Callable) -> str:
-    """Describe the domain's SPF record; ValueError says why receivers refuse by it (RFC 7208)."""
-    record = spf_record(domain, await texts(domain))
-    if record.lower().split()[1:2] == ["-all"]:
-        raise ValueError(f"{domain}: v=spf1 -all says that the domain sends no mail at all")
-    lookups, records, seen = 0, [record], {domain}
-    for text in records:  # included ones are appended
-        for mechanism, name in re.findall(SPF_LOOKUP, text):
-            lookups += 1
-            if lookups > MAX_SPF_LOOKUPS:
-                raise ValueError(f"{domain}: more than {MAX_SPF_LOOKUPS} look-ups (RFC 7208 4.6.4): receivers refuse")
-            inner = name.lower()
-            if mechanism.lower() in ("include:", "redirect=") and "%" not in inner and inner not in seen:
-                seen.add(inner)
-                records.append(spf_record(f"{domain}: {mechanism}{name}", await texts(inner)))
-    return f"{sanitize(record)} ({lookups} of {MAX_SPF_LOOKUPS} look-ups)"
+async def txt_record(name: str, pattern: str, resolver: Resolver) -> str:
+    """Return the one TXT record of a name that the pattern matches, "" if there is none."""
+    found = await resolver.lookup(name, TXT, time.monotonic() + Resolver.QUERY_TIMEOUT * Resolver.ATTEMPTS)
+    if found.code == SERVFAIL:
+        raise ValueError(f"{REPLIES['dns'][-1]}: {name}: {found.why}")
+    records = [text for text in found.values if re.match(pattern, text)]
+    if len(records) > 1:
+        raise ValueError(f"{name}: more than one record: none counts")
+    return records[0] if records else ""
 
 
-def spf_record(where: str, texts: tuple) -> str:
-    """Return the one valid SPF record among TXT records."""
-    records = [text for text in texts if re.match(r"(?i)v=spf1(?:\s|$)", text)]
-    if len(records) != 1:
-        raise ValueError(f"{where}: {'two SPF records: neither counts' if records else 'no SPF record'}")
-    for term in records[0].split()[1:]:
-        if not re.fullmatch(SPF_TERM, term):
-            raise ValueError(f'{where}: "{sanitize(term, 80)}" is no term of SPF: the record does not count')
-        if term.lower() in ("all", "+all"):
-            raise ValueError(f"{where}: +all lets everybody send in its name: receivers treat it as spam")
-    return records[0]
+async def check_spf(domain: str, resolver: Resolver) -> str:
+    """Check the domain's SPF record and those that it includes (RFC 7208)."""
+    shown, lookups, names = "", 0, [domain]
+    for name in names:  # included ones are appended
+        record = await txt_record(name, r"(?i)v=spf1(?:\s|$)", resolver)
+        terms = record.lower().split()[1:]
+        found = [re.fullmatch(SPF_TERM, term) for term in terms]
+        unknown = next((term for term, match in zip(terms, found) if not match), "")
+        lookups += len([match for match in found if match and match["lookup"]])
+        raise_fault(
+            name,
+            (not record, "no SPF record"),
+            (name == domain and terms[:1] == ["-all"], "v=spf1 -all says that the domain sends no mail at all"),
+            (unknown, f'"{sanitize(unknown, 80)}" is no term of SPF: the record does not count'),
+            ({"all", "+all"}.intersection(terms), "+all lets everybody send in its name: receivers treat it as spam"),
+            (lookups > 10, f"{domain} has more than 10 look-ups (RFC 7208 4.6.4): receivers refuse"),
+        )
+        inner = [match["inner"] for match in found if match["inner"] and "%" not in match["inner"]]  # %: of a mail
+        names += [included for included in inner if included not in names]
+        shown = shown or sanitize(record)
+    return f"{shown} ({lookups} of 10 look-ups)"
 
 
-MAX_SPF_LOOKUPS = 10  # RFC 7208 4.6.4
-SPF_LOOKUP = r"(?i)(?<=\s)[+?~-]?(include:|redirect=|exists:|(?:a|mx|ptr)(?![^\s:/]):?)([^\s/]*)"
-SPF_TERM = (
-    r"(?i)[+?~-]?(?:all|include:\S+|exists:\S+|(?:a|mx)(?::[^\s/]+)?(?:/\d+)?(?://\d+)?|ptr(?::\S+)?"
-    r"|ip4:[\d.]+(?:/\d+)?|ip6:[\da-f:.]+(?:/\d+)?)|[a-z][\w.-]*=\S*"
-)
+def raise_fault(name: str, *faults: tuple) -> None:
+    """Raise ValueError with the first fault of (whether it is there, words)."""
+    for found, words in faults:
+        if found:
+            raise ValueError(f"{name}: {words}")
 
 
-async def check_dkim(domain: str, selector: str | None, keys: dict, texts: Callable) -> str:
-    """Describe the DKIM key of that selector, or of the one in the settings; ValueError says why it is of no use."""
+async def check_dkim(domain: str, selector: str | None, resolver: Resolver, keys: dict) -> str:
+    """Check the DKIM key of that selector, or of the one in the settings (RFC 6376)."""
     own = find_dkim_key(domain, keys)
-    if own and selector in (None, own.selector):
-        domain, selector = own.domain, own.selector
-    elif selector:
-        own = None
-    else:
+    if not (own or selector):
         return "not looked at; --selector names the key"
-    name = f"{selector}._domainkey.{domain}"
-    records = await texts(name)
-    try:
-        return f"{name}: {dkim_key(records, own)}"
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def dkim_key(texts: tuple, own: DkimKey | None) -> str:
-    """Describe the public key in the TXT records of a selector, which must be that of `own`, a key of the settings."""
-    if len(texts) != 1:
-        raise ValueError("more than one record: none counts" if texts else "no key: signatures can't be verified")
-    tags = parse_tags(texts[0])
-    if tags.get("v", "DKIM1") != "DKIM1" or "p" not in tags:
-        raise ValueError("not a DKIM key")
-    public = re.sub(r"\s", "", tags["p"])
-    if not public:
-        raise ValueError("the key is revoked (p= is empty)")
-    if own and public != parse_tags(dkim_record(own))["p"]:
-        raise ValueError(f"not the key of the settings, which `haineko.py dkim {own.domain}` prints")
-    try:
+    own = own if own and selector in (None, own.selector) else None
+    name = f"{own.selector}._domainkey.{own.domain}" if own else f"{selector}._domainkey.{domain}"
+    record = await txt_record(name, "", resolver)
+    tags, key = parse_tags(record), b""
+    public, is_ed25519 = re.sub(r"\s", "", tags.get("p", "")), tags.get("k", "rsa") == "ed25519"
+    with contextlib.suppress(ValueError):
         key = base64.b64decode(public, validate=True)
-    except ValueError:
-        raise ValueError("the key is no base64") from None
-    is_ed25519 = tags.get("k", "rsa") == "ed25519"
-    if is_ed25519 and len(key) != 32:
-        raise ValueError("an ed25519 key has 32 octets")
-    if is_ed25519:
-        return "ed25519"
     bits = rsa_bits(key)
-    if bits < 1024:
-        raise ValueError(f"RSA key of {bits or 'unknown'} bits: receivers want 1024 at least (RFC 8301)")
-    return f"RSA, {bits} bits" + "; t=y: under test, so a failure counts as no signature" * ("y" in tags.get("t", ""))
+    raise_fault(
+        name,
+        (not record, "no key: signatures can't be verified"),
+        (tags.get("v", "DKIM1") != "DKIM1" or "p" not in tags, "not a DKIM key"),
+        (not public, "the key is revoked (p= is empty)"),
+        (own and public != parse_tags(dkim_record(own))["p"], "not the key of the settings: see `haineko.py dkim`"),
+        (not key, "the key is no base64"),
+        (is_ed25519 and len(key) != 32, "an ed25519 key has 32 octets"),
+        (not is_ed25519 and bits < 1024, f"RSA key of {bits or 'unknown'} bits: receivers want 1024 at least"),
+    )
+    under_test = "; t=y: under test, so a failure counts as no signature" * ("y" in tags.get("t", ""))
+    return f"{name}: {'ed25519' if is_ed25519 else f'RSA, {bits} bits'}{under_test}"
 
 
-async def check_dmarc(domain: str, texts: Callable) -> str:
-    """Describe the DMARC policy of the domain or of one above it; ValueError says why it does not count (RFC 7489)."""
-    labels = domain.split(".")
-    for i in range(max(len(labels) - 1, 1)):
-        name = "_dmarc." + ".".join(labels[i:])
-        records = [text for text in await texts(name) if re.match(r"v=DMARC1\s*(?:;|$)", text)]
-        if len(records) > 1:
-            raise ValueError(f"{name}: more than one record: none counts")
-        if records:
-            tags = parse_tags(records[0])
-            policy = tags.get("sp", tags.get("p", "")) if i else tags.get("p", "")
+async def check_dmarc(domain: str, resolver: Resolver) -> str:
+    """Check the DMARC policy of the domain or of one above it (RFC 7489)."""
+    for parent in lookup_keys(domain)[:-1] or [domain]:
+        name = f"_dmarc.{parent.lstrip('.')}"
+        record = await txt_record(name, r"v=DMARC1\s*(?:;|$)", resolver)
+        if record:
+            tags = parse_tags(record)
+            policy = tags.get("p", "") if parent == domain else tags.get("sp", tags.get("p", ""))
             if policy.lower() not in ("none", "quarantine", "reject"):
                 raise ValueError(f"{name}: p= names no policy: it does not count")
-            return f"{name}: {sanitize(records[0])}"
+            return f"{name}: {sanitize(record)}"
     raise ValueError(f"_dmarc.{domain}: no DMARC record: Gmail, Yahoo and Outlook refuse bulk mail without")
 
 
-def describe_recipients(recipients: Recipients) -> str:
-    """Describe the recipients that are permitted, for people."""
-    if recipients.open_relay:
-        return "everybody"
-    names = [*sorted(f"@{domain}" for domain in recipients.domainpart), *sorted(recipients.recipients)]
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return f"{', '.join(names[:8])}{more} only (setting recipients)" if names else "nobody (setting recipients)"
-
-
-def print_warnings(settings: Settings) -> None:
-    """Print warnings of settings that are valid but risky."""
-    for text in dict.fromkeys([*route_warnings(settings), *server_warnings(settings), *file_warnings(settings)]):
-        print(sanitize(f"warning: {text}", 500), file=sys.stderr)
-
-
-def route_warnings(settings: Settings) -> list:
-    found, tables = [], {"mailertable": settings.mailertable, "sendermt": settings.sendermt}
-    for where, route in [(f"{table}.{key}", route) for table in tables for key, route in tables[table].items()]:
-        if re.search(r"(?:\A|\.)example(?:\.(?:com|net|org))?\Z", route.host):
-            found.append(f"{where}.host: {route.host} is an example")
-        if route.relay == "ESMTP" and not (route.starttls or route.port == SMTPS or is_loopback(route.host)):
-            found.append(f"{where}.starttls: mail goes to {route.host} without TLS")
-        for key, value in zip(("username", "password"), route.credentials if route.auth else ()):
-            if not value and key in route.row.login and not (route.oauth2 and key == "password"):
-                found.append(f"authinfo.{route.auth}.{key}: is empty")
-    return found
-
-
-def server_warnings(settings: Settings) -> list:
-    httpd, recipients, found = settings.httpd, settings.recipients, []
+def risk_warnings(settings: Settings) -> Any:
+    """Yield warnings of what lets strangers use the server or learn a secret; the start tells them too."""
+    httpd, relayhosts = settings.httpd, settings.relayhosts
     for address in () if httpd.tls or httpd.trusted_proxies.texts else httpd.listen:
-        if not (address.startswith("unix:") or is_loopback(address.rpartition(":")[0].strip("[]"))):
-            found.append(
-                f"httpd.listen: {address} takes mail from other machines without TLS; set tls or trusted_proxies"
-            )
-    found += risk_warnings(settings)
-    named = recipients.open_relay or recipients.recipients or recipients.domainpart - {settings.hostname.lower()}
-    if not named and resolve_route("", "", settings)[0].relay not in ("Screen", "Discard", "File"):
-        found.append(f"recipients: only addresses at {settings.hostname} may be written to")
-    old = sorted(user for user, login in settings.password.logins.items() if login.hash.startswith("{SSHA}"))
-    return found + [
-        f"password.{user}: {{SSHA}} is quick to guess; `haineko.py pw` prints a better line" for user in old
-    ]
-
-
-def risk_warnings(settings: Settings) -> list:
-    """Return warnings of what lets strangers use the server or learn a secret; the start tells them too."""
-    relayhosts, found = settings.relayhosts, []
+        if not re.fullmatch(rf"unix:.*|{LOCAL_HOST}:\d+", address):
+            yield f"httpd.listen: {address} takes mail from other machines without TLS; set tls or trusted_proxies"
     networks = [ipaddress.ip_network(text, strict=False) for text in relayhosts.relayhosts.texts]
     from_outside = relayhosts.open_relay or not all(network.is_loopback for network in networks)
     if settings.recipients.open_relay and from_outside and not settings.password.logins:
-        found.append("recipients.open-relay: other machines (relayhosts) may write to everybody without a login")
-    for text in settings.httpd.trusted_proxies.texts:
-        if not ipaddress.ip_network(text, strict=False).prefixlen:
-            found.append(f"httpd.trusted_proxies: {text} lets every client say that it has any address")
-    for table, routes in (("mailertable", settings.mailertable), ("sendermt", settings.sendermt)):
-        for key, route in routes.items():
-            for i, choice in enumerate(route.choices):
-                if choice.auth and not choice.tls_verify:
-                    where = f"{table}.{key}[{i}]" if route.fallbacks else f"{table}.{key}"
-                    words = f"whoever is in between can read the secret of authinfo.{choice.auth}"
-                    found.append(f"{where}.tls_verify: {words}")
-    return found
+        yield "recipients.open-relay: other machines (relayhosts) may write to everybody without a login"
+    for text in httpd.trusted_proxies.texts:
+        if text.endswith("/0"):
+            yield f"httpd.trusted_proxies: {text} lets every client say that it has any address"
+    for name, route, _ in named_routes(settings):
+        if route.auth and not route.tls_verify:
+            yield f"{name}.tls_verify: whoever is in between can read the secret of authinfo.{route.auth}"
 
 
-def is_loopback(host: str) -> bool:
-    return host == "localhost" or (is_ip(host) and parse_ip(host) in LOOPBACK)
-
-
-def file_warnings(settings: Settings) -> list:
-    """Return warnings of files that another user could change, and of a queue that a restart or a network may lose."""
-    found, files = [], [path for path, _ in settings.files]
-    files += [settings.queue.path] if settings.queue else []
-    for path in dict.fromkeys([*files, *map(os.path.dirname, files)]):
+def other_warnings(settings: Settings) -> Any:
+    """Yield warnings of values that are valid, but hardly meant, and of files that another user could change."""
+    for name, route, _ in named_routes(settings):
+        if re.search(r"(?:\A|\.)example(?:\.(?:com|net|org))?\Z", route.host):
+            yield f"{name}.host: {route.host} is an example"
+        if route.relay == "ESMTP" and not (
+            route.starttls or route.port == SMTPS or re.fullmatch(LOCAL_HOST, route.host)
+        ):
+            yield f"{name}.starttls: mail goes to {route.host} without TLS"
+        for key, value in zip(("username", "password"), route.credentials if route.auth else ()):
+            if not value and key in route.row.login and not (route.oauth2 and key == "password"):
+                yield f"authinfo.{route.auth}.{key}: is empty"
+    for user, login in sorted(settings.password.logins.items()):
+        if login.hash.startswith("{SSHA}"):
+            yield f"password.{user}: {{SSHA}} is quick to guess; `haineko.py pw` prints a better line"
+    files = [*(path for path, _ in settings.files), *([settings.queue.path] if settings.queue else [])]
+    for path in [*files, *map(os.path.dirname, files)]:
         with contextlib.suppress(OSError):
             about = os.stat(path)
             sticky = stat.S_ISDIR(about.st_mode) and about.st_mode & stat.S_ISVTX
             if about.st_mode & 0o022 and not sticky:
-                found.append(f"{path} can be changed by other users; chmod go-w {path}")
-            if about.st_uid not in (0, os.geteuid()) and os.geteuid():
-                found.append(f"{path} belongs to another user")
-    kind = file_system(settings.queue.path) if settings.queue else ""
-    volatile = re.fullmatch(r"tmpfs|ramfs|nfs\d?|cifs|smb3|fuse\.sshfs|9p", kind)
-    return [*found, f"queue.path: {kind} is no file system of a disk of this machine"] if volatile else found
-
-
-def file_system(path: str) -> str:
-    """Return the type of the file system that a path is on, "" if unknown."""
-    mounts, folder = {"/": ""}, os.path.realpath(path)
-    with contextlib.suppress(OSError), open("/proc/mounts", encoding="utf-8", errors="replace") as stream:
-        mounts.update([line.split(" ")[1:3] for line in stream])
-    while folder not in mounts:
-        folder = os.path.dirname(folder)
-    return mounts[folder]
+                yield f"{path} can be changed by other users; chmod go-w {path}"
+            if os.geteuid() and about.st_uid not in (0, os.geteuid()):
+                yield f"{path} belongs to another user"
 
 
 def command_route(options: Any) -> int:
@@ -9177,7 +9039,7 @@ def print_route(address: str, sender_address: str, settings: Settings) -> int:
     print(f"{address}: {describe_route(route)} ({why})")
     if refusal:
         print(f"{address}: would be refused: {refusal.code} {refusal.dsn} {refusal.message[0]}")
-    return 1 if refusal else 0
+    return int(bool(refusal))
 
 
 def command_dkim(options: Any) -> int:
@@ -9191,20 +9053,41 @@ def command_dkim(options: Any) -> int:
     return 0
 
 
-# -- send
-
-
 def command_send(options: Any) -> int:
     """Post a mail to a running Haineko."""
     body, credentials = submission_from_options(options), ()
     if options.user:
-        remote = re.match(r"(?i)http://(?!(?:localhost|127\.[\d.]+|\[::1\])(?:[:/]|\Z))", options.url)
+        remote = re.match(rf"(?i)http://(?!{LOCAL_HOST}(?:[:/]|\Z))", options.url)
         if remote and not options.insecure:
             raise CommandError(f"{options.url}: the password would go over the network in clear text (--insecure)", 2)
         credentials = options.user, os.environ.get("HAINEKO_PASSWORD") or ask_password(f"Password of {options.user}: ")
     document = post_submission(options.url, body, credentials)[1]
-    print(terminal_json(json.dumps(document, ensure_ascii=False, indent=2)))
+    text = json.dumps(document, ensure_ascii=False, indent=2)  # without what a terminal would obey or can't show
+    print(re.sub(r"[^\n -~]", lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text))
     return int(not document["response"] or any(item["error"] for item in document["response"]))
+
+
+def submission_from_options(options: Any) -> bytes:
+    """Return the JSON of a submission: from a file, from stdin, or made from flags."""
+    header = {key: getattr(options, key) for key in ("from", "reply_to", "subject", "charset")}
+    flags = (options.to, options.sender, *header.values(), options.body, options.html, options.attach)
+    if any(flags) and (options.file or not options.to):
+        raise CommandError("flags that say what to send want --to, and no FILE, which says all of it", 2)
+    if not options.to:
+        return read_bytes(options.file or "-")
+    from_stdin = options.body is None and not options.html
+    document = {
+        "mail": options.sender or envelope_sender(None, local_hostname()),
+        "rcpt": options.to,
+        "header": header,
+        "body": read_bytes("-").decode("utf-8", "replace") if from_stdin else options.body,
+        "html": read_bytes(options.html).decode("utf-8", "replace") if options.html else None,
+        "attachments": [
+            {"filename": os.path.basename(path), "content": base64.b64encode(read_bytes(path)).decode()}
+            for path in options.attach
+        ],
+    }
+    return encode_json(document)
 
 
 def post_submission(url: str, body: bytes, credentials: tuple = ()) -> tuple:
@@ -9219,53 +9102,14 @@ def post_submission(url: str, body: bytes, credentials: tuple = ()) -> tuple:
             connection.sock.connect(url[5:])
         with contextlib.closing(connection):
             response = connection.exchange(HTTPRequest("POST", "/submit", body, basic_auth_header(credentials)))
-    except Rejected as error:
-        raise CommandError(f"{url}: {': '.join(error.reply.message)}", 1) from None
-    except OSError as error:
-        raise CommandError(f"{url}: {error.strerror}", 1) from None
-    document = response.document()
-    if not is_answer(document):
-        raise CommandError(f"{url}: not a Haineko's answer: {sanitize(response.body.decode('utf-8', 'replace'))}", 1)
-    return response.status, document
-
-
-def is_answer(document: Any) -> bool:
-    """Return True if a JSON value is a Haineko's answer to a submission."""
-    try:
-        keys = {"rcpt", "error", "code", "dsn", "command", "message", "mailer"}
-        return all(keys <= item.keys() and isinstance(item["message"], list) for item in document["response"])
-    except (KeyError, TypeError, AttributeError):
-        return False
-
-
-def terminal_json(text: str) -> str:
-    """Escape in JSON what a terminal would obey or can't show."""
-    return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1], text)
-
-
-def submission_from_options(options: Any) -> bytes:
-    """Return the JSON of a submission: from a file, from stdin, or made from flags."""
-    header = {"subject": options.subject or "", "from": options.header_from, "replyto": options.reply_to}
-    header["charset"] = options.charset
-    flags = (options.to, options.sender, *header.values(), options.body, options.html, options.attach)
-    if any(flags) and (options.file or not options.to):
-        raise CommandError("flags that say what to send want --to, and no FILE, which says all of it", 2)
-    if not options.to:
-        return read_bytes(options.file or "-")
-    attachments = [(os.path.basename(path), base64.b64encode(read_bytes(path)).decode()) for path in options.attach]
-    document = {
-        "mail": options.sender or default_sender(local_hostname()),
-        "rcpt": options.to,
-        "header": header,
-        "body": read_utf8("-") if options.body is None and not options.html else options.body,
-        "html": read_utf8(options.html) if options.html else None,
-        "attachments": [{"filename": name, "content": content} for name, content in attachments],
-    }
-    return encode_json(document)
-
-
-def read_utf8(path: str) -> str:
-    return read_bytes(path).decode("utf-8", "replace")
+    except (Rejected, OSError) as error:
+        reason = ": ".join(error.reply.message) if isinstance(error, Rejected) else error.strerror
+        raise CommandError(f"{url}: {reason}", 1) from None
+    document, keys = response.document(), {"rcpt", "error", "code", "dsn", "command", "message", "mailer"}
+    with contextlib.suppress(KeyError, TypeError, AttributeError):  # of JSON in another form
+        if all(keys <= item.keys() and isinstance(item["message"], list) for item in document["response"]):
+            return response.status, document
+    raise CommandError(f"{url}: not a Haineko's answer: {sanitize(response.body.decode('utf-8', 'replace'))}", 1)
 
 
 def read_bytes(path: str) -> bytes:
@@ -9279,8 +9123,6 @@ def read_bytes(path: str) -> bytes:
 
 def ask_password(prompt: str) -> str:
     """Ask for a password on the terminal: everybody can read a command line."""
-    import getpass
-
     try:
         with open("/dev/tty"):  # without a terminal, getpass() would read the mail on stdin
             return getpass.getpass(prompt)
@@ -9290,20 +9132,28 @@ def ask_password(prompt: str) -> str:
         raise CommandError("no password", 1) from None
 
 
-# -- queue
-
-
 def command_queue(options: Any) -> int:
     """List the mail that waits; show one, try it now, or drop it."""
     settings = usable_settings(options.config).queue  # the file itself is used, with the server running or not
     if not settings:
         raise CommandError('the settings have no "queue"', 2)
-    wanted = options.action in ("show", "drop") or (options.action == "retry" and not options.all)
-    if wanted != bool(options.id):
-        raise CommandError(f"queue {options.action}: a queue id is {'wanted' if wanted else 'not wanted'}", 2)
+    action, queueid = options.action, options.id
+    wanted = action in ("show", "drop") or (action == "retry" and not options.all)
+    if wanted != bool(queueid):
+        raise CommandError(f"queue {action}: a queue id is {'wanted' if wanted else 'not wanted'}", 2)
     if not os.path.exists(settings.path):
         raise CommandError(f"{settings.path}: does not exist; nothing was ever queued", 1)
-    return QUEUE_ACTIONS[options.action](QueueDB(settings), options.id, options.json)
+    store = QueueDB(settings)
+    if action == "list":
+        return queue_list(store, options.json)
+    if action == "show":
+        return queue_show(store, queueid, options.json)
+    if action == "drop":
+        count, done = run_operation(store, drop_message, queueid, time.time()), "dropped"
+    else:
+        count, done = run_operation(store, flush_queue, queueid), "to be tried at once"
+    print(f"{count} recipient{'s' * (count != 1)} {done}")
+    return int(not count and wanted)
 
 
 def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
@@ -9314,49 +9164,39 @@ def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
     return result
 
 
-def queue_list(store: QueueDB, _: str, as_json: bool = False) -> int:
-    last, count = 0, 0
-    if not as_json:
-        print(f"{'QUEUE ID':16}  {'SIZE':>9}  {'ARRIVED':25}  {'NEXT ATTEMPT':30}  SENDER -> RECIPIENT  LAST REPLY")
+def queue_list(store: QueueDB, as_json: bool = False) -> int:
+    count = last = 0
+    heading = f"{'QUEUE ID':16}  {'SIZE':>9}  {'ARRIVED':25}  {'NEXT ATTEMPT':30}  SENDER -> RECIPIENT  LAST REPLY"
+    print("[" if as_json else heading)
     while rows := run_operation(store, open_recipients_after, last, 500):  # in parts: the server works on meanwhile
         for row in rows:
-            print(
-                f"{',' if count else '['}\n{queue_row_json(row)}" if as_json else queue_row(row),
-                end="" if as_json else "\n",
-            )
+            print(("," if count and as_json else "") + queue_row(row, as_json))
             count += 1
         last = rows[-1]["id"]
-    print(("\n]" if count else "[]") if as_json else f"{count} recipient{'s' * (count != 1)}")
+    print("]" if as_json else f"{count} recipient{'s' * (count != 1)}")
     return 0
 
 
-def queue_row(row: Any) -> str:
-    """Return a recipient in the queue as a line of a table."""
-    due, attempts = row["due"], parse_history(row["history"])
-    when = row["state"] if due is None else local_time(max(due, row["created_at"]))
-    words = reply_line(attempts[-1].reply) if attempts else ""
-    envelope = f"<{row['sender']}> -> <{row['recipient']}>"
-    came = local_time(row["created_at"])
-    return f"{row['queueid']}  {row['size']:>9}  {came}  next {when:25}  {envelope}  {words}"
-
-
-def queue_row_json(row: Any) -> str:
-    attempts = parse_history(row["history"])
-    reply = reply_to_dict(row["recipient"], attempts[-1].reply) if attempts else None
-    values = {key: row[key] for key in ("queueid", "size", "state", "sender", "recipient")}
-    times = {"arrived": time_to_dict(row["created_at"]), "next": time_to_dict(row["due"])}
-    return json.dumps({**values, **times, "attempts": len(attempts), "response": reply}, ensure_ascii=False)
+def queue_row(row: Any, as_json: bool) -> str:
+    """Return a recipient in the queue as a line of a table, or as JSON."""
+    due, created_at, attempts = row["due"], row["created_at"], parse_history(row["history"])
+    reply = attempts[-1].reply if attempts else None
+    if as_json:
+        values = {key: row[key] for key in ("queueid", "size", "state", "sender", "recipient")}
+        values.update({"arrived": time_to_dict(created_at), "next": time_to_dict(due), "attempts": len(attempts)})
+        values["response"] = reply and reply_to_dict(row["recipient"], reply)
+        return json.dumps(values, ensure_ascii=False)
+    when = row["state"] if due is None else local_time(max(due, created_at))
+    words = sanitize(f"{reply.code} {' '.join(reply.message)}", 500) if reply else ""
+    head = f"{row['queueid']}  {row['size']:>9}  {local_time(created_at)}  next {when:25}"
+    return f"{head}  <{row['sender']}> -> <{row['recipient']}>  {words}"
 
 
 def local_time(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(seconds))
 
 
-def reply_line(reply: Reply) -> str:
-    return sanitize(f"{reply.code} {' '.join(reply.message)}", 500)
-
-
-def queue_show(store: QueueDB, queueid: str, as_json: bool = False) -> int:
+def queue_show(store: QueueDB, queueid: str, as_json: bool) -> int:
     found = run_operation(store, message_status, queueid)
     if not found:
         raise CommandError(f"{sanitize(queueid)}: not in the queue", 1)
@@ -9365,31 +9205,12 @@ def queue_show(store: QueueDB, queueid: str, as_json: bool = False) -> int:
         return 0
     print(f"{queueid}  {found['size']} octets  arrived {local_time(found['created_at'])}\nfrom <{found['sender']}>")
     for row in found["recipients"]:
-        due = row["due"]
-        when = "" if due is None else f", next attempt {local_time(max(due, found['created_at']))}"
+        when = "" if row["due"] is None else f", next attempt {local_time(max(row['due'], found['created_at']))}"
         print(f"to <{sanitize(row['as_written'])}>: {row['state']}{when}")
-        for attempt in parse_history(row["history"]):
-            print(f"   {local_time(attempt.time)}  {attempt.reply.relay}: {reply_line(attempt.reply)}")
+        for moment, reply in parse_history(row["history"]):
+            words = sanitize(f"{reply.code} {' '.join(reply.message)}", 500)
+            print(f"   {local_time(moment)}  {reply.relay}: {words}")
     return 0
-
-
-def queue_retry(store: QueueDB, queueid: str | None, _: bool = False) -> int:
-    return print_count(run_operation(store, flush_queue, queueid), "to be tried at once", not queueid)
-
-
-def queue_drop(store: QueueDB, queueid: str, _: bool = False) -> int:
-    return print_count(run_operation(store, drop_message, queueid, time.time()), "dropped", False)
-
-
-def print_count(count: int, what: str, fine: bool) -> int:
-    print(f"{count} recipient{'s' * (count != 1)} {what}")
-    return 0 if count or fine else 1
-
-
-QUEUE_ACTIONS = {"list": queue_list, "show": queue_show, "retry": queue_retry, "drop": queue_drop, "flush": queue_retry}
-
-
-# -- pw and setup
 
 
 def command_pw(options: Any) -> int:
@@ -9408,12 +9229,12 @@ def command_pw(options: Any) -> int:
 
 def command_key(options: Any) -> int:
     """Make an API key: print it, and its line for the section `password`."""
-    fences = {"senders": options.sender, "recipients": options.recipient}
-    limits = {"rate": options.rate, "expires": options.expires}
     key, errors = new_key(options.prefix), []
-    login = {"hash": key_hash(key), **{name: value for name, value in {**fences, **limits}.items() if value}}
+    fences = {"senders": options.sender, "recipients": options.recipient, "rate": options.rate}
+    fences = {name: value for name, value in {**fences, "expires": options.expires}.items() if value}
+    login = {"hash": key_hash(key), **fences}
     mapping_of(parse_login)({options.name: login}, "password", errors)
-    matching(KEY_PREFIX, "letters, digits, - and _")(options.prefix, "--prefix", errors)
+    matching(re.compile("[A-Za-z0-9_-]{1,20}"), "letters, digits, - and _")(options.prefix, "--prefix", errors)
     if errors:
         raise CommandError("; ".join(errors), 2)
     print(key)
@@ -9421,13 +9242,8 @@ def command_key(options: Any) -> int:
     return 0
 
 
-KEY_PREFIX = re.compile("[A-Za-z0-9_-]{1,20}")
-
-
 def user_name() -> str:
     """Return the name of the user who runs this; in a container there may be a number only."""
-    import getpass
-
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -9436,13 +9252,9 @@ def user_name() -> str:
 
 def command_setup(options: Any) -> int:
     """Write haineko.json, units for systemd and with --sendmail a program, never over an existing file."""
-    import py_compile
-
-    program, folder, code = os.path.realpath(__file__), os.path.abspath(options.dest), 0
-    values, settings = (
-        {"python": sys.executable, "program": os.path.dirname(program), "folder": folder},
-        example_settings(),
-    )
+    program, folder, settings, code = os.path.realpath(__file__), os.path.abspath(options.dest), example_settings(), 0
+    values = {"python": sys.executable, "program": os.path.dirname(program), "folder": folder}
+    values["hardening"] = "\n".join(f"{name}=yes" for name in HARDENING.split())
     if f"{folder}/".startswith("/etc/"):  # which the server must not write to
         settings["queue"]["path"] = "/var/lib/haineko/haineko.db"
         values["writable"] = "# the queue is there: /var/lib/haineko\nStateDirectory=haineko\nStateDirectoryMode=0700"
@@ -9462,7 +9274,7 @@ def command_setup(options: Any) -> int:
                 stream.write(content)
             print(path)
         except OSError as error:
-            code = print_error(f"{path}: {error.strerror}", 1)
+            code = print_message(f"{path}: {error.strerror}", 1)
     return code
 
 
@@ -9482,33 +9294,15 @@ WorkingDirectory={program}
 ExecStart={python} -m haineko serve -c {folder}/haineko.json
 ExecReload=/bin/kill -HUP $MAINPID
 Restart=on-failure
-TimeoutStopSec=40
-LimitNOFILE=65536
-# then the settings may have: "password": {{"file": "/run/credentials/haineko.service/relay"}}
-#LoadCredential=relay:{folder}/relay.secret
+# for a secret {{"credential": "relay"}} in the settings: LoadCredential=relay:{folder}/relay.secret
 UMask=0077
 # for ports below 1024 this, and no PrivateUsers: AmbientCapabilities=CAP_NET_BIND_SERVICE
 CapabilityBoundingSet=
-PrivateUsers=yes
-NoNewPrivileges=yes
-PrivateTmp=yes
-PrivateDevices=yes
+{hardening}
 ProtectSystem=strict
 ProtectHome=read-only
 ProtectProc=invisible
-ProtectClock=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-ProtectControlGroups=yes
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-LockPersonality=yes
-MemoryDenyWriteExecute=yes
-RemoveIPC=yes
 SystemCallArchitectures=native
 SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
@@ -9517,11 +9311,13 @@ SystemCallErrorNumber=EPERM
 [Install]
 WantedBy=multi-user.target
 """
+HARDENING = (  # what is "yes" in the unit, see systemd.exec(5)
+    "PrivateUsers PrivateTmp PrivateDevices ProtectClock ProtectHostname ProtectKernelLogs ProtectKernelModules"
+    " ProtectKernelTunables ProtectControlGroups RestrictNamespaces RestrictRealtime RestrictSUIDSGID LockPersonality"
+    " MemoryDenyWriteExecute NoNewPrivileges RemoveIPC"
+)
 SYSTEMD_SOCKET = """\
 # optional: systemd listens, in place of httpd.listen, and no connection is refused during a restart
-[Unit]
-Description=Socket of Haineko
-
 [Socket]
 ListenStream=127.0.0.1:2794
 
@@ -9535,111 +9331,101 @@ import haineko; sys.exit(haineko.main(["sendmail", *sys.argv[1:]]))
 """
 
 
-# -- sendmail
-
-
 def command_sendmail(argv: list) -> int:
-    """Relay the message on stdin, like /usr/sbin/sendmail."""
-    import getopt
-
+    """Relay the message on stdin, like /usr/sbin/sendmail, with its flags (-t, -i, -f SENDER, -C FILE, ...)."""
     try:
         argv = [f"{word} " if word == "-q" else word for word in argv]  # getopt knows no optional value
         pairs, addresses = getopt.gnu_getopt(argv, "A:B:C:F:GIL:N:O:R:UV:X:ab:ce:f:h:imno:p:q:r:tvx")
         flags = {**dict(pairs), "-o": [value for flag, value in pairs if flag == "-o"]}
         sends = "-q" not in flags or "-t" in flags or addresses
         mode = "i" if "-I" in flags else flags.get("-b", "m" if sends else "q")
-        if mode not in SENDMAIL_MODES:
-            raise CommandError(f"usage: -b{mode} is not served here; `haineko.py serve` runs the server", os.EX_USAGE)
-        return SENDMAIL_MODES[mode](flags, addresses)
+        if mode == "m":
+            return sendmail_deliver(flags, addresses)
+        if mode in ("p", "q"):
+            return sendmail_queue(flags)
+        if mode == "v":
+            settings, _ = sendmail_settings(flags)
+            refused = [print_route(to, "", settings) for to in named_recipients(addresses, [], settings)]
+            return os.EX_NOPERM if any(refused) else os.EX_OK
+        if mode in ("i", "h", "H"):  # there is no database of aliases, and none of hosts
+            return os.EX_OK
+        raise CommandError(f"usage: -b{mode} is not served here; `haineko.py serve` runs the server", os.EX_USAGE)
     except getopt.GetoptError as error:
-        return print_error(f"usage: {error}", os.EX_USAGE)
+        return print_message(f"usage: {error}", os.EX_USAGE)
     except CommandError as error:
         text, code = error.args
-        return print_error(text, {1: os.EX_TEMPFAIL, 2: os.EX_CONFIG}.get(code, code))
-
-
-def print_error(text: str, code: int) -> int:
-    print(f"haineko: {text}", file=sys.stderr)
-    return code
+        return print_message(text, {1: os.EX_TEMPFAIL, 2: os.EX_CONFIG}.get(code, code))
 
 
 def sendmail_deliver(flags: dict, addresses: list) -> int:
     """Relay the message on stdin: by its own settings, or if it can't read them, by the server that runs."""
     settings, urls = sendmail_settings(flags)
-    octets = read_bytes("-")
+    octets, hostname = read_bytes("-"), settings.hostname
     if "-i" not in flags and "i" not in flags["-o"]:
         octets = re.split(rb"(?m)^\.\r?$", octets, maxsplit=1)[0]
-    sender = sendmail_sender(flags, settings)
+    sender = envelope_sender(flags.get("-f", flags.get("-r")), hostname)
     try:
         message = parse_message(octets)
     except ValueError as error:
         raise CommandError(str(error), os.EX_DATAERR) from None
-    fields = [qualified_field(name, field, settings.hostname) for name, field in message.fields]
+    fields = []
+    for name, octets in message.fields:
+        listed = re.fullmatch(r"(?:resent-)?(?:from|sender|to|cc|bcc|reply-to)|errors-to|return-receipt-to", name)
+        fields.append((name, qualified(octets.decode("latin-1"), hostname).encode("latin-1") if listed else octets))
     rcpt = named_recipients(addresses, recipient_fields(fields) if "-t" in flags else [], settings)
     if not rcpt:
         raise CommandError("usage: no recipient", os.EX_USAGE)
     if "from" not in dict(fields):
-        author = parse_address(sender or f"MAILER-DAEMON@{settings.hostname}")
+        author = parse_address(sender or f"MAILER-DAEMON@{hostname}")
         name = " ".join(flags.get("-F", "").split())
         fields.append(("from", address_field("From", ((name, author),), "UTF-8").encode() + b"\n"))
     raw = b"".join([field for _, field in fields]) + b"\n" + message.body
     document = {"mail": sender, "rcpt": rcpt, "raw": {"base64": base64.b64encode(raw).decode()}}
     if urls:
-        document["mail"] = sender or default_sender(settings.hostname)  # the API takes no null sender
+        document["mail"] = sender or envelope_sender(None, hostname)  # the API takes no null sender
         return report_failures(*post_in_parts(urls, document))
     response = run(submit_here(encode_json(document), settings, dsn_options(flags)))
     return report_failures(response.status, json.loads(response.body)["response"])
 
 
 def sendmail_settings(flags: dict) -> tuple:
-    """Return (Settings, URLs of the server to post to: none if the settings and the queue can be used directly)."""
-    path = settings_path(flags.get("-C"))
-    if not path and "HAINEKO_URL" not in os.environ:  # without, `serve` prints mail, and so loses it
+    """Return (Settings, URLs where a server may listen: none if the settings and the queue can be used directly)."""
+    path, url = settings_path(flags.get("-C")), os.environ.get("HAINEKO_URL")
+    if not path and not url:  # without, `serve` prints mail, and so loses it
         raise CommandError("no settings file: name one with -C or in $HAINEKO_CONF", os.EX_CONFIG)
     settings, errors = load_settings(path)
-    if not settings.hostname:
-        settings = replace(settings, smtpd=replace(settings.smtpd, hostname=local_hostname()))
     store = settings.queue.path if settings.queue else ""
     unwritable = store and not os.access(store if os.path.exists(store) else os.path.dirname(store), os.W_OK)
-    if not path or unwritable or any(os.strerror(errno.EACCES) in error for error in errors):
-        return settings, server_urls(settings, path)
-    if errors:
-        raise CommandError("\n".join(errors), os.EX_CONFIG)
-    return settings, ()
-
-
-def server_urls(settings: Settings, path: str | None) -> list:
-    """Return where a server may listen: $HAINEKO_URL, what `start` wrote into the pid file, the settings' addresses."""
-    if "HAINEKO_URL" in os.environ or not path:
-        return [os.environ["HAINEKO_URL"]]
-    urls = []
-    with contextlib.suppress(OSError), open(os.path.join(os.path.dirname(path), "haineko.pid")) as stream:
-        urls = stream.read().split()[1:]
-    scheme = "https" if settings.httpd.tls else "http"
+    if path and not unwritable and not any(os.strerror(errno.EACCES) in error for error in errors):
+        if errors:
+            raise CommandError("\n".join(errors), os.EX_CONFIG)
+        return settings, ()
+    if url:
+        return settings, (url,)
+    urls = running_daemon(os.path.join(os.path.dirname(path), "haineko.pid"))[2].split()
     for address in settings.httpd.listen:
         host, _, port = address.rpartition(":")
         host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
-        urls.append(address if address.startswith("unix:") else f"{scheme}://{host}:{port}/")
-    return urls
+        url = f"{'https' if settings.httpd.tls else 'http'}://{host}:{port}/"
+        urls.append(address if address.startswith("unix:") else url)
+    return settings, urls
 
 
 def post_in_parts(urls: list, document: dict) -> tuple:
-    """Post a mail to the first server that answers, in parts if it has too many recipients for the server; return
-    (status, items of the answers)."""
+    """Post a mail to the first server that answers, in parts if need be; return (status, items of the answers)."""
     for url in urls:
         try:
             status, answer = post_submission(url, encode_json(document))
-            break
         except CommandError as error:
-            print_error(error.args[0], 0)
-    else:
-        raise CommandError("the settings or the queue can't be read, and no server was reached", os.EX_TEMPFAIL)
-    rcpt, items = document["rcpt"], answer["response"]
-    if items[0]["mailer"] or items[0]["dsn"] != "4.5.3" or len(rcpt) == 1:
-        return status, items
-    half = len(rcpt) // 2
-    parts = [post_in_parts([url], {**document, "rcpt": part}) for part in (rcpt[:half], rcpt[half:])]
-    return max(status for status, _ in parts), [item for _, items in parts for item in items]
+            print_message(error.args[0], 0)
+            continue
+        rcpt, items = document["rcpt"], answer["response"]
+        if items[0]["mailer"] or items[0]["dsn"] != "4.5.3" or len(rcpt) == 1:
+            return status, items
+        half = len(rcpt) // 2  # too many recipients for the server
+        parts = [post_in_parts([url], {**document, "rcpt": part}) for part in (rcpt[:half], rcpt[half:])]
+        return max(status for status, _ in parts), [item for _, items in parts for item in items]
+    raise CommandError("the settings or the queue can't be read, and no server was reached", os.EX_TEMPFAIL)
 
 
 async def submit_here(body: bytes, settings: Settings, dsn: tuple) -> Response:
@@ -9660,47 +9446,38 @@ async def submit_here(body: bytes, settings: Settings, dsn: tuple) -> Response:
 
 
 def report_failures(status: int, items: list) -> int:
-    """Print the recipients that failed; return the exit code."""
-    failed = [item for item in items if item["error"]]
-    for item in failed:
+    """Print the recipients that failed; return the exit code (sysexits.h)."""
+    codes, by_status = set(), {400: os.EX_DATAERR, 401: os.EX_NOPERM, 403: os.EX_NOPERM, 413: os.EX_DATAERR}
+    for item in [item for item in items if item["error"]]:
         to = f"<{item['rcpt']}>: " if item["rcpt"] is not None else ""
-        print_error(f"{to}{item['code']} {item['command']}: {sanitize(' '.join(item['message']), 1000)}", 0)
-    codes = {sendmail_code(status, item) for item in failed}
-    if len(failed) < len(items) and os.EX_TEMPFAIL in codes:
+        print_message(f"{to}{item['code']} {item['command']}: {sanitize(' '.join(item['message']), 1000)}", 0)
+        if item["dsn"] == "5.4.6":  # a loop
+            codes.add(os.EX_UNAVAILABLE)
+        elif item["mailer"]:
+            codes.add(os.EX_TEMPFAIL if item["code"][0] == "4" else os.EX_UNAVAILABLE)
+        elif item["rcpt"] is not None:
+            codes.add(os.EX_DATAERR if item["dsn"] == "5.1.5" else os.EX_NOPERM)  # 5.1.5: not an address
+        else:  # a refusal of the whole mail
+            codes.add(by_status.get(status, os.EX_TEMPFAIL))
+    if os.EX_TEMPFAIL in codes and not all(item["error"] for item in items):
         return os.EX_UNAVAILABLE  # "try again" would send it twice to the others
     order = (os.EX_TEMPFAIL, os.EX_UNAVAILABLE, os.EX_NOPERM, os.EX_DATAERR)
     return next((code for code in order if code in codes), os.EX_OK)
 
 
-def sendmail_code(status: int, item: dict) -> int:
-    """Return the exit code (sysexits.h) for a recipient's reply, or for the refusal of the whole mail."""
-    if item["mailer"] or item["dsn"] == "5.4.6":
-        return os.EX_TEMPFAIL if item["code"][0] == "4" and item["dsn"] != "5.4.6" else os.EX_UNAVAILABLE
-    if item["rcpt"] is not None:
-        return os.EX_DATAERR if item["dsn"] == "5.1.5" else os.EX_NOPERM  # 5.1.5: not an address
-    codes = {400: os.EX_DATAERR, 401: os.EX_NOPERM, 403: os.EX_NOPERM, 413: os.EX_DATAERR}
-    return codes.get(status, os.EX_TEMPFAIL)
-
-
-def sendmail_sender(flags: dict, settings: Settings) -> str:
-    """Return the envelope sender: of -f or -r, else the user's address; "" is the null sender."""
-    given = flags.get("-f", flags.get("-r"))
-    if given is None:
-        return default_sender(settings.hostname)
-    if given.strip() in ("", "<>"):
-        return ""
-    found = split_addresses(given, settings.hostname)
-    if len(found) != 1 or not parse_address(found[0]):
-        raise CommandError(f'usage: "{given}" is no mail address', os.EX_USAGE)
-    return found[0]
-
-
-def default_sender(hostname: str) -> str:
-    """Return the address of the user who runs this, valid whatever $LOGNAME is."""
+def envelope_sender(given: str | None, hostname: str) -> str:
+    """Return the envelope sender in -f, "" for the null sender, or without -f the user's address."""
+    if given is not None:
+        found = split_addresses(given, hostname)
+        if given.strip() in ("", "<>"):
+            return ""
+        if len(found) != 1 or not parse_address(found[0]):
+            raise CommandError(f'usage: "{given}" is no mail address', os.EX_USAGE)
+        return found[0]
     name = user_name()
     if parse_address(name):
         return name
-    name = re.sub(r"[^A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]+", "_", name.rpartition("\\")[2])
+    name = re.sub(r"[^A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]+", "_", name.rpartition("\\")[2])  # whatever $LOGNAME is
     name = re.sub(r"\.+", ".", name)[:64].strip("._") or f"uid{os.getuid()}"
     return f"{name}@{hostname}"
 
@@ -9734,26 +9511,18 @@ def recipient_fields(fields: list) -> list:
     return resent or [("to", octets) for name, octets in fields if name in ("to", "cc", "bcc")]
 
 
-def qualified_field(name: str, field: bytes, hostname: str) -> tuple:
-    """Return (name, field), in which addresses without a domain have got one (RFC 5322 3.4.1)."""
-    if not re.fullmatch(r"(resent-)?(from|sender|to|cc|bcc|reply-to)|errors-to|return-receipt-to", name):
-        return name, field
-    label, colon, value = field.decode("latin-1").partition(":")
-    return name, (label + colon + qualified(value, hostname)).encode("latin-1")
-
-
 def qualified(text: str, hostname: str) -> str:
-    """Return an address list in which names alone have got the domain; text that is no list stays as it is."""
+    """Return an address list, or a field with one, in which names alone have got the domain (RFC 5322 3.4.1)."""
     tokens = [(found.lastgroup, found[0]) for found in ADDRESS_TOKEN.finditer(text) if found[0]]
-    if "fault" in dict(tokens):
+    if "fault" in dict(tokens):  # no list
         return text
     texts = [token for _, token in tokens]
-    words = [i for i, (kind, _) in enumerate(tokens) if kind not in CFWS]
-    for before, i, after in zip([None, *words], words, [*words[1:], None]):
-        name = texts[i].strip("<> ") if tokens[i][0] == "angle" else texts[i]
-        alone = (before is None or texts[before] in (",", ";", ":")) and (after is None or texts[after] in (",", ";"))
+    places = [i for i, (kind, _) in enumerate(tokens) if kind not in CFWS]
+    words = [",", *[texts[i] for i in places], ","]
+    for i, before, word, after in zip(places, words, words[1:], words[2:]):
+        name, alone = word.strip("<> "), before in (",", ";", ":") and after in (",", ";")
         if re.fullmatch("[A-Za-z0-9._+-]+", name) and (alone or tokens[i][0] == "angle"):
-            texts[i] = texts[i].replace(name, f"{name}@{hostname}")
+            texts[i] = word.replace(name, f"{name}@{hostname}")
     return "".join(texts)
 
 
@@ -9768,104 +9537,67 @@ def dsn_options(flags: dict) -> tuple:
     return f" RET={ret}{' ENVID=' if envid else ''}{envid}", f" NOTIFY={notify}"
 
 
-def sendmail_queue(flags: dict, addresses: list) -> int:
+def sendmail_queue(flags: dict) -> int:
     """List the queue, or with -q make what waits due: all, or with -qIQUEUEID one mail."""
     settings = usable_settings(flags.get("-C")).queue
     store = QueueDB(settings) if settings and os.path.exists(settings.path) else None
-    if "-b" in flags and not store:
+    if "-b" in flags and store:
+        return queue_list(store)
+    if "-b" in flags:
         print("Mail queue is empty")
-    elif "-b" in flags:
-        return queue_list(store, "")
     elif store:
         which = flags["-q"].strip()
         run_operation(store, flush_queue, which[1:] if which[:1] == "I" else None)
     return os.EX_OK
 
 
-def sendmail_verify(flags: dict, addresses: list) -> int:
-    """Say where mail to the addresses would go."""
-    settings, _ = sendmail_settings(flags)
-    codes = [print_route(to, "", settings) for to in named_recipients(addresses, [], settings)]
-    return os.EX_NOPERM if any(codes) else os.EX_OK
-
-
-# Modes of -b; -q alone is "q". There is no database of aliases (-bi, -I), and none of hosts (-bh, -bH).
-SENDMAIL_MODES = {"m": sendmail_deliver, "p": sendmail_queue, "q": sendmail_queue, "v": sendmail_verify}
-SENDMAIL_MODES.update(dict.fromkeys("ihH", lambda flags, addresses: os.EX_OK))
-
-
-ARGUMENTS = {  # name: what ArgumentParser.add_argument() takes
-    "config": (("-c", "--config"), {"metavar": "FILE", "help": "settings file"}),
-    "pid-file": (("--pid-file",), {"metavar": "F", "help": "file with the daemon's pid"}),
-    "listen": (("--listen",), {"metavar": "ADDR", "help": "host:port, [v6]:port or unix:/path"}),
-    "workers": (("--workers",), {"metavar": "N", "type": int, "help": "processes; 0 means one per core"}),
-    "devel": (("-d", "--devel"), {"action": "store_true", "help": "print every SMTP dialogue, secrets masked"}),
-    "connect": (("--connect",), {"action": "store_true", "help": "try what each route would use; no mail is sent"}),
-    "records-of": (("--sender",), {"metavar": "A", "help": "read SPF, DKIM and DMARC records of its domain"}),
-    "selector": (("--selector",), {"metavar": "S", "help": "of the sender's DKIM key"}),
-    "sender": (("--sender",), {"metavar": "ADDRESS"}),
-    "address": (("address",), {"metavar": "ADDRESS"}),
-    "domain": (("domain",), {"metavar": "DOMAIN"}),
-    "file": (("file",), {"metavar": "FILE", "nargs": "?", "help": "JSON of a submission; - or nothing: stdin"}),
-    "url": (("--url",), {"default": "http://127.0.0.1:2794/", "help": "the server's root, or its /submit"}),
-    "insecure": (("--insecure",), {"action": "store_true", "help": "log in over http:// too"}),
-    "login": (("--user",), {"help": "log in; the password is $HAINEKO_PASSWORD or asked for"}),
-    "to": (("--to",), {"action": "append", "metavar": "A", "help": "recipient; again for more"}),
-    "mail": (("--mail", "--sender"), {"dest": "sender", "metavar": "A", "help": "envelope sender"}),
-    "from": (("--from",), {"dest": "header_from", "metavar": "A", "help": "From"}),
-    "reply-to": (("--reply-to",), {"metavar": "A"}),
-    "subject": (("--subject",), {"metavar": "S"}),
-    "charset": (("--charset",), {"metavar": "C"}),
-    "body": (("--body",), {"metavar": "TEXT", "help": "absent, and no --html: stdin"}),
-    "html": (("--html",), {"metavar": "FILE", "help": "the mail in HTML, in UTF-8"}),
-    "attach": (
-        ("--attach",),
-        {"action": "append", "default": [], "metavar": "FILE", "help": "a file to attach; again for more"},
-    ),
-    "-C": (("-C",), {"metavar": "FILE", "help": "settings file"}),
-    "-t": (("-t",), {"action": "store_true", "help": "recipients from To, Cc and Bcc too"}),
-    "-i": (("-i",), {"action": "store_true", "help": "a line with a dot alone does not end the message"}),
-    "-f": (("-f",), {"metavar": "SENDER", "help": "envelope sender"}),
-    "addresses": (("address",), {"metavar": "ADDRESS", "nargs": "*"}),
-    "action": (("action",), {"nargs": "?", "choices": tuple(QUEUE_ACTIONS), "default": "list"}),
-    "id": (("id",), {"metavar": "QUEUEID", "nargs": "?"}),
-    "json": (("--json",), {"action": "store_true", "help": "list, show: as JSON"}),
-    "all": (("--all",), {"action": "store_true", "help": "retry: all that waits, as flush does"}),
-    "user": (("-u", "--user"), {"metavar": "USER"}),
-    "name": (("name",), {"metavar": "NAME"}),
-    "senders": (("--sender",), {"action": "append", "metavar": "D", "help": "address or domain; again for more"}),
-    "recipients": (("--recipient",), {"action": "append", "metavar": "D", "help": "the same of recipients"}),
-    "rate": (("--rate",), {"metavar": "R", "help": "recipients/seconds"}),
-    "expires": (("--expires",), {"metavar": "T", "help": "ISO 8601 date or time"}),
-    "prefix": (("--prefix",), {"metavar": "P", "default": "hk_"}),
-    "dest": (("--dest",), {"metavar": "DIR", "required": True}),
-    "sendmail": (("--sendmail",), {"metavar": "PATH", "help": "where a sendmail program is to be written"}),
+# Word in COMMANDS: (names, what else ArgumentParser.add_argument() takes). A word that is not here is the name itself.
+ARGUMENTS = {
+    "config": ("-c --config", {"metavar": "FILE", "help": "settings file"}),
+    "listen": ("--listen", {"metavar": "ADDR", "help": "host:port, [v6]:port or unix:/path"}),
+    "workers": ("--workers", {"metavar": "N", "type": int, "help": "processes; 0 means one per core"}),
+    "devel": ("-d --devel", {"action": "store_true", "help": "print every SMTP dialogue, secrets masked"}),
+    "connect": ("--connect", {"action": "store_true", "help": "try what each route would use; no mail is sent"}),
+    "records-of": ("--sender", {"metavar": "A", "help": "read SPF, DKIM and DMARC records of its domain"}),
+    "selector": ("--selector", {"metavar": "S", "help": "of the sender's DKIM key"}),
+    "file": ("file", {"metavar": "FILE", "nargs": "?", "help": "JSON of a submission; - or nothing: stdin"}),
+    "url": ("--url", {"default": "http://127.0.0.1:2794/", "help": "the server's root, or its /submit"}),
+    "login": ("--user", {"help": "log in; the password is $HAINEKO_PASSWORD or asked for"}),
+    "insecure": ("--insecure", {"action": "store_true", "help": "log in over http:// too"}),
+    "mail": ("--mail --sender", {"dest": "sender", "metavar": "A", "help": "envelope sender"}),
+    "to": ("--to", {"action": "append", "metavar": "A", "help": "recipient; again for more"}),
+    "body": ("--body", {"metavar": "TEXT", "help": "absent, and no --html: stdin"}),
+    "html": ("--html", {"metavar": "FILE", "help": "the mail in HTML, in UTF-8"}),
+    "attach": ("--attach", {"action": "append", "default": [], "metavar": "FILE", "help": "a file; again for more"}),
+    "action": ("action", {"nargs": "?", "choices": ("list", "show", "retry", "flush", "drop"), "default": "list"}),
+    "id": ("id", {"metavar": "QUEUEID", "nargs": "?"}),
+    "all": ("--all", {"action": "store_true", "help": "retry: all that waits, as flush does"}),
+    "json": ("--json", {"action": "store_true", "help": "list, show: as JSON"}),
+    "senders": ("--sender", {"action": "append", "metavar": "D", "help": "address or domain; again for more"}),
+    "recipients": ("--recipient", {"action": "append", "metavar": "D", "help": "the same of recipients"}),
+    "rate": ("--rate", {"metavar": "R", "help": "recipients/seconds"}),
+    "expires": ("--expires", {"metavar": "T", "help": "ISO 8601 date or time"}),
+    "prefix": ("--prefix", {"metavar": "P", "default": "hk_"}),
+    "user": ("-u --user", {"metavar": "USER"}),
+    "dest": ("--dest", {"metavar": "DIR", "required": True}),
+    "sendmail": ("--sendmail", {"metavar": "PATH", "help": "where a sendmail program is to be written"}),
 }
-
-
-class Command(NamedTuple):
-    """A row of COMMANDS; the function's docstring is its help."""
-
-    run: Callable  # takes the parsed options, returns the exit code
-    arguments: str  # names in ARGUMENTS
-
-
-COMMANDS = {
-    "serve": Command(command_serve, "config listen workers devel"),
-    "start": Command(command_start, "config pid-file listen workers"),
-    "stop": Command(command_stop, "config pid-file"),
-    "restart": Command(command_restart, "config pid-file listen workers"),
-    "status": Command(command_status, "config pid-file"),
-    "reload": Command(command_reload, "config pid-file"),
-    "check": Command(command_check, "config connect records-of selector"),
-    "route": Command(command_route, "config address sender"),
-    "dkim": Command(command_dkim, "config domain"),
-    "send": Command(command_send, "file url login insecure to mail from reply-to subject charset body html attach"),
-    "sendmail": Command(command_sendmail, "-C -t -i -f addresses"),
-    "queue": Command(command_queue, "config action id all json"),
-    "pw": Command(command_pw, "user"),
-    "key": Command(command_key, "name senders recipients rate expires prefix"),
-    "setup": Command(command_setup, "dest sendmail"),
+COMMANDS = {  # name: (function that takes the options and returns the exit code; its docstring is the help, arguments)
+    "serve": (command_serve, "config listen workers devel"),
+    "start": (command_start, "config --pid-file listen workers"),
+    "stop": (command_stop, "config --pid-file"),
+    "restart": (command_restart, "config --pid-file listen workers"),
+    "status": (command_status, "config --pid-file"),
+    "reload": (command_reload, "config --pid-file"),
+    "check": (command_check, "config connect records-of selector"),
+    "route": (command_route, "config address --sender"),
+    "dkim": (command_dkim, "config domain"),
+    "send": (command_send, "file url login insecure mail to --from --reply-to --subject --charset body html attach"),
+    "queue": (command_queue, "config action id all json"),
+    "pw": (command_pw, "user"),
+    "key": (command_key, "name senders recipients rate expires prefix"),
+    "setup": (command_setup, "dest sendmail"),
+    "sendmail": (command_sendmail, ""),
 }
 
 if __name__ == "__main__":
