@@ -2949,10 +2949,17 @@ EXTRA_MEDIA_TYPES = {  # that not every version of Python has
     ".rtf": "application/rtf", ".7z": "application/x-7z-compressed",
 }  # fmt: skip
 
+LINE_ENDS = {  # that text has before and after an HTML element
+    "address": 1, "article": 2, "blockquote": 2, "dd": 1, "div": 1, "dl": 1, "dt": 1, "figcaption": 1,
+    "figure": 2, "footer": 1, "form": 1, "h1": 2, "h2": 2, "h3": 2, "h4": 2, "h5": 2, "h6": 2, "header": 1,
+    "hr": 1, "li": 1, "main": 1, "nav": 1, "ol": 2, "p": 2, "pre": 2, "section": 1, "table": 2, "tr": 1,
+    "ul": 2,
+}  # fmt: skip
+
 PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
 RFC2231_SEGMENT = 60  # characters of a parameter in one line
 NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
-JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
+JIS_NEEDS_ENCODING = re.compile(rb"[^\x1b\x20-\x7e\t\r\n]|^[^\r\n]{999}", re.MULTILINE)
 QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
 # Names that Windows and Unicode's own tables give differently to some characters of JIS X 0208; Python's codec knows
 # the latter.
@@ -2962,43 +2969,47 @@ ENCODED_WORDS = re.compile(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)")
 ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
 PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
 COMMENT_8BIT = re.compile(r"\(([^()\\\x80-\U0010ffff]*[\x80-\U0010ffff][^()\\]*)\)")
-NOT_BASE64 = bytes({*range(256)} - {*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"})
 
 
 def compose(submission: Submission, queueid: str, client: IPAddress, hostname: str, now: float) -> Message:
     """Compose the message in the charset asked for, or in UTF-8 if that can't hold every character."""
+    date, address = rfc5322_date(int(now)), str(client or "127.0.0.1")
+    literal = f"[IPv6:{address}]" if ":" in address else f"[{address}]"
+    trace = f"Received: from {submission.ehlo or literal} ({literal})\r\n\tby {hostname} with HTTP id {queueid};"
+    trace += f"\r\n\t{date}"  # RFC 5321 4.4
     if submission.raw:
-        trace = received_field(submission.ehlo, client, hostname, queueid, rfc5322_date(int(now)))
-        loop = submission.header.loop
-        return complete_raw_message(submission.raw, submission.mail, loop, trace, queueid, hostname, now)
+        return complete_raw_message(submission, trace, queueid, hostname, date)
     try:
-        return _compose(submission, submission.header.charset, queueid, client, hostname, now)
+        return _compose(submission, submission.header.charset, trace, queueid, hostname, date)
     except UnicodeEncodeError:
-        return _compose(submission, "UTF-8", queueid, client, hostname, now)
+        return _compose(submission, "UTF-8", trace, queueid, hostname, date)
 
 
-def _compose(submission: Submission, charset: str, queueid: str, client: Any, hostname: str, now: float) -> Message:
-    header, sender, date = submission.header, parse_address(submission.mail), rfc5322_date(int(now))
+def _compose(submission: Submission, charset: str, trace: str, queueid: str, hostname: str, date: str) -> Message:
+    header, sender = submission.header, parse_address(submission.mail)
     author = header.from_ or (("", sender),)
-    top = [received_field(submission.ehlo, client, hostname, queueid, date), address_field("From", author, charset)]
+    top = [trace, address_field("From", author, charset)]
     if len(author) > 1 or author[0][1].key != sender.key:
         top.append(f"Sender: {sender.addr_spec}")
-    extra: dict = {}
-    for name, value in header.extra_fields:
-        extra.setdefault(name, []).append(header_field(name, value, charset))
-    middle = [address_field("Reply-To", header.replyto, charset)] if header.replyto else []
-    middle += [text_field("Subject", header.subject, charset), *extra.pop("Date", (f"Date: {date}",))]
-    identity = extra.pop("Message-Id", ())
-    end = [line for lines in extra.values() for line in lines]
-    end += loop_field(header.loop, hostname), "MIME-Version: 1.0", ""
+    to, number = ["To: \0"], "\0"  # NUL: what differs from copy to copy
     if submission.shared:
-        shown = [address_field(name, item, charset) for name, item in (("To", header.to), ("Cc", header.cc)) if item]
-        heads = [[*top, *shown, *middle, *(identity or (f"Message-Id: <{queueid}.1@{hostname}>",)), *end]]
-    elif identity:
-        heads = [[*top, "To: "], ["", *middle, *identity, *end]]
-    else:
-        heads = [[*top, "To: "], ["", *middle, f"Message-Id: <{queueid}."], [f"@{hostname}>", *end]]
-    *parts, last = ["\r\n".join(lines).encode() for lines in heads]
+        number, shown = "1", (("To", header.to), ("Cc", header.cc))
+        to = [address_field(name, mailboxes, charset) for name, mailboxes in shown if mailboxes]
+    reply_to = [address_field("Reply-To", header.replyto, charset)] if header.replyto else []
+    extra: dict = {"Date": [], "Message-Id": []}
+    for name, value in header.extra_fields:
+        make_field = address_field if type(value) is tuple else text_field
+        extra.setdefault(name, []).append(make_field(name, value, charset))
+    dated = extra.pop("Date") or [f"Date: {date}"]
+    identity = extra.pop("Message-Id") or [f"Message-Id: <{queueid}.{number}@{hostname}>"]
+    lines = [*top, *to, *reply_to, text_field("Subject", header.subject, charset), *dated, *identity]
+    lines += [
+        *itertools.chain.from_iterable(extra.values()),
+        loop_field(header.loop, hostname),
+        "MIME-Version: 1.0",
+        "",
+    ]
+    *parts, last = "\r\n".join(lines).encode().split(b"\0")
     utf8 = not (last.isascii() and all(map(bytes.isascii, parts)))  # only an address can be other than ASCII
     return Message((*parts, b"".join([last, *content_pieces(submission, charset, queueid)])), utf8, utf8)
 
@@ -3008,18 +3019,17 @@ def loop_field(names: tuple, hostname: str) -> str:
     return fold("X-Haineko-Loop:", [name + "," for name in names] + [hostname])
 
 
-def header_field(name: str, value: Any, charset: str) -> str:
-    """Return a field of mailboxes or text, encoded as its grammar allows."""
-    if type(value) is tuple:
-        return address_field(name, value, charset)
-    if STRUCTURED_FIELDS.fullmatch(name.lower()):
-        return fold(f"{name}:", value.split(" "))
-    return text_field(name, value, charset)
-
-
 def text_part(subtype: str, text: str, charset: str) -> list:
-    """Return [header, body] of a part that is text."""
-    encoding, body = encode_body(text, charset)
+    """Return [header, body] of a part that is text, with CRLF and no line over 998 octets (RFC 5322 2.1.1)."""
+    text = text if "\r" not in text else text.replace("\r\n", "\n").replace("\r", "\n")
+    text = (text if text.endswith("\n") else text + "\n").replace("\n", "\r\n")
+    encoding, body = "7bit", charset_encoder(charset)(text)
+    if (JIS_NEEDS_ENCODING if charset == "ISO-2022-JP" else NEEDS_ENCODING).search(body):
+        quoted = (len(body) + 2 * len(body.translate(None, QUOTED_AS_IS))) * 77 // 74
+        if quoted < (len(body) + 2) // 3 * 4 + (len(body) + 56) // 57 * 2:
+            encoding, body = "quoted-printable", binascii.b2a_qp(body, istext=True)
+        else:
+            encoding, body = "base64", base64_lines(body)
     head = f"Content-Type: text/{subtype}; charset={charset}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
     return [head.encode(), body]
 
@@ -3050,8 +3060,17 @@ def multipart(subtype: str, queueid: str, *parts: Any) -> list:
 
 def file_part(item: Attachment, charset: str) -> list:
     """Return [header, body] of an attachment, whose content arrives unchanged."""
-    media_type = item.type or guess_media_type(item.filename)
-    in_type, in_disposition = name_parameters(item.filename, charset) if item.filename else ("", "")
+    import mimetypes
+
+    extension = os.path.splitext(item.filename)[1].lower()
+    guess = EXTRA_MEDIA_TYPES.get(extension) or mimetypes.types_map.get(extension, "message/")  # alike on all systems
+    media_type = item.type or ("application/octet-stream" if guess.startswith("message/") else guess)
+    in_type = in_disposition = ""
+    if PLAIN_NAME.fullmatch(item.filename) and "=?" not in item.filename:
+        in_type, in_disposition = f';\r\n name="{item.filename}"', f';\r\n filename="{item.filename}"'
+    elif item.filename:  # in encoded words for readers that do not know RFC 2231
+        words = "\r\n ".join(encoded_words(item.filename, charset, 7))
+        in_type, in_disposition = f';\r\n name="{words}"', rfc2231_parameter("filename", item.filename, charset)
     disposition = "inline" if item.cid or item.inline else "attachment"
     if media_type.startswith("message/"):  # RFC 2046 5.2.1 allows no encoding; parse_attachments() checks that
         encoding, body = "7bit", item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
@@ -3062,15 +3081,6 @@ def file_part(item: Attachment, charset: str) -> list:
     return [(head + (f"Content-ID: <{item.cid}>\r\n\r\n" if item.cid else "\r\n")).encode(), body]
 
 
-def name_parameters(name: str, charset: str) -> tuple:
-    """Return the parameters for a file's name in Content-Type and Content-Disposition. If the name isn't plain, the
-    latter is for readers that know RFC 2231, the former (encoded words) for those that do not."""
-    if PLAIN_NAME.fullmatch(name) and "=?" not in name:
-        return f';\r\n name="{name}"', f';\r\n filename="{name}"'
-    words = "\r\n ".join(encoded_words(name, charset, 7))
-    return f';\r\n name="{words}"', rfc2231_parameter("filename", name, charset)
-
-
 def rfc2231_parameter(name: str, text: str, charset: str) -> str:
     """Return a parameter with any characters, in lines of its own."""
     coded = f"{charset}''{urllib.parse.quote_from_bytes(charset_encoder(charset)(text), safe='')}"
@@ -3078,15 +3088,6 @@ def rfc2231_parameter(name: str, text: str, charset: str) -> str:
         return f";\r\n {name}*={coded}"
     segments = re.findall(f"(?:%..|[^%]){{1,{RFC2231_SEGMENT // 3}}}", coded)
     return "".join(f";\r\n {name}*{i}*={segment}" for i, segment in enumerate(segments))  # RFC 2231 3
-
-
-def guess_media_type(name: str) -> str:
-    """Return the media type for the extension of a file's name, by tables that are the same on every system."""
-    import mimetypes
-
-    extension = os.path.splitext(name)[1].lower()
-    media_type = EXTRA_MEDIA_TYPES.get(extension) or mimetypes.types_map.get(extension, "message/")
-    return "application/octet-stream" if media_type.startswith("message/") else media_type
 
 
 def html_to_text(html: str) -> str:
@@ -3102,53 +3103,40 @@ class HTMLTextExtractor(HTMLParser):
     """Parser that writes down the text of HTML."""
 
     HIDDEN = ("script", "style", "title", "template")
-    LINES = ("address", "dd", "div", "dl", "dt", "figcaption", "footer", "form", "header", "li", "main", "nav",
-             "section", "tr")  # fmt: skip
-    PARAGRAPHS = ("article", "blockquote", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "ol", "p", "pre", "table",
-                  "ul")  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
         self.out: list = []
-        self.gap = 2  # line ends after the last word
-        self.space = ""  # to be written before the next word
+        self.gap, self.space = 2, ""  # line ends after the last word; to be written before the next word
         self.hidden, self.pre_depth = "", 0  # the tag that hides; depth of <pre>
         self.link, self.link_start = "", 0  # target of the open link, and the length of `out` at its start
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         if self.hidden:
             return
-        if tag in self.HIDDEN:
-            self.hidden = tag
-        self._break(tag)
         values = dict(attrs)
-        if tag == "br":
-            self._line(self.gap + 1)
-        elif tag == "li":
-            self.handle_data("* ")
-        elif tag == "hr":
-            self._line(1)
-            self.handle_data("-----")
-            self._line(1)
+        self.hidden = tag if tag in self.HIDDEN else ""
+        self._end_lines(self.gap + 1 if tag == "br" else LINE_ENDS.get(tag, 0))
+        if tag == "a":
+            self.link, self.link_start = values.get("href") or "", len(self.out)
         elif tag in ("td", "th") and not self.gap:
             self.space = "  "
-        elif tag == "img":
-            self.handle_data(values.get("alt") or "")
-        elif tag == "a":
-            self.link, self.link_start = values.get("href") or "", len(self.out)
+        elif tag in ("li", "hr", "img"):
+            self.handle_data({"li": "* ", "hr": "-----"}.get(tag) or values.get("alt") or "")
+            self._end_lines(int(tag == "hr"))
         self.pre_depth += tag == "pre"
 
     def handle_endtag(self, tag: str) -> None:
         if self.hidden:
             self.hidden = "" if tag == self.hidden else self.hidden
             return
-        self._break(tag)
+        self._end_lines(LINE_ENDS.get(tag, 0))
         self.pre_depth -= tag == "pre" and self.pre_depth > 0
-        if tag == "a":
-            link, self.link = self.link, ""
-            text = "".join(self.out[self.link_start :]).strip() if link else ""
-            if link.startswith(("http:", "https:", "mailto:")) and link.partition("mailto:")[2] != text != link:
-                self.handle_data(f" <{link}>")
+        if tag == "a" and self.link.startswith(("http:", "https:", "mailto:")):
+            text = "".join(self.out[self.link_start :]).strip()
+            if text and self.link not in (text, f"mailto:{text}"):
+                self.handle_data(f" <{self.link}>")
+            self.link = ""
 
     def handle_data(self, data: str) -> None:
         """Add text, with white space collapsed as browsers do."""
@@ -3165,28 +3153,17 @@ class HTMLTextExtractor(HTMLParser):
             self.out.append((self.space if not self.gap else "") + words)
             self.gap, self.space = 0, " " if data[-1:].isspace() else ""
 
-    def _break(self, tag: str) -> None:
-        if tag in self.LINES or tag in self.PARAGRAPHS:
-            self._line(2 if tag in self.PARAGRAPHS else 1)
-
-    def _line(self, ends: int) -> None:
+    def _end_lines(self, ends: int) -> None:
         """Make at least this many line ends follow the last word."""
         if self.gap < ends:
             self.out.append("\n" * (ends - self.gap))
             self.gap = ends
-        self.space = ""
+        self.space = "" if ends else self.space
 
 
 @functools.lru_cache(maxsize=4)
 def rfc5322_date(second: int) -> str:
     return formatdate(second, localtime=True)
-
-
-def received_field(ehlo: str | None, client: IPAddress | None, hostname: str, queueid: str, date: str) -> str:
-    """Return the trace field (RFC 5321 4.4)."""
-    address = str(client or "127.0.0.1")
-    literal = f"[IPv6:{address}]" if ":" in address else f"[{address}]"
-    return f"Received: from {ehlo or literal} ({literal})\r\n\tby {hostname} with HTTP id {queueid};\r\n\t{date}"
 
 
 def address_field(name: str, mailboxes: tuple, charset: str) -> str:
@@ -3215,8 +3192,8 @@ def phrase_tokens(text: str, charset: str, used: int) -> tuple:
 
 
 def text_field(name: str, value: str, charset: str) -> str:
-    """Return an unstructured field: as it is if a reader gets the same text back, else in encoded words."""
-    if PLAIN.fullmatch(value) and "=?" not in value:
+    """Return a field of text: as it is if a reader gets the same text back, else in encoded words, if it may be."""
+    if (PLAIN.fullmatch(value) and "=?" not in value) or STRUCTURED_FIELDS.fullmatch(name.lower()):
         whole = f"{name}: {value}"
         return whole if len(whole) <= 78 else fold(f"{name}:", value.split(" "))
     if len(name) + len(charset) > 60:  # no room for a word in the first line
@@ -3251,34 +3228,19 @@ def encoded_words(value: str, charset: str, used: int) -> list:
     return words
 
 
-def encode_body(text: str, charset: str) -> tuple:
-    """Return (Content-Transfer-Encoding, octets) with CRLF and no line over 998 octets (RFC 5322 2.1.1)."""
-    text = text if "\r" not in text else text.replace("\r\n", "\n").replace("\r", "\n")
-    text = (text if text.endswith("\n") else text + "\n").replace("\n", "\r\n")
-    octets = charset_encoder(charset)(text)
-    if not NEEDS_ENCODING.search(octets):
-        return "7bit", octets
-    if charset == "ISO-2022-JP" and not octets.translate(None, JIS_OCTETS) and not LONG_LINE.search(octets):
-        return "7bit", octets
-    if charset != "UTF-8" or len(octets) < 2 * len(text):  # else most characters are other than ASCII
-        quoted = len(octets) + 2 * len(octets.translate(None, QUOTED_AS_IS))
-        if quoted * 77 // 74 < (len(octets) + 2) // 3 * 4 + (len(octets) + 56) // 57 * 2:
-            return "quoted-printable", binascii.b2a_qp(octets, istext=True)
-    return "base64", base64_lines(octets)
-
-
 @functools.lru_cache(maxsize=64)
 def charset_encoder(charset: str) -> Callable:
     """Return a function from text to octets, which raises UnicodeEncodeError if the charset can't hold the text."""
-    return CHARSETS.get(charset) or functools.partial(_encode, codec_name(charset))
+    codec = codec_name(charset)
 
+    def encode(text: str) -> bytes:
+        octets = text.encode(codec)
+        with contextlib.suppress(UnicodeDecodeError):  # text with the control characters of ISO-2022-JP-2 or -KR
+            if octets.decode(codec) == text:
+                return octets
+        raise UnicodeEncodeError(codec, text, 0, len(text), "no such character")  # EUC-JP turns a yen sign into "\"
 
-def _encode(codec: str, text: str) -> bytes:
-    octets = text.encode(codec)
-    with contextlib.suppress(UnicodeDecodeError):  # text with the control characters of ISO-2022-JP-2 or ISO-2022-KR
-        if octets.decode(codec) == text:
-            return octets
-    raise UnicodeEncodeError(codec, text, 0, len(text), "no such character")  # EUC-JP turns a yen sign into a backslash
+    return CHARSETS.get(charset, encode)
 
 
 def encode_jis(text: str) -> bytes:
@@ -3287,10 +3249,11 @@ def encode_jis(text: str) -> bytes:
         raise UnicodeEncodeError("iso2022_jp", text, text.index("\x1b"), text.index("\x1b") + 1, "no character")
     with contextlib.suppress(UnicodeEncodeError):
         return text.translate(CP932_TO_JIS).encode("iso2022_jp")
-    table, pattern = jis_extensions()
-    runs = pattern.split(wide_kana(text).translate(CP932_TO_JIS))
-    kanji = {run: b"\x1b$B%b\x1b(B" % b"".join(map(table.get, run)) for run in runs if run[:1] in table}
-    return b"".join(kanji.get(run) or run.encode("iso2022_jp") for run in runs)
+    table, out = jis_extensions(), []
+    for extended, run in itertools.groupby(wide_kana(text).translate(CP932_TO_JIS), table.__contains__):
+        piece = "".join(run)
+        out.append(b"\x1b$B%b\x1b(B" % b"".join(map(table.get, piece)) if extended else piece.encode("iso2022_jp"))
+    return b"".join(out)
 
 
 def wide_kana(text: str) -> str:
@@ -3302,54 +3265,49 @@ def wide_kana(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def jis_extensions() -> tuple:
-    """Return ({character: its two octets}, pattern that splits a text into runs of these and others) of NEC's row 13
-    and IBM's characters in rows 89 to 92, which JIS X 0208 does not have."""
+def jis_extensions() -> dict:
+    """Return {character: two octets} of NEC's row 13 and IBM's rows 89 to 92, as far as JIS X 0208 does not have it."""
     table: dict = {}
-    for row in (13, 89, 90, 91, 92):
-        for cell in range(1, 95):
-            octets = bytes((row + 0x20, cell + 0x20))
-            with contextlib.suppress(ValueError):  # unassigned
-                character = jis_bytes_to_text(octets)
-                if not character.encode("iso2022_jp", "ignore"):
-                    table.setdefault(character, octets)
-    return table, re.compile(f"([{''.join(table)}]+)")
+    for row, cell in itertools.product((13, 89, 90, 91, 92), range(1, 95)):
+        octets = bytes((row + 0x20, cell + 0x20))
+        with contextlib.suppress(ValueError):  # unassigned
+            character = jis_bytes_to_text(octets)
+            if not character.encode("iso2022_jp", "ignore"):
+                table.setdefault(character, octets)
+    return table
 
 
-CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis}  # others by Python's codecs
+# Others are encoded by Python's codecs. Octets of an unknown charset stand in a string as Latin-1.
+CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis, "unknown-8bit": lambda text: text.encode("latin-1")}
 
 
-def complete_raw_message(
-    raw: ParsedMessage, sender: str, loop: tuple, trace: str, queueid: str, hostname: str, now: float
-) -> Message:
+def complete_raw_message(submission: Submission, trace: str, queueid: str, hostname: str, date: str) -> Message:
     """Complete a finished message: add trace and loop fields and required ones that are missing, remove Bcc. Its other
     octets stay as they are, unless no path can carry them; raise Rejected if nothing can be done about that."""
-    names = {name for name, _ in raw.fields}
+    body, names = submission.raw.body, {name for name, _ in submission.raw.fields}
     dropped = ("bcc", "resent-bcc", "return-path", "x-haineko-loop")
-    head = [trace.encode() + b"\n", *(octets for name, octets in raw.fields if name not in dropped)]
-    author = sender or f"MAILER-DAEMON@{hostname}"
-    missing = {"From": f"<{author}>", "Date": rfc5322_date(int(now)), "Message-Id": f"<{queueid}.1@{hostname}>"}
-    head += [f"{name}: {value}\n".encode() for name, value in missing.items() if name.lower() not in names]
-    head.append(loop_field(loop, hostname).encode() + b"\n")
-    if not names & {"mime-version", "content-type", "content-transfer-encoding"}:
-        head.append(mime_label(raw.body))
-    octets = b"".join([*head, b"\n", raw.body, b"" if raw.body.endswith(b"\n") else b"\n"])
+    author = submission.mail or f"MAILER-DAEMON@{hostname}"
+    missing = {"From": f"<{author}>", "Date": date, "Message-Id": f"<{queueid}.1@{hostname}>"}
+    added = [f"{name}: {value}" for name, value in missing.items() if name.lower() not in names]
+    added.append(loop_field(submission.header.loop, hostname))
+    without_mime = not names & {"mime-version", "content-type", "content-transfer-encoding"}
+    if without_mime and not (body.isascii() and not UNSENDABLE.search(body)):
+        charset = "unknown-8bit"  # RFC 1428
+        if is_utf8(body):
+            charset = "ISO-2022-JP" if b"\x1b$" in body else "US-ASCII" if body.isascii() else "UTF-8"
+        added += [
+            "MIME-Version: 1.0",
+            f"Content-Type: text/plain; charset={charset}",
+            "Content-Transfer-Encoding: 8bit",
+        ]
+    head = [trace.encode() + b"\n", *(octets for name, octets in submission.raw.fields if name not in dropped)]
+    octets = b"".join([*head, "\n".join([*added, "", ""]).encode(), body, b"" if body.endswith(b"\n") else b"\n"])
     octets = octets.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
     if not octets.isascii() or UNSENDABLE.search(octets):
         octets = downgrade_8bit(octets, keep_8bit=True, keep_utf8=True)
         if UNSENDABLE.search(octets):
             raise Rejected(make_reply("line-length"))
     return Message((octets,), not octets.isascii(), bool(non_ascii_fields(octets)))
-
-
-def mime_label(body: bytes) -> bytes:
-    """Return the MIME fields for a body that came without; none if it is ASCII that every path can carry."""
-    if body.isascii() and not UNSENDABLE.search(body):
-        return b""
-    charset = "unknown-8bit"  # RFC 1428
-    if is_utf8(body):
-        charset = "ISO-2022-JP" if b"\x1b$" in body else "US-ASCII" if body.isascii() else "UTF-8"
-    return f"MIME-Version: 1.0\nContent-Type: text/plain; charset={charset}\nContent-Transfer-Encoding: 8bit\n".encode()
 
 
 def non_ascii_fields(octets: bytes) -> list:
@@ -3368,16 +3326,21 @@ def downgrade_8bit(octets: bytes, keep_8bit: bool = False, keep_utf8: bool = Fal
 
 def _convert_part(top: MIMEPart, keep_8bit: bool, keep_utf8: bool, part: MIMEPart, body: bytes) -> tuple:
     """Return (fields, body) of a part as the path can carry it."""
-    header = []
-    charset = part.parameter("charset") or top.parameter("charset")
+    header, charset = [], part.parameter("charset") or top.parameter("charset")
     for name, octets in part.header:
         sendable = octets.isascii() or (keep_utf8 and is_utf8(octets))
         header.append((name, fold_long_lines(octets if sendable else encode_field(name, octets, charset))))
-    if part.is_leaf and (UNSENDABLE if keep_8bit else NOT_7BIT).search(body):
-        return encode_leaf(part, header, body)
-    if not keep_8bit and part.encoding == "8bit":
-        header = [item for item in header if item[0] != "content-transfer-encoding"]
-    return header, body
+    if not (part.is_leaf and (UNSENDABLE if keep_8bit else NOT_7BIT).search(body)):
+        return (set_encoding(header, "") if part.encoding == "8bit" and not keep_8bit else header), body
+    if part.encoding == "base64":
+        with contextlib.suppress(binascii.Error):
+            body = binascii.a2b_base64(body + b"===")
+    elif part.encoding == "quoted-printable":
+        body = binascii.a2b_qp(body)
+    if part.is_text and part.encoding != "base64":
+        # b2a_qp() writes line ends as the first line has them.
+        return set_encoding(header, "quoted-printable"), binascii.b2a_qp(body + b"\r\n", istext=True)[:-2]
+    return set_encoding(header, "base64"), base64_lines(body)[:-2]
 
 
 def encode_field(name: str, octets: bytes, charset: str) -> bytes:
@@ -3385,11 +3348,12 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
     or in an unknown one (RFC 1428). What can't be encoded, such as an address, stays."""
     label, _, value = octets.partition(b":")
     value = ENCODED_WORD_8BIT.sub(lambda word: re.sub(rb"[\x80-\xff]", lambda c: b"=%02X" % ord(c[0]), word[0]), value)
-    if value.isascii():
-        return label + b":" + value
-    label, known, tokens = label.decode("ascii").strip(), decode_octets(value, charset), []
-    encode = unknown_words if known is None else lambda piece: encoded_words(piece, "UTF-8", len(label) + 3)
-    text = " ".join(re.split(r"[\r\n]+[ \t]*", (known or value.decode("latin-1")).strip()))
+    label, text, known = label.decode("ascii").strip(), value.decode("latin-1"), "unknown-8bit"
+    for codec in (codec_name(iana_charset(charset)), "utf-8"):
+        with contextlib.suppress(UnicodeDecodeError, LookupError):
+            text, known = value.decode(codec), "UTF-8"
+    encode = functools.partial(encoded_words, charset=known, used=len(label) + 3)
+    text, tokens = " ".join(re.split(r"[\r\n]+[ \t]*", text.strip())), []
     if name in (*PARAMETER_FIELDS, *MAILBOX_FIELDS) or STRUCTURED_FIELDS.fullmatch(name):
         if name in PARAMETER_FIELDS:
             names = {found[1].lower() for found in PARAMETER.finditer(text)}
@@ -3401,13 +3365,6 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
         for i, piece in enumerate(ENCODED_WORDS.split(text)):
             tokens += [piece] if i % 2 else encode(piece) if piece.strip() else []
     return fold(f"{label}:", tokens).encode() + b"\r\n"
-
-
-def unknown_words(text: str) -> list:
-    """Return encoded words for octets of an unknown charset (RFC 1428), which stand in a string as Latin-1."""
-    pieces = re.findall(".{1,18}", text)
-    coded = [re.sub("[^A-Za-z0-9]", lambda found: f"={ord(found[0]):02X}", piece) for piece in pieces]
-    return [f"=?unknown-8bit?Q?{piece}?=" for piece in coded]
 
 
 def encode_phrases(text: str, encode: Callable) -> str:
@@ -3427,14 +3384,6 @@ def encode_phrases(text: str, encode: Callable) -> str:
     return "".join(out)
 
 
-def decode_octets(octets: bytes, charset: str) -> str | None:
-    """Decode octets of a header: UTF-8, else the charset; None if they are neither."""
-    for codec in ("utf-8", codec_name(iana_charset(charset))):
-        with contextlib.suppress(UnicodeDecodeError, LookupError):
-            return octets.decode(codec)
-    return None
-
-
 def _encode_parameter(names: set, found: re.Match) -> str:
     if found[0].isascii():
         return found[0]
@@ -3443,20 +3392,6 @@ def _encode_parameter(names: set, found: re.Match) -> str:
     if found[1].endswith("*") and found[2].lower().startswith("utf-8'"):
         return re.sub(r"[^\x00-\x7f]+", lambda octets: urllib.parse.quote(octets[0]), found[0])
     return rfc2231_parameter(found[1].rstrip("*"), unquote(found[2].strip()), "UTF-8")
-
-
-def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
-    """Return (fields, body) of a part in base64, or in quoted-printable if it is text (RFC 2045 6)."""
-    if part.encoding == "base64":
-        data = body.translate(None, NOT_BASE64)
-        data = data[: len(data) - (len(data) % 4 == 1)]
-        body = binascii.a2b_base64(data + b"=" * (-len(data) % 4))
-    elif part.encoding == "quoted-printable":
-        body = binascii.a2b_qp(body)
-    if part.is_text and part.encoding != "base64":
-        # b2a_qp() writes line ends as the first line has them.
-        return set_encoding(header, "quoted-printable"), binascii.b2a_qp(body + b"\r\n", istext=True)[:-2]
-    return set_encoding(header, "base64"), base64_lines(body)[:-2]
 
 
 # ======================================================================================================================
