@@ -3490,33 +3490,24 @@ class SharedLimits:
     def take(self, key: str, count: int, rate: Rate, block: int = 0) -> RateState:
         """Take `count` units from the key's budget, or none if there are not enough of them yet, and then none for
         another `block` seconds."""
-        with self.lock:
-            return self._take(key, count, rate, block, time.monotonic())
-
-    def _take(self, key: str, count: int, rate: Rate, block: int, now: float) -> RateState:
-        fingerprint, each = _fingerprint(key), rate.seconds / rate.limit
-        fcntl.lockf(self.file, fcntl.LOCK_EX, 1, self.TABLE_LOCK)
-        try:
-            cell = self._cell(fingerprint, now)
-            before = max(self.cells[cell + 1] / 1e6, now) if self.cells[cell] == fingerprint else now
-            after = before + each * min(count, rate.limit)
-            wait = max(after - now - rate.seconds, 0.0)
-            wait = 0.0 if wait < 1e-6 else wait
-            if block and wait and before <= now + rate.seconds:  # it was not blocked yet
-                before, wait = now + rate.seconds + block - each, float(block)
-                self.cells[cell + 1] = int(before * 1e6)
-            if not wait:
-                self.cells[cell], self.cells[cell + 1] = fingerprint, int(after * 1e6)
-        finally:
-            fcntl.lockf(self.file, fcntl.LOCK_UN, 1, self.TABLE_LOCK)
-        used = (before if wait else after) - now
-        return RateState(wait, max(int((rate.seconds - used) / each + 1e-6), 0), used)
-
-    def _cell(self, fingerprint: int, now: float) -> int:
-        """Return the index of the key's cell: its own, else the one among its places that is free or due first."""
+        fingerprint, each, now = _fingerprint(key), rate.seconds / rate.limit, time.monotonic()
         places = [2 * ((fingerprint + i) % self.SLOTS) for i in range(self.PROBES)]
-        own = [place for place in places if self.cells[place] == fingerprint]
-        return own[0] if own else min(places, key=lambda place: self.cells[place + 1])
+        with self.lock:
+            fcntl.lockf(self.file, fcntl.LOCK_EX, 1, self.TABLE_LOCK)
+            try:
+                # The key's own cell, else the one that is free or due first.
+                cell = min(places, key=lambda place: (self.cells[place] != fingerprint, self.cells[place + 1]))
+                arrival = max(self.cells[cell + 1] / 1e6, now) if self.cells[cell] == fingerprint else now
+                wait = arrival + each * min(count, rate.limit) - now - rate.seconds
+                if wait < 1e-6:
+                    wait, arrival = 0.0, arrival + each * min(count, rate.limit)
+                elif block and arrival <= now + rate.seconds:  # it was not blocked yet
+                    wait, arrival = float(block), now + rate.seconds + block - each
+                self.cells[cell], self.cells[cell + 1] = fingerprint, round(arrival * 1e6)
+            finally:
+                fcntl.lockf(self.file, fcntl.LOCK_UN, 1, self.TABLE_LOCK)
+        left = rate.seconds - (arrival - now)
+        return RateState(wait, max(int(left / each + 1e-6), 0), arrival - now)
 
     def open_session(self, key: str, limit: int) -> int:
         """Lock one of the key's `limit` octets and return it; 0 where all are taken."""
@@ -3636,7 +3627,7 @@ class AsyncSocket:
         self.future, self.operation = self.loop.create_future(), operation
         self.deadline, self.writing = deadline, writing
         if deadline < self.alarm:
-            self._set_timer(deadline)
+            self._set_timer()
         return self.future
 
     def _watch(self, writing: bool, on: bool = True) -> None:
@@ -3661,17 +3652,14 @@ class AsyncSocket:
         elif not flushes:
             self._watch(writing, on=False)
 
-    def _set_timer(self, alarm: float) -> None:
+    def _set_timer(self) -> None:
+        """End a wait whose deadline has passed; call again at that of one which has not."""
+        if self.deadline <= time.monotonic():
+            self.abort(socket.timeout("timed out"))
         if self.timer:
             self.timer.cancel()
-        self.alarm, self.timer = alarm, self.loop.call_at(alarm, self._expire) if alarm < math.inf else None
-
-    def _expire(self) -> None:
-        late = self.deadline <= time.monotonic()  # or it was set for an earlier wait
-        waiting = self.future and not self.future.done()
-        self._set_timer(self.deadline if waiting and not late else math.inf)
-        if late:
-            self.abort(socket.timeout("timed out"))
+        self.alarm = self.deadline if self.future and not self.future.done() else math.inf
+        self.timer = self.loop.call_at(self.alarm, self._set_timer) if self.alarm < math.inf else None
 
     def abort(self, error: Exception) -> bool:
         """Raise an exception in the task that waits; False if none does."""
@@ -3685,7 +3673,7 @@ class AsyncSocket:
         self.abort(ConnectionAbortedError("closed"))
         self._watch(False, on=False)
         self._watch(True, on=False)
-        self._set_timer(math.inf)
+        self._set_timer()
 
     def close(self) -> None:
         self.release()
@@ -3707,7 +3695,7 @@ NOERROR, SERVFAIL, NXDOMAIN = 0, 2, 3  # RFC 1035 4.1.1, "RCODE"
 RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED"}
 RESOLV_CONF = "/etc/resolv.conf"
 MAX_NAME = 253  # characters
-MAX_POINTERS = 127  # of a compressed name; as many as it can have labels
+MAX_STEPS = 255  # labels and pointers of a compressed name
 MAX_RECORDS = 512  # of one message
 MAX_ALIASES = 8  # CNAME records followed for one answer
 MAX_STRAY_DATAGRAMS = 64  # datagrams received that do not answer the query
@@ -3733,8 +3721,7 @@ class DNSMessage(NamedTuple):
 
     code: int
     truncated: bool = False
-    answers: Any = ()  # of ResourceRecord
-    authority: Any = ()
+    records: Any = ()  # ResourceRecords, answers and authority
 
 
 class TTLCache:
@@ -3792,10 +3779,6 @@ class Resolver:
             self.cache.put(key, answer, ttl)
         return answer
 
-    def servers(self) -> tuple:
-        """Return (address, port) of each name server in the order in which they are asked."""
-        return tuple(map(name_server_endpoint, self.nameservers)) or resolv_conf_servers(RESOLV_CONF)
-
     async def _lookup(self, name: str, rtype: int, deadline: float) -> tuple:
         """Return (DNSAnswer, TTL). Each alias is asked for: an answer counts for its own name alone."""
         ttl = self.MAX_TTL
@@ -3803,10 +3786,10 @@ class Resolver:
             response = await self._query(name, rtype, deadline)
             if isinstance(response, str):
                 return DNSAnswer(SERVFAIL, (), response), 0
-            own = [record for record in response.answers if record.name == name and record.rtype in (rtype, CNAME)]
+            own = [record for record in response.records if record.name == name and record.rtype in (rtype, CNAME)]
             found = tuple(record.value for record in own if record.rtype == rtype)
             if not own:
-                negative = [min(record.ttl, record.value) for record in response.authority if record.rtype == SOA]
+                negative = [min(record.ttl, record.value) for record in response.records if record.rtype == SOA]
                 return DNSAnswer(response.code), min([ttl, *negative]) if negative else 0  # RFC 2308 5
             ttl = min([ttl, *[record.ttl for record in own]])
             if found:
@@ -3818,8 +3801,8 @@ class Resolver:
         """Return the first positive or negative answer, or the reason why there is none."""
         if len(name) > MAX_NAME:
             return DNSMessage(NXDOMAIN)
-        why = "no name server is known"
-        for server in self.servers() * self.ATTEMPTS:
+        servers = tuple(map(name_server_endpoint, self.nameservers)) or resolv_conf_servers(RESOLV_CONF)
+        for server in servers * self.ATTEMPTS:
             until = min(deadline, time.monotonic() + self.QUERY_TIMEOUT)
             question = int(random_unit() * 65536), name, rtype
             try:
@@ -3863,12 +3846,11 @@ async def query_udp(server: tuple, question: tuple, until: float) -> DNSMessage:
 
 async def query_tcp(server: tuple, question: tuple, until: float) -> DNSMessage:
     """Return the response to (number, name, type); each message has its length in front (RFC 1035 4.2.2)."""
-    query = build_query(*question)
+    query, octets = build_query(*question), b""
     with contextlib.closing(AsyncSocket(start_connect(server))) as sock:
         await sock.wait_ready(until, writing=True)
         await sock.sendall(len(query).to_bytes(2, "big") + query, until)
-        octets = b""
-        while len(octets) < 2 or len(octets) < 2 + int.from_bytes(octets[:2], "big"):
+        while len(octets) < 2 + int.from_bytes(octets[:2], "big"):
             more = await sock.recv(65537 - len(octets), until)
             if not more:
                 raise ConnectionError("closed within an answer")
@@ -3902,10 +3884,9 @@ def parse_response(octets: bytes, number: int, name: str, rtype: int) -> DNSMess
     try:
         found, flags, questions, answers, authority, _ = struct.unpack_from(">6H", octets)
         code, (qname, at) = flags & 15, read_name(octets, 12)
-        if (found, flags >> 15, questions, qname) != (number, 1, 1, name.lower()):
+        question = (found, flags >> 15, questions, qname, *struct.unpack_from(">HH", octets, at))
+        if question != (number, 1, 1, name.lower(), rtype, 1):
             raise ValueError("not an answer to this query")
-        if struct.unpack_from(">HH", octets, at) != (rtype, 1):
-            raise ValueError("an answer to another query")
         truncated = bool(flags & 0x0200)
         if truncated or answers + authority > MAX_RECORDS:
             return DNSMessage(code if truncated else SERVFAIL, truncated)
@@ -3915,7 +3896,7 @@ def parse_response(octets: bytes, number: int, name: str, rtype: int) -> DNSMess
             records.append(record)
     except (struct.error, IndexError):
         raise ValueError("incomplete message") from None
-    return DNSMessage(code, False, records[:answers], records[answers:])
+    return DNSMessage(code, False, records)
 
 
 def read_record(octets: bytes, at: int) -> tuple:
@@ -3934,7 +3915,10 @@ def read_record(octets: bytes, at: int) -> tuple:
     elif rtype == MX:
         value = int.from_bytes(data[:2], "big"), read_name(octets, at + 2)[0]
     elif rtype == TXT:
-        value = read_text(data)
+        stream = io.BytesIO(data)  # strings, each with its length in front, to be concatenated (RFC 7208 3.3)
+        value = b"".join(stream.read(octet[0]) for octet in iter(lambda: stream.read(1), b"")).decode(
+            "utf-8", "replace"
+        )
     elif rtype == SOA:
         value = int.from_bytes(data[-4:], "big")
     if rclass != 1 or value is None:
@@ -3944,53 +3928,36 @@ def read_record(octets: bytes, at: int) -> tuple:
 
 def read_name(octets: bytes, at: int) -> tuple:
     """Return (name in lower case without a final dot, offset behind it). RFC 1035 4.1.4"""
-    labels, after, jumps = [], 0, 0
-    while octets[at]:
+    labels, after = [], 0
+    for _ in range(MAX_STEPS):  # else pointers could make an endless loop
         length = octets[at]
+        if not length:
+            return ".".join(labels), after or at + 1
         if length >= 0xC0:
-            after, jumps = after or at + 2, jumps + 1
-            target = int.from_bytes(octets[at : at + 2], "big") & 0x3FFF
-            if target >= at or jumps > MAX_POINTERS:  # a pointer goes back, so there is no endless loop
-                raise ValueError("bad compression pointer")
-            at = target
+            after, at = after or at + 2, int.from_bytes(octets[at : at + 2], "big") & 0x3FFF
             continue
         label = octets[at + 1 : at + 1 + length]
         if length > 63 or len(label) < length:
             raise ValueError("bad label")
         labels.append(label.decode("latin-1").lower().replace(".", "\\."))
         at += 1 + length
-        if len(labels) > MAX_POINTERS:
-            raise ValueError("name too long")
-    return ".".join(labels), after or at + 1
-
-
-def read_text(data: bytes) -> str:
-    """Return the strings of a TXT record, concatenated (RFC 7208 3.3)."""
-    parts, at = [], 0
-    while at < len(data):
-        parts.append(data[at + 1 : at + 1 + data[at]])
-        at += 1 + data[at]
-    return b"".join(parts).decode("utf-8", "replace")
+    raise ValueError("name too long")
 
 
 async def mx_hosts(domain: str, resolver: Resolver, hostname: str, deadline: float) -> list:
-    """Return a domain's mail hosts, best first (RFC 5321 5.1); Rejected if it has none."""
+    """Return a domain's mail hosts, best first, equal ones in random order, without this host and those behind it
+    (RFC 5321 5.1); Rejected if it has none."""
     if domain.startswith("["):  # an address literal
         return [domain[1:-1].partition(":")[2] if domain[:6].lower() == "[ipv6:" else domain[1:-1]]
     answer = await resolver.lookup(domain, MX, deadline)
-    hosts = by_preference(answer.values, hostname, random_unit) if answer.values else [domain]
+    own = min([preference for preference, host in answer.values if host == hostname.lower()], default=1 << 16)
+    ranked = sorted((preference, random_unit(), host) for preference, host in answer.values if preference < own)
+    hosts = list(dict.fromkeys(host for _, _, host in ranked if DOMAIN.fullmatch(host)))
     null = answer.values and not any(host for _, host in answer.values)
     slug = {SERVFAIL: "dns", NXDOMAIN: "no-domain"}.get(answer.code) or ("null-mx" if null else "mx-loop")
-    if answer.code != NOERROR or not hosts:
+    if answer.code != NOERROR or (answer.values and not hosts):
         raise Rejected(make_reply(slug, f"{domain}: {answer.why}" if answer.why else domain, mailer="MX"))
-    return hosts
-
-
-def by_preference(values: tuple, hostname: str, rng: Callable) -> list:
-    """Return host names, equal ones in random order, without this host and those behind it (RFC 5321 5.1)."""
-    own = min([preference for preference, host in values if host == hostname.lower()], default=1 << 16)
-    usable = [(preference, rng(), host) for preference, host in values if preference < own and DOMAIN.fullmatch(host)]
-    return list(dict.fromkeys(host for _, _, host in sorted(usable)))
+    return hosts or [domain]
 
 
 async def resolve_addresses(host: str, resolver: Resolver, private: bool, deadline: float) -> list:
@@ -4031,14 +3998,22 @@ class Connector:
 
     def connect(self, host: str, port: int, deadline: float) -> socket.socket:
         """Connect to the address of a host that answers first, by the deadline (RFC 8305)."""
-        addresses = self.in_order([(address, port) for address in self.look_up(host, deadline)])
+        addresses, turns = [(address, port) for address in self.look_up(host, deadline)], defaultdict(itertools.count)
+        # The families take turns; what failed lately is last.
+        addresses.sort(key=lambda address: (self.failed_lately(address), next(turns[":" in address[0]])))
         attempts: dict = {}  # file descriptor: (socket, address)
         poll, error = select.poll(), socket.timeout("timed out")
         try:
             while (addresses or attempts) and (seconds := deadline - time.monotonic()) > 0:
-                if addresses and (failure := self._start(addresses.pop(0), attempts, poll)):
-                    error = failure
-                    continue
+                if addresses:
+                    address = addresses.pop(0)
+                    try:
+                        sock = start_connect(address)
+                    except OSError as failure:  # as when this kernel has no IPv6
+                        error = self._failed(address, failure)
+                        continue
+                    attempts[sock.fileno()] = sock, address
+                    poll.register(sock, select.POLLOUT)
                 for descriptor, _ in poll.poll(1000 * (min(seconds, self.DELAY) if addresses else seconds)):
                     poll.unregister(descriptor)
                     sock, address = attempts.pop(descriptor)
@@ -4055,31 +4030,6 @@ class Connector:
                 sock.close()
                 self._failed(address)
         raise error
-
-    def in_order(self, addresses: list) -> list:
-        """Return the addresses with their families in turn, those that failed lately last."""
-        families: dict = {4: 0, 6: 0}
-        ranked = []
-        for address in addresses:
-            version = ipaddress.ip_address(address[0]).version
-            families[version] += 1
-            ranked.append((self.failed_lately(address), families[version], len(ranked), address))
-        return [address for *_, address in sorted(ranked)]
-
-    def _start(self, address: tuple, attempts: dict, poll: Any) -> OSError | None:
-        """Begin to connect; return why that cannot be."""
-        try:
-            sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_STREAM)
-            sock.setblocking(False)
-            code = sock.connect_ex(address)
-        except OSError as failure:  # this kernel has no IPv6
-            return self._failed(address, failure)
-        if code not in (0, errno.EINPROGRESS):
-            sock.close()
-            return self._failed(address, OSError(code, os.strerror(code)))
-        attempts[sock.fileno()] = sock, address
-        poll.register(sock, select.POLLOUT)
-        return None
 
     def _failed(self, address: tuple, failure: Any = None) -> Any:
         """Have an address tried last for a while; return the failure."""
