@@ -2949,20 +2949,20 @@ EXTRA_MEDIA_TYPES = {  # that not every version of Python has
     ".rtf": "application/rtf", ".7z": "application/x-7z-compressed",
 }  # fmt: skip
 
-LINE_ENDS = {  # that text has before and after an HTML element
-    "address": 1, "article": 2, "blockquote": 2, "dd": 1, "div": 1, "dl": 1, "dt": 1, "figcaption": 1,
-    "figure": 2, "footer": 1, "form": 1, "h1": 2, "h2": 2, "h3": 2, "h4": 2, "h5": 2, "h6": 2, "header": 1,
-    "hr": 1, "li": 1, "main": 1, "nav": 1, "ol": 2, "p": 2, "pre": 2, "section": 1, "table": 2, "tr": 1,
-    "ul": 2,
-}  # fmt: skip
+# What HTMLTextExtractor writes for the start and the end of an element, and for its start alone.
+LINES = ("address", "dd", "div", "dl", "dt", "figcaption", "footer", "form", "header", "hr", "li", "main", "nav",
+         "section", "tr")  # fmt: skip
+PARAGRAPHS = ("article", "blockquote", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "ol", "p", "pre", "table", "ul")
+BLOCK_MARKS = {**dict.fromkeys(LINES, "\v"), **dict.fromkeys(PARAGRAPHS, "\r")}
+START_MARKS = {"br": "\n", "hr": "-----\v", "li": "* ", "td": "\t", "th": "\t"}
+PREFORMATTED = str.maketrans({" ": "\xa0", "\t": "\xa0" * 8, "\v": "", "\r": ""})
 
 PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
 RFC2231_SEGMENT = 60  # characters of a parameter in one line
 NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
 JIS_NEEDS_ENCODING = re.compile(rb"[^\x1b\x20-\x7e\t\r\n]|^[^\r\n]{999}", re.MULTILINE)
 QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
-# Names that Windows and Unicode's own tables give differently to some characters of JIS X 0208; Python's codec knows
-# the latter.
+# Characters of JIS X 0208 that Windows' tables and Unicode's, which Python's codec has, name differently.
 CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
 UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
 ENCODED_WORDS = re.compile(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)")
@@ -3003,15 +3003,13 @@ def _compose(submission: Submission, charset: str, trace: str, queueid: str, hos
     dated = extra.pop("Date") or [f"Date: {date}"]
     identity = extra.pop("Message-Id") or [f"Message-Id: <{queueid}.{number}@{hostname}>"]
     lines = [*top, *to, *reply_to, text_field("Subject", header.subject, charset), *dated, *identity]
-    lines += [
-        *itertools.chain.from_iterable(extra.values()),
-        loop_field(header.loop, hostname),
-        "MIME-Version: 1.0",
-        "",
-    ]
-    *parts, last = "\r\n".join(lines).encode().split(b"\0")
+    rest = [*itertools.chain(*extra.values()), loop_field(header.loop, hostname), "MIME-Version: 1.0", ""]
+    *parts, last = "\r\n".join(lines + rest).encode().split(b"\0")
     utf8 = not (last.isascii() and all(map(bytes.isascii, parts)))  # only an address can be other than ASCII
     return Message((*parts, b"".join([last, *content_pieces(submission, charset, queueid)])), utf8, utf8)
+
+
+rfc5322_date = functools.lru_cache(maxsize=4)(functools.partial(formatdate, localtime=True))
 
 
 @functools.lru_cache(maxsize=64)
@@ -3096,18 +3094,20 @@ def html_to_text(html: str) -> str:
     # Sections like <![if ...]> hold no text, and some versions of the parser fail on them. Without close(), what is
     # unfinished at the end is left out, as browsers do.
     extractor.feed(re.sub(r"<!\[(?:[^>-]|-(?!->))*>?", "<! >", html) + "\n")
-    return "".join(extractor.out).strip("\n") + "\n"
+    text = re.sub(r"[ \t]+", lambda run: "\t" if "\t" in run[0] else " ", "".join(extractor.out))
+    text = re.sub(r"[ \t]?[\n\v\r][ \t\n\v\r]*", lambda run: "\n" * max(1 + ("\r" in run[0]), run[0].count("\n")), text)
+    return text.strip(" \t\n").replace("\t", "  ").replace("\xa0", " ") + "\n"
 
 
 class HTMLTextExtractor(HTMLParser):
-    """Parser that writes down the text of HTML."""
+    """Parser that writes down the text of HTML, with a mark where a paragraph ("\\r"), a line of its own ("\\v"), a
+    broken line ("\\n") or a table's cell ("\\t") begins; a space that stays is a no-break space."""
 
     HIDDEN = ("script", "style", "title", "template")
 
     def __init__(self) -> None:
         super().__init__()
         self.out: list = []
-        self.gap, self.space = 2, ""  # line ends after the last word; to be written before the next word
         self.hidden, self.pre_depth = "", 0  # the tag that hides; depth of <pre>
         self.link, self.link_start = "", 0  # target of the open link, and the length of `out` at its start
 
@@ -3115,22 +3115,19 @@ class HTMLTextExtractor(HTMLParser):
         if self.hidden:
             return
         values = dict(attrs)
-        self.hidden = tag if tag in self.HIDDEN else ""
-        self._end_lines(self.gap + 1 if tag == "br" else LINE_ENDS.get(tag, 0))
+        self.out.append(BLOCK_MARKS.get(tag, "") + START_MARKS.get(tag, ""))
         if tag == "a":
             self.link, self.link_start = values.get("href") or "", len(self.out)
-        elif tag in ("td", "th") and not self.gap:
-            self.space = "  "
-        elif tag in ("li", "hr", "img"):
-            self.handle_data({"li": "* ", "hr": "-----"}.get(tag) or values.get("alt") or "")
-            self._end_lines(int(tag == "hr"))
+        elif tag == "img":
+            self.handle_data(values.get("alt") or "")
+        self.hidden = tag if tag in self.HIDDEN else ""
         self.pre_depth += tag == "pre"
 
     def handle_endtag(self, tag: str) -> None:
         if self.hidden:
             self.hidden = "" if tag == self.hidden else self.hidden
             return
-        self._end_lines(LINE_ENDS.get(tag, 0))
+        self.out.append(BLOCK_MARKS.get(tag, ""))
         self.pre_depth -= tag == "pre" and self.pre_depth > 0
         if tag == "a" and self.link.startswith(("http:", "https:", "mailto:")):
             text = "".join(self.out[self.link_start :]).strip()
@@ -3139,46 +3136,21 @@ class HTMLTextExtractor(HTMLParser):
             self.link = ""
 
     def handle_data(self, data: str) -> None:
-        """Add text, with white space collapsed as browsers do."""
-        if self.hidden:
-            return
-        if self.pre_depth:
-            self.out.append(data)
-            self.gap = int(data.endswith("\n")) if data else self.gap
-            return
-        words = re.sub(r"[ \t\r\n\f]+", " ", data).strip(" ").replace("\xa0", " ")
-        if data[:1].isspace():
-            self.space = self.space or " "
-        if words:
-            self.out.append((self.space if not self.gap else "") + words)
-            self.gap, self.space = 0, " " if data[-1:].isspace() else ""
-
-    def _end_lines(self, ends: int) -> None:
-        """Make at least this many line ends follow the last word."""
-        if self.gap < ends:
-            self.out.append("\n" * (ends - self.gap))
-            self.gap = ends
-        self.space = "" if ends else self.space
-
-
-@functools.lru_cache(maxsize=4)
-def rfc5322_date(second: int) -> str:
-    return formatdate(second, localtime=True)
+        if not self.hidden:
+            self.out.append(data.translate(PREFORMATTED) if self.pre_depth else re.sub(r"[ \t-\r]+", " ", data))
 
 
 def address_field(name: str, mailboxes: tuple, charset: str) -> str:
     """Return a field of mailboxes; the addresses stay outside the encoded words (RFC 2047 5)."""
     tokens: list = []
-    for i, (display_name, mailbox) in enumerate(mailboxes):
-        comma = "," if i < len(mailboxes) - 1 else ""
+    for display_name, mailbox in mailboxes:
         if mailbox is NULL_SENDER:
-            tokens.append(f"{display_name}:;{comma}")
+            tokens.append(f"{display_name}:;,")
         elif not display_name:
-            tokens.append(mailbox.addr_spec + comma)
+            tokens.append(f"{mailbox.addr_spec},")
         else:
-            tokens += phrase_tokens(display_name, charset, len(name) + 2)
-            tokens.append(f"<{mailbox.addr_spec}>{comma}")
-    return fold(f"{name}:", tokens)
+            tokens += [*phrase_tokens(display_name, charset, len(name) + 2), f"<{mailbox.addr_spec}>,"]
+    return fold(f"{name}:", tokens)[:-1]
 
 
 @cache_short(512)
@@ -3295,11 +3267,8 @@ def complete_raw_message(submission: Submission, trace: str, queueid: str, hostn
         charset = "unknown-8bit"  # RFC 1428
         if is_utf8(body):
             charset = "ISO-2022-JP" if b"\x1b$" in body else "US-ASCII" if body.isascii() else "UTF-8"
-        added += [
-            "MIME-Version: 1.0",
-            f"Content-Type: text/plain; charset={charset}",
-            "Content-Transfer-Encoding: 8bit",
-        ]
+        kind = f"text/plain; charset={charset}"
+        added.append(f"MIME-Version: 1.0\nContent-Type: {kind}\nContent-Transfer-Encoding: 8bit")
     head = [trace.encode() + b"\n", *(octets for name, octets in submission.raw.fields if name not in dropped)]
     octets = b"".join([*head, "\n".join([*added, "", ""]).encode(), body, b"" if body.endswith(b"\n") else b"\n"])
     octets = octets.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
@@ -3369,19 +3338,14 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
 
 def encode_phrases(text: str, encode: Callable) -> str:
     """Return an address list with the names of mailboxes and groups in encoded words where they are not ASCII."""
-    out, phrase = [], []  # phrase: the tokens since the last mark, address or comment
-    for found in ADDRESS_TOKEN.finditer(text):
-        if found.lastgroup in ("atom", "quoted", "blank"):
-            phrase.append(found[0])
-            continue
-        name = "".join(phrase)
-        if not name.isascii() and "@" not in name:
-            blank = " " * name[:1].isspace()
-            name = blank + " ".join(encode("".join(map(unquote, phrase)).strip()))
-            name += " " * (found[0][:1] in ("<", "("))
-        out += [name, found[0]]
-        phrase = []
-    return "".join(out)
+    out, kinds = [], ("atom", "quoted", "blank")
+    for is_phrase, run in itertools.groupby(ADDRESS_TOKEN.finditer(text), lambda found: found.lastgroup in kinds):
+        tokens = [found[0] for found in run]
+        phrase = "".join(tokens)
+        if is_phrase and not phrase.isascii() and "@" not in phrase:
+            phrase = " ".join(["", *encode("".join(map(unquote, tokens)).strip()), ""])  # blanks: RFC 2047 5
+        out.append(phrase)
+    return "".join(out).strip()
 
 
 def _encode_parameter(names: set, found: re.Match) -> str:
