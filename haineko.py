@@ -65,6 +65,7 @@ import os
 import random
 import re
 import select
+import selectors
 import signal
 import smtplib
 import socket
@@ -2950,24 +2951,22 @@ EXTRA_MEDIA_TYPES = {  # that not every version of Python has
 }  # fmt: skip
 
 # What HTMLTextExtractor writes for the start and the end of an element, and for its start alone.
-LINES = ("address", "dd", "div", "dl", "dt", "figcaption", "footer", "form", "header", "hr", "li", "main", "nav",
-         "section", "tr")  # fmt: skip
-PARAGRAPHS = ("article", "blockquote", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "ol", "p", "pre", "table", "ul")
-BLOCK_MARKS = {**dict.fromkeys(LINES, "\v"), **dict.fromkeys(PARAGRAPHS, "\r")}
+BLOCK_MARKS = dict.fromkeys(("address", "dd", "div", "dl", "dt", "figcaption", "footer", "form", "header", "hr", "li",
+                             "main", "nav", "section", "tr"), "\v")  # fmt: skip
+BLOCK_MARKS.update(dict.fromkeys(("article", "blockquote", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "ol", "p",
+                                  "pre", "table", "ul"), "\r"))  # fmt: skip
 START_MARKS = {"br": "\n", "hr": "-----\v", "li": "* ", "td": "\t", "th": "\t"}
 PREFORMATTED = str.maketrans({" ": "\xa0", "\t": "\xa0" * 8, "\v": "", "\r": ""})
 
 PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
-RFC2231_SEGMENT = 60  # characters of a parameter in one line
 NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
 JIS_NEEDS_ENCODING = re.compile(rb"[^\x1b\x20-\x7e\t\r\n]|^[^\r\n]{999}", re.MULTILINE)
 QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
-# Characters of JIS X 0208 that Windows' tables and Unicode's, which Python's codec has, name differently.
-CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
+CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")  # Windows' names of JIS X 0208; those of Python's codec
 UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
 ENCODED_WORDS = re.compile(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)")
-ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
 PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
+rfc5322_date = functools.lru_cache(maxsize=4)(functools.partial(formatdate, localtime=True))
 COMMENT_8BIT = re.compile(r"\(([^()\\\x80-\U0010ffff]*[\x80-\U0010ffff][^()\\]*)\)")
 
 
@@ -2988,28 +2987,24 @@ def compose(submission: Submission, queueid: str, client: IPAddress, hostname: s
 def _compose(submission: Submission, charset: str, trace: str, queueid: str, hostname: str, date: str) -> Message:
     header, sender = submission.header, parse_address(submission.mail)
     author = header.from_ or (("", sender),)
-    top = [trace, address_field("From", author, charset)]
+    lines = [trace, address_field("From", author, charset)]
     if len(author) > 1 or author[0][1].key != sender.key:
-        top.append(f"Sender: {sender.addr_spec}")
-    to, number = ["To: \0"], "\0"  # NUL: what differs from copy to copy
-    if submission.shared:
-        number, shown = "1", (("To", header.to), ("Cc", header.cc))
-        to = [address_field(name, mailboxes, charset) for name, mailboxes in shown if mailboxes]
-    reply_to = [address_field("Reply-To", header.replyto, charset)] if header.replyto else []
+        lines.append(f"Sender: {sender.addr_spec}")
+    number = "1" if submission.shared else "\0"  # NUL stands for what differs from copy to copy
+    lines += [] if submission.shared else ["To: \0"]
+    for name, mailboxes in (("To", header.to), ("Cc", header.cc), ("Reply-To", header.replyto)):
+        lines += [address_field(name, mailboxes, charset)] if mailboxes else []
     extra: dict = {"Date": [], "Message-Id": []}
     for name, value in header.extra_fields:
         make_field = address_field if type(value) is tuple else text_field
         extra.setdefault(name, []).append(make_field(name, value, charset))
     dated = extra.pop("Date") or [f"Date: {date}"]
     identity = extra.pop("Message-Id") or [f"Message-Id: <{queueid}.{number}@{hostname}>"]
-    lines = [*top, *to, *reply_to, text_field("Subject", header.subject, charset), *dated, *identity]
-    rest = [*itertools.chain(*extra.values()), loop_field(header.loop, hostname), "MIME-Version: 1.0", ""]
-    *parts, last = "\r\n".join(lines + rest).encode().split(b"\0")
+    lines += [text_field("Subject", header.subject, charset), *dated, *identity]
+    lines += [*itertools.chain(*extra.values()), loop_field(header.loop, hostname), "MIME-Version: 1.0", ""]
+    *parts, last = "\r\n".join(lines).encode().split(b"\0")
     utf8 = not (last.isascii() and all(map(bytes.isascii, parts)))  # only an address can be other than ASCII
     return Message((*parts, b"".join([last, *content_pieces(submission, charset, queueid)])), utf8, utf8)
-
-
-rfc5322_date = functools.lru_cache(maxsize=4)(functools.partial(formatdate, localtime=True))
 
 
 @functools.lru_cache(maxsize=64)
@@ -3082,17 +3077,16 @@ def file_part(item: Attachment, charset: str) -> list:
 def rfc2231_parameter(name: str, text: str, charset: str) -> str:
     """Return a parameter with any characters, in lines of its own."""
     coded = f"{charset}''{urllib.parse.quote_from_bytes(charset_encoder(charset)(text), safe='')}"
-    if len(coded) <= RFC2231_SEGMENT:
+    if len(coded) <= 60:
         return f";\r\n {name}*={coded}"
-    segments = re.findall(f"(?:%..|[^%]){{1,{RFC2231_SEGMENT // 3}}}", coded)
+    segments = re.findall("(?:%..|[^%]){1,20}", coded)
     return "".join(f";\r\n {name}*{i}*={segment}" for i, segment in enumerate(segments))  # RFC 2231 3
 
 
 def html_to_text(html: str) -> str:
     """Return the plain text of HTML: words and lines, targets of links, descriptions of pictures."""
     extractor = HTMLTextExtractor()
-    # Sections like <![if ...]> hold no text, and some versions of the parser fail on them. Without close(), what is
-    # unfinished at the end is left out, as browsers do.
+    # Some versions of the parser fail on sections like <![if ...]>. Without close(), what is unfinished is left out.
     extractor.feed(re.sub(r"<!\[(?:[^>-]|-(?!->))*>?", "<! >", html) + "\n")
     text = re.sub(r"[ \t]+", lambda run: "\t" if "\t" in run[0] else " ", "".join(extractor.out))
     text = re.sub(r"[ \t]?[\n\v\r][ \t\n\v\r]*", lambda run: "\n" * max(1 + ("\r" in run[0]), run[0].count("\n")), text)
@@ -3102,8 +3096,6 @@ def html_to_text(html: str) -> str:
 class HTMLTextExtractor(HTMLParser):
     """Parser that writes down the text of HTML, with a mark where a paragraph ("\\r"), a line of its own ("\\v"), a
     broken line ("\\n") or a table's cell ("\\t") begins; a space that stays is a no-break space."""
-
-    HIDDEN = ("script", "style", "title", "template")
 
     def __init__(self) -> None:
         super().__init__()
@@ -3120,7 +3112,7 @@ class HTMLTextExtractor(HTMLParser):
             self.link, self.link_start = values.get("href") or "", len(self.out)
         elif tag == "img":
             self.handle_data(values.get("alt") or "")
-        self.hidden = tag if tag in self.HIDDEN else ""
+        self.hidden = tag if tag in ("script", "style", "title", "template") else ""
         self.pre_depth += tag == "pre"
 
     def handle_endtag(self, tag: str) -> None:
@@ -3168,8 +3160,6 @@ def text_field(name: str, value: str, charset: str) -> str:
     if (PLAIN.fullmatch(value) and "=?" not in value) or STRUCTURED_FIELDS.fullmatch(name.lower()):
         whole = f"{name}: {value}"
         return whole if len(whole) <= 78 else fold(f"{name}:", value.split(" "))
-    if len(name) + len(charset) > 60:  # no room for a word in the first line
-        return "\r\n ".join([f"{name}:", *encoded_words(value, charset, 1)])
     return fold(f"{name}:", encoded_words(value, charset, len(name) + 2))
 
 
@@ -3184,17 +3174,13 @@ def fold(line: str, tokens: Any) -> str:
 
 
 def encoded_words(value: str, charset: str, used: int) -> list:
-    """Return encoded words (RFC 2047) of whole characters and at most 75 columns; `used` columns of the first line are
-    taken already."""
+    """Return encoded words (RFC 2047) of whole characters, for lines of 76 columns; `used` of the first are taken."""
     encode, words, room, start = charset_encoder(charset), [], 76 - used, 0
     value = wide_kana(value) if charset == "ISO-2022-JP" else value  # else a sound mark could be split off
-    overhead = len(charset) + 7
     while start < len(value) or not words:
-        size = min(len(value) - start, room)
-        coded = encode(value[start : start + size])
-        while size > 1 and overhead + (len(coded) + 2) // 3 * 4 > room:
-            size = max(1, min(size - 1, size * (room - overhead) * 3 // (4 * len(coded)) + 1))
-            coded = encode(value[start : start + size])
+        size, limit = min(len(value) - start, room), (room - len(charset) - 7) // 4 * 3  # characters, octets
+        while len(coded := encode(value[start : start + size])) > limit and size > 1:
+            size = max(1, min(size - 1, size * limit // len(coded) + 1))
         words.append(f"=?{charset}?B?{binascii.b2a_base64(coded, newline=False).decode()}?=")
         start, room = start + size, 75
     return words
@@ -3207,10 +3193,9 @@ def charset_encoder(charset: str) -> Callable:
 
     def encode(text: str) -> bytes:
         octets = text.encode(codec)
-        with contextlib.suppress(UnicodeDecodeError):  # text with the control characters of ISO-2022-JP-2 or -KR
-            if octets.decode(codec) == text:
-                return octets
-        raise UnicodeEncodeError(codec, text, 0, len(text), "no such character")  # EUC-JP turns a yen sign into "\"
+        if octets.decode(codec, "replace") != text:  # EUC-JP turns a yen sign into a backslash
+            raise UnicodeEncodeError(codec, text, 0, len(text), "no such character")
+        return octets
 
     return CHARSETS.get(charset, encode)
 
@@ -3229,7 +3214,6 @@ def encode_jis(text: str) -> bytes:
 
 
 def wide_kana(text: str) -> str:
-    """Return text with full-width kana for half-width ones."""
     import unicodedata
 
     marks = {0x3099: "゛", 0x309A: "゜"}  # those that stand alone
@@ -3240,8 +3224,7 @@ def wide_kana(text: str) -> str:
 def jis_extensions() -> dict:
     """Return {character: two octets} of NEC's row 13 and IBM's rows 89 to 92, as far as JIS X 0208 does not have it."""
     table: dict = {}
-    for row, cell in itertools.product((13, 89, 90, 91, 92), range(1, 95)):
-        octets = bytes((row + 0x20, cell + 0x20))
+    for octets in map(bytes, itertools.product((0x2D, 0x79, 0x7A, 0x7B, 0x7C), range(0x21, 0x7F))):
         with contextlib.suppress(ValueError):  # unassigned
             character = jis_bytes_to_text(octets)
             if not character.encode("iso2022_jp", "ignore"):
@@ -3267,8 +3250,8 @@ def complete_raw_message(submission: Submission, trace: str, queueid: str, hostn
         charset = "unknown-8bit"  # RFC 1428
         if is_utf8(body):
             charset = "ISO-2022-JP" if b"\x1b$" in body else "US-ASCII" if body.isascii() else "UTF-8"
-        kind = f"text/plain; charset={charset}"
-        added.append(f"MIME-Version: 1.0\nContent-Type: {kind}\nContent-Transfer-Encoding: 8bit")
+        added += ["MIME-Version: 1.0", f"Content-Type: text/plain; charset={charset}"]
+        added.append("Content-Transfer-Encoding: 8bit")
     head = [trace.encode() + b"\n", *(octets for name, octets in submission.raw.fields if name not in dropped)]
     octets = b"".join([*head, "\n".join([*added, "", ""]).encode(), body, b"" if body.endswith(b"\n") else b"\n"])
     octets = octets.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
@@ -3289,34 +3272,32 @@ def downgrade_8bit(octets: bytes, keep_8bit: bool = False, keep_utf8: bool = Fal
     """Return the message with each part encoded where a path without 8BITMIME (RFC 6152 3) and SMTPUTF8 can't carry it;
     `keep_8bit` and `keep_utf8`: the path has them. What has no form in ASCII, such as an address, stays."""
     parts = list(mime_parts(octets))
-    octets = rewrite_parts(octets, parts, functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8), keep_8bit)
+
+    def convert(part: MIMEPart, body: bytes) -> tuple:
+        header, charset = [], part.parameter("charset") or parts[0].parameter("charset")
+        for name, line in part.header:
+            sendable = line.isascii() or (keep_utf8 and is_utf8(line))
+            header.append((name, fold_long_lines(line if sendable else encode_field(name, line, charset))))
+        if not (part.is_leaf and (UNSENDABLE if keep_8bit else NOT_7BIT).search(body)):
+            return (set_encoding(header, "") if part.encoding == "8bit" and not keep_8bit else header), body
+        if part.encoding == "base64":
+            with contextlib.suppress(binascii.Error):
+                body = binascii.a2b_base64(body + b"===")
+        elif part.encoding == "quoted-printable":
+            body = binascii.a2b_qp(body)
+        if part.is_text and part.encoding != "base64":
+            # b2a_qp() writes line ends as the first line has them.
+            return set_encoding(header, "quoted-printable"), binascii.b2a_qp(body + b"\r\n", istext=True)[:-2]
+        return set_encoding(header, "base64"), base64_lines(body)[:-2]
+
+    octets = rewrite_parts(octets, parts, convert, keep_8bit)
     return octets if octets.endswith(b"\r\n") else octets + b"\r\n"
-
-
-def _convert_part(top: MIMEPart, keep_8bit: bool, keep_utf8: bool, part: MIMEPart, body: bytes) -> tuple:
-    """Return (fields, body) of a part as the path can carry it."""
-    header, charset = [], part.parameter("charset") or top.parameter("charset")
-    for name, octets in part.header:
-        sendable = octets.isascii() or (keep_utf8 and is_utf8(octets))
-        header.append((name, fold_long_lines(octets if sendable else encode_field(name, octets, charset))))
-    if not (part.is_leaf and (UNSENDABLE if keep_8bit else NOT_7BIT).search(body)):
-        return (set_encoding(header, "") if part.encoding == "8bit" and not keep_8bit else header), body
-    if part.encoding == "base64":
-        with contextlib.suppress(binascii.Error):
-            body = binascii.a2b_base64(body + b"===")
-    elif part.encoding == "quoted-printable":
-        body = binascii.a2b_qp(body)
-    if part.is_text and part.encoding != "base64":
-        # b2a_qp() writes line ends as the first line has them.
-        return set_encoding(header, "quoted-printable"), binascii.b2a_qp(body + b"\r\n", istext=True)[:-2]
-    return set_encoding(header, "base64"), base64_lines(body)[:-2]
 
 
 def encode_field(name: str, octets: bytes, charset: str) -> bytes:
     """Return a field in ASCII, encoded as its grammar allows. Octets that are not UTF-8 are in the message's charset,
     or in an unknown one (RFC 1428). What can't be encoded, such as an address, stays."""
     label, _, value = octets.partition(b":")
-    value = ENCODED_WORD_8BIT.sub(lambda word: re.sub(rb"[\x80-\xff]", lambda c: b"=%02X" % ord(c[0]), word[0]), value)
     label, text, known = label.decode("ascii").strip(), value.decode("latin-1"), "unknown-8bit"
     for codec in (codec_name(iana_charset(charset)), "utf-8"):
         with contextlib.suppress(UnicodeDecodeError, LookupError):
@@ -3324,9 +3305,7 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
     encode = functools.partial(encoded_words, charset=known, used=len(label) + 3)
     text, tokens = " ".join(re.split(r"[\r\n]+[ \t]*", text.strip())), []
     if name in (*PARAMETER_FIELDS, *MAILBOX_FIELDS) or STRUCTURED_FIELDS.fullmatch(name):
-        if name in PARAMETER_FIELDS:
-            names = {found[1].lower() for found in PARAMETER.finditer(text)}
-            text = PARAMETER.sub(functools.partial(_encode_parameter, names), text)
+        text = PARAMETER.sub(_encode_parameter, text) if name in PARAMETER_FIELDS else text
         text = encode_phrases(text, encode) if name in MAILBOX_FIELDS else text
         text = COMMENT_8BIT.sub(lambda found: f"({' '.join(encode(found[1]))})", text)
         tokens = text.split(" ") if name in MAILBOX_FIELDS else [text]
@@ -3348,11 +3327,9 @@ def encode_phrases(text: str, encode: Callable) -> str:
     return "".join(out).strip()
 
 
-def _encode_parameter(names: set, found: re.Match) -> str:
+def _encode_parameter(found: re.Match) -> str:
     if found[0].isascii():
         return found[0]
-    if names & {f"{found[1].lower()}*", f"{found[1].lower()}*0*"}:
-        return ""  # the extended form says it already, and a name may come once
     if found[1].endswith("*") and found[2].lower().startswith("utf-8'"):
         return re.sub(r"[^\x00-\x7f]+", lambda octets: urllib.parse.quote(octets[0]), found[0])
     return rfc2231_parameter(found[1].rstrip("*"), unquote(found[2].strip()), "UTF-8")
@@ -3385,9 +3362,9 @@ def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
 #    log has the lines about it.
 # ======================================================================================================================
 
-MAX_THREADS = 256  # one dead host can hold 32 of them, while sessions to it are opened
 TLS_WRITES = {ssl.SSLWantReadError: False, ssl.SSLWantWriteError: True}  # TLS may have to read in order to write
 WOULD_BLOCK = (BlockingIOError, *TLS_WRITES)
+HIGH_WATER = 16  # buffers of one AsyncSocket that may wait to be sent while its task goes on
 
 
 def run(coroutine: Any) -> Any:
@@ -3403,7 +3380,7 @@ class EventLoop(asyncio.SelectorEventLoop):
         super().__init__(selector)
         self.tasks: set = set()  # asyncio itself holds weak references only
         self.sends: list = []  # AsyncSockets with something to send
-        self.set_default_executor(ThreadPoolExecutor(MAX_THREADS))
+        self.set_default_executor(ThreadPoolExecutor(256))  # a dead host holds 32, while sessions to it are opened
         self.set_exception_handler(log_task_fault)
 
     def create_task(self, coroutine: Any, **options: Any) -> asyncio.Task:
@@ -3420,23 +3397,17 @@ class EventLoop(asyncio.SelectorEventLoop):
             sock.flush()
 
 
-# -- Limits shared by all processes of a server
-
-
 class RateState(NamedTuple):
-    """What a limiter answers: how long to wait (0: taken), what is left, and when all of it is back, in seconds."""
-
-    wait: float
+    wait: float  # seconds, 0 if it was taken
     remaining: int
-    reset: float
+    reset: float  # seconds until all of it is back
 
 
 class SharedLimits:
     """Limits over all processes of a server: rates (GCRA) and counts of open sessions. Made before the workers fork.
 
     A rate is one number in shared memory: the theoretical arrival time of the next unit. A session is a lock on one
-    octet of a file without a name, so that the kernel gives back those of a process that died.
-    """
+    octet of a file without a name, so that the kernel gives back those of a process that died."""
 
     SLOTS, PROBES = 4096, 16  # cells of the table; how many are looked at for one key
     MAX_SESSIONS = 1 << 16  # octets that one route may lock
@@ -3452,9 +3423,9 @@ class SharedLimits:
         self.sessions: set = set()  # octets locked by this process; fcntl does not report a process's own locks
 
     def take(self, key: str, count: int, rate: Rate, block: int = 0) -> RateState:
-        """Take `count` units from the key's budget, or none if there are not enough of them yet, and then none for
-        another `block` seconds."""
-        fingerprint, each, now = _fingerprint(key), rate.seconds / rate.limit, time.monotonic()
+        """Take `count` units, or none if there are not enough of them yet, and then none for `block` seconds more."""
+        fingerprint = hash(key) | 1  # not 0; the same in all processes that are forked
+        each, now = rate.seconds / rate.limit, time.monotonic()
         places = [2 * ((fingerprint + i) % self.SLOTS) for i in range(self.PROBES)]
         with self.lock:
             fcntl.lockf(self.file, fcntl.LOCK_EX, 1, self.TABLE_LOCK)
@@ -3470,37 +3441,25 @@ class SharedLimits:
                 self.cells[cell], self.cells[cell + 1] = fingerprint, round(arrival * 1e6)
             finally:
                 fcntl.lockf(self.file, fcntl.LOCK_UN, 1, self.TABLE_LOCK)
-        left = rate.seconds - (arrival - now)
-        return RateState(wait, max(int(left / each + 1e-6), 0), arrival - now)
+        return RateState(wait, max(int((now + rate.seconds - arrival) / each + 1e-6), 0), arrival - now)
 
     def open_session(self, key: str, limit: int) -> int:
         """Lock one of the key's `limit` octets and return it; 0 where all are taken."""
-        first = 1 + _fingerprint(key) % (1 << 44) * self.MAX_SESSIONS
+        first = 1 + hash(key) % (1 << 44) * self.MAX_SESSIONS
         for octet in range(first, first + limit):
-            if octet not in self.sessions:
-                try:
+            with contextlib.suppress(OSError):
+                if octet not in self.sessions:
                     fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, octet)
-                except OSError:
-                    continue
-                self.sessions.add(octet)
-                return octet
+                    self.sessions.add(octet)
+                    return octet
         return 0
 
     def close_session(self, octet: int) -> None:
-        """Give back what open_session() gave."""
         self.sessions.discard(octet)
         fcntl.lockf(self.file, fcntl.LOCK_UN, 1, octet)
 
     def __del__(self) -> None:
         os.close(self.file) if isinstance(self.file, int) else self.file.close()
-
-
-@functools.lru_cache(maxsize=4096)
-def _fingerprint(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big") | 1
-
-
-# -- Tasks and sockets
 
 
 def log_task_fault(_: Any, context: dict) -> None:
@@ -3515,10 +3474,7 @@ class AsyncSocket:
     """Non-blocking socket, plain or TLS, for which one task at a time waits; deadlines are monotonic times.
 
     It stays registered with the loop until an event finds nothing to do, and has one timer, set again when it fires:
-    so a wait costs no system call, and an idle connection nothing. Release or close it before its number is reused.
-    """
-
-    HIGH_WATER = 16  # buffers that may wait to be sent while the task goes on
+    so a wait costs no system call, and an idle connection nothing. Release or close it before its number is reused."""
 
     def __init__(self, sock: Any) -> None:
         self.sock, self.loop = sock, asyncio.get_running_loop()
@@ -3536,16 +3492,14 @@ class AsyncSocket:
         return self.wait_ready(deadline, operation=operation)
 
     async def sendall(self, octets: Any, deadline: float) -> None:
-        """Send octets in the next iteration: peers wake once for many, which saves a fifth of the CPU time.
-
-        Only much data is waited for: if little can't be sent, the next recv() tells why.
-        """
+        """Send octets in the next iteration: peers wake once for many, which saves a fifth of the CPU time. Only much
+        data is waited for: if little can't be sent, the next recv() tells why."""
         if not self.outbox:
             if not self.loop.sends:
                 self.loop.call_soon(self.loop.flush_sends)
             self.loop.sends.append(self)
         self.outbox.append(octets)
-        if len(octets) > LARGE or len(self.outbox) > self.HIGH_WATER:
+        if len(octets) > LARGE or len(self.outbox) > HIGH_WATER:
             await self.drain(deadline)
 
     async def drain(self, deadline: float) -> None:
@@ -3560,9 +3514,8 @@ class AsyncSocket:
         """Send what waits, or what the kernel takes of it; the rest follows at the next event."""
         try:
             while self.outbox:
-                octets = self.outbox[0]
-                sent = self.sock.send(octets)
-                self.outbox[:1] = [memoryview(octets)[sent:]] if sent < len(octets) else []
+                sent = self.sock.send(self.outbox[0])
+                self.outbox[:1] = [memoryview(self.outbox[0])[sent:]] if sent < len(self.outbox[0]) else []
         except WOULD_BLOCK as error:
             self.flush_writing = TLS_WRITES.get(type(error), True)
             self._watch(self.flush_writing)
@@ -3582,8 +3535,6 @@ class AsyncSocket:
 
     def wait_ready(self, deadline: float, writing: bool = False, operation: Callable = bool) -> asyncio.Future:
         """Wait until the socket can be read (or written) and the operation does not block; to be awaited."""
-        if self.future and not self.future.done():
-            raise RuntimeError("two tasks wait for one socket")
         if deadline <= time.monotonic():
             raise socket.timeout("timed out")
         if not self.watched[writing]:
@@ -3652,22 +3603,16 @@ class AsyncSocket:
 # ======================================================================================================================
 
 random_unit = random.SystemRandom().random  # an unpredictable number from 0 up to 1
-NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
 
 A, CNAME, SOA, MX, TXT, AAAA = 1, 5, 6, 15, 16, 28  # record types
 NOERROR, SERVFAIL, NXDOMAIN = 0, 2, 3  # RFC 1035 4.1.1, "RCODE"
-RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED"}
-RESOLV_CONF = "/etc/resolv.conf"
-MAX_NAME = 253  # characters
-MAX_STEPS = 255  # labels and pointers of a compressed name
+TRUNCATED = 16  # none of them: the message is not complete, or has too many records
+RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED", TRUNCATED: "too much"}
 MAX_RECORDS = 512  # of one message
 MAX_ALIASES = 8  # CNAME records followed for one answer
-MAX_STRAY_DATAGRAMS = 64  # datagrams received that do not answer the query
 
 
 class DNSAnswer(NamedTuple):
-    """The values of a name's records of one type."""
-
     code: int  # NOERROR, NXDOMAIN, or SERVFAIL if no name server gave an answer
     values: tuple = ()  # A, AAAA: address; MX: (preference, host); TXT: text. Empty if there is no such record
     why: str = ""  # the reason for SERVFAIL
@@ -3678,14 +3623,6 @@ class ResourceRecord(NamedTuple):
     rtype: int  # 0 if malformed or of another class
     ttl: int  # seconds
     value: Any  # as in DNSAnswer; CNAME: name; SOA: seconds for which a negative answer may be cached
-
-
-class DNSMessage(NamedTuple):
-    """One response of a name server."""
-
-    code: int
-    truncated: bool = False
-    records: Any = ()  # ResourceRecords, answers and authority
 
 
 class TTLCache:
@@ -3719,7 +3656,6 @@ async def shared_call(calls: dict, key: Any, function: Callable, *values: Any) -
 
 
 def error_text(error: Exception) -> str:
-    """Describe an exception, for a reply."""
     return sanitize(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
@@ -3731,8 +3667,7 @@ class Resolver:
     MAX_TTL = 86400  # seconds
 
     def __init__(self, nameservers: tuple = (), clock: Callable = time.monotonic) -> None:
-        self.nameservers = nameservers
-        self.cache, self.calls = TTLCache(4096, clock), {}
+        self.nameservers, self.cache, self.calls = nameservers, TTLCache(4096, clock), {}
 
     async def lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
         """Return the records of a type, following aliases, by the deadline (monotonic)."""
@@ -3747,68 +3682,62 @@ class Resolver:
         """Return (DNSAnswer, TTL). Each alias is asked for: an answer counts for its own name alone."""
         ttl = self.MAX_TTL
         for _ in range(MAX_ALIASES + 1):
-            response = await self._query(name, rtype, deadline)
-            if isinstance(response, str):
-                return DNSAnswer(SERVFAIL, (), response), 0
-            own = [record for record in response.records if record.name == name and record.rtype in (rtype, CNAME)]
+            code, records, why = await self._query(name, rtype, deadline)
+            own = [record for record in records if record.name == name and record.rtype in (rtype, CNAME)]
             found = tuple(record.value for record in own if record.rtype == rtype)
             if not own:
-                negative = [min(record.ttl, record.value) for record in response.records if record.rtype == SOA]
-                return DNSAnswer(response.code), min([ttl, *negative]) if negative else 0  # RFC 2308 5
+                negative = [min(record.ttl, record.value) for record in records if record.rtype == SOA]
+                return DNSAnswer(code, (), why), min([ttl, *negative]) if negative else 0  # RFC 2308 5
             ttl = min([ttl, *[record.ttl for record in own]])
             if found:
                 return DNSAnswer(NOERROR, found), ttl
             name = own[0].value
         return DNSAnswer(SERVFAIL, (), f"more than {MAX_ALIASES} aliases"), 0
 
-    async def _query(self, name: str, rtype: int, deadline: float) -> DNSMessage | str:
-        """Return the first positive or negative answer, or the reason why there is none."""
-        if len(name) > MAX_NAME:
-            return DNSMessage(NXDOMAIN)
-        servers = tuple(map(name_server_endpoint, self.nameservers)) or resolv_conf_servers(RESOLV_CONF)
+    async def _query(self, name: str, rtype: int, deadline: float) -> tuple:
+        """Return (code, [ResourceRecord, ...], "") of the first positive or negative answer; or (SERVFAIL, [], why)."""
+        if len(name) > 253:  # RFC 1035 2.3.4
+            return NXDOMAIN, [], ""
+        servers = tuple(map(name_server_endpoint, self.nameservers)) or resolv_conf_servers("/etc/resolv.conf")
         for server in servers * self.ATTEMPTS:
             until = min(deadline, time.monotonic() + self.QUERY_TIMEOUT)
             question = int(random_unit() * 65536), name, rtype
             try:
-                response = await query_udp(server, question, until)
-                if response.truncated:  # RFC 7766 5
-                    response = await query_tcp(server, question, until)
-                if response.code in (NOERROR, NXDOMAIN):
-                    return response
-                why = f"{server[0]} answers {RCODES.get(response.code, response.code)}"
+                code, records = await query_udp(server, question, until)
+                if code == TRUNCATED:  # RFC 7766 5
+                    code, records = await query_tcp(server, question, until)
+                if code in (NOERROR, NXDOMAIN):
+                    return code, records, ""
+                why = f"{server[0]} answers {RCODES.get(code, code)}"
             except (OSError, ValueError) as error:
                 why = f"{server[0]}: {error_text(error)}"
             if time.monotonic() >= deadline:
                 break
-        return why
+        return SERVFAIL, [], why
 
 
 def resolv_conf_servers(path: str) -> tuple:
     """Return (address, port) of the first three name servers in resolv.conf; this machine if it names none."""
-    try:
-        with open(path, encoding="ascii", errors="replace") as stream:
-            named = re.findall(r"(?m)^nameserver[ \t]+(\S+)", stream.read())
-    except OSError:
-        named = []
-    endpoints = [endpoint for endpoint in map(name_server_endpoint, named) if endpoint]
-    return tuple(endpoints[:3]) or (("127.0.0.1", 53),)
+    text = ""
+    with contextlib.suppress(OSError), open(path, encoding="ascii", errors="replace") as stream:
+        text = stream.read()
+    endpoints = map(name_server_endpoint, re.findall(r"(?m)^nameserver[ \t]+(\S+)", text))
+    return tuple(filter(None, endpoints))[:3] or (("127.0.0.1", 53),)
 
 
-async def query_udp(server: tuple, question: tuple, until: float) -> DNSMessage:
+async def query_udp(server: tuple, question: tuple, until: float) -> tuple:
     """Return the response to (number, name, type); datagrams that do not match it are ignored (RFC 5452 9.1)."""
     sock = start_connect(server, socket.SOCK_DGRAM)  # from a random port; the kernel drops datagrams of other senders
     with contextlib.closing(AsyncSocket(sock)) as sock:
         await sock.sendall(build_query(*question), until)
-        for _ in range(MAX_STRAY_DATAGRAMS):
+        for _ in range(64):  # a forger may not guess for as long as he likes
             octets = await sock.recv(65535, until)
-            try:
+            with contextlib.suppress(ValueError):  # forged, late or garbled: the real answer may still come
                 return parse_response(octets, *question)
-            except ValueError:  # forged, late or garbled: the real answer may still come
-                pass
         raise ValueError("too many datagrams that do not answer the query")
 
 
-async def query_tcp(server: tuple, question: tuple, until: float) -> DNSMessage:
+async def query_tcp(server: tuple, question: tuple, until: float) -> tuple:
     """Return the response to (number, name, type); each message has its length in front (RFC 1035 4.2.2)."""
     query, octets = build_query(*question), b""
     with contextlib.closing(AsyncSocket(start_connect(server))) as sock:
@@ -3825,42 +3754,37 @@ async def query_tcp(server: tuple, question: tuple, until: float) -> DNSMessage:
 def start_connect(address: tuple, kind: int = socket.SOCK_STREAM) -> socket.socket:
     """Return a non-blocking socket that is being connected to (IP address, port)."""
     sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, kind)
-    try:
-        sock.setblocking(False)
-        sock.connect(address)
-    except BlockingIOError:
-        pass
-    except OSError:
+    sock.setblocking(False)
+    code = sock.connect_ex(address)
+    if code not in (0, errno.EINPROGRESS):
         sock.close()
-        raise
+        raise OSError(code, os.strerror(code))
     return sock
 
 
 def build_query(number: int, name: str, rtype: int) -> bytes:
     """Return a query to a recursive server (RFC 1035 4.1)."""
-    labels = [label.encode("ascii") for label in name.split(".")] if name else []
-    qname = b"".join([bytes((len(label),)) + label for label in labels])
-    return struct.pack(">6H", number, 0x0100, 1, 0, 0, 0) + qname + b"\0" + struct.pack(">HH", rtype, 1)
+    labels = [bytes((len(label),)) + label for label in name.encode("ascii").split(b".") if label]
+    return struct.pack(">6H", number, 0x0100, 1, 0, 0, 0) + b"".join([*labels, b"\0"]) + struct.pack(">HH", rtype, 1)
 
 
-def parse_response(octets: bytes, number: int, name: str, rtype: int) -> DNSMessage:
-    """Parse the response to that query; ValueError if it answers another one or is malformed."""
+def parse_response(octets: bytes, number: int, name: str, rtype: int) -> tuple:
+    """Return (code, ResourceRecords) of the response to that query; ValueError if it answers another one or is none."""
     try:
         found, flags, questions, answers, authority, _ = struct.unpack_from(">6H", octets)
-        code, (qname, at) = flags & 15, read_name(octets, 12)
+        qname, at = read_name(octets, 12)
         question = (found, flags >> 15, questions, qname, *struct.unpack_from(">HH", octets, at))
         if question != (number, 1, 1, name.lower(), rtype, 1):
             raise ValueError("not an answer to this query")
-        truncated = bool(flags & 0x0200)
-        if truncated or answers + authority > MAX_RECORDS:
-            return DNSMessage(code if truncated else SERVFAIL, truncated)
+        if flags & 0x0200 or answers + authority > MAX_RECORDS:
+            return TRUNCATED, []
         records, at = [], at + 4
         for _ in range(answers + authority):
             record, at = read_record(octets, at)
             records.append(record)
     except (struct.error, IndexError):
         raise ValueError("incomplete message") from None
-    return DNSMessage(code, False, records)
+    return flags & 15, records
 
 
 def read_record(octets: bytes, at: int) -> tuple:
@@ -3879,21 +3803,19 @@ def read_record(octets: bytes, at: int) -> tuple:
     elif rtype == MX:
         value = int.from_bytes(data[:2], "big"), read_name(octets, at + 2)[0]
     elif rtype == TXT:
-        stream = io.BytesIO(data)  # strings, each with its length in front, to be concatenated (RFC 7208 3.3)
-        value = b"".join(stream.read(octet[0]) for octet in iter(lambda: stream.read(1), b"")).decode(
-            "utf-8", "replace"
-        )
+        stream = io.BytesIO(data)
+        strings = [stream.read(length) for (length,) in iter(lambda: stream.read(1), b"")]
+        value = b"".join(strings).decode("utf-8", "replace")  # RFC 7208 3.3
     elif rtype == SOA:
         value = int.from_bytes(data[-4:], "big")
-    if rclass != 1 or value is None:
-        rtype = 0
-    return ResourceRecord(name, rtype, ttl if ttl < 1 << 31 else 0, value), after  # RFC 2181 8
+    known = rclass == 1 and value is not None
+    return ResourceRecord(name, rtype if known else 0, ttl if ttl < 1 << 31 else 0, value), after  # RFC 2181 8
 
 
 def read_name(octets: bytes, at: int) -> tuple:
     """Return (name in lower case without a final dot, offset behind it). RFC 1035 4.1.4"""
     labels, after = [], 0
-    for _ in range(MAX_STEPS):  # else pointers could make an endless loop
+    for _ in range(255):  # labels and pointers, which could make an endless loop
         length = octets[at]
         if not length:
             return ".".join(labels), after or at + 1
@@ -3909,8 +3831,7 @@ def read_name(octets: bytes, at: int) -> tuple:
 
 
 async def mx_hosts(domain: str, resolver: Resolver, hostname: str, deadline: float) -> list:
-    """Return a domain's mail hosts, best first, equal ones in random order, without this host and those behind it
-    (RFC 5321 5.1); Rejected if it has none."""
+    """Return a domain's mail hosts, best first, none behind this host (RFC 5321 5.1); Rejected if there are none."""
     if domain.startswith("["):  # an address literal
         return [domain[1:-1].partition(":")[2] if domain[:6].lower() == "[ipv6:" else domain[1:-1]]
     answer = await resolver.lookup(domain, MX, deadline)
@@ -3927,18 +3848,16 @@ async def mx_hosts(domain: str, resolver: Resolver, hostname: str, deadline: flo
 async def resolve_addresses(host: str, resolver: Resolver, private: bool, deadline: float) -> list:
     """Return a host's IP addresses, only public ones unless `private`; Rejected if it has none."""
     try:
-        found = [str(ipaddress.ip_address(host))]
+        found, failure = [str(ipaddress.ip_address(host))], ""
     except ValueError:
         # IPv4 first: large receivers demand more of senders that use IPv6.
         both = [await resolver.lookup(host, rtype, deadline) for rtype in (A, AAAA)]
-        found = [value for answer in both for value in answer.values]
-        if not found and SERVFAIL in (both[0].code, both[1].code):
-            why = both[0].why or both[1].why
-            raise Rejected(make_reply("dns", f"{host}: {why}", mailer="MX")) from None
+        found, failure = [*both[0].values, *both[1].values], both[0].why or both[1].why
     usable = [address for address in found if private or is_public(address)]
     if not usable:
-        why = f"{host}: {found[0]} is not a public address" if found else f"{host}: no address"
-        raise Rejected(make_reply("no-address", why, mailer="MX"))
+        why = f"{found[0]} is not a public address" if found else failure or "no address"
+        slug = "dns" if failure and not found else "no-address"
+        raise Rejected(make_reply(slug, f"{host}: {why}", mailer="MX"))
     return usable
 
 
@@ -3946,7 +3865,7 @@ def is_public(text: str) -> bool:
     """Return whether an address is globally reachable; of an embedded IPv4 address, that one counts."""
     address = ipaddress.ip_address(text)
     address = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
-    if address in NAT64:
+    if address in ipaddress.ip_network("64:ff9b::/96"):  # NAT64, RFC 6052
         address = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return address.is_global and not address.is_multicast and not getattr(address, "is_site_local", False)
 
@@ -3965,53 +3884,45 @@ class Connector:
         addresses, turns = [(address, port) for address in self.look_up(host, deadline)], defaultdict(itertools.count)
         # The families take turns; what failed lately is last.
         addresses.sort(key=lambda address: (self.failed_lately(address), next(turns[":" in address[0]])))
-        attempts: dict = {}  # file descriptor: (socket, address)
-        poll, error = select.poll(), socket.timeout("timed out")
+        tried: list = []
+        selector, error = selectors.PollSelector(), socket.timeout("timed out")
         try:
-            while (addresses or attempts) and (seconds := deadline - time.monotonic()) > 0:
+            while (addresses or selector.get_map()) and (seconds := deadline - time.monotonic()) > 0:
                 if addresses:
-                    address = addresses.pop(0)
+                    tried.append(addresses.pop(0))
                     try:
-                        sock = start_connect(address)
+                        selector.register(start_connect(tried[-1]), selectors.EVENT_WRITE, tried[-1])
                     except OSError as failure:  # as when this kernel has no IPv6
-                        error = self._failed(address, failure)
+                        error = failure
                         continue
-                    attempts[sock.fileno()] = sock, address
-                    poll.register(sock, select.POLLOUT)
-                for descriptor, _ in poll.poll(1000 * (min(seconds, self.DELAY) if addresses else seconds)):
-                    poll.unregister(descriptor)
-                    sock, address = attempts.pop(descriptor)
-                    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                for key, _ in selector.select(min(seconds, self.DELAY) if addresses else seconds):
+                    selector.unregister(key.fileobj)
+                    code = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                     if not code:
-                        self.failed.pop(address, None)
-                        sock.setblocking(True)
-                        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                        return sock
-                    sock.close()
-                    error = self._failed(address, OSError(code, os.strerror(code)))
+                        tried.remove(key.data)
+                        self.failed.pop(key.data, None)
+                        key.fileobj.setblocking(True)
+                        key.fileobj.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                        return key.fileobj
+                    key.fileobj.close()
+                    error = OSError(code, os.strerror(code))
         finally:
-            for sock, address in attempts.values():
-                sock.close()
-                self._failed(address)
+            for key in selector.get_map().values():
+                key.fileobj.close()
+            if len(self.failed) > 1024:
+                self.failed.clear()
+            self.failed.update(dict.fromkeys(tried, time.monotonic() + self.FAILED_TTL))
         raise error
-
-    def _failed(self, address: tuple, failure: Any = None) -> Any:
-        """Have an address tried last for a while; return the failure."""
-        if len(self.failed) > 1024:
-            self.failed.clear()
-        self.failed[address] = time.monotonic() + self.FAILED_TTL
-        return failure
 
     def failed_lately(self, address: tuple) -> bool:
         return self.failed.get(address, 0.0) > time.monotonic()
 
     def look_up(self, host: str, deadline: float) -> list:
-        """Return a host's IP addresses, or those that stand in its place, divided by spaces. getaddrinfo() runs in a
-        thread of its own, as it takes no deadline."""
+        """Return a host's IP addresses, or those that stand in its place, divided by spaces."""
         with contextlib.suppress(ValueError):
             return [str(ipaddress.ip_address(address)) for address in host.split()]
         future: concurrent.futures.Future = concurrent.futures.Future()
-        threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()
+        threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()  # it takes no deadline
         try:
             return future.result(max(deadline - time.monotonic(), 0))
         except concurrent.futures.TimeoutError:

