@@ -2966,8 +2966,8 @@ CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")  # W
 UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
 ENCODED_WORDS = re.compile(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)")
 PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
-rfc5322_date = functools.lru_cache(maxsize=4)(functools.partial(formatdate, localtime=True))
 COMMENT_8BIT = re.compile(r"\(([^()\\\x80-\U0010ffff]*[\x80-\U0010ffff][^()\\]*)\)")
+rfc5322_date = functools.lru_cache(maxsize=4)(functools.partial(formatdate, localtime=True))
 
 
 def compose(submission: Submission, queueid: str, client: IPAddress, hostname: str, now: float) -> Message:
@@ -3035,8 +3035,7 @@ def content_pieces(submission: Submission, charset: str, queueid: str) -> list:
     whole = text_part("plain", submission.body or html_to_text(html), charset)
     if html:
         shown = text_part("html", html, charset)
-        if pictures:
-            shown = multipart("related", queueid, shown, *pictures)
+        shown = multipart("related", queueid, shown, *pictures) if pictures else shown
         whole = multipart("alternative", queueid, whole, shown)
     return multipart("mixed", queueid, whole, *files) if files else whole
 
@@ -3160,6 +3159,8 @@ def text_field(name: str, value: str, charset: str) -> str:
     if (PLAIN.fullmatch(value) and "=?" not in value) or STRUCTURED_FIELDS.fullmatch(name.lower()):
         whole = f"{name}: {value}"
         return whole if len(whole) <= 78 else fold(f"{name}:", value.split(" "))
+    if len(name) + len(charset) > 60:  # no room for a word in the first line
+        return "\r\n ".join([f"{name}:", *encoded_words(value, charset, 1)])
     return fold(f"{name}:", encoded_words(value, charset, len(name) + 2))
 
 
@@ -3364,7 +3365,6 @@ def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
 
 TLS_WRITES = {ssl.SSLWantReadError: False, ssl.SSLWantWriteError: True}  # TLS may have to read in order to write
 WOULD_BLOCK = (BlockingIOError, *TLS_WRITES)
-HIGH_WATER = 16  # buffers of one AsyncSocket that may wait to be sent while its task goes on
 
 
 def run(coroutine: Any) -> Any:
@@ -3410,8 +3410,7 @@ class SharedLimits:
     octet of a file without a name, so that the kernel gives back those of a process that died."""
 
     SLOTS, PROBES = 4096, 16  # cells of the table; how many are looked at for one key
-    MAX_SESSIONS = 1 << 16  # octets that one route may lock
-    TABLE_LOCK = 0  # octet locked while the table is read and written; the sessions' octets follow
+    MAX_SESSIONS = 1 << 16  # octets that one route may lock; the first octet is locked while the table is in use
 
     def __init__(self) -> None:
         self.cells = memoryview(mmap.mmap(-1, 16 * self.SLOTS)).cast("q")  # (fingerprint, arrival time in us)
@@ -3428,7 +3427,7 @@ class SharedLimits:
         each, now = rate.seconds / rate.limit, time.monotonic()
         places = [2 * ((fingerprint + i) % self.SLOTS) for i in range(self.PROBES)]
         with self.lock:
-            fcntl.lockf(self.file, fcntl.LOCK_EX, 1, self.TABLE_LOCK)
+            fcntl.lockf(self.file, fcntl.LOCK_EX, 1)
             try:
                 # The key's own cell, else the one that is free or due first.
                 cell = min(places, key=lambda place: (self.cells[place] != fingerprint, self.cells[place + 1]))
@@ -3440,7 +3439,7 @@ class SharedLimits:
                     wait, arrival = float(block), now + rate.seconds + block - each
                 self.cells[cell], self.cells[cell + 1] = fingerprint, round(arrival * 1e6)
             finally:
-                fcntl.lockf(self.file, fcntl.LOCK_UN, 1, self.TABLE_LOCK)
+                fcntl.lockf(self.file, fcntl.LOCK_UN, 1)
         return RateState(wait, max(int((now + rate.seconds - arrival) / each + 1e-6), 0), arrival - now)
 
     def open_session(self, key: str, limit: int) -> int:
@@ -3499,7 +3498,7 @@ class AsyncSocket:
                 self.loop.call_soon(self.loop.flush_sends)
             self.loop.sends.append(self)
         self.outbox.append(octets)
-        if len(octets) > LARGE or len(self.outbox) > HIGH_WATER:
+        if len(octets) > LARGE or len(self.outbox) > 16:
             await self.drain(deadline)
 
     async def drain(self, deadline: float) -> None:
@@ -3731,9 +3730,8 @@ async def query_udp(server: tuple, question: tuple, until: float) -> tuple:
     with contextlib.closing(AsyncSocket(sock)) as sock:
         await sock.sendall(build_query(*question), until)
         for _ in range(64):  # a forger may not guess for as long as he likes
-            octets = await sock.recv(65535, until)
             with contextlib.suppress(ValueError):  # forged, late or garbled: the real answer may still come
-                return parse_response(octets, *question)
+                return parse_response(await sock.recv(65535, until), *question)
         raise ValueError("too many datagrams that do not answer the query")
 
 
@@ -3884,8 +3882,7 @@ class Connector:
         addresses, turns = [(address, port) for address in self.look_up(host, deadline)], defaultdict(itertools.count)
         # The families take turns; what failed lately is last.
         addresses.sort(key=lambda address: (self.failed_lately(address), next(turns[":" in address[0]])))
-        tried: list = []
-        selector, error = selectors.PollSelector(), socket.timeout("timed out")
+        selector, tried, error = selectors.PollSelector(), [], socket.timeout("timed out")
         try:
             while (addresses or selector.get_map()) and (seconds := deadline - time.monotonic()) > 0:
                 if addresses:

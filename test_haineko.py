@@ -8134,7 +8134,7 @@ class RelayMx(MxPeers):
         service.apply(haineko.Settings(smtpd=first))
         self.assertIs(service.transport.resolver, before)  # and what it knows
         service.apply(haineko.Settings(smtpd=second))
-        self.assertEqual(service.transport.resolver.servers(), (("127.0.0.1", 2),))
+        self.assertEqual(service.transport.resolver.nameservers, ("127.0.0.1:2",))
         self.assertIs(service.transport.mta_sts.resolver, service.transport.resolver)
 
     def test_a_message_for_several_domains_by_the_command_sendmail(self):
