@@ -3208,9 +3208,8 @@ def encode_jis(text: str) -> bytes:
     with contextlib.suppress(UnicodeEncodeError):
         return text.translate(CP932_TO_JIS).encode("iso2022_jp")
     table, out = jis_extensions(), []
-    for extended, run in itertools.groupby(wide_kana(text).translate(CP932_TO_JIS), table.__contains__):
-        piece = "".join(run)
-        out.append(b"\x1b$B%b\x1b(B" % b"".join(map(table.get, piece)) if extended else piece.encode("iso2022_jp"))
+    for i, run in enumerate(re.split(f"([{''.join(table)}]+)", wide_kana(text).translate(CP932_TO_JIS))):
+        out.append(b"\x1b$B%b\x1b(B" % b"".join(map(table.get, run)) if i % 2 else run.encode("iso2022_jp"))
     return b"".join(out)
 
 
