@@ -63,6 +63,7 @@ import random
 import re
 import resource
 import select
+import selectors
 import signal
 import smtplib
 import socket
@@ -2798,56 +2799,59 @@ EXTRA_MEDIA_TYPES = {  # that not every version of Python has
     ".rtf": "application/rtf", ".7z": "application/x-7z-compressed",
 }  # fmt: skip
 
+# What HTMLTextExtractor writes for the start and the end of an element, and for its start alone.
+BLOCK_MARKS = dict.fromkeys(("address", "dd", "div", "dl", "dt", "figcaption", "footer", "form", "header", "hr", "li",
+                             "main", "nav", "section", "tr"), "\v")  # fmt: skip
+BLOCK_MARKS.update(dict.fromkeys(("article", "blockquote", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "ol", "p",
+                                  "pre", "table", "ul"), "\r"))  # fmt: skip
+START_MARKS = {"br": "\n", "hr": "-----\v", "li": "* ", "td": "\t", "th": "\t"}
+PREFORMATTED = str.maketrans({" ": "\xa0", "\t": "\xa0" * 8, "\v": "", "\r": ""})
+
 PLAIN_NAME = re.compile("[ !#-;=-~]+")  # ASCII without the quotes and brackets that some readers remove twice
-RFC2231_SEGMENT = 60  # characters of a parameter in one line
 NEEDS_ENCODING = re.compile(rb"[^\x20-\x7e\t\r\n]|^[^\r\n]{79}", re.MULTILINE)
-JIS_OCTETS = bytes([0x09, 0x0A, 0x0D, 0x1B, *range(0x20, 0x7F)])
+JIS_NEEDS_ENCODING = re.compile(rb"[^\x1b\x20-\x7e\t\r\n]|^[^\r\n]{999}", re.MULTILINE)
 QUOTED_AS_IS = bytes(c for c in (0x09, 0x0A, 0x0D, *range(0x20, 0x7F)) if c != ord("="))
-# Names that Windows and Unicode's own tables give differently to some characters of JIS X 0208; Python's codec knows
-# the latter.
-CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")
+CP932_TO_JIS = str.maketrans("～∥－￠￡￢—", "〜‖−¢£¬―")  # Windows' names of JIS X 0208; those of Python's codec
 UNSENDABLE = re.compile(rb"\0|^[^\r\n]{999}", re.MULTILINE)  # RFC 5321 2.3.8, RFC 5322 2.1.1
 ENCODED_WORDS = re.compile(r"(=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?=)")
-ENCODED_WORD_8BIT = re.compile(rb"=\?[!->@-~]{1,40}\?[Qq]\?[^?\s]*\?=")
 PARAMETER = re.compile(r';[ \t]*([^\s;="]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"?|[^;"]*)')
 COMMENT_8BIT = re.compile(r"\(([^()\\\x80-\U0010ffff]*[\x80-\U0010ffff][^()\\]*)\)")
-NOT_BASE64 = bytes({*range(256)} - {*b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"})
+rfc5322_date = functools.lru_cache(maxsize=4)(functools.partial(formatdate, localtime=True))
 
 
 def compose(submission: Submission, queueid: str, client: IPAddress, hostname: str, now: float) -> Message:
     """Compose the message in the charset asked for, or in UTF-8 if that can't hold every character."""
+    date, address = rfc5322_date(int(now)), str(client or "127.0.0.1")
+    literal = f"[IPv6:{address}]" if ":" in address else f"[{address}]"
+    trace = f"Received: from {submission.ehlo or literal} ({literal})\r\n\tby {hostname} with HTTP id {queueid};"
+    trace += f"\r\n\t{date}"  # RFC 5321 4.4
     if submission.raw:
-        trace = received_field(submission.ehlo, client, hostname, queueid, rfc5322_date(int(now)))
-        loop = submission.header.loop
-        return complete_raw_message(submission.raw, submission.mail, loop, trace, queueid, hostname, now)
+        return complete_raw_message(submission, trace, queueid, hostname, date)
     try:
-        return _compose(submission, submission.header.charset, queueid, client, hostname, now)
+        return _compose(submission, submission.header.charset, trace, queueid, hostname, date)
     except UnicodeEncodeError:
-        return _compose(submission, "UTF-8", queueid, client, hostname, now)
+        return _compose(submission, "UTF-8", trace, queueid, hostname, date)
 
 
-def _compose(submission: Submission, charset: str, queueid: str, client: Any, hostname: str, now: float) -> Message:
-    header, sender, date = submission.header, parse_address(submission.mail), rfc5322_date(int(now))
+def _compose(submission: Submission, charset: str, trace: str, queueid: str, hostname: str, date: str) -> Message:
+    header, sender = submission.header, parse_address(submission.mail)
     author = header.from_ or (("", sender),)
-    top = [received_field(submission.ehlo, client, hostname, queueid, date), address_field("From", author, charset)]
+    lines = [trace, address_field("From", author, charset)]
     if len(author) > 1 or author[0][1].key != sender.key:
-        top.append(f"Sender: {sender.addr_spec}")
-    extra: dict = {}
+        lines.append(f"Sender: {sender.addr_spec}")
+    number = "1" if submission.shared else "\0"  # NUL stands for what differs from copy to copy
+    lines += [] if submission.shared else ["To: \0"]
+    for name, mailboxes in (("To", header.to), ("Cc", header.cc), ("Reply-To", header.replyto)):
+        lines += [address_field(name, mailboxes, charset)] if mailboxes else []
+    extra: dict = {"Date": [], "Message-Id": []}
     for name, value in header.extra_fields:
-        extra.setdefault(name, []).append(header_field(name, value, charset))
-    middle = [address_field("Reply-To", header.replyto, charset)] if header.replyto else []
-    middle += [text_field("Subject", header.subject, charset), *extra.pop("Date", (f"Date: {date}",))]
-    identity = extra.pop("Message-Id", ())
-    end = [line for lines in extra.values() for line in lines]
-    end += loop_field(header.loop, hostname), "MIME-Version: 1.0", ""
-    if submission.shared:
-        shown = [address_field(name, item, charset) for name, item in (("To", header.to), ("Cc", header.cc)) if item]
-        heads = [[*top, *shown, *middle, *(identity or (f"Message-Id: <{queueid}.1@{hostname}>",)), *end]]
-    elif identity:
-        heads = [[*top, "To: "], ["", *middle, *identity, *end]]
-    else:
-        heads = [[*top, "To: "], ["", *middle, f"Message-Id: <{queueid}."], [f"@{hostname}>", *end]]
-    *parts, last = ["\r\n".join(lines).encode() for lines in heads]
+        make_field = address_field if type(value) is tuple else text_field
+        extra.setdefault(name, []).append(make_field(name, value, charset))
+    dated = extra.pop("Date") or [f"Date: {date}"]
+    identity = extra.pop("Message-Id") or [f"Message-Id: <{queueid}.{number}@{hostname}>"]
+    lines += [text_field("Subject", header.subject, charset), *dated, *identity]
+    lines += [*itertools.chain(*extra.values()), loop_field(header.loop, hostname), "MIME-Version: 1.0", ""]
+    *parts, last = "\r\n".join(lines).encode().split(b"\0")
     utf8 = not (last.isascii() and all(map(bytes.isascii, parts)))  # only an address can be other than ASCII
     return Message((*parts, b"".join([last, *content_pieces(submission, charset, queueid)])), utf8, utf8)
 
@@ -2857,18 +2861,17 @@ def loop_field(names: tuple, hostname: str) -> str:
     return fold("X-Haineko-Loop:", [name + "," for name in names] + [hostname])
 
 
-def header_field(name: str, value: Any, charset: str) -> str:
-    """Return a field of mailboxes or text, encoded as its grammar allows."""
-    if type(value) is tuple:
-        return address_field(name, value, charset)
-    if STRUCTURED_FIELDS.fullmatch(name.lower()):
-        return fold(f"{name}:", value.split(" "))
-    return text_field(name, value, charset)
-
-
 def text_part(subtype: str, text: str, charset: str) -> list:
-    """Return [header, body] of a part that is text."""
-    encoding, body = encode_body(text, charset)
+    """Return [header, body] of a part that is text, with CRLF and no line over 998 octets (RFC 5322 2.1.1)."""
+    text = text if "\r" not in text else text.replace("\r\n", "\n").replace("\r", "\n")
+    text = (text if text.endswith("\n") else text + "\n").replace("\n", "\r\n")
+    encoding, body = "7bit", charset_encoder(charset)(text)
+    if (JIS_NEEDS_ENCODING if charset == "ISO-2022-JP" else NEEDS_ENCODING).search(body):
+        quoted = (len(body) + 2 * len(body.translate(None, QUOTED_AS_IS))) * 77 // 74
+        if quoted < (len(body) + 2) // 3 * 4 + (len(body) + 56) // 57 * 2:
+            encoding, body = "quoted-printable", binascii.b2a_qp(body, istext=True)
+        else:
+            encoding, body = "base64", base64_lines(body)
     head = f"Content-Type: text/{subtype}; charset={charset}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n"
     return [head.encode(), body]
 
@@ -2881,8 +2884,7 @@ def content_pieces(submission: Submission, charset: str, queueid: str) -> list:
     whole = text_part("plain", submission.body or html_to_text(html), charset)
     if html:
         shown = text_part("html", html, charset)
-        if pictures:
-            shown = multipart("related", queueid, shown, *pictures)
+        shown = multipart("related", queueid, shown, *pictures) if pictures else shown
         whole = multipart("alternative", queueid, whole, shown)
     return multipart("mixed", queueid, whole, *files) if files else whole
 
@@ -2899,8 +2901,17 @@ def multipart(subtype: str, queueid: str, *parts: Any) -> list:
 
 def file_part(item: Attachment, charset: str) -> list:
     """Return [header, body] of an attachment, whose content arrives unchanged."""
-    media_type = item.type or guess_media_type(item.filename)
-    in_type, in_disposition = name_parameters(item.filename, charset) if item.filename else ("", "")
+    import mimetypes
+
+    extension = os.path.splitext(item.filename)[1].lower()
+    guess = EXTRA_MEDIA_TYPES.get(extension) or mimetypes.types_map.get(extension, "message/")  # alike on all systems
+    media_type = item.type or ("application/octet-stream" if guess.startswith("message/") else guess)
+    in_type = in_disposition = ""
+    if PLAIN_NAME.fullmatch(item.filename) and "=?" not in item.filename:
+        in_type, in_disposition = f';\r\n name="{item.filename}"', f';\r\n filename="{item.filename}"'
+    elif item.filename:  # in encoded words for readers that do not know RFC 2231
+        words = "\r\n ".join(encoded_words(item.filename, charset, 7))
+        in_type, in_disposition = f';\r\n name="{words}"', rfc2231_parameter("filename", item.filename, charset)
     disposition = "inline" if item.cid or item.inline else "attachment"
     if media_type.startswith("message/"):  # RFC 2046 5.2.1 allows no encoding; parse_attachments() checks that
         encoding, body = "7bit", item.content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
@@ -2911,146 +2922,75 @@ def file_part(item: Attachment, charset: str) -> list:
     return [(head + (f"Content-ID: <{item.cid}>\r\n\r\n" if item.cid else "\r\n")).encode(), body]
 
 
-def name_parameters(name: str, charset: str) -> tuple:
-    """Return the parameters for a file's name in Content-Type and Content-Disposition. If the name isn't plain, the
-    latter is for readers that know RFC 2231, the former (encoded words) for those that do not."""
-    if PLAIN_NAME.fullmatch(name) and "=?" not in name:
-        return f';\r\n name="{name}"', f';\r\n filename="{name}"'
-    words = "\r\n ".join(encoded_words(name, charset, 7))
-    return f';\r\n name="{words}"', rfc2231_parameter("filename", name, charset)
-
-
 def rfc2231_parameter(name: str, text: str, charset: str) -> str:
     """Return a parameter with any characters, in lines of its own."""
     coded = f"{charset}''{urllib.parse.quote_from_bytes(charset_encoder(charset)(text), safe='')}"
-    if len(coded) <= RFC2231_SEGMENT:
+    if len(coded) <= 60:
         return f";\r\n {name}*={coded}"
-    segments = re.findall(f"(?:%..|[^%]){{1,{RFC2231_SEGMENT // 3}}}", coded)
+    segments = re.findall("(?:%..|[^%]){1,20}", coded)
     return "".join(f";\r\n {name}*{i}*={segment}" for i, segment in enumerate(segments))  # RFC 2231 3
-
-
-def guess_media_type(name: str) -> str:
-    """Return the media type for the extension of a file's name, by tables that are the same on every system."""
-    import mimetypes
-
-    extension = os.path.splitext(name)[1].lower()
-    media_type = EXTRA_MEDIA_TYPES.get(extension) or mimetypes.types_map.get(extension, "message/")
-    return "application/octet-stream" if media_type.startswith("message/") else media_type
 
 
 def html_to_text(html: str) -> str:
     """Return the plain text of HTML: words and lines, targets of links, descriptions of pictures."""
     extractor = HTMLTextExtractor()
-    # Sections like <![if ...]> hold no text, and some versions of the parser fail on them. Without close(), what is
-    # unfinished at the end is left out, as browsers do.
+    # Some versions of the parser fail on sections like <![if ...]>. Without close(), what is unfinished is left out.
     extractor.feed(re.sub(r"<!\[(?:[^>-]|-(?!->))*>?", "<! >", html) + "\n")
-    return "".join(extractor.out).strip("\n") + "\n"
+    text = re.sub(r"[ \t]+", lambda run: "\t" if "\t" in run[0] else " ", "".join(extractor.out))
+    text = re.sub(r"[ \t]?[\n\v\r][ \t\n\v\r]*", lambda run: "\n" * max(1 + ("\r" in run[0]), run[0].count("\n")), text)
+    return text.strip(" \t\n").replace("\t", "  ").replace("\xa0", " ") + "\n"
 
 
 class HTMLTextExtractor(HTMLParser):
-    """Parser that writes down the text of HTML."""
-
-    HIDDEN = ("script", "style", "title", "template")
-    LINES = ("address", "dd", "div", "dl", "dt", "figcaption", "footer", "form", "header", "li", "main", "nav",
-             "section", "tr")  # fmt: skip
-    PARAGRAPHS = ("article", "blockquote", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "ol", "p", "pre", "table",
-                  "ul")  # fmt: skip
+    """Parser that writes down the text of HTML, with a mark where a paragraph ("\\r"), a line of its own ("\\v"), a
+    broken line ("\\n") or a table's cell ("\\t") begins; a space that stays is a no-break space."""
 
     def __init__(self) -> None:
         super().__init__()
         self.out: list = []
-        self.gap = 2  # line ends after the last word
-        self.space = ""  # to be written before the next word
         self.hidden, self.pre_depth = "", 0  # the tag that hides; depth of <pre>
         self.link, self.link_start = "", 0  # target of the open link, and the length of `out` at its start
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         if self.hidden:
             return
-        if tag in self.HIDDEN:
-            self.hidden = tag
-        self._break(tag)
         values = dict(attrs)
-        if tag == "br":
-            self._line(self.gap + 1)
-        elif tag == "li":
-            self.handle_data("* ")
-        elif tag == "hr":
-            self._line(1)
-            self.handle_data("-----")
-            self._line(1)
-        elif tag in ("td", "th") and not self.gap:
-            self.space = "  "
+        self.out.append(BLOCK_MARKS.get(tag, "") + START_MARKS.get(tag, ""))
+        if tag == "a":
+            self.link, self.link_start = values.get("href") or "", len(self.out)
         elif tag == "img":
             self.handle_data(values.get("alt") or "")
-        elif tag == "a":
-            self.link, self.link_start = values.get("href") or "", len(self.out)
+        self.hidden = tag if tag in ("script", "style", "title", "template") else ""
         self.pre_depth += tag == "pre"
 
     def handle_endtag(self, tag: str) -> None:
         if self.hidden:
             self.hidden = "" if tag == self.hidden else self.hidden
             return
-        self._break(tag)
+        self.out.append(BLOCK_MARKS.get(tag, ""))
         self.pre_depth -= tag == "pre" and self.pre_depth > 0
-        if tag == "a":
-            link, self.link = self.link, ""
-            text = "".join(self.out[self.link_start :]).strip() if link else ""
-            if link.startswith(("http:", "https:", "mailto:")) and link.partition("mailto:")[2] != text != link:
-                self.handle_data(f" <{link}>")
+        if tag == "a" and self.link.startswith(("http:", "https:", "mailto:")):
+            text = "".join(self.out[self.link_start :]).strip()
+            if text and self.link not in (text, f"mailto:{text}"):
+                self.handle_data(f" <{self.link}>")
+            self.link = ""
 
     def handle_data(self, data: str) -> None:
-        """Add text, with white space collapsed as browsers do."""
-        if self.hidden:
-            return
-        if self.pre_depth:
-            self.out.append(data)
-            self.gap = int(data.endswith("\n")) if data else self.gap
-            return
-        words = re.sub(r"[ \t\r\n\f]+", " ", data).strip(" ").replace("\xa0", " ")
-        if data[:1].isspace():
-            self.space = self.space or " "
-        if words:
-            self.out.append((self.space if not self.gap else "") + words)
-            self.gap, self.space = 0, " " if data[-1:].isspace() else ""
-
-    def _break(self, tag: str) -> None:
-        if tag in self.LINES or tag in self.PARAGRAPHS:
-            self._line(2 if tag in self.PARAGRAPHS else 1)
-
-    def _line(self, ends: int) -> None:
-        """Make at least this many line ends follow the last word."""
-        if self.gap < ends:
-            self.out.append("\n" * (ends - self.gap))
-            self.gap = ends
-        self.space = ""
-
-
-@functools.lru_cache(maxsize=4)
-def rfc5322_date(second: int) -> str:
-    return formatdate(second, localtime=True)
-
-
-def received_field(ehlo: str | None, client: IPAddress | None, hostname: str, queueid: str, date: str) -> str:
-    """Return the trace field (RFC 5321 4.4)."""
-    address = str(client or "127.0.0.1")
-    literal = f"[IPv6:{address}]" if ":" in address else f"[{address}]"
-    return f"Received: from {ehlo or literal} ({literal})\r\n\tby {hostname} with HTTP id {queueid};\r\n\t{date}"
+        if not self.hidden:
+            self.out.append(data.translate(PREFORMATTED) if self.pre_depth else re.sub(r"[ \t-\r]+", " ", data))
 
 
 def address_field(name: str, mailboxes: tuple, charset: str) -> str:
     """Return a field of mailboxes; the addresses stay outside the encoded words (RFC 2047 5)."""
     tokens: list = []
-    for i, (display_name, mailbox) in enumerate(mailboxes):
-        comma = "," if i < len(mailboxes) - 1 else ""
+    for display_name, mailbox in mailboxes:
         if mailbox is NULL_SENDER:
-            tokens.append(f"{display_name}:;{comma}")
+            tokens.append(f"{display_name}:;,")
         elif not display_name:
-            tokens.append(mailbox.addr_spec + comma)
+            tokens.append(f"{mailbox.addr_spec},")
         else:
-            tokens += phrase_tokens(display_name, charset, len(name) + 2)
-            tokens.append(f"<{mailbox.addr_spec}>{comma}")
-    return fold(f"{name}:", tokens)
+            tokens += [*phrase_tokens(display_name, charset, len(name) + 2), f"<{mailbox.addr_spec}>,"]
+    return fold(f"{name}:", tokens)[:-1]
 
 
 @cache_short(512)
@@ -3064,8 +3004,8 @@ def phrase_tokens(text: str, charset: str, used: int) -> tuple:
 
 
 def text_field(name: str, value: str, charset: str) -> str:
-    """Return an unstructured field: as it is if a reader gets the same text back, else in encoded words."""
-    if PLAIN.fullmatch(value) and "=?" not in value:
+    """Return a field of text: as it is if a reader gets the same text back, else in encoded words, if it may be."""
+    if (PLAIN.fullmatch(value) and "=?" not in value) or STRUCTURED_FIELDS.fullmatch(name.lower()):
         whole = f"{name}: {value}"
         return whole if len(whole) <= 78 else fold(f"{name}:", value.split(" "))
     if len(name) + len(charset) > 60:  # no room for a word in the first line
@@ -3084,50 +3024,30 @@ def fold(line: str, tokens: Any) -> str:
 
 
 def encoded_words(value: str, charset: str, used: int) -> list:
-    """Return encoded words (RFC 2047) of whole characters and at most 75 columns; `used` columns of the first line are
-    taken already."""
+    """Return encoded words (RFC 2047) of whole characters, for lines of 76 columns; `used` of the first are taken."""
     encode, words, room, start = charset_encoder(charset), [], 76 - used, 0
     value = wide_kana(value) if charset == "ISO-2022-JP" else value  # else a sound mark could be split off
-    overhead = len(charset) + 7
     while start < len(value) or not words:
-        size = min(len(value) - start, room)
-        coded = encode(value[start : start + size])
-        while size > 1 and overhead + (len(coded) + 2) // 3 * 4 > room:
-            size = max(1, min(size - 1, size * (room - overhead) * 3 // (4 * len(coded)) + 1))
-            coded = encode(value[start : start + size])
+        size, limit = min(len(value) - start, room), (room - len(charset) - 7) // 4 * 3  # characters, octets
+        while len(coded := encode(value[start : start + size])) > limit and size > 1:
+            size = max(1, min(size - 1, size * limit // len(coded) + 1))
         words.append(f"=?{charset}?B?{binascii.b2a_base64(coded, newline=False).decode()}?=")
         start, room = start + size, 75
     return words
 
 
-def encode_body(text: str, charset: str) -> tuple:
-    """Return (Content-Transfer-Encoding, octets) with CRLF and no line over 998 octets (RFC 5322 2.1.1)."""
-    text = text if "\r" not in text else text.replace("\r\n", "\n").replace("\r", "\n")
-    text = (text if text.endswith("\n") else text + "\n").replace("\n", "\r\n")
-    octets = charset_encoder(charset)(text)
-    if not NEEDS_ENCODING.search(octets):
-        return "7bit", octets
-    if charset == "ISO-2022-JP" and not octets.translate(None, JIS_OCTETS) and not LONG_LINE.search(octets):
-        return "7bit", octets
-    if charset != "UTF-8" or len(octets) < 2 * len(text):  # else most characters are other than ASCII
-        quoted = len(octets) + 2 * len(octets.translate(None, QUOTED_AS_IS))
-        if quoted * 77 // 74 < (len(octets) + 2) // 3 * 4 + (len(octets) + 56) // 57 * 2:
-            return "quoted-printable", binascii.b2a_qp(octets, istext=True)
-    return "base64", base64_lines(octets)
-
-
 @functools.lru_cache(maxsize=64)
 def charset_encoder(charset: str) -> Callable:
     """Return a function from text to octets, which raises UnicodeEncodeError if the charset can't hold the text."""
-    return CHARSETS.get(charset) or functools.partial(_encode, codec_name(charset))
+    codec = codec_name(charset)
 
+    def encode(text: str) -> bytes:
+        octets = text.encode(codec)
+        if octets.decode(codec, "replace") != text:  # EUC-JP turns a yen sign into a backslash
+            raise UnicodeEncodeError(codec, text, 0, len(text), "no such character")
+        return octets
 
-def _encode(codec: str, text: str) -> bytes:
-    octets = text.encode(codec)
-    with contextlib.suppress(UnicodeDecodeError):  # text with the control characters of ISO-2022-JP-2 or ISO-2022-KR
-        if octets.decode(codec) == text:
-            return octets
-    raise UnicodeEncodeError(codec, text, 0, len(text), "no such character")  # EUC-JP turns a yen sign into a backslash
+    return CHARSETS.get(charset, encode)
 
 
 def encode_jis(text: str) -> bytes:
@@ -3136,14 +3056,13 @@ def encode_jis(text: str) -> bytes:
         raise UnicodeEncodeError("iso2022_jp", text, text.index("\x1b"), text.index("\x1b") + 1, "no character")
     with contextlib.suppress(UnicodeEncodeError):
         return text.translate(CP932_TO_JIS).encode("iso2022_jp")
-    table, pattern = jis_extensions()
-    runs = pattern.split(wide_kana(text).translate(CP932_TO_JIS))
-    kanji = {run: b"\x1b$B%b\x1b(B" % b"".join(map(table.get, run)) for run in runs if run[:1] in table}
-    return b"".join(kanji.get(run) or run.encode("iso2022_jp") for run in runs)
+    table, out = jis_extensions(), []
+    for i, run in enumerate(re.split(f"([{''.join(table)}]+)", wide_kana(text).translate(CP932_TO_JIS))):
+        out.append(b"\x1b$B%b\x1b(B" % b"".join(map(table.get, run)) if i % 2 else run.encode("iso2022_jp"))
+    return b"".join(out)
 
 
 def wide_kana(text: str) -> str:
-    """Return text with full-width kana for half-width ones."""
     import unicodedata
 
     marks = {0x3099: "゛", 0x309A: "゜"}  # those that stand alone
@@ -3151,54 +3070,45 @@ def wide_kana(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def jis_extensions() -> tuple:
-    """Return ({character: its two octets}, pattern that splits a text into runs of these and others) of NEC's row 13
-    and IBM's characters in rows 89 to 92, which JIS X 0208 does not have."""
+def jis_extensions() -> dict:
+    """Return {character: two octets} of NEC's row 13 and IBM's rows 89 to 92, as far as JIS X 0208 does not have it."""
     table: dict = {}
-    for row in (13, 89, 90, 91, 92):
-        for cell in range(1, 95):
-            octets = bytes((row + 0x20, cell + 0x20))
-            with contextlib.suppress(ValueError):  # unassigned
-                character = jis_bytes_to_text(octets)
-                if not character.encode("iso2022_jp", "ignore"):
-                    table.setdefault(character, octets)
-    return table, re.compile(f"([{''.join(table)}]+)")
+    for octets in map(bytes, itertools.product((0x2D, 0x79, 0x7A, 0x7B, 0x7C), range(0x21, 0x7F))):
+        with contextlib.suppress(ValueError):  # unassigned
+            character = jis_bytes_to_text(octets)
+            if not character.encode("iso2022_jp", "ignore"):
+                table.setdefault(character, octets)
+    return table
 
 
-CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis}  # others by Python's codecs
+# Others are encoded by Python's codecs. Octets of an unknown charset stand in a string as Latin-1.
+CHARSETS = {"UTF-8": str.encode, "ISO-2022-JP": encode_jis, "unknown-8bit": lambda text: text.encode("latin-1")}
 
 
-def complete_raw_message(
-    raw: ParsedMessage, sender: str, loop: tuple, trace: str, queueid: str, hostname: str, now: float
-) -> Message:
+def complete_raw_message(submission: Submission, trace: str, queueid: str, hostname: str, date: str) -> Message:
     """Complete a finished message: add trace and loop fields and required ones that are missing, remove Bcc. Its other
     octets stay as they are, unless no path can carry them; raise Rejected if nothing can be done about that."""
-    names = {name for name, _ in raw.fields}
+    body, names = submission.raw.body, {name for name, _ in submission.raw.fields}
     dropped = ("bcc", "resent-bcc", "return-path", "x-haineko-loop")
-    head = [trace.encode() + b"\n", *(octets for name, octets in raw.fields if name not in dropped)]
-    author = sender or f"MAILER-DAEMON@{hostname}"
-    missing = {"From": f"<{author}>", "Date": rfc5322_date(int(now)), "Message-Id": f"<{queueid}.1@{hostname}>"}
-    head += [f"{name}: {value}\n".encode() for name, value in missing.items() if name.lower() not in names]
-    head.append(loop_field(loop, hostname).encode() + b"\n")
-    if not names & {"mime-version", "content-type", "content-transfer-encoding"}:
-        head.append(mime_label(raw.body))
-    octets = b"".join([*head, b"\n", raw.body, b"" if raw.body.endswith(b"\n") else b"\n"])
+    author = submission.mail or f"MAILER-DAEMON@{hostname}"
+    missing = {"From": f"<{author}>", "Date": date, "Message-Id": f"<{queueid}.1@{hostname}>"}
+    added = [f"{name}: {value}" for name, value in missing.items() if name.lower() not in names]
+    added.append(loop_field(submission.header.loop, hostname))
+    without_mime = not names & {"mime-version", "content-type", "content-transfer-encoding"}
+    if without_mime and not (body.isascii() and not UNSENDABLE.search(body)):
+        charset = "unknown-8bit"  # RFC 1428
+        if is_utf8(body):
+            charset = "ISO-2022-JP" if b"\x1b$" in body else "US-ASCII" if body.isascii() else "UTF-8"
+        added += ["MIME-Version: 1.0", f"Content-Type: text/plain; charset={charset}"]
+        added.append("Content-Transfer-Encoding: 8bit")
+    head = [trace.encode() + b"\n", *(octets for name, octets in submission.raw.fields if name not in dropped)]
+    octets = b"".join([*head, "\n".join([*added, "", ""]).encode(), body, b"" if body.endswith(b"\n") else b"\n"])
     octets = octets.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
     if not octets.isascii() or UNSENDABLE.search(octets):
         octets = downgrade_8bit(octets, keep_8bit=True, keep_utf8=True)
         if UNSENDABLE.search(octets):
             raise Rejected(make_reply("line-length"))
     return Message((octets,), not octets.isascii(), bool(non_ascii_fields(octets)))
-
-
-def mime_label(body: bytes) -> bytes:
-    """Return the MIME fields for a body that came without; none if it is ASCII that every path can carry."""
-    if body.isascii() and not UNSENDABLE.search(body):
-        return b""
-    charset = "unknown-8bit"  # RFC 1428
-    if is_utf8(body):
-        charset = "ISO-2022-JP" if b"\x1b$" in body else "US-ASCII" if body.isascii() else "UTF-8"
-    return f"MIME-Version: 1.0\nContent-Type: text/plain; charset={charset}\nContent-Transfer-Encoding: 8bit\n".encode()
 
 
 def non_ascii_fields(octets: bytes) -> list:
@@ -3211,38 +3121,40 @@ def downgrade_8bit(octets: bytes, keep_8bit: bool = False, keep_utf8: bool = Fal
     """Return the message with each part encoded where a path without 8BITMIME (RFC 6152 3) and SMTPUTF8 can't carry it;
     `keep_8bit` and `keep_utf8`: the path has them. What has no form in ASCII, such as an address, stays."""
     parts = list(mime_parts(octets))
-    octets = rewrite_parts(octets, parts, functools.partial(_convert_part, parts[0], keep_8bit, keep_utf8), keep_8bit)
+
+    def convert(part: MIMEPart, body: bytes) -> tuple:
+        header, charset = [], part.parameter("charset") or parts[0].parameter("charset")
+        for name, line in part.header:
+            sendable = line.isascii() or (keep_utf8 and is_utf8(line))
+            header.append((name, fold_long_lines(line if sendable else encode_field(name, line, charset))))
+        if not (part.is_leaf and (UNSENDABLE if keep_8bit else NOT_7BIT).search(body)):
+            return (set_encoding(header, "") if part.encoding == "8bit" and not keep_8bit else header), body
+        if part.encoding == "base64":
+            with contextlib.suppress(binascii.Error):
+                body = binascii.a2b_base64(body + b"===")
+        elif part.encoding == "quoted-printable":
+            body = binascii.a2b_qp(body)
+        if part.is_text and part.encoding != "base64":
+            # b2a_qp() writes line ends as the first line has them.
+            return set_encoding(header, "quoted-printable"), binascii.b2a_qp(body + b"\r\n", istext=True)[:-2]
+        return set_encoding(header, "base64"), base64_lines(body)[:-2]
+
+    octets = rewrite_parts(octets, parts, convert, keep_8bit)
     return octets if octets.endswith(b"\r\n") else octets + b"\r\n"
-
-
-def _convert_part(top: MIMEPart, keep_8bit: bool, keep_utf8: bool, part: MIMEPart, body: bytes) -> tuple:
-    """Return (fields, body) of a part as the path can carry it."""
-    header = []
-    charset = part.parameter("charset") or top.parameter("charset")
-    for name, octets in part.header:
-        sendable = octets.isascii() or (keep_utf8 and is_utf8(octets))
-        header.append((name, fold_long_lines(octets if sendable else encode_field(name, octets, charset))))
-    if part.is_leaf and (UNSENDABLE if keep_8bit else NOT_7BIT).search(body):
-        return encode_leaf(part, header, body)
-    if not keep_8bit and part.encoding == "8bit":
-        header = [item for item in header if item[0] != "content-transfer-encoding"]
-    return header, body
 
 
 def encode_field(name: str, octets: bytes, charset: str) -> bytes:
     """Return a field in ASCII, encoded as its grammar allows. Octets that are not UTF-8 are in the message's charset,
     or in an unknown one (RFC 1428). What can't be encoded, such as an address, stays."""
     label, _, value = octets.partition(b":")
-    value = ENCODED_WORD_8BIT.sub(lambda word: re.sub(rb"[\x80-\xff]", lambda c: b"=%02X" % ord(c[0]), word[0]), value)
-    if value.isascii():
-        return label + b":" + value
-    label, known, tokens = label.decode("ascii").strip(), decode_octets(value, charset), []
-    encode = unknown_words if known is None else lambda piece: encoded_words(piece, "UTF-8", len(label) + 3)
-    text = " ".join(re.split(r"[\r\n]+[ \t]*", (known or value.decode("latin-1")).strip()))
+    label, text, known = label.decode("ascii").strip(), value.decode("latin-1"), "unknown-8bit"
+    for codec in (codec_name(iana_charset(charset)), "utf-8"):
+        with contextlib.suppress(UnicodeDecodeError, LookupError):
+            text, known = value.decode(codec), "UTF-8"
+    encode = functools.partial(encoded_words, charset=known, used=len(label) + 3)
+    text, tokens = " ".join(re.split(r"[\r\n]+[ \t]*", text.strip())), []
     if name in (*PARAMETER_FIELDS, *MAILBOX_FIELDS) or STRUCTURED_FIELDS.fullmatch(name):
-        if name in PARAMETER_FIELDS:
-            names = {found[1].lower() for found in PARAMETER.finditer(text)}
-            text = PARAMETER.sub(functools.partial(_encode_parameter, names), text)
+        text = PARAMETER.sub(_encode_parameter, text) if name in PARAMETER_FIELDS else text
         text = encode_phrases(text, encode) if name in MAILBOX_FIELDS else text
         text = COMMENT_8BIT.sub(lambda found: f"({' '.join(encode(found[1]))})", text)
         tokens = text.split(" ") if name in MAILBOX_FIELDS else [text]
@@ -3252,60 +3164,24 @@ def encode_field(name: str, octets: bytes, charset: str) -> bytes:
     return fold(f"{label}:", tokens).encode() + b"\r\n"
 
 
-def unknown_words(text: str) -> list:
-    """Return encoded words for octets of an unknown charset (RFC 1428), which stand in a string as Latin-1."""
-    pieces = re.findall(".{1,18}", text)
-    coded = [re.sub("[^A-Za-z0-9]", lambda found: f"={ord(found[0]):02X}", piece) for piece in pieces]
-    return [f"=?unknown-8bit?Q?{piece}?=" for piece in coded]
-
-
 def encode_phrases(text: str, encode: Callable) -> str:
     """Return an address list with the names of mailboxes and groups in encoded words where they are not ASCII."""
-    out, phrase = [], []  # phrase: the tokens since the last mark, address or comment
-    for found in ADDRESS_TOKEN.finditer(text):
-        if found.lastgroup in ("atom", "quoted", "blank"):
-            phrase.append(found[0])
-            continue
-        name = "".join(phrase)
-        if not name.isascii() and "@" not in name:
-            blank = " " * name[:1].isspace()
-            name = blank + " ".join(encode("".join(map(unquote, phrase)).strip()))
-            name += " " * (found[0][:1] in ("<", "("))
-        out += [name, found[0]]
-        phrase = []
-    return "".join(out)
+    out, kinds = [], ("atom", "quoted", "blank")
+    for is_phrase, run in itertools.groupby(ADDRESS_TOKEN.finditer(text), lambda found: found.lastgroup in kinds):
+        tokens = [found[0] for found in run]
+        phrase = "".join(tokens)
+        if is_phrase and not phrase.isascii() and "@" not in phrase:
+            phrase = " ".join(["", *encode("".join(map(unquote, tokens)).strip()), ""])  # blanks: RFC 2047 5
+        out.append(phrase)
+    return "".join(out).strip()
 
 
-def decode_octets(octets: bytes, charset: str) -> str | None:
-    """Decode octets of a header: UTF-8, else the charset; None if they are neither."""
-    for codec in ("utf-8", codec_name(iana_charset(charset))):
-        with contextlib.suppress(UnicodeDecodeError, LookupError):
-            return octets.decode(codec)
-    return None
-
-
-def _encode_parameter(names: set, found: re.Match) -> str:
+def _encode_parameter(found: re.Match) -> str:
     if found[0].isascii():
         return found[0]
-    if names & {f"{found[1].lower()}*", f"{found[1].lower()}*0*"}:
-        return ""  # the extended form says it already, and a name may come once
     if found[1].endswith("*") and found[2].lower().startswith("utf-8'"):
         return re.sub(r"[^\x00-\x7f]+", lambda octets: urllib.parse.quote(octets[0]), found[0])
     return rfc2231_parameter(found[1].rstrip("*"), unquote(found[2].strip()), "UTF-8")
-
-
-def encode_leaf(part: MIMEPart, header: list, body: bytes) -> tuple:
-    """Return (fields, body) of a part in base64, or in quoted-printable if it is text (RFC 2045 6)."""
-    if part.encoding == "base64":
-        data = body.translate(None, NOT_BASE64)
-        data = data[: len(data) - (len(data) % 4 == 1)]
-        body = binascii.a2b_base64(data + b"=" * (-len(data) % 4))
-    elif part.encoding == "quoted-printable":
-        body = binascii.a2b_qp(body)
-    if part.is_text and part.encoding != "base64":
-        # b2a_qp() writes line ends as the first line has them.
-        return set_encoding(header, "quoted-printable"), binascii.b2a_qp(body + b"\r\n", istext=True)[:-2]
-    return set_encoding(header, "base64"), base64_lines(body)[:-2]
 
 
 # ======================================================================================================================
@@ -3335,7 +3211,6 @@ def resolve_route(domain: str, sender_domain: str, settings: Settings) -> tuple:
 #    log has the lines about it.
 # ======================================================================================================================
 
-MAX_THREADS = 256  # one dead host can hold 32 of them, while sessions to it are opened
 TLS_WRITES = {ssl.SSLWantReadError: False, ssl.SSLWantWriteError: True}  # TLS may have to read in order to write
 WOULD_BLOCK = (BlockingIOError, *TLS_WRITES)
 
@@ -3353,7 +3228,7 @@ class EventLoop(asyncio.SelectorEventLoop):
         super().__init__(selector)
         self.tasks: set = set()  # asyncio itself holds weak references only
         self.sends: list = []  # AsyncSockets with something to send
-        self.set_default_executor(ThreadPoolExecutor(MAX_THREADS))
+        self.set_default_executor(ThreadPoolExecutor(256))  # a dead host holds 32, while sessions to it are opened
         self.set_exception_handler(log_task_fault)
 
     def create_task(self, coroutine: Any, **options: Any) -> asyncio.Task:
@@ -3370,27 +3245,20 @@ class EventLoop(asyncio.SelectorEventLoop):
             sock.flush()
 
 
-# -- Limits shared by all processes of a server
-
-
 class RateState(NamedTuple):
-    """What a limiter answers: how long to wait (0: taken), what is left, and when all of it is back, in seconds."""
-
-    wait: float
+    wait: float  # seconds, 0 if it was taken
     remaining: int
-    reset: float
+    reset: float  # seconds until all of it is back
 
 
 class SharedLimits:
     """Limits over all processes of a server: rates (GCRA) and counts of open sessions. Made before the workers fork.
 
     A rate is one number in shared memory: the theoretical arrival time of the next unit. A session is a lock on one
-    octet of a file without a name, so that the kernel gives back those of a process that died.
-    """
+    octet of a file without a name, so that the kernel gives back those of a process that died."""
 
     SLOTS, PROBES = 4096, 16  # cells of the table; how many are looked at for one key
-    MAX_SESSIONS = 1 << 16  # octets that one route may lock
-    TABLE_LOCK = 0  # octet locked while the table is read and written; the sessions' octets follow
+    MAX_SESSIONS = 1 << 16  # octets that one route may lock; the first octet is locked while the table is in use
 
     def __init__(self) -> None:
         self.cells = memoryview(mmap.mmap(-1, 16 * self.SLOTS)).cast("q")  # (fingerprint, arrival time in us)
@@ -3402,64 +3270,43 @@ class SharedLimits:
         self.sessions: set = set()  # octets locked by this process; fcntl does not report a process's own locks
 
     def take(self, key: str, count: int, rate: Rate, block: int = 0) -> RateState:
-        """Take `count` units from the key's budget, or none if there are not enough of them yet, and then none for
-        another `block` seconds."""
-        with self.lock:
-            return self._take(key, count, rate, block, time.monotonic())
-
-    def _take(self, key: str, count: int, rate: Rate, block: int, now: float) -> RateState:
-        fingerprint, each = _fingerprint(key), rate.seconds / rate.limit
-        fcntl.lockf(self.file, fcntl.LOCK_EX, 1, self.TABLE_LOCK)
-        try:
-            cell = self._cell(fingerprint, now)
-            before = max(self.cells[cell + 1] / 1e6, now) if self.cells[cell] == fingerprint else now
-            after = before + each * min(count, rate.limit)
-            wait = max(after - now - rate.seconds, 0.0)
-            wait = 0.0 if wait < 1e-6 else wait
-            if block and wait and before <= now + rate.seconds:  # it was not blocked yet
-                before, wait = now + rate.seconds + block - each, float(block)
-                self.cells[cell + 1] = int(before * 1e6)
-            if not wait:
-                self.cells[cell], self.cells[cell + 1] = fingerprint, int(after * 1e6)
-        finally:
-            fcntl.lockf(self.file, fcntl.LOCK_UN, 1, self.TABLE_LOCK)
-        used = (before if wait else after) - now
-        return RateState(wait, max(int((rate.seconds - used) / each + 1e-6), 0), used)
-
-    def _cell(self, fingerprint: int, now: float) -> int:
-        """Return the index of the key's cell: its own, else the one among its places that is free or due first."""
+        """Take `count` units, or none if there are not enough of them yet, and then none for `block` seconds more."""
+        fingerprint = hash(key) | 1  # not 0; the same in all processes that are forked
+        each, now = rate.seconds / rate.limit, time.monotonic()
         places = [2 * ((fingerprint + i) % self.SLOTS) for i in range(self.PROBES)]
-        own = [place for place in places if self.cells[place] == fingerprint]
-        return own[0] if own else min(places, key=lambda place: self.cells[place + 1])
+        with self.lock:
+            fcntl.lockf(self.file, fcntl.LOCK_EX, 1)
+            try:
+                # The key's own cell, else the one that is free or due first.
+                cell = min(places, key=lambda place: (self.cells[place] != fingerprint, self.cells[place + 1]))
+                arrival = max(self.cells[cell + 1] / 1e6, now) if self.cells[cell] == fingerprint else now
+                wait = arrival + each * min(count, rate.limit) - now - rate.seconds
+                if wait < 1e-6:
+                    wait, arrival = 0.0, arrival + each * min(count, rate.limit)
+                elif block and arrival <= now + rate.seconds:  # it was not blocked yet
+                    wait, arrival = float(block), now + rate.seconds + block - each
+                self.cells[cell], self.cells[cell + 1] = fingerprint, round(arrival * 1e6)
+            finally:
+                fcntl.lockf(self.file, fcntl.LOCK_UN, 1)
+        return RateState(wait, max(int((now + rate.seconds - arrival) / each + 1e-6), 0), arrival - now)
 
     def open_session(self, key: str, limit: int) -> int:
         """Lock one of the key's `limit` octets and return it; 0 where all are taken."""
-        first = 1 + _fingerprint(key) % (1 << 44) * self.MAX_SESSIONS
+        first = 1 + hash(key) % (1 << 44) * self.MAX_SESSIONS
         for octet in range(first, first + limit):
-            if octet not in self.sessions:
-                try:
+            with contextlib.suppress(OSError):
+                if octet not in self.sessions:
                     fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, octet)
-                except OSError:
-                    continue
-                self.sessions.add(octet)
-                return octet
+                    self.sessions.add(octet)
+                    return octet
         return 0
 
     def close_session(self, octet: int) -> None:
-        """Give back what open_session() gave."""
         self.sessions.discard(octet)
         fcntl.lockf(self.file, fcntl.LOCK_UN, 1, octet)
 
     def __del__(self) -> None:
         os.close(self.file) if isinstance(self.file, int) else self.file.close()
-
-
-@functools.lru_cache(maxsize=4096)
-def _fingerprint(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big") | 1
-
-
-# -- Tasks and sockets
 
 
 def log_task_fault(_: Any, context: dict) -> None:
@@ -3474,10 +3321,7 @@ class AsyncSocket:
     """Non-blocking socket, plain or TLS, for which one task at a time waits; deadlines are monotonic times.
 
     It stays registered with the loop until an event finds nothing to do, and has one timer, set again when it fires:
-    so a wait costs no system call, and an idle connection nothing. Release or close it before its number is reused.
-    """
-
-    HIGH_WATER = 16  # buffers that may wait to be sent while the task goes on
+    so a wait costs no system call, and an idle connection nothing. Release or close it before its number is reused."""
 
     def __init__(self, sock: Any) -> None:
         self.sock, self.loop = sock, asyncio.get_running_loop()
@@ -3495,16 +3339,14 @@ class AsyncSocket:
         return self.wait_ready(deadline, operation=operation)
 
     async def sendall(self, octets: Any, deadline: float) -> None:
-        """Send octets in the next iteration: peers wake once for many, which saves a fifth of the CPU time.
-
-        Only much data is waited for: if little can't be sent, the next recv() tells why.
-        """
+        """Send octets in the next iteration: peers wake once for many, which saves a fifth of the CPU time. Only much
+        data is waited for: if little can't be sent, the next recv() tells why."""
         if not self.outbox:
             if not self.loop.sends:
                 self.loop.call_soon(self.loop.flush_sends)
             self.loop.sends.append(self)
         self.outbox.append(octets)
-        if len(octets) > LARGE or len(self.outbox) > self.HIGH_WATER:
+        if len(octets) > LARGE or len(self.outbox) > 16:
             await self.drain(deadline)
 
     async def drain(self, deadline: float) -> None:
@@ -3519,9 +3361,8 @@ class AsyncSocket:
         """Send what waits, or what the kernel takes of it; the rest follows at the next event."""
         try:
             while self.outbox:
-                octets = self.outbox[0]
-                sent = self.sock.send(octets)
-                self.outbox[:1] = [memoryview(octets)[sent:]] if sent < len(octets) else []
+                sent = self.sock.send(self.outbox[0])
+                self.outbox[:1] = [memoryview(self.outbox[0])[sent:]] if sent < len(self.outbox[0]) else []
         except WOULD_BLOCK as error:
             self.flush_writing = TLS_WRITES.get(type(error), True)
             self._watch(self.flush_writing)
@@ -3541,8 +3382,6 @@ class AsyncSocket:
 
     def wait_ready(self, deadline: float, writing: bool = False, operation: Callable = bool) -> asyncio.Future:
         """Wait until the socket can be read (or written) and the operation does not block; to be awaited."""
-        if self.future and not self.future.done():
-            raise RuntimeError("two tasks wait for one socket")
         if deadline <= time.monotonic():
             raise socket.timeout("timed out")
         if not self.watched[writing]:
@@ -3550,7 +3389,7 @@ class AsyncSocket:
         self.future, self.operation = self.loop.create_future(), operation
         self.deadline, self.writing = deadline, writing
         if deadline < self.alarm:
-            self._set_timer(deadline)
+            self._set_timer()
         return self.future
 
     def _watch(self, writing: bool, on: bool = True) -> None:
@@ -3575,17 +3414,14 @@ class AsyncSocket:
         elif not flushes:
             self._watch(writing, on=False)
 
-    def _set_timer(self, alarm: float) -> None:
+    def _set_timer(self) -> None:
+        """End a wait whose deadline has passed; call again at that of one which has not."""
+        if self.deadline <= time.monotonic():
+            self.abort(socket.timeout("timed out"))
         if self.timer:
             self.timer.cancel()
-        self.alarm, self.timer = alarm, self.loop.call_at(alarm, self._expire) if alarm < math.inf else None
-
-    def _expire(self) -> None:
-        late = self.deadline <= time.monotonic()  # or it was set for an earlier wait
-        waiting = self.future and not self.future.done()
-        self._set_timer(self.deadline if waiting and not late else math.inf)
-        if late:
-            self.abort(socket.timeout("timed out"))
+        self.alarm = self.deadline if self.future and not self.future.done() else math.inf
+        self.timer = self.loop.call_at(self.alarm, self._set_timer) if self.alarm < math.inf else None
 
     def abort(self, error: Exception) -> bool:
         """Raise an exception in the task that waits; False if none does."""
@@ -3599,7 +3435,7 @@ class AsyncSocket:
         self.abort(ConnectionAbortedError("closed"))
         self._watch(False, on=False)
         self._watch(True, on=False)
-        self._set_timer(math.inf)
+        self._set_timer()
 
     def close(self) -> None:
         self.release()
@@ -3614,22 +3450,16 @@ class AsyncSocket:
 # ======================================================================================================================
 
 random_unit = random.SystemRandom().random  # an unpredictable number from 0 up to 1
-NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
 
 A, CNAME, SOA, MX, TXT, AAAA = 1, 5, 6, 15, 16, 28  # record types
 NOERROR, SERVFAIL, NXDOMAIN = 0, 2, 3  # RFC 1035 4.1.1, "RCODE"
-RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED"}
-RESOLV_CONF = "/etc/resolv.conf"
-MAX_NAME = 253  # characters
-MAX_POINTERS = 127  # of a compressed name; as many as it can have labels
+TRUNCATED = 16  # none of them: the message is not complete, or has too many records
+RCODES = {1: "FORMERR", 2: "SERVFAIL", 4: "NOTIMP", 5: "REFUSED", TRUNCATED: "too much"}
 MAX_RECORDS = 512  # of one message
 MAX_ALIASES = 8  # CNAME records followed for one answer
-MAX_STRAY_DATAGRAMS = 64  # datagrams received that do not answer the query
 
 
 class DNSAnswer(NamedTuple):
-    """The values of a name's records of one type."""
-
     code: int  # NOERROR, NXDOMAIN, or SERVFAIL if no name server gave an answer
     values: tuple = ()  # A, AAAA: address; MX: (preference, host); TXT: text. Empty if there is no such record
     why: str = ""  # the reason for SERVFAIL
@@ -3640,15 +3470,6 @@ class ResourceRecord(NamedTuple):
     rtype: int  # 0 if malformed or of another class
     ttl: int  # seconds
     value: Any  # as in DNSAnswer; CNAME: name; SOA: seconds for which a negative answer may be cached
-
-
-class DNSMessage(NamedTuple):
-    """One response of a name server."""
-
-    code: int
-    truncated: bool = False
-    answers: Any = ()  # of ResourceRecord
-    authority: Any = ()
 
 
 class TTLCache:
@@ -3682,7 +3503,6 @@ async def shared_call(calls: dict, key: Any, function: Callable, *values: Any) -
 
 
 def error_text(error: Exception) -> str:
-    """Describe an exception, for a reply."""
     return sanitize(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
@@ -3694,8 +3514,7 @@ class Resolver:
     MAX_TTL = 86400  # seconds
 
     def __init__(self, nameservers: tuple = (), clock: Callable = time.monotonic) -> None:
-        self.nameservers = nameservers
-        self.cache, self.calls = TTLCache(4096, clock), {}
+        self.nameservers, self.cache, self.calls = nameservers, TTLCache(4096, clock), {}
 
     async def lookup(self, name: str, rtype: int, deadline: float) -> DNSAnswer:
         """Return the records of a type, following aliases, by the deadline (monotonic)."""
@@ -3706,83 +3525,71 @@ class Resolver:
             self.cache.put(key, answer, ttl)
         return answer
 
-    def servers(self) -> tuple:
-        """Return (address, port) of each name server in the order in which they are asked."""
-        return tuple(map(name_server_endpoint, self.nameservers)) or resolv_conf_servers(RESOLV_CONF)
-
     async def _lookup(self, name: str, rtype: int, deadline: float) -> tuple:
         """Return (DNSAnswer, TTL). Each alias is asked for: an answer counts for its own name alone."""
         ttl = self.MAX_TTL
         for _ in range(MAX_ALIASES + 1):
-            response = await self._query(name, rtype, deadline)
-            if isinstance(response, str):
-                return DNSAnswer(SERVFAIL, (), response), 0
-            own = [record for record in response.answers if record.name == name and record.rtype in (rtype, CNAME)]
+            code, records, why = await self._query(name, rtype, deadline)
+            own = [record for record in records if record.name == name and record.rtype in (rtype, CNAME)]
             found = tuple(record.value for record in own if record.rtype == rtype)
             if not own:
-                negative = [min(record.ttl, record.value) for record in response.authority if record.rtype == SOA]
-                return DNSAnswer(response.code), min([ttl, *negative]) if negative else 0  # RFC 2308 5
+                negative = [min(record.ttl, record.value) for record in records if record.rtype == SOA]
+                return DNSAnswer(code, (), why), min([ttl, *negative]) if negative else 0  # RFC 2308 5
             ttl = min([ttl, *[record.ttl for record in own]])
             if found:
                 return DNSAnswer(NOERROR, found), ttl
             name = own[0].value
         return DNSAnswer(SERVFAIL, (), f"more than {MAX_ALIASES} aliases"), 0
 
-    async def _query(self, name: str, rtype: int, deadline: float) -> DNSMessage | str:
-        """Return the first positive or negative answer, or the reason why there is none."""
-        if len(name) > MAX_NAME:
-            return DNSMessage(NXDOMAIN)
-        why = "no name server is known"
-        for server in self.servers() * self.ATTEMPTS:
+    async def _query(self, name: str, rtype: int, deadline: float) -> tuple:
+        """Return (code, [ResourceRecord, ...], "") of the first positive or negative answer; or (SERVFAIL, [], why)."""
+        if len(name) > 253:  # RFC 1035 2.3.4
+            return NXDOMAIN, [], ""
+        servers = tuple(map(name_server_endpoint, self.nameservers)) or resolv_conf_servers("/etc/resolv.conf")
+        for server in servers * self.ATTEMPTS:
             until = min(deadline, time.monotonic() + self.QUERY_TIMEOUT)
             question = int(random_unit() * 65536), name, rtype
             try:
-                response = await query_udp(server, question, until)
-                if response.truncated:  # RFC 7766 5
-                    response = await query_tcp(server, question, until)
-                if response.code in (NOERROR, NXDOMAIN):
-                    return response
-                why = f"{server[0]} answers {RCODES.get(response.code, response.code)}"
+                code, records = await query_udp(server, question, until)
+                if code == TRUNCATED:  # RFC 7766 5
+                    code, records = await query_tcp(server, question, until)
+                if code in (NOERROR, NXDOMAIN):
+                    return code, records, ""
+                why = f"{server[0]} answers {RCODES.get(code, code)}"
             except (OSError, ValueError) as error:
                 why = f"{server[0]}: {error_text(error)}"
             if time.monotonic() >= deadline:
                 break
-        return why
+        return SERVFAIL, [], why
 
 
 def resolv_conf_servers(path: str) -> tuple:
     """Return (address, port) of the first three name servers in resolv.conf; this machine if it names none."""
-    try:
-        with open(path, encoding="ascii", errors="replace") as stream:
-            named = re.findall(r"(?m)^nameserver[ \t]+(\S+)", stream.read())
-    except OSError:
-        named = []
-    endpoints = [endpoint for endpoint in map(name_server_endpoint, named) if endpoint]
-    return tuple(endpoints[:3]) or (("127.0.0.1", 53),)
+    text = ""
+    with contextlib.suppress(OSError), open(path, encoding="ascii", errors="replace") as stream:
+        text = stream.read()
+    endpoints = map(name_server_endpoint, re.findall(r"(?m)^nameserver[ \t]+(\S+)", text))
+    return tuple(filter(None, endpoints))[:3] or (("127.0.0.1", 53),)
 
 
-async def query_udp(server: tuple, question: tuple, until: float) -> DNSMessage:
+async def query_udp(server: tuple, question: tuple, until: float) -> tuple:
     """Return the response to (number, name, type); datagrams that do not match it are ignored (RFC 5452 9.1)."""
     sock = start_connect(server, socket.SOCK_DGRAM)  # from a random port; the kernel drops datagrams of other senders
     with contextlib.closing(AsyncSocket(sock)) as sock:
         await sock.sendall(build_query(*question), until)
-        for _ in range(MAX_STRAY_DATAGRAMS):
-            octets = await sock.recv(65535, until)
-            try:
-                return parse_response(octets, *question)
-            except ValueError:  # forged, late or garbled: the real answer may still come
-                pass
+        for _ in range(64):  # a forger may not guess for as long as he likes
+            with contextlib.suppress(ValueError):  # forged, late or garbled: the real answer may still come
+                return parse_response(await sock.recv(65535, until), *question)
         raise ValueError("too many datagrams that do not answer the query")
 
 
-async def query_tcp(server: tuple, question: tuple, until: float) -> DNSMessage:
+async def query_tcp(server: tuple, question: tuple, until: float) -> tuple:
     """Return the response to (number, name, type); each message has its length in front (RFC 1035 4.2.2)."""
-    query = build_query(*question)
+    query, octets = build_query(*question), b""
     with contextlib.closing(AsyncSocket(start_connect(server))) as sock:
         await sock.wait_ready(until, writing=True)
         await sock.sendall(len(query).to_bytes(2, "big") + query, until)
-        octets = b""
-        while len(octets) < 2 or len(octets) < 2 + int.from_bytes(octets[:2], "big"):
+        while len(octets) < 2 + int.from_bytes(octets[:2], "big"):
             more = await sock.recv(65537 - len(octets), until)
             if not more:
                 raise ConnectionError("closed within an answer")
@@ -3793,43 +3600,37 @@ async def query_tcp(server: tuple, question: tuple, until: float) -> DNSMessage:
 def start_connect(address: tuple, kind: int = socket.SOCK_STREAM) -> socket.socket:
     """Return a non-blocking socket that is being connected to (IP address, port)."""
     sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, kind)
-    try:
-        sock.setblocking(False)
-        sock.connect(address)
-    except BlockingIOError:
-        pass
-    except OSError:
+    sock.setblocking(False)
+    code = sock.connect_ex(address)
+    if code not in (0, errno.EINPROGRESS):
         sock.close()
-        raise
+        raise OSError(code, os.strerror(code))
     return sock
 
 
 def build_query(number: int, name: str, rtype: int) -> bytes:
     """Return a query to a recursive server (RFC 1035 4.1)."""
-    labels = [label.encode("ascii") for label in name.split(".")] if name else []
-    qname = b"".join([bytes((len(label),)) + label for label in labels])
-    return struct.pack(">6H", number, 0x0100, 1, 0, 0, 0) + qname + b"\0" + struct.pack(">HH", rtype, 1)
+    labels = [bytes((len(label),)) + label for label in name.encode("ascii").split(b".") if label]
+    return struct.pack(">6H", number, 0x0100, 1, 0, 0, 0) + b"".join([*labels, b"\0"]) + struct.pack(">HH", rtype, 1)
 
 
-def parse_response(octets: bytes, number: int, name: str, rtype: int) -> DNSMessage:
-    """Parse the response to that query; ValueError if it answers another one or is malformed."""
+def parse_response(octets: bytes, number: int, name: str, rtype: int) -> tuple:
+    """Return (code, ResourceRecords) of the response to that query; ValueError if it answers another one or is none."""
     try:
         found, flags, questions, answers, authority, _ = struct.unpack_from(">6H", octets)
-        code, (qname, at) = flags & 15, read_name(octets, 12)
-        if (found, flags >> 15, questions, qname) != (number, 1, 1, name.lower()):
+        qname, at = read_name(octets, 12)
+        question = (found, flags >> 15, questions, qname, *struct.unpack_from(">HH", octets, at))
+        if question != (number, 1, 1, name.lower(), rtype, 1):
             raise ValueError("not an answer to this query")
-        if struct.unpack_from(">HH", octets, at) != (rtype, 1):
-            raise ValueError("an answer to another query")
-        truncated = bool(flags & 0x0200)
-        if truncated or answers + authority > MAX_RECORDS:
-            return DNSMessage(code if truncated else SERVFAIL, truncated)
+        if flags & 0x0200 or answers + authority > MAX_RECORDS:
+            return TRUNCATED, []
         records, at = [], at + 4
         for _ in range(answers + authority):
             record, at = read_record(octets, at)
             records.append(record)
     except (struct.error, IndexError):
         raise ValueError("incomplete message") from None
-    return DNSMessage(code, False, records[:answers], records[answers:])
+    return flags & 15, records
 
 
 def read_record(octets: bytes, at: int) -> tuple:
@@ -3848,80 +3649,61 @@ def read_record(octets: bytes, at: int) -> tuple:
     elif rtype == MX:
         value = int.from_bytes(data[:2], "big"), read_name(octets, at + 2)[0]
     elif rtype == TXT:
-        value = read_text(data)
+        stream = io.BytesIO(data)
+        strings = [stream.read(length) for (length,) in iter(lambda: stream.read(1), b"")]
+        value = b"".join(strings).decode("utf-8", "replace")  # RFC 7208 3.3
     elif rtype == SOA:
         value = int.from_bytes(data[-4:], "big")
-    if rclass != 1 or value is None:
-        rtype = 0
-    return ResourceRecord(name, rtype, ttl if ttl < 1 << 31 else 0, value), after  # RFC 2181 8
+    known = rclass == 1 and value is not None
+    return ResourceRecord(name, rtype if known else 0, ttl if ttl < 1 << 31 else 0, value), after  # RFC 2181 8
 
 
 def read_name(octets: bytes, at: int) -> tuple:
     """Return (name in lower case without a final dot, offset behind it). RFC 1035 4.1.4"""
-    labels, after, jumps = [], 0, 0
-    while octets[at]:
+    labels, after = [], 0
+    for _ in range(255):  # labels and pointers, which could make an endless loop
         length = octets[at]
+        if not length:
+            return ".".join(labels), after or at + 1
         if length >= 0xC0:
-            after, jumps = after or at + 2, jumps + 1
-            target = int.from_bytes(octets[at : at + 2], "big") & 0x3FFF
-            if target >= at or jumps > MAX_POINTERS:  # a pointer goes back, so there is no endless loop
-                raise ValueError("bad compression pointer")
-            at = target
+            after, at = after or at + 2, int.from_bytes(octets[at : at + 2], "big") & 0x3FFF
             continue
         label = octets[at + 1 : at + 1 + length]
         if length > 63 or len(label) < length:
             raise ValueError("bad label")
         labels.append(label.decode("latin-1").lower().replace(".", "\\."))
         at += 1 + length
-        if len(labels) > MAX_POINTERS:
-            raise ValueError("name too long")
-    return ".".join(labels), after or at + 1
-
-
-def read_text(data: bytes) -> str:
-    """Return the strings of a TXT record, concatenated (RFC 7208 3.3)."""
-    parts, at = [], 0
-    while at < len(data):
-        parts.append(data[at + 1 : at + 1 + data[at]])
-        at += 1 + data[at]
-    return b"".join(parts).decode("utf-8", "replace")
+    raise ValueError("name too long")
 
 
 async def mx_hosts(domain: str, resolver: Resolver, hostname: str, deadline: float) -> list:
-    """Return a domain's mail hosts, best first (RFC 5321 5.1); Rejected if it has none."""
+    """Return a domain's mail hosts, best first, none behind this host (RFC 5321 5.1); Rejected if there are none."""
     if domain.startswith("["):  # an address literal
         return [domain[1:-1].partition(":")[2] if domain[:6].lower() == "[ipv6:" else domain[1:-1]]
     answer = await resolver.lookup(domain, MX, deadline)
-    hosts = by_preference(answer.values, hostname, random_unit) if answer.values else [domain]
+    own = min([preference for preference, host in answer.values if host == hostname.lower()], default=1 << 16)
+    ranked = sorted((preference, random_unit(), host) for preference, host in answer.values if preference < own)
+    hosts = list(dict.fromkeys(host for _, _, host in ranked if DOMAIN.fullmatch(host)))
     null = answer.values and not any(host for _, host in answer.values)
     slug = {SERVFAIL: "dns", NXDOMAIN: "no-domain"}.get(answer.code) or ("null-mx" if null else "mx-loop")
-    if answer.code != NOERROR or not hosts:
+    if answer.code != NOERROR or (answer.values and not hosts):
         raise Rejected(make_reply(slug, f"{domain}: {answer.why}" if answer.why else domain, mailer="MX"))
-    return hosts
-
-
-def by_preference(values: tuple, hostname: str, rng: Callable) -> list:
-    """Return host names, equal ones in random order, without this host and those behind it (RFC 5321 5.1)."""
-    own = min([preference for preference, host in values if host == hostname.lower()], default=1 << 16)
-    usable = [(preference, rng(), host) for preference, host in values if preference < own and DOMAIN.fullmatch(host)]
-    return list(dict.fromkeys(host for _, _, host in sorted(usable)))
+    return hosts or [domain]
 
 
 async def resolve_addresses(host: str, resolver: Resolver, private: bool, deadline: float) -> list:
     """Return a host's IP addresses, only public ones unless `private`; Rejected if it has none."""
     try:
-        found = [str(ipaddress.ip_address(host))]
+        found, failure = [str(ipaddress.ip_address(host))], ""
     except ValueError:
         # IPv4 first: large receivers demand more of senders that use IPv6.
         both = [await resolver.lookup(host, rtype, deadline) for rtype in (A, AAAA)]
-        found = [value for answer in both for value in answer.values]
-        if not found and SERVFAIL in (both[0].code, both[1].code):
-            why = both[0].why or both[1].why
-            raise Rejected(make_reply("dns", f"{host}: {why}", mailer="MX")) from None
+        found, failure = [*both[0].values, *both[1].values], both[0].why or both[1].why
     usable = [address for address in found if private or is_public(address)]
     if not usable:
-        why = f"{host}: {found[0]} is not a public address" if found else f"{host}: no address"
-        raise Rejected(make_reply("no-address", why, mailer="MX"))
+        why = f"{found[0]} is not a public address" if found else failure or "no address"
+        slug = "dns" if failure and not found else "no-address"
+        raise Rejected(make_reply(slug, f"{host}: {why}", mailer="MX"))
     return usable
 
 
@@ -3929,7 +3711,7 @@ def is_public(text: str) -> bool:
     """Return whether an address is globally reachable; of an embedded IPv4 address, that one counts."""
     address = ipaddress.ip_address(text)
     address = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
-    if address in NAT64:
+    if address in ipaddress.ip_network("64:ff9b::/96"):  # NAT64, RFC 6052
         address = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return address.is_global and not address.is_multicast and not getattr(address, "is_site_local", False)
 
@@ -3945,73 +3727,47 @@ class Connector:
 
     def connect(self, host: str, port: int, deadline: float) -> socket.socket:
         """Connect to the address of a host that answers first, by the deadline (RFC 8305)."""
-        addresses = self.in_order([(address, port) for address in self.look_up(host, deadline)])
-        attempts: dict = {}  # file descriptor: (socket, address)
-        poll, error = select.poll(), socket.timeout("timed out")
+        addresses, turns = [(address, port) for address in self.look_up(host, deadline)], defaultdict(itertools.count)
+        # The families take turns; what failed lately is last.
+        addresses.sort(key=lambda address: (self.failed_lately(address), next(turns[":" in address[0]])))
+        selector, tried, error = selectors.PollSelector(), [], socket.timeout("timed out")
         try:
-            while (addresses or attempts) and (seconds := deadline - time.monotonic()) > 0:
-                if addresses and (failure := self._start(addresses.pop(0), attempts, poll)):
-                    error = failure
-                    continue
-                for descriptor, _ in poll.poll(1000 * (min(seconds, self.DELAY) if addresses else seconds)):
-                    poll.unregister(descriptor)
-                    sock, address = attempts.pop(descriptor)
-                    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            while (addresses or selector.get_map()) and (seconds := deadline - time.monotonic()) > 0:
+                if addresses:
+                    tried.append(addresses.pop(0))
+                    try:
+                        selector.register(start_connect(tried[-1]), selectors.EVENT_WRITE, tried[-1])
+                    except OSError as failure:  # as when this kernel has no IPv6
+                        error = failure
+                        continue
+                for key, _ in selector.select(min(seconds, self.DELAY) if addresses else seconds):
+                    selector.unregister(key.fileobj)
+                    code = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                     if not code:
-                        self.failed.pop(address, None)
-                        sock.setblocking(True)
-                        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                        return sock
-                    sock.close()
-                    error = self._failed(address, OSError(code, os.strerror(code)))
+                        tried.remove(key.data)
+                        self.failed.pop(key.data, None)
+                        key.fileobj.setblocking(True)
+                        key.fileobj.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                        return key.fileobj
+                    key.fileobj.close()
+                    error = OSError(code, os.strerror(code))
         finally:
-            for sock, address in attempts.values():
-                sock.close()
-                self._failed(address)
+            for key in selector.get_map().values():
+                key.fileobj.close()
+            if len(self.failed) > 1024:
+                self.failed.clear()
+            self.failed.update(dict.fromkeys(tried, time.monotonic() + self.FAILED_TTL))
         raise error
-
-    def in_order(self, addresses: list) -> list:
-        """Return the addresses with their families in turn, those that failed lately last."""
-        families: dict = {4: 0, 6: 0}
-        ranked = []
-        for address in addresses:
-            version = ipaddress.ip_address(address[0]).version
-            families[version] += 1
-            ranked.append((self.failed_lately(address), families[version], len(ranked), address))
-        return [address for *_, address in sorted(ranked)]
-
-    def _start(self, address: tuple, attempts: dict, poll: Any) -> OSError | None:
-        """Begin to connect; return why that cannot be."""
-        try:
-            sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_STREAM)
-            sock.setblocking(False)
-            code = sock.connect_ex(address)
-        except OSError as failure:  # this kernel has no IPv6
-            return self._failed(address, failure)
-        if code not in (0, errno.EINPROGRESS):
-            sock.close()
-            return self._failed(address, OSError(code, os.strerror(code)))
-        attempts[sock.fileno()] = sock, address
-        poll.register(sock, select.POLLOUT)
-        return None
-
-    def _failed(self, address: tuple, failure: Any = None) -> Any:
-        """Have an address tried last for a while; return the failure."""
-        if len(self.failed) > 1024:
-            self.failed.clear()
-        self.failed[address] = time.monotonic() + self.FAILED_TTL
-        return failure
 
     def failed_lately(self, address: tuple) -> bool:
         return self.failed.get(address, 0.0) > time.monotonic()
 
     def look_up(self, host: str, deadline: float) -> list:
-        """Return a host's IP addresses, or those that stand in its place, divided by spaces. getaddrinfo() runs in a
-        thread of its own, as it takes no deadline."""
+        """Return a host's IP addresses, or those that stand in its place, divided by spaces."""
         with contextlib.suppress(ValueError):
             return [str(ipaddress.ip_address(address)) for address in host.split()]
         future: concurrent.futures.Future = concurrent.futures.Future()
-        threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()
+        threading.Thread(target=self._look_up, args=(host, future), daemon=True).start()  # it takes no deadline
         try:
             return future.result(max(deadline - time.monotonic(), 0))
         except concurrent.futures.TimeoutError:
