@@ -77,7 +77,7 @@ import time
 import traceback
 import urllib.parse
 import weakref
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -178,14 +178,10 @@ class Transaction(NamedTuple):
 
     @property
     def needs_smtputf8(self) -> bool:
-        """Return whether the envelope or the header has characters beyond ASCII (RFC 6531)."""
         return self.message.needs_smtputf8 or not (self.sender.isascii() and all(map(str.isascii, self.recipients)))
 
 
-class TransactionResult(NamedTuple):
-    transaction: Transaction
-    replies: list  # of Reply, one for each recipient
-    ms: float
+TransactionResult = namedtuple("TransactionResult", "transaction replies ms")  # with a Reply for each recipient
 
 
 def make_reply(slug: str, *lines: str, word: str = "", **endpoint) -> Reply:
@@ -225,8 +221,7 @@ def _base62(second: int) -> str:
     return "".join(BASE62[second // 62**place % 62] for place in range(5, -1, -1))
 
 
-# name: (HTTP status of a refusal, code, dsn, command, text)
-REPLIES = {
+REPLIES = {  # name: (HTTP status of a refusal, code, dsn, command, text)
     # HTTP itself
     "method": (405, "421", None, "HTTP", "%s method not supported"),
     "not-found": (404, "421", None, "HTTP", "Not found"),
@@ -294,9 +289,6 @@ REPLIES = {
     "dry-run": (0, "250", "2.0.0", "DRYRUN", "Not sent"),
     "queued": (0, "250", "2.0.0", "QUEUE", "Queued as %s"),
     "interrupted": (0, "421", "4.4.2", "DATA", "The process ended within the delivery; the message may have arrived"),
-    "webhook": (0, "250", None, "HTTP", "%s"),
-    "webhook-later": (0, "451", None, "HTTP", "%s"),
-    "webhook-never": (0, "550", None, "HTTP", "%s"),
     "relay-fault": (0, "451", "4.3.0", "DATA", "Internal error of the relay"),
     "web-connect": (0, "451", "4.4.1", "CONN", "Cannot connect to HTTP server"),
     "web-tls": (0, "451", "4.7.5", "CONN", "TLS handshake with HTTP server failed"),
@@ -443,11 +435,13 @@ def matching(pattern: Any, expected: str, optional: bool = False, secret: bool =
     return parse
 
 
-def one_of(names: Any, kind: str) -> Callable:
+def one_of(names: Any, kind: str, or_folder: bool = False) -> Callable:
     """Return a parser of names that compares without case and returns the name as it stands in `names`."""
 
     def parse(value: Any, json_path: str, errors: list) -> str | None:
         text, known = parse_text(value, json_path, errors), {name.lower(): name for name in names}
+        if or_folder and text.startswith("/"):
+            return text
         if text == value and text.lower() not in known:
             errors.append(f'{json_path}: unknown {kind} "{sanitize(text)}"{did_you_mean(text, names)}')
         return known.get(text.lower())
@@ -533,12 +527,11 @@ NEW_COST = 5  # OWASP's N=2**14, r=8, p=5: as hard as N=2**17, p=1 in an eighth 
 RETRY_AFTER = (60, 300, 900, 1800, 3600, 7200, 14400)  # seconds, give or take a fifth; the last one repeats
 SECRET_TIMEOUT = 10  # seconds
 SECRET_FORMS = 'a string, {"file": path}, {"env": NAME}, {"command": [program, argument]} or {"credential": NAME}'
-MICROSOFT, MAIL = "https://login.microsoftonline.com/{tenant}/oauth2/v2.0/token", "https://mail.google.com/"
-OUTLOOK = "https://outlook.office365.com/.default", "https://outlook.office.com/SMTP.Send offline_access"
 PROVIDERS = {  # of access tokens: (token_url, scope of an application's tokens, scope of a user's)
-    "microsoft": (MICROSOFT, *OUTLOOK),
-    "google": ("https://oauth2.googleapis.com/token", MAIL, MAIL),
-}
+    "microsoft": ("https://login.microsoftonline.com/{tenant}/oauth2/v2.0/token",
+                  "https://outlook.office365.com/.default", "https://outlook.office.com/SMTP.Send offline_access"),
+    "google": ("https://oauth2.googleapis.com/token", *["https://mail.google.com/"] * 2),
+}  # fmt: skip
 LIBCRYPTO = {  # function: types of its result and arguments in ctypes
     "BIO_new_mem_buf": "void_p char_p int", "BIO_free": "int void_p", "ERR_clear_error": "",
     "PEM_read_bio_PrivateKey": "void_p void_p void_p void_p char_p", "EVP_PKEY_free": " void_p",
@@ -556,26 +549,26 @@ def parse_ip(text: str) -> IPAddress:
 
 
 class Networks:
-    """Set of IP networks."""
+    """Set of IP networks; `address in networks` takes as long for 100,000 of them as for ten."""
 
     def __init__(self, texts: tuple = ()) -> None:
-        self.texts, self.networks = texts, [ipaddress.ip_network(text, strict=False) for text in texts]
+        self.texts, self.prefixes = texts, defaultdict(set)  # {(IP version, bits that follow the prefix): {prefix}}
+        for network in map(functools.partial(ipaddress.ip_network, strict=False), texts):
+            shift = network.max_prefixlen - network.prefixlen
+            self.prefixes[network.version, shift].add(int(network.network_address) >> shift)
 
     def __contains__(self, address: IPAddress) -> bool:
-        return any(address in network for network in self.networks)
-
-
-def is_ip(text: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(text))
-    return False
+        version, number = address.version, int(address)
+        return any(version == of and number >> shift in known for (of, shift), known in self.prefixes.items())
 
 
 def name_server_endpoint(text: str) -> tuple:
     """Return (IP address, port) of "address", "address:port" or "[v6]:port"; () if it is none of them."""
     name, _, port = text.rpartition(":") if "]:" in text or text.count(":") == 1 else (text, "", "53")
-    name = name.strip("[]")
-    return (name, int(port)) if is_ip(name) and re.fullmatch(PORT, port) and int(port) else ()
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(name.strip("[]")) and re.fullmatch(PORT, port) and int(port):
+            return name.strip("[]"), int(port)
+    return ()
 
 
 def url_parser(pattern: re.Pattern, example: str, **options: Any) -> Callable:
@@ -617,9 +610,7 @@ def lookup_keys(domain: str) -> list:
     return [domain, *(domain[dot.start() :] for dot in re.finditer(r"\.", domain))]
 
 
-class Rate(str):
-    """Limit such as "100/3600": so many in so many seconds."""
-
+class Rate(str):  # a limit such as "100/3600": so many in so many seconds
     limit = property(lambda self: int(self.partition("/")[0]))
     seconds = property(lambda self: int(self.partition("/")[2]))
 
@@ -630,11 +621,6 @@ def iso_time(text: str) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
 
 
-def parse_mailer(value: Any, json_path: str, errors: list) -> str:
-    is_folder = isinstance(value, str) and value.startswith("/")
-    return (parse_text if is_folder else one_of(RELAYS, "relay type"))(value, json_path, errors)
-
-
 LOOPBACK = Networks(("127.0.0.0/8", "::1"))
 parse_network = matching(functools.partial(ipaddress.ip_network, strict=False), "an IP address or network")
 parse_networks = list_of(parse_network, lambda texts: Networks(tuple(texts)))
@@ -642,7 +628,7 @@ LISTEN_ADDRESS = re.compile(rf"(?:[^:]+|\[[^]]+\]):{PORT}|unix:/.*")
 parse_listen_address = matching(LISTEN_ADDRESS, '"host:port", "[v6]:port" or "unix:/path"')
 parse_listen = list_of(parse_listen_address, required=True)
 parse_host = matching(  # or a folder, for the relay File
-    lambda text: text.startswith("/") or DOMAIN.fullmatch(text) or is_ip(text), "a host name or an IP address"
+    lambda text: text[:1] == "/" or DOMAIN.fullmatch(text) or ipaddress.ip_address(text), "a host name or an IP address"
 )
 parse_hostname = matching(DOMAIN, "a host name", optional=True)
 parse_resolver = matching(name_server_endpoint, '"address", "address:port" or "[v6]:port"', optional=True)
@@ -664,9 +650,7 @@ PASSWORD_HASH = re.compile(rf"{SCRYPT.pattern}|{SSHA.pattern}|\$sha256\$[0-9a-f]
 parse_password_hash = matching(PASSWORD_HASH, "a hash as `haineko.py pw` prints it, or {SSHA}", secret=True)
 
 
-class Relay(NamedTuple):
-    """All that is known of a relay. To add one is to write its functions and a row of RELAYS."""
-
+class Relay(NamedTuple):  # all that is known of one; to add one is to write its functions and a row of RELAYS
     send: Callable | None  # (Transaction, TransportContext): awaited for a Reply for each recipient
     probe: Callable | None  # (ConnectivityProbe, TransportContext): awaited for CheckResults; sends no mail
     default_port: int = 25
@@ -712,10 +696,7 @@ def read_secret(source: Any, base: str, multiline: bool = False) -> str:
         elif kind == "env":
             octets = os.fsencode(os.environ[where])
         else:
-            with open_regular(os.path.join(folder, where)) as stream:
-                if os.fstat(stream.fileno()).st_mode & 0o006:
-                    raise ValueError(f".{kind}: can be read by everybody; chmod 600 {where}")
-                octets = stream.read()
+            octets = read_regular(os.path.join(folder, where), 0o006)
         secret = octets.decode().rstrip("\r\n")
     except KeyError:
         raise ValueError(f".env: no environment variable {where}") from None
@@ -745,9 +726,7 @@ def run_secret_command(command: tuple, base: str) -> bytes:
 
 
 class Authenticator:
-    """The section `password`: who may log in. Successful logins are cached, because scrypt is slow by design."""
-
-    CACHE_TTL = 600  # seconds
+    """The section `password`: who may log in. Successful logins are cached for 600 s: scrypt is slow by design."""
 
     def __init__(self, logins: dict) -> None:
         self.logins = logins
@@ -765,7 +744,8 @@ class Authenticator:
         with contextlib.suppress(ValueError):
             if scheme.lower() == "basic":
                 user, colon, password = base64.b64decode(token.strip(), validate=True).decode().partition(":")
-        if name := self.keys.get(key_hash(password if colon else user)):  # a digest leaks no timing
+        key = (password if colon else user).encode()
+        if name := self.keys.get(KEY_HASH + hashlib.sha256(key).hexdigest()):  # a digest leaks no timing
             return name
         digest, now = hmac.digest(self.key, credentials.encode(), "sha256"), time.monotonic()
         known = self.verified.get(digest, 0) > now
@@ -778,7 +758,7 @@ class Authenticator:
                 scrypt(password, b"", parallel=rest)
         if right:
             self.verified = {key: expires for key, expires in self.verified.items() if expires > now}
-            self.verified[digest] = now + self.CACHE_TTL
+            self.verified[digest] = now + 600
         return user if right else ""
 
 
@@ -808,11 +788,6 @@ def new_key(prefix: str) -> str:
     """Return a new API key: 43 random digits, and 6 by which scanners for leaked secrets recognize it."""
     digits = os.urandom(43).translate(RANDOM_DIGITS)
     return f"{prefix}{digits.decode()}{_base62(binascii.crc32(digits))}"
-
-
-def key_hash(key: str) -> str:
-    """Return the hash of an API key; the key is random, so that a plain digest is enough."""
-    return KEY_HASH + hashlib.sha256(key.encode()).hexdigest()
 
 
 def hash_password(password: str) -> str:
@@ -958,9 +933,7 @@ class Recipients:
 
 
 @dataclass(frozen=True, repr=False)
-class OAuth2:
-    """Where access tokens come from (RFC 6749). resolve_settings() fills in what the provider has."""
-
+class OAuth2:  # where access tokens come from (RFC 6749); resolve_settings() fills in what the provider has
     provider: str = config_field("", one_of(PROVIDERS, "provider"), "microsoft or google: known token_url and scope")
     tenant: str = config_field("", parse_hostname, "microsoft: the directory's id or domain")
     token_url: str = config_field("", parse_token_url, "where tokens are fetched")
@@ -985,9 +958,7 @@ class Credentials:
 
 
 @dataclass(frozen=True, repr=False)
-class Login:
-    """Who may log in, and what for. A fence that is absent (None) permits everything, an empty one nothing."""
-
+class Login:  # who may log in, and what for; a fence that is absent (None) permits everything, an empty one nothing
     hash: str = config_field("", parse_password_hash, "of the password or the API key", secret="line")
     senders: frozenset | None = config_field(None, parse_fence, "addresses and domains that may be used as sender")
     recipients: frozenset | None = config_field(None, parse_fence, "the same of recipients")
@@ -1005,9 +976,7 @@ class Login:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class DkimKey:
-    """What signs the mail of a domain (RFC 6376). resolve_settings() sets domain and private."""
-
+class DkimKey:  # what signs the mail of a domain (RFC 6376); resolve_settings() sets domain and private
     selector: str = config_field("", matching(DOMAIN, "a selector"), "the key is at SELECTOR._domainkey.DOMAIN in DNS")
     key: Any = config_field("", parse_secret, "PEM: Ed25519, or RSA of 2048 bits or more", secret="text")
     domain: str = ""
@@ -1015,10 +984,8 @@ class DkimKey:
 
 
 @dataclass(frozen=True, repr=False)
-class Route:
-    """Where mail goes. resolve_settings() sets credentials and token, the relay MX address and tls_if_offered."""
-
-    mailer: str = config_field("ESMTP", parse_mailer, "the relay, or a folder for File")
+class Route:  # where mail goes; resolve_settings() sets credentials, token, port; the relay MX address, tls_if_offered
+    mailer: str = config_field("ESMTP", one_of(RELAYS, "relay type", or_folder=True), "the relay, or a folder for File")
     host: str = config_field("127.0.0.1", parse_host, "name or address of the next server; the folder, for File")
     port: int = config_field(0, integer(1, 65535), "25, Haineko 2794; 465 means TLS from the first byte")
     auth: str = config_field("", parse_text, "a name in authinfo")
@@ -1044,10 +1011,6 @@ class Route:
     token: str = field(default="", repr=False)
     oauth2: OAuth2 | None = None
 
-    def __post_init__(self) -> None:
-        if not self.port:
-            object.__setattr__(self, "port", self.row.default_port)
-
     def __hash__(self) -> int:
         return hash((self.mailer, self.host, self.port, self.address))  # cheap: routes are keys of the session pools
 
@@ -1055,6 +1018,7 @@ class Route:
     relay = property(lambda self: "File" if self.mailer.startswith("/") else self.mailer)
     row = property(lambda self: RELAYS.get(self.relay, UNKNOWN_RELAY))
     endpoint = property(lambda self: {"mailer": self.mailer, "host": self.host, "port": self.port})
+    folder = property(lambda self: next((p for p in (self.mailer, self.host) if p[:1] == "/"), tempfile.gettempdir()))
     # what `sessions` and `rate` limit: a server, or an account of it
     limit_key = property(lambda self: " ".join([self.mailer, self.host, str(self.port), *self.credentials[:1]]))
 
@@ -1064,10 +1028,6 @@ class Route:
         name = f"[{self.host}]" if ":" in self.host else self.host
         values = {"scheme": "https" if self.https else "http", "host": name, "port": self.port, "region": self.region}
         return self.base_url or self.row.api_url.format(**values)
-
-    @property
-    def folder(self) -> str:
-        return next((p for p in (self.mailer, self.host) if p.startswith("/")), "") or tempfile.gettempdir()
 
 
 def parse_route(value: Any, json_path: str, errors: list) -> Route:
@@ -1119,12 +1079,10 @@ def load_settings(path: str | None) -> tuple:
             files[name] = stat_key(name)
     exposed = sorted(file for file in exposed if files[file] and files[file][3] & 0o004)
     errors += [f"{file}: holds secrets and can be read by everybody; chmod 600 {file}" for file in exposed]
-    causes = tuple(f"{json_path}{mark}" for json_path in paths for mark in ".:[")
+    causes = tuple(f"{json_path}{mark}" for json_path in paths for mark in ".:[")  # errors behind them only follow
     settings, dependent = resolve_settings(replace(settings, path=path, files=tuple(files.items())), [])
-    for error in dependent:  # without those that only follow from others
-        if not (error.startswith(causes) or ("authinfo" in paths and "in authinfo" in error)):
-            errors.append(error)
-    return settings, errors
+    dependent = [error for error in dependent if not ("authinfo" in paths and "in authinfo" in error)]
+    return settings, errors + [error for error in dependent if not error.startswith(causes)]
 
 
 def stat_key(path: str) -> tuple | None:
@@ -1138,25 +1096,25 @@ def stat_key(path: str) -> tuple | None:
 def read_json_file(path: str, label: str, errors: list) -> dict:
     """Return the JSON object in a file, {} and an error if there is none."""
     try:
-        with open_regular(path) as stream:
-            if os.fstat(stream.fileno()).st_mode & 0o002:
-                errors.append(f"{label}: can be written by everybody; chmod 600 {path}")
-            raw = parse_json(stream.read())
-        if not isinstance(raw, dict):
-            raise ValueError(f"expected an object, got {json_type_name(raw)}")
+        if isinstance(raw := parse_json(read_regular(path, 0o002)), dict):
+            return raw
+        errors.append(f"{label}: expected an object, got {json_type_name(raw)}")
     except (OSError, ValueError) as error:
         errors.append(f"{label}: {getattr(error, 'strerror', None) or error}")
-        return {}
-    return raw
+    return {}
 
 
-def open_regular(path: str) -> Any:
-    """Open a regular file for reading; OSError for others: a FIFO would block, a device has no end."""
-    stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-        stream.close()
-        raise OSError(errno.EINVAL, "is not a regular file", path)
-    return stream
+def read_regular(path: str, forbidden: int = 0) -> bytes:
+    """Return a regular file's octets; OSError for others (a FIFO would block, a device has no end), and if it has any
+    of the `forbidden` rights of everybody."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as stream:
+        mode = os.fstat(stream.fileno()).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "is not a regular file", path)
+        if mode & forbidden:
+            verb = "written" if mode & 0o002 else "read"
+            raise OSError(errno.EPERM, f"can be {verb} by everybody; chmod 600 {path}", path)
+        return stream.read()
 
 
 def resolve_secrets(value: Any, json_path: str, base: str, errors: list) -> Any:
@@ -1182,12 +1140,12 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
     """Return (Settings, errors) with names, secrets and files looked up, so that a mail finds all of it ready."""
     base, tls, files = os.path.dirname(settings.path or ""), settings.httpd.tls, []
     logins = {key: _login(login, base, f"authinfo.{key}", errors) for key, login in settings.authinfo.items()}
-    tables: dict = {"mailertable": {}, "sendermt": {}}
-    for table, routes in tables.items():
+    values: dict = {"mailertable": {}, "sendermt": {}}
+    for table, routes in values.items():
         for key, first in getattr(settings, table).items():
             names = [f"{table}.{key}[{i}]" if first.fallbacks else f"{table}.{key}" for i in range(len(first.choices))]
             choices = [(name, route) for name, route in zip(names, first.choices) if not route.disabled]
-            found = [_route(replace(route, fallbacks=()), logins, base, name, errors) for name, route in choices]
+            found = [_route(route, logins, base, name, errors) for name, route in choices]
             routes.update({key: replace(found[0], fallbacks=tuple(found[1:]))} if found else {})
             files += [route.ca_file for route in found]
     missing = [key for key in ("certificate", "key") if tls and not getattr(tls, key)]
@@ -1198,10 +1156,10 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
             server_context(tls, base)
         except OSError as error:
             errors.append(f"httpd.tls: {error.filename}: {error.strerror}")
-    smtpd = replace(settings.smtpd, hostname=settings.smtpd.hostname or local_hostname())
-    recipients = settings.recipients or Recipients(domainpart=frozenset([smtpd.hostname.lower()]))
-    queue_settings = settings.queue and _queue_settings(settings.queue, base, errors)
-    keys = {domain: replace(key, domain=domain) for domain, key in settings.dkim.items()}
+    values["smtpd"] = smtpd = replace(settings.smtpd, hostname=settings.smtpd.hostname or local_hostname())
+    values["recipients"] = settings.recipients or Recipients(domainpart=frozenset([smtpd.hostname.lower()]))
+    values["queue"] = settings.queue and _queue_settings(settings.queue, base, errors)
+    values["dkim"] = keys = {domain: replace(key, domain=domain) for domain, key in settings.dkim.items()}
     for domain, key in keys.items():
         if not key.selector:
             errors.append(f"dkim.{domain}.selector: expected a selector")
@@ -1210,7 +1168,6 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
         except (ValueError, OSError) as error:
             errors.append(f"dkim.{domain}.key: {getattr(error, 'strerror', None) or error}")
     paths = [os.path.join(base, name) for name in files if name]
-    values = {"smtpd": smtpd, "recipients": recipients, "queue": queue_settings, "dkim": keys, **tables}
     return replace(settings, **values, files=(*settings.files, *[(path, stat_key(path)) for path in paths])), errors
 
 
@@ -1238,7 +1195,7 @@ def _queue_settings(settings: QueueSettings, base: str, errors: list) -> QueueSe
     path, secret, octets = os.path.abspath(os.path.join(base, settings.path)), settings.webhook_secret, b""
     if not settings.path or os.path.isdir(path):
         errors.append("queue.path: expected the name of a file")
-    elif not is_writable_folder(os.path.dirname(path)):
+    elif not os.access(f"{os.path.dirname(path)}/", os.W_OK | os.X_OK):
         errors.append(f"queue.path: {os.path.dirname(path)} is not a folder that can be written")
     with contextlib.suppress(ValueError):
         octets = base64.b64decode(str(secret).partition("whsec_")[2], validate=True)
@@ -1247,20 +1204,17 @@ def _queue_settings(settings: QueueSettings, base: str, errors: list) -> QueueSe
     return replace(settings, path=path, secret=octets)
 
 
-def is_writable_folder(path: str) -> bool:
-    return os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
-
-
 def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) -> Route:
     """Return the route with its login, and the host and port of its API."""
     row, login, has_login = route.row, logins.get(route.auth, Credentials()), route.auth in logins
+    route = replace(route, port=route.port or row.default_port)
     if route.auth and not has_login:
         errors.append(f'{json_path}.auth: "{route.auth}" is not in authinfo{did_you_mean(route.auth, logins)}')
     elif route.auth and row.api_url and not all(getattr(login, key) for key in row.login):
         errors.append(f"{json_path}.auth: authinfo.{route.auth} needs {' and '.join(row.login)}")
     errors += [f"{json_path}.{key}: {route.relay} takes no such setting" for key in row.refuses if getattr(route, key)]
     errors += [f"{json_path}.{key}: {route.relay} needs it" for key in row.needs if not getattr(route, key)]
-    if row.into_folder and not is_writable_folder(route.folder):
+    if row.into_folder and not os.access(f"{route.folder}/", os.W_OK | os.X_OK):  # with the slash it must be a folder
         errors.append(f"{json_path}.mailer: {route.folder} is not a folder that can be written")
     if not row.into_folder and route.host.startswith("/"):
         errors.append(f'{json_path}.host: expected a host name, got "{route.host}"')
@@ -1281,16 +1235,12 @@ def _route(route: Route, logins: dict, base: str, json_path: str, errors: list) 
     return replace(route, ca_file=ca_file, oauth2=oauth2, **values)
 
 
-class BaseURL(NamedTuple):
-    tls: bool
-    host: str
-    port: int
-    path: str  # stands before every path of the API
-    host_header: str  # value of the header Host, RFC 9110 7.2
+BaseURL = namedtuple("BaseURL", "tls host port path host_header")
 
 
 @functools.lru_cache(maxsize=1024)
 def split_base_url(url: str) -> BaseURL:
+    """Return a URL's parts: `path` stands before every path of the API, `host_header` is the Host of RFC 9110 7.2."""
     parts = urllib.parse.urlsplit(url)
     host, default_port = parts.hostname or "", 443 if parts.scheme == "https" else 80
     name, port = f"[{host}]" if ":" in host else host, parts.port or default_port
@@ -1329,7 +1279,7 @@ def server_context(tls: Tls, base: str) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     files = [os.path.join(base, name) for name in (tls.certificate, tls.key)]
     for name in files:
-        open_regular(name).close()
+        read_regular(name)
     try:
         context.load_cert_chain(*files, password=lambda: "")  # or OpenSSL would ask the terminal for it
     except (OSError, ValueError) as error:
@@ -1344,7 +1294,7 @@ def client_context(verify: bool, ca_file: str, _stat_key: tuple | None = None) -
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if ca_file:
-        open_regular(ca_file).close()
+        read_regular(ca_file)
         context.load_verify_locations(ca_file)
     if not verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -1445,7 +1395,7 @@ class Log:
             for line in lines:
                 self._to_syslog(head, line)
         elif not self.quiet:
-            head = "" if self.is_json else f"{timestamp(int(time.time()))} {name}"
+            head = "" if self.is_json else f"{time.strftime('%FT%T%z')} {name}"
             head = f"<{self.LEVELS[level]}>" if self.is_journal else head
             self._to_stderr("".join([f"{head}{line}\n" for line in lines]))
 
@@ -1513,11 +1463,6 @@ class Log:
             self.lost, self.lost_ever = self.lost + 1, self.lost_ever + 1
 
 
-@functools.lru_cache(maxsize=2)
-def timestamp(second: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(second))
-
-
 def log_exception(queueid: str | None) -> None:
     lines = traceback.format_exc().splitlines()
     log.lines(*[f"{queueid or '-'}: {sanitize(line, 500)}" for line in lines], level="error")
@@ -1547,19 +1492,18 @@ def log_value(value: Any, limit: int = 500) -> str:
 
 
 class Metrics:
-    """64-bit columns that all processes share: each adds to its own row, which a worker inherits. Not for threads."""
+    """64-bit columns that all processes share: each adds to its own row, which a worker inherits. Not for threads. The
+    first cell of a row is the heartbeat: when its process was not stuck, in nanoseconds of time.monotonic()."""
 
     BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds; one more cell has their sum
 
     def __init__(self) -> None:
-        self.table: dict = {}  # {name: (type, help, {label: its values})}
-        self.columns: dict = {}  # {(name, *label values): column}; nothing is counted before allocate()
-        self.rows: list = []  # of all processes
-        self.cells: Any = None  # the row of this one
+        self.allocate({}, 1)  # nothing is counted yet
 
     def allocate(self, table: dict, rows: int) -> None:
-        """Make room for the metrics of a table in so many rows; this process gets the last one."""
-        self.table, self.columns, width = table, {}, 1  # the first cell is the heartbeat
+        """Make room for the metrics {name: (type, help, {label: its values})} in so many rows, the last one for this
+        process. `columns` is {(name, *label values): column}."""
+        self.table, self.columns, width = table, {}, 1
         for name, (kind, _, labels) in table.items():
             for values in itertools.product(*labels.values()):
                 self.columns[(name, *values)] = width
@@ -1582,13 +1526,6 @@ class Metrics:
             column = self.columns[key]
             self.cells[column + bisect.bisect_left(self.BUCKETS, seconds)] += 1
             self.cells[column + len(self.BUCKETS) + 1] += round(seconds * 1e6)
-
-    def beat(self) -> None:
-        self.cells[0] = time.monotonic_ns()
-
-    def last_beat(self, row: int) -> float:
-        """Return when the process with that row was not stuck, in seconds of time.monotonic()."""
-        return self.rows[row][0] / 1e9
 
     def total(self, column: int) -> int:
         return sum([row[column] for row in self.rows])
@@ -6066,7 +6003,8 @@ Content-Transfer-Encoding: {encoding}
 async def post_webhook(leased: LeasedRecipient, secret: bytes, now: float, pool: Any, timeout: float = 15.0) -> Reply:
     """POST an event to its webhook (Standard Webhooks 1.0); return a reply as a relay gives it."""
     if not secret:
-        return make_reply("webhook-never", word="the settings have no webhook any more", mailer="Webhook")
+        words = "the settings have no webhook any more"
+        return make_reply("web-refused", word=words, mailer="Webhook", command="HTTP")
     base_url, path = WEBHOOK_URL.fullmatch(leased.to.recipient).group("base", "path")
     target, body = HTTPTarget(base_url, timeout, "Webhook"), leased.item.message.parts[0]
     event_id, moment = f"msg_{leased.item.queueid}", str(int(now))
@@ -6077,8 +6015,8 @@ async def post_webhook(leased: LeasedRecipient, secret: bytes, now: float, pool:
         status = (await pool.request(target, HTTPRequest("POST", path or "/", body, tuple(headers.items())))).status
     except Rejected as refused:
         return refused.reply
-    slug = "webhook" if 200 <= status <= 299 else "webhook-never" if status == 410 else "webhook-later"  # 410 is Gone
-    return make_reply(slug, word=str(status), **target.endpoint)
+    slug = "web-accepted" if 200 <= status <= 299 else "web-refused" if status == 410 else "web-later"  # 410 is Gone
+    return make_reply(slug, word=str(status), command="HTTP", **target.endpoint)
 
 
 # -- The file
@@ -6920,7 +6858,7 @@ def announce_queued(request: Request, items: list, app: App) -> None:
     """Log new mails in the queue and have them delivered."""
     for item in items:
         fields = {"queueid": item.queueid, **request.log_fields(), "from": item.sender}
-        when = timestamp(int(item.send_at)) if item.send_at > item.created_at else "once"
+        when = time.strftime("%FT%T%z", time.localtime(item.send_at)) if item.send_at > item.created_at else "once"
         log.event("info", "queued", f"queued, to be delivered at {when}", **fields)
     app.queue.wake_manager()
 
@@ -8119,7 +8057,7 @@ class Worker:
     async def _housekeeping(self) -> None:
         """Once a second, show that this loop is not stuck, close idle SMTP sessions, and update the log and metrics."""
         while True:
-            metrics.beat()
+            metrics.cells[0] = time.monotonic_ns()
             log.reopen()
             lost, log.lost_ever = log.lost_ever, 0
             metrics.add("haineko_log_lines_lost_total", by=lost)
@@ -8198,7 +8136,7 @@ class Supervisor:
 
     def _check_heartbeats(self, now: float) -> None:
         """Kill the workers that hang; while none does, say so to systemd's watchdog."""
-        beats = {pid: max(began, metrics.last_beat(slot)) for pid, (began, slot) in self.workers.items()}
+        beats = {pid: max(began, metrics.rows[slot][0] / 1e9) for pid, (began, slot) in self.workers.items()}
         was_late = now - self.looked > HANG_TIMEOUT / 2  # this process, or the machine, did not run either
         hanging = [pid for pid, beat in beats.items() if now - beat > HANG_TIMEOUT and not was_late]
         self.looked = now
@@ -8988,7 +8926,7 @@ def command_key(options: Any) -> int:
     key, errors = new_key(options.prefix), []
     fences = {"senders": options.sender, "recipients": options.recipient, "rate": options.rate}
     fences = {name: value for name, value in {**fences, "expires": options.expires}.items() if value}
-    login = {"hash": key_hash(key), **fences}
+    login = {"hash": KEY_HASH + hashlib.sha256(key.encode()).hexdigest(), **fences}  # enough for what is random
     mapping_of(parse_login)({options.name: login}, "password", errors)
     matching(re.compile("[A-Za-z0-9_-]{1,20}"), "letters, digits, - and _")(options.prefix, "--prefix", errors)
     if errors:
