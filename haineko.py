@@ -100,9 +100,7 @@ BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 RANDOM_DIGITS = bytes(ord(BASE62[i % 62]) for i in range(256))
 
 
-class Reply(NamedTuple):
-    """Reply about one recipient: an SMTP reply, or one of Haineko's own, with the command that decided."""
-
+class Reply(NamedTuple):  # about one recipient: an SMTP reply, or one of Haineko's own
     code: str  # three digits, RFC 5321 4.2
     dsn: str | None  # enhanced status code, RFC 3463; None if there was none
     command: str  # the command that decided: CONN EHLO STARTTLS AUTH MAIL RCPT DATA, QUEUE, DRYRUN or HTTP
@@ -138,9 +136,7 @@ class Rejected(Exception):  # noqa: N818 -- the word that postmasters use
     reply = property(lambda self: self.args[0])
 
 
-class Message(NamedTuple):
-    """Finished message (RFC 5322, CRLF); the recipient and the copy's number are inserted between its parts."""
-
+class Message(NamedTuple):  # finished (RFC 5322, CRLF); the recipient and the copy's number go between its parts
     parts: tuple  # (all of it,) or (up to "To: ", up to "Message-Id: <QUEUEID.", the rest) or (up to "To: ", the rest)
     needs_8bitmime: bool = False  # has octets over 127 (RFC 6152)
     needs_smtputf8: bool = False  # has them in its header (RFC 6531)
@@ -152,9 +148,7 @@ class Message(NamedTuple):
         return recipient.encode().join(self.parts)
 
 
-class Transaction(NamedTuple):
-    """One message for some recipients by one route."""
-
+class Transaction(NamedTuple):  # one message for some recipients by one route
     route: Any  # a Route
     hostname: str  # Haineko's name, for EHLO
     queueid: str
@@ -654,7 +648,7 @@ class Relay(NamedTuple):  # all that is known of one; to add one is to write its
     send: Callable | None  # (Transaction, TransportContext): awaited for a Reply for each recipient
     probe: Callable | None  # (ConnectivityProbe, TransportContext): awaited for CheckResults; sends no mail
     default_port: int = 25
-    api_url: str = ""  # template of the base URL of a relay by HTTP
+    api_url: str = ""  # template of the base URL of a relay by HTTP; {0} is the route
     needs: tuple = ()  # settings that its routes must have
     refuses: tuple = ()  # settings that its routes can't have
     login: tuple = ("username", "password")  # what a login for its API must have
@@ -737,8 +731,7 @@ class Authenticator:
         self.semaphore = threading.Semaphore(2)  # scrypt takes 16 MiB and a core each
 
     def authenticate(self, credentials: str, cached: bool = False) -> str:
-        """Return the login that an Authorization header (RFC 7617) proves, "" for none. A password takes a tenth of a
-        second, unless it was verified lately; `cached`: only what takes no time."""
+        """Return the login that an Authorization header (RFC 7617) proves, or ""; `cached`: without a run of scrypt."""
         scheme, _, token = credentials.partition(" ")
         user, colon, password = "", "", ""
         with contextlib.suppress(ValueError):
@@ -782,18 +775,6 @@ def verify_password(line: str, password: str) -> bool:
     cost, block, parallel = map(int, found.groups()[:3])
     salt, digest = map(base64.b64decode, found.groups()[3:])
     return hmac.compare_digest(scrypt(password, salt, cost, block, parallel), digest)
-
-
-def new_key(prefix: str) -> str:
-    """Return a new API key: 43 random digits, and 6 by which scanners for leaked secrets recognize it."""
-    digits = os.urandom(43).translate(RANDOM_DIGITS)
-    return f"{prefix}{digits.decode()}{_base62(binascii.crc32(digits))}"
-
-
-def hash_password(password: str) -> str:
-    salt = os.urandom(16)
-    parts = (base64.b64encode(octets).decode() for octets in (salt, scrypt(password, salt)))
-    return f"$scrypt$ln=14,r=8,p={NEW_COST}$" + "$".join(parts)
 
 
 def scrypt(password: str, salt: bytes, cost: int = 14, block: int = 8, parallel: int = NEW_COST) -> bytes:
@@ -1018,16 +999,12 @@ class Route:  # where mail goes; resolve_settings() sets credentials, token, por
     relay = property(lambda self: "File" if self.mailer.startswith("/") else self.mailer)
     row = property(lambda self: RELAYS.get(self.relay, UNKNOWN_RELAY))
     endpoint = property(lambda self: {"mailer": self.mailer, "host": self.host, "port": self.port})
+    scheme = property(lambda self: "https" if self.https else "http")
+    url_host = property(lambda self: f"[{self.host}]" if ":" in self.host else self.host)
+    url = property(lambda self: self.base_url or self.row.api_url.format(self))  # of a relay's HTTP API, or ""
     folder = property(lambda self: next((p for p in (self.mailer, self.host) if p[:1] == "/"), tempfile.gettempdir()))
     # what `sessions` and `rate` limit: a server, or an account of it
     limit_key = property(lambda self: " ".join([self.mailer, self.host, str(self.port), *self.credentials[:1]]))
-
-    @property
-    def url(self) -> str:
-        """Return the base URL of a relay's HTTP API; "" for the other relays."""
-        name = f"[{self.host}]" if ":" in self.host else self.host
-        values = {"scheme": "https" if self.https else "http", "host": name, "port": self.port, "region": self.region}
-        return self.base_url or self.row.api_url.format(**values)
 
 
 def parse_route(value: Any, json_path: str, errors: list) -> Route:
@@ -1105,8 +1082,7 @@ def read_json_file(path: str, label: str, errors: list) -> dict:
 
 
 def read_regular(path: str, forbidden: int = 0) -> bytes:
-    """Return a regular file's octets; OSError for others (a FIFO would block, a device has no end), and if it has any
-    of the `forbidden` rights of everybody."""
+    """Return a regular file's octets; OSError for others (a FIFO would block), and for one with a `forbidden` mode."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as stream:
         mode = os.fstat(stream.fileno()).st_mode
         if not stat.S_ISREG(mode):
@@ -1147,11 +1123,11 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
             choices = [(name, route) for name, route in zip(names, first.choices) if not route.disabled]
             found = [_route(route, logins, base, name, errors) for name, route in choices]
             routes.update({key: replace(found[0], fallbacks=tuple(found[1:]))} if found else {})
-            files += [route.ca_file for route in found]
+            files += [route.ca_file for route in found if route.ca_file]
     missing = [key for key in ("certificate", "key") if tls and not getattr(tls, key)]
     errors.extend(f"httpd.tls.{key}: expected the name of a PEM file" for key in missing)
     if tls and not missing:
-        files += [tls.certificate, tls.key]
+        files += [os.path.join(base, name) for name in (tls.certificate, tls.key)]
         try:
             server_context(tls, base)
         except OSError as error:
@@ -1167,8 +1143,7 @@ def resolve_settings(settings: Settings, errors: list) -> tuple:
             keys[domain] = replace(key, private=PrivateKey(key.key.encode())) if isinstance(key.key, str) else key
         except (ValueError, OSError) as error:
             errors.append(f"dkim.{domain}.key: {getattr(error, 'strerror', None) or error}")
-    paths = [os.path.join(base, name) for name in files if name]
-    return replace(settings, **values, files=(*settings.files, *[(path, stat_key(path)) for path in paths])), errors
+    return replace(settings, **values, files=(*settings.files, *[(path, stat_key(path)) for path in files])), errors
 
 
 def _login(login: Credentials, base: str, json_path: str, errors: list) -> Credentials:
@@ -1245,11 +1220,6 @@ def split_base_url(url: str) -> BaseURL:
     host, default_port = parts.hostname or "", 443 if parts.scheme == "https" else 80
     name, port = f"[{host}]" if ":" in host else host, parts.port or default_port
     return BaseURL(parts.scheme == "https", host, port, parts.path, name if port == default_port else f"{name}:{port}")
-
-
-def pin_queue_path(fresh: Settings, queue_settings: QueueSettings | None) -> Settings:
-    """Return reloaded settings with the queue's present file: another one takes effect at the next start."""
-    return replace(fresh, queue=queue_settings and replace(fresh.queue or queue_settings, path=queue_settings.path))
 
 
 def local_hostname(name: str | None = None) -> str:
@@ -1337,14 +1307,13 @@ LOG_FORMS = {"from": "<{}>".format, "delay": "{:.3f}".format, "to": lambda to: f
 
 
 class Log:
-    """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once. A
-    reader that is slow is waited for PATIENCE seconds; then lines are dropped and counted until it reads again."""
+    """Writer of log lines. After start_buffering() they wait for flush(), which writes those of many mails at once."""
 
     FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     LEVELS = {"error": 3, "warning": 4, "info": 6}  # of syslog(3)  # noqa: RUF012
     SYSLOG = ("/dev/log", "/var/run/syslog", "/var/run/log")  # Linux, macOS, BSD
     LOST = "{} lines were lost, since nobody read them"
-    PATIENCE = 0.1
+    PATIENCE = 0.1  # seconds for a reader that is slow; then lines are dropped and counted until it reads again
 
     def __init__(self) -> None:
         self.devel = False  # SMTP dialogues are shown, too
@@ -1492,8 +1461,7 @@ def log_value(value: Any, limit: int = 500) -> str:
 
 
 class Metrics:
-    """64-bit columns that all processes share: each adds to its own row, which a worker inherits. Not for threads. The
-    first cell of a row is the heartbeat: when its process was not stuck, in nanoseconds of time.monotonic()."""
+    """64-bit columns that all processes share: each adds to its own row, which a worker inherits. Not for threads."""
 
     BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds; one more cell has their sum
 
@@ -1501,9 +1469,8 @@ class Metrics:
         self.allocate({}, 1)  # nothing is counted yet
 
     def allocate(self, table: dict, rows: int) -> None:
-        """Make room for the metrics {name: (type, help, {label: its values})} in so many rows, the last one for this
-        process. `columns` is {(name, *label values): column}."""
-        self.table, self.columns, width = table, {}, 1
+        """Make room for metrics {name: (type, help, {label: its values})}; the last row is this process's."""
+        self.table, self.columns, width = table, {}, 1  # the first cell is the heartbeat: time.monotonic_ns()
         for name, (kind, _, labels) in table.items():
             for values in itertools.product(*labels.values()):
                 self.columns[(name, *values)] = width
@@ -1527,22 +1494,19 @@ class Metrics:
             self.cells[column + bisect.bisect_left(self.BUCKETS, seconds)] += 1
             self.cells[column + len(self.BUCKETS) + 1] += round(seconds * 1e6)
 
-    def total(self, column: int) -> int:
-        return sum([row[column] for row in self.rows])
-
     def text(self, current: dict) -> str:
         """Return all in Prometheus's text format; `current` are values by key that are no sums, None if unknown."""
-        lines = []
+        lines, totals = [], [sum(column) for column in zip(*self.rows)]
         for name, (kind, about, labels) in self.table.items():
             lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
             for key in itertools.product((name,), *labels.values()):
                 column, pairs = self.columns[key], [f'{label}="{value}"' for label, value in zip(labels, key[1:])]
-                samples = [("", pairs, current.get(key, self.total(column)))]
+                samples = [("", pairs, current.get(key, totals[column]))]
                 if kind == "histogram":
-                    counts = list(itertools.accumulate(self.total(column + i) for i in range(len(self.BUCKETS) + 1)))
+                    counts = list(itertools.accumulate(totals[column : column + len(self.BUCKETS) + 1]))
                     bounds = [[*pairs, f'le="{bound}"'] for bound in (*self.BUCKETS, "+Inf")]
                     samples = [("_bucket", *sample) for sample in zip(bounds, counts)]
-                    samples += [("_count", pairs, counts[-1]), ("_sum", pairs, self.total(column + len(counts)) / 1e6)]
+                    samples += [("_count", pairs, counts[-1]), ("_sum", pairs, totals[column + len(counts)] / 1e6)]
                 samples = [(f"{name}{suffix}{{{','.join(pairs)}}}", value) for suffix, pairs, value in samples]
                 lines += [f"{series} {value}".replace("{}", "") for series, value in samples if value is not None]
         return "\n".join(lines) + "\n"
@@ -5792,9 +5756,9 @@ BY_TOKEN = {"needs": ("auth",), "login": ("username", "oauth2")}
 RELAYS.update(
     ESMTP=Relay(relay_esmtp, probe_esmtp, keeps_octets=True),
     MX=Relay(relay_mx, probe_mx, destination="MX {domain}", refuses=("auth",), keeps_octets=True),
-    Haineko=Relay(relay_haineko, probe_haineko, default_port=2794, api_url="{scheme}://{host}:{port}"),
+    Haineko=Relay(relay_haineko, probe_haineko, 2794, "{0.scheme}://{0.url_host}:{0.port}"),
     SendGrid=Relay(relay_sendgrid, probe_sendgrid, 25, "https://api.sendgrid.com", ("auth",), login=("password",)),
-    AmazonSES=Relay(relay_amazonses, probe_amazonses, 25, "https://email.{region}.amazonaws.com", ("auth", "region")),
+    AmazonSES=Relay(relay_amazonses, probe_amazonses, 25, "https://email.{0.region}.amazonaws.com", ("auth", "region")),
     Mandrill=Relay(relay_mandrill, probe_mandrill, 25, "https://mandrillapp.com", ("auth",), login=("password",)),
     MSGraph=Relay(relay_msgraph, probe_msgraph, 25, "https://graph.microsoft.com", scopes=GRAPH_SCOPES, **BY_TOKEN),
     GmailAPI=Relay(relay_gmailapi, probe_gmailapi, 25, "https://gmail.googleapis.com", **BY_TOKEN),
@@ -6615,9 +6579,9 @@ class App:
 
     def apply(self, settings: Settings) -> None:
         """Use these settings from the next request on; the path of the queue stays what it was."""
-        settings = pin_queue_path(settings, self.queue.settings if self.queue else None)
         if self.queue:
-            self.queue.settings = settings.queue
+            self.queue.settings = replace(settings.queue or self.queue.settings, path=self.queue.settings.path)
+        settings = replace(settings, queue=self.queue and self.queue.settings)
         tls, base = settings.httpd.tls, os.path.dirname(settings.path or "")
         self.tls = server_context(tls, base) if tls else None
         log.open(settings.smtpd.syslog, settings.smtpd.log)
@@ -8219,7 +8183,8 @@ class Supervisor:
         fresh = replace(fresh, httpd=replace(fresh.httpd, listen=settings.httpd.listen, workers=settings.httpd.workers))
         if (fresh.queue and fresh.queue.path) != (settings.queue and settings.queue.path):
             log.lines("queue.path: takes effect at the next start")
-        self.settings = fresh = pin_queue_path(fresh, settings.queue)
+        queue = settings.queue and replace(fresh.queue or settings.queue, path=settings.queue.path)
+        self.settings = fresh = replace(fresh, queue=queue)
         log.open(fresh.smtpd.syslog, fresh.smtpd.log)
         log.lines(f"reloaded {settings.path}", *filter(None, [fresh.smtpd.staging]))
         self._signal(self.workers, signal.SIGHUP)
@@ -8917,13 +8882,17 @@ def command_pw(options: Any) -> int:
         password = sys.stdin.buffer.readline().decode("utf-8", "replace").rstrip("\r\n")
     if not password:
         raise CommandError("no password", 1)
-    print(f"{json.dumps(options.user or user_name(), ensure_ascii=False)}: {json.dumps(hash_password(password))}")
+    salt = os.urandom(16)
+    salt_and_digest = "$".join(base64.b64encode(octets).decode() for octets in (salt, scrypt(password, salt)))
+    line = f"$scrypt$ln=14,r=8,p={NEW_COST}${salt_and_digest}"
+    print(f"{json.dumps(options.user or user_name(), ensure_ascii=False)}: {json.dumps(line)}")
     return 0
 
 
 def command_key(options: Any) -> int:
     """Make an API key: print it, and its line for the section `password`."""
-    key, errors = new_key(options.prefix), []
+    digits, errors = os.urandom(43).translate(RANDOM_DIGITS), []
+    key = f"{options.prefix}{digits.decode()}{_base62(binascii.crc32(digits))}"  # so that scanners can recognize it
     fences = {"senders": options.sender, "recipients": options.recipient, "rate": options.rate}
     fences = {name: value for name, value in {**fences, "expires": options.expires}.items() if value}
     login = {"hash": KEY_HASH + hashlib.sha256(key.encode()).hexdigest(), **fences}  # enough for what is random
