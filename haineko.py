@@ -8358,6 +8358,7 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 #     Commands stand in the order of COMMANDS, the table at the end; a new one is a function and a row there.
 # ======================================================================================================================
 
+VOLATILE = r"(tmpfs|ramfs|nfs\d?|cifs|smb3|fuse\.sshfs|9p)"  # file systems that a restart or the network takes away
 LOCAL_HOST = r"(?:localhost|127\.[\d.]+|\[?::1\]?)"
 SPF_TERM = (  # RFC 7208; `lookup`: what counts as one, `inner`: a domain whose record counts too
     r"[+?~-]?(?:all|ip4:[\d.]+(?:/\d+)?|ip6:[\da-f:.]+(?:/\d+)?|(?P<lookup>(?:include:|redirect=)(?P<inner>\S+)"
@@ -8437,10 +8438,9 @@ def command_serve(options: Any) -> int:
 def prepare_server(options: Any) -> tuple:
     """Return a server's Settings and its listening sockets."""
     settings, errors, changes = usable_settings(options.config), [], {}
-    if options.listen:
-        changes["listen"] = list_of(parse_listen_address)(options.listen, "--listen", errors)
-    if options.workers is not None:
-        changes["workers"] = integer(0, 256)(options.workers, "--workers", errors)
+    for name, parse in (("listen", list_of(parse_listen_address)), ("workers", integer(0, 256))):
+        if getattr(options, name) is not None:
+            changes[name] = parse(getattr(options, name), f"--{name}", errors)
     if errors:
         raise CommandError("; ".join(errors), 2)
     settings = replace(settings, httpd=replace(settings.httpd, **changes))
@@ -8460,7 +8460,7 @@ def prepare_server(options: Any) -> tuple:
             listeners.append(bind(address))
     except (OSError, UnicodeError) as error:
         raise CommandError(f"can't listen at {address}: {getattr(error, 'strerror', None) or error}", 1) from None
-    for text in risk_warnings(settings):
+    for text in risk_warnings(settings, [url_of(listener, False) for listener in listeners]):
         log.write_bytes(sanitize(f"haineko: warning: {text}", 500).encode() + b"\n")
     return settings, listeners
 
@@ -8481,6 +8481,7 @@ def command_start(options: Any) -> int:
     pid_file, log_file = daemon_files(options)
     if pid := running_daemon(pid_file)[0]:
         raise CommandError(f"runs already (pid {pid})", 1)
+    os.environ.pop("NOTIFY_SOCKET", None)  # systemd waits for the process that it has started
     settings, listeners = prepare_server(options)
     try:
         output = os.open(log_file, log.FILE_FLAGS, 0o600)
@@ -8491,11 +8492,12 @@ def command_start(options: Any) -> int:
         raise CommandError(f"can't start: {error}", 1) from None
     sys.stderr.flush()
     if pid := os.fork():
-        while not (urls := running_daemon(pid_file)[2]):
+        while not (urls := os.pread(pid_fd, 4096, 0).decode().partition("\n")[2].strip()):
             if os.waitpid(pid, os.WNOHANG)[0]:
-                raise CommandError("did not start; see the log", 1)
+                raise CommandError(f"did not start; see {log_file}", 1)
             time.sleep(0.02)
-        return print_message(f"listens at {urls} (pid {pid}, log {log_file})", 0)
+        print(f"haineko {__version__} listens at {urls} (pid {pid}, log {log_file})", file=sys.stderr)
+        return 0
     os.setsid()
     os.chdir("/")
     for number, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
@@ -8548,7 +8550,7 @@ def command_status(options: Any) -> int:
     """Say whether the daemon runs, since when and where it listens."""
     pid_file, log_file = daemon_files(options)
     pid, since, urls = running_daemon(pid_file)
-    where = f" (pid {pid}) since {local_time(since)}, listens at {urls}, log {log_file}"
+    where = f" (pid {pid}) since {timestamp(since)}, listens at {urls}, log {log_file}"
     print(f"haineko runs{where}" if pid else "haineko does not run")
     return int(not pid)
 
@@ -8589,7 +8591,7 @@ def command_check(options: Any) -> int:
         f"{path or 'no settings file'}: fine; {staging}mail goes to {describe_route(route)} ({why}){printed}; "
         f"may be written to: {permitted}{'' if os.geteuid() else '; warning: the server needs no root'}"
     )
-    for text in dict.fromkeys([*risk_warnings(settings), *other_warnings(settings)]):
+    for text in dict.fromkeys([*risk_warnings(settings, settings.httpd.listen), *other_warnings(settings)]):
         print(sanitize(f"warning: {text}", 500), file=sys.stderr)
     return run(run_checks(settings, options))
 
@@ -8674,25 +8676,19 @@ async def check_spf(domain: str, resolver: Resolver) -> str:
         found = [re.fullmatch(SPF_TERM, term) for term in terms]
         unknown = next((term for term, match in zip(terms, found) if not match), "")
         lookups += len([match for match in found if match and match["lookup"]])
-        raise_fault(
-            name,
+        for is_fault, words in (
             (not record, "no SPF record"),
             (name == domain and terms[:1] == ["-all"], "v=spf1 -all says that the domain sends no mail at all"),
             (unknown, f'"{sanitize(unknown, 80)}" is no term of SPF: the record does not count'),
             ({"all", "+all"}.intersection(terms), "+all lets everybody send in its name: receivers treat it as spam"),
             (lookups > 10, f"{domain} has more than 10 look-ups (RFC 7208 4.6.4): receivers refuse"),
-        )
+        ):
+            if is_fault:
+                raise ValueError(f"{name}: {words}")
         inner = [match["inner"] for match in found if match["inner"] and "%" not in match["inner"]]  # %: of a mail
         names += [included for included in inner if included not in names]
         shown = shown or sanitize(record)
     return f"{shown} ({lookups} of 10 look-ups)"
-
-
-def raise_fault(name: str, *faults: tuple) -> None:
-    """Raise ValueError with the first fault of (whether it is there, words)."""
-    for found, words in faults:
-        if found:
-            raise ValueError(f"{name}: {words}")
 
 
 async def check_dkim(domain: str, selector: str | None, resolver: Resolver, keys: dict) -> str:
@@ -8708,8 +8704,7 @@ async def check_dkim(domain: str, selector: str | None, resolver: Resolver, keys
     with contextlib.suppress(ValueError):
         key = base64.b64decode(public, validate=True)
     bits = rsa_bits(key)
-    raise_fault(
-        name,
+    for is_fault, words in (
         (not record, "no key: signatures can't be verified"),
         (tags.get("v", "DKIM1") != "DKIM1" or "p" not in tags, "not a DKIM key"),
         (not public, "the key is revoked (p= is empty)"),
@@ -8717,7 +8712,9 @@ async def check_dkim(domain: str, selector: str | None, resolver: Resolver, keys
         (not key, "the key is no base64"),
         (is_ed25519 and len(key) != 32, "an ed25519 key has 32 octets"),
         (not is_ed25519 and bits < 1024, f"RSA key of {bits or 'unknown'} bits: receivers want 1024 at least"),
-    )
+    ):
+        if is_fault:
+            raise ValueError(f"{name}: {words}")
     under_test = "; t=y: under test, so a failure counts as no signature" * ("y" in tags.get("t", ""))
     return f"{name}: {'ed25519' if is_ed25519 else f'RSA, {bits} bits'}{under_test}"
 
@@ -8736,14 +8733,14 @@ async def check_dmarc(domain: str, resolver: Resolver) -> str:
     raise ValueError(f"_dmarc.{domain}: no DMARC record: Gmail, Yahoo and Outlook refuse bulk mail without")
 
 
-def risk_warnings(settings: Settings) -> Any:
-    """Yield warnings of what lets strangers use the server or learn a secret; the start tells them too."""
+def risk_warnings(settings: Settings, addresses: Any) -> Any:
+    """Yield warnings of what lets strangers use the server or learn a secret; the start tells them too. Addresses are
+    those of the settings, or the URLs at which it listens."""
     httpd, relayhosts = settings.httpd, settings.relayhosts
-    for address in () if httpd.tls or httpd.trusted_proxies.texts else httpd.listen:
-        if not re.fullmatch(rf"unix:.*|{LOCAL_HOST}:\d+", address):
+    for address in () if httpd.tls or httpd.trusted_proxies.texts else addresses:
+        if not re.fullmatch(rf"unix:.*|(?:http://)?{LOCAL_HOST}:\d+/?", address):
             yield f"httpd.listen: {address} takes mail from other machines without TLS; set tls or trusted_proxies"
-    networks = [ipaddress.ip_network(text, strict=False) for text in relayhosts.relayhosts.texts]
-    from_outside = relayhosts.open_relay or not all(network.is_loopback for network in networks)
+    from_outside = relayhosts.open_relay or not all(net.is_loopback for net in relayhosts.relayhosts.networks)
     if settings.recipients.open_relay and from_outside and not settings.password.logins:
         yield "recipients.open-relay: other machines (relayhosts) may write to everybody without a login"
     for text in httpd.trusted_proxies.texts:
@@ -8759,9 +8756,8 @@ def other_warnings(settings: Settings) -> Any:
     for name, route, _ in named_routes(settings):
         if re.search(r"(?:\A|\.)example(?:\.(?:com|net|org))?\Z", route.host):
             yield f"{name}.host: {route.host} is an example"
-        if route.relay == "ESMTP" and not (
-            route.starttls or route.port == SMTPS or re.fullmatch(LOCAL_HOST, route.host)
-        ):
+        is_safe = route.starttls or route.port == SMTPS or re.fullmatch(LOCAL_HOST, route.host)
+        if route.relay == "ESMTP" and not is_safe:
             yield f"{name}.starttls: mail goes to {route.host} without TLS"
         for key, value in zip(("username", "password"), route.credentials if route.auth else ()):
             if not value and key in route.row.login and not (route.oauth2 and key == "password"):
@@ -8769,7 +8765,17 @@ def other_warnings(settings: Settings) -> Any:
     for user, login in sorted(settings.password.logins.items()):
         if login.hash.startswith("{SSHA}"):
             yield f"password.{user}: {{SSHA}} is quick to guess; `haineko.py pw` prints a better line"
-    files = [*(path for path, _ in settings.files), *([settings.queue.path] if settings.queue else [])]
+    to, is_local = settings.recipients, resolve_route("", "", settings)[0].row.probe is probe_local
+    if not (to.open_relay or to.recipients or is_local) and to.domainpart == {settings.hostname.lower()}:
+        yield f"recipients: only addresses at {settings.hostname} may be written to"
+    files = [path for path, _ in settings.files]
+    if settings.queue:
+        files.append(settings.queue.path)
+        with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as stream:
+            disk = os.stat(os.path.dirname(settings.queue.path)).st_dev
+            mount = rf"(?m)^\d+ \d+ {os.major(disk)}:{os.minor(disk)} .* - {VOLATILE} "  # proc_pid_mountinfo(5)
+            if found := re.search(mount, stream.read()):
+                yield f"queue.path: {found[1]} is no file system of a disk of this machine"
     for path in [*files, *map(os.path.dirname, files)]:
         with contextlib.suppress(OSError):
             about = os.stat(path)
@@ -8832,16 +8838,14 @@ def submission_from_options(options: Any) -> bytes:
     if not options.to:
         return read_bytes(options.file or "-")
     from_stdin = options.body is None and not options.html
+    attached = [(path, base64.b64encode(read_bytes(path)).decode()) for path in options.attach]
     document = {
         "mail": options.sender or envelope_sender(None, local_hostname()),
         "rcpt": options.to,
         "header": header,
         "body": read_bytes("-").decode("utf-8", "replace") if from_stdin else options.body,
         "html": read_bytes(options.html).decode("utf-8", "replace") if options.html else None,
-        "attachments": [
-            {"filename": os.path.basename(path), "content": base64.b64encode(read_bytes(path)).decode()}
-            for path in options.attach
-        ],
+        "attachments": [{"filename": os.path.basename(path), "content": octets} for path, octets in attached],
     }
     return encode_json(document)
 
@@ -8921,35 +8925,28 @@ def run_operation(store: QueueDB, operation: Callable, *values: Any) -> Any:
 
 
 def queue_list(store: QueueDB, as_json: bool = False) -> int:
+    """Print every recipient in the queue as a line of a table, or of a JSON array."""
     count = last = 0
-    heading = f"{'QUEUE ID':16}  {'SIZE':>9}  {'ARRIVED':25}  {'NEXT ATTEMPT':30}  SENDER -> RECIPIENT  LAST REPLY"
+    heading = f"{'QUEUE ID':16}  {'SIZE':>9}  {'ARRIVED':24}  {'NEXT ATTEMPT':29}  SENDER -> RECIPIENT  LAST REPLY"
     print("[" if as_json else heading)
     while rows := run_operation(store, open_recipients_after, last, 500):  # in parts: the server works on meanwhile
         for row in rows:
-            print(("," if count and as_json else "") + queue_row(row, as_json))
+            due, created_at, attempts = row["due"], row["created_at"], parse_history(row["history"])
+            reply = attempts[-1].reply if attempts else None
+            if as_json:
+                values = {key: row[key] for key in ("queueid", "size", "state", "sender", "recipient")}
+                values.update(arrived=time_to_dict(created_at), next=time_to_dict(due), attempts=len(attempts))
+                values["response"] = reply and reply_to_dict(row["recipient"], reply)
+                print("," * bool(count) + json.dumps(values, ensure_ascii=False))
+            else:
+                when = row["state"] if due is None else timestamp(max(due, created_at))
+                head = f"{row['queueid']}  {row['size']:>9}  {timestamp(created_at)}  next {when:24}"
+                words = sanitize(f"{reply.code} {' '.join(reply.message)}", 500) if reply else ""
+                print(f"{head}  <{row['sender']}> -> <{row['recipient']}>  {words}")
             count += 1
         last = rows[-1]["id"]
     print("]" if as_json else f"{count} recipient{'s' * (count != 1)}")
     return 0
-
-
-def queue_row(row: Any, as_json: bool) -> str:
-    """Return a recipient in the queue as a line of a table, or as JSON."""
-    due, created_at, attempts = row["due"], row["created_at"], parse_history(row["history"])
-    reply = attempts[-1].reply if attempts else None
-    if as_json:
-        values = {key: row[key] for key in ("queueid", "size", "state", "sender", "recipient")}
-        values.update({"arrived": time_to_dict(created_at), "next": time_to_dict(due), "attempts": len(attempts)})
-        values["response"] = reply and reply_to_dict(row["recipient"], reply)
-        return json.dumps(values, ensure_ascii=False)
-    when = row["state"] if due is None else local_time(max(due, created_at))
-    words = sanitize(f"{reply.code} {' '.join(reply.message)}", 500) if reply else ""
-    head = f"{row['queueid']}  {row['size']:>9}  {local_time(created_at)}  next {when:25}"
-    return f"{head}  <{row['sender']}> -> <{row['recipient']}>  {words}"
-
-
-def local_time(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(seconds))
 
 
 def queue_show(store: QueueDB, queueid: str, as_json: bool) -> int:
@@ -8959,13 +8956,13 @@ def queue_show(store: QueueDB, queueid: str, as_json: bool) -> int:
     if as_json:
         print(json.dumps(message_document(found), ensure_ascii=False, indent=2))
         return 0
-    print(f"{queueid}  {found['size']} octets  arrived {local_time(found['created_at'])}\nfrom <{found['sender']}>")
+    print(f"{queueid}  {found['size']} octets  arrived {timestamp(found['created_at'])}\nfrom <{found['sender']}>")
     for row in found["recipients"]:
-        when = "" if row["due"] is None else f", next attempt {local_time(max(row['due'], found['created_at']))}"
+        when = "" if row["due"] is None else f", next attempt {timestamp(max(row['due'], found['created_at']))}"
         print(f"to <{sanitize(row['as_written'])}>: {row['state']}{when}")
         for moment, reply in parse_history(row["history"]):
             words = sanitize(f"{reply.code} {' '.join(reply.message)}", 500)
-            print(f"   {local_time(moment)}  {reply.relay}: {words}")
+            print(f"   {timestamp(moment)}  {reply.relay}: {words}")
     return 0
 
 
@@ -8986,9 +8983,8 @@ def command_pw(options: Any) -> int:
 def command_key(options: Any) -> int:
     """Make an API key: print it, and its line for the section `password`."""
     key, errors = new_key(options.prefix), []
-    fences = {"senders": options.sender, "recipients": options.recipient, "rate": options.rate}
-    fences = {name: value for name, value in {**fences, "expires": options.expires}.items() if value}
-    login = {"hash": key_hash(key), **fences}
+    fences = {name: getattr(options, name) for name in ("senders", "recipients", "rate", "expires")}
+    login = {"hash": key_hash(key), **{name: value for name, value in fences.items() if value}}
     mapping_of(parse_login)({options.name: login}, "password", errors)
     matching(re.compile("[A-Za-z0-9_-]{1,20}"), "letters, digits, - and _")(options.prefix, "--prefix", errors)
     if errors:
@@ -9098,7 +9094,15 @@ def command_sendmail(argv: list) -> int:
         if mode == "m":
             return sendmail_deliver(flags, addresses)
         if mode in ("p", "q"):
-            return sendmail_queue(flags)
+            queue = usable_settings(flags.get("-C")).queue
+            if queue and os.path.exists(queue.path) and mode == "p":
+                return queue_list(QueueDB(queue))
+            if mode == "p":
+                print("Mail queue is empty")
+            elif queue and os.path.exists(queue.path):  # -q: all is due, or with -qIQUEUEID one mail
+                which = flags.get("-q", "").strip()
+                run_operation(QueueDB(queue), flush_queue, which[1:] if which[:1] == "I" else None)
+            return os.EX_OK
         if mode == "v":
             settings, _ = sendmail_settings(flags)
             refused = [print_route(to, "", settings) for to in named_recipients(addresses, [], settings)]
@@ -9128,7 +9132,7 @@ def sendmail_deliver(flags: dict, addresses: list) -> int:
     for name, octets in message.fields:
         listed = re.fullmatch(r"(?:resent-)?(?:from|sender|to|cc|bcc|reply-to)|errors-to|return-receipt-to", name)
         fields.append((name, qualified(octets.decode("latin-1"), hostname).encode("latin-1") if listed else octets))
-    rcpt = named_recipients(addresses, recipient_fields(fields) if "-t" in flags else [], settings)
+    rcpt = named_recipients(addresses, fields if "-t" in flags else [], settings)
     if not rcpt:
         raise CommandError("usage: no recipient", os.EX_USAGE)
     if "from" not in dict(fields):
@@ -9159,11 +9163,8 @@ def sendmail_settings(flags: dict) -> tuple:
     if url:
         return settings, (url,)
     urls = running_daemon(os.path.join(os.path.dirname(path), "haineko.pid"))[2].split()
-    for address in settings.httpd.listen:
-        host, _, port = address.rpartition(":")
-        host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
-        url = f"{'https' if settings.httpd.tls else 'http'}://{host}:{port}/"
-        urls.append(address if address.startswith("unix:") else url)
+    scheme = "https" if settings.httpd.tls else "http"
+    urls += [text if text.startswith("unix:") else f"{scheme}://{text}/" for text in settings.httpd.listen]
     return settings, urls
 
 
@@ -9239,10 +9240,17 @@ def envelope_sender(given: str | None, hostname: str) -> str:
 
 
 def named_recipients(addresses: list, fields: list, settings: Settings) -> list:
-    """Return the recipients in words of a command line and in header fields, each name in smtpd.aliases expanded."""
+    """Return the recipients in words of a command line and in header fields, each name in smtpd.aliases expanded. In
+    a message that is sent again, the Resent- fields of its last sending count."""
     named = [address for text in addresses for address in split_addresses(text, settings.hostname)]
-    here, found = f"@{settings.hostname.lower()}", []
-    for address in [*named, *header_recipients(fields)]:
+    here, again, found = f"@{settings.hostname.lower()}", {}, []
+    for name, octets in fields:
+        if name in again:  # of an earlier sending
+            break
+        if name.startswith("resent-"):
+            again[name] = octets
+    resent = header_recipients([(name[7:], octets) for name, octets in again.items()])
+    for address in [*named, *(resent or header_recipients(fields))]:
         name = address[: -len(here)] if address.lower().endswith(here) else ""
         found += settings.smtpd.aliases.get(name.lower(), (address,))
     return found
@@ -9253,18 +9261,6 @@ def split_addresses(text: str, hostname: str) -> list:
     if re.search(r'[<"(:]', text):
         return header_recipients([("to", b"To: " + qualified(text, hostname).encode("utf-8", "replace"))])
     return [qualified(word, hostname) for word in re.split(r"[\s,;]+", text) if word]
-
-
-def recipient_fields(fields: list) -> list:
-    """Return To, Cc and Bcc, or of a message that is sent again the Resent- ones of its last sending, all as "to"."""
-    again: dict = {}
-    for name, octets in fields:
-        if name in again:  # of an earlier sending
-            break
-        if name.startswith("resent-"):
-            again[name] = octets
-    resent = [("to", octets) for name, octets in again.items() if name in ("resent-to", "resent-cc", "resent-bcc")]
-    return resent or [("to", octets) for name, octets in fields if name in ("to", "cc", "bcc")]
 
 
 def qualified(text: str, hostname: str) -> str:
@@ -9293,20 +9289,6 @@ def dsn_options(flags: dict) -> tuple:
     return f" RET={ret}{' ENVID=' if envid else ''}{envid}", f" NOTIFY={notify}"
 
 
-def sendmail_queue(flags: dict) -> int:
-    """List the queue, or with -q make what waits due: all, or with -qIQUEUEID one mail."""
-    settings = usable_settings(flags.get("-C")).queue
-    store = QueueDB(settings) if settings and os.path.exists(settings.path) else None
-    if "-b" in flags and store:
-        return queue_list(store)
-    if "-b" in flags:
-        print("Mail queue is empty")
-    elif store:
-        which = flags["-q"].strip()
-        run_operation(store, flush_queue, which[1:] if which[:1] == "I" else None)
-    return os.EX_OK
-
-
 # Word in COMMANDS: (names, what else ArgumentParser.add_argument() takes). A word that is not here is the name itself.
 ARGUMENTS = {
     "config": ("-c --config", {"metavar": "FILE", "help": "settings file"}),
@@ -9329,8 +9311,8 @@ ARGUMENTS = {
     "id": ("id", {"metavar": "QUEUEID", "nargs": "?"}),
     "all": ("--all", {"action": "store_true", "help": "retry: all that waits, as flush does"}),
     "json": ("--json", {"action": "store_true", "help": "list, show: as JSON"}),
-    "senders": ("--sender", {"action": "append", "metavar": "D", "help": "address or domain; again for more"}),
-    "recipients": ("--recipient", {"action": "append", "metavar": "D", "help": "the same of recipients"}),
+    "senders": ("--sender", {"dest": "senders", "action": "append", "metavar": "D", "help": "address or domain"}),
+    "recipients": ("--recipient", {"dest": "recipients", "action": "append", "metavar": "D", "help": "the same"}),
     "rate": ("--rate", {"metavar": "R", "help": "recipients/seconds"}),
     "expires": ("--expires", {"metavar": "T", "help": "ISO 8601 date or time"}),
     "prefix": ("--prefix", {"metavar": "P", "default": "hk_"}),

@@ -12981,13 +12981,14 @@ class UnderSystemd(Peers):
 
     def test_sockets_of_systemd(self) -> None:
         setup = (
-            f"import socket; a = socket.create_server(('127.0.0.1', 0)); b = socket.socket(socket.AF_UNIX)\n"
+            f"import socket; a = socket.create_server(('0.0.0.0', 0)); b = socket.socket(socket.AF_UNIX)\n"
             f"b.bind({self.path + '.http'!r}); b.listen(); c, d = a.detach(), os.dup(b.detach())\n"
             "os.dup2(d, 99); os.dup2(c, 3); os.dup2(99, 4)\n"
             "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='2')"
         )
         server = self.server(setup)
         self.assertEqual(len(server.urls), 2)
+        self.assertIn(f"warning: httpd.listen: {server.urls[0]} takes mail from other machines", server.log())
         for i in (0, 1):
             self.assertEqual(server.ask(post(document(rcpt=["a@example.jp"])), i=i)[0], 200)
         server.stop()
@@ -13130,12 +13131,19 @@ class Commands(Folder, Peers):
 
         for command in ("status", "stop", "reload"):
             self.assertEqual(self.called(command, *options)[0], 1, command)
-        code, out, err = self.haineko("start", *options)
+        systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(systemd.close)
+        systemd.bind(os.path.join(self.folder, "notify"))
+        code, out, err = self.haineko("start", *options, NOTIFY_SOCKET=systemd.getsockname())
         self.assertEqual((code, out), (0, ""), err)
+        said = rf"\Ahaineko {haineko.__version__} listens at http://127\.0\.0\.1:\d+/ \(pid \d+, log /.*/x\.log\)\n\Z"
+        self.assertRegex(err, said)
         self.assertEqual(self.called("start", *options)[0], 1)
         code, out, _ = self.called("status", *options)
         self.assertEqual((code, int(re.search(r"pid (\d+)", out)[1])), (0, int(re.search(r"pid (\d+)", err)[1])))
-        self.assertRegex(out, r" since \d{4}-\d\d-\d\d .*, listens at http://127\.0\.0\.1:\d+/, log /.*/x\.log\n")
+        self.assertRegex(
+            out, r" since \d{4}-\d\d-\d\dT[\d:]+[+-]\d{4}, listens at http://127\.0\.0\.1:\d+/, log /.*/x\.log\n"
+        )
         logs = [os.path.join(self.folder, name) for name in ("x.log.1", "x.log")]
         os.rename(logs[1], logs[0])  # as logrotate does
         self.assertEqual(self.called("reload", *options)[0], 0)
@@ -13159,6 +13167,7 @@ class Commands(Folder, Peers):
         for command in ("reload", "restart"):  # rather the old one than none
             self.assertEqual(self.called(command, *options)[0], 2, command)
         self.assertEqual(self.called("stop", *options)[0], 0)
+        self.assertEqual(select.select([systemd], [], [], 0)[0], [])  # it waits for the process that it has started
         self.assertEqual(self.called("status", *options)[:2], (1, "haineko does not run\n"))
         self.assertFalse(os.path.exists(os.path.join(self.folder, "x.pid")))
         text = ""
@@ -13170,11 +13179,27 @@ class Commands(Folder, Peers):
         self.assertNotIn("Traceback", text)
 
     def test_start_says_why_it_does_not(self) -> None:
+        bad, log = self.write("bad.json", {"x": 1}), os.path.join(self.folder, "x.log")
+        fine = self.settings(httpd={"listen": "127.0.0.1:0"})
         with socket.create_server(("127.0.0.1", 0)) as taken:
-            force = self.settings(httpd={"listen": f"127.0.0.1:{taken.getsockname()[1]}"})
-            code, _, err = self.haineko("start", "-c", force, "--pid-file", os.path.join(self.folder, "x.pid"))
-        self.assertEqual(code, 1)
-        self.assertIn("Address already in use", err)
+            place = f"127.0.0.1:{taken.getsockname()[1]}"
+            cases = (
+                (("-c", fine, "--listen", place), "", 1, f"can't listen at {place}: Address already in use"),
+                (("-c", bad), "", 2, "x: unknown key"),
+                (("-c", fine), "os.mkdir(sys.argv[-1])", 1, f"can't start: [Errno 21] Is a directory: '{log}'"),
+                (("-c", fine), "haineko.SIGNALS = None", 1, f"did not start; see {log}\n"),
+            )
+            for words, before, wanted, reason in cases:
+                script = f"import os, sys, haineko; {before}\nsys.exit(haineko.main(sys.argv[1:-1]))"
+                command = [sys.executable, "-c", script, "start", *words, "--pid-file", log[:-3] + "pid", log]
+                env = environment(PYTHONPATH=os.path.dirname(PROGRAM))
+                done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=30, check=False)
+                with self.subTest(words, before=before):
+                    self.assertEqual((done.returncode, done.stdout), (wanted, ""), done.stderr)
+                    self.assertIn(reason, done.stderr)
+                    self.assertNotIn("Traceback", done.stderr)
+                if os.path.isdir(log):
+                    os.rmdir(log)
 
     def test_check_prints_every_fault_or_where_mail_would_go(self) -> None:
         smart = {"host": "smtp.example.org", "port": 587, "starttls": 1, "auth": "relay"}
@@ -13628,17 +13653,33 @@ class Commands(Folder, Peers):
                 {"httpd": {"listen": "0.0.0.0:1"}},
                 ["httpd.listen: 0.0.0.0:1 takes mail from other machines without TLS; set tls or trusted_proxies"],
             ),
+            (
+                {**route(), "recipients": None, "smtpd": {"hostname": "here.test"}},
+                ["recipients: only addresses at here.test may be written to"],
+            ),
+            ({"mailertable": {"default": {"mailer": "Discard"}}, "recipients": None}, []),
         )
         for sections, wanted in cases:
             with self.subTest(sections):
-                path = self.write("warned.json", {**open_to_all, **sections})
+                whole = {key: value for key, value in {**open_to_all, **sections}.items() if value is not None}
+                path = self.write("warned.json", whole)
                 code, out, err = self.called("check", "-c", path)
                 self.assertEqual((code, err.splitlines()), (0, [f"warning: {line}" for line in wanted]), out)
         example = os.path.join(HERE, "haineko.json.example")
         wanted = ["mailertable.default.host: smtp.example.org is an example"]
         wanted += ["authinfo.relay.username: is empty", "authinfo.relay.password: is empty"]
         lines = [line for line in self.called("check", "-c", example)[2].splitlines() if "chmod" not in line]
-        self.assertEqual(lines, [f"warning: {line}" for line in wanted])
+        self.assertEqual([line for line in lines if "queue.path" not in line], [f"warning: {line}" for line in wanted])
+
+    def test_check_warns_of_a_queue_in_memory(self) -> None:
+        if not (os.path.isdir("/dev/shm") and os.path.exists("/proc/self/mountinfo") and shutil.which("stat")):
+            self.skipTest("no tmpfs on this machine")
+        for place in ("/dev/shm", None):
+            with tempfile.TemporaryDirectory(dir=place) as folder, self.subTest(folder):
+                kind = subprocess.run(["stat", "-fc%T", folder], capture_output=True, text=True, check=True).stdout
+                path = self.settings(queue={"path": os.path.join(folder, "q.db")})
+                told = "warning: queue.path: tmpfs is no file system of a disk of this machine\n"
+                self.assertEqual(told in self.called("check", "-c", path)[2], kind == "tmpfs\n")
 
     def test_setup_writes_what_is_not_there(self) -> None:
         folder = os.path.join(self.folder, "new", "folder")
