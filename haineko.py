@@ -8358,7 +8358,6 @@ def url_of(listener: socket.socket, tls: bool) -> str:
 #     Commands stand in the order of COMMANDS, the table at the end; a new one is a function and a row there.
 # ======================================================================================================================
 
-VOLATILE = r"(tmpfs|ramfs|nfs\d?|cifs|smb3|fuse\.sshfs|9p)"  # file systems that a restart or the network takes away
 LOCAL_HOST = r"(?:localhost|127\.[\d.]+|\[?::1\]?)"
 SPF_TERM = (  # RFC 7208; `lookup`: what counts as one, `inner`: a domain whose record counts too
     r"[+?~-]?(?:all|ip4:[\d.]+(?:/\d+)?|ip6:[\da-f:.]+(?:/\d+)?|(?P<lookup>(?:include:|redirect=)(?P<inner>\S+)"
@@ -8490,7 +8489,6 @@ def command_start(options: Any) -> int:
         os.ftruncate(pid_fd, 0)
     except OSError as error:
         raise CommandError(f"can't start: {error}", 1) from None
-    sys.stderr.flush()
     if pid := os.fork():
         while not (urls := os.pread(pid_fd, 4096, 0).decode().partition("\n")[2].strip()):
             if os.waitpid(pid, os.WNOHANG)[0]:
@@ -8564,8 +8562,7 @@ def command_reload(options: Any) -> int:
 
 def signal_daemon(options: Any, number: int) -> int:
     """Send the daemon a signal; return its pid."""
-    pid = running_daemon(daemon_files(options)[0])[0]
-    if not pid:
+    if not (pid := running_daemon(daemon_files(options)[0])[0]):
         raise CommandError("does not run", 1)
     try:
         os.kill(pid, number)
@@ -8587,10 +8584,9 @@ def command_check(options: Any) -> int:
     names = [*sorted(f"@{domain}" for domain in to.domainpart), *sorted(to.recipients)]
     permitted = f"{', '.join(names[:8])}{f' and {len(names) - 8} more' * (len(names) > 8)} only" if names else "nobody"
     permitted = "everybody" if to.open_relay else f"{permitted} (setting recipients)"
-    print(
-        f"{path or 'no settings file'}: fine; {staging}mail goes to {describe_route(route)} ({why}){printed}; "
-        f"may be written to: {permitted}{'' if os.geteuid() else '; warning: the server needs no root'}"
-    )
+    where = f"{staging}mail goes to {describe_route(route)} ({why}){printed}; may be written to: {permitted}"
+    root = "" if os.geteuid() else "; warning: the server needs no root"
+    print(f"{path or 'no settings file'}: fine; {where}{root}")
     for text in dict.fromkeys([*risk_warnings(settings, settings.httpd.listen), *other_warnings(settings)]):
         print(sanitize(f"warning: {text}", 500), file=sys.stderr)
     return run(run_checks(settings, options))
@@ -8723,8 +8719,7 @@ async def check_dmarc(domain: str, resolver: Resolver) -> str:
     """Check the DMARC policy of the domain or of one above it (RFC 7489)."""
     for parent in lookup_keys(domain)[:-1] or [domain]:
         name = f"_dmarc.{parent.lstrip('.')}"
-        record = await txt_record(name, r"v=DMARC1\s*(?:;|$)", resolver)
-        if record:
+        if record := await txt_record(name, r"v=DMARC1\s*(?:;|$)", resolver):
             tags = parse_tags(record)
             policy = tags.get("p", "") if parent == domain else tags.get("sp", tags.get("p", ""))
             if policy.lower() not in ("none", "quarantine", "reject"):
@@ -8734,8 +8729,7 @@ async def check_dmarc(domain: str, resolver: Resolver) -> str:
 
 
 def risk_warnings(settings: Settings, addresses: Any) -> Any:
-    """Yield warnings of what lets strangers use the server or learn a secret; the start tells them too. Addresses are
-    those of the settings, or the URLs at which it listens."""
+    """Yield warnings of what lets strangers use the server, which is to listen at the addresses, or learn a secret."""
     httpd, relayhosts = settings.httpd, settings.relayhosts
     for address in () if httpd.tls or httpd.trusted_proxies.texts else addresses:
         if not re.fullmatch(rf"unix:.*|(?:http://)?{LOCAL_HOST}:\d+/?", address):
@@ -8743,9 +8737,8 @@ def risk_warnings(settings: Settings, addresses: Any) -> Any:
     from_outside = relayhosts.open_relay or not all(net.is_loopback for net in relayhosts.relayhosts.networks)
     if settings.recipients.open_relay and from_outside and not settings.password.logins:
         yield "recipients.open-relay: other machines (relayhosts) may write to everybody without a login"
-    for text in httpd.trusted_proxies.texts:
-        if text.endswith("/0"):
-            yield f"httpd.trusted_proxies: {text} lets every client say that it has any address"
+    for text in [text for text in httpd.trusted_proxies.texts if text.endswith("/0")]:
+        yield f"httpd.trusted_proxies: {text} lets every client say that it has any address"
     for name, route, _ in named_routes(settings):
         if route.auth and not route.tls_verify:
             yield f"{name}.tls_verify: whoever is in between can read the secret of authinfo.{route.auth}"
@@ -8762,9 +8755,8 @@ def other_warnings(settings: Settings) -> Any:
         for key, value in zip(("username", "password"), route.credentials if route.auth else ()):
             if not value and key in route.row.login and not (route.oauth2 and key == "password"):
                 yield f"authinfo.{route.auth}.{key}: is empty"
-    for user, login in sorted(settings.password.logins.items()):
-        if login.hash.startswith("{SSHA}"):
-            yield f"password.{user}: {{SSHA}} is quick to guess; `haineko.py pw` prints a better line"
+    for user in sorted(name for name, login in settings.password.logins.items() if login.hash.startswith("{SSHA}")):
+        yield f"password.{user}: {{SSHA}} is quick to guess; `haineko.py pw` prints a better line"
     to, is_local = settings.recipients, resolve_route("", "", settings)[0].row.probe is probe_local
     if not (to.open_relay or to.recipients or is_local) and to.domainpart == {settings.hostname.lower()}:
         yield f"recipients: only addresses at {settings.hostname} may be written to"
@@ -8773,14 +8765,15 @@ def other_warnings(settings: Settings) -> Any:
         files.append(settings.queue.path)
         with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as stream:
             disk = os.stat(os.path.dirname(settings.queue.path)).st_dev
-            mount = rf"(?m)^\d+ \d+ {os.major(disk)}:{os.minor(disk)} .* - {VOLATILE} "  # proc_pid_mountinfo(5)
+            mount = (
+                rf"(?m)^\d+ \d+ {os.major(disk)}:{os.minor(disk)} .* - (tmpfs|ramfs|nfs\d?|cifs|smb3|fuse\.sshfs|9p) "
+            )
             if found := re.search(mount, stream.read()):
                 yield f"queue.path: {found[1]} is no file system of a disk of this machine"
     for path in [*files, *map(os.path.dirname, files)]:
         with contextlib.suppress(OSError):
             about = os.stat(path)
-            sticky = stat.S_ISDIR(about.st_mode) and about.st_mode & stat.S_ISVTX
-            if about.st_mode & 0o022 and not sticky:
+            if about.st_mode & 0o022 and not about.st_mode & stat.S_ISVTX:
                 yield f"{path} can be changed by other users; chmod go-w {path}"
             if os.geteuid() and about.st_uid not in (0, os.geteuid()):
                 yield f"{path} belongs to another user"
@@ -8796,10 +8789,9 @@ def print_route(address: str, sender_address: str, settings: Settings) -> int:
     to, sender = parse_address(address), parse_address(sender_address)
     if not to or (sender_address and not sender):
         raise CommandError(f'"{sender_address if to else address}" is no mail address', 2)
-    refusal = check_recipient(to, settings)
     route, why = resolve_route(to.domain, sender.domain if sender else "", settings)
     print(f"{address}: {describe_route(route)} ({why})")
-    if refusal:
+    if refusal := check_recipient(to, settings):
         print(f"{address}: would be refused: {refusal.code} {refusal.dsn} {refusal.message[0]}")
     return int(bool(refusal))
 
@@ -8807,8 +8799,7 @@ def print_route(address: str, sender_address: str, settings: Settings) -> int:
 def command_dkim(options: Any) -> int:
     """Print the TXT record of a domain's key as a line of a zone file, in strings of at most 255 octets."""
     keys = usable_settings(options.config).dkim
-    key = keys.get(domain_key(options.domain))
-    if not key:
+    if not (key := keys.get(domain_key(options.domain))):
         raise CommandError(f'"{options.domain}" is not in dkim{did_you_mean(options.domain, keys)}', 1)
     strings = '" "'.join(re.findall(".{1,255}", dkim_record(key)))
     print(f'{key.selector}._domainkey.{key.domain}. IN TXT "{strings}"')
@@ -8817,29 +8808,13 @@ def command_dkim(options: Any) -> int:
 
 def command_send(options: Any) -> int:
     """Post a mail to a running Haineko."""
-    body, credentials = submission_from_options(options), ()
-    if options.user:
-        remote = re.match(rf"(?i)http://(?!{LOCAL_HOST}(?:[:/]|\Z))", options.url)
-        if remote and not options.insecure:
-            raise CommandError(f"{options.url}: the password would go over the network in clear text (--insecure)", 2)
-        credentials = options.user, os.environ.get("HAINEKO_PASSWORD") or ask_password(f"Password of {options.user}: ")
-    document = post_submission(options.url, body, credentials)[1]
-    text = json.dumps(document, ensure_ascii=False, indent=2)  # without what a terminal would obey or can't show
-    print(re.sub(r"[^\n -~]", lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text))
-    return int(not document["response"] or any(item["error"] for item in document["response"]))
-
-
-def submission_from_options(options: Any) -> bytes:
-    """Return the JSON of a submission: from a file, from stdin, or made from flags."""
     header = {key: getattr(options, key) for key in ("from", "reply_to", "subject", "charset")}
     flags = (options.to, options.sender, *header.values(), options.body, options.html, options.attach)
     if any(flags) and (options.file or not options.to):
         raise CommandError("flags that say what to send want --to, and no FILE, which says all of it", 2)
-    if not options.to:
-        return read_bytes(options.file or "-")
     from_stdin = options.body is None and not options.html
     attached = [(path, base64.b64encode(read_bytes(path)).decode()) for path in options.attach]
-    document = {
+    mail = options.to and {
         "mail": options.sender or envelope_sender(None, local_hostname()),
         "rcpt": options.to,
         "header": header,
@@ -8847,7 +8822,16 @@ def submission_from_options(options: Any) -> bytes:
         "html": read_bytes(options.html).decode("utf-8", "replace") if options.html else None,
         "attachments": [{"filename": os.path.basename(path), "content": octets} for path, octets in attached],
     }
-    return encode_json(document)
+    body, credentials = encode_json(mail) if mail else read_bytes(options.file or "-"), ()
+    if options.user:
+        remote = re.match(rf"(?i)http://(?!{LOCAL_HOST}(?:[:/]|\Z))", options.url)
+        if remote and not options.insecure:
+            raise CommandError(f"{options.url}: the password would go over the network in clear text (--insecure)", 2)
+        credentials = options.user, os.environ.get("HAINEKO_PASSWORD") or ask_password(f"Password of {options.user}: ")
+    answer = post_submission(options.url, body, credentials)[1]
+    text = json.dumps(answer, ensure_ascii=False, indent=2)  # without what a terminal would obey or can't show
+    print(re.sub(r"[^\n -~]", lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text))
+    return int(not answer["response"] or any(item["error"] for item in answer["response"]))
 
 
 def post_submission(url: str, body: bytes, credentials: tuple = ()) -> tuple:
@@ -8894,8 +8878,7 @@ def ask_password(prompt: str) -> str:
 
 def command_queue(options: Any) -> int:
     """List the mail that waits; show one, try it now, or drop it."""
-    settings = usable_settings(options.config).queue  # the file itself is used, with the server running or not
-    if not settings:
+    if not (settings := usable_settings(options.config).queue):
         raise CommandError('the settings have no "queue"', 2)
     action, queueid = options.action, options.id
     wanted = action in ("show", "drop") or (action == "retry" and not options.all)
@@ -8903,7 +8886,7 @@ def command_queue(options: Any) -> int:
         raise CommandError(f"queue {action}: a queue id is {'wanted' if wanted else 'not wanted'}", 2)
     if not os.path.exists(settings.path):
         raise CommandError(f"{settings.path}: does not exist; nothing was ever queued", 1)
-    store = QueueDB(settings)
+    store = QueueDB(settings)  # the file itself is used, with the server running or not
     if action == "list":
         return queue_list(store, options.json)
     if action == "show":
@@ -8941,7 +8924,7 @@ def queue_list(store: QueueDB, as_json: bool = False) -> int:
             else:
                 when = row["state"] if due is None else timestamp(max(due, created_at))
                 head = f"{row['queueid']}  {row['size']:>9}  {timestamp(created_at)}  next {when:24}"
-                words = sanitize(f"{reply.code} {' '.join(reply.message)}", 500) if reply else ""
+                words = sanitize(" ".join((reply.code, *reply.message)), 500) if reply else ""
                 print(f"{head}  <{row['sender']}> -> <{row['recipient']}>  {words}")
             count += 1
         last = rows[-1]["id"]
@@ -8950,8 +8933,7 @@ def queue_list(store: QueueDB, as_json: bool = False) -> int:
 
 
 def queue_show(store: QueueDB, queueid: str, as_json: bool) -> int:
-    found = run_operation(store, message_status, queueid)
-    if not found:
+    if not (found := run_operation(store, message_status, queueid)):
         raise CommandError(f"{sanitize(queueid)}: not in the queue", 1)
     if as_json:
         print(json.dumps(message_document(found), ensure_ascii=False, indent=2))
@@ -8961,7 +8943,7 @@ def queue_show(store: QueueDB, queueid: str, as_json: bool) -> int:
         when = "" if row["due"] is None else f", next attempt {timestamp(max(row['due'], found['created_at']))}"
         print(f"to <{sanitize(row['as_written'])}>: {row['state']}{when}")
         for moment, reply in parse_history(row["history"]):
-            words = sanitize(f"{reply.code} {' '.join(reply.message)}", 500)
+            words = sanitize(" ".join((reply.code, *reply.message)), 500)
             print(f"   {timestamp(moment)}  {reply.relay}: {words}")
     return 0
 
@@ -9006,7 +8988,7 @@ def command_setup(options: Any) -> int:
     """Write haineko.json, units for systemd and with --sendmail a program, never over an existing file."""
     program, folder, settings, code = os.path.realpath(__file__), os.path.abspath(options.dest), example_settings(), 0
     values = {"python": sys.executable, "program": os.path.dirname(program), "folder": folder}
-    values["hardening"] = "\n".join(f"{name}=yes" for name in HARDENING.split())
+    values["hardening"] = "\n".join(line if "=" in line else f"{line}=yes" for line in HARDENING.split())
     if f"{folder}/".startswith("/etc/"):  # which the server must not write to
         settings["queue"]["path"] = "/var/lib/haineko/haineko.db"
         values["writable"] = "# the queue is there: /var/lib/haineko\nStateDirectory=haineko\nStateDirectoryMode=0700"
@@ -9051,22 +9033,17 @@ UMask=0077
 # for ports below 1024 this, and no PrivateUsers: AmbientCapabilities=CAP_NET_BIND_SERVICE
 CapabilityBoundingSet=
 {hardening}
-ProtectSystem=strict
-ProtectHome=read-only
-ProtectProc=invisible
-RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
-SystemCallErrorNumber=EPERM
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
 
 [Install]
 WantedBy=multi-user.target
 """
-HARDENING = (  # what is "yes" in the unit, see systemd.exec(5)
+HARDENING = (  # lines of the unit, "=yes" where they have no value; see systemd.exec(5)
     "PrivateUsers PrivateTmp PrivateDevices ProtectClock ProtectHostname ProtectKernelLogs ProtectKernelModules"
     " ProtectKernelTunables ProtectControlGroups RestrictNamespaces RestrictRealtime RestrictSUIDSGID LockPersonality"
-    " MemoryDenyWriteExecute NoNewPrivileges RemoveIPC"
+    " MemoryDenyWriteExecute NoNewPrivileges RemoveIPC ProtectSystem=strict ProtectHome=read-only"
+    " ProtectProc=invisible SystemCallArchitectures=native SystemCallFilter=@system-service SystemCallErrorNumber=EPERM"
 )
 SYSTEMD_SOCKET = """\
 # optional: systemd listens, in place of httpd.listen, and no connection is refused during a restart
@@ -9132,8 +9109,7 @@ def sendmail_deliver(flags: dict, addresses: list) -> int:
     for name, octets in message.fields:
         listed = re.fullmatch(r"(?:resent-)?(?:from|sender|to|cc|bcc|reply-to)|errors-to|return-receipt-to", name)
         fields.append((name, qualified(octets.decode("latin-1"), hostname).encode("latin-1") if listed else octets))
-    rcpt = named_recipients(addresses, fields if "-t" in flags else [], settings)
-    if not rcpt:
+    if not (rcpt := named_recipients(addresses, fields if "-t" in flags else [], settings)):
         raise CommandError("usage: no recipient", os.EX_USAGE)
     if "from" not in dict(fields):
         author = parse_address(sender or f"MAILER-DAEMON@{hostname}")
@@ -9144,8 +9120,7 @@ def sendmail_deliver(flags: dict, addresses: list) -> int:
     if urls:
         document["mail"] = sender or envelope_sender(None, hostname)  # the API takes no null sender
         return report_failures(*post_in_parts(urls, document))
-    response = run(submit_here(encode_json(document), settings, dsn_options(flags)))
-    return report_failures(response.status, json.loads(response.body)["response"])
+    return report_failures(*run(submit_here(encode_json(document), settings, flags)))
 
 
 def sendmail_settings(flags: dict) -> tuple:
@@ -9185,19 +9160,26 @@ def post_in_parts(urls: list, document: dict) -> tuple:
     raise CommandError("the settings or the queue can't be read, and no server was reached", os.EX_TEMPFAIL)
 
 
-async def submit_here(body: bytes, settings: Settings, dsn: tuple) -> Response:
-    """Submit a mail without a server, as POST /submit does; the log goes to syslog or nowhere."""
+async def submit_here(body: bytes, settings: Settings, flags: dict) -> tuple:
+    """Submit a mail as POST /submit does; -R, -V and -N are for the next server (RFC 3461). Return (status, items)."""
+    ret, notify = flags.get("-R", "full").upper(), flags.get("-N", "failure,delay").upper().replace(" ", "")
+    if ret not in ("HDRS", "FULL"):
+        raise CommandError(f"usage: -R {flags['-R']}: expected hdrs or full", os.EX_USAGE)
+    if notify != "NEVER" and not set(notify.split(",")) <= {"SUCCESS", "FAILURE", "DELAY"}:
+        raise CommandError(f"usage: -N {flags['-N']}: expected never, or some of success, failure, delay", os.EX_USAGE)
+    envid = re.sub(r"[^!-*,-<>-~]", lambda c: "".join(f"+{b:02X}" for b in c[0].encode()), flags.get("-V", "")[:30])
+    dsn = f" RET={ret}{' ENVID=' if envid else ''}{envid}", f" NOTIFY={notify}"
     owner = os.stat(settings.path)
     if not os.geteuid() and owner.st_uid:  # the server could not use a queue that belongs to root
         os.setgid(owner.st_gid)
         os.setuid(owner.st_uid)
-    smtpd = replace(settings.smtpd, max_rcpts_per_message=0)
+    smtpd, client = replace(settings.smtpd, max_rcpts_per_message=0), parse_ip("127.0.0.1")
     app = App(replace(settings, httpd=Httpd(), smtpd=smtpd, password=Authenticator({})))
     log.quiet = log.facility is None  # stderr is read by the calling program, which may mail it
-    client = parse_ip("127.0.0.1")
     request = Request("POST", "/submit", {}, body, client, None, None, time.time(), login=f"uid{os.getuid()}", dsn=dsn)
     try:
-        return await submit(request, app)
+        response = await submit(request, app)
+        return response.status, json.loads(response.body)["response"]
     finally:
         await app.transport.sweep(everything=True)
 
@@ -9218,8 +9200,7 @@ def report_failures(status: int, items: list) -> int:
             codes.add(by_status.get(status, os.EX_TEMPFAIL))
     if os.EX_TEMPFAIL in codes and not all(item["error"] for item in items):
         return os.EX_UNAVAILABLE  # "try again" would send it twice to the others
-    order = (os.EX_TEMPFAIL, os.EX_UNAVAILABLE, os.EX_NOPERM, os.EX_DATAERR)
-    return next((code for code in order if code in codes), os.EX_OK)
+    return min(codes, key=(os.EX_TEMPFAIL, os.EX_UNAVAILABLE, os.EX_NOPERM, os.EX_DATAERR).index, default=os.EX_OK)
 
 
 def envelope_sender(given: str | None, hostname: str) -> str:
@@ -9240,8 +9221,7 @@ def envelope_sender(given: str | None, hostname: str) -> str:
 
 
 def named_recipients(addresses: list, fields: list, settings: Settings) -> list:
-    """Return the recipients in words of a command line and in header fields, each name in smtpd.aliases expanded. In
-    a message that is sent again, the Resent- fields of its last sending count."""
+    """Return the recipients in words and in header fields (the last Resent- ones, if there are), aliases expanded."""
     named = [address for text in addresses for address in split_addresses(text, settings.hostname)]
     here, again, found = f"@{settings.hostname.lower()}", {}, []
     for name, octets in fields:
@@ -9276,17 +9256,6 @@ def qualified(text: str, hostname: str) -> str:
         if re.fullmatch("[A-Za-z0-9._+-]+", name) and (alone or tokens[i][0] == "angle"):
             texts[i] = word.replace(name, f"{name}@{hostname}")
     return "".join(texts)
-
-
-def dsn_options(flags: dict) -> tuple:
-    """Return what -R, -V and -N ask of the next server: parameters of MAIL, and of RCPT (RFC 3461)."""
-    ret, notify = flags.get("-R", "full").upper(), flags.get("-N", "failure,delay").upper().replace(" ", "")
-    if ret not in ("HDRS", "FULL"):
-        raise CommandError(f"usage: -R {flags['-R']}: expected hdrs or full", os.EX_USAGE)
-    if notify != "NEVER" and not set(notify.split(",")) <= {"SUCCESS", "FAILURE", "DELAY"}:
-        raise CommandError(f"usage: -N {flags['-N']}: expected never, or some of success, failure, delay", os.EX_USAGE)
-    envid = re.sub(r"[^!-*,-<>-~]", lambda c: "".join(f"+{b:02X}" for b in c[0].encode()), flags.get("-V", "")[:30])
-    return f" RET={ret}{' ENVID=' if envid else ''}{envid}", f" NOTIFY={notify}"
 
 
 # Word in COMMANDS: (names, what else ArgumentParser.add_argument() takes). A word that is not here is the name itself.
