@@ -4247,44 +4247,24 @@ class HTTPConnectionPool:
         self.idle: dict = {}
 
     async def request(self, target: HTTPTarget, request: HTTPRequest) -> HTTPResponse:
-        """Return the response. A kept connection that died before the request was sent is replaced once."""
-        connection = self._acquire(target)
-        try:
-            response = await asyncio.to_thread(connection.exchange, request)
-        except Rejected:
-            if connection.sent or not connection.expires:
-                raise
-            connection = KeepAliveConnection(target)
-            response = await asyncio.to_thread(connection.exchange, request)
-        self._release(connection)
-        return response
-
-    def _acquire(self, target: HTTPTarget) -> KeepAliveConnection:
-        """Return an idle connection that the server has not closed, or a new one."""
-        idle, now = self.idle.get(target, []), time.monotonic()
-        while idle:
-            connection = idle.pop()
-            if now < connection.expires and not is_readable(connection.sock):
-                return connection
-            connection.close()
-        return KeepAliveConnection(target)
-
-    def _release(self, connection: KeepAliveConnection) -> None:
-        """Keep the connection, or close it if it cannot be used again."""
-        idle = self.idle.setdefault(connection.target, [])
+        """Return the response; Rejected if there is none."""
+        idle = self.idle.get(target)
+        connection = idle.pop() if idle else KeepAliveConnection(target)
+        response = await asyncio.to_thread(connection.exchange, request)
+        idle = self.idle.setdefault(target, [])
         if connection.sock and len(idle) < self.MAX_IDLE:
             connection.expires = time.monotonic() + self.IDLE
             idle.append(connection)
         else:
             connection.close()
+        return response
 
     def sweep(self, everything: bool = False) -> None:
         """Close the connections that have expired, or all."""
         now = time.monotonic()
         for target, idle in list(self.idle.items()):
-            for connection in [item for item in idle if everything or now >= item.expires]:
-                idle.remove(connection)
-                connection.close()
+            while idle and (everything or idle[0].expires <= now):
+                idle.pop(0).close()
             if not idle:
                 del self.idle[target]
 
@@ -4295,16 +4275,35 @@ class KeepAliveConnection(http.client.HTTPConnection):
     def __init__(self, target: HTTPTarget) -> None:
         self.url = split_base_url(target.url)
         super().__init__(self.url.host, self.url.port)
-        self.target, self.sent = target, False
-        self.deadline, self.expires = time.monotonic() + target.timeout, 0.0  # when an idle connection is closed
+        self.target, self.sent, self.deadline = target, False, time.monotonic() + target.timeout
+        self.expires = 0.0  # when it is closed if it stays idle; not 0.0 if it was used before
 
     def exchange(self, request: HTTPRequest) -> HTTPResponse:
-        """Return the response; Rejected if there is none. Blocks."""
+        """Return the response; Rejected if there is none. A kept connection that died before the request was sent is
+        replaced once. Blocks."""
+        if self.expires and is_readable(self.sock):
+            self.close()
+        kept = bool(self.expires and self.sock)
+        try:
+            return self._exchange(request)
+        except Rejected:
+            if self.sent or not kept:
+                raise
+        return self._exchange(request)
+
+    def _exchange(self, request: HTTPRequest) -> HTTPResponse:
         self.deadline, self.sent, response = time.monotonic() + self.target.timeout, False, None
         if not self.sock:
             self.open()
+        host, path = self.url.host_header, self.url.path + request.path
+        log.dialogue(host, ">", f"{request.method} {path}, {len(request.body)} octets")
+        headers = {"Host": host, "User-Agent": f"Haineko/{__version__}", "Accept": "application/json, */*;q=0.5"}
+        headers.update({"Content-Type": request.type} if request.method == "POST" else {}, **dict(request.headers))
+        headers = {name: value.encode() for name, value in headers.items()}  # of a string, http.client makes Latin-1
         try:
-            self._send_request(request)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server may have said why it hung up
+                self.request(request.method, path, request.body or None, headers)
+                self.sent = True
             response = self._read_response()
         except (OSError, http.client.HTTPException) as error:
             slug = "web-lost" if not self.sent else "web-unsure" if isinstance(error, OSError) else "web-rubbish"
@@ -4313,7 +4312,7 @@ class KeepAliveConnection(http.client.HTTPConnection):
         finally:
             if not (response and self.sent):
                 self.close()
-        log.dialogue(self.url.host_header, "<", f"{response.status} {response.reason}, {len(response.body)} octets")
+        log.dialogue(host, "<", f"{response.status} {response.reason}, {len(response.body)} octets")
         return response
 
     def open(self) -> None:
@@ -4323,8 +4322,7 @@ class KeepAliveConnection(http.client.HTTPConnection):
             self.sock = connector.connect(target.address or site.host, site.port, self.deadline)
             self.sock.settimeout(self.seconds_left())  # of the whole handshake
             if site.tls:
-                context = client_context(target.tls_verify, target.ca_file, stat_key(target.ca_file))
-                self.sock = context.wrap_socket(self.sock, server_hostname=site.host)
+                self.sock = wrap_tls(self.sock, site.host, target)
             elif target.confidential and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
                 self.close()
                 raise Rejected(make_reply("clear-auth", **target.endpoint))
@@ -4339,22 +4337,6 @@ class KeepAliveConnection(http.client.HTTPConnection):
         if seconds <= 0:
             raise socket.timeout("timed out")
         return seconds
-
-    def _send_request(self, request: HTTPRequest) -> None:
-        path = self.url.path + request.path
-        log.dialogue(self.url.host_header, ">", f"{request.method} {path}, {len(request.body)} octets")
-        self.putrequest(request.method, path, skip_host=True, skip_accept_encoding=True)
-        headers = {"Host": self.url.host_header, "User-Agent": f"Haineko/{__version__}"}
-        headers.update({"Accept": "application/json, */*;q=0.5", **dict(request.headers)})
-        if request.method == "POST":
-            headers.update({"Content-Type": request.type, "Content-Length": str(len(request.body))})
-        for name, value in headers.items():
-            self.putheader(name, value.encode())  # of a string, http.client would make Latin-1
-        try:
-            self.endheaders(request.body or None)
-            self.sent = True
-        except (BrokenPipeError, ConnectionResetError):  # the server may have said why it hung up
-            pass
 
     def send(self, octets: bytes) -> None:
         """Send data; http.client calls this."""
@@ -4417,6 +4399,12 @@ class LimitedReader(io.RawIOBase):
         super().close()
 
 
+def wrap_tls(sock: socket.socket, host: str, options: Any) -> ssl.SSLSocket:
+    """Return the socket after a TLS handshake; `options`, a Route or an HTTPTarget, say what is verified."""
+    context = client_context(options.tls_verify, options.ca_file, stat_key(options.ca_file))
+    return context.wrap_socket(sock, server_hostname=host)
+
+
 def is_readable(sock: Any) -> bool:
     """Return whether an idle connection was closed by the peer, or has data that nothing asked for."""
     poll = select.poll()
@@ -4454,7 +4442,7 @@ class MTASTSCache:
 
     def __init__(self, resolver: Resolver, port: int = 443, clock: Callable = time.monotonic) -> None:
         self.resolver, self.port, self.calls = resolver, port, {}
-        self.cache, self.failed = TTLCache(4096, clock), TTLCache(4096, clock)
+        self.cache = TTLCache(8192, clock)  # domain: (id, MTASTSPolicy); (domain, id): it could not be fetched
 
     async def policy_for(self, domain: str, route: Route) -> MTASTSPolicy | None:
         """Return the domain's policy; the cached one if DNS or the web server fails: an attacker could cause that."""
@@ -4465,29 +4453,26 @@ class MTASTSCache:
         policy_id, (cached_id, cached) = "", self.cache.get(domain) or ("", None)
         if not domain.startswith("["):
             policy_id = mta_sts_id((await self.resolver.lookup(f"_mta-sts.{domain}", TXT, deadline)).values)
-        if policy_id in ("", cached_id) or self.failed.get((domain, policy_id)):
+        if policy_id in ("", cached_id) or self.cache.get((domain, policy_id)):
             return cached
+        host = f"mta-sts.{domain}"
         try:
-            policy = await self._fetch(f"mta-sts.{domain}", route, deadline)
+            address = (await resolve_addresses(host, self.resolver, route.private, deadline))[0]
+            url, seconds = f"https://{host}:{self.port}", deadline - time.monotonic()
+            target = HTTPTarget(url, seconds, "MX", True, route.ca_file, False, address, MAX_POLICY)
+            with contextlib.closing(KeepAliveConnection(target)) as connection:
+                request = HTTPRequest("GET", "/.well-known/mta-sts.txt")
+                response = await asyncio.to_thread(connection.exchange, request)
+            if response.status != 200:  # redirections are not followed (RFC 8461 3.3)
+                raise ValueError(f"HTTP status {response.status}")
+            policy = parse_mta_sts_policy(response.body.decode("utf-8", "replace"))
         except (OSError, ValueError, Rejected) as error:
             why = ": ".join(error.reply.message) if isinstance(error, Rejected) else str(error)
             log.lines(f"cannot fetch the MTA-STS policy of {domain}: {sanitize(why)}", level="warning")
-            self.failed.put((domain, policy_id), True, self.NEGATIVE_TTL)
+            self.cache.put((domain, policy_id), True, self.NEGATIVE_TTL)
             return cached
         self.cache.put(domain, (policy_id, policy), policy.max_age)
         return policy
-
-    async def _fetch(self, host: str, route: Route, deadline: float) -> MTASTSPolicy:
-        """Fetch a policy; redirections are not followed (RFC 8461 3.3)."""
-        address = (await resolve_addresses(host, self.resolver, route.private, deadline))[0]
-        url, seconds = f"https://{host}:{self.port}", deadline - time.monotonic()
-        target = HTTPTarget(url, seconds, "MX", True, route.ca_file, False, address, MAX_POLICY)
-        request = HTTPRequest("GET", "/.well-known/mta-sts.txt")
-        with contextlib.closing(KeepAliveConnection(target)) as connection:
-            response = await asyncio.to_thread(connection.exchange, request)
-        if response.status != 200:
-            raise ValueError(f"HTTP status {response.status}")
-        return parse_mta_sts_policy(response.body.decode("utf-8", "replace"))
 
 
 def mta_sts_id(texts: tuple) -> str:
@@ -4531,26 +4516,22 @@ async def sign_transaction(transaction: Transaction) -> Transaction:
 
 
 def signed_message(transaction: Transaction, now: int) -> Message:
+    """Return the message signed for the domain of From or the nearest one above it, unless that has signed already."""
     octets, message = transaction.octets(), transaction.message
-    key = signing_key(parse_message(octets[: octets.index(b"\r\n\r\n") + 2]).fields, transaction.dkim)
-    if not key:
+    header = parse_message(octets[: octets.index(b"\r\n\r\n") + 2]).fields
+    try:
+        authors = parse_mailboxes(next((unfold(value) for name, value in header if name == "from"), ""))
+    except ValueError:
+        return message
+    key = find_dkim_key(authors[0][1].domain, transaction.dkim) if authors else None
+    signatures = [parse_tags(unfold(value)) for name, value in header if name == "dkim-signature"]
+    if not key or key.domain in [tags.get("d", "").lower() for tags in signatures]:
         return message
     if message.needs_8bitmime:  # it would be converted after the signature for a server without 8BITMIME
         octets = downgrade_8bit(octets)
         message = Message((octets,), not octets.isascii(), not octets.partition(b"\r\n\r\n")[0].isascii())
     first, *others = message.parts
     return message._replace(parts=(dkim_signature(octets, key, now) + first, *others))
-
-
-def signing_key(header: list, keys: dict) -> DkimKey | None:
-    """Return the key for the domain of From or a parent of it; None if there is none or that domain has signed."""
-    try:
-        author = parse_mailboxes(next((unfold(octets) for name, octets in header if name == "from"), ""))
-    except ValueError:
-        return None
-    key = find_dkim_key(author[0][1].domain, keys) if author else None
-    signatures = [parse_tags(unfold(octets)) for name, octets in header if name == "dkim-signature"]
-    return None if key and key.domain in [tags.get("d", "").lower() for tags in signatures] else key
 
 
 def find_dkim_key(domain: str, keys: dict) -> DkimKey | None:
@@ -4668,7 +4649,7 @@ class TokenCache:
 
     async def _fetch(self, key: tuple, route: Route) -> AccessToken:
         try:
-            token, new = await asyncio.to_thread(fetch_token, route, self.refresh_tokens.get(key), self.clock)
+            token, new = await asyncio.to_thread(fetch_token, route, self.refresh_tokens.get(key), self.clock())
         except ValueError:
             self.refresh_tokens.pop(key, None)  # the one in the settings may be newer
             metrics.add("haineko_token_errors_total")
@@ -4691,9 +4672,9 @@ class TokenCache:
         return True
 
 
-def fetch_token(route: Route, refresh_token: str | None, clock: Callable) -> tuple:
+def fetch_token(route: Route, refresh_token: str | None, now: float) -> tuple:
     """Return (AccessToken, the refresh token that replaces ours or ""); ValueError tells why there is none. Blocks."""
-    oauth2, now, new = route.oauth2, clock(), ""
+    oauth2, new = route.oauth2, ""
     if oauth2.access_token:
         document = {"access_token": read_secret(oauth2.access_token, oauth2.base)}
     else:
@@ -4807,12 +4788,8 @@ def parse_reply(octets: bytes) -> tuple:
             raise ProtocolError(f"a reply of more than {MAX_LINES} lines")
         lines.append(sanitize((found[3] or b"").decode("utf-8", "replace"), MAX_TEXT))
         code, start, more = found[1], end + 1, found[2] == b"-"
-    return smtp_reply(found[1].decode(), tuple(lines)), octets[start:]
-
-
-def smtp_reply(code: str, lines: tuple) -> SMTPReply:
-    found = DSN.match(lines[0])
-    return SMTPReply(code, found[1] if found else None, lines)
+    dsn = DSN.match(lines[0])
+    return SMTPReply(code.decode(), dsn and dsn[1], tuple(lines)), octets[start:]
 
 
 class Session(smtplib.SMTP):
@@ -4820,13 +4797,13 @@ class Session(smtplib.SMTP):
 
     def __init__(self, route: Route, hostname: str) -> None:
         super().__init__(local_hostname=hostname, timeout=route.timeout)
-        self._host = route.host  # the name that smtplib has the certificate checked for
         self.route, self.step, self.masked = route, "CONN", ""  # masked: what the log shows in place of what is sent
         self.pool: Any = None  # the SessionPool that it belongs to
         self.release_place = lambda: None  # its place among the route's `sessions`
         self.stream: Any = None  # AsyncSocket of the open connection
         self.recv_buffer = b""  # received but not asked for yet
         self.maybe_complete = False  # recv_buffer may hold a complete reply
+        self.last_reply: Any = None  # SMTPReply to a command of smtplib's
         self.alive = self.needs_rset = self.in_data = self.eod_sent = False
         self.created_at = self.last_used = time.monotonic()
 
@@ -4847,59 +4824,54 @@ class Session(smtplib.SMTP):
         self.alive = not self.recv_buffer
 
     def steps(self) -> tuple:
-        """Return the steps of open(), in order."""
         return self._greet, self._hello, self._starttls, self._log_in
 
     def _greet(self) -> None:
-        self._expect("CONN", self.connect(self.route.address or self.route.host, self.route.port))
+        self.connect(self.route.address or self.route.host, self.route.port)
+        self._expect_success()
         self.local_hostname = ehlo_name(self.local_hostname, self.sock.getsockname()[0])
 
     def _hello(self) -> None:
         self.step = "EHLO"
-        code, text = self.ehlo()
-        if 500 <= code <= 599:  # RFC 5321 3.2: an old server
-            code, text = self.helo()
-        self._expect("EHLO", (code, text))
+        if 500 <= self.ehlo()[0] <= 599:  # RFC 5321 3.2: an old server
+            self.helo()
+        self._expect_success()
 
     def _starttls(self) -> None:
-        route, self.step = self.route, "STARTTLS"
-        wanted = route.starttls or (route.tls_if_offered and self.has_extn("starttls"))
-        if not wanted or route.port == SMTPS:
+        route, offered = self.route, self.has_extn("starttls")
+        if route.port == SMTPS or not (route.starttls or (route.tls_if_offered and offered)):
             return
-        if not self.has_extn("starttls"):
+        self.step = "STARTTLS"
+        if not offered:
             raise Rejected(make_reply("no-starttls", **route.endpoint))
-        self._expect("STARTTLS", self.docmd("STARTTLS"))
+        self.docmd("STARTTLS")
+        self._expect_success()
         if self.recv_buffer:  # injected in clear text, to be taken for a reply under TLS
             raise ProtocolError("data behind the reply to STARTTLS")
         self.sock.settimeout(self.timeout)  # of the whole handshake
-        self.sock = self._wrap(self.sock)
+        self.sock = wrap_tls(self.sock, route.host, route)
         self.ehlo_resp, self.esmtp_features, self.does_esmtp = None, {}, False  # RFC 3207 4.2
         self._hello()
-
-    def _wrap(self, sock: socket.socket) -> ssl.SSLSocket:
-        route = self.route
-        context = client_context(route.tls_verify, route.ca_file, stat_key(route.ca_file))
-        return context.wrap_socket(sock, server_hostname=route.host)
 
     def _log_in(self) -> None:
         """Use the strongest mechanism offered, once; the next one only if this one is not available after all."""
         if not self.route.auth:
             return
-        self.step, result = "AUTH", None
+        self.step = "AUTH"
         if not isinstance(self.sock, ssl.SSLSocket) and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
             raise Rejected(make_reply("clear-auth", **self.route.endpoint))
-        offered = self.esmtp_features.get("auth", "").upper().split()
         known = [name for name, row in AUTH_MECHANISMS.items() if row.by_token == bool(self.route.oauth2)]
-        for mechanism in [name for name in known if name in offered]:
-            result = self._authenticate(mechanism)
-            if result[0] not in (504, 534):  # RFC 4954 4: unknown mechanism, too weak
-                break
-        if not result:
+        offered = [name for name in known if name in self.esmtp_features.get("auth", "").upper().split()]
+        if not offered:
             raise Rejected(make_reply("no-auth", f"{', '.join(known)} are known", **self.route.endpoint))
-        self._expect("AUTH", result)
+        for mechanism in offered:
+            self._authenticate(mechanism)
+            if self.last_reply.code not in ("504", "534"):  # RFC 4954 4: unknown mechanism, too weak
+                break
+        self._expect_success()
 
-    def _authenticate(self, mechanism: str) -> tuple:
-        """Return (code, text) of the server's verdict on our credentials."""
+    def _authenticate(self, mechanism: str) -> None:
+        """Send our credentials; `last_reply` is the server's verdict, with what it told in its challenges."""
         row, line, details = AUTH_MECHANISMS[mechanism], f"AUTH {mechanism}".encode(), b""
         initial = b" " + base64.b64encode(row.respond(self.route, b"", 0)) if row.has_initial else b""
         inline = bool(initial) and len(line + initial) <= MAX_COMMAND
@@ -4917,16 +4889,16 @@ class Session(smtplib.SMTP):
                 code, text = self.getreply()
         finally:
             self.masked = ""
-        return code, text + sanitize(details.decode("utf-8", "replace"), MAX_TEXT, keep="\n").encode()
+        more = sanitize(details.decode("utf-8", "replace"), MAX_TEXT, keep="\n").split("\n")[1:]
+        self.last_reply = self.last_reply._replace(lines=(*self.last_reply.lines, *more))
 
-    def _expect(self, step: str, result: tuple) -> None:
-        """Raise Rejected with the server's own words unless the code is 2xx."""
-        self.step, (code, text) = step, result
-        if not 200 <= code <= 299:
-            lines = tuple(text.decode().split("\n"))
-            if not 400 <= code <= 599:
-                raise ProtocolError(f"unexpected: {code} {lines[0]}")
-            raise Rejected(self._to_reply(step, smtp_reply(str(code), lines)))
+    def _expect_success(self) -> None:
+        """Raise Rejected with the server's own words unless the code of the last reply is 2xx."""
+        reply = self.last_reply
+        if reply.code[0] == "3":
+            raise ProtocolError(f"unexpected: {reply.code} {reply.lines[0]}")
+        if reply.code[0] != "2":
+            raise Rejected(self._to_reply(self.step, reply))
 
     # -- transaction
 
@@ -4965,19 +4937,18 @@ class Session(smtplib.SMTP):
 
     async def _transact_in_ascii(self, transaction: Transaction) -> list:
         """Transact without SMTPUTF8; addresses and header fields that need it are refused (RFC 6531 3.2)."""
-        endpoint, message = self.route.endpoint, transaction.message
+        endpoint, message, recipients = self.route.endpoint, transaction.message, transaction.recipients
         if not transaction.sender.isascii():
-            return [make_reply("mail-ascii", **endpoint)] * len(transaction.recipients)
+            return [make_reply("mail-ascii", **endpoint)] * len(recipients)
         if message.needs_smtputf8:
             octets = await asyncio.to_thread(downgrade_8bit, transaction.octets(), self.has_extn("8bitmime"))
             message = Message((octets,), needs_8bitmime=not octets.isascii())
-            names = non_ascii_fields(octets)
-            if names:  # which have no form in ASCII, such as an address
-                return [make_reply("header-ascii", f"in {', '.join(names)}", **endpoint)] * len(transaction.recipients)
-        ascii_only = tuple(to for to in transaction.recipients if to.isascii())
+            if names := non_ascii_fields(octets):  # which have no form in ASCII, such as an address
+                return [make_reply("header-ascii", f"in {', '.join(names)}", **endpoint)] * len(recipients)
+        ascii_only = tuple(to for to in recipients if to.isascii())
         found = await self.transact(transaction._replace(recipients=ascii_only, message=message)) if ascii_only else []
         replies = dict(zip(ascii_only, found))
-        return [replies.get(to) or make_reply("rcpt-ascii", **endpoint) for to in transaction.recipients]
+        return [replies.get(to) or make_reply("rcpt-ascii", **endpoint) for to in recipients]
 
     async def _send_envelope(self, script: list, replies: list) -> None:
         """Send the script and append each reply to `replies`, until it is over or going on makes no sense."""
@@ -5043,7 +5014,7 @@ class Session(smtplib.SMTP):
         """Connect; smtplib calls this."""
         sock = connector.connect(host, port, time.monotonic() + timeout)
         sock.settimeout(timeout)
-        return self._wrap(sock) if port == SMTPS else sock
+        return wrap_tls(sock, self.route.host, self.route) if port == SMTPS else sock
 
     def send(self, s: Any) -> None:
         """Send a command; smtplib calls this."""
@@ -5052,11 +5023,12 @@ class Session(smtplib.SMTP):
         self.sock.sendall(octets)
 
     def getreply(self) -> tuple:
-        """Return a reply as (code, text); smtplib calls this."""
+        """Return a reply as (code, text), and keep it in `last_reply`; smtplib calls this."""
         deadline = time.monotonic() + self.timeout
         while not (reply := self._next_reply()):
             self.sock.settimeout(max(deadline - time.monotonic(), 0.001))
             self._feed(self.sock.recv(65536))
+        self.last_reply = reply
         return int(reply.code), "\n".join(reply.lines).encode()
 
     def _next_reply(self) -> SMTPReply | None:
@@ -5075,10 +5047,13 @@ class Session(smtplib.SMTP):
         return reply
 
     def _mask_credentials(self, line: str) -> str:
-        """Mask our credentials in a line, in base64 too: some servers repeat a command that they do not understand.
-
-        A challenge stays as it is: it may share a part with a token, and the log-in goes on from it."""
-        secrets = secret_forms(self.route)
+        """Mask our credentials in a line, as they are and as AUTH sends them: some servers repeat what they do not
+        understand. A challenge stays as it is: it may share a part with a token, and the log-in goes on from it."""
+        secret = self.route.credentials[1]
+        if len(secret) <= 3:  # to mask it would hide nothing
+            return line
+        forms = [row.respond(self.route, b"", 0) for row in AUTH_MECHANISMS.values() if row.has_initial]
+        secrets = [secret, *[base64.b64encode(octets).decode() for octets in (*forms, secret.encode())]]
         with contextlib.suppress(ProtocolError, UnicodeDecodeError):
             decoded = decode_challenge(line.rstrip(".").encode()).decode()
             if (masked := mask_secrets(decoded, secrets)) != decoded:
@@ -5117,30 +5092,23 @@ class Session(smtplib.SMTP):
     # -- replies
 
     def _to_reply(self, step: str, reply: SMTPReply) -> Reply:
-        route = self.route
-        more = {"from_server": True, "route_fault": is_route_fault(route, step, reply)}
+        """Return a server's reply as ours. A refusal of our log-in or the route's settings is no fault of the mail."""
+        route, fault = self.route, False
+        if reply.code[0] == "5" and route.mailer != "MX":
+            our_login = step == "MAIL" and bool(route.auth) and (reply.code, reply.dsn) == ("550", "5.7.1")
+            fault = our_login or step in ("EHLO", "STARTTLS", "AUTH") or reply.code[:2] == "53"  # RFC 4954 6
+        more = {"from_server": True, "route_fault": fault}
         return Reply(reply.code, reply.dsn, step, reply.lines, route.mailer, route.host, route.port, **more)
 
     def _broken(self, error: OSError) -> Reply:
         """Return the reply for recipients that have none, since the connection broke."""
-        reason, endpoint = error_text(error), self.route.endpoint
         if self.eod_sent:
-            return make_reply("unsure", reason, maybe_delivered=True, **endpoint)
-        if isinstance(error, ProtocolError):
-            return make_reply("rubbish", reason, command=self.step, **endpoint)
-        if self.step == "CONN":
-            return make_reply("connect", reason, **endpoint)
-        if isinstance(error, ssl.SSLError) and self.step == "STARTTLS":
-            return make_reply("tls", reason, **endpoint)
-        return make_reply("lost", reason, command=self.step, **endpoint)
-
-
-def is_route_fault(route: Route, step: str, reply: SMTPReply) -> bool:
-    """Return whether a refusal is due to our log-in or the route's settings. The mail is not at fault then."""
-    if reply.code[0] != "5" or route.mailer == "MX":
-        return False
-    our_login = step == "MAIL" and route.auth and (reply.code, reply.dsn) == ("550", "5.7.1")
-    return step in ("EHLO", "STARTTLS", "AUTH") or reply.code[:2] == "53" or bool(our_login)  # RFC 4954 6
+            return make_reply("unsure", error_text(error), maybe_delivered=True, **self.route.endpoint)
+        slug = {"CONN": "connect", "STARTTLS": "tls" if isinstance(error, ssl.SSLError) else "lost"}.get(
+            self.step, "lost"
+        )
+        slug = "rubbish" if isinstance(error, ProtocolError) else slug
+        return make_reply(slug, error_text(error), command=self.step, **self.route.endpoint)
 
 
 # -- AUTH (RFC 4954)
@@ -5204,14 +5172,6 @@ MAX_COMMAND = 510  # octets of a line without CRLF: beyond, the initial response
 MAX_CHALLENGES = 4
 
 
-def secret_forms(route: Route) -> list:
-    """Return a password or token as AUTH sends it and as it is; masking short ones would hide nothing."""
-    forms = [row.respond(route, b"", 0) for row in AUTH_MECHANISMS.values() if row.has_initial]
-    secret = route.credentials[1]
-    forms = [base64.b64encode(octets).decode() for octets in (*forms, secret.encode())]
-    return [*forms, secret] if len(secret) > 3 else []
-
-
 # -- a transaction's script, and what its replies mean
 
 
@@ -5271,83 +5231,82 @@ class SessionPool:
     one of those, until the deadline."""
 
     OPENING = 32  # sessions opened at a time, each in a thread
-    FULL_BACKOFF = 5  # seconds until another session is opened after the server took no more
+    BACKOFF = 5  # seconds until a server that took no more is asked for one more session
 
     def __init__(self) -> None:
         self.idle: list = []  # the most recently used last
         self.in_use = self.opening = 0
         self.waiters: deque = deque()  # of SessionWaiter, the longest first
-        self.open_limit, self.full_until = self.OPENING, 0.0  # may be opened at a time; but none until then
+        self.limit, self.ask_again = math.inf, 0.0  # sessions that the server takes; when to try whether it takes more
         self.refusal: Reply | None = None  # the last one
         self.gave_up = 0.0  # when a session was closed so that another process can open one
 
-    @property
-    def full(self) -> bool:
-        """Return whether the server accepts no more for now, and there is a session to wait for."""
-        return self.in_use + self.opening > 0 and time.monotonic() < self.full_until
+    def may_open(self) -> bool:
+        """Return whether another session may be opened now."""
+        one_more = not self.opening and time.monotonic() >= self.ask_again
+        return self.opening < self.OPENING and (one_more or self.in_use + self.opening < self.limit)
 
-    def may_open(self, has_room: bool = False) -> bool:
-        """Return whether another session may be opened now; `has_room` means that the server has just lost one."""
-        return self.opening < self.OPENING if has_room else self.opening < self.open_limit and not self.full
-
-    def wait(self, deadline: float, reply: Reply | None) -> asyncio.Future:
+    def wait(self, deadline: float, reply: Reply | None = None) -> asyncio.Future:
+        """Wait for a session that is released, or for None: one may be opened."""
         future = asyncio.get_running_loop().create_future()
         self.waiters.append(SessionWaiter(future, deadline, reply))
+        self.wake_waiters()
         return future
 
-    def next_waiter(self) -> asyncio.Future | None:
-        """Take the one that has waited longest, if any; one that was cancelled waits no more."""
+    def hand_over(self, session: Session | None) -> bool:
+        """Give it to the mail that has waited longest, if any; one that was cancelled waits no more."""
         while self.waiters:
             future = self.waiters.popleft().future
             if not future.done():
-                return future
-        return None
+                future.set_result(session)
+                return True
+        return False
 
-    def wake_waiters(self, has_room: bool = False) -> None:
+    def wake_waiters(self) -> None:
         """Have waiters open sessions, as many as may be opened."""
-        while self.may_open(has_room) and (future := self.next_waiter()):
+        while self.may_open() and self.hand_over(None):
             self.opening += 1
-            future.set_result(None)
-            has_room = False
 
     def opened(self) -> None:
         """Count a session that was opened, and is in use."""
         self.opening -= 1
         self.in_use += 1
-        self.open_limit = min(self.open_limit * 2, self.OPENING)
+        if self.in_use > self.limit:
+            self.limit = 2 * self.in_use
         self.wake_waiters()
 
     def refused(self, reply: Reply | None) -> bool:
         """Count a session that was not opened; return True if it is worth waiting for another one. Without any, a
         temporary greeting fails only the waiters that got one themselves, any other failure all of them."""
-        self.opening -= 1
-        none_left = not (self.idle or self.in_use or self.opening)
-        full = bool(reply) and not none_left
-        if full:
+        others = len(self.idle) + self.in_use + self.opening - 1
+        if reply and others:
             self.slow_down(reply)
-        elif none_left:
-            only_this = not reply or (
-                reply.temporary and reply.command == "CONN" and (reply.from_server or reply.retry_after)
+        elif not others:
+            greeting = (
+                reply and reply.temporary and reply.command == "CONN" and (reply.from_server or reply.retry_after)
             )
-            busy = only_this or reply.code in THROTTLED
+            busy = not reply or greeting or reply.code in THROTTLED
             self.fail_waiters([waiter for waiter in self.waiters if waiter.reply or not busy], None if busy else reply)
+        self.opening -= 1
         self.wake_waiters()
-        return full
+        return bool(reply and others)
 
     def slow_down(self, reply: Reply) -> None:
-        """Open no session for a while, as long as there is one, since the server accepts no more."""
-        self.refusal, self.open_limit, self.full_until = reply, 1, time.monotonic() + self.FULL_BACKOFF
+        """Make do with one session less than there are, since the server refused it."""
+        self.limit = max(len(self.idle) + self.in_use + self.opening - 1, 1)
+        self.refusal, self.ask_again = reply, time.monotonic() + self.BACKOFF
 
     def fail_waiters(self, waiters: list, reply: Reply | None = None) -> None:
         for waiter in waiters:
             self.waiters.remove(waiter)
-            waiter.future.set_exception(Rejected(waiter.reply or reply or self.refusal))
+            if not waiter.future.done():
+                waiter.future.set_exception(Rejected(waiter.reply or reply or self.refusal))
 
     def sweep(self, now: float) -> None:
         """Give those that have waited too long the server's reply."""
-        if self.full:
-            self.fail_waiters([waiter for waiter in self.waiters if waiter.deadline <= now])
         self.wake_waiters()
+        if self.refusal:
+            self.fail_waiters([waiter for waiter in self.waiters if waiter.deadline <= now])
 
 
 class TransportContext:
@@ -5384,14 +5343,10 @@ class TransportContext:
 
     async def acquire(self, route: Route, hostname: str) -> tuple:
         """Return (Session, whether it was used before), a new one or one released meanwhile; or raise Rejected."""
-        pool, deadline, reply = self.pools[hostname, route], 0.0, None
+        pool, deadline, reply = self.pools[hostname, route], time.monotonic() + route.timeout, None
         while True:
-            if pool.may_open():
-                pool.opening += 1
-            else:
-                deadline = deadline or time.monotonic() + route.timeout
-                if session := await pool.wait(deadline, reply):
-                    return session, True
+            if session := await pool.wait(deadline, reply):
+                return session, True
             try:
                 session = await self.connect(route, hostname)
             except BaseException as error:
@@ -5446,8 +5401,7 @@ class TransportContext:
         """Hand the session over to a waiter, keep it, or close it if it cannot be used again."""
         pool, limited = session.pool, bool(session.route.sessions)
         is_old = session.last_used - session.created_at >= (self.SHARE if limited else self.AGE)
-        if session.alive and not (limited and is_old) and (future := pool.next_waiter()):
-            future.set_result(session)
+        if session.alive and not (limited and is_old) and pool.hand_over(session):
             return
         pool.in_use -= 1
         if session.alive and not is_old and len(pool.idle) < self.MAX_IDLE:
@@ -5457,15 +5411,14 @@ class TransportContext:
             pool.gave_up = time.monotonic()
             session.quit()
         session.close()
-        pool.wake_waiters(has_room=True)
+        pool.wake_waiters()
 
     async def sweep(self, everything: bool = False) -> None:
         """Close the sessions and connections that have been idle too long, or all."""
         self.http.sweep(everything)
         now = time.monotonic()
         for key, pool in list(self.pools.items()):
-            limited = pool.open_limit < pool.OPENING or key[1].sessions
-            idle = self.IDLE_WHEN_FULL if limited else self.IDLE
+            idle = self.IDLE_WHEN_FULL if pool.refusal or key[1].sessions else self.IDLE
             while pool.idle and (everything or pool.idle[0].last_used <= now - idle):
                 pool.idle.pop(0).quit()
             pool.sweep(now)
