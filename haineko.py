@@ -4184,11 +4184,9 @@ connector = Connector()
 # 11. HTTP client
 #     Takes a target and a request, gives the response, or raises Rejected if there is none. http.client speaks HTTP, in
 #     threads, since it blocks; deadlines, limits and the question whether a request may have been acted upon are ours.
-#     MTA-STS policies (RFC 8461) are fetched by it; otherwise it knows nothing of mail.
 # ======================================================================================================================
 
 CHUNK = 65536  # octets sent or read in one step
-MAX_RESPONSE_HEAD = 65536  # octets, interim responses and trailers included
 MAX_POLICY = 65536  # octets
 
 
@@ -4247,10 +4245,14 @@ class HTTPConnectionPool:
         self.idle: dict = {}
 
     async def request(self, target: HTTPTarget, request: HTTPRequest) -> HTTPResponse:
-        """Return the response; Rejected if there is none."""
+        """Return the response; Rejected if there is none by the target's timeout."""
         idle = self.idle.get(target)
         connection = idle.pop() if idle else KeepAliveConnection(target)
-        response = await asyncio.to_thread(connection.exchange, request)
+        watchdog = asyncio.get_running_loop().call_later(target.timeout, connection.abort)
+        try:
+            response = await asyncio.to_thread(connection.exchange, request)
+        finally:
+            watchdog.cancel()
         idle = self.idle.setdefault(target, [])
         if connection.sock and len(idle) < self.MAX_IDLE:
             connection.expires = time.monotonic() + self.IDLE
@@ -4269,30 +4271,33 @@ class HTTPConnectionPool:
                 del self.idle[target]
 
 
+class FinalResponse(http.client.HTTPResponse):
+    def _read_status(self) -> tuple:
+        """Skip interim responses (RFC 9110 15.2), of which http.client knows 100 only."""
+        found = super()._read_status()
+        while 100 <= found[1] < 200:
+            http.client.parse_headers(self.fp)
+            found = super()._read_status()
+        return found
+
+
 class KeepAliveConnection(http.client.HTTPConnection):
     """Connection to a target. `sent`: a request was sent as a whole and may have been acted upon."""
 
+    response_class = FinalResponse
+
     def __init__(self, target: HTTPTarget) -> None:
         self.url = split_base_url(target.url)
-        super().__init__(self.url.host, self.url.port)
-        self.target, self.sent, self.deadline = target, False, time.monotonic() + target.timeout
+        super().__init__(self.url.host, self.url.port, target.timeout)
+        self.target, self.sent, self.aborted, self.transport = target, False, False, None
         self.expires = 0.0  # when it is closed if it stays idle; not 0.0 if it was used before
 
     def exchange(self, request: HTTPRequest) -> HTTPResponse:
         """Return the response; Rejected if there is none. A kept connection that died before the request was sent is
-        replaced once. Blocks."""
-        if self.expires and is_readable(self.sock):
+        replaced once. Blocks, each time for the timeout at most; abort() ends it."""
+        if self.expires and self.sock and is_readable(self.sock):
             self.close()
-        kept = bool(self.expires and self.sock)
-        try:
-            return self._exchange(request)
-        except Rejected:
-            if self.sent or not kept:
-                raise
-        return self._exchange(request)
-
-    def _exchange(self, request: HTTPRequest) -> HTTPResponse:
-        self.deadline, self.sent, response = time.monotonic() + self.target.timeout, False, None
+        kept, self.sent = self.expires and self.sock, False
         if not self.sock:
             self.open()
         host, path = self.url.host_header, self.url.path + request.path
@@ -4306,50 +4311,51 @@ class KeepAliveConnection(http.client.HTTPConnection):
                 self.sent = True
             response = self._read_response()
         except (OSError, http.client.HTTPException) as error:
+            self.close()
+            if kept and not self.sent and not self.aborted:
+                return self.exchange(request)
             slug = "web-lost" if not self.sent else "web-unsure" if isinstance(error, OSError) else "web-rubbish"
-            reply = make_reply(slug, error_text(error), maybe_delivered=self.sent, **self.target.endpoint)
-            raise Rejected(reply) from None
-        finally:
-            if not (response and self.sent):
-                self.close()
+            why = "timed out" if self.aborted else error_text(error)
+            raise Rejected(make_reply(slug, why, maybe_delivered=self.sent, **self.target.endpoint)) from None
+        if not self.sent:
+            self.close()
         log.dialogue(host, "<", f"{response.status} {response.reason}, {len(response.body)} octets")
         return response
 
     def open(self) -> None:
         """Connect, with TLS if the URL says so."""
-        target, site = self.target, self.url
+        target, site, deadline = self.target, self.url, time.monotonic() + self.timeout
         try:
-            self.sock = connector.connect(target.address or site.host, site.port, self.deadline)
-            self.sock.settimeout(self.seconds_left())  # of the whole handshake
+            self.sock = connector.connect(target.address or site.host, site.port, deadline)
+            self.sock.settimeout(max(deadline - time.monotonic(), 0.001))  # of the whole handshake
             if site.tls:
                 self.sock = wrap_tls(self.sock, site.host, target)
-            elif target.confidential and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
+            if target.confidential and not is_private(self.sock):
                 self.close()
                 raise Rejected(make_reply("clear-auth", **target.endpoint))
+            if self.aborted:
+                raise socket.timeout("timed out")
         except OSError as error:
             slug = "web-tls" if self.sock and site.tls else "web-connect"
             self.close()
             raise Rejected(make_reply(slug, error_text(error), **target.endpoint)) from None
+        self.sock.settimeout(self.timeout)
+        self.transport = self.sock  # which http.client forgets before a response is read to its end
 
-    def seconds_left(self) -> float:
-        """Return the time until the deadline; socket.timeout if it has passed, however fast the peer still sends."""
-        seconds = self.deadline - time.monotonic()
-        if seconds <= 0:
-            raise socket.timeout("timed out")
-        return seconds
-
-    def send(self, octets: bytes) -> None:
-        """Send data; http.client calls this."""
-        for start in range(0, len(octets), CHUNK):
-            self.sock.settimeout(self.seconds_left())
-            self.sock.sendall(octets[start : start + CHUNK])
+    def abort(self) -> None:
+        """Have a thread that is in exchange() fail: the deadline has passed, however fast the peer still sends."""
+        self.aborted = True
+        with contextlib.suppress(OSError, TypeError):  # closed, or not open yet
+            socket.socket.shutdown(self.transport, socket.SHUT_RDWR)
 
     def _read_response(self) -> HTTPResponse:
         response, body, whole = self.getresponse(), b"", False
+        if self.aborted:  # http.client takes the end of a connection for the end of the header
+            raise socket.timeout("timed out")
         try:
-            while chunk := response.read(CHUNK):
+            while len(body) <= self.target.max_response and (chunk := response.read(CHUNK)):
                 body += chunk
-            whole = not response.length and len(body) <= self.target.max_response
+            whole = not (response.length or self.aborted) and len(body) <= self.target.max_response
         except (OSError, http.client.HTTPException):  # the status has come, and may be all that is needed
             pass
         if not whole:
@@ -4358,51 +4364,16 @@ class KeepAliveConnection(http.client.HTTPConnection):
         reason = sanitize(response.reason, 100)
         return HTTPResponse(response.status, reason, response.headers, body if whole else b"")
 
-    def response_class(self, sock: Any, *args: Any, **options: Any) -> LimitedResponse:
-        """Make the object that reads the response; http.client calls this."""
-        response = LimitedResponse(sock, *args, **options)
-        response.fp = io.BufferedReader(LimitedReader(self, response.fp.detach()))
-        return response
-
-
-class LimitedResponse(http.client.HTTPResponse):
-    def _read_status(self) -> tuple:
-        """Skip interim responses (RFC 9110 15.2), of which http.client knows 100 only."""
-        found = super()._read_status()
-        while 100 <= found[1] < 200:
-            http.client.parse_headers(self.fp)
-            found = super()._read_status()
-        return found
-
-
-class LimitedReader(io.RawIOBase):
-    """Reads by the connection's deadline, and no more octets than a response may have: interim responses, trailers and
-    a body that never end are cut off."""
-
-    def __init__(self, connection: KeepAliveConnection, raw: Any) -> None:
-        self.connection, self.raw, self.sock = connection, raw, connection.sock
-        self.limit = connection.target.max_response + MAX_RESPONSE_HEAD
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self.sock.settimeout(self.connection.seconds_left())
-        count = self.raw.readinto(buffer)
-        self.limit -= count
-        if self.limit < 0:
-            raise http.client.HTTPException(f"more than {self.connection.target.max_response} octets")
-        return count
-
-    def close(self) -> None:
-        self.raw.close()
-        super().close()
-
 
 def wrap_tls(sock: socket.socket, host: str, options: Any) -> ssl.SSLSocket:
     """Return the socket after a TLS handshake; `options`, a Route or an HTTPTarget, say what is verified."""
     context = client_context(options.tls_verify, options.ca_file, stat_key(options.ca_file))
     return context.wrap_socket(sock, server_hostname=host)
+
+
+def is_private(sock: Any) -> bool:
+    """Return whether credentials may be sent: over TLS or to this machine."""
+    return isinstance(sock, ssl.SSLSocket) or parse_ip(sock.getpeername()[0]) in LOOPBACK
 
 
 def is_readable(sock: Any) -> bool:
@@ -4440,8 +4411,10 @@ class MTASTSCache:
     FETCH_TIMEOUT = 10.0  # seconds
     NEGATIVE_TTL = 300  # seconds until a policy that could not be fetched is tried again (RFC 8461 3.3)
 
-    def __init__(self, resolver: Resolver, port: int = 443, clock: Callable = time.monotonic) -> None:
-        self.resolver, self.port, self.calls = resolver, port, {}
+    def __init__(
+        self, resolver: Resolver, http: HTTPConnectionPool, port: int = 443, clock: Any = time.monotonic
+    ) -> None:
+        self.resolver, self.http, self.port, self.calls = resolver, http, port, {}
         self.cache = TTLCache(8192, clock)  # domain: (id, MTASTSPolicy); (domain, id): it could not be fetched
 
     async def policy_for(self, domain: str, route: Route) -> MTASTSPolicy | None:
@@ -4460,9 +4433,7 @@ class MTASTSCache:
             address = (await resolve_addresses(host, self.resolver, route.private, deadline))[0]
             url, seconds = f"https://{host}:{self.port}", deadline - time.monotonic()
             target = HTTPTarget(url, seconds, "MX", True, route.ca_file, False, address, MAX_POLICY)
-            with contextlib.closing(KeepAliveConnection(target)) as connection:
-                request = HTTPRequest("GET", "/.well-known/mta-sts.txt")
-                response = await asyncio.to_thread(connection.exchange, request)
+            response = await self.http.request(target, HTTPRequest("GET", "/.well-known/mta-sts.txt"))
             if response.status != 200:  # redirections are not followed (RFC 8461 3.3)
                 raise ValueError(f"HTTP status {response.status}")
             policy = parse_mta_sts_policy(response.body.decode("utf-8", "replace"))
@@ -4620,8 +4591,8 @@ class TokenCache:
 
     DROP_INTERVAL = 60  # seconds between tokens that a server refuses
 
-    def __init__(self, clock: Callable = time.monotonic) -> None:
-        self.clock = clock
+    def __init__(self, http: HTTPConnectionPool, clock: Callable = time.monotonic) -> None:
+        self.http, self.clock = http, clock
         self.calls: dict = {}  # fetches under way
         self.tokens: dict = {}  # (OAuth2, username): AccessToken
         self.refresh_tokens: dict = {}  # the same: what the provider gave in place of refresh_token
@@ -4648,16 +4619,27 @@ class TokenCache:
             raise Rejected(make_reply("token", *lines, route_fault=True, **route.endpoint)) from None
 
     async def _fetch(self, key: tuple, route: Route) -> AccessToken:
+        """Return a new token; ValueError tells why there is none."""
+        (oauth2, username), now = key, self.clock()
         try:
-            token, new = await asyncio.to_thread(fetch_token, route, self.refresh_tokens.get(key), self.clock())
+            old = self.refresh_tokens.get(key)
+            old = old or await asyncio.to_thread(read_secret, oauth2.refresh_token, oauth2.base)
+            if oauth2.access_token:
+                document = {"access_token": await asyncio.to_thread(read_secret, oauth2.access_token, oauth2.base)}
+            else:
+                form = await asyncio.to_thread(token_form, oauth2, username, old, int(time.time()))
+                document = await request_token(route, form, self.http)
+            token = read_token(document, oauth2.scope, now)
         except ValueError:
             self.refresh_tokens.pop(key, None)  # the one in the settings may be newer
             metrics.add("haineko_token_errors_total")
             raise
-        if new and (fault := await asyncio.to_thread(save_refresh_token, route.oauth2, new)):
-            self.refresh_tokens[key] = new
-            text = f"warning: the provider replaced the refresh token of {log_value(key[1])}: {fault}"
-            log.lines(text, level="warning")
+        new = document.get("refresh_token")
+        if isinstance(new, str) and new not in ("", old):
+            if fault := await asyncio.to_thread(save_refresh_token, oauth2, new):
+                self.refresh_tokens[key] = new
+                text = f"warning: the provider replaced the refresh token of {log_value(username)}: {fault}"
+                log.lines(text, level="warning")
         self.tokens[key] = token
         return token
 
@@ -4672,33 +4654,24 @@ class TokenCache:
         return True
 
 
-def fetch_token(route: Route, refresh_token: str | None, now: float) -> tuple:
-    """Return (AccessToken, the refresh token that replaces ours or ""); ValueError tells why there is none. Blocks."""
-    oauth2, new = route.oauth2, ""
-    if oauth2.access_token:
-        document = {"access_token": read_secret(oauth2.access_token, oauth2.base)}
-    else:
-        refresh_token = refresh_token or read_secret(oauth2.refresh_token, oauth2.base)
-        document = request_token(route, token_form(oauth2, route.credentials[0], refresh_token, int(time.time())))
-        new = document.get("refresh_token")
+def read_token(document: dict, scope: str, now: float) -> AccessToken:
+    """Return the token in a provider's document, which need not name the scope; ValueError if it can't be used."""
     text, seconds = document["access_token"], document.get("expires_in")
     if not (isinstance(text, str) and re.fullmatch("[!-~]+", text)):  # or it would break the line that it is sent in
         raise ValueError("the access token is not one word of ASCII")
     found = re.match("[0-9]{1,9}", str(ASSUMED_LIFETIME if seconds is None else seconds))
     lifetime = min(int(found[0]), 86400) if found else 0
-    scope = sanitize(str(document.get("scope") or oauth2.scope))
-    token = AccessToken(text, scope, now + lifetime - min(RENEW_BEFORE, lifetime / 2), now + lifetime)
-    return token, new if isinstance(new, str) and new != refresh_token else ""
+    scope = sanitize(str(document.get("scope") or scope))
+    return AccessToken(text, scope, now + lifetime - min(RENEW_BEFORE, lifetime / 2), now + lifetime)
 
 
-def request_token(route: Route, form: dict) -> dict:
+async def request_token(route: Route, form: dict, http: HTTPConnectionPool) -> dict:
     """Return the provider's document with a token (RFC 6749 5.1); ValueError with its words if it gives none (5.2)."""
     url, path = WEBHOOK_URL.fullmatch(route.oauth2.token_url).group("base", "path")
     target = HTTPTarget(url, route.timeout, route.mailer, ca_file=route.ca_file, confidential=True)
     body, kind = urllib.parse.urlencode(form).encode(), "application/x-www-form-urlencoded"
     try:
-        with contextlib.closing(KeepAliveConnection(target)) as connection:
-            response = connection.exchange(HTTPRequest("POST", path or "/", body, type=kind))
+        response = await http.request(target, HTTPRequest("POST", path or "/", body, type=kind))
     except Rejected as refused:
         raise ValueError(f"{url}: {refused.reply.message[-1]}") from None
     document = json_object(response)
@@ -4858,7 +4831,7 @@ class Session(smtplib.SMTP):
         if not self.route.auth:
             return
         self.step = "AUTH"
-        if not isinstance(self.sock, ssl.SSLSocket) and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
+        if not is_private(self.sock):
             raise Rejected(make_reply("clear-auth", **self.route.endpoint))
         known = [name for name, row in AUTH_MECHANISMS.items() if row.by_token == bool(self.route.oauth2)]
         offered = [name for name in known if name in self.esmtp_features.get("auth", "").upper().split()]
@@ -5145,12 +5118,7 @@ def auth_oauthbearer(route: Route, challenge: bytes, turn: int) -> bytes:
 
 
 def auth_login(route: Route, challenge: bytes, turn: int) -> bytes:
-    """Answer with user name or password, by the words of the challenge, else by its turn: no RFC defines the words."""
-    text = challenge.lower()
-    with contextlib.suppress(ProtocolError):
-        text += decode_challenge(challenge).lower()
-    asked = 1 if b"pass" in text else 0 if b"user" in text or b"name" in text else min(turn, 1)
-    return route.credentials[asked].encode()
+    return route.credentials[min(turn, 1)].encode()  # first the user name, whatever the words are: no RFC has them
 
 
 def decode_challenge(challenge: bytes) -> bytes:
@@ -5322,13 +5290,14 @@ class TransportContext:
         self.limits = limits or SharedLimits()
         self.route_pauses: dict = {}  # Route that failed: monotonic time until which its list does without it
         self.pools: defaultdict = defaultdict(SessionPool)  # by (hostname, route)
-        self.http, self.tokens = HTTPConnectionPool(), TokenCache()
+        self.http = HTTPConnectionPool()
+        self.tokens = TokenCache(self.http)
         self.set_nameservers(nameservers)
 
     def set_nameservers(self, nameservers: tuple) -> None:
         """Use these name servers from now on; () means those of resolv.conf."""
         self.resolver = Resolver(nameservers)
-        self.mta_sts = MTASTSCache(self.resolver)
+        self.mta_sts = MTASTSCache(self.resolver, self.http)
 
     def acquire_idle(self, route: Route, hostname: str) -> Session | None:
         """Return the idle session that was used last, None if there is none. To be released."""
