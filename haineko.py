@@ -4191,8 +4191,6 @@ MAX_POLICY = 65536  # octets
 
 
 class HTTPTarget(NamedTuple):
-    """A web server and how to talk to it."""
-
     url: str  # base URL
     timeout: float  # seconds for a whole exchange, connecting included
     mailer: str | None = None  # for replies
@@ -4254,7 +4252,7 @@ class HTTPConnectionPool:
         finally:
             watchdog.cancel()
         idle = self.idle.setdefault(target, [])
-        if connection.sock and len(idle) < self.MAX_IDLE:
+        if connection.sock and not connection.aborted and len(idle) < self.MAX_IDLE:
             connection.expires = time.monotonic() + self.IDLE
             idle.append(connection)
         else:
@@ -4314,9 +4312,10 @@ class KeepAliveConnection(http.client.HTTPConnection):
             self.close()
             if kept and not self.sent and not self.aborted:
                 return self.exchange(request)
+            error = socket.timeout("timed out") if self.aborted else error
             slug = "web-lost" if not self.sent else "web-unsure" if isinstance(error, OSError) else "web-rubbish"
-            why = "timed out" if self.aborted else error_text(error)
-            raise Rejected(make_reply(slug, why, maybe_delivered=self.sent, **self.target.endpoint)) from None
+            reply = make_reply(slug, error_text(error), maybe_delivered=self.sent, **self.target.endpoint)
+            raise Rejected(reply) from None
         if not self.sent:
             self.close()
         log.dialogue(host, "<", f"{response.status} {response.reason}, {len(response.body)} octets")
@@ -4330,7 +4329,7 @@ class KeepAliveConnection(http.client.HTTPConnection):
             self.sock.settimeout(max(deadline - time.monotonic(), 0.001))  # of the whole handshake
             if site.tls:
                 self.sock = wrap_tls(self.sock, site.host, target)
-            if target.confidential and not is_private(self.sock):
+            elif target.confidential and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
                 self.close()
                 raise Rejected(make_reply("clear-auth", **target.endpoint))
             if self.aborted:
@@ -4371,11 +4370,6 @@ def wrap_tls(sock: socket.socket, host: str, options: Any) -> ssl.SSLSocket:
     return context.wrap_socket(sock, server_hostname=host)
 
 
-def is_private(sock: Any) -> bool:
-    """Return whether credentials may be sent: over TLS or to this machine."""
-    return isinstance(sock, ssl.SSLSocket) or parse_ip(sock.getpeername()[0]) in LOOPBACK
-
-
 def is_readable(sock: Any) -> bool:
     """Return whether an idle connection was closed by the peer, or has data that nothing asked for."""
     poll = select.poll()
@@ -4411,9 +4405,7 @@ class MTASTSCache:
     FETCH_TIMEOUT = 10.0  # seconds
     NEGATIVE_TTL = 300  # seconds until a policy that could not be fetched is tried again (RFC 8461 3.3)
 
-    def __init__(
-        self, resolver: Resolver, http: HTTPConnectionPool, port: int = 443, clock: Any = time.monotonic
-    ) -> None:
+    def __init__(self, resolver: Resolver, http: Any, port: int = 443, clock: Callable = time.monotonic) -> None:
         self.resolver, self.http, self.port, self.calls = resolver, http, port, {}
         self.cache = TTLCache(8192, clock)  # domain: (id, MTASTSPolicy); (domain, id): it could not be fetched
 
@@ -4578,11 +4570,9 @@ RENEW_BEFORE = 600  # seconds before the end
 
 
 class AccessToken(NamedTuple):
-    """Access token; the times are monotonic."""
-
     text: str
     scope: str
-    renew_at: float
+    renew_at: float  # monotonic
     expires: float
 
 
@@ -4731,9 +4721,7 @@ SMTPS = 465  # RFC 8314: TLS from the first byte
 THROTTLED = ("432", "454")  # too many connections (Microsoft), throttling failure (Amazon)
 
 
-class SMTPReply(NamedTuple):
-    """One reply of a server, RFC 5321 4.2."""
-
+class SMTPReply(NamedTuple):  # RFC 5321 4.2
     code: str
     dsn: str | None
     lines: tuple
@@ -4779,8 +4767,6 @@ class Session(smtplib.SMTP):
         self.last_reply: Any = None  # SMTPReply to a command of smtplib's
         self.alive = self.needs_rset = self.in_data = self.eod_sent = False
         self.created_at = self.last_used = time.monotonic()
-
-    # -- opening
 
     def open(self) -> None:
         """Get ready for transactions, or raise Rejected with the server's reply. Blocks."""
@@ -4831,7 +4817,7 @@ class Session(smtplib.SMTP):
         if not self.route.auth:
             return
         self.step = "AUTH"
-        if not is_private(self.sock):
+        if not isinstance(self.sock, ssl.SSLSocket) and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
             raise Rejected(make_reply("clear-auth", **self.route.endpoint))
         known = [name for name, row in AUTH_MECHANISMS.items() if row.by_token == bool(self.route.oauth2)]
         offered = [name for name in known if name in self.esmtp_features.get("auth", "").upper().split()]
@@ -5062,8 +5048,6 @@ class Session(smtplib.SMTP):
             self.send("QUIT\r\n")
         self.close()
 
-    # -- replies
-
     def _to_reply(self, step: str, reply: SMTPReply) -> Reply:
         """Return a server's reply as ours. A refusal of our log-in or the route's settings is no fault of the mail."""
         route, fault = self.route, False
@@ -5088,8 +5072,6 @@ class Session(smtplib.SMTP):
 
 
 class Mechanism(NamedTuple):
-    """Way to log in."""
-
     has_initial: bool  # whether the client speaks first
     respond: Callable  # (route, challenge as it came, number of responses before): gives the response
     by_token: bool = False  # with an access token as password
@@ -5099,10 +5081,6 @@ def auth_cram_md5(route: Route, challenge: bytes, turn: int) -> bytes:
     user, password = route.credentials  # RFC 2195
     digest = hmac.new(password.encode(), decode_challenge(challenge), "md5").hexdigest()
     return f"{user} {digest}".encode()
-
-
-def auth_plain(route: Route, challenge: bytes, turn: int) -> bytes:
-    return "\0{}\0{}".format(*route.credentials).encode()  # RFC 4616
 
 
 def auth_xoauth2(route: Route, challenge: bytes, turn: int) -> bytes:
@@ -5117,10 +5095,6 @@ def auth_oauthbearer(route: Route, challenge: bytes, turn: int) -> bytes:
     return b"\1" if turn else text.encode()  # RFC 7628 3.1, 3.2.3
 
 
-def auth_login(route: Route, challenge: bytes, turn: int) -> bytes:
-    return route.credentials[min(turn, 1)].encode()  # first the user name, whatever the words are: no RFC has them
-
-
 def decode_challenge(challenge: bytes) -> bytes:
     """Decode base64, with or without padding."""
     try:
@@ -5131,8 +5105,9 @@ def decode_challenge(challenge: bytes) -> bytes:
 
 AUTH_MECHANISMS = {  # the strongest first
     "CRAM-MD5": Mechanism(False, auth_cram_md5),
-    "PLAIN": Mechanism(True, auth_plain),
-    "LOGIN": Mechanism(False, auth_login),  # with an initial response, some servers fail
+    "PLAIN": Mechanism(True, lambda route, challenge, turn: "\0{}\0{}".format(*route.credentials).encode()),  # RFC 4616
+    # No RFC defines the words of LOGIN's challenges. With an initial response, some servers fail.
+    "LOGIN": Mechanism(False, lambda route, challenge, turn: route.credentials[min(turn, 1)].encode()),
     "XOAUTH2": Mechanism(True, auth_xoauth2, by_token=True),
     "OAUTHBEARER": Mechanism(True, auth_oauthbearer, by_token=True),
 }
@@ -5187,8 +5162,6 @@ def recipient_replies(replies: list, result: SMTPReply | None, lost: Reply | Non
 
 
 class SessionWaiter(NamedTuple):
-    """A mail that waits for a session."""
-
     future: asyncio.Future  # of a Session, or None (open one)
     deadline: float
     reply: Reply | None  # the failure of its own attempt to open a session
@@ -5250,11 +5223,9 @@ class SessionPool:
         if reply and others:
             self.slow_down(reply)
         elif not others:
-            greeting = (
-                reply and reply.temporary and reply.command == "CONN" and (reply.from_server or reply.retry_after)
-            )
-            busy = not reply or greeting or reply.code in THROTTLED
-            self.fail_waiters([waiter for waiter in self.waiters if waiter.reply or not busy], None if busy else reply)
+            greeting = reply and reply.command == "CONN" and (reply.from_server or reply.retry_after)
+            busy = not reply or (greeting and reply.temporary) or reply.code in THROTTLED
+            self.fail_waiters([waiter for waiter in self.waiters if waiter.reply or not busy], reply)
         self.opening -= 1
         self.wake_waiters()
         return bool(reply and others)
@@ -5284,7 +5255,6 @@ class TransportContext:
     IDLE_WHEN_FULL = 1  # the same if the server limits sessions: other processes of ours may need one
     AGE = 300  # seconds after which a session is not used again
     SHARE = 5  # the same if the route's sessions are limited: another process may wait for its place
-    MAX_IDLE = 256  # sessions of one route
 
     def __init__(self, nameservers: tuple = (), limits: SharedLimits | None = None) -> None:
         self.limits = limits or SharedLimits()
@@ -5337,8 +5307,8 @@ class TransportContext:
         try:
             await asyncio.to_thread(session.open)  # smtplib blocks
         except Rejected as refused:
-            again = again and bool(route.oauth2) and refused.reply.code == "535"
-            if not (again and self.tokens.drop(route, session.route.credentials[1])):
+            by_token = again and route.oauth2 and refused.reply.code == "535"
+            if not (by_token and self.tokens.drop(route, session.route.credentials[1])):
                 raise
             return await self.connect(route, hostname, again=False)
         session.stream = AsyncSocket(session.sock)
@@ -5373,7 +5343,7 @@ class TransportContext:
         if session.alive and not (limited and is_old) and pool.hand_over(session):
             return
         pool.in_use -= 1
-        if session.alive and not is_old and len(pool.idle) < self.MAX_IDLE:
+        if session.alive and not is_old:
             pool.idle.append(session)
             return
         if session.alive:
