@@ -4348,17 +4348,15 @@ class KeepAliveConnection(http.client.HTTPConnection):
             socket.socket.shutdown(self.transport, socket.SHUT_RDWR)
 
     def _read_response(self) -> HTTPResponse:
-        response, body, whole = self.getresponse(), b"", False
-        if self.aborted:  # http.client takes the end of a connection for the end of the header
-            raise socket.timeout("timed out")
-        try:
-            while len(body) <= self.target.max_response and (chunk := response.read(CHUNK)):
-                body += chunk
-            whole = not (response.length or self.aborted) and len(body) <= self.target.max_response
-        except (OSError, http.client.HTTPException):  # the status has come, and may be all that is needed
-            pass
+        body, whole = b"", False
+        with contextlib.closing(self.getresponse()) as response:
+            if self.aborted:  # http.client takes the end of a connection for the end of the header
+                raise socket.timeout("timed out")
+            with contextlib.suppress(OSError, http.client.HTTPException):  # the status may be all that is needed
+                while len(body) <= self.target.max_response and (chunk := response.read(CHUNK)):
+                    body += chunk
+                whole = not (response.length or self.aborted) and len(body) <= self.target.max_response
         if not whole:
-            response.close()
             self.close()
         reason = sanitize(response.reason, 100)
         return HTTPResponse(response.status, reason, response.headers, body if whole else b"")
@@ -4562,7 +4560,6 @@ def sign_jwt(claims: dict, key: PrivateKey) -> str:
 # ======================================================================================================================
 # 13. OAuth2
 #     Takes a route, gives it with an access token as password, or raises Rejected with the provider's words (RFC 6749).
-#     Each process keeps tokens until shortly before they end.
 # ======================================================================================================================
 
 ASSUMED_LIFETIME = 600  # seconds, if the provider names none
@@ -4692,12 +4689,11 @@ def save_refresh_token(oauth2: OAuth2, text: str) -> str:
         return "put the new one into the settings, ours may end"
     path = os.path.realpath(os.path.join(oauth2.base, oauth2.refresh_token["file"]))
     try:
-        handle, aside = tempfile.mkstemp(dir=os.path.dirname(path))
-        with open(handle, "w", encoding="utf-8", errors="replace") as stream:
-            stream.write(text + "\n")
+        with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as stream:
+            stream.write(text.encode("utf-8", "replace") + b"\n")
             stream.flush()
-            os.fsync(handle)
-        os.replace(aside, path)
+            os.fsync(stream.fileno())
+        os.replace(stream.name, path)
     except OSError as error:
         return f"{path} can't be written ({error.strerror}), so the new one is lost when this process ends"
     return ""
@@ -4881,8 +4877,7 @@ class Session(smtplib.SMTP):
             self.alive, lost = False, self._broken(error)
         self.last_used = time.monotonic()
         self.needs_rset = not (result and result.code[0] == "2")
-        if self.recv_buffer:  # more than was asked for
-            self.alive = False
+        self.alive = self.alive and not self.recv_buffer  # or there is more than was asked for
         decided = recipient_replies(replies, result, lost, len(transaction.recipients))
         found = [item if isinstance(item, Reply) else self._to_reply(*item) for item in decided]
         found = found if self.in_data else [reply._replace(before_text=True) for reply in found]
