@@ -4291,8 +4291,7 @@ class KeepAliveConnection(http.client.HTTPConnection):
         self.expires = 0.0  # when it is closed if it stays idle; not 0.0 if it was used before
 
     def exchange(self, request: HTTPRequest) -> HTTPResponse:
-        """Return the response; Rejected if there is none. A kept connection that died before the request was sent is
-        replaced once. Blocks, each time for the timeout at most; abort() ends it."""
+        """Return the response; Rejected if there is none. Blocks, but abort() ends it."""
         if self.expires and self.sock and is_readable(self.sock):
             self.close()
         kept, self.sent = self.expires and self.sock, False
@@ -4311,7 +4310,7 @@ class KeepAliveConnection(http.client.HTTPConnection):
         except (OSError, http.client.HTTPException) as error:
             self.close()
             if kept and not self.sent and not self.aborted:
-                return self.exchange(request)
+                return self.exchange(request)  # once, by a new connection
             error = socket.timeout("timed out") if self.aborted else error
             slug = "web-lost" if not self.sent else "web-unsure" if isinstance(error, OSError) else "web-rubbish"
             reply = make_reply(slug, error_text(error), maybe_delivered=self.sent, **self.target.endpoint)
@@ -5310,13 +5309,12 @@ class TransportContext:
         return session
 
     async def _await_place(self, route: Route, pool: SessionPool) -> Callable:
-        """Take a place among the route's sessions of all processes, and return what gives it back. Raises Rejected if
-        this process has all of them, which are waited for elsewhere, or if that takes too long."""
+        """Wait for one of the route's `sessions`, which other processes may have; return what gives it back."""
         deadline = time.monotonic() + route.timeout
         if time.monotonic() - pool.gave_up < 0.2:
             await asyncio.sleep(0.2)  # one that has waited longer takes it
         while not (octet := self.limits.open_session(route.limit_key, route.sessions)):
-            if pool.idle or pool.in_use or time.monotonic() > deadline:
+            if pool.idle or pool.in_use or time.monotonic() > deadline:  # in this process, acquire() waits for them
                 line = f"other mails have all of its sessions ({route.sessions})"
                 raise Rejected(make_reply("route-limit", line, retry_after=route.timeout, **route.endpoint))
             await asyncio.sleep(0.05)  # there is no event when another process releases one
