@@ -4792,10 +4792,9 @@ class Session(smtplib.SMTP):
         self._expect_success()
 
     def _starttls(self) -> None:
-        route, offered = self.route, self.has_extn("starttls")
+        route, self.step, offered = self.route, "STARTTLS", self.has_extn("starttls")
         if route.port == SMTPS or not (route.starttls or (route.tls_if_offered and offered)):
             return
-        self.step = "STARTTLS"
         if not offered:
             raise Rejected(make_reply("no-starttls", **route.endpoint))
         self.docmd("STARTTLS")
