@@ -4448,10 +4448,9 @@ def parse_mta_sts_policy(text: str) -> MTASTSPolicy:
     values = dict(reversed(pairs))  # of a repeated key, the first counts
     hosts = tuple(value.lower().rstrip(".") for key, value in pairs if key == "mx")
     mode, age = values.get("mode", ""), values.get("max_age", "")
-    if values.get("version") != "STSv1" or mode not in ("enforce", "testing", "none") or (mode != "none" and not hosts):
+    valid = values.get("version") == "STSv1" and (mode == "none" or (mode in ("enforce", "testing") and hosts))
+    if not (valid and re.fullmatch(r"[0-9]{1,10}", age)):
         raise ValueError("not an MTA-STS policy")
-    if not re.fullmatch(r"[0-9]{1,10}", age):
-        raise ValueError("max_age is not a number")
     return MTASTSPolicy(mode, hosts, min(int(age), 31557600))
 
 
@@ -4842,7 +4841,7 @@ class Session(smtplib.SMTP):
                 code, text = self.getreply()
         finally:
             self.masked = ""
-        more = sanitize(details.decode("utf-8", "replace"), MAX_TEXT, keep="\n").split("\n")[1:]
+        more = self._mask(sanitize(details.decode("utf-8", "replace"), MAX_TEXT, keep="\n")).split("\n")[1:]
         self.last_reply = self.last_reply._replace(lines=(*self.last_reply.lines, *more))
 
     def _expect_success(self) -> None:
@@ -4991,28 +4990,20 @@ class Session(smtplib.SMTP):
         self.maybe_complete = bool(reply and self.recv_buffer)
         if reply and reply.code == "421":  # RFC 5321 3.8
             self.alive = False
-        if reply and self.masked:
-            reply = reply._replace(lines=tuple(map(self._mask_credentials, reply.lines)))
+        if reply and self.masked and reply.code != "334":  # the log-in goes on from a challenge
+            reply = reply._replace(lines=tuple(map(self._mask, reply.lines)))
         if reply and (log.devel or log.trace.get() is not None):
-            for i, line in enumerate(reply.lines, 1):
-                log.dialogue(self.route.host, "<", f"{reply.code}{' ' if i == len(reply.lines) else '-'}{line}")
+            lines = ("********",) if reply.code == "334" and self.masked else reply.lines
+            for i, line in enumerate(lines, 1):
+                log.dialogue(self.route.host, "<", f"{reply.code}{' ' if i == len(lines) else '-'}{line}")
         return reply
 
-    def _mask_credentials(self, line: str) -> str:
-        """Mask our credentials in a line, as they are and as AUTH sends them: some servers repeat what they do not
-        understand. A challenge stays as it is: it may share a part with a token, and the log-in goes on from it."""
+    def _mask(self, text: str) -> str:
+        """Mask our credentials, as they are and as AUTH sends them: some servers repeat what they do not understand."""
         secret = self.route.credentials[1]
-        if len(secret) <= 3:  # to mask it would hide nothing
-            return line
         forms = [row.respond(self.route, b"", 0) for row in AUTH_MECHANISMS.values() if row.has_initial]
         secrets = [secret, *[base64.b64encode(octets).decode() for octets in (*forms, secret.encode())]]
-        with contextlib.suppress(ProtocolError, UnicodeDecodeError):
-            decoded = decode_challenge(line.rstrip(".").encode()).decode()
-            if (masked := mask_secrets(decoded, secrets)) != decoded:
-                return base64.b64encode(masked.encode()).decode()
-            if not any(secret in line for secret in secrets):
-                return line
-        return mask_secrets(line, secrets)
+        return mask_secrets(text, secrets if len(secret) > 3 else [])  # to mask a short one would hide nothing
 
     def _feed(self, octets: bytes) -> None:
         if not octets:
@@ -5294,9 +5285,17 @@ class TransportContext:
 
     async def connect(self, route: Route, hostname: str, again: bool = True) -> Session:
         """Open a session; an access token that the server refuses is replaced once."""
-        session = Session(await self.tokens.authorize(route), hostname)
+        session, pool = Session(await self.tokens.authorize(route), hostname), self.pools[hostname, route]
+        deadline = time.monotonic() + route.timeout
         if route.sessions:
-            session.release_place = await self._await_place(route, self.pools[hostname, route])
+            if time.monotonic() - pool.gave_up < 0.2:
+                await asyncio.sleep(0.2)  # a process that has waited longer takes it
+            while not (octet := self.limits.open_session(route.limit_key, route.sessions)):
+                if pool.idle or pool.in_use or time.monotonic() > deadline:  # acquire() waits for those of this process
+                    line = f"other mails have all of its sessions ({route.sessions})"
+                    raise Rejected(make_reply("route-limit", line, retry_after=route.timeout, **route.endpoint))
+                await asyncio.sleep(0.05)  # there is no event when another process closes one
+            session.release_place = functools.partial(self.limits.close_session, octet)
         try:
             await asyncio.to_thread(session.open)  # smtplib blocks
         except Rejected as refused:
@@ -5306,18 +5305,6 @@ class TransportContext:
             return await self.connect(route, hostname, again=False)
         session.stream = AsyncSocket(session.sock)
         return session
-
-    async def _await_place(self, route: Route, pool: SessionPool) -> Callable:
-        """Wait for one of the route's `sessions`, which other processes may have; return what gives it back."""
-        deadline = time.monotonic() + route.timeout
-        if time.monotonic() - pool.gave_up < 0.2:
-            await asyncio.sleep(0.2)  # one that has waited longer takes it
-        while not (octet := self.limits.open_session(route.limit_key, route.sessions)):
-            if pool.idle or pool.in_use or time.monotonic() > deadline:  # in this process, acquire() waits for them
-                line = f"other mails have all of its sessions ({route.sessions})"
-                raise Rejected(make_reply("route-limit", line, retry_after=route.timeout, **route.endpoint))
-            await asyncio.sleep(0.05)  # there is no event when another process releases one
-        return functools.partial(self.limits.close_session, octet)
 
     async def await_rate(self, route: Route, count: int) -> None:
         """Wait until the route's rate admits so many recipients; raise Rejected if that takes too long."""
