@@ -4226,7 +4226,6 @@ class HTTPResponse(NamedTuple):
     body: bytes  # b"" if it did not arrive as a whole, or was too large
 
     def document(self) -> Any:
-        """Return the JSON value in the body, None if it is not JSON."""
         try:
             return parse_json(self.body)
         except ValueError:
@@ -4270,13 +4269,12 @@ class HTTPConnectionPool:
 
 
 class FinalResponse(http.client.HTTPResponse):
-    def _read_status(self) -> tuple:
+    def begin(self) -> None:
         """Skip interim responses (RFC 9110 15.2), of which http.client knows 100 only."""
-        found = super()._read_status()
-        while 100 <= found[1] < 200:
-            http.client.parse_headers(self.fp)
-            found = super()._read_status()
-        return found
+        super().begin()
+        while 100 <= self.status < 200:
+            self.headers = None
+            super().begin()
 
 
 class KeepAliveConnection(http.client.HTTPConnection):
@@ -4321,7 +4319,6 @@ class KeepAliveConnection(http.client.HTTPConnection):
         return response
 
     def open(self) -> None:
-        """Connect, with TLS if the URL says so."""
         target, site, deadline = self.target, self.url, time.monotonic() + self.timeout
         try:
             self.sock = connector.connect(target.address or site.host, site.port, deadline)
@@ -4375,19 +4372,15 @@ def is_readable(sock: Any) -> bool:
 
 
 def json_object(response: HTTPResponse) -> dict:
-    """Return the JSON object in a response; {} if it has none."""
     document = response.document()
     return document if isinstance(document, dict) else {}
 
 
 def status_text(response: HTTPResponse) -> str:
-    """Return the response's status line for people."""
     return f"HTTP {response.status} {response.reason}".strip()
 
 
-class MTASTSPolicy(NamedTuple):
-    """MTA-STS: the hosts that a domain's mail may be delivered to (RFC 8461 3.2)."""
-
+class MTASTSPolicy(NamedTuple):  # RFC 8461 3.2
     mode: str  # enforce, testing or none
     hosts: tuple  # names; "*." stands for one label
     max_age: int  # seconds
@@ -4754,10 +4747,9 @@ class Session(smtplib.SMTP):
         super().__init__(local_hostname=hostname, timeout=route.timeout)
         self.route, self.step, self.masked = route, "CONN", ""  # masked: what the log shows in place of what is sent
         self.pool: Any = None  # the SessionPool that it belongs to
-        self.release_place = lambda: None  # its place among the route's `sessions`
+        self.on_close = contextlib.ExitStack()  # gives back what it has, such as a place among the route's `sessions`
         self.stream: Any = None  # AsyncSocket of the open connection
-        self.recv_buffer = b""  # received but not asked for yet
-        self.maybe_complete = False  # recv_buffer may hold a complete reply
+        self.recv_buffer, self.maybe_complete = b"", False  # received but not asked for yet; whether it may be a reply
         self.last_reply: Any = None  # SMTPReply to a command of smtplib's
         self.alive = self.needs_rset = self.in_data = self.eod_sent = False
         self.created_at = self.last_used = time.monotonic()
@@ -5017,12 +5009,9 @@ class Session(smtplib.SMTP):
                 log.dialogue(self.route.host, ">", line.decode("utf-8", "replace"))
 
     def close(self) -> None:
-        """Close the connection, unregistered first: by the event loop's thread, or before it has a stream."""
-        if self.stream:
-            self.stream.release()
+        """Close the connection, unregistered first: in the event loop's thread, or before it has a stream."""
+        self.on_close.close()
         super().close()
-        release_place, self.release_place = self.release_place, lambda: None
-        release_place()
 
     def quit(self) -> None:
         """Send QUIT and close, without waiting for the reply."""
@@ -5052,10 +5041,7 @@ class Session(smtplib.SMTP):
         return make_reply(slug, error_text(error), command=self.step, **self.route.endpoint)
 
 
-# -- AUTH (RFC 4954)
-
-
-class Mechanism(NamedTuple):
+class Mechanism(NamedTuple):  # of AUTH, RFC 4954
     has_initial: bool  # whether the client speaks first
     respond: Callable  # (route, challenge as it came, number of responses before): gives the response
     by_token: bool = False  # with an access token as password
@@ -5097,9 +5083,6 @@ AUTH_MECHANISMS = {  # the strongest first
 }
 MAX_COMMAND = 510  # octets of a line without CRLF: beyond, the initial response waits to be asked for (RFC 4954 4)
 MAX_CHALLENGES = 4
-
-
-# -- a transaction's script, and what its replies mean
 
 
 def envelope_commands(transaction: Transaction, utf8: bool, size: int, features: dict) -> list:
@@ -5167,7 +5150,6 @@ class SessionPool:
         self.gave_up = 0.0  # when a session was closed so that another process can open one
 
     def may_open(self) -> bool:
-        """Return whether another session may be opened now."""
         one_more = not self.opening and time.monotonic() >= self.ask_again
         return self.opening < self.OPENING and (one_more or self.in_use + self.opening < self.limit)
 
@@ -5193,7 +5175,6 @@ class SessionPool:
             self.opening += 1
 
     def opened(self) -> None:
-        """Count a session that was opened, and is in use."""
         self.opening -= 1
         self.in_use += 1
         if self.in_use > self.limit:
@@ -5295,7 +5276,7 @@ class TransportContext:
                     line = f"other mails have all of its sessions ({route.sessions})"
                     raise Rejected(make_reply("route-limit", line, retry_after=route.timeout, **route.endpoint))
                 await asyncio.sleep(0.05)  # there is no event when another process closes one
-            session.release_place = functools.partial(self.limits.close_session, octet)
+            session.on_close.callback(self.limits.close_session, octet)
         try:
             await asyncio.to_thread(session.open)  # smtplib blocks
         except Rejected as refused:
@@ -5304,6 +5285,7 @@ class TransportContext:
                 raise
             return await self.connect(route, hostname, again=False)
         session.stream = AsyncSocket(session.sock)
+        session.on_close.callback(session.stream.release)
         return session
 
     async def await_rate(self, route: Route, count: int) -> None:
