@@ -4705,6 +4705,9 @@ MAX_LINES = 128  # of a reply
 SEND_BLOCK = 262144  # octets of a message sent in one step
 PIPELINE_WINDOW = 100  # commands without a reply at a time, so that neither side's buffer fills up (RFC 2920 3.1)
 SMTPS = 465  # RFC 8314: TLS from the first byte
+PASSWORD_MECHANISMS = ("CRAM-MD5", "PLAIN", "LOGIN")  # of AUTH (RFC 4954), the strongest first
+TOKEN_MECHANISMS = ("XOAUTH2", "OAUTHBEARER")
+CLIENT_FIRST = ("PLAIN", *TOKEN_MECHANISMS)  # these have an initial response; with one to LOGIN, some servers fail
 THROTTLED = ("432", "454")  # too many connections (Microsoft), throttling failure (Amazon)
 
 
@@ -4804,7 +4807,7 @@ class Session(smtplib.SMTP):
         self.step = "AUTH"
         if not isinstance(self.sock, ssl.SSLSocket) and parse_ip(self.sock.getpeername()[0]) not in LOOPBACK:
             raise Rejected(make_reply("clear-auth", **self.route.endpoint))
-        known = [name for name, row in AUTH_MECHANISMS.items() if row.by_token == bool(self.route.oauth2)]
+        known = TOKEN_MECHANISMS if self.route.oauth2 else PASSWORD_MECHANISMS
         offered = [name for name in known if name in self.esmtp_features.get("auth", "").upper().split()]
         if not offered:
             raise Rejected(make_reply("no-auth", f"{', '.join(known)} are known", **self.route.endpoint))
@@ -4816,10 +4819,11 @@ class Session(smtplib.SMTP):
 
     def _authenticate(self, mechanism: str) -> None:
         """Send our credentials; `last_reply` is the server's verdict, with what it told in its challenges."""
-        row, line, details = AUTH_MECHANISMS[mechanism], f"AUTH {mechanism}".encode(), b""
-        initial = b" " + base64.b64encode(row.respond(self.route, b"", 0)) if row.has_initial else b""
+        route, line, details, initial = self.route, f"AUTH {mechanism}".encode(), b"", b""
+        if mechanism in CLIENT_FIRST:
+            initial = b" " + base64.b64encode(auth_response(mechanism, route))
         inline = bool(initial) and len(line + initial) <= MAX_COMMAND
-        self.masked = f"AUTH {mechanism} ******** as {self.route.credentials[0]}"
+        self.masked = f"AUTH {mechanism} ******** as {route.credentials[0]}"
         try:
             self.send(line + initial * inline + b"\r\n")
             self.masked = "********"
@@ -4827,9 +4831,9 @@ class Session(smtplib.SMTP):
             for turn in range(inline, MAX_CHALLENGES):
                 if code != 334:
                     break
-                if row.by_token and turn:
+                if route.oauth2 and turn:
                     details += b"\n" + decode_challenge(text)
-                self.send(base64.b64encode(row.respond(self.route, text, turn)) + b"\r\n")
+                self.send(base64.b64encode(auth_response(mechanism, route, text, turn)) + b"\r\n")
                 code, text = self.getreply()
         finally:
             self.masked = ""
@@ -4993,7 +4997,7 @@ class Session(smtplib.SMTP):
     def _mask(self, text: str) -> str:
         """Mask our credentials, as they are and as AUTH sends them: some servers repeat what they do not understand."""
         secret = self.route.credentials[1]
-        forms = [row.respond(self.route, b"", 0) for row in AUTH_MECHANISMS.values() if row.has_initial]
+        forms = [auth_response(mechanism, self.route) for mechanism in CLIENT_FIRST]
         secrets = [secret, *[base64.b64encode(octets).decode() for octets in (*forms, secret.encode())]]
         return mask_secrets(text, secrets if len(secret) > 3 else [])  # to mask a short one would hide nothing
 
@@ -5041,28 +5045,21 @@ class Session(smtplib.SMTP):
         return make_reply(slug, error_text(error), command=self.step, **self.route.endpoint)
 
 
-class Mechanism(NamedTuple):  # of AUTH, RFC 4954
-    has_initial: bool  # whether the client speaks first
-    respond: Callable  # (route, challenge as it came, number of responses before): gives the response
-    by_token: bool = False  # with an access token as password
-
-
-def auth_cram_md5(route: Route, challenge: bytes, turn: int) -> bytes:
-    user, password = route.credentials  # RFC 2195
-    digest = hmac.new(password.encode(), decode_challenge(challenge), "md5").hexdigest()
-    return f"{user} {digest}".encode()
-
-
-def auth_xoauth2(route: Route, challenge: bytes, turn: int) -> bytes:
-    """Answer with the token, then with an empty line to a further challenge, which is an error in JSON."""
-    # https://developers.google.com/workspace/gmail/imap/xoauth2-protocol
-    return b"" if turn else "user={}\1auth=Bearer {}\1\1".format(*route.credentials).encode()
-
-
-def auth_oauthbearer(route: Route, challenge: bytes, turn: int) -> bytes:
-    user, token = route.credentials[0].replace("=", "=3D").replace(",", "=2C"), route.credentials[1]  # RFC 5801 4
-    text = f"n,a={user},\1host={route.host}\1port={route.port}\1auth=Bearer {token}\1\1"
-    return b"\1" if turn else text.encode()  # RFC 7628 3.1, 3.2.3
+def auth_response(mechanism: str, route: Route, challenge: bytes = b"", turn: int = 0) -> bytes:
+    """Return the initial response of AUTH, or that to a challenge as it came; `turn` counts those before it."""
+    user, secret = route.credentials
+    if mechanism == "PLAIN":  # RFC 4616
+        return f"\0{user}\0{secret}".encode()
+    if mechanism == "LOGIN":  # no RFC has it: the words of its challenges differ
+        return (secret if turn else user).encode()
+    if mechanism == "CRAM-MD5":  # RFC 2195
+        return f"{user} {hmac.new(secret.encode(), decode_challenge(challenge), 'md5').hexdigest()}".encode()
+    if turn:  # the challenge is an error in JSON
+        return b"\1" if mechanism == "OAUTHBEARER" else b""  # RFC 7628 3.2.3
+    if mechanism == "XOAUTH2":  # https://developers.google.com/workspace/gmail/imap/xoauth2-protocol
+        return f"user={user}\1auth=Bearer {secret}\1\1".encode()
+    user = user.replace("=", "=3D").replace(",", "=2C")  # RFC 5801 4
+    return f"n,a={user},\1host={route.host}\1port={route.port}\1auth=Bearer {secret}\1\1".encode()  # RFC 7628 3.1
 
 
 def decode_challenge(challenge: bytes) -> bytes:
@@ -5073,14 +5070,6 @@ def decode_challenge(challenge: bytes) -> bytes:
         raise ProtocolError(f"unexpected challenge: {error}") from None
 
 
-AUTH_MECHANISMS = {  # the strongest first
-    "CRAM-MD5": Mechanism(False, auth_cram_md5),
-    "PLAIN": Mechanism(True, lambda route, challenge, turn: "\0{}\0{}".format(*route.credentials).encode()),  # RFC 4616
-    # No RFC defines the words of LOGIN's challenges. With an initial response, some servers fail.
-    "LOGIN": Mechanism(False, lambda route, challenge, turn: route.credentials[min(turn, 1)].encode()),
-    "XOAUTH2": Mechanism(True, auth_xoauth2, by_token=True),
-    "OAUTHBEARER": Mechanism(True, auth_oauthbearer, by_token=True),
-}
 MAX_COMMAND = 510  # octets of a line without CRLF: beyond, the initial response waits to be asked for (RFC 4954 4)
 MAX_CHALLENGES = 4
 
