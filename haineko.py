@@ -4186,9 +4186,6 @@ connector = Connector()
 #     threads, since it blocks; deadlines, limits and the question whether a request may have been acted upon are ours.
 # ======================================================================================================================
 
-CHUNK = 65536  # octets sent or read in one step
-MAX_POLICY = 65536  # octets
-
 
 class HTTPTarget(NamedTuple):
     url: str  # base URL
@@ -4349,7 +4346,7 @@ class KeepAliveConnection(http.client.HTTPConnection):
             if self.aborted:  # http.client takes the end of a connection for the end of the header
                 raise socket.timeout("timed out")
             with contextlib.suppress(OSError, http.client.HTTPException):  # the status may be all that is needed
-                while len(body) <= self.target.max_response and (chunk := response.read(CHUNK)):
+                while len(body) <= self.target.max_response and (chunk := response.read(65536)):
                     body += chunk
                 whole = not (response.length or self.aborted) and len(body) <= self.target.max_response
         if not whole:
@@ -4414,7 +4411,7 @@ class MTASTSCache:
         try:
             address = (await resolve_addresses(host, self.resolver, route.private, deadline))[0]
             url, seconds = f"https://{host}:{self.port}", deadline - time.monotonic()
-            target = HTTPTarget(url, seconds, "MX", True, route.ca_file, False, address, MAX_POLICY)
+            target = HTTPTarget(url, seconds, "MX", ca_file=route.ca_file, address=address, max_response=65536)
             response = await self.http.request(target, HTTPRequest("GET", "/.well-known/mta-sts.txt"))
             if response.status != 200:  # redirections are not followed (RFC 8461 3.3)
                 raise ValueError(f"HTTP status {response.status}")
@@ -4775,7 +4772,11 @@ class Session(smtplib.SMTP):
         return self._greet, self._hello, self._starttls, self._log_in
 
     def _greet(self) -> None:
-        self.connect(self.route.address or self.route.host, self.route.port)
+        route, deadline = self.route, time.monotonic() + self.timeout
+        self.sock = connector.connect(route.address or route.host, route.port, deadline)
+        self.sock.settimeout(self.timeout)  # of the whole handshake, if there is one
+        self.sock = wrap_tls(self.sock, route.host, route) if route.port == SMTPS else self.sock
+        self.getreply()
         self._expect_success()
         self.local_hostname = ehlo_name(self.local_hostname, self.sock.getsockname()[0])
 
@@ -4956,12 +4957,6 @@ class Session(smtplib.SMTP):
         while not (reply := self._next_reply()):
             self._feed(await self.stream.recv(4096, deadline))
         return reply
-
-    def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
-        """Connect; smtplib calls this."""
-        sock = connector.connect(host, port, time.monotonic() + timeout)
-        sock.settimeout(timeout)
-        return wrap_tls(sock, self.route.host, self.route) if port == SMTPS else sock
 
     def send(self, s: Any) -> None:
         """Send a command; smtplib calls this."""
